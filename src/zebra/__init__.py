@@ -1,0 +1,37 @@
+"""zebra: a longer and cheaper context for decoder language models of the Hugging Face ecosystem.
+
+The public names are imported on first use, so that `import zebra` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from zebra.stripes import Stripes
+
+if TYPE_CHECKING:
+    from zebra.model.hosts import convert, load
+    from zebra.model.verify import verify
+    from zebra.train.adapt import adapt
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "zebra.model.hosts",
+    "convert": "zebra.model.hosts",
+    "verify": "zebra.model.verify",
+    "adapt": "zebra.train.adapt",
+}
+
+__all__ = ["Stripes", "__version__", "adapt", "convert", "load", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'zebra' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,153 @@
+"""Attention kernels behind one signature: `attend(q, k, v, mask, ...) -> (out, lse)`.
+
+The table `KERNELS` is tried in order; each kernel declines a request with a reason, and the first that accepts
+computes it. The formula itself is `reference`, the oracle of all the others.
+
+Shapes, everywhere: B batch, H query heads, K key-value heads (H a multiple of K), T queries, S keys, D head size.
+The T queries are the *last* T of the S keys: query `t` stands at key index `S - T + t`. So one signature serves
+training (T = S), chunked prefill (1 < T < S) and decode (T = 1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zebra.kernels import banded, fused, reference
+from zebra.kernels.request import Kernel, Mask, Request
+
+__all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "choose", "only"]
+
+KERNELS: tuple[Kernel, ...] = (fused.KERNEL, banded.KERNEL, reference.KERNEL)
+"""Fastest first."""
+
+_log = logging.getLogger(__name__)
+_only: contextvars.ContextVar[str | None] = contextvars.ContextVar("only", default=None)
+_said: set[str] = set()
+
+
+@contextlib.contextmanager
+def only(name: str) -> Iterator[None]:
+    """Within this context the named kernel serves every request, or the request is an error: for tests and benches."""
+    names = [kernel.name for kernel in KERNELS]
+    if name not in names:
+        raise ValueError(f"there is no kernel {name!r}. Choose one of {names}.")
+    token = _only.set(name)
+    try:
+        yield
+    finally:
+        _only.reset(token)
+
+
+def choose(request: Request) -> Kernel:
+    """The first kernel of the table that accepts the request.
+
+    Raises:
+        NotImplementedError: all decline; the message holds each one's reason.
+    """
+    reasons = []
+    forced = _only.get()
+    for kernel in KERNELS:
+        if forced is not None and kernel.name != forced:
+            continue
+        reason = kernel.declines(request)
+        if reason is None:
+            if kernel is reference.KERNEL and forced is None:
+                _say_once("attention runs by the dense formula, slow and large, because " + "; ".join(reasons))
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise NotImplementedError("no attention kernel can serve this request. " + "; ".join(reasons) + ".")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    with_lse: bool = True,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of T queries over S keys under a mask, by the fastest kernel that can.
+
+        s_ij = scale * <q_i, k_j>,   s_ij = softcap * tanh(s_ij / softcap) where a softcap is given
+        lse_i = log(sum over visible j of exp(s_ij)),   out_i = sum over visible j of exp(s_ij - lse_i) v_j
+
+    Args:
+        q: queries (B, H, T, D). k, v: keys and values (B, K, S, D).
+        mask: which keys a query sees besides being causal; None is plain causal.
+        scale: D ** -0.5 where None.
+        with_lse: whether the log-sum-exp is wanted; without it the kernels that cannot give one may serve.
+        arguments: whatever else the caller was given. A kernel declines what it does not know; None asks for nothing.
+
+    Returns:
+        out (B, H, T, D) in the dtype of the inputs and lse (B, H, T), natural logarithm, in at least float32 (None
+        unless wanted). A query that sees no key has out 0 and lse -inf.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        NotImplementedError: no kernel can serve the request.
+    """
+    mask = mask or Mask()
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v, mask)
+    k, v, mask = _trim(q, k, v, mask)
+    request = Request(
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        with_lse=with_lse,
+        arguments={name: value for name, value in arguments.items() if value is not None},
+    )
+    return choose(request).run(request)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+    fits = (
+        q.ndim == k.ndim == v.ndim == 4
+        and k.shape[:3] == v.shape[:3]
+        and q.shape[0] == k.shape[0]
+        and q.shape[3] == k.shape[3]
+        and q.shape[1] % k.shape[1] == 0
+        and 1 <= q.shape[2] <= k.shape[2]
+    )
+    if not fits:
+        raise ValueError(
+            "attention takes q (B, H, T, D) and k, v (B, K, S, D) with H a multiple of K and 1 <= T <= S; "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
+        )
+    for name, tensor in (("keys", mask.keys), ("documents", mask.documents)):
+        if tensor is not None and tuple(tensor.shape) != (k.shape[0], k.shape[2]):
+            raise ValueError(
+                f"mask.{name} has one entry for each key, (B, S) = {(k.shape[0], k.shape[2])}; "
+                f"got {tuple(tensor.shape)}."
+            )
+
+
+def _trim(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Mask]:
+    """Drop the keys that no query sees, and the window where it hides nothing."""
+    if mask.window is None:
+        return k, v, mask
+    unseen = k.shape[2] - (q.shape[2] + mask.window - 1)
+    if unseen > 0:
+        k, v, mask = k[:, :, unseen:], v[:, :, unseen:], mask.after(unseen)
+    return k, v, mask if mask.window is not None and mask.window < k.shape[2] else mask.without_window()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)

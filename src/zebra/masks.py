@@ -1,0 +1,60 @@
+"""Masks as predicates over two positions: may the query at `i` see the key at `j`?
+
+Every operator works on ints and on tensors alike, so that one definition serves the arithmetic, the kernels' oracle
+and the drawings below. In a drawing rows are queries, columns are keys, `x` is visible.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Position = Any
+"""An int, or an integer tensor that broadcasts against the other position."""
+
+
+def causal(i: Position, j: Position) -> Any:
+    """A query sees itself and what came before: `j <= i`.
+
+        x . . . .
+        x x . . .
+        x x x . .
+        x x x x .
+        x x x x x
+    """
+    return j <= i
+
+
+def within(i: Position, j: Position, window: int) -> Any:
+    """A query sees the `window` newest keys, its own included: `0 <= i - j < window`. Here window = 2.
+
+        x . . . .
+        x x . . .
+        . x x . .
+        . . x x .
+        . . . x x
+    """
+    return (j <= i) & (i - j < window)
+
+
+def beyond(i: Position, j: Position, window: int) -> Any:
+    """What `causal` sees and `within` does not: `i - j >= window`. Here window = 2.
+
+        . . . . .
+        . . . . .
+        x . . . .
+        x x . . .
+        x x x . .
+    """
+    return i - j >= window
+
+
+def same_document(query_document: Position, key_document: Position) -> Any:
+    """Packed documents never see each other. Here with `causal`, for the documents 0 0 0 1 1.
+
+        x . . . .
+        x x . . .
+        x x x . .
+        . . . x .
+        . . . x x
+    """
+    return query_document == key_document

@@ -1,0 +1,120 @@
+"""One row of results: what was measured, on what, by which code. Tables and plots are views of rows.
+
+Length, depth and position are columns, never part of a metric's name. Rows live in JSON Lines files.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions that a result depends on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name, distribution in (
+        ("zebra", "zebra-llm"),
+        ("torch", "torch"),
+        ("transformers", "transformers"),
+        ("accelerate", "accelerate"),
+    ):
+        try:
+            found[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from (`+` after it: with changes), None when installed."""
+    here = Path(__file__).resolve().parent
+    try:
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, timeout=10
+        )
+        if tracked.returncode != 0:
+            return None
+        name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, timeout=10)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return name.stdout.decode().strip() + ("+" if changed.returncode else "") if name.returncode == 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement. `low` and `high` bound `value` at 95 %; `n` counts what was measured (tokens, samples).
+
+    `length` is the context length in tokens; `position_from` and `position_to` bound the positions that were scored,
+    half-open and counted from 0; `depth` is a needle's place, 0 to 1. What does not apply is None.
+    """
+
+    run: str
+    model: str
+    layout: str
+    task: str
+    metric: str
+    value: float
+    length: int | None = None
+    position_from: int | None = None
+    position_to: int | None = None
+    depth: float | None = None
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+    seed: int | None = None
+    device: str = "cpu"
+    versions: dict[str, str] = field(default_factory=lambda: dict(versions()))
+    commit: str | None = field(default_factory=commit)
+
+    def json(self) -> str:
+        """The row as one line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+    """Write rows to a new file, aside and then renamed: the file is whole or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text("".join(row.json() + "\n" for row in rows), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+    """Append rows to a file in one write."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(row.json() + "\n" for row in rows))
+
+
+def read(path: str | os.PathLike[str]) -> list[Row]:
+    """Read the rows of a JSON Lines file.
+
+    Raises:
+        ValueError: a line is no row; the message names file, line and what is wrong with it.
+    """
+    known = {f.name for f in fields(Row)}
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            unknown = sorted(set(row) - known)
+            if unknown:
+                raise ValueError(f"unknown columns {unknown}")
+            rows.append(Row(**row))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is not a row of results: {error}.") from None
+    return rows

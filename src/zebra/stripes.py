@@ -1,0 +1,135 @@
+"""Stripes: which layers of a decoder attend globally and which to a window (Zebra, arXiv 2312.08618, section 3).
+
+A layout is data, never code. Its one short notation is used everywhere: recipes, the command line, rows, file names.
+
+    GLLL:512          a pattern tiled over the depth: G attends globally, L to a window of 512 keys
+    0,4,9,31:1024     the global layers named one by one; all the others attend to 1,024 keys
+
+The window counts the keys that a query sees, its own included: `0 <= i - j < window`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+GLOBAL = "full_attention"
+LOCAL = "sliding_attention"
+"""The host's words for a layer's kind, as they stand in `config.layer_types`."""
+
+
+@dataclass(frozen=True)
+class Stripes:
+    """A layout of global and local layers: a tiled `pattern` or an explicit list of `global_layers`, and the `window`.
+
+    Exactly one of `pattern` and `global_layers` is given.
+
+    Raises:
+        ValueError: window below 1, an empty pattern or list, a letter that is neither G nor L, a repeated or
+            negative layer. A layer beyond the model's depth is refused by `layer_types`, which knows the depth.
+
+    Example:
+        >>> Stripes.parse("GLLL:512").layer_types(5)[3:]
+        ('sliding_attention', 'full_attention')
+    """
+
+    window: int
+    pattern: str | None = None
+    global_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(
+                f"a window counts the keys that a query sees, its own included, so it is a whole number of at least 1; "
+                f"got {self.window!r}. Give a window such as 512."
+            )
+        if (self.pattern is None) == (self.global_layers is None):
+            raise ValueError(
+                "a layout is either a pattern or a list of global layers; "
+                f"got pattern={self.pattern!r} and global_layers={self.global_layers!r}. Give exactly one."
+            )
+        if self.pattern is not None and not re.fullmatch(r"[GL]+", self.pattern):
+            raise ValueError(
+                f"a pattern names at least one layer, with the letters G (global) and L (local); got {self.pattern!r}. "
+                "Write for example GLLL."
+            )
+        if self.global_layers is not None:
+            layers = tuple(self.global_layers)
+            if not layers:
+                raise ValueError(
+                    "a list of global layers names at least one layer; got none. "
+                    f"For local layers only, write the pattern L:{self.window}."
+                )
+            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers) or len(set(layers)) != len(
+                layers
+            ):
+                raise ValueError(
+                    f"global layers are different whole numbers counted from 0; got {list(layers)}. "
+                    "Name each layer once."
+                )
+            object.__setattr__(self, "global_layers", tuple(sorted(layers)))
+
+    @classmethod
+    def grouped(cls, *, stride: int, window: int) -> Stripes:
+        """The paper's layout: layer `i` is global iff `i % stride == 0`, so each group begins with its global layer."""
+        if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
+            raise ValueError(
+                f"the stride is the number of layers in a group, at least 1; got {stride!r}. "
+                "Give 4 for one global layer in four."
+            )
+        return cls(window=window, pattern="G" + "L" * (stride - 1))
+
+    @classmethod
+    def parse(cls, text: str) -> Stripes:
+        """Read the notation that `str()` prints: `GLLL:512` or `0,4,9,31:1024`."""
+        match = re.fullmatch(r"\s*(?:([A-Za-z]+)|([0-9]+(?:\s*,\s*[0-9]+)*))\s*:\s*(-?[0-9]+)\s*", str(text))
+        if match is None:
+            raise ValueError(
+                f"stripes are written PATTERN:WINDOW or LAYERS:WINDOW; got {text!r}. "
+                "Write for example GLLL:512, or 0,4,9,31:1024."
+            )
+        pattern, layers, window = match.groups()
+        if pattern is not None:
+            return cls(window=int(window), pattern=pattern.upper())
+        return cls(window=int(window), global_layers=tuple(int(i) for i in layers.split(",")))
+
+    @classmethod
+    def of(cls, layer_types: Sequence[str], window: int) -> Stripes:
+        """The shortest layout that gives these layer types: a tiled pattern where one repeats, else a list of layers."""
+        letters = "".join("G" if kind == GLOBAL else "L" for kind in layer_types)
+        for period in range(1, len(letters)):
+            if all(letters[i] == letters[i % period] for i in range(len(letters))):
+                return cls(window=window, pattern=letters[:period])
+        if "G" not in letters:
+            return cls(window=window, pattern=letters)
+        return cls(window=window, global_layers=tuple(i for i, letter in enumerate(letters) if letter == "G"))
+
+    def layer_types(self, n: int) -> tuple[str, ...]:
+        """The kind of each of `n` layers in the host's words, to stand in `config.layer_types`."""
+        if n < 1:
+            raise ValueError(f"a model has at least one layer; got {n}. Check num_hidden_layers in its config.json.")
+        if self.pattern is not None:
+            return tuple(GLOBAL if self.pattern[i % len(self.pattern)] == "G" else LOCAL for i in range(n))
+        layers = self.global_layers or ()
+        if layers[-1] >= n:
+            raise ValueError(
+                f"the layout {self} names layer {layers[-1]}, but the model has {n} layers, counted from 0 to {n - 1}. "
+                f"Name layers up to {n - 1}."
+            )
+        return tuple(GLOBAL if i in layers else LOCAL for i in range(n))
+
+    def __str__(self) -> str:
+        layers = self.pattern if self.pattern is not None else ",".join(str(i) for i in self.global_layers or ())
+        return f"{layers}:{self.window}"
+
+
+def visible_pairs(length: int, window: int | None = None) -> int:
+    """How many (query, key) pairs a causal layer computes over `length` tokens, with or without a window.
+
+        sum over i of min(i + 1, window)  =  w (w + 1) / 2 + (N - w) w,    w = min(window, N)
+
+    Global: `window=None`, N (N + 1) / 2. The brute-force count of the mask is its test.
+    """
+    w = length if window is None else min(window, length)
+    return w * (w + 1) // 2 + (length - w) * w
