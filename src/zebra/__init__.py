@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _HOME = {
     "adapt": "zebra.train.adapt",
 }
 
-__all__ = ["Stripes", "__version__", "adapt", "convert", "load", "verify"]
+__all__ = ["Refusal", "Stripes", "__version__", "adapt", "convert", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

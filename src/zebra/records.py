@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from zebra.refusal import Refusal
+
 
 @functools.cache
 def versions() -> dict[str, str]:
@@ -102,9 +104,11 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     """Read the rows of a JSON Lines file.
 
     Raises:
-        ValueError: a line is no row; the message names file, line and what is wrong with it.
+        Refusal: no such file, or a line that is no row; the message names file, line and what is wrong with it.
     """
     known = {f.name for f in fields(Row)}
+    if not Path(path).is_file():
+        raise Refusal(f"there is no file of rows at {path}. Give a rows.jsonl or a run directory that has one.")
     rows = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -116,5 +120,5 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
                 raise ValueError(f"unknown columns {unknown}")
             rows.append(Row(**row))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is not a row of results: {error}.") from None
+            raise Refusal(f"{path}, line {number} is not a row of results: {error}.") from None
     return rows

@@ -14,6 +14,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zebra.refusal import Refusal
+
 GLOBAL = "full_attention"
 LOCAL = "sliding_attention"
 """The host's words for a layer's kind, as they stand in `config.layer_types`."""
@@ -26,7 +28,7 @@ class Stripes:
     Exactly one of `pattern` and `global_layers` is given.
 
     Raises:
-        ValueError: window below 1, an empty pattern or list, a letter that is neither G nor L, a repeated or
+        Refusal: window below 1, an empty pattern or list, a letter that is neither G nor L, a repeated or
             negative layer. A layer beyond the model's depth is refused by `layer_types`, which knows the depth.
 
     Example:
@@ -40,31 +42,31 @@ class Stripes:
 
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(
+            raise Refusal(
                 f"a window counts the keys that a query sees, its own included, so it is a whole number of at least 1; "
                 f"got {self.window!r}. Give a window such as 512."
             )
         if (self.pattern is None) == (self.global_layers is None):
-            raise ValueError(
+            raise Refusal(
                 "a layout is either a pattern or a list of global layers; "
                 f"got pattern={self.pattern!r} and global_layers={self.global_layers!r}. Give exactly one."
             )
         if self.pattern is not None and not re.fullmatch(r"[GL]+", self.pattern):
-            raise ValueError(
+            raise Refusal(
                 f"a pattern names at least one layer, with the letters G (global) and L (local); got {self.pattern!r}. "
                 "Write for example GLLL."
             )
         if self.global_layers is not None:
             layers = tuple(self.global_layers)
             if not layers:
-                raise ValueError(
+                raise Refusal(
                     "a list of global layers names at least one layer; got none. "
                     f"For local layers only, write the pattern L:{self.window}."
                 )
             if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers) or len(set(layers)) != len(
                 layers
             ):
-                raise ValueError(
+                raise Refusal(
                     f"global layers are different whole numbers counted from 0; got {list(layers)}. "
                     "Name each layer once."
                 )
@@ -74,7 +76,7 @@ class Stripes:
     def grouped(cls, *, stride: int, window: int) -> Stripes:
         """The paper's layout: layer `i` is global iff `i % stride == 0`, so each group begins with its global layer."""
         if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
-            raise ValueError(
+            raise Refusal(
                 f"the stride is the number of layers in a group, at least 1; got {stride!r}. "
                 "Give 4 for one global layer in four."
             )
@@ -85,7 +87,7 @@ class Stripes:
         """Read the notation that `str()` prints: `GLLL:512` or `0,4,9,31:1024`."""
         match = re.fullmatch(r"\s*(?:([A-Za-z]+)|([0-9]+(?:\s*,\s*[0-9]+)*))\s*:\s*(-?[0-9]+)\s*", str(text))
         if match is None:
-            raise ValueError(
+            raise Refusal(
                 f"stripes are written PATTERN:WINDOW or LAYERS:WINDOW; got {text!r}. "
                 "Write for example GLLL:512, or 0,4,9,31:1024."
             )
@@ -108,12 +110,12 @@ class Stripes:
     def layer_types(self, n: int) -> tuple[str, ...]:
         """The kind of each of `n` layers in the host's words, to stand in `config.layer_types`."""
         if n < 1:
-            raise ValueError(f"a model has at least one layer; got {n}. Check num_hidden_layers in its config.json.")
+            raise Refusal(f"a model has at least one layer; got {n}. Check num_hidden_layers in its config.json.")
         if self.pattern is not None:
             return tuple(GLOBAL if self.pattern[i % len(self.pattern)] == "G" else LOCAL for i in range(n))
         layers = self.global_layers or ()
         if layers[-1] >= n:
-            raise ValueError(
+            raise Refusal(
                 f"the layout {self} names layer {layers[-1]}, but the model has {n} layers, counted from 0 to {n - 1}. "
                 f"Name layers up to {n - 1}."
             )

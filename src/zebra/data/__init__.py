@@ -1,0 +1,1 @@
+"""Text as rows of tokens: reading, tokenising once, packing."""

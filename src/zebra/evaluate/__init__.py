@@ -1,0 +1,1 @@
+"""Measuring: what a model makes of a text, position by position."""

@@ -1,0 +1,126 @@
+"""Attention "zebra" for the decoders of transformers. Importing this module registers it; nothing else does.
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="zebra")
+
+The function and its mask function stand under one name: a function registered alone would silently lose the window
+and the padding. The mask function never builds an N x N tensor; it hands down the 2-D mask of the keys, or None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from zebra.kernels import Mask, attend
+
+NAME = "zebra"
+
+HARMLESS = frozenset({"is_causal", "num_items_in_batch", "output_hidden_states", "use_cache"})
+"""What hosts pass down to every layer and attention need not read. Anything else that asks for something goes to the
+kernels, which decline what they do not know: an argument is never ignored in silence."""
+
+
+def zebra_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What the host calls in every layer: query (B, H, T, D), key and value (B, K, S, D), already rotated.
+
+    Args:
+        attention_mask: what `zebra_mask` returned, (B, at most S) bool, or None.
+        sliding_window: the layer's window in the host's convention, which is ours; None in a global layer.
+        position_ids: (1 or B, T). A step other than 1 starts a new document, where there is no past.
+
+    Returns:
+        (B, T, H, D), and None for the weights, which no fast kernel has.
+
+    Raises:
+        ValueError: a 4-D mask, which would replace the stripes of every layer; a layer that is not causal.
+        NotImplementedError: an argument that no kernel knows, attention dropout among them.
+    """
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f'attention "{NAME}" takes a 2-D attention_mask (batch, tokens), 1 for real tokens; '
+            f"got the shape {tuple(attention_mask.shape)}, which would replace the layout of every layer. "
+            'For a mask of your own, load with attn_implementation="sdpa".'
+        )
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        raise ValueError(f'attention "{NAME}" is causal; this layer is not. Load with attn_implementation="sdpa".')
+    if attention_mask is not None:
+        # A static cache hands over its whole buffer; the mask ends where the real keys end.
+        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+    mask = Mask(
+        window=sliding_window,
+        keys=attention_mask,
+        documents=documents(position_ids, query.shape[0]) if query.shape[2] == key.shape[2] else None,
+    )
+    rest = {name: argument for name, argument in kwargs.items() if name not in HARMLESS and argument is not False}
+    out, _ = attend(
+        query,
+        key,
+        value,
+        mask,
+        scale=scaling,
+        softcap=softcap,
+        with_lse=False,
+        dropout=dropout or None,
+        **rest,
+    )
+    return out.transpose(1, 2), None
+
+
+def documents(position_ids: Tensor | None, batch: int) -> Tensor | None:
+    """The document of each token, (batch, T), from positions that start again; None where there is only one.
+
+    positions 0 1 2 0 1 0 1 2 3  ->  documents 0 0 0 1 1 2 2 2 2. The host's own rule: any step but 1 starts one.
+    """
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return None
+    starts = position_ids.diff(dim=-1) != 1
+    if not bool(starts.any()):
+        return None
+    return nn.functional.pad(starts.cumsum(dim=-1), (1, 0)).expand(batch, -1)
+
+
+def zebra_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """What the host calls once for each kind of layer: the 2-D mask of that kind's keys, None where all are real.
+
+    The layer's keys are the tokens [kv_offset, kv_offset + kv_length) of the sequence. A static cache may count
+    more keys than there are tokens yet; then the mask that is returned ends with the real ones.
+    """
+    real = int(q_offset) + q_length - kv_offset
+    if attention_mask is None:
+        if real >= kv_length:
+            return None
+        return torch.ones(batch_size, real, dtype=torch.bool, device=device)
+    attention_mask = attention_mask[:, kv_offset : kv_offset + min(kv_length, real)]
+    if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
+        return None
+    return attention_mask
+
+
+AttentionInterface.register(NAME, zebra_attention)
+AttentionMaskInterface.register(NAME, zebra_mask)

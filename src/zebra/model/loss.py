@@ -1,0 +1,85 @@
+"""The loss of a language model without its tokens x vocabulary matrix.
+
+    loss_t = -log softmax(W h_t)[x_{t+1}]
+
+The model's own forward runs whole, so that wrappers such as DDP see it; it is asked for no logits and for its last
+hidden states, and the head is applied here, a chunk of tokens at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100
+_CHUNK = 1024
+_FUSED = hasattr(functional, "linear_cross_entropy")
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """The states that go into the head, (B, T, hidden). Documents start where `position_ids` start again."""
+    outputs = model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        use_cache=False,
+        output_hidden_states=True,
+        logits_to_keep=torch.zeros(0, dtype=torch.long, device=input_ids.device),
+    )
+    states: Tensor = outputs.hidden_states[-1]
+    return states
+
+
+def summed_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the losses of all predicted tokens, in float32.
+
+    Args:
+        hidden: (B, T, hidden) states before the head.
+        head: (V, hidden) the head's weight.
+        labels: (B, T), the tokens themselves; `IGNORE` where a token is not to be predicted.
+    """
+    states, targets = _shifted(hidden, labels)
+    head = head.float()
+    if _FUSED:
+        # With bfloat16 inputs torch 2.13 returns a wrong value (its gradients are right): float32 in.
+        options = nn.LinearCrossEntropyOptions() if head.shape[0] > head.shape[1] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss: Tensor = functional.linear_cross_entropy(
+                states.float(), head, targets, reduction="sum", ignore_index=IGNORE, options=options
+            )
+        return loss
+    losses = [
+        checkpoint(_chunk_loss, states[start : start + _CHUNK], head, targets[start : start + _CHUNK], use_reentrant=False)
+        for start in range(0, len(targets), _CHUNK)
+    ]
+    return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each token, (B, T): entry `t` is that of predicting token `t`, NaN where it is not predicted."""
+    states, targets = _shifted(hidden, labels)
+    losses = torch.cat(
+        [
+            functional.cross_entropy(
+                functional.linear(states[start : start + _CHUNK].float(), head.float()),
+                targets[start : start + _CHUNK],
+                reduction="none",
+                ignore_index=IGNORE,
+            )
+            for start in range(0, len(targets), _CHUNK)
+        ]
+    ).masked_fill_(targets == IGNORE, float("nan"))
+    return functional.pad(losses.view(labels.shape[0], -1), (1, 0), value=float("nan"))
+
+
+def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """States at t with the labels at t + 1, flat: (B (T - 1), hidden) and (B (T - 1))."""
+    return hidden[:, :-1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
+
+
+def _chunk_loss(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(
+        functional.linear(states.float(), head), targets, reduction="sum", ignore_index=IGNORE
+    )

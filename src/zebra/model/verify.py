@@ -1,0 +1,210 @@
+"""The proof of a conversion: what a striped checkpoint must still agree with, and how far it does.
+
+Each check compares logits over random tokens, in float32 unless told otherwise, as the largest difference relative to
+the largest logit. The oracle for long inputs is the *source* model with a dense mask of its own in each layer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from zebra import masks
+from zebra.model.cache import StripedCache
+from zebra.model.hosts import load, read_config, stripes_of
+from zebra.refusal import Refusal
+from zebra.stripes import LOCAL, Stripes
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+_CHUNK = 7
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest difference of two models' logits over the largest logit, and what is allowed."""
+
+    name: str
+    compared: str
+    difference: float
+    tolerance: float
+    tokens: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the two agree. NaN does not."""
+        return self.difference <= self.tolerance
+
+
+def verify(
+    target: str | os.PathLike[str],
+    against: str | os.PathLike[str],
+    *,
+    length: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> list[Check]:
+    """Compare a converted checkpoint with its source and with itself.
+
+    1. short: up to the window, plain transformers with the target equals it with the source.
+    2. long: beyond the window, plain transformers and attention "zebra" equal the source under a mask of its own per layer.
+    3. cached: one token at a time with the bounded cache equals the whole text at once.
+    4. chunked: a prefill in chunks equals the whole text at once.
+    5. padded: a batch padded on the left, and on the right, gives each row what it gets alone.
+
+    Args:
+        target, against: the converted checkpoint and its source, directories.
+        length: tokens of the long checks; the window and half of it again, and some, where None.
+
+    Raises:
+        Refusal: a checkpoint that cannot be loaded, a target without stripes, two different models.
+    """
+    config, source_config = read_config(target), read_config(against)
+    stripes = stripes_of(config)
+    if stripes is None:
+        raise Refusal(f"{target} has no stripes to verify: its layout is dense. Convert it first with `zebra convert`.")
+    for name in ("vocab_size", "num_hidden_layers", "hidden_size"):
+        if getattr(config, name) != getattr(source_config, name):
+            raise Refusal(
+                f"{target} and {against} are different models: {name} is {getattr(config, name)} and "
+                f"{getattr(source_config, name)}. Name the checkpoint that the target was converted from."
+            )
+    source_stripes = stripes_of(source_config)
+    short = min([s.window for s in (stripes, source_stripes) if s is not None])
+    n = length or stripes.window + stripes.window // 2 + 2 * _CHUNK + 3
+    if n <= stripes.window:
+        raise Refusal(f"a long check goes beyond the window of {stripes.window}; got length {n}. Give a larger length.")
+    ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
+    placed = {"dtype": dtype, "device_map": device}
+
+    wanted_short, oracle = _source(against, ids, short, stripes, placed)
+    found_short, found_long = _plain(target, ids, short, placed)
+    found = _ours(target, ids, placed)
+
+    def check(name: str, compared: str, found: Tensor, wanted: Tensor) -> Check:
+        difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        return Check(name, compared, difference, TOLERANCE[dtype], found.shape[:-1].numel())
+
+    return [
+        check("short", "source, plain transformers", found_short, wanted_short),
+        check("long, plain", "mask oracle on the source", found_long, oracle),
+        check("long, zebra", "mask oracle on the source", found.whole, oracle),
+        check("cached", "uncached", found.cached, found.whole),
+        check("chunked", "whole", found.chunked, found.whole),
+        check("padded left", "rows alone", found.left, found.alone),
+        check("padded right", "rows alone", found.right, found.alone),
+    ]
+
+
+# Each function below loads one model and lets go of it: a checkpoint may fill the memory.
+
+
+def _source(path: Any, ids: Tensor, short: int, stripes: Stripes, placed: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **placed)
+    inside = _logits(model, ids[:, :short])
+    with _masked_layers(model, stripes):
+        return inside, _logits(model, ids)
+
+
+def _plain(path: Any, ids: Tensor, short: int, placed: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The target in plain transformers, without anything of ours."""
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **placed)
+    return _logits(model, ids[:, :short]), _logits(model, ids)
+
+
+@dataclass(frozen=True)
+class _Found:
+    whole: Tensor
+    cached: Tensor
+    chunked: Tensor
+    left: Tensor
+    right: Tensor
+    alone: Tensor
+
+
+def _ours(path: Any, ids: Tensor, placed: dict[str, Any]) -> _Found:
+    model = load(path, **placed)
+    n = ids.shape[1]
+    kept = n * 2 // 3
+    steps = min(n - 1, 64)
+    return _Found(
+        whole=_logits(model, ids),
+        cached=_in_parts(model, ids, [n - steps] + [1] * steps),
+        chunked=_in_parts(model, ids, [max(_CHUNK, n // 11)] * n),
+        left=_padded(model, ids, kept, "left"),
+        right=_padded(model, ids, kept, "right"),
+        alone=torch.cat([_logits(model, ids[:1])[0], _logits(model, ids[1:, :kept])[0]]),
+    )
+
+
+def _sampled(n: int) -> Tensor:
+    """At most 512 positions, evenly spread: the logits of all could exceed the memory."""
+    return torch.linspace(0, n - 1, min(n, 512)).round().long()
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Tensor:
+    keep = arguments.pop("keep", _sampled(ids.shape[1]))
+    return model(ids, use_cache=False, logits_to_keep=keep.to(ids.device), **arguments).logits
+
+
+@torch.no_grad()
+def _in_parts(model: PreTrainedModel, ids: Tensor, sizes: list[int]) -> Tensor:
+    """The logits of the text given to the bounded cache part by part."""
+    cache, parts, start, keep = StripedCache(model.config), [], 0, _sampled(ids.shape[1])
+    for size in sizes:
+        part = ids[:, start : start + size]
+        if part.shape[1] == 0:
+            break
+        inside = keep[(keep >= start) & (keep < start + size)] - start
+        parts.append(model(part, past_key_values=cache, use_cache=True, logits_to_keep=inside.to(ids.device)).logits)
+        start += size
+    return torch.cat(parts, dim=1)
+
+
+def _padded(model: PreTrainedModel, ids: Tensor, kept: int, side: str) -> Tensor:
+    """A batch of one whole row and one of `kept` tokens, padded on a side; the logits of the real tokens."""
+    n = ids.shape[1]
+    start = n - kept if side == "left" else 0
+    batch, mask = ids.clone(), torch.ones_like(ids)
+    batch[1], mask[1] = 0, 0
+    batch[1, start : start + kept], mask[1, start : start + kept] = ids[1, :kept], 1
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    rows = [
+        _logits(model, batch, attention_mask=mask, position_ids=positions, keep=keep)[row]
+        for row, keep in enumerate((_sampled(n), _sampled(kept) + start))
+    ]
+    return torch.cat(rows)
+
+
+@contextmanager
+def _masked_layers(model: PreTrainedModel, stripes: Stripes) -> Iterator[None]:
+    """Run a dense model with the mask of a layout: hooks hand each layer's attention a dense mask of its own."""
+    layers = model.model.layers
+    kinds = stripes.layer_types(len(layers))
+
+    def hand_over(kind: str) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            n = kwargs["hidden_states"].shape[1]
+            j = torch.arange(n, device=kwargs["hidden_states"].device)
+            visible = masks.within(j[:, None], j[None, :], stripes.window if kind == LOCAL else n)
+            return args, kwargs | {"attention_mask": visible[None, None]}
+
+        return hook
+
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(hand_over(kind), with_kwargs=True)
+        for layer, kind in zip(layers, kinds, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
