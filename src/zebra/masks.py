@@ -15,11 +15,11 @@ Position = Any
 def causal(i: Position, j: Position) -> Any:
     """A query sees itself and what came before: `j <= i`.
 
-        x . . . .
-        x x . . .
-        x x x . .
-        x x x x .
-        x x x x x
+    x . . . .
+    x x . . .
+    x x x . .
+    x x x x .
+    x x x x x
     """
     return j <= i
 
@@ -27,11 +27,11 @@ def causal(i: Position, j: Position) -> Any:
 def within(i: Position, j: Position, window: int) -> Any:
     """A query sees the `window` newest keys, its own included: `0 <= i - j < window`. Here window = 2.
 
-        x . . . .
-        x x . . .
-        . x x . .
-        . . x x .
-        . . . x x
+    x . . . .
+    x x . . .
+    . x x . .
+    . . x x .
+    . . . x x
     """
     return (j <= i) & (i - j < window)
 
@@ -39,11 +39,11 @@ def within(i: Position, j: Position, window: int) -> Any:
 def beyond(i: Position, j: Position, window: int) -> Any:
     """What `causal` sees and `within` does not: `i - j >= window`. Here window = 2.
 
-        . . . . .
-        . . . . .
-        x . . . .
-        x x . . .
-        x x x . .
+    . . . . .
+    . . . . .
+    x . . . .
+    x x . . .
+    x x x . .
     """
     return i - j >= window
 
@@ -51,10 +51,10 @@ def beyond(i: Position, j: Position, window: int) -> Any:
 def same_document(query_document: Position, key_document: Position) -> Any:
     """Packed documents never see each other. Here with `causal`, for the documents 0 0 0 1 1.
 
-        x . . . .
-        x x . . .
-        x x x . .
-        . . . x .
-        . . . x x
+    x . . . .
+    x x . . .
+    x x x . .
+    . . . x .
+    . . . x x
     """
     return query_document == key_document

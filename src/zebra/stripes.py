@@ -98,7 +98,7 @@ class Stripes:
 
     @classmethod
     def of(cls, layer_types: Sequence[str], window: int) -> Stripes:
-        """The shortest layout that gives these layer types: a tiled pattern where one repeats, else a list of layers."""
+        """The shortest layout that gives these layer types: a pattern where one repeats, else a list of layers."""
         letters = "".join("G" if kind == GLOBAL else "L" for kind in layer_types)
         for period in range(1, len(letters)):
             if all(letters[i] == letters[i % period] for i in range(len(letters))):

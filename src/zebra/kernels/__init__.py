@@ -51,7 +51,7 @@ def choose(request: Request) -> Kernel:
     Raises:
         NotImplementedError: all decline; the message holds each one's reason.
     """
-    reasons = []
+    reasons: list[str] = []
     forced = _only.get()
     for kernel in KERNELS:
         if forced is not None and kernel.name != forced:

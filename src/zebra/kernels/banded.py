@@ -1,4 +1,4 @@
-"""Attention by tiles of queries, each against only the keys that it can see: O(N * window) on any device.
+r"""Attention by tiles of queries, each against only the keys that it can see: O(N * window) on any device.
 
     keys     lo           hi            A tile of b queries sees the keys [lo, hi). Only the two triangles at its
     queries  [\ . . . . . \   ]         edges need a mask; where documents or padding are given, the tile's own mask

@@ -1,1 +1,1 @@
-"""The host: attention registered with transformers, checkpoints loaded, converted and verified. Importing this does nothing."""
+"""The host: attention registered with transformers; checkpoints loaded, converted, verified."""

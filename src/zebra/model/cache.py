@@ -22,6 +22,9 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
     While past states are recorded (assisted decoding), everything is kept until the host crops it, as in the host.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values; return those that the new queries may see."""
         seen = super().update(key_states, value_states, *args, **kwargs)
@@ -44,6 +47,8 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
 
 class StripedCache(DynamicCache):
     """`DynamicCache(config=...)` with trimmed local layers: the default of `generate` after `zebra.load`."""
+
+    layers: list[Any]
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)

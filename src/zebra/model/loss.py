@@ -8,6 +8,8 @@ hidden states, and the head is applied here, a chunk of tokens at a time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,17 +20,10 @@ _CHUNK = 1024
 _FUSED = hasattr(functional, "linear_cross_entropy")
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """The states that go into the head, (B, T, hidden). Documents start where `position_ids` start again."""
-    outputs = model(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        use_cache=False,
-        output_hidden_states=True,
-        logits_to_keep=torch.zeros(0, dtype=torch.long, device=input_ids.device),
-    )
-    states: Tensor = outputs.hidden_states[-1]
-    return states
+def without_logits(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The arguments that make a model return the states that go into its head, `hidden_states[-1]`, and no logits."""
+    nothing = torch.zeros(0, dtype=torch.long, device=device)
+    return {"use_cache": False, "output_hidden_states": True, "logits_to_keep": nothing}
 
 
 def summed_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -50,7 +45,9 @@ def summed_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
             )
         return loss
     losses = [
-        checkpoint(_chunk_loss, states[start : start + _CHUNK], head, targets[start : start + _CHUNK], use_reentrant=False)
+        checkpoint(
+            _chunk_loss, states[start : start + _CHUNK], head, targets[start : start + _CHUNK], use_reentrant=False
+        )
         for start in range(0, len(targets), _CHUNK)
     ]
     return torch.stack(losses).sum()

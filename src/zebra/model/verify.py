@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from zebra import masks
 from zebra.model.cache import StripedCache
-from zebra.model.hosts import load, read_config, stripes_of
+from zebra.model.checkpoint import read_config
+from zebra.model.families import stripes_of
+from zebra.model.hosts import load
 from zebra.refusal import Refusal
 from zebra.stripes import LOCAL, Stripes
 
@@ -54,7 +56,7 @@ def verify(
     """Compare a converted checkpoint with its source and with itself.
 
     1. short: up to the window, plain transformers with the target equals it with the source.
-    2. long: beyond the window, plain transformers and attention "zebra" equal the source under a mask of its own per layer.
+    2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer.
     3. cached: one token at a time with the bounded cache equals the whole text at once.
     4. chunked: a prefill in chunks equals the whole text at once.
     5. padded: a batch padded on the left, and on the right, gives each row what it gets alone.

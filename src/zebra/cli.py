@@ -1,0 +1,280 @@
+"""The table of verbs: each parses its arguments, makes one call and prints. Imports stand inside: help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zebra import __version__
+from zebra.refusal import Refusal
+
+if TYPE_CHECKING:
+    from zebra.records import Row
+
+app = typer.Typer(
+    help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+evaluate = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
+app.add_typer(evaluate, name="evaluate")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def main() -> None:
+    """The command `zebra`: a refusal is one line and exit code 2, an interrupt exit code 130."""
+    try:
+        app()
+    except Refusal as refusal:
+        _fail(str(refusal), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted. Nothing half-written was left; the same command goes on where it can.", 130)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{os.strerror(error.errno)}{where}. Nothing half-written was left.", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"zebra: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"zebra {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    # The hub is never asked unless the user names a model in it; bars of the host would break ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@contextmanager
+def _quiet_host() -> Iterator[None]:
+    """Keep the host's own bars and notes off the terminal; its warnings stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+
+
+@app.command(epilog="zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096")
+def convert(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to convert, a directory.")],
+    target: Annotated[Path, typer.Argument(help="The directory to make.")],
+    stripes: Annotated[str, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW.")],
+) -> None:
+    """Make a copy of a checkpoint with stripes, which plain transformers loads."""
+    with _quiet_host():
+        from zebra.model.checkpoint import read_config
+        from zebra.model.families import layout
+        from zebra.model.hosts import convert as run
+
+        run(source, target, stripes)
+        config = read_config(target)
+        kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
+        print(f"{target}: {config.architectures[0]}, {layout(config)}, layers {kinds}")
+
+
+@app.command(epilog="zebra verify ./Llama-3.1-8B-GLLL --against ./Llama-3.1-8B")
+def verify(
+    target: Annotated[Path, typer.Argument(help="The converted checkpoint.")],
+    against: Annotated[Path, typer.Option(help="The checkpoint that it was converted from.")],
+    length: Annotated[int | None, typer.Option(help="Tokens of the long checks.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Prove a conversion; exit code 1 when a check fails."""
+    with _quiet_host():
+        from dataclasses import asdict
+
+        from zebra.model.verify import verify as run
+
+        checks = run(target, against, length=length, seed=seed, dtype=_dtype(dtype), device=device)
+    if as_json:
+        print(json.dumps({"checks": [asdict(check) | {"passed": check.passed} for check in checks]}, indent=2))
+    else:
+        table = _table("check", "against", "difference", "allowed", "logits of", "")
+        for c in checks:
+            verdict = "[green]equal[/]" if c.passed else "[red bold]DIFFERENT[/]"
+            table.add_row(
+                c.name, c.compared, f"{c.difference:.1e}", f"{c.tolerance:.0e}", f"{c.tokens:,} tokens", verdict
+            )
+        _print(table)
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="zebra adapt recipes/demo.yaml --set train.steps=100")
+def adapt(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
+    from zebra.train.recipe import AdaptRecipe, read_recipe
+
+    read = read_recipe(recipe, AdaptRecipe, set_ or [])
+    with _quiet_host():
+        from zebra.train.adapt import adapt as run
+
+        rows = run(read)
+    if int(os.environ.get("RANK", "0")) == 0:
+        from zebra.report import write_report
+
+        page = Path(read.run) / "report.html"
+        write_report(rows, page)
+        _show(rows, as_json)
+        _say(f"checkpoint {read.run}/model, rows {read.run}/rows.jsonl, report {page}")
+
+
+@evaluate.command(epilog="zebra evaluate perplexity ./Llama-3.1-8B book.txt --length 32768 --stripes GLLL:4096")
+def perplexity(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint.")],
+    text: Annotated[list[str], typer.Argument(help="Files, folders or globs of text.")],
+    length: Annotated[str, typer.Option(help="Tokens of context; several with commas.")],
+    convention: Annotated[str, typer.Option(help="disjoint, strided or truncated windows.")] = "disjoint",
+    stride: Annotated[int | None, typer.Option(help="Tokens scored by each strided window.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Splits a file into documents.")] = None,
+    join: Annotated[bool, typer.Option("--join", help="Join documents into long ones of at least the length.")] = False,
+    stripes: Annotated[str | None, typer.Option(help="Measure with this layout.")] = None,
+    self_extend: Annotated[str | None, typer.Option(help="G:W; not in this version.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; the checkpoint's own otherwise.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the intervals' bootstrap.")] = 0,
+    run: Annotated[str, typer.Option(help="The run's name in the rows.")] = "evaluate",
+    out: Annotated[Path | None, typer.Option(help="Append the rows to this JSON Lines file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity by position, at one or more context lengths."""
+    with _quiet_host():
+        from zebra.evaluate.perplexity import rows_of
+
+        rows = rows_of(
+            checkpoint,
+            text,
+            lengths=_lengths(length),
+            convention=convention,
+            stride=stride,
+            separator=separator,
+            join=join,
+            stripes=stripes,
+            self_extend=self_extend,
+            dtype=None if dtype is None else _dtype(dtype),
+            device=device,
+            seed=seed,
+            run=run,
+        )
+    if out is not None:
+        from zebra import records
+
+        records.append(out, rows)
+    _show(rows, as_json)
+
+
+@app.command(epilog="zebra report runs/demo -o report.html")
+def report(
+    sources: Annotated[list[Path], typer.Argument(help="Run directories, or files of rows.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; Markdown goes beside it.")] = Path(
+        "report.html"
+    ),
+    title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
+) -> None:
+    """Turn rows of results into one page."""
+    from zebra import records
+    from zebra.report import write_report
+
+    rows = [row for source in sources for row in records.read(source / "rows.jsonl" if source.is_dir() else source)]
+    write_report(rows, out, title=title)
+    print(f"{out}: {len(rows)} rows")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has: versions, devices, and which attention kernel serves what."""
+    from dataclasses import asdict
+
+    from zebra.doctor import kernels, machine
+
+    has, served = machine(), kernels()
+    if as_json:
+        print(json.dumps({"machine": has, "kernels": [asdict(s) for s in served]}, indent=2))
+        return
+    table = _table("machine", "")
+    for name, value in has.items():
+        table.add_row(name, value)
+    _print(table)
+    names = list(served[0].declines)
+    table = _table("request", *names)
+    for case in served:
+        cells = [
+            "[green]serves[/]" if name == case.kernel else f"[dim]{reason or 'could'}[/]"
+            for name, reason in case.declines.items()
+        ]
+        table.add_row(case.request, *cells)
+    _print(table)
+
+
+def _show(rows: list[Row], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"rows": [json.loads(row.json()) for row in rows]}, indent=2, ensure_ascii=False))
+        return
+    from zebra.report import position_table
+
+    _print(position_table(rows))
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part.replace("_", "")) for part in text.split(",")]
+    except ValueError:
+        raise Refusal(
+            f"--length takes whole numbers, several with commas; got {text!r}. Write 4096 or 512,4096."
+        ) from None
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    names = ("float64", "float32", "bfloat16", "float16")
+    if name not in names:
+        raise Refusal(f"a dtype is one of {', '.join(names)}; got {name!r}. Choose one.")
+    return getattr(torch, name)
+
+
+def _table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, box=box.SIMPLE_HEAD)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)

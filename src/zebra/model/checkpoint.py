@@ -1,0 +1,195 @@
+"""A checkpoint's files: whole or refused when they are read, whole or absent when they are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from zebra import records
+from zebra.model.families import host_class, layout, route, stripes_of
+from zebra.refusal import Refusal
+
+
+def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The config of a checkpoint on disk or in the hub's cache.
+
+    Raises:
+        Refusal: no checkpoint there, a broken config.json, a family without a route, or a config whose stripes its
+            own class would ignore while its cache obeys them (`generate` would be silently wrong).
+    """
+    where = Path(path)
+    if where.exists() and not (where / "config.json").is_file():
+        raise Refusal(f"{path} is not a checkpoint: it has no config.json. Give a directory that transformers saved.")
+    if not where.exists() and (where.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
+        raise Refusal(f"there is no checkpoint at {path}. Give the path of a directory that transformers saved.")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Refusal(f"the config of {path} cannot be read: {first_line(error)}") from None
+    route(config)
+    if getattr(config, "layer_types", None) is not None and config.model_type in ("llama", "mistral"):
+        raise Refusal(
+            f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
+            "Remove layer_types from its config.json, then run `zebra convert`."
+        )
+    return config
+
+
+def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        Refusal: there is none, or it makes ids that the model has no embedding for.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        largest = max(tokenizer.get_vocab().values())
+    except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
+        raise Refusal(f"the tokenizer of {path} cannot be read: {first_line(error)}") from None
+    if largest >= config.vocab_size:
+        raise Refusal(
+            f"the tokenizer of {path} makes ids up to {largest}, but the model has {config.vocab_size} embeddings. "
+            "Use the tokenizer that the model was trained with."
+        )
+    return tokenizer
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides which tokens a text becomes."""
+    definition = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+    return hashlib.sha256("\0".join(definition).encode()).hexdigest()
+
+
+def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> list[Path]:
+    """The weight files of a checkpoint on disk, after reading their headers.
+
+    Raises:
+        Refusal: no weights, a missing, corrupt or truncated shard, tensors that are missing or of another shape than
+            the config says.
+    """
+    where = Path(path)
+    index = next(iter(sorted(where.glob("*.safetensors.index.json")) + sorted(where.glob("*.bin.index.json"))), None)
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index else None
+    except (ValueError, KeyError, AttributeError):
+        raise Refusal(f"{index} is not an index of shards. Copy it from the source again.") from None
+    if names is None:
+        names = {p.name for p in where.glob("model.safetensors")} or {p.name for p in where.glob("pytorch_model.bin")}
+    if not names:
+        raise Refusal(f"{path} has no weights: neither model.safetensors nor an index of shards. Copy them there.")
+    files = [where / name for name in sorted(names)]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise Refusal(f"{path} lacks the shards {', '.join(absent)} that its index names. Copy them there.")
+    if all(file.suffix == ".safetensors" for file in files):
+        _check_shapes(path, config, files)
+    return files
+
+
+def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, files: list[Path]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise Refusal(f"{file} is corrupt or truncated: {first_line(error)}. Copy it again.") from None
+    with torch.device("meta"):
+        model = host_class(config)(config)
+    # Of two tied tensors either may be the one that was saved.
+    twins = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
+    twins |= {second: first for first, second in twins.items()}
+    for name, tensor in model.state_dict().items():
+        if name in shapes and shapes[name] != tuple(tensor.shape):
+            raise Refusal(
+                f"{path}: config.json asks for {name} of shape {tuple(tensor.shape)}, the weights have {shapes[name]}. "
+                "Config and weights are of different models."
+            )
+        if name not in shapes and twins.get(name) not in shapes:
+            raise Refusal(
+                f"{path}: the weights lack {name}, which config.json asks for. "
+                "Config and weights are of different models, or a shard is gone."
+            )
+
+
+def copy_companions(source: Path, target: Path, weights: Sequence[Path]) -> None:
+    """Copy what stands beside a checkpoint's weights: the tokenizer, the generation config, the index of shards."""
+    leave = {"config.json", "zebra.json", *(file.name for file in weights)}
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name not in leave:
+            shutil.copyfile(file, target / file.name)
+
+
+class staged:
+    """A context whose directory becomes `target` by one rename when its body ends well, and vanishes otherwise.
+
+    Raises:
+        Refusal: the target exists and is not an empty directory.
+    """
+
+    def __init__(self, target: str | os.PathLike[str]):
+        self.target = Path(target)
+        self.aside = self.target.with_name(f".{self.target.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> Path:
+        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
+            raise Refusal(f"the target {self.target} exists already. Name another, or remove it first.")
+        self.aside.mkdir(parents=True)
+        return self.aside
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            os.replace(self.aside, self.target)
+        else:
+            shutil.rmtree(self.aside, ignore_errors=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link where the file system allows one, a copy elsewhere."""
+    real = source.resolve()  # the hub's cache holds symbolic links
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copyfile(real, target)
+
+
+def write_config(config: PreTrainedConfig, where: Path) -> None:
+    """Write config.json with every field of its class, defaults too: another version's defaults may differ."""
+    own = {f.name for f in fields(type(config))} - {f.name for f in fields(PreTrainedConfig)}
+    whole = config.to_dict()
+    written = config.to_diff_dict() | {name: whole[name] for name in own if name in whole}
+    written.pop("_name_or_path", None)
+    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
+    (where / "config.json").write_text(text, encoding="utf-8")
+
+
+def write_card(where: Path, config: PreTrainedConfig, *, source: Path, **more: Any) -> None:
+    """Write zebra.json: the layout, where it came from, and with which versions."""
+    stripes = stripes_of(config)
+    card = {
+        "layout": layout(config),
+        "window": stripes.window if stripes else None,
+        "window_counts": "keys that a query sees, its own included: 0 <= i - j < window",
+        "layer_types": getattr(config, "layer_types", None),
+        "source": str(source),
+        "source_config_sha256": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
+        "versions": records.versions(),
+        "commit": records.commit(),
+        **more,
+    }
+    (where / "zebra.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, without its advice."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,163 @@
+"""Recipes: one YAML file is one experiment. An unknown key is an error, a contradiction is refused before any work."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from zebra.refusal import Refusal
+from zebra.stripes import Stripes
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextSource(_Section):
+    """Text files and how they become documents."""
+
+    files: list[str] = Field(min_length=1, description="files, folders and globs, relative to the working directory")
+    separator: str | None = Field(None, description="splits a file into documents; a file is one document without it")
+    join: bool = Field(False, description="join documents into long ones; otherwise packed documents are kept apart")
+    append_eos: bool = Field(False, description="put the end-of-text token after each document")
+
+
+class Data(TextSource):
+    """The training text."""
+
+    cache: str | None = Field(None, description="folder of the token cache; the user's cache folder where absent")
+
+
+class Training(_Section):
+    """Rows, steps and the optimiser (AdamW)."""
+
+    length: int = Field(ge=2, description="tokens in a row")
+    steps: int = Field(ge=1, description="optimiser steps")
+    rows_per_step: int = Field(1, ge=1, description="rows of one forward pass on one device")
+    accumulate: int = Field(1, ge=1, description="forward passes of one optimiser step")
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16 is autocast, weights stay float32"
+    )
+    activation_checkpointing: bool = Field(False, description="compute activations again in the backward")
+    seed: int = 0
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=2, description="at least 2, so that a kill inside a save leaves a whole one")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        if self.save_every % self.log_every:
+            raise ValueError(
+                f"save_every ({self.save_every}) is a multiple of log_every ({self.log_every}), "
+                "so that a resumed run logs the same losses; change one of them"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is at most steps ({self.steps}); lower it")
+        return self
+
+
+class Evaluation(TextSource):
+    """Perplexity by position before, during and after."""
+
+    length: int = Field(ge=2, description="tokens of context")
+    convention: Literal["disjoint", "strided", "truncated"] = "disjoint"
+    every: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
+
+
+class AdaptRecipe(_Section):
+    """Long-context adaptation (LCAT): a checkpoint, its new layout, the text, the training and the measuring."""
+
+    run: str = Field(description="the run's directory")
+    model: str = Field(description="the checkpoint to adapt")
+    stripes: str | None = Field(
+        None, description="the layout to adapt to, such as GLLL:512; the checkpoint's own without it"
+    )
+    data: Data
+    train: Training
+    evaluate: Evaluation | None = None
+
+    @field_validator("stripes")
+    @classmethod
+    def _notation(cls, stripes: str | None) -> str | None:
+        return None if stripes is None else str(Stripes.parse(stripes))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdaptRecipe:
+        every = self.evaluate.every if self.evaluate else None
+        if every is not None and every > self.train.steps:
+            raise ValueError(f"evaluate.every ({every}) is at most train.steps ({self.train.steps}); lower it")
+        return self
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence[str] = ()) -> R:
+    """Read a recipe and apply overrides `a.b=value`, whose values are YAML.
+
+    Raises:
+        Refusal: no file, no YAML, an unknown key (with the nearest known one), a wrong value, a contradiction.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refusal(f"the recipe {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refusal(f"the recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise Refusal(f"the recipe {path} is not a table of keys and values. See recipes/ for examples.")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise Refusal(f"{path}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name.strip():
+        raise Refusal(f"an override is written a.b=value; got {override!r}. Write for example train.steps=100.")
+    *parents, last = name.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise Refusal(f"the override {override!r} goes below {parent}, which is a value. See the recipe's keys.")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise Refusal(f"the value of the override {override!r} is not YAML. Quote it.") from None
+
+
+def _say(problem: Any, kind: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _known(kind), n=1)
+        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "; see recipes/ for the known keys.")
+    if problem["type"] == "missing":
+        return f"the key {where} is missing; add it."
+    given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{where}: {message}{given}." if where else f"{message}."
+
+
+def _known(kind: type[BaseModel]) -> list[str]:
+    names: list[str] = []
+    for name, info in kind.model_fields.items():
+        names.append(name)
+        for inner in [info.annotation, *getattr(info.annotation, "__args__", ())]:
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                names += _known(inner)
+    return names

@@ -1,0 +1,201 @@
+"""The Hugging Face Trainer, as adaptation uses it: its loss, its evaluation, its checkpoints, its bar.
+
+Nothing of the Trainer is replaced but `evaluate`, which measures by position. The loss goes in by `compute_loss_func`,
+so that accumulation, DDP and token counting stay the Trainer's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from zebra.data.corpus import Corpus
+from zebra.data.packing import Rows
+from zebra.evaluate.perplexity import perplexity
+from zebra.model.loss import summed_loss, without_logits
+from zebra.progress import bar, console
+from zebra.refusal import Refusal
+from zebra.train.recipe import AdaptRecipe, Evaluation
+
+COMPLETE = "COMPLETE"
+"""The mark that a checkpoint is whole, written last."""
+
+
+def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpus | None, checkpoints: Path) -> bool:
+    """Train a model by a recipe, from the newest whole checkpoint where there is one.
+
+    Returns:
+        Whether this process is the one that writes results.
+
+    Raises:
+        Refusal: one process that sees several GPUs.
+    """
+    arguments = _arguments(recipe, checkpoints)
+    if arguments.n_gpu > 1:
+        raise Refusal(
+            f"one process sees {arguments.n_gpu} GPUs. Start one process for each with "
+            "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
+        )
+    head = model.get_output_embeddings()
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        total = summed_loss(outputs.hidden_states[-1], head.weight, labels)
+        return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
+
+    with bar("adapting", recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
+        trainer = _AdaptTrainer(
+            evaluation=recipe.evaluate,
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            data_collator=_collate,
+            compute_loss_func=loss,
+            callbacks=[_Mark(), _Show(advance, tokens_per_step(recipe))],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=_newest_complete(checkpoints))
+    trainer.accelerator.wait_for_everyone()
+    return trainer.is_world_process_zero()
+
+
+def tokens_per_step(recipe: AdaptRecipe) -> int:
+    """Tokens of one optimiser step, over all processes."""
+    train = recipe.train
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return train.length * train.rows_per_step * train.accumulate * processes
+
+
+def _arguments(recipe: AdaptRecipe, checkpoints: Path) -> TrainingArguments:
+    train = recipe.train
+    every = recipe.evaluate.every if recipe.evaluate else None
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=train.steps,
+        per_device_train_batch_size=train.rows_per_step,
+        gradient_accumulation_steps=train.accumulate,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_steps,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        max_grad_norm=train.max_grad_norm,
+        bf16=train.precision == "bfloat16",
+        seed=train.seed,
+        data_seed=train.seed,
+        logging_steps=train.log_every,
+        save_steps=train.save_every,
+        save_total_limit=train.keep_checkpoints,
+        eval_strategy="steps" if every else "no",
+        eval_steps=every,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **_recompute(train.activation_checkpointing),
+    )
+
+
+def _recompute(wanted: bool) -> dict[str, Any]:
+    """Transformers after 5.17 calls gradient checkpointing by its other name."""
+    known = {f.name for f in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | without_logits()
+
+
+class _AdaptTrainer(Trainer):
+    """The Trainer, whose evaluation is the perplexity by position."""
+
+    def __init__(self, *, evaluation: Evaluation | None, **arguments: Any):
+        super().__init__(**arguments)
+        self.evaluation = evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the held-out text; the scores go into the Trainer's history, and so into its checkpoints."""
+        assert self.evaluation is not None
+        asked = self.evaluation
+        scores = perplexity(
+            self.model, self.eval_dataset, length=asked.length, convention=asked.convention, seed=self.args.seed
+        )
+        self.log({"by_position": [asdict(score) for score in scores]})
+        metrics = {"eval_perplexity": scores[-1].perplexity}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Mark(TrainerCallback):
+    """Marks a checkpoint when all of it is written: the Trainer writes in place, so a kill leaves broken ones."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        args.distributed_state.wait_for_everyone()
+        if state.is_world_process_zero:
+            where = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            for file in where.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            (where / COMPLETE).touch()
+
+
+class _Show(TrainerCallback):
+    """Feeds the bar; without a terminal, a line for each log."""
+
+    def __init__(self, advance: Callable[..., None], step_tokens: int):
+        self.advance, self.step_tokens = advance, step_tokens
+        self.started = time.perf_counter()
+        self.first = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.started, self.first = time.perf_counter(), state.global_step
+        self.advance(state.global_step * self.step_tokens)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.advance(self.step_tokens)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self.advance(note=f"step {state.global_step}, loss {logs['loss']:.3f}")
+            if not console.is_terminal:
+                done = (state.global_step - self.first) * self.step_tokens
+                rate = done / (time.perf_counter() - self.started)
+                console.print(
+                    f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, {rate:,.0f} tokens/s, "
+                    f"{(state.max_steps - state.global_step) * self.step_tokens / rate:,.0f} s left"
+                )
+        if "by_position" in logs:
+            text = ", ".join(f"to {s['position_to']}: {s['perplexity']:.2f}" for s in logs["by_position"][:-1])
+            console.print(f"step {state.global_step}: perplexity by position {text}")
+
+
+def _newest_complete(checkpoints: Path) -> str | None:
+    """The newest whole checkpoint; broken ones, from a kill inside a save, are removed."""
+    if not checkpoints.is_dir():
+        return None
+    for found in checkpoints.glob("checkpoint-*"):
+        if not (found / COMPLETE).exists():
+            shutil.rmtree(found)
+    return get_last_checkpoint(str(checkpoints))
