@@ -84,8 +84,9 @@ def load(
         config = striped(config, Stripes.parse(stripes) if isinstance(stripes, str) else stripes)
     if Path(path).exists():
         check_weights(path, config)
+    host: Any = host_class(config)
     try:
-        model, info = _with_striped_cache(host_class(config)).from_pretrained(
+        model, info = _with_striped_cache(host).from_pretrained(
             path, config=config, attn_implementation=NAME, output_loading_info=True, **from_pretrained_arguments
         )
     except (OSError, SafetensorError) as error:

@@ -100,6 +100,7 @@ def _arguments(recipe: AdaptRecipe, checkpoints: Path) -> TrainingArguments:
         adam_beta2=train.betas[1],
         max_grad_norm=train.max_grad_norm,
         bf16=train.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
         seed=train.seed,
         data_seed=train.seed,
         logging_steps=train.log_every,

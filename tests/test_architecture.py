@@ -1,0 +1,119 @@
+"""Imports point one way, and the front door is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "src" / "zebra"
+
+RANKS = {
+    "refusal": -1,
+    "progress": -1,
+    "stripes": 0,
+    "masks": 0,
+    "records": 0,
+    "kernels": 1,
+    "data": 1,
+    "model": 2,
+    "evaluate": 3,
+    "train": 4,
+    "bench": 4,
+    "doctor": 5,
+    "report": 5,
+    "cli": 6,
+    "__main__": 7,
+    "__init__": 7,
+}
+STANDARD_LIBRARY_ONLY = {"refusal", "stripes", "masks", "records"}
+MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate"}
+
+
+def room(module: Path) -> str:
+    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(module: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: str(m.relative_to(PACKAGE)))
+def test_imports_point_to_lower_ranks_or_the_own_folder(module: Path) -> None:
+    mine = room(module)
+    assert mine in RANKS, f"{mine} has no rank; give it one here and in docs/architecture.md"
+    for name in imports(module):
+        parts = name.split(".")
+        if parts[0] != "zebra" or len(parts) == 1:
+            continue
+        theirs = parts[1] if parts[1] in RANKS else "stripes"  # `from zebra import Stripes, __version__`
+        if theirs != mine:
+            assert RANKS[theirs] < RANKS[mine], f"{module.name} (rank {RANKS[mine]}) imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: str(m.relative_to(PACKAGE)))
+def test_rooms_import_only_what_they_may(module: Path) -> None:
+    outside = {name.split(".")[0] for name in imports(module)} - {"zebra", "__future__"}
+    if room(module) in STANDARD_LIBRARY_ONLY:
+        assert outside <= sys.stdlib_module_names, outside
+    if room(module) not in MAY_IMPORT_TRANSFORMERS and room(module) != "cli":
+        assert "transformers" not in outside
+    assert not outside & {"trl", "datasets", "lm_eval", "peft"}
+
+
+@pytest.mark.parametrize("banned", ["utils.py", "base.py", "common.py", "helpers.py"])
+def test_no_drawer_for_everything(banned: str) -> None:
+    assert not list(PACKAGE.rglob(banned))
+
+
+HEAVY = ("torch", "transformers", "numpy", "matplotlib", "accelerate")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import zebra; zebra.Stripes.parse('GLLL:512')",
+        "import sys; sys.argv = ['zebra', '--help']\ntry:\n    from zebra.cli import main; main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['zebra', 'adapt', '--help']\n"
+        "try:\n    from zebra.cli import main; main()\nexcept SystemExit: pass",
+    ],
+    ids=["import", "help", "help of a verb"],
+)
+def test_the_front_door_loads_nothing_heavy(code: str) -> None:
+    code += f"\nimport sys; print('LOADED', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "LOADED []", done.stdout + done.stderr
+
+
+def test_public_names_are_there() -> None:
+    import zebra
+
+    for name in zebra.__all__:
+        assert getattr(zebra, name) is not None
+    with pytest.raises(AttributeError, match="no attribute"):
+        _ = zebra.nothing
+
+
+def test_only_the_attention_module_registers_with_transformers() -> None:
+    code = (
+        "import zebra.kernels, zebra.model.cache, zebra.model.families, zebra.model.loss\n"
+        "from transformers import AttentionInterface\n"
+        "print('zebra' in AttentionInterface._global_mapping)\n"
+        "import zebra.model.attention\n"
+        "print('zebra' in AttentionInterface._global_mapping)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "True"], done.stderr

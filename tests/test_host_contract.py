@@ -1,0 +1,220 @@
+"""What we rely on in transformers, one test for each behaviour, over the family table.
+
+A test that fails here says which promise of the host has changed, before anything of ours is blamed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_config, tiny_model
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask
+
+import zebra
+from zebra.model import attention
+from zebra.model.attention import HARMLESS, NAME, zebra_attention
+from zebra.model.families import ROUTES, host_class, striped
+from zebra.stripes import Stripes
+
+LAYOUT = "GLLL:9"
+WINDOW = 9
+EVERY_FAMILY = sorted(ROUTES)
+
+
+def tiny(family: str) -> Any:
+    """A tiny striped model of the family's target class, with random weights."""
+    if family == "cwm":
+        config = striped(tiny_config("llama"), Stripes.parse(LAYOUT))
+    else:
+        config = striped(tiny_config(family), Stripes.parse(LAYOUT))
+    torch.manual_seed(7)
+    return host_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32).eval()
+
+
+IDS = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+
+KNOWN = {
+    name
+    for name, parameter in inspect.signature(zebra_attention).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+} | HARMLESS
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What reaches the registered function: positional count and keywords of every call."""
+    calls: list[dict[str, Any]] = []
+
+    def spy(module: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append({"module": module, "args": args, **kwargs})
+        return zebra_attention(module, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, spy)
+    return calls
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_no_unknown_argument_reaches_attention(family: str, heard: list[dict[str, Any]]) -> None:
+    model = tiny(family)
+    model(IDS, labels=IDS, use_cache=False, output_hidden_states=True, num_items_in_batch=3).loss.backward()
+    model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, num_beams=2, do_sample=False)
+    assert heard
+    unknown = {name for call in heard for name, value in call.items() if value is not None} - KNOWN
+    assert unknown - {"module", "args", "output_attentions"} == set()
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_an_unknown_argument_is_refused_by_name(family: str) -> None:
+    with pytest.raises(NotImplementedError, match="does not know the argument s_aux"):
+        tiny(family)(IDS, s_aux=torch.zeros(4))
+    tiny(family)(IDS, s_aux=None)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_attention_weights_are_refused(family: str) -> None:
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        tiny(family)(IDS, output_attentions=True)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_attention_dropout_in_training_is_refused(family: str) -> None:
+    model = tiny(family)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    model.eval()(IDS)
+    with pytest.raises(NotImplementedError, match="dropout"):
+        model.train()(IDS)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_the_decoder_hands_down_positions_window_scale_and_rotated_keys(family: str, heard: list[dict[str, Any]]) -> None:
+    model = tiny(family)
+    positions = torch.arange(40)[None] + 5
+    model(IDS, position_ids=positions, use_cache=False)
+    kinds = Stripes.parse(LAYOUT).layer_types(5)
+    assert [call["sliding_window"] for call in heard] == [None if k == "full_attention" else WINDOW for k in kinds]
+    for call in heard:
+        assert call["position_ids"].tolist() == positions.tolist()
+        assert call["scaling"] == pytest.approx(8**-0.5)
+        query, key, value, mask = call["args"]
+        assert query.shape == (2, 4, 40, 8)
+        assert key.shape == value.shape == (2, 2, 40, 8)
+        assert mask is None
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_the_mask_function_is_asked_once_for_each_kind_of_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def spy(**kwargs: Any) -> Any:
+        asked.append(kwargs)
+        return attention.zebra_mask(**kwargs)
+
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, spy)
+    mask = torch.ones_like(IDS)
+    mask[1, :5] = 0
+    model = tiny(family)
+    model(IDS, attention_mask=mask, use_cache=False)
+    assert len(asked) == 2
+    for call in asked:
+        assert (call["batch_size"], call["q_length"], call["kv_length"], call["q_offset"]) == (2, 40, 40, 0)
+        assert call["attention_mask"].dtype == torch.bool
+
+
+def test_attention_registered_without_its_mask_function_loses_the_padding() -> None:
+    """Why the two are registered together."""
+    AttentionInterface.register("contract_alone", zebra_attention)
+    config = tiny_config("llama")
+    config._attn_implementation = "contract_alone"
+    mask = torch.ones(1, 4)
+    mask[0, 0] = 0
+    arguments = {"inputs_embeds": torch.zeros(1, 4, 32), "attention_mask": mask, "past_key_values": None}
+    assert create_causal_mask(config=config, **arguments) is None
+    config._attn_implementation = NAME
+    assert create_causal_mask(config=config, **arguments) is not None
+
+
+def test_the_hosts_window_counts_the_query_itself() -> None:
+    config = tiny_config("mistral", sliding_window=3)
+    config._attn_implementation = "eager"
+    made = create_sliding_window_causal_mask(
+        config=config, inputs_embeds=torch.zeros(1, 6, 32), attention_mask=None, past_key_values=None
+    )
+    assert (made[0, 0] == 0).sum(dim=-1).tolist() == [1, 2, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_source_class_ignores_layer_types_or_is_its_own_target(
+    family: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The reason for each route: where it leads to another class, the source's own would not stripe."""
+    config = AutoConfig.from_pretrained(checkpoints(family))
+    takes_layer_types = "layer_types" in inspect.signature(type(config)).parameters
+    assert takes_layer_types == (ROUTES[family].target == family)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_config_fields_survive_json(family: str) -> None:
+    config = tiny(family).config
+    again = type(config)(**config.to_dict())
+    assert again.layer_types == config.layer_types == list(Stripes.parse(LAYOUT).layer_types(5))
+    assert again.sliding_window == WINDOW
+
+
+def test_cwm_brings_its_own_defaults_where_a_field_is_not_written() -> None:
+    """Why every field is written out."""
+    bare = AutoConfig.for_model("cwm", num_hidden_layers=5)
+    assert bare.eos_token_id == [128001, 128008, 128009]
+    assert bare.rope_parameters["rope_type"] == "llama3"
+
+
+def test_the_hosts_local_cache_shows_window_less_one_and_holds_the_prefill() -> None:
+    """Why the cache is trimmed. When this fails, the host has mended it and `TrimmedSlidingLayer` can go."""
+    model = tiny("llama")
+    cache = DynamicCache(config=model.config)
+    long = torch.randint(3, 97, (1, 200))
+    model(long, past_key_values=cache, use_cache=True)
+    local = cache.layers[1]
+    assert local.keys.shape[-2] == WINDOW - 1
+    assert local.keys.untyped_storage().nbytes() >= 200 * local.keys[0, :, 0].numel() * 4
+
+
+def test_the_hosts_masks_let_packed_documents_leak_with_a_cache() -> None:
+    """Why documents are taken from the positions in our function."""
+    model = tiny_model("llama")
+    positions = torch.cat([torch.arange(20), torch.arange(20)])[None]
+    alone = model(IDS[:1, 20:], use_cache=False).logits
+    packed = model(IDS[:1], position_ids=positions, use_cache=True).logits[:, 20:]
+    assert (packed - alone).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_no_logits_and_the_last_hidden_state_is_what_the_head_takes(family: str) -> None:
+    model = tiny(family)
+    nothing = model(IDS, logits_to_keep=torch.zeros(0, dtype=torch.long), output_hidden_states=True, use_cache=False)
+    assert nothing.logits.shape == (2, 0, 97)
+    wanted = model(IDS, use_cache=False).logits
+    assert torch.equal(model.get_output_embeddings()(nothing.hidden_states[-1]), wanted)
+
+
+def test_generate_makes_its_own_cache_only_where_none_is_given(checkpoints: Callable[..., Path]) -> None:
+    model = zebra.load(checkpoints("qwen3"), stripes=LAYOUT)
+    mine = DynamicCache(config=model.config)
+    out = model.generate(
+        IDS, attention_mask=torch.ones_like(IDS), past_key_values=mine, max_new_tokens=2, return_dict_in_generate=True
+    )
+    assert out.past_key_values is mine
+
+
+def test_the_trainer_counts_tokens_for_our_loss_and_calls_back_after_a_save() -> None:
+    parameters = inspect.signature(Trainer.__init__).parameters
+    assert "compute_loss_func" in parameters
+    source = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert source.index("self._save_checkpoint") < source.index("on_save")
+    assert "average_tokens_across_devices" in inspect.signature(TrainingArguments.__init__).parameters

@@ -1,0 +1,286 @@
+"""Loading and converting: what stays the host's, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import STORIES, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import zebra
+from zebra import Refusal, Stripes
+from zebra.model.cache import StripedCache
+from zebra.model.checkpoint import load_tokenizer, read_config
+from zebra.model.families import layout, striped, stripes_of
+
+IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
+
+
+def tree(where: Path) -> set[str]:
+    return {str(p.relative_to(where)) for p in where.rglob("*")}
+
+
+def test_load_gives_the_hosts_own_class_with_our_attention_and_cache(checkpoints: Callable[..., Path]) -> None:
+    from transformers.models.cwm.modeling_cwm import CwmForCausalLM
+
+    model = zebra.load(checkpoints("llama"), stripes=Stripes.parse("GLLL:9"))
+    assert isinstance(model, CwmForCausalLM)
+    assert type(model).__name__ == "CwmForCausalLM"
+    assert model.config._attn_implementation == "zebra"
+    assert layout(model.config) == "GLLL:9"
+    out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=5, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, StripedCache)
+
+
+def test_load_without_stripes_equals_plain_transformers(checkpoints: Callable[..., Path]) -> None:
+    path = checkpoints("mistral", sliding_window=8)
+    plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    ours = zebra.load(path)
+    assert layout(ours.config) == "L:8"
+    assert torch.allclose(ours(IDS).logits, plain(IDS).logits, atol=1e-4)
+
+
+def test_load_hands_arguments_on(checkpoints: Callable[..., Path]) -> None:
+    assert zebra.load(checkpoints("qwen2"), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_loading_leaves_nothing_of_ours_in_the_config(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    model = zebra.load(checkpoints("qwen3"), stripes="GL:7")
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / "config.json").read_text()
+    assert "zebra" not in written
+    assert json.loads(written)["architectures"] == ["Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["stories260K"])
+def test_convert_changes_the_config_alone(tmp_path: Path, name: str) -> None:
+    made = zebra.convert(STORIES, tmp_path / "out", "GLLL:129")
+    weights = made / "model.safetensors"
+    assert weights.samefile(STORIES / "model.safetensors") or weights.read_bytes() == (
+        STORIES / "model.safetensors"
+    ).read_bytes()
+    assert tree(made) == tree(STORIES) | {"zebra.json"}
+    for file in tree(STORIES) - {"config.json"}:
+        assert (made / file).read_bytes() == (STORIES / file).read_bytes()
+    source, target = (json.loads((p / "config.json").read_text()) for p in (STORIES, made))
+    changed = {key for key in source.keys() | target.keys() if source.get(key) != target.get(key)}
+    assert changed <= {
+        "architectures",
+        "model_type",
+        "layer_types",
+        "sliding_window",
+        "attention_bias",
+        "transformers_version",
+    }
+    card = json.loads((made / "zebra.json").read_text())
+    assert card["layout"] == "GLLL:129"
+    assert card["window"] == 129
+    assert card["versions"]["transformers"]
+    assert AutoTokenizer.from_pretrained(made)("Once")["input_ids"]
+
+
+def test_convert_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    made = zebra.convert(STORIES, tmp_path / "out", "GL:9") / "model.safetensors"
+    assert made.read_bytes() == (STORIES / "model.safetensors").read_bytes()
+    assert made.stat().st_nlink == 1
+
+
+def test_convert_follows_symbolic_links(tmp_path: Path) -> None:
+    """The hub's cache is a directory of links to blobs."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in STORIES.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    made = zebra.convert(snapshot, tmp_path / "out", "GL:9")
+    assert not any(file.is_symlink() for file in made.iterdir())
+
+
+def test_convert_of_a_sharded_checkpoint(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    shards = sorted(p.name for p in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(shards) > 2
+    made = zebra.convert(tmp_path / "sharded", tmp_path / "out", "GL:9")
+    assert sorted(p.name for p in made.glob("*.safetensors")) == shards
+    zebra.load(made)
+    (tmp_path / "sharded" / shards[1]).unlink()
+    with pytest.raises(Refusal, match=f"lacks the shards {shards[1]}"):
+        zebra.convert(tmp_path / "sharded", tmp_path / "out2", "GL:9")
+
+
+def test_a_converted_checkpoint_can_be_striped_anew(tmp_path: Path) -> None:
+    zebra.convert(STORIES, tmp_path / "one", "GLLL:129")
+    zebra.convert(tmp_path / "one", tmp_path / "two", "0,3:65")
+    assert layout(read_config(tmp_path / "two")) == "GLL:65"  # the shorter name of 0,3 in five layers
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_stripes_of_reads_back_what_striped_wrote(family: str) -> None:
+    for notation in ("GLLL:9", "LG:3", "1:7", "L:5"):
+        made = striped(tiny_config(family), Stripes.parse(notation))
+        found = stripes_of(made)
+        assert found is not None
+        assert found.layer_types(5) == Stripes.parse(notation).layer_types(5)
+        assert found.window == Stripes.parse(notation).window
+
+
+def test_rope_and_tying_are_carried_over(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e4,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = tiny_model("llama", rope_parameters=rope, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "source")
+    zebra.convert(tmp_path / "source", tmp_path / "out", "GL:20")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert made.config.rope_parameters == rope
+    assert torch.equal(made(IDS[:, :20]).logits, model(IDS[:, :20]).logits)
+
+
+def test_a_raw_config_of_llama_2_without_newer_fields_converts(tmp_path: Path, stories: Path) -> None:
+    config = json.loads((stories / "config.json").read_text())
+    for newer in ("head_dim", "attention_bias", "mlp_bias", "rope_parameters", "num_key_value_heads"):
+        config.pop(newer)
+    config |= {"rope_theta": 10000.0, "rope_scaling": None, "num_key_value_heads": 4, "torch_dtype": "float32"}
+    (stories / "config.json").write_text(json.dumps(config))
+    zebra.convert(stories, tmp_path / "out", "GLLL:16")
+    assert all(check.passed for check in zebra.verify(tmp_path / "out", against=stories))
+
+
+# What bad input gets
+
+
+def refused(match: str) -> "pytest.RaisesExc[Refusal]":
+    return pytest.raises(Refusal, match=match)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "./nowhere/at/all", "/nowhere"])
+def test_a_missing_checkpoint(path: str) -> None:
+    with refused("there is no checkpoint at"):
+        zebra.load(path)
+
+
+def test_a_directory_without_a_config(tmp_path: Path) -> None:
+    with refused("no config.json"):
+        zebra.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "nonsense"}', "{}"])
+def test_a_corrupt_config(stories: Path, content: str) -> None:
+    (stories / "config.json").write_text(content)
+    with refused("cannot be read|no route"):
+        zebra.load(stories)
+
+
+def test_a_truncated_shard(stories: Path, tmp_path: Path) -> None:
+    weights = stories / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    for act in (lambda: zebra.load(stories), lambda: zebra.convert(stories, tmp_path / "out", "GL:9")):
+        with refused("corrupt or truncated"):
+            act()
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_model(stories: Path, checkpoints: Callable[..., Path]) -> None:
+    (stories / "model.safetensors").write_bytes((checkpoints("llama") / "model.safetensors").read_bytes())
+    with refused("Config and weights are of different models"):
+        zebra.load(stories)
+
+
+def test_a_missing_tensor_is_never_made_up(stories: Path) -> None:
+    tensors = load_file(stories / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, stories / "model.safetensors", metadata={"format": "pt"})
+    with refused(r"lack model\.layers\.2\.mlp\.up_proj\.weight"):
+        zebra.load(stories)
+
+
+def test_no_weights_at_all(stories: Path) -> None:
+    (stories / "model.safetensors").unlink()
+    with refused("has no weights"):
+        zebra.load(stories)
+
+
+def test_a_family_without_a_route(tmp_path: Path) -> None:
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
+    with refused("no route for the family 'gpt2'; routes exist for llama, mistral"):
+        zebra.load(tmp_path)
+
+
+def test_llama_with_attention_bias(checkpoints: Callable[..., Path]) -> None:
+    with refused("biases in its attention projections"):
+        zebra.load(checkpoints("llama", attention_bias=True), stripes="GL:9")
+
+
+def test_llama_with_layer_types_is_a_trap(stories: Path) -> None:
+    config = json.loads((stories / "config.json").read_text())
+    config |= {"layer_types": ["full_attention"] * 5, "sliding_window": 9}
+    (stories / "config.json").write_text(json.dumps(config))
+    with refused("ignores while its cache obeys"):
+        zebra.load(stories)
+
+
+def test_a_layer_beyond_the_model() -> None:
+    with refused("names layer 9, but the model has 5 layers"):
+        zebra.load(STORIES, stripes="0,9:16")
+
+
+def test_source_and_target_the_same(stories: Path) -> None:
+    before = tree(stories)
+    with refused("same directory"):
+        zebra.convert(stories, stories, "GL:9")
+    assert tree(stories) == before
+
+
+def test_a_target_that_exists(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with refused("exists already"):
+        zebra.convert(STORIES, tmp_path / "out", "GL:9")
+    assert tree(tmp_path) == {"out", "out/mine.txt"}
+
+
+def test_a_failure_in_the_middle_leaves_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("zebra.model.hosts.write_card", fail)
+    with pytest.raises(OSError, match="No space"):
+        zebra.convert(STORIES, tmp_path / "out", "GL:9")
+    assert tree(tmp_path) == set()
+
+
+def test_arguments_that_contradict() -> None:
+    with refused("attn_implementation"):
+        zebra.load(STORIES, attn_implementation="sdpa")
+    with refused("self_extend must be None"):
+        zebra.load(STORIES, self_extend="8:256")
+
+
+def test_a_tokenizer_that_does_not_match(stories: Path) -> None:
+    config = read_config(stories)
+    config.vocab_size = 300
+    with refused("makes ids up to 511, but the model has 300 embeddings"):
+        load_tokenizer(stories, config)
+    (stories / "tokenizer.json").write_text("{")
+    with refused("cannot be read"):
+        load_tokenizer(stories, read_config(stories))
+
+
+def test_a_4d_mask_is_refused(checkpoints: Callable[..., Path]) -> None:
+    model = zebra.load(checkpoints("llama"), stripes="GL:9")
+    with pytest.raises(ValueError, match="2-D attention_mask"):
+        model(IDS, attention_mask=torch.ones(1, 1, 30, 30).tril())

@@ -1,0 +1,194 @@
+"""The laws of docs/architecture.md over families and kernels: float32 here, bfloat16 too in `make test-full`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from torch import Tensor
+
+import zebra
+from zebra import kernels
+from zebra.model.cache import StripedCache
+
+WINDOW = 9
+LAYOUT = f"GLLL:{WINDOW}"
+# bfloat16 rounds every layer's sum: what is allowed there is what two kernels differ by, not what a bug would.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)]
+KERNELS = ["reference", "banded", "table"]
+
+pytestmark = [
+    pytest.mark.parametrize("family", FAMILIES),
+    pytest.mark.parametrize("kernel", KERNELS),
+    pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def _by_kernel(kernel: str) -> Iterator[None]:
+    """Every attention in the test runs by one kernel, or by the table's choice."""
+    with contextlib.nullcontext() if kernel == "table" else kernels.only(kernel):
+        yield
+
+
+@pytest.fixture
+def model(family: str, dtype: torch.dtype, checkpoints: Callable[..., Path]) -> Any:
+    return zebra.load(checkpoints(family), stripes=LAYOUT, dtype=dtype)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
+    return model(ids, **({"use_cache": False} | arguments)).logits
+
+
+def agree(found: Tensor, wanted: Tensor) -> None:
+    assert found.shape == wanted.shape
+    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    assert difference <= TOLERANCE[found.dtype], difference
+
+
+def differ(found: Tensor, wanted: Tensor) -> None:
+    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    assert difference > 10 * TOLERANCE[torch.float32], f"{difference}: the test would not see a difference"
+
+
+def test_law_1_a_window_as_long_as_the_text_is_global(model: Any, family: str, dtype: Any, checkpoints: Any) -> None:
+    dense = zebra.load(checkpoints(family), dtype=dtype)
+    agree(logits(model, tokens(2, WINDOW)), logits(dense, tokens(2, WINDOW)))
+    longer = tokens(2, WINDOW + 1)
+    agree(logits(model, longer)[:, :WINDOW], logits(dense, longer)[:, :WINDOW])
+    differ(logits(model, longer)[:, WINDOW].float(), logits(dense, longer)[:, WINDOW].float())
+
+
+@pytest.mark.parametrize("parts", [[40], [1] * 40, [7] * 6, [13, 1, 1, 20, 5], [WINDOW] * 5], ids=str)
+def test_law_2_prefill_in_chunks_and_token_by_token(model: Any, parts: list[int]) -> None:
+    ids = tokens(2, 40)
+    cache, start, found = StripedCache(model.config), 0, []
+    for size in parts:
+        part = ids[:, start : start + size]
+        if part.shape[1]:
+            found.append(logits(model, part, past_key_values=cache, use_cache=True))
+        start += size
+    agree(torch.cat(found, dim=1), logits(model, ids))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_law_3_a_padded_batch_gives_each_row_what_it_gets_alone(model: Any, side: str) -> None:
+    lengths = (31, 17, 4)
+    ids = tokens(3, 31)
+    batch, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        real = slice(31 - length, 31) if side == "left" else slice(0, length)
+        batch[row, real], mask[row, real] = ids[row, :length], 1
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    together = logits(model, batch, attention_mask=mask, position_ids=positions)
+    assert together.isfinite().all()
+    for row, length in enumerate(lengths):
+        agree(together[row, mask[row].bool()], logits(model, ids[row : row + 1, :length])[0])
+
+
+def test_law_3_a_left_padded_batch_generates_what_each_row_does_alone(model: Any, dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16:
+        pytest.skip("greedy tokens of a random model flip with bfloat16's rounding")
+    ids = tokens(2, 25)
+    batch, mask = ids.clone(), torch.ones_like(ids)
+    batch[1, :12], mask[1, :12] = 0, 0
+    arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    together = model.generate(batch, attention_mask=mask, **arguments)
+    for row, start in ((0, 0), (1, 12)):
+        alone = model.generate(batch[row : row + 1, start:], attention_mask=mask[row : row + 1, start:], **arguments)
+        assert together[row, start:].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_law_3_packed_documents_get_what_each_gets_alone(model: Any, use_cache: bool) -> None:
+    lengths = (23, 1, 14, 2)
+    ids = tokens(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = logits(model, ids, position_ids=positions, use_cache=use_cache)
+    for part, document in zip(packed.split(lengths, dim=1), ids.split(lengths, dim=1), strict=True):
+        agree(part, logits(model, document))
+
+
+def test_law_3_packed_documents_stay_apart_under_training(model: Any) -> None:
+    """Gradients of one document's loss do not reach another's embeddings, with activations computed again too."""
+    lengths = (20, 15)
+    ids = tokens(1, 35)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    model.train()
+    # Its name after transformers 5.17, and before.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    out = model(inputs_embeds=embedded, position_ids=positions, use_cache=False).logits
+    out[:, :20].square().sum().backward()
+    assert embedded.grad[:, :20].abs().sum() > 0
+    assert embedded.grad[:, 20:].abs().sum() == 0
+    embedded.grad = None
+    out = model(inputs_embeds=embedded, position_ids=positions, use_cache=False).logits
+    out[:, 20:].square().sum().backward()
+    assert embedded.grad[:, :20].abs().sum() == 0
+
+
+def test_law_4_gradients_equal_the_formula_through_a_whole_model(model: Any, dtype: torch.dtype) -> None:
+    ids = tokens(2, 40)
+    found = []
+    for context in (contextlib.nullcontext(), kernels.only("reference")):
+        model.zero_grad()
+        with context:
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append(torch.cat([p.grad.flatten().float() for p in model.parameters()]))
+    assert (found[0] - found[1]).norm() <= TOLERANCE[dtype] * found[1].norm()
+
+
+def test_law_5_plain_transformers_loads_what_we_save(
+    model: Any, tmp_path: Path, dtype: torch.dtype, family: str, checkpoints: Callable[..., Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    zebra.convert(checkpoints(family), tmp_path / "converted", LAYOUT)
+    model.save_pretrained(tmp_path / "saved")
+    ids = tokens(2, 40)
+    for path in (tmp_path / "converted", tmp_path / "saved"):
+        for implementation in ("sdpa", "eager"):
+            plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=implementation)
+            assert type(plain).__module__.startswith("transformers.models.")
+            agree(logits(plain, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("how", ["beams", "prompt lookup", "chunked prefill", "static", "sampled", "no cache"])
+def test_generate_equals_plain_transformers(
+    model: Any, how: str, dtype: torch.dtype, family: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    if dtype is torch.bfloat16:
+        pytest.skip("greedy tokens of a random model flip with bfloat16's rounding")
+    from transformers import AutoModelForCausalLM
+
+    zebra.convert(checkpoints(family), tmp_path / "converted", LAYOUT)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", attn_implementation="sdpa")
+    arguments: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    arguments |= {
+        "beams": {"num_beams": 3},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "chunked prefill": {"prefill_chunk_size": 7},
+        "static": {"cache_implementation": "static"},
+        "sampled": {"do_sample": True},
+        "no cache": {"use_cache": False},
+    }[how]
+    ids = tokens(1, 30)
+    mask = torch.ones_like(ids)
+    found = []
+    for one in (model, plain):
+        torch.manual_seed(3)
+        found.append(one.generate(ids, attention_mask=mask, **arguments).tolist())
+    assert found[0] == found[1]
