@@ -33,12 +33,17 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 def main() -> None:
     """The command `zebra`: a refusal is one line and exit code 2, an interrupt exit code 130."""
+    interrupted = "interrupted. Nothing half-written was left; the same command goes on where it can."
     try:
         app()
+    except SystemExit as end:
+        if end.code == 130:  # typer catches the interrupt first, and says nothing
+            _fail(interrupted, 130)
+        raise
     except Refusal as refusal:
         _fail(str(refusal), 2)
     except KeyboardInterrupt:
-        _fail("interrupted. Nothing half-written was left; the same command goes on where it can.", 130)
+        _fail(interrupted, 130)
     except OSError as error:
         if error.errno is None:
             raise

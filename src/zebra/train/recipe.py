@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -101,6 +102,21 @@ class AdaptRecipe(_Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without base-60 numbers: YAML 1.1 would read the layout 2:33 as the number 153."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
+    list("-+0123456789"),
+)
+
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -111,7 +127,7 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
         Refusal: no file, no YAML, an unknown key (with the nearest known one), a wrong value, a contradiction.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise Refusal(f"the recipe {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -136,7 +152,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise Refusal(f"the override {override!r} goes below {parent}, which is a value. See the recipe's keys.")
     try:
-        tree[last] = yaml.safe_load(value)
+        tree[last] = yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise Refusal(f"the value of the override {override!r} is not YAML. Quote it.") from None
 

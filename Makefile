@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LOWEST := .venv-lowest
+RANKS_0_TO_2 := src/zebra/refusal.py src/zebra/progress.py src/zebra/stripes.py src/zebra/masks.py \
+	src/zebra/records.py src/zebra/kernels src/zebra/data src/zebra/model
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check test-full bench clean
+
+help: ## Show this list.
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zebra needs Python 3.11 or newer; set PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Stripe a real checkpoint, adapt it to 8 times its length, measure it: a table and a picture.
+	$(BIN)/zebra adapt recipes/demo.yaml
+
+check: $(READY) ## Lint, format, types, spelling.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(RANKS_0_TO_2)
+	$(BIN)/codespell
+
+test: check ## Set-up, lint, types, tests.
+	$(BIN)/pytest -n 2 -m "not full and not gpu"
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	@touch $@
+
+test-full: check $(LOWEST)/.ready ## The whole law matrix, then the tests with the lowest supported transformers.
+	$(BIN)/pytest -n 2 -m "not gpu"
+	$(LOWEST)/bin/pytest -n 2 -m "not full and not gpu"
+
+bench: $(READY) ## Measure attention on this machine; rows go to benchmarks/results/.
+	$(BIN)/python benchmarks/attention.py
+
+clean: ## Remove the environments and the runs.
+	rm -rf $(VENV) $(LOWEST) runs

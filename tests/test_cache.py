@@ -1,0 +1,91 @@
+"""The bounded cache: what it holds, in tokens and in bytes, after every way to fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import zebra
+from zebra.model.cache import StripedCache, TrimmedSlidingLayer
+
+WINDOW = 9
+TOKEN = 2 * 2 * 8 * 4
+"""Bytes of one token's key and value in one layer: 2 tensors, 2 heads of 8 float32 numbers."""
+
+
+@pytest.fixture
+def model(checkpoints: Callable[..., Path]) -> Any:
+    return zebra.load(checkpoints("llama"), stripes=f"GLLL:{WINDOW}")
+
+
+def ids(n: int) -> torch.Tensor:
+    return torch.randint(3, 97, (1, n), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def fill(model: Any, cache: DynamicCache, *parts: int) -> DynamicCache:
+    for n in parts:
+        model(ids(n), past_key_values=cache, use_cache=True)
+    return cache
+
+
+@pytest.mark.parametrize("parts", [(3,), (8,), (9,), (200,), (100, 1), (1,) * 30, (7,) * 20, (200, 1, 1, 50)], ids=str)
+def test_a_local_layer_holds_the_window_less_one(model: Any, parts: tuple[int, ...]) -> None:
+    cache = fill(model, StripedCache(model.config), *parts)
+    n = sum(parts)
+    for i, layer in enumerate(cache.layers):
+        held = min(n, WINDOW - 1) if i % 4 else n
+        assert layer.keys.shape[-2] == layer.values.shape[-2] == held
+        assert layer.get_seq_length() == n
+        for states in (layer.keys, layer.values):
+            assert states.untyped_storage().nbytes() <= 2 * held * TOKEN // 2
+
+
+def test_storage_is_bounded_where_the_hosts_is_not(model: Any) -> None:
+    """Law 7 for memory: local layers stay constant while the text doubles; the stock cache's grow."""
+    ours = [fill(model, StripedCache(model.config), n).kv_bytes() for n in (500, 1000)]
+    assert ours[1] - ours[0] == 2 * 500 * TOKEN
+    stock = fill(model, DynamicCache(config=model.config), 1000)
+    assert sum(layer.keys.untyped_storage().nbytes() for layer in stock.layers) > 2 * ours[1] // 2
+
+
+def test_a_window_of_one_holds_nothing(checkpoints: Callable[..., Path]) -> None:
+    model = zebra.load(checkpoints("qwen2"), stripes="GL:1")
+    cache = fill(model, StripedCache(model.config), 5, 1, 1)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [7, 0, 7, 0, 7]
+
+
+def test_beams_and_selection_move_rows(model: Any) -> None:
+    cache = StripedCache(model.config)
+    fill(model, cache, 20)
+    cache.batch_repeat_interleave(3)
+    assert {layer.keys.shape[0] for layer in cache.layers} == {3}
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    cache.batch_select_indices(torch.tensor([1]))
+    assert {layer.keys.shape[0] for layer in cache.layers} == {1}
+
+
+def test_crop_takes_back_what_was_recorded(model: Any) -> None:
+    """Assisted decoding writes ahead, then takes back."""
+    cache, plain = StripedCache(model.config), StripedCache(model.config)
+    fill(model, cache, 20)
+    for layer in cache.layers:
+        if isinstance(layer, TrimmedSlidingLayer):
+            layer.activate_past_recording()
+    fill(model, cache, 5)
+    cache.crop(-5)
+    fill(model, plain, 20)
+    for mine, wanted in zip(cache.layers, plain.layers, strict=True):
+        assert torch.equal(mine.keys, wanted.keys)
+        assert mine.get_seq_length() == 20
+
+
+def test_our_layers_do_not_replace_the_hosts(model: Any) -> None:
+    """A `_layer_type` on a layer of ours would change the host for the whole process."""
+    StripedCache(model.config)
+    assert all(type(layer) is not TrimmedSlidingLayer for layer in DynamicCache(config=model.config).layers)

@@ -1,0 +1,206 @@
+"""The command line: one line and a code for what goes wrong, one JSON document for what is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import STORIES, TEXT
+
+from zebra.cli import main
+
+Zebra = Callable[..., "subprocess.CompletedProcess[str]"]
+SEPARATOR = "<|endoftext|>"
+
+
+def refused(done: "subprocess.CompletedProcess[str]", *words: str) -> None:
+    """One clear line on stderr, exit code 2, nothing on stdout."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("zebra: ")
+    for word in words:
+        assert word in lines[0]
+    assert done.stdout == ""
+
+
+def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
+    top = zebra("--help")
+    assert top.returncode == 0
+    for verb in ("convert", "verify", "adapt", "report", "doctor", "evaluate"):
+        assert verb in top.stdout
+    for verb in (["convert"], ["verify"], ["adapt"], ["report"], ["evaluate", "perplexity"]):
+        page = zebra(*verb, "--help")
+        assert page.returncode == 0
+        assert f"zebra {' '.join(verb)} " in page.stdout.split("Options")[-1] + page.stdout
+
+
+def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path) -> None:
+    out = tmp_path / "striped"
+    done = zebra("convert", STORIES, out, "--stripes", "GLLL:129")
+    assert done.returncode == 0, done.stderr
+    assert "CwmForCausalLM, GLLL:129, layers GLLLG" in done.stdout
+
+    done = zebra("verify", out, "--against", STORIES, "--json")
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    assert len(checks) == 7
+    assert all(check["passed"] for check in checks)
+
+    rows = tmp_path / "rows.jsonl"
+    done = zebra(
+        *("evaluate", "perplexity", out, TEXT / "tinystories_test.txt", "--length", "300,512"),
+        *("--separator", SEPARATOR, "--json", "--out", rows),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["rows"]
+    columns = "run model layout task metric value length position_from position_to depth n low high seed device"
+    assert set(found[0]) == {*columns.split(), "versions", "commit"}
+    assert {row["length"] for row in found} == {300, 512}
+    assert {row["layout"] for row in found} == {"GLLL:129"}
+    assert 3 < found[-1]["value"] < 6
+    assert [json.loads(line) for line in rows.read_text().splitlines()] == found
+
+    done = zebra("report", rows, "-o", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+def test_verify_says_when_a_conversion_is_wrong(zebra: Zebra, tmp_path: Path) -> None:
+    zebra("convert", STORIES, tmp_path / "out", "--stripes", "GLLL:16")
+    config = tmp_path / "out" / "config.json"
+    written = json.loads(config.read_text())
+    written["rope_parameters"]["rope_theta"] = 20000.0
+    config.write_text(json.dumps(written))
+    done = zebra("verify", tmp_path / "out", "--against", STORIES)
+    assert done.returncode == 1
+    assert "DIFFERENT" in done.stdout
+
+
+def test_a_layout_of_the_command_line_equals_a_converted_checkpoint(zebra: Zebra, tmp_path: Path) -> None:
+    zebra("convert", STORIES, tmp_path / "out", "--stripes", "GL:65")
+    arguments = (TEXT / "tinystories_test.txt", "--length", "400", "--separator", SEPARATOR, "--json")
+    one = zebra("evaluate", "perplexity", tmp_path / "out", *arguments)
+    two = zebra("evaluate", "perplexity", STORIES, *arguments, "--stripes", "GL:65")
+    values = [[row["value"] for row in json.loads(done.stdout)["rows"]] for done in (one, two)]
+    assert values[0] == values[1]
+
+
+def test_doctor_shows_the_kernels_and_why_they_decline(zebra: Zebra) -> None:
+    done = zebra("doctor", "--json")
+    found = json.loads(done.stdout)
+    served = {case["request"]: case["kernel"] for case in found["kernels"]}
+    assert served["local, training"] == "banded"
+    assert "no window" in next(c for c in found["kernels"] if c["request"] == "local, training")["declines"]["fused"]
+    assert found["machine"]["torch"]
+    assert zebra("doctor").returncode == 0
+
+
+BAD = {
+    "missing checkpoint": (["convert", "nowhere", "out", "--stripes", "GL:9"], ["no checkpoint at nowhere"]),
+    "bad notation": (["convert", STORIES, "out", "--stripes", "GXL:9"], ["G (global) and L (local)"]),
+    "no window": (["convert", STORIES, "out", "--stripes", "GLLL"], ["PATTERN:WINDOW"]),
+    "window of zero": (["convert", STORIES, "out", "--stripes", "GLLL:0"], ["at least 1; got 0"]),
+    "layer beyond": (["convert", STORIES, "out", "--stripes", "0,7:9"], ["layer 7", "5 layers"]),
+    "same target": (["convert", STORIES, STORIES, "--stripes", "GL:9"], ["same directory"]),
+    "verify dense": (["verify", STORIES, "--against", STORIES], ["no stripes"]),
+    "missing text": (["evaluate", "perplexity", STORIES, "nothing.txt", "--length", "64"], ["no text at nothing.txt"]),
+    "bad length": (["evaluate", "perplexity", STORIES, TEXT, "--length", "many"], ["whole numbers"]),
+    "short text": (
+        ["evaluate", "perplexity", STORIES, "short.txt", "--length", "64", "--convention", "truncated"],
+        ["no document has enough tokens"],
+    ),
+    "empty text": (["evaluate", "perplexity", STORIES, "empty.txt", "--length", "64"], ["only blanks"]),
+    "not UTF-8": (["evaluate", "perplexity", STORIES, "latin.txt", "--length", "64"], ["not UTF-8", "byte 3"]),
+    "bad convention": (
+        ["evaluate", "perplexity", STORIES, "short.txt", "--length", "64", "--convention", "sliding"],
+        ["disjoint, strided, truncated"],
+    ),
+    "self-extend": (
+        ["evaluate", "perplexity", STORIES, "short.txt", "--length", "9", "--self-extend", "8:256"],
+        ["Self-Extend"],
+    ),
+    "missing recipe": (["adapt", "nothing.yaml"], ["nothing.yaml cannot be read"]),
+    "unknown key": (["adapt", "recipe.yaml", "--set", "train.lenght=9"], ["unknown key train.lenght", "length"]),
+    "contradiction": (
+        ["adapt", "recipe.yaml", "--set", "train.save_every=7", "--set", "train.log_every=2"],
+        ["multiple of log_every"],
+    ),
+    "recipe of a missing model": (["adapt", "recipe.yaml", "--set", "model=gone"], ["no checkpoint at gone"]),
+    "recipe beyond the model": (["adapt", "recipe.yaml", "--set", "stripes=8:9"], ["layer 8"]),
+    "text shorter than a row": (["adapt", "recipe.yaml", "--set", "data.files=[short.txt]"], ["fewer than one row"]),
+    "no rows": (["report", "nothing.jsonl"], ["no file of rows"]),
+    "broken rows": (["report", "recipe.yaml"], ["recipe.yaml, line 1 is not a row"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_code_2(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("Once upon a time")
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "recipe.yaml").write_text(
+        f"run: run\nmodel: {STORIES}\nstripes: GL:9\ndata: {{files: [{TEXT}]}}\n"
+        "train: {length: 64, steps: 2, learning_rate: 1.0e-3}\n"
+    )
+    before = {p.name for p in tmp_path.iterdir()}
+    arguments, words = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zebra", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    out, err = capfd.readouterr()
+    refused(subprocess.CompletedProcess([], exit.value.code, out, err), *words)
+    assert {p.name for p in tmp_path.iterdir()} - before <= {"cache"}
+
+
+def test_an_interrupt_ends_with_130_and_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        f"run: run\nmodel: {STORIES}\nstripes: GL:9\ndata: {{files: [{TEXT}/tinystories_test.txt]}}\n"
+        "train: {length: 64, steps: 100000, learning_rate: 1.0e-3, log_every: 1, save_every: 100}\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "zebra", "adapt", "recipe.yaml"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("step 2/"):
+                break
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+        assert running.wait(timeout=60) == 130
+    assert "Traceback" not in rest
+    assert "interrupted" in rest.splitlines()[-1]
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "rows.jsonl").exists()
+
+
+def test_a_refusal_in_a_process_of_its_own(zebra: Zebra) -> None:
+    refused(zebra("convert", "nowhere", "out", "--stripes", "GL:9"), "no checkpoint at nowhere")
+
+
+def test_usage_errors_end_with_2(zebra: Zebra) -> None:
+    done = zebra("convert", STORIES)
+    assert done.returncode == 2
+    assert "target" in done.stderr
+
+
+def test_help_is_quick(zebra: Zebra) -> None:
+    """Speed belongs in benchmarks; this bound only catches an import of torch."""
+    start = time.perf_counter()
+    zebra("--help")
+    assert time.perf_counter() - start < 5

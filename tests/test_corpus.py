@@ -1,0 +1,385 @@
+"""Text to tokens: what is found, what is cached under which key, what is refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zebra.data import corpus as module
+from zebra.data.corpus import Corpus, default_cache, find_files, read_documents, tokenise
+from zebra.refusal import Refusal
+
+
+class Encoder:
+    """Characters as tokens; counts its calls and keeps what it was given."""
+
+    def __init__(self, add: int = 0) -> None:
+        self.seen: list[str] = []
+        self.batches: list[int] = []
+        self.add = add
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        self.seen += texts
+        self.batches.append(len(texts))
+        return [[ord(letter) + self.add for letter in text] for text in texts]
+
+
+class Never:
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        raise AssertionError("tokenised again")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "b.txt").write_text("bee")
+    (folder / "a.txt").write_text("ay\n--\n ayay \n--\n\n")
+    (folder / "deep" / "c.md").write_text("see")
+    (folder / "deep" / "er" / "d.txt").write_text("dee")
+    (folder / ".hidden").write_text("hidden")
+    (folder / ".git" / "x.txt").write_text("hidden")
+    return folder
+
+
+def run(files: Any, cache: Path, encode: Any = None, **options: Any) -> Corpus:
+    patterns = [str(files)] if isinstance(files, (str, Path)) else [str(file) for file in files]
+    return tokenise(patterns, encode or Encoder(), cache=cache, **({"tokenizer": "characters"} | options))
+
+
+def texts(corpus: Corpus) -> list[str]:
+    return ["".join(map(chr, corpus[i])) for i in range(len(corpus))]
+
+
+def names(paths: list[Path], folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in paths]
+
+
+# -- finding
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["b.txt"], ["b.txt"]),
+        (["b.txt", "a.txt"], ["b.txt", "a.txt"]),
+        (["."], ["a.txt", "b.txt", "deep/c.md", "deep/er/d.txt"]),
+        (["deep"], ["deep/c.md", "deep/er/d.txt"]),
+        (["*.txt"], ["a.txt", "b.txt"]),
+        (["**/*.txt"], ["a.txt", "b.txt", "deep/er/d.txt"]),
+        (["[bc].txt"], ["b.txt"]),
+        (["d*"], ["deep/c.md", "deep/er/d.txt"]),
+        (["b.txt", "*.txt", "b.txt"], ["b.txt", "a.txt"]),
+        ([".hidden"], [".hidden"]),
+    ],
+)
+def test_files_folders_and_globs(text: Path, patterns: list[str], expected: list[str]) -> None:
+    assert names(find_files([str(text / pattern) for pattern in patterns]), text) == expected
+
+
+def test_a_name_with_brackets_and_the_home_folder(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text / "part[1].txt").write_text("one")
+    assert names(find_files([str(text / "part[1].txt")]), text) == ["part[1].txt"]
+    monkeypatch.setenv("HOME", str(text))
+    assert names(find_files(["~/b.txt"]), text) == ["b.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["nothing.txt", "*.pdf", "empty", "deep/*/nothing"])
+def test_a_pattern_that_names_nothing_is_refused(text: Path, pattern: str) -> None:
+    (text / "empty").mkdir()
+    with pytest.raises(Refusal, match="there is no text at .* that exist") as refused:
+        find_files([str(text / "b.txt"), str(text / pattern)])
+    assert str(text / pattern) in str(refused.value)
+
+
+# -- reading
+
+
+def test_documents_are_split_and_stripped(text: Path) -> None:
+    files = [text / "a.txt", text / "b.txt"]
+    assert list(read_documents(files, None)) == ["ay\n--\n ayay \n--", "bee"]
+    assert list(read_documents(files, "--")) == ["ay", "ayay", "bee"]
+    assert list(read_documents(files, "\n--\n")) == ["ay", "ayay", "bee"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "place"), [(b"ok\xffrest", "byte 2 is 0xff"), ("é".encode("latin-1"), "byte 0 is 0xe9")]
+)
+def test_bytes_that_are_not_utf8_are_refused_with_their_place(text: Path, raw: bytes, place: str) -> None:
+    (text / "bad.txt").write_bytes(raw)
+    with pytest.raises(Refusal, match=f"bad.txt is not UTF-8 text: {place}"):
+        list(read_documents([text / "b.txt", text / "bad.txt"], None))
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n", "--\n--"])
+def test_files_without_text_are_refused(text: Path, content: str) -> None:
+    (text / "blank.txt").write_text(content)
+    with pytest.raises(Refusal, match=r"no text in .*blank\.txt: only blanks"):
+        list(read_documents([text / "blank.txt"], "--"))
+    assert list(read_documents([text / "blank.txt", text / "b.txt"], "--")) == ["bee"]
+
+
+# -- tokenising
+
+
+def test_documents_become_tokens(text: Path, tmp_path: Path) -> None:
+    corpus = run([text / "a.txt", text / "b.txt"], tmp_path / "c", separator="--")
+    assert texts(corpus) == ["ay", "ayay", "bee"]
+    assert len(corpus) == 3
+    assert corpus.lengths.tolist() == [2, 4, 3]
+    assert corpus.offsets.tolist() == [0, 2, 6, 9]
+    assert corpus.tokens.tolist() == [ord(letter) for letter in "ayayaybee"]
+
+
+def test_the_appended_token_ends_each_document(text: Path, tmp_path: Path) -> None:
+    corpus = run([text / "a.txt", text / "b.txt"], tmp_path / "c", separator="--", append=33)
+    assert texts(corpus) == ["ay!", "ayay!", "bee!"]
+    assert texts(run(text / "b.txt", tmp_path / "c", append=0)) == ["bee\0"]
+
+
+@pytest.mark.parametrize(
+    ("largest", "kind"), [(65_535, np.uint16), (65_536, np.uint32), (4_000_000_000, np.uint32)], ids=str
+)
+@pytest.mark.parametrize("by_append", [False, True])
+def test_tokens_take_two_bytes_where_they_fit(
+    text: Path, tmp_path: Path, largest: int, kind: Any, by_append: bool
+) -> None:
+    if by_append:
+        corpus = run(text / "b.txt", tmp_path / "c", append=largest)
+    else:
+        corpus = run(text / "b.txt", tmp_path / "c", Encoder(add=largest - ord("e")))
+    assert corpus.tokens.dtype == kind
+    assert int(corpus.tokens.max()) == largest
+
+
+def test_large_texts_are_tokenised_in_batches(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 10)
+    (text / "many.txt").write_text("--".join(["abcd"] * 7 + ["x" * 50, "y"]))
+    encode = Encoder()
+    corpus = run(text / "many.txt", tmp_path / "c", encode, separator="--")
+    assert texts(corpus) == encode.seen == ["abcd"] * 7 + ["x" * 50, "y"]
+    assert encode.batches == [3, 3, 2, 1]
+
+
+def test_tokens_are_copied_past_one_block(text: Path, tmp_path: Path) -> None:
+    """More tokens than the 2**24 that are copied at once."""
+    length = (1 << 24) + 5
+
+    def encode(batch: list[str]) -> list[Any]:
+        return [np.arange(length, dtype=np.uint32) % 60_000 for _ in batch]
+
+    corpus = run(text / "b.txt", tmp_path / "c", encode)
+    assert corpus.tokens.shape == (length,)
+    assert corpus.tokens[-7:].tolist() == [(length - 7 + i) % 60_000 for i in range(7)]
+
+
+# -- the cache
+
+
+def test_the_tokens_are_found_again(text: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    options = {"separator": "--", "append": 1}
+    first = run(text, cache, **options)
+    again = run(text, cache, Never(), **options)
+    assert texts(first) == texts(again)
+    assert isinstance(again.tokens, np.memmap)
+    (entry,) = cache.iterdir()
+    assert sorted(path.name for path in entry.iterdir()) == ["offsets.npy", "tokens.npy"]
+
+
+def test_the_same_content_elsewhere_is_found_again(text: Path, tmp_path: Path) -> None:
+    run([text / "a.txt", text / "b.txt"], tmp_path / "c")
+    moved = Path(shutil.copytree(text, tmp_path / "moved"))
+    os.rename(moved / "a.txt", moved / "z.txt")
+    os.utime(moved / "b.txt", (0, 0))
+    run([moved / "z.txt", moved / "b.txt"], tmp_path / "c", Never())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer": "another"},
+        {"separator": "-"},
+        {"separator": None},
+        {"append": 5},
+        {"append": None},
+        {"append": 0},
+    ],
+    ids=str,
+)
+def test_another_option_is_another_entry(text: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    cache = tmp_path / "c"
+    options = {"tokenizer": "characters", "separator": "--", "append": 7}
+    run(text / "a.txt", cache, **options)
+    encode = Encoder()
+    corpus = run(text / "a.txt", cache, encode, **(options | change))
+    assert encode.seen
+    assert len(list(cache.iterdir())) == 2
+    assert len(corpus) == (2 if (options | change)["separator"] == "--" else len(encode.seen))
+    run(text / "a.txt", cache, Never(), **options)
+
+
+def test_changed_text_is_another_entry(text: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    files = [text / "a.txt", text / "b.txt"]
+    run(files, cache)
+    before = (text / "b.txt").stat()
+    (text / "b.txt").write_text("boo")  # of the same length and time
+    os.utime(text / "b.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert texts(run(files, cache))[1] == "boo"
+    assert texts(run(files[::-1], cache))[0] == "boo"  # another order
+    (text / "a.txt").write_text((text / "a.txt").read_text() + "b")
+    (text / "b.txt").write_text("oo")  # the same bytes end to end
+    assert texts(run(files, cache))[1] == "oo"
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_a_failure_leaves_nothing_behind(text: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+
+    def broken(batch: list[str]) -> list[list[int]]:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        run(text / "b.txt", cache, broken)
+    (text / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(Refusal):
+        run([text / "b.txt", text / "bad.txt"], cache)
+    assert list(cache.iterdir()) == []
+    assert texts(run(text / "b.txt", cache)) == ["bee"]
+
+
+def entry_of(text: Path, tmp_path: Path) -> tuple[Path, Path]:
+    cache = tmp_path / "c"
+    run(text / "b.txt", cache)
+    (entry,) = cache.iterdir()
+    return cache, entry
+
+
+@pytest.mark.parametrize("pid", ["own", "another"])
+def test_what_a_killed_process_left_is_not_read(text: Path, tmp_path: Path, pid: str) -> None:
+    cache, entry = entry_of(text, tmp_path)
+    left = cache / f".{entry.name}.{os.getpid() if pid == 'own' else 1}.partial"
+    os.rename(entry, left)
+    (left / "tokens.npy").write_bytes(b"half")
+    (left / "tokens.raw").write_bytes(b"\1\2\3\4" * 9)
+    encode = Encoder()
+    assert texts(run(text / "b.txt", cache, encode)) == ["bee"]
+    assert encode.seen == ["bee"]
+
+
+@pytest.mark.xfail(raises=(ValueError, OSError), reason="a broken entry is neither built again nor refused")
+@pytest.mark.parametrize("broken", ["empty", "no offsets", "cut tokens", "no header"])
+def test_a_broken_entry_is_built_again(text: Path, tmp_path: Path, broken: str) -> None:
+    cache, entry = entry_of(text, tmp_path)
+    if broken == "empty":
+        shutil.rmtree(entry)
+        entry.mkdir()
+    elif broken == "no offsets":
+        (entry / "offsets.npy").unlink()
+    else:
+        raw = (entry / "tokens.npy").read_bytes()
+        (entry / "tokens.npy").write_bytes(raw[:-2] if broken == "cut tokens" else b"")
+    assert texts(run(text / "b.txt", cache)) == ["bee"]
+
+
+def test_two_builders_of_one_entry(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process begins and ends while this one is tokenising."""
+    cache = tmp_path / "c"
+    pid = os.getpid()
+    inner = Encoder()
+
+    def encode(batch: list[str]) -> list[list[int]]:
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: pid + 1)
+            assert texts(run(text / "b.txt", cache, inner)) == ["bee"]
+        return Encoder()(batch)
+
+    assert texts(run(text / "b.txt", cache, encode)) == ["bee"]
+    assert inner.seen == ["bee"]
+    (entry,) = cache.iterdir()
+    assert not entry.name.startswith(".")
+
+
+def test_a_rename_that_fails_is_an_error(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise PermissionError("no")
+
+    monkeypatch.setattr(module.os, "rename", failing)
+    with pytest.raises(PermissionError):
+        run(text / "b.txt", tmp_path / "c")
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_an_entry_shows_only_when_it_is_whole(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "c"
+    seen: list[set[str]] = []
+    rename = os.rename
+
+    def watching(source: Path, target: Path) -> None:
+        assert not target.exists()
+        seen.append({path.name for path in source.iterdir()})
+        rename(source, target)
+
+    monkeypatch.setattr(module.os, "rename", watching)
+    run(text / "b.txt", cache)
+    assert seen == [{"tokens.npy", "offsets.npy"}]
+
+
+def test_the_default_cache_is_the_users(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_cache() == tmp_path / "xdg" / "zebra" / "tokens"
+    tokenise([str(text / "b.txt")], Encoder(), tokenizer="t")
+    assert len(list((tmp_path / "xdg" / "zebra" / "tokens").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_cache() == tmp_path / "home" / ".cache" / "zebra" / "tokens"
+
+
+@pytest.mark.xfail(raises=ValueError, reason="memmap takes no empty file")
+def test_a_text_that_becomes_no_token(text: Path, tmp_path: Path) -> None:
+    corpus = run(text / "b.txt", tmp_path / "c", lambda batch: [[] for _ in batch])
+    assert len(corpus.tokens) == 0
+
+
+# -- joining
+
+
+def made(*lengths: int) -> Corpus:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Corpus(np.arange(offsets[-1]), offsets)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "length", "expected"),
+    [
+        ([3, 3, 3, 3], 6, [6, 6]),
+        ([3, 3, 3], 6, [9]),
+        ([3, 3, 3, 3, 3], 6, [6, 9]),
+        ([10, 1, 1, 10], 5, [10, 12]),
+        ([5], 5, [5]),
+        ([2, 3], 5, [5]),
+        ([4, 4], 5, [8]),
+        ([7, 7], 1, [7, 7]),
+        ([6, 1], 6, [7]),
+    ],
+)
+def test_neighbours_are_joined_whole(lengths: list[int], length: int, expected: list[int]) -> None:
+    corpus = made(*lengths)
+    joined = corpus.joined(length)
+    assert joined.lengths.tolist() == expected
+    assert joined.lengths.min() >= length
+    assert np.concatenate([joined[i] for i in range(len(joined))]).tolist() == corpus.tokens.tolist()
+    assert set(joined.offsets.tolist()) <= set(corpus.offsets.tolist())
+
+
+@pytest.mark.parametrize("lengths", [[4], [2, 2], [0, 0]])
+def test_less_text_than_one_is_refused(lengths: list[int]) -> None:
+    with pytest.raises(Refusal, match=f"all documents joined have {sum(lengths)} tokens, fewer than one of 5"):
+        made(*lengths).joined(5)

@@ -1,0 +1,764 @@
+"""Every kernel equals the formula, output, lse and gradients; the formula equals the world; bands are linear."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zebra import kernels
+from zebra.kernels import KERNELS, Mask, Request, attend, banded, choose, only, reference
+from zebra.stripes import visible_pairs
+
+LENGTHS = (1, 2, 63, 64, 65, 127, 129, 200, 257)
+WINDOWS = (None, 1, 2, 63, 64, 65, 127, 128, 129, 191, 10_000)
+PADDINGS = ("none", "left", "right", "both")
+ORACLE = "reference"
+TOLERANCE = {  # of out, lse and gradients; at most half of it was measured
+    torch.float64: (1e-14, 1e-14, 2e-14),
+    torch.float32: (1e-6, 1e-6, 6e-6),
+    torch.bfloat16: (6e-3, 1e-6, 2e-2),
+    torch.float16: (1e-3, 1e-6, 4e-3),
+}
+
+
+def drawn(
+    queries: int,
+    keys: int,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    group: int = 2,
+    size: int = 8,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1000 * queries + keys)
+    q = torch.randn(batch, heads * group, queries, size, dtype=torch.float64, generator=generator) * 2
+    k, v = torch.randn(2, batch, heads, keys, size, dtype=torch.float64, generator=generator)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def padding(kind: str, batch: int, keys: int) -> Tensor | None:
+    """Another number of padded keys in each row; the first row has none, the last one only padding but one key."""
+    if kind == "none":
+        return None
+    real = torch.ones(batch, keys, dtype=torch.bool)
+    for b in range(1, batch):
+        n = keys - 1 if b == batch - 1 else (keys * b) // (2 * batch)
+        left, right = {"left": (n, 0), "right": (0, n), "both": (n // 2, n - n // 2)}[kind]
+        real[b, :left] = False
+        real[b, keys - right :] = False
+    return real
+
+
+def packed(batch: int, keys: int, seed: int = 0) -> Tensor:
+    """Documents that begin at other places in each row; numbers that rise by more than one."""
+    generator = torch.Generator().manual_seed(seed + keys)
+    starts = torch.rand(batch, keys, generator=generator) < 0.03
+    starts[:, keys // 2 :: 50] = True
+    return starts.cumsum(dim=1) * 3 + 5
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """The Frobenius norm of the error over that of the truth, where the truth is not near 0 by cancellation."""
+    wanted = wanted.double()
+    return (found.double() - wanted).norm().item() / max(wanted.norm().item(), 0.1 * wanted.numel() ** 0.5)
+
+
+def everything(
+    name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, with_lse: bool = True, **arguments: Any
+) -> dict[str, Tensor]:
+    """Output, log-sum-exp (-inf as 0, and where it was -inf) and the gradients of both through all inputs."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    with only(name):
+        out, lse = attend(q, k, v, mask, with_lse=with_lse, **arguments)
+    generator = torch.Generator().manual_seed(9)
+    roots, seeds = [out], [torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)]
+    result = {"out": out}
+    if with_lse:
+        assert lse is not None
+        unseen = lse.isneginf()
+        roots.append(lse)
+        seeds.append(torch.randn(lse.shape, dtype=torch.float64, generator=generator).to(lse.dtype))
+        result |= {"lse": lse.masked_fill(unseen, 0.0), "unseen": unseen}
+    else:
+        assert lse is None
+    gradients = torch.autograd.grad(roots, [q, k, v], seeds)
+    return {n: t.detach() for n, t in (result | dict(zip(("dq", "dk", "dv"), gradients, strict=True))).items()}
+
+
+def request_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> Request:
+    """The request as `attend` makes it."""
+    k, v, mask = kernels._trim(q, k, v, mask)
+    return Request(q, k, v, mask, q.shape[-1] ** -0.5, **arguments)
+
+
+def agree(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> set[str]:
+    """Every kernel that takes it against the formula in float64; the names of those."""
+    limits = dict(
+        zip(("out", "lse", "dq", "dk", "dv"), (*TOLERANCE[q.dtype], *TOLERANCE[q.dtype][2:] * 2), strict=True)
+    )
+    wide = [x.double() for x in (q, k, v)]
+    served = set()
+    for with_lse in (True, False):
+        # The oracle of rows without gradient through lse is another number.
+        wanted = everything(ORACLE, *wide, mask, with_lse=with_lse, **arguments)
+        for kernel in KERNELS:
+            if kernel.name == ORACLE and q.dtype == torch.float64:
+                continue
+            if kernel.declines(request_of(q, k, v, mask, with_lse=with_lse)) is not None:
+                continue
+            served.add(kernel.name)
+            found = everything(kernel.name, q, k, v, mask, with_lse=with_lse, **arguments)
+            assert found.keys() == wanted.keys()
+            for name, tensor in found.items():
+                assert tensor.isfinite().all(), (kernel.name, name)
+                assert tensor.shape == wanted[name].shape
+                dtypes = {"unseen": torch.bool, "lse": torch.promote_types(q.dtype, torch.float32)}
+                assert tensor.dtype == dtypes.get(name, q.dtype)
+                if name == "unseen":
+                    assert torch.equal(tensor, wanted[name])
+                    continue
+                error = relative(tensor, wanted[name])
+                assert error <= limits[name], f"{kernel.name}: {name} is off by {error:.1e}"
+    return served
+
+
+def chunks(keys: int) -> list[int]:
+    """T == S, a chunk, and decode."""
+    return sorted({keys, max(1, keys // 3), 1}, reverse=True)
+
+
+@pytest.mark.parametrize("keys", LENGTHS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_windows_equal_the_formula(window: int | None, keys: int) -> None:
+    for queries in chunks(keys):
+        served = agree(*drawn(queries, keys), Mask(window=window))
+        assert "banded" in served
+        whole = window is None or window >= keys or (queries == 1 and window < keys)
+        assert ("fused" in served) == (whole and queries in (1, keys))
+
+
+@pytest.mark.parametrize("keys", LENGTHS)
+@pytest.mark.parametrize("window", [None, 1, 2, 63, 65, 129])
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+def test_padding_and_documents_equal_the_formula(documents: bool, kind: str, window: int | None, keys: int) -> None:
+    real = padding(kind, 3, keys)
+    mask = Mask(window=window, keys=real, documents=packed(3, keys) if documents else None)
+    for queries in chunks(keys):
+        assert "banded" in agree(*drawn(queries, keys, batch=3, heads=1), mask)
+
+
+@pytest.mark.parametrize(("heads", "group"), [(4, 1), (2, 2), (2, 4), (1, 4), (1, 1), (3, 2)])
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize("queries", [150, 40, 1])
+def test_groups_of_heads_equal_the_formula(heads: int, group: int, window: int | None, queries: int) -> None:
+    q, k, v = drawn(queries, 150, heads=heads, group=group)
+    assert "banded" in agree(q, k, v, Mask(window=window))
+    agree(q, k, v, Mask(window=window, keys=padding("left", 2, 150), documents=packed(2, 150)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [257, 100, 1])
+@pytest.mark.parametrize("window", [None, 2, 65, 200])
+@pytest.mark.parametrize("kind", ["none", "left"])
+def test_narrow_dtypes_equal_the_wide_formula(dtype: torch.dtype, queries: int, window: int | None, kind: str) -> None:
+    q, k, v = drawn(queries, 257, dtype=dtype, size=16)
+    assert {"banded", "reference"} <= agree(q, k, v, Mask(window=window, keys=padding(kind, 2, 257)))
+    agree(q, k, v, Mask(window=window, documents=packed(2, 257)))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        1.0,
+        0.03,
+        pytest.param(-0.5, marks=pytest.mark.xfail(raises=AssertionError, reason="fused gives NaN below 0")),
+    ],
+)
+def test_the_scale_is_the_callers(scale: float) -> None:
+    assert {"banded", "fused"} <= agree(*drawn(70, 70), Mask(), scale=scale)
+    agree(*drawn(70, 70), Mask(window=9), scale=scale)
+
+
+def test_the_scale_is_one_over_the_root_of_the_head_size_by_default() -> None:
+    q, k, v = drawn(9, 9, size=16)
+    for name in ("fused", "banded", "reference"):
+        with only(name):
+            out, _ = attend(q, k, v, with_lse=False)
+            same, _ = attend(q, k, v, with_lse=False, scale=0.25)
+            other, _ = attend(q, k, v, with_lse=False, scale=0.2)
+        assert torch.equal(out, same)
+        assert not torch.allclose(out, other)
+
+
+@pytest.mark.parametrize("block", [1, 1 << 14, 1 << 24])
+def test_the_size_of_the_tiles_does_not_show(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(banded, "_SCORES_AT_ONCE", block)
+    for mask in (Mask(), Mask(window=1), Mask(window=15), Mask(window=17), Mask(window=40)):
+        for queries in (75, 20, 1):
+            agree(*drawn(queries, 75), mask)
+            agree(*drawn(queries, 75), Mask(mask.window, padding("both", 2, 75), packed(2, 75)))
+
+
+@pytest.mark.parametrize("window", [None, 5, 100])
+def test_scores_of_any_size_do_not_overflow(window: int | None) -> None:
+    q, k, v = drawn(150, 150, dtype=torch.float32)
+    q = q * 300
+    wanted = everything(ORACLE, q.double(), k.double(), v.double(), Mask(window))
+    assert wanted["lse"].max() > 500
+    assert wanted["lse"].min() < -500 or window != 5
+    found = everything("banded", q, k, v, Mask(window))
+    for name, tensor in found.items():
+        assert tensor.isfinite().all()
+        assert relative(tensor, wanted[name].double()) <= 1e-3
+
+
+# -- rows that see nothing
+
+
+@pytest.mark.parametrize("name", ["banded", "reference"])
+@pytest.mark.parametrize("window", [None, 3, 80])
+def test_a_row_that_sees_no_key_gives_zero(name: str, window: int | None) -> None:
+    q, k, v = drawn(100, 100, dtype=torch.float32)
+    real = torch.ones(2, 100, dtype=torch.bool)
+    real[0, :70] = False
+    real[1] = False
+    found = everything(name, q, k, v, Mask(window=window, keys=real))
+    unseen = torch.zeros(2, 4, 100, dtype=torch.bool)
+    unseen[0, :, :70] = True
+    unseen[1] = True
+    assert torch.equal(found["unseen"], unseen)
+    assert not found["out"][unseen].any()
+    assert found["out"][~unseen].any(dim=-1).all()
+    assert not found["dq"][unseen].any()
+    assert not found["dk"][1].any()
+    assert not found["dv"][0, :, :70].any()
+    for tensor in found.values():
+        assert tensor.isfinite().all()
+
+
+def test_decode_that_sees_no_key_gives_zero_in_the_first_kernel() -> None:
+    q, k, v = drawn(1, 8)
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[1] = False
+    out, lse = attend(q, k, v, Mask(keys=real), with_lse=False)
+    assert lse is None
+    assert not out[1].any()
+    assert out[0].any()
+
+
+# -- memory: layouts, poison, autocast
+
+
+@pytest.mark.parametrize("window", [None, 9, 70])
+@pytest.mark.parametrize("queries", [130, 50, 1])
+def test_strided_inputs_and_gradients_equal_contiguous_ones(window: int | None, queries: int) -> None:
+    size, keys = 8, 130
+    plain = drawn(queries, keys, batch=3, heads=2, group=2)
+    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
+    sliced = [torch.cat([x, x], dim=-1)[..., ::2] for x in plain]
+    for layout in (transposed, sliced):
+        assert queries == 1 or not layout[0].is_contiguous()
+        agree(*layout, Mask(window=window))
+    q, k, v = (x[:1, :1].expand(3, x.shape[1], -1, -1) for x in plain)
+    assert q.stride()[:2] == (0, 0)
+    agree(q, k, v, Mask(window=window))
+    one = plain[0][..., :1].expand(-1, -1, -1, size)
+    agree(one, one[:, :2].expand(-1, -1, keys, -1) if queries == 1 else plain[1], plain[2], Mask(window=window))
+    real, documents = padding("left", 3, keys)[2:].expand(3, -1), packed(1, keys).expand(3, -1)  # type: ignore[index]
+    agree(*plain, Mask(window=window, keys=real, documents=documents))
+    for name in ("banded", "reference"):  # a gradient of stride 0, as sum() gives
+        gradients = []
+        for inputs in (plain, transposed):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            with only(name):
+                out, lse = attend(*leaves, Mask(window=window))
+            assert lse is not None
+            gradients.append(torch.autograd.grad(out.sum() + lse.sum(), leaves))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.parametrize("queries", [200, 70, 1])
+@pytest.mark.parametrize("window", [None, 1, 65])
+def test_no_uninitialised_memory_is_read(poisoned: None, queries: int, window: int | None) -> None:
+    assert torch.empty(9).isnan().all()
+    for kind in PADDINGS:
+        for documents in (None, packed(2, 200)):
+            mask = Mask(window=window, keys=padding(kind, 2, 200), documents=documents)
+            agree(*drawn(queries, 200), mask)
+
+
+@pytest.mark.parametrize("name", ["fused", "banded", "reference"])
+@pytest.mark.parametrize("queries", [140, 50, 1])
+@pytest.mark.parametrize("window", [None, 65])
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_autocast_is_bfloat16_inputs(name: str, queries: int, window: int | None, backward_inside: bool) -> None:
+    narrow = drawn(queries, 140, dtype=torch.bfloat16)
+    mask, with_lse = Mask(window=window), name != "fused"
+    if name == "fused" and (window is not None or queries == 50):
+        pytest.skip("fused declines")
+    leaves = [x.float().requires_grad_() for x in narrow]
+    plain = [x.clone().requires_grad_() for x in narrow]
+    with only(name):
+        with torch.autocast("cpu", torch.bfloat16):
+            out, lse = attend(*leaves, mask, with_lse=with_lse)
+            assert out.dtype == torch.bfloat16
+            if backward_inside:
+                gradients = torch.autograd.grad(out.sum(), leaves)
+        if not backward_inside:
+            gradients = torch.autograd.grad(out.sum(), leaves)
+        wanted, wanted_lse = attend(*plain, mask, with_lse=with_lse)
+        wanted_gradients = torch.autograd.grad(wanted.sum(), plain)
+    assert torch.equal(out, wanted)
+    if with_lse:
+        assert lse is not None
+        assert wanted_lse is not None
+        assert lse.dtype == torch.float32
+        assert torch.equal(lse, wanted_lse)
+    for found, expected in zip(gradients, wanted_gradients, strict=True):
+        assert found.dtype == torch.float32
+        if name == "banded":  # its backward switches autocast off
+            assert torch.equal(found, expected.float())
+        assert relative(found, expected) <= 1e-2
+
+
+def test_queries_are_not_changed() -> None:
+    for name in ("fused", "banded", "reference"):
+        q, k, v = (x.requires_grad_() for x in drawn(70, 70))
+        before = [x.detach().clone() for x in (q, k, v)]
+        with only(name):
+            out, _ = attend(q, k, v, with_lse=False)
+        out.sum().backward()
+        for one, other in zip((q, k, v), before, strict=True):
+            assert torch.equal(one, other)
+
+
+# -- the formula and the world
+
+
+def scalar(
+    q: Tensor, k: Tensor, v: Tensor, visible: Any, scale: float, softcap: float | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Three loops in plain Python: heads, queries, keys."""
+    outs, lses = [], []
+    heads, queries, size = q.shape[1:]
+    keys = k.shape[2]
+    for h in range(heads):
+        h_k = h // (heads // k.shape[1])
+        for t in range(queries):
+            i = keys - queries + t
+            scores = {}
+            for j in range(keys):
+                if visible(i, j):
+                    s = scale * sum(float(q[0, h, t, d]) * float(k[0, h_k, j, d]) for d in range(size))
+                    scores[j] = softcap * math.tanh(s / softcap) if softcap else s
+            total = sum(math.exp(s) for s in scores.values())
+            lses.append(math.log(total) if total else -math.inf)
+            outs.append(
+                [sum(math.exp(s) / total * float(v[0, h_k, j, d]) for j, s in scores.items()) for d in range(size)]
+            )
+    return outs, lses
+
+
+@pytest.mark.parametrize("queries", [6, 4, 1])
+@pytest.mark.parametrize("window", [None, 1, 2, 3])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_the_formula_is_three_loops(queries: int, window: int | None, softcap: float | None) -> None:
+    q, k, v = drawn(queries, 6, batch=1, heads=2, group=2, size=3)
+    real = [False, True, True, False, True, True]
+    documents = [4, 4, 4, 4, 7, 7]
+
+    def visible(i: int, j: int) -> bool:
+        inside = j <= i and (window is None or i - j <= window - 1)
+        return inside and real[j] and documents[i] == documents[j]
+
+    outs, lses = scalar(q, k, v, visible, 0.4, softcap)
+    mask = Mask(window, torch.tensor([real]), torch.tensor([documents]))
+    for name in ("reference",) if softcap else ("reference", "banded"):
+        with only(name):
+            out, lse = attend(q, k, v, mask, scale=0.4, softcap=softcap)
+        assert lse is not None
+        torch.testing.assert_close(out, torch.tensor(outs, dtype=torch.float64).view_as(out))
+        torch.testing.assert_close(lse, torch.tensor(lses, dtype=torch.float64).view_as(lse))
+
+
+@pytest.mark.parametrize("queries", [40, 15, 1])
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 40])
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+def test_the_formula_is_what_torch_computes(queries: int, window: int | None, kind: str, documents: bool) -> None:
+    keys = 40
+    q, k, v = drawn(queries, keys, group=4)
+    real = padding(kind, 2, keys)
+    numbers = packed(2, keys) if documents else None
+    seen = torch.zeros(2, 1, queries, keys, dtype=torch.bool)
+    for b in range(2):
+        for t in range(queries):
+            i = keys - queries + t
+            for j in range(i + 1):
+                seen[b, 0, t, j] = (
+                    (window is None or i - j < window)
+                    and (real is None or bool(real[b, j]))
+                    and (numbers is None or bool(numbers[b, i] == numbers[b, j]))
+                )
+    some = seen.any(dim=-1).expand(-1, 8, -1)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    world = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=seen, enable_gqa=True)
+    wanted = torch.autograd.grad(world[some].square().sum(), leaves)
+    with only("reference"):
+        out, _ = attend(*leaves, Mask(window, real, numbers))
+    torch.testing.assert_close(out[some], world[some])
+    for one, other in zip(torch.autograd.grad(out[some].square().sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 20])
+@pytest.mark.parametrize("queries", [40, 12, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_the_tiles_by_finite_differences(
+    window: int | None, queries: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(banded, "_SCORES_AT_ONCE", 1)  # tiles of 16 queries
+    inputs = [x.requires_grad_() for x in drawn(queries, 40, batch=1, heads=1, group=2, size=2)]
+    mask = Mask(window, padding("left", 2, 40)[1:], packed(1, 40)) if masked else Mask(window)  # type: ignore[index]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        with only("banded"):
+            out, lse = attend(q, k, v, mask)
+        assert lse is not None
+        return out, lse.masked_fill(lse.isneginf(), 0.0)
+
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def test_gradients_of_the_tiles_by_finite_differences_entry_by_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(banded, "_SCORES_AT_ONCE", 1)
+    inputs = tuple(x.requires_grad_() for x in drawn(19, 22, batch=1, heads=1, group=2, size=1))
+    with only("banded"):
+        assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, Mask(window=4)), inputs)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_gradients_only_of_what_asks_for_them(wanted: tuple[int, ...]) -> None:
+    inputs = list(drawn(70, 70))
+    full = everything(ORACLE, *inputs, Mask(window=9), with_lse=False)
+    for index in wanted:
+        inputs[index].requires_grad_()
+    with only("banded"):
+        out, _ = attend(*inputs, Mask(window=9), with_lse=False)
+    generator = torch.Generator().manual_seed(9)
+    out.backward(torch.randn(out.shape, dtype=torch.float64, generator=generator))
+    for index, name in enumerate(("dq", "dk", "dv")):
+        if index in wanted:
+            torch.testing.assert_close(inputs[index].grad, full[name])
+        else:
+            assert inputs[index].grad is None
+
+
+def test_a_double_backward_is_an_error() -> None:
+    q, k, v = (x.requires_grad_() for x in drawn(9, 9))
+    with only("banded"):
+        out, _ = attend(q, k, v, Mask(window=3))
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# -- the table
+
+
+@pytest.mark.parametrize(
+    ("queries", "mask", "with_lse", "name"),
+    [
+        (8, Mask(), False, "fused"),
+        (8, Mask(window=8), False, "fused"),
+        (8, Mask(window=7), False, "banded"),
+        (8, Mask(), True, "banded"),
+        (8, Mask(keys=torch.ones(2, 8, dtype=torch.bool)), False, "banded"),
+        (8, Mask(documents=torch.zeros(2, 8)), False, "banded"),
+        (3, Mask(), False, "banded"),
+        (3, Mask(window=2), False, "banded"),
+        (1, Mask(), False, "fused"),
+        (1, Mask(window=3), False, "fused"),
+        (1, Mask(keys=torch.tensor([[True] * 8, [False] * 7 + [True]])), False, "fused"),
+        (1, Mask(keys=torch.tensor([[True] * 8, [False] * 8])), False, "banded"),
+        (1, Mask(documents=torch.zeros(2, 8)), False, "banded"),
+        (1, Mask(), True, "banded"),
+    ],
+)
+def test_the_fastest_that_can_is_chosen(
+    queries: int, mask: Mask, with_lse: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = drawn(queries, 8)
+    request = request_of(q, k, v, mask, with_lse=with_lse)
+    assert choose(request).name == name
+    seen: list[Request] = []
+    chosen = choose
+
+    def spy(request: Request) -> Any:
+        seen.append(request)
+        return chosen(request)
+
+    monkeypatch.setattr(kernels, "choose", spy)
+    _, lse = attend(q, k, v, mask, with_lse=with_lse)
+    assert (lse is not None) == with_lse
+    assert chosen(seen[0]).name == name
+
+
+def test_the_table() -> None:
+    assert [kernel.name for kernel in KERNELS] == ["fused", "banded", "reference"]
+    assert KERNELS[-1] is reference.KERNEL
+    for kernel in KERNELS:
+        assert kernel.summary
+
+
+def test_an_unknown_argument_is_declined_by_all() -> None:
+    q, k, v = drawn(4, 4)
+    with pytest.raises(NotImplementedError) as error:
+        attend(q, k, v, sinks=torch.zeros(4), dropout=0.0, other=None)
+    for kernel in KERNELS:
+        assert f"{kernel.name}: it does not know the argument dropout, sinks" in str(error.value)
+    assert "other" not in str(error.value)
+    assert torch.equal(attend(q, k, v, sinks=None, dropout=None)[0], attend(q, k, v)[0])
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_said", set())
+
+
+def test_softcap_falls_to_the_formula_with_one_warning(silent: None, caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = drawn(6, 6)
+    with caplog.at_level(logging.WARNING, logger="zebra.kernels"):
+        found, lse = attend(q, k, v, Mask(window=3), softcap=2.0)
+        attend(q, k, v, Mask(window=3), softcap=2.0)
+    (record,) = caplog.records
+    assert "by the dense formula" in record.getMessage()
+    assert "banded: it has no softcap" in record.getMessage()
+    scores = q @ k.repeat_interleave(2, dim=1).mT / math.sqrt(8)
+    i = torch.arange(6)
+    hidden = (i[:, None] < i) | (i[:, None] - i >= 3)
+    scores = (2 * torch.tanh(scores / 2)).masked_fill(hidden, -math.inf)
+    torch.testing.assert_close(found, scores.softmax(-1) @ v.repeat_interleave(2, dim=1))
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_the_formula_on_demand_warns_of_nothing(silent: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), only("reference"):
+        attend(*drawn(6, 6), softcap=2.0)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("banded", {"softcap": 2.0}, "banded: it has no softcap"),
+        ("fused", {"softcap": 2.0, "with_lse": False}, "fused: it has no softcap"),
+        ("fused", {"with_lse": True}, "fused: it gives no log-sum-exp"),
+        ("fused", {"with_lse": False, "mask": Mask(window=2)}, "fused: it has no window"),
+        ("fused", {"with_lse": False, "mask": Mask(documents=torch.zeros(2, 4))}, "fused: .* documents apart"),
+        ("fused", {"with_lse": False, "mask": Mask(keys=torch.ones(2, 4).bool())}, "fused: .* mask for padding"),
+    ],
+)
+def test_only_one_kernel_serves_or_says_why_not(name: str, arguments: dict[str, Any], reason: str) -> None:
+    with only(name), pytest.raises(NotImplementedError, match=reason) as error:
+        attend(*drawn(4, 4), **arguments)
+    for other in {"fused", "banded", "reference"} - {name}:
+        assert f"{other}:" not in str(error.value)
+
+
+def test_only_ends_with_its_context() -> None:
+    q, k, v = drawn(4, 4)
+    with pytest.raises(RuntimeError, match="stop"), only("reference"):
+        raise RuntimeError("stop")
+    assert choose(request_of(q, k, v, Mask(), with_lse=False)).name == "fused"
+    with only("reference"):
+        with only("banded"):
+            assert choose(request_of(q, k, v, Mask())).name == "banded"
+        assert choose(request_of(q, k, v, Mask())).name == "reference"
+
+
+def test_only_knows_its_kernels() -> None:
+    message = r"no kernel 'flash'. Choose one of \['fused', 'banded', 'reference'\]"
+    with pytest.raises(ValueError, match=message), only("flash"):
+        pass
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64, torch.float64), (torch.int64,) * 3])
+def test_dtypes_that_no_kernel_takes(dtypes: tuple[torch.dtype, ...]) -> None:
+    inputs = [x.to(dtype) for x, dtype in zip(drawn(4, 4), dtypes, strict=True)]
+    with pytest.raises(NotImplementedError, match=r"one dtype|does not take"):
+        attend(*inputs)
+
+
+def test_a_kernel_without_backward_or_for_another_device_declines() -> None:
+    q, k, v = drawn(4, 4)
+    forward_only = kernels.Kernel("x", "x", run=reference.reference, backward=False, devices=frozenset({"cpu"}))
+    assert forward_only.declines(request_of(q, k, v, Mask())) is None
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
+        assert forward_only.declines(request_of(q, k, v, Mask())) == "it has no backward"
+        with torch.no_grad():
+            assert forward_only.declines(request_of(q, k, v, Mask())) is None
+        leaf.requires_grad_(False)
+    elsewhere = kernels.Kernel("x", "x", run=reference.reference, devices=frozenset({"cuda"}))
+    assert elsewhere.declines(request_of(q, k, v, Mask())) == "it runs on cuda, not on cpu"
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v"),
+    [
+        ((4, 3, 2), (1, 4, 3, 2), (1, 4, 3, 2)),
+        ((1, 4, 3, 2), (1, 3, 3, 2), (1, 3, 3, 2)),
+        ((1, 2, 3, 2), (1, 4, 3, 2), (1, 4, 3, 2)),
+        ((1, 4, 3, 2), (1, 4, 2, 2), (1, 4, 2, 2)),
+        ((1, 4, 0, 2), (1, 4, 3, 2), (1, 4, 3, 2)),
+        ((2, 4, 3, 2), (1, 4, 3, 2), (1, 4, 3, 2)),
+        ((1, 4, 3, 2), (1, 4, 3, 4), (1, 4, 3, 2)),
+        ((1, 4, 3, 2), (1, 4, 3, 2), (1, 4, 5, 2)),
+        ((1, 4, 3, 2), (1, 4, 3, 2), (1, 2, 3, 2)),
+    ],
+)
+def test_shapes_that_do_not_fit(q: Any, k: Any, v: Any) -> None:
+    with pytest.raises(ValueError, match="H a multiple of K and 1 <= T <= S; got q") as error:
+        attend(torch.zeros(q), torch.zeros(k), torch.zeros(v))
+    assert f"k {k}, v {v}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["keys", "documents"])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4), (4,), (2, 1, 4)])
+def test_masks_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"mask\.{name} has one entry for each key, \(B, S\) = \(2, 4\); got"):
+        attend(*drawn(3, 4), Mask(**{name: torch.ones(shape, dtype=torch.bool)}))
+
+
+@pytest.mark.xfail(raises=(RuntimeError, pytest.fail.Exception), reason="attend() does not check the window")
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_below_one_is_an_error(window: int) -> None:
+    with pytest.raises(ValueError, match="window"):
+        attend(*drawn(4, 4), Mask(window=window))
+
+
+def test_parts_of_a_mask() -> None:
+    mask = Mask(5, torch.ones(2, 8).bool(), torch.arange(16).view(2, 8))
+    later = mask.after(3)
+    assert later.window == 5
+    assert later.keys is not None
+    assert later.documents is not None
+    assert later.keys.shape == (2, 5)
+    assert later.documents.tolist() == [[3, 4, 5, 6, 7], [11, 12, 13, 14, 15]]
+    assert mask.without_window() == Mask(None, mask.keys, mask.documents)
+    assert Mask(5).after(3) == Mask(5)
+
+
+# -- law 7: the cost of a local layer grows linearly
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of each executed tile, one entry for each."""
+    elements: list[int] = []
+    walk = banded._Tiles.__iter__
+
+    def counting(self: Any) -> Iterator[tuple[int, int, int, int]]:
+        for s, e, lo, hi in walk(self):
+            elements.append((e - s) * (hi - lo))
+            yield s, e, lo, hi
+
+    monkeypatch.setattr(banded._Tiles, "__iter__", counting)
+    return elements
+
+
+def executed(elements: list[int], length: int, mask: Mask) -> int:
+    elements.clear()
+    everything("banded", *drawn(length, length, batch=1, heads=1, group=1, size=2, dtype=torch.float32), mask)
+    return sum(elements)
+
+
+@pytest.mark.parametrize("window", [1, 32, 64, 65, 128, 129, 200])
+def test_executed_tiles_grow_linearly(counted: list[int], window: int) -> None:
+    block = 64 if window <= 128 else 128
+    costs = [executed(counted, length, Mask(window=window)) for length in (512, 1024, 2048)]
+    for length, cost in zip((512, 1024, 2048), costs, strict=True):
+        assert 2 * visible_pairs(length, window) <= cost <= 2 * length * (window + block)  # forward and backward
+    assert costs[2] - costs[1] == 2 * (costs[1] - costs[0])  # a straight line
+
+
+def test_executed_tiles_of_a_global_layer_are_half_the_square(counted: list[int]) -> None:
+    for length in (512, 1024):
+        assert executed(counted, length, Mask()) == length * (length + 128)
+
+
+def test_executed_tiles_of_packed_documents_grow_linearly(counted: list[int]) -> None:
+    costs = []
+    for length in (512, 1024, 2048):
+        documents = (torch.arange(length) // 100)[None]
+        costs.append(executed(counted, length, Mask(documents=documents)))
+        assert costs[-1] <= 2 * length * (100 + 128)
+        assert executed(counted, length, Mask(window=30, documents=documents)) <= 2 * length * (30 + 64)
+
+
+def test_executed_tiles_of_a_chunk_are_those_of_its_queries(counted: list[int]) -> None:
+    inputs = drawn(100, 1000, batch=1, heads=1, group=1)
+    everything("banded", *inputs, Mask(window=50))
+    assert sum(counted) <= 2 * 100 * (50 + 64)
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def largest(name: str, length: int, mask: Mask) -> int:
+    q, k, v = drawn(length, length, batch=1, heads=1, group=2, size=4, dtype=torch.float32)
+    with Largest() as mode:
+        everything(name, q, k, v, mask)
+    return mode.elements
+
+
+@pytest.mark.parametrize("window", [1, 64, 200])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_the_largest_tensor_of_a_local_layer_grows_at_most_linearly(window: int, masked: bool) -> None:
+    sizes = []
+    for length in (4096, 8192):
+        mask = Mask(window)
+        if masked:
+            mask = Mask(window, torch.arange(length)[None] > 70, (torch.arange(length) // 300)[None])
+        sizes.append(largest("banded", length, mask))
+    assert sizes[1] <= 2 * sizes[0]
+    assert sizes[1] <= max(2 * 8192 * 4, 2 * 128 * (window + 128))
+
+
+def test_the_largest_tensor_of_the_formula_grows_with_the_square() -> None:
+    """So that the law above can fail."""
+    assert largest("reference", 512, Mask(64)) == 4 * largest("reference", 256, Mask(64)) == 2 * 512**2

@@ -1,0 +1,193 @@
+"""The loss without logits against the cross entropy of full logits, with and without torch's kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from zebra.model import loss as module
+from zebra.model.loss import IGNORE, summed_loss, token_losses, without_logits
+
+HAS_KERNEL = hasattr(functional, "linear_cross_entropy")
+BOTH = [pytest.param(True, marks=pytest.mark.skipif(not HAS_KERNEL, reason="torch below 2.13")), False]
+
+
+@pytest.fixture(params=BOTH, ids=["kernel", "fallback"])
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both paths; a wrong turn is an error."""
+    monkeypatch.setattr(module, "_FUSED", request.param)
+    if not request.param:
+        monkeypatch.delattr(functional, "linear_cross_entropy", raising=False)
+    else:
+        monkeypatch.setattr(module, "checkpoint", None)
+    return bool(request.param)
+
+
+def drawn(batch: int, length: int, hidden: int, vocabulary: int, ignored: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(batch * length + hidden + vocabulary)
+    states = torch.randn(batch, length, hidden, generator=generator)
+    head = torch.randn(vocabulary, hidden, generator=generator)
+    labels = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    labels[torch.rand(batch, length, generator=generator) < ignored] = IGNORE
+    return states, head, labels
+
+
+def full_logits(states: Tensor, head: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
+    logits = states.double() @ head.double().T
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction, ignore_index=-100
+    )
+
+
+SHAPES = [
+    pytest.param((1, 2, 8, 5), id="one prediction"),
+    pytest.param((2, 33, 16, 8), id="head smaller than hidden"),
+    pytest.param((3, 21, 16, 97), id="head larger than hidden"),
+    pytest.param((2, 601, 8, 50), id="several chunks"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_value_and_gradients_equal_full_logits(fused: bool, shape: Any, ignored: float) -> None:
+    states, head, labels = drawn(*shape, ignored=ignored)
+    labels[0, 1] = 1
+    states.requires_grad_(), head.requires_grad_()
+    expected = full_logits(states, head, labels)
+    wanted = torch.autograd.grad(expected, [states, head])
+    found = summed_loss(states, head, labels)
+    gradients = torch.autograd.grad(found, [states, head])
+    assert found.dtype == torch.float32
+    assert found.shape == ()
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-5)
+    for one, other in zip(gradients, wanted, strict=True):
+        assert (one - other).norm() <= 2e-6 * other.norm()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 1024])
+def test_the_chunk_does_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(module, "_FUSED", False)
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    states, head, labels = drawn(2, 9, 8, 30)
+    torch.testing.assert_close(summed_loss(states, head, labels).double(), full_logits(states, head, labels))
+    losses = token_losses(states, head, labels)
+    torch.testing.assert_close(losses[:, 1:].double().sum(), full_logits(states, head, labels), rtol=1e-6, atol=1e-5)
+
+
+def test_the_fallback_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FUSED", False)
+    monkeypatch.setattr(module, "_CHUNK", 10)
+    rows: list[int] = []
+    linear = functional.linear
+    monkeypatch.setattr(functional, "linear", lambda x, *a: rows.append(len(x)) or linear(x, *a))
+    states, head, labels = drawn(1, 36, 8, 30)
+    summed_loss(states.requires_grad_(), head, labels).backward()
+    assert sorted(rows) == [5, 5] + [10] * 6  # each chunk once, and once again in the backward
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_states_give_a_float32_accurate_value(fused: bool, shape: Any) -> None:
+    states, head, labels = drawn(*shape)
+    states, head = states.bfloat16(), head.bfloat16()
+    found = summed_loss(states, head, labels)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(
+        token_losses(states, head, labels).nansum().double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5
+    )
+
+
+def test_bfloat16_states_get_bfloat16_gradients(fused: bool) -> None:
+    states, head, labels = drawn(2, 21, 16, 97)
+    states, head = states.bfloat16().requires_grad_(), head.bfloat16().requires_grad_()
+    found = torch.autograd.grad(summed_loss(states, head, labels), [states, head])
+    wanted = torch.autograd.grad(full_logits(states, head, labels), [states, head])
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other.double()).norm() <= 4e-3 * other.double().norm()
+
+
+def test_autocast_does_not_reach_the_kernel() -> None:
+    if not HAS_KERNEL:
+        pytest.skip("torch below 2.13")
+    states, head, labels = drawn(2, 50, 64, 200)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = summed_loss(states, head, labels)
+    torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the fallback and token_losses do not switch autocast off")
+@pytest.mark.parametrize("function", [summed_loss, token_losses])
+def test_autocast_does_not_reach_the_products(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FUSED", False)
+    states, head, labels = drawn(2, 50, 64, 200)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = function(states, head, labels).nansum()
+    torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
+
+
+def test_only_ignored_labels_give_zero(fused: bool) -> None:
+    states, head, _ = drawn(2, 9, 8, 30)
+    states.requires_grad_()
+    found = summed_loss(states, head, torch.full((2, 9), IGNORE))
+    (gradient,) = torch.autograd.grad(found, states)
+    assert found.item() == 0
+    assert not gradient.any()
+
+
+def test_the_last_state_and_the_first_label_do_not_count(fused: bool) -> None:
+    states, head, labels = drawn(2, 9, 8, 30)
+    before = summed_loss(states, head, labels)
+    states[:, -1] = float("nan")
+    labels[:, 0] = IGNORE
+    assert torch.equal(summed_loss(states, head, labels), before)
+
+
+def test_token_losses_say_where_nothing_is_predicted() -> None:
+    states, head, labels = drawn(3, 21, 16, 97, ignored=0.3)
+    found = token_losses(states, head, labels)
+    assert found.shape == labels.shape
+    assert found.dtype == torch.float32
+    unpredicted = labels == IGNORE
+    unpredicted[:, 0] = True
+    assert torch.equal(found.isnan(), unpredicted)
+    each = full_logits(states, head, labels, reduction="none").view(3, 20)
+    kept = ~unpredicted[:, 1:]
+    torch.testing.assert_close(found[:, 1:][kept].double(), each[kept], rtol=2e-6, atol=1e-5)
+
+
+def test_token_losses_of_one_token_predict_where_it_stands() -> None:
+    """A head that sees the state itself: entry t is the loss of token t given state t - 1."""
+    head = torch.eye(4) * 10
+    states = torch.eye(4)[[1, 2, 3, 0]][None]
+    found = token_losses(states, head, torch.tensor([[0, 1, 2, 0]]))
+    assert found[0, 0].isnan()
+    assert found[0, 1:].tolist() == pytest.approx([1.361906e-4, 1.361906e-4, 10.000136], rel=1e-3)
+
+
+def test_token_losses_keep_no_graph() -> None:
+    states, head, labels = drawn(1, 5, 8, 30)
+    assert not token_losses(states.requires_grad_(), head.requires_grad_(), labels).requires_grad
+
+
+def test_without_logits_asks_a_model_for_states_only() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 31, (2, 9))
+    with torch.no_grad():
+        lean, full = model(ids, **without_logits()), model(ids)
+        assert lean.logits.numel() == 0
+        assert lean.past_key_values is None
+        head = model.get_output_embeddings().weight
+        torch.testing.assert_close(lean.hidden_states[-1] @ head.T, full.logits)
+        expected = functional.cross_entropy(full.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        torch.testing.assert_close(summed_loss(lean.hidden_states[-1], head, ids), expected)

@@ -1,0 +1,243 @@
+"""Recipes: what is read, what an override does, and that every refusal names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from zebra.refusal import Refusal
+from zebra.train.recipe import AdaptRecipe, read_recipe
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+PLAIN: dict[str, Any] = {
+    "run": "runs/x",
+    "model": "some/where",
+    "data": {"files": ["a.txt"]},
+    "train": {"length": 64, "steps": 200, "learning_rate": 0.001},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    """`recipe(tree or text, *overrides)`: written and read."""
+    path = tmp_path / "recipe.yaml"
+
+    def read(content: Any = PLAIN, *overrides: str) -> AdaptRecipe:
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return read_recipe(path, AdaptRecipe, overrides)
+
+    return read
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    tree = {name: dict(part) if isinstance(part, dict) else part for name, part in PLAIN.items()}
+    for name, part in parts.items():
+        tree[name] = tree.get(name, {}) | part if isinstance(part, dict) else part
+    return tree
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_of_the_repository_are_read(path: Path) -> None:
+    found = read_recipe(path, AdaptRecipe)
+    assert found.train.steps > 0
+    assert AdaptRecipe.model_validate(found.model_dump()) == found
+
+
+def test_there_are_recipes() -> None:
+    assert list(RECIPES.glob("*.yaml"))
+
+
+def test_what_is_left_out_has_its_default(recipe: Any) -> None:
+    found = recipe()
+    assert (found.run, found.model, found.stripes, found.evaluate) == ("runs/x", "some/where", None, None)
+    assert found.data.model_dump() == {
+        "files": ["a.txt"],
+        "separator": None,
+        "join": False,
+        "append_eos": False,
+        "cache": None,
+    }
+    assert found.train.model_dump() == {
+        "length": 64,
+        "steps": 200,
+        "rows_per_step": 1,
+        "accumulate": 1,
+        "learning_rate": 0.001,
+        "schedule": "cosine",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.95),
+        "max_grad_norm": 1.0,
+        "precision": "float32",
+        "activation_checkpointing": False,
+        "seed": 0,
+        "log_every": 10,
+        "save_every": 100,
+        "keep_checkpoints": 2,
+    }
+
+
+def test_what_is_given_is_read(recipe: Any) -> None:
+    found = recipe(
+        changed(
+            stripes="glll : 512",
+            data={"files": ["a", "b/*"], "separator": "--", "join": True, "append_eos": True, "cache": "here"},
+            train={"betas": [0.8, 0.9], "precision": "bfloat16", "schedule": "linear", "warmup_steps": 200},
+            evaluate={"files": ["c"], "length": 2, "convention": "strided", "every": 200},
+        )
+    )
+    assert found.stripes == "GLLL:512"
+    assert found.data.files == ["a", "b/*"]
+    assert (found.data.separator, found.data.join, found.data.append_eos, found.data.cache) == (
+        "--",
+        True,
+        True,
+        "here",
+    )
+    assert found.train.betas == (0.8, 0.9)
+    assert (found.train.precision, found.train.schedule, found.train.warmup_steps) == ("bfloat16", "linear", 200)
+    assert (found.evaluate.length, found.evaluate.convention, found.evaluate.every) == (2, "strided", 200)
+
+
+def test_a_recipe_does_not_change(recipe: Any) -> None:
+    found = recipe()
+    with pytest.raises(ValidationError, match="frozen"):
+        found.train.steps = 5
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1.0e-3", "0.001"])
+def test_every_way_to_write_a_rate(recipe: Any, number: str) -> None:
+    assert recipe(PLAIN, f"train.learning_rate={number}").train.learning_rate == 0.001
+
+
+# -- overrides
+
+
+def test_overrides(recipe: Any) -> None:
+    found = recipe(
+        PLAIN,
+        "train.steps=400",
+        " train.schedule =constant",
+        "data.files=[b.txt, c.txt]",
+        "data.separator='a=b'",
+        "stripes=GL:8",
+        "data.join=true",
+        "run=one",
+        "run=two",
+        "evaluate.length=32",
+        "evaluate.files=[d.txt]",
+    )
+    assert (found.train.steps, found.train.schedule, found.train.length) == (400, "constant", 64)
+    assert found.data.files == ["b.txt", "c.txt"]
+    assert (found.data.separator, found.data.join) == ("a=b", True)
+    assert (found.stripes, found.run) == ("GL:8", "two")
+    assert (found.evaluate.length, found.evaluate.files) == (32, ["d.txt"])
+
+
+def test_an_empty_override_takes_a_value_away(recipe: Any) -> None:
+    assert recipe(changed(stripes="GL:8"), "stripes=").stripes is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "written a.b=value; got 'train.steps'"),
+        ("=5", "written a.b=value; got '=5'"),
+        ("", "written a.b=value"),
+        ("run.deep=5", "'run.deep=5' goes below run, which is a value"),
+        ("data.files.0=x", "goes below files"),
+        ("train.steps=[1", "the value of the override 'train.steps=\\[1' is not YAML"),
+        ("train.step=5", r"unknown key train\.step; did you mean steps\?"),
+        ("trane.steps=5", r"unknown key trane; did you mean train\?"),
+        ("train.steps=many", r"train\.steps: .*integer.* \(got 'many'\)"),
+        ("train.steps=", r"train\.steps: .*integer.* \(got None\)"),
+    ],
+)
+def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        recipe(PLAIN, override)
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (changed(traning={"x": 1}), r"recipe\.yaml: unknown key traning; did you mean train(ing)?\?"),
+        (changed(train={"lenght": 1}), r"unknown key train\.lenght; did you mean length\?"),
+        (changed(train={"learningrate": 1}), r"unknown key train\.learningrate; did you mean learning_rate\?"),
+        (changed(data={"seperator": "x"}), r"unknown key data\.seperator; did you mean separator\?"),
+        (
+            changed(evaluate={"files": ["a"], "length": 4, "convenion": 1}),
+            r"unknown key evaluate\.convenion; did you mean convention\?",
+        ),
+        (changed(zzzz=1), "unknown key zzzz; see recipes/ for the known keys"),
+        ({"run": "x", "model": "y", "data": PLAIN["data"]}, "the key train is missing; add it"),
+        (changed() | {"train": {"length": 4, "steps": 1}}, r"the key train\.learning_rate is missing"),
+        (changed(data={"files": []}), r"data\.files: .*at least 1 item"),
+        (changed(data={"files": "a.txt"}), r"data\.files: .*list.* \(got 'a\.txt'\)"),
+        (changed(train={"length": 1}), r"train\.length: .*greater than or equal to 2 \(got 1\)"),
+        (changed(train={"steps": 0}), r"train\.steps: .*\(got 0\)"),
+        (changed(train={"rows_per_step": 0}), r"train\.rows_per_step: "),
+        (changed(train={"accumulate": 0}), r"train\.accumulate: "),
+        (changed(train={"learning_rate": 0}), r"train\.learning_rate: .*greater than 0 \(got 0\)"),
+        (changed(train={"max_grad_norm": 0}), r"train\.max_grad_norm: "),
+        (changed(train={"weight_decay": -1}), r"train\.weight_decay: "),
+        (changed(train={"keep_checkpoints": 1}), r"train\.keep_checkpoints: .*\(got 1\)"),
+        (changed(train={"schedule": "cosin"}), r"train\.schedule: .*'cosine'.*\(got 'cosin'\)"),
+        (changed(train={"precision": "float16"}), r"train\.precision: .*'bfloat16'"),
+        (changed(train={"betas": [0.9]}), r"train\.betas"),
+        (changed(stripes="GLLL"), r"stripes: stripes are written PATTERN:WINDOW.* \(got 'GLLL'\)"),
+        (changed(stripes="GL:0"), r"stripes: a window counts"),
+        (changed(train={"save_every": 15}), r"train: save_every \(15\) is a multiple of log_every \(10\).*change one"),
+        (changed(train={"warmup_steps": 201}), r"train: warmup_steps \(201\) is at most steps \(200\); lower it"),
+        (
+            changed(evaluate={"files": ["a"], "length": 4, "every": 201}),
+            r"evaluate\.every \(201\) is at most train\.steps \(200\); lower it",
+        ),
+        (changed(evaluate={"files": ["a"], "length": 4, "every": 0}), r"evaluate\.every: "),
+        (changed(evaluate={"files": ["a"], "length": 1}), r"evaluate\.length: "),
+        ("run: [1", "is not YAML"),
+        ("run: x\n\tmodel: y", "is not YAML"),
+        ("- a\n- b", "is not a table of keys and values"),
+        ("", "is not a table"),
+        ("just words", "is not a table"),
+        ("1: a", r"\b1\b"),
+    ],
+)
+def test_refused_recipes(recipe: Any, content: Any, message: str) -> None:
+    with pytest.raises(Refusal, match=message) as refused:
+        recipe(content)
+    assert "recipe.yaml" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_all_problems_are_named_at_once(recipe: Any) -> None:
+    with pytest.raises(Refusal, match=r"train\.steps: .*; train\.length: .*|train\.length: .*; train\.steps: "):
+        recipe(changed(train={"steps": 0, "length": 0}))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"absent\.yaml cannot be read: No such file"):
+        read_recipe(tmp_path / "absent.yaml", AdaptRecipe)
+    with pytest.raises(Refusal, match="cannot be read: Is a directory"):
+        read_recipe(tmp_path, AdaptRecipe)
+    (tmp_path / "latin.yaml").write_bytes(b"run: \xe9")
+    with pytest.raises(Refusal, match=r"latin\.yaml is not YAML"):
+        read_recipe(tmp_path / "latin.yaml", AdaptRecipe)
+
+
+@pytest.mark.xfail(raises=ValueError, reason="PyYAML raises ValueError, not YAMLError, for a date that is none")
+@pytest.mark.parametrize("overrides", [(), ("run=2024-13-01",)], ids=["file", "override"])
+def test_a_date_that_is_none_is_refused(recipe: Any, overrides: tuple[str, ...]) -> None:
+    try:
+        recipe(PLAIN if overrides else "run: 2024-13-01\n", *overrides)
+    except ValueError as error:
+        if not isinstance(error, Refusal):
+            raise

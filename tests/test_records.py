@@ -1,0 +1,171 @@
+"""Rows of results: written whole, appended, read again, and refused with file and line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zebra import __version__, records
+from zebra.records import Row
+from zebra.refusal import Refusal
+
+COLUMNS = {"run": "r", "model": "m", "layout": "GLLL:512", "task": "perplexity-disjoint", "metric": "perplexity"}
+
+
+def row(**changes: Any) -> Row:
+    return Row(**(COLUMNS | {"value": 1.5} | changes))
+
+
+FULL = {
+    "length": 4096,
+    "position_from": 256,
+    "position_to": 512,
+    "depth": 0.25,
+    "n": 12,
+    "low": 1.0,
+    "high": 2.0,
+    "seed": 3,
+    "device": "cpu, 1 threads",
+}
+
+
+def test_a_row_is_one_line_of_json() -> None:
+    text = row(**FULL, run="naïve\nrun").json()
+    assert "\n" not in text
+    assert "naïve" in text
+    assert json.loads(text) == COLUMNS | FULL | {
+        "run": "naïve\nrun",
+        "value": 1.5,
+        "versions": records.versions(),
+        "commit": records.commit(),
+    }
+
+
+def test_what_does_not_apply_is_none() -> None:
+    plain = row()
+    for name in ("length", "position_from", "position_to", "depth", "n", "low", "high", "seed"):
+        assert getattr(plain, name) is None
+
+
+def test_a_row_does_not_change_and_is_not_shared() -> None:
+    first, second = row(), row()
+    with pytest.raises(FrozenInstanceError):
+        first.value = 2.0  # type: ignore[misc]
+    first.versions["torch"] = "changed"
+    assert second.versions["torch"] != "changed"
+    assert records.versions()["torch"] != "changed"
+
+
+def test_versions_name_what_the_result_depends_on() -> None:
+    import torch
+
+    found = records.versions()
+    assert {"python", "torch", "transformers"} <= set(found)
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found.get("zebra", __version__) == __version__
+
+
+def test_the_commit_is_a_hash_or_none() -> None:
+    found = records.commit()
+    assert found is None or (len(found.rstrip("+")) == 12 and int(found.rstrip("+"), 16) >= 0)
+
+
+def test_write_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.jsonl"
+    rows = [row(**FULL), row(value=2.0, model="модель"), row(value=float("inf"))]
+    records.write(path, rows)
+    assert records.read(path) == rows
+    assert path.read_bytes().count(b"\n") == 3
+    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_write_replaces_and_append_adds(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.jsonl"
+    records.append(path, [row(value=1.0)])
+    records.append(path, (row(value=v) for v in (2.0, 3.0)))
+    assert [r.value for r in records.read(path)] == [1.0, 2.0, 3.0]
+    records.write(path, [row(value=4.0)])
+    assert [r.value for r in records.read(path)] == [4.0]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    records.write(path, [row(value=1.0)])
+
+    def broken() -> Any:
+        yield row(value=2.0)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        records.write(path, broken())
+    assert [r.value for r in records.read(path)] == [1.0]
+
+
+def test_a_write_that_is_killed_at_the_rename_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    records.write(path, [row(value=1.0)])
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        records.write(path, [row(value=2.0)])
+    assert [r.value for r in records.read(path)] == [1.0]
+
+
+def test_blank_lines_and_missing_optional_columns_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n" + json.dumps(COLUMNS | {"value": 2}) + "\n  \n")
+    (found,) = records.read(str(path))
+    assert (found.value, found.length, found.device) == (2, None, "cpu")
+
+
+def test_no_file_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(Refusal, match="no file of rows at"):
+            records.read(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting"),
+        ("5", "not a row"),
+        ("null", "not a row"),
+        ('["run"]', "not a row"),
+        ("{}", "missing"),
+        (json.dumps(COLUMNS), "value"),
+        (json.dumps(COLUMNS | {"value": 1, "lenght": 5}), r"unknown columns \['lenght'\]"),
+        (row().json()[:40], "Unterminated|Expecting"),
+    ],
+)
+def test_a_broken_line_is_refused_with_its_place(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row().json() + "\n\n" + line + "\n")
+    with pytest.raises(Refusal, match=message) as refused:
+        records.read(path)
+    assert f"{path}, line 3 is not a row of results" in str(refused.value)
+
+
+@pytest.mark.xfail(raises=Refusal, reason="read() splits at U+2028, U+2029 and U+0085, which json() writes as they are")
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_any_text_in_a_column_is_read_again(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [row(model=f"a{separator}b")]
+    records.write(path, rows)
+    assert records.read(path) == rows
+
+
+@pytest.mark.xfail(raises=UnicodeDecodeError, reason="read() lets the decoding error out")
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(Refusal):
+        records.read(path)

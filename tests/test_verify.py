@@ -1,0 +1,106 @@
+"""A proof must be able to fail: every check of `verify` is broken once and must say so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, STORIES
+from safetensors.torch import load_file, save_file
+
+import zebra
+from zebra import Refusal
+from zebra.model import attention, cache
+from zebra.model.verify import Check
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Path:
+    return zebra.convert(STORIES, tmp_path / "out", "GLLL:16")
+
+
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in checks if not check.passed}
+
+
+def rewrite(checkpoint: Path, **changes: Any) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["GLLL:16", "L:5", "2:33", "GL:1"])
+def test_every_family_passes(
+    family: str, layout: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    zebra.convert(checkpoints(family), tmp_path / "out", layout)
+    checks = zebra.verify(tmp_path / "out", against=checkpoints(family))
+    # The stock cache is not part of a check; of plain transformers only whole forwards are.
+    assert failed(checks) == set()
+    assert [c.name for c in checks][:2] == ["short", "long, plain"]
+    assert checks[0].difference == 0
+
+
+def test_a_real_checkpoint_passes_in_bfloat16_too(converted: Path) -> None:
+    assert failed(zebra.verify(converted, against=STORIES, dtype=torch.bfloat16)) == set()
+
+
+def test_a_source_with_a_window_of_its_own(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    """Short inputs are those inside both windows; the oracle replaces the source's window."""
+    source = checkpoints("mistral", sliding_window=12)
+    zebra.convert(source, tmp_path / "out", "GL:20")
+    assert failed(zebra.verify(tmp_path / "out", against=source)) == set()
+
+
+def test_a_wrong_weight_fails_even_short(converted: Path) -> None:
+    tensors = load_file(converted / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors[name] = tensors[name] * 1.01
+    (converted / "model.safetensors").unlink()  # a hard link to the source
+    save_file(tensors, converted / "model.safetensors", metadata={"format": "pt"})
+    assert {"short", "long, plain", "long, zebra"} <= failed(zebra.verify(converted, against=STORIES))
+
+
+def test_attention_of_one_key_too_many_fails(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attention.attend
+
+    def wide(q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        if mask.window is not None:
+            mask = type(mask)(mask.window + 1, mask.keys, mask.documents)
+        return real(q, k, v, mask, **kwargs)
+
+    monkeypatch.setattr(attention, "attend", wide)
+    assert "long, zebra" in failed(zebra.verify(converted, against=STORIES))
+
+
+def test_attention_blind_to_padding_fails(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attention.attend
+    monkeypatch.setattr(
+        attention, "attend", lambda q, k, v, mask, **kw: real(q, k, v, type(mask)(mask.window, None, None), **kw)
+    )
+    assert failed(zebra.verify(converted, against=STORIES)) == {"padded left"}
+
+
+def test_a_cache_that_keeps_too_little_fails(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(self: Any, states: Any) -> Any:
+        return states[:, :, max(0, states.shape[-2] - (self.sliding_window - 2)) :]
+
+    monkeypatch.setattr(cache.TrimmedSlidingLayer, "_kept", kept)
+    assert failed(zebra.verify(converted, against=STORIES)) == {"cached", "chunked"}
+
+
+def test_nan_is_not_equal() -> None:
+    assert not Check("x", "y", float("nan"), 1.0, 1).passed
+
+
+def test_refusals(converted: Path, checkpoints: Callable[..., Path]) -> None:
+    with pytest.raises(Refusal, match="no stripes to verify"):
+        zebra.verify(STORIES, against=STORIES)
+    with pytest.raises(Refusal, match="different models: vocab_size is 512 and 97"):
+        zebra.verify(converted, against=checkpoints("llama"))
+    with pytest.raises(Refusal, match="beyond the window of 16; got length 10"):
+        zebra.verify(converted, against=STORIES, length=10)
