@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOWEST := .venv-lowest
-RANKS_0_TO_2 := src/zebra/refusal.py src/zebra/progress.py src/zebra/stripes.py src/zebra/masks.py \
+RANKS_0_TO_2 := src/zebra/refusal.py src/zebra/progress.py src/zebra/staged.py src/zebra/stripes.py src/zebra/masks.py \
 	src/zebra/records.py src/zebra/kernels src/zebra/data src/zebra/model
 
 .DEFAULT_GOAL := help

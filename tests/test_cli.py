@@ -20,7 +20,7 @@ Zebra = Callable[..., "subprocess.CompletedProcess[str]"]
 SEPARATOR = "<|endoftext|>"
 
 
-def refused(done: "subprocess.CompletedProcess[str]", *words: str) -> None:
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """One clear line on stderr, exit code 2, nothing on stdout."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

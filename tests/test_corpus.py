@@ -93,7 +93,7 @@ def test_a_name_with_brackets_and_the_home_folder(text: Path, monkeypatch: pytes
 @pytest.mark.parametrize("pattern", ["nothing.txt", "*.pdf", "empty", "deep/*/nothing"])
 def test_a_pattern_that_names_nothing_is_refused(text: Path, pattern: str) -> None:
     (text / "empty").mkdir()
-    with pytest.raises(Refusal, match="there is no text at .* that exist") as refused:
+    with pytest.raises(Refusal, match=r"there is no text at .* that exist") as refused:
         find_files([str(text / "b.txt"), str(text / pattern)])
     assert str(text / pattern) in str(refused.value)
 
@@ -274,7 +274,7 @@ def test_what_a_killed_process_left_is_not_read(text: Path, tmp_path: Path, pid:
     assert encode.seen == ["bee"]
 
 
-@pytest.mark.xfail(raises=(ValueError, OSError), reason="a broken entry is neither built again nor refused")
+@pytest.mark.xfail(raises=(ValueError, OSError, EOFError), reason="a broken entry is neither built again nor refused")
 @pytest.mark.parametrize("broken", ["empty", "no offsets", "cut tokens", "no header"])
 def test_a_broken_entry_is_built_again(text: Path, tmp_path: Path, broken: str) -> None:
     cache, entry = entry_of(text, tmp_path)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, tiny_config, tiny_model
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
+from transformers import AttentionInterface, AutoConfig, DynamicCache, Trainer, TrainingArguments
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask
 
 import zebra
@@ -93,7 +93,9 @@ def test_attention_dropout_in_training_is_refused(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_the_decoder_hands_down_positions_window_scale_and_rotated_keys(family: str, heard: list[dict[str, Any]]) -> None:
+def test_the_decoder_hands_down_positions_window_scale_and_rotated_keys(
+    family: str, heard: list[dict[str, Any]]
+) -> None:
     model = tiny(family)
     positions = torch.arange(40)[None] + 5
     model(IDS, position_ids=positions, use_cache=False)

@@ -62,9 +62,10 @@ def test_loading_leaves_nothing_of_ours_in_the_config(checkpoints: Callable[...,
 def test_convert_changes_the_config_alone(tmp_path: Path, name: str) -> None:
     made = zebra.convert(STORIES, tmp_path / "out", "GLLL:129")
     weights = made / "model.safetensors"
-    assert weights.samefile(STORIES / "model.safetensors") or weights.read_bytes() == (
-        STORIES / "model.safetensors"
-    ).read_bytes()
+    assert (
+        weights.samefile(STORIES / "model.safetensors")
+        or weights.read_bytes() == (STORIES / "model.safetensors").read_bytes()
+    )
     assert tree(made) == tree(STORIES) | {"zebra.json"}
     for file in tree(STORIES) - {"config.json"}:
         assert (made / file).read_bytes() == (STORIES / file).read_bytes()
@@ -163,7 +164,7 @@ def test_a_raw_config_of_llama_2_without_newer_fields_converts(tmp_path: Path, s
 # What bad input gets
 
 
-def refused(match: str) -> "pytest.RaisesExc[Refusal]":
+def refused(match: str) -> pytest.RaisesExc[Refusal]:
     return pytest.raises(Refusal, match=match)
 
 

@@ -34,9 +34,7 @@ def rewrite(checkpoint: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["GLLL:16", "L:5", "2:33", "GL:1"])
-def test_every_family_passes(
-    family: str, layout: str, checkpoints: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_every_family_passes(family: str, layout: str, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     zebra.convert(checkpoints(family), tmp_path / "out", layout)
     checks = zebra.verify(tmp_path / "out", against=checkpoints(family))
     # The stock cache is not part of a check; of plain transformers only whole forwards are.

@@ -245,9 +245,10 @@ def _show(rows: list[Row], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"rows": [json.loads(row.json()) for row in rows]}, indent=2, ensure_ascii=False))
         return
-    from zebra.report import position_table
+    if any(row.metric == "perplexity" for row in rows):
+        from zebra.report import position_table
 
-    _print(position_table(rows))
+        _print(position_table(rows))
 
 
 def _lengths(text: str) -> list[int]:

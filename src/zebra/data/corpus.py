@@ -12,7 +12,6 @@ import glob
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from zebra.progress import bar
 from zebra.refusal import Refusal
+from zebra.staged import staged
 
 Encode = Callable[[list[str]], list[list[int]]]
 """Documents to their tokens, special tokens included."""
@@ -147,42 +147,36 @@ def tokenise(
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     entry = Path(cache or default_cache()) / digest.hexdigest()[:32]
     if not entry.exists():
-        _build(entry, files, encode, separator, append)
+        try:
+            with staged(entry) as aside:
+                _build(aside, files, encode, separator, append)
+        except (OSError, Refusal):
+            if not entry.exists():  # else another process was first, with the same tokens
+                raise
     return Corpus(np.load(entry / "tokens.npy", mmap_mode="r"), np.load(entry / "offsets.npy"))
 
 
-def _build(entry: Path, files: list[Path], encode: Encode, separator: str | None, append: int | None) -> None:
-    aside = entry.with_name(f".{entry.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        lengths: list[int] = []
-        largest = 0
-        size = sum(file.stat().st_size for file in files)
-        with bar("tokenising", size, "B") as advance, (aside / "tokens.raw").open("wb") as raw:
-            for batch in _batches(read_documents(files, separator)):
-                for ids in encode(batch):
-                    document = np.array(ids if append is None else [*ids, append], dtype=np.uint32)
-                    document.tofile(raw)
-                    lengths.append(len(document))
-                    largest = max(largest, int(document.max(initial=0)))
-                advance(sum(len(text.encode()) for text in batch))
-        wide = np.memmap(aside / "tokens.raw", dtype=np.uint32, mode="r")
-        kind = np.uint16 if largest < 1 << 16 else np.uint32
-        narrow = np.lib.format.open_memmap(aside / "tokens.npy", mode="w+", dtype=kind, shape=wide.shape)
-        for start in range(0, len(wide), 1 << 24):
-            narrow[start : start + (1 << 24)] = wide[start : start + (1 << 24)]
-        narrow.flush()
-        np.save(aside / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-        del wide, narrow
-        (aside / "tokens.raw").unlink()
-        try:
-            os.rename(aside, entry)
-        except OSError:
-            if not entry.exists():  # else another process was first, with the same tokens
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+def _build(aside: Path, files: list[Path], encode: Encode, separator: str | None, append: int | None) -> None:
+    lengths: list[int] = []
+    largest = 0
+    size = sum(file.stat().st_size for file in files)
+    with bar("tokenising", size, "B") as advance, (aside / "tokens.raw").open("wb") as raw:
+        for batch in _batches(read_documents(files, separator)):
+            for ids in encode(batch):
+                document = np.array(ids if append is None else [*ids, append], dtype=np.uint32)
+                document.tofile(raw)
+                lengths.append(len(document))
+                largest = max(largest, int(document.max(initial=0)))
+            advance(sum(len(text.encode()) for text in batch))
+    wide = np.memmap(aside / "tokens.raw", dtype=np.uint32, mode="r")
+    kind = np.uint16 if largest < 1 << 16 else np.uint32
+    narrow = np.lib.format.open_memmap(aside / "tokens.npy", mode="w+", dtype=kind, shape=wide.shape)
+    for start in range(0, len(wide), 1 << 24):
+        narrow[start : start + (1 << 24)] = wide[start : start + (1 << 24)]
+    narrow.flush()
+    np.save(aside / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    del wide, narrow
+    (aside / "tokens.raw").unlink()
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

@@ -199,8 +199,8 @@ def read_text(
 
 
 def best_device() -> str:
-    """A GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """A GPU where there is one: this process's own, under a launcher."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def device_name(device: torch.device | str) -> str:

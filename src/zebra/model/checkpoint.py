@@ -130,30 +130,6 @@ def copy_companions(source: Path, target: Path, weights: Sequence[Path]) -> None
             shutil.copyfile(file, target / file.name)
 
 
-class staged:
-    """A context whose directory becomes `target` by one rename when its body ends well, and vanishes otherwise.
-
-    Raises:
-        Refusal: the target exists and is not an empty directory.
-    """
-
-    def __init__(self, target: str | os.PathLike[str]):
-        self.target = Path(target)
-        self.aside = self.target.with_name(f".{self.target.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> Path:
-        if self.target.exists() and (not self.target.is_dir() or any(self.target.iterdir())):
-            raise Refusal(f"the target {self.target} exists already. Name another, or remove it first.")
-        self.aside.mkdir(parents=True)
-        return self.aside
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.aside, self.target)
-        else:
-            shutil.rmtree(self.aside, ignore_errors=True)
-
-
 def link(source: Path, target: Path) -> None:
     """A hard link where the file system allows one, a copy elsewhere."""
     real = source.resolve()  # the hub's cache holds symbolic links

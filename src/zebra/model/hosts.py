@@ -18,12 +18,12 @@ from zebra.model.checkpoint import (
     first_line,
     link,
     read_config,
-    staged,
     write_card,
     write_config,
 )
 from zebra.model.families import host_class, striped
 from zebra.refusal import Refusal
+from zebra.staged import staged
 from zebra.stripes import Stripes
 
 

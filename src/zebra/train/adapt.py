@@ -28,7 +28,6 @@ from zebra.model.checkpoint import (
     copy_companions,
     load_tokenizer,
     read_config,
-    staged,
     write_card,
     write_config,
 )
@@ -36,9 +35,10 @@ from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import load
 from zebra.records import Row
 from zebra.refusal import Refusal
+from zebra.staged import staged
 from zebra.stripes import LOCAL, Stripes, visible_pairs
 from zebra.train.recipe import AdaptRecipe, TextSource
-from zebra.train.trainer import fit, tokens_per_step
+from zebra.train.trainer import COMPLETE, fit, tokens_per_step
 
 
 def adapt(recipe: AdaptRecipe) -> list[Row]:
@@ -64,6 +64,8 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
     before = _before(run, recipe, held_out)
     if not (run / "model").exists():
         _train(run, recipe, config, rows, held_out)
+    if os.environ.get("RANK", "0") != "0":  # under a launcher one process writes the results
+        return []
     history = _trainer_state(run, recipe)["log_history"]
     after = _measure(recipe, held_out, run / "model", None) if recipe.evaluate else []
     found = [*before, *_training_rows(recipe, config, history), *after, *_cost_rows(recipe, config)]
@@ -220,6 +222,10 @@ def _cost_rows(recipe: AdaptRecipe, config: PreTrainedConfig) -> list[Row]:
 
 def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows, held_out: Corpus | None) -> None:
     """Train, and write the adapted checkpoint."""
+    last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
+    if (last / COMPLETE).exists():  # a kill came between the last step and the export
+        _export(run, recipe, load(last))
+        return
     model = load(recipe.model, stripes=recipe.stripes, dtype=torch.float32)
     model.config.max_position_embeddings = config.max_position_embeddings
     if fit(recipe, model, rows, held_out, run / "checkpoints"):

@@ -6,10 +6,12 @@ so that accumulation, DDP and token counting stay the Trainer's.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -72,9 +74,27 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
             callbacks=[_Mark(), _Show(advance, tokens_per_step(recipe))],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_newest_complete(checkpoints))
+        with _tied_weights_expected(model):
+            trainer.train(resume_from_checkpoint=_newest_complete(checkpoints))
     trainer.accelerator.wait_for_everyone()
     return trainer.is_world_process_zero()
+
+
+@contextmanager
+def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the Trainer from warning that a tied weight, which is saved once, is missing from its checkpoint."""
+    tied = f"{sorted(model.all_tied_weights_keys)}."
+
+    def other(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not ("missing keys in the checkpoint" in message and message.endswith(tied))
+
+    log = logging.getLogger("transformers.trainer")
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
 
 
 def tokens_per_step(recipe: AdaptRecipe) -> int:
@@ -165,15 +185,19 @@ class _Show(TrainerCallback):
 
     def __init__(self, advance: Callable[..., None], step_tokens: int):
         self.advance, self.step_tokens = advance, step_tokens
-        self.started = time.perf_counter()
-        self.first = 0
+        self.began = self.seconds = 0.0
+        self.steps = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.started, self.first = time.perf_counter(), state.global_step
         self.advance(state.global_step * self.step_tokens)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.advance(self.step_tokens)
+        self.steps += 1
+        self.seconds += time.perf_counter() - self.began
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -181,8 +205,7 @@ class _Show(TrainerCallback):
         if "loss" in logs:
             self.advance(note=f"step {state.global_step}, loss {logs['loss']:.3f}")
             if not console.is_terminal:
-                done = (state.global_step - self.first) * self.step_tokens
-                rate = done / (time.perf_counter() - self.started)
+                rate = self.steps * self.step_tokens / self.seconds
                 console.print(
                     f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, {rate:,.0f} tokens/s, "
                     f"{(state.max_steps - state.global_step) * self.step_tokens / rate:,.0f} s left"

@@ -1,0 +1,48 @@
+"""A directory that appears whole or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import glob
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zebra.refusal import Refusal
+
+
+@contextmanager
+def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a directory aside that becomes `target` by one rename when the body ends well, and vanishes otherwise.
+
+    What a killed process of this machine left aside is removed first.
+
+    Raises:
+        Refusal: the target exists and is not an empty directory.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Refusal(f"the target {target} exists already. Name another, or remove it first.")
+    mine = f".{target.name}.{platform.node()}"
+    for left in target.parent.glob(f"{glob.escape(mine)}.*.partial"):
+        if not _alive(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = target.with_name(f"{mine}.{os.getpid()}.partial")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

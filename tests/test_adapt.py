@@ -1,0 +1,260 @@
+"""Adaptation end to end on the real tiny checkpoint: what a run leaves, and what a kill does to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import STORIES, TEXT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import zebra
+from zebra import Refusal, records
+from zebra.train.adapt import adapt
+from zebra.train.recipe import AdaptRecipe
+from zebra.train.trainer import COMPLETE
+
+SEPARATOR = "<|endoftext|>"
+STEPS = 12
+SHARED = Path(tempfile.mkdtemp(prefix="zebra-test-adapt-"))
+
+
+def recipe(run: Path, **changes: Any) -> AdaptRecipe:
+    text = {"files": [str(TEXT / "tinystories_test.txt")], "separator": SEPARATOR, "join": True}
+    few = SHARED / "few.txt"
+    if not few.exists():
+        few.write_text(SEPARATOR.join(Path(text["files"][0]).read_text().split(SEPARATOR)[:25]))
+    tree: dict[str, Any] = {
+        "run": str(run),
+        "model": str(STORIES),
+        "stripes": "GLLL:33",
+        "data": dict(text),
+        "train": {"length": 600, "steps": STEPS, "learning_rate": 1e-3, "log_every": 1, "save_every": 4},
+        "evaluate": {**text, "files": [str(few)], "length": 600, "every": 6},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            tree[section][key] = value
+        else:
+            tree[section] = value
+    return AdaptRecipe.model_validate(tree)
+
+
+def losses(rows: list[records.Row]) -> list[float]:
+    return [row.value for row in rows if row.metric == "loss"]
+
+
+def names(where: Path) -> set[str]:
+    return {p.name for p in where.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[records.Row]]:
+    """One uninterrupted run, the measure of all others."""
+    run = tmp_path_factory.mktemp("adapt") / "run"
+    os.environ["XDG_CACHE_HOME"] = str(run.parent / "cache")
+    return run, adapt(recipe(run))
+
+
+def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[records.Row]]) -> None:
+    run, rows = finished
+    assert names(run) == {"recipe.yaml", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
+    assert records.read(run / "rows.jsonl") == rows
+    assert AdaptRecipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text())) == recipe(run)
+    assert len(losses(rows)) == STEPS
+    assert [row.n for row in rows if row.metric == "loss"] == [600 * (i + 1) for i in range(STEPS)]
+    measured = {(row.model, row.layout) for row in rows if row.metric == "perplexity"}
+    assert measured == {
+        (str(STORIES), "dense"),
+        (str(STORIES), "GLLL:33"),
+        (f"{run}@6", "GLLL:33"),
+        (f"{run}@12", "GLLL:33"),
+        (str(run / "model"), "GLLL:33"),
+    }
+    far = [row.value for row in rows if row.position_to == 600 and row.position_from == 512]
+    assert far[3] < far[2]  # it learns from step 6 to step 12
+    assert {row.seed for row in rows} == {0}
+    assert all(row.versions["torch"] and row.device for row in rows)
+
+
+def test_the_adapted_checkpoint_is_a_plain_one(finished: tuple[Path, list[records.Row]]) -> None:
+    run, rows = finished
+    model = run / "model"
+    assert names(model) == names(STORIES) | {"zebra.json"}
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    ours = zebra.load(model)
+    assert plain.config.max_position_embeddings == 600
+    assert plain.config.layer_types[:2] == ["full_attention", "sliding_attention"]
+    ids = AutoTokenizer.from_pretrained(model)(
+        "Once upon a time there was a little girl.", return_tensors="pt"
+    ).input_ids
+    torch.testing.assert_close(plain(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
+    source = AutoModelForCausalLM.from_pretrained(STORIES)
+    assert not torch.equal(source.model.layers[0].mlp.up_proj.weight, plain.model.layers[0].mlp.up_proj.weight)
+    card = json.loads((model / "zebra.json").read_text())
+    assert (card["layout"], card["steps"], card["tokens"]) == ("GLLL:33", STEPS, STEPS * 600)
+    # What was measured at the last step is what the written checkpoint gives.
+    last = {
+        name: [row.value for row in rows if row.metric == "perplexity" and row.model == name]
+        for name in (f"{run}@12", str(model))
+    }
+    assert last[f"{run}@12"] == pytest.approx(last[str(model)], rel=1e-6)
+
+
+def test_the_loss_is_the_hosts_own(finished: tuple[Path, list[records.Row]]) -> None:
+    """The first logged loss equals what stock transformers computes for the same rows."""
+    _, rows = finished
+    from zebra.data.packing import pack
+    from zebra.evaluate.perplexity import read_text
+    from zebra.model.checkpoint import load_tokenizer, read_config
+
+    corpus = read_text(
+        [str(TEXT / "tinystories_test.txt")], load_tokenizer(STORIES, read_config(STORIES)), separator=SEPARATOR
+    )
+    packed = pack(corpus, 600, join=True, seed=0)
+    model = zebra.load(STORIES, stripes="GLLL:33")
+    with torch.no_grad():
+        stock = [
+            model(packed[i]["input_ids"][None], labels=packed[i]["labels"][None], use_cache=False).loss.item()
+            for i in range(len(packed))
+        ]
+    assert min(abs(loss - losses(rows)[0]) for loss in stock) < 1e-5
+
+
+def test_a_finished_run_is_not_run_again(
+    finished: tuple[Path, list[records.Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rows = finished
+    monkeypatch.setattr("zebra.train.adapt.fit", lambda *_: pytest.fail("trained again"))
+    assert adapt(recipe(run)) == rows
+
+
+def test_a_run_directory_belongs_to_one_recipe(finished: tuple[Path, list[records.Row]], tmp_path: Path) -> None:
+    run, _ = finished
+    with pytest.raises(Refusal, match=r"another recipe: train\.learning_rate, train\.steps differ"):
+        adapt(recipe(run, train__learning_rate=2e-3, train__steps=24))
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(Refusal, match="is no run of zebra"):
+        adapt(recipe(tmp_path))
+
+
+KILL_AT_A_LOG = """
+import os, signal, sys
+from zebra.train import trainer
+shown = trainer._Show.on_log
+def on_log(self, args, state, control, logs, **kwargs):
+    shown(self, args, state, control, logs, **kwargs)
+    if state.global_step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer._Show.on_log = on_log
+"""
+KILL_IN_A_SAVE = """
+import os, signal
+from transformers import Trainer
+def die(self, output_dir):
+    if self.state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(self, output_dir)
+save = Trainer._save_optimizer_and_scheduler
+Trainer._save_optimizer_and_scheduler = die
+"""
+KILL_IN_THE_EXPORT = """
+import os, signal
+from zebra.train import adapt
+adapt.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+KILLS = {
+    "between saves": (KILL_AT_A_LOG, {"checkpoint-4"}, {"checkpoint-4"}),
+    "inside a save": (KILL_IN_A_SAVE, {"checkpoint-4", "checkpoint-8"}, {"checkpoint-4"}),
+    "inside the export": (KILL_IN_THE_EXPORT, {"checkpoint-8", "checkpoint-12"}, {"checkpoint-8", "checkpoint-12"}),
+}
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_a_killed_run_resumes_to_the_same_losses(
+    when: str, finished: tuple[Path, list[records.Row]], tmp_path: Path
+) -> None:
+    kill, left, whole = KILLS[when]
+    run = tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(run).model_dump(mode="json")))
+    killed = subprocess.run(
+        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "adapt", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    checkpoints = run / "checkpoints"
+    assert names(checkpoints) == left
+    assert {p.name for p in checkpoints.iterdir() if (p / COMPLETE).exists()} == whole
+    assert not (run / "model").exists()
+    assert not (run / "rows.jsonl").exists()
+
+    rows = adapt(recipe(run))
+    _, wanted = finished
+    assert losses(rows) == losses(wanted)
+    values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, wanted)]
+    assert values[0] == values[1]
+    assert names(run) == {"recipe.yaml", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__join": False, "data__append_eos": True},
+        {"train__activation_checkpointing": True},
+        {"train__precision": "bfloat16"},
+        {"stripes": None},
+    ],
+    ids=str,
+)
+def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], tmp_path: Path) -> None:
+    rows = adapt(recipe(tmp_path / "run", evaluate=None, train__steps=4, **changes))
+    assert len(losses(rows)) == 4
+    assert all(0 < loss < 10 for loss in losses(rows))
+    assert {row.task for row in rows} == {"train", "cost"}
+
+
+def test_activation_checkpointing_and_accumulation_change_no_loss(tmp_path: Path) -> None:
+    plain = adapt(recipe(tmp_path / "a", evaluate=None, train__steps=4, train__rows_per_step=2))
+    recomputed = adapt(
+        recipe(
+            tmp_path / "b", evaluate=None, train__steps=4, train__rows_per_step=2, train__activation_checkpointing=True
+        )
+    )
+    assert losses(plain) == pytest.approx(losses(recomputed), abs=1e-5)
+    accumulated = adapt(recipe(tmp_path / "c", evaluate=None, train__steps=4, train__accumulate=2))
+    assert losses(plain) == pytest.approx(losses(accumulated), abs=1e-4)
+
+
+@pytest.mark.full
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """DDP over gloo: twice the rows in a step, one writer; the gradients are synchronised through our loss."""
+    one = adapt(recipe(tmp_path / "one", evaluate=None, train__steps=4, train__rows_per_step=2))
+    two = recipe(tmp_path / "two", evaluate=None, train__steps=4)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(two.model_dump(mode="json")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
+    done = subprocess.run(
+        [*launch, "-m", "zebra", "adapt", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(records.read(tmp_path / "two" / "rows.jsonl")) == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_text_shorter_than_a_row_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="fewer than one row of 999,999"):
+        adapt(recipe(tmp_path / "run", train__length=999_999))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,363 @@
+"""Perplexity by position against a brute-force computation from full logits."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from zebra.data.corpus import Corpus
+from zebra.evaluate import perplexity as module
+from zebra.evaluate.perplexity import CONVENTIONS, Score, as_rows, edges, perplexity, read_text, rows_of
+from zebra.refusal import Refusal
+
+STORIES = Path(__file__).resolve().parent.parent / "examples" / "stories260K"
+VOCABULARY = 41
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def drawn(*lengths: int, seed: int = 0) -> Corpus:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, offsets[-1]).astype(np.uint16)
+    return Corpus(tokens, offsets)
+
+
+def brute_windows(n: int, length: int, convention: str, stride: int | None) -> list[tuple[int, int, int]]:
+    """(first token, end, first scored token) of each window of a document of `n` tokens."""
+    if convention == "truncated":
+        return [(0, length, 1)] if n >= length else []
+    if convention == "disjoint":
+        return [(a, min(a + length, n), a + 1) for a in range(0, n, length)]
+    step = stride or max(1, length // 4)
+    found, scored = [(0, min(length, n), 1)], min(length, n)
+    while scored < n:
+        end = min(scored + step, n)
+        found.append((end - length, end, scored))
+        scored = end
+    return found
+
+
+@dataclass
+class Brute:
+    """Losses and counts by (bucket, document), and how often each token of the corpus was scored."""
+
+    sums: dict[tuple[int, int], float]
+    counts: dict[tuple[int, int], int]
+    scored: dict[tuple[int, int], int]
+
+
+def brute(model: Any, corpus: Corpus, length: int, convention: str, stride: int | None, bounds: list[int]) -> Brute:
+    found = Brute(defaultdict(float), defaultdict(int), defaultdict(int))
+    for document in range(len(corpus)):
+        tokens = [int(token) for token in corpus[document]]
+        for a, b, first in brute_windows(len(tokens), length, convention, stride):
+            if b - a < 2:
+                continue
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens[a:b]])).logits[0].double()
+            chances = logits.log_softmax(-1)
+            for t in range(first, b):
+                position = t - a
+                bucket = max(i for i, edge in enumerate(bounds[:-1]) if edge <= position)
+                found.sums[bucket, document] -= float(chances[position - 1, tokens[t]])
+                found.counts[bucket, document] += 1
+                found.scored[document, t] += 1
+    return found
+
+
+def check(scores: list[Score], found: Brute, bounds: list[int]) -> None:
+    expected = []
+    for bucket in range(len(bounds) - 1):
+        documents = [d for b, d in found.counts if b == bucket]
+        if documents:
+            total = sum(found.sums[bucket, d] for d in documents)
+            count = sum(found.counts[bucket, d] for d in documents)
+            expected.append((bounds[bucket], bounds[bucket + 1], math.exp(total / count), count, len(documents)))
+    if len(bounds) > 2:
+        total, count = sum(found.sums.values()), sum(found.counts.values())
+        expected.append((0, bounds[-1], math.exp(total / count), count, len({d for _, d in found.counts})))
+    assert [(s.position_from, s.position_to, s.tokens, s.documents) for s in scores] == [
+        (e[0], e[1], e[3], e[4]) for e in expected
+    ]
+    assert [s.perplexity for s in scores] == pytest.approx([e[2] for e in expected], rel=1e-5)
+
+
+CASES = [
+    ("disjoint", None),
+    ("strided", None),
+    ("strided", 1),
+    ("strided", 3),
+    ("strided", 4),
+    ("truncated", None),
+]
+
+
+@pytest.mark.parametrize(("convention", "stride"), CASES)
+@pytest.mark.parametrize("length", [5, 7, 16, 21])
+@pytest.mark.parametrize("batch_tokens", [1, 50, 8192])
+def test_each_bucket_equals_full_logits(
+    model: Any, convention: str, stride: int | None, length: int, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_EDGE", 4)
+    corpus = drawn(33, 1, 2, 7, 21, 5, 16, 22, 49)
+    bounds = edges(length)
+    assert len(bounds) > 2
+    found = brute(model, corpus, length, convention, stride, bounds)
+    scores = perplexity(model, corpus, length=length, convention=convention, stride=stride, batch_tokens=batch_tokens)
+    check(scores, found, bounds)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_real_edges_and_odd_lengths(model: Any, convention: str) -> None:
+    corpus = drawn(777, 300, 555)
+    found = brute(model, corpus, 555, convention, None, [0, 256, 512, 555])
+    check(perplexity(model, corpus, length=555, convention=convention), found, [0, 256, 512, 555])
+
+
+@pytest.mark.parametrize("n", [2, 3, 15, 16, 17, 31, 32, 33, 47, 50])
+@pytest.mark.parametrize(("convention", "stride"), [case for case in CASES if case[0] != "truncated"])
+def test_every_token_is_scored_once(n: int, convention: str, stride: int | None) -> None:
+    """Disjoint leaves out each window's first token, strided the document's first alone."""
+    length = 16
+    document = np.arange(n)
+    corpus = Corpus(document, np.array([0, n]))
+    windows = module._windows(corpus, length, convention, stride)
+    scored = [int(token) for w in windows for token in w.tokens[w.scored_from :]]
+    unscored = set(range(0, n, length)) if convention == "disjoint" else {0}
+    assert scored == [i for i in range(n) if i not in unscored]
+    for i, window in enumerate(windows):
+        assert len(window.tokens) <= length
+        if convention == "strided" and i:  # nearly a full context before each token
+            assert len(window.tokens) == length
+            assert len(window.tokens) - window.scored_from <= (stride or length // 4)
+
+
+def test_truncated_takes_long_documents_only() -> None:
+    windows = module._windows(drawn(15, 16, 17, 40), 16, "truncated", None)
+    assert [(w.document, len(w.tokens), w.scored_from) for w in windows] == [(1, 16, 1), (2, 16, 1), (3, 16, 1)]
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (2, [0, 2]),
+        (255, [0, 255]),
+        (256, [0, 256]),
+        (257, [0, 256, 257]),
+        (512, [0, 256, 512]),
+        (4096, [0, 256, 512, 1024, 2048, 4096]),
+        (5000, [0, 256, 512, 1024, 2048, 4096, 5000]),
+    ],
+)
+def test_edges(length: int, expected: list[int]) -> None:
+    assert edges(length) == expected
+
+
+def test_one_bucket_is_not_said_twice(model: Any) -> None:
+    (score,) = perplexity(model, drawn(40), length=16)
+    assert (score.position_from, score.position_to, score.tokens, score.documents) == (0, 16, 37, 1)
+
+
+def test_a_bucket_without_tokens_is_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_EDGE", 4)
+    scores = perplexity(model, drawn(5, 4), length=16)
+    assert [(s.position_from, s.position_to, s.documents) for s in scores] == [(0, 4, 2), (4, 8, 1), (0, 16, 2)]
+
+
+# -- intervals
+
+
+def test_an_interval_brackets_the_value(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_EDGE", 8)
+    corpus = drawn(*range(20, 50))
+    scores = perplexity(model, corpus, length=24)
+    assert len(scores) == 4
+    for score in scores:
+        assert score.low is not None
+        assert score.high is not None
+        assert score.low < score.perplexity < score.high
+    assert perplexity(model, corpus, length=24, seed=0) == scores
+    others = perplexity(model, corpus, length=24, seed=1)
+    assert [score.perplexity for score in others] == [score.perplexity for score in scores]
+    assert others != scores
+
+
+def test_one_document_has_no_interval(model: Any) -> None:
+    for corpus in (drawn(600), drawn(600, 1)):
+        for score in perplexity(model, corpus, length=300):
+            assert (score.low, score.high, score.documents) == (None, None, 1)
+    first, last, whole = perplexity(model, drawn(300, 30), length=300)
+    assert (first.documents, last.documents, whole.documents) == (2, 1, 2)
+    assert first.low is not None
+    assert last.low is None
+
+
+def test_equal_documents_have_an_interval_of_no_width(model: Any) -> None:
+    tokens = np.tile(drawn(20).tokens, 5)
+    (score,) = perplexity(model, Corpus(tokens, np.arange(0, 101, 20)), length=20)
+    assert score.low == pytest.approx(score.perplexity)
+    assert score.high == pytest.approx(score.perplexity)
+
+
+def test_the_interval_is_95_percent_over_documents() -> None:
+    """Many documents of one size: nearly the mean and 1.96 standard errors, in the logarithm."""
+    counts = np.full(2000, 10.0)
+    losses = np.random.default_rng(1).normal(2.0, 0.5, 2000)
+    score = module._score(0, 16, losses * counts, counts, 0)
+    error = losses.std() / math.sqrt(2000)
+    assert score.perplexity == pytest.approx(math.exp(losses.mean()))
+    assert score.low is not None
+    assert score.high is not None
+    assert math.log(score.low) == pytest.approx(losses.mean() - 1.96 * error, abs=0.15 * error)
+    assert math.log(score.high) == pytest.approx(losses.mean() + 1.96 * error, abs=0.15 * error)
+    assert (score.tokens, score.documents) == (20_000, 2000)
+
+
+def test_the_interval_weighs_documents_by_their_tokens() -> None:
+    """Every resample is a mean over tokens: with one huge document it stays near that one's value."""
+    sums, counts = np.array([1e6 * 2.0, 5.0, 5.0, 5.0, 0.0]), np.array([1e6, 1.0, 1.0, 1.0, 0.0])
+    score = module._score(0, 16, sums, counts, 0)
+    assert score.documents == 4
+    assert score.perplexity == pytest.approx(math.exp(2), rel=1e-4)
+    assert score.low == pytest.approx(math.exp(2), rel=1e-4)
+    assert score.high == pytest.approx(math.exp(5), rel=1e-4)  # it is drawn in 1 - 0.75**4 = 68 % only
+
+
+# -- the model's side
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_comes_back_as_it_was(model: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.train(training)
+    modes: list[tuple[bool, bool]] = []
+    handle = model.register_forward_pre_hook(lambda m, _: modes.append((m.training, torch.is_grad_enabled())))
+    try:
+        perplexity(model, drawn(40), length=16)
+        assert model.training is training
+    finally:
+        handle.remove()
+        model.eval()
+    assert modes
+    assert set(modes) == {(False, False)}
+
+
+def test_batches_hold_as_many_tokens_as_asked(model: Any) -> None:
+    sizes: list[tuple[int, int]] = []
+    handle = model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape)))
+    try:
+        perplexity(model, drawn(16 * 5 + 3, 16), length=16, batch_tokens=35)
+        perplexity(model, drawn(32), length=16, batch_tokens=1)
+    finally:
+        handle.remove()
+    assert sizes == [(2, 16), (2, 16), (1, 16), (1, 3), (1, 16), (1, 16), (1, 16)]
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "message"),
+    [
+        ((40,), {"convention": "sliding"}, "the conventions are disjoint, strided, truncated; got 'sliding'"),
+        ((40,), {"length": 1}, "at least 2 tokens.* got a length of 1"),
+        ((40,), {"stride": 4}, "a stride belongs to the strided convention.* got 4 with the disjoint convention"),
+        ((40,), {"stride": 4, "convention": "truncated"}, "with the truncated convention"),
+        ((40,), {"stride": 0, "convention": "strided"}, "got 0 with the strided convention and length 16"),
+        ((40,), {"stride": 16, "convention": "strided"}, "between 1 and length - 1; got 16"),
+        ((40,), {"stride": -1, "convention": "strided"}, "got -1"),
+        ((15, 9), {"convention": "truncated"}, "truncated convention at length 16; the longest has 15"),
+        ((1, 1, 0), {}, "disjoint convention at length 16; the longest has 1"),
+        ((1,), {"convention": "strided"}, "the longest has 1"),
+    ],
+)
+def test_refusals(model: Any, lengths: tuple[int, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        perplexity(model, drawn(*lengths), **({"length": 16} | options))
+
+
+def test_a_token_without_an_embedding_is_refused(model: Any) -> None:
+    corpus = drawn(40)
+    corpus.tokens[7] = VOCABULARY - 1
+    perplexity(model, corpus, length=16)
+    corpus.tokens[7] = VOCABULARY
+    with pytest.raises(Refusal, match="the text has token 41, but the model has 41 embeddings"):
+        perplexity(model, corpus, length=16)
+
+
+# -- rows and texts
+
+
+def test_scores_become_rows() -> None:
+    scores = [Score(0, 256, 9.0, 8.0, 10.0, 100, 4), Score(0, 512, 7.0, None, None, 300, 1)]
+    first, second = as_rows(scores, 512, "strided", run="r", model="m", layout="GL:8", seed=5, device="d")
+    assert (first.task, first.metric, first.value, first.length) == ("perplexity-strided", "perplexity", 9.0, 512)
+    assert (first.position_from, first.position_to, first.n, first.low, first.high) == (0, 256, 100, 8.0, 10.0)
+    assert (first.run, first.model, first.layout, first.seed, first.device) == ("r", "m", "GL:8", 5, "d")
+    assert (second.position_to, second.value, second.n, second.low, second.high) == (512, 7.0, 300, None, None)
+
+
+def test_texts_under_a_real_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    (tmp_path / "a.txt").write_text("Once upon a time--there was a cat.")
+    files = [str(tmp_path / "a.txt")]
+    plain = read_text(files, tokenizer, separator="--", cache=str(tmp_path / "c"))
+    ended = read_text(files, tokenizer, separator="--", append_eos=True, cache=str(tmp_path / "c"))
+    assert [plain[i].tolist() for i in range(2)] == [
+        tokenizer("Once upon a time")["input_ids"],
+        tokenizer("there was a cat.")["input_ids"],
+    ]
+    assert [ended[i].tolist() for i in range(2)] == [[*plain[i].tolist(), tokenizer.eos_token_id] for i in range(2)]
+
+
+def test_rows_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("--".join("Once upon a time there was a little cat. " * n for n in (1, 4, 6)))
+    rows = rows_of(STORIES, [str(text)], lengths=[16, 40], separator="--", device="cpu", seed=3, run="mine")
+    assert [(row.length, row.position_from, row.position_to) for row in rows] == [(16, 0, 16), (40, 0, 40)]
+    for row in rows:
+        assert (row.run, row.model, row.layout, row.seed) == ("mine", str(STORIES), "dense", 3)
+        assert row.device.startswith("cpu, ")
+        assert row.low is not None
+        assert row.low <= row.value <= row.high
+        assert 1 < row.value < 512
+    (joined,) = rows_of(
+        STORIES, [str(text)], lengths=[40], separator="--", join=True, device="cpu", convention="strided"
+    )
+    assert (joined.task, joined.seed) == ("perplexity-strided", 0)
+    assert joined.n is not None
+    assert rows[1].n is not None
+    assert joined.n > rows[1].n
+    (striped,) = rows_of(STORIES, [str(text)], lengths=[40], separator="--", stripes="GL:4", device="cpu")
+    assert striped.layout.endswith(":4")
+    assert striped.value != rows[1].value
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(module, "load", never)
+    with pytest.raises(Refusal, match="no document has enough tokens"):
+        rows_of(STORIES, [str(text)], lengths=[16, 4000], separator="--", convention="truncated")
