@@ -727,6 +727,10 @@ def test_executed_tiles_of_a_chunk_are_those_of_its_queries(counted: list[int]) 
     inputs = drawn(100, 1000, batch=1, heads=1, group=1)
     everything("banded", *inputs, Mask(window=50))
     assert sum(counted) <= 2 * 100 * (50 + 64)
+    counted.clear()
+    documents = (torch.arange(1000) // 60)[None]
+    everything("banded", *inputs, Mask(documents=documents))
+    assert sum(counted) <= 2 * 100 * (60 + 128)
 
 
 class Largest(TorchDispatchMode):

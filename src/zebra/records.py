@@ -54,7 +54,8 @@ def commit() -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement. `low` and `high` bound `value` at 95 %; `n` counts what was measured (tokens, samples).
+    """One measurement. `low` and `high` bound `value` at 95 %, or are a time's least and most;
+    `n` counts what was measured (tokens, samples).
 
     `length` is the context length in tokens; `position_from` and `position_to` bound the positions that were scored,
     half-open and counted from 0; `depth` is a needle's place, 0 to 1. What does not apply is None.

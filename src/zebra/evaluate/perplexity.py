@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zebra.data.corpus import Corpus, tokenise
 from zebra.model.checkpoint import fingerprint, load_tokenizer, read_config
 from zebra.model.families import layout
-from zebra.model.hosts import load
+from zebra.model.hosts import best_device, device_name, load
 from zebra.model.loss import token_losses, without_logits
 from zebra.progress import bar
 from zebra.records import Row
@@ -196,18 +196,6 @@ def read_text(
         append=tokenizer.eos_token_id if append_eos else None,
         cache=cache,
     )
-
-
-def best_device() -> str:
-    """A GPU where there is one: this process's own, under a launcher."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
-def device_name(device: torch.device | str) -> str:
-    """The device as rows name it."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def _windows(corpus: Corpus, length: int, convention: str, stride: int | None) -> list[_Window]:

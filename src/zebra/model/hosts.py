@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -25,6 +26,18 @@ from zebra.model.families import host_class, striped
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import Stripes
+
+
+def best_device() -> str:
+    """A GPU where there is one: this process's own, under a launcher."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: torch.device | str) -> str:
+    """The device as rows name it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
 
 
 @functools.cache

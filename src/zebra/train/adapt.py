@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from zebra import records
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows, pack
-from zebra.evaluate.perplexity import Score, as_rows, best_device, device_name, perplexity, read_text
+from zebra.evaluate.perplexity import Score, as_rows, perplexity, read_text
 from zebra.model.checkpoint import (
     check_weights,
     copy_companions,
@@ -32,7 +32,7 @@ from zebra.model.checkpoint import (
     write_config,
 )
 from zebra.model.families import DENSE, layout, striped, stripes_of
-from zebra.model.hosts import load
+from zebra.model.hosts import best_device, device_name, load
 from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.staged import staged
