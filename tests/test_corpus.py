@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -262,16 +265,37 @@ def entry_of(text: Path, tmp_path: Path) -> tuple[Path, Path]:
     return cache, entry
 
 
-@pytest.mark.parametrize("pid", ["own", "another"])
-def test_what_a_killed_process_left_is_not_read(text: Path, tmp_path: Path, pid: str) -> None:
-    cache, entry = entry_of(text, tmp_path)
-    left = cache / f".{entry.name}.{os.getpid() if pid == 'own' else 1}.partial"
-    os.rename(entry, left)
-    (left / "tokens.npy").write_bytes(b"half")
-    (left / "tokens.raw").write_bytes(b"\1\2\3\4" * 9)
-    encode = Encoder()
-    assert texts(run(text / "b.txt", cache, encode)) == ["bee"]
-    assert encode.seen == ["bee"]
+def test_what_a_killed_process_left_is_not_read(text: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    code = (
+        "import os, sys\n"
+        "from zebra.data.corpus import tokenise\n"
+        "tokenise([sys.argv[1]], lambda _: os.kill(os.getpid(), 9), tokenizer='characters', cache=sys.argv[2])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(text / "b.txt"), str(cache)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = cache.iterdir()
+    assert left.name.startswith(".")
+    assert texts(run(text / "b.txt", cache)) == ["bee"]
+    (entry,) = cache.iterdir()  # what was left is gone
+    assert entry != left
+
+
+@pytest.mark.xfail(raises=FileExistsError, reason="staged() takes what a dead process of its own number left for alive")
+def test_what_a_killed_process_of_the_same_number_left_is_not_read(text: Path, tmp_path: Path) -> None:
+    """In a container every run may be process 1."""
+    cache = tmp_path / "c"
+    aside: list[Path] = []
+
+    def encode(batch: list[str]) -> list[list[int]]:
+        aside.extend(cache.iterdir())
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        run(text / "b.txt", cache, encode)
+    aside[0].mkdir()
+    (aside[0] / "tokens.raw").write_bytes(b"\1\2\3\4" * 9)
+    assert texts(run(text / "b.txt", cache)) == ["bee"]
 
 
 @pytest.mark.xfail(raises=(ValueError, OSError, EOFError), reason="a broken entry is neither built again nor refused")
@@ -311,7 +335,8 @@ def test_a_rename_that_fails_is_an_error(text: Path, tmp_path: Path, monkeypatch
     def failing(*_: Any) -> None:
         raise PermissionError("no")
 
-    monkeypatch.setattr(module.os, "rename", failing)
+    monkeypatch.setattr(os, "rename", failing)
+    monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(PermissionError):
         run(text / "b.txt", tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []
@@ -320,14 +345,15 @@ def test_a_rename_that_fails_is_an_error(text: Path, tmp_path: Path, monkeypatch
 def test_an_entry_shows_only_when_it_is_whole(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "c"
     seen: list[set[str]] = []
-    rename = os.rename
+    replace = os.replace
 
     def watching(source: Path, target: Path) -> None:
         assert not target.exists()
         seen.append({path.name for path in source.iterdir()})
-        rename(source, target)
+        replace(source, target)
 
-    monkeypatch.setattr(module.os, "rename", watching)
+    monkeypatch.setattr(os, "rename", watching)
+    monkeypatch.setattr(os, "replace", watching)
     run(text / "b.txt", cache)
     assert seen == [{"tokens.npy", "offsets.npy"}]
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from zebra.refusal import Refusal
+from zebra.stripes import Stripes
 from zebra.train.recipe import AdaptRecipe, read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -155,6 +156,10 @@ def test_an_empty_override_takes_a_value_away(recipe: Any) -> None:
         ("train.step=5", r"unknown key train\.step; did you mean steps\?"),
         ("trane.steps=5", r"unknown key trane; did you mean train\?"),
         ("train.steps=many", r"train\.steps: .*integer.* \(got 'many'\)"),
+        ("stripes=10:20:30", r"stripes are written .* got '10:20:30'"),
+        ("run=-5", r"run: .*valid string \(got -5\)"),
+        ("run=1_000", r"run: .*valid string \(got 1000\)"),
+        ("run=1e3", r"run: .*valid string \(got 1000\.0\)"),
         ("train.steps=", r"train\.steps: .*integer.* \(got None\)"),
     ],
 )
@@ -233,11 +238,29 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         read_recipe(tmp_path / "latin.yaml", AdaptRecipe)
 
 
-@pytest.mark.xfail(raises=ValueError, reason="PyYAML raises ValueError, not YAMLError, for a date that is none")
-@pytest.mark.parametrize("overrides", [(), ("run=2024-13-01",)], ids=["file", "override"])
-def test_a_date_that_is_none_is_refused(recipe: Any, overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("value", ["2:33", "0,4:12", "GL:8", "08:8"])
+def test_a_layout_needs_no_quotes(recipe: Any, value: str) -> None:
+    """YAML 1.1 reads 2:33 as a number of base 60."""
+    expected = str(Stripes.parse(value))
+    assert recipe(PLAIN, f"stripes={value}").stripes == expected
+    assert recipe(yaml.safe_dump(PLAIN) + f"stripes: {value}\n").stripes == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "number"), [("5", 5), ("-5", -5), ("+5", 5), ("0", 0), ("1_000", 1000), ("123456789", 123456789)]
+)
+def test_whole_numbers(recipe: Any, value: str, number: int) -> None:
+    assert recipe(PLAIN, f"train.seed={value}").train.seed == number
+    assert type(recipe(PLAIN, f"train.seed={value}").train.seed) is int
+
+
+@pytest.mark.xfail(raises=ValueError, reason="PyYAML raises ValueError, not YAMLError, while it makes a value")
+@pytest.mark.parametrize("value", ["2024-13-01", "08"])
+@pytest.mark.parametrize("by_override", [False, True], ids=["file", "override"])
+def test_a_value_that_yaml_cannot_make_is_refused(recipe: Any, value: str, by_override: bool) -> None:
+    """A date that is none, and an octal number that is none."""
     try:
-        recipe(PLAIN if overrides else "run: 2024-13-01\n", *overrides)
+        recipe(PLAIN, f"run={value}") if by_override else recipe(f"run: {value}\n")
     except ValueError as error:
         if not isinstance(error, Refusal):
             raise

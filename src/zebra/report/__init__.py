@@ -1,0 +1,91 @@
+"""Rows of results as one page: a self-contained HTML file, and the same in Markdown with its figures beside it.
+
+A page is a list of sections and a section is prose, tables and figures; HTML, Markdown and the terminal are three
+renderings of them. Rows that no section understands stand in a plain table at the end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import table as terminal
+from rich.text import Text
+
+from zebra.records import Row
+from zebra.refusal import Refusal
+from zebra.report import page, sections
+from zebra.report.figures import standalone
+from zebra.report.page import Figure
+from zebra.report.series import by_kind, groups_of
+
+__all__ = ["position_table", "write_report"]
+
+
+def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -> None:
+    """Write the page to `html`, beside it the same in Markdown, whose figures are the files `<stem>-*.svg`.
+
+    Raises:
+        Refusal: no rows, or a page whose name does not end in .html.
+    """
+    _refuse_empty(rows)
+    if html.suffix not in (".html", ".htm"):
+        raise Refusal(
+            f"a report is an HTML page, with Markdown and figures beside it; got the name {html.name!r}. "
+            f"Write to {html.with_suffix('.html')}."
+        )
+    kinds = by_kind(rows)
+    groups = groups_of(kinds["position"])
+    runs = dict.fromkeys(row.run for row in rows)
+    title = title or ", ".join(runs)
+    verdicts = {run: sections.verdict(run, groups, kinds["cost"]) for run in runs}
+    verdict = [f"{run}: {text}" if len(runs) > 1 else text for run, text in verdicts.items() if text]
+    verdict = verdict or [f"{len(rows):,} rows of results."]
+    parts = [
+        sections.layouts(kinds["cost"]),
+        sections.positions(groups),
+        sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
+        sections.cost(kinds["cost"], kinds["speed"]),
+        sections.method(rows),
+        sections.others(kinds["other"]),
+    ]
+    parts = [section for section in parts if section.blocks]
+    html.parent.mkdir(parents=True, exist_ok=True)
+    for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
+        _replace(html.with_name(f"{html.stem}-{figure.name}.svg"), standalone(figure.svg))
+    _replace(html.with_suffix(".md"), page.markdown(html.stem, title, verdict, parts))
+    _replace(html, page.html(title, verdict, parts))
+
+
+def position_table(rows: Sequence[Row]) -> terminal.Table:
+    """Perplexity by position for the terminal: a column for each model and layout, before and after, with the change.
+
+    Raises:
+        Refusal: no rows of perplexity by position.
+    """
+    _refuse_empty(rows)
+    groups = groups_of(by_kind(rows)["position"])
+    if not groups:
+        tasks = ", ".join(sorted({row.task for row in rows}))
+        raise Refusal(f"a table by position needs rows of a task perplexity-*; got the tasks {tasks}. Evaluate first.")
+    grid = terminal.Table.grid()
+    for table in sections.position_tables(groups):
+        shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
+        for i, cell in enumerate(table.head):
+            shown.add_column(Text.assemble(cell.text, ("\n" + cell.dim, "dim")), justify="right" if i else "left")
+        for line in table.body:
+            shown.add_row(*(Text.assemble(c.text, (f" {c.dim}" if c.dim else "", "dim")) for c in line))
+        grid.add_row(shown)
+    return grid
+
+
+def _refuse_empty(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise Refusal("a report is made of at least one row of results; got 0 rows. Give a run that has a rows.jsonl.")
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

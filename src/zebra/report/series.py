@@ -1,0 +1,137 @@
+"""Rows by what a page shows of them: series of a model and a layout, compared at one length under one task."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import PurePath
+from typing import NamedTuple
+
+from zebra.records import Row
+
+DENSE = "dense"
+Span = tuple[int, int]
+
+
+class Series(NamedTuple):
+    """What one line or column shows."""
+
+    run: str
+    model: str
+    layout: str
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the model is what a run made: `<run>/model`."""
+        path = PurePath(self.model)
+        return path.name == "model" and bool(path.parent.name)
+
+    @property
+    def name(self) -> str:
+        """The model's name for people."""
+        path = PurePath(self.model)
+        return f"{path.parent.name} (adapted)" if self.adapted else path.name or self.model
+
+
+class Group(NamedTuple):
+    """What may be compared: one task at one context length, by series and span of positions."""
+
+    task: str
+    length: int
+    scores: dict[Series, dict[Span, Row]]
+
+    @property
+    def spans(self) -> list[Span]:
+        """The buckets of positions in order, and last the whole context."""
+        found = {span for scores in self.scores.values() for span in scores}
+        return sorted(found, key=lambda span: (span == (0, self.length), span))
+
+    @property
+    def buckets(self) -> list[Span]:
+        """The spans without the whole context."""
+        return [span for span in self.spans if span != (0, self.length)] or self.spans
+
+    def of_run(self, run: str) -> Group:
+        """The series of one run."""
+        return self._replace(scores={series: scores for series, scores in self.scores.items() if series.run == run})
+
+    def source(self, series: Series) -> Series | None:
+        """What an adapted checkpoint came from: the first that its run measured."""
+        if not series.adapted:
+            return None
+        return next((other for other in self.scores if other.run == series.run and not other.adapted), None)
+
+
+def _kind(row: Row) -> str:
+    if row.task.startswith("perplexity-") and row.metric == "perplexity":
+        known = None not in (row.length, row.position_from, row.position_to)
+        return ("position" if step(row) is None else "on the way") if known else "other"
+    if (row.task, row.metric) == ("train", "loss") and row.n is not None and step(row) is not None:
+        return "loss"
+    if row.task == "cost" and row.metric in ("layers", "attention_pairs", "cached_tokens") and row.length is not None:
+        return "cost"
+    return "speed" if (row.task, row.metric) == ("speed", "evaluation_tokens_per_second") else "other"
+
+
+def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by the section that shows them; a second value for one place (another seed, say) is shown as it is."""
+    kinds: dict[str, list[Row]] = defaultdict(list)
+    seen = set()
+    for row in rows:
+        place = (*series_of(row), row.task, row.metric, row.length, row.position_from, row.position_to)
+        kinds["other" if place in seen else _kind(row)].append(row)
+        seen.add(place)
+    return kinds
+
+
+def series_of(row: Row) -> Series:
+    """Which line or column a row belongs to."""
+    return Series(row.run, row.model, row.layout)
+
+
+def step(row: Row) -> int | None:
+    """The training step of a row on the way, whose model is named `<run>@<step>`."""
+    step = row.model.rpartition("@")[2]
+    return int(step) if "@" in row.model and step.isdecimal() else None
+
+
+def groups_of(rows: Iterable[Row]) -> list[Group]:
+    """Rows by task and length."""
+    groups: dict[tuple[str, int], Group] = {}
+    for row in rows:
+        assert row.length is not None
+        assert row.position_from is not None
+        assert row.position_to is not None
+        group = groups.setdefault((row.task, row.length), Group(row.task, row.length, {}))
+        group.scores.setdefault(series_of(row), {})[row.position_from, row.position_to] = row
+    return list(groups.values())
+
+
+def interval(row: Row) -> tuple[float, float] | None:
+    """The row's bounds, where it has both."""
+    return None if row.low is None or row.high is None else (row.low, row.high)
+
+
+def number(value: float) -> str:
+    """A value with about three digits."""
+    if not math.isfinite(value):
+        return str(value)
+    if abs(value) >= 1e6 and value != int(value):
+        return f"{value:.2e}"
+    return f"{value:,.{2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"
+
+
+def count(value: float) -> str:
+    """A whole number."""
+    return f"{value:,.0f}" if math.isfinite(value) else str(value)
+
+
+def percent(share: float, decimals: int = 1, sign: str = "") -> str:
+    """A share in percent."""
+    return f"{100 * share:{sign}.{decimals}f}\N{NO-BREAK SPACE}%".replace("-", "−")
+
+
+def span_name(span: Span, to: str = "–") -> str:
+    """A span of positions."""
+    return f"{span[0]:,}{to}{span[1]:,}"
