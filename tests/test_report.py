@@ -1,0 +1,208 @@
+"""The page says what the rows say, needs nothing from elsewhere, and loses no row."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from zebra import Refusal
+from zebra.records import Row
+from zebra.report import position_table, write_report
+
+MADE: dict[str, Any] = {"seed": 3, "device": "cpu, 2 threads", "versions": {"torch": "2.13.0"}, "commit": "abc123"}
+BUCKETS = ((0, 256), (256, 512), (512, 1024), (0, 1024))
+
+
+def scores(model: str, layout: str, values: tuple[float, ...], run: str = "demo") -> list[Row]:
+    return [
+        Row(
+            run=run,
+            model=model,
+            layout=layout,
+            task="perplexity-disjoint",
+            metric="perplexity",
+            value=value,
+            length=1024,
+            position_from=a,
+            position_to=b,
+            low=value * 0.9,
+            high=value * 1.1,
+            n=b - a,
+            **MADE,
+        )
+        for (a, b), value in zip(BUCKETS, values, strict=True)
+    ]
+
+
+def a_run(run: str = "demo") -> list[Row]:
+    rows = scores("examples/stories", "dense", (4.71, 4.36, 214.25, 30.9), run)
+    rows += scores("examples/stories", "GLLL:129", (4.72, 4.37, 15.49, 8.7), run)
+    rows += scores(f"runs/{run}@50", "GLLL:129", (5.01, 4.61, 5.52, 5.2), run)
+    rows += scores(f"runs/{run}/model", "GLLL:129", (4.77, 4.47, 4.88, 4.81), run)
+    common: dict[str, Any] = {"run": run, **MADE}
+    for step in (25, 50, 75, 100):
+        rows.append(
+            Row(
+                model=f"runs/{run}@{step}",
+                layout="GLLL:129",
+                task="train",
+                metric="loss",
+                value=3 - step / 100,
+                n=step * 1024,
+                **common,
+            )
+        )
+    for layout, pairs, cached in (("dense", 2_624_000, 5120), ("GLLL:129", 1_421_000, 2432)):
+        cost: dict[str, Any] = {"model": "examples/stories", "layout": layout, "task": "cost", "length": 1024, **common}
+        rows.append(Row(metric="layers", value=5, **cost))
+        rows.append(Row(metric="attention_pairs", value=pairs, **cost))
+        rows.append(Row(metric="cached_tokens", value=cached, **cost))
+    return rows
+
+
+def page(rows: list[Row], where: Path, **arguments: Any) -> tuple[str, str]:
+    write_report(rows, where / "report.html", **arguments)
+    return (where / "report.html").read_text(), (where / "report.md").read_text()
+
+
+class _Text(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "path", "use", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def words(html: str) -> str:
+    parser = _Text()
+    parser.feed(html)
+    return re.sub(r"\s+", " ", " ".join(parser.words))
+
+
+def test_the_numbers_of_the_rows_stand_on_the_page(tmp_path: Path) -> None:
+    html, markdown = page(a_run(), tmp_path)
+    for text in (words(html), markdown):
+        for number in ("214.2", "15.49", "4.88", "4.71", "2,624,000", "1,421,000", "5,120", "2,432"):
+            assert number in text
+        assert "−97.7" in text  # 4.88 against 214.25
+        assert "54" in text  # 1,421,000 of 2,624,000 pairs
+        assert "disjoint" in text
+        for fact in ("cpu, 2 threads", "torch 2.13.0", "abc123"):
+            assert fact in text
+    assert "fell from 214.2 to 4.88 at positions 512 to 1,024" in words(html)
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+    html, _ = page(a_run(), tmp_path)
+    assert not re.search(r"https?://", html)
+    assert not re.search(r"<(script|link|img|iframe)\b", html)
+    assert html.count("<svg") >= 3
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    for reference in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html):
+        assert next(filter(None, reference)) in ids
+
+
+def test_markdown_names_figures_that_exist(tmp_path: Path) -> None:
+    _, markdown = page(a_run(), tmp_path)
+    figures = re.findall(r"\]\(([^)]+\.svg)\)", markdown)
+    assert figures
+    for figure in figures:
+        assert (tmp_path / figure).read_text().startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    html, _ = page(scores("<b>&model", "dense", (1, 2, 3, 4)), tmp_path, title="<script>alert(1)</script>")
+    assert "<script>" not in html
+    assert "<b>" not in html
+    assert "&lt;b&gt;&amp;model" in html
+
+
+def test_sections_without_rows_are_left_out(tmp_path: Path) -> None:
+    html, _ = page(scores("m", "dense", (1.5, 2.5, 3.5, 4.5)), tmp_path)
+    assert "Perplexity by position" in html
+    for absent in ("Training", "Cost against full attention", "Other rows"):
+        assert f"<h2>{absent}" not in html
+
+
+def test_rows_that_no_section_understands_are_shown(tmp_path: Path) -> None:
+    other = Row(run="x", model="m", layout="dense", task="passkey", metric="accuracy", value=0.625, depth=0.5, **MADE)
+    html, markdown = page([*a_run(), other], tmp_path)
+    for text in (html, markdown):
+        assert "Other rows" in text
+        assert "passkey" in text
+        assert "0.625" in text
+
+
+def test_a_second_value_for_one_place_is_not_lost(tmp_path: Path) -> None:
+    again = scores("examples/stories", "dense", (7.77, 7.78, 7.79, 7.8))
+    html, _ = page([*a_run(), *again], tmp_path)
+    assert "7.77" in html
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    html, _ = page([*a_run("one"), *a_run("two")], tmp_path)
+    text = words(html)
+    assert "one: contexts of 1,024 tokens" in text
+    assert "two: contexts of 1,024 tokens" in text
+    assert "one (adapted)" in text
+    assert "two (adapted)" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e12])
+def test_odd_values_make_a_page(tmp_path: Path, value: float) -> None:
+    html, _ = page(scores("m", "dense", (1.0, value, 3.0, 4.0)), tmp_path)
+    assert "</html>" in html
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="at least one row of results; got 0"):
+        write_report([], tmp_path / "report.html")
+    with pytest.raises(Refusal, match=r"report\.html"):
+        write_report(a_run(), tmp_path / "report.pdf")
+    with pytest.raises(Refusal, match="Evaluate first"):
+        position_table([row for row in a_run() if row.task == "cost"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page(a_run(), tmp_path)
+    before = (tmp_path / "report.html").read_text()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(scores("m", "dense", (1, 2, 3, 4)), tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == before
+
+
+def test_the_table_fits_the_terminal() -> None:
+    console = Console(width=100, file=io.StringIO())
+    console.print(position_table(a_run()))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    for part in ("stories", "demo (adapted)", "dense", "GLLL:129", "214.2", "4.88", "−97.7"):
+        assert part in shown
+    assert "@50" not in shown
