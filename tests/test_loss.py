@@ -120,7 +120,6 @@ def test_autocast_does_not_reach_the_kernel(vocabulary: int) -> None:
     torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="the fallback and token_losses do not switch autocast off")
 @pytest.mark.parametrize("function", [summed_loss, token_losses])
 def test_autocast_does_not_reach_the_products(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FUSED", False)

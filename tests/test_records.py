@@ -154,7 +154,6 @@ def test_a_broken_line_is_refused_with_its_place(tmp_path: Path, line: str, mess
     assert f"{path}, line 3 is not a row of results" in str(refused.value)
 
 
-@pytest.mark.xfail(raises=Refusal, reason="read() splits at U+2028, U+2029 and U+0085, which json() writes as they are")
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_any_text_in_a_column_is_read_again(tmp_path: Path, separator: str) -> None:
     path = tmp_path / "rows.jsonl"
@@ -163,7 +162,6 @@ def test_any_text_in_a_column_is_read_again(tmp_path: Path, separator: str) -> N
     assert records.read(path) == rows
 
 
-@pytest.mark.xfail(raises=UnicodeDecodeError, reason="read() lets the decoding error out")
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xff\xfe\n")

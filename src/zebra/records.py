@@ -110,8 +110,12 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     known = {f.name for f in fields(Row)}
     if not Path(path).is_file():
         raise Refusal(f"there is no file of rows at {path}. Give a rows.jsonl or a run directory that has one.")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{path} is no file of rows: it is not UTF-8 at byte {error.start}.") from None
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -120,6 +124,8 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
             if unknown:
                 raise ValueError(f"unknown columns {unknown}")
             rows.append(Row(**row))
+            if isinstance(rows[-1].value, bool) or not isinstance(rows[-1].value, int | float):
+                raise ValueError(f"the value is a number, not {rows[-1].value!r}")
         except (ValueError, TypeError) as error:
             raise Refusal(f"{path}, line {number} is not a row of results: {error}.") from None
     return rows

@@ -39,6 +39,8 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _alive(pid: str) -> bool:
+    if pid == str(os.getpid()):  # of an earlier process: in a container each may be number 1
+        return False
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError):

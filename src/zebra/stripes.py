@@ -98,13 +98,13 @@ class Stripes:
 
     @classmethod
     def of(cls, layer_types: Sequence[str], window: int) -> Stripes:
-        """The shortest layout that gives these layer types: a pattern where one repeats, else a list of layers."""
+        """The layout that gives these layer types: a pattern where one repeats or is the paper's, else a list."""
         letters = "".join("G" if kind == GLOBAL else "L" for kind in layer_types)
-        for period in range(1, len(letters)):
-            if all(letters[i] == letters[i % period] for i in range(len(letters))):
-                return cls(window=window, pattern=letters[:period])
-        if "G" not in letters:
-            return cls(window=window, pattern=letters)
+        for period in range(1, len(letters) + 1):
+            pattern = letters[:period]
+            tiles = all(letters[i] == pattern[i % period] for i in range(len(letters)))
+            if tiles and (2 * period <= len(letters) or re.fullmatch("GL*|L", pattern)):
+                return cls(window=window, pattern=pattern)
         return cls(window=window, global_layers=tuple(i for i, letter in enumerate(letters) if letter == "G"))
 
     def layer_types(self, n: int) -> tuple[str, ...]:

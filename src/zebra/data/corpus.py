@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def read_documents(files: Sequence[Path], separator: str | None) -> Iterator[str
     for file in files:
         raw = file.read_bytes()
         try:
-            text = raw.decode("utf-8")
+            text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise Refusal(
                 f"{file} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}. Convert it to UTF-8."
@@ -146,14 +147,25 @@ def tokenise(
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     entry = Path(cache or default_cache()) / digest.hexdigest()[:32]
-    if not entry.exists():
+    if entry.exists():
         try:
-            with staged(entry) as aside:
-                _build(aside, files, encode, separator, append)
-        except (OSError, Refusal):
-            if not entry.exists():  # else another process was first, with the same tokens
-                raise
-    return Corpus(np.load(entry / "tokens.npy", mmap_mode="r"), np.load(entry / "offsets.npy"))
+            return _open(entry)
+        except (OSError, ValueError, EOFError):  # damaged from outside; it can be made again
+            shutil.rmtree(entry)
+    try:
+        with staged(entry) as aside:
+            _build(aside, files, encode, separator, append)
+    except (OSError, Refusal):
+        if not entry.exists():  # else another process was first, with the same tokens
+            raise
+    return _open(entry)
+
+
+def _open(entry: Path) -> Corpus:
+    corpus = Corpus(np.load(entry / "tokens.npy", mmap_mode="r"), np.load(entry / "offsets.npy"))
+    if len(corpus.tokens) != corpus.offsets[-1]:
+        raise ValueError(f"{entry} is cut")
+    return corpus
 
 
 def _build(aside: Path, files: list[Path], encode: Encode, separator: str | None, append: int | None) -> None:
@@ -168,6 +180,8 @@ def _build(aside: Path, files: list[Path], encode: Encode, separator: str | None
                 lengths.append(len(document))
                 largest = max(largest, int(document.max(initial=0)))
             advance(sum(len(text.encode()) for text in batch))
+    if not sum(lengths):
+        raise Refusal(f"the tokenizer makes no token of the text in {', '.join(map(str, files))}. Give other text.")
     wide = np.memmap(aside / "tokens.raw", dtype=np.uint32, mode="r")
     kind = np.uint16 if largest < 1 << 16 else np.uint32
     narrow = np.lib.format.open_memmap(aside / "tokens.npy", mode="w+", dtype=kind, shape=wide.shape)

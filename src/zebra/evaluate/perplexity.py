@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,9 +101,7 @@ def perplexity(
     sums = np.zeros((len(bounds) - 1, len(corpus)))
     counts = np.zeros_like(sums)
     head = model.get_output_embeddings().weight
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
+    with _evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
         for batch in _batches(windows, batch_tokens):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
             hidden = model(ids, **without_logits(model.device)).hidden_states[-1]
@@ -113,7 +112,6 @@ def perplexity(
                     sums[i, window.document] += inside.sum()
                     counts[i, window.document] += len(inside)
             advance(ids.numel())
-    model.train(was_training)
     spans = [(bounds[i], bounds[i + 1], sums[i], counts[i]) for i in range(len(bounds) - 1)]
     if len(spans) > 1:
         spans.append((0, length, sums.sum(axis=0), counts.sum(axis=0)))
@@ -196,6 +194,17 @@ def read_text(
         append=tokenizer.eos_token_id if append_eos else None,
         cache=cache,
     )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def _windows(corpus: Corpus, length: int, convention: str, stride: int | None) -> list[_Window]:

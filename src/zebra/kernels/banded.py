@@ -35,7 +35,7 @@ class _Tiles:
         self.offset = keys - queries
         block = 64 if mask.window is not None and mask.window <= 128 else 128
         reach = keys if mask.window is None else min(keys, mask.window + block)
-        self.block = max(16, min(block, _SCORES_AT_ONCE // (batch * heads * group * reach)))
+        self.block = max(16, min(block, _SCORES_AT_ONCE // max(1, batch * heads * group * reach)))
         self.starts = self._document_starts()
         self.triangles: dict[tuple[int, int, int], Tensor] = {}
 

@@ -25,6 +25,8 @@ def fused(request: Request) -> tuple[Tensor, Tensor | None]:
 def _own(request: Request) -> str | None:
     if request.mask.window is not None:
         return "it has no window"
+    if request.scale <= 0:
+        return "torch's causal kernel gives NaN for a scale that is not positive"
     if request.mask.documents is not None:
         return "it does not keep packed documents apart"
     if request.queries > 1 and request.queries < request.keys:

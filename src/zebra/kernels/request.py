@@ -27,6 +27,12 @@ class Mask:
     keys: Tensor | None = None
     documents: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"a window counts the keys that a query sees, its own included: at least 1; got {self.window}."
+            )
+
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         """The mask as a tensor over key indices, (1 or B, 1, queries, keys), for queries at `i` and keys at `j`."""
         row, column = i[:, None], j[None, :]

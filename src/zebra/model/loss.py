@@ -34,40 +34,37 @@ def summed_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         head: (V, hidden) the head's weight.
         labels: (B, T), the tokens themselves; `IGNORE` where a token is not to be predicted.
     """
-    states, targets = _shifted(hidden, labels)
-    head = head.float()
+    # With bfloat16 inputs torch 2.13 returns a wrong value (its gradients are right): float32 in, and no autocast.
+    with torch.autocast(hidden.device.type, enabled=False):
+        states, targets = _shifted(hidden.float(), labels)
+        return _summed(states, head.float(), targets)
+
+
+def _summed(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     if _FUSED:
-        # With bfloat16 inputs torch 2.13 returns a wrong value (its gradients are right): float32 in.
+        # Chunks pay where there are more words than dimensions.
         options = nn.LinearCrossEntropyOptions() if head.shape[0] > head.shape[1] else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            loss: Tensor = functional.linear_cross_entropy(
-                states.float(), head, targets, reduction="sum", ignore_index=IGNORE, options=options
-            )
-        return loss
-    losses = [
-        checkpoint(
-            _chunk_loss, states[start : start + _CHUNK], head, targets[start : start + _CHUNK], use_reentrant=False
+        return functional.linear_cross_entropy(
+            states, head, targets, reduction="sum", ignore_index=IGNORE, options=options
         )
-        for start in range(0, len(targets), _CHUNK)
-    ]
-    return torch.stack(losses).sum()
+    total = states.sum() * 0
+    for start in range(0, len(targets), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        total = total + checkpoint(_chunk_loss, states[chunk], head, targets[chunk], use_reentrant=False)
+    return total
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """The loss of each token, (B, T): entry `t` is that of predicting token `t`, NaN where it is not predicted."""
-    states, targets = _shifted(hidden, labels)
-    losses = torch.cat(
-        [
-            functional.cross_entropy(
-                functional.linear(states[start : start + _CHUNK].float(), head.float()),
-                targets[start : start + _CHUNK],
-                reduction="none",
-                ignore_index=IGNORE,
-            )
-            for start in range(0, len(targets), _CHUNK)
-        ]
-    ).masked_fill_(targets == IGNORE, float("nan"))
+    with torch.autocast(hidden.device.type, enabled=False):
+        states, targets = _shifted(hidden, labels)
+        losses = torch.full(targets.shape, float("nan"), device=hidden.device)
+        for start in range(0, len(targets), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            logits = functional.linear(states[chunk].float(), head.float())
+            losses[chunk] = functional.cross_entropy(logits, targets[chunk], reduction="none", ignore_index=IGNORE)
+    losses = losses.masked_fill_(targets == IGNORE, float("nan"))
     return functional.pad(losses.view(labels.shape[0], -1), (1, 0), value=float("nan"))
 
 

@@ -103,14 +103,14 @@ class AdaptRecipe(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without base-60 numbers: YAML 1.1 would read the layout 2:33 as the number 153."""
+    """YAML with decimal numbers and no dates: YAML 1.1 would read the layout 2:33 as 153, and 010 as 8."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
@@ -130,7 +130,7 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise Refusal(f"the recipe {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise Refusal(f"the recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise Refusal(f"the recipe {path} is not a table of keys and values. See recipes/ for examples.")
@@ -153,7 +153,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
             raise Refusal(f"the override {override!r} goes below {parent}, which is a value. See the recipe's keys.")
     try:
         tree[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise Refusal(f"the value of the override {override!r} is not YAML. Quote it.") from None
 
 
