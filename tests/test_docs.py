@@ -1,0 +1,105 @@
+"""What the documents say is so: links lead somewhere, symbols exist, commands parse, numbers are those of the rows."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from zebra import records
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", page.read_text()):
+        target = link[0] or link[1]
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_paper_map_names_symbols_and_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "paper-map.md").read_text()
+    symbols = re.findall(r"`(zebra\.[\w.]+)`", text)
+    assert len(symbols) > 8
+    for symbol in symbols:
+        module, _, name = symbol.rpartition(".")
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:  # a method of a class
+            module, _, owner = module.rpartition(".")
+            found = getattr(importlib.import_module(module), owner)
+        assert hasattr(found, name), symbol
+    for test in re.findall(r"`(tests/[\w.]+)`", text):
+        assert (ROOT / test).exists(), test
+
+
+def commands() -> list[str]:
+    lines = []
+    for page in PAGES:
+        for block in re.findall(r"```(?:bash|console|sh)\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            lines += [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("zebra ")]
+    return sorted(set(lines))
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_in_the_documents_parses(line: str) -> None:
+    """Options and arguments are the verb's own; the command is not run."""
+    import typer
+
+    from zebra.cli import app
+
+    arguments = shlex.split(line, comments=True)[1:]
+    command = typer.main.get_command(app)
+    context = command.make_context("zebra", arguments, resilient_parsing=False)
+    while hasattr(command, "resolve_command"):
+        rest = [*getattr(context, "_protected_args", []), *context.args]
+        _, command, rest = command.resolve_command(context, rest)
+        context = command.make_context("zebra", list(rest), parent=context)
+    assert not context.args
+
+
+def test_the_make_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`make ([a-z-]+)`", page.read_text())) <= targets, page
+
+
+def test_the_readme_keeps_its_order() -> None:
+    heads = re.findall(r"^## (.+)$", README, flags=re.MULTILINE)
+    assert heads == [
+        "Two commands",
+        "A real checkpoint in a few lines",
+        "Measured",
+        "Where each piece lives",
+        "What it does not do yet",
+        "Citing",
+    ]
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_rows() -> None:
+    """Each perplexity in the table of the README stands in benchmarks/results/demo.jsonl."""
+    rows = records.read(ROOT / "benchmarks" / "results" / "demo.jsonl")
+    table = README[README.index("## Measured") :].split("\n\n")
+    lines = [line for line in next(t for t in table if t.startswith("| ")).splitlines() if "**" in line or "–" in line]
+    assert len(lines) >= 5
+    for line in lines:
+        low, high = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+)–([\d,]+)", line)[0])
+        wanted = {
+            f"{row.value:,.{2 if row.value < 100 else 1}f}"
+            for row in rows
+            if row.metric == "perplexity" and (row.position_from, row.position_to) == (low, high)
+        }
+        for number in re.findall(r"\| \**([\d.,]+)\**(?= )", line):
+            assert number in wanted, (number, sorted(wanted))
+
+
+def test_nothing_of_a_machine_or_a_registry_is_in_the_project() -> None:
+    for page in [*PAGES, *ROOT.glob("*.toml"), *ROOT.glob("*.txt"), ROOT / "Makefile"]:
+        assert not re.search(r"(^|[\s\"'(=])/(home|root|tmp|work|opt)/", page.read_text()), page
