@@ -225,6 +225,35 @@ def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], tmp_path: Path) 
     assert {row.task for row in rows} == {"train", "cost"}
 
 
+def test_tokens_are_counted_not_reckoned(tmp_path: Path) -> None:
+    """Three rows make a full step of two and one of one, again and again."""
+    few = tmp_path / "few.txt"
+    few.write_text(SEPARATOR.join((TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:2]))
+    short = {"train__length": 180, "train__rows_per_step": 2, "train__steps": 4, "evaluate": None}
+    rows = adapt(recipe(tmp_path / "run", data__files=[str(few)], **short))
+    counts = [row.n for row in rows if row.metric == "loss"]
+    assert counts == [360, 540, 900, 1080]
+    assert json.loads((tmp_path / "run" / "model" / "zebra.json").read_text())["tokens"] == 1080
+
+
+def test_attention_dropout_of_the_checkpoint_is_off_and_said(
+    stories: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((stories / "config.json").read_text())
+    (stories / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    adapt(recipe(tmp_path / "run", model=str(stories), train__steps=1, evaluate=None))
+    assert "attention_dropout of 0.1 becomes 0" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["attention_dropout"] == 0.0
+
+
+def test_a_damaged_recipe_in_the_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for content in ("{", "run: [1]", ""):
+        (tmp_path / "run" / "recipe.yaml").write_text(content)
+        with pytest.raises(Refusal, match=r"recipe\.yaml is damaged"):
+            adapt(recipe(tmp_path / "run"))
+
+
 def test_activation_checkpointing_and_accumulation_change_no_loss(tmp_path: Path) -> None:
     plain = adapt(recipe(tmp_path / "a", evaluate=None, train__steps=4, train__rows_per_step=2))
     recomputed = adapt(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -116,9 +115,9 @@ def verify(
 
         from zebra.model.verify import verify as run
 
-        checks = run(target, against, length=length, seed=seed, dtype=_dtype(dtype), device=device)
+        checks = run(target, against, length=length, seed=seed, dtype=dtype, device=device)
     if as_json:
-        print(json.dumps({"checks": [asdict(check) | {"passed": check.passed} for check in checks]}, indent=2))
+        _json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
     else:
         table = _table("check", "against", "difference", "allowed", "logits of", "")
         for c in checks:
@@ -186,7 +185,7 @@ def perplexity(
             join=join,
             stripes=stripes,
             self_extend=self_extend,
-            dtype=None if dtype is None else _dtype(dtype),
+            dtype=dtype,
             device=device,
             seed=seed,
             run=run,
@@ -224,7 +223,7 @@ def doctor(as_json: Json = False) -> None:
 
     has, served = machine(), kernels()
     if as_json:
-        print(json.dumps({"machine": has, "kernels": [asdict(s) for s in served]}, indent=2))
+        _json({"machine": has, "kernels": [asdict(s) for s in served]})
         return
     table = _table("machine", "")
     for name, value in has.items():
@@ -243,7 +242,9 @@ def doctor(as_json: Json = False) -> None:
 
 def _show(rows: list[Row], as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"rows": [json.loads(row.json()) for row in rows]}, indent=2, ensure_ascii=False))
+        from dataclasses import asdict
+
+        _json({"rows": [asdict(row) for row in rows]})
         return
     if any(row.metric == "perplexity" for row in rows):
         from zebra.report import position_table
@@ -260,13 +261,10 @@ def _lengths(text: str) -> list[int]:
         ) from None
 
 
-def _dtype(name: str) -> Any:
-    import torch
+def _json(tree: Any) -> None:
+    from zebra.records import to_json
 
-    names = ("float64", "float32", "bfloat16", "float16")
-    if name not in names:
-        raise Refusal(f"a dtype is one of {', '.join(names)}; got {name!r}. Choose one.")
-    return getattr(torch, name)
+    print(to_json(tree, indent=2))
 
 
 def _table(*columns: str) -> Any:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zebra.data.corpus import Corpus, tokenise
 from zebra.model.checkpoint import fingerprint, load_tokenizer, read_config
 from zebra.model.families import layout
-from zebra.model.hosts import best_device, device_name, load
+from zebra.model.hosts import device_name, load, read_device, read_dtype
 from zebra.model.loss import token_losses, without_logits
 from zebra.progress import bar
 from zebra.records import Row
@@ -129,19 +129,20 @@ def rows_of(
     join: bool = False,
     stripes: str | None = None,
     self_extend: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | None = None,
     seed: int = 0,
     run: str = "evaluate",
 ) -> list[Row]:
     """Load a checkpoint, tokenise texts, and measure: the rows of `zebra evaluate perplexity`."""
+    place = read_device(device)
+    placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
     config = read_config(checkpoint)
     corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     for length in lengths:
         _windows(texts[length], length, convention, stride)  # refuse before the model is loaded
-    placed: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model = load(checkpoint, stripes=stripes, self_extend=self_extend, **placed).to(device or best_device())
+    model = load(checkpoint, stripes=stripes, self_extend=self_extend, **placed).to(place)
     rows: list[Row] = []
     for length in lengths:
         scores = perplexity(model, texts[length], length=length, convention=convention, stride=stride, seed=seed)

@@ -33,12 +33,13 @@ from zebra.model.checkpoint import (
 )
 from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
+from zebra.progress import console
 from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import LOCAL, Stripes, visible_pairs
 from zebra.train.recipe import AdaptRecipe, TextSource
-from zebra.train.trainer import COMPLETE, fit, tokens_per_step
+from zebra.train.trainer import COMPLETE, fit
 
 
 def adapt(recipe: AdaptRecipe) -> list[Row]:
@@ -87,6 +88,9 @@ def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBas
             f"data.append_eos is set, but the tokenizer of {recipe.model} has no end-of-text token. Unset it."
         )
     config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
+    if config.attention_dropout:
+        console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
+        config.attention_dropout = 0.0
     return config, tokenizer
 
 
@@ -94,7 +98,10 @@ def _claim(run: Path, recipe: AdaptRecipe) -> None:
     """The run directory belongs to one recipe."""
     mine = run / "recipe.yaml"
     if mine.exists():
-        theirs = AdaptRecipe.model_validate(yaml.safe_load(mine.read_text(encoding="utf-8")))
+        try:
+            theirs = AdaptRecipe.model_validate(yaml.safe_load(mine.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, ValueError):
+            raise Refusal(f"{mine} is damaged: it is no recipe. Name another run, or remove {run}.") from None
         if theirs != recipe:
             different = sorted(_flat(recipe.model_dump()).items() ^ _flat(theirs.model_dump()).items())
             raise Refusal(
@@ -170,7 +177,6 @@ def _common(recipe: AdaptRecipe) -> dict[str, Any]:
 def _training_rows(recipe: AdaptRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
     """The loss against tokens, and the evaluations on the way."""
     common = _common(recipe) | {"layout": layout(config)}
-    step_tokens = tokens_per_step(recipe)
     rows: list[Row] = []
     for entry in history:
         at = common | {"model": f"{recipe.run}@{entry['step']}"}
@@ -181,7 +187,7 @@ def _training_rows(recipe: AdaptRecipe, config: PreTrainedConfig, history: list[
                     metric="loss",
                     value=entry["loss"],
                     length=recipe.train.length,
-                    n=entry["step"] * step_tokens,
+                    n=entry["num_input_tokens_seen"],
                     **at,
                 )
             )
@@ -226,8 +232,13 @@ def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows,
     if (last / COMPLETE).exists():  # a kill came between the last step and the export
         _export(run, recipe, load(last))
         return
-    model = load(recipe.model, stripes=recipe.stripes, dtype=torch.float32)
-    model.config.max_position_embeddings = config.max_position_embeddings
+    model = load(
+        recipe.model,
+        stripes=recipe.stripes,
+        dtype=torch.float32,
+        max_position_embeddings=config.max_position_embeddings,
+        attention_dropout=config.attention_dropout,
+    )
     if fit(recipe, model, rows, held_out, run / "checkpoints"):
         _export(run, recipe, model)
 
@@ -251,7 +262,7 @@ def _export(run: Path, recipe: AdaptRecipe, model: PreTrainedModel) -> None:
             model.config,
             source=source,
             steps=recipe.train.steps,
-            tokens=recipe.train.steps * tokens_per_step(recipe),
+            tokens=_trainer_state(run, recipe)["num_input_tokens_seen"],
         )
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -35,6 +35,9 @@ class Data(TextSource):
     cache: str | None = Field(None, description="folder of the token cache; the user's cache folder where absent")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Training(_Section):
     """Rows, steps and the optimiser (AdamW)."""
 
@@ -46,13 +49,13 @@ class Training(_Section):
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 is autocast, weights stay float32"
     )
     activation_checkpointing: bool = Field(False, description="compute activations again in the backward")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     log_every: int = Field(10, ge=1)
     save_every: int = Field(100, ge=1)
     keep_checkpoints: int = Field(2, ge=2, description="at least 2, so that a kill inside a save leaves a whole one")
