@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.model.attention import NAME
 from zebra.model.cache import StripedCache
@@ -173,14 +173,18 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], stri
     source, target = Path(source), Path(target)
     stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
     config = read_config(source)
-    made = striped(config, stripes)
-    weights = check_weights(source, config)
     if target.exists() and source.samefile(target):
         raise Refusal(f"source and target are the same directory, {source}. Name another target.")
+    write_linked(source, target, striped(config, stripes))
+    return target
+
+
+def write_linked(source: Path, target: Path, config: PreTrainedConfig) -> None:
+    """Write a checkpoint that shares its source's weight files and has another config, whole or not at all."""
+    weights = check_weights(source, config)
     with staged(target) as aside:
         for file in weights:
             link(file, aside / file.name)
         copy_companions(source, aside, weights)
-        write_config(made, aside)
-        write_card(aside, made, source=source)
-    return target
+        write_config(config, aside)
+        write_card(aside, config, source=source)

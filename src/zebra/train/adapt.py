@@ -23,21 +23,15 @@ from zebra import records
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows, pack
 from zebra.evaluate.perplexity import Score, as_rows, perplexity, read_text
-from zebra.model.checkpoint import (
-    check_weights,
-    copy_companions,
-    load_tokenizer,
-    read_config,
-    write_card,
-    write_config,
-)
+from zebra.model.checkpoint import check_weights, load_tokenizer, read_config
 from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
 from zebra.progress import console
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.staged import staged
 from zebra.stripes import LOCAL, Stripes, visible_pairs
+from zebra.train import lora
+from zebra.train.export import export, reload
 from zebra.train.recipe import AdaptRecipe, TextSource
 from zebra.train.trainer import COMPLETE, fit
 
@@ -68,7 +62,7 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
     if os.environ.get("RANK", "0") != "0":  # under a launcher one process writes the results
         return []
     history = _trainer_state(run, recipe)["log_history"]
-    after = _measure(recipe, held_out, run / "model", None) if recipe.evaluate else []
+    after = _measure(recipe, held_out, run / "model", reload(recipe)) if recipe.evaluate else []
     found = [*before, *_training_rows(recipe, config, history), *after, *_cost_rows(recipe, config)]
     records.write(run / "rows.jsonl", found)
     return found
@@ -138,18 +132,19 @@ def _before(run: Path, recipe: AdaptRecipe, held_out: Corpus | None) -> list[Row
         return []
     kept = run / "before.jsonl"
     if not kept.exists():
-        rows = _measure(recipe, held_out, Path(recipe.model), None)
+        source = Path(recipe.model)
+        rows = _measure(recipe, held_out, source, load(source))
         if recipe.stripes is not None:
-            rows += _measure(recipe, held_out, Path(recipe.model), recipe.stripes)
+            rows += _measure(recipe, held_out, source, load(source, stripes=recipe.stripes))
         records.write(kept, rows)
     return records.read(kept)
 
 
-def _measure(recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, stripes: str | None) -> list[Row]:
+def _measure(recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, model: PreTrainedModel) -> list[Row]:
     """Rows of one checkpoint by position, and how fast it read."""
     assert recipe.evaluate is not None
     assert held_out is not None
-    model = load(checkpoint, stripes=stripes).to(best_device())
+    model.to(best_device())
     start = time.perf_counter()
     asked = recipe.evaluate
     scores = perplexity(model, held_out, length=asked.length, convention=asked.convention, seed=recipe.train.seed)
@@ -230,41 +225,30 @@ def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows,
     """Train, and write the adapted checkpoint."""
     last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
     if (last / COMPLETE).exists():  # a kill came between the last step and the export
-        _export(run, recipe, load(last))
-        return
-    model = load(
+        model = load(last) if recipe.lora is None else lora.reload(_source(recipe, config), last)
+        writes = os.environ.get("RANK", "0") == "0"
+    else:
+        model = _source(recipe, config)
+        if recipe.lora is not None:
+            model = lora.wrap(model, recipe.lora, seed=recipe.train.seed)
+        writes = fit(recipe, model, rows, held_out, run / "checkpoints")
+    if writes:
+        tokens = _trainer_state(run, recipe)["num_input_tokens_seen"]
+        export(recipe, model, steps=recipe.train.steps, tokens=tokens)
+
+
+def _source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedModel:
+    """The checkpoint to train, with its new config."""
+    return load(
         recipe.model,
         stripes=recipe.stripes,
-        dtype=torch.float32,
+        dtype=getattr(torch, recipe.lora.frozen) if recipe.lora else torch.float32,
         max_position_embeddings=config.max_position_embeddings,
         attention_dropout=config.attention_dropout,
     )
-    if fit(recipe, model, rows, held_out, run / "checkpoints"):
-        _export(run, recipe, model)
 
 
 def _trainer_state(run: Path, recipe: AdaptRecipe) -> dict[str, Any]:
     """What the Trainer wrote of itself after the last step."""
     path = run / "checkpoints" / f"checkpoint-{recipe.train.steps}" / "trainer_state.json"
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _export(run: Path, recipe: AdaptRecipe, model: PreTrainedModel) -> None:
-    """Write the adapted checkpoint, whole or not at all."""
-    source = Path(recipe.model)
-    with staged(run / "model") as aside:
-        model.save_pretrained(aside)
-        written = {file.name for file in aside.iterdir()}
-        copy_companions(source, aside, [file for file in source.iterdir() if file.name in written or _is_weights(file)])
-        write_config(model.config, aside)
-        write_card(
-            aside,
-            model.config,
-            source=source,
-            steps=recipe.train.steps,
-            tokens=_trainer_state(run, recipe)["num_input_tokens_seen"],
-        )
-
-
-def _is_weights(file: Path) -> bool:
-    return file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")

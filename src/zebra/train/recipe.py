@@ -51,6 +51,9 @@ class Training(_Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0)
+    device: Literal["best", "cuda"] = Field(
+        "best", description="cuda refuses a machine without a GPU; best takes what there is"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 is autocast, weights stay float32"
     )
@@ -72,6 +75,19 @@ class Training(_Section):
         return self
 
 
+class Lora(_Section):
+    """Low-rank updates instead of full training."""
+
+    rank: int = Field(16, ge=1)
+    scale: float = Field(2.0, gt=0, description="what the update is multiplied by; alpha / rank elsewhere")
+    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    whole: tuple[Literal["embeddings", "norms"], ...] = Field(
+        ("embeddings", "norms"), description="what is trained whole beside it (LongLoRA)"
+    )
+    frozen: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights that stay as they are")
+    merge: bool = Field(True, description="write a whole checkpoint; else the adapter, over run/base")
+
+
 class Evaluation(TextSource):
     """Perplexity by position before, during and after."""
 
@@ -90,6 +106,7 @@ class AdaptRecipe(_Section):
     )
     data: Data
     train: Training
+    lora: Lora | None = Field(None, description="train low-rank updates; all weights without it")
     evaluate: Evaluation | None = None
 
     @field_validator("stripes")
@@ -99,6 +116,8 @@ class AdaptRecipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> AdaptRecipe:
+        if self.lora and self.lora.frozen == "bfloat16" and self.train.precision != "bfloat16":
+            raise ValueError("lora.frozen bfloat16 needs train.precision bfloat16; change one of them")
         every = self.evaluate.every if self.evaluate else None
         if every is not None and every > self.train.steps:
             raise ValueError(f"evaluate.every ({every}) is at most train.steps ({self.train.steps}); lower it")

@@ -77,6 +77,7 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
         with _tied_weights_expected(model):
             trainer.train(resume_from_checkpoint=_newest_complete(checkpoints))
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
     return trainer.is_world_process_zero()
 
 
