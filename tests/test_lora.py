@@ -35,7 +35,8 @@ def test_what_is_trained_is_what_longlora_trains(tied: bool, checkpoints: Callab
     model = zebra.load(checkpoints("llama", tie_word_embeddings=tied), stripes="GL:9", dtype=torch.bfloat16)
     before = model(IDS).logits
     wrapped = lora.wrap(model, Lora(rank=3, scale=4.0), seed=0)
-    assert torch.equal(wrapped(IDS).logits.bfloat16(), before) or (wrapped(IDS).logits - before).abs().max() < 0.1
+    with torch.autocast("cpu", torch.bfloat16):  # B is zero at first, so nothing changes
+        assert (wrapped(IDS).logits - before).norm() < 0.05 * before.norm()
     trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
     kinds = {
         kind
@@ -76,8 +77,6 @@ def test_an_adaptation_is_merged_into_a_plain_checkpoint(tmp_path: Path) -> None
     for name, trained in (("self_attn.q_proj", True), ("input_layernorm", True), ("mlp.up_proj", False)):
         same = torch.equal(*(model.model.layers[0].get_submodule(name).weight for model in (plain, source)))
         assert same != trained, name
-    far = [row.value for row in rows if row.position_to == 600 and row.position_from == 512]
-    assert far[-1] < far[0]
 
 
 def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
