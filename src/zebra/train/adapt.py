@@ -1,6 +1,6 @@
 """Long-context adaptation training (LCAT, Zebra section 4): a checkpoint, striped, trained on long rows, measured.
 
-run/recipe.yaml     the resolved recipe; a second start of the same recipe resumes, of another is refused
+run/recipe.yaml     the resolved recipe, and run/inputs.json beside it (zebra.train.directory)
 run/before.jsonl    the source by position, as it was and striped without training
 run/checkpoints/    the Trainer's; only those with the mark COMPLETE are resumed from
 run/model/          the adapted checkpoint, loadable by plain transformers
@@ -10,27 +10,25 @@ run/rows.jsonl      every row, written last: a run that has it is done
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra import records
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows, pack
 from zebra.evaluate.perplexity import Score, as_rows, perplexity, read_text
-from zebra.model.checkpoint import check_weights, load_tokenizer, read_config
+from zebra.model.checkpoint import check_weights, digest, load_tokenizer, read_config
 from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
 from zebra.progress import console
 from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.stripes import LOCAL, Stripes, visible_pairs
-from zebra.train import lora
+from zebra.train import directory, lora
 from zebra.train.export import export, reload
 from zebra.train.recipe import AdaptRecipe, TextSource
 from zebra.train.trainer import COMPLETE, fit
@@ -43,9 +41,12 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
         Refusal: what cannot be served, before any training: the checkpoint, the layout, the texts, a run directory
             of another recipe.
     """
-    run = Path(recipe.run)
     config, tokenizer = _open(recipe)
-    _claim(run, recipe)
+    with directory.occupied(recipe) as run:
+        return _run(run, recipe, config, tokenizer)
+
+
+def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     if (run / "rows.jsonl").exists():
         return records.read(run / "rows.jsonl")
     corpus = _corpus(recipe.data, tokenizer, recipe.data.cache)
@@ -55,11 +56,11 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
         held_out = _corpus(recipe.evaluate, tokenizer, recipe.data.cache)
         if recipe.evaluate.join:
             held_out = held_out.joined(recipe.evaluate.length)
-    _record_recipe(run, recipe)
+    directory.record(run, recipe, {"source": digest(recipe.model), "processes": directory.processes()})
     before = _before(run, recipe, held_out)
     if not (run / "model").exists():
         _train(run, recipe, config, rows, held_out)
-    if os.environ.get("RANK", "0") != "0":  # under a launcher one process writes the results
+    if not directory.is_first_process():
         return []
     history = _trainer_state(run, recipe)["log_history"]
     after = _measure(recipe, held_out, run / "model", reload(recipe)) if recipe.evaluate else []
@@ -70,6 +71,11 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
 
 def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The config to train, striped and long enough, and the tokenizer."""
+    if recipe.train.device == "cuda" and not torch.cuda.is_available():
+        raise Refusal(
+            "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
+            "with --set train.device=best it would run on this CPU, at a CPU's speed."
+        )
     config = read_config(recipe.model)
     if not Path(recipe.model).is_dir():
         raise Refusal(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
@@ -86,38 +92,6 @@ def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBas
         console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
         config.attention_dropout = 0.0
     return config, tokenizer
-
-
-def _claim(run: Path, recipe: AdaptRecipe) -> None:
-    """The run directory belongs to one recipe."""
-    mine = run / "recipe.yaml"
-    if mine.exists():
-        try:
-            theirs = AdaptRecipe.model_validate(yaml.safe_load(mine.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, ValueError):
-            raise Refusal(f"{mine} is damaged: it is no recipe. Name another run, or remove {run}.") from None
-        if theirs != recipe:
-            different = sorted(_flat(recipe.model_dump()).items() ^ _flat(theirs.model_dump()).items())
-            raise Refusal(
-                f"{run} holds a run of another recipe: {', '.join(sorted({name for name, _ in different}))} differ. "
-                "Name another run, or remove the directory."
-            )
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise Refusal(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}
-    return flat
-
-
-def _record_recipe(run: Path, recipe: AdaptRecipe) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    aside = run / f".recipe.{os.getpid()}"
-    aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    os.replace(aside, run / "recipe.yaml")
 
 
 def _corpus(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache: str | None) -> Corpus:
@@ -226,15 +200,17 @@ def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows,
     last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
     if (last / COMPLETE).exists():  # a kill came between the last step and the export
         model = load(last) if recipe.lora is None else lora.reload(_source(recipe, config), last)
-        writes = os.environ.get("RANK", "0") == "0"
+        writes = directory.is_first_process()
     else:
         model = _source(recipe, config)
         if recipe.lora is not None:
             model = lora.wrap(model, recipe.lora, seed=recipe.train.seed)
-        writes = fit(recipe, model, rows, held_out, run / "checkpoints")
+        with directory.writing(run):
+            writes = fit(recipe, model, rows, held_out, run / "checkpoints")
     if writes:
         tokens = _trainer_state(run, recipe)["num_input_tokens_seen"]
-        export(recipe, model, steps=recipe.train.steps, tokens=tokens)
+        with directory.writing(run):
+            export(recipe, model, steps=recipe.train.steps, tokens=tokens)
 
 
 def _source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedModel:

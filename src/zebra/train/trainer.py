@@ -60,6 +60,8 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         total = summed_loss(outputs.hidden_states[-1], head.weight, labels)
+        if not bool(total.isfinite()):
+            _stop(trainer)
         return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
     with bar("adapting", recipe.train.steps * _tokens_per_step(recipe), "tokens") as advance:
@@ -79,6 +81,15 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
     return trainer.is_world_process_zero()
+
+
+def _stop(trainer: Trainer) -> None:
+    """Before the step that would spoil the weights, and so before any save of them."""
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    raise Refusal(
+        f"the loss is not finite at step {trainer.state.global_step + 1}, at a learning rate of {rate:.3g}. The last "
+        "checkpoint is whole. Start another run with a lower train.learning_rate or a longer train.warmup_steps."
+    )
 
 
 @contextmanager
