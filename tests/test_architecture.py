@@ -20,6 +20,7 @@ RANKS = {
     "records": 0,
     "kernels": 1,
     "data": 1,
+    "plan": 1,
     "model": 2,
     "evaluate": 3,
     "train": 4,
@@ -30,7 +31,7 @@ RANKS = {
     "__main__": 7,
     "__init__": 7,
 }
-STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "records"}
+STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "records", "plan"}
 MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate"}
 
 

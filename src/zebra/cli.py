@@ -16,6 +16,7 @@ from zebra.refusal import Refusal
 
 if TYPE_CHECKING:
     from zebra.records import Row
+    from zebra.train.recipe import AdaptRecipe
 
 app = typer.Typer(
     help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
@@ -134,12 +135,18 @@ def verify(
 def adapt(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
     from zebra.train.recipe import AdaptRecipe, read_recipe
 
     read = read_recipe(recipe, AdaptRecipe, set_ or [])
+    if dry_run:
+        _dry_run(read, as_json)
+        return
     with _quiet_host():
         from zebra.train.adapt import adapt as run
 
@@ -250,6 +257,27 @@ def _show(rows: list[Row], as_json: bool) -> None:
         from zebra.report import position_table
 
         _print(position_table(rows))
+
+
+def _dry_run(recipe: AdaptRecipe, as_json: bool) -> None:
+    with _quiet_host():
+        from zebra.train.dry_run import dry_run
+
+        found = dry_run(recipe)
+    if as_json:
+        _json({"facts": found.facts, "memory": found.memory | {"total": found.total}})
+        return
+    table = _table("recipe", "")
+    for name, fact in found.facts.items():
+        table.add_row(name, fact)
+    _print(table)
+    unit, name = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
+    table = _table("memory of one device", name)
+    table.columns[1].justify = "right"
+    for part, size in found.memory.items():
+        table.add_row(part, f"{size / unit:,.2f}")
+    table.add_row("[bold]in all[/]", f"[bold]{found.total / unit:,.2f}[/]")
+    _print(table)
 
 
 def _lengths(text: str) -> list[int]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
-_CHUNK = 1024
+CHUNK = 1024
 _FUSED = hasattr(functional, "linear_cross_entropy")
 
 
@@ -48,8 +48,8 @@ def _summed(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
             states, head, targets, reduction="sum", ignore_index=IGNORE, options=options
         )
     total = states.sum() * 0
-    for start in range(0, len(targets), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
+    for start in range(0, len(targets), CHUNK):
+        chunk = slice(start, start + CHUNK)
         total = total + checkpoint(_chunk_loss, states[chunk], head, targets[chunk], use_reentrant=False)
     return total
 
@@ -60,8 +60,8 @@ def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         states, targets = _shifted(hidden, labels)
         losses = torch.full(targets.shape, float("nan"), device=hidden.device)
-        for start in range(0, len(targets), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
+        for start in range(0, len(targets), CHUNK):
+            chunk = slice(start, start + CHUNK)
             logits = functional.linear(states[chunk].float(), head.float())
             losses[chunk] = functional.cross_entropy(logits, targets[chunk], reduction="none", ignore_index=IGNORE)
     losses = losses.masked_fill_(targets == IGNORE, float("nan"))

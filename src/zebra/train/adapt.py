@@ -80,18 +80,24 @@ def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBas
     if not Path(recipe.model).is_dir():
         raise Refusal(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
     tokenizer = load_tokenizer(recipe.model, config)
-    if recipe.stripes is not None:
-        config = striped(config, Stripes.parse(recipe.stripes))
+    config = adapted(recipe, config)
     check_weights(recipe.model, config)
     if recipe.data.append_eos and tokenizer.eos_token_id is None:
         raise Refusal(
             f"data.append_eos is set, but the tokenizer of {recipe.model} has no end-of-text token. Unset it."
         )
+    return config, tokenizer
+
+
+def adapted(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config that a recipe makes of its source's."""
+    if recipe.stripes is not None:
+        config = striped(config, Stripes.parse(recipe.stripes))
     config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
     if config.attention_dropout:
         console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
         config.attention_dropout = 0.0
-    return config, tokenizer
+    return config
 
 
 def _corpus(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache: str | None) -> Corpus:

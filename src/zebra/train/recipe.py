@@ -101,6 +101,9 @@ class AdaptRecipe(_Section):
 
     run: str = Field(description="the run's directory")
     model: str = Field(description="the checkpoint to adapt")
+    shape: str | None = Field(
+        None, description="built-in shape that --dry-run reckons with where the checkpoint is not here"
+    )
     stripes: str | None = Field(
         None, description="the layout to adapt to, such as GLLL:512; the checkpoint's own without it"
     )

@@ -64,7 +64,7 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
             _stop(trainer)
         return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
-    with bar("adapting", recipe.train.steps * _tokens_per_step(recipe), "tokens") as advance:
+    with bar("adapting", recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
         trainer = _AdaptTrainer(
             evaluation=recipe.evaluate,
             model=model,
@@ -109,7 +109,7 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
         log.removeFilter(other)
 
 
-def _tokens_per_step(recipe: AdaptRecipe) -> int:
+def tokens_per_step(recipe: AdaptRecipe) -> int:
     """Tokens of one full optimiser step, over all processes. The last one of a pass over the rows may have fewer."""
     train = recipe.train
     processes = int(os.environ.get("WORLD_SIZE", "1"))
