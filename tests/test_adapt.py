@@ -266,21 +266,50 @@ def test_activation_checkpointing_and_accumulation_change_no_loss(tmp_path: Path
     assert losses(plain) == pytest.approx(losses(accumulated), abs=1e-4)
 
 
-@pytest.mark.full
+KEEP_GRADIENTS = """
+import os, sys, torch
+from zebra.train import trainer
+def keep(self, args, state, control, model=None, **kwargs):
+    if state.is_world_process_zero and state.global_step == 0:
+        gradients = {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()}
+        torch.save(gradients, sys.argv[-1] + ".gradients")
+trainer._Show.on_pre_optimizer_step = keep
+from zebra.train.adapt import adapt
+from zebra.train.recipe import AdaptRecipe, read_recipe
+adapt(read_recipe(sys.argv[-1], AdaptRecipe))
+"""
+
+
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """DDP over gloo: twice the rows in a step, one writer; the gradients are synchronised through our loss."""
-    one = adapt(recipe(tmp_path / "one", evaluate=None, train__steps=4, train__rows_per_step=2))
-    two = recipe(tmp_path / "two", evaluate=None, train__steps=4)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(two.model_dump(mode="json")))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
-    done = subprocess.run(
-        [*launch, "-m", "zebra", "adapt", str(tmp_path / "recipe.yaml")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert losses(records.read(tmp_path / "two" / "rows.jsonl")) == pytest.approx(losses(one), abs=1e-4)
+    """DDP over gloo: half the rows in each, one writer; the gradients are synchronised through our loss."""
+    (tmp_path / "train.py").write_text(KEEP_GRADIENTS)
+    found = []
+    for processes, rows_per_step in ((1, 2), (2, 1)):
+        # An odd packing: the two halves have not the same number of predicted tokens.
+        asked = recipe(
+            tmp_path / f"of-{processes}",
+            evaluate=None,
+            data__join=False,
+            train__steps=4,
+            train__rows_per_step=rows_per_step,
+        )
+        path = tmp_path / f"{processes}.yaml"
+        path.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run(
+            [*launch, str(tmp_path / "train.py"), str(path)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        rows = records.read(tmp_path / f"of-{processes}" / "rows.jsonl")
+        found.append((losses(rows), torch.load(f"{path}.gradients")))
+    (one, wanted), (two, gradients) = found
+    assert two == pytest.approx(one, rel=1e-6)
+    assert gradients.keys() == wanted.keys()
+    error = sum((gradients[name] - wanted[name]).square().sum() for name in wanted).sqrt()
+    assert error <= 1e-6 * sum(wanted[name].square().sum() for name in wanted).sqrt()
 
 
 def test_text_shorter_than_a_row_is_refused_before_anything_is_written(tmp_path: Path) -> None:
