@@ -36,15 +36,15 @@ def composition(kept: Sequence[Kept], mixture: Mixture) -> Group:
 
 def _by_length(kept: Sequence[Kept], mixture: Mixture) -> Table:
     there = np.concatenate([part.lengths for part in kept])
-    lengths = [part.source.corpus.lengths for part in kept]
-    chosen = zip(mixture.drawn.sources.tolist(), mixture.drawn.documents.tolist(), strict=True)
-    whole = np.array([lengths[source][document] for source, document in chosen])  # the last of a source is cut
+    of = [mixture.drawn.documents[mixture.drawn.sources == i] for i in range(len(kept))]
+    # By the length of the whole document: the last of a source is cut.
+    whole = np.concatenate([part.source.corpus.lengths[drawn] for part, drawn in zip(kept, of, strict=True)])
     edges = [0, FIRST_EDGE]
     while edges[-1] <= max(there):
         edges.append(edges[-1] * 2)
     shares = [
-        np.histogram(of, bins=edges, weights=tokens)[0] / tokens.sum()
-        for of, tokens in ((there, there), (whole, mixture.drawn.lengths))
+        np.histogram(lengths, bins=edges, weights=tokens)[0] / tokens.sum()
+        for lengths, tokens in ((there, there), (whole, mixture.drawn.lengths))
     ]
     table = Table("tokens of a document", "in the text", "", "drawn", "", box=box.SIMPLE_HEAD)
     for column in (1, 3):

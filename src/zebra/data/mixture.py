@@ -5,7 +5,7 @@
     short        0.4   [0, 4096)     1,600 tokens      400 tokens: a quarter of the documents
 
 Long documents are rare in any text, so long-context training takes more of them than there are (ProLong, arXiv
-2410.02660). Documents are drawn without replacement until all have been; only the last of a source is cut, to its share.
+2410.02660). Documents are drawn without replacement until all have been; the last of a source is cut to its share.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zebra.refusal import Refusal
 
 @dataclass(frozen=True)
 class Source:
-    """The documents of a corpus that have `min_tokens <= tokens < max_tokens`, and their share of a mixture's tokens."""
+    """Documents of a corpus, those with `min_tokens <= tokens < max_tokens`, and their share of a mixture's tokens."""
 
     name: str
     corpus: Corpus

@@ -1,6 +1,7 @@
 """Long-context adaptation training (LCAT, Zebra section 4): a checkpoint, striped, trained on long rows, measured.
 
 run/recipe.yaml     the resolved recipe; a second start of the same recipe resumes, of another is refused
+run/text.json       a digest of the text; a second start with another text is refused
 run/before.jsonl    the source by position, as it was and striped without training
 run/checkpoints/    the Trainer's; only those with the mark COMPLETE are resumed from
 run/model/          the adapted checkpoint, loadable by plain transformers
@@ -21,8 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from zebra import records
 from zebra.data.corpus import Corpus
-from zebra.data.packing import Rows, pack
-from zebra.evaluate.perplexity import Score, as_rows, perplexity, read_text
+from zebra.data.packing import Rows
+from zebra.evaluate.perplexity import Score, as_rows, perplexity
 from zebra.model.checkpoint import (
     check_weights,
     copy_companions,
@@ -37,7 +38,8 @@ from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import LOCAL, Stripes, visible_pairs
-from zebra.train.recipe import AdaptRecipe, TextSource
+from zebra.train.recipe import AdaptRecipe
+from zebra.train.texts import claim_text, data_rows, read_texts
 from zebra.train.trainer import COMPLETE, fit, tokens_per_step
 
 
@@ -53,14 +55,9 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
     _claim(run, recipe)
     if (run / "rows.jsonl").exists():
         return records.read(run / "rows.jsonl")
-    corpus = _corpus(recipe.data, tokenizer, recipe.data.cache)
-    rows = pack(corpus, recipe.train.length, join=recipe.data.join, seed=recipe.train.seed)
-    held_out = None
-    if recipe.evaluate is not None:
-        held_out = _corpus(recipe.evaluate, tokenizer, recipe.data.cache)
-        if recipe.evaluate.join:
-            held_out = held_out.joined(recipe.evaluate.length)
+    rows, held_out, lines, digest = read_texts(recipe, tokenizer)
     _record_recipe(run, recipe)
+    claim_text(run, digest)
     before = _before(run, recipe, held_out)
     if not (run / "model").exists():
         _train(run, recipe, config, rows, held_out)
@@ -68,7 +65,13 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
         return []
     history = _trainer_state(run, recipe)["log_history"]
     after = _measure(recipe, held_out, run / "model", None) if recipe.evaluate else []
-    found = [*before, *_training_rows(recipe, config, history), *after, *_cost_rows(recipe, config)]
+    found = [
+        *data_rows(recipe, lines, layout(config), **_common(recipe)),
+        *before,
+        *_training_rows(recipe, config, history),
+        *after,
+        *_cost_rows(recipe, config),
+    ]
     records.write(run / "rows.jsonl", found)
     return found
 
@@ -117,10 +120,6 @@ def _record_recipe(run: Path, recipe: AdaptRecipe) -> None:
     aside = run / f".recipe.{os.getpid()}"
     aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     os.replace(aside, run / "recipe.yaml")
-
-
-def _corpus(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache: str | None) -> Corpus:
-    return read_text(source.files, tokenizer, separator=source.separator, append_eos=source.append_eos, cache=cache)
 
 
 # Measuring
