@@ -1,6 +1,6 @@
 """Documents to tokens and hashes, batch by batch, here or in worker processes; the order is that of the documents.
 
-    documents -> batches -> worker 0, 1, ..., 0, 1, ... -> batches of tokens, in the same order
+    documents -> batches -> workers 0, 1, 2, 0, 1, 2, ... -> batches of tokens, in the same order
 
 Each worker has a pipe of its own, of which only this process holds the other end: when this process is killed, the
 workers read the end of their pipes and go too.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -68,15 +67,19 @@ def encoded(batches: Iterable[list[str]], encode: Encode, append: int | None, wo
         for batch in batches:
             yield _encoded(batch, encode, append)
         return
-    with _pool(encode, append, workers) as pipes:
-        waiting: deque[Connection] = deque()
-        for batch, pipe in zip(batches, itertools.cycle(pipes), strict=False):
-            if len(waiting) == workers:  # the oldest is this one; a worker holds one batch at a time
-                yield _answer(waiting.popleft())
-            pipe.send(batch)
-            waiting.append(pipe)
-        while waiting:
-            yield _answer(waiting.popleft())
+    with ExitStack() as pool:
+        waiting: deque[Connection] = deque()  # the oldest first; a worker holds one batch at a time
+        for batch in batches:
+            if len(waiting) < workers:
+                waiting.append(pool.enter_context(_worker(encode, append)))
+                waiting[-1].send(batch)
+                continue
+            waiting.rotate(-1)
+            answer = _answer(waiting[-1])
+            waiting[-1].send(batch)
+            yield answer
+        for pipe in waiting:
+            yield _answer(pipe)
 
 
 def _encoded(batch: list[str], encode: Encode, append: int | None) -> Encoded:
@@ -86,19 +89,17 @@ def _encoded(batch: list[str], encode: Encode, append: int | None) -> Encoded:
 
 
 @contextmanager
-def _pool(encode: Encode, append: int | None, workers: int) -> Iterator[list[Connection]]:
+def _worker(encode: Encode, append: int | None) -> Iterator[Connection]:
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ExitStack() as stack:
-        pipes = []
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(theirs, encode, append), daemon=True)
-            worker.start()
-            theirs.close()
-            stack.callback(worker.join)
-            stack.callback(ours.close)  # called first: it is what ends the worker
-            pipes.append(ours)
-        yield pipes
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=_serve, args=(theirs, encode, append), daemon=True)
+    worker.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()  # it is what ends the worker
+        worker.join()
 
 
 def _serve(pipe: Connection, encode: Encode, append: int | None) -> None:

@@ -121,7 +121,7 @@ def keep(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0)
         if not tokens[kept[-1].documents].any():
             raise Refusal(
                 f"the source {source.name} has no document to train on: of {len(tokens):,} documents of "
-                f"{tokens.min(initial=0):,} to {tokens.max(initial=0):,} tokens {len(i):,} lie in {source.bucket}, "
+                f"{tokens.min():,} to {tokens.max():,} tokens {len(i):,} lie in {source.bucket}, "
                 f"{kept[-1].duplicates:,} of them are duplicates and {len(kept[-1].held_out):,} held out. "
                 "Widen the bucket, or hold out less."
             )
