@@ -68,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[recor
 
 def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[records.Row]]) -> None:
     run, rows = finished
-    assert names(run) == {"recipe.yaml", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
+    assert names(run) == {"recipe.yaml", "text.json", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
     assert records.read(run / "rows.jsonl") == rows
     assert AdaptRecipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text())) == recipe(run)
     assert len(losses(rows)) == STEPS
@@ -205,7 +205,7 @@ def test_a_killed_run_resumes_to_the_same_losses(
     assert losses(rows) == losses(wanted)
     values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, wanted)]
     assert values[0] == values[1]
-    assert names(run) == {"recipe.yaml", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
+    assert names(run) == {"recipe.yaml", "text.json", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
 
 
 @pytest.mark.parametrize(

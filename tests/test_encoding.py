@@ -12,16 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import STORIES, TEXT
-from transformers import AutoTokenizer
 
 from zebra.data import corpus as module
 from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder, encoded
 from zebra.refusal import Refusal
 
+# Without conftest: a worker imports this module, and should not wait for torch.
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+STORIES = EXAMPLES / "stories260K"
+STORY = EXAMPLES / "text" / "tinystories_validation.txt"
 DEFINITION = (STORIES / "tokenizer.json").read_text()
-STORY = TEXT / "tinystories_validation.txt"
 SEPARATOR = "<|endoftext|>"
 
 
@@ -35,6 +36,8 @@ def letters(texts: list[str]) -> list[list[int]]:
 
 
 def test_an_encoder_is_the_hosts_tokenizer() -> None:
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     texts = [*STORY.read_text().split(SEPARATOR)[:20], "naïve 文字 <s> </s> \n\n  x", ""]
     encode = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens)

@@ -12,26 +12,32 @@ from rich.table import Table
 from zebra.data.mixture import Kept, Mixture
 
 FIRST_EDGE = 256
-_BAR = 24
+_BAR = 16
 
 
 def composition(kept: Sequence[Kept], mixture: Mixture) -> Group:
-    """A line for each source, then the share of the tokens by length of document, in the text and as drawn."""
+    """What each source has, what is drawn of it, and the share of the tokens by length of document in both."""
     rows = mixture.rows
-    table = Table(
-        title=f"{len(rows):,} rows of {rows.length:,}, {rows.tokens:,} tokens",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
+    there = _table("the text", "source", "length", "documents", "tokens", "duplicates", "held out")
+    drawn = _table(
+        f"{len(rows):,} rows of {rows.length:,}, {rows.tokens:,} tokens", "source", "drawn", "asked", "share", "epochs"
     )
-    for i, name in enumerate(
-        ("source", "length", "documents", "duplicates", "held out", "tokens", "drawn", "asked", "share", "epochs")
-    ):
-        table.add_column(name, justify="right" if i > 1 else "left", no_wrap=True)
     for line in mixture.lines:
-        counts = (line.documents, line.duplicates, line.held_out, line.tokens, line.drawn)
+        counts = (line.documents, line.tokens, line.duplicates, line.held_out)
+        there.add_row(line.source.name, line.source.bucket, *(f"{count:,}" for count in counts))
         shares = (f"{line.source.share:.2%}", f"{line.share:.2%}", f"{line.epochs:,.2f}")
-        table.add_row(line.source.name, line.source.bucket, *(f"{count:,}" for count in counts), *shares)
-    return Group(table, _by_length(kept, mixture))
+        drawn.add_row(line.source.name, f"{line.drawn:,}", *shares)
+    return Group(there, drawn, _by_length(kept, mixture))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
+    for name in columns:
+        if name == "source":
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _by_length(kept: Sequence[Kept], mixture: Mixture) -> Table:
@@ -46,8 +52,8 @@ def _by_length(kept: Sequence[Kept], mixture: Mixture) -> Table:
         np.histogram(lengths, bins=edges, weights=tokens)[0] / tokens.sum()
         for lengths, tokens in ((there, there), (whole, mixture.drawn.lengths))
     ]
-    table = Table("tokens of a document", "in the text", "", "drawn", "", box=box.SIMPLE_HEAD)
-    for column in (1, 3):
+    table = Table("document", "in the text", "", "drawn", "", box=box.SIMPLE_HEAD)
+    for column in (0, 1, 3):
         table.columns[column].justify = "right"
     most = max(share.max() for share in shares)
     for first, last, a, b in zip(edges[:-1], edges[1:], *shares, strict=True):

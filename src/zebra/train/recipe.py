@@ -71,8 +71,8 @@ class Data(TextSource):
                 + ("neither" if self.files is None else "both")
             )
         if self.sources is not None:
-            for name in {"separator", "field"} & self.model_fields_set:
-                raise ValueError(f"{name} belongs to files; give each source its own")
+            if own := _given(self, "separator", "field"):
+                raise ValueError(f"{own} belongs to files; give each source its own")
             names = [source.name for source in self.sources]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"each source has a name of its own; got {', '.join(twice)} twice")
@@ -80,6 +80,11 @@ class Data(TextSource):
             if abs(total - 1) > 1e-6:
                 raise ValueError(f"the shares of the sources sum to 1; got {total:g}; change them")
         return self
+
+
+def _given(section: BaseModel, *names: str) -> str | None:
+    """The first of the keys that is not left at its default."""
+    return next((name for name in names if getattr(section, name) != type(section).model_fields[name].default), None)
 
 
 class Training(_Section):
@@ -153,11 +158,8 @@ class AdaptRecipe(_Section):
                     "the text to measure on is given by evaluate.files or by data.held_out, by one of them; got "
                     + ("neither" if files is None else "both")
                 )
-            for name in {"separator", "field", "append_eos"} & self.evaluate.model_fields_set:
-                if files is None:
-                    raise ValueError(
-                        f"evaluate.{name} belongs to evaluate.files; data says how what it holds out is read"
-                    )
+            if files is None and (own := _given(self.evaluate, "separator", "field", "append_eos")):
+                raise ValueError(f"evaluate.{own} belongs to evaluate.files; data says how its documents are read")
         return self
 
 

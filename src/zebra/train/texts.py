@@ -49,9 +49,8 @@ def read_texts(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts
         wanted = train.steps * tokens_per_step(recipe) // train.length
         mixture = mix(kept, wanted, train.length, join=data.join, seed=train.seed)
         rows, lines = mixture.rows, mixture.lines
-        shown = composition(kept, mixture)
         if _first_process():
-            console.print(shown, width=max(console.width, console.measure(shown).maximum), crop=False)
+            console.print(composition(kept, mixture))
     held_out = None
     texts = [source.corpus for source in sources]
     if measured is not None:
