@@ -191,10 +191,11 @@ def read_text(
     cache: str | None = None,
 ) -> Corpus:
     """Texts as a corpus under a checkpoint's tokenizer, from the cache where they are in it."""
+    encode = Encoder(tokenizer.backend_tokenizer.to_str(), specials_as_text=tokenizer.split_special_tokens)
     return tokenise(
         files,
-        Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens),
-        tokenizer=fingerprint(tokenizer),
+        encode,
+        tokenizer=f"{fingerprint(tokenizer)} {encode.specials_as_text}",
         separator=separator,
         field=field,
         append=tokenizer.eos_token_id if append_eos else None,
