@@ -69,6 +69,16 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path) -> None:
     assert 3 < found[-1]["value"] < 6
     assert [json.loads(line) for line in rows.read_text().splitlines()] == found
 
+    records = tmp_path / "stories.jsonl"
+    stories = (TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)
+    records.write_text("".join(json.dumps({"body": story}) + "\n" for story in stories))
+    done = zebra(
+        *("evaluate", "perplexity", out, records, "--field", "body", "--workers", 2, "--length", "300,512", "--json")
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["value"] for row in json.loads(done.stdout)["rows"]] == [row["value"] for row in found]
+    refused(zebra("evaluate", "perplexity", out, records, "--length", 300), "'text'", "among its fields body")
+
     done = zebra("report", rows, "-o", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").stat().st_size > 1000

@@ -70,8 +70,10 @@ def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
     assert len(losses(adapt(asked))) == 6
 
 
-def test_a_run_keeps_to_its_source(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recipe(tmp_path / "run", model=str(stories), **SHORT)
+def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((TEXT / "tinystories_test.txt").read_text())
+    asked = recipe(tmp_path / "run", model=str(stories), data__files=[str(text)], **SHORT)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -86,8 +88,11 @@ def test_a_run_keeps_to_its_source(stories: Path, tmp_path: Path, monkeypatch: p
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(Refusal, match="began with other inputs: source changed since"):
         adapt(asked)
+    text.write_text(text.read_text().replace("Once", "Twice", 1))
+    with pytest.raises(Refusal, match="source and text changed since"):
+        adapt(asked)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Refusal, match="processes and source changed since"):
+    with pytest.raises(Refusal, match="processes and source and text changed since"):
         adapt(asked)
 
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.corpus import Corpus, tokenise
+from zebra.data.encoding import Encoder
 from zebra.model.checkpoint import fingerprint, load_tokenizer, read_config
 from zebra.model.families import layout
 from zebra.model.hosts import device_name, load, read_device, read_dtype
@@ -126,6 +127,8 @@ def rows_of(
     convention: str = "disjoint",
     stride: int | None = None,
     separator: str | None = None,
+    field: str = "text",
+    workers: int = 1,
     join: bool = False,
     stripes: str | None = None,
     self_extend: Any = None,
@@ -138,7 +141,7 @@ def rows_of(
     place = read_device(device)
     placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
     config = read_config(checkpoint)
-    corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator)
+    corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     for length in lengths:
         _windows(texts[length], length, convention, stride)  # refuse before the model is loaded
@@ -183,16 +186,21 @@ def read_text(
     tokenizer: PreTrainedTokenizerBase,
     *,
     separator: str | None = None,
+    field: str = "text",
     append_eos: bool = False,
+    workers: int = 1,
     cache: str | None = None,
 ) -> Corpus:
     """Texts as a corpus under a checkpoint's tokenizer, from the cache where they are in it."""
+    encode = Encoder(tokenizer.backend_tokenizer.to_str(), specials_as_text=tokenizer.split_special_tokens)
     return tokenise(
         files,
-        lambda texts: tokenizer(texts, verbose=False)["input_ids"],
-        tokenizer=fingerprint(tokenizer),
+        encode,
+        tokenizer=f"{fingerprint(tokenizer)} {encode.specials_as_text}",
         separator=separator,
+        field=field,
         append=tokenizer.eos_token_id if append_eos else None,
+        workers=workers,
         cache=cache,
     )
 

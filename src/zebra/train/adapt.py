@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from zebra import records
 from zebra.data.corpus import Corpus
-from zebra.data.packing import Rows, pack
-from zebra.evaluate.perplexity import Score, as_rows, perplexity, read_text
+from zebra.data.packing import Rows
+from zebra.evaluate.perplexity import Score, as_rows, perplexity
 from zebra.model.checkpoint import check_weights, digest, load_tokenizer, read_config
 from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
@@ -30,7 +30,8 @@ from zebra.refusal import Refusal
 from zebra.stripes import LOCAL, Stripes, visible_pairs
 from zebra.train import directory, lora
 from zebra.train.export import export, reload
-from zebra.train.recipe import AdaptRecipe, TextSource
+from zebra.train.recipe import AdaptRecipe
+from zebra.train.texts import data_rows, read_texts
 from zebra.train.trainer import COMPLETE, fit
 
 
@@ -49,14 +50,9 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
 def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     if (run / "rows.jsonl").exists():
         return records.read(run / "rows.jsonl")
-    corpus = _corpus(recipe.data, tokenizer, recipe.data.cache)
-    rows = pack(corpus, recipe.train.length, join=recipe.data.join, seed=recipe.train.seed)
-    held_out = None
-    if recipe.evaluate is not None:
-        held_out = _corpus(recipe.evaluate, tokenizer, recipe.data.cache)
-        if recipe.evaluate.join:
-            held_out = held_out.joined(recipe.evaluate.length)
-    directory.record(run, recipe, {"source": digest(recipe.model), "processes": directory.processes()})
+    rows, held_out, lines, text = read_texts(recipe, tokenizer)
+    inputs = {"source": digest(recipe.model), "text": text, "processes": directory.processes()}
+    directory.record(run, recipe, inputs)
     before = _before(run, recipe, held_out)
     if not (run / "model").exists():
         _train(run, recipe, config, rows, held_out)
@@ -64,7 +60,13 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
         return []
     history = _trainer_state(run, recipe)["log_history"]
     after = _measure(recipe, held_out, run / "model", reload(recipe)) if recipe.evaluate else []
-    found = [*before, *_training_rows(recipe, config, history), *after, *_cost_rows(recipe, config)]
+    found = [
+        *data_rows(recipe, lines, layout(config), **_common(recipe)),
+        *before,
+        *_training_rows(recipe, config, history),
+        *after,
+        *_cost_rows(recipe, config),
+    ]
     records.write(run / "rows.jsonl", found)
     return found
 
@@ -98,10 +100,6 @@ def adapted(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
         console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
         config.attention_dropout = 0.0
     return config
-
-
-def _corpus(source: TextSource, tokenizer: PreTrainedTokenizerBase, cache: str | None) -> Corpus:
-    return read_text(source.files, tokenizer, separator=source.separator, append_eos=source.append_eos, cache=cache)
 
 
 # Measuring

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from zebra.data.corpus import find_files
+from zebra.data.documents import find_files
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_config
 from zebra.model.families import host_class, layout
@@ -179,8 +179,10 @@ def _facts(recipe: AdaptRecipe, config: PreTrainedConfig, parameters: int, train
 
 
 def _text(recipe: AdaptRecipe) -> str:
+    data = recipe.data
+    patterns = data.files or [pattern for source in data.sources or [] for pattern in source.files]
     try:
-        files = find_files(recipe.data.files)
+        files = find_files(patterns)
     except Refusal as refusal:
         return f"not here: {refusal}"
     return f"{len(files):,} files, {sum(file.stat().st_size for file in files):,} bytes"
