@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_cli import Zebra
 
 from zebra import records
 
@@ -40,15 +41,15 @@ def test_the_paper_map_names_symbols_and_tests_that_exist() -> None:
         assert (ROOT / test).exists(), test
 
 
-def commands() -> list[str]:
+def commands(*pages: Path) -> list[str]:
     lines = []
-    for page in PAGES:
+    for page in pages:
         for block in re.findall(r"```(?:bash|console|sh)\n(.*?)```", page.read_text(), flags=re.DOTALL):
             lines += [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("zebra ")]
-    return sorted(set(lines))
+    return list(dict.fromkeys(lines))
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", commands(*PAGES))
 def test_every_command_in_the_documents_parses(line: str) -> None:
     """Options and arguments are the verb's own; the command is not run."""
     import typer
@@ -63,6 +64,18 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
         _, command, rest = command.resolve_command(context, rest)
         context = command.make_context("zebra", list(rest), parent=context)
     assert not context.args
+
+
+@pytest.mark.parametrize("name", ["adapting", "hosts"])
+def test_every_command_of_the_guides_runs(name: str, zebra: Zebra, tmp_path: Path) -> None:
+    """In the order of the page, from a directory that has what the repository's root has."""
+    for shipped in ("examples", "recipes"):
+        (tmp_path / shipped).symlink_to(ROOT / shipped)
+    lines = commands(ROOT / "docs" / f"{name}.md")
+    assert lines
+    for line in lines:
+        done = zebra(*shlex.split(line, comments=True)[1:], cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
 def test_the_make_targets_that_are_named_exist() -> None:
