@@ -1,4 +1,7 @@
-"""The laws of docs/architecture.md over families and kernels: float32 here, bfloat16 too in `make test-full`."""
+"""The laws of docs/architecture.md over families and kernels.
+
+Four families in float32 here; every family of the table, and bfloat16, in `make test-full`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import EVERY_MEMBER, FAMILIES, fitting
 from torch import Tensor
 
 import zebra
@@ -24,7 +27,9 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)]
 KERNELS = ["reference", "banded", "table"]
 
 pytestmark = [
-    pytest.mark.parametrize("family", FAMILIES),
+    pytest.mark.parametrize(
+        "family", [m if m in FAMILIES else pytest.param(m, marks=pytest.mark.full) for m in EVERY_MEMBER]
+    ),
     pytest.mark.parametrize("kernel", KERNELS),
     pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"]),
 ]
@@ -39,7 +44,7 @@ def _by_kernel(kernel: str) -> Iterator[None]:
 
 @pytest.fixture
 def model(family: str, dtype: torch.dtype, checkpoints: Callable[..., Path]) -> Any:
-    return zebra.load(checkpoints(family), stripes=LAYOUT, dtype=dtype)
+    return zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT), dtype=dtype)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -156,7 +161,7 @@ def test_law_5_plain_transformers_loads_what_we_save(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    zebra.convert(checkpoints(family), tmp_path / "converted", LAYOUT)
+    zebra.convert(checkpoints(family), tmp_path / "converted", fitting(family, LAYOUT))
     model.save_pretrained(tmp_path / "saved")
     ids = tokens(2, 40)
     for path in (tmp_path / "converted", tmp_path / "saved"):
@@ -174,7 +179,7 @@ def test_generate_equals_plain_transformers(
         pytest.skip("greedy tokens of a random model flip with bfloat16's rounding")
     from transformers import AutoModelForCausalLM
 
-    zebra.convert(checkpoints(family), tmp_path / "converted", LAYOUT)
+    zebra.convert(checkpoints(family), tmp_path / "converted", fitting(family, LAYOUT))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", attn_implementation="sdpa")
     arguments: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     arguments |= {

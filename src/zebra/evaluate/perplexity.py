@@ -28,7 +28,7 @@ from zebra.data.corpus import Corpus, tokenise
 from zebra.model.checkpoint import fingerprint, load_tokenizer, read_config
 from zebra.model.families import layout
 from zebra.model.hosts import best_device, device_name, load
-from zebra.model.loss import token_losses, without_logits
+from zebra.model.loss import head_of, token_losses, without_logits
 from zebra.progress import bar
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -100,7 +100,7 @@ def perplexity(
     bounds = edges(length)
     sums = np.zeros((len(bounds) - 1, len(corpus)))
     counts = np.zeros_like(sums)
-    head = model.get_output_embeddings().weight
+    head = head_of(model)
     with _evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
         for batch in _batches(windows, batch_tokens):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)

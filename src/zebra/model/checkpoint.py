@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from zebra import records
 from zebra.model.families import host_class, layout, route, stripes_of
@@ -36,8 +37,8 @@ def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise Refusal(f"the config of {path} cannot be read: {first_line(error)}") from None
-    route(config)
-    if getattr(config, "layer_types", None) is not None and config.model_type in ("llama", "mistral"):
+    taken = route(config)
+    if getattr(config, "layer_types", None) is not None and taken.target != config.model_type:
         raise Refusal(
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
             "Remove layer_types from its config.json, then run `zebra convert`."
@@ -109,7 +110,8 @@ def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, files:
     # Of two tied tensors either may be the one that was saved.
     twins = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
     twins |= {second: first for first, second in twins.items()}
-    for name, tensor in model.state_dict().items():
+    # Experts lie one by one in the files, and together in the model.
+    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
         if name in shapes and shapes[name] != tuple(tensor.shape):
             raise Refusal(
                 f"{path}: config.json asks for {name} of shape {tuple(tensor.shape)}, the weights have {shapes[name]}. "

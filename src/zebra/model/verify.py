@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from zebra import masks
 from zebra.model.cache import StripedCache
@@ -109,7 +109,7 @@ def verify(
 
 
 def _source(path: Any, ids: Tensor, short: int, stripes: Stripes, placed: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **placed)
+    model = _stock(path, placed)
     inside = _logits(model, ids[:, :short])
     with _masked_layers(model, stripes):
         return inside, _logits(model, ids)
@@ -117,8 +117,14 @@ def _source(path: Any, ids: Tensor, short: int, stripes: Stripes, placed: dict[s
 
 def _plain(path: Any, ids: Tensor, short: int, placed: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The target in plain transformers, without anything of ours."""
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **placed)
+    model = _stock(path, placed)
     return _logits(model, ids[:, :short]), _logits(model, ids)
+
+
+def _stock(path: Any, placed: dict[str, Any]) -> PreTrainedModel:
+    """A checkpoint in plain transformers, whose sdpa leaves out the softcap of the scores without a word."""
+    softcap = getattr(AutoConfig.from_pretrained(path), "attn_logit_softcapping", None)
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if softcap else "sdpa", **placed)
 
 
 @dataclass(frozen=True)
@@ -194,10 +200,14 @@ def _masked_layers(model: PreTrainedModel, stripes: Stripes) -> Iterator[None]:
 
     def hand_over(kind: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            n = kwargs["hidden_states"].shape[1]
-            j = torch.arange(n, device=kwargs["hidden_states"].device)
+            states = kwargs["hidden_states"]
+            n = states.shape[1]
+            j = torch.arange(n, device=states.device)
             visible = masks.within(j[:, None], j[None, :], stripes.window if kind == LOCAL else n)
-            return args, kwargs | {"attention_mask": visible[None, None]}
+            # Added to the scores: the host's eager attention takes no booleans.
+            hidden = torch.zeros(n, n, dtype=states.dtype, device=states.device)
+            hidden.masked_fill_(~visible, torch.finfo(states.dtype).min)
+            return args, kwargs | {"attention_mask": hidden[None, None]}
 
         return hook
 
