@@ -89,7 +89,7 @@ def _rope_differs(config: PreTrainedConfig) -> bool:
 _BIASED = Limit("biases in the attention projections, which {target} would drop", lambda c: bool(c.attention_bias))
 _TOKENLESS = Limit("no bos_token_id or no eos_token_id: {target} would bring its own", _lacks_token)
 _BOTH_WAYS = Limit("bidirectional attention", lambda c: bool(getattr(c, "use_bidirectional_attention", False)))
-_TWO_ROPES = Limit("its global and local layers have different ropes", _rope_differs)
+_TWO_ROPES = Limit("global and local layers have different ropes", _rope_differs)
 _READS = "reads layer_types itself"
 _SINKS = "its softmax has a learned sink in each head, which no kernel of zebra has yet"
 _NO_CLASS = "no stock class with {} reads layer_types"
@@ -108,7 +108,7 @@ ROUTES: tuple[Route, ...] = (
     Route("mellum", "mellum", _READS, fixed=_TWO_ROPES),
     Route("gemma2", "gemma2", _READS, refuses=(_BOTH_WAYS,)),
     Route("gemma3_text", "gemma3_text", _READS, refuses=(_BOTH_WAYS,), fixed=_TWO_ROPES),
-    Route("cohere2", "cohere2", _READS, fixed=Limit("only its local layers have a rope", lambda c: True)),
+    Route("cohere2", "cohere2", _READS, fixed=Limit("only local layers have a rope", lambda c: True)),
     Route("olmo2", "olmo3", "olmo2 ignores layer_types; olmo3 has its tensors", _rope_for_each_kind),
     Route("olmo3", "olmo3", _READS, fixed=_TWO_ROPES),
     Route("phi3", None, _NO_CLASS.format("its fused projections (qkv_proj, gate_up_proj)")),
@@ -215,3 +215,21 @@ def layout(config: PreTrainedConfig) -> str:
 def host_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The stock class that runs a config."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def table() -> str:
+    """The family table in Markdown, as docs/hosts.md has it: `python -m zebra.model.families`."""
+    served = ["| family | runs as | because | refused where it has | layers |", "|---|---|---|---|---|"]
+    refused = ["| family | because |", "|---|---|"]
+    for row in ROUTES:
+        if row.target is None:
+            refused.append(f"| `{row.family}` | {row.because} |")
+            continue
+        limits = "; ".join(limit.says.format(target=row.target) for limit in row.refuses) or "–"
+        layers = f"keep their kind where {row.fixed.says}" if row.fixed else "any layout"
+        served.append(f"| `{row.family}` | `{row.target}` | {row.because} | {limits} | {layers} |")
+    return "\n".join([*served, "", "Known and refused:", "", *refused])
+
+
+if __name__ == "__main__":
+    print(table())

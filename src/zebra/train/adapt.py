@@ -84,6 +84,11 @@ def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBas
     if recipe.stripes is not None:
         config = striped(config, Stripes.parse(recipe.stripes))
     config = _with_rope(recipe, config)
+    if getattr(config, "output_router_logits", False):
+        raise Refusal(
+            f"{recipe.model} asks for its router's auxiliary loss (output_router_logits), and adaptation trains on the "
+            "language loss alone. Set output_router_logits to false in its config.json to train so."
+        )
     check_weights(recipe.model, config)
     if recipe.data.append_eos and tokenizer.eos_token_id is None:
         raise Refusal(
