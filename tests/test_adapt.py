@@ -286,7 +286,7 @@ def test_a_rope_alone_is_measured_too(tmp_path: Path) -> None:
 
 
 def test_ropes_that_cannot_be_trained(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="reaches 563 positions of a model of 512, and train.length is 600.*at least 2"):
+    with pytest.raises(Refusal, match=r"reaches 563 positions of a model of 512, and train.length is 600.*at least 2"):
         adapt(recipe(tmp_path / "run", rope="yarn:1.1"))
     with pytest.raises(Refusal, match="type dynamic changes its frequencies"):
         adapt(recipe(tmp_path / "run", rope="dynamic:2"))

@@ -6,6 +6,7 @@ Four families in float32 here; every family of the table, and bfloat16, in `make
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ LAYOUT = f"GLLL:{WINDOW}"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)]
 EXPERTS = [member for member in EVERY_MEMBER if "num_experts" in MEMBERS[member]]
+CAPPED = [member for member in EVERY_MEMBER if "attn_logit_softcapping" in MEMBERS[member]]
+"""Those whose scores are capped, which the host's sdpa leaves out."""
 KERNELS = ["reference", "banded", "table"]
 
 pytestmark = [
@@ -151,14 +154,19 @@ def test_law_3_packed_documents_stay_apart_under_training(model: Any) -> None:
 
 
 def test_law_4_gradients_equal_the_formula_through_a_whole_model(model: Any, dtype: torch.dtype) -> None:
+    """In bfloat16 the formula's own rounding is the measure: a kernel may be twice as far from float32."""
     ids = tokens(2, 40)
-    found = []
-    for context in (contextlib.nullcontext(), kernels.only("reference")):
-        model.zero_grad()
-        with context:
-            model(ids, labels=ids, use_cache=False).loss.backward()
-        found.append(torch.cat([p.grad.flatten().float() for p in model.parameters()]))
-    assert (found[0] - found[1]).norm() <= TOLERANCE[dtype] * found[1].norm()
+
+    def gradient(of: Any) -> Tensor:
+        of.zero_grad()
+        of(ids, labels=ids, use_cache=False).loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in of.parameters()])
+
+    with kernels.only("reference"):
+        truth = gradient(copy.deepcopy(model).float())
+        rounding = (gradient(model) - truth).norm()
+    allowed = TOLERANCE[dtype] * truth.norm() if dtype is torch.float32 else 2 * rounding
+    assert (gradient(model) - truth).norm() <= allowed
 
 
 def test_law_5_plain_transformers_loads_what_we_save(
@@ -170,7 +178,7 @@ def test_law_5_plain_transformers_loads_what_we_save(
     model.save_pretrained(tmp_path / "saved")
     ids = tokens(2, 40)
     for path in (tmp_path / "converted", tmp_path / "saved"):
-        for implementation in ("sdpa", "eager"):
+        for implementation in ("eager",) if family in CAPPED else ("sdpa", "eager"):
             plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=implementation)
             assert type(plain).__module__.startswith("transformers.models.")
             agree(logits(plain, ids), logits(model, ids))
@@ -185,7 +193,9 @@ def test_generate_equals_plain_transformers(
     from transformers import AutoModelForCausalLM
 
     zebra.convert(checkpoints(family), tmp_path / "converted", fitting(family, LAYOUT))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", attn_implementation="sdpa")
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "converted", attn_implementation="eager" if family in CAPPED else "sdpa"
+    )
     arguments: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     arguments |= {
         "beams": {"num_beams": 3},
