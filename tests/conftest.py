@@ -62,6 +62,10 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 0.3},
     "olmo2": {},
     "olmo3": {},
+    "granite_swa": {"attention_multiplier": 0.3, "logits_scaling": 3.0, "residual_multiplier": 0.5}
+    | {"embedding_multiplier": 2.0, "layer_rope_theta": [1e4, 0, 5e3, 1e4, 1e4]},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 """One tiny member for each row of the family table that has a route."""
 EVERY_MEMBER = tuple(MEMBERS)

@@ -269,6 +269,32 @@ def test_qwen3_moe_becomes_mellum_with_the_same_layers_of_experts(tmp_path: Path
     assert striped(config, Stripes.parse("GL:9")).mlp_layer_types == ["dense", "sparse", "dense", "dense", "dense"]
 
 
+def test_quantised_weights() -> None:
+    config = tiny_config("gpt_oss", quantization_config={"quant_method": "mxfp4"})
+    with refused("it has quantised weights, which were not tried"):
+        striped(config, Stripes.parse("GL:9"))
+
+
+@pytest.mark.parametrize("member", ["granite_swa", "gpt_oss"])
+def test_sinks_and_their_gradients_are_the_hosts(member: str) -> None:
+    """A score in the softmax that no value stands behind."""
+    plain = tiny_model(
+        member, sliding_window=9, layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"]
+    )
+    for name, parameter in plain.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    found = []
+    for implementation in ("eager", "zebra"):
+        plain.set_attn_implementation(implementation)
+        plain.zero_grad()
+        out = plain(IDS, labels=IDS, use_cache=False)
+        out.loss.backward()
+        found.append([out.logits.detach(), *(p.grad for p in plain.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-4 * one.norm().clamp(min=1e-3)
+
+
 def test_experts_that_are_missing_are_found_in_the_files(tmp_path: Path) -> None:
     """They lie one by one in the files, and together in the model."""
     tiny_model("qwen2_moe").save_pretrained(tmp_path)

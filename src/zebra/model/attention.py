@@ -35,6 +35,7 @@ def zebra_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -44,6 +45,7 @@ def zebra_attention(
         attention_mask: what `zebra_mask` returned, (B, at most S) bool, or None.
         sliding_window: the layer's window in the host's convention, which is ours; None in a global layer. A host that
             keeps it on the layer and hands none down (Qwen 2 MoE) is asked there.
+        s_aux: (H) a learned score in each head's softmax that no value stands behind (Granite SWA, gpt-oss).
         position_ids: (1 or B, T). A step other than 1 starts a new document, where there is no past.
 
     Returns:
@@ -70,17 +72,20 @@ def zebra_attention(
         documents=documents(position_ids, query.shape[0]) if query.shape[2] == key.shape[2] else None,
     )
     rest = {name: argument for name, argument in kwargs.items() if name not in HARMLESS and argument is not False}
-    out, _ = attend(
+    out, lse = attend(
         query,
         key,
         value,
         mask,
         scale=scaling,
         softcap=softcap,
-        with_lse=False,
+        with_lse=s_aux is not None,
         dropout=dropout or None,
         **rest,
     )
+    if s_aux is not None and lse is not None:
+        # exp(lse) / (exp(lse) + exp(s)): what the sink leaves to the keys.
+        out = (out * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1)).to(out.dtype)
     return out.transpose(1, 2), None
 
 

@@ -91,7 +91,7 @@ _TOKENLESS = Limit("no bos_token_id or no eos_token_id: {target} would bring its
 _BOTH_WAYS = Limit("bidirectional attention", lambda c: bool(getattr(c, "use_bidirectional_attention", False)))
 _TWO_ROPES = Limit("global and local layers have different ropes", _rope_differs)
 _READS = "reads layer_types itself"
-_SINKS = "its softmax has a learned sink in each head, which no kernel of zebra has yet"
+_QUANTISED = Limit("quantised weights, which were not tried", lambda c: hasattr(c, "quantization_config"))
 _NO_CLASS = "no stock class with {} reads layer_types"
 
 ROUTES: tuple[Route, ...] = (
@@ -111,11 +111,11 @@ ROUTES: tuple[Route, ...] = (
     Route("cohere2", "cohere2", _READS, fixed=Limit("only local layers have a rope", lambda c: True)),
     Route("olmo2", "olmo3", "olmo2 ignores layer_types; olmo3 has its tensors", _rope_for_each_kind),
     Route("olmo3", "olmo3", _READS, fixed=_TWO_ROPES),
+    Route("granite_swa", "granite_swa", _READS),
+    Route("gpt_oss", "gpt_oss", _READS, refuses=(_QUANTISED,)),
     Route("phi3", None, _NO_CLASS.format("its fused projections (qkv_proj, gate_up_proj)")),
     Route("mixtral", None, _NO_CLASS.format("its experts") + "; minimax has them, and one window for all layers"),
-    Route("granite", None, "the classes with its tensors lack its multipliers; granite_swa wants sinks besides"),
-    Route("granite_swa", None, _SINKS),
-    Route("gpt_oss", None, _SINKS),
+    Route("granite", None, "the classes with its tensors lack its multipliers; granite_swa has those, and wants sinks"),
     Route("cohere", None, "cohere2 has its tensors, but rotates local layers only"),
     Route("gemma", None, "the classes with its tensors neither scale embeddings nor add 1 to a norm's weight"),
     Route("gemma3", None, "it is a vision-language model; gemma3_text is its text model"),

@@ -30,7 +30,7 @@ class Head:
 
     Attributes:
         weight: W, (V, hidden).
-        scale: Cohere 2 multiplies its logits.
+        scale: Cohere 2 multiplies its logits, Granite divides them.
         softcap: Gemma 2 bounds them.
     """
 
@@ -49,7 +49,7 @@ def head_of(model: PreTrainedModel) -> Head:
     config = model.config
     return Head(
         model.get_output_embeddings().weight,
-        scale=getattr(config, "logit_scale", 1.0),
+        scale=getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
 

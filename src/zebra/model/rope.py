@@ -50,8 +50,8 @@ class Rope:
         if self.kind == "none" and self.amount is None:
             return
         least = 1.0 if self.kind in ("dynamic", "base") else math.nextafter(1.0, 2.0)
-        known = self.kind in (*_FACTORS, "base") and self.amount is not None and math.isfinite(self.amount)
-        if not known or self.amount < least:
+        known = self.kind in (*_FACTORS, "base")
+        if not known or self.amount is None or not least <= self.amount < math.inf:
             raise Refusal(
                 "a rope is none, base:THETA, or one of linear, yarn, llama3 with a factor above 1, or dynamic with one "
                 f"of at least 1; got {self}. Write for example yarn:8 or base:5000000."
@@ -89,6 +89,11 @@ class Rope:
             raise Refusal(
                 f"the rope of a cohere2 cannot become {self}: only its local layers have one, and they never look "
                 "beyond their window. Leave the rope as it is."
+            )
+        if self.kind == "base" and getattr(config, "layer_rope_theta", None):
+            raise Refusal(
+                f"a {config.model_type} has a base for each layer (layer_rope_theta), which {self} would not reach. "
+                "Take yarn, linear or llama3."
             )
         by_kind = GLOBAL in config.rope_parameters
         if by_kind and self.kind == "dynamic":

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from zebra import masks
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import read_config
-from zebra.model.families import stripes_of
+from zebra.model.families import host_class, stripes_of
 from zebra.model.hosts import load
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes
@@ -127,9 +127,10 @@ def _plain(path: Any, ids: Tensor, short: int, placed: dict[str, Any]) -> tuple[
 
 
 def _stock(path: Any, arguments: dict[str, Any]) -> PreTrainedModel:
-    """A checkpoint in plain transformers, whose sdpa leaves out the softcap of the scores without a word."""
-    softcap = getattr(arguments["config"], "attn_logit_softcapping", None)
-    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if softcap else "sdpa", **arguments)
+    """A checkpoint in plain transformers: by sdpa, unless its class has none, or a softcap, which sdpa leaves out."""
+    config = arguments["config"]
+    eager = getattr(config, "attn_logit_softcapping", None) or not host_class(config)._supports_sdpa
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if eager else "sdpa", **arguments)
 
 
 def _with_rope_of(target: PreTrainedConfig, source: PreTrainedConfig) -> PreTrainedConfig:
