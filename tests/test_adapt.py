@@ -68,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[recor
 
 def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[records.Row]]) -> None:
     run, rows = finished
-    assert names(run) == {"recipe.yaml", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
+    assert names(run) == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
     assert records.read(run / "rows.jsonl") == rows
     assert AdaptRecipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text())) == recipe(run)
     assert len(losses(rows)) == STEPS
@@ -170,8 +170,8 @@ Trainer._save_optimizer_and_scheduler = die
 """
 KILL_IN_THE_EXPORT = """
 import os, signal
-from zebra.train import adapt
-adapt.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from zebra.train import export
+export.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 KILLS = {
     "between saves": (KILL_AT_A_LOG, {"checkpoint-4"}, {"checkpoint-4"}),
@@ -205,7 +205,7 @@ def test_a_killed_run_resumes_to_the_same_losses(
     assert losses(rows) == losses(wanted)
     values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, wanted)]
     assert values[0] == values[1]
-    assert names(run) == {"recipe.yaml", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
+    assert names(run) == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -225,6 +225,35 @@ def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], tmp_path: Path) 
     assert {row.task for row in rows} == {"train", "cost"}
 
 
+def test_tokens_are_counted_not_reckoned(tmp_path: Path) -> None:
+    """Three rows make a full step of two and one of one, again and again."""
+    few = tmp_path / "few.txt"
+    few.write_text(SEPARATOR.join((TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:2]))
+    short = {"train__length": 180, "train__rows_per_step": 2, "train__steps": 4, "evaluate": None}
+    rows = adapt(recipe(tmp_path / "run", data__files=[str(few)], **short))
+    counts = [row.n for row in rows if row.metric == "loss"]
+    assert counts == [360, 540, 900, 1080]
+    assert json.loads((tmp_path / "run" / "model" / "zebra.json").read_text())["tokens"] == 1080
+
+
+def test_attention_dropout_of_the_checkpoint_is_off_and_said(
+    stories: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((stories / "config.json").read_text())
+    (stories / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    adapt(recipe(tmp_path / "run", model=str(stories), train__steps=1, evaluate=None))
+    assert "attention_dropout of 0.1 becomes 0" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["attention_dropout"] == 0.0
+
+
+def test_a_damaged_recipe_in_the_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for content in ("{", "run: [1]", ""):
+        (tmp_path / "run" / "recipe.yaml").write_text(content)
+        with pytest.raises(Refusal, match=r"recipe\.yaml is damaged"):
+            adapt(recipe(tmp_path / "run"))
+
+
 def test_activation_checkpointing_and_accumulation_change_no_loss(tmp_path: Path) -> None:
     plain = adapt(recipe(tmp_path / "a", evaluate=None, train__steps=4, train__rows_per_step=2))
     recomputed = adapt(
@@ -237,21 +266,50 @@ def test_activation_checkpointing_and_accumulation_change_no_loss(tmp_path: Path
     assert losses(plain) == pytest.approx(losses(accumulated), abs=1e-4)
 
 
-@pytest.mark.full
+KEEP_GRADIENTS = """
+import os, sys, torch
+from zebra.train import trainer
+def keep(self, args, state, control, model=None, **kwargs):
+    if state.is_world_process_zero and state.global_step == 0:
+        gradients = {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()}
+        torch.save(gradients, sys.argv[-1] + ".gradients")
+trainer._Show.on_pre_optimizer_step = keep
+from zebra.train.adapt import adapt
+from zebra.train.recipe import AdaptRecipe, read_recipe
+adapt(read_recipe(sys.argv[-1], AdaptRecipe))
+"""
+
+
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """DDP over gloo: twice the rows in a step, one writer; the gradients are synchronised through our loss."""
-    one = adapt(recipe(tmp_path / "one", evaluate=None, train__steps=4, train__rows_per_step=2))
-    two = recipe(tmp_path / "two", evaluate=None, train__steps=4)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(two.model_dump(mode="json")))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
-    done = subprocess.run(
-        [*launch, "-m", "zebra", "adapt", str(tmp_path / "recipe.yaml")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert losses(records.read(tmp_path / "two" / "rows.jsonl")) == pytest.approx(losses(one), abs=1e-4)
+    """DDP over gloo: half the rows in each, one writer; the gradients are synchronised through our loss."""
+    (tmp_path / "train.py").write_text(KEEP_GRADIENTS)
+    found = []
+    for processes, rows_per_step in ((1, 2), (2, 1)):
+        # An odd packing: the two halves have not the same number of predicted tokens.
+        asked = recipe(
+            tmp_path / f"of-{processes}",
+            evaluate=None,
+            data__join=False,
+            train__steps=4,
+            train__rows_per_step=rows_per_step,
+        )
+        path = tmp_path / f"{processes}.yaml"
+        path.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run(
+            [*launch, str(tmp_path / "train.py"), str(path)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        rows = records.read(tmp_path / f"of-{processes}" / "rows.jsonl")
+        found.append((losses(rows), torch.load(f"{path}.gradients")))
+    (one, wanted), (two, gradients) = found
+    assert two == pytest.approx(one, rel=1e-6)
+    assert gradients.keys() == wanted.keys()
+    error = sum((gradients[name] - wanted[name]).square().sum() for name in wanted).sqrt()
+    assert error <= 1e-6 * sum(wanted[name].square().sum() for name in wanted).sqrt()
 
 
 def test_text_shorter_than_a_row_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path) -> None:
     assert 3 < found[-1]["value"] < 6
     assert [json.loads(line) for line in rows.read_text().splitlines()] == found
 
+    records = tmp_path / "stories.jsonl"
+    stories = (TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)
+    records.write_text("".join(json.dumps({"body": story}) + "\n" for story in stories))
+    done = zebra(
+        *("evaluate", "perplexity", out, records, "--field", "body", "--workers", 2, "--length", "300,512", "--json")
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["value"] for row in json.loads(done.stdout)["rows"]] == [row["value"] for row in found]
+    refused(zebra("evaluate", "perplexity", out, records, "--length", 300), "'text'", "among its fields body")
+
     done = zebra("report", rows, "-o", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").stat().st_size > 1000
@@ -137,6 +147,15 @@ BAD = {
     "recipe of a missing model": (["adapt", "recipe.yaml", "--set", "model=gone"], ["no checkpoint at gone"]),
     "recipe beyond the model": (["adapt", "recipe.yaml", "--set", "stripes=8:9"], ["layer 8"]),
     "text shorter than a row": (["adapt", "recipe.yaml", "--set", "data.files=[short.txt]"], ["fewer than one row"]),
+    "seed below zero": (["adapt", "recipe.yaml", "--set", "train.seed=-1"], ["train.seed", "greater than or equal"]),
+    "betas": (["adapt", "recipe.yaml", "--set", "train.betas=[0.9, 1.5]"], ["train.betas.1", "less than 1"]),
+    "no such device": (
+        ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--device", "cuda:77"],
+        ["no device 'cuda:77' here"],
+    ),
+    "verify elsewhere": (["verify", STORIES, "--against", STORIES, "--device", "tape"], ["no device 'tape'"]),
+    "verify in integers": (["verify", STORIES, "--against", STORIES, "--dtype", "int8"], ["float64, float32"]),
+    "target without a name": (["convert", STORIES, ".", "--stripes", "GL:9"], ["exists already"]),
     "no rows": (["report", "nothing.jsonl"], ["no file of rows"]),
     "broken rows": (["report", "recipe.yaml"], ["recipe.yaml, line 1 is not a row"]),
 }

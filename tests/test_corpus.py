@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from zebra.data import corpus as module
-from zebra.data.corpus import Corpus, default_cache, find_files, read_documents, tokenise
+from zebra.data.corpus import Corpus, default_cache, tokenise
 from zebra.refusal import Refusal
 
 
@@ -58,74 +58,6 @@ def run(files: Any, cache: Path, encode: Any = None, **options: Any) -> Corpus:
 
 def texts(corpus: Corpus) -> list[str]:
     return ["".join(map(chr, corpus[i])) for i in range(len(corpus))]
-
-
-def names(paths: list[Path], folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in paths]
-
-
-# -- finding
-
-
-@pytest.mark.parametrize(
-    ("patterns", "expected"),
-    [
-        (["b.txt"], ["b.txt"]),
-        (["b.txt", "a.txt"], ["b.txt", "a.txt"]),
-        (["."], ["a.txt", "b.txt", "deep/c.md", "deep/er/d.txt"]),
-        (["deep"], ["deep/c.md", "deep/er/d.txt"]),
-        (["*.txt"], ["a.txt", "b.txt"]),
-        (["**/*.txt"], ["a.txt", "b.txt", "deep/er/d.txt"]),
-        (["[bc].txt"], ["b.txt"]),
-        (["d*"], ["deep/c.md", "deep/er/d.txt"]),
-        (["b.txt", "*.txt", "b.txt"], ["b.txt", "a.txt"]),
-        ([".hidden"], [".hidden"]),
-    ],
-)
-def test_files_folders_and_globs(text: Path, patterns: list[str], expected: list[str]) -> None:
-    assert names(find_files([str(text / pattern) for pattern in patterns]), text) == expected
-
-
-def test_a_name_with_brackets_and_the_home_folder(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (text / "part[1].txt").write_text("one")
-    assert names(find_files([str(text / "part[1].txt")]), text) == ["part[1].txt"]
-    monkeypatch.setenv("HOME", str(text))
-    assert names(find_files(["~/b.txt"]), text) == ["b.txt"]
-
-
-@pytest.mark.parametrize("pattern", ["nothing.txt", "*.pdf", "empty", "deep/*/nothing"])
-def test_a_pattern_that_names_nothing_is_refused(text: Path, pattern: str) -> None:
-    (text / "empty").mkdir()
-    with pytest.raises(Refusal, match=r"there is no text at .* that exist") as refused:
-        find_files([str(text / "b.txt"), str(text / pattern)])
-    assert str(text / pattern) in str(refused.value)
-
-
-# -- reading
-
-
-def test_documents_are_split_and_stripped(text: Path) -> None:
-    files = [text / "a.txt", text / "b.txt"]
-    assert list(read_documents(files, None)) == ["ay\n--\n ayay \n--", "bee"]
-    assert list(read_documents(files, "--")) == ["ay", "ayay", "bee"]
-    assert list(read_documents(files, "\n--\n")) == ["ay", "ayay", "bee"]
-
-
-@pytest.mark.parametrize(
-    ("raw", "place"), [(b"ok\xffrest", "byte 2 is 0xff"), ("é".encode("latin-1"), "byte 0 is 0xe9")]
-)
-def test_bytes_that_are_not_utf8_are_refused_with_their_place(text: Path, raw: bytes, place: str) -> None:
-    (text / "bad.txt").write_bytes(raw)
-    with pytest.raises(Refusal, match=f"bad.txt is not UTF-8 text: {place}"):
-        list(read_documents([text / "b.txt", text / "bad.txt"], None))
-
-
-@pytest.mark.parametrize("content", ["", " \n\t\n", "--\n--"])
-def test_files_without_text_are_refused(text: Path, content: str) -> None:
-    (text / "blank.txt").write_text(content)
-    with pytest.raises(Refusal, match=r"no text in .*blank\.txt: only blanks"):
-        list(read_documents([text / "blank.txt"], "--"))
-    assert list(read_documents([text / "blank.txt", text / "b.txt"], "--")) == ["bee"]
 
 
 # -- tokenising
@@ -193,7 +125,7 @@ def test_the_tokens_are_found_again(text: Path, tmp_path: Path) -> None:
     assert texts(first) == texts(again)
     assert isinstance(again.tokens, np.memmap)
     (entry,) = cache.iterdir()
-    assert sorted(path.name for path in entry.iterdir()) == ["offsets.npy", "tokens.npy"]
+    assert sorted(path.name for path in entry.iterdir()) == ["hashes.npy", "offsets.npy", "tokens.npy", "version.json"]
 
 
 def test_the_same_content_elsewhere_is_found_again(text: Path, tmp_path: Path) -> None:
@@ -226,6 +158,18 @@ def test_another_option_is_another_entry(text: Path, tmp_path: Path, change: dic
     assert len(list(cache.iterdir())) == 2
     assert len(corpus) == (2 if (options | change)["separator"] == "--" else len(encode.seen))
     run(text / "a.txt", cache, Never(), **options)
+
+
+def test_a_field_and_a_kind_of_file_are_part_of_the_key(text: Path, tmp_path: Path) -> None:
+    raw = '{"text": "bee", "title": "bees"}\n'
+    for name in ("r.jsonl", "r.txt"):
+        (text / name).write_text(raw)
+    cache = tmp_path / "c"
+    assert texts(run(text / "r.jsonl", cache)) == ["bee"]
+    assert texts(run(text / "r.jsonl", cache, field="title")) == ["bees"]
+    assert texts(run(text / "r.txt", cache)) == [raw.strip()]
+    assert len(list(cache.iterdir())) == 3
+    run(text / "r.txt", cache, Never(), field="title")  # which text has none of
 
 
 def test_changed_text_is_another_entry(text: Path, tmp_path: Path) -> None:
@@ -297,18 +241,87 @@ def test_what_a_killed_process_of_the_same_number_left_is_not_read(text: Path, t
     assert texts(run(text / "b.txt", cache)) == ["bee"]
 
 
-@pytest.mark.parametrize("broken", ["empty", "no offsets", "cut tokens", "no header"])
-def test_a_broken_entry_is_built_again(text: Path, tmp_path: Path, broken: str) -> None:
+@pytest.mark.parametrize("broken", ["empty", "no offsets", "no version", "cut hashes", "cut tokens", "no header"])
+def test_a_broken_entry_is_built_again(
+    text: Path, tmp_path: Path, broken: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache, entry = entry_of(text, tmp_path)
     if broken == "empty":
         shutil.rmtree(entry)
         entry.mkdir()
     elif broken == "no offsets":
         (entry / "offsets.npy").unlink()
+    elif broken == "no version":
+        (entry / "version.json").unlink()
+    elif broken == "cut hashes":
+        np.save(entry / "hashes.npy", np.empty(0, dtype=np.uint64))
     else:
         raw = (entry / "tokens.npy").read_bytes()
         (entry / "tokens.npy").write_bytes(raw[:-2] if broken == "cut tokens" else b"")
+    capsys.readouterr()
     assert texts(run(text / "b.txt", cache)) == ["bee"]
+    assert capsys.readouterr().err == f"the cache entry {entry} is damaged; tokenising again.\n"
+    run(text / "b.txt", cache, Never())
+
+
+def test_an_entry_of_another_version_is_built_again(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, entry = entry_of(text, tmp_path)
+    (entry / "version.json").write_text("1")
+    (entry / "tokens.npy").write_bytes(b"of another kind")
+    assert texts(run(text / "b.txt", cache)) == ["bee"]
+    assert (
+        capsys.readouterr().err
+        == f"the cache entry {entry} is of version 1, this zebra writes version 2; tokenising again.\n"
+    )
+    run(text / "b.txt", cache, Never())
+
+
+@pytest.mark.parametrize("change", ["more", "other", "gone", "bad", "shorter"])
+def test_a_text_that_changes_while_it_is_tokenised_is_refused(text: Path, tmp_path: Path, change: str) -> None:
+    """Whatever the reading made of it: all of it, or a file that is no longer what it was."""
+    cache = tmp_path / "c"
+    (text / "a.txt").write_text("a" * 100)
+    second = text / "b.jsonl"
+    second.write_text('{"text": "bee"}\n' * 9)
+
+    class Changing(Encoder):
+        def __call__(self, batch: list[str]) -> list[list[int]]:
+            if change == "gone":
+                second.unlink()
+            else:
+                contents = {
+                    "more": '{"text": "bee"}\n' * 10,
+                    "other": '{"text": "boo"}\n' * 9,
+                    "bad": "{",
+                    "shorter": "",
+                }
+                second.write_text(contents[change])
+            return super().__call__(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BATCH_CHARACTERS", 10)
+        with pytest.raises(Refusal, match=r"b\.jsonl changed while it was tokenised\. Start again"):
+            run([text / "a.txt", second], cache, Changing())
+    assert list(cache.iterdir()) == []
+
+
+def test_a_text_that_changes_afterwards_does_not_matter_to_its_tokens(text: Path, tmp_path: Path) -> None:
+    corpus = run(text / "b.txt", tmp_path / "c")
+    (text / "b.txt").write_text("other")
+    shutil.rmtree(tmp_path / "c")
+    assert texts(corpus) == ["bee"]
+
+
+def test_the_hash_of_a_document_is_that_of_its_text(text: Path, tmp_path: Path) -> None:
+    """Whatever file it stands in, at whatever place, under whatever tokenizer."""
+    (text / "r.jsonl").write_text('{"text": " bee "}\n{"text": "ayay"}\n')
+    plain = run([text / "a.txt", text / "b.txt"], tmp_path / "c", separator="--")
+    records = run(text / "r.jsonl", tmp_path / "c", Encoder(add=1), tokenizer="other", append=1)
+    assert plain.hashes.dtype == np.uint64
+    assert plain.hashes.tolist()[1:] == records.hashes.tolist()[::-1]
+    assert len(set(plain.hashes.tolist())) == 3
 
 
 def test_two_builders_of_one_entry(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +366,7 @@ def test_an_entry_shows_only_when_it_is_whole(text: Path, tmp_path: Path, monkey
     monkeypatch.setattr(os, "rename", watching)
     monkeypatch.setattr(os, "replace", watching)
     run(text / "b.txt", cache)
-    assert seen == [{"tokens.npy", "offsets.npy"}]
+    assert seen == [{"tokens.npy", "offsets.npy", "hashes.npy", "version.json"}]
 
 
 def test_the_default_cache_is_the_users(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,26 @@ def test_config_fields_survive_json(family: str) -> None:
     assert again.sliding_window == WINDOW
 
 
+@pytest.mark.parametrize("family", EVERY_MEMBER)
+def test_a_mask_of_one_row_serves_a_batch(family: str) -> None:
+    model = tiny(family)
+    mask = torch.ones(1, 40, dtype=torch.long)
+    mask[0, :7] = 0
+    wanted = model(IDS, attention_mask=mask.expand(2, -1), use_cache=False).logits
+    assert torch.equal(model(IDS, attention_mask=mask, use_cache=False).logits, wanted)
+
+
+def test_a_window_of_one_is_wrong_in_the_hosts_cache_alone() -> None:
+    """Its slice by -(window - 1) keeps everything. When this fails, our cache need not mend it."""
+    config = striped(tiny_config("llama"), Stripes.parse("GL:1"))
+    torch.manual_seed(7)
+    model = host_class(config)._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    cache = DynamicCache(config=config)
+    for t in range(12):
+        model(IDS[:1, t : t + 1], past_key_values=cache, use_cache=True)
+    assert cache.layers[1].keys.shape[-2] > 0
+
+
 def test_cwm_brings_its_own_defaults_where_a_field_is_not_written() -> None:
     """Why every field is written out."""
     bare = AutoConfig.for_model("cwm", num_hidden_layers=5)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from zebra.model import families
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.families import Route, layout, striped, stripes_of
+from zebra.model.hosts import read_device, read_dtype
 
 IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
 
@@ -50,6 +55,36 @@ def test_load_without_stripes_equals_plain_transformers(checkpoints: Callable[..
 
 def test_load_hands_arguments_on(checkpoints: Callable[..., Path]) -> None:
     assert zebra.load(checkpoints("qwen2"), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_load_takes_the_ordinary_arguments_of_from_pretrained(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints("llama"), tmp_path / "inner" / "here")
+    model = zebra.load(tmp_path / "inner", subfolder="here", max_position_embeddings=900, attention_dropout=0.0)
+    assert model.config.max_position_embeddings == 900
+    assert torch.equal(model(IDS).logits, zebra.load(checkpoints("llama"))(IDS).logits)
+    for name in ("config", "output_loading_info", "attn_implementation"):
+        with refused(f"zebra.load takes no {name}"):
+            zebra.load(checkpoints("llama"), **{name: "x"})
+
+
+@pytest.mark.parametrize("how", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_loaded_model_can_be_pickled_and_copied(how: Callable[..., Any], checkpoints: Callable[..., Path]) -> None:
+    model = zebra.load(checkpoints("qwen3"), stripes="GLLL:9")
+    again = how(model)
+    assert type(again) is type(model)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    out = again.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, StripedCache)
+
+
+@pytest.mark.parametrize("draft", ["same", "other"])
+def test_a_striped_model_drafts_and_is_drafted_for(draft: str, checkpoints: Callable[..., Path]) -> None:
+    """Assisted decoding takes tokens back from both caches, and changes no token of a greedy text."""
+    model = zebra.load(checkpoints("llama"), stripes="GLLL:9")
+    assistant = zebra.load(checkpoints("llama", initializer_range=0.3 if draft == "same" else 0.25), stripes="LG:5")
+    arguments = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 25, "do_sample": False, "eos_token_id": None}
+    wanted = model.generate(IDS, **arguments)
+    assert model.generate(IDS, assistant_model=assistant, **arguments).tolist() == wanted.tolist()
 
 
 def test_loading_leaves_nothing_of_ours_in_the_config(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
@@ -197,6 +232,66 @@ def test_a_truncated_shard(stories: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_index_of_another_format_is_not_asked(tmp_path: Path) -> None:
+    """Checkpoints come with the original's shards and their index beside transformers' own."""
+    tiny_model("llama").save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    (tmp_path / "source" / "consolidated.safetensors.index.json").write_text('{"weight_map": {"a": "gone"}}')
+    zebra.convert(tmp_path / "source", tmp_path / "out", "GL:9")
+    shutil.copy(STORIES / "model.safetensors", tmp_path / "out")  # a single file goes before an index, as in the host
+    with refused("different models"):
+        zebra.load(tmp_path / "out")
+
+
+def as_bin(checkpoint: Path, *, without: str | None = None) -> Path:
+    """The checkpoint with its weights in torch's older format."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({k: v for k, v in tensors.items() if k != without}, checkpoint / "pytorch_model.bin")
+    return checkpoint / "pytorch_model.bin"
+
+
+def test_weights_in_the_older_format_are_read_and_checked(stories: Path, tmp_path: Path) -> None:
+    wanted = zebra.load(stories)(IDS).logits
+    weights = as_bin(stories)
+    made = zebra.convert(stories, tmp_path / "out", "GLLL:129")
+    assert torch.equal(zebra.load(made)(IDS).logits, wanted)
+    assert torch.equal(zebra.load(stories)(IDS).logits, wanted)
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with refused("corrupt or truncated"):
+        zebra.convert(stories, tmp_path / "two", "GL:9")
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_missing_tensor_in_the_older_format(stories: Path, tmp_path: Path) -> None:
+    as_bin(stories, without="model.layers.2.mlp.up_proj.weight")
+    with refused(r"lack model\.layers\.2\.mlp\.up_proj\.weight"):
+        zebra.convert(stories, tmp_path / "out", "GL:9")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_attention_heads", 7), ("vocab_size", "a"), ("num_hidden_layers", -1), ("rope_parameters", 3)],
+)
+def test_a_config_that_describes_no_model(stories: Path, field: str, value: object) -> None:
+    config = json.loads((stories / "config.json").read_text())
+    (stories / "config.json").write_text(json.dumps(config | {field: value}))
+    with refused("cannot be read|describes no model|does not ask for"):
+        zebra.load(stories)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with refused(f"no device '{device}' here"):
+        read_device(device)
+
+
+def test_dtypes_by_name() -> None:
+    assert read_dtype("bfloat16") is read_dtype(torch.bfloat16) is torch.bfloat16
+    for wrong in ("int8", torch.int8):
+        with refused("a dtype is one of float64"):
+            read_dtype(wrong)
+
+
 def test_weights_of_another_model(stories: Path, checkpoints: Callable[..., Path]) -> None:
     (stories / "model.safetensors").write_bytes((checkpoints("llama") / "model.safetensors").read_bytes())
     with refused("Config and weights are of different models"):
@@ -208,6 +303,17 @@ def test_a_missing_tensor_is_never_made_up(stories: Path) -> None:
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, stories / "model.safetensors", metadata={"format": "pt"})
     with refused(r"lack model\.layers\.2\.mlp\.up_proj\.weight"):
+        zebra.load(stories)
+
+
+def test_tensors_that_would_be_dropped_in_silence(stories: Path) -> None:
+    tensors = load_file(stories / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # older versions saved it
+    save_file(tensors, stories / "model.safetensors", metadata={"format": "pt"})
+    zebra.load(stories)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    save_file(tensors, stories / "model.safetensors", metadata={"format": "pt"})
+    with refused(r"q_proj\.bias and 0 more tensors that config\.json does not ask for"):
         zebra.load(stories)
 
 

@@ -72,7 +72,7 @@ def test_value_and_gradients_equal_full_logits(fused: bool, shape: Any, ignored:
 @pytest.mark.parametrize("chunk", [1, 7, 8, 1024])
 def test_the_chunk_does_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(module, "_FUSED", False)
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "CHUNK", chunk)
     states, head, labels = drawn(2, 9, 8, 30)
     torch.testing.assert_close(summed_loss(states, Head(head), labels).double(), full_logits(states, head, labels))
     losses = token_losses(states, Head(head), labels)
@@ -81,7 +81,7 @@ def test_the_chunk_does_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
 
 def test_the_fallback_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FUSED", False)
-    monkeypatch.setattr(module, "_CHUNK", 10)
+    monkeypatch.setattr(module, "CHUNK", 10)
     rows: list[int] = []
     linear = functional.linear
     monkeypatch.setattr(functional, "linear", lambda x, *a: rows.append(len(x)) or linear(x, *a))

@@ -59,8 +59,13 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
     assert found.data.model_dump() == {
         "files": ["a.txt"],
         "separator": None,
+        "field": "text",
         "join": False,
         "append_eos": False,
+        "sources": None,
+        "held_out": None,
+        "deduplicate": True,
+        "workers": 1,
         "cache": None,
     }
     assert found.train.model_dump() == {
@@ -74,6 +79,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "weight_decay": 0.0,
         "betas": (0.9, 0.95),
         "max_grad_norm": 1.0,
+        "device": "best",
         "precision": "float32",
         "activation_checkpointing": False,
         "seed": 0,
@@ -103,6 +109,69 @@ def test_what_is_given_is_read(recipe: Any) -> None:
     assert found.train.betas == (0.8, 0.9)
     assert (found.train.precision, found.train.schedule, found.train.warmup_steps) == ("bfloat16", "linear", 200)
     assert (found.evaluate.length, found.evaluate.convention, found.evaluate.every) == (2, "strided", 200)
+
+
+def mixed(*changes: dict[str, Any], **data: Any) -> dict[str, Any]:
+    """A recipe with two sources, the first and second changed."""
+    sources = [{"name": "long", "files": ["a"], "share": 0.6}, {"name": "short", "files": ["b"], "share": 0.4}]
+    sources = [source | change for source, change in zip(sources, [*changes, {}, {}], strict=False)]
+    return PLAIN | {"data": {"sources": sources} | data}
+
+
+def test_a_mixture_is_read(recipe: Any) -> None:
+    found = recipe(mixed({"min_tokens": 4096, "field": "body"}, {"max_tokens": 4096, "separator": "--"}, held_out=0.01))
+    long, short = found.data.sources
+    assert (long.name, long.files, long.share) == ("long", ["a"], 0.6)
+    assert (long.field, long.separator, long.min_tokens, long.max_tokens) == ("body", None, 4096, None)
+    assert (short.field, short.separator, short.min_tokens, short.max_tokens) == ("text", "--", 0, 4096)
+    assert (found.data.files, found.data.held_out, found.data.deduplicate) == (None, 0.01, True)
+    thirds = [{"name": name, "files": ["a"], "share": 1 / 3} for name in "abc"]
+    assert len(recipe(PLAIN | {"data": {"sources": thirds}}).data.sources) == 3
+
+
+def test_held_out_documents_need_no_files(recipe: Any) -> None:
+    found = recipe(changed(data={"held_out": 0.05}, evaluate={"length": 4, "join": True}))
+    assert (found.evaluate.files, found.data.held_out, found.evaluate.join) == (None, 0.05, True)
+    assert AdaptRecipe.model_validate(found.model_dump()) == found
+    assert recipe(changed(data={"held_out": 0.05})).evaluate is None  # so that two runs train on the same documents
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (PLAIN | {"data": {}}, r"data: the text is given by files or by sources, .*; got neither"),
+        (mixed(files=["a"]), r"data: the text is given by files or by sources, .*; got both"),
+        (mixed(separator="--"), r"data: separator belongs to files; give each source its own"),
+        (mixed(field="body"), r"data: field belongs to files; give each source its own"),
+        (mixed({"name": "short"}), r"data: each source has a name of its own; got short twice"),
+        (mixed({"share": 0.5}), r"data: the shares of the sources sum to 1; got 0\.9"),
+        (mixed({"share": 0.60001}), r"data: the shares of the sources sum to 1; got 1\.00001"),
+        (mixed({"share": 0}), r"data\.sources\.0\.share: .*greater than 0 \(got 0\)"),
+        (mixed({"share": 1.5}), r"data\.sources\.0\.share: .*less than or equal to 1 \(got 1\.5\)"),
+        (mixed({"files": []}), r"data\.sources\.0\.files: .*at least 1 item"),
+        (
+            mixed({"min_tokens": 8, "max_tokens": 8}),
+            r"data\.sources\.0: max_tokens \(8\) is greater than min_tokens \(8\)",
+        ),
+        (mixed({"min_token": 8}), r"unknown key data\.sources\.0\.min_token; did you mean min_tokens\?"),
+        (PLAIN | {"data": {"sources": []}}, r"data\.sources: .*at least 1 item"),
+        (changed(data={"held_out": 1}), r"data\.held_out: .*less than 1 \(got 1\)"),
+        (changed(data={"held_out": 0.0}), r"data\.held_out: .*greater than 0"),
+        (changed(data={"workers": 0}), r"data\.workers: .*\(got 0\)"),
+        (changed(evaluate={"length": 4}), r"by evaluate\.files or by data\.held_out, .*; got neither"),
+        (
+            changed(data={"held_out": 0.1}, evaluate={"files": ["c"], "length": 4}),
+            r"by evaluate\.files or by data\.held_out, .*; got both",
+        ),
+        (
+            changed(data={"held_out": 0.1}, evaluate={"separator": "--", "length": 4}),
+            r"evaluate\.separator belongs to evaluate\.files; data says how",
+        ),
+    ],
+)
+def test_refused_texts(recipe: Any, content: Any, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        recipe(content)
 
 
 def test_a_recipe_does_not_change(recipe: Any) -> None:
@@ -247,7 +316,7 @@ def test_a_layout_needs_no_quotes(recipe: Any, value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "number"), [("5", 5), ("-5", -5), ("+5", 5), ("0", 0), ("1_000", 1000), ("123456789", 123456789)]
+    ("value", "number"), [("5", 5), ("+5", 5), ("0", 0), ("1_000", 1000), ("123456789", 123456789)]
 )
 def test_whole_numbers(recipe: Any, value: str, number: int) -> None:
     assert recipe(PLAIN, f"train.seed={value}").train.seed == number

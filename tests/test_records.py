@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,10 @@ def test_the_commit_is_a_hash_or_none() -> None:
 
 def test_write_and_read(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "rows.jsonl"
-    rows = [row(**FULL), row(value=2.0, model="модель"), row(value=float("inf"))]
+    rows = [row(**FULL), row(value=2.0, model="модель")]
     records.write(path, rows)
     assert records.read(path) == rows
-    assert path.read_bytes().count(b"\n") == 3
+    assert path.read_bytes().count(b"\n") == 2
     assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
 
 
@@ -125,6 +126,27 @@ def test_blank_lines_and_missing_optional_columns_are_read(tmp_path: Path) -> No
     path.write_text("\n" + json.dumps(COLUMNS | {"value": 2}) + "\n  \n")
     (found,) = records.read(str(path))
     assert (found.value, found.length, found.device) == (2, None, "cpu")
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    """JSON has no NaN; other tools stop at it."""
+    records.append(tmp_path / "rows.jsonl", [row(value=math.nan, high=math.inf)])
+    assert "NaN" not in (tmp_path / "rows.jsonl").read_text()
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["value"] is None
+    found = records.read(tmp_path / "rows.jsonl")[0]
+    assert math.isnan(found.value)
+    assert found.high is None
+    assert records.to_json({"a": [math.inf, 1.5, (math.nan,)]}) == '{"a": [null, 1.5, [null]]}'
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("length", "4096"), ("n", 1.5), ("low", []), ("versions", "1"), ("model", 3), ("seed", True)]
+)
+def test_a_column_of_another_type_is_refused(tmp_path: Path, column: str, value: object) -> None:
+    line = json.loads(row().json()) | {column: value}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(line))
+    with pytest.raises(Refusal, match=f"line 1 is not a row of results: the column {column}"):
+        records.read(tmp_path / "rows.jsonl")
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:

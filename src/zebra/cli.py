@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from zebra.refusal import Refusal
 
 if TYPE_CHECKING:
     from zebra.records import Row
+    from zebra.train.recipe import AdaptRecipe
 
 app = typer.Typer(
     help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
@@ -118,9 +118,9 @@ def verify(
 
         from zebra.model.verify import verify as run
 
-        checks = run(target, against, length=length, seed=seed, dtype=_dtype(dtype), device=device)
+        checks = run(target, against, length=length, seed=seed, dtype=dtype, device=device)
     if as_json:
-        print(json.dumps({"checks": [asdict(check) | {"passed": check.passed} for check in checks]}, indent=2))
+        _json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
     else:
         table = _table("check", "against", "difference", "allowed", "logits of", "")
         for c in checks:
@@ -137,12 +137,18 @@ def verify(
 def adapt(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
     from zebra.train.recipe import AdaptRecipe, read_recipe
 
     read = read_recipe(recipe, AdaptRecipe, set_ or [])
+    if dry_run:
+        _dry_run(read, as_json)
+        return
     with _quiet_host():
         from zebra.train.adapt import adapt as run
 
@@ -164,6 +170,8 @@ def perplexity(
     convention: Annotated[str, typer.Option(help="disjoint, strided or truncated windows.")] = "disjoint",
     stride: Annotated[int | None, typer.Option(help="Tokens scored by each strided window.")] = None,
     separator: Annotated[str | None, typer.Option(help="Splits a file into documents.")] = None,
+    field: Annotated[str, typer.Option(help="The field of .jsonl or .parquet records that has the text.")] = "text",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
     join: Annotated[bool, typer.Option("--join", help="Join documents into long ones of at least the length.")] = False,
     stripes: Annotated[str | None, typer.Option(help="Measure with this layout.")] = None,
     rope: Annotated[str | None, typer.Option(help=_ROPE + " Also dynamic:1.")] = None,
@@ -186,11 +194,13 @@ def perplexity(
             convention=convention,
             stride=stride,
             separator=separator,
+            field=field,
+            workers=workers,
             join=join,
             stripes=stripes,
             rope=rope,
             self_extend=self_extend,
-            dtype=None if dtype is None else _dtype(dtype),
+            dtype=dtype,
             device=device,
             seed=seed,
             run=run,
@@ -228,7 +238,7 @@ def doctor(as_json: Json = False) -> None:
 
     has, served = machine(), kernels()
     if as_json:
-        print(json.dumps({"machine": has, "kernels": [asdict(s) for s in served]}, indent=2))
+        _json({"machine": has, "kernels": [asdict(s) for s in served]})
         return
     table = _table("machine", "")
     for name, value in has.items():
@@ -247,12 +257,35 @@ def doctor(as_json: Json = False) -> None:
 
 def _show(rows: list[Row], as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"rows": [json.loads(row.json()) for row in rows]}, indent=2, ensure_ascii=False))
+        from dataclasses import asdict
+
+        _json({"rows": [asdict(row) for row in rows]})
         return
     if any(row.metric == "perplexity" for row in rows):
         from zebra.report import position_table
 
         _print(position_table(rows))
+
+
+def _dry_run(recipe: AdaptRecipe, as_json: bool) -> None:
+    with _quiet_host():
+        from zebra.train.dry_run import dry_run
+
+        found = dry_run(recipe)
+    if as_json:
+        _json({"facts": found.facts, "memory": found.memory | {"total": found.total}})
+        return
+    table = _table("recipe", "")
+    for name, fact in found.facts.items():
+        table.add_row(name, fact)
+    _print(table)
+    unit, name = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
+    table = _table("memory of one device", name)
+    table.columns[1].justify = "right"
+    for part, size in found.memory.items():
+        table.add_row(part, f"{size / unit:,.2f}")
+    table.add_row("[bold]in all[/]", f"[bold]{found.total / unit:,.2f}[/]")
+    _print(table)
 
 
 def _lengths(text: str) -> list[int]:
@@ -264,13 +297,10 @@ def _lengths(text: str) -> list[int]:
         ) from None
 
 
-def _dtype(name: str) -> Any:
-    import torch
+def _json(tree: Any) -> None:
+    from zebra.records import to_json
 
-    names = ("float64", "float32", "bfloat16", "float16")
-    if name not in names:
-        raise Refusal(f"a dtype is one of {', '.join(names)}; got {name!r}. Choose one.")
-    return getattr(torch, name)
+    print(to_json(tree, indent=2))
 
 
 def _table(*columns: str) -> Any:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from zebra.refusal import Refusal
 
@@ -81,7 +83,48 @@ class Row:
 
     def json(self) -> str:
         """The row as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return to_json(asdict(self))
+
+
+def to_json(tree: Any, indent: int | None = None) -> str:
+    """JSON as its standard has it, which knows no NaN and no infinity: such numbers become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(tree), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _row(columns: Any) -> Row:
+    if not isinstance(columns, dict):
+        raise TypeError("it is no JSON object")
+    unknown = sorted(set(columns) - {f.name for f in fields(Row)})
+    if unknown:
+        raise ValueError(f"unknown columns {unknown}")
+    if columns.get("value", 0) is None:  # it was not finite
+        columns["value"] = math.nan
+    row = Row(**columns)
+    for column, kind in _KINDS.items():
+        value = getattr(row, column)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f"the column {column} holds {value!r}")
+    return row
+
+
+_OPTIONAL_NUMBER = (int, float, type(None))
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("run", "model", "layout", "task", "metric", "device"), str),
+    "value": (int, float),
+    **dict.fromkeys(("length", "position_from", "position_to", "n", "seed"), (int, type(None))),
+    **dict.fromkeys(("depth", "low", "high"), _OPTIONAL_NUMBER),
+    "versions": dict,
+    "commit": (str, type(None)),
+}
+"""What each column may hold, for rows that come from a file."""
 
 
 def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
@@ -107,7 +150,6 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     Raises:
         Refusal: no such file, or a line that is no row; the message names file, line and what is wrong with it.
     """
-    known = {f.name for f in fields(Row)}
     if not Path(path).is_file():
         raise Refusal(f"there is no file of rows at {path}. Give a rows.jsonl or a run directory that has one.")
     try:
@@ -119,13 +161,7 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            unknown = sorted(set(row) - known)
-            if unknown:
-                raise ValueError(f"unknown columns {unknown}")
-            rows.append(Row(**row))
-            if isinstance(rows[-1].value, bool) or not isinstance(rows[-1].value, int | float):
-                raise ValueError(f"the value is a number, not {rows[-1].value!r}")
+            rows.append(_row(json.loads(line)))
         except (ValueError, TypeError) as error:
             raise Refusal(f"{path}, line {number} is not a row of results: {error}.") from None
     return rows

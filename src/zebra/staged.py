@@ -22,7 +22,7 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         Refusal: the target exists and is not an empty directory.
     """
-    target = Path(target)
+    target = Path(os.path.abspath(target))  # `.` has no name of its own
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refusal(f"the target {target} exists already. Name another, or remove it first.")
     mine = f".{target.name}.{platform.node()}"

@@ -1,42 +1,47 @@
 """Text, tokenised once: files to documents to one memory-mapped array of tokens, found again by content.
 
-    files -> documents (one a file, or split at a separator line) -> tokens.npy + offsets.npy
+    files -> documents -> tokens.npy, offsets.npy, hashes.npy
 
 The cache's key is a hash of the texts, the tokenizer and the options, so a changed file or tokenizer never meets stale
-tokens. An entry is written aside and renamed: it is whole or absent, whenever the process is killed.
+tokens. An entry is written aside and renamed: it is whole or absent, whenever the process is killed. An entry of
+another version of the format, or one damaged from outside, is made again.
 """
 
 from __future__ import annotations
 
-import glob
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zebra.progress import bar
+from zebra.data.documents import Document, find_files, read_documents, reader_of
+from zebra.data.encoding import Encode, encoded
+from zebra.progress import bar, console
 from zebra.refusal import Refusal
 from zebra.staged import staged
 
-Encode = Callable[[list[str]], list[list[int]]]
-"""Documents to their tokens, special tokens included."""
-
 _BATCH_CHARACTERS = 1 << 20
-_VERSION = 1
+_VERSION = 2
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents as tokens: `tokens` end to end, document `i` at `tokens[offsets[i]:offsets[i + 1]]`."""
+    """Documents as tokens: `tokens` end to end, document `i` at `tokens[offsets[i]:offsets[i + 1]]`.
+
+    `hashes[i]` is a hash of the text of document `i`, where the documents are those of a text.
+    """
 
     tokens: NDArray[np.integer]
     offsets: NDArray[np.int64]
+    hashes: NDArray[np.uint64] = dataclasses.field(default_factory=lambda: np.empty(0, dtype=np.uint64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -70,50 +75,6 @@ class Corpus:
         return Corpus(self.tokens, np.array([0, *ends], dtype=np.int64))
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that a list of files, folders and globs names, each once, in the order given; folders sorted.
-
-    Raises:
-        Refusal: a pattern that names nothing.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) or [pattern]
-        files = [
-            file
-            for match in map(Path, matches)
-            for file in (sorted(match.rglob("*")) if match.is_dir() else [match])
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(match).parts)
-        ]
-        if not files:
-            raise Refusal(f"there is no text at {pattern}. Give files, folders or globs that exist.")
-        found |= dict.fromkeys(files)
-    return list(found)
-
-
-def read_documents(files: Sequence[Path], separator: str | None) -> Iterator[str]:
-    """The documents of the files, stripped of blanks at both ends: one a file, or split at each `separator`.
-
-    Raises:
-        Refusal: a file that is not UTF-8, with the place; files without any text.
-    """
-    empty = True
-    for file in files:
-        raw = file.read_bytes()
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise Refusal(
-                f"{file} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}. Convert it to UTF-8."
-            ) from None
-        for document in text.split(separator) if separator else [text]:
-            if document.strip():
-                empty = False
-                yield document.strip()
-    if empty:
-        raise Refusal(f"there is no text in {', '.join(map(str, files))}: only blanks. Give files with text.")
-
-
 def default_cache() -> Path:
     """Where tokens are kept unless a recipe says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zebra" / "tokens"
@@ -125,80 +86,128 @@ def tokenise(
     *,
     tokenizer: str,
     separator: str | None = None,
+    field: str = "text",
     append: int | None = None,
+    workers: int = 1,
     cache: str | os.PathLike[str] | None = None,
 ) -> Corpus:
     """Tokenise texts, or find them tokenised.
 
     Args:
         patterns: files, folders and globs.
-        encode: the tokenizer's function.
+        encode: the tokenizer's function; picklable where there are several workers.
         tokenizer: what tells this tokenizer from others, a hash of its definition.
-        separator: splits a file into documents; None makes each file one document.
+        separator: splits a text file into documents; None makes each file one document.
+        field: the field of a record that has its text.
         append: a token to put after each document (end of text), or None.
+        workers: processes that tokenise, this one alone where 1; the tokens are the same for any number.
         cache: the folder of the cache; `default_cache()` where None.
 
     Raises:
-        Refusal: nothing found, an empty text, a text that is not UTF-8.
+        Refusal: nothing found, an empty text, a file that is not what its suffix says, a text that changes meanwhile.
     """
     files = find_files(patterns)
-    digest = hashlib.sha256(json.dumps([_VERSION, tokenizer, separator, append]).encode())
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    entry = Path(cache or default_cache()) / digest.hexdigest()[:32]
-    if entry.exists():
-        try:
-            return _open(entry)
-        except (OSError, ValueError, EOFError):  # damaged from outside; it can be made again
-            shutil.rmtree(entry)
+    digests = [_digest(file) for file in files]
+    key = hashlib.sha256(json.dumps([tokenizer, append]).encode())
+    for file, digest in zip(files, digests, strict=True):
+        key.update(json.dumps([*reader_of(file, separator, field), digest]).encode())
+    entry = Path(cache or default_cache()) / key.hexdigest()[:32]
+    if (found := _found(entry)) is not None:
+        return found
     try:
-        with staged(entry) as aside:
-            _build(aside, files, encode, separator, append)
+        with staged(entry) as aside, _unchanged(files, digests):
+            documents = read_documents(files, separator, field)
+            _build(aside, documents, encode, append, workers, sum(file.stat().st_size for file in files))
     except (OSError, Refusal):
         if not entry.exists():  # else another process was first, with the same tokens
             raise
     return _open(entry)
 
 
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def _unchanged(files: Sequence[Path], digests: Sequence[str]) -> Iterator[None]:
+    """Refuse a text that another process writes while it is read here, whatever the reading made of it."""
+    try:
+        yield
+    except (OSError, Refusal):
+        _refuse_changed(files, digests)
+        raise
+    _refuse_changed(files, digests)
+
+
+def _refuse_changed(files: Sequence[Path], digests: Sequence[str]) -> None:
+    for file, digest in zip(files, digests, strict=True):
+        if not file.exists() or _digest(file) != digest:
+            raise Refusal(f"{file} changed while it was tokenised. Start again when nothing writes it.") from None
+
+
+def _found(entry: Path) -> Corpus | None:
+    """What the cache has, if it has it whole; what it has otherwise is removed, for it can be made again."""
+    if not entry.exists():
+        return None
+    try:
+        version = json.loads((entry / "version.json").read_text())
+        if version == _VERSION:
+            return _open(entry)
+        reason = f"is of version {version}, this zebra writes version {_VERSION}"
+    except (OSError, ValueError, EOFError):
+        reason = "is damaged"
+    console.print(f"the cache entry {entry} {reason}; tokenising again.", markup=False, highlight=False, soft_wrap=True)
+    shutil.rmtree(entry, ignore_errors=True)
+    return None
+
+
 def _open(entry: Path) -> Corpus:
-    corpus = Corpus(np.load(entry / "tokens.npy", mmap_mode="r"), np.load(entry / "offsets.npy"))
-    if len(corpus.tokens) != corpus.offsets[-1]:
+    corpus = Corpus(
+        np.load(entry / "tokens.npy", mmap_mode="r"), np.load(entry / "offsets.npy"), np.load(entry / "hashes.npy")
+    )
+    if len(corpus.tokens) != corpus.offsets[-1] or len(corpus) != len(corpus.hashes):
         raise ValueError(f"{entry} is cut")
     return corpus
 
 
-def _build(aside: Path, files: list[Path], encode: Encode, separator: str | None, append: int | None) -> None:
+def _build(
+    aside: Path, documents: Iterator[Document], encode: Encode, append: int | None, workers: int, size: int
+) -> None:
     lengths: list[int] = []
-    largest = 0
-    size = sum(file.stat().st_size for file in files)
+    hashes: list[NDArray[np.uint64]] = []
+    largest = total = 0
+    start = time.perf_counter()
     with bar("tokenising", size, "B") as advance, (aside / "tokens.raw").open("wb") as raw:
-        for batch in _batches(read_documents(files, separator)):
-            for ids in encode(batch):
-                document = np.array(ids if append is None else [*ids, append], dtype=np.uint32)
-                document.tofile(raw)
-                lengths.append(len(document))
-                largest = max(largest, int(document.max(initial=0)))
-            advance(sum(len(text.encode()) for text in batch))
-    if not sum(lengths):
-        raise Refusal(f"the tokenizer makes no token of the text in {', '.join(map(str, files))}. Give other text.")
+        for batch in encoded(_batches(documents, advance), encode, append, workers):
+            batch.tokens.tofile(raw)
+            lengths += batch.lengths
+            hashes.append(batch.hashes)
+            largest = max(largest, int(batch.tokens.max(initial=0)))
+            total += len(batch.tokens)
+            advance(note=f"{total:,} tokens, {total / (time.perf_counter() - start):,.0f} tokens/s")
+    if not total:
+        raise Refusal(f"the tokenizer makes no token of the {len(lengths):,} documents. Give other text.")
     wide = np.memmap(aside / "tokens.raw", dtype=np.uint32, mode="r")
     kind = np.uint16 if largest < 1 << 16 else np.uint32
     narrow = np.lib.format.open_memmap(aside / "tokens.npy", mode="w+", dtype=kind, shape=wide.shape)
-    for start in range(0, len(wide), 1 << 24):
-        narrow[start : start + (1 << 24)] = wide[start : start + (1 << 24)]
+    for first in range(0, len(wide), 1 << 24):
+        narrow[first : first + (1 << 24)] = wide[first : first + (1 << 24)]
     narrow.flush()
     np.save(aside / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    np.save(aside / "hashes.npy", np.concatenate(hashes))
+    (aside / "version.json").write_text(json.dumps(_VERSION))
     del wide, narrow
     (aside / "tokens.raw").unlink()
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterator[Document], advance: Callable[..., None]) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for document in documents:
-        batch.append(document)
-        size += len(document)
+        batch.append(document.text)
+        size += len(document.text)
+        advance(document.read)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -11,16 +11,27 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zebra.data.corpus import Corpus
 from zebra.refusal import Refusal
 
 IGNORE = -100
+
+
+class Documents(Protocol):
+    """What is packed: the tokens of each document, and how many. A corpus is one, and what is drawn of several."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document."""
+
+    def __getitem__(self, i: int) -> NDArray[np.integer[Any]]:
+        """The tokens of document `i`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Rows:
     `pieces` lists (document, start, tokens), row by row; `firsts[i]` is the index of row `i`'s first piece.
     """
 
-    corpus: Corpus
+    documents: Documents
     length: int
     pieces: NDArray[np.int64]
     firsts: NDArray[np.int64]
@@ -46,7 +57,7 @@ class Rows:
         position_ids = torch.arange(self.length)
         at = 0
         for document, start, count in self.pieces[self.firsts[i] : self.firsts[i + 1]]:
-            tokens = torch.from_numpy(self.corpus[document][start : start + count].astype(np.int64))
+            tokens = torch.from_numpy(self.documents[document][start : start + count].astype(np.int64))
             input_ids[at : at + count] = tokens
             labels[at : at + count] = tokens
             if self.apart or at == 0:
@@ -64,33 +75,34 @@ class Rows:
         return int(self.pieces[:, 2].sum())
 
 
-def pack(corpus: Corpus, length: int, *, join: bool, seed: int) -> Rows:
+def pack(documents: Documents, length: int, *, join: bool, seed: int) -> Rows:
     """Rows of `length` tokens: documents apart, or joined in an order drawn by `seed` (the last part row is dropped).
 
     Raises:
         Refusal: the text is shorter than one row.
     """
-    total = int(corpus.offsets[-1])
+    lengths = documents.lengths
+    total = int(lengths.sum())
     if total < length:
         raise Refusal(
             f"the text has {total:,} tokens, fewer than one row of {length:,}. Give more text or a shorter length."
         )
-    pieces, firsts = _joined(corpus, length, seed) if join else _best_fit(corpus.lengths, length)
-    return Rows(corpus, length, pieces, firsts, apart=not join)
+    pieces, firsts = _joined(lengths, length, seed) if join else _best_fit(lengths, length)
+    return Rows(documents, length, pieces, firsts, apart=not join)
 
 
-def _joined(corpus: Corpus, length: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    order = np.random.default_rng(seed).permutation(len(corpus))
-    ends = np.cumsum(corpus.lengths[order])
-    rows = int(ends[-1]) // length
+def _joined(lengths: NDArray[np.int64], row: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    ends = np.cumsum(lengths[order])
+    rows = int(ends[-1]) // row
     # Every document and every row begins a piece; a piece ends where the next begins.
-    cuts = np.union1d(np.concatenate([[0], ends]), np.arange(rows + 1) * length)
-    cuts = cuts[cuts <= rows * length]
+    cuts = np.union1d(np.concatenate([[0], ends]), np.arange(rows + 1) * row)
+    cuts = cuts[cuts <= rows * row]
     begins, counts = cuts[:-1], np.diff(cuts)
     place = np.searchsorted(ends, begins, side="right")
     starts = begins - np.concatenate([[0], ends])[place]
     pieces = np.stack([order[place], starts, counts], axis=1).astype(np.int64)
-    return pieces, np.searchsorted(begins, np.arange(rows + 1) * length).astype(np.int64)
+    return pieces, np.searchsorted(begins, np.arange(rows + 1) * row).astype(np.int64)
 
 
 def _best_fit(lengths: NDArray[np.int64], row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

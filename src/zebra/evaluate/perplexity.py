@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.corpus import Corpus, tokenise
+from zebra.data.encoding import Encoder
 from zebra.model.checkpoint import fingerprint, load_tokenizer, read_config
 from zebra.model.families import layout
-from zebra.model.hosts import best_device, device_name, load
+from zebra.model.hosts import device_name, load, read_device, read_dtype
 from zebra.model.loss import head_of, token_losses, without_logits
 from zebra.progress import bar
 from zebra.records import Row
@@ -126,24 +127,26 @@ def rows_of(
     convention: str = "disjoint",
     stride: int | None = None,
     separator: str | None = None,
+    field: str = "text",
+    workers: int = 1,
     join: bool = False,
     stripes: str | None = None,
     rope: str | None = None,
     self_extend: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | None = None,
     seed: int = 0,
     run: str = "evaluate",
 ) -> list[Row]:
     """Load a checkpoint, tokenise texts, and measure: the rows of `zebra evaluate perplexity`."""
+    place = read_device(device)
+    placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
     config = read_config(checkpoint)
-    corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator)
+    corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     for length in lengths:
         _windows(texts[length], length, convention, stride)  # refuse before the model is loaded
-    placed: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    model = load(checkpoint, stripes=stripes, rope=rope, self_extend=self_extend, **placed)
-    model = model.to(device or best_device())
+    model = load(checkpoint, stripes=stripes, rope=rope, self_extend=self_extend, **placed).to(place)
     rows: list[Row] = []
     for length in lengths:
         scores = perplexity(model, texts[length], length=length, convention=convention, stride=stride, seed=seed)
@@ -184,16 +187,21 @@ def read_text(
     tokenizer: PreTrainedTokenizerBase,
     *,
     separator: str | None = None,
+    field: str = "text",
     append_eos: bool = False,
+    workers: int = 1,
     cache: str | None = None,
 ) -> Corpus:
     """Texts as a corpus under a checkpoint's tokenizer, from the cache where they are in it."""
+    encode = Encoder(tokenizer.backend_tokenizer.to_str(), specials_as_text=tokenizer.split_special_tokens)
     return tokenise(
         files,
-        lambda texts: tokenizer(texts, verbose=False)["input_ids"],
-        tokenizer=fingerprint(tokenizer),
+        encode,
+        tokenizer=f"{fingerprint(tokenizer)} {encode.specials_as_text}",
         separator=separator,
+        field=field,
         append=tokenizer.eos_token_id if append_eos else None,
+        workers=workers,
         cache=cache,
     )
 

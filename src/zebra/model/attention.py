@@ -53,7 +53,7 @@ def zebra_attention(
 
     Raises:
         ValueError: a 4-D mask, which would replace the stripes of every layer; a layer that is not causal.
-        NotImplementedError: an argument that no kernel knows, attention dropout among them.
+        NotImplementedError: an argument that no kernel knows, attention dropout and weights among them.
     """
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
@@ -71,6 +71,11 @@ def zebra_attention(
         keys=attention_mask,
         documents=documents(position_ids, query.shape[0]) if query.shape[2] == key.shape[2] else None,
     )
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            'output_attentions: no kernel of attention "zebra" forms the weights. '
+            'Load with attn_implementation="eager" to look at them.'
+        )
     rest = {name: argument for name, argument in kwargs.items() if name not in HARMLESS and argument is not False}
     out, lse = attend(
         query,
@@ -122,7 +127,7 @@ def zebra_mask(
         if real >= kv_length:
             return None
         return torch.ones(batch_size, real, dtype=torch.bool, device=device)
-    attention_mask = attention_mask[:, kv_offset : kv_offset + min(kv_length, real)]
+    attention_mask = attention_mask[:, kv_offset : kv_offset + min(kv_length, real)].expand(batch_size, -1)
     if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
         return None
     return attention_mask

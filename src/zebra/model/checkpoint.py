@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -22,28 +26,46 @@ from zebra.refusal import Refusal
 
 
 def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
-    """The config of a checkpoint on disk or in the hub's cache.
+    """The config of a checkpoint on disk or in the hub's cache; refuses what `read_config_and_rest` does."""
+    return read_config_and_rest(path)[0]
+
+
+def read_config_and_rest(path: str | os.PathLike[str], **arguments: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config under arguments of `from_pretrained`, and those of them that are not the config's own fields.
 
     Raises:
         Refusal: no checkpoint there, a broken config.json, a family without a route, or a config whose stripes its
             own class would ignore while its cache obeys them (`generate` would be silently wrong).
     """
     where = Path(path)
-    if where.exists() and not (where / "config.json").is_file():
+    hub = {name: arguments[name] for name in _HUB if name in arguments}
+    if where.exists() and not (where / arguments.get("subfolder", "") / "config.json").is_file():
         raise Refusal(f"{path} is not a checkpoint: it has no config.json. Give a directory that transformers saved.")
     if not where.exists() and (where.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
         raise Refusal(f"there is no checkpoint at {path}. Give the path of a directory that transformers saved.")
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Refusal(f"the config of {path} cannot be read: {first_line(error)}") from None
+        config = AutoConfig.from_pretrained(path, **hub)
+        changes = {name: value for name, value in arguments.items() if name in own_fields(config)}
+        if changes:
+            config = AutoConfig.from_pretrained(path, **hub, **changes)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        says = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        raise Refusal(f"the config of {path} cannot be read: {says}") from None
     taken = route(config)
     if getattr(config, "layer_types", None) is not None and taken.target != config.model_type:
         raise Refusal(
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
             "Remove layer_types from its config.json, then run `zebra convert`."
         )
-    return config
+    return config, {name: value for name, value in arguments.items() if name not in changes}
+
+
+_HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def own_fields(config: PreTrainedConfig) -> set[str]:
+    """The fields that a config's class has beside those of every config."""
+    return {f.name for f in fields(type(config))} - {f.name for f in fields(PreTrainedConfig)}
 
 
 def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig) -> PreTrainedTokenizerBase:
@@ -71,47 +93,91 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256("\0".join(definition).encode()).hexdigest()
 
 
+_SAMPLES, _SAMPLE = 64, 1 << 16
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+    """A hash that tells checkpoints apart: of config.json, and of 64 evenly spread samples of each weight file."""
+    where = Path(path)
+    found = hashlib.sha256((where / "config.json").read_bytes())
+    for file in _weight_files(where):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for i in range(_SAMPLES):
+                opened.seek(size * i // _SAMPLES)
+                found.update(opened.read(_SAMPLE))
+    return found.hexdigest()
+
+
 def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> list[Path]:
-    """The weight files of a checkpoint on disk, after reading their headers.
+    """The weight files that transformers would load from a checkpoint on disk, after reading their headers.
 
     Raises:
         Refusal: no weights, a missing, corrupt or truncated shard, tensors that are missing or of another shape than
             the config says.
     """
-    where = Path(path)
-    index = next(iter(sorted(where.glob("*.safetensors.index.json")) + sorted(where.glob("*.bin.index.json"))), None)
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index else None
-    except (ValueError, KeyError, AttributeError):
-        raise Refusal(f"{index} is not an index of shards. Copy it from the source again.") from None
-    if names is None:
-        names = {p.name for p in where.glob("model.safetensors")} or {p.name for p in where.glob("pytorch_model.bin")}
-    if not names:
-        raise Refusal(f"{path} has no weights: neither model.safetensors nor an index of shards. Copy them there.")
-    files = [where / name for name in sorted(names)]
+    files = _weight_files(Path(path))
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise Refusal(f"{path} lacks the shards {', '.join(absent)} that its index names. Copy them there.")
-    if all(file.suffix == ".safetensors" for file in files):
-        _check_shapes(path, config, files)
-    return files
-
-
-def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, files: list[Path]) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            shapes |= _shapes(file)
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise Refusal(f"{file} is corrupt or truncated: {first_line(error)}. Copy it again.") from None
-    with torch.device("meta"):
-        model = host_class(config)(config)
+    _check_shapes(path, config, shapes)
+    return files
+
+
+def _weight_files(where: Path) -> list[Path]:
+    """In the host's order of preference; other indices, such as those of the original format, are not its."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (where / single).is_file():
+            return [where / single]
+        index = where / f"{single}.index.json"
+        if index.is_file():
+            try:
+                return [where / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise Refusal(f"{index} is not an index of shards. Copy it from the source again.") from None
+    raise Refusal(f"{where} has no weights: neither model.safetensors nor an index of shards. Copy them there.")
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Each tensor's shape, without reading its numbers."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    mapped = zipfile.is_zipfile(file)  # torch's older format cannot be mapped
+    tensors = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+_ROTARY = r"rotary_emb\.inv_freq$"
+"""A buffer that older versions saved."""
+
+
+def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    try:
+        with torch.device("meta"):
+            model = host_class(config)(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise Refusal(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
     # Of two tied tensors either may be the one that was saved.
     twins = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
     twins |= {second: first for first, second in twins.items()}
     # Experts lie one by one in the files, and together in the model.
-    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
+    wanted = revert_weight_conversion(model, model.state_dict())
+    ignored = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), _ROTARY])
+    unused = [name for name in shapes if name not in wanted and name not in twins and not re.search(ignored, name)]
+    if unused:
+        raise Refusal(
+            f"{path}: the weights have {unused[0]} and {len(unused) - 1} more tensors that config.json does not ask "
+            "for, which would be dropped in silence. Config and weights are of different models."
+        )
+    for name, tensor in wanted.items():
         if name in shapes and shapes[name] != tuple(tensor.shape):
             raise Refusal(
                 f"{path}: config.json asks for {name} of shape {tuple(tensor.shape)}, the weights have {shapes[name]}. "
@@ -143,9 +209,8 @@ def link(source: Path, target: Path) -> None:
 
 def write_config(config: PreTrainedConfig, where: Path) -> None:
     """Write config.json with every field of its class, defaults too: another version's defaults may differ."""
-    own = {f.name for f in fields(type(config))} - {f.name for f in fields(PreTrainedConfig)}
     whole = config.to_dict()
-    written = config.to_diff_dict() | {name: whole[name] for name in own if name in whole}
+    written = config.to_diff_dict() | {name: whole[name] for name in own_fields(config) if name in whole}
     written.pop("_name_or_path", None)
     text = json.dumps(written, indent=2, sort_keys=True) + "\n"
     (where / "config.json").write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.model.attention import NAME
 from zebra.model.cache import StripedCache
@@ -19,6 +19,7 @@ from zebra.model.checkpoint import (
     first_line,
     link,
     read_config,
+    read_config_and_rest,
     write_card,
     write_config,
 )
@@ -28,10 +29,43 @@ from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import Stripes
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def best_device() -> str:
     """A GPU where there is one: this process's own, under a launcher."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def read_device(name: str | None) -> str:
+    """A device of this machine by its name, the best one where None.
+
+    Raises:
+        Refusal: no such device here.
+    """
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Refusal(
+            f"there is no device {name!r} here: {first_line(error)}. `zebra doctor` lists those that are."
+        ) from None
+    return str(device)
+
+
+def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype by its name.
+
+    Raises:
+        Refusal: another name.
+    """
+    known = {str(kind).removeprefix("torch."): kind for kind in DTYPES}
+    found = known.get(dtype) if isinstance(dtype, str) else dtype if dtype in DTYPES else None
+    if found is None:
+        raise Refusal(f"a dtype is one of {', '.join(known)}; got {str(dtype)!r}. Choose one.")
+    return found
 
 
 def device_name(device: torch.device | str) -> str:
@@ -55,15 +89,32 @@ def _with_striped_cache(cls: Any) -> Any:
         )
         if wants_own:
             kwargs["past_key_values"] = StripedCache(self.config)
+            if named.is_assistant:  # the draft of assisted decoding takes tokens back
+                kwargs["past_key_values"].activate_past_recording()
         return cls.generate(self, *args, **kwargs)
 
+    def reduce(self: Any) -> Any:
+        """Pickled as the host's class and made anew from it: this class has no name that pickle could find."""
+        return _blank, (cls,), self.__dict__
+
     # The name stays the host's: it is saved as the checkpoint's architecture.
-    made = type(
-        cls.__name__,
-        (cls,),
-        {"generate": generate, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__},
-    )
-    return made
+    own = {"generate": generate, "__reduce__": reduce}
+    return type(cls.__name__, (cls,), own | {name: getattr(cls, name) for name in _SAME})
+
+
+_SAME = ("__module__", "__qualname__", "__doc__")
+
+
+def _blank(cls: Any) -> Any:
+    made = _with_striped_cache(cls)
+    return made.__new__(made)
+
+
+_TAKEN = {
+    "attn_implementation": f'it runs attention "{NAME}"; for another use from_pretrained of transformers',
+    "config": "it reads and stripes the checkpoint's own; give stripes, and fields of the config by name",
+    "output_loading_info": "it reads that itself and refuses a checkpoint that lacks tensors",
+}
 
 
 def load(
@@ -85,27 +136,28 @@ def load(
         rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
             with length (dynamic NTK) reads whole texts only: it refuses a cache.
         self_extend: reserved for Self-Extend, which this version does not have: must be None.
-        from_pretrained_arguments: handed to `from_pretrained` (dtype, device_map, ...).
+        from_pretrained_arguments: as `from_pretrained` has them: dtype, device_map, revision, subfolder, ..., and
+            fields of the config by name.
 
     Raises:
-        Refusal: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the model.
+        Refusal: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the model,
+            an argument that loading takes itself.
     """
     if self_extend is not None:
         raise Refusal("Self-Extend is not in this version of zebra; self_extend must be None. Use stripes alone.")
-    if "attn_implementation" in from_pretrained_arguments:
-        raise Refusal(
-            f'zebra.load runs attention "{NAME}"; for another attn_implementation use from_pretrained of transformers.'
-        )
-    config = read_config(path)
+    for name, why in _TAKEN.items():
+        if name in from_pretrained_arguments:
+            raise Refusal(f"zebra.load takes no {name}: {why}.")
+    config, rest = read_config_and_rest(path, **from_pretrained_arguments)
     if stripes is not None:
         config = striped(config, Stripes.parse(stripes) if isinstance(stripes, str) else stripes)
     config = _as_rope(rope).changed(config)
-    if Path(path).exists():
-        check_weights(path, config)
+    if Path(path).exists() and "variant" not in rest:
+        check_weights(Path(path) / rest.get("subfolder", ""), config)
     host: Any = host_class(config)
     try:
         model, info = _with_striped_cache(host).from_pretrained(
-            path, config=config, attn_implementation=NAME, output_loading_info=True, **from_pretrained_arguments
+            path, config=config, attn_implementation=NAME, output_loading_info=True, **rest
         )
     except (OSError, SafetensorError) as error:
         raise Refusal(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from None
@@ -140,13 +192,22 @@ def convert(
     config = read_config(source)
     made = _as_rope(rope).changed(striped(config, stripes))
     refuse_changing_rope(made)
-    weights = check_weights(source, config)
     if target.exists() and source.samefile(target):
         raise Refusal(f"source and target are the same directory, {source}. Name another target.")
+    write_linked(source, target, made, rope=str(_as_rope(rope)))
+    return target
+
+
+def write_linked(source: Path, target: Path, config: PreTrainedConfig, **more: Any) -> None:
+    """Write a checkpoint that shares its source's weight files and has another config, whole or not at all.
+
+    Args:
+        more: what its zebra.json says besides.
+    """
+    weights = check_weights(source, config)
     with staged(target) as aside:
         for file in weights:
             link(file, aside / file.name)
         copy_companions(source, aside, weights)
-        write_config(made, aside)
-        write_card(aside, made, source=source, rope=str(_as_rope(rope)))
-    return target
+        write_config(config, aside)
+        write_card(aside, config, source=source, **more)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 IGNORE = -100
-_CHUNK = 1024
+CHUNK = 1024
 _FUSED = hasattr(functional, "linear_cross_entropy")
 
 
@@ -82,8 +82,8 @@ def _summed(states: Tensor, head: Head, targets: Tensor) -> Tensor:
             scaled, head.weight, targets, reduction="sum", ignore_index=IGNORE, options=options
         )
     total = states.sum() * 0
-    for start in range(0, len(targets), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
+    for start in range(0, len(targets), CHUNK):
+        chunk = slice(start, start + CHUNK)
         total = total + checkpoint(_chunk_loss, states[chunk], head, targets[chunk], use_reentrant=False)
     return total
 
@@ -94,8 +94,8 @@ def token_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         states, targets = _shifted(hidden, labels)
         losses = torch.full(targets.shape, float("nan"), device=hidden.device)
-        for start in range(0, len(targets), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
+        for start in range(0, len(targets), CHUNK):
+            chunk = slice(start, start + CHUNK)
             losses[chunk] = functional.cross_entropy(
                 head.logits(states[chunk]), targets[chunk], reduction="none", ignore_index=IGNORE
             )

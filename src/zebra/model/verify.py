@@ -21,7 +21,7 @@ from zebra import masks
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import read_config
 from zebra.model.families import host_class, stripes_of
-from zebra.model.hosts import load
+from zebra.model.hosts import load, read_device, read_dtype
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
@@ -51,7 +51,7 @@ def verify(
     *,
     length: int | None = None,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
 ) -> list[Check]:
     """Compare a converted checkpoint with its source and with itself.
@@ -71,6 +71,7 @@ def verify(
     Raises:
         Refusal: a checkpoint that cannot be loaded, a target without stripes, two different models.
     """
+    dtype, device = read_dtype(dtype), read_device(device)
     config, source_config = read_config(target), read_config(against)
     stripes = stripes_of(config)
     if stripes is None:

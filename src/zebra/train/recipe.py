@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,16 +24,71 @@ class _Section(BaseModel):
 class TextSource(_Section):
     """Text files and how they become documents."""
 
-    files: list[str] = Field(min_length=1, description="files, folders and globs, relative to the working directory")
-    separator: str | None = Field(None, description="splits a file into documents; a file is one document without it")
+    files: list[str] | None = Field(
+        None, min_length=1, description="files, folders and globs, relative to the working directory"
+    )
+    separator: str | None = Field(
+        None, description="splits a text file into documents; a file is one document without it"
+    )
+    field: str = Field("text", description="the field of a record, or column of a parquet file, that has the text")
     join: bool = Field(False, description="join documents into long ones; otherwise packed documents are kept apart")
     append_eos: bool = Field(False, description="put the end-of-text token after each document")
 
 
-class Data(TextSource):
-    """The training text."""
+class MixtureSource(_Section):
+    """One source of a mixture: documents of some files within a bucket of lengths, and their share of the tokens."""
 
+    name: str
+    files: list[str] = Field(min_length=1)
+    share: float = Field(gt=0, le=1, description="of the training's tokens; the shares of all sources sum to 1")
+    separator: str | None = None
+    field: str = "text"
+    min_tokens: int = Field(0, ge=0, description="only documents of at least so many tokens")
+    max_tokens: int | None = Field(None, ge=1, description="only documents of fewer tokens")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MixtureSource:
+        if self.max_tokens is not None and self.max_tokens <= self.min_tokens:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) is greater than min_tokens ({self.min_tokens}); change one of them"
+            )
+        return self
+
+
+class Data(TextSource):
+    """The training text: files, each document once, or a mixture of sources that fills the training's rows."""
+
+    sources: list[MixtureSource] | None = Field(None, min_length=1)
+    held_out: float | None = Field(None, gt=0, lt=1, description="share of the documents that evaluate measures on")
+    deduplicate: bool = Field(True, description="keep the first of documents with the same text")
+    workers: int = Field(1, ge=1, description="processes that tokenise")
     cache: str | None = Field(None, description="folder of the token cache; the user's cache folder where absent")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Data:
+        if (self.files is None) == (self.sources is None):
+            raise ValueError(
+                "the text is given by files or by sources, by one of them; got "
+                + ("neither" if self.files is None else "both")
+            )
+        if self.sources is not None:
+            if own := _given(self, "separator", "field"):
+                raise ValueError(f"{own} belongs to files; give each source its own")
+            names = [source.name for source in self.sources]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"each source has a name of its own; got {', '.join(twice)} twice")
+            total = sum(source.share for source in self.sources)
+            if abs(total - 1) > 1e-6:
+                raise ValueError(f"the shares of the sources sum to 1; got {total:g}; change them")
+        return self
+
+
+def _given(section: BaseModel, *names: str) -> str | None:
+    """The first of the keys that is not left at its default."""
+    return next((name for name in names if getattr(section, name) != type(section).model_fields[name].default), None)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Training(_Section):
@@ -47,13 +102,16 @@ class Training(_Section):
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0)
+    device: Literal["best", "cuda"] = Field(
+        "best", description="cuda refuses a machine without a GPU; best takes what there is"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 is autocast, weights stay float32"
     )
     activation_checkpointing: bool = Field(False, description="compute activations again in the backward")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     log_every: int = Field(10, ge=1)
     save_every: int = Field(100, ge=1)
     keep_checkpoints: int = Field(2, ge=2, description="at least 2, so that a kill inside a save leaves a whole one")
@@ -70,8 +128,21 @@ class Training(_Section):
         return self
 
 
+class Lora(_Section):
+    """Low-rank updates instead of full training."""
+
+    rank: int = Field(16, ge=1)
+    scale: float = Field(2.0, gt=0, description="what the update is multiplied by; alpha / rank elsewhere")
+    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    whole: tuple[Literal["embeddings", "norms"], ...] = Field(
+        ("embeddings", "norms"), description="what is trained whole beside it (LongLoRA)"
+    )
+    frozen: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights that stay as they are")
+    merge: bool = Field(True, description="write a whole checkpoint; else the adapter, over run/base")
+
+
 class Evaluation(TextSource):
-    """Perplexity by position before, during and after."""
+    """Perplexity by position before, during and after: on files of its own, or on the documents that data holds out."""
 
     length: int = Field(ge=2, description="tokens of context")
     convention: Literal["disjoint", "strided", "truncated"] = "disjoint"
@@ -83,6 +154,9 @@ class AdaptRecipe(_Section):
 
     run: str = Field(description="the run's directory")
     model: str = Field(description="the checkpoint to adapt")
+    shape: str | None = Field(
+        None, description="built-in shape that --dry-run reckons with where the checkpoint is not here"
+    )
     stripes: str | None = Field(
         None, description="the layout to adapt to, such as GLLL:512; the checkpoint's own without it"
     )
@@ -91,6 +165,7 @@ class AdaptRecipe(_Section):
     )
     data: Data
     train: Training
+    lora: Lora | None = Field(None, description="train low-rank updates; all weights without it")
     evaluate: Evaluation | None = None
 
     @field_validator("stripes")
@@ -106,9 +181,20 @@ class AdaptRecipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> AdaptRecipe:
+        if self.lora and self.lora.frozen == "bfloat16" and self.train.precision != "bfloat16":
+            raise ValueError("lora.frozen bfloat16 needs train.precision bfloat16; change one of them")
         every = self.evaluate.every if self.evaluate else None
         if every is not None and every > self.train.steps:
             raise ValueError(f"evaluate.every ({every}) is at most train.steps ({self.train.steps}); lower it")
+        if self.evaluate is not None:
+            files, held_out = self.evaluate.files, self.data.held_out
+            if (files is None) == (held_out is None):
+                raise ValueError(
+                    "the text to measure on is given by evaluate.files or by data.held_out, by one of them; got "
+                    + ("neither" if files is None else "both")
+                )
+            if files is None and (own := _given(self.evaluate, "separator", "field", "append_eos")):
+                raise ValueError(f"evaluate.{own} belongs to evaluate.files; data says how its documents are read")
         return self
 
 
@@ -183,7 +269,9 @@ def _known(kind: type[BaseModel]) -> list[str]:
     names: list[str] = []
     for name, info in kind.model_fields.items():
         names.append(name)
-        for inner in [info.annotation, *getattr(info.annotation, "__args__", ())]:
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                names += _known(inner)
+        inner = [info.annotation]
+        for part in inner:
+            inner += getattr(part, "__args__", ())  # list[Section] | None: down to the section
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                names += _known(part)
     return names

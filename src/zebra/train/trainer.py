@@ -59,6 +59,8 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         total = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
+        if not bool(total.isfinite()):
+            _stop(trainer)
         return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
     with bar("adapting", recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
@@ -70,13 +72,23 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
             eval_dataset=held_out,
             data_collator=_collate,
             compute_loss_func=loss,
-            callbacks=[_Mark(), _Show(advance, tokens_per_step(recipe))],
+            callbacks=[_Mark(), _Show(advance)],
         )
         trainer.remove_callback(PrinterCallback)
         with _tied_weights_expected(model):
             trainer.train(resume_from_checkpoint=_newest_complete(checkpoints))
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
     return trainer.is_world_process_zero()
+
+
+def _stop(trainer: Trainer) -> None:
+    """Before the step that would spoil the weights, and so before any save of them."""
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    raise Refusal(
+        f"the loss is not finite at step {trainer.state.global_step + 1}, at a learning rate of {rate:.3g}. The last "
+        "checkpoint is whole. Start another run with a lower train.learning_rate or a longer train.warmup_steps."
+    )
 
 
 @contextmanager
@@ -97,7 +109,7 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
 
 
 def tokens_per_step(recipe: AdaptRecipe) -> int:
-    """Tokens of one optimiser step, over all processes."""
+    """Tokens of one full optimiser step, over all processes. The last one of a pass over the rows may have fewer."""
     train = recipe.train
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return train.length * train.rows_per_step * train.accumulate * processes
@@ -127,6 +139,7 @@ def _arguments(recipe: AdaptRecipe, checkpoints: Path) -> TrainingArguments:
         save_total_limit=train.keep_checkpoints,
         eval_strategy="steps" if every else "no",
         eval_steps=every,
+        include_num_input_tokens_seen="all",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -182,20 +195,22 @@ class _Mark(TrainerCallback):
 class _Show(TrainerCallback):
     """Feeds the bar; without a terminal, a line for each log."""
 
-    def __init__(self, advance: Callable[..., None], step_tokens: int):
-        self.advance, self.step_tokens = advance, step_tokens
+    def __init__(self, advance: Callable[..., None]):
+        self.advance = advance
         self.began = self.seconds = 0.0
-        self.steps = 0
+        self.tokens = self.steps = self.shown = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.advance(state.global_step * self.step_tokens)
+        self.shown = state.num_input_tokens_seen
+        self.advance(self.shown)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.advance(self.step_tokens)
-        self.steps += 1
+        new, self.shown = state.num_input_tokens_seen - self.shown, state.num_input_tokens_seen
+        self.advance(new)
+        self.tokens, self.steps = self.tokens + new, self.steps + 1
         self.seconds += time.perf_counter() - self.began
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
@@ -204,10 +219,10 @@ class _Show(TrainerCallback):
         if "loss" in logs:
             self.advance(note=f"step {state.global_step}, loss {logs['loss']:.3f}")
             if not console.is_terminal:
-                rate = self.steps * self.step_tokens / self.seconds
+                left = (state.max_steps - state.global_step) * self.seconds / self.steps
                 console.print(
-                    f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, {rate:,.0f} tokens/s, "
-                    f"{(state.max_steps - state.global_step) * self.step_tokens / rate:,.0f} s left"
+                    f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, "
+                    f"{self.tokens / self.seconds:,.0f} tokens/s, {left:,.0f} s left"
                 )
         if "by_position" in logs:
             text = ", ".join(f"to {s['position_to']}: {s['perplexity']:.2f}" for s in logs["by_position"][:-1])

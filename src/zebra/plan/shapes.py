@@ -1,0 +1,70 @@
+"""Published models by name, as their config.json has them, so that a recipe can be reckoned where they are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zebra.refusal import Refusal
+
+_LLAMA3 = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "dtype": "float16",
+    },
+    "llama-3-8b": _LLAMA3 | {"max_position_embeddings": 8192, "rope_theta": 500000.0},
+    "qwen3-4b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
+}
+
+
+def shape(name: str) -> dict[str, Any]:
+    """The config fields of a published model.
+
+    Raises:
+        Refusal: a name that is not in the table.
+    """
+    if name not in SHAPES:
+        raise Refusal(f"there is no built-in shape {name!r}. Choose one of {', '.join(SHAPES)}.")
+    return dict(SHAPES[name])

@@ -1,0 +1,130 @@
+"""A run's directory: it belongs to one recipe with one set of inputs, and to one process at a time.
+
+run/recipe.yaml     the resolved recipe; a second start of the same recipe resumes, of another is refused
+run/inputs.json     what the recipe's names stood for: digests of the text and of the source, how many processes
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+
+from zebra.model.checkpoint import first_line
+from zebra.refusal import Refusal
+from zebra.train.recipe import AdaptRecipe
+
+
+def is_first_process() -> bool:
+    """Under a launcher one process writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def occupied(recipe: AdaptRecipe) -> Iterator[Path]:
+    """Hold the run's directory for this process, made where it is absent, and gone again where nothing came of it.
+
+    The hold is a lock of the operating system on the directory: it ends with the process, however that ends.
+
+    Raises:
+        Refusal: the directory is of another recipe or of no run; another process is at work in it.
+    """
+    run = Path(recipe.run)
+    _check_recipe(run, recipe)
+    run.mkdir(parents=True, exist_ok=True)
+    opened = os.open(run, os.O_RDONLY)
+    try:
+        if is_first_process():
+            _lock(opened, run)
+            _check_recipe(run, recipe)  # another process may have been here first
+        try:
+            yield run
+        finally:
+            with suppress(OSError):  # it is not empty
+                run.rmdir()
+    finally:
+        os.close(opened)
+
+
+def record(run: Path, recipe: AdaptRecipe, inputs: dict[str, Any]) -> None:
+    """Write down the recipe and what its names stand for.
+
+    Raises:
+        Refusal: a run that began with other inputs, and would go on with these.
+    """
+    kept = run / "inputs.json"
+    if kept.exists():
+        began = json.loads(kept.read_text(encoding="utf-8"))
+        changed = sorted(name for name in inputs if inputs[name] != began.get(name))
+        if changed:
+            raise Refusal(
+                f"{run} began with other inputs: {' and '.join(changed)} changed since. "
+                "Restore them to go on with it, or name another run."
+            )
+    _write(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    _write(kept, json.dumps(inputs, indent=2) + "\n")
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Turn what torch and safetensors say of a full disk into one line."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if "I/O error" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise Refusal(
+            f"{run} cannot be written, is the disk full? ({first_line(error)}) Free some space; "
+            "the same command goes on from the last whole checkpoint."
+        ) from None
+
+
+def _lock(opened: int, run: Path) -> None:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refusal(f"another process is at work in {run}. Wait for it, or name another run.") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _check_recipe(run: Path, recipe: AdaptRecipe) -> None:
+    mine = run / "recipe.yaml"
+    if mine.exists():
+        try:
+            theirs = AdaptRecipe.model_validate(yaml.safe_load(mine.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, ValueError):
+            raise Refusal(f"{mine} is damaged: it is no recipe. Name another run, or remove {run}.") from None
+        if theirs != recipe:
+            different = sorted(_flat(recipe.model_dump()).items() ^ _flat(theirs.model_dump()).items())
+            raise Refusal(
+                f"{run} holds a run of another recipe: {', '.join(sorted({name for name, _ in different}))} differ. "
+                "Name another run, or remove the directory."
+            )
+    elif run.exists() and (not run.is_dir() or any(not file.name.startswith(".") for file in run.iterdir())):
+        raise Refusal(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,188 @@
+"""What a recipe would do and need, before it is run: shapes, tokens, steps, memory.
+
+    weights + gradients + AdamW's two moments + activations + a chunk of logits
+
+Weights, gradients and moments are counted exactly. Activations are *measured*: one global and one local layer of the
+model's real widths run here over a few tokens, and what autograd saves is counted; it grows in proportion to the
+tokens, in every kernel of ours. What an allocator wastes and a launcher's buffers are not in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from zebra.data.documents import find_files
+from zebra.model.attention import NAME
+from zebra.model.checkpoint import read_config
+from zebra.model.families import host_class, layout
+from zebra.model.loss import CHUNK
+from zebra.plan.shapes import shape
+from zebra.refusal import Refusal
+from zebra.stripes import GLOBAL, LOCAL, visible_pairs
+from zebra.train import lora
+from zebra.train.adapt import adapted
+from zebra.train.directory import processes
+from zebra.train.recipe import AdaptRecipe
+from zebra.train.trainer import tokens_per_step
+
+_PROBE = 64
+"""Tokens over which activations are measured."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A recipe reckoned: facts in the order in which they are shown, and bytes by part for one device."""
+
+    facts: dict[str, str]
+    memory: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes on one device."""
+        return sum(self.memory.values())
+
+
+def dry_run(recipe: AdaptRecipe) -> DryRun:
+    """Reckon a recipe without its weights and without its text.
+
+    Raises:
+        Refusal: neither the checkpoint nor a built-in shape of that name is here; what `adapt` refuses of a config.
+    """
+    config = adapted(recipe, _source_config(recipe))
+    parameters, trained, memory = _weights(recipe, config)
+    memory |= _activations(recipe, config)
+    return DryRun(_facts(recipe, config, parameters, trained), memory)
+
+
+def _source_config(recipe: AdaptRecipe) -> PreTrainedConfig:
+    if Path(recipe.model).is_dir():
+        return read_config(recipe.model)
+    if recipe.shape is None:
+        raise Refusal(
+            f"there is no checkpoint at {recipe.model}, and the recipe names no built-in shape to reckon with. "
+            "Download the checkpoint, or add a shape."
+        )
+    return AutoConfig.for_model(**shape(recipe.shape))
+
+
+def _weights(recipe: AdaptRecipe, config: PreTrainedConfig) -> tuple[int, int, dict[str, int]]:
+    """Parameters, those that are trained, and bytes by part."""
+    with torch.device("meta"):
+        model: Any = host_class(config)(config)
+        count = sum(p.numel() for p in model.parameters())
+        if recipe.lora is not None:
+            model = lora.wrap(model.to(getattr(torch, recipe.lora.frozen)), recipe.lora, seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+    }
+    return count, trained, memory
+
+
+def _activations(recipe: AdaptRecipe, config: PreTrainedConfig) -> dict[str, int]:
+    """Bytes that autograd keeps for the backward of one forward pass on one device.
+
+    With activation checkpointing that is each layer's input, and one layer's own while it is run again. Autocast
+    keeps a bfloat16 copy of each float32 weight that it met.
+    """
+    tokens = recipe.train.length * recipe.train.rows_per_step
+    kinds = getattr(config, "layer_types", None) or [GLOBAL] * config.num_hidden_layers
+    saved = {kind: _saved_by_a_layer(recipe, config, kind) for kind in set(kinds)}
+    if recipe.train.activation_checkpointing:
+        inputs = config.num_hidden_layers * tokens * config.hidden_size * (2 if _half(recipe) else 4)
+        kept = {"layer inputs": inputs, "one layer, run again": tokens * max(grows for grows, _ in saved.values())}
+    else:
+        kept = {"activations": tokens * sum(saved[kind][0] for kind in kinds)}
+    if copies := sum(saved[kind][1] for kind in kinds):
+        kept["weights cast to bfloat16"] = copies
+    return kept | {"a chunk of logits": 2 * 4 * CHUNK * config.vocab_size}
+
+
+def _saved_by_a_layer(recipe: AdaptRecipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
+    """Bytes for each token, and bytes whatever the tokens: what a second layer adds, at two lengths."""
+    totals = []
+    for layers in (1, 2):
+        small = copy.deepcopy(config)
+        small.num_hidden_layers, small.vocab_size = layers, 8
+        small.pad_token_id = small.bos_token_id = small.eos_token_id = 0
+        if getattr(small, "layer_types", None) is not None:
+            small.layer_types = [kind] * layers
+        with torch.device("meta"):
+            dtype = getattr(torch, recipe.lora.frozen) if recipe.lora else torch.float32
+            model: Any = host_class(small)._from_config(small, attn_implementation=NAME, dtype=dtype)
+        model = model.to_empty(device="cpu").train()
+        if recipe.lora is not None:
+            model = lora.wrap(model, recipe.lora, seed=0)
+        totals.append([_saved(model, tokens, _half(recipe)) for tokens in (_PROBE, 2 * _PROBE)])
+    short, long = (two - one for one, two in zip(*totals, strict=True))
+    grows = (long - short) // _PROBE
+    return grows, max(0, short - grows * _PROBE)
+
+
+def _saved(model: Any, tokens: int, half: bool) -> int:
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), _counting(model) as saved:
+        model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    return sum(saved.values())
+
+
+@contextmanager
+def _counting(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Storages that autograd saves, the parameters' own left out: address to bytes."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+    held: list[Tensor] = []  # an address is not used again while its tensor lives
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def _half(recipe: AdaptRecipe) -> bool:
+    return recipe.train.precision == "bfloat16"
+
+
+def _facts(recipe: AdaptRecipe, config: PreTrainedConfig, parameters: int, trained: int) -> dict[str, str]:
+    train, n = recipe.train, config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or [GLOBAL] * n
+    dense = n * visible_pairs(train.length)
+    pairs = sum(visible_pairs(train.length, config.sliding_window if kind == LOCAL else None) for kind in kinds)
+    step = tokens_per_step(recipe)
+    heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads"
+    return {
+        "model": f"{host_class(config).__name__}, {n} layers of {config.hidden_size:,}, {heads}",
+        "layout": f"{layout(config)}, {kinds.count(GLOBAL)} global and {kinds.count(LOCAL)} local layers",
+        "rope": ", ".join(f"{k} {v}" for k, v in config.rope_parameters.items()),
+        "parameters": f"{parameters:,}, trained {trained:,} ({trained / parameters:.1%})",
+        "a step": f"{step:,} tokens: {train.rows_per_step} rows of {train.length:,} x {train.accumulate} passes "
+        f"x {processes()} processes",
+        "training": f"{train.steps:,} steps, {train.steps * step:,} tokens",
+        "attention": f"{pairs:,} pairs a row, {pairs / dense:.0%} of dense",
+        "text": _text(recipe),
+    }
+
+
+def _text(recipe: AdaptRecipe) -> str:
+    data = recipe.data
+    patterns = data.files or [pattern for source in data.sources or [] for pattern in source.files]
+    try:
+        files = find_files(patterns)
+    except Refusal as refusal:
+        return f"not here: {refusal}"
+    return f"{len(files):,} files, {sum(file.stat().st_size for file in files):,} bytes"

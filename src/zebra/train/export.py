@@ -1,0 +1,87 @@
+"""What training leaves: a whole checkpoint for plain transformers, or a peft adapter over one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from zebra.model.checkpoint import copy_companions, read_config, write_card, write_config
+from zebra.model.hosts import load, write_linked
+from zebra.model.verify import TOLERANCE
+from zebra.refusal import Refusal
+from zebra.staged import staged
+from zebra.train import lora
+from zebra.train.recipe import AdaptRecipe
+
+
+def export(recipe: AdaptRecipe, model: Any, **card: Any) -> None:
+    """Write `run/model`, whole or not at all, in the source's dtype; `card` goes into its zebra.json.
+
+    A LoRA is merged into a whole checkpoint where the recipe says so, and what was written is read again and compared
+    with the adapter; else it stays an adapter, over the converted source in `run/base`.
+
+    Raises:
+        Refusal: a merged checkpoint that differs from its adapter.
+    """
+    run = Path(recipe.run)
+    if recipe.lora is None:
+        with staged(run / "model") as aside:
+            _write(recipe, model, aside, **card)
+    elif recipe.lora.merge:
+        wanted = _logits(model.float())
+        with staged(run / "model") as aside:
+            _write(recipe, model.merge_and_unload(safe_merge=True), aside, **card)
+            found = _logits(load(aside, dtype=torch.float32).to(wanted.device))
+            difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+            if not difference <= TOLERANCE[_dtype(recipe)]:
+                raise Refusal(f"the merged checkpoint differs from its adapter by {difference:.1e} of the logits.")
+    else:
+        base = run / "base"
+        shutil.rmtree(base, ignore_errors=True)  # of a killed export
+        write_linked(Path(recipe.model), base, model.get_base_model().config)
+        model.peft_config["default"].base_model_name_or_path = str(base)
+        with staged(run / "model") as aside:
+            model.save_pretrained(aside)
+            write_card(aside, model.get_base_model().config, source=Path(recipe.model), **card)
+
+
+def reload(recipe: AdaptRecipe) -> PreTrainedModel:
+    """The model that `export` wrote, ready to be measured."""
+    run = Path(recipe.run)
+    if (run / "base").exists():
+        merged: PreTrainedModel = lora.reload(load(run / "base"), run / "model").merge_and_unload()
+        return merged
+    return load(run / "model")
+
+
+def _write(recipe: AdaptRecipe, model: PreTrainedModel, aside: Path, **card: Any) -> None:
+    source = Path(recipe.model)
+    model.to(_dtype(recipe))
+    model.save_pretrained(aside)
+    written = {file.name for file in aside.iterdir()}
+    copy_companions(source, aside, [file for file in source.iterdir() if file.name in written or _is_weights(file)])
+    write_config(model.config, aside)
+    write_card(aside, model.config, source=source, **card)
+
+
+def _dtype(recipe: AdaptRecipe) -> torch.dtype:
+    """The source's; a checkpoint that does not say is float32."""
+    dtype = read_config(recipe.model).dtype
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, 256), generator=generator).to(model.device)
+    return model(ids, use_cache=False).logits.float()
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")

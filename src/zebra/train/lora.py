@@ -1,0 +1,79 @@
+"""Low-rank adaptation by peft: W + scale · B A in the attention projections, embeddings and norms trained whole.
+
+LongLoRA (arXiv 2309.12307, section 3.3): for a longer context the low-rank update of attention is not enough by
+itself; with the embeddings and the norms trained as well, which are few parameters, it comes close to full training.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from zebra.refusal import Refusal
+from zebra.train.recipe import Lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
+    """The model with trainable low-rank updates; everything that is not to be trained is frozen.
+
+    What is trained is float32, whatever the frozen weights are.
+
+    Raises:
+        Refusal: peft is not installed, no module of these names.
+    """
+    peft = _peft()
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    absent = sorted(set(lora.targets) - found)
+    if absent:
+        raise Refusal(
+            f"lora.targets names {', '.join(absent)}, which this model has not; its linear modules are "
+            f"{', '.join(sorted(found))}. Name some of those."
+        )
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.rank * lora.scale,
+        target_modules=list(lora.targets),
+        modules_to_save=_whole(model, lora),
+        ensure_weight_tying=bool(model.config.tie_word_embeddings and "embeddings" in lora.whole),
+        task_type="CAUSAL_LM",
+    )
+    model.name_or_path = ""  # at each save peft would read the source's config, which may be of another class
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(model, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def reload(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
+    """The model with the updates that were saved in a directory."""
+    return _peft().PeftModel.from_pretrained(model, adapter)
+
+
+def _whole(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """The names, without their path, of the modules that are trained whole."""
+    names: list[str] = []
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        wanted = ("embeddings" in lora.whole and module is model.get_input_embeddings()) or (
+            "norms" in lora.whole and type(module).__name__.endswith("Norm")
+        )
+        if wanted and name not in names:
+            names.append(name)
+    return names
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise Refusal("LoRA needs peft, which is not installed: pip install 'zebra-llm[lora]'.") from None
+    return peft

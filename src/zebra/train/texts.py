@@ -1,0 +1,140 @@
+"""A recipe's texts: tokenised, without duplicates, mixed or whole, packed into training rows; and what is held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from zebra.data.composition import composition
+from zebra.data.corpus import Corpus
+from zebra.data.mixture import Kept, Line, Source, keep, mix, select
+from zebra.data.packing import Rows, pack
+from zebra.evaluate.perplexity import read_text
+from zebra.progress import console
+from zebra.records import Row
+from zebra.train.directory import is_first_process
+from zebra.train.recipe import AdaptRecipe, MixtureSource, TextSource
+from zebra.train.trainer import tokens_per_step
+
+
+class Texts(NamedTuple):
+    """The rows to train on, the documents to measure on, what a mixture took of each source, a digest of all texts."""
+
+    rows: Rows
+    held_out: Corpus | None
+    lines: list[Line]
+    digest: str
+
+
+def read_texts(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """Read, choose and pack the texts of a recipe; what a mixture is made of is printed.
+
+    Raises:
+        Refusal: a text that cannot be read, a source with nothing to train on, a text shorter than a row.
+    """
+    data, train, measured = recipe.data, recipe.train, recipe.evaluate
+    sources = _sources(recipe, tokenizer)
+    kept = keep(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
+    lines: list[Line] = []
+    if data.sources is None:
+        rows = pack(select(kept), train.length, join=data.join, seed=train.seed)
+        _say(kept)
+    else:
+        wanted = train.steps * tokens_per_step(recipe) // train.length
+        mixture = mix(kept, wanted, train.length, join=data.join, seed=train.seed)
+        rows, lines = mixture.rows, mixture.lines
+        if is_first_process():
+            console.print(composition(kept, mixture))
+    held_out = None
+    texts = [source.corpus for source in sources]
+    if measured is not None:
+        if measured.files is None:
+            held_out = select(kept, held_out=True).gathered()
+        else:
+            held_out = _corpus(measured, measured.files, recipe, tokenizer, measured.append_eos)
+            texts.append(held_out)
+        if measured.join:
+            held_out = held_out.joined(measured.length)
+    return Texts(rows, held_out, lines, _digest(texts))
+
+
+def data_rows(recipe: AdaptRecipe, lines: Sequence[Line], layout: str, **common: Any) -> list[Row]:
+    """What a mixture took of each source, as rows of the task `data-<source>`."""
+    rows = []
+    for line in lines:
+        values = {
+            "share_asked": line.source.share,
+            "share": line.share,
+            "tokens": line.tokens,
+            "tokens_drawn": line.drawn,
+            "epochs": line.epochs,
+            "duplicates": line.duplicates,
+            "held_out": line.held_out,
+        }
+        rows += [
+            Row(
+                task=f"data-{line.source.name}",
+                metric=metric,
+                value=value,
+                n=line.documents,
+                length=recipe.train.length,
+                model=recipe.model,
+                layout=layout,
+                **common,
+            )
+            for metric, value in values.items()
+        ]
+    return rows
+
+
+def _sources(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Source]:
+    data = recipe.data
+    if data.files is not None:
+        return [Source("data.files", _corpus(data, data.files, recipe, tokenizer, data.append_eos))]
+    return [
+        Source(
+            asked.name,
+            _corpus(asked, asked.files, recipe, tokenizer, data.append_eos),
+            asked.share,
+            asked.min_tokens,
+            asked.max_tokens,
+        )
+        for asked in data.sources or []
+    ]
+
+
+def _corpus(
+    source: TextSource | MixtureSource,
+    files: Sequence[str],
+    recipe: AdaptRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool,
+) -> Corpus:
+    return read_text(
+        files,
+        tokenizer,
+        separator=source.separator,
+        field=source.field,
+        append_eos=append_eos,
+        workers=recipe.data.workers,
+        cache=recipe.data.cache,
+    )
+
+
+def _say(kept: Sequence[Kept]) -> None:
+    """Say what files that are no mixture lost; where nothing was, nothing is said."""
+    (part,) = kept
+    lost = {"dropped as duplicates": part.duplicates, "held out": len(part.held_out)}
+    said = [f"{count:,} {what}" for what, count in lost.items() if count]
+    if said and is_first_process():
+        console.print(f"{len(part.documents):,} documents to train on; {', '.join(said)}.", highlight=False)
+
+
+def _digest(texts: Sequence[Corpus]) -> str:
+    digest = hashlib.sha256()
+    for corpus in texts:
+        digest.update(len(corpus).to_bytes(8, "big") + corpus.hashes.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""What a dry run says is what a run needs; the recipes that cannot run here are built at their real widths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, STORIES, TEXT
+from test_adapt import losses, recipe
+from test_cli import Zebra, refused
+from transformers import AutoConfig
+
+import zebra
+from zebra import Refusal
+from zebra.model.families import host_class
+from zebra.plan.shapes import SHAPES, shape
+from zebra.train.adapt import adapt
+from zebra.train.dry_run import _counting, dry_run
+from zebra.train.recipe import AdaptRecipe, read_recipe
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+BIG = [path for path in RECIPES if path.stem.startswith("lcat-")]
+
+PUBLISHED = {"llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "qwen3-4b": 4_022_468_096}
+"""Parameters, as the models' cards count them."""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_has_the_parameters_that_were_published(name: str) -> None:
+    config = AutoConfig.for_model(**shape(name))
+    with torch.device("meta"):
+        model = host_class(config)(config)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+def test_a_shape_of_another_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="no built-in shape 'llama-9'"):
+        dry_run(recipe(tmp_path, model="nowhere", shape="llama-9"))
+    with pytest.raises(Refusal, match="names no built-in shape"):
+        dry_run(recipe(tmp_path, model="nowhere"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_reckoned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    asked = read_recipe(path, AdaptRecipe)
+    found = dry_run(asked)
+    assert found.total == sum(found.memory.values()) > 0
+    assert asked.stripes is not None
+    assert asked.stripes in found.facts["layout"]
+    # In these the head and the attention dominate; a layer's activations stay far below the weights of a big model.
+    if path in BIG:
+        assert 2**30 < found.total < 200 * 2**30
+        assert "not here" in found.facts["text"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length", [300, 900])
+def test_activations_are_what_autograd_keeps(precision: str, length: int, tmp_path: Path) -> None:
+    """Over all layers of the real model and at the real length, where the dry run saw two layers and 128 tokens."""
+    asked = recipe(tmp_path, train__length=length, train__precision=precision)
+    model = zebra.load(STORIES, stripes=asked.stripes, dtype=torch.float32).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), _counting(model) as saved:
+        model.model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    memory = dry_run(asked).memory
+    reckoned = memory["activations"] + memory.get("weights cast to bfloat16", 0)
+    assert reckoned == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+def test_checkpointing_and_low_rank_need_less(tmp_path: Path) -> None:
+    full = dry_run(recipe(tmp_path, train__length=4096))
+    again = dry_run(recipe(tmp_path, train__length=4096, train__activation_checkpointing=True))
+    low = dry_run(recipe(tmp_path, train__length=4096, lora={"rank": 2, "whole": []}))
+    assert again.total < full.total / 2
+    assert low.memory["AdamW"] < full.memory["AdamW"] / 10
+    assert low.memory["gradients"] * 2 == low.memory["AdamW"]
+
+
+def test_a_dry_run_leaves_nothing(zebra: Zebra, tmp_path: Path) -> None:
+    arguments = ("adapt", ROOT / "recipes" / "demo.yaml", "--set", f"run={tmp_path / 'run'}", "--dry-run")
+    done = zebra(*arguments, "--json", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["memory"]["total"] == sum(v for k, v in found["memory"].items() if k != "total")
+    assert "600 steps, 2,457,600 tokens" in found["facts"]["training"]
+    assert "in all" in zebra(*arguments, cwd=ROOT).stdout
+    assert not list(tmp_path.glob("run*"))
+    refused(zebra(*arguments, "--set", "model=nowhere", cwd=ROOT), "no checkpoint at nowhere")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", BIG, ids=lambda path: path.stem)
+def test_a_big_recipe_takes_a_step_with_two_layers_of_its_real_width(path: Path, tmp_path: Path) -> None:
+    """Random weights, the example's tokenizer and so its vocabulary, short rows; the rest as the recipe says."""
+    asked = read_recipe(path, AdaptRecipe)
+    assert asked.shape is not None
+    fields: dict[str, Any] = shape(asked.shape) | {"num_hidden_layers": 2, "vocab_size": 512, "dtype": "bfloat16"}
+    fields |= {"bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(**fields)
+    model = host_class(config)._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (STORIES / name).exists():
+            (tmp_path / "model" / name).write_bytes((STORIES / name).read_bytes())
+    del model
+    tree = asked.model_dump() | {"run": str(tmp_path / "run"), "model": str(tmp_path / "model"), "evaluate": None}
+    tree["data"] = {"files": [str(TEXT / "tinystories_test.txt")], "separator": "<|endoftext|>", "append_eos": True}
+    tree["train"] |= {"length": 256, "steps": 1, "accumulate": 1, "warmup_steps": 0, "device": "best"}
+    tree["train"] |= {"log_every": 1, "save_every": 1}
+    rows = adapt(AdaptRecipe.model_validate(tree))
+    assert losses(rows)[0] == pytest.approx(6.3, abs=0.7)  # a random model guesses among 512 words: ln 512 = 6.2

@@ -1,0 +1,155 @@
+"""Worker processes: the same tokens for any number of them, and what a failure or a kill of one or of all leaves."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zebra.data import corpus as module
+from zebra.data.corpus import Corpus, tokenise
+from zebra.data.encoding import Encoder, encoded
+from zebra.refusal import Refusal
+
+# Without conftest: a worker imports this module, and should not wait for torch.
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+STORIES = EXAMPLES / "stories260K"
+STORY = EXAMPLES / "text" / "tinystories_validation.txt"
+DEFINITION = (STORIES / "tokenizer.json").read_text()
+SEPARATOR = "<|endoftext|>"
+
+
+def letters(texts: list[str]) -> list[list[int]]:
+    """Characters as tokens; some texts are the end of the worker."""
+    if "raise" in texts:
+        raise ValueError("no such letter")
+    if "die" in texts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [[ord(letter) for letter in text] for text in texts]
+
+
+def test_an_encoder_is_the_hosts_tokenizer() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    texts = [*STORY.read_text().split(SEPARATOR)[:20], "naïve 文字 <s> </s> \n\n  x", ""]
+    encode = Encoder(tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens)
+    assert encode(texts) == tokenizer(texts, verbose=False)["input_ids"]
+    assert pickle.loads(pickle.dumps(encode))(texts) == encode(texts)
+    split = Encoder(DEFINITION, specials_as_text=True)
+    assert split(["<s>"]) == tokenizer(["<s>"], split_special_tokens=True)["input_ids"] != encode(["<s>"])
+
+
+def test_a_definition_that_cuts_and_pads_is_not_followed() -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(DEFINITION)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    texts = ["one", "one two three four five six"]
+    assert Encoder(tokenizer.to_str())(texts) == Encoder(DEFINITION)(texts)
+
+
+@pytest.mark.parametrize(
+    ("batches", "append"),
+    [([], None), ([["a"]], None), ([["ab", ""], ["c"], ["def", "g"], ["h"], ["i" * 300_000]], 7)],
+    ids=["none", "fewer than workers", "more"],
+)
+def test_batches_come_back_in_their_order(batches: list[list[str]], append: int | None) -> None:
+    one = list(encoded(batches, letters, append, 1))
+    last = "" if append is None else chr(append)
+    assert ["".join(map(chr, batch.tokens)) for batch in one] == ["".join(t + last for t in batch) for batch in batches]
+    assert [batch.lengths for batch in one] == [[len(text + last) for text in batch] for batch in batches]
+    for a, b in zip(one, encoded(batches, letters, append, 2), strict=True):
+        assert (a.tokens.tolist(), a.lengths, a.hashes.tolist()) == (b.tokens.tolist(), b.lengths, b.hashes.tolist())
+
+
+def entry(cache: Path, workers: int, encode: object = None) -> tuple[Corpus, dict[str, bytes]]:
+    found = tokenise(
+        [str(STORY)], encode or Encoder(DEFINITION), tokenizer="t", separator=SEPARATOR, workers=workers, cache=cache
+    )  # type: ignore[arg-type]
+    (where,) = cache.iterdir()
+    return found, {where.name + "/" + path.name: path.read_bytes() for path in where.iterdir()}
+
+
+def test_any_number_of_workers_makes_the_same_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 5_000)
+    one, written = entry(tmp_path / "one", 1)
+    two, same = entry(tmp_path / "two", 2)
+    assert written == same
+    assert len(one) == len(two) == 200
+    again, _ = entry(tmp_path / "one", 2, encode="never called")
+    assert np.array_equal(again.tokens, one.tokens)
+
+
+@pytest.mark.parametrize(
+    ("last", "error", "message"),
+    [("raise", ValueError, "no such letter"), ("die", Refusal, r"a worker .* was killed, .*\. Take fewer workers")],
+)
+def test_a_worker_that_fails_ends_all(tmp_path: Path, last: str, error: type[Exception], message: str) -> None:
+    (tmp_path / "a.txt").write_text("a--b--c--" + last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BATCH_CHARACTERS", 1)
+        with pytest.raises(error, match=message):
+            tokenise([str(tmp_path / "a.txt")], letters, tokenizer="t", separator="--", workers=2, cache=tmp_path / "c")
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_a_text_that_cannot_be_read_ends_the_workers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{')
+    with pytest.raises(Refusal, match="line 2 is not JSON"):
+        tokenise([str(tmp_path / "a.jsonl")], letters, tokenizer="t", workers=2, cache=tmp_path / "c")
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from zebra.data import corpus
+
+def encode(texts):
+    with open(sys.argv[3], "a") as file:
+        print(os.getpid(), file=file)
+    if texts == ["e"]:
+        os.kill(os.getppid(), signal.SIGKILL)
+    return [[ord(letter) for letter in text] for text in texts]
+
+if __name__ == "__main__":
+    corpus._BATCH_CHARACTERS = 1
+    corpus.tokenise([sys.argv[1]], encode, tokenizer="t", separator="--", workers=2, cache=sys.argv[2])
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_kill_leaves_no_worker_and_nothing_half_made(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("--".join("abcdefgh"))
+    (tmp_path / "killed.py").write_text(KILLED)
+    arguments = [tmp_path / "killed.py", tmp_path / "a.txt", tmp_path / "c", tmp_path / "pids"]
+    done = subprocess.run([sys.executable, *map(str, arguments)], timeout=60, stderr=subprocess.DEVNULL)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = (tmp_path / "c").iterdir()
+    assert left.name.startswith(".")
+    workers = set(map(int, (tmp_path / "pids").read_text().split()))
+    assert len(workers) == 2
+    until = time.monotonic() + 30
+    while any(map(alive, workers)):
+        assert time.monotonic() < until, "a worker outlives its parent"
+        time.sleep(0.02)
+    corpus = tokenise(
+        [str(tmp_path / "a.txt")], letters, tokenizer="t", separator="--", workers=2, cache=tmp_path / "c"
+    )
+    assert "".join(map(chr, corpus.tokens)) == "abcdefgh"
+    (entry,) = (tmp_path / "c").iterdir()
+    assert entry != left

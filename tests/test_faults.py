@@ -1,0 +1,122 @@
+"""What goes wrong around a run: full disks, second processes, changed inputs, diverging losses. One line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import STORIES, TEXT
+from safetensors.torch import load_file, save_file
+from test_adapt import losses, names, recipe
+from test_cli import Zebra, refused
+
+from zebra import Refusal
+from zebra.train import directory
+from zebra.train.adapt import adapt
+from zebra.train.recipe import AdaptRecipe
+from zebra.train.trainer import COMPLETE
+
+SHORT = {"train__steps": 6, "train__save_every": 2, "evaluate": None}
+
+
+def command(where: Path, asked: AdaptRecipe) -> list[str]:
+    (where / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    return [sys.executable, "-m", "zebra", "adapt", str(where / "recipe.yaml")]
+
+
+def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    """A limit on the size of files fails the write as a full disk does."""
+    asked = recipe(tmp_path / "run", **SHORT)
+    done = subprocess.run(
+        command(tmp_path, asked),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"zebra: {tmp_path / 'run'} cannot be written, is the disk full?")
+    assert not (tmp_path / "run" / "model").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob(f"*/{COMPLETE}"))
+    assert losses(adapt(asked)) == losses(adapt(recipe(tmp_path / "whole", **SHORT)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", STORIES, "/proc/striped", "--stripes", "GL:9"),
+        ("evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--out", "/dev/full"),
+    ],
+    ids=["convert", "rows"],
+)
+def test_a_target_that_cannot_be_written(zebra: Zebra, tmp_path: Path, arguments: tuple[object, ...]) -> None:
+    (tmp_path / "short.txt").write_text("Once upon a time there was a boy.")
+    refused(zebra(*arguments, cwd=tmp_path), "Nothing half-written was left")
+
+
+def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
+    asked = recipe(tmp_path / "run", **SHORT)
+    with directory.occupied(asked), pytest.raises(Refusal, match=r"another process is at work in .*run\. Wait"):
+        adapt(asked)
+    assert not (tmp_path / "run").exists()  # nothing came of either
+    assert len(losses(adapt(asked))) == 6
+
+
+def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((TEXT / "tinystories_test.txt").read_text())
+    asked = recipe(tmp_path / "run", model=str(stories), data__files=[str(text)], **SHORT)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zebra.train.adapt.fit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(asked)
+    weights = stories / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] *= 1.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(Refusal, match="began with other inputs: source changed since"):
+        adapt(asked)
+    text.write_text(text.read_text().replace("Once", "Twice", 1))
+    with pytest.raises(Refusal, match="source and text changed since"):
+        adapt(asked)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Refusal, match="processes and source and text changed since"):
+        adapt(asked)
+
+
+def test_a_recipe_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Refusal, match="for a GPU"):
+        adapt(recipe(tmp_path / "run", train__device="cuda", **SHORT))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_spoils_a_checkpoint(tmp_path: Path) -> None:
+    spoiled = {"train__learning_rate": 1e30, "train__schedule": "constant_with_warmup", "train__warmup_steps": 5}
+    run = tmp_path / "run"
+    with pytest.raises(Refusal, match=r"not finite at step \d, at a learning rate of \d.* lower train\.learning_rate"):
+        adapt(recipe(run, **SHORT, **spoiled))
+    for checkpoint in (run / "checkpoints").iterdir():
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+    assert names(run) == {"recipe.yaml", "inputs.json", "checkpoints"}
+
+
+def test_the_inputs_of_a_run_are_written_down(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    adapt(recipe(run, **SHORT))
+    inputs = json.loads((run / "inputs.json").read_text())
+    assert inputs["processes"] == 1
+    assert len(inputs["source"]) == 64
+    assert os.fspath(TEXT) not in json.dumps(inputs)

@@ -1,0 +1,146 @@
+"""Low-rank adaptation: what is trained, and that what is written is what was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import STORIES
+from test_adapt import KILLS, losses, names, recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import zebra
+from zebra import Refusal
+from zebra.train import lora
+from zebra.train.adapt import adapt
+from zebra.train.recipe import Lora
+
+peft = pytest.importorskip("peft")
+
+IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
+STEPS = {"train__steps": 8, "train__learning_rate": 3e-3}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_trained_is_what_longlora_trains(tied: bool, checkpoints: Callable[..., Path]) -> None:
+    model = zebra.load(checkpoints("llama", tie_word_embeddings=tied), stripes="GL:9", dtype=torch.bfloat16)
+    before = model(IDS).logits
+    wrapped = lora.wrap(model, Lora(rank=3, scale=4.0), seed=0)
+    with torch.autocast("cpu", torch.bfloat16):  # B is zero at first, so nothing changes
+        assert (wrapped(IDS).logits - before).norm() < 0.05 * before.norm()
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    kinds = {
+        kind
+        for kind in ("lora_A", "lora_B", "embed_tokens", "layernorm", "model.norm", "lm_head")
+        if any(kind in name for name in trained)
+    }
+    # A tied head is trained with the embeddings; a head of its own stays frozen.
+    assert kinds == {"lora_A", "lora_B", "embed_tokens", "layernorm", "model.norm"}
+    assert wrapped.get_output_embeddings().weight.requires_grad == tied
+    assert sum(name.endswith("lora_A.default.weight") for name in trained) == 4 * 5
+    assert {p.dtype for p in wrapped.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for name, p in wrapped.named_parameters() if "base_layer" in name} == {torch.bfloat16}
+    assert wrapped.peft_config["default"].lora_alpha == 12
+
+
+def test_the_update_is_the_formula(checkpoints: Callable[..., Path]) -> None:
+    """Merged, W becomes W + scale * B A."""
+    model = zebra.load(checkpoints("qwen3"), stripes="GL:9")
+    w = model.model.layers[1].self_attn.q_proj.weight.detach().clone()
+    wrapped = lora.wrap(model, Lora(rank=2, scale=3.0, whole=()), seed=0)
+    layer = wrapped.get_base_model().model.layers[1].self_attn.q_proj
+    b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    torch.nn.init.normal_(b)
+    wanted = w + 3.0 * (b @ a).detach()
+    torch.testing.assert_close(wrapped.merge_and_unload().model.layers[1].self_attn.q_proj.weight, wanted)
+
+
+def test_an_adaptation_is_merged_into_a_plain_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rows = adapt(recipe(run, lora={"rank": 4}, **STEPS))
+    assert losses(rows)[-1] < losses(rows)[0]
+    assert names(run / "model") == names(STORIES) | {"zebra.json"}
+    plain = AutoModelForCausalLM.from_pretrained(run / "model")
+    ids = AutoTokenizer.from_pretrained(run / "model")("Once upon a time", return_tensors="pt").input_ids
+    adapter = lora.reload(zebra.load(STORIES, stripes="GLLL:33"), run / "checkpoints" / "checkpoint-8")
+    torch.testing.assert_close(plain(ids).logits, adapter(ids).logits, atol=1e-4, rtol=1e-4)
+    source = AutoModelForCausalLM.from_pretrained(STORIES)
+    for name, trained in (("self_attn.q_proj", True), ("input_layernorm", True), ("mlp.up_proj", False)):
+        same = torch.equal(*(model.model.layers[0].get_submodule(name).weight for model in (plain, source)))
+        assert same != trained, name
+
+
+def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rows = adapt(recipe(run, lora={"rank": 4, "merge": False}, **STEPS))
+    assert "adapter_config.json" in names(run / "model")
+    assert json.loads((run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        run / "base"
+    )
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "model")
+    merged = adapt(recipe(tmp_path / "merged", lora={"rank": 4}, **STEPS))
+    values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, merged)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "model")
+    torch.testing.assert_close(loaded(IDS).logits, plain(IDS).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_merge_that_is_wrong_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import LoraModel
+
+    merge = LoraModel.merge_and_unload
+
+    def half(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, parameter in self.named_parameters():
+            if "lora_B" in name:
+                parameter.data *= 0.5
+        return merge(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", half)
+    with pytest.raises(Refusal, match="differs from its adapter"):
+        adapt(recipe(tmp_path / "run", lora={"rank": 4}, evaluate=None, **STEPS))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_frozen_weights_may_be_bfloat16(tmp_path: Path) -> None:
+    changes = {"lora": {"rank": 4, "frozen": "bfloat16"}, "train__precision": "bfloat16", "evaluate": None}
+    rows = adapt(recipe(tmp_path / "run", **changes, **STEPS))
+    assert losses(rows)[-1] < losses(rows)[0]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").dtype == torch.float32  # the source's
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_a_killed_low_rank_run_resumes_to_the_same_losses(when: str, tmp_path: Path) -> None:
+    kill, _, _ = KILLS[when]
+    changes = {"lora": {"rank": 4}, "evaluate": None, "train__steps": 12}
+    wanted = adapt(recipe(tmp_path / "whole", **changes))
+    killed = recipe(tmp_path / "run", **changes)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(killed.model_dump(mode="json")))
+    done = subprocess.run(
+        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "adapt", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert losses(adapt(killed)) == losses(wanted)
+
+
+def test_modules_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"names qkv_proj, which this model has not; its linear modules are down_proj"):
+        adapt(recipe(tmp_path / "run", lora={"targets": ["q_proj", "qkv_proj"]}, evaluate=None))
+
+
+def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[..., Path]) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(Refusal, match=r"pip install 'zebra-llm\[lora\]'"):
+        lora.wrap(zebra.load(checkpoints("llama")), Lora(), seed=0)

@@ -1,0 +1,283 @@
+"""Mixtures: the shares asked for in the packed rows, no document trained on that is held out, duplicates kept once."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as arrow
+import pytest
+import zstandard
+from conftest import STORIES, TEXT
+from pyarrow import parquet
+from rich.console import Console
+
+from zebra.data.composition import composition
+from zebra.data.corpus import Corpus, tokenise
+from zebra.data.encoding import Encoder
+from zebra.data.mixture import Kept, Mixture, Source, keep, mix, select
+from zebra.refusal import Refusal
+
+SEPARATOR = "<|endoftext|>"
+STORY = [story.strip() for story in (TEXT / "tinystories_train.txt").read_text().split(SEPARATOR) if story.strip()]
+
+
+def made(*lengths: int, first: int = 1, texts: str | None = None) -> Corpus:
+    """Documents whose tokens are all different, and all different texts unless named by letters."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    names = list(texts) if texts else [f"{first} {i}" for i in range(len(lengths))]
+    hashes = np.array([int(hashlib.md5(name.encode()).hexdigest()[:16], 16) for name in names], dtype=np.uint64)
+    return Corpus(np.arange(first, first + offsets[-1]).astype(np.uint32), offsets, hashes)
+
+
+def drawn(seed: int, documents: int = 200, longest: int = 300, first: int = 1) -> Corpus:
+    return made(*np.random.default_rng(seed).integers(1, longest, documents).tolist(), first=first)
+
+
+def documents(part: Kept) -> list[int]:
+    return part.documents.tolist()
+
+
+def tokens_of(mixture: Mixture) -> list[list[int]]:
+    return [[token for token in mixture.rows[i]["input_ids"].tolist() if token] for i in range(len(mixture.rows))]
+
+
+# -- choosing
+
+
+def test_a_bucket_is_half_open() -> None:
+    corpus = made(1, 5, 9, 10, 11, 50)
+    sources = [Source("short", corpus, max_tokens=10), Source("long", corpus, min_tokens=10)]
+    assert [documents(part) for part in keep(sources, deduplicate=True)] == [[0, 1, 2], [3, 4, 5]]
+    assert [source.bucket for source in sources] == ["[0, 10)", "[10, ∞)"]
+
+
+def test_the_first_of_duplicates_is_kept() -> None:
+    sources = [Source("one", made(1, 2, 3, 4, texts="abca")), Source("two", made(2, 5, 1, texts="bdd"))]
+    kept = keep(sources, deduplicate=True)
+    assert [documents(part) for part in kept] == [[0, 1, 2], [1]]
+    assert [part.duplicates for part in kept] == [1, 2]
+    kept = keep(sources, deduplicate=False)
+    assert [documents(part) for part in kept] == [[0, 1, 2, 3], [0, 1, 2]]
+    assert [part.duplicates for part in kept] == [0, 0]
+
+
+def test_a_document_outside_its_bucket_shadows_no_other() -> None:
+    sources = [Source("long", made(1, 20, texts="ab"), min_tokens=10), Source("all", made(1, 20, texts="ab"))]
+    assert [documents(part) for part in keep(sources, deduplicate=True)] == [[1], [0]]
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_what_is_held_out_depends_on_the_text_alone(deduplicate: bool) -> None:
+    one = drawn(1)
+    order = np.random.default_rng(0).permutation(len(one))
+    shuffled = made(*one.lengths[order].tolist())
+    shuffled = Corpus(shuffled.tokens, shuffled.offsets, one.hashes[order])
+    (a,), (b,) = (keep([Source("s", c)], deduplicate=deduplicate, held_out=0.2) for c in (one, shuffled))
+    held = set(one.hashes[a.held_out].tolist())
+    assert held == set(shuffled.hashes[b.held_out].tolist())
+    assert 0.1 < len(held) / len(one) < 0.3
+    assert not held & set(one.hashes[a.documents].tolist())
+    assert len(a.documents) + len(a.held_out) == len(one)
+    (more,) = keep([Source("s", one)], deduplicate=deduplicate, held_out=0.5)
+    assert held < set(one.hashes[more.held_out].tolist())  # a greater share holds out these and others
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+@pytest.mark.parametrize("join", [False, True])
+def test_what_is_held_out_is_never_in_a_row(deduplicate: bool, join: bool) -> None:
+    """Not even as a duplicate in another source."""
+    one, two = drawn(1), drawn(2, first=100_000)
+    two = Corpus(two.tokens, two.offsets, np.concatenate([one.hashes[:100], two.hashes[100:]]))
+    kept = keep([Source("one", one, 0.5), Source("two", two, 0.5)], deduplicate=deduplicate, held_out=0.1)
+    assert sum(len(part.held_out) for part in kept)
+    hashes = {int(part.source.corpus.hashes[i]) for part in kept for i in part.held_out}
+    held = {
+        int(token)
+        for corpus in (one, two)
+        for i in range(len(corpus))
+        if int(corpus.hashes[i]) in hashes
+        for token in corpus[i]
+    }
+    mixture = mix(kept, 3000, 128, join=join, seed=0)
+    assert min(line.epochs for line in mixture.lines) > 3
+    assert not held & {token for row in tokens_of(mixture) for token in row}
+    gathered = select(kept, held_out=True).gathered()
+    assert set(gathered.tokens.tolist()) <= held
+    assert len(gathered) == sum(len(part.held_out) for part in kept)
+    assert gathered[0].tolist() == one[kept[0].held_out[0]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (
+            Source("s", made(4, 7), min_tokens=8),
+            {},
+            r"s has no document .* 2 documents of 4 to 7 tokens 0 lie in \[8, ∞\)",
+        ),
+        (Source("s", made(0, 0)), {}, "no document to train on: of 2 documents of 0 to 0 tokens"),
+        (Source("s", made(5, texts="a")), {"held_out": 1 - 1e-12}, "0 of them are duplicates and 1 held out. Widen"),
+        (Source("s", drawn(1, 3)), {"held_out": 1e-9}, "a share of 1e-09 holds out none of 3 documents. Hold out more"),
+    ],
+)
+def test_nothing_left_is_refused(source: Source, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        keep([source], deduplicate=True, **options)
+
+
+def test_a_source_of_duplicates_alone_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"the source two has no document to train on: .* 1 of them are duplicates"):
+        keep([Source("one", made(5, texts="a")), Source("two", made(5, texts="a"))], deduplicate=True)
+
+
+# -- drawing
+
+
+@pytest.mark.parametrize("join", [False, True])
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (1 / 3, 2 / 3), (0.999, 0.001)])
+@pytest.mark.parametrize("rows", [40, 2000])
+def test_the_shares_are_those_asked_for(shares: tuple[float, float], rows: int, join: bool) -> None:
+    one, two = drawn(1), drawn(2, first=100_000)
+    kept = keep([Source("a", one, shares[0]), Source("b", two, shares[1])], deduplicate=True)
+    mixture = mix(kept, rows, 128, join=join, seed=3)
+    packed = np.array([token for row in tokens_of(mixture) for token in row])
+    assert len(packed) == mixture.rows.tokens
+    found = [(packed < 100_000).mean(), (packed >= 100_000).mean()]
+    assert found == pytest.approx(shares, abs=0.001)
+    assert [line.share for line in mixture.lines] == pytest.approx(found)
+    assert [line.drawn for line in mixture.lines] == [(packed < 100_000).sum(), (packed >= 100_000).sum()]
+    assert len(mixture.rows) == rows if join else 0.97 * rows < len(mixture.rows) <= rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_documents_come_once_before_any_comes_twice(seed: int) -> None:
+    corpus = drawn(1, documents=30)
+    total = len(corpus.tokens)
+    kept = keep([Source("s", corpus)], deduplicate=True)
+    for rows, length in ((1, total // 3), (1, total), (5, total // 2)):
+        (line,) = (mixture := mix(kept, rows, length, join=True, seed=seed)).lines
+        counts = np.bincount([token for row in tokens_of(mixture) for token in row], minlength=total + 1)[1:]
+        whole = rows * length // total
+        assert set(counts.tolist()) <= {whole, whole + 1}
+        assert line.epochs == pytest.approx(rows * length / total)
+
+
+def test_only_one_document_of_a_source_is_cut() -> None:
+    corpus = drawn(1, documents=50)
+    mixture = mix(keep([Source("s", corpus)], deduplicate=True), 9, 128, join=True, seed=0)
+    cut = mixture.drawn.lengths < corpus.lengths[mixture.drawn.documents]
+    assert cut.sum() <= 1
+    assert mixture.drawn.lengths.sum() == 9 * 128
+
+
+def test_a_mixture_is_that_of_its_seed() -> None:
+    def rows(seed: int, *sources: Source) -> list[list[int]]:
+        return tokens_of(mix(keep(sources, deduplicate=True), 30, 128, join=True, seed=seed))
+
+    two = [Source("a", drawn(1), 0.5), Source("b", drawn(2, first=100_000), 0.5)]
+    assert rows(1, *two) == rows(1, *two)
+    assert rows(1, *two) != rows(2, *two)
+
+
+def test_a_source_is_drawn_alike_whatever_stands_beside_it() -> None:
+    one, two = drawn(1), drawn(2, first=100_000)
+    found = []
+    for beside in ([], [Source("b", two, 0.5)]):
+        kept = keep([*beside, Source("a", one, 0.5 if beside else 1.0)], deduplicate=True)
+        selection = mix(kept, 32 if beside else 16, 128, join=True, seed=1).drawn
+        found.append(selection.documents[selection.sources == len(beside)].tolist())
+    assert found[0] == found[1]
+
+
+def test_rows_with_room_at_their_end_are_no_more_than_asked_for() -> None:
+    """Documents of six tenths of a row: no two fit one."""
+    corpus = made(*[60] * 500)
+    mixture = mix(keep([Source("s", corpus)], deduplicate=True), 200, 100, join=False, seed=0)
+    assert 195 <= len(mixture.rows) <= 200
+    assert mixture.rows.tokens == pytest.approx(200 * 60, rel=0.03)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.4), (0.5, 0.6)])
+def test_shares_that_do_not_sum_to_one_are_refused(shares: tuple[float, float]) -> None:
+    kept = keep([Source("a", made(9), shares[0]), Source("b", made(9, first=99), shares[1])], deduplicate=True)
+    with pytest.raises(Refusal, match=rf"sum to 1; got {shares[0]} \+ {shares[1]} = {sum(shares):g}\. Change"):
+        mix(kept, 2, 8, join=True, seed=0)
+
+
+# -- from files
+
+
+def four_kinds(folder: Path) -> list[Path]:
+    """The stories of the examples: joined into long ones, as text, JSON Lines plain and packed, and parquet."""
+    stories = list(STORY)
+    random.Random(5).shuffle(stories)
+    books = [f"{SEPARATOR}\n".join(stories[i : i + 12]).replace(SEPARATOR, "") for i in range(0, 240, 12)]
+    lines = ["".join(json.dumps({"text": s, "n": 1}) + "\n" for s in stories[a:b]) for a, b in ((240, 500), (500, 700))]
+    (folder / "books.txt").write_text(SEPARATOR.join(books))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines[0].encode()))
+    (folder / "b.jsonl.zst").write_bytes(zstandard.compress(lines[1].encode()))
+    (folder / "c.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in stories[650:900]))  # 50 again
+    parquet.write_table(arrow.table({"body": stories[900:1200]}), folder / "d.parquet")
+    return [folder / name for name in ("books.txt", "a.jsonl.gz", "b.jsonl.zst", "c.jsonl", "d.parquet")]
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_a_mixture_from_four_kinds_of_files(tmp_path: Path, join: bool) -> None:
+    """Long documents are a fifth of the text and three fifths of the mixture."""
+    books, packed_a, packed_b, plain, columns = four_kinds(tmp_path)
+    encode = Encoder((STORIES / "tokenizer.json").read_text())
+
+    def corpus(*files: Path, **options: Any) -> Corpus:
+        return tokenise([str(file) for file in files], encode, tokenizer="t", cache=tmp_path / "c", **options)
+
+    sources = [
+        Source("long", corpus(books, separator=SEPARATOR), 0.6, min_tokens=1024),
+        Source("packed", corpus(packed_a, packed_b), 0.17, max_tokens=1024),
+        Source("plain", corpus(plain), 0.13, min_tokens=100, max_tokens=1024),
+        Source("columns", corpus(columns, field="body"), 0.1),
+    ]
+    kept = keep(sources, deduplicate=True, held_out=0.02)
+    assert kept[2].duplicates >= 40
+    mixture = mix(kept, 256, 1024, join=join, seed=0)
+    packed = np.zeros(len(sources))
+    for document, _, count in mixture.rows.pieces:
+        packed[mixture.drawn.sources[document]] += count
+    shares = packed / packed.sum()
+    assert np.abs(shares - [source.share for source in sources]).max() < 0.001
+    assert sum(int((mixture.rows[i]["labels"] >= 0).sum()) for i in range(len(mixture.rows))) > 0.9 * packed.sum()
+    there = np.array([line.tokens for line in mixture.lines])
+    assert there[0] / there.sum() < 0.3
+    assert mixture.lines[0].epochs > 1 > mixture.lines[3].epochs
+
+
+# -- printing
+
+
+def test_a_mixture_is_printed() -> None:
+    one, two = made(*[100] * 20), made(*[1000] * 4, 1500, first=100_000)
+    kept = keep([Source("short", one, 0.2), Source("long", two, 0.8, min_tokens=1000)], deduplicate=True)
+    mixture = mix(kept, 100, 100, join=True, seed=0)
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(composition(kept, mixture))
+    lines = [line.split() for line in shown.getvalue().splitlines() if line.strip()]
+    assert ["short", "[0,", "∞)", "20", "2,000", "0", "0"] in lines
+    assert ["long", "[1,000,", "∞)", "5", "5,500", "0", "0"] in lines
+    assert ["short", "2,000", "20.00%", "20.00%", "1.00"] in lines
+    assert ["long", "8,000", "80.00%", "80.00%", "1.45"] in lines
+    assert "100 rows of 100, 10,000 tokens" in shown.getvalue()
+    by_length = {tuple(line[:3]): line[3:] for line in lines if "to" in line}
+    assert by_length["0", "to", "256"] == ["26.7%", "█" * 7, "20.0%", "█" * 5]
+    assert by_length["256", "to", "512"] == ["0.0%", "0.0%"]
+    assert set(by_length) == {
+        ("0", "to", "256"),
+        ("256", "to", "512"),
+        ("512", "to", "1,024"),
+        ("1,024", "to", "2,048"),
+    }

@@ -1,0 +1,151 @@
+"""A recipe's texts: files or a mixture to rows, what is held out, and a run that keeps to the text it began with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import STORIES, TEXT
+
+from zebra.model.checkpoint import load_tokenizer, read_config
+from zebra.refusal import Refusal
+from zebra.train.adapt import adapt
+from zebra.train.recipe import AdaptRecipe
+from zebra.train.texts import Texts, data_rows, read_texts
+
+SEPARATOR = "<|endoftext|>"
+STORY = str(TEXT / "tinystories_validation.txt")
+TREE: dict[str, Any] = {
+    "run": "run",
+    "model": str(STORIES),
+    "data": {"files": [STORY], "separator": SEPARATOR, "join": True},
+    "train": {"length": 256, "steps": 20, "rows_per_step": 2, "accumulate": 3, "learning_rate": 1e-3},
+}
+
+
+def recipe(**sections: Any) -> AdaptRecipe:
+    return AdaptRecipe.model_validate(TREE | sections)
+
+
+def texts(**sections: Any) -> Texts:
+    return read_texts(recipe(**sections), load_tokenizer(STORIES, read_config(STORIES)))
+
+
+def stories() -> list[str]:
+    return [story.strip() for story in Path(STORY).read_text().split(SEPARATOR) if story.strip()]
+
+
+def source(name: str, share: float, files: list[Path | str], **options: Any) -> dict[str, Any]:
+    return {"name": name, "share": share, "files": list(map(str, files)), "separator": SEPARATOR, **options}
+
+
+def trained_on(found: Texts) -> set[int]:
+    """The hash of every document with a token in a row."""
+    drawn = found.rows.documents
+    return {int(drawn.corpora[drawn.sources[d]].hashes[drawn.documents[d]]) for d in found.rows.pieces[:, 0]}
+
+
+def test_files_are_each_document_once(capsys: pytest.CaptureFixture[str]) -> None:
+    found = texts()
+    assert len(trained_on(found)) >= 199  # the end that fills no row may be a document
+    assert (found.held_out, found.lines) == (None, [])
+    assert capsys.readouterr().err == ""
+
+
+def test_duplicates_are_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = tmp_path / "twice.txt"
+    twice.write_text(SEPARATOR.join([*stories(), *stories()[:7]]))
+    data = TREE["data"] | {"files": [str(twice)]}
+    kept = texts(data=data)
+    assert capsys.readouterr().err == "200 documents to train on; 7 dropped as duplicates.\n"
+    assert kept.rows.tokens == texts().rows.tokens
+    assert texts(data=data | {"deduplicate": False}).rows.tokens > kept.rows.tokens
+
+
+def test_what_is_held_out_is_measured_on_and_not_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
+    data = TREE["data"] | {"held_out": 0.2, "append_eos": True}
+    found = texts(data=data, evaluate={"length": 32})
+    assert found.held_out is not None
+    out = len(found.held_out)
+    assert 20 < out < 60
+    assert capsys.readouterr().err == f"{200 - out} documents to train on; {out} held out.\n"
+    assert found.rows.documents.documents.tolist() == sorted(set(range(200)) - held(found))
+    assert all(found.held_out[i][-1] == 2 for i in range(out))
+    joined = texts(data=data, evaluate={"length": 3000, "join": True}).held_out
+    assert joined is not None
+    assert joined.lengths.min() >= 3000
+    assert joined.tokens.tolist() == found.held_out.tokens.tolist()
+
+
+def held(found: Texts) -> set[int]:
+    """The places of the documents that are held out."""
+    return set(range(200)) - set(found.rows.documents.documents.tolist())
+
+
+def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two buckets of the same files and a file of records; 120 rows are 20 steps of 2 rows, 3 times."""
+    records = tmp_path / "r.jsonl"
+    train = (TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)
+    records.write_text("".join(json.dumps({"body": story}) + "\n" for story in train))
+    sources = [
+        source("long", 0.5, [STORY], min_tokens=400),
+        source("short", 0.2, [STORY], max_tokens=400),
+        {"name": "records", "share": 0.3, "files": [str(records)], "field": "body"},
+    ]
+    data = {"sources": sources, "join": True, "held_out": 0.05, "workers": 2}
+    asked = recipe(data=data, evaluate={"length": 64})
+    found = texts(data=data, evaluate={"length": 64})
+    assert len(found.rows) == 120
+    assert [line.share for line in found.lines] == pytest.approx([0.5, 0.2, 0.3], abs=0.001)
+    assert found.held_out is not None
+    assert len(found.held_out) == sum(line.held_out for line in found.lines)
+    printed = capsys.readouterr().err
+    assert "120 rows of 256, 30,720 tokens" in printed
+    assert "[400, ∞)" in printed
+    assert "50.00%" in printed
+    assert "epochs" in printed
+    rows = data_rows(asked, found.lines, "GL:8", run="r", seed=0, device="cpu")
+    values = {(row.task, row.metric): row.value for row in rows}
+    assert values["data-long", "share_asked"] == 0.5
+    assert values["data-records", "share"] == pytest.approx(0.3, abs=0.001)
+    assert sum(values[f"data-{name}", "tokens_drawn"] for name in ("long", "short", "records")) == 30_720
+    assert {row.length for row in rows} == {256}
+    assert [line.documents for line in found.lines] == list(dict.fromkeys(row.n for row in rows))
+
+
+def test_the_digest_is_that_of_the_texts(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.txt"
+    copy.write_text(Path(STORY).read_text())
+    measured = {"files": [str(copy)], "separator": SEPARATOR, "length": 32}
+    first = texts(evaluate=measured).digest
+    assert texts(evaluate=measured).digest == first != texts().digest
+    copy.write_text(copy.read_text().replace("Once", "Twice", 1))
+    assert texts(evaluate=measured).digest != first
+
+
+def test_a_run_on_a_mixture_measures_on_what_it_holds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tmp_path / "stories.txt"
+    files.write_text(Path(STORY).read_text())
+    asked = recipe(
+        run=str(tmp_path / "run"),
+        data={"sources": [source("all", 1.0, [files])], "join": True, "held_out": 0.1},
+        train=TREE["train"] | {"steps": 2, "log_every": 1, "save_every": 1},
+        evaluate={"length": 64},
+    )
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zebra.train.adapt.export", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(asked)
+    monkeypatch.undo()
+    files.write_text(Path(STORY).read_text().replace("Once", "Twice", 1))
+    with pytest.raises(Refusal, match="text changed since"):
+        adapt(asked)
+    files.write_text(Path(STORY).read_text())
+    rows = adapt(asked)
+    assert {row.metric for row in rows if row.task == "data-all"} >= {"share", "share_asked", "epochs", "held_out"}
+    assert {row.task for row in rows} == {"data-all", "perplexity-disjoint", "speed", "train", "cost"}
