@@ -106,6 +106,7 @@ def convert(
 def verify(
     target: Annotated[Path, typer.Argument(help="The converted checkpoint.")],
     against: Annotated[Path, typer.Option(help="The checkpoint that it was converted from.")],
+    rope: Annotated[str | None, typer.Option(help="The change of rope that was converted with.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of the long checks.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
     dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",
@@ -118,7 +119,7 @@ def verify(
 
         from zebra.model.verify import verify as run
 
-        checks = run(target, against, length=length, seed=seed, dtype=dtype, device=device)
+        checks = run(target, against, rope=rope, length=length, seed=seed, dtype=dtype, device=device)
     if as_json:
         _json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
     else:

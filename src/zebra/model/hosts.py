@@ -24,7 +24,7 @@ from zebra.model.checkpoint import (
     write_config,
 )
 from zebra.model.families import host_class, striped
-from zebra.model.rope import Rope, changes_with_length, refuse_changing_rope, whole_texts_only
+from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing_rope, whole_texts_only
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import Stripes
@@ -151,7 +151,7 @@ def load(
     config, rest = read_config_and_rest(path, **from_pretrained_arguments)
     if stripes is not None:
         config = striped(config, Stripes.parse(stripes) if isinstance(stripes, str) else stripes)
-    config = _as_rope(rope).changed(config)
+    config = as_rope(rope).changed(config)
     if Path(path).exists() and "variant" not in rest:
         check_weights(Path(path) / rest.get("subfolder", ""), config)
     host: Any = host_class(config)
@@ -166,10 +166,6 @@ def load(
     if changes_with_length(config):
         model.register_forward_pre_hook(whole_texts_only, with_kwargs=True)
     return model
-
-
-def _as_rope(rope: Rope | str | None) -> Rope:
-    return rope if isinstance(rope, Rope) else Rope.parse(rope or "none")
 
 
 def convert(
@@ -190,11 +186,11 @@ def convert(
     source, target = Path(source), Path(target)
     stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
     config = read_config(source)
-    made = _as_rope(rope).changed(striped(config, stripes))
+    made = as_rope(rope).changed(striped(config, stripes))
     refuse_changing_rope(made)
     if target.exists() and source.samefile(target):
         raise Refusal(f"source and target are the same directory, {source}. Name another target.")
-    write_linked(source, target, made, rope=str(_as_rope(rope)))
+    write_linked(source, target, made, rope=str(as_rope(rope)))
     return target
 
 

@@ -125,6 +125,11 @@ class Rope:
         return new | (_LLAMA3 if self.kind == "llama3" else {})
 
 
+def as_rope(rope: Rope | str | None) -> Rope:
+    """A rope, its notation, or None for the rope as it is."""
+    return rope if isinstance(rope, Rope) else Rope.parse(rope or "none")
+
+
 def changes_with_length(config: PreTrainedConfig) -> str | None:
     """The type of a rope whose frequencies depend on the text's length, so that a cache would mix several; or None."""
     rope = config.rope_parameters or {}

@@ -6,7 +6,6 @@ the largest logit. The oracle for long inputs is the *source* model with a dense
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import read_config
 from zebra.model.families import host_class, stripes_of
 from zebra.model.hosts import load, read_device, read_dtype
+from zebra.model.rope import Rope, as_rope
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
@@ -49,14 +49,13 @@ def verify(
     target: str | os.PathLike[str],
     against: str | os.PathLike[str],
     *,
+    rope: Rope | str | None = None,
     length: int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
 ) -> list[Check]:
     """Compare a converted checkpoint with its source and with itself.
-
-    The source runs with the target's rope, where that was changed.
 
     1. short: up to the window, plain transformers with the target equals it with the source.
     2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer.
@@ -66,6 +65,7 @@ def verify(
 
     Args:
         target, against: the converted checkpoint and its source, directories.
+        rope: the change of rope that the conversion was asked for; the source runs with it.
         length: tokens of the long checks; the window and half of it again, and some, where None.
 
     Raises:
@@ -90,7 +90,7 @@ def verify(
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
     placed = {"dtype": dtype, "device_map": device}
 
-    wanted_short, oracle = _source(against, _with_rope_of(config, source_config), ids, short, stripes, placed)
+    wanted_short, oracle = _source(against, _with_rope(source_config, rope, config), ids, short, stripes, placed)
     found_short, found_long = _plain(target, ids, short, placed)
     found = _ours(target, ids, placed)
 
@@ -134,20 +134,13 @@ def _stock(path: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if eager else "sdpa", **arguments)
 
 
-def _with_rope_of(target: PreTrainedConfig, source: PreTrainedConfig) -> PreTrainedConfig:
-    """The source's config with the target's rope; a source with one rope takes that of the global layers."""
-    rope = target.rope_parameters
-    if GLOBAL not in source.rope_parameters and GLOBAL in rope:
-        if rope[GLOBAL] != rope[LOCAL]:
-            raise Refusal(
-                "the target has another rope in its global layers than in its local ones, which the source's class "
-                f"{source.model_type} cannot run, so there is nothing to compare it with. Verify the conversion "
-                "without the change of rope."
-            )
-        rope = rope[GLOBAL]
-    made = copy.deepcopy(source)
-    made.rope_parameters = copy.deepcopy(rope)
-    made.max_position_embeddings = target.max_position_embeddings
+def _with_rope(source: PreTrainedConfig, rope: Rope | str | None, target: PreTrainedConfig) -> PreTrainedConfig:
+    made = as_rope(rope).changed(source)
+    if made is not source and GLOBAL in target.rope_parameters and GLOBAL not in made.rope_parameters:
+        raise Refusal(
+            f"{rope} changed the rope of the target's global layers alone, which the source's class "
+            f"{source.model_type} cannot do, so there is nothing to compare it with. Verify the conversion without it."
+        )
     return made
 
 

@@ -25,7 +25,7 @@ from zebra.evaluate.perplexity import Score, as_rows, perplexity
 from zebra.model.checkpoint import check_weights, digest, load_tokenizer, read_config
 from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
-from zebra.model.rope import Rope, refuse_changing_rope
+from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.progress import console
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -115,7 +115,7 @@ def adapted(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _with_rope(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
-    rope = Rope.parse(recipe.rope or "none")
+    rope = as_rope(recipe.rope)
     reach = rope.reaches(config)
     if reach is not None and reach < recipe.train.length:
         raise Refusal(
