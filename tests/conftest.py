@@ -38,14 +38,51 @@ SHAPE = {
     "initializer_range": 0.3,
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Those of the quick run; the full one takes every family of the table."""
+
+MEMBERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": None},
+    "ministral": {"head_dim": 8, "layer_types": ["full_attention"] * 5},
+    "cwm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "head_dim": 8, "layer_types": None},
+    "smollm3": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    | {"shared_expert_intermediate_size": 24, "mlp_only_layers": [2]},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    | {"mlp_only_layers": [2], "decoder_sparse_step": 1},
+    "mellum": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"], "sliding_window": 11},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 11, "attn_logit_softcapping": 3.0}
+    | {"final_logit_softcapping": 4.0},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 11, "final_logit_softcapping": 4.0}
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"], "sliding_window": 11},
+    "cohere2": {"logit_scale": 0.3},
+    "olmo2": {},
+    "olmo3": {},
+    "granite_swa": {"attention_multiplier": 0.3, "logits_scaling": 3.0, "residual_multiplier": 0.5}
+    | {"embedding_multiplier": 2.0, "layer_rope_theta": [1e4, 0, 5e3, 1e4, 1e4]},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+}
+"""One tiny member for each row of the family table that has a route."""
+EVERY_MEMBER = tuple(MEMBERS)
+FIXED = {"gemma3_text": "1,3", "mellum": "1,3", "cohere2": "3"}
+"""Members whose layers keep their kind, with the global layers of the tiny one."""
 
 
-def tiny_config(family: str, **changes: Any) -> Any:
+def fitting(member: str, layout: str) -> str:
+    """The layout, or the only one with its window that the member can have."""
+    return f"{FIXED[member]}:{layout.rpartition(':')[2]}" if member in FIXED else layout
+
+
+def tiny_config(member: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
-    own = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 8}}
-    shape = SHAPE | own.get(family, {}) | changes
-    return AutoConfig.for_model(family, **shape)
+    shape = SHAPE | MEMBERS[member] | changes
+    return AutoConfig.for_model(shape.pop("model_type", member), **shape)
 
 
 def tiny_model(family: str, **changes: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import STORIES, TEXT
+from conftest import STORIES, TEXT, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
@@ -316,3 +316,44 @@ def test_text_shorter_than_a_row_is_refused_before_anything_is_written(tmp_path:
     with pytest.raises(Refusal, match="fewer than one row of 999,999"):
         adapt(recipe(tmp_path / "run", train__length=999_999))
     assert not (tmp_path / "run").exists()
+
+
+# Another rope
+
+
+def test_a_run_with_another_rope(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rows = adapt(recipe(run, rope="yarn:2", train__steps=4, evaluate__every=4))
+    measured = {(row.model, row.layout) for row in rows if row.metric == "perplexity"}
+    assert measured == {
+        (str(STORIES), "dense"),
+        (str(STORIES), "GLLL:33 yarn:2"),
+        (f"{run}@4", "GLLL:33 yarn:2"),
+        (str(run / "model"), "GLLL:33 yarn:2"),
+    }
+    plain = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert plain.config.rope_parameters["rope_type"] == "yarn"
+    assert plain.config.rope_parameters["original_max_position_embeddings"] == 512
+    assert plain.config.max_position_embeddings == 1024
+    assert json.loads((run / "model" / "zebra.json").read_text())["rope"] == "yarn:2"
+
+
+def test_a_rope_alone_is_measured_too(tmp_path: Path) -> None:
+    rows = adapt(recipe(tmp_path / "run", stripes=None, rope="base:50000", train__steps=4, evaluate__every=4))
+    assert {row.layout for row in rows if row.metric == "perplexity"} == {"dense", "dense base:50000"}
+
+
+def test_ropes_that_cannot_be_trained(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"reaches 563 positions of a model of 512, and train.length is 600.*at least 2"):
+        adapt(recipe(tmp_path / "run", rope="yarn:1.1"))
+    with pytest.raises(Refusal, match="type dynamic changes its frequencies"):
+        adapt(recipe(tmp_path / "run", rope="dynamic:2"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_router_that_wants_its_own_loss_is_refused(tmp_path: Path) -> None:
+    tiny_model("qwen2_moe", vocab_size=512, output_router_logits=True).save_pretrained(tmp_path / "moe")
+    for file in STORIES.glob("tokenizer*"):
+        (tmp_path / "moe" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(Refusal, match="asks for its router's auxiliary loss"):
+        adapt(recipe(tmp_path / "run", model=str(tmp_path / "moe")))

@@ -95,6 +95,21 @@ def test_verify_says_when_a_conversion_is_wrong(zebra: Zebra, tmp_path: Path) ->
     assert "DIFFERENT" in done.stdout
 
 
+def test_a_rope_of_the_command_line(zebra: Zebra, tmp_path: Path) -> None:
+    assert zebra("convert", STORIES, tmp_path / "out", "--stripes", "GLLL:16", "--rope", "yarn:8").returncode == 0
+    assert zebra("verify", tmp_path / "out", "--against", STORIES, "--rope", "yarn:8").returncode == 0
+    done = zebra("convert", STORIES, tmp_path / "two", "--stripes", "GLLL:16", "--rope", "yarn:1")
+    assert done.returncode == 2
+    assert "got yarn:1" in done.stderr
+    arguments = (TEXT / "tinystories_test.txt", "--length", "600", "--separator", SEPARATOR, "--join", "--json")
+    rows = [
+        json.loads(zebra("evaluate", "perplexity", path, *arguments, *rope).stdout)["rows"][-1]
+        for path, rope in ((tmp_path / "out", ()), (STORIES, ("--stripes", "GLLL:16", "--rope", "yarn:8")))
+    ]
+    assert rows[0]["value"] == rows[1]["value"]
+    assert [row["layout"] for row in rows] == ["GLLL:16", "GLLL:16 yarn:8"]
+
+
 def test_a_layout_of_the_command_line_equals_a_converted_checkpoint(zebra: Zebra, tmp_path: Path) -> None:
     zebra("convert", STORIES, tmp_path / "out", "--stripes", "GL:65")
     arguments = (TEXT / "tinystories_test.txt", "--length", "400", "--separator", SEPARATOR, "--json")

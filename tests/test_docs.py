@@ -12,6 +12,7 @@ from conftest import ROOT
 from test_cli import Zebra
 
 from zebra import records
+from zebra.model.families import table
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 README = (ROOT / "README.md").read_text()
@@ -126,3 +127,11 @@ def test_the_first_lines_of_python_in_the_readme_run(tmp_path: Path, monkeypatch
     exec(code, names)
     assert type(names["model"]).__name__ == "CwmForCausalLM"
     assert (tmp_path / "striped" / "zebra.json").is_file()
+
+
+def test_the_family_table_is_the_codes() -> None:
+    """`python -m zebra.model.families` prints it."""
+    page = (ROOT / "docs" / "hosts.md").read_text()
+    written = re.search(r"<!-- families -->\n(.*?)\n<!-- end -->", page, flags=re.DOTALL)
+    assert written is not None
+    assert written.group(1) == table()

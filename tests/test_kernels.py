@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zebra import kernels
-from zebra.kernels import KERNELS, Mask, Request, attend, banded, choose, only, reference
+from zebra.kernels import KERNELS, Mask, Request, attend, banded, choose, fused, only, reference
 from zebra.stripes import visible_pairs
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 129, 200, 257)
@@ -113,7 +114,8 @@ def agree(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> set[
         for kernel in KERNELS:
             if kernel.name == ORACLE and q.dtype == torch.float64:
                 continue
-            if kernel.declines(request_of(q, k, v, mask, with_lse=with_lse)) is not None:
+            capped = {"softcap": arguments["softcap"]} if "softcap" in arguments else {}
+            if kernel.declines(request_of(q, k, v, mask, with_lse=with_lse, **capped)) is not None:
                 continue
             served.add(kernel.name)
             found = everything(kernel.name, q, k, v, mask, with_lse=with_lse, **arguments)
@@ -164,6 +166,17 @@ def test_groups_of_heads_equal_the_formula(heads: int, group: int, window: int |
     q, k, v = drawn(queries, 150, heads=heads, group=group)
     assert "banded" in agree(q, k, v, Mask(window=window))
     agree(q, k, v, Mask(window=window, keys=padding("left", 2, 150), documents=packed(2, 150)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.3, 2.0, 50.0])
+@pytest.mark.parametrize("window", [None, 2, 65])
+@pytest.mark.parametrize("queries", [150, 40, 1])
+def test_capped_scores_equal_the_formula(dtype: torch.dtype, softcap: float, window: int | None, queries: int) -> None:
+    q, k, v = drawn(queries, 150, dtype=dtype, size=16)
+    assert "banded" in agree(q * 2, k, v, Mask(window=window), softcap=softcap)
+    mask = Mask(window=window, keys=padding("left", 2, 150), documents=packed(2, 150))
+    assert agree(q * 2, k, v, mask, softcap=softcap) <= {"banded", "reference"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -406,7 +419,7 @@ def test_the_formula_is_three_loops(queries: int, window: int | None, softcap: f
 
     outs, lses = scalar(q, k, v, visible, 0.4, softcap)
     mask = Mask(window, torch.tensor([real]), torch.tensor([documents]))
-    for name in ("reference",) if softcap else ("reference", "banded"):
+    for name in ("reference", "banded"):
         with only(name):
             out, lse = attend(q, k, v, mask, scale=0.4, softcap=softcap)
         assert lse is not None
@@ -464,11 +477,14 @@ def test_gradients_of_the_tiles_by_finite_differences(
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-def test_gradients_of_the_tiles_by_finite_differences_entry_by_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_gradients_of_the_tiles_by_finite_differences_entry_by_entry(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(banded, "_SCORES_AT_ONCE", 1)
     inputs = tuple(x.requires_grad_() for x in drawn(19, 22, batch=1, heads=1, group=2, size=1))
     with only("banded"):
-        assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, Mask(window=4)), inputs)
+        assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, Mask(window=4), softcap=softcap), inputs)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
@@ -560,7 +576,11 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_said", set())
 
 
-def test_softcap_falls_to_the_formula_with_one_warning(silent: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_no_other_serves_falls_to_the_formula_with_one_warning(
+    silent: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = replace(banded.KERNEL, softcap=False)
+    monkeypatch.setattr(kernels, "KERNELS", (fused.KERNEL, without, reference.KERNEL))
     q, k, v = drawn(6, 6)
     with caplog.at_level(logging.WARNING, logger="zebra.kernels"):
         found, lse = attend(q, k, v, Mask(window=3), softcap=2.0)
@@ -585,7 +605,6 @@ def test_the_formula_on_demand_warns_of_nothing(silent: None, caplog: pytest.Log
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
-        ("banded", {"softcap": 2.0}, "banded: it has no softcap"),
         ("fused", {"softcap": 2.0, "with_lse": False}, "fused: it has no softcap"),
         ("fused", {"with_lse": True}, "fused: it gives no log-sum-exp"),
         ("fused", {"with_lse": False, "mask": Mask(window=2)}, "fused: it has no window"),

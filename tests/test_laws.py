@@ -1,15 +1,19 @@
-"""The laws of docs/architecture.md over families and kernels: float32 here, bfloat16 too in `make test-full`."""
+"""The laws of docs/architecture.md over families and kernels.
+
+Four families in float32 here; every family of the table, and bfloat16, in `make test-full`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import EVERY_MEMBER, FAMILIES, MEMBERS, fitting
 from torch import Tensor
 
 import zebra
@@ -18,13 +22,19 @@ from zebra.model.cache import StripedCache
 
 WINDOW = 9
 LAYOUT = f"GLLL:{WINDOW}"
-# bfloat16 rounds every layer's sum: what is allowed there is what two kernels differ by, not what a bug would.
+# bfloat16 rounds every layer's sum: what is allowed there is what two kernels differ by, not what a bug would. It is
+# compared in the norm, as one entry of a random model may round far off.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)]
+EXPERTS = [member for member in EVERY_MEMBER if "num_experts_per_tok" in MEMBERS[member]]
+ONLY_EAGER = ("gemma2", "granite_swa", "gpt_oss")
+"""Those whose scores are capped or share their softmax with a sink, which the host's sdpa does not know."""
 KERNELS = ["reference", "banded", "table"]
 
 pytestmark = [
-    pytest.mark.parametrize("family", FAMILIES),
+    pytest.mark.parametrize(
+        "family", [m if m in FAMILIES else pytest.param(m, marks=pytest.mark.full) for m in EVERY_MEMBER]
+    ),
     pytest.mark.parametrize("kernel", KERNELS),
     pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"]),
 ]
@@ -39,7 +49,9 @@ def _by_kernel(kernel: str) -> Iterator[None]:
 
 @pytest.fixture
 def model(family: str, dtype: torch.dtype, checkpoints: Callable[..., Path]) -> Any:
-    return zebra.load(checkpoints(family), stripes=LAYOUT, dtype=dtype)
+    if dtype is torch.bfloat16 and family in EXPERTS:
+        pytest.skip("a router sends tokens to other experts with bfloat16's rounding")
+    return zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT), dtype=dtype)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -53,7 +65,8 @@ def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
 
 def agree(found: Tensor, wanted: Tensor) -> None:
     assert found.shape == wanted.shape
-    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    norm = torch.linalg.vector_norm if found.dtype is torch.bfloat16 else torch.amax
+    difference = (norm((found - wanted).abs()) / norm(wanted.abs())).item()
     assert difference <= TOLERANCE[found.dtype], difference
 
 
@@ -141,14 +154,19 @@ def test_law_3_packed_documents_stay_apart_under_training(model: Any) -> None:
 
 
 def test_law_4_gradients_equal_the_formula_through_a_whole_model(model: Any, dtype: torch.dtype) -> None:
+    """In bfloat16 the formula's own rounding is the measure: a kernel may be twice as far from float32."""
     ids = tokens(2, 40)
-    found = []
-    for context in (contextlib.nullcontext(), kernels.only("reference")):
-        model.zero_grad()
-        with context:
-            model(ids, labels=ids, use_cache=False).loss.backward()
-        found.append(torch.cat([p.grad.flatten().float() for p in model.parameters()]))
-    assert (found[0] - found[1]).norm() <= TOLERANCE[dtype] * found[1].norm()
+
+    def gradient(of: Any) -> Tensor:
+        of.zero_grad()
+        of(ids, labels=ids, use_cache=False).loss.backward()
+        return torch.cat([p.grad.flatten().float() for p in of.parameters()])
+
+    with kernels.only("reference"):
+        truth = gradient(copy.deepcopy(model).float())
+        rounding = (gradient(model) - truth).norm()
+    allowed = TOLERANCE[dtype] * truth.norm() if dtype is torch.float32 else 2 * rounding
+    assert (gradient(model) - truth).norm() <= allowed
 
 
 def test_law_5_plain_transformers_loads_what_we_save(
@@ -156,11 +174,11 @@ def test_law_5_plain_transformers_loads_what_we_save(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    zebra.convert(checkpoints(family), tmp_path / "converted", LAYOUT)
+    zebra.convert(checkpoints(family), tmp_path / "converted", fitting(family, LAYOUT))
     model.save_pretrained(tmp_path / "saved")
     ids = tokens(2, 40)
     for path in (tmp_path / "converted", tmp_path / "saved"):
-        for implementation in ("sdpa", "eager"):
+        for implementation in ("eager",) if family in ONLY_EAGER else ("sdpa", "eager"):
             plain = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=implementation)
             assert type(plain).__module__.startswith("transformers.models.")
             agree(logits(plain, ids), logits(model, ids))
@@ -174,8 +192,10 @@ def test_generate_equals_plain_transformers(
         pytest.skip("greedy tokens of a random model flip with bfloat16's rounding")
     from transformers import AutoModelForCausalLM
 
-    zebra.convert(checkpoints(family), tmp_path / "converted", LAYOUT)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", attn_implementation="sdpa")
+    zebra.convert(checkpoints(family), tmp_path / "converted", fitting(family, LAYOUT))
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "converted", attn_implementation="eager" if family in ONLY_EAGER else "sdpa"
+    )
     arguments: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     arguments |= {
         "beams": {"num_beams": 3},

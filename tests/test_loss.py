@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import EVERY_MEMBER, tiny_model
 from torch import Tensor
 from torch.nn import functional
 
 from zebra.model import loss as module
-from zebra.model.loss import IGNORE, summed_loss, token_losses, without_logits
+from zebra.model.loss import IGNORE, Head, head_of, summed_loss, token_losses, without_logits
 
 HAS_KERNEL = hasattr(functional, "linear_cross_entropy")
 BOTH = [pytest.param(True, marks=pytest.mark.skipif(not HAS_KERNEL, reason="torch below 2.13")), False]
@@ -59,7 +60,7 @@ def test_value_and_gradients_equal_full_logits(fused: bool, shape: Any, ignored:
     states.requires_grad_(), head.requires_grad_()
     expected = full_logits(states, head, labels)
     wanted = torch.autograd.grad(expected, [states, head])
-    found = summed_loss(states, head, labels)
+    found = summed_loss(states, Head(head), labels)
     gradients = torch.autograd.grad(found, [states, head])
     assert found.dtype == torch.float32
     assert found.shape == ()
@@ -71,21 +72,21 @@ def test_value_and_gradients_equal_full_logits(fused: bool, shape: Any, ignored:
 @pytest.mark.parametrize("chunk", [1, 7, 8, 1024])
 def test_the_chunk_does_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(module, "_FUSED", False)
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "CHUNK", chunk)
     states, head, labels = drawn(2, 9, 8, 30)
-    torch.testing.assert_close(summed_loss(states, head, labels).double(), full_logits(states, head, labels))
-    losses = token_losses(states, head, labels)
+    torch.testing.assert_close(summed_loss(states, Head(head), labels).double(), full_logits(states, head, labels))
+    losses = token_losses(states, Head(head), labels)
     torch.testing.assert_close(losses[:, 1:].double().sum(), full_logits(states, head, labels), rtol=1e-6, atol=1e-5)
 
 
 def test_the_fallback_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FUSED", False)
-    monkeypatch.setattr(module, "_CHUNK", 10)
+    monkeypatch.setattr(module, "CHUNK", 10)
     rows: list[int] = []
     linear = functional.linear
     monkeypatch.setattr(functional, "linear", lambda x, *a: rows.append(len(x)) or linear(x, *a))
     states, head, labels = drawn(1, 36, 8, 30)
-    summed_loss(states.requires_grad_(), head, labels).backward()
+    summed_loss(states.requires_grad_(), Head(head), labels).backward()
     assert sorted(rows) == [5, 5] + [10] * 6  # each chunk once, and once again in the backward
 
 
@@ -93,18 +94,21 @@ def test_the_fallback_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch)
 def test_bfloat16_states_give_a_float32_accurate_value(fused: bool, shape: Any) -> None:
     states, head, labels = drawn(*shape)
     states, head = states.bfloat16(), head.bfloat16()
-    found = summed_loss(states, head, labels)
+    found = summed_loss(states, Head(head), labels)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
     torch.testing.assert_close(
-        token_losses(states, head, labels).nansum().double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5
+        token_losses(states, Head(head), labels).nansum().double(),
+        full_logits(states, head, labels),
+        rtol=2e-6,
+        atol=1e-5,
     )
 
 
 def test_bfloat16_states_get_bfloat16_gradients(fused: bool) -> None:
     states, head, labels = drawn(2, 21, 16, 97)
     states, head = states.bfloat16().requires_grad_(), head.bfloat16().requires_grad_()
-    found = torch.autograd.grad(summed_loss(states, head, labels), [states, head])
+    found = torch.autograd.grad(summed_loss(states, Head(head), labels), [states, head])
     wanted = torch.autograd.grad(full_logits(states, head, labels), [states, head])
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == torch.bfloat16
@@ -116,7 +120,7 @@ def test_bfloat16_states_get_bfloat16_gradients(fused: bool) -> None:
 def test_autocast_does_not_reach_the_kernel(vocabulary: int) -> None:
     states, head, labels = drawn(2, 50, 64, vocabulary)
     with torch.autocast("cpu", torch.bfloat16):
-        found = summed_loss(states, head, labels)
+        found = summed_loss(states, Head(head), labels)
     torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
 
 
@@ -125,14 +129,14 @@ def test_autocast_does_not_reach_the_products(function: Any, monkeypatch: pytest
     monkeypatch.setattr(module, "_FUSED", False)
     states, head, labels = drawn(2, 50, 64, 200)
     with torch.autocast("cpu", torch.bfloat16):
-        found = function(states, head, labels).nansum()
+        found = function(states, Head(head), labels).nansum()
     torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
 
 
 def test_only_ignored_labels_give_zero(fused: bool) -> None:
     states, head, _ = drawn(2, 9, 8, 30)
     states.requires_grad_()
-    found = summed_loss(states, head, torch.full((2, 9), IGNORE))
+    found = summed_loss(states, Head(head), torch.full((2, 9), IGNORE))
     (gradient,) = torch.autograd.grad(found, states)
     assert found.item() == 0
     assert not gradient.any()
@@ -140,15 +144,15 @@ def test_only_ignored_labels_give_zero(fused: bool) -> None:
 
 def test_the_last_state_and_the_first_label_do_not_count(fused: bool) -> None:
     states, head, labels = drawn(2, 9, 8, 30)
-    before = summed_loss(states, head, labels)
+    before = summed_loss(states, Head(head), labels)
     states[:, -1] = float("nan")
     labels[:, 0] = IGNORE
-    assert torch.equal(summed_loss(states, head, labels), before)
+    assert torch.equal(summed_loss(states, Head(head), labels), before)
 
 
 def test_token_losses_say_where_nothing_is_predicted() -> None:
     states, head, labels = drawn(3, 21, 16, 97, ignored=0.3)
-    found = token_losses(states, head, labels)
+    found = token_losses(states, Head(head), labels)
     assert found.shape == labels.shape
     assert found.dtype == torch.float32
     unpredicted = labels == IGNORE
@@ -163,14 +167,14 @@ def test_token_losses_of_one_token_predict_where_it_stands() -> None:
     """A head that sees the state itself: entry t is the loss of token t given state t - 1."""
     head = torch.eye(4) * 10
     states = torch.eye(4)[[1, 2, 3, 0]][None]
-    found = token_losses(states, head, torch.tensor([[0, 1, 2, 0]]))
+    found = token_losses(states, Head(head), torch.tensor([[0, 1, 2, 0]]))
     assert found[0, 0].isnan()
     assert found[0, 1:].tolist() == pytest.approx([1.361906e-4, 1.361906e-4, 10.000136], rel=1e-3)
 
 
 def test_token_losses_keep_no_graph() -> None:
     states, head, labels = drawn(1, 5, 8, 30)
-    assert not token_losses(states.requires_grad_(), head.requires_grad_(), labels).requires_grad
+    assert not token_losses(states.requires_grad_(), Head(head.requires_grad_()), labels).requires_grad
 
 
 def test_without_logits_asks_a_model_for_states_only() -> None:
@@ -186,7 +190,46 @@ def test_without_logits_asks_a_model_for_states_only() -> None:
         lean, full = model(ids, **without_logits()), model(ids)
         assert lean.logits.numel() == 0
         assert lean.past_key_values is None
-        head = model.get_output_embeddings().weight
-        torch.testing.assert_close(lean.hidden_states[-1] @ head.T, full.logits)
+        head = head_of(model)
+        torch.testing.assert_close(lean.hidden_states[-1] @ head.weight.T, full.logits)
         expected = functional.cross_entropy(full.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
         torch.testing.assert_close(summed_loss(lean.hidden_states[-1], head, ids), expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_scaled_and_capped_head_equals_the_formula(fused: bool, scale: float, softcap: float | None) -> None:
+    if fused and softcap is not None:
+        pytest.skip("torch's kernel has no softcap: the chunks serve it")
+    states, weight, labels = drawn(2, 33, 16, 97, ignored=0.2)
+    states.requires_grad_(), weight.requires_grad_()
+    logits = states.double() @ weight.double().T * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    wanted = torch.autograd.grad(expected, [states, weight])
+    head = Head(weight, scale=scale, softcap=softcap)
+    found = summed_loss(states, head, labels)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-5)
+    for one, other in zip(torch.autograd.grad(found, [states, weight]), wanted, strict=True):
+        assert (one - other).norm() <= 2e-6 * other.norm()
+    torch.testing.assert_close(token_losses(states, head, labels).nansum().double(), expected, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("member", EVERY_MEMBER)
+def test_the_loss_and_its_gradients_are_the_hosts_own(member: str) -> None:
+    """Heads differ by family: Gemma caps its logits, Cohere scales them."""
+    model = tiny_model(member)
+    ids = torch.randint(3, 97, (2, 21), generator=torch.Generator().manual_seed(1))
+    wanted = model(ids, labels=ids, use_cache=False).loss
+    gradients = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
+    hidden = model(ids, **without_logits()).hidden_states[-1]
+    found = summed_loss(hidden, head_of(model), ids) / ids[:, 1:].numel()
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    total = sum(g.norm() for g in gradients if g is not None)
+    for one, other in zip(
+        torch.autograd.grad(found, list(model.parameters()), allow_unused=True), gradients, strict=True
+    ):
+        assert (one is None) == (other is None)
+        assert one is None or (one - other).norm() <= 1e-5 * total
+    each = token_losses(hidden, head_of(model), ids)[:, 1:]
+    torch.testing.assert_close(each.mean(), wanted, rtol=1e-6, atol=1e-6)

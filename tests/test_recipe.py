@@ -332,3 +332,11 @@ def test_a_value_that_yaml_cannot_make_is_refused(recipe: Any, value: str, by_ov
     except ValueError as error:
         if not isinstance(error, Refusal):
             raise
+
+
+def test_a_rope_is_read_as_it_is_printed(recipe: Any) -> None:
+    assert recipe().rope is None
+    assert recipe(changed(rope=" YaRN:8.0 ")).rope == "yarn:8"
+    assert recipe(changed(rope="none")).rope is None
+    with pytest.raises(Refusal, match=r"rope: a rope is none, base:THETA.*got yarn:1"):
+        recipe(PLAIN, "rope=yarn:1")

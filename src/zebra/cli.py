@@ -28,6 +28,7 @@ app = typer.Typer(
 evaluate = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
 
+_ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -87,6 +88,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to convert, a directory.")],
     target: Annotated[Path, typer.Argument(help="The directory to make.")],
     stripes: Annotated[str, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW.")],
+    rope: Annotated[str | None, typer.Option(help=_ROPE)] = None,
 ) -> None:
     """Make a copy of a checkpoint with stripes, which plain transformers loads."""
     with _quiet_host():
@@ -94,7 +96,7 @@ def convert(
         from zebra.model.families import layout
         from zebra.model.hosts import convert as run
 
-        run(source, target, stripes)
+        run(source, target, stripes, rope=rope)
         config = read_config(target)
         kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
         print(f"{target}: {config.architectures[0]}, {layout(config)}, layers {kinds}")
@@ -104,6 +106,7 @@ def convert(
 def verify(
     target: Annotated[Path, typer.Argument(help="The converted checkpoint.")],
     against: Annotated[Path, typer.Option(help="The checkpoint that it was converted from.")],
+    rope: Annotated[str | None, typer.Option(help="The change of rope that was converted with.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of the long checks.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
     dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",
@@ -116,7 +119,7 @@ def verify(
 
         from zebra.model.verify import verify as run
 
-        checks = run(target, against, length=length, seed=seed, dtype=dtype, device=device)
+        checks = run(target, against, rope=rope, length=length, seed=seed, dtype=dtype, device=device)
     if as_json:
         _json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
     else:
@@ -172,6 +175,7 @@ def perplexity(
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
     join: Annotated[bool, typer.Option("--join", help="Join documents into long ones of at least the length.")] = False,
     stripes: Annotated[str | None, typer.Option(help="Measure with this layout.")] = None,
+    rope: Annotated[str | None, typer.Option(help=_ROPE + " Also dynamic:1.")] = None,
     self_extend: Annotated[str | None, typer.Option(help="G:W; not in this version.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; the checkpoint's own otherwise.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
@@ -195,6 +199,7 @@ def perplexity(
             workers=workers,
             join=join,
             stripes=stripes,
+            rope=rope,
             self_extend=self_extend,
             dtype=dtype,
             device=device,

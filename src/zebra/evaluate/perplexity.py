@@ -29,7 +29,7 @@ from zebra.data.encoding import Encoder
 from zebra.model.checkpoint import fingerprint, load_tokenizer, read_config
 from zebra.model.families import layout
 from zebra.model.hosts import device_name, load, read_device, read_dtype
-from zebra.model.loss import token_losses, without_logits
+from zebra.model.loss import head_of, token_losses, without_logits
 from zebra.progress import bar
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -101,7 +101,7 @@ def perplexity(
     bounds = edges(length)
     sums = np.zeros((len(bounds) - 1, len(corpus)))
     counts = np.zeros_like(sums)
-    head = model.get_output_embeddings().weight
+    head = head_of(model)
     with _evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
         for batch in _batches(windows, batch_tokens):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
@@ -131,6 +131,7 @@ def rows_of(
     workers: int = 1,
     join: bool = False,
     stripes: str | None = None,
+    rope: str | None = None,
     self_extend: Any = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
@@ -145,7 +146,7 @@ def rows_of(
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     for length in lengths:
         _windows(texts[length], length, convention, stride)  # refuse before the model is loaded
-    model = load(checkpoint, stripes=stripes, self_extend=self_extend, **placed).to(place)
+    model = load(checkpoint, stripes=stripes, rope=rope, self_extend=self_extend, **placed).to(place)
     rows: list[Row] = []
     for length in lengths:
         scores = perplexity(model, texts[length], length=length, convention=convention, stride=stride, seed=seed)
@@ -155,7 +156,7 @@ def rows_of(
             convention,
             run=run,
             model=str(checkpoint),
-            layout=layout(model.config),
+            layout=" ".join(filter(None, (layout(model.config), rope))),
             seed=seed,
             device=device_name(model.device),
         )

@@ -89,17 +89,25 @@ class _Tiles:
         return self.triangles[key]
 
 
-def _scores(tiles: _Tiles, q: Tensor, k: Tensor, tile: tuple[int, int, int, int]) -> Tensor:
-    """The tile's scores in base 2, hidden keys at -inf. q (B * K, g, T, D) already scaled, k (B * K, S, D)."""
+def _scores(q: Tensor, k: Tensor, tile: tuple[int, int, int, int], softcap: float | None) -> Tensor:
+    """The tile's scores in base 2, of all its keys. q (B * K, g, T, D) already scaled, k (B * K, S, D)."""
     s, e, lo, hi = tile
     scores = torch.bmm(q[:, :, s:e].reshape(q.shape[0], -1, q.shape[3]), k[:, lo:hi].mT)
-    tiles.hide(scores, s, e, lo, hi)
+    if softcap is not None:
+        scores.div_(softcap * _LOG2E).tanh_().mul_(softcap * _LOG2E)
     return scores
+
+
+def _slope(scores: Tensor, softcap: float | None) -> Tensor | None:
+    """What a score changes by with the score before the cap: 1 - tanh^2. Before hidden keys are at -inf."""
+    return None if softcap is None else scores.div(softcap * _LOG2E).square_().neg_().add_(1)
 
 
 class _Banded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
         batch, query_heads, queries, size = q.shape
         heads, keys = k.shape[1], k.shape[2]
         group = query_heads // heads
@@ -111,7 +119,8 @@ class _Banded(torch.autograd.Function):
         lse = torch.empty(batch * heads, group, queries, dtype=wide, device=q.device)
         tiny = torch.finfo(wide).tiny
         for s, e, lo, hi in tiles:
-            scores = _scores(tiles, scaled, k_wide, (s, e, lo, hi))
+            scores = _scores(scaled, k_wide, (s, e, lo, hi), softcap)
+            tiles.hide(scores, s, e, lo, hi)
             # A row without a visible key has only -inf: the floor keeps it out of inf - inf, its sum stays 0.
             peak = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(wide).min)
             total = scores.sub_(peak).exp2_().sum(dim=-1, keepdim=True)
@@ -120,7 +129,7 @@ class _Banded(torch.autograd.Function):
             lse[:, :, s:e] = (peak + total.log2()).view(-1, group, e - s)
         lse /= _LOG2E
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.mask, ctx.scale = mask, scale
+        ctx.mask, ctx.scale, ctx.softcap = mask, scale, softcap
         return out.view(batch, query_heads, queries, size), lse.view(batch, query_heads, queries)
 
     @staticmethod
@@ -128,6 +137,7 @@ class _Banded(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         """With P the weights: dv = P^T do, dS = P (do v^T - rowsum(do out) + dlse), dq = scale dS k, dk = scale dS^T q.
 
+        Under a softcap c dS takes the factor 1 - (S / c)^2, as S = c tanh(scale q k^T / c).
         A key outside a tile's range gets nothing from it, so dk and dv are sums over the tiles that saw the key.
         """
         q, k, v, out, lse = ctx.saved_tensors
@@ -149,29 +159,34 @@ class _Banded(torch.autograd.Function):
             dq = torch.empty_like(scaled)
             dk, dv = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
             for s, e, lo, hi in tiles:
-                weights = _scores(tiles, scaled, k_wide, (s, e, lo, hi))
+                weights = _scores(scaled, k_wide, (s, e, lo, hi), ctx.softcap)
+                slope = _slope(weights, ctx.softcap)
+                tiles.hide(weights, s, e, lo, hi)
                 weights.sub_(lse2[:, :, s:e].reshape(-1, group * (e - s), 1)).exp2_()
                 do = grad[:, :, s:e].reshape(-1, group * (e - s), size)
                 dv[:, lo:hi] += torch.bmm(weights.to(dtype).mT, do)
                 ds = torch.bmm(do.to(wide), v_wide[:, lo:hi].mT)
                 ds.sub_(delta[:, :, s:e].reshape(-1, group * (e - s), 1)).mul_(weights)
+                if slope is not None:
+                    ds.mul_(slope)
                 ds = ds.to(dtype)
                 dq[:, :, s:e] = torch.bmm(ds, k_flat[:, lo:hi]).view(-1, group, e - s, size)
                 dk[:, lo:hi] += torch.bmm(ds.mT, rows[:, :, s:e].reshape(-1, group * (e - s), size))
         dq *= scale
         dk *= scale
-        return dq.to(dtype).view_as(q), dk.to(dtype).view_as(k), dv.to(dtype).view_as(v), None, None
+        return dq.to(dtype).view_as(q), dk.to(dtype).view_as(k), dv.to(dtype).view_as(v), None, None, None
 
 
 def banded(request: Request) -> tuple[Tensor, Tensor | None]:
     """Run the tiles outside autocast, which would cast the float32 scores down."""
     with torch.autocast(request.q.device.type, enabled=False):
-        out, lse = _Banded.apply(request.q, request.k, request.v, request.mask, request.scale)
+        out, lse = _Banded.apply(request.q, request.k, request.v, request.mask, request.scale, request.softcap)
     return out, lse if request.with_lse else None
 
 
 KERNEL = Kernel(
     name="banded",
-    summary="tiles of queries, O(N * window): windows, documents, padding, chunks",
+    summary="tiles of queries, O(N * window): windows, documents, padding, chunks, softcap",
     run=banded,
+    softcap=True,
 )

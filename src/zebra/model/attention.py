@@ -19,7 +19,7 @@ from zebra.kernels import Mask, attend
 
 NAME = "zebra"
 
-HARMLESS = frozenset({"is_causal", "num_items_in_batch", "output_hidden_states", "use_cache"})
+HARMLESS = frozenset({"is_causal", "num_items_in_batch", "output_hidden_states", "output_router_logits", "use_cache"})
 """What hosts pass down to every layer and attention need not read. Anything else that asks for something goes to the
 kernels, which decline what they do not know: an argument is never ignored in silence."""
 
@@ -35,6 +35,7 @@ def zebra_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -42,7 +43,9 @@ def zebra_attention(
 
     Args:
         attention_mask: what `zebra_mask` returned, (B, at most S) bool, or None.
-        sliding_window: the layer's window in the host's convention, which is ours; None in a global layer.
+        sliding_window: the layer's window in the host's convention, which is ours; None in a global layer. A host that
+            keeps it on the layer and hands none down (Qwen 2 MoE) is asked there.
+        s_aux: (H) a learned score in each head's softmax that no value stands behind (Granite SWA, gpt-oss).
         position_ids: (1 or B, T). A step other than 1 starts a new document, where there is no past.
 
     Returns:
@@ -64,7 +67,7 @@ def zebra_attention(
         # A static cache hands over its whole buffer; the mask ends where the real keys end.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     mask = Mask(
-        window=sliding_window,
+        window=sliding_window or getattr(module, "sliding_window", None),
         keys=attention_mask,
         documents=documents(position_ids, query.shape[0]) if query.shape[2] == key.shape[2] else None,
     )
@@ -74,17 +77,20 @@ def zebra_attention(
             'Load with attn_implementation="eager" to look at them.'
         )
     rest = {name: argument for name, argument in kwargs.items() if name not in HARMLESS and argument is not False}
-    out, _ = attend(
+    out, lse = attend(
         query,
         key,
         value,
         mask,
         scale=scaling,
         softcap=softcap,
-        with_lse=False,
+        with_lse=s_aux is not None,
         dropout=dropout or None,
         **rest,
     )
+    if s_aux is not None and lse is not None:
+        # exp(lse) / (exp(lse) + exp(s)): what the sink leaves to the keys.
+        out = (out * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1)).to(out.dtype)
     return out.transpose(1, 2), None
 
 

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from zebra import records
 from zebra.model.families import host_class, layout, route, stripes_of
@@ -50,8 +51,8 @@ def read_config_and_rest(path: str | os.PathLike[str], **arguments: Any) -> tupl
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         says = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         raise Refusal(f"the config of {path} cannot be read: {says}") from None
-    route(config)
-    if getattr(config, "layer_types", None) is not None and config.model_type in ("llama", "mistral"):
+    taken = route(config)
+    if getattr(config, "layer_types", None) is not None and taken.target != config.model_type:
         raise Refusal(
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
             "Remove layer_types from its config.json, then run `zebra convert`."
@@ -167,7 +168,8 @@ def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes
     # Of two tied tensors either may be the one that was saved.
     twins = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
     twins |= {second: first for first, second in twins.items()}
-    wanted = model.state_dict()
+    # Experts lie one by one in the files, and together in the model.
+    wanted = revert_weight_conversion(model, model.state_dict())
     ignored = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), _ROTARY])
     unused = [name for name in shapes if name not in wanted and name not in twins and not re.search(ignored, name)]
     if unused:

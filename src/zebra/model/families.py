@@ -10,7 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes
@@ -20,32 +27,107 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True)
+class Limit:
+    """What a route refuses: the words for it, and the question to a config."""
+
+    says: str
+    holds: Callable[[PreTrainedConfig], bool]
+
+
+@dataclass(frozen=True)
 class Route:
-    """How a family is striped: the stock class that reads its tensors and a layer's kind, and what to write for it."""
+    """How a family is striped, or why it is not.
 
-    target: str
+    Attributes:
+        family: the source's `model_type`.
+        target: the stock class that reads its tensors and each layer's kind, by its `model_type`; None where there is
+            none.
+        because: the reason of the choice, or of the refusal.
+        writes: fields that the target needs besides layer_types and sliding_window.
+        refuses: members of the family that this route cannot take; the family's next row may.
+        fixed: where it holds, a layer keeps its kind and only the window is free, as its rope depends on the kind.
+    """
+
+    family: str
+    target: str | None
     because: str
-    writes: tuple[tuple[str, Any], ...] = ()
-    refuses: Callable[[PreTrainedConfig], str | None] = lambda config: None
+    writes: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
+    refuses: tuple[Limit, ...] = ()
+    fixed: Limit | None = None
 
 
-def _no_route_to_cwm(config: PreTrainedConfig) -> str | None:
-    if getattr(config, "attention_bias", False):
-        return "it has biases in its attention projections, which the stock class cwm would drop"
-    for token in ("bos_token_id", "eos_token_id"):
-        if getattr(config, token, None) is None:
-            return f"its config.json has no {token}, and the stock class cwm would bring its own; write the right one"
-    return None
+def _window_in_use(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"use_sliding_window": True}
 
 
-ROUTES: dict[str, Route] = {
-    "llama": Route("cwm", "llama ignores layer_types; cwm has the same tensors", refuses=_no_route_to_cwm),
-    "mistral": Route("cwm", "mistral ignores layer_types; cwm has the same tensors", refuses=_no_route_to_cwm),
-    "cwm": Route("cwm", "reads layer_types itself", refuses=_no_route_to_cwm),
-    "qwen2": Route("qwen2", "reads layer_types itself", writes=(("use_sliding_window", True),)),
-    "qwen3": Route("qwen3", "reads layer_types itself", writes=(("use_sliding_window", True),)),
-}
-"""The family table: `model_type` of the source to its route. The contract tests walk it."""
+def _rope_in_every_layer(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"use_sliding_window": True, "no_rope_layers": [1] * config.num_hidden_layers}
+
+
+def _rope_for_each_kind(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"rope_parameters": {kind: dict(config.rope_parameters) for kind in (GLOBAL, LOCAL)}}
+
+
+def _experts_for_each_layer(config: PreTrainedConfig) -> dict[str, Any]:
+    """Qwen 3 MoE says which layers have experts by a step and a list of exceptions, Mellum by a list."""
+    sparse = [
+        i not in config.mlp_only_layers and config.num_experts > 0 and (i + 1) % config.decoder_sparse_step == 0
+        for i in range(config.num_hidden_layers)
+    ]
+    return _rope_for_each_kind(config) | {"mlp_layer_types": ["sparse" if s else "dense" for s in sparse]}
+
+
+def _lacks_token(config: PreTrainedConfig) -> bool:
+    return any(getattr(config, f"{name}_token_id", None) is None for name in ("bos", "eos"))
+
+
+def _rope_differs(config: PreTrainedConfig) -> bool:
+    rope = config.rope_parameters or {}
+    return rope.get(GLOBAL) != rope.get(LOCAL)
+
+
+_BIASED = Limit("biases in the attention projections, which {target} would drop", lambda c: bool(c.attention_bias))
+_TOKENLESS = Limit("no bos_token_id or no eos_token_id: {target} would bring its own", _lacks_token)
+_BOTH_WAYS = Limit("bidirectional attention", lambda c: bool(getattr(c, "use_bidirectional_attention", False)))
+_TWO_ROPES = Limit("global and local layers have different ropes", _rope_differs)
+_READS = "reads layer_types itself"
+_QUANTISED = Limit("quantised weights, which were not tried", lambda c: hasattr(c, "quantization_config"))
+_NO_CLASS = "no stock class with {} reads layer_types"
+
+ROUTES: tuple[Route, ...] = (
+    Route("llama", "cwm", "llama ignores layer_types; cwm has its tensors", refuses=(_BIASED, _TOKENLESS)),
+    Route("llama", "smollm3", "smollm3 has its tensors, with and without biases", _rope_in_every_layer),
+    Route("mistral", "cwm", "mistral ignores layer_types; cwm has its tensors", refuses=(_TOKENLESS,)),
+    Route("ministral", "ministral", _READS),
+    Route("cwm", "cwm", _READS, refuses=(_TOKENLESS,)),
+    Route("smollm3", "smollm3", _READS + "; layers without rope stay without", _window_in_use),
+    Route("qwen2", "qwen2", _READS, _window_in_use),
+    Route("qwen3", "qwen3", _READS, _window_in_use),
+    Route("qwen2_moe", "qwen2_moe", _READS, _window_in_use),
+    Route("qwen3_moe", "mellum", "qwen3_moe ignores layer_types; mellum has its tensors", _experts_for_each_layer),
+    Route("mellum", "mellum", _READS, fixed=_TWO_ROPES),
+    Route("gemma2", "gemma2", _READS, refuses=(_BOTH_WAYS,)),
+    Route("gemma3_text", "gemma3_text", _READS, refuses=(_BOTH_WAYS,), fixed=_TWO_ROPES),
+    Route("cohere2", "cohere2", _READS, fixed=Limit("only local layers have a rope", lambda c: True)),
+    Route("olmo2", "olmo3", "olmo2 ignores layer_types; olmo3 has its tensors", _rope_for_each_kind),
+    Route("olmo3", "olmo3", _READS, fixed=_TWO_ROPES),
+    Route("granite_swa", "granite_swa", _READS),
+    Route("gpt_oss", "gpt_oss", _READS, refuses=(_QUANTISED,)),
+    Route("phi3", None, _NO_CLASS.format("its fused projections (qkv_proj, gate_up_proj)")),
+    Route("mixtral", None, _NO_CLASS.format("its experts") + "; minimax has them, and one window for all layers"),
+    Route("granite", None, "the classes with its tensors lack its multipliers; granite_swa has those, and wants sinks"),
+    Route("cohere", None, "cohere2 has its tensors, but rotates local layers only"),
+    Route("gemma", None, "the classes with its tensors neither scale embeddings nor add 1 to a norm's weight"),
+    Route("gemma3", None, "it is a vision-language model; gemma3_text is its text model"),
+    Route("olmo", None, _NO_CLASS.format("norms without weights")),
+    Route("olmoe", None, "mellum has its tensors' names, but norms of one head's size"),
+    Route("stablelm", None, _NO_CLASS.format("its layer norms")),
+    Route("starcoder2", None, _NO_CLASS.format("its layer norms and biases")),
+    Route("phi", None, _NO_CLASS.format("its layer norms and biases")),
+    Route("gpt_neox", None, _NO_CLASS.format("its tensors")),
+    Route("gpt2", None, _NO_CLASS.format("learned absolute positions")),
+)
+"""The family table. Of a family's rows the first that takes a checkpoint serves it. Tests and docs/hosts.md walk it."""
 
 
 def route(config: PreTrainedConfig) -> Route:
@@ -54,22 +136,44 @@ def route(config: PreTrainedConfig) -> Route:
     Raises:
         Refusal: no route for the family, or none for this member of it, with the reason.
     """
-    found = ROUTES.get(config.model_type)
-    if found is None:
+    rows = [row for row in ROUTES if row.family == config.model_type]
+    if not rows:
         raise Refusal(
-            f"there is no route for the family {config.model_type!r}; routes exist for {', '.join(ROUTES)}. "
+            f"there is no route for the family {config.model_type!r}; routes exist for "
+            f"{', '.join(dict.fromkeys(row.family for row in ROUTES if row.target))}. "
             "See CONTRIBUTING.md, how to add a host family."
         )
-    reason = found.refuses(config)
-    if reason is not None:
-        raise Refusal(f"this {config.model_type} checkpoint cannot be served: {reason}.")
-    return found
+    reasons = []
+    for row in rows:
+        reason = unavailable(row) or next((_filled(li, row) for li in row.refuses if li.holds(config)), None)
+        if reason is None:
+            return row
+        reasons.append(reason)
+    raise Refusal(f"this {config.model_type} checkpoint cannot be served: {'; '.join(reasons)}. See docs/hosts.md.")
+
+
+def unavailable(row: Route) -> str | None:
+    """Why a row serves nobody here: there is no route, or the installed transformers lacks its class."""
+    if row.target is None:
+        return row.because
+    if row.target not in CONFIG_MAPPING:
+        return f"it runs as {row.target}, which transformers {transformers.__version__} does not have; install a newer"
+    return None
+
+
+def _filled(limit: Limit, row: Route) -> str:
+    return "it has " + limit.says.format(target=row.target)
 
 
 def striped(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig:
-    """The config of the same model with these stripes, every field written out: class defaults differ."""
+    """The config of the same model with these stripes, every field written out: class defaults differ.
+
+    Raises:
+        Refusal: no route, a layer beyond the model, a layer of another kind where the family's rope forbids it.
+    """
     taken = route(config)
     layer_types = stripes.layer_types(config.num_hidden_layers)
+    _check_kinds(taken, config, stripes, layer_types)
     target_class = type(AutoConfig.for_model(taken.target))
     known = {f.name for f in fields(target_class)}
     foreign = {f.name for f in fields(type(config))} - known
@@ -78,11 +182,20 @@ def striped(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig:
         for name, value in config.to_dict().items()
         if name not in foreign | {"model_type", "architectures", "transformers_version"}
     }
-    kept |= dict(taken.writes) | {"layer_types": list(layer_types), "sliding_window": stripes.window}
+    kept |= taken.writes(config) | {"layer_types": list(layer_types), "sliding_window": stripes.window}
     kept["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     made = target_class(**kept)
     made.architectures = [host_class(made).__name__]
     return made
+
+
+def _check_kinds(taken: Route, config: PreTrainedConfig, stripes: Stripes, wanted: tuple[str, ...]) -> None:
+    if taken.fixed is None or not taken.fixed.holds(config) or list(wanted) == list(config.layer_types):
+        return
+    raise Refusal(
+        f"in this {config.model_type} checkpoint {taken.fixed.says}, so each layer keeps its kind and only the window "
+        f"may change; {stripes} moves layers. Use {Stripes.of(config.layer_types, stripes.window)}."
+    )
 
 
 def stripes_of(config: PreTrainedConfig) -> Stripes | None:
@@ -102,3 +215,21 @@ def layout(config: PreTrainedConfig) -> str:
 def host_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The stock class that runs a config."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def table() -> str:
+    """The family table in Markdown, as docs/hosts.md has it: `python -m zebra.model.families`."""
+    served = ["| family | runs as | because | refused where it has | layers |", "|---|---|---|---|---|"]
+    refused = ["| family | because |", "|---|---|"]
+    for row in ROUTES:
+        if row.target is None:
+            refused.append(f"| `{row.family}` | {row.because} |")
+            continue
+        limits = "; ".join(limit.says.format(target=row.target) for limit in row.refuses) or "–"
+        layers = f"keep their kind where {row.fixed.says}" if row.fixed else "any layout"
+        served.append(f"| `{row.family}` | `{row.target}` | {row.because} | {limits} | {layers} |")
+    return "\n".join([*served, "", "Known and refused:", "", *refused])
+
+
+if __name__ == "__main__":
+    print(table())

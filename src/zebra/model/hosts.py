@@ -24,6 +24,7 @@ from zebra.model.checkpoint import (
     write_config,
 )
 from zebra.model.families import host_class, striped
+from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing_rope, whole_texts_only
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import Stripes
@@ -120,6 +121,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     stripes: Stripes | str | None = None,
+    rope: Rope | str | None = None,
     self_extend: Any = None,
     **from_pretrained_arguments: Any,
 ) -> PreTrainedModel:
@@ -131,13 +133,15 @@ def load(
     Args:
         path: a directory that transformers saved, or a name in the hub.
         stripes: a layout, or its notation such as "GLLL:512"; None keeps what the checkpoint has.
+        rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
+            with length (dynamic NTK) reads whole texts only: it refuses a cache.
         self_extend: reserved for Self-Extend, which this version does not have: must be None.
         from_pretrained_arguments: as `from_pretrained` has them: dtype, device_map, revision, subfolder, ..., and
             fields of the config by name.
 
     Raises:
-        Refusal: no or a corrupt checkpoint, a family without a route, a layout that does not fit the model, an
-            argument that loading takes itself.
+        Refusal: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the model,
+            an argument that loading takes itself.
     """
     if self_extend is not None:
         raise Refusal("Self-Extend is not in this version of zebra; self_extend must be None. Use stripes alone.")
@@ -147,6 +151,7 @@ def load(
     config, rest = read_config_and_rest(path, **from_pretrained_arguments)
     if stripes is not None:
         config = striped(config, Stripes.parse(stripes) if isinstance(stripes, str) else stripes)
+    config = as_rope(rope).changed(config)
     if Path(path).exists() and "variant" not in rest:
         check_weights(Path(path) / rest.get("subfolder", ""), config)
     host: Any = host_class(config)
@@ -158,33 +163,47 @@ def load(
         raise Refusal(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
         raise Refusal(f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ.")
+    if changes_with_length(config):
+        model.register_forward_pre_hook(whole_texts_only, with_kwargs=True)
     return model
 
 
-def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], stripes: Stripes | str) -> Path:
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    stripes: Stripes | str,
+    *,
+    rope: Rope | str | None = None,
+) -> Path:
     """A copy of a checkpoint with stripes, which plain transformers loads: only its config.json differs.
 
     Weight files are hard links where the file system allows, copies elsewhere; never rewritten. `zebra.json` beside
     them keeps layout, source and versions. The target appears whole or not at all.
 
     Raises:
-        Refusal: what `load` refuses, and a target that exists or is the source.
+        Refusal: what `load` refuses, a rope that changes with length, a target that exists or is the source.
     """
     source, target = Path(source), Path(target)
     stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
     config = read_config(source)
+    made = as_rope(rope).changed(striped(config, stripes))
+    refuse_changing_rope(made)
     if target.exists() and source.samefile(target):
         raise Refusal(f"source and target are the same directory, {source}. Name another target.")
-    write_linked(source, target, striped(config, stripes))
+    write_linked(source, target, made, rope=str(as_rope(rope)))
     return target
 
 
-def write_linked(source: Path, target: Path, config: PreTrainedConfig) -> None:
-    """Write a checkpoint that shares its source's weight files and has another config, whole or not at all."""
+def write_linked(source: Path, target: Path, config: PreTrainedConfig, **more: Any) -> None:
+    """Write a checkpoint that shares its source's weight files and has another config, whole or not at all.
+
+    Args:
+        more: what its zebra.json says besides.
+    """
     weights = check_weights(source, config)
     with staged(target) as aside:
         for file in weights:
             link(file, aside / file.name)
         copy_companions(source, aside, weights)
         write_config(config, aside)
-        write_card(aside, config, source=source)
+        write_card(aside, config, source=source, **more)

@@ -1,23 +1,57 @@
 """The loss of a language model without its tokens x vocabulary matrix.
 
-    loss_t = -log softmax(W h_t)[x_{t+1}]
+    loss_t = -log softmax(head(h_t))[x_{t+1}]
 
 The model's own forward runs whole, so that wrappers such as DDP see it; it is asked for no logits and for its last
-hidden states, and the head is applied here, a chunk of tokens at a time.
+hidden states, and the head is applied here, a chunk of tokens at a time. A router's auxiliary loss is no part of it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 IGNORE = -100
 CHUNK = 1024
 _FUSED = hasattr(functional, "linear_cross_entropy")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of hidden states, over V words.
+
+        z = scale * W h,    logits = softcap * tanh(z / softcap) where there is a softcap
+
+    Attributes:
+        weight: W, (V, hidden).
+        scale: Cohere 2 multiplies its logits, Granite divides them.
+        softcap: Gemma 2 bounds them.
+    """
+
+    weight: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The logits (..., V), in float32."""
+        found = functional.linear(states.float(), self.weight.float()) * self.scale
+        return found if self.softcap is None else self.softcap * torch.tanh(found / self.softcap)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a model of any family that `zebra.model.families` serves. A test compares it with the host's."""
+    config = model.config
+    return Head(
+        model.get_output_embeddings().weight,
+        scale=getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
 
 
 def without_logits(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -26,26 +60,26 @@ def without_logits(device: torch.device | str = "cpu") -> dict[str, Any]:
     return {"use_cache": False, "output_hidden_states": True, "logits_to_keep": nothing}
 
 
-def summed_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """The sum of the losses of all predicted tokens, in float32.
 
     Args:
         hidden: (B, T, hidden) states before the head.
-        head: (V, hidden) the head's weight.
         labels: (B, T), the tokens themselves; `IGNORE` where a token is not to be predicted.
     """
     # With bfloat16 inputs torch 2.13 returns a wrong value (its gradients are right): float32 in, and no autocast.
     with torch.autocast(hidden.device.type, enabled=False):
         states, targets = _shifted(hidden.float(), labels)
-        return _summed(states, head.float(), targets)
+        return _summed(states, replace(head, weight=head.weight.float()), targets)
 
 
-def _summed(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    if _FUSED:
+def _summed(states: Tensor, head: Head, targets: Tensor) -> Tensor:
+    if _FUSED and head.softcap is None:
         # Chunks pay where there are more words than dimensions.
-        options = nn.LinearCrossEntropyOptions() if head.shape[0] > head.shape[1] else None
+        options = nn.LinearCrossEntropyOptions() if head.weight.shape[0] > head.weight.shape[1] else None
+        scaled = states if head.scale == 1 else states * head.scale
         return functional.linear_cross_entropy(
-            states, head, targets, reduction="sum", ignore_index=IGNORE, options=options
+            scaled, head.weight, targets, reduction="sum", ignore_index=IGNORE, options=options
         )
     total = states.sum() * 0
     for start in range(0, len(targets), CHUNK):
@@ -55,15 +89,16 @@ def _summed(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """The loss of each token, (B, T): entry `t` is that of predicting token `t`, NaN where it is not predicted."""
     with torch.autocast(hidden.device.type, enabled=False):
         states, targets = _shifted(hidden, labels)
         losses = torch.full(targets.shape, float("nan"), device=hidden.device)
         for start in range(0, len(targets), CHUNK):
             chunk = slice(start, start + CHUNK)
-            logits = functional.linear(states[chunk].float(), head.float())
-            losses[chunk] = functional.cross_entropy(logits, targets[chunk], reduction="none", ignore_index=IGNORE)
+            losses[chunk] = functional.cross_entropy(
+                head.logits(states[chunk]), targets[chunk], reduction="none", ignore_index=IGNORE
+            )
     losses = losses.masked_fill_(targets == IGNORE, float("nan"))
     return functional.pad(losses.view(labels.shape[0], -1), (1, 0), value=float("nan"))
 
@@ -73,7 +108,5 @@ def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, :-1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
 
 
-def _chunk_loss(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(
-        functional.linear(states.float(), head), targets, reduction="sum", ignore_index=IGNORE
-    )
+def _chunk_loss(states: Tensor, head: Head, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(head.logits(states), targets, reduction="sum", ignore_index=IGNORE)

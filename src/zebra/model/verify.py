@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zebra import masks
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import read_config
-from zebra.model.families import stripes_of
+from zebra.model.families import host_class, stripes_of
 from zebra.model.hosts import load, read_device, read_dtype
+from zebra.model.rope import Rope, as_rope
 from zebra.refusal import Refusal
-from zebra.stripes import LOCAL, Stripes
+from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 _CHUNK = 7
@@ -48,6 +49,7 @@ def verify(
     target: str | os.PathLike[str],
     against: str | os.PathLike[str],
     *,
+    rope: Rope | str | None = None,
     length: int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str = torch.float32,
@@ -63,6 +65,7 @@ def verify(
 
     Args:
         target, against: the converted checkpoint and its source, directories.
+        rope: the change of rope that the conversion was asked for; the source runs with it.
         length: tokens of the long checks; the window and half of it again, and some, where None.
 
     Raises:
@@ -87,7 +90,7 @@ def verify(
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
     placed = {"dtype": dtype, "device_map": device}
 
-    wanted_short, oracle = _source(against, ids, short, stripes, placed)
+    wanted_short, oracle = _source(against, _with_rope(source_config, rope, config), ids, short, stripes, placed)
     found_short, found_long = _plain(target, ids, short, placed)
     found = _ours(target, ids, placed)
 
@@ -109,8 +112,10 @@ def verify(
 # Each function below loads one model and lets go of it: a checkpoint may fill the memory.
 
 
-def _source(path: Any, ids: Tensor, short: int, stripes: Stripes, placed: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **placed)
+def _source(
+    path: Any, config: PreTrainedConfig, ids: Tensor, short: int, stripes: Stripes, placed: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    model = _stock(path, placed | {"config": config})
     inside = _logits(model, ids[:, :short])
     with _masked_layers(model, stripes):
         return inside, _logits(model, ids)
@@ -118,8 +123,25 @@ def _source(path: Any, ids: Tensor, short: int, stripes: Stripes, placed: dict[s
 
 def _plain(path: Any, ids: Tensor, short: int, placed: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The target in plain transformers, without anything of ours."""
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **placed)
+    model = _stock(path, placed | {"config": AutoConfig.from_pretrained(path)})
     return _logits(model, ids[:, :short]), _logits(model, ids)
+
+
+def _stock(path: Any, arguments: dict[str, Any]) -> PreTrainedModel:
+    """A checkpoint in plain transformers: by sdpa, unless its class has none, or a softcap, which sdpa leaves out."""
+    config = arguments["config"]
+    eager = getattr(config, "attn_logit_softcapping", None) or not host_class(config)._supports_sdpa
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if eager else "sdpa", **arguments)
+
+
+def _with_rope(source: PreTrainedConfig, rope: Rope | str | None, target: PreTrainedConfig) -> PreTrainedConfig:
+    made = as_rope(rope).changed(source)
+    if made is not source and GLOBAL in target.rope_parameters and GLOBAL not in made.rope_parameters:
+        raise Refusal(
+            f"{rope} changed the rope of the target's global layers alone, which the source's class "
+            f"{source.model_type} cannot do, so there is nothing to compare it with. Verify the conversion without it."
+        )
+    return made
 
 
 @dataclass(frozen=True)
@@ -195,10 +217,14 @@ def _masked_layers(model: PreTrainedModel, stripes: Stripes) -> Iterator[None]:
 
     def hand_over(kind: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            n = kwargs["hidden_states"].shape[1]
-            j = torch.arange(n, device=kwargs["hidden_states"].device)
+            states = kwargs["hidden_states"]
+            n = states.shape[1]
+            j = torch.arange(n, device=states.device)
             visible = masks.within(j[:, None], j[None, :], stripes.window if kind == LOCAL else n)
-            return args, kwargs | {"attention_mask": visible[None, None]}
+            # Added to the scores: the host's eager attention takes no booleans.
+            hidden = torch.zeros(n, n, dtype=states.dtype, device=states.device)
+            hidden.masked_fill_(~visible, torch.finfo(states.dtype).min)
+            return args, kwargs | {"attention_mask": hidden[None, None]}
 
         return hook
 

@@ -1,7 +1,7 @@
 """Long-context adaptation training (LCAT, Zebra section 4): a checkpoint, striped, trained on long rows, measured.
 
 run/recipe.yaml     the resolved recipe, and run/inputs.json beside it (zebra.train.directory)
-run/before.jsonl    the source by position, as it was and striped without training
+run/before.jsonl    the source by position, as it was, and with the new stripes and rope without training
 run/checkpoints/    the Trainer's; only those with the mark COMPLETE are resumed from
 run/model/          the adapted checkpoint, loadable by plain transformers
 run/rows.jsonl      every row, written last: a run that has it is done
@@ -10,6 +10,7 @@ run/rows.jsonl      every row, written last: a run that has it is done
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from zebra.evaluate.perplexity import Score, as_rows, perplexity
 from zebra.model.checkpoint import check_weights, digest, load_tokenizer, read_config
 from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
+from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.progress import console
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -59,7 +61,7 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
     if not directory.is_first_process():
         return []
     history = _trainer_state(run, recipe)["log_history"]
-    after = _measure(recipe, held_out, run / "model", reload(recipe)) if recipe.evaluate else []
+    after = _measure(recipe, held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
     found = [
         *data_rows(recipe, lines, layout(config), **_common(recipe)),
         *before,
@@ -72,7 +74,7 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
 
 
 def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The config to train, striped and long enough, and the tokenizer."""
+    """The config to train, striped, with its rope and long enough, and the tokenizer."""
     if recipe.train.device == "cuda" and not torch.cuda.is_available():
         raise Refusal(
             "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
@@ -92,13 +94,37 @@ def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBas
 
 
 def adapted(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config that a recipe makes of its source's."""
+    """The config that a recipe makes of its source's.
+
+    Raises:
+        Refusal: a layout or a rope that does not fit, a router that wants a loss of its own.
+    """
+    if getattr(config, "output_router_logits", False):
+        raise Refusal(
+            f"{recipe.model} asks for its router's auxiliary loss (output_router_logits), and adaptation trains on the "
+            "language loss alone. Set output_router_logits to false in its config.json to train so."
+        )
     if recipe.stripes is not None:
         config = striped(config, Stripes.parse(recipe.stripes))
+    config = _with_rope(recipe, config)
     config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
     if config.attention_dropout:
         console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
         config.attention_dropout = 0.0
+    return config
+
+
+def _with_rope(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+    rope = as_rope(recipe.rope)
+    reach = rope.reaches(config)
+    if reach is not None and reach < recipe.train.length:
+        raise Refusal(
+            f"the rope {rope} reaches {reach:,} positions of a model of {config.max_position_embeddings:,}, and "
+            f"train.length is {recipe.train.length:,}. Take a factor of at least "
+            f"{math.ceil(recipe.train.length / config.max_position_embeddings)}."
+        )
+    config = rope.changed(config)
+    refuse_changing_rope(config)
     return config
 
 
@@ -112,14 +138,17 @@ def _before(run: Path, recipe: AdaptRecipe, held_out: Corpus | None) -> list[Row
     if not kept.exists():
         source = Path(recipe.model)
         rows = _measure(recipe, held_out, source, load(source))
-        if recipe.stripes is not None:
-            rows += _measure(recipe, held_out, source, load(source, stripes=recipe.stripes))
+        if recipe.stripes is not None or recipe.rope is not None:
+            model = load(source, stripes=recipe.stripes, rope=recipe.rope)
+            rows += _measure(recipe, held_out, source, model, recipe.rope)
         records.write(kept, rows)
     return records.read(kept)
 
 
-def _measure(recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, model: PreTrainedModel) -> list[Row]:
-    """Rows of one checkpoint by position, and how fast it read."""
+def _measure(
+    recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, model: PreTrainedModel, rope: str | None = None
+) -> list[Row]:
+    """Rows of one checkpoint by position, and how fast it read; `rope` stands beside the layout."""
     assert recipe.evaluate is not None
     assert held_out is not None
     model.to(best_device())
@@ -127,7 +156,7 @@ def _measure(recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, mod
     asked = recipe.evaluate
     scores = perplexity(model, held_out, length=asked.length, convention=asked.convention, seed=recipe.train.seed)
     seconds = time.perf_counter() - start
-    common = _common(recipe) | {"model": str(checkpoint), "layout": layout(model.config)}
+    common = _common(recipe) | {"model": str(checkpoint), "layout": _named(model.config, rope)}
     rows = as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **common)
     speed = rows[-1].n / seconds if rows[-1].n else 0.0
     return [
@@ -143,13 +172,18 @@ def _measure(recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, mod
     ]
 
 
+def _named(config: PreTrainedConfig, rope: str | None) -> str:
+    """The layout as rows call it, with the rope beside it that the recipe gives."""
+    return " ".join(filter(None, (layout(config), rope)))
+
+
 def _common(recipe: AdaptRecipe) -> dict[str, Any]:
     return {"run": Path(recipe.run).name, "seed": recipe.train.seed, "device": device_name(best_device())}
 
 
 def _training_rows(recipe: AdaptRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
     """The loss against tokens, and the evaluations on the way."""
-    common = _common(recipe) | {"layout": layout(config)}
+    common = _common(recipe) | {"layout": _named(config, recipe.rope)}
     rows: list[Row] = []
     for entry in history:
         at = common | {"model": f"{recipe.run}@{entry['step']}"}
@@ -214,18 +248,20 @@ def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows,
     if writes:
         tokens = _trainer_state(run, recipe)["num_input_tokens_seen"]
         with directory.writing(run):
-            export(recipe, model, steps=recipe.train.steps, tokens=tokens)
+            export(recipe, model, steps=recipe.train.steps, tokens=tokens, rope=recipe.rope or "none")
 
 
 def _source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedModel:
     """The checkpoint to train, with its new config."""
-    return load(
+    model = load(
         recipe.model,
         stripes=recipe.stripes,
+        rope=recipe.rope,
         dtype=getattr(torch, recipe.lora.frozen) if recipe.lora else torch.float32,
-        max_position_embeddings=config.max_position_embeddings,
         attention_dropout=config.attention_dropout,
     )
+    model.config.max_position_embeddings = config.max_position_embeddings  # the rope starts from what it was
+    return model
 
 
 def _trainer_state(run: Path, recipe: AdaptRecipe) -> dict[str, Any]:

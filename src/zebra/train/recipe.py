@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from zebra.model.rope import Rope
 from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
@@ -159,6 +160,9 @@ class AdaptRecipe(_Section):
     stripes: str | None = Field(
         None, description="the layout to adapt to, such as GLLL:512; the checkpoint's own without it"
     )
+    rope: str | None = Field(
+        None, description="a change of the rope: linear:8, yarn:8, llama3:8, base:5000000; as it is without it"
+    )
     data: Data
     train: Training
     lora: Lora | None = Field(None, description="train low-rank updates; all weights without it")
@@ -168,6 +172,12 @@ class AdaptRecipe(_Section):
     @classmethod
     def _notation(cls, stripes: str | None) -> str | None:
         return None if stripes is None else str(Stripes.parse(stripes))
+
+    @field_validator("rope")
+    @classmethod
+    def _rope_notation(cls, rope: str | None) -> str | None:
+        parsed = None if rope is None else Rope.parse(rope)
+        return None if parsed is None or parsed.kind == "none" else str(parsed)
 
     @model_validator(mode="after")
     def _consistent(self) -> AdaptRecipe:

@@ -32,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows
 from zebra.evaluate.perplexity import perplexity
-from zebra.model.loss import summed_loss, without_logits
+from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import bar, console
 from zebra.refusal import Refusal
 from zebra.train.recipe import AdaptRecipe, Evaluation
@@ -56,10 +56,9 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
             f"one process sees {arguments.n_gpu} GPUs. Start one process for each with "
             "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
-    head = model.get_output_embeddings()
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        total = summed_loss(outputs.hidden_states[-1], head.weight, labels)
+        total = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
         if not bool(total.isfinite()):
             _stop(trainer)
         return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())

@@ -1,0 +1,172 @@
+"""Changes of the rotary position embedding, in the host's own terms: another `rope_parameters` in the config.
+
+    linear:8          every angle divided by 8 (position interpolation, arXiv 2306.15595)
+    yarn:8            slow angles divided, fast ones kept, a ramp between (YaRN, arXiv 2309.00071)
+    llama3:8          the same idea with Llama 3.1's ramp
+    base:5000000      a larger base: slow angles become slower (arXiv 2309.16039)
+    dynamic:1         dynamic NTK: a base that grows with the text beyond the trained length; evaluation only
+    none              the rope as it is
+
+The host computes the frequencies; nothing is computed here. Where a host has a rope for each kind of layer, the global
+layers' alone changes: a local layer never looks beyond its window.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zebra.refusal import Refusal
+from zebra.stripes import GLOBAL, LOCAL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_FACTORS = ("linear", "yarn", "llama3", "dynamic")
+_KEPT = ("rope_theta", "partial_rotary_factor")
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_CHANGING = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A change of the rope: its kind, and the factor or the base.
+
+    Raises:
+        Refusal: an unknown kind, a number where none belongs or none where one does, a factor that does not extend.
+
+    Example:
+        >>> Rope.parse("yarn:8").amount
+        8.0
+    """
+
+    kind: str
+    amount: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "none" and self.amount is None:
+            return
+        least = 1.0 if self.kind in ("dynamic", "base") else math.nextafter(1.0, 2.0)
+        known = self.kind in (*_FACTORS, "base")
+        if not known or self.amount is None or not least <= self.amount < math.inf:
+            raise Refusal(
+                "a rope is none, base:THETA, or one of linear, yarn, llama3 with a factor above 1, or dynamic with one "
+                f"of at least 1; got {self}. Write for example yarn:8 or base:5000000."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Rope:
+        """Read the notation that `str()` prints."""
+        kind, colon, amount = str(text).strip().partition(":")
+        if colon and not re.fullmatch(r"\s*[0-9.]+([eE][+]?[0-9]+)?\s*", amount):
+            raise Refusal(f"a rope is written KIND:NUMBER; got {text!r}. Write for example yarn:8, or none.")
+        return cls(kind.strip().lower(), float(amount) if colon else None)
+
+    def __str__(self) -> str:
+        return self.kind if self.amount is None else f"{self.kind}:{self.amount:.15g}"
+
+    def reaches(self, config: PreTrainedConfig) -> int | None:
+        """The positions that the changed model is made for, where the kind says so."""
+        return round(config.max_position_embeddings * self.amount) if self._stretches and self.amount else None
+
+    @property
+    def _stretches(self) -> bool:
+        return self.kind in ("linear", "yarn", "llama3")
+
+    def changed(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config with this rope, and as many positions as it reaches.
+
+        Raises:
+            Refusal: a rope that is scaled already, a base that is not larger, a family where no global layer has one.
+        """
+        if self.kind == "none":
+            return config
+        made = copy.deepcopy(config)
+        if config.model_type == "cohere2":
+            raise Refusal(
+                f"the rope of a cohere2 cannot become {self}: only its local layers have one, and they never look "
+                "beyond their window. Leave the rope as it is."
+            )
+        if self.kind == "base" and getattr(config, "layer_rope_theta", None):
+            raise Refusal(
+                f"a {config.model_type} has a base for each layer (layer_rope_theta), which {self} would not reach. "
+                "Take yarn, linear or llama3."
+            )
+        by_kind = GLOBAL in config.rope_parameters
+        if by_kind and self.kind == "dynamic":
+            raise Refusal(
+                f"a {config.model_type} has a rope for each kind of layer, and dynamic NTK is offered for one rope "
+                "only. Take yarn, linear or llama3."
+            )
+        old = config.rope_parameters[GLOBAL] if by_kind else config.rope_parameters
+        new = self._parameters(old, config)
+        made.rope_parameters = {**config.rope_parameters, GLOBAL: new} if by_kind else new
+        made.max_position_embeddings = self.reaches(config) or config.max_position_embeddings
+        return made
+
+    def _parameters(self, old: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+        if old.get("rope_type", "default") != "default":
+            has = ", ".join(f"{name} {value}" for name, value in old.items() if not isinstance(value, list))
+            raise Refusal(
+                f"the rope of this {config.model_type} is scaled already ({has}); scaling it again to {self} would not "
+                "mean what either says. Start from the checkpoint before, or leave the rope as it is."
+            )
+        kept = {name: old[name] for name in _KEPT if name in old}
+        if self.kind == "base":
+            if self.amount <= old["rope_theta"]:
+                raise Refusal(f"a larger base is above the {old['rope_theta']:,.0f} that it is; got {self}. Raise it.")
+            return kept | {"rope_type": "default", "rope_theta": self.amount}
+        new = kept | {"rope_type": self.kind, "factor": self.amount}
+        if self.kind in ("yarn", "llama3"):
+            new["original_max_position_embeddings"] = config.max_position_embeddings
+        return new | (_LLAMA3 if self.kind == "llama3" else {})
+
+
+def as_rope(rope: Rope | str | None) -> Rope:
+    """A rope, its notation, or None for the rope as it is."""
+    return rope if isinstance(rope, Rope) else Rope.parse(rope or "none")
+
+
+def changes_with_length(config: PreTrainedConfig) -> str | None:
+    """The type of a rope whose frequencies depend on the text's length, so that a cache would mix several; or None."""
+    rope = config.rope_parameters or {}
+    kinds = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
+    return next((one["rope_type"] for one in kinds if one.get("rope_type") in _CHANGING), None)
+
+
+def refuse_changing_rope(config: PreTrainedConfig) -> None:
+    """Refuse to write or train a model whose frequencies depend on the text's length.
+
+    Raises:
+        Refusal: dynamic NTK or longrope.
+    """
+    kind = changes_with_length(config)
+    if kind is not None:
+        raise Refusal(
+            f"a rope of type {kind} changes its frequencies with the text's length, so that a cache, chunks and rows "
+            "of training differ from a whole text. It serves `zebra evaluate` only. Take yarn, linear, llama3 or base."
+        )
+
+
+def whole_texts_only(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook of a model whose rope changes with length: no cache, and each text by its own length.
+
+    Raises:
+        Refusal: a cache was asked for.
+    """
+    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        raise Refusal(
+            f"this model's rope is {changes_with_length(module.config)}: its frequencies change with the length, so "
+            "cached keys would carry others than new ones. Pass use_cache=False, or take yarn for generating."
+        )
+    import torch  # recipes read the notation without it
+
+    # The host remembers the longest text; a short one brings it back to the frequencies of the trained length.
+    start = torch.zeros(1, 1, dtype=torch.long, device=module.device)
+    by_kind = [{"layer_type": kind} for kind in (GLOBAL, LOCAL) if kind in module.config.rope_parameters]
+    for kind in by_kind or [{}]:
+        module.get_decoder().rotary_emb(start.float(), start, **kind)
+    return args, kwargs | {"use_cache": False}
