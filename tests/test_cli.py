@@ -20,6 +20,14 @@ Zebra = Callable[..., "subprocess.CompletedProcess[str]"]
 SEPARATOR = "<|endoftext|>"
 
 
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """Some real stories, of 300 tokens and more, split by SEPARATOR."""
+    path = tmp_path / "few.txt"
+    path.write_text(SEPARATOR.join((TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:40]))
+    return path
+
+
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """One clear line on stderr, exit code 2, nothing on stdout."""
     assert done.returncode == 2, done.stdout + done.stderr
@@ -43,7 +51,7 @@ def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
         assert f"zebra {' '.join(verb)} " in page.stdout.split("Options")[-1] + page.stdout
 
 
-def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path) -> None:
+def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path, few: Path) -> None:
     out = tmp_path / "striped"
     done = zebra("convert", STORIES, out, "--stripes", "GLLL:129")
     assert done.returncode == 0, done.stderr
@@ -57,7 +65,7 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path) -> None:
 
     rows = tmp_path / "rows.jsonl"
     done = zebra(
-        *("evaluate", "perplexity", out, TEXT / "tinystories_test.txt", "--length", "300,512"),
+        *("evaluate", "perplexity", out, few, "--length", "300,512"),
         *("--separator", SEPARATOR, "--json", "--out", rows),
     )
     assert done.returncode == 0, done.stderr
@@ -70,7 +78,7 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path) -> None:
     assert [json.loads(line) for line in rows.read_text().splitlines()] == found
 
     records = tmp_path / "stories.jsonl"
-    stories = (TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)
+    stories = few.read_text().split(SEPARATOR)
     records.write_text("".join(json.dumps({"body": story}) + "\n" for story in stories))
     done = zebra(
         *("evaluate", "perplexity", out, records, "--field", "body", "--workers", 2, "--length", "300,512", "--json")
@@ -95,13 +103,13 @@ def test_verify_says_when_a_conversion_is_wrong(zebra: Zebra, tmp_path: Path) ->
     assert "DIFFERENT" in done.stdout
 
 
-def test_a_rope_of_the_command_line(zebra: Zebra, tmp_path: Path) -> None:
+def test_a_rope_of_the_command_line(zebra: Zebra, tmp_path: Path, few: Path) -> None:
     assert zebra("convert", STORIES, tmp_path / "out", "--stripes", "GLLL:16", "--rope", "yarn:8").returncode == 0
     assert zebra("verify", tmp_path / "out", "--against", STORIES, "--rope", "yarn:8").returncode == 0
     done = zebra("convert", STORIES, tmp_path / "two", "--stripes", "GLLL:16", "--rope", "yarn:1")
     assert done.returncode == 2
     assert "got yarn:1" in done.stderr
-    arguments = (TEXT / "tinystories_test.txt", "--length", "600", "--separator", SEPARATOR, "--join", "--json")
+    arguments = (few, "--length", "600", "--separator", SEPARATOR, "--join", "--json")
     rows = [
         json.loads(zebra("evaluate", "perplexity", path, *arguments, *rope).stdout)["rows"][-1]
         for path, rope in ((tmp_path / "out", ()), (STORIES, ("--stripes", "GLLL:16", "--rope", "yarn:8")))
@@ -110,9 +118,9 @@ def test_a_rope_of_the_command_line(zebra: Zebra, tmp_path: Path) -> None:
     assert [row["layout"] for row in rows] == ["GLLL:16", "GLLL:16 yarn:8"]
 
 
-def test_a_layout_of_the_command_line_equals_a_converted_checkpoint(zebra: Zebra, tmp_path: Path) -> None:
+def test_a_layout_of_the_command_line_equals_a_converted_checkpoint(zebra: Zebra, tmp_path: Path, few: Path) -> None:
     zebra("convert", STORIES, tmp_path / "out", "--stripes", "GL:65")
-    arguments = (TEXT / "tinystories_test.txt", "--length", "400", "--separator", SEPARATOR, "--json")
+    arguments = (few, "--length", "400", "--separator", SEPARATOR, "--json")
     one = zebra("evaluate", "perplexity", tmp_path / "out", *arguments)
     two = zebra("evaluate", "perplexity", STORIES, *arguments, "--stripes", "GL:65")
     values = [[row["value"] for row in json.loads(done.stdout)["rows"]] for done in (one, two)]
