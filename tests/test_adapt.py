@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import STORIES, TEXT, tiny_model
+from conftest import STORIES, TEXT, fitting, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
@@ -357,3 +357,18 @@ def test_a_router_that_wants_its_own_loss_is_refused(tmp_path: Path) -> None:
         (tmp_path / "moe" / file.name).write_bytes(file.read_bytes())
     with pytest.raises(Refusal, match="asks for its router's auxiliary loss"):
         adapt(recipe(tmp_path / "run", model=str(tmp_path / "moe")))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("member", ["gemma2", "gemma3_text", "qwen3_moe", "olmo2", "granite_swa"])
+def test_other_families_are_adapted(member: str, tmp_path: Path) -> None:
+    """Capped logits, experts, sinks and ropes of each kind through the Trainer, with activations computed again."""
+    tiny_model(member, vocab_size=512).save_pretrained(tmp_path / "source")
+    for file in STORIES.glob("tokenizer*"):
+        (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
+    changes = {"train__steps": 4, "evaluate__every": 4, "train__activation_checkpointing": True, "rope": "yarn:2"}
+    run, source = tmp_path / "run", tmp_path / "source"
+    rows = adapt(recipe(run, model=str(source), stripes=fitting(member, "GLLL:33"), **changes))
+    assert losses(rows)[-1] < losses(rows)[0]
+    measured = {row.model: row.value for row in rows if row.metric == "perplexity"}
+    assert measured[f"{run}@4"] == pytest.approx(measured[str(run / "model")], rel=1e-4)
