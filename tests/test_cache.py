@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 import zebra
-from zebra.model.cache import StripedCache, TrimmedSlidingLayer
+from zebra.model.cache import GrowingLayer, StripedCache, TrimmedSlidingLayer
 
 WINDOW = 9
 TOKEN = 2 * 2 * 8 * 4
@@ -58,6 +61,66 @@ def test_a_window_of_one_holds_nothing(checkpoints: Callable[..., Path]) -> None
     model = zebra.load(checkpoints("qwen2"), stripes="GL:1")
     cache = fill(model, StripedCache(model.config), 5, 1, 1)
     assert [layer.keys.shape[-2] for layer in cache.layers] == [7, 0, 7, 0, 7]
+
+
+@torch.no_grad()
+def grow(layer: Any, parts: list[int], batch: int = 1) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for n in parts:
+        layer.update(*(torch.randn(batch, 2, n, 8, generator=generator) for _ in range(2)))
+
+
+@pytest.mark.parametrize("parts", [[100] + [1] * 300, [7] * 60, [40, 1, 1, 40, 1, 3] * 5, [1] * 50], ids=str)
+@pytest.mark.parametrize("kind", [GrowingLayer, TrimmedSlidingLayer])
+def test_layers_hold_what_the_hosts_hold_and_grow_by_a_quarter(kind: Any, parts: list[int]) -> None:
+    arguments = () if kind is GrowingLayer else (WINDOW,)
+    mine, hosts = kind(*arguments), kind.__base__(*arguments)
+    addresses = []
+    for i in range(len(parts)):
+        for layer in (mine, hosts):
+            grow(layer, parts[i : i + 1])
+        assert torch.equal(mine.keys, hosts.keys)
+        assert torch.equal(mine.values, hosts.values)
+        for states in (mine.keys, mine.values):
+            live = states.shape[-2] if kind is GrowingLayer else WINDOW - 1 + parts[i]
+            assert states.untyped_storage().nbytes() <= max(1.25 * live, 2 * states.shape[-2]) * TOKEN // 2
+        addresses.append(mine.keys.untyped_storage().data_ptr())
+    moves = sum(a != b for a, b in itertools.pairwise(addresses))
+    if parts[-1] == 1 and kind is GrowingLayer:
+        assert moves < 30  # not once for each token
+    seen = [layer.update(*torch.ones(2, 1, 2, 3, 8)) for layer in (mine, hosts)]
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("kind", [GrowingLayer, TrimmedSlidingLayer])
+def test_two_caches_that_share_a_beginning_do_not_write_into_each_other(kind: Any) -> None:
+    one, two = (kind(*(() if kind is GrowingLayer else (WINDOW,))) for _ in range(2))
+    grow(one, [20, 1])
+    two.lazy_initialization(one.keys, one.values)
+    two.keys, two.values, two.cumulative_length = one.keys, one.values, 21
+    again = copy.deepcopy(one)
+    for layer, value in ((one, 1.0), (two, 2.0), (again, 3.0), (one, 1.0)):
+        layer.update(*torch.full((2, 1, 2, 1, 8), value))
+    assert (one.keys[:, :, -2:] == 1).all()
+    assert (two.keys[:, :, -1:] == 2).all()
+    assert (again.keys[:, :, -1:] == 3).all()
+    taken = one.keys
+    one.crop(-1) if kind is GrowingLayer else None
+    one.update(*torch.full((2, 1, 2, 1, 8), 4.0))
+    assert (taken[:, :, -2:] == 1).all()
+    assert pickle.loads(pickle.dumps(one)).keys.equal(one.keys)
+
+
+def test_gradients_flow_through_the_cache(model: Any) -> None:
+    """A chunk's loss reaches the chunk before it, as with the host's cache."""
+    found = []
+    for cache in (StripedCache(model.config), DynamicCache(config=model.config)):
+        model.zero_grad()
+        for _ in range(3):
+            out = model(ids(7), past_key_values=cache, use_cache=True).logits
+        out.square().sum().backward()
+        found.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    torch.testing.assert_close(*found)
 
 
 def test_beams_and_selection_move_rows(model: Any) -> None:

@@ -1,19 +1,84 @@
-"""The host's hybrid cache, truly bounded: a local layer holds at most `window - 1` past tokens.
+"""The host's hybrid cache, truly bounded, and grown with slack instead of copied at every token.
 
-    global layer   [k0 k1 k2 k3 k4 k5 k6 k7 ...]     grows with the text
-    local layer                     [k5 k6 k7]       the last window - 1, and no more storage than about twice that
+    global layer   [k0 k1 k2 k3 k4 k5 k6 k7 ...|    ]     grows with the text, a quarter of it at a time
+    local layer                     [k5 k6 k7|  ]         the last window - 1, and a quarter of that to move in
 
 The host's own local layer shows `window - 1` keys but, after a long prefill, still holds the storage of all of them
-through a view. `StripedCache` differs from `DynamicCache` in that alone.
+through a view; and both of its layers copy everything they hold for each new token. `StripedCache` differs from
+`DynamicCache` in these two things alone.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class _Room:
+    """The room behind the tokens that a layer holds: appending a few writes in place.
+
+    Only behind the very tensor that was handed out last: what was reordered, cropped or put there by another is copied,
+    so that two caches that share a beginning never write into each other.
+    """
+
+    def __init__(self) -> None:
+        self._handed: weakref.ref[Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[_Room], tuple[()]]:
+        return _Room, ()
+
+    def append(self, held: Tensor, new: Tensor) -> Tensor:
+        """`held` (B, K, n, D) or empty, then `new` (B, K, t, D); in a buffer of at most 1.25 (n + t) tokens."""
+        if held.numel() == 0:
+            return new.clone(memory_format=torch.contiguous_format)
+        if torch.is_grad_enabled() and (held.requires_grad or new.requires_grad):
+            return torch.cat([held, new], dim=-2)  # a write in place would spoil what the backward needs
+        n, t, size = held.shape[-2], new.shape[-2], held.shape[-1]
+        if self._handed is not None and self._handed() is held:
+            start, capacity = held.storage_offset() // size, held.stride(1) // size
+            if start + n + t <= capacity:
+                grown = held.as_strided((*held.shape[:2], n + t, size), held.stride(), held.storage_offset())
+                grown[:, :, n:] = new
+                return self._hand(grown)
+        slack = (n + t) // 4 if t <= n // 4 else 0  # another prefill as long as this one is not to be expected
+        buffer = held.new_empty(*held.shape[:2], n + t + slack, size)
+        buffer[:, :, :n], buffer[:, :, n : n + t] = held, new
+        return self._hand(buffer[:, :, : n + t])
+
+    def last(self, states: Tensor, count: int) -> Tensor:
+        """The last `count` tokens, copied where the buffer behind them is more than twice as large."""
+        kept = states[:, :, max(0, states.shape[-2] - count) :]
+        if kept.untyped_storage().nbytes() > 2 * kept.numel() * kept.element_size():
+            return kept.clone()
+        return self._hand(kept) if self._handed is not None and self._handed() is states else kept
+
+    def _hand(self, states: Tensor) -> Tensor:
+        self._handed = weakref.ref(states)
+        return states
+
+
+class GrowingLayer(DynamicLayer):
+    """The host's global layer, grown with slack."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms = _Room(), _Room()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new keys and values; return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._rooms[0].append(self.keys, key_states)
+        self.values = self._rooms[1].append(self.values, value_states)
+        return self.keys, self.values
 
 
 class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
@@ -25,37 +90,44 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
     keys: Tensor
     values: Tensor
 
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window)
+        self._rooms = _Room(), _Room()
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values; return those that the new queries may see."""
-        seen = super().update(key_states, value_states, *args, **kwargs)
-        if not self.record_past:
-            self.keys, self.values = self._kept(self.keys), self._kept(self.values)
-        return seen
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += key_states.shape[-2]
+        keys = self._rooms[0].append(self.keys, key_states)
+        values = self._rooms[1].append(self.values, value_states)
+        first = max(0, keys.shape[-2] - (self.sliding_window - 1 + key_states.shape[-2]))
+        if self.record_past:
+            self.keys, self.values = keys, values
+        else:
+            self._keep(keys, values)
+        return keys[:, :, first:], values[:, :, first:]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, and let go of what is no longer needed."""
         super().crop(tokens_to_remove)
         if self.is_initialized:
-            self.keys, self.values = self._kept(self.keys), self._kept(self.values)
+            self._keep(self.keys, self.values)
 
-    def _kept(self, states: Tensor) -> Tensor:
+    def _keep(self, keys: Tensor, values: Tensor) -> None:
         # The host slices by -(window - 1), which for a window of 1 keeps everything.
-        states = states[:, :, max(0, states.shape[-2] - (self.sliding_window - 1)) :]
-        held = states.untyped_storage().nbytes()
-        return states.clone() if held > 2 * states.numel() * states.element_size() else states
+        self.keys = self._rooms[0].last(keys, self.sliding_window - 1)
+        self.values = self._rooms[1].last(values, self.sliding_window - 1)
 
 
 class StripedCache(DynamicCache):
-    """`DynamicCache(config=...)` with trimmed local layers: the default of `generate` after `zebra.load`."""
+    """`DynamicCache(config=...)` with layers of ours: the default of `generate` after `zebra.load`."""
 
     layers: list[Any]
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
-        self.layers = [
-            TrimmedSlidingLayer(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else layer
-            for layer in self.layers
-        ]
+        self.layers = [_ours(layer) for layer in self.layers]
 
     def kv_bytes(self) -> int:
         """Bytes of storage that the cache holds now, in all layers."""
@@ -65,3 +137,9 @@ class StripedCache(DynamicCache):
             if layer.is_initialized
             for states in (layer.keys, layer.values)
         )
+
+
+def _ours(layer: Any) -> Any:
+    if type(layer) is DynamicSlidingWindowLayer:
+        return TrimmedSlidingLayer(layer.sliding_window)
+    return GrowingLayer() if type(layer) is DynamicLayer else layer
