@@ -111,10 +111,10 @@ def test_attention_blind_to_padding_fails(converted: Path, monkeypatch: pytest.M
 
 
 def test_a_cache_that_keeps_too_little_fails(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kept(self: Any, states: Any) -> Any:
-        return states[:, :, max(0, states.shape[-2] - (self.sliding_window - 2)) :]
+    def last(self: Any, states: Any, count: int) -> Any:
+        return states[:, :, max(0, states.shape[-2] - (count - 1)) :]
 
-    monkeypatch.setattr(cache.TrimmedSlidingLayer, "_kept", kept)
+    monkeypatch.setattr(cache._Room, "last", last)
     assert failed(zebra.verify(converted, against=STORIES)) == {"cached", "chunked"}
 
 
