@@ -180,20 +180,24 @@ KILLS = {
 }
 
 
+def kill_while_adapting(asked: AdaptRecipe, kill: str, where: Path) -> None:
+    (where / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    done = subprocess.run(
+        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "adapt", str(where / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
 @pytest.mark.parametrize("when", KILLS)
 def test_a_killed_run_resumes_to_the_same_losses(
     when: str, finished: tuple[Path, list[records.Row]], tmp_path: Path
 ) -> None:
     kill, left, whole = KILLS[when]
     run = tmp_path / "run"
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(run).model_dump(mode="json")))
-    killed = subprocess.run(
-        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "adapt", str(tmp_path / "recipe.yaml")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_while_adapting(recipe(run), kill, tmp_path)
     checkpoints = run / "checkpoints"
     assert names(checkpoints) == left
     assert {p.name for p in checkpoints.iterdir() if (p / COMPLETE).exists()} == whole

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import STORIES
-from test_adapt import KILLS, losses, names, recipe
+from test_adapt import KILLS, kill_while_adapting, losses, names, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
@@ -124,14 +120,7 @@ def test_a_killed_low_rank_run_resumes_to_the_same_losses(when: str, tmp_path: P
     changes = {"lora": {"rank": 4}, "evaluate": None, "train__steps": 12}
     wanted = adapt(recipe(tmp_path / "whole", **changes))
     killed = recipe(tmp_path / "run", **changes)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(killed.model_dump(mode="json")))
-    done = subprocess.run(
-        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "adapt", str(tmp_path / "recipe.yaml")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill_while_adapting(killed, kill, tmp_path)
     assert losses(adapt(killed)) == losses(wanted)
 
 
