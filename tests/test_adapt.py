@@ -94,6 +94,7 @@ def test_the_adapted_checkpoint_is_a_plain_one(finished: tuple[Path, list[record
     plain = AutoModelForCausalLM.from_pretrained(model)
     ours = zebra.load(model)
     assert plain.config.max_position_embeddings == 600
+    assert plain.config.use_cache  # the Trainer turns it off for itself
     assert plain.config.layer_types[:2] == ["full_attention", "sliding_attention"]
     ids = AutoTokenizer.from_pretrained(model)(
         "Once upon a time there was a little girl.", return_tensors="pt"
@@ -248,6 +249,20 @@ def test_attention_dropout_of_the_checkpoint_is_off_and_said(
     adapt(recipe(tmp_path / "run", model=str(stories), train__steps=1, evaluate=None))
     assert "attention_dropout of 0.1 becomes 0" in capfd.readouterr().err
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["attention_dropout"] == 0.0
+
+
+def test_a_rope_whose_factor_is_not_written_stays_what_it_was_trained_as(stories: Path, tmp_path: Path) -> None:
+    """The host takes a missing factor of YaRN from max_position_embeddings, which adaptation raises."""
+    config = json.loads((stories / "config.json").read_text())
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 128}
+    (stories / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    source = zebra.load(stories).model.rotary_emb
+    adapt(recipe(tmp_path / "run", model=str(stories), train__steps=1, evaluate=None))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert plain.config.max_position_embeddings == 600
+    assert plain.config.rope_parameters["factor"] == 4.0
+    assert torch.equal(plain.model.rotary_emb.inv_freq, source.inv_freq)
+    assert plain.model.rotary_emb.attention_scaling == source.attention_scaling
 
 
 def test_a_damaged_recipe_in_the_run_is_refused(tmp_path: Path) -> None:

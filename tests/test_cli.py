@@ -141,7 +141,7 @@ BAD = {
     "missing checkpoint": (["convert", "nowhere", "out", "--stripes", "GL:9"], ["no checkpoint at nowhere"]),
     "bad notation": (["convert", STORIES, "out", "--stripes", "GXL:9"], ["G (global) and L (local)"]),
     "no window": (["convert", STORIES, "out", "--stripes", "GLLL"], ["PATTERN:WINDOW"]),
-    "window of zero": (["convert", STORIES, "out", "--stripes", "GLLL:0"], ["at least 1; got 0"]),
+    "window of zero": (["convert", STORIES, "out", "--stripes", "GLLL:0"], ["at least 1", "got 0"]),
     "layer beyond": (["convert", STORIES, "out", "--stripes", "0,7:9"], ["layer 7", "5 layers"]),
     "same target": (["convert", STORIES, STORIES, "--stripes", "GL:9"], ["same directory"]),
     "verify dense": (["verify", STORIES, "--against", STORIES], ["no stripes"]),
@@ -171,6 +171,13 @@ BAD = {
     "recipe beyond the model": (["adapt", "recipe.yaml", "--set", "stripes=8:9"], ["layer 8"]),
     "text shorter than a row": (["adapt", "recipe.yaml", "--set", "data.files=[short.txt]"], ["fewer than one row"]),
     "seed below zero": (["adapt", "recipe.yaml", "--set", "train.seed=-1"], ["train.seed", "greater than or equal"]),
+    "endless rate": (["adapt", "recipe.yaml", "--set", "train.weight_decay=.inf"], ["train.weight_decay"]),
+    "a switch for a number": (["adapt", "recipe.yaml", "--set", "train.steps=true"], ["train.steps", "valid integer"]),
+    "a word for a switch": (["adapt", "recipe.yaml", "--set", "data.join=off please"], ["data.join", "valid boolean"]),
+    "a NUL in a path": (["adapt", "recipe.yaml", "--set", 'run="a\\0b"'], ["NUL"]),
+    "a key twice": (["adapt", "twice.yaml"], ["twice.yaml is not YAML", "the key run stands twice"]),
+    "a huge window": (["convert", STORIES, "out", "--stripes", f"GL:{10**22}"], ["below 2^31"]),
+    "a huge factor": (["convert", STORIES, "out", "--stripes", "GL:9", "--rope", "yarn:1e300"], ["a rope is none"]),
     "betas": (["adapt", "recipe.yaml", "--set", "train.betas=[0.9, 1.5]"], ["train.betas.1", "less than 1"]),
     "no such device": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--device", "cuda:77"],
@@ -195,6 +202,7 @@ def test_bad_input_gets_one_line_and_code_2(
         f"run: run\nmodel: {STORIES}\nstripes: GL:9\ndata: {{files: [{TEXT}]}}\n"
         "train: {length: 64, steps: 2, learning_rate: 1.0e-3}\n"
     )
+    (tmp_path / "twice.yaml").write_text((tmp_path / "recipe.yaml").read_text() + "run: other\n")
     before = {p.name for p in tmp_path.iterdir()}
     arguments, words = BAD[case]
     monkeypatch.chdir(tmp_path)
@@ -217,6 +225,7 @@ def test_an_interrupt_ends_with_130_and_nothing_half_written(tmp_path: Path) -> 
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as running:
         assert running.stderr is not None
         for line in running.stderr:

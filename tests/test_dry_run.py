@@ -111,4 +111,6 @@ def test_a_big_recipe_takes_a_step_with_two_layers_of_its_real_width(path: Path,
     tree["train"] |= {"length": 256, "steps": 1, "accumulate": 1, "warmup_steps": 0, "device": "best"}
     tree["train"] |= {"log_every": 1, "save_every": 1}
     rows = adapt(AdaptRecipe.model_validate(tree))
-    assert losses(rows)[0] == pytest.approx(6.3, abs=0.7)  # a random model guesses among 512 words: ln 512 = 6.2
+    assert (
+        5.5 < losses(rows)[0] < 8
+    )  # a random model guesses among 512 words: ln 512 = 6.2, and its logits have a width

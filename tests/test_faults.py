@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,9 @@ def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(tmp_path: P
 )
 def test_a_target_that_cannot_be_written(zebra: Zebra, tmp_path: Path, arguments: tuple[object, ...]) -> None:
     (tmp_path / "short.txt").write_text("Once upon a time there was a boy.")
-    refused(zebra(*arguments, cwd=tmp_path), "Nothing half-written was left")
+    done = zebra(*arguments, cwd=tmp_path)
+    done.stdout = ""  # what was measured is shown before it is written
+    refused(done, "Nothing half-written was left")
 
 
 def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
@@ -106,11 +109,73 @@ def test_a_recipe_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pyt
 def test_a_loss_that_is_not_finite_stops_before_it_spoils_a_checkpoint(tmp_path: Path) -> None:
     spoiled = {"train__learning_rate": 1e30, "train__schedule": "constant_with_warmup", "train__warmup_steps": 5}
     run = tmp_path / "run"
-    with pytest.raises(Refusal, match=r"not finite at step \d, at a learning rate of \d.* lower train\.learning_rate"):
+    with pytest.raises(Refusal, match=r"loss is not finite at step 4, at a learning rate of 6e\+29.* that of step 2\."):
         adapt(recipe(run, **SHORT, **spoiled))
-    for checkpoint in (run / "checkpoints").iterdir():
-        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+    tensors = load_file(run / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert names(run) == {"recipe.yaml", "inputs.json", "checkpoints"}
+
+
+@pytest.mark.parametrize(("steps", "warm", "good"), [(1, 0, None), (3, 2, 1)])
+def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, steps: int, warm: int, good: int | None) -> None:
+    """The loss of a step is finite, and the step itself is what spoils: after the last one no loss would tell."""
+    changes = {"train__steps": steps, "train__save_every": 1, "train__learning_rate": 3e38, "evaluate": None}
+    schedule = {"train__schedule": "constant_with_warmup", "train__warmup_steps": warm}
+    run = tmp_path / "run"
+    kept = "No checkpoint was saved yet" if good is None else f"newest finite checkpoint is that of step {good}"
+    with pytest.raises(Refusal, match=rf"weights are not finite at step \d, .* {kept}"):
+        adapt(recipe(run, **changes, **schedule))
+    marked = {found.parent.name for found in (run / "checkpoints").glob(f"*/{COMPLETE}")}
+    assert marked == (set() if good is None else {f"checkpoint-{good}"})
+    assert not (run / "model").exists()
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json", "rng_state.pth", "model.safetensors"])
+def test_a_checkpoint_that_was_damaged_since_gives_way_to_the_one_before(tmp_path: Path, file: str) -> None:
+    asked = recipe(tmp_path / "run", **SHORT)
+    wanted = losses(adapt(asked))
+    for gone in ("model", "rows.jsonl"):
+        path = tmp_path / "run" / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    last = tmp_path / "run" / "checkpoints" / "checkpoint-6"
+    (last / file).write_bytes((last / file).read_bytes()[:100])
+    (last.parent / "checkpoint-notes.txt").write_text("a file of somebody's")
+    assert losses(adapt(asked)) == wanted
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", "{"])
+def test_damaged_inputs_are_refused(tmp_path: Path, content: str) -> None:
+    asked = recipe(tmp_path / "run", **SHORT)
+    adapt(asked)
+    (tmp_path / "run" / "rows.jsonl").unlink()
+    (tmp_path / "run" / "inputs.json").write_text(content)
+    with pytest.raises(Refusal, match=r"inputs\.json (is damaged|began)|began with other inputs"):
+        adapt(asked)
+
+
+def test_a_history_that_is_gone_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    asked = recipe(tmp_path / "run", **SHORT)
+    wanted = losses(adapt(asked))
+    (tmp_path / "run" / "rows.jsonl").write_text("")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(Refusal, match=r"trainer_state\.json is gone or damaged.*Remove .*model"):
+        adapt(asked)
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert losses(adapt(asked)) == wanted
+
+
+def test_a_run_keeps_to_its_tokenizer(stories: Path, tmp_path: Path) -> None:
+    asked = recipe(tmp_path / "run", model=str(stories), **SHORT)
+    adapt(asked)
+    (tmp_path / "run" / "rows.jsonl").unlink()
+    definition = (stories / "tokenizer.json").read_text()
+    tree = json.loads(definition)
+    words = tree["model"]["vocab"]
+    one, two = sorted(words, key=words.get)[-2:]
+    words[one], words[two] = words[two], words[one]
+    (stories / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(Refusal, match="tokenizer changed since"):
+        adapt(asked)
 
 
 def test_the_inputs_of_a_run_are_written_down(tmp_path: Path) -> None:

@@ -79,9 +79,11 @@ def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
     run = tmp_path / "run"
     rows = adapt(recipe(run, lora={"rank": 4, "merge": False}, **STEPS))
     assert "adapter_config.json" in names(run / "model")
-    assert json.loads((run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        run / "base"
-    )
+    written = json.loads((run / "model" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(run / "base")
+    assert json.loads((run / "base" / "config.json").read_text())["use_cache"]
+    with pytest.raises(Refusal, match="is a peft adapter, not a whole checkpoint"):
+        zebra.load(run / "model")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "model")
     merged = adapt(recipe(tmp_path / "merged", lora={"rank": 4}, **STEPS))
     values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, merged)]
@@ -125,8 +127,13 @@ def test_a_killed_low_rank_run_resumes_to_the_same_losses(when: str, tmp_path: P
 
 
 def test_modules_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"names qkv_proj, which this model has not; its linear modules are down_proj"):
+    with pytest.raises(Refusal, match=r"names qkv_proj, which this model has not.*its own linear modules"):
         adapt(recipe(tmp_path / "run", lora={"targets": ["q_proj", "qkv_proj"]}, evaluate=None))
+
+
+def test_a_tied_head_is_no_target(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="names lm_head, which this model has not or ties"):
+        adapt(recipe(tmp_path / "run", lora={"targets": ["lm_head"]}, evaluate=None))
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[..., Path]) -> None:

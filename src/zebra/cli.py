@@ -206,11 +206,11 @@ def perplexity(
             seed=seed,
             run=run,
         )
+    _show(rows, as_json)
     if out is not None:
         from zebra import records
 
         records.append(out, rows)
-    _show(rows, as_json)
 
 
 @app.command(epilog="zebra report runs/demo -o report.html")

@@ -41,10 +41,10 @@ class Stripes:
     global_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 1 <= self.window < 2**31:
             raise Refusal(
-                f"a window counts the keys that a query sees, its own included, so it is a whole number of at least 1; "
-                f"got {self.window!r}. Give a window such as 512."
+                f"a window counts the keys that a query sees, its own included, so it is a whole number of at least 1 "
+                f"and below 2^31; got {self.window!r}. Give a window such as 512."
             )
         if (self.pattern is None) == (self.global_layers is None):
             raise Refusal(

@@ -39,6 +39,10 @@ def read_config_and_rest(path: str | os.PathLike[str], **arguments: Any) -> tupl
     """
     where = Path(path)
     hub = {name: arguments[name] for name in _HUB if name in arguments}
+    if (where / "adapter_config.json").is_file() and not (where / "config.json").is_file():
+        raise Refusal(
+            f"{path} is a peft adapter, not a whole checkpoint. Load it with peft, or adapt with lora.merge: true."
+        )
     if where.exists() and not (where / arguments.get("subfolder", "") / "config.json").is_file():
         raise Refusal(f"{path} is not a checkpoint: it has no config.json. Give a directory that transformers saved.")
     if not where.exists() and (where.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
@@ -191,11 +195,19 @@ def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes
 
 
 def copy_companions(source: Path, target: Path, weights: Sequence[Path]) -> None:
-    """Copy what stands beside a checkpoint's weights: the tokenizer, the generation config, the index of shards."""
+    """Copy what stands beside a checkpoint's weights: the tokenizer, the generation config, the index of shards.
+
+    Weights in other formats stay behind.
+    """
     leave = {"config.json", "zebra.json", *(file.name for file in weights)}
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name not in leave:
+        if file.is_dir() and file.name == "additional_chat_templates":
+            shutil.copytree(file, target / file.name)
+        elif file.is_file() and file.name not in leave and file.suffix not in _WEIGHTS:
             shutil.copyfile(file, target / file.name)
+
+
+_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
 def link(source: Path, target: Path) -> None:
@@ -235,4 +247,5 @@ def write_card(where: Path, config: PreTrainedConfig, *, source: Path, **more: A
 
 def first_line(error: Exception) -> str:
     """What a library's error says, without its advice."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines)[:300] if lines[0].endswith(":") else lines[0]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _FACTORS = ("linear", "yarn", "llama3", "dynamic")
 _KEPT = ("rope_theta", "partial_rotary_factor")
+_MOST = 1e12
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _CHANGING = ("dynamic", "longrope")
 
@@ -51,7 +52,7 @@ class Rope:
             return
         least = 1.0 if self.kind in ("dynamic", "base") else math.nextafter(1.0, 2.0)
         known = self.kind in (*_FACTORS, "base")
-        if not known or self.amount is None or not least <= self.amount < math.inf:
+        if not known or self.amount is None or not least <= self.amount <= _MOST:
             raise Refusal(
                 "a rope is none, base:THETA, or one of linear, yarn, llama3 with a factor above 1, or dynamic with one "
                 f"of at least 1; got {self}. Write for example yarn:8 or base:5000000."
@@ -135,6 +136,17 @@ def changes_with_length(config: PreTrainedConfig) -> str | None:
     rope = config.rope_parameters or {}
     kinds = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
     return next((one["rope_type"] for one in kinds if one.get("rope_type") in _CHANGING), None)
+
+
+def settled(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with the factor of its YaRN rope written out, which the host else takes of max_position_embeddings:
+    a model that is to read more positions would come back with another rope.
+    """
+    made = copy.deepcopy(config)
+    for rope in (made.rope_parameters or {}, *(made.rope_parameters or {}).values()):
+        if isinstance(rope, dict) and rope.get("rope_type") == "yarn" and rope.get("factor") is None:
+            rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
+    return made
 
 
 def refuse_changing_rope(config: PreTrainedConfig) -> None:

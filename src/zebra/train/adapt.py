@@ -22,10 +22,10 @@ from zebra import records
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows
 from zebra.evaluate.perplexity import Score, as_rows, perplexity
-from zebra.model.checkpoint import check_weights, digest, load_tokenizer, read_config
+from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config
 from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
-from zebra.model.rope import as_rope, refuse_changing_rope
+from zebra.model.rope import as_rope, refuse_changing_rope, settled
 from zebra.progress import console
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -34,7 +34,7 @@ from zebra.train import directory, lora
 from zebra.train.export import export, reload
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.texts import data_rows, read_texts
-from zebra.train.trainer import COMPLETE, fit
+from zebra.train.trainer import fit, is_complete
 
 
 def adapt(recipe: AdaptRecipe) -> list[Row]:
@@ -50,10 +50,15 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
 
 
 def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    if (run / "rows.jsonl").exists():
-        return records.read(run / "rows.jsonl")
+    if (run / "rows.jsonl").exists() and (done := records.read(run / "rows.jsonl")):
+        return done
     rows, held_out, lines, text = read_texts(recipe, tokenizer)
-    inputs = {"source": digest(recipe.model), "text": text, "processes": directory.processes()}
+    inputs = {
+        "source": digest(recipe.model),
+        "text": text,
+        "tokenizer": fingerprint(tokenizer),
+        "processes": directory.processes(),
+    }
     directory.record(run, recipe, inputs)
     before = _before(run, recipe, held_out)
     if not (run / "model").exists():
@@ -123,7 +128,7 @@ def _with_rope(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfi
             f"train.length is {recipe.train.length:,}. Take a factor of at least "
             f"{math.ceil(recipe.train.length / config.max_position_embeddings)}."
         )
-    config = rope.changed(config)
+    config = settled(rope.changed(config))
     refuse_changing_rope(config)
     return config
 
@@ -236,7 +241,7 @@ def _cost_rows(recipe: AdaptRecipe, config: PreTrainedConfig) -> list[Row]:
 def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows, held_out: Corpus | None) -> None:
     """Train, and write the adapted checkpoint."""
     last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
-    if (last / COMPLETE).exists():  # a kill came between the last step and the export
+    if is_complete(last):  # a kill came between the last step and the export
         model = load(last) if recipe.lora is None else lora.reload(_source(recipe, config), last)
         writes = directory.is_first_process()
     else:
@@ -260,11 +265,19 @@ def _source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedModel:
         dtype=getattr(torch, recipe.lora.frozen) if recipe.lora else torch.float32,
         attention_dropout=config.attention_dropout,
     )
-    model.config.max_position_embeddings = config.max_position_embeddings  # the rope starts from what it was
+    # Only now: the rope was made from what they were.
+    model.config.max_position_embeddings = config.max_position_embeddings
+    model.config.rope_parameters = config.rope_parameters
     return model
 
 
 def _trainer_state(run: Path, recipe: AdaptRecipe) -> dict[str, Any]:
     """What the Trainer wrote of itself after the last step."""
     path = run / "checkpoints" / f"checkpoint-{recipe.train.steps}" / "trainer_state.json"
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise Refusal(
+            f"{path} is gone or damaged, and with it the losses of the run. Remove {run / 'model'} to train on from "
+            "the last whole checkpoint, or name another run."
+        ) from None

@@ -66,7 +66,10 @@ def record(run: Path, recipe: AdaptRecipe, inputs: dict[str, Any]) -> None:
     """
     kept = run / "inputs.json"
     if kept.exists():
-        began = json.loads(kept.read_text(encoding="utf-8"))
+        try:
+            began = dict(json.loads(kept.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise Refusal(f"{kept} is damaged. Name another run, or remove {run}.") from None
         changed = sorted(name for name in inputs if inputs[name] != began.get(name))
         if changed:
             raise Refusal(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.model.checkpoint import copy_companions, read_config, write_card, write_config
 from zebra.model.hosts import load, write_linked
@@ -43,8 +43,8 @@ def export(recipe: AdaptRecipe, model: Any, **card: Any) -> None:
     else:
         base = run / "base"
         shutil.rmtree(base, ignore_errors=True)  # of a killed export
-        write_linked(Path(recipe.model), base, model.get_base_model().config)
-        model.peft_config["default"].base_model_name_or_path = str(base)
+        write_linked(Path(recipe.model), base, _as_source(recipe, model.get_base_model().config))
+        model.peft_config["default"].base_model_name_or_path = str(base.resolve())
         with staged(run / "model") as aside:
             model.save_pretrained(aside)
             write_card(aside, model.get_base_model().config, source=Path(recipe.model), **card)
@@ -53,7 +53,7 @@ def export(recipe: AdaptRecipe, model: Any, **card: Any) -> None:
 def reload(recipe: AdaptRecipe) -> PreTrainedModel:
     """The model that `export` wrote, ready to be measured."""
     run = Path(recipe.run)
-    if (run / "base").exists():
+    if recipe.lora is not None and not recipe.lora.merge:
         merged: PreTrainedModel = lora.reload(load(run / "base"), run / "model").merge_and_unload()
         return merged
     return load(run / "model")
@@ -62,11 +62,18 @@ def reload(recipe: AdaptRecipe) -> PreTrainedModel:
 def _write(recipe: AdaptRecipe, model: PreTrainedModel, aside: Path, **card: Any) -> None:
     source = Path(recipe.model)
     model.to(_dtype(recipe))
+    _as_source(recipe, model.config)
     model.save_pretrained(aside)
     written = {file.name for file in aside.iterdir()}
     copy_companions(source, aside, [file for file in source.iterdir() if file.name in written or _is_weights(file)])
     write_config(model.config, aside)
     write_card(aside, model.config, source=source, **card)
+
+
+def _as_source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The Trainer turns the cache off in the config, for itself."""
+    config.use_cache = read_config(recipe.model).use_cache
+    return config
 
 
 def _dtype(recipe: AdaptRecipe) -> torch.dtype:

@@ -28,12 +28,17 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
         Refusal: peft is not installed, no module of these names.
     """
     peft = _peft()
-    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not tied
+    }
     absent = sorted(set(lora.targets) - found)
     if absent:
         raise Refusal(
-            f"lora.targets names {', '.join(absent)}, which this model has not; its linear modules are "
-            f"{', '.join(sorted(found))}. Name some of those."
+            f"lora.targets names {', '.join(absent)}, which this model has not or ties to its embeddings; its own "
+            f"linear modules are {', '.join(sorted(found))}. Name some of those."
         )
     config = peft.LoraConfig(
         r=lora.rank,

@@ -18,7 +18,7 @@ from zebra.stripes import Stripes
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class TextSource(_Section):
@@ -102,7 +102,7 @@ class Training(_Section):
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     max_grad_norm: float = Field(1.0, gt=0)
     device: Literal["best", "cuda"] = Field(
         "best", description="cuda refuses a machine without a GPU; best takes what there is"
@@ -133,9 +133,9 @@ class Lora(_Section):
 
     rank: int = Field(16, ge=1)
     scale: float = Field(2.0, gt=0, description="what the update is multiplied by; alpha / rank elsewhere")
-    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, strict=False)
     whole: tuple[Literal["embeddings", "norms"], ...] = Field(
-        ("embeddings", "norms"), description="what is trained whole beside it (LongLoRA)"
+        ("embeddings", "norms"), strict=False, description="what is trained whole beside it (LongLoRA)"
     )
     frozen: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights that stay as they are")
     merge: bool = Field(True, description="write a whole checkpoint; else the adapter, over run/base")
@@ -199,7 +199,13 @@ class AdaptRecipe(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with decimal numbers and no dates: YAML 1.1 would read the layout 2:33 as 153, and 010 as 8."""
+    """YAML with decimal numbers, no dates, and each key once: YAML 1.1 reads the layout 2:33 as 153, and 010 as 8."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -232,6 +238,8 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
         raise Refusal(f"the recipe {path} is not a table of keys and values. See recipes/ for examples.")
     for override in overrides:
         _override(tree, override)
+    if "\\x00" in repr(tree):
+        raise Refusal(f"{path}: no path can hold a NUL character. Remove it.")
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

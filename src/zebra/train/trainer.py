@@ -6,6 +6,7 @@ so that accumulation, DDP and token counting stay the Trainer's.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -59,8 +60,8 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         total = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
-        if not bool(total.isfinite()):
-            _stop(trainer)
+        if not bool(total.isfinite()):  # before the step that would spoil the weights
+            raise Refusal(_diverged("the loss is", trainer.state.global_step + 1, trainer.optimizer, checkpoints))
         return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
     with bar("adapting", recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
@@ -75,19 +76,22 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
             callbacks=[_Mark(), _Show(advance)],
         )
         trainer.remove_callback(PrinterCallback)
+        if trainer.is_world_process_zero():
+            _remove_broken(checkpoints)
+        trainer.accelerator.wait_for_everyone()
         with _tied_weights_expected(model):
-            trainer.train(resume_from_checkpoint=_newest_complete(checkpoints))
+            trainer.train(resume_from_checkpoint=_newest(checkpoints))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
     return trainer.is_world_process_zero()
 
 
-def _stop(trainer: Trainer) -> None:
-    """Before the step that would spoil the weights, and so before any save of them."""
-    rate = trainer.optimizer.param_groups[0]["lr"]
-    raise Refusal(
-        f"the loss is not finite at step {trainer.state.global_step + 1}, at a learning rate of {rate:.3g}. The last "
-        "checkpoint is whole. Start another run with a lower train.learning_rate or a longer train.warmup_steps."
+def _diverged(what: str, step: int, optimizer: torch.optim.Optimizer, checkpoints: Path) -> str:
+    good = [int(found.name.rpartition("-")[2]) for found in checkpoints.glob("checkpoint-*") if is_complete(found)]
+    kept = f"The newest finite checkpoint is that of step {max(good)}." if good else "No checkpoint was saved yet."
+    return (
+        f"{what} not finite at step {step}, at a learning rate of {optimizer.param_groups[0]['lr']:.3g}. {kept} "
+        "Start another run with a lower train.learning_rate or a longer train.warmup_steps."
     )
 
 
@@ -180,16 +184,23 @@ class _AdaptTrainer(Trainer):
 
 
 class _Mark(TrainerCallback):
-    """Marks a checkpoint when all of it is written: the Trainer writes in place, so a kill leaves broken ones."""
+    """Marks a good checkpoint when all of it is written: the Trainer writes in place, so a kill leaves broken ones.
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    The mark holds the size of each file, so that one which is damaged later is told from a whole one.
+    """
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise Refusal(_diverged("the weights are", state.global_step, kwargs["optimizer"], Path(args.output_dir)))
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             where = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             for file in where.iterdir():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-            (where / COMPLETE).touch()
+            (where / COMPLETE).write_text(json.dumps(_sizes(where)), encoding="utf-8")
 
 
 class _Show(TrainerCallback):
@@ -229,11 +240,24 @@ class _Show(TrainerCallback):
             console.print(f"step {state.global_step}: perplexity by position {text}")
 
 
-def _newest_complete(checkpoints: Path) -> str | None:
-    """The newest whole checkpoint; broken ones, from a kill inside a save, are removed."""
-    if not checkpoints.is_dir():
-        return None
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its mark, and every file the size that it had then."""
+    try:
+        return json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")) == _sizes(checkpoint)
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(checkpoint.iterdir()) if file.name != COMPLETE}
+
+
+def _remove_broken(checkpoints: Path) -> None:
+    """Remove checkpoints that a kill inside a save left, or that were damaged since."""
     for found in checkpoints.glob("checkpoint-*"):
-        if not (found / COMPLETE).exists():
+        if found.is_dir() and not is_complete(found):
             shutil.rmtree(found)
-    return get_last_checkpoint(str(checkpoints))
+
+
+def _newest(checkpoints: Path) -> str | None:
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
