@@ -212,7 +212,7 @@ def plan(
         for column in table.columns[1:]:
             column.justify = "right"
         for line in one.body:
-            table.add_row(*line)
+            table.add_row(*line, end_section=line[0].startswith("[bold]"))
         _print(table)
     if "mildest_layout" in found:
         print(f"the layout that meets the budget and gives up the least: {found['mildest_layout'] or 'none of ours'}")

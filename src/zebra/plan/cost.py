@@ -4,12 +4,12 @@
     linear      2 FLOPs for each weight and token
     attention   4 D FLOPs for each head and pair: 2 D for the score, 2 D for the value
 
-A training step is three forwards in its linear maps (one, and two products in the backward) and 7/2 in attention, whose
-backward computes the scores again and so has five products to the forward's two. Activation checkpointing adds a forward
-to the layers. Under LoRA a frozen weight needs no gradient: two forwards instead of three.
+A training step is three forwards in its linear maps (one, and two products in the backward) and 7/2 in attention,
+whose backward computes the scores again and so has five products to the forward's two. Activation checkpointing adds a
+forward to the layers. Under LoRA a frozen weight needs no gradient: two forwards instead of three.
 
-Bytes are the least that must move: weights once for each pass, each map's inputs and outputs, attention's queries, keys,
-values and outputs (never the scores), and in decode the cache.
+Bytes are the least that must move: weights once for each pass, each map's inputs and outputs, attention's queries,
+keys, values and outputs (never the scores), and in decode the cache.
 """
 
 from __future__ import annotations
@@ -168,12 +168,12 @@ def traffic(run: Run) -> dict[str, int]:
         met = min(1.0, tokens * d.experts_per_token / d.experts)
         routed = d.expert_layers * d.experts * d.maps * h * d.expert_intermediate
         weights["MLP"] -= int((1 - met) * routed)
-    rounds = 2 if run.self_extend and run.phase == "prefill" else 1  # near and far; in decode each reads its own keys
-    reads = d.layers * tokens * (2 * hd + 2 * kd) + 2 * kd * _cached_reads(run)
+    # Near and far each read queries, keys and values; in decode each reads only keys of its own.
+    rounds = d.layers + (run.count(GLOBAL) if run.self_extend and run.phase == "prefill" else 0)
     head = tokens if run.phase == "train" else run.batch
     moved = {
         "projections": weights["projections"] + d.layers * tokens * (2 * h + 2 * hd + 2 * kd),
-        "attention": rounds * reads,
+        "attention": rounds * tokens * (2 * hd + 2 * kd) + 2 * kd * _cached_reads(run),
         "MLP": weights["MLP"] + tokens * (d.layers * 2 * h + 2 * (d.maps - 1) * active),
         "head": d.vocabulary * h + head * (h + d.vocabulary),
         "elementwise": tokens * (d.layers * (10 * h + 2 * (hd + kd)) + d.maps * active),

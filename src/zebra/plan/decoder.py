@@ -169,10 +169,8 @@ def read(model: str | os.PathLike[str]) -> Decoder:
 def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
     """The decoder of a config's fields; a multimodal config's text part. Raises as `read` does."""
     fields = fields.get("text_config") or fields
-    foreign = [
-        key for key in ("kv_lora_rank", "shared_expert_intermediate_size", "n_shared_experts") if fields.get(key)
-    ]
-    if foreign:
+    unknown = ("kv_lora_rank", "shared_expert_intermediate_size", "n_shared_experts")
+    if foreign := [key for key in unknown if fields.get(key)]:
         raise Refusal(f"{name} has {foreign[0]}: latent attention and shared experts are not reckoned. Plan another.")
     family = str(fields.get("model_type", "llama"))
     style = FAMILIES.get(family, Family())

@@ -46,9 +46,14 @@ class Device:
             )
         computed = flops(run)
         return {
-            part: max(computed.get(part, 0) / self.flops[run.dtype], moved / self.bandwidth)
+            part: max(computed.get(part, 0) / self._peak(run, part), moved / self.bandwidth)
             for part, moved in traffic(run).items()
         }
+
+    def _peak(self, run: Run, part: str) -> float:
+        """Training's head and loss are in float32, whatever the rest is (`zebra.model.loss`)."""
+        single = run.phase == "train" and part == "head"
+        return self.flops.get("float32" if single else run.dtype, self.flops[run.dtype])
 
 
 def _gpu(name: str, half: float, single: float, bandwidth: float, memory: int) -> Device:
@@ -69,7 +74,7 @@ DEVICES: dict[str, Device] = {
         _gpu("mi300x", 1307, 163.4, 5300, 192),
     )
 }
-"""Peaks of the vendors' data sheets: dense (no sparsity), sums in float32, float32 without TF32. None was measured here."""
+"""Peaks of the vendors' data sheets: dense (no sparsity), sums in float32, float32 without TF32. None was measured."""
 
 
 def find(device: str | os.PathLike[str]) -> Device:

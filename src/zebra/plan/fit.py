@@ -65,6 +65,8 @@ def mildest(run: Run, *, budget: int | None = None, seconds: float | None = None
     those that are cheap enough the one that gives up the least is taken: dense where it fits, else of the paper's
     layouts with strides 1 to 8 and windows of 512 to 16,384.
     """
+    if seconds is not None and not seconds > 0:
+        raise Refusal(f"a budget of time is a positive number of seconds; got {seconds:g}. Raise it.")
     layouts = [Stripes.grouped(stride=g, window=w) for g in STRIDES if g > 1 for w in WINDOWS if w < run.length]
     for candidate in sorted((replace(run, stripes=stripes) for stripes in (None, *layouts)), key=pairs, reverse=True):
         if (budget is None or sum(memory(candidate).values()) <= budget) and (

@@ -8,9 +8,9 @@ What autograd keeps of one layer, for each token, in numbers (h hidden, i interm
     bfloat16, LoRA         3 h + 3 HD + 2 KD + 3 i + 4 r           4 h + H + 2
 
 The terms: each norm keeps its input and what it normed (2 h each, in float32) and 1/rms; q, k, v, the output and its
-log-sum-exp H; gate, its activation, up and their product (4 i); what each trained map reads (under autocast q, k, v, gate
-and up each cast their own copy: 5 h; a frozen map keeps none). Norms of queries and keys keep their input and what they
-normed too. A plain MLP keeps 2 i and a LayerNorm has no product to keep.
+log-sum-exp H; gate, its activation, up and their product (4 i); what each trained map reads (under autocast q, k, v,
+gate and up each cast their own copy: 5 h; a frozen map keeps none). Norms of queries and keys keep their input and what
+they normed too. A plain MLP keeps 2 i and a LayerNorm has no product to keep.
 
 All bytes; what an allocator wastes is not in it.
 """
@@ -79,6 +79,8 @@ def _training(run: Run) -> dict[str, int]:
         parts = d.parameters()
         frozen = 0 if run.lora else parts["projections"] + parts["MLP"]
         found["weights cast to bfloat16"] = 2 * (frozen + low_rank(run))
+        if run.lora and not d.tied:
+            found["head cast to float32"] = 4 * d.vocabulary * d.hidden
     return found | {"a chunk of logits": 2 * 4 * CHUNK * d.vocabulary}
 
 

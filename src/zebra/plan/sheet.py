@@ -122,11 +122,8 @@ def tables(plan: dict[str, Any]) -> list[Table]:
     columns = plan["layouts"]
     names = tuple(column["layout"] for column in columns)
     cost = [_line("visible pairs", columns, lambda c: c["pairs"], _count)]
-    for title, part, show in (
-        ("FLOPs", "flops", _count),
-        ("bytes moved", "bytes", size),
-        ("time", "seconds", duration),
-    ):
+    sums = (("FLOPs", "flops", _count), ("bytes moved", "bytes", size), ("time", "seconds", duration))
+    for title, part, show in sums:
         cost += [
             _line(f"{title}, {name}" if name != "total" else f"[bold]{title}[/]", columns, _take(part, name), show)
             for name in columns[0][part]
@@ -140,11 +137,11 @@ def tables(plan: dict[str, Any]) -> list[Table]:
         budget = size(plan["asked"]["memory"])
         for what in ("length", "batch"):
             held.append((f"largest {what} in {budget}", *(f"{column[f'largest_{what}']:,}" for column in columns)))
-    kinds = [
-        (row["kind"], row["time"], _share(_count(row["pairs"]), row["pairs_of_global"]))
-        + (row["memory"], _share(f"{row['cached_tokens']:,.0f}", row["cached_of_global"]))
-        for row in plan["complexity"]
-    ]
+    kinds: list[tuple[str, ...]] = []
+    for row in plan["complexity"]:
+        computed = _share(_count(row["pairs"]), row["pairs_of_global"])
+        cached = _share(f"{row['cached_tokens']:,.0f}", row["cached_of_global"])
+        kinds.append((row["kind"], row["time"], computed, row["memory"], cached))
     head = ("attention, a layer's mean", "time", "pairs", "memory", "tokens cached")
     return [Table(("cost", *names), cost), Table(("memory of one device", *names), held), Table(head, kinds)]
 
