@@ -56,13 +56,13 @@ def _say_how_much_less(axes: Axes, curves: list[Mapping[str, list[float]]], name
     dense, striped = curves[0][name][-1], curves[1][name][-1]
     if dense > 1.05 * striped:
         text = f"{dense / striped:.1f}× less at 1M"
-        axes.text(0.99, 0.04, text, transform=axes.transAxes, ha="right", color=HUES[0], fontsize=8)
+        axes.text(0.04, 0.92, text, transform=axes.transAxes, color=HUES[0], fontsize=8)
 
 
 def _scale(axes: Axes, units: tuple[tuple[float, str], ...]) -> None:
     def show(value: float, _: int) -> str:
         unit, name = next((unit for unit in units if value >= unit[0] * 0.999), units[-1])
-        return f"{value / unit:.3g}{name}"
+        return f"{value / unit:,.4g}{name}"
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -70,7 +70,8 @@ def _scale(axes: Axes, units: tuple[tuple[float, str], ...]) -> None:
     axes.xaxis.set_major_locator(FixedLocator([2.0**i for i in (10, 15, 20)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 2**10:g}K" if value < 2**20 else f"{value / 2**20:g}M")
-    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5), numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(show)
     axes.set_xlabel("tokens")
