@@ -122,7 +122,7 @@ def tables(plan: dict[str, Any]) -> list[Table]:
     columns = plan["layouts"]
     names = tuple(column["layout"] for column in columns)
     cost = [_line("visible pairs", columns, lambda c: c["pairs"], _count)]
-    sums = (("FLOPs", "flops", _count), ("bytes moved", "bytes", size), ("time", "seconds", duration))
+    sums = (("FLOPs", "flops", _count), ("bytes moved", "bytes", _size), ("time", "seconds", _duration))
     for title, part, show in sums:
         cost += [
             _line(f"{title}, {name}" if name != "total" else f"[bold]{title}[/]", columns, _take(part, name), show)
@@ -130,11 +130,11 @@ def tables(plan: dict[str, Any]) -> list[Table]:
         ]
     cost.append(("FLOPs for a byte", *(f"{column['intensity']:,.1f}" for column in columns)))
     held = [
-        _line(f"[bold]{name}[/]" if name == "total" else name, columns, _take("memory", name), size)
+        _line(f"[bold]{name}[/]" if name == "total" else name, columns, _take("memory", name), _size)
         for name in columns[0]["memory"]
     ]
     if "largest_length" in columns[0]:
-        budget = size(plan["asked"]["memory"])
+        budget = _size(plan["asked"]["memory"])
         for what in ("length", "batch"):
             held.append((f"largest {what} in {budget}", *(f"{column[f'largest_{what}']:,}" for column in columns)))
     kinds: list[tuple[str, ...]] = []
@@ -185,7 +185,7 @@ def _count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def size(value: float) -> str:
+def _size(value: float) -> str:
     """Bytes in words."""
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= unit:
@@ -193,7 +193,7 @@ def size(value: float) -> str:
     return f"{value:,.0f} B"
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """Seconds in words."""
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= unit:
