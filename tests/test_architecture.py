@@ -93,8 +93,10 @@ HEAVY = ("torch", "transformers", "numpy", "matplotlib", "accelerate")
         "try:\n    from zebra.cli import main; main()\nexcept SystemExit: pass",
         "import sys; sys.argv = ['zebra', 'adapt', '--help']\n"
         "try:\n    from zebra.cli import main; main()\nexcept SystemExit: pass",
+        "import sys; sys.argv = ['zebra', 'plan', 'llama-2-7b', '--length', '16384', '--memory', '80GiB']\n"
+        "try:\n    from zebra.cli import main; main()\nexcept SystemExit: pass",
     ],
-    ids=["import", "help", "help of a verb"],
+    ids=["import", "help", "help of a verb", "plan"],
 )
 def test_the_front_door_loads_nothing_heavy(code: str) -> None:
     code += f"\nimport sys; print('LOADED', sorted(set({HEAVY!r}) & set(sys.modules)))"

@@ -24,7 +24,14 @@ from zebra.train.recipe import AdaptRecipe, read_recipe
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 BIG = [path for path in RECIPES if path.stem.startswith("lcat-")]
 
-PUBLISHED = {"llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "qwen3-4b": 4_022_468_096}
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen3-4b": 4_022_468_096,
+    "gpt2-117m": 124_439_808,
+    "gpt2-345m": 354_823_168,
+}
 """Parameters, as the models' cards count them."""
 
 

@@ -163,6 +163,61 @@ def adapt(
         _say(f"checkpoint {read.run}/model, rows {read.run}/rows.jsonl, report {page}")
 
 
+@app.command(epilog="zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB")
+def plan(
+    model: Annotated[str, typer.Argument(help="A checkpoint's directory, a config.json, or a name: llama-2-7b.")],
+    length: Annotated[int, typer.Option(help="Tokens of context; in decode those before the new one.")],
+    stripes: Annotated[str | None, typer.Option(help="The layout; the config's own or GLLL:512 otherwise.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows at a time.")] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    phase: Annotated[str, typer.Option(help="train, prefill or decode.")] = "prefill",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute activations again.")] = False,
+    lora: Annotated[int | None, typer.Option(help="Train low-rank updates of this rank.")] = None,
+    device: Annotated[str, typer.Option(help="h100-sxm, a100-80gb, ..., or a JSON file of ceilings.")] = "h100-sxm",
+    memory: Annotated[str | None, typer.Option(help="A budget, 80GiB: the length, batch and layout that fit.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="A budget of time: the layout that meets it.")] = None,
+    self_extend: Annotated[str | None, typer.Option(help="Beside it Self-Extend with G:W, such as 8:1024.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it over 1K to 1M tokens into this .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a layout costs before it is run: FLOPs, bytes, memory, time, and what fits."""
+    from zebra.plan import decoder, devices, fit, sheet
+    from zebra.plan.cost import Run
+    from zebra.stripes import Stripes
+
+    read, ceilings = decoder.read(model), devices.find(device)
+    run = Run(
+        decoder=read,
+        stripes=Stripes.parse(stripes) if stripes else read.stripes or Stripes.grouped(stride=4, window=512),
+        length=length,
+        batch=batch,
+        dtype=dtype,
+        phase=phase,
+        checkpointing=checkpointing,
+        lora=lora,
+        self_extend=_group_and_window(self_extend) if self_extend else None,
+    )
+    found = sheet.tree(run, ceilings, budget=fit.bytes_of(memory) if memory else None, seconds=seconds)
+    if picture is not None:
+        from zebra.report.costs import write_picture
+
+        write_picture(picture, sheet.curves(run, ceilings), phase=phase, device=ceilings.name)
+        _say(f"picture {picture}")
+    if as_json:
+        _json(found)
+        return
+    print(sheet.headline(found))
+    for one in sheet.tables(found):
+        table = _table(*one.head)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for line in one.body:
+            table.add_row(*line, end_section=line[0].startswith("[bold]"))
+        _print(table)
+    if "mildest_layout" in found:
+        print(f"the layout that meets the budget and gives up the least: {found['mildest_layout'] or 'none of ours'}")
+
+
 @evaluate.command(epilog="zebra evaluate perplexity ./Llama-3.1-8B book.txt --length 32768 --stripes GLLL:4096")
 def perplexity(
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint.")],
@@ -296,6 +351,13 @@ def _lengths(text: str) -> list[int]:
         raise Refusal(
             f"--length takes whole numbers, several with commas; got {text!r}. Write 4096 or 512,4096."
         ) from None
+
+
+def _group_and_window(text: str) -> tuple[int, int]:
+    group, colon, window = text.partition(":")
+    if not (colon and group.isdecimal() and window.isdecimal()):
+        raise Refusal(f"--self-extend takes GROUP:WINDOW; got {text!r}. Write for example 8:1024.")
+    return int(group), int(window)
 
 
 def _json(tree: Any) -> None:

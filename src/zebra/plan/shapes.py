@@ -20,6 +20,16 @@ _LLAMA3 = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
+_GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "layer_norm_epsilon": 1e-5,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "tie_word_embeddings": True,
+    "dtype": "float32",
+}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
@@ -39,6 +49,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "dtype": "float16",
     },
     "llama-3-8b": _LLAMA3 | {"max_position_embeddings": 8192, "rope_theta": 500000.0},
+    "llama-3.1-8b": _LLAMA3
+    | {
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
     "qwen3-4b": {
         "model_type": "qwen3",
         "vocab_size": 151936,
@@ -56,6 +78,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
     },
+    # GPT-2 small and medium, the two sizes of the from-scratch study; their first names counted 117M and 345M.
+    "gpt2-117m": _GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-345m": _GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
 }
 
 

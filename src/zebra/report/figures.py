@@ -26,20 +26,29 @@ HUES = ("#e2571e", "#2a93a8", "#8b68d6", "#b8860b", "#d0488a", "#4f9d50")
 ACCENT = HUES[0]
 
 
-def drawn(name: str, plot: Callable[[Axes], None], *, height: float = 3.3) -> str:
-    """A plot as an SVG element in the colour of the text around it, whose ids no other figure has."""
+def drawn(name: str, *plots: Callable[[Axes], None], height: float = 3.3) -> str:
+    """Plots side by side, as an SVG element in the colour of the text around it, whose ids no other figure has.
+
+    Panels share the legend, which is the first one's.
+    """
     style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "lines.linewidth": 1.8}
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.style.context(["default", style]):
         figure = Canvas(figsize=(7.2, height), layout="constrained")
-        axes = figure.add_subplot()
-        plot(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
-        labels = axes.get_legend_handles_labels()[1]
+        panels = figure.subplots(1, len(plots), squeeze=False)[0]
+        for axes, plot in zip(panels, plots, strict=True):
+            plot(axes)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+        handles, labels = panels[0].get_legend_handles_labels()
         columns = max(1, min(len(labels), 100 // (max(map(len, labels), default=0) + 7)))
         legend = figure.legend(
-            loc="outside upper left", ncols=columns, frameon=False, borderaxespad=0, handlelength=2.8
+            *(handles, labels),
+            loc="outside upper left",
+            ncols=columns,
+            frameon=False,
+            borderaxespad=0,
+            handlelength=2.8,
         )
         for text in legend.get_texts():
             text.set_parse_math(False)

@@ -100,8 +100,10 @@ def _activations(recipe: AdaptRecipe, config: PreTrainedConfig) -> dict[str, int
     kinds = getattr(config, "layer_types", None) or [GLOBAL] * config.num_hidden_layers
     saved = {kind: _saved_by_a_layer(recipe, config, kind) for kind in set(kinds)}
     if recipe.train.activation_checkpointing:
-        inputs = config.num_hidden_layers * tokens * config.hidden_size * (2 if _half(recipe) else 4)
-        kept = {"layer inputs": inputs, "one layer, run again": tokens * max(grows for grows, _ in saved.values())}
+        kept = {
+            "layer inputs": config.num_hidden_layers * tokens * config.hidden_size * _stream(recipe),
+            "one layer, run again": tokens * max(grows for grows, _ in saved.values()),
+        }
     else:
         kept = {"activations": tokens * sum(saved[kind][0] for kind in kinds)}
     if copies := sum(saved[kind][1] for kind in kinds):
@@ -152,6 +154,12 @@ def _counting(model: torch.nn.Module) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+def _stream(recipe: AdaptRecipe) -> int:
+    """Bytes of a number between layers: as wide as the embeddings, which autocast leaves alone."""
+    low = recipe.lora
+    return 2 if low and low.frozen == "bfloat16" and "embeddings" not in low.whole else 4
 
 
 def _half(recipe: AdaptRecipe) -> bool:

@@ -1,0 +1,199 @@
+"""What a run computes and moves: pairs, FLOPs and bytes by part, in closed form.
+
+    pairs       sum over layers of the mask's visible pairs: N (N + 1) / 2 global, w (w + 1) / 2 + (N - w) w local
+    linear      2 FLOPs for each weight and token
+    attention   4 D FLOPs for each head and pair: 2 D for the score, 2 D for the value
+
+A training step is three forwards in its linear maps (one, and two products in the backward) and 7/2 in attention,
+whose backward computes the scores again and so has five products to the forward's two. Activation checkpointing adds a
+forward to the layers. Under LoRA a frozen weight needs no gradient: two forwards instead of three.
+
+Bytes are the least that must move: weights once for each pass, each map's inputs and outputs, attention's queries,
+keys, values and outputs (never the scores), and in decode the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zebra.plan.decoder import Decoder
+from zebra.refusal import Refusal
+from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PHASES = ("train", "prefill", "decode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is to be reckoned.
+
+    Attributes:
+        stripes: the layout; None is dense.
+        length: tokens of a row in training and prefill; in decode the tokens before the one that is computed.
+        batch: rows at a time.
+        dtype: of weights and activations; in training bfloat16 is autocast over float32 weights, as `zebra adapt` runs.
+        lora: the rank, in q, k, v and o, embeddings and norms trained whole; frozen weights are held in `dtype`.
+        self_extend: (G, W), in global layers.
+
+    Raises:
+        Refusal: an unknown dtype or phase, a number below 1, training options outside training, float16 or
+            Self-Extend in training, Self-Extend that does not reach the length.
+    """
+
+    decoder: Decoder
+    stripes: Stripes | None
+    length: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+    phase: str = "prefill"
+    checkpointing: bool = False
+    lora: int | None = None
+    self_extend: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise Refusal(f"a phase is one of {', '.join(PHASES)}; got {self.phase!r}. Choose one of them.")
+        training = self.phase == "train"
+        allowed = ("float32", "bfloat16") if training else tuple(BYTES)
+        if self.dtype not in allowed:
+            raise Refusal(f"the dtype in {self.phase} is one of {', '.join(allowed)}; got {self.dtype!r}. Choose one.")
+        for name, value in (("length", self.length), ("batch", self.batch), ("LoRA's rank", self.lora)):
+            if value is not None and value < 1:
+                raise Refusal(f"the {name} is a whole number of at least 1; got {value}. Raise it.")
+        if not training and (self.checkpointing or self.lora):
+            raise Refusal(f"checkpointing and LoRA belong to the phase train; got the phase {self.phase}. Drop them.")
+        self.decoder.kinds(self.stripes)  # refuses a layer beyond the model
+        if self.self_extend is not None:
+            _check_self_extend(self, *self.self_extend)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model at once."""
+        return self.batch * (1 if self.phase == "decode" else self.length)
+
+    def count(self, kind: str) -> int:
+        """Layers of a kind."""
+        return self.decoder.kinds(self.stripes).count(kind)
+
+
+def _check_self_extend(run: Run, group: int, window: int) -> None:
+    if group < 1 or window < 1:
+        raise Refusal(f"Self-Extend takes a group and a window of at least 1; got {group}:{window}. Write 8:1024.")
+    if run.phase == "train":
+        raise Refusal("Self-Extend needs no training and is not reckoned in it. Take the phase prefill or decode.")
+    trained, length = run.decoder.trained_length, run.length + (run.phase == "decode")
+    if length > (reach := self_extend_reach(trained, group, window)):
+        raise Refusal(
+            f"Self-Extend {group}:{window} takes a model trained at {trained:,} tokens to {max(0, reach):,}; got "
+            f"{length:,}. Raise the group or lower the length."
+        )
+
+
+def self_extend_reach(trained: int, group: int, window: int) -> int:
+    """The longest input of a model trained at L: the largest whose every mapped distance is below L.
+
+    G (L - W + floor(W / G)), which is (L - W) G + W where G divides W (arXiv 2401.01325, section 3).
+    """
+    return trained if group == 1 else group * (trained - window + window // group)
+
+
+def chunk_pairs(past: int, new: int, window: int | None = None) -> int:
+    """Visible pairs of `new` tokens after `past` cached ones, in one layer; decode is `new = 1`."""
+    return visible_pairs(past + new, window) - visible_pairs(past, window)
+
+
+def self_extend_pairs(length: int, window: int) -> tuple[int, int]:
+    """Pairs near (a band of W) and far (the queries from W on over the keys before N - W, plain causal).
+
+    Their sum is N (N + 1) / 2: exactly one full causal attention.
+    """
+    near = min(window, length)
+    return visible_pairs(length, near), visible_pairs(length - near)
+
+
+def pairs(run: Run) -> int:
+    """Visible (query, key) pairs of all layers and rows, for each head."""
+    past, new = (run.length, 1) if run.phase == "decode" else (0, run.length)
+    window = run.stripes.window if run.stripes else None
+    seen = run.count(GLOBAL) * chunk_pairs(past, new) + run.count(LOCAL) * chunk_pairs(past, new, window)
+    return run.batch * seen
+
+
+def forward_flops(run: Run) -> dict[str, int]:
+    """FLOPs of one forward pass by part. Without training the head reads the last token of each row only."""
+    d, tokens = run.decoder, run.tokens
+    heads = tokens if run.phase == "train" else run.batch
+    dense = (d.layers - d.expert_layers) * d.maps * d.hidden * d.intermediate
+    routed = d.experts_per_token * d.maps * d.hidden * d.expert_intermediate + d.hidden * d.experts
+    return {
+        "projections": 2 * tokens * d.layers * d.hidden * 2 * (d.query_width + d.kv_width),
+        "attention": 4 * d.head_size * d.heads * pairs(run),
+        "MLP": 2 * tokens * (dense + d.expert_layers * routed),
+        "head": 2 * heads * d.hidden * d.vocabulary,
+    }
+
+
+def flops(run: Run) -> dict[str, int]:
+    """FLOPs by part of a prefill, of a decoded token of each row, or of a training step with one pass."""
+    forward = forward_flops(run)
+    if run.phase != "train":
+        return forward
+    again, linear = int(run.checkpointing), 2 if run.lora else 3
+    found = {
+        "projections": (linear + again) * forward["projections"],
+        "attention": (7 + 2 * again) * forward["attention"] // 2,
+        "MLP": (linear + again) * forward["MLP"],
+        "head": (3 if run.decoder.tied else linear) * forward["head"],
+    }
+    if run.lora:
+        found["projections"] += (3 + again) * 2 * run.tokens * low_rank(run)
+    return found
+
+
+def low_rank(run: Run) -> int:
+    """Parameters of the low-rank updates: r (in + out) for each of q, k, v and o, in all layers."""
+    d = run.decoder
+    return (run.lora or 0) * d.layers * (4 * d.hidden + 2 * d.query_width + 2 * d.kv_width)
+
+
+def traffic(run: Run) -> dict[str, int]:
+    """Bytes that must move by part. In training each pass moves them again; AdamW reads and writes its states."""
+    d, tokens, size = run.decoder, run.tokens, BYTES[run.dtype]
+    passes = 3 + run.checkpointing if run.phase == "train" else 1
+    weights = d.parameters()
+    h, hd, kd, i = d.hidden, d.query_width, d.kv_width, d.intermediate
+    active = d.expert_layers * d.experts_per_token * d.expert_intermediate + (d.layers - d.expert_layers) * i
+    if d.expert_layers:  # few tokens meet few experts
+        met = min(1.0, tokens * d.experts_per_token / d.experts)
+        routed = d.expert_layers * d.experts * d.maps * h * d.expert_intermediate
+        weights["MLP"] -= int((1 - met) * routed)
+    # Near and far each read queries, keys and values; in decode each reads only keys of its own.
+    rounds = d.layers + (run.count(GLOBAL) if run.self_extend and run.phase == "prefill" else 0)
+    head = tokens if run.phase == "train" else run.batch
+    moved = {
+        "projections": weights["projections"] + d.layers * tokens * (2 * h + 2 * hd + 2 * kd),
+        "attention": rounds * tokens * (2 * hd + 2 * kd) + 2 * kd * _cached_reads(run),
+        "MLP": weights["MLP"] + tokens * (d.layers * 2 * h + 2 * (d.maps - 1) * active),
+        "head": d.vocabulary * h + head * (h + d.vocabulary),
+        "elementwise": tokens * (d.layers * (10 * h + 2 * (hd + kd)) + d.maps * active),
+    }
+    found = {part: passes * size * numbers for part, numbers in moved.items()}
+    if run.phase == "train":
+        found["AdamW"] = 28 * trained(run)  # reads weight, gradient, two moments; writes all but the gradient
+    return found
+
+
+def _cached_reads(run: Run) -> int:
+    """Cached tokens that a step of decode reads, summed over layers and rows."""
+    if run.phase != "decode":
+        return 0
+    return pairs(run) - run.batch * run.decoder.layers  # the token's own key is not read from the cache
+
+
+def trained(run: Run) -> int:
+    """Parameters that are trained: all, or under LoRA the updates, the embeddings and the norms."""
+    if not run.lora:
+        return run.decoder.size
+    parts = run.decoder.parameters()
+    return low_rank(run) + parts["embedding"] + parts["norms"]

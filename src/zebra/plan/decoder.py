@@ -1,0 +1,239 @@
+"""The sizes of a decoder, read from its config.json: all that its cost depends on.
+
+    parameters = V h (embedding) + V h (head, unless tied) + L layers + final norm
+    a layer    = h D (2 H + 2 K) + c h i (c = 3 for a gated MLP, 2 for a plain one) + norms + biases
+
+h hidden, i intermediate, H query heads, K key-value heads, D head size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zebra.plan.shapes import SHAPES, shape
+from zebra.refusal import Refusal
+from zebra.stripes import GLOBAL, LOCAL, Stripes
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the families differ in beside their sizes.
+
+    Attributes:
+        norms: weights of norms in a layer, in multiples of h, those of queries and keys left out.
+        query_norm: whose width the norms of queries and keys have: a `head`, or `all` heads together.
+        biases: biases of the `qkv` projections, of all `attention`, or of `all` linear maps and norms; None follows
+            `attention_bias` and `mlp_bias` of the config.
+        pattern: the layout where the config has a window and no layer_types, tiled.
+        tied: whether embedding and head are one where the config does not say.
+    """
+
+    norms: int = 2
+    query_norm: str | None = None
+    biases: str | None = None
+    gated: bool = True
+    pattern: str = "L"
+    tied: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("llama", "mistral", "ministral", "cwm", "smollm3", "mixtral", "phi3"), Family()),
+    "qwen2": Family(biases="qkv"),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "mellum"), Family(query_norm="head")),
+    "gemma2": Family(norms=4, pattern="LG", tied=True),
+    "gemma3_text": Family(norms=4, query_norm="head", pattern="LLLLLG", tied=True),
+    "cohere2": Family(norms=1, pattern="LLLG", tied=True),
+    **dict.fromkeys(("olmo2", "olmo3"), Family(query_norm="all", pattern="LLLG")),
+    "gpt2": Family(biases="all", gated=False, tied=True),
+}
+"""The families whose parameters are counted exactly, by `model_type`. Any other is reckoned as a Llama, and said so."""
+
+_NAMES = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+}
+"""GPT-2's words for the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A decoder's sizes.
+
+    Attributes:
+        experts, experts_per_token: of the MLP of `expert_layers` layers, each `expert_intermediate` wide; 0 where there
+            are none.
+        trained_length: tokens of context that its positions were trained for, by its config.
+        stripes: the layout that the config has of its own, None where every layer is global.
+    """
+
+    name: str
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+    trained_length: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+    expert_layers: int = 0
+    stripes: Stripes | None = None
+
+    @property
+    def style(self) -> Family:
+        """The family's ways; a Llama's where the family is not in the table."""
+        return FAMILIES.get(self.family, Family())
+
+    @property
+    def maps(self) -> int:
+        """Matrices of an MLP: gate, up and down, or up and down."""
+        return 3 if self.style.gated else 2
+
+    @property
+    def query_width(self) -> int:
+        """H D, what the query projection gives."""
+        return self.heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """K D, what the key projection gives, and the value projection."""
+        return self.kv_heads * self.head_size
+
+    def kinds(self, stripes: Stripes | None) -> tuple[str, ...]:
+        """The kind of each layer under a layout."""
+        return (GLOBAL,) * self.layers if stripes is None else stripes.layer_types(self.layers)
+
+    def parameters(self) -> dict[str, int]:
+        """Parameters by part; a tied head has none of its own."""
+        h, hd, kd = self.hidden, self.query_width, self.kv_width
+        projections = 2 * h * hd + 2 * h * kd + self.qkv_bias * (hd + 2 * kd) + self.out_bias * h
+        dense = self.maps * h * self.intermediate
+        dense += self.mlp_bias * ((self.maps - 1) * self.intermediate + h)
+        sparse = self.experts * (self.maps * h * self.expert_intermediate + h)
+        queries = {"head": 2 * self.head_size, "all": hd + kd, None: 0}[self.style.query_norm]
+        every = self.style.biases == "all"  # of the norms too, and positions are learned
+        return {
+            "embedding": self.vocabulary * h + every * self.trained_length * h,
+            "projections": self.layers * projections,
+            "MLP": (self.layers - self.expert_layers) * dense + self.expert_layers * sparse,
+            "norms": (1 + every) * (self.layers * self.style.norms * h + h) + self.layers * queries,
+            "head": 0 if self.tied else self.vocabulary * h,
+        }
+
+    @property
+    def size(self) -> int:
+        """Parameters in all."""
+        return sum(self.parameters().values())
+
+
+def read(model: str | os.PathLike[str]) -> Decoder:
+    """The decoder of a checkpoint's directory, a config.json, or a built-in name.
+
+    Raises:
+        Refusal: no such file or name, no JSON object, a size that is missing or no whole number, latent attention or
+            shared experts, layers of a kind that is neither global nor local.
+    """
+    path = Path(model)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise Refusal(f"{file} is no JSON: {error}. Give a checkpoint's config.json.") from None
+        if not isinstance(fields, dict):
+            raise Refusal(f"{file} is no config: it holds no JSON object. Give a checkpoint's config.json.")
+        return decoder(fields, name=str(model))
+    if str(model) in SHAPES:
+        return decoder(shape(str(model)), name=str(model))
+    raise Refusal(
+        f"there is no config.json at {model}, and no built-in model of that name. Give a checkpoint's directory, "
+        f"its config.json, or one of {', '.join(SHAPES)}."
+    )
+
+
+def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
+    """The decoder of a config's fields; a multimodal config's text part. Raises as `read` does."""
+    fields = fields.get("text_config") or fields
+    unknown = ("kv_lora_rank", "shared_expert_intermediate_size", "n_shared_experts")
+    if foreign := [key for key in unknown if fields.get(key)]:
+        raise Refusal(f"{name} has {foreign[0]}: latent attention and shared experts are not reckoned. Plan another.")
+    family = str(fields.get("model_type", "llama"))
+    style = FAMILIES.get(family, Family())
+    layers, hidden, heads = (_whole(fields, key, name) for key in list(_NAMES)[:3])
+    experts = fields.get("num_experts") or fields.get("num_local_experts") or 0
+    attention_bias = style.biases in ("attention", "all") or bool(fields.get("attention_bias"))
+    return Decoder(
+        name=name,
+        family=family,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=_whole(fields, "num_key_value_heads", name, heads),
+        head_size=_whole(fields, "head_dim", name, hidden // heads),
+        intermediate=_whole(fields, "intermediate_size", name, None if style.gated else 4 * hidden),
+        vocabulary=_whole(fields, "vocab_size", name),
+        tied=bool(fields.get("tie_word_embeddings", style.tied)),
+        trained_length=_whole(fields, "max_position_embeddings", name),
+        qkv_bias=attention_bias or style.biases == "qkv",
+        out_bias=attention_bias,
+        mlp_bias=style.biases == "all" or bool(fields.get("mlp_bias")),
+        stripes=_stripes(fields, style, layers, name),
+        **(_experts(fields, experts, layers, name) if experts else {}),
+    )
+
+
+def _whole(fields: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
+    value = fields.get(key)
+    if value is None:
+        value = fields.get(_NAMES.get(key, key))
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        found = "nothing" if value is None else repr(value)
+        raise Refusal(f"{name}: {key} is a whole number of at least 1; got {found}. Mend its config.json.")
+    return value
+
+
+def _experts(fields: Mapping[str, Any], experts: int, layers: int, name: str) -> dict[str, int]:
+    kinds = fields.get("mlp_layer_types")
+    only, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
+    sparse = kinds.count("sparse") if kinds else sum(i not in only and (i + 1) % step == 0 for i in range(layers))
+    width = "moe_intermediate_size" if fields.get("moe_intermediate_size") else "intermediate_size"
+    return {
+        "experts": experts,
+        "experts_per_token": _whole(fields, "num_experts_per_tok", name),
+        "expert_intermediate": _whole(fields, width, name),
+        "expert_layers": sparse,
+    }
+
+
+def _stripes(fields: Mapping[str, Any], style: Family, layers: int, name: str) -> Stripes | None:
+    """The config's own layout. An unused window is none (Qwen's `use_sliding_window: false`)."""
+    window, kinds = fields.get("sliding_window"), fields.get("layer_types")
+    if kinds is not None and (set(kinds) - {GLOBAL, LOCAL} or len(kinds) != layers):
+        raise Refusal(
+            f"{name}: layer_types names one of {GLOBAL} and {LOCAL} for each of the {layers} layers; got "
+            f"{len(kinds)} of {', '.join(sorted(set(map(str, kinds))))}. Other kinds are not reckoned."
+        )
+    if not window or fields.get("use_sliding_window") is False:
+        return None
+    if kinds is None:
+        first = fields.get("max_window_layers") or 0
+        tiled = Stripes(window=window, pattern=style.pattern).layer_types(layers)
+        kinds = [kind if i >= first else GLOBAL for i, kind in enumerate(tiled)]
+    return Stripes.of(kinds, window) if LOCAL in kinds else None

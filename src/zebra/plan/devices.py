@@ -1,0 +1,112 @@
+"""What a device can do at most, its two ceilings, and the time that they predict.
+
+    seconds of a part = max(FLOPs / peak, bytes / bandwidth),     seconds = their sum over the parts
+
+(the roofline of Williams, Waterman and Patterson, 2009, part by part). With published peaks that is a bound that no run
+reaches; with ceilings measured on the machine it is a prediction.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from zebra.plan.cost import BYTES, Run, flops, traffic
+from zebra.refusal import Refusal
+
+PUBLISHED = "published"
+MEASURED = "measured"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Ceilings: FLOP/s of dense matrix products by dtype, bytes/s of memory, and bytes of memory where known.
+
+    `source` says whether they were published by the vendor or measured.
+    """
+
+    name: str
+    flops: Mapping[str, float]
+    bandwidth: float
+    memory: int | None = None
+    source: str = PUBLISHED
+
+    def seconds(self, run: Run) -> dict[str, float]:
+        """The least time of each part.
+
+        Raises:
+            Refusal: a dtype for which the device has no ceiling.
+        """
+        if run.dtype not in self.flops:
+            raise Refusal(
+                f"{self.name} has no ceiling for {run.dtype}; it has {', '.join(self.flops)}. Take another dtype."
+            )
+        computed = flops(run)
+        return {
+            part: max(computed.get(part, 0) / self._peak(run, part), moved / self.bandwidth)
+            for part, moved in traffic(run).items()
+        }
+
+    def _peak(self, run: Run, part: str) -> float:
+        """Training's head and loss are in float32, whatever the rest is (`zebra.model.loss`)."""
+        single = run.phase == "train" and part == "head"
+        return self.flops.get("float32" if single else run.dtype, self.flops[run.dtype])
+
+
+def _gpu(name: str, half: float, single: float, bandwidth: float, memory: int) -> Device:
+    """A row of the table: TFLOP/s, GB/s, GB."""
+    peaks = {"float32": single * 1e12, "bfloat16": half * 1e12, "float16": half * 1e12}
+    return Device(name, peaks, bandwidth * 1e9, memory * 10**9)
+
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        _gpu("h100-sxm", 989.4, 66.9, 3350, 80),
+        _gpu("h200", 989.4, 66.9, 4800, 141),
+        _gpu("a100-80gb", 312, 19.5, 2039, 80),
+        _gpu("l40s", 362, 91.6, 864, 48),
+        _gpu("rtx-4090", 165.2, 82.6, 1008, 24),
+        _gpu("rtx-3090", 71, 35.6, 936, 24),
+        _gpu("mi300x", 1307, 163.4, 5300, 192),
+    )
+}
+"""Peaks of the vendors' data sheets: dense (no sparsity), sums in float32, float32 without TF32. None was measured."""
+
+
+def find(device: str | os.PathLike[str]) -> Device:
+    """A device of the table by name, or the ceilings in a JSON file.
+
+    The file holds `name`, `flops` (FLOP/s by dtype), `bandwidth` (bytes/s) and, if it is known, `memory` (bytes).
+
+    Raises:
+        Refusal: neither a name nor a file, or a file that holds something else.
+    """
+    if str(device) in DEVICES:
+        return DEVICES[str(device)]
+    path = Path(device)
+    if not path.is_file():
+        raise Refusal(
+            f"there is no device {str(device)!r} in the table and no file of ceilings at that place. Choose one of "
+            f"{', '.join(DEVICES)}, or give a JSON file with name, flops by dtype and bandwidth."
+        )
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        peaks = {str(dtype): float(rate) for dtype, rate in tree["flops"].items()}
+        memory = None if tree.get("memory") is None else int(tree["memory"])
+        found = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Refusal(
+            f"{path} is no file of ceilings: {type(error).__name__} {error}. It holds a JSON object with name, flops "
+            "(FLOP/s by dtype), bandwidth (bytes/s) and perhaps memory (bytes)."
+        ) from None
+    rates = [*peaks.values(), found.bandwidth]
+    if not peaks or set(peaks) - set(BYTES) or not all(0 < rate < float("inf") for rate in rates):
+        raise Refusal(
+            f"{path}: ceilings are positive rates for {', '.join(BYTES)}; got flops {peaks} and bandwidth "
+            f"{found.bandwidth:g}. Measure again."
+        )
+    return found

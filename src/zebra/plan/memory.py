@@ -1,0 +1,100 @@
+"""What a run holds: weights, cache, activations, gradients and AdamW's moments, in closed form.
+
+What autograd keeps of one layer, for each token, in numbers (h hidden, i intermediate, H D queries, K D keys, r rank):
+
+    float32, full          6 h + 2 HD + 2 KD + 4 i + H + 2
+    float32, LoRA          5 h + 2 HD + 2 KD + 3 i + H + 2 + 4 r
+    bfloat16, full         5 h + 2 HD + 2 KD + 4 i  in bfloat16,   4 h + H + 2  in float32
+    bfloat16, LoRA         3 h + 3 HD + 2 KD + 3 i + 4 r           4 h + H + 2
+
+The terms: each norm keeps its input and what it normed (2 h each, in float32) and 1/rms; q, k, v, the output and its
+log-sum-exp H; gate, its activation, up and their product (4 i); what each trained map reads (under autocast q, k, v,
+gate and up each cast their own copy: 5 h; a frozen map keeps none). A local layer keeps its output twice, by heads and
+by tokens: one HD more, which LoRA in bfloat16 has anyway. Norms of queries and keys keep their input and what they
+normed too. A plain MLP keeps 2 i and a LayerNorm has no product to keep.
+
+All bytes; what an allocator wastes is not in it.
+"""
+
+from __future__ import annotations
+
+from zebra.plan.cost import BYTES, Run, low_rank, trained
+from zebra.stripes import GLOBAL, LOCAL
+
+CHUNK = 1024
+"""Tokens whose logits the loss holds at a time, `zebra.model.loss.CHUNK`."""
+
+
+def cached_tokens(run: Run) -> int:
+    """Tokens kept between steps, summed over layers and rows: N in a global layer, at most w - 1 in a local one.
+
+    Under Self-Extend a global layer keeps at most N + W: the keys of the last W in both rotations.
+    """
+    window = run.stripes.window if run.stripes else 1
+    far = min(run.self_extend[1], run.length) if run.self_extend else 0
+    return run.batch * (run.count(GLOBAL) * (run.length + far) + run.count(LOCAL) * min(run.length, window - 1))
+
+
+def kv_bytes(run: Run) -> int:
+    """Bytes of keys and values that the cache holds after `length` tokens; none in training."""
+    return 0 if run.phase == "train" else 2 * cached_tokens(run) * run.decoder.kv_width * BYTES[run.dtype]
+
+
+def saved_by_a_layer(run: Run, kind: str = GLOBAL) -> int:
+    """Bytes for each token that autograd keeps of one layer of a kind: the table above."""
+    d, r = run.decoder, run.lora or 0
+    h, hd, kd = d.hidden, d.query_width, d.kv_width
+    i = d.intermediate
+    if d.expert_layers:
+        share = d.expert_layers / d.layers
+        i = round(share * d.experts_per_token * d.expert_intermediate + (1 - share) * i)
+    mlp = (4 if d.style.gated else 2) * i - (i if r else 0)
+    norms = 2 if d.style.biases != "all" else 0  # a LayerNorm keeps its input alone
+    own = bool(d.style.query_norm)
+    twice = hd if kind == LOCAL else 0
+    if run.dtype == "float32":
+        inputs = (1 if r else 2) * h
+        numbers = (2 + norms) * h + inputs + 2 * (hd + kd) + twice + mlp + 4 * r
+        return 4 * (numbers + d.heads + 2 + own * (2 * (hd + kd) + d.heads + d.kv_heads))
+    inputs = (3 if r else 3 + d.maps - 1) * h
+    half = inputs + 2 * (hd + kd) + mlp + (hd + 4 * r if r else twice) + own * (hd + kd)
+    return 2 * half + 4 * ((2 + norms) * h + d.heads + 2 + own * (hd + kd + d.heads + d.kv_heads))
+
+
+def memory(run: Run) -> dict[str, int]:
+    """Bytes by part on one device."""
+    return _training(run) if run.phase == "train" else _inference(run)
+
+
+def _training(run: Run) -> dict[str, int]:
+    d = run.decoder
+    learns, half = trained(run), run.dtype == "bfloat16"
+    layers = [run.tokens * saved_by_a_layer(run, kind) for kind in d.kinds(run.stripes)]
+    held = 4 * d.size if not run.lora else BYTES[run.dtype] * d.size + 4 * learns
+    found = {"weights": held, "gradients": 4 * learns, "AdamW": 8 * learns}
+    if run.checkpointing:
+        found["layer inputs"] = 4 * d.layers * run.tokens * d.hidden  # the residual stream is float32
+        found["one layer, run again"] = max(layers)
+    else:
+        found["activations"] = sum(layers)
+    if half:
+        parts = d.parameters()
+        frozen = 0 if run.lora else parts["projections"] + parts["MLP"]
+        found["weights cast to bfloat16"] = 2 * (frozen + low_rank(run))
+        if run.lora and not d.tied:
+            found["head cast to float32"] = 4 * d.vocabulary * d.hidden
+    return found | {"a chunk of logits": 2 * 4 * CHUNK * d.vocabulary}
+
+
+def _inference(run: Run) -> dict[str, int]:
+    """Weights, the cache, and what one layer works on: the residual and the wider of attention and MLP."""
+    d, size = run.decoder, BYTES[run.dtype]
+    wide = max(d.intermediate, d.experts_per_token * d.expert_intermediate)
+    rounds = 2 if run.self_extend else 1  # queries and keys once more, rotated for the far part
+    working = 2 * d.hidden + max(rounds * (d.query_width + d.kv_width) + d.query_width + d.kv_width, d.maps * wide)
+    return {
+        "weights": size * d.size,
+        "keys and values": kv_bytes(run),
+        "one layer's work": size * run.tokens * working,
+        "logits": 4 * run.batch * d.vocabulary,
+    }

@@ -1,0 +1,423 @@
+"""What the planner says is what brute force, the host, autograd and the live cache say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STORIES, tiny_config, tiny_model
+from test_adapt import recipe
+from test_dry_run import PUBLISHED
+from torch.utils.flop_counter import FlopCounterMode
+
+import zebra
+from zebra import Refusal, Stripes
+from zebra.cli import main
+from zebra.masks import beyond, causal, within
+from zebra.model import loss
+from zebra.model.cache import StripedCache
+from zebra.model.families import host_class, striped, stripes_of
+from zebra.plan import cost, decoder, devices, fit, memory, sheet
+from zebra.plan.cost import Run
+from zebra.plan.shapes import SHAPES, shape
+from zebra.stripes import GLOBAL, LOCAL
+from zebra.train import dry_run
+
+LLAMA = decoder.read("llama-2-7b")
+COUNTED = (
+    "llama llama-biased mistral ministral cwm smollm3 qwen2 qwen3 qwen3_moe mellum gemma2 gemma3_text cohere2 olmo2"
+)
+DEVICE = devices.DEVICES["h100-sxm"]
+
+
+def run(model: str = "llama-2-7b", stripes: str | None = "GLLL:512", **changes: Any) -> Run:
+    asked: dict[str, Any] = {"length": 16384} | changes
+    return Run(decoder=decoder.read(model), stripes=Stripes.parse(stripes) if stripes else None, **asked)
+
+
+def tiny(family: str, **changes: Any) -> tuple[Any, decoder.Decoder]:
+    config = tiny_config(family, **changes)
+    return config, decoder.decoder(config.to_dict(), name=family)
+
+
+# Pairs
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 16])
+@pytest.mark.parametrize("layout", [None, "L:1", "GL:3", "GLL:5", "1:20"])
+def test_pairs_are_the_masks(n: int, layout: str | None) -> None:
+    _, shape = tiny("llama")
+    stripes = Stripes.parse(layout) if layout else None
+    full = [(i, j) for i in range(2 * n) for j in range(2 * n) if causal(i, j)]
+
+    def seen(kind: str, first: int, last: int) -> int:
+        window = stripes.window if stripes and kind == LOCAL else 10**9
+        return sum(first <= i < last and within(i, j, window) for i, j in full)
+
+    kinds = shape.kinds(stripes)
+    asked = Run(decoder=shape, stripes=stripes, length=n, batch=3)
+    assert cost.pairs(asked) == 3 * sum(seen(kind, 0, n) for kind in kinds)
+    assert cost.pairs(replace(asked, phase="decode")) == 3 * sum(seen(kind, n, n + 1) for kind in kinds)
+    if stripes:
+        assert cost.chunk_pairs(n, n, stripes.window) == seen(LOCAL, n, 2 * n)
+
+
+@pytest.mark.parametrize("n", [1, 5, 12])
+@pytest.mark.parametrize("window", [1, 4, 12, 30])
+def test_self_extend_is_one_causal_attention(n: int, window: int) -> None:
+    cells = [(i, j) for i in range(n) for j in range(n) if causal(i, j)]
+    near, far = cost.self_extend_pairs(n, window)
+    assert near == sum(within(i, j, window) for i, j in cells)
+    assert far == sum(beyond(i, j, window) for i, j in cells)
+    assert near + far == n * (n + 1) // 2
+
+
+@pytest.mark.parametrize(("trained", "group", "window"), [(64, 4, 16), (64, 3, 16), (64, 1, 16), (50, 7, 10)])
+def test_self_extend_reaches_the_largest_mapped_distance(trained: int, group: int, window: int) -> None:
+    def furthest(n: int) -> int:
+        far = ((n - 1) // group + window - window // group) if n > window else 0
+        return max(far, min(n, window) - 1)
+
+    reach = cost.self_extend_reach(trained, group, window)
+    assert furthest(reach) < trained <= furthest(reach + 1)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_built_in_models_have_the_published_parameters(name: str) -> None:
+    assert decoder.read(name).size == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("member", COUNTED.split())
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_and_layout_are_the_hosts(member: str, tied: bool) -> None:
+    config, found = tiny(member, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = host_class(config)(config)
+    assert found.size == sum(p.numel() for p in model.parameters())
+    assert found.stripes == stripes_of(config)
+    assert found.family in decoder.FAMILIES
+
+
+def test_a_layout_without_layer_types_is_the_hosts() -> None:
+    """Older configs give a window and no list, and each family tiles its own; Qwen's window may be switched off."""
+    fields = shape("qwen3-4b") | {"sliding_window": 64}
+    assert decoder.decoder(fields | {"use_sliding_window": False}, name="q").stripes is None
+    some = decoder.decoder(fields | {"use_sliding_window": True, "max_window_layers": 30}, name="q")
+    assert some.kinds(some.stripes).count(LOCAL) == 6
+    for family in ("gemma2", "gemma3_text", "cohere2", "mistral"):
+        config = tiny_config(family, num_hidden_layers=12, sliding_window=64, layer_types=None)
+        fields = config.to_dict()
+        fields.pop("layer_types", None)
+        assert decoder.decoder(fields, name=family).kinds(stripes_of(config)) == decoder.decoder(
+            fields, name=family
+        ).kinds(decoder.decoder(fields, name=family).stripes)
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_flops_are_those_that_torch_counts(family: str) -> None:
+    """The host's dense attention forms all N^2 scores where the mask has N (N + 1) / 2 pairs, and keeps them for the
+    backward, so that it has 3 forwards where ours has 7/2.
+    """
+    n = 64
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    _, shape = tiny(family)
+    asked = Run(decoder=shape, stripes=None, length=n, phase="train", dtype="float32")
+    ids = torch.zeros(1, n, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward:
+        logits = model(ids, use_cache=False).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    ours = cost.forward_flops(asked)
+    dense = ours["attention"] * 2 * n // (n + 1)
+    linear = sum(ours.values()) - ours["attention"]
+    assert forward.get_total_flops() == linear + dense
+    assert forward.get_total_flops() + backward.get_total_flops() == 3 * (linear + dense)
+    step = cost.flops(asked)
+    assert step["attention"] * 2 == 7 * ours["attention"]
+    assert all(step[part] == 3 * ours[part] for part in ("projections", "MLP", "head"))
+
+
+def test_checkpointing_adds_a_forward_and_low_rank_takes_gradients_away() -> None:
+    full, again, low = (cost.flops(run(phase="train", **more)) for more in ({}, {"checkpointing": True}, {"lora": 16}))
+    forward = cost.forward_flops(run(phase="train"))
+    for part in ("projections", "attention", "MLP"):
+        assert again[part] - full[part] == forward[part]
+    assert low["MLP"] * 3 == full["MLP"] * 2
+    assert low["projections"] < 0.7 * full["projections"]
+    assert low["attention"] == full["attention"]
+
+
+def test_a_frozen_head_needs_no_gradient_and_a_tied_one_is_trained() -> None:
+    for model, products in (("llama-3.1-8b", 2), ("qwen3-4b", 3)):
+        asked = run(model, phase="train", lora=16)
+        assert cost.flops(asked)["head"] == products * cost.forward_flops(asked)["head"]
+
+
+def test_decode_reads_only_the_experts_that_its_tokens_meet() -> None:
+    _, shape = tiny("qwen3_moe", num_experts=64)
+    one, many = (
+        cost.traffic(Run(decoder=shape, stripes=None, length=9, batch=batch, phase="decode"))["MLP"]
+        for batch in (1, 32)
+    )
+    expert = shape.maps * shape.hidden * shape.expert_intermediate
+    assert many - one >= 2 * shape.expert_layers * (64 - 2) * expert
+    assert one < 2 * shape.parameters()["MLP"] / 2
+
+
+def test_decode_reads_weights_once_and_the_cache() -> None:
+    asked = run(phase="decode", length=131072)
+    d = asked.decoder
+    parts = d.parameters()
+    moved = sum(cost.traffic(asked).values())
+    assert moved == pytest.approx(2 * (d.size - parts["embedding"]) + memory.kv_bytes(asked), rel=1e-3)
+    few = run(phase="decode", length=10, stripes=None)
+    assert sum(cost.traffic(few).values()) == pytest.approx(2 * (d.size - parts["embedding"]), rel=2e-3)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("parts", [(3,), (8, 1), (9,), (40, 1, 1), (200, 1)], ids=str)
+@pytest.mark.parametrize("layout", [None, "GLLL:9", "L:1", "1:30"])
+@torch.no_grad()
+def test_key_value_bytes_are_the_live_caches(
+    layout: str | None, parts: tuple[int, ...], checkpoints: Callable[..., Path]
+) -> None:
+    """Of what the cache shows. Its storage is bounded by twice that in local layers, and exact in global ones."""
+    model: Any = zebra.load(checkpoints("llama"), stripes=layout) if layout else tiny_model("llama")
+    cache = StripedCache(model.config)
+    for n in parts:
+        model(torch.zeros(2, n, dtype=torch.long), past_key_values=cache, use_cache=True)
+    _, shape = tiny("llama")
+    stripes = Stripes.parse(layout) if layout else None
+    asked = Run(decoder=shape, stripes=stripes, length=sum(parts), batch=2, dtype="float32", phase="decode")
+    shown = sum(s.numel() * s.element_size() for layer in cache.layers for s in (layer.keys, layer.values))
+    assert memory.kv_bytes(asked) == shown
+    assert memory.kv_bytes(asked) <= cache.kv_bytes() <= 2 * memory.kv_bytes(asked)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [None, 3], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", [GLOBAL, LOCAL])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_activations_are_what_autograd_keeps(
+    family: str, precision: str, lora: int | None, kind: str, tmp_path: Path
+) -> None:
+    """The table of zebra.plan.memory, term by term, against the bytes that a dry run measures in the host's layer."""
+    asked = recipe(tmp_path, train__precision=precision, lora=lora and {"rank": lora, "frozen": precision})
+    sizes = {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 4, "head_dim": 40}
+    config, shape = tiny(family, **sizes)
+    if kind == LOCAL:
+        config = striped(config, Stripes.parse("L:16"))
+    grows, _ = dry_run._saved_by_a_layer(asked, config, kind)
+    ours = Run(decoder=shape, stripes=None, length=1, dtype=precision, phase="train", lora=lora)
+    assert memory.saved_by_a_layer(ours, kind) == pytest.approx(grows, rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": 2}, {"checkpointing": True}], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_plan_of_training_is_the_dry_runs(changes: dict[str, Any], precision: str, tmp_path: Path) -> None:
+    """Part by part on the real tiny checkpoint."""
+    low = {"lora": {"rank": changes["lora"], "frozen": precision}} if "lora" in changes else {}
+    again = {"train__activation_checkpointing": changes.get("checkpointing", False)}
+    wanted = dry_run.dry_run(recipe(tmp_path, train__precision=precision, **again, **low)).memory
+    asked = run(str(STORIES), "GLLL:33", length=600, phase="train", dtype=precision, **changes)
+    found = memory.memory(asked)
+    assert set(wanted) <= set(found)
+    for part in wanted:
+        assert found[part] == pytest.approx(wanted[part], rel=0.01), part
+    assert memory.CHUNK == loss.CHUNK
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_checkpointed_layer_keeps_a_float32_input(half: bool) -> None:
+    """Under autocast too: the embeddings are float32, and so is the residual stream."""
+    totals = []
+    for layers in (2, 3):
+        model = tiny_model("llama", num_hidden_layers=layers).train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), dry_run._counting(model) as saved:
+            model.model(torch.zeros(1, 50, dtype=torch.long), use_cache=False)
+        totals.append(sum(saved.values()))
+    assert totals[1] - totals[0] == 50 * 4 * 32
+
+
+# Devices and what fits
+
+
+def test_time_is_the_roofline_of_the_parts() -> None:
+    slow = devices.Device("slow", {"bfloat16": 1e12}, 1e30)
+    narrow = devices.Device("narrow", {"bfloat16": 1e30}, 1e9)
+    asked = run()
+    assert sum(slow.seconds(asked).values()) == pytest.approx(sum(cost.flops(asked).values()) / 1e12)
+    assert sum(narrow.seconds(asked).values()) == pytest.approx(sum(cost.traffic(asked).values()) / 1e9)
+    with pytest.raises(Refusal, match="no ceiling for float32"):
+        slow.seconds(run(dtype="float32"))
+
+
+def test_ceilings_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "ceilings.json"
+    tree = {"name": "this machine", "flops": {"float32": 2e11}, "bandwidth": 4e10}
+    file.write_text(json.dumps(tree))
+    found = devices.find(file)
+    assert (found.source, found.flops["float32"], found.memory) == (devices.MEASURED, 2e11, None)
+    bad: tuple[Any, ...] = (
+        [],
+        {"name": "x"},
+        tree | {"flops": {}},
+        tree | {"bandwidth": 0},
+        tree | {"flops": {"int8": 1}},
+    )
+    for broken in bad:
+        file.write_text(json.dumps(broken))
+        with pytest.raises(Refusal, match="ceilings"):
+            devices.find(file)
+
+
+@pytest.mark.parametrize("phase", ["train", "prefill", "decode"])
+@pytest.mark.parametrize("stripes", [None, "GLLL:512"])
+@pytest.mark.parametrize("budget", ["400GiB", "1.5TiB"])
+def test_what_fits_fits_and_one_more_does_not(phase: str, stripes: str | None, budget: str) -> None:
+    asked, most = run(phase=phase, stripes=stripes), fit.bytes_of(budget)
+    for name, largest in (("length", fit.largest_length(asked, most)), ("batch", fit.largest_batch(asked, most))):
+        assert largest > 0
+        assert sum(memory.memory(replace(asked, **{name: largest})).values()) <= most
+        assert sum(memory.memory(replace(asked, **{name: largest + 1})).values()) > most
+    assert fit.largest_length(asked, 10**9) == 0
+
+
+def test_the_mildest_layout_is_the_first_that_meets_the_budgets() -> None:
+    asked = run(phase="decode", length=131072)
+    dense = replace(asked, stripes=None)
+    needs = sum(memory.memory(dense).values())
+    assert fit.mildest(asked, budget=needs, device=DEVICE) == dense
+    found = fit.mildest(asked, budget=needs // 2, device=DEVICE)
+    assert found is not None
+    assert found.stripes is not None
+    every = [Stripes.grouped(stride=g, window=w) for g in range(2, 9) for w in fit.WINDOWS]
+    fitting = [r for r in (replace(asked, stripes=s) for s in every) if sum(memory.memory(r).values()) <= needs // 2]
+    assert cost.pairs(found) == max(map(cost.pairs, fitting))
+    assert fit.mildest(asked, budget=10**9, device=DEVICE) is None
+    quick = fit.mildest(asked, seconds=sum(DEVICE.seconds(dense).values()) / 2, device=DEVICE)
+    assert quick is not None
+    assert cost.pairs(quick) < cost.pairs(dense)
+
+
+def test_the_papers_table_has_its_numbers() -> None:
+    """N = 16,384, w = 512, g = 4: attention 0.297 of dense and the cache 0.273, as section 1 of the paper implies."""
+    rows = {row["kind"]: row for row in sheet.complexity(run(self_extend=(8, 1024), phase="decode", length=16384))}
+    assert rows["grouped"]["pairs_of_global"] == pytest.approx(1 / 4 + 3 / 4 * 2 * 512 / 16384, abs=0.001)
+    assert rows["grouped"]["cached_of_global"] == pytest.approx(0.273, abs=0.001)
+    assert rows["local"]["cached_tokens"] == 511
+    assert rows["Self-Extend"]["pairs_of_global"] == 1
+
+
+# The command
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["zebra", "plan", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    return int(exit.value.code or 0)
+
+
+def test_the_command_prints_tables_json_and_a_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = ("llama-2-7b", "--length", 16384, "--self-extend", "8:1024", "--memory", "80GiB")
+    assert call(monkeypatch, *asked, "--picture", tmp_path / "out.svg", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    names = [column["layout"] for column in found["layouts"]]
+    assert names == ["dense", "GLLL:512", "Self-Extend 8:1024", "GLLL:512 + Self-Extend 8:1024"]
+    for column in found["layouts"]:
+        for part in ("flops", "bytes", "seconds", "memory"):
+            assert column[part]["total"] == pytest.approx(sum(v for k, v in column[part].items() if k != "total"))
+    assert found["layouts"][0]["flops"]["attention"] == found["layouts"][2]["flops"]["attention"]
+    assert found["layouts"][2]["largest_length"] == 25600
+    assert found["mildest_layout"] == "dense"
+    picture = (tmp_path / "out.svg").read_text()
+    assert "Self-Extend 8:1024" in picture
+    assert "less at 1M" in picture
+    assert call(monkeypatch, *asked) == 0
+    printed = capsys.readouterr().out
+    assert "6,738,415,616 parameters" in printed
+    assert "16.00 GiB 0.73" in printed
+    assert call(monkeypatch, STORIES, "--length", 512, "--phase", "train", "--lora", 4, "--checkpointing") == 0
+    assert "LoRA of rank 4, activation checkpointing" in capsys.readouterr().out
+
+
+REFUSED = {
+    "no model": (["nowhere"], "no config.json at nowhere"),
+    "a text": ([STORIES / "tokenizer_config.json"], "num_hidden_layers"),
+    "a phase": (["llama-2-7b", "--phase", "serve"], "train, prefill, decode"),
+    "a dtype": (["llama-2-7b", "--dtype", "int4"], "got 'int4'"),
+    "half in training": (["llama-2-7b", "--phase", "train", "--dtype", "float16"], "float32, bfloat16"),
+    "no batch": (["llama-2-7b", "--batch", 0], "batch is a whole number"),
+    "lora elsewhere": (["llama-2-7b", "--lora", 4], "belong to the phase train"),
+    "a device": (["llama-2-7b", "--device", "abacus"], "no device 'abacus'"),
+    "memory": (["llama-2-7b", "--memory", "plenty"], "got 'plenty'"),
+    "no time": (["llama-2-7b", "--seconds", 0], "positive number of seconds"),
+    "a layer beyond": (["llama-2-7b", "--stripes", "40:9"], "layer 40"),
+    "short reach": (["llama-2-7b", "--self-extend", "2:1024"], "to 7,168; got 16,384"),
+    "no window": (["llama-2-7b", "--self-extend", "8"], "GROUP:WINDOW"),
+    "trained": (["llama-2-7b", "--self-extend", "8:512", "--phase", "train"], "needs no training"),
+    "a picture": (["llama-2-7b", "--picture", "out.png"], "out.svg"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, words = REFUSED[case]
+    assert call(monkeypatch, *arguments, "--length", 16384) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kv_lora_rank": 512}, "latent attention"),
+        ({"layer_types": ["linear_attention"] * 32}, "linear_attention"),
+        ({"layer_types": [GLOBAL]}, "32 layers"),
+        ({"hidden_size": "wide"}, "got 'wide'"),
+        ({"num_local_experts": 8}, "num_experts_per_tok"),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_reckoned_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(Refusal, match=words):
+        decoder.decoder(shape("llama-2-7b") | fields, name="x")
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    for text in ("{", "[]"):
+        file.write_text(text)
+        with pytest.raises(Refusal, match="config"):
+            decoder.read(tmp_path)
+
+
+def test_another_family_is_reckoned_as_a_llama_and_said_so() -> None:
+    odd = replace(LLAMA, family="unheard")
+    assert odd.size == LLAMA.size
+    plan = sheet.tree(Run(decoder=odd, stripes=None, length=9), DEVICE, budget=None, seconds=None)
+    assert "reckoned as a Llama" in sheet.headline(plan)
