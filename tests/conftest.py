@@ -114,6 +114,21 @@ def stories(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A folder of texts, some of them hidden."""
+    folder = tmp_path / "text"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "b.txt").write_text("bee")
+    (folder / "a.txt").write_text("ay\n--\n ayay \n--\n\n")
+    (folder / "deep" / "c.md").write_text("see")
+    (folder / "deep" / "er" / "d.txt").write_text("dee")
+    (folder / ".hidden").write_text("hidden")
+    (folder / ".git" / "x.txt").write_text("hidden")
+    return folder
+
+
+@pytest.fixture
 def zebra(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`zebra(*arguments)`: the command line in a process of its own."""
 

@@ -37,20 +37,6 @@ class Never:
         raise AssertionError("tokenised again")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    (folder / "deep" / "er").mkdir(parents=True)
-    (folder / ".git").mkdir()
-    (folder / "b.txt").write_text("bee")
-    (folder / "a.txt").write_text("ay\n--\n ayay \n--\n\n")
-    (folder / "deep" / "c.md").write_text("see")
-    (folder / "deep" / "er" / "d.txt").write_text("dee")
-    (folder / ".hidden").write_text("hidden")
-    (folder / ".git" / "x.txt").write_text("hidden")
-    return folder
-
-
 def run(files: Any, cache: Path, encode: Any = None, **options: Any) -> Corpus:
     patterns = [str(files)] if isinstance(files, (str, Path)) else [str(file) for file in files]
     return tokenise(patterns, encode or Encoder(), cache=cache, **({"tokenizer": "characters"} | options))

@@ -20,20 +20,6 @@ from zebra.refusal import Refusal
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    (folder / "deep" / "er").mkdir(parents=True)
-    (folder / ".git").mkdir()
-    (folder / "b.txt").write_text("bee")
-    (folder / "a.txt").write_text("ay\n--\n ayay \n--\n\n")
-    (folder / "deep" / "c.md").write_text("see")
-    (folder / "deep" / "er" / "d.txt").write_text("dee")
-    (folder / ".hidden").write_text("hidden")
-    (folder / ".git" / "x.txt").write_text("hidden")
-    return folder
-
-
 def names(paths: list[Path], folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in paths]
 
