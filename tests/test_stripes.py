@@ -100,7 +100,7 @@ def test_of_is_inverse_to_layer_types(layers: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"window": 0, "pattern": "G"}, "whole number of at least 1; got 0"),
+        ({"window": 0, "pattern": "G"}, "at least 1 and below .*; got 0"),
         ({"window": -5, "pattern": "G"}, "got -5"),
         ({"window": True, "pattern": "G"}, "got True"),
         ({"window": 2.0, "pattern": "G"}, r"got 2\.0"),
@@ -137,7 +137,7 @@ def test_refused_layouts(arguments: dict[str, Any], message: str) -> None:
         ("-1:5", "stripes are written"),
         ("GLLL:1.5", "stripes are written"),
         ("GLLX:5", "got 'GLLX'"),
-        ("GLLL:0", "at least 1; got 0"),
+        ("GLLL:0", "at least 1 and below"),
         ("GLLL:-3", "got -3"),
         ("3,3:4", r"got \[3, 3\]"),
     ],
