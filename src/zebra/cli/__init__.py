@@ -7,16 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from zebra import __version__
+from zebra.cli import show
 from zebra.refusal import Refusal
-
-if TYPE_CHECKING:
-    from zebra.records import Row
-    from zebra.train.recipe import AdaptRecipe
 
 app = typer.Typer(
     help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
@@ -115,21 +112,10 @@ def verify(
 ) -> None:
     """Prove a conversion; exit code 1 when a check fails."""
     with _quiet_host():
-        from dataclasses import asdict
-
         from zebra.model.verify import verify as run
 
         checks = run(target, against, rope=rope, length=length, seed=seed, dtype=dtype, device=device)
-    if as_json:
-        _json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
-    else:
-        table = _table("check", "against", "difference", "allowed", "logits of", "")
-        for c in checks:
-            verdict = "[green]equal[/]" if c.passed else "[red bold]DIFFERENT[/]"
-            table.add_row(
-                c.name, c.compared, f"{c.difference:.1e}", f"{c.tolerance:.0e}", f"{c.tokens:,} tokens", verdict
-            )
-        _print(table)
+    show.checks(checks, as_json)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
 
@@ -148,7 +134,10 @@ def adapt(
 
     read = read_recipe(recipe, AdaptRecipe, set_ or [])
     if dry_run:
-        _dry_run(read, as_json)
+        with _quiet_host():
+            from zebra.train.dry_run import dry_run as reckon
+
+            show.dry_run(reckon(read), as_json)
         return
     with _quiet_host():
         from zebra.train.adapt import adapt as run
@@ -159,8 +148,8 @@ def adapt(
 
         page = Path(read.run) / "report.html"
         write_report(rows, page)
-        _show(rows, as_json)
-        _say(f"checkpoint {read.run}/model, rows {read.run}/rows.jsonl, report {page}")
+        show.rows(rows, as_json)
+        show.note(f"checkpoint {read.run}/model, rows {read.run}/rows.jsonl, report {page}")
 
 
 @app.command(epilog="zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB")
@@ -202,20 +191,8 @@ def plan(
         from zebra.report.costs import write_picture
 
         write_picture(picture, sheet.curves(run, ceilings), phase=phase, device=ceilings.name)
-        _say(f"picture {picture}")
-    if as_json:
-        _json(found)
-        return
-    print(sheet.headline(found))
-    for one in sheet.tables(found):
-        table = _table(*one.head)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for line in one.body:
-            table.add_row(*line, end_section=line[0].startswith("[bold]"))
-        _print(table)
-    if "mildest_layout" in found:
-        print(f"the layout that meets the budget and gives up the least: {found['mildest_layout'] or 'none of ours'}")
+        show.note(f"picture {picture}")
+    show.plan(found, as_json)
 
 
 @evaluate.command(epilog="zebra evaluate perplexity ./Llama-3.1-8B book.txt --length 32768 --stripes GLLL:4096")
@@ -261,7 +238,7 @@ def perplexity(
             seed=seed,
             run=run,
         )
-    _show(rows, as_json)
+    show.rows(rows, as_json)
     if out is not None:
         from zebra import records
 
@@ -288,60 +265,9 @@ def report(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has: versions, devices, and which attention kernel serves what."""
-    from dataclasses import asdict
-
     from zebra.doctor import kernels, machine
 
-    has, served = machine(), kernels()
-    if as_json:
-        _json({"machine": has, "kernels": [asdict(s) for s in served]})
-        return
-    table = _table("machine", "")
-    for name, value in has.items():
-        table.add_row(name, value)
-    _print(table)
-    names = list(served[0].declines)
-    table = _table("request", *names)
-    for case in served:
-        cells = [
-            "[green]serves[/]" if name == case.kernel else f"[dim]{reason or 'could'}[/]"
-            for name, reason in case.declines.items()
-        ]
-        table.add_row(case.request, *cells)
-    _print(table)
-
-
-def _show(rows: list[Row], as_json: bool) -> None:
-    if as_json:
-        from dataclasses import asdict
-
-        _json({"rows": [asdict(row) for row in rows]})
-        return
-    if any(row.metric == "perplexity" for row in rows):
-        from zebra.report import position_table
-
-        _print(position_table(rows))
-
-
-def _dry_run(recipe: AdaptRecipe, as_json: bool) -> None:
-    with _quiet_host():
-        from zebra.train.dry_run import dry_run
-
-        found = dry_run(recipe)
-    if as_json:
-        _json({"facts": found.facts, "memory": found.memory | {"total": found.total}})
-        return
-    table = _table("recipe", "")
-    for name, fact in found.facts.items():
-        table.add_row(name, fact)
-    _print(table)
-    unit, name = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
-    table = _table("memory of one device", name)
-    table.columns[1].justify = "right"
-    for part, size in found.memory.items():
-        table.add_row(part, f"{size / unit:,.2f}")
-    table.add_row("[bold]in all[/]", f"[bold]{found.total / unit:,.2f}[/]")
-    _print(table)
+    show.machine(machine(), kernels(), as_json)
 
 
 def _lengths(text: str) -> list[int]:
@@ -358,26 +284,3 @@ def _group_and_window(text: str) -> tuple[int, int]:
     if not (colon and group.isdecimal() and window.isdecimal()):
         raise Refusal(f"--self-extend takes GROUP:WINDOW; got {text!r}. Write for example 8:1024.")
     return int(group), int(window)
-
-
-def _json(tree: Any) -> None:
-    from zebra.records import to_json
-
-    print(to_json(tree, indent=2))
-
-
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    return Table(*columns, box=box.SIMPLE_HEAD)
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console().print(table)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)

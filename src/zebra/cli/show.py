@@ -1,0 +1,117 @@
+"""What the verbs print: one JSON document, or tables. Imports stand inside: help is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zebra.doctor import Served
+    from zebra.model.verify import Check
+    from zebra.records import Row
+    from zebra.train.dry_run import DryRun
+
+
+def json(tree: Any) -> None:
+    """One JSON document on stdout."""
+    from zebra.records import to_json
+
+    print(to_json(tree, indent=2))
+
+
+def note(message: str) -> None:
+    """A line that is no result."""
+    print(message, file=sys.stderr)
+
+
+def rows(found: Sequence[Row], as_json: bool) -> None:
+    """Rows of results; of tables there is one, perplexity by position."""
+    if as_json:
+        json({"rows": [asdict(row) for row in found]})
+    elif any(row.metric == "perplexity" for row in found):
+        from zebra.report import position_table
+
+        _print(position_table(found))
+
+
+def checks(found: Sequence[Check], as_json: bool) -> None:
+    """The comparisons of a verification."""
+    if as_json:
+        json({"checks": [asdict(check) | {"passed": check.passed} for check in found]})
+        return
+    table = _table("check", "against", "difference", "allowed", "logits of", "")
+    for c in found:
+        verdict = "[green]equal[/]" if c.passed else "[red bold]DIFFERENT[/]"
+        table.add_row(c.name, c.compared, f"{c.difference:.1e}", f"{c.tolerance:.0e}", f"{c.tokens:,} tokens", verdict)
+    _print(table)
+
+
+def dry_run(found: DryRun, as_json: bool) -> None:
+    """A recipe reckoned."""
+    if as_json:
+        json({"facts": found.facts, "memory": found.memory | {"total": found.total}})
+        return
+    table = _table("recipe", "")
+    for name, fact in found.facts.items():
+        table.add_row(name, fact)
+    _print(table)
+    size, unit = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
+    table = _table("memory of one device", unit)
+    table.columns[1].justify = "right"
+    for part, held in found.memory.items():
+        table.add_row(part, f"{held / size:,.2f}")
+    table.add_row("[bold]in all[/]", f"[bold]{found.total / size:,.2f}[/]")
+    _print(table)
+
+
+def plan(found: dict[str, Any], as_json: bool) -> None:
+    """What layouts cost, side by side."""
+    if as_json:
+        json(found)
+        return
+    from zebra.plan import sheet
+
+    print(sheet.headline(found))
+    for one in sheet.tables(found):
+        table = _table(*one.head)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for line in one.body:
+            table.add_row(*line, end_section=line[0].startswith("[bold]"))
+        _print(table)
+    if "mildest_layout" in found:
+        print(f"the layout that meets the budget and gives up the least: {found['mildest_layout'] or 'none of ours'}")
+
+
+def machine(has: dict[str, str], served: Sequence[Served], as_json: bool) -> None:
+    """Versions and devices, and which kernel serves what."""
+    if as_json:
+        json({"machine": has, "kernels": [asdict(case) for case in served]})
+        return
+    table = _table("machine", "")
+    for name, value in has.items():
+        table.add_row(name, value)
+    _print(table)
+    table = _table("request", *served[0].declines)
+    for case in served:
+        cells = [
+            "[green]serves[/]" if name == case.kernel else f"[dim]{reason or 'could'}[/]"
+            for name, reason in case.declines.items()
+        ]
+        table.add_row(case.request, *cells)
+    _print(table)
+
+
+def _table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, box=box.SIMPLE_HEAD)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
