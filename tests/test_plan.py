@@ -143,8 +143,12 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
     ours = cost.forward_flops(asked)
     dense = ours["attention"] * 2 * n // (n + 1)
     linear = sum(ours.values()) - ours["attention"]
-    assert forward.get_total_flops() == linear + dense
-    assert forward.get_total_flops() + backward.get_total_flops() == 3 * (linear + dense)
+    # Older hosts make the rotary angles by a product.
+    rotary = sum(
+        sum(counts.values()) for name, counts in forward.get_flop_counts().items() if name.endswith("rotary_emb")
+    )
+    assert forward.get_total_flops() - rotary == linear + dense
+    assert forward.get_total_flops() - rotary + backward.get_total_flops() == 3 * (linear + dense)
     step = cost.flops(asked)
     assert step["attention"] * 2 == 7 * ours["attention"]
     assert all(step[part] == 3 * ours[part] for part in ("projections", "MLP", "head"))
@@ -250,7 +254,9 @@ def test_a_checkpointed_layer_keeps_a_float32_input(half: bool) -> None:
     totals = []
     for layers in (2, 3):
         model = tiny_model("llama", num_hidden_layers=layers).train()
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # Its name after transformers 5.17, and before.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
         with torch.autocast("cpu", torch.bfloat16, enabled=half), dry_run._counting(model) as saved:
             model.model(torch.zeros(1, 50, dtype=torch.long), use_cache=False)
         totals.append(sum(saved.values()))
