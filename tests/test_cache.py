@@ -111,15 +111,37 @@ def test_two_caches_that_share_a_beginning_do_not_write_into_each_other(kind: An
     assert pickle.loads(pickle.dumps(one)).keys.equal(one.keys)
 
 
-def test_gradients_flow_through_the_cache(model: Any) -> None:
-    """A chunk's loss reaches the chunk before it, as with the host's cache."""
+def test_a_cache_outlives_inference_mode(model: Any) -> None:
+    """Tokens cached inside it may be gone on from outside."""
+    cache, parts = StripedCache(model.config), (20, 1, 1, 1)
+    with torch.inference_mode():
+        for n in parts:
+            model(ids(n), past_key_values=cache, use_cache=True)
+    wanted = fill(model, DynamicCache(config=model.config), *parts, 1, 1)
+    fill(model, cache, 1, 1)
+    for mine, hosts in zip(cache.layers, wanted.layers, strict=True):
+        torch.testing.assert_close(mine.keys, hosts.keys)
+
+
+def test_what_does_not_fit_is_the_hosts_to_promote_or_refuse() -> None:
+    layer = GrowingLayer()
+    layer.update(*torch.zeros(2, 3, 2, 5, 8, dtype=torch.bfloat16))
+    assert layer.update(*torch.ones(2, 3, 2, 1, 8))[0].dtype == torch.float32
+    with pytest.raises(RuntimeError):
+        layer.update(*torch.ones(2, 1, 2, 1, 8))
+
+
+@pytest.mark.parametrize("only", ["", "q_proj"])
+def test_gradients_flow_through_the_cache(model: Any, only: str) -> None:
+    """A chunk's loss reaches the chunk before it, as with the host's cache; also where no key needs a gradient."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(only in name)
     found = []
     for cache in (StripedCache(model.config), DynamicCache(config=model.config)):
         model.zero_grad()
-        for _ in range(3):
-            out = model(ids(7), past_key_values=cache, use_cache=True).logits
-        out.square().sum().backward()
-        found.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+        losses = [model(ids(n), past_key_values=cache, use_cache=True).logits.square().sum() for n in (20, 1, 1, 7)]
+        sum(losses).backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
     torch.testing.assert_close(*found)
 
 

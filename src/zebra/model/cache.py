@@ -36,10 +36,12 @@ class _Room:
         """`held` (B, K, n, D) or empty, then `new` (B, K, t, D); in a buffer of at most 1.25 (n + t) tokens."""
         if held.numel() == 0:
             return new.clone(memory_format=torch.contiguous_format)
-        if torch.is_grad_enabled() and (held.requires_grad or new.requires_grad):
-            return torch.cat([held, new], dim=-2)  # a write in place would spoil what the backward needs
+        unlike = held.dtype != new.dtype or held.shape[:2] != new.shape[:2]
+        if unlike or torch.is_grad_enabled():  # a write in place would spoil what a backward needs
+            return torch.cat([held, new], dim=-2)
         n, t, size = held.shape[-2], new.shape[-2], held.shape[-1]
-        if self._handed is not None and self._handed() is held:
+        foreign = held.is_inference() and not torch.is_inference_mode_enabled()  # torch forbids writing into it
+        if self._handed is not None and self._handed() is held and not foreign:
             start, capacity = held.storage_offset() // size, held.stride(1) // size
             if start + n + t <= capacity:
                 grown = held.as_strided((*held.shape[:2], n + t, size), held.stride(), held.storage_offset())
