@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,12 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
 def test_odd_values_make_a_page(tmp_path: Path, value: float) -> None:
     html, _ = page(scores("m", "dense", (1.0, value, 3.0, 4.0)), tmp_path)
     assert "</html>" in html
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308, -1e308, 0.0])
+def test_rows_that_are_all_odd_make_a_page(tmp_path: Path, value: float) -> None:
+    write_report([replace(row, value=value, low=value, high=value) for row in a_run()], tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size > 1000
 
 
 def test_refusals(tmp_path: Path) -> None:

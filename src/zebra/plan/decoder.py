@@ -168,7 +168,8 @@ def read(model: str | os.PathLike[str]) -> Decoder:
 
 def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
     """The decoder of a config's fields; a multimodal config's text part. Raises as `read` does."""
-    fields = fields.get("text_config") or fields
+    inner = fields.get("text_config")
+    fields = inner if isinstance(inner, Mapping) and inner else fields
     unknown = ("kv_lora_rank", "shared_expert_intermediate_size", "n_shared_experts")
     if foreign := [key for key in unknown if fields.get(key)]:
         raise Refusal(f"{name} has {foreign[0]}: latent attention and shared experts are not reckoned. Plan another.")
@@ -225,7 +226,7 @@ def _experts(fields: Mapping[str, Any], experts: int, layers: int, name: str) ->
 def _stripes(fields: Mapping[str, Any], style: Family, layers: int, name: str) -> Stripes | None:
     """The config's own layout. An unused window is none (Qwen's `use_sliding_window: false`)."""
     window, kinds = fields.get("sliding_window"), fields.get("layer_types")
-    if kinds is not None and (set(kinds) - {GLOBAL, LOCAL} or len(kinds) != layers):
+    if kinds is not None and (len(kinds) != layers or any(kind not in (GLOBAL, LOCAL) for kind in kinds)):
         raise Refusal(
             f"{name}: layer_types names one of {GLOBAL} and {LOCAL} for each of the {layers} layers; got "
             f"{len(kinds)} of {', '.join(sorted(set(map(str, kinds))))}. Other kinds are not reckoned."

@@ -28,7 +28,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
 def bytes_of(text: str) -> int:
     """Read an amount of memory: 80GiB, 24GB, 512MiB, 1000000."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < 1e18:
         raise Refusal(f"memory is a positive number and a unit; got {text!r}. Write 80GiB, 24GB or 512MiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 

@@ -25,6 +25,8 @@ INK = "#010203"
 HUES = ("#e2571e", "#2a93a8", "#8b68d6", "#b8860b", "#d0488a", "#4f9d50")
 ACCENT = HUES[0]
 
+_MOST = 1e30
+
 
 def drawn(name: str, *plots: Callable[[Axes], None], height: float = 3.3) -> str:
     """Plots side by side, as an SVG element in the colour of the text around it, whose ids no other figure has.
@@ -91,7 +93,7 @@ def plot_positions(axes: Axes, group: Group) -> None:
         x = [math.sqrt(a * b) for a, b, _ in here]
         axes.plot(x, [_finite(row.value) for *_, row in here], line, color=color, marker="o", markersize=4, label=label)
         low, high = zip(*(interval(row) or (math.nan, math.nan) for *_, row in here), strict=True)
-        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(x, [*map(_finite, low)], [*map(_finite, high)], color=color, alpha=0.15, linewidth=0)
     edges = [left, *(end for _, end in buckets)]
     axes.set_xscale("log", base=2)
     axes.set_xlim(left, edges[-1])
@@ -131,7 +133,7 @@ def _scale_trained(axes: Axes, unit: str) -> None:
 def _scale_perplexity(axes: Axes, values: list[float]) -> None:
     """Logarithmic where the values differ by more than a factor of 4."""
     axes.set_ylabel("perplexity")
-    found = [value for value in values if math.isfinite(value) and value > 0]
+    found = [value for value in values if 0 < value < _MOST]
     if found and max(found) > 4 * min(found):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -140,7 +142,8 @@ def _scale_perplexity(axes: Axes, values: list[float]) -> None:
 
 
 def _finite(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
+    """What can be drawn; beyond it, ticks cannot be laid out."""
+    return value if abs(value) < _MOST else math.nan
 
 
 def _short(value: float) -> str:

@@ -66,11 +66,14 @@ def _fall(before: Row, after: Row) -> str:
     return f"{'fell' if after.value < before.value else 'rose'} from {old} to {new}{unclear}"
 
 
+_MOST_LAYERS = 10_000
+
+
 def layouts(costs: list[Row]) -> Section:
     """The layouts as strips."""
     layouts: dict[tuple[str, int], tuple[str, ...]] = {}
     windows = set()
-    for row in (row for row in costs if row.metric == "layers"):
+    for row in (row for row in costs if row.metric == "layers" and 1 <= row.value <= _MOST_LAYERS):
         n = int(row.value)
         try:
             stripes = Stripes(1, pattern="G") if row.layout == DENSE else Stripes.parse(row.layout)
