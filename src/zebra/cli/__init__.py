@@ -143,7 +143,8 @@ def adapt(
         from zebra.train.adapt import adapt as run
 
         rows = run(read)
-    if int(os.environ.get("RANK", "0")) == 0:
+        from zebra.train.directory import is_first_process
+    if is_first_process():
         from zebra.report import write_report
 
         page = Path(read.run) / "report.html"

@@ -65,7 +65,8 @@ def _write(recipe: AdaptRecipe, model: PreTrainedModel, aside: Path, **card: Any
     _as_source(recipe, model.config)
     model.save_pretrained(aside)
     written = {file.name for file in aside.iterdir()}
-    copy_companions(source, aside, [file for file in source.iterdir() if file.name in written or _is_weights(file)])
+    stale = [file for file in source.iterdir() if file.name in written or file.name.endswith(".index.json")]
+    copy_companions(source, aside, stale)
     write_config(model.config, aside)
     write_card(aside, model.config, source=source, **card)
 
@@ -88,7 +89,3 @@ def _logits(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, 256), generator=generator).to(model.device)
     return model(ids, use_cache=False).logits.float()
-
-
-def _is_weights(file: Path) -> bool:
-    return file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")

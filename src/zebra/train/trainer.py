@@ -36,6 +36,7 @@ from zebra.evaluate.perplexity import perplexity
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import bar, console
 from zebra.refusal import Refusal
+from zebra.train.directory import processes
 from zebra.train.recipe import AdaptRecipe, Evaluation
 
 COMPLETE = "COMPLETE"
@@ -115,8 +116,7 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
 def tokens_per_step(recipe: AdaptRecipe) -> int:
     """Tokens of one full optimiser step, over all processes. The last one of a pass over the rows may have fewer."""
     train = recipe.train
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return train.length * train.rows_per_step * train.accumulate * processes
+    return train.length * train.rows_per_step * train.accumulate * processes()
 
 
 def _arguments(recipe: AdaptRecipe, checkpoints: Path) -> TrainingArguments:
@@ -197,7 +197,7 @@ class _Mark(TrainerCallback):
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             where = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for file in where.iterdir():
+            for file in filter(Path.is_file, where.rglob("*")):  # sharded saves have folders
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
             (where / COMPLETE).write_text(json.dumps(_sizes(where)), encoding="utf-8")
@@ -249,7 +249,8 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in sorted(checkpoint.iterdir()) if file.name != COMPLETE}
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != COMPLETE]
+    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
 
 
 def _remove_broken(checkpoints: Path) -> None:
