@@ -32,7 +32,7 @@ RANKS = {
     "__init__": 7,
 }
 STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "records", "plan"}
-MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate"}
+MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "bench"}
 
 
 def room(module: Path) -> str:
