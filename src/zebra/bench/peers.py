@@ -85,11 +85,11 @@ def _eager(window: int, q: Tensor) -> Attend:
     return call
 
 
-def _too_large(q: Tensor) -> str | None:
-    """Its scores, their softmax and the gradients of both stand at one time."""
-    needed = 6 * 4 * math.prod(q.shape[:3]) * q.shape[2]
-    if q.is_cuda:
-        has = torch.cuda.mem_get_info(q.device)[0]
+def too_large(scores: int, device: torch.device | str) -> str | None:
+    """Why an eager attention with so many scores cannot run: they, their softmax and both gradients stand at once."""
+    needed = 6 * 4 * scores
+    if str(device).startswith("cuda"):
+        has = torch.cuda.mem_get_info(device)[0]
     else:
         has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 33
     return None if needed < has / 2 else f"its scores and their gradients would take {needed / 2**30:,.0f} GiB"
@@ -139,8 +139,9 @@ def _flex(window: int, q: Tensor) -> Attend:
     return call
 
 
-def _no_compiler(q: Tensor) -> str | None:
-    if q.is_cuda:
+def flex_reason(device: torch.device | str) -> str | None:
+    """Why flex_attention cannot run: it has to be compiled."""
+    if str(device).startswith("cuda"):
         return None if importlib.util.find_spec("triton") else "it is compiled, and there is no triton here"
     return None if shutil.which(os.environ.get("CXX", "c++")) else "it is compiled, and there is no C++ compiler here"
 
@@ -183,11 +184,11 @@ def _needs(package: str) -> Callable[[Tensor], str | None]:
 PEERS: tuple[Peer, ...] = (
     Peer("sdpa, dense mask", _dense_mask),
     Peer("sdpa, causal", _causal, local=False),
-    Peer("eager", _eager, _too_large),
+    Peer("eager", _eager, lambda q: too_large(math.prod(q.shape[:3]) * q.shape[2], q.device)),
     Peer(
         "flex_attention",
         _flex,
-        _no_compiler,
+        lambda q: flex_reason(q.device),
         backward=lambda q: None if q.is_cuda else "it has none on a CPU",
         may_fail=True,
     ),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from zebra.bench.subjects import SUBJECTS, Ceilings, Sizes
+from zebra.bench.subjects import SUBJECTS, Ceilings, Paired, Sizes
 from zebra.cli import show
 
 app = typer.Typer(help="Measure time and memory beside the plan.", no_args_is_help=True)
@@ -69,6 +69,7 @@ def _measure(sizes: Sizes, out: Path | None, as_json: bool) -> None:
         from zebra import records
         from zebra.bench.pairing import bench
 
+        assert isinstance(sizes, Paired)
         rows, left_out = bench(sizes)
         if out is not None:
             records.append(out, rows)

@@ -18,8 +18,8 @@ def benches(rows: list[Row]) -> Section:
     prose = (
         "Times are medians of turns that the variants took one after another in one process, with the least and the "
         "most beside them; the ratio is to the first line of the same work. The plan's time is the roofline's, from "
-        "the ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs. Of "
-        "the peak: the share of the matrix product rate that was computed, and of it what the mask asks for."
+        "the ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs. "
+        "Of the peak: the share of the matrix product rate that was computed, and of it what the mask asks for."
     )
     return Section("Measured speed", [prose, *bench_tables(rows)] if rows else [])
 
