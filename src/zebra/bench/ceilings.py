@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zebra.bench.subjects import Ceilings, Paired
+from zebra.bench.subjects import FAST, RUN, Ceilings, Paired
 from zebra.kernels.precision import fast_float32
 from zebra.model.hosts import device_name, read_device
 from zebra.plan.devices import MEASURED, Device, find
@@ -106,8 +106,11 @@ def bench(sizes: Ceilings) -> tuple[Device, list[Row]]:
     if sizes.fast_float32 and device.startswith("cuda"):
         raise Refusal("--fast-float32 is a switch of CPUs: on a GPU it would mean TF32. Drop it, or add --device cpu.")
     found = measure(device, size=sizes.size, repeats=sizes.repeats, fast=sizes.fast_float32)
-    common: Any = {"run": "bench", "layout": "", "task": "bench ceilings", "seed": None, "device": found.name}
-    numbers = [(f"{dtype} products", "flops_per_second", rate) for dtype, rate in found.flops.items()]
+    common: Any = {"run": RUN, "layout": "", "task": "bench ceilings", "device": found.name}
+    numbers: list[tuple[str, str, float]] = [
+        (f"{dtype} products" + FAST * (sizes.fast_float32 and dtype == "float32"), "flops_per_second", rate)
+        for dtype, rate in found.flops.items()
+    ]
     numbers.append(("copy", "bytes_per_second", found.bandwidth))
     numbers += [("memory", "bytes", found.memory)] if found.memory is not None else []
     return found, [Row(model=name, metric=metric, value=value, **common) for name, metric, value in numbers]

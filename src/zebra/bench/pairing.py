@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zebra.bench import ceilings
 from zebra.bench.ceilings import wait
-from zebra.bench.subjects import Paired
+from zebra.bench.subjects import FAST, RUN, Paired
 from zebra.kernels.precision import fast_float32
 from zebra.model.hosts import device_name, read_device
 from zebra.plan.devices import Device
@@ -34,8 +34,6 @@ from zebra.progress import bar
 from zebra.records import Row
 from zebra.refusal import Refusal
 
-RUN = "bench"
-FAST = ", fast float32"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """The relative error, in the Frobenius norm, that a variant of ours may have against the formula."""
 
@@ -131,8 +129,8 @@ def bench(sizes: Paired) -> tuple[list[Row], tuple[str, ...]]:
                 advance(1)
                 flops = executed(variant, work) if work.counted else None
                 rows += _rows(sizes, case, variant, work, _Measured(times, memory, flops), peak, device)
-    common: Any = {"run": RUN, "layout": "", "task": "bench ceilings", "device": device_name(device)}
     for fast, found in peaks.items():
+        common: Any = {"run": RUN, "layout": "", "task": "bench ceilings", "device": found.name}
         named = [*((f"{dtype} products", "flops_per_second", rate) for dtype, rate in found.flops.items())]
         named = [one for one in named if one[0].startswith(sizes.dtype)]
         named += [("copy", "bytes_per_second", found.bandwidth)] if not fast else []

@@ -9,6 +9,9 @@ from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 DTYPES = ("float32", "bfloat16")
+RUN = "bench"
+FAST = ", fast float32"
+"""The rows' run, and what stands behind the name of what ran under the float32 switch."""
 
 
 def _size(default: Any, help: str) -> Any:

@@ -13,15 +13,18 @@ _TIME = "milliseconds"
 _WORKS = {"": "", "_forward_backward": "forward + backward"}
 
 
+HOW = (
+    "Times are medians of turns that the variants took one after another in one process, with the least and the most "
+    "beside them; the ratio is to the first line of the same work. The plan's time is the roofline's, from the "
+    "ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs. Of the "
+    "peak: the share of the matrix product rate that was computed, and of it what the mask asks for."
+)
+"""How its tables are to be read."""
+
+
 def benches(rows: list[Row]) -> Section:
     """Measured time and memory."""
-    prose = (
-        "Times are medians of turns that the variants took one after another in one process, with the least and the "
-        "most beside them; the ratio is to the first line of the same work. The plan's time is the roofline's, from "
-        "the ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs. "
-        "Of the peak: the share of the matrix product rate that was computed, and of it what the mask asks for."
-    )
-    return Section("Measured speed", [prose, *bench_tables(rows)] if rows else [])
+    return Section("Measured speed", [HOW, *bench_tables(rows)] if rows else [])
 
 
 def bench_tables(rows: list[Row]) -> list[Table]:
