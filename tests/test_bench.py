@@ -278,8 +278,12 @@ def test_a_filled_cache_is_what_a_prefill_leaves() -> None:
         held = generation.filled(sizes, cache, 3)
         assert held.get_seq_length() == sizes.length
         assert [layer.keys.shape[-2] for layer in held.layers] == [60, 19, 60]
-    call = generation._decode(sizes, generation.Stripes.parse(sizes.stripes), "zebra", StripedCache)
+    kept: list[Any] = []
+    call = generation._decode(
+        sizes, generation.Stripes.parse(sizes.stripes), "zebra", lambda made: kept.append(StripedCache(made)) or kept[0]
+    )
     assert call()[0].shape == (1, 1, 50)
+    assert kept[0].get_seq_length() == sizes.length + 2 * generation.STEPS
 
 
 def test_ceilings_go_to_the_plan_and_back(zebra: Zebra, tmp_path: Path) -> None:
@@ -304,7 +308,7 @@ def test_the_command_prints_a_table_or_json_and_appends_rows(
     out = tmp_path / "rows.jsonl"
 
     def run(*more: str) -> str:
-        sizes = "--length 60 --hidden 16 --words 50 --repeats 2 --no-memory --out".split()
+        sizes = ["--length", "60", "--hidden", "16", "--words", "50", "--repeats", "2", "--no-memory", "--out"]
         monkeypatch.setattr(sys, "argv", ["zebra", "bench", "loss", *sizes, str(out), "--ceilings", peaks, *more])
         with pytest.raises(SystemExit) as end:
             main()
@@ -394,12 +398,14 @@ def test_the_page_says_what_was_reached(speed: ModuleType) -> None:
     assert len(lines) == 8
 
 
-def test_a_part_replaces_its_own_rows_alone(speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_replaces_its_own_rows_alone(
+    speed: ModuleType, tmp_path: Path, peaks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = _row("zebra, banded", "milliseconds", 1.0)
     file = tmp_path / "cpu.jsonl"
     monkeypatch.setattr(speed, "_CPU", True)
     records.write(file, [other, _row("gone", "milliseconds", 1.0, run="loss")])
-    monkeypatch.setitem(speed.PARTS, "loss", (replace(TINY["loss"], memory=False),))
+    monkeypatch.setitem(speed.PARTS, "loss", (replace(TINY["loss"], memory=False, ceilings=peaks),))
     speed.main(["loss"])
     rows = records.read(file)
     assert rows[0] == other

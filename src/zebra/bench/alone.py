@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from zebra.bench.ceilings import wait
-from zebra.bench.pairing import Call, Work, case_of, within
+from zebra.bench.pairing import Work, case_of, within
 from zebra.model.hosts import read_device
 
 _STATUS = Path("/proc/self/status")
@@ -47,27 +47,32 @@ def main() -> None:
 
 
 def extra_bytes(work: Work, device: str) -> int | None:
-    """Peak bytes of one call, what it prepares included, beyond the level before and the outputs after."""
+    """Peak bytes of one call beyond the level before it and the outputs after it."""
+    call = None if work.prepares_extra else work.prepare()
     gc.collect()
+    level = _start(device)
+    if level is None:
+        return None
+    outputs = (call or work.prepare())()
+    wait(device)
+    return max(0, _peak(device) - level - _bytes(outputs))
+
+
+def _start(device: str) -> int | None:
+    """Forget the peak so far; the bytes in use now, None where the system does not tell."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-        level = torch.cuda.memory_allocated(device)
-        outputs = _bytes(_run(work.prepare(), device))
-        return max(0, torch.cuda.max_memory_allocated(device) - level - outputs)
+        return torch.cuda.memory_allocated(device)
     if not _STATUS.is_file():
         return None
     _return_freed_memory()
     with contextlib.suppress(OSError):  # not allowed: then the peak must exceed that of making the inputs
-        _CLEAR.write_text("5")  # the peak so far is forgotten
-    level = _resident("VmRSS")
-    outputs = _bytes(_run(work.prepare(), device))
-    return max(0, _resident("VmHWM") - level - outputs)
+        _CLEAR.write_text("5")
+    return _resident("VmRSS")
 
 
-def _run(call: Call, device: str) -> Sequence[Tensor]:
-    outputs = call()
-    wait(device)
-    return outputs
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else _resident("VmHWM")
 
 
 def _bytes(outputs: Sequence[Tensor]) -> int:

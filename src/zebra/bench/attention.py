@@ -103,7 +103,16 @@ def _works(
         run = _planned(sizes, phase, local)
         seconds = partial(_attention_seconds, run)
         useful = flops(run)["attention"]
-        works.append(Work(prepare=make, suffix=suffix, useful=useful, counted=counted, planned=seconds))
+        works.append(
+            Work(
+                prepare=make,
+                prepares_extra=True,
+                suffix=suffix,
+                useful=useful,
+                counted=counted,
+                planned=seconds,
+            )
+        )
     return tuple(works)
 
 

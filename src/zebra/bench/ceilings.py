@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +45,13 @@ def measure(device: str, *, size: int | None = None, repeats: int = 5, fast: boo
 
 
 def _products(device: str, size: int, repeats: int) -> Iterator[tuple[str, float]]:
-    """FLOP/s by dtype. A quarter of the size shows first whether the device does the dtype at all."""
-    single = 0.0
+    """FLOP/s by dtype. Smaller products show first whether the device does the dtype at all."""
+    single: dict[int, float] = {}
     for name, dtype in _DTYPES.items():
-        for n in (max(1, size // 4), size):
+        for n in (max(1, size // 16), max(1, size // 4), size):
             a, b = torch.randn(2, n, n, device=device).to(dtype)
-            rate = 2 * n**3 / _least(lambda a=a, b=b: torch.mm(a, b), device, repeats)  # type: ignore[misc]
-            single = max(single, rate if name == "float32" else 0.0)
-            if rate < _SANE * single:
+            rate = 2 * n**3 / _least(partial(torch.mm, a, b), device, repeats)
+            if rate < _SANE * single.setdefault(n, rate):
                 break
         else:
             yield name, rate

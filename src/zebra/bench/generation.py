@@ -81,6 +81,7 @@ def _decode(sizes: Sizes, layout: Stripes | None, attention: str, cache: MakeCac
             output = model(tokens, past_key_values=held, use_cache=True)
         return [output.logits]
 
+    step()  # the host lets go of the storage of its local layers only now, and ours makes its room
     return step
 
 

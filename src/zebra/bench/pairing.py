@@ -45,8 +45,9 @@ class Work:
     """What a variant does in one turn.
 
     Attributes:
-        prepare: makes what is no input and not to be timed (a mask), and returns the call that is timed. That returns
-            its outputs, gradients among them.
+        prepare: makes what is not to be timed (a model, a mask) and returns the call that is timed. That returns its
+            outputs, gradients among them.
+        prepares_extra: whether what it prepares counts as extra memory, as a mask does; a model is an input.
         suffix: behind the names of the metrics: `_forward_backward`.
         calls: what the call does so many times; the time is divided by it.
         tokens: that one such time serves.
@@ -56,6 +57,7 @@ class Work:
     """
 
     prepare: Callable[[], Call]
+    prepares_extra: bool = False
     suffix: str = ""
     calls: int = 1
     tokens: int | None = None
@@ -212,6 +214,8 @@ def alone(sizes: Paired, variant: str, suffix: str) -> int | None:
     Raises:
         Refusal: the process ended early, of too little memory perhaps.
     """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what this process keeps for later, the other one needs
     asked = pickle.dumps((sizes, variant, suffix, torch.get_num_threads()))
     done = subprocess.run([sys.executable, "-m", "zebra.bench.alone"], input=asked, capture_output=True)
     if done.returncode:

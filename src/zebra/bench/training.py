@@ -67,6 +67,7 @@ def _prepare(sizes: TrainStep, attention: str, loss: Loss) -> Call:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
 
     def step() -> list[Tensor]:
         optimiser.zero_grad(set_to_none=True)
