@@ -163,10 +163,15 @@ def test_a_fresh_process_sees_the_bytes_of_a_call_without_its_outputs(known: Any
     assert log.read_text() == "called "
 
 
-def test_a_fresh_process_that_fails_is_refused(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fresh_process_that_fails_costs_its_own_row_alone(
+    known: Any, peaks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pairing.sys, "executable", "/bin/false")
-    with pytest.raises(Refusal, match="memory of ours ended with code 1: no word"):
-        pairing.alone(known(), "ours", "_forward_backward")
+    rows, left_out = pairing.bench(known(log=str(tmp_path / "log"), ceilings=peaks))
+    assert left_out == ("measuring the memory of ours ended with code 1: no word: perhaps memory ran out",)
+    metrics = {row.metric for row in rows}
+    assert "milliseconds_forward_backward" in metrics
+    assert "extra_bytes_forward_backward" not in metrics
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,31 +113,40 @@ def bench(sizes: Paired) -> tuple[list[Row], tuple[str, ...]]:
     """All rows of a subject, and what was left out.
 
     Raises:
-        Refusal: a variant of ours that computes something else than the formula; no row is made then.
+        Refusal: a variant of ours that computes something else than the formula; no row is made then. Memory that
+            cannot be measured is left out: the times are there by then.
     """
     device = read_device(sizes.device)
     peaks = ceilings.read(sizes, device)
     case = tried(case_of(sizes))
     gate(case.variants, sizes.dtype)
-    processes = len(case.variants) * len(case.variants[0].works) if sizes.memory else 0
-    rows = []
-    with bar("measuring", sizes.repeats + 1 + processes, "turns") as advance:
+    pairs = [(variant, work) for variant in case.variants for work in variant.works]
+    rows, left_out = [], list(case.left_out)
+    with bar("measuring", sizes.repeats + 1 + len(pairs), "turns") as advance:
         taken = timings(case.variants, sizes.repeats, device, done=lambda: advance(1))
-        for variant in case.variants:
-            peak = peaks[variant.fast]
-            for work in variant.works:
-                times = taken[variant.name, work.suffix]
+        for variant, work in pairs:
+            memory = None
+            try:
                 memory = alone(sizes, variant.name, work.suffix) if sizes.memory else None
-                advance(1)
-                flops = executed(variant, work) if work.counted else None
-                rows += _rows(sizes, case, variant, work, _Measured(times, memory, flops), peak, device)
+            except Refusal as refusal:
+                left_out.append(str(refusal))
+            flops = executed(variant, work) if work.counted else None
+            found = _Measured(taken[variant.name, work.suffix], memory, flops)
+            rows += _rows(sizes, case, variant, work, found, peaks[variant.fast], device)
+            advance(1)
+    return rows + _ceilings(sizes, peaks), tuple(left_out)
+
+
+def _ceilings(sizes: Paired, peaks: Mapping[bool, Device]) -> list[Row]:
+    """What the shares and the plan rest on."""
+    rows = []
     for fast, found in peaks.items():
         common: Any = {"run": RUN, "layout": "", "task": "bench ceilings", "device": found.name}
         named = [*((f"{dtype} products", "flops_per_second", rate) for dtype, rate in found.flops.items())]
         named = [one for one in named if one[0].startswith(sizes.dtype)]
         named += [("copy", "bytes_per_second", found.bandwidth)] if not fast else []
         rows += [Row(model=name + FAST * fast, metric=metric, value=value, **common) for name, metric, value in named]
-    return rows, case.left_out
+    return rows
 
 
 def tried(case: Case) -> Case:
