@@ -90,7 +90,9 @@ def _peer(rows: Sequence[Row], metric: str, model: str) -> Row:
 
 
 def _of(rows: Sequence[Row], run: str, dtype: str) -> list[Row]:
-    return [row for row in rows if row.run == run and row.task.endswith(dtype)]
+    """The rows of a part in a dtype, at the length that the part has."""
+    lengths = [getattr(sizes, "length", None) for sizes in PARTS[run]]
+    return [row for row in rows if row.run == run and row.task.endswith(dtype) and row.length in lengths]
 
 
 def faster(run: str, dtype: str, peer: str, metric: str = "milliseconds") -> Value:
@@ -114,7 +116,7 @@ def share_of_peak(rows: list[Row]) -> tuple[float, str]:
     here = _of(rows, "attention", "float32")
     row = _best(here, "share_of_peak_forward_backward", fast=True)
     useful = _peer(here, "useful_share_of_peak_forward_backward", row.model)
-    peak = _peer(here, "flops_per_second", "float32 products" + FAST)
+    peak = _peer([row for row in rows if row.run == "attention"], "flops_per_second", "float32 products" + FAST)
     return row.value, f"of {number(peak.value / 1e9)} GFLOP/s; {percent(useful.value)} counting visible pairs only"
 
 

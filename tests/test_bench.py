@@ -392,15 +392,20 @@ def test_the_page_says_what_was_reached(speed: ModuleType) -> None:
         _row("sdpa, dense mask", both, 370.0, dtype="bfloat16"),
         _row("zebra, banded", "extra_bytes_forward_backward", 20.0),
         _row("sdpa, dense mask", "extra_bytes_forward_backward", 100.0),
+        _row("zebra, banded" + FAST, "share_of_peak_forward_backward", 0.5),
+        _row("zebra, banded" + FAST, "useful_share_of_peak_forward_backward", 0.4),
+        replace(_row("float32 products" + FAST, "flops_per_second", 2e11), task="bench ceilings", length=None),
+        replace(_row("zebra, banded", both, 1.0), length=512),
     ]
     lines = [[cell.text for cell in line] for line in speed.figures(rows).blocks[1].body]
     assert [line[2:6] for line in lines[:4]] == [
         ["26.0 ×", "25.0 ×", "28.0 ×", "passed"],
         ["37.0 ×", "30.0 ×", "36.0 ×", "stretch"],
-        ["–", "47.0\N{NO-BREAK SPACE}%", "60.0\N{NO-BREAK SPACE}%", "not measured"],
+        ["50.0\N{NO-BREAK SPACE}%", "47.0\N{NO-BREAK SPACE}%", "60.0\N{NO-BREAK SPACE}%", "passed"],
         ["0.200", "0.160", "0.080", "missed"],
     ]
-    assert len(lines) == 8
+    assert lines[2][6] == "of 200.0 GFLOP/s; 40.0\N{NO-BREAK SPACE}% counting visible pairs only"
+    assert [line[5] for line in lines[4:]] == ["not measured"] * 4
 
 
 def test_a_part_replaces_its_own_rows_alone(
