@@ -555,7 +555,7 @@ def test_the_fastest_that_can_is_chosen(
 
 
 def test_the_table() -> None:
-    assert [kernel.name for kernel in KERNELS] == ["fused", "banded", "reference"]
+    assert [kernel.name for kernel in KERNELS] == ["fused", "varlen", "flex", "banded", "reference"]
     assert KERNELS[-1] is reference.KERNEL
     for kernel in KERNELS:
         assert kernel.summary
@@ -566,7 +566,8 @@ def test_an_unknown_argument_is_declined_by_all() -> None:
     with pytest.raises(NotImplementedError) as error:
         attend(q, k, v, sinks=torch.zeros(4), dropout=0.0, other=None)
     for kernel in KERNELS:
-        assert f"{kernel.name}: it does not know the argument dropout, sinks" in str(error.value)
+        declined = f"{kernel.name}: it does not know the argument dropout, sinks" in str(error.value)
+        assert declined or f"{kernel.name}: it runs on cuda, not on cpu" in str(error.value)
     assert "other" not in str(error.value)
     assert torch.equal(attend(q, k, v, sinks=None, dropout=None)[0], attend(q, k, v)[0])
 
@@ -594,6 +595,29 @@ def test_what_no_other_serves_falls_to_the_formula_with_one_warning(
     scores = (2 * torch.tanh(scores / 2)).masked_fill(hidden, -math.inf)
     torch.testing.assert_close(found, scores.softmax(-1) @ v.repeat_interleave(2, dim=1))
     torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_a_kernel_for_this_device_that_declines_says_so_once(
+    silent: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As varlen does on a GPU: the next kernel serves, with one line for each reason."""
+    picky = kernels.Kernel(
+        "picky",
+        "no head size but 64",
+        run=reference.reference,
+        devices=frozenset({"cpu"}),
+        own=lambda request: None if request.q.shape[3] == 64 else f"it does not take head size {request.q.shape[3]}",
+    )
+    monkeypatch.setattr(kernels, "KERNELS", (fused.KERNEL, picky, *KERNELS[1:]))
+    with caplog.at_level(logging.WARNING, logger="zebra.kernels"):
+        for size in (64, 8, 8, 24, 8):
+            attend(*drawn(6, 6, size=size), Mask(window=3))
+        attend(*drawn(6, 6), with_lse=False)  # the fused kernel comes before
+        with only("banded"):
+            attend(*drawn(6, 6, size=40), Mask(window=3))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"attention runs by the kernel banded, because picky: it does not take head size {size}" for size in (8, 24)
+    ]
 
 
 def test_the_formula_on_demand_warns_of_nothing(silent: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -631,7 +655,7 @@ def test_only_ends_with_its_context() -> None:
 
 
 def test_only_knows_its_kernels() -> None:
-    message = r"no kernel 'flash'. Choose one of \['fused', 'banded', 'reference'\]"
+    message = r"no kernel 'flash'. Choose one of \['fused', 'varlen', 'flex', 'banded', 'reference'\]"
     with pytest.raises(ValueError, match=message), only("flash"):
         pass
 
