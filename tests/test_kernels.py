@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -328,6 +329,105 @@ def test_no_uninitialised_memory_is_read(poisoned: None, queries: int, window: i
         for documents in (None, packed(2, 200)):
             mask = Mask(window=window, keys=padding(kind, 2, 200), documents=documents)
             agree(*drawn(queries, 200), mask)
+
+
+# -- what is hidden
+
+
+HIDING = [
+    (1, Mask(), "padding"),
+    (140, Mask(), "padding"),
+    (50, Mask(window=65), "padding"),
+    (140, Mask(window=9), "padding"),
+    (140, Mask(), "documents"),
+    (60, Mask(window=30), "documents"),
+    (50, Mask(window=20), "window"),
+    (1, Mask(window=20), "window"),
+]
+
+
+def hiding(queries: int, mask: Mask, kind: str, *, huge: float) -> tuple[list[Tensor], list[Tensor], Mask, Tensor]:
+    """Inputs, the same with other values where a key is hidden from all that is looked at, the mask, which keys."""
+    inputs = drawn(queries, 140)
+    hidden = torch.zeros(2, 140, dtype=torch.bool)
+    if kind == "padding":
+        hidden[0, :30] = True
+        mask = replace(mask, keys=~hidden)
+    elif kind == "documents":
+        hidden[:, :80] = True
+        mask = replace(mask, documents=(torch.arange(140) >= 80).long().expand(2, -1))
+    else:
+        hidden[:, : 140 - queries - 19] = True
+    changed = [x.clone() for x in inputs]
+    for x in changed[1:]:
+        x[hidden[:, None].expand(-1, x.shape[1], -1)] = huge
+    return list(inputs), changed, mask, hidden
+
+
+@pytest.mark.parametrize("name", [kernel.name for kernel in KERNELS])
+@pytest.mark.parametrize(("queries", "mask", "kind"), HIDING)
+def test_what_is_hidden_and_finite_changes_nothing(name: str, queries: int, mask: Mask, kind: str) -> None:
+    plain, changed, mask, hidden = hiding(queries, mask, kind, huge=-1e9)
+    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+    with_lse = kernel.lse
+    if kernel.declines(request_of(*plain, mask, with_lse=with_lse)) is not None:
+        pytest.skip("another kernel's request")
+    looked_at = slice(None) if kind != "documents" else slice(max(0, queries - 60), None)
+    found = []
+    for inputs in (plain, changed):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with only(name):
+            out, lse = attend(*leaves, mask, with_lse=with_lse)
+        out = out[:, :, looked_at]
+        root = out.square().sum()
+        if lse is not None:
+            lse = lse[:, :, looked_at].masked_fill(lse[:, :, looked_at].isneginf(), 0.0)
+            root = root + lse.sum()
+        gradients = torch.autograd.grad(root, leaves)
+        for gradient in gradients[1:]:
+            assert not gradient[hidden[:, None].expand(-1, gradient.shape[1], -1)].any()
+        found.append((out, *gradients, *([] if lse is None else [lse])))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [kernel.name for kernel in KERNELS])
+@pytest.mark.parametrize("queries", [50, 1])
+def test_keys_beyond_all_windows_are_never_read(name: str, queries: int, bad: float) -> None:
+    plain, changed, mask, _ = hiding(queries, Mask(window=20), "window", huge=bad)
+    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+    if kernel.declines(request_of(*plain, mask, with_lse=False)) is not None:
+        pytest.skip("another kernel's request")
+    wanted = everything(name, *plain, mask, with_lse=False)
+    for key, tensor in everything(name, *changed, mask, with_lse=False).items():
+        assert torch.equal(tensor, wanted[key])
+
+
+def test_a_hidden_nan_spreads_in_the_formula() -> None:
+    """So nobody may rely on padding that holds NaN; `attend` says so."""
+    _, changed, mask, _ = hiding(140, Mask(), "padding", huge=math.nan)
+    assert everything(ORACLE, *changed, mask)["out"][0].isnan().any()
+
+
+@pytest.mark.parametrize(("name", "queries"), [("fused", 140), ("fused", 1), ("banded", 140), ("reference", 140)])
+def test_a_gradient_of_stride_zero(name: str, queries: int) -> None:
+    """As out.sum() hands down, and as a transposed view of the next layer does."""
+    plain = drawn(queries, 140)
+    gradients = []
+    for kind in ("ones", "expanded", "transposed"):
+        leaves = [x.detach().requires_grad_() for x in plain]
+        with only(name):
+            out, _ = attend(*leaves, with_lse=False)
+        seed = {
+            "ones": torch.ones_like(out),
+            "expanded": torch.ones((), dtype=out.dtype).expand_as(out),
+            "transposed": torch.ones_like(out.transpose(1, 3)).transpose(1, 3),
+        }[kind]
+        gradients.append(torch.autograd.grad(out, leaves, seed))
+    for other in gradients[1:]:
+        for one, same in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(one, same)
 
 
 @pytest.mark.parametrize(
@@ -814,6 +914,32 @@ def test_the_largest_tensor_of_a_local_layer_grows_at_most_linearly(window: int,
         sizes.append(largest("banded", length, mask))
     assert sizes[1] <= 2 * sizes[0]
     assert sizes[1] <= max(2 * 8192 * 4, 2 * 128 * (window + 128))
+
+
+def peak_bytes(name: str, length: int, mask: Mask) -> int:
+    """The most bytes alive at once beyond the inputs, forward and backward, by the allocator's own record."""
+    inputs = drawn(length, length, batch=1, heads=2, group=2, size=16, dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        everything(name, *inputs, mask)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("window", [1, 64, 200])
+def test_peak_bytes_of_a_local_layer_grow_linearly(window: int) -> None:
+    """What twice the length adds, twice that length adds twice again: a straight line, no part that grows faster."""
+    peaks = [peak_bytes("banded", length, Mask(window)) for length in (2048, 4096, 8192)]
+    assert peaks[1] > peaks[0]
+    assert peaks[2] - peaks[1] <= 2.05 * (peaks[1] - peaks[0])
+    per_token = 4 * (4 * 16 + 2 * 2 * 16)  # float32 queries, keys and values
+    assert peaks[2] <= 8 * per_token * 8192
+
+
+def test_peak_bytes_of_the_formula_grow_with_the_square() -> None:
+    """So that the law above can fail."""
+    peaks = [peak_bytes("reference", length, Mask(64)) for length in (128, 256, 512)]
+    assert peaks[2] - peaks[1] > 3 * (peaks[1] - peaks[0])
 
 
 def test_the_largest_tensor_of_the_formula_grows_with_the_square() -> None:

@@ -100,6 +100,10 @@ def attend(
         out (B, H, T, D) in the dtype of the inputs and lse (B, H, T), natural logarithm, in at least float32 (None
         unless wanted). A query that sees no key has out 0 and lse -inf.
 
+        What a query does not see changes neither its output nor its gradient, as long as it is finite. NaN and infinity
+        may reach every query, hidden or not: the formula gives what is hidden the weight 0, and 0 * NaN is NaN. Only
+        keys that lie beyond the window of all queries are never read.
+
     Raises:
         ValueError: shapes that do not fit together.
         NotImplementedError: no kernel can serve the request.
