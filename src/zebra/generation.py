@@ -291,7 +291,7 @@ class _Clock(StoppingCriteria):
 
     first = math.nan
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if math.isnan(self.first):
             input_ids[0, -1].item()  # waits for the device
             self.first = time.perf_counter()
