@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zebra import kernels
 from zebra.kernels import KERNELS, Mask, Request, attend, banded, choose, fused, only, reference
+from zebra.kernels.tiles import Tile, Tiles
 from zebra.stripes import visible_pairs
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 129, 200, 257)
@@ -134,6 +135,13 @@ def agree(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> set[
     return served
 
 
+def small_tiles(monkeypatch: pytest.MonkeyPatch, block: int, part: int, span: int) -> None:
+    """One head at a time, in tiles of `block` queries by `part` keys, `span` queries gathered at once."""
+    sizes = {"_BLOCKS": (block, block), "_PART": part, "_SPAN": span, "_SCORES_AT_ONCE": 1}
+    for name, size in sizes.items():
+        monkeypatch.setattr(banded, name, size)
+
+
 def chunks(keys: int) -> list[int]:
     """T == S, a chunk, and decode."""
     return sorted({keys, max(1, keys // 3), 1}, reverse=True)
@@ -222,9 +230,9 @@ def test_the_scale_is_one_over_the_root_of_the_head_size_by_default() -> None:
         assert not torch.allclose(out, other)
 
 
-@pytest.mark.parametrize("block", [1, 1 << 14, 1 << 24])
-def test_the_size_of_the_tiles_does_not_show(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(banded, "_SCORES_AT_ONCE", block)
+@pytest.mark.parametrize(("block", "part", "span"), [(16, 7, 16), (16, 1000, 48), (7, 30, 7), (1, 1, 2), (200, 9, 1)])
+def test_the_size_of_the_tiles_does_not_show(block: int, part: int, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch, block, part, span)
     for mask in (Mask(), Mask(window=1), Mask(window=15), Mask(window=17), Mask(window=40)):
         for queries in (75, 20, 1):
             agree(*drawn(queries, 75), mask)
@@ -563,7 +571,7 @@ def test_the_formula_is_what_torch_computes(queries: int, window: int | None, ki
 def test_gradients_of_the_tiles_by_finite_differences(
     window: int | None, queries: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(banded, "_SCORES_AT_ONCE", 1)  # tiles of 16 queries
+    small_tiles(monkeypatch, 16, 11, 32)
     inputs = [x.requires_grad_() for x in drawn(queries, 40, batch=1, heads=1, group=2, size=2)]
     mask = Mask(window, padding("left", 2, 40)[1:], packed(1, 40)) if masked else Mask(window)  # type: ignore[index]
 
@@ -581,7 +589,7 @@ def test_gradients_of_the_tiles_by_finite_differences(
 def test_gradients_of_the_tiles_by_finite_differences_entry_by_entry(
     softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(banded, "_SCORES_AT_ONCE", 1)
+    small_tiles(monkeypatch, 8, 5, 16)
     inputs = tuple(x.requires_grad_() for x in drawn(19, 22, batch=1, heads=1, group=2, size=1))
     with only("banded"):
         assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, Mask(window=4), softcap=softcap), inputs)
@@ -833,14 +841,13 @@ def test_parts_of_a_mask() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Elements of each executed tile, one entry for each."""
     elements: list[int] = []
-    walk = banded._Tiles.__iter__
+    hide = Tiles.hide
 
-    def counting(self: Any) -> Iterator[tuple[int, int, int, int]]:
-        for s, e, lo, hi in walk(self):
-            elements.append((e - s) * (hi - lo))
-            yield s, e, lo, hi
+    def counting(self: Tiles, scores: Tensor, tile: Tile) -> None:
+        elements.append(scores[0].numel())
+        hide(self, scores, tile)
 
-    monkeypatch.setattr(banded._Tiles, "__iter__", counting)
+    monkeypatch.setattr(Tiles, "hide", counting)
     return elements
 
 
@@ -852,7 +859,7 @@ def executed(elements: list[int], length: int, mask: Mask) -> int:
 
 @pytest.mark.parametrize("window", [1, 32, 64, 65, 128, 129, 200])
 def test_executed_tiles_grow_linearly(counted: list[int], window: int) -> None:
-    block = 64 if window <= 128 else 128
+    block = 64
     costs = [executed(counted, length, Mask(window=window)) for length in (512, 1024, 2048)]
     for length, cost in zip((512, 1024, 2048), costs, strict=True):
         assert 2 * visible_pairs(length, window) <= cost <= 2 * length * (window + block)  # forward and backward
@@ -861,7 +868,7 @@ def test_executed_tiles_grow_linearly(counted: list[int], window: int) -> None:
 
 def test_executed_tiles_of_a_global_layer_are_half_the_square(counted: list[int]) -> None:
     for length in (512, 1024):
-        assert executed(counted, length, Mask()) == length * (length + 128)
+        assert executed(counted, length, Mask()) == length * (length + 64)
 
 
 def test_executed_tiles_of_packed_documents_grow_linearly(counted: list[int]) -> None:

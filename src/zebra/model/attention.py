@@ -22,9 +22,12 @@ from zebra.kernels import Mask, attend
 
 NAME = "zebra"
 
-HARMLESS = frozenset({"is_causal", "num_items_in_batch", "output_hidden_states", "output_router_logits", "use_cache"})
-"""What hosts pass down to every layer and attention need not read. Anything else that asks for something goes to the
-kernels, which decline what they do not know: an argument is never ignored in silence."""
+HARMLESS = frozenset(
+    {"is_causal", "num_items_in_batch", "output_hidden_states", "output_router_logits", "tokenizer", "use_cache"}
+)
+"""What hosts pass down to every layer and attention need not read; `generate` lets its tokenizer slip through. Anything
+else that asks for something goes to the kernels, which decline what they do not know: an argument is never ignored in
+silence."""
 
 
 @torch.compiler.disable
