@@ -23,6 +23,7 @@ RANKS = {
     "plan": 1,
     "model": 2,
     "evaluate": 3,
+    "generation": 3,
     "train": 4,
     "bench": 4,
     "doctor": 5,
@@ -32,7 +33,7 @@ RANKS = {
     "__init__": 7,
 }
 STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "records", "plan"}
-MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "bench"}
+MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "bench"}
 
 
 def room(module: Path) -> str:
