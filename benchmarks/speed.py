@@ -205,7 +205,7 @@ def plan(rows: list[Row]) -> Section:
         cells = f"{sizes}, {length:,} tokens", number(guess.value), _spread(step), f"{guess.value / step.value:.2f}"
         body.append([*map(Cell, cells)])
     head = [Cell("train step of zebra"), Cell("planned", "ms"), Cell("measured", "ms"), Cell("planned / measured")]
-    prose = "Ceilings are measured just before each; the aim is 0.75 to 1.25."
+    prose = "Ceilings are measured before and after each; the aim is 0.75 to 1.25."
     return Section("The plan against the clock", [prose, Table("", head, body, numeric=False)] if body else [])
 
 

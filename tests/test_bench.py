@@ -307,6 +307,11 @@ def test_ceilings_go_to_the_plan_and_back(zebra: Zebra, tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["machine.json"]
 
 
+def test_of_two_measured_ceilings_the_larger_counts() -> None:
+    one, two = (devices.Device("x", {"float32": f}, b, 7, devices.MEASURED) for f, b in ((1.0, 4.0), (2.0, 3.0)))
+    assert ceilings.highest({False: one}, {False: two}) == {False: replace(one, flops={"float32": 2.0})}
+
+
 def test_the_command_prints_a_table_or_json_and_appends_rows(
     tmp_path: Path, peaks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,18 @@ def read(sizes: Paired, device: str) -> dict[bool, Device]:
     if sizes.dtype not in plain.flops:
         raise Refusal(f"{plain.name} has no ceiling for {sizes.dtype}; it has {', '.join(plain.flops)}. Take another.")
     return {False: plain} | ({True: measure(device, repeats=3, fast=True)} if sizes.fast_float32 else {})
+
+
+def highest(one: Mapping[bool, Device], two: Mapping[bool, Device]) -> dict[bool, Device]:
+    """The larger of two measurements of each: what slowed the machine meanwhile is no ceiling."""
+    return {
+        fast: replace(
+            first,
+            flops={dtype: max(rate, two[fast].flops.get(dtype, 0.0)) for dtype, rate in first.flops.items()},
+            bandwidth=max(first.bandwidth, two[fast].bandwidth),
+        )
+        for fast, first in one.items()
+    }
 
 
 def bench(sizes: Ceilings) -> tuple[Device, list[Row]]:

@@ -124,6 +124,7 @@ def bench(sizes: Paired) -> tuple[list[Row], tuple[str, ...]]:
     rows, left_out = [], list(case.left_out)
     with bar("measuring", sizes.repeats + 1 + len(pairs), "turns") as advance:
         taken = timings(case.variants, sizes.repeats, device, done=lambda: advance(1))
+        peaks = ceilings.highest(peaks, ceilings.read(sizes, device))
         for variant, work in pairs:
             memory = None
             try:
