@@ -96,7 +96,8 @@ def everything(
 
 
 def request_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> Request:
-    """The request as `attend` makes it."""
+    """The request as `attend` makes it, for inputs that want a gradient."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     k, v, mask = kernels._trim(q, k, v, mask)
     return Request(q, k, v, mask, q.shape[-1] ** -0.5, **arguments)
 
@@ -532,13 +533,13 @@ def test_a_double_backward_is_an_error() -> None:
         (1, Mask(keys=torch.tensor([[True] * 8, [False] * 7 + [True]])), False, "fused"),
         (1, Mask(keys=torch.tensor([[True] * 8, [False] * 8])), False, "banded"),
         (1, Mask(documents=torch.zeros(2, 8)), False, "banded"),
-        (1, Mask(), True, "banded"),
+        (1, Mask(), True, "banded"),  # its inputs want a gradient
     ],
 )
 def test_the_fastest_that_can_is_chosen(
     queries: int, mask: Mask, with_lse: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    q, k, v = drawn(queries, 8)
+    q, k, v = (x.requires_grad_() for x in drawn(queries, 8))
     request = request_of(q, k, v, mask, with_lse=with_lse)
     assert choose(request).name == name
     seen: list[Request] = []

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.model.attention import NAME
-from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import (
     check_weights,
     copy_companions,
@@ -23,8 +22,10 @@ from zebra.model.checkpoint import (
     write_card,
     write_config,
 )
+from zebra.model.extend import bounded_cache, extend, resolved
 from zebra.model.families import host_class, striped
 from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing_rope, whole_texts_only
+from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import Stripes
@@ -88,7 +89,7 @@ def _with_striped_cache(cls: Any) -> Any:
             and kwargs.get("cache_implementation", named.cache_implementation) is None
         )
         if wants_own:
-            kwargs["past_key_values"] = StripedCache(self.config)
+            kwargs["past_key_values"] = bounded_cache(self)
             if named.is_assistant:  # the draft of assisted decoding takes tokens back
                 kwargs["past_key_values"].activate_past_recording()
         return cls.generate(self, *args, **kwargs)
@@ -122,7 +123,7 @@ def load(
     *,
     stripes: Stripes | str | None = None,
     rope: Rope | str | None = None,
-    self_extend: Any = None,
+    self_extend: SelfExtend | str | None = None,
     **from_pretrained_arguments: Any,
 ) -> PreTrainedModel:
     """A checkpoint as a transformers model that runs attention "zebra", with stripes where asked.
@@ -135,25 +136,36 @@ def load(
         stripes: a layout, or its notation such as "GLLL:512"; None keeps what the checkpoint has.
         rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
             with length (dynamic NTK) reads whole texts only: it refuses a cache.
-        self_extend: reserved for Self-Extend, which this version does not have: must be None.
+        self_extend: Self-Extend in the global layers, or its notation such as "8:1024" or "auto:16384". A family
+            without a route is served too, without stripes, if its rope can be turned again, which is tried here.
+            Neither config.json nor a saved checkpoint can say it, and `set_attn_implementation` would drop it.
         from_pretrained_arguments: as `from_pretrained` has them: dtype, device_map, revision, subfolder, ..., and
             fields of the config by name.
 
     Raises:
         Refusal: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the model,
-            an argument that loading takes itself.
+            an argument that loading takes itself; under Self-Extend what `zebra.model.extend` refuses.
     """
-    if self_extend is not None:
-        raise Refusal("Self-Extend is not in this version of zebra; self_extend must be None. Use stripes alone.")
     for name, why in _TAKEN.items():
         if name in from_pretrained_arguments:
             raise Refusal(f"zebra.load takes no {name}: {why}.")
-    config, rest = read_config_and_rest(path, **from_pretrained_arguments)
+    routed = self_extend is None or stripes is not None
+    config, rest = read_config_and_rest(path, routed=routed, **from_pretrained_arguments)
     if stripes is not None:
         config = striped(config, Stripes.parse(stripes) if isinstance(stripes, str) else stripes)
     config = as_rope(rope).changed(config)
+    setting = None if self_extend is None else resolved(self_extend, config)
     if Path(path).exists() and "variant" not in rest:
         check_weights(Path(path) / rest.get("subfolder", ""), config)
+    model = _loaded(path, config, rest)
+    if changes_with_length(config):
+        model.register_forward_pre_hook(whole_texts_only, with_kwargs=True)
+    if setting is not None:
+        extend(model, setting)
+    return model
+
+
+def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[str, Any]) -> PreTrainedModel:
     host: Any = host_class(config)
     try:
         model, info = _with_striped_cache(host).from_pretrained(
@@ -161,10 +173,15 @@ def load(
         )
     except (OSError, SafetensorError) as error:
         raise Refusal(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from None
+    except KeyError as error:
+        if error.args != (NAME,):
+            raise
+        raise Refusal(
+            f"the attention of a {config.model_type} is not one of transformers' registered functions, so Self-Extend "
+            "cannot reach it."
+        ) from None
     if info["missing_keys"]:
         raise Refusal(f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ.")
-    if changes_with_length(config):
-        model.register_forward_pre_hook(whole_texts_only, with_kwargs=True)
     return model
 
 
