@@ -56,7 +56,8 @@ def extended(
         documents=None if mask.documents is None else mask.documents[:, :seen],
     )
     far_out, far_lse = attend(far_q[:, :, queries - count :], far_k[:, :, :seen], v[:, :, :seen], behind, **arguments)
-    assert lse is not None and far_lse is not None
+    assert lse is not None
+    assert far_lse is not None
     if mask.documents is not None:
         # There a query stands W tokens before its own place: in the document of its first far key, or in another's.
         other = mask.documents[:, window:] != mask.documents[:, :seen]

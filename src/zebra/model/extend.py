@@ -9,6 +9,8 @@ No list of families decides: the model runs one token at several positions, and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,21 +55,16 @@ def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     """Hang Self-Extend on the global layers of a loaded model, after trying that each one's rope can be turned again.
 
     Raises:
-        Refusal: no global layer with a rope, and what `_heard` and `_rope_of` refuse.
+        Refusal: no global layer with a rope, a host that cannot run on our cache, and what `attention_layers` refuses.
     """
     trained = model.config.get_text_config().max_position_embeddings
-    known = _frequencies(model)
     ropes: dict[str, Rope] = {}
-    calls = _heard(model, trained)
-    for call in calls:
-        if call.window is not None:
+    for layer in attention_layers(model):
+        if layer.rope is None or layer.frequencies is None:
             continue
-        name = _rope_of(call, known, model)
-        if name is None:
-            continue
-        first = name not in ropes
-        rope = ropes.setdefault(name, Rope(known[name], setting, trained))
-        call.module.extension = Extension(rope, call.module.layer_idx, first=first)
+        first = layer.rope not in ropes
+        rope = ropes.setdefault(layer.rope, Rope(layer.frequencies, setting, trained))
+        layer.module.extension = Extension(rope, layer.module.layer_idx, first=first)
     if not ropes:
         raise Refusal(
             f"this {model.config.model_type} has no global layer with a rotary embedding, so Self-Extend has nothing "
@@ -90,6 +87,47 @@ def bounded_cache(model: PreTrainedModel) -> StripedCache:
 def _extensions(model: nn.Module) -> list[Extension]:
     hung = (getattr(module, "extension", None) for module in model.modules())
     return [found for found in hung if isinstance(found, Extension)]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention module: its window where it is local, and the rope that turns its queries and keys, by the name of
+    the buffer that holds the frequencies; None where nothing turns them.
+    """
+
+    module: Any
+    window: int | None
+    rope: str | None
+    frequencies: Tensor | None
+
+
+def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Layer]:
+    """The global attention layers of a model, the local ones too where asked, as they show themselves when tried.
+
+    Raises:
+        Refusal: no rotary embedding; attention that is not reached by a registered function, or gets no positions;
+            values of another size than keys; a layer whose queries and keys are turned in another way.
+    """
+    known = _frequencies(model)
+    found = []
+    for call in _heard(model):
+        if local or call.window is None:
+            name = _rope_of(call, known, model)
+            found.append(Layer(call.module, call.window, name, known[name] if name else None))
+    return found
+
+
+@contextmanager
+def in_place_of_attend(modules: Iterable[nn.Module], other: Any) -> Iterator[None]:
+    """Within this context the attention of these modules is `other.attend`."""
+    before = [(module, module.__dict__.get("extension")) for module in modules]
+    try:
+        for module, _ in before:
+            module.__dict__["extension"] = other
+        yield
+    finally:
+        for module, old in before:
+            module.__dict__["extension"] = old
 
 
 @dataclass(frozen=True)
@@ -121,25 +159,16 @@ class _Listener:
 
 
 @torch.no_grad()
-def _heard(model: PreTrainedModel, trained: int) -> list[_Call]:
+def _heard(model: PreTrainedModel) -> list[_Call]:
     """What each attention module gets for one token, alone, at several positions, beyond the trained length too.
 
     Alone it attends to itself only, so that nothing but the rope can tell its positions apart, in any layer.
     """
-    listener = _Listener()
+    listener, text = _Listener(), model.config.get_text_config()
+    trained = text.max_position_embeddings
     positions = torch.tensor([0, 1, 17, trained - 1, 3 * trained + 5], device=model.device)[:, None]
-    modules = list(model.modules())
-    for module in modules:
-        module.__dict__["extension"] = listener
-    try:
-        model(
-            torch.full_like(positions, model.config.get_text_config().vocab_size // 3),
-            position_ids=positions,
-            use_cache=False,
-        )
-    finally:
-        for module in modules:
-            del module.__dict__["extension"]
+    with in_place_of_attend(model.modules(), listener):
+        model(torch.full_like(positions, text.vocab_size // 3), position_ids=positions, use_cache=False)
     if not listener.calls:
         raise Refusal(f"the attention of a {model.config.model_type} is not one of transformers' registered functions.")
     return listener.calls

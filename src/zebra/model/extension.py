@@ -43,7 +43,7 @@ def turn_between(frequencies: Tensor, old: Tensor, new: Tensor, dtype: torch.dty
 
 
 def turned(states: Tensor, turn: Turn) -> Tensor:
-    """`states` (B, heads, tokens, D) turned in the planes of dimensions (r, r + R), of the first 2 R; the rest stays."""
+    """`states` (B, heads, tokens, D), turned in the planes of dimensions r and r + R < 2 R; the rest as it is."""
     cos, sin = turn
     size = 2 * cos.shape[-1]
     wide = states[..., :size].to(cos.dtype)
@@ -86,9 +86,9 @@ class Rope:
         keys = mask.keys
         if not fresh and self._memory is not None:
             known, padding, inputs, places = self._memory
-            if known() is positions and (keys is None if padding is None else padding() is keys):
-                if inputs == (total, dtype):
-                    return places
+            same = known() is positions and (keys is None if padding is None else padding() is keys)
+            if same and inputs == (total, dtype):
+                return places
         places = self._reckon(positions, mask, total, dtype)
         padding = None if keys is None else weakref.ref(keys)
         self._memory = (weakref.ref(positions), padding, (total, dtype), places)
