@@ -555,6 +555,40 @@ def test_the_fastest_that_can_is_chosen(
     assert chosen(seen[0]).name == name
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("queries", [1, 70])
+def test_the_fused_kernel_gives_an_lse_where_no_gradient_is_wanted(
+    queries: int, padded: bool, dtype: torch.dtype
+) -> None:
+    """A contract with torch: its operator behind `scaled_dot_product_attention` on a CPU."""
+    q, k, v = drawn(queries, 70, dtype=dtype)
+    mask = Mask(keys=padding("left", 2, 70) if padded and queries == 1 else None)
+    with only("fused"):
+        out, lse = attend(q, k, v, mask)
+    with only("reference"):
+        wanted, wanted_lse = attend(q.double(), k.double(), v.double(), mask)
+    assert lse is not None
+    assert wanted_lse is not None
+    assert out.dtype == dtype
+    assert lse.dtype == torch.promote_types(dtype, torch.float32)
+    assert out.shape == wanted.shape
+    assert lse.shape == wanted_lse.shape
+    assert relative(out, wanted) <= TOLERANCE[dtype][0]
+    assert relative(lse, wanted_lse) <= TOLERANCE[dtype][1]
+    q.requires_grad_()
+    assert "no gradient" in str(fused.KERNEL.declines(request_of(q, k, v, mask)))
+    with torch.no_grad():
+        assert fused.KERNEL.declines(request_of(q, k, v, mask)) is None
+
+
+def test_without_torchs_operator_the_tiles_give_the_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_LSE", None)
+    q, k, v = drawn(70, 70)
+    assert "where torch has the operator" in str(fused.KERNEL.declines(Request(q, k, v, Mask(), 0.3)))
+    assert choose(Request(q, k, v, Mask(), 0.3)).name == "banded"
+
+
 def test_the_table() -> None:
     assert [kernel.name for kernel in KERNELS] == ["fused", "banded", "reference"]
     assert KERNELS[-1] is reference.KERNEL
