@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from zebra.model.checkpoint import (
     write_card,
     write_config,
 )
-from zebra.model.extend import bounded_cache, extend, resolved
+from zebra.model.extend import bounded_cache, extend, resolved, setting_of
 from zebra.model.families import host_class, striped
 from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing_rope, whole_texts_only
 from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import Stripes
+
+_log = logging.getLogger(__name__)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,7 +81,10 @@ def device_name(device: torch.device | str) -> str:
 
 @functools.cache
 def _with_striped_cache(cls: Any) -> Any:
-    """The host's class, whose `generate` makes our bounded cache where the caller names none."""
+    """The host's class, whose `generate` makes our bounded cache where the caller names none.
+
+    Two more say before they act what would else be lost in silence: Self-Extend.
+    """
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's `generate`, with the bounded cache of `zebra.model.cache` as its default."""
@@ -94,12 +100,29 @@ def _with_striped_cache(cls: Any) -> Any:
                 kwargs["past_key_values"].activate_past_recording()
         return cls.generate(self, *args, **kwargs)
 
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's `save_pretrained`."""
+        if (setting := setting_of(self)) is not None:
+            _log.warning("config.json cannot say Self-Extend: load what is saved with self_extend=%r.", str(setting))
+        return cls.save_pretrained(self, *args, **kwargs)
+
+    def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's `set_attn_implementation`."""
+        if (setting := setting_of(self)) is not None:
+            _log.warning('Self-Extend %s lives in attention "%s" and is dropped under any other.', setting, NAME)
+        return cls.set_attn_implementation(self, *args, **kwargs)
+
     def reduce(self: Any) -> Any:
         """Pickled as the host's class and made anew from it: this class has no name that pickle could find."""
         return _blank, (cls,), self.__dict__
 
     # The name stays the host's: it is saved as the checkpoint's architecture.
-    own = {"generate": generate, "__reduce__": reduce}
+    own = {
+        "generate": generate,
+        "save_pretrained": save_pretrained,
+        "set_attn_implementation": set_attn_implementation,
+        "__reduce__": reduce,
+    }
     return type(cls.__name__, (cls,), own | {name: getattr(cls, name) for name in _SAME})
 
 
