@@ -24,6 +24,7 @@ RANKS = {
     "plan": 1,
     "model": 2,
     "evaluate": 3,
+    "generation": 3,
     "train": 4,
     "bench": 4,
     "doctor": 5,
@@ -33,7 +34,7 @@ RANKS = {
     "__init__": 7,
 }
 STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "positions", "records", "plan"}
-MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate"}
+MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation"}
 
 
 def room(module: Path) -> str:

@@ -43,9 +43,9 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
     top = zebra("--help")
     assert top.returncode == 0
-    for verb in ("plan", "convert", "verify", "adapt", "report", "doctor", "evaluate"):
+    for verb in ("plan", "convert", "verify", "adapt", "report", "doctor", "evaluate", "generate"):
         assert verb in top.stdout
-    for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["evaluate", "perplexity"]):
+    for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], ["evaluate", "perplexity"]):
         page = zebra(*verb, "--help")
         assert page.returncode == 0
         assert f"zebra {' '.join(verb)} " in page.stdout.split("Options")[-1] + page.stdout

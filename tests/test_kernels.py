@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zebra import kernels
 from zebra.kernels import KERNELS, Mask, Request, attend, banded, choose, fused, only, reference
+from zebra.kernels.tiles import Tile, Tiles
 from zebra.stripes import visible_pairs
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 129, 200, 257)
@@ -134,6 +136,13 @@ def agree(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> set[
     return served
 
 
+def small_tiles(monkeypatch: pytest.MonkeyPatch, block: int, part: int, span: int) -> None:
+    """One head at a time, in tiles of `block` queries by `part` keys, `span` queries gathered at once."""
+    sizes = {"_BLOCKS": (block, block), "_PART": part, "_SPAN": span, "_SCORES_AT_ONCE": 1}
+    for name, size in sizes.items():
+        monkeypatch.setattr(banded, name, size)
+
+
 def chunks(keys: int) -> list[int]:
     """T == S, a chunk, and decode."""
     return sorted({keys, max(1, keys // 3), 1}, reverse=True)
@@ -222,9 +231,9 @@ def test_the_scale_is_one_over_the_root_of_the_head_size_by_default() -> None:
         assert not torch.allclose(out, other)
 
 
-@pytest.mark.parametrize("block", [1, 1 << 14, 1 << 24])
-def test_the_size_of_the_tiles_does_not_show(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(banded, "_SCORES_AT_ONCE", block)
+@pytest.mark.parametrize(("block", "part", "span"), [(16, 7, 16), (16, 1000, 48), (7, 30, 7), (1, 1, 2), (200, 9, 1)])
+def test_the_size_of_the_tiles_does_not_show(block: int, part: int, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch, block, part, span)
     for mask in (Mask(), Mask(window=1), Mask(window=15), Mask(window=17), Mask(window=40)):
         for queries in (75, 20, 1):
             agree(*drawn(queries, 75), mask)
@@ -329,6 +338,105 @@ def test_no_uninitialised_memory_is_read(poisoned: None, queries: int, window: i
         for documents in (None, packed(2, 200)):
             mask = Mask(window=window, keys=padding(kind, 2, 200), documents=documents)
             agree(*drawn(queries, 200), mask)
+
+
+# -- what is hidden
+
+
+HIDING = [
+    (1, Mask(), "padding"),
+    (140, Mask(), "padding"),
+    (50, Mask(window=65), "padding"),
+    (140, Mask(window=9), "padding"),
+    (140, Mask(), "documents"),
+    (60, Mask(window=30), "documents"),
+    (50, Mask(window=20), "window"),
+    (1, Mask(window=20), "window"),
+]
+
+
+def hiding(queries: int, mask: Mask, kind: str, *, huge: float) -> tuple[list[Tensor], list[Tensor], Mask, Tensor]:
+    """Inputs, the same with other values where a key is hidden from all that is looked at, the mask, which keys."""
+    inputs = drawn(queries, 140)
+    hidden = torch.zeros(2, 140, dtype=torch.bool)
+    if kind == "padding":
+        hidden[0, :30] = True
+        mask = replace(mask, keys=~hidden)
+    elif kind == "documents":
+        hidden[:, :80] = True
+        mask = replace(mask, documents=(torch.arange(140) >= 80).long().expand(2, -1))
+    else:
+        hidden[:, : 140 - queries - 19] = True
+    changed = [x.clone() for x in inputs]
+    for x in changed[1:]:
+        x[hidden[:, None].expand(-1, x.shape[1], -1)] = huge
+    return list(inputs), changed, mask, hidden
+
+
+@pytest.mark.parametrize("name", [kernel.name for kernel in KERNELS])
+@pytest.mark.parametrize(("queries", "mask", "kind"), HIDING)
+def test_what_is_hidden_and_finite_changes_nothing(name: str, queries: int, mask: Mask, kind: str) -> None:
+    plain, changed, mask, hidden = hiding(queries, mask, kind, huge=-1e9)
+    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+    with_lse = kernel.lse
+    if kernel.declines(request_of(*plain, mask, with_lse=with_lse)) is not None:
+        pytest.skip("another kernel's request")
+    looked_at = slice(None) if kind != "documents" else slice(max(0, queries - 60), None)
+    found = []
+    for inputs in (plain, changed):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with only(name):
+            out, lse = attend(*leaves, mask, with_lse=with_lse)
+        out = out[:, :, looked_at]
+        root = out.square().sum()
+        if lse is not None:
+            lse = lse[:, :, looked_at].masked_fill(lse[:, :, looked_at].isneginf(), 0.0)
+            root = root + lse.sum()
+        gradients = torch.autograd.grad(root, leaves)
+        for gradient in gradients[1:]:
+            assert not gradient[hidden[:, None].expand(-1, gradient.shape[1], -1)].any()
+        found.append((out, *gradients, *([] if lse is None else [lse])))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [kernel.name for kernel in KERNELS])
+@pytest.mark.parametrize("queries", [50, 1])
+def test_keys_beyond_all_windows_are_never_read(name: str, queries: int, bad: float) -> None:
+    plain, changed, mask, _ = hiding(queries, Mask(window=20), "window", huge=bad)
+    kernel = next(kernel for kernel in KERNELS if kernel.name == name)
+    if kernel.declines(request_of(*plain, mask, with_lse=False)) is not None:
+        pytest.skip("another kernel's request")
+    wanted = everything(name, *plain, mask, with_lse=False)
+    for key, tensor in everything(name, *changed, mask, with_lse=False).items():
+        assert torch.equal(tensor, wanted[key])
+
+
+def test_a_hidden_nan_spreads_in_the_formula() -> None:
+    """So nobody may rely on padding that holds NaN; `attend` says so."""
+    _, changed, mask, _ = hiding(140, Mask(), "padding", huge=math.nan)
+    assert everything(ORACLE, *changed, mask)["out"][0].isnan().any()
+
+
+@pytest.mark.parametrize(("name", "queries"), [("fused", 140), ("fused", 1), ("banded", 140), ("reference", 140)])
+def test_a_gradient_of_stride_zero(name: str, queries: int) -> None:
+    """As out.sum() hands down, and as a transposed view of the next layer does."""
+    plain = drawn(queries, 140)
+    gradients = []
+    for kind in ("ones", "expanded", "transposed"):
+        leaves = [x.detach().requires_grad_() for x in plain]
+        with only(name):
+            out, _ = attend(*leaves, with_lse=False)
+        seed = {
+            "ones": torch.ones_like(out),
+            "expanded": torch.ones((), dtype=out.dtype).expand_as(out),
+            "transposed": torch.ones_like(out.transpose(1, 3)).transpose(1, 3),
+        }[kind]
+        gradients.append(torch.autograd.grad(out, leaves, seed))
+    for other in gradients[1:]:
+        for one, same in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(one, same)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +572,7 @@ def test_the_formula_is_what_torch_computes(queries: int, window: int | None, ki
 def test_gradients_of_the_tiles_by_finite_differences(
     window: int | None, queries: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(banded, "_SCORES_AT_ONCE", 1)  # tiles of 16 queries
+    small_tiles(monkeypatch, 16, 11, 32)
     inputs = [x.requires_grad_() for x in drawn(queries, 40, batch=1, heads=1, group=2, size=2)]
     mask = Mask(window, padding("left", 2, 40)[1:], packed(1, 40)) if masked else Mask(window)  # type: ignore[index]
 
@@ -482,7 +590,7 @@ def test_gradients_of_the_tiles_by_finite_differences(
 def test_gradients_of_the_tiles_by_finite_differences_entry_by_entry(
     softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(banded, "_SCORES_AT_ONCE", 1)
+    small_tiles(monkeypatch, 8, 5, 16)
     inputs = tuple(x.requires_grad_() for x in drawn(19, 22, batch=1, heads=1, group=2, size=1))
     with only("banded"):
         assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, Mask(window=4), softcap=softcap), inputs)
@@ -591,7 +699,7 @@ def test_without_torchs_operator_the_tiles_give_the_lse(monkeypatch: pytest.Monk
 
 
 def test_the_table() -> None:
-    assert [kernel.name for kernel in KERNELS] == ["fused", "banded", "reference"]
+    assert [kernel.name for kernel in KERNELS] == ["fused", "varlen", "flex", "banded", "reference"]
     assert KERNELS[-1] is reference.KERNEL
     for kernel in KERNELS:
         assert kernel.summary
@@ -602,7 +710,8 @@ def test_an_unknown_argument_is_declined_by_all() -> None:
     with pytest.raises(NotImplementedError) as error:
         attend(q, k, v, sinks=torch.zeros(4), dropout=0.0, other=None)
     for kernel in KERNELS:
-        assert f"{kernel.name}: it does not know the argument dropout, sinks" in str(error.value)
+        declined = f"{kernel.name}: it does not know the argument dropout, sinks" in str(error.value)
+        assert declined or f"{kernel.name}: it runs on cuda, not on cpu" in str(error.value)
     assert "other" not in str(error.value)
     assert torch.equal(attend(q, k, v, sinks=None, dropout=None)[0], attend(q, k, v)[0])
 
@@ -630,6 +739,29 @@ def test_what_no_other_serves_falls_to_the_formula_with_one_warning(
     scores = (2 * torch.tanh(scores / 2)).masked_fill(hidden, -math.inf)
     torch.testing.assert_close(found, scores.softmax(-1) @ v.repeat_interleave(2, dim=1))
     torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_a_kernel_for_this_device_that_declines_says_so_once(
+    silent: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As varlen does on a GPU: the next kernel serves, with one line for each reason."""
+    picky = kernels.Kernel(
+        "picky",
+        "no head size but 64",
+        run=reference.reference,
+        devices=frozenset({"cpu"}),
+        own=lambda request: None if request.q.shape[3] == 64 else f"it does not take head size {request.q.shape[3]}",
+    )
+    monkeypatch.setattr(kernels, "KERNELS", (fused.KERNEL, picky, *KERNELS[1:]))
+    with caplog.at_level(logging.WARNING, logger="zebra.kernels"):
+        for size in (64, 8, 8, 24, 8):
+            attend(*drawn(6, 6, size=size), Mask(window=3))
+        attend(*drawn(6, 6), with_lse=False)  # the fused kernel comes before
+        with only("banded"):
+            attend(*drawn(6, 6, size=40), Mask(window=3))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"attention runs by the kernel banded, because picky: it does not take head size {size}" for size in (8, 24)
+    ]
 
 
 def test_the_formula_on_demand_warns_of_nothing(silent: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -666,7 +798,7 @@ def test_only_ends_with_its_context() -> None:
 
 
 def test_only_knows_its_kernels() -> None:
-    message = r"no kernel 'flash'. Choose one of \['fused', 'banded', 'reference'\]"
+    message = r"no kernel 'flash'. Choose one of \['fused', 'varlen', 'flex', 'banded', 'reference'\]"
     with pytest.raises(ValueError, match=message), only("flash"):
         pass
 
@@ -744,14 +876,13 @@ def test_parts_of_a_mask() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Elements of each executed tile, one entry for each."""
     elements: list[int] = []
-    walk = banded._Tiles.__iter__
+    hide = Tiles.hide
 
-    def counting(self: Any) -> Iterator[tuple[int, int, int, int]]:
-        for s, e, lo, hi in walk(self):
-            elements.append((e - s) * (hi - lo))
-            yield s, e, lo, hi
+    def counting(self: Tiles, scores: Tensor, tile: Tile) -> None:
+        elements.append(scores[0].numel())
+        hide(self, scores, tile)
 
-    monkeypatch.setattr(banded._Tiles, "__iter__", counting)
+    monkeypatch.setattr(Tiles, "hide", counting)
     return elements
 
 
@@ -763,7 +894,7 @@ def executed(elements: list[int], length: int, mask: Mask) -> int:
 
 @pytest.mark.parametrize("window", [1, 32, 64, 65, 128, 129, 200])
 def test_executed_tiles_grow_linearly(counted: list[int], window: int) -> None:
-    block = 64 if window <= 128 else 128
+    block = 64
     costs = [executed(counted, length, Mask(window=window)) for length in (512, 1024, 2048)]
     for length, cost in zip((512, 1024, 2048), costs, strict=True):
         assert 2 * visible_pairs(length, window) <= cost <= 2 * length * (window + block)  # forward and backward
@@ -772,7 +903,7 @@ def test_executed_tiles_grow_linearly(counted: list[int], window: int) -> None:
 
 def test_executed_tiles_of_a_global_layer_are_half_the_square(counted: list[int]) -> None:
     for length in (512, 1024):
-        assert executed(counted, length, Mask()) == length * (length + 128)
+        assert executed(counted, length, Mask()) == length * (length + 64)
 
 
 def test_executed_tiles_of_packed_documents_grow_linearly(counted: list[int]) -> None:
@@ -825,6 +956,32 @@ def test_the_largest_tensor_of_a_local_layer_grows_at_most_linearly(window: int,
         sizes.append(largest("banded", length, mask))
     assert sizes[1] <= 2 * sizes[0]
     assert sizes[1] <= max(2 * 8192 * 4, 2 * 128 * (window + 128))
+
+
+def peak_bytes(name: str, length: int, mask: Mask) -> int:
+    """The most bytes alive at once beyond the inputs, forward and backward, by the allocator's own record."""
+    inputs = drawn(length, length, batch=1, heads=2, group=2, size=16, dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        everything(name, *inputs, mask)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("window", [1, 64, 200])
+def test_peak_bytes_of_a_local_layer_grow_linearly(window: int) -> None:
+    """What twice the length adds, twice that length adds twice again: a straight line, no part that grows faster."""
+    peaks = [peak_bytes("banded", length, Mask(window)) for length in (2048, 4096, 8192)]
+    assert peaks[1] > peaks[0]
+    assert peaks[2] - peaks[1] <= 2.05 * (peaks[1] - peaks[0])
+    per_token = 4 * (4 * 16 + 2 * 2 * 16)  # float32 queries, keys and values
+    assert peaks[2] <= 8 * per_token * 8192
+
+
+def test_peak_bytes_of_the_formula_grow_with_the_square() -> None:
+    """So that the law above can fail."""
+    peaks = [peak_bytes("reference", length, Mask(64)) for length in (128, 256, 512)]
+    assert peaks[2] - peaks[1] > 3 * (peaks[1] - peaks[0])
 
 
 def test_the_largest_tensor_of_the_formula_grows_with_the_square() -> None:

@@ -13,6 +13,7 @@ from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 if TYPE_CHECKING:
+    from zebra.generation import generate
     from zebra.model.hosts import convert, load
     from zebra.model.verify import verify
     from zebra.train.adapt import adapt
@@ -24,9 +25,10 @@ _HOME = {
     "convert": "zebra.model.hosts",
     "verify": "zebra.model.verify",
     "adapt": "zebra.train.adapt",
+    "generate": "zebra.generation",
 }
 
-__all__ = ["Refusal", "SelfExtend", "Stripes", "__version__", "adapt", "convert", "load", "verify"]
+__all__ = ["Refusal", "SelfExtend", "Stripes", "__version__", "adapt", "convert", "generate", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

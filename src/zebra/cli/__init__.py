@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +11,7 @@ import typer
 
 from zebra import __version__
 from zebra.cli import show
+from zebra.cli.generate import generate
 from zebra.refusal import Refusal
 
 app = typer.Typer(
@@ -72,15 +71,6 @@ def _options(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-@contextmanager
-def _quiet_host() -> Iterator[None]:
-    """Keep the host's own bars and notes off the terminal; its warnings stay."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    yield
-
-
 @app.command(epilog="zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096")
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to convert, a directory.")],
@@ -89,7 +79,7 @@ def convert(
     rope: Annotated[str | None, typer.Option(help=_ROPE)] = None,
 ) -> None:
     """Make a copy of a checkpoint with stripes, which plain transformers loads."""
-    with _quiet_host():
+    with show.quiet_host():
         from zebra.model.checkpoint import read_config
         from zebra.model.families import layout
         from zebra.model.hosts import convert as run
@@ -113,7 +103,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Prove a conversion, or Self-Extend; exit code 1 when a check fails."""
-    with _quiet_host():
+    with show.quiet_host():
         from zebra.model.verify import verify as run
 
         checks = run(
@@ -138,12 +128,12 @@ def adapt(
 
     read = read_recipe(recipe, AdaptRecipe, set_ or [])
     if dry_run:
-        with _quiet_host():
+        with show.quiet_host():
             from zebra.train.dry_run import dry_run as reckon
 
             show.dry_run(reckon(read), as_json)
         return
-    with _quiet_host():
+    with show.quiet_host():
         from zebra.train.adapt import adapt as run
 
         rows = run(read)
@@ -201,6 +191,9 @@ def plan(
     show.plan(found, as_json)
 
 
+app.command(epilog='zebra generate ./Llama-3.1-8B-GLLL --prompt "Once upon a time" --max-new-tokens 100')(generate)
+
+
 @evaluate.command(epilog="zebra evaluate perplexity ./Llama-3.1-8B book.txt --length 32768 --stripes GLLL:4096")
 def perplexity(
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint.")],
@@ -223,7 +216,7 @@ def perplexity(
     as_json: Json = False,
 ) -> None:
     """Perplexity by position, at one or more context lengths."""
-    with _quiet_host():
+    with show.quiet_host():
         from zebra.evaluate.perplexity import rows_of
 
         rows = rows_of(

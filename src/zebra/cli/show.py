@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zebra.doctor import Served
+    from zebra.generation import Generated
     from zebra.model.verify import Check
     from zebra.records import Row
     from zebra.train.dry_run import DryRun
+
+
+@contextmanager
+def quiet_host() -> Iterator[None]:
+    """Keep the host's own bars and notes off the terminal; its warnings stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
 
 
 def json(tree: Any) -> None:
@@ -83,6 +94,39 @@ def plan(found: dict[str, Any], as_json: bool) -> None:
         _print(table)
     if "mildest_layout" in found:
         print(f"the layout that meets the budget and gives up the least: {found['mildest_layout'] or 'none of ours'}")
+
+
+@contextmanager
+def writing(wanted: bool) -> Iterator[Callable[[str], None] | None]:
+    """Text to stdout as it comes, and nothing else: only a terminal gets a line break behind it, whatever ends it."""
+    if not wanted:
+        yield None
+        return
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    try:
+        yield write
+    finally:
+        if sys.stdout.isatty():
+            write("\n")
+
+
+def generated(made: Generated, decoding: dict[str, Any], as_json: bool) -> None:
+    """What was generated, or, where the text was written already, how long it took."""
+    if as_json:
+        from zebra import records
+
+        counts = {"new_tokens": len(made.tokens), "tokens_per_second": made.tokens_per_second}
+        json(asdict(made) | counts | {"decoding": decoding, "versions": records.versions(), "commit": records.commit()})
+        return
+    rate = made.tokens_per_second
+    note(
+        f"{made.prompt_tokens:,} tokens of prompt, first token after {made.seconds_to_first_token:.2f} s; "
+        f"{len(made.tokens):,} new tokens" + (f", {rate:,.1f} a second" if rate else "") + f", ended by {made.ended}"
+    )
 
 
 def machine(has: dict[str, str], served: Sequence[Served], as_json: bool) -> None:

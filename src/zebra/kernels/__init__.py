@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zebra.kernels import banded, fused, reference
+from zebra.kernels import banded, flex, fused, reference, varlen
 from zebra.kernels.request import Kernel, Mask, Request
 
 __all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "choose", "only"]
 
-KERNELS: tuple[Kernel, ...] = (fused.KERNEL, banded.KERNEL, reference.KERNEL)
+KERNELS: tuple[Kernel, ...] = (fused.KERNEL, varlen.KERNEL, flex.KERNEL, banded.KERNEL, reference.KERNEL)
 """Fastest first."""
 
 _log = logging.getLogger(__name__)
@@ -48,20 +48,28 @@ def only(name: str) -> Iterator[None]:
 def choose(request: Request) -> Kernel:
     """The first kernel of the table that accepts the request.
 
+    Where one that is made for the request's device declines, or only the dense formula is left, a log line says why,
+    once for each reason.
+
     Raises:
         NotImplementedError: all decline; the message holds each one's reason.
     """
     reasons: list[str] = []
+    missed: list[str] = []
     forced = _only.get()
     for kernel in KERNELS:
         if forced is not None and kernel.name != forced:
             continue
         reason = kernel.declines(request)
         if reason is None:
-            if kernel is reference.KERNEL and forced is None:
+            if forced is None and kernel is reference.KERNEL:
                 _say_once("attention runs by the dense formula, slow and large, because " + "; ".join(reasons))
+            elif missed:
+                _say_once(f"attention runs by the kernel {kernel.name}, because " + "; ".join(missed))
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
+        if kernel.devices is not None and request.q.device.type in kernel.devices:
+            missed.append(reasons[-1])
     raise NotImplementedError("no attention kernel can serve this request. " + "; ".join(reasons) + ".")
 
 
@@ -91,6 +99,10 @@ def attend(
     Returns:
         out (B, H, T, D) in the dtype of the inputs and lse (B, H, T), natural logarithm, in at least float32 (None
         unless wanted). A query that sees no key has out 0 and lse -inf.
+
+        What a query does not see changes neither its output nor its gradient, as long as it is finite. NaN and infinity
+        may reach every query, hidden or not: the formula gives what is hidden the weight 0, and 0 * NaN is NaN. Only
+        keys that lie beyond the window of all queries are never read.
 
     Raises:
         ValueError: shapes that do not fit together.

@@ -1,12 +1,16 @@
 r"""Attention by tiles of queries, each against only the keys that it can see: O(N * window) on any device.
 
-    keys     lo           hi            A tile of b queries sees the keys [lo, hi). Only the two triangles at its
-    queries  [\ . . . . . \   ]         edges need a mask; where documents or padding are given, the tile's own mask
-      tile   [  \ . . . . . \ ]         is built and nothing larger.
+For a tile with the queries q and each part (k, v) of its keys, all in a core's cache:
 
-The backward is written by hand: it saves q, k, v, out and lse, and computes each tile's weights again
-(FlashAttention's recomputation, arXiv 2205.14135, section 3.1). Exponentials are taken in base 2, which is about
-four times faster on a CPU, scores in float32 or wider; the heads of a query group become rows of one product.
+    forward     s = q k^T,  hidden keys -inf;   m' = max(m, rowmax s);   p = 2^(s - m')
+                l = l 2^(m - m') + rowsum p;    o = o 2^(m - m') + p v;  at the end out = o / l, lse = m + log2 l
+    backward    p = 2^(q k^T - lse);   dv += p^T do;   ds = p (do v^T - rowsum(do out) + dlse)
+                dq += ds k;   dk += ds^T q
+
+(FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2.) The backward is written by hand and saves q, k, v, out and lse
+alone. Exponentials are in base 2, about four times faster on a CPU; scores in float32 or wider; the heads of a query
+group are rows of one product over the same keys. Everything between inputs and outputs lies in a few buffers that all
+tiles share: on a CPU fresh memory costs more than the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -19,88 +23,133 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zebra import masks
 from zebra.kernels.request import Kernel, Mask, Request
+from zebra.kernels.tiles import Tile, Tiles
 
 _LOG2E = math.log2(math.e)
-_SCORES_AT_ONCE = 1 << 24
+_BLOCKS = (64, 128)
+"""Queries of a tile: the fewer, the fewer keys are computed in vain; the more, the faster the products."""
+_PART = 1024
+"""Keys of a tile at a time."""
+_SCORES_AT_ONCE = 1 << 20
+"""Scores that are formed at a time on a CPU: fewer cost more calls, more leave its caches."""
+_SPAN = 1024
+"""Queries whose vectors are gathered at a time."""
 
 
-class _Tiles:
-    """The walk over tiles: where each one's keys begin and end, and the mask that it needs."""
+class _Walk:
+    """The heads that go together, the spans of tiles over them, and the buffers that all share."""
 
-    def __init__(self, mask: Mask, batch: int, heads: int, group: int, queries: int, keys: int, device: torch.device):
-        self.mask, self.batch, self.heads, self.group = mask, batch, heads, group
-        self.queries, self.keys, self.device = queries, keys, device
-        self.offset = keys - queries
-        block = 64 if mask.window is not None and mask.window <= 128 else 128
-        reach = keys if mask.window is None else min(keys, mask.window + block)
-        self.block = max(16, min(block, _SCORES_AT_ONCE // max(1, batch * heads * group * reach)))
-        self.starts = self._document_starts()
-        self.triangles: dict[tuple[int, int, int], Tensor] = {}
+    def __init__(self, q: Tensor, k: Tensor, mask: Mask):
+        self.q, self.wide = q, torch.promote_types(q.dtype, torch.float32)
+        self.heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
+        narrow = mask.window is not None and mask.window <= 128
+        block = _BLOCKS[not (narrow or self.wide == q.dtype)]
+        self.tiles = Tiles(mask, q.shape[0], q.shape[2], k.shape[2], block=block, part=_PART, group=self.group)
+        reach = min(k.shape[2], _PART, k.shape[2] if mask.window is None else mask.window - 1 + block)
+        at_once = _SCORES_AT_ONCE if q.device.type == "cpu" else _SCORES_AT_ONCE << 8
+        self.turns = -(-self.heads // max(1, at_once // (self.group * block * reach)))
+        self.span = max(1, _SPAN // block)
+        self.longest = k.shape[2] if mask.window is None else min(k.shape[2], mask.window - 1 + self.span * block)
+        self.compact = q.dtype != self.wide or torch.get_float32_matmul_precision() != "highest"
+        self._room = -(-self.heads // self.turns) * self.group * block * reach
+        self._buffers: dict[Any, Tensor] = {}
 
-    def _document_starts(self) -> list[int] | None:
-        """For each tile the first key of the documents that its first query may belong to, over the batch."""
-        documents = self.mask.documents
-        if documents is None:
-            return None
-        index = torch.arange(self.keys, device=self.device)
-        first = torch.ones_like(documents, dtype=torch.bool)
-        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        starts = torch.where(first, index, 0).cummax(dim=1).values.amin(dim=0)
-        return [int(start) for start in starts[self.offset :: self.block].tolist()]
+    def rows(self) -> Iterator[tuple[int, slice, slice]]:
+        """A row of the batch, key-value heads of it, and their query heads."""
+        for row in range(self.q.shape[0]):
+            for turn in range(self.turns):
+                first, last = (self.heads * edge // self.turns for edge in (turn, turn + 1))
+                yield row, slice(first, last), slice(first * self.group, last * self.group)
 
-    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
-        """(s, e, lo, hi): queries [s, e) against keys [lo, hi)."""
-        for tile, s in enumerate(range(0, self.queries, self.block)):
-            e = min(self.queries, s + self.block)
-            lo = 0 if self.mask.window is None else max(0, self.offset + s - self.mask.window + 1)
-            if self.starts is not None:
-                lo = max(lo, self.starts[tile])
-            yield s, e, lo, self.offset + e
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory of this shape, whose content is whatever the last user of the name left."""
+        dtype = dtype or self.wide
+        held = self._buffers.get((name, shape))
+        if held is None:
+            size, flat = math.prod(shape), self._buffers.get(name)
+            if flat is None or flat.numel() < size:
+                room = max(size, self._room if name in _SCORES else 0)
+                flat = self._buffers[name] = torch.empty(room, dtype=dtype, device=self.q.device)
+            held = self._buffers[name, shape] = flat[:size].view(shape)
+        return held
 
-    def hide(self, scores: Tensor, s: int, e: int, lo: int, hi: int) -> None:
-        """Put -inf where a query of the tile sees no key. scores: (B * K, g * n, m), changed in place."""
-        n, m = e - s, hi - lo
-        tile = scores.view(-1, self.group, n, m)
-        first = self.offset + s - lo
-        tile[..., m - n :] += self._triangle(n, n, first - (m - n), scores)
-        if self.mask.window is not None:
-            edge = min(m, self.offset + e - self.mask.window - lo)
-            if edge > 0:
-                tile[..., :edge] += self._triangle(n, edge, first, scores)
-        if self.mask.keys is not None or self.mask.documents is not None:
-            i = torch.arange(self.offset + s, self.offset + e, device=self.device)
-            j = torch.arange(lo, hi, device=self.device)
-            visible = self.mask.visible(i, j)
-            scores.view(self.batch, self.heads, self.group, n, m).masked_fill_(~visible.unsqueeze(2), float("-inf"))
+    def gather(self, name: str, states: Tensor, tiles: int, dtype: torch.dtype) -> Tensor:
+        """A span's query heads (heads * g, tiles * n, D) as rows of key-value heads: (tiles, heads, g * n, D)."""
+        count, length, size = states.shape
+        shape = (tiles, count // self.group, self.group, length // tiles, size)
+        rows = self.buffer(name, *shape, dtype=dtype).copy_(_by_tile(states, self.group, tiles))
+        return rows.view(*shape[:2], -1, size)
 
-    def _triangle(self, rows: int, columns: int, first: int, like: Tensor) -> Tensor:
-        """-inf where the mask hides column `c` from row `r`, whose own column is `first + r`; 0 elsewhere."""
-        key = (rows, columns, first)
-        if key not in self.triangles:
-            i = torch.arange(rows, device=self.device)[:, None] + first
-            j = torch.arange(columns, device=self.device)[None, :]
-            window = self.mask.window
-            seen: Tensor = masks.causal(i, j) if window is None else masks.within(i, j, window)
-            self.triangles[key] = torch.zeros(rows, columns, dtype=like.dtype, device=self.device).masked_fill_(
-                ~seen, float("-inf")
-            )
-        return self.triangles[key]
+    def scatter(self, rows: Tensor, into: Tensor) -> None:
+        """The other way."""
+        states = _by_tile(into, self.group, rows.shape[0])
+        states.copy_(rows.view(states.shape))
+
+    def narrowed(self, weights: Tensor) -> Tensor:
+        """The weights in the inputs' dtype, for the products with values and keys."""
+        if self.q.dtype == self.wide:
+            return weights
+        return self.buffer("narrow", *weights.shape, dtype=self.q.dtype).copy_(weights)
+
+    def across(self, name: str, states: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys or values (heads, m, D) as the transposed side of a product: (heads, D, m)."""
+        if self.compact or states.dtype != dtype:  # oneDNN copies what is not compact, and slowly
+            states = self.buffer(name, *states.shape, dtype=dtype).copy_(states)
+        return states.mT
+
+    def scores(self, q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
+        """A part's scores in base 2. q (heads, g * n, D) wide and scaled already, k (heads, m, D)."""
+        scores = torch.bmm(q, self.across("k", k, self.wide), out=self.buffer("scores", *q.shape[:2], k.shape[1]))
+        if softcap is not None:
+            scores.div_(softcap * _LOG2E).tanh_().mul_(softcap * _LOG2E)
+        return scores
+
+    def product(self, into: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, add: bool = True) -> None:
+        """into += scale * a b, or into = a b; the sum in the dtype of `into`."""
+        if into.dtype == a.dtype:
+            torch.baddbmm(into, a, b, alpha=scale, out=into) if add else torch.bmm(a, b, out=into)
+            return
+        found = torch.bmm(a, b, out=self.buffer("product", *into.shape, dtype=a.dtype))
+        into.add_(found, alpha=scale) if add else into.copy_(found)
 
 
-def _scores(q: Tensor, k: Tensor, tile: tuple[int, int, int, int], softcap: float | None) -> Tensor:
-    """The tile's scores in base 2, of all its keys. q (B * K, g, T, D) already scaled, k (B * K, S, D)."""
-    s, e, lo, hi = tile
-    scores = torch.bmm(q[:, :, s:e].reshape(q.shape[0], -1, q.shape[3]), k[:, lo:hi].mT)
-    if softcap is not None:
-        scores.div_(softcap * _LOG2E).tanh_().mul_(softcap * _LOG2E)
-    return scores
+_SCORES = ("scores", "narrow", "ds", "wide ds")
 
 
-def _slope(scores: Tensor, softcap: float | None) -> Tensor | None:
-    """What a score changes by with the score before the cap: 1 - tanh^2. Before hidden keys are at -inf."""
-    return None if softcap is None else scores.div(softcap * _LOG2E).square_().neg_().add_(1)
+def _by_tile(states: Tensor, group: int, tiles: int) -> Tensor:
+    """(heads * g, tiles * n, D) as a view (tiles, heads, g, n, D)."""
+    return states.unflatten(1, (tiles, -1)).unflatten(0, (-1, group)).permute(2, 0, 1, 3, 4)
+
+
+class _Sum:
+    """A gradient of keys or values (heads, S, D), summed over tiles in the wide dtype where they stand, then written.
+
+    No span looks back beyond the keys of the one before, so that keys behind a span are done.
+    """
+
+    def __init__(self, walk: _Walk, name: str, into: Tensor):
+        self.into, self.start = into, 0
+        self.held = walk.buffer(name, into.shape[0], walk.longest, into.shape[2]).zero_()
+
+    def keys(self, lo: int, hi: int) -> Tensor:
+        """The sum for the keys [lo, hi), to be added to."""
+        if hi > self.start + self.held.shape[1]:
+            self._write(lo)
+            kept = self.held[:, lo - self.start :].clone()
+            self.held[:, : kept.shape[1]] = kept
+            self.held[:, kept.shape[1] :] = 0
+            self.start = lo
+        return self.held[:, lo - self.start : hi - self.start]
+
+    def finish(self) -> None:
+        self._write(self.into.shape[1])
+
+    def _write(self, end: int) -> None:
+        """Keys before `end` are done; what no tile saw is 0."""
+        held = min(end, self.start + self.held.shape[1])
+        self.into[:, self.start : held] = self.held[:, : held - self.start]
+        self.into[:, held:end] = 0
 
 
 class _Banded(torch.autograd.Function):
@@ -108,73 +157,101 @@ class _Banded(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
-        batch, query_heads, queries, size = q.shape
-        heads, keys = k.shape[1], k.shape[2]
-        group = query_heads // heads
-        wide = torch.promote_types(q.dtype, torch.float32)
-        tiles = _Tiles(mask, batch, heads, group, queries, keys, q.device)
-        scaled = q.reshape(-1, group, queries, size).to(wide) * (scale * _LOG2E)
-        k_wide, values = k.reshape(-1, keys, size).to(wide), v.reshape(-1, keys, size)
-        out = torch.empty(batch * heads, group, queries, size, dtype=q.dtype, device=q.device)
-        lse = torch.empty(batch * heads, group, queries, dtype=wide, device=q.device)
-        tiny = torch.finfo(wide).tiny
-        for s, e, lo, hi in tiles:
-            scores = _scores(scaled, k_wide, (s, e, lo, hi), softcap)
-            tiles.hide(scores, s, e, lo, hi)
-            # A row without a visible key has only -inf: the floor keeps it out of inf - inf, its sum stays 0.
-            peak = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(wide).min)
-            total = scores.sub_(peak).exp2_().sum(dim=-1, keepdim=True)
-            mixed = torch.bmm(scores.to(v.dtype), values[:, lo:hi]) / total.clamp(min=tiny)
-            out[:, :, s:e] = mixed.view(-1, group, e - s, size)
-            lse[:, :, s:e] = (peak + total.log2()).view(-1, group, e - s)
-        lse /= _LOG2E
+        walk = _Walk(q, k, mask)
+        out = torch.empty_like(q)
+        lse = torch.empty(*q.shape[:3], 1, dtype=walk.wide, device=q.device)
+        for row, kv_heads, heads in walk.rows():
+            for span in walk.tiles.spans(row, walk.span):
+                tiles, own = len(span.tiles), slice(span.s, span.e)
+                rows = walk.gather("q", q[row, heads, own], tiles, walk.wide).mul_(scale * _LOG2E)
+                mixed, total, peak = (
+                    walk.buffer(name, *rows.shape[:3], size)
+                    for name, size in (("mixed", q.shape[3]), ("total", 1), ("peak", 1))
+                )
+                for tile, *columns in zip(span.tiles, rows, mixed, total, peak, strict=True):
+                    _tile(walk, tile, k[row, kv_heads], v[row, kv_heads], columns, softcap)
+                walk.scatter(mixed.div_(total.clamp(min=torch.finfo(walk.wide).tiny)), out[row, heads, own])
+                walk.scatter(total.log2_().add_(peak), lse[row, heads, own])
+        lse = lse.squeeze(-1).div_(_LOG2E)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mask, ctx.scale, ctx.softcap = mask, scale, softcap
-        return out.view(batch, query_heads, queries, size), lse.view(batch, query_heads, queries)
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        """With P the weights: dv = P^T do, dS = P (do v^T - rowsum(do out) + dlse), dq = scale dS k, dk = scale dS^T q.
-
-        Under a softcap c dS takes the factor 1 - (S / c)^2, as S = c tanh(scale q k^T / c).
-        A key outside a tile's range gets nothing from it, so dk and dv are sums over the tiles that saw the key.
-        """
+        """Under a softcap c, ds takes the factor 1 - (s / c)^2, as s = c tanh(scale q k^T / c)."""
         q, k, v, out, lse = ctx.saved_tensors
-        mask, scale = ctx.mask, ctx.scale
-        batch, query_heads, queries, size = q.shape
-        heads, keys = k.shape[1], k.shape[2]
-        group, dtype = query_heads // heads, q.dtype
-        wide = lse.dtype
-        tiles = _Tiles(mask, batch, heads, group, queries, keys, q.device)
+        walk = _Walk(q, k, ctx.mask)
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
-            rows = q.reshape(-1, group, queries, size)
-            scaled = rows.to(wide) * (scale * _LOG2E)
-            k_flat, v_flat = k.reshape(-1, keys, size), v.reshape(-1, keys, size)
-            k_wide, v_wide = k_flat.to(wide), v_flat.to(wide)
-            grad = grad_out.reshape(-1, group, queries, size)
-            delta = (grad.to(wide) * out.to(wide)).sum(dim=-1)
-            delta -= grad_lse.reshape(delta.shape)
-            lse2 = (lse * _LOG2E).masked_fill_(lse.isneginf(), 0.0)
-            dq = torch.empty_like(scaled)
-            dk, dv = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
-            for s, e, lo, hi in tiles:
-                weights = _scores(scaled, k_wide, (s, e, lo, hi), ctx.softcap)
-                slope = _slope(weights, ctx.softcap)
-                tiles.hide(weights, s, e, lo, hi)
-                weights.sub_(lse2[:, :, s:e].reshape(-1, group * (e - s), 1)).exp2_()
-                do = grad[:, :, s:e].reshape(-1, group * (e - s), size)
-                dv[:, lo:hi] += torch.bmm(weights.to(dtype).mT, do)
-                ds = torch.bmm(do.to(wide), v_wide[:, lo:hi].mT)
-                ds.sub_(delta[:, :, s:e].reshape(-1, group * (e - s), 1)).mul_(weights)
-                if slope is not None:
-                    ds.mul_(slope)
-                ds = ds.to(dtype)
-                dq[:, :, s:e] = torch.bmm(ds, k_flat[:, lo:hi]).view(-1, group, e - s, size)
-                dk[:, lo:hi] += torch.bmm(ds.mT, rows[:, :, s:e].reshape(-1, group * (e - s), size))
-        dq *= scale
-        dk *= scale
-        return dq.to(dtype).view_as(q), dk.to(dtype).view_as(k), dv.to(dtype).view_as(v), None, None, None
+            for row, kv_heads, heads in walk.rows():
+                sums = [_Sum(walk, name, grad[row, kv_heads]) for name, grad in (("dk", dk), ("dv", dv))]
+                for span in walk.tiles.spans(row, walk.span):
+                    tiles, own = len(span.tiles), slice(span.s, span.e)
+                    queries = walk.gather("q", q[row, heads, own], tiles, q.dtype)
+                    do = walk.gather("do", grad_out[row, heads, own], tiles, q.dtype)
+                    delta = walk.gather("out", out[row, heads, own], tiles, walk.wide).mul_(do).sum(-1, keepdim=True)
+                    delta -= walk.gather("dlse", grad_lse[row, heads, own, None], tiles, walk.wide)
+                    peak = walk.gather("lse", lse[row, heads, own, None], tiles, walk.wide).mul_(_LOG2E)
+                    peak.masked_fill_(peak.isneginf(), 0.0)
+                    found = walk.buffer("dq", *queries.shape)
+                    sides = [x[row, kv_heads, span.lo : span.hi] for x in (k, v)]
+                    sides += [total.keys(span.lo, span.hi) for total in sums]
+                    for tile, *columns in zip(span.tiles, queries, do, delta, peak, found, strict=True):
+                        _tile_backward(walk, tile, span.lo, sides, columns, ctx)
+                    walk.scatter(found.mul_(ctx.scale), dq[row, heads, own])
+                for total in sums:
+                    total.finish()
+        return dq, dk, dv, None, None, None
+
+
+def _tile(walk: _Walk, tile: Tile, k: Tensor, v: Tensor, columns: list[Tensor], softcap: float | None) -> None:
+    """The sum of weighted values (heads, g * n, D), of weights and the peak (heads, g * n, 1) of a tile."""
+    rows, mixed, total, peak = columns
+    least = torch.finfo(walk.wide).min
+    parts = list(walk.tiles.parts(tile))
+    if not parts:
+        for column in (mixed, total, peak):
+            column.zero_()
+    for part in parts:
+        seen = slice(part.lo, part.hi)
+        scores = walk.scores(rows, k[:, seen], softcap)
+        walk.tiles.hide(scores, part)
+        # A row without a visible key has only -inf: the floor keeps it out of inf - inf, its sum stays 0.
+        if part.lo == tile.lo:
+            torch.amax(scores, dim=-1, keepdim=True, out=peak).clamp_(min=least)
+            torch.sum(scores.sub_(peak).exp2_(), dim=-1, keepdim=True, out=total)
+            walk.product(mixed, walk.narrowed(scores), v[:, seen], add=False)
+            continue
+        highest = torch.maximum(scores.amax(dim=-1, keepdim=True), peak)
+        kept = peak.sub_(highest).exp2_()
+        total.mul_(kept).add_(scores.sub_(highest).exp2_().sum(dim=-1, keepdim=True))
+        walk.product(mixed.mul_(kept), walk.narrowed(scores), v[:, seen])
+        peak.copy_(highest)
+
+
+def _tile_backward(walk: _Walk, tile: Tile, start: int, sides: list[Tensor], columns: list[Tensor], ctx: Any) -> None:
+    """dq of a tile before the scale, wide; dk and dv are added to their sums. The sides begin at the key `start`."""
+    queries, do, delta, peak, dq = columns
+    rows = walk.buffer("rows", *queries.shape).copy_(queries).mul_(ctx.scale * _LOG2E)
+    if tile.lo == tile.hi:
+        dq.zero_()
+    for part in walk.tiles.parts(tile):
+        k, v, dk, dv = (side[:, part.lo - start : part.hi - start] for side in sides)
+        weights = walk.scores(rows, k, ctx.softcap)
+        slope = None if ctx.softcap is None else weights.div(ctx.softcap * _LOG2E).square_().neg_().add_(1)
+        walk.tiles.hide(weights, part)
+        weights.sub_(peak).exp2_()
+        walk.product(dv, walk.narrowed(weights).mT, do)
+        ds = torch.bmm(do, walk.across("v", v, do.dtype), out=walk.buffer("ds", *weights.shape, dtype=do.dtype))
+        ds = ds if ds.dtype == walk.wide else walk.buffer("wide ds", *ds.shape).copy_(ds)
+        ds.sub_(delta).mul_(weights)
+        if slope is not None:
+            ds.mul_(slope)
+        ds = walk.narrowed(ds)
+        walk.product(dq, ds, k, add=part.lo > tile.lo)
+        walk.product(dk, ds.mT, queries, scale=ctx.scale)
 
 
 def banded(request: Request) -> tuple[Tensor, Tensor | None]:

@@ -59,7 +59,7 @@ def _own(request: Request) -> str | None:
 def _no_lse(request: Request) -> str | None:
     if request.q.device.type != "cpu" or _LSE is None:
         return "it gives a log-sum-exp on a CPU only, where torch has the operator"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (request.q, request.k, request.v)):
+    if request.wants_gradient:
         return "its log-sum-exp has no gradient"
     return None
 

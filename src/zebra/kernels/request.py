@@ -80,6 +80,11 @@ class Request:
         """S."""
         return self.k.shape[2]
 
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether a backward may follow."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -113,6 +118,6 @@ class Kernel:
             return "it has no softcap"
         if request.with_lse and not self.lse:
             return "it gives no log-sum-exp"
-        if not self.backward and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if not self.backward and request.wants_gradient:
             return "it has no backward"
         return self.own(request)

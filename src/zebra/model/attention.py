@@ -4,6 +4,9 @@
 
 The function and its mask function stand under one name: a function registered alone would silently lose the window
 and the padding. The mask function never builds an N x N tensor; it hands down the 2-D mask of the keys, or None.
+
+Under `torch.compile` of the model each of the two is one break of the graph: kernels are chosen by what the masks
+hold, and a compiler would unroll their walk over tiles, once for each length.
 """
 
 from __future__ import annotations
@@ -20,11 +23,15 @@ from zebra.kernels import Mask, attend
 
 NAME = "zebra"
 
-HARMLESS = frozenset({"is_causal", "num_items_in_batch", "output_hidden_states", "output_router_logits", "use_cache"})
-"""What hosts pass down to every layer and attention need not read. Anything else that asks for something goes to the
-kernels, which decline what they do not know: an argument is never ignored in silence."""
+HARMLESS = frozenset(
+    {"is_causal", "num_items_in_batch", "output_hidden_states", "output_router_logits", "tokenizer", "use_cache"}
+)
+"""What hosts pass down to every layer and attention need not read; `generate` lets its tokenizer slip through. Anything
+else that asks for something goes to the kernels, which decline what they do not know: an argument is never ignored in
+silence."""
 
 
+@torch.compiler.disable
 def zebra_attention(
     module: nn.Module,
     query: Tensor,
@@ -113,6 +120,7 @@ def documents(position_ids: Tensor | None, batch: int) -> Tensor | None:
     return nn.functional.pad(starts.cumsum(dim=-1), (1, 0)).expand(batch, -1)
 
 
+@torch.compiler.disable
 def zebra_mask(
     batch_size: int,
     q_length: int,

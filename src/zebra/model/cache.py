@@ -201,9 +201,10 @@ class ExtendedLayer(GrowingLayer):
         self.near = self._near_room.last(self.near[:, :, : max(0, kept)], self.window - 1)
 
     def reset(self) -> None:
-        """Empty it."""
+        """Empty it. Transformers 5.17 would keep zeros in place of the tokens."""
+        self.is_initialized = False
         super().reset()
-        self.near = torch.tensor([])
+        self.keys = self.values = self.near = torch.tensor([])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the beams in another order."""

@@ -106,7 +106,7 @@ def verify(
     if n <= stripes.window:
         raise Refusal(f"a long check goes beyond the window of {stripes.window}; got length {n}. Give a larger length.")
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
-    placed = {"dtype": dtype, "device_map": device}
+    placed: dict[str, Any] = {"dtype": dtype, "device_map": device}
 
     wanted_short, oracle = _source(against, _with_rope(source_config, rope, config), ids, short, stripes, placed)
     found_short, found_long = _plain(target, ids, short, placed)
@@ -134,7 +134,7 @@ def _extended(
     if n <= setting.window:
         raise Refusal(f"Self-Extend {setting} acts beyond {setting.window} tokens; got length {n}. Give a larger one.")
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
-    placed = {"dtype": dtype, "device_map": device}
+    placed: dict[str, Any] = {"dtype": dtype, "device_map": device}
     plain = _logits(_stock(path, placed | {"config": config}), ids[:, : setting.window])
     model = load(path, self_extend=setting, **placed)
     short, found = _logits(model, ids[:, : setting.window]), _ours(model, ids)

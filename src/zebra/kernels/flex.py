@@ -1,0 +1,152 @@
+"""Attention on a GPU by torch's flex_attention, where flash attention cannot serve: softcap, float32, odd head sizes.
+
+    keys ->   S = 10, blocks of 2        # full: every query of the block sees every key; no mask is read
+    queries   # / . . .                  / partial: the mask is applied inside the kernel
+              # # / . .                  . neither computed nor read
+              . # # / .      each block's kind follows from the first and last key that its queries see,
+              . . # # /      and from a running count of the real keys: no N x N mask is built
+
+Query i sees the real keys of [first_i, i]; `first` never falls, so a block's bounds are those of its corner queries.
+
+Its mask and scores are tested on a CPU, by torch's own dense form of it. It has not yet been run on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from zebra.kernels.request import Kernel, Mask, Request
+
+BLOCK = 128
+
+
+def first_seen(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
+    """The first key that each query may see by window and document, (1 or B, T) int32; it never falls along T."""
+    i = torch.arange(keys, device=device)
+    first = torch.zeros_like(i) if mask.window is None else (i - mask.window + 1).clamp(min=0)
+    first = first[None]
+    if mask.documents is not None:
+        begins = pad(mask.documents[:, 1:] != mask.documents[:, :-1], (1, 0), value=True)
+        first = torch.maximum(first, torch.where(begins, i, 0).cummax(dim=1).values)
+    return first[:, keys - queries :].to(torch.int32)
+
+
+def blocks(first: Tensor, real: Tensor | None, keys: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Which blocks of (query, key) are partial and which are full, two bool (1 or B, query blocks, key blocks)."""
+    queries, device = first.shape[1], first.device
+    past = keys - queries
+    top = torch.arange(0, queries, block, device=device)  # the first and the last query of each block
+    bottom = (top + block).clamp(max=queries) - 1
+    left = torch.arange(0, keys, block, device=device)  # likewise of the keys, exclusive at the end
+    right = (left + block).clamp(max=keys)
+    # From the least that any query of the block sees to the most: [first of the top one, the bottom one itself].
+    low = torch.maximum(first[:, top, None], left)
+    high = torch.minimum((past + bottom + 1)[:, None], right)
+    inside = (left >= first[:, bottom, None]) & (right <= (past + top + 1)[:, None])
+    whole = (bottom - top + 1 == block)[:, None] & (right - left == block)
+    if real is None:
+        some, full = low < high, inside & whole
+    else:
+        count = pad(real.cumsum(dim=1), (1, 0))  # real keys before each
+        batch = torch.arange(len(real), device=device)[:, None, None]
+        some = (low < high) & (count[batch, high.clamp(min=0)] > count[batch, low.clamp(max=keys)])
+        full = inside & whole & (count[:, right] - count[:, left] == block)[:, None]
+    return some & ~full, full
+
+
+def block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> Any:
+    """torch's BlockMask of a mask, with the mask function that partial blocks need."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    first = first_seen(mask, batch, queries, keys, device)
+    real = None if mask.keys is None else mask.keys.bool()
+    partial, full = (found.expand(batch, -1, -1)[:, None].to(torch.int32) for found in blocks(first, real, keys))
+    first, last = first.expand(batch, -1).contiguous(), torch.arange(keys - queries, keys, device=device)
+
+    # Only tensors are captured: a number would be a new compilation for each window and each length of the past.
+    def sees(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
+        return (j >= first[b, q]) & (j <= last[q])
+
+    def sees_real(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
+        assert real is not None
+        return (j >= first[b, q]) & (j <= last[q]) & real[b, j]
+
+    return BlockMask.from_kv_blocks(
+        partial.sum(dim=-1, dtype=torch.int32),
+        partial.argsort(dim=-1, descending=True, stable=True).to(torch.int32),
+        full.sum(dim=-1, dtype=torch.int32),
+        full.argsort(dim=-1, descending=True, stable=True).to(torch.int32),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees if real is None else sees_real,
+        seq_lengths=(queries, keys),
+    )
+
+
+FAMILIES = 64
+
+
+@functools.cache
+def _compiled() -> Any:
+    """Compiled for all lengths and windows at once; anew for another dtype, head count, or part of a mask.
+
+    Beyond torch's own limit of eight such families it would silently run dense: here the limit is higher, and an error.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=FAMILIES):
+            return compiled(*arguments, **options)
+
+    return run
+
+
+def flex(request: Request) -> tuple[Tensor, Tensor | None]:
+    """flex_attention under the block mask; not compiled by us on a CPU (dense, for tests) or inside a traced model."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    q = request.q
+    attention = _compiled() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    score = None
+    if request.softcap is not None:
+        cap = torch.full((), request.softcap, dtype=torch.float32, device=q.device)
+
+        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return cap * torch.tanh(s / cap)
+
+    out, aux = attention(
+        q,
+        request.k,
+        request.v,
+        score_mod=score,
+        block_mask=block_mask(request.mask, q.shape[0], request.queries, request.keys, q.device),
+        scale=request.scale,
+        enable_gqa=q.shape[1] != request.k.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return out, aux.lse if request.with_lse else None
+
+
+def _own(request: Request) -> str | None:
+    if request.q.shape[3] < 16:
+        return "it takes head sizes of at least 16"
+    if request.q.is_cuda and torch.cuda.get_device_capability(request.q.device) < (7, 0):
+        return "its compiler needs a GPU of compute capability 7.0 or newer"
+    return None
+
+
+KERNEL = Kernel(
+    name="flex",
+    summary="torch's flex_attention, compiled: softcap, float32, gradient of the log-sum-exp, on a GPU",
+    run=flex,
+    devices=frozenset({"cuda"}),
+    dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    softcap=True,
+    own=_own,
+)

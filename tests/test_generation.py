@@ -1,0 +1,372 @@
+"""Text from a checkpoint: the host's own tokens, in pieces that join to the text, by a seed, within its bounds."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STORIES, TEXT
+from test_cli import Zebra, refused
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import zebra
+from zebra.cli import main
+from zebra.generation import Decoding, Generated, _Writer
+
+ONCE = "Once upon a time, there was"
+
+
+@pytest.fixture(scope="module")
+def striped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return zebra.convert(STORIES, tmp_path_factory.mktemp("striped") / "model", "GLLL:129")
+
+
+@pytest.fixture(scope="module")
+def model(striped: Path) -> Any:
+    return zebra.load(striped)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(STORIES)
+
+
+@pytest.fixture(scope="module")
+def long() -> str:
+    """A prompt beyond the window, within the 512 positions that the model was trained for."""
+    return (TEXT / "tinystories_test.txt").read_text()[:600]
+
+
+def hosts(path: Path, tokenizer: Any, prompt: str, **options: Any) -> tuple[int, ...]:
+    """The new tokens of plain transformers, by its own attention and its own cache."""
+    plain: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    inputs = tokenizer(prompt, return_tensors="pt")
+    cache = DynamicCache(config=plain.config)
+    found = plain.generate(**inputs, past_key_values=cache, **options)
+    return tuple(found[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7, 64, 10_000])
+def test_greedy_tokens_are_the_hosts(model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None) -> None:
+    wanted = hosts(striped, tokenizer, long, max_new_tokens=60, do_sample=False)
+    made = zebra.generate(model, long, max_new_tokens=60, prefill_chunk=chunk)
+    assert made.tokens == wanted
+    assert made.prompt_tokens > 129
+    assert 0 < made.seconds_to_first_token < made.seconds
+    assert made.tokens_per_second is not None
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_beams_are_the_hosts(model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None) -> None:
+    wanted = hosts(striped, tokenizer, long, max_new_tokens=40, do_sample=False, num_beams=3)
+    pieces: list[str] = []
+    made = zebra.generate(model, long, max_new_tokens=40, num_beams=3, prefill_chunk=chunk, on_text=pieces.append)
+    assert made.tokens == wanted
+    assert "".join(pieces) == made.text
+
+
+def test_draws_are_the_hosts_and_go_by_the_seed_alone(
+    model: Any, striped: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cuts = {"temperature": 0.9, "top_p": 0.95, "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1}
+    torch.manual_seed(5)
+    wanted = hosts(striped, tokenizer, ONCE, max_new_tokens=50, do_sample=True, **cuts)
+    before, _ = torch.get_rng_state(), capfd.readouterr()
+    made = zebra.generate(model, ONCE, max_new_tokens=50, seed=5, **cuts)
+    assert made.tokens == wanted
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert zebra.generate(model, ONCE, max_new_tokens=50, seed=5, **cuts).tokens == made.tokens
+    assert zebra.generate(model, ONCE, max_new_tokens=50, seed=6, **cuts).tokens != made.tokens
+    assert capfd.readouterr().err == ""  # the host says nothing of its own
+
+
+def test_nothing_of_the_checkpoints_defaults_but_its_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What generation_config.json recommends is not done unasked; the tokens that end a text are its."""
+    wanted = zebra.generate(model, ONCE, max_new_tokens=60)
+    recommends = copy.deepcopy(model.generation_config)
+    recommends.do_sample, recommends.temperature, recommends.top_k, recommends.num_beams = True, 3.0, 5, 2
+    recommends.repetition_penalty = 2.0
+    monkeypatch.setattr(model, "generation_config", recommends)
+    assert zebra.generate(model, ONCE, max_new_tokens=60).tokens == wanted.tokens
+    recommends.eos_token_id = wanted.tokens[9]
+    made = zebra.generate(model, ONCE)
+    assert made.tokens == wanted.tokens[: wanted.tokens.index(wanted.tokens[9]) + 1]
+    assert made.ended == "end"
+
+
+def test_a_pure_draw_is_not_cut(model: Any, tokenizer: Any) -> None:
+    """The host would keep the likeliest 50 tokens unasked: at a high temperature the tail must come."""
+    logits = model(**tokenizer(ONCE, return_tensors="pt")).logits[0, -1]
+    likeliest = set(logits.topk(50).indices.tolist())
+    drawn = {zebra.generate(model, ONCE, max_new_tokens=1, temperature=50.0, seed=i).tokens[0] for i in range(8)}
+    assert drawn - likeliest
+
+
+def test_how_it_ended(model: Any) -> None:
+    assert zebra.generate(model, ONCE, max_new_tokens=1).ended == "length"
+    made = zebra.generate(model, ONCE, max_new_tokens=60, stop=("zebra", "in the p"))
+    assert made.ended == "stop"
+    assert made.text.endswith("in the p")
+    at_last = zebra.generate(model, ONCE, max_new_tokens=len(made.tokens), stop=("in the p",))
+    assert at_last.ended == "stop"
+
+
+def test_the_pieces_join_to_the_text_and_it_to_the_whole(model: Any, tokenizer: Any) -> None:
+    pieces: list[str] = []
+    made = zebra.generate(model, ONCE, max_new_tokens=100, on_text=pieces.append)
+    assert len(pieces) > 60
+    assert "".join(pieces) == made.text
+    whole = tokenizer.decode([*tokenizer(ONCE).input_ids, *made.tokens], skip_special_tokens=True)
+    assert ONCE + made.text == whole
+    assert made.text.startswith(" ")  # the tokenizer would drop it at the beginning of a text
+
+
+@pytest.mark.parametrize(
+    "text", ["Tom\n  and\n\n Lily", "caf\u00e9 \u732b \U0001f993\U0001f993!", " a", "\u00e9\u732b", "x\n \ny"]
+)
+def test_characters_come_whole(tokenizer: Any, text: str) -> None:
+    """Also behind line breaks, and where one character is several tokens."""
+    prompt, both = (tokenizer(part).input_ids for part in (ONCE, ONCE + text))
+    assert both[: len(prompt)] == prompt
+    pieces: list[str] = []
+    writer = _Writer(tokenizer, pieces.append)
+    writer.put(torch.tensor([prompt]))
+    for token in both[len(prompt) :]:
+        writer.put(torch.tensor([token]))
+    writer.end()
+    assert "".join(pieces) == writer.text == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_characters_end_in_no_error(tokenizer: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        writer = _Writer(tokenizer, None)
+        for size in (5, 1, 1, 3, 20):
+            writer.put(torch.randint(0, 512, (size,), generator=generator))
+        writer.end()
+        assert writer.text
+
+
+def test_half_a_character_is_written_at_the_end(tokenizer: Any) -> None:
+    writer = _Writer(tokenizer, None)
+    writer.put(torch.tensor([tokenizer(ONCE).input_ids]))
+    for token in tokenizer("\u732b").input_ids[-3:-1]:
+        writer.put(torch.tensor([token]))
+    assert writer.text == ""
+    writer.end()
+    assert "\ufffd" in writer.text
+
+
+def test_the_cache_stays_bounded(model: Any, long: str) -> None:
+    """Local layers hold a window, whatever the chunks; the two global layers hold all."""
+    token = 2 * 4 * 8 * 4  # bytes of one key and value: 4 heads of 8 float32 numbers
+    for chunk in (None, 7, 64):
+        made = zebra.generate(model, long, max_new_tokens=40, prefill_chunk=chunk)
+        held = made.prompt_tokens + len(made.tokens) - 1
+        assert made.cache_bytes is not None
+        assert 2 * held * token <= made.cache_bytes <= (1.25 * 2 * held + 2 * 3 * 128) * token
+    plain = AutoModelForCausalLM.from_pretrained(STORIES)
+    assert zebra.generate(plain, ONCE, max_new_tokens=2).cache_bytes is None
+
+
+def test_a_checkpoint_is_loaded_with_what_is_given(striped: Path, model: Any) -> None:
+    one = zebra.generate(STORIES, ONCE, max_new_tokens=30, stripes="GLLL:129", dtype="float32", device="cpu")
+    assert one.tokens == zebra.generate(model, ONCE, max_new_tokens=30).tokens
+    assert isinstance(one, Generated)
+    with pytest.raises(zebra.Refusal, match="stripes, dtype are for loading"):
+        zebra.generate(model, ONCE, stripes="GL:9", dtype="float32")
+
+
+def test_a_model_without_a_checkpoint_needs_a_tokenizer(checkpoints: Callable[..., Path], tokenizer: Any) -> None:
+    loaded = zebra.load(checkpoints("llama", vocab_size=512), stripes="GL:9")
+    with pytest.raises(zebra.Refusal, match="tokenizer"):
+        zebra.generate(loaded, ONCE)
+    assert len(zebra.generate(loaded, ONCE, tokenizer=tokenizer, max_new_tokens=5).tokens) <= 5
+    loaded.name_or_path = ""
+    with pytest.raises(zebra.Refusal, match="Pass tokenizer="):
+        zebra.generate(loaded, ONCE)
+
+
+def test_a_chat_template_is_used_where_there_is_one(model: Any) -> None:
+    own = AutoTokenizer.from_pretrained(STORIES)
+    with pytest.raises(zebra.Refusal, match="no chat template"):
+        zebra.generate(model, ONCE, tokenizer=own, chat=True)
+    own.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} said{% endfor %}"
+    made = zebra.generate(model, ONCE, tokenizer=own, chat=True, max_new_tokens=20)
+    assert made.tokens == zebra.generate(model, ONCE + " said", max_new_tokens=20).tokens
+
+
+def test_a_text_beyond_the_trained_length_is_warned_of_once(model: Any, long: str) -> None:
+    with pytest.warns(UserWarning, match=r"pass the 512 positions .* yarn:8") as told:
+        zebra.generate(model, long * 2, max_new_tokens=5)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zebra.generate(STORIES, long * 2, max_new_tokens=5, rope="yarn:8", device="cpu")
+        zebra.generate(STORIES, long * 2, max_new_tokens=5, rope="base:5000000", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is a whole number of at least 1; got 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk is a whole number of at least 1"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k"),
+        ({"temperature": -0.1}, "at least 0; got -0.1"),
+        ({"temperature": float("nan")}, "at least 0; got nan"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is a probability"),
+        ({"temperature": 1.0, "top_p": 1.1}, "got 1.1"),
+        ({"temperature": 1.0, "min_p": -1.0}, "min_p"),
+        ({"top_p": 0.9, "top_k": 5}, "top_p, top_k cut what is drawn from, but temperature 0"),
+        ({"repetition_penalty": 0.0}, "repetition penalty"),
+        ({"seed": -1}, "a seed"),
+        ({"stop": ("",)}, "stop string"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(zebra.Refusal, match=says.replace(".", r"\.")):
+        Decoding(**wrong)
+
+
+def test_an_interrupt_leaves_the_text_so_far_and_the_callers_state(model: Any) -> None:
+    pieces: list[str] = []
+
+    def interrupt(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 10:
+            raise KeyboardInterrupt
+
+    before, hooks = torch.get_rng_state(), len(model._forward_hooks)
+    with pytest.raises(KeyboardInterrupt):
+        zebra.generate(model, ONCE, prefill_chunk=2, temperature=1.0, on_text=interrupt)
+    assert len(pieces) == 10
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(model._forward_hooks) == hooks
+
+
+def test_the_command_writes_the_text_and_nothing_else(zebra: Zebra, striped: Path, tmp_path: Path, model: Any) -> None:
+    from zebra import generate
+
+    wanted = generate(model, ONCE, max_new_tokens=60)
+    done = zebra("generate", striped, "--prompt", ONCE, "--max-new-tokens", 60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == wanted.text
+    assert "60 new tokens" in done.stderr
+    assert "first token after" in done.stderr
+    (tmp_path / "prompt.txt").write_text(ONCE)
+    for source, options in ((tmp_path / "prompt.txt", {}), ("-", {"input": ONCE})):
+        done = zebra("generate", striped, "--file", source, "--max-new-tokens", 60, "--prefill-chunk", 3, **options)
+        assert (done.returncode, done.stdout) == (0, wanted.text)
+
+    done = zebra("generate", striped, "--prompt", ONCE, "--max-new-tokens", 60, "--num-beams", 2, "--json")
+    found = json.loads(done.stdout)
+    assert found["text"] == generate(model, ONCE, max_new_tokens=60, num_beams=2).text
+    assert found["new_tokens"] == len(found["tokens"]) == 60
+    assert found["decoding"]["seed"] == 0
+    assert found["seconds_to_first_token"] > 0
+    assert {"prompt_tokens", "tokens_per_second", "cache_bytes", "ended", "versions"} <= set(found)
+
+
+def test_the_command_warns_in_one_line(zebra: Zebra, striped: Path) -> None:
+    done = zebra("generate", striped, "--prompt", ONCE, "--max-new-tokens", 600, "--stop", "Lily")
+    assert done.returncode == 0
+    assert done.stdout.endswith("Lily")
+    assert [line[:7] for line in done.stderr.splitlines()] == ["zebra: ", "8 token"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "got neither"),
+        (("--prompt", "a", "--file", "b"), "got both"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--file", "none"), "No such file"),
+        (("--file", "latin"), "not UTF-8 at byte 3"),
+        (("--prompt", "a", "--temperature", "-1"), "a temperature is at least 0"),
+        (("--prompt", "a", "--rope", "dynamic:2"), "a rope of type dynamic"),
+        (("--prompt", "a", "--chat"), "no chat template"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_bad_prompts_are_refused(
+    arguments: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Before the model is loaded."""
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zebra", "generate", str(STORIES), *arguments])
+    monkeypatch.setattr("zebra.generation.load", None)
+    with pytest.raises(SystemExit) as exit:
+        main()
+    out, err = capfd.readouterr()
+    refused(subprocess.CompletedProcess([], exit.value.code, out, err), says)
+
+
+def test_ctrl_c_leaves_the_text_so_far(striped: Path) -> None:
+    command = [sys.executable, "-m", "zebra", "generate", str(striped), "--prompt", ONCE, "--max-new-tokens", "100000"]
+    running = subprocess.Popen(
+        [*command, "--temperature", "30", "--stop", "never there"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert running.stdout is not None
+    first = running.stdout.read(1)
+    running.send_signal(signal.SIGINT)
+    rest, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert len(first + rest) >= 1
+    assert b"interrupted" in told
+    assert b"Traceback" not in told
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("chunk", [None, 1, 7, 64])
+def test_a_padded_batch_in_chunks_is_the_hosts(
+    model: Any, striped: Path, long: str, options: dict[str, Any], chunk: int | None
+) -> None:
+    """By the host's `generate` itself, with the bounded cache and with a static one."""
+    padding = AutoTokenizer.from_pretrained(STORIES, padding_side="left")
+    batch = padding([long, long[40:140], ONCE], return_tensors="pt", padding=True)
+    plain: Any = AutoModelForCausalLM.from_pretrained(striped, attn_implementation="eager")
+    common: dict[str, Any] = {**batch, "max_new_tokens": 20, "do_sample": False}
+    wanted = plain.generate(**common, **{name: value for name, value in options.items() if name == "num_beams"})
+    assert torch.equal(model.generate(**common, **options, prefill_chunk_size=chunk), wanted)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_assisted_decoding_makes_the_hosts_tokens(
+    model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None
+) -> None:
+    wanted = hosts(striped, tokenizer, long, max_new_tokens=30, do_sample=False)
+    inputs = tokenizer(long, return_tensors="pt")
+    dense = zebra.load(STORIES)
+    for helper in ({"assistant_model": dense}, {"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):
+        more = {"prefill_chunk_size": chunk, "max_new_tokens": 30, "do_sample": False}
+        assert tuple(model.generate(**inputs, **helper, **more)[0, inputs["input_ids"].shape[1] :].tolist()) == wanted
+
+
+def test_stop_strings_of_the_host_reach_no_kernel(model: Any, tokenizer: Any) -> None:
+    """The host hands the tokenizer of its stop strings on to every layer."""
+    inputs = tokenizer(ONCE, return_tensors="pt")
+    found = model.generate(**inputs, max_new_tokens=60, stop_strings=["in the p"], tokenizer=tokenizer)
+    assert tokenizer.decode(found[0]).endswith("in the p")
