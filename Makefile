@@ -40,8 +40,8 @@ test-full: check $(LOWEST)/.ready ## The whole law matrix, then the tests with t
 	$(BIN)/pytest -n 2 -m "not gpu"
 	$(LOWEST)/bin/pytest -n 2 -m "not full and not gpu"
 
-bench: $(READY) ## Measure attention on this machine; rows go to benchmarks/results/.
-	$(BIN)/python benchmarks/attention.py
+bench: $(READY) ## Measure time and memory on this machine, an hour: benchmarks/results/, docs/results/speed.md.
+	$(BIN)/python benchmarks/speed.py
 
 clean: ## Remove the environments and the runs.
 	rm -rf $(VENV) $(LOWEST) runs

@@ -34,7 +34,7 @@ RANKS = {
     "__init__": 7,
 }
 STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "positions", "records", "plan"}
-MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation"}
+MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "bench"}
 
 
 def room(module: Path) -> str:

@@ -38,13 +38,17 @@ def note(message: str) -> None:
 
 
 def rows(found: Sequence[Row], as_json: bool) -> None:
-    """Rows of results; of tables there is one, perplexity by position."""
+    """Rows of results; of tables there are two, perplexity by position and benches."""
     if as_json:
         json({"rows": [asdict(row) for row in found]})
     elif any(row.metric == "perplexity" for row in found):
         from zebra.report import position_table
 
         _print(position_table(found))
+    elif any(row.task.startswith("bench ") for row in found):
+        from zebra.report import bench_table
+
+        _print(bench_table(found))
 
 
 def checks(found: Sequence[Check], as_json: bool) -> None:

@@ -27,9 +27,9 @@ from zebra.kernels.request import Kernel, Mask, Request
 from zebra.kernels.tiles import Tile, Tiles
 
 _LOG2E = math.log2(math.e)
-_BLOCKS = (64, 128)
+_BLOCKS = {"small": 64, "middle": 128, "large": 256}
 """Queries of a tile: the fewer, the fewer keys are computed in vain; the more, the faster the products."""
-_PART = 1024
+_PART = 2048
 """Keys of a tile at a time."""
 _SCORES_AT_ONCE = 1 << 20
 """Scores that are formed at a time on a CPU: fewer cost more calls, more leave its caches."""
@@ -43,8 +43,7 @@ class _Walk:
     def __init__(self, q: Tensor, k: Tensor, mask: Mask):
         self.q, self.wide = q, torch.promote_types(q.dtype, torch.float32)
         self.heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
-        narrow = mask.window is not None and mask.window <= 128
-        block = _BLOCKS[not (narrow or self.wide == q.dtype)]
+        block = _BLOCKS[_block(mask, wide=self.wide == q.dtype)]
         self.tiles = Tiles(mask, q.shape[0], q.shape[2], k.shape[2], block=block, part=_PART, group=self.group)
         reach = min(k.shape[2], _PART, k.shape[2] if mask.window is None else mask.window - 1 + block)
         at_once = _SCORES_AT_ONCE if q.device.type == "cpu" else _SCORES_AT_ONCE << 8
@@ -112,6 +111,12 @@ class _Walk:
             return
         found = torch.bmm(a, b, out=self.buffer("product", *into.shape, dtype=a.dtype))
         into.add_(found, alpha=scale) if add else into.copy_(found)
+
+
+def _block(mask: Mask, *, wide: bool) -> str:
+    if mask.window is None:
+        return "large" if mask.documents is None else "middle"
+    return "small" if wide or mask.window <= 128 else "middle"
 
 
 _SCORES = ("scores", "narrow", "ds", "wide ds")

@@ -15,12 +15,12 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import page, sections
+from zebra.report import benches, page, sections
 from zebra.report.figures import standalone
 from zebra.report.page import Figure
 from zebra.report.series import by_kind, groups_of
 
-__all__ = ["position_table", "write_report"]
+__all__ = ["bench_table", "position_table", "write_report"]
 
 
 def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -> None:
@@ -47,6 +47,7 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
         sections.positions(groups),
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
+        benches.benches(kinds["bench"]),
         sections.method(rows),
         sections.others(kinds["other"]),
     ]
@@ -69,8 +70,17 @@ def position_table(rows: Sequence[Row]) -> terminal.Table:
     if not groups:
         tasks = ", ".join(sorted({row.task for row in rows}))
         raise Refusal(f"a table by position needs rows of a task perplexity-*; got the tasks {tasks}. Evaluate first.")
+    return _grid(sections.position_tables(groups))
+
+
+def bench_table(rows: Sequence[Row]) -> terminal.Table:
+    """Measured time and memory for the terminal, beside the plan's prediction and the device's ceilings."""
+    return _grid(benches.bench_tables(by_kind(rows)["bench"]))
+
+
+def _grid(tables: Sequence[page.Table]) -> terminal.Table:
     grid = terminal.Table.grid()
-    for table in sections.position_tables(groups):
+    for table in tables:
         shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
         for i, cell in enumerate(table.head):
             shown.add_column(Text.assemble(cell.text, ("\n" + cell.dim, "dim")), justify="right" if i else "left")

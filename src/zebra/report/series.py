@@ -69,6 +69,8 @@ def _kind(row: Row) -> str:
         return ("position" if step(row) is None else "on the way") if known else "other"
     if (row.task, row.metric) == ("train", "loss") and row.n is not None and step(row) is not None:
         return "loss"
+    if row.task.startswith("bench "):
+        return "bench"
     if row.task == "cost" and row.metric in ("layers", "attention_pairs", "cached_tokens") and row.length is not None:
         return "cost"
     return "speed" if (row.task, row.metric) == ("speed", "evaluation_tokens_per_second") else "other"

@@ -1,0 +1,267 @@
+"""The figures that zebra's speed is held to, measured on this machine: `make bench`.
+
+python benchmarks/speed.py                  everything; half an hour and more on two cores
+python benchmarks/speed.py decode loss      only these parts; their rows replace those that were there
+python benchmarks/speed.py --page           nothing is measured: the page again, from the rows
+
+Rows go to benchmarks/results/cpu.jsonl (cuda.jsonl on a GPU), the page is docs/results/speed.md.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from zebra import records
+from zebra.bench import ceilings
+from zebra.bench.pairing import bench
+from zebra.bench.subjects import FAST, Attention, Ceilings, Decode, Layer, Loss, Paired, Prefill, Sizes, TrainStep
+from zebra.records import Row
+from zebra.refusal import Refusal
+from zebra.report import benches, page
+from zebra.report.page import Cell, Section, Table
+from zebra.report.sections import method
+from zebra.report.series import interval, number, percent
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results" / "speed.md"
+
+_CPU = not torch.cuda.is_available()
+_BOTH = (("float32", _CPU), ("bfloat16", False))
+PARTS: dict[str, tuple[Sizes, ...]] = {
+    "ceilings": (Ceilings(), *([Ceilings(fast_float32=True)] if _CPU else [])),
+    "attention": tuple(Attention(dtype=dtype, fast_float32=fast) for dtype, fast in _BOTH),
+    "train-step": tuple(TrainStep(dtype=dtype, fast_float32=fast) for dtype, fast in _BOTH),
+    "decode": (Decode(fast_float32=_CPU),),
+    "loss": (Loss(fast_float32=_CPU),),
+    "plan": (
+        TrainStep(length=2048, layers=6, heads=4, intermediate=704, memory=False),
+        TrainStep(length=2048, memory=False),
+        TrainStep(length=2048, layers=10, heads=10, intermediate=1728, memory=False),
+    ),
+    "prefill": (Prefill(fast_float32=_CPU),),
+    "layer": (Layer(fast_float32=_CPU),),
+}
+"""What is measured; a part's rows have its name as their run."""
+
+Value = Callable[[list[Row]], tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the table: what is measured, what it is held to, and the value with its evidence, from the rows."""
+
+    work: str
+    against: str
+    line: float
+    stretch: float
+    value: Value
+    unit: str = "×"
+
+    def reached(self, value: float) -> str:
+        """In a word; of a ratio more is better, of a share of memory less."""
+        better = (lambda bound: value <= bound) if self.unit == "of" else (lambda bound: value >= bound)
+        return "stretch" if better(self.stretch) else "passed" if better(self.line) else "missed"
+
+    def shown(self, value: float) -> str:
+        """With the unit."""
+        return {"×": f"{value:.1f} ×", "%": percent(value), "of": f"{value:.3f}"}[self.unit]
+
+
+def _best(rows: Sequence[Row], metric: str, fast: bool = False) -> Row:
+    """Ours, of those with one metric: the kernel with the least of it, or with the greatest share."""
+    ours = [r for r in rows if r.metric == metric and r.model.startswith("zebra") and r.model.endswith(FAST) == fast]
+    if not ours:
+        raise LookupError(metric)
+    return (max if "share" in metric else min)(ours, key=lambda row: row.value)
+
+
+def _peer(rows: Sequence[Row], metric: str, model: str) -> Row:
+    found = [row for row in rows if row.metric == metric and row.model == model]
+    if not found:
+        raise LookupError(model)
+    return found[-1]
+
+
+def _of(rows: Sequence[Row], run: str, dtype: str) -> list[Row]:
+    """The rows of a part in a dtype, at the length that the part has."""
+    lengths = [getattr(sizes, "length", None) for sizes in PARTS[run]]
+    return [row for row in rows if row.run == run and row.task.endswith(dtype) and row.length in lengths]
+
+
+def faster(run: str, dtype: str, peer: str, metric: str = "milliseconds") -> Value:
+    """How many times the peer's median is ours; where the switch was measured too, the same under it."""
+
+    def value(rows: list[Row]) -> tuple[float, str]:
+        here = _of(rows, run, dtype)
+        ours, theirs = _best(here, metric), _peer(here, metric, peer)
+        said = f"{_spread(theirs)} against {_spread(ours)} ms"
+        if any(row.model == peer + FAST for row in here):
+            fast, slow = _best(here, metric, fast=True), _peer(here, metric, peer + FAST)
+            said += f"; with the float32 switch on both sides {slow.value / fast.value:.1f} ×"
+            said += f", on ours alone {theirs.value / fast.value:.1f} ×"
+        return theirs.value / ours.value, said
+
+    return value
+
+
+def share_of_peak(rows: list[Row]) -> tuple[float, str]:
+    """Executed FLOPs of the local layer over what the device could have done meanwhile."""
+    here = _of(rows, "attention", "float32")
+    row = _best(here, "share_of_peak_forward_backward", fast=True)
+    useful = _peer(here, "useful_share_of_peak_forward_backward", row.model)
+    peak = _peer([row for row in rows if row.run == "attention"], "flops_per_second", "float32 products" + FAST)
+    return row.value, f"of {number(peak.value / 1e9)} GFLOP/s; {percent(useful.value)} counting visible pairs only"
+
+
+def memory(run: str, dtype: str, peer: str) -> Value:
+    """Our extra bytes over the peer's."""
+
+    def value(rows: list[Row]) -> tuple[float, str]:
+        here = _of(rows, run, dtype)
+        ours = _best(here, "extra_bytes_forward_backward")
+        theirs = _peer(here, "extra_bytes_forward_backward", peer)
+        return ours.value / theirs.value, f"{ours.value / 2**20:,.0f} of {theirs.value / 2**20:,.0f} MiB"
+
+    return value
+
+
+_LAYER = "local layer forward + backward, N = 16,384, w = 512"
+_MASK = "sdpa, dense mask"
+_STEP = "train step, 20M parameters, N = 8,192"
+_HOST = "transformers, sdpa"
+_TWO = "_forward_backward"
+FIGURES = (
+    Figure(
+        f"{_LAYER}, float32", "transformers sdpa, dense mask, float32", 25, 28,
+        faster("attention", "float32", _MASK, f"milliseconds{_TWO}"),
+    ),
+    Figure(
+        f"{_LAYER}, bf16", "the same, bf16", 30, 36, faster("attention", "bfloat16", _MASK, f"milliseconds{_TWO}"),
+    ),
+    Figure(
+        "local layer, executed FLOPs, float32 with the switch", "the machine's measured matrix peak", 0.47, 0.60,
+        share_of_peak, "%",
+    ),
+    Figure(
+        "its peak memory minus inputs and outputs, 12 heads of 64", "the same of the dense mask", 0.16, 0.08,
+        memory("attention", "float32", _MASK), "of",
+    ),
+    Figure(f"{_STEP}, float32", "transformers default, float32", 2.6, 3.5, faster("train-step", "float32", _HOST)),
+    Figure(
+        f"{_STEP}, bf16 autocast", "transformers default, bf16 autocast", 3.2, 4,
+        faster("train-step", "bfloat16", _HOST),
+    ),
+    Figure(
+        "decode at 32,768 cached, 44M parameters, float32", "transformers default cache, dense layout", 15, 18,
+        faster("decode", "float32", f"{_HOST}, dense"),
+    ),
+    Figure(
+        "loss, 32,000 words, N = 16,384, extra memory", "full logits", 0.045, 0.03,
+        memory("loss", "float32", "full logits"), "of",
+    ),
+)  # fmt: skip
+
+
+def _spread(row: Row) -> str:
+    bounds = interval(row)
+    return number(row.value) + (f" ({number(bounds[0])} to {number(bounds[1])})" if bounds else "")
+
+
+def figures(rows: list[Row]) -> Section:
+    """The table of figures to reach."""
+    body = []
+    for figure in FIGURES:
+        line, stretch = figure.shown(figure.line), figure.shown(figure.stretch)
+        try:
+            value, said = figure.value(rows)
+            measured, verdict = figure.shown(value), figure.reached(value)
+        except LookupError:
+            measured, verdict, said = "–", "not measured", "–"
+        body.append([*map(Cell, (figure.work, figure.against, measured, line, stretch, verdict, said))])
+    head = [*map(Cell, ("work", "against", "measured", "pass line", "stretch", "reached", "evidence"))]
+    prose = (
+        "Medians, the least and the most of the turns in brackets. Both sides take turns in one process, in the same "
+        "dtype. Of memory less is better."
+    )
+    return Section("Figures to reach", [prose, Table("", head, body, numeric=False)])
+
+
+def plan(rows: list[Row]) -> Section:
+    """The plan's step time beside the measured one, for three sizes."""
+    here = [row for row in rows if row.run == "plan"]
+    body = []
+    for task, length in dict.fromkeys((row.task, row.length) for row in here if row.metric == "milliseconds"):
+        of = [row for row in here if (row.task, row.length) == (task, length)]
+        step = _best(of, "milliseconds")
+        guess = _peer(of, "planned_milliseconds", step.model)
+        sizes = task.removeprefix("bench train step: ")
+        cells = f"{sizes}, {length:,} tokens", number(guess.value), _spread(step), f"{guess.value / step.value:.2f}"
+        body.append([*map(Cell, cells)])
+    head = [Cell("train step of zebra"), Cell("planned", "ms"), Cell("measured", "ms"), Cell("planned / measured")]
+    prose = "Ceilings are measured before and after each; the aim is 0.75 to 1.25."
+    return Section("The plan against the clock", [prose, Table("", head, body, numeric=False)] if body else [])
+
+
+def write_page(results: Path, target: Path) -> None:
+    """The page from the rows of both kinds of device, as far as there are any.
+
+    Raises:
+        Refusal: no rows at all.
+    """
+    found = {kind: records.read(file) for kind in ("cpu", "cuda") if (file := results / f"{kind}.jsonl").is_file()}
+    if not any(found.values()):
+        raise Refusal(f"there are no rows in {results}. Measure first: python benchmarks/speed.py")
+    sections = []
+    for kind, rows in found.items():
+        parts = [figures(rows)] if kind == "cpu" else []
+        runs = dict.fromkeys(row.run for row in rows)
+        tables = [table for run in runs for table in benches.bench_tables([row for row in rows if row.run == run])]
+        parts += [plan(rows), Section("All measurements", [benches.HOW, *tables]), method(rows)]
+        name = "" if kind == "cpu" else "GPU: "
+        sections += [part._replace(title=name + part.title) for part in parts if part.blocks]
+    verdict = ["Measured by benchmarks/speed.py, which also wrote this page from the rows in benchmarks/results/."]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    aside.write_text(page.markdown(target.stem, "Speed", verdict, sections), encoding="utf-8")
+    os.replace(aside, target)
+
+
+def measured(part: str) -> list[Row]:
+    """A part's rows."""
+    rows: list[Row] = []
+    for sizes in PARTS[part]:
+        if isinstance(sizes, Paired):
+            made, left_out = bench(sizes)
+            for line in left_out:
+                print(f"{part}, left out: {line}", file=sys.stderr)
+        else:
+            assert isinstance(sizes, Ceilings)
+            made = ceilings.bench(sizes)[1]
+        rows += [replace(row, run=part) for row in made]
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    if unknown := [one for one in arguments if one not in (*PARTS, "--page")]:
+        raise Refusal(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
+    file = RESULTS / f"{'cpu' if _CPU else 'cuda'}.jsonl"
+    for part in [] if "--page" in arguments else arguments or PARTS:
+        print(part, file=sys.stderr)
+        rows = measured(part)  # what was there stays until the new rows are
+        kept = [row for row in (records.read(file) if file.is_file() else []) if row.run != part]
+        records.write(file, sorted([*kept, *rows], key=lambda row: [*PARTS].index(row.run)))
+    write_page(RESULTS, PAGE)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Refusal as refusal:
+        sys.exit(f"speed: {refusal}")

@@ -1,0 +1,183 @@
+"""What can be measured: each subject's sizes, which are the options of `zebra bench SUBJECT`. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from zebra.refusal import Refusal
+from zebra.stripes import Stripes
+
+DTYPES = ("float32", "bfloat16")
+RUN = "bench"
+FAST = ", fast float32"
+"""The rows' run, and what stands behind the name of what ran under the float32 switch."""
+
+
+def _size(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What every subject can be told.
+
+    Raises:
+        Refusal: a size below 1, another dtype, heads that no query group fits, a layout that is none, the float32
+            switch in another dtype.
+    """
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    module: ClassVar[str]
+
+    repeats: int = _size(5, "Timed turns; the median is taken.")
+    seed: int = _size(0, "Seed of the random numbers.")
+    device: str | None = _size(None, "Where to run; a GPU where there is one.")
+    fast_float32: bool = _size(False, "Also with the faster float32 products of a CPU.")
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if type(value) is int and one.name != "seed" and value < 1:
+                raise Refusal(f"--{one.name.replace('_', '-')} is a whole number of at least 1; got {value}. Raise it.")
+        if not 0 <= self.seed < 2**63:
+            raise Refusal(f"--seed is a whole number from 0 to 2^63; got {self.seed}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings(Sizes):
+    """The device's own peaks."""
+
+    name = "ceilings"
+    about = (
+        "Measured peaks of this machine: matrix products by dtype, copies, memory; a file for `zebra plan --device`."
+    )
+    module = "zebra.bench.ceilings"
+
+    size: int | None = _size(None, "Rows of the square matrices; 2,048 on a CPU, 8,192 on a GPU.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired(Sizes):
+    """What every subject with variants can be told besides."""
+
+    dtype: str = _size("float32", "float32 or bfloat16; of a training step, autocast over float32 weights.")
+    batch: int = _size(1, "Rows at a time.")
+    ceilings: str | None = _size(None, "A file of ceilings; measured first otherwise.")
+    memory: bool = _size(True, "Peak memory too, from a fresh process for each variant.")
+
+    def __post_init__(self) -> None:
+        if hasattr(self, "kv_heads") and self.kv_heads is None:
+            object.__setattr__(self, "kv_heads", self.heads)  # type: ignore[attr-defined]
+        super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise Refusal(f"--dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}. Choose one.")
+        if self.fast_float32 and self.dtype != "float32":
+            raise Refusal(f"--fast-float32 changes float32 products; got --dtype {self.dtype}. Drop one of them.")
+        heads, kv_heads = getattr(self, "heads", 1), getattr(self, "kv_heads", 1)
+        if heads % kv_heads:
+            raise Refusal(f"--heads is a multiple of --kv-heads; got {heads} and {kv_heads}.")
+        if getattr(self, "head_size", 2) % 2:
+            raise Refusal(f"--head-size is even, as a rope turns pairs; got {getattr(self, 'head_size', 0)}.")
+        if hasattr(self, "stripes"):
+            Stripes.parse(self.stripes).layer_types(getattr(self, "layers", 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Paired):
+    """One layer's attention."""
+
+    name = "attention"
+    about = "One layer's attention, forward and forward + backward: our kernels against sdpa, eager, flex, flash-attn."
+    module = "zebra.bench.attention"
+
+    length: int = _size(16384, "Tokens.")
+    window: int = _size(512, "Keys that a query sees, its own included.")
+    heads: int = _size(12, "Query heads.")
+    kv_heads: int = _size(None, "Key-value heads; as many as query heads otherwise.")
+    head_size: int = _size(64, "Numbers of a head.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(Paired):
+    """One decoder layer."""
+
+    name = "layer"
+    about = 'One local decoder layer of the host under attention "zebra", sdpa, eager and flex.'
+    module = "zebra.bench.layer"
+
+    length: int = _size(8192, "Tokens.")
+    window: int = _size(512, "Keys that a query sees, its own included.")
+    heads: int = _size(8, "Query heads.")
+    kv_heads: int = _size(None, "Key-value heads; as many as query heads otherwise.")
+    head_size: int = _size(64, "Numbers of a head; heads times this is the hidden size.")
+    intermediate: int = _size(1536, "Width of the MLP.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep(Paired):
+    """A training step of a whole model."""
+
+    name = "train-step"
+    about = "A step of training a random model: forward, loss, backward, fused AdamW; ours against the host's default."
+    module = "zebra.bench.training"
+
+    length: int = _size(8192, "Tokens of a row.")
+    stripes: str = _size("GLLL:512", "The layout.")
+    layers: int = _size(8, "Layers.")
+    heads: int = _size(6, "Query heads.")
+    kv_heads: int = _size(None, "Key-value heads; as many as query heads otherwise.")
+    head_size: int = _size(64, "Numbers of a head; heads times this is the hidden size.")
+    intermediate: int = _size(1024, "Width of the MLP.")
+    words: int = _size(16000, "Vocabulary; embedding and head are one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Generation(Paired):
+    length: int = _size(8192, "Tokens of the text.")
+    stripes: str = _size("GLLL:512", "The layout.")
+    layers: int = _size(8, "Layers.")
+    heads: int = _size(8, "Query heads.")
+    kv_heads: int = _size(None, "Key-value heads; as many as query heads otherwise.")
+    head_size: int = _size(64, "Numbers of a head; heads times this is the hidden size.")
+    intermediate: int = _size(1536, "Width of the MLP.")
+    words: int = _size(32000, "Vocabulary; embedding and head are one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill(_Generation):
+    """A text read into a cache."""
+
+    name = "prefill"
+    about = "A text read into the cache: ours against the host's, striped and dense."
+    module = "zebra.bench.generation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode(_Generation):
+    """One token after a text."""
+
+    name = "decode"
+    about = "One token after a cached text: our cache and attention against the host's, striped and dense."
+    module = "zebra.bench.generation"
+
+    length: int = _size(32768, "Tokens in the cache.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Paired):
+    """The head and the loss."""
+
+    name = "loss"
+    about = "Head and loss, forward + backward: ours against full logits."
+    module = "zebra.bench.loss"
+
+    length: int = _size(16384, "Tokens.")
+    hidden: int = _size(512, "Hidden size.")
+    words: int = _size(32000, "Vocabulary.")
+
+
+SUBJECTS: dict[str, type[Sizes]] = {
+    subject.name: subject for subject in (Attention, Layer, TrainStep, Prefill, Decode, Loss, Ceilings)
+}

@@ -1,0 +1,86 @@
+"""Rows of `zebra bench` as tables: a line for each variant and work, what was predicted beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from zebra.records import Row
+from zebra.report.page import Cell, Section, Table
+from zebra.report.series import DENSE, interval, number, percent
+
+_CEILINGS = "bench ceilings"
+_TIME = "milliseconds"
+_WORKS = {"": "", "_forward_backward": "forward + backward"}
+
+
+HOW = (
+    "Times are medians of turns that the variants took one after another in one process, with the least and the most "
+    "beside them; the ratio is to the first line of the same work. The plan's time is the roofline's, from the "
+    "ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs. Of the "
+    "peak: the share of the matrix product rate that was computed, and of it what the mask asks for."
+)
+"""How its tables are to be read."""
+
+
+def benches(rows: list[Row]) -> Section:
+    """Measured time and memory."""
+    return Section("Measured speed", [HOW, *bench_tables(rows)] if rows else [])
+
+
+def bench_tables(rows: list[Row]) -> list[Table]:
+    """A table for each task and length, and one of ceilings."""
+    places = dict.fromkeys((row.task, row.length) for row in rows if row.task != _CEILINGS)
+    tables = [_table([row for row in rows if (row.task, row.length) == place]) for place in places]
+    if found := [row for row in rows if row.task == _CEILINGS]:
+        body = [[Cell(row.model), Cell(_rate(row))] for row in found]
+        tables.append(Table(f"ceilings of {found[0].device}", [Cell(""), Cell("measured")], body))
+    return tables
+
+
+def _table(rows: list[Row]) -> Table:
+    found = {(row.model, row.layout, row.metric): row for row in rows}
+    lines = [(row.model, row.layout, row.metric.removeprefix(_TIME)) for row in rows if row.metric.startswith(_TIME)]
+    first: dict[str, float] = {}
+    for model, layout, work in lines:
+        first.setdefault(work, found[model, layout, _TIME + work].value)
+
+    def cell(line: tuple[str, str, str], metric: str, show: Callable[[Row], Cell]) -> Cell:
+        model, layout, work = line
+        row = found.get((model, layout, metric + work))
+        return Cell("–") if row is None else show(row)
+
+    columns: list[tuple[Cell, str, Callable[[Row], Cell]]] = [
+        (Cell("milliseconds", "least–most"), _TIME, _time),
+        (Cell("times", "the first"), _TIME, lambda row: _ratio(row, first[row.metric.removeprefix(_TIME)])),
+        (Cell("planned", "ms"), "planned_milliseconds", lambda row: Cell(number(row.value))),
+        (Cell("extra", "MiB"), "extra_bytes", lambda row: Cell(number(row.value / 2**20))),
+        (Cell("of the peak", "computed"), "share_of_peak", lambda row: Cell(percent(row.value))),
+        (Cell("of the peak", "asked for"), "useful_share_of_peak", lambda row: Cell(percent(row.value))),
+        (Cell("tokens", "per second"), "tokens_per_second", lambda row: Cell(number(row.value))),
+    ]
+    columns = [column for column in columns if any(row.metric.startswith(column[1]) for row in rows)]
+    body = []
+    for model, layout, work in lines:
+        name = Cell(model, " ".join(filter(None, (layout, _WORKS.get(work, work)))))
+        body.append([name, *(cell((model, layout, work), metric, show) for _, metric, show in columns)])
+    length = "" if rows[0].length is None else f", {rows[0].length:,} tokens"
+    head = [Cell("variant", f"{DENSE} or stripes"), *(head for head, _, _ in columns)]
+    return Table(rows[0].task.removeprefix("bench ") + length, head, body)
+
+
+def _time(row: Row) -> Cell:
+    bounds = interval(row)
+    return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "")
+
+
+def _ratio(row: Row, first: float) -> Cell:
+    return Cell(f"{row.value / first:.2f}" if first else "–")
+
+
+def _rate(row: Row) -> str:
+    size, unit = {
+        "flops_per_second": (1e9, "GFLOP/s"),
+        "bytes_per_second": (1e9, "GB/s"),
+        "bytes": (2**30, "GiB"),
+    }.get(row.metric, (1, row.metric))
+    return f"{number(row.value / size)} {unit}"

@@ -1,0 +1,442 @@
+"""Benches: turns, medians, gate, memory of a fresh process, every subject, the page. No test looks at speed."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from test_cli import Zebra, refused
+from transformers import DynamicCache
+
+from zebra import kernels, records
+from zebra.bench import alone, attention, ceilings, generation, models, pairing, peers
+from zebra.bench.pairing import Variant, Work
+from zebra.bench.subjects import FAST, SUBJECTS, Attention, Decode, Layer, Loss, Prefill, TrainStep
+from zebra.cli import main
+from zebra.kernels.precision import fast_float32
+from zebra.model.cache import StripedCache
+from zebra.plan import devices
+from zebra.records import Row
+from zebra.refusal import Refusal
+from zebra.report import bench_table, write_report
+from zebra.stripes import visible_pairs
+
+SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_size": 8, "intermediate": 24}
+TINY: dict[str, Any] = {
+    "attention": Attention(length=100, window=20, heads=4, kv_heads=2, head_size=8, repeats=2),
+    "layer": Layer(length=100, window=20, **SMALL, repeats=2),
+    "train-step": TrainStep(length=60, stripes="GL:20", layers=3, words=50, **SMALL, repeats=2),
+    "prefill": Prefill(length=60, stripes="GL:20", layers=3, words=50, **SMALL, repeats=2),
+    "decode": Decode(length=60, stripes="GL:20", layers=3, words=50, **SMALL, repeats=2),
+    "loss": Loss(length=60, hidden=16, words=50, repeats=2),
+}
+
+KNOWN = """
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+import torch
+from zebra.bench.pairing import Case, Variant, Work
+from zebra.bench.subjects import Paired
+
+@dataclass(frozen=True, kw_only=True)
+class Known(Paired):
+    name = "known"
+    module = "known"
+    mebibytes: int = 64
+    error: float = 0.0
+    log: str = ""
+
+def case(sizes):
+    def call():
+        with Path(sizes.log).open("a") as log:
+            log.write("called ")
+        scratch = torch.ones(sizes.mebibytes << 20, dtype=torch.uint8)
+        return [scratch[: 32 << 20].clone()]
+    work = Work(prepare=lambda: call, suffix="_forward_backward", tokens=5, planned=lambda device: 0.25)
+    return Case(task="known", variants=(Variant(name="ours", layout="", works=(work,), gate=lambda: sizes.error),))
+"""
+
+
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A subject that holds a known number of bytes, for this process and for fresh ones."""
+    (tmp_path / "known.py").write_text(KNOWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.delitem(sys.modules, "known", raising=False)
+    return importlib.import_module("known").Known
+
+
+@pytest.fixture
+def peaks(tmp_path: Path) -> str:
+    """A file of ceilings: nothing is measured for them."""
+    path = tmp_path / "peaks.json"
+    path.write_text(json.dumps({"name": "two cores", "flops": {"float32": 2e11, "bfloat16": 9e11}, "bandwidth": 4e10}))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes longer than all the rest."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+
+def test_variants_take_turns_and_the_first_turn_only_warms_up() -> None:
+    said: list[str] = []
+
+    def work(name: str, suffix: str) -> Work:
+        def prepare() -> pairing.Call:
+            said.append(f"prepare {name}{suffix}")
+            return lambda: said.append(name + suffix) or []  # type: ignore[func-returns-value]
+
+        return Work(prepare=prepare, suffix=suffix)
+
+    variants = [Variant(name=n, layout="", works=(work(n, ""), work(n, "_both"))) for n in "ab"]
+    taken = pairing.timings(variants, 3, "cpu")
+    assert said[:4] == ["prepare a", "prepare a_both", "prepare b", "prepare b_both"]
+    assert said[4:] == ["a", "a_both", "b", "b_both"] * 4
+    assert {key: len(times) for key, times in taken.items()} == dict.fromkeys(itertools.product("ab", ("", "_both")), 3)
+
+
+def test_a_row_has_the_median_with_the_least_and_the_most(
+    known: Any, peaks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [9.0, 0.5, 0.1, 0.3, 0.2, 0.4]  # the first is the warm-up
+    clock = itertools.accumulate(itertools.chain.from_iterable((0.0, taken) for taken in seconds))
+    monkeypatch.setattr(pairing.time, "perf_counter", lambda: next(clock))
+    rows, _ = pairing.bench(known(log=str(tmp_path / "log"), memory=False, ceilings=peaks))
+    found = {row.metric: row for row in rows}
+    row = found["milliseconds_forward_backward"]
+    assert (row.value, row.low, row.high) == pytest.approx((300, 100, 500))
+    assert row.n == 5
+    assert found["tokens_per_second_forward_backward"].value == pytest.approx(5 / 0.3)
+    assert found["planned_milliseconds_forward_backward"].value == 250
+    assert row.commit == records.commit()
+    assert row.versions["torch"] == torch.__version__
+
+
+def test_a_call_of_several_tokens_is_timed_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(pairing.time, "perf_counter", lambda: float(next(clock)))
+    variant = Variant(name="a", layout="", works=(Work(prepare=lambda: lambda: [], calls=4),))
+    assert pairing.timings([variant], 2, "cpu") == {("a", ""): [250, 250]}
+
+
+def test_the_gate_refuses_before_anything_is_timed(known: Any, peaks: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for wrong in (0.5, float("nan")):
+        with pytest.raises(Refusal, match=r"ours is off by .* Nothing was measured"):
+            pairing.bench(known(log=str(log), error=wrong, ceilings=peaks))
+    assert not log.exists()
+
+
+@pytest.mark.parametrize("part", ["out", "gradient"])
+def test_a_wrong_kernel_yields_no_row(part: str, peaks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output that is off by a hundredth, or gradients alone."""
+
+    def wrong(request: kernels.Request) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out, lse = kernels.banded.KERNEL.run(request)
+        return (out * 1.01 if part == "out" else out.detach() + 1.01 * (out - out.detach())), lse
+
+    broken = tuple(replace(one, run=wrong) if one.name == "banded" else one for one in kernels.KERNELS)
+    monkeypatch.setattr(kernels, "KERNELS", broken)
+    with pytest.raises(Refusal, match=r"zebra, banded is off by 1\.0e-02"):
+        pairing.bench(replace(TINY["attention"], memory=False, ceilings=peaks))
+
+
+@pytest.mark.skipif(not alone._STATUS.is_file(), reason="this system does not tell a process's peak")
+def test_a_fresh_process_sees_the_bytes_of_a_call_without_its_outputs(known: Any, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    found = pairing.alone(known(log=str(log), mebibytes=96), "ours", "_forward_backward")
+    assert found is not None
+    assert found / 2**20 == pytest.approx(96, abs=4)
+    assert log.read_text() == "called "
+
+
+def test_a_fresh_process_that_fails_costs_its_own_row_alone(
+    known: Any, peaks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairing.sys, "executable", "/bin/false")
+    rows, left_out = pairing.bench(known(log=str(tmp_path / "log"), ceilings=peaks))
+    assert left_out == ("measuring the memory of ours ended with code 1: no word: perhaps memory ran out",)
+    metrics = {row.metric for row in rows}
+    assert "milliseconds_forward_backward" in metrics
+    assert "extra_bytes_forward_backward" not in metrics
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_subject_runs_and_its_rows_render(name: str, dtype: str, peaks: str, tmp_path: Path) -> None:
+    sizes = replace(TINY[name], dtype=dtype, memory=False, ceilings=peaks)
+    assert type(sizes) is SUBJECTS[name]
+    rows, left_out = pairing.bench(sizes)
+    times = [row for row in rows if row.metric.startswith("milliseconds")]
+    assert times[0].model.startswith("zebra")
+    assert len({row.model for row in times}) >= 2
+    for row in times:
+        assert row.n == 2
+        assert row.low <= row.value <= row.high
+        suffix = row.metric.removeprefix("milliseconds")
+        beside = {r.metric: r.value for r in rows if (r.model, r.layout) == (row.model, row.layout)}
+        assert beside["planned_milliseconds" + suffix] > 0
+        assert row.length == sizes.length
+        assert row.task.endswith(dtype)
+    assert {row.metric for row in rows if row.task == "bench ceilings"} == {"flops_per_second", "bytes_per_second"}
+    if name in ("attention", "layer"):
+        assert any("compiler" in line for line in left_out)
+    write_report(rows, tmp_path / "page.html")
+    page = (tmp_path / "page.md").read_text()
+    assert "Other rows" not in page
+    assert "planned ms" in page
+    assert bench_table(rows).row_count == 2
+
+
+@pytest.mark.skipif(not alone._STATUS.is_file(), reason="this system does not tell a process's peak")
+def test_full_logits_take_the_memory_that_they_should() -> None:
+    sizes = Loss(length=1024, words=8000, hidden=16)
+    logits = 4 * 1024 * 8000
+    full = pairing.alone(sizes, "full logits", "_forward_backward")
+    assert full is not None
+    assert 1.9 * logits < full < 5 * logits
+
+
+def test_the_float32_switch_is_a_twin_of_each_variant(peaks: str) -> None:
+    with fast_float32() as on:
+        pass
+    rows, left_out = pairing.bench(replace(TINY["loss"], memory=False, fast_float32=True, ceilings=peaks))
+    names = {row.model for row in rows if row.metric.startswith("milliseconds")}
+    plain = {"zebra", "full logits"}
+    assert names == (plain | {name + FAST for name in plain} if on else plain)
+    assert bool(left_out) != on
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_executed_flops_are_those_of_the_tiles() -> None:
+    """Of the formula all pairs, of the band those of its tiles, which grow as the length does."""
+
+    def forward(name: str, length: int) -> int:
+        sizes = Attention(length=length, window=64, heads=2, head_size=8)
+        q, k, v, _ = attention.inputs(sizes, length)
+        run = Work(prepare=lambda: lambda: [attention._by_kernel(name, 64, q, k, v)])
+        return pairing.executed(Variant(name=name, layout="", works=(run,)), run)
+
+    assert forward("reference", 512) == 4 * 8 * 2 * 512**2
+    counts = [forward("banded", length) for length in (512, 1024, 2048)]
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+    useful = 4 * 8 * 2 * visible_pairs(2048, 64)
+    assert useful < counts[2] < 4 * useful
+
+
+@pytest.mark.parametrize(("length", "window"), [(128, 1), (300, 7), (512, 128), (640, 129), (700, 300), (200, 900)])
+def test_the_blocks_of_flex_cover_the_band_exactly(length: int, window: int) -> None:
+    blocks = peers.band_blocks(length, window, "cpu")
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    band = (i - j >= 0) & (i - j < window)
+
+    def pairs(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        chosen = torch.zeros(indices.shape[-2:], dtype=torch.bool)
+        for row, count in enumerate(counts[0, 0].tolist()):
+            chosen[row, indices[0, 0, row, :count].long()] = True
+        return chosen.repeat_interleave(128, 0).repeat_interleave(128, 1)[:length, :length]
+
+    partial, full = (
+        pairs(blocks.kv_num_blocks, blocks.kv_indices),
+        pairs(blocks.full_kv_num_blocks, blocks.full_kv_indices),
+    )
+    assert not (partial & full).any()
+    assert torch.equal(full | (partial & band), band)
+
+
+def test_eager_is_left_out_where_its_scores_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.os, "sysconf", lambda name: 4096 if "SIZE" in name else 16)
+    case = attention.case(TINY["attention"])
+    assert not any(variant.name == "eager" for variant in case.variants)
+    assert any(line.startswith("eager: its scores") for line in case.left_out)
+
+
+def test_what_another_raises_leaves_it_out() -> None:
+    def fails() -> pairing.Call:
+        raise ValueError("no such\nthing")
+
+    works = (Work(prepare=fails),)
+    case = pairing.Case(task="", variants=(Variant(name="theirs", layout="", works=works, may_fail=True),))
+    assert pairing.tried(case) == pairing.Case(task="", variants=(), left_out=("theirs: no such",))
+    with pytest.raises(ValueError, match="no such"):
+        pairing.timings([Variant(name="ours", layout="", works=works)], 1, "cpu")
+
+
+def test_a_filled_cache_is_what_a_prefill_leaves() -> None:
+    """As many tokens, and after a turn of decode `STEPS` more; ours holds no more than the window in local layers."""
+    sizes = TINY["decode"]
+    made = models.config(sizes, generation.Stripes.parse(sizes.stripes))
+    for cache in (StripedCache(made), DynamicCache(config=made)):
+        held = generation.filled(sizes, cache, 3)
+        assert held.get_seq_length() == sizes.length
+        assert [layer.keys.shape[-2] for layer in held.layers] == [60, 19, 60]
+    kept: list[Any] = []
+    call = generation._decode(
+        sizes, generation.Stripes.parse(sizes.stripes), "zebra", lambda made: kept.append(StripedCache(made)) or kept[0]
+    )
+    assert call()[0].shape == (1, 1, 50)
+    assert kept[0].get_seq_length() == sizes.length + 2 * generation.STEPS
+
+
+def test_ceilings_go_to_the_plan_and_back(zebra: Zebra, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "machine.json"
+    done = zebra("bench", "ceilings", "--size", 64, "--out", path)
+    assert done.returncode == 0, done.stderr
+    assert "float32 products" in done.stdout
+    found = devices.find(path)
+    assert found.source == devices.MEASURED
+    assert found.flops["float32"] > 0
+    done = zebra("plan", ROOT / "examples/stories260K", "--length", 512, "--dtype", "float32", "--device", path)
+    assert done.returncode == 0, done.stderr
+    again = ceilings.measure("cpu", size=32, repeats=1)
+    ceilings.write(path, again)
+    assert devices.find(path) == again
+    assert [file.name for file in path.parent.iterdir()] == ["machine.json"]
+
+
+def test_of_two_measured_ceilings_the_larger_counts() -> None:
+    one, two = (devices.Device("x", {"float32": f}, b, 7, devices.MEASURED) for f, b in ((1.0, 4.0), (2.0, 3.0)))
+    assert ceilings.highest({False: one}, {False: two}) == {False: replace(one, flops={"float32": 2.0})}
+
+
+def test_the_command_prints_a_table_or_json_and_appends_rows(
+    tmp_path: Path, peaks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+
+    def run(*more: str) -> str:
+        sizes = ["--length", "60", "--hidden", "16", "--words", "50", "--repeats", "2", "--no-memory", "--out"]
+        monkeypatch.setattr(sys, "argv", ["zebra", "bench", "loss", *sizes, str(out), "--ceilings", peaks, *more])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code in (0, None)
+        return capsys.readouterr().out
+
+    found = json.loads(run("--json"))["rows"]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == found
+    monkeypatch.setenv("COLUMNS", "200")
+    table = run()
+    for word in ("full logits", "planned", "least–most", "ceilings of two cores"):
+        assert word in table
+    assert len(records.read(out)) == 2 * len(found)
+
+
+def test_a_subject_has_only_its_own_options(zebra: Zebra) -> None:
+    done = zebra("bench", "loss", "--window", 5)
+    assert done.returncode == 2
+    assert "No such option" in done.stderr
+    assert "--words" in zebra("bench", "loss", "--help").stdout
+
+
+BAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "length": ("attention", {"length": 0}, "--length is a whole number of at least 1; got 0"),
+    "heads": ("attention", {"heads": 6, "kv_heads": 4}, "multiple of --kv-heads; got 6 and 4"),
+    "head size": ("decode", {"head_size": 7}, "--head-size is even"),
+    "dtype": ("loss", {"dtype": "int8"}, "--dtype is one of float32, bfloat16; got 'int8'"),
+    "switch": ("loss", {"dtype": "bfloat16", "fast_float32": True}, "--fast-float32 changes float32 products"),
+    "layout": ("train-step", {"stripes": "GX:9"}, "G .global. and L .local."),
+    "layer": ("prefill", {"stripes": "9:5"}, "layer 9"),
+    "repeats": ("ceilings", {"repeats": 0}, "--repeats"),
+    "seed": ("loss", {"seed": -1}, "--seed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sizes_are_refused(case: str) -> None:
+    name, sizes, words = BAD[case]
+    with pytest.raises(Refusal, match=words):
+        SUBJECTS[name](**sizes)
+
+
+def test_refusals_of_the_command_are_one_line(zebra: Zebra, tmp_path: Path) -> None:
+    refused(zebra("bench", "attention", "--window", 0), "--window", "got 0")
+    half = tmp_path / "half.json"
+    half.write_text(json.dumps({"name": "x", "flops": {"bfloat16": 1e9}, "bandwidth": 1e9}))
+    refused(zebra("bench", "loss", "--ceilings", half), "no ceiling for float32")
+
+
+@pytest.fixture
+def speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/speed.py, with its files elsewhere."""
+    spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "speed", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "PAGE", tmp_path / "speed.md")
+    return module
+
+
+def _row(model: str, metric: str, value: float, run: str = "attention", dtype: str = "float32") -> Row:
+    task = f"bench {run}: x, {dtype}"
+    return Row(run=run, model=model, layout="L:512", task=task, metric=metric, value=value, length=16384, n=5)
+
+
+def test_the_page_says_what_was_reached(speed: ModuleType) -> None:
+    both = "milliseconds_forward_backward"
+    rows = [
+        _row("zebra, banded", both, 10.0),
+        _row("zebra, other", both, 12.0),
+        _row("sdpa, dense mask", both, 260.0),
+        _row("zebra, banded", both, 10.0, dtype="bfloat16"),
+        _row("sdpa, dense mask", both, 370.0, dtype="bfloat16"),
+        _row("zebra, banded", "extra_bytes_forward_backward", 20.0),
+        _row("sdpa, dense mask", "extra_bytes_forward_backward", 100.0),
+        _row("zebra, banded" + FAST, "share_of_peak_forward_backward", 0.5),
+        _row("zebra, banded" + FAST, "useful_share_of_peak_forward_backward", 0.4),
+        replace(_row("float32 products" + FAST, "flops_per_second", 2e11), task="bench ceilings", length=None),
+        replace(_row("zebra, banded", both, 1.0), length=512),
+    ]
+    lines = [[cell.text for cell in line] for line in speed.figures(rows).blocks[1].body]
+    assert [line[2:6] for line in lines[:4]] == [
+        ["26.0 ×", "25.0 ×", "28.0 ×", "passed"],
+        ["37.0 ×", "30.0 ×", "36.0 ×", "stretch"],
+        ["50.0\N{NO-BREAK SPACE}%", "47.0\N{NO-BREAK SPACE}%", "60.0\N{NO-BREAK SPACE}%", "passed"],
+        ["0.200", "0.160", "0.080", "missed"],
+    ]
+    assert lines[2][6] == "of 200.0 GFLOP/s; 40.0\N{NO-BREAK SPACE}% counting visible pairs only"
+    assert [line[5] for line in lines[4:]] == ["not measured"] * 4
+
+
+def test_a_part_replaces_its_own_rows_alone(
+    speed: ModuleType, tmp_path: Path, peaks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = _row("zebra, banded", "milliseconds", 1.0)
+    file = tmp_path / "cpu.jsonl"
+    monkeypatch.setattr(speed, "_CPU", True)
+    records.write(file, [other, _row("gone", "milliseconds", 1.0, run="loss")])
+    monkeypatch.setitem(speed.PARTS, "loss", (replace(TINY["loss"], memory=False, ceilings=peaks),))
+    speed.main(["loss"])
+    rows = records.read(file)
+    assert rows[0] == other
+    assert {row.model for row in rows[1:]} == {"zebra", "full logits", "float32 products", "copy"}
+    assert {row.run for row in rows[1:]} == {"loss"}
+    page = (tmp_path / "speed.md").read_text()
+    assert "| full logits" in page
+    speed.main(["--page"])
+    assert (tmp_path / "speed.md").read_text() == page
+    with pytest.raises(Refusal, match="parts are ceilings, attention"):
+        speed.main(["attentoin"])
+
+
+def test_the_pages_plan_is_planned_over_measured(speed: ModuleType) -> None:
+    task = "bench train step: 9M parameters, float32"
+    make = {"run": "plan", "layout": "GLLL:512", "task": task, "length": 2048, "model": "zebra"}
+    rows = [Row(metric="milliseconds", value=200.0, **make), Row(metric="planned_milliseconds", value=150.0, **make)]
+    line = [cell.text for cell in speed.plan(rows).blocks[1].body[0]]
+    assert line == ["9M parameters, float32, 2,048 tokens", "150.0", "200.0", "0.75"]
