@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zebra.plan.decoder import Decoder
+from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
 
@@ -36,7 +37,7 @@ class Run:
         batch: rows at a time.
         dtype: of weights and activations; in training bfloat16 is autocast over float32 weights, as `zebra adapt` runs.
         lora: the rank, in q, k, v and o, embeddings and norms trained whole; frozen weights are held in `dtype`.
-        self_extend: (G, W), in global layers.
+        self_extend: in global layers.
 
     Raises:
         Refusal: an unknown dtype or phase, a number below 1, training options outside training, float16 or
@@ -51,7 +52,7 @@ class Run:
     phase: str = "prefill"
     checkpointing: bool = False
     lora: int | None = None
-    self_extend: tuple[int, int] | None = None
+    self_extend: SelfExtend | None = None
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -67,7 +68,7 @@ class Run:
             raise Refusal(f"checkpointing and LoRA belong to the phase train; got the phase {self.phase}. Drop them.")
         self.decoder.kinds(self.stripes)  # refuses a layer beyond the model
         if self.self_extend is not None:
-            _check_self_extend(self, *self.self_extend)
+            _check_self_extend(self, self.self_extend)
 
     @property
     def tokens(self) -> int:
@@ -79,25 +80,16 @@ class Run:
         return self.decoder.kinds(self.stripes).count(kind)
 
 
-def _check_self_extend(run: Run, group: int, window: int) -> None:
-    if group < 1 or window < 1:
-        raise Refusal(f"Self-Extend takes a group and a window of at least 1; got {group}:{window}. Write 8:1024.")
+def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     if run.phase == "train":
         raise Refusal("Self-Extend needs no training and is not reckoned in it. Take the phase prefill or decode.")
     trained, length = run.decoder.trained_length, run.length + (run.phase == "decode")
-    if length > (reach := self_extend_reach(trained, group, window)):
+    setting.check(trained)
+    if length > (reach := setting.reach(trained)):
         raise Refusal(
-            f"Self-Extend {group}:{window} takes a model trained at {trained:,} tokens to {max(0, reach):,}; got "
-            f"{length:,}. Raise the group or lower the length."
+            f"Self-Extend {setting} takes a model trained at {trained:,} tokens to {reach:,}; got {length:,}. "
+            f"Raise the group, write auto:{length}, or lower the length."
         )
-
-
-def self_extend_reach(trained: int, group: int, window: int) -> int:
-    """The longest input of a model trained at L: the largest whose every mapped distance is below L.
-
-    G (L - W + floor(W / G)), which is (L - W) G + W where G divides W (arXiv 2401.01325, section 3).
-    """
-    return trained if group == 1 else group * (trained - window + window // group)
 
 
 def chunk_pairs(past: int, new: int, window: int | None = None) -> int:

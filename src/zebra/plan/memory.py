@@ -31,7 +31,7 @@ def cached_tokens(run: Run) -> int:
     Under Self-Extend a global layer keeps at most N + W: the keys of the last W in both rotations.
     """
     window = run.stripes.window if run.stripes else 1
-    far = min(run.self_extend[1], run.length) if run.self_extend else 0
+    far = min(run.self_extend.window, run.length) if run.self_extend else 0
     return run.batch * (run.count(GLOBAL) * (run.length + far) + run.count(LOCAL) * min(run.length, window - 1))
 
 
