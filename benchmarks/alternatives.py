@@ -1,45 +1,90 @@
-"""Perplexity by position of what needs no training: rotary scaling by the host, on the demo's checkpoint and text.
+"""Perplexity by position of what needs no training, on the demo's text: the host's rotary scaling, and Self-Extend.
 
-python benchmarks/alternatives.py        writes rows to benchmarks/results/alternatives.jsonl
+python benchmarks/alternatives.py                 the example checkpoint: rows and the picture of the README
+python benchmarks/alternatives.py CHECKPOINT      another one, on the same text: rows, named by its directory
+python benchmarks/alternatives.py --picture       nothing is measured: the picture again, from the rows
+
+Rows go to benchmarks/results/alternatives.jsonl (alternatives-<name>.jsonl), after each measurement; twenty minutes on one
+core. The picture is docs/images/alternatives.svg. Nothing is drawn at random but the intervals, by seed 0.
 """
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from matplotlib.axes import Axes
 
-import zebra.model.attention  # noqa: F401  registers "zebra"
 from zebra import records
-from zebra.evaluate.perplexity import as_rows, perplexity, read_text
-from zebra.model.checkpoint import load_tokenizer
-from zebra.model.hosts import best_device, device_name
+from zebra.evaluate.perplexity import rows_of
+from zebra.model.checkpoint import read_config
+from zebra.records import Row
+from zebra.report.figures import drawn, plot_positions, standalone
+from zebra.report.series import groups_of
 from zebra.train.recipe import AdaptRecipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
-FACTOR = 8.0
-SCALINGS = {
-    "linear interpolation": {"rope_type": "linear", "factor": FACTOR},
-    "dynamic NTK": {"rope_type": "dynamic", "factor": 1.0},  # stretches by length / 512, here 8
-    "YaRN": {"rope_type": "yarn", "factor": FACTOR, "original_max_position_embeddings": 512},
-}
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "images" / "alternatives.svg"
+TIMES = (16, 8)
+"""Lengths, as multiples of the trained one: the picture's, and the one that the demo adapts to."""
 
 
-def main() -> None:
+def variants(trained: int, length: int) -> list[dict[str, str]]:
+    """What `rows_of` is asked for: as it is, the three ropes, Self-Extend by the sizing rule and by hand, with stripes."""
+    factor = length // trained
+    auto = {"self_extend": f"auto:{length}"}
+    ropes = [{"rope": name} for name in (f"linear:{factor}", "dynamic:1", f"yarn:{factor}")]  # dynamic goes by length
+    return [{}, *ropes, auto, {"self_extend": f"32:{trained // 8}"}, {"stripes": f"GLLL:{trained // 4 + 1}", **auto}]
+
+
+def measure(checkpoint: Path, path: Path) -> None:
     recipe = read_recipe(ROOT / "recipes" / "demo.yaml", AdaptRecipe)
     asked = recipe.evaluate
     assert asked is not None
-    rows = []
-    for name, scaling in SCALINGS.items():
-        config = AutoConfig.from_pretrained(recipe.model)
-        text = read_text(asked.files, load_tokenizer(recipe.model, config), separator=asked.separator)
-        config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **scaling}
-        model = AutoModelForCausalLM.from_pretrained(recipe.model, config=config, attn_implementation="zebra")
-        scores = perplexity(model.to(best_device()), text.joined(asked.length), length=asked.length)
-        common = {"run": "alternatives", "model": f"stories260K, {name}", "layout": "dense"}
-        rows += as_rows(scores, asked.length, asked.convention, seed=0, device=device_name(model.device), **common)
-    records.write(ROOT / "benchmarks" / "results" / "alternatives.jsonl", rows)
-    for row in rows:
-        print(f"{row.model:40} {row.position_from:>6,}-{row.position_to:<6,} {row.value:10,.2f}")
+    trained = read_config(str(checkpoint)).max_position_embeddings
+    rows: list[Row] = []
+    for times in TIMES:
+        for variant in variants(trained, times * trained):
+            found = rows_of(
+                checkpoint,
+                [str(ROOT / file) for file in asked.files],
+                lengths=[times * trained],
+                convention=asked.convention,
+                separator=asked.separator,
+                join=asked.join,
+                run="alternatives",
+                **variant,
+            )
+            rows += [replace(row, model=checkpoint.name) for row in found]
+            records.write(path, rows)
+            for row in rows[-len(found) :]:
+                print(f"{row.layout:32} {row.position_from:>6,}-{row.position_to:<6,} {row.value:10,.2f}", flush=True)
+
+
+def picture(path: Path) -> None:
+    """The longest length, without what is Self-Extend by hand or with stripes."""
+    rows = list(records.read(path))
+    longest = max(row.length or 0 for row in rows)
+    shown = list(dict.fromkeys(row.layout for row in rows if row.length == longest))[:5]
+    (group,) = groups_of(row for row in rows if row.length == longest and row.layout in shown)
+
+    def plot(axes: Axes) -> None:
+        plot_positions(axes, group)
+
+    PICTURE.write_text(standalone(drawn("alternatives", plot)), encoding="utf-8")
+
+
+def main(argument: str | None = None) -> None:
+    example = ROOT / "examples" / "stories260K"
+    if argument == "--picture":
+        return picture(RESULTS / "alternatives.jsonl")
+    checkpoint = Path(argument) if argument else example
+    path = RESULTS / ("alternatives.jsonl" if checkpoint == example else f"alternatives-{checkpoint.name.lower()}.jsonl")
+    measure(checkpoint, path)
+    if checkpoint == example:
+        picture(path)
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])
