@@ -4,8 +4,8 @@ python benchmarks/alternatives.py                 the example checkpoint: rows a
 python benchmarks/alternatives.py CHECKPOINT      another one, on the same text: rows, named by its directory
 python benchmarks/alternatives.py --picture       nothing is measured: the picture again, from the rows
 
-Rows go to benchmarks/results/alternatives.jsonl (alternatives-<name>.jsonl), after each measurement; twenty minutes on one
-core. The picture is docs/images/alternatives.svg. Nothing is drawn at random but the intervals, by seed 0.
+Rows go to benchmarks/results/alternatives.jsonl (alternatives-<name>.jsonl), after each measurement; the picture is
+docs/images/alternatives.svg. A quarter of an hour on one core. Only the intervals are drawn at random, by seed 0.
 """
 
 import sys
@@ -30,34 +30,39 @@ TIMES = (16, 8)
 
 
 def variants(trained: int, length: int) -> list[dict[str, str]]:
-    """What `rows_of` is asked for: as it is, the three ropes, Self-Extend by the sizing rule and by hand, with stripes."""
+    """What `rows_of` is asked for: as it is, three ropes, Self-Extend by the sizing rule, by hand, and with stripes."""
     factor = length // trained
     auto = {"self_extend": f"auto:{length}"}
     ropes = [{"rope": name} for name in (f"linear:{factor}", "dynamic:1", f"yarn:{factor}")]  # dynamic goes by length
     return [{}, *ropes, auto, {"self_extend": f"32:{trained // 8}"}, {"stripes": f"GLLL:{trained // 4 + 1}", **auto}]
 
 
-def measure(checkpoint: Path, path: Path) -> None:
-    recipe = read_recipe(ROOT / "recipes" / "demo.yaml", AdaptRecipe)
-    asked = recipe.evaluate
+def measured(checkpoint: Path, length: int, variant: dict[str, str]) -> list[Row]:
+    """One variant at one length, on the text that the demo is measured on."""
+    asked = read_recipe(ROOT / "recipes" / "demo.yaml", AdaptRecipe).evaluate
     assert asked is not None
+    found = rows_of(
+        checkpoint,
+        [str(ROOT / file) for file in asked.files],
+        lengths=[length],
+        convention=asked.convention,
+        separator=asked.separator,
+        join=asked.join,
+        run="alternatives",
+        **variant,
+    )
+    return [replace(row, model=checkpoint.name) for row in found]
+
+
+def measure(checkpoint: Path, path: Path) -> None:
     trained = read_config(str(checkpoint)).max_position_embeddings
     rows: list[Row] = []
-    for times in TIMES:
-        for variant in variants(trained, times * trained):
-            found = rows_of(
-                checkpoint,
-                [str(ROOT / file) for file in asked.files],
-                lengths=[times * trained],
-                convention=asked.convention,
-                separator=asked.separator,
-                join=asked.join,
-                run="alternatives",
-                **variant,
-            )
-            rows += [replace(row, model=checkpoint.name) for row in found]
+    for length in (times * trained for times in TIMES):
+        for variant in variants(trained, length):
+            found = measured(checkpoint, length, variant)
+            rows += found
             records.write(path, rows)
-            for row in rows[-len(found) :]:
+            for row in found:
                 print(f"{row.layout:32} {row.position_from:>6,}-{row.position_to:<6,} {row.value:10,.2f}", flush=True)
 
 
@@ -79,7 +84,9 @@ def main(argument: str | None = None) -> None:
     if argument == "--picture":
         return picture(RESULTS / "alternatives.jsonl")
     checkpoint = Path(argument) if argument else example
-    path = RESULTS / ("alternatives.jsonl" if checkpoint == example else f"alternatives-{checkpoint.name.lower()}.jsonl")
+    path = RESULTS / (
+        "alternatives.jsonl" if checkpoint == example else f"alternatives-{checkpoint.name.lower()}.jsonl"
+    )
     measure(checkpoint, path)
     if checkpoint == example:
         picture(path)
