@@ -74,8 +74,9 @@ def retrieval(
 def _generated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sample], chunk: int
 ) -> list[float]:
-    room = max(sample.room for sample in batch)
-    new = continued(model, tokenizer, _prompts(model, batch), max_new_tokens=room, prefill_chunk=chunk)
+    ids, room = _prompts(model, batch), max(sample.room for sample in batch)
+    in_chunks = {"prefill_chunk": chunk} if ids.shape[1] > chunk else {}
+    new = continued(model, tokenizer, ids, max_new_tokens=room, **in_chunks)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [
         sum(says(text, answer.text) for answer in sample.answers) / len(sample.answers)
@@ -86,7 +87,7 @@ def _generated(
 def _preferred(model: PreTrainedModel, batch: Sequence[Sample], chunk: int) -> list[float]:
     table, answers = likelihoods(model, batch, chunk), len(batch[0].answers)
     best_wrong = table[:, answers:].amax(dim=1, keepdim=True)
-    return (table[:, :answers] > best_wrong).float().mean(dim=1).tolist()
+    return (table[:, :answers] > best_wrong).double().mean(dim=1).tolist()
 
 
 def likelihoods(model: PreTrainedModel, batch: Sequence[Sample], chunk: int = BATCH_TOKENS) -> Tensor:
