@@ -220,6 +220,20 @@ def test_a_scale_that_is_not_positive_is_not_for_the_fused_kernel() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "length", "size", "name"),
+    [
+        (torch.float32, 1024, 64, "fused"),
+        (torch.bfloat16, 1024, 64, "banded"),
+        (torch.bfloat16, 1023, 64, "fused"),
+        (torch.bfloat16, 1024, 56, "fused"),
+    ],
+)
+def test_long_global_layers_in_bfloat16_go_by_tiles(dtype: torch.dtype, length: int, size: int, name: str) -> None:
+    q = torch.zeros(1, 1, length, size, dtype=dtype)
+    assert choose(Request(q, q, q, Mask(), 1.0, with_lse=False)).name == name
+
+
 def test_the_scale_is_one_over_the_root_of_the_head_size_by_default() -> None:
     q, k, v = drawn(9, 9, size=16)
     for name in ("fused", "banded", "reference"):
