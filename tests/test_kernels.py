@@ -827,15 +827,15 @@ def test_dtypes_that_no_kernel_takes(dtypes: tuple[torch.dtype, ...]) -> None:
 def test_a_kernel_without_backward_or_for_another_device_declines() -> None:
     q, k, v = drawn(4, 4)
     forward_only = kernels.Kernel("x", "x", run=reference.reference, backward=False, devices=frozenset({"cpu"}))
-    assert forward_only.declines(request_of(q, k, v, Mask())) is None
+    assert forward_only.declines(Request(q, k, v, Mask(), 1.0)) is None
     for leaf in (q, k, v):
         leaf.requires_grad_()
-        assert forward_only.declines(request_of(q, k, v, Mask())) == "it has no backward"
+        assert forward_only.declines(Request(q, k, v, Mask(), 1.0)) == "it has no backward"
         with torch.no_grad():
-            assert forward_only.declines(request_of(q, k, v, Mask())) is None
+            assert forward_only.declines(Request(q, k, v, Mask(), 1.0)) is None
         leaf.requires_grad_(False)
     elsewhere = kernels.Kernel("x", "x", run=reference.reference, devices=frozenset({"cuda"}))
-    assert elsewhere.declines(request_of(q, k, v, Mask())) == "it runs on cuda, not on cpu"
+    assert elsewhere.declines(Request(q, k, v, Mask(), 1.0)) == "it runs on cuda, not on cpu"
 
 
 @pytest.mark.parametrize(
