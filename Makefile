@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOWEST := .venv-lowest
 RANKS_0_TO_2 := src/zebra/refusal.py src/zebra/progress.py src/zebra/staged.py src/zebra/stripes.py src/zebra/masks.py \
-	src/zebra/records.py src/zebra/plan src/zebra/kernels src/zebra/data src/zebra/model
+	src/zebra/positions.py src/zebra/records.py src/zebra/plan src/zebra/kernels src/zebra/data src/zebra/model
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check test-full bench clean

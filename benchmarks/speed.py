@@ -37,16 +37,16 @@ _BOTH = (("float32", _CPU), ("bfloat16", False))
 PARTS: dict[str, tuple[Sizes, ...]] = {
     "ceilings": (Ceilings(), *([Ceilings(fast_float32=True)] if _CPU else [])),
     "attention": tuple(Attention(dtype=dtype, fast_float32=fast) for dtype, fast in _BOTH),
-    "train-step": tuple(TrainStep(dtype=dtype, fast_float32=fast) for dtype, fast in _BOTH),
-    "decode": (Decode(fast_float32=_CPU),),
-    "loss": (Loss(fast_float32=_CPU),),
+    "train-step": tuple(TrainStep(dtype=dtype) for dtype, _ in _BOTH),
+    "decode": (Decode(),),
+    "loss": (Loss(),),
     "plan": (
         TrainStep(length=2048, layers=6, heads=4, intermediate=704, memory=False),
         TrainStep(length=2048, memory=False),
         TrainStep(length=2048, layers=10, heads=10, intermediate=1728, memory=False),
     ),
-    "prefill": (Prefill(fast_float32=_CPU),),
-    "layer": (Layer(fast_float32=_CPU),),
+    "prefill": (Prefill(),),
+    "layer": (Layer(),),
 }
 """What is measured; a part's rows have its name as their run."""
 

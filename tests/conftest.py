@@ -69,6 +69,24 @@ MEMBERS: dict[str, dict[str, Any]] = {
 }
 """One tiny member for each row of the family table that has a route."""
 EVERY_MEMBER = tuple(MEMBERS)
+UNROUTED: dict[str, dict[str, Any]] = {
+    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "arcee": {},
+    "gemma": {"head_dim": 8},
+    "gpt_neox": {},
+    "granite": {"attention_multiplier": 0.3, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 4},
+    "nemotron": {},
+    "olmo": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phi": {},
+    "phi3": {},
+    "seed_oss": {"head_dim": 8},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": None},
+}
+"""Families without a route, which Self-Extend serves without stripes."""
 FIXED = {"gemma3_text": "1,3", "mellum": "1,3", "cohere2": "3"}
 """Members whose layers keep their kind, with the global layers of the tiny one."""
 
@@ -81,7 +99,7 @@ def fitting(member: str, layout: str) -> str:
 def tiny_config(member: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
-    shape = SHAPE | MEMBERS[member] | changes
+    shape = SHAPE | (MEMBERS | UNROUTED).get(member, {}) | changes
     return AutoConfig.for_model(shape.pop("model_type", member), **shape)
 
 

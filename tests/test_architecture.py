@@ -17,6 +17,7 @@ RANKS = {
     "staged": -1,
     "stripes": 0,
     "masks": 0,
+    "positions": 0,
     "records": 0,
     "kernels": 1,
     "data": 1,
@@ -32,7 +33,7 @@ RANKS = {
     "__main__": 8,
     "__init__": 8,
 }
-STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "records", "plan"}
+STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "positions", "records", "plan"}
 MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "bench"}
 
 

@@ -159,8 +159,8 @@ BAD = {
         ["disjoint, strided, truncated"],
     ),
     "self-extend": (
-        ["evaluate", "perplexity", STORIES, "short.txt", "--length", "9", "--self-extend", "8:256"],
-        ["Self-Extend"],
+        ["evaluate", "perplexity", STORIES, "short.txt", "--length", "9", "--self-extend", "8:512"],
+        ["below the trained length", "trained at 512"],
     ),
     "missing recipe": (["adapt", "nothing.yaml"], ["nothing.yaml cannot be read"]),
     "unknown key": (["adapt", "recipe.yaml", "--set", "train.lenght=9"], ["unknown key train.lenght", "length"]),

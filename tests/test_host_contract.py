@@ -6,23 +6,27 @@ A test that fails here says which promise of the host has changed, before anythi
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_MEMBER, FIXED, MEMBERS, SHAPE, fitting, tiny_config, tiny_model
+from conftest import EVERY_MEMBER, FIXED, MEMBERS, ROOT, SHAPE, UNROUTED, fitting, tiny_config, tiny_model
 from transformers import AttentionInterface, AutoConfig, DynamicCache, Trainer, TrainingArguments
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask
 
 import zebra
-from zebra import Refusal
+from zebra import Refusal, SelfExtend
 from zebra.kernels import attend
 from zebra.model import attention
 from zebra.model.attention import HARMLESS, NAME, zebra_attention
+from zebra.model.cache import ExtendedLayer
+from zebra.model.extend import bounded_cache, extend
 from zebra.model.families import ROUTES, host_class, route, striped
-from zebra.model.loss import head_of
+from zebra.model.formula import by_formula
+from zebra.model.loss import head_of, without_logits
 from zebra.stripes import Stripes
 
 LAYOUT = "GLLL:9"
@@ -304,3 +308,60 @@ def test_the_trainer_counts_tokens_for_our_loss_and_calls_back_after_a_save() ->
     source = inspect.getsource(Trainer._maybe_log_save_evaluate)
     assert source.index("self._save_checkpoint") < source.index("on_save")
     assert "average_tokens_across_devices" in inspect.signature(TrainingArguments.__init__).parameters
+
+
+# Self-Extend
+
+
+EXTENDABLE = [member for member in EVERY_MEMBER if member != "cohere2"] + list(UNROUTED)
+
+
+@pytest.mark.parametrize("family", EXTENDABLE)
+def test_a_host_hands_keys_through_the_cache_unread_and_turns_by_halves(family: str) -> None:
+    """All that Self-Extend asks of a host: it equals its dense formula, with the cache and without."""
+    model = tiny_model(family)
+    model.set_attn_implementation(NAME)
+    extend(model, SelfExtend(3, 7))
+    whole = model(IDS, use_cache=False).logits
+    with by_formula(model, SelfExtend(3, 7)) as formula:
+        wanted = formula(IDS)
+    assert (whole - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    cache = bounded_cache(model)
+    parts = [model(part, past_key_values=cache, use_cache=True).logits for part in IDS.split([13, 1, 20, 6], dim=1)]
+    assert (torch.cat(parts, dim=1) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    assert any(isinstance(layer, ExtendedLayer) for layer in cache.layers)
+    with by_formula(model, None) as formula:
+        assert (whole - formula(IDS)).abs().max() > 1e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("family", UNROUTED)
+def test_the_head_of_a_family_without_a_route_is_the_hosts(family: str) -> None:
+    """Perplexity under Self-Extend rests on it."""
+    model = tiny_model(family)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        torch.nn.init.normal_(bias)
+    nothing = model(IDS, **without_logits())
+    assert nothing.logits.shape == (2, 0, 97)
+    wanted = model(IDS, use_cache=False).logits
+    torch.testing.assert_close(head_of(model).logits(nothing.hidden_states[-1]), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_hosts_angles_are_taken_in_float32() -> None:
+    """`turn_between` repeats them."""
+    rotary = tiny_model("llama", head_dim=16).double().model.rotary_emb
+    positions = torch.arange(100_000, 100_030)[None]
+    cos, _ = rotary(torch.zeros(1, dtype=torch.float64), positions)
+    angles = positions.float()[..., None] * rotary.inv_freq.float()
+    assert torch.equal(cos[..., :8], angles.cos().double())
+
+
+def test_the_documentation_names_the_families_that_are_tried_with_self_extend() -> None:
+    text = (ROOT / "docs" / "hosts.md").read_text()
+    section = text[text.index("## Self-Extend") :]
+    named = set(re.findall(r"`([a-z0-9_]+)`", section[: section.index("Refused")]))
+    assert named >= {route_or_own(member) for member in EXTENDABLE}
+
+
+def route_or_own(member: str) -> str:
+    return str(tiny_config(member).model_type)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import zebra
 from zebra import kernels
-from zebra.model.cache import StripedCache
+from zebra.model.extend import bounded_cache
 
 WINDOW = 9
 LAYOUT = f"GLLL:{WINDOW}"
@@ -30,6 +30,10 @@ EXPERTS = [member for member in EVERY_MEMBER if "num_experts_per_tok" in MEMBERS
 ONLY_EAGER = ("gemma2", "granite_swa", "gpt_oss")
 """Those whose scores are capped or share their softmax with a sink, which the host's sdpa does not know."""
 KERNELS = ["reference", "banded", "table"]
+NOT_EXTENDED = ("cohere2",)
+"""Whose global layers have no rope."""
+EXTENDED = pytest.mark.parametrize("setting", [None, "3:7"], ids=["stripes", "self-extend"])
+"""The law holds for stripes alone, and with Self-Extend in the global layers."""
 
 pytestmark = [
     pytest.mark.parametrize(
@@ -48,10 +52,18 @@ def _by_kernel(kernel: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def model(family: str, dtype: torch.dtype, checkpoints: Callable[..., Path]) -> Any:
+def setting() -> str | None:
+    """Of Self-Extend; a law that holds under it parametrizes this."""
+    return None
+
+
+@pytest.fixture
+def model(family: str, dtype: torch.dtype, setting: str | None, checkpoints: Callable[..., Path]) -> Any:
+    if setting and family in NOT_EXTENDED:
+        pytest.skip("its global layers have no rope")
     if dtype is torch.bfloat16 and family in EXPERTS:
         pytest.skip("a router sends tokens to other experts with bfloat16's rounding")
-    return zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT), dtype=dtype)
+    return zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT), self_extend=setting, dtype=dtype)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -83,10 +95,24 @@ def test_law_1_a_window_as_long_as_the_text_is_global(model: Any, family: str, d
     differ(logits(model, longer)[:, WINDOW].float(), logits(dense, longer)[:, WINDOW].float())
 
 
+def test_law_1_a_neighbour_window_as_long_as_the_text_is_the_plain_model(
+    family: str, dtype: torch.dtype, checkpoints: Callable[..., Path]
+) -> None:
+    if family in NOT_EXTENDED or (dtype is torch.bfloat16 and family in EXPERTS):
+        pytest.skip("as in the fixture")
+    arguments: dict[str, Any] = {"stripes": fitting(family, LAYOUT), "dtype": dtype}
+    plain = zebra.load(checkpoints(family), **arguments)
+    extended = zebra.load(checkpoints(family), self_extend="4:12", **arguments)
+    agree(logits(extended, tokens(2, 12)), logits(plain, tokens(2, 12)))
+    agree(logits(extended, tokens(2, 40))[:, :12], logits(plain, tokens(2, 40))[:, :12])
+    differ(logits(extended, tokens(2, 40)).float(), logits(plain, tokens(2, 40)).float())
+
+
+@EXTENDED
 @pytest.mark.parametrize("parts", [[40], [1] * 40, [7] * 6, [13, 1, 1, 20, 5], [WINDOW] * 5], ids=str)
 def test_law_2_prefill_in_chunks_and_token_by_token(model: Any, parts: list[int]) -> None:
     ids = tokens(2, 40)
-    cache, start, found = StripedCache(model.config), 0, []
+    cache, start, found = bounded_cache(model), 0, []
     for size in parts:
         part = ids[:, start : start + size]
         if part.shape[1]:
@@ -95,6 +121,7 @@ def test_law_2_prefill_in_chunks_and_token_by_token(model: Any, parts: list[int]
     agree(torch.cat(found, dim=1), logits(model, ids))
 
 
+@EXTENDED
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_law_3_a_padded_batch_gives_each_row_what_it_gets_alone(model: Any, side: str) -> None:
     lengths = (31, 17, 4)
@@ -110,6 +137,7 @@ def test_law_3_a_padded_batch_gives_each_row_what_it_gets_alone(model: Any, side
         agree(together[row, mask[row].bool()], logits(model, ids[row : row + 1, :length])[0])
 
 
+@EXTENDED
 def test_law_3_a_left_padded_batch_generates_what_each_row_does_alone(model: Any, dtype: torch.dtype) -> None:
     if dtype is torch.bfloat16:
         pytest.skip("greedy tokens of a random model flip with bfloat16's rounding")
@@ -123,6 +151,7 @@ def test_law_3_a_left_padded_batch_generates_what_each_row_does_alone(model: Any
         assert together[row, start:].tolist() == alone[0].tolist()
 
 
+@EXTENDED
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_law_3_packed_documents_get_what_each_gets_alone(model: Any, use_cache: bool) -> None:
     lengths = (23, 1, 14, 2)
@@ -133,6 +162,7 @@ def test_law_3_packed_documents_get_what_each_gets_alone(model: Any, use_cache: 
         agree(part, logits(model, document))
 
 
+@EXTENDED
 def test_law_3_packed_documents_stay_apart_under_training(model: Any) -> None:
     """Gradients of one document's loss do not reach another's embeddings, with activations computed again too."""
     lengths = (20, 15)
@@ -153,6 +183,7 @@ def test_law_3_packed_documents_stay_apart_under_training(model: Any) -> None:
     assert embedded.grad[:, :20].abs().sum() == 0
 
 
+@EXTENDED
 def test_law_4_gradients_equal_the_formula_through_a_whole_model(model: Any, dtype: torch.dtype) -> None:
     """In bfloat16 the formula's own rounding is the measure: a kernel may be twice as far from float32."""
     ids = tokens(2, 40)

@@ -20,7 +20,7 @@ import zebra
 from zebra import Refusal, records
 from zebra.cli import main
 from zebra.data.haystack import Writer
-from zebra.data.needles import Needles
+from zebra.data.needles import Needles, Sample
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
 from zebra.evaluate import retrieval as module
 from zebra.evaluate.retrieval import likelihoods, retrieval, rows_of, wilson
@@ -126,13 +126,21 @@ def striped() -> Any:
 @pytest.mark.parametrize("batch_tokens", [1, 64, 300, 10_000])
 def test_likelihoods_are_those_of_whole_texts(striped: Any, needles: Needles, batch_tokens: int) -> None:
     """Chunks, cache, batches and copies against one plain forward for each candidate."""
-    samples = needles.samples("multikey", length=300, depth=0.5, count=3)
+    _equal_whole_texts(striped, needles.samples("multikey", length=300, depth=0.5, count=3), batch_tokens)
+
+
+def test_likelihoods_under_self_extend_are_those_of_whole_texts(needles: Needles) -> None:
+    extended = zebra.load(STORIES, stripes="GLLL:65", self_extend="4:32")
+    _equal_whole_texts(extended, needles.samples("needle", length=700, depth=0.5, count=2), 256)
+
+
+def _equal_whole_texts(model: Any, samples: list[Sample], batch_tokens: int) -> None:
     with torch.no_grad():
-        found = likelihoods(striped, samples, batch_tokens)
+        found = likelihoods(model, samples, batch_tokens)
         for sample, row in zip(samples, found, strict=True):
             for one, value in zip((*sample.answers, *sample.distractors), row, strict=True):
-                logits = striped(torch.tensor([[*sample.ids, *one.ids]]), use_cache=False).logits[0].double()
-                chances = logits.log_softmax(-1)[299:-1]
+                logits = model(torch.tensor([[*sample.ids, *one.ids]]), use_cache=False).logits[0].double()
+                chances = logits.log_softmax(-1)[len(sample.ids) - 1 : -1]
                 whole = sum(float(chances[i, token]) for i, token in enumerate(one.ids))
                 assert float(value) == pytest.approx(whole, abs=1e-3)
 
@@ -195,6 +203,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"samples": 0}, "at least 1 sample"),
     ({"score": "recall"}, "the scores are generate and likelihood; got 'recall'"),
     ({"lengths": [600]}, "600 tokens passes the 512 positions .*--beyond"),
+    ({"lengths": [1400], "self_extend": "4:256"}, "1,400 tokens passes the 1,280 positions .* Self-Extend 4:256"),
     ({"rope": "dynamic:2"}, "a rope of type dynamic changes its frequencies"),
     ({"device": "moon"}, "there is no device 'moon'"),
     ({"dtype": "int4"}, "a dtype is one of"),
@@ -232,7 +241,9 @@ def test_beyond_the_model_only_when_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (row,) = rows_of(STORIES, rope="yarn:2", **given)
+        (other,) = rows_of(STORIES, self_extend="4:128", **given)
     assert row.layout == "dense yarn:2"
+    assert other.layout == "dense, self-extend 4:128"
 
 
 COMMON = ("evaluate", "retrieval", STORIES, "--samples", 2, "--score", "likelihood")

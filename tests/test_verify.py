@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import zebra
 from zebra import Refusal
-from zebra.model import attention, cache
+from zebra.model import attention, cache, extension
 from zebra.model.verify import Check
 
 
@@ -129,3 +129,71 @@ def test_refusals(converted: Path, checkpoints: Callable[..., Path]) -> None:
         zebra.verify(converted, against=checkpoints("llama"))
     with pytest.raises(Refusal, match="beyond the window of 16; got length 10"):
         zebra.verify(converted, against=STORIES, length=10)
+
+
+# Self-Extend
+
+
+def test_self_extend_is_verified_without_a_source(checkpoints: Callable[..., Path]) -> None:
+    checks = zebra.verify(checkpoints("phi"), self_extend="4:16")
+    assert failed(checks) == set()
+    assert [c.name for c in checks] == [
+        *("short, self-extend 4:16", "long", "cached", "chunked", "padded left", "padded right", "packed"),
+    ]
+    assert checks[0].difference == 0
+
+
+def test_stripes_and_self_extend_are_verified_together(converted: Path) -> None:
+    checks = zebra.verify(converted, against=STORIES, self_extend="auto:1000")
+    assert failed(checks) == set()
+    assert len(checks) == 14
+
+
+def unturned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "turned", lambda states, turn: states)
+
+
+def no_shift(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "grouped_query", lambda i, group, window: i // group)
+
+
+def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "documents", lambda positions, batch: None)
+
+
+def padding_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "_base", lambda positions, mask, total: torch.zeros(1, 1, dtype=torch.long) - 5)
+
+
+def short_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = cache.ExtendedLayer.write
+
+    def broken(self: Any, exact: torch.Tensor, far: torch.Tensor) -> Any:
+        near, keys = write(self, exact, far)
+        return near * 0.5 if near.shape[-2] > exact.shape[-2] else near, keys
+
+    monkeypatch.setattr(cache.ExtendedLayer, "write", broken)
+
+
+@pytest.mark.parametrize(
+    ("broken", "names"),
+    [
+        (unturned, {"long"}),
+        (no_shift, {"long"}),
+        (leaking, {"packed"}),
+        (padding_counted, {"long"}),
+        (short_near, {"cached", "chunked"}),
+    ],
+)
+def test_a_broken_self_extend_is_seen(broken: Any, names: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch)
+    assert names <= failed(zebra.verify(STORIES, self_extend="8:16"))
+
+
+def test_what_self_extend_cannot_be_verified_with_is_refused(converted: Path) -> None:
+    with pytest.raises(Refusal, match="Name the source, or Self-Extend"):
+        zebra.verify(converted)
+    with pytest.raises(Refusal, match="acts beyond 16 tokens; got length 16"):
+        zebra.verify(STORIES, self_extend="8:16", length=16)
+    with pytest.raises(Refusal, match="below the trained length"):
+        zebra.verify(STORIES, self_extend="8:512")

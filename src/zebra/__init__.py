@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
@@ -27,7 +28,7 @@ _HOME = {
     "generate": "zebra.generation",
 }
 
-__all__ = ["Refusal", "Stripes", "__version__", "adapt", "convert", "generate", "load", "verify"]
+__all__ = ["Refusal", "SelfExtend", "Stripes", "__version__", "adapt", "convert", "generate", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

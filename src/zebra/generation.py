@@ -23,8 +23,10 @@ from transformers.generation import BaseStreamer
 
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer, read_config
+from zebra.model.extend import setting_of
 from zebra.model.hosts import load, read_device, read_dtype
 from zebra.model.rope import Rope, as_rope, changes_with_length
+from zebra.positions import SelfExtend
 from zebra.progress import bar
 from zebra.refusal import Refusal
 from zebra.stripes import Stripes
@@ -148,7 +150,7 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     stripes: Stripes | str | None = None,
     rope: Rope | str | None = None,
-    self_extend: Any = None,
+    self_extend: SelfExtend | str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
     **decoding: Any,
@@ -174,8 +176,9 @@ def generate(
     chosen = Decoding(**decoding)
     if not prompt:
         raise Refusal("the prompt is empty. Give at least one character.")
-    extended = self_extend is not None or as_rope(rope).kind == "base"
     ready = model if isinstance(model, PreTrainedModel) else None
+    already = ready is not None and setting_of(ready) is not None
+    extended = self_extend is not None or already or as_rope(rope).kind == "base"
     if isinstance(model, PreTrainedModel):
         loading = {"stripes": stripes, "rope": rope, "self_extend": self_extend, "dtype": dtype, "device": device}
         given = [name for name, value in loading.items() if value is not None]
@@ -185,7 +188,10 @@ def generate(
             raise Refusal("this model was made without a checkpoint, so that it has no tokenizer. Pass tokenizer=.")
         source, config = model.name_or_path, model.config
     else:
-        source, config = model, as_rope(rope).changed(read_config(model))
+        source, config = (
+            model,
+            as_rope(rope).changed(read_config(model, routed=self_extend is None or stripes is not None)),
+        )
     _refuse_changing_rope(config)
     tokenizer = tokenizer or load_tokenizer(source, config)
     inputs = _encoded(prompt, tokenizer, chat)

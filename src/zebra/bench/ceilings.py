@@ -1,4 +1,4 @@
-"""A device's two ceilings, measured: FLOP/s of a large matrix product for each dtype, bytes/s of a large copy.
+"""A device's ceilings, measured: FLOP/s of a large matrix product and of a local layer by dtype, bytes/s of a copy.
 
 The least time of a few turns counts, not the median: a ceiling is what the device can do.
 """
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zebra.bench.subjects import FAST, RUN, Ceilings, Paired
+from zebra.kernels import Mask, attend
 from zebra.kernels.precision import fast_float32
 from zebra.model.hosts import device_name, read_device
 from zebra.plan.devices import MEASURED, Device, find
 from zebra.records import Row, to_json
 from zebra.refusal import Refusal
+from zebra.stripes import visible_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,14 +37,28 @@ def measure(device: str, *, size: int | None = None, repeats: int = 5, fast: boo
     """The ceilings of a device, with the float32 switch where `fast`. About two seconds.
 
     flops = 2 size^3 / seconds of a product,     bandwidth = 2 bytes / seconds of a copy (read and written)
+    attention = 14 D H visible pairs / seconds of a local layer's forward and backward
     """
     size = size or (8192 if device.startswith("cuda") else 2048)
     with fast_float32() if fast else nullcontext():
         flops = dict(_products(device, size, repeats))
+        attention = {dtype: _attention(device, size, repeats, _DTYPES[dtype]) for dtype in flops}
     copied = torch.empty(min(1 << 30, 64 * size * size), dtype=torch.uint8, device=device).fill_(1)
     into = torch.empty_like(copied)
     bandwidth = 2 * copied.nbytes / _least(lambda: into.copy_(copied), device, repeats)
-    return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED)
+    return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED, attention)
+
+
+def _attention(device: str, size: int, repeats: int, dtype: torch.dtype) -> float:
+    """FLOP/s of visible pairs in a local layer: `size` tokens, 8 heads of 64, a window of a quarter."""
+    heads, head_size, window = 8, 64, max(1, size // 4)
+    q, k, v, grad = torch.randn(4, 1, heads, size, head_size, device=device).to(dtype).requires_grad_()
+
+    def step() -> None:
+        out, _ = attend(q, k, v, Mask(window), with_lse=False)
+        torch.autograd.grad(out, (q, k, v), grad)
+
+    return 14 * head_size * heads * visible_pairs(size, window) / _least(step, device, repeats)
 
 
 def _products(device: str, size: int, repeats: int) -> Iterator[tuple[str, float]]:
@@ -104,6 +120,9 @@ def highest(one: Mapping[bool, Device], two: Mapping[bool, Device]) -> dict[bool
             first,
             flops={dtype: max(rate, two[fast].flops.get(dtype, 0.0)) for dtype, rate in first.flops.items()},
             bandwidth=max(first.bandwidth, two[fast].bandwidth),
+            attention={
+                dtype: max(rate, two[fast].attention.get(dtype, 0.0)) for dtype, rate in first.attention.items()
+            },
         )
         for fast, first in one.items()
     }
@@ -124,6 +143,7 @@ def bench(sizes: Ceilings) -> tuple[Device, list[Row]]:
         (f"{dtype} products" + FAST * (sizes.fast_float32 and dtype == "float32"), "flops_per_second", rate)
         for dtype, rate in found.flops.items()
     ]
+    numbers += [(f"{dtype} attention", "flops_per_second", rate) for dtype, rate in found.attention.items()]
     numbers.append(("copy", "bytes_per_second", found.bandwidth))
     numbers += [("memory", "bytes", found.memory)] if found.memory is not None else []
     return found, [Row(model=name, metric=metric, value=value, **common) for name, metric, value in numbers]
@@ -132,7 +152,13 @@ def bench(sizes: Ceilings) -> tuple[Device, list[Row]]:
 def write(path: Path, found: Device) -> None:
     """The file that `zebra plan --device` reads, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tree = {"name": found.name, "flops": dict(found.flops), "bandwidth": found.bandwidth, "memory": found.memory}
+    tree = {
+        "name": found.name,
+        "flops": dict(found.flops),
+        "attention": dict(found.attention),
+        "bandwidth": found.bandwidth,
+        "memory": found.memory,
+    }
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(to_json(tree, indent=2) + "\n", encoding="utf-8")
     os.replace(aside, path)

@@ -27,6 +27,7 @@ app.add_typer(evaluate, name="evaluate")
 app.add_typer(bench.app, name="bench")
 
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
+_SELF_EXTEND = "Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:TARGET."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -94,7 +95,8 @@ def convert(
 @app.command(epilog="zebra verify ./Llama-3.1-8B-GLLL --against ./Llama-3.1-8B")
 def verify(
     target: Annotated[Path, typer.Argument(help="The converted checkpoint.")],
-    against: Annotated[Path, typer.Option(help="The checkpoint that it was converted from.")],
+    against: Annotated[Path | None, typer.Option(help="The checkpoint that it was converted from.")] = None,
+    self_extend: Annotated[str | None, typer.Option(help="Compare this Self-Extend with its formula.")] = None,
     rope: Annotated[str | None, typer.Option(help="The change of rope that was converted with.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of the long checks.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
@@ -102,11 +104,13 @@ def verify(
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Prove a conversion; exit code 1 when a check fails."""
+    """Prove a conversion, or Self-Extend; exit code 1 when a check fails."""
     with show.quiet_host():
         from zebra.model.verify import verify as run
 
-        checks = run(target, against, rope=rope, length=length, seed=seed, dtype=dtype, device=device)
+        checks = run(
+            target, against, rope=rope, self_extend=self_extend, length=length, seed=seed, dtype=dtype, device=device
+        )
     show.checks(checks, as_json)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
@@ -158,13 +162,14 @@ def plan(
     device: Annotated[str, typer.Option(help="h100-sxm, a100-80gb, ..., or a JSON file of ceilings.")] = "h100-sxm",
     memory: Annotated[str | None, typer.Option(help="A budget, 80GiB: the length, batch and layout that fit.")] = None,
     seconds: Annotated[float | None, typer.Option(help="A budget of time: the layout that meets it.")] = None,
-    self_extend: Annotated[str | None, typer.Option(help="Beside it Self-Extend with G:W, such as 8:1024.")] = None,
+    self_extend: Annotated[str | None, typer.Option(help="Beside it Self-Extend: G:W or auto:TARGET.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it over 1K to 1M tokens into this .svg.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a layout costs before it is run: FLOPs, bytes, memory, time, and what fits."""
     from zebra.plan import decoder, devices, fit, sheet
     from zebra.plan.cost import Run
+    from zebra.positions import SelfExtend
     from zebra.stripes import Stripes
 
     read, ceilings = decoder.read(model), devices.find(device)
@@ -177,7 +182,7 @@ def plan(
         phase=phase,
         checkpointing=checkpointing,
         lora=lora,
-        self_extend=_group_and_window(self_extend) if self_extend else None,
+        self_extend=SelfExtend.parse(self_extend, read.trained_length) if self_extend else None,
     )
     found = sheet.tree(run, ceilings, budget=fit.bytes_of(memory) if memory else None, seconds=seconds)
     if picture is not None:
@@ -204,7 +209,7 @@ def perplexity(
     join: Annotated[bool, typer.Option("--join", help="Join documents into long ones of at least the length.")] = False,
     stripes: Annotated[str | None, typer.Option(help="Measure with this layout.")] = None,
     rope: Annotated[str | None, typer.Option(help=_ROPE + " Also dynamic:1.")] = None,
-    self_extend: Annotated[str | None, typer.Option(help="G:W; not in this version.")] = None,
+    self_extend: Annotated[str | None, typer.Option(help=_SELF_EXTEND)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; the checkpoint's own otherwise.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the intervals' bootstrap.")] = 0,
@@ -276,10 +281,3 @@ def _lengths(text: str) -> list[int]:
         raise Refusal(
             f"--length takes whole numbers, several with commas; got {text!r}. Write 4096 or 512,4096."
         ) from None
-
-
-def _group_and_window(text: str) -> tuple[int, int]:
-    group, colon, window = text.partition(":")
-    if not (colon and group.isdecimal() and window.isdecimal()):
-        raise Refusal(f"--self-extend takes GROUP:WINDOW; got {text!r}. Write for example 8:1024.")
-    return int(group), int(window)

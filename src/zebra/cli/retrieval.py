@@ -42,7 +42,9 @@ def retrieval(
     rope: Annotated[
         str | None, typer.Option(help="A change of the rope: linear:8, yarn:8, llama3:8, base:5000000.")
     ] = None,
-    self_extend: Annotated[str | None, typer.Option(help="G:W, or auto:TARGET tokens.")] = None,
+    self_extend: Annotated[
+        str | None, typer.Option(help="Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:TARGET.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; the checkpoint's own otherwise.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,

@@ -27,11 +27,12 @@ from zebra.data.needles import Needles, Sample, check
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
 from zebra.evaluate.perplexity import evaluating, read_text
 from zebra.generation import continued
-from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer, read_config
+from zebra.model.extend import bounded_cache, resolved, setting_of
 from zebra.model.families import layout
 from zebra.model.hosts import device_name, load, read_device, read_dtype
 from zebra.model.rope import as_rope, changes_with_length
+from zebra.positions import SelfExtend
 from zebra.progress import bar
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -96,7 +97,7 @@ def likelihoods(model: PreTrainedModel, batch: Sequence[Sample], chunk: int = BA
     A prompt is read once, a chunk at a time, and each candidate behind a copy of its cache.
     """
     ids = _prompts(model, batch)
-    before, cache = ids.shape[1] - 1, StripedCache(model.config)
+    before, cache = ids.shape[1] - 1, bounded_cache(model)
     for start in range(0, before, chunk):
         part = ids[:, start : min(start + chunk, before)]
         model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -140,7 +141,7 @@ def rows_of(
     beyond: bool = False,
     stripes: str | None = None,
     rope: str | None = None,
-    self_extend: Any = None,
+    self_extend: SelfExtend | str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -161,10 +162,10 @@ def rows_of(
     cells = _cells(tasks, lengths, depths, samples)
     place = read_device(device)
     placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
-    config = as_rope(rope).changed(read_config(checkpoint))
+    config = as_rope(rope).changed(read_config(checkpoint, routed=self_extend is None or stripes is not None))
     _check_rope(config)
-    if self_extend is None and as_rope(rope).kind != "base":
-        _check_reach(config, max(lengths), beyond)
+    if as_rope(rope).kind != "base":
+        _check_reach(config, None if self_extend is None else resolved(self_extend, config), max(lengths), beyond)
     tokenizer = load_tokenizer(checkpoint, config)
     needles = Needles(tokenizer, _documents(haystack, tokenizer))
     for task, length, depth in cells:  # refuse before the model is loaded
@@ -172,10 +173,12 @@ def rows_of(
         if length == max(lengths):
             needles.samples(task, length=length, depth=depth, seed=seed)
     model = load(checkpoint, stripes=stripes, rope=rope, self_extend=self_extend, **placed).to(place)
+    setting = setting_of(model)
     common: dict[str, Any] = {
         "run": run,
         "model": str(checkpoint),
-        "layout": " ".join(filter(None, (layout(model.config), rope))),
+        "layout": " ".join(filter(None, (layout(model.config), rope)))
+        + (f", self-extend {setting}" if setting else ""),
         "seed": seed,
         "device": device_name(model.device),
     }
@@ -230,15 +233,17 @@ def _check_rope(config: PreTrainedConfig) -> None:
         )
 
 
-def _check_reach(config: PreTrainedConfig, length: int, beyond: bool) -> None:
-    trained = getattr(config, "max_position_embeddings", None)
-    if trained is None or length <= trained:
+def _check_reach(config: PreTrainedConfig, setting: SelfExtend | None, length: int, beyond: bool) -> None:
+    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
+    reach = trained if setting is None or trained is None else setting.reach(trained)
+    if reach is None or length <= reach:
         return
-    passes = f"a length of {length:,} tokens passes the {trained:,} positions that this model was trained for"
+    passes = f"a length of {length:,} tokens passes the {reach:,} positions that this model "
+    passes += "was trained for" if setting is None else f"reaches with Self-Extend {setting}"
     if not beyond:
         raise Refusal(
-            f"{passes}. Take a shorter one, a rope such as yarn:8 or a checkpoint that was adapted, or say beyond "
-            "(--beyond) to measure there all the same."
+            f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or a checkpoint that was adapted, or "
+            "say beyond (--beyond) to measure there all the same."
         )
     warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)
 

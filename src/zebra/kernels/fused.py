@@ -1,6 +1,12 @@
-"""Global attention by torch's own fused kernel, where it needs no mask to be built: plain causal, and decode."""
+"""Global attention by torch's own fused kernels, where they need no mask to be built: plain causal, and decode.
+
+The public `scaled_dot_product_attention` keeps its log-sum-exp to itself. Where that is wanted, the operator behind it
+is called: on a CPU, and without gradients, as the operator drops those of the log-sum-exp in silence.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,16 +14,26 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from zebra.kernels.request import Kernel, Request
 
+_LSE: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""(q, k, v, dropout, causal, mask to add, scale) -> (out, lse), natural logarithm. Causal counts from the first key."""
+
 
 def fused(request: Request) -> tuple[Tensor, Tensor | None]:
     """`scaled_dot_product_attention`, with the queries of a group packed as rows in decode."""
     q, k, v = request.q, request.k, request.v
     if request.queries > 1:
+        if request.with_lse:
+            out, lse = _LSE(q, k, v, 0.0, True, scale=request.scale)
+            return out, lse
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=request.scale, enable_gqa=grouped), None
     # One query: its group's heads become rows over the same keys. `enable_gqa` is 2 to 12 times slower here on a CPU.
     rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
     visible = None if request.mask.keys is None else request.mask.keys[:, None, None, :]
+    if request.with_lse:
+        hidden = None if visible is None else q.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+        out, lse = _LSE(rows, k, v, 0.0, False, attn_mask=hidden, scale=request.scale)
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
     out = scaled_dot_product_attention(rows, k, v, attn_mask=visible, scale=request.scale)
     return out.view_as(q), None
 
@@ -33,8 +49,21 @@ def _own(request: Request) -> str | None:
         return "it would build a mask for a chunk of queries after earlier keys"
     if request.queries > 1 and request.mask.keys is not None:
         return "it would build a mask for padding"
+    long = request.queries >= 1024 and request.q.shape[3] >= 64
+    if long and request.q.dtype == torch.bfloat16 and request.q.device.type == "cpu":
+        return "tiles are faster than torch's bfloat16 kernel on a CPU"
+    if request.with_lse and (reason := _no_lse(request)) is not None:
+        return reason
     if request.mask.keys is not None and not bool(request.mask.keys.any(dim=-1).all()):
         return "a query that sees no key gives NaN in it"
+    return None
+
+
+def _no_lse(request: Request) -> str | None:
+    if request.q.device.type != "cpu" or _LSE is None:
+        return "it gives a log-sum-exp on a CPU only, where torch has the operator"
+    if request.wants_gradient:
+        return "its log-sum-exp has no gradient"
     return None
 
 
@@ -43,6 +72,5 @@ KERNEL = Kernel(
     summary="torch's scaled_dot_product_attention: plain causal and decode",
     run=fused,
     dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
-    lse=False,
     own=_own,
 )

@@ -11,6 +11,7 @@ hold, and a compiler would unroll their walk over tiles, once for each length.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ silence."""
 def zebra_attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
+    key: Any,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
@@ -48,7 +49,10 @@ def zebra_attention(
 ) -> tuple[Tensor, None]:
     """What the host calls in every layer: query (B, H, T, D), key and value (B, K, S, D), already rotated.
 
+    A layer under Self-Extend has an `extension`, which attends in its place; see `zebra.model.extend`.
+
     Args:
+        key: the keys, or from the cache of an extended layer a token for them.
         attention_mask: what `zebra_mask` returned, (B, at most S) bool, or None.
         sliding_window: the layer's window in the host's convention, which is ours; None in a global layer. A host that
             keeps it on the layer and hands none down (Qwen 2 MoE) is asked there.
@@ -70,13 +74,13 @@ def zebra_attention(
         )
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
         raise ValueError(f'attention "{NAME}" is causal; this layer is not. Load with attn_implementation="sdpa".')
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.shape[1] < value.shape[2]:
         # A static cache hands over its whole buffer; the mask ends where the real keys end.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     mask = Mask(
         window=sliding_window or getattr(module, "sliding_window", None),
         keys=attention_mask,
-        documents=documents(position_ids, query.shape[0]) if query.shape[2] == key.shape[2] else None,
+        documents=documents(position_ids, query.shape[0]) if query.shape[2] == value.shape[2] else None,
     )
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
@@ -84,7 +88,9 @@ def zebra_attention(
             'Load with attn_implementation="eager" to look at them.'
         )
     rest = {name: argument for name, argument in kwargs.items() if name not in HARMLESS and argument is not False}
-    out, lse = attend(
+    extension = getattr(module, "extension", None)
+    run = attend if extension is None else functools.partial(extension.attend, module, position_ids)
+    out, lse = run(
         query,
         key,
         value,

@@ -1,17 +1,20 @@
 """The host's hybrid cache, truly bounded, and grown with slack instead of copied at every token.
 
-    global layer   [k0 k1 k2 k3 k4 k5 k6 k7 ...|    ]     grows with the text, a quarter of it at a time
-    local layer                     [k5 k6 k7|  ]         the last window - 1, and a quarter of that to move in
+    global layer    [k0 k1 k2 k3 k4 k5 k6 k7 ...|    ]     grows with the text, a quarter of it at a time
+    local layer                      [k5 k6 k7|  ]         the last window - 1, and a quarter of that to move in
+    extended layer  [f0 f1 f2 f3 f4 f5 f6 f7 ...|    ]     Self-Extend's: keys turned to their grouped positions, and
+                                     [k5 k6 k7|  ]         the last W - 1 as they came; values once
 
 The host's own local layer shows `window - 1` keys but, after a long prefill, still holds the storage of all of them
 through a view; and both of its layers copy everything they hold for each new token. `StripedCache` differs from
-`DynamicCache` in these two things alone.
+`DynamicCache` in these two things alone, and in a layer of its own for Self-Extend.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -122,14 +125,118 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
         self.values = self._rooms[1].last(values, self.sliding_window - 1)
 
 
+class Pending:
+    """New keys on their way into an extended layer. The cache knows no positions, so it hands them through the host to
+    the attention function, which turns them, calls `write` and gets all keys back.
+    """
+
+    def __init__(self, layer: ExtendedLayer, states: Tensor):
+        self._layer, self.states = layer, states
+
+    def write(self, far: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new keys, `far` being the same turned; return the near keys and the far ones, as `extended` takes
+        them.
+        """
+        return self._layer.write(self.states, far)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            'the cache of a model under Self-Extend serves attention "zebra" alone; after set_attn_implementation, or '
+            f"in another model, pass a DynamicCache. ({name} of keys that wait for their positions)"
+        )
+
+
+class ExtendedLayer(GrowingLayer):
+    """A global layer under Self-Extend: N far keys and N values, and W - 1 near keys; never two keys of all tokens.
+
+    Attributes:
+        keys: all, turned to their grouped positions. near: the last W - 1, rotated to the host's.
+    """
+
+    near: Tensor
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.record_past = False
+        self._near_room = _Room()
+
+    def activate_past_recording(self) -> None:
+        """Keep all near keys until a crop."""
+        self.record_past = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make it empty, of the states' dtype and device."""
+        super().lazy_initialization(key_states, value_states)
+        self.near = torch.tensor([], dtype=self.dtype, device=self.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Append the values; the keys wait for the attention function."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.values = self._rooms[1].append(self.values, value_states)
+        return Pending(self, key_states), self.values
+
+    def write(self, exact: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new keys; return those that the new queries see near, and all far ones."""
+        self.keys = self._rooms[0].append(self.keys, far)
+        near = self._near_room.append(self.near, exact)
+        first = max(0, near.shape[-2] - (self.window - 1 + exact.shape[-2]))
+        self.near = near if self.record_past else self._near_room.last(near, self.window - 1)
+        return near[:, :, first:], self.keys
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, and let go of the near keys that were kept for it."""
+        held = self.get_seq_length()
+        super().crop(tokens_to_remove)
+        if not self.is_initialized:
+            return
+        left = self.get_seq_length()
+        kept = self.near.shape[-2] - (held - left) if self.near.numel() else 0
+        if kept < min(left, self.window - 1):
+            raise RuntimeError(
+                "tokens were taken back from a cache that had let go of the near keys before them. "
+                "Call activate_past_recording first."
+            )
+        self.near = self._near_room.last(self.near[:, :, : max(0, kept)], self.window - 1)
+
+    def reset(self) -> None:
+        """Empty it. Transformers 5.17 would keep zeros in place of the tokens."""
+        self.is_initialized = False
+        super().reset()
+        self.keys = self.values = self.near = torch.tensor([])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the beams in another order."""
+        self.near = self.near.index_select(0, beam_idx.to(self.near.device))
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self.near = self.near.repeat_interleave(repeats, dim=0)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.near = self.near[indices, ...]
+        super().batch_select_indices(indices)
+
+
 class StripedCache(DynamicCache):
-    """`DynamicCache(config=...)` with layers of ours: the default of `generate` after `zebra.load`."""
+    """`DynamicCache(config=...)` with layers of ours: the default of `generate` after `zebra.load`.
+
+    Args:
+        windows: Self-Extend's neighbour window for each layer that is extended; `zebra.model.extend.bounded_cache`
+            reads them off a model.
+    """
 
     layers: list[Any]
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, windows: Mapping[int, int] | None = None):
         super().__init__(config=config)
         self.layers = [_ours(layer) for layer in self.layers]
+        for i, window in (windows or {}).items():
+            self.layers[i] = ExtendedLayer(window)
 
     def kv_bytes(self) -> int:
         """Bytes of storage that the cache holds now, in all layers."""
@@ -137,7 +244,8 @@ class StripedCache(DynamicCache):
             states.untyped_storage().nbytes()
             for layer in self.layers
             if layer.is_initialized
-            for states in (layer.keys, layer.values)
+            for states in (layer.keys, layer.values, getattr(layer, "near", None))
+            if states is not None
         )
 
 

@@ -17,21 +17,32 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from zebra import records
-from zebra.model.families import host_class, layout, route, stripes_of
+from zebra.model.families import host_class, ignores_layer_types, layout, route, stripes_of
 from zebra.refusal import Refusal
 
 
-def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
+def read_config(path: str | os.PathLike[str], *, routed: bool = True) -> PreTrainedConfig:
     """The config of a checkpoint on disk or in the hub's cache; refuses what `read_config_and_rest` does."""
-    return read_config_and_rest(path)[0]
+    return read_config_and_rest(path, routed=routed)[0]
 
 
-def read_config_and_rest(path: str | os.PathLike[str], **arguments: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def read_config_and_rest(
+    path: str | os.PathLike[str], *, routed: bool = True, **arguments: Any
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The config under arguments of `from_pretrained`, and those of them that are not the config's own fields.
+
+    Args:
+        routed: whether the family needs a route, as it does for stripes; else its own class serves it as it is.
 
     Raises:
         Refusal: no checkpoint there, a broken config.json, a family without a route, or a config whose stripes its
@@ -55,8 +66,11 @@ def read_config_and_rest(path: str | os.PathLike[str], **arguments: Any) -> tupl
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         says = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         raise Refusal(f"the config of {path} cannot be read: {says}") from None
-    taken = route(config)
-    if getattr(config, "layer_types", None) is not None and taken.target != config.model_type:
+    if routed:
+        route(config)
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise Refusal(f"{path} is a {config.model_type}, of which transformers has no causal language model.")
+    if getattr(config, "layer_types", None) is not None and ignores_layer_types(config):
         raise Refusal(
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
             "Remove layer_types from its config.json, then run `zebra convert`."

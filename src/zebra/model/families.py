@@ -152,6 +152,12 @@ def route(config: PreTrainedConfig) -> Route:
     raise Refusal(f"this {config.model_type} checkpoint cannot be served: {'; '.join(reasons)}. See docs/hosts.md.")
 
 
+def ignores_layer_types(config: PreTrainedConfig) -> bool:
+    """Whether the family's own class is known to run every layer alike, whatever layer_types say."""
+    rows = [row for row in ROUTES if row.family == config.model_type]
+    return bool(rows) and all(row.target != config.model_type for row in rows)
+
+
 def unavailable(row: Route) -> str | None:
     """Why a row serves nobody here: there is no route, or the installed transformers lacks its class."""
     if row.target is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.model.attention import NAME
-from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import (
     check_weights,
     copy_companions,
@@ -23,11 +23,15 @@ from zebra.model.checkpoint import (
     write_card,
     write_config,
 )
+from zebra.model.extend import bounded_cache, extend, resolved, setting_of
 from zebra.model.families import host_class, striped
 from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing_rope, whole_texts_only
+from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.stripes import Stripes
+
+_log = logging.getLogger(__name__)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,7 +81,10 @@ def device_name(device: torch.device | str) -> str:
 
 @functools.cache
 def _with_striped_cache(cls: Any) -> Any:
-    """The host's class, whose `generate` makes our bounded cache where the caller names none."""
+    """The host's class, whose `generate` makes our bounded cache where the caller names none.
+
+    Two more say before they act what would else be lost in silence: Self-Extend.
+    """
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's `generate`, with the bounded cache of `zebra.model.cache` as its default."""
@@ -88,17 +95,34 @@ def _with_striped_cache(cls: Any) -> Any:
             and kwargs.get("cache_implementation", named.cache_implementation) is None
         )
         if wants_own:
-            kwargs["past_key_values"] = StripedCache(self.config)
+            kwargs["past_key_values"] = bounded_cache(self)
             if named.is_assistant:  # the draft of assisted decoding takes tokens back
                 kwargs["past_key_values"].activate_past_recording()
         return cls.generate(self, *args, **kwargs)
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's `save_pretrained`."""
+        if (setting := setting_of(self)) is not None:
+            _log.warning("config.json cannot say Self-Extend: load what is saved with self_extend=%r.", str(setting))
+        return cls.save_pretrained(self, *args, **kwargs)
+
+    def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's `set_attn_implementation`."""
+        if (setting := setting_of(self)) is not None:
+            _log.warning('Self-Extend %s lives in attention "%s" and is dropped under any other.', setting, NAME)
+        return cls.set_attn_implementation(self, *args, **kwargs)
 
     def reduce(self: Any) -> Any:
         """Pickled as the host's class and made anew from it: this class has no name that pickle could find."""
         return _blank, (cls,), self.__dict__
 
     # The name stays the host's: it is saved as the checkpoint's architecture.
-    own = {"generate": generate, "__reduce__": reduce}
+    own = {
+        "generate": generate,
+        "save_pretrained": save_pretrained,
+        "set_attn_implementation": set_attn_implementation,
+        "__reduce__": reduce,
+    }
     return type(cls.__name__, (cls,), own | {name: getattr(cls, name) for name in _SAME})
 
 
@@ -122,7 +146,7 @@ def load(
     *,
     stripes: Stripes | str | None = None,
     rope: Rope | str | None = None,
-    self_extend: Any = None,
+    self_extend: SelfExtend | str | None = None,
     **from_pretrained_arguments: Any,
 ) -> PreTrainedModel:
     """A checkpoint as a transformers model that runs attention "zebra", with stripes where asked.
@@ -135,25 +159,36 @@ def load(
         stripes: a layout, or its notation such as "GLLL:512"; None keeps what the checkpoint has.
         rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
             with length (dynamic NTK) reads whole texts only: it refuses a cache.
-        self_extend: reserved for Self-Extend, which this version does not have: must be None.
+        self_extend: Self-Extend in the global layers, or its notation such as "8:1024" or "auto:16384". A family
+            without a route is served too, without stripes, if its rope can be turned again, which is tried here.
+            Neither config.json nor a saved checkpoint can say it, and `set_attn_implementation` would drop it.
         from_pretrained_arguments: as `from_pretrained` has them: dtype, device_map, revision, subfolder, ..., and
             fields of the config by name.
 
     Raises:
         Refusal: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the model,
-            an argument that loading takes itself.
+            an argument that loading takes itself; under Self-Extend what `zebra.model.extend` refuses.
     """
-    if self_extend is not None:
-        raise Refusal("Self-Extend is not in this version of zebra; self_extend must be None. Use stripes alone.")
     for name, why in _TAKEN.items():
         if name in from_pretrained_arguments:
             raise Refusal(f"zebra.load takes no {name}: {why}.")
-    config, rest = read_config_and_rest(path, **from_pretrained_arguments)
+    routed = self_extend is None or stripes is not None
+    config, rest = read_config_and_rest(path, routed=routed, **from_pretrained_arguments)
     if stripes is not None:
         config = striped(config, Stripes.parse(stripes) if isinstance(stripes, str) else stripes)
     config = as_rope(rope).changed(config)
+    setting = None if self_extend is None else resolved(self_extend, config)
     if Path(path).exists() and "variant" not in rest:
         check_weights(Path(path) / rest.get("subfolder", ""), config)
+    model = _loaded(path, config, rest)
+    if changes_with_length(config):
+        model.register_forward_pre_hook(whole_texts_only, with_kwargs=True)
+    if setting is not None:
+        extend(model, setting)
+    return model
+
+
+def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[str, Any]) -> PreTrainedModel:
     host: Any = host_class(config)
     try:
         model, info = _with_striped_cache(host).from_pretrained(
@@ -161,10 +196,15 @@ def load(
         )
     except (OSError, SafetensorError) as error:
         raise Refusal(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from None
+    except KeyError as error:
+        if error.args != (NAME,):
+            raise
+        raise Refusal(
+            f"the attention of a {config.model_type} is not one of transformers' registered functions, so Self-Extend "
+            "cannot reach it."
+        ) from None
     if info["missing_keys"]:
         raise Refusal(f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ.")
-    if changes_with_length(config):
-        model.register_forward_pre_hook(whole_texts_only, with_kwargs=True)
     return model
 
 

@@ -26,31 +26,35 @@ _FUSED = hasattr(functional, "linear_cross_entropy")
 class Head:
     """What makes logits of hidden states, over V words.
 
-        z = scale * W h,    logits = softcap * tanh(z / softcap) where there is a softcap
+        z = scale * W h + b,    logits = softcap * tanh(z / softcap) where there is a softcap
 
     Attributes:
         weight: W, (V, hidden).
         scale: Cohere 2 multiplies its logits, Granite divides them.
         softcap: Gemma 2 bounds them.
+        bias: b, (V): Phi has one.
     """
 
     weight: Tensor
     scale: float = 1.0
     softcap: float | None = None
+    bias: Tensor | None = None
 
     def logits(self, states: Tensor) -> Tensor:
         """The logits (..., V), in float32."""
         found = functional.linear(states.float(), self.weight.float()) * self.scale
+        found = found if self.bias is None else found + self.bias.float()
         return found if self.softcap is None else self.softcap * torch.tanh(found / self.softcap)
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a model of any family that `zebra.model.families` serves. A test compares it with the host's."""
-    config = model.config
+    """The head of a model of any family that is served here. A test compares it with the host's."""
+    config, linear = model.config, model.get_output_embeddings()
     return Head(
-        model.get_output_embeddings().weight,
+        linear.weight,
         scale=getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
+        bias=getattr(linear, "bias", None),
     )
 
 
@@ -74,7 +78,7 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 
 def _summed(states: Tensor, head: Head, targets: Tensor) -> Tensor:
-    if _FUSED and head.softcap is None:
+    if _FUSED and head.softcap is None and head.bias is None:
         # Chunks pay where there are more words than dimensions.
         options = nn.LinearCrossEntropyOptions() if head.weight.shape[0] > head.weight.shape[1] else None
         scaled = states if head.scale == 1 else states * head.scale

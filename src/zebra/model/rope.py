@@ -133,7 +133,7 @@ def as_rope(rope: Rope | str | None) -> Rope:
 
 def changes_with_length(config: PreTrainedConfig) -> str | None:
     """The type of a rope whose frequencies depend on the text's length, so that a cache would mix several; or None."""
-    rope = config.rope_parameters or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     kinds = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
     return next((one["rope_type"] for one in kinds if one.get("rope_type") in _CHANGING), None)
 

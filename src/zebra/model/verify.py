@@ -1,7 +1,8 @@
-"""The proof of a conversion: what a striped checkpoint must still agree with, and how far it does.
+"""The proof of a conversion, or of Self-Extend: what a model must still agree with, and how far it does.
 
 Each check compares logits over random tokens, in float32 unless told otherwise, as the largest difference relative to
-the largest logit. The oracle for long inputs is the *source* model with a dense mask of its own in each layer.
+the largest logit. The oracle for long inputs is, for stripes, the *source* model with a dense mask of its own in each
+layer; for Self-Extend, the dense formula in each layer (`zebra.model.formula`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zebra import masks
-from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import read_config
+from zebra.model.extend import bounded_cache, resolved
 from zebra.model.families import host_class, stripes_of
+from zebra.model.formula import by_formula
 from zebra.model.hosts import load, read_device, read_dtype
 from zebra.model.rope import Rope, as_rope
+from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
@@ -47,31 +50,46 @@ class Check:
 
 def verify(
     target: str | os.PathLike[str],
-    against: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
     *,
     rope: Rope | str | None = None,
+    self_extend: SelfExtend | str | None = None,
     length: int | None = None,
     seed: int = 0,
     dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
 ) -> list[Check]:
-    """Compare a converted checkpoint with its source and with itself.
+    """Compare a converted checkpoint with its source and itself, or any under Self-Extend with the formula; or both.
 
     1. short: up to the window, plain transformers with the target equals it with the source.
     2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer.
     3. cached: one token at a time with the bounded cache equals the whole text at once.
     4. chunked: a prefill in chunks equals the whole text at once.
     5. padded: a batch padded on the left, and on the right, gives each row what it gets alone.
+    6. packed, under Self-Extend: two documents in a row give each what it gets alone.
 
     Args:
-        target, against: the converted checkpoint and its source, directories.
+        target, against: the converted checkpoint and its source, directories. Without a source Self-Extend alone is
+            verified, and the target needs no stripes.
         rope: the change of rope that the conversion was asked for; the source runs with it.
+        self_extend: Self-Extend, or its notation, to be compared with its dense formula.
         length: tokens of the long checks; the window and half of it again, and some, where None.
 
     Raises:
-        Refusal: a checkpoint that cannot be loaded, a target without stripes, two different models.
+        Refusal: a checkpoint that cannot be loaded, a target without stripes, two different models, neither a source
+            nor Self-Extend.
     """
     dtype, device = read_dtype(dtype), read_device(device)
+    if self_extend is not None:
+        extended = _extended(target, self_extend, length, seed, dtype, device)
+        conversion = (
+            []
+            if against is None
+            else verify(target, against, rope=rope, length=length, seed=seed, dtype=dtype, device=device)
+        )
+        return conversion + extended
+    if against is None:
+        raise Refusal("a conversion is verified against its source. Name the source, or Self-Extend to verify that.")
     config, source_config = read_config(target), read_config(against)
     stripes = stripes_of(config)
     if stripes is None:
@@ -88,28 +106,57 @@ def verify(
     if n <= stripes.window:
         raise Refusal(f"a long check goes beyond the window of {stripes.window}; got length {n}. Give a larger length.")
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
-    placed = {"dtype": dtype, "device_map": device}
+    placed: dict[str, Any] = {"dtype": dtype, "device_map": device}
 
     wanted_short, oracle = _source(against, _with_rope(source_config, rope, config), ids, short, stripes, placed)
     found_short, found_long = _plain(target, ids, short, placed)
-    found = _ours(target, ids, placed)
-
-    def check(name: str, compared: str, found: Tensor, wanted: Tensor) -> Check:
-        difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
-        return Check(name, compared, difference, TOLERANCE[dtype], found.shape[:-1].numel())
-
+    found = _ours(load(target, **placed), ids)
     return [
-        check("short", "source, plain transformers", found_short, wanted_short),
-        check("long, plain", "mask oracle on the source", found_long, oracle),
-        check("long, zebra", "mask oracle on the source", found.whole, oracle),
-        check("cached", "uncached", found.cached, found.whole),
-        check("chunked", "whole", found.chunked, found.whole),
-        check("padded left", "rows alone", found.left, found.alone),
-        check("padded right", "rows alone", found.right, found.alone),
+        _check("short", "source, plain transformers", found_short, wanted_short, dtype),
+        _check("long, plain", "mask oracle on the source", found_long, oracle, dtype),
+        _check("long, zebra", "mask oracle on the source", found.whole, oracle, dtype),
+        *_with_itself(found, dtype),
     ]
 
 
-# Each function below loads one model and lets go of it: a checkpoint may fill the memory.
+def _check(name: str, compared: str, found: Tensor, wanted: Tensor, dtype: torch.dtype, least: float = 0.0) -> Check:
+    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    return Check(name, compared, difference, max(TOLERANCE[dtype], least), found.shape[:-1].numel())
+
+
+def _extended(
+    path: Any, self_extend: SelfExtend | str, length: int | None, seed: int, dtype: torch.dtype, device: str
+) -> list[Check]:
+    """The checks of Self-Extend. The plain short text is the host's own; the rest shares one model."""
+    config = read_config(path, routed=False)
+    setting = resolved(self_extend, config)
+    n = length or setting.window + max(setting.window // 2, 4 * setting.group) + 2 * _CHUNK + 3
+    if n <= setting.window:
+        raise Refusal(f"Self-Extend {setting} acts beyond {setting.window} tokens; got length {n}. Give a larger one.")
+    ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
+    placed: dict[str, Any] = {"dtype": dtype, "device_map": device}
+    plain = _logits(_stock(path, placed | {"config": config}), ids[:, : setting.window])
+    model = load(path, self_extend=setting, **placed)
+    short, found = _logits(model, ids[:, : setting.window]), _ours(model, ids)
+    with by_formula(model, setting) as formula:
+        oracle = formula(ids, logits_to_keep=_sampled(n).to(device))
+    cut = n // 3
+    positions = torch.cat([torch.arange(cut), torch.arange(n - cut)])[None].to(device)
+    packed = _logits(model, ids[:1], position_ids=positions, keep=torch.cat([_sampled(cut), _sampled(n - cut) + cut]))
+    apart = torch.cat([_logits(model, ids[:1, :cut]), _logits(model, ids[:1, cut:])], dim=1)
+    return [
+        _check(f"short, self-extend {setting}", "plain transformers", short, plain, dtype),
+        _check("long", "dense formula", found.whole, oracle, dtype, _HOSTS_ANGLES),
+        *_with_itself(found, dtype),
+        _check("packed", "documents alone", packed, apart, dtype),
+    ]
+
+
+_HOSTS_ANGLES = 1e-4
+"""The formula's angles are exact, the host's are float32's in any dtype."""
+
+
+# A function that loads a model lets go of it: a checkpoint may fill the memory.
 
 
 def _source(
@@ -154,8 +201,16 @@ class _Found:
     alone: Tensor
 
 
-def _ours(path: Any, ids: Tensor, placed: dict[str, Any]) -> _Found:
-    model = load(path, **placed)
+def _with_itself(found: _Found, dtype: torch.dtype) -> list[Check]:
+    return [
+        _check("cached", "uncached", found.cached, found.whole, dtype),
+        _check("chunked", "whole", found.chunked, found.whole, dtype),
+        _check("padded left", "rows alone", found.left, found.alone, dtype),
+        _check("padded right", "rows alone", found.right, found.alone, dtype),
+    ]
+
+
+def _ours(model: PreTrainedModel, ids: Tensor) -> _Found:
     n = ids.shape[1]
     kept = n * 2 // 3
     steps = min(n - 1, 64)
@@ -183,7 +238,7 @@ def _logits(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Tensor:
 @torch.no_grad()
 def _in_parts(model: PreTrainedModel, ids: Tensor, sizes: list[int]) -> Tensor:
     """The logits of the text given to the bounded cache part by part."""
-    cache, parts, start, keep = StripedCache(model.config), [], 0, _sampled(ids.shape[1])
+    cache, parts, start, keep = bounded_cache(model), [], 0, _sampled(ids.shape[1])
     for size in sizes:
         part = ids[:, start : start + size]
         if part.shape[1] == 0:

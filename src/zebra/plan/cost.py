@@ -9,7 +9,9 @@ whose backward computes the scores again and so has five products to the forward
 forward to the layers. Under LoRA a frozen weight needs no gradient: two forwards instead of three.
 
 Bytes are the least that must move: weights once for each pass, each map's inputs and outputs, attention's queries,
-keys, values and outputs (never the scores), and in decode the cache.
+keys, values and outputs (never the scores), and in decode the cache. What stands between the maps is counted as the
+hosts run it, operation by operation: two norms of 7 h, two sums of 3 h, rotation 10 (HD + KD), the activation 5 i, and
+two passes over the logits.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zebra.plan.decoder import Decoder
+from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
 
@@ -34,7 +37,7 @@ class Run:
         batch: rows at a time.
         dtype: of weights and activations; in training bfloat16 is autocast over float32 weights, as `zebra adapt` runs.
         lora: the rank, in q, k, v and o, embeddings and norms trained whole; frozen weights are held in `dtype`.
-        self_extend: (G, W), in global layers.
+        self_extend: in global layers.
 
     Raises:
         Refusal: an unknown dtype or phase, a number below 1, training options outside training, float16 or
@@ -49,7 +52,7 @@ class Run:
     phase: str = "prefill"
     checkpointing: bool = False
     lora: int | None = None
-    self_extend: tuple[int, int] | None = None
+    self_extend: SelfExtend | None = None
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -65,7 +68,7 @@ class Run:
             raise Refusal(f"checkpointing and LoRA belong to the phase train; got the phase {self.phase}. Drop them.")
         self.decoder.kinds(self.stripes)  # refuses a layer beyond the model
         if self.self_extend is not None:
-            _check_self_extend(self, *self.self_extend)
+            _check_self_extend(self, self.self_extend)
 
     @property
     def tokens(self) -> int:
@@ -77,25 +80,16 @@ class Run:
         return self.decoder.kinds(self.stripes).count(kind)
 
 
-def _check_self_extend(run: Run, group: int, window: int) -> None:
-    if group < 1 or window < 1:
-        raise Refusal(f"Self-Extend takes a group and a window of at least 1; got {group}:{window}. Write 8:1024.")
+def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     if run.phase == "train":
         raise Refusal("Self-Extend needs no training and is not reckoned in it. Take the phase prefill or decode.")
     trained, length = run.decoder.trained_length, run.length + (run.phase == "decode")
-    if length > (reach := self_extend_reach(trained, group, window)):
+    setting.check(trained)
+    if length > (reach := setting.reach(trained)):
         raise Refusal(
-            f"Self-Extend {group}:{window} takes a model trained at {trained:,} tokens to {max(0, reach):,}; got "
-            f"{length:,}. Raise the group or lower the length."
+            f"Self-Extend {setting} takes a model trained at {trained:,} tokens to {reach:,}; got {length:,}. "
+            f"Raise the group, write auto:{length}, or lower the length."
         )
-
-
-def self_extend_reach(trained: int, group: int, window: int) -> int:
-    """The longest input of a model trained at L: the largest whose every mapped distance is below L.
-
-    G (L - W + floor(W / G)), which is (L - W) G + W where G divides W (arXiv 2401.01325, section 3).
-    """
-    return trained if group == 1 else group * (trained - window + window // group)
 
 
 def chunk_pairs(past: int, new: int, window: int | None = None) -> int:
@@ -176,7 +170,8 @@ def traffic(run: Run) -> dict[str, int]:
         "attention": rounds * tokens * (2 * hd + 2 * kd) + 2 * kd * _cached_reads(run),
         "MLP": weights["MLP"] + tokens * (d.layers * 2 * h + 2 * (d.maps - 1) * active),
         "head": d.vocabulary * h + head * (h + d.vocabulary),
-        "elementwise": tokens * (d.layers * (10 * h + 2 * (hd + kd)) + d.maps * active),
+        "elementwise": tokens * (d.layers * (20 * h + 10 * (hd + kd)) + (2 * d.maps - 1) * active)
+        + 2 * head * d.vocabulary,
     }
     found = {part: passes * size * numbers for part, numbers in moved.items()}
     if run.phase == "train":

@@ -1,9 +1,10 @@
-"""What a device can do at most, its two ceilings, and the time that they predict.
+"""What a device can do at most, its ceilings, and the time that they predict.
 
     seconds of a part = max(FLOPs / peak, bytes / bandwidth),     seconds = their sum over the parts
 
 (the roofline of Williams, Waterman and Patterson, 2009, part by part). With published peaks that is a bound that no run
-reaches; with ceilings measured on the machine it is a prediction.
+reaches; with ceilings measured on the machine it is a prediction. A measured device has a third ceiling: what attention
+reaches of its products' rate, as its softmax is no product.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zebra.plan.cost import BYTES, Run, flops, traffic
@@ -25,7 +26,8 @@ MEASURED = "measured"
 class Device:
     """Ceilings: FLOP/s of dense matrix products by dtype, bytes/s of memory, and bytes of memory where known.
 
-    `source` says whether they were published by the vendor or measured.
+    `attention` holds the FLOP/s of attention by dtype, counted by visible pairs, where it was measured; `source` says
+    whether the ceilings were published by the vendor or measured.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Device:
     bandwidth: float
     memory: int | None = None
     source: str = PUBLISHED
+    attention: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, run: Run) -> dict[str, float]:
         """The least time of each part.
@@ -52,6 +55,8 @@ class Device:
 
     def _peak(self, run: Run, part: str) -> float:
         """Training's head and loss are in float32, whatever the rest is (`zebra.model.loss`)."""
+        if part == "attention" and run.dtype in self.attention:
+            return self.attention[run.dtype]
         single = run.phase == "train" and part == "head"
         return self.flops.get("float32" if single else run.dtype, self.flops[run.dtype])
 
@@ -80,7 +85,8 @@ DEVICES: dict[str, Device] = {
 def find(device: str | os.PathLike[str]) -> Device:
     """A device of the table by name, or the ceilings in a JSON file.
 
-    The file holds `name`, `flops` (FLOP/s by dtype), `bandwidth` (bytes/s) and, if it is known, `memory` (bytes).
+    The file holds `name`, `flops` (FLOP/s by dtype), `bandwidth` (bytes/s) and, if they are known, `memory` (bytes)
+    and `attention` (FLOP/s by dtype).
 
     Raises:
         Refusal: neither a name nor a file, or a file that holds something else.
@@ -95,16 +101,19 @@ def find(device: str | os.PathLike[str]) -> Device:
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        peaks = {str(dtype): float(rate) for dtype, rate in tree["flops"].items()}
+        peaks, attention = (
+            {str(dtype): float(rate) for dtype, rate in rates.items()}
+            for rates in (tree["flops"], tree.get("attention") or {})
+        )
         memory = None if tree.get("memory") is None else int(tree["memory"])
-        found = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED)
+        found = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Refusal(
             f"{path} is no file of ceilings: {type(error).__name__} {error}. It holds a JSON object with name, flops "
-            "(FLOP/s by dtype), bandwidth (bytes/s) and perhaps memory (bytes)."
+            "(FLOP/s by dtype), bandwidth (bytes/s) and perhaps memory (bytes) and attention (FLOP/s by dtype)."
         ) from None
-    rates = [*peaks.values(), found.bandwidth]
-    if not peaks or set(peaks) - set(BYTES) or not all(0 < rate < float("inf") for rate in rates):
+    rates = [*peaks.values(), *attention.values(), found.bandwidth]
+    if not peaks or {*peaks, *attention} - set(BYTES) or not all(0 < rate < float("inf") for rate in rates):
         raise Refusal(
             f"{path}: ceilings are positive rates for {', '.join(BYTES)}; got flops {peaks} and bandwidth "
             f"{found.bandwidth:g}. Measure again."

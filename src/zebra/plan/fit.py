@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from zebra.plan.cost import Run, pairs, self_extend_reach
+from zebra.plan.cost import Run, pairs
 from zebra.plan.devices import Device
 from zebra.plan.memory import memory
 from zebra.refusal import Refusal
@@ -40,7 +40,7 @@ def largest_length(run: Run, budget: int) -> int:
     """
     most = _MOST
     if run.self_extend:
-        most = self_extend_reach(run.decoder.trained_length, *run.self_extend) - (run.phase == "decode")
+        most = run.self_extend.reach(run.decoder.trained_length) - (run.phase == "decode")
     return _largest(lambda n: sum(memory(replace(run, length=n)).values()) <= budget, most)
 
 

@@ -32,7 +32,7 @@ def variants(run: Run) -> dict[str, Run]:
     if run.stripes:
         found[str(run.stripes)] = plain
     if run.self_extend:
-        extended = "Self-Extend {}:{}".format(*run.self_extend)
+        extended = f"Self-Extend {run.self_extend}"
         found |= {
             extended if one.stripes is None else f"{name} + {extended}": replace(one, self_extend=run.self_extend)
             for name, one in list(found.items())
@@ -93,8 +93,8 @@ def complexity(run: Run) -> list[dict[str, Any]]:
         grouped = (pairs(one) / d.layers, cached_tokens(one) / d.layers)
         rows.append(("grouped", "N²/g + (1 − 1/g) N w", "N/g + (1 − 1/g) w", *grouped))
     if run.self_extend:
-        near = sum(self_extend_pairs(n, run.self_extend[1]))
-        rows.append(("Self-Extend", "N²", "N + W", float(near), float(n + min(n, run.self_extend[1]))))
+        near = sum(self_extend_pairs(n, run.self_extend.window))
+        rows.append(("Self-Extend", "N²", "N + W", float(near), float(n + min(n, run.self_extend.window))))
     return [
         {"kind": kind, "time": f"O({time})", "memory": f"O({held})", "pairs": count, "cached_tokens": cached}
         | {"pairs_of_global": count / visible_pairs(n), "cached_of_global": cached / n}

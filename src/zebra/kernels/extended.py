@@ -1,0 +1,88 @@
+r"""Self-Extend's attention as two that are merged by their log-sum-exps (arXiv 2401.01325; the merge as in 2205.14135).
+
+    keys      0 .......... S - W ...... S       far    queries from W on, over the keys before S - W, plain causal,
+    queries   near                                     by vectors that are turned to grouped positions
+       W - 1  \ \                               near   the causal band of W keys, at exact positions
+              f \ \
+              f f \ \                           Together they are the causal triangle: one full attention, never two.
+       S - 1  f f f \ \
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zebra.kernels import attend
+from zebra.kernels.request import Mask
+
+
+def extended(
+    q: Tensor,
+    k: Tensor,
+    far_q: Tensor,
+    far_k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    *,
+    window: int,
+    with_lse: bool = False,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of T queries over S keys, near ones by `q` and `k`, far ones by `far_q` and `far_k`, in one softmax.
+
+    Args:
+        q, far_q: (B, H, T, D), of the last T of the S tokens.
+        k: (B, K, at least min(S, W - 1 + T), D), of the last tokens. far_k, v: (B, K, S, D).
+        mask: padding over S, and documents where T = S; it has no window.
+        window: W, at least 1.
+        arguments: as `attend` has them.
+
+    Returns:
+        What `attend` returns.
+    """
+    queries, keys = q.shape[2], v.shape[2]
+    unheld, seen = keys - k.shape[2], keys - window
+    near = replace(mask.after(unheld), window=window)
+    if seen <= 0:
+        return attend(q, k, v[:, :, unheld:], near, with_lse=with_lse, **arguments)
+    out, lse = attend(q, k, v[:, :, unheld:], near, **arguments)
+    count = min(queries, seen)
+    behind = Mask(
+        keys=None if mask.keys is None else mask.keys[:, :seen],
+        documents=None if mask.documents is None else mask.documents[:, :seen],
+    )
+    far_out, far_lse = attend(far_q[:, :, queries - count :], far_k[:, :, :seen], v[:, :, :seen], behind, **arguments)
+    assert lse is not None
+    assert far_lse is not None
+    if mask.documents is not None:
+        # There a query stands W tokens before its own place: in the document of its first far key, or in another's.
+        other = mask.documents[:, window:] != mask.documents[:, :seen]
+        far_lse = far_lse.masked_fill(other[:, None, seen - count :], float("-inf"))
+    first = queries - count
+    merged, merged_lse = merge(out[:, :, first:], lse[:, :, first:], far_out, far_lse)
+    if first > 0:
+        merged = torch.cat([out[:, :, :first], merged], dim=2)
+        merged_lse = torch.cat([lse[:, :, :first], merged_lse], dim=2)
+    return merged, merged_lse if with_lse else None
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from the attention over each, differentiable in all four.
+
+        out = (e^l1 o1 + e^l2 o2) / (e^l1 + e^l2),   lse = log(e^l1 + e^l2)
+
+    A row that saw no key on either side stays 0 with lse -inf.
+
+    Args:
+        out, other: (B, H, T, D). lse, other_lse: (B, H, T), natural logarithms.
+    """
+    least = torch.finfo(lse.dtype).min
+    one, two = lse.clamp(min=least), other_lse.clamp(min=least)  # -inf less -inf would be NaN
+    weight = torch.sigmoid(two - one).unsqueeze(-1)
+    merged = torch.lerp(out.to(weight.dtype), other.to(weight.dtype), weight).to(out.dtype)
+    neither = lse.isneginf() & other_lse.isneginf()
+    return merged, torch.logaddexp(one, two).masked_fill(neither, float("-inf"))

@@ -1,0 +1,240 @@
+"""Self-Extend for a loaded model: what of it each layer gets, and whether this host can have it at all.
+
+What turning again needs hangs on each global layer's attention module as `extension`. Local layers never look beyond
+their window and stay as they are, and so do layers without a rope. config.json cannot say any of it, so a saved
+checkpoint has nothing of it.
+
+No list of families decides: the model runs one token at several positions, and each layer shows how it turns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from zebra.kernels import Mask, attend
+from zebra.model.cache import StripedCache
+from zebra.model.checkpoint import first_line
+from zebra.model.extension import Extension, Rope, turn_between, turned
+from zebra.model.rope import changes_with_length
+from zebra.positions import SelfExtend
+from zebra.refusal import Refusal
+
+
+def resolved(self_extend: SelfExtend | str, config: PreTrainedConfig) -> SelfExtend:
+    """The setting for a model, `auto:TARGET` reckoned for its trained length.
+
+    Raises:
+        Refusal: a window at or beyond the trained length, a rope that changes with length, no trained length.
+    """
+    text = config.get_text_config()
+    trained = getattr(text, "max_position_embeddings", None)
+    if not trained:
+        raise Refusal(
+            f"Self-Extend starts from the length that a model was trained at, and the config of this {text.model_type} "
+            "has no max_position_embeddings. Pass max_position_embeddings=LENGTH."
+        )
+    kind = changes_with_length(text)
+    if kind is not None:
+        raise Refusal(
+            f"this {text.model_type} has a rope of type {kind}, whose frequencies change with the text's length, so "
+            "that cached keys could not be turned again. Self-Extend serves default, linear, llama3 and yarn."
+        )
+    setting = SelfExtend.parse(self_extend, trained) if isinstance(self_extend, str) else self_extend
+    setting.check(trained)
+    return setting
+
+
+def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
+    """Hang Self-Extend on the global layers of a loaded model, after trying that each one's rope can be turned again.
+
+    Raises:
+        Refusal: no global layer with a rope, a host that cannot run on our cache, and what `attention_layers` refuses.
+    """
+    trained = model.config.get_text_config().max_position_embeddings
+    ropes: dict[str, Rope] = {}
+    for layer in attention_layers(model):
+        if layer.rope is None or layer.frequencies is None:
+            continue
+        first = layer.rope not in ropes
+        rope = ropes.setdefault(layer.rope, Rope(layer.frequencies, setting, trained))
+        layer.module.extension = Extension(rope, layer.module.layer_idx, first=first)
+    if not ropes:
+        raise Refusal(
+            f"this {model.config.model_type} has no global layer with a rotary embedding, so Self-Extend has nothing "
+            "to extend: local layers never look beyond their window. Load it without Self-Extend, or, where the "
+            "window is the checkpoint's own for all layers, with sliding_window=None."
+        )
+    _try_cache(model)
+
+
+def setting_of(model: nn.Module) -> SelfExtend | None:
+    """The setting that a model was loaded with."""
+    return next((found.rope.setting for found in _extensions(model)), None)
+
+
+def bounded_cache(model: PreTrainedModel) -> StripedCache:
+    """The cache that `generate` takes after `zebra.load`, for those who call the model themselves."""
+    return StripedCache(model.config, {found.layer: found.rope.setting.window for found in _extensions(model)})
+
+
+def _extensions(model: nn.Module) -> list[Extension]:
+    hung = (getattr(module, "extension", None) for module in model.modules())
+    return [found for found in hung if isinstance(found, Extension)]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention module: its window where it is local, and the rope that turns its queries and keys, by the name of
+    the buffer that holds the frequencies; None where nothing turns them.
+    """
+
+    module: Any
+    window: int | None
+    rope: str | None
+    frequencies: Tensor | None
+
+
+def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Layer]:
+    """The global attention layers of a model, the local ones too where asked, as they show themselves when tried.
+
+    Raises:
+        Refusal: no rotary embedding; attention that is not reached by a registered function, or gets no positions;
+            values of another size than keys; a layer whose queries and keys are turned in another way.
+    """
+    known = _frequencies(model)
+    found = []
+    for call in _heard(model):
+        if local or call.window is None:
+            name = _rope_of(call, known, model)
+            found.append(Layer(call.module, call.window, name, known[name] if name else None))
+    return found
+
+
+@contextmanager
+def in_place_of_attend(modules: Iterable[nn.Module], other: Any) -> Iterator[None]:
+    """Within this context the attention of these modules is `other.attend`."""
+    before = [(module, module.__dict__.get("extension")) for module in modules]
+    try:
+        for module, _ in before:
+            module.__dict__["extension"] = other
+        yield
+    finally:
+        for module, old in before:
+            module.__dict__["extension"] = old
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one attention module was handed when it was tried: the same token at each of `positions`."""
+
+    module: Any
+    query: Tensor
+    key: Tensor
+    positions: Tensor
+    window: int | None
+
+
+class _Listener:
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+
+    def attend(
+        self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if positions is None:
+            raise Refusal("Self-Extend needs the positions, which this host does not hand to its attention.")
+        if v.shape[-1] != q.shape[-1]:
+            raise Refusal(
+                f"Self-Extend takes heads of one size; here keys have {q.shape[-1]} and values {v.shape[-1]}."
+            )
+        self.calls.append(_Call(module, q, k, positions, mask.window))
+        return attend(q, k, v, mask, **arguments)
+
+
+@torch.no_grad()
+def _heard(model: PreTrainedModel) -> list[_Call]:
+    """What each attention module gets for one token, alone, at several positions, beyond the trained length too.
+
+    Alone it attends to itself only, so that nothing but the rope can tell its positions apart, in any layer.
+    """
+    listener, text = _Listener(), model.config.get_text_config()
+    trained = text.max_position_embeddings
+    positions = torch.tensor([0, 1, 17, trained - 1, 3 * trained + 5], device=model.device)[:, None]
+    with in_place_of_attend(model.modules(), listener):
+        model(torch.full_like(positions, text.vocab_size // 3), position_ids=positions, use_cache=False)
+    if not listener.calls:
+        raise Refusal(f"the attention of a {model.config.model_type} is not one of transformers' registered functions.")
+    return listener.calls
+
+
+@torch.no_grad()
+def _try_cache(model: PreTrainedModel) -> None:
+    """Refuse a host that cannot run on our cache, whose extended layers hand keys through it unread."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try:
+        model(ids, past_key_values=bounded_cache(model), use_cache=True)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise Refusal(
+            f"a {model.config.model_type} cannot run with the cache of Self-Extend: {first_line(error)}"
+        ) from None
+
+
+def _frequencies(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The frequencies of each rope of a model, by the name of the buffer.
+
+    Raises:
+        Refusal: there are none.
+    """
+    found = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    }
+    if not found:
+        raise Refusal(
+            f"Self-Extend turns rotary embeddings, and this {model.config.model_type} has none of transformers' kind: "
+            "its positions are learned, ALiBi, or made in the attention itself."
+        )
+    return found
+
+
+_LIKE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def _rope_of(call: _Call, known: dict[str, Tensor], model: PreTrainedModel) -> str | None:
+    """Which frequencies turn the queries and keys of a module; None where it does not turn them at all.
+
+    Raises:
+        Refusal: none of the model's, by half-split pairs.
+    """
+    start = torch.zeros_like(call.positions)
+    off = {}
+    for name, frequencies in known.items():
+        if 2 * frequencies.numel() <= call.query.shape[-1] and frequencies.ndim == 1:
+            turn = turn_between(frequencies.to(call.query.device).float(), start, call.positions, torch.float32)
+            off[name] = max(
+                _difference(turned(states[:1].expand_as(states).float(), turn), states)
+                for states in (call.query, call.key)
+            )
+    best = min(off, key=off.__getitem__, default=None)
+    allowed = _LIKE[call.query.dtype]
+    if max(_difference(states[:1].expand_as(states), states) for states in (call.query, call.key)) <= allowed:
+        return None
+    if best is None or off[best] > allowed:
+        raise Refusal(
+            f"layer {call.module.layer_idx} of this {model.config.model_type} does not turn queries and keys in the "
+            "planes of the dimensions (r, r + R) by its rope's frequencies: its rope is interleaved, or positions "
+            "enter in another way too. Self-Extend could not turn them again."
+        )
+    return best
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()

@@ -1,0 +1,152 @@
+"""Self-Extend's map of distances (arXiv 2401.01325, section 3): near ones exact, far ones grouped by a floor division.
+
+    relative(i, j) = i - j                                            if i - j < W     near
+                   = floor(i / G) - floor(j / G) + W - floor(W / G)   otherwise        far
+
+A model trained at L tokens then meets no distance of L or more up to a text of `reach` tokens. Positions are those of
+the sequence, padding not counted. Every operator works on ints and on tensors alike. The paper's figure, a model of
+L = 7 that reads ten tokens with W = 4 and G = 2; rows are queries, columns keys, a bar parts far from near:
+
+    i = 3        3 2 1 0
+    i = 4    4 | 3 2 1 0
+    i = 5    4 4 | 3 2 1 0
+    i = 6    5 5 4 | 3 2 1 0
+    i = 7    5 5 4 4 | 3 2 1 0
+    i = 8    6 6 5 5 4 | 3 2 1 0
+    i = 9    6 6 5 5 4 4 | 3 2 1 0
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from zebra.refusal import Refusal
+
+Position = Any
+"""An int, or an integer tensor that broadcasts against the other position."""
+
+
+def relative(i: Position, j: Position, group: int, window: int) -> Any:
+    """The distance that the model sees between a query at `i` and a key at `j <= i`."""
+    far = grouped_query(i, group, window) - grouped_key(j, group)
+    near = i - j < window
+    return near * (i - j) + (1 - near * 1) * far  # not `where`, which ints do not have
+
+
+def grouped_query(i: Position, group: int, window: int) -> Any:
+    """Where a query stands for its far keys: floor(i / G) + W - floor(W / G)."""
+    return i // group + window - window // group
+
+
+def grouped_key(j: Position, group: int) -> Any:
+    """Where a key stands for queries far from it: floor(j / G)."""
+    return j // group
+
+
+def reach(trained: int, group: int, window: int) -> int:
+    """The longest text of a model trained at L tokens: the largest whose every mapped distance is below L.
+
+    G (L - W + floor(W / G)), which is (L - W) G + W where G divides W.
+    """
+    return trained if group == 1 else group * (trained - window + window // group)
+
+
+@dataclass(frozen=True)
+class SelfExtend:
+    """Self-Extend's setting: far positions shared by groups of `group` tokens beyond a neighbour window of `window`.
+
+    Attributes:
+        group: G; 1 changes nothing.
+        window: W, the keys that a query sees at their exact distance, its own included: `0 <= i - j < W`.
+        log_scale: multiply the query at position p by max(1, ln(p + 1) / ln L), as the authors did for long passkeys.
+
+    Raises:
+        Refusal: a group or a window below 1.
+
+    Example:
+        >>> SelfExtend.parse("8:1024").reach(4096)
+        25600
+    """
+
+    group: int
+    window: int
+    log_scale: bool = False
+
+    def __post_init__(self) -> None:
+        for number in (self.group, self.window):
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 2**31:
+                raise Refusal(
+                    "Self-Extend takes a group G and a window W, whole numbers of at least 1; "
+                    f"got {self.group!r}:{self.window!r}. Write for example 8:1024."
+                )
+
+    @classmethod
+    def parse(cls, text: str, trained: int | None = None) -> SelfExtend:
+        """Read the notation that `str()` prints, `G:W` or `G:W:log`, and `auto:TARGET` where `trained` is given.
+
+        Raises:
+            Refusal: another notation, and what `suggest` refuses.
+        """
+        match = re.fullmatch(r"\s*(?:(auto)|([0-9]{1,10}))\s*:\s*([0-9]{1,10})\s*(:\s*log)?\s*", str(text))
+        if match is None or (match[1] and (trained is None or match[4])):
+            raise Refusal(
+                f"Self-Extend is written GROUP:WINDOW, or auto:TARGET where the trained length is known; got {text!r}. "
+                "Write for example 8:1024 or auto:16384."
+            )
+        if match[1] and trained is not None:
+            return suggest(trained, int(match[3]))
+        return cls(int(match[2]), int(match[3]), log_scale=match[4] is not None)
+
+    def __str__(self) -> str:
+        return f"{self.group}:{self.window}" + (":log" if self.log_scale else "")
+
+    def reach(self, trained: int) -> int:
+        """The longest text of a model trained at `trained` tokens."""
+        return reach(trained, self.group, self.window)
+
+    def farthest(self, length: int) -> int:
+        """The largest distance that a text of `length` tokens shows to the model."""
+        return int(relative(length - 1, 0, self.group, self.window))
+
+    def check(self, trained: int) -> None:
+        """Refuse a window that leaves a model trained at `trained` tokens nothing for the far part.
+
+        Raises:
+            Refusal: W at or beyond the trained length.
+        """
+        if self.window >= trained:
+            raise Refusal(
+                f"Self-Extend's window is below the trained length, which it shares with the far part; got {self} for "
+                f"a model trained at {trained:,} tokens. Lower the window, for example to {max(1, trained // 4)}."
+            )
+
+    def query_scale(self, position: Position, trained: int) -> Any:
+        """max(1, ln(p + 1) / ln L), where it is asked for."""
+        if isinstance(position, int):
+            return max(1.0, math.log(position + 1) / math.log(trained))
+        return ((position + 1).double().log() / math.log(trained)).clamp(min=1.0)
+
+
+def suggest(trained: int, target: int) -> SelfExtend:
+    """The setting that reads `target` tokens with a model trained at `trained`, by the authors' sizing rule.
+
+    W is a quarter of the trained length L, and G the smallest power of two with W + (N - W) / G <= L / 2: the authors
+    keep this largest distance below one half to two thirds of L, as farther ones are trained less, and find a group
+    above the least often better. For L = 4,096 it gives their own settings: 16:1024 at 16K, 32:1024 at 25K.
+
+    Raises:
+        Refusal: a target within the trained length, a trained length below 8.
+    """
+    if trained < 8:
+        raise Refusal(f"Self-Extend parts a trained length of at least 8 tokens; this model's is {trained}. Drop it.")
+    if not trained < target < 2**31:
+        raise Refusal(
+            f"a target of Self-Extend is beyond the trained length and below 2^31; got {target:,} for a model trained "
+            f"at {trained:,} tokens, which reads that much as it is. Raise the target, or drop Self-Extend."
+        )
+    window = trained // 4
+    least = (target - window) / (trained / 2 - window)
+    return SelfExtend(1 << max(1, math.ceil(math.log2(least))), window)

@@ -1,0 +1,684 @@
+"""Self-Extend in a model: equal to its dense formula however it is run, and refused where it could not be."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STORIES, TEXT, tiny_config, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import zebra
+from zebra import Refusal, SelfExtend
+from zebra.evaluate.perplexity import rows_of
+from zebra.kernels import Mask, attend, only
+from zebra.kernels.extended import extended, merge
+from zebra.model import attention
+from zebra.model.cache import ExtendedLayer, Pending, StripedCache
+from zebra.model.extend import attention_layers, bounded_cache, setting_of
+from zebra.model.extension import Extension, turn_between, turned
+from zebra.model.formula import by_formula
+from zebra.positions import grouped_key, grouped_query, relative
+
+FAMILIES = ("llama", "qwen3", "gemma2", "phi", "gpt_oss")
+SETTING = "3:7"
+EXACT = {"rope_parameters": {"rope_type": "default", "rope_theta": 256.0}}
+"""With heads of 8 the frequencies are 1, 1/4, 1/16, 1/64: the host's float32 angles are exact."""
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
+    return model(ids, **({"use_cache": False} | arguments)).logits
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+
+
+def in_parts(model: Any, cache: DynamicCache, ids: Tensor, parts: list[int]) -> Tensor:
+    found, start = [], 0
+    for size in parts:
+        piece = ids[:, start : start + size]
+        if piece.shape[1]:
+            found.append(logits(model, piece, past_key_values=cache, use_cache=True))
+        start += size
+    return torch.cat(found, dim=1)
+
+
+@pytest.fixture
+def model(checkpoints: MakeCheckpoint) -> Any:
+    return zebra.load(checkpoints("llama"), self_extend=SETTING)
+
+
+# The two attentions and their merge
+
+
+def drawn(length: int, heads: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, heads, length, 8), (2, 2, length, 8), (2, heads, length, 8), (2, 2, length, 8), (2, 2, length, 8)]
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def dense(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, v: Tensor, mask: Mask, window: int) -> tuple[Tensor, ...]:
+    """Two whole matrices, one softmax."""
+    k, far_k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, far_k, v))
+    j = torch.arange(v.shape[2])
+    i = j[len(j) - q.shape[2] :]
+    near = i[:, None] - j < window
+    scores = torch.where(near, q @ k.mT, far_q @ far_k.mT) * q.shape[-1] ** -0.5
+    visible = mask.visible(i, j)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(dim=-1).where(visible.any(dim=-1, keepdim=True), 0.0)
+    return weights @ v, scores.logsumexp(dim=-1)
+
+
+@pytest.mark.parametrize("kernel", [None, "banded", "reference"])
+@pytest.mark.parametrize("queries", [1, 2, 9, 40])
+@pytest.mark.parametrize("window", [1, 2, 7, 39, 40, 50])
+@pytest.mark.parametrize("hidden", ["nothing", "left", "right", "documents"])
+def test_near_and_far_are_one_softmax(kernel: str | None, queries: int, window: int, hidden: str) -> None:
+    q, k, far_q, far_k, v = drawn(40)
+    q, far_q = q[:, :, 40 - queries :], far_q[:, :, 40 - queries :]
+    keys = torch.ones(2, 40, dtype=torch.bool)
+    keys[1, :25] = hidden != "left"
+    keys[1, 30:] = hidden != "right"
+    documents = None
+    if hidden == "documents":
+        if queries < 40:
+            return  # they stand in whole rows only
+        documents = (torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) < 0.1).cumsum(dim=1)
+    mask = Mask(keys=None if hidden in ("nothing", "documents") else keys, documents=documents)
+    wanted = dense(q, k, far_q, far_k, v, mask, window)
+    held = k[:, :, max(0, 40 - (window - 1 + queries)) :]
+    for near in (k, held):
+        if kernel is None:
+            out, lse = extended(q, near, far_q, far_k, v, mask, window=window, with_lse=True)
+        else:
+            with only(kernel):
+                out, lse = extended(q, near, far_q, far_k, v, mask, window=window, with_lse=True)
+        torch.testing.assert_close(out, wanted[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse, wanted[1], rtol=1e-12, atol=1e-12)
+    assert extended(q, k, far_q, far_k, v, mask, window=window)[1] is None
+
+
+@pytest.mark.parametrize("hidden", ["nothing", "left", "documents"])
+def test_gradients_are_those_of_one_softmax(hidden: str) -> None:
+    inputs = [x.requires_grad_() for x in drawn(40)]
+    keys = torch.ones(2, 40, dtype=torch.bool)
+    keys[1, :25] = False
+    documents = (torch.rand(2, 40, generator=torch.Generator().manual_seed(1)) < 0.1).cumsum(dim=1)
+    mask = Mask(keys=keys if hidden == "left" else None, documents=documents if hidden == "documents" else None)
+    seeds = [torch.randn(2, 4, 40, 8, dtype=torch.float64), torch.randn(2, 4, 40, dtype=torch.float64)]
+    gradients = []
+    for out, lse in (extended(*inputs, mask, window=7, with_lse=True), dense(*inputs, mask, 7)):
+        seen = ~lse.isneginf()
+        roots = (out * seeds[0]).where(seen.unsqueeze(-1), 0.0).sum() + (lse * seeds[1])[seen].sum()
+        gradients.append(torch.autograd.grad(roots, inputs))
+    for found, wanted in zip(*gradients, strict=True):
+        wanted = wanted.nan_to_num(0.0)  # the oracle's softmax of a row that sees nothing
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_a_row_that_neither_side_sees_stays_empty() -> None:
+    out, other = torch.zeros(1, 1, 3, 2, requires_grad=True), torch.ones(1, 1, 3, 2, requires_grad=True)
+    none = float("-inf")
+    lse = torch.tensor([[[none, 0.0, none]]], requires_grad=True)
+    other_lse = torch.tensor([[[none, none, 5.0]]], requires_grad=True)
+    merged, both = merge(out, lse, other * torch.tensor([0.0, 1.0, 1.0])[:, None], other_lse)
+    assert merged[0, 0].tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert both[0, 0].tolist() == [none, 0.0, 5.0]
+    merged.sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (out, other, lse, other_lse))
+
+
+# Turning again
+
+
+@pytest.mark.parametrize("start", [0, 5000, 300_000])
+def test_turning_again_equals_turning_once_however_far(start: int) -> None:
+    """The host's rotary at grouped positions, against its rotary at true positions turned by what they differ."""
+    config = tiny_config("llama", head_dim=16, max_position_embeddings=10**6)
+    rotary = tiny_model("llama", head_dim=16, max_position_embeddings=10**6).model.rotary_emb
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    assert config.rope_parameters["rope_type"] == "default"
+    x = torch.randn(1, 2, 50, 16)
+    host = torch.arange(start, start + 50)[None]
+    for new in (grouped_query(host, 8, 64), grouped_key(host, 8)):
+        once, _ = apply_rotary_pos_emb(x, x, *rotary(x, new))
+        first, _ = apply_rotary_pos_emb(x, x, *rotary(x, host))
+        again = turned(first, turn_between(rotary.inv_freq, host, new, torch.float32))
+        assert (again - once).abs().max() < 1e-6
+
+
+def test_dimensions_without_a_rope_are_left() -> None:
+    x = torch.randn(1, 1, 3, 10)
+    new = turned(x, turn_between(torch.tensor([1.0, 0.1]), torch.zeros(1, 3), torch.arange(3.0)[None], torch.float32))
+    assert torch.equal(new[..., 4:], x[..., 4:])
+    assert not torch.allclose(new[..., 1:, :4], x[..., 1:, :4])
+
+
+# The formula
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_formula_without_self_extend_is_the_host(family: str, checkpoints: MakeCheckpoint) -> None:
+    """The oracle's own oracle: plain transformers."""
+    path = checkpoints(family, **EXACT)
+    model = zebra.load(path, self_extend=SETTING)
+    plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    with by_formula(model, None) as formula:
+        assert off(formula(tokens(2, 60)), logits(plain, tokens(2, 60))) < 1e-5
+
+
+@pytest.mark.parametrize("rope", [None, "linear:4", "yarn:4", "llama3:4"])
+@pytest.mark.parametrize("setting", ["4:8", "5:16", "8:64:log"])
+def test_ropes_that_are_scaled_equal_the_formula(setting: str, rope: str | None, checkpoints: MakeCheckpoint) -> None:
+    model = zebra.load(checkpoints("llama"), self_extend=setting, rope=rope)
+    ids = tokens(1, 300)
+    found = logits(model, ids)
+    with by_formula(model, setting_of(model)) as formula:
+        assert off(found, formula(ids)) < 2e-5
+
+
+@pytest.mark.parametrize("setting", ["3:64", pytest.param("4:8", marks=pytest.mark.full), "8:64:log"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.full) for f in FAMILIES[1:4]), "gpt_oss"]
+)
+def test_a_whole_text_equals_the_formula(family: str, setting: str, checkpoints: MakeCheckpoint) -> None:
+    model = zebra.load(checkpoints(family, **EXACT), self_extend=setting)
+    ids = tokens(1, 512)
+    with by_formula(model, setting_of(model)) as formula:
+        wanted = formula(ids)
+    found = logits(model, ids)
+    assert off(found, wanted) < 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(checkpoints(family, **EXACT), attn_implementation="eager")
+    unlike = off(logits(plain, ids), wanted)
+    assert unlike > 1e-2, "the test would not see a difference"
+    window = setting_of(model).window
+    assert torch.equal(found[:, :1], logits(model, ids[:, :1])) or off(found[:, :1], logits(model, ids[:, :1])) < 1e-5
+    assert off(logits(model, ids[:, :window]), logits(plain, ids[:, :window])) < 1e-5
+
+
+@pytest.mark.full
+def test_in_float64_at_4096_everything_equals_the_formula(checkpoints: MakeCheckpoint) -> None:
+    model = zebra.load(checkpoints("llama", **EXACT), self_extend="16:128", dtype=torch.float64)
+    ids = tokens(2, 4096)
+    sample = torch.arange(0, 4096, 5)
+    with by_formula(model, setting_of(model)) as formula:
+        wanted = formula(ids[:1], logits_to_keep=sample)
+        second = formula(ids[1:, :3000], logits_to_keep=torch.arange(3000))
+    assert off(logits(model, ids[:1], logits_to_keep=sample), wanted) < 1e-5
+    for parts in ([1000] * 5, [4000] + [1] * 96, [333] * 13):
+        found = in_parts(model, bounded_cache(model), ids[:1], parts)
+        assert off(found[:, sample], wanted) < 1e-5
+    batch, mask = ids.clone(), torch.ones_like(ids)
+    batch[1, :1096], mask[1, :1096] = 0, 0
+    batch[1, 1096:] = ids[1, :3000]
+    both = logits(model, batch, attention_mask=mask)
+    assert off(both[:1, sample], wanted) < 1e-5
+    assert off(both[1:, 1096:], second) < 1e-5
+    packed = torch.cat([ids[1:, :3000], ids[:1]], dim=1)
+    positions = torch.cat([torch.arange(3000), torch.arange(4096)])[None]
+    found = logits(model, packed, position_ids=positions)
+    assert off(found[:, :3000], second) < 1e-5
+    assert off(found[:, 3000:][:, sample], wanted) < 1e-5
+
+
+def test_greedy_tokens_are_the_formulas(checkpoints: MakeCheckpoint) -> None:
+    model = zebra.load(checkpoints("llama"), self_extend="8:32")
+    ids = tokens(1, 200)
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    wanted = ids
+    with by_formula(model, setting_of(model)) as formula:
+        for _ in range(12):
+            wanted = torch.cat([wanted, formula(wanted)[:, -1:].argmax(dim=-1)], dim=1)
+    assert found.tolist() == wanted.tolist()
+
+
+def test_gradients_through_a_model_are_the_formulas(checkpoints: MakeCheckpoint) -> None:
+    """It can be trained under. The oracle is the same model by the dense kernel, which `extended` is held to above."""
+    model = zebra.load(checkpoints("qwen3"), self_extend=SETTING)
+    ids = tokens(2, 60)
+    found = []
+    for kernel in ("banded", "reference"):
+        model.zero_grad()
+        with only(kernel):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert off(*found) < 2e-5
+
+
+# With and without our cache
+
+
+@pytest.mark.parametrize("parts", [[40], [1] * 40, [7] * 6, [13, 1, 1, 20, 5], [33, 16]], ids=str)
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "stock"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_equal_the_whole(family: str, ours: bool, parts: list[int], checkpoints: MakeCheckpoint) -> None:
+    model = zebra.load(checkpoints(family), self_extend=SETTING)
+    ids = tokens(2, 40)
+    cache = bounded_cache(model) if ours else DynamicCache(config=model.config)
+    assert off(in_parts(model, cache, ids, parts), logits(model, ids)) < 2e-5
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "chunked prefill": {"prefill_chunk_size": 7},
+    "static": {"cache_implementation": "static"},
+    "sampled": {"do_sample": True},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generating_equals_generating_without_a_cache(family: str, how: str, checkpoints: MakeCheckpoint) -> None:
+    model = zebra.load(checkpoints(family), self_extend=SETTING)
+    ids = tokens(1, 30)
+    arguments = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None} | HOW[how]
+    found = []
+    for more in ({}, {"use_cache": False}):
+        torch.manual_seed(3)
+        plain = {k: v for k, v in arguments.items() if not more or k in ("max_new_tokens", "do_sample", "eos_token_id")}
+        plain |= {"num_beams": 3} if how == "beams" else {}
+        found.append(model.generate(ids, attention_mask=torch.ones_like(ids), **plain, **more).tolist())
+    assert found[0] == found[1]
+
+
+def test_an_assistant_takes_tokens_back(checkpoints: MakeCheckpoint) -> None:
+    model, draft = (zebra.load(checkpoints("llama"), self_extend=SETTING) for _ in range(2))
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    ids = tokens(1, 30)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
+    wanted = model.generate(ids, **arguments, use_cache=False)
+    assert model.generate(ids, assistant_model=draft, **arguments).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("plain_positions", [False, True])
+def test_a_left_padded_batch_gives_each_row_what_it_gets_alone(model: Any, plain_positions: bool) -> None:
+    """With positions as `generate` makes them, and as a forward without any has them, which counts the padding."""
+    ids = tokens(2, 50)
+    batch, mask = ids.clone(), torch.ones_like(ids)
+    batch[1, :21], mask[1, :21] = 0, 0
+    batch[1, 21:] = ids[1, :29]
+    arguments: dict[str, Any] = {"attention_mask": mask}
+    if not plain_positions:
+        arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    both = logits(model, batch, **arguments)
+    assert off(both[:1], logits(model, ids[:1])) < 2e-5
+    assert off(both[1:, 21:], logits(model, ids[1:, :29])) < 2e-5
+    cache, start, found = bounded_cache(model), 0, []
+    for n in (10, 20, 1, 1, 18):  # the second row's first chunk is padding only
+        part = {k: v[:, start : start + n] for k, v in arguments.items() if k == "position_ids"}
+        part["attention_mask"] = mask[:, : start + n]
+        found.append(logits(model, batch[:, start : start + n], past_key_values=cache, use_cache=True, **part))
+        start += n
+    parts = torch.cat(found, dim=1)
+    assert off(parts[:1], both[:1]) < 2e-5
+    assert off(parts[1:, 21:], both[1:, 21:]) < 2e-5
+
+
+def test_a_left_padded_batch_generates_what_each_row_does_alone(model: Any) -> None:
+    ids = tokens(2, 40)
+    batch, mask = ids.clone(), torch.ones_like(ids)
+    batch[1, :15], mask[1, :15] = 0, 0
+    for more in ({}, {"num_beams": 2}, {"prefill_chunk_size": 6}):
+        arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None} | more
+        together = model.generate(batch, attention_mask=mask, **arguments)
+        for row, start in ((0, 0), (1, 15)):
+            one = {"attention_mask": mask[row : row + 1, start:]}
+            alone = model.generate(batch[row : row + 1, start:], **one, **arguments)
+            assert together[row, start:].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_documents_get_what_each_gets_alone(model: Any, use_cache: bool) -> None:
+    lengths = (23, 1, 14, 2, 30)
+    ids = tokens(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = logits(model, ids, position_ids=positions, use_cache=use_cache)
+    for part, document in zip(packed.split(lengths, dim=1), ids.split(lengths, dim=1), strict=True):
+        assert off(part, logits(model, document)) < 2e-5
+
+
+def test_offset_positions_change_nothing(model: Any) -> None:
+    """A rope knows differences only."""
+    ids = tokens(1, 40)
+    assert off(logits(model, ids, position_ids=torch.arange(40)[None] + 100), logits(model, ids)) < 2e-5
+
+
+def test_layers_share_the_places_of_a_forward_and_never_of_another(model: Any) -> None:
+    """The same tensor of positions, changed in place between forwards."""
+    ids, positions = tokens(1, 40), torch.arange(40)[None].clone()
+    first = logits(model, ids, position_ids=positions)
+    positions.copy_(torch.cat([torch.arange(20), torch.arange(20)]))
+    second = logits(model, ids, position_ids=positions)
+    assert off(second[:, :20], first[:, :20]) < 2e-5
+    assert off(second[:, 20:], logits(model, ids[:, 20:])) < 2e-5
+    ropes = {id(layer.self_attn.extension.rope) for layer in model.model.layers}
+    assert len(ropes) == 1
+
+
+def test_gradient_checkpointing_computes_the_same(model: Any) -> None:
+    ids = tokens(2, 40)
+    gradients = []
+    model.train()
+    for _ in range(2):
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        # Its name after transformers 5.17, and before.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    assert off(*gradients) < 1e-6
+
+
+# What the cache holds
+
+
+def filled(model: Any, *parts: int) -> StripedCache:
+    cache = bounded_cache(model)
+    in_parts(model, cache, tokens(1, sum(parts)), list(parts))
+    return cache
+
+
+@pytest.mark.parametrize("parts", [(3,), (7,), (200,), (100, 1), (1,) * 60, (7,) * 20, (200, 1, 1, 50)], ids=str)
+def test_a_layer_holds_no_more_than_its_tokens_and_the_window(model: Any, parts: tuple[int, ...]) -> None:
+    """N far keys, N values and W - 1 near keys, which is N + (W - 1) / 2 tokens' worth, and slack to grow into."""
+    n, window, side = sum(parts), 7, 2 * 8 * 4
+    for layer in filled(model, *parts).layers:
+        assert isinstance(layer, ExtendedLayer)
+        assert layer.keys.shape[-2] == layer.values.shape[-2] == layer.get_seq_length() == n
+        assert layer.near.shape[-2] == min(n, window - 1)
+        live = sum(states.numel() * 4 for states in (layer.keys, layer.values, layer.near))
+        assert live <= (n + window) * 2 * side
+        held = [states.untyped_storage().nbytes() // side for states in (layer.keys, layer.values, layer.near)]
+        assert max(held[:2]) <= 1.25 * n + 1
+        assert held[2] <= 2 * window
+
+
+def test_the_bytes_of_a_cache_count_the_near_keys(model: Any) -> None:
+    cache = filled(model, 100)
+    assert cache.kv_bytes() == 5 * (100 + 100 + 6) * 2 * 8 * 4
+
+
+def test_near_keys_are_exact_and_far_ones_turned(model: Any) -> None:
+    ids = tokens(1, 50)
+    ours, stock = bounded_cache(model), DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=ours, use_cache=True)
+    logits(model, ids, past_key_values=stock, use_cache=True)
+    mine, hosts = ours.layers[0], stock.layers[0]
+    assert torch.equal(mine.near, hosts.keys[:, :, -6:])
+    assert torch.equal(mine.values, hosts.values)
+    host = torch.arange(50)[None]
+    frequencies = model.model.rotary_emb.inv_freq
+    wanted = turned(hosts.keys, turn_between(frequencies, host, host // 3, torch.float32))
+    assert off(mine.keys, wanted) < 1e-6
+
+
+def test_batches_of_a_cache_are_moved_together(model: Any) -> None:
+    ids, rows = tokens(3, 40), torch.tensor([2, 0])
+    cache = bounded_cache(model)
+    logits(model, ids[:, :30], past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(rows)
+    assert (
+        off(logits(model, ids[rows, 30:], past_key_values=cache, use_cache=True), logits(model, ids[rows])[:, 30:])
+        < 2e-5
+    )
+    cache = bounded_cache(model)
+    logits(model, ids[:1, :30], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    twice = ids[:1].repeat(2, 1)
+    assert off(logits(model, twice[:, 30:], past_key_values=cache, use_cache=True), logits(model, twice)[:, 30:]) < 2e-5
+    cache.reset()
+    assert off(in_parts(model, cache, ids, [20, 20]), logits(model, ids)) < 2e-5
+
+
+def test_tokens_are_taken_back_where_the_past_is_recorded(model: Any) -> None:
+    ids = tokens(1, 40)
+    cache = bounded_cache(model)
+    cache.activate_past_recording()
+    logits(model, ids[:, :30], past_key_values=cache, use_cache=True)
+    for keep in (25, 28, 9):
+        cache.crop(keep - cache.get_seq_length())
+        assert cache.get_seq_length() == keep
+        assert all(layer.near.shape[-2] == min(6, keep) for layer in cache.layers)
+        again = copy.deepcopy(cache)
+        found = logits(model, ids[:, keep:], past_key_values=again, use_cache=True)
+        assert off(found, logits(model, ids)[:, keep:]) < 2e-5
+        if keep == 28:  # a whole prefill, all of it recorded
+            cache.reset()
+            logits(model, ids[:, :30], past_key_values=cache, use_cache=True)
+        elif keep == 25:
+            logits(model, ids[:, keep:35], past_key_values=cache, use_cache=True)
+    cache = filled(model, 30)
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-3)
+    cache = filled(model, 5)
+    cache.crop(-3)
+    assert cache.layers[0].near.shape[-2] == 2
+
+
+def test_a_cache_is_copied_and_pickled_with_its_near_keys(model: Any) -> None:
+    ids = tokens(1, 40)
+    cache = bounded_cache(model)
+    logits(model, ids[:, :30], past_key_values=cache, use_cache=True)
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        found = logits(model, ids[:, 30:], past_key_values=twin, use_cache=True)
+        assert off(found, logits(model, ids)[:, 30:]) < 2e-5
+    assert cache.get_seq_length() == 30
+
+
+def test_keys_that_wait_say_who_can_take_them(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model.set_attn_implementation("sdpa")
+    assert "Self-Extend 3:7" in caplog.messages[0]
+    with pytest.raises(AttributeError, match='serves attention "zebra" alone'):
+        logits(model, tokens(1, 20), past_key_values=bounded_cache(model), use_cache=True)
+    assert not hasattr(Pending(ExtendedLayer(4), torch.zeros(1)), "shape")
+
+
+# Where it hangs
+
+
+def test_with_stripes_only_global_layers_are_extended(checkpoints: MakeCheckpoint) -> None:
+    model = zebra.load(checkpoints("llama"), stripes="GLLG:9", self_extend=SETTING)
+    kinds = [isinstance(getattr(layer.self_attn, "extension", None), Extension) for layer in model.model.layers]
+    assert kinds == [True, False, False, True, True]
+    assert [isinstance(layer, ExtendedLayer) for layer in bounded_cache(model).layers] == kinds
+    ids = tokens(1, 200)
+    with by_formula(model, setting_of(model)) as formula:
+        wanted = formula(ids)
+    assert off(logits(model, ids), wanted) < 2e-5
+    assert off(in_parts(model, bounded_cache(model), ids, [50, 1, 1, 100, 48]), wanted) < 2e-5
+
+
+def test_layers_without_a_rope_are_left(checkpoints: MakeCheckpoint) -> None:
+    model = zebra.load(checkpoints("smollm3"), self_extend=SETTING)
+    ropes = [layer.rope for layer in attention_layers(model)]
+    assert [rope is not None for rope in ropes] == [bool(x) for x in model.config.no_rope_layers]
+    assert [isinstance(layer, ExtendedLayer) for layer in bounded_cache(model).layers] == [r is not None for r in ropes]
+
+
+def test_nothing_of_it_is_saved_and_that_is_said(
+    checkpoints: MakeCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = zebra.load(checkpoints("llama"), self_extend=SETTING)
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(tmp_path / "saved")
+        assert "load what is saved with self_extend='3:7'" in caplog.messages[-1]
+        zebra.load(checkpoints("llama")).save_pretrained(tmp_path / "plain")
+    assert len(caplog.messages) == 1
+    assert "extend" not in (tmp_path / "saved" / "config.json").read_text()
+    plain = zebra.load(tmp_path / "saved")
+    assert setting_of(plain) is None
+    assert setting_of(model) == SelfExtend(3, 7)
+    assert off(logits(plain, tokens(1, 40)), logits(model, tokens(1, 40))) > 1e-2
+
+
+def test_a_model_is_copied_and_pickled_with_it(model: Any) -> None:
+    ids = tokens(1, 40)
+    wanted = logits(model, ids)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert off(logits(twin, ids), wanted) < 1e-6
+
+
+def test_a_group_of_one_changes_nothing(checkpoints: MakeCheckpoint) -> None:
+    plain = zebra.load(checkpoints("llama"))
+    same = zebra.load(checkpoints("llama"), self_extend=SelfExtend(1, 7))
+    assert off(logits(same, tokens(1, 200)), logits(plain, tokens(1, 200))) < 2e-5
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gpt2", {}, "its positions are learned, ALiBi"),
+        ("bloom", {}, "its positions are learned, ALiBi|no max_position_embeddings"),
+        ("gptj", {}, "not one of transformers' registered functions"),
+        ("cohere", {}, "its rope is interleaved"),
+        ("glm", {"head_dim": 8}, "its rope is interleaved"),
+        ("cohere2", {}, "its rope is interleaved|no global layer"),
+        ("persimmon", {}, "does not hand to its attention"),
+        ("mistral", {"sliding_window": 16}, "no global layer with a rotary embedding.*sliding_window=None"),
+        ("minimax", {}, "cannot run with the cache of Self-Extend|cache of its own"),
+    ],
+)
+def test_hosts_that_cannot_be_extended_are_refused(
+    family: str, changes: dict[str, Any], words: str, checkpoints: MakeCheckpoint
+) -> None:
+    with pytest.raises(Refusal, match=words):
+        zebra.load(checkpoints(family, **changes), self_extend=SETTING)
+
+
+@pytest.mark.parametrize(
+    ("rope", "setting", "words"),
+    [
+        ("dynamic:2", SETTING, "a rope of type dynamic, whose frequencies change"),
+        (None, "3:512", "below the trained length"),
+        (None, "0:8", "at least 1"),
+        (None, "auto:100", "beyond the trained length"),
+        (None, "eight", "GROUP:WINDOW"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(
+    rope: str | None, setting: str, words: str, checkpoints: MakeCheckpoint
+) -> None:
+    with pytest.raises(Refusal, match=words):
+        zebra.load(checkpoints("llama"), rope=rope, self_extend=setting)
+
+
+def test_a_family_without_a_route_is_served_by_self_extend_alone(checkpoints: MakeCheckpoint) -> None:
+    assert setting_of(zebra.load(checkpoints("phi"), self_extend="auto:4096")) == SelfExtend(32, 128)
+    with pytest.raises(Refusal, match="cannot be served"):
+        zebra.load(checkpoints("phi"), stripes="GL:9", self_extend=SETTING)
+
+
+def test_a_text_beyond_the_reach_is_warned_of_once(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    reach = SelfExtend.parse(SETTING).reach(512)
+    assert reach > 1000
+    short = zebra.load(STORIES, self_extend="1:7")
+    with caplog.at_level(logging.WARNING):
+        logits(model, tokens(1, 600))
+        logits(short, tokens(1, 512))
+        mask = torch.ones(1, 520, dtype=torch.long)
+        mask[:, :8] = 0
+        logits(short, tokens(1, 520), attention_mask=mask)
+        assert caplog.messages == []
+        logits(short, tokens(1, 513))
+        logits(short, tokens(1, 600))
+    assert len(caplog.messages) == 1
+    for word in ("513 tokens", "Self-Extend 1:7", "to 512", "Raise the group", "auto:513"):
+        assert word in caplog.messages[0]
+
+
+def test_positions_of_a_chunk_that_do_not_follow_are_refused(model: Any) -> None:
+    cache = filled(model, 20)
+    with pytest.raises(Refusal, match="rise by 1 from token to token"):
+        logits(
+            model, tokens(1, 4), past_key_values=cache, use_cache=True, position_ids=torch.tensor([[20, 21, 30, 31]])
+        )
+
+
+def test_padding_between_tokens_is_refused(model: Any) -> None:
+    mask = torch.ones(1, 20, dtype=torch.long)
+    mask[0, 5:8] = 0
+    with pytest.raises(Refusal, match="never between them"):
+        logits(model, tokens(1, 20), attention_mask=mask)
+
+
+def test_a_host_without_positions_is_refused_at_run_time_too(model: Any) -> None:
+    attn = model.model.layers[0].self_attn
+    q, k, v = torch.zeros(1, 4, 9, 8), torch.zeros(1, 2, 9, 8), torch.zeros(1, 2, 9, 8)
+    with pytest.raises(Refusal, match="needs the positions"):
+        attention.zebra_attention(attn, q, k, v, None, scaling=1.0)
+
+
+# A real model
+
+
+def test_a_real_model_reads_far_beyond_its_length(tmp_path: Path) -> None:
+    """stories260K, trained at 512, over stories joined to 6,144 tokens: two such here, all in the full run."""
+    some = tmp_path / "some.txt"
+    some.write_text((TEXT / "tinystories_validation.txt").read_text()[:26_000])
+    held(some)
+
+
+@pytest.mark.full
+def test_a_real_model_reads_far_beyond_its_length_over_the_whole_text() -> None:
+    held(TEXT / "tinystories_validation.txt")
+
+
+def held(text: Path) -> None:
+    def measured(length: int, **arguments: Any) -> dict[tuple[int, int], float]:
+        rows = rows_of(STORIES, [str(text)], lengths=[length], separator="<|endoftext|>", join=True, **arguments)
+        if "self_extend" in arguments:
+            assert {row.layout for row in rows} == {"dense, self-extend 32:64"}
+        return {(row.position_from, row.position_to): row.value for row in rows}
+
+    fresh = measured(512)[0, 512]
+    ours = measured(6144, self_extend="32:64")
+    plain = measured(6144)
+    assert ours[0, 6144] < 1.2 * fresh
+    assert ours[4096, 6144] < 1.4 * fresh
+    assert plain[4096, 6144] > 100 * fresh
+
+
+def test_the_oracle_agrees_with_the_map_of_distances() -> None:
+    """`relative` on tensors, as the formula takes it, is never negative where a key is visible."""
+    i = torch.arange(30)
+    found = relative(i[:, None], i[None, :], 3, 7).tril()
+    assert found.min() == 0
+    assert int(found[29, 0]) == relative(29, 0, 3, 7)
+
+
+def test_attention_of_plain_layers_is_not_touched(checkpoints: MakeCheckpoint) -> None:
+    plain = zebra.load(checkpoints("llama"))
+    assert all(not isinstance(getattr(m, "extension", None), Extension) for m in plain.modules())
+    q = torch.randn(1, 4, 9, 8)
+    wanted, _ = attend(q, q[:, :2], q[:, :2], with_lse=False)
+    found, _ = attention.zebra_attention(plain.model.layers[0].self_attn, q, q[:, :2], q[:, :2], None)
+    assert torch.equal(found.transpose(1, 2), wanted)
