@@ -147,8 +147,8 @@ FIGURES = (
         f"{_LAYER}, bf16", "the same, bf16", 30, 36, faster("attention", "bfloat16", _MASK, f"milliseconds{_TWO}"),
     ),
     Figure(
-        "local layer, N = 4,096, executed FLOPs, float32 with the switch", "the machine's measured matrix peak", 0.47, 0.60,
-        share_of_peak, "%",
+        "local layer, N = 4,096, executed FLOPs, float32 with the switch", "the machine's measured matrix peak",
+        0.47, 0.60, share_of_peak, "%",
     ),
     Figure(
         "its peak memory minus inputs and outputs, 12 heads of 64", "the same of the dense mask", 0.16, 0.08,
