@@ -162,6 +162,12 @@ def test_an_answer_counts_where_the_continuation_has_it(
     assert retrieval(striped, tokenizer, [sample]) == [0.5]
 
 
+def test_samples_of_several_lengths_are_refused(striped: Any, tokenizer: Any, needles: Needles) -> None:
+    samples = [*needles.samples("passkey", length=300, depth=0), *needles.samples("passkey", length=301, depth=0)]
+    with pytest.raises(Refusal, match=r"samples of one length .* \[300, 301\]"):
+        retrieval(striped, tokenizer, samples)
+
+
 def test_wilsons_interval() -> None:
     """Against the roots of (p - m)² = z² p (1 - p) / n, and its textbook value for 10 of 10."""
     for mean, n in ((0.3, 20), (0.95, 7), (0.5, 1000), (0.0, 12)):

@@ -57,10 +57,13 @@ def retrieval(
         batch_tokens: how many tokens are run at once.
 
     Raises:
-        Refusal: no such score.
+        Refusal: no such score, samples of several lengths or none.
     """
     _check_score(score)
-    size = max(1, batch_tokens // len(samples[0].ids))
+    lengths = sorted({len(sample.ids) for sample in samples})
+    if len(lengths) != 1:
+        raise Refusal(f"samples of one length are measured together; got the lengths {lengths}. Take length by length.")
+    size = max(1, batch_tokens // lengths[0])
     found: list[float] = []
     with evaluating(model):
         for start in range(0, len(samples), size):
