@@ -71,7 +71,8 @@ def picture(path: Path) -> None:
     rows = list(records.read(path))
     longest = max(row.length or 0 for row in rows)
     shown = list(dict.fromkeys(row.layout for row in rows if row.length == longest))[:5]
-    (group,) = groups_of(row for row in rows if row.length == longest and row.layout in shown)
+    shown.sort(key=lambda layout: layout != "dense" and "self-extend" not in layout)  # ours gets the first hue
+    (group,) = groups_of(row for layout in shown for row in rows if (row.length, row.layout) == (longest, layout))
 
     def plot(axes: Axes) -> None:
         plot_positions(axes, group)
