@@ -19,7 +19,8 @@ import zebra
 from zebra import Refusal, SelfExtend
 from zebra.evaluate.perplexity import rows_of
 from zebra.kernels import Mask, attend, only
-from zebra.kernels.extended import extended, merge
+from zebra.kernels.extended import extended
+from zebra.kernels.merging import merge
 from zebra.model import attention
 from zebra.model.cache import ExtendedLayer, Pending, StripedCache
 from zebra.model.extend import attention_layers, bounded_cache, setting_of
