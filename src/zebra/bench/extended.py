@@ -1,9 +1,9 @@
 """Self-Extend beside plain causal attention by the same kernels, and beside its authors' way of computing it.
 
-    prefill attention   a layer's attention over a whole text, from queries and keys as the host hands them
-    decode attention    the same for one token after a cached text, the cache's own work included
-    decode              one token by a whole model
-    chunks              the peak of a whole process that reads a text in chunks
+prefill attention   a layer's attention over a whole text, from queries and keys as the host hands them
+decode attention    the same for one token after a cached text, the cache's own work included
+decode              one token by a whole model
+chunks              the peak of a whole process that reads a text in chunks
 """
 
 from __future__ import annotations
@@ -258,9 +258,7 @@ def _seconds(sizes: Extended, setting: SelfExtend | None, device: Device, phase:
     return dict(device.seconds(replace(run, self_extend=setting)))
 
 
-def _attention_seconds(
-    sizes: Extended, setting: SelfExtend | None, device: Device, phase: str = "prefill"
-) -> float:
+def _attention_seconds(sizes: Extended, setting: SelfExtend | None, device: Device, phase: str = "prefill") -> float:
     """The plan's, of one layer."""
     return _seconds(sizes, setting, device, phase)["attention"] / sizes.layers
 

@@ -24,7 +24,8 @@ _WORKS = {
 HOW = (
     "Times are medians of turns that the variants took one after another in one process, with the least and the most "
     "beside them; the ratio is to the first line of the same work. The plan's time is the roofline's, from the "
-    "ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs. Of the "
+    "ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs; that "
+    "of a whole process has libraries, weights and cache in it. Of the "
     "peak: the share of the matrix product rate that was computed, and of it what the mask asks for."
 )
 """How its tables are to be read."""
