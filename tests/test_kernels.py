@@ -220,6 +220,20 @@ def test_a_scale_that_is_not_positive_is_not_for_the_fused_kernel() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "length", "size", "name"),
+    [
+        (torch.float32, 1024, 64, "fused"),
+        (torch.bfloat16, 1024, 64, "banded"),
+        (torch.bfloat16, 1023, 64, "fused"),
+        (torch.bfloat16, 1024, 56, "fused"),
+    ],
+)
+def test_long_global_layers_in_bfloat16_go_by_tiles(dtype: torch.dtype, length: int, size: int, name: str) -> None:
+    q = torch.zeros(1, 1, length, size, dtype=dtype)
+    assert choose(Request(q, q, q, Mask(), 1.0, with_lse=False)).name == name
+
+
 def test_the_scale_is_one_over_the_root_of_the_head_size_by_default() -> None:
     q, k, v = drawn(9, 9, size=16)
     for name in ("fused", "banded", "reference"):
@@ -854,15 +868,15 @@ def test_dtypes_that_no_kernel_takes(dtypes: tuple[torch.dtype, ...]) -> None:
 def test_a_kernel_without_backward_or_for_another_device_declines() -> None:
     q, k, v = drawn(4, 4)
     forward_only = kernels.Kernel("x", "x", run=reference.reference, backward=False, devices=frozenset({"cpu"}))
-    assert forward_only.declines(request_of(q, k, v, Mask())) is None
+    assert forward_only.declines(Request(q, k, v, Mask(), 1.0)) is None
     for leaf in (q, k, v):
         leaf.requires_grad_()
-        assert forward_only.declines(request_of(q, k, v, Mask())) == "it has no backward"
+        assert forward_only.declines(Request(q, k, v, Mask(), 1.0)) == "it has no backward"
         with torch.no_grad():
-            assert forward_only.declines(request_of(q, k, v, Mask())) is None
+            assert forward_only.declines(Request(q, k, v, Mask(), 1.0)) is None
         leaf.requires_grad_(False)
     elsewhere = kernels.Kernel("x", "x", run=reference.reference, devices=frozenset({"cuda"}))
-    assert elsewhere.declines(request_of(q, k, v, Mask())) == "it runs on cuda, not on cpu"
+    assert elsewhere.declines(Request(q, k, v, Mask(), 1.0)) == "it runs on cuda, not on cpu"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from zebra.stripes import Stripes
 
 if TYPE_CHECKING:
     from zebra.generation import generate
+    from zebra.kernels.precision import fast_float32
     from zebra.model.hosts import convert, load
     from zebra.model.verify import verify
     from zebra.train.adapt import adapt
@@ -26,9 +27,21 @@ _HOME = {
     "verify": "zebra.model.verify",
     "adapt": "zebra.train.adapt",
     "generate": "zebra.generation",
+    "fast_float32": "zebra.kernels.precision",
 }
 
-__all__ = ["Refusal", "SelfExtend", "Stripes", "__version__", "adapt", "convert", "generate", "load", "verify"]
+__all__ = [
+    "Refusal",
+    "SelfExtend",
+    "Stripes",
+    "__version__",
+    "adapt",
+    "convert",
+    "fast_float32",
+    "generate",
+    "load",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

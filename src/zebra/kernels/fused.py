@@ -73,6 +73,9 @@ def _own(request: Request) -> str | None:
     chunk = 1 < request.queries < request.keys
     if chunk and (reason := _no_chunk(request)) is not None:
         return f"it would build a mask for a chunk of queries after earlier keys, as {reason}"
+    long = request.queries >= 1024 and request.q.shape[3] >= 64
+    if long and request.q.dtype == torch.bfloat16 and request.q.device.type == "cpu":
+        return "tiles are faster than torch's bfloat16 kernel on a CPU"
     if request.with_lse and (reason := _no_lse(request)) is not None:
         return reason
     if request.mask.keys is not None and not bool(request.mask.keys.any(dim=-1).all()):

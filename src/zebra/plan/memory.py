@@ -9,9 +9,8 @@ What autograd keeps of one layer, for each token, in numbers (h hidden, i interm
 
 The terms: each norm keeps its input and what it normed (2 h each, in float32) and 1/rms; q, k, v, the output and its
 log-sum-exp H; gate, its activation, up and their product (4 i); what each trained map reads (under autocast q, k, v,
-gate and up each cast their own copy: 5 h; a frozen map keeps none). A local layer keeps its output twice, by heads and
-by tokens: one HD more, which LoRA in bfloat16 has anyway. Norms of queries and keys keep their input and what they
-normed too. A plain MLP keeps 2 i and a LayerNorm has no product to keep.
+gate and up each cast their own copy: 5 h; a frozen map keeps none). Norms of queries and keys keep their input and what
+they normed too. A plain MLP keeps 2 i and a LayerNorm has no product to keep.
 
 All bytes; what an allocator wastes is not in it.
 """
@@ -40,8 +39,8 @@ def kv_bytes(run: Run) -> int:
     return 0 if run.phase == "train" else 2 * cached_tokens(run) * run.decoder.kv_width * BYTES[run.dtype]
 
 
-def saved_by_a_layer(run: Run, kind: str = GLOBAL) -> int:
-    """Bytes for each token that autograd keeps of one layer of a kind: the table above."""
+def saved_by_a_layer(run: Run) -> int:
+    """Bytes for each token that autograd keeps of one layer, of either kind: the table above."""
     d, r = run.decoder, run.lora or 0
     h, hd, kd = d.hidden, d.query_width, d.kv_width
     i = d.intermediate
@@ -51,13 +50,12 @@ def saved_by_a_layer(run: Run, kind: str = GLOBAL) -> int:
     mlp = (4 if d.style.gated else 2) * i - (i if r else 0)
     norms = 2 if d.style.biases != "all" else 0  # a LayerNorm keeps its input alone
     own = bool(d.style.query_norm)
-    twice = hd if kind == LOCAL else 0
     if run.dtype == "float32":
         inputs = (1 if r else 2) * h
-        numbers = (2 + norms) * h + inputs + 2 * (hd + kd) + twice + mlp + 4 * r
+        numbers = (2 + norms) * h + inputs + 2 * (hd + kd) + mlp + 4 * r
         return 4 * (numbers + d.heads + 2 + own * (2 * (hd + kd) + d.heads + d.kv_heads))
     inputs = (3 if r else 3 + d.maps - 1) * h
-    half = inputs + 2 * (hd + kd) + mlp + (hd + 4 * r if r else twice) + own * (hd + kd)
+    half = inputs + 2 * (hd + kd) + mlp + (hd + 4 * r if r else 0) + own * (hd + kd)
     return 2 * half + 4 * ((2 + norms) * h + d.heads + 2 + own * (hd + kd + d.heads + d.kv_heads))
 
 
@@ -69,14 +67,14 @@ def memory(run: Run) -> dict[str, int]:
 def _training(run: Run) -> dict[str, int]:
     d = run.decoder
     learns, half = trained(run), run.dtype == "bfloat16"
-    layers = [run.tokens * saved_by_a_layer(run, kind) for kind in d.kinds(run.stripes)]
+    layer = run.tokens * saved_by_a_layer(run)
     held = 4 * d.size if not run.lora else BYTES[run.dtype] * d.size + 4 * learns
     found = {"weights": held, "gradients": 4 * learns, "AdamW": 8 * learns}
     if run.checkpointing:
         found["layer inputs"] = 4 * d.layers * run.tokens * d.hidden  # the residual stream is float32
-        found["one layer, run again"] = max(layers)
+        found["one layer, run again"] = layer
     else:
-        found["activations"] = sum(layers)
+        found["activations"] = d.layers * layer
     if half:
         parts = d.parameters()
         frozen = 0 if run.lora else parts["projections"] + parts["MLP"]

@@ -9,6 +9,7 @@ run/rows.jsonl      every row, written last: a run that has it is done
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -22,6 +23,7 @@ from zebra import records
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows
 from zebra.evaluate.perplexity import Score, as_rows, perplexity
+from zebra.kernels.precision import fast_float32
 from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config
 from zebra.model.families import DENSE, layout, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
@@ -45,7 +47,8 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
             of another recipe.
     """
     config, tokenizer = _open(recipe)
-    with directory.occupied(recipe) as run:
+    faster = fast_float32() if recipe.train.fast_float32 else contextlib.nullcontext()
+    with directory.occupied(recipe) as run, faster:
         return _run(run, recipe, config, tokenizer)
 
 
@@ -85,6 +88,8 @@ def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBas
             "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
             "with --set train.device=best it would run on this CPU, at a CPU's speed."
         )
+    if recipe.train.fast_float32 and best_device() != "cpu":
+        raise Refusal("train.fast_float32 is a switch of CPUs: on a GPU it would mean TF32. Unset it.")
     config = read_config(recipe.model)
     if not Path(recipe.model).is_dir():
         raise Refusal(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
