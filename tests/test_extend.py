@@ -140,6 +140,7 @@ def test_a_row_that_neither_side_sees_stays_empty() -> None:
     lse = torch.tensor([[[none, 0.0, none]]], requires_grad=True)
     other_lse = torch.tensor([[[none, none, 5.0]]], requires_grad=True)
     merged, both = merge(out, lse, other * torch.tensor([0.0, 1.0, 1.0])[:, None], other_lse)
+    assert both is not None
     assert merged[0, 0].tolist() == [[0, 0], [0, 0], [1, 1]]
     assert both[0, 0].tolist() == [none, 0.0, 5.0]
     merged.sum().backward()

@@ -64,8 +64,8 @@ def extended(
         other = mask.documents[:, window:] != mask.documents[:, :seen]
         far_lse = far_lse.masked_fill(other[:, None, seen - count :], float("-inf"))
     first = queries - count
-    merged, merged_lse = merge(out[:, :, first:], lse[:, :, first:], far_out, far_lse)
+    merged, merged_lse = merge(out[:, :, first:], lse[:, :, first:], far_out, far_lse, with_lse=with_lse)
     if first > 0:
         merged = torch.cat([out[:, :, :first], merged], dim=2)
-        merged_lse = torch.cat([lse[:, :, :first], merged_lse], dim=2)
-    return merged, merged_lse if with_lse else None
+        merged_lse = None if merged_lse is None else torch.cat([lse[:, :, :first], merged_lse], dim=2)
+    return merged, merged_lse

@@ -57,8 +57,7 @@ def _chunk(request: Request) -> tuple[Tensor, Tensor | None]:
     rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
     out, lse = _LSE(rows, k[:, :, :past], v[:, :, :past], 0.0, False, scale=request.scale)
     own, own_lse = _LSE(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=request.scale)
-    merged, merged_lse = merge(own, own_lse, out.reshape(q.shape), lse.reshape(q.shape[:3]))
-    return merged, merged_lse if request.with_lse else None
+    return merge(own, own_lse, out.reshape(q.shape), lse.reshape(q.shape[:3]), with_lse=request.with_lse)
 
 
 def _own(request: Request) -> str | None:
