@@ -23,15 +23,15 @@ RANKS = {
     "data": 1,
     "plan": 1,
     "model": 2,
-    "evaluate": 3,
     "generation": 3,
-    "train": 4,
-    "bench": 4,
-    "doctor": 5,
-    "report": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "evaluate": 4,
+    "train": 5,
+    "bench": 5,
+    "doctor": 6,
+    "report": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 8,
 }
 STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "positions", "records", "plan"}
 MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "bench"}

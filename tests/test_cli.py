@@ -45,7 +45,8 @@ def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
     assert top.returncode == 0
     for verb in ("plan", "convert", "verify", "adapt", "report", "doctor", "evaluate", "generate"):
         assert verb in top.stdout
-    for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], ["evaluate", "perplexity"]):
+    measured = (["evaluate", "perplexity"], ["evaluate", "retrieval"])
+    for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], *measured):
         page = zebra(*verb, "--help")
         assert page.returncode == 0
         assert f"zebra {' '.join(verb)} " in page.stdout.split("Options")[-1] + page.stdout

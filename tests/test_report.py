@@ -15,7 +15,7 @@ from rich.console import Console
 
 from zebra import Refusal
 from zebra.records import Row
-from zebra.report import position_table, write_report
+from zebra.report import position_table, retrieval_table, write_report
 
 MADE: dict[str, Any] = {"seed": 3, "device": "cpu, 2 threads", "versions": {"torch": "2.13.0"}, "commit": "abc123"}
 BUCKETS = ((0, 256), (256, 512), (512, 1024), (0, 1024))
@@ -213,3 +213,50 @@ def test_the_table_fits_the_terminal() -> None:
     for part in ("stories", "demo (adapted)", "dense", "GLLL:129", "214.2", "4.88", "−97.7"):
         assert part in shown
     assert "@50" not in shown
+
+
+def found(layout: str, task: str = "retrieval-generate-passkey", **columns: Any) -> Row:
+    given = {"length": 4096, "depth": 0.5, "value": 0.75, "low": 0.5, "high": 0.9, "n": 20} | columns
+    return Row(run="grid", model="models/m", layout=layout, task=task, metric="accuracy", **MADE | given)
+
+
+def test_retrieval_is_a_heat_map_and_a_table(tmp_path: Path) -> None:
+    rows = [
+        found(layout, length=length, depth=depth, value=value)
+        for layout in ("dense", "GLLL:512 <&>")
+        for length, depth, value in ((4096, 0, 0.25), (4096, 1, 1.0), (16384, 0, float("nan")))
+    ]
+    rows += [
+        found("dense", "retrieval-likelihood-common-words-in-text", depth=None, length=100 * i) for i in range(1, 31)
+    ]
+    html, markdown = page(rows, tmp_path)
+    assert "passkey, by generation: answers found, by length and depth" in html
+    assert "common-words in own text, by likelihood" in html
+    assert "Wilson" in html
+    assert "Other rows" not in html
+    figure = (tmp_path / "report-retrieval-1.svg").read_text()
+    cells = re.findall(r"<title>([^<]+)</title>", figure)
+    assert len(cells) == 6
+    assert cells[0] == "25\N{NO-BREAK SPACE}% at 4,096 tokens, depth 0, 95 %: 50 to 90, 20 samples"
+    assert sum("no number" in cell for cell in cells) == 2
+    assert re.findall(r'fill-opacity="([\d.]+)"', figure)[:2] == ["0.25", "0"]
+    assert "GLLL:512 &lt;&amp;&gt;" in figure
+    right = max(float(x) + float(w) for x, w in re.findall(r' x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', figure))
+    assert right <= 720
+    lines = [line for line in markdown.splitlines() if line.startswith("| 0 |")]
+    assert lines[0] == "| 0 | 25\N{NO-BREAK SPACE}% (50–90) | – |"
+
+
+def test_a_second_seed_is_shown_and_not_lost(tmp_path: Path) -> None:
+    html, _ = page([found("dense"), found("dense", seed=9, value=0.125)], tmp_path)
+    assert "Other rows" in html
+    assert "0.125" in html
+
+
+def test_the_terminal_has_retrieval_by_length_and_depth() -> None:
+    rows = [found("dense", length=length, depth=depth) for length in (4096, 8192) for depth in (0.0, 1.0)]
+    out = io.StringIO()
+    Console(file=out, width=120).print(retrieval_table(rows))
+    shown = out.getvalue()
+    assert "8,192" in shown
+    assert shown.count("75\N{NO-BREAK SPACE}%") == 4

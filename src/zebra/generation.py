@@ -204,6 +204,28 @@ def generate(
     return _run(ready, tokenizer, inputs, chosen, on_text)
 
 
+def continued(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, **decoding: Any
+) -> list[list[int]]:
+    """The new tokens behind each of several prompts of one length, as tokens (B, T).
+
+    Args:
+        decoding: the fields of `Decoding`.
+
+    Raises:
+        Refusal: what `Decoding` refuses.
+    """
+    chosen = Decoding(**decoding)
+    with _deterministic(model, chosen.seed), _one_warning():
+        host: Any = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=chosen.as_host(model, tokenizer),
+            tokenizer=tokenizer,
+        )
+    return host.sequences[:, ids.shape[1] :].tolist()
+
+
 def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

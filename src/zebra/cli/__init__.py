@@ -12,6 +12,7 @@ import typer
 from zebra import __version__
 from zebra.cli import bench, show
 from zebra.cli.generate import generate
+from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.refusal import Refusal
 
 app = typer.Typer(
@@ -243,6 +244,9 @@ def perplexity(
         from zebra import records
 
         records.append(out, rows)
+
+
+evaluate.command(epilog=EXAMPLE)(retrieval)
 
 
 @app.command(epilog="zebra report runs/demo -o report.html")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,8 +50,7 @@ def generate(
         "prefill_chunk": prefill_chunk,
     }
     text = _prompt(prompt, file)
-    with show.quiet_host(), warnings.catch_warnings():
-        warnings.showwarning = _told
+    with show.quiet_host(), show.warnings_as_notes():
         from zebra.generation import generate as run
 
         with show.writing(not as_json) as write:
@@ -85,7 +83,3 @@ def _prompt(text: str | None, file: Path | None) -> str:
         raise Refusal(f"the prompt in {file} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
     except OSError as error:
         raise Refusal(f"the prompt in {file} cannot be read: {error.strerror}. Give a file of text.") from None
-
-
-def _told(message: Warning | str, *rest: Any, **more: Any) -> None:
-    show.note(f"zebra: {' '.join(str(message).split())}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,6 +26,18 @@ def quiet_host() -> Iterator[None]:
     yield
 
 
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Warnings as one line each on stderr."""
+
+    def told(message: Warning | str, *rest: Any, **more: Any) -> None:
+        note(f"zebra: {' '.join(str(message).split())}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = told
+        yield
+
+
 def json(tree: Any) -> None:
     """One JSON document on stdout."""
     from zebra.records import to_json
@@ -38,13 +51,17 @@ def note(message: str) -> None:
 
 
 def rows(found: Sequence[Row], as_json: bool) -> None:
-    """Rows of results; of tables there are two, perplexity by position and benches."""
+    """Rows of results; of tables there are three, perplexity by position, retrieval and benches."""
     if as_json:
         json({"rows": [asdict(row) for row in found]})
     elif any(row.metric == "perplexity" for row in found):
         from zebra.report import position_table
 
         _print(position_table(found))
+    elif any(row.task.startswith("retrieval-") for row in found):
+        from zebra.report import retrieval_table
+
+        _print(retrieval_table(found))
     elif any(row.task.startswith("bench ") for row in found):
         from zebra.report import bench_table
 

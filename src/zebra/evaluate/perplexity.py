@@ -104,7 +104,7 @@ def perplexity(
     sums = np.zeros((len(bounds) - 1, len(corpus)))
     counts = np.zeros_like(sums)
     head = head_of(model)
-    with _evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
+    with evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
         for batch in _batches(windows, batch_tokens):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
             hidden = model(ids, **without_logits(model.device)).hidden_states[-1]
@@ -211,7 +211,8 @@ def read_text(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In the model's evaluation mode and without gradients; its mode comes back."""
     was_training = model.training
     model.eval()
     try:

@@ -15,12 +15,12 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import benches, page, sections
+from zebra.report import benches, page, retrieval, sections
 from zebra.report.figures import standalone
 from zebra.report.page import Figure
 from zebra.report.series import by_kind, groups_of
 
-__all__ = ["bench_table", "position_table", "write_report"]
+__all__ = ["bench_table", "position_table", "retrieval_table", "write_report"]
 
 
 def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -> None:
@@ -45,6 +45,7 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
     parts = [
         sections.layouts(kinds["cost"]),
         sections.positions(groups),
+        retrieval.retrieval(kinds["retrieval"]),
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
@@ -76,6 +77,11 @@ def position_table(rows: Sequence[Row]) -> terminal.Table:
 def bench_table(rows: Sequence[Row]) -> terminal.Table:
     """Measured time and memory for the terminal, beside the plan's prediction and the device's ceilings."""
     return _grid(benches.bench_tables(by_kind(rows)["bench"]))
+
+
+def retrieval_table(rows: Sequence[Row]) -> terminal.Table:
+    """Shares of answers found for the terminal, length across and depth down."""
+    return _grid(retrieval.retrieval_tables(by_kind(rows)["retrieval"]))
 
 
 def _grid(tables: Sequence[page.Table]) -> terminal.Table:

@@ -255,6 +255,8 @@ def method(rows: Sequence[Row]) -> Section:
             facts["convention"][f"{convention}: {_CONVENTIONS.get(convention, 'as its evaluation defines it')}"] = None
         if row.low is not None and row.task != convention:
             facts["intervals"]["95 %, bootstrap over documents"] = None
+        if row.low is not None and row.task.startswith("retrieval-"):
+            facts["intervals"]["of retrieval: 95 %, Wilson's over samples"] = None
         if step(row) is None:
             facts["models"][row.model] = None
         facts["seed"][str(row.seed)] = None

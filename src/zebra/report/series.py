@@ -71,6 +71,8 @@ def _kind(row: Row) -> str:
         return "loss"
     if row.task.startswith("bench "):
         return "bench"
+    if row.task.startswith("retrieval-") and row.metric == "accuracy" and row.length is not None:
+        return "retrieval"
     if row.task == "cost" and row.metric in ("layers", "attention_pairs", "cached_tokens") and row.length is not None:
         return "cost"
     return "speed" if (row.task, row.metric) == ("speed", "evaluation_tokens_per_second") else "other"
@@ -81,7 +83,7 @@ def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
     kinds: dict[str, list[Row]] = defaultdict(list)
     seen = set()
     for row in rows:
-        place = (*series_of(row), row.task, row.metric, row.length, row.position_from, row.position_to)
+        place = (*series_of(row), row.task, row.metric, row.length, row.depth, row.position_from, row.position_to)
         kinds["other" if place in seen else _kind(row)].append(row)
         seen.add(place)
     return kinds

@@ -1,0 +1,318 @@
+"""Retrieval: a script that reads the prompt finds everything, a guesser one in ten, and the cache changes nothing."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STORIES, TEXT
+from test_cli import Zebra
+from test_needles import solved
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import zebra
+from zebra import Refusal, records
+from zebra.cli import main
+from zebra.data.haystack import Writer
+from zebra.data.needles import Needles, Sample
+from zebra.data.questions import TASKS, WITHOUT_DEPTH
+from zebra.evaluate import retrieval as module
+from zebra.evaluate.retrieval import likelihoods, retrieval, rows_of, wilson
+from zebra.generation import continued
+from zebra.report import write_report
+
+LENGTH = 420
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(STORIES)
+
+
+@pytest.fixture(scope="module")
+def needles(tokenizer: Any) -> Needles:
+    return Needles(tokenizer)
+
+
+class Scripted(PreTrainedModel, GenerationMixin):
+    """A model whose logits a function of the tokens so far makes. It knows earlier tokens by the cache alone."""
+
+    config_class = LlamaConfig
+    _supports_attention_backend = True
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, bos_token_id=1, eos_token_id=2))
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.tokenizer = tokenizer
+
+    def next(self, tokens: list[int]) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, logits_to_keep: int = 0, **_: Any) -> Any:
+        seen = input_ids[:, None, :, None].float()
+        if past_key_values is not None:
+            seen, _ = past_key_values.update(seen, seen, 0)
+        tokens = seen[:, 0, :, 0].long().tolist()
+        kept = logits_to_keep or input_ids.shape[1]
+        logits = [[self.next(row[: len(row) - i]) for i in reversed(range(kept))] for row in tokens]
+        return CausalLMOutputWithPast(
+            logits=torch.stack([torch.stack(row) for row in logits]), past_key_values=past_key_values
+        )
+
+
+class Oracle(Scripted):
+    """Reads the question and says the answers, in the order in which it finds them."""
+
+    task = ""
+
+    def next(self, tokens: list[int]) -> Tensor:
+        logits = torch.zeros(len(self.tokenizer))
+        if len(tokens) < LENGTH:
+            return logits
+        writer = Writer(self.tokenizer)
+        left = [list(writer.ids(answer)) for answer in solved(self.task, writer.text(tokens[:LENGTH]))]
+        said = tokens[LENGTH:]
+        while whole := [answer for answer in left if answer == said[: len(answer)]]:
+            said = said[len(whole[0]) :]
+            left.remove(whole[0])
+        for answer in left:
+            if answer[: len(said)] == said:
+                logits[answer[len(said)]] = 9.0
+        if not left:
+            logits[2] = 9.0
+        return logits
+
+
+class Guesser(Scripted):
+    """Logits that have nothing to do with the question."""
+
+    def next(self, tokens: list[int]) -> Tensor:
+        return torch.randn(len(self.tokenizer), generator=torch.Generator().manual_seed(hash(tuple(tokens)) % 2**40))
+
+
+@pytest.mark.parametrize("score", module.SCORES)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_script_that_reads_the_prompt_finds_every_answer(
+    task: str, score: str, tokenizer: Any, needles: Needles
+) -> None:
+    oracle = Oracle(tokenizer).eval()
+    oracle.task = task
+    samples = [s for depth in (0, 0.4, 1) for s in needles.samples(task, length=LENGTH, depth=depth, count=2)]
+    assert retrieval(oracle, tokenizer, samples, score=score, batch_tokens=1000) == [1.0] * 6
+
+
+def test_a_guesser_is_near_chance(tokenizer: Any, needles: Needles) -> None:
+    guesser = Guesser(tokenizer).eval()
+    found: list[float] = []
+    for task in TASKS:
+        samples = needles.samples(task, length=LENGTH, depth=0.5, count=25)
+        found += retrieval(guesser, tokenizer, samples, score="likelihood")
+        assert sum(retrieval(guesser, tokenizer, samples[:4], score="generate")) < 0.5
+    low, high = wilson(sum(found) / len(found), len(found))
+    assert low < 0.1 < high
+
+
+@pytest.fixture(scope="module")
+def striped() -> Any:
+    return zebra.load(STORIES, stripes="GLLL:65")
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 300, 10_000])
+def test_likelihoods_are_those_of_whole_texts(striped: Any, needles: Needles, batch_tokens: int) -> None:
+    """Chunks, cache, batches and copies against one plain forward for each candidate."""
+    _equal_whole_texts(striped, needles.samples("multikey", length=300, depth=0.5, count=3), batch_tokens)
+
+
+def test_likelihoods_under_self_extend_are_those_of_whole_texts(needles: Needles) -> None:
+    extended = zebra.load(STORIES, stripes="GLLL:65", self_extend="4:32")
+    _equal_whole_texts(extended, needles.samples("needle", length=700, depth=0.5, count=2), 256)
+
+
+def _equal_whole_texts(model: Any, samples: list[Sample], batch_tokens: int) -> None:
+    with torch.no_grad():
+        found = likelihoods(model, samples, batch_tokens)
+        for sample, row in zip(samples, found, strict=True):
+            for one, value in zip((*sample.answers, *sample.distractors), row, strict=True):
+                logits = model(torch.tensor([[*sample.ids, *one.ids]]), use_cache=False).logits[0].double()
+                chances = logits.log_softmax(-1)[len(sample.ids) - 1 : -1]
+                whole = sum(float(chances[i, token]) for i, token in enumerate(one.ids))
+                assert float(value) == pytest.approx(whole, abs=1e-3)
+
+
+def test_a_batch_goes_on_as_each_alone(striped: Any, tokenizer: Any, needles: Needles) -> None:
+    samples = needles.samples("passkey", length=300, depth=0.5, count=3)
+    ids = torch.tensor([sample.ids for sample in samples])
+    together = continued(striped, tokenizer, ids, max_new_tokens=12)
+    assert together == [continued(striped, tokenizer, row[None], max_new_tokens=12)[0] for row in ids]
+    assert together == continued(striped, tokenizer, ids, max_new_tokens=12, prefill_chunk=64)
+
+
+def test_an_answer_counts_where_the_continuation_has_it(
+    striped: Any, tokenizer: Any, needles: Needles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sample,) = needles.samples("multivalue", length=300, depth=0.5)
+    said = f"{sample.answers[2].text}, {sample.distractors[0].text} and {sample.answers[0].text}."
+    monkeypatch.setattr(module, "continued", lambda *_, **__: [tokenizer.encode(said)])
+    assert retrieval(striped, tokenizer, [sample]) == [0.5]
+
+
+def test_samples_of_several_lengths_are_refused(striped: Any, tokenizer: Any, needles: Needles) -> None:
+    samples = [*needles.samples("passkey", length=300, depth=0), *needles.samples("passkey", length=301, depth=0)]
+    with pytest.raises(Refusal, match=r"samples of one length .* \[300, 301\]"):
+        retrieval(striped, tokenizer, samples)
+
+
+def test_wilsons_interval() -> None:
+    """Against the roots of (p - m)² = z² p (1 - p) / n, and its textbook value for 10 of 10."""
+    for mean, n in ((0.3, 20), (0.95, 7), (0.5, 1000), (0.0, 12)):
+        for p in wilson(mean, n):
+            assert (p - mean) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-9)
+    assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+def test_rows_have_length_and_depth_in_columns(tmp_path: Path) -> None:
+    rows = rows_of(
+        STORIES,
+        tasks=["passkey", "frequent-words", "passkey"],
+        lengths=[320, 260],
+        depths=[1, 0.5],
+        samples=3,
+        score="likelihood",
+        stripes="GL:64",
+        seed=4,
+    )
+    cells = [(row.task, row.length, row.depth) for row in rows]
+    assert cells == [
+        *(("retrieval-likelihood-passkey", length, depth) for length in (260, 320) for depth in (0.5, 1)),
+        *(("retrieval-likelihood-frequent-words", length, None) for length in (260, 320)),
+    ]
+    for row in rows:
+        assert (row.metric, row.n, row.seed, row.layout) == ("accuracy", 3, 4, "GL:64")
+        assert row.low is not None
+        assert row.high is not None
+        assert row.low <= row.value <= row.high
+    records.write(tmp_path / "rows.jsonl", rows)
+    assert records.read(tmp_path / "rows.jsonl") == rows
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"tasks": ["passkey", "haystack"]}, "the tasks are passkey, .* got 'haystack'"),
+    ({"tasks": []}, "at least one task"),
+    ({"lengths": [40]}, "passkey needs a length of at least"),
+    ({"depths": [0, 2]}, "a depth is a share of the text from 0 to 1; got 2"),
+    ({"samples": 0}, "at least 1 sample"),
+    ({"score": "recall"}, "the scores are generate and likelihood; got 'recall'"),
+    ({"lengths": [600]}, "600 tokens passes the 512 positions .*--beyond"),
+    ({"lengths": [1400], "self_extend": "4:256"}, "1,400 tokens passes the 1,280 positions .* Self-Extend 4:256"),
+    ({"rope": "dynamic:2"}, "a rope of type dynamic changes its frequencies"),
+    ({"device": "moon"}, "there is no device 'moon'"),
+    ({"dtype": "int4"}, "a dtype is one of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "why"), REFUSED)
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load", None)
+    with pytest.raises(Refusal, match=why):
+        rows_of(STORIES, **{"tasks": ["passkey"], "lengths": [300], "depths": [0], "samples": 1} | changes)
+
+
+def test_a_haystack_too_short_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load", None)
+    (tmp_path / "few.txt").write_text("Once upon a time. " * 20)
+    with pytest.raises(Refusal, match=r"the haystack has .* tokens, and .* are needed"):
+        rows_of(STORIES, tasks=["needle"], lengths=[200, 500], haystack=[str(tmp_path / "few.txt")])
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(stories: Path) -> None:
+    for file in stories.glob("*token*"):
+        file.unlink()
+    with pytest.raises(Refusal, match=r"the tokenizer of .* cannot be read"):
+        rows_of(stories, tasks=["passkey"], lengths=[300])
+
+
+def test_beyond_the_model_only_when_told() -> None:
+    given: dict[str, Any] = {"tasks": ["passkey"], "lengths": [530], "depths": [0.5], "samples": 1}
+    with pytest.warns(UserWarning, match="530 tokens passes the 512 positions"):
+        (row,) = rows_of(STORIES, beyond=True, **given)
+    assert row.length == 530
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (row,) = rows_of(STORIES, rope="yarn:2", **given)
+        (other,) = rows_of(STORIES, self_extend="4:128", **given)
+    assert row.layout == "dense yarn:2"
+    assert other.layout == "dense, self-extend 4:128"
+
+
+COMMON = ("evaluate", "retrieval", STORIES, "--samples", 2, "--score", "likelihood")
+
+
+def test_the_verb_and_its_page(zebra: Zebra, tmp_path: Path) -> None:
+    given = (*COMMON, "--task", "passkey,common-words", "--length", "300,360", "--depth", "0,1")
+    done = zebra(*given, "--json", "--out", tmp_path / "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["rows"]
+    assert [(row["length"], row["depth"]) for row in found] == [
+        *((length, depth) for length in (300, 360) for depth in (0, 1)),
+        *((length, None) for length in (300, 360)),
+    ]
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == found
+    write_report(records.read(tmp_path / "rows.jsonl"), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "passkey, by likelihood: answers found, by length and depth" in page
+    assert (tmp_path / "report-retrieval-2.svg").is_file()
+
+
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[Any, ...]:
+    """Exit code, stdout and stderr of the command line, in this process."""
+    monkeypatch.setattr("sys.argv", ["zebra", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code, *capsys.readouterr()
+
+
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_the_table_and_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ("--haystack", TEXT / "tinystories_test.txt", "--beyond")
+    code, out, err = said(capsys, monkeypatch, *COMMON, "--task", "needle", "--length", "530", "--depth", "0.5", *text)
+    assert code == 0, err
+    assert "needle in own text, by likelihood" in " ".join(out.split())
+    assert err.startswith("zebra: a length of 530 tokens passes the 512 positions")
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("needle", "--length", "530"), ("--beyond",)),
+        (("needles", "--length", "300"), ("'needles'", "multikey")),
+        (("needle", "--length", "4k"), ("--length takes numbers", "'4k'")),
+        (("needle", "--length", "300", "--depth", "middle"), ("--depth takes numbers", "'middle'")),
+        (("needle", "--length", "300", "--haystack", "nowhere.txt"), ("nowhere.txt",)),
+    ],
+)
+def test_a_refusal_is_one_line(
+    arguments: tuple[str, ...],
+    words: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, out, err = said(capsys, monkeypatch, *COMMON, "--task", *arguments)
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    assert all(word in err for word in words)
+
+
+def test_every_task_is_in_the_guide() -> None:
+    guide = (STORIES.parent.parent / "docs" / "evaluating.md").read_text()
+    for task in TASKS:
+        assert f"| `{task}` |" in guide
+    assert set(WITHOUT_DEPTH) < set(TASKS)
