@@ -18,13 +18,16 @@ from test_cli import Zebra, refused
 from transformers import DynamicCache
 
 from zebra import kernels, records
-from zebra.bench import alone, attention, ceilings, generation, models, pairing, peers
+from zebra.bench import alone, attention, ceilings, extended, generation, models, pairing, peers
 from zebra.bench.pairing import Variant, Work
-from zebra.bench.subjects import FAST, SUBJECTS, Attention, Decode, Layer, Loss, Prefill, TrainStep
+from zebra.bench.subjects import FAST, SUBJECTS, Attention, Decode, Extended, Layer, Loss, Prefill, TrainStep
 from zebra.cli import main
 from zebra.kernels.precision import fast_float32
-from zebra.model.cache import StripedCache
+from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache
+from zebra.model.extend import bounded_cache, extend
+from zebra.model.extension import Rope
 from zebra.plan import devices
+from zebra.positions import SelfExtend
 from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.report import bench_table, write_report
@@ -37,6 +40,7 @@ TINY: dict[str, Any] = {
     "train-step": TrainStep(length=60, stripes="GL:20", layers=3, words=50, **SMALL, repeats=2),
     "prefill": Prefill(length=60, stripes="GL:20", layers=3, words=50, **SMALL, repeats=2),
     "decode": Decode(length=60, stripes="GL:20", layers=3, words=50, **SMALL, repeats=2),
+    "self-extend": Extended(length=60, self_extend="4:20", chunk=25, layers=3, words=50, **SMALL, repeats=2),
     "loss": Loss(length=60, hidden=16, words=50, repeats=2),
 }
 
@@ -275,6 +279,85 @@ def test_what_another_raises_leaves_it_out() -> None:
         pairing.timings([Variant(name="ours", layout="", works=works)], 1, "cpu")
 
 
+SELF_EXTEND: Any = TINY["self-extend"]
+
+
+def test_the_works_of_self_extend(peaks: str) -> None:
+    def timed(work: str | None) -> set[tuple[str, str]]:
+        rows, _ = pairing.bench(replace(SELF_EXTEND, work=work, memory=False, ceilings=peaks))
+        return {(row.model, row.metric) for row in rows if row.metric.startswith("milliseconds")}
+
+    both = {"zebra, Self-Extend", "zebra, plain"}
+    layer = {*itertools.product(both, ("milliseconds_prefill_attention", "milliseconds_decode_attention"))}
+    layer |= {("two score matrices", "milliseconds_prefill_attention")}
+    model = {*itertools.product(both, ("milliseconds_decode",))}
+    assert timed("attention") == layer
+    assert timed("decode") == model
+    assert timed(None) == layer | model
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_two_score_matrices_are_self_extend(heads: int) -> None:
+    setting = SelfExtend.parse(SELF_EXTEND.self_extend)
+    found = extended._prepare_two_matrices(SELF_EXTEND, setting, heads)()
+    wanted = extended._prepare_attention(SELF_EXTEND, setting)()[0].transpose(1, 2)
+    assert pairing.relative_error(found, [wanted]) < 1e-5
+    plain = extended._prepare_attention(SELF_EXTEND, None)()[0].transpose(1, 2)
+    assert pairing.relative_error(found, [plain]) > 1e-2
+
+
+@pytest.mark.parametrize("setting", ["4:20", None])
+@pytest.mark.parametrize("part", ["_layer_error", "_model_error"])
+def test_the_gate_of_self_extend_sees_another_setting(
+    part: str, setting: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = None if setting is None else SelfExtend.parse(setting)
+    small = replace(SELF_EXTEND, length=107)
+    assert getattr(extended, part)(small, one) < 1e-5
+    if one is not None:
+        monkeypatch.setattr(Rope, "key_turn", lambda rope, places, total, dtype: places.query)
+        monkeypatch.setattr(extended, "extend", lambda model, setting: extend(model, replace(setting, group=3)))
+        assert getattr(extended, part)(small, one) > pairing.TOLERANCE["float32"]
+
+
+def test_two_score_matrices_take_the_heads_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 2 * SELF_EXTEND.length**2
+    monkeypatch.setattr(extended, "too_large", lambda scores, device: "too much" if scores > limit else None)
+    assert [variant.name for variant in extended.case(SELF_EXTEND).variants][2:] == [
+        "two score matrices, 2 of 4 heads at a time"
+    ]
+    limit = 5
+    case = extended.case(SELF_EXTEND)
+    assert case.left_out == ("two score matrices: too much",)
+    assert len(case.variants) == 2
+
+
+@pytest.mark.parametrize("setting", ["4:20", None])
+def test_a_step_of_self_extends_decode_goes_on_from_a_filled_cache(
+    setting: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(extended, "bounded_cache", lambda model: kept.append(bounded_cache(model)) or kept[0])
+    call = extended._prepare_decode(SELF_EXTEND, None if setting is None else SelfExtend.parse(setting))
+    assert call()[0].shape == (1, 1, 50)
+    assert kept[0].get_seq_length() == SELF_EXTEND.length + 2 * extended.STEPS
+    assert {type(layer) for layer in kept[0].layers} == {ExtendedLayer if setting else GrowingLayer}
+
+
+@pytest.mark.skipif(not alone._STATUS.is_file(), reason="this system does not tell a process's peak")
+def test_chunks_are_the_peak_of_a_whole_process(peaks: str, tmp_path: Path) -> None:
+    sizes = replace(SELF_EXTEND, work="chunks", ceilings=peaks)
+    rows, _ = pairing.bench(sizes)
+    found = {row.model: row.value for row in rows if row.metric == "peak_bytes_chunks"}
+    assert found.keys() == {"zebra, Self-Extend", "zebra, plain"}
+    assert min(found.values()) > 100 << 20  # torch alone
+    more = pairing.alone(replace(sizes, words=200_000, head_size=128), "zebra, plain", "_chunks")
+    assert more is not None
+    assert more - found["zebra, plain"] > 0.9 * 4 * 200_000 * 512
+    write_report(rows, tmp_path / "page.html")
+    assert "prefill in chunks" in (tmp_path / "page.md").read_text()
+
+
 def test_a_filled_cache_is_what_a_prefill_leaves() -> None:
     """As many tokens, and after a turn of decode `STEPS` more; ours holds no more than the window in local layers."""
     sizes = TINY["decode"]
@@ -349,6 +432,10 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "switch": ("loss", {"dtype": "bfloat16", "fast_float32": True}, "--fast-float32 changes float32 products"),
     "layout": ("train-step", {"stripes": "GX:9"}, "G .global. and L .local."),
     "layer": ("prefill", {"stripes": "9:5"}, "layer 9"),
+    "setting": ("self-extend", {"self_extend": "auto:9"}, "GROUP:WINDOW"),
+    "near alone": ("self-extend", {"length": 1024}, "beyond its window of 1,024 tokens; got --length 1,024"),
+    "work": ("self-extend", {"work": "all"}, "attention, decode, chunks; got 'all'"),
+    "memory": ("self-extend", {"work": "chunks", "memory": False}, "memory alone; got --no-memory"),
     "repeats": ("ceilings", {"repeats": 0}, "--repeats"),
     "seed": ("loss", {"seed": -1}, "--seed"),
 }
@@ -414,7 +501,30 @@ def test_the_page_says_what_was_reached(speed: ModuleType) -> None:
         ["0.200", "0.160", "0.080", "missed"],
     ]
     assert lines[2][6] == "of 200.0 GFLOP/s; 40.0\N{NO-BREAK SPACE}% counting visible pairs only"
-    assert [line[5] for line in lines[4:]] == ["not measured"] * 4
+    assert [line[5] for line in lines[4:]] == ["not measured"] * 8
+
+
+def test_the_page_holds_self_extend_against_plain(speed: ModuleType) -> None:
+    def row(model: str, metric: str, value: float) -> Row:
+        return _row(model, metric, value, run="self-extend")
+
+    prefill, token = "milliseconds_prefill_attention", "milliseconds_decode_attention"
+    rows = [row("zebra, Self-Extend", prefill, 22.0), row("zebra, plain", prefill, 20.0)]
+    rows += [row("two score matrices, 1 of 8 heads at a time", prefill, 200.0)]
+    rows += [row("zebra, Self-Extend", token, 26.0), row("zebra, plain", token, 20.0)]
+    rows += [
+        row("zebra, Self-Extend", "peak_bytes_chunks", 11 << 20),
+        row("zebra, plain", "peak_bytes_chunks", 10 << 20),
+    ]
+    lines = [[cell.text for cell in line] for line in speed.figures(rows).blocks[1].body]
+    lines = [line for line in lines if line[5] != "not measured"]
+    assert [line[2:6] for line in lines] == [
+        ["1.100", "1.250", "1.150", "stretch"],
+        ["1.300", "1.200", "1.050", "missed"],
+        ["1.100", "1.150", "1.050", "passed"],
+    ]
+    assert lines[0][6] == "22.00 against 20.00 ms; two score matrices, 1 of 8 heads at a time 10.0 times"
+    assert lines[2][6] == "11 of 10 MiB"
 
 
 def test_a_part_replaces_its_own_rows_alone(

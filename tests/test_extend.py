@@ -19,7 +19,8 @@ import zebra
 from zebra import Refusal, SelfExtend
 from zebra.evaluate.perplexity import rows_of
 from zebra.kernels import Mask, attend, only
-from zebra.kernels.extended import extended, merge
+from zebra.kernels.extended import extended
+from zebra.kernels.merging import merge
 from zebra.model import attention
 from zebra.model.cache import ExtendedLayer, Pending, StripedCache
 from zebra.model.extend import attention_layers, bounded_cache, setting_of
@@ -139,6 +140,7 @@ def test_a_row_that_neither_side_sees_stays_empty() -> None:
     lse = torch.tensor([[[none, 0.0, none]]], requires_grad=True)
     other_lse = torch.tensor([[[none, none, 5.0]]], requires_grad=True)
     merged, both = merge(out, lse, other * torch.tensor([0.0, 1.0, 1.0])[:, None], other_lse)
+    assert both is not None
     assert merged[0, 0].tolist() == [[0, 0], [0, 0], [1, 1]]
     assert both[0, 0].tolist() == [none, 0.0, 5.0]
     merged.sum().backward()

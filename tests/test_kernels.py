@@ -705,11 +705,52 @@ def test_the_fused_kernel_gives_an_lse_where_no_gradient_is_wanted(
         assert fused.KERNEL.declines(request_of(q, k, v, mask)) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("heads", "group"), [(2, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(("queries", "keys"), [(2, 3), (2, 300), (65, 66), (70, 130), (299, 300)])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_a_chunk_by_the_fused_kernel_is_two_calls_without_a_mask(
+    queries: int, keys: int, heads: int, group: int, with_lse: bool, dtype: torch.dtype
+) -> None:
+    q, k, v = drawn(queries, keys, heads=heads, group=group, dtype=dtype)
+    for states in ((q, k, v), tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))):
+        assert choose(Request(*states, Mask(), 0.3, with_lse=with_lse)).name == "fused"
+        with only("fused"):
+            out, lse = attend(*states, scale=0.3, with_lse=with_lse)
+        with only("reference"):
+            wanted, wanted_lse = attend(*(x.double() for x in states), scale=0.3, with_lse=True)
+        assert out.dtype == dtype
+        assert relative(out, wanted) <= TOLERANCE[dtype][0]
+        assert (lse is not None) == with_lse
+        if lse is not None and wanted_lse is not None:
+            assert relative(lse, wanted_lse) <= TOLERANCE[dtype][1]
+
+
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [
+        (Mask(keys=padding("left", 2, 70)), torch.float32),
+        (Mask(documents=packed(2, 70)), torch.float32),
+        (Mask(window=9), torch.float32),
+        (Mask(), torch.bfloat16),
+    ],
+    ids=["padding", "documents", "window", "16 bits"],
+)
+def test_other_chunks_are_for_the_tiles(mask: Mask, dtype: torch.dtype) -> None:
+    q, k, v = drawn(20, 70, dtype=dtype)
+    assert choose(Request(q, k, v, mask, 0.3)).name == "banded"
+    q, k, v = (x.float() for x in drawn(20, 70, size=132))
+    assert choose(Request(q, k, v, Mask(), 0.3)).name == "banded"
+    q, k, v = (x.float().requires_grad_() for x in drawn(20, 70))
+    assert "its log-sum-exp has no gradient" in str(fused.KERNEL.declines(Request(q, k, v, Mask(), 0.3)))
+
+
 def test_without_torchs_operator_the_tiles_give_the_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_LSE", None)
     q, k, v = drawn(70, 70)
     assert "where torch has the operator" in str(fused.KERNEL.declines(Request(q, k, v, Mask(), 0.3)))
     assert choose(Request(q, k, v, Mask(), 0.3)).name == "banded"
+    assert choose(Request(q[:, :, :9], k, v, Mask(), 0.3, with_lse=False)).name == "banded"
 
 
 def test_the_table() -> None:

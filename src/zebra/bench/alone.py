@@ -1,6 +1,7 @@
 """Peak memory of one variant in a process of its own: `python -m zebra.bench.alone`, asked on stdin by `pairing`.
 
     inputs made │ level ... the call ... peak │      extra = peak - level - bytes of the outputs
+                                                     of a work that is `whole`, the peak as it is
 
 On a CPU the level and the peak are the process's resident memory, which Linux tells; on a GPU the allocator's. A
 variant of ours runs its gate before, and what compiles runs once, so that libraries have taken what they keep.
@@ -42,7 +43,7 @@ def main() -> None:
             variant.gate()
         elif variant.may_fail:
             work.prepare()()  # it compiles
-        found = extra_bytes(work, device)
+        found = peak_bytes(work, device) if work.whole else extra_bytes(work, device)
     print("unknown" if found is None else found)
 
 
@@ -56,6 +57,15 @@ def extra_bytes(work: Work, device: str) -> int | None:
     outputs = (call or work.prepare())()
     wait(device)
     return max(0, _peak(device) - level - _bytes(outputs))
+
+
+def peak_bytes(work: Work, device: str) -> int | None:
+    """Peak bytes of this process, whatever is in them, at the end of one call; on a GPU the allocator's."""
+    if not device.startswith("cuda") and not _STATUS.is_file():
+        return None
+    work.prepare()()
+    wait(device)
+    return _peak(device)
 
 
 def _start(device: str) -> int | None:

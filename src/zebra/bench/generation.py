@@ -15,7 +15,7 @@ from zebra.bench.models import config, named, planned, random_model, random_toke
 from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
 from zebra.bench.subjects import Decode, Prefill
 from zebra.model.attention import NAME
-from zebra.model.cache import StripedCache
+from zebra.model.cache import Pending, StripedCache
 from zebra.model.hosts import read_device, read_dtype
 from zebra.stripes import Stripes
 
@@ -92,7 +92,9 @@ def filled(sizes: Sizes, cache: Any, layers: int) -> Any:
     device, dtype = read_device(sizes.device), read_dtype(sizes.dtype)
     with torch.no_grad():
         for layer in range(layers):
-            cache.update(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)), layer)
+            held, _ = cache.update(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)), layer)
+            if isinstance(held, Pending):
+                held.write(held.states)
     return cache
 
 

@@ -48,6 +48,7 @@ class Work:
         prepare: makes what is not to be timed (a model, a mask) and returns the call that is timed. That returns its
             outputs, gradients among them.
         prepares_extra: whether what it prepares counts as extra memory, as a mask does; a model is an input.
+        whole: whether the peak of its whole process is all that is measured, and no time.
         suffix: behind the names of the metrics: `_forward_backward`.
         calls: what the call does so many times; the time is divided by it.
         tokens: that one such time serves.
@@ -58,6 +59,7 @@ class Work:
 
     prepare: Callable[[], Call]
     prepares_extra: bool = False
+    whole: bool = False
     suffix: str = ""
     calls: int = 1
     tokens: int | None = None
@@ -132,7 +134,7 @@ def bench(sizes: Paired) -> tuple[list[Row], tuple[str, ...]]:
             except Refusal as refusal:
                 left_out.append(str(refusal))
             flops = executed(variant, work) if work.counted else None
-            found = _Measured(taken[variant.name, work.suffix], memory, flops)
+            found = _Measured(taken.get((variant.name, work.suffix), []), memory, flops)
             rows += _rows(sizes, case, variant, work, found, peaks[variant.fast], device)
             advance(1)
     return rows + _ceilings(sizes, peaks), tuple(left_out)
@@ -193,20 +195,20 @@ def timings(
     variants: Sequence[Variant], repeats: int, device: str, done: Callable[[], object] = lambda: None
 ) -> dict[tuple[str, str], list[float]]:
     """Milliseconds of each variant and work, turn by turn."""
-    calls = {(v.name, work.suffix): work.prepare() for v in variants for work in v.works}
+    timed = [(v, work) for v in variants for work in v.works if not work.whole]
+    calls = {(v.name, work.suffix): work.prepare() for v, work in timed}
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
     for turn in range(repeats + 1):
-        for variant in variants:
-            for work in variant.works:
-                key = variant.name, work.suffix
-                with within(variant):
-                    wait(device)
-                    start = time.perf_counter()
-                    calls[key]()
-                    wait(device)
-                    seconds = time.perf_counter() - start
-                if turn:  # the first one warms up
-                    taken[key].append(1000 * seconds / work.calls)
+        for variant, work in timed:
+            key = variant.name, work.suffix
+            with within(variant):
+                wait(device)
+                start = time.perf_counter()
+                calls[key]()
+                wait(device)
+                seconds = time.perf_counter() - start
+            if turn:  # the first one warms up
+                taken[key].append(1000 * seconds / work.calls)
         done()
     return taken
 
@@ -246,15 +248,6 @@ def _rows(
     sizes: Paired, case: Case, variant: Variant, work: Work, found: _Measured, peak: Device, device: str
 ) -> list[Row]:
     """The numbers of one variant and work: the time first, and what stands beside it."""
-    median = statistics.median(found.times)
-    most = peak.flops[sizes.dtype] * median / 1000  # FLOPs that the device could have done meanwhile
-    numbers: dict[str, float | None] = {
-        "tokens_per_second": work.tokens and 1000 * work.tokens / median,
-        "extra_bytes": found.memory,
-        "share_of_peak": found.executed and found.executed / most,
-        "useful_share_of_peak": work.useful and work.useful / most,
-        "planned_milliseconds": 1000 * work.planned(peak) if work.planned else None,
-    }
     common: Any = {
         "run": RUN,
         "model": variant.name,
@@ -263,6 +256,18 @@ def _rows(
         "length": getattr(sizes, "length", None),
         "seed": sizes.seed,
         "device": device_name(device),
+    }
+    if work.whole:
+        held = found.memory
+        return [] if held is None else [Row(metric="peak_bytes" + work.suffix, value=held, **common)]
+    median = statistics.median(found.times)
+    most = peak.flops[sizes.dtype] * median / 1000  # FLOPs that the device could have done meanwhile
+    numbers: dict[str, float | None] = {
+        "tokens_per_second": work.tokens and 1000 * work.tokens / median,
+        "extra_bytes": found.memory,
+        "share_of_peak": found.executed and found.executed / most,
+        "useful_share_of_peak": work.useful and work.useful / most,
+        "planned_milliseconds": 1000 * work.planned(peak) if work.planned else None,
     }
     spread: Any = {"n": len(found.times), "low": min(found.times), "high": max(found.times)}
     rows = [Row(metric="milliseconds" + work.suffix, value=median, **spread, **common)]

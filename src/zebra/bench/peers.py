@@ -43,7 +43,7 @@ class Peer:
     may_fail: bool = False
 
 
-def _repeated(q: Tensor, k: Tensor) -> Tensor:
+def repeated(q: Tensor, k: Tensor) -> Tensor:
     """As the host does under a mask: each key as often as there are queries in its group."""
     return k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
@@ -58,7 +58,7 @@ def _dense_mask(window: int, q: Tensor) -> Attend:
     band = _band(window, q)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, _repeated(q, k), _repeated(q, v), attn_mask=band)
+        return scaled_dot_product_attention(q, repeated(q, k), repeated(q, v), attn_mask=band)
 
     return call
 
@@ -79,8 +79,8 @@ def _eager(window: int, q: Tensor) -> Attend:
     hidden.masked_fill_(~_band(window, q), least)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = q @ _repeated(q, k).mT * q.shape[3] ** -0.5 + hidden
-        return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ _repeated(q, v)
+        scores = q @ repeated(q, k).mT * q.shape[3] ** -0.5 + hidden
+        return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ repeated(q, v)
 
     return call
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
@@ -12,6 +13,9 @@ DTYPES = ("float32", "bfloat16")
 RUN = "bench"
 FAST = ", fast float32"
 """The rows' run, and what stands behind the name of what ran under the float32 switch."""
+
+WORKS = ("attention", "decode", "chunks")
+"""What is measured of Self-Extend."""
 
 
 def _size(default: Any, help: str) -> Any:
@@ -178,6 +182,40 @@ class Loss(Paired):
     words: int = _size(32000, "Vocabulary.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extended(Paired):
+    """Self-Extend beside none.
+
+    Raises:
+        Refusal: a setting that is none, a text within its window, another work, memory alone without memory.
+    """
+
+    name = "self-extend"
+    about = "Self-Extend against plain causal attention: a layer's prefill and decode, a model's decode, peak memory."
+    module = "zebra.bench.extended"
+
+    work: str | None = _size(None, "Only one of attention, decode and chunks (memory alone); all otherwise.")
+    self_extend: str = _size("8:1024", "Group and window.")
+    length: int = _size(16384, "Tokens of the text.")
+    chunk: int = _size(2048, "Tokens at a time of the text read in chunks.")
+    layers: int = _size(8, "Layers.")
+    heads: int = _size(8, "Query heads.")
+    kv_heads: int = _size(None, "Key-value heads; as many as query heads otherwise.")
+    head_size: int = _size(64, "Numbers of a head; heads times this is the hidden size.")
+    intermediate: int = _size(1536, "Width of the MLP.")
+    words: int = _size(32000, "Vocabulary; embedding and head are one.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window = SelfExtend.parse(self.self_extend).window
+        if self.length <= window:
+            raise Refusal(f"Self-Extend acts beyond its window of {window:,} tokens; got --length {self.length:,}.")
+        if self.work not in (None, *WORKS):
+            raise Refusal(f"--work is one of {', '.join(WORKS)}; got {self.work!r}. Choose one, or leave it out.")
+        if self.work == "chunks" and not self.memory:
+            raise Refusal("--work chunks measures memory alone; got --no-memory. Drop one of them.")
+
+
 SUBJECTS: dict[str, type[Sizes]] = {
-    subject.name: subject for subject in (Attention, Layer, TrainStep, Prefill, Decode, Loss, Ceilings)
+    subject.name: subject for subject in (Attention, Layer, TrainStep, Prefill, Decode, Extended, Loss, Ceilings)
 }

@@ -1,4 +1,4 @@
-r"""Self-Extend's attention as two that are merged by their log-sum-exps (arXiv 2401.01325; the merge as in 2205.14135).
+r"""Self-Extend's attention as two that are merged by their log-sum-exps (arXiv 2401.01325).
 
     keys      0 .......... S - W ...... S       far    queries from W on, over the keys before S - W, plain causal,
     queries   near                                     by vectors that are turned to grouped positions
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zebra.kernels import attend
+from zebra.kernels.merging import merge
 from zebra.kernels.request import Mask
 
 
@@ -63,26 +64,8 @@ def extended(
         other = mask.documents[:, window:] != mask.documents[:, :seen]
         far_lse = far_lse.masked_fill(other[:, None, seen - count :], float("-inf"))
     first = queries - count
-    merged, merged_lse = merge(out[:, :, first:], lse[:, :, first:], far_out, far_lse)
+    merged, merged_lse = merge(out[:, :, first:], lse[:, :, first:], far_out, far_lse, with_lse=with_lse)
     if first > 0:
         merged = torch.cat([out[:, :, :first], merged], dim=2)
-        merged_lse = torch.cat([lse[:, :, :first], merged_lse], dim=2)
-    return merged, merged_lse if with_lse else None
-
-
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys from the attention over each, differentiable in all four.
-
-        out = (e^l1 o1 + e^l2 o2) / (e^l1 + e^l2),   lse = log(e^l1 + e^l2)
-
-    A row that saw no key on either side stays 0 with lse -inf.
-
-    Args:
-        out, other: (B, H, T, D). lse, other_lse: (B, H, T), natural logarithms.
-    """
-    least = torch.finfo(lse.dtype).min
-    one, two = lse.clamp(min=least), other_lse.clamp(min=least)  # -inf less -inf would be NaN
-    weight = torch.sigmoid(two - one).unsqueeze(-1)
-    merged = torch.lerp(out.to(weight.dtype), other.to(weight.dtype), weight).to(out.dtype)
-    neither = lse.isneginf() & other_lse.isneginf()
-    return merged, torch.logaddexp(one, two).masked_fill(neither, float("-inf"))
+        merged_lse = None if merged_lse is None else torch.cat([lse[:, :, :first], merged_lse], dim=2)
+    return merged, merged_lse

@@ -28,28 +28,32 @@ from zebra.refusal import Refusal
 _log = logging.getLogger(__name__)
 
 Turn = tuple[Tensor, Tensor]
-"""Cosine and sine of angles, (1 or B, 1, tokens, frequencies)."""
+"""For R frequencies (cos, cos) and (-sin, sin), each (1 or B, 1, tokens, 2 R)."""
 
 
 def turn_between(frequencies: Tensor, old: Tensor, new: Tensor, dtype: torch.dtype) -> Turn:
-    """The turn that takes vectors from the positions `old` to `new`, both (1 or B, tokens).
+    """The turn that takes vectors from the positions `old` to `new`, both (1 or B, tokens); of several `new`
+    (n, 1 or B, tokens), n turns.
 
     The host takes its angles in float32, off by up to p 2^-24 at position p. Angles are formed its way here, so that
     turning again equals having turned once, however far the text.
     """
     angles = [(p.float().unsqueeze(-1) * frequencies).double() for p in (old, new)]
-    angle = (angles[1] - angles[0]).unsqueeze(1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = (angles[1] - angles[0]).unsqueeze(-3)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def turned(states: Tensor, turn: Turn) -> Tensor:
-    """`states` (B, heads, tokens, D), turned in the planes of dimensions r and r + R < 2 R; the rest as it is."""
+    """`states` (B, heads, tokens, D), turned in the planes of dimensions r and r + R < 2 R; the rest as it is.
+
+    x_r cos - x_(r + R) sin,   x_(r + R) cos + x_r sin: few calls, as decode pays for each one.
+    """
     cos, sin = turn
-    size = 2 * cos.shape[-1]
+    size = cos.shape[-1]
     wide = states[..., :size].to(cos.dtype)
-    first, second = wide[..., : size // 2], wide[..., size // 2 :]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([part.to(states.dtype) for part in parts] + [states[..., size:]], dim=-1)
+    new = torch.addcmul(wide * cos, wide.roll(size // 2, dims=-1), sin).to(states.dtype)
+    return new if size == states.shape[-1] else torch.cat([new, states[..., size:]], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,9 @@ class Rope:
         scale = None
         if self.setting.log_scale:
             scale = self.setting.query_scale(true, self.trained).to(dtype)[:, None, :, None]
-        return _Places(
-            host=positions,
-            base=base,
-            query=turn_between(self.frequencies, positions, grouped_query(true, group, window), dtype),
-            key=turn_between(self.frequencies, positions, grouped_key(true, group), dtype),
-            scale=scale,
-        )
+        new = torch.stack([grouped_query(true, group, window), grouped_key(true, group)])
+        cos, sin = turn_between(self.frequencies, positions, new, dtype)
+        return _Places(host=positions, base=base, query=(cos[0], sin[0]), key=(cos[1], sin[1]), scale=scale)
 
     def key_turn(self, places: _Places, total: int, dtype: torch.dtype) -> Turn:
         """The turn of all `total` keys, those before this forward's tokens too."""

@@ -10,13 +10,22 @@ from zebra.report.series import DENSE, interval, number, percent
 
 _CEILINGS = "bench ceilings"
 _TIME = "milliseconds"
-_WORKS = {"": "", "_forward_backward": "forward + backward"}
+_PEAK = "peak_bytes"
+_WORKS = {
+    "": "",
+    "_forward_backward": "forward + backward",
+    "_prefill_attention": "prefill, attention alone",
+    "_decode_attention": "decode, attention alone",
+    "_decode": "decode",
+    "_chunks": "prefill in chunks",
+}
 
 
 HOW = (
     "Times are medians of turns that the variants took one after another in one process, with the least and the most "
     "beside them; the ratio is to the first line of the same work. The plan's time is the roofline's, from the "
-    "ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs. Of the "
+    "ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs; that "
+    "of a whole process has libraries, weights and cache in it. Of the "
     "peak: the share of the matrix product rate that was computed, and of it what the mask asks for."
 )
 """How its tables are to be read."""
@@ -39,10 +48,16 @@ def bench_tables(rows: list[Row]) -> list[Table]:
 
 def _table(rows: list[Row]) -> Table:
     found = {(row.model, row.layout, row.metric): row for row in rows}
-    lines = [(row.model, row.layout, row.metric.removeprefix(_TIME)) for row in rows if row.metric.startswith(_TIME)]
+    lines = [
+        (row.model, row.layout, row.metric.removeprefix(metric))
+        for row in rows
+        for metric in (_TIME, _PEAK)
+        if row.metric.startswith(metric)
+    ]
     first: dict[str, float] = {}
-    for model, layout, work in lines:
-        first.setdefault(work, found[model, layout, _TIME + work].value)
+    for row in rows:
+        if row.metric.startswith(_TIME):
+            first.setdefault(row.metric.removeprefix(_TIME), row.value)
 
     def cell(line: tuple[str, str, str], metric: str, show: Callable[[Row], Cell]) -> Cell:
         model, layout, work = line
@@ -54,6 +69,7 @@ def _table(rows: list[Row]) -> Table:
         (Cell("times", "the first"), _TIME, lambda row: _ratio(row, first[row.metric.removeprefix(_TIME)])),
         (Cell("planned", "ms"), "planned_milliseconds", lambda row: Cell(number(row.value))),
         (Cell("extra", "MiB"), "extra_bytes", lambda row: Cell(number(row.value / 2**20))),
+        (Cell("whole process", "MiB"), _PEAK, lambda row: Cell(number(row.value / 2**20))),
         (Cell("of the peak", "computed"), "share_of_peak", lambda row: Cell(percent(row.value))),
         (Cell("of the peak", "asked for"), "useful_share_of_peak", lambda row: Cell(percent(row.value))),
         (Cell("tokens", "per second"), "tokens_per_second", lambda row: Cell(number(row.value))),

@@ -1,0 +1,29 @@
+"""Attention over two sets of keys merged into one by their log-sum-exps (as in FlashAttention, arXiv 2205.14135)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge(
+    out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, *, with_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over two disjoint sets of keys from the attention over each, differentiable in all four.
+
+        out = (e^l1 o1 + e^l2 o2) / (e^l1 + e^l2),   lse = log(e^l1 + e^l2)
+
+    A row that saw no key on either side stays 0 with lse -inf.
+
+    Args:
+        out, other: (B, H, T, D). lse, other_lse: (B, H, T), natural logarithms.
+        with_lse: whether the merged log-sum-exp is wanted; None otherwise.
+    """
+    least = torch.finfo(lse.dtype).min
+    one, two = lse.clamp(min=least), other_lse.clamp(min=least)  # -inf less -inf would be NaN
+    weight = torch.sigmoid(two - one).unsqueeze(-1)
+    merged = torch.lerp(out.to(weight.dtype), other.to(weight.dtype), weight).to(out.dtype)
+    if not with_lse:
+        return merged, None
+    neither = lse.isneginf() & other_lse.isneginf()
+    return merged, torch.logaddexp(one, two).masked_fill(neither, float("-inf"))
