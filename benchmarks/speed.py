@@ -53,7 +53,7 @@ PARTS: dict[str, tuple[Sizes, ...]] = {
     "train-step": tuple(TrainStep(dtype=dtype) for dtype in _BOTH),
     "decode": (Decode(),),
     "self-extend": (
-        Extended(work="attention"),
+        Extended(work="attention", heads=2, memory=False),  # LongLM's way takes minutes a turn
         Extended(work="decode"),
         Extended(work="chunks", layers=12, heads=12, intermediate=2048),
     ),
