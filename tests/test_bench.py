@@ -538,7 +538,7 @@ def test_a_part_replaces_its_own_rows_alone(
     speed.main(["loss"])
     rows = records.read(file)
     assert rows[0] == other
-    named = {"float32 products", "float32 attention", "copy"}
+    named = {"float32 products", "copy", *(f"float32 attention, {kind} layer" for kind in ("global", "local"))}
     assert {row.model for row in rows[1:]} - named == {"zebra", "full logits"}
     assert {row.run for row in rows[1:]} == {"loss"}
     page = (tmp_path / "speed.md").read_text()

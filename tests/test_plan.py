@@ -278,11 +278,27 @@ def test_ceilings_come_from_a_file(tmp_path: Path) -> None:
         tree | {"flops": {}},
         tree | {"bandwidth": 0},
         tree | {"flops": {"int8": 1}},
+        tree | {"attention": {"global": {"float32": 1e11}}},
+        tree | {"attention": {GLOBAL: {"int8": 1e11}}},
+        tree | {"attention": {LOCAL: {"float32": 0}}},
     )
     for broken in bad:
         file.write_text(json.dumps(broken))
         with pytest.raises(Refusal, match="ceilings"):
             devices.find(file)
+
+
+def test_attention_takes_its_time_at_the_rate_of_each_kind_of_layer() -> None:
+    asked = run(stripes="GLLL:512", phase="train", length=4096)
+    plain = replace(DEVICE, bandwidth=1e30, attention={})
+    rates = {GLOBAL: {asked.dtype: DEVICE.flops[asked.dtype] / 2}, LOCAL: {asked.dtype: DEVICE.flops[asked.dtype] / 5}}
+    slow = replace(plain, attention=rates).seconds(asked)
+    pairs = cost.pairs_by_kind(asked)
+    share = pairs[GLOBAL] / sum(pairs.values())
+    assert slow["attention"] == pytest.approx(plain.seconds(asked)["attention"] * (2 * share + 5 * (1 - share)))
+    assert {part: time for part, time in slow.items() if part != "attention"} == {
+        part: time for part, time in plain.seconds(asked).items() if part != "attention"
+    }
 
 
 @pytest.mark.parametrize("phase", ["train", "prefill", "decode"])

@@ -1,4 +1,4 @@
-"""A device's ceilings, measured: FLOP/s of a large matrix product and of a local layer by dtype, bytes/s of a copy.
+"""A device's ceilings, measured: FLOP/s of a large matrix product and of attention by dtype, bytes/s of a copy.
 
 The least time of a few turns counts, not the median: a ceiling is what the device can do.
 """
@@ -23,7 +23,7 @@ from zebra.model.hosts import device_name, read_device
 from zebra.plan.devices import MEASURED, Device, find
 from zebra.records import Row, to_json
 from zebra.refusal import Refusal
-from zebra.stripes import visible_pairs
+from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,21 +37,24 @@ def measure(device: str, *, size: int | None = None, repeats: int = 5, fast: boo
     """The ceilings of a device, with the float32 switch where `fast`. About two seconds.
 
     flops = 2 size^3 / seconds of a product,     bandwidth = 2 bytes / seconds of a copy (read and written)
-    attention = 14 D H visible pairs / seconds of a local layer's forward and backward
+    attention = 14 D H visible pairs / seconds of a layer's forward and backward, global or with a quarter as its window
     """
     size = size or (8192 if device.startswith("cuda") else 2048)
     with fast_float32() if fast else nullcontext():
         flops = dict(_products(device, size, repeats))
-        attention = {dtype: _attention(device, size, repeats, _DTYPES[dtype]) for dtype in flops}
+        attention = {
+            kind: {dtype: _attention(device, size, repeats, _DTYPES[dtype], window) for dtype in flops}
+            for kind, window in ((GLOBAL, None), (LOCAL, max(1, size // 4)))
+        }
     copied = torch.empty(min(1 << 30, 64 * size * size), dtype=torch.uint8, device=device).fill_(1)
     into = torch.empty_like(copied)
     bandwidth = 2 * copied.nbytes / _least(lambda: into.copy_(copied), device, repeats)
     return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED, attention)
 
 
-def _attention(device: str, size: int, repeats: int, dtype: torch.dtype) -> float:
-    """FLOP/s of visible pairs in a local layer: `size` tokens, 8 heads of 64, a window of a quarter."""
-    heads, head_size, window = 8, 64, max(1, size // 4)
+def _attention(device: str, size: int, repeats: int, dtype: torch.dtype, window: int | None) -> float:
+    """FLOP/s of visible pairs in a layer of `size` tokens and 8 heads of 64."""
+    heads, head_size = 8, 64
     q, k, v, grad = torch.randn(4, 1, heads, size, head_size, device=device).to(dtype).requires_grad_()
 
     def step() -> None:
@@ -118,7 +121,7 @@ def highest(one: Mapping[bool, Device], two: Mapping[bool, Device]) -> dict[bool
     return {
         fast: replace(
             first,
-            flops={dtype: max(rate, two[fast].flops.get(dtype, 0.0)) for dtype, rate in first.flops.items()},
+            flops=_larger(first.flops, two[fast].flops),
             bandwidth=max(first.bandwidth, two[fast].bandwidth),
             attention={
                 dtype: max(rate, two[fast].attention.get(dtype, 0.0)) for dtype, rate in first.attention.items()
@@ -126,6 +129,10 @@ def highest(one: Mapping[bool, Device], two: Mapping[bool, Device]) -> dict[bool
         )
         for fast, first in one.items()
     }
+
+
+def _larger(one: Mapping[str, float], two: Mapping[str, float]) -> dict[str, float]:
+    return {dtype: max(rate, two.get(dtype, 0.0)) for dtype, rate in one.items()}
 
 
 def bench(sizes: Ceilings) -> tuple[Device, list[Row]]:
@@ -143,10 +150,19 @@ def bench(sizes: Ceilings) -> tuple[Device, list[Row]]:
         (f"{dtype} products" + FAST * (sizes.fast_float32 and dtype == "float32"), "flops_per_second", rate)
         for dtype, rate in found.flops.items()
     ]
-    numbers += [(f"{dtype} attention", "flops_per_second", rate) for dtype, rate in found.attention.items()]
+    numbers += attention_rates(found)
     numbers.append(("copy", "bytes_per_second", found.bandwidth))
     numbers += [("memory", "bytes", found.memory)] if found.memory is not None else []
     return found, [Row(model=name, metric=metric, value=value, **common) for name, metric, value in numbers]
+
+
+def attention_rates(found: Device) -> list[tuple[str, str, float]]:
+    """A device's rates of attention as (model, metric, value) of rows."""
+    return [
+        (f"{dtype} attention, {'global' if kind == GLOBAL else 'local'} layer", "flops_per_second", rate)
+        for kind, rates in found.attention.items()
+        for dtype, rate in rates.items()
+    ]
 
 
 def write(path: Path, found: Device) -> None:
@@ -155,7 +171,7 @@ def write(path: Path, found: Device) -> None:
     tree = {
         "name": found.name,
         "flops": dict(found.flops),
-        "attention": dict(found.attention),
+        "attention": {kind: dict(rates) for kind, rates in found.attention.items()},
         "bandwidth": found.bandwidth,
         "memory": found.memory,
     }

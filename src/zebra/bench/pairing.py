@@ -146,7 +146,7 @@ def _ceilings(sizes: Paired, peaks: Mapping[bool, Device]) -> list[Row]:
     for fast, found in peaks.items():
         common: Any = {"run": RUN, "layout": "", "task": "bench ceilings", "device": found.name}
         named = [*((f"{dtype} products", "flops_per_second", rate) for dtype, rate in found.flops.items())]
-        named += [(f"{dtype} attention", "flops_per_second", rate) for dtype, rate in found.attention.items()]
+        named += ceilings.attention_rates(found)
         named = [one for one in named if one[0].startswith(sizes.dtype)]
         named += [("copy", "bytes_per_second", found.bandwidth)] if not fast else []
         rows += [Row(model=name + FAST * fast, metric=metric, value=value, **common) for name, metric, value in named]

@@ -106,12 +106,19 @@ def self_extend_pairs(length: int, window: int) -> tuple[int, int]:
     return visible_pairs(length, near), visible_pairs(length - near)
 
 
-def pairs(run: Run) -> int:
-    """Visible (query, key) pairs of all layers and rows, for each head."""
+def pairs_by_kind(run: Run) -> dict[str, int]:
+    """Visible (query, key) pairs of all global and of all local layers, over rows, for each head."""
     past, new = (run.length, 1) if run.phase == "decode" else (0, run.length)
     window = run.stripes.window if run.stripes else None
-    seen = run.count(GLOBAL) * chunk_pairs(past, new) + run.count(LOCAL) * chunk_pairs(past, new, window)
-    return run.batch * seen
+    return {
+        GLOBAL: run.batch * run.count(GLOBAL) * chunk_pairs(past, new),
+        LOCAL: run.batch * run.count(LOCAL) * chunk_pairs(past, new, window),
+    }
+
+
+def pairs(run: Run) -> int:
+    """Visible (query, key) pairs of all layers and rows, for each head."""
+    return sum(pairs_by_kind(run).values())
 
 
 def forward_flops(run: Run) -> dict[str, int]:

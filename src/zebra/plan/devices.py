@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zebra.plan.cost import BYTES, Run, flops, traffic
+from zebra.plan.cost import BYTES, Run, flops, pairs_by_kind, traffic
 from zebra.refusal import Refusal
+from zebra.stripes import GLOBAL, LOCAL
 
 PUBLISHED = "published"
 MEASURED = "measured"
@@ -26,8 +27,8 @@ MEASURED = "measured"
 class Device:
     """Ceilings: FLOP/s of dense matrix products by dtype, bytes/s of memory, and bytes of memory where known.
 
-    `attention` holds the FLOP/s of attention by dtype, counted by visible pairs, where it was measured; `source` says
-    whether the ceilings were published by the vendor or measured.
+    `attention` holds, where they were measured, the FLOP/s of attention by kind of layer and dtype, counted by visible
+    pairs; `source` says whether the ceilings were published by the vendor or measured.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Device:
     bandwidth: float
     memory: int | None = None
     source: str = PUBLISHED
-    attention: Mapping[str, float] = field(default_factory=dict)
+    attention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def seconds(self, run: Run) -> dict[str, float]:
         """The least time of each part.
@@ -48,15 +49,19 @@ class Device:
                 f"{self.name} has no ceiling for {run.dtype}; it has {', '.join(self.flops)}. Take another dtype."
             )
         computed = flops(run)
-        return {
-            part: max(computed.get(part, 0) / self._peak(run, part), moved / self.bandwidth)
-            for part, moved in traffic(run).items()
-        }
+        busy = {part: count / self._peak(run, part) for part, count in computed.items()}
+        seen = pairs_by_kind(run)
+        busy["attention"] = sum(
+            computed["attention"] * count / sum(seen.values()) / self._attention(run, kind)
+            for kind, count in seen.items()
+        )
+        return {part: max(busy.get(part, 0.0), moved / self.bandwidth) for part, moved in traffic(run).items()}
+
+    def _attention(self, run: Run, kind: str) -> float:
+        return self.attention.get(kind, {}).get(run.dtype, self.flops[run.dtype])
 
     def _peak(self, run: Run, part: str) -> float:
         """Training's head and loss are in float32, whatever the rest is (`zebra.model.loss`)."""
-        if part == "attention" and run.dtype in self.attention:
-            return self.attention[run.dtype]
         single = run.phase == "train" and part == "head"
         return self.flops.get("float32" if single else run.dtype, self.flops[run.dtype])
 
@@ -86,7 +91,7 @@ def find(device: str | os.PathLike[str]) -> Device:
     """A device of the table by name, or the ceilings in a JSON file.
 
     The file holds `name`, `flops` (FLOP/s by dtype), `bandwidth` (bytes/s) and, if they are known, `memory` (bytes)
-    and `attention` (FLOP/s by dtype).
+    and `attention` (FLOP/s by kind of layer, full_attention and sliding_attention, and dtype).
 
     Raises:
         Refusal: neither a name nor a file, or a file that holds something else.
@@ -101,21 +106,25 @@ def find(device: str | os.PathLike[str]) -> Device:
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        peaks, attention = (
-            {str(dtype): float(rate) for dtype, rate in rates.items()}
-            for rates in (tree["flops"], tree.get("attention") or {})
-        )
+        peaks = _rates(tree["flops"])
+        attention = {str(kind): _rates(rates) for kind, rates in (tree.get("attention") or {}).items()}
         memory = None if tree.get("memory") is None else int(tree["memory"])
         found = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Refusal(
             f"{path} is no file of ceilings: {type(error).__name__} {error}. It holds a JSON object with name, flops "
-            "(FLOP/s by dtype), bandwidth (bytes/s) and perhaps memory (bytes) and attention (FLOP/s by dtype)."
+            "(FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes) and attention (FLOP/s by kind and dtype)."
         ) from None
-    rates = [*peaks.values(), *attention.values(), found.bandwidth]
-    if not peaks or {*peaks, *attention} - set(BYTES) or not all(0 < rate < float("inf") for rate in rates):
+    everywhere = [peaks, *attention.values()]
+    rates = [found.bandwidth, *(rate for rates in everywhere for rate in rates.values())]
+    unknown = {dtype for rates in everywhere for dtype in rates} - set(BYTES) or set(attention) - {GLOBAL, LOCAL}
+    if not peaks or unknown or not all(0 < rate < float("inf") for rate in rates):
         raise Refusal(
             f"{path}: ceilings are positive rates for {', '.join(BYTES)}; got flops {peaks} and bandwidth "
             f"{found.bandwidth:g}. Measure again."
         )
     return found
+
+
+def _rates(tree: Mapping[str, float]) -> dict[str, float]:
+    return {str(dtype): float(rate) for dtype, rate in tree.items()}
