@@ -393,6 +393,10 @@ def test_ceilings_go_to_the_plan_and_back(zebra: Zebra, tmp_path: Path) -> None:
 def test_of_two_measured_ceilings_the_larger_counts() -> None:
     one, two = (devices.Device("x", {"float32": f}, b, 7, devices.MEASURED) for f, b in ((1.0, 4.0), (2.0, 3.0)))
     assert ceilings.highest({False: one}, {False: two}) == {False: replace(one, flops={"float32": 2.0})}
+    fast, slow = ({"full_attention": {"float32": rate}, "sliding_attention": {"float32": 3.0}} for rate in (5.0, 4.0))
+    for first, second in ((fast, slow), (slow, fast)):
+        found = ceilings.highest({True: replace(one, attention=first)}, {True: replace(two, attention=second)})
+        assert found[True].attention == fast
 
 
 def test_the_command_prints_a_table_or_json_and_appends_rows(

@@ -124,7 +124,7 @@ def highest(one: Mapping[bool, Device], two: Mapping[bool, Device]) -> dict[bool
             flops=_larger(first.flops, two[fast].flops),
             bandwidth=max(first.bandwidth, two[fast].bandwidth),
             attention={
-                dtype: max(rate, two[fast].attention.get(dtype, 0.0)) for dtype, rate in first.attention.items()
+                kind: _larger(rates, two[fast].attention.get(kind, {})) for kind, rates in first.attention.items()
             },
         )
         for fast, first in one.items()
