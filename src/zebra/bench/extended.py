@@ -2,6 +2,7 @@
 
 prefill attention   a layer's attention over a whole text, from queries and keys as the host hands them
 decode attention    the same for one token after a cached text, the cache's own work included
+authors             the prefill again, beside the authors' way: its gigabytes of scores slow down whatever runs next
 decode              one token by a whole model
 chunks              the peak of a whole process that reads a text in chunks
 """
@@ -47,28 +48,31 @@ def case(sizes: Extended) -> Case:
         for name, one in (("zebra, Self-Extend", setting), ("zebra, plain", None))
     ]
     left_out = []
-    if sizes.work in (None, "attention"):
+    if sizes.work == "authors":
         scores = sizes.batch * sizes.length**2
         fits = [n for n in range(1, sizes.heads + 1) if sizes.heads % n == 0]
         fits = [n for n in fits if not too_large(n * scores, read_device(sizes.device))]
         if fits:
             heads = "" if fits[-1] == sizes.heads else f", {fits[-1]} of {sizes.heads} heads at a time"
+            seconds = partial(_attention_seconds, sizes, setting)
             prepare = partial(_prepare_two_matrices, sizes, setting, fits[-1])
-            works = (Work(prepare=prepare, prepares_extra=True, suffix="_prefill_attention"),)
-            works = tuple(replace(work, planned=partial(_attention_seconds, sizes, setting)) for work in works)
+            works = (Work(prepare=prepare, prepares_extra=True, suffix="_prefill_attention", planned=seconds),)
             variants.append(Variant(name=f"two score matrices{heads}", layout="dense", works=works))
         else:
             left_out.append(f"two score matrices: {too_large(scores, read_device(sizes.device))}")
+    elif sizes.work is None:
+        left_out.append("two score matrices, as the authors' code has them: minutes a turn; ask for --work authors")
     million = planned(sizes, config(sizes, None), None, "prefill").decoder.size / 1e6
     task = f"self-extend {setting}: {million:.1f}M parameters, {named(sizes)}, {sizes.words} words"
     return Case(task=task, variants=tuple(variants), left_out=tuple(left_out))
 
 
 def _works(sizes: Extended, setting: SelfExtend | None) -> Iterator[Work]:
-    if sizes.work in (None, "attention"):
-        seconds = partial(_attention_seconds, sizes, setting)
+    seconds = partial(_attention_seconds, sizes, setting)
+    if sizes.work in (None, "attention", "authors"):
         prepare = partial(_prepare_attention, sizes, setting)
         yield Work(prepare=prepare, suffix="_prefill_attention", tokens=sizes.batch * sizes.length, planned=seconds)
+    if sizes.work in (None, "attention"):
         prepare, seconds = partial(_prepare_token, sizes, setting), partial(seconds, phase="decode")
         yield Work(prepare=prepare, suffix="_decode_attention", calls=STEPS, tokens=sizes.batch, planned=seconds)
     if sizes.work in (None, "decode"):

@@ -14,7 +14,7 @@ RUN = "bench"
 FAST = ", fast float32"
 """The rows' run, and what stands behind the name of what ran under the float32 switch."""
 
-WORKS = ("attention", "decode", "chunks")
+WORKS = ("attention", "authors", "decode", "chunks")
 """What is measured of Self-Extend."""
 
 
@@ -194,7 +194,10 @@ class Extended(Paired):
     about = "Self-Extend against plain causal attention: a layer's prefill and decode, a model's decode, peak memory."
     module = "zebra.bench.extended"
 
-    work: str | None = _size(None, "Only one of attention, decode and chunks (memory alone); all otherwise.")
+    work: str | None = _size(
+        None,
+        "Only one of attention, decode, chunks (memory alone), and authors (a prefill their way too, minutes a turn).",
+    )
     self_extend: str = _size("8:1024", "Group and window.")
     length: int = _size(16384, "Tokens of the text.")
     chunk: int = _size(2048, "Tokens at a time of the text read in chunks.")
