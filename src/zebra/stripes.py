@@ -30,8 +30,8 @@ class Stripes:
     beside the window. No config.json can say them: `zebra.json` does.
 
     Raises:
-        Refusal: window below 1, sinks below 0, an empty pattern or list, a letter that is neither G nor L, a repeated or
-            negative layer. A layer beyond the model's depth is refused by `layer_types`, which knows the depth.
+        Refusal: window below 1, sinks below 0, an empty pattern or list, a letter that is neither G nor L, a repeated
+            or negative layer. A layer beyond the model's depth is refused by `layer_types`, which knows the depth.
 
     Example:
         >>> Stripes.parse("GLLL:512").layer_types(5)[3:]
@@ -103,9 +103,7 @@ class Stripes:
         pattern, layers, window, sinks = match.groups(default="")
         if pattern:
             return cls(window=int(window), pattern=pattern.upper(), sinks=int(sinks or 0))
-        return cls(
-            window=int(window), global_layers=tuple(int(i) for i in layers.split(",")), sinks=int(sinks or 0)
-        )
+        return cls(window=int(window), global_layers=tuple(int(i) for i in layers.split(",")), sinks=int(sinks or 0))
 
     @classmethod
     def of(cls, layer_types: Sequence[str], window: int, sinks: int = 0) -> Stripes:

@@ -69,6 +69,14 @@ class Mask:
             documents=None if self.documents is None else self.documents[:, start:],
         )
 
+    def before(self, end: int) -> Mask:
+        """The same mask for the keys before `end`."""
+        return replace(
+            self,
+            keys=None if self.keys is None else self.keys[:, :end],
+            documents=None if self.documents is None else self.documents[:, :end],
+        )
+
     def without_window(self) -> Mask:
         """The same mask with a global reach."""
         return replace(self, window=None)
