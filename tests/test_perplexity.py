@@ -358,6 +358,6 @@ def test_rows_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(module, "load", never)
+    monkeypatch.setattr("zebra.model.loading.load", never)
     with pytest.raises(Refusal, match="no document has enough tokens"):
         rows_of(STORIES, [str(text)], lengths=[16, 4000], separator="--", convention="truncated")

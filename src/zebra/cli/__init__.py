@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from zebra import __version__
 from zebra.cli import bench, show
 from zebra.cli.generate import generate
+from zebra.cli.loading import loads_a_checkpoint
 from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.refusal import Refusal
 
@@ -27,7 +28,6 @@ app.add_typer(evaluate, name="evaluate")
 app.add_typer(bench.app, name="bench")
 
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
-_SELF_EXTEND = "Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:TARGET."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -77,19 +77,24 @@ def _options(
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to convert, a directory.")],
     target: Annotated[Path, typer.Argument(help="The directory to make.")],
-    stripes: Annotated[str, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW.")],
+    stripes: Annotated[
+        str, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW; +4 behind it for 4 sinks.")
+    ],
     rope: Annotated[str | None, typer.Option(help=_ROPE)] = None,
+    full_decode: Annotated[
+        bool, typer.Option("--full-decode", help="Local layers keep all keys, and decoded tokens see them.")
+    ] = False,
 ) -> None:
     """Make a copy of a checkpoint with stripes, which plain transformers loads."""
     with show.quiet_host():
-        from zebra.model.checkpoint import read_config
-        from zebra.model.families import layout
+        from zebra.model.checkpoint import read_config, read_local
         from zebra.model.hosts import convert as run
+        from zebra.model.local import layout_with
 
-        run(source, target, stripes, rope=rope)
+        run(source, target, stripes, rope=rope, full_decode=full_decode)
         config = read_config(target)
         kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
-        print(f"{target}: {config.architectures[0]}, {layout(config)}, layers {kinds}")
+        print(f"{target}: {config.architectures[0]}, {layout_with(config, read_local(target))}, layers {kinds}")
 
 
 @app.command(epilog="zebra verify ./Llama-3.1-8B-GLLL --against ./Llama-3.1-8B")
@@ -197,6 +202,7 @@ app.command(epilog='zebra generate ./Llama-3.1-8B-GLLL --prompt "Once upon a tim
 
 
 @evaluate.command(epilog="zebra evaluate perplexity ./Llama-3.1-8B book.txt --length 32768 --stripes GLLL:4096")
+@loads_a_checkpoint
 def perplexity(
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint.")],
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs of text.")],
@@ -207,15 +213,11 @@ def perplexity(
     field: Annotated[str, typer.Option(help="The field of .jsonl or .parquet records that has the text.")] = "text",
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
     join: Annotated[bool, typer.Option("--join", help="Join documents into long ones of at least the length.")] = False,
-    stripes: Annotated[str | None, typer.Option(help="Measure with this layout.")] = None,
-    rope: Annotated[str | None, typer.Option(help=_ROPE + " Also dynamic:1.")] = None,
-    self_extend: Annotated[str | None, typer.Option(help=_SELF_EXTEND)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; the checkpoint's own otherwise.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the intervals' bootstrap.")] = 0,
     run: Annotated[str, typer.Option(help="The run's name in the rows.")] = "evaluate",
     out: Annotated[Path | None, typer.Option(help="Append the rows to this JSON Lines file.")] = None,
     as_json: Json = False,
+    **loading: Any,
 ) -> None:
     """Perplexity by position, at one or more context lengths."""
     with show.quiet_host():
@@ -231,13 +233,9 @@ def perplexity(
             field=field,
             workers=workers,
             join=join,
-            stripes=stripes,
-            rope=rope,
-            self_extend=self_extend,
-            dtype=dtype,
-            device=device,
             seed=seed,
             run=run,
+            **loading,
         )
     show.rows(rows, as_json)
     if out is not None:

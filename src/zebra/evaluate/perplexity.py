@@ -26,12 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder
-from zebra.model.checkpoint import fingerprint, load_tokenizer, read_config
-from zebra.model.extend import setting_of
-from zebra.model.families import layout
-from zebra.model.hosts import device_name, load, read_device, read_dtype
+from zebra.model.checkpoint import fingerprint, load_tokenizer
+from zebra.model.hosts import device_name
+from zebra.model.loading import Loading, described
 from zebra.model.loss import head_of, token_losses, without_logits
-from zebra.positions import SelfExtend
 from zebra.progress import bar
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -132,25 +130,24 @@ def rows_of(
     field: str = "text",
     workers: int = 1,
     join: bool = False,
-    stripes: str | None = None,
-    rope: str | None = None,
-    self_extend: SelfExtend | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: str | None = None,
     seed: int = 0,
     run: str = "evaluate",
+    **loading: Any,
 ) -> list[Row]:
-    """Load a checkpoint, tokenise texts, and measure: the rows of `zebra evaluate perplexity`."""
-    place = read_device(device)
-    placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
-    config = read_config(checkpoint, routed=self_extend is None or stripes is not None)
+    """Load a checkpoint, tokenise texts, and measure: the rows of `zebra evaluate perplexity`.
+
+    Args:
+        loading: the fields of `zebra.model.loading.Loading`.
+    """
+    loads = Loading(**loading)
+    loads.check()
+    config = loads.config(checkpoint)
     corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     for length in lengths:
         _windows(texts[length], length, convention, stride)  # refuse before the model is loaded
-    model = load(checkpoint, stripes=stripes, rope=rope, self_extend=self_extend, **placed).to(place)
-    setting = setting_of(model)
-    named = " ".join(filter(None, (layout(model.config), rope))) + (f", self-extend {setting}" if setting else "")
+    model = loads.model(checkpoint)
+    named = described(model, loads.rope)
     rows: list[Row] = []
     for length in lengths:
         scores = perplexity(model, texts[length], length=length, convention=convention, stride=stride, seed=seed)
