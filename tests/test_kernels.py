@@ -117,7 +117,7 @@ def agree(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> set[
         for kernel in KERNELS:
             if kernel.name == ORACLE and q.dtype == torch.float64:
                 continue
-            capped = {"softcap": arguments["softcap"]} if "softcap" in arguments else {}
+            capped = {name: arguments[name] for name in ("softcap", "slopes") if name in arguments}
             if kernel.declines(request_of(q, k, v, mask, with_lse=with_lse, **capped)) is not None:
                 continue
             served.add(kernel.name)
@@ -1042,3 +1042,23 @@ def test_peak_bytes_of_the_formula_grow_with_the_square() -> None:
 def test_the_largest_tensor_of_the_formula_grows_with_the_square() -> None:
     """So that the law above can fail."""
     assert largest("reference", 512, Mask(64)) == 4 * largest("reference", 256, Mask(64)) == 2 * 512**2
+
+
+@pytest.mark.parametrize("window", [None, 1, 64, 65])
+@pytest.mark.parametrize("queries", [1, 63, 129])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_alibi_equals_the_formula(dtype: torch.dtype, window: int | None, queries: int) -> None:
+    q, k, v = drawn(queries, 129, dtype=dtype)
+    slopes = torch.tensor([0.5, 0.1, 0.02, 3.0])
+    assert "banded" in agree(q, k, v, Mask(window=window), slopes=slopes)
+    mask = Mask(window=window, keys=padding("both", 2, 129), documents=packed(2, 129))
+    assert agree(q, k, v, mask, slopes=slopes) <= {"banded", "reference"}
+
+
+def test_alibi_is_a_bias_of_sdpa() -> None:
+    q, k, v = drawn(9, 9, group=1)
+    slopes = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    bias = -slopes[:, None, None] * (torch.arange(9)[:, None] - torch.arange(9))
+    bias = bias.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), float("-inf"))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(attend(q, k, v, slopes=slopes)[0], wanted)

@@ -150,3 +150,11 @@ def suggest(trained: int, target: int) -> SelfExtend:
     window = trained // 4
     least = (target - window) / (trained / 2 - window)
     return SelfExtend(1 << max(1, math.ceil(math.log2(least))), window)
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """ALiBi's slope of each head, m_h = 2^(-8 h / H) for h = 1 .. H (arXiv 2108.12409, section 3).
+
+    Between powers of two its authors' code interpolates; this is the formula for any H.
+    """
+    return tuple(2.0 ** (-8 * h / heads) for h in range(1, heads + 1))

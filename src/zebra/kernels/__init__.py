@@ -81,18 +81,21 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    slopes: Tensor | None = None,
     with_lse: bool = True,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of T queries over S keys under a mask, by the fastest kernel that can.
 
         s_ij = scale * <q_i, k_j>,   s_ij = softcap * tanh(s_ij / softcap) where a softcap is given
+        s_ij - m_h (i - j) where slopes m are given (ALiBi, arXiv 2108.12409)
         lse_i = log(sum over visible j of exp(s_ij)),   out_i = sum over visible j of exp(s_ij - lse_i) v_j
 
     Args:
         q: queries (B, H, T, D). k, v: keys and values (B, K, S, D).
         mask: which keys a query sees besides being causal; None is plain causal.
         scale: D ** -0.5 where None.
+        slopes: (H), of ALiBi; they get no gradient.
         with_lse: whether the log-sum-exp is wanted; without it the kernels that cannot give one may serve.
         arguments: whatever else the caller was given. A kernel declines what it does not know; None asks for nothing.
 
@@ -121,6 +124,7 @@ def attend(
         mask=mask,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
+        slopes=slopes,
         with_lse=with_lse,
         arguments={name: value for name, value in arguments.items() if value is not None},
     )

@@ -40,9 +40,10 @@ _SPAN = 1024
 class _Walk:
     """The heads that go together, the spans of tiles over them, and the buffers that all share."""
 
-    def __init__(self, q: Tensor, k: Tensor, mask: Mask):
+    def __init__(self, q: Tensor, k: Tensor, mask: Mask, slopes: Tensor | None):
         self.q, self.wide = q, torch.promote_types(q.dtype, torch.float32)
         self.heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
+        self.slopes = None if slopes is None else slopes.to(self.wide).view(-1, self.group, 1, 1) * _LOG2E
         block = _BLOCKS[_block(mask, wide=self.wide == q.dtype)]
         self.tiles = Tiles(mask, q.shape[0], q.shape[2], k.shape[2], block=block, part=_PART, group=self.group)
         reach = min(k.shape[2], _PART, k.shape[2] if mask.window is None else mask.window - 1 + block)
@@ -98,11 +99,18 @@ class _Walk:
         return states.mT
 
     def scores(self, q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
-        """A part's scores in base 2. q (heads, g * n, D) wide and scaled already, k (heads, m, D)."""
+        """A part's scores in base 2, ALiBi aside. q (heads, g * n, D) wide and scaled already, k (heads, m, D)."""
         scores = torch.bmm(q, self.across("k", k, self.wide), out=self.buffer("scores", *q.shape[:2], k.shape[1]))
         if softcap is not None:
             scores.div_(softcap * _LOG2E).tanh_().mul_(softcap * _LOG2E)
         return scores
+
+    def hide(self, scores: Tensor, tile: Tile, heads: slice) -> None:
+        """Lower the scores by ALiBi's m_h (i - j), and put -inf where a query sees no key."""
+        if self.slopes is not None:
+            by_head = scores.unflatten(1, (self.group, -1))
+            by_head.addcmul_(self.slopes[heads], self.tiles.distances(tile, scores), value=-1)
+        self.tiles.hide(scores, tile)
 
     def product(self, into: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, add: bool = True) -> None:
         """into += scale * a b, or into = a b; the sum in the dtype of `into`."""
@@ -160,9 +168,16 @@ class _Sum:
 class _Banded(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        scale: float,
+        softcap: float | None,
+        slopes: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        walk = _Walk(q, k, mask)
+        walk = _Walk(q, k, mask, slopes)
         out = torch.empty_like(q)
         lse = torch.empty(*q.shape[:3], 1, dtype=walk.wide, device=q.device)
         for row, kv_heads, heads in walk.rows():
@@ -174,12 +189,12 @@ class _Banded(torch.autograd.Function):
                     for name, size in (("mixed", q.shape[3]), ("total", 1), ("peak", 1))
                 )
                 for tile, *columns in zip(span.tiles, rows, mixed, total, peak, strict=True):
-                    _tile(walk, tile, k[row, kv_heads], v[row, kv_heads], columns, softcap)
+                    _tile(walk, tile, kv_heads, k[row, kv_heads], v[row, kv_heads], columns, softcap)
                 walk.scatter(mixed.div_(total.clamp(min=torch.finfo(walk.wide).tiny)), out[row, heads, own])
                 walk.scatter(total.log2_().add_(peak), lse[row, heads, own])
         lse = lse.squeeze(-1).div_(_LOG2E)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.mask, ctx.scale, ctx.softcap = mask, scale, softcap
+        ctx.mask, ctx.scale, ctx.softcap, ctx.slopes = mask, scale, softcap, slopes
         return out, lse
 
     @staticmethod
@@ -187,7 +202,7 @@ class _Banded(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         """Under a softcap c, ds takes the factor 1 - (s / c)^2, as s = c tanh(scale q k^T / c)."""
         q, k, v, out, lse = ctx.saved_tensors
-        walk = _Walk(q, k, ctx.mask)
+        walk = _Walk(q, k, ctx.mask, ctx.slopes)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             for row, kv_heads, heads in walk.rows():
@@ -204,14 +219,16 @@ class _Banded(torch.autograd.Function):
                     sides = [x[row, kv_heads, span.lo : span.hi] for x in (k, v)]
                     sides += [total.keys(span.lo, span.hi) for total in sums]
                     for tile, *columns in zip(span.tiles, queries, do, delta, peak, found, strict=True):
-                        _tile_backward(walk, tile, span.lo, sides, columns, ctx)
+                        _tile_backward(walk, tile, kv_heads, span.lo, sides, columns, ctx)
                     walk.scatter(found.mul_(ctx.scale), dq[row, heads, own])
                 for total in sums:
                     total.finish()
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
-def _tile(walk: _Walk, tile: Tile, k: Tensor, v: Tensor, columns: list[Tensor], softcap: float | None) -> None:
+def _tile(
+    walk: _Walk, tile: Tile, heads: slice, k: Tensor, v: Tensor, columns: list[Tensor], softcap: float | None
+) -> None:
     """The sum of weighted values (heads, g * n, D), of weights and the peak (heads, g * n, 1) of a tile."""
     rows, mixed, total, peak = columns
     least = torch.finfo(walk.wide).min
@@ -222,7 +239,7 @@ def _tile(walk: _Walk, tile: Tile, k: Tensor, v: Tensor, columns: list[Tensor], 
     for part in parts:
         seen = slice(part.lo, part.hi)
         scores = walk.scores(rows, k[:, seen], softcap)
-        walk.tiles.hide(scores, part)
+        walk.hide(scores, part, heads)
         # A row without a visible key has only -inf: the floor keeps it out of inf - inf, its sum stays 0.
         if part.lo == tile.lo:
             torch.amax(scores, dim=-1, keepdim=True, out=peak).clamp_(min=least)
@@ -236,7 +253,9 @@ def _tile(walk: _Walk, tile: Tile, k: Tensor, v: Tensor, columns: list[Tensor], 
         peak.copy_(highest)
 
 
-def _tile_backward(walk: _Walk, tile: Tile, start: int, sides: list[Tensor], columns: list[Tensor], ctx: Any) -> None:
+def _tile_backward(
+    walk: _Walk, tile: Tile, heads: slice, start: int, sides: list[Tensor], columns: list[Tensor], ctx: Any
+) -> None:
     """dq of a tile before the scale, wide; dk and dv are added to their sums. The sides begin at the key `start`."""
     queries, do, delta, peak, dq = columns
     rows = walk.buffer("rows", *queries.shape).copy_(queries).mul_(ctx.scale * _LOG2E)
@@ -246,7 +265,7 @@ def _tile_backward(walk: _Walk, tile: Tile, start: int, sides: list[Tensor], col
         k, v, dk, dv = (side[:, part.lo - start : part.hi - start] for side in sides)
         weights = walk.scores(rows, k, ctx.softcap)
         slope = None if ctx.softcap is None else weights.div(ctx.softcap * _LOG2E).square_().neg_().add_(1)
-        walk.tiles.hide(weights, part)
+        walk.hide(weights, part, heads)
         weights.sub_(peak).exp2_()
         walk.product(dv, walk.narrowed(weights).mT, do)
         ds = torch.bmm(do, walk.across("v", v, do.dtype), out=walk.buffer("ds", *weights.shape, dtype=do.dtype))
@@ -262,13 +281,15 @@ def _tile_backward(walk: _Walk, tile: Tile, start: int, sides: list[Tensor], col
 def banded(request: Request) -> tuple[Tensor, Tensor | None]:
     """Run the tiles outside autocast, which would cast the float32 scores down."""
     with torch.autocast(request.q.device.type, enabled=False):
-        out, lse = _Banded.apply(request.q, request.k, request.v, request.mask, request.scale, request.softcap)
+        rest = request.mask, request.scale, request.softcap, request.slopes
+        out, lse = _Banded.apply(request.q, request.k, request.v, *rest)
     return out, lse if request.with_lse else None
 
 
 KERNEL = Kernel(
     name="banded",
-    summary="tiles of queries, O(N * window): windows, documents, padding, chunks, softcap",
+    summary="tiles of queries, O(N * window): windows, documents, padding, chunks, softcap, ALiBi",
     run=banded,
     softcap=True,
+    slopes=True,
 )

@@ -21,6 +21,8 @@ def reference(request: Request) -> tuple[Tensor, Tensor | None]:
             scores = request.softcap * torch.tanh(scores / request.softcap)
         j = torch.arange(request.keys, device=q.device)
         i = j[request.keys - request.queries :]
+        if request.slopes is not None:
+            scores = scores - request.slopes.to(wide)[:, None, None] * (i[:, None] - j)
         visible = request.mask.visible(i, j)
         scores = scores.masked_fill(~visible, float("-inf"))
         lse = torch.logsumexp(scores, dim=-1)
@@ -36,4 +38,5 @@ KERNEL = Kernel(
     run=reference,
     softcap=True,
     sinks=True,
+    slopes=True,
 )

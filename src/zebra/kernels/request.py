@@ -92,6 +92,7 @@ class Request:
     mask: Mask
     scale: float
     softcap: float | None = None
+    slopes: Tensor | None = None
     with_lse: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -127,6 +128,7 @@ class Kernel:
     lse: bool = True
     softcap: bool = False
     sinks: bool = False
+    slopes: bool = False
     own: Callable[[Request], str | None] = lambda request: None
 
     def declines(self, request: Request) -> str | None:
@@ -142,6 +144,8 @@ class Kernel:
             return f"it does not know the argument {', '.join(sorted(request.arguments))}"
         if request.softcap is not None and not self.softcap:
             return "it has no softcap"
+        if request.slopes is not None and not self.slopes:
+            return "it has no ALiBi"
         if request.mask.sinks and request.mask.window is not None and not self.sinks:
             return "it has no sinks, which zebra.kernels.sinks merges"
         if request.with_lse and not self.lse:

@@ -103,6 +103,12 @@ class Tiles:
         if seen is not None:
             scores.unflatten(1, (self.group, -1)).masked_fill_(~seen, float("-inf"))
 
+    def distances(self, tile: Tile, like: Tensor) -> Tensor:
+        """i - j of a tile, (e - s, hi - lo)."""
+        _, s, e, lo, hi = tile
+        i = torch.arange(self.offset + s, self.offset + e, device=like.device)
+        return (i[:, None] - torch.arange(lo, hi, device=like.device)).to(like.dtype)
+
     def _cut(self, tile: Tile) -> Tensor | None:
         """What documents and padding leave of a tile, (e - s or 1, hi - lo); None where they do not cut through it."""
         row, s, e, lo, hi = tile
