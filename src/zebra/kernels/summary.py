@@ -7,8 +7,8 @@ r"""Local attention with global approximation: the band, and one mean key and va
                 m  .   \ \                       One softmax over both (after LongT5's transient global attention,
        S - 1    m  m     \ \                     arXiv 2112.07916, section 3.1.2).
 
-Blocks of b tokens count from the first real token of each text, so padding and packing change nothing. Keys are averaged
-as they stand in the cache, rotated; under ALiBi a mean stands at the mean position of its block. The cost is
+Blocks of b tokens count from the first real token of each text, so padding and packing change nothing. Keys are
+averaged as they stand in the cache, rotated; under ALiBi a mean stands at the mean position of its block. The cost is
 N (w + N / b) pairs.
 """
 

@@ -63,6 +63,11 @@ def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     for layer in attention_layers(model):
         if layer.rope is None or layer.frequencies is None:
             continue
+        if getattr(layer.module, "extension", None) is not None:
+            raise Refusal(
+                f"Self-Extend extends plain global attention; in this {model.config.model_type} layer "
+                f"{layer.module.layer_idx} is of another kind. Load it without."
+            )
         first = layer.rope not in ropes
         rope = ropes.setdefault(layer.rope, Rope(layer.frequencies, setting, trained))
         layer.module.extension = Extension(rope, layer.module.layer_idx, first=first)

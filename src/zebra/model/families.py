@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from zebra.model import study
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
@@ -60,6 +61,10 @@ def _window_in_use(config: PreTrainedConfig) -> dict[str, Any]:
     return {"use_sliding_window": True}
 
 
+def _kinds_from_layer_types(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"attention_kinds": None}
+
+
 def _rope_in_every_layer(config: PreTrainedConfig) -> dict[str, Any]:
     return {"use_sliding_window": True, "no_rope_layers": [1] * config.num_hidden_layers}
 
@@ -90,6 +95,8 @@ _BIASED = Limit("biases in the attention projections, which {target} would drop"
 _TOKENLESS = Limit("no bos_token_id or no eos_token_id: {target} would bring its own", _lacks_token)
 _BOTH_WAYS = Limit("bidirectional attention", lambda c: bool(getattr(c, "use_bidirectional_attention", False)))
 _TWO_ROPES = Limit("global and local layers have different ropes", _rope_differs)
+_NOT_ROTARY = Limit("positions that are not rotary", lambda c: c.position_embedding != "rotary")
+_SUMMARIES = Limit("summary layers", lambda c: "summary" in c.attention_kinds)
 _READS = "reads layer_types itself"
 _QUANTISED = Limit("quantised weights, which were not tried", lambda c: hasattr(c, "quantization_config"))
 _NO_CLASS = "no stock class with {} reads layer_types"
@@ -113,6 +120,8 @@ ROUTES: tuple[Route, ...] = (
     Route("olmo3", "olmo3", _READS, fixed=_TWO_ROPES),
     Route("granite_swa", "granite_swa", _READS),
     Route("gpt_oss", "gpt_oss", _READS, refuses=(_QUANTISED,)),
+    Route(study.NAME, "cwm", "cwm has its tensors", refuses=(_NOT_ROTARY, _SUMMARIES, _TOKENLESS)),
+    Route(study.NAME, study.NAME, _READS, _kinds_from_layer_types),
     Route("phi3", None, _NO_CLASS.format("its fused projections (qkv_proj, gate_up_proj)")),
     Route("mixtral", None, _NO_CLASS.format("its experts") + "; minimax has them, and one window for all layers"),
     Route("granite", None, "the classes with its tensors lack its multipliers; granite_swa has those, and wants sinks"),
@@ -214,7 +223,10 @@ def stripes_of(config: PreTrainedConfig) -> Stripes | None:
 
 
 def layout(config: PreTrainedConfig) -> str:
-    """The layout in the short notation, `dense` where every layer is global."""
+    """The layout in the short notation, `dense` where every layer is global; a study's summary layers are S."""
+    kinds = getattr(config, "attention_kinds", None) or ()
+    if "summary" in kinds:
+        return f"{''.join(kind[0].upper() for kind in kinds)}:{config.window}/{config.summary_block}"
     return str(stripes_of(config) or DENSE)
 
 

@@ -1,0 +1,350 @@
+"""The decoder of the from-scratch study (Zebra, arXiv 2312.08618, section 3): kinds of attention × position embeddings.
+
+    global    every layer sees all earlier tokens             rotary     vectors turned by their position
+    local     every layer sees the last `window`              alibi      scores lowered by slope × distance
+    summary   the last `window`, and the mean of each block   absolute   a learned vector added to each token
+              of `summary_block` tokens before it             none       what causality alone tells
+    grouped   layer i global where i % stride = 0, else local
+
+A Llama but for these: RMS norms before attention and a SwiGLU, no biases, one matrix for embedding and head unless told
+otherwise. With rotary positions and no summary layer it is exactly one, and `zebra convert` makes a stock class of it.
+Importing this module registers it with transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from zebra.kernels import Mask
+from zebra.kernels.summary import summarised
+from zebra.positions import alibi_slopes
+from zebra.stripes import GLOBAL, LOCAL
+
+NAME = "zebra_study"
+"""Its `model_type`."""
+KINDS = ("global", "local", "summary")
+POSITIONS = ("absolute", "alibi", "rotary", "none")
+ATTENTIONS = (*KINDS, "grouped")
+
+
+def attention_kinds(attention: str, layers: int, stride: int = 4) -> list[str]:
+    """The kind of each layer: all alike, or grouped, where every `stride`-th is global and the first is.
+
+    Raises:
+        ValueError: another name, or a stride that no layer but the first would be global under.
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention is one of {', '.join(ATTENTIONS)}; got {attention!r}.")
+    if attention != "grouped":
+        return [attention] * layers
+    if not 1 <= stride <= layers:
+        raise ValueError(f"a group has from 1 to all {layers} layers; got {stride}.")
+    return ["global" if i % stride == 0 else "local" for i in range(layers)]
+
+
+@strict
+class StudyConfig(PreTrainedConfig):
+    """A model of the study.
+
+    Attributes:
+        attention_kinds: of each layer, `global`, `local` or `summary`; those of `layer_types` where None. Host caches
+            read `layer_types`, where a summary layer stands as a full one: it keeps all keys to average them.
+        position_embedding: `absolute`, `alibi`, `rotary` or `none`.
+        window: keys that a local or summary layer sees, its own included; the host's `sliding_window`.
+        summary_block: tokens of a block.
+        intermediate_size: of the SwiGLU; 8/3 of the hidden size, in whole 16s, where None.
+
+    Raises:
+        StrictDataclassError: kinds of another number than there are layers, an unknown name, a window or a block that
+            does not fit into `max_position_embeddings`, heads that do not divide the hidden size.
+    """
+
+    model_type = NAME
+    attribute_map = {"window": "sliding_window"}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_kinds: list[str] | None = None
+    position_embedding: str = "rotary"
+    sliding_window: int | None = None
+    summary_block: int = 64
+    layer_types: list[str] | None = None
+    max_position_embeddings: int = 4096
+    rope_parameters: dict[str, Any] | None = None
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-8 * self.hidden_size // 48) * 16
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.attention_kinds is None:
+            given = self.layer_types or [GLOBAL] * self.num_hidden_layers
+            self.attention_kinds = ["local" if kind == LOCAL else "global" for kind in given]
+        self.layer_types = [LOCAL if kind == "local" else GLOBAL for kind in self.attention_kinds]
+        super().__post_init__(**kwargs)
+
+    def validate_study(self) -> None:
+        """The fields fit together."""
+        kinds = self.attention_kinds or []
+        if unknown := {*kinds} - {*KINDS}:
+            raise ValueError(f"attention_kinds are of {', '.join(KINDS)}; got {', '.join(sorted(unknown))}.")
+        if self.position_embedding not in POSITIONS:
+            raise ValueError(f"position_embedding is one of {', '.join(POSITIONS)}; got {self.position_embedding!r}.")
+        if {*kinds} != {"global"}:
+            window, longest = self.sliding_window, self.max_position_embeddings
+            if window is None or not 1 <= window <= longest:
+                raise ValueError(f"local layers have a window from 1 to the {longest} positions; got {window}.")
+        if "summary" in kinds and not 1 <= self.summary_block <= self.max_position_embeddings:
+            raise ValueError(f"summary_block is from 1 to {self.max_position_embeddings}; got {self.summary_block}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"heads divide the hidden size; got {self.num_attention_heads} heads of {self.hidden_size}."
+            )
+
+    @property
+    def needs_zebra(self) -> bool:
+        """Whether attention "zebra" alone knows what it asks for."""
+        return self.position_embedding == "alibi" or "summary" in (self.attention_kinds or [])
+
+
+class SummaryAttention:
+    """What a summary layer does; `zebra.model.attention` calls it in place of `attend`."""
+
+    def __init__(self, block: int):
+        self.block = block
+
+    def attend(
+        self,
+        module: nn.Module,
+        positions: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        **rest: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attend` over the band and the means of the blocks before it."""
+        return summarised(query, key, value, mask, block=self.block, **rest)
+
+
+class StudyAttention(nn.Module):
+    """One layer's attention, of its own kind."""
+
+    def __init__(self, config: StudyConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.kind = (config.attention_kinds or [])[layer_idx]
+        self.head_dim = config.head_dim or 0
+        self.num_key_value_groups = config.num_attention_heads // (config.num_key_value_heads or 1)
+        self.scaling, self.is_causal = self.head_dim**-0.5, True
+        self.sliding_window = None if self.kind == "global" else config.sliding_window
+        if self.kind == "summary":
+            self.extension = SummaryAttention(config.summary_block)
+        keys, queries = ((n or 0) * self.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """(B, T, hidden) to the same, and None for the weights."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        project = self.q_proj, self.k_proj, self.v_proj
+        query, key, value = (one(hidden_states).view(shape).transpose(1, 2) for one in project)
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.config.position_embedding == "alibi":
+            kwargs["slopes"] = query.new_tensor(alibi_slopes(query.shape[1]), dtype=torch.float32)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        given = {"scaling": self.scaling, "sliding_window": self.sliding_window, **kwargs}
+        out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, **given)
+        return self.o_proj(out.flatten(2)), None
+
+
+class StudyLayer(GradientCheckpointingLayer):
+    """Attention, then the MLP, each behind a norm and beside the stream."""
+
+    def __init__(self, config: StudyConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn, self.mlp = StudyAttention(config, layer_idx), LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """(B, T, hidden) to the same."""
+        hidden_states = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class StudyPreTrainedModel(PreTrainedModel):
+    """What the host must know of the classes below."""
+
+    config: StudyConfig
+    config_class = StudyConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StudyLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": StudyLayer}  # noqa: RUF012
+
+    def __init__(self, config: StudyConfig, *args: Any, **kwargs: Any):
+        from zebra.model.attention import NAME as ZEBRA  # registers it, which reading a config should not
+
+        if config._attn_implementation is None:
+            config._attn_implementation = ZEBRA
+        if config.needs_zebra and config._attn_implementation != ZEBRA:
+            raise ValueError(
+                f'ALiBi and summaries are computed by attention "{ZEBRA}" alone; got {config._attn_implementation!r}. '
+                "Leave attn_implementation out."
+            )
+        super().__init__(config, *args, **kwargs)
+
+
+class StudyModel(StudyPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: StudyConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.position_embedding == "absolute":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.position_embedding == "rotary":
+            self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.layers = nn.ModuleList([StudyLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As every decoder of transformers."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds.")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        if self.config.position_embedding == "absolute":
+            longest, last = self.config.max_position_embeddings, int(position_ids.max())
+            if last >= longest:
+                raise ValueError(f"this model has {longest} learned positions; got one at {last}. Give a shorter text.")
+            hidden = hidden + self.embed_positions(position_ids)
+        given = {"config": self.config, "inputs_embeds": hidden, "attention_mask": attention_mask}
+        given |= {"past_key_values": past_key_values, "position_ids": position_ids}
+        masks = {GLOBAL: create_causal_mask(**given)}
+        if LOCAL in (self.config.layer_types or []):
+            masks[LOCAL] = create_sliding_window_causal_mask(**given)
+        rotary = self.config.position_embedding == "rotary"
+        kwargs |= {"position_embeddings": self.rotary_emb(hidden, position_ids) if rotary else None}
+        kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values}
+        for kind, layer in zip(self.config.layer_types or [], self.layers, strict=True):
+            hidden = layer(hidden, attention_mask=masks[kind], **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+
+class StudyForCausalLM(StudyPreTrainedModel, GenerationMixin):
+    """The decoder with its head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: StudyConfig):
+        super().__init__(config)
+        self.model = StudyModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As every causal language model of transformers."""
+        outputs = self.model(input_ids, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden = outputs.last_hidden_state if isinstance(kept, int) else outputs.last_hidden_state[:, kept]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+
+AutoConfig.register(StudyConfig.model_type, StudyConfig)
+AutoModel.register(StudyConfig, StudyModel)
+AutoModelForCausalLM.register(StudyConfig, StudyForCausalLM)

@@ -1,0 +1,216 @@
+"""The decoder of the study: four kinds of attention × four position embeddings, each causal, exact and a whole host."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import zebra
+from zebra import kernels
+from zebra.kernels import Mask
+from zebra.kernels.summary import formula
+from zebra.model import study
+from zebra.model.families import layout
+from zebra.model.hosts import convert, load
+from zebra.model.study import ATTENTIONS, POSITIONS, StudyConfig, StudyForCausalLM, attention_kinds
+from zebra.model.verify import verify
+from zebra.refusal import Refusal
+
+CELLS = list(itertools.product(ATTENTIONS, POSITIONS))
+WINDOW, LENGTH = 6, 29
+
+
+def config(attention: str, positions: str, **changes: Any) -> StudyConfig:
+    kinds = attention_kinds(attention, 3, 2)
+    fields: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    fields |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "summary_block": 3}
+    fields |= {"attention_kinds": kinds, "position_embedding": positions, "bos_token_id": 1, "eos_token_id": 2}
+    return StudyConfig(**fields | {"window": None if attention == "global" else WINDOW} | changes)
+
+
+def drawn(attention: str, positions: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    return StudyForCausalLM(config(attention, positions, **changes)).double().eval()
+
+
+def tokens(rows: int = 2, length: int = LENGTH) -> Tensor:
+    return torch.randint(3, 61, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def close(found: Any, wanted: Any, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("attention", "positions"), CELLS)
+def test_a_later_token_changes_no_earlier_logit(attention: str, positions: str) -> None:
+    model, ids = drawn(attention, positions), tokens(1)
+    other = ids.clone()
+    other[0, 20] = (other[0, 20] - 3 + 1) % 58 + 3
+    one, two = model(ids).logits, model(other).logits
+    close(two[:, :20], one[:, :20])
+    assert not torch.allclose(two[:, 20:21], one[:, 20:21])
+
+
+@pytest.mark.parametrize(("attention", "positions"), CELLS)
+def test_gradients_equal_the_naive_twin(attention: str, positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients(model: nn.Module) -> list[Tensor]:
+        loss = model(ids, labels=ids).loss
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    def naive(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, block: int, scale: float, **rest: Any) -> Any:
+        return formula(q, k, v, mask, block=block, scale=scale, slopes=rest["slopes"]), None
+
+    ids = tokens(1, 17)
+    found = gradients(drawn(attention, positions))
+    monkeypatch.setattr(
+        study,
+        "summarised",
+        lambda *args, slopes=None, softcap=None, with_lse=False, dropout=None, **rest: naive(
+            *args, slopes=slopes, **rest
+        ),
+    )
+    with kernels.only("reference"):
+        close(found, gradients(drawn(attention, positions)))
+
+
+@pytest.mark.parametrize(("attention", "positions"), CELLS)
+def test_chunks_padding_and_packing_change_nothing(attention: str, positions: str) -> None:
+    model, ids = drawn(attention, positions), tokens()
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache, parts = None, []
+        for part in ids.split([13, 1, 8, 1, 6], dim=1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache, parts = output.past_key_values, [*parts, output.logits]
+        close(torch.cat(parts, dim=1), whole)
+        short = ids[1:, 5:]
+        padded, real = ids.clone(), torch.ones_like(ids)
+        padded[1, :5], real[1, :5] = 0, 0
+        places = (real.cumsum(dim=1) - 1).clamp(min=0)
+        found = model(padded, attention_mask=real, position_ids=places).logits
+        close(found[0], whole[0])
+        close(found[1, 5:], model(short).logits[0])
+        joined = torch.cat([ids[:1], short], dim=1)
+        places = torch.cat([torch.arange(LENGTH), torch.arange(LENGTH - 5)])[None]
+        found = model(joined, position_ids=places, use_cache=False).logits
+        close(found, torch.cat([whole[:1], model(short).logits], dim=1))
+
+
+@pytest.mark.parametrize(("attention", "positions"), CELLS)
+def test_it_saves_loads_and_generates_as_any_host(attention: str, positions: str, tmp_path: Path) -> None:
+    model = drawn(attention, positions).float()
+    model.save_pretrained(tmp_path)
+    loaded, ours, ids = AutoModelForCausalLM.from_pretrained(tmp_path), load(tmp_path), tokens()
+    wanted = ids
+    with torch.no_grad():
+        for _ in range(5):
+            wanted = torch.cat([wanted, model(wanted).logits[:, -1:].argmax(dim=-1)], dim=1)
+        for one in (loaded, ours):
+            close(one(ids).logits, model(ids).logits, 1e-4)
+            options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            assert torch.equal(one.generate(ids, **options), wanted)
+    assert loaded.config.attention_kinds == model.config.attention_kinds
+    assert loaded.config.window == model.config.window
+
+
+@pytest.mark.parametrize("positions", ["absolute", "rotary", "none"])
+@pytest.mark.parametrize("attention", ["global", "local", "grouped"])
+def test_the_hosts_own_attention_gives_the_same(attention: str, positions: str) -> None:
+    ids, model = tokens(), drawn(attention, positions)
+    wanted = model(ids).logits
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        close(model(ids).logits, wanted, 1e-4)
+
+
+@pytest.mark.parametrize(("attention", "positions"), CELLS)
+def test_training_sees_every_parameter(attention: str, positions: str) -> None:
+    model = drawn(attention, positions).train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    ids = tokens(1)
+    loss = model(ids, labels=ids).loss
+    close(loss.double(), nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]), 1e-6)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_rotary_without_summaries_becomes_a_stock_class(tmp_path: Path) -> None:
+    source = tmp_path / "study"
+    drawn("grouped", "rotary").float().save_pretrained(source)
+    target = convert(source, tmp_path / "stock", "GL:6")
+    assert load(target).config.model_type == "cwm"
+    checks = verify(target, source)
+    assert {check.name for check in checks} >= {"short", "long, plain", "long, zebra", "cached", "padded left"}
+    assert all(check.passed for check in checks)
+    other = tmp_path / "alibi"
+    drawn("global", "alibi").float().save_pretrained(other)
+    assert load(other, stripes="GL:6").config.attention_kinds == ["global", "local", "global"]
+
+
+@pytest.mark.parametrize(("name", "layers", "width", "heads"), [(117e6, 12, 768, 12), (345e6, 24, 1024, 16)])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_sizes_are_those_of_their_names(name: float, layers: int, width: int, heads: int, positions: str) -> None:
+    with torch.device("meta"):
+        made = StudyForCausalLM(
+            StudyConfig(
+                vocab_size=40960,
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                position_embedding=positions,
+                max_position_embeddings=1024,
+            )
+        )
+    assert abs(made.num_parameters() / name - 1) < 0.02
+
+
+def test_layouts_are_named() -> None:
+    assert layout(config("global", "none")) == "dense"
+    assert layout(config("grouped", "alibi")) == "GL:6"
+    assert layout(config("summary", "rotary")) == "SSS:6/3"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"attention_kinds": ["global"]}, "`num_hidden_layers` (3) must be equal"),
+        ({"attention_kinds": ["global", "wide", "local"]}, "global, local, summary; got wide"),
+        ({"position_embedding": "learned"}, "absolute, alibi, rotary, none; got 'learned'"),
+        ({"window": None}, "window from 1 to the 64 positions; got None"),
+        ({"window": 65}, "window from 1 to the 64 positions; got 65"),
+        ({"summary_block": 0}, "summary_block is from 1 to 64; got 0"),
+        ({"num_attention_heads": 5}, "heads divide the hidden size; got 5 heads of 32"),
+    ],
+)
+def test_a_config_that_contradicts_itself(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(StrictDataclassError) as error:
+        config("summary", "rotary", **changes)
+    assert says in str(error.value)
+
+
+def test_what_the_host_cannot_compute_is_refused() -> None:
+    for attention, positions in (("global", "alibi"), ("summary", "rotary")):
+        made = config(attention, positions)
+        made._attn_implementation = "sdpa"
+        with pytest.raises(ValueError, match='attention "zebra" alone'):
+            StudyForCausalLM(made)
+    with pytest.raises(ValueError, match="64 learned positions; got one at 64"):
+        drawn("global", "absolute")(tokens(1, 65))
+    with pytest.raises(ValueError, match="got 'dense'"):
+        attention_kinds("dense", 4)
+    with pytest.raises(ValueError, match="from 1 to all 4 layers; got 5"):
+        attention_kinds("grouped", 4, 5)
+
+
+@pytest.mark.parametrize(("attention", "positions"), [("global", "alibi"), ("summary", "rotary"), ("global", "none")])
+def test_self_extend_is_refused_where_nothing_rotates(attention: str, positions: str, tmp_path: Path) -> None:
+    drawn(attention, positions).float().save_pretrained(tmp_path)
+    with pytest.raises(Refusal):
+        zebra.load(tmp_path, self_extend="4:8")
