@@ -213,8 +213,9 @@ class StudyAttention(nn.Module):
         if self.config.position_embedding == "alibi":
             kwargs["slopes"] = query.new_tensor(alibi_slopes(query.shape[1]), dtype=torch.float32)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
         given = {"scaling": self.scaling, "sliding_window": self.sliding_window, **kwargs}
-        out, _ = attend(self, query, key, value, attention_mask, dropout=0.0, **given)
+        out, _ = attend(self, query, key, value, attention_mask, dropout=dropout, **given)
         return self.o_proj(out.flatten(2)), None
 
 
