@@ -245,17 +245,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 def _windows(
     corpus: Corpus, length: int, convention: str, stride: int | None, prompt: int | None = None
 ) -> list[_Window]:
-    if convention not in CONVENTIONS:
-        raise Refusal(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
-    if length < 2:
-        raise Refusal(f"a context has at least 2 tokens, one to see and one to predict; got a length of {length}.")
-    if stride is not None and (convention != "strided" or not 1 <= stride < length):
-        raise Refusal(
-            f"a stride belongs to the strided convention and lies between 1 and length - 1; got {stride} "
-            f"with the {convention} convention and length {length}. Change one of them."
-        )
-    if prompt is not None and not 1 <= prompt < length:
-        raise Refusal(f"a prompt lies between 1 and length - 1; got {prompt} with length {length}. Change one of them.")
+    _check_options(length, convention, stride, prompt)
     windows = []
     for i in range(len(corpus)):
         tokens = corpus[i]
@@ -278,6 +268,20 @@ def _windows(
             f"{int(corpus.lengths.max(initial=0)):,}. Give longer documents, join them, or take a shorter length."
         )
     return windows
+
+
+def _check_options(length: int, convention: str, stride: int | None, prompt: int | None) -> None:
+    if convention not in CONVENTIONS:
+        raise Refusal(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
+    if length < 2:
+        raise Refusal(f"a context has at least 2 tokens, one to see and one to predict; got a length of {length}.")
+    if stride is not None and (convention != "strided" or not 1 <= stride < length):
+        raise Refusal(
+            f"a stride belongs to the strided convention and lies between 1 and length - 1; got {stride} "
+            f"with the {convention} convention and length {length}. Change one of them."
+        )
+    if prompt is not None and not 1 <= prompt < length:
+        raise Refusal(f"a prompt lies between 1 and length - 1; got {prompt} with length {length}. Change one of them.")
 
 
 def _batches(windows: Sequence[_Window], batch_tokens: int) -> list[list[_Window]]:
