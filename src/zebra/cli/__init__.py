@@ -168,6 +168,9 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="A budget, 80GiB: the length, batch and layout that fit.")] = None,
     seconds: Annotated[float | None, typer.Option(help="A budget of time: the layout that meets it.")] = None,
     self_extend: Annotated[str | None, typer.Option(help="Beside it Self-Extend: G:W or auto:TARGET.")] = None,
+    full_decode: Annotated[
+        bool, typer.Option("--full-decode", help="Local layers keep all keys, and decoded tokens see them.")
+    ] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw it over 1K to 1M tokens into this .svg.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -188,6 +191,7 @@ def plan(
         checkpointing=checkpointing,
         lora=lora,
         self_extend=SelfExtend.parse(self_extend, read.trained_length) if self_extend else None,
+        full_decode=full_decode,
     )
     found = sheet.tree(run, ceilings, budget=fit.bytes_of(memory) if memory else None, seconds=seconds)
     if picture is not None:
@@ -213,6 +217,9 @@ def perplexity(
     field: Annotated[str, typer.Option(help="The field of .jsonl or .parquet records that has the text.")] = "text",
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
     join: Annotated[bool, typer.Option("--join", help="Join documents into long ones of at least the length.")] = False,
+    prompt: Annotated[
+        int | None, typer.Option(help="Read so many tokens of each window, and score those decoded behind them.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the intervals' bootstrap.")] = 0,
     run: Annotated[str, typer.Option(help="The run's name in the rows.")] = "evaluate",
     out: Annotated[Path | None, typer.Option(help="Append the rows to this JSON Lines file.")] = None,
@@ -233,6 +240,7 @@ def perplexity(
             field=field,
             workers=workers,
             join=join,
+            prompt=prompt,
             seed=seed,
             run=run,
             **loading,

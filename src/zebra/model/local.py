@@ -64,9 +64,9 @@ class Local:
         """
         new, start, kept, read = query.shape[2], 0, None, query.shape[2]
         if isinstance(key, Held):
-            kept = key.sinks(None if mask.keys is None else mask.keys[:, -new:])
+            start, kept = key.start, key.sinks(None if mask.keys is None else mask.keys[:, -new:])
             read = self._read(key, new) if self.full_decode else new
-            key, start = key.states, key.start
+            key = key.states
         else:
             self._check_past(mask, value.shape[2] - new)
         sunken = replace(mask, sinks=self.sinks)
