@@ -25,7 +25,7 @@ from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.extend import setting_of
 from zebra.model.hosts import load, read_device, read_dtype
-from zebra.model.rope import Rope, as_rope, changes_with_length
+from zebra.model.rope import Rope, as_rope, refuse_cache
 from zebra.positions import SelfExtend
 from zebra.progress import bar
 from zebra.refusal import Refusal
@@ -192,7 +192,7 @@ def generate(
             model,
             as_rope(rope).changed(read_config(model, routed=self_extend is None or stripes is not None)),
         )
-    _refuse_changing_rope(config)
+    refuse_cache(config, "generating")
     tokenizer = tokenizer or load_tokenizer(source, config)
     inputs = _encoded(prompt, tokenizer, chat)
     if not extended:
@@ -387,15 +387,6 @@ def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dic
     if found["input_ids"].numel() == 0:
         raise Refusal(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
     return {name: found[name] for name in ("input_ids", "attention_mask")}
-
-
-def _refuse_changing_rope(config: PreTrainedConfig) -> None:
-    kind = changes_with_length(config)
-    if kind is not None:
-        raise Refusal(
-            f"a rope of type {kind} changes its frequencies with the text's length, so that cached keys would carry "
-            "others than new ones, and generating needs a cache. Take yarn, linear, llama3 or base."
-        )
 
 
 def _warn_beyond(config: PreTrainedConfig, prompt: int, new: int) -> None:

@@ -14,24 +14,24 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.haystack import says
 from zebra.data.needles import Needles, Sample, check
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
 from zebra.evaluate.perplexity import evaluating, read_text
+from zebra.evaluate.subject import check_reach
 from zebra.generation import continued
 from zebra.model.checkpoint import load_tokenizer, read_config
-from zebra.model.extend import bounded_cache, resolved, setting_of
+from zebra.model.extend import bounded_cache, reach, resolved, setting_of
 from zebra.model.families import layout
 from zebra.model.hosts import device_name, load, read_device, read_dtype
-from zebra.model.rope import as_rope, changes_with_length
+from zebra.model.rope import as_rope, refuse_cache
 from zebra.positions import SelfExtend
 from zebra.progress import bar
 from zebra.records import Row
@@ -166,9 +166,10 @@ def rows_of(
     place = read_device(device)
     placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
     config = as_rope(rope).changed(read_config(checkpoint, routed=self_extend is None or stripes is not None))
-    _check_rope(config)
+    refuse_cache(config, "an answer behind its prompt")
     if as_rope(rope).kind != "base":
-        _check_reach(config, None if self_extend is None else resolved(self_extend, config), max(lengths), beyond)
+        setting = None if self_extend is None else resolved(self_extend, config)
+        check_reach(max(lengths), reach(config, setting), setting, beyond)
     tokenizer = load_tokenizer(checkpoint, config)
     needles = Needles(tokenizer, _documents(haystack, tokenizer))
     for task, length, depth in cells:  # refuse before the model is loaded
@@ -225,30 +226,6 @@ def _cells(
 def _check_score(score: str) -> None:
     if score not in SCORES:
         raise Refusal(f"the scores are {' and '.join(SCORES)}; got {score!r}. Choose one.")
-
-
-def _check_rope(config: PreTrainedConfig) -> None:
-    kind = changes_with_length(config)
-    if kind is not None:
-        raise Refusal(
-            f"a rope of type {kind} changes its frequencies with the text's length, so that cached keys would carry "
-            "others than new ones, and an answer needs the cache of its prompt. Take yarn, linear, llama3 or base."
-        )
-
-
-def _check_reach(config: PreTrainedConfig, setting: SelfExtend | None, length: int, beyond: bool) -> None:
-    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
-    reach = trained if setting is None or trained is None else setting.reach(trained)
-    if reach is None or length <= reach:
-        return
-    passes = f"a length of {length:,} tokens passes the {reach:,} positions that this model "
-    passes += "was trained for" if setting is None else f"reaches with Self-Extend {setting}"
-    if not beyond:
-        raise Refusal(
-            f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or a checkpoint that was adapted, or "
-            "say beyond (--beyond) to measure there all the same."
-        )
-    warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)
 
 
 def _documents(files: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Any:
