@@ -11,24 +11,23 @@ A cell is the mean over its samples with Wilson's 95 % interval, which is exact 
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.haystack import says
 from zebra.data.needles import Needles, Sample, check
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
+from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods
 from zebra.evaluate.perplexity import evaluating, read_text
 from zebra.evaluate.subject import check_reach
 from zebra.generation import continued
 from zebra.model.checkpoint import load_tokenizer, read_config
-from zebra.model.extend import bounded_cache, reach, resolved, setting_of
+from zebra.model.extend import reach, resolved, setting_of
 from zebra.model.families import layout
 from zebra.model.hosts import device_name, load, read_device, read_dtype
 from zebra.model.rope import as_rope, refuse_cache
@@ -38,8 +37,6 @@ from zebra.records import Row
 from zebra.refusal import Refusal
 
 SCORES = ("generate", "likelihood")
-BATCH_TOKENS = 8192
-"""Tokens of prompt that are run at once; a longer prompt is read in chunks of as many."""
 
 
 def retrieval(
@@ -78,7 +75,8 @@ def retrieval(
 def _generated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sample], chunk: int
 ) -> list[float]:
-    ids, room = _prompts(model, batch), max(sample.room for sample in batch)
+    ids = torch.tensor([sample.ids for sample in batch], device=model.device)
+    room = max(sample.room for sample in batch)
     in_chunks = {"prefill_chunk": chunk} if ids.shape[1] > chunk else {}
     new = continued(model, tokenizer, ids, max_new_tokens=room, **in_chunks)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -89,33 +87,11 @@ def _generated(
 
 
 def _preferred(model: PreTrainedModel, batch: Sequence[Sample], chunk: int) -> list[float]:
-    table, answers = likelihoods(model, batch, chunk), len(batch[0].answers)
+    candidates = [[one.ids for one in (*sample.answers, *sample.distractors)] for sample in batch]
+    table = torch.tensor(likelihoods(model, [sample.ids for sample in batch], candidates, chunk))
+    answers = len(batch[0].answers)
     best_wrong = table[:, answers:].amax(dim=1, keepdim=True)
     return (table[:, :answers] > best_wrong).double().mean(dim=1).tolist()
-
-
-def likelihoods(model: PreTrainedModel, batch: Sequence[Sample], chunk: int = BATCH_TOKENS) -> Tensor:
-    """The log-likelihood of each answer and then of each distractor behind its prompt, (B, answers + distractors).
-
-    A prompt is read once, a chunk at a time, and each candidate behind a copy of its cache.
-    """
-    ids = _prompts(model, batch)
-    before, cache = ids.shape[1] - 1, bounded_cache(model)
-    for start in range(0, before, chunk):
-        part = ids[:, start : min(start + chunk, before)]
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    found: list[Tensor] = []
-    for written in zip(*((*sample.answers, *sample.distractors) for sample in batch), strict=True):
-        candidate = torch.tensor([one.ids for one in written], device=ids.device)
-        read = torch.cat([ids[:, -1:], candidate[:, :-1]], dim=1)
-        logits = model(read, past_key_values=copy.deepcopy(cache), use_cache=True).logits
-        chances = logits.float().log_softmax(-1).gather(-1, candidate[..., None])
-        found.append(chances.sum(dim=(1, 2)))
-    return torch.stack(found, dim=1)
-
-
-def _prompts(model: PreTrainedModel, batch: Sequence[Sample]) -> Tensor:
-    return torch.tensor([sample.ids for sample in batch], device=model.device)
 
 
 def wilson(mean: float, n: int) -> tuple[float, float]:
