@@ -23,8 +23,9 @@ from zebra.data.haystack import Writer
 from zebra.data.needles import Needles, Sample
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
 from zebra.evaluate import retrieval as module
+from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import likelihoods
-from zebra.evaluate.retrieval import retrieval, rows_of, wilson
+from zebra.evaluate.retrieval import retrieval, rows_of
 from zebra.generation import continued
 from zebra.report import write_report
 

@@ -194,7 +194,7 @@ def generate(
         )
     refuse_cache(config, "generating")
     tokenizer = tokenizer or load_tokenizer(source, config)
-    inputs = _encoded(prompt, tokenizer, chat)
+    inputs = encoded(prompt, tokenizer, chat)
     if not extended:
         _warn_beyond(config, inputs["input_ids"].shape[1], chosen.max_new_tokens)
     if ready is None:
@@ -204,12 +204,37 @@ def generate(
     return _run(ready, tokenizer, inputs, chosen, on_text)
 
 
+def encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
+    """A prompt as tokens (1, T), `input_ids` and `attention_mask`, in the chat template where it is asked for.
+
+    Raises:
+        Refusal: no chat template, a prompt without tokens.
+    """
+    if chat and not tokenizer.chat_template:
+        raise Refusal("this checkpoint's tokenizer has no chat template. Leave chat out and write the prompt in full.")
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        found: Any = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        found = tokenizer(prompt, return_tensors="pt")
+    if found["input_ids"].numel() == 0:
+        raise Refusal(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
 def continued(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, **decoding: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    there: Tensor | None = None,
+    **decoding: Any,
 ) -> list[list[int]]:
-    """The new tokens behind each of several prompts of one length, as tokens (B, T).
+    """The new tokens behind each of several prompts, as tokens (B, T).
 
     Args:
+        there: (B, T), 0 where a shorter prompt is padded, on its left; all are of one length where None.
         decoding: the fields of `Decoding`.
 
     Raises:
@@ -219,7 +244,7 @@ def continued(
     with _deterministic(model, chosen.seed), _one_warning():
         host: Any = model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=torch.ones_like(ids) if there is None else there,
             generation_config=chosen.as_host(model, tokenizer),
             tokenizer=tokenizer,
         )
@@ -372,21 +397,6 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     own: Any = model.generation_config
     found = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     return [] if found is None else found if isinstance(found, list) else [found]
-
-
-def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
-    if chat and not tokenizer.chat_template:
-        raise Refusal("this checkpoint's tokenizer has no chat template. Leave chat out and write the prompt in full.")
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        found: Any = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        found = tokenizer(prompt, return_tensors="pt")
-    if found["input_ids"].numel() == 0:
-        raise Refusal(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
-    return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
 def _warn_beyond(config: PreTrainedConfig, prompt: int, new: int) -> None:

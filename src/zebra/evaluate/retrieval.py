@@ -11,7 +11,6 @@ A cell is the mean over its samples with Wilson's 95 % interval, which is exact 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zebra.data.haystack import says
 from zebra.data.needles import Needles, Sample, check
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
+from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods
 from zebra.evaluate.perplexity import evaluating, read_text
 from zebra.evaluate.subject import check_reach
@@ -92,20 +92,6 @@ def _preferred(model: PreTrainedModel, batch: Sequence[Sample], chunk: int) -> l
     answers = len(batch[0].answers)
     best_wrong = table[:, answers:].amax(dim=1, keepdim=True)
     return (table[:, :answers] > best_wrong).double().mean(dim=1).tolist()
-
-
-def wilson(mean: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a mean of n values between 0 and 1.
-
-        (m + z²/2n ± z √(m (1 - m) / n + z²/4n²)) / (1 + z²/n),   z = 1.96
-
-    Exact in its variance for values of 0 and 1; values between vary less, so that it is too wide for them.
-    """
-    z = 1.959964
-    middle = mean + z * z / (2 * n)
-    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    whole = 1 + z * z / n
-    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
 def rows_of(
