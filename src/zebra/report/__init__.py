@@ -14,13 +14,13 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import benches, page, retrieval, sections
+from zebra.report import benches, page, retrieval, sections, tasks
 from zebra.report.figures import standalone
 from zebra.report.page import Figure
 from zebra.report.series import by_kind, groups_of
 from zebra.staged import write_whole
 
-__all__ = ["bench_table", "position_table", "retrieval_table", "write_report"]
+__all__ = ["bench_table", "position_table", "retrieval_table", "task_table", "write_report"]
 
 
 def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -> None:
@@ -46,6 +46,7 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
         sections.layouts(kinds["cost"]),
         sections.positions(groups),
         retrieval.retrieval(kinds["retrieval"]),
+        tasks.tasks(kinds["task"]),
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
@@ -81,6 +82,11 @@ def bench_table(rows: Sequence[Row]) -> terminal.Table:
 def retrieval_table(rows: Sequence[Row]) -> terminal.Table:
     """Shares of answers found for the terminal, length across and depth down."""
     return _grid(retrieval.retrieval_tables(by_kind(rows)["retrieval"]))
+
+
+def task_table(rows: Sequence[Row]) -> terminal.Table:
+    """Tasks and questions about documents for the terminal, a line for each metric and length across."""
+    return _grid(tasks.task_tables(by_kind(rows)["task"]))
 
 
 def _grid(tables: Sequence[page.Table]) -> terminal.Table:
