@@ -8,6 +8,7 @@ Words are SQuAD's: small letters, without punctuation and without a, an, the (Ra
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import string
@@ -91,9 +92,13 @@ def faults(items: Sequence[Item]) -> list[list[str]]:
 
 def evidence_lost(item: Item, kept: str) -> bool:
     """Whether each reference answer has words that the document has and the part that was kept has not."""
-    held, all_of_it = set(words(kept)), set(words(item.document))
-    lost = all_of_it - held
+    lost = _vocabulary(item.document) - set(words(kept))
     return bool(item.references) and all(set(words(answer)) & lost for answer in item.references)
+
+
+@functools.lru_cache(maxsize=1)  # items of one document come one after another
+def _vocabulary(document: str) -> frozenset[str]:
+    return frozenset(words(document))
 
 
 def read_items(file: Path) -> list[Item]:

@@ -189,7 +189,9 @@ def rows_of(
         raise Refusal(f"at least 1 item is measured; got --limit {limit}. Raise it or leave it out.")
     items = read_items(Path(file))[:limit]
     prompts = Prompts(subject.tokenizer, how.template, chat=how.chat)
-    rounds = [_Round(items, prompts, how, length) for length in _lengths(subject, lengths, beyond)]
+    spans = _lengths(subject, lengths, beyond)
+    with bar("data", len(spans) * len(items), "items") as advance:
+        rounds = [_Round(items, prompts, how, length, advance) for length in spans]
     for one in rounds:
         one.warn(subject, beyond)
     model = None if check_only else subject.load()
@@ -212,10 +214,20 @@ def _lengths(subject: Subject, lengths: Sequence[int], beyond: bool) -> list[int
 class _Round:
     """All items at one length."""
 
-    def __init__(self, items: Sequence[Item], prompts: Prompts, options: Options, length: int | None):
+    def __init__(
+        self,
+        items: Sequence[Item],
+        prompts: Prompts,
+        options: Options,
+        length: int | None,
+        advance: Callable[..., None],
+    ):
         self.items, self.options, self.written = items, options, prompts
         room = None if length is None else length - options.answer_tokens
-        self.prompts = [prompts.fitting(item, room) for item in items]
+        self.prompts: list[Prompt] = []
+        for item in items:
+            self.prompts.append(prompts.fitting(item, room))
+            advance(1)
         self.outcomes = looked_at(items, self.prompts, length)
         self.length = length or max(len(prompt.ids) for prompt in self.prompts) + options.answer_tokens
         self.scored = [i for i, item in enumerate(items) if item.references]

@@ -18,6 +18,8 @@ from zebra.refusal import Refusal
 TEMPLATE = "{document}\n\nQuestion: {question}\nAnswer:"
 WITHOUT_DOCUMENT = ""
 _GAP = "\n...\n"
+_JOINTS = 64
+"""More tokens than a text may lose where it is joined to others."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class Prompts:
         Raises:
             Refusal: what stands around the document leaves no room for a token of it.
         """
-        ids, places = self.ids(item, item.document), self._places(item.document)
-        n = len(places)
-        kept = n + (length or 0) - len(ids)
-        if length is None or kept >= n:
-            return Prompt(ids, item.document, n, None)
+        places = self._places(item.document)
+        n, around = len(places), len(self.ids(item, WITHOUT_DOCUMENT))
+        if length is None or n + around <= length + _JOINTS:
+            ids = self.ids(item, item.document)
+            if length is None or len(ids) <= length:
+                return Prompt(ids, item.document, n, None)
+        kept = min(n - 1, length - around)
         while kept >= 2:
             first, last = (kept + 1) // 2, kept // 2
             text = item.document[: places[first - 1][1]] + _GAP + item.document[places[n - last][0] :]
@@ -81,7 +85,6 @@ class Prompts:
             if len(ids) <= length:
                 return Prompt(ids, text, n, (first, n - last))
             kept -= len(ids) - length
-        around = len(self.ids(item, WITHOUT_DOCUMENT))
         raise Refusal(
             f"the question of {item.name} takes {around:,} tokens without its document, and there is room for "
             f"{length:,} in all. Take a longer --length, or fewer --answer-tokens."
