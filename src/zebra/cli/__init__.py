@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from zebra import __version__
-from zebra.cli import bench, documents, show
+from zebra.cli import bench, documents, show, tasks
 from zebra.cli.generate import generate
 from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.refusal import Refusal
@@ -247,6 +247,7 @@ def perplexity(
 
 
 evaluate.command(epilog=EXAMPLE)(retrieval)
+evaluate.command(epilog=tasks.EXAMPLE)(tasks.tasks)
 evaluate.command(epilog=documents.EXAMPLE)(documents.documents)
 
 
