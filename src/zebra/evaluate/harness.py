@@ -10,7 +10,6 @@ alone.
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib.metadata
 import os
 import warnings
@@ -265,16 +264,14 @@ def _sizes(task: Any, tokenizer: PreTrainedTokenizerBase, limit: int | None, cha
         limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat, chat_template=templated if chat else None
     )
 
-    @functools.cache
-    def size(text: str) -> int:
-        return len(tokenizer(text, verbose=False)["input_ids"])
-
     found = []
     for request in task.instances:
+        first, second = (*request.args, None)[:2]
         if request.request_type == "generate_until":
-            found.append(size(request.args[0]) + request.args[1].get("max_gen_toks", _ROOM))
+            size = len(tokenizer(first, verbose=False)["input_ids"])
+            found.append(size + second.get("max_gen_toks", _ROOM))
         elif request.request_type == "loglikelihood":
-            found.append(size(request.args[0]) + size(request.args[1]))
+            found.append(len(tokenizer(first + second, verbose=False)["input_ids"]))
     return found or [0]
 
 
