@@ -45,7 +45,7 @@ def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
     assert top.returncode == 0
     for verb in ("plan", "convert", "verify", "adapt", "report", "doctor", "evaluate", "generate"):
         assert verb in top.stdout
-    measured = (["evaluate", "perplexity"], ["evaluate", "retrieval"])
+    measured = [["evaluate", verb] for verb in ("perplexity", "retrieval", "tasks", "documents")]
     for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], *measured):
         page = zebra(*verb, "--help")
         assert page.returncode == 0

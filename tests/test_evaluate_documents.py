@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import STORIES, TEXT
-from test_cli import Zebra
 from test_retrieval import Scripted, said
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -276,11 +276,17 @@ def test_a_file_without_a_reference_is_refused(tmp_path: Path) -> None:
         rows_of(STORIES, tmp_path / "x.jsonl", check_only=True)
 
 
-def test_the_verb_its_items_and_its_page(zebra: Zebra, file: Path, tmp_path: Path) -> None:
+def test_the_verb_its_items_and_its_page(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = ("evaluate", "documents", STORIES, file, "--length", "256,300", "--answer-tokens", 8, "--limit", 4)
-    done = zebra(*given, "--json", "--items", tmp_path / "items.jsonl", "--out", tmp_path / "rows.jsonl")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["rows"]
+    given += ("--json", "--items", tmp_path / "items.jsonl", "--out", tmp_path / "rows.jsonl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, out, err = said(capsys, monkeypatch, *given)
+    assert code == 0, err
+    assert "zebra: at 256 tokens" in err
+    found = json.loads(out)["rows"]
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == found
     scores = [row for row in found if row["task"] == "documents-generate-tales"]
     assert {(row["metric"], row["length"], row["n"]) for row in scores} == {
