@@ -45,7 +45,7 @@ def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
     assert top.returncode == 0
     for verb in ("plan", "convert", "verify", "adapt", "report", "doctor", "evaluate", "generate"):
         assert verb in top.stdout
-    measured = (["evaluate", "perplexity"], ["evaluate", "retrieval"])
+    measured = [["evaluate", verb] for verb in ("perplexity", "retrieval", "tasks", "documents")]
     for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], *measured):
         page = zebra(*verb, "--help")
         assert page.returncode == 0
@@ -162,7 +162,10 @@ BAD = {
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "9", "--self-extend", "8:512"],
         ["below the trained length", "trained at 512"],
     ),
-    "sinks without local layers": (["convert", STORIES, "out", "--stripes", "G:9+4"], ["4 sinks belong to local layers"]),
+    "sinks without local layers": (
+        ["convert", STORIES, "out", "--stripes", "G:9+4"],
+        ["4 sinks belong to local layers"],
+    ),
     "a window of a dense model": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--window", "9"],
         ["for local layers, and this layout is dense"],

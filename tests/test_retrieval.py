@@ -23,7 +23,9 @@ from zebra.data.haystack import Writer
 from zebra.data.needles import Needles, Sample
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
 from zebra.evaluate import retrieval as module
-from zebra.evaluate.retrieval import likelihoods, retrieval, rows_of, wilson
+from zebra.evaluate.intervals import wilson
+from zebra.evaluate.likelihood import likelihoods
+from zebra.evaluate.retrieval import retrieval, rows_of
 from zebra.generation import continued
 from zebra.report import write_report
 
@@ -125,7 +127,7 @@ def striped() -> Any:
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 300, 10_000])
 def test_likelihoods_are_those_of_whole_texts(striped: Any, needles: Needles, batch_tokens: int) -> None:
-    """Chunks, cache, batches and copies against one plain forward for each candidate."""
+    """Chunks, cache, padding on both sides and copies against one plain forward for each candidate."""
     _equal_whole_texts(striped, needles.samples("multikey", length=300, depth=0.5, count=3), batch_tokens)
 
 
@@ -136,13 +138,16 @@ def test_likelihoods_under_self_extend_are_those_of_whole_texts(needles: Needles
 
 def _equal_whole_texts(model: Any, samples: list[Sample], batch_tokens: int) -> None:
     with torch.no_grad():
-        found = likelihoods(model, samples, batch_tokens)
-        for sample, row in zip(samples, found, strict=True):
-            for one, value in zip((*sample.answers, *sample.distractors), row, strict=True):
-                logits = model(torch.tensor([[*sample.ids, *one.ids]]), use_cache=False).logits[0].double()
-                chances = logits.log_softmax(-1)[len(sample.ids) - 1 : -1]
-                whole = sum(float(chances[i, token]) for i, token in enumerate(one.ids))
-                assert float(value) == pytest.approx(whole, abs=1e-3)
+        prompts = [sample.ids[7 * i :] for i, sample in enumerate(samples)]
+        answers = [[one.ids for one in (*s.answers, *s.distractors)][: 10 - i] for i, s in enumerate(samples)]
+        answers[-1][0] += answers[-1][0]
+        found = likelihoods(model, prompts, answers, batch_tokens)
+        for prompt, own, row in zip(prompts, answers, found, strict=True):
+            for ids, value in zip(own, row, strict=True):
+                logits = model(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0].double()
+                chances = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+                whole = sum(float(chances[i, token]) for i, token in enumerate(ids))
+                assert value == pytest.approx(whole, abs=1e-3)
 
 
 def test_a_batch_goes_on_as_each_alone(striped: Any, tokenizer: Any, needles: Needles) -> None:

@@ -25,7 +25,7 @@ from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.extend import setting_of
 from zebra.model.loading import Loading
-from zebra.model.rope import as_rope, changes_with_length
+from zebra.model.rope import as_rope, refuse_cache
 from zebra.progress import bar
 from zebra.refusal import Refusal
 
@@ -184,20 +184,45 @@ def generate(
         source, config = model.name_or_path, model.config
     else:
         source, config = model, loading.config(model)
-    _refuse_changing_rope(config)
+    refuse_cache(config, "generating")
     tokenizer = tokenizer or load_tokenizer(source, config)
-    inputs = _encoded(prompt, tokenizer, chat)
+    inputs = encoded(prompt, tokenizer, chat)
     if not extended:
         _warn_beyond(config, inputs["input_ids"].shape[1], chosen.max_new_tokens)
     return _run(ready or loading.model(source), tokenizer, inputs, chosen, on_text)
 
 
+def encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
+    """A prompt as tokens (1, T), `input_ids` and `attention_mask`, in the chat template where it is asked for.
+
+    Raises:
+        Refusal: no chat template, a prompt without tokens.
+    """
+    if chat and not tokenizer.chat_template:
+        raise Refusal("this checkpoint's tokenizer has no chat template. Leave chat out and write the prompt in full.")
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        found: Any = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        found = tokenizer(prompt, return_tensors="pt")
+    if found["input_ids"].numel() == 0:
+        raise Refusal(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
 def continued(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, **decoding: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    there: Tensor | None = None,
+    **decoding: Any,
 ) -> list[list[int]]:
-    """The new tokens behind each of several prompts of one length, as tokens (B, T).
+    """The new tokens behind each of several prompts, as tokens (B, T).
 
     Args:
+        there: (B, T), 0 where a shorter prompt is padded, on its left; all are of one length where None.
         decoding: the fields of `Decoding`.
 
     Raises:
@@ -207,7 +232,7 @@ def continued(
     with _deterministic(model, chosen.seed), _one_warning():
         host: Any = model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=torch.ones_like(ids) if there is None else there,
             generation_config=chosen.as_host(model, tokenizer),
             tokenizer=tokenizer,
         )
@@ -360,30 +385,6 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     own: Any = model.generation_config
     found = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     return [] if found is None else found if isinstance(found, list) else [found]
-
-
-def _encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
-    if chat and not tokenizer.chat_template:
-        raise Refusal("this checkpoint's tokenizer has no chat template. Leave chat out and write the prompt in full.")
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        found: Any = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        found = tokenizer(prompt, return_tensors="pt")
-    if found["input_ids"].numel() == 0:
-        raise Refusal(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
-    return {name: found[name] for name in ("input_ids", "attention_mask")}
-
-
-def _refuse_changing_rope(config: PreTrainedConfig) -> None:
-    kind = changes_with_length(config)
-    if kind is not None:
-        raise Refusal(
-            f"a rope of type {kind} changes its frequencies with the text's length, so that cached keys would carry "
-            "others than new ones, and generating needs a cache. Take yarn, linear, llama3 or base."
-        )
 
 
 def _warn_beyond(config: PreTrainedConfig, prompt: int, new: int) -> None:

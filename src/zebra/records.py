@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zebra.refusal import Refusal
+from zebra.staged import write_whole
 
 
 @functools.cache
@@ -128,12 +129,8 @@ _KINDS: dict[str, Any] = {
 
 
 def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
-    """Write rows to a new file, aside and then renamed: the file is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text("".join(row.json() + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, path)
+    """Write rows to a new file, which is whole or absent."""
+    write_whole(path, "".join(row.json() + "\n" for row in rows))
 
 
 def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:

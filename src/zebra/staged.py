@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all, whenever the process is killed."""
+"""Directories and files that appear whole or not at all, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file aside, then rename it: under its name it is whole or absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 
 def _alive(pid: str) -> bool:

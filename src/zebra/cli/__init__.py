@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from zebra import __version__
-from zebra.cli import bench, show
+from zebra.cli import bench, documents, show, tasks
 from zebra.cli.generate import generate
 from zebra.cli.loading import loads_a_checkpoint
 from zebra.cli.retrieval import EXAMPLE, retrieval
@@ -253,6 +253,8 @@ def perplexity(
 
 
 evaluate.command(epilog=EXAMPLE)(retrieval)
+evaluate.command(epilog=tasks.EXAMPLE)(tasks.tasks)
+evaluate.command(epilog=documents.EXAMPLE)(documents.documents)
 
 
 @app.command(epilog="zebra report runs/demo -o report.html")

@@ -5,9 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+Beyond = Annotated[bool, typer.Option("--beyond", help="Also at lengths that the model was not trained for.")]
+Run = Annotated[str, typer.Option(help="The run's name in the rows.")]
+Out = Annotated[Path | None, typer.Option(help="Append the rows to this JSON Lines file.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+"""Those of measurements."""
 
 OPTIONS: dict[str, Any] = {
     "stripes": Annotated[

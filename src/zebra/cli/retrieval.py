@@ -48,7 +48,7 @@ def retrieval(
 ) -> None:
     """Does a model find what stands in a long text? Accuracy by length and depth, with 95 % intervals."""
     tasks = [name.strip() for name in task.split(",")]
-    lengths, depths = _numbers("--length", length, int, "1024,4096"), _numbers("--depth", depth, float, "0,0.5,1")
+    lengths, depths = numbers("--length", length, int, "1024,4096"), numbers("--depth", depth, float, "0,0.5,1")
     with show.quiet_host(), show.warnings_as_notes():
         from zebra.evaluate.retrieval import rows_of
 
@@ -72,7 +72,8 @@ def retrieval(
         records.append(out, rows)
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:
+def numbers(option: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:
+    """Numbers of an option, with commas between them."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

@@ -127,6 +127,21 @@ def _json_lines(unpack: Callable[[Path, BinaryIO], Iterator[bytes]]) -> _Reader:
     return read
 
 
+def json_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The numbers and the bytes of the lines of a file of JSON Lines, packed where its suffix says so.
+
+    Raises:
+        Refusal: no such file, one of another suffix, a damaged one.
+    """
+    if not file.is_file():
+        raise Refusal(f"there is no file at {file}. Give a file of JSON Lines.")
+    unpack = next((how for suffix, how in _PACKED.items() if file.name.lower().endswith(suffix)), None)
+    if unpack is None:
+        raise Refusal(f"a file of JSON Lines ends in {', '.join(_PACKED)}; got {file}. Rename or convert it.")
+    with file.open("rb") as raw:
+        yield from enumerate(_lines(unpack(file, raw)), start=1)
+
+
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     pieces: list[bytes] = []  # of the line that the chunks so far have not ended
     for chunk in chunks:
@@ -221,9 +236,10 @@ def _damaged(file: Path, kind: str, error: object) -> Refusal:
     return Refusal(f"{file} is no whole {kind} file: {said}. Copy or write it again.")
 
 
-_RECORDS: dict[str, _Reader] = {
-    ".jsonl": _json_lines(_plain),
-    ".jsonl.gz": _json_lines(_gzip),
-    ".jsonl.zst": _json_lines(_zstd),
-    ".parquet": _parquet,
+_PACKED: dict[str, Callable[[Path, BinaryIO], Iterator[bytes]]] = {
+    ".jsonl": _plain,
+    ".jsonl.gz": _gzip,
+    ".jsonl.zst": _zstd,
 }
+_RECORDS: dict[str, _Reader] = {suffix: _json_lines(unpack) for suffix, unpack in _PACKED.items()}
+_RECORDS[".parquet"] = _parquet

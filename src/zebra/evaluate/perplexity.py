@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder
+from zebra.evaluate.intervals import bootstrapped
 from zebra.model.checkpoint import fingerprint, load_tokenizer
 from zebra.model.extend import bounded_cache
 from zebra.model.hosts import device_name
@@ -38,7 +39,6 @@ from zebra.refusal import Refusal
 
 CONVENTIONS = ("disjoint", "strided", "truncated")
 FIRST_EDGE = 256
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -301,6 +301,5 @@ def _score(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.f
     sums, counts = sums[seen], counts[seen]
     low = high = None
     if len(sums) > 1:
-        draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), _RESAMPLES)
-        low, high = np.exp(np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975])).tolist()
+        low, high = np.exp(bootstrapped(sums, counts, seed)).tolist()
     return Score(start, end, float(np.exp(sums.sum() / counts.sum())), low, high, int(counts.sum()), len(sums))

@@ -11,35 +11,26 @@ A cell is the mean over its samples with Wilson's 95 % interval, which is exact 
 
 from __future__ import annotations
 
-import copy
-import math
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.haystack import says
 from zebra.data.needles import Needles, Sample, check
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
+from zebra.evaluate.intervals import wilson
+from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods
 from zebra.evaluate.perplexity import evaluating, read_text
+from zebra.evaluate.subject import Subject
 from zebra.generation import continued
-from zebra.model.checkpoint import load_tokenizer
-from zebra.model.extend import bounded_cache
-from zebra.model.hosts import device_name
-from zebra.model.loading import Loading, described
-from zebra.model.rope import as_rope, changes_with_length
-from zebra.positions import SelfExtend
 from zebra.progress import bar
 from zebra.records import Row
 from zebra.refusal import Refusal
 
 SCORES = ("generate", "likelihood")
-BATCH_TOKENS = 8192
-"""Tokens of prompt that are run at once; a longer prompt is read in chunks of as many."""
 
 
 def retrieval(
@@ -78,7 +69,8 @@ def retrieval(
 def _generated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sample], chunk: int
 ) -> list[float]:
-    ids, room = _prompts(model, batch), max(sample.room for sample in batch)
+    ids = torch.tensor([sample.ids for sample in batch], device=model.device)
+    room = max(sample.room for sample in batch)
     in_chunks = {"prefill_chunk": chunk} if ids.shape[1] > chunk else {}
     new = continued(model, tokenizer, ids, max_new_tokens=room, **in_chunks)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -89,48 +81,11 @@ def _generated(
 
 
 def _preferred(model: PreTrainedModel, batch: Sequence[Sample], chunk: int) -> list[float]:
-    table, answers = likelihoods(model, batch, chunk), len(batch[0].answers)
+    candidates = [[one.ids for one in (*sample.answers, *sample.distractors)] for sample in batch]
+    table = torch.tensor(likelihoods(model, [sample.ids for sample in batch], candidates, chunk))
+    answers = len(batch[0].answers)
     best_wrong = table[:, answers:].amax(dim=1, keepdim=True)
     return (table[:, :answers] > best_wrong).double().mean(dim=1).tolist()
-
-
-def likelihoods(model: PreTrainedModel, batch: Sequence[Sample], chunk: int = BATCH_TOKENS) -> Tensor:
-    """The log-likelihood of each answer and then of each distractor behind its prompt, (B, answers + distractors).
-
-    A prompt is read once, a chunk at a time, and each candidate behind a copy of its cache.
-    """
-    ids = _prompts(model, batch)
-    before, cache = ids.shape[1] - 1, bounded_cache(model)
-    cache.reads(ids.shape[1])
-    for start in range(0, before, chunk):
-        part = ids[:, start : min(start + chunk, before)]
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    found: list[Tensor] = []
-    for written in zip(*((*sample.answers, *sample.distractors) for sample in batch), strict=True):
-        candidate = torch.tensor([one.ids for one in written], device=ids.device)
-        read = torch.cat([ids[:, -1:], candidate[:, :-1]], dim=1)
-        logits = model(read, past_key_values=copy.deepcopy(cache), use_cache=True).logits
-        chances = logits.float().log_softmax(-1).gather(-1, candidate[..., None])
-        found.append(chances.sum(dim=(1, 2)))
-    return torch.stack(found, dim=1)
-
-
-def _prompts(model: PreTrainedModel, batch: Sequence[Sample]) -> Tensor:
-    return torch.tensor([sample.ids for sample in batch], device=model.device)
-
-
-def wilson(mean: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a mean of n values between 0 and 1.
-
-        (m + z²/2n ± z √(m (1 - m) / n + z²/4n²)) / (1 + z²/n),   z = 1.96
-
-    Exact in its variance for values of 0 and 1; values between vary less, so that it is too wide for them.
-    """
-    z = 1.959964
-    middle = mean + z * z / (2 * n)
-    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    whole = 1 + z * z / n
-    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
 def rows_of(
@@ -161,26 +116,16 @@ def rows_of(
     """
     _check_score(score)
     cells = _cells(tasks, lengths, depths, samples)
-    loads = Loading(**loading)
-    loads.check()
-    config = loads.config(checkpoint)
-    _check_rope(config)
-    if as_rope(loads.rope).kind != "base":
-        _check_reach(config, loads.extension(config), max(lengths), beyond)
-    tokenizer = load_tokenizer(checkpoint, config)
+    subject = Subject(checkpoint, **loading)
+    subject.check_length(max(lengths), beyond)
+    tokenizer = subject.tokenizer
     needles = Needles(tokenizer, _documents(haystack, tokenizer))
     for task, length, depth in cells:  # refuse before the model is loaded
         needles.check(task, length=length, depth=depth, count=samples, seed=seed)
         if length == max(lengths):
             needles.samples(task, length=length, depth=depth, seed=seed)
-    model = loads.model(checkpoint)
-    common: dict[str, Any] = {
-        "run": run,
-        "model": str(checkpoint),
-        "layout": described(model, loads.rope),
-        "seed": seed,
-        "device": device_name(model.device),
-    }
+    model = subject.load()
+    common: dict[str, Any] = {"run": run, "seed": seed} | subject.columns(model)
     rows: list[Row] = []
     with bar("retrieval", samples * sum(length for _, length, _ in cells), "tokens") as advance:
         for task, length, depth in cells:
@@ -221,30 +166,6 @@ def _cells(
 def _check_score(score: str) -> None:
     if score not in SCORES:
         raise Refusal(f"the scores are {' and '.join(SCORES)}; got {score!r}. Choose one.")
-
-
-def _check_rope(config: PreTrainedConfig) -> None:
-    kind = changes_with_length(config)
-    if kind is not None:
-        raise Refusal(
-            f"a rope of type {kind} changes its frequencies with the text's length, so that cached keys would carry "
-            "others than new ones, and an answer needs the cache of its prompt. Take yarn, linear, llama3 or base."
-        )
-
-
-def _check_reach(config: PreTrainedConfig, setting: SelfExtend | None, length: int, beyond: bool) -> None:
-    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
-    reach = trained if setting is None or trained is None else setting.reach(trained)
-    if reach is None or length <= reach:
-        return
-    passes = f"a length of {length:,} tokens passes the {reach:,} positions that this model "
-    passes += "was trained for" if setting is None else f"reaches with Self-Extend {setting}"
-    if not beyond:
-        raise Refusal(
-            f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or a checkpoint that was adapted, or "
-            "say beyond (--beyond) to measure there all the same."
-        )
-    warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)
 
 
 def _documents(files: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -68,6 +68,8 @@ def with_sinks(
     band, named = replace(mask, sinks=0), {"scale": scale, "softcap": softcap, **arguments}
     if mask.window is None or not mask.sinks or start + k.shape[2] <= mask.window:
         return attend(q, k, v, band, with_lse=with_lse, **named)
+    if arguments.get("slopes") is not None:
+        raise NotImplementedError("sinks are not offered under ALiBi, which lowers what is far away. Leave them out.")
     out, lse = attend(q, k, v, band, **named)
     assert lse is not None
     queries = q.shape[2]

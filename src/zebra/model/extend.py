@@ -52,6 +52,12 @@ def resolved(self_extend: SelfExtend | str, config: PreTrainedConfig) -> SelfExt
     return setting
 
 
+def reach(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | None:
+    """The longest text that a model was trained for, or reaches with Self-Extend; None where its config has no say."""
+    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return trained if setting is None or trained is None else setting.reach(trained)
+
+
 def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     """Hang Self-Extend on the global layers of a loaded model, after trying that each one's rope can be turned again.
 

@@ -163,6 +163,23 @@ def refuse_changing_rope(config: PreTrainedConfig) -> None:
         )
 
 
+def refuse_cache(config: PreTrainedConfig, needing: str) -> None:
+    """Refuse what needs a cache of a model whose frequencies depend on the text's length.
+
+    Args:
+        needing: what needs it, such as "generating".
+
+    Raises:
+        Refusal: dynamic NTK or longrope.
+    """
+    kind = changes_with_length(config)
+    if kind is not None:
+        raise Refusal(
+            f"a rope of type {kind} changes its frequencies with the text's length, so that cached keys would carry "
+            f"others than new ones, and {needing} needs a cache. Take yarn, linear, llama3 or base."
+        )
+
+
 def whole_texts_only(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A forward pre-hook of a model whose rope changes with length: no cache, and each text by its own length.
 

@@ -6,7 +6,6 @@ renderings of them. Rows that no section understands stand in a plain table at t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +14,13 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import benches, page, retrieval, sections
+from zebra.report import benches, page, retrieval, sections, tasks
 from zebra.report.figures import standalone
 from zebra.report.page import Figure
 from zebra.report.series import by_kind, groups_of
+from zebra.staged import write_whole
 
-__all__ = ["bench_table", "position_table", "retrieval_table", "write_report"]
+__all__ = ["bench_table", "position_table", "retrieval_table", "task_table", "write_report"]
 
 
 def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -> None:
@@ -46,6 +46,7 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
         sections.layouts(kinds["cost"]),
         sections.positions(groups),
         retrieval.retrieval(kinds["retrieval"]),
+        tasks.tasks(kinds["task"]),
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
@@ -53,11 +54,10 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
         sections.others(kinds["other"]),
     ]
     parts = [section for section in parts if section.blocks]
-    html.parent.mkdir(parents=True, exist_ok=True)
     for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
-        _replace(html.with_name(f"{html.stem}-{figure.name}.svg"), standalone(figure.svg))
-    _replace(html.with_suffix(".md"), page.markdown(html.stem, title, verdict, parts))
-    _replace(html, page.html(title, verdict, parts))
+        write_whole(html.with_name(f"{html.stem}-{figure.name}.svg"), standalone(figure.svg))
+    write_whole(html.with_suffix(".md"), page.markdown(html.stem, title, verdict, parts))
+    write_whole(html, page.html(title, verdict, parts))
 
 
 def position_table(rows: Sequence[Row]) -> terminal.Table:
@@ -84,6 +84,11 @@ def retrieval_table(rows: Sequence[Row]) -> terminal.Table:
     return _grid(retrieval.retrieval_tables(by_kind(rows)["retrieval"]))
 
 
+def task_table(rows: Sequence[Row]) -> terminal.Table:
+    """Tasks and questions about documents for the terminal, a line for each metric and length across."""
+    return _grid(tasks.task_tables(by_kind(rows)["task"]))
+
+
 def _grid(tables: Sequence[page.Table]) -> terminal.Table:
     grid = terminal.Table.grid()
     for table in tables:
@@ -99,9 +104,3 @@ def _grid(tables: Sequence[page.Table]) -> terminal.Table:
 def _refuse_empty(rows: Sequence[Row]) -> None:
     if not rows:
         raise Refusal("a report is made of at least one row of results; got 0 rows. Give a run that has a rows.jsonl.")
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

@@ -71,7 +71,7 @@ tbody tr:nth-child(odd) {{ background: var(--stripe) }}
 small {{ display: block; color: var(--pale); font-size: .8rem; font-weight: 400 }}
 .bar {{ display: block; height: 8px; margin: .35rem 0 .15rem auto; background: var(--accent) }}
 tr:first-child .bar {{ background: var(--ink) }}
-.words td:first-child {{ font-weight: 600 }}
+.words td:first-child {{ font-weight: 600; white-space: nowrap }}
 .words td {{ overflow-wrap: anywhere }}
 """
 

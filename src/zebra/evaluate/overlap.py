@@ -1,0 +1,45 @@
+"""How much a text has of a reference: ROUGE and token F1, by rouge-score, of the extra `tasks`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zebra.data.items import words
+from zebra.refusal import Refusal
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class Overlap:
+    """ROUGE and token F1 of a text against its best reference, each between 0 and 1.
+
+        F1 = 2 P R / (P + R),   P, R: the share of the text's, of the reference's words that the other has too
+
+    ROUGE counts words as its authors' script does, without stemming. SQuAD's F1 is that of single words after its own
+    normalisation, so that it is ROUGE-1 over those words.
+
+    Raises:
+        Refusal: rouge-score is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from rouge_score import rouge_scorer, tokenizers
+        except ImportError:
+            raise Refusal(
+                "scoring text needs rouge-score, which is not installed: pip install 'zebra-llm[tasks]'. Or score by "
+                "likelihood."
+            ) from None
+
+        class Squad(tokenizers.Tokenizer):
+            def tokenize(self, text: str) -> list[str]:
+                return words(text)
+
+        self._rouge = rouge_scorer.RougeScorer(list(ROUGE))
+        self._squad = rouge_scorer.RougeScorer(["rouge1"], tokenizer=Squad())
+
+    def __call__(self, text: str, references: Sequence[str]) -> dict[str, float]:
+        """By metric: rouge1, rouge2, rougeL, f1."""
+        best = self._rouge.score_multi(list(references), text)
+        single = self._squad.score_multi(list(references), text)
+        return {name: float(best[name].fmeasure) for name in ROUGE} | {"f1": float(single["rouge1"].fmeasure)}

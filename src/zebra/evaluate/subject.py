@@ -1,0 +1,89 @@
+"""What is measured: a checkpoint, how it is loaded, and how long a text it can read."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from zebra.model.checkpoint import load_tokenizer
+from zebra.model.extend import reach
+from zebra.model.families import layout
+from zebra.model.hosts import device_name
+from zebra.model.loading import Loading, described
+from zebra.model.rope import as_rope, refuse_cache
+from zebra.positions import SelfExtend
+from zebra.refusal import Refusal
+
+
+class Subject:
+    """A checkpoint and how it is loaded. All that can be refused without the weights is refused here.
+
+    Args:
+        loading: the fields of `Loading`.
+
+    Raises:
+        Refusal: what `load` refuses of the arguments, and a rope that changes with length.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike[str], **loading: Any):
+        self.checkpoint, self.loading = checkpoint, Loading(**loading)
+        self.loading.check()
+        refuse_cache(self.config, "an answer behind its prompt")
+        _ = self.setting
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config with the rope."""
+        return self.loading.config(self.checkpoint)
+
+    @cached_property
+    def setting(self) -> SelfExtend | None:
+        """Self-Extend's, reckoned."""
+        return self.loading.extension(self.config)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's own."""
+        return load_tokenizer(self.checkpoint, self.config)
+
+    @property
+    def reach(self) -> int | None:
+        """The longest text that it is made for; None where nobody knows, as under another base of the rope."""
+        return None if as_rope(self.loading.rope).kind == "base" else reach(self.config, self.setting)
+
+    def check_length(self, length: int, beyond: bool) -> None:
+        """Refuse a length beyond the reach, or warn where it is told to go beyond."""
+        check_reach(length, self.reach, self.setting, beyond)
+
+    def load(self) -> PreTrainedModel:
+        """The model, in its place."""
+        return self.loading.model(self.checkpoint)
+
+    def columns(self, model: PreTrainedModel | None = None) -> dict[str, Any]:
+        """What the rows of results say about it; without a model they are about the checkpoint's data alone."""
+        if model is None:
+            return {"model": str(self.checkpoint), "layout": layout(self.config)}
+        named = described(model, self.loading.rope)
+        return {"model": str(self.checkpoint), "layout": named, "device": device_name(model.device)}
+
+
+def check_reach(length: int, reach: int | None, setting: SelfExtend | None, beyond: bool) -> None:
+    """Refuse a length beyond what a model was trained for or reaches, or warn where it is told to go beyond.
+
+    Raises:
+        Refusal: a length beyond, and nobody told to measure there.
+    """
+    if reach is None or length <= reach:
+        return
+    passes = f"a length of {length:,} tokens passes the {reach:,} positions that this model "
+    passes += "was trained for" if setting is None else f"reaches with Self-Extend {setting}"
+    if not beyond:
+        raise Refusal(
+            f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or a checkpoint that was adapted, or "
+            "say beyond (--beyond) to measure there all the same."
+        )
+    warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)

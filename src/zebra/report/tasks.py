@@ -1,0 +1,66 @@
+"""Rows of the harness's tasks and of questions about documents as tables: a line for each metric, length across."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from zebra.records import Row
+from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.series import Series, interval, number, percent, series_of
+
+_CHECK = "documents-check-"
+_SHARES = ("acc", "acc_norm", "accuracy", "exact_match", "em", "f1", "rouge1", "rouge2", "rougeL")
+HOW = (
+    "Tasks of the lm-evaluation-harness, and questions about documents, by the length in tokens that the model was "
+    "given to read. ROUGE and F1 are against the best reference answer; a log-likelihood is in nats per token of the "
+    "reference answers. Where the data were checked, a table says which share of the items has which fault. Beside a "
+    "value stands its 95 % interval."
+)
+
+
+def tasks(rows: list[Row]) -> Section:
+    """All of them, as tables."""
+    blocks: list[str | Table | Figure] = [HOW, *task_tables(rows)]
+    return Section("Tasks", blocks if rows else [])
+
+
+def task_tables(rows: list[Row]) -> list[Table]:
+    """A table for each task of each run, model and layout."""
+    grids: dict[tuple[str, Series], dict[str, dict[int | None, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        grids[row.task, series_of(row)][row.metric][row.length] = row
+    return [_table(task, series, metrics) for (task, series), metrics in grids.items()]
+
+
+def _table(task: str, series: Series, metrics: dict[str, dict[int | None, Row]]) -> Table:
+    lengths = sorted({length for cells in metrics.values() for length in cells}, key=lambda length: length or 0)
+    counts = sorted({row.n for cells in metrics.values() for row in cells.values() if row.n is not None})
+    head = [Cell("share of items" if task.startswith(_CHECK) else "metric")]
+    head += [Cell("–") if length is None else Cell(f"{length:,}", "tokens") for length in lengths]
+    body = [
+        [Cell(metric.replace("_", " ")), *(_value(task, cells.get(length)) for length in lengths)]
+        for metric, cells in metrics.items()
+    ]
+    title = f"{series.run}: {_name(task)}, {series.name} {series.layout}"
+    return Table(title + (f", {' or '.join(f'{n:,}' for n in counts)} items" if counts else ""), head, body)
+
+
+def _name(task: str) -> str:
+    if task.startswith(_CHECK):
+        return f"the data of {task.removeprefix(_CHECK)}"
+    kind, _, rest = task.partition("-")
+    if kind == "harness":
+        return rest
+    score, _, file = rest.partition("-")
+    return f"{file}, by {'generation' if score == 'generate' else score}"
+
+
+def _value(task: str, row: Row | None) -> Cell:
+    if row is None or not math.isfinite(row.value):
+        return Cell("–")
+    share = task.startswith(_CHECK) or row.metric.partition(" ")[0] in _SHARES
+    bounds = interval(row)
+    if share:
+        return Cell(percent(row.value), "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else "")
+    return Cell(number(row.value), " to ".join(map(number, bounds)) if bounds else "")

@@ -1,0 +1,315 @@
+"""Questions about documents: what is cut, what batches and the cache must not change, what the scores say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import warnings
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STORIES, TEXT
+from test_retrieval import Scripted, said
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import zebra
+from zebra import Refusal, records
+from zebra.data.items import AGAIN, EMPTY, GIVEN, LOST, NEEDLESS, Item, words
+from zebra.evaluate.documents import Options, Outcome, answered, per_token, rows_of
+from zebra.evaluate.overlap import Overlap
+from zebra.evaluate.prompts import Prompts
+from zebra.evaluate.subject import Subject
+from zebra.generation import continued
+from zebra.report import write_report
+
+TALES = (TEXT / "tinystories_test.txt").read_text().split("<|endoftext|>")
+LONG = " ".join(TALES[:6])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(STORIES)
+
+
+def item(document: str = LONG, question: str = "Who ran?", *answers: str) -> Item:
+    return Item("one", 1, document, question, answers or ("the dog",))
+
+
+@pytest.mark.parametrize("length", [40, 57, 200, 511])
+def test_the_middle_of_the_document_is_cut(length: int, tokenizer: Any) -> None:
+    prompt = Prompts(tokenizer).fitting(item(), length)
+    assert length - 4 < len(prompt.ids) <= length
+    text = tokenizer.decode(prompt.ids, skip_special_tokens=True)
+    assert text.endswith("\n\nQuestion: Who ran?\nAnswer:")
+    head, tail = prompt.kept.split("\n...\n")
+    assert LONG.startswith(head)
+    assert LONG.endswith(tail)
+    assert prompt.cut is not None
+    first, last = prompt.cut[0], prompt.tokens - prompt.cut[1]
+    assert 0 <= first - last <= 1
+    ids = tokenizer(LONG, add_special_tokens=False)["input_ids"]
+    assert len(ids) == prompt.tokens
+    assert tokenizer(head, add_special_tokens=False)["input_ids"] == ids[:first]
+
+
+def test_what_fits_is_whole(tokenizer: Any) -> None:
+    prompts, short = Prompts(tokenizer), item(TALES[0])
+    whole = prompts.fitting(short, None)
+    assert whole == prompts.fitting(short, len(whole.ids))
+    assert (whole.cut, whole.kept) == (None, TALES[0])
+    assert prompts.fitting(short, len(whole.ids) - 1).cut is not None
+
+
+def test_braces_stay_as_they_are(tokenizer: Any) -> None:
+    odd = item("a {question} {0} b", "what is {document}?")
+    ids = Prompts(tokenizer, "{question}|{document}|").ids(odd, odd.document)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "what is {document}?|a {question} {0} b|"
+
+
+def test_a_question_without_room_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(Refusal, match=r"the question of one takes \d+ tokens .* room for 20 in all"):
+        Prompts(tokenizer).fitting(item(), 20)
+    with pytest.raises(Refusal, match="once each; got 'tell me'"):
+        Prompts(tokenizer, "tell me")
+
+
+def test_a_chat_template_is_around_it(tokenizer: Any) -> None:
+    with pytest.raises(Refusal, match="no chat template"):
+        Prompts(tokenizer, chat=True).ids(item(), "x")
+    chats = AutoTokenizer.from_pretrained(STORIES)
+    chats.chat_template = "[{{ messages[0]['content'] }}] says:"
+    prompt = Prompts(chats, chat=True).fitting(item(), 100)
+    text = chats.decode(prompt.ids, skip_special_tokens=True)
+    assert text.startswith("[" + LONG[:20])
+    assert text.endswith("Answer:] says:")
+    assert len(prompt.ids) <= 100
+
+
+def lcs(one: list[str], two: list[str]) -> int:
+    @cache
+    def longest(i: int, j: int) -> int:
+        if i == len(one) or j == len(two):
+            return 0
+        if one[i] == two[j]:
+            return 1 + longest(i + 1, j + 1)
+        return max(longest(i + 1, j), longest(i, j + 1))
+
+    return longest(0, 0)
+
+
+def f(common: int, one: int, two: int) -> float:
+    return 0.0 if common == 0 else 2 * common / (one + two)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("the cat sat on the mat", "a cat lay on the mat, the mat!"),
+        ("Yes. It's the DOG", "its dog"),
+        ("", "dog"),
+        ("nothing of it", "dog"),
+        ("one two three four", "four three two one"),
+    ],
+)
+def test_overlap_is_the_formula(text: str, reference: str) -> None:
+    """F1 = 2 common / (words + words); ROUGE's words are letters and digits, SQuAD's have no articles."""
+    found = Overlap()(text, [reference, "zzz"])
+    one, two = words(text), words(reference)
+    assert found["f1"] == pytest.approx(f(sum((Counter(one) & Counter(two)).values()), len(one), len(two)))
+    clean = ["".join(c if c.isalnum() else " " for c in part.lower()).split() for part in (text, reference)]
+    for n in (1, 2):
+        grams = [list(zip(*(part[i:] for i in range(n)), strict=False)) for part in clean]
+        common = sum((Counter(grams[0]) & Counter(grams[1])).values())
+        assert found[f"rouge{n}"] == pytest.approx(f(common, len(grams[0]), len(grams[1])))
+    assert found["rougeL"] == pytest.approx(f(lcs(*clean), len(clean[0]), len(clean[1])))
+
+
+@pytest.fixture(scope="module", params=[None, "4:32"], ids=["striped", "self-extend"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return zebra.load(STORIES, stripes="GLLL:33", self_extend=request.param)
+
+
+def test_a_batch_of_several_lengths_answers_as_each_alone(model: Any, tokenizer: Any) -> None:
+    prompts = [tokenizer(tale)["input_ids"][:n] for tale, n in zip(TALES, (150, 90, 160, 3), strict=False)]
+    alone = [continued(model, tokenizer, torch.tensor([ids]), max_new_tokens=12)[0] for ids in prompts]
+    expected = [tokenizer.decode(new, skip_special_tokens=True).strip() for new in alone]
+    for batch_tokens in (1000, 100):
+        assert answered(model, tokenizer, prompts, answer_tokens=12, batch_tokens=batch_tokens) == expected
+    stop = expected[0][4:6]
+    assert answered(model, tokenizer, prompts, answer_tokens=12, stop=[stop]) == [
+        text.partition(stop)[0].strip() for text in expected
+    ]
+
+
+def test_the_likelihood_is_per_token_and_over_the_references(model: Any, tokenizer: Any) -> None:
+    prompts = [tokenizer(tale)["input_ids"][:n] for tale, n in zip(TALES, (150, 90), strict=False)]
+    references = [[(403, 407), (403, 407, 261)], [(432,)]]
+    found = per_token(model, prompts, references, batch_tokens=100)
+    for prompt, own, value in zip(prompts, references, found, strict=True):
+        with torch.no_grad():
+            each = [
+                sum(
+                    float(model(torch.tensor([[*prompt, *ids[:i]]]), use_cache=False).logits[0, -1].log_softmax(-1)[t])
+                    for i, t in enumerate(ids)
+                )
+                / len(ids)
+                for ids in own
+            ]
+        assert value == pytest.approx(sum(each) / len(each), abs=1e-4)
+
+
+class Copier(Scripted):
+    """Goes on as the text went on before, behind the same token."""
+
+    def next(self, tokens: list[int]) -> Tensor:
+        logits = torch.zeros(len(self.tokenizer))
+        logits[[after for token, after in itertools.pairwise(tokens) if token == tokens[-1]]] = 5.0
+        return logits
+
+
+class Deaf(Scripted):
+    """Says the same whatever it reads."""
+
+    def next(self, tokens: list[int]) -> Tensor:
+        return torch.arange(len(self.tokenizer)).float() / 100
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Six items: one good, and one for each fault that needs no model; one answer that stands in the middle alone."""
+    tale = TALES[1].strip()
+    middle = tale + " The giraffe slept. " + TALES[2]
+    lines = [
+        {"id": "good", "document": tale, "question": "Who?", "answers": [tale[:30], "dog"]},
+        {"id": "again", "document": tale, "qa": [{"question": q, "answers": "dog"} for q in ("Who?", "Who was it?")]},
+        {"id": "empty", "document": tale, "question": "Where?", "answers": ["..."]},
+        {"id": "given", "document": tale, "question": "Was it a dog or a cat?", "answers": ["a cat"]},
+        {"id": "lost", "document": middle, "question": "Which animal slept?", "answers": ["The giraffe"]},
+    ]
+    path = tmp_path / "tales.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def by_name(outcomes: list[Outcome]) -> dict[str, list[str]]:
+    return {one.name: one.faults for one in outcomes}
+
+
+EXPECTED = {"good": [], "again#0": [AGAIN], "again#1": [], "empty": [EMPTY], "given": [GIVEN], "lost": [LOST]}
+
+
+@pytest.mark.filterwarnings("ignore:at 2.. tokens")
+def test_the_data_are_looked_at_without_the_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Subject, "load", None)
+    rows, outcomes = rows_of(STORIES, file, lengths=[260], check_only=True, options=Options(answer_tokens=20))
+    assert by_name(outcomes) == EXPECTED
+    assert {row.metric: row.value * 6 for row in rows} == {
+        **dict.fromkeys((EMPTY, AGAIN, GIVEN, LOST), pytest.approx(1)),
+        "duplicate answer": 0,
+        "document cut": pytest.approx(sum(one.cut is not None for one in outcomes)),
+        "any fault": pytest.approx(4),
+    }
+    assert {(row.task, row.length, row.n) for row in rows} == {("documents-check-tales", 260, 6)}
+
+
+@pytest.mark.filterwarnings("ignore:at 2.. tokens")
+def test_a_model_that_does_not_read_needs_no_document(
+    file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"lengths": [260], "options": Options("likelihood", 8)}
+    monkeypatch.setattr(Subject, "load", lambda self: Deaf(tokenizer).eval())
+    rows, outcomes = rows_of(STORIES, file, **how)
+    assert all((NEEDLESS in one.faults) == bool(one.scores) for one in outcomes)
+    monkeypatch.setattr(Subject, "load", lambda self: Copier(tokenizer).eval())
+    more, outcomes = rows_of(STORIES, file, **how)
+    assert NEEDLESS not in by_name(outcomes)["good"]
+    value = {row.metric: row for row in rows + more}
+    assert value["log_likelihood"].value > value["log_likelihood_without_document"].value
+    assert (value["log_likelihood"].n, value[NEEDLESS].n) == (5, 6)
+
+
+def test_a_model_that_says_the_answer_scores_all(file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "zebra.evaluate.documents.answered", lambda *_, **__: ["Dog!", "a dog", "cow", "cat", "giraffe"]
+    )
+    monkeypatch.setattr(Subject, "load", lambda self: Deaf(tokenizer).eval())
+    with pytest.warns(UserWarning, match="a length of .* passes the 512 positions"):
+        rows, outcomes = rows_of(STORIES, file, beyond=True, options=Options(answer_tokens=300))
+    found = {row.metric: row for row in rows}
+    assert found["f1"].value == pytest.approx(4 / 5)
+    assert found["f1"].n == 5
+    assert found["f1"].low is not None
+    assert found["document cut"].value == 0
+    assert [one.prediction for one in outcomes] == ["Dog!", "a dog", "cow", None, "cat", "giraffe"]
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"options": {"score": "recall"}}, "the scores are generate and likelihood; got 'recall'"),
+    ({"options": {"answer_tokens": 0}}, "at least 1 token; got --answer-tokens 0"),
+    ({"lengths": [300, 600]}, "600 tokens passes the 512 positions .*--beyond"),
+    ({"limit": 0}, "at least 1 item is measured; got --limit 0"),
+    ({"rope": "dynamic:2"}, "a rope of type dynamic changes its frequencies"),
+    ({"device": "moon"}, "no device 'moon'"),
+    ({"self_extend": "4:700"}, "below the trained length"),
+    ({"lengths": [140]}, "Take a longer --length"),
+]
+
+
+@pytest.mark.parametrize(("changes", "why"), REFUSED)
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    changes: dict[str, Any], why: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Subject, "load", None)
+    with pytest.raises(Refusal, match=why):
+        rows_of(STORIES, file, **(changes | {"options": Options(**changes.get("options", {}))}))
+
+
+def test_a_file_without_a_reference_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"document": "d", "question": "q", "answers": ["?"]}))
+    with pytest.raises(Refusal, match="none of the 1 items has a reference answer"):
+        rows_of(STORIES, tmp_path / "x.jsonl", check_only=True)
+
+
+def test_the_verb_its_items_and_its_page(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("evaluate", "documents", STORIES, file, "--length", "256,300", "--answer-tokens", 8, "--limit", 4)
+    given += ("--json", "--items", tmp_path / "items.jsonl", "--out", tmp_path / "rows.jsonl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, out, err = said(capsys, monkeypatch, *given)
+    assert code == 0, err
+    assert "zebra: at 256 tokens" in err
+    found = json.loads(out)["rows"]
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == found
+    scores = [row for row in found if row["task"] == "documents-generate-tales"]
+    assert {(row["metric"], row["length"], row["n"]) for row in scores} == {
+        (metric, length, 3) for metric in ("rouge1", "rouge2", "rougeL", "f1") for length in (256, 300)
+    }
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert [(one["name"], one["length"]) for one in items[:5]] == [
+        *((name, 256) for name in ("good", "again#0", "again#1", "empty")),
+        ("good", 300),
+    ]
+    mean = math.fsum(one["scores"]["f1"] for one in items[:3]) / 3
+    assert next(row["value"] for row in scores if row["metric"] == "f1") == pytest.approx(mean)
+    write_report(records.read(tmp_path / "rows.jsonl"), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "the data of tales" in page
+    assert "tales, by generation" in page
+
+
+def test_bad_lines_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.jsonl").write_text('{"document": "d"}\n[]\n')
+    code, out, err = said(capsys, monkeypatch, "evaluate", "documents", STORIES, tmp_path / "x.jsonl", "--check-only")
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
+    assert "has 2 bad lines: line 1 has nothing" in err
+    assert "line 2 is no record" in err

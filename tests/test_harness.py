@@ -1,0 +1,318 @@
+"""Tasks of the harness: the model's own numbers, lengths in a column, nothing fetched, refusals that say what to do."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STORIES
+from test_retrieval import Scripted, said
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import zebra
+from zebra import Refusal, records
+from zebra.data.questions import TASKS
+from zebra.evaluate import harness, tasks
+from zebra.evaluate.foreign import made, offline, quiet
+from zebra.evaluate.harness import rows_of
+from zebra.evaluate.likelihood import likelihoods
+from zebra.evaluate.subject import Subject
+from zebra.report import write_report
+
+ITEMS = [
+    {"text": "Once upon a time there was a little", "ends": ["girl named Lily", "zzz qq"], "right": 0},
+    {"text": "The sun was", "ends": ["xx yy zz", "shining and the sky was blue"], "right": 1},
+    {"text": "Tom and Anna went to the", "ends": ["park", "because"], "right": 1},
+]
+TASK = """
+task: tiny_ends
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: text
+doc_to_target: right
+doc_to_choice: ends
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 2.5}}
+"""
+LENGTHS = """
+task: tiny_lengths
+dataset_path: ""
+custom_dataset: !function make.build
+test_split: test
+output_type: generate_until
+doc_to_text: text
+doc_to_target: text
+process_results: !function make.score
+generation_kwargs: {until: [], do_sample: false, max_gen_toks: 4}
+metric_list:
+  - {metric: "4096", aggregation: !function make.mean, higher_is_better: true}
+  - {metric: "60", aggregation: !function make.mean, higher_is_better: true}
+  - {metric: "90", aggregation: !function make.mean, higher_is_better: true}
+"""
+MAKE = '''
+import datasets
+
+def build(max_seq_lengths=(4096,), **rest):
+    """As RULER's: a task for each length, whose metric is named after it."""
+    (length,) = max_seq_lengths
+    return {"test": datasets.Dataset.from_list([{"text": "One day", "length": length}] * 5)}
+
+def score(item, results):
+    return {"4096": -1.0, str(item["length"]): float(item["length"] == 90)}
+
+def mean(values):
+    print("foreign words on stdout")
+    values = [value for value in values if value >= 0]
+    return sum(values) / len(values) if values else -1
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of tasks, and their data."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    where = {"file": tmp_path / "items.jsonl", "cache": tmp_path / "datasets"}
+    (tmp_path / "tasks" / "ends.yaml").write_text(TASK.format(**where))
+    (tmp_path / "tasks" / "lengths.yaml").write_text(LENGTHS)
+    (tmp_path / "tasks" / "make.py").write_text(MAKE)
+    group = "group: tiny\ntask: [tiny_ends]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (tmp_path / "tasks" / "group.yaml").write_text(group)
+    return tmp_path / "tasks"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(STORIES)
+
+
+@pytest.mark.parametrize("loading", [{"stripes": "GLLL:5"}, {"self_extend": "4:6"}], ids=["striped", "extended"])
+def test_a_task_gives_what_the_model_prefers(folder: Path, tokenizer: Any, loading: dict[str, Any]) -> None:
+    """The harness's accuracy against likelihoods of our own, on the model as it was loaded."""
+    model, right = zebra.load(STORIES, **loading), 0
+    for item in ITEMS:
+        prompt = tokenizer(item["text"])["input_ids"]
+        ends = [tokenizer(f"{item['text']} {end}")["input_ids"][len(prompt) :] for end in item["ends"]]
+        with torch.no_grad():
+            ((one, two),) = likelihoods(model, [prompt], [ends])
+        right += int(two > one) == item["right"]
+    assert 0 < right < len(ITEMS)
+    rows = rows_of(STORIES, tasks=["tiny", "tiny_ends"], include=folder, batch_size=2, **loading)
+    group, task = rows
+    assert group.task == "harness-tiny"
+    assert group.value == task.value == pytest.approx(right / len(ITEMS))
+    assert (task.task, task.metric, task.n) == ("harness-tiny_ends", "acc", 3)
+    assert task.low is not None
+    assert task.low < task.value
+    assert task.length == max(len(tokenizer(f"{i['text']} {end}")["input_ids"]) for i in ITEMS for end in i["ends"])
+    assert task.versions["task"] == "2.5"
+    assert task.versions["lm-eval"]
+    assert task.layout == ("GLLL:5" if "stripes" in loading else "dense, self-extend 4:6")
+
+
+def test_lengths_are_a_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of(STORIES, tasks=["tiny_lengths", "tiny_ends"], include=folder, lengths=[90, 60], limit=2)
+    found = [(row.task, row.metric, row.length, row.value, row.n) for row in rows if row.task != "harness-tiny_ends"]
+    assert found == [
+        ("harness-tiny_lengths", "accuracy", 60, 0.0, 2),
+        ("harness-tiny_lengths", "accuracy", 90, 1.0, 2),
+    ]
+    assert sum(row.task == "harness-tiny_ends" for row in rows) == 1
+    assert capsys.readouterr().out == ""
+
+
+class Knows(Scripted):
+    """Has read some texts before, and goes on as they do."""
+
+    texts: tuple[list[int], ...] = ()
+
+    def next(self, tokens: list[int]) -> Tensor:
+        logits = torch.zeros(len(self.tokenizer))
+        tokens = tokens[tokens.index(1) :] if 1 in tokens else tokens  # padding on the left
+        for text in self.texts:
+            if text[: len(tokens)] == tokens and len(text) > len(tokens):
+                logits[text[len(tokens)]] = 9.0
+        return logits
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_our_tasks_are_solved_by_a_model_that_knows_the_answers(
+    right: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["zebra-passkey", "zebra-lookup-likelihood", "zebra-multivalue", "zebra-common-words-likelihood"]
+    knows = Knows(tokenizer).eval()
+    for name in names:
+        config = tasks.configuration(name, tokenizer, 300, 2, 0)
+        for item in config["custom_dataset"]()["test"]:
+            count = len(item["answers"])
+            assert abs(len(tokenizer(item["prompt"])["input_ids"]) - 300) < 15
+            known = item["choices"][:count] if right else item["choices"][count : count + 1]
+            ends = known if name.endswith("likelihood") else [" ".join(known)]
+            knows.texts += tuple(tokenizer(f"{item['prompt']} {end}")["input_ids"] for end in ends)
+    monkeypatch.setattr(Subject, "load", lambda self: knows)
+    rows = rows_of(STORIES, tasks=names, lengths=[300], limit=2)
+    assert [(row.task, row.value, row.length, row.n) for row in rows] == [
+        (f"harness-{name}", float(right), 300, 2) for name in names
+    ]
+
+
+BROKEN = {
+    "no data": (TASK, "the data of the task tiny_ends are not there: .*gone.jsonl.*data_files"),
+    "of the hub": (
+        "task: tiny_hub\ndataset_path: nobody/nothing\noutput_type: multiple_choice\ntest_split: test\n",
+        "the data of the task tiny_hub are not on this machine.*'nobody/nothing'.*lm_eval run --model dummy",
+    ),
+    "no package": (
+        "task: tiny_import\ndataset_path: ''\ncustom_dataset: !function lacks.build\n",
+        "the task tiny_import needs packages that are not installed: .*no_such_package",
+    ),
+    "fetches": (
+        "task: tiny_fetch\ndataset_path: ''\ncustom_dataset: !function fetch.build\n",
+        "the data of the task tiny_fetch are not on this machine, and nothing is downloaded here",
+    ),
+    "broken": (
+        "task: tiny_broken\ndataset_path: ''\ncustom_dataset: !function fetch.wrong\n",
+        "the task tiny_broken cannot be made: ZeroDivisionError",
+    ),
+}
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """A machine of the network that has what is asked for."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"[]")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    running = HTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{running.server_port}/"
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_not_there_is_refused(case: str, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, why = BROKEN[case]
+    where = {"file": tmp_path / "gone.jsonl", "cache": tmp_path / "datasets"}
+    (tmp_path / "one.yaml").write_text(text.format(**where) if text is TASK else text)
+    (tmp_path / "lacks.py").write_text("import no_such_package\ndef build(**_): pass")
+    fetch = f"import urllib.request\ndef build(**_): urllib.request.urlopen('{server}')\ndef wrong(**_): 1 / 0"
+    (tmp_path / "fetch.py").write_text(fetch)
+    monkeypatch.setattr(Subject, "load", None)
+    with pytest.raises(Refusal, match=why):
+        rows_of(STORIES, tasks=[text.splitlines()[text.startswith("\n")].removeprefix("task: ")], include=tmp_path)
+
+
+def test_the_surroundings_come_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    monkeypatch.setenv("https_proxy", "http://own")
+    before = dict(os.environ)
+    with quiet(), offline():
+        print("said")
+        assert os.environ["https_proxy"] == os.environ["HTTPS_PROXY"] == "http://127.0.0.1:9"
+    assert dict(os.environ) == before
+    assert capsys.readouterr() == ("", "said\n")
+    with pytest.raises(Refusal, match="as it was"):
+        made("x", lambda: (_ for _ in ()).throw(Refusal("as it was")))
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"tasks": ["zebra-needles"], "lengths": [300]}, "our tasks are zebra-passkey, .*got 'zebra-needles'"),
+    ({"tasks": ["zebra-needle"]}, "zebra-needle makes texts of a length. Give --length"),
+    ({"tasks": ["zebra-needle"], "lengths": [40]}, "needle needs a length of at least"),
+    ({"tasks": ["tiny_ends"], "lengths": [300]}, "none of tiny_ends takes a length"),
+    ({"tasks": ["zebra-passkey"], "lengths": [510], "limit": 1}, "1 of 1 of zebra-passkey.*--cut.*--beyond"),
+    ({"tasks": ["tiny_ends"], "cut": True, "beyond": True}, "got both"),
+    ({"tasks": ["tiny_ends"], "limit": 0}, "a limit of 0"),
+    ({"tasks": ["tiny_ends"], "shots": -1}, "-1 shots"),
+    ({"tasks": ["tiny_ends"], "chat": True}, "no chat template"),
+    ({"tasks": ["tiny_ends"], "include": "nowhere"}, "no folder at nowhere"),
+    ({"tasks": ["tiny_ends"], "rope": "dynamic:2"}, "a rope of type dynamic"),
+]
+
+
+@pytest.mark.parametrize(("given", "why"), REFUSED)
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    given: dict[str, Any], why: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Subject, "load", None)
+    with pytest.raises(Refusal, match=why):
+        rows_of(STORIES, **{"include": folder} | given)
+
+
+def test_too_long_is_cut_or_run_when_told() -> None:
+    given: dict[str, Any] = {"tasks": ["zebra-passkey"], "lengths": [520], "limit": 1}
+    with pytest.warns(UserWarning, match=r"pass the 512 positions .* lose their beginnings: 1 of 1"):
+        (cut,) = rows_of(STORIES, cut=True, **given)
+    with pytest.warns(UserWarning, match="what is measured there is how it fails"):
+        (whole,) = rows_of(STORIES, beyond=True, **given)
+    assert cut.length == whole.length == 520
+
+
+@pytest.fixture
+def few_tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The harness without its own 14,000 files, which take ten seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    def without(include_defaults: bool, **rest: Any) -> Any:
+        return TaskManager(include_defaults=False, **rest)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", without)
+    return folder
+
+
+def test_a_name_that_is_not_there_is_refused_with_its_neighbours(few_tasks: Path) -> None:
+    with pytest.raises(Refusal, match=r"no task 'tiny_end' among the 3 of lm-eval.*near it are tiny_ends"):
+        rows_of(STORIES, tasks=["tiny_end"], include=few_tasks)
+
+
+@pytest.mark.full
+def test_the_tasks_of_the_harness_are_refused_without_their_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Subject, "load", None)
+    with pytest.raises(Refusal, match=r"the data of the task hellaswag .*'Rowan/hellaswag'.*--tasks hellaswag"):
+        rows_of(STORIES, tasks=["hellaswag"])
+    with pytest.raises(Refusal, match=r"no task 'helaswag' among the 1.,.*hellaswag"):
+        rows_of(STORIES, tasks=["helaswag"])
+
+
+def test_without_the_extra_it_is_said_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(Refusal, match=r"pip install 'zebra-llm\[tasks\]'"):
+        rows_of(STORIES, tasks=["zebra-passkey"], lengths=[300])
+
+
+def test_the_verb_and_its_page(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("evaluate", "tasks", STORIES, "--tasks", "tiny_ends,zebra-lookup-likelihood", "--length", "300")
+    given += ("--include", folder, "--limit", 2, "--out", tmp_path / "rows.jsonl", "--json")
+    code, out, err = said(capsys, monkeypatch, *given)
+    assert code == 0, err
+    assert [row["task"] for row in json.loads(out)["rows"]] == ["harness-tiny_ends", "harness-zebra-lookup-likelihood"]
+    write_report(records.read(tmp_path / "rows.jsonl"), tmp_path / "report.html")
+    assert "tiny_ends, stories260K dense, 2 items" in (tmp_path / "report.html").read_text()
+
+
+def test_every_task_has_two_names() -> None:
+    assert len(tasks.own_tasks()) == 2 * len(TASKS)
+    assert harness.OWN == "zebra-"

@@ -1,0 +1,111 @@
+"""Items of documents, questions and answers: what is read, what is refused with its line, what is found wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zebra import Refusal
+from zebra.data.items import AGAIN, EMPTY, FAULTS, GIVEN, SAME, Item, evidence_lost, faults, read_items, words
+
+STORY = "Tom had a red ball. He lost it by the river. Anna found the ball under a stone."
+
+
+def item(question: str, *answers: str, document: str = STORY) -> Item:
+    return Item("one", 1, document, question, answers)
+
+
+def test_both_shapes_are_read(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"document": STORY, "question": "Who?", "answers": "Anna"},
+        {"id": "x.7", "document": STORY, "qa": [{"question": "Who?", "answers": ["Anna", "Tom"]}]},
+        {"id": 3, "document": STORY, "qa": [{"question": "a", "answers": []}, {"question": "b", "answers": "c"}]},
+    ]
+    text = "\n".join([json.dumps(lines[0]), "", *map(json.dumps, lines[1:])])
+    (tmp_path / "items.jsonl").write_text(text)
+    (tmp_path / "items.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    found = read_items(tmp_path / "items.jsonl")
+    assert found == read_items(tmp_path / "items.jsonl.gz")
+    assert [(one.name, one.group, one.question, one.answers) for one in found] == [
+        ("line 1", 1, "Who?", ("Anna",)),
+        ("x.7#0", 3, "Who?", ("Anna", "Tom")),
+        ("3#0", 4, "a", ()),
+        ("3#1", 4, "b", ("c",)),
+    ]
+
+
+BAD = {
+    "not JSON": "{'document': 1}",
+    "is no record but a list": "[1]",
+    "has nothing (its fields are question, answers) for 'document'": '{"question": "q", "answers": ["a"]}',
+    "has a int for 'document'": '{"document": 4, "question": "q", "answers": ["a"]}',
+    "has an empty document": '{"document": " ", "question": "q", "answers": ["a"]}',
+    "has nothing (its fields are document, answers) for 'question'": '{"document": "d", "answers": ["a"]}',
+    "has nothing (its fields are document, question) for 'answers'": '{"document": "d", "question": "q"}',
+    "has a NoneType for 'answers'": '{"document": "d", "question": "q", "answers": ["a", null]}',
+    "has a qa that is no list": '{"document": "d", "qa": []}',
+    "has half a surrogate pair in 'question'": '{"document": "d", "question": "\\ud800", "answers": ["a"]}',
+}
+
+
+@pytest.mark.parametrize("why", BAD)
+def test_a_bad_line_is_refused_with_its_number(why: str, tmp_path: Path) -> None:
+    good = json.dumps({"document": "d", "question": "q", "answers": ["a"]})
+    (tmp_path / "bad.jsonl").write_text(f"{good}\n\n{BAD[why]}\n{good}\n")
+    with pytest.raises(Refusal) as refused:
+        read_items(tmp_path / "bad.jsonl")
+    assert f"has 1 bad line: line 3 {'is ' if why == 'not JSON' else ''}{why}" in str(refused.value)
+
+
+def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("[]\n" * 8)
+    with pytest.raises(Refusal, match=r"has 8 bad lines: line 1 .*; line 5 [^;]*; and 3 more\."):
+        read_items(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("no.jsonl", "no file at"), ("a.txt", "ends in .jsonl"), ("e.jsonl", "no q")]
+)
+def test_a_file_that_is_none_is_refused(name: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("{}")
+    (tmp_path / "e.jsonl").write_text("\n")
+    with pytest.raises(Refusal, match=why):
+        read_items(tmp_path / name)
+
+
+def test_words_are_those_of_squad() -> None:
+    assert words("  The cat's   hat, an A+ (theatre)!") == ["cats", "hat", "theatre"]
+
+
+def test_faults_are_found() -> None:
+    items = [
+        item("Who found the ball?", "Anna"),
+        item("Who found the ball?", "Anna did", document=STORY + " Then they ran."),
+        item("who found ball", "Anna", "the ANNA!"),
+        item("Where?", "By the river", "..."),
+        item("Where was it?"),
+        item("Was it Tom or Anna?", "Tom."),
+    ]
+    assert faults(items) == [[], [], [SAME, AGAIN], [EMPTY], [EMPTY], [GIVEN]]
+    assert items[2].references == ("Anna",)
+    assert items[3].references == ("By the river",)
+
+
+def test_evidence_is_lost_where_every_answer_loses_words() -> None:
+    kept = "Tom had a red ball. ... under a stone."
+    assert evidence_lost(item("Who?", "Anna"), kept)
+    assert not evidence_lost(item("Who?", "Anna", "Tom"), kept)
+    assert not evidence_lost(item("Who?", "Peter"), kept)  # stands nowhere in the document
+    assert evidence_lost(item("What?", "Tom lost a ball"), kept)
+    assert not evidence_lost(item("What?", "Anna"), STORY)
+    assert not evidence_lost(item("What?"), kept)
+
+
+def test_every_fault_is_in_the_guide() -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "evaluating.md").read_text()
+    for fault in FAULTS:
+        assert f"| {fault} |" in guide
