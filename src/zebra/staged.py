@@ -1,7 +1,8 @@
-"""A directory that appears whole or not at all, whenever the process is killed."""
+"""A directory that appears whole or not at all, whenever the process is killed, or that one process holds."""
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import os
 import platform
@@ -48,3 +49,17 @@ def _alive(pid: str) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def lock(opened: int, directory: Path) -> None:
+    """Hold an opened directory by a lock of the operating system, which ends with the process, however that ends.
+
+    Raises:
+        Refusal: another process holds it.
+    """
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refusal(f"another process is at work in {directory}. Wait for it, or name another.") from None
+    except OSError:  # a file system without locks
+        return
