@@ -24,8 +24,7 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
         Refusal: the target exists and is not an empty directory.
     """
     target = Path(os.path.abspath(target))  # `.` has no name of its own
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise Refusal(f"the target {target} exists already. Name another, or remove it first.")
+    refuse_existing(target)
     mine = f".{target.name}.{platform.node()}"
     for left in target.parent.glob(f"{glob.escape(mine)}.*.partial"):
         if not _alive(left.name.split(".")[-2]):
@@ -37,6 +36,16 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_existing(target: Path) -> None:
+    """Refuse a target that `staged` would.
+
+    Raises:
+        Refusal: it exists and is not an empty directory.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Refusal(f"the target {target} exists already. Name another, or remove it first.")
 
 
 def _alive(pid: str) -> bool:

@@ -11,6 +11,8 @@ import typer
 
 from zebra import __version__
 from zebra.cli import bench, show
+from zebra.cli.convert import EXAMPLE as EXAMPLE_OF_CONVERT
+from zebra.cli.convert import convert
 from zebra.cli.generate import generate
 from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.refusal import Refusal
@@ -73,23 +75,7 @@ def _options(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-@app.command(epilog="zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096")
-def convert(
-    source: Annotated[Path, typer.Argument(help="The checkpoint to convert, a directory.")],
-    target: Annotated[Path, typer.Argument(help="The directory to make.")],
-    stripes: Annotated[str, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW.")],
-    rope: Annotated[str | None, typer.Option(help=_ROPE)] = None,
-) -> None:
-    """Make a copy of a checkpoint with stripes, which plain transformers loads."""
-    with show.quiet_host():
-        from zebra.model.checkpoint import read_config
-        from zebra.model.families import layout
-        from zebra.model.hosts import convert as run
-
-        run(source, target, stripes, rope=rope)
-        config = read_config(target)
-        kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
-        print(f"{target}: {config.architectures[0]}, {layout(config)}, layers {kinds}")
+app.command(epilog=EXAMPLE_OF_CONVERT)(convert)
 
 
 @app.command(epilog="zebra verify ./Llama-3.1-8B-GLLL --against ./Llama-3.1-8B")

@@ -51,7 +51,7 @@ def note(message: str) -> None:
 
 
 def rows(found: Sequence[Row], as_json: bool) -> None:
-    """Rows of results; of tables there are three, perplexity by position, retrieval and benches."""
+    """Rows of results; of tables there are four: perplexity by position, retrieval, selections and benches."""
     if as_json:
         json({"rows": [asdict(row) for row in found]})
     elif any(row.metric == "perplexity" for row in found):
@@ -62,6 +62,10 @@ def rows(found: Sequence[Row], as_json: bool) -> None:
         from zebra.report import retrieval_table
 
         _print(retrieval_table(found))
+    elif any(row.task.startswith("selection-") for row in found):
+        from zebra.report import selection_table
+
+        _print(selection_table(found))
     elif any(row.task.startswith("bench ") for row in found):
         from zebra.report import bench_table
 

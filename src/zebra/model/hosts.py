@@ -28,7 +28,7 @@ from zebra.model.families import host_class, striped
 from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing_rope, whole_texts_only
 from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
-from zebra.staged import staged
+from zebra.staged import refuse_existing, staged
 from zebra.stripes import Stripes
 
 _log = logging.getLogger(__name__)
@@ -228,10 +228,20 @@ def convert(
     config = read_config(source)
     made = as_rope(rope).changed(striped(config, stripes))
     refuse_changing_rope(made)
-    if target.exists() and source.samefile(target):
-        raise Refusal(f"source and target are the same directory, {source}. Name another target.")
+    check_target(source, target)
     write_linked(source, target, made, rope=str(as_rope(rope)))
     return target
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuse a target that a conversion could not write, before work that goes ahead of it.
+
+    Raises:
+        Refusal: it exists, or is the source.
+    """
+    if target.exists() and source.exists() and source.samefile(target):
+        raise Refusal(f"source and target are the same directory, {source}. Name another target.")
+    refuse_existing(Path(os.path.abspath(target)))
 
 
 def write_linked(source: Path, target: Path, config: PreTrainedConfig, **more: Any) -> None:
