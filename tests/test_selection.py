@@ -339,12 +339,12 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     work = tmp_path / "out-selection"
     assert [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()] == made["rows"]
     assert (work / "report-selection-1.svg").is_file()
-    assert "12 candidates in 3 rounds, about 10 forward passes over 3 rows" in err
-    assert "one pass took" in err
+    assert "2 of 5 layers stay global, greedy: 12 candidates in 3 rounds, about 10 passes over 3 rows" in err
+    assert "a pass takes" in err
 
     again = ("convert", STORIES, tmp_path / "two", "--select", 2, *COMMON, "--work", work)
     code, out, err = said(capsys, monkeypatch, *again)
-    assert (code, "one pass took" in err) == (0, False)
+    assert (code, "a pass takes" in err) == (0, False)
     assert "measured, greedy" in out
     assert f"layers {made['layers']}" in out
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,11 +99,12 @@ def _compare(kept: Path, inputs: dict[str, Any]) -> None:
 
 
 def scored(folder: Path) -> list[NDArray[np.bool_]] | None:
-    """The scored tokens of each part, where they are in the folder."""
-    if not (folder / "calibration.npz").exists():
+    """The scored tokens of each part, None where they are not in the folder whole: they can be found again."""
+    try:
+        with np.load(folder / "calibration.npz") as kept:
+            return [kept[f"part_{i}"] for i in range(len(kept.files))]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
-    with np.load(folder / "calibration.npz") as kept:
-        return [kept[f"part_{i}"] for i in range(len(kept.files))]
 
 
 def keep_scored(folder: Path, at: list[NDArray[np.bool_]]) -> None:

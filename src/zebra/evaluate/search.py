@@ -69,10 +69,6 @@ class Losses:
                 advance(1)
         return anew
 
-    def rows(self, held_out: bool) -> int:
-        """How many rows there are."""
-        return sum(len(part.ids) for part in self._parts if part.held_out == held_out)
-
     def parts(self, held_out: bool) -> int:
         """How many parts there are."""
         return sum(part.held_out == held_out for part in self._parts)

@@ -31,7 +31,7 @@ from zebra.evaluate.search import Losses, greedy, once, strides
 from zebra.model.checkpoint import digest, load_tokenizer, read_config
 from zebra.model.families import DENSE, striped, stripes_of
 from zebra.model.hosts import device_name, load, read_device, read_dtype
-from zebra.model.rope import as_rope
+from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.plan.budget import Budget
 from zebra.plan.cost import BYTES, Run
 from zebra.plan.decoder import decoder
@@ -99,10 +99,12 @@ def select(
             inputs = {"source": _identity(checkpoint), "rope": str(as_rope(rope)), "window": window, "seed": seed}
             inputs |= {"dtype": str(dtype), "device": place, "rows": _hash(parts), "versions": versions()}
             folder = held.enter_context(ledger.opened(Path(work), inputs))
+        cost = Cost.of(source, count, order, parts)
+        console.print(f"{count} of {source.count('G')} layers stay global, {order}: {cost}", highlight=False)
         model = load(checkpoint, rope=rope, **placed).to(place)
         held.enter_context(evaluating(model))
         losses = Losses(model, _scored(model, parts, window, folder), window, Ledger(folder))
-        found = _searched(losses, source, count, order)
+        found = _searched(losses, source, count, order, cost)
         common = {"run": run, "model": str(checkpoint), "length": length, "seed": seed}
         common |= {"device": device_name(model.device)}
         named = "+".join(dict.fromkeys(tasks)) or "text"
@@ -143,6 +145,7 @@ def _stripes(kinds: str, window: int) -> Stripes:
 
 def _check_host(config: PreTrainedConfig, source: str, window: int, length: int, rope: str | None) -> None:
     """Refuse what could not be converted, before anything is measured."""
+    refuse_changing_rope(config)
     which = [i for i, kind in enumerate(source) if kind == "G"]
     if len(which) < 2:
         raise Refusal(f"this model has {len(which)} global layers, so there is nothing to choose. Take another source.")
@@ -216,26 +219,41 @@ def _scored(model: PreTrainedModel, parts: list[Part], window: int, folder: Path
     return [replace(part, at=each) for part, each in zip(parts, at, strict=True)]
 
 
-def _searched(losses: Losses, source: str, count: int, order: str) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class Cost:
+    """What a search will run: a round is a whole pass over the rows that choose, and a candidate the layers from its
+    first on, half a pass in the mean over the source's global layers.
+    """
+
+    rounds: int
+    candidates: int
+    passes: float
+    rows: int
+
+    @classmethod
+    def of(cls, source: str, count: int, order: str, parts: Sequence[Part]) -> Cost:
+        """Before anything is run; which layers greedy selection will try in its later rounds is not known yet."""
+        which = [i for i, kind in enumerate(source) if kind == "G"]
+        left = range(len(which), count if order == "greedy" else len(which) - 1, -1)
+        tail = sum(len(source) - i for i in which) / len(which) / len(source)
+        rows = sum(len(part.ids) for part in parts if not part.held_out)
+        return cls(len(left), sum(left), len(left) + sum(left) * tail, rows)
+
+    def __str__(self) -> str:
+        rounds = "1 round" if self.rounds == 1 else f"{self.rounds:,} rounds"
+        return f"{self.candidates:,} candidates in {rounds}, about {self.passes:,.0f} passes over {self.rows:,} rows"
+
+
+def _searched(losses: Losses, source: str, count: int, order: str, cost: Cost) -> dict[str, list[str]]:
     """The layouts by what they are: what is chosen by each order, and what it is compared with on the held-out rows."""
-    rounds = range(source.count("G"), count if order == "greedy" else source.count("G") - 1, -1)
-    candidates = sum(rounds)
-    passes = len(rounds) + candidates * _tail(source)
-    console.print(
-        f"choosing {count} of {source.count('G')} global layers, {order}: {candidates:,} candidates in {len(rounds)} "
-        f"rounds, about {passes:,.0f} forward passes over {losses.rows(False)} rows",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
     start = time.perf_counter()
     if losses.measure(source, [source], held_out=False):
         took = time.perf_counter() - start
-        about = took * passes
-        about_said = f"{about:,.0f} seconds" if about < 120 else f"{about / 60:,.0f} minutes"
-        console.print(f"one pass took {took:,.2f} s: about {about_said} in all", highlight=False)
+        about = took * cost.passes
+        said = f"{about:,.0f} seconds" if about < 120 else f"{about / 60:,.0f} minutes"
+        console.print(f"a pass takes {took:,.2f} seconds, all of them about {said}", highlight=False)
     found = {"source": [source], "local": ["L" * len(source)], "stride": strides(source, count)}
-    with bar("selection", candidates * losses.parts(False), "parts") as advance:
+    with bar("selection", cost.candidates * losses.parts(False), "parts") as advance:
         if order == "greedy":
             found["greedy"] = [greedy(losses, source, count, advance)]
             found["once"] = [once(losses, source, count)]  # greedy's first round
@@ -244,12 +262,6 @@ def _searched(losses: Losses, source: str, count: int, order: str) -> dict[str, 
     every = list(dict.fromkeys(kinds for layouts in found.values() for kinds in layouts))
     losses.measure(source, every, held_out=True)
     return found
-
-
-def _tail(source: str) -> float:
-    """The share of the layers that a candidate runs, in the mean over the source's global layers."""
-    which = [i for i, kind in enumerate(source) if kind == "G"]
-    return sum(len(source) - i for i in which) / len(which) / len(source)
 
 
 def _rows(
