@@ -100,7 +100,7 @@ def select(
             inputs |= {"dtype": str(dtype), "device": place, "rows": _hash(parts), "versions": versions()}
             folder = held.enter_context(ledger.opened(Path(work), inputs))
         cost = Cost.of(source, count, order, parts)
-        console.print(f"{count} of {source.count('G')} layers stay global, {order}: {cost}", highlight=False)
+        console.print(f"{count} of {source.count('G')} layers stay global, {order}: {cost}", soft_wrap=True)
         model = load(checkpoint, rope=rope, **placed).to(place)
         held.enter_context(evaluating(model))
         losses = Losses(model, _scored(model, parts, window, folder), window, Ledger(folder))
@@ -251,7 +251,7 @@ def _searched(losses: Losses, source: str, count: int, order: str, cost: Cost) -
         took = time.perf_counter() - start
         about = took * cost.passes
         said = f"{about:,.0f} seconds" if about < 120 else f"{about / 60:,.0f} minutes"
-        console.print(f"a pass takes {took:,.2f} seconds, all of them about {said}", highlight=False)
+        console.print(f"a pass takes {took:,.2f} seconds, all of them about {said}", soft_wrap=True)
     found = {"source": [source], "local": ["L" * len(source)], "stride": strides(source, count)}
     with bar("selection", cost.candidates * losses.parts(False), "parts") as advance:
         if order == "greedy":
