@@ -140,7 +140,9 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
 
 def test_the_stride_at_every_offset() -> None:
     assert strides("GGGGGGGG", 2) == ["GLLLGLLL", "LGLLLGLL", "LLGLLLGL", "LLLGLLLG"]
-    assert strides("GGGGG", 2) == ["GLLGL", "LGLLG", "LLGLL"]
+    assert strides("GGGGG", 2) == ["GLLGL", "LGLLG", "LLGLL", "GLLLG"]
+    assert strides("GGGGG", 1) == ["GLLLL", "LGLLL", "LLGLL", "LLLGL", "LLLLG"]
+    assert strides("GGG", 2) == ["GLG", "LGL"]
     assert strides("LGLGLG", 2) == ["LGLLLG", "LLLGLL"]  # of a source with local layers, over its global ones
 
 
@@ -268,7 +270,7 @@ def test_rows_and_page_of_a_selection(tmp_path: Path) -> None:
     assert "Other rows" in (tmp_path / "part.html").read_text()
 
 
-KINDS = {"source": 3, "candidate": 5 + 4 + 3, "greedy": 1, "once": 1, "stride": 3, "local": 1}
+KINDS = {"source": 3, "candidate": 5 + 4 + 3, "greedy": 1, "once": 1, "stride": 4, "local": 1}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"budget": "0"}, "at least 1 layer"),

@@ -121,8 +121,13 @@ def greedy(losses: Losses, source: str, count: int, advance: Advance = _nothing)
 
 
 def strides(source: str, count: int) -> list[str]:
-    """The paper's stride at every offset, with at most `count` of the source's global layers."""
+    """The paper's stride over the source's global layers: the smallest that keeps at most `count` at every offset, and
+    of greater ones the offsets that keep just as many.
+
+    Five layers, two to keep: GLLGL, LGLLG, LLGLL by stride 3, GLLLG by stride 4.
+    """
     which = [i for i, kind in enumerate(source) if kind == "G"]
-    stride = -(-len(which) // count)
-    kept = [set(which[offset::stride]) for offset in range(stride)]
-    return ["".join("G" if i in layers else "L" for i in range(len(source))) for layers in kept]
+    least = -(-len(which) // count)
+    kept = [which[offset::stride] for stride in range(least, len(which) + 1) for offset in range(stride)]
+    kept = [layers for i, layers in enumerate(kept) if i < least or len(layers) == count]
+    return list(dict.fromkeys("".join("G" if i in layers else "L" for i in range(len(source))) for layers in kept))

@@ -181,7 +181,7 @@ def _held_out(found: _Found) -> Table:
     ]
     for name, row in rows:
         kinds = found.letters(row.layout)
-        offset = f", offset {kinds.index('G')}" if name == _ORDERS["stride"] else ""
+        offset = f" from layer {kinds.index('G')}" if name == _ORDERS["stride"] else ""
         loss = Cell(number(own.value + row.value))
         body.append([Cell(name + offset), Cell(row.layout), Cell(str(kinds.count("G"))), loss, _rise(row)])
     head = [Cell("held out"), Cell("layout"), Cell("global", "layers"), Cell("loss"), Cell("rise", "over the source")]
