@@ -139,7 +139,8 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
 
 
 def test_the_stride_at_every_offset() -> None:
-    assert strides("GGGGGGGG", 2) == ["GLLLGLLL", "LGLLLGLL", "LLGLLLGL", "LLLGLLLG"]
+    assert strides("GGGGGGGG", 4) == ["GLGLGLGL", "LGLGLGLG"]
+    assert strides("GGGGGGG", 2) == ["GLLLGLL", "LGLLLGL", "LLGLLLG", "LLLGLLL", "GLLLLGL", "GLLLLLG"]
     assert strides("GGGGG", 2) == ["GLLGL", "LGLLG", "LLGLL", "GLLLG"]
     assert strides("GGGGG", 1) == ["GLLLL", "LGLLL", "LLGLL", "LLLGL", "LLLLG"]
     assert strides("GGG", 2) == ["GLG", "LGL"]

@@ -121,13 +121,13 @@ def greedy(losses: Losses, source: str, count: int, advance: Advance = _nothing)
 
 
 def strides(source: str, count: int) -> list[str]:
-    """The paper's stride over the source's global layers: the smallest that keeps at most `count` at every offset, and
-    of greater ones the offsets that keep just as many.
+    """The paper's stride over the source's global layers: the smallest that keeps at most `count`, at every offset, and
+    its own layouts, global layer first, of greater strides that keep just as many.
 
-    Five layers, two to keep: GLLGL, LGLLG, LLGLL by stride 3, GLLLG by stride 4.
+    Five layers, two to keep: GLLGL, LGLLG and LLGLL by stride 3, GLLLG by stride 4.
     """
     which = [i for i, kind in enumerate(source) if kind == "G"]
     least = -(-len(which) // count)
-    kept = [which[offset::stride] for stride in range(least, len(which) + 1) for offset in range(stride)]
-    kept = [layers for i, layers in enumerate(kept) if i < least or len(layers) == count]
-    return list(dict.fromkeys("".join("G" if i in layers else "L" for i in range(len(source))) for layers in kept))
+    kept = [which[offset::least] for offset in range(least)]
+    kept += [layers for stride in range(least + 1, len(which)) if len(layers := which[::stride]) == count]
+    return ["".join("G" if i in layers else "L" for i in range(len(source))) for layers in kept]
