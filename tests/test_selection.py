@@ -358,6 +358,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         ((), ("--stripes or --select", "neither")),
         (("--select", 2, "--stripes", "GL:9"), ("both",)),
         (("--select", 2, "--length", 160), ("--window and --length",)),
+        (("--stripes", "GL:9", "--window", 9, "--task", "lookup"), ("--window and --task belong to --select",)),
         (("--select", 0, *COMMON), ("at least 1 layer",)),
         (("--select", 9, *COMMON), ("keeps 1 to 4", "9")),
     ],
@@ -385,3 +386,18 @@ def test_a_target_that_exists_is_refused_before_anything_is_measured(
     assert code == 2
     assert "exists already" in err
     assert not (tmp_path / "out-selection").exists()
+
+
+def test_a_source_with_local_layers_keeps_them_local(tmp_path: Path) -> None:
+    zebra.convert(STORIES, tmp_path / "striped", "GL:40")
+    found = select(tmp_path / "striped", 2, **GIVEN)
+    kinds = found.stripes.layer_types(5)
+    assert kinds.count("full_attention") == 2
+    assert {kinds[1], kinds[3]} == {"sliding_attention"}
+    assert found.stripes.window == 32
+    candidates = [row for row in found.rows if row.metric == "rise"]
+    assert {row.layout for row in candidates} == {"2,4:32", "GLLL:32", "0,2:32"}
+    (source,) = [row for row in found.rows if row.metric == "loss"]
+    assert source.layout == "GL:32"
+    with pytest.raises(Refusal, match="keeps 1 to 2; a budget of 3"):
+        select(tmp_path / "striped", 3, **GIVEN)

@@ -10,7 +10,10 @@ import typer
 from zebra.cli import show
 from zebra.refusal import Refusal
 
-EXAMPLE = "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096"
+EXAMPLE = (
+    "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096\n\n"
+    "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-half --select 0.5 --window 4096 --length 32768 --text book.txt"
+)
 
 
 def convert(
@@ -52,6 +55,9 @@ def convert(
             f"a conversion takes either --stripes or --select; got {'neither' if stripes is None else 'both'}. "
             "Write --stripes GLLL:512, or --select 0.25 --window 512 --length 4096 --text book.txt."
         )
+    own = {"--window": window, "--length": length, "--text": text, "--task": task, "--work": work}
+    if stripes is not None and (foreign := [option for option, value in own.items() if value is not None]):
+        raise Refusal(f"{' and '.join(foreign)} belong to --select, and --stripes {stripes} says all. Leave them out.")
     with show.quiet_host():
         from zebra.model.checkpoint import read_config
         from zebra.model.families import layout

@@ -4,8 +4,9 @@
               w/2 to w tokens; scored is the quarter of the tokens beyond the window whose loss this raises most
     a task    a question whose evidence stands at least a window back (`zebra.data.needles`); scored is its answer
 
-The first is the contrast of long and short contexts that LongPPL (arXiv 2410.23771, recalled) picks its tokens by. One
-row in four is held out: it takes no part in the choice, and shows what the choice is worth.
+The first is the contrast of long and short contexts by which LongPPL (arXiv 2410.23771) picks its key tokens, with a
+share in place of its thresholds. One row in four is held out: it takes no part in the choice, and shows what the choice
+is worth.
 """
 
 from __future__ import annotations

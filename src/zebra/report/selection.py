@@ -100,7 +100,7 @@ def verdicts(rows: list[Row]) -> list[str]:
     said = []
     for found in _all(rows):
         chosen, best = found.compared
-        text = f"{chosen.layout} adds {chosen.value:.4f} nats a token to {found.name} on held-out rows, "
+        text = f"{chosen.layout} adds {chosen.value:.4f} nats a token to the loss of {found.name} on held-out rows, "
         said.append(text + f"the paper's stride at its best offset, {best.layout}, {best.value:.4f}.")
     return said
 
