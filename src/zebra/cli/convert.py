@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +70,8 @@ def convert(
         if select is not None:
             if window is None or length is None:
                 raise Refusal("--select needs --window and --length. Write for example --window 512 --length 4096.")
-            where = work or target.with_name(f"{target.name}-selection")
+            place = target if target.name else Path(os.path.abspath(target))  # `.` has no name of its own
+            where = work or place.with_name(f"{place.name}-selection")
             stripes, rows = _selected(
                 where,
                 checkpoint=source,
