@@ -13,6 +13,7 @@ from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 if TYPE_CHECKING:
+    from zebra.evaluate.selection import select
     from zebra.generation import generate
     from zebra.kernels.precision import fast_float32
     from zebra.model.hosts import convert, load
@@ -27,6 +28,7 @@ _HOME = {
     "verify": "zebra.model.verify",
     "adapt": "zebra.train.adapt",
     "generate": "zebra.generation",
+    "select": "zebra.evaluate.selection",
     "fast_float32": "zebra.kernels.precision",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "fast_float32",
     "generate",
     "load",
+    "select",
     "verify",
 ]
 

@@ -1,7 +1,8 @@
-"""Directories and files that appear whole or not at all, whenever the process is killed."""
+"""Directories and files that appear whole or not at all, whenever the process is killed; or that one process holds."""
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import os
 import platform
@@ -23,8 +24,7 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
         Refusal: the target exists and is not an empty directory.
     """
     target = Path(os.path.abspath(target))  # `.` has no name of its own
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise Refusal(f"the target {target} exists already. Name another, or remove it first.")
+    refuse_existing(target)
     mine = f".{target.name}.{platform.node()}"
     for left in target.parent.glob(f"{glob.escape(mine)}.*.partial"):
         if not _alive(left.name.split(".")[-2]):
@@ -47,6 +47,16 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     os.replace(aside, path)
 
 
+def refuse_existing(target: Path) -> None:
+    """Refuse a target that `staged` would.
+
+    Raises:
+        Refusal: it exists and is not an empty directory.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Refusal(f"the target {target} exists already. Name another, or remove it first.")
+
+
 def _alive(pid: str) -> bool:
     if pid == str(os.getpid()):  # of an earlier process: in a container each may be number 1
         return False
@@ -57,3 +67,17 @@ def _alive(pid: str) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def lock(opened: int, directory: Path) -> None:
+    """Hold an opened directory by a lock of the operating system, which ends with the process, however that ends.
+
+    Raises:
+        Refusal: another process holds it.
+    """
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refusal(f"another process is at work in {directory}. Wait for it, or name another.") from None
+    except OSError:  # a file system without locks
+        return

@@ -11,6 +11,8 @@ import typer
 
 from zebra import __version__
 from zebra.cli import bench, documents, show, tasks
+from zebra.cli.convert import EXAMPLE as EXAMPLE_OF_CONVERT
+from zebra.cli.convert import convert
 from zebra.cli.generate import generate
 from zebra.cli.loading import loads_a_checkpoint
 from zebra.cli.retrieval import EXAMPLE, retrieval
@@ -73,28 +75,7 @@ def _options(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-@app.command(epilog="zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096")
-def convert(
-    source: Annotated[Path, typer.Argument(help="The checkpoint to convert, a directory.")],
-    target: Annotated[Path, typer.Argument(help="The directory to make.")],
-    stripes: Annotated[
-        str, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW; +4 behind it for 4 sinks.")
-    ],
-    rope: Annotated[str | None, typer.Option(help=_ROPE)] = None,
-    full_decode: Annotated[
-        bool, typer.Option("--full-decode", help="Local layers keep all keys, and decoded tokens see them.")
-    ] = False,
-) -> None:
-    """Make a copy of a checkpoint with stripes, which plain transformers loads."""
-    with show.quiet_host():
-        from zebra.model.checkpoint import read_config, read_local
-        from zebra.model.hosts import convert as run
-        from zebra.model.local import layout_with
-
-        run(source, target, stripes, rope=rope, full_decode=full_decode)
-        config = read_config(target)
-        kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
-        print(f"{target}: {config.architectures[0]}, {layout_with(config, read_local(target))}, layers {kinds}")
+app.command(epilog=EXAMPLE_OF_CONVERT)(convert)
 
 
 @app.command(epilog="zebra verify ./Llama-3.1-8B-GLLL --against ./Llama-3.1-8B")

@@ -51,7 +51,7 @@ def note(message: str) -> None:
 
 
 def rows(found: Sequence[Row], as_json: bool) -> None:
-    """Rows of results; of tables there are four: perplexity by position, retrieval, tasks and benches."""
+    """Rows of results; of tables there are five: perplexity, retrieval, tasks, selections and benches."""
     if as_json:
         json({"rows": [asdict(row) for row in found]})
     elif any(row.metric == "perplexity" for row in found):
@@ -66,6 +66,10 @@ def rows(found: Sequence[Row], as_json: bool) -> None:
         from zebra.report import task_table
 
         _print(task_table(found))
+    elif any(row.task.startswith("selection-") for row in found):
+        from zebra.report import selection_table
+
+        _print(selection_table(found))
     elif any(row.task.startswith("bench ") for row in found):
         from zebra.report import bench_table
 

@@ -30,7 +30,7 @@ from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing
 from zebra.model.subclass import with_striped_cache
 from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
-from zebra.staged import staged
+from zebra.staged import refuse_existing, staged
 from zebra.stripes import Stripes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -209,14 +209,24 @@ def convert(
     config = read_config(source)
     made = as_rope(rope).changed(striped(config, stripes))
     refuse_changing_rope(made)
-    if target.exists() and source.samefile(target):
-        raise Refusal(f"source and target are the same directory, {source}. Name another target.")
     local = Local(stripes.sinks, full_decode)
     if local and stripes_of(made) is None:
         raise Refusal(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
+    check_target(source, target)
     warn_of(local)
     write_linked(source, target, made, local, rope=str(as_rope(rope)))
     return target
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuse a target that a conversion could not write, before work that goes ahead of it.
+
+    Raises:
+        Refusal: it exists, or is the source.
+    """
+    if target.exists() and source.exists() and source.samefile(target):
+        raise Refusal(f"source and target are the same directory, {source}. Name another target.")
+    refuse_existing(Path(os.path.abspath(target)))
 
 
 def write_linked(source: Path, target: Path, config: PreTrainedConfig, local: Local, **more: Any) -> None:

@@ -95,16 +95,29 @@ def _summed(states: Tensor, head: Head, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def token_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """The loss of each token, (B, T): entry `t` is that of predicting token `t`, NaN where it is not predicted."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        states, targets = _shifted(hidden, labels)
-        losses = torch.full(targets.shape, float("nan"), device=hidden.device)
+    states, targets = _shifted(hidden, labels)
+    losses = _each(states, head, targets).masked_fill_(targets == IGNORE, float("nan"))
+    return functional.pad(losses.view(labels.shape[0], -1), (1, 0), value=float("nan"))
+
+
+@torch.no_grad()
+def losses_at(hidden: Tensor, head: Head, labels: Tensor, at: Tensor) -> Tensor:
+    """The losses of those tokens where `at` (B, T) holds, row after row; the head is applied for no other.
+
+    Nothing predicts a row's first token: `at` does not hold there.
+    """
+    return _each(hidden[:, :-1][at[:, 1:]], head, labels[at])
+
+
+def _each(states: Tensor, head: Head, targets: Tensor) -> Tensor:
+    losses = torch.full(targets.shape, float("nan"), device=states.device)
+    with torch.autocast(states.device.type, enabled=False):
         for start in range(0, len(targets), CHUNK):
             chunk = slice(start, start + CHUNK)
             losses[chunk] = functional.cross_entropy(
                 head.logits(states[chunk]), targets[chunk], reduction="none", ignore_index=IGNORE
             )
-    losses = losses.masked_fill_(targets == IGNORE, float("nan"))
-    return functional.pad(losses.view(labels.shape[0], -1), (1, 0), value=float("nan"))
+    return losses
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

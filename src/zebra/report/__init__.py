@@ -14,13 +14,13 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import benches, page, retrieval, sections, tasks
+from zebra.report import benches, page, retrieval, sections, selection, tasks
 from zebra.report.figures import standalone
 from zebra.report.page import Figure
 from zebra.report.series import by_kind, groups_of
 from zebra.staged import write_whole
 
-__all__ = ["bench_table", "position_table", "retrieval_table", "task_table", "write_report"]
+__all__ = ["bench_table", "position_table", "retrieval_table", "selection_table", "task_table", "write_report"]
 
 
 def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -> None:
@@ -41,17 +41,18 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
     title = title or ", ".join(runs)
     verdicts = {run: sections.verdict(run, groups, kinds["cost"]) for run in runs}
     verdict = [f"{run}: {text}" if len(runs) > 1 else text for run, text in verdicts.items() if text]
-    verdict = verdict or [f"{len(rows):,} rows of results."]
+    verdict = [*verdict, *selection.verdicts(kinds["selection"])] or [f"{len(rows):,} rows of results."]
     parts = [
         sections.layouts(kinds["cost"]),
         sections.positions(groups),
         retrieval.retrieval(kinds["retrieval"]),
         tasks.tasks(kinds["task"]),
+        selection.selection(kinds["selection"]),
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
         sections.method(rows),
-        sections.others(kinds["other"]),
+        sections.others([*kinds["other"], *selection.rest(kinds["selection"])]),
     ]
     parts = [section for section in parts if section.blocks]
     for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
@@ -87,6 +88,11 @@ def retrieval_table(rows: Sequence[Row]) -> terminal.Table:
 def task_table(rows: Sequence[Row]) -> terminal.Table:
     """Tasks and questions about documents for the terminal, a line for each metric and length across."""
     return _grid(tasks.task_tables(by_kind(rows)["task"]))
+
+
+def selection_table(rows: Sequence[Row]) -> terminal.Table:
+    """For the terminal what each layer is needed for, and what the choice is worth on the held-out rows."""
+    return _grid(selection.selection_tables(by_kind(rows)["selection"]))
 
 
 def _grid(tables: Sequence[page.Table]) -> terminal.Table:

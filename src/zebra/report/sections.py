@@ -257,6 +257,8 @@ def method(rows: Sequence[Row]) -> Section:
             facts["intervals"]["95 %, bootstrap over documents"] = None
         if row.low is not None and row.task.startswith("retrieval-"):
             facts["intervals"]["of retrieval: 95 %, Wilson's over samples"] = None
+        if row.low is not None and row.task.startswith("selection-"):
+            facts["intervals"]["of selections: 95 %, bootstrap over rows, of the difference from the source"] = None
         if step(row) is None:
             facts["models"][row.model] = None
         facts["seed"][str(row.seed)] = None

@@ -73,6 +73,8 @@ def _kind(row: Row) -> str:
         return "bench"
     if row.task.startswith(("harness-", "documents-")):
         return "task"
+    if row.task.count("-") > 1 and row.task.startswith("selection-"):
+        return "selection"
     if row.task.startswith("retrieval-") and row.metric == "accuracy" and row.length is not None:
         return "retrieval"
     if row.task == "cost" and row.metric in ("layers", "attention_pairs", "cached_tokens") and row.length is not None:

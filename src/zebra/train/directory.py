@@ -6,7 +6,6 @@ run/inputs.json     what the recipe's names stood for: digests of the text and o
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 
 from zebra.model.checkpoint import first_line
 from zebra.refusal import Refusal
+from zebra.staged import lock
 from zebra.train.recipe import AdaptRecipe
 
 
@@ -47,7 +47,7 @@ def occupied(recipe: AdaptRecipe) -> Iterator[Path]:
     opened = os.open(run, os.O_RDONLY)
     try:
         if is_first_process():
-            _lock(opened, run)
+            lock(opened, run)
             _check_recipe(run, recipe)  # another process may have been here first
         try:
             yield run
@@ -92,15 +92,6 @@ def writing(run: Path) -> Iterator[None]:
             f"{run} cannot be written, is the disk full? ({first_line(error)}) Free some space; "
             "the same command goes on from the last whole checkpoint."
         ) from None
-
-
-def _lock(opened: int, run: Path) -> None:
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Refusal(f"another process is at work in {run}. Wait for it, or name another run.") from None
-    except OSError:  # a file system without locks
-        return
 
 
 def _check_recipe(run: Path, recipe: AdaptRecipe) -> None:

@@ -1,0 +1,131 @@
+"""A host's layers one by one: each global or local for now, and the forward pass from any of them on.
+
+    whole     tokens ─► [0] ─► [1] ─► [2] ─► [3] ─► norm         the input of each layer is kept
+                                       │
+    from 2    tokens ─► ... ─► ... ─► [2] ─► [3] ─► norm         two layers are run, and none before them
+
+Neither patches nor copies a forward. A layer's kind is what attends in place of `attend` on its attention module, as
+under Self-Extend; the layers before the first one that is run are exchanged, in the decoder's own list, for a stand-in
+that gives the kept input, and put back. The twin is the whole forward, which gives the same numbers to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zebra.kernels import Mask, attend
+from zebra.model.attention import NAME
+from zebra.model.extend import in_place_of_attend
+from zebra.refusal import Refusal
+
+
+class Layerwise:
+    """A loaded model whose layers change their kind from one call to the next; the model itself stays as it is.
+
+    Args:
+        model: with attention "zebra", as `zebra.load` gives it.
+        window: of the layers that are local.
+
+    Raises:
+        Refusal: another attention, layers that attend in a way of their own, a host whose layers are not one list.
+
+    Example:
+        >>> layers = Layerwise(zebra.load("examples/stories260K"), window=64)
+        >>> states = layers.states(ids, "GGGGG")
+        >>> hidden = layers.resumed(ids, "GGGLG", 3, states[3])
+    """
+
+    def __init__(self, model: PreTrainedModel, window: int):
+        self._decoder: Any = model.get_decoder()
+        layers = getattr(self._decoder, "layers", None)
+        count = model.config.num_hidden_layers
+        if not isinstance(layers, nn.ModuleList) or len(layers) != count:
+            raise Refusal(
+                f"the layers of a {model.config.model_type} are run one by one from its decoder's list of {count} "
+                "layers, which it has not. Choose the layout yourself, with --stripes."
+            )
+        others = [type(module.extension).__name__ for module in model.modules() if hasattr(module, "extension")]
+        if model.config._attn_implementation != NAME or others:
+            raise Refusal(
+                f'layers change their kind in attention "{NAME}", without Self-Extend, sinks, full decoding or '
+                f"summaries; got {', '.join(sorted({*others})) or model.config._attn_implementation}. Load it without."
+            )
+        self._layers, self._window = layers, window
+        self._attention = [module for module in self._decoder.modules() if hasattr(module, "layer_idx")]
+
+    def states(self, ids: Tensor, kinds: str) -> list[Tensor]:
+        """The input of each layer and, last, the states behind the norm: L + 1 tensors (B, T, hidden).
+
+        Args:
+            ids: (B, T), rows without padding.
+            kinds: a letter for each layer, G or L.
+        """
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found.append(given[0] if given else named["hidden_states"])
+
+        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self._layers]
+        try:
+            last = self._run(ids, kinds, 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*found, last]
+
+    def resumed(self, ids: Tensor, kinds: str, start: int, state: Tensor) -> Tensor:
+        """The states behind the norm, (B, T, hidden), from layer `start` on, whose input is `state`."""
+        with self._standing_in(start, state):
+            return self._run(ids, kinds, start)
+
+    def _run(self, ids: Tensor, kinds: str, start: int) -> Tensor:
+        chosen = _Chosen(kinds, self._window)
+        with torch.no_grad(), in_place_of_attend(self._attention, chosen):
+            hidden: Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+        if chosen.asked != list(range(start, len(kinds))):
+            raise RuntimeError(f"layers {start} to {len(kinds) - 1} should have attended; {chosen.asked} did.")
+        return hidden
+
+    @contextmanager
+    def _standing_in(self, start: int, state: Tensor) -> Iterator[None]:
+        own = list(self._layers[:start])
+        try:
+            for i in range(start):
+                self._layers[i] = _StandIn(state)
+            yield
+        finally:
+            for i, layer in enumerate(own):
+                self._layers[i] = layer
+
+
+class _Chosen:
+    """Attends in place of `attend`, in each layer by its letter."""
+
+    def __init__(self, kinds: str, window: int):
+        self._kinds, self._window = kinds, window
+        self.asked: list[int] = []
+
+    def attend(
+        self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        self.asked.append(module.layer_idx)
+        window = None if self._kinds[module.layer_idx] == "G" else self._window
+        return attend(q, k, v, replace(mask, window=window), **arguments)
+
+
+class _StandIn(nn.Module):
+    """In place of a layer whose output is known."""
+
+    def __init__(self, state: Tensor):
+        super().__init__()
+        self._state = state
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        return self._state

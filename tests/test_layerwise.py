@@ -1,0 +1,88 @@
+"""The forward pass from any layer on equals the whole one, to the last bit; the model comes back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EVERY_MEMBER, FAMILIES, FIXED, STORIES, tiny_model
+from transformers import AutoModelForCausalLM
+
+import zebra
+from zebra import Refusal
+from zebra.model.layerwise import Layerwise
+
+MEMBERS = [pytest.param(m, marks=() if m in FAMILIES else pytest.mark.full) for m in EVERY_MEMBER]
+LAYERS = 5
+
+
+def tokens(rows: int = 2, length: int = 40) -> torch.Tensor:
+    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_from_any_layer_on_equals_the_whole_forward(member: str, checkpoints: Callable[..., Path]) -> None:
+    model = zebra.load(checkpoints(member))
+    layers, ids, base = Layerwise(model, window=7), tokens(), "GLGGG"
+    kept = layers.states(ids, base)
+    assert len(kept) == LAYERS + 1
+    for start in range(LAYERS):
+        for kinds in (base, base[:start] + "L" * (LAYERS - start), base[:start] + "GLGLG"[start:]):
+            whole = layers.states(ids, kinds)
+            assert torch.equal(layers.resumed(ids, kinds, start, kept[start]), whole[-1])
+            assert all(torch.equal(*pair) for pair in zip(whole[: start + 1], kept, strict=False))
+    assert not torch.equal(layers.states(ids, "LLLLL")[-1], kept[-1])
+
+
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m.values[0] not in FIXED])
+def test_kinds_for_now_equal_a_loaded_layout(member: str, checkpoints: Callable[..., Path]) -> None:
+    ids = tokens()
+    found = Layerwise(zebra.load(checkpoints(member)), window=7).states(ids, "GLLGL")[-1]
+    with torch.no_grad():
+        striped = zebra.load(checkpoints(member), stripes="0,3:7").get_decoder()(ids, use_cache=False)
+    assert torch.equal(found, striped.last_hidden_state)
+
+
+def test_the_model_comes_back_as_it_was(checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zebra.load(checkpoints("llama"))
+    ids, names = tokens(), [name for name, _ in model.named_modules()]
+    modules, before = list(model.modules()), model(ids).logits
+    layers = Layerwise(model, window=7)
+    kept = layers.states(ids, "GGGGG")
+    layers.resumed(ids, "GGGLG", 3, kept[3])
+    with monkeypatch.context() as broken:
+        broken.setattr(type(model.get_decoder().layers[4]), "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            layers.resumed(ids, "GGGLG", 3, kept[3])
+        with pytest.raises(ZeroDivisionError):
+            layers.states(ids, "GGGLG")
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert not any(layer._forward_pre_hooks for layer in model.get_decoder().layers)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_layers_before_the_start_are_not_run(checkpoints: Callable[..., Path]) -> None:
+    model = zebra.load(checkpoints("llama"))
+    ran: list[int] = []
+    for i, layer in enumerate(model.get_decoder().layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    layers = Layerwise(model, window=7)
+    kept = layers.states(tokens(), "GGGGG")
+    ran.clear()
+    layers.resumed(tokens(), "GGGLG", 3, kept[3])
+    assert ran == [3, 4]
+
+
+def test_what_cannot_be_toggled_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"zebra\.load"):
+        Layerwise(AutoModelForCausalLM.from_pretrained(STORIES), window=7)
+    with pytest.raises(Refusal, match="got Extension"):
+        Layerwise(zebra.load(STORIES, self_extend="4:64"), window=7)
+    model: Any = tiny_model("gpt_neox")
+    del model.get_decoder().layers
+    with pytest.raises(Refusal, match="list of 5 layers"):
+        Layerwise(model, window=7)

@@ -1,0 +1,403 @@
+"""Selection: it finds the layer that was planted, is killed and goes on, and refuses budgets that leave no choice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import STORIES, TEXT, tiny_model
+from test_retrieval import said
+from transformers import AutoTokenizer
+
+import zebra
+from zebra import Refusal, records
+from zebra.data.needles import Needles
+from zebra.evaluate import ledger, selection
+from zebra.evaluate.calibration import SHARE, Part, long_range, parts_of, task_rows
+from zebra.evaluate.ledger import Ledger
+from zebra.evaluate.search import Losses, greedy, once, strides
+from zebra.evaluate.selection import select
+from zebra.model.layerwise import Layerwise
+from zebra.model.loss import head_of, token_losses
+from zebra.plan.budget import Budget
+from zebra.plan.cost import Run, flops
+from zebra.plan.decoder import read
+from zebra.plan.memory import kv_bytes
+from zebra.report import write_report
+from zebra.stripes import Stripes
+
+WINDOW, LENGTH, VALUES = 8, 48, 8
+ASKED, FIRST_VALUE = 12, 13
+
+
+def planted(tmp_path: Path, layers: tuple[int, ...], depth: int = 6) -> Any:
+    """A Llama in which only `layers` carry a value from where it stands to where it is asked for; the others are noise.
+
+    A value's embedding has a mark (dimension 0) and which it is (1 to 8); the question's a mark of its own (9). In a
+    planted layer the question's query meets the value's key in the dimension whose rope hardly turns, the head copies
+    which it is into dimensions 10 to 17, and the head of the model reads them there.
+    """
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 24}
+    model = tiny_model("llama", **sizes, num_hidden_layers=depth, initializer_range=0.02)
+    with torch.no_grad():
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embedding[:, :18], embedding[:, 18:] = 0, torch.randn(24, 14)
+        for v in range(VALUES):
+            embedding[FIRST_VALUE + v] = 0
+            embedding[FIRST_VALUE + v, [0, 1 + v]] = 2.0
+            head[FIRST_VALUE + v] = 0
+            head[FIRST_VALUE + v, 10 + v] = 1.0
+        embedding[ASKED] = 0
+        embedding[ASKED, 9] = 2.0
+        for i in layers:
+            attention = model.model.layers[i].self_attn
+            for map_ in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+                map_.weight.zero_()
+            attention.q_proj.weight[7, 9] = attention.k_proj.weight[7, 0] = 4.0  # the slowest of 8 planes of head 0
+            for v in range(VALUES):
+                attention.v_proj.weight[v, 1 + v] = attention.o_proj.weight[10 + v, v] = 2.0
+    model.save_pretrained(tmp_path / "planted")
+    return zebra.load(tmp_path / "planted")
+
+
+def questions(rows: int = 12) -> list[Part]:
+    """A value early, noise, the question and its answer, which is what is scored."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, ASKED, (rows, LENGTH))
+    value = FIRST_VALUE + rng.integers(0, VALUES, rows)
+    ids[np.arange(rows), rng.integers(1, LENGTH - 3 * WINDOW, rows)] = value
+    ids[:, -2], ids[:, -1] = ASKED, value
+    at = np.zeros(ids.shape, dtype=bool)
+    at[:, -1] = True
+    return parts_of(list(zip(ids, at, strict=True)), seed=0)
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5])
+@pytest.mark.parametrize("order", [greedy, once])
+def test_the_one_planted_layer_is_found(order: Any, layer: int, tmp_path: Path) -> None:
+    losses = Losses(planted(tmp_path, (layer,)), questions(), WINDOW)
+    wanted = "L" * layer + "G" + "L" * (5 - layer)
+    assert order(losses, "GGGGGG", 1) == wanted
+    losses.measure("GGGGGG", ["GGGGGG", wanted, "LLLLLL"], held_out=True)
+    source, kept, none = (losses.sums(kinds, held_out=True)[0].mean() for kinds in ("GGGGGG", wanted, "LLLLLL"))
+    assert kept < source + 0.1 < none - 1
+
+
+def test_of_two_layers_that_do_the_same_greedy_keeps_one(tmp_path: Path) -> None:
+    losses = Losses(planted(tmp_path, (1, 4)), questions(), WINDOW)
+    kept = greedy(losses, "GGGGGG", 1)
+    assert kept in ("LGLLLL", "LLLLGL")
+    losses.measure("GGGGGG", ["GGGGGG", "LLLLLL"], held_out=False)
+    alone = [losses.mean("GLGGGG"), losses.mean("GGGGLG")]
+    assert max(alone) < losses.mean("GGGGGG") + 0.5 < losses.mean("LLLLLL") - 0.5
+
+
+def test_losses_are_those_of_whole_forwards(tmp_path: Path) -> None:
+    """The prefix, the batches and the sums against one naive forward of each row under each layout."""
+    model, parts = planted(tmp_path, (2,)), questions()
+    losses, head = Losses(model, parts, WINDOW), head_of(model)
+    greedy(losses, "GGGGGG", 3)
+    assert len(losses.candidates) == 6 + 5 + 4
+    for kinds in losses.candidates:
+        stripes = Stripes(WINDOW, global_layers=tuple(i for i, kind in enumerate(kinds) if kind == "G"))
+        striped = zebra.load(tmp_path / "planted", stripes=stripes)
+        found = []
+        for part in (part for part in parts if not part.held_out):
+            for ids, at in zip(*part.tensors("cpu"), strict=True):
+                with torch.no_grad():
+                    hidden = striped.get_decoder()(ids[None], use_cache=False).last_hidden_state
+                found.append(token_losses(hidden, head, ids[None])[0, at].sum().item())
+        assert losses.sums(kinds, held_out=False)[0] == pytest.approx(found, rel=1e-5)
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, parts = planted(tmp_path, (2,)), questions()
+    whole = Losses(model, parts, WINDOW, Ledger(tmp_path))
+    wanted = greedy(whole, "GGGGGG", 2)
+    lines = (tmp_path / "losses.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "losses.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:20])  # killed while it wrote
+    again = Losses(model, parts, WINDOW, Ledger(tmp_path))
+    assert greedy(again, "GGGGGG", 2) == wanted
+    assert (tmp_path / "losses.jsonl").read_bytes().splitlines(keepends=True) == lines
+    for name in ("states", "resumed"):
+        monkeypatch.setattr(Layerwise, name, lambda *_: 1 / 0)
+    known = Losses(model, parts, WINDOW, Ledger(tmp_path))
+    assert greedy(known, "GGGGGG", 3).count("G") == 3
+    assert known.mean(wanted) == whole.mean(wanted)
+    (tmp_path / "losses.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(Refusal, match="line 1 is no loss"):
+        Ledger(tmp_path)
+
+
+def test_the_stride_at_every_offset() -> None:
+    assert strides("GGGGGGGG", 4) == ["GLGLGLGL", "LGLGLGLG"]
+    assert strides("GGGGGGG", 2) == ["GLLLGLL", "LGLLLGL", "LLGLLLG", "LLLGLLL", "GLLLLGL", "GLLLLLG"]
+    assert strides("GGGGG", 2) == ["GLLGL", "LGLLG", "LLGLL", "GLLLG"]
+    assert strides("GGGGG", 1) == ["GLLLL", "LGLLL", "LLGLL", "LLLGL", "LLLLG"]
+    assert strides("GGG", 2) == ["GLG", "LGL"]
+    assert strides("LGLGLG", 2) == ["LGLLLG", "LLLGLL"]  # of a source with local layers, over its global ones
+
+
+def test_long_range_tokens_are_those_that_gain_most() -> None:
+    """Against a naive loop: each token behind the piece that ends with it, and the whole row."""
+    model, window, length = zebra.load(STORIES), 16, 60
+    ids = torch.tensor([AutoTokenizer.from_pretrained(STORIES).encode("Once there was a dog. " * 20)[:length]])
+    ids = torch.cat([ids, ids.flip(1)])
+    found = long_range(model, ids, window)
+    assert found.sum(dim=1).tolist() == [int(SHARE * (length - window))] * 2
+    assert not found[:, :window].any()
+
+    def loss(row: torch.Tensor, t: int, start: int) -> float:
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(model(row[None, start:t]).logits[0, -1:], row[t : t + 1]).item()
+
+    for row, at in zip(ids, found, strict=True):
+        starts = {t: min((t - window // 2) // 8 * 8, length - window) for t in range(window, length)}
+        starts |= dict.fromkeys(range(length - window // 2, length), length - window)
+        gain = {t: loss(row, t, start) - loss(row, t, 0) for t, start in starts.items()}
+        least = min(gain[t] for t in gain if at[t])
+        assert least >= max(gain[t] for t in gain if not at[t]) - 1e-4
+
+
+def test_answers_of_tasks_are_scored_and_stand_a_window_behind_their_evidence() -> None:
+    needles = Needles(AutoTokenizer.from_pretrained(STORIES))
+    rows = task_rows(needles, ["passkey", "lookup"], length=300, window=64, samples=8, seed=1)
+    for i, (ids, at) in enumerate(rows):
+        assert not at[:300].any()
+        assert at[300:].all()
+        (sample,) = needles.samples(
+            *(["passkey", "lookup"][i % 2],), length=300, depth=(1 - 64 / 300) * (i // 2) / 3, seed=1 + i
+        )
+        assert ids.tolist() == [*sample.ids, *sample.answers[0].ids]
+    assert [len(part.ids) for part in parts_of(rows, 0) if part.held_out] in ([2], [1, 1])
+
+
+def run(at: int | None) -> Run:
+    return Run(decoder=read("llama-3.1-8b"), stripes=None, length=at or 8192)
+
+
+def test_a_budget_of_cost_is_the_most_layers_that_meet_it() -> None:
+    which = range(32)
+
+    def striped(count: int, at: int) -> Run:
+        return Run(decoder=read("llama-3.1-8b"), stripes=Stripes(1024, global_layers=tuple(range(count))), length=at)
+
+    for text, at, cost, limit in (
+        ("flops:0.95", 8192, lambda r: sum(flops(r).values()), 0.95 * sum(flops(run(None)).values())),
+        ("cache:4GiB@131072", 131072, kv_bytes, 4 * 2**30),
+    ):
+        count = Budget.parse(text).layers(which, 1024, run)
+        assert cost(striped(count, at)) <= limit < cost(striped(count + 1, at))
+    assert Budget.parse("8").layers(which, 1024, run) == 8
+    assert Budget.parse("0.25").layers(which, 1024, run) == 8
+    assert Budget.parse("0.3").layers(range(5), 1024, run) == 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "why"),
+    [
+        ("0", "at least 1 layer"),
+        ("-1", "a budget is a number"),
+        ("32", "keeps 1 to 31; a budget of 32"),
+        ("40", "keeps 1 to 31; a budget of 40"),
+        ("0.01", "a budget of 0.01 keeps 0"),
+        ("1.0", "a share lies between 0 and 1"),
+        ("half", "a budget is a number"),
+        ("8@4096", "a budget is a number"),
+        ("flops:2", "a share lies between"),
+        ("flops:0.01", "leaves no choice"),
+        ("cache:1MiB", "leaves no choice"),
+        ("cache:1TiB", "leaves no choice"),
+        ("cache:4XB", "memory is a positive number"),
+    ],
+)
+def test_a_budget_that_leaves_no_choice_is_refused(budget: str, why: str) -> None:
+    with pytest.raises(Refusal, match=why):
+        Budget.parse(budget).layers(range(32), 1024, run)
+
+
+TEXTS = [str(TEXT / "tinystories_test.txt")]
+GIVEN: dict[str, Any] = {"window": 32, "length": 160, "samples": 4, "text": TEXTS}
+
+
+def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = GIVEN | {"samples": 12, "length": 300}
+    code = f"from zebra.evaluate.selection import select\nselect({str(STORIES)!r}, 2, work='work', **{given!r})"
+    losses = tmp_path / "work" / "losses.jsonl"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL) as running:
+        while running.poll() is None and (not losses.exists() or losses.read_bytes().count(b"\n") < 3):
+            time.sleep(0.01)
+        os.kill(running.pid, signal.SIGKILL)
+    before = losses.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    assert before.count(b"\n") >= 3
+    assert not (tmp_path / "work" / "rows.jsonl").exists()
+    resumed = select(STORIES, 2, work=tmp_path / "work", **given)
+    whole = select(STORIES, 2, **given)
+    assert resumed == whole
+    assert records.read(tmp_path / "work" / "rows.jsonl") == whole.rows
+    after = losses.read_bytes()
+    assert after.startswith(before)
+    lines = [json.loads(line) for line in after.splitlines()]
+    assert len({(line["layout"], line["part"]) for line in lines}) == len(lines)
+    monkeypatch.setattr(Layerwise, "states", lambda *_: 1 / 0)  # another order needs nothing new
+    assert select(STORIES, 2, work=tmp_path / "work", order="once", **given).stripes.window == 32
+
+
+def test_rows_and_page_of_a_selection(tmp_path: Path) -> None:
+    found = select(STORIES, "0.4", seed=3, run="a", **GIVEN)
+    by_task = {name: [row for row in found.rows if row.task == f"selection-{name}-text"] for name in KINDS}
+    assert {name: len(rows) for name, rows in by_task.items()} == KINDS
+    assert {row.length for row in found.rows} == {160}
+    assert {row.n for row in by_task["candidate"]} == {3 * int(SHARE * 128)}
+    (chosen,) = by_task["greedy"]
+    assert chosen.layout == str(found.stripes)
+    assert str(Stripes.parse(chosen.layout).layer_types(5)).count("full") == 2
+    write_report([*found.rows, *select(STORIES, 1, order="once", run="b", **GIVEN).rows], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("rows that took no part in the choice") == 2 + 1  # twice as a title, once in the prose
+    assert (tmp_path / "page-selection-2.svg").is_file()
+    assert "Other rows" not in page
+    write_report(by_task["candidate"], tmp_path / "part.html")
+    assert "Other rows" in (tmp_path / "part.html").read_text()
+
+
+KINDS = {"source": 3, "candidate": 5 + 4 + 3, "greedy": 1, "once": 1, "stride": 4, "local": 1}
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"budget": "0"}, "at least 1 layer"),
+    ({"budget": "5"}, "keeps 1 to 4; a budget of 5"),
+    ({"budget": "cache:1GiB"}, "leaves no choice"),
+    ({"order": "best"}, "the orders are greedy and once; got 'best'"),
+    ({"text": []}, "got neither"),
+    ({"text": [], "tasks": ["haystack"]}, "the tasks are passkey"),
+    ({"text": ["nowhere.txt"]}, r"nowhere\.txt"),
+    ({"samples": 3}, "at least 4 rows"),
+    ({"samples": 10**6}, r"rows of 160 tokens within its documents, and 1,000,000 are asked"),
+    ({"window": 160}, "nothing lies beyond a window of 160"),
+    ({"window": 0}, "a whole number of at least 1"),
+    ({"length": 600}, "600 tokens passes the 512 positions"),
+    ({"text": [], "tasks": ["passkey"], "length": 40}, "passkey needs a length of at least"),
+    ({"device": "moon"}, "no device 'moon'"),
+    ({"dtype": "int4"}, "a dtype is one of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "why"), REFUSED)
+def test_bad_input_is_refused_before_the_model_is_loaded(
+    changes: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "load", None)
+    given = GIVEN | changes
+    with pytest.raises(Refusal, match=why):
+        select(STORIES, given.pop("budget", 2), work=tmp_path / "work", **given)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_host_whose_layers_keep_their_kind_is_refused(checkpoints: Any) -> None:
+    with pytest.raises(Refusal, match="each layer keeps its kind"):
+        select(checkpoints("gemma3_text"), 1, **GIVEN)
+    with pytest.raises(Refusal, match="this model has 1 global layers"):
+        select(checkpoints("gemma2", layer_types=["full_attention"] + ["sliding_attention"] * 4), 1, **GIVEN)
+
+
+def test_a_folder_keeps_to_its_inputs(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    select(STORIES, 4, work=work, order="once", **GIVEN)
+    with pytest.raises(Refusal, match="began with other inputs: rows and window changed since"):
+        select(STORIES, 4, work=work, order="once", **GIVEN | {"window": 40, "length": 161})
+    with (
+        ledger.opened(work, json.loads((work / "inputs.json").read_text())),
+        pytest.raises(Refusal, match="at work in"),
+    ):
+        select(STORIES, 4, work=work, **GIVEN)
+    (work / "inputs.json").write_text("[")
+    with pytest.raises(Refusal, match="is damaged"):
+        select(STORIES, 4, work=work, **GIVEN)
+    (work / "inputs.json").unlink()
+    with pytest.raises(Refusal, match="holds no selection"):
+        select(STORIES, 4, work=work, **GIVEN)
+
+
+COMMON = ("--window", 32, "--length", 160, "--samples", 4, "--text", TEXTS[0])
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = said(capsys, monkeypatch, "convert", STORIES, tmp_path / "out", "--select", 2, *COMMON, "--json")
+    assert code == 0, err
+    made = json.loads(out)
+    assert made["layers"].count("G") == 2
+    assert made["layout"] == str(
+        zebra.Stripes.of(json.loads((tmp_path / "out/config.json").read_text())["layer_types"], 32)
+    )
+    work = tmp_path / "out-selection"
+    assert [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()] == made["rows"]
+    assert (work / "report-selection-1.svg").is_file()
+    assert "2 of 5 layers stay global, greedy: 12 candidates in 3 rounds, about 10 passes over 3 rows" in err
+    assert "a pass takes" in err
+
+    again = ("convert", STORIES, tmp_path / "two", "--select", 2, *COMMON, "--work", work)
+    code, out, err = said(capsys, monkeypatch, *again)
+    assert (code, "a pass takes" in err) == (0, False)
+    assert "measured, greedy" in out
+    assert f"layers {made['layers']}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("--stripes or --select", "neither")),
+        (("--select", 2, "--stripes", "GL:9"), ("both",)),
+        (("--select", 2, "--length", 160), ("--window and --length",)),
+        (("--stripes", "GL:9", "--window", 9, "--task", "lookup"), ("--window and --task belong to --select",)),
+        (("--select", 0, *COMMON), ("at least 1 layer",)),
+        (("--select", 9, *COMMON), ("keeps 1 to 4", "9")),
+    ],
+)
+def test_a_refusal_is_one_line(
+    arguments: tuple[object, ...],
+    words: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, out, err = said(capsys, monkeypatch, "convert", STORIES, tmp_path / "out", *arguments)
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    assert all(word in err for word in words)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_target_that_exists_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    code, _, err = said(capsys, monkeypatch, "convert", STORIES, tmp_path / "out", "--select", 2, *COMMON)
+    assert code == 2
+    assert "exists already" in err
+    assert not (tmp_path / "out-selection").exists()
+
+
+def test_a_source_with_local_layers_keeps_them_local(tmp_path: Path) -> None:
+    zebra.convert(STORIES, tmp_path / "striped", "GL:40")
+    found = select(tmp_path / "striped", 2, **GIVEN)
+    kinds = found.stripes.layer_types(5)
+    assert kinds.count("full_attention") == 2
+    assert {kinds[1], kinds[3]} == {"sliding_attention"}
+    assert found.stripes.window == 32
+    candidates = [row for row in found.rows if row.metric == "rise"]
+    assert {row.layout for row in candidates} == {"2,4:32", "GLLL:32", "0,2:32"}
+    (source,) = [row for row in found.rows if row.metric == "loss"]
+    assert source.layout == "GL:32"
+    with pytest.raises(Refusal, match="keeps 1 to 2; a budget of 3"):
+        select(tmp_path / "striped", 3, **GIVEN)
