@@ -162,7 +162,10 @@ BAD = {
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "9", "--self-extend", "8:512"],
         ["below the trained length", "trained at 512"],
     ),
-    "sinks without local layers": (["convert", STORIES, "out", "--stripes", "G:9+4"], ["4 sinks belong to local layers"]),
+    "sinks without local layers": (
+        ["convert", STORIES, "out", "--stripes", "G:9+4"],
+        ["4 sinks belong to local layers"],
+    ),
     "a window of a dense model": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--window", "9"],
         ["for local layers, and this layout is dense"],
