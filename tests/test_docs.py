@@ -117,6 +117,15 @@ def test_the_numbers_of_the_readme_are_those_of_the_rows() -> None:
         assert set(numbers) <= wanted, set(numbers) - wanted
 
 
+def test_the_numbers_of_stripes_without_training_are_those_of_the_rows() -> None:
+    rows = records.read(ROOT / "benchmarks" / "results" / "untrained.jsonl")
+    wanted = {f"{row.value:.3f}" for row in rows if (row.position_from, row.position_to) in ((256, 512), (1024, 2048))}
+    page = (ROOT / "docs" / "untrained.md").read_text()
+    numbers = re.findall(r"\| (\d\.\d{3})(?= \|)", page)
+    assert len(numbers) == 24
+    assert set(numbers) <= wanted, set(numbers) - wanted
+
+
 def test_nothing_of_a_machine_or_a_registry_is_in_the_project() -> None:
     for page in [*PAGES, *ROOT.glob("*.toml"), *ROOT.glob("*.txt"), ROOT / "Makefile"]:
         assert not re.search(r"(^|[\s\"'(=])/(home|root|tmp|work|opt)/", page.read_text()), page
