@@ -128,6 +128,8 @@ def test_lengths_are_a_column(folder: Path, capsys: pytest.CaptureFixture[str]) 
         ("harness-tiny_lengths", "accuracy", 90, 1.0, 2),
     ]
     assert sum(row.task == "harness-tiny_ends" for row in rows) == 1
+    (own,) = rows_of(STORIES, tasks=["tiny_lengths"], include=folder, limit=2)
+    assert (own.metric, own.length, own.n, own.low) == ("accuracy", 4096, None, None)
     assert capsys.readouterr().out == ""
 
 
@@ -218,6 +220,7 @@ def test_what_is_not_there_is_refused(case: str, tmp_path: Path, server: str, mo
     fetch = f"import urllib.request\ndef build(**_): urllib.request.urlopen('{server}')\ndef wrong(**_): 1 / 0"
     (tmp_path / "fetch.py").write_text(fetch)
     monkeypatch.setattr(Subject, "load", None)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(Refusal, match=why):
         rows_of(STORIES, tasks=[text.splitlines()[text.startswith("\n")].removeprefix("task: ")], include=tmp_path)
 

@@ -238,7 +238,7 @@ evaluate.command(epilog=tasks.EXAMPLE)(tasks.tasks)
 evaluate.command(epilog=documents.EXAMPLE)(documents.documents)
 
 
-@app.command(epilog="zebra report runs/demo -o report.html")
+@app.command(epilog="zebra report runs/before runs/after -o report.html")
 def report(
     sources: Annotated[list[Path], typer.Argument(help="Run directories, or files of rows.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; Markdown goes beside it.")] = Path(
@@ -246,11 +246,12 @@ def report(
     ),
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
 ) -> None:
-    """Turn rows of results into one page."""
+    """Turn rows of results into one page, the runs side by side where there are several."""
     from zebra import records
-    from zebra.report import write_report
+    from zebra.report import together, write_report
 
-    rows = [row for source in sources for row in records.read(source / "rows.jsonl" if source.is_dir() else source)]
+    files = {str(source): source / "rows.jsonl" if source.is_dir() else source for source in sources}
+    rows = together({name: records.read(file) for name, file in files.items()})
     write_report(rows, out, title=title)
     print(f"{out}: {len(rows)} rows")
 

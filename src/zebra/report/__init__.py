@@ -14,13 +14,22 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import benches, page, retrieval, sections, selection, tasks
+from zebra.report import benches, compare, lengths, page, retrieval, sections, selection, tasks
+from zebra.report.compare import together
 from zebra.report.figures import standalone
 from zebra.report.page import Figure
 from zebra.report.series import by_kind, groups_of
 from zebra.staged import write_whole
 
-__all__ = ["bench_table", "position_table", "retrieval_table", "selection_table", "task_table", "write_report"]
+__all__ = [
+    "bench_table",
+    "position_table",
+    "retrieval_table",
+    "selection_table",
+    "task_table",
+    "together",
+    "write_report",
+]
 
 
 def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -> None:
@@ -43,8 +52,10 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
     verdict = [f"{run}: {text}" if len(runs) > 1 else text for run, text in verdicts.items() if text]
     verdict = [*verdict, *selection.verdicts(kinds["selection"])] or [f"{len(rows):,} rows of results."]
     parts = [
+        compare.compare(rows),
         sections.layouts(kinds["cost"]),
         sections.positions(groups),
+        lengths.lengths([*kinds["retrieval"], *kinds["task"]]),
         retrieval.retrieval(kinds["retrieval"]),
         tasks.tasks(kinds["task"]),
         selection.selection(kinds["selection"]),

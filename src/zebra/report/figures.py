@@ -104,6 +104,22 @@ def plot_positions(axes: Axes, group: Group) -> None:
     _scale_perplexity(axes, [row.value for scores in group.scores.values() for row in scores.values()])
 
 
+def plot_lengths(axes: Axes, lines: dict[str, dict[int, float]], threshold: float) -> None:
+    """Shares over lengths, a line for each label, and a threshold."""
+    for i, (label, points) in enumerate(lines.items()):
+        values = [_finite(value) for value in points.values()]
+        axes.plot([*points], values, color=HUES[i % len(HUES)], marker="o", markersize=4, label=label)
+    axes.axhline(threshold, color=INK, linestyle="--", linewidth=1, alpha=0.6)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({length for points in lines.values() for length in points})
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{length:,}" for length in ticks])
+    axes.set_xlabel("length (tokens)")
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+
+
 def plot_loss(axes: Axes, losses: list[Row]) -> None:
     """Training loss over tokens, a line for each run."""
     for i, run in enumerate(dict.fromkeys(row.run for row in losses)):

@@ -67,7 +67,8 @@ table {{ border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-
 th, td {{ padding: .4rem .75rem; text-align: left; vertical-align: top }}
 th {{ font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--ink) }}
 tbody tr:nth-child(odd) {{ background: var(--stripe) }}
-.numeric th:not(:first-child), .numeric td:not(:first-child) {{ text-align: right; white-space: nowrap }}
+.numeric th:not(:first-child), .numeric td:not(:first-child) {{ text-align: right }}
+.numeric td:not(:first-child) {{ white-space: nowrap }}
 small {{ display: block; color: var(--pale); font-size: .8rem; font-weight: 400 }}
 .bar {{ display: block; height: 8px; margin: .35rem 0 .15rem auto; background: var(--accent) }}
 tr:first-child .bar {{ background: var(--ink) }}

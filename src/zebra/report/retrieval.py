@@ -40,7 +40,7 @@ def retrieval(rows: list[Row]) -> Section:
     """Heat maps, one for each task, then tables."""
     blocks: list[str | Table | Figure] = [HOW]
     for i, (task, grids) in enumerate(_grids(rows).items(), start=1):
-        blocks.append(Figure(f"retrieval-{i}", _picture(grids), f"{_name(task)}: answers found, by length and depth"))
+        blocks.append(Figure(f"retrieval-{i}", _picture(grids), f"{name(task)}: answers found, by length and depth"))
     return Section("Retrieval", [*blocks, *retrieval_tables(rows)] if rows else [])
 
 
@@ -58,10 +58,11 @@ def _grids(rows: list[Row]) -> dict[str, list[_Grid]]:
     return {task: list(grids.values()) for task, grids in found.items()}
 
 
-def _name(task: str) -> str:
-    score, _, name = task.removeprefix("retrieval-").partition("-")
-    name, in_text, _ = name.partition("-in-text")
-    return f"{name}{' in own text' if in_text else ''}, by {'generation' if score == 'generate' else score}"
+def name(task: str) -> str:
+    """A task's name for people."""
+    score, _, its = task.removeprefix("retrieval-").partition("-")
+    its, in_text, _ = its.partition("-in-text")
+    return f"{its}{' in own text' if in_text else ''}, by {'generation' if score == 'generate' else score}"
 
 
 def _table(task: str, grid: _Grid) -> Table:
@@ -71,7 +72,7 @@ def _table(task: str, grid: _Grid) -> Table:
         for depth in grid.depths
     ]
     counts = " or ".join(f"{n:,}" for n in sorted({row.n for row in grid.cells.values() if row.n is not None}))
-    title = f"{grid.series.run}: {_name(task)}, {grid.series.name} {grid.series.layout}"
+    title = f"{grid.series.run}: {name(task)}, {grid.series.name} {grid.series.layout}"
     title += f", {counts} samples a cell" if counts else ""
     return Table(title, head, body)
 

@@ -39,14 +39,15 @@ def _table(task: str, series: Series, metrics: dict[str, dict[int | None, Row]])
     head = [Cell("share of items" if task.startswith(_CHECK) else "metric")]
     head += [Cell("–") if length is None else Cell(f"{length:,}", "tokens") for length in lengths]
     body = [
-        [Cell(metric.replace("_", " ")), *(_value(task, cells.get(length)) for length in lengths)]
+        [Cell(metric.replace("_", " ")), *(_value(cells.get(length)) for length in lengths)]
         for metric, cells in metrics.items()
     ]
-    title = f"{series.run}: {_name(task)}, {series.name} {series.layout}"
+    title = f"{series.run}: {name(task)}, {series.name} {series.layout}"
     return Table(title + (f", {' or '.join(f'{n:,}' for n in counts)} items" if counts else ""), head, body)
 
 
-def _name(task: str) -> str:
+def name(task: str) -> str:
+    """A task's name for people."""
     if task.startswith(_CHECK):
         return f"the data of {task.removeprefix(_CHECK)}"
     kind, _, rest = task.partition("-")
@@ -56,11 +57,19 @@ def _name(task: str) -> str:
     return f"{file}, by {'generation' if score == 'generate' else score}"
 
 
-def _value(task: str, row: Row | None) -> Cell:
+def _value(row: Row | None) -> Cell:
     if row is None or not math.isfinite(row.value):
         return Cell("–")
-    share = task.startswith(_CHECK) or row.metric.partition(" ")[0] in _SHARES
-    bounds = interval(row)
+    return value(row.value, interval(row), share=is_share(row))
+
+
+def is_share(row: Row) -> bool:
+    """Whether a row's value is a share, which is shown in percent."""
+    return row.task.startswith(_CHECK) or row.metric.partition(" ")[0] in _SHARES
+
+
+def value(mean: float, bounds: tuple[float, float] | None, *, share: bool) -> Cell:
+    """A value and its interval, in percent where it is a share."""
     if share:
-        return Cell(percent(row.value), "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else "")
-    return Cell(number(row.value), " to ".join(map(number, bounds)) if bounds else "")
+        return Cell(percent(mean), "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else "")
+    return Cell(number(mean), " to ".join(map(number, bounds)) if bounds else "")

@@ -1,0 +1,102 @@
+"""Runs side by side, and how far each keeps what it can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zebra.records import Row, write
+from zebra.report import together, write_report
+from zebra.report.compare import compare
+from zebra.report.lengths import effective, lengths, measures
+from zebra.report.page import Figure, Table
+
+
+def row(run: str = "one", layout: str = "dense", **columns: Any) -> Row:
+    given = {"task": "harness-zebra-needle", "metric": "accuracy", "value": 0.5, "length": 1024, "n": 100}
+    return Row(run=run, model="m", layout=layout, **given | columns)
+
+
+@pytest.mark.parametrize(
+    ("scores", "reached"),
+    [
+        ({1024: 1.0, 2048: 0.856, 4096: 0.85}, 2048),
+        ({1024: 0.8, 2048: 1.0}, None),
+        ({4096: 0.9, 1024: 0.9, 2048: 0.2}, 1024),
+        ({}, None),
+    ],
+)
+def test_the_effective_length_ends_where_a_score_falls_below(scores: dict[int, float], reached: int | None) -> None:
+    assert effective(scores) == reached
+
+
+def test_a_score_by_length_is_the_mean_over_tasks_and_depths() -> None:
+    rows = [
+        row(task=f"retrieval-generate-{task}", length=length, depth=depth, value=value)
+        for length in (1024, 2048)
+        for task, values in (("passkey", (1.0, 0.5)), ("needle", (0.25, 0.75)))
+        for depth, value in zip((0.0, 1.0), values, strict=True)
+    ]
+    rows += [row(task="retrieval-generate-passkey", length=4096, depth=0.0, value=1.0)]  # another mix of tasks
+    rows += [row(task="retrieval-likelihood-passkey", depth=0.0)]  # one length alone
+    rows += [row(value=0.9), row(length=2048, value=0.1), row(metric="acc", length=2048)]
+    found = {name: next(iter(scores.values())) for name, scores in measures(rows).items()}
+    assert found == {
+        "retrieval, by generation": {1024: 0.625, 2048: 0.625},
+        "zebra-needle": {1024: 0.9, 2048: 0.1},
+    }
+    section = lengths(rows)
+    tables = [block for block in section.blocks if isinstance(block, Table)]
+    assert [[line[1].text for line in table.body] for table in tables] == [["none"], ["1,024"]]
+    assert sum(isinstance(block, Figure) for block in section.blocks) == 2
+    assert "not verified" in str(section.blocks[0])
+    assert lengths([row()]).blocks == []
+
+
+def test_runs_of_one_name_are_told_apart_by_their_source() -> None:
+    found = together({"a": [row(), row("two")], "b": [row()]})
+    assert [one.run for one in found] == ["one (a)", "two", "one (b)"]
+
+
+def texts(table: Table) -> list[list[str]]:
+    return [[f"{cell.text}|{cell.dim}" for cell in line] for line in table.body]
+
+
+def test_what_two_runs_have_stands_side_by_side_with_its_change() -> None:
+    rows = [
+        row(length=2048, value=0.7, low=0.6, high=0.8),
+        row(value=0.9, low=0.85, high=0.95),
+        row("two", "GL:8", value=0.5, low=0.4, high=0.6),
+        row("two", "GL:8", length=2048, value=0.75, low=0.65, high=0.85),
+        row(task="perplexity-disjoint", metric="perplexity", value=8.0, position_from=0, position_to=1024),
+        row(task="perplexity-disjoint", metric="perplexity", value=9.0, position_from=0, position_to=256),
+        row("two", task="perplexity-disjoint", metric="perplexity", value=6.5, position_from=0, position_to=1024),
+        row("two", task="only-here"),
+    ]
+    _, needle, perplexity = compare(rows).blocks
+    assert isinstance(needle, Table)
+    assert isinstance(perplexity, Table)
+    assert needle.title == "zebra-needle"
+    assert texts(needle) == [
+        ["accuracy|1,024", "90.0\u00a0%|85.0–95.0", "50.0\u00a0%|40.0–60.0", "−40.0\u00a0%|"],
+        ["accuracy|2,048", "70.0\u00a0%|60.0–80.0", "75.0\u00a0%|65.0–85.0", "+5.0\u00a0%|overlap"],
+    ]
+    assert texts(perplexity) == [["perplexity|1,024", "8.00|", "6.50|", "−1.5|"]]
+    assert compare(rows[:2]).blocks == []
+
+
+def test_the_page_of_two_runs(tmp_path: Path) -> None:
+    for name, value in (("a", 0.9), ("b", 0.6)):
+        write(tmp_path / name / "rows.jsonl", [row(length=length, value=value) for length in (512, 1024)])
+    from zebra.records import read
+
+    rows = together({name: read(tmp_path / name / "rows.jsonl") for name in ("a", "b")})
+    write_report(rows, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for words in ("Side by side", "By length", "one (a)", "one (b)", "−30.0\u00a0%"):
+        assert words in page
+    assert (tmp_path / "page-lengths-1.svg").is_file()
+    write_report([one for one in rows if one.run == "one (a)"], tmp_path / "alone.html")
+    assert "Side by side" not in (tmp_path / "alone.html").read_text()
