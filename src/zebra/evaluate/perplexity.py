@@ -269,8 +269,16 @@ def _batches(windows: Sequence[_Window], batch_tokens: int) -> list[list[_Window
 def _score(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
     seen = counts > 0
     sums, counts = sums[seen], counts[seen]
-    low = high = None
-    if len(sums) > 1:
-        draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), _RESAMPLES)
-        low, high = np.exp(np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975])).tolist()
+    low, high = (None if bound is None else float(np.exp(bound)) for bound in bootstrap(sums, counts, seed))
     return Score(start, end, float(np.exp(sums.sum() / counts.sum())), low, high, int(counts.sum()), len(sums))
+
+
+def bootstrap(
+    sums: NDArray[np.float64], counts: NDArray[np.floating | np.integer], seed: int
+) -> tuple[float | None, float | None]:
+    """The 95 % interval of `sum(sums) / sum(counts)` when what is independent is drawn again; none of one alone."""
+    if len(sums) < 2:
+        return None, None
+    draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), _RESAMPLES)
+    low, high = np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975]).tolist()
+    return low, high

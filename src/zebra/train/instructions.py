@@ -1,0 +1,168 @@
+"""A recipe's conversations: read, through the gate, as tokens, mixed by share, packed into rows; and the suites."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zebra.data.composition import Portion, composition, portions, portions_table
+from zebra.data.conversations import Conversation, Labelled, read_conversations
+from zebra.data.corpus import Corpus
+from zebra.data.mixture import Line, Selection, Source, keep, mix, select
+from zebra.data.packing import IGNORE, Rows, pack_whole
+from zebra.progress import bar, console
+from zebra.refusal import Refusal
+from zebra.train.chat import Chat, TooLong
+from zebra.train.directory import is_first_process
+from zebra.train.trainer import tokens_per_step
+from zebra.train.tune_recipe import InstructionSource, TuneRecipe
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The conversations of a source as tokens; `answers` says of each token whether the assistant says it."""
+
+    corpus: Corpus
+    answers: NDArray[np.bool_]
+    kinds: list[str]
+
+    def __getitem__(self, i: int) -> Labelled:
+        start, end = self.corpus.offsets[i : i + 2]
+        return Labelled(self.corpus.tokens[start:end].tolist(), self.answers[start:end].tolist())
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """Rows in the form that trl's collator reads: tokens, labels on answers alone, where each conversation ends."""
+
+    rows: Rows
+    sources: Sequence[Tokens]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+        for document, _, count in self.rows.pieces[self.rows.firsts[i] : self.rows.firsts[i + 1]]:
+            one = self._conversation(document)
+            found["input_ids"] += one.ids
+            found["labels"] += [t if answer else IGNORE for t, answer in zip(one.ids, one.answers, strict=True)]
+            found["seq_lengths"].append(int(count))
+        return found
+
+    def portions(self) -> list[Portion]:
+        """What the rows are made of, by kind and length."""
+        documents = self.rows.pieces[:, 0]
+        drawn = self._drawn
+        kinds = [self.sources[drawn.sources[d]].kinds[drawn.documents[d]] for d in documents]
+        answers = np.array([sum(self._conversation(d).answers) for d in documents])
+        return portions(kinds, self.rows.pieces[:, 2], answers)
+
+    @property
+    def _drawn(self) -> Selection:
+        assert isinstance(self.rows.documents, Selection)
+        return self.rows.documents
+
+    def _conversation(self, document: int) -> Labelled:
+        return self.sources[self._drawn.sources[document]][self._drawn.documents[document]]
+
+
+class Instructions(NamedTuple):
+    """The rows to train on, the suites to measure on, what a mixture took of each source, counts, a digest of all."""
+
+    rows: AnswerRows
+    suites: dict[str, list[Labelled]]
+    lines: list[Line]
+    counts: dict[str, int]
+    digest: str
+
+
+def read_instructions(recipe: TuneRecipe, chat: Chat) -> Instructions:
+    """Read, check, choose and pack the conversations of a recipe; what they are made of is printed.
+
+    Raises:
+        Refusal: what reading refuses; a conversation too long; a source with nothing left to train on.
+    """
+    data, length = recipe.data, recipe.train.length
+    counts: Counter[str] = Counter()
+    asked = data.sources or [InstructionSource(name="instructions", files=data.files or [], share=1.0)]
+    measured = recipe.evaluate.suites if recipe.evaluate and recipe.evaluate.suites else []
+    suites = {suite.name: read_conversations(suite.files) for suite in measured}
+    tokens = [_tokens(read_conversations(one.files), one.name, recipe, chat, counts) for one in asked]
+    sources = [
+        Source(one.name, found.corpus, one.share, one.min_tokens, one.max_tokens)
+        for one, found in zip(asked, tokens, strict=True)
+    ]
+    kept = keep(sources, deduplicate=True, held_out=data.held_out or 0.0)
+    lines: list[Line] = []
+    if data.sources is None:
+        rows = AnswerRows(pack_whole(select(kept), length), tokens)
+    else:
+        wanted = recipe.train.steps * tokens_per_step(recipe) // length
+        mixture = mix(kept, wanted, length, join=False, seed=recipe.train.seed, whole=True)
+        rows, lines = AnswerRows(mixture.rows, tokens), mixture.lines
+        if is_first_process():
+            console.print(composition(kept, mixture))
+    if is_first_process():
+        console.print(portions_table(rows.portions()))
+    labelled = {name: [chat.fitted(one, length)[0] for one in found] for name, found in suites.items()}
+    if data.held_out is not None:
+        labelled = {
+            part.source.name: [found[i] for i in part.held_out] for part, found in zip(kept, tokens, strict=True)
+        }
+        labelled = {name: found for name, found in labelled.items() if found}
+    counts["duplicates"] += sum(part.duplicates for part in kept)
+    _say(counts)
+    return Instructions(rows, labelled, lines, dict(counts), _digest(tokens, labelled))
+
+
+def _tokens(
+    conversations: Sequence[Conversation], name: str, recipe: TuneRecipe, chat: Chat, counts: Counter[str]
+) -> Tokens:
+    made: list[Labelled] = []
+    hashes, kinds = [], []
+    with bar(f"tokenising {name}", len(conversations), "conversations") as advance:
+        for one in conversations:
+            advance(1)
+            try:
+                labelled, cut = chat.fitted(one, recipe.train.length)
+            except TooLong:
+                if recipe.data.too_long == "refuse":
+                    raise
+                counts["too long"] += 1
+                continue
+            counts["documents cut"] += cut > 0
+            counts["tokens cut"] += cut
+            made.append(labelled)
+            hashes.append(int.from_bytes(hashlib.blake2b(one.text.encode(), digest_size=8).digest(), "big"))
+            kinds.append(one.kind or name)
+    if not made:
+        raise Refusal(
+            f"the source {name} has no conversation left to train on: of {len(conversations):,} "
+            f"{counts['too long']:,} are too long. Take longer rows, or give others."
+        )
+    ids = np.concatenate([np.array(one.ids, np.uint32) for one in made])
+    offsets = np.concatenate([[0], np.cumsum([len(one.ids) for one in made])]).astype(np.int64)
+    answers = np.concatenate([np.array(one.answers, np.bool_) for one in made])
+    return Tokens(Corpus(ids, offsets, np.array(hashes, np.uint64)), answers, kinds)
+
+
+def _say(counts: Counter[str]) -> None:
+    said = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if said and is_first_process():
+        console.print(f"{', '.join(said)}.", highlight=False)
+
+
+def _digest(tokens: Sequence[Tokens], suites: dict[str, list[Labelled]]) -> str:
+    digest = hashlib.sha256()
+    parts: list[Any] = [found.corpus.tokens for found in tokens] + [found.answers for found in tokens]
+    parts += [np.array(one.ids) for found in suites.values() for one in found]
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part.tobytes())
+    return digest.hexdigest()
