@@ -10,6 +10,7 @@ A record may say its `kind` (a word for the tables); all other fields are left a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from zebra.refusal import Refusal
 ROLES = ("system", "user", "assistant")
 GAP = "\n\n[...]\n\n"
 """What stands where a document was cut."""
+_WORD = 40
 
 
 class Message(NamedTuple):
@@ -86,8 +88,10 @@ def without_middle(document: str, spans: Sequence[tuple[int, int]], keep: int) -
     head, tail = keep - keep // 2, keep // 2
     first = document[: spans[head - 1][1]] if head else ""
     last = document[spans[len(spans) - tail][0] :] if tail else ""
-    # Not within a word, where there is a blank to cut at.
-    first, last = first.rsplit(None, 1)[0] if first.split() else "", last.split(None, 1)[-1] if last.split() else ""
+    near = re.search(rf"\s\S{{0,{_WORD}}}$", first)  # a language without blanks is cut where it is
+    first = first[: near.start()] if near else first
+    near = re.match(rf"\S{{0,{_WORD}}}\s", last)
+    last = last[near.end() :] if near else last
     return first + GAP + last
 
 
