@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from zebra.data.conversations import Conversation, Message, conversation
 from zebra.refusal import Refusal
-from zebra.train.chat import NAMED, Chat, TooLong
+from zebra.train.chat import NAMED, Chat
 
 LLAMA_2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -167,8 +167,8 @@ def test_a_long_document_is_cut_in_its_middle_and_nothing_else(length: int) -> N
 
 def test_what_no_cut_makes_short_enough_is_refused() -> None:
     chat = Chat(tokenizer(), "plain", "here")
-    with pytest.raises(TooLong, match=r"file, line 9 is too long: \d+ tokens, where train.length is 32, and it has no"):
+    with pytest.raises(Refusal, match=r"file, line 9 is too long: \d+ tokens, where train.length is 32, and it has no"):
         chat.fitted(conversation({"prompt": "a dog " * 40, "completion": "x"}, "file, line 9"), 32)
     asked = {"document": "a dog ran " * 40, "question": "Who? " * 30, "answer": "x"}
-    with pytest.raises(TooLong, match="even without its document"):
+    with pytest.raises(Refusal, match="is so without its document too"):
         chat.fitted(conversation(asked, "here"), 32)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zebra import __version__
-from zebra.cli import bench, show
+from zebra.cli import bench, data, show
 from zebra.cli.generate import generate
 from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.refusal import Refusal
@@ -28,6 +28,7 @@ app = typer.Typer(
 evaluate = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
 _SELF_EXTEND = "Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:TARGET."

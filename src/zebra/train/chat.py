@@ -47,10 +47,6 @@ NAMED = {
 has its two tokens."""
 
 
-class TooLong(Refusal):
-    """A conversation that no cut makes short enough."""
-
-
 class Chat:
     """A tokenizer and its chat template.
 
@@ -104,24 +100,34 @@ class Chat:
         Raises:
             Refusal: too long, and no document to cut, or too long without it.
         """
+        made = self.shortened(conversation, length)
+        if made is None:
+            tokens = len(self.encode(conversation).ids)
+            why = (
+                "has no document that may be cut" if conversation.document is None else "is so without its document too"
+            )
+            raise Refusal(
+                f"{conversation.where} is too long: {tokens:,} tokens, where train.length is {length:,}, and it {why}. "
+                "Take longer rows, shorten it, or set data.too_long to drop."
+            )
+        return made
+
+    def shortened(self, conversation: Conversation, length: int) -> tuple[Labelled, int] | None:
+        """As `fitted`, and None where no cut makes it short enough."""
         made = self.encode(conversation)
-        over = len(made.ids) - length
+        over, document = len(made.ids) - length, conversation.document
         if over <= 0:
             return made, 0
-        before, document = len(made.ids), conversation.document
-        if document is not None:
-            spans = self.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            keep = len(spans) - over - len(self.tokenizer(GAP, add_special_tokens=False)["input_ids"])
-            while keep >= 2:
-                made = self.encode(conversation.with_document(without_middle(document, spans, keep)))
-                if len(made.ids) <= length:
-                    return made, len(spans) - keep
-                keep -= len(made.ids) - length
-        why = "has no document that may be cut" if document is None else "is so even without its document"
-        raise TooLong(
-            f"{conversation.where} is too long: {before:,} tokens, where train.length is {length:,}, and it {why}. "
-            "Take longer rows, shorten it, or set data.too_long to drop."
-        )
+        if document is None:
+            return None
+        spans = self.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        keep = len(spans) - over - len(self.tokenizer(GAP, add_special_tokens=False)["input_ids"])
+        while keep >= 2:
+            made = self.encode(conversation.with_document(without_middle(document, spans, keep)))
+            if len(made.ids) <= length:
+                return made, len(spans) - keep
+            keep -= len(made.ids) - length
+        return None
 
     def _by_marks(self, said: list[dict[str, Any]], where: str) -> Labelled:
         found = self._rendered(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from zebra.data.composition import Portion, composition, portions, portions_table
 from zebra.data.conversations import Conversation, Labelled, read_conversations
@@ -18,8 +19,9 @@ from zebra.data.mixture import Line, Selection, Source, keep, mix, select
 from zebra.data.packing import IGNORE, Rows, pack_whole
 from zebra.progress import bar, console
 from zebra.refusal import Refusal
-from zebra.train.chat import Chat, TooLong
+from zebra.train.chat import Chat
 from zebra.train.directory import is_first_process
+from zebra.train.gate import Gate, hash_of, held
 from zebra.train.trainer import tokens_per_step
 from zebra.train.tune_recipe import InstructionSource, TuneRecipe
 
@@ -83,18 +85,24 @@ class Instructions(NamedTuple):
     digest: str
 
 
-def read_instructions(recipe: TuneRecipe, chat: Chat) -> Instructions:
+def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrainedModel]) -> Instructions:
     """Read, check, choose and pack the conversations of a recipe; what they are made of is printed.
+
+    Args:
+        load: the model whose likelihood says whether answers depend on their documents, where the recipe asks.
 
     Raises:
         Refusal: what reading refuses; a conversation too long; a source with nothing left to train on.
     """
     data, length = recipe.data, recipe.train.length
-    counts: Counter[str] = Counter()
     asked = data.sources or [InstructionSource(name="instructions", files=data.files or [], share=1.0)]
     measured = recipe.evaluate.suites if recipe.evaluate and recipe.evaluate.suites else []
     suites = {suite.name: read_conversations(suite.files) for suite in measured}
-    tokens = [_tokens(read_conversations(one.files), one.name, recipe, chat, counts) for one in asked]
+    gate = Gate(recipe, chat, load, [one for found in suites.values() for one in found])
+    read = [read_conversations(one.files) for one in asked]
+    if data.held_out:
+        gate.measure([one for found in read for one in found if held(one, data.held_out)])
+    tokens = [_tokens(gate(found), one.name, recipe, chat, gate.counts) for one, found in zip(asked, read, strict=True)]
     sources = [
         Source(one.name, found.corpus, one.share, one.min_tokens, one.max_tokens)
         for one, found in zip(asked, tokens, strict=True)
@@ -111,15 +119,13 @@ def read_instructions(recipe: TuneRecipe, chat: Chat) -> Instructions:
             console.print(composition(kept, mixture))
     if is_first_process():
         console.print(portions_table(rows.portions()))
-    labelled = {name: [chat.fitted(one, length)[0] for one in found] for name, found in suites.items()}
+        _say(gate.counts)
     if data.held_out is not None:
-        labelled = {
-            part.source.name: [found[i] for i in part.held_out] for part, found in zip(kept, tokens, strict=True)
-        }
+        labelled = {part.source.name: [own[i] for i in part.held_out] for part, own in zip(kept, tokens, strict=True)}
         labelled = {name: found for name, found in labelled.items() if found}
-    counts["duplicates"] += sum(part.duplicates for part in kept)
-    _say(counts)
-    return Instructions(rows, labelled, lines, dict(counts), _digest(tokens, labelled))
+    else:
+        labelled = {name: [chat.fitted(one, length)[0] for one in found] for name, found in suites.items()}
+    return Instructions(rows, labelled, lines, dict(gate.counts), _digest(tokens, labelled))
 
 
 def _tokens(
@@ -130,22 +136,20 @@ def _tokens(
     with bar(f"tokenising {name}", len(conversations), "conversations") as advance:
         for one in conversations:
             advance(1)
-            try:
-                labelled, cut = chat.fitted(one, recipe.train.length)
-            except TooLong:
-                if recipe.data.too_long == "refuse":
-                    raise
+            fitted = chat.shortened(one, recipe.train.length) if recipe.data.too_long == "drop" else None
+            if fitted is None and recipe.data.too_long == "drop":
                 counts["too long"] += 1
                 continue
+            labelled, cut = fitted or chat.fitted(one, recipe.train.length)
             counts["documents cut"] += cut > 0
             counts["tokens cut"] += cut
             made.append(labelled)
-            hashes.append(int.from_bytes(hashlib.blake2b(one.text.encode(), digest_size=8).digest(), "big"))
+            hashes.append(hash_of(one))
             kinds.append(one.kind or name)
     if not made:
         raise Refusal(
-            f"the source {name} has no conversation left to train on: of {len(conversations):,} "
-            f"{counts['too long']:,} are too long. Take longer rows, or give others."
+            f"the source {name} has no conversation left to train on: of those that pass the gate all "
+            f"{len(conversations):,} are too long. Give others, or take longer rows; faults: {_said(counts) or 'none'}."
         )
     ids = np.concatenate([np.array(one.ids, np.uint32) for one in made])
     offsets = np.concatenate([[0], np.cumsum([len(one.ids) for one in made])]).astype(np.int64)
@@ -153,10 +157,13 @@ def _tokens(
     return Tokens(Corpus(ids, offsets, np.array(hashes, np.uint64)), answers, kinds)
 
 
+def _said(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+
+
 def _say(counts: Counter[str]) -> None:
-    said = [f"{count:,} {what}" for what, count in counts.items() if count]
-    if said and is_first_process():
-        console.print(f"{', '.join(said)}.", highlight=False)
+    if said := _said(counts):
+        console.print(f"{said}.", highlight=False)
 
 
 def _digest(tokens: Sequence[Tokens], suites: dict[str, list[Labelled]]) -> str:

@@ -55,7 +55,7 @@ def tune(recipe: TuneRecipe) -> list[Row]:
 def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) -> list[Row]:
     if (run / "rows.jsonl").exists() and (done := records.read(run / "rows.jsonl")):
         return done
-    data = read_instructions(recipe, chat)
+    data = read_instructions(recipe, chat, lambda: load(recipe.model).to(best_device()))
     inputs = {
         "source": digest(recipe.model),
         "conversations": data.digest,
@@ -79,6 +79,7 @@ def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) ->
     found = [
         *data_rows(recipe, data.lines, layout(config), **columns_of(recipe)),
         *_made_of(recipe, data.rows.portions(), layout(config)),
+        *_counted(recipe, data.counts, layout(config)),
         *before,
         *_training_rows(recipe, config, history),
         *after,
@@ -168,6 +169,12 @@ def _made_of(recipe: TuneRecipe, portions: list[Portion], layout: str) -> list[R
         for one in portions
         for metric, value in (("samples", one.samples), ("tokens", one.tokens), ("answer_tokens", one.answer_tokens))
     ]
+
+
+def _counted(recipe: TuneRecipe, counts: dict[str, int], layout: str) -> list[Row]:
+    """What the gate found and what was cut."""
+    common = columns_of(recipe) | {"model": recipe.model, "layout": layout, "length": recipe.train.length}
+    return [Row(task="quality", metric=name, value=count, **common) for name, count in counts.items()]
 
 
 def _training_rows(recipe: TuneRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
