@@ -29,8 +29,9 @@ from zebra.model.attention import NAME
 from zebra.model.families import host_class, striped
 from zebra.model.loss import IGNORE
 from zebra.stripes import Stripes
+from zebra.train.chat import Chat
 from zebra.train.dry_run import dry_run
-from zebra.train.instructions import AnswerRows, Tokens
+from zebra.train.instructions import AnswerRows, Tokens, read_instructions
 from zebra.train.recipe import read_recipe
 from zebra.train.sft import as_dataset
 from zebra.train.tune import tune
@@ -201,10 +202,6 @@ def test_the_loss_is_that_of_the_answers_one_by_one(finished: tuple[Path, list[r
     """The first logged loss, through trl and packing, equals the host's cross-entropy of single conversations."""
     _, rows = finished
     run = recipe(data / "unused", data)
-    from zebra.train.chat import Chat
-    from zebra.train.dry_run import dry_run
-from zebra.train.instructions import read_instructions
-
     chat = Chat(AutoTokenizer.from_pretrained(STORIES), "plain", "stories")
     found = read_instructions(run, chat, lambda: pytest.fail("no model is asked")).rows
     model = AutoModelForCausalLM.from_pretrained(zebra.convert(STORIES, data / "striped", "GLLL:33"))

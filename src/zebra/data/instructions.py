@@ -114,7 +114,7 @@ Task = tuple[str, str, str, str]
 
 def _tasks(one: Annotated, order: Order, rng: Random) -> Iterator[Task]:
     for question, answer in one.questions:
-        kind = "summary" if re.search(r"\b(summar|plot of the)", question, re.IGNORECASE) else "qa"
+        kind = "summary" if re.search(r"\b(summary|summari[sz]e|plot of the)", question, re.IGNORECASE) else "qa"
         if kind in order.kinds:
             yield kind, one.text, question, answer
     if one.summary is not None and "summary" in order.kinds:
