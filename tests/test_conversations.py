@@ -46,6 +46,18 @@ def test_an_input_and_a_document_stand_before_what_is_asked() -> None:
     assert (other.document, other.question) == ("A cat", "Who ran?")
 
 
+def test_a_document_with_several_questions_is_a_conversation_for_each(tmp_path: Path) -> None:
+    qa = [{"question": f"Q{i}?", "answers": [f"A{i}", "else"]} for i in range(3)]
+    (tmp_path / "set.jsonl").write_text(json.dumps({"document": "A text.", "qa": qa}))
+    found = read_conversations([str(tmp_path / "set.jsonl")])
+    assert [(one.question, one.answer, one.document) for one in found] == [
+        (f"Q{i}?", f"A{i}", "A text.") for i in range(3)
+    ]
+    (tmp_path / "set.jsonl").write_text(json.dumps({"document": "A text.", "qa": [{"question": "Q?"}]}))
+    with pytest.raises(Refusal, match="line 1: qa is a list of"):
+        read_conversations([str(tmp_path / "set.jsonl")])
+
+
 def test_files_plain_and_packed_are_read_in_order(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": str(i), "completion": "x"}) + "\n" for i in range(4)]
     (tmp_path / "a.jsonl").write_text(lines[0] + "\n" + lines[1])

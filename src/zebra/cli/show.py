@@ -63,6 +63,10 @@ def rows(found: Sequence[Row], as_json: bool) -> None:
         from zebra.report import retrieval_table
 
         _print(retrieval_table(found))
+    elif any(row.metric == "answer_loss" for row in found):
+        from zebra.report import answer_table
+
+        _print(answer_table(found))
     elif any(row.task.startswith("bench ") for row in found):
         from zebra.report import bench_table
 

@@ -113,7 +113,7 @@ def portions_table(found: Sequence[Portion]) -> Table:
         again = i > 0 and found[i - 1].kind == one.kind
         table.add_row(
             "" if again else one.kind,
-            f"{one.low:,} to {one.high:,}",
+            f"{one.low:,}+",
             f"{one.samples:,} ({one.samples / samples:.0%})",
             f"{one.tokens:,} ({one.tokens / tokens:.0%})",
             f"{one.answer_tokens / one.tokens:.0%}",

@@ -4,8 +4,9 @@
     {"prompt": "..." or messages, "completion": "..." or messages}
     {"instruction": "...", "input": "...", "output": "..."}            the input may be empty or absent
     {"document": "...", "question": "...", "answer": "..."}            only the document may be cut
+    {"document": "...", "qa": [{"question": "...", "answers": ["...", ...]}]}      a conversation for each question
 
-A record may say its `kind` (a word for the tables); all other fields are left alone.
+Of several answers the first is taken. A record may say its `kind` (a word for the tables); other fields are left alone.
 """
 
 from __future__ import annotations
@@ -110,7 +111,26 @@ def read_conversations(patterns: Sequence[str]) -> list[Conversation]:
 
 def _read(file: Path) -> Iterator[Conversation]:
     for where, record in read_records(file):
-        yield conversation(record, where)
+        if "messages" not in record and {"document", "qa"} <= record.keys():
+            for pair in pairs_of(record["qa"], where):
+                yield conversation(record | pair, where)
+        else:
+            yield conversation(record, where)
+
+
+def pairs_of(qa: Any, where: str) -> list[dict[str, Any]]:
+    """The questions of an annotated document, each with the first of its answers.
+
+    Raises:
+        Refusal: another shape.
+    """
+    good = isinstance(qa, list) and all(
+        isinstance(pair, dict) and "question" in pair and isinstance(pair.get("answers"), list) and pair["answers"]
+        for pair in qa
+    )
+    if not good:
+        raise Refusal(f'{where}: qa is a list of {{"question": "...", "answers": ["...", ...]}}. Mend or drop it.')
+    return [{"question": pair["question"], "answer": pair["answers"][0]} for pair in qa]
 
 
 def conversation(record: dict[str, Any], where: str) -> Conversation:

@@ -24,6 +24,7 @@ from random import Random
 from statistics import median
 from typing import Any, NamedTuple
 
+from zebra.data.conversations import pairs_of
 from zebra.data.documents import find_files, read_documents, read_records
 from zebra.records import to_json
 from zebra.refusal import Refusal
@@ -220,17 +221,11 @@ def _annotated(record: dict[str, Any], where: str) -> Annotated:
     name = next((name for name in ("document", "text") if name in record), None)
     if name is None:
         raise Refusal(f"{where} has no document: its fields are {', '.join(record)}. Name the field document or text.")
-    pairs = record.get("qa", [])
+    pairs = pairs_of(record.get("qa", []), where)
     if "question" in record and "answer" in record:
-        pairs = [{"question": record["question"], "answers": [record["answer"]]}]
-    good = isinstance(pairs, list) and all(
-        isinstance(pair, dict) and isinstance(pair.get("answers"), list) and pair["answers"] for pair in pairs
-    )
-    if not good:
-        raise Refusal(f'{where}: qa is a list of {{"question": "...", "answers": ["...", ...]}}. Mend or drop it.')
+        pairs = [record]
     questions = tuple(
-        (_string(pair.get("question"), "question", where), _string(pair["answers"][0], "answer", where))
-        for pair in pairs
+        (_string(pair["question"], "question", where), _string(pair["answer"], "answer", where)) for pair in pairs
     )
     summary = record.get("summary")
     return Annotated(

@@ -15,12 +15,12 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import benches, page, retrieval, sections
+from zebra.report import answers, benches, page, retrieval, sections
 from zebra.report.figures import standalone
 from zebra.report.page import Figure
 from zebra.report.series import by_kind, groups_of
 
-__all__ = ["bench_table", "position_table", "retrieval_table", "write_report"]
+__all__ = ["answer_table", "bench_table", "position_table", "retrieval_table", "write_report"]
 
 
 def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -> None:
@@ -39,13 +39,18 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
     groups = groups_of(kinds["position"])
     runs = dict.fromkeys(row.run for row in rows)
     title = title or ", ".join(runs)
-    verdicts = {run: sections.verdict(run, groups, kinds["cost"]) for run in runs}
+    verdicts = {
+        run: f"{answers.verdict(run, kinds['answers'])} {sections.verdict(run, groups, kinds['cost'])}".strip()
+        for run in runs
+    }
     verdict = [f"{run}: {text}" if len(runs) > 1 else text for run, text in verdicts.items() if text]
     verdict = verdict or [f"{len(rows):,} rows of results."]
     parts = [
         sections.layouts(kinds["cost"]),
         sections.positions(groups),
         retrieval.retrieval(kinds["retrieval"]),
+        answers.answers(kinds["answers"]),
+        answers.makeup(kinds["instructions"]),
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
@@ -77,6 +82,11 @@ def position_table(rows: Sequence[Row]) -> terminal.Table:
 def bench_table(rows: Sequence[Row]) -> terminal.Table:
     """Measured time and memory for the terminal, beside the plan's prediction and the device's ceilings."""
     return _grid(benches.bench_tables(by_kind(rows)["bench"]))
+
+
+def answer_table(rows: Sequence[Row]) -> terminal.Table:
+    """The loss on answers for the terminal, before and after."""
+    return _grid(answers.answer_tables(by_kind(rows)["answers"]))
 
 
 def retrieval_table(rows: Sequence[Row]) -> terminal.Table:
