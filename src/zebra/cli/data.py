@@ -59,5 +59,5 @@ def check(
 
     read = read_conversations(conversations)
     measured = runs(measured_text(one) for one in read_conversations(against)) if against else frozenset()
-    found = [(fault.name, read[fault.index].where) for fault in faults(read, measured)]
+    found = [(fault.name, read[fault.at].where) for fault in faults(read, measured)]
     show.faults(found, len(read), as_json)

@@ -32,9 +32,9 @@ _LETTERS = 20
 
 
 class Fault(NamedTuple):
-    """What is wrong with the conversation of an index."""
+    """What is wrong with which conversation."""
 
-    index: int
+    at: int
     name: str
 
 

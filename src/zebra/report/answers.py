@@ -69,13 +69,13 @@ def makeup(rows: list[Row]) -> Section:
     found: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     for row in rows:
         found[row.task.removeprefix(_KIND), row.position_from or 0][row.metric] = row.value
-    totals = {metric: sum(row.value for row in rows if row.metric == metric) for metric in ("samples", "tokens")}
+    totals = {metric: _total(rows, metric) for metric in ("samples", "tokens")}
     body = [
         [
             Cell(kind),
             Cell(f"{low:,}+"),
-            *(Cell(f"{has[metric]:,.0f}", percent(has[metric] / totals[metric], 0)) for metric in totals),
-            Cell(percent(has["answer_tokens"] / has["tokens"], 0)),
+            *(Cell(f"{has.get(of, 0):,.0f}", percent(has.get(of, 0) / total, 0)) for of, total in totals.items()),
+            Cell(percent(has.get("answer_tokens", 0) / (has.get("tokens") or 1), 0)),
         ]
         for (kind, low), has in found.items()
     ]
@@ -112,9 +112,13 @@ def _plot_way(axes: Axes, points: dict[str, list[tuple[int, float]]]) -> None:
     axes.set_ylabel("loss on answers")
 
 
+def _total(rows: list[Row], metric: str) -> float:
+    return sum(row.value for row in rows if row.metric == metric) or 1.0
+
+
 def _stacked(rows: list[Row], metric: str) -> Callable[[Axes], None]:
     mine = [row for row in rows if row.metric == metric]
-    total = sum(row.value for row in mine)
+    total = _total(rows, metric)
     lows = sorted({row.position_from or 0 for row in mine})
     kinds = list(dict.fromkeys(row.task.removeprefix(_KIND) for row in mine))
 
