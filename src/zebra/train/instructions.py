@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,7 +124,9 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
         labelled = {part.source.name: [own[i] for i in part.held_out] for part, own in zip(kept, tokens, strict=True)}
         labelled = {name: found for name, found in labelled.items() if found}
     else:
-        labelled = {name: [chat.fitted(one, length)[0] for one in found] for name, found in suites.items()}
+        labelled = {name: [made for made, _, _ in _fitted(found, recipe, chat)] for name, found in suites.items()}
+        if empty := [name for name, found in labelled.items() if not found]:
+            raise Refusal(f"all conversations of the suite {empty[0]} are too long. Take longer rows, or give others.")
     return Instructions(rows, labelled, lines, dict(gate.counts), _digest(tokens, labelled))
 
 
@@ -134,18 +136,13 @@ def _tokens(
     made: list[Labelled] = []
     hashes, kinds = [], []
     with bar(f"tokenising {name}", len(conversations), "conversations") as advance:
-        for one in conversations:
-            advance(1)
-            fitted = chat.shortened(one, recipe.train.length) if recipe.data.too_long == "drop" else None
-            if fitted is None and recipe.data.too_long == "drop":
-                counts["too long"] += 1
-                continue
-            labelled, cut = fitted or chat.fitted(one, recipe.train.length)
+        for labelled, cut, one in _fitted(conversations, recipe, chat, advance):
             counts["documents cut"] += cut > 0
             counts["tokens cut"] += cut
             made.append(labelled)
             hashes.append(hash_of(one))
             kinds.append(one.kind or name)
+    counts["too long"] += len(conversations) - len(made)
     if not made:
         raise Refusal(
             f"the source {name} has no conversation left to train on: of those that pass the gate all "
@@ -155,6 +152,21 @@ def _tokens(
     offsets = np.concatenate([[0], np.cumsum([len(one.ids) for one in made])]).astype(np.int64)
     answers = np.concatenate([np.array(one.answers, np.bool_) for one in made])
     return Tokens(Corpus(ids, offsets, np.array(hashes, np.uint64)), answers, kinds)
+
+
+def _fitted(
+    conversations: Sequence[Conversation],
+    recipe: TuneRecipe,
+    chat: Chat,
+    advance: Callable[[float], None] = lambda units: None,
+) -> Iterator[tuple[Labelled, int, Conversation]]:
+    """The conversations as tokens, and how many were cut of each; what is too long is refused or left out."""
+    length, drop = recipe.train.length, recipe.data.too_long == "drop"
+    for one in conversations:
+        advance(1)
+        found = chat.shortened(one, length) if drop else chat.fitted(one, length)
+        if found is not None:
+            yield (*found, one)
 
 
 def _said(counts: Counter[str]) -> str:
