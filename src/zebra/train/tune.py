@@ -34,8 +34,8 @@ from zebra.train.tune_recipe import TuneRecipe
 
 try:
     from zebra.train.sft import fit_answers
-except ImportError:
-    raise Refusal("tuning needs trl and datasets. Run pip install 'zebra-llm[tune]'.") from None
+except ImportError as error:
+    raise Refusal(f"tuning needs trl and datasets ({error}). Run pip install 'zebra-llm[tune]'.") from None
 
 
 def tune(recipe: TuneRecipe) -> list[Row]:
