@@ -15,7 +15,7 @@ from rich.console import Console
 
 from zebra import Refusal
 from zebra.records import Row
-from zebra.report import position_table, retrieval_table, write_report
+from zebra.report import answer_table, position_table, retrieval_table, write_report
 
 MADE: dict[str, Any] = {"seed": 3, "device": "cpu, 2 threads", "versions": {"torch": "2.13.0"}, "commit": "abc123"}
 BUCKETS = ((0, 256), (256, 512), (512, 1024), (0, 1024))
@@ -260,3 +260,29 @@ def test_the_terminal_has_retrieval_by_length_and_depth() -> None:
     shown = out.getvalue()
     assert "8,192" in shown
     assert shown.count("75\N{NO-BREAK SPACE}%") == 4
+
+
+def test_tuning_is_a_loss_for_each_suite_and_what_it_was_tuned_on(tmp_path: Path) -> None:
+    def row(task: str, model: str, value: float, **columns: Any) -> Row:
+        columns = {"metric": "answer_loss", "low": value - 0.1, "high": value + 0.1, "n": 1234, "length": 512} | columns
+        return Row(run="t", model=model, layout="GLLL:9", task=task, value=value, **columns)
+
+    rows = [
+        *(row("answers-short", "m", 4.56), row("answers-long", "m", 3.45)),
+        *(row("answers-short", "t@5", 4.12), row("answers-long", "t@5", 3.21)),
+        *(row("answers-short", "runs/t/model", 4.01), row("answers-long", "runs/t/model", 3.67)),
+    ]
+    for kind, low, samples, tokens in (("qa", 256, 30, 9_000), ("short", 0, 70, 1_000)):
+        at = {"position_from": low, "position_to": 512, "low": None, "high": None, "n": samples}
+        for metric, value in (("samples", samples), ("tokens", tokens), ("answer_tokens", tokens / 4)):
+            rows.append(row(f"instructions-{kind}", "m", value, metric=metric, **at))
+    html, markdown = page(rows, tmp_path)
+    text = words(html)
+    assert "The loss on short answers fell from 4.56 to 4.01, on long answers rose from 3.45 to 3.67." in text
+    for number in ("4.12", "3.21", "1,234 tokens", "step 5", "9,000", "90 %", "25 %", "70 %"):
+        assert number in text, number
+    assert "report-answers.svg" in markdown
+    assert "report-instructions.svg" in markdown
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(answer_table(rows))
+    assert "3.67" in shown.getvalue()

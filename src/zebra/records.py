@@ -30,6 +30,7 @@ def versions() -> dict[str, str]:
         ("torch", "torch"),
         ("transformers", "transformers"),
         ("accelerate", "accelerate"),
+        ("trl", "trl"),
     ):
         try:
             found[name] = importlib.metadata.version(distribution)

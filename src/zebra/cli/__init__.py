@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zebra import __version__
-from zebra.cli import bench, documents, show, tasks
+from zebra.cli import bench, data, documents, show, tasks
 from zebra.cli.convert import EXAMPLE as EXAMPLE_OF_CONVERT
 from zebra.cli.convert import convert
 from zebra.cli.generate import generate
 from zebra.cli.loading import loads_a_checkpoint
 from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.refusal import Refusal
+
+if TYPE_CHECKING:
+    from zebra.records import Row
 
 app = typer.Typer(
     help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
@@ -28,6 +31,7 @@ app = typer.Typer(
 evaluate = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -125,14 +129,46 @@ def adapt(
         from zebra.train.adapt import adapt as run
 
         rows = run(read)
-        from zebra.train.directory import is_first_process
-    if is_first_process():
-        from zebra.report import write_report
+    _finished(read.run, rows, as_json)
 
-        page = Path(read.run) / "report.html"
+
+@app.command(epilog="zebra tune recipes/tiny-lit-cpu.yaml --set train.steps=100")
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tune a checkpoint on short and long instructions (LIT), measure it before and after, and write a report."""
+    from zebra.train.recipe import read_recipe
+    from zebra.train.tune_recipe import TuneRecipe
+
+    read = read_recipe(recipe, TuneRecipe, set_ or [])
+    if dry_run:
+        with show.quiet_host():
+            from zebra.train.dry_run import dry_run as reckon
+
+            show.dry_run(reckon(read), as_json)
+        return
+    with show.quiet_host():
+        from zebra.train.tune import tune as run
+
+        rows = run(read)
+    _finished(read.run, rows, as_json)
+
+
+def _finished(run: str, rows: list[Row], as_json: bool) -> None:
+    """A run's page, and its rows on the terminal; one process of several speaks."""
+    from zebra.report import write_report
+    from zebra.train.directory import is_first_process
+
+    if is_first_process():
+        page = Path(run) / "report.html"
         write_report(rows, page)
         show.rows(rows, as_json)
-        show.note(f"checkpoint {read.run}/model, rows {read.run}/rows.jsonl, report {page}")
+        show.note(f"checkpoint {run}/model, rows {run}/rows.jsonl, report {page}")
 
 
 @app.command(epilog="zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB")

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zebra.data.instructions import Made
     from zebra.doctor import Served
     from zebra.generation import Generated
     from zebra.model.verify import Check
@@ -70,6 +71,10 @@ def rows(found: Sequence[Row], as_json: bool) -> None:
         from zebra.report import selection_table
 
         _print(selection_table(found))
+    elif any(row.metric == "answer_loss" for row in found):
+        from zebra.report import answer_table
+
+        _print(answer_table(found))
     elif any(row.task.startswith("bench ") for row in found):
         from zebra.report import bench_table
 
@@ -86,6 +91,31 @@ def checks(found: Sequence[Check], as_json: bool) -> None:
         verdict = "[green]equal[/]" if c.passed else "[red bold]DIFFERENT[/]"
         table.add_row(c.name, c.compared, f"{c.difference:.1e}", f"{c.tolerance:.0e}", f"{c.tokens:,} tokens", verdict)
     _print(table)
+
+
+def instructions(found: Sequence[Made], as_json: bool) -> None:
+    """What instructions were made, kind by kind."""
+    if as_json:
+        json({"instructions": [one._asdict() for one in found]})
+        return
+    table = _table("kind", "instructions", "words of the documents", "words of the answer")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in found:
+        table.add_row(one.kind, f"{one.instructions:,}", f"{one.document_words:,}", f"{one.answer_words:,}")
+    _print(table)
+
+
+def faults(found: Sequence[tuple[str, str]], of: int, as_json: bool) -> None:
+    """The faults of conversations, each with its place."""
+    if as_json:
+        json({"conversations": of, "faults": [{"fault": name, "where": where} for name, where in found]})
+        return
+    table = _table("fault", f"of {of:,}", "first of them")
+    for name in dict.fromkeys(name for name, _ in found):
+        places = [where for other, where in found if other == name]
+        table.add_row(name, f"{len(places):,}", places[0])
+    _print(table) if found else print(f"{of:,} conversations, no fault")
 
 
 def dry_run(found: DryRun, as_json: bool) -> None:

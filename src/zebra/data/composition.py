@@ -1,10 +1,13 @@
-"""What a mixture is made of, as tables for the terminal: its sources, and the lengths of its documents."""
+"""What a mixture is made of, as tables for the terminal: its sources, the lengths of its documents, their kinds."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -33,7 +36,7 @@ def composition(kept: Sequence[Kept], mixture: Mixture) -> Group:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
     for name in columns:
-        if name == "source":
+        if name in ("source", "kind"):
             table.add_column(name, overflow="fold")
         else:
             table.add_column(name, justify="right", no_wrap=True)
@@ -45,9 +48,7 @@ def _by_length(kept: Sequence[Kept], mixture: Mixture) -> Table:
     of = [mixture.drawn.documents[mixture.drawn.sources == i] for i in range(len(kept))]
     # By the length of the whole document: the last of a source is cut.
     whole = np.concatenate([part.source.corpus.lengths[drawn] for part, drawn in zip(kept, of, strict=True)])
-    edges = [0, FIRST_EDGE]
-    while edges[-1] <= max(there):
-        edges.append(edges[-1] * 2)
+    edges = _edges(int(max(there)))
     shares = [
         np.histogram(lengths, bins=edges, weights=tokens)[0] / tokens.sum()
         for lengths, tokens in ((there, there), (whole, mixture.drawn.lengths))
@@ -59,4 +60,63 @@ def _by_length(kept: Sequence[Kept], mixture: Mixture) -> Table:
     for first, last, a, b in zip(edges[:-1], edges[1:], *shares, strict=True):
         bars = ("█" * round(_BAR * share / most) for share in (a, b))
         table.add_row(f"{first:,} to {last:,}", f"{a:.1%}", next(bars), f"{b:.1%}", next(bars))
+    return table
+
+
+def _edges(longest: int) -> list[int]:
+    edges = [0, FIRST_EDGE]
+    while edges[-1] <= longest:
+        edges.append(edges[-1] * 2)
+    return edges
+
+
+class Portion(NamedTuple):
+    """Conversations of one kind whose tokens lie in [low, high), as often as they are drawn."""
+
+    kind: str
+    low: int
+    high: int
+    samples: int
+    tokens: int
+    answer_tokens: int
+
+
+def portions(kinds: Sequence[str], lengths: NDArray[np.int64], answers: NDArray[np.int64]) -> list[Portion]:
+    """What conversations are, by kind and then by bucket of lengths: 0, 256, 512, 1024, ...
+
+    Args:
+        kinds, lengths, answers: of each conversation its kind, its tokens, and those of its answers.
+    """
+    edges = _edges(int(lengths.max(initial=0)))
+    which = np.array(kinds)
+    found = []
+    for kind in dict.fromkeys(kinds):
+        for low, high in itertools.pairwise(edges):
+            inside = (which == kind) & (lengths >= low) & (lengths < high)
+            if inside.any():
+                count, tokens, said = (int(of[inside].sum()) for of in (inside, lengths, answers))
+                found.append(Portion(kind, low, high, count, tokens, said))
+    return found
+
+
+def portions_table(found: Sequence[Portion]) -> Table:
+    """The portions as a table: shares of samples and of tokens, and of these the answers'."""
+    samples, tokens = sum(one.samples for one in found), sum(one.tokens for one in found)
+    table = _table(
+        f"{samples:,} conversations, {tokens:,} tokens, {sum(one.answer_tokens for one in found):,} of them answers",
+        *("kind", "length", "samples", "tokens", "answers"),
+    )
+    table.columns[0].min_width = max(len(one.kind) for one in found)
+    most = max(one.tokens for one in found)
+    table.add_column("", no_wrap=True)
+    for i, one in enumerate(found):
+        again = i > 0 and found[i - 1].kind == one.kind
+        table.add_row(
+            "" if again else one.kind,
+            f"{one.low:,}+",
+            f"{one.samples:,} ({one.samples / samples:.0%})",
+            f"{one.tokens:,} ({one.tokens / tokens:.0%})",
+            f"{one.answer_tokens / one.tokens:.0%}",
+            "█" * round(_BAR * one.tokens / most),
+        )
     return table

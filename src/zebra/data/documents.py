@@ -28,6 +28,8 @@ _PARQUET_ROWS = 64  # a record may be a whole book
 
 _Reader = Callable[[Path, str], Iterator[tuple[str, int]]]
 """A file and its separator or field to texts, each with the bytes of the file that it took."""
+_Unpack = Callable[[Path, BinaryIO], Iterator[bytes]]
+"""A file, open, to its bytes unpacked."""
 
 
 class Document(NamedTuple):
@@ -112,7 +114,23 @@ def _split(file: Path, separator: str) -> Iterator[tuple[str, int]]:
 # Records
 
 
-def _json_lines(unpack: Callable[[Path, BinaryIO], Iterator[bytes]]) -> _Reader:
+def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON Lines (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), each with its place in words.
+
+    Raises:
+        Refusal: a file of another suffix or a damaged one; a line that is no JSON object, with its number.
+    """
+    unpack = next((unpack for suffix, unpack in _PACKED.items() if file.name.lower().endswith(suffix)), None)
+    if unpack is None:
+        raise Refusal(f"{file} is no file of JSON Lines. Name it {', '.join(_PACKED)}, and give one object a line.")
+    with file.open("rb") as raw:
+        for number, line in enumerate(_lines(unpack(file, raw)), start=1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                yield where, _object(where, line)
+
+
+def _json_lines(unpack: _Unpack) -> _Reader:
     """A reader of JSON Lines out of the packed or plain bytes of a file."""
 
     def read(file: Path, field: str) -> Iterator[tuple[str, int]]:
@@ -121,7 +139,9 @@ def _json_lines(unpack: Callable[[Path, BinaryIO], Iterator[bytes]]) -> _Reader:
             for number, line in enumerate(_lines(unpack(file, raw)), start=1):
                 if line.strip():
                     after = raw.tell()
-                    yield _field(f"{file}, line {number}", line, field), after - before
+                    where = f"{file}, line {number}"
+                    record = _object(where, line)
+                    yield _text(where, record.get(field), field, record), after - before
                     before = after
 
     return read
@@ -153,14 +173,14 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(pieces)
 
 
-def _field(where: str, line: bytes, field: str) -> str:
+def _object(where: str, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise Refusal(f"{where} is not JSON: {error}. A .jsonl file has one JSON object a line.") from None
     if not isinstance(record, dict):
         raise Refusal(f"{where} is no record but a {type(record).__name__}. A .jsonl file has one JSON object a line.")
-    return _text(where, record.get(field), field, record)
+    return record
 
 
 def _text(where: str, value: Any, field: str, fields: Any) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zebra.data.corpus import Corpus
-from zebra.data.packing import Rows, pack
+from zebra.data.packing import Rows, pack, pack_whole
 from zebra.refusal import Refusal
 
 
@@ -136,11 +136,14 @@ def select(kept: Sequence[Kept], *, held_out: bool = False) -> Selection:
     return _selection(kept, chosen, [part.source.corpus.lengths[i] for part, i in zip(kept, chosen, strict=True)])
 
 
-def mix(kept: Sequence[Kept], rows: int, length: int, *, join: bool, seed: int) -> Mixture:
+def mix(kept: Sequence[Kept], rows: int, length: int, *, join: bool, seed: int, whole: bool = False) -> Mixture:
     """A mixture that fills `rows` rows of `length` tokens, or as near to it as rows with padding come from below.
 
+    Args:
+        whole: cut no document: a source ends nearest to its share with whole ones, one of them at least.
+
     Raises:
-        Refusal: shares that do not sum to 1.
+        Refusal: shares that do not sum to 1; fewer rows than whole documents of each source need.
     """
     total = sum(part.source.share for part in kept)
     if abs(total - 1) > 1e-6:
@@ -148,14 +151,19 @@ def mix(kept: Sequence[Kept], rows: int, length: int, *, join: bool, seed: int) 
         raise Refusal(f"the shares of a mixture sum to 1; got {shares} = {total:g}. Change them.")
     tokens = rows * length
     while True:
-        drawn = _draw(kept, tokens, seed)
-        packed = pack(drawn, length, join=join, seed=seed)
+        drawn = _draw(kept, tokens, seed, whole)
+        packed = pack_whole(drawn, length) if whole else pack(drawn, length, join=join, seed=seed)
         if len(packed) <= rows:
             return Mixture(packed, drawn, _lines(kept, drawn, packed))
-        tokens = max(length, tokens * rows // len(packed))  # documents apart leave room at the end of rows
+        if whole and tokens <= 1:
+            raise Refusal(
+                f"{rows:,} rows of {length:,} tokens do not hold one whole document of each of {len(kept)} sources. "
+                "Take more rows or longer ones."
+            )
+        tokens = max(1 if whole else length, tokens * rows // len(packed))  # documents apart leave room at row ends
 
 
-def _draw(kept: Sequence[Kept], tokens: int, seed: int) -> Selection:
+def _draw(kept: Sequence[Kept], tokens: int, seed: int, whole: bool) -> Selection:
     ends = np.rint(np.cumsum([part.source.share for part in kept]) * tokens).astype(np.int64)
     documents, counts = [], []
     for part, budget in zip(kept, np.diff(ends, prepend=0), strict=True):
@@ -168,7 +176,11 @@ def _draw(kept: Sequence[Kept], tokens: int, seed: int) -> Selection:
         last = int(np.searchsorted(sums, budget))
         order = order[: last + 1]
         taken = lengths[order]
-        taken[last] -= sums[last] - budget
+        over = int(sums[last]) - int(budget)
+        if not whole:
+            taken[last] -= over
+        elif last and 2 * over > taken[last]:
+            order, taken = order[:last], taken[:last]
         documents.append(part.documents[order])
         counts.append(taken)
     return _selection(kept, documents, counts)

@@ -91,6 +91,18 @@ def pack(documents: Documents, length: int, *, join: bool, seed: int) -> Rows:
     return Rows(documents, length, pieces, firsts, apart=not join)
 
 
+def pack_whole(documents: Documents, length: int) -> Rows:
+    """Rows of `length` tokens with documents apart, each of them whole in one row; the last rows may be nearly empty.
+
+    Raises:
+        Refusal: a document longer than a row.
+    """
+    longest = int(documents.lengths.max())
+    if longest > length:
+        raise Refusal(f"a document has {longest:,} tokens, more than a row of {length:,}. Cut it or take longer rows.")
+    return Rows(documents, length, *_best_fit(documents.lengths, length), apart=True)
+
+
 def _joined(lengths: NDArray[np.int64], row: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     order = np.random.default_rng(seed).permutation(len(lengths))
     ends = np.cumsum(lengths[order])

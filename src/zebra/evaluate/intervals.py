@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ def wilson(mean: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
-def bootstrapped(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def bootstrapped(sums: NDArray[Any], counts: NDArray[Any], seed: int) -> NDArray[np.float64]:
     """The bootstrap interval of sum / count over independent documents, each with its sum and its count, by a seed."""
     draws = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), _RESAMPLES)
     return np.asarray(np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975]))

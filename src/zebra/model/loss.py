@@ -73,8 +73,13 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """
     # With bfloat16 inputs torch 2.13 returns a wrong value (its gradients are right): float32 in, and no autocast.
     with torch.autocast(hidden.device.type, enabled=False):
-        states, targets = _shifted(hidden.float(), labels)
-        return _summed(states, replace(head, weight=head.weight.float()), targets)
+        states, targets = _shifted(hidden, labels)
+        predicted = targets != IGNORE
+        if not bool(predicted.all()):  # of an instruction the answer is the least part: the head reads that alone
+            states, targets = states[predicted], targets[predicted]
+        if not len(targets):
+            return hidden.float().sum() * 0 + head.weight.float().sum() * 0
+        return _summed(states.float(), replace(head, weight=head.weight.float()), targets)
 
 
 def _summed(states: Tensor, head: Head, targets: Tensor) -> Tensor:

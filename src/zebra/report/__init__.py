@@ -14,7 +14,7 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import benches, compare, lengths, page, retrieval, sections, selection, tasks
+from zebra.report import answers, benches, compare, lengths, page, retrieval, sections, selection, tasks
 from zebra.report.compare import together
 from zebra.report.figures import standalone
 from zebra.report.page import Figure
@@ -22,6 +22,7 @@ from zebra.report.series import by_kind, groups_of
 from zebra.staged import write_whole
 
 __all__ = [
+    "answer_table",
     "bench_table",
     "position_table",
     "retrieval_table",
@@ -48,7 +49,10 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
     groups = groups_of(kinds["position"])
     runs = dict.fromkeys(row.run for row in rows)
     title = title or ", ".join(runs)
-    verdicts = {run: sections.verdict(run, groups, kinds["cost"]) for run in runs}
+    verdicts = {
+        run: f"{answers.verdict(run, kinds['answers'])} {sections.verdict(run, groups, kinds['cost'])}".strip()
+        for run in runs
+    }
     verdict = [f"{run}: {text}" if len(runs) > 1 else text for run, text in verdicts.items() if text]
     verdict = [*verdict, *selection.verdicts(kinds["selection"])] or [f"{len(rows):,} rows of results."]
     parts = [
@@ -59,6 +63,8 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
         retrieval.retrieval(kinds["retrieval"]),
         tasks.tasks(kinds["task"]),
         selection.selection(kinds["selection"]),
+        answers.answers(kinds["answers"]),
+        answers.makeup(kinds["instructions"]),
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
@@ -89,6 +95,11 @@ def position_table(rows: Sequence[Row]) -> terminal.Table:
 def bench_table(rows: Sequence[Row]) -> terminal.Table:
     """Measured time and memory for the terminal, beside the plan's prediction and the device's ceilings."""
     return _grid(benches.bench_tables(by_kind(rows)["bench"]))
+
+
+def answer_table(rows: Sequence[Row]) -> terminal.Table:
+    """The loss on answers for the terminal, before and after."""
+    return _grid(answers.answer_tables(by_kind(rows)["answers"]))
 
 
 def retrieval_table(rows: Sequence[Row]) -> terminal.Table:

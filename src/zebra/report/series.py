@@ -69,6 +69,10 @@ def _kind(row: Row) -> str:
         return ("position" if step(row) is None else "on the way") if known else "other"
     if (row.task, row.metric) == ("train", "loss") and row.n is not None and step(row) is not None:
         return "loss"
+    if row.task.startswith("answers-") and row.metric == "answer_loss" and math.isfinite(row.value):
+        return "answers"
+    if row.task.startswith("instructions-") and row.position_from is not None and math.isfinite(row.value):
+        return "instructions"
     if row.task.startswith("bench "):
         return "bench"
     if row.task.startswith(("harness-", "documents-")):

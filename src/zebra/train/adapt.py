@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from zebra import records
 from zebra.data.corpus import Corpus
-from zebra.data.packing import Rows
 from zebra.evaluate.perplexity import Score, as_rows, perplexity
 from zebra.kernels.precision import fast_float32
 from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config, read_local
@@ -49,7 +49,11 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
         Refusal: what cannot be served, before any training: the checkpoint, the layout, the texts, a run directory
             of another recipe.
     """
-    config, tokenizer = _open(recipe)
+    config, tokenizer = open_source(recipe)
+    if recipe.data.append_eos and tokenizer.eos_token_id is None:
+        raise Refusal(
+            f"data.append_eos is set, but the tokenizer of {recipe.model} has no end-of-text token. Unset it."
+        )
     faster = fast_float32() if recipe.train.fast_float32 else contextlib.nullcontext()
     with directory.occupied(recipe) as run, faster:
         return _run(run, recipe, config, tokenizer)
@@ -68,23 +72,23 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
     directory.record(run, recipe, inputs)
     before = _before(run, recipe, held_out)
     if not (run / "model").exists():
-        _train(run, recipe, config, rows, held_out)
+        train(run, recipe, config, lambda model: fit(recipe, model, rows, held_out, run / "checkpoints"))
     if not directory.is_first_process():
         return []
-    history = _trainer_state(run, recipe)["log_history"]
+    history = trainer_state(run, recipe)["log_history"]
     after = _measure(recipe, held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
     found = [
-        *data_rows(recipe, lines, layout_with(config, local_for(recipe)), **_common(recipe)),
+        *data_rows(recipe, lines, layout_with(config, local_for(recipe)), **columns_of(recipe)),
         *before,
         *_training_rows(recipe, config, history),
         *after,
-        *_cost_rows(recipe, config),
+        *cost_rows(recipe, config),
     ]
     records.write(run / "rows.jsonl", found)
     return found
 
 
-def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+def open_source(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The config to train, striped, with its rope and long enough, and the tokenizer."""
     if recipe.train.device == "cuda" and not torch.cuda.is_available():
         raise Refusal(
@@ -99,10 +103,6 @@ def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBas
     tokenizer = load_tokenizer(recipe.model, config)
     config = adapted(recipe, config)
     check_weights(recipe.model, config)
-    if recipe.data.append_eos and tokenizer.eos_token_id is None:
-        raise Refusal(
-            f"data.append_eos is set, but the tokenizer of {recipe.model} has no end-of-text token. Unset it."
-        )
     return config, tokenizer
 
 
@@ -169,7 +169,7 @@ def _measure(
     asked = recipe.evaluate
     scores = perplexity(model, held_out, length=asked.length, convention=asked.convention, seed=recipe.train.seed)
     seconds = time.perf_counter() - start
-    common = _common(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
+    common = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
     rows = as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **common)
     speed = rows[-1].n / seconds if rows[-1].n else 0.0
     return [
@@ -191,13 +191,14 @@ def local_for(recipe: AdaptRecipe) -> Local:
     return own if recipe.stripes is None else replace(own, sinks=Stripes.parse(recipe.stripes).sinks)
 
 
-def _common(recipe: AdaptRecipe) -> dict[str, Any]:
+def columns_of(recipe: AdaptRecipe) -> dict[str, Any]:
+    """The columns that all rows of a run share."""
     return {"run": Path(recipe.run).name, "seed": recipe.train.seed, "device": device_name(best_device())}
 
 
 def _training_rows(recipe: AdaptRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
     """The loss against tokens, and the evaluations on the way."""
-    common = _common(recipe) | {"layout": layout_with(config, local_for(recipe), recipe.rope)}
+    common = columns_of(recipe) | {"layout": layout_with(config, local_for(recipe), recipe.rope)}
     rows: list[Row] = []
     for entry in history:
         at = common | {"model": f"{recipe.run}@{entry['step']}"}
@@ -218,7 +219,7 @@ def _training_rows(recipe: AdaptRecipe, config: PreTrainedConfig, history: list[
     return rows
 
 
-def _cost_rows(recipe: AdaptRecipe, config: PreTrainedConfig) -> list[Row]:
+def cost_rows(recipe: AdaptRecipe, config: PreTrainedConfig) -> list[Row]:
     """What one text of the longest measured length costs in attention, dense and striped: exact counts."""
     length = max(recipe.train.length, recipe.evaluate.length if recipe.evaluate else 0)
     stripes = stripes_of(config)
@@ -240,7 +241,7 @@ def _cost_rows(recipe: AdaptRecipe, config: PreTrainedConfig) -> list[Row]:
                     length=length,
                     model=recipe.model,
                     layout=name,
-                    **_common(recipe),
+                    **columns_of(recipe),
                 )
             )
     return rows
@@ -249,25 +250,35 @@ def _cost_rows(recipe: AdaptRecipe, config: PreTrainedConfig) -> list[Row]:
 # Training
 
 
-def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows, held_out: Corpus | None) -> None:
-    """Train, and write the adapted checkpoint."""
+def train(
+    run: Path,
+    recipe: AdaptRecipe,
+    config: PreTrainedConfig,
+    fit: Callable[[Any], bool],
+    finish: Callable[[Any], dict[str, str]] = lambda model: {},
+) -> None:
+    """Train by `fit`, unless the last step is there already, and write the trained checkpoint.
+
+    Args:
+        finish: what is done to the trained model before it is written, and the files that are written beside it.
+    """
     last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
     if is_complete(last):  # a kill came between the last step and the export
-        model = load(last) if recipe.lora is None else lora.reload(_source(recipe, config), last)
+        model = load(last) if recipe.lora is None else lora.reload(striped_source(recipe, config), last)
         writes = directory.is_first_process()
     else:
-        model = _source(recipe, config)
+        model = striped_source(recipe, config)
         if recipe.lora is not None:
             model = lora.wrap(model, recipe.lora, seed=recipe.train.seed)
         with directory.writing(run):
-            writes = fit(recipe, model, rows, held_out, run / "checkpoints")
+            writes = fit(model)
     if writes:
-        tokens = _trainer_state(run, recipe)["num_input_tokens_seen"]
+        tokens = trainer_state(run, recipe)["num_input_tokens_seen"]
         with directory.writing(run):
-            export(recipe, model, steps=recipe.train.steps, tokens=tokens, rope=recipe.rope or "none")
+            export(recipe, model, finish(model), steps=recipe.train.steps, tokens=tokens, rope=recipe.rope or "none")
 
 
-def _source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedModel:
+def striped_source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedModel:
     """The checkpoint to train, with its new config."""
     model = load(
         recipe.model,
@@ -282,7 +293,7 @@ def _source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _trainer_state(run: Path, recipe: AdaptRecipe) -> dict[str, Any]:
+def trainer_state(run: Path, recipe: AdaptRecipe) -> dict[str, Any]:
     """What the Trainer wrote of itself after the last step."""
     path = run / "checkpoints" / f"checkpoint-{recipe.train.steps}" / "trainer_state.json"
     try:

@@ -98,7 +98,7 @@ def _check_recipe(run: Path, recipe: AdaptRecipe) -> None:
     mine = run / "recipe.yaml"
     if mine.exists():
         try:
-            theirs = AdaptRecipe.model_validate(yaml.safe_load(mine.read_text(encoding="utf-8")))
+            theirs = type(recipe).model_validate(yaml.safe_load(mine.read_text(encoding="utf-8")))
         except (yaml.YAMLError, ValueError):
             raise Refusal(f"{mine} is damaged: it is no recipe. Name another run, or remove {run}.") from None
         if theirs != recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from zebra.train import lora
 from zebra.train.recipe import AdaptRecipe
 
 
-def export(recipe: AdaptRecipe, model: Any, **card: Any) -> None:
+def export(recipe: AdaptRecipe, model: Any, files: Mapping[str, str] | None = None, **card: Any) -> None:
     """Write `run/model`, whole or not at all, in the source's dtype; `card` goes into its zebra.json.
+
+    `files` are written beside it, name to text, in the place of the source's.
 
     A LoRA is merged into a whole checkpoint where the recipe says so, and what was written is read again and compared
     with the adapter; else it stays an adapter, over the converted source in `run/base`.
@@ -33,10 +36,12 @@ def export(recipe: AdaptRecipe, model: Any, **card: Any) -> None:
     if recipe.lora is None:
         with staged(run / "model") as aside:
             _write(recipe, model, aside, **card)
+            _write_files(aside, files)
     elif recipe.lora.merge:
         wanted = _logits(model.float())
         with staged(run / "model") as aside:
             _write(recipe, model.merge_and_unload(safe_merge=True), aside, **card)
+            _write_files(aside, files)
             found = _logits(load(aside, dtype=torch.float32).to(wanted.device))
             difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
             if not difference <= TOLERANCE[_dtype(recipe)]:
@@ -50,6 +55,12 @@ def export(recipe: AdaptRecipe, model: Any, **card: Any) -> None:
         with staged(run / "model") as aside:
             model.save_pretrained(aside)
             write_card(aside, model.get_base_model().config, local, source=Path(recipe.model), **card)
+            _write_files(aside, files)
+
+
+def _write_files(where: Path, files: Mapping[str, str] | None) -> None:
+    for name, text in (files or {}).items():
+        (where / name).write_text(text, encoding="utf-8")
 
 
 def reload(recipe: AdaptRecipe) -> PreTrainedModel:

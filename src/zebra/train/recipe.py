@@ -17,11 +17,13 @@ from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class TextSource(_Section):
+class TextSource(Section):
     """Text files and how they become documents."""
 
     files: list[str] | None = Field(
@@ -35,7 +37,7 @@ class TextSource(_Section):
     append_eos: bool = Field(False, description="put the end-of-text token after each document")
 
 
-class MixtureSource(_Section):
+class MixtureSource(Section):
     """One source of a mixture: documents of some files within a bucket of lengths, and their share of the tokens."""
 
     name: str
@@ -72,7 +74,7 @@ class Data(TextSource):
                 + ("neither" if self.files is None else "both")
             )
         if self.sources is not None:
-            if own := _given(self, "separator", "field"):
+            if own := given(self, "separator", "field"):
                 raise ValueError(f"{own} belongs to files; give each source its own")
             names = [source.name for source in self.sources]
             if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -83,7 +85,7 @@ class Data(TextSource):
         return self
 
 
-def _given(section: BaseModel, *names: str) -> str | None:
+def given(section: BaseModel, *names: str) -> str | None:
     """The first of the keys that is not left at its default."""
     return next((name for name in names if getattr(section, name) != type(section).model_fields[name].default), None)
 
@@ -91,7 +93,7 @@ def _given(section: BaseModel, *names: str) -> str | None:
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Training(_Section):
+class Training(Section):
     """Rows, steps and the optimiser (AdamW)."""
 
     length: int = Field(ge=2, description="tokens in a row")
@@ -132,7 +134,7 @@ class Training(_Section):
         return self
 
 
-class Lora(_Section):
+class Lora(Section):
     """Low-rank updates instead of full training."""
 
     rank: int = Field(16, ge=1)
@@ -153,7 +155,7 @@ class Evaluation(TextSource):
     every: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
 
 
-class AdaptRecipe(_Section):
+class AdaptRecipe(Section):
     """Long-context adaptation (LCAT): a checkpoint, its new layout, the text, the training and the measuring."""
 
     run: str = Field(description="the run's directory")
@@ -197,7 +199,7 @@ class AdaptRecipe(_Section):
                     "the text to measure on is given by evaluate.files or by data.held_out, by one of them; got "
                     + ("neither" if files is None else "both")
                 )
-            if files is None and (own := _given(self.evaluate, "separator", "field", "append_eos")):
+            if files is None and (own := given(self.evaluate, "separator", "field", "append_eos")):
                 raise ValueError(f"evaluate.{own} belongs to evaluate.files; data says how its documents are read")
         return self
 

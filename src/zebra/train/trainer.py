@@ -52,30 +52,36 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
     Raises:
         Refusal: one process that sees several GPUs.
     """
-    arguments = _arguments(recipe, checkpoints)
-    if arguments.n_gpu > 1:
-        raise Refusal(
-            f"one process sees {arguments.n_gpu} GPUs. Start one process for each with "
-            "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
-        )
+    arguments = TrainingArguments(**arguments_of(recipe, checkpoints))
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         total = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
-        if not bool(total.isfinite()):  # before the step that would spoil the weights
-            raise Refusal(_diverged("the loss is", trainer.state.global_step + 1, trainer.optimizer, checkpoints))
+        refuse_diverged(total, trainer)
         return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
-    with bar("adapting", recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
-        trainer = _AdaptTrainer(
-            evaluation=recipe.evaluate,
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            data_collator=_collate,
-            compute_loss_func=loss,
-            callbacks=[_Mark(), _Show(advance)],
+    trainer = _AdaptTrainer(
+        evaluation=recipe.evaluate,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=_collate,
+        compute_loss_func=loss,
+    )
+    return run(trainer, recipe, model, "adapting")
+
+
+def run(trainer: Trainer, recipe: AdaptRecipe, model: PreTrainedModel, doing: str) -> bool:
+    """Train from the newest whole checkpoint of the trainer's directory, with a bar and marks; see `fit`."""
+    checkpoints = Path(trainer.args.output_dir)
+    if trainer.args.n_gpu > 1:
+        raise Refusal(
+            f"one process sees {trainer.args.n_gpu} GPUs. Start one process for each with "
+            "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
+    with bar(doing, recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
+        trainer.add_callback(_Mark())
+        trainer.add_callback(_Show(advance))
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
             _remove_broken(checkpoints)
@@ -85,6 +91,13 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
     return trainer.is_world_process_zero()
+
+
+def refuse_diverged(loss: Tensor, trainer: Trainer) -> None:
+    """Refuse a loss that is not finite, before the step that would spoil the weights."""
+    if not bool(loss.isfinite()):
+        step, where = trainer.state.global_step + 1, Path(trainer.args.output_dir)
+        raise Refusal(_diverged("the loss is", step, trainer.optimizer, where))
 
 
 def _diverged(what: str, step: int, optimizer: torch.optim.Optimizer, checkpoints: Path) -> str:
@@ -119,10 +132,11 @@ def tokens_per_step(recipe: AdaptRecipe) -> int:
     return train.length * train.rows_per_step * train.accumulate * processes()
 
 
-def _arguments(recipe: AdaptRecipe, checkpoints: Path) -> TrainingArguments:
+def arguments_of(recipe: AdaptRecipe, checkpoints: Path) -> dict[str, Any]:
+    """The host's `TrainingArguments` of a recipe."""
     train = recipe.train
     every = recipe.evaluate.every if recipe.evaluate else None
-    return TrainingArguments(
+    return dict(
         output_dir=str(checkpoints),
         max_steps=train.steps,
         per_device_train_batch_size=train.rows_per_step,
@@ -156,7 +170,7 @@ def _recompute(wanted: bool) -> dict[str, Any]:
     """Transformers after 5.17 calls gradient checkpointing by its other name."""
     known = {f.name for f in fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+    return {name: wanted} | ({f"{name}_kwargs": {"use_reentrant": False}} if wanted else {})  # trl's default is True
 
 
 def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:

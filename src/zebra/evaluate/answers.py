@@ -1,0 +1,78 @@
+"""The loss on answers: how well a model says what the assistant says, by what stands before it.
+
+    loss = - sum over the answers' tokens of log p(token | all before it) / number of these tokens
+
+Conversations lie side by side in one row and never see each other; intervals are 95 % bootstraps over conversations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from zebra.data.conversations import Labelled
+from zebra.evaluate.intervals import bootstrapped
+from zebra.evaluate.perplexity import evaluating
+from zebra.model.loss import IGNORE, head_of, token_losses, without_logits
+from zebra.progress import bar
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """The mean loss of the answers' tokens, in nats, with its 95 % interval, where there is more than one answer."""
+
+    suite: str
+    loss: float
+    low: float | None
+    high: float | None
+    tokens: int
+    conversations: int
+
+
+def answer_score(
+    suite: str, model: PreTrainedModel, conversations: Sequence[Labelled], *, seed: int = 0
+) -> AnswerScore:
+    """The loss on the answers of all conversations."""
+    sums, counts = answer_losses(model, conversations)
+    low, high = bootstrapped(sums, counts, seed).tolist() if len(sums) > 1 else (None, None)
+    return AnswerScore(suite, float(sums.sum() / counts.sum()), low, high, int(counts.sum()), len(sums))
+
+
+def answer_losses(
+    model: PreTrainedModel, conversations: Sequence[Labelled], *, batch_tokens: int = 8192
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The sum of the losses of each conversation's answers, and how many tokens they have.
+
+    Args:
+        batch_tokens: how many tokens are run at once; a conversation is never split.
+    """
+    sums, counts = np.zeros(len(conversations)), np.zeros(len(conversations), np.int64)
+    head = head_of(model)
+    with evaluating(model), bar("answers", sum(len(one.ids) for one in conversations), "tokens") as advance:
+        for first, batch in _batches(conversations, batch_tokens):
+            ids = torch.tensor([[token for one in batch for token in one.ids]], device=model.device)
+            positions = torch.cat([torch.arange(len(one.ids)) for one in batch])[None].to(model.device)
+            answers = torch.tensor([[answer for one in batch for answer in one.answers]], device=model.device)
+            labels = ids.masked_fill(~answers | (positions == 0), IGNORE)
+            hidden = model(ids, position_ids=positions, **without_logits(model.device)).hidden_states[-1]
+            losses = token_losses(hidden, head, labels)[0].double().cpu()
+            for i, part in enumerate(losses.split([len(one.ids) for one in batch]), start=first):
+                scored = part[~part.isnan()]
+                sums[i], counts[i] = scored.sum().item(), len(scored)
+            advance(ids.numel())
+    return sums, counts
+
+
+def _batches(conversations: Sequence[Labelled], batch_tokens: int) -> Iterator[tuple[int, Sequence[Labelled]]]:
+    first = size = 0
+    for i, one in enumerate(conversations):
+        if i > first and size + len(one.ids) > batch_tokens:
+            yield first, conversations[first:i]
+            first, size = i, 0
+        size += len(one.ids)
+    yield first, conversations[first:]

@@ -1,0 +1,202 @@
+"""Chat templates as training needs them: the tokens of a conversation, and which of them are the assistant's.
+
+    <s>User:\\nWho ran?\\n\\nAssistant:\\nThe dog.</s>\\n
+                                   ^^^^^^^^^^^^^       trained: the answer and the token that ends it
+
+Which tokens are an answer's is read from a template's {% generation %} marks: its own, or those of trl's copy of it.
+Where there are none, an answer is what rendering the conversation up to it adds to rendering the prompt before it,
+and a template that writes a prompt otherwise once it is answered is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from zebra.data.conversations import GAP, Conversation, Labelled, Message, without_middle
+from zebra.refusal import Refusal
+
+_MARK = r"\{%-?\s*(?:end)?generation\s*-?%\}"
+_TURNS = "{{{{- bos_token -}}}}{{%- for message in messages -%}}{}{{%- endfor -%}}"
+_ASSISTANT = (
+    "{{%- if message['role'] == 'assistant' -%}}{{{{- '{0}' -}}}}"
+    "{{%- generation -%}}{{{{- message['content'] | trim + {1} -}}}}{{%- endgeneration -%}}{{{{- '{2}' -}}}}"
+)
+_PROMPT = "{{%- if add_generation_prompt -%}}{{{{- '{}' -}}}}{{%- endif -%}}"
+
+NAMED = {
+    "plain": _TURNS.format(
+        _ASSISTANT.format("Assistant:\\n", "eos_token", "\\n")
+        + "{%- elif message['role'] == 'user' -%}{{- 'User:\\n' + message['content'] | trim + '\\n\\n' -}}"
+        "{%- else -%}{{- message['content'] | trim + '\\n\\n' -}}{%- endif -%}"
+    )
+    + _PROMPT.format("Assistant:\\n"),
+    "chatml": _TURNS.format(
+        _ASSISTANT.format("<|im_start|>assistant\\n", "'<|im_end|>'", "\\n")
+        + "{%- else -%}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' -}}"
+        "{%- endif -%}"
+    ).removeprefix("{{- bos_token -}}")
+    + _PROMPT.format("<|im_start|>assistant\\n"),
+}
+"""Templates for a checkpoint that has none: `plain` for any tokenizer with an end-of-text token, `chatml` for one that
+has its two tokens."""
+
+
+class Chat:
+    """A tokenizer and its chat template.
+
+    Attributes:
+        template: what a tuned checkpoint is given, without marks.
+        stop: the token that ends an answer; None where a template writes none.
+
+    Raises:
+        Refusal: no template and none named; a name that is neither known nor a file; tokens that the named one needs
+            and the tokenizer lacks; a template that answers cannot be told apart in; trl is not installed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, named: str | None, source: str):
+        self.tokenizer = tokenizer
+        self._source = source
+        own: Any = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        if named is None and not own:
+            raise Refusal(
+                f"the tokenizer of {source} has no chat template. Name one with chat_template: "
+                f"{', '.join(NAMED)}, or the path of a .jinja file."
+            )
+        if named is not None:
+            own = _named(named, tokenizer, source)
+        self._marked = own if re.search(_MARK, own) else _marked_by_trl(tokenizer, own)
+        self.template = re.sub(_MARK, "", own) if named in NAMED else own
+        self._own = own
+        probe = Conversation((Message("user", "a"), Message("assistant", "b")), f"the chat template of {source}")
+        self.stop = self._stop(self.encode(probe))
+
+    def encode(self, conversation: Conversation) -> Labelled:
+        """The tokens of a conversation, and which are the assistant's.
+
+        Raises:
+            Refusal: what the template refuses, such as a system message; answers that it does not set apart.
+        """
+        said = [message._asdict() for message in conversation.messages]
+        made = self._by_marks(said, conversation.where) if self._marked else self._by_prefixes(said, conversation.where)
+        spans = sum(answer for answer, _ in itertools.groupby(made.answers))
+        asked = sum(one["role"] == "assistant" for one in said)
+        if spans != asked:
+            raise Refusal(
+                f"{conversation.where}: the chat template of {self._source} sets {spans} of {asked} answers apart. "
+                "Name another with chat_template, or drop the conversation."
+            )
+        return made
+
+    def fitted(self, conversation: Conversation, length: int) -> tuple[Labelled, int]:
+        """The conversation in at most `length` tokens, and how many of its document were cut from its middle.
+
+        Raises:
+            Refusal: too long, and no document to cut, or too long without it.
+        """
+        made = self.shortened(conversation, length)
+        if made is None:
+            tokens = len(self.encode(conversation).ids)
+            why = (
+                "has no document that may be cut" if conversation.document is None else "is so without its document too"
+            )
+            raise Refusal(
+                f"{conversation.where} is too long: {tokens:,} tokens, where train.length is {length:,}, and it {why}. "
+                "Take longer rows, shorten it, or set data.too_long to drop."
+            )
+        return made
+
+    def shortened(self, conversation: Conversation, length: int) -> tuple[Labelled, int] | None:
+        """As `fitted`, and None where no cut makes it short enough."""
+        made = self.encode(conversation)
+        over, document = len(made.ids) - length, conversation.document
+        if over <= 0:
+            return made, 0
+        if document is None:
+            return None
+        spans = self.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        keep = len(spans) - over - len(self.tokenizer(GAP, add_special_tokens=False)["input_ids"])
+        while keep >= 2:
+            made = self.encode(conversation.with_document(without_middle(document, spans, keep)))
+            if len(made.ids) <= length:
+                return made, len(spans) - keep
+            keep -= len(made.ids) - length
+        return None
+
+    def _by_marks(self, said: list[dict[str, Any]], where: str) -> Labelled:
+        found = self._rendered(
+            said, where, chat_template=self._marked, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return Labelled(list(found["input_ids"]), [bool(answer) for answer in found["assistant_masks"]])
+
+    def _by_prefixes(self, said: list[dict[str, Any]], where: str) -> Labelled:
+        whole = self._ids(said, where)
+        answers = [False] * len(whole)
+        for i, one in enumerate(said):
+            if one["role"] == "assistant":
+                prompt, through = self._ids(said[:i], where, True), self._ids(said[: i + 1], where)
+                if through[: len(prompt)] != prompt or whole[: len(through)] != through:
+                    raise Refusal(
+                        f"{where}: the chat template of {self._source} has no {{% generation %}} marks, and writes a "
+                        "prompt otherwise once it is answered, so that answers cannot be told apart. Name another "
+                        "with chat_template, or give a .jinja file with the marks."
+                    )
+                answers[len(prompt) : len(through)] = [True] * (len(through) - len(prompt))
+        return Labelled(whole, answers)
+
+    def _ids(self, said: list[dict[str, Any]], where: str, prompt: bool = False) -> list[int]:
+        found = self._rendered(said, where, chat_template=self._own, return_dict=True, add_generation_prompt=prompt)
+        return list(found["input_ids"])
+
+    def _rendered(self, said: list[dict[str, Any]], where: str, **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(said, tokenize=True, **options)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise Refusal(
+                f"{where}: the chat template of {self._source} does not take it: {' '.join(str(error).split())}. "
+                "Mend or drop the conversation, or name another template."
+            ) from None
+
+    def _stop(self, probe: Labelled) -> int | None:
+        said = [token for token, answer in zip(probe.ids, probe.answers, strict=True) if answer]
+        while said and not self.tokenizer.decode([said[-1]]).strip():
+            said.pop()
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        return said[-1] if said and said[-1] in special else None
+
+
+def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    if named not in NAMED:
+        if not named.endswith((".jinja", ".j2")) or not Path(named).is_file():
+            raise Refusal(
+                f"chat_template is {', '.join(NAMED)} or the path of a .jinja file; got {named!r}. Choose one of them."
+            )
+        return Path(named).read_text(encoding="utf-8")
+    needs = ["<|im_start|>", "<|im_end|>"] if named == "chatml" else []
+    absent = [token for token in needs if token not in tokenizer.get_vocab()]
+    if absent or (named == "plain" and tokenizer.eos_token is None):
+        raise Refusal(
+            f"the chat template {named} needs {' and '.join(absent) or 'an end-of-text token'}, which the tokenizer of "
+            f"{source} has not. Name another."
+        )
+    return NAMED[named]
+
+
+def _marked_by_trl(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """Trl's copy of a template with marks, for those that it knows."""
+    if tokenizer.chat_template != template:  # it compares what the tokenizer has
+        return None
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:
+        raise Refusal("tuning needs trl, which is not installed. Run pip install 'zebra-llm[tune]'.") from None
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:
+        return None

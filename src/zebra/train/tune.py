@@ -1,0 +1,194 @@
+"""Long instruction tuning (LIT, Zebra section 4): a checkpoint trained on the answers of short and long conversations.
+
+run/recipe.yaml     the resolved recipe, and run/inputs.json beside it (zebra.train.directory)
+run/before.jsonl    the loss on the suites' answers, as it was, and with the new stripes and rope without training
+run/checkpoints/    the Trainer's; only those with the mark COMPLETE are resumed from
+run/model/          the tuned checkpoint with its chat template, loadable by plain transformers
+run/rows.jsonl      every row, written last: a run that has it is done
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from zebra import records
+from zebra.data.composition import Portion
+from zebra.evaluate.answers import AnswerScore, answer_score
+from zebra.kernels.precision import fast_float32
+from zebra.model.checkpoint import digest, fingerprint
+from zebra.model.hosts import best_device, load
+from zebra.model.loading import described
+from zebra.model.local import layout_with
+from zebra.records import Row
+from zebra.refusal import Refusal
+from zebra.train import directory
+from zebra.train.adapt import columns_of, cost_rows, local_for, open_source, train, trainer_state
+from zebra.train.chat import Chat
+from zebra.train.export import reload
+from zebra.train.instructions import Instructions, read_instructions
+from zebra.train.texts import data_rows
+from zebra.train.tune_recipe import TuneRecipe
+
+try:
+    from zebra.train.sft import fit_answers
+except ImportError as error:
+    raise Refusal(f"tuning needs trl and datasets ({error}). Run pip install 'zebra-llm[tune]'.") from None
+
+
+def tune(recipe: TuneRecipe) -> list[Row]:
+    """Run a recipe from where it stands, and return its rows.
+
+    Raises:
+        Refusal: what cannot be served, before any training: the checkpoint, its chat template, the conversations, a
+            run directory of another recipe.
+    """
+    config, tokenizer = open_source(recipe)
+    chat = Chat(tokenizer, recipe.chat_template, recipe.model)
+    faster = fast_float32() if recipe.train.fast_float32 else contextlib.nullcontext()
+    with directory.occupied(recipe) as run, faster:
+        return _run(run, recipe, config, chat)
+
+
+def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) -> list[Row]:
+    if (run / "rows.jsonl").exists() and (done := records.read(run / "rows.jsonl")):
+        return done
+    data = read_instructions(recipe, chat, lambda: load(recipe.model).to(best_device()))
+    inputs = {
+        "source": digest(recipe.model),
+        "conversations": data.digest,
+        "tokenizer": fingerprint(chat.tokenizer),
+        "processes": directory.processes(),
+    }
+    directory.record(run, recipe, inputs)
+    before = _before(run, recipe, data)
+    if not (run / "model").exists():
+        train(
+            run,
+            recipe,
+            config,
+            lambda model: fit_answers(recipe, model, chat.tokenizer, data.rows, data.suites, run / "checkpoints"),
+            lambda model: _finished(recipe, model, config, chat),
+        )
+    if not directory.is_first_process():
+        return []
+    history = trainer_state(run, recipe)["log_history"]
+    after = _measure(recipe, data, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
+    layout = layout_with(config, local_for(recipe))
+    found = [
+        *data_rows(recipe, data.lines, layout, **columns_of(recipe)),
+        *_made_of(recipe, data.rows.portions(), layout),
+        *_counted(recipe, data.counts, layout),
+        *before,
+        *_training_rows(recipe, config, history),
+        *after,
+        *cost_rows(recipe.model_copy(update={"evaluate": None}), config),
+    ]
+    records.write(run / "rows.jsonl", found)
+    return found
+
+
+_OF_THE_TRAINER = ("pad_token_id", "bos_token_id", "eos_token_id", "router_aux_loss_coef", "output_router_logits")
+
+
+def _finished(recipe: TuneRecipe, model: Any, config: PreTrainedConfig, chat: Chat) -> dict[str, str]:
+    """Undo what trl wrote into the configs for itself, let generation stop where answers end, give the template."""
+    host = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in _OF_THE_TRAINER:
+        if hasattr(config, name):
+            setattr(host.config, name, getattr(config, name))
+    try:
+        generation = GenerationConfig.from_pretrained(recipe.model)
+    except OSError:  # the source has none: its class makes one of the config
+        generation = GenerationConfig.from_model_config(config)
+    ends = generation.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if chat.stop is not None and chat.stop not in ends:
+        generation.eos_token_id = [*ends, chat.stop]
+    host.generation_config = generation
+    return {} if recipe.chat_template is None else {"chat_template.jinja": chat.template}
+
+
+# Measuring
+
+
+def _before(run: Path, recipe: TuneRecipe, data: Instructions) -> list[Row]:
+    if recipe.evaluate is None:
+        return []
+    kept = run / "before.jsonl"
+    if not kept.exists():
+        source = Path(recipe.model)
+        rows = _measure(recipe, data, source, load(source))
+        if recipe.stripes is not None or recipe.rope is not None:
+            model = load(source, stripes=recipe.stripes, rope=recipe.rope)
+            rows += _measure(recipe, data, source, model, recipe.rope)
+        records.write(kept, rows)
+    return records.read(kept)
+
+
+def _measure(
+    recipe: TuneRecipe, data: Instructions, checkpoint: Path, model: PreTrainedModel, rope: str | None = None
+) -> list[Row]:
+    model.to(best_device())
+    common = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
+    return [
+        _answer_row(recipe, answer_score(name, model, found, seed=recipe.train.seed), common)
+        for name, found in data.suites.items()
+    ]
+
+
+def _answer_row(recipe: TuneRecipe, score: AnswerScore, common: dict[str, Any]) -> Row:
+    return Row(
+        task=f"answers-{score.suite}",
+        metric="answer_loss",
+        value=score.loss,
+        low=score.low,
+        high=score.high,
+        n=score.tokens,
+        length=recipe.train.length,
+        **common,
+    )
+
+
+def _made_of(recipe: TuneRecipe, portions: list[Portion], layout: str) -> list[Row]:
+    """What is trained on by kind and length: `position_from` and `position_to` bound the conversation's tokens."""
+    return [
+        Row(
+            task=f"instructions-{one.kind}",
+            metric=metric,
+            value=value,
+            n=one.samples,
+            position_from=one.low,
+            position_to=one.high,
+            length=recipe.train.length,
+            model=recipe.model,
+            layout=layout,
+            **columns_of(recipe),
+        )
+        for one in portions
+        for metric, value in (("samples", one.samples), ("tokens", one.tokens), ("answer_tokens", one.answer_tokens))
+    ]
+
+
+def _counted(recipe: TuneRecipe, counts: dict[str, int], layout: str) -> list[Row]:
+    """What the gate found and what was cut."""
+    common = columns_of(recipe) | {"model": recipe.model, "layout": layout, "length": recipe.train.length}
+    return [Row(task="quality", metric=name, value=count, **common) for name, count in counts.items()]
+
+
+def _training_rows(recipe: TuneRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
+    """The loss against tokens, and the suites on the way."""
+    common = columns_of(recipe) | {"layout": layout_with(config, local_for(recipe), recipe.rope)}
+    rows: list[Row] = []
+    for entry in history:
+        at = common | {"model": f"{recipe.run}@{entry['step']}"}
+        if "loss" in entry:
+            tokens = entry["num_input_tokens_seen"]
+            rows.append(
+                Row(task="train", metric="loss", value=entry["loss"], length=recipe.train.length, n=tokens, **at)
+            )
+        rows += [_answer_row(recipe, AnswerScore(**score), at) for score in entry.get("answers", [])]
+    return rows

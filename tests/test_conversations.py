@@ -1,0 +1,122 @@
+"""Conversations: every shape is read, every bad line is one clear line, and only a document's middle is cut."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zebra.data.conversations import GAP, Message, conversation, read_conversations, without_middle
+from zebra.refusal import Refusal
+
+ASKED, SAID = Message("user", "Who ran?"), Message("assistant", "The dog.")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "Who ran?"}, {"role": "assistant", "content": "The dog."}]},
+        {"prompt": "Who ran?", "completion": "The dog."},
+        {
+            "prompt": [{"role": "user", "content": "Who ran?"}],
+            "completion": [{"role": "assistant", "content": "The dog."}],
+        },
+        {"instruction": "Who ran?", "input": "", "output": "The dog."},
+        {"instruction": "Who ran?", "output": "The dog.", "id": 7},
+    ],
+)
+def test_every_shape_says_the_same(record: dict[str, Any]) -> None:
+    made = conversation(record, "here")
+    assert made.messages == (ASKED, SAID)
+    assert (made.document, made.kind, made.question, made.answer) == (None, None, "Who ran?", "The dog.")
+
+
+def test_an_input_and_a_document_stand_before_what_is_asked() -> None:
+    made = conversation({"instruction": "Translate.", "input": "chien", "output": "dog"}, "here")
+    assert made.messages[0].content == "Translate.\n\nchien"
+    record = {"document": " A dog ran. ", "question": "Who ran?", "answer": "The dog.", "kind": "qa"}
+    made = conversation(record, "here")
+    assert made.messages == (Message("user", "A dog ran.\n\nWho ran?"), SAID)
+    assert (made.document, made.question, made.kind) == ("A dog ran.", "Who ran?", "qa")
+    other = made.with_document("A cat")
+    assert other.messages == (Message("user", "A cat\n\nWho ran?"), SAID)
+    assert (other.document, other.question) == ("A cat", "Who ran?")
+
+
+def test_a_document_with_several_questions_is_a_conversation_for_each(tmp_path: Path) -> None:
+    qa = [{"question": f"Q{i}?", "answers": [f"A{i}", "else"]} for i in range(3)]
+    (tmp_path / "set.jsonl").write_text(json.dumps({"document": "A text.", "qa": qa}))
+    found = read_conversations([str(tmp_path / "set.jsonl")])
+    assert [(one.question, one.answer, one.document) for one in found] == [
+        (f"Q{i}?", f"A{i}", "A text.") for i in range(3)
+    ]
+    (tmp_path / "set.jsonl").write_text(json.dumps({"document": "A text.", "qa": [{"question": "Q?"}]}))
+    with pytest.raises(Refusal, match="line 1: qa is a list of"):
+        read_conversations([str(tmp_path / "set.jsonl")])
+
+
+def test_files_plain_and_packed_are_read_in_order(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": str(i), "completion": "x"}) + "\n" for i in range(4)]
+    (tmp_path / "a.jsonl").write_text(lines[0] + "\n" + lines[1])
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as packed:
+        packed.write("".join(lines[2:]))
+    found = read_conversations([str(tmp_path)])
+    assert [one.messages[0].content for one in found] == ["0", "1", "2", "3"]
+    assert found[1].where.endswith("a.jsonl, line 3")
+
+
+BAD = {
+    "{": "line 2 is not JSON",
+    "[1]": "line 2 is no record but a list",
+    '{"text": "x"}': "line 2 is of no known shape: it has text",
+    "{}": "it has no fields",
+    '{"prompt": "x", "completion": 3}': "completion is a string; got int",
+    '{"messages": []}': "messages is a list of messages",
+    '{"messages": ["x"]}': "messages is a list of messages",
+    '{"messages": [{"role": "bot", "content": "x"}]}': "a role is one of system, user, assistant; got 'bot'",
+    '{"messages": [{"role": "user", "content": "x"}]}': "ends with the assistant; got user",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "has a user and ends with the assistant; got assistant",
+    '{"messages": [{"role": "user"}]}': "content is a string; got NoneType",
+    '{"instruction": "x", "input": 1, "output": "y"}': "input is a string; got int",
+    r'{"prompt": "\ud800", "completion": "x"}': "half a surrogate pair at character 0 of prompt",
+    '{"prompt": "x", "completion": "y", "kind": 3}': "kind is a word for the tables; got 3",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_line_is_refused_with_its_number(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "x", "completion": "y"}\n' + line + "\n")
+    with pytest.raises(Refusal) as refused:
+        read_conversations([str(path)])
+    assert BAD[line] in str(refused.value)
+    assert "line 2" in str(refused.value)
+
+
+def test_an_empty_set_and_another_kind_of_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(Refusal, match=r"no conversation in .*empty\.jsonl"):
+        read_conversations([str(tmp_path / "empty.jsonl")])
+    (tmp_path / "text.txt").write_text("Who ran?")
+    with pytest.raises(Refusal, match="is no file of JSON Lines"):
+        read_conversations([str(tmp_path / "text.txt")])
+
+
+def test_the_middle_is_cut_at_blanks() -> None:
+    text = "once upon a time there was a cat who slept"
+    spans = [(i, i + 1) for i in range(len(text))]  # every character a token
+    for keep in range(2, len(text)):
+        cut = without_middle(text, spans, keep)
+        first, last = cut.split(GAP)
+        assert text.startswith(first)
+        assert text.endswith(last)
+        assert len(first) + len(last) <= keep
+        assert " " not in text[: keep - keep // 2] or text[len(first)] == " "
+        assert " " not in text[len(text) - keep // 2 :] or text[-len(last) - 1] == " "
+    assert without_middle(text, spans, 26) == "once upon a" + GAP + "who slept"
+    unbroken = "x" * 900 + " " + "y" * 900
+    cut = without_middle(unbroken, [(i, i + 1) for i in range(len(unbroken))], 1600)
+    assert cut == "x" * 800 + GAP + "y" * 800

@@ -1,0 +1,118 @@
+"""Long instructions from long documents: what is asked is answered by the document, and stands where it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zebra.data.conversations import read_conversations
+from zebra.data.instructions import Annotated, Order, make, read_annotated, summary, write
+from zebra.refusal import Refusal
+
+NAMES = ("Ann", "Ben", "Cas", "Dan", "Eve", "Fay", "Gus", "Hal")
+
+
+def story(name: str, sentences: int = 40) -> str:
+    return "\n".join(f'On day {i} {name} met a fox. "Where is number {i}?" asked {name}.' for i in range(sentences))
+
+
+DOCUMENTS = [
+    Annotated(
+        story(name), f"line {i}", ((f"Who is it about {i}?", name), ("Summarize it.", f"{name} meets.")), f"All {name}."
+    )
+    for i, name in enumerate(NAMES)
+]
+
+
+def made(**order: Any) -> list[dict[str, Any]]:
+    return list(make(DOCUMENTS, Order(**order)))
+
+
+def test_the_kinds_of_an_annotated_set() -> None:
+    found = made(kinds=("qa", "summary"))
+    assert [record["kind"] for record in found[:3]] == ["qa", "summary", "summary"]
+    assert [record["answer"] for record in found[:3]] == ["Ann", "Ann meets.", "All Ann."]
+    assert {record["document"] for record in found[:3]} == {story("Ann")}
+    assert [row.instructions for row in summary(found)] == [8, 16]
+    assert {record["kind"] for record in made(kinds=("writing",))} == {
+        *("writing-continue", "writing-restyle", "writing-outline")
+    }
+
+
+def test_a_passage_to_write_is_the_documents_and_not_in_the_prompt() -> None:
+    found = made(kinds=("writing",), writing=4)
+    assert len(found) == 4 * len(DOCUMENTS)
+    for record in found:
+        name = next(name for name in NAMES if name in record["answer"])
+        whole = story(name)
+        assert record["answer"] in whole
+        assert 60 <= len(record["answer"].split()) <= 160
+        assert record["answer"] not in record["document"]
+        before = whole[: whole.index(record["answer"])].strip()
+        assert record["document"].startswith(before)
+        assert before
+        assert (record["document"] == before) == (record["kind"] != "writing-restyle")
+        if record["kind"] != "writing-continue":
+            assert f"{name} met fox" in record["question"]
+            assert record["question"].count(" the ") < 4
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
+def test_documents_are_mixed_and_the_one_asked_about_stands_at_its_depth(depth: float) -> None:
+    words = 5 * len(story("Ann").split())
+    for record in made(kinds=("qa",), words=words, depths=(depth,)):
+        parts = record["document"].split("\n\nDocument ")
+        assert len(parts) == 5
+        assert len(record["document"].split()) <= words + 2 * len(parts)
+        number, question = record["question"].removeprefix("About document ").split(": ", 1)
+        asked = parts[int(number) - 1]
+        assert asked.split(":\n", 1)[1] == story(record["answer"])
+        assert record["answer"] == NAMES[int(question[-2])]
+        assert sum(story(name) in record["document"] for name in NAMES) == 5
+        assert abs(record["depth"] - depth) <= 0.13
+        assert abs((int(number) - 1) / 4 - record["depth"]) < 0.01
+
+
+def test_one_seed_makes_one_set() -> None:
+    assert made(words=900) == made(words=900)
+    assert made(words=900) != made(words=900, seed=1)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_text(
+        json.dumps({"document": story("Ann"), "qa": [{"question": "Who?", "answers": ["Ann", "she"]}], "summary": "S."})
+        + "\n"
+        + json.dumps({"text": story("Ben")})
+    )
+    (tmp_path / "book.txt").write_text(story("Cas") + "\n--\n" + story("Dan"))
+    read = read_annotated([str(tmp_path / "set.jsonl"), str(tmp_path / "book.txt")], separator="--")
+    assert [len(one.questions) for one in read] == [1, 0, 0, 0]
+    found = list(make(read, Order()))
+    write(found, tmp_path / "out.jsonl")
+    back = read_conversations([str(tmp_path / "out.jsonl")])
+    assert [one.answer for one in back] == [record["answer"] for record in found]
+    assert back[0].kind == "qa"
+    assert back[0].document == story("Ann")
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name or p.name.startswith(".")] == []
+
+
+def test_bad_input_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    for record, match in (
+        ({"title": "x"}, "line 1 has no document: its fields are title"),
+        ({"document": " "}, "document is a string with words; got an empty one"),
+        ({"document": "x", "qa": [{"question": "y"}]}, "line 1: qa is a list of"),
+        ({"document": "x", "qa": [{"question": "y", "answers": [3]}]}, "answer is a string with words; got int"),
+    ):
+        path.write_text(json.dumps(record))
+        with pytest.raises(Refusal, match=match):
+            read_annotated([str(path)])
+    with pytest.raises(Refusal, match="the kinds are qa, summary, writing; got poem"):
+        Order(kinds=("poem",))
+    with pytest.raises(Refusal, match="a depth lies from 0 to 1; got 2"):
+        Order(depths=(2.0,))
+    with pytest.raises(Refusal, match="at least one word"):
+        Order(words=0)

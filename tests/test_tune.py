@@ -1,0 +1,348 @@
+"""Instruction tuning end to end: packed equals single, a kill changes nothing, bad input is one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import STORIES, tiny_config, tiny_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+import zebra
+from zebra import Refusal, records
+from zebra.data.conversations import Labelled
+from zebra.data.corpus import Corpus
+from zebra.data.mixture import Source, keep, mix
+from zebra.evaluate.answers import answer_losses
+from zebra.model.attention import NAME
+from zebra.model.families import host_class, striped
+from zebra.model.loss import IGNORE
+from zebra.stripes import Stripes
+from zebra.train.chat import Chat
+from zebra.train.dry_run import dry_run
+from zebra.train.instructions import AnswerRows, Tokens, read_instructions
+from zebra.train.recipe import read_recipe
+from zebra.train.sft import as_dataset
+from zebra.train.tune import tune
+from zebra.train.tune_recipe import TuneRecipe
+
+STEPS = 6
+WORDS = ("dog", "cat", "bird", "boy", "girl", "mom", "frog", "bear")
+
+
+def write(folder: Path) -> None:
+    """Short and long conversations, without a fault."""
+    short = [
+        {"prompt": f"What does the {a} see, {b}?", "completion": f"The {a} sees a {b}."} for a in WORDS for b in WORDS
+    ]
+    story = "One day the {} went to the park with a {}. They played and played and were happy. "
+    long = [
+        {
+            "document": (story.format(a, b) * 4).strip(),
+            "question": "Who went to the park?",
+            "answer": f"The {a} went with a {b}.",
+            "kind": "qa",
+        }
+        for a in WORDS
+        for b in WORDS
+    ]
+    for name, lines in (("short", short), ("long", long)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def recipe(run: Path, folder: Path, **changes: Any) -> TuneRecipe:
+    tree: dict[str, Any] = {
+        "run": str(run),
+        "model": str(STORIES),
+        "stripes": "GLLL:33",
+        "chat_template": "plain",
+        "data": {
+            "sources": [
+                {"name": "short", "files": [str(folder / "short.jsonl")], "share": 0.25},
+                {"name": "long", "files": [str(folder / "long.jsonl")], "share": 0.75},
+            ],
+            "held_out": 0.1,
+        },
+        "train": {
+            "length": 256,
+            "steps": STEPS,
+            "rows_per_step": 2,
+            "learning_rate": 1e-3,
+            "log_every": 1,
+            "save_every": 2,
+        },
+        "evaluate": {"every": 3},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            tree[section][key] = value
+        else:
+            tree[section] = value
+    return TuneRecipe.model_validate(tree)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[records.Row]]:
+    """One uninterrupted run, the measure of all others."""
+    run = tmp_path_factory.mktemp("tune") / "run"
+    return run, tune(recipe(run, data))
+
+
+def values(rows: list[records.Row], metric: str) -> list[float]:
+    return [row.value for row in rows if row.metric == metric]
+
+
+def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[records.Row]], data: Path) -> None:
+    run, rows = finished
+    names = {p.name for p in run.iterdir()}
+    assert names == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
+    assert records.read(run / "rows.jsonl") == rows
+    assert len(values(rows, "loss")) == STEPS
+    measured = [(row.task, row.model, row.layout) for row in rows if row.metric == "answer_loss"]
+    suites = ("answers-short", "answers-long")
+    assert measured == [
+        (suite, model, layout)
+        for model, layout in (
+            *((str(STORIES), "dense"), (str(STORIES), "GLLL:33")),
+            *((f"{run}@3", "GLLL:33"), (f"{run}@6", "GLLL:33"), (str(run / "model"), "GLLL:33")),
+        )
+        for suite in suites
+    ]
+    for suite in suites:
+        losses = [row.value for row in rows if row.task == suite]
+        assert losses[-1] < losses[1] - 0.5
+        assert losses[-2] == pytest.approx(losses[-1], rel=1e-6)  # what was measured last is what was written
+    shares = {row.task: row.value for row in rows if row.metric == "share"}
+    assert shares["data-long"] == pytest.approx(0.75, abs=0.05)
+    kinds = {row.task: row for row in rows if row.metric == "tokens" and row.task.startswith("instructions-")}
+    assert set(kinds) == {"instructions-short", "instructions-qa"}
+    assert tune(recipe(run, data)) == rows
+
+
+def test_the_tuned_checkpoint_is_a_plain_one_that_chats(
+    finished: tuple[Path, list[records.Row]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = finished
+    model = run / "model"
+    assert {p.name for p in model.iterdir()} == {p.name for p in STORIES.iterdir()} | {
+        "zebra.json",
+        "chat_template.jinja",
+    }
+    plain, words = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    source = json.loads((STORIES / "config.json").read_text())
+    assert (plain.config.pad_token_id, plain.config.use_cache) == (source["pad_token_id"], True)
+    assert "Assistant" in words.chat_template
+    prompt = words.apply_chat_template(
+        [{"role": "user", "content": "What does the dog see, cat?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    torch.testing.assert_close(plain(prompt).logits, zebra.load(model)(prompt).logits, atol=1e-4, rtol=1e-4)
+
+
+# Packing
+
+
+def packed(lengths: list[int], row: int) -> tuple[AnswerRows, Tokens]:
+    rng = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, 97, (n,), generator=rng).numpy() for n in lengths]
+    answers = [torch.rand(n, generator=rng).numpy() < 0.4 for n in lengths]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    hashes = np.arange(len(lengths), dtype=np.uint64)
+    corpus = Corpus(np.concatenate(ids).astype(np.uint32), offsets.astype(np.int64), hashes)
+    tokens = Tokens(corpus, np.concatenate(answers), ["a"] * len(lengths))
+    kept = keep([Source("a", corpus)], deduplicate=True)
+    return AnswerRows(mix(kept, 2, row, join=False, seed=0, whole=True).rows, [tokens]), tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_packed_conversations_equal_single_ones(family: str) -> None:
+    """Through trl's collator and a striped model: logits in float64, and the labels of the answers alone."""
+    rows, tokens = packed([5, 30, 41, 1, 17, 44, 23], 80)
+    config = striped(tiny_config(family), Stripes.parse("GLLL:9"))
+    torch.manual_seed(7)
+    model = host_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float64).eval()
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    batch = collate([as_dataset(rows)[i] for i in range(len(rows))])
+    with torch.no_grad():
+        together = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+    assert (batch["position_ids"][0] == 0).sum() > len(rows)
+    at = 0
+    for i in range(len(rows)):
+        for document, _, count in rows.rows.pieces[rows.rows.firsts[i] : rows.rows.firsts[i + 1]]:
+            one = tokens[rows.rows.documents.documents[document]]
+            assert len(one.ids) == count
+            with torch.no_grad():
+                alone = model(torch.tensor([one.ids]), use_cache=False).logits[0]
+            torch.testing.assert_close(together[at : at + count], alone, atol=1e-10, rtol=1e-10)
+            wanted = [token if answer else IGNORE for token, answer in zip(*one, strict=True)]
+            assert batch["labels"][0, at : at + count].tolist() == [IGNORE, *wanted[1:]]
+            at += count
+    assert at == batch["input_ids"].shape[1]
+
+
+def test_the_loss_is_that_of_the_answers_one_by_one(finished: tuple[Path, list[records.Row]], data: Path) -> None:
+    """The first logged loss, through trl and packing, equals the host's cross-entropy of single conversations."""
+    _, rows = finished
+    run = recipe(data / "unused", data)
+    chat = Chat(AutoTokenizer.from_pretrained(STORIES), "plain", "stories")
+    found = read_instructions(run, chat, lambda: pytest.fail("no model is asked")).rows
+    model = AutoModelForCausalLM.from_pretrained(zebra.convert(STORIES, data / "striped", "GLLL:33"))
+    sums, counts = [], []
+    for i in range(len(found)):
+        one, at = found[i], 0
+        total, answers = 0.0, 0
+        for length in one["seq_lengths"]:
+            ids = torch.tensor([one["input_ids"][at : at + length]])
+            labels = torch.tensor(one["labels"][at : at + length])
+            with torch.no_grad():
+                logits = model(ids).logits[0]
+            total += cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=IGNORE).item()
+            answers += int((labels[1:] != IGNORE).sum())
+            at += length
+        sums.append(total)
+        counts.append(answers)
+    first = values(rows, "loss")[0]
+    pairs = [(sums[i] + sums[j]) / (counts[i] + counts[j]) for i in range(len(sums)) for j in range(i)]
+    assert min(abs(pair - first) for pair in pairs) < 1e-5
+
+
+def test_the_loss_of_answers_is_the_hosts() -> None:
+    model = tiny_model("llama")
+    conversations = [
+        Labelled(
+            torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist(),
+            [i > n // 2 for i in range(n)],
+        )
+        for n in (7, 30, 12)
+    ]
+    model = model.__class__._from_config(model.config, attn_implementation=NAME)
+    found, counts = answer_losses(model, conversations, batch_tokens=40)
+    for one, total, count in zip(conversations, found, counts, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([one.ids]), use_cache=False).logits[0]
+        labels = torch.tensor([t if a else IGNORE for t, a in zip(*one, strict=True)])
+        wanted = cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=IGNORE)
+        assert total == pytest.approx(wanted.item(), rel=1e-5)
+        assert count == sum(one.answers)
+
+
+# Kills
+
+
+KILL_AT_A_LOG = """
+import os, signal
+from zebra.train import trainer
+shown = trainer._Show.on_log
+def on_log(self, args, state, control, logs, **kwargs):
+    shown(self, args, state, control, logs, **kwargs)
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer._Show.on_log = on_log
+"""
+KILL_IN_THE_EXPORT = """
+import os, signal
+from zebra.train import export
+export.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    "kill", [KILL_AT_A_LOG, pytest.param(KILL_IN_THE_EXPORT, marks=pytest.mark.full)], ids=["at a log", "in the export"]
+)
+def test_a_killed_run_resumes_to_the_same_losses(
+    kill: str, finished: tuple[Path, list[records.Row]], data: Path, tmp_path: Path
+) -> None:
+    asked = recipe(tmp_path / "run", data)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    done = subprocess.run(
+        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "tune", str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "run" / "model").exists()
+    rows = tune(asked)
+    _, wanted = finished
+    for metric in ("loss", "answer_loss"):
+        assert values(rows, metric) == values(wanted, metric)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": {"rank": 4}},
+        pytest.param({"train__activation_checkpointing": True}, marks=pytest.mark.full),
+        pytest.param({"train__precision": "bfloat16"}, marks=pytest.mark.full),
+        pytest.param({"train__accumulate": 2, "stripes": None}, marks=pytest.mark.full),
+        pytest.param({"lora": {"rank": 4, "merge": False}}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    rows = tune(recipe(tmp_path / "run", data, train__steps=2, evaluate=None, data__held_out=None, **changes))
+    assert len(values(rows, "loss")) == 2
+    assert all(0 < loss < 10 for loss in values(rows, "loss"))
+    assert (tmp_path / "run" / "model" / "chat_template.jinja").exists()
+
+
+# Bad input
+
+
+def test_bad_input_is_one_line_before_any_training(data: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+
+    def refused(match: str, line: str | None = None, **changes: Any) -> None:
+        if line is not None:
+            bad.write_text(line)
+            changes["data"] = {"files": [str(bad)]}
+        with pytest.raises(Refusal, match=match):
+            tune(recipe(tmp_path / "run", data, evaluate=None, **changes))
+        assert not (tmp_path / "run").exists()
+
+    good = json.dumps({"prompt": "x", "completion": "y"})
+    refused(r"bad\.jsonl, line 2 is not JSON", f"{good}\n{{")
+    refused(r"no conversation in .*bad\.jsonl", "")
+    refused("has no chat template. Name one", good, chat_template=None)
+    long = json.dumps({"prompt": "a dog " * 300, "completion": "y"})
+    refused(r"bad\.jsonl, line 2 is too long: [\d,]+ tokens, where train.length is 256", f"{good}\n{long}")
+    bad.write_text(long)
+    refused(r"no conversation left to train on.* 1 too long", data={"files": [str(bad)], "too_long": "drop"})
+
+
+def test_a_refusal_is_one_line_on_the_command_line(zebra: Any, data: Path, tmp_path: Path) -> None:
+    from test_cli import refused
+
+    asked = recipe(tmp_path / "run", data, chat_template=None)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    refused(zebra("tune", tmp_path / "recipe.yaml"), "has no chat template")
+    with pytest.raises(Refusal, match=r"unknown key data\.held"):
+        read_recipe(tmp_path / "recipe.yaml", TuneRecipe, ["data.held=1"])
+    assert dry_run(asked).total > 0
+
+
+def test_a_mixture_of_whole_conversations_ends_nearest_to_its_shares(data: Path) -> None:
+    rows, tokens = packed([60, 60, 60, 60, 60], 100)
+    assert [len(rows[i]["input_ids"]) for i in range(len(rows))] == [60, 60]
+    assert all(len(tokens[i].ids) == 60 for i in range(5))
+    kept = keep([Source(name, tokens.corpus, 0.5) for name in ("a", "b")], deduplicate=False)
+    with pytest.raises(Refusal, match="do not hold one whole document of each of 2 sources"):
+        mix(kept, 1, 100, join=False, seed=0, whole=True)
