@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,9 @@ from zebra.cli import bench, show
 from zebra.cli.generate import generate
 from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.refusal import Refusal
+
+if TYPE_CHECKING:
+    from zebra.records import Row
 
 app = typer.Typer(
     help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
@@ -28,6 +32,7 @@ app.add_typer(bench.app, name="bench")
 
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
 _SELF_EXTEND = "Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:TARGET."
+_Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -119,7 +124,7 @@ def verify(
 @app.command(epilog="zebra adapt recipes/demo.yaml --set train.steps=100")
 def adapt(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")] = None,
+    set_: _Set = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")
     ] = False,
@@ -138,15 +143,37 @@ def adapt(
     with show.quiet_host():
         from zebra.train.adapt import adapt as run
 
-        rows = run(read)
-        from zebra.train.directory import is_first_process
-    if is_first_process():
-        from zebra.report import write_report
+        _trained(run(read), read.run, as_json)
 
-        page = Path(read.run) / "report.html"
-        write_report(rows, page)
-        show.rows(rows, as_json)
-        show.note(f"checkpoint {read.run}/model, rows {read.run}/rows.jsonl, report {page}")
+
+@app.command(epilog="zebra pretrain recipes/retrieval-cpu.yaml --set train.steps=100")
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/retrieval-cpu.yaml.")],
+    set_: _Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model from scratch, and its tokenizer where none is given; measure it and write a report."""
+    from zebra.train.recipe import PretrainRecipe, read_recipe
+
+    read = read_recipe(recipe, PretrainRecipe, set_ or [])
+    with show.quiet_host():
+        from zebra.train.pretrain import pretrain as run
+
+        _trained(run(read), read.run, as_json)
+
+
+def _trained(rows: Sequence[Row], run: str, as_json: bool) -> None:
+    """The page of a training that ended, and what it left."""
+    from zebra.train.directory import is_first_process
+
+    if not is_first_process():
+        return
+    from zebra.report import write_report
+
+    page = Path(run) / "report.html"
+    write_report(rows, page)
+    show.rows(rows, as_json)
+    show.note(f"checkpoint {run}/model, rows {run}/rows.jsonl, report {page}")
 
 
 @app.command(epilog="zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB")

@@ -9,12 +9,8 @@ run/rows.jsonl      every row, written last: a run that has it is done
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,21 +18,19 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from zebra import records
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows
-from zebra.evaluate.perplexity import Score, as_rows, perplexity
-from zebra.kernels.precision import fast_float32
 from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config
-from zebra.model.families import DENSE, layout, striped, stripes_of
-from zebra.model.hosts import best_device, device_name, load
+from zebra.model.families import layout, striped
+from zebra.model.hosts import load
 from zebra.model.rope import as_rope, refuse_changing_rope, settled
-from zebra.progress import console
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.stripes import LOCAL, Stripes, visible_pairs
+from zebra.stripes import Stripes
 from zebra.train import directory, lora
 from zebra.train.export import export, reload
+from zebra.train.measuring import common, cost_rows, measure, trainer_state, training_rows
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.texts import data_rows, read_texts
-from zebra.train.trainer import fit, is_complete
+from zebra.train.trainer import check_machine, fit, is_complete, precision, trainable
 
 
 def adapt(recipe: AdaptRecipe) -> list[Row]:
@@ -47,8 +41,7 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
             of another recipe.
     """
     config, tokenizer = _open(recipe)
-    faster = fast_float32() if recipe.train.fast_float32 else contextlib.nullcontext()
-    with directory.occupied(recipe) as run, faster:
+    with directory.occupied(recipe) as run, precision(recipe.train):
         return _run(run, recipe, config, tokenizer)
 
 
@@ -68,14 +61,14 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
         _train(run, recipe, config, rows, held_out)
     if not directory.is_first_process():
         return []
-    history = _trainer_state(run, recipe)["log_history"]
-    after = _measure(recipe, held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
+    history = trainer_state(run, recipe)["log_history"]
+    after = measure(recipe, held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
     found = [
-        *data_rows(recipe, lines, layout(config), **_common(recipe)),
+        *data_rows(recipe, lines, model=recipe.model, layout=layout(config), **common(recipe)),
         *before,
-        *_training_rows(recipe, config, history),
+        *training_rows(recipe, config, history, recipe.rope),
         *after,
-        *_cost_rows(recipe, config),
+        *cost_rows(recipe, config, recipe.model),
     ]
     records.write(run / "rows.jsonl", found)
     return found
@@ -83,13 +76,7 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
 
 def _open(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The config to train, striped, with its rope and long enough, and the tokenizer."""
-    if recipe.train.device == "cuda" and not torch.cuda.is_available():
-        raise Refusal(
-            "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
-            "with --set train.device=best it would run on this CPU, at a CPU's speed."
-        )
-    if recipe.train.fast_float32 and best_device() != "cpu":
-        raise Refusal("train.fast_float32 is a switch of CPUs: on a GPU it would mean TF32. Unset it.")
+    check_machine(recipe.train)
     config = read_config(recipe.model)
     if not Path(recipe.model).is_dir():
         raise Refusal(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
@@ -109,19 +96,11 @@ def adapted(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         Refusal: a layout or a rope that does not fit, a router that wants a loss of its own.
     """
-    if getattr(config, "output_router_logits", False):
-        raise Refusal(
-            f"{recipe.model} asks for its router's auxiliary loss (output_router_logits), and adaptation trains on the "
-            "language loss alone. Set output_router_logits to false in its config.json to train so."
-        )
     if recipe.stripes is not None:
         config = striped(config, Stripes.parse(recipe.stripes))
     config = _with_rope(recipe, config)
     config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
-    if config.attention_dropout:
-        console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
-        config.attention_dropout = 0.0
-    return config
+    return trainable(config, recipe.model)
 
 
 def _with_rope(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -147,97 +126,12 @@ def _before(run: Path, recipe: AdaptRecipe, held_out: Corpus | None) -> list[Row
     kept = run / "before.jsonl"
     if not kept.exists():
         source = Path(recipe.model)
-        rows = _measure(recipe, held_out, source, load(source))
+        rows = measure(recipe, held_out, source, load(source))
         if recipe.stripes is not None or recipe.rope is not None:
             model = load(source, stripes=recipe.stripes, rope=recipe.rope)
-            rows += _measure(recipe, held_out, source, model, recipe.rope)
+            rows += measure(recipe, held_out, source, model, recipe.rope)
         records.write(kept, rows)
     return records.read(kept)
-
-
-def _measure(
-    recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, model: PreTrainedModel, rope: str | None = None
-) -> list[Row]:
-    """Rows of one checkpoint by position, and how fast it read; `rope` stands beside the layout."""
-    assert recipe.evaluate is not None
-    assert held_out is not None
-    model.to(best_device())
-    start = time.perf_counter()
-    asked = recipe.evaluate
-    scores = perplexity(model, held_out, length=asked.length, convention=asked.convention, seed=recipe.train.seed)
-    seconds = time.perf_counter() - start
-    common = _common(recipe) | {"model": str(checkpoint), "layout": _named(model.config, rope)}
-    rows = as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **common)
-    speed = rows[-1].n / seconds if rows[-1].n else 0.0
-    return [
-        *rows,
-        Row(
-            task="speed",
-            metric="evaluation_tokens_per_second",
-            value=speed,
-            length=recipe.evaluate.length,
-            n=rows[-1].n,
-            **common,
-        ),
-    ]
-
-
-def _named(config: PreTrainedConfig, rope: str | None) -> str:
-    """The layout as rows call it, with the rope beside it that the recipe gives."""
-    return " ".join(filter(None, (layout(config), rope)))
-
-
-def _common(recipe: AdaptRecipe) -> dict[str, Any]:
-    return {"run": Path(recipe.run).name, "seed": recipe.train.seed, "device": device_name(best_device())}
-
-
-def _training_rows(recipe: AdaptRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
-    """The loss against tokens, and the evaluations on the way."""
-    common = _common(recipe) | {"layout": _named(config, recipe.rope)}
-    rows: list[Row] = []
-    for entry in history:
-        at = common | {"model": f"{recipe.run}@{entry['step']}"}
-        if "loss" in entry:
-            rows.append(
-                Row(
-                    task="train",
-                    metric="loss",
-                    value=entry["loss"],
-                    length=recipe.train.length,
-                    n=entry["num_input_tokens_seen"],
-                    **at,
-                )
-            )
-        if "by_position" in entry and recipe.evaluate is not None:
-            scores = [Score(**score) for score in entry["by_position"]]
-            rows += as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **at)
-    return rows
-
-
-def _cost_rows(recipe: AdaptRecipe, config: PreTrainedConfig) -> list[Row]:
-    """What one text of the longest measured length costs in attention, dense and striped: exact counts."""
-    length = max(recipe.train.length, recipe.evaluate.length if recipe.evaluate else 0)
-    stripes = stripes_of(config)
-    n = config.num_hidden_layers
-    local = (stripes.layer_types(n) if stripes else ()).count(LOCAL)
-    window = stripes.window if stripes else length
-    rows = []
-    for name, locals_ in dict.fromkeys([(DENSE, 0), (layout(config), local)]):
-        pairs = (n - locals_) * visible_pairs(length) + locals_ * visible_pairs(length, window)
-        kept = (n - locals_) * length + locals_ * min(length, window - 1)
-        for metric, value in (("layers", n), ("attention_pairs", pairs), ("cached_tokens", kept)):
-            rows.append(
-                Row(
-                    task="cost",
-                    metric=metric,
-                    value=value,
-                    length=length,
-                    model=recipe.model,
-                    layout=name,
-                    **_common(recipe),
-                )
-            )
-    return rows
 
 
 # Training
@@ -256,7 +150,7 @@ def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows,
         with directory.writing(run):
             writes = fit(recipe, model, rows, held_out, run / "checkpoints")
     if writes:
-        tokens = _trainer_state(run, recipe)["num_input_tokens_seen"]
+        tokens = trainer_state(run, recipe)["num_input_tokens_seen"]
         with directory.writing(run):
             export(recipe, model, steps=recipe.train.steps, tokens=tokens, rope=recipe.rope or "none")
 
@@ -274,15 +168,3 @@ def _source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedModel:
     model.config.max_position_embeddings = config.max_position_embeddings
     model.config.rope_parameters = config.rope_parameters
     return model
-
-
-def _trainer_state(run: Path, recipe: AdaptRecipe) -> dict[str, Any]:
-    """What the Trainer wrote of itself after the last step."""
-    path = run / "checkpoints" / f"checkpoint-{recipe.train.steps}" / "trainer_state.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise Refusal(
-            f"{path} is gone or damaged, and with it the losses of the run. Remove {run / 'model'} to train on from "
-            "the last whole checkpoint, or name another run."
-        ) from None

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -153,23 +153,13 @@ class Evaluation(TextSource):
     every: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
 
 
-class AdaptRecipe(_Section):
-    """Long-context adaptation (LCAT): a checkpoint, its new layout, the text, the training and the measuring."""
+class Recipe(_Section):
+    """What every training has: a run's directory, a layout, the text, the training and the measuring."""
 
     run: str = Field(description="the run's directory")
-    model: str = Field(description="the checkpoint to adapt")
-    shape: str | None = Field(
-        None, description="built-in shape that --dry-run reckons with where the checkpoint is not here"
-    )
-    stripes: str | None = Field(
-        None, description="the layout to adapt to, such as GLLL:512; the checkpoint's own without it"
-    )
-    rope: str | None = Field(
-        None, description="a change of the rope: linear:8, yarn:8, llama3:8, base:5000000; as it is without it"
-    )
+    stripes: str | None = Field(None, description="the layout to train, such as GLLL:512; the model's own without it")
     data: Data
     train: Training
-    lora: Lora | None = Field(None, description="train low-rank updates; all weights without it")
     evaluate: Evaluation | None = None
 
     @field_validator("stripes")
@@ -177,16 +167,8 @@ class AdaptRecipe(_Section):
     def _notation(cls, stripes: str | None) -> str | None:
         return None if stripes is None else str(Stripes.parse(stripes))
 
-    @field_validator("rope")
-    @classmethod
-    def _rope_notation(cls, rope: str | None) -> str | None:
-        parsed = None if rope is None else Rope.parse(rope)
-        return None if parsed is None or parsed.kind == "none" else str(parsed)
-
     @model_validator(mode="after")
-    def _consistent(self) -> AdaptRecipe:
-        if self.lora and self.lora.frozen == "bfloat16" and self.train.precision != "bfloat16":
-            raise ValueError("lora.frozen bfloat16 needs train.precision bfloat16; change one of them")
+    def _measurable(self) -> Self:
         every = self.evaluate.every if self.evaluate else None
         if every is not None and every > self.train.steps:
             raise ValueError(f"evaluate.every ({every}) is at most train.steps ({self.train.steps}); lower it")
@@ -199,6 +181,74 @@ class AdaptRecipe(_Section):
                 )
             if files is None and (own := _given(self.evaluate, "separator", "field", "append_eos")):
                 raise ValueError(f"evaluate.{own} belongs to evaluate.files; data says how its documents are read")
+        return self
+
+
+class AdaptRecipe(Recipe):
+    """Long-context adaptation (LCAT): a checkpoint, its new layout, the text, the training and the measuring."""
+
+    model: str = Field(description="the checkpoint to adapt")
+    shape: str | None = Field(
+        None, description="built-in shape that --dry-run reckons with where the checkpoint is not here"
+    )
+    rope: str | None = Field(
+        None, description="a change of the rope: linear:8, yarn:8, llama3:8, base:5000000; as it is without it"
+    )
+    lora: Lora | None = Field(None, description="train low-rank updates; all weights without it")
+
+    @field_validator("rope")
+    @classmethod
+    def _rope_notation(cls, rope: str | None) -> str | None:
+        parsed = None if rope is None else Rope.parse(rope)
+        return None if parsed is None or parsed.kind == "none" else str(parsed)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdaptRecipe:
+        if self.lora and self.lora.frozen == "bfloat16" and self.train.precision != "bfloat16":
+            raise ValueError("lora.frozen bfloat16 needs train.precision bfloat16; change one of them")
+        return self
+
+
+class RecallSource(_Section):
+    """Generated documents that tell things and ask for them later (zebra.data.recall), mixed with the text."""
+
+    share: float = Field(gt=0, le=1, description="of the training's rows; the others are text")
+    first: int = Field(64, ge=2, description="tokens of a document at the beginning")
+    until: float = Field(
+        0.5, gt=0, le=1, description="the part of the training at which documents have grown to train.length"
+    )
+
+
+class PretrainData(Data):
+    """The training text, and documents of recall."""
+
+    recall: RecallSource | None = None
+
+
+class NewTokenizer(_Section):
+    """A tokenizer to be trained on the text (zebra.train.tokenizer): byte-level BPE."""
+
+    vocab_size: int = Field(ge=257, description="tokens: 256 bytes, the end of text, and merges")
+    digits: int = Field(3, ge=1, le=3, description="digits in a token: a longer number is cut into groups of so many")
+
+
+class PretrainRecipe(Recipe):
+    """Training from scratch: a config, a tokenizer, the text, the training and the measuring."""
+
+    model: dict[str, Any] = Field(description="model_type and fields of that config class in transformers")
+    tokenizer: str | NewTokenizer = Field(description="a directory that has one, or what to train one by")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the checkpoint that is written")
+    data: PretrainData
+
+    @model_validator(mode="after")
+    def _grown(self) -> PretrainRecipe:
+        if "model_type" not in self.model:
+            raise ValueError("model names the class of its config by model_type, such as llama; add it")
+        recall = self.data.recall
+        if recall is not None and recall.first > self.train.length:
+            raise ValueError(
+                f"data.recall.first ({recall.first}) is at most train.length ({self.train.length}); lower it"
+            )
         return self
 
 

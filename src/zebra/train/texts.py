@@ -16,7 +16,7 @@ from zebra.evaluate.perplexity import read_text
 from zebra.progress import console
 from zebra.records import Row
 from zebra.train.directory import is_first_process
-from zebra.train.recipe import AdaptRecipe, MixtureSource, TextSource
+from zebra.train.recipe import MixtureSource, Recipe, TextSource
 from zebra.train.trainer import tokens_per_step
 
 
@@ -29,7 +29,7 @@ class Texts(NamedTuple):
     digest: str
 
 
-def read_texts(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
+def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """Read, choose and pack the texts of a recipe; what a mixture is made of is printed.
 
     Raises:
@@ -61,7 +61,7 @@ def read_texts(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts
     return Texts(rows, held_out, lines, _digest(texts))
 
 
-def data_rows(recipe: AdaptRecipe, lines: Sequence[Line], layout: str, **common: Any) -> list[Row]:
+def data_rows(recipe: Recipe, lines: Sequence[Line], **common: Any) -> list[Row]:
     """What a mixture took of each source, as rows of the task `data-<source>`."""
     rows = []
     for line in lines:
@@ -81,8 +81,6 @@ def data_rows(recipe: AdaptRecipe, lines: Sequence[Line], layout: str, **common:
                 value=value,
                 n=line.documents,
                 length=recipe.train.length,
-                model=recipe.model,
-                layout=layout,
                 **common,
             )
             for metric, value in values.items()
@@ -90,7 +88,7 @@ def data_rows(recipe: AdaptRecipe, lines: Sequence[Line], layout: str, **common:
     return rows
 
 
-def _sources(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Source]:
+def _sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Source]:
     data = recipe.data
     if data.files is not None:
         return [Source("data.files", _corpus(data, data.files, recipe, tokenizer, data.append_eos))]
@@ -109,7 +107,7 @@ def _sources(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> list[So
 def _corpus(
     source: TextSource | MixtureSource,
     files: Sequence[str],
-    recipe: AdaptRecipe,
+    recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     append_eos: bool,
 ) -> Corpus:

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -32,19 +33,59 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows
+from zebra.data.recall import Taught
 from zebra.evaluate.perplexity import perplexity
+from zebra.kernels.precision import fast_float32
+from zebra.model.hosts import best_device
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import bar, console
 from zebra.refusal import Refusal
 from zebra.train.directory import processes
-from zebra.train.recipe import AdaptRecipe, Evaluation
+from zebra.train.recipe import Evaluation, Recipe, Training
 
 COMPLETE = "COMPLETE"
 """The mark that a checkpoint is whole, written last."""
 
 
-def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpus | None, checkpoints: Path) -> bool:
+def precision(train: Training) -> AbstractContextManager[None]:
+    """The recipe's float32 products, for as long as it runs."""
+    return fast_float32() if train.fast_float32 else nullcontext()
+
+
+def check_machine(train: Training) -> None:
+    """Refuse a recipe that is for another machine."""
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise Refusal(
+            "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
+            "with --set train.device=best it would run on this CPU, at a CPU's speed."
+        )
+    if train.fast_float32 and best_device() != "cpu":
+        raise Refusal("train.fast_float32 is a switch of CPUs: on a GPU it would mean TF32. Unset it.")
+
+
+def trainable(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """The config as it is trained: without dropout of attention weights, which no kernel has.
+
+    Raises:
+        Refusal: a router that wants a loss of its own.
+    """
+    if getattr(config, "output_router_logits", False):
+        raise Refusal(
+            f"{name} asks for its router's auxiliary loss (output_router_logits), and training is on the language loss "
+            "alone. Set output_router_logits to false in its config to train so."
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
+        config.attention_dropout = 0.0
+    return config
+
+
+def fit(
+    recipe: Recipe, model: PreTrainedModel, rows: Rows | Taught, held_out: Corpus | None, checkpoints: Path
+) -> bool:
     """Train a model by a recipe, from the newest whole checkpoint where there is one.
+
+    Rows of text are drawn in random order; those that grow over the training come in theirs.
 
     Returns:
         Whether this process is the one that writes results.
@@ -52,7 +93,7 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
     Raises:
         Refusal: one process that sees several GPUs.
     """
-    arguments = _arguments(recipe, checkpoints)
+    arguments = _arguments(recipe, checkpoints, in_order=isinstance(rows, Taught))
     if arguments.n_gpu > 1:
         raise Refusal(
             f"one process sees {arguments.n_gpu} GPUs. Start one process for each with "
@@ -65,7 +106,7 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
             raise Refusal(_diverged("the loss is", trainer.state.global_step + 1, trainer.optimizer, checkpoints))
         return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
-    with bar("adapting", recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
+    with bar("training", recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
         trainer = _AdaptTrainer(
             evaluation=recipe.evaluate,
             model=model,
@@ -113,13 +154,13 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
         log.removeFilter(other)
 
 
-def tokens_per_step(recipe: AdaptRecipe) -> int:
+def tokens_per_step(recipe: Recipe) -> int:
     """Tokens of one full optimiser step, over all processes. The last one of a pass over the rows may have fewer."""
     train = recipe.train
     return train.length * train.rows_per_step * train.accumulate * processes()
 
 
-def _arguments(recipe: AdaptRecipe, checkpoints: Path) -> TrainingArguments:
+def _arguments(recipe: Recipe, checkpoints: Path, *, in_order: bool) -> TrainingArguments:
     train = recipe.train
     every = recipe.evaluate.every if recipe.evaluate else None
     return TrainingArguments(
@@ -144,6 +185,7 @@ def _arguments(recipe: AdaptRecipe, checkpoints: Path) -> TrainingArguments:
         eval_strategy="steps" if every else "no",
         eval_steps=every,
         include_num_input_tokens_seen="all",
+        train_sampling_strategy="sequential" if in_order else "random",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

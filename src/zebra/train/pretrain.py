@@ -1,0 +1,193 @@
+"""Training from scratch: a config of transformers, a tokenizer, text and generated recall, trained and measured.
+
+run/recipe.yaml, run/inputs.json, run/checkpoints/, run/model/, run/rows.jsonl    as in zebra.train.adapt
+run/tokenizer/      the tokenizer, where the recipe trains one
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from zebra import records
+from zebra.data.packing import Rows
+from zebra.data.recall import Growth, Recall, Taught
+from zebra.model.attention import NAME
+from zebra.model.checkpoint import fingerprint, first_line, open_tokenizer, write_card, write_config
+from zebra.model.families import host_class, layout, route, striped
+from zebra.model.hosts import load
+from zebra.records import Row
+from zebra.refusal import Refusal
+from zebra.staged import staged
+from zebra.stripes import Stripes
+from zebra.train import directory
+from zebra.train.measuring import common, cost_rows, measure, trainer_state, training_rows
+from zebra.train.recipe import PretrainRecipe
+from zebra.train.texts import Texts, data_rows, read_texts
+from zebra.train.tokenizer import texts_of, train_tokenizer
+from zebra.train.trainer import check_machine, fit, is_complete, precision, trainable
+
+
+def pretrain(recipe: PretrainRecipe) -> list[Row]:
+    """Run a recipe from where it stands, and return its rows.
+
+    Raises:
+        Refusal: what cannot be served, before any training: the config, the tokenizer, the texts, a run directory of
+            another recipe. During it: a loss that is not finite.
+    """
+    check_machine(recipe.train)
+    config_of(recipe)
+    with directory.occupied(recipe) as run, precision(recipe.train):
+        return _run(run, recipe)
+
+
+def _run(run: Path, recipe: PretrainRecipe) -> list[Row]:
+    if (run / "rows.jsonl").exists() and (done := records.read(run / "rows.jsonl")):
+        return done
+    tokenizer = _tokenizer(run, recipe)
+    config = config_of(recipe, tokenizer)
+    texts = read_texts(recipe, tokenizer)
+    rows = _rows(recipe, tokenizer, texts)
+    inputs = {"text": texts.digest, "tokenizer": fingerprint(tokenizer), "processes": directory.processes()}
+    directory.record(run, recipe, inputs)
+    if not (run / "model").exists():
+        _train(run, recipe, config, tokenizer, rows, texts)
+    if not directory.is_first_process():
+        return []
+    at = {"model": str(run / "model"), "layout": layout(config)} | common(recipe)
+    found = [
+        *data_rows(recipe, texts.lines, **at),
+        *training_rows(recipe, config, trainer_state(run, recipe)["log_history"]),
+        *(measure(recipe, texts.held_out, run / "model", load(run / "model")) if recipe.evaluate else []),
+        *cost_rows(recipe, config, str(run / "model")),
+    ]
+    records.write(run / "rows.jsonl", found)
+    return found
+
+
+# The model and its tokenizer
+
+
+def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
+    """The config that a recipe's `model` describes, with its stripes, and with what it leaves to the tokenizer.
+
+    Raises:
+        Refusal: a model_type or a field that transformers does not have, a family or a layout that zebra does not
+            serve, a model too short for the rows, a vocabulary of another size than the tokenizer's.
+    """
+    given = dict(recipe.model)
+    kind = given.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=1)
+        raise Refusal(f"transformers has no model_type {kind!r}" + (f"; did you mean {near[0]}?" if near else "."))
+    known = {f.name for f in fields(CONFIG_MAPPING[kind])}
+    if unknown := sorted(set(given) - known):
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        raise Refusal(f"a config of {kind} has no field {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "."))
+    given = {"max_position_embeddings": recipe.train.length} | _tokens(given, tokenizer) | given
+    try:
+        config = AutoConfig.for_model(kind, **given)
+        route(config)
+        if recipe.stripes is not None:
+            config = striped(config, Stripes.parse(recipe.stripes))
+        with torch.device("meta"):
+            host_class(config)(config)
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError, KeyError) as error:
+        raise Refusal(f"the fields of model describe no {kind}: {first_line(error)}") from None
+    if config.max_position_embeddings < recipe.train.length:
+        raise Refusal(
+            f"model.max_position_embeddings is {config.max_position_embeddings:,}, fewer than train.length, "
+            f"{recipe.train.length:,}. Leave it out to take train.length."
+        )
+    return trainable(config, "model")
+
+
+def _tokens(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What a config takes from the tokenizer."""
+    if tokenizer is None:
+        return {}
+    if given.get("vocab_size", len(tokenizer)) != len(tokenizer):
+        raise Refusal(
+            f"model.vocab_size is {given['vocab_size']:,}, and the tokenizer has {len(tokenizer):,} tokens. "
+            "Leave it out to take the tokenizer's."
+        )
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer)} | ids
+
+
+def _tokenizer(run: Path, recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
+    if isinstance(recipe.tokenizer, str):
+        return open_tokenizer(recipe.tokenizer)
+    if (run / "tokenizer").is_dir():
+        return open_tokenizer(run / "tokenizer")
+    return train_tokenizer(texts_of(recipe), recipe.tokenizer)
+
+
+# Training
+
+
+def _rows(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Rows | Taught:
+    """The text's rows, or these among rows of recall."""
+    train, recall = recipe.train, recipe.data.recall
+    step = train.rows_per_step * train.accumulate * directory.processes()
+    if len(texts.rows) < step:
+        raise Refusal(
+            f"the text has {len(texts.rows):,} rows of {train.length:,} tokens, fewer than the {step:,} of one step. "
+            "Give more text, or take shorter or fewer rows."
+        )
+    if recall is None:
+        return texts.rows
+    documents = texts.rows.documents
+    return Taught(
+        recall=Recall(tokenizer, (documents[i] for i in range(len(documents.lengths)))),
+        text=texts.rows,
+        share=recall.share,
+        growth=Growth(recall.first, train.length, recall.until),
+        count=train.steps * step,
+        seed=train.seed,
+    )
+
+
+def _train(
+    run: Path,
+    recipe: PretrainRecipe,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows | Taught,
+    texts: Texts,
+) -> None:
+    """Train, and write the checkpoint."""
+    if not (run / "tokenizer").exists() and directory.is_first_process():
+        with staged(run / "tokenizer") as aside:
+            tokenizer.save_pretrained(aside)
+    last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
+    if is_complete(last):  # a kill came between the last step and the export
+        model: Any = load(last)
+        writes = directory.is_first_process()
+    else:
+        model = _random(config, recipe.train.seed)
+        with directory.writing(run):
+            writes = fit(recipe, model, rows, texts.held_out, run / "checkpoints")
+    if not writes:
+        return
+    tokens = trainer_state(run, recipe)["num_input_tokens_seen"]
+    with directory.writing(run), staged(run / "model") as aside:
+        model.to(getattr(torch, recipe.dtype))
+        model.config.use_cache = True  # the Trainer turns it off for itself
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_config(model.config, aside)
+        write_card(aside, model.config, source=None, steps=recipe.train.steps, tokens=tokens)
+
+
+def _random(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = host_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32)
+    return model
