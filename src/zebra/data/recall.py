@@ -1,7 +1,7 @@
 """Documents that teach to recall: things are told once, and asked for later. By seed, exact to the token.
 
     [start] head | ..... told ..... told .. told ..... | asks answer. asks answer. asks answer.
-                   '---- text, noise or entries -----'        ^^^^^^^      ^^^^^^^      ^^^^^^^  the labels
+                   '---- text, noise or entries -----'   '------------- the labels -----------'
 
 The wording is that of `zebra.data.questions`, so that what is learned is what `zebra.data.needles` asks. Documents
 stand side by side in rows and do not see each other. They grow over the training: of a few things told a few tokens
@@ -23,11 +23,12 @@ from torch import Tensor
 
 from zebra.data.haystack import Hay, Pool, Tokenizer, Writer, listed, own_text, placed, repeated
 from zebra.data.packing import IGNORE, Rows
-from zebra.data.questions import NOISE, POOLS, TASKS, Draw, Kit, entry
+from zebra.data.questions import NOISE, POOLS, TASKS, Kit, entry
 from zebra.refusal import Refusal
 
 KINDS = ("entries", "lookup", "needle", "passkey")
 """What is taught: the tasks of these names, and entries said again, the most answers in the fewest tokens."""
+_WEIGHTS = (3, 1, 1, 1)
 _MOST = {"passkey": 1, "needle": 60}  # of 150 words
 
 
@@ -83,7 +84,7 @@ class Recall:
         labels: list[int] = []
         positions: list[int] = []
         while room := length - len(ids):
-            size = min(longest, room)
+            size = min(room, longest if rng.random() < 0.5 else rng.randint(self.least, max(self.least, longest)))
             size = room if room - size < self.least else size
             found, asked = self.document(size, rng)
             ids, labels, positions = ids + found, labels + asked, [*positions, *range(size)]
@@ -94,25 +95,25 @@ class Recall:
         """Tokens that hold one fact of any kind and its question."""
         rng = Random(0)
         return 8 + max(
-            len(self._head(draw)) + len(fact.told) + fact.question
+            len(self._head(head)) + len(fact.told) + fact.question
             for kind in KINDS
             for _ in range(16)
-            for draw, fact in [self._fact(kind, Kit(self._pool, rng))]
+            for head, fact in [self._fact(kind, Kit(self._pool, rng))]
         )
 
     def document(self, size: int, rng: Random) -> tuple[list[int], list[int]]:
-        """One document of exactly `size` tokens, and its labels: the tokens of the answers, `IGNORE` elsewhere.
+        """One document of exactly `size` tokens, and its labels: `IGNORE` before the first question, then the tokens.
 
-        A tenth to two thirds of it are questions.
+        A third to two thirds of it are questions, as far as there are things to ask.
 
         Raises:
             Refusal: a size that holds no fact and its question.
         """
         if size < self.least:
             raise Refusal(f"a document that tells and asks has at least {self.least} tokens here; got {size:,}.")
-        kind, kit = rng.choice(KINDS), Kit(self._pool, rng)
-        draw, fact = self._fact(kind, kit)
-        head = self._head(draw)
+        kind, kit = rng.choices(KINDS, _WEIGHTS)[0], Kit(self._pool, rng)
+        text, fact = self._fact(kind, kit)
+        head = self._head(text)
         room, asked, facts = size - len(head), rng.uniform(0.3, 0.67) * size, [fact]
         taken = len(fact.told) + fact.question
         while len(facts) < _MOST.get(kind, size):
@@ -130,17 +131,19 @@ class Recall:
             labels += [*fact.asks, *fact.answer]
         return ids, labels
 
-    def _fact(self, kind: str, kit: Kit) -> tuple[Draw, Fact]:
-        draw = TASKS["lookup" if kind == "entries" else kind](kit)
-        number = draw.answers[0]
-        stop = self._writer.ids(f"{number.text}.")[len(number.ids) :]
-        told, asks = self._writer.ids(draw.evidence[0]), self._writer.ids(draw.tail)
+    def _fact(self, kind: str, kit: Kit) -> tuple[str, Fact]:
+        """The head that its document has, and the fact."""
         if kind == "entries":
-            asks = told[: len(told) - len(number.ids) - len(stop)]
-        return draw, Fact(told, asks, number.ids + stop)
+            key, number = kit.draw("numbers", 2)
+            head, told, asks = "", entry(key, number), f"{key.text}:"
+        else:
+            draw = TASKS[kind](kit)
+            (number,), head, told, asks = draw.answers, draw.head, draw.evidence[0], draw.tail
+        stop = self._writer.ids(f"{number.text}.")[len(number.ids) :]
+        return head, Fact(self._writer.ids(told), self._writer.ids(asks), number.ids + stop)
 
-    def _head(self, draw: Draw) -> tuple[int, ...]:
-        return self._writer.start + self._writer.first(draw.head)
+    def _head(self, text: str) -> tuple[int, ...]:
+        return self._writer.start + self._writer.first(text)
 
     def _hay(self, kind: str, kit: Kit, size: int) -> Hay:
         if kind in ("entries", "lookup"):

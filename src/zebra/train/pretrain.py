@@ -144,8 +144,14 @@ def _rows(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, texts: Tex
     if recall is None:
         return texts.rows
     documents = texts.rows.documents
+    generator = Recall(tokenizer, (documents[i] for i in range(len(documents.lengths))))
+    if recall.first < generator.least:
+        raise Refusal(
+            f"data.recall.first is {recall.first}, and a document that tells and asks has at least {generator.least} "
+            "tokens under this tokenizer. Raise it."
+        )
     return Taught(
-        recall=Recall(tokenizer, (documents[i] for i in range(len(documents.lengths)))),
+        recall=generator,
         text=texts.rows,
         share=recall.share,
         growth=Growth(recall.first, train.length, recall.until),

@@ -92,12 +92,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Training(_Section):
-    """Rows, steps and the optimiser (AdamW)."""
+    """Rows, steps and the optimiser."""
 
     length: int = Field(ge=2, description="tokens in a row")
     steps: int = Field(ge=1, description="optimiser steps")
     rows_per_step: int = Field(1, ge=1, description="rows of one forward pass on one device")
     accumulate: int = Field(1, ge=1, description="forward passes of one optimiser step")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon is for the matrices inside the layers, with AdamW for the rest (zebra.train.muon)"
+    )
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)

@@ -41,6 +41,7 @@ from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import bar, console
 from zebra.refusal import Refusal
 from zebra.train.directory import processes
+from zebra.train.muon import muon
 from zebra.train.recipe import Evaluation, Recipe, Training
 
 COMPLETE = "COMPLETE"
@@ -116,6 +117,7 @@ def fit(
             data_collator=_collate,
             compute_loss_func=loss,
             callbacks=[_Mark(), _Show(advance)],
+            optimizer_cls_and_kwargs=_muon(recipe.train) if recipe.train.optimizer == "muon" else None,
         )
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
@@ -192,6 +194,10 @@ def _arguments(recipe: Recipe, checkpoints: Path, *, in_order: bool) -> Training
         dataloader_pin_memory=torch.cuda.is_available(),
         **_recompute(train.activation_checkpointing),
     )
+
+
+def _muon(train: Training) -> tuple[Any, dict[str, Any]]:
+    return muon, {"lr": train.learning_rate, "betas": train.betas, "weight_decay": train.weight_decay}
 
 
 def _recompute(wanted: bool) -> dict[str, Any]:
