@@ -18,6 +18,7 @@ from zebra.data.documents import find_files, read_documents
 from zebra.data.recall import Recall
 from zebra.progress import console
 from zebra.refusal import Refusal
+from zebra.train.directory import is_first_process
 from zebra.train.recipe import MixtureSource, NewTokenizer, PretrainRecipe, TextSource
 
 END = "<|endoftext|>"
@@ -69,7 +70,8 @@ def texts_of(recipe: PretrainRecipe) -> Iterator[str]:
         return
     share = data.recall.share
     wanted = _MOST_CHARACTERS if share == 1 else min(_MOST_CHARACTERS, int(characters * share / (1 - share)))
-    console.print(f"with {wanted:,} characters of recall beside {characters:,} of text", highlight=False)
+    if is_first_process():
+        console.print(f"with {wanted:,} characters of recall beside {characters:,} of text", highlight=False)
     letters = Letters()
     generator, rng = Recall(letters), Random(recipe.train.seed)
     for _ in range(0, wanted, _LETTERS):
