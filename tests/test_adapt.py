@@ -413,6 +413,6 @@ def product_error_is_small() -> bool:
 
 
 def test_the_float32_switch_is_not_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zebra.train.adapt.best_device", lambda: "cuda:0")
+    monkeypatch.setattr("zebra.train.trainer.best_device", lambda: "cuda:0")
     with pytest.raises(Refusal, match="on a GPU it would mean TF32"):
         adapt(recipe(tmp_path / "run", train__fast_float32=True))

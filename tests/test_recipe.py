@@ -74,6 +74,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "steps": 200,
         "rows_per_step": 1,
         "accumulate": 1,
+        "optimizer": "adamw",
         "learning_rate": 0.001,
         "schedule": "cosine",
         "warmup_steps": 0,
