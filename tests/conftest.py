@@ -110,6 +110,22 @@ def tiny_model(family: str, **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32).eval()
 
 
+def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with keys set: `train__steps` is `steps` in its section."""
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            tree[section][key] = value
+        else:
+            tree[section] = value
+    return tree
+
+
+def losses(rows: list[Any]) -> list[float]:
+    """The losses of a training, in order."""
+    return [row.value for row in rows if row.metric == "loss"]
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`checkpoints(family, **changes)`: a tiny random checkpoint on disk, made once."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import STORIES, TEXT, fitting, tiny_model
+from conftest import STORIES, TEXT, changed, fitting, losses, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
@@ -41,17 +41,7 @@ def recipe(run: Path, **changes: Any) -> AdaptRecipe:
         "train": {"length": 600, "steps": STEPS, "learning_rate": 1e-3, "log_every": 1, "save_every": 4},
         "evaluate": {**text, "files": [str(few)], "length": 600, "every": 6},
     }
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        if key:
-            tree[section][key] = value
-        else:
-            tree[section] = value
-    return AdaptRecipe.model_validate(tree)
-
-
-def losses(rows: list[records.Row]) -> list[float]:
-    return [row.value for row in rows if row.metric == "loss"]
+    return AdaptRecipe.model_validate(changed(tree, changes))
 
 
 def names(where: Path) -> set[str]:

@@ -67,7 +67,9 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
     assert not context.args
 
 
-@pytest.mark.parametrize("name", ["adapting", "evaluating", "generating", "hosts", "planning", "pretraining", "self-extend"])
+@pytest.mark.parametrize(
+    "name", ["adapting", "evaluating", "generating", "hosts", "planning", "pretraining", "self-extend"]
+)
 def test_every_command_of_the_guides_runs(name: str, zebra: Zebra, tmp_path: Path) -> None:
     """In the order of the page, from a directory that has what the repository's root has."""
     for shipped in ("examples", "recipes"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, TEXT, tiny_model
+from conftest import STORIES, TEXT, changed, losses, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
@@ -54,17 +54,7 @@ def recipe(run: Path, text: Path, **changes: Any) -> PretrainRecipe:
         "train": {"length": 256, "steps": STEPS, "learning_rate": 1e-3, "log_every": 1, "save_every": 2},
         "evaluate": {"length": 256, "join": True},
     }
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        if key:
-            tree[section][key] = value
-        else:
-            tree[section] = value
-    return PretrainRecipe.model_validate(tree)
-
-
-def losses(rows: list[records.Row]) -> list[float]:
-    return [row.value for row in rows if row.metric == "loss"]
+    return PretrainRecipe.model_validate(changed(tree, changes))
 
 
 @pytest.fixture(scope="module")
