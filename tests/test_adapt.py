@@ -406,3 +406,14 @@ def test_the_float32_switch_is_not_for_a_gpu(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("zebra.train.trainer.best_device", lambda: "cuda:0")
     with pytest.raises(Refusal, match="on a GPU it would mean TF32"):
         adapt(recipe(tmp_path / "run", train__fast_float32=True))
+
+
+def test_recall_may_be_adapted_to(tmp_path: Path) -> None:
+    asked = recipe(
+        tmp_path / "run", evaluate=None, train__steps=3, data__recall={"share": 1.0, "first": 200, "until": 0.1}
+    )
+    rows = adapt(asked)
+    assert len(losses(rows)) == 3
+    # Words and numbers that the checkpoint never asked for are harder than its stories.
+    plain = adapt(recipe(tmp_path / "plain", evaluate=None, train__steps=3))
+    assert losses(rows)[0] > losses(plain)[0] + 1

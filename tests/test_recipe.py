@@ -64,6 +64,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "join": False,
         "append_eos": False,
         "sources": None,
+        "recall": None,
         "held_out": None,
         "deduplicate": True,
         "workers": 1,

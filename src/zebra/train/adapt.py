@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from zebra import records
 from zebra.data.corpus import Corpus
-from zebra.data.packing import Rows
 from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config
 from zebra.model.families import layout, striped
 from zebra.model.hosts import load
@@ -29,7 +28,7 @@ from zebra.train import directory, lora
 from zebra.train.export import export, reload
 from zebra.train.measuring import common, cost_rows, measure, trainer_state, training_rows
 from zebra.train.recipe import AdaptRecipe
-from zebra.train.texts import data_rows, read_texts
+from zebra.train.texts import Texts, data_rows, read_texts
 from zebra.train.trainer import check_machine, fit, is_complete, precision, trainable
 
 
@@ -48,23 +47,23 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
 def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     if (run / "rows.jsonl").exists() and (done := records.read(run / "rows.jsonl")):
         return done
-    rows, held_out, lines, text = read_texts(recipe, tokenizer)
+    texts = read_texts(recipe, tokenizer)
     inputs = {
         "source": digest(recipe.model),
-        "text": text,
+        "text": texts.digest,
         "tokenizer": fingerprint(tokenizer),
         "processes": directory.processes(),
     }
     directory.record(run, recipe, inputs)
-    before = _before(run, recipe, held_out)
+    before = _before(run, recipe, texts.held_out)
     if not (run / "model").exists():
-        _train(run, recipe, config, rows, held_out)
+        _train(run, recipe, config, texts)
     if not directory.is_first_process():
         return []
     history = trainer_state(run, recipe)["log_history"]
-    after = measure(recipe, held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
+    after = measure(recipe, texts.held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
     found = [
-        *data_rows(recipe, lines, model=recipe.model, layout=layout(config), **common(recipe)),
+        *data_rows(recipe, texts.lines, model=recipe.model, layout=layout(config), **common(recipe)),
         *before,
         *training_rows(recipe, config, history, recipe.rope),
         *after,
@@ -137,7 +136,7 @@ def _before(run: Path, recipe: AdaptRecipe, held_out: Corpus | None) -> list[Row
 # Training
 
 
-def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows, held_out: Corpus | None) -> None:
+def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, texts: Texts) -> None:
     """Train, and write the adapted checkpoint."""
     last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
     if is_complete(last):  # a kill came between the last step and the export
@@ -148,7 +147,7 @@ def _train(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, rows: Rows,
         if recipe.lora is not None:
             model = lora.wrap(model, recipe.lora, seed=recipe.train.seed)
         with directory.writing(run):
-            writes = fit(recipe, model, rows, held_out, run / "checkpoints")
+            writes = fit(recipe, model, texts.rows, texts.held_out, run / "checkpoints")
     if writes:
         tokens = trainer_state(run, recipe)["num_input_tokens_seen"]
         with directory.writing(run):

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 
 from zebra import records
 from zebra.data.packing import Rows
-from zebra.data.recall import Growth, Recall, Taught
+from zebra.data.recall import Taught
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import fingerprint, first_line, open_tokenizer, write_card, write_config
 from zebra.model.families import host_class, layout, route, striped
@@ -31,7 +31,7 @@ from zebra.train.measuring import common, cost_rows, measure, trainer_state, tra
 from zebra.train.recipe import PretrainRecipe
 from zebra.train.texts import Texts, data_rows, read_texts
 from zebra.train.tokenizer import texts_of, train_tokenizer
-from zebra.train.trainer import check_machine, fit, is_complete, precision, trainable
+from zebra.train.trainer import check_machine, fit, is_complete, precision, tokens_per_step, trainable
 
 
 def pretrain(recipe: PretrainRecipe) -> list[Row]:
@@ -53,11 +53,11 @@ def _run(run: Path, recipe: PretrainRecipe) -> list[Row]:
     tokenizer = _tokenizer(run, recipe)
     config = config_of(recipe, tokenizer)
     texts = read_texts(recipe, tokenizer)
-    rows = _rows(recipe, tokenizer, texts)
+    _check_step(recipe, texts.rows)
     inputs = {"text": texts.digest, "tokenizer": fingerprint(tokenizer), "processes": directory.processes()}
     directory.record(run, recipe, inputs)
     if not (run / "model").exists():
-        _train(run, recipe, config, tokenizer, rows, texts)
+        _train(run, recipe, config, tokenizer, texts)
     if not directory.is_first_process():
         return []
     at = {"model": str(run / "model"), "layout": layout(config)} | common(recipe)
@@ -132,32 +132,15 @@ def _tokenizer(run: Path, recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
 # Training
 
 
-def _rows(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Rows | Taught:
-    """The text's rows, or these among rows of recall."""
-    train, recall = recipe.train, recipe.data.recall
-    step = train.rows_per_step * train.accumulate * directory.processes()
-    if len(texts.rows) < step:
+def _check_step(recipe: PretrainRecipe, rows: Rows | Taught) -> None:
+    """Refuse a text with fewer rows than one step takes: there is nothing to learn a language from."""
+    length, step = recipe.train.length, tokens_per_step(recipe) // recipe.train.length
+    there = len(rows.text if isinstance(rows, Taught) else rows)
+    if there < step:
         raise Refusal(
-            f"the text has {len(texts.rows):,} rows of {train.length:,} tokens, fewer than the {step:,} of one step. "
+            f"the text has {there:,} rows of {length:,} tokens, fewer than the {step:,} of one step. "
             "Give more text, or take shorter or fewer rows."
         )
-    if recall is None:
-        return texts.rows
-    documents = texts.rows.documents
-    generator = Recall(tokenizer, (documents[i] for i in range(len(documents.lengths))))
-    if recall.first < generator.least:
-        raise Refusal(
-            f"data.recall.first is {recall.first}, and a document that tells and asks has at least {generator.least} "
-            "tokens under this tokenizer. Raise it."
-        )
-    return Taught(
-        recall=generator,
-        text=texts.rows,
-        share=recall.share,
-        growth=Growth(recall.first, train.length, recall.until),
-        count=train.steps * step,
-        seed=train.seed,
-    )
 
 
 def _train(
@@ -165,7 +148,6 @@ def _train(
     recipe: PretrainRecipe,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows | Taught,
     texts: Texts,
 ) -> None:
     """Train, and write the checkpoint."""
@@ -179,7 +161,7 @@ def _train(
     else:
         model = _random(config, recipe.train.seed)
         with directory.writing(run):
-            writes = fit(recipe, model, rows, texts.held_out, run / "checkpoints")
+            writes = fit(recipe, model, texts.rows, texts.held_out, run / "checkpoints")
     if not writes:
         return
     tokens = trainer_state(run, recipe)["num_input_tokens_seen"]

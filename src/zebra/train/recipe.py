@@ -55,10 +55,21 @@ class MixtureSource(_Section):
         return self
 
 
+class RecallSource(_Section):
+    """Generated documents that tell things and ask for them later (zebra.data.recall), mixed with the text."""
+
+    share: float = Field(gt=0, le=1, description="of the training's rows; the others are text")
+    first: int = Field(64, ge=2, description="tokens of a document at the beginning")
+    until: float = Field(
+        0.5, gt=0, le=1, description="the part of the training at which documents have grown to train.length"
+    )
+
+
 class Data(TextSource):
     """The training text: files, each document once, or a mixture of sources that fills the training's rows."""
 
     sources: list[MixtureSource] | None = Field(None, min_length=1)
+    recall: RecallSource | None = Field(None, description="generated documents of recall among the rows of text")
     held_out: float | None = Field(None, gt=0, lt=1, description="share of the documents that evaluate measures on")
     deduplicate: bool = Field(True, description="keep the first of documents with the same text")
     workers: int = Field(1, ge=1, description="processes that tokenise")
@@ -171,7 +182,12 @@ class Recipe(_Section):
         return None if stripes is None else str(Stripes.parse(stripes))
 
     @model_validator(mode="after")
-    def _measurable(self) -> Self:
+    def _fits_together(self) -> Self:
+        recall = self.data.recall
+        if recall is not None and recall.first > self.train.length:
+            raise ValueError(
+                f"data.recall.first ({recall.first}) is at most train.length ({self.train.length}); lower it"
+            )
         every = self.evaluate.every if self.evaluate else None
         if every is not None and every > self.train.steps:
             raise ValueError(f"evaluate.every ({every}) is at most train.steps ({self.train.steps}); lower it")
@@ -212,22 +228,6 @@ class AdaptRecipe(Recipe):
         return self
 
 
-class RecallSource(_Section):
-    """Generated documents that tell things and ask for them later (zebra.data.recall), mixed with the text."""
-
-    share: float = Field(gt=0, le=1, description="of the training's rows; the others are text")
-    first: int = Field(64, ge=2, description="tokens of a document at the beginning")
-    until: float = Field(
-        0.5, gt=0, le=1, description="the part of the training at which documents have grown to train.length"
-    )
-
-
-class PretrainData(Data):
-    """The training text, and documents of recall."""
-
-    recall: RecallSource | None = None
-
-
 class NewTokenizer(_Section):
     """A tokenizer to be trained on the text (zebra.train.tokenizer): byte-level BPE."""
 
@@ -241,17 +241,11 @@ class PretrainRecipe(Recipe):
     model: dict[str, Any] = Field(description="model_type and fields of that config class in transformers")
     tokenizer: str | NewTokenizer = Field(description="a directory that has one, or what to train one by")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the checkpoint that is written")
-    data: PretrainData
 
     @model_validator(mode="after")
-    def _grown(self) -> PretrainRecipe:
+    def _named(self) -> PretrainRecipe:
         if "model_type" not in self.model:
             raise ValueError("model names the class of its config by model_type, such as llama; add it")
-        recall = self.data.recall
-        if recall is not None and recall.first > self.train.length:
-            raise ValueError(
-                f"data.recall.first ({recall.first}) is at most train.length ({self.train.length}); lower it"
-            )
         return self
 
 

@@ -12,9 +12,11 @@ from zebra.data.composition import composition
 from zebra.data.corpus import Corpus
 from zebra.data.mixture import Kept, Line, Source, keep, mix, select
 from zebra.data.packing import Rows, pack
+from zebra.data.recall import Growth, Recall, Taught
 from zebra.evaluate.perplexity import read_text
 from zebra.progress import console
 from zebra.records import Row
+from zebra.refusal import Refusal
 from zebra.train.directory import is_first_process
 from zebra.train.recipe import MixtureSource, Recipe, TextSource
 from zebra.train.trainer import tokens_per_step
@@ -23,7 +25,7 @@ from zebra.train.trainer import tokens_per_step
 class Texts(NamedTuple):
     """The rows to train on, the documents to measure on, what a mixture took of each source, a digest of all texts."""
 
-    rows: Rows
+    rows: Rows | Taught
     held_out: Corpus | None
     lines: list[Line]
     digest: str
@@ -58,7 +60,27 @@ def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
             texts.append(held_out)
         if measured.join:
             held_out = held_out.joined(measured.length)
-    return Texts(rows, held_out, lines, _digest(texts))
+    return Texts(rows if data.recall is None else _taught(recipe, tokenizer, rows), held_out, lines, _digest(texts))
+
+
+def _taught(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Taught:
+    """Rows of recall among those of text."""
+    train, recall, documents = recipe.train, recipe.data.recall, rows.documents
+    assert recall is not None
+    generator = Recall(tokenizer, (documents[i] for i in range(len(documents.lengths))))
+    if recall.first < generator.least:
+        raise Refusal(
+            f"data.recall.first is {recall.first}, and a document that tells and asks has at least {generator.least} "
+            "tokens under this tokenizer. Raise it."
+        )
+    return Taught(
+        recall=generator,
+        text=rows,
+        share=recall.share,
+        growth=Growth(recall.first, train.length, recall.until),
+        count=train.steps * tokens_per_step(recipe) // train.length,
+        seed=train.seed,
+    )
 
 
 def data_rows(recipe: Recipe, lines: Sequence[Line], **common: Any) -> list[Row]:
