@@ -16,6 +16,7 @@ import zebra
 from zebra import Refusal, records
 from zebra.model.attention import NAME
 from zebra.train import trainer
+from zebra.train.dry_run import dry_run
 from zebra.train.muon import MuonWithAdamW
 from zebra.train.pretrain import config_of, pretrain
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
@@ -255,3 +256,17 @@ def test_a_step_of_muon_is_its_formula() -> None:
     assert along.min() > 0.3  # the formula's 1, between 0.7 and 1.2 by five iterations in bfloat16
     assert along.max() < 1.4
     assert (moved - u @ along.diag() @ v).abs().max() < 0.1
+
+
+def test_a_dry_run_counts_what_is_trained(finished: tuple[Path, list[records.Row]], few: Path) -> None:
+    run, _ = finished
+    plain = AutoModelForCausalLM.from_pretrained(run / "model")
+    found = dry_run(recipe(run, few))
+    assert found.memory["weights"] == 4 * sum(p.numel() for p in plain.parameters())
+    assert found.memory["AdamW"] == 2 * found.memory["weights"]
+    state = MuonWithAdamW(plain, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    plain(torch.arange(40)[None], labels=torch.arange(40)[None]).loss.backward()
+    state.step()
+    kept = [moment for part in state.parts for one in part.state.values() for moment in one.values() if moment.ndim]
+    with_muon = dry_run(recipe(run, few, train__optimizer="muon"))
+    assert with_muon.memory["Muon and AdamW"] == sum(moment.numel() * 4 for moment in kept)

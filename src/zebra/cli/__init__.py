@@ -18,6 +18,7 @@ from zebra.refusal import Refusal
 
 if TYPE_CHECKING:
     from zebra.records import Row
+    from zebra.train.recipe import AdaptRecipe, PretrainRecipe
 
 app = typer.Typer(
     help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
@@ -33,6 +34,7 @@ app.add_typer(bench.app, name="bench")
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
 _SELF_EXTEND = "Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:TARGET."
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -125,9 +127,7 @@ def verify(
 def adapt(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
     set_: _Set = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")
-    ] = False,
+    dry_run: _DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
@@ -135,10 +135,7 @@ def adapt(
 
     read = read_recipe(recipe, AdaptRecipe, set_ or [])
     if dry_run:
-        with show.quiet_host():
-            from zebra.train.dry_run import dry_run as reckon
-
-            show.dry_run(reckon(read), as_json)
+        _reckoned(read, as_json)
         return
     with show.quiet_host():
         from zebra.train.adapt import adapt as run
@@ -150,16 +147,28 @@ def adapt(
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/retrieval-cpu.yaml.")],
     set_: _Set = None,
+    dry_run: _DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Train a model from scratch, and its tokenizer where none is given; measure it and write a report."""
     from zebra.train.recipe import PretrainRecipe, read_recipe
 
     read = read_recipe(recipe, PretrainRecipe, set_ or [])
+    if dry_run:
+        _reckoned(read, as_json)
+        return
     with show.quiet_host():
         from zebra.train.pretrain import pretrain as run
 
         _trained(run(read), read.run, as_json)
+
+
+def _reckoned(recipe: AdaptRecipe | PretrainRecipe, as_json: bool) -> None:
+    """What a recipe would do and need."""
+    with show.quiet_host():
+        from zebra.train.dry_run import dry_run
+
+        show.dry_run(dry_run(recipe), as_json)
 
 
 def _trained(rows: Sequence[Row], run: str, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """What a recipe would do and need, before it is run: shapes, tokens, steps, memory.
 
-    weights + gradients + AdamW's two moments + activations + a chunk of logits
+    weights + gradients + the optimiser's moments + activations + a chunk of logits
 
 Weights, gradients and moments are counted exactly. Activations are *measured*: one global and one local layer of the
 model's real widths run here over a few tokens, and what autograd saves is counted; it grows in proportion to the
@@ -31,7 +31,9 @@ from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import lora
 from zebra.train.adapt import adapted
 from zebra.train.directory import processes
-from zebra.train.recipe import AdaptRecipe
+from zebra.train.muon import split
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import AdaptRecipe, Lora, PretrainRecipe, Recipe
 from zebra.train.trainer import tokens_per_step
 
 _PROBE = 64
@@ -51,13 +53,14 @@ class DryRun:
         return sum(self.memory.values())
 
 
-def dry_run(recipe: AdaptRecipe) -> DryRun:
+def dry_run(recipe: AdaptRecipe | PretrainRecipe) -> DryRun:
     """Reckon a recipe without its weights and without its text.
 
     Raises:
-        Refusal: neither the checkpoint nor a built-in shape of that name is here; what `adapt` refuses of a config.
+        Refusal: neither the checkpoint nor a built-in shape of that name is here; what `adapt` and `pretrain` refuse of
+            a config.
     """
-    config = adapted(recipe, _source_config(recipe))
+    config = config_of(recipe) if isinstance(recipe, PretrainRecipe) else adapted(recipe, _source_config(recipe))
     parameters, trained, memory = _weights(recipe, config)
     memory |= _activations(recipe, config)
     return DryRun(_facts(recipe, config, parameters, trained), memory)
@@ -74,23 +77,24 @@ def _source_config(recipe: AdaptRecipe) -> PreTrainedConfig:
     return AutoConfig.for_model(**shape(recipe.shape))
 
 
-def _weights(recipe: AdaptRecipe, config: PreTrainedConfig) -> tuple[int, int, dict[str, int]]:
+def _weights(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, dict[str, int]]:
     """Parameters, those that are trained, and bytes by part."""
     with torch.device("meta"):
         model: Any = host_class(config)(config)
         count = sum(p.numel() for p in model.parameters())
-        if recipe.lora is not None:
-            model = lora.wrap(model.to(getattr(torch, recipe.lora.frozen)), recipe.lora, seed=0)
+        if _lora(recipe) is not None:
+            model = lora.wrap(model.to(getattr(torch, _lora(recipe).frozen)), _lora(recipe), seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    one_moment = sum(p.numel() for p in split(model)[0]) if recipe.train.optimizer == "muon" else 0
     memory = {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gradients": 4 * trained,
-        "AdamW": 8 * trained,
+        "Muon and AdamW" if one_moment else "AdamW": 8 * trained - 4 * one_moment,
     }
     return count, trained, memory
 
 
-def _activations(recipe: AdaptRecipe, config: PreTrainedConfig) -> dict[str, int]:
+def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     """Bytes that autograd keeps for the backward of one forward pass on one device.
 
     With activation checkpointing that is each layer's input, and one layer's own while it is run again. Autocast
@@ -111,7 +115,7 @@ def _activations(recipe: AdaptRecipe, config: PreTrainedConfig) -> dict[str, int
     return kept | {"a chunk of logits": 2 * 4 * CHUNK * config.vocab_size}
 
 
-def _saved_by_a_layer(recipe: AdaptRecipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
+def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
     """Bytes for each token, and bytes whatever the tokens: what a second layer adds, at two lengths."""
     totals = []
     for layers in (1, 2):
@@ -121,11 +125,11 @@ def _saved_by_a_layer(recipe: AdaptRecipe, config: PreTrainedConfig, kind: str) 
         if getattr(small, "layer_types", None) is not None:
             small.layer_types = [kind] * layers
         with torch.device("meta"):
-            dtype = getattr(torch, recipe.lora.frozen) if recipe.lora else torch.float32
+            dtype = getattr(torch, _lora(recipe).frozen) if _lora(recipe) else torch.float32
             model: Any = host_class(small)._from_config(small, attn_implementation=NAME, dtype=dtype)
         model = model.to_empty(device="cpu").train()
-        if recipe.lora is not None:
-            model = lora.wrap(model, recipe.lora, seed=0)
+        if _lora(recipe) is not None:
+            model = lora.wrap(model, _lora(recipe), seed=0)
         totals.append([_saved(model, tokens, _half(recipe)) for tokens in (_PROBE, 2 * _PROBE)])
     short, long = (two - one for one, two in zip(*totals, strict=True))
     grows = (long - short) // _PROBE
@@ -156,17 +160,21 @@ def _counting(model: torch.nn.Module) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def _stream(recipe: AdaptRecipe) -> int:
+def _stream(recipe: Recipe) -> int:
     """Bytes of a number between layers: as wide as the embeddings, which autocast leaves alone."""
-    low = recipe.lora
+    low = _lora(recipe)
     return 2 if low and low.frozen == "bfloat16" and "embeddings" not in low.whole else 4
 
 
-def _half(recipe: AdaptRecipe) -> bool:
+def _lora(recipe: Recipe) -> Lora | None:
+    return recipe.lora if isinstance(recipe, AdaptRecipe) else None
+
+
+def _half(recipe: Recipe) -> bool:
     return recipe.train.precision == "bfloat16"
 
 
-def _facts(recipe: AdaptRecipe, config: PreTrainedConfig, parameters: int, trained: int) -> dict[str, str]:
+def _facts(recipe: Recipe, config: PreTrainedConfig, parameters: int, trained: int) -> dict[str, str]:
     train, n = recipe.train, config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or [GLOBAL] * n
     dense = n * visible_pairs(train.length)
@@ -186,7 +194,7 @@ def _facts(recipe: AdaptRecipe, config: PreTrainedConfig, parameters: int, train
     }
 
 
-def _text(recipe: AdaptRecipe) -> str:
+def _text(recipe: Recipe) -> str:
     data = recipe.data
     patterns = data.files or [pattern for source in data.sources or [] for pattern in source.files]
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
@@ -19,11 +20,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Two optimisers in one: their groups in a row, their states side by side."""
 
     def __init__(self, model: PreTrainedModel, *, lr: float, betas: tuple[float, float], weight_decay: float):
-        ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        matrices = [one for one in trained if one.ndim == 2 and id(one) not in ends]
-        chosen = set(map(id, matrices))
-        rest = [one for one in trained if id(one) not in chosen]
+        matrices, rest = split(model)
         self.parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay),
@@ -46,6 +43,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def split(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
+    """What is trained: the matrices inside the layers, and the rest."""
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim == 2 and id(parameter) not in ends]
+    chosen = set(map(id, matrices))
+    return matrices, [parameter for parameter in trained if id(parameter) not in chosen]
 
 
 def muon() -> type[MuonWithAdamW]:

@@ -28,7 +28,7 @@ from zebra.staged import staged
 from zebra.stripes import Stripes
 from zebra.train import directory
 from zebra.train.measuring import common, cost_rows, measure, trainer_state, training_rows
-from zebra.train.recipe import PretrainRecipe
+from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.texts import Texts, data_rows, read_texts
 from zebra.train.tokenizer import texts_of, train_tokenizer
 from zebra.train.trainer import check_machine, fit, is_complete, precision, tokens_per_step, trainable
@@ -90,7 +90,9 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     if unknown := sorted(set(given) - known):
         near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
         raise Refusal(f"a config of {kind} has no field {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "."))
-    given = {"max_position_embeddings": recipe.train.length} | _tokens(given, tokenizer) | given
+    if tokenizer is None and isinstance(recipe.tokenizer, str):
+        tokenizer = open_tokenizer(recipe.tokenizer)
+    given = {"max_position_embeddings": recipe.train.length} | _tokens(recipe, tokenizer) | given
     try:
         config = AutoConfig.for_model(kind, **given)
         route(config)
@@ -108,17 +110,16 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     return trainable(config, "model")
 
 
-def _tokens(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """What a config takes from the tokenizer."""
-    if tokenizer is None:
-        return {}
-    if given.get("vocab_size", len(tokenizer)) != len(tokenizer):
+def _tokens(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What a config takes from the tokenizer; of one that is yet to be trained that is its size."""
+    size = recipe.tokenizer.vocab_size if isinstance(recipe.tokenizer, NewTokenizer) else len(tokenizer or ())
+    if recipe.model.get("vocab_size", size) != size:
         raise Refusal(
-            f"model.vocab_size is {given['vocab_size']:,}, and the tokenizer has {len(tokenizer):,} tokens. "
+            f"model.vocab_size is {recipe.model['vocab_size']:,}, and the tokenizer has {size:,} tokens. "
             "Leave it out to take the tokenizer's."
         )
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return {"vocab_size": len(tokenizer)} | ids
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    return {"vocab_size": size} | ids
 
 
 def _tokenizer(run: Path, recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
