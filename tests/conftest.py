@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT / "examples" / "stories260K"
@@ -112,6 +113,32 @@ def tiny_model(family: str, **changes: Any) -> Any:
 
     torch.manual_seed(7)
     return AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32).eval()
+
+
+def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with keys set: `train__steps` is `steps` in its section."""
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            tree[section][key] = value
+        else:
+            tree[section] = value
+    return tree
+
+
+def kind_of(recipe: Path) -> type:
+    """The class of one of the repository's recipes."""
+    from zebra.train.recipe import AdaptRecipe, PretrainRecipe
+    from zebra.train.tune_recipe import TuneRecipe
+
+    if isinstance(yaml.safe_load(recipe.read_text())["model"], dict):
+        return PretrainRecipe
+    return TuneRecipe if "lit-" in recipe.name else AdaptRecipe
+
+
+def losses(rows: list[Any]) -> list[float]:
+    """The losses of a training, in order."""
+    return [row.value for row in rows if row.metric == "loss"]
 
 
 @pytest.fixture(scope="session")

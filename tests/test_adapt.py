@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import STORIES, TEXT, fitting, tiny_model
+from conftest import STORIES, TEXT, changed, fitting, losses, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
@@ -43,17 +43,7 @@ def recipe(run: Path, **changes: Any) -> AdaptRecipe:
         "train": {"length": 600, "steps": STEPS, "learning_rate": 1e-3, "log_every": 1, "save_every": 4},
         "evaluate": {**text, "files": [str(few)], "length": 600, "every": 6},
     }
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        if key:
-            tree[section][key] = value
-        else:
-            tree[section] = value
-    return AdaptRecipe.model_validate(tree)
-
-
-def losses(rows: list[records.Row]) -> list[float]:
-    return [row.value for row in rows if row.metric == "loss"]
+    return AdaptRecipe.model_validate(changed(tree, changes))
 
 
 def names(where: Path) -> set[str]:
@@ -415,7 +405,7 @@ def product_error_is_small() -> bool:
 
 
 def test_the_float32_switch_is_not_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zebra.train.adapt.best_device", lambda: "cuda:0")
+    monkeypatch.setattr("zebra.train.trainer.best_device", lambda: "cuda:0")
     with pytest.raises(Refusal, match="on a GPU it would mean TF32"):
         adapt(recipe(tmp_path / "run", train__fast_float32=True))
 
@@ -438,3 +428,14 @@ def test_sinks_are_trained_with_and_kept(lora: dict[str, Any] | None, tmp_path: 
         assert read_local(tmp_path / "run" / "checkpoints" / "checkpoint-1") == Local(2)
     without = adapt(recipe(tmp_path / "without", stripes="GLLL:33", train=train, evaluate=None, lora=lora))
     assert losses(without) != losses(rows)
+
+
+def test_recall_may_be_adapted_to(tmp_path: Path) -> None:
+    asked = recipe(
+        tmp_path / "run", evaluate=None, train__steps=3, data__recall={"share": 1.0, "first": 200, "until": 0.1}
+    )
+    rows = adapt(asked)
+    assert len(losses(rows)) == 3
+    # Words and numbers that the checkpoint never asked for are harder than its stories.
+    plain = adapt(recipe(tmp_path / "plain", evaluate=None, train__steps=3))
+    assert losses(rows)[0] > losses(plain)[0] + 1

@@ -69,7 +69,18 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["adapting", "evaluating", "generating", "hosts", "planning", "selecting", "self-extend", "tuning", "untrained"],
+    [
+        "adapting",
+        "evaluating",
+        "generating",
+        "hosts",
+        "planning",
+        "pretraining",
+        "selecting",
+        "self-extend",
+        "tuning",
+        "untrained",
+    ],
 )
 def test_every_command_of_the_guides_runs(name: str, zebra: Zebra, tmp_path: Path) -> None:
     """In the order of the page, from a directory that has what the repository's root has."""

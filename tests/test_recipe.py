@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import kind_of
 from pydantic import ValidationError
 
 from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 from zebra.train.recipe import AdaptRecipe, read_recipe
-from zebra.train.tune_recipe import TuneRecipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -45,7 +45,7 @@ def changed(**parts: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_recipes_of_the_repository_are_read(path: Path) -> None:
-    kind = TuneRecipe if "lit-" in path.name else AdaptRecipe
+    kind = kind_of(path)
     found = read_recipe(path, kind)
     assert found.train.steps > 0
     assert kind.model_validate(found.model_dump()) == found
@@ -65,6 +65,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "join": False,
         "append_eos": False,
         "sources": None,
+        "recall": None,
         "held_out": None,
         "deduplicate": True,
         "workers": 1,
@@ -75,6 +76,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "steps": 200,
         "rows_per_step": 1,
         "accumulate": 1,
+        "optimizer": "adamw",
         "learning_rate": 0.001,
         "schedule": "cosine",
         "warmup_steps": 0,

@@ -106,7 +106,7 @@ def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest
     assert "[400, ∞)" in printed
     assert "50.00%" in printed
     assert "epochs" in printed
-    rows = data_rows(asked, found.lines, "GL:8", run="r", seed=0, device="cpu")
+    rows = data_rows(asked, found.lines, model="m", layout="GL:8", run="r", seed=0, device="cpu")
     values = {(row.task, row.metric): row.value for row in rows}
     assert values["data-long", "share_asked"] == 0.5
     assert values["data-records", "share"] == pytest.approx(0.3, abs=0.001)

@@ -20,6 +20,8 @@ from zebra.refusal import Refusal
 
 if TYPE_CHECKING:
     from zebra.records import Row
+    from zebra.train.recipe import AdaptRecipe, PretrainRecipe
+    from zebra.train.tune_recipe import TuneRecipe
 
 app = typer.Typer(
     help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
@@ -34,6 +36,9 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
+_Recipe = Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")]
+_Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -107,68 +112,72 @@ def verify(
 
 
 @app.command(epilog="zebra adapt recipes/demo.yaml --set train.steps=100")
-def adapt(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+def adapt(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
     """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
     from zebra.train.recipe import AdaptRecipe, read_recipe
 
     read = read_recipe(recipe, AdaptRecipe, set_ or [])
     if dry_run:
-        with show.quiet_host():
-            from zebra.train.dry_run import dry_run as reckon
-
-            show.dry_run(reckon(read), as_json)
+        _reckon(read, as_json)
         return
     with show.quiet_host():
         from zebra.train.adapt import adapt as run
 
         rows = run(read)
-    _finished(read.run, rows, as_json)
+    _finish(read, rows, as_json)
 
 
 @app.command(epilog="zebra tune recipes/tiny-lit-cpu.yaml --set train.steps=100")
-def tune(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+def tune(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
     """Tune a checkpoint on short and long instructions (LIT), measure it before and after, and write a report."""
     from zebra.train.recipe import read_recipe
     from zebra.train.tune_recipe import TuneRecipe
 
     read = read_recipe(recipe, TuneRecipe, set_ or [])
     if dry_run:
-        with show.quiet_host():
-            from zebra.train.dry_run import dry_run as reckon
-
-            show.dry_run(reckon(read), as_json)
+        _reckon(read, as_json)
         return
     with show.quiet_host():
         from zebra.train.tune import tune as run
 
         rows = run(read)
-    _finished(read.run, rows, as_json)
+    _finish(read, rows, as_json)
 
 
-def _finished(run: str, rows: list[Row], as_json: bool) -> None:
+@app.command(epilog="zebra pretrain recipes/retrieval-cpu.yaml --set train.steps=100")
+def pretrain(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
+    """Train a model from scratch, and its tokenizer where none is given; measure it and write a report."""
+    from zebra.train.recipe import PretrainRecipe, read_recipe
+
+    read = read_recipe(recipe, PretrainRecipe, set_ or [])
+    if dry_run:
+        _reckon(read, as_json)
+        return
+    with show.quiet_host():
+        from zebra.train.pretrain import pretrain as run
+
+        rows = run(read)
+    _finish(read, rows, as_json)
+
+
+def _reckon(recipe: AdaptRecipe | TuneRecipe | PretrainRecipe, as_json: bool) -> None:
+    """What a recipe would do and need."""
+    with show.quiet_host():
+        from zebra.train.dry_run import dry_run
+
+        show.dry_run(dry_run(recipe), as_json)
+
+
+def _finish(recipe: AdaptRecipe | TuneRecipe | PretrainRecipe, rows: list[Row], as_json: bool) -> None:
     """A run's page, and its rows on the terminal; one process of several speaks."""
     from zebra.report import write_report
     from zebra.train.directory import is_first_process
 
     if is_first_process():
-        page = Path(run) / "report.html"
+        page = Path(recipe.run) / "report.html"
         write_report(rows, page)
         show.rows(rows, as_json)
-        show.note(f"checkpoint {run}/model, rows {run}/rows.jsonl, report {page}")
+        show.note(f"checkpoint {recipe.run}/model, rows {recipe.run}/rows.jsonl, report {page}")
 
 
 @app.command(epilog="zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB")

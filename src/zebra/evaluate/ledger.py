@@ -110,7 +110,8 @@ def scored(folder: Path) -> list[NDArray[np.bool_]] | None:
 def keep_scored(folder: Path, at: list[NDArray[np.bool_]]) -> None:
     """Keep the scored tokens of each part: the file is whole or absent."""
     aside = folder / f".calibration.{os.getpid()}.npz"
-    np.savez_compressed(aside, **{f"part_{i}": each for i, each in enumerate(at)})
+    named: dict[str, Any] = {f"part_{i}": each for i, each in enumerate(at)}
+    np.savez_compressed(aside, **named)
     os.replace(aside, folder / "calibration.npz")
 
 

@@ -89,17 +89,28 @@ def own_fields(config: PreTrainedConfig) -> set[str]:
     return {f.name for f in fields(type(config))} - {f.name for f in fields(PreTrainedConfig)}
 
 
+def open_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory.
+
+    Raises:
+        Refusal: there is none that can be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer.get_vocab()
+    except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
+        raise Refusal(f"the tokenizer of {path} cannot be read: {first_line(error)}") from None
+    return tokenizer
+
+
 def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer.
 
     Raises:
         Refusal: there is none, or it makes ids that the model has no embedding for.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        largest = max(tokenizer.get_vocab().values())
-    except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
-        raise Refusal(f"the tokenizer of {path} cannot be read: {first_line(error)}") from None
+    tokenizer = open_tokenizer(path)
+    largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise Refusal(
             f"the tokenizer of {path} makes ids up to {largest}, but the model has {config.vocab_size} embeddings. "
@@ -245,11 +256,13 @@ def write_config(config: PreTrainedConfig, where: Path) -> None:
     (where / "config.json").write_text(text, encoding="utf-8")
 
 
-def write_card(where: Path, config: PreTrainedConfig, local: Local, *, source: Path, **more: Any) -> None:
-    """Write zebra.json: the layout, what of it config.json cannot say, where it came from, and with which versions."""
+def write_card(where: Path, config: PreTrainedConfig, local: Local, *, source: Path | None, **more: Any) -> None:
+    """Write zebra.json: the layout, what of it config.json cannot say, where it came from (None: from scratch), and
+    with which versions.
+    """
     origin = {
-        "source": str(source),
-        "source_config_sha256": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
+        "source": source and str(source),
+        "source_config_sha256": source and hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
     }
     _write_card(where, _layout_card(config, local) | origin | more)
 

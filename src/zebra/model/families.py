@@ -7,7 +7,7 @@ a stock class with the same tensors that reads them; plain transformers and vLLM
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import transformers
@@ -19,10 +19,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from zebra.kernels.summary import summary_pairs
 from zebra.model import study
 from zebra.refusal import Refusal
-from zebra.stripes import GLOBAL, LOCAL, Stripes
+from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
 
+SUMMARY = "summary"
 DENSE = "dense"
 """The layout of a model without stripes, as rows and tables call it."""
 
@@ -222,12 +224,31 @@ def stripes_of(config: PreTrainedConfig) -> Stripes | None:
     return Stripes.of(kinds, window) if window and LOCAL in kinds else None
 
 
-def layout(config: PreTrainedConfig) -> str:
+def layout(config: PreTrainedConfig, sinks: int = 0) -> str:
     """The layout in the short notation, `dense` where every layer is global; a study's summary layers are S."""
     kinds = getattr(config, "attention_kinds", None) or ()
-    if "summary" in kinds:
+    if SUMMARY in kinds:
         return f"{''.join(kind[0].upper() for kind in kinds)}:{config.window}/{config.summary_block}"
-    return str(stripes_of(config) or DENSE)
+    stripes = stripes_of(config)
+    return DENSE if stripes is None else str(replace(stripes, sinks=sinks))
+
+
+def kinds_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Each layer's kind in the host's words, and `summary`, which the host takes for a full one."""
+    n, stripes = config.num_hidden_layers, stripes_of(config)
+    kinds = stripes.layer_types(n) if stripes else (GLOBAL,) * n
+    own = getattr(config, "attention_kinds", None) or kinds
+    return tuple(SUMMARY if mine == SUMMARY else kind for mine, kind in zip(own, kinds, strict=True))
+
+
+def attention_pairs(config: PreTrainedConfig, length: int, sinks: int = 0) -> int:
+    """Pairs of a query and what it sees, in all layers over one text."""
+    window = getattr(config, "sliding_window", None)
+    counts = {GLOBAL: visible_pairs(length), LOCAL: visible_pairs(length, window, sinks)}
+    kinds = kinds_of(config)
+    if SUMMARY in kinds:
+        counts[SUMMARY] = summary_pairs(length, config.window, config.summary_block)
+    return sum(counts[kind] for kind in kinds)
 
 
 def host_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zebra.kernels import Mask, attend
 from zebra.kernels.sinks import with_sinks
 from zebra.model.cache import Held
-from zebra.model.families import DENSE, stripes_of
+from zebra.model.families import DENSE, layout, stripes_of
 from zebra.refusal import Refusal
 from zebra.stripes import LOCAL
 
@@ -124,9 +124,7 @@ def local_of(model: nn.Module) -> Local:
 
 def layout_with(config: PreTrainedConfig, local: Local, rope: object = None) -> str:
     """The layout in the short notation, with a change of rope beside it: `GLLL:512+4 yarn:8, full decode`."""
-    stripes = stripes_of(config)
-    named = DENSE if stripes is None else str(replace(stripes, sinks=local.sinks))
-    return named + (f" {rope}" if rope else "") + (", full decode" if local.full_decode else "")
+    return layout(config, local.sinks) + (f" {rope}" if rope else "") + (", full decode" if local.full_decode else "")
 
 
 def warn_of(local: Local) -> None:

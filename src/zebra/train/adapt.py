@@ -9,12 +9,9 @@ run/rows.jsonl      every row, written last: a run that has it is done
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +19,28 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra import records
-from zebra.data.corpus import Corpus
-from zebra.evaluate.perplexity import Score, as_rows, perplexity
-from zebra.kernels.precision import fast_float32
-from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config, read_local
-from zebra.model.families import DENSE, striped, stripes_of
-from zebra.model.hosts import best_device, device_name, load
-from zebra.model.loading import described
-from zebra.model.local import Local, layout_with
+from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config
+from zebra.model.families import striped
+from zebra.model.hosts import load
+from zebra.model.local import layout_with
 from zebra.model.rope import as_rope, refuse_changing_rope, settled
-from zebra.progress import console
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.stripes import LOCAL, Stripes, visible_pairs
-from zebra.train import directory, lora
+from zebra.stripes import Stripes
+from zebra.train import directory, lora, measuring
 from zebra.train.export import export, reload
-from zebra.train.recipe import AdaptRecipe
+from zebra.train.measuring import (
+    by_position,
+    columns_of,
+    cost_rows,
+    local_for,
+    measure,
+    trainer_state,
+    training_rows,
+)
+from zebra.train.recipe import AdaptRecipe, SourceRecipe
 from zebra.train.texts import data_rows, read_texts
-from zebra.train.trainer import fit, is_complete
+from zebra.train.trainer import check_machine, fit, is_complete, precision, trainable
 
 
 def adapt(recipe: AdaptRecipe) -> list[Row]:
@@ -50,53 +51,43 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
             of another recipe.
     """
     config, tokenizer = open_source(recipe)
-    if recipe.data.append_eos and tokenizer.eos_token_id is None:
-        raise Refusal(
-            f"data.append_eos is set, but the tokenizer of {recipe.model} has no end-of-text token. Unset it."
-        )
-    faster = fast_float32() if recipe.train.fast_float32 else contextlib.nullcontext()
-    with directory.occupied(recipe) as run, faster:
+    with directory.occupied(recipe) as run, precision(recipe.train):
         return _run(run, recipe, config, tokenizer)
 
 
 def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     if (run / "rows.jsonl").exists() and (done := records.read(run / "rows.jsonl")):
         return done
-    rows, held_out, lines, text = read_texts(recipe, tokenizer)
+    texts = read_texts(recipe, tokenizer)
     inputs = {
         "source": digest(recipe.model),
-        "text": text,
+        "text": texts.digest,
         "tokenizer": fingerprint(tokenizer),
         "processes": directory.processes(),
     }
     directory.record(run, recipe, inputs)
-    before = _before(run, recipe, held_out)
+    before = measuring.before(run, recipe, partial(measure, recipe, texts.held_out))
     if not (run / "model").exists():
-        train(run, recipe, config, lambda model: fit(recipe, model, rows, held_out, run / "checkpoints"))
+        train(run, recipe, config, lambda model: fit(recipe, model, texts.rows, texts.held_out, run / "checkpoints"))
     if not directory.is_first_process():
         return []
     history = trainer_state(run, recipe)["log_history"]
-    after = _measure(recipe, held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
+    after = measure(recipe, texts.held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
+    at = {"model": recipe.model, "layout": layout_with(config, local_for(recipe))} | columns_of(recipe)
     found = [
-        *data_rows(recipe, lines, layout_with(config, local_for(recipe)), **columns_of(recipe)),
+        *data_rows(recipe, texts.lines, **at),
         *before,
-        *_training_rows(recipe, config, history),
+        *training_rows(recipe, config, history, by_position(recipe), recipe.rope),
         *after,
-        *cost_rows(recipe, config),
+        *cost_rows(recipe, config, recipe.model),
     ]
     records.write(run / "rows.jsonl", found)
     return found
 
 
-def open_source(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+def open_source(recipe: SourceRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The config to train, striped, with its rope and long enough, and the tokenizer."""
-    if recipe.train.device == "cuda" and not torch.cuda.is_available():
-        raise Refusal(
-            "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
-            "with --set train.device=best it would run on this CPU, at a CPU's speed."
-        )
-    if recipe.train.fast_float32 and best_device() != "cpu":
-        raise Refusal("train.fast_float32 is a switch of CPUs: on a GPU it would mean TF32. Unset it.")
+    check_machine(recipe.train)
     config = read_config(recipe.model)
     if not Path(recipe.model).is_dir():
         raise Refusal(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
@@ -106,28 +97,20 @@ def open_source(recipe: AdaptRecipe) -> tuple[PreTrainedConfig, PreTrainedTokeni
     return config, tokenizer
 
 
-def adapted(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+def adapted(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
     """The config that a recipe makes of its source's.
 
     Raises:
         Refusal: a layout or a rope that does not fit, a router that wants a loss of its own.
     """
-    if getattr(config, "output_router_logits", False):
-        raise Refusal(
-            f"{recipe.model} asks for its router's auxiliary loss (output_router_logits), and adaptation trains on the "
-            "language loss alone. Set output_router_logits to false in its config.json to train so."
-        )
     if recipe.stripes is not None:
         config = striped(config, Stripes.parse(recipe.stripes))
     config = _with_rope(recipe, config)
     config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
-    if config.attention_dropout:
-        console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
-        config.attention_dropout = 0.0
-    return config
+    return trainable(config, recipe.model)
 
 
-def _with_rope(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+def _with_rope(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
     rope = as_rope(recipe.rope)
     reach = rope.reaches(config)
     if reach is not None and reach < recipe.train.length:
@@ -141,118 +124,12 @@ def _with_rope(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfi
     return config
 
 
-# Measuring
-
-
-def _before(run: Path, recipe: AdaptRecipe, held_out: Corpus | None) -> list[Row]:
-    if recipe.evaluate is None:
-        return []
-    kept = run / "before.jsonl"
-    if not kept.exists():
-        source = Path(recipe.model)
-        rows = _measure(recipe, held_out, source, load(source))
-        if recipe.stripes is not None or recipe.rope is not None:
-            model = load(source, stripes=recipe.stripes, rope=recipe.rope)
-            rows += _measure(recipe, held_out, source, model, recipe.rope)
-        records.write(kept, rows)
-    return records.read(kept)
-
-
-def _measure(
-    recipe: AdaptRecipe, held_out: Corpus | None, checkpoint: Path, model: PreTrainedModel, rope: str | None = None
-) -> list[Row]:
-    """Rows of one checkpoint by position, and how fast it read; `rope` stands beside the layout."""
-    assert recipe.evaluate is not None
-    assert held_out is not None
-    model.to(best_device())
-    start = time.perf_counter()
-    asked = recipe.evaluate
-    scores = perplexity(model, held_out, length=asked.length, convention=asked.convention, seed=recipe.train.seed)
-    seconds = time.perf_counter() - start
-    common = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
-    rows = as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **common)
-    speed = rows[-1].n / seconds if rows[-1].n else 0.0
-    return [
-        *rows,
-        Row(
-            task="speed",
-            metric="evaluation_tokens_per_second",
-            value=speed,
-            length=recipe.evaluate.length,
-            n=rows[-1].n,
-            **common,
-        ),
-    ]
-
-
-def local_for(recipe: AdaptRecipe) -> Local:
-    """What local layers are trained with: the sinks of the recipe's layout, else what the source's zebra.json says."""
-    own = read_local(recipe.model)
-    return own if recipe.stripes is None else replace(own, sinks=Stripes.parse(recipe.stripes).sinks)
-
-
-def columns_of(recipe: AdaptRecipe) -> dict[str, Any]:
-    """The columns that all rows of a run share."""
-    return {"run": Path(recipe.run).name, "seed": recipe.train.seed, "device": device_name(best_device())}
-
-
-def _training_rows(recipe: AdaptRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
-    """The loss against tokens, and the evaluations on the way."""
-    common = columns_of(recipe) | {"layout": layout_with(config, local_for(recipe), recipe.rope)}
-    rows: list[Row] = []
-    for entry in history:
-        at = common | {"model": f"{recipe.run}@{entry['step']}"}
-        if "loss" in entry:
-            rows.append(
-                Row(
-                    task="train",
-                    metric="loss",
-                    value=entry["loss"],
-                    length=recipe.train.length,
-                    n=entry["num_input_tokens_seen"],
-                    **at,
-                )
-            )
-        if "by_position" in entry and recipe.evaluate is not None:
-            scores = [Score(**score) for score in entry["by_position"]]
-            rows += as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **at)
-    return rows
-
-
-def cost_rows(recipe: AdaptRecipe, config: PreTrainedConfig) -> list[Row]:
-    """What one text of the longest measured length costs in attention, dense and striped: exact counts."""
-    length = max(recipe.train.length, recipe.evaluate.length if recipe.evaluate else 0)
-    stripes = stripes_of(config)
-    n = config.num_hidden_layers
-    local = (stripes.layer_types(n) if stripes else ()).count(LOCAL)
-    window = stripes.window if stripes else length
-    does = local_for(recipe)
-    rows = []
-    for name, locals_ in dict.fromkeys([(DENSE, 0), (layout_with(config, does), local)]):
-        pairs = (n - locals_) * visible_pairs(length) + locals_ * visible_pairs(length, window, does.sinks)
-        held = length if does.full_decode else min(length, window - 1) + does.sinks
-        kept = (n - locals_) * length + locals_ * held
-        for metric, value in (("layers", n), ("attention_pairs", pairs), ("cached_tokens", kept)):
-            rows.append(
-                Row(
-                    task="cost",
-                    metric=metric,
-                    value=value,
-                    length=length,
-                    model=recipe.model,
-                    layout=name,
-                    **columns_of(recipe),
-                )
-            )
-    return rows
-
-
 # Training
 
 
 def train(
     run: Path,
-    recipe: AdaptRecipe,
+    recipe: SourceRecipe,
     config: PreTrainedConfig,
     fit: Callable[[Any], bool],
     finish: Callable[[Any], dict[str, str]] = lambda model: {},
@@ -278,7 +155,7 @@ def train(
             export(recipe, model, finish(model), steps=recipe.train.steps, tokens=tokens, rope=recipe.rope or "none")
 
 
-def striped_source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedModel:
+def striped_source(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedModel:
     """The checkpoint to train, with its new config."""
     model = load(
         recipe.model,
@@ -291,15 +168,3 @@ def striped_source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedM
     model.config.max_position_embeddings = config.max_position_embeddings
     model.config.rope_parameters = config.rope_parameters
     return model
-
-
-def trainer_state(run: Path, recipe: AdaptRecipe) -> dict[str, Any]:
-    """What the Trainer wrote of itself after the last step."""
-    path = run / "checkpoints" / f"checkpoint-{recipe.train.steps}" / "trainer_state.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise Refusal(
-            f"{path} is gone or damaged, and with it the losses of the run. Remove {run / 'model'} to train on from "
-            "the last whole checkpoint, or name another run."
-        ) from None

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from zebra.model.checkpoint import first_line
 from zebra.refusal import Refusal
 from zebra.staged import lock
-from zebra.train.recipe import AdaptRecipe
+from zebra.train.recipe import Recipe
 
 
 def is_first_process() -> bool:
@@ -33,7 +33,7 @@ def processes() -> int:
 
 
 @contextmanager
-def occupied(recipe: AdaptRecipe) -> Iterator[Path]:
+def occupied(recipe: Recipe) -> Iterator[Path]:
     """Hold the run's directory for this process, made where it is absent, and gone again where nothing came of it.
 
     The hold is a lock of the operating system on the directory: it ends with the process, however that ends.
@@ -58,7 +58,7 @@ def occupied(recipe: AdaptRecipe) -> Iterator[Path]:
         os.close(opened)
 
 
-def record(run: Path, recipe: AdaptRecipe, inputs: dict[str, Any]) -> None:
+def record(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
     """Write down the recipe and what its names stand for.
 
     Raises:
@@ -94,7 +94,7 @@ def writing(run: Path) -> Iterator[None]:
         ) from None
 
 
-def _check_recipe(run: Path, recipe: AdaptRecipe) -> None:
+def _check_recipe(run: Path, recipe: Recipe) -> None:
     mine = run / "recipe.yaml"
     if mine.exists():
         try:

@@ -1,6 +1,6 @@
 """What a recipe would do and need, before it is run: shapes, tokens, steps, memory.
 
-    weights + gradients + AdamW's two moments + activations + a chunk of logits
+    weights + gradients + the optimiser's moments + activations + a chunk of logits
 
 Weights, gradients and moments are counted exactly. Activations are *measured*: one global and one local layer of the
 model's real widths run here over a few tokens, and what autograd saves is counted; it grows in proportion to the
@@ -23,17 +23,23 @@ from transformers import AutoConfig, PreTrainedConfig
 from zebra.data.documents import find_files
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_config
-from zebra.model.families import host_class
+from zebra.model.families import SUMMARY, attention_pairs, host_class, kinds_of
 from zebra.model.local import layout_with
 from zebra.model.loss import CHUNK
 from zebra.plan.shapes import shape
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import lora
-from zebra.train.adapt import adapted, local_for
+from zebra.train.adapt import adapted
 from zebra.train.directory import processes
-from zebra.train.recipe import AdaptRecipe
+from zebra.train.measuring import local_for
+from zebra.train.muon import split
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import AdaptRecipe, Lora, PretrainRecipe, Recipe, SourceRecipe
 from zebra.train.trainer import tokens_per_step
+from zebra.train.tune_recipe import TuneRecipe
+
+_Known = AdaptRecipe | TuneRecipe | PretrainRecipe
 
 _PROBE = 64
 """Tokens over which activations are measured."""
@@ -52,19 +58,26 @@ class DryRun:
         return sum(self.memory.values())
 
 
-def dry_run(recipe: AdaptRecipe) -> DryRun:
+def dry_run(recipe: _Known) -> DryRun:
     """Reckon a recipe without its weights and without its text.
 
     Raises:
-        Refusal: neither the checkpoint nor a built-in shape of that name is here; what `adapt` refuses of a config.
+        Refusal: neither the checkpoint nor a built-in shape of that name is here; what `adapt` and `pretrain` refuse of
+            a config.
     """
-    config = adapted(recipe, _source_config(recipe))
+    config = _config(recipe)
     parameters, trained, memory = _weights(recipe, config)
     memory |= _activations(recipe, config)
     return DryRun(_facts(recipe, config, parameters, trained), memory)
 
 
-def _source_config(recipe: AdaptRecipe) -> PreTrainedConfig:
+def _config(recipe: _Known) -> PreTrainedConfig:
+    if isinstance(recipe, PretrainRecipe):
+        return config_of(recipe)
+    return adapted(recipe, _source_config(recipe))
+
+
+def _source_config(recipe: SourceRecipe) -> PreTrainedConfig:
     if Path(recipe.model).is_dir():
         return read_config(recipe.model)
     if recipe.shape is None:
@@ -75,30 +88,31 @@ def _source_config(recipe: AdaptRecipe) -> PreTrainedConfig:
     return AutoConfig.for_model(**shape(recipe.shape))
 
 
-def _weights(recipe: AdaptRecipe, config: PreTrainedConfig) -> tuple[int, int, dict[str, int]]:
+def _weights(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, dict[str, int]]:
     """Parameters, those that are trained, and bytes by part."""
     with torch.device("meta"):
         model: Any = host_class(config)(config)
         count = sum(p.numel() for p in model.parameters())
-        if recipe.lora is not None:
-            model = lora.wrap(model.to(getattr(torch, recipe.lora.frozen)), recipe.lora, seed=0)
+        if (low := _lora(recipe)) is not None:
+            model = lora.wrap(model.to(getattr(torch, low.frozen)), low, seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    one_moment = sum(p.numel() for p in split(model)[0]) if recipe.train.optimizer == "muon" else 0
     memory = {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gradients": 4 * trained,
-        "AdamW": 8 * trained,
+        "Muon and AdamW" if one_moment else "AdamW": 8 * trained - 4 * one_moment,
     }
     return count, trained, memory
 
 
-def _activations(recipe: AdaptRecipe, config: PreTrainedConfig) -> dict[str, int]:
+def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     """Bytes that autograd keeps for the backward of one forward pass on one device.
 
     With activation checkpointing that is each layer's input, and one layer's own while it is run again. Autocast
     keeps a bfloat16 copy of each float32 weight that it met.
     """
     tokens = recipe.train.length * recipe.train.rows_per_step
-    kinds = getattr(config, "layer_types", None) or [GLOBAL] * config.num_hidden_layers
+    kinds = kinds_of(config)
     saved = {kind: _saved_by_a_layer(recipe, config, kind) for kind in set(kinds)}
     if recipe.train.activation_checkpointing:
         kept = {
@@ -112,21 +126,24 @@ def _activations(recipe: AdaptRecipe, config: PreTrainedConfig) -> dict[str, int
     return kept | {"a chunk of logits": 2 * 4 * CHUNK * config.vocab_size}
 
 
-def _saved_by_a_layer(recipe: AdaptRecipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
+def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
     """Bytes for each token, and bytes whatever the tokens: what a second layer adds, at two lengths."""
+    low = _lora(recipe)
     totals = []
     for layers in (1, 2):
         small = copy.deepcopy(config)
         small.num_hidden_layers, small.vocab_size = layers, 8
         small.pad_token_id = small.bos_token_id = small.eos_token_id = 0
         if getattr(small, "layer_types", None) is not None:
-            small.layer_types = [kind] * layers
+            small.layer_types = [GLOBAL if kind == SUMMARY else kind] * layers
+        if getattr(small, "attention_kinds", None) is not None:
+            small.attention_kinds = [{GLOBAL: "global", LOCAL: "local"}.get(kind, kind)] * layers
         with torch.device("meta"):
-            dtype = getattr(torch, recipe.lora.frozen) if recipe.lora else torch.float32
+            dtype = getattr(torch, low.frozen) if low else torch.float32
             model: Any = host_class(small)._from_config(small, attn_implementation=NAME, dtype=dtype)
         model = model.to_empty(device="cpu").train()
-        if recipe.lora is not None:
-            model = lora.wrap(model, recipe.lora, seed=0)
+        if low is not None:
+            model = lora.wrap(model, low, seed=0)
         totals.append([_saved(model, tokens, _half(recipe)) for tokens in (_PROBE, 2 * _PROBE)])
     short, long = (two - one for one, two in zip(*totals, strict=True))
     grows = (long - short) // _PROBE
@@ -157,29 +174,32 @@ def _counting(model: torch.nn.Module) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def _stream(recipe: AdaptRecipe) -> int:
+def _stream(recipe: Recipe) -> int:
     """Bytes of a number between layers: as wide as the embeddings, which autocast leaves alone."""
-    low = recipe.lora
+    low = _lora(recipe)
     return 2 if low and low.frozen == "bfloat16" and "embeddings" not in low.whole else 4
 
 
-def _half(recipe: AdaptRecipe) -> bool:
+def _lora(recipe: Recipe) -> Lora | None:
+    return recipe.lora if isinstance(recipe, SourceRecipe) else None
+
+
+def _half(recipe: Recipe) -> bool:
     return recipe.train.precision == "bfloat16"
 
 
-def _facts(recipe: AdaptRecipe, config: PreTrainedConfig, parameters: int, trained: int) -> dict[str, str]:
+def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: int) -> dict[str, str]:
     train, n = recipe.train, config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or [GLOBAL] * n
+    kinds = kinds_of(config)
     dense = n * visible_pairs(train.length)
     local = local_for(recipe)
-    seen = {GLOBAL: (None, 0), LOCAL: (getattr(config, "sliding_window", None), local.sinks)}
-    pairs = sum(visible_pairs(train.length, *seen[kind]) for kind in kinds)
+    pairs = attention_pairs(config, train.length, local.sinks)
     step = tokens_per_step(recipe)
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads"
     return {
         "model": f"{host_class(config).__name__}, {n} layers of {config.hidden_size:,}, {heads}",
-        "layout": f"{layout_with(config, local)}, {kinds.count(GLOBAL)} global and {kinds.count(LOCAL)} local layers",
-        "rope": ", ".join(f"{k} {v}" for k, v in config.rope_parameters.items()),
+        "layout": f"{layout_with(config, local)}, {_counted(kinds)} layers",
+        **_positions(config),
         "parameters": f"{parameters:,}, trained {trained:,} ({trained / parameters:.1%})",
         "a step": f"{step:,} tokens: {train.rows_per_step} rows of {train.length:,} x {train.accumulate} passes "
         f"x {processes()} processes",
@@ -189,7 +209,20 @@ def _facts(recipe: AdaptRecipe, config: PreTrainedConfig, parameters: int, train
     }
 
 
-def _text(recipe: AdaptRecipe) -> str:
+def _counted(kinds: tuple[str, ...]) -> str:
+    words = {GLOBAL: "global", LOCAL: "local", SUMMARY: SUMMARY}
+    return " and ".join(
+        f"{kinds.count(kind)} {word}" for kind, word in words.items() if kind != SUMMARY or kind in kinds
+    )
+
+
+def _positions(config: PreTrainedConfig) -> dict[str, str]:
+    if (kind := getattr(config, "position_embedding", "rotary")) != "rotary":
+        return {"positions": kind}
+    return {"rope": ", ".join(f"{k} {v}" for k, v in config.rope_parameters.items())}
+
+
+def _text(recipe: _Known) -> str:
     data = recipe.data
     patterns = data.files or [pattern for source in data.sources or [] for pattern in source.files]
     try:

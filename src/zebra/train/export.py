@@ -18,10 +18,10 @@ from zebra.model.verify import TOLERANCE
 from zebra.refusal import Refusal
 from zebra.staged import staged
 from zebra.train import lora
-from zebra.train.recipe import AdaptRecipe
+from zebra.train.recipe import SourceRecipe
 
 
-def export(recipe: AdaptRecipe, model: Any, files: Mapping[str, str] | None = None, **card: Any) -> None:
+def export(recipe: SourceRecipe, model: Any, files: Mapping[str, str] | None = None, **card: Any) -> None:
     """Write `run/model`, whole or not at all, in the source's dtype; `card` goes into its zebra.json.
 
     `files` are written beside it, name to text, in the place of the source's.
@@ -63,7 +63,7 @@ def _write_files(where: Path, files: Mapping[str, str] | None) -> None:
         (where / name).write_text(text, encoding="utf-8")
 
 
-def reload(recipe: AdaptRecipe) -> PreTrainedModel:
+def reload(recipe: SourceRecipe) -> PreTrainedModel:
     """The model that `export` wrote, ready to be measured."""
     run = Path(recipe.run)
     if recipe.lora is not None and not recipe.lora.merge:
@@ -72,7 +72,7 @@ def reload(recipe: AdaptRecipe) -> PreTrainedModel:
     return load(run / "model")
 
 
-def _write(recipe: AdaptRecipe, model: PreTrainedModel, aside: Path, **card: Any) -> None:
+def _write(recipe: SourceRecipe, model: PreTrainedModel, aside: Path, **card: Any) -> None:
     source = Path(recipe.model)
     model.to(_dtype(recipe))
     _as_source(recipe, model.config)
@@ -84,13 +84,13 @@ def _write(recipe: AdaptRecipe, model: PreTrainedModel, aside: Path, **card: Any
     write_card(aside, model.config, local_of(model), source=source, **card)
 
 
-def _as_source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+def _as_source(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
     """The Trainer turns the cache off in the config, for itself."""
     config.use_cache = read_config(recipe.model).use_cache
     return config
 
 
-def _dtype(recipe: AdaptRecipe) -> torch.dtype:
+def _dtype(recipe: SourceRecipe) -> torch.dtype:
     """The source's; a checkpoint that does not say is float32."""
     dtype = read_config(recipe.model).dtype
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")

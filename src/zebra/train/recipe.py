@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -57,10 +57,21 @@ class MixtureSource(Section):
         return self
 
 
+class RecallSource(Section):
+    """Generated documents that tell things and ask for them later (zebra.data.recall), mixed with the text."""
+
+    share: float = Field(gt=0, le=1, description="of the training's rows; the others are text")
+    first: int = Field(64, ge=2, description="tokens of a document at the beginning")
+    until: float = Field(
+        0.5, gt=0, le=1, description="the part of the training at which documents have grown to train.length"
+    )
+
+
 class Data(TextSource):
     """The training text: files, each document once, or a mixture of sources that fills the training's rows."""
 
     sources: list[MixtureSource] | None = Field(None, min_length=1)
+    recall: RecallSource | None = Field(None, description="generated documents of recall among the rows of text")
     held_out: float | None = Field(None, gt=0, lt=1, description="share of the documents that evaluate measures on")
     deduplicate: bool = Field(True, description="keep the first of documents with the same text")
     workers: int = Field(1, ge=1, description="processes that tokenise")
@@ -94,12 +105,15 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Training(Section):
-    """Rows, steps and the optimiser (AdamW)."""
+    """Rows, steps and the optimiser."""
 
     length: int = Field(ge=2, description="tokens in a row")
     steps: int = Field(ge=1, description="optimiser steps")
     rows_per_step: int = Field(1, ge=1, description="rows of one forward pass on one device")
     accumulate: int = Field(1, ge=1, description="forward passes of one optimiser step")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon is for the matrices inside the layers, with AdamW for the rest (zebra.train.muon)"
+    )
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
@@ -147,51 +161,58 @@ class Lora(Section):
     merge: bool = Field(True, description="write a whole checkpoint; else the adapter, over run/base")
 
 
-class Evaluation(TextSource):
+class Measured(Section):
+    """When it is measured on the way; each training says by what."""
+
+    every: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
+
+
+class Evaluation(TextSource, Measured):
     """Perplexity by position before, during and after: on files of its own, or on the documents that data holds out."""
 
     length: int = Field(ge=2, description="tokens of context")
     convention: Literal["disjoint", "strided", "truncated"] = "disjoint"
-    every: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
 
 
-class AdaptRecipe(Section):
-    """Long-context adaptation (LCAT): a checkpoint, its new layout, the text, the training and the measuring."""
+class Recipe(Section):
+    """What every training has: a run's directory, a layout, the training, and when it is measured."""
 
     run: str = Field(description="the run's directory")
-    model: str = Field(description="the checkpoint to adapt")
-    shape: str | None = Field(
-        None, description="built-in shape that --dry-run reckons with where the checkpoint is not here"
-    )
-    stripes: str | None = Field(
-        None, description="the layout to adapt to, such as GLLL:512; the checkpoint's own without it"
-    )
-    rope: str | None = Field(
-        None, description="a change of the rope: linear:8, yarn:8, llama3:8, base:5000000; as it is without it"
-    )
-    data: Data
+    stripes: str | None = Field(None, description="the layout to train, such as GLLL:512; the model's own without it")
     train: Training
-    lora: Lora | None = Field(None, description="train low-rank updates; all weights without it")
-    evaluate: Evaluation | None = None
+    evaluate: Measured | None = None
 
     @field_validator("stripes")
     @classmethod
     def _notation(cls, stripes: str | None) -> str | None:
         return None if stripes is None else str(Stripes.parse(stripes))
 
-    @field_validator("rope")
-    @classmethod
-    def _rope_notation(cls, rope: str | None) -> str | None:
-        parsed = None if rope is None else Rope.parse(rope)
-        return None if parsed is None or parsed.kind == "none" else str(parsed)
-
     @model_validator(mode="after")
-    def _consistent(self) -> AdaptRecipe:
-        if self.lora and self.lora.frozen == "bfloat16" and self.train.precision != "bfloat16":
-            raise ValueError("lora.frozen bfloat16 needs train.precision bfloat16; change one of them")
+    def _measured_on_the_way(self) -> Self:
         every = self.evaluate.every if self.evaluate else None
         if every is not None and every > self.train.steps:
             raise ValueError(f"evaluate.every ({every}) is at most train.steps ({self.train.steps}); lower it")
+        return self
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that is trained or measured on."""
+        return self.train.length
+
+
+class TextRecipe(Recipe):
+    """A training on texts, measured by perplexity."""
+
+    data: Data
+    evaluate: Evaluation | None = None
+
+    @model_validator(mode="after")
+    def _texts_fit(self) -> Self:
+        recall = self.data.recall
+        if recall is not None and recall.first > self.train.length:
+            raise ValueError(
+                f"data.recall.first ({recall.first}) is at most train.length ({self.train.length}); lower it"
+            )
         if self.evaluate is not None:
             files, held_out = self.evaluate.files, self.data.held_out
             if (files is None) == (held_out is None):
@@ -201,6 +222,61 @@ class AdaptRecipe(Section):
                 )
             if files is None and (own := given(self.evaluate, "separator", "field", "append_eos")):
                 raise ValueError(f"evaluate.{own} belongs to evaluate.files; data says how its documents are read")
+        return self
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that is trained or measured on."""
+        return max(self.train.length, self.evaluate.length if self.evaluate else 0)
+
+
+class SourceRecipe(Recipe):
+    """A training that begins with a checkpoint."""
+
+    model: str = Field(description="the checkpoint to train")
+    shape: str | None = Field(
+        None, description="built-in shape that --dry-run reckons with where the checkpoint is not here"
+    )
+    rope: str | None = Field(
+        None, description="a change of the rope: linear:8, yarn:8, llama3:8, base:5000000; as it is without it"
+    )
+    lora: Lora | None = Field(None, description="train low-rank updates; all weights without it")
+
+    @field_validator("rope")
+    @classmethod
+    def _rope_notation(cls, rope: str | None) -> str | None:
+        parsed = None if rope is None else Rope.parse(rope)
+        return None if parsed is None or parsed.kind == "none" else str(parsed)
+
+    @model_validator(mode="after")
+    def _precise_enough(self) -> Self:
+        if self.lora and self.lora.frozen == "bfloat16" and self.train.precision != "bfloat16":
+            raise ValueError("lora.frozen bfloat16 needs train.precision bfloat16; change one of them")
+        return self
+
+
+class AdaptRecipe(TextRecipe, SourceRecipe):
+    """Long-context adaptation (LCAT): a checkpoint, its new layout, the text, the training and the measuring."""
+
+
+class NewTokenizer(Section):
+    """A tokenizer to be trained on the text (zebra.train.tokenizer): byte-level BPE."""
+
+    vocab_size: int = Field(ge=257, description="tokens: 256 bytes, the end of text, and merges")
+    digits: int = Field(3, ge=1, le=3, description="digits in a token: a longer number is cut into groups of so many")
+
+
+class PretrainRecipe(TextRecipe):
+    """Training from scratch: a config, a tokenizer, the text, the training and the measuring."""
+
+    model: dict[str, Any] = Field(description="model_type and fields of that config class in transformers")
+    tokenizer: str | NewTokenizer = Field(description="a directory that has one, or what to train one by")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the checkpoint that is written")
+
+    @model_validator(mode="after")
+    def _named(self) -> PretrainRecipe:
+        if "model_type" not in self.model:
+            raise ValueError("model names the class of its config by model_type, such as llama; add it")
         return self
 
 

@@ -24,7 +24,7 @@ from zebra.evaluate.answers import answer_score
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import console
 from zebra.train.instructions import AnswerRows
-from zebra.train.trainer import arguments_of, refuse_diverged, run
+from zebra.train.trainer import arguments_of, optimizer_of, refuse_diverged, run
 from zebra.train.tune_recipe import TuneRecipe
 
 
@@ -48,8 +48,9 @@ def fit_answers(
         train_dataset=as_dataset(rows),
         eval_dataset=Dataset.from_dict({"suite": list(suites)}) if suites else None,  # only our `evaluate` reads them
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=optimizer_of(recipe.train),
     )
-    return run(trainer, recipe, model, "tuning")
+    return run(trainer, recipe, model)
 
 
 def as_dataset(rows: AnswerRows) -> Dataset:

@@ -12,30 +12,34 @@ from zebra.data.composition import composition
 from zebra.data.corpus import Corpus
 from zebra.data.mixture import Kept, Line, Source, keep, mix, select
 from zebra.data.packing import Rows, pack
+from zebra.data.recall import Growth, Recall, Taught
 from zebra.evaluate.perplexity import read_text
 from zebra.progress import console
 from zebra.records import Row
+from zebra.refusal import Refusal
 from zebra.train.directory import is_first_process
-from zebra.train.recipe import AdaptRecipe, MixtureSource, TextSource
+from zebra.train.recipe import MixtureSource, Recipe, TextRecipe, TextSource
 from zebra.train.trainer import tokens_per_step
 
 
 class Texts(NamedTuple):
     """The rows to train on, the documents to measure on, what a mixture took of each source, a digest of all texts."""
 
-    rows: Rows
+    rows: Rows | Taught
     held_out: Corpus | None
     lines: list[Line]
     digest: str
 
 
-def read_texts(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
+def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """Read, choose and pack the texts of a recipe; what a mixture is made of is printed.
 
     Raises:
         Refusal: a text that cannot be read, a source with nothing to train on, a text shorter than a row.
     """
     data, train, measured = recipe.data, recipe.train, recipe.evaluate
+    if data.append_eos and tokenizer.eos_token_id is None:
+        raise Refusal("data.append_eos is set, but the tokenizer has no end-of-text token. Unset it.")
     sources = _sources(recipe, tokenizer)
     kept = keep(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
     lines: list[Line] = []
@@ -58,10 +62,30 @@ def read_texts(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts
             texts.append(held_out)
         if measured.join:
             held_out = held_out.joined(measured.length)
-    return Texts(rows, held_out, lines, _digest(texts))
+    return Texts(rows if data.recall is None else _taught(recipe, tokenizer, rows), held_out, lines, _digest(texts))
 
 
-def data_rows(recipe: AdaptRecipe, lines: Sequence[Line], layout: str, **common: Any) -> list[Row]:
+def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Taught:
+    """Rows of recall among those of text."""
+    train, recall, documents = recipe.train, recipe.data.recall, rows.documents
+    assert recall is not None
+    generator = Recall(tokenizer, (documents[i] for i in range(len(documents.lengths))))
+    if recall.first < generator.least:
+        raise Refusal(
+            f"data.recall.first is {recall.first}, and a document that tells and asks has at least {generator.least} "
+            "tokens under this tokenizer. Raise it."
+        )
+    return Taught(
+        recall=generator,
+        text=rows,
+        share=recall.share,
+        growth=Growth(recall.first, train.length, recall.until),
+        count=train.steps * tokens_per_step(recipe) // train.length,
+        seed=train.seed,
+    )
+
+
+def data_rows(recipe: Recipe, lines: Sequence[Line], **common: Any) -> list[Row]:
     """What a mixture took of each source, as rows of the task `data-<source>`."""
     rows = []
     for line in lines:
@@ -81,8 +105,6 @@ def data_rows(recipe: AdaptRecipe, lines: Sequence[Line], layout: str, **common:
                 value=value,
                 n=line.documents,
                 length=recipe.train.length,
-                model=recipe.model,
-                layout=layout,
                 **common,
             )
             for metric, value in values.items()
@@ -90,7 +112,7 @@ def data_rows(recipe: AdaptRecipe, lines: Sequence[Line], layout: str, **common:
     return rows
 
 
-def _sources(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Source]:
+def _sources(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Source]:
     data = recipe.data
     if data.files is not None:
         return [Source("data.files", _corpus(data, data.files, recipe, tokenizer, data.append_eos))]
@@ -109,7 +131,7 @@ def _sources(recipe: AdaptRecipe, tokenizer: PreTrainedTokenizerBase) -> list[So
 def _corpus(
     source: TextSource | MixtureSource,
     files: Sequence[str],
-    recipe: AdaptRecipe,
+    recipe: TextRecipe,
     tokenizer: PreTrainedTokenizerBase,
     append_eos: bool,
 ) -> Corpus:

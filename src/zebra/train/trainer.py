@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, as adaptation uses it: its loss, its evaluation, its checkpoints, its bar.
+"""The Hugging Face Trainer, as every training uses it: its loss, its evaluation, its checkpoints, its bar.
 
 Nothing of the Trainer is replaced but `evaluate`, which measures by position. The loss goes in by `compute_loss_func`,
 so that accumulation, DDP and token counting stay the Trainer's.
@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -32,19 +33,60 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows
+from zebra.data.recall import Taught
 from zebra.evaluate.perplexity import perplexity
+from zebra.kernels.precision import fast_float32
+from zebra.model.hosts import best_device
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import bar, console
 from zebra.refusal import Refusal
 from zebra.train.directory import processes
-from zebra.train.recipe import AdaptRecipe, Evaluation
+from zebra.train.muon import muon
+from zebra.train.recipe import Evaluation, Recipe, TextRecipe, Training
 
 COMPLETE = "COMPLETE"
 """The mark that a checkpoint is whole, written last."""
 
 
-def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpus | None, checkpoints: Path) -> bool:
+def precision(train: Training) -> AbstractContextManager[Any]:
+    """The recipe's float32 products, for as long as it runs."""
+    return fast_float32() if train.fast_float32 else nullcontext()
+
+
+def check_machine(train: Training) -> None:
+    """Refuse a recipe that is for another machine."""
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise Refusal(
+            "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
+            "with --set train.device=best it would run on this CPU, at a CPU's speed."
+        )
+    if train.fast_float32 and best_device() != "cpu":
+        raise Refusal("train.fast_float32 is a switch of CPUs: on a GPU it would mean TF32. Unset it.")
+
+
+def trainable(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """The config as it is trained: without dropout of attention weights, which no kernel has.
+
+    Raises:
+        Refusal: a router that wants a loss of its own.
+    """
+    if getattr(config, "output_router_logits", False):
+        raise Refusal(
+            f"{name} asks for its router's auxiliary loss (output_router_logits), and training is on the language loss "
+            "alone. Set output_router_logits to false in its config to train so."
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
+        config.attention_dropout = 0.0
+    return config
+
+
+def fit(
+    recipe: TextRecipe, model: PreTrainedModel, rows: Rows | Taught, held_out: Corpus | None, checkpoints: Path
+) -> bool:
     """Train a model by a recipe, from the newest whole checkpoint where there is one.
+
+    Rows of text are drawn in random order; those that grow over the training come in theirs.
 
     Returns:
         Whether this process is the one that writes results.
@@ -52,26 +94,29 @@ def fit(recipe: AdaptRecipe, model: PreTrainedModel, rows: Rows, held_out: Corpu
     Raises:
         Refusal: one process that sees several GPUs.
     """
-    arguments = TrainingArguments(**arguments_of(recipe, checkpoints))
+    arguments = arguments_of(recipe, checkpoints)
+    if isinstance(rows, Taught):
+        arguments["train_sampling_strategy"] = "sequential"
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         total = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
         refuse_diverged(total, trainer)
         return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
-    trainer = _AdaptTrainer(
+    trainer = _TextTrainer(
         evaluation=recipe.evaluate,
         model=model,
-        args=arguments,
+        args=TrainingArguments(**arguments),
         train_dataset=rows,
         eval_dataset=held_out,
         data_collator=_collate,
         compute_loss_func=loss,
+        optimizer_cls_and_kwargs=optimizer_of(recipe.train),
     )
-    return run(trainer, recipe, model, "adapting")
+    return run(trainer, recipe, model)
 
 
-def run(trainer: Trainer, recipe: AdaptRecipe, model: PreTrainedModel, doing: str) -> bool:
+def run(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> bool:
     """Train from the newest whole checkpoint of the trainer's directory, with a bar and marks; see `fit`."""
     checkpoints = Path(trainer.args.output_dir)
     if trainer.args.n_gpu > 1:
@@ -79,7 +124,7 @@ def run(trainer: Trainer, recipe: AdaptRecipe, model: PreTrainedModel, doing: st
             f"one process sees {trainer.args.n_gpu} GPUs. Start one process for each with "
             "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
-    with bar(doing, recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
+    with bar("training", recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
         trainer.add_callback(_Mark())
         trainer.add_callback(_Show(advance))
         trainer.remove_callback(PrinterCallback)
@@ -126,13 +171,13 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
         log.removeFilter(other)
 
 
-def tokens_per_step(recipe: AdaptRecipe) -> int:
+def tokens_per_step(recipe: Recipe) -> int:
     """Tokens of one full optimiser step, over all processes. The last one of a pass over the rows may have fewer."""
     train = recipe.train
     return train.length * train.rows_per_step * train.accumulate * processes()
 
 
-def arguments_of(recipe: AdaptRecipe, checkpoints: Path) -> dict[str, Any]:
+def arguments_of(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
     """The host's `TrainingArguments` of a recipe."""
     train = recipe.train
     every = recipe.evaluate.every if recipe.evaluate else None
@@ -158,12 +203,20 @@ def arguments_of(recipe: AdaptRecipe, checkpoints: Path) -> dict[str, Any]:
         eval_strategy="steps" if every else "no",
         eval_steps=every,
         include_num_input_tokens_seen="all",
+        train_sampling_strategy="random",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         **_recompute(train.activation_checkpointing),
     )
+
+
+def optimizer_of(train: Training) -> tuple[Any, dict[str, Any]] | None:
+    """The optimiser as the Trainer takes it; None for its own."""
+    if train.optimizer == "adamw":
+        return None
+    return muon, {"lr": train.learning_rate, "betas": train.betas, "weight_decay": train.weight_decay}
 
 
 def _recompute(wanted: bool) -> dict[str, Any]:
@@ -177,7 +230,7 @@ def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | without_logits()
 
 
-class _AdaptTrainer(Trainer):
+class _TextTrainer(Trainer):
     """The Trainer, whose evaluation is the perplexity by position."""
 
     def __init__(self, *, evaluation: Evaluation | None, **arguments: Any):

@@ -9,7 +9,7 @@ run/rows.jsonl      every row, written last: a run that has it is done
 
 from __future__ import annotations
 
-import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,20 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from zebra import records
 from zebra.data.composition import Portion
 from zebra.evaluate.answers import AnswerScore, answer_score
-from zebra.kernels.precision import fast_float32
 from zebra.model.checkpoint import digest, fingerprint
 from zebra.model.hosts import best_device, load
 from zebra.model.loading import described
 from zebra.model.local import layout_with
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.train import directory
-from zebra.train.adapt import columns_of, cost_rows, local_for, open_source, train, trainer_state
+from zebra.train import directory, measuring
+from zebra.train.adapt import open_source, train
 from zebra.train.chat import Chat
 from zebra.train.export import reload
 from zebra.train.instructions import Instructions, read_instructions
+from zebra.train.measuring import columns_of, cost_rows, local_for, trainer_state, training_rows
 from zebra.train.texts import data_rows
+from zebra.train.trainer import precision
 from zebra.train.tune_recipe import TuneRecipe
 
 try:
@@ -48,8 +49,7 @@ def tune(recipe: TuneRecipe) -> list[Row]:
     """
     config, tokenizer = open_source(recipe)
     chat = Chat(tokenizer, recipe.chat_template, recipe.model)
-    faster = fast_float32() if recipe.train.fast_float32 else contextlib.nullcontext()
-    with directory.occupied(recipe) as run, faster:
+    with directory.occupied(recipe) as run, precision(recipe.train):
         return _run(run, recipe, config, chat)
 
 
@@ -64,7 +64,7 @@ def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) ->
         "processes": directory.processes(),
     }
     directory.record(run, recipe, inputs)
-    before = _before(run, recipe, data)
+    before = measuring.before(run, recipe, partial(_measure, recipe, data))
     if not (run / "model").exists():
         train(
             run,
@@ -79,13 +79,13 @@ def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) ->
     after = _measure(recipe, data, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
     layout = layout_with(config, local_for(recipe))
     found = [
-        *data_rows(recipe, data.lines, layout, **columns_of(recipe)),
+        *data_rows(recipe, data.lines, model=recipe.model, layout=layout, **columns_of(recipe)),
         *_made_of(recipe, data.rows.portions(), layout),
         *_counted(recipe, data.counts, layout),
         *before,
-        *_training_rows(recipe, config, history),
+        *training_rows(recipe, config, history, partial(_on_the_way, recipe), recipe.rope),
         *after,
-        *cost_rows(recipe.model_copy(update={"evaluate": None}), config),
+        *cost_rows(recipe, config, recipe.model),
     ]
     records.write(run / "rows.jsonl", found)
     return found
@@ -113,20 +113,6 @@ def _finished(recipe: TuneRecipe, model: Any, config: PreTrainedConfig, chat: Ch
 
 
 # Measuring
-
-
-def _before(run: Path, recipe: TuneRecipe, data: Instructions) -> list[Row]:
-    if recipe.evaluate is None:
-        return []
-    kept = run / "before.jsonl"
-    if not kept.exists():
-        source = Path(recipe.model)
-        rows = _measure(recipe, data, source, load(source))
-        if recipe.stripes is not None or recipe.rope is not None:
-            model = load(source, stripes=recipe.stripes, rope=recipe.rope)
-            rows += _measure(recipe, data, source, model, recipe.rope)
-        records.write(kept, rows)
-    return records.read(kept)
 
 
 def _measure(
@@ -179,16 +165,6 @@ def _counted(recipe: TuneRecipe, counts: dict[str, int], layout: str) -> list[Ro
     return [Row(task="quality", metric=name, value=count, **common) for name, count in counts.items()]
 
 
-def _training_rows(recipe: TuneRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
-    """The loss against tokens, and the suites on the way."""
-    common = columns_of(recipe) | {"layout": layout_with(config, local_for(recipe), recipe.rope)}
-    rows: list[Row] = []
-    for entry in history:
-        at = common | {"model": f"{recipe.run}@{entry['step']}"}
-        if "loss" in entry:
-            tokens = entry["num_input_tokens_seen"]
-            rows.append(
-                Row(task="train", metric="loss", value=entry["loss"], length=recipe.train.length, n=tokens, **at)
-            )
-        rows += [_answer_row(recipe, AnswerScore(**score), at) for score in entry.get("answers", [])]
-    return rows
+def _on_the_way(recipe: TuneRecipe, entry: dict[str, Any], at: dict[str, Any]) -> list[Row]:
+    """The suites, where the Trainer's history has them."""
+    return [_answer_row(recipe, AnswerScore(**score), at) for score in entry.get("answers", [])]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from zebra.train.recipe import AdaptRecipe, Section
+from zebra.train.recipe import Measured, Section, SourceRecipe
 
 
 class InstructionSource(Section):
@@ -15,19 +15,23 @@ class InstructionSource(Section):
     name: str
     files: list[str] = Field(min_length=1)
     share: float = Field(gt=0, le=1, description="of the training's tokens; the shares of all sources sum to 1")
-    min_tokens: int = Field(0, ge=0, description="only conversations of at least so many tokens")
-    max_tokens: int | None = Field(None, ge=1, description="only conversations of fewer tokens")
+    min_tokens: int = Field(default=0, ge=0, description="only conversations of at least so many tokens")
+    max_tokens: int | None = Field(default=None, ge=1, description="only conversations of fewer tokens")
 
 
 class Quality(Section):
     """The gate that conversations pass before they are trained on; see `zebra.data.quality`."""
 
-    act: Literal["drop", "flag", "off"] = Field("drop", description="what happens to a conversation with a fault")
+    act: Literal["drop", "flag", "off"] = Field(
+        default="drop", description="what happens to a conversation with a fault"
+    )
     leaks: list[str] | None = Field(
-        None, min_length=1, description="files of evaluation documents that must not be trained on, besides the suites"
+        default=None,
+        min_length=1,
+        description="files of evaluation documents that must not be trained on, besides the suites",
     )
     independent: float | None = Field(
-        None,
+        default=None,
         description="nats a token by which the document must make the answer likelier under the model",
     )
 
@@ -65,11 +69,10 @@ class Suite(Section):
     files: list[str] = Field(min_length=1)
 
 
-class Suites(Section):
+class Suites(Measured):
     """The loss on answers before, during and after: on suites of their own, or on what data holds out of a source."""
 
     suites: list[Suite] | None = Field(None, min_length=1)
-    every: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
 
     @model_validator(mode="after")
     def _consistent(self) -> Suites:
@@ -77,29 +80,22 @@ class Suites(Section):
         return self
 
 
-class TuneRecipe(AdaptRecipe):
+class TuneRecipe(SourceRecipe):
     """Long instruction tuning (LIT): a checkpoint, perhaps a new layout, conversations, training and measuring."""
 
     chat_template: str | None = Field(
         None, description="plain, chatml, or a .jinja file; the checkpoint's own without it"
     )
-    data: Instructions  # type: ignore[assignment]
-    evaluate: Suites | None = None  # type: ignore[assignment]
+    data: Instructions
+    evaluate: Suites | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> TuneRecipe:
-        if self.lora and self.lora.frozen == "bfloat16" and self.train.precision != "bfloat16":
-            raise ValueError("lora.frozen bfloat16 needs train.precision bfloat16; change one of them")
-        if self.evaluate is not None:
-            if self.evaluate.every is not None and self.evaluate.every > self.train.steps:
-                raise ValueError(
-                    f"evaluate.every ({self.evaluate.every}) is at most train.steps ({self.train.steps}); lower it"
-                )
-            if (self.evaluate.suites is None) == (self.data.held_out is None):
-                raise ValueError(
-                    "what to measure on is given by evaluate.suites or by data.held_out, by one of them; got "
-                    + ("neither" if self.evaluate.suites is None else "both")
-                )
+    def _conversations_fit(self) -> TuneRecipe:
+        if self.evaluate is not None and (self.evaluate.suites is None) == (self.data.held_out is None):
+            raise ValueError(
+                "what to measure on is given by evaluate.suites or by data.held_out, by one of them; got "
+                + ("neither" if self.evaluate.suites is None else "both")
+            )
         return self
 
 

@@ -1,0 +1,93 @@
+"""A tokenizer trained on a recipe's text: byte-level BPE, by the tokenizers library.
+
+    "told 4321 times" -> "told" " 432" "1" " times"     with numbers in groups of up to three digits
+
+Words keep the space before them. A group of digits is never merged with what stands beside it, so equal numbers are
+equal tokens wherever they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from random import Random
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from zebra.data.documents import find_files, read_documents
+from zebra.data.recall import Recall
+from zebra.progress import console
+from zebra.refusal import Refusal
+from zebra.train.directory import is_first_process
+from zebra.train.recipe import MixtureSource, NewTokenizer, PretrainRecipe, TextSource
+
+END = "<|endoftext|>"
+_MOST_CHARACTERS = 8_000_000
+"""Of generated text: enough for a token of its own for every group of digits."""
+
+
+def train_tokenizer(texts: Iterable[str], wanted: NewTokenizer) -> PreTrainedTokenizerBase:
+    """A tokenizer of `wanted.vocab_size` tokens; its end of text stands for the beginning too.
+
+    Raises:
+        Refusal: texts that have fewer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    words = rf" ?\p{{N}}{{1,{wanted.digits}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=wanted.vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (found := tokenizer.get_vocab_size()) < wanted.vocab_size:
+        raise Refusal(
+            f"the text gives {found:,} tokens, and tokenizer.vocab_size asks for {wanted.vocab_size:,}. "
+            "Give more text or ask for fewer."
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, clean_up_tokenization_spaces=False
+    )
+
+
+def texts_of(recipe: PretrainRecipe) -> Iterator[str]:
+    """The documents that a recipe trains on, and generated ones in their share."""
+    data, characters = recipe.data, 0
+    sources: list[TextSource | MixtureSource] = [data] if data.sources is None else [*data.sources]
+    for source in sources:
+        for document in read_documents(find_files(source.files or []), source.separator, source.field):
+            characters += len(document.text)
+            yield document.text
+    if data.recall is None:
+        return
+    share = data.recall.share
+    wanted = _MOST_CHARACTERS if share == 1 else min(_MOST_CHARACTERS, int(characters * share / (1 - share)))
+    if is_first_process():
+        console.print(f"with {wanted:,} characters of recall beside {characters:,} of text", highlight=False)
+    letters = Letters()
+    generator, rng = Recall(letters), Random(recipe.train.seed)
+    for _ in range(0, wanted, _LETTERS):
+        yield letters.decode(generator.document(_LETTERS, rng)[0])
+
+
+_LETTERS = 4096
+
+
+class Letters:
+    """A tokenizer before there is one: a token is a letter."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Text to the numbers of its letters."""
+        return [ord(letter) for letter in text]
+
+    def decode(self, token_ids: list[int], **options: object) -> str:
+        """Numbers to letters."""
+        return "".join(map(chr, token_ids))

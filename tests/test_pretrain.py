@@ -1,0 +1,272 @@
+"""Training from scratch: what a run leaves, resume, the tokenizer, Muon, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STORIES, TEXT, changed, losses, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import zebra
+from zebra import Refusal, records
+from zebra.model.attention import NAME
+from zebra.train import trainer
+from zebra.train.dry_run import dry_run
+from zebra.train.muon import MuonWithAdamW
+from zebra.train.pretrain import config_of, pretrain
+from zebra.train.recipe import NewTokenizer, PretrainRecipe
+from zebra.train.tokenizer import END, texts_of, train_tokenizer
+
+STEPS = 6
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("text") / "few.txt"
+    where.write_text(END.join((TEXT / "tinystories_test.txt").read_text().split(END)[:30]))
+    return where
+
+
+def recipe(run: Path, text: Path, **changes: Any) -> PretrainRecipe:
+    tree: dict[str, Any] = {
+        "run": str(run),
+        "model": {"model_type": "llama", **TINY},
+        "tokenizer": {"vocab_size": 400, "digits": 2},
+        "data": {
+            "files": [str(text)],
+            "separator": END,
+            "join": True,
+            "held_out": 0.2,
+            "recall": {"share": 0.5, "first": 192},
+        },
+        "train": {"length": 256, "steps": STEPS, "learning_rate": 1e-3, "log_every": 1, "save_every": 2},
+        "evaluate": {"length": 256, "join": True},
+    }
+    return PretrainRecipe.model_validate(changed(tree, changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, few: Path) -> tuple[Path, list[records.Row]]:
+    run = tmp_path_factory.mktemp("pretrain") / "run"
+    os.environ["XDG_CACHE_HOME"] = str(run.parent / "cache")
+    return run, pretrain(recipe(run, few))
+
+
+def test_a_run_leaves_a_checkpoint_for_plain_transformers(finished: tuple[Path, list[records.Row]]) -> None:
+    run, rows = finished
+    assert {p.name for p in run.iterdir()} == {
+        "recipe.yaml",
+        "inputs.json",
+        "tokenizer",
+        "checkpoints",
+        "model",
+        "rows.jsonl",
+    }
+    plain, ours = AutoModelForCausalLM.from_pretrained(run / "model"), zebra.load(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    ids = tokenizer("Once upon a time there was a key, 12345.", return_tensors="pt").input_ids
+    torch.testing.assert_close(plain(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
+    config = plain.config
+    assert (config.vocab_size, config.max_position_embeddings, config.use_cache) == (400, 256, True)
+    assert config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids(END)
+    card = json.loads((run / "model" / "zebra.json").read_text())
+    assert (card["source"], card["steps"], card["tokens"]) == (None, STEPS, STEPS * 256)
+    assert records.read(run / "rows.jsonl") == rows
+    assert len(losses(rows)) == STEPS
+    assert losses(rows)[-1] < losses(rows)[0]
+    assert {row.model for row in rows if row.metric == "perplexity"} == {str(run / "model")}
+
+
+def test_a_finished_run_is_not_run_again(
+    finished: tuple[Path, list[records.Row]], few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rows = finished
+    monkeypatch.setattr("zebra.train.pretrain.fit", lambda *_: pytest.fail("trained again"))
+    assert pretrain(recipe(run, few)) == rows
+    with pytest.raises(Refusal, match=r"another recipe: data\.recall\.share differ"):
+        pretrain(recipe(run, few, data__recall={"share": 0.25, "first": 192}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    optimizer: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(name: str) -> PretrainRecipe:
+        return recipe(tmp_path / name, few, train__optimizer=optimizer, evaluate=None, data__held_out=None)
+
+    whole = pretrain(asked("whole"))
+    shown = trainer._Show.on_log
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        shown(self, args, state, control, logs, **kwargs)
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer._Show, "on_log", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(asked("cut"))
+    assert not (tmp_path / "cut" / "model").exists()
+    resumed = pretrain(asked("cut"))
+    assert losses(resumed) == losses(whole)
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_stripes_a_given_tokenizer_and_a_narrow_dtype(few: Path, tmp_path: Path) -> None:
+    asked = recipe(
+        tmp_path / "run",
+        few,
+        model={"model_type": "qwen3", "head_dim": 16, **TINY},
+        stripes="GL:33",
+        tokenizer=str(STORIES),
+        dtype="bfloat16",
+        train__steps=2,
+        data__recall=None,
+        data__held_out=None,
+        evaluate=None,
+    )
+    rows = pretrain(asked)
+    assert {row.layout for row in rows if row.task == "train"} == {"GL:33"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+    assert model.config.vocab_size == 512
+    assert model.dtype == torch.bfloat16
+    assert (tmp_path / "run" / "model" / "tokenizer.json").exists()
+
+
+def test_the_first_weights_follow_from_the_seed(few: Path, tmp_path: Path) -> None:
+    from zebra.train.pretrain import _random
+
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    config = config_of(recipe(tmp_path, few, tokenizer=str(STORIES)), tokenizer)
+    one, same, other = (_random(config, seed).state_dict() for seed in (1, 1, 2))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(one[name], same[name])
+    assert not torch.equal(one[name], other[name])
+    assert one[name].std().item() == pytest.approx(config.initializer_range, rel=0.1)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "model_type": ({"model": {"model_type": "lama"}}, r"no model_type 'lama'; did you mean llama\?"),
+    "field": (
+        {"model": {"model_type": "llama", "hiden_size": 8}},
+        r"llama has no field hiden_size; did you mean hidden_size\?",
+    ),
+    "family": ({"model": {"model_type": "bert"}}, "bert"),
+    "sizes": ({"model": {"model_type": "llama", **TINY, "num_attention_heads": 5}}, "describe no llama"),
+    "positions": (
+        {"model": {"model_type": "llama", **TINY, "max_position_embeddings": 64}},
+        "max_position_embeddings is 64, fewer than train.length, 256",
+    ),
+    "vocabulary": (
+        {"model": {"model_type": "llama", **TINY, "vocab_size": 500}},
+        "vocab_size is 500, and the tokenizer has 400 tokens",
+    ),
+    "tokenizer": ({"tokenizer": "nowhere/at/all"}, "tokenizer of nowhere/at/all cannot be read"),
+    "merges": ({"tokenizer": {"vocab_size": 50_000}}, "the text gives .* tokens, and tokenizer.vocab_size asks for"),
+    "batch": ({"train__rows_per_step": 500}, "fewer than the 500 of one step"),
+    "row": ({"train__length": 200_000}, "fewer than one row of 200,000"),
+    "first": ({"data__recall": {"share": 0.5, "first": 20}}, "recall.first is 20, and a document .* at least"),
+    "stripes": ({"stripes": "GL:0"}, "window"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_trained_is_refused_and_nothing_is_left(what: str, few: Path, tmp_path: Path) -> None:
+    changes, message = REFUSED[what]
+    with pytest.raises((Refusal, ValueError), match=message):
+        pretrain(recipe(tmp_path / "run", few, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = trainer.summed_loss
+    calls: list[int] = []
+
+    def spoilt(*arguments: Any) -> Any:
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(trainer, "summed_loss", spoilt)
+    with pytest.raises(Refusal, match=r"not finite at step 4, at a learning rate of .*finite checkpoint is .*step 2"):
+        pretrain(recipe(tmp_path / "run", few, evaluate=None, data__held_out=None))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# The tokenizer
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_a_tokenizer_writes_equal_numbers_equally(digits: int, few: Path, tmp_path: Path) -> None:
+    asked = recipe(tmp_path, few, tokenizer={"vocab_size": 600, "digits": digits})
+    assert isinstance(asked.tokenizer, NewTokenizer)
+    tokenizer = train_tokenizer(texts_of(asked), asked.tokenizer)
+    assert len(tokenizer) == 600
+    text = "The key 12345 is 98765: 12345.\n\n  Naïve “quotes”, 7 tabs\tand € too."
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    pieces = [tokenizer.tokenize(f"{before} 12345{behind}") for before in ("A", "word:") for behind in (".", ", 1", "")]
+    numbers = [[piece for piece in one if piece.strip("Ġ").isdigit()][:3] for one in pieces]
+    assert numbers[1:] == numbers[:-1]
+    assert max(len(piece.strip("Ġ")) for one in numbers for piece in one) <= digits
+
+
+# Muon
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    model = tiny_model("llama")
+    optimizer = MuonWithAdamW(model, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = [{names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups]
+    assert taken[0] | taken[1] == set(names.values())
+    assert all("proj" in name for name in taken[0])
+    assert all("embed" in name or "norm" in name or "lm_head" in name for name in taken[1])
+
+
+def test_a_step_of_muon_is_its_formula() -> None:
+    """0.2 sqrt(max(rows, columns)) U Vᵀ of the gradient, as far as torch's five iterations come."""
+    model = tiny_model("llama", attn_implementation=NAME)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = MuonWithAdamW(model, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    ids = torch.arange(40)[None] % 97
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = dict(model.named_parameters())[name]
+    assert weight.grad is not None
+    u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
+    moved = (before[name] - weight.detach()) / (0.01 * 0.2 * max(weight.shape) ** 0.5)
+    along = (u.T @ moved @ v.T).diagonal()
+    assert along.min() > 0.3  # the formula's 1, between 0.7 and 1.2 by five iterations in bfloat16
+    assert along.max() < 1.4
+    assert (moved - u @ along.diag() @ v).abs().max() < 0.1
+
+
+def test_a_dry_run_counts_what_is_trained(finished: tuple[Path, list[records.Row]], few: Path) -> None:
+    run, _ = finished
+    plain = AutoModelForCausalLM.from_pretrained(run / "model")
+    found = dry_run(recipe(run, few))
+    assert found.memory["weights"] == 4 * sum(p.numel() for p in plain.parameters())
+    assert found.memory["AdamW"] == 2 * found.memory["weights"]
+    state = MuonWithAdamW(plain, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    plain(torch.arange(40)[None], labels=torch.arange(40)[None]).loss.backward()
+    state.step()
+    kept = [moment for part in state.parts for one in part.state.values() for moment in one.values() if moment.ndim]
+    with_muon = dry_run(recipe(run, few, train__optimizer="muon"))
+    assert with_muon.memory["Muon and AdamW"] == sum(moment.numel() * 4 for moment in kept)
