@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import zebra
 from zebra import Refusal, records
 from zebra.model.attention import NAME
+from zebra.model.checkpoint import read_local
+from zebra.model.local import Local
 from zebra.train import trainer
 from zebra.train.dry_run import dry_run
 from zebra.train.muon import MuonWithAdamW
-from zebra.train.pretrain import config_of, pretrain
+from zebra.train.pretrain import _random, config_of, pretrain
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.tokenizer import END, texts_of, train_tokenizer
 
@@ -153,7 +155,7 @@ def test_the_first_weights_follow_from_the_seed(few: Path, tmp_path: Path) -> No
 
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     config = config_of(recipe(tmp_path, few, tokenizer=str(STORIES)), tokenizer)
-    one, same, other = (_random(config, seed).state_dict() for seed in (1, 1, 2))
+    one, same, other = (_random(config, Local(), seed).state_dict() for seed in (1, 1, 2))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(one[name], same[name])
     assert not torch.equal(one[name], other[name])
@@ -161,7 +163,7 @@ def test_the_first_weights_follow_from_the_seed(few: Path, tmp_path: Path) -> No
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "model_type": ({"model": {"model_type": "lama"}}, r"no model_type 'lama'; did you mean llama\?"),
+    "model_type": ({"model": {"model_type": "llam"}}, r"no model_type 'lama'; did you mean llama\?"),
     "field": (
         {"model": {"model_type": "llama", "hiden_size": 8}},
         r"llama has no field hiden_size; did you mean hidden_size\?",
@@ -270,3 +272,39 @@ def test_a_dry_run_counts_what_is_trained(finished: tuple[Path, list[records.Row
     kept = [moment for part in state.parts for one in part.state.values() for moment in one.values() if moment.ndim]
     with_muon = dry_run(recipe(run, few, train__optimizer="muon"))
     assert with_muon.memory["Muon and AdamW"] == sum(moment.numel() * 4 for moment in kept)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_model_of_the_study_is_trained(optimizer: str, few: Path, tmp_path: Path) -> None:
+    """Its kinds and positions are in the recipe's `model`, in the rows, and in the checkpoint that is left."""
+    study = {
+        "model_type": "zebra_study",
+        **TINY,
+        "attention_kinds": ["global", "summary"],
+        "position_embedding": "absolute",
+        "sliding_window": 32,
+        "summary_block": 16,
+    }
+    train = {"steps": 2, "optimizer": optimizer}
+    asked = recipe(tmp_path / "run", few, **{f"train__{name}": value for name, value in train.items()})
+    asked = asked.model_copy(update={"model": study})
+    rows = pretrain(asked)
+    assert {row.layout for row in rows} == {"GS:32/16", "dense"}
+    pairs = {row.layout: row.value for row in rows if row.metric == "attention_pairs"}
+    seen = sum(min(i + 1, 32) + max(0, i + 1 - 32) // 16 for i in range(256))
+    assert pairs == {"dense": 256 * 257, "GS:32/16": 256 * 257 // 2 + seen}
+    model = zebra.load(tmp_path / "run" / "model")
+    assert model.config.attention_kinds == study["attention_kinds"]
+    first = _random(model.config, Local(), asked.train.seed).state_dict()
+    assert all(not torch.equal(first[name], tensor) for name, tensor in model.state_dict().items() if "proj" in name)
+    found = dry_run(asked).facts
+    assert found["positions"] == "absolute"
+    assert found["layout"] == "GS:32/16, 1 global, 0 local and 1 summary layers"
+
+
+def test_sinks_are_trained_with_from_the_first_step(few: Path, tmp_path: Path) -> None:
+    train = {"train__steps": 2, "data__recall": None, "evaluate": None}
+    rows = pretrain(recipe(tmp_path / "sinks", few, stripes="GL:33+2", **train))
+    assert {row.layout for row in rows} == {"GL:33+2", "dense"}
+    assert read_local(tmp_path / "sinks" / "model") == Local(2)
+    assert losses(rows) != losses(pretrain(recipe(tmp_path / "without", few, stripes="GL:33", **train)))

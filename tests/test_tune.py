@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import STORIES, tiny_config, tiny_model
+from conftest import STORIES, changed, tiny_config, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -84,13 +84,7 @@ def recipe(run: Path, folder: Path, **changes: Any) -> TuneRecipe:
         },
         "evaluate": {"every": 3},
     }
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        if key:
-            tree[section][key] = value
-        else:
-            tree[section] = value
-    return TuneRecipe.model_validate(tree)
+    return TuneRecipe.model_validate(changed(tree, changes))
 
 
 @pytest.fixture(scope="module")

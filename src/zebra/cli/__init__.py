@@ -5,23 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from zebra import __version__
-from zebra.cli import bench, data, documents, show, tasks
+from zebra.cli import bench, data, documents, show, tasks, training
 from zebra.cli.convert import EXAMPLE as EXAMPLE_OF_CONVERT
 from zebra.cli.convert import convert
 from zebra.cli.generate import generate
 from zebra.cli.loading import loads_a_checkpoint
 from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.refusal import Refusal
-
-if TYPE_CHECKING:
-    from zebra.records import Row
-    from zebra.train.recipe import AdaptRecipe, PretrainRecipe
-    from zebra.train.tune_recipe import TuneRecipe
 
 app = typer.Typer(
     help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
@@ -36,9 +31,6 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
-_Recipe = Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")]
-_Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -111,73 +103,8 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog="zebra adapt recipes/demo.yaml --set train.steps=100")
-def adapt(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
-    """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
-    from zebra.train.recipe import AdaptRecipe, read_recipe
-
-    read = read_recipe(recipe, AdaptRecipe, set_ or [])
-    if dry_run:
-        _reckon(read, as_json)
-        return
-    with show.quiet_host():
-        from zebra.train.adapt import adapt as run
-
-        rows = run(read)
-    _finish(read, rows, as_json)
-
-
-@app.command(epilog="zebra tune recipes/tiny-lit-cpu.yaml --set train.steps=100")
-def tune(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
-    """Tune a checkpoint on short and long instructions (LIT), measure it before and after, and write a report."""
-    from zebra.train.recipe import read_recipe
-    from zebra.train.tune_recipe import TuneRecipe
-
-    read = read_recipe(recipe, TuneRecipe, set_ or [])
-    if dry_run:
-        _reckon(read, as_json)
-        return
-    with show.quiet_host():
-        from zebra.train.tune import tune as run
-
-        rows = run(read)
-    _finish(read, rows, as_json)
-
-
-@app.command(epilog="zebra pretrain recipes/retrieval-cpu.yaml --set train.steps=100")
-def pretrain(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
-    """Train a model from scratch, and its tokenizer where none is given; measure it and write a report."""
-    from zebra.train.recipe import PretrainRecipe, read_recipe
-
-    read = read_recipe(recipe, PretrainRecipe, set_ or [])
-    if dry_run:
-        _reckon(read, as_json)
-        return
-    with show.quiet_host():
-        from zebra.train.pretrain import pretrain as run
-
-        rows = run(read)
-    _finish(read, rows, as_json)
-
-
-def _reckon(recipe: AdaptRecipe | TuneRecipe | PretrainRecipe, as_json: bool) -> None:
-    """What a recipe would do and need."""
-    with show.quiet_host():
-        from zebra.train.dry_run import dry_run
-
-        show.dry_run(dry_run(recipe), as_json)
-
-
-def _finish(recipe: AdaptRecipe | TuneRecipe | PretrainRecipe, rows: list[Row], as_json: bool) -> None:
-    """A run's page, and its rows on the terminal; one process of several speaks."""
-    from zebra.report import write_report
-    from zebra.train.directory import is_first_process
-
-    if is_first_process():
-        page = Path(recipe.run) / "report.html"
-        write_report(rows, page)
-        show.rows(rows, as_json)
-        show.note(f"checkpoint {recipe.run}/model, rows {recipe.run}/rows.jsonl, report {page}")
+for verb, example in training.EXAMPLES.items():
+    app.command(epilog=example)(verb)
 
 
 @app.command(epilog="zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB")

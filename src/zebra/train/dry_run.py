@@ -210,10 +210,10 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
 
 
 def _counted(kinds: tuple[str, ...]) -> str:
-    words = {GLOBAL: "global", LOCAL: "local", SUMMARY: SUMMARY}
-    return " and ".join(
-        f"{kinds.count(kind)} {word}" for kind, word in words.items() if kind != SUMMARY or kind in kinds
-    )
+    counts = [f"{kinds.count(GLOBAL)} global", f"{kinds.count(LOCAL)} local"]
+    if SUMMARY in kinds:
+        counts.append(f"{kinds.count(SUMMARY)} summary")
+    return f"{', '.join(counts[:-1])} and {counts[-1]}"
 
 
 def _positions(config: PreTrainedConfig) -> dict[str, str]:
