@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
 from zebra import Refusal, records
+from zebra.model.checkpoint import read_local
+from zebra.model.local import Local
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.trainer import COMPLETE
@@ -416,3 +418,21 @@ def test_the_float32_switch_is_not_for_a_gpu(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("zebra.train.adapt.best_device", lambda: "cuda:0")
     with pytest.raises(Refusal, match="on a GPU it would mean TF32"):
         adapt(recipe(tmp_path / "run", train__fast_float32=True))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "merge": False}, {"rank": 2, "merge": True}])
+def test_sinks_are_trained_with_and_kept(lora: dict[str, Any] | None, tmp_path: Path) -> None:
+    """In the rows, the Trainer's checkpoints, and the checkpoint that is left."""
+    train = {"length": 300, "steps": 2, "learning_rate": 1e-3, "log_every": 1, "save_every": 1}
+    made = recipe(tmp_path / "run", stripes="GLLL:33+2", train=train, evaluate=None, lora=lora)
+    rows = adapt(made)
+    assert {row.layout for row in rows} == {"GLLL:33+2", "dense"}
+    pairs = {row.layout: row.value for row in rows if row.metric == "attention_pairs"}
+    local = sum(min(i + 1, 33) + min(2, max(0, i - 32)) for i in range(300))
+    assert pairs["GLLL:33+2"] == 2 * 300 * 301 // 2 + 3 * local
+    left = tmp_path / "run" / ("base" if lora and not lora["merge"] else "model")
+    assert read_local(left) == Local(2)
+    if lora is None:
+        assert read_local(tmp_path / "run" / "checkpoints" / "checkpoint-1") == Local(2)
+    without = adapt(recipe(tmp_path / "without", stripes="GLLL:33", train=train, evaluate=None, lora=lora))
+    assert losses(without) != losses(rows)

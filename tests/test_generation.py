@@ -312,7 +312,7 @@ def test_bad_prompts_are_refused(
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["zebra", "generate", str(STORIES), *arguments])
-    monkeypatch.setattr("zebra.generation.load", None)
+    monkeypatch.setattr("zebra.model.loading.load", None)
     with pytest.raises(SystemExit) as exit:
         main()
     out, err = capfd.readouterr()

@@ -40,6 +40,13 @@ x x x . .
 . . . x .
 . . . x x
 """
+SINK_1 = """
+x . . . .
+x x . . .
+x x x . .
+x . x x .
+x . . x x
+"""
 DOCUMENTS = [0, 0, 0, 1, 1]
 
 
@@ -52,13 +59,18 @@ DRAWINGS: list[tuple[str, Callable[[Any, Any], Any], Callable[..., Any]]] = [
     (WITHIN_2, lambda i, j: masks.within(i, j, 2), masks.within),
     (BEYOND_2, lambda i, j: masks.beyond(i, j, 2), masks.beyond),
     (
+        SINK_1,
+        lambda i, j: masks.causal(i, j) & (masks.within(i, j, 2) | masks.sink(j, 0, 1)),
+        masks.sink,
+    ),
+    (
         SAME_DOCUMENT,
         lambda i, j: masks.same_document(document_of(i), document_of(j)) & masks.causal(i, j),
         masks.same_document,
     ),
 ]
 drawings = pytest.mark.parametrize(
-    ("drawing", "predicate", "operator"), DRAWINGS, ids=["causal", "within", "beyond", "same_document"]
+    ("drawing", "predicate", "operator"), DRAWINGS, ids=["causal", "within", "beyond", "sink", "same_document"]
 )
 
 

@@ -13,9 +13,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import zebra
 from zebra.data.corpus import Corpus
 from zebra.evaluate import perplexity as module
 from zebra.evaluate.perplexity import CONVENTIONS, Score, as_rows, edges, perplexity, read_text, rows_of
+from zebra.model.checkpoint import load_tokenizer
+from zebra.model.extend import bounded_cache
 from zebra.refusal import Refusal
 
 STORIES = Path(__file__).resolve().parent.parent / "examples" / "stories260K"
@@ -358,6 +361,35 @@ def test_rows_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(module, "load", never)
+    monkeypatch.setattr("zebra.model.loading.load", never)
     with pytest.raises(Refusal, match="no document has enough tokens"):
         rows_of(STORIES, [str(text)], lengths=[16, 4000], separator="--", convention="truncated")
+
+
+def test_perplexity_behind_a_prompt_is_that_of_decoding_token_by_token(text: Path) -> None:
+    """A prompt is read by the window; what is decoded behind it sees all where the model decodes fully."""
+    long = text / "long.txt"
+    long.write_text("Once upon a time there was a zebra with stripes, local and global. " * 9)
+    arguments: dict[str, Any] = {"lengths": [60], "convention": "truncated", "stripes": "GL:5+2", "device": "cpu"}
+    (row,) = rows_of(STORIES, [str(long)], **arguments, prompt=40, full_decode=True)
+    assert (row.task, row.layout) == ("perplexity-truncated-decoded", "GL:5+2, full decode")
+    assert (row.position_from, row.position_to, row.n) == (40, 60, 20)
+    found = {}
+    for full_decode in (True, False):
+        model = zebra.load(STORIES, stripes="GL:5+2", full_decode=full_decode)
+        encoded = read_text([str(long)], load_tokenizer(STORIES, model.config))[0][:60]
+        ids = torch.from_numpy(encoded.astype("int64"))[None]
+        cache = bounded_cache(model)
+        with torch.no_grad():
+            parts = [model(x, past_key_values=cache, use_cache=True).logits for x in ids.split([40] + [1] * 20, dim=1)]
+        logits = torch.cat(parts, dim=1)[0, 39:-1]
+        found[full_decode] = torch.nn.functional.cross_entropy(logits, ids[0, 40:]).exp().item()
+    assert row.value == pytest.approx(found[True], rel=1e-5)
+    (windowed,) = rows_of(STORIES, [str(long)], **arguments, prompt=40)
+    assert windowed.value == pytest.approx(found[False], rel=1e-5)
+    assert abs(row.value / windowed.value - 1) > 1e-3
+    with pytest.raises(Refusal, match="shows in tokens that are decoded"):
+        rows_of(STORIES, [str(long)], **arguments, full_decode=True)
+    for prompt in (0, 60):
+        with pytest.raises(Refusal, match="a prompt lies between 1 and length - 1"):
+            rows_of(STORIES, [str(long)], **arguments, prompt=prompt)

@@ -220,13 +220,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_bad_input_is_refused_before_the_model_is_loaded(
     changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "load", None)
+    monkeypatch.setattr("zebra.model.loading.load", None)
     with pytest.raises(Refusal, match=why):
         rows_of(STORIES, **{"tasks": ["passkey"], "lengths": [300], "depths": [0], "samples": 1} | changes)
 
 
 def test_a_haystack_too_short_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load", None)
+    monkeypatch.setattr("zebra.model.loading.load", None)
     (tmp_path / "few.txt").write_text("Once upon a time. " * 20)
     with pytest.raises(Refusal, match=r"the haystack has .* tokens, and .* are needed"):
         rows_of(STORIES, tasks=["needle"], lengths=[200, 500], haystack=[str(tmp_path / "few.txt")])

@@ -48,6 +48,9 @@ def test_what_a_layout_means(text: str, layers: int, expected: str, window: int)
         ("31:1024", "31:1024"),
         ("L:3", "L:3"),
         ("GL:0064", "GL:64"),
+        ("GLLL:512+4", "GLLL:512+4"),
+        ("0,3 : 8 + 016 ", "0,3:8+16"),
+        ("GL:9+0", "GL:9"),
     ],
 )
 def test_printing_and_parsing_are_inverse(text: str, printed: str) -> None:
@@ -173,6 +176,15 @@ def test_a_layout_does_not_change() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 16, 33])
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 33, 100])
-def test_visible_pairs_is_the_count_of_the_mask(length: int, window: int | None) -> None:
-    counted = sum(1 for i in range(length) for j in range(i + 1) if window is None or i - j < window)
-    assert visible_pairs(length, window) == counted
+@pytest.mark.parametrize("sinks", [0, 1, 4, 50])
+def test_visible_pairs_is_the_count_of_the_mask(length: int, window: int | None, sinks: int) -> None:
+    counted = sum(1 for i in range(length) for j in range(i + 1) if window is None or i - j < window or j < sinks)
+    assert visible_pairs(length, window, sinks) == counted
+
+
+def test_sinks_are_part_of_the_layout() -> None:
+    assert Stripes.parse("GLLL:512+4") == Stripes(512, "GLLL", sinks=4) != Stripes(512, "GLLL")
+    assert Stripes.of((GLOBAL, LOCAL), 9, sinks=2) == Stripes.parse("GL:9+2")
+    for sinks in (-1, True, 2**31, "4"):
+        with pytest.raises(Refusal, match="sinks count the first tokens"):
+            Stripes(9, "GL", sinks=sinks)  # type: ignore[arg-type]

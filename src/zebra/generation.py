@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,14 +22,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.generation import BaseStreamer
 
 from zebra.model.cache import StripedCache
-from zebra.model.checkpoint import load_tokenizer, read_config
+from zebra.model.checkpoint import load_tokenizer
 from zebra.model.extend import setting_of
-from zebra.model.hosts import load, read_device, read_dtype
-from zebra.model.rope import Rope, as_rope, changes_with_length
-from zebra.positions import SelfExtend
+from zebra.model.loading import Loading
+from zebra.model.rope import as_rope, changes_with_length
 from zebra.progress import bar
 from zebra.refusal import Refusal
-from zebra.stripes import Stripes
 
 
 @dataclass(frozen=True)
@@ -148,23 +146,20 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chat: bool = False,
     on_text: Callable[[str], None] | None = None,
-    stripes: Stripes | str | None = None,
-    rope: Rope | str | None = None,
-    self_extend: SelfExtend | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: str | None = None,
-    **decoding: Any,
+    **options: Any,
 ) -> Generated:
     """Go on with a prompt; greedily, unless a temperature is given.
 
     The caller's random state is left as it was.
 
     Args:
-        model: a checkpoint, or a model of `zebra.load`; the arguments from `stripes` to `device` are for a checkpoint.
+        model: a checkpoint, or a model of `zebra.load`.
         tokenizer: the checkpoint's own where None.
         chat: put the prompt into the tokenizer's chat template, as one message of the user.
         on_text: called with each piece of text as it comes, whole characters only; with beams once, at the end.
-        decoding: the fields of `Decoding`: max_new_tokens, temperature, top_p, stop, seed, prefill_chunk, ...
+        options: the fields of `Decoding`: max_new_tokens, temperature, top_p, stop, seed, prefill_chunk, ...; and for a
+            checkpoint those of `zebra.model.loading.Loading`: stripes, rope, self_extend, window, full_decode, dtype,
+            device.
 
     Raises:
         Refusal: an empty prompt, no tokenizer, no chat template where one is to be used, a rope that changes with
@@ -173,35 +168,28 @@ def generate(
     Example:
         >>> zebra.generate("./Llama-3.1-8B", "Once upon a time", stripes="GLLL:4096", max_new_tokens=20).text
     """
-    chosen = Decoding(**decoding)
+    names = {field.name for field in fields(Loading)}
+    loading = Loading(**{name: value for name, value in options.items() if name in names})
+    chosen = Decoding(**{name: value for name, value in options.items() if name not in names})
     if not prompt:
         raise Refusal("the prompt is empty. Give at least one character.")
     ready = model if isinstance(model, PreTrainedModel) else None
     already = ready is not None and setting_of(ready) is not None
-    extended = self_extend is not None or already or as_rope(rope).kind == "base"
+    extended = loading.self_extend is not None or already or as_rope(loading.rope).kind == "base"
     if isinstance(model, PreTrainedModel):
-        loading = {"stripes": stripes, "rope": rope, "self_extend": self_extend, "dtype": dtype, "device": device}
-        given = [name for name, value in loading.items() if value is not None]
-        if given:
+        if given := loading.given():
             raise Refusal(f"{', '.join(given)} are for loading, and this model is loaded. Give them to zebra.load.")
         if tokenizer is None and not model.name_or_path:
             raise Refusal("this model was made without a checkpoint, so that it has no tokenizer. Pass tokenizer=.")
         source, config = model.name_or_path, model.config
     else:
-        source, config = (
-            model,
-            as_rope(rope).changed(read_config(model, routed=self_extend is None or stripes is not None)),
-        )
+        source, config = model, loading.config(model)
     _refuse_changing_rope(config)
     tokenizer = tokenizer or load_tokenizer(source, config)
     inputs = _encoded(prompt, tokenizer, chat)
     if not extended:
         _warn_beyond(config, inputs["input_ids"].shape[1], chosen.max_new_tokens)
-    if ready is None:
-        place = read_device(device)
-        own = {} if dtype is None else {"dtype": read_dtype(dtype)}
-        ready = load(source, stripes=stripes, rope=rope, self_extend=self_extend, **own).to(place)
-    return _run(ready, tokenizer, inputs, chosen, on_text)
+    return _run(ready or loading.model(source), tokenizer, inputs, chosen, on_text)
 
 
 def continued(

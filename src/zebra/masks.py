@@ -48,6 +48,18 @@ def beyond(i: Position, j: Position, window: int) -> Any:
     return i - j >= window
 
 
+def sink(j: Position, first: Position, sinks: int) -> Any:
+    """The first `sinks` tokens of a text, which begins at `first`. Here within a window of 2, or a sink of 1.
+
+    x . . . .
+    x x . . .
+    x x x . .
+    x . x x .
+    x . . x x
+    """
+    return (j >= first) & (j - first < sinks)
+
+
 def same_document(query_document: Position, key_document: Position) -> Any:
     """Packed documents never see each other. Here with `causal`, for the documents 0 0 0 1 1.
 

@@ -4,6 +4,7 @@ A layout is data, never code. Its one short notation is used everywhere: recipes
 
     GLLL:512          a pattern tiled over the depth: G attends globally, L to a window of 512 keys
     0,4,9,31:1024     the global layers named one by one; all the others attend to 1,024 keys
+    GLLL:512+4        local layers see the first 4 tokens of a text besides: its sinks (arXiv 2309.17453)
 
 The window counts the keys that a query sees, its own included: `0 <= i - j < window`.
 """
@@ -25,11 +26,12 @@ LOCAL = "sliding_attention"
 class Stripes:
     """A layout of global and local layers: a tiled `pattern` or an explicit list of `global_layers`, and the `window`.
 
-    Exactly one of `pattern` and `global_layers` is given.
+    Exactly one of `pattern` and `global_layers` is given. `sinks` are the first tokens of a text that local layers see
+    beside the window. No config.json can say them: `zebra.json` does.
 
     Raises:
-        Refusal: window below 1, an empty pattern or list, a letter that is neither G nor L, a repeated or
-            negative layer. A layer beyond the model's depth is refused by `layer_types`, which knows the depth.
+        Refusal: window below 1, sinks below 0, an empty pattern or list, a letter that is neither G nor L, a repeated
+            or negative layer. A layer beyond the model's depth is refused by `layer_types`, which knows the depth.
 
     Example:
         >>> Stripes.parse("GLLL:512").layer_types(5)[3:]
@@ -39,12 +41,18 @@ class Stripes:
     window: int
     pattern: str | None = None
     global_layers: tuple[int, ...] | None = None
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or not 1 <= self.window < 2**31:
             raise Refusal(
                 f"a window counts the keys that a query sees, its own included, so it is a whole number of at least 1 "
                 f"and below 2^31; got {self.window!r}. Give a window such as 512."
+            )
+        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or not 0 <= self.sinks < 2**31:
+            raise Refusal(
+                "sinks count the first tokens of a text that local layers always see, a whole number of at least 0; "
+                f"got {self.sinks!r}. Give a few, such as 4."
             )
         if (self.pattern is None) == (self.global_layers is None):
             raise Refusal(
@@ -84,28 +92,30 @@ class Stripes:
 
     @classmethod
     def parse(cls, text: str) -> Stripes:
-        """Read the notation that `str()` prints: `GLLL:512` or `0,4,9,31:1024`."""
-        match = re.fullmatch(r"\s*(?:([A-Za-z]+)|([0-9]+(?:\s*,\s*[0-9]+)*))\s*:\s*(-?[0-9]+)\s*", str(text))
+        """Read the notation that `str()` prints: `GLLL:512`, `0,4,9,31:1024`, `GLLL:512+4`."""
+        layers_of = r"\s*(?:([A-Za-z]+)|([0-9]+(?:\s*,\s*[0-9]+)*))\s*"
+        match = re.fullmatch(layers_of + r":\s*(-?[0-9]+)\s*(?:\+\s*([0-9]+)\s*)?", str(text))
         if match is None:
             raise Refusal(
-                f"stripes are written PATTERN:WINDOW or LAYERS:WINDOW; got {text!r}. "
-                "Write for example GLLL:512, or 0,4,9,31:1024."
+                f"stripes are written PATTERN:WINDOW or LAYERS:WINDOW, and +SINKS where there are any; got {text!r}. "
+                "Write for example GLLL:512, 0,4,9,31:1024, or GLLL:512+4."
             )
-        pattern, layers, window = match.groups()
-        if pattern is not None:
-            return cls(window=int(window), pattern=pattern.upper())
-        return cls(window=int(window), global_layers=tuple(int(i) for i in layers.split(",")))
+        pattern, layers, window, sinks = match.groups(default="")
+        if pattern:
+            return cls(window=int(window), pattern=pattern.upper(), sinks=int(sinks or 0))
+        return cls(window=int(window), global_layers=tuple(int(i) for i in layers.split(",")), sinks=int(sinks or 0))
 
     @classmethod
-    def of(cls, layer_types: Sequence[str], window: int) -> Stripes:
+    def of(cls, layer_types: Sequence[str], window: int, sinks: int = 0) -> Stripes:
         """The layout that gives these layer types: a pattern where one repeats or is the paper's, else a list."""
         letters = "".join("G" if kind == GLOBAL else "L" for kind in layer_types)
         for period in range(1, len(letters) + 1):
             pattern = letters[:period]
             tiles = all(letters[i] == pattern[i % period] for i in range(len(letters)))
             if tiles and (2 * period <= len(letters) or re.fullmatch("GL*|L", pattern)):
-                return cls(window=window, pattern=pattern)
-        return cls(window=window, global_layers=tuple(i for i, letter in enumerate(letters) if letter == "G"))
+                return cls(window=window, pattern=pattern, sinks=sinks)
+        named = tuple(i for i, letter in enumerate(letters) if letter == "G")
+        return cls(window=window, global_layers=named, sinks=sinks)
 
     def layer_types(self, n: int) -> tuple[str, ...]:
         """The kind of each of `n` layers in the host's words, to stand in `config.layer_types`."""
@@ -123,15 +133,18 @@ class Stripes:
 
     def __str__(self) -> str:
         layers = self.pattern if self.pattern is not None else ",".join(str(i) for i in self.global_layers or ())
-        return f"{layers}:{self.window}"
+        return f"{layers}:{self.window}" + (f"+{self.sinks}" if self.sinks else "")
 
 
-def visible_pairs(length: int, window: int | None = None) -> int:
+def visible_pairs(length: int, window: int | None = None, sinks: int = 0) -> int:
     """How many (query, key) pairs a causal layer computes over `length` tokens, with or without a window.
 
         sum over i of min(i + 1, window)  =  w (w + 1) / 2 + (N - w) w,    w = min(window, N)
 
-    Global: `window=None`, N (N + 1) / 2. The brute-force count of the mask is its test.
+    Each query from w on sees besides those of the s sinks that its window has left behind, min(i - w + 1, s): the sum
+    of a window of s over the N - w last queries. Global: `window=None`, N (N + 1) / 2. The brute-force count of the
+    mask is its test.
     """
     w = length if window is None else min(window, length)
-    return w * (w + 1) // 2 + (length - w) * w
+    band = w * (w + 1) // 2 + (length - w) * w
+    return band + (visible_pairs(length - w, sinks) if sinks and w < length else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from zebra.cli import bench, show
 from zebra.cli.convert import EXAMPLE as EXAMPLE_OF_CONVERT
 from zebra.cli.convert import convert
 from zebra.cli.generate import generate
+from zebra.cli.loading import loads_a_checkpoint
 from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.refusal import Refusal
 
@@ -29,7 +30,6 @@ app.add_typer(evaluate, name="evaluate")
 app.add_typer(bench.app, name="bench")
 
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
-_SELF_EXTEND = "Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:TARGET."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -149,6 +149,9 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="A budget, 80GiB: the length, batch and layout that fit.")] = None,
     seconds: Annotated[float | None, typer.Option(help="A budget of time: the layout that meets it.")] = None,
     self_extend: Annotated[str | None, typer.Option(help="Beside it Self-Extend: G:W or auto:TARGET.")] = None,
+    full_decode: Annotated[
+        bool, typer.Option("--full-decode", help="Local layers keep all keys, and decoded tokens see them.")
+    ] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw it over 1K to 1M tokens into this .svg.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -169,6 +172,7 @@ def plan(
         checkpointing=checkpointing,
         lora=lora,
         self_extend=SelfExtend.parse(self_extend, read.trained_length) if self_extend else None,
+        full_decode=full_decode,
     )
     found = sheet.tree(run, ceilings, budget=fit.bytes_of(memory) if memory else None, seconds=seconds)
     if picture is not None:
@@ -183,6 +187,7 @@ app.command(epilog='zebra generate ./Llama-3.1-8B-GLLL --prompt "Once upon a tim
 
 
 @evaluate.command(epilog="zebra evaluate perplexity ./Llama-3.1-8B book.txt --length 32768 --stripes GLLL:4096")
+@loads_a_checkpoint
 def perplexity(
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint.")],
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs of text.")],
@@ -193,15 +198,14 @@ def perplexity(
     field: Annotated[str, typer.Option(help="The field of .jsonl or .parquet records that has the text.")] = "text",
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
     join: Annotated[bool, typer.Option("--join", help="Join documents into long ones of at least the length.")] = False,
-    stripes: Annotated[str | None, typer.Option(help="Measure with this layout.")] = None,
-    rope: Annotated[str | None, typer.Option(help=_ROPE + " Also dynamic:1.")] = None,
-    self_extend: Annotated[str | None, typer.Option(help=_SELF_EXTEND)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; the checkpoint's own otherwise.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="Read so many tokens of each window, and score those decoded behind them.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the intervals' bootstrap.")] = 0,
     run: Annotated[str, typer.Option(help="The run's name in the rows.")] = "evaluate",
     out: Annotated[Path | None, typer.Option(help="Append the rows to this JSON Lines file.")] = None,
     as_json: Json = False,
+    **loading: Any,
 ) -> None:
     """Perplexity by position, at one or more context lengths."""
     with show.quiet_host():
@@ -217,13 +221,10 @@ def perplexity(
             field=field,
             workers=workers,
             join=join,
-            stripes=stripes,
-            rope=rope,
-            self_extend=self_extend,
-            dtype=dtype,
-            device=device,
+            prompt=prompt,
             seed=seed,
             run=run,
+            **loading,
         )
     show.rows(rows, as_json)
     if out is not None:

@@ -20,10 +20,15 @@ EXAMPLE = (
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to convert, a directory.")],
     target: Annotated[Path, typer.Argument(help="The directory to make.")],
-    stripes: Annotated[str | None, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW.")] = None,
+    stripes: Annotated[
+        str | None, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW; +4 behind it for 4 sinks.")
+    ] = None,
     rope: Annotated[
         str | None, typer.Option(help="A change of the rope: linear:8, yarn:8, llama3:8, base:5000000.")
     ] = None,
+    full_decode: Annotated[
+        bool, typer.Option("--full-decode", help="Local layers keep all keys, and decoded tokens see them.")
+    ] = False,
     select: Annotated[
         str | None,
         typer.Option(
@@ -31,7 +36,9 @@ def convert(
             "cache:4GiB@131072."
         ),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Of the layers that become local, under --select.")] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Of the layers that become local, under --select; 512+4 with 4 sinks.")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of each row that is measured.")] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="A file, folder or glob of text to measure on; may be given again.")
@@ -60,10 +67,10 @@ def convert(
     if stripes is not None and (foreign := [option for option, value in own.items() if value is not None]):
         raise Refusal(f"{' and '.join(foreign)} belong to --select, and --stripes {stripes} says all. Leave them out.")
     with show.quiet_host():
-        from zebra.model.checkpoint import read_config
-        from zebra.model.families import layout
+        from zebra.model.checkpoint import read_config, read_local
         from zebra.model.hosts import check_target
         from zebra.model.hosts import convert as run
+        from zebra.model.local import layout_with
 
         rows: list[Any] = []
         check_target(source, target)
@@ -89,16 +96,17 @@ def convert(
                 seed=seed,
             )
         assert stripes is not None
-        run(source, target, stripes, rope=rope)
+        run(source, target, stripes, rope=rope, full_decode=full_decode)
         config = read_config(target)
+        layout = layout_with(config, read_local(target))
     kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
     if as_json:
-        made = {"target": str(target), "class": config.architectures[0], "layout": layout(config), "layers": kinds}
+        made = {"target": str(target), "class": config.architectures[0], "layout": layout, "layers": kinds}
         show.json(made | {"rows": [row.__dict__ for row in rows]})
         return
     if rows:
         show.rows(rows, as_json)
-    print(f"{target}: {config.architectures[0]}, {layout(config)}, layers {kinds}")
+    print(f"{target}: {config.architectures[0]}, {layout}, layers {kinds}")
 
 
 def _selected(work: Path, **given: Any) -> tuple[str, list[Any]]:

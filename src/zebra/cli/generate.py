@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from zebra.cli import show
+from zebra.cli.loading import loads_a_checkpoint
 from zebra.refusal import Refusal
 
 
+@loads_a_checkpoint
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="The checkpoint.")],
     prompt: Annotated[str | None, typer.Option(help="The text to go on with.")] = None,
@@ -27,14 +29,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End behind this string; may be given again.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     prefill_chunk: Annotated[int | None, typer.Option(help="Read the prompt this many tokens at a time.")] = None,
-    stripes: Annotated[str | None, typer.Option(help="Run with this layout.")] = None,
-    rope: Annotated[
-        str | None, typer.Option(help="A change of the rope: linear:8, yarn:8, llama3:8, base:5e6.")
-    ] = None,
-    self_extend: Annotated[str | None, typer.Option(help="G:W, or auto:TARGET tokens.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; the checkpoint's own otherwise.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, at the end.")] = False,
+    **loading: Any,
 ) -> None:
     """Go on with a text. Greedily, unless a temperature is given; the text streams to stdout, times go to stderr."""
     decoding: dict[str, Any] = {
@@ -59,11 +55,7 @@ def generate(
                 text,
                 chat=chat,
                 on_text=write,
-                stripes=stripes,
-                rope=rope,
-                self_extend=self_extend,
-                dtype=dtype,
-                device=device,
+                **loading,
                 **decoding,
             )
     show.generated(made, decoding, as_json)

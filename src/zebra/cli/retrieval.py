@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from zebra.cli import show
+from zebra.cli.loading import loads_a_checkpoint
 from zebra.refusal import Refusal
 
 EXAMPLE = "zebra evaluate retrieval ./Llama-3.1-8B-GLLL --task passkey,lookup --length 4096,16384 --depth 0,0.5,1"
 Number = TypeVar("Number", int, float)
 
 
+@loads_a_checkpoint
 def retrieval(
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint.")],
     task: Annotated[
@@ -38,19 +40,11 @@ def retrieval(
     beyond: Annotated[
         bool, typer.Option("--beyond", help="Also at lengths that the model was not trained for.")
     ] = False,
-    stripes: Annotated[str | None, typer.Option(help="Measure with this layout.")] = None,
-    rope: Annotated[
-        str | None, typer.Option(help="A change of the rope: linear:8, yarn:8, llama3:8, base:5000000.")
-    ] = None,
-    self_extend: Annotated[
-        str | None, typer.Option(help="Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:TARGET.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; the checkpoint's own otherwise.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to run; a GPU where there is one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     run: Annotated[str, typer.Option(help="The run's name in the rows.")] = "evaluate",
     out: Annotated[Path | None, typer.Option(help="Append the rows to this JSON Lines file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    **loading: Any,
 ) -> None:
     """Does a model find what stands in a long text? Accuracy by length and depth, with 95 % intervals."""
     tasks = [name.strip() for name in task.split(",")]
@@ -67,13 +61,9 @@ def retrieval(
             score=score,
             haystack=haystack or (),
             beyond=beyond,
-            stripes=stripes,
-            rope=rope,
-            self_extend=self_extend,
-            dtype=dtype,
-            device=device,
             seed=seed,
             run=run,
+            **loading,
         )
     show.rows(rows, as_json)
     if out is not None:

@@ -26,12 +26,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder
-from zebra.model.checkpoint import fingerprint, load_tokenizer, read_config
-from zebra.model.extend import setting_of
-from zebra.model.families import layout
-from zebra.model.hosts import device_name, load, read_device, read_dtype
+from zebra.model.checkpoint import fingerprint, load_tokenizer
+from zebra.model.extend import bounded_cache
+from zebra.model.hosts import device_name
+from zebra.model.loading import Loading, described
+from zebra.model.local import local_of
 from zebra.model.loss import head_of, token_losses, without_logits
-from zebra.positions import SelfExtend
 from zebra.progress import bar
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -61,14 +61,23 @@ class _Window:
     scored_from: int
 
 
-def edges(length: int) -> list[int]:
-    """The bounds of the position buckets: 0, 256, 512, 1024, ... up to `length`."""
-    bounds = [0]
+def edges(length: int, start: int = 0) -> list[int]:
+    """The bounds of the position buckets: 0, 256, 512, 1024, ... up to `length`, from `start` on."""
+    bounds = [start]
     edge = FIRST_EDGE
     while edge < length:
-        bounds.append(edge)
+        if edge > start:
+            bounds.append(edge)
         edge *= 2
     return [*bounds, length]
+
+
+def _decoding(model: PreTrainedModel, prompt: int | None) -> dict[str, Any]:
+    if prompt is None:
+        return {}
+    cache = bounded_cache(model)
+    cache.reads(prompt)
+    return {"past_key_values": cache, "use_cache": True}
 
 
 def perplexity(
@@ -78,6 +87,7 @@ def perplexity(
     length: int,
     convention: str = "disjoint",
     stride: int | None = None,
+    prompt: int | None = None,
     seed: int = 0,
     batch_tokens: int = 8192,
 ) -> list[Score]:
@@ -88,26 +98,28 @@ def perplexity(
     Args:
         length: tokens of context.
         stride: tokens that each window of the strided convention scores; a quarter of the length where None.
+        prompt: tokens of each window that are read and not scored; those behind them are decoded, each after the
+            text's own tokens (teacher-forced). It matters to models with full decoding; they equal it token by token.
         batch_tokens: how many tokens are run at once; a window is never split.
 
     Raises:
         Refusal: a contradiction between the options, a text too short, tokens the model has no embedding for.
     """
-    windows = _windows(corpus, length, convention, stride)
+    windows = _windows(corpus, length, convention, stride, prompt)
     largest = int(corpus.tokens.max())
     if largest >= model.config.vocab_size:
         raise Refusal(
             f"the text has token {largest}, but the model has {model.config.vocab_size} embeddings. "
             "Use the model's own tokenizer."
         )
-    bounds = edges(length)
+    bounds = edges(length, prompt or 0)
     sums = np.zeros((len(bounds) - 1, len(corpus)))
     counts = np.zeros_like(sums)
     head = head_of(model)
     with evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
         for batch in _batches(windows, batch_tokens):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
-            hidden = model(ids, **without_logits(model.device)).hidden_states[-1]
+            hidden = model(ids, **without_logits(model.device) | _decoding(model, prompt)).hidden_states[-1]
             losses = token_losses(hidden, head, ids).double().cpu().numpy()
             for window, row in zip(batch, losses, strict=True):
                 for i, (start, end) in enumerate(itertools.pairwise(bounds)):
@@ -116,7 +128,7 @@ def perplexity(
                     counts[i, window.document] += len(inside)
             advance(ids.numel())
     spans = [(bounds[i], bounds[i + 1], sums[i], counts[i]) for i in range(len(bounds) - 1)]
-    if len(spans) > 1:
+    if len(spans) > 1 and prompt is None:
         spans.append((0, length, sums.sum(axis=0), counts.sum(axis=0)))
     return [_score(*span, seed) for span in spans if span[3].any()]
 
@@ -132,32 +144,40 @@ def rows_of(
     field: str = "text",
     workers: int = 1,
     join: bool = False,
-    stripes: str | None = None,
-    rope: str | None = None,
-    self_extend: SelfExtend | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: str | None = None,
+    prompt: int | None = None,
     seed: int = 0,
     run: str = "evaluate",
+    **loading: Any,
 ) -> list[Row]:
-    """Load a checkpoint, tokenise texts, and measure: the rows of `zebra evaluate perplexity`."""
-    place = read_device(device)
-    placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
-    config = read_config(checkpoint, routed=self_extend is None or stripes is not None)
+    """Load a checkpoint, tokenise texts, and measure: the rows of `zebra evaluate perplexity`.
+
+    Args:
+        prompt: as `perplexity` has it; the rows' task then ends in `-decoded`.
+        loading: the fields of `zebra.model.loading.Loading`.
+    """
+    loads = Loading(**loading)
+    loads.check()
+    config = loads.config(checkpoint)
     corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     for length in lengths:
-        _windows(texts[length], length, convention, stride)  # refuse before the model is loaded
-    model = load(checkpoint, stripes=stripes, rope=rope, self_extend=self_extend, **placed).to(place)
-    setting = setting_of(model)
-    named = " ".join(filter(None, (layout(model.config), rope))) + (f", self-extend {setting}" if setting else "")
+        _windows(texts[length], length, convention, stride, prompt)  # refuse before the model is loaded
+    model = loads.model(checkpoint)
+    if local_of(model).full_decode and prompt is None:
+        raise Refusal(
+            "full decoding shows in tokens that are decoded, and without a prompt all are read. Give --prompt, such as "
+            f"{min(lengths) // 2}, or --no-full-decode."
+        )
+    named = described(model, loads.rope)
     rows: list[Row] = []
     for length in lengths:
-        scores = perplexity(model, texts[length], length=length, convention=convention, stride=stride, seed=seed)
+        scores = perplexity(
+            model, texts[length], length=length, convention=convention, stride=stride, prompt=prompt, seed=seed
+        )
         rows += as_rows(
             scores,
             length,
-            convention,
+            convention if prompt is None else f"{convention}-decoded",
             run=run,
             model=str(checkpoint),
             layout=named,
@@ -222,16 +242,10 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _windows(corpus: Corpus, length: int, convention: str, stride: int | None) -> list[_Window]:
-    if convention not in CONVENTIONS:
-        raise Refusal(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
-    if length < 2:
-        raise Refusal(f"a context has at least 2 tokens, one to see and one to predict; got a length of {length}.")
-    if stride is not None and (convention != "strided" or not 1 <= stride < length):
-        raise Refusal(
-            f"a stride belongs to the strided convention and lies between 1 and length - 1; got {stride} "
-            f"with the {convention} convention and length {length}. Change one of them."
-        )
+def _windows(
+    corpus: Corpus, length: int, convention: str, stride: int | None, prompt: int | None = None
+) -> list[_Window]:
+    _check_options(length, convention, stride, prompt)
     windows = []
     for i in range(len(corpus)):
         tokens = corpus[i]
@@ -245,13 +259,29 @@ def _windows(corpus: Corpus, length: int, convention: str, stride: int | None) -
             for end in range(length + step, len(tokens) + step, step):
                 stop = min(end, len(tokens))
                 spans.append((stop - length, stop, length - (stop - (end - step))))
-        windows += [_Window(i, tokens[a:b], scored) for a, b, scored in spans if b - a > scored]
+        for a, b, from_window in spans:
+            scored = max(from_window, prompt or 0)
+            windows += [_Window(i, tokens[a:b], scored)] if b - a > scored else []
     if not windows:
         raise Refusal(
             f"no document has enough tokens for the {convention} convention at length {length:,}; the longest has "
             f"{int(corpus.lengths.max(initial=0)):,}. Give longer documents, join them, or take a shorter length."
         )
     return windows
+
+
+def _check_options(length: int, convention: str, stride: int | None, prompt: int | None) -> None:
+    if convention not in CONVENTIONS:
+        raise Refusal(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
+    if length < 2:
+        raise Refusal(f"a context has at least 2 tokens, one to see and one to predict; got a length of {length}.")
+    if stride is not None and (convention != "strided" or not 1 <= stride < length):
+        raise Refusal(
+            f"a stride belongs to the strided convention and lies between 1 and length - 1; got {stride} "
+            f"with the {convention} convention and length {length}. Change one of them."
+        )
+    if prompt is not None and not 1 <= prompt < length:
+        raise Refusal(f"a prompt lies between 1 and length - 1; got {prompt} with length {length}. Change one of them.")
 
 
 def _batches(windows: Sequence[_Window], batch_tokens: int) -> list[list[_Window]]:

@@ -27,10 +27,10 @@ from zebra.data.needles import Needles, Sample, check
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
 from zebra.evaluate.perplexity import evaluating, read_text
 from zebra.generation import continued
-from zebra.model.checkpoint import load_tokenizer, read_config
-from zebra.model.extend import bounded_cache, resolved, setting_of
-from zebra.model.families import layout
-from zebra.model.hosts import device_name, load, read_device, read_dtype
+from zebra.model.checkpoint import load_tokenizer
+from zebra.model.extend import bounded_cache
+from zebra.model.hosts import device_name
+from zebra.model.loading import Loading, described
 from zebra.model.rope import as_rope, changes_with_length
 from zebra.positions import SelfExtend
 from zebra.progress import bar
@@ -101,6 +101,7 @@ def likelihoods(model: PreTrainedModel, batch: Sequence[Sample], chunk: int = BA
     """
     ids = _prompts(model, batch)
     before, cache = ids.shape[1] - 1, bounded_cache(model)
+    cache.reads(ids.shape[1])
     for start in range(0, before, chunk):
         part = ids[:, start : min(start + chunk, before)]
         model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -142,13 +143,9 @@ def rows_of(
     score: str = "generate",
     haystack: Sequence[str] = (),
     beyond: bool = False,
-    stripes: str | None = None,
-    rope: str | None = None,
-    self_extend: SelfExtend | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    device: str | None = None,
     seed: int = 0,
     run: str = "evaluate",
+    **loading: Any,
 ) -> list[Row]:
     """Load a checkpoint, write the samples, and measure: the rows of `zebra evaluate retrieval`, one for each cell.
 
@@ -156,6 +153,7 @@ def rows_of(
         depths: not read by the tasks whose evidence is the whole text; they have one cell for each length.
         haystack: files of text to hide the evidence in; noise where there are none.
         beyond: measure lengths beyond the positions that the model was trained for, with a warning.
+        loading: the fields of `zebra.model.loading.Loading`.
 
     Raises:
         Refusal: what `Needles.samples` and `load` refuse, a length beyond the model without `beyond`, a rope that
@@ -163,25 +161,23 @@ def rows_of(
     """
     _check_score(score)
     cells = _cells(tasks, lengths, depths, samples)
-    place = read_device(device)
-    placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
-    config = as_rope(rope).changed(read_config(checkpoint, routed=self_extend is None or stripes is not None))
+    loads = Loading(**loading)
+    loads.check()
+    config = loads.config(checkpoint)
     _check_rope(config)
-    if as_rope(rope).kind != "base":
-        _check_reach(config, None if self_extend is None else resolved(self_extend, config), max(lengths), beyond)
+    if as_rope(loads.rope).kind != "base":
+        _check_reach(config, loads.extension(config), max(lengths), beyond)
     tokenizer = load_tokenizer(checkpoint, config)
     needles = Needles(tokenizer, _documents(haystack, tokenizer))
     for task, length, depth in cells:  # refuse before the model is loaded
         needles.check(task, length=length, depth=depth, count=samples, seed=seed)
         if length == max(lengths):
             needles.samples(task, length=length, depth=depth, seed=seed)
-    model = load(checkpoint, stripes=stripes, rope=rope, self_extend=self_extend, **placed).to(place)
-    setting = setting_of(model)
+    model = loads.model(checkpoint)
     common: dict[str, Any] = {
         "run": run,
         "model": str(checkpoint),
-        "layout": " ".join(filter(None, (layout(model.config), rope)))
-        + (f", self-extend {setting}" if setting else ""),
+        "layout": described(model, loads.rope),
         "seed": seed,
         "device": device_name(model.device),
     }

@@ -151,7 +151,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
 
 def _trim(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Mask]:
     """Drop the keys that no query sees, and the window where it hides nothing."""
-    if mask.window is None:
+    if mask.window is None or mask.sinks:
         return k, v, mask
     unseen = k.shape[2] - (q.shape[2] + mask.window - 1)
     if unseen > 0:

@@ -52,10 +52,7 @@ def extended(
         return attend(q, k, v[:, :, unheld:], near, with_lse=with_lse, **arguments)
     out, lse = attend(q, k, v[:, :, unheld:], near, **arguments)
     count = min(queries, seen)
-    behind = Mask(
-        keys=None if mask.keys is None else mask.keys[:, :seen],
-        documents=None if mask.documents is None else mask.documents[:, :seen],
-    )
+    behind = mask.before(seen)
     far_out, far_lse = attend(far_q[:, :, queries - count :], far_k[:, :, :seen], v[:, :, :seen], behind, **arguments)
     assert lse is not None
     assert far_lse is not None

@@ -35,4 +35,5 @@ KERNEL = Kernel(
     summary="the formula, dense: the oracle",
     run=reference,
     softcap=True,
+    sinks=True,
 )

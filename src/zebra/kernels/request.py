@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zebra import masks
 
@@ -21,11 +21,13 @@ class Mask:
         keys: (B, S) bool, True where a key is a real token and False where it is padding, left or right.
         documents: (B, S) integers, the document of each key, never falling along S: packed documents stand one after
             another and do not see each other.
+        sinks: first real tokens of a row, or of each of its documents, that are seen beside the window.
     """
 
     window: int | None = None
     keys: Tensor | None = None
     documents: Tensor | None = None
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -38,11 +40,26 @@ class Mask:
         row, column = i[:, None], j[None, :]
         seen: Tensor = masks.causal(row, column) if self.window is None else masks.within(row, column, self.window)
         seen = seen[None, None]
+        if self.window is not None and self.sinks:
+            first = self.beginnings(int(j.max()) + 1, j.device)[:, None, None, j]
+            seen = seen | (masks.causal(row, column) & masks.sink(column, first, self.sinks))
         if self.documents is not None:
             seen = seen & masks.same_document(self.documents[:, None, i, None], self.documents[:, None, None, j])
         if self.keys is not None:
             seen = seen & self.keys[:, None, None, j]
         return seen
+
+    def beginnings(self, count: int, device: torch.device) -> Tensor:
+        """The first real token of each key's document, (1 or B, count): `count` where there is none."""
+        index = torch.arange(count, device=device)
+        first = torch.zeros_like(index)[None]
+        if self.documents is not None:
+            begins = nn.functional.pad(self.documents.diff(dim=1) != 0, (1, 0))
+            first = torch.where(begins, index, 0).cummax(dim=1).values
+        if self.keys is not None:
+            next_real = torch.where(self.keys.bool(), index, count).flip(1).cummin(dim=1).values.flip(1)
+            first = next_real.gather(1, first.expand(len(next_real), -1))
+        return first
 
     def after(self, start: int) -> Mask:
         """The same mask for the keys from `start` on."""
@@ -50,6 +67,14 @@ class Mask:
             self,
             keys=None if self.keys is None else self.keys[:, start:],
             documents=None if self.documents is None else self.documents[:, start:],
+        )
+
+    def before(self, end: int) -> Mask:
+        """The same mask for the keys before `end`."""
+        return replace(
+            self,
+            keys=None if self.keys is None else self.keys[:, :end],
+            documents=None if self.documents is None else self.documents[:, :end],
         )
 
     def without_window(self) -> Mask:
@@ -101,6 +126,7 @@ class Kernel:
     backward: bool = True
     lse: bool = True
     softcap: bool = False
+    sinks: bool = False
     own: Callable[[Request], str | None] = lambda request: None
 
     def declines(self, request: Request) -> str | None:
@@ -116,6 +142,8 @@ class Kernel:
             return f"it does not know the argument {', '.join(sorted(request.arguments))}"
         if request.softcap is not None and not self.softcap:
             return "it has no softcap"
+        if request.mask.sinks and request.mask.window is not None and not self.sinks:
+            return "it has no sinks, which zebra.kernels.sinks merges"
         if request.with_lse and not self.lse:
             return "it gives no log-sum-exp"
         if not self.backward and request.wants_gradient:

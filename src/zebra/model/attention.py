@@ -49,10 +49,11 @@ def zebra_attention(
 ) -> tuple[Tensor, None]:
     """What the host calls in every layer: query (B, H, T, D), key and value (B, K, S, D), already rotated.
 
-    A layer under Self-Extend has an `extension`, which attends in its place; see `zebra.model.extend`.
+    A layer under Self-Extend has an `extension`, which attends in its place (`zebra.model.extend`), and so has a local
+    layer with sinks or full decoding (`zebra.model.local`).
 
     Args:
-        key: the keys, or from the cache of an extended layer a token for them.
+        key: the keys, or from the cache of a layer that has an extension what holds them.
         attention_mask: what `zebra_mask` returned, (B, at most S) bool, or None.
         sliding_window: the layer's window in the host's convention, which is ours; None in a global layer. A host that
             keeps it on the layer and hands none down (Qwen 2 MoE) is asked there.

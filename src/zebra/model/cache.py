@@ -4,22 +4,26 @@
     local layer                      [k5 k6 k7|  ]         the last window - 1, and a quarter of that to move in
     extended layer  [f0 f1 f2 f3 f4 f5 f6 f7 ...|    ]     Self-Extend's: keys turned to their grouped positions, and
                                      [k5 k6 k7|  ]         the last W - 1 as they came; values once
+    with sinks      [k0 k1]          [k5 k6 k7|  ]         a local layer, and each row's first real tokens
+    whole layer     [k0 k1 k2 k3 k4 k5 k6 k7 ...|    ]     a local layer that sees all while it decodes
 
 The host's own local layer shows `window - 1` keys but, after a long prefill, still holds the storage of all of them
 through a view; and both of its layers copy everything they hold for each new token. `StripedCache` differs from
-`DynamicCache` in these two things alone, and in a layer of its own for Self-Extend.
+`DynamicCache` in these two things alone, and in layers of its own for Self-Extend, sinks and full decoding.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from zebra.kernels.sinks import NOWHERE, Sinks
 
 
 class _Room:
@@ -125,7 +129,17 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
         self.values = self._rooms[1].last(values, self.sliding_window - 1)
 
 
-class Pending:
+class _Parcel:
+    """Keys on their way from the cache through the host to attention "zebra", which alone can unpack them."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            'the cache of a model under Self-Extend, with sinks or with full decoding serves attention "zebra" alone; '
+            f"after set_attn_implementation, or in another model, pass a DynamicCache. ({name} of keys in a parcel)"
+        )
+
+
+class Pending(_Parcel):
     """New keys on their way into an extended layer. The cache knows no positions, so it hands them through the host to
     the attention function, which turns them, calls `write` and gets all keys back.
     """
@@ -138,12 +152,6 @@ class Pending:
         them.
         """
         return self._layer.write(self.states, far)
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(
-            'the cache of a model under Self-Extend serves attention "zebra" alone; after set_attn_implementation, or '
-            f"in another model, pass a DynamicCache. ({name} of keys that wait for their positions)"
-        )
 
 
 class ExtendedLayer(GrowingLayer):
@@ -222,21 +230,168 @@ class ExtendedLayer(GrowingLayer):
         super().batch_select_indices(indices)
 
 
+class Held(_Parcel):
+    """The keys of a local layer, and what its attention must know of them besides.
+
+    Attributes:
+        states: the keys that the new queries may see by the window; all of them in a whole layer.
+        start: the place of the first of them in its row.
+        prompt: tokens of a row that are read before decoding begins; None where nobody said.
+    """
+
+    def __init__(self, states: Tensor, start: int, *, prompt: int | None = None, keeper: SinkLayer | None = None):
+        self.states, self.start, self.prompt, self._keeper = states, start, prompt, keeper
+
+    def sinks(self, real: Tensor | None) -> Sinks | None:
+        """The row's sinks, those of the new tokens included; None where `states` begin with the row.
+
+        Args:
+            real: (B, T) bool, which of the new tokens are no padding; None where all are.
+        """
+        if self._keeper is None:
+            return None
+        kept = self._keeper.keep(real)
+        return kept if self.start > 0 else None
+
+
+class WholeLayer(GrowingLayer):
+    """A local layer that keeps all keys, for models whose decoded tokens see all of them.
+
+    Attributes:
+        prompt: tokens that are read by the window before decoding begins.
+    """
+
+    prompt: int | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Append new keys and values; return all."""
+        keys, values = super().update(key_states, value_states)
+        return Held(keys, 0, prompt=self.prompt), values
+
+
+class SinkLayer(TrimmedSlidingLayer):
+    """A local layer, and beside it a store of each row's first real tokens.
+
+    Attributes:
+        sink_keys, sink_values: (B, K, sinks, D), zeros where a row has no such token yet.
+        places: (B, sinks), where in their row they stand; `NOWHERE` where there is none.
+    """
+
+    _STORE = ("sink_keys", "sink_values", "places", "_first")
+
+    def __init__(self, sliding_window: int, sinks: int) -> None:
+        super().__init__(sliding_window)
+        self.sinks = sinks
+        self._empty()
+
+    def _empty(self) -> None:
+        self.sink_keys: Any = None
+        self.sink_values: Any = None
+        self.places: Any = None
+        self._first: Any = None  # (B), the place of each row's first real token
+        self._full = False
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """Append new keys and values; return those that the new queries may see. The sinks wait to hear of padding."""
+        keys, values = super().update(key_states, value_states)
+        self._new = None if self._full else (key_states, value_states)
+        return Held(keys, self.cumulative_length - keys.shape[-2], keeper=self), values
+
+    def keep(self, real: Tensor | None) -> Sinks:
+        """Put those of the new tokens that are sinks into the store; return the store."""
+        if self._new is not None:
+            self._store(*self._new, real)
+            self._new = None
+        return Sinks(self.sink_keys.unsqueeze(2), self.sink_values.unsqueeze(2), self.places.unsqueeze(1))
+
+    def _store(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
+        batch, heads, new, size = keys.shape
+        if self.places is None:
+            self.sink_keys = keys.new_zeros(batch, heads, self.sinks, size)
+            self.sink_values = values.new_zeros(batch, heads, self.sinks, values.shape[3])
+            self.places = torch.full((batch, self.sinks), NOWHERE, device=keys.device)
+            self._first = torch.full((batch,), NOWHERE, device=keys.device)
+        end = self.cumulative_length
+        place = torch.arange(end - new, end, device=keys.device)
+        begins = place[:1] if real is None else torch.where(real, place, NOWHERE).amin(dim=1)
+        self._first = torch.minimum(self._first, begins)
+        slot = place - self._first[:, None]
+        taken = slot < self.sinks if real is None else (slot < self.sinks) & real
+        rows, columns = taken.nonzero(as_tuple=True)
+        slots = slot[rows, columns]
+        # Not in place: a backward may need what was there, and another cache may share it.
+        self.places = self.places.index_put((rows, slots), place[columns])
+        self.sink_keys, self.sink_values = (
+            store.transpose(1, 2).index_put((rows, slots), states.transpose(1, 2)[rows, columns]).transpose(1, 2)
+            for store, states in ((self.sink_keys, keys), (self.sink_values, values))
+        )
+        self._full = bool((self._first + self.sinks <= end).all())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, sinks among them too."""
+        super().crop(tokens_to_remove)
+        if self.places is not None:
+            self.places = self.places.masked_fill(self.places >= self.cumulative_length, NOWHERE)
+            self._first = self._first.masked_fill(self._first >= self.cumulative_length, NOWHERE)
+            self._full = self._full and bool((self._first + self.sinks <= self.cumulative_length).all())
+
+    def reset(self) -> None:
+        """Empty it."""
+        super().reset()
+        self._empty()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the beams in another order."""
+        super().reorder_cache(beam_idx)
+        self._rows(lambda store: store.index_select(0, beam_idx.to(store.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda store: store.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self._rows(lambda store: store[indices, ...])
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.places is not None:
+            for name in self._STORE:
+                setattr(self, name, change(getattr(self, name)))
+
+
 class StripedCache(DynamicCache):
     """`DynamicCache(config=...)` with layers of ours: the default of `generate` after `zebra.load`.
 
     Args:
         windows: Self-Extend's neighbour window for each layer that is extended; `zebra.model.extend.bounded_cache`
-            reads them off a model.
+            reads them off a model, and what local layers need.
+        sinks: of each local layer.
+        full_decode: whether local layers keep all, for decoded tokens to see.
     """
 
     layers: list[Any]
 
-    def __init__(self, config: PreTrainedConfig, windows: Mapping[int, int] | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        windows: Mapping[int, int] | None = None,
+        *,
+        sinks: int = 0,
+        full_decode: bool = False,
+    ):
         super().__init__(config=config)
-        self.layers = [_ours(layer) for layer in self.layers]
+        self.layers = [_ours(layer, sinks, full_decode) for layer in self.layers]
         for i, window in (windows or {}).items():
             self.layers[i] = ExtendedLayer(window)
+
+    def reads(self, prompt: int) -> None:
+        """Say that the first `prompt` tokens of each row, padding counted, are read, and those behind them decoded."""
+        for layer in self.layers:
+            if isinstance(layer, WholeLayer):
+                layer.prompt = prompt
 
     def kv_bytes(self) -> int:
         """Bytes of storage that the cache holds now, in all layers."""
@@ -244,12 +399,15 @@ class StripedCache(DynamicCache):
             states.untyped_storage().nbytes()
             for layer in self.layers
             if layer.is_initialized
-            for states in (layer.keys, layer.values, getattr(layer, "near", None))
-            if states is not None
+            for name in ("keys", "values", "near", "sink_keys", "sink_values")
+            if (states := getattr(layer, name, None)) is not None
         )
 
 
-def _ours(layer: Any) -> Any:
+def _ours(layer: Any, sinks: int, full_decode: bool) -> Any:
     if type(layer) is DynamicSlidingWindowLayer:
-        return TrimmedSlidingLayer(layer.sliding_window)
+        if full_decode:
+            return WholeLayer()
+        window = layer.sliding_window
+        return SinkLayer(window, sinks) if sinks else TrimmedSlidingLayer(window)
     return GrowingLayer() if type(layer) is DynamicLayer else layer

@@ -25,9 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import cached_file
 
 from zebra import records
-from zebra.model.families import host_class, ignores_layer_types, layout, route, stripes_of
+from zebra.model.families import host_class, ignores_layer_types, route, stripes_of
+from zebra.model.local import Local, layout_with
 from zebra.refusal import Refusal
 
 
@@ -79,6 +81,7 @@ def read_config_and_rest(
 
 
 _HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+"""What says where in the hub a file lies."""
 
 
 def own_fields(config: PreTrainedConfig) -> set[str]:
@@ -242,21 +245,73 @@ def write_config(config: PreTrainedConfig, where: Path) -> None:
     (where / "config.json").write_text(text, encoding="utf-8")
 
 
-def write_card(where: Path, config: PreTrainedConfig, *, source: Path, **more: Any) -> None:
-    """Write zebra.json: the layout, where it came from, and with which versions."""
+def write_card(where: Path, config: PreTrainedConfig, local: Local, *, source: Path, **more: Any) -> None:
+    """Write zebra.json: the layout, what of it config.json cannot say, where it came from, and with which versions."""
+    origin = {
+        "source": str(source),
+        "source_config_sha256": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
+    }
+    _write_card(where, _layout_card(config, local) | origin | more)
+
+
+def update_card(where: Path, config: PreTrainedConfig, local: Local) -> None:
+    """Write the layout into the zebra.json of a checkpoint; make one only where config.json cannot say all of it."""
+    kept = _read_card(where / "zebra.json")
+    if local or kept:
+        _write_card(where, kept | _layout_card(config, local))
+
+
+def read_local(path: str | os.PathLike[str], **arguments: Any) -> Local:
+    """What a checkpoint's zebra.json says of its local layers, under arguments of `from_pretrained`; nothing where it
+    has none.
+
+    Raises:
+        Refusal: a zebra.json that is broken.
+    """
+    absent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    hub = {name: arguments[name] for name in _HUB if name in arguments}
+    file = cached_file(str(path), "zebra.json", **hub, **absent)
+    card = {} if file is None else _read_card(Path(file))
+    sinks, full_decode = card.get("sinks", 0), card.get("full_decode", False)
+    if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):
+        raise Refusal(
+            f"{file}: sinks is a whole number of at least 0 and full_decode true or false; got {sinks!r} and "
+            f"{full_decode!r}. Mend them, or remove the file to load without."
+        )
+    return Local(sinks, full_decode)
+
+
+def _read_card(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refusal(f"{file} is no JSON: {error}. Mend it, or remove it to load without what it says.") from None
+    if not isinstance(card, dict):
+        raise Refusal(f"{file} holds no JSON object. Mend it, or remove it to load without what it says.")
+    return card
+
+
+def _layout_card(config: PreTrainedConfig, local: Local) -> dict[str, Any]:
     stripes = stripes_of(config)
-    card = {
-        "layout": layout(config),
+    return {
+        "layout": layout_with(config, local),
         "window": stripes.window if stripes else None,
         "window_counts": "keys that a query sees, its own included: 0 <= i - j < window",
         "layer_types": getattr(config, "layer_types", None),
-        "source": str(source),
-        "source_config_sha256": hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
+        "sinks": local.sinks,
+        "full_decode": local.full_decode,
+        "only_here": "sinks and full_decode: config.json cannot say them, and what reads it alone runs without them",
         "versions": records.versions(),
         "commit": records.commit(),
-        **more,
     }
-    (where / "zebra.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_card(where: Path, card: dict[str, Any]) -> None:
+    aside = where / "zebra.json.aside"
+    aside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    aside.replace(where / "zebra.json")
 
 
 def first_line(error: Exception) -> str:

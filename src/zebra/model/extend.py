@@ -22,6 +22,7 @@ from zebra.kernels import Mask, attend
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import first_line
 from zebra.model.extension import Extension, Rope, turn_between, turned
+from zebra.model.local import Local, local_of
 from zebra.model.rope import changes_with_length
 from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
@@ -81,7 +82,9 @@ def setting_of(model: nn.Module) -> SelfExtend | None:
 
 def bounded_cache(model: PreTrainedModel) -> StripedCache:
     """The cache that `generate` takes after `zebra.load`, for those who call the model themselves."""
-    return StripedCache(model.config, {found.layer: found.rope.setting.window for found in _extensions(model)})
+    windows = {found.layer: found.rope.setting.window for found in _extensions(model)}
+    local = local_of(model)
+    return StripedCache(model.config, windows, sinks=local.sinks, full_decode=local.full_decode)
 
 
 def _extensions(model: nn.Module) -> list[Extension]:
@@ -91,12 +94,13 @@ def _extensions(model: nn.Module) -> list[Extension]:
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention module: its window where it is local, and the rope that turns its queries and keys, by the name of
-    the buffer that holds the frequencies; None where nothing turns them.
+    """An attention module: its window and sinks where it is local, and the rope that turns its queries and keys, by the
+    name of the buffer that holds the frequencies; None where nothing turns them.
     """
 
     module: Any
     window: int | None
+    sinks: int
     rope: str | None
     frequencies: Tensor | None
 
@@ -113,7 +117,9 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Lay
     for call in _heard(model):
         if local or call.window is None:
             name = _rope_of(call, known, model)
-            found.append(Layer(call.module, call.window, name, known[name] if name else None))
+            hung = getattr(call.module, "extension", None)
+            sinks = hung.sinks if isinstance(hung, Local) else 0
+            found.append(Layer(call.module, call.window, sinks, name, known[name] if name else None))
     return found
 
 

@@ -65,7 +65,9 @@ class Formula:
             )
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            visible = masks.causal(i, j) if self.layer.window is None else masks.within(i, j, self.layer.window)
+            visible = masks.causal(i, j)
+            if self.layer.window is not None:
+                visible &= masks.within(i, j, self.layer.window) | masks.sink(j, 0, self.layer.sinks)
             scores = scores.masked_fill_(~visible, -math.inf)
             outs.append(scores.softmax(dim=-1) @ values)
             lses.append(scores.logsumexp(dim=-1))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,19 @@ from zebra.model.checkpoint import (
     link,
     read_config,
     read_config_and_rest,
+    read_local,
     write_card,
     write_config,
 )
-from zebra.model.extend import bounded_cache, extend, resolved, setting_of
-from zebra.model.families import host_class, striped
+from zebra.model.extend import extend, resolved
+from zebra.model.families import DENSE, host_class, striped, stripes_of
+from zebra.model.local import Local, localise, warn_of
 from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing_rope, whole_texts_only
+from zebra.model.subclass import with_striped_cache
 from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 from zebra.staged import refuse_existing, staged
 from zebra.stripes import Stripes
-
-_log = logging.getLogger(__name__)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,61 +79,6 @@ def device_name(device: torch.device | str) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-@functools.cache
-def _with_striped_cache(cls: Any) -> Any:
-    """The host's class, whose `generate` makes our bounded cache where the caller names none.
-
-    Two more say before they act what would else be lost in silence: Self-Extend.
-    """
-
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's `generate`, with the bounded cache of `zebra.model.cache` as its default."""
-        named = kwargs.get("generation_config") or (args[1] if len(args) > 1 and args[1] else self.generation_config)
-        wants_own = (
-            kwargs.get("past_key_values") is None
-            and kwargs.get("use_cache", named.use_cache) is not False
-            and kwargs.get("cache_implementation", named.cache_implementation) is None
-        )
-        if wants_own:
-            kwargs["past_key_values"] = bounded_cache(self)
-            if named.is_assistant:  # the draft of assisted decoding takes tokens back
-                kwargs["past_key_values"].activate_past_recording()
-        return cls.generate(self, *args, **kwargs)
-
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's `save_pretrained`."""
-        if (setting := setting_of(self)) is not None:
-            _log.warning("config.json cannot say Self-Extend: load what is saved with self_extend=%r.", str(setting))
-        return cls.save_pretrained(self, *args, **kwargs)
-
-    def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's `set_attn_implementation`."""
-        if (setting := setting_of(self)) is not None:
-            _log.warning('Self-Extend %s lives in attention "%s" and is dropped under any other.', setting, NAME)
-        return cls.set_attn_implementation(self, *args, **kwargs)
-
-    def reduce(self: Any) -> Any:
-        """Pickled as the host's class and made anew from it: this class has no name that pickle could find."""
-        return _blank, (cls,), self.__dict__
-
-    # The name stays the host's: it is saved as the checkpoint's architecture.
-    own = {
-        "generate": generate,
-        "save_pretrained": save_pretrained,
-        "set_attn_implementation": set_attn_implementation,
-        "__reduce__": reduce,
-    }
-    return type(cls.__name__, (cls,), own | {name: getattr(cls, name) for name in _SAME})
-
-
-_SAME = ("__module__", "__qualname__", "__doc__")
-
-
-def _blank(cls: Any) -> Any:
-    made = _with_striped_cache(cls)
-    return made.__new__(made)
-
-
 _TAKEN = {
     "attn_implementation": f'it runs attention "{NAME}"; for another use from_pretrained of transformers',
     "config": "it reads and stripes the checkpoint's own; give stripes, and fields of the config by name",
@@ -147,35 +92,42 @@ def load(
     stripes: Stripes | str | None = None,
     rope: Rope | str | None = None,
     self_extend: SelfExtend | str | None = None,
+    window: int | None = None,
+    full_decode: bool | None = None,
     **from_pretrained_arguments: Any,
 ) -> PreTrainedModel:
     """A checkpoint as a transformers model that runs attention "zebra", with stripes where asked.
 
     It is the host's own class: it trains, saves, generates and evaluates like any other. `generate` uses the bounded
-    cache. Do not call `set_attn_implementation` on it: the host would then compute local layers densely.
+    cache. Do not call `set_attn_implementation` on it: the host would then compute local layers densely, and sinks,
+    full decoding and Self-Extend would be lost.
 
     Args:
         path: a directory that transformers saved, or a name in the hub.
-        stripes: a layout, or its notation such as "GLLL:512"; None keeps what the checkpoint has.
+        stripes: a layout, or its notation such as "GLLL:512", "GLLL:512+4" with sinks; None keeps what the checkpoint
+            has, and the sinks of its zebra.json.
         rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
             with length (dynamic NTK) reads whole texts only: it refuses a cache.
         self_extend: Self-Extend in the global layers, or its notation such as "8:1024" or "auto:16384". A family
             without a route is served too, without stripes, if its rope can be turned again, which is tried here.
             Neither config.json nor a saved checkpoint can say it, and `set_attn_implementation` would drop it.
+        window: another window for the local layers than the layout's, commonly a larger one.
+        full_decode: local layers read the prompt by their window, and keep all keys, which decoded tokens see; None
+            keeps what the checkpoint's zebra.json says. It costs a dense model's cache and decode.
         from_pretrained_arguments: as `from_pretrained` has them: dtype, device_map, revision, subfolder, ..., and
             fields of the config by name.
 
     Raises:
         Refusal: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the model,
-            an argument that loading takes itself; under Self-Extend what `zebra.model.extend` refuses.
+            a window or full decoding without local layers, an argument that loading takes itself; under Self-Extend
+            what `zebra.model.extend` refuses.
     """
     for name, why in _TAKEN.items():
         if name in from_pretrained_arguments:
             raise Refusal(f"zebra.load takes no {name}: {why}.")
-    routed = self_extend is None or stripes is not None
+    routed = self_extend is None or stripes is not None or window is not None
     config, rest = read_config_and_rest(path, routed=routed, **from_pretrained_arguments)
-    if stripes is not None:
-        config = striped(config, Stripes.parse(stripes) if isinstance(stripes, str) else stripes)
+    config, local = _layout(config, read_local(path, **from_pretrained_arguments), stripes, window, full_decode)
     config = as_rope(rope).changed(config)
     setting = None if self_extend is None else resolved(self_extend, config)
     if Path(path).exists() and "variant" not in rest:
@@ -183,15 +135,42 @@ def load(
     model = _loaded(path, config, rest)
     if changes_with_length(config):
         model.register_forward_pre_hook(whole_texts_only, with_kwargs=True)
+    if local:
+        localise(model, local)
     if setting is not None:
         extend(model, setting)
     return model
 
 
+def _layout(
+    config: PreTrainedConfig,
+    local: Local,
+    stripes: Stripes | str | None,
+    window: int | None,
+    full_decode: bool | None,
+) -> tuple[PreTrainedConfig, Local]:
+    """The config with the layout that is asked for, and what its local layers do; `local` is the checkpoint's own."""
+    if stripes is not None:
+        stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
+        config, local = striped(config, stripes), replace(local, sinks=stripes.sinks)
+    if window is not None:
+        found = stripes_of(config)
+        if found is None:
+            raise Refusal(
+                f"a window of {window} is for local layers, and this layout is {DENSE}. Give stripes, such as "
+                f"GLLL:{window}."
+            )
+        config = striped(config, replace(found, window=window))
+    if full_decode is not None:
+        local = replace(local, full_decode=full_decode)
+    asked = full_decode or (stripes is not None and stripes.sinks)
+    return config, local if asked or stripes_of(config) is not None else Local()
+
+
 def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[str, Any]) -> PreTrainedModel:
     host: Any = host_class(config)
     try:
-        model, info = _with_striped_cache(host).from_pretrained(
+        model, info = with_striped_cache(host).from_pretrained(
             path, config=config, attn_implementation=NAME, output_loading_info=True, **rest
         )
     except (OSError, SafetensorError) as error:
@@ -214,11 +193,13 @@ def convert(
     stripes: Stripes | str,
     *,
     rope: Rope | str | None = None,
+    full_decode: bool = False,
 ) -> Path:
     """A copy of a checkpoint with stripes, which plain transformers loads: only its config.json differs.
 
     Weight files are hard links where the file system allows, copies elsewhere; never rewritten. `zebra.json` beside
-    them keeps layout, source and versions. The target appears whole or not at all.
+    them keeps layout, source and versions, and what config.json cannot say: sinks and full decoding, of which a warning
+    tells that `zebra.load` alone knows them. The target appears whole or not at all.
 
     Raises:
         Refusal: what `load` refuses, a rope that changes with length, a target that exists or is the source.
@@ -229,7 +210,11 @@ def convert(
     made = as_rope(rope).changed(striped(config, stripes))
     refuse_changing_rope(made)
     check_target(source, target)
-    write_linked(source, target, made, rope=str(as_rope(rope)))
+    local = Local(stripes.sinks, full_decode)
+    if local and stripes_of(made) is None:
+        raise Refusal(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
+    warn_of(local)
+    write_linked(source, target, made, local, rope=str(as_rope(rope)))
     return target
 
 
@@ -244,11 +229,11 @@ def check_target(source: Path, target: Path) -> None:
     refuse_existing(Path(os.path.abspath(target)))
 
 
-def write_linked(source: Path, target: Path, config: PreTrainedConfig, **more: Any) -> None:
+def write_linked(source: Path, target: Path, config: PreTrainedConfig, local: Local, **more: Any) -> None:
     """Write a checkpoint that shares its source's weight files and has another config, whole or not at all.
 
     Args:
-        more: what its zebra.json says besides.
+        local: what its local layers do, for its zebra.json. more: what that says besides.
     """
     weights = check_weights(source, config)
     with staged(target) as aside:
@@ -256,4 +241,4 @@ def write_linked(source: Path, target: Path, config: PreTrainedConfig, **more: A
             link(file, aside / file.name)
         copy_companions(source, aside, weights)
         write_config(config, aside)
-        write_card(aside, config, source=source, **more)
+        write_card(aside, config, local, source=source, **more)

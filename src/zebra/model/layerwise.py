@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from zebra.kernels import Mask, attend
 from zebra.model.attention import NAME
 from zebra.model.extend import in_place_of_attend, setting_of
+from zebra.model.local import Local
 from zebra.refusal import Refusal
 
 
@@ -31,7 +32,7 @@ class Layerwise:
 
     Args:
         model: with attention "zebra", as `zebra.load` gives it.
-        window: of the layers that are local.
+        window, sinks: of the layers that are local, whatever theirs were.
 
     Raises:
         Refusal: another attention, Self-Extend, a host whose layers are not one list.
@@ -42,7 +43,7 @@ class Layerwise:
         >>> hidden = layers.resumed(ids, "GGGLG", 3, states[3])
     """
 
-    def __init__(self, model: PreTrainedModel, window: int):
+    def __init__(self, model: PreTrainedModel, window: int, sinks: int = 0):
         self._decoder: Any = model.get_decoder()
         layers = getattr(self._decoder, "layers", None)
         count = model.config.num_hidden_layers
@@ -55,7 +56,7 @@ class Layerwise:
             raise Refusal(
                 f'layers change their kind in attention "{NAME}" without Self-Extend. Load with zebra.load(path).'
             )
-        self._layers, self._window = layers, window
+        self._layers, self._window, self._local = layers, window, Local(sinks)
         self._attention = [module for module in self._decoder.modules() if hasattr(module, "layer_idx")]
 
     def states(self, ids: Tensor, kinds: str) -> list[Tensor]:
@@ -84,7 +85,7 @@ class Layerwise:
             return self._run(ids, kinds, start)
 
     def _run(self, ids: Tensor, kinds: str, start: int) -> Tensor:
-        chosen = _Chosen(kinds, self._window)
+        chosen = _Chosen(kinds, self._window, self._local)
         with torch.no_grad(), in_place_of_attend(self._attention, chosen):
             hidden: Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
         if chosen.asked != list(range(start, len(kinds))):
@@ -106,16 +107,20 @@ class Layerwise:
 class _Chosen:
     """Attends in place of `attend`, in each layer by its letter."""
 
-    def __init__(self, kinds: str, window: int):
-        self._kinds, self._window = kinds, window
+    def __init__(self, kinds: str, window: int, local: Local):
+        self._kinds, self._window, self._local = kinds, window, local
         self.asked: list[int] = []
 
     def attend(
         self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         self.asked.append(module.layer_idx)
-        window = None if self._kinds[module.layer_idx] == "G" else self._window
-        return attend(q, k, v, replace(mask, window=window), **arguments)
+        if self._kinds[module.layer_idx] == "G":
+            return attend(q, k, v, mask.without_window(), **arguments)
+        mask = replace(mask, window=self._window)
+        if self._local:
+            return self._local.attend(module, positions, q, k, v, mask, **arguments)
+        return attend(q, k, v, mask, **arguments)
 
 
 class _StandIn(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zebra import masks
-from zebra.model.checkpoint import read_config
+from zebra.model.checkpoint import read_config, read_local
 from zebra.model.extend import bounded_cache, resolved
 from zebra.model.families import host_class, stripes_of
 from zebra.model.formula import by_formula
 from zebra.model.hosts import load, read_device, read_dtype
+from zebra.model.local import local_of
 from zebra.model.rope import Rope, as_rope
 from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
@@ -62,11 +63,13 @@ def verify(
     """Compare a converted checkpoint with its source and itself, or any under Self-Extend with the formula; or both.
 
     1. short: up to the window, plain transformers with the target equals it with the source.
-    2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer.
+    2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer;
+       plain transformers without the sinks that zebra.json asks for.
     3. cached: one token at a time with the bounded cache equals the whole text at once.
     4. chunked: a prefill in chunks equals the whole text at once.
     5. padded: a batch padded on the left, and on the right, gives each row what it gets alone.
     6. packed, under Self-Extend: two documents in a row give each what it gets alone.
+    7. decoded, with full decoding: tokens behind a prompt equal the source with a mask that is full from there on.
 
     Args:
         target, against: the converted checkpoint and its source, directories. Without a source Self-Extend alone is
@@ -108,15 +111,23 @@ def verify(
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
     placed: dict[str, Any] = {"dtype": dtype, "device_map": device}
 
-    wanted_short, oracle = _source(against, _with_rope(source_config, rope, config), ids, short, stripes, placed)
+    local = read_local(target)
+    plain, whole = (stripes, n), (replace(stripes, sinks=local.sinks), n)
+    decoded = [(whole[0], n - _steps(n))] if local.full_decode else []
+    source = _with_rope(source_config, rope, config)
+    wanted_short, oracle = _source(against, source, ids, short, [plain, whole, *decoded], placed)
     found_short, found_long = _plain(target, ids, short, placed)
     found = _ours(load(target, **placed), ids)
-    return [
+    masks_on = "mask oracle on the source"
+    checks = [
         _check("short", "source, plain transformers", found_short, wanted_short, dtype),
-        _check("long, plain", "mask oracle on the source", found_long, oracle, dtype),
-        _check("long, zebra", "mask oracle on the source", found.whole, oracle, dtype),
+        _check("long, plain", masks_on + ", no sinks" * bool(local.sinks), found_long, oracle[plain], dtype),
+        _check("long, zebra", masks_on, found.whole, oracle[whole], dtype),
         *_with_itself(found, dtype),
     ]
+    if found.decoded is not None:
+        checks.append(_check("decoded", masks_on, found.decoded, oracle[decoded[0]], dtype))
+    return checks
 
 
 def _check(name: str, compared: str, found: Tensor, wanted: Tensor, dtype: torch.dtype, least: float = 0.0) -> Check:
@@ -160,12 +171,20 @@ _HOSTS_ANGLES = 1e-4
 
 
 def _source(
-    path: Any, config: PreTrainedConfig, ids: Tensor, short: int, stripes: Stripes, placed: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+    path: Any,
+    config: PreTrainedConfig,
+    ids: Tensor,
+    short: int,
+    asked: list[tuple[Stripes, int]],
+    placed: dict[str, Any],
+) -> tuple[Tensor, dict[tuple[Stripes, int], Tensor]]:
+    """The logits of the short text, and of the long one under each layout with a prompt of so many tokens."""
     model = _stock(path, placed | {"config": config})
-    inside = _logits(model, ids[:, :short])
-    with _masked_layers(model, stripes):
-        return inside, _logits(model, ids)
+    inside, found = _logits(model, ids[:, :short]), {}
+    for stripes, prompt in dict.fromkeys(asked):
+        with _masked_layers(model, stripes, prompt):
+            found[stripes, prompt] = _logits(model, ids)
+    return inside, found
 
 
 def _plain(path: Any, ids: Tensor, short: int, placed: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -195,6 +214,7 @@ def _with_rope(source: PreTrainedConfig, rope: Rope | str | None, target: PreTra
 class _Found:
     whole: Tensor
     cached: Tensor
+    decoded: Tensor | None
     chunked: Tensor
     left: Tensor
     right: Tensor
@@ -212,16 +232,22 @@ def _with_itself(found: _Found, dtype: torch.dtype) -> list[Check]:
 
 def _ours(model: PreTrainedModel, ids: Tensor) -> _Found:
     n = ids.shape[1]
-    kept = n * 2 // 3
-    steps = min(n - 1, 64)
+    kept, steps = n * 2 // 3, _steps(n)
+    one_by_one = [n - steps] + [1] * steps
     return _Found(
         whole=_logits(model, ids),
-        cached=_in_parts(model, ids, [n - steps] + [1] * steps),
+        cached=_in_parts(model, ids, one_by_one),
+        decoded=_in_parts(model, ids, one_by_one, n - steps) if local_of(model).full_decode else None,
         chunked=_in_parts(model, ids, [max(_CHUNK, n // 11)] * n),
         left=_padded(model, ids, kept, "left"),
         right=_padded(model, ids, kept, "right"),
         alone=torch.cat([_logits(model, ids[:1])[0], _logits(model, ids[1:, :kept])[0]]),
     )
+
+
+def _steps(n: int) -> int:
+    """Tokens of the long text that come one by one."""
+    return min(n - 1, 64)
 
 
 def _sampled(n: int) -> Tensor:
@@ -236,9 +262,10 @@ def _logits(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _in_parts(model: PreTrainedModel, ids: Tensor, sizes: list[int]) -> Tensor:
-    """The logits of the text given to the bounded cache part by part."""
+def _in_parts(model: PreTrainedModel, ids: Tensor, sizes: list[int], prompt: int | None = None) -> Tensor:
+    """The logits of the text given to the bounded cache part by part, all of it as a prompt unless told otherwise."""
     cache, parts, start, keep = bounded_cache(model), [], 0, _sampled(ids.shape[1])
+    cache.reads(prompt or ids.shape[1])
     for size in sizes:
         part = ids[:, start : start + size]
         if part.shape[1] == 0:
@@ -265,8 +292,11 @@ def _padded(model: PreTrainedModel, ids: Tensor, kept: int, side: str) -> Tensor
 
 
 @contextmanager
-def _masked_layers(model: PreTrainedModel, stripes: Stripes) -> Iterator[None]:
-    """Run a dense model with the mask of a layout: hooks hand each layer's attention a dense mask of its own."""
+def _masked_layers(model: PreTrainedModel, stripes: Stripes, prompt: int) -> Iterator[None]:
+    """Run a dense model with the mask of a layout: hooks hand each layer's attention a dense mask of its own.
+
+    Queries from `prompt` on see all before them.
+    """
     layers = model.model.layers
     kinds = stripes.layer_types(len(layers))
 
@@ -275,7 +305,10 @@ def _masked_layers(model: PreTrainedModel, stripes: Stripes) -> Iterator[None]:
             states = kwargs["hidden_states"]
             n = states.shape[1]
             j = torch.arange(n, device=states.device)
-            visible = masks.within(j[:, None], j[None, :], stripes.window if kind == LOCAL else n)
+            visible = masks.causal(j[:, None], j[None, :])
+            if kind == LOCAL:
+                seen = masks.within(j[:, None], j[None, :], stripes.window) | masks.sink(j[None, :], 0, stripes.sinks)
+                visible &= seen | (j[:, None] >= prompt)
             # Added to the scores: the host's eager attention takes no booleans.
             hidden = torch.zeros(n, n, dtype=states.dtype, device=states.device)
             hidden.masked_fill_(~visible, torch.finfo(states.dtype).min)

@@ -38,6 +38,7 @@ class Run:
         dtype: of weights and activations; in training bfloat16 is autocast over float32 weights, as `zebra adapt` runs.
         lora: the rank, in q, k, v and o, embeddings and norms trained whole; frozen weights are held in `dtype`.
         self_extend: in global layers.
+        full_decode: local layers keep all tokens, and decoded ones see them.
 
     Raises:
         Refusal: an unknown dtype or phase, a number below 1, training options outside training, float16 or
@@ -53,6 +54,7 @@ class Run:
     checkpointing: bool = False
     lora: int | None = None
     self_extend: SelfExtend | None = None
+    full_decode: bool = False
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -92,9 +94,9 @@ def _check_self_extend(run: Run, setting: SelfExtend) -> None:
         )
 
 
-def chunk_pairs(past: int, new: int, window: int | None = None) -> int:
+def chunk_pairs(past: int, new: int, window: int | None = None, sinks: int = 0) -> int:
     """Visible pairs of `new` tokens after `past` cached ones, in one layer; decode is `new = 1`."""
-    return visible_pairs(past + new, window) - visible_pairs(past, window)
+    return visible_pairs(past + new, window, sinks) - visible_pairs(past, window, sinks)
 
 
 def self_extend_pairs(length: int, window: int) -> tuple[int, int]:
@@ -109,10 +111,11 @@ def self_extend_pairs(length: int, window: int) -> tuple[int, int]:
 def pairs_by_kind(run: Run) -> dict[str, int]:
     """Visible (query, key) pairs of all global and of all local layers, over rows, for each head."""
     past, new = (run.length, 1) if run.phase == "decode" else (0, run.length)
-    window = run.stripes.window if run.stripes else None
+    whole = run.stripes is None or (run.full_decode and run.phase == "decode")
+    seen = (None, 0) if run.stripes is None or whole else (run.stripes.window, run.stripes.sinks)
     return {
         GLOBAL: run.batch * run.count(GLOBAL) * chunk_pairs(past, new),
-        LOCAL: run.batch * run.count(LOCAL) * chunk_pairs(past, new, window),
+        LOCAL: run.batch * run.count(LOCAL) * chunk_pairs(past, new, *seen),
     }
 
 

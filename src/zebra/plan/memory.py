@@ -27,11 +27,13 @@ CHUNK = 1024
 def cached_tokens(run: Run) -> int:
     """Tokens kept between steps, summed over layers and rows: N in a global layer, at most w - 1 in a local one.
 
-    Under Self-Extend a global layer keeps at most N + W: the keys of the last W in both rotations.
+    A local layer has beside them room for its sinks; with full decoding it keeps N. Under Self-Extend a global layer
+    keeps at most N + W: the keys of the last W in both rotations.
     """
-    window = run.stripes.window if run.stripes else 1
+    window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes else (1, 0)
+    local = run.length if run.full_decode else min(run.length, window - 1) + sinks
     far = min(run.self_extend.window, run.length) if run.self_extend else 0
-    return run.batch * (run.count(GLOBAL) * (run.length + far) + run.count(LOCAL) * min(run.length, window - 1))
+    return run.batch * (run.count(GLOBAL) * (run.length + far) + run.count(LOCAL) * local)
 
 
 def kv_bytes(run: Run) -> int:

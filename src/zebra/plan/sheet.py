@@ -30,7 +30,7 @@ def variants(run: Run) -> dict[str, Run]:
     plain = replace(run, self_extend=None)
     found = {"dense": replace(plain, stripes=None)}
     if run.stripes:
-        found[str(run.stripes)] = plain
+        found[str(run.stripes) + ", full decode" * run.full_decode] = plain
     if run.self_extend:
         extended = f"Self-Extend {run.self_extend}"
         found |= {
@@ -87,9 +87,10 @@ def complexity(run: Run) -> list[dict[str, Any]]:
     n, d = run.length, run.decoder
     rows = [("global", "N²", "N", float(visible_pairs(n)), float(n))]
     if run.stripes:
-        w = run.stripes.window
-        one = replace(run, phase="prefill", batch=1, checkpointing=False, lora=None, self_extend=None)
-        rows.append(("local", "N w", "w", float(visible_pairs(n, w)), float(min(n, w - 1))))
+        w, sinks = run.stripes.window, run.stripes.sinks
+        plain = replace(run, self_extend=None, full_decode=False)
+        one = replace(plain, phase="prefill", batch=1, checkpointing=False, lora=None)
+        rows.append(("local", "N w", "w", float(visible_pairs(n, w, sinks)), float(min(n, w - 1) + sinks)))
         grouped = (pairs(one) / d.layers, cached_tokens(one) / d.layers)
         rows.append(("grouped", "N²/g + (1 − 1/g) N w", "N/g + (1 − 1/g) w", *grouped))
     if run.self_extend:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows
 from zebra.evaluate.perplexity import Score, as_rows, perplexity
 from zebra.kernels.precision import fast_float32
-from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config
-from zebra.model.families import DENSE, layout, striped, stripes_of
+from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config, read_local
+from zebra.model.families import DENSE, striped, stripes_of
 from zebra.model.hosts import best_device, device_name, load
+from zebra.model.loading import described
+from zebra.model.local import Local, layout_with
 from zebra.model.rope import as_rope, refuse_changing_rope, settled
 from zebra.progress import console
 from zebra.records import Row
@@ -71,7 +74,7 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
     history = _trainer_state(run, recipe)["log_history"]
     after = _measure(recipe, held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
     found = [
-        *data_rows(recipe, lines, layout(config), **_common(recipe)),
+        *data_rows(recipe, lines, layout_with(config, local_for(recipe)), **_common(recipe)),
         *before,
         *_training_rows(recipe, config, history),
         *after,
@@ -166,7 +169,7 @@ def _measure(
     asked = recipe.evaluate
     scores = perplexity(model, held_out, length=asked.length, convention=asked.convention, seed=recipe.train.seed)
     seconds = time.perf_counter() - start
-    common = _common(recipe) | {"model": str(checkpoint), "layout": _named(model.config, rope)}
+    common = _common(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
     rows = as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **common)
     speed = rows[-1].n / seconds if rows[-1].n else 0.0
     return [
@@ -182,9 +185,10 @@ def _measure(
     ]
 
 
-def _named(config: PreTrainedConfig, rope: str | None) -> str:
-    """The layout as rows call it, with the rope beside it that the recipe gives."""
-    return " ".join(filter(None, (layout(config), rope)))
+def local_for(recipe: AdaptRecipe) -> Local:
+    """What local layers are trained with: the sinks of the recipe's layout, else what the source's zebra.json says."""
+    own = read_local(recipe.model)
+    return own if recipe.stripes is None else replace(own, sinks=Stripes.parse(recipe.stripes).sinks)
 
 
 def _common(recipe: AdaptRecipe) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def _common(recipe: AdaptRecipe) -> dict[str, Any]:
 
 def _training_rows(recipe: AdaptRecipe, config: PreTrainedConfig, history: list[dict[str, Any]]) -> list[Row]:
     """The loss against tokens, and the evaluations on the way."""
-    common = _common(recipe) | {"layout": _named(config, recipe.rope)}
+    common = _common(recipe) | {"layout": layout_with(config, local_for(recipe), recipe.rope)}
     rows: list[Row] = []
     for entry in history:
         at = common | {"model": f"{recipe.run}@{entry['step']}"}
@@ -221,10 +225,12 @@ def _cost_rows(recipe: AdaptRecipe, config: PreTrainedConfig) -> list[Row]:
     n = config.num_hidden_layers
     local = (stripes.layer_types(n) if stripes else ()).count(LOCAL)
     window = stripes.window if stripes else length
+    does = local_for(recipe)
     rows = []
-    for name, locals_ in dict.fromkeys([(DENSE, 0), (layout(config), local)]):
-        pairs = (n - locals_) * visible_pairs(length) + locals_ * visible_pairs(length, window)
-        kept = (n - locals_) * length + locals_ * min(length, window - 1)
+    for name, locals_ in dict.fromkeys([(DENSE, 0), (layout_with(config, does), local)]):
+        pairs = (n - locals_) * visible_pairs(length) + locals_ * visible_pairs(length, window, does.sinks)
+        held = length if does.full_decode else min(length, window - 1) + does.sinks
+        kept = (n - locals_) * length + locals_ * held
         for metric, value in (("layers", n), ("attention_pairs", pairs), ("cached_tokens", kept)):
             rows.append(
                 Row(

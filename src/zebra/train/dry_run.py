@@ -23,13 +23,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from zebra.data.documents import find_files
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_config
-from zebra.model.families import host_class, layout
+from zebra.model.families import host_class
+from zebra.model.local import layout_with
 from zebra.model.loss import CHUNK
 from zebra.plan.shapes import shape
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import lora
-from zebra.train.adapt import adapted
+from zebra.train.adapt import adapted, local_for
 from zebra.train.directory import processes
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.trainer import tokens_per_step
@@ -170,12 +171,14 @@ def _facts(recipe: AdaptRecipe, config: PreTrainedConfig, parameters: int, train
     train, n = recipe.train, config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or [GLOBAL] * n
     dense = n * visible_pairs(train.length)
-    pairs = sum(visible_pairs(train.length, config.sliding_window if kind == LOCAL else None) for kind in kinds)
+    local = local_for(recipe)
+    seen = {GLOBAL: (None, 0), LOCAL: (getattr(config, "sliding_window", None), local.sinks)}
+    pairs = sum(visible_pairs(train.length, *seen[kind]) for kind in kinds)
     step = tokens_per_step(recipe)
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads"
     return {
         "model": f"{host_class(config).__name__}, {n} layers of {config.hidden_size:,}, {heads}",
-        "layout": f"{layout(config)}, {kinds.count(GLOBAL)} global and {kinds.count(LOCAL)} local layers",
+        "layout": f"{layout_with(config, local)}, {kinds.count(GLOBAL)} global and {kinds.count(LOCAL)} local layers",
         "rope": ", ".join(f"{k} {v}" for k, v in config.rope_parameters.items()),
         "parameters": f"{parameters:,}, trained {trained:,} ({trained / parameters:.1%})",
         "a step": f"{step:,} tokens: {train.rows_per_step} rows of {train.length:,} x {train.accumulate} passes "

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.model.checkpoint import copy_companions, read_config, write_card, write_config
 from zebra.model.hosts import load, write_linked
+from zebra.model.local import local_of
 from zebra.model.verify import TOLERANCE
 from zebra.refusal import Refusal
 from zebra.staged import staged
@@ -43,11 +44,12 @@ def export(recipe: AdaptRecipe, model: Any, **card: Any) -> None:
     else:
         base = run / "base"
         shutil.rmtree(base, ignore_errors=True)  # of a killed export
-        write_linked(Path(recipe.model), base, _as_source(recipe, model.get_base_model().config))
+        local = local_of(model)
+        write_linked(Path(recipe.model), base, _as_source(recipe, model.get_base_model().config), local)
         model.peft_config["default"].base_model_name_or_path = str(base.resolve())
         with staged(run / "model") as aside:
             model.save_pretrained(aside)
-            write_card(aside, model.get_base_model().config, source=Path(recipe.model), **card)
+            write_card(aside, model.get_base_model().config, local, source=Path(recipe.model), **card)
 
 
 def reload(recipe: AdaptRecipe) -> PreTrainedModel:
@@ -68,7 +70,7 @@ def _write(recipe: AdaptRecipe, model: PreTrainedModel, aside: Path, **card: Any
     stale = [file for file in source.iterdir() if file.name in written or file.name.endswith(".index.json")]
     copy_companions(source, aside, stale)
     write_config(model.config, aside)
-    write_card(aside, model.config, source=source, **card)
+    write_card(aside, model.config, local_of(model), source=source, **card)
 
 
 def _as_source(recipe: AdaptRecipe, config: PreTrainedConfig) -> PreTrainedConfig:

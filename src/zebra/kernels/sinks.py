@@ -1,0 +1,136 @@
+r"""Local attention with sinks: the band, merged with a small dense attention over the first tokens of each text.
+
+    keys      0 . . ........ S - 1
+    queries   \                       \  the band of w keys, by any kernel of the table
+              \ \                     s  the sinks that it has left behind: j < sinks and i - j >= w
+              s \ \
+              s s \ \                 Sinks inside the band are the band's, so that no key is seen twice.
+       S - 1  s s . \ \
+
+A few first tokens draw much of the attention of a trained model, and a window that loses them harms it beyond what it
+hides (StreamingLLM, arXiv 2309.17453). They keep their positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from zebra.kernels import attend
+from zebra.kernels.merging import merge
+from zebra.kernels.request import Mask
+
+NOWHERE = 1 << 40
+"""The position of a sink that is not there: behind all queries."""
+
+
+class Sinks(NamedTuple):
+    """Sinks for n blocks of queries, one after another.
+
+    Attributes:
+        keys, values: (B, K, n, sinks, D).
+        positions: (1 or B, n, sinks), their places in the row, padding counted; `NOWHERE` where there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+def with_sinks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    *,
+    kept: Sinks | None = None,
+    start: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    with_lse: bool = False,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What `attend` gives under a mask with a window and sinks, in O(T (w + sinks)); its oracle is `reference`.
+
+    Args:
+        q: (B, H, T, D). k, v: (B, K, S, D), from the row's beginning on unless the sinks are given.
+        kept: the sinks of a cache, one block, whose local layer has let go of them.
+        start: the place in the row of the first of `k`.
+        arguments: as `attend` has them.
+
+    Returns:
+        What `attend` returns.
+    """
+    band, named = replace(mask, sinks=0), {"scale": scale, "softcap": softcap, **arguments}
+    if mask.window is None or not mask.sinks or start + k.shape[2] <= mask.window:
+        return attend(q, k, v, band, with_lse=with_lse, **named)
+    out, lse = attend(q, k, v, band, **named)
+    assert lse is not None
+    queries = q.shape[2]
+    place = torch.arange(start + k.shape[2] - queries, start + k.shape[2], device=q.device)
+    if kept is None:
+        kept, visible = _of_rows(k, v, mask, place)
+    else:
+        visible = place[:, None] - kept.positions[:, :, None] >= mask.window
+    with torch.autocast(q.device.type, enabled=False):
+        other, other_lse = _over(q, kept, visible, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    return merge(out, lse, other, other_lse, with_lse=with_lse)
+
+
+def _of_rows(k: Tensor, v: Tensor, mask: Mask, place: Tensor) -> tuple[Sinks, Tensor]:
+    """The sinks of whole rows, and which of them each query sees, (1 or B, n, queries of a block, sinks).
+
+    A block is w queries where documents are packed: those of two documents cannot both stand w behind their first
+    tokens within w places, so that one document's sinks serve a block. Elsewhere it is all queries.
+    """
+    window, count, queries = mask.window or 0, k.shape[2], len(place)
+    first = mask.beginnings(count, k.device)[:, count - queries :]
+    if mask.documents is None:
+        block, anchor = queries, first[:, -1:]
+    else:
+        block = min(window, queries)
+        short = -queries % block
+        anchor = pad(torch.where(place - first >= window, first, -1), (0, short), value=-1)
+        anchor = anchor.unflatten(1, (-1, block)).amax(dim=2)
+        first, place = pad(first, (0, short), value=-2), pad(place, (0, short))
+    positions = anchor[:, :, None] + torch.arange(mask.sinks, device=k.device)
+    inside = positions.clamp(0, count - 1).flatten(1)
+    there = (anchor >= 0)[:, :, None] & (positions < count)
+    if mask.keys is not None:
+        there = there & mask.keys.bool().gather(1, inside).view_as(there)
+    positions = positions.masked_fill(~there, NOWHERE)
+    keys, values = (
+        x.gather(2, inside[:, None, :, None].expand(len(x), x.shape[1], -1, x.shape[3])).unflatten(
+            2, positions.shape[1:]
+        )
+        for x in (k, v)
+    )
+    visible = place.view(-1, block)[:, :, None] - positions[:, :, None] >= window
+    if mask.documents is not None:
+        visible = visible & (first.unflatten(1, (-1, block)) == anchor[:, :, None])[..., None]
+    return Sinks(keys, values, positions), visible
+
+
+def _over(q: Tensor, sinks: Sinks, visible: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Attention of each block of queries over its sinks; out 0 and lse -inf where a query sees none."""
+    queries, wide = q.shape[2], torch.promote_types(q.dtype, torch.float32)
+    heads, blocks = sinks.keys.shape[1:3]
+    block = visible.shape[2]
+    grouped = pad(q, (0, 0, 0, blocks * block - queries)).unflatten(2, (blocks, block)).unflatten(1, (heads, -1))
+    rows = grouped.transpose(2, 3).to(wide)  # (B, K, n, g, t, D): a group's heads are rows over the same keys
+    shape = rows.shape[3:5]
+    scores = (rows.flatten(3, 4) @ sinks.keys.to(wide).mT * scale).unflatten(3, shape)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = visible[:, None, :, None]
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    seen = visible.any(dim=-1, keepdim=True)
+    weights = torch.exp(scores - lse.unsqueeze(-1).where(seen, 0.0))
+    out = (weights.flatten(3, 4) @ sinks.values.to(wide)).unflatten(3, shape)
+    out, lse = (x.transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :, :queries] for x in (out, lse))
+    return out.to(q.dtype), lse

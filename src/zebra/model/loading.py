@@ -1,0 +1,86 @@
+"""How a checkpoint is loaded, in one place for all that load one: `generate`, perplexity, retrieval, their verbs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from zebra.model.checkpoint import read_config
+from zebra.model.extend import resolved, setting_of
+from zebra.model.hosts import load, read_device, read_dtype
+from zebra.model.local import layout_with, local_of
+from zebra.model.rope import Rope, as_rope
+from zebra.positions import SelfExtend
+from zebra.stripes import Stripes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """The arguments of `zebra.load` that every measurement takes, and where the model runs.
+
+    Attributes:
+        stripes, rope, self_extend, window, full_decode: as `zebra.load` has them.
+        dtype: the checkpoint's own where None.
+        device: a GPU where there is one, where None.
+    """
+
+    stripes: Stripes | str | None = None
+    rope: Rope | str | None = None
+    self_extend: SelfExtend | str | None = None
+    window: int | None = None
+    full_decode: bool | None = None
+    dtype: torch.dtype | str | None = None
+    device: str | None = None
+
+    def given(self) -> list[str]:
+        """The names of those that say something."""
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    def check(self) -> None:
+        """Refuse a device or a dtype that is not here, before any work.
+
+        Raises:
+            Refusal: as `read_device` and `read_dtype`.
+        """
+        read_device(self.device)
+        if self.dtype is not None:
+            read_dtype(self.dtype)
+
+    def config(self, checkpoint: str | os.PathLike[str]) -> PreTrainedConfig:
+        """The checkpoint's config with its rope changed, before anything is loaded; its layout is not yet this one's.
+
+        Raises:
+            Refusal: as `read_config` and the rope.
+        """
+        routed = self.self_extend is None or self.stripes is not None
+        return as_rope(self.rope).changed(read_config(checkpoint, routed=routed))
+
+    def extension(self, config: PreTrainedConfig) -> SelfExtend | None:
+        """The setting of Self-Extend for a model; refuses as `resolved`."""
+        return None if self.self_extend is None else resolved(self.self_extend, config)
+
+    def model(self, checkpoint: str | os.PathLike[str]) -> PreTrainedModel:
+        """The loaded model where it is to run; refuses as `load`."""
+        place = read_device(self.device)
+        dtype: dict[str, Any] = {} if self.dtype is None else {"dtype": read_dtype(self.dtype)}
+        model = load(
+            checkpoint,
+            stripes=self.stripes,
+            rope=self.rope,
+            self_extend=self.self_extend,
+            window=self.window,
+            full_decode=self.full_decode,
+            **dtype,
+        )
+        return model.to(place)
+
+
+def described(model: PreTrainedModel, rope: Rope | str | None = None) -> str:
+    """The layout of a loaded model as rows name it, with a change of rope, full decoding and Self-Extend."""
+    setting = setting_of(model)
+    named = layout_with(model.config, local_of(model), rope)
+    return named + (f", self-extend {setting}" if setting else "")

@@ -1,0 +1,82 @@
+"""Sinks in local layers: equal to their formula however they are run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from zebra.kernels import Mask, Request, attend, only, reference
+from zebra.kernels.sinks import NOWHERE, Sinks, with_sinks
+
+
+def drawn(length: int, queries: int, heads: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(length + queries)
+    shapes = [(2, heads, queries, 8), (2, 2, length, 8), (2, 2, length, 8)]
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def hidden_by(what: str, length: int) -> dict[str, Tensor]:
+    """Rows of real tokens with padding, and documents of many lengths."""
+    keys = torch.ones(2, length, dtype=torch.bool)
+    if what in ("left", "both"):
+        keys[1, : length // 2] = False
+    if what in ("right", "both"):
+        keys[:, length * 4 // 5 :] = False
+    found = {} if what in ("nothing", "documents") else {"keys": keys}
+    if what in ("documents", "both"):
+        steps = torch.rand(2, length, generator=torch.Generator().manual_seed(3)) < 0.07
+        found["documents"] = steps.cumsum(dim=1)
+    return found
+
+
+@pytest.mark.parametrize("what", ["nothing", "left", "right", "documents", "both"])
+@pytest.mark.parametrize(("length", "queries"), [(1, 1), (40, 40), (61, 61), (61, 17), (61, 1)])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 1), (5, 3), (3, 20), (9, 100), (70, 4)])
+def test_band_and_sinks_are_one_softmax(what: str, length: int, queries: int, window: int, sinks: int) -> None:
+    q, k, v = drawn(length, queries)
+    mask = Mask(window=window, sinks=sinks, **hidden_by(what, length))
+    wanted = reference.reference(Request(q, k, v, mask, 0.3, softcap=2.0))
+    for kernel in ("banded", "reference"):
+        with only(kernel):
+            out, lse = with_sinks(q, k, v, mask, scale=0.3, softcap=2.0, with_lse=True)
+        torch.testing.assert_close(out, wanted[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse, wanted[1], rtol=1e-12, atol=1e-12)
+    assert with_sinks(q, k, v, mask)[1] is None
+
+
+@pytest.mark.parametrize("what", ["nothing", "left", "right", "documents", "both"])
+@pytest.mark.parametrize("queries", [40, 9])
+def test_gradients_are_those_of_one_softmax(what: str, queries: int) -> None:
+    inputs = [x.requires_grad_() for x in drawn(40, queries)]
+    mask = Mask(window=5, sinks=3, **hidden_by(what, 40))
+    seeds = [torch.randn(2, 4, queries, 8, dtype=torch.float64), torch.randn(2, 4, queries, dtype=torch.float64)]
+    gradients = []
+    for out, lse in (with_sinks(*inputs, mask, with_lse=True), attend(*inputs, mask)):
+        seen = ~lse.isneginf()
+        roots = (out * seeds[0]).where(seen.unsqueeze(-1), 0.0).sum() + (lse * seeds[1])[seen].sum()
+        gradients.append(torch.autograd.grad(roots, inputs))
+    for found, wanted in zip(*gradients, strict=True):
+        assert wanted.abs().sum() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_kept_sinks_serve_where_the_band_has_let_go_of_them() -> None:
+    q, k, v = drawn(40, 7)
+    mask = Mask(window=5, sinks=3)
+    positions = torch.tensor([0, 1, 2]).view(1, 1, 3)
+    kept = Sinks(k[:, :, None, :3], v[:, :, None, :3], positions)
+    held = 5 - 1 + 7
+    out, _ = with_sinks(q, k[:, :, -held:], v[:, :, -held:], mask, kept=kept, start=40 - held)
+    torch.testing.assert_close(out, attend(q, k, v, mask)[0], rtol=1e-12, atol=1e-12)
+    absent = kept._replace(positions=positions.masked_fill(positions == 1, NOWHERE))
+    out, _ = with_sinks(q, k[:, :, -held:], v[:, :, -held:], mask, kept=absent, start=40 - held)
+    keys = torch.ones(2, 40, dtype=torch.bool)
+    keys[:, 1] = False
+    torch.testing.assert_close(out, attend(q, k, v, Mask(window=5, sinks=3, keys=keys))[0], rtol=1e-12, atol=1e-12)
+
+
+def test_every_other_kernel_declines_them() -> None:
+    q, k, v = drawn(40, 40)
+    with only("banded"), pytest.raises(NotImplementedError, match="no sinks"):
+        attend(q, k, v, Mask(window=5, sinks=3))
