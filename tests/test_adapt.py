@@ -420,7 +420,9 @@ def test_the_float32_switch_is_not_for_a_gpu(tmp_path: Path, monkeypatch: pytest
         adapt(recipe(tmp_path / "run", train__fast_float32=True))
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "merge": False}, {"rank": 2, "merge": True}])
+@pytest.mark.parametrize(
+    "lora", [None, *(pytest.param({"rank": 2, "merge": merge}, marks=pytest.mark.full) for merge in (False, True))]
+)
 def test_sinks_are_trained_with_and_kept(lora: dict[str, Any] | None, tmp_path: Path) -> None:
     """In the rows, the Trainer's checkpoints, and the checkpoint that is left."""
     train = {"length": 300, "steps": 2, "learning_rate": 1e-3, "log_every": 1, "save_every": 1}

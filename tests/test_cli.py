@@ -162,6 +162,22 @@ BAD = {
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "9", "--self-extend", "8:512"],
         ["below the trained length", "trained at 512"],
     ),
+    "sinks without local layers": (
+        ["convert", STORIES, "out", "--stripes", "G:9+4"],
+        ["4 sinks belong to local layers"],
+    ),
+    "a window of a dense model": (
+        ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--window", "9"],
+        ["for local layers, and this layout is dense"],
+    ),
+    "full decoding of a dense model": (
+        ["generate", STORIES, "--prompt", "Once", "--full-decode"],
+        ["full decoding belong to local layers"],
+    ),
+    "full decoding with nothing decoded": (
+        ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--stripes", "GL:2", "--full-decode"],
+        ["Give --prompt, such as 2"],
+    ),
     "missing recipe": (["adapt", "nothing.yaml"], ["nothing.yaml cannot be read"]),
     "unknown key": (["adapt", "recipe.yaml", "--set", "train.lenght=9"], ["unknown key train.lenght", "length"]),
     "contradiction": (

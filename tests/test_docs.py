@@ -68,7 +68,7 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["adapting", "evaluating", "generating", "hosts", "planning", "selecting", "self-extend"]
+    "name", ["adapting", "evaluating", "generating", "hosts", "planning", "selecting", "self-extend", "untrained"]
 )
 def test_every_command_of_the_guides_runs(name: str, zebra: Zebra, tmp_path: Path) -> None:
     """In the order of the page, from a directory that has what the repository's root has."""
@@ -114,6 +114,15 @@ def test_the_numbers_of_the_readme_are_those_of_the_rows() -> None:
         numbers = re.findall(r"[\d.,]+", cells)
         assert len(numbers) >= 6
         assert set(numbers) <= wanted, set(numbers) - wanted
+
+
+def test_the_numbers_of_stripes_without_training_are_those_of_the_rows() -> None:
+    rows = records.read(ROOT / "benchmarks" / "results" / "untrained.jsonl")
+    wanted = {f"{row.value:.3f}" for row in rows if (row.position_from, row.position_to) in ((256, 512), (1024, 2048))}
+    page = (ROOT / "docs" / "untrained.md").read_text()
+    numbers = re.findall(r"\| (\d\.\d{3})(?= \|)", page)
+    assert len(numbers) == 24
+    assert set(numbers) <= wanted, set(numbers) - wanted
 
 
 def test_nothing_of_a_machine_or_a_registry_is_in_the_project() -> None:
