@@ -12,7 +12,6 @@ from typing import Any
 from zebra.model.checkpoint import first_line
 from zebra.refusal import Refusal
 
-
 _TALKERS = ("lm_eval", "transformers.generation.stopping_criteria")
 """Who warns of a model that was loaded before, and of lengths, which are checked before any work."""
 
