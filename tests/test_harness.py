@@ -272,6 +272,12 @@ def test_too_long_is_cut_or_run_when_told() -> None:
     assert cut.length == whole.length == 520
 
 
+def test_full_decoding_does_not_show_in_what_is_read(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="the harness reads requests whole"):
+        (row,) = rows_of(STORIES, tasks=["tiny_ends"], include=folder, stripes="GLLL:5", full_decode=True)
+    assert "full" in row.layout
+
+
 @pytest.fixture
 def few_tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The harness without its own 14,000 files, which take ten seconds to read."""

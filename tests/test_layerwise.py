@@ -44,6 +44,10 @@ def test_kinds_for_now_equal_a_loaded_layout(member: str, checkpoints: Callable[
     with torch.no_grad():
         striped = zebra.load(checkpoints(member), stripes="0,3:7").get_decoder()(ids, use_cache=False)
     assert torch.equal(found, striped.last_hidden_state)
+    found = Layerwise(zebra.load(checkpoints(member)), window=7, sinks=3).states(ids, "GLLGL")[-1]
+    with torch.no_grad():
+        striped = zebra.load(checkpoints(member), stripes="0,3:7+3").get_decoder()(ids, use_cache=False)
+    assert torch.equal(found, striped.last_hidden_state)
 
 
 def test_the_model_comes_back_as_it_was(checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

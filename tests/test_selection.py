@@ -195,11 +195,11 @@ def test_a_budget_of_cost_is_the_most_layers_that_meet_it() -> None:
         ("flops:0.95", 8192, lambda r: sum(flops(r).values()), 0.95 * sum(flops(run(None)).values())),
         ("cache:4GiB@131072", 131072, kv_bytes, 4 * 2**30),
     ):
-        count = Budget.parse(text).layers(which, 1024, run)
+        count = Budget.parse(text).layers(which, Stripes(1024, pattern="L"), run)
         assert cost(striped(count, at)) <= limit < cost(striped(count + 1, at))
-    assert Budget.parse("8").layers(which, 1024, run) == 8
-    assert Budget.parse("0.25").layers(which, 1024, run) == 8
-    assert Budget.parse("0.3").layers(range(5), 1024, run) == 1
+    assert Budget.parse("8").layers(which, Stripes(1024, pattern="L"), run) == 8
+    assert Budget.parse("0.25").layers(which, Stripes(1024, pattern="L"), run) == 8
+    assert Budget.parse("0.3").layers(range(5), Stripes(1024, pattern="L"), run) == 1
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_budget_of_cost_is_the_most_layers_that_meet_it() -> None:
 )
 def test_a_budget_that_leaves_no_choice_is_refused(budget: str, why: str) -> None:
     with pytest.raises(Refusal, match=why):
-        Budget.parse(budget).layers(range(32), 1024, run)
+        Budget.parse(budget).layers(range(32), Stripes(1024, pattern="L"), run)
 
 
 TEXTS = [str(TEXT / "tinystories_test.txt")]
@@ -388,7 +388,7 @@ def test_a_target_that_exists_is_refused_before_anything_is_measured(
     assert not (tmp_path / "out-selection").exists()
 
 
-def test_a_source_with_local_layers_keeps_them_local(tmp_path: Path) -> None:
+def test_local_layers_have_their_window_and_sinks_and_stay_local(tmp_path: Path) -> None:
     zebra.convert(STORIES, tmp_path / "striped", "GL:40")
     found = select(tmp_path / "striped", 2, **GIVEN)
     kinds = found.stripes.layer_types(5)
@@ -399,5 +399,8 @@ def test_a_source_with_local_layers_keeps_them_local(tmp_path: Path) -> None:
     assert {row.layout for row in candidates} == {"2,4:32", "GLLL:32", "0,2:32"}
     (source,) = [row for row in found.rows if row.metric == "loss"]
     assert source.layout == "GL:32"
+    sunken = select(STORIES, 2, order="once", **GIVEN | {"window": "32+4"})
+    assert (sunken.stripes.window, sunken.stripes.sinks) == (32, 4)
+    assert all(row.layout.endswith(":32+4") for row in sunken.rows if row.metric == "rise")
     with pytest.raises(Refusal, match="keeps 1 to 2; a budget of 3"):
         select(tmp_path / "striped", 3, **GIVEN)

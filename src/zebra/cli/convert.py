@@ -36,7 +36,9 @@ def convert(
             "cache:4GiB@131072."
         ),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Of the layers that become local, under --select.")] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Of the layers that become local, under --select; 512+4 with 4 sinks.")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of each row that is measured.")] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="A file, folder or glob of text to measure on; may be given again.")

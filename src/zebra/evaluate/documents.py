@@ -28,6 +28,7 @@ from zebra.evaluate.perplexity import evaluating
 from zebra.evaluate.prompts import TEMPLATE, WITHOUT_DOCUMENT, Prompt, Prompts
 from zebra.evaluate.subject import Subject
 from zebra.generation import continued
+from zebra.model.loading import Loading
 from zebra.progress import bar
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -176,7 +177,7 @@ def rows_of(
         limit: how many items of the file are taken, the first ones.
         beyond: measure at lengths beyond the model, with a warning; without lengths, cut nothing.
         check_only: look at the data; do not load the model.
-        loading: what `Subject` takes beside the checkpoint.
+        loading: the fields of `zebra.model.loading.Loading`.
 
     Raises:
         Refusal: what `Subject`, `read_items` and `Prompts` refuse, a length beyond the model without `beyond`, a file
@@ -184,7 +185,7 @@ def rows_of(
     """
     how = options or Options()
     overlap = Overlap() if how.score == "generate" and not check_only else None
-    subject = Subject(checkpoint, **loading)
+    subject = Subject(checkpoint, Loading(**loading))
     if limit is not None and limit < 1:
         raise Refusal(f"at least 1 item is measured; got --limit {limit}. Raise it or leave it out.")
     items = read_items(Path(file))[:limit]

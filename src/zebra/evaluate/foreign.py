@@ -12,20 +12,22 @@ from typing import Any
 from zebra.model.checkpoint import first_line
 from zebra.refusal import Refusal
 
+_TALKERS = ("lm_eval", "transformers.generation.stopping_criteria")
+"""Who warns of a model that was loaded before, and of lengths, which are checked before any work."""
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Only errors of the harness: what it warns of about a model that was loaded before does not concern us. What it
-    or a task prints is no result, and goes to stderr.
-    """
-    its = logging.getLogger("lm_eval")
-    before = its.level
-    its.setLevel(logging.ERROR)
+    """Only errors of the harness and its host. What they or a task print is no result, and goes to stderr."""
+    before = {name: logging.getLogger(name).level for name in _TALKERS}
+    for name in _TALKERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        its.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 _SURROUNDINGS = {

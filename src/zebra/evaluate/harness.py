@@ -24,6 +24,8 @@ from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import BATCH_TOKENS
 from zebra.evaluate.subject import Subject
 from zebra.evaluate.tasks import OWN, check_own, configuration, own_tasks
+from zebra.model.loading import Loading
+from zebra.model.local import local_of
 from zebra.progress import console
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -64,7 +66,7 @@ def rows_of(
         include: a folder with YAML tasks.
         cut: let the harness cut the beginnings of requests that are too long for the model.
         beyond: run them whole, with a warning.
-        loading: what `Subject` takes beside the checkpoint.
+        loading: the fields of `zebra.model.loading.Loading`.
 
     Raises:
         Refusal: lm-eval is not installed, a task that is not there, data or packages of a task that are not there,
@@ -78,7 +80,7 @@ def rows_of(
             f"{limit} and {shots} shots. Raise what is below."
         )
     _installed()
-    subject = Subject(checkpoint, **loading)
+    subject = Subject(checkpoint, Loading(**loading))
     if chat and not subject.tokenizer.chat_template:
         raise Refusal("this checkpoint's tokenizer has no chat template. Leave chat out.")
     with quiet(), offline():
@@ -87,6 +89,12 @@ def rows_of(
             one.settle(subject.tokenizer, shots=shots, limit=limit, chat=chat, seed=seed)
         room = _check_room(subject, rounds, cut, beyond)
         model = subject.load()
+        if local_of(model).full_decode:
+            warnings.warn(
+                "full decoding shows in tokens that are generated: where a task asks for likelihoods, the harness reads"
+                " requests whole, and local layers keep their window.",
+                stacklevel=2,
+            )
         host = _host(model, subject.tokenizer, room, batch_size)
         common = {"run": run, "seed": seed} | subject.columns(model)
         return [row for one in rounds for row in one.rows(one.run(host, limit, chat), common)]

@@ -26,6 +26,7 @@ from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods
 from zebra.evaluate.perplexity import evaluating, read_text
 from zebra.evaluate.subject import Subject
 from zebra.generation import continued
+from zebra.model.loading import Loading
 from zebra.progress import bar
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -116,7 +117,7 @@ def rows_of(
     """
     _check_score(score)
     cells = _cells(tasks, lengths, depths, samples)
-    subject = Subject(checkpoint, **loading)
+    subject = Subject(checkpoint, Loading(**loading))
     subject.check_length(max(lengths), beyond)
     tokenizer = subject.tokenizer
     needles = Needles(tokenizer, _documents(haystack, tokenizer))
@@ -125,7 +126,7 @@ def rows_of(
         if length == max(lengths):
             needles.samples(task, length=length, depth=depth, seed=seed)
     model = subject.load()
-    common: dict[str, Any] = {"run": run, "seed": seed} | subject.columns(model)
+    common = {"run": run, "seed": seed} | subject.columns(model)
     rows: list[Row] = []
     with bar("retrieval", samples * sum(length for _, length, _ in cells), "tokens") as advance:
         for task, length, depth in cells:

@@ -35,11 +35,13 @@ class Losses:
 
     Args:
         model: with attention "zebra", in evaluation mode.
-        window: of the layers that are local.
+        window, sinks: of the layers that are local.
     """
 
-    def __init__(self, model: PreTrainedModel, parts: Sequence[Part], window: int, kept: Ledger | None = None):
-        self._layers, self._head, self._device = Layerwise(model, window), head_of(model), model.device
+    def __init__(
+        self, model: PreTrainedModel, parts: Sequence[Part], window: int, kept: Ledger | None = None, sinks: int = 0
+    ):
+        self._layers, self._head, self._device = Layerwise(model, window, sinks), head_of(model), model.device
         self._parts, self._kept = parts, kept or Ledger()
         self.candidates: dict[str, None] = {}
         """The layouts that were asked for on the rows that choose, in order."""

@@ -56,7 +56,7 @@ def select(
     checkpoint: str | os.PathLike[str],
     budget: str | int | float,
     *,
-    window: int,
+    window: int | str,
     length: int,
     text: Sequence[str] = (),
     tasks: Sequence[str] = (),
@@ -74,7 +74,7 @@ def select(
 
     Args:
         budget: how many: 8, a share such as 0.25, or a cost such as "cache:4GiB@131072"; see `zebra.plan.budget`.
-        window: of the layers that become local; those that the source has local get it too.
+        window: of the layers that become local, "512+4" with 4 sinks; those that the source has local get it too.
         length: tokens of each row of text, or of each task's prompt.
         text: files of text to read, or, where there are tasks, to hide their evidence in.
         tasks: retrieval tasks, see `zebra.data.questions`; the loss is that of their answers.
@@ -86,33 +86,35 @@ def select(
         Refusal: a budget that leaves nothing to choose, a host whose layers keep their kind, too little text, a length
             within the window or beyond the model, a folder of something else; what `load` and `Needles` refuse.
     """
-    _check(order, window, length, text, tasks, samples)
+    local = Stripes.parse(f"L:{window}")
+    _check(order, local.window, length, text, tasks, samples)
     place = read_device(device)
     placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
     config = as_rope(rope).changed(read_config(checkpoint))
     source = _kinds(config)
-    _check_host(config, source, window, length, rope)
-    count = _count(config, source, str(budget), window, length, placed.get("dtype") or config.dtype)
-    parts = _parts(load_tokenizer(checkpoint, config), text, separator, tasks, length, window, samples, seed)
+    _check_host(config, source, local, length, rope)
+    count = _count(config, source, str(budget), local, length, placed.get("dtype") or config.dtype)
+    parts = _parts(load_tokenizer(checkpoint, config), text, separator, tasks, length, local.window, samples, seed)
     with ExitStack() as held:
         folder = None
         if work is not None:
-            inputs = {"source": _identity(checkpoint), "rope": str(as_rope(rope)), "window": window, "seed": seed}
+            inputs = {"source": _identity(checkpoint), "rope": str(as_rope(rope)), "window": str(window), "seed": seed}
             inputs |= {"dtype": str(dtype), "device": place, "rows": _hash(parts), "versions": versions()}
             folder = held.enter_context(ledger.opened(Path(work), inputs))
         cost = Cost.of(source, count, order, parts)
         console.print(f"{count} of {source.count('G')} layers stay global, {order}: {cost}", soft_wrap=True)
         model = load(checkpoint, rope=rope, **placed).to(place)
         held.enter_context(evaluating(model))
-        losses = Losses(model, _scored(model, parts, window, folder), window, Ledger(folder))
+        parts = _scored(model, parts, local.window, folder)
+        losses = Losses(model, parts, local.window, Ledger(folder), local.sinks)
         found = _searched(losses, source, count, order, cost)
         common = {"run": run, "model": str(checkpoint), "length": length, "seed": seed}
         common |= {"device": device_name(model.device)}
         named = "+".join(dict.fromkeys(tasks)) or "text"
-        rows = [*_rows(losses, found, source, window, named, common)]
+        rows = [*_rows(losses, found, source, local, named, common)]
         if folder is not None:
             write(folder / "rows.jsonl", rows)
-    return Selection(_stripes(found[order][0], window), rows)
+    return Selection(_stripes(found[order][0], local), rows)
 
 
 def _check(order: str, window: int, length: int, text: Sequence[str], tasks: Sequence[str], samples: int) -> None:
@@ -126,7 +128,6 @@ def _check(order: str, window: int, length: int, text: Sequence[str], tasks: Seq
         raise Refusal(
             f"a selection takes at least {LEAST} rows, as one in four is held out; got {samples}. Ask for more."
         )
-    Stripes(window, pattern="L")  # refuses a window below 1
     if length <= window:
         raise Refusal(
             f"in a length of {length:,} tokens nothing lies beyond a window of {window:,}, so that no layer is needed. "
@@ -140,18 +141,18 @@ def _kinds(config: PreTrainedConfig) -> str:
     return "".join("G" if kind == GLOBAL else "L" for kind in kinds)
 
 
-def _stripes(kinds: str, window: int) -> Stripes:
-    return Stripes.of([GLOBAL if kind == "G" else LOCAL for kind in kinds], window)
+def _stripes(kinds: str, local: Stripes) -> Stripes:
+    return Stripes.of([GLOBAL if kind == "G" else LOCAL for kind in kinds], local.window, local.sinks)
 
 
-def _check_host(config: PreTrainedConfig, source: str, window: int, length: int, rope: str | None) -> None:
+def _check_host(config: PreTrainedConfig, source: str, local: Stripes, length: int, rope: str | None) -> None:
     """Refuse what could not be converted, before anything is measured."""
     refuse_changing_rope(config)
     which = [i for i, kind in enumerate(source) if kind == "G"]
     if len(which) < 2:
         raise Refusal(f"this model has {len(which)} global layers, so there is nothing to choose. Take another source.")
     for kept in which[0], which[-1]:  # a host whose layers keep their kind refuses one of these
-        striped(config, Stripes(window, global_layers=(kept,)))
+        striped(config, replace(local, pattern=None, global_layers=(kept,)))
     trained = getattr(config, "max_position_embeddings", None)
     if trained is not None and length > trained and as_rope(rope).kind != "base":
         raise Refusal(
@@ -160,18 +161,18 @@ def _check_host(config: PreTrainedConfig, source: str, window: int, length: int,
         )
 
 
-def _count(config: PreTrainedConfig, source: str, budget: str, window: int, length: int, dtype: Any) -> int:
+def _count(config: PreTrainedConfig, source: str, budget: str, local: Stripes, length: int, dtype: Any) -> int:
     def run(at: int | None) -> Run:
         kind = str(dtype).removeprefix("torch.")
         return Run(
             decoder=decoder(config.to_dict(), name="the model"),
-            stripes=_stripes(source, window) if "L" in source else None,
+            stripes=_stripes(source, local) if "L" in source else None,
             length=at or length,
             dtype=kind if kind in BYTES else "float32",
         )
 
     which = [i for i, kind in enumerate(source) if kind == "G"]
-    return Budget.parse(budget).layers(which, window, run)
+    return Budget.parse(budget).layers(which, local, run)
 
 
 def _parts(
@@ -266,7 +267,7 @@ def _searched(losses: Losses, source: str, count: int, order: str, cost: Cost) -
 
 
 def _rows(
-    losses: Losses, found: dict[str, list[str]], source: str, window: int, named: str, common: dict[str, Any]
+    losses: Losses, found: dict[str, list[str]], source: str, local: Stripes, named: str, common: dict[str, Any]
 ) -> Iterator[Row]:
     """The source's loss and what each candidate adds to it, then the same of all comparisons on the held-out rows.
 
@@ -276,7 +277,7 @@ def _rows(
     def row(what: str, kinds: str, metric: str, sums: Any, counts: Any) -> Row:
         low, high = bootstrapped(sums, counts, common["seed"]).tolist() if len(sums) > 1 else (None, None)
         return Row(
-            layout=DENSE if "L" not in kinds else str(_stripes(kinds, window)),
+            layout=DENSE if "L" not in kinds else str(_stripes(kinds, local)),
             task=f"selection-{what}-{named}",
             metric=metric,
             value=float(sums.sum() / counts.sum()),

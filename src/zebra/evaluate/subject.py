@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,18 +20,18 @@ from zebra.positions import SelfExtend
 from zebra.refusal import Refusal
 
 
+@dataclass(frozen=True)
 class Subject:
     """A checkpoint and how it is loaded. All that can be refused without the weights is refused here.
 
-    Args:
-        loading: the fields of `Loading`.
-
     Raises:
-        Refusal: what `load` refuses of the arguments, and a rope that changes with length.
+        Refusal: what `Loading` refuses, and a rope that changes with length.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike[str], **loading: Any):
-        self.checkpoint, self.loading = checkpoint, Loading(**loading)
+    checkpoint: str | os.PathLike[str]
+    loading: Loading
+
+    def __post_init__(self) -> None:
         self.loading.check()
         refuse_cache(self.config, "an answer behind its prompt")
         _ = self.setting
@@ -56,8 +57,21 @@ class Subject:
         return None if as_rope(self.loading.rope).kind == "base" else reach(self.config, self.setting)
 
     def check_length(self, length: int, beyond: bool) -> None:
-        """Refuse a length beyond the reach, or warn where it is told to go beyond."""
-        check_reach(length, self.reach, self.setting, beyond)
+        """Refuse a length beyond what the model was trained for or reaches, or warn where it is told to go beyond.
+
+        Raises:
+            Refusal: a length beyond, and nobody told to measure there.
+        """
+        if self.reach is None or length <= self.reach:
+            return
+        passes = f"a length of {length:,} tokens passes the {self.reach:,} positions that this model "
+        passes += "was trained for" if self.setting is None else f"reaches with Self-Extend {self.setting}"
+        if not beyond:
+            raise Refusal(
+                f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or a checkpoint that was adapted, "
+                "or say beyond (--beyond) to measure there all the same."
+            )
+        warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)
 
     def load(self) -> PreTrainedModel:
         """The model, in its place."""
@@ -69,21 +83,3 @@ class Subject:
             return {"model": str(self.checkpoint), "layout": layout(self.config)}
         named = described(model, self.loading.rope)
         return {"model": str(self.checkpoint), "layout": named, "device": device_name(model.device)}
-
-
-def check_reach(length: int, reach: int | None, setting: SelfExtend | None, beyond: bool) -> None:
-    """Refuse a length beyond what a model was trained for or reaches, or warn where it is told to go beyond.
-
-    Raises:
-        Refusal: a length beyond, and nobody told to measure there.
-    """
-    if reach is None or length <= reach:
-        return
-    passes = f"a length of {length:,} tokens passes the {reach:,} positions that this model "
-    passes += "was trained for" if setting is None else f"reaches with Self-Extend {setting}"
-    if not beyond:
-        raise Refusal(
-            f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or a checkpoint that was adapted, or "
-            "say beyond (--beyond) to measure there all the same."
-        )
-    warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from zebra.kernels import Mask, attend
 from zebra.model.attention import NAME
 from zebra.model.extend import in_place_of_attend
+from zebra.model.local import Local
 from zebra.refusal import Refusal
 
 
@@ -31,7 +32,7 @@ class Layerwise:
 
     Args:
         model: with attention "zebra", as `zebra.load` gives it.
-        window: of the layers that are local.
+        window, sinks: of the layers that are local, whatever theirs were.
 
     Raises:
         Refusal: another attention, layers that attend in a way of their own, a host whose layers are not one list.
@@ -42,7 +43,7 @@ class Layerwise:
         >>> hidden = layers.resumed(ids, "GGGLG", 3, states[3])
     """
 
-    def __init__(self, model: PreTrainedModel, window: int):
+    def __init__(self, model: PreTrainedModel, window: int, sinks: int = 0):
         self._decoder: Any = model.get_decoder()
         layers = getattr(self._decoder, "layers", None)
         count = model.config.num_hidden_layers
@@ -51,13 +52,14 @@ class Layerwise:
                 f"the layers of a {model.config.model_type} are run one by one from its decoder's list of {count} "
                 "layers, which it has not. Choose the layout yourself, with --stripes."
             )
-        others = [type(module.extension).__name__ for module in model.modules() if hasattr(module, "extension")]
+        hung = (getattr(module, "extension", None) for module in model.modules())
+        others = [type(found).__name__ for found in hung if found is not None and not isinstance(found, Local)]
         if model.config._attn_implementation != NAME or others:
             raise Refusal(
-                f'layers change their kind in attention "{NAME}", without Self-Extend, sinks, full decoding or '
-                f"summaries; got {', '.join(sorted({*others})) or model.config._attn_implementation}. Load it without."
+                f'layers change their kind in attention "{NAME}", without Self-Extend and summaries; '
+                f"got {', '.join(sorted({*others})) or model.config._attn_implementation}. Load it without."
             )
-        self._layers, self._window = layers, window
+        self._layers, self._window, self._local = layers, window, Local(sinks)
         self._attention = [module for module in self._decoder.modules() if hasattr(module, "layer_idx")]
 
     def states(self, ids: Tensor, kinds: str) -> list[Tensor]:
@@ -86,7 +88,7 @@ class Layerwise:
             return self._run(ids, kinds, start)
 
     def _run(self, ids: Tensor, kinds: str, start: int) -> Tensor:
-        chosen = _Chosen(kinds, self._window)
+        chosen = _Chosen(kinds, self._window, self._local)
         with torch.no_grad(), in_place_of_attend(self._attention, chosen):
             hidden: Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
         if chosen.asked != list(range(start, len(kinds))):
@@ -108,16 +110,20 @@ class Layerwise:
 class _Chosen:
     """Attends in place of `attend`, in each layer by its letter."""
 
-    def __init__(self, kinds: str, window: int):
-        self._kinds, self._window = kinds, window
+    def __init__(self, kinds: str, window: int, local: Local):
+        self._kinds, self._window, self._local = kinds, window, local
         self.asked: list[int] = []
 
     def attend(
         self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         self.asked.append(module.layer_idx)
-        window = None if self._kinds[module.layer_idx] == "G" else self._window
-        return attend(q, k, v, replace(mask, window=window), **arguments)
+        if self._kinds[module.layer_idx] == "G":
+            return attend(q, k, v, mask.without_window(), **arguments)
+        mask = replace(mask, window=self._window)
+        if self._local:
+            return self._local.attend(module, positions, q, k, v, mask, **arguments)
+        return attend(q, k, v, mask, **arguments)
 
 
 class _StandIn(nn.Module):

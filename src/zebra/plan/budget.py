@@ -62,8 +62,8 @@ class Budget:
             raise Refusal(f"a share lies between 0 and 1; got {text!r}. {_WRITE}")
         return cls(match[1] or "share", share, length)
 
-    def layers(self, which: Sequence[int], window: int, run: Callable[[int | None], Run]) -> int:
-        """How many of the model's global layers `which` may stay so, the others having the window.
+    def layers(self, which: Sequence[int], local: Stripes, run: Callable[[int | None], Run]) -> int:
+        """How many of the model's global layers `which` may stay so, the others being as those of `local`.
 
         Args:
             run: a prefill of the model as it is at a length; called only for a budget of cost.
@@ -83,7 +83,7 @@ class Budget:
         own = run(self.length)
         limit = self.amount * _cost(own, "flops") if self.unit == "flops" else self.amount
         costs = [
-            _cost(replace(own, stripes=Stripes(window, global_layers=tuple(which[:k]))), self.unit)
+            _cost(replace(own, stripes=replace(local, pattern=None, global_layers=tuple(which[:k]))), self.unit)
             for k in range(1, most + 1)
         ]
         if costs[0] > limit or costs[-1] <= limit:
