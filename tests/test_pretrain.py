@@ -163,7 +163,7 @@ def test_the_first_weights_follow_from_the_seed(few: Path, tmp_path: Path) -> No
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "model_type": ({"model": {"model_type": "llam"}}, r"no model_type 'lama'; did you mean llama\?"),
+    "model_type": ({"model": {"model_type": "llamma"}}, r"no model_type 'llamma'; did you mean llama\?"),
     "field": (
         {"model": {"model_type": "llama", "hiden_size": 8}},
         r"llama has no field hiden_size; did you mean hidden_size\?",
