@@ -625,6 +625,69 @@ def test_positions_of_a_chunk_that_do_not_follow_are_refused(model: Any) -> None
         )
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "stock"])
+@pytest.mark.parametrize("new", [1, 20])
+@pytest.mark.parametrize("start", [0, 39, 50])
+def test_positions_that_do_not_go_on_from_the_cached_ones_are_refused(
+    model: Any, start: int, new: int, ours: bool
+) -> None:
+    cache = bounded_cache(model) if ours else DynamicCache(config=model.config)
+    in_parts(model, cache, tokens(1, 40), [39, 1])
+    positions = torch.arange(start, start + new)[None]
+    with pytest.raises(Refusal, match=rf"\[{start}.* behind 40 cached ones.*Leave position_ids out.* 1,521 tokens"):
+        logits(model, tokens(1, new), past_key_values=cache, use_cache=True, position_ids=positions)
+
+
+@pytest.mark.parametrize(
+    ("positions", "shown"),
+    [
+        ([*range(30), *range(50, 60)], "28, 29, 50, 51"),
+        (list(range(0, 80, 2)), "0, 2, 4"),
+        (list(range(39, -1, -1)), "39, 38, 37"),
+        ([*range(20), *range(5, 25)], "18, 19, 5, 6"),
+    ],
+    ids=["gap", "step", "reversed", "back"],
+)
+def test_positions_of_a_whole_text_with_gaps_are_refused(model: Any, positions: list[int], shown: str) -> None:
+    with pytest.raises(Refusal, match=rf"\[{shown}.*Leave position_ids out"):
+        logits(model, tokens(1, 40), position_ids=torch.tensor([positions]))
+
+
+def test_text_at_an_offset_goes_on_there(model: Any) -> None:
+    ids, cache = tokens(2, 40), bounded_cache(model)
+    found, positions = [], torch.arange(100, 140)[None]
+    for part, at in zip(ids.split([30, 1, 1, 8], dim=1), positions.split([30, 1, 1, 8], dim=1), strict=True):
+        found.append(logits(model, part, past_key_values=cache, use_cache=True, position_ids=at))
+    assert off(torch.cat(found, dim=1), logits(model, ids)) < 2e-5
+    cache.reset()  # an emptied cache begins anew
+    assert off(in_parts(model, cache, ids, [20, 20]), logits(model, ids)) < 2e-5
+
+
+def test_packed_documents_cannot_be_gone_on_with(model: Any) -> None:
+    for start in (20, 40):
+        cache, packed = bounded_cache(model), torch.arange(20).repeat(2)[None]
+        logits(model, tokens(1, 40), past_key_values=cache, use_cache=True, position_ids=packed)
+        with pytest.raises(Refusal, match="begin at the positions"):
+            logits(model, tokens(1, 1), past_key_values=cache, use_cache=True, position_ids=torch.tensor([[start]]))
+
+
+def test_padding_is_counted_from_the_first_token_on_or_never(model: Any) -> None:
+    """Rows keep what their positions are above their places, also those of padding alone, and when they are moved."""
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :21] = 0
+    cache = bounded_cache(model)
+    for start, end in ((0, 10), (10, 30)):
+        part = {"attention_mask": mask[:, :end], "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:end]}
+        logits(model, ids[:, start:end], past_key_values=cache, use_cache=True, **part)
+    assert cache.layers[0].shift.tolist() == [[0], [-21]]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 2, 3]))
+    assert cache.layers[0].shift.tolist() == [[-21], [0], [0]]
+    with pytest.raises(Refusal, match="begin at the positions"):
+        logits(model, ids[:, 30:31].repeat(2, 1)[:3], past_key_values=cache, use_cache=True)
+
+
 def test_padding_between_tokens_is_refused(model: Any) -> None:
     mask = torch.ones(1, 20, dtype=torch.long)
     mask[0, 5:8] = 0

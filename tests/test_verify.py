@@ -162,7 +162,7 @@ def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def padding_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "_base", lambda positions, mask, total: torch.zeros(1, 1, dtype=torch.long) - 5)
+    monkeypatch.setattr(extension, "_base", lambda positions, mask, shift: torch.zeros(1, 1, dtype=torch.long) - 5)
 
 
 def short_near(monkeypatch: pytest.MonkeyPatch) -> None:

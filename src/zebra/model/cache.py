@@ -153,15 +153,21 @@ class Pending(_Parcel):
         """
         return self._layer.write(self.states, far)
 
+    def follow(self, shift: Tensor) -> bool:
+        """Whether the new tokens go on where those of the layer end; see `ExtendedLayer.follow`."""
+        return self._layer.follow(shift)
+
 
 class ExtendedLayer(GrowingLayer):
     """A global layer under Self-Extend: N far keys and N values, and W - 1 near keys; never two keys of all tokens.
 
     Attributes:
         keys: all, turned to their grouped positions. near: the last W - 1, rotated to the host's.
+        shift: in the model's first extended layer, what the host's positions are above the places in each row.
     """
 
     near: Tensor
+    shift: Tensor | None = None
 
     def __init__(self, window: int) -> None:
         super().__init__()
@@ -193,6 +199,14 @@ class ExtendedLayer(GrowingLayer):
         self.near = near if self.record_past else self._near_room.last(near, self.window - 1)
         return near[:, :, first:], self.keys
 
+    def follow(self, shift: Tensor) -> bool:
+        """Whether `shift` of new tokens, (1 or B, 1), is that of the ones before; `NOWHERE` is any."""
+        before, self.shift = self.shift, shift
+        if before is None or torch.equal(before, shift):  # one call for each token
+            return True
+        self.shift = torch.where(shift == NOWHERE, before, shift)
+        return bool(((before == shift) | (before == NOWHERE) | (shift == NOWHERE)).all())
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, and let go of the near keys that were kept for it."""
         held = self.get_seq_length()
@@ -200,6 +214,7 @@ class ExtendedLayer(GrowingLayer):
         if not self.is_initialized:
             return
         left = self.get_seq_length()
+        self.shift = self.shift if left else None
         kept = self.near.shape[-2] - (held - left) if self.near.numel() else 0
         if kept < min(left, self.window - 1):
             raise RuntimeError(
@@ -213,21 +228,29 @@ class ExtendedLayer(GrowingLayer):
         self.is_initialized = False
         super().reset()
         self.keys = self.values = self.near = torch.tensor([])
+        self.shift = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the beams in another order."""
         self.near = self.near.index_select(0, beam_idx.to(self.near.device))
+        self._rows(lambda shift: shift.index_select(0, beam_idx.to(shift.device)))
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         self.near = self.near.repeat_interleave(repeats, dim=0)
+        self._rows(lambda shift: shift.repeat_interleave(repeats, dim=0))
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         self.near = self.near[indices, ...]
+        self._rows(lambda shift: shift[indices, ...])
         super().batch_select_indices(indices)
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.shift is not None and len(self.shift) > 1:  # else one for all rows
+            self.shift = change(self.shift)
 
 
 class Held(_Parcel):
