@@ -566,6 +566,8 @@ def test_a_group_of_one_changes_nothing(checkpoints: MakeCheckpoint) -> None:
         ("cohere2", {}, "its rope is interleaved|no global layer"),
         ("persimmon", {}, "does not hand to its attention"),
         ("mistral", {"sliding_window": 16}, "no global layer with a rotary embedding.*sliding_window=None"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 5}, "no global layer.*Load it without Self-Extend.$"),
+        ("falcon", {"alibi": True}, "its positions are learned, ALiBi"),
         ("minimax", {}, "cannot run with the cache of Self-Extend|cache of its own"),
     ],
 )
