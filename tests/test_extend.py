@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import STORIES, TEXT, tiny_config, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import zebra
 from zebra import Refusal, SelfExtend
@@ -595,6 +595,12 @@ def test_settings_that_cannot_be_meant_are_refused(
         zebra.load(checkpoints("llama"), rope=rope, self_extend=setting)
 
 
+def test_a_host_that_cannot_run_is_refused(checkpoints: MakeCheckpoint) -> None:
+    """Experts in float64 are none of the host's."""
+    with pytest.raises(Refusal, match=r"cannot be tried for Self-Extend.*Load it without, or in another dtype"):
+        zebra.load(checkpoints("qwen3_moe"), self_extend=SETTING, dtype=torch.float64)
+
+
 def test_a_family_without_a_route_is_served_by_self_extend_alone(checkpoints: MakeCheckpoint) -> None:
     assert setting_of(zebra.load(checkpoints("phi"), self_extend="auto:4096")) == SelfExtend(32, 128)
     with pytest.raises(Refusal, match="cannot be served"):
@@ -717,6 +723,26 @@ def test_a_real_model_reads_far_beyond_its_length(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_real_model_reads_far_beyond_its_length_over_the_whole_text() -> None:
     held(TEXT / "tinystories_validation.txt")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chunk", [None, 512])
+def test_a_real_model_goes_on_with_3000_tokens_by_the_formulas_tokens(chunk: int | None) -> None:
+    """The formula reads prompt and new tokens at once: each is the likeliest behind those before."""
+    prompt = (TEXT / "tinystories_validation.txt").read_text().replace("<|endoftext|>", "")[:6_150]
+    made = zebra.generate(
+        STORIES, prompt, self_extend="auto:4096", max_new_tokens=40, prefill_chunk=chunk, dtype="float64", device="cpu"
+    )
+    assert 3000 <= made.prompt_tokens <= 3100
+    assert len(made.tokens) == 40
+    model = zebra.load(STORIES, self_extend="auto:4096", dtype=torch.float64)
+    assert str(setting_of(model)) == "32:128"
+    ids = torch.tensor([AutoTokenizer.from_pretrained(STORIES)(prompt)["input_ids"] + list(made.tokens)])
+    keep = torch.arange(made.prompt_tokens - 1, ids.shape[1] - 1)
+    with by_formula(model, setting_of(model)) as formula:
+        likeliest = formula(ids, logits_to_keep=keep).argmax(dim=-1)
+    assert likeliest[0].tolist() == list(made.tokens)
+    assert logits(zebra.load(STORIES), ids, logits_to_keep=keep).argmax(dim=-1)[0].tolist() != list(made.tokens)
 
 
 def held(text: Path) -> None:

@@ -174,7 +174,15 @@ def _heard(model: PreTrainedModel) -> list[_Call]:
     trained = text.max_position_embeddings
     positions = torch.tensor([0, 1, 17, trained - 1, 3 * trained + 5], device=model.device)[:, None]
     with in_place_of_attend(model.modules(), listener):
-        model(torch.full_like(positions, text.vocab_size // 3), position_ids=positions, use_cache=False)
+        try:
+            model(torch.full_like(positions, text.vocab_size // 3), position_ids=positions, use_cache=False)
+        except Refusal:
+            raise
+        except _CANNOT_RUN as error:
+            raise Refusal(
+                f"a {model.config.model_type} cannot be tried for Self-Extend, one token at several positions: "
+                f"{first_line(error)}. Load it without, or in another dtype."
+            ) from None
     if not listener.calls:
         raise Refusal(f"the attention of a {model.config.model_type} is not one of transformers' registered functions.")
     return listener.calls
@@ -186,10 +194,14 @@ def _try_cache(model: PreTrainedModel) -> None:
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     try:
         model(ids, past_key_values=bounded_cache(model), use_cache=True)
-    except (AttributeError, TypeError, ValueError) as error:
+    except _CANNOT_RUN as error:
         raise Refusal(
             f"a {model.config.model_type} cannot run with the cache of Self-Extend: {first_line(error)}"
         ) from None
+
+
+_CANNOT_RUN = (AttributeError, RuntimeError, TypeError, ValueError)
+"""How a host says that it cannot."""
 
 
 def _frequencies(model: PreTrainedModel) -> dict[str, Tensor]:
