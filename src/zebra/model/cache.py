@@ -39,8 +39,10 @@ class _Room:
     def __reduce__(self) -> tuple[type[_Room], tuple[()]]:
         return _Room, ()
 
-    def append(self, held: Tensor, new: Tensor) -> Tensor:
-        """`held` (B, K, n, D) or empty, then `new` (B, K, t, D); in a buffer of at most 1.25 (n + t) tokens."""
+    def append(self, held: Tensor, new: Tensor, keep: int | None = None) -> Tensor:
+        """`held` (B, K, n, D) or empty, then `new` (B, K, t, D); in a buffer of at most n + t tokens or 1.25 of what is
+        kept: all of them, or the last `keep`.
+        """
         if held.numel() == 0:
             return new.clone(memory_format=torch.contiguous_format)
         unlike = held.dtype != new.dtype or held.shape[:2] != new.shape[:2]
@@ -54,7 +56,9 @@ class _Room:
                 grown = held.as_strided((*held.shape[:2], n + t, size), held.stride(), held.storage_offset())
                 grown[:, :, n:] = new
                 return self._hand(grown)
-        slack = (n + t) // 4 if t <= n // 4 else 0  # another prefill as long as this one is not to be expected
+        kept = n + t if keep is None else min(n + t, keep)
+        # Another prefill as long as this one is not to be expected.
+        slack = max(0, kept + kept // 4 - (n + t)) if t <= n // 4 else 0
         buffer = held.new_empty(*held.shape[:2], n + t + slack, size)
         buffer[:, :, :n], buffer[:, :, n : n + t] = held, new
         return self._hand(buffer[:, :, : n + t])
@@ -108,8 +112,9 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.cumulative_length += key_states.shape[-2]
-        keys = self._rooms[0].append(self.keys, key_states)
-        values = self._rooms[1].append(self.values, value_states)
+        keep = None if self.record_past else self.sliding_window - 1
+        keys = self._rooms[0].append(self.keys, key_states, keep)
+        values = self._rooms[1].append(self.values, value_states, keep)
         first = max(0, keys.shape[-2] - (self.sliding_window - 1 + key_states.shape[-2]))
         if self.record_past:
             self.keys, self.values = keys, values
@@ -194,7 +199,7 @@ class ExtendedLayer(GrowingLayer):
     def write(self, exact: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
         """Append new keys; return those that the new queries see near, and all far ones."""
         self.keys = self._rooms[0].append(self.keys, far)
-        near = self._near_room.append(self.near, exact)
+        near = self._near_room.append(self.near, exact, None if self.record_past else self.window - 1)
         first = max(0, near.shape[-2] - (self.window - 1 + exact.shape[-2]))
         self.near = near if self.record_past else self._near_room.last(near, self.window - 1)
         return near[:, :, first:], self.keys
