@@ -726,17 +726,16 @@ def test_a_real_model_reads_far_beyond_its_length_over_the_whole_text() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("chunk", [None, 512])
-def test_a_real_model_goes_on_with_3000_tokens_by_the_formulas_tokens(chunk: int | None) -> None:
+def test_a_real_model_goes_on_with_3000_tokens_by_the_formulas_tokens() -> None:
     """The formula reads prompt and new tokens at once: each is the likeliest behind those before."""
     prompt = (TEXT / "tinystories_validation.txt").read_text().replace("<|endoftext|>", "")[:6_150]
-    made = zebra.generate(
-        STORIES, prompt, self_extend="auto:4096", max_new_tokens=40, prefill_chunk=chunk, dtype="float64", device="cpu"
-    )
-    assert 3000 <= made.prompt_tokens <= 3100
-    assert len(made.tokens) == 40
     model = zebra.load(STORIES, self_extend="auto:4096", dtype=torch.float64)
     assert str(setting_of(model)) == "32:128"
+    options: dict[str, Any] = {"self_extend": "auto:4096", "dtype": "float64", "device": "cpu", "max_new_tokens": 40}
+    made = zebra.generate(STORIES, prompt, **options)
+    assert made.tokens == zebra.generate(STORIES, prompt, prefill_chunk=512, **options).tokens
+    assert 3000 <= made.prompt_tokens <= 3100
+    assert len(made.tokens) == 40
     ids = torch.tensor([AutoTokenizer.from_pretrained(STORIES)(prompt)["input_ids"] + list(made.tokens)])
     keep = torch.arange(made.prompt_tokens - 1, ids.shape[1] - 1)
     with by_formula(model, setting_of(model)) as formula:

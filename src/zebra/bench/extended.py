@@ -238,7 +238,7 @@ def _layer_error(sizes: Extended, setting: SelfExtend | None) -> float:
     q, k, v = (states[:, : max(1, states.shape[1] * 2 // sizes.heads)] for states in tensors)
     rope, positions = frequencies(sizes), _positions(0, sizes.length, q.device)
     start = torch.zeros_like(positions)
-    formula = Formula(Layer(None, None, "rope", rope), setting, sizes.length)
+    formula = Formula(Layer(None, None, 0, "rope", rope), setting, sizes.length)
     wanted = formula.attend(None, start, q, k, v, Mask())[0].transpose(1, 2)
     q, k = (turned(states, turn_between(rope, start, positions, torch.float32)) for states in (q, k))
     module, layer = _module(sizes, setting), _cache_layer(setting)
