@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, TEXT, changed, losses, tiny_model
+from conftest import ROOT, STORIES, TEXT, changed, losses, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
 from zebra import Refusal, records
+from zebra.data.needles import Needles
+from zebra.evaluate.retrieval import retrieval
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_local
 from zebra.model.local import Local
@@ -209,6 +211,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
     with pytest.raises(Refusal, match=r"not finite at step 4, at a learning rate of .*finite checkpoint is .*step 2"):
         pretrain(recipe(tmp_path / "run", few, evaluate=None, data__held_out=None))
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_example_finds_what_it_was_taught_to_find() -> None:
+    example = ROOT / "examples" / "retrieval-3.5M"
+    model, tokenizer = zebra.load(example, dtype=torch.float32), AutoTokenizer.from_pretrained(example)
+    for task in ("passkey", "needle"):
+        samples = Needles(tokenizer).samples(task, length=256, depth=0.5, count=10, seed=1)
+        assert sum(retrieval(model, tokenizer, samples)) >= 9
 
 
 # The tokenizer
