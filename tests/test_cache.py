@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 import zebra
-from zebra.model.cache import GrowingLayer, StripedCache, TrimmedSlidingLayer
+from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache, TrimmedSlidingLayer
 
 WINDOW = 9
 TOKEN = 2 * 2 * 8 * 4
@@ -68,6 +68,20 @@ def grow(layer: Any, parts: list[int], batch: int = 1) -> None:
     generator = torch.Generator().manual_seed(1)
     for n in parts:
         layer.update(*(torch.randn(batch, 2, n, 8, generator=generator) for _ in range(2)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [33, 64, 65])
+def test_slack_is_a_quarter_of_what_is_kept(window: int) -> None:
+    """Not of that and the new token, which is let go of again."""
+    local, near = TrimmedSlidingLayer(window), ExtendedLayer(window)
+    for _ in range(3 * window):
+        states = torch.randn(1, 2, 1, 8)
+        local.update(states, states)
+        near.update(states, states)[0].write(states)
+        for held in (local.keys, local.values, near.near):
+            tokens = held.untyped_storage().nbytes() // (2 * 8 * 4)
+            assert held.shape[2] <= tokens <= max(held.shape[2] + 1, 1.25 * held.shape[2])
 
 
 @pytest.mark.parametrize("parts", [[100] + [1] * 300, [7] * 60, [40, 1, 1, 40, 1, 3] * 5, [1] * 50], ids=str)

@@ -204,6 +204,10 @@ BAD = {
     "verify elsewhere": (["verify", STORIES, "--against", STORIES, "--device", "tape"], ["no device 'tape'"]),
     "verify in integers": (["verify", STORIES, "--against", STORIES, "--dtype", "int8"], ["float64, float32"]),
     "target without a name": (["convert", STORIES, ".", "--stripes", "GL:9"], ["exists already"]),
+    "a length in words": (["plan", "llama-2-7b", "--length", "4k"], ["'--length'", "valid integer", "plan --help"]),
+    "no such bench": (["bench", "nosuch"], ["No such command 'nosuch'", "bench --help"]),
+    "no such option": (["doctor", "--jsn"], ["No such option", "--json"]),
+    "no target": (["convert", STORIES], ["Missing argument 'target'"]),
     "no rows": (["report", "nothing.jsonl"], ["no file of rows"]),
     "broken rows": (["report", "recipe.yaml"], ["recipe.yaml, line 1 is not a row"]),
 }
@@ -262,10 +266,16 @@ def test_a_refusal_in_a_process_of_its_own(zebra: Zebra) -> None:
     refused(zebra("convert", "nowhere", "out", "--stripes", "GL:9"), "no checkpoint at nowhere")
 
 
-def test_usage_errors_end_with_2(zebra: Zebra) -> None:
-    done = zebra("convert", STORIES)
-    assert done.returncode == 2
-    assert "target" in done.stderr
+def test_a_command_without_a_verb_shows_the_help(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for group in ((), ("evaluate",)):
+        monkeypatch.setattr(sys, "argv", ["zebra", *group])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out, err = capfd.readouterr()
+        assert (exit.value.code, err) == (2, "")
+        assert out.count("perplexity" if group else "generate") == 1
 
 
 def test_help_is_quick(zebra: Zebra) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import STORIES, TEXT, tiny_config, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import zebra
 from zebra import Refusal, SelfExtend
@@ -566,6 +566,8 @@ def test_a_group_of_one_changes_nothing(checkpoints: MakeCheckpoint) -> None:
         ("cohere2", {}, "its rope is interleaved|no global layer"),
         ("persimmon", {}, "does not hand to its attention"),
         ("mistral", {"sliding_window": 16}, "no global layer with a rotary embedding.*sliding_window=None"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 5}, "no global layer.*Load it without Self-Extend.$"),
+        ("falcon", {"alibi": True}, "its positions are learned, ALiBi"),
         ("minimax", {}, "cannot run with the cache of Self-Extend|cache of its own"),
     ],
 )
@@ -591,6 +593,12 @@ def test_settings_that_cannot_be_meant_are_refused(
 ) -> None:
     with pytest.raises(Refusal, match=words):
         zebra.load(checkpoints("llama"), rope=rope, self_extend=setting)
+
+
+def test_a_host_that_cannot_run_is_refused(checkpoints: MakeCheckpoint) -> None:
+    """Experts in float64 are none of the host's."""
+    with pytest.raises(Refusal, match=r"cannot be tried for Self-Extend.*Load it without, or in another dtype"):
+        zebra.load(checkpoints("qwen3_moe"), self_extend=SETTING, dtype=torch.float64)
 
 
 def test_a_family_without_a_route_is_served_by_self_extend_alone(checkpoints: MakeCheckpoint) -> None:
@@ -625,6 +633,69 @@ def test_positions_of_a_chunk_that_do_not_follow_are_refused(model: Any) -> None
         )
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "stock"])
+@pytest.mark.parametrize("new", [1, 20])
+@pytest.mark.parametrize("start", [0, 39, 50])
+def test_positions_that_do_not_go_on_from_the_cached_ones_are_refused(
+    model: Any, start: int, new: int, ours: bool
+) -> None:
+    cache = bounded_cache(model) if ours else DynamicCache(config=model.config)
+    in_parts(model, cache, tokens(1, 40), [39, 1])
+    positions = torch.arange(start, start + new)[None]
+    with pytest.raises(Refusal, match=rf"\[{start}.* behind 40 cached ones.*Leave position_ids out.* 1,521 tokens"):
+        logits(model, tokens(1, new), past_key_values=cache, use_cache=True, position_ids=positions)
+
+
+@pytest.mark.parametrize(
+    ("positions", "shown"),
+    [
+        ([*range(30), *range(50, 60)], "28, 29, 50, 51"),
+        (list(range(0, 80, 2)), "0, 2, 4"),
+        (list(range(39, -1, -1)), "39, 38, 37"),
+        ([*range(20), *range(5, 25)], "18, 19, 5, 6"),
+    ],
+    ids=["gap", "step", "reversed", "back"],
+)
+def test_positions_of_a_whole_text_with_gaps_are_refused(model: Any, positions: list[int], shown: str) -> None:
+    with pytest.raises(Refusal, match=rf"\[{shown}.*Leave position_ids out"):
+        logits(model, tokens(1, 40), position_ids=torch.tensor([positions]))
+
+
+def test_text_at_an_offset_goes_on_there(model: Any) -> None:
+    ids, cache = tokens(2, 40), bounded_cache(model)
+    found, positions = [], torch.arange(100, 140)[None]
+    for part, at in zip(ids.split([30, 1, 1, 8], dim=1), positions.split([30, 1, 1, 8], dim=1), strict=True):
+        found.append(logits(model, part, past_key_values=cache, use_cache=True, position_ids=at))
+    assert off(torch.cat(found, dim=1), logits(model, ids)) < 2e-5
+    cache.reset()  # an emptied cache begins anew
+    assert off(in_parts(model, cache, ids, [20, 20]), logits(model, ids)) < 2e-5
+
+
+def test_packed_documents_cannot_be_gone_on_with(model: Any) -> None:
+    for start in (20, 40):
+        cache, packed = bounded_cache(model), torch.arange(20).repeat(2)[None]
+        logits(model, tokens(1, 40), past_key_values=cache, use_cache=True, position_ids=packed)
+        with pytest.raises(Refusal, match="begin at the positions"):
+            logits(model, tokens(1, 1), past_key_values=cache, use_cache=True, position_ids=torch.tensor([[start]]))
+
+
+def test_padding_is_counted_from_the_first_token_on_or_never(model: Any) -> None:
+    """Rows keep what their positions are above their places, also those of padding alone, and when they are moved."""
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :21] = 0
+    cache = bounded_cache(model)
+    for start, end in ((0, 10), (10, 30)):
+        part = {"attention_mask": mask[:, :end], "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:end]}
+        logits(model, ids[:, start:end], past_key_values=cache, use_cache=True, **part)
+    assert cache.layers[0].shift.tolist() == [[0], [-21]]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 2, 3]))
+    assert cache.layers[0].shift.tolist() == [[-21], [0], [0]]
+    with pytest.raises(Refusal, match="begin at the positions"):
+        logits(model, ids[:, 30:31].repeat(2, 1)[:3], past_key_values=cache, use_cache=True)
+
+
 def test_padding_between_tokens_is_refused(model: Any) -> None:
     mask = torch.ones(1, 20, dtype=torch.long)
     mask[0, 5:8] = 0
@@ -652,6 +723,26 @@ def test_a_real_model_reads_far_beyond_its_length(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_real_model_reads_far_beyond_its_length_over_the_whole_text() -> None:
     held(TEXT / "tinystories_validation.txt")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chunk", [None, 512])
+def test_a_real_model_goes_on_with_3000_tokens_by_the_formulas_tokens(chunk: int | None) -> None:
+    """The formula reads prompt and new tokens at once: each is the likeliest behind those before."""
+    prompt = (TEXT / "tinystories_validation.txt").read_text().replace("<|endoftext|>", "")[:6_150]
+    made = zebra.generate(
+        STORIES, prompt, self_extend="auto:4096", max_new_tokens=40, prefill_chunk=chunk, dtype="float64", device="cpu"
+    )
+    assert 3000 <= made.prompt_tokens <= 3100
+    assert len(made.tokens) == 40
+    model = zebra.load(STORIES, self_extend="auto:4096", dtype=torch.float64)
+    assert str(setting_of(model)) == "32:128"
+    ids = torch.tensor([AutoTokenizer.from_pretrained(STORIES)(prompt)["input_ids"] + list(made.tokens)])
+    keep = torch.arange(made.prompt_tokens - 1, ids.shape[1] - 1)
+    with by_formula(model, setting_of(model)) as formula:
+        likeliest = formula(ids, logits_to_keep=keep).argmax(dim=-1)
+    assert likeliest[0].tolist() == list(made.tokens)
+    assert logits(zebra.load(STORIES), ids, logits_to_keep=keep).argmax(dim=-1)[0].tolist() != list(made.tokens)
 
 
 def held(text: Path) -> None:

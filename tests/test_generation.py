@@ -218,6 +218,23 @@ def test_a_text_beyond_the_trained_length_is_warned_of_once(model: Any, long: st
         zebra.generate(STORIES, long * 2, max_new_tokens=5, rope="base:5000000", device="cpu")
 
 
+def test_a_text_beyond_the_reach_of_self_extend_is_warned_of_before_and_once(
+    long: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.warns(UserWarning, match=r"pass the 512 that Self-Extend 1:7") as told:
+        made = zebra.generate(STORIES, long * 2, max_new_tokens=5, self_extend="1:7", device="cpu")
+    assert [f"auto:{made.prompt_tokens + 5}." in str(one.message) for one in told] == [True]
+    ready = zebra.load(STORIES, self_extend="2:128")
+    with pytest.warns(
+        UserWarning, match=r"up to 890 new ones pass the 896 that Self-Extend 2:128 .* auto:898\."
+    ) as told:
+        zebra.generate(ready, ONCE, max_new_tokens=890, stop=("Lily",))
+    assert (len(told), caplog.messages) == (1, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zebra.generate(ready, ONCE, max_new_tokens=888, stop=("Lily",))
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -396,6 +396,8 @@ REFUSED = {
     "short reach": (["llama-2-7b", "--self-extend", "2:1024"], "to 7,168; got 16,384"),
     "no window": (["llama-2-7b", "--self-extend", "8"], "GROUP:WINDOW"),
     "trained": (["llama-2-7b", "--self-extend", "8:512", "--phase", "train"], "needs no training"),
+    "learned positions": (["gpt2-117m", "--self-extend", "auto:16384"], "its positions are learned, ALiBi"),
+    "nothing global": (["llama-2-7b", "--stripes", "L:9", "--self-extend", "auto:16384"], "no global layer"),
     "a picture": (["llama-2-7b", "--picture", "out.png"], "out.svg"),
 }
 
@@ -424,6 +426,32 @@ def test_bad_input_is_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_config_that_cannot_be_reckoned_is_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(Refusal, match=words):
         decoder.decoder(shape("llama-2-7b") | fields, name="x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "a rope of type dynamic, whose frequencies"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "a rope of type longrope"),
+        ({"rope_parameters": {GLOBAL: {"rope_type": "longrope"}, LOCAL: {"rope_type": "default"}}}, "type longrope"),
+        ({"alibi": True}, "ALiBi"),
+        ({"model_type": "cohere2"}, "no global layer with a rotary embedding"),
+        ({"sliding_window": 4096}, "no global layer with a rotary embedding"),
+    ],
+    ids=str,
+)
+def test_hosts_that_loading_refuses_under_self_extend_are_refused(fields: dict[str, Any], words: str) -> None:
+    read = decoder.decoder(shape("llama-2-7b") | fields, name="x")
+    assert sheet.tree(Run(decoder=read, stripes=read.stripes, length=9), DEVICE, budget=None, seconds=None)
+    with pytest.raises(Refusal, match=words):
+        Run(decoder=read, stripes=read.stripes, length=9, self_extend=SelfExtend(8, 1024))
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}], ids=str)
+def test_ropes_that_can_be_turned_again_are_reckoned(rope: dict[str, Any]) -> None:
+    read = decoder.decoder(shape("llama-2-7b") | {"rope_scaling": rope or None}, name="x")
+    assert read.rope == rope.get("rope_type", rope.get("type", "default"))
+    assert Run(decoder=read, stripes=None, length=9, self_extend=SelfExtend(8, 1024)).self_extend
 
 
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:

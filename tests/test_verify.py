@@ -143,6 +143,15 @@ def test_self_extend_is_verified_without_a_source(checkpoints: Callable[..., Pat
     assert checks[0].difference == 0
 
 
+def test_self_extend_is_held_to_the_hosts_own_angles() -> None:
+    """In float64 nothing but their cosines is float32's, however long the text."""
+    for dtype, length, allowed in (("float32", 512, 1e-5), ("float32", 600, 1e-5 * 600 / 512), ("float64", 600, 5e-6)):
+        checks = zebra.verify(STORIES, self_extend="8:16", dtype=dtype, length=length)
+        assert failed(checks) == set()
+        assert checks[1].tolerance == allowed
+        assert checks[1].difference < (5e-7 if dtype == "float64" else 2e-6)
+
+
 def test_stripes_and_self_extend_are_verified_together(converted: Path) -> None:
     checks = zebra.verify(converted, against=STORIES, self_extend="auto:1000")
     assert failed(checks) == set()
@@ -157,12 +166,17 @@ def no_shift(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "grouped_query", lambda i, group, window: i // group)
 
 
+def a_little_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = extension.turned
+    monkeypatch.setattr(extension, "turned", lambda states, turn: real(states, turn) * (1 + 3e-5))
+
+
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "documents", lambda positions, batch: None)
 
 
 def padding_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "_base", lambda positions, mask, total: torch.zeros(1, 1, dtype=torch.long) - 5)
+    monkeypatch.setattr(extension, "_base", lambda positions, mask, shift: torch.zeros(1, 1, dtype=torch.long) - 5)
 
 
 def short_near(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +194,7 @@ def short_near(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (unturned, {"long"}),
         (no_shift, {"long"}),
+        (a_little_off, {"long"}),
         (leaking, {"packed"}),
         (padding_counted, {"long"}),
         (short_near, {"cached", "chunked"}),

@@ -26,6 +26,7 @@ from zebra.model.checkpoint import load_tokenizer
 from zebra.model.extend import setting_of
 from zebra.model.loading import Loading
 from zebra.model.rope import as_rope, refuse_cache
+from zebra.positions import SelfExtend
 from zebra.progress import bar
 from zebra.refusal import Refusal
 
@@ -174,8 +175,6 @@ def generate(
     if not prompt:
         raise Refusal("the prompt is empty. Give at least one character.")
     ready = model if isinstance(model, PreTrainedModel) else None
-    already = ready is not None and setting_of(ready) is not None
-    extended = loading.self_extend is not None or already or as_rope(loading.rope).kind == "base"
     if isinstance(model, PreTrainedModel):
         if given := loading.given():
             raise Refusal(f"{', '.join(given)} are for loading, and this model is loaded. Give them to zebra.load.")
@@ -187,8 +186,9 @@ def generate(
     refuse_cache(config, "generating")
     tokenizer = tokenizer or load_tokenizer(source, config)
     inputs = encoded(prompt, tokenizer, chat)
-    if not extended:
-        _warn_beyond(config, inputs["input_ids"].shape[1], chosen.max_new_tokens)
+    setting = loading.extension(config) if ready is None else setting_of(ready)
+    if setting is not None or as_rope(loading.rope).kind != "base":
+        _warn_beyond(config, setting, inputs["input_ids"].shape[1], chosen.max_new_tokens)
     return _run(ready or loading.model(source), tokenizer, inputs, chosen, on_text)
 
 
@@ -249,7 +249,8 @@ def _run(
     ids = inputs["input_ids"].to(model.device)
     writer, clock = _Writer(tokenizer, on_text), _Clock()
     streams = decoding.num_beams == 1  # the host has no stream of beams: the best is known at the end
-    with _deterministic(model, decoding.seed), _one_warning(), _reading(model, ids.shape[1], decoding.prefill_chunk):
+    told = _one_warning("zebra.model.extension")
+    with _deterministic(model, decoding.seed), told, _reading(model, ids.shape[1], decoding.prefill_chunk):
         start = time.perf_counter()
         try:
             host: Any = model.generate(
@@ -369,15 +370,21 @@ def _deterministic(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _one_warning() -> Iterator[None]:
-    """Ours about the length comes before any work and names the remedy: the host's, on the way, is left out."""
-    its = logging.getLogger("transformers.generation.stopping_criteria")
-    before = its.level
-    its.setLevel(logging.ERROR)
+def _one_warning(*ours: str) -> Iterator[None]:
+    """Ours about the length comes before any work and names the remedy: the host's, on the way, is left out.
+
+    Args:
+        ours: loggers of ours that are left out too.
+    """
+    loggers = [logging.getLogger(name) for name in ("transformers.generation.stopping_criteria", *ours)]
+    before = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        its.setLevel(before)
+        for one, level in zip(loggers, before, strict=True):
+            one.setLevel(level)
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -387,12 +394,18 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     return [] if found is None else found if isinstance(found, list) else [found]
 
 
-def _warn_beyond(config: PreTrainedConfig, prompt: int, new: int) -> None:
-    trained = getattr(config, "max_position_embeddings", None)
-    if trained is not None and prompt + new > trained:
-        warnings.warn(
-            f"{prompt:,} tokens of prompt and up to {new:,} new ones pass the {trained:,} positions that this model "
-            "was trained for: the text may become noise. Shorten them, or give self_extend, a rope such as yarn:8, or "
-            "a checkpoint that was adapted.",
-            stacklevel=3,
-        )
+def _warn_beyond(config: PreTrainedConfig, setting: SelfExtend | None, prompt: int, new: int) -> None:
+    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if trained is None or prompt + new <= (trained if setting is None else setting.reach(trained)):
+        return
+    if setting is None:
+        passed = f"{trained:,} positions that this model was trained for"
+        remedy = "Shorten them, or give self_extend, a rope such as yarn:8, or a checkpoint that was adapted."
+    else:
+        passed = f"{setting.reach(trained):,} that Self-Extend {setting} takes this model to"
+        remedy = f"Shorten them, raise the group, or write auto:{prompt + new}."
+    warnings.warn(
+        f"{prompt:,} tokens of prompt and up to {new:,} new ones pass the {passed}: the text may become noise. "
+        + remedy,
+        stacklevel=3,
+    )

@@ -25,6 +25,9 @@ from typing import Any
 
 from zebra.refusal import Refusal
 
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Types of rope whose frequencies change with the text's length."""
+
 Position = Any
 """An int, or an integer tensor that broadcasts against the other position."""
 
@@ -150,6 +153,39 @@ def suggest(trained: int, target: int) -> SelfExtend:
     window = trained // 4
     least = (target - window) / (trained / 2 - window)
     return SelfExtend(1 << max(1, math.ceil(math.log2(least))), window)
+
+
+def refuse_rope(family: str, kind: str | None) -> None:
+    """Refuse a host whose positions could not be turned again; `zebra.load` and `zebra plan` do, with these words.
+
+    Args:
+        kind: the type of its rope by its config, None where its positions are no rotary embedding.
+
+    Raises:
+        Refusal: no rope, dynamic NTK, longrope.
+    """
+    if kind is None:
+        raise Refusal(
+            f"Self-Extend turns rotary embeddings, and this {family} has none of transformers' kind: its positions are "
+            "learned, ALiBi, or made in the attention itself."
+        )
+    if kind in LENGTH_DEPENDENT:
+        raise Refusal(
+            f"this {family} has a rope of type {kind}, whose frequencies change with the text's length, so that cached "
+            "keys could not be turned again. Self-Extend serves default, linear, llama3 and yarn."
+        )
+
+
+def refuse_no_global(family: str, remedy: str = "Take a layout with a global layer, or drop Self-Extend.") -> None:
+    """Refuse a model in which nothing is left to extend.
+
+    Raises:
+        Refusal: always.
+    """
+    raise Refusal(
+        f"this {family} has no global layer with a rotary embedding, so Self-Extend has nothing to extend: local "
+        f"layers never look beyond their window. {remedy}"
+    )
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:

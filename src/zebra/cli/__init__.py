@@ -34,15 +34,25 @@ _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
+_UsageError: Any = typer.BadParameter.__base__
+"""Typer brings click's along, and names no more of its errors than two."""
+
+
 def main() -> None:
-    """The command `zebra`: a refusal is one line and exit code 2, an interrupt exit code 130."""
+    """The command `zebra`: a refusal, or what cannot be parsed, is one line and exit code 2, an interrupt code 130."""
     interrupted = "interrupted. Nothing half-written was left; the same command goes on where it can."
     try:
-        app()
-    except SystemExit as end:
-        if end.code == 130:  # typer catches the interrupt first, and says nothing
+        code = app(standalone_mode=False)
+        if code == 130:  # typer catches the interrupt first, and says nothing
             _fail(interrupted, 130)
-        raise
+        raise SystemExit(code or 0)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            if page := error.format_message():  # typer with rich has printed it
+                print(page)
+            raise SystemExit(2) from None
+        more = f" `{error.ctx.command_path} --help` lists what there is." if error.ctx else ""
+        _fail(error.format_message().rstrip(".") + "." + more, 2)
     except Refusal as refusal:
         _fail(str(refusal), 2)
     except KeyboardInterrupt:

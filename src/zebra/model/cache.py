@@ -39,8 +39,10 @@ class _Room:
     def __reduce__(self) -> tuple[type[_Room], tuple[()]]:
         return _Room, ()
 
-    def append(self, held: Tensor, new: Tensor) -> Tensor:
-        """`held` (B, K, n, D) or empty, then `new` (B, K, t, D); in a buffer of at most 1.25 (n + t) tokens."""
+    def append(self, held: Tensor, new: Tensor, keep: int | None = None) -> Tensor:
+        """`held` (B, K, n, D) or empty, then `new` (B, K, t, D); in a buffer of at most n + t tokens or 1.25 of what is
+        kept: all of them, or the last `keep`.
+        """
         if held.numel() == 0:
             return new.clone(memory_format=torch.contiguous_format)
         unlike = held.dtype != new.dtype or held.shape[:2] != new.shape[:2]
@@ -54,7 +56,9 @@ class _Room:
                 grown = held.as_strided((*held.shape[:2], n + t, size), held.stride(), held.storage_offset())
                 grown[:, :, n:] = new
                 return self._hand(grown)
-        slack = (n + t) // 4 if t <= n // 4 else 0  # another prefill as long as this one is not to be expected
+        kept = n + t if keep is None else min(n + t, keep)
+        # Another prefill as long as this one is not to be expected.
+        slack = max(0, kept + kept // 4 - (n + t)) if t <= n // 4 else 0
         buffer = held.new_empty(*held.shape[:2], n + t + slack, size)
         buffer[:, :, :n], buffer[:, :, n : n + t] = held, new
         return self._hand(buffer[:, :, : n + t])
@@ -108,8 +112,9 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.cumulative_length += key_states.shape[-2]
-        keys = self._rooms[0].append(self.keys, key_states)
-        values = self._rooms[1].append(self.values, value_states)
+        keep = None if self.record_past else self.sliding_window - 1
+        keys = self._rooms[0].append(self.keys, key_states, keep)
+        values = self._rooms[1].append(self.values, value_states, keep)
         first = max(0, keys.shape[-2] - (self.sliding_window - 1 + key_states.shape[-2]))
         if self.record_past:
             self.keys, self.values = keys, values
@@ -153,15 +158,21 @@ class Pending(_Parcel):
         """
         return self._layer.write(self.states, far)
 
+    def follow(self, shift: Tensor) -> bool:
+        """Whether the new tokens go on where those of the layer end; see `ExtendedLayer.follow`."""
+        return self._layer.follow(shift)
+
 
 class ExtendedLayer(GrowingLayer):
     """A global layer under Self-Extend: N far keys and N values, and W - 1 near keys; never two keys of all tokens.
 
     Attributes:
         keys: all, turned to their grouped positions. near: the last W - 1, rotated to the host's.
+        shift: in the model's first extended layer, what the host's positions are above the places in each row.
     """
 
     near: Tensor
+    shift: Tensor | None = None
 
     def __init__(self, window: int) -> None:
         super().__init__()
@@ -188,10 +199,18 @@ class ExtendedLayer(GrowingLayer):
     def write(self, exact: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
         """Append new keys; return those that the new queries see near, and all far ones."""
         self.keys = self._rooms[0].append(self.keys, far)
-        near = self._near_room.append(self.near, exact)
+        near = self._near_room.append(self.near, exact, None if self.record_past else self.window - 1)
         first = max(0, near.shape[-2] - (self.window - 1 + exact.shape[-2]))
         self.near = near if self.record_past else self._near_room.last(near, self.window - 1)
         return near[:, :, first:], self.keys
+
+    def follow(self, shift: Tensor) -> bool:
+        """Whether `shift` of new tokens, (1 or B, 1), is that of the ones before; `NOWHERE` is any."""
+        before, self.shift = self.shift, shift
+        if before is None or torch.equal(before, shift):  # one call for each token
+            return True
+        self.shift = torch.where(shift == NOWHERE, before, shift)
+        return bool(((before == shift) | (before == NOWHERE) | (shift == NOWHERE)).all())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, and let go of the near keys that were kept for it."""
@@ -200,6 +219,7 @@ class ExtendedLayer(GrowingLayer):
         if not self.is_initialized:
             return
         left = self.get_seq_length()
+        self.shift = self.shift if left else None
         kept = self.near.shape[-2] - (held - left) if self.near.numel() else 0
         if kept < min(left, self.window - 1):
             raise RuntimeError(
@@ -213,21 +233,29 @@ class ExtendedLayer(GrowingLayer):
         self.is_initialized = False
         super().reset()
         self.keys = self.values = self.near = torch.tensor([])
+        self.shift = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the beams in another order."""
         self.near = self.near.index_select(0, beam_idx.to(self.near.device))
+        self._rows(lambda shift: shift.index_select(0, beam_idx.to(shift.device)))
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         self.near = self.near.repeat_interleave(repeats, dim=0)
+        self._rows(lambda shift: shift.repeat_interleave(repeats, dim=0))
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         self.near = self.near[indices, ...]
+        self._rows(lambda shift: shift[indices, ...])
         super().batch_select_indices(indices)
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.shift is not None and len(self.shift) > 1:  # else one for all rows
+            self.shift = change(self.shift)
 
 
 class Held(_Parcel):

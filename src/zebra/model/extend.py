@@ -24,7 +24,7 @@ from zebra.model.checkpoint import first_line
 from zebra.model.extension import Extension, Rope, turn_between, turned
 from zebra.model.local import Local, local_of
 from zebra.model.rope import changes_with_length
-from zebra.positions import SelfExtend
+from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
 from zebra.refusal import Refusal
 
 
@@ -41,12 +41,7 @@ def resolved(self_extend: SelfExtend | str, config: PreTrainedConfig) -> SelfExt
             f"Self-Extend starts from the length that a model was trained at, and the config of this {text.model_type} "
             "has no max_position_embeddings. Pass max_position_embeddings=LENGTH."
         )
-    kind = changes_with_length(text)
-    if kind is not None:
-        raise Refusal(
-            f"this {text.model_type} has a rope of type {kind}, whose frequencies change with the text's length, so "
-            "that cached keys could not be turned again. Self-Extend serves default, linear, llama3 and yarn."
-        )
+    refuse_rope(text.model_type, None if getattr(text, "alibi", False) else changes_with_length(text) or "default")
     setting = SelfExtend.parse(self_extend, trained) if isinstance(self_extend, str) else self_extend
     setting.check(trained)
     return setting
@@ -78,11 +73,11 @@ def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
         rope = ropes.setdefault(layer.rope, Rope(layer.frequencies, setting, trained))
         layer.module.extension = Extension(rope, layer.module.layer_idx, first=first)
     if not ropes:
-        raise Refusal(
-            f"this {model.config.model_type} has no global layer with a rotary embedding, so Self-Extend has nothing "
-            "to extend: local layers never look beyond their window. Load it without Self-Extend, or, where the "
-            "window is the checkpoint's own for all layers, with sliding_window=None."
+        one_window = getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")
+        remedy = ", or with sliding_window=None, as the window is the checkpoint's own for all layers" * bool(
+            one_window
         )
+        refuse_no_global(model.config.model_type, f"Load it without Self-Extend{remedy}.")
     _try_cache(model)
 
 
@@ -185,7 +180,15 @@ def _heard(model: PreTrainedModel) -> list[_Call]:
     trained = text.max_position_embeddings
     positions = torch.tensor([0, 1, 17, trained - 1, 3 * trained + 5], device=model.device)[:, None]
     with in_place_of_attend(model.modules(), listener):
-        model(torch.full_like(positions, text.vocab_size // 3), position_ids=positions, use_cache=False)
+        try:
+            model(torch.full_like(positions, text.vocab_size // 3), position_ids=positions, use_cache=False)
+        except Refusal:
+            raise
+        except _CANNOT_RUN as error:
+            raise Refusal(
+                f"a {model.config.model_type} cannot be tried for Self-Extend, one token at several positions: "
+                f"{first_line(error)}. Load it without, or in another dtype."
+            ) from None
     if not listener.calls:
         raise Refusal(f"the attention of a {model.config.model_type} is not one of transformers' registered functions.")
     return listener.calls
@@ -197,10 +200,14 @@ def _try_cache(model: PreTrainedModel) -> None:
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     try:
         model(ids, past_key_values=bounded_cache(model), use_cache=True)
-    except (AttributeError, TypeError, ValueError) as error:
+    except _CANNOT_RUN as error:
         raise Refusal(
             f"a {model.config.model_type} cannot run with the cache of Self-Extend: {first_line(error)}"
         ) from None
+
+
+_CANNOT_RUN = (AttributeError, RuntimeError, TypeError, ValueError)
+"""How a host says that it cannot."""
 
 
 def _frequencies(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -214,11 +221,7 @@ def _frequencies(model: PreTrainedModel) -> dict[str, Tensor]:
         for name, buffer in model.named_buffers()
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
     }
-    if not found:
-        raise Refusal(
-            f"Self-Extend turns rotary embeddings, and this {model.config.model_type} has none of transformers' kind: "
-            "its positions are learned, ALiBi, or made in the attention itself."
-        )
+    refuse_rope(model.config.model_type, "default" if found else None)
     return found
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zebra.kernels import Mask
 from zebra.kernels.extended import extended
+from zebra.kernels.sinks import NOWHERE
 from zebra.model.cache import Pending
 from zebra.positions import SelfExtend, grouped_key, grouped_query
 from zebra.refusal import Refusal
@@ -62,12 +63,14 @@ class _Places:
 
     Attributes:
         host: their positions as the host has them, (1 or B, T).
+        shift: what those are above the places in the row, (1 or B, 1); see `_shift`.
         base: the host's position of the first real token of each one's document.
         query, key: the turns to their grouped positions.
         scale: what the queries are multiplied by, (1 or B, 1, T, 1), or None.
     """
 
     host: Tensor
+    shift: Tensor
     base: Tensor
     query: Turn
     key: Turn
@@ -101,8 +104,10 @@ class Rope:
     def _reckon(self, positions: Tensor, mask: Mask, total: int, dtype: torch.dtype) -> _Places:
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        _check(positions, mask.keys, total)
-        base = _base(positions, mask, total)
+        shift = _shift(positions, mask.keys, total)
+        if wrong := _broken(positions, mask, total, shift):
+            raise self.refusal(wrong)
+        base = _base(positions, mask, shift)
         true = (positions - base).clamp(min=0)
         if not self._said and total > self.setting.reach(self.trained):
             self._warn(int(true.max()) + 1)
@@ -112,7 +117,7 @@ class Rope:
             scale = self.setting.query_scale(true, self.trained).to(dtype)[:, None, :, None]
         new = torch.stack([grouped_query(true, group, window), grouped_key(true, group)])
         cos, sin = turn_between(self.frequencies, positions, new, dtype)
-        return _Places(host=positions, base=base, query=(cos[0], sin[0]), key=(cos[1], sin[1]), scale=scale)
+        return _Places(positions, shift, base, query=(cos[0], sin[0]), key=(cos[1], sin[1]), scale=scale)
 
     def key_turn(self, places: _Places, total: int, dtype: torch.dtype) -> Turn:
         """The turn of all `total` keys, those before this forward's tokens too."""
@@ -123,6 +128,28 @@ class Rope:
         host = torch.cat([earlier, places.host], dim=1)
         true = (host - places.base).clamp(min=0)
         return turn_between(self.frequencies, host, grouped_key(true, self.setting.group), dtype)
+
+    def follow(self, key: Tensor | Pending, places: _Places, past: int) -> None:
+        """Refuse new tokens whose positions do not follow those of the `past` cached ones.
+
+        Our cache remembers where its rows begin; of another one, rows begin at 0 or with padding that is counted.
+        """
+        if isinstance(key, Pending):
+            follows = key.follow(places.shift)
+        else:
+            shift = places.shift
+            follows = past == 0 or bool(((shift == 0) | (places.base == 0) | (shift == NOWHERE)).all())
+        if not follows:
+            at = places.host[:4, 0].tolist()
+            raise self.refusal(f"tokens that begin at the positions {at} behind {past} cached ones")
+
+    def refusal(self, got: str) -> Refusal:
+        """Positions that grouping would misread."""
+        return Refusal(
+            "under Self-Extend positions rise by 1 from token to token, on from the cached ones, and start again at 0 "
+            f"only where a packed document does; got {got}. Leave position_ids out: grouping is done here, not by "
+            f"them, and {self.setting} takes this model to {self.setting.reach(self.trained):,} tokens."
+        )
 
     def _warn(self, length: int) -> None:
         reach = self.setting.reach(self.trained)
@@ -135,46 +162,66 @@ class Rope:
             )
 
 
-def _base(positions: Tensor, mask: Mask, total: int) -> Tensor:
+_MIXED = -NOWHERE
+
+
+def _shift(positions: Tensor, keys: Tensor | None, total: int) -> Tensor:
+    """What the positions of each row's new tokens are above their places in the row, padding counted: (1 or B, 1).
+
+    One number as long as a row goes on without gaps. `NOWHERE` where all new tokens are padding, `_MIXED` where they
+    differ in it.
+    """
+    queries = positions.shape[1]
+    if queries == 1 and keys is None:
+        return positions - (total - 1)
+    least = most = positions - torch.arange(total - queries, total, device=positions.device)
+    if keys is not None:
+        real = keys[:, total - queries :]
+        least, most = torch.where(real, least, NOWHERE), torch.where(real, most, -NOWHERE)
+    least, most = least.amin(dim=1, keepdim=True), most.amax(dim=1, keepdim=True)
+    return torch.where(least < most, _MIXED, least)
+
+
+def _base(positions: Tensor, mask: Mask, shift: Tensor) -> Tensor:
     """The host's position of the first real token of each token's document: (1 or B, 1), or (B, T) with documents.
 
     A plain forward without positions counts padding and `generate` does not; so true positions are differences.
     """
-    queries = positions.shape[1]
-    past = total - queries
-    if mask.documents is not None:
-        index = torch.arange(queries, device=positions.device)
-        starts = nn.functional.pad(mask.documents.diff(dim=1) != 0, (1, 0))
-        first = torch.where(starts, index, 0).cummax(dim=1).values
-        if mask.keys is not None:
-            first = torch.maximum(first, mask.keys.int().argmax(dim=1, keepdim=True))
-        return positions.expand(first.shape[0], -1).gather(1, first)
-    if mask.keys is None:
-        return positions[:, :1] - past
-    first = mask.keys.int().argmax(dim=1, keepdim=True)
-    rows = positions.expand(first.shape[0], -1)
-    return torch.where(first < past, rows[:, :1] - past + first, rows.gather(1, (first - past).clamp(min=0)))
+    padding = None if mask.keys is None else mask.keys.int().argmax(dim=1, keepdim=True)
+    if mask.documents is None:
+        return shift if padding is None else shift + padding
+    index = torch.arange(positions.shape[1], device=positions.device)
+    starts = nn.functional.pad(mask.documents.diff(dim=1) != 0, (1, 0))
+    first = torch.where(starts, index, 0).cummax(dim=1).values
+    if padding is not None:
+        first = torch.maximum(first, padding)
+    return positions.expand(first.shape[0], -1).gather(1, first)
 
 
-def _check(positions: Tensor, keys: Tensor | None, total: int) -> None:
-    """Refuse tokens whose places do not follow from the first one's.
+def _broken(positions: Tensor, mask: Mask, total: int, shift: Tensor) -> str | None:
+    """What is wrong with tokens whose places do not follow from the first one's, or with one that starts nothing new.
 
     Raises:
-        Refusal: padding between real tokens; positions of a chunk after cached tokens that do not rise by 1.
+        Refusal: padding between real tokens.
     """
-    queries = positions.shape[1]
+    keys, queries = mask.keys, positions.shape[1]
     if keys is not None and bool(((keys.int().diff(dim=1) > 0).sum(dim=1) + keys[:, 0].int() > 1).any()):
         raise Refusal("Self-Extend takes padding left or right of a row's tokens, never between them. Pad on the left.")
-    if 1 < queries < total:
-        broken = positions.diff(dim=1) != 1
-        if keys is not None:
-            new = keys[:, total - queries :]
-            broken = broken & new[:, 1:] & new[:, :-1]
-        if bool(broken.any()):
-            raise Refusal(
-                "under Self-Extend the positions of a chunk after cached tokens rise by 1 from token to token; got "
-                f"{positions[:1].tolist()[0][:8]} ... Leave position_ids out: grouping is done here, not by them."
-            )
+    if queries == 1 or (queries == total and mask.documents is None):
+        return None
+    if queries < total and not bool((shift == _MIXED).any()):
+        return None
+    after = positions[:, 1:]
+    wrong = positions.diff(dim=1) != 1
+    if queries == total:
+        wrong = wrong & (after != 0) & (after != positions[:, :1])
+    if keys is not None:
+        new = keys[:, total - queries :]
+        wrong = wrong & new[:, 1:] & new[:, :-1]
+    if not bool(wrong.any()):
+        return None
+    row, at = wrong.nonzero()[0].tolist()
+    return f"the positions {positions.expand(wrong.shape[0], -1)[row, max(0, at - 1) : at + 3].tolist()}"
 
 
 class Extension:
@@ -205,6 +252,8 @@ class Extension:
         dtype = torch.promote_types(query.dtype, torch.float32)
         total = value.shape[2]
         places = self.rope.places(positions, mask, total, dtype, fresh=self.first)
+        if self.first:
+            self.rope.follow(key, places, total - query.shape[2])
         if isinstance(key, Pending):
             near, far = key.write(turned(key.states, places.key))
         else:

@@ -2,9 +2,9 @@
 
     s_ij = scale * <turned by relative(i, j) f: q_i, k_j>,    out_i = sum over visible j of softmax(s_i)_j v_j
 
-The oracle of `zebra.model.extension`. It shares nothing with it but the frequencies: no near and far parts, no turning
-again, no merge, no cache, float64 inside. The host hands over queries and keys as they were before the rope when every
-position is 0.
+The oracle of `zebra.model.extension`. It shares nothing with it but the frequencies and how the host rounds angles: no
+near and far parts, no turning again, no merge, no cache, float64 inside. The host hands over queries and keys as they
+were before the rope when every position is 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from zebra import masks
 from zebra.kernels import Mask
 from zebra.model.extend import Layer, attention_layers, in_place_of_attend
-from zebra.positions import SelfExtend, relative
+from zebra.positions import SelfExtend, grouped_key, grouped_query, relative
 
 _AT_ONCE = 1 << 23
 """Scores at once."""
@@ -60,9 +60,7 @@ class Formula:
             rows = q[:, :, start : start + step].double()
             if self.setting is not None and self.setting.log_scale:
                 rows = rows * self.setting.query_scale(i, self.trained)
-            scores = self._products(rows, keys, self._distance(i, j)) * (
-                q.shape[-1] ** -0.5 if scale is None else scale
-            )
+            scores = self._products(rows, keys, i, j) * (q.shape[-1] ** -0.5 if scale is None else scale)
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             visible = masks.causal(i, j)
@@ -80,18 +78,33 @@ class Formula:
         found: Tensor = relative(i, j, self.setting.group, self.setting.window)
         return found.clamp(min=0)
 
-    def _products(self, q: Tensor, k: Tensor, distance: Tensor) -> Tensor:
+    def _places(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each query and key stand for each other: their difference is the distance."""
+        if self.setting is None:
+            return i, j
+        group, window = self.setting.group, self.setting.window
+        near = i - j < window
+        return torch.where(near, i, grouped_query(i, group, window)), torch.where(near, j, grouped_key(j, group))
+
+    def _products(self, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """In the plane of a frequency f:  (q1 k1 + q2 k2) cos(d f) + (q1 k2 - q2 k1) sin(d f)."""
         if self.layer.frequencies is None:
             return q @ k.mT
         size = len(self.layer.frequencies)
         found = q[..., 2 * size :] @ k[..., 2 * size :].mT
-        for r, frequency in enumerate(self.layer.frequencies.double().tolist()):
-            angle = distance * frequency
+        distance, places = self._distance(i, j), self._places(i, j)
+        for r, frequency in enumerate(self.layer.frequencies.float()):
+            at_query, at_key = (_rounding(place, frequency) for place in places)
+            angle = distance * frequency.double() + at_query - at_key
             q1, q2 = q[..., r, None], q[..., r + size, None]
             k1, k2 = k[..., None, :, r], k[..., None, :, r + size]
             found += (q1 * k1 + q2 * k2) * angle.cos() + (q1 * k2 - q2 * k1) * angle.sin()
         return found
+
+
+def _rounding(place: Tensor, frequency: Tensor) -> Tensor:
+    """By what the host's angles, which are float32's in any dtype, miss p f."""
+    return (place.float() * frequency).double() - place * frequency.double()
 
 
 @contextmanager

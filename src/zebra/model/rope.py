@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zebra.positions import LENGTH_DEPENDENT
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL
 
@@ -29,7 +30,6 @@ _FACTORS = ("linear", "yarn", "llama3", "dynamic")
 _KEPT = ("rope_theta", "partial_rotary_factor")
 _MOST = 1e12
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_CHANGING = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def changes_with_length(config: PreTrainedConfig) -> str | None:
     """The type of a rope whose frequencies depend on the text's length, so that a cache would mix several; or None."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
-    return next((one["rope_type"] for one in kinds if one.get("rope_type") in _CHANGING), None)
+    return next((one["rope_type"] for one in kinds if one.get("rope_type") in LENGTH_DEPENDENT), None)
 
 
 def settled(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zebra.plan.decoder import Decoder
-from zebra.positions import SelfExtend
+from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
 
@@ -42,7 +42,7 @@ class Run:
 
     Raises:
         Refusal: an unknown dtype or phase, a number below 1, training options outside training, float16 or
-            Self-Extend in training, Self-Extend that does not reach the length.
+            Self-Extend in training, Self-Extend that does not reach the length or that the model cannot have.
     """
 
     decoder: Decoder
@@ -86,6 +86,9 @@ def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     if run.phase == "train":
         raise Refusal("Self-Extend needs no training and is not reckoned in it. Take the phase prefill or decode.")
     trained, length = run.decoder.trained_length, run.length + (run.phase == "decode")
+    refuse_rope(run.decoder.family, run.decoder.rope)
+    if not run.count(GLOBAL) or "G" not in run.decoder.style.turned:
+        refuse_no_global(run.decoder.family)
     setting.check(trained)
     if length > (reach := setting.reach(trained)):
         raise Refusal(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zebra.plan.shapes import SHAPES, shape
+from zebra.positions import LENGTH_DEPENDENT
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
@@ -30,6 +31,7 @@ class Family:
         biases: biases of the `qkv` projections, of all `attention`, or of `all` linear maps and norms; None follows
             `attention_bias` and `mlp_bias` of the config.
         pattern: the layout where the config has a window and no layer_types, tiled.
+        turned: the kinds of layer whose queries and keys a rotary embedding turns.
         tied: whether embedding and head are one where the config does not say.
     """
 
@@ -38,6 +40,7 @@ class Family:
     biases: str | None = None
     gated: bool = True
     pattern: str = "L"
+    turned: str = "GL"
     tied: bool = False
 
 
@@ -47,9 +50,9 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("qwen3", "qwen3_moe", "mellum"), Family(query_norm="head")),
     "gemma2": Family(norms=4, pattern="LG", tied=True),
     "gemma3_text": Family(norms=4, query_norm="head", pattern="LLLLLG", tied=True),
-    "cohere2": Family(norms=1, pattern="LLLG", tied=True),
+    "cohere2": Family(norms=1, pattern="LLLG", turned="L", tied=True),
     **dict.fromkeys(("olmo2", "olmo3"), Family(query_norm="all", pattern="LLLG")),
-    "gpt2": Family(biases="all", gated=False, tied=True),
+    "gpt2": Family(biases="all", gated=False, turned="", tied=True),
 }
 """The families whose parameters are counted exactly, by `model_type`. Any other is reckoned as a Llama, and said so."""
 
@@ -71,6 +74,7 @@ class Decoder:
         experts, experts_per_token: of the MLP of `expert_layers` layers, each `expert_intermediate` wide; 0 where there
             are none.
         trained_length: tokens of context that its positions were trained for, by its config.
+        rope: the type of its rotary embedding, None where it has none.
         stripes: the layout that the config has of its own, None where every layer is global.
     """
 
@@ -92,6 +96,7 @@ class Decoder:
     experts_per_token: int = 0
     expert_intermediate: int = 0
     expert_layers: int = 0
+    rope: str | None = "default"
     stripes: Stripes | None = None
 
     @property
@@ -193,6 +198,7 @@ def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
         qkv_bias=attention_bias or style.biases == "qkv",
         out_bias=attention_bias,
         mlp_bias=style.biases == "all" or bool(fields.get("mlp_bias")),
+        rope=_rope(fields, style),
         stripes=_stripes(fields, style, layers, name),
         **(_experts(fields, experts, layers, name) if experts else {}),
     )
@@ -221,6 +227,17 @@ def _experts(fields: Mapping[str, Any], experts: int, layers: int, name: str) ->
         "expert_intermediate": _whole(fields, width, name),
         "expert_layers": sparse,
     }
+
+
+def _rope(fields: Mapping[str, Any], style: Family) -> str | None:
+    """The type of the rope, of several that which changes with length; in older configs' words too."""
+    if not style.turned or fields.get("alibi"):
+        return None
+    found = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    ropes = [one for one in (found, *found.values()) if isinstance(one, Mapping)]
+    types = [str(one.get("rope_type") or one.get("type") or "default") for one in ropes]
+    types = ["longrope" if kind == "su" else kind for kind in types]
+    return next((kind for kind in types if kind in LENGTH_DEPENDENT), types[0])
 
 
 def _stripes(fields: Mapping[str, Any], style: Family, layers: int, name: str) -> Stripes | None:
