@@ -440,7 +440,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "layer": ("prefill", {"stripes": "9:5"}, "layer 9"),
     "setting": ("self-extend", {"self_extend": "auto:9"}, "GROUP:WINDOW"),
     "near alone": ("self-extend", {"length": 1024}, "beyond its window of 1,024 tokens; got --length 1,024"),
-    "work": ("self-extend", {"work": "all"}, "attention, decode, chunks; got 'all'"),
+    "work": ("self-extend", {"work": "all"}, "attention, authors, decode, chunks; got 'all'"),
     "memory": ("self-extend", {"work": "chunks", "memory": False}, "memory alone; got --no-memory"),
     "repeats": ("ceilings", {"repeats": 0}, "--repeats"),
     "seed": ("loss", {"seed": -1}, "--seed"),

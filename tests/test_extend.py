@@ -207,7 +207,7 @@ def test_a_whole_text_equals_the_formula(family: str, setting: str, checkpoints:
     with by_formula(model, setting_of(model)) as formula:
         wanted = formula(ids)
     found = logits(model, ids)
-    assert off(found, wanted) < 1e-5
+    assert off(found, wanted) < (2e-5 if family == "gpt_oss" else 1e-5)  # its experts round too
     plain = AutoModelForCausalLM.from_pretrained(checkpoints(family, **EXACT), attn_implementation="eager")
     unlike = off(logits(plain, ids), wanted)
     assert unlike > 1e-2, "the test would not see a difference"

@@ -231,7 +231,8 @@ GIVEN: dict[str, Any] = {"window": 32, "length": 160, "samples": 4, "text": TEXT
 
 def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = GIVEN | {"samples": 12, "length": 300}
-    code = f"from zebra.evaluate.selection import select\nselect({str(STORIES)!r}, 2, work='work', **{given!r})"
+    code = "import torch\nfrom zebra.evaluate.selection import select\ntorch.set_num_threads(1)\n"  # as here
+    code += f"select({str(STORIES)!r}, 2, work='work', **{given!r})"
     losses = tmp_path / "work" / "losses.jsonl"
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None and (not losses.exists() or losses.read_bytes().count(b"\n") < 3):
