@@ -70,7 +70,8 @@ def _products(device: str, size: int, repeats: int) -> Iterator[tuple[str, float
     for name, dtype in _DTYPES.items():
         for n in (max(1, size // 16), max(1, size // 4), size):
             a, b = torch.randn(2, n, n, device=device).to(dtype)
-            rate = 2 * n**3 / _least(partial(torch.mm, a, b), device, repeats)
+            # A small one takes microseconds, in which anything may come between.
+            rate = 2 * n**3 / _least(partial(torch.mm, a, b), device, repeats * (size // n))
             if rate < _SANE * single.setdefault(n, rate):
                 break
         else:
