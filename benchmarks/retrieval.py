@@ -8,6 +8,7 @@ Self-Extend. A rope that changes with length cannot keep a cache, so dynamic NTK
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,33 +24,39 @@ WINDOW, TRAINED, SEED = 128, 1024, 1
 STRIDES = ("GL", "LG", "GLLL", "LGLL", "LLGL", "LLLG", "L")
 
 
-def measured(lengths: list[int], **loading: Any) -> list[Row]:
-    tasks = ["passkey", "needle"]
+def measured(lengths: list[int], tasks: tuple[str, ...] = ("passkey", "needle"), **given: Any) -> list[Row]:
     depths = [0.0, 0.5, 1.0]
     beyond = max(lengths) > TRAINED
-    found = rows_of(
-        MODEL, tasks=tasks, lengths=lengths, depths=depths, beyond=beyond, run="retrieval-layouts", **loading
-    )
+    found = rows_of(MODEL, tasks=tasks, lengths=lengths, depths=depths, beyond=beyond, run=FILE.stem, **given)
     for row in found:
         print(f"{row.layout:34} {row.task:28} {row.length:>6,} {row.depth:4} {row.value:6.0%}", flush=True)
     return [replace(row, model=MODEL.name) for row in found]
 
 
-def main() -> None:
-    rows = measured([512])
-    chosen = []
+def layouts() -> list[Row]:
+    """Within the trained length."""
+    rows, chosen = measured([512]), []
     for count in (2, 1):
         found = select(MODEL, count, window=WINDOW, length=512, tasks=["passkey", "needle"], samples=32, seed=SEED)
         chosen.append(str(found.stripes))
-        rows += [replace(row, model=MODEL.name, run="retrieval-layouts") for row in found.rows]
-        records.write(FILE, rows)
+        rows += [replace(row, model=MODEL.name, run=FILE.stem) for row in found.rows]
     for layout in dict.fromkeys([*(f"{pattern}:{WINDOW}" for pattern in STRIDES), *chosen]):
         rows += measured([512], stripes=layout)
-        records.write(FILE, rows)
-    far = [2 * TRAINED, 4 * TRAINED]
-    extended = {"self_extend": f"auto:{far[-1]}"}
-    for loading in ({}, {"rope": "linear:4"}, {"rope": "yarn:4"}, extended, {"stripes": chosen[0], **extended}):
-        rows += measured(far, **loading)
+    return rows
+
+
+def beyond() -> Iterator[list[Row]]:
+    """To four times the trained length."""
+    extended = {"self_extend": f"auto:{4 * TRAINED}"}
+    for loading in (extended, {"stripes": f"GLLL:{WINDOW}", **extended}, {}, {"rope": "linear:4"}, {"rope": "yarn:4"}):
+        yield measured([2 * TRAINED, 4 * TRAINED], ("passkey",), samples=10, **loading)
+
+
+def main() -> None:
+    rows = layouts()
+    records.write(FILE, rows)
+    for found in beyond():
+        rows += found
         records.write(FILE, rows)
 
 
