@@ -60,11 +60,20 @@ class MixtureSource(Section):
 class RecallSource(Section):
     """Generated documents that tell things and ask for them later (zebra.data.recall), mixed with the text."""
 
-    share: float = Field(gt=0, le=1, description="of the training's rows; the others are text")
+    share: float = Field(gt=0, le=1, description="of the training's rows after hold; the others are text")
     first: int = Field(64, ge=2, description="tokens of a document at the beginning")
-    until: float = Field(
-        0.5, gt=0, le=1, description="the part of the training at which documents have grown to train.length"
+    hold: float = Field(
+        0.25, ge=0, lt=1, description="the part of the training with documents of first tokens, and without text"
     )
+    until: float = Field(
+        0.75, gt=0, le=1, description="the part of the training at which documents have grown to train.length"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RecallSource:
+        if self.until <= self.hold:
+            raise ValueError(f"until ({self.until:g}) is greater than hold ({self.hold:g}); change one of them")
+        return self
 
 
 class Data(TextSource):

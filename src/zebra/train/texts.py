@@ -70,16 +70,16 @@ def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) 
     train, recall, documents = recipe.train, recipe.data.recall, rows.documents
     assert recall is not None
     generator = Recall(tokenizer, (documents[i] for i in range(len(documents.lengths))))
-    if recall.first < generator.least:
+    if recall.first < generator.shortest:
         raise Refusal(
-            f"data.recall.first is {recall.first}, and a document that tells and asks has at least {generator.least} "
-            "tokens under this tokenizer. Raise it."
+            f"data.recall.first is {recall.first}, and a document that tells and asks has at least "
+            f"{generator.shortest} tokens under this tokenizer. Raise it."
         )
     return Taught(
         recall=generator,
         text=rows,
         share=recall.share,
-        growth=Growth(recall.first, train.length, recall.until),
+        growth=Growth(recall.first, train.length, recall.hold, recall.until),
         count=train.steps * tokens_per_step(recipe) // train.length,
         seed=train.seed,
     )

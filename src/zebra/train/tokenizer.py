@@ -15,14 +15,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from zebra.data.documents import find_files, read_documents
-from zebra.data.recall import Recall
+from zebra.data.recall import Recall, Stage
 from zebra.progress import console
 from zebra.refusal import Refusal
 from zebra.train.directory import is_first_process
 from zebra.train.recipe import MixtureSource, NewTokenizer, PretrainRecipe, TextSource
 
 END = "<|endoftext|>"
-_MOST_CHARACTERS = 8_000_000
+_MOST_CHARACTERS = 2_000_000
 """Of generated text: enough for a token of its own for every group of digits."""
 
 
@@ -75,7 +75,7 @@ def texts_of(recipe: PretrainRecipe) -> Iterator[str]:
     letters = Letters()
     generator, rng = Recall(letters), Random(recipe.train.seed)
     for _ in range(0, wanted, _LETTERS):
-        yield letters.decode(generator.document(_LETTERS, rng)[0])
+        yield letters.decode(generator.document(_LETTERS, Stage(_LETTERS), rng)[0])
 
 
 _LETTERS = 4096
