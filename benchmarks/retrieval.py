@@ -1,65 +1,293 @@
-"""What of the retrieval example's retrieval is left under stripes, and beyond its length, when nothing is trained.
+"""What of the retrieval example's retrieval is left under stripes, and beyond its length: docs/results/retrieval.md.
 
-python benchmarks/retrieval.py          ten minutes on two cores; rows in benchmarks/results/retrieval-layouts.jsonl
+python benchmarks/retrieval.py                       everything; half an hour on one core
+python benchmarks/retrieval.py layouts beyond        only these parts; their rows replace those that were there
+python benchmarks/retrieval.py --page                nothing is measured: the page again, from the rows
 
-Layouts of local layers with a window of 128, all global but the named: every offset of the paper's strides, and the
-layers that `zebra.select` keeps by the loss of the answers. Beyond its 1,024 tokens: as it is, the host's ropes, and
-Self-Extend. A rope that changes with length cannot keep a cache, so dynamic NTK is not among them.
+Layouts of local layers, all global but the named: every offset of the paper's strides, and the layers that
+`zebra.select` keeps by the loss of the answers. `adapted` trains the model on under some of them, by
+recipes/retrieval-adapt-cpu.yaml, which wants its books in data/books; runs that are there are taken up. Beyond the
+trained length: as it is, the host's ropes, and Self-Extend. A rope that changes with length cannot keep a cache, so
+dynamic NTK is not among them. Rows go to benchmarks/results/retrieval-layouts.jsonl.
 """
 
+from __future__ import annotations
+
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
 
 from zebra import records, select
+from zebra.evaluate.intervals import wilson
 from zebra.evaluate.retrieval import rows_of
 from zebra.records import Row
+from zebra.refusal import Refusal
+from zebra.report import figures, page
+from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.sections import method
+from zebra.report.series import DENSE, percent
+from zebra.staged import write_whole
+from zebra.stripes import GLOBAL, Stripes
+from zebra.train.adapt import adapt
+from zebra.train.recipe import AdaptRecipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "examples" / "retrieval-3.5M"
+MODEL = ROOT / "examples" / "retrieval-2M"
+RECIPE = ROOT / "recipes" / "retrieval-adapt-cpu.yaml"
 FILE = ROOT / "benchmarks" / "results" / "retrieval-layouts.jsonl"
-WINDOW, TRAINED, SEED = 128, 1024, 1
+PAGE = ROOT / "docs" / "results" / "retrieval.md"
+PICTURE = ROOT / "docs" / "images" / "retrieval-layouts.svg"
+
+WINDOW, TRAINED, SEED = 128, 512, 1
 STRIDES = ("GL", "LG", "GLLL", "LGLL", "LLGL", "LLLG", "L")
+TASKS = ("passkey", "multikey", "lookup")
+FAR, NEAR = (0.0, 0.5), (1.0,)
+DEPTHS = (*FAR, *NEAR)
+LAYERS = 4
+ADAPTED = ", adapted"
 
 
-def measured(lengths: list[int], tasks: tuple[str, ...] = ("passkey", "needle"), **given: Any) -> list[Row]:
-    depths = [0.0, 0.5, 1.0]
-    beyond = max(lengths) > TRAINED
-    found = rows_of(MODEL, tasks=tasks, lengths=lengths, depths=depths, beyond=beyond, run=FILE.stem, **given)
+def measured(part: str, checkpoint: Path = MODEL, *, adapted: bool = False, **given: Any) -> list[Row]:
+    """Cells, as rows of a part."""
+    lengths = given.setdefault("lengths", [TRAINED])
+    given = {"tasks": TASKS, "depths": DEPTHS, "samples": 20, "beyond": max(lengths) > TRAINED} | given
+    found = rows_of(checkpoint, run=part, **given)
     for row in found:
-        print(f"{row.layout:34} {row.task:28} {row.length:>6,} {row.depth:4} {row.value:6.0%}", flush=True)
-    return [replace(row, model=MODEL.name) for row in found]
+        print(f"{part:8} {row.layout:34} {row.task:28} {row.length:>6,} {row.depth:4} {row.value:6.0%}", flush=True)
+    return [replace(row, model=MODEL.name + ADAPTED * adapted) for row in found]
+
+
+# The parts
 
 
 def layouts() -> list[Row]:
-    """Within the trained length."""
-    rows, chosen = measured([512]), []
+    """Within the trained length, nothing trained."""
+    rows, chosen = measured("layouts"), []
     for count in (2, 1):
-        found = select(MODEL, count, window=WINDOW, length=512, tasks=["passkey", "needle"], samples=32, seed=SEED)
+        found = select(MODEL, count, window=WINDOW, length=TRAINED, tasks=list(TASKS), samples=32, seed=SEED)
         chosen.append(str(found.stripes))
-        rows += [replace(row, model=MODEL.name, run=FILE.stem) for row in found.rows]
+        rows += [replace(row, model=MODEL.name, run="layouts") for row in found.rows]
     for layout in dict.fromkeys([*(f"{pattern}:{WINDOW}" for pattern in STRIDES), *chosen]):
-        rows += measured([512], stripes=layout)
+        rows += measured("layouts", stripes=layout)
     return rows
 
 
-def beyond() -> Iterator[list[Row]]:
-    """To four times the trained length."""
+def adapted() -> list[Row]:
+    """The same layouts after a short adaptation to each; dense as far, for the adaptation's own worth."""
+    there = _of(_read(), "layouts")
+    return [row for layout in _layouts(there) for row in measured("adapted", _adapted(layout), adapted=True)]
+
+
+def _adapted(layout: str) -> Path:
+    """The checkpoint that the recipe makes for a layout, in runs/."""
+    run = Path("runs") / f"retrieval-{layout.replace(':', '-').replace(',', '+')}"
+    stripes = "null" if layout == DENSE else f"'{layout}'"
+    adapt(read_recipe(RECIPE, AdaptRecipe, [f"run={run}", f"model={MODEL}", f"stripes={stripes}"]))
+    return run / "model"
+
+
+def beyond() -> list[Row]:
+    """To four times the trained length: dense, and the measured layout of one global layer, adapted."""
     extended = {"self_extend": f"auto:{4 * TRAINED}"}
-    for loading in (extended, {"stripes": f"GLLL:{WINDOW}", **extended}, {}, {"rope": "linear:4"}, {"rope": "yarn:4"}):
-        yield measured([2 * TRAINED, 4 * TRAINED], ("passkey",), samples=10, **loading)
+    given: dict[str, Any] = {"lengths": [2 * TRAINED, 4 * TRAINED], "samples": 10}
+    rows = []
+    for loading in ({}, extended, {"rope": "linear:4"}, {"rope": "yarn:4"}):
+        rows += measured("beyond", **given, **loading)
+    best = _chosen(_of(_read(), "layouts"), 1)
+    assert best is not None
+    for loading in ({}, extended):
+        rows += measured("beyond", _adapted(best), adapted=True, **given, **loading)
+    return rows
 
 
-def main() -> None:
-    rows = layouts()
-    records.write(FILE, rows)
-    for found in beyond():
-        rows += found
-        records.write(FILE, rows)
+PARTS = {"layouts": layouts, "adapted": adapted, "beyond": beyond}
+
+
+# The page, from the rows
+
+
+def _read() -> list[Row]:
+    return records.read(FILE) if FILE.is_file() else []
+
+
+def _of(rows: Sequence[Row], part: str) -> list[Row]:
+    return [row for row in rows if row.run == part]
+
+
+def _layouts(rows: Sequence[Row]) -> list[str]:
+    """The layouts of retrieval rows, in their order."""
+    return list(dict.fromkeys(row.layout for row in rows if row.task.startswith("retrieval")))
+
+
+def _chosen(rows: Sequence[Row], count: int) -> str | None:
+    """The layout that selection kept with so many global layers."""
+    greedy = [row for row in rows if row.task.startswith("selection-greedy") and row.metric == "held_out_rise"]
+    return next((row.layout for row in greedy if _globals(row.layout) == count), None)
+
+
+def _globals(layout: str) -> int:
+    """How many of the model's four layers a layout keeps global."""
+    return LAYERS if layout == DENSE else Stripes.parse(layout).layer_types(LAYERS).count(GLOBAL)
+
+
+class Score(NamedTuple):
+    """A share of answers with its interval, from one row or from several of one size."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Score | None:
+        """The mean; None without rows."""
+        if not rows:
+            return None
+        value = sum(row.value for row in rows) / len(rows)
+        return cls(value, *wilson(value, sum(row.n or 0 for row in rows)))
+
+
+def _score(rows: Sequence[Row], layout: str, task: str | None, depths: Sequence[float] = FAR) -> Score | None:
+    named = [f"retrieval-generate-{one}" for one in ([task] if task else TASKS)]
+    return Score.of([row for row in rows if row.layout == layout and row.task in named and row.depth in depths])
+
+
+def _cell(score: Score | None) -> Cell:
+    return Cell("–") if score is None else Cell(percent(score.value, 0), f"{score.low:.0%} to {score.high:.0%}")
+
+
+def _named(rows: Sequence[Row], layout: str) -> str:
+    """A layout as the tables name it: its global layers counted, the measured ones marked."""
+    kept = _globals(layout)
+    return layout + (", measured" if layout in (_chosen(rows, 1), _chosen(rows, 2)) else "") + f" ({kept} of {LAYERS})"
+
+
+def within(rows: Sequence[Row]) -> list[Section]:
+    """A table for each task: layouts down, as they are and adapted across."""
+    plain, trained = _of(rows, "layouts"), _of(rows, "adapted")
+    order = sorted(_layouts(plain), key=_globals, reverse=True)
+    head = [Cell("layout", "global layers"), Cell("far"), Cell("near"), Cell("adapted, far"), Cell("adapted, near")]
+    sections: list[str | Table | Figure] = [
+        f"Prompts of {TRAINED} tokens, answers by greedy generation, windows of {WINDOW}. Far: the evidence at depths "
+        "0 and 0.5, beyond the window, 40 samples; near: at depth 1, just before the question, 20 samples. Wilson's "
+        "95 % intervals beside them."
+    ]
+    for task in TASKS:
+        body = [
+            [
+                Cell(_named(plain, layout)),
+                *(_cell(_score(of, layout, task, depths)) for of in (plain, trained) for depths in (FAR, NEAR)),
+            ]
+            for layout in order
+        ]
+        sections.append(Table(task, head, body))
+    return [Section("Within the trained length", sections)] if order else []
+
+
+def further(rows: Sequence[Row]) -> list[Section]:
+    """A table of lengths beyond the trained one."""
+    here = _of(rows, "beyond")
+    lengths = sorted({row.length for row in here if row.length is not None})
+    head = [Cell("loaded"), *(Cell(f"{task}, {length:,}") for task in TASKS for length in lengths)]
+    body = []
+    for model, layout in dict.fromkeys((row.model, row.layout) for row in here):
+        cells = []
+        for task in TASKS:
+            for length in lengths:
+                of = [row for row in here if (row.model, row.length) == (model, length)]
+                cells.append(_cell(_score(of, layout, task, DEPTHS)))
+        body.append([Cell(layout + ADAPTED * model.endswith(ADAPTED)), *cells])
+    prose = f"The model was trained on {TRAINED} tokens. Depths 0, 0.5 and 1 together, 10 samples each."
+    return [Section(f"To {4 * TRAINED:,} tokens", [prose, Table("", head, body)])] if body else []
+
+
+def findings(rows: Sequence[Row]) -> list[Section]:
+    """What holds and what does not, in a line for each budget."""
+    said = []
+    for part, when in (("layouts", "As it is"), ("adapted", "Adapted")):
+        here = _of(rows, part)
+        for count in (2, 1):
+            offsets = {f"{one}:{WINDOW}": _score(here, f"{one}:{WINDOW}", None) for one in STRIDES}
+            scores = {one: score for one, score in offsets.items() if score and _globals(one) == count}
+            if not scores:
+                continue
+            *_, best = order = sorted(scores, key=lambda one: scores[one].value)
+            line = f"{when}, {count} of {LAYERS} layers global: the best offset is {best} with {_plain(scores[best])} "
+            line += f"of the far answers, the worst {order[0]} with {_plain(scores[order[0]])}"
+            kept = _chosen(_of(rows, "layouts"), count)
+            score = _score(here, kept, None) if kept else None
+            said.append(line + (f"; measured selection kept {kept}, {_plain(score)}." if score else "."))
+    whole = _score(_of(rows, "layouts"), DENSE, None)
+    said = ([f"Dense: {_plain(whole)} of the far answers."] if whole else []) + said
+    return [Section("What the layouts keep", [*said, f"Over {', '.join(TASKS)} together, with 95 % intervals."])]
+
+
+def _plain(score: Score) -> str:
+    return f"{score.value:.0%} ({score.low:.0%} to {score.high:.0%})"
+
+
+def picture(rows: Sequence[Row]) -> str:
+    """Bars of the far answers: layouts across, tasks side by side; as they are, and adapted."""
+    plain = _of(rows, "layouts")
+    order = sorted(_layouts(plain), key=_globals, reverse=True)
+
+    def bars(part: str, title: str) -> Callable[[Axes], None]:
+        here = _of(rows, part)
+
+        def plot(axes: Axes) -> None:
+            for i, task in enumerate(TASKS):
+                found = [(k, score) for k, layout in enumerate(order) if (score := _score(here, layout, task))]
+                at = [k + (i - (len(TASKS) - 1) / 2) * 0.26 for k, _ in found]
+                axes.bar(at, [score.value for _, score in found], 0.24, color=figures.HUES[i], label=task)
+                low_high = [[s.value - s.low for _, s in found], [s.high - s.value for _, s in found]]
+                axes.errorbar(at, [s.value for _, s in found], low_high, fmt="none", ecolor=figures.INK, elinewidth=0.7)
+            axes.set_xticks(range(len(order)), [one.partition(":")[0] for one in order], rotation=60)
+            axes.set_ylim(0, 1.02)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axes.set_title(title, fontsize=9)
+
+        return plot
+
+    return figures.drawn("retrieval-layouts", bars("layouts", "as it is"), bars("adapted", "adapted"))
+
+
+def write_page(rows: Sequence[Row]) -> None:
+    """The page and its picture.
+
+    Raises:
+        Refusal: no rows.
+    """
+    if not rows:
+        raise Refusal(f"there are no rows in {FILE}. Measure first: python benchmarks/retrieval.py")
+    caption = f"Far answers in {TRAINED} tokens by layout; whiskers are 95 % intervals"
+    parts = [*findings(rows), *within(rows), *further(rows)]
+    parts[0].blocks.append(Figure("layouts", "", caption))
+    verdict = [
+        f"examples/{MODEL.name} under stripes, adapted to them, and beyond its length. Measured by "
+        "benchmarks/retrieval.py, which also wrote this page from the rows in "
+        f"benchmarks/results/{FILE.name}: run says the part, then model, layout, task, length and depth."
+    ]
+    write_whole(PICTURE, figures.standalone(picture(rows)))
+    write_whole(PAGE, page.markdown("../images/retrieval", "Retrieval", verdict, [*parts, method(rows)]))
+
+
+def main(arguments: list[str]) -> None:
+    if unknown := [one for one in arguments if one not in (*PARTS, "--page")]:
+        raise Refusal(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
+    for part in [] if "--page" in arguments else arguments or PARTS:
+        rows = PARTS[part]()  # what was there stays until the new rows are
+        kept = [row for row in _read() if row.run != part]
+        records.write(FILE, sorted([*kept, *rows], key=lambda row: [*PARTS].index(row.run)))
+    write_page(_read())
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # of lengths beyond the model: that is what is measured
-    main()
+    try:
+        main(sys.argv[1:])
+    except Refusal as refusal:
+        sys.exit(f"retrieval: {refusal}")

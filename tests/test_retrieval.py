@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import warnings
+import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, TEXT
+from conftest import ROOT, STORIES, TEXT
 from test_cli import Zebra
 from test_needles import solved
 from torch import Tensor, nn
@@ -27,7 +32,9 @@ from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import likelihoods
 from zebra.evaluate.retrieval import retrieval, rows_of
 from zebra.generation import continued
+from zebra.records import Row
 from zebra.report import write_report
+from zebra.report.series import percent
 
 LENGTH = 420
 
@@ -321,3 +328,74 @@ def test_every_task_is_in_the_guide() -> None:
     for task in TASKS:
         assert f"| `{task}` |" in guide
     assert set(WITHOUT_DEPTH) < set(TASKS)
+
+
+# benchmarks/retrieval.py, the page of the example under layouts
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark, with its files elsewhere."""
+    spec = importlib.util.spec_from_file_location("layouts", ROOT / "benchmarks" / "retrieval.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "layouts", module)
+    spec.loader.exec_module(module)
+    for name in ("FILE", "PAGE", "PICTURE"):
+        monkeypatch.setattr(module, name, tmp_path / getattr(module, name).name)
+    return module
+
+
+def _cells(bench: ModuleType, part: str, layout: str, far: float, model: str = "x") -> list[Row]:
+    make = {"run": part, "model": model, "layout": layout, "metric": "accuracy", "length": bench.TRAINED, "n": 20}
+    return [
+        Row(task=f"retrieval-generate-{task}", depth=depth, value=far if depth < 1 else 1.0, **make)
+        for task in bench.TASKS
+        for depth in bench.DEPTHS
+    ]
+
+
+def _laid_out(bench: ModuleType) -> list[Row]:
+    rows = _cells(bench, "layouts", "dense", 1.0)
+    for layout, far in {"GL": 0.5, "LG": 0.8, "GLLL": 0.1, "LGLL": 0.2, "LLGL": 0.7, "LLLG": 0.3, "L": 0.0}.items():
+        rows += _cells(bench, "layouts", f"{layout}:{bench.WINDOW}", far)
+    kept = Row(
+        run="layouts", model="x", layout=f"2:{bench.WINDOW}", task="selection-greedy-lookup", metric="held_out_rise",
+        value=0.1,
+    )  # fmt: skip
+    return [*rows, *_cells(bench, "layouts", kept.layout, 0.75), kept]
+
+
+def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> None:
+    rows = _laid_out(bench)
+    lines = bench.findings(rows)[0].blocks
+    assert lines[0].startswith("Dense: 100% (")
+    assert "2 of 4 layers global: the best offset is LG:128 with 80% (" in lines[1]
+    assert "the worst GL:128 with 50% (" in lines[1]
+    assert "1 of 4 layers global: the best offset is LLGL:128 with 70% (" in lines[2]
+    assert "the worst GLLL:128 with 10% (" in lines[2]
+    assert "measured selection kept 2:128, 75% (" in lines[2]
+    _, *tables = bench.within([*rows, *_cells(bench, "adapted", "GLLL:128", 0.9)])[0].blocks
+    assert [table.title for table in tables] == list(bench.TASKS)
+    line = next(line for line in tables[0].body if line[0].text.startswith("GLLL:128"))
+    assert [cell.text for cell in line[1:]] == [percent(share, 0) for share in (0.1, 1, 0.9, 1)]
+    assert line[1].dim == "{:.0%} to {:.0%}".format(*wilson(0.1, 40))
+    assert sum("measured" in line[0].text for line in tables[0].body) == 1
+
+
+def test_the_page_of_layouts_is_written_from_its_rows(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    further = [replace(row, run="beyond", length=4 * bench.TRAINED) for row in _cells(bench, "beyond", "dense", 0.25)]
+    records.write(bench.FILE, [*_cells(bench, "layouts", "L:128", 0.9), *further])
+    monkeypatch.setitem(bench.PARTS, "layouts", lambda: _laid_out(bench))
+    bench.main(["layouts"])
+    rows = records.read(bench.FILE)
+    assert rows == [*_laid_out(bench), *further]
+    text = bench.PAGE.read_text()
+    assert f"| passkey, {4 * bench.TRAINED:,} |" in text
+    assert "(../images/retrieval-layouts.svg)" in text
+    assert ET.fromstring(bench.PICTURE.read_text()).tag.endswith("svg")
+    bench.main(["--page"])
+    assert bench.PAGE.read_text() == text
+    with pytest.raises(Refusal, match="parts are layouts, adapted, beyond"):
+        bench.main(["layuots"])
