@@ -37,7 +37,7 @@ from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "examples" / "retrieval-2M"
+MODEL = ROOT / "examples" / "retrieval-2.2M"
 RECIPE = ROOT / "recipes" / "retrieval-adapt-cpu.yaml"
 FILE = ROOT / "benchmarks" / "results" / "retrieval-layouts.jsonl"
 PAGE = ROOT / "docs" / "results" / "retrieval.md"

@@ -432,7 +432,10 @@ def test_sinks_are_trained_with_and_kept(lora: dict[str, Any] | None, tmp_path: 
 
 def test_recall_may_be_adapted_to(tmp_path: Path) -> None:
     asked = recipe(
-        tmp_path / "run", evaluate=None, train__steps=3, data__recall={"share": 1.0, "first": 200, "until": 0.1}
+        tmp_path / "run",
+        evaluate=None,
+        train__steps=3,
+        data__recall={"share": 1.0, "first": 200, "hold": 0.0, "until": 0.1},
     )
     rows = adapt(asked)
     assert len(losses(rows)) == 3

@@ -259,6 +259,10 @@ def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
         (changed(zzzz=1), "unknown key zzzz; see recipes/ for the known keys"),
         ({"run": "x", "model": "y", "data": PLAIN["data"]}, "the key train is missing; add it"),
         (changed() | {"train": {"length": 4, "steps": 1}}, r"the key train\.learning_rate is missing"),
+        (
+            changed(data={"recall": {"share": 1.0, "hold": 0.5, "until": 0.5}}),
+            r"until \(0\.5\) is greater than hold \(0\.5\); change one of them",
+        ),
         (changed(data={"files": []}), r"data\.files: .*at least 1 item"),
         (changed(data={"files": "a.txt"}), r"data\.files: .*list.* \(got 'a\.txt'\)"),
         (changed(train={"length": 1}), r"train\.length: .*greater than or equal to 2 \(got 1\)"),
