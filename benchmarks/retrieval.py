@@ -44,7 +44,7 @@ PAGE = ROOT / "docs" / "results" / "retrieval.md"
 PICTURE = ROOT / "docs" / "images" / "retrieval-layouts.svg"
 
 WINDOW, TRAINED, SEED = 128, 512, 1
-STRIDES = ("GL", "LG", "GLLL", "LGLL", "LLGL", "LLLG", "L")
+STRIDES = ("GLGL", "LGLG", "GLLL", "LGLL", "LLGL", "LLLG", "LLLL")
 TASKS = ("passkey", "multikey", "lookup")
 FAR, NEAR = (0.0, 0.5), (1.0,)
 DEPTHS = (*FAR, *NEAR)
@@ -70,23 +70,26 @@ def layouts() -> list[Row]:
     rows, chosen = measured("layouts"), []
     for count in (2, 1):
         found = select(MODEL, count, window=WINDOW, length=TRAINED, tasks=list(TASKS), samples=32, seed=SEED)
-        chosen.append(str(found.stripes))
+        chosen.append(_letters(str(found.stripes)))
         rows += [replace(row, model=MODEL.name, run="layouts") for row in found.rows]
-    for layout in dict.fromkeys([*(f"{pattern}:{WINDOW}" for pattern in STRIDES), *chosen]):
-        rows += measured("layouts", stripes=layout)
+    for layout in dict.fromkeys([*STRIDES, *chosen]):
+        rows += measured("layouts", stripes=f"{layout}:{WINDOW}")
     return rows
 
 
 def adapted() -> list[Row]:
-    """The same layouts after a short adaptation to each; dense as far, for the adaptation's own worth."""
+    """The layouts that decide, after a short adaptation to each; dense as far, for the adaptation's own worth."""
     there = _of(_read(), "layouts")
-    return [row for layout in _layouts(there) for row in measured("adapted", _adapted(layout), adapted=True)]
+    deciding = [DENSE]
+    for count in (1, 2):
+        ranked = _ranked(there, count)
+        deciding += [ranked[-1], ranked[0], *filter(None, [_chosen(there, count)])]
+    return [row for one in dict.fromkeys(deciding) for row in measured("adapted", _adapted(one), adapted=True)]
 
 
 def _adapted(layout: str) -> Path:
     """The checkpoint that the recipe makes for a layout, in runs/."""
-    run = Path("runs") / f"retrieval-{layout.replace(':', '-').replace(',', '+')}"
-    stripes = "null" if layout == DENSE else f"'{layout}'"
+    run, stripes = Path("runs") / f"retrieval-{layout}", "null" if layout == DENSE else f"'{layout}:{WINDOW}'"
     adapt(read_recipe(RECIPE, AdaptRecipe, [f"run={run}", f"model={MODEL}", f"stripes={stripes}"]))
     return run / "model"
 
@@ -119,20 +122,28 @@ def _of(rows: Sequence[Row], part: str) -> list[Row]:
     return [row for row in rows if row.run == part]
 
 
+def _letters(layout: str) -> str:
+    """A layout as its layers, such as LLGL: rows have it in the shortest notation."""
+    if layout == DENSE:
+        return layout
+    return "".join("G" if kind == GLOBAL else "L" for kind in Stripes.parse(layout).layer_types(LAYERS))
+
+
 def _layouts(rows: Sequence[Row]) -> list[str]:
-    """The layouts of retrieval rows, in their order."""
-    return list(dict.fromkeys(row.layout for row in rows if row.task.startswith("retrieval")))
+    """The layouts of retrieval rows, those with the most global layers first."""
+    found = dict.fromkeys(_letters(row.layout) for row in rows if row.task.startswith("retrieval"))
+    return sorted(found, key=_globals, reverse=True)
 
 
 def _chosen(rows: Sequence[Row], count: int) -> str | None:
     """The layout that selection kept with so many global layers."""
     greedy = [row for row in rows if row.task.startswith("selection-greedy") and row.metric == "held_out_rise"]
-    return next((row.layout for row in greedy if _globals(row.layout) == count), None)
+    return next((kept for row in greedy if _globals(kept := _letters(row.layout)) == count), None)
 
 
-def _globals(layout: str) -> int:
-    """How many of the model's four layers a layout keeps global."""
-    return LAYERS if layout == DENSE else Stripes.parse(layout).layer_types(LAYERS).count(GLOBAL)
+def _globals(letters: str) -> int:
+    """How many of the model's layers are global."""
+    return LAYERS if letters == DENSE else letters.count("G")
 
 
 class Score(NamedTuple):
@@ -152,8 +163,13 @@ class Score(NamedTuple):
 
 
 def _score(rows: Sequence[Row], layout: str, task: str | None, depths: Sequence[float] = FAR) -> Score | None:
+    here = _retrieved(rows, task, depths)
+    return Score.of([row for row in here if _letters(row.layout) == layout])
+
+
+def _retrieved(rows: Sequence[Row], task: str | None, depths: Sequence[float]) -> list[Row]:
     named = [f"retrieval-generate-{one}" for one in ([task] if task else TASKS)]
-    return Score.of([row for row in rows if row.layout == layout and row.task in named and row.depth in depths])
+    return [row for row in rows if row.task in named and row.depth in depths]
 
 
 def _cell(score: Score | None) -> Cell:
@@ -161,16 +177,21 @@ def _cell(score: Score | None) -> Cell:
 
 
 def _named(rows: Sequence[Row], layout: str) -> str:
-    """A layout as the tables name it: its global layers counted, the measured ones marked."""
-    kept = _globals(layout)
-    return layout + (", measured" if layout in (_chosen(rows, 1), _chosen(rows, 2)) else "") + f" ({kept} of {LAYERS})"
+    """A layout with a mark if it is what was measured to be the best."""
+    return layout + " *" * (layout in (_chosen(rows, 1), _chosen(rows, 2)))
 
 
 def within(rows: Sequence[Row]) -> list[Section]:
     """A table for each task: layouts down, as they are and adapted across."""
     plain, trained = _of(rows, "layouts"), _of(rows, "adapted")
-    order = sorted(_layouts(plain), key=_globals, reverse=True)
-    head = [Cell("layout", "global layers"), Cell("far"), Cell("near"), Cell("adapted, far"), Cell("adapted, near")]
+    order = _layouts(plain)
+    head = [
+        Cell("layout", "* kept by measured selection"),
+        Cell("far"),
+        Cell("near"),
+        Cell("adapted, far"),
+        Cell("adapted, near"),
+    ]
     sections: list[str | Table | Figure] = [
         f"Prompts of {TRAINED} tokens, answers by greedy generation, windows of {WINDOW}. Far: the evidence at depths "
         "0 and 0.5, beyond the window, 40 samples; near: at depth 1, just before the question, 20 samples. Wilson's "
@@ -199,7 +220,7 @@ def further(rows: Sequence[Row]) -> list[Section]:
         for task in TASKS:
             for length in lengths:
                 of = [row for row in here if (row.model, row.length) == (model, length)]
-                cells.append(_cell(_score(of, layout, task, DEPTHS)))
+                cells.append(_cell(Score.of([row for row in _retrieved(of, task, DEPTHS) if row.layout == layout])))
         body.append([Cell(layout + ADAPTED * model.endswith(ADAPTED)), *cells])
     prose = f"The model was trained on {TRAINED} tokens. Depths 0, 0.5 and 1 together, 10 samples each."
     return [Section(f"To {4 * TRAINED:,} tokens", [prose, Table("", head, body)])] if body else []
@@ -211,29 +232,34 @@ def findings(rows: Sequence[Row]) -> list[Section]:
     for part, when in (("layouts", "As it is"), ("adapted", "Adapted")):
         here = _of(rows, part)
         for count in (2, 1):
-            offsets = {f"{one}:{WINDOW}": _score(here, f"{one}:{WINDOW}", None) for one in STRIDES}
-            scores = {one: score for one, score in offsets.items() if score and _globals(one) == count}
-            if not scores:
+            if not (ranked := _ranked(here, count)):
                 continue
-            *_, best = order = sorted(scores, key=lambda one: scores[one].value)
-            line = f"{when}, {count} of {LAYERS} layers global: the best offset is {best} with {_plain(scores[best])} "
-            line += f"of the far answers, the worst {order[0]} with {_plain(scores[order[0]])}"
+            best, worst = (_plain(_score(here, one, None)) for one in (ranked[-1], ranked[0]))
+            line = f"{when}, {count} of {LAYERS} layers global: the best offset is {ranked[-1]} with {best} "
+            line += f"of the far answers, the worst {ranked[0]} with {worst}"
             kept = _chosen(_of(rows, "layouts"), count)
-            score = _score(here, kept, None) if kept else None
-            said.append(line + (f"; measured selection kept {kept}, {_plain(score)}." if score else "."))
+            said.append(
+                line + (f"; measured selection kept {kept}, {_plain(_score(here, kept, None))}." if kept else ".")
+            )
     whole = _score(_of(rows, "layouts"), DENSE, None)
     said = ([f"Dense: {_plain(whole)} of the far answers."] if whole else []) + said
     return [Section("What the layouts keep", [*said, f"Over {', '.join(TASKS)} together, with 95 % intervals."])]
 
 
-def _plain(score: Score) -> str:
-    return f"{score.value:.0%} ({score.low:.0%} to {score.high:.0%})"
+def _ranked(rows: Sequence[Row], count: int) -> list[str]:
+    """The offsets of a stride that were measured, from the worst to the best by the far answers of all tasks."""
+    scores = {one: score for one in STRIDES if _globals(one) == count and (score := _score(rows, one, None))}
+    return sorted(scores, key=lambda one: scores[one].value)
+
+
+def _plain(score: Score | None) -> str:
+    return "not measured" if score is None else f"{score.value:.0%} ({score.low:.0%} to {score.high:.0%})"
 
 
 def picture(rows: Sequence[Row]) -> str:
     """Bars of the far answers: layouts across, tasks side by side; as they are, and adapted."""
     plain = _of(rows, "layouts")
-    order = sorted(_layouts(plain), key=_globals, reverse=True)
+    order = _layouts(plain)
 
     def bars(part: str, title: str) -> Callable[[Axes], None]:
         here = _of(rows, part)
@@ -245,7 +271,7 @@ def picture(rows: Sequence[Row]) -> str:
                 axes.bar(at, [score.value for _, score in found], 0.24, color=figures.HUES[i], label=task)
                 low_high = [[s.value - s.low for _, s in found], [s.high - s.value for _, s in found]]
                 axes.errorbar(at, [s.value for _, s in found], low_high, fmt="none", ecolor=figures.INK, elinewidth=0.7)
-            axes.set_xticks(range(len(order)), [one.partition(":")[0] for one in order], rotation=60)
+            axes.set_xticks(range(len(order)), [_named(plain, one) for one in order], rotation=60)
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
             axes.set_title(title, fontsize=9)
@@ -263,7 +289,7 @@ def write_page(rows: Sequence[Row]) -> None:
     """
     if not rows:
         raise Refusal(f"there are no rows in {FILE}. Measure first: python benchmarks/retrieval.py")
-    caption = f"Far answers in {TRAINED} tokens by layout; whiskers are 95 % intervals"
+    caption = f"Far answers in {TRAINED} tokens by layout; whiskers are 95 % intervals, * was kept by selection"
     parts = [*findings(rows), *within(rows), *further(rows)]
     parts[0].blocks.append(Figure("layouts", "", caption))
     verdict = [
