@@ -97,7 +97,7 @@ def _adapted(layout: str) -> Path:
 def beyond() -> list[Row]:
     """To four times the trained length: dense, and the measured layout of one global layer, adapted."""
     extended = {"self_extend": f"auto:{4 * TRAINED}"}
-    given: dict[str, Any] = {"lengths": [2 * TRAINED, 4 * TRAINED], "samples": 10}
+    given: dict[str, Any] = {"tasks": ("passkey", "lookup"), "lengths": [2 * TRAINED, 4 * TRAINED], "samples": 10}
     rows = []
     for loading in ({}, extended, {"rope": "linear:4"}, {"rope": "yarn:4"}):
         rows += measured("beyond", **given, **loading)
@@ -213,11 +213,12 @@ def further(rows: Sequence[Row]) -> list[Section]:
     """A table of lengths beyond the trained one."""
     here = _of(rows, "beyond")
     lengths = sorted({row.length for row in here if row.length is not None})
-    head = [Cell("loaded"), *(Cell(f"{task}, {length:,}") for task in TASKS for length in lengths)]
+    tasks = [task for task in TASKS if _retrieved(here, task, DEPTHS)]
+    head = [Cell("loaded"), *(Cell(f"{task}, {length:,}") for task in tasks for length in lengths)]
     body = []
     for model, layout in dict.fromkeys((row.model, row.layout) for row in here):
         cells = []
-        for task in TASKS:
+        for task in tasks:
             for length in lengths:
                 of = [row for row in here if (row.model, row.length) == (model, length)]
                 cells.append(_cell(Score.of([row for row in _retrieved(of, task, DEPTHS) if row.layout == layout])))
