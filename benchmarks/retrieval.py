@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,26 +65,27 @@ def measured(part: str, checkpoint: Path = MODEL, *, adapted: bool = False, **gi
 # The parts
 
 
-def layouts() -> list[Row]:
+def layouts() -> Iterator[list[Row]]:
     """Within the trained length, nothing trained."""
-    rows, chosen = measured("layouts"), []
+    yield measured("layouts")
+    chosen = []
     for count in (2, 1):
         found = select(MODEL, count, window=WINDOW, length=TRAINED, tasks=list(TASKS), samples=32, seed=SEED)
         chosen.append(_letters(str(found.stripes)))
-        rows += [replace(row, model=MODEL.name, run="layouts") for row in found.rows]
+        yield [replace(row, model=MODEL.name, run="layouts") for row in found.rows]
     for layout in dict.fromkeys([*STRIDES, *chosen]):
-        rows += measured("layouts", stripes=f"{layout}:{WINDOW}")
-    return rows
+        yield measured("layouts", stripes=f"{layout}:{WINDOW}")
 
 
-def adapted() -> list[Row]:
+def adapted() -> Iterator[list[Row]]:
     """The layouts that decide, after a short adaptation to each; dense as far, for the adaptation's own worth."""
     there = _of(_read(), "layouts")
-    deciding = [DENSE]
+    deciding = []
     for count in (1, 2):
         ranked = _ranked(there, count)
-        deciding += [ranked[-1], ranked[0], *filter(None, [_chosen(there, count)])]
-    return [row for one in dict.fromkeys(deciding) for row in measured("adapted", _adapted(one), adapted=True)]
+        deciding += [*filter(None, [_chosen(there, count)]), ranked[0], ranked[-1]]
+    for layout in dict.fromkeys([*deciding, DENSE]):
+        yield measured("adapted", _adapted(layout), adapted=True)
 
 
 def _adapted(layout: str) -> Path:
@@ -94,18 +95,17 @@ def _adapted(layout: str) -> Path:
     return run / "model"
 
 
-def beyond() -> list[Row]:
+def beyond() -> Iterator[list[Row]]:
     """To four times the trained length: dense, and the measured layout of one global layer, adapted."""
     extended = {"self_extend": f"auto:{4 * TRAINED}"}
     given: dict[str, Any] = {"tasks": ("passkey", "lookup"), "lengths": [2 * TRAINED, 4 * TRAINED], "samples": 10}
-    rows = []
-    for loading in ({}, extended, {"rope": "linear:4"}, {"rope": "yarn:4"}):
-        rows += measured("beyond", **given, **loading)
     best = _chosen(_of(_read(), "layouts"), 1)
     assert best is not None
     for loading in ({}, extended):
-        rows += measured("beyond", _adapted(best), adapted=True, **given, **loading)
-    return rows
+        yield measured("beyond", **given, **loading)
+        yield measured("beyond", _adapted(best), adapted=True, **given, **loading)
+    for rope in ("linear:4", "yarn:4"):
+        yield measured("beyond", **given, rope=rope)
 
 
 PARTS = {"layouts": layouts, "adapted": adapted, "beyond": beyond}
@@ -306,9 +306,11 @@ def main(arguments: list[str]) -> None:
     if unknown := [one for one in arguments if one not in (*PARTS, "--page")]:
         raise Refusal(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
     for part in [] if "--page" in arguments else arguments or PARTS:
-        rows = PARTS[part]()  # what was there stays until the new rows are
-        kept = [row for row in _read() if row.run != part]
-        records.write(FILE, sorted([*kept, *rows], key=lambda row: [*PARTS].index(row.run)))
+        rows: list[Row] = []  # what was there stays until the first new rows are
+        for found in PARTS[part]():
+            rows += found
+            kept = [row for row in _read() if row.run != part]
+            records.write(FILE, sorted([*kept, *rows], key=lambda row: [*PARTS].index(row.run)))
     write_page(_read())
 
 

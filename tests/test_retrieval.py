@@ -386,7 +386,7 @@ def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> 
 def test_the_page_of_layouts_is_written_from_its_rows(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     further = [replace(row, run="beyond", length=4 * bench.TRAINED) for row in _cells(bench, "beyond", "dense", 0.25)]
     records.write(bench.FILE, [*_cells(bench, "layouts", "L:128", 0.9), *further])
-    monkeypatch.setitem(bench.PARTS, "layouts", lambda: _laid_out(bench))
+    monkeypatch.setitem(bench.PARTS, "layouts", lambda: iter([_laid_out(bench)]))
     bench.main(["layouts"])
     rows = records.read(bench.FILE)
     assert rows == [*_laid_out(bench), *further]
