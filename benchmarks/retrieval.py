@@ -49,6 +49,7 @@ TASKS = ("passkey", "multikey", "lookup")
 FAR, NEAR = (0.0, 0.5), (1.0,)
 DEPTHS = (*FAR, *NEAR)
 LAYERS = 4
+LOST = 0.1
 ADAPTED = ", adapted"
 
 
@@ -153,6 +154,11 @@ class Score(NamedTuple):
     low: float
     high: float
 
+    @property
+    def bounds(self) -> str:
+        """The interval in percent."""
+        return f"{100 * self.low:.0f}–{100 * self.high:.0f}"
+
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Score | None:
         """The mean; None without rows."""
@@ -173,7 +179,7 @@ def _retrieved(rows: Sequence[Row], task: str | None, depths: Sequence[float]) -
 
 
 def _cell(score: Score | None) -> Cell:
-    return Cell("–") if score is None else Cell(percent(score.value, 0), f"{score.low:.0%} to {score.high:.0%}")
+    return Cell("–") if score is None else Cell(percent(score.value, 0), score.bounds)
 
 
 def _named(rows: Sequence[Row], layout: str) -> str:
@@ -238,9 +244,11 @@ def findings(rows: Sequence[Row]) -> list[Section]:
             best, worst = (_plain(_score(here, one, None)) for one in (ranked[-1], ranked[0]))
             line = f"{when}, {count} of {LAYERS} layers global: the best offset is {ranked[-1]} with {best} "
             line += f"of the far answers, the worst {ranked[0]} with {worst}"
+            lost = [one for one in ranked if (score := _score(here, one, None)) and score.value < LOST]
+            line += f"; {len(lost)} of {len(ranked)} measured offsets find less than {percent(LOST, 0)}"
             kept = _chosen(_of(rows, "layouts"), count)
             said.append(
-                line + (f"; measured selection kept {kept}, {_plain(_score(here, kept, None))}." if kept else ".")
+                line + (f". Measured selection kept {kept}: {_plain(_score(here, kept, None))}." if kept else ".")
             )
     whole = _score(_of(rows, "layouts"), DENSE, None)
     said = ([f"Dense: {_plain(whole)} of the far answers."] if whole else []) + said
@@ -254,7 +262,7 @@ def _ranked(rows: Sequence[Row], count: int) -> list[str]:
 
 
 def _plain(score: Score | None) -> str:
-    return "not measured" if score is None else f"{score.value:.0%} ({score.low:.0%} to {score.high:.0%})"
+    return "not measured" if score is None else f"{percent(score.value, 0)} ({score.bounds})"
 
 
 def picture(rows: Sequence[Row]) -> str:

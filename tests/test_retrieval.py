@@ -358,7 +358,7 @@ def _cells(bench: ModuleType, part: str, layout: str, far: float, model: str = "
 
 def _laid_out(bench: ModuleType) -> list[Row]:
     rows = _cells(bench, "layouts", "dense", 1.0)
-    for layout, far in {"GL": 0.5, "LG": 0.8, "GLLL": 0.1, "1": 0.2, "2": 0.7, "3": 0.3, "L": 0.0, "0,3": 0.9}.items():
+    for layout, far in {"GL": 0.5, "LG": 0.8, "GLLL": 0.05, "1": 0.2, "2": 0.7, "3": 0.3, "L": 0.0, "0,3": 0.9}.items():
         rows += _cells(bench, "layouts", f"{layout}:{bench.WINDOW}", far)
     selected = {"run": "layouts", "model": "x", "task": "selection-greedy-lookup", "metric": "held_out_rise"}
     return rows + [Row(layout=f"{kept}:{bench.WINDOW}", value=0.1, **selected) for kept in ("0,3", "2")]
@@ -366,21 +366,23 @@ def _laid_out(bench: ModuleType) -> list[Row]:
 
 def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> None:
     rows = _laid_out(bench)
-    lines = bench.findings(rows)[0].blocks
-    assert lines[0].startswith("Dense: 100% (")
-    assert "2 of 4 layers global: the best offset is LGLG with 80% (" in lines[1]
-    assert "the worst GLGL with 50% (" in lines[1]
-    assert "measured selection kept GLLG, 90% (" in lines[1]
-    assert "1 of 4 layers global: the best offset is LLGL with 70% (" in lines[2]
-    assert "the worst GLLL with 10% (" in lines[2]
-    assert "measured selection kept LLGL, 70% (" in lines[2]
+    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in bench.findings(rows)[0].blocks]
+    assert lines[0].startswith("Dense: 100 % (")
+    assert "2 of 4 layers global: the best offset is LGLG with 80 % (" in lines[1]
+    assert "the worst GLGL with 50 % (" in lines[1]
+    assert "; 0 of 2 measured offsets find less than 10 %" in lines[1]
+    assert "Measured selection kept GLLG: 90 % (" in lines[1]
+    assert "1 of 4 layers global: the best offset is LLGL with 70 % (" in lines[2]
+    assert "the worst GLLL with 5 % (" in lines[2]
+    assert "; 1 of 4 measured offsets find less than 10 %" in lines[2]
+    assert "Measured selection kept LLGL: 70 % (" in lines[2]
     _, *tables = bench.within([*rows, *_cells(bench, "adapted", "GLLL:128", 0.9)])[0].blocks
     assert [table.title for table in tables] == list(bench.TASKS)
     names = ["dense", "GLGL", "LGLG", "GLLG *", "GLLL", "LGLL", "LLGL *", "LLLG", "LLLL"]
     assert [line[0].text for line in tables[0].body] == names
     line = tables[0].body[4]
-    assert [cell.text for cell in line[1:]] == [percent(share, 0) for share in (0.1, 1, 0.9, 1)]
-    assert line[1].dim == "{:.0%} to {:.0%}".format(*wilson(0.1, 40))
+    assert [cell.text for cell in line[1:]] == [percent(share, 0) for share in (0.05, 1, 0.9, 1)]
+    assert line[1].dim == "{:.0f}–{:.0f}".format(*(100 * bound for bound in wilson(0.05, 40)))
 
 
 def test_the_page_of_layouts_is_written_from_its_rows(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
