@@ -14,7 +14,7 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import answers, benches, compare, lengths, page, retrieval, sections, selection, tasks
+from zebra.report import answers, benches, compare, lengths, page, retrieval, sections, selection, study, tasks
 from zebra.report.compare import together
 from zebra.report.figures import standalone
 from zebra.report.page import Figure
@@ -45,17 +45,21 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
             f"a report is an HTML page, with Markdown and figures beside it; got the name {html.name!r}. "
             f"Write to {html.with_suffix('.html')}."
         )
+    everything = rows
+    studies, rows = study.parted(rows)
     kinds = by_kind(rows)
     groups = groups_of(kinds["position"])
     runs = dict.fromkeys(row.run for row in rows)
-    title = title or ", ".join(runs)
+    title = title or ", ".join([*(one.name or "study" for one in studies), *runs])
     verdicts = {
         run: f"{answers.verdict(run, kinds['answers'])} {sections.verdict(run, groups, kinds['cost'])}".strip()
         for run in runs
     }
     verdict = [f"{run}: {text}" if len(runs) > 1 else text for run, text in verdicts.items() if text]
+    verdict = [*(line for one in studies for line in study.verdicts(one)), *verdict]
     verdict = [*verdict, *selection.verdicts(kinds["selection"])] or [f"{len(rows):,} rows of results."]
     parts = [
+        *(section for i, one in enumerate(studies, start=1) for section in study.sections(one, i)),
         compare.compare(rows),
         sections.layouts(kinds["cost"]),
         sections.positions(groups),
@@ -68,7 +72,7 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
-        sections.method(rows),
+        sections.method(everything),
         sections.others([*kinds["other"], *selection.rest(kinds["selection"])]),
     ]
     parts = [section for section in parts if section.blocks]
