@@ -41,7 +41,7 @@ def verdicts(study: Study) -> list[str]:
     """How many claims hold, and the first of them that does, with its numbers."""
     judged = claims.claims(study)
     counted = Counter(claim.verdict for claim in judged if claim.papers)
-    said = ", ".join(f"{counted[verdict]} {_MANY[verdict] if counted[verdict] != 1 else verdict}" for verdict in _MANY)
+    said = ", ".join(f"{counted[verdict]} {one if counted[verdict] == 1 else many}" for verdict, one, many in _SAID)
     runs = sum(len(seeds) for seeds in study.runs.values())
     text = f"{len(study.runs)} cells, {runs} runs. Of the paper's {counted.total()} claims {said}."
     text += "".join(f" {claim.says}: {claim.verdict}." for claim in judged if not claim.papers)
@@ -54,7 +54,11 @@ def verdicts(study: Study) -> list[str]:
     return [f"{study.name}: {text}" if study.name else text]
 
 
-_MANY = {claims.HOLDS: "hold", claims.FAILS: "do not hold", claims.UNTESTED: "are not tested here"}
+_SAID = (
+    (claims.HOLDS, "holds", "hold"),
+    (claims.FAILS, "does not hold", "do not hold"),
+    (claims.UNTESTED, "is not tested here", "are not tested here"),
+)
 Blocks = list[str | Table | Figure]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from zebra.records import Row
 from zebra.report.series import Span, number, percent, span_name
 from zebra.report.study.cells import ATTENTIONS, POSITIONS, Cell, Study
-from zebra.report.study.spread import Difference, Losses, Scores, between, difference, gain, spread
+from zebra.report.study.spread import Difference, Losses, Scores, between, difference, gain, level, spread
 
 HOLDS, FAILS, UNTESTED = "holds", "does not hold", "not tested here"
 ALIKE = 0.02
@@ -150,7 +150,7 @@ def _grouped_is_global(study: Study) -> Claim:
     if grouped is None or wide is None:
         return claim.judge(held)
     costs = [study.rows(cell, "cost", "attention_pairs", study.length)[:1] for cell in (grouped, wide)]
-    if not all(costs):
+    if not all(costs) or not costs[1][0].value > 0:
         return claim.judge(held, None)
     (less,), (more,) = costs
     names = (f"{study.title(cell)}: {row.value:,.0f} pairs" for cell, row in ((grouped, less), (wide, more)))
@@ -208,7 +208,7 @@ def _rotary_extrapolates(study: Study) -> Claim:
         own, far = study.far(rotary), study.scores(rotary, contexts[-1], last)
         near = study.scores(rotary, rotary.length, own)
         names = f"{_with(study, rotary, far)}", f"the same at {span_name(own)} of {rotary.length:,}: {shown(near)}"
-        change = percent(spread(far).mean / spread(near).mean - 1, sign="+")
+        change = _percent(level(far) - level(near))
         rows = [*far.values(), *near.values()]
         where = f"{span_name(last)} of {contexts[-1]:,}"
         claim.parts.append(Part(*names, where, change, "other positions of the text", None, rows))
@@ -254,13 +254,13 @@ def _length_matters_more(study: Study) -> Claim:
     pairs = {cell._replace(length=study.length): cell for cell in study.runs if cell.length == longest > study.length}
     contexts = [c for short in pairs if short in study.runs for c in study.contexts(short) if c >= longest]
     context, span = max(contexts, default=0), (longest // 2, longest)
-    costs, best, worst = [], math.inf, -math.inf
+    costs, after = [], []
     for short, long in pairs.items():
         a, b = study.scores(short, context, span), study.scores(long, context, span)
-        if not a or not b:
+        if math.isnan(level(a) - level(b)):
             continue
-        costs.append(math.log(spread(a).mean / spread(b).mean))
-        best, worst = min(best, spread(b).mean), max(worst, spread(b).mean)
+        costs.append(level(a) - level(b))
+        after.append(level(b))
         rows = [*a.values(), *b.values()]
         where = f"{span_name(span)} of {context:,}"
         change = _percent(costs[-1])
@@ -268,7 +268,7 @@ def _length_matters_more(study: Study) -> Claim:
         claim.rest_on(short, long)
     if len(costs) < 2:
         return claim
-    gained, between_them = _mean(costs), math.log(worst / best)
+    gained, between_them = _mean(costs), max(after) - min(after)
     said = f"length, the mean: {_percent(gained)}", f"variants, worst against best: {_percent(between_them)}"
     held = gained > between_them
     claim.parts.append(Part(*said, where, f"{gained - between_them:+.4f} nats", "means", held))

@@ -51,6 +51,12 @@ def spread(scores: Scores) -> Spread:
     return Spread(math.fsum(values) / len(values), statistics.stdev(values) if several else None, len(values))
 
 
+def level(scores: Scores) -> float:
+    """The mean loss over seeds; NaN without a finite value."""
+    losses = _losses(scores)
+    return statistics.mean(losses.values()) if losses else math.nan
+
+
 def difference(a: Scores, b: Scores, alike: Iterable[Scores]) -> Difference | None:
     """The loss of `a` less that of `b`, over the seeds that both have; None without one, or without a spread.
 
