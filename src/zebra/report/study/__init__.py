@@ -70,11 +70,12 @@ def _checklist(study: Study) -> Blocks:
         rests += f"; {len(claim.rows)} rows" if claim.rows else "–"
         body.append([Cell(str(i)), Cell(claim.says, claim.rule), Cell(claim.verdict), Cell(rests)])
         for part in claim.parts:
-            said = "–" if part.held is None else claims.HOLDS if part.held else claims.FAILS
+            held = "open" if part.held is None else "yes" if part.held else "no"
             change = Cell(part.change, part.interval)
-            evidence.append([Cell(str(i)), Cell(part.one), Cell(part.other), Cell(part.where), change, Cell(said)])
+            line = [Cell(*part.one), Cell(*part.other), Cell(part.where), change, Cell(held)]
+            evidence.append([Cell(str(i)), *line])
     head = [Cell(""), Cell("claim", "rule"), Cell("verdict"), Cell("rests on", "cells × seeds")]
-    columns = [Cell("claim"), Cell("perplexity"), Cell("against"), Cell("positions"), Cell("change"), Cell("")]
+    columns = [Cell("claim"), Cell("cell"), Cell("against"), Cell("positions"), Cell("change"), Cell("held")]
     title = "Evidence: means over seeds with their standard deviation"
     return [claims.HOW, Table("", head, body, numeric=False), Table(title, columns, evidence, numeric=False)]
 

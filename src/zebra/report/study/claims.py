@@ -32,10 +32,10 @@ HOW = (
 
 @dataclass(frozen=True)
 class Part:
-    """A line of evidence: what was compared with what, the change, and whether its part of the claim holds."""
+    """A line of evidence: what was compared with what, each with its number, the change, and whether the part holds."""
 
-    one: str
-    other: str
+    one: tuple[str, str]
+    other: tuple[str, str]
     where: str
     change: str
     interval: str
@@ -115,8 +115,8 @@ def shown(scores: Scores) -> str:
     return number(of.mean) + (f" ± {number(of.deviation)}" if of.deviation is not None else "")
 
 
-def _with(study: Study, cell: Cell, scores: Scores) -> str:
-    return f"{study.title(cell)}: {shown(scores)}"
+def _with(study: Study, cell: Cell, scores: Scores) -> tuple[str, str]:
+    return study.title(cell), shown(scores)
 
 
 def _said(found: Difference) -> tuple[str, str]:
@@ -153,10 +153,12 @@ def _grouped_is_global(study: Study) -> Claim:
     if not all(costs) or not costs[1][0].value > 0:
         return claim.judge(held, None)
     (less,), (more,) = costs
-    names = (f"{study.title(cell)}: {row.value:,.0f} pairs" for cell, row in ((grouped, less), (wide, more)))
+    names = [(study.title(cell), f"{row.value:,.0f} pairs") for cell, row in ((grouped, less), (wide, more))]
     change = percent(less.value / more.value - 1, sign="+")
     cheaper = less.value < more.value
-    claim.parts.append(Part(*names, f"a text of {study.length:,}", change, "counted", cheaper, [less, more]))
+    claim.parts.append(
+        Part(names[0], names[1], f"a text of {study.length:,}", change, "counted", cheaper, [less, more])
+    )
     return claim.judge(held, cheaper)
 
 
@@ -207,11 +209,11 @@ def _rotary_extrapolates(study: Study) -> Claim:
     if held is None and not claim.parts:
         own, far = study.far(rotary), study.scores(rotary, contexts[-1], last)
         near = study.scores(rotary, rotary.length, own)
-        names = f"{_with(study, rotary, far)}", f"the same at {span_name(own)} of {rotary.length:,}: {shown(near)}"
+        names = _with(study, rotary, far), (f"the same at {span_name(own)} of {rotary.length:,}", shown(near))
         change = _percent(level(far) - level(near))
         rows = [*far.values(), *near.values()]
         where = f"{span_name(last)} of {contexts[-1]:,}"
-        claim.parts.append(Part(*names, where, change, "other positions of the text", None, rows))
+        claim.parts.append(Part(names[0], names[1], where, change, "other positions of the text", None, rows))
         claim.rest_on(rotary)
     return claim.judge(held)
 
@@ -235,7 +237,7 @@ def _alibi_is_near_sighted(study: Study) -> Claim:
     if found is None:
         return claim.judge(fine, None)
     weak = _beats(found)
-    names = [f"{study.title(cell)}: falls by {_mean(gains(cell).values()):.4f} nats" for cell in (alibi, rotary)]
+    names = [(study.title(cell), f"falls by {_mean(gains(cell).values()):.4f} nats") for cell in (alibi, rotary)]
     where = f"{span_name(near)} to {span_name(far)} of {rotary.length:,}"
     change = f"{found.mean:+.4f} nats", f"{found.low:+.4f} to {found.high:+.4f}; {found.how}"
     scores = (study.scores(cell, cell.length, span) for cell in (alibi, rotary) for span in (near, far))
@@ -269,7 +271,7 @@ def _length_matters_more(study: Study) -> Claim:
     if len(costs) < 2:
         return claim
     gained, between_them = _mean(costs), max(after) - min(after)
-    said = f"length, the mean: {_percent(gained)}", f"variants, worst against best: {_percent(between_them)}"
+    said = ("length, the mean", _percent(gained)), ("variants, worst against best", _percent(between_them))
     held = gained > between_them
     claim.parts.append(Part(*said, where, f"{gained - between_them:+.4f} nats", "means", held))
     return claim.judge(held)
