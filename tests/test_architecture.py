@@ -26,7 +26,7 @@ RANKS = {
     "generation": 3,
     "evaluate": 4,
     "train": 5,
-    "bench": 5,
+    "bench": 6,
     "doctor": 6,
     "report": 6,
     "cli": 7,

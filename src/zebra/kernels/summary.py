@@ -22,7 +22,6 @@ from torch import Tensor
 from zebra.kernels import attend
 from zebra.kernels.merging import merge
 from zebra.kernels.request import Mask
-from zebra.stripes import visible_pairs
 
 _QUERIES = 1024
 """Queries at a time: their scores over all finished blocks stand at once."""
@@ -42,15 +41,6 @@ class _Blocks(NamedTuple):
     size: Tensor
     last: Tensor
     document: Tensor
-
-
-def summary_pairs(length: int, window: int, block: int) -> int:
-    """Pairs of a query and a key or mean in one text: the band, and each block from where the band has left it.
-
-    sum over queries i of min(i + 1, w) + max(0, floor((i + 1 - w) / b))
-    """
-    whole, rest = divmod(max(0, length - window), block)
-    return visible_pairs(length, window) + block * whole * (whole - 1) // 2 + whole * (rest + 1)
 
 
 def summarised(

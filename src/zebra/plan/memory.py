@@ -18,6 +18,7 @@ All bytes; what an allocator wastes is not in it.
 from __future__ import annotations
 
 from zebra.plan.cost import BYTES, Run, low_rank, trained
+from zebra.plan.decoder import SUMMARY
 from zebra.stripes import GLOBAL, LOCAL
 
 CHUNK = 1024
@@ -25,7 +26,7 @@ CHUNK = 1024
 
 
 def cached_tokens(run: Run) -> int:
-    """Tokens kept between steps, summed over layers and rows: N in a global layer, at most w - 1 in a local one.
+    """Tokens kept between steps, summed over layers and rows: N in a global or summary layer, w - 1 in a local one.
 
     A local layer has beside them room for its sinks; with full decoding it keeps N. Under Self-Extend a global layer
     keeps at most N + W: the keys of the last W in both rotations.
@@ -33,7 +34,8 @@ def cached_tokens(run: Run) -> int:
     window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes else (1, 0)
     local = run.length if run.full_decode else min(run.length, window - 1) + sinks
     far = min(run.self_extend.window, run.length) if run.self_extend else 0
-    return run.batch * (run.count(GLOBAL) * (run.length + far) + run.count(LOCAL) * local)
+    whole = run.count(GLOBAL) * (run.length + far) + run.count(SUMMARY) * run.length
+    return run.batch * (whole + run.count(LOCAL) * local)
 
 
 def kv_bytes(run: Run) -> int:
