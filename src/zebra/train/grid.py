@@ -111,6 +111,7 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Row]:
     recipes = recipes_of(grid)
     if workers < 1:
         raise Refusal(f"--workers is at least 1; got {workers}.")
+    check_machine(recipes[0].train)
     run = Path(grid.run)
     with _held(run):
         recipes = _with_tokenizer(grid, recipes)
@@ -210,7 +211,6 @@ def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
     for cell in cells_of(grid):
         try:
             recipe = PretrainRecipe.model_validate(_tree(grid, cell))
-            check_machine(recipe.train)
             config_of(recipe)
         except ValidationError as error:
             told = error.errors()[0]
