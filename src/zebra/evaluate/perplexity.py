@@ -61,10 +61,10 @@ class _Window:
     scored_from: int
 
 
-def edges(length: int, start: int = 0) -> list[int]:
-    """The bounds of the position buckets: 0, 256, 512, 1024, ... up to `length`, from `start` on."""
+def edges(length: int, start: int = 0, first: int | None = None) -> list[int]:
+    """The bounds of the position buckets: 0, 256, 512, 1024, ... up to `length`, from `start` on; or 0, `first`, ..."""
     bounds = [start]
-    edge = FIRST_EDGE
+    edge = first or FIRST_EDGE
     while edge < length:
         if edge > start:
             bounds.append(edge)
@@ -88,6 +88,7 @@ def perplexity(
     convention: str = "disjoint",
     stride: int | None = None,
     prompt: int | None = None,
+    first_bucket: int | None = None,
     seed: int = 0,
     batch_tokens: int = 8192,
 ) -> list[Score]:
@@ -100,6 +101,7 @@ def perplexity(
         stride: tokens that each window of the strided convention scores; a quarter of the length where None.
         prompt: tokens of each window that are read and not scored; those behind them are decoded, each after the
             text's own tokens (teacher-forced). It matters to models with full decoding; they equal it token by token.
+        first_bucket: positions of the first bucket, 256 where None; each next ends at twice as many.
         batch_tokens: how many tokens are run at once; a window is never split.
 
     Raises:
@@ -112,7 +114,7 @@ def perplexity(
             f"the text has token {largest}, but the model has {model.config.vocab_size} embeddings. "
             "Use the model's own tokenizer."
         )
-    bounds = edges(length, prompt or 0)
+    bounds = edges(length, prompt or 0, first_bucket)
     sums = np.zeros((len(bounds) - 1, len(corpus)))
     counts = np.zeros_like(sums)
     head = head_of(model)

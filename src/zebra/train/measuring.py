@@ -32,10 +32,12 @@ def measure(
     assert recipe.evaluate is not None
     assert held_out is not None
     model.to(best_device())
-    asked, at = recipe.evaluate, columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
+    asked = recipe.evaluate
+    at = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
+    by: dict[str, Any] = {"convention": asked.convention, "first_bucket": asked.first_bucket, "seed": recipe.train.seed}
 
     def read(length: int) -> list[Row]:
-        scores = perplexity(model, held_out, length=length, convention=asked.convention, seed=recipe.train.seed)
+        scores = perplexity(model, held_out, length=length, **by)
         return as_rows(scores, length, asked.convention, **at)
 
     start = time.perf_counter()

@@ -175,6 +175,7 @@ class Evaluation(TextSource, Measured):
         None, description="a longer context that the end is measured at too, however long the model has learned to read"
     )
     convention: Literal["disjoint", "strided", "truncated"] = "disjoint"
+    first_bucket: int = Field(256, ge=1, description="positions of the first bucket; each next ends at twice as many")
 
 
 class Recipe(Section):

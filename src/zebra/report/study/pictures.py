@@ -157,7 +157,7 @@ def plot_beyond(axes: Axes, lines: Lines, trained: int, position: str, limits: t
     axes.axvline(trained, color=INK, linestyle="--", linewidth=0.8, alpha=0.6)
     axes.set_xscale("log", base=2)
     axes.set_xlim(edges[0] / 2, edges[-1])
-    axes.xaxis.set_major_locator(FixedLocator(edges))
+    axes.xaxis.set_major_locator(FixedLocator(edges[:: 1 + len(edges) // 6]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}K" if value >= 1024 else f"{value:g}")
     axes.set_yscale("log")
