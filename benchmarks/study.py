@@ -1,9 +1,13 @@
-"""The page of the from-scratch study, docs/results/<name>.md, from the rows of a grid.
+"""The page of a from-scratch study, docs/results/<name>.md, from the rows of its grid.
 
-python benchmarks/study.py runs/study-tiny    the run's rows become benchmarks/results/study-tiny.jsonl, then the page
-python benchmarks/study.py                    nothing is read but the rows that are published: every study's page again
+python benchmarks/study.py runs/study-tiny                    the run's rows are published, then the page is written
+python benchmarks/study.py costs recipes/study-tiny-cpu.yaml  each cell's training step is timed and weighed: these rows
+                                                              replace those that were published; minutes, nothing else
+                                                              should run; then the page
+python benchmarks/study.py                                    the pages of all studies again, from the published rows
 
-`zebra study recipes/<name>.yaml` makes the run. Its pictures go to docs/images/<name>-*.svg.
+`zebra study recipes/<name>.yaml` makes the run. Rows are published in benchmarks/results/<name>.jsonl, pictures in
+docs/images/<name>-*.svg.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import sys
 from pathlib import Path
 
 from zebra import records
+from zebra.bench import study as bench
 from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.report import page, study
@@ -19,6 +24,8 @@ from zebra.report.figures import standalone
 from zebra.report.page import Figure, Section
 from zebra.report.sections import method, others
 from zebra.staged import write_whole
+from zebra.train.grid import StudyRecipe, recipes_of
+from zebra.train.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,11 +58,37 @@ def _short(section: Section) -> Section:
     return section._replace(blocks=blocks)
 
 
+def publish(name: str, rows: list[Row]) -> None:
+    """Rows of a study in the place of those that were published: of its runs, or of their costs, or of both."""
+    file = RESULTS / f"{name}.jsonl"
+    new = {*map(_timed, rows)}
+    kept = [row for row in records.read(file) if _timed(row) not in new] if file.is_file() else []
+    records.write(file, sorted([*kept, *rows], key=_timed))
+
+
+def _timed(row: Row) -> bool:
+    return row.task.startswith("bench ")
+
+
+def costs(grid: StudyRecipe) -> str:
+    """Measure the cells of a grid, publish their rows, and return its name."""
+    name = Path(grid.run).name
+    rows, left_out = bench.costs(recipes_of(grid), run=name)
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    publish(name, rows)
+    return name
+
+
 def main(arguments: list[str]) -> None:
-    for run in map(Path, arguments):
-        records.write(RESULTS / f"{run.name}.jsonl", records.read(run / "rows.jsonl"))
-    names = [Path(run).name for run in arguments] or sorted(file.stem for file in RESULTS.glob("study-*.jsonl"))
-    for name in names:
+    names = []
+    if arguments[:1] == ["costs"]:
+        names += [costs(read_recipe(path, StudyRecipe)) for path in arguments[1:]]
+    else:
+        for run in map(Path, arguments):
+            publish(run.name, records.read(run / "rows.jsonl"))
+            names.append(run.name)
+    for name in names or sorted(file.stem for file in RESULTS.glob("study-*.jsonl")):
         write_page(name, records.read(RESULTS / f"{name}.jsonl"), PAGES, IMAGES)
 
 

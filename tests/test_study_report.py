@@ -25,6 +25,7 @@ from zebra.report.study.cells import Cell
 from zebra.report.study.pictures import Point, frontier, plot_scatter
 from zebra.report.study.spread import Losses, Spread, between, spread
 from zebra.stripes import visible_pairs
+from zebra.train.recipe import read_recipe
 
 DENSE, GROUPED, SUMMARY, LOCAL = "dense", "GL:32", "SS:32/16", "L:32"
 LAYOUTS = (DENSE, GROUPED, SUMMARY, LOCAL)
@@ -110,7 +111,14 @@ def test_the_rows_of_a_grid_are_told_from_others() -> None:
     assert found.cell("mixed") is None
     assert found.title(Cell(GROUPED, "rotary", 1024)) == "GL:32 rotary at 1,024"
     one = [row for row in grid if row.run == grid[0].run]
-    assert study.parted(one) == ([], one)
+    assert [len(found.runs) for found in study.parted(one)[0]] == [1]
+    alone = [replace(row, model=row.model.replace("/cells/", "/")) for row in one]
+    assert study.parted(alone) == ([], alone)
+    two = [
+        *alone,
+        *(replace(row, model=row.model.replace("/cells/", "/")) for row in grid if "-none-512-s0" in row.run),
+    ]
+    assert [(found.name, len(found.runs)) for found in study.parted(two)[0]] == [("", 5)]
 
 
 def test_the_layout_with_the_most_runs_stands_for_its_kind() -> None:
@@ -358,6 +366,21 @@ def test_the_script_makes_the_page_and_its_pictures(tmp_path: Path, monkeypatch:
     (tmp_path / "pages" / "study-try.md").unlink()
     made.main([])
     assert (tmp_path / "pages" / "study-try.md").read_text() == page
+    timed = Row(run="study-try", model="zebra", layout="dense rotary", task="bench study step", metric="milliseconds",
+                value=987.0, length=512)  # fmt: skip
+    monkeypatch.setattr(made.bench, "costs", lambda recipes, run: ([replace(timed, n=len(recipes))], ("a line",)))
+    grid = ["costs", str(ROOT / "recipes" / "study-tiny-cpu.yaml")]
+    monkeypatch.setattr(made, "read_recipe", lambda path, kind: read_recipe(path, kind, ["run=runs/study-try"]))
+    for arguments in (
+        grid,
+        grid,
+        [str(run)],
+    ):  # measured again it stands in the place of the old, published again beside
+        made.main(arguments)
+        rows = records.read(tmp_path / "results" / "study-try.jsonl")
+        assert [row.value for row in rows if row.task == timed.task] == [987.0]
+        assert len(rows) == len(few()) + 1
+        assert "987" in (tmp_path / "pages" / "study-try.md").read_text()
     with pytest.raises(Refusal, match="no study of two cells"):
         made.write_page("x", a_run(), tmp_path, tmp_path)
 

@@ -113,7 +113,7 @@ class Study:
 
 
 def parted(rows: Sequence[Row]) -> tuple[list[Study], list[Row]]:
-    """The studies in rows, two cells or more in each, and the rows that belong to none.
+    """The studies in rows, and the rows that belong to none: grids, and other runs where they are two cells or more.
 
     A second run of the same cell and seed belongs to none.
     """
@@ -127,7 +127,7 @@ def parted(rows: Sequence[Row]) -> tuple[list[Study], list[Row]]:
             path = PurePath(place)
             name = path.parent.parent.name if path.parent.name == "cells" else ""
             grids[name][cell].setdefault(mine[0].seed, mine)
-    grids = {name: runs for name, runs in grids.items() if len(runs) > 1}
+    grids = {name: runs for name, runs in grids.items() if name or len(runs) > 1}
     timed = [row for row in rows if row.task.startswith("bench ") and _LAYOUT.fullmatch(row.layout)]
     studies = [
         Study(name, dict(runs), [row for row in timed if row.run == name or len(grids) == 1])
