@@ -14,6 +14,7 @@ from test_study import ATTENTIONS, CELLS, LENGTH, POSITIONS, config, drawn, toke
 
 from zebra import Refusal
 from zebra.bench import study as bench
+from zebra.kernels import summary as kernel
 from zebra.kernels.summary import summarised
 from zebra.model import study
 from zebra.model.families import attention_pairs, layout
@@ -21,7 +22,7 @@ from zebra.plan import cost, decoder, memory, sheet
 from zebra.plan.cost import Run
 from zebra.plan.devices import DEVICES, Device
 from zebra.stripes import GLOBAL, LOCAL, summary_pairs
-from zebra.train.dry_run import dry_run
+from zebra.train.dry_run import _counting, dry_run
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe
 
@@ -87,6 +88,43 @@ def test_a_plan_names_the_summary_layers_and_counts_them() -> None:
     assert [row["kind"] for row in found["complexity"]] == ["global", "local", "summary"]
     step = replace(planned("summary"), phase="decode")
     assert cost.traffic(step)["attention"] > cost.traffic(replace(step, stripes=None))["attention"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length", [9, 64, 110, 213])
+@pytest.mark.parametrize("keys", [2, 6])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_activations_of_summary_layers_are_what_autograd_keeps(
+    length: int, keys: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At lengths within the window and of one, two and three passes over the queries."""
+    assert memory.QUERIES == kernel.QUERIES == 1024
+    monkeypatch.setattr(memory, "QUERIES", 100)
+    monkeypatch.setattr(kernel, "QUERIES", 100)
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": keys, "max_position_embeddings": 4096}
+
+    def kept(attention: str, layers: int) -> int:
+        kinds = {"attention_kinds": [attention] * layers, "num_hidden_layers": layers, "window": 7, "summary_block": 4}
+        model = study.StudyForCausalLM(config("global", "rotary", **sizes | kinds)).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), _counting(model) as saved:
+            model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+        return sum(saved.values())
+
+    more = [kept("summary", layers) - kept("local", layers) for layers in (1, 2)]
+    widths = {"heads": 6, "query_width": 48, "kv_width": 8 * keys, "window": 7, "block": 4}
+    found = memory.kept_of_summaries(length, half=precision == "bfloat16", **widths)
+    assert found == pytest.approx(more[1] - more[0], rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_plan_of_training_is_the_dry_runs(checkpointing: bool) -> None:
+    asked = recipe("summary", length=64, activation_checkpointing=checkpointing)
+    wanted = dry_run(asked).memory
+    found = memory.memory(bench._planned(asked))
+    assert found.keys() == wanted.keys()
+    for part in wanted:
+        assert found[part] == pytest.approx(wanted[part], rel=0.01), part
 
 
 # What was measured
