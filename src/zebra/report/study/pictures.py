@@ -166,4 +166,5 @@ def plot_beyond(axes: Axes, lines: Lines, trained: int, position: str, limits: t
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_title(position, fontsize=9, loc="left")
+    axes.set_ylabel("perplexity" if axes.get_subplotspec().is_first_col() else "")  # type: ignore[union-attr]
     axes.set_xlabel("position")
