@@ -102,7 +102,7 @@ def convert(
     kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
     if as_json:
         made = {"target": str(target), "class": config.architectures[0], "layout": named, "layers": kinds}
-        show.json(made | {"rows": [row.__dict__ for row in rows]})
+        show.json(made | {"rows": [row.columns() for row in rows]})
         return
     if rows:
         show.rows(rows, as_json)

@@ -1,4 +1,4 @@
-"""Runs side by side: what was measured in more than one, a column for each run, model and layout."""
+"""Runs side by side: what was measured in more than one, each with its model and layout."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def _runs(places: dict[Place, dict[Series, list[Row]]]) -> int:
 
 
 def _table(task: str, places: dict[Place, dict[Series, list[Row]]]) -> Table:
-    columns = list(dict.fromkeys(series for found in places.values() for series in found))
+    """Two series as columns with their change; more of them as lines."""
+    series = list(dict.fromkeys(one for found in places.values() for one in found))
     metrics = list(dict.fromkeys(metric for metric, _ in places))
-    head = [Cell("metric", "tokens"), *(Cell(series.run, f"{series.name} {series.layout}") for series in columns)]
-    head += [Cell("change")] if len(columns) == 2 else []
-    body = []
-    for metric, length in sorted(places, key=lambda place: (metrics.index(place[0]), place[1] or 0)):
-        found = places[metric, length]
-        line = [Cell(metric.replace("_", " "), "" if length is None else f"{length:,}")]
-        line += [_value(found.get(series, [])) for series in columns]
-        if len(columns) == 2:
-            line.append(_change(*(found.get(series, []) for series in columns)))
-        body.append(line)
-    return Table(_name(task), head, body)
+    order = sorted(places, key=lambda place: (metrics.index(place[0]), place[1] or 0))
+    labels = [Cell(metric.replace("_", " "), "" if length is None else f"{length:,}") for metric, length in order]
+    names = [Cell(one.run, f"{one.name} {one.layout}") for one in series]
+    if len(series) == 2:
+        head = [Cell("metric", "tokens"), *names, Cell("change")]
+        values = [[places[place].get(one, []) for one in series] for place in order]
+        body = [[label, *map(_value, found), _change(*found)] for label, found in zip(labels, values, strict=True)]
+        return Table(_name(task), head, body)
+    body = [[name, *(_value(places[p].get(one, [])) for p in order)] for name, one in zip(names, series, strict=True)]
+    return Table(_name(task), [Cell("run"), *labels], body)
 
 
 def _name(task: str) -> str:
@@ -70,23 +70,16 @@ def _name(task: str) -> str:
     return next((name(task) for prefix, name in known.items() if task.startswith(prefix)), task)
 
 
-def _mean(rows: Sequence[Row]) -> float:
-    return sum(row.value for row in rows) / len(rows)
-
-
-def _bounds(rows: Sequence[Row]) -> tuple[float, float] | None:
-    return interval(rows[0]) if len(rows) == 1 else None
-
-
 def _value(rows: Sequence[Row]) -> Cell:
-    return tasks.value(_mean(rows), _bounds(rows), share=tasks.is_share(rows[0])) if rows else Cell("–")
+    return tasks.value(rows) if rows else Cell("–")
 
 
 def _change(before: Sequence[Row], after: Sequence[Row]) -> Cell:
     if not before or not after:
         return Cell("–")
-    by = _mean(after) - _mean(before)
-    said = percent(by, sign="+") if tasks.is_share(before[0]) else f"{by:+,.3g}".replace("-", "−")
-    one, two = _bounds(before), _bounds(after)
+    by = sum(row.value for row in after) / len(after) - sum(row.value for row in before) / len(before)
+    some = f"{by:+,.0f}" if abs(by) >= 1000 else f"{by:+.3g}"
+    said = percent(by, sign="+") if tasks.is_share(before[0]) else some.replace("-", "−")
+    one, two = (interval(rows[0]) if len(rows) == 1 else None for rows in (before, after))
     overlap = one is not None and two is not None and one[0] <= two[1] and two[0] <= one[1]
-    return Cell(said, "overlap" if overlap else "")
+    return Cell(said, "overlap" if overlap else "", rows=[*before, *after])
