@@ -15,6 +15,7 @@ from zebra.report.series import number
 
 _FEW = 12
 """Of up to so many rows the value stands beside the link."""
+_FIRST = ("value", "metric", "task")
 
 
 class Links:
@@ -44,7 +45,7 @@ class Links:
         ]
         if self._several:
             lines = (f'<li id="from-{i}">{self._named(places)}</li>' for places, i in self._several.items())
-            made = f"{len(self._several):,} numbers made of several rows"
+            made = f"{len(self._several):,} numbers and pictures made of several rows"
             parts.append(f"<details><summary>{made}</summary>\n<ol>\n" + "\n".join(lines) + "\n</ol></details>")
         names = "".join(f"<th>{markup.escape(name)}</th>" for name in ("row", *head))
         lines = (
@@ -53,7 +54,7 @@ class Links:
         )
         parts.append(
             f"<details><summary>{len(self._rows):,} rows</summary>\n"
-            f'<div class="table"><table class="list"><thead><tr>{names}</tr></thead><tbody>\n'
+            f'<div class="wide"><table class="list"><thead><tr>{names}</tr></thead><tbody>\n'
             + "\n".join(lines)
             + "\n</tbody></table></div></details>\n</section>"
         )
@@ -76,12 +77,10 @@ def _link(place: int, word: str = "row ") -> str:
 
 def _columns(rows: Sequence[Row]) -> tuple[dict[str, str], list[str], list[list[str]]]:
     """What all rows share by column, and head and body of a table of the rest."""
+    shown = {name.replace("_", " "): [plain(getattr(row, name)) for row in rows] for name in (*_FIRST, *COLUMNS)}
     if any(row.origin for row in rows):
         places = [(row.origin or "").rpartition(":") for row in rows]
-        shown = {"file": [file for file, _, _ in places], "line": [line for _, _, line in places]}
-    else:
-        shown = {}
-    shown |= {name.replace("_", " "): [plain(getattr(row, name)) for row in rows] for name in COLUMNS}
+        shown |= {"file": [file for file, _, _ in places], "line": [line for _, _, line in places]}
     shared = {name: texts[0] for name, texts in shown.items() if len(rows) > 1 and len(set(texts)) == 1}
     varied = {name: texts for name, texts in shown.items() if name not in shared}
     shared = {name: text for name, text in shared.items() if text != "–"}

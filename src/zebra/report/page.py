@@ -72,14 +72,16 @@ h1 {{ font-size: 2.1rem; line-height: 1.2; letter-spacing: -.02em; margin: 0 0 1
 h2 {{ font-size: 1.25rem; letter-spacing: -.01em; margin: 3.5rem 0 .75rem }}
 p {{ max-width: 42rem; margin: 0 0 1rem }}
 .verdict {{ font-size: 1.2rem; line-height: 1.5; border-left: 4px solid var(--accent); padding-left: 1rem }}
-figure, .table {{ margin: 1.75rem 0; overflow-x: auto }}
+figure {{ margin: 1.75rem 0 }}
+.wide {{ overflow-x: auto }}
 figure svg {{ display: block; width: 100%; min-width: 34rem; height: auto }}
-figcaption, caption {{ color: var(--pale); font-size: .85rem; text-align: left; padding: .5rem 0 }}
-caption {{ caption-side: top }}
+figcaption {{ color: var(--pale); font-size: .85rem; padding: .5rem 0 }}
 table {{ border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .4rem .75rem; text-align: left; vertical-align: top }}
 th {{ font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--ink) }}
+tr {{ background: var(--paper) }}
 tbody tr:nth-child(odd) {{ background: var(--stripe) }}
+:is(.numeric, #rows table) :is(th, td):first-child {{ position: sticky; left: 0; background: inherit }}
 .numeric th:not(:first-child), .numeric td:not(:first-child) {{ text-align: right }}
 .numeric td:not(:first-child) {{ white-space: nowrap }}
 a {{ color: inherit; text-decoration: underline dotted var(--pale) 1px; text-underline-offset: .2em }}
@@ -90,12 +92,12 @@ small {{ display: block; color: var(--pale); font-size: .8rem; font-weight: 400 
 tr:first-child .bar {{ background: var(--ink) }}
 .words td:first-child {{ font-weight: 600; white-space: nowrap }}
 .words td {{ overflow-wrap: anywhere }}
-.numeric td:first-child {{ min-width: 6.5rem }}
+.numeric td:first-child {{ min-width: 7.25rem }}
 .list td, .list th {{ white-space: nowrap; font-size: .8rem; padding: .25rem .6rem }}
 summary {{ cursor: pointer; padding: .5rem 0; font-weight: 600 }}
 details small {{ display: inline }}
 details ol {{ font-size: .9rem; padding-left: 3rem; margin: 0 0 1rem }}
-tr:target, li:target {{ outline: 2px solid var(--accent); outline-offset: -2px; scroll-margin: 40vh 0 }}
+#rows :target {{ background: color-mix(in srgb, var(--accent) 25%, var(--paper)); scroll-margin: 40vh 0 }}
 """
 
 
@@ -135,8 +137,8 @@ def _html_figure(figure: Figure, links: Links) -> str:
     svg = re.sub(r'<a href="@(\d+)"', lambda found: f'<a href="{links.to([figure.rows[int(found[1])]])}"', figure.svg)
     role = "group" if "<a " in svg else "img"  # what stands inside an image cannot be reached
     svg = svg.replace("<svg", f'<svg role="{role}" aria-label="{caption}"', 1)
-    drawn = f" {_linked(f'{len(figure.rows):,} rows', figure.rows, links)}" if len(figure.rows) > 1 else ""
-    return f"<figure>{svg}<figcaption>{caption}{drawn}</figcaption></figure>"
+    drawn = f" ({_linked(f'{len(figure.rows):,} rows', figure.rows, links)})" if len(figure.rows) > 1 else ""
+    return f'<figure><div class="wide">{svg}</div><figcaption>{caption}{drawn}</figcaption></figure>'
 
 
 def _html_table(table: Table, links: Links) -> str:
@@ -145,12 +147,13 @@ def _html_table(table: Table, links: Links) -> str:
         dim = f"<small>{_linked(cell.dim, cell.dim_rows, links)}</small>" if cell.dim else ""
         return f"<{tag}>{_linked(cell.text, cell.rows, links)}{bar}{dim}</{tag}>"
 
-    caption = f"<caption>{markup.escape(table.title)}</caption>" if table.title else ""
+    caption = f"<figcaption>{markup.escape(table.title)}</figcaption>" if table.title else ""
     head = "".join(cell("th", found) for found in table.head)
     head = f"<thead><tr>{head}</tr></thead>" if any(found.text for found in table.head) else ""
     body = "\n".join(f"<tr>{''.join(cell('td', found) for found in line)}</tr>" for line in table.body)
     kind = "numeric" if table.numeric else "words" if len(table.head) == 2 else "list"
-    return f'<div class="table"><table class="{kind}">{caption}{head}<tbody>\n{body}\n</tbody></table></div>'
+    table_ = f'<table class="{kind}">{head}<tbody>\n{body}\n</tbody></table>'
+    return f'<figure>{caption}<div class="wide">{table_}</div></figure>'
 
 
 def markdown(stem: str, title: str, verdict: Sequence[Line], sections: list[Section]) -> str:
