@@ -8,7 +8,8 @@ from zebra.records import Row
 from zebra.report.page import Cell, Section, Table
 from zebra.report.series import DENSE, interval, number, percent
 
-_CEILINGS = "bench ceilings"
+CEILINGS = "bench ceilings"
+"""The task of their rows."""
 _TIME = "milliseconds"
 _PEAK = "peak_bytes"
 _WORKS = {
@@ -39,11 +40,11 @@ def benches(rows: list[Row]) -> Section:
 def bench_tables(rows: list[Row]) -> list[Table]:
     """A table for each task and length, and one of ceilings."""
     several = len({row.run for row in rows}) > 1
-    places = dict.fromkeys((row.run, row.task, row.length) for row in rows if row.task != _CEILINGS)
+    places = dict.fromkeys((row.run, row.task, row.length) for row in rows if row.task != CEILINGS)
     tables = [
         _table([row for row in rows if (row.run, row.task, row.length) == place], several=several) for place in places
     ]
-    if found := [row for row in rows if row.task == _CEILINGS]:
+    if found := [row for row in rows if row.task == CEILINGS]:
         body = [[Cell(row.model, row.run if several else ""), Cell(_rate(row), rows=[row])] for row in found]
         tables.append(Table(f"ceilings of {found[0].device}", [Cell(""), Cell("measured")], body))
     return tables

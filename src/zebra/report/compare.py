@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from zebra.records import Row
-from zebra.report import retrieval, tasks
+from zebra.report import benches, retrieval, tasks
 from zebra.report.page import Cell, Section, Table
 from zebra.report.series import Series, interval, percent, series_of
 
@@ -23,12 +24,15 @@ Place = tuple[str, int | None]
 
 def together(sources: Mapping[str, Sequence[Row]]) -> list[Row]:
     """The rows of several sources; where two of them name a run alike, the source's name stands behind the run's."""
+    short = {source: Path(source).stem or source for source in sources}
+    if len(set(short.values())) < len(short):
+        short = {source: source for source in sources}
     named: dict[str, set[str]] = defaultdict(set)
     for source, rows in sources.items():
         for row in rows:
             named[row.run].add(source)
     return [
-        replace(row, run=f"{row.run} ({source})") if len(named[row.run]) > 1 else row
+        replace(row, run=f"{row.run} ({short[source]})") if len(named[row.run]) > 1 else row
         for source, rows in sources.items()
         for row in rows
     ]
@@ -39,7 +43,7 @@ def compare(rows: Iterable[Row]) -> Section:
     cells: dict[str, dict[Place, dict[Series, list[Row]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
         whole = row.position_from in (None, 0) and row.position_to in (None, row.length)
-        if whole and "@" not in row.model:
+        if whole and "@" not in row.model and row.task != benches.CEILINGS:  # one table has those of all
             cells[row.task][row.metric, row.length][series_of(row)].append(row)
     tables = [_table(task, places) for task, places in cells.items() if _runs(places) > 1]
     return Section("Side by side", [HOW, *tables] if tables else [])
@@ -67,7 +71,7 @@ def _table(task: str, places: dict[Place, dict[Series, list[Row]]]) -> Table:
 
 def _name(task: str) -> str:
     known = {"retrieval-": retrieval.name, "harness-": tasks.name, "documents-": tasks.name}
-    return next((name(task) for prefix, name in known.items() if task.startswith(prefix)), task)
+    return next((name(task) for prefix, name in known.items() if task.startswith(prefix)), task.replace("-", ": ", 1))
 
 
 def _value(rows: Sequence[Row]) -> Cell:
@@ -78,7 +82,7 @@ def _change(before: Sequence[Row], after: Sequence[Row]) -> Cell:
     if not before or not after:
         return Cell("–")
     by = sum(row.value for row in after) / len(after) - sum(row.value for row in before) / len(before)
-    some = f"{by:+,.0f}" if abs(by) >= 1000 else f"{by:+.3g}"
+    some = f"{by:+,.0f}" if abs(by) >= 1000 else f"{by:+.3g}" if by else "0"
     said = percent(by, sign="+") if tasks.is_share(before[0]) else some.replace("-", "−")
     one, two = (interval(rows[0]) if len(rows) == 1 else None for rows in (before, after))
     overlap = one is not None and two is not None and one[0] <= two[1] and two[0] <= one[1]

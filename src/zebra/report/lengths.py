@@ -48,15 +48,24 @@ def effective(scores: Mapping[int, float]) -> int | None:
 
 
 def lengths(rows: Iterable[Row]) -> Section:
-    """A figure and a table for each task that has several lengths, and for the mean over tasks of retrieval."""
+    """A figure and a table for each task that has several lengths, and for the mean over tasks of retrieval; of a
+    single model all tasks in one.
+    """
+    found = measures(rows)
+    everyone = {series for scores in found.values() for series in scores}
+    pictures = {name: {label: scores[of] for of, label in labels(scores).items()} for name, scores in found.items()}
+    if len(everyone) == 1 and found:
+        (label,) = labels(everyone).values()
+        pictures = {label: {name: next(iter(scores.values())) for name, scores in found.items()}}
     blocks: list[str | Table | Figure] = [HOW]
-    for i, (name, scores) in enumerate(measures(rows).items(), start=1):
-        named = labels(scores)
-        lines = [(named[s], {at: mean.value for at, mean in by.items()}) for s, by in scores.items() if len(by) > 1]
-        svg = drawn(f"lengths{i}", lambda axes, lines=lines: plot_lengths(axes, lines, THRESHOLD), height=2.6)
-        used = [row for by_length in scores.values() for mean in by_length.values() for row in mean.rows]
-        blocks += [Figure(f"lengths-{i}", svg, f"{name}, by length", used), _table(scores)]
-    return Section("By length", blocks if len(blocks) > 1 else [])
+    for i, (name, lines) in enumerate(pictures.items(), start=1):
+        points = [
+            (label, {n: mean.value for n, mean in line.items()}) for label, line in lines.items() if len(line) > 1
+        ]
+        svg = drawn(f"lengths{i}", lambda axes, lines=points: plot_lengths(axes, lines, THRESHOLD), height=2.6)
+        used = [row for line in lines.values() for mean in line.values() for row in mean.rows]
+        blocks += [Figure(f"lengths-{i}", svg, f"{name}, by length", used), _table(lines)]
+    return Section("By length", blocks if found else [])
 
 
 def measures(rows: Iterable[Row]) -> dict[str, Scores]:
@@ -96,19 +105,14 @@ def _mean(groups: list[list[Row]]) -> Mean:
     return Mean(sum(means) / len(means), [row for rows in groups for row in rows])
 
 
-def _table(scores: Scores) -> Table:
-    columns = sorted({length for by_length in scores.values() for length in by_length})
-    head = [Cell("model"), Cell("effective", "tokens"), *(Cell(f"{length:,}", "tokens") for length in columns)]
+def _table(lines: dict[str, dict[int, Mean]]) -> Table:
+    columns = sorted({length for line in lines.values() for length in line})
+    head = [Cell(""), Cell("effective", "tokens"), *(Cell(f"{length:,}", "tokens") for length in columns)]
     body = []
-    for series, label in labels(scores).items():
-        by_length = scores[series]
-        reached = effective({length: mean.value for length, mean in by_length.items()})
-        ended = [length for length in by_length if length > (reached or 0)][:1]
-        rests_on = [
-            row for length, mean in by_length.items() if length <= max([reached or 0, *ended]) for row in mean.rows
-        ]
-        cells = [
-            Cell(percent(by_length[n].value), rows=by_length[n].rows) if n in by_length else Cell("–") for n in columns
-        ]
-        body.append([Cell(label), Cell(f"{reached:,}" if reached else "none", rows=rests_on), *cells])
+    for label, line in lines.items():
+        reached = effective({length: mean.value for length, mean in line.items()})
+        ended = next((length for length in line if length > (reached or 0)), 0)  # the first that is too long
+        seen = [row for length, mean in line.items() if length <= max(reached or 0, ended) for row in mean.rows]
+        cells = [Cell(percent(line[n].value), rows=line[n].rows) if n in line else Cell("–") for n in columns]
+        body.append([Cell(label), Cell(f"{reached:,}" if reached else "none", rows=seen), *cells])
     return Table("", head, body)

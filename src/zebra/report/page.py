@@ -78,7 +78,7 @@ figure svg {{ display: block; width: 100%; min-width: 34rem; height: auto }}
 figcaption {{ color: var(--pale); font-size: .85rem; padding: .5rem 0 }}
 table {{ border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .4rem .75rem; text-align: left; vertical-align: top }}
-th {{ font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--ink) }}
+th {{ font-weight: 600; vertical-align: bottom; box-shadow: inset 0 -2px var(--ink) }}
 tr {{ background: var(--paper) }}
 tbody tr:nth-child(odd) {{ background: var(--stripe) }}
 :is(.numeric, #rows table) :is(th, td):first-child {{ position: sticky; left: 0; background: inherit }}

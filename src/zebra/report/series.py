@@ -118,8 +118,10 @@ def labels(series: Iterable[Series]) -> dict[Series, str]:
     found = {}
     for one in series:
         run = f"{one.run}: " if len(runs) > 1 and one.name != f"{one.run} (trained)" else ""
-        named = run or len(runs) > 1 or len(names) > 1 or len(series) == 1
+        named = len(runs) > 1 or len(names) > 1 or len(series) == 1
         found[one] = f"{run}{one.name} {one.layout}" if named else one.layout
+    if len(set(found.values())) < len(found):  # two models of one name
+        return {one: f"{one.run}: {one.model} {one.layout}" for one in series}
     return found
 
 
@@ -150,11 +152,14 @@ def number(value: float) -> str:
     """A value with about three digits; a count, which is an int, with all."""
     if not math.isfinite(value):
         return str(value)
+    size = abs(value)
     if isinstance(value, int):
-        return f"{value:,}"
-    if abs(value) >= 1e6 and value != int(value):
-        return f"{value:.2e}"
-    return f"{value:,.{2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"
+        text = f"{size:,}"
+    elif size >= 1e6 and value != int(value):
+        text = f"{size:.2e}"
+    else:
+        text = f"{size:,.{2 if size < 100 else 1 if size < 1000 else 0}f}"
+    return f"−{text}" if value < 0 else text
 
 
 def count(value: float) -> str:
