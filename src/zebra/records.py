@@ -96,6 +96,7 @@ class Row:
 
 COLUMNS = tuple(f.name for f in fields(Row) if f.name != "origin")
 """A row's columns in their order."""
+_REQUIRED = ("run", "model", "layout", "task", "metric", "value")
 
 
 def to_json(tree: Any, indent: int | None = None) -> str:
@@ -117,6 +118,8 @@ def _row(columns: Any, origin: str) -> Row:
     unknown = sorted(set(columns) - set(COLUMNS))
     if unknown:
         raise ValueError(f"unknown columns {unknown}")
+    if missing := [name for name in _REQUIRED if name not in columns]:
+        raise ValueError(f"no columns {missing}")
     if columns.get("value", 0) is None:  # it was not finite
         columns["value"] = math.nan
     row = Row(**columns, origin=origin)
@@ -156,7 +159,8 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     """Read the rows of a JSON Lines file, each with its origin.
 
     Raises:
-        Refusal: no such file, or a line that is no row; the message names file, line and what is wrong with it.
+        Refusal: no such file, or lines that are no rows; the message names the file, what is wrong with the first of
+            them, and the others.
     """
     if not Path(path).is_file():
         raise Refusal(f"there is no file of rows at {path}. Give a rows.jsonl or a run directory that has one.")
@@ -164,12 +168,16 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise Refusal(f"{path} is no file of rows: it is not UTF-8 at byte {error.start}.") from None
-    rows = []
+    rows, wrong = [], {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             rows.append(_row(json.loads(line), f"{path}:{number}"))
         except (ValueError, TypeError) as error:
-            raise Refusal(f"{path}, line {number} is not a row of results: {error}.") from None
+            wrong[number] = str(error)
+    if wrong:
+        first, *others = wrong
+        more = f" Nor are {len(others):,} others: lines {', '.join(map(str, others[:9]))}." if others else ""
+        raise Refusal(f"{path}, line {first} is not a row of results: {wrong[first]}.{more}")
     return rows

@@ -63,8 +63,8 @@ def lengths(rows: Iterable[Row]) -> Section:
             (label, {n: mean.value for n, mean in line.items()}) for label, line in lines.items() if len(line) > 1
         ]
         svg = drawn(f"lengths{i}", lambda axes, lines=points: plot_lengths(axes, lines, THRESHOLD), height=2.6)
-        used = [row for line in lines.values() for mean in line.values() for row in mean.rows]
-        blocks += [Figure(f"lengths-{i}", svg, f"{name}, by length", used), _table(lines)]
+        used = {id(row): row for line in lines.values() for mean in line.values() for row in mean.rows}
+        blocks += [Figure(f"lengths-{i}", svg, f"{name}, by length", [*used.values()]), _table(lines)]
     return Section("By length", blocks if found else [])
 
 
