@@ -21,8 +21,8 @@ from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.report import page, study
 from zebra.report.figures import standalone
-from zebra.report.page import Figure, Section
-from zebra.report.sections import method, others
+from zebra.report.page import Cell, Figure, Section
+from zebra.report.provenance import method, others
 from zebra.staged import write_whole
 from zebra.train.grid import StudyRecipe, recipes_of
 from zebra.train.recipe import read_recipe
@@ -46,8 +46,8 @@ def write_page(name: str, rows: list[Row], pages: Path, images: Path) -> None:
     parts = [_short(section) for section in (*parts, method(rows), others(rest)) if section.blocks]
     for block in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
         write_whole(images / f"{name}-{block.name}.svg", standalone(block.svg) + "\n")
-    said = [line for one in studies for line in study.verdicts(one)]
-    made = f"benchmarks/study.py wrote this page from the rows in benchmarks/results/{name}.jsonl."
+    said = [study.verdict(one) for one in studies]
+    made = [Cell(f"benchmarks/study.py wrote this page from the rows in benchmarks/results/{name}.jsonl.")]
     stem = f"../{images.name}/{name}"
     write_whole(pages / f"{name}.md", page.markdown(stem, f"The from-scratch study: {name}", [*said, made], parts))
 

@@ -55,7 +55,7 @@ def note(message: str) -> None:
 def rows(found: Sequence[Row], as_json: bool) -> None:
     """Rows of results; of tables there are five: perplexity, retrieval, tasks, selections and benches."""
     if as_json:
-        json({"rows": [asdict(row) for row in found]})
+        json({"rows": [row.columns() for row in found]})
     elif any(row.metric == "perplexity" for row in found):
         from zebra.report import position_table
 

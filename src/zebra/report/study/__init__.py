@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
+from zebra.records import Row
 from zebra.report.figures import drawn, plot_loss
-from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.page import Cell, Figure, Line, Section, Table
 from zebra.report.series import number, span_name
 from zebra.report.study import cells, claims, costs
 from zebra.report.study.cells import ATTENTIONS, POSITIONS, Study, parted
 from zebra.report.study.pictures import Point, plot_beyond, plot_scatter
 from zebra.report.study.spread import Scores, spread
 
-__all__ = ["Study", "parted", "sections", "verdicts"]
+__all__ = ["Study", "parted", "sections", "verdict"]
 
 _PAIRS = "attention pairs for each token, all layers"
 
@@ -37,21 +38,27 @@ def sections(study: Study, number: int = 1) -> list[Section]:
     ]
 
 
-def verdicts(study: Study) -> list[str]:
-    """How many claims hold, and the first of them that does, with its numbers."""
+def verdict(study: Study) -> Line:
+    """How many claims hold, whether long context helps at all, and grouped attention beside global."""
     judged = claims.claims(study)
     counted = Counter(claim.verdict for claim in judged if claim.papers)
     said = ", ".join(f"{counted[verdict]} {one if counted[verdict] == 1 else many}" for verdict, one, many in _SAID)
     runs = sum(len(seeds) for seeds in study.runs.values())
-    text = f"{len(study.runs)} cells, {runs} runs. Of the paper's {counted.total()} claims {said}."
+    text = f"{study.name}: " if study.name else ""
+    text += f"{len(study.runs)} cells, {runs} runs. Of the paper's {counted.total()} claims {said}."
     text += "".join(f" {claim.says}: {claim.verdict}." for claim in judged if not claim.papers)
+    line = [Cell(text)]
     grouped, wide = study.cell("grouped"), study.cell("global")
     if grouped and wide:
         one, two = (study.scores(cell, wide.length) for cell in (grouped, wide))
         if one and two:
-            said = f"{claims.shown(one)} with {grouped.name}, {claims.shown(two)} with {wide.name}"
-            text += f" Perplexity over contexts of {wide.length:,} tokens is {said}."
-    return [f"{study.name}: {text}" if study.name else text]
+            line += [Cell(f" Perplexity over contexts of {wide.length:,} tokens is "), _mean(one)]
+            line += [Cell(f" with {grouped.name}, "), _mean(two), Cell(f" with {wide.name}.")]
+    return line
+
+
+def _mean(scores: Scores) -> Cell:
+    return Cell(claims.shown(scores), rows=[*scores.values()])
 
 
 _SAID = (
@@ -68,11 +75,12 @@ def _checklist(study: Study) -> Blocks:
     for i, claim in enumerate(judged, start=1):
         rests = ", ".join(f"{study.title(cell)} × {len(study.runs[cell])}" for cell in claim.cells)
         rests += f"; {len(claim.rows)} rows" if claim.rows else "–"
-        body.append([Cell(str(i)), Cell(claim.says, claim.rule), Cell(claim.verdict), Cell(rests)])
+        body.append([Cell(str(i)), Cell(claim.says, claim.rule), Cell(claim.verdict), Cell(rests, rows=claim.rows)])
         for part in claim.parts:
             held = "open" if part.held is None else "yes" if part.held else "no"
-            change = Cell(part.change, part.interval)
-            line = [Cell(*part.one), Cell(*part.other), Cell(part.where), change, Cell(held)]
+            change = Cell(part.change, part.interval, rows=part.rows)
+            ends = (Cell(*named, dim_rows=part.rows) for named in (part.one, part.other))
+            line = [*ends, Cell(part.where), change, Cell(held)]
             evidence.append([Cell(str(i)), *line])
     head = [Cell(""), Cell("claim", "rule"), Cell("verdict"), Cell("rests on", "cells × seeds")]
     columns = [Cell("claim"), Cell("cell"), Cell("against"), Cell("positions"), Cell("change"), Cell("held")]
@@ -115,15 +123,18 @@ def _score(scores: Scores) -> Cell:
     if not scores:
         return Cell("–")
     of = spread(scores)
-    return Cell(number(of.mean), f"± {number(of.deviation)}" if of.deviation is not None else "")
+    dim = f"± {number(of.deviation)}" if of.deviation is not None else ""
+    return Cell(number(of.mean), dim, rows=[*scores.values()])
 
 
 def _scatter(study: Study, prefix: str) -> Blocks:
-    points = []
+    points: list[Point] = []
+    rows: list[Row] = []
     for cell in _ordered(study, study.length):
         scores, costs = study.scores(cell, cell.length), study.rows(cell, "cost", "attention_pairs", cell.length)
         if scores and costs and 0 < spread(scores).mean < 1e6:
             points.append(Point(cell, costs[0].value / cell.length, spread(scores)))
+            rows += [*scores.values(), costs[0]]
     if len(points) < 2:
         return []
     svg = drawn(f"{prefix}-scatter", lambda axes: plot_scatter(axes, points, _PAIRS), height=4.6)
@@ -131,7 +142,7 @@ def _scatter(study: Study, prefix: str) -> Blocks:
         f"Perplexity over contexts of {study.length:,} tokens against the cost of attention; bars are the standard "
         "deviation over seeds, cells on the dotted line are beaten by none that is as cheap"
     )
-    return [Figure(f"{prefix}-scatter", svg, caption)]
+    return [Figure(f"{prefix}-scatter", svg, caption, rows)]
 
 
 def _beyond(study: Study, prefix: str) -> Blocks:
@@ -170,7 +181,8 @@ def _beyond(study: Study, prefix: str) -> Blocks:
             f"Perplexity by position in contexts of {context:,} tokens, trained at {study.length:,} (dashed), a panel "
             "for each position embedding, the mean over seeds"
         )
-        blocks.append(Figure(f"{prefix}-beyond", svg, caption))
+        scored = (study.scores(cell, context, span) for cell, spans in lines.items() for span in spans)
+        blocks.append(Figure(f"{prefix}-beyond", svg, caption, [row for found in scored for row in found.values()]))
     prose = (
         "A table of learned positions ends where training did: absolute cells cannot be read farther and have no line."
     )
@@ -198,4 +210,4 @@ def _training(study: Study, prefix: str) -> Blocks:
     if not rows:
         return []
     svg = drawn(f"{prefix}-loss", lambda axes: plot_loss(axes, rows), height=2.6)
-    return [Figure(f"{prefix}-loss", svg, "Training loss (nats a token) against the tokens trained on")]
+    return [Figure(f"{prefix}-loss", svg, "Training loss (nats a token) against the tokens trained on", rows)]

@@ -52,17 +52,17 @@ def _tokens(study: Study, cell: cells.Cell) -> int:
 
 
 def _count(row: Row, _: int) -> Cell:
-    return Cell(count(row.value))
+    return Cell(count(row.value), rows=[row])
 
 
 def _microseconds(row: Row, tokens: int) -> Cell:
     bounds = interval(row)
     said = "–".join(number(1000 * bound / tokens) for bound in bounds) if bounds else ""
-    return Cell(number(1000 * row.value / tokens), said)
+    return Cell(number(1000 * row.value / tokens), said, rows=[row])
 
 
 def _mebibytes(row: Row, _: int) -> Cell:
-    return Cell(number(row.value / 2**20))
+    return Cell(number(row.value / 2**20), rows=[row])
 
 
 _COLUMNS: tuple[tuple[Cell, str, Show], ...] = (
