@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from zebra.records import Row
 from zebra.report.figures import HUES, drawn
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.series import interval, number, percent, series_of, step
+from zebra.report.series import Series, interval, number, outcome, percent, series_of, step
 
 _SUITE, _KIND = "answers-", "instructions-"
 
@@ -31,7 +31,8 @@ def verdict(run: str, rows: list[Row]) -> str:
     said = []
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if (row.run, row.task) == (run, task) and step(row) is None]
-        after = next((row for row in mine if series_of(row).adapted), None)
+        made = outcome(map(series_of, mine))
+        after = next((row for row in mine if series_of(row) == made), None)
         if after is not None and mine[0] is not after:
             way = "fell" if after.value < mine[0].value else "rose"
             name = task.removeprefix(_SUITE)
@@ -44,7 +45,7 @@ def answer_tables(rows: list[Row]) -> list[Table]:
     runs: dict[str, dict[tuple[str, str], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         at = step(row)
-        name = f"step {at:,}" if at is not None else series_of(row).name.replace("(adapted)", "(tuned)")
+        name = f"step {at:,}" if at is not None else _named(series_of(row))
         runs[row.run][name, row.layout][row.task.removeprefix(_SUITE)] = row
     tables = []
     for run, models in runs.items():
@@ -83,6 +84,10 @@ def makeup(rows: list[Row]) -> Section:
     return Section("What it was tuned on", [Figure("instructions", svg, caption), Table("", head, body)])
 
 
+def _named(series: Series) -> str:
+    return series.name.replace("(adapted)", "(tuned)") if series.made else series.name
+
+
 def _cell(row: Row | None) -> Cell:
     if row is None:
         return Cell("–")
@@ -96,7 +101,7 @@ def _with_start(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
     trained = {(row.run, row.layout) for row in rows if step(row) is not None}
     for row in rows:
         at = step(row)
-        if at is None and not series_of(row).adapted and (row.run, row.layout) in trained:
+        if at is None and not series_of(row).made and (row.run, row.layout) in trained:
             at = 0
         if at is not None:
             points[f"{row.run}: {row.task.removeprefix(_SUITE)}"].append((at, row.value))

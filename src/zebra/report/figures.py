@@ -78,6 +78,7 @@ def plot_positions(axes: Axes, group: Group) -> None:
     buckets = group.buckets
     left = buckets[0][0] or buckets[0][1] / 2  # a logarithmic axis has no 0
     adapted = {(series.run, series.layout) for series in group.scores if series.adapted}
+    makers = {series.run for series in group.scores if series.made}
     several = len({series.run for series in group.scores}) > 1
     inks = itertools.cycle(("-", ":", "-."))
     hues: dict[tuple[str, str], str] = {}
@@ -87,7 +88,8 @@ def plot_positions(axes: Axes, group: Group) -> None:
             color, line = INK, next(inks)
         else:
             color = hues.setdefault(place, HUES[len(hues) % len(HUES)])
-            line = "--" if place in adapted and not series.adapted else "-"
+            after = series.made if series.run in makers else series.adapted
+            line = "--" if place in adapted and not after else "-"
         label = f"{series.run}: {series.name} {series.layout}" if several else f"{series.name} {series.layout}"
         here = [(max(a, left), b, scores[a, b]) for a, b in buckets if (a, b) in scores]
         x = [math.sqrt(a * b) for a, b, _ in here]

@@ -18,6 +18,7 @@ from zebra.report.series import (
     count,
     interval,
     number,
+    outcome,
     percent,
     series_of,
     span_name,
@@ -46,7 +47,7 @@ def verdict(run: str, groups: list[Group], costs: list[Row]) -> str:
 
 def _perplexity_verdict(group: Group) -> str:
     far = group.buckets[-1]
-    after = next((series for series in group.scores if series.adapted), None)
+    after = outcome(group.scores)
     before = group.source(after) if after else None
     if after is None or before is None:
         each = (f"{number(s[far].value)} for {of.name} {of.layout}" for of, s in group.scores.items() if far in s)
@@ -184,7 +185,7 @@ def _start(way: Group, groups: list[Group]) -> dict[float, dict[Span, Row]]:
     for group in groups:
         if (group.task, group.length) == (way.task, way.length):
             for series, scores in group.scores.items():
-                if (series.run, series.layout) == (trained.run, trained.layout) and not series.adapted:
+                if (series.run, series.layout) == (trained.run, trained.layout) and not series.made:
                     return {0: scores}
     return {}
 

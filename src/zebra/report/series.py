@@ -28,6 +28,11 @@ class Series(NamedTuple):
         return path.name == "model" and bool(path.parent.name)
 
     @property
+    def made(self) -> bool:
+        """Whether the run that it stands in is the one that made it; a second training starts with an adapted one."""
+        return self.adapted and self.run.partition(" (")[0] == PurePath(self.model).parent.name
+
+    @property
     def name(self) -> str:
         """The model's name for people."""
         path = PurePath(self.model)
@@ -58,9 +63,15 @@ class Group(NamedTuple):
 
     def source(self, series: Series) -> Series | None:
         """What an adapted checkpoint came from: the first that its run measured."""
-        if not series.adapted:
-            return None
-        return next((other for other in self.scores if other.run == series.run and not other.adapted), None)
+        before = (other for other in self.scores if other.run == series.run and not other.made)
+        first = next((other for other in before if series.made or not other.adapted), None)
+        return first if series.adapted and series != first else None
+
+
+def outcome(found: Iterable[Series]) -> Series | None:
+    """What came of the training among the series of a run: what that run made, else the first that any run made."""
+    adapted = [series for series in found if series.adapted]
+    return next((series for series in adapted if series.made), adapted[0] if adapted else None)
 
 
 def _kind(row: Row) -> str:
