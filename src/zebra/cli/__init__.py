@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from zebra import __version__
-from zebra.cli import bench, data, documents, show, tasks, training
+from zebra.cli import bench, data, documents, pipeline, show, tasks, training
 from zebra.cli.convert import EXAMPLE as EXAMPLE_OF_CONVERT
 from zebra.cli.convert import convert
 from zebra.cli.generate import generate
@@ -115,6 +115,7 @@ def verify(
 
 for verb, example in training.EXAMPLES.items():
     app.command(epilog=example)(verb)
+app.command(epilog=pipeline.EXAMPLE)(pipeline.run)
 
 
 @app.command(epilog="zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB")

@@ -101,7 +101,7 @@ def _check_recipe(run: Path, recipe: Recipe) -> None:
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """A recipe's values, each under the path of its keys, `train.steps`."""
-    flat: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name, value in tree.items():
-        flat |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}
+    return found

@@ -1,0 +1,332 @@
+"""What can stand in a pipeline: each kind of stage takes a verb's own recipe or arguments, and calls what it calls.
+
+    convert, adapt, tune, pretrain    make <run>/<stage>/striped or <run>/<stage>/model, for the stages behind them
+    evaluate, report                  make rows, and a page
+
+A stage is tried beforehand on a stand-in of the checkpoint that does not exist yet: the source's files, linked, under
+the config that the stages before it would write. What a verb refuses of configs, tokenizers and data, it refuses there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import create_model
+
+from zebra import records
+from zebra.data.conversations import read_conversations
+from zebra.evaluate import documents, harness, perplexity, retrieval
+from zebra.evaluate.selection import select
+from zebra.model.checkpoint import read_config, read_local, write_card, write_config
+from zebra.model.families import striped, stripes_of
+from zebra.model.hosts import convert
+from zebra.model.loading import Loading
+from zebra.model.local import Local
+from zebra.model.rope import as_rope, refuse_changing_rope
+from zebra.plan.cost import Run, flops
+from zebra.plan.decoder import decoder
+from zebra.plan.devices import Device
+from zebra.plan.memory import memory
+from zebra.records import Row
+from zebra.refusal import Refusal
+from zebra.report import write_report
+from zebra.stripes import Stripes
+from zebra.train.adapt import adapt, adapted, open_source
+from zebra.train.chat import Chat
+from zebra.train.dry_run import dry_run
+from zebra.train.measuring import local_for
+from zebra.train.pretrain import config_of, pretrain
+from zebra.train.recipe import AdaptRecipe, PretrainRecipe, Section, SourceRecipe
+from zebra.train.tune_recipe import TuneRecipe
+
+# Recipes
+
+
+def _of_yaml(kind: Any) -> Any:
+    """What YAML can write of an annotation: `torch.dtype | str | None` is `str | None`."""
+    if get_origin(kind) is tuple:
+        return Sequence[get_args(kind)[0]]  # type: ignore[misc]
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    plain = [one for one in get_args(kind) if one in (str, int, float, bool, types.NoneType) or get_origin(one) is list]
+    return Union[tuple(plain)]  # noqa: UP007
+
+
+def _arguments(name: str, call: Callable[..., Any], *own: str, more: Sequence[type] = ()) -> Any:
+    """A section of the keyword arguments of a function but its `own`, and of the fields of dataclasses behind them."""
+    given = [p for p in inspect.signature(call, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    given += [p for one in more for p in inspect.signature(one, eval_str=True).parameters.values()]
+    found = {p.name: (_of_yaml(p.annotation), ... if p.default is p.empty else p.default) for p in given}
+    return create_model(name, __base__=Section, **{key: kind for key, kind in found.items() if key not in own})
+
+
+MEASURES: dict[str, Callable[..., Any]] = {
+    "perplexity": perplexity.rows_of,
+    "retrieval": retrieval.rows_of,
+    "tasks": harness.rows_of,
+    "documents": documents.rows_of,
+}
+"""What `evaluate` does, each as the verb of its name; its keys are the arguments of the function."""
+_OWN = ("checkpoint", "run", "check_only", "options")
+
+
+Select: Any = _arguments("Select", select, "checkpoint", "rope", "work", "check_only", "run")
+
+
+class Convert(Section):
+    """A layout that is given, or one that is measured by the arguments of `zebra.select`."""
+
+    stripes: str | None = None
+    select: Select | None = None
+    rope: str | None = None
+    full_decode: bool = False
+
+
+_Measures = {
+    name: _arguments(name, call, *_OWN, more=[documents.Options, Loading] if name == "documents" else [Loading])
+    for name, call in MEASURES.items()
+}
+Evaluate: Any = create_model("Evaluate", __base__=Section, **{n: (kind | None, None) for n, kind in _Measures.items()})
+
+
+class Report(Section):
+    """A page of all rows before it."""
+
+    title: str | None = None
+
+
+KINDS: dict[str, Any] = {
+    "convert": Convert,
+    "adapt": AdaptRecipe,
+    "tune": TuneRecipe,
+    "pretrain": PretrainRecipe,
+    "evaluate": Evaluate,
+    "report": Report,
+}
+MADE = {"convert": "striped", "adapt": "model", "tune": "model", "pretrain": "model"}
+"""Where in its folder a stage leaves a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a pipeline.
+
+    Attributes:
+        folder: all that it makes stands there.
+        source: the checkpoint that it begins with, and `after` the stage that makes that; None where there is none.
+        before: the folders of the stages whose rows a report shows, by stage.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    recipe: Any
+    source: Path | None
+    after: str | None
+    before: dict[str, Path]
+
+    @property
+    def made(self) -> Path | None:
+        """The checkpoint that it makes."""
+        return self.folder / MADE[self.kind] if self.kind in MADE else None
+
+
+# Running
+
+
+def perform(stage: Stage) -> None:
+    """Run a stage from where it stands."""
+    _PERFORM[stage.kind](stage)
+
+
+def _convert(stage: Stage) -> None:
+    recipe, stripes = stage.recipe, stage.recipe.stripes
+    if recipe.select is not None:
+        found = select(stage.source, **_selected(recipe), work=stage.folder / "selection", run=stage.name)
+        records.write(stage.folder / "rows.jsonl", found.rows)
+        stripes = found.stripes
+    if not stage.made.exists():  # a kill may have come behind it
+        convert(stage.source, stage.made, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
+
+
+def _selected(recipe: Convert) -> dict[str, Any]:
+    return recipe.select.model_dump() | {"rope": recipe.rope}
+
+
+def _train(stage: Stage) -> None:
+    """Run a training's recipe, and write its page."""
+    if stage.kind == "tune":
+        from zebra.train.tune import tune as run  # trl is an extra
+    else:
+        run = {"adapt": adapt, "pretrain": pretrain}[stage.kind]
+    write_report(run(stage.recipe), stage.folder / "report.html")
+
+
+def _evaluate(stage: Stage) -> None:
+    rows: list[Row] = []
+    for name, given in stage.recipe:
+        file = stage.folder / f"{name}.jsonl"
+        if given is not None and not file.exists():
+            records.write(file, _measured(name, given, stage.source, run=stage.name)[0])
+        rows += records.read(file) if given is not None else []
+    records.write(stage.folder / "rows.jsonl", rows)
+
+
+def _measured(name: str, given: Section, checkpoint: Path, **more: Any) -> tuple[list[Row], list[Any]]:
+    """Rows, and of documents what came of each item."""
+    arguments = given.model_dump() | more
+    if name != "documents":
+        return MEASURES[name](checkpoint, **arguments), []
+    own = {field.name: arguments.pop(field.name) for field in fields(documents.Options)}
+    return documents.rows_of(checkpoint, **arguments, options=documents.Options(**own))
+
+
+def _report(stage: Stage) -> None:
+    rows = [row for folder in stage.before.values() for row in rows_in(folder)]
+    write_report(rows, stage.folder / "report.html", title=stage.recipe.title)
+
+
+def rows_in(folder: Path) -> list[Row]:
+    """The rows that a stage left; none where it made none."""
+    file = folder / "rows.jsonl"
+    return records.read(file) if file.exists() else []
+
+
+_PERFORM = {
+    "convert": _convert,
+    "adapt": _train,
+    "tune": _train,
+    "pretrain": _train,
+    "evaluate": _evaluate,
+    "report": _report,
+}
+
+# Trying beforehand
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage will compute: runs of the planner and how often each, the tokens, and the bytes on one device.
+
+    Of a training they are its steps, of a measurement its reading; what is measured on a training's way is not in it.
+    """
+
+    runs: tuple[tuple[Run, float], ...] = ()
+    tokens: int = 0
+    memory: int = 0
+    facts: dict[str, str] | None = None
+
+    def cost(self, device: Device) -> tuple[float, float]:
+        """FLOPs, and the least seconds that a device takes for them."""
+        runs = [(run if run.dtype in device.flops else replace(run, dtype="float32"), n) for run, n in self.runs]
+        count = sum(n * sum(flops(run).values()) for run, n in runs)
+        return count, sum(n * sum(device.seconds(run).values()) for run, n in runs)
+
+
+def rehearse(stage: Stage, source: Path | None, made: Path) -> Work:
+    """Try a stage on a checkpoint or its stand-in, write a stand-in for what it would make, and say what it costs.
+
+    Raises:
+        Refusal: what the stage itself would refuse before it works, but of texts to train on only that they exist.
+    """
+    if stage.kind == "report":
+        return Work()
+    if stage.kind == "evaluate":
+        return _rehearse_evaluation(stage, source)
+    return (_rehearse_conversion if stage.kind == "convert" else _rehearse_training)(stage, source, made)
+
+
+def _rehearse_conversion(stage: Stage, source: Path, made: Path) -> Work:
+    recipe = stage.recipe
+    if (recipe.stripes is None) == (recipe.select is None):
+        raise Refusal("a conversion takes either stripes or select. Give one of them, such as stripes: GLLL:512.")
+    work, stripes = Work(), recipe.stripes and Stripes.parse(recipe.stripes)
+    if recipe.select is not None:
+        found = select(source, **_selected(recipe), check_only=True)
+        stripes, work = found.stripes, _reading(source, [(row.length, row.value) for row in found.rows])
+    config = as_rope(recipe.rope).changed(striped(read_config(source), stripes))
+    refuse_changing_rope(config)
+    _stand_in(source, made, config, Local(stripes.sinks, recipe.full_decode))
+    return work
+
+
+def _rehearse_training(stage: Stage, source: Path | None, made: Path) -> Work:
+    recipe, files = stage.recipe, {}
+    if isinstance(recipe, SourceRecipe):
+        recipe = recipe.model_copy(update={"model": str(source)})
+        if not any(source.glob("tokenizer*")):  # the tokenizer will be trained too
+            config = adapted(recipe, read_config(source))
+        else:
+            config, tokenizer = open_source(recipe)
+            if isinstance(recipe, TuneRecipe):
+                import zebra.train.tune  # noqa: F401  refuses where the extra is not installed
+
+                chat = Chat(tokenizer, recipe.chat_template, recipe.model)
+                files = {"chat_template.jinja": chat.template} if recipe.chat_template else {}
+                read_conversations([one for part in recipe.data.sources or [recipe.data] for one in part.files])
+                for suite in (recipe.evaluate and recipe.evaluate.suites) or []:
+                    read_conversations(suite.files)
+        if recipe.lora is not None and not recipe.lora.merge:
+            files = {"adapter_config.json": ""}
+    else:
+        config = config_of(recipe)
+    local, train, reckoned = local_for(recipe), recipe.train, dry_run(recipe)
+    _stand_in(source, made, None if "adapter_config.json" in files else config, local, files)
+    rank = recipe.lora.rank if isinstance(recipe, SourceRecipe) and recipe.lora else None
+    run = {"length": train.length, "batch": train.rows_per_step, "dtype": train.precision, "phase": "train"}
+    run |= {"checkpointing": train.activation_checkpointing, "lora": rank}
+    runs = _runs(config, local, [(run, train.steps * train.accumulate)])
+    tokens = train.steps * train.accumulate * train.rows_per_step * train.length
+    return Work(runs, tokens, reckoned.total, reckoned.facts)
+
+
+def _rehearse_evaluation(stage: Stage, source: Path) -> Work:
+    given = [(name, one) for name, one in stage.recipe if one is not None]
+    if not given:
+        raise Refusal(f"an evaluation takes at least one of {', '.join(MEASURES)}; got none. Give one.")
+    if not any(source.glob("tokenizer*")):
+        return Work()
+    reads: list[tuple[int, float]] = []
+    for name, one in given:
+        rows, outcomes = _measured(name, one, source, check_only=True)
+        reads += [(row.length, row.value) for row in rows if row.metric == "tokens"]
+        reads += [(outcome.prompt_tokens, outcome.prompt_tokens) for outcome in outcomes]
+    return _reading(source, reads)
+
+
+def _reading(source: Path, reads: list[tuple[int, float]]) -> Work:
+    """Texts to read: the tokens of each, and of all together of its length."""
+    config = read_config(source, routed=False)
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    asked = [({"length": max(1, length), "dtype": dtype}, tokens / max(1, length)) for length, tokens in reads]
+    runs = _runs(config, read_local(source), asked)
+    held = max((sum(memory(run).values()) for run, _ in runs), default=0)
+    return Work(runs, round(sum(tokens for _, tokens in reads)), held)
+
+
+def _runs(config: Any, local: Local, asked: list[tuple[dict[str, Any], float]]) -> tuple[tuple[Run, float], ...]:
+    """Runs of the planner; none for a model that it cannot reckon."""
+    with suppress(Refusal):
+        stripes, sizes = stripes_of(config), decoder(config.to_dict(), name="the model")
+        stripes = stripes and replace(stripes, sinks=local.sinks)
+        return tuple((Run(decoder=sizes, stripes=stripes, **run), times) for run, times in asked)
+    return ()
+
+
+def _stand_in(source: Path | None, made: Path, config: Any, local: Local, files: dict[str, str] | None = None) -> None:
+    made.mkdir(parents=True)
+    own = {"config.json", "zebra.json", *(files or {})}
+    for file in source.iterdir() if source is not None else ():
+        if file.name not in own:
+            (made / file.name).symlink_to(file.resolve())
+    for name, text in (files or {}).items():
+        (made / name).write_text(text, encoding="utf-8")
+    if config is not None:
+        write_config(config, made)
+        write_card(made, config, local, source=source)
