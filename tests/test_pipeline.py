@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 import zebra
 from zebra import Refusal
 from zebra.cli import main
-from zebra.pipeline.run import content, inputs_of, plan, read_pipeline, run
+from zebra.pipeline.recipe import read_pipeline
+from zebra.pipeline.run import content, inputs_of, plan, run
 from zebra.pipeline.stages import rows_in
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import read

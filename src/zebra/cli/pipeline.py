@@ -31,7 +31,8 @@ def run(
     """Convert, adapt, tune, evaluate and report by one recipe; what is done already is not done again."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     with show.quiet_host(), show.warnings_as_notes():
-        from zebra.pipeline.run import plan, read_pipeline
+        from zebra.pipeline.recipe import read_pipeline
+        from zebra.pipeline.run import plan
         from zebra.pipeline.run import run as go
         from zebra.pipeline.stages import rows_in
 

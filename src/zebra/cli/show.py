@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from zebra.doctor import Served
     from zebra.generation import Generated
     from zebra.model.verify import Check
+    from zebra.pipeline.recipe import Stage
     from zebra.pipeline.run import Done, Planned
-    from zebra.pipeline.stages import Stage
     from zebra.plan.devices import Device
     from zebra.records import Row
     from zebra.train.dry_run import DryRun

@@ -10,13 +10,10 @@ changed begins anew, in an empty folder: what it had made is kept beside it as <
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import itertools
 import json
-import os
-import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,86 +23,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pydantic import Field
-
 from zebra.data.documents import find_files
 from zebra.model.checkpoint import digest, read_local
-from zebra.pipeline.stages import KINDS, Stage, Work, perform, rehearse
+from zebra.pipeline.recipe import Stage
+from zebra.pipeline.stages import Work, perform, rehearse
 from zebra.progress import console
 from zebra.records import versions
 from zebra.refusal import Refusal
 from zebra.staged import held, write_whole
-from zebra.train.directory import flat, processes
-from zebra.train.recipe import Section, SourceRecipe, checked, read_recipe
-
-
-class Pipeline(Section):
-    """The stages by name, each a verb's recipe or arguments; its kind is its name, or its `kind`."""
-
-    run: str = Field(description="the folder of all stages")
-    model: str | None = Field(None, description="the checkpoint that the first stages begin with")
-    stages: dict[str, dict[str, Any] | None] = Field(min_length=1)
-
-
-def read_pipeline(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Stage]:
-    """The stages of a pipeline's recipe; refuses what can be refused of the recipe alone.
-
-    Raises:
-        Refusal: what `read_recipe` refuses of it and of each of its stages; a kind that is not there, an order that
-            cannot be.
-    """
-    recipe = read_recipe(path, Pipeline, overrides)
-    if processes() > 1:
-        raise Refusal("a pipeline is one process. Start a launcher on the verb of a stage, with the stage's recipe.")
-    stages: dict[str, Stage] = {}
-    for name, section in recipe.stages.items():
-        stages[name] = _stage(f"{path}, stage {name}", recipe, name, dict(section or {}), stages)
-    return list(stages.values())
-
-
-def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], before: dict[str, Stage]) -> Stage:
-    kind, folder = str(section.pop("kind", name)), Path(pipeline.run) / name
-    if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name == "model":
-        raise Refusal(f"{where}: a stage's name is letters, digits, _ and -, and not model. Name it otherwise.")
-    if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        said = f"did you mean {near[0]}?" if near else f"name it so, or write kind: one of {', '.join(KINDS)}."
-        raise Refusal(f"{where}: there is no stage of the kind {kind}; {said}")
-    source, after = _source(where, kind, section, pipeline.model, before)
-    rows = {name: other.folder for name, other in before.items() if kind == "report" and other.kind != "report"}
-    if kind == "report" and not rows:
-        raise Refusal(f"{where}: a report is of the stages before it, and there is none. Move it to the end.")
-    if issubclass(KINDS[kind], SourceRecipe) or kind == "pretrain":
-        own = {"run": str(folder)} | ({} if kind == "pretrain" else {"model": str(source)})
-        if twice := sorted(own.keys() & section.keys()):
-            raise Refusal(f"{where}: {' and '.join(twice)} of a stage are the pipeline's to say. Leave them out.")
-        section |= own
-    return Stage(name, kind, folder, checked(section, KINDS[kind], where), source, after, rows)
-
-
-def _source(
-    where: str, kind: str, section: dict[str, Any], model: str | None, before: dict[str, Stage]
-) -> tuple[Path | None, str | None]:
-    """The checkpoint that a stage begins with, and the stage that makes it: the last one before it, or `from`."""
-    makers = [name for name, stage in before.items() if stage.made]
-    asked = section.pop("from", makers[-1] if makers else "model")
-    if kind in ("pretrain", "report"):
-        return None, None
-    if asked not in ("model", *makers):
-        there = ", ".join(["model", *makers])
-        raise Refusal(
-            f"{where}: from names a stage before it that makes a checkpoint, or model; got {asked}, of {there}."
-        )
-    if asked != "model":
-        return before[asked].made, asked
-    if model is None:
-        raise Refusal(
-            f"{where}: it begins with a checkpoint, and no stage before it makes one. Add model: the first one."
-        )
-    if not Path(model).is_dir():
-        raise Refusal(f"{where}: there is no checkpoint at {model}. Give the directory of one as model.")
-    return Path(model), None
-
+from zebra.train.directory import flat
 
 # What a stage depends on, and what it made
 

@@ -1,34 +1,26 @@
-"""What can stand in a pipeline: each kind of stage takes a verb's own recipe or arguments, and calls what it calls.
+"""What a stage of a pipeline does: run, and tried beforehand.
 
-    convert, adapt, tune, pretrain    make <run>/<stage>/striped or <run>/<stage>/model, for the stages behind them
-    evaluate, report                  make rows, and a page
-
-A stage is tried beforehand on a stand-in of the checkpoint that does not exist yet: the source's files, linked, under
-the config that the stages before it would write. What a verb refuses of configs, tokenizers and data, it refuses there.
+A stage is tried on a stand-in of the checkpoint that does not exist yet: the source's files, linked, under the config
+that the stages before it would write. What a verb refuses of configs, tokenizers and data, it refuses there.
 """
 
 from __future__ import annotations
 
-import inspect
-import types
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
-
-from pydantic import create_model
+from typing import Any
 
 from zebra import records
 from zebra.data.conversations import read_conversations
-from zebra.evaluate import documents, harness, perplexity, retrieval
+from zebra.evaluate import documents
 from zebra.evaluate.selection import select
 from zebra.model.checkpoint import read_config, read_local, write_card, write_config
 from zebra.model.families import striped, stripes_of
 from zebra.model.hosts import convert
-from zebra.model.loading import Loading
 from zebra.model.local import Local
 from zebra.model.rope import as_rope, refuse_changing_rope
+from zebra.pipeline.recipe import MEASURES, Convert, Stage
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import decoder
 from zebra.plan.devices import Device
@@ -42,102 +34,8 @@ from zebra.train.chat import Chat
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_for
 from zebra.train.pretrain import config_of, pretrain
-from zebra.train.recipe import AdaptRecipe, PretrainRecipe, Section, SourceRecipe
+from zebra.train.recipe import Section, SourceRecipe
 from zebra.train.tune_recipe import TuneRecipe
-
-# Recipes
-
-
-def _of_yaml(kind: Any) -> Any:
-    """What YAML can write of an annotation: `torch.dtype | str | None` is `str | None`."""
-    if get_origin(kind) is tuple:
-        return Sequence[get_args(kind)[0]]  # type: ignore[misc]
-    if get_origin(kind) not in (Union, types.UnionType):
-        return kind
-    plain = [one for one in get_args(kind) if one in (str, int, float, bool, types.NoneType) or get_origin(one) is list]
-    return Union[tuple(plain)]  # noqa: UP007
-
-
-def _arguments(name: str, call: Callable[..., Any], *own: str, more: Sequence[type] = ()) -> Any:
-    """A section of the keyword arguments of a function but its `own`, and of the fields of dataclasses behind them."""
-    given = [p for p in inspect.signature(call, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    given += [p for one in more for p in inspect.signature(one, eval_str=True).parameters.values()]
-    found = {p.name: (_of_yaml(p.annotation), ... if p.default is p.empty else p.default) for p in given}
-    return create_model(name, __base__=Section, **{key: kind for key, kind in found.items() if key not in own})
-
-
-MEASURES: dict[str, Callable[..., Any]] = {
-    "perplexity": perplexity.rows_of,
-    "retrieval": retrieval.rows_of,
-    "tasks": harness.rows_of,
-    "documents": documents.rows_of,
-}
-"""What `evaluate` does, each as the verb of its name; its keys are the arguments of the function."""
-_OWN = ("checkpoint", "run", "check_only", "options")
-
-
-Select: Any = _arguments("Select", select, "checkpoint", "rope", "work", "check_only", "run")
-
-
-class Convert(Section):
-    """A layout that is given, or one that is measured by the arguments of `zebra.select`."""
-
-    stripes: str | None = None
-    select: Select | None = None
-    rope: str | None = None
-    full_decode: bool = False
-
-
-_Measures = {
-    name: _arguments(name, call, *_OWN, more=[documents.Options, Loading] if name == "documents" else [Loading])
-    for name, call in MEASURES.items()
-}
-Evaluate: Any = create_model("Evaluate", __base__=Section, **{n: (kind | None, None) for n, kind in _Measures.items()})
-
-
-class Report(Section):
-    """A page of all rows before it."""
-
-    title: str | None = None
-
-
-KINDS: dict[str, Any] = {
-    "convert": Convert,
-    "adapt": AdaptRecipe,
-    "tune": TuneRecipe,
-    "pretrain": PretrainRecipe,
-    "evaluate": Evaluate,
-    "report": Report,
-}
-MADE = {"convert": "striped", "adapt": "model", "tune": "model", "pretrain": "model"}
-"""Where in its folder a stage leaves a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of a pipeline.
-
-    Attributes:
-        folder: all that it makes stands there.
-        source: the checkpoint that it begins with, and `after` the stage that makes that; None where there is none.
-        before: the folders of the stages whose rows a report shows, by stage.
-    """
-
-    name: str
-    kind: str
-    folder: Path
-    recipe: Any
-    source: Path | None
-    after: str | None
-    before: dict[str, Path]
-
-    @property
-    def made(self) -> Path | None:
-        """The checkpoint that it makes."""
-        return self.folder / MADE[self.kind] if self.kind in MADE else None
-
-
-# Running
 
 
 def perform(stage: Stage) -> None:
