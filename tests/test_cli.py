@@ -43,11 +43,11 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
     top = zebra("--help")
     assert top.returncode == 0
-    for verb in ("plan", "convert", "verify", "adapt", "report", "doctor", "evaluate", "generate", "tune", "data"):
+    for verb in ("plan", "convert", "verify", "adapt", "report", "doctor", "evaluate", "generate", "tune", "data", "run"):
         assert verb in top.stdout
     measured = [["evaluate", verb] for verb in ("perplexity", "retrieval", "tasks", "documents")]
     measured += [["data", "instructions"], ["data", "check"]]
-    for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], ["tune"], *measured):
+    for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], ["tune"], ["run"], *measured):
         page = zebra(*verb, "--help")
         assert page.returncode == 0
         assert f"zebra {' '.join(verb)} " in page.stdout.split("Options")[-1] + page.stdout

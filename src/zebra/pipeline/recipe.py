@@ -164,10 +164,10 @@ def _source(
     where: str, kind: str, section: dict[str, Any], model: str | None, before: dict[str, Stage]
 ) -> tuple[Path | None, str | None]:
     """The checkpoint that a stage begins with, and the stage that makes it: the last one before it, or `from`."""
-    makers = [name for name, stage in before.items() if stage.made]
-    asked = section.pop("from", makers[-1] if makers else "model")
     if kind in ("pretrain", "report"):
         return None, None
+    makers = [name for name, stage in before.items() if stage.made]
+    asked = section.pop("from", makers[-1] if makers else "model")
     if asked not in ("model", *makers):
         there = ", ".join(["model", *makers])
         raise Refusal(
