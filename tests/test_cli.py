@@ -43,7 +43,8 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
     top = zebra("--help")
     assert top.returncode == 0
-    for verb in ("plan", "convert", "verify", "adapt", "report", "doctor", "evaluate", "generate", "tune", "data", "run"):
+    training = ("adapt", "tune", "run")
+    for verb in (*training, "plan", "convert", "verify", "report", "doctor", "evaluate", "generate", "data"):
         assert verb in top.stdout
     measured = [["evaluate", verb] for verb in ("perplexity", "retrieval", "tasks", "documents")]
     measured += [["data", "instructions"], ["data", "check"]]

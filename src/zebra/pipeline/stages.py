@@ -17,9 +17,8 @@ from zebra.evaluate import documents
 from zebra.evaluate.selection import select
 from zebra.model.checkpoint import read_config, read_local, write_card, write_config
 from zebra.model.families import striped, stripes_of
-from zebra.model.hosts import convert
+from zebra.model.hosts import convert, converted
 from zebra.model.local import Local
-from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.pipeline.recipe import MEASURES, Convert, Stage
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import decoder
@@ -35,6 +34,7 @@ from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_for
 from zebra.train.pretrain import config_of, pretrain
 from zebra.train.recipe import Section, SourceRecipe
+from zebra.train.trainer import check_machine
 from zebra.train.tune_recipe import TuneRecipe
 
 
@@ -144,63 +144,76 @@ def _rehearse_conversion(stage: Stage, source: Path, made: Path) -> Work:
     recipe = stage.recipe
     if (recipe.stripes is None) == (recipe.select is None):
         raise Refusal("a conversion takes either stripes or select. Give one of them, such as stripes: GLLL:512.")
-    work, stripes = Work(), recipe.stripes and Stripes.parse(recipe.stripes)
-    if recipe.select is not None:
+    work, stripes = Work(), Stripes.parse(recipe.stripes or f"0:{recipe.select.window}")
+    if recipe.select is not None and _has_tokenizer(source):
         found = select(source, **_selected(recipe), check_only=True)
-        stripes, work = found.stripes, _reading(source, [(row.length, row.value) for row in found.rows])
-    config = as_rope(recipe.rope).changed(striped(read_config(source), stripes))
-    refuse_changing_rope(config)
-    _stand_in(source, made, config, Local(stripes.sinks, recipe.full_decode))
+        stripes, work = found.stripes, _reading(source, None, [(row.length, row.value) for row in found.rows])
+    config, local = converted(source, stripes, recipe.rope, recipe.full_decode)
+    _stand_in(source, made, config, local)
     return work
 
 
 def _rehearse_training(stage: Stage, source: Path | None, made: Path) -> Work:
     recipe, files = stage.recipe, {}
-    if isinstance(recipe, SourceRecipe):
-        recipe = recipe.model_copy(update={"model": str(source)})
-        if not any(source.glob("tokenizer*")):  # the tokenizer will be trained too
-            config = adapted(recipe, read_config(source))
-        else:
-            config, tokenizer = open_source(recipe)
-            if isinstance(recipe, TuneRecipe):
-                import zebra.train.tune  # noqa: F401  refuses where the extra is not installed
-
-                chat = Chat(tokenizer, recipe.chat_template, recipe.model)
-                files = {"chat_template.jinja": chat.template} if recipe.chat_template else {}
-                read_conversations([one for part in recipe.data.sources or [recipe.data] for one in part.files])
-                for suite in (recipe.evaluate and recipe.evaluate.suites) or []:
-                    read_conversations(suite.files)
-        if recipe.lora is not None and not recipe.lora.merge:
-            files = {"adapter_config.json": ""}
-    else:
+    if not isinstance(recipe, SourceRecipe):
+        check_machine(recipe.train)
         config = config_of(recipe)
+    else:
+        recipe = recipe.model_copy(update={"model": str(source)})
+        if _has_tokenizer(source):
+            config, tokenizer = open_source(recipe)
+            files = _read_for_tuning(recipe, tokenizer) if isinstance(recipe, TuneRecipe) else {}
+        else:
+            config = adapted(recipe, read_config(source))
     local, train, reckoned = local_for(recipe), recipe.train, dry_run(recipe)
-    _stand_in(source, made, None if "adapter_config.json" in files else config, local, files)
-    rank = recipe.lora.rank if isinstance(recipe, SourceRecipe) and recipe.lora else None
+    low = recipe.lora if isinstance(recipe, SourceRecipe) else None
+    if low is not None and not low.merge:  # what it makes is no whole checkpoint
+        _stand_in(None, made, None, local, {"adapter_config.json": ""})
+    else:
+        _stand_in(source, made, config, local, files)
     run = {"length": train.length, "batch": train.rows_per_step, "dtype": train.precision, "phase": "train"}
-    run |= {"checkpointing": train.activation_checkpointing, "lora": rank}
-    runs = _runs(config, local, [(run, train.steps * train.accumulate)])
-    tokens = train.steps * train.accumulate * train.rows_per_step * train.length
-    return Work(runs, tokens, reckoned.total, reckoned.facts)
+    run |= {"checkpointing": train.activation_checkpointing, "lora": low.rank if low else None}
+    passes = train.steps * train.accumulate
+    runs = _runs(config, local, [(run, passes)])
+    return Work(runs, passes * train.rows_per_step * train.length, reckoned.total, reckoned.facts)
+
+
+def _has_tokenizer(checkpoint: Path) -> bool:
+    """A stand-in for a model that is trained from scratch has neither tokenizer nor weights."""
+    return any(checkpoint.glob("tokenizer*"))
+
+
+def _read_for_tuning(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
+    """Read the conversations, and return the template that tuning will write."""
+    import zebra.train.tune  # noqa: F401  refuses where the extra is not installed
+
+    chat = Chat(tokenizer, recipe.chat_template, recipe.model)
+    sets = [*(recipe.data.sources or [recipe.data]), *((recipe.evaluate and recipe.evaluate.suites) or [])]
+    for one in sets:
+        read_conversations(one.files)
+    return {"chat_template.jinja": chat.template} if recipe.chat_template else {}
 
 
 def _rehearse_evaluation(stage: Stage, source: Path) -> Work:
     given = [(name, one) for name, one in stage.recipe if one is not None]
     if not given:
         raise Refusal(f"an evaluation takes at least one of {', '.join(MEASURES)}; got none. Give one.")
-    if not any(source.glob("tokenizer*")):
+    if not _has_tokenizer(source):
         return Work()
-    reads: list[tuple[int, float]] = []
+    works = []
     for name, one in given:
         rows, outcomes = _measured(name, one, source, check_only=True)
-        reads += [(row.length, row.value) for row in rows if row.metric == "tokens"]
+        reads = [(row.length, row.value) for row in rows if row.metric == "tokens"]
         reads += [(outcome.prompt_tokens, outcome.prompt_tokens) for outcome in outcomes]
-    return _reading(source, reads)
+        works.append(_reading(source, one.stripes, reads))
+    runs = tuple(run for work in works for run in work.runs)
+    return Work(runs, sum(work.tokens for work in works), max(work.memory for work in works))
 
 
-def _reading(source: Path, reads: list[tuple[int, float]]) -> Work:
+def _reading(source: Path, stripes: str | None, reads: list[tuple[int, float]]) -> Work:
     """Texts to read: the tokens of each, and of all together of its length."""
-    config = read_config(source, routed=False)
+    config = read_config(source, routed=stripes is not None)
+    config = striped(config, Stripes.parse(stripes)) if stripes else config
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     asked = [({"length": max(1, length), "dtype": dtype}, tokens / max(1, length)) for length, tokens in reads]
     runs = _runs(config, read_local(source), asked)
