@@ -209,11 +209,7 @@ def perplexity(
             run=run,
             **loading,
         )
-    show.rows(rows, as_json)
-    if out is not None:
-        from zebra import records
-
-        records.append(out, rows)
+    show.rows(rows, as_json, out)
 
 
 evaluate.command(epilog=EXAMPLE)(retrieval)

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from zebra.data.instructions import Made
     from zebra.doctor import Served
     from zebra.generation import Generated
@@ -54,11 +56,19 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def rows(found: Sequence[Row], as_json: bool) -> None:
-    """Rows of results: a table of each kind that is among them."""
+def rows(found: Sequence[Row], as_json: bool, out: Path | None = None) -> None:
+    """Rows of results: a table of each kind that is among them. They are appended to a file where there is one."""
     if as_json:
         json({"rows": [asdict(row) for row in found]})
-        return
+    else:
+        _tables(found)
+    if out is not None:
+        from zebra import records
+
+        records.append(out, found)
+
+
+def _tables(found: Sequence[Row]) -> None:
     from zebra import report
 
     shown = {
