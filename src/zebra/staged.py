@@ -81,17 +81,25 @@ def held(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     opened = os.open(directory, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
-            _lock(opened, directory)
-        yield
+        lock(opened, directory)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it is not empty
+                directory.rmdir()
     finally:
-        with suppress(OSError):  # it is not empty
-            directory.rmdir()
         os.close(opened)
 
 
-def _lock(opened: int, directory: Path) -> None:
+def lock(opened: int, directory: Path) -> None:
+    """Hold an opened directory as `held` does.
+
+    Raises:
+        Refusal: another process holds it.
+    """
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Refusal(f"another process is at work in {directory}. Wait for it, or name another.") from None
+    except OSError:  # a file system without locks
+        return

@@ -16,6 +16,8 @@ from zebra.cli.convert import convert
 from zebra.cli.generate import generate
 from zebra.cli.loading import loads_a_checkpoint
 from zebra.cli.retrieval import EXAMPLE, retrieval
+from zebra.cli.study import EXAMPLE as EXAMPLE_OF_STUDY
+from zebra.cli.study import study
 from zebra.refusal import Refusal
 
 app = typer.Typer(
@@ -116,6 +118,8 @@ def verify(
 for verb, example in training.EXAMPLES.items():
     app.command(epilog=example)(verb)
 app.command(epilog=pipeline.EXAMPLE)(pipeline.run)
+
+app.command(epilog=EXAMPLE_OF_STUDY)(study)
 
 
 @app.command(epilog="zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB")

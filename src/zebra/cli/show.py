@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zebra.plan.devices import Device
     from zebra.records import Row
     from zebra.train.dry_run import DryRun
+    from zebra.train.grid import Reckoned
 
 
 @contextmanager
@@ -187,6 +188,23 @@ def dry_run(found: DryRun, as_json: bool) -> None:
         table.add_row(part, f"{held / size:,.2f}")
     table.add_row("[bold]in all[/]", f"[bold]{found.total / size:,.2f}[/]")
     _print(table)
+
+
+def cells(found: Sequence[Reckoned], as_json: bool) -> None:
+    """The cells of a grid."""
+    if as_json:
+        json({"cells": [asdict(cell) for cell in found]})
+        return
+    table = _table("cell", "layout", "parameters", "tokens", "attention", "")
+    table.columns[0].overflow = "fold"
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    for cell in found:
+        shares = f"{cell.parameters:,}", f"{cell.tokens:,}", f"{cell.attention:.1%}"
+        table.add_row(cell.cell, cell.layout, *shares, "[green]done[/]" if cell.done else "")
+    _print(table)
+    todo = [cell for cell in found if not cell.done]
+    print(f"{len(found):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens")
 
 
 def plan(found: dict[str, Any], as_json: bool) -> None:

@@ -123,8 +123,12 @@ def local_of(model: nn.Module) -> Local:
 
 
 def layout_with(config: PreTrainedConfig, local: Local, rope: object = None) -> str:
-    """The layout in the short notation, with a change of rope beside it: `GLLL:512+4 yarn:8, full decode`."""
-    return layout(config, local.sinks) + (f" {rope}" if rope else "") + (", full decode" if local.full_decode else "")
+    """The layout in the short notation, with a change of rope beside it: `GLLL:512+4 yarn:8, full decode`.
+
+    A model of the study has its position embedding there: `GLLL:512 alibi`.
+    """
+    said = filter(None, (layout(config, local.sinks), getattr(config, "position_embedding", None), rope))
+    return " ".join(map(str, said)) + (", full decode" if local.full_decode else "")
 
 
 def warn_of(local: Local) -> None:

@@ -40,9 +40,9 @@ def occupied(recipe: Recipe) -> Iterator[Path]:
         Refusal: the directory is of another recipe or of no run; another process is at work in it.
     """
     run = Path(recipe.run)
-    _check_recipe(run, recipe)
+    check_recipe(run, recipe)
     with held(run) if is_first_process() else nullcontext():
-        _check_recipe(run, recipe)  # another process may have been here first
+        check_recipe(run, recipe)  # another process may have been here first
         yield run
 
 
@@ -82,7 +82,8 @@ def writing(run: Path) -> Iterator[None]:
         ) from None
 
 
-def _check_recipe(run: Path, recipe: Recipe) -> None:
+def check_recipe(run: Path, recipe: Recipe) -> None:
+    """Refuse a directory of another recipe, or of no run."""
     mine = run / "recipe.yaml"
     if mine.exists():
         try:

@@ -32,15 +32,19 @@ def measure(
     assert recipe.evaluate is not None
     assert held_out is not None
     model.to(best_device())
+    asked, at = recipe.evaluate, columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
+
+    def read(length: int) -> list[Row]:
+        scores = perplexity(model, held_out, length=length, convention=asked.convention, seed=recipe.train.seed)
+        return as_rows(scores, length, asked.convention, **at)
+
     start = time.perf_counter()
-    asked = recipe.evaluate
-    scores = perplexity(model, held_out, length=asked.length, convention=asked.convention, seed=recipe.train.seed)
+    rows = read(asked.length)
     seconds = time.perf_counter() - start
-    at = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
-    rows = as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **at)
     speed = rows[-1].n / seconds if rows[-1].n else 0.0
     return [
         *rows,
+        *(read(asked.beyond) if asked.beyond else []),
         Row(
             task="speed",
             metric="evaluation_tokens_per_second",

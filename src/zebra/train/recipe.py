@@ -171,6 +171,9 @@ class Evaluation(TextSource, Measured):
     """Perplexity by position before, during and after: on files of its own, or on the documents that data holds out."""
 
     length: int = Field(ge=2, description="tokens of context")
+    beyond: int | None = Field(
+        None, description="a longer context that the end is measured at too, however long the model has learned to read"
+    )
     convention: Literal["disjoint", "strided", "truncated"] = "disjoint"
 
 
@@ -220,6 +223,9 @@ class TextRecipe(Recipe):
                     "the text to measure on is given by evaluate.files or by data.held_out, by one of them; got "
                     + ("neither" if files is None else "both")
                 )
+            beyond, length = self.evaluate.beyond, self.evaluate.length
+            if beyond is not None and beyond <= length:
+                raise ValueError(f"evaluate.beyond ({beyond}) is greater than evaluate.length ({length}); raise it")
             if files is None and (own := given(self.evaluate, "separator", "field", "append_eos")):
                 raise ValueError(f"evaluate.{own} belongs to evaluate.files; data says how its documents are read")
         return self
