@@ -11,6 +11,7 @@ changed begins anew, in an empty folder: what it had made is kept beside it as <
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -214,6 +215,7 @@ def run(stages: Sequence[Stage]) -> list[Done]:
                 if why is not None:
                     _begin(stage, inputs, why)
                     perform(stage)
+                    gc.collect()  # the Trainer's rings hold its model, where the next one wants the memory
                     _write(stage, inputs, _made(stage), time.perf_counter() - start)
             found.append(Done(stage, why, time.perf_counter() - start))
     return found
