@@ -244,6 +244,7 @@ def test_a_dry_run_says_what_it_costs_and_does_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_a_selection_is_reckoned_beforehand(data: Path, tmp_path: Path) -> None:
     select = {"budget": 2, "window": 16, "length": 128, "text": [str(data / "few.txt")], "samples": 4, "order": "once"}
     select["separator"] = SEPARATOR
