@@ -60,7 +60,7 @@ def note(message: str) -> None:
 def rows(found: Sequence[Row], as_json: bool, out: Path | None = None) -> None:
     """Rows of results: a table of each kind that is among them. They are appended to a file where there is one."""
     if as_json:
-        json({"rows": [asdict(row) for row in found]})
+        json({"rows": [row.columns() for row in found]})
     else:
         _tables(found)
     if out is not None:
@@ -118,7 +118,7 @@ def done(found: Sequence[Done], made: Sequence[Row], as_json: bool) -> None:
         stages = [
             {"stage": one.stage.name, "kind": one.stage.kind, "why": one.why, "seconds": one.seconds} for one in found
         ]
-        json({"stages": stages, "rows": [asdict(row) for row in made]})
+        json({"stages": stages, "rows": [row.columns() for row in made]})
         return
     rows(made, as_json)
     table = _table("stage", "it was", "seconds", "made")

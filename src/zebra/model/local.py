@@ -100,8 +100,10 @@ def localise(model: PreTrainedModel, local: Local) -> None:
     """Hang it on the local layers of a loaded model.
 
     Raises:
-        Refusal: there are none.
+        Refusal: there are none; sinks under ALiBi.
     """
+    if local.sinks and getattr(model.config, "position_embedding", None) == "alibi":
+        raise Refusal(f"{local} stand far away, and ALiBi lowers the scores of what is far away. Leave them out.")
     stripes = stripes_of(model.config)
     if stripes is None:
         raise Refusal(f"{local} belong to local layers, and this layout is {DENSE}. Give stripes, such as GLLL:512+4.")

@@ -63,7 +63,8 @@ def _train(stage: Stage) -> None:
         from zebra.train.tune import tune as run  # trl is an extra
     else:
         run = {"adapt": adapt, "pretrain": pretrain}[stage.kind]
-    write_report(run(stage.recipe), stage.folder / "report.html")
+    run(stage.recipe)
+    write_report(rows_in(stage.folder), stage.folder / "report.html")
 
 
 def _evaluate(stage: Stage) -> None:

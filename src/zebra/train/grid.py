@@ -125,8 +125,10 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Row]:
     if failed:
         (name, why), more = failed[0], len(failed) - 1
         raise Refusal(
-            f"the cell {name} failed: {why}" + (f" (and {more} other cells)" if more else "") + f" The logs are "
-            f"{run / 'cells'}/*.log, the rows of the others {run / 'rows.jsonl'}; the same command tries again."
+            f"{name} failed, {why.rstrip('.')}"
+            + (f"; and {more} other cells" if more else "")
+            + f". Every log is {run / 'cells'}/<name>.log, the rows of the others are {run / 'rows.jsonl'}; "
+            "the same command tries again."
         )
     return rows
 
