@@ -29,6 +29,7 @@ from zebra.data.encoding import Encoder
 from zebra.evaluate.intervals import bootstrapped
 from zebra.model.checkpoint import fingerprint, load_tokenizer
 from zebra.model.extend import bounded_cache
+from zebra.model.families import layout
 from zebra.model.hosts import device_name
 from zebra.model.loading import Loading, described
 from zebra.model.local import local_of
@@ -147,6 +148,7 @@ def rows_of(
     workers: int = 1,
     join: bool = False,
     prompt: int | None = None,
+    check_only: bool = False,
     seed: int = 0,
     run: str = "evaluate",
     **loading: Any,
@@ -155,6 +157,7 @@ def rows_of(
 
     Args:
         prompt: as `perplexity` has it; the rows' task then ends in `-decoded`.
+        check_only: load no model; the rows are the tokens that it would read.
         loading: the fields of `zebra.model.loading.Loading`.
     """
     loads = Loading(**loading)
@@ -162,8 +165,11 @@ def rows_of(
     config = loads.config(checkpoint)
     corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
-    for length in lengths:
-        _windows(texts[length], length, convention, stride, prompt)  # refuse before the model is loaded
+    windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
+    if check_only:
+        at = {"run": run, "model": str(checkpoint), "layout": layout(config), "task": f"perplexity-{convention}"}
+        sizes = {length: sum(len(window.tokens) for window in found) for length, found in windows.items()}
+        return [Row(metric="tokens", value=size, length=length, **at) for length, size in sizes.items()]
     model = loads.model(checkpoint)
     if local_of(model).full_decode and prompt is None:
         raise Refusal(

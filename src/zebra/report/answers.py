@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from zebra.records import Row
 from zebra.report.figures import HUES, drawn
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.series import interval, number, percent, series_of, step
+from zebra.report.series import interval, number, outcome, percent, series_of, step
 
 _SUITE, _KIND = "answers-", "instructions-"
 
@@ -32,7 +32,8 @@ def verdict(run: str, rows: list[Row]) -> list[Cell]:
     said: list[Cell] = []
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if (row.run, row.task) == (run, task) and step(row) is None]
-        after = next((row for row in mine if series_of(row).trained), None)
+        made = outcome(map(series_of, mine))
+        after = next((row for row in mine if series_of(row) == made), None)
         if after is not None and mine[0] is not after:
             way = "fell" if after.value < mine[0].value else "rose"
             said.append(Cell(f"{', ' if said else 'The loss '}on {task.removeprefix(_SUITE)} answers {way} from "))
@@ -117,7 +118,7 @@ def _with_start(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
     trained = {(row.run, row.layout) for row in rows if step(row) is not None}
     for row in rows:
         at = step(row)
-        if at is None and not series_of(row).trained and (row.run, row.layout) in trained:
+        if at is None and not series_of(row).made and (row.run, row.layout) in trained:
             at = 0
         if at is not None:
             points[f"{row.run}: {row.task.removeprefix(_SUITE)}"].append((at, row.value))

@@ -83,6 +83,7 @@ def plot_positions(axes: Axes, group: Group) -> None:
     buckets = group.buckets
     left = buckets[0][0] or buckets[0][1] / 2  # a logarithmic axis has no 0
     trained = {(series.run, series.layout) for series in group.scores if series.trained}
+    makers = {series.run for series in group.scores if series.made}
     inks = itertools.cycle(("-", ":", "-."))
     styles: dict[tuple[str, str], tuple[str, str]] = {}
     for (series, scores), label in zip(group.scores.items(), labels(group.scores).values(), strict=True):
@@ -91,7 +92,8 @@ def plot_positions(axes: Axes, group: Group) -> None:
             (color, marker), line = (INK, "o"), next(inks)
         else:
             color, marker = styles.setdefault(place, _style(len(styles)))
-            line = "--" if place in trained and not series.trained else "-"
+            after = series.made if series.run in makers else series.trained
+            line = "--" if place in trained and not after else "-"
         here = [(max(a, left), b, scores[a, b]) for a, b in buckets if (a, b) in scores]
         x = [math.sqrt(a * b) for a, b, _ in here]
         y = [_finite(row.value) for *_, row in here]

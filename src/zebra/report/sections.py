@@ -145,7 +145,7 @@ def _start(way: Group, groups: list[Group]) -> dict[float, dict[Span, Row]]:
     for group in groups:
         if (group.task, group.length) == (way.task, way.length):
             for series, scores in group.scores.items():
-                if (series.run, series.layout) == (trained.run, trained.layout) and not series.trained:
+                if (series.run, series.layout) == (trained.run, trained.layout) and not series.made:
                     return {0: scores}
     return {}
 

@@ -28,6 +28,11 @@ class Series(NamedTuple):
         return path.name == "model" and bool(path.parent.name)
 
     @property
+    def made(self) -> bool:
+        """Whether the run that it stands in is the one that made it; a second training starts with a trained one."""
+        return self.trained and self.run.partition(" (")[0] == PurePath(self.model).parent.name
+
+    @property
     def name(self) -> str:
         """The model's name for people."""
         path = PurePath(self.model)
@@ -63,9 +68,15 @@ class Group(NamedTuple):
 
     def source(self, series: Series) -> Series | None:
         """What a trained checkpoint came from: the first that its run measured; None where it had no source."""
-        if not series.trained:
-            return None
-        return next((other for other in self.scores if other.run == series.run and not other.trained), None)
+        before = (other for other in self.scores if other.run == series.run and not other.made)
+        first = next((other for other in before if series.made or not other.trained), None)
+        return first if series.trained and series != first else None
+
+
+def outcome(found: Iterable[Series]) -> Series | None:
+    """What came of the training among the series of a run: what that run made, else the first that any run made."""
+    trained = [series for series in found if series.trained]
+    return next((series for series in trained if series.made), trained[0] if trained else None)
 
 
 def _kind(row: Row) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zebra.records import Row
 from zebra.report.page import Cell
-from zebra.report.series import DENSE, Group, Series, Span, interval, number, percent, span_name
+from zebra.report.series import DENSE, Group, Series, Span, interval, number, outcome, percent, span_name
 
 _MANY = 4
 
@@ -25,7 +25,7 @@ def verdict(run: str, groups: list[Group], costs: list[Row]) -> list[Cell]:
 
 def _perplexity(group: Group) -> list[Cell]:
     far = group.buckets[-1]
-    after = next((series for series in group.scores if series.trained), None)
+    after = outcome(group.scores)
     before = group.source(after) if after else None
     if after is None or before is None:
         return _each({series: scores[far] for series, scores in group.scores.items() if far in scores}, far)

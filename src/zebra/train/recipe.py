@@ -315,7 +315,7 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
     """Read a recipe and apply overrides `a.b=value`, whose values are YAML.
 
     Raises:
-        Refusal: no file, no YAML, an unknown key (with the nearest known one), a wrong value, a contradiction.
+        Refusal: no file, no YAML; what `checked` refuses.
     """
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
@@ -329,10 +329,19 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
         _override(tree, override)
     if "\\x00" in repr(tree):
         raise Refusal(f"{path}: no path can hold a NUL character. Remove it.")
+    return checked(tree, kind, str(path))
+
+
+def checked(tree: Any, kind: type[R], name: str) -> R:
+    """A tree of keys and values as a recipe; `name` is how an error calls it.
+
+    Raises:
+        Refusal: an unknown key (with the nearest known one), a wrong value, a contradiction.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise Refusal(f"{path}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
+        raise Refusal(f"{name}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
