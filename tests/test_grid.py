@@ -143,6 +143,26 @@ def test_what_cells_share_is_refused_too(few: Path, tmp_path: Path) -> None:
         study(of(tmp_path / "run", few), workers=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("study-tiny-cpu", None),
+        pytest.param("study-117m", 117e6, marks=pytest.mark.full),
+        pytest.param("study-345m", 345e6, marks=pytest.mark.full),
+    ],
+)
+def test_the_grids_of_the_repository_can_be_reckoned(
+    name: str, size: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    found = reckoned(read_recipe(ROOT / "recipes" / f"{name}.yaml", StudyRecipe))
+    assert len({cell.cell for cell in found}) == len(found) > 30
+    assert len({cell.layout for cell in found}) >= 16  # every kind of attention with every position embedding
+    assert len({cell.tokens for cell in found}) == 1
+    for cell in found if size else []:
+        assert ("absolute" in cell.cell and "16384" in cell.cell) or abs(cell.parameters / size - 1) < 0.03
+
+
 def test_learned_positions_are_not_read_beyond(few: Path, tmp_path: Path) -> None:
     (learned,) = recipes_of(of(tmp_path, few, {"attention": "global", "position": "absolute"}))
     assert learned.evaluate is not None
