@@ -37,7 +37,7 @@ from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.report import benches, page
 from zebra.report.page import Cell, Section, Table
-from zebra.report.sections import method
+from zebra.report.provenance import method
 from zebra.report.series import interval, number, percent
 
 ROOT = Path(__file__).parent.parent
@@ -280,7 +280,9 @@ def write_page(results: Path, target: Path) -> None:
         parts += [plan(rows), Section("All measurements", [benches.HOW, *tables]), method(rows)]
         name = "" if kind == "cpu" else "GPU: "
         sections += [part._replace(title=name + part.title) for part in parts if part.blocks]
-    verdict = ["Measured by benchmarks/speed.py, which also wrote this page from the rows in benchmarks/results/."]
+    verdict = [
+        [Cell("Measured by benchmarks/speed.py, which also wrote this page from the rows in benchmarks/results/.")]
+    ]
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     aside.write_text(page.markdown(target.stem, "Speed", verdict, sections), encoding="utf-8")

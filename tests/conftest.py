@@ -128,10 +128,14 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def kind_of(recipe: Path) -> type:
     """The class of one of the repository's recipes."""
+    from zebra.train.grid import StudyRecipe
     from zebra.train.recipe import AdaptRecipe, PretrainRecipe
     from zebra.train.tune_recipe import TuneRecipe
 
-    if isinstance(yaml.safe_load(recipe.read_text())["model"], dict):
+    tree = yaml.safe_load(recipe.read_text())
+    if "cells" in tree:
+        return StudyRecipe
+    if isinstance(tree["model"], dict):
         return PretrainRecipe
     return TuneRecipe if "lit-" in recipe.name else AdaptRecipe
 

@@ -26,12 +26,13 @@ RANKS = {
     "generation": 3,
     "evaluate": 4,
     "train": 5,
-    "bench": 5,
+    "bench": 6,
     "doctor": 6,
     "report": 6,
-    "cli": 7,
-    "__main__": 8,
-    "__init__": 8,
+    "pipeline": 7,
+    "cli": 8,
+    "__main__": 9,
+    "__init__": 9,
 }
 STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "positions", "records", "plan"}
 MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "bench"}

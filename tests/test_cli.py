@@ -43,11 +43,12 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
     top = zebra("--help")
     assert top.returncode == 0
-    for verb in ("plan", "convert", "verify", "adapt", "report", "doctor", "evaluate", "generate", "tune", "data"):
+    training = ("adapt", "tune", "run")
+    for verb in (*training, "plan", "convert", "verify", "report", "doctor", "evaluate", "generate", "data"):
         assert verb in top.stdout
     measured = [["evaluate", verb] for verb in ("perplexity", "retrieval", "tasks", "documents")]
     measured += [["data", "instructions"], ["data", "check"]]
-    for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], ["tune"], *measured):
+    for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], ["tune"], ["run"], *measured):
         page = zebra(*verb, "--help")
         assert page.returncode == 0
         assert f"zebra {' '.join(verb)} " in page.stdout.split("Options")[-1] + page.stdout

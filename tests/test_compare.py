@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from zebra.report import together, write_report
 from zebra.report.compare import compare
 from zebra.report.lengths import effective, lengths, measures
 from zebra.report.page import Figure, Table
+from zebra.report.series import Series, labels
 
 
 def row(run: str = "one", layout: str = "dense", **columns: Any) -> Row:
@@ -22,7 +24,7 @@ def row(run: str = "one", layout: str = "dense", **columns: Any) -> Row:
 @pytest.mark.parametrize(
     ("scores", "reached"),
     [
-        ({1024: 1.0, 2048: 0.856, 4096: 0.85}, 2048),
+        ({1024: 1.0, 2048: 0.857, 4096: 0.856}, 2048),
         ({1024: 0.8, 2048: 1.0}, None),
         ({4096: 0.9, 1024: 0.9, 2048: 0.2}, 1024),
         ({}, None),
@@ -42,22 +44,39 @@ def test_a_score_by_length_is_the_mean_over_tasks_and_depths() -> None:
     rows += [row(task="retrieval-generate-passkey", length=4096, depth=0.0, value=1.0)]  # another mix of tasks
     rows += [row(task="retrieval-likelihood-passkey", depth=0.0)]  # one length alone
     rows += [row(value=0.9), row(length=2048, value=0.1), row(metric="acc", length=2048)]
-    found = {name: next(iter(scores.values())) for name, scores in measures(rows).items()}
+    found = {
+        name: {length: mean.value for length, mean in next(iter(scores.values())).items()}
+        for name, scores in measures(rows).items()
+    }
     assert found == {
-        "retrieval, by generation": {1024: 0.625, 2048: 0.625},
+        "retrieval, by generation, mean of needle, passkey": {1024: 0.625, 2048: 0.625},
+        "needle, by generation": {1024: 0.5, 2048: 0.5},
+        "passkey, by generation": {1024: 0.75, 2048: 0.75, 4096: 1.0},
         "zebra-needle": {1024: 0.9, 2048: 0.1},
     }
     section = lengths(rows)
     tables = [block for block in section.blocks if isinstance(block, Table)]
-    assert [[line[1].text for line in table.body] for table in tables] == [["none"], ["1,024"]]
-    assert sum(isinstance(block, Figure) for block in section.blocks) == 2
-    assert "not verified" in str(section.blocks[0])
+    assert [[line[1].text for line in table.body] for table in tables] == [["none", "none", "none", "1,024"]]
+    assert sum(isinstance(block, Figure) for block in section.blocks) == 1  # of a single model
+    another = lengths([*rows, *(replace(one, layout="GL:8") for one in rows)])
+    tables = [block for block in another.blocks if isinstance(block, Table)]
+    assert [[line[0].text for line in table.body] for table in tables] == [["dense", "GL:8"]] * 4
     assert lengths([row()]).blocks == []
 
 
 def test_runs_of_one_name_are_told_apart_by_their_source() -> None:
     found = together({"a": [row(), row("two")], "b": [row()]})
     assert [one.run for one in found] == ["one (a)", "two", "one (b)"]
+
+
+def test_lines_of_one_name_are_told_apart() -> None:
+    def of(*series: tuple[str, str, str]) -> list[str]:
+        return list(labels(Series(*one) for one in series).values())
+
+    assert of(("r", "m", "dense"), ("r", "m", "GL:8")) == ["dense", "GL:8"]
+    assert of(("r", "m", "dense"), ("r", "n", "dense")) == ["m dense", "n dense"]
+    assert of(("r", "runs/r/model", "GL:8"), ("s", "m", "GL:8")) == ["r (trained) GL:8", "s: m GL:8"]
+    assert of(("r", "a/m", "dense"), ("r", "b/m", "dense")) == ["r: a/m dense", "r: b/m dense"]
 
 
 def texts(table: Table) -> list[list[str]]:

@@ -74,6 +74,7 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
         "evaluating",
         "generating",
         "hosts",
+        "pipeline",
         "planning",
         "pretraining",
         "selecting",

@@ -21,7 +21,7 @@ from zebra.train.adapt import adapt
 from zebra.train.dry_run import _counting, dry_run
 from zebra.train.recipe import AdaptRecipe, read_recipe
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("study-"))  # grids
 BIG = [path for path in RECIPES if path.stem.startswith("lcat-")]
 
 PUBLISHED = {

@@ -178,6 +178,14 @@ def test_edges(length: int, expected: list[int]) -> None:
     assert edges(length) == expected
 
 
+def test_a_shorter_first_bucket(model: Any) -> None:
+    assert edges(256, first=32) == [0, 32, 64, 128, 256]
+    assert edges(5, first=8) == [0, 5]
+    corpus = drawn(33, 40)
+    scores = perplexity(model, corpus, length=32, first_bucket=8)
+    check(scores, brute(model, corpus, 32, "disjoint", None, [0, 8, 16, 32]), [0, 8, 16, 32])
+
+
 def test_one_bucket_is_not_said_twice(model: Any) -> None:
     (score,) = perplexity(model, drawn(40), length=16)
     assert (score.position_from, score.position_to, score.tokens, score.documents) == (0, 16, 37, 1)

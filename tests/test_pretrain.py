@@ -299,17 +299,17 @@ def test_a_model_of_the_study_is_trained(optimizer: str, few: Path, tmp_path: Pa
     asked = recipe(tmp_path / "run", few, **{f"train__{name}": value for name, value in train.items()})
     asked = asked.model_copy(update={"model": study})
     rows = pretrain(asked)
-    assert {row.layout for row in rows} == {"GS:32/16", "dense"}
+    assert {row.layout for row in rows} == {"GS:32/16 absolute", "dense"}
     pairs = {row.layout: row.value for row in rows if row.metric == "attention_pairs"}
     seen = sum(min(i + 1, 32) + max(0, i + 1 - 32) // 16 for i in range(256))
-    assert pairs == {"dense": 256 * 257, "GS:32/16": 256 * 257 // 2 + seen}
+    assert pairs == {"dense": 256 * 257, "GS:32/16 absolute": 256 * 257 // 2 + seen}
     model = zebra.load(tmp_path / "run" / "model")
     assert model.config.attention_kinds == study["attention_kinds"]
     first = _random(model.config, Local(), asked.train.seed).state_dict()
     assert all(not torch.equal(first[name], tensor) for name, tensor in model.state_dict().items() if "proj" in name)
     found = dry_run(asked).facts
     assert found["positions"] == "absolute"
-    assert found["layout"] == "GS:32/16, 1 global, 0 local and 1 summary layers"
+    assert found["layout"] == "GS:32/16 absolute, 1 global, 0 local and 1 summary layers"
 
 
 def test_sinks_are_trained_with_from_the_first_step(few: Path, tmp_path: Path) -> None:

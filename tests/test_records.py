@@ -162,8 +162,8 @@ def test_no_file_is_refused(tmp_path: Path) -> None:
         ("5", "not a row"),
         ("null", "not a row"),
         ('["run"]', "not a row"),
-        ("{}", "missing"),
-        (json.dumps(COLUMNS), "value"),
+        ("{}", r"no columns \['run', 'model', 'layout', 'task', 'metric', 'value'\]"),
+        (json.dumps(COLUMNS), r"no columns \['value'\]"),
         (json.dumps(COLUMNS | {"value": 1, "lenght": 5}), r"unknown columns \['lenght'\]"),
         (row().json()[:40], "Unterminated|Expecting"),
     ],
@@ -174,6 +174,13 @@ def test_a_broken_line_is_refused_with_its_place(tmp_path: Path, line: str, mess
     with pytest.raises(Refusal, match=message) as refused:
         records.read(path)
     assert f"{path}, line 3 is not a row of results" in str(refused.value)
+
+
+def test_all_broken_lines_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([row().json(), "{", row().json(), "5", "{}"]))
+    with pytest.raises(Refusal, match=r"line 2 is not a row of results: .*\. Nor are 2 others: lines 4, 5\."):
+        records.read(path)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])

@@ -19,6 +19,7 @@ from zebra.kernels.summary import formula
 from zebra.model import study
 from zebra.model.families import layout
 from zebra.model.hosts import convert, load
+from zebra.model.local import Local, layout_with
 from zebra.model.study import ATTENTIONS, POSITIONS, StudyConfig, StudyForCausalLM, attention_kinds
 from zebra.model.verify import verify
 from zebra.refusal import Refusal
@@ -175,6 +176,7 @@ def test_layouts_are_named() -> None:
     assert layout(config("global", "none")) == "dense"
     assert layout(config("grouped", "alibi")) == "GL:6"
     assert layout(config("summary", "rotary")) == "SSS:6/3"
+    assert layout_with(config("grouped", "alibi"), Local()) == "GL:6 alibi"
 
 
 @pytest.mark.parametrize(
@@ -207,6 +209,20 @@ def test_what_the_host_cannot_compute_is_refused() -> None:
         attention_kinds("dense", 4)
     with pytest.raises(ValueError, match="from 1 to all 4 layers; got 5"):
         attention_kinds("grouped", 4, 5)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "alibi", "none"])
+def test_no_rope_is_changed_where_there_is_none(positions: str, tmp_path: Path) -> None:
+    drawn("global", positions).float().save_pretrained(tmp_path)
+    with pytest.raises(Refusal, match=f"no rope to become yarn:4: the positions of this zebra_study are {positions}"):
+        load(tmp_path, rope="yarn:4")
+
+
+def test_sinks_are_refused_under_alibi(tmp_path: Path) -> None:
+    drawn("grouped", "alibi").float().save_pretrained(tmp_path)
+    with pytest.raises(Refusal, match="2 sinks stand far away, and ALiBi lowers"):
+        load(tmp_path, stripes="GL:6+2")
+    assert load(tmp_path, stripes="GL:4").config.window == 4
 
 
 @pytest.mark.parametrize(("attention", "positions"), [("global", "alibi"), ("summary", "rotary"), ("global", "none")])

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class Row:
 
     `length` is the context length in tokens; `position_from` and `position_to` bound the positions that were scored,
     half-open and counted from 0; `depth` is a needle's place, 0 to 1. What does not apply is None.
+    `origin` is no column: the file and line that the row was read from, `rows.jsonl:17`; of a row just measured, None.
     """
 
     run: str
@@ -82,10 +83,20 @@ class Row:
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=lambda: dict(versions()))
     commit: str | None = field(default_factory=commit)
+    origin: str | None = field(default=None, compare=False, repr=False)
+
+    def columns(self) -> dict[str, Any]:
+        """What the row says, by column."""
+        return {name: getattr(self, name) for name in COLUMNS}
 
     def json(self) -> str:
         """The row as one line of JSON."""
-        return to_json(asdict(self))
+        return to_json(self.columns())
+
+
+COLUMNS = tuple(f.name for f in fields(Row) if f.name != "origin")
+"""A row's columns in their order."""
+_REQUIRED = ("run", "model", "layout", "task", "metric", "value")
 
 
 def to_json(tree: Any, indent: int | None = None) -> str:
@@ -101,15 +112,17 @@ def to_json(tree: Any, indent: int | None = None) -> str:
     return json.dumps(finite(tree), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def _row(columns: Any) -> Row:
+def _row(columns: Any, origin: str) -> Row:
     if not isinstance(columns, dict):
         raise TypeError("it is no JSON object")
-    unknown = sorted(set(columns) - {f.name for f in fields(Row)})
+    unknown = sorted(set(columns) - set(COLUMNS))
     if unknown:
         raise ValueError(f"unknown columns {unknown}")
+    if missing := [name for name in _REQUIRED if name not in columns]:
+        raise ValueError(f"no columns {missing}")
     if columns.get("value", 0) is None:  # it was not finite
         columns["value"] = math.nan
-    row = Row(**columns)
+    row = Row(**columns, origin=origin)
     for column, kind in _KINDS.items():
         value = getattr(row, column)
         if isinstance(value, bool) or not isinstance(value, kind):
@@ -143,10 +156,11 @@ def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
-    """Read the rows of a JSON Lines file.
+    """Read the rows of a JSON Lines file, each with its origin.
 
     Raises:
-        Refusal: no such file, or a line that is no row; the message names file, line and what is wrong with it.
+        Refusal: no such file, or lines that are no rows; the message names the file, what is wrong with the first of
+            them, and the others.
     """
     if not Path(path).is_file():
         raise Refusal(f"there is no file of rows at {path}. Give a rows.jsonl or a run directory that has one.")
@@ -154,12 +168,16 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise Refusal(f"{path} is no file of rows: it is not UTF-8 at byte {error.start}.") from None
-    rows = []
+    rows, wrong = [], {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            rows.append(_row(json.loads(line)))
+            rows.append(_row(json.loads(line), f"{path}:{number}"))
         except (ValueError, TypeError) as error:
-            raise Refusal(f"{path}, line {number} is not a row of results: {error}.") from None
+            wrong[number] = str(error)
+    if wrong:
+        first, *others = wrong
+        more = f" Nor are {len(others):,} others: lines {', '.join(map(str, others[:9]))}." if others else ""
+        raise Refusal(f"{path}, line {first} is not a row of results: {wrong[first]}.{more}")
     return rows

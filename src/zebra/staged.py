@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from zebra.refusal import Refusal
@@ -69,8 +69,30 @@ def _alive(pid: str) -> bool:
     return True
 
 
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold a directory, made where it is absent, and gone again where nothing came of it.
+
+    The hold is a lock of the operating system: it ends with the process, however that ends.
+
+    Raises:
+        Refusal: another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        lock(opened, directory)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it is not empty
+                directory.rmdir()
+    finally:
+        os.close(opened)
+
+
 def lock(opened: int, directory: Path) -> None:
-    """Hold an opened directory by a lock of the operating system, which ends with the process, however that ends.
+    """Hold an opened directory as `held` does.
 
     Raises:
         Refusal: another process holds it.

@@ -148,3 +148,12 @@ def visible_pairs(length: int, window: int | None = None, sinks: int = 0) -> int
     w = length if window is None else min(window, length)
     band = w * (w + 1) // 2 + (length - w) * w
     return band + (visible_pairs(length - w, sinks) if sinks and w < length else 0)
+
+
+def summary_pairs(length: int, window: int, block: int) -> int:
+    """Pairs of a query and a key or mean in one text: the band, and each block from where the band has left it.
+
+    sum over queries i of min(i + 1, w) + max(0, floor((i + 1 - w) / b))
+    """
+    whole, rest = divmod(max(0, length - window), block)
+    return visible_pairs(length, window) + block * whole * (whole - 1) // 2 + whole * (rest + 1)

@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from zebra import __version__
-from zebra.cli import bench, data, documents, show, tasks, training
+from zebra.cli import bench, data, documents, pipeline, show, tasks, training
 from zebra.cli.convert import EXAMPLE as EXAMPLE_OF_CONVERT
 from zebra.cli.convert import convert
 from zebra.cli.generate import generate
 from zebra.cli.loading import loads_a_checkpoint
 from zebra.cli.retrieval import EXAMPLE, retrieval
+from zebra.cli.study import EXAMPLE as EXAMPLE_OF_STUDY
+from zebra.cli.study import study
 from zebra.refusal import Refusal
 
 app = typer.Typer(
@@ -115,6 +117,9 @@ def verify(
 
 for verb, example in training.EXAMPLES.items():
     app.command(epilog=example)(verb)
+app.command(epilog=pipeline.EXAMPLE)(pipeline.run)
+
+app.command(epilog=EXAMPLE_OF_STUDY)(study)
 
 
 @app.command(epilog="zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB")
@@ -208,11 +213,7 @@ def perplexity(
             run=run,
             **loading,
         )
-    show.rows(rows, as_json)
-    if out is not None:
-        from zebra import records
-
-        records.append(out, rows)
+    show.rows(rows, as_json, out)
 
 
 evaluate.command(epilog=EXAMPLE)(retrieval)

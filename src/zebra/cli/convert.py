@@ -102,7 +102,7 @@ def convert(
     kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
     if as_json:
         made = {"target": str(target), "class": config.architectures[0], "layout": named, "layers": kinds}
-        show.json(made | {"rows": [row.__dict__ for row in rows]})
+        show.json(made | {"rows": [row.columns() for row in rows]})
         return
     if rows:
         show.rows(rows, as_json)
@@ -111,12 +111,13 @@ def convert(
 
 def _selected(work: Path, **given: Any) -> tuple[str, list[Any]]:
     """The layout and the rows; rows and page stand in the folder."""
+    from zebra import records
     from zebra.evaluate.selection import select
     from zebra.report import write_report
     from zebra.report.selection import better
 
     found = select(**given, work=work, run=str(work))
-    write_report(found.rows, work / "report.html")
+    write_report(records.read(work / "rows.jsonl"), work / "report.html")
     for line in better(found.rows):
         show.note(line)
     show.note(f"rows {work}/rows.jsonl, page {work}/report.html")

@@ -60,13 +60,11 @@ def documents(
             options=Options(score, answer_tokens, template or TEMPLATE, chat, tuple(stop or ())),
             **loading,
         )
-    show.rows(rows, as_json)
-    from dataclasses import asdict
-
-    from zebra import records
-    from zebra.staged import write_whole
-
     if items is not None:
-        write_whole(items, "".join(records.to_json(asdict(outcome)) + "\n" for outcome in outcomes))
-    if out is not None:
-        records.append(out, rows)
+        from dataclasses import asdict
+
+        from zebra.records import to_json
+        from zebra.staged import write_whole
+
+        write_whole(items, "".join(to_json(asdict(outcome)) + "\n" for outcome in outcomes))
+    show.rows(rows, as_json, out)

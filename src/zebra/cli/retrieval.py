@@ -65,11 +65,7 @@ def retrieval(
             run=run,
             **loading,
         )
-    show.rows(rows, as_json)
-    if out is not None:
-        from zebra import records
-
-        records.append(out, rows)
+    show.rows(rows, as_json, out)
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:

@@ -10,12 +10,18 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from zebra.data.instructions import Made
     from zebra.doctor import Served
     from zebra.generation import Generated
     from zebra.model.verify import Check
+    from zebra.pipeline.recipe import Stage
+    from zebra.pipeline.run import Done, Planned
+    from zebra.plan.devices import Device
     from zebra.records import Row
     from zebra.train.dry_run import DryRun
+    from zebra.train.grid import Reckoned
 
 
 @contextmanager
@@ -51,34 +57,82 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def rows(found: Sequence[Row], as_json: bool) -> None:
-    """Rows of results; of tables there are five: perplexity, retrieval, tasks, selections and benches."""
+def rows(found: Sequence[Row], as_json: bool, out: Path | None = None) -> None:
+    """Rows of results: a table of each kind that is among them. They are appended to a file where there is one."""
     if as_json:
-        json({"rows": [asdict(row) for row in found]})
-    elif any(row.metric == "perplexity" for row in found):
-        from zebra.report import position_table
+        json({"rows": [row.columns() for row in found]})
+    else:
+        _tables(found)
+    if out is not None:
+        from zebra import records
 
-        _print(position_table(found))
-    elif any(row.task.startswith("retrieval-") for row in found):
-        from zebra.report import retrieval_table
+        records.append(out, found)
 
-        _print(retrieval_table(found))
-    elif any(row.task.startswith(("harness-", "documents-")) for row in found):
-        from zebra.report import task_table
 
-        _print(task_table(found))
-    elif any(row.task.startswith("selection-") for row in found):
-        from zebra.report import selection_table
+def _tables(found: Sequence[Row]) -> None:
+    from zebra import report
 
-        _print(selection_table(found))
-    elif any(row.metric == "answer_loss" for row in found):
-        from zebra.report import answer_table
+    shown = {
+        report.position_table: lambda row: row.metric == "perplexity",
+        report.retrieval_table: lambda row: row.task.startswith("retrieval-"),
+        report.task_table: lambda row: row.task.startswith(("harness-", "documents-")),
+        report.selection_table: lambda row: row.task.startswith("selection-"),
+        report.answer_table: lambda row: row.metric == "answer_loss",
+        report.bench_table: lambda row: row.task.startswith("bench "),
+    }
+    for table, belongs in shown.items():
+        if any(map(belongs, found)):
+            _print(table(found))
 
-        _print(answer_table(found))
-    elif any(row.task.startswith("bench ") for row in found):
-        from zebra.report import bench_table
 
-        _print(bench_table(found))
+def planned(found: Sequence[Planned], device: Device, as_json: bool) -> None:
+    """What a pipeline would do."""
+    costs = [one.work.cost(device) for one in found]
+    if as_json:
+        stages = [
+            {"stage": one.stage.name, "kind": one.stage.kind, "from": str(one.stage.source or ""), "why": one.why}
+            | {"tokens": one.work.tokens, "flops": flops, "seconds": seconds, "memory": one.work.memory}
+            | {"facts": one.work.facts}
+            for one, (flops, seconds) in zip(found, costs, strict=True)
+        ]
+        json({"device": device.name, "stages": stages})
+        return
+    from zebra.plan.sheet import counted, sized, timed
+
+    table = _table("stage", "from", "tokens", "FLOPs", "least time", "memory", "it is")
+    for one, (flops, seconds) in zip(found, costs, strict=True):
+        work = one.work
+        counts = [f"{work.tokens:,}", counted(flops), timed(seconds)] if work.runs else [""] * 3
+        memory = sized(work.memory) if work.memory else ""
+        source = one.stage.after or (one.stage.source.name if one.stage.source else "")
+        table.add_row(_named(one.stage), source, *counts, memory, one.why or "done already")
+    for column in table.columns[2:6]:
+        column.justify, column.no_wrap = "right", True
+    _print(table)
+    note(f"time by the ceilings of {device.name}; of trainings the steps alone, without what is measured on their way")
+
+
+def done(found: Sequence[Done], made: Sequence[Row], as_json: bool) -> None:
+    """What a pipeline did, and the rows of its stages."""
+    if as_json:
+        stages = [
+            {"stage": one.stage.name, "kind": one.stage.kind, "why": one.why, "seconds": one.seconds} for one in found
+        ]
+        json({"stages": stages, "rows": [row.columns() for row in made]})
+        return
+    rows(made, as_json)
+    table = _table("stage", "it was", "seconds", "made")
+    table.columns[2].justify = "right"
+    for one in found:
+        stage = one.stage
+        page = stage.folder / "report.html"
+        left = [str(path) for path in (stage.made, page) if path is not None and path.exists()]
+        table.add_row(_named(stage), one.why or "done already", f"{one.seconds:,.1f}", "\n".join(left))
+    _print(table)
+
+
+def _named(stage: Stage) -> str:
+    return stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
 
 
 def checks(found: Sequence[Check], as_json: bool) -> None:
@@ -134,6 +188,23 @@ def dry_run(found: DryRun, as_json: bool) -> None:
         table.add_row(part, f"{held / size:,.2f}")
     table.add_row("[bold]in all[/]", f"[bold]{found.total / size:,.2f}[/]")
     _print(table)
+
+
+def cells(found: Sequence[Reckoned], as_json: bool) -> None:
+    """The cells of a grid."""
+    if as_json:
+        json({"cells": [asdict(cell) for cell in found]})
+        return
+    table = _table("cell", "layout", "parameters", "tokens", "attention", "")
+    table.columns[0].overflow = "fold"
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    for cell in found:
+        shares = f"{cell.parameters:,}", f"{cell.tokens:,}", f"{cell.attention:.1%}"
+        table.add_row(cell.cell, cell.layout, *shares, "[green]done[/]" if cell.done else "")
+    _print(table)
+    todo = [cell for cell in found if not cell.done]
+    print(f"{len(found):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens")
 
 
 def plan(found: dict[str, Any], as_json: bool) -> None:

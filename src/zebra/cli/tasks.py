@@ -66,8 +66,4 @@ def tasks(
             run=run,
             **loading,
         )
-    show.rows(rows, as_json)
-    if out is not None:
-        from zebra import records
-
-        records.append(out, rows)
+    show.rows(rows, as_json, out)

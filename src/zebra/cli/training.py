@@ -84,12 +84,14 @@ def _train(
 
             show.dry_run(reckon(read), as_json)
             return
-        rows = run(read)
+        run(read)
+    from zebra import records
     from zebra.report import write_report
     from zebra.train.directory import is_first_process
 
     if is_first_process():
         page = Path(read.run) / "report.html"
+        rows = records.read(page.with_name("rows.jsonl"))  # each with its line there
         write_report(rows, page)
         show.rows(rows, as_json)
         show.note(f"checkpoint {read.run}/model, rows {read.run}/rows.jsonl, report {page}")

@@ -47,6 +47,7 @@ def rows_of(
     include: str | os.PathLike[str] | None = None,
     cut: bool = False,
     beyond: bool = False,
+    check_only: bool = False,
     seed: int = 0,
     run: str = "evaluate",
     **loading: Any,
@@ -66,6 +67,7 @@ def rows_of(
         include: a folder with YAML tasks.
         cut: let the harness cut the beginnings of requests that are too long for the model.
         beyond: run them whole, with a warning.
+        check_only: load no model; the rows are the tokens that it would read.
         loading: the fields of `zebra.model.loading.Loading`.
 
     Raises:
@@ -88,6 +90,13 @@ def rows_of(
         for one in rounds:
             one.settle(subject.tokenizer, shots=shots, limit=limit, chat=chat, seed=seed)
         room = _check_room(subject, rounds, cut, beyond)
+        if check_only:
+            common = {"run": run, "metric": "tokens"} | subject.columns()
+            return [
+                Row(task=f"harness-{name}", value=sum(sizes), length=max(sizes), **common)
+                for one in rounds
+                for name, sizes in one.sizes.items()
+            ]
         model = subject.load()
         if local_of(model).full_decode:
             warnings.warn(

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zebra.refusal import Refusal
-from zebra.staged import lock
+from zebra.staged import held, write_whole
 
 
 class Ledger:
@@ -72,17 +72,12 @@ def opened(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     kept = folder / "inputs.json"
     if folder.exists() and not kept.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal(f"{folder} exists and holds no selection: it has no inputs.json. Name another with --work.")
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        lock(handle, folder)
+    with held(folder):
         if kept.exists():
             _compare(kept, inputs)
         else:
-            _replace(kept, (json.dumps(inputs, indent=2) + "\n").encode())
+            write_whole(kept, json.dumps(inputs, indent=2) + "\n")
         yield folder
-    finally:
-        os.close(handle)
 
 
 def _compare(kept: Path, inputs: dict[str, Any]) -> None:
@@ -113,9 +108,3 @@ def keep_scored(folder: Path, at: list[NDArray[np.bool_]]) -> None:
     named: dict[str, Any] = {f"part_{i}": each for i, each in enumerate(at)}
     np.savez_compressed(aside, **named)
     os.replace(aside, folder / "calibration.npz")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    os.replace(aside, path)

@@ -29,6 +29,7 @@ from zebra.data.encoding import Encoder
 from zebra.evaluate.intervals import bootstrapped
 from zebra.model.checkpoint import fingerprint, load_tokenizer
 from zebra.model.extend import bounded_cache
+from zebra.model.families import layout
 from zebra.model.hosts import device_name
 from zebra.model.loading import Loading, described
 from zebra.model.local import local_of
@@ -61,10 +62,10 @@ class _Window:
     scored_from: int
 
 
-def edges(length: int, start: int = 0) -> list[int]:
-    """The bounds of the position buckets: 0, 256, 512, 1024, ... up to `length`, from `start` on."""
+def edges(length: int, start: int = 0, first: int | None = None) -> list[int]:
+    """The bounds of the position buckets: 0, 256, 512, 1024, ... up to `length`, from `start` on; or 0, `first`, ..."""
     bounds = [start]
-    edge = FIRST_EDGE
+    edge = first or FIRST_EDGE
     while edge < length:
         if edge > start:
             bounds.append(edge)
@@ -88,6 +89,7 @@ def perplexity(
     convention: str = "disjoint",
     stride: int | None = None,
     prompt: int | None = None,
+    first_bucket: int | None = None,
     seed: int = 0,
     batch_tokens: int = 8192,
 ) -> list[Score]:
@@ -100,6 +102,7 @@ def perplexity(
         stride: tokens that each window of the strided convention scores; a quarter of the length where None.
         prompt: tokens of each window that are read and not scored; those behind them are decoded, each after the
             text's own tokens (teacher-forced). It matters to models with full decoding; they equal it token by token.
+        first_bucket: positions of the first bucket, 256 where None; each next ends at twice as many.
         batch_tokens: how many tokens are run at once; a window is never split.
 
     Raises:
@@ -112,7 +115,7 @@ def perplexity(
             f"the text has token {largest}, but the model has {model.config.vocab_size} embeddings. "
             "Use the model's own tokenizer."
         )
-    bounds = edges(length, prompt or 0)
+    bounds = edges(length, prompt or 0, first_bucket)
     sums = np.zeros((len(bounds) - 1, len(corpus)))
     counts = np.zeros_like(sums)
     head = head_of(model)
@@ -145,6 +148,7 @@ def rows_of(
     workers: int = 1,
     join: bool = False,
     prompt: int | None = None,
+    check_only: bool = False,
     seed: int = 0,
     run: str = "evaluate",
     **loading: Any,
@@ -153,6 +157,7 @@ def rows_of(
 
     Args:
         prompt: as `perplexity` has it; the rows' task then ends in `-decoded`.
+        check_only: load no model; the rows are the tokens that it would read.
         loading: the fields of `zebra.model.loading.Loading`.
     """
     loads = Loading(**loading)
@@ -160,8 +165,11 @@ def rows_of(
     config = loads.config(checkpoint)
     corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
-    for length in lengths:
-        _windows(texts[length], length, convention, stride, prompt)  # refuse before the model is loaded
+    windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
+    if check_only:
+        at = {"run": run, "model": str(checkpoint), "layout": layout(config), "task": f"perplexity-{convention}"}
+        sizes = {length: sum(len(window.tokens) for window in found) for length, found in windows.items()}
+        return [Row(metric="tokens", value=size, length=length, **at) for length, size in sizes.items()]
     model = loads.model(checkpoint)
     if local_of(model).full_decode and prompt is None:
         raise Refusal(

@@ -99,6 +99,7 @@ def rows_of(
     score: str = "generate",
     haystack: Sequence[str] = (),
     beyond: bool = False,
+    check_only: bool = False,
     seed: int = 0,
     run: str = "evaluate",
     **loading: Any,
@@ -109,6 +110,7 @@ def rows_of(
         depths: not read by the tasks whose evidence is the whole text; they have one cell for each length.
         haystack: files of text to hide the evidence in; noise where there are none.
         beyond: measure lengths beyond the positions that the model was trained for, with a warning.
+        check_only: load no model; the rows are the tokens that it would read.
         loading: the fields of `zebra.model.loading.Loading`.
 
     Raises:
@@ -125,8 +127,11 @@ def rows_of(
         needles.check(task, length=length, depth=depth, count=samples, seed=seed)
         if length == max(lengths):
             needles.samples(task, length=length, depth=depth, seed=seed)
-    model = subject.load()
+    model = None if check_only else subject.load()
     common = {"run": run, "seed": seed} | subject.columns(model)
+    if model is None:
+        at = [(f"retrieval-{score}-{task}", length, depth) for task, length, depth in cells]
+        return [Row(task=t, metric="tokens", value=samples * n, length=n, depth=d, **common) for t, n, d in at]
     rows: list[Row] = []
     with bar("retrieval", samples * sum(length for _, length, _ in cells), "tokens") as advance:
         for task, length, depth in cells:

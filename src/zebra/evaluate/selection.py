@@ -68,6 +68,7 @@ def select(
     device: str | None = None,
     seed: int = 0,
     work: str | os.PathLike[str] | None = None,
+    check_only: bool = False,
     run: str = "select",
 ) -> Selection:
     """Choose the layers of a checkpoint that stay global.
@@ -81,6 +82,7 @@ def select(
         samples: rows; one in four is held out.
         order: greedy, or once.
         work: a folder that keeps what is measured: the same call goes on after a kill, another budget takes it up.
+        check_only: load no model; the row is the tokens that it would read, the layout one of as many global layers.
 
     Raises:
         Refusal: a budget that leaves nothing to choose, a host whose layers keep their kind, too little text, a length
@@ -95,13 +97,25 @@ def select(
     _check_host(config, source, local, length, rope)
     count = _count(config, source, str(budget), local, length, placed.get("dtype") or config.dtype)
     parts = _parts(load_tokenizer(checkpoint, config), text, separator, tasks, length, local.window, samples, seed)
+    cost = Cost.of(source, count, order, parts)
+    if check_only:
+        layout = _first(source, count, local)
+        tokens = Row(
+            task="selection-cost",
+            metric="tokens",
+            value=cost.passes * cost.rows * length,
+            length=length,
+            run=run,
+            model=str(checkpoint),
+            layout=str(layout),
+        )
+        return Selection(layout, [tokens])
     with ExitStack() as held:
         folder = None
         if work is not None:
             inputs = {"source": _identity(checkpoint), "rope": str(as_rope(rope)), "window": str(window), "seed": seed}
             inputs |= {"dtype": str(dtype), "device": place, "rows": _hash(parts), "versions": versions()}
             folder = held.enter_context(ledger.opened(Path(work), inputs))
-        cost = Cost.of(source, count, order, parts)
         console.print(f"{count} of {source.count('G')} layers stay global, {order}: {cost}", soft_wrap=True)
         model = load(checkpoint, rope=rope, **placed).to(place)
         held.enter_context(evaluating(model))
@@ -143,6 +157,12 @@ def _kinds(config: PreTrainedConfig) -> str:
 
 def _stripes(kinds: str, local: Stripes) -> Stripes:
     return Stripes.of([GLOBAL if kind == "G" else LOCAL for kind in kinds], local.window, local.sinks)
+
+
+def _first(source: str, count: int, local: Stripes) -> Stripes:
+    """The first so many of the source's global layers: each costs the same."""
+    which = [i for i, kind in enumerate(source) if kind == "G"]
+    return replace(local, pattern=None, global_layers=tuple(which[:count]))
 
 
 def _check_host(config: PreTrainedConfig, source: str, local: Stripes, length: int, rope: str | None) -> None:

@@ -22,9 +22,8 @@ from torch import Tensor
 from zebra.kernels import attend
 from zebra.kernels.merging import merge
 from zebra.kernels.request import Mask
-from zebra.stripes import visible_pairs
 
-_QUERIES = 1024
+QUERIES = 1024
 """Queries at a time: their scores over all finished blocks stand at once."""
 
 
@@ -42,15 +41,6 @@ class _Blocks(NamedTuple):
     size: Tensor
     last: Tensor
     document: Tensor
-
-
-def summary_pairs(length: int, window: int, block: int) -> int:
-    """Pairs of a query and a key or mean in one text: the band, and each block from where the band has left it.
-
-    sum over queries i of min(i + 1, w) + max(0, floor((i + 1 - w) / b))
-    """
-    whole, rest = divmod(max(0, length - window), block)
-    return visible_pairs(length, window) + block * whole * (whole - 1) // 2 + whole * (rest + 1)
 
 
 def summarised(
@@ -133,14 +123,14 @@ def _far(
     mean_k, mean_v = means(k, blocks), means(v, blocks)
     first = mask.beginnings(keys, q.device)
     outs, lses = [], []
-    for start in range(0, queries, _QUERIES):
-        i = torch.arange(keys - queries + start, keys - queries + min(queries, start + _QUERIES), device=q.device)
+    for start in range(0, queries, QUERIES):
+        i = torch.arange(keys - queries + start, keys - queries + min(queries, start + QUERIES), device=q.device)
         seen = (i[:, None] - blocks.last[:, None] >= mask.window) & (blocks.size[:, None] == block)
         if mask.documents is not None:
             seen = seen & (first[:, i, None] == blocks.document[:, None])
         reach = int(seen.any(dim=1).int().mul(torch.arange(1, seen.shape[2] + 1, device=q.device)).max())
         seen = seen[:, None, None, :, :reach]
-        rows = q[:, :, start : start + _QUERIES].to(wide).unflatten(1, (k.shape[1], -1))
+        rows = q[:, :, start : start + QUERIES].to(wide).unflatten(1, (k.shape[1], -1))
         scores = rows @ mean_k[:, :, None, :reach].mT * scale
         if slopes is not None:
             place = blocks.last[:, None, :reach] - (block - 1) / 2

@@ -19,10 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from zebra.kernels.summary import summary_pairs
 from zebra.model import study
 from zebra.refusal import Refusal
-from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
+from zebra.stripes import GLOBAL, LOCAL, Stripes, summary_pairs, visible_pairs
 
 SUMMARY = "summary"
 DENSE = "dense"

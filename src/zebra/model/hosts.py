@@ -205,17 +205,24 @@ def convert(
         Refusal: what `load` refuses, a rope that changes with length, a target that exists or is the source.
     """
     source, target = Path(source), Path(target)
-    stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
-    config = read_config(source)
-    made = as_rope(rope).changed(striped(config, stripes))
-    refuse_changing_rope(made)
-    local = Local(stripes.sinks, full_decode)
-    if local and stripes_of(made) is None:
-        raise Refusal(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
+    made, local = converted(source, stripes, rope, full_decode)
     check_target(source, target)
     warn_of(local)
     write_linked(source, target, made, local, rope=str(as_rope(rope)))
     return target
+
+
+def converted(
+    source: Path, stripes: Stripes | str, rope: Rope | str | None = None, full_decode: bool = False
+) -> tuple[PreTrainedConfig, Local]:
+    """What `convert` makes of a checkpoint's config, and what its local layers then do; refuses what `convert` does."""
+    stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
+    made = as_rope(rope).changed(striped(read_config(source), stripes))
+    refuse_changing_rope(made)
+    local = Local(stripes.sinks, full_decode)
+    if local and stripes_of(made) is None:
+        raise Refusal(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
+    return made, local
 
 
 def check_target(source: Path, target: Path) -> None:

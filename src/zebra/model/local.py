@@ -100,8 +100,10 @@ def localise(model: PreTrainedModel, local: Local) -> None:
     """Hang it on the local layers of a loaded model.
 
     Raises:
-        Refusal: there are none.
+        Refusal: there are none; sinks under ALiBi.
     """
+    if local.sinks and getattr(model.config, "position_embedding", None) == "alibi":
+        raise Refusal(f"{local} stand far away, and ALiBi lowers the scores of what is far away. Leave them out.")
     stripes = stripes_of(model.config)
     if stripes is None:
         raise Refusal(f"{local} belong to local layers, and this layout is {DENSE}. Give stripes, such as GLLL:512+4.")
@@ -123,8 +125,12 @@ def local_of(model: nn.Module) -> Local:
 
 
 def layout_with(config: PreTrainedConfig, local: Local, rope: object = None) -> str:
-    """The layout in the short notation, with a change of rope beside it: `GLLL:512+4 yarn:8, full decode`."""
-    return layout(config, local.sinks) + (f" {rope}" if rope else "") + (", full decode" if local.full_decode else "")
+    """The layout in the short notation, with a change of rope beside it: `GLLL:512+4 yarn:8, full decode`.
+
+    A model of the study has its position embedding there: `GLLL:512 alibi`.
+    """
+    said = filter(None, (layout(config, local.sinks), getattr(config, "position_embedding", None), rope))
+    return " ".join(map(str, said)) + (", full decode" if local.full_decode else "")
 
 
 def warn_of(local: Local) -> None:

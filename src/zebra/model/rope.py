@@ -81,11 +81,16 @@ class Rope:
         """The config with this rope, and as many positions as it reaches.
 
         Raises:
-            Refusal: a rope that is scaled already, a base that is not larger, a family where no global layer has one.
+            Refusal: a rope that is scaled already, a base that is not larger, a model where no global layer has one.
         """
         if self.kind == "none":
             return config
         made = copy.deepcopy(config)
+        if getattr(config, "position_embedding", "rotary") != "rotary":
+            raise Refusal(
+                f"there is no rope to become {self}: the positions of this {config.model_type} are "
+                f"{config.position_embedding}. Leave the rope out."
+            )
         if config.model_type == "cohere2":
             raise Refusal(
                 f"the rope of a cohere2 cannot become {self}: only its local layers have one, and they never look "

@@ -1,6 +1,7 @@
 """What a run computes and moves: pairs, FLOPs and bytes by part, in closed form.
 
-    pairs       sum over layers of the mask's visible pairs: N (N + 1) / 2 global, w (w + 1) / 2 + (N - w) w local
+    pairs       sum over layers of the mask's visible pairs: N (N + 1) / 2 global, w (w + 1) / 2 + (N - w) w local,
+                and of a summary layer the means of its blocks besides, about (N - w)^2 / 2 b
     linear      2 FLOPs for each weight and token
     attention   4 D FLOPs for each head and pair: 2 D for the score, 2 D for the value
 
@@ -18,10 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zebra.plan.decoder import Decoder
+from zebra.plan.decoder import SUMMARY, Decoder, Summarised
 from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
 from zebra.refusal import Refusal
-from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
+from zebra.stripes import GLOBAL, LOCAL, Stripes, summary_pairs, visible_pairs
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PHASES = ("train", "prefill", "decode")
@@ -112,14 +113,18 @@ def self_extend_pairs(length: int, window: int) -> tuple[int, int]:
 
 
 def pairs_by_kind(run: Run) -> dict[str, int]:
-    """Visible (query, key) pairs of all global and of all local layers, over rows, for each head."""
+    """Visible (query, key) pairs of all layers of each kind, over rows, for each head; a mean counts as a key."""
     past, new = (run.length, 1) if run.phase == "decode" else (0, run.length)
     whole = run.stripes is None or (run.full_decode and run.phase == "decode")
     seen = (None, 0) if run.stripes is None or whole else (run.stripes.window, run.stripes.sinks)
-    return {
+    found = {
         GLOBAL: run.batch * run.count(GLOBAL) * chunk_pairs(past, new),
         LOCAL: run.batch * run.count(LOCAL) * chunk_pairs(past, new, *seen),
     }
+    if isinstance(run.stripes, Summarised):
+        before, after = (summary_pairs(n, run.stripes.window, run.stripes.block) for n in (past, past + new))
+        found[SUMMARY] = run.batch * run.count(SUMMARY) * (after - before)
+    return found
 
 
 def pairs(run: Run) -> int:
@@ -176,7 +181,7 @@ def traffic(run: Run) -> dict[str, int]:
         routed = d.expert_layers * d.experts * d.maps * h * d.expert_intermediate
         weights["MLP"] -= int((1 - met) * routed)
     # Near and far each read queries, keys and values; in decode each reads only keys of its own.
-    rounds = d.layers + (run.count(GLOBAL) if run.self_extend and run.phase == "prefill" else 0)
+    rounds = d.layers + (run.count(GLOBAL) if run.self_extend and run.phase == "prefill" else 0) + run.count(SUMMARY)
     head = tokens if run.phase == "train" else run.batch
     moved = {
         "projections": weights["projections"] + d.layers * tokens * (2 * h + 2 * hd + 2 * kd),
@@ -196,7 +201,10 @@ def _cached_reads(run: Run) -> int:
     """Cached tokens that a step of decode reads, summed over layers and rows."""
     if run.phase != "decode":
         return 0
-    return pairs(run) - run.batch * run.decoder.layers  # the token's own key is not read from the cache
+    seen = pairs_by_kind(run)
+    means = run.count(SUMMARY)  # whose blocks are averaged anew, of all keys
+    own = run.batch * (run.decoder.layers - means)  # the token's own key is not read from the cache
+    return seen[GLOBAL] + seen[LOCAL] - own + run.batch * means * run.length
 
 
 def trained(run: Run) -> int:

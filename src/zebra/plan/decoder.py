@@ -53,8 +53,34 @@ FAMILIES: dict[str, Family] = {
     "cohere2": Family(norms=1, pattern="LLLG", turned="L", tied=True),
     **dict.fromkeys(("olmo2", "olmo3"), Family(query_norm="all", pattern="LLLG")),
     "gpt2": Family(biases="all", gated=False, turned="", tied=True),
+    "zebra_study": Family(tied=True),
 }
 """The families whose parameters are counted exactly, by `model_type`. Any other is reckoned as a Llama, and said so."""
+
+SUMMARY = "summary"
+"""A layer that reads its window, and beyond it the mean of each block (`zebra.kernels.summary`)."""
+
+
+@dataclass(frozen=True)
+class Summarised(Stripes):
+    """The layout of a model of the study some of whose layers are of the kind SUMMARY; its pattern is not tiled.
+
+    Attributes:
+        block: tokens of a block.
+        summaries: those layers; the host takes them for global ones, and so does the pattern.
+    """
+
+    block: int = 1
+    summaries: tuple[int, ...] = ()
+
+    def layer_types(self, n: int) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return tuple(SUMMARY if i in self.summaries else kind for i, kind in enumerate(super().layer_types(n)))
+
+    def __str__(self) -> str:
+        letters = ("S" if i in self.summaries else letter for i, letter in enumerate(self.pattern or ""))
+        return f"{''.join(letters)}:{self.window}/{self.block}"
+
 
 _NAMES = {
     "num_hidden_layers": "n_layer",
@@ -75,6 +101,7 @@ class Decoder:
             are none.
         trained_length: tokens of context that its positions were trained for, by its config.
         rope: the type of its rotary embedding, None where it has none.
+        learned_positions: rows of a table of positions that is added to the embedding.
         stripes: the layout that the config has of its own, None where every layer is global.
     """
 
@@ -97,6 +124,7 @@ class Decoder:
     expert_intermediate: int = 0
     expert_layers: int = 0
     rope: str | None = "default"
+    learned_positions: int = 0
     stripes: Stripes | None = None
 
     @property
@@ -131,9 +159,9 @@ class Decoder:
         dense += self.mlp_bias * ((self.maps - 1) * self.intermediate + h)
         sparse = self.experts * (self.maps * h * self.expert_intermediate + h)
         queries = {"head": 2 * self.head_size, "all": hd + kd, None: 0}[self.style.query_norm]
-        every = self.style.biases == "all"  # of the norms too, and positions are learned
+        every = self.style.biases == "all"  # of the norms too
         return {
-            "embedding": self.vocabulary * h + every * self.trained_length * h,
+            "embedding": (self.vocabulary + self.learned_positions) * h,
             "projections": self.layers * projections,
             "MLP": (self.layers - self.expert_layers) * dense + self.expert_layers * sparse,
             "norms": (1 + every) * (self.layers * self.style.norms * h + h) + self.layers * queries,
@@ -194,7 +222,8 @@ def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
         intermediate=_whole(fields, "intermediate_size", name, None if style.gated else 4 * hidden),
         vocabulary=_whole(fields, "vocab_size", name),
         tied=bool(fields.get("tie_word_embeddings", style.tied)),
-        trained_length=_whole(fields, "max_position_embeddings", name),
+        trained_length=(longest := _whole(fields, "max_position_embeddings", name)),
+        learned_positions=longest if style.biases == "all" or fields.get("position_embedding") == "absolute" else 0,
         qkv_bias=attention_bias or style.biases == "qkv",
         out_bias=attention_bias,
         mlp_bias=style.biases == "all" or bool(fields.get("mlp_bias")),
@@ -231,7 +260,7 @@ def _experts(fields: Mapping[str, Any], experts: int, layers: int, name: str) ->
 
 def _rope(fields: Mapping[str, Any], style: Family) -> str | None:
     """The type of the rope, of several that which changes with length; in older configs' words too."""
-    if not style.turned or fields.get("alibi"):
+    if not style.turned or fields.get("alibi") or fields.get("position_embedding", "rotary") != "rotary":
         return None
     found = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     ropes = [one for one in (found, *found.values()) if isinstance(one, Mapping)]
@@ -254,4 +283,7 @@ def _stripes(fields: Mapping[str, Any], style: Family, layers: int, name: str) -
         first = fields.get("max_window_layers") or 0
         tiled = Stripes(window=window, pattern=style.pattern).layer_types(layers)
         kinds = [kind if i >= first else GLOBAL for i, kind in enumerate(tiled)]
+    if summaries := tuple(i for i, kind in enumerate(fields.get("attention_kinds") or ()) if kind == SUMMARY):
+        pattern = "".join("L" if kind == LOCAL else "G" for kind in kinds)
+        return Summarised(window, pattern, block=_whole(fields, "summary_block", name), summaries=summaries)
     return Stripes.of(kinds, window) if LOCAL in kinds else None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zebra.plan.cost import BYTES, Run, flops, pairs_by_kind, traffic
+from zebra.plan.decoder import SUMMARY
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL
 
@@ -58,7 +59,8 @@ class Device:
         return {part: max(busy.get(part, 0.0), moved / self.bandwidth) for part, moved in traffic(run).items()}
 
     def _attention(self, run: Run, kind: str) -> float:
-        return self.attention.get(kind, {}).get(run.dtype, self.flops[run.dtype])
+        rates = self.attention.get(LOCAL if kind == SUMMARY else kind, {})
+        return rates.get(run.dtype, self.flops[run.dtype])
 
     def _peak(self, run: Run, part: str) -> float:
         """Training's head and loss are in float32, whatever the rest is (`zebra.model.loss`)."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from zebra.plan import fit
 from zebra.plan.cost import Run, flops, pairs, self_extend_pairs, traffic, trained
-from zebra.plan.decoder import FAMILIES
+from zebra.plan.decoder import FAMILIES, Summarised
 from zebra.plan.devices import MEASURED, Device
 from zebra.plan.memory import cached_tokens, kv_bytes, memory
-from zebra.stripes import GLOBAL, visible_pairs
+from zebra.stripes import GLOBAL, summary_pairs, visible_pairs
 
 LENGTHS = tuple(2**i for i in range(10, 21))
 """1K to 1M, what the picture shows."""
@@ -83,6 +83,7 @@ def complexity(run: Run) -> list[dict[str, Any]]:
         global   time O(N^2)                      memory O(N)
         local    time O(N w)                      memory O(w)
         grouped  time O(N^2 / g + (1 - 1/g) N w)  memory O(N / g + (1 - 1/g) w)
+        summary  time O(N (w + N / b))            memory O(N)
     """
     n, d = run.length, run.decoder
     rows = [("global", "N²", "N", float(visible_pairs(n)), float(n))]
@@ -93,6 +94,8 @@ def complexity(run: Run) -> list[dict[str, Any]]:
         rows.append(("local", "N w", "w", float(visible_pairs(n, w, sinks)), float(min(n, w - 1) + sinks)))
         grouped = (pairs(one) / d.layers, cached_tokens(one) / d.layers)
         rows.append(("grouped", "N²/g + (1 − 1/g) N w", "N/g + (1 − 1/g) w", *grouped))
+        if isinstance(run.stripes, Summarised):
+            rows[-1] = ("summary", "N (w + N/b)", "N", float(summary_pairs(n, w, run.stripes.block)), float(n))
     if run.self_extend:
         near = sum(self_extend_pairs(n, run.self_extend.window))
         rows.append(("Self-Extend", "N²", "N + W", float(near), float(n + min(n, run.self_extend.window))))
@@ -122,8 +125,8 @@ def tables(plan: dict[str, Any]) -> list[Table]:
     """The tables of a plan's tree: costs by part, memory, what fits, the kinds of attention."""
     columns = plan["layouts"]
     names = tuple(column["layout"] for column in columns)
-    cost = [_line("visible pairs", columns, lambda c: c["pairs"], _count)]
-    sums = (("FLOPs", "flops", _count), ("bytes moved", "bytes", _size), ("time", "seconds", _duration))
+    cost = [_line("visible pairs", columns, lambda c: c["pairs"], counted)]
+    sums = (("FLOPs", "flops", counted), ("bytes moved", "bytes", sized), ("time", "seconds", timed))
     for title, part, show in sums:
         cost += [
             _line(f"{title}, {name}" if name != "total" else f"[bold]{title}[/]", columns, _take(part, name), show)
@@ -131,16 +134,16 @@ def tables(plan: dict[str, Any]) -> list[Table]:
         ]
     cost.append(("FLOPs for a byte", *(f"{column['intensity']:,.1f}" for column in columns)))
     held = [
-        _line(f"[bold]{name}[/]" if name == "total" else name, columns, _take("memory", name), _size)
+        _line(f"[bold]{name}[/]" if name == "total" else name, columns, _take("memory", name), sized)
         for name in columns[0]["memory"]
     ]
     if "largest_length" in columns[0]:
-        budget = _size(plan["asked"]["memory"])
+        budget = sized(plan["asked"]["memory"])
         for what in ("length", "batch"):
             held.append((f"largest {what} in {budget}", *(f"{column[f'largest_{what}']:,}" for column in columns)))
     kinds: list[tuple[str, ...]] = []
     for row in plan["complexity"]:
-        computed = _share(_count(row["pairs"]), row["pairs_of_global"])
+        computed = _share(counted(row["pairs"]), row["pairs_of_global"])
         cached = _share(f"{row['cached_tokens']:,.0f}", row["cached_of_global"])
         kinds.append((row["kind"], row["time"], computed, row["memory"], cached))
     head = ("attention, a layer's mean", "time", "pairs", "memory", "tokens cached")
@@ -179,14 +182,15 @@ def headline(plan: dict[str, Any]) -> str:
     return f"{first}\n{', '.join([second, *training])}; {device['name']}, {ceilings}"
 
 
-def _count(value: float) -> str:
+def counted(value: float) -> str:
+    """A number with its thousands in letters."""
     for unit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:,.2f} {letter}"
     return f"{value:,.0f}"
 
 
-def _size(value: float) -> str:
+def sized(value: float) -> str:
     """Bytes in words."""
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= unit:
@@ -194,7 +198,7 @@ def _size(value: float) -> str:
     return f"{value:,.0f} B"
 
 
-def _duration(seconds: float) -> str:
+def timed(seconds: float) -> str:
     """Seconds in words."""
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= unit:

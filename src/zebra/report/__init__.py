@@ -14,10 +14,23 @@ from rich.text import Text
 
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.report import answers, benches, compare, lengths, page, retrieval, sections, selection, tasks
+from zebra.report import (
+    answers,
+    benches,
+    compare,
+    lengths,
+    page,
+    provenance,
+    retrieval,
+    sections,
+    selection,
+    study,
+    tasks,
+    verdicts,
+)
 from zebra.report.compare import together
 from zebra.report.figures import standalone
-from zebra.report.page import Figure
+from zebra.report.page import Cell, Figure
 from zebra.report.series import by_kind, groups_of
 from zebra.staged import write_whole
 
@@ -45,17 +58,21 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
             f"a report is an HTML page, with Markdown and figures beside it; got the name {html.name!r}. "
             f"Write to {html.with_suffix('.html')}."
         )
+    everything = rows
+    studies, rows = study.parted(rows)
     kinds = by_kind(rows)
     groups = groups_of(kinds["position"])
     runs = dict.fromkeys(row.run for row in rows)
-    title = title or ", ".join(runs)
-    verdicts = {
-        run: f"{answers.verdict(run, kinds['answers'])} {sections.verdict(run, groups, kinds['cost'])}".strip()
-        for run in runs
+    title = title or ", ".join([*(one.name or "study" for one in studies), *runs])
+    said = {
+        run: [*answers.verdict(run, kinds["answers"]), *verdicts.verdict(run, groups, kinds["cost"])] for run in runs
     }
-    verdict = [f"{run}: {text}" if len(runs) > 1 else text for run, text in verdicts.items() if text]
-    verdict = [*verdict, *selection.verdicts(kinds["selection"])] or [f"{len(rows):,} rows of results."]
+    verdict = [study.verdict(one) for one in studies]
+    verdict += [[Cell(f"{run}: " if len(runs) > 1 else ""), *line] for run, line in said.items() if line]
+    verdict += selection.verdicts(kinds["selection"])
+    verdict = verdict or [[Cell(f"{len(rows):,}", rows=rows), Cell(" rows of results.")]]
     parts = [
+        *(section for i, one in enumerate(studies, start=1) for section in study.sections(one, i)),
         compare.compare(rows),
         sections.layouts(kinds["cost"]),
         sections.positions(groups),
@@ -68,14 +85,14 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
-        sections.method(rows),
-        sections.others([*kinds["other"], *selection.rest(kinds["selection"])]),
+        provenance.method(everything),
+        provenance.others([*kinds["other"], *selection.rest(kinds["selection"])]),
     ]
     parts = [section for section in parts if section.blocks]
     for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
         write_whole(html.with_name(f"{html.stem}-{figure.name}.svg"), standalone(figure.svg))
     write_whole(html.with_suffix(".md"), page.markdown(html.stem, title, verdict, parts))
-    write_whole(html, page.html(title, verdict, parts))
+    write_whole(html, page.html(title, verdict, parts, everything))
 
 
 def position_table(rows: Sequence[Row]) -> terminal.Table:

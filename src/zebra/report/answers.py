@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from zebra.records import Row
 from zebra.report.figures import HUES, drawn
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.series import interval, number, percent, series_of, step
+from zebra.report.series import interval, number, outcome, percent, series_of, step
 
 _SUITE, _KIND = "answers-", "instructions-"
 
@@ -22,21 +22,27 @@ def answers(rows: list[Row]) -> Section:
     blocks: list[str | Table | Figure] = []
     if on_the_way:
         svg = drawn("answers", lambda axes: _plot_way(axes, _with_start(rows)), height=2.6)
-        blocks.append(Figure("answers", svg, "Loss on the answers (nats per token) over training, suite by suite"))
+        caption = "Loss on the answers (nats per token) over training, suite by suite"
+        blocks.append(Figure("answers", svg, caption, rows))
     return Section("Answers", [*blocks, *tables])
 
 
-def verdict(run: str, rows: list[Row]) -> str:
+def verdict(run: str, rows: list[Row]) -> list[Cell]:
     """What tuning did to the loss on each suite's answers, against the source as it was."""
-    said = []
+    said: list[Cell] = []
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if (row.run, row.task) == (run, task) and step(row) is None]
-        after = next((row for row in mine if series_of(row).adapted), None)
+        made = outcome(map(series_of, mine))
+        after = next((row for row in mine if series_of(row) == made), None)
         if after is not None and mine[0] is not after:
             way = "fell" if after.value < mine[0].value else "rose"
-            name = task.removeprefix(_SUITE)
-            said.append(f"on {name} answers {way} from {number(mine[0].value)} to {number(after.value)}")
-    return f"The loss {', '.join(said)}." if said else ""
+            said.append(Cell(f"{', ' if said else 'The loss '}on {task.removeprefix(_SUITE)} answers {way} from "))
+            said += [_value(mine[0]), Cell(" to "), _value(after)]
+    return [*said, Cell(". ")] if said else []
+
+
+def _value(row: Row) -> Cell:
+    return Cell(number(row.value), rows=[row])
 
 
 def answer_tables(rows: list[Row]) -> list[Table]:
@@ -44,13 +50,14 @@ def answer_tables(rows: list[Row]) -> list[Table]:
     runs: dict[str, dict[tuple[str, str], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         at = step(row)
-        name = f"step {at:,}" if at is not None else series_of(row).name.replace("(adapted)", "(tuned)")
+        name = f"step {at:,}" if at is not None else series_of(row).name
         runs[row.run][name, row.layout][row.task.removeprefix(_SUITE)] = row
     tables = []
     for run, models in runs.items():
         suites = list(dict.fromkeys(suite for found in models.values() for suite in found))
-        counts = {suite: next(found[suite].n for found in models.values() if suite in found) for suite in suites}
-        head = [Cell("loss on answers"), *(Cell(suite, f"{counts[suite]:,} tokens") for suite in suites)]
+        first = {suite: next(found[suite] for found in models.values() if suite in found) for suite in suites}
+        head = [Cell("loss on answers")]
+        head += [Cell(suite, f"{row.n or 0:,} tokens", dim_rows=[row]) for suite, row in first.items()]
         body = [
             [Cell(name, layout), *(_cell(found.get(suite)) for suite in suites)]
             for (name, layout), found in models.items()
@@ -60,34 +67,49 @@ def answer_tables(rows: list[Row]) -> list[Table]:
 
 
 def makeup(rows: list[Row]) -> Section:
-    """What was trained on, by length and kind."""
-    if not rows:
-        return Section("What it was tuned on", [])
-    shares = [_stacked(rows, metric) for metric in ("samples", "tokens")]
-    svg = drawn("instructions", *shares, height=2.8)
-    caption = "Conversations trained on: shares of the samples (left) and of the tokens (right), by length and kind"
-    found: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    """What each run was trained on, by length and kind."""
+    blocks: list[str | Table | Figure] = []
+    for i, run in enumerate(dict.fromkeys(row.run for row in rows), start=1):
+        mine = [row for row in rows if row.run == run]
+        shares = [_stacked(mine, metric) for metric in ("samples", "tokens")]
+        svg = drawn(f"instructions{i}", *shares, height=2.8)
+        caption = f"{run}: conversations trained on, shares of the samples (left) and of the tokens (right), by length "
+        blocks += [Figure(f"instructions-{i}", svg, caption + "and kind", mine), _makeup_table(mine)]
+    return Section("What it was tuned on", blocks)
+
+
+def _makeup_table(rows: list[Row]) -> Table:
+    found: dict[tuple[str, int], dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        found[row.task.removeprefix(_KIND), row.position_from or 0][row.metric] = row.value
-    totals = {metric: _total(rows, metric) for metric in ("samples", "tokens")}
+        found[row.task.removeprefix(_KIND), row.position_from or 0][row.metric] = row
+    parts = {metric: [row for row in rows if row.metric == metric] for metric in ("samples", "tokens")}
+
+    def share(has: dict[str, Row], metric: str) -> Cell:
+        row = has.get(metric)
+        if row is None:
+            return Cell("0")
+        dim = percent(row.value / _total(rows, metric), 0)
+        return Cell(f"{row.value:,.0f}", dim, rows=[row], dim_rows=parts[metric])
+
+    def answered(has: dict[str, Row]) -> Cell:
+        answers, tokens = has.get("answer_tokens"), has.get("tokens")
+        if answers is None or tokens is None or not tokens.value:
+            return Cell("–")
+        return Cell(percent(answers.value / tokens.value, 0), rows=[answers, tokens])
+
     body = [
-        [
-            Cell(kind),
-            Cell(f"{low:,}+"),
-            *(Cell(f"{has.get(of, 0):,.0f}", percent(has.get(of, 0) / total, 0)) for of, total in totals.items()),
-            Cell(percent(has.get("answer_tokens", 0) / (has.get("tokens") or 1), 0)),
-        ]
+        [Cell(kind), Cell(f"{low:,}+"), share(has, "samples"), share(has, "tokens"), answered(has)]
         for (kind, low), has in found.items()
     ]
     head = [Cell("kind"), Cell("length", "tokens"), Cell("samples"), Cell("tokens"), Cell("answers", "of the tokens")]
-    return Section("What it was tuned on", [Figure("instructions", svg, caption), Table("", head, body)])
+    return Table("", head, body)
 
 
 def _cell(row: Row | None) -> Cell:
     if row is None:
         return Cell("–")
     bounds = interval(row)
-    return Cell(number(row.value), "–".join(number(bound) for bound in bounds) if bounds else "")
+    return _value(row)._replace(dim="–".join(number(bound) for bound in bounds) if bounds else "")
 
 
 def _with_start(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
@@ -96,7 +118,7 @@ def _with_start(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
     trained = {(row.run, row.layout) for row in rows if step(row) is not None}
     for row in rows:
         at = step(row)
-        if at is None and not series_of(row).adapted and (row.run, row.layout) in trained:
+        if at is None and not series_of(row).made and (row.run, row.layout) in trained:
             at = 0
         if at is not None:
             points[f"{row.run}: {row.task.removeprefix(_SUITE)}"].append((at, row.value))

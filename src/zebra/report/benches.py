@@ -8,7 +8,8 @@ from zebra.records import Row
 from zebra.report.page import Cell, Section, Table
 from zebra.report.series import DENSE, interval, number, percent
 
-_CEILINGS = "bench ceilings"
+CEILINGS = "bench ceilings"
+"""The task of their rows."""
 _TIME = "milliseconds"
 _PEAK = "peak_bytes"
 _WORKS = {
@@ -38,15 +39,18 @@ def benches(rows: list[Row]) -> Section:
 
 def bench_tables(rows: list[Row]) -> list[Table]:
     """A table for each task and length, and one of ceilings."""
-    places = dict.fromkeys((row.task, row.length) for row in rows if row.task != _CEILINGS)
-    tables = [_table([row for row in rows if (row.task, row.length) == place]) for place in places]
-    if found := [row for row in rows if row.task == _CEILINGS]:
-        body = [[Cell(row.model), Cell(_rate(row))] for row in found]
+    several = len({row.run for row in rows}) > 1
+    places = dict.fromkeys((row.run, row.task, row.length) for row in rows if row.task != CEILINGS)
+    tables = [
+        _table([row for row in rows if (row.run, row.task, row.length) == place], several=several) for place in places
+    ]
+    if found := [row for row in rows if row.task == CEILINGS]:
+        body = [[Cell(row.model, row.run if several else ""), Cell(_rate(row), rows=[row])] for row in found]
         tables.append(Table(f"ceilings of {found[0].device}", [Cell(""), Cell("measured")], body))
     return tables
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Row], *, several: bool) -> Table:
     found = {(row.model, row.layout, row.metric): row for row in rows}
     lines = [
         (row.model, row.layout, row.metric.removeprefix(metric))
@@ -54,10 +58,10 @@ def _table(rows: list[Row]) -> Table:
         for metric in (_TIME, _PEAK)
         if row.metric.startswith(metric)
     ]
-    first: dict[str, float] = {}
+    first: dict[str, Row] = {}
     for row in rows:
         if row.metric.startswith(_TIME):
-            first.setdefault(row.metric.removeprefix(_TIME), row.value)
+            first.setdefault(row.metric.removeprefix(_TIME), row)
 
     def cell(line: tuple[str, str, str], metric: str, show: Callable[[Row], Cell]) -> Cell:
         model, layout, work = line
@@ -67,12 +71,12 @@ def _table(rows: list[Row]) -> Table:
     columns: list[tuple[Cell, str, Callable[[Row], Cell]]] = [
         (Cell("milliseconds", "least–most"), _TIME, _time),
         (Cell("times", "the first"), _TIME, lambda row: _ratio(row, first[row.metric.removeprefix(_TIME)])),
-        (Cell("planned", "ms"), "planned_milliseconds", lambda row: Cell(number(row.value))),
-        (Cell("extra", "MiB"), "extra_bytes", lambda row: Cell(number(row.value / 2**20))),
-        (Cell("whole process", "MiB"), _PEAK, lambda row: Cell(number(row.value / 2**20))),
-        (Cell("of the peak", "computed"), "share_of_peak", lambda row: Cell(percent(row.value))),
-        (Cell("of the peak", "asked for"), "useful_share_of_peak", lambda row: Cell(percent(row.value))),
-        (Cell("tokens", "per second"), "tokens_per_second", lambda row: Cell(number(row.value))),
+        (Cell("planned", "ms"), "planned_milliseconds", lambda row: Cell(number(row.value), rows=[row])),
+        (Cell("extra", "MiB"), "extra_bytes", lambda row: Cell(number(row.value / 2**20), rows=[row])),
+        (Cell("whole process", "MiB"), _PEAK, lambda row: Cell(number(row.value / 2**20), rows=[row])),
+        (Cell("of the peak", "computed"), "share_of_peak", lambda row: Cell(percent(row.value), rows=[row])),
+        (Cell("of the peak", "asked for"), "useful_share_of_peak", lambda row: Cell(percent(row.value), rows=[row])),
+        (Cell("tokens", "per second"), "tokens_per_second", lambda row: Cell(number(row.value), rows=[row])),
     ]
     columns = [column for column in columns if any(row.metric.startswith(column[1]) for row in rows)]
     body = []
@@ -81,16 +85,17 @@ def _table(rows: list[Row]) -> Table:
         body.append([name, *(cell((model, layout, work), metric, show) for _, metric, show in columns)])
     length = "" if rows[0].length is None else f", {rows[0].length:,} tokens"
     head = [Cell("variant", f"{DENSE} or stripes"), *(head for head, _, _ in columns)]
-    return Table(rows[0].task.removeprefix("bench ") + length, head, body)
+    run = f"{rows[0].run}: " if several else ""
+    return Table(run + rows[0].task.removeprefix("bench ") + length, head, body)
 
 
 def _time(row: Row) -> Cell:
     bounds = interval(row)
-    return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "")
+    return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "", rows=[row])
 
 
-def _ratio(row: Row, first: float) -> Cell:
-    return Cell(f"{row.value / first:.2f}" if first else "–")
+def _ratio(row: Row, first: Row) -> Cell:
+    return Cell(f"{row.value / first.value:.2f}", rows=[row, first]) if first.value else Cell("–")
 
 
 def _rate(row: Row) -> str:

@@ -1,13 +1,14 @@
-"""Runs side by side: what was measured in more than one, a column for each run, model and layout."""
+"""Runs side by side: what was measured in more than one, each with its model and layout."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from zebra.records import Row
-from zebra.report import retrieval, tasks
+from zebra.report import benches, retrieval, tasks
 from zebra.report.page import Cell, Section, Table
 from zebra.report.series import Series, interval, percent, series_of
 
@@ -23,12 +24,15 @@ Place = tuple[str, int | None]
 
 def together(sources: Mapping[str, Sequence[Row]]) -> list[Row]:
     """The rows of several sources; where two of them name a run alike, the source's name stands behind the run's."""
+    short = {source: Path(source).stem or source for source in sources}
+    if len(set(short.values())) < len(short):
+        short = {source: source for source in sources}
     named: dict[str, set[str]] = defaultdict(set)
     for source, rows in sources.items():
         for row in rows:
             named[row.run].add(source)
     return [
-        replace(row, run=f"{row.run} ({source})") if len(named[row.run]) > 1 else row
+        replace(row, run=f"{row.run} ({short[source]})") if len(named[row.run]) > 1 else row
         for source, rows in sources.items()
         for row in rows
     ]
@@ -39,7 +43,7 @@ def compare(rows: Iterable[Row]) -> Section:
     cells: dict[str, dict[Place, dict[Series, list[Row]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
         whole = row.position_from in (None, 0) and row.position_to in (None, row.length)
-        if whole and "@" not in row.model:
+        if whole and "@" not in row.model and row.task != benches.CEILINGS:  # one table has those of all
             cells[row.task][row.metric, row.length][series_of(row)].append(row)
     tables = [_table(task, places) for task, places in cells.items() if _runs(places) > 1]
     return Section("Side by side", [HOW, *tables] if tables else [])
@@ -50,43 +54,36 @@ def _runs(places: dict[Place, dict[Series, list[Row]]]) -> int:
 
 
 def _table(task: str, places: dict[Place, dict[Series, list[Row]]]) -> Table:
-    columns = list(dict.fromkeys(series for found in places.values() for series in found))
+    """Two series as columns with their change; more of them as lines."""
+    series = list(dict.fromkeys(one for found in places.values() for one in found))
     metrics = list(dict.fromkeys(metric for metric, _ in places))
-    head = [Cell("metric", "tokens"), *(Cell(series.run, f"{series.name} {series.layout}") for series in columns)]
-    head += [Cell("change")] if len(columns) == 2 else []
-    body = []
-    for metric, length in sorted(places, key=lambda place: (metrics.index(place[0]), place[1] or 0)):
-        found = places[metric, length]
-        line = [Cell(metric.replace("_", " "), "" if length is None else f"{length:,}")]
-        line += [_value(found.get(series, [])) for series in columns]
-        if len(columns) == 2:
-            line.append(_change(*(found.get(series, []) for series in columns)))
-        body.append(line)
-    return Table(_name(task), head, body)
+    order = sorted(places, key=lambda place: (metrics.index(place[0]), place[1] or 0))
+    labels = [Cell(metric.replace("_", " "), "" if length is None else f"{length:,}") for metric, length in order]
+    names = [Cell(one.run, f"{one.name} {one.layout}") for one in series]
+    if len(series) == 2:
+        head = [Cell("metric", "tokens"), *names, Cell("change")]
+        values = [[places[place].get(one, []) for one in series] for place in order]
+        body = [[label, *map(_value, found), _change(*found)] for label, found in zip(labels, values, strict=True)]
+        return Table(_name(task), head, body)
+    body = [[name, *(_value(places[p].get(one, [])) for p in order)] for name, one in zip(names, series, strict=True)]
+    return Table(_name(task), [Cell("run"), *labels], body)
 
 
 def _name(task: str) -> str:
     known = {"retrieval-": retrieval.name, "harness-": tasks.name, "documents-": tasks.name}
-    return next((name(task) for prefix, name in known.items() if task.startswith(prefix)), task)
-
-
-def _mean(rows: Sequence[Row]) -> float:
-    return sum(row.value for row in rows) / len(rows)
-
-
-def _bounds(rows: Sequence[Row]) -> tuple[float, float] | None:
-    return interval(rows[0]) if len(rows) == 1 else None
+    return next((name(task) for prefix, name in known.items() if task.startswith(prefix)), task.replace("-", ": ", 1))
 
 
 def _value(rows: Sequence[Row]) -> Cell:
-    return tasks.value(_mean(rows), _bounds(rows), share=tasks.is_share(rows[0])) if rows else Cell("–")
+    return tasks.value(rows) if rows else Cell("–")
 
 
 def _change(before: Sequence[Row], after: Sequence[Row]) -> Cell:
     if not before or not after:
         return Cell("–")
-    by = _mean(after) - _mean(before)
-    said = percent(by, sign="+") if tasks.is_share(before[0]) else f"{by:+,.3g}".replace("-", "−")
-    one, two = _bounds(before), _bounds(after)
+    by = sum(row.value for row in after) / len(after) - sum(row.value for row in before) / len(before)
+    some = f"{by:+,.0f}" if abs(by) >= 1000 else f"{by:+.3g}" if by else "0"
+    said = percent(by, sign="+") if tasks.is_share(before[0]) else some.replace("-", "−")
+    one, two = (interval(rows[0]) if len(rows) == 1 else None for rows in (before, after))
     overlap = one is not None and two is not None and one[0] <= two[1] and two[0] <= one[1]
-    return Cell(said, "overlap" if overlap else "")
+    return Cell(said, "overlap" if overlap else "", rows=[*before, *after])

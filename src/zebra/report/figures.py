@@ -17,7 +17,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from zebra.records import Row
-from zebra.report.series import DENSE, Group, Span, interval, span_name
+from zebra.report.series import DENSE, Group, Span, interval, labels, span_name
 from zebra.stripes import GLOBAL
 
 INK = "#010203"
@@ -26,6 +26,9 @@ HUES = ("#e2571e", "#2a93a8", "#8b68d6", "#b8860b", "#d0488a", "#4f9d50")
 ACCENT = HUES[0]
 
 _MOST = 1e30
+_LEGEND_LINE = 0.19  # inches
+_MARKERS = "osD^v"
+_FEW = 4
 
 
 def drawn(name: str, *plots: Callable[[Axes], None], height: float = 3.3) -> str:
@@ -42,10 +45,11 @@ def drawn(name: str, *plots: Callable[[Axes], None], height: float = 3.3) -> str
             plot(axes)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
-        handles, labels = panels[0].get_legend_handles_labels()
-        columns = max(1, min(len(labels), 100 // (max(map(len, labels), default=0) + 7)))
+        handles, names = panels[0].get_legend_handles_labels()
+        columns = max(1, min(len(names), 100 // (max(map(len, names), default=0) + 7)))
+        figure.set_figheight(height + _LEGEND_LINE * max(0, math.ceil(len(names) / columns) - 1))
         legend = figure.legend(
-            *(handles, labels),
+            *(handles, names),
             loc="outside upper left",
             ncols=columns,
             frameon=False,
@@ -68,32 +72,35 @@ def drawn(name: str, *plots: Callable[[Axes], None], height: float = 3.3) -> str
 
 
 def standalone(svg: str) -> str:
-    """The element as a file of its own, in black or white by the reader's preference."""
+    """The element as a file of its own, without links, in black or white by the reader's preference."""
+    svg = re.sub(r"</?a\b[^>]*>", "", svg)
     style = "<style>svg{color:#1b1b1b}@media(prefers-color-scheme:dark){svg{color:#e8e8e8}}</style>"
     return re.sub(r"<svg([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg"\1>{style}', svg, count=1)
 
 
 def plot_positions(axes: Axes, group: Group) -> None:
-    """Perplexity over positions, a line for each series, its interval as a band."""
+    """Perplexity over positions, a line for each series; where they are few, its interval as a band."""
     buckets = group.buckets
     left = buckets[0][0] or buckets[0][1] / 2  # a logarithmic axis has no 0
-    adapted = {(series.run, series.layout) for series in group.scores if series.adapted}
-    several = len({series.run for series in group.scores}) > 1
+    trained = {(series.run, series.layout) for series in group.scores if series.trained}
+    makers = {series.run for series in group.scores if series.made}
     inks = itertools.cycle(("-", ":", "-."))
-    hues: dict[tuple[str, str], str] = {}
-    for series, scores in group.scores.items():
+    styles: dict[tuple[str, str], tuple[str, str]] = {}
+    for (series, scores), label in zip(group.scores.items(), labels(group.scores).values(), strict=True):
         place = (series.run, series.layout)
-        if series.layout == DENSE and not series.adapted:
-            color, line = INK, next(inks)
+        if series.layout == DENSE and not series.trained:
+            (color, marker), line = (INK, "o"), next(inks)
         else:
-            color = hues.setdefault(place, HUES[len(hues) % len(HUES)])
-            line = "--" if place in adapted and not series.adapted else "-"
-        label = f"{series.run}: {series.name} {series.layout}" if several else f"{series.name} {series.layout}"
+            color, marker = styles.setdefault(place, _style(len(styles)))
+            after = series.made if series.run in makers else series.trained
+            line = "--" if place in trained and not after else "-"
         here = [(max(a, left), b, scores[a, b]) for a, b in buckets if (a, b) in scores]
         x = [math.sqrt(a * b) for a, b, _ in here]
-        axes.plot(x, [_finite(row.value) for *_, row in here], line, color=color, marker="o", markersize=4, label=label)
-        low, high = zip(*(interval(row) or (math.nan, math.nan) for *_, row in here), strict=True)
-        axes.fill_between(x, [*map(_finite, low)], [*map(_finite, high)], color=color, alpha=0.15, linewidth=0)
+        y = [_finite(row.value) for *_, row in here]
+        axes.plot(x, y, line, color=color, marker=marker, markersize=4, label=label)
+        if len(group.scores) <= _FEW:
+            low, high = zip(*(interval(row) or (math.nan, math.nan) for *_, row in here), strict=True)
+            axes.fill_between(x, [*map(_finite, low)], [*map(_finite, high)], color=color, alpha=0.15, linewidth=0)
     edges = [left, *(end for _, end in buckets)]
     axes.set_xscale("log", base=2)
     axes.set_xlim(left, edges[-1])
@@ -104,14 +111,20 @@ def plot_positions(axes: Axes, group: Group) -> None:
     _scale_perplexity(axes, [row.value for scores in group.scores.values() for row in scores.values()])
 
 
-def plot_lengths(axes: Axes, lines: dict[str, dict[int, float]], threshold: float) -> None:
+def _style(i: int) -> tuple[str, str]:
+    """Colour and marker of a line; another marker once the colours are used up."""
+    return HUES[i % len(HUES)], _MARKERS[i // len(HUES) % len(_MARKERS)]
+
+
+def plot_lengths(axes: Axes, lines: list[tuple[str, dict[int, float]]], threshold: float) -> None:
     """Shares over lengths, a line for each label, and a threshold."""
-    for i, (label, points) in enumerate(lines.items()):
+    for i, (label, points) in enumerate(lines):
+        color, marker = _style(i)
         values = [_finite(value) for value in points.values()]
-        axes.plot([*points], values, color=HUES[i % len(HUES)], marker="o", markersize=4, label=label)
+        axes.plot([*points], values, color=color, marker=marker, markersize=4, label=label)
     axes.axhline(threshold, color=INK, linestyle="--", linewidth=1, alpha=0.6)
     axes.set_xscale("log", base=2)
-    ticks = sorted({length for points in lines.values() for length in points})
+    ticks = sorted({length for _, points in lines for length in points})
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{length:,}" for length in ticks])
@@ -170,19 +183,20 @@ def _short(value: float) -> str:
 
 
 def strips(layouts: dict[tuple[str, int], tuple[str, ...]], windows: list[int]) -> str:
-    """The masks of the two kinds, schematic, and under them a strip of layers for each layout."""
+    """The masks of the two kinds, schematic, and under them a strip of layers for each layout, which is a link."""
     parts = [*_mask(0, "ink", "global layer", ["reads every token", "before it"], window=10)]
     if windows:
         sizes = " or ".join(f"{window:,}" for window in windows)
-        parts += _mask(360, "accent", "local layer", [f"reads the last {sizes}", "tokens, itself included"], window=3)
+        parts += _mask(330, "accent", "local layer", [f"reads the last {sizes}", "tokens, itself included"], window=3)
     y = 150
-    for (layout, n), kinds in layouts.items():
+    for i, ((layout, n), kinds) in enumerate(layouts.items()):
         counted = f"{kinds.count(GLOBAL)} of {n} layers global"
-        parts.append(f'<text x="0" y="{y}"><tspan class="strong">{markup.escape(layout)}</tspan>  {counted}</text>')
+        named = f'<tspan class="strong">{markup.escape(layout)}</tspan>  {counted}'
+        parts.append(f'<a href="@{i}"><text x="0" y="{y}">{named}</text></a>')
         step = min(48.0, 720 / n)
-        for i, kind in enumerate(kinds):
+        for layer, kind in enumerate(kinds):
             style = "ink" if kind == GLOBAL else "accent"
-            parts.append(_rect(i * step, y + 10, step - min(3, step / 5), 26, style))
+            parts.append(_rect(layer * step, y + 10, step - min(3, step / 5), 26, style))
         y += 70
     style = (
         f".ink{{fill:currentColor}}.accent{{fill:{ACCENT}}}.faint{{fill:currentColor;opacity:.1}}"

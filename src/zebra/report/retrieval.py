@@ -10,7 +10,7 @@ from typing import NamedTuple
 from zebra.records import Row
 from zebra.report.figures import ACCENT
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.series import Series, interval, percent, series_of
+from zebra.report.series import Series, interval, labels, percent, series_of
 
 HOW = (
     "The share of answers that were found, by the length of the prompt and by how deep in it the evidence stands: "
@@ -37,16 +37,18 @@ class _Grid(NamedTuple):
 
 
 def retrieval(rows: list[Row]) -> Section:
-    """Heat maps, one for each task, then tables."""
+    """A heat map and a table for each task."""
     blocks: list[str | Table | Figure] = [HOW]
     for i, (task, grids) in enumerate(_grids(rows).items(), start=1):
-        blocks.append(Figure(f"retrieval-{i}", _picture(grids), f"{name(task)}: answers found, by length and depth"))
-    return Section("Retrieval", [*blocks, *retrieval_tables(rows)] if rows else [])
+        caption = f"{name(task)}: answers found, by length and depth{_common(grids)}"
+        shown = [row for grid in grids for row in grid.cells.values()]
+        blocks += [Figure(f"retrieval-{i}", _picture(grids), caption, shown), _table(task, grids)]
+    return Section("Retrieval", blocks if rows else [])
 
 
 def retrieval_tables(rows: list[Row]) -> list[Table]:
-    """A table for each task of each run, model and layout."""
-    return [_table(task, grid) for task, grids in _grids(rows).items() for grid in grids]
+    """A table for each task, the models and layouts one after another."""
+    return [_table(task, grids) for task, grids in _grids(rows).items()]
 
 
 def _grids(rows: list[Row]) -> dict[str, list[_Grid]]:
@@ -60,21 +62,38 @@ def _grids(rows: list[Row]) -> dict[str, list[_Grid]]:
 
 def name(task: str) -> str:
     """A task's name for people."""
-    score, _, its = task.removeprefix("retrieval-").partition("-")
-    its, in_text, _ = its.partition("-in-text")
-    return f"{its}{' in own text' if in_text else ''}, by {'generation' if score == 'generate' else score}"
+    its, in_text, _ = task.removeprefix("retrieval-").partition("-")[2].partition("-in-text")
+    return f"{its}{' in own text' if in_text else ''}, {score(task)}"
 
 
-def _table(task: str, grid: _Grid) -> Table:
-    head = [Cell("depth"), *(Cell(f"{length:,}", "tokens") for length in grid.lengths)]
+def score(task: str) -> str:
+    """How a task is scored, for people."""
+    how = task.removeprefix("retrieval-").partition("-")[0]
+    return f"by {'generation' if how == 'generate' else how}"
+
+
+def _common(grids: list[_Grid]) -> str:
+    """The run and model of a picture, where it has one."""
+    found = {f"{grid.series.run}: {grid.series.name}" for grid in grids}
+    return f"; {found.pop()}" if len(found) == 1 else ""
+
+
+def _table(task: str, grids: list[_Grid]) -> Table:
+    lengths = sorted({length for grid in grids for length in grid.lengths})
+    head = [Cell("model"), Cell("depth"), *(Cell(f"{length:,}", "tokens") for length in lengths)]
+    named = labels(grid.series for grid in grids)
     body = [
-        [Cell(_depth(depth)), *(_score(grid.cells.get((length, depth))) for length in grid.lengths)]
-        for depth in grid.depths
+        [
+            Cell("" if i else named[grid.series]),
+            Cell(_depth(depth)),
+            *(_score(grid.cells.get((length, depth))) for length in lengths),
+        ]
+        for grid in grids
+        for i, depth in enumerate(grid.depths)
     ]
-    counts = " or ".join(f"{n:,}" for n in sorted({row.n for row in grid.cells.values() if row.n is not None}))
-    title = f"{grid.series.run}: {name(task)}, {grid.series.name} {grid.series.layout}"
-    title += f", {counts} samples a cell" if counts else ""
-    return Table(title, head, body)
+    counts = sorted({row.n for grid in grids for row in grid.cells.values() if row.n is not None})
+    title = f"{name(task)}{_common(grids)}"
+    return Table(title + (f", {' or '.join(f'{n:,}' for n in counts)} samples a cell" if counts else ""), head, body)
 
 
 def _depth(depth: float | None) -> str:
@@ -85,44 +104,52 @@ def _score(row: Row | None) -> Cell:
     if row is None or not math.isfinite(row.value):
         return Cell("–")
     bounds = interval(row)
-    return Cell(percent(row.value, 0), "–".join(f"{100 * bound:.0f}" for bound in bounds) if bounds else "")
+    dim = "–".join(f"{100 * bound:.0f}" for bound in bounds) if bounds else ""
+    return Cell(percent(row.value, 0), dim, rows=[row])
 
 
 _WIDTH, _GAP, _LEFT, _TOP, _HIGH, _BELOW = 720, 24, 42, 46, 26, 34
 _WIDEST = 64
+_HOT = 0.85
 _STYLE = (
     "text{font:13px system-ui,sans-serif;fill:currentColor}.strong{font-weight:600}.small{font-size:11px}"
-    f".found{{fill:{ACCENT}}}.cell{{fill:none;stroke:currentColor;stroke-opacity:.18}}"
+    f".found{{fill:{ACCENT}}}.hot{{fill:#1b1b1b}}.cell{{fill:none;stroke:currentColor;stroke-opacity:.18}}"
 )
 
 
 def _picture(grids: list[_Grid]) -> str:
-    """A panel for each grid, as many beside each other as have room."""
+    """A panel for each grid, as many beside each other as have room; each cell is a link, in the order of the rows."""
     columns = max(len(grid.lengths) for grid in grids)
     beside = min(len(grids), 3 if columns <= 5 else 2 if columns <= 8 else 1)
     width = (_WIDTH - _GAP * (beside - 1)) / beside
-    parts, y, tallest = [], 0.0, 0.0
+    several = not _common(grids)
+    above = _TOP if several else _TOP - 18
+    parts, y, tallest, rows = [], 0.0, 0.0, 0
     for i, grid in enumerate(grids):
         if i and i % beside == 0:
             y, tallest = y + tallest + _GAP, 0.0
-        parts += _panel(grid, (width + _GAP) * (i % beside), y, width)
-        tallest = max(tallest, _TOP + _HIGH * len(grid.depths) + _BELOW)
+        x = (width + _GAP) * (i % beside)
+        parts.append(_text(x, y + 14, _cut(grid.series.layout, width), "strong"))
+        if several:
+            parts.append(_text(x, y + 32, _cut(f"{grid.series.run}: {grid.series.name}", width), "small"))
+        parts += _panel(grid, x, y + above, width, rows)
+        rows += len(grid.cells)
+        tallest = max(tallest, above + _HIGH * len(grid.depths) + _BELOW)
     return f'<svg viewBox="0 0 {_WIDTH} {y + tallest:g}"><style>{_STYLE}</style>{"".join(parts)}</svg>'
 
 
-def _panel(grid: _Grid, x: float, y: float, width: float) -> list[str]:
+def _panel(grid: _Grid, x: float, top: float, width: float, before: int) -> list[str]:
+    """The cells, of which `before` came before."""
     step = min(_WIDEST, (width - _LEFT) / len(grid.lengths))
-    top = y + _TOP
-    parts = [
-        _text(x, y + 14, _cut(grid.series.layout, width), "strong"),
-        _text(x, y + 32, _cut(f"{grid.series.run}: {grid.series.name}", width), "small"),
-    ]
+    order = {place: before + i for i, place in enumerate(grid.cells)}
+    parts = []
     for j, depth in enumerate(grid.depths):
         parts.append(_text(x + _LEFT - 8, top + _HIGH * j + 17, _depth(depth), "small", "end"))
         for k, length in enumerate(grid.lengths):
             row = grid.cells.get((length, depth))
             if row is not None:
-                parts.append(_cell(row, x + _LEFT + step * k, top + _HIGH * j, step))
+                cell = _cell(row, x + _LEFT + step * k, top + _HIGH * j, step)
+                parts.append(f'<a href="@{order[length, depth]}">{cell}</a>')
     bottom = top + _HIGH * len(grid.depths)
     every = math.ceil(40 / step)
     for k, length in enumerate(grid.lengths):
@@ -141,7 +168,8 @@ def _cell(row: Row, x: float, y: float, step: float) -> str:
     said += f", 95 %: {100 * bounds[0]:.0f} to {100 * bounds[1]:.0f}" if bounds else ""
     said += f", {row.n:,} samples" if row.n is not None else ""
     number = f"{100 * row.value:.0f}" if finite else "–"
-    shown = _text(x + step / 2, y + 17, number, "small", "middle") if step >= 22 else ""
+    style = "small hot" if share > _HOT else "small"
+    shown = _text(x + step / 2, y + 17, number, style, "middle") if step >= 22 else ""
     return (
         f"<g><title>{markup.escape(said)}</title>"
         f'<rect class="found" fill-opacity="{share:.3g}" {place}/><rect class="cell" {place}/>{shown}</g>'

@@ -33,7 +33,7 @@ _WHOLE = {
 
 
 class _Found(NamedTuple):
-    """One selection: its rows by task and metric."""
+    """One selection for one budget: its rows by task and metric."""
 
     run: str
     name: str
@@ -48,6 +48,34 @@ class _Found(NamedTuple):
             return "G" * self.depth
         kinds = Stripes.parse(layout).layer_types(self.depth)
         return "".join("G" if kind == GLOBAL else "L" for kind in kinds)
+
+    def kept(self, row: Row) -> int:
+        """How many layers of a row's layout are global."""
+        return self.letters(row.layout).count("G")
+
+    @property
+    def budget(self) -> int:
+        """How many layers it leaves global."""
+        return self.kept(next(iter(self.chosen.values())))
+
+    def by_budget(self) -> list[_Found]:
+        """One for each number of layers that was asked for; a stride goes to the least number that it meets."""
+        chosen = [row for order in ("greedy", "once") for row in self.rows[order, "held_out_rise"]]
+        budgets = dict.fromkeys(map(self.kept, chosen))
+
+        def belongs(task: str, row: Row, budget: int) -> bool:
+            if task == "stride":
+                return budget == min((b for b in budgets if b >= self.kept(row)), default=max(budgets))
+            return task not in ("greedy", "once") or self.kept(row) == budget
+
+        return [
+            self._replace(
+                rows=defaultdict(
+                    list, {at: [row for row in rows if belongs(at[0], row, budget)] for at, rows in self.rows.items()}
+                )
+            )
+            for budget in budgets
+        ]
 
     @property
     def source(self) -> str:
@@ -85,7 +113,8 @@ def selection(rows: list[Row]) -> Section:
     blocks: list[str | Table | Figure] = [HOW]
     for i, found in enumerate(_all(rows), start=1):
         svg = drawn(f"selection{i}", lambda axes, f=found: _bars(axes, f), height=2.6)
-        blocks.append(Figure(f"selection-{i}", svg, f"What each layer is needed for: {_title(found)}"))
+        caption = f"What each layer is needed for: {_title(found)}"
+        blocks.append(Figure(f"selection-{i}", svg, caption, [*found.needs.values()]))
         blocks += [_held_out(found), _needs(found)]
     return Section("Which layers stay global", blocks if len(blocks) > 1 else [])
 
@@ -95,13 +124,15 @@ def selection_tables(rows: list[Row]) -> list[Table]:
     return [table for found in _all(rows) for table in (_needs(found), _held_out(found))]
 
 
-def verdicts(rows: list[Row]) -> list[str]:
+def verdicts(rows: list[Row]) -> list[list[Cell]]:
     """A line for each selection: what its layout loses on the held-out rows, and the best stride of the paper's."""
     said = []
     for found in _all(rows):
         chosen, best = found.compared
-        text = f"{chosen.layout} adds {chosen.value:.4f} nats a token to the loss of {found.name} on held-out rows, "
-        said.append(text + f"the paper's stride at its best offset, {best.layout}, {best.value:.4f}.")
+        worth = [Cell(f"{row.value:.4f}", rows=[row]) for row in (chosen, best)]
+        where = f" nats a token to the loss of {found.name} on held-out rows; "
+        stride = f"the paper's stride at its best offset, {best.layout}, adds "
+        said.append([Cell(f"{chosen.layout} adds "), worth[0], Cell(where + stride), worth[1], Cell(".")])
     return said
 
 
@@ -128,7 +159,8 @@ def _all(rows: list[Row]) -> list[_Found]:
             by_task[row.task.split("-", 2)[1], row.metric].append(row)
         if by_task.keys() >= _WHOLE and ("once", "held_out_rise") in by_task:
             depth = int(by_task["source", "layers"][0].value)
-            found.append(_Found(run, series_of(mine[0]).name, measured, length, depth, by_task))
+            whole = _Found(run, series_of(mine[0]).name, measured, length, depth, by_task)
+            found += [one for one in whole.by_budget() if one.rows["stride", "held_out_rise"]]
     return found
 
 
@@ -140,7 +172,8 @@ def rest(rows: list[Row]) -> list[Row]:
 
 def _title(found: _Found) -> str:
     by = "long-range tokens" if found.measured == "text" else f"answers of {found.measured.replace('+', ', ')}"
-    return f"{found.name}, by {by} in rows of {found.length:,} tokens"
+    rows = f"{found.name}, by {by} in rows of {found.length:,} tokens"
+    return f"{rows}; {found.budget} of {found.depth} layers stay global"
 
 
 def _bars(axes: Axes, found: _Found) -> None:
@@ -176,18 +209,20 @@ def _needs(found: _Found) -> Table:
 def _held_out(found: _Found) -> Table:
     own = found.rows["source", "held_out_loss"][0]
     rows = [(_ORDERS[what], row) for what in _ORDERS for row in found.rows[what, "held_out_rise"]]
-    body = [
-        [Cell("the source"), Cell(own.layout), Cell(str(found.source.count("G"))), Cell(number(own.value)), Cell("")]
-    ]
+
+    def kept(row: Row) -> Cell:
+        return Cell(str(found.kept(row)), rows=[row])
+
+    body = [[Cell("the source"), Cell(own.layout), kept(own), Cell(number(own.value), rows=[own]), Cell("")]]
     for name, row in rows:
         kinds = found.letters(row.layout)
         offset = f" from layer {kinds.index('G')}" if name == _ORDERS["stride"] else ""
-        loss = Cell(number(own.value + row.value))
-        body.append([Cell(name + offset), Cell(row.layout), Cell(str(kinds.count("G"))), loss, _rise(row)])
+        loss = Cell(number(own.value + row.value), rows=[own, row])
+        body.append([Cell(name + offset), Cell(row.layout), kept(row), loss, _rise(row)])
     head = [Cell("held out"), Cell("layout"), Cell("global", "layers"), Cell("loss"), Cell("rise", "over the source")]
     return Table(f"{found.run}: rows that took no part in the choice, {own.n or 0:,} tokens", head, body)
 
 
 def _rise(row: Row) -> Cell:
     bounds = interval(row)
-    return Cell(f"{row.value:+.4f}", " to ".join(f"{bound:+.4f}" for bound in bounds) if bounds else "")
+    return Cell(f"{row.value:+.4f}", " to ".join(f"{bound:+.4f}" for bound in bounds) if bounds else "", rows=[row])

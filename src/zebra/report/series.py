@@ -22,16 +22,21 @@ class Series(NamedTuple):
     layout: str
 
     @property
-    def adapted(self) -> bool:
-        """Whether the model is what a run made: `<run>/model`."""
+    def trained(self) -> bool:
+        """Whether the model is what a run made, of a source or from nothing: `<run>/model`."""
         path = PurePath(self.model)
         return path.name == "model" and bool(path.parent.name)
+
+    @property
+    def made(self) -> bool:
+        """Whether the run that it stands in is the one that made it; a second training starts with a trained one."""
+        return self.trained and self.run.partition(" (")[0] == PurePath(self.model).parent.name
 
     @property
     def name(self) -> str:
         """The model's name for people."""
         path = PurePath(self.model)
-        return f"{path.parent.name} (adapted)" if self.adapted else path.name or self.model
+        return f"{path.parent.name} (trained)" if self.trained else path.name or self.model
 
 
 class Group(NamedTuple):
@@ -52,15 +57,26 @@ class Group(NamedTuple):
         """The spans without the whole context."""
         return [span for span in self.spans if span != (0, self.length)] or self.spans
 
+    @property
+    def rows(self) -> list[Row]:
+        """All of them."""
+        return [row for scores in self.scores.values() for row in scores.values()]
+
     def of_run(self, run: str) -> Group:
         """The series of one run."""
         return self._replace(scores={series: scores for series, scores in self.scores.items() if series.run == run})
 
     def source(self, series: Series) -> Series | None:
-        """What an adapted checkpoint came from: the first that its run measured."""
-        if not series.adapted:
-            return None
-        return next((other for other in self.scores if other.run == series.run and not other.adapted), None)
+        """What a trained checkpoint came from: the first that its run measured; None where it had no source."""
+        before = (other for other in self.scores if other.run == series.run and not other.made)
+        first = next((other for other in before if series.made or not other.trained), None)
+        return first if series.trained and series != first else None
+
+
+def outcome(found: Iterable[Series]) -> Series | None:
+    """What came of the training among the series of a run: what that run made, else the first that any run made."""
+    trained = [series for series in found if series.trained]
+    return next((series for series in trained if series.made), trained[0] if trained else None)
 
 
 def _kind(row: Row) -> str:
@@ -87,19 +103,37 @@ def _kind(row: Row) -> str:
 
 
 def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by the section that shows them; a second value for one place (another seed, say) is shown as it is."""
+    """Rows by the section that shows them; a second value for one place (another seed, say) is shown as it is, and one
+    that says the same again is left out."""
     kinds: dict[str, list[Row]] = defaultdict(list)
-    seen = set()
+    seen: dict[tuple[object, ...], Row] = {}
     for row in rows:
         place = (*series_of(row), row.task, row.metric, row.length, row.depth, row.position_from, row.position_to)
-        kinds["other" if place in seen else _kind(row)].append(row)
-        seen.add(place)
+        first = seen.setdefault(place, row)
+        if first is row:
+            kinds[_kind(row)].append(row)
+        elif (row.value, row.n, row.seed) != (first.value, first.n, first.seed):
+            kinds["other"].append(row)
     return kinds
 
 
 def series_of(row: Row) -> Series:
     """Which line or column a row belongs to."""
     return Series(row.run, row.model, row.layout)
+
+
+def labels(series: Iterable[Series]) -> dict[Series, str]:
+    """Names for what stands in one picture: of run, model and layout those that tell them apart."""
+    series = list(series)
+    runs, names = ({getattr(one, column) for one in series} for column in ("run", "name"))
+    found = {}
+    for one in series:
+        run = f"{one.run}: " if len(runs) > 1 and one.name != f"{one.run} (trained)" else ""
+        named = len(runs) > 1 or len(names) > 1 or len(series) == 1
+        found[one] = f"{run}{one.name} {one.layout}" if named else one.layout
+    if len(set(found.values())) < len(found):  # two models of one name
+        return {one: f"{one.run}: {one.model} {one.layout}" for one in series}
+    return found
 
 
 def step(row: Row) -> int | None:
@@ -126,12 +160,17 @@ def interval(row: Row) -> tuple[float, float] | None:
 
 
 def number(value: float) -> str:
-    """A value with about three digits."""
+    """A value with about three digits; a count, which is an int, with all."""
     if not math.isfinite(value):
         return str(value)
-    if abs(value) >= 1e6 and value != int(value):
-        return f"{value:.2e}"
-    return f"{value:,.{2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"
+    size = abs(value)
+    if isinstance(value, int):
+        text = f"{size:,}"
+    elif size >= 1e6 and value != int(value):
+        text = f"{size:.2e}"
+    else:
+        text = f"{size:,.{2 if size < 100 else 1 if size < 1000 else 0}f}"
+    return f"−{text}" if value < 0 else text
 
 
 def count(value: float) -> str:

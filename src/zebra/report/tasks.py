@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 from zebra.records import Row
 from zebra.report.page import Cell, Figure, Section, Table
@@ -60,7 +61,7 @@ def name(task: str) -> str:
 def _value(row: Row | None) -> Cell:
     if row is None or not math.isfinite(row.value):
         return Cell("–")
-    return value(row.value, interval(row), share=is_share(row))
+    return value([row])
 
 
 def is_share(row: Row) -> bool:
@@ -68,8 +69,10 @@ def is_share(row: Row) -> bool:
     return row.task.startswith(_CHECK) or row.metric.partition(" ")[0] in _SHARES
 
 
-def value(mean: float, bounds: tuple[float, float] | None, *, share: bool) -> Cell:
-    """A value and its interval, in percent where it is a share."""
-    if share:
-        return Cell(percent(mean), "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else "")
-    return Cell(number(mean), " to ".join(map(number, bounds)) if bounds else "")
+def value(rows: Sequence[Row]) -> Cell:
+    """The mean of rows, in percent where they are shares; of a single one, with its interval."""
+    bounds = interval(rows[0]) if len(rows) == 1 else None
+    mean = rows[0].value if len(rows) == 1 else sum(row.value for row in rows) / len(rows)
+    if is_share(rows[0]):
+        return Cell(percent(mean), "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else "", rows=rows)
+    return Cell(number(mean), " to ".join(map(number, bounds)) if bounds else "", rows=rows)

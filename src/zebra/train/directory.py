@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from zebra.model.checkpoint import first_line
 from zebra.refusal import Refusal
-from zebra.staged import lock
+from zebra.staged import held, write_whole
 from zebra.train.recipe import Recipe
 
 
@@ -34,28 +34,16 @@ def processes() -> int:
 
 @contextmanager
 def occupied(recipe: Recipe) -> Iterator[Path]:
-    """Hold the run's directory for this process, made where it is absent, and gone again where nothing came of it.
-
-    The hold is a lock of the operating system on the directory: it ends with the process, however that ends.
+    """Hold the run's directory for this process; of several processes the first one holds it.
 
     Raises:
         Refusal: the directory is of another recipe or of no run; another process is at work in it.
     """
     run = Path(recipe.run)
-    _check_recipe(run, recipe)
-    run.mkdir(parents=True, exist_ok=True)
-    opened = os.open(run, os.O_RDONLY)
-    try:
-        if is_first_process():
-            lock(opened, run)
-            _check_recipe(run, recipe)  # another process may have been here first
-        try:
-            yield run
-        finally:
-            with suppress(OSError):  # it is not empty
-                run.rmdir()
-    finally:
-        os.close(opened)
+    check_recipe(run, recipe)
+    with held(run) if is_first_process() else nullcontext():
+        check_recipe(run, recipe)  # another process may have been here first
+        yield run
 
 
 def record(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
@@ -76,8 +64,8 @@ def record(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
                 f"{run} began with other inputs: {' and '.join(changed)} changed since. "
                 "Restore them to go on with it, or name another run."
             )
-    _write(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    _write(kept, json.dumps(inputs, indent=2) + "\n")
+    write_whole(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_whole(kept, json.dumps(inputs, indent=2) + "\n")
 
 
 @contextmanager
@@ -94,7 +82,8 @@ def writing(run: Path) -> Iterator[None]:
         ) from None
 
 
-def _check_recipe(run: Path, recipe: Recipe) -> None:
+def check_recipe(run: Path, recipe: Recipe) -> None:
+    """Refuse a directory of another recipe, or of no run."""
     mine = run / "recipe.yaml"
     if mine.exists():
         try:
@@ -102,7 +91,7 @@ def _check_recipe(run: Path, recipe: Recipe) -> None:
         except (yaml.YAMLError, ValueError):
             raise Refusal(f"{mine} is damaged: it is no recipe. Name another run, or remove {run}.") from None
         if theirs != recipe:
-            different = sorted(_flat(recipe.model_dump()).items() ^ _flat(theirs.model_dump()).items())
+            different = sorted(flat(recipe.model_dump()).items() ^ flat(theirs.model_dump()).items())
             raise Refusal(
                 f"{run} holds a run of another recipe: {', '.join(sorted({name for name, _ in different}))} differ. "
                 "Name another run, or remove the directory."
@@ -111,14 +100,9 @@ def _check_recipe(run: Path, recipe: Recipe) -> None:
         raise Refusal(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """A recipe's values, each under the path of its keys, `train.steps`."""
+    found: dict[str, str] = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}
-    return flat
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}
+    return found

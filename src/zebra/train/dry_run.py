@@ -26,6 +26,7 @@ from zebra.model.checkpoint import read_config
 from zebra.model.families import SUMMARY, attention_pairs, host_class, kinds_of
 from zebra.model.local import layout_with
 from zebra.model.loss import CHUNK
+from zebra.plan.memory import kept_of_summaries
 from zebra.plan.shapes import shape
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
@@ -113,17 +114,26 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     """
     tokens = recipe.train.length * recipe.train.rows_per_step
     kinds = kinds_of(config)
-    saved = {kind: _saved_by_a_layer(recipe, config, kind) for kind in set(kinds)}
+    saved = {kind: _saved_by_a_layer(recipe, config, LOCAL if kind == SUMMARY else kind) for kind in set(kinds)}
+    summary = _kept_of_summaries(recipe, config) if SUMMARY in kinds else 0
     if recipe.train.activation_checkpointing:
         kept = {
             "layer inputs": config.num_hidden_layers * tokens * config.hidden_size * _stream(recipe),
-            "one layer, run again": tokens * max(grows for grows, _ in saved.values()),
+            "one layer, run again": tokens * max(grows for grows, _ in saved.values()) + summary,
         }
     else:
-        kept = {"activations": tokens * sum(saved[kind][0] for kind in kinds)}
+        kept = {"activations": tokens * sum(saved[kind][0] for kind in kinds) + kinds.count(SUMMARY) * summary}
     if copies := sum(saved[kind][1] for kind in kinds):
         kept["weights cast to bfloat16"] = copies
     return kept | {"a chunk of logits": 2 * 4 * CHUNK * config.vocab_size}
+
+
+def _kept_of_summaries(recipe: Recipe, config: PreTrainedConfig) -> int:
+    """What a summary layer keeps beyond a local one, which grows faster than the tokens and so is not probed."""
+    heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    sizes = {"heads": heads, "query_width": heads * size, "kv_width": keys * size}
+    sizes |= {"window": config.sliding_window, "block": config.summary_block}
+    return recipe.train.rows_per_step * kept_of_summaries(recipe.train.length, half=_half(recipe), **sizes)
 
 
 def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
@@ -135,9 +145,9 @@ def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tu
         small.num_hidden_layers, small.vocab_size = layers, 8
         small.pad_token_id = small.bos_token_id = small.eos_token_id = 0
         if getattr(small, "layer_types", None) is not None:
-            small.layer_types = [GLOBAL if kind == SUMMARY else kind] * layers
+            small.layer_types = [kind] * layers
         if getattr(small, "attention_kinds", None) is not None:
-            small.attention_kinds = [{GLOBAL: "global", LOCAL: "local"}.get(kind, kind)] * layers
+            small.attention_kinds = [{GLOBAL: "global", LOCAL: "local"}[kind]] * layers
         with torch.device("meta"):
             dtype = getattr(torch, low.frozen) if low else torch.float32
             model: Any = host_class(small)._from_config(small, attn_implementation=NAME, dtype=dtype)

@@ -32,15 +32,21 @@ def measure(
     assert recipe.evaluate is not None
     assert held_out is not None
     model.to(best_device())
-    start = time.perf_counter()
     asked = recipe.evaluate
-    scores = perplexity(model, held_out, length=asked.length, convention=asked.convention, seed=recipe.train.seed)
-    seconds = time.perf_counter() - start
     at = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
-    rows = as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **at)
+    by: dict[str, Any] = {"convention": asked.convention, "first_bucket": asked.first_bucket, "seed": recipe.train.seed}
+
+    def read(length: int) -> list[Row]:
+        scores = perplexity(model, held_out, length=length, **by)
+        return as_rows(scores, length, asked.convention, **at)
+
+    start = time.perf_counter()
+    rows = read(asked.length)
+    seconds = time.perf_counter() - start
     speed = rows[-1].n / seconds if rows[-1].n else 0.0
     return [
         *rows,
+        *(read(asked.beyond) if asked.beyond else []),
         Row(
             task="speed",
             metric="evaluation_tokens_per_second",

@@ -117,6 +117,12 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
             f"model.max_position_embeddings is {config.max_position_embeddings:,}, fewer than train.length, "
             f"{recipe.train.length:,}. Leave it out to take train.length."
         )
+    read = max(recipe.longest, (recipe.evaluate and recipe.evaluate.beyond) or 0)
+    if getattr(config, "position_embedding", None) == "absolute" and read > config.max_position_embeddings:
+        raise Refusal(
+            f"there are {config.max_position_embeddings:,} learned positions, and {read:,} tokens are to be read. "
+            "Shorten evaluate.length and evaluate.beyond, or give model.max_position_embeddings."
+        )
     return trainable(config, "model")
 
 

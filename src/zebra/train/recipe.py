@@ -180,7 +180,11 @@ class Evaluation(TextSource, Measured):
     """Perplexity by position before, during and after: on files of its own, or on the documents that data holds out."""
 
     length: int = Field(ge=2, description="tokens of context")
+    beyond: int | None = Field(
+        None, description="a longer context that the end is measured at too, however long the model has learned to read"
+    )
     convention: Literal["disjoint", "strided", "truncated"] = "disjoint"
+    first_bucket: int = Field(256, ge=1, description="positions of the first bucket; each next ends at twice as many")
 
 
 class Recipe(Section):
@@ -229,6 +233,9 @@ class TextRecipe(Recipe):
                     "the text to measure on is given by evaluate.files or by data.held_out, by one of them; got "
                     + ("neither" if files is None else "both")
                 )
+            beyond, length = self.evaluate.beyond, self.evaluate.length
+            if beyond is not None and beyond <= length:
+                raise ValueError(f"evaluate.beyond ({beyond}) is greater than evaluate.length ({length}); raise it")
             if files is None and (own := given(self.evaluate, "separator", "field", "append_eos")):
                 raise ValueError(f"evaluate.{own} belongs to evaluate.files; data says how its documents are read")
         return self
@@ -317,7 +324,7 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
     """Read a recipe and apply overrides `a.b=value`, whose values are YAML.
 
     Raises:
-        Refusal: no file, no YAML, an unknown key (with the nearest known one), a wrong value, a contradiction.
+        Refusal: no file, no YAML; what `checked` refuses.
     """
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
@@ -331,10 +338,19 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
         _override(tree, override)
     if "\\x00" in repr(tree):
         raise Refusal(f"{path}: no path can hold a NUL character. Remove it.")
+    return checked(tree, kind, str(path))
+
+
+def checked(tree: Any, kind: type[R], name: str) -> R:
+    """A tree of keys and values as a recipe; `name` is how an error calls it.
+
+    Raises:
+        Refusal: an unknown key (with the nearest known one), a wrong value, a contradiction.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise Refusal(f"{path}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
+        raise Refusal(f"{name}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -61,7 +61,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
             held_out = _corpus(measured, measured.files, recipe, tokenizer, measured.append_eos)
             texts.append(held_out)
         if measured.join:
-            held_out = held_out.joined(measured.length)
+            held_out = held_out.joined(measured.beyond or measured.length)
     return Texts(rows if data.recall is None else _taught(recipe, tokenizer, rows), held_out, lines, _digest(texts))
 
 

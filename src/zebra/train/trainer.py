@@ -242,7 +242,12 @@ class _TextTrainer(Trainer):
         assert self.evaluation is not None
         asked = self.evaluation
         scores = perplexity(
-            self.model, self.eval_dataset, length=asked.length, convention=asked.convention, seed=self.args.seed
+            self.model,
+            self.eval_dataset,
+            length=asked.length,
+            convention=asked.convention,
+            first_bucket=asked.first_bucket,
+            seed=self.args.seed,
         )
         self.log({"by_position": [asdict(score) for score in scores]})
         metrics = {"eval_perplexity": scores[-1].perplexity}

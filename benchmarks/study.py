@@ -1,0 +1,99 @@
+"""The page of a from-scratch study, docs/results/<name>.md, from the rows of its grid.
+
+python benchmarks/study.py runs/study-tiny                    the run's rows are published, then the page is written
+python benchmarks/study.py costs recipes/study-tiny-cpu.yaml  each cell's training step is timed and weighed: these rows
+                                                              replace those that were published; minutes, nothing else
+                                                              should run; then the page
+python benchmarks/study.py                                    the pages of all studies again, from the published rows
+
+`zebra study recipes/<name>.yaml` makes the run. Rows are published in benchmarks/results/<name>.jsonl, pictures in
+docs/images/<name>-*.svg.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from zebra import records
+from zebra.bench import study as bench
+from zebra.records import Row
+from zebra.refusal import Refusal
+from zebra.report import page, study
+from zebra.report.figures import standalone
+from zebra.report.page import Cell, Figure, Section
+from zebra.report.provenance import method, others
+from zebra.staged import write_whole
+from zebra.train.grid import StudyRecipe, recipes_of
+from zebra.train.recipe import read_recipe
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ROOT / "docs" / "results"
+IMAGES = ROOT / "docs" / "images"
+
+
+def write_page(name: str, rows: list[Row], pages: Path, images: Path) -> None:
+    """The Markdown and its pictures.
+
+    Raises:
+        Refusal: rows without a study.
+    """
+    studies, rest = study.parted(rows)
+    if not studies:
+        raise Refusal(f"the {len(rows):,} rows of {name} hold no study of two cells or more. Give the run of a grid.")
+    parts = [section for i, one in enumerate(studies, start=1) for section in study.sections(one, i)]
+    parts = [_short(section) for section in (*parts, method(rows), others(rest)) if section.blocks]
+    for block in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
+        write_whole(images / f"{name}-{block.name}.svg", standalone(block.svg) + "\n")
+    said = [study.verdict(one) for one in studies]
+    made = [Cell(f"benchmarks/study.py wrote this page from the rows in benchmarks/results/{name}.jsonl.")]
+    stem = f"../{images.name}/{name}"
+    write_whole(pages / f"{name}.md", page.markdown(stem, f"The from-scratch study: {name}", [*said, made], parts))
+
+
+def _short(section: Section) -> Section:
+    """The page has one subject: its figures' names need not say it."""
+    blocks = [b._replace(name=b.name.removeprefix("study-")) if isinstance(b, Figure) else b for b in section.blocks]
+    return section._replace(blocks=blocks)
+
+
+def publish(name: str, rows: list[Row]) -> None:
+    """Rows of a study in the place of those that were published: of its runs, or of their costs, or of both."""
+    file = RESULTS / f"{name}.jsonl"
+    new = {*map(_timed, rows)}
+    kept = [row for row in records.read(file) if _timed(row) not in new] if file.is_file() else []
+    records.write(file, sorted([*kept, *rows], key=_timed))
+
+
+def _timed(row: Row) -> bool:
+    return row.task.startswith("bench ")
+
+
+def costs(grid: StudyRecipe) -> str:
+    """Measure the cells of a grid, publish their rows, and return its name."""
+    name = Path(grid.run).name
+    rows, left_out = bench.costs(recipes_of(grid), run=name)
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    publish(name, rows)
+    return name
+
+
+def main(arguments: list[str]) -> None:
+    names = []
+    if arguments[:1] == ["costs"]:
+        names += [costs(read_recipe(path, StudyRecipe)) for path in arguments[1:]]
+    else:
+        for run in map(Path, arguments):
+            publish(run.name, records.read(run / "rows.jsonl"))
+            names.append(run.name)
+    for name in names or sorted(file.stem for file in RESULTS.glob("study-*.jsonl")):
+        write_page(name, records.read(RESULTS / f"{name}.jsonl"), PAGES, IMAGES)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Refusal as refusal:
+        sys.exit(f"study: {refusal}")

@@ -1,0 +1,219 @@
+"""What a training step of each cell of a study costs: time in turns, memory from a fresh process, the plan beside.
+
+Cells of one length take turns in one process, each with the model, the rows and the optimiser of its recipe. The memory
+is that of model, optimiser and one step together, beside what `zebra pretrain --dry-run` reckons.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zebra import kernels
+from zebra.bench import ceilings
+from zebra.bench.pairing import Call, Case, Variant, Work, bench, relative_error
+from zebra.bench.subjects import RUN, Paired
+from zebra.kernels.summary import formula
+from zebra.model.attention import NAME
+from zebra.model.families import host_class
+from zebra.model.hosts import read_device
+from zebra.model.local import layout_with
+from zebra.model.loss import head_of, summed_loss, without_logits
+from zebra.plan.cost import Run, flops
+from zebra.plan.decoder import Decoder, decoder
+from zebra.records import Row
+from zebra.stripes import GLOBAL, LOCAL
+from zebra.train.dry_run import dry_run
+from zebra.train.measuring import local_for
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import PretrainRecipe, Training
+from zebra.train.trainer import optimizer_of, precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Paired):
+    """Cells of one length, dtype and number of rows."""
+
+    name = "study"
+    about = "A training step of each cell of a study."
+    module: ClassVar[str] = "zebra.bench.study"
+
+    recipes: tuple[PretrainRecipe, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.recipes[0].train.length
+
+
+def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) -> tuple[list[Row], tuple[str, ...]]:
+    """Rows of each distinct cell, whatever its seed, and what was left out; their layout and length tell the cell.
+
+    milliseconds, tokens_per_second, planned_milliseconds    of one forward and backward pass and the optimiser's step
+    extra_bytes, planned_bytes                               of the same, with the model and the optimiser's states
+    parameters, attention_flops                              exact; the latter of one pass
+
+    Args:
+        run: the rows' run.
+        options: of `Paired`: repeats, memory, ceilings, seed, device.
+
+    Raises:
+        Refusal: a cell whose gradients are not those of the formula.
+    """
+    cells: dict[tuple[Any, ...], dict[str, PretrainRecipe]] = {}
+    for recipe in recipes:
+        train = recipe.train
+        cells.setdefault((train.length, train.precision, train.rows_per_step), {}).setdefault(_layout(recipe), recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        options.setdefault("ceilings", str(Path(folder) / "ceilings.json"))
+        if not Path(options["ceilings"]).exists():  # once for all, and all plans rest on the same
+            ceilings.write(Path(options["ceilings"]), ceilings.measure(read_device(options.get("device")), repeats=3))
+        measured = [
+            bench(Steps(recipes=tuple(found.values()), dtype=dtype, batch=batch, **options))
+            for (_, dtype, batch), found in cells.items()
+        ]
+    rows = [row for row in measured[0][0] if row.task == "bench ceilings"] if measured else []
+    for found, (timed, _) in zip(cells.values(), measured, strict=True):
+        for layout, recipe in found.items():
+            mine = [row for row in timed if row.layout == layout]
+            rows += [
+                *mine,
+                *(replace(mine[0], metric=k, value=n, n=None, low=None, high=None) for k, n in _exact(recipe)),
+            ]
+    return [replace(row, run=run) for row in rows], tuple(line for _, missing in measured for line in missing)
+
+
+def _exact(recipe: PretrainRecipe) -> list[tuple[str, float]]:
+    """What needs no measuring."""
+    return [
+        ("parameters", _decoder(recipe).size),
+        ("attention_flops", flops(_planned(recipe))["attention"]),
+        ("planned_bytes", sum(dry_run(recipe).memory.values())),
+    ]
+
+
+def case(sizes: Steps) -> Case:
+    """A variant for each recipe."""
+    variants = []
+    for recipe in sizes.recipes:
+        planned = partial(_seconds, _planned(recipe))
+        prepare = partial(_prepare, recipe, sizes.device)
+        tokens = recipe.train.length * recipe.train.rows_per_step
+        work = Work(prepare=prepare, prepares_extra=True, tokens=tokens, planned=planned)
+        gate = partial(_error, recipe, sizes.device)
+        layout = _layout(recipe)
+        variants.append(Variant(name=f"zebra, {layout}", layout=layout, works=(work,), gate=gate))
+    rows = f"{sizes.batch} row{'s' if sizes.batch > 1 else ''}"
+    return Case(task=f"study step: {rows}, {sizes.recipes[0].train.optimizer}", variants=tuple(variants))
+
+
+def _layout(recipe: PretrainRecipe) -> str:
+    return layout_with(config_of(recipe), local_for(recipe))
+
+
+def _decoder(recipe: PretrainRecipe) -> Decoder:
+    return decoder(config_of(recipe).to_dict(), name=recipe.run)
+
+
+def _planned(recipe: PretrainRecipe) -> Run:
+    d, train = _decoder(recipe), recipe.train
+    return Run(
+        decoder=d,
+        stripes=d.stripes,
+        length=train.length,
+        batch=train.rows_per_step,
+        dtype=train.precision,
+        phase="train",
+        checkpointing=train.activation_checkpointing,
+    )
+
+
+def _seconds(run: Run, device: Any) -> float:
+    return sum(device.seconds(run).values())
+
+
+def _model(config: Any, device: str | None) -> Any:
+    torch.manual_seed(0)
+    model: Any = host_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32)
+    return model.to(read_device(device)).train()
+
+
+def _loss(model: Any, tokens: Tensor, train: Training) -> Tensor:
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+        states = model(tokens, **without_logits(tokens.device)).hidden_states[-1]
+        return summed_loss(states, head_of(model), tokens) / tokens[:, 1:].numel()
+
+
+def _prepare(recipe: PretrainRecipe, device: str | None) -> Call:
+    """The model and its optimiser, after a first step, so that the moments are there."""
+    train, config = recipe.train, config_of(recipe)
+    model = _model(config, device)
+    if train.activation_checkpointing:  # its name after transformers 5.17, and before
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    made = optimizer_of(train)
+    if made is None:
+        optimiser = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, fused=True)
+    else:
+        optimiser = made[0]()(model, **made[1])
+    shape = train.rows_per_step, train.length
+    tokens = torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+
+    def step() -> list[Tensor]:
+        with precision(train):
+            _loss(model, tokens, train).backward()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return []
+
+    step()
+    return step
+
+
+class _Formula:
+    """In place of a summary layer's kernel, the formula."""
+
+    def __init__(self, block: int):
+        self.block = block
+
+    def attend(
+        self, module: Any, positions: Any, q: Tensor, k: Tensor, v: Tensor, mask: kernels.Mask, **given: Any
+    ) -> tuple[Tensor, None]:
+        """What `summarised` gives, one query at a time."""
+        return formula(q, k, v, mask, block=self.block, scale=given["scale"], slopes=given.get("slopes")), None
+
+
+def _error(recipe: PretrainRecipe, device: str | None) -> float:
+    """Loss and gradients of a small model of the same kinds against the formula, beyond a short window."""
+    config = copy.deepcopy(config_of(recipe))
+    kinds = list(dict.fromkeys(config.attention_kinds))
+    config.attention_kinds, config.num_hidden_layers = kinds, len(kinds)
+    config.layer_types = [LOCAL if kind == "local" else GLOBAL for kind in kinds]
+    config.hidden_size, config.num_attention_heads, config.num_key_value_heads = 2 * config.head_dim, 2, 2
+    config.intermediate_size, config.vocab_size = 64, 64
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
+    config.sliding_window = config.sliding_window and min(config.sliding_window, 24)
+    config.summary_block = min(config.summary_block, 5)
+    length = min(config.max_position_embeddings, 61)
+    found = []
+    for naive in (False, True):
+        model = _model(config, device)
+        tokens = torch.arange(length, device=model.device)[None] % config.vocab_size
+        for layer in model.model.layers if naive else ():
+            if hasattr(layer.self_attn, "extension"):
+                layer.self_attn.extension = _Formula(config.summary_block)
+        with kernels.only("reference") if naive else nullcontext():
+            loss = _loss(model, tokens, recipe.train)
+            loss.backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        found.append([loss.detach(), gradients])
+    return relative_error(*found)

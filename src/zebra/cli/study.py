@@ -1,0 +1,41 @@
+"""`zebra study`: a grid of trainings from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zebra.cli import show
+from zebra.cli.loading import Json
+
+EXAMPLE = "zebra study recipes/study-tiny-cpu.yaml --workers 2"
+
+
+def study(
+    recipe: Annotated[Path, typer.Argument(help="A YAML grid; see recipes/study-*.yaml.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: recipe.train.steps=100.")] = None,
+    workers: Annotated[int, typer.Option(help="Cells at a time: one for each GPU, or they share the cores.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells, and what is done; train nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a grid of models from scratch, attention × positions × length, and measure each; resumable."""
+    from zebra.train.grid import StudyRecipe, reckoned
+    from zebra.train.grid import study as run
+    from zebra.train.recipe import read_recipe
+
+    grid = read_recipe(recipe, StudyRecipe, set_ or [])
+    with show.quiet_host():
+        if dry_run:
+            show.cells(reckoned(grid), as_json)
+            return
+        rows = run(grid, workers)
+    from zebra.report import write_report
+
+    page = Path(grid.run) / "report.html"
+    write_report(rows, page)
+    show.rows(rows, as_json)
+    show.note(f"rows {grid.run}/rows.jsonl, report {page}, cells {grid.run}/cells/")

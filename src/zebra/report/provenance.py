@@ -1,0 +1,58 @@
+"""What the numbers of a page depend on, and the rows that none of its sections shows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from zebra.records import Row
+from zebra.report.links import plain
+from zebra.report.page import Cell, Section, Table
+from zebra.report.sections import convention
+from zebra.report.series import step
+
+_CONVENTIONS = {
+    "disjoint": "windows side by side; every token but the first of each window is scored once",
+    "strided": "overlapping windows; each scores only its last tokens, those that no window before it has scored",
+    "truncated": "only the beginning of each document that is long enough to fill the context",
+}
+
+
+def others(rows: list[Row]) -> Section:
+    """What no other section shows."""
+    columns = ("run", "model", "layout", "task", "metric", "value", "low", "high", "n", "length", "position_from",
+               "position_to", "depth", "seed")  # fmt: skip
+    columns = tuple(column for column in columns if any(getattr(row, column) is not None for row in rows))
+
+    def cell(row: Row, column: str) -> Cell:
+        value = getattr(row, column)
+        text = f"{value:,.6g}" if isinstance(value, float) else plain(value)
+        return Cell(text, rows=[row] if column in ("value", "low", "high", "n") and value is not None else [])
+
+    body = [[cell(row, column) for column in columns] for row in rows]
+    table = Table("", [Cell(column.replace("_", " ")) for column in columns], body, numeric=False)
+    return Section("Other rows", [table] if rows else [])
+
+
+def method(rows: Sequence[Row]) -> Section:
+    """All that a number depends on."""
+    facts: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        how = convention(row.task)
+        if row.task != how:
+            facts["convention"][f"{how}: {_CONVENTIONS.get(how, 'as its evaluation defines it')}"] = None
+        if row.low is not None and row.task != how:
+            facts["intervals"]["95 %, bootstrap over documents"] = None
+        if row.low is not None and row.task.startswith("retrieval-"):
+            facts["intervals"]["of retrieval: 95 %, Wilson's over samples"] = None
+        if row.low is not None and row.task.startswith("selection-"):
+            facts["intervals"]["of selections: 95 %, bootstrap over rows, of the difference from the source"] = None
+        if step(row) is None:
+            facts["models"][row.model] = None
+        facts["seed"]["none" if row.seed is None else str(row.seed)] = None
+        facts["device"][row.device] = None
+        facts["versions"][plain(row.versions)] = None
+        commit = row.commit or "not known: an installed package"
+        facts["commit"][commit.replace("+", " with uncommitted changes")] = None
+    body = [[Cell(name), Cell("; ".join(values))] for name, values in facts.items()]
+    return Section("How it was measured", [Table("", [Cell(""), Cell("")], body, numeric=False)])

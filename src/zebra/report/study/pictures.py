@@ -1,0 +1,170 @@
+"""The study's pictures: quality against cost with its frontier, and perplexity beyond the trained length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from zebra.report.figures import HUES, INK
+from zebra.report.series import Span
+from zebra.report.study.cells import ATTENTIONS, POSITIONS, Cell
+from zebra.report.study.spread import Spread
+
+COLOURS = dict(zip(ATTENTIONS, (INK, *HUES), strict=False))
+SHAPES = dict(zip(POSITIONS, "o^sD", strict=True))
+_REACH = 14
+"""Label heights that a label may stand away from its point."""
+
+
+class Point(NamedTuple):
+    """A cell in the scatter: its cost, and its perplexity over seeds."""
+
+    cell: Cell
+    cost: float
+    quality: Spread
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that none is better and as cheap as, from the cheapest on."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.cost, point.quality.mean)):
+        if not found or point.quality.mean < found[-1].quality.mean:
+            found.append(point)
+    return found
+
+
+def plot_scatter(axes: Axes, points: Sequence[Point], cost: str) -> None:
+    """Colour by attention, shape by position embedding, the frontier as a staircase, a label for each point."""
+    best = frontier(points)
+    x = [point.cost for point in best]
+    y = [point.quality.mean for point in best]
+    for point in points:
+        color, shape = COLOURS[point.cell.attention], SHAPES[point.cell.position]
+        axes.errorbar(
+            point.cost,
+            point.quality.mean,
+            point.quality.deviation,
+            fmt=shape,
+            color=color,
+            markersize=5,
+            elinewidth=0.9,
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.08)
+    low, high = axes.get_xlim()
+    axes.plot([*x, high], [*y, y[-1]], drawstyle="steps-post", color=INK, linewidth=0.9, linestyle=":", zorder=1)
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_xlabel(cost)
+    axes.set_ylabel("perplexity")
+    _legend(axes, points)
+    _label(axes, points, best)
+
+
+def _legend(axes: Axes, points: Sequence[Point]) -> None:
+    kinds = [kind for kind in ATTENTIONS if any(point.cell.attention == kind for point in points)]
+    positions = [name for name in POSITIONS if any(point.cell.position == name for point in points)]
+    handles = [Line2D([], [], color=COLOURS[kind], marker="o", linestyle="", label=kind) for kind in kinds]
+    handles += [
+        Line2D([], [], color=INK, marker=SHAPES[name], markerfacecolor="none", linestyle="", label=name)
+        for name in positions
+    ]
+    handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label="frontier"))
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=5, frameon=False, borderaxespad=0)
+
+
+def _label(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
+    """Each name at the nearest free place beside its point, with a thin line where that is not next to it."""
+    figure = axes.figure
+    figure.draw_without_rendering()  # type: ignore[union-attr]  # where things are is known from here on
+    places = {i: axes.transData.transform((p.cost, p.quality.mean)) for i, p in enumerate(points)}
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
+    taken += _lines(axes, points, best)
+    inside = axes.bbox
+    unit = figure.dpi / 72  # type: ignore[union-attr]
+    for i in sorted(places, key=lambda i: (places[i][0], -places[i][1])):
+        x, y = places[i]
+        text = axes.annotate(
+            points[i].cell.name, (points[i].cost, points[i].quality.mean), xytext=(0, 0), textcoords="offset points"
+        )
+        text.set(fontsize=6.5, color=COLOURS[points[i].cell.attention], va="center", ha="left", in_layout=False)
+        text.set_parse_math(False)
+        size = text.get_window_extent()
+        step = 1.1 * size.height
+        offsets = sorted(
+            ((dx, k * step) for k in range(-_REACH, _REACH + 1) for dx in _sides(size.width)),
+            key=lambda at: abs(at[1]) + abs(at[0] + size.width / 2) * 0.3,
+        )
+        for dx, dy in offsets:
+            box = Bbox.from_bounds(x + dx, y + dy - size.height / 2, size.width, size.height)
+            free = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if free and not any(box.overlaps(other) for other in taken):
+                break
+        else:
+            dx, dy = offsets[0]
+        text.set_position((dx / unit, dy / unit))
+        taken.append(Bbox.from_bounds(x + dx, y + dy - size.height / 2, size.width, size.height))
+        if abs(dy) > 1.5 * step or abs(dx + size.width / 2) > 0.8 * size.width:
+            _leader(axes, points[i], (dx if dx > 0 else dx + size.width) / unit, dy / unit)
+
+
+def _lines(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> list[Bbox]:
+    """Where the bars of the deviations and the steps of the frontier are."""
+    ends = [*(point.cost for point in best[1:]), axes.get_xlim()[1]]
+    spans = [((p.cost, p.quality.mean), (end, p.quality.mean)) for p, end in zip(best, ends, strict=True)]
+    for cost, (mean, deviation, _) in ((point.cost, point.quality) for point in points):
+        spans += [((cost, mean - (deviation or 0)), (cost, mean + (deviation or 0)))]
+    found = (axes.transData.transform(span) for span in spans)
+    return [Bbox.from_extents(a[0] - 1, a[1] - 1, b[0] + 1, b[1] + 1) for a, b in found]
+
+
+def _sides(width: float) -> tuple[float, ...]:
+    """Right of a point, left of it, and farther out."""
+    return (9, -width - 9, 28, -width - 28)
+
+
+def _leader(axes: Axes, point: Point, dx: float, dy: float) -> None:
+    line = axes.annotate(
+        "",
+        (point.cost, point.quality.mean),
+        xytext=(dx, dy),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": COLOURS[point.cell.attention], "shrinkB": 3},
+    )
+    line.set_in_layout(False)
+
+
+Lines = dict[Cell, dict[Span, float]]
+
+
+def plot_beyond(axes: Axes, lines: Lines, trained: int, position: str, limits: tuple[float, float]) -> None:
+    """Perplexity over positions for each attention under one position embedding; dashed, the trained length."""
+    edges = sorted({edge for scores in lines.values() for span in scores for edge in span if edge})
+    for cell, scores in lines.items():
+        x = [math.sqrt(max(a, edges[0] / 2) * b) for a, b in scores]
+        axes.plot(
+            x, [*scores.values()], color=COLOURS[cell.attention], marker=SHAPES[position], markersize=4,
+            label=cell.attention,
+        )  # fmt: skip
+    axes.axvline(trained, color=INK, linestyle="--", linewidth=0.8, alpha=0.6)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(edges[0] / 2, edges[-1])
+    axes.xaxis.set_major_locator(FixedLocator(edges[:: 1 + len(edges) // 6]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}K" if value >= 1024 else f"{value:g}")
+    axes.set_yscale("log")
+    axes.set_ylim(*limits)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if limits[1] > 3 * limits[0] else range(1, 10)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_title(position, fontsize=9, loc="left")
+    axes.set_ylabel("perplexity" if axes.get_subplotspec().is_first_col() else "")  # type: ignore[union-attr]
+    axes.set_xlabel("position")

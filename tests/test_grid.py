@@ -1,0 +1,236 @@
+"""Grids: the cells and their recipes, what is run and what is not run again, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, TEXT
+
+from zebra import Refusal, records
+from zebra.train import grid
+from zebra.train.grid import StudyRecipe, cells_of, recipes_of, reckoned, study
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import read_recipe
+from zebra.train.tokenizer import END
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("text") / "few.txt"
+    where.write_text(END.join((TEXT / "tinystories_test.txt").read_text().split(END)[:30]))
+    return where
+
+
+def tree(run: Path, text: Path, *cells: dict[str, Any], **train: Any) -> dict[str, Any]:
+    return {
+        "run": str(run),
+        "recipe": {
+            "model": {
+                "model_type": "zebra_study",
+                "hidden_size": 16,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 2,
+                "sliding_window": 8,
+                "summary_block": 4,
+            },
+            "tokenizer": {"vocab_size": 300},
+            "data": {"files": [str(text)], "separator": END, "join": True, "held_out": 0.2},
+            "train": {
+                "length": 64,
+                "rows_per_step": 2,
+                "steps": 4,
+                "learning_rate": 1e-3,
+                "log_every": 2,
+                "save_every": 2,
+            }
+            | train,
+            "evaluate": {"length": 64, "join": True, "beyond": 128},
+        },
+        "cells": list(cells) or [{"attention": "grouped", "position": "rotary", "group": 2}],
+    }
+
+
+def of(*given: Any, **more: Any) -> StudyRecipe:
+    return StudyRecipe.model_validate(tree(*given, **more))
+
+
+def test_cells_are_all_combinations_in_order_and_each_once(few: Path, tmp_path: Path) -> None:
+    made = of(
+        tmp_path,
+        few,
+        {"attention": ["grouped", "global"], "position": "rotary", "group": [2, 4], "seed": [0, 1]},
+        {"attention": ["summary", "global"], "position": ["rotary", "absolute"], "window": 16, "length": [32, 128]},
+    )
+    assert [cell.name for cell in cells_of(made)] == [
+        "grouped-2-rotary-w8-64-seed0",
+        "grouped-2-rotary-w8-64-seed1",
+        "grouped-4-rotary-w8-64-seed0",
+        "grouped-4-rotary-w8-64-seed1",
+        "global-rotary-64-seed0",
+        "global-rotary-64-seed1",
+        "summary-rotary-w16-b4-32-seed0",
+        "summary-rotary-w16-b4-128-seed0",
+        "summary-absolute-w16-b4-32-seed0",
+        "summary-absolute-w16-b4-128-seed0",
+        "global-rotary-32-seed0",
+        "global-rotary-128-seed0",
+        "global-absolute-32-seed0",
+        "global-absolute-128-seed0",
+    ]
+
+
+def test_each_cell_is_a_recipe_with_equal_tokens_in_a_step(few: Path, tmp_path: Path) -> None:
+    made = of(
+        tmp_path,
+        few,
+        {"attention": "grouped", "position": "alibi", "group": 2, "length": [32, 128], "seed": 3},
+        {"attention": "summary", "position": "absolute", "block": 16, "window": 5},
+    )
+    short, long, learned = recipes_of(made)
+    assert short.model["attention_kinds"] == ["global", "local"] * 2
+    assert (short.model["position_embedding"], short.model["sliding_window"], short.train.seed) == ("alibi", 8, 3)
+    assert (short.train.rows_per_step, long.train.rows_per_step) == (4, 1)
+    assert short.evaluate is not None
+    assert (short.evaluate.length, short.evaluate.beyond) == (32, 128)
+    assert long.evaluate is not None
+    assert long.evaluate.beyond is None  # it has learned to read as much
+    assert learned.evaluate is not None
+    assert learned.evaluate.beyond is None  # there are no positions
+    assert (learned.model["attention_kinds"], learned.model["summary_block"]) == (["summary"] * 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ({"attention": "grouped", "group": 5}, "a group has from 1 to all 4 layers; got 5"),
+        ({"attention": "local", "window": 65}, "a window from 1 to the 64 positions|window"),
+        ({"attention": "global", "length": 48}, "do not fill"),
+        ({"attention": "dilated"}, "cells.0.attention"),
+        ({"attention": "global", "self_extend": "8:64"}, "self_extend"),
+        ({"attention": "global", "seed": -1}, "cells.0.seed"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_refused_by_its_name(
+    few: Path, tmp_path: Path, cell: dict[str, Any], says: str
+) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(tree(tmp_path / "run", few, {"position": "rotary"} | cell)))
+    with pytest.raises(Refusal, match=says):
+        study(read_recipe(path, StudyRecipe))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cells_share_is_refused_too(few: Path, tmp_path: Path) -> None:
+    for change, says in (
+        ({"run": "elsewhere"}, "no run of its own"),
+        ({"model": {"model_type": "llama"}}, "model_type is zebra_study"),
+    ):
+        given = tree(tmp_path / "run", few)
+        given["recipe"] |= change
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump(given))
+        with pytest.raises(Refusal, match=says):
+            read_recipe(path, StudyRecipe)
+    with pytest.raises(Refusal, match="--workers is at least 1"):
+        study(of(tmp_path / "run", few), workers=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("study-tiny-cpu", None),
+        pytest.param("study-117m", 117e6, marks=pytest.mark.full),
+        pytest.param("study-345m", 345e6, marks=pytest.mark.full),
+    ],
+)
+def test_the_grids_of_the_repository_can_be_reckoned(
+    name: str, size: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    found = reckoned(read_recipe(ROOT / "recipes" / f"{name}.yaml", StudyRecipe))
+    assert len({cell.cell for cell in found}) == len(found) > 30
+    assert len({cell.layout for cell in found}) >= 16  # every kind of attention with every position embedding
+    assert len({cell.tokens for cell in found}) == 1
+    for cell in found if size else []:
+        assert ("absolute" in cell.cell and "16384" in cell.cell) or abs(cell.parameters / size - 1) < 0.03
+
+
+def test_learned_positions_are_not_read_beyond(few: Path, tmp_path: Path) -> None:
+    (learned,) = recipes_of(of(tmp_path, few, {"attention": "global", "position": "absolute"}))
+    assert learned.evaluate is not None
+    beyond = learned.model_copy(update={"evaluate": learned.evaluate.model_copy(update={"beyond": 128})})
+    with pytest.raises(Refusal, match="64 learned positions, and 128 tokens are to be read"):
+        config_of(beyond)
+
+
+def test_a_grid_runs_each_cell_once_and_grows(few: Path, tmp_path: Path) -> None:
+    rotary = {"attention": ["global", "grouped"], "position": "rotary", "group": 2}
+    rows = study(of(tmp_path / "run", few, rotary), workers=2)
+    assert {(row.run, row.layout) for row in rows if row.task == "train"} == {
+        ("global-rotary-64-seed0", "dense rotary"),
+        ("grouped-2-rotary-w8-64-seed0", "GL:8 rotary"),
+    }
+    assert {row.length for row in rows if row.metric == "perplexity"} == {64, 128}
+    assert records.read(tmp_path / "run" / "rows.jsonl") == rows
+
+    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "cells").glob("*.log")}
+    assert len(logs) == 2
+    more = of(tmp_path / "run", few, rotary, {"attention": "local", "position": "none"})
+    assert [cell.done for cell in reckoned(more)] == [True, True, False]
+    grown = study(more)
+    assert grown[: len(rows)] == rows
+    assert {row.layout for row in grown[len(rows) :]} >= {"L:8 none"}
+    assert all(path.stat().st_mtime_ns == then for path, then in logs.items())
+
+
+def test_another_recipe_in_the_same_run_is_refused(few: Path, tmp_path: Path) -> None:
+    (first,) = recipes_of(of(tmp_path / "run", few))
+    Path(first.run).mkdir(parents=True)
+    (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
+    with pytest.raises(Refusal, match=r"holds a run of another recipe: .*train.steps"):
+        study(of(tmp_path / "run", few, steps=6))
+
+
+def test_a_cell_that_fails_leaves_the_others_alone(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\ncase "$4" in *grouped*) echo "zebra: the loss is not finite" >&2; exit 2;; esac\n')
+    fake.chmod(0o755)
+    monkeypatch.setattr(grid.sys, "executable", str(fake))
+    cells = {"attention": ["grouped", "global"], "position": "none", "group": 2}
+    with pytest.raises(Refusal, match=r"grouped-2-none-w8-64-seed0 failed, the loss is not finite\. Every") as error:
+        study(of(tmp_path / "run", few, cells))
+    assert "other cells" not in str(error.value)
+    assert (tmp_path / "run" / "cells" / "global-none-64-seed0.yaml").exists()  # the second one was started
+
+
+@pytest.mark.full
+def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> None:
+    def rows(name: str) -> list[tuple[Any, ...]]:
+        found = records.read(tmp_path / name / "rows.jsonl")
+        return [(r.run, r.task, r.metric, r.length, r.position_from, r.value) for r in found if r.task != "speed"]
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree(tmp_path / name, few, steps=40)))
+        command = [sys.executable, "-m", "zebra", "study", str(path), "--json"]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    assert start("whole").wait(timeout=300) == 0
+    killed = start("killed")
+    checkpoints = tmp_path / "killed" / "cells" / "grouped-2-rotary-w8-64-seed0" / "checkpoints"
+    while not any(checkpoints.glob("checkpoint-*/COMPLETE")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "rows.jsonl").exists()
+    assert start("killed").wait(timeout=300) == 0
+    assert rows("killed") == rows("whole")

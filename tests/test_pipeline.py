@@ -1,0 +1,442 @@
+"""Several verbs as one recipe: each stage once, again when what it depends on changed, the same after any kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import STORIES, TEXT, changed
+from test_tune import write as write_conversations
+from transformers import AutoTokenizer
+
+import zebra
+from zebra import Refusal
+from zebra.cli import main
+from zebra.pipeline.recipe import read_pipeline
+from zebra.pipeline.run import content, inputs_of, plan, run
+from zebra.pipeline.stages import rows_in
+from zebra.plan.cost import Run, flops
+from zebra.plan.decoder import read
+from zebra.plan.devices import DEVICES
+from zebra.staged import held
+from zebra.stripes import Stripes
+
+SEPARATOR = "<|endoftext|>"
+EVALUATION = {
+    "perplexity": {"text": ["{data}/few.txt"], "separator": SEPARATOR, "lengths": [256]},
+    "retrieval": {"tasks": ["passkey"], "lengths": [128], "depths": [0.5], "samples": 4, "score": "likelihood"},
+}
+STAGES: dict[str, dict[str, Any] | None] = {
+    "before": {"kind": "evaluate", "from": "model", **EVALUATION},
+    "convert": {"stripes": "GLLL:33"},
+    "adapt": {
+        "data": {"files": ["{data}/few.txt"], "separator": SEPARATOR, "join": True},
+        "train": {"length": 128, "steps": 4, "learning_rate": 1e-3, "log_every": 1, "save_every": 2},
+        "evaluate": {"files": ["{data}/few.txt"], "separator": SEPARATOR, "length": 128},
+    },
+    "tune": {
+        "chat_template": "plain",
+        "data": {"files": ["{data}/long.jsonl"], "quality": {"act": "off"}},
+        "train": {"length": 256, "steps": 4, "learning_rate": 1e-3, "log_every": 1, "save_every": 2},
+        "evaluate": {"suites": [{"name": "short", "files": ["{data}/short.jsonl"]}]},
+    },
+    "evaluate": dict(EVALUATION),
+    "report": None,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_conversations(folder)
+    for name in ("short", "long"):
+        file = folder / f"{name}.jsonl"
+        file.write_text("\n".join(file.read_text().splitlines()[:12]))
+    few = (TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:10]
+    (folder / "few.txt").write_text(SEPARATOR.join(few))
+    return folder
+
+
+def recipe(data: Path, to: Path, *stages: str, **changes: Any) -> Path:
+    """A pipeline's recipe in a file; of all stages where none is named."""
+    text = json.dumps({name: STAGES[name] for name in stages or STAGES}).replace("{data}", str(data))
+    tree = {"run": str(to / "run"), "model": str(STORIES), "stages": json.loads(text)}
+    file = to / "pipeline.yaml"
+    file.write_text(yaml.safe_dump(changed(tree, changes), sort_keys=False))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one uninterrupted pipeline, the measure of all others."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        done = run(read_pipeline(recipe(data, folder)))
+    assert [one.why for one in done] == ["new"] * 6
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A finished pipeline somewhere else, where things may be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def results(folder: Path) -> list[tuple[Any, ...]]:
+    """What the rows of a pipeline's stages say, but for where things lie and how fast it went."""
+    rows = [row for name in STAGES for row in rows_in(folder / name)]
+    return [
+        (row.run, row.layout, row.task, row.metric, row.value, row.length, row.position_from, row.low, row.n)
+        for row in rows
+        if row.task != "speed"
+    ]
+
+
+def why(path: Path, *overrides: str) -> dict[str, str | None]:
+    return {one.stage.name: one.why for one in plan(read_pipeline(path, overrides))}
+
+
+# Going through
+
+
+def test_each_stage_hands_its_checkpoint_on(finished: Path) -> None:
+    rows = {name: rows_in(finished / name) for name in STAGES}
+    assert [row.layout for row in rows["before"]] == ["dense"] * len(rows["before"])
+    models = {name: {row.model for row in found if row.metric != "loss"} for name, found in rows.items()}
+    made = {name: f"{finished}/{name}/model" for name in ("adapt", "tune")}
+    assert models["before"] == {str(STORIES)}
+    assert models["adapt"] == {f"{finished}/convert/striped", made["adapt"]}
+    assert models["tune"] == {made["adapt"], made["tune"]}
+    assert models["evaluate"] == {made["tune"]}
+    assert {row.layout for name in ("adapt", "evaluate") for row in rows[name] if row.task != "cost"} == {"GLLL:33"}
+    assert {row.run for row in rows["evaluate"]} == {"evaluate"}
+    words = AutoTokenizer.from_pretrained(finished / "tune" / "model")
+    assert "Assistant" in words.chat_template
+    page = (finished / "report" / "report.html").read_text()
+    assert page.count("GLLL:33") > 3
+    for name in ("before", "adapt", "tune", "evaluate"):
+        assert name in page
+
+
+def test_an_evaluation_is_that_of_the_verb(finished: Path, data: Path) -> None:
+    from zebra.evaluate.perplexity import rows_of
+
+    found = rows_of(finished / "tune" / "model", [str(data / "few.txt")], lengths=[256], separator=SEPARATOR)
+    mine = [row for row in rows_in(finished / "evaluate") if row.metric == "perplexity"]
+    assert [row.value for row in mine] == [row.value for row in found]
+
+
+def test_what_is_done_is_not_done_again(finished: Path, data: Path, copy: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in copy.rglob("*")}
+    done = run(read_pipeline(recipe(data, copy.parent)))  # in another place, too
+    assert [one.why for one in done] == [None] * 6
+    assert {file: file.stat().st_mtime_ns for file in copy.rglob("*")} == before
+    assert results(copy) == results(finished)
+
+
+def test_a_changed_input_is_named_and_reruns_what_depends_on_it(data: Path, copy: Path, tmp_path: Path) -> None:
+    path = recipe(data, tmp_path)
+    assert why(path, "stages.tune.train.steps=6") == dict.fromkeys(STAGES) | {
+        "tune": "train.steps changed",
+        "evaluate": "after tune",
+        "report": "after tune",
+    }
+    assert why(path, "stages.convert.stripes=GL:33")["convert"] == "stripes changed"
+    file = data / "long.jsonl"
+    text = file.read_text()
+    file.write_text(text + "\n")
+    found = why(path)
+    file.write_text(text)
+    assert (found["adapt"], found["tune"], found["report"]) == (None, f"{file} changed", "after tune")
+
+    kept = {name: (copy / name / "rows.jsonl").read_text() for name in ("tune", "evaluate")}
+    stages = read_pipeline(recipe(data, tmp_path), ["stages.evaluate.perplexity.lengths=[128]"])
+    done = run(stages)
+    assert [one.why for one in done] == [None] * 4 + ["perplexity.lengths changed", "the rows of evaluate changed"]
+    assert (copy / "tune" / "rows.jsonl").read_text() == kept["tune"]
+    assert (copy / "evaluate.1" / "rows.jsonl").read_text() == kept["evaluate"]
+    assert {row.length for row in rows_in(copy / "evaluate")} == {128}
+    assert all(one is None for one in why(path, "stages.evaluate.perplexity.lengths=[128]").values())
+
+
+def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_path: Path) -> None:
+    path = recipe(data, tmp_path)
+    config = copy / "adapt" / "model" / "generation_config.json"
+    config.write_text(config.read_text().replace("}", " }"))
+    with pytest.raises(Refusal, match=r"stage adapt: .*adapt was changed since it was done: checkpoint\. Put it back"):
+        plan(read_pipeline(path))
+    shutil.rmtree(copy / "adapt")
+    assert why(path)["adapt"] == "gone"
+    (copy / "convert.json").unlink()
+    with pytest.raises(Refusal, match=r"convert exists, and .*convert\.json, which would say what of, does not"):
+        plan(read_pipeline(path))
+
+
+def test_a_checkpoint_is_known_by_its_content(finished: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(finished / "tune" / "model", tmp_path / "model"))
+    whole = content(model)
+    assert whole == content(finished / "tune" / "model")
+    seen = {whole}
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
+        file = model / name
+        was = file.read_bytes()
+        file.write_bytes(was[:-2] + b" " + was[-2:-1])
+        seen.add(content(model))
+        file.write_bytes(was)
+    card = json.loads((model / "zebra.json").read_text())
+    (model / "zebra.json").write_text(json.dumps(card | {"commit": "another"}))
+    assert content(model) == whole
+    (model / "zebra.json").write_text(json.dumps(card | {"sinks": 4}))
+    assert len({*seen, content(model)}) == 6
+
+
+def test_another_process_at_work_is_refused(data: Path, tmp_path: Path) -> None:
+    stages = read_pipeline(recipe(data, tmp_path, "convert"))
+    with held(tmp_path / "run"), pytest.raises(Refusal, match="another process is at work"):
+        run(stages)
+    assert not (tmp_path / "run").exists()
+
+
+# Costs
+
+
+def test_a_dry_run_says_what_it_costs_and_does_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(data, tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    for more in (["--json"], []):
+        monkeypatch.setattr(sys, "argv", ["zebra", "run", str(path), "--dry-run", "--device", "h200", *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+    out = capsys.readouterr().out
+    found = {one["stage"]: one for one in json.JSONDecoder().raw_decode(out)[0]["stages"]}
+    assert [(name, one["why"]) for name, one in found.items()] == [
+        ("before", "new"),
+        ("convert", "new"),
+        ("adapt", "after convert"),
+        ("tune", "after adapt"),
+        ("evaluate", "after tune"),
+        ("report", "after before"),
+    ]
+    step = Run(
+        decoder=read(STORIES), stripes=Stripes.parse("GLLL:33"), length=128, phase="train", dtype="float32", batch=1
+    )
+    assert found["adapt"]["tokens"] == 4 * 128
+    assert found["adapt"]["flops"] == 4 * sum(flops(step).values())
+    assert found["adapt"]["seconds"] == pytest.approx(4 * sum(DEVICES["h200"].seconds(step).values()))
+    assert found["adapt"]["facts"]["layout"].startswith("GLLL:33")
+    assert found["adapt"]["memory"] > 0
+    assert found["evaluate"]["tokens"] == found["before"]["tokens"] > 4 * 128
+    assert 0 < found["evaluate"]["flops"] < found["before"]["flops"]
+    assert "after convert" in out.split("least time")[1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+def test_a_selection_is_reckoned_beforehand(data: Path, tmp_path: Path) -> None:
+    select = {"budget": 2, "window": 16, "length": 128, "text": [str(data / "few.txt")], "samples": 4, "order": "once"}
+    select["separator"] = SEPARATOR
+    stages = read_pipeline(recipe(data, tmp_path, "convert", "adapt", stages__convert={"select": select}))
+    planned = plan(stages)
+    assert planned[0].work.tokens > 3 * 128 * 2
+    assert planned[1].work.facts is not None
+    assert "2 global and 3 local" in planned[1].work.facts["layout"]
+    (done,) = run(stages[:1])
+    assert done.why == "new"
+    assert any(row.task.startswith("selection-") for row in rows_in(tmp_path / "run" / "convert"))
+    assert "L" in zebra.load(tmp_path / "run" / "convert" / "striped").config.layer_types[0].upper()
+
+
+# Bad input
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "unknown key": (["stages.adapt.train.lenght=9"], r"stage adapt: unknown key train\.lenght; did you mean length"),
+    "unknown key of an evaluation": (["stages.evaluate.perplexity.texts=[a]"], "unknown key perplexity.texts"),
+    "a contradiction": (["stages.tune.train.warmup_steps=99"], "stage tune: .*warmup_steps"),
+    "no such kind": (["stages.before.kind=reports"], "no stage of the kind reports; did you mean report"),
+    "no such name": (["stages.train={}"], "no stage of the kind train"),
+    "a name that is a path": (["stages.a/b={kind: report}"], "letters, digits"),
+    "from a later stage": (["stages.before.from=tune"], "stage before: from names a stage before it"),
+    "from one without a checkpoint": (["stages.tune.from=before"], "from names a stage before it .*got before"),
+    "no first checkpoint": (["model=null"], "stage before: it begins with a checkpoint, and no stage before it"),
+    "a missing checkpoint": (["model=nowhere"], "no checkpoint at nowhere"),
+    "the pipeline's key": (["stages.tune.model=x"], "model of a stage are the pipeline's|stage tune: model"),
+    "missing text": (["stages.adapt.data.files=[nothing.txt]"], r"stage adapt: there is no text at nothing\.txt"),
+    "missing conversations": (["stages.tune.data.files=[nothing.jsonl]"], "stage tune: there is no text at nothing"),
+    "bad conversations": (["stages.tune.data.files=[bad.jsonl]"], r"stage tune: bad\.jsonl, line 1 is not JSON"),
+    "no template": (
+        ["stages.tune.chat_template=null"],
+        r"stage tune: the tokenizer of .*/adapt/model has no chat",
+    ),
+    "a layer beyond": (["stages.convert.stripes=9:33"], "stage convert: .*layer 9"),
+    "sinks of no layer": (["stages.convert.stripes=G:33+4"], "stage convert: .*4 sinks belong to local layers"),
+    "from of a report": (["stages.report={from: tune}"], "stage report: unknown key from"),
+    "two layouts": (["stages.convert.select={budget: 2, window: 9, length: 64}"], "either stripes or select"),
+    "no such task": (["stages.evaluate.retrieval.tasks=[pass]"], "stage evaluate: .*passkey"),
+    "a length beyond": (
+        ["stages.evaluate.retrieval.lengths=[4096]"],
+        "stage evaluate: a length of 4,096 tokens",
+    ),
+    "nothing to evaluate": (["stages.evaluate={}"], "stage evaluate: an evaluation takes at least one of perplexity"),
+    "an adapter is no checkpoint": (["stages.adapt.lora={merge: false}"], "stage tune: .*is a peft adapter"),
+    "not an object": (["stages=[]"], "stages: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_before_any_stage(
+    case: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides, said = BAD[case]
+    (tmp_path / "bad.jsonl").write_text("{")
+    path = recipe(data, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["zebra", "run", str(path), *(a for one in overrides for a in ("--set", one))])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capfd.readouterr()
+    assert ended.value.code == 2, err
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("zebra: ")
+    assert re.search(said, err), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_report_stands_at_the_end_and_a_launcher_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Refusal, match="stage report: a report is of the stages before it"):
+        read_pipeline(recipe(data, tmp_path, "report", "convert"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Refusal, match="a pipeline is one process"):
+        read_pipeline(recipe(data, tmp_path))
+
+
+# Kills
+
+KILLS = {
+    "convert": "before the record",
+    "adapt": """
+from zebra.train import trainer
+shown = trainer._Show.on_log
+def on_log(self, args, state, control, logs, **kwargs):
+    shown(self, args, state, control, logs, **kwargs)
+    if state.global_step == 3:
+        die()
+trainer._Show.on_log = on_log
+""",
+    "tune": """
+from zebra.train import export
+written = export.write_config
+def write_config(config, where):
+    if "tune" in str(where):
+        die()
+    written(config, where)
+export.write_config = write_config
+""",
+    "evaluate": """
+from zebra.pipeline import stages
+measured = stages._measured
+def _measured(name, given, checkpoint, **more):
+    if name == "retrieval" and more.get("run") == "evaluate":
+        die()
+    return measured(name, given, checkpoint, **more)
+stages._measured = _measured
+""",
+    "report": """
+from zebra.pipeline import stages
+from zebra.report import page
+written = stages.write_report
+def write_report(rows, html, **more):
+    if html.parent.name == "report":
+        page.html = lambda *_: die()
+    written(rows, html, **more)
+stages.write_report = write_report
+""",
+}
+BEFORE_THE_RECORD = """
+from zebra.pipeline import run
+written = run._write
+def _write(stage, inputs, made, seconds=0.0):
+    if made is not None and stage.name == "{stage}":
+        die()
+    written(stage, inputs, made, seconds)
+run._write = _write
+"""
+
+
+def killed(path: Path, hook: str) -> None:
+    code = "import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n" + hook
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nfrom zebra.cli import main\nmain()", "run", str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_a_kill_in_the_adaptation_changes_nothing(finished: Path, data: Path, tmp_path: Path) -> None:
+    path = recipe(data, tmp_path, "convert", "adapt")
+    killed(path, KILLS["adapt"])
+    assert json.loads((tmp_path / "run" / "adapt.json").read_text())["made"] is None
+    assert [one.why for one in run(read_pipeline(path))] == [None, "begun"]
+    wanted = [row for row in results(finished) if row[0] == "adapt"]
+    assert results(tmp_path / "run") == wanted
+    assert content(tmp_path / "run" / "adapt" / "model") == content(finished / "adapt" / "model")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("when", ["within", "before the record"])
+@pytest.mark.parametrize("stage", KILLS)
+def test_a_kill_in_each_stage_changes_nothing(
+    stage: str, when: str, finished: Path, data: Path, tmp_path: Path
+) -> None:
+    if (stage, when) == ("convert", "within"):
+        pytest.skip("a conversion is one rename")
+    path = recipe(data, tmp_path)
+    killed(path, KILLS[stage] if when == "within" else BEFORE_THE_RECORD.format(stage=stage))
+    done = {one.stage.name: one.why for one in run(read_pipeline(path))}
+    at = list(STAGES).index(stage)
+    assert list(done.values()) == [None] * at + ["begun"] + ["new"] * (len(STAGES) - at - 1)
+    assert results(tmp_path / "run") == results(finished)
+    for name in ("adapt", "tune"):
+        assert content(tmp_path / "run" / name / "model") == content(finished / name / "model")
+
+
+@pytest.mark.full
+def test_a_pipeline_from_scratch(data: Path, tmp_path: Path) -> None:
+    """The first checkpoint is trained too, with its tokenizer: what is not there yet cannot be tried beforehand."""
+    adapt = STAGES["adapt"]
+    assert adapt is not None
+    pretrain = json.loads(json.dumps({"data": adapt["data"], "train": adapt["train"]}).replace("{data}", str(data)))
+    pretrain |= {"model": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5}}
+    pretrain["model"] |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    pretrain["tokenizer"] = {"vocab_size": 300}
+    path = recipe(data, tmp_path, "convert", "adapt")
+    tree = yaml.safe_load(path.read_text())
+    path.write_text(
+        yaml.safe_dump({"run": tree["run"], "stages": {"pretrain": pretrain, **tree["stages"]}}, sort_keys=False)
+    )
+    assert [one.why for one in run(read_pipeline(path))] == ["new"] * 3
+    assert zebra.load(tmp_path / "run" / "adapt" / "model").config.vocab_size == 300
+    assert "train.steps" in inputs_of(read_pipeline(path)[0])
+    assert "hidden_size" in json.dumps(inputs_of(read_pipeline(path)[0]))
+
+
+def test_the_shipped_pipeline_is_one() -> None:
+    stages = read_pipeline(STORIES.parent / "pipeline-tiny.yaml")
+    assert [stage.kind for stage in stages] == ["evaluate", "convert", "adapt", "tune", "evaluate", "report"]

@@ -1,0 +1,192 @@
+"""What a study's cells cost: the plan against counters of masks, parameters and caches, and the measured rows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_study import ATTENTIONS, CELLS, LENGTH, POSITIONS, config, drawn, tokens
+
+from zebra import Refusal
+from zebra.bench import study as bench
+from zebra.kernels import summary as kernel
+from zebra.kernels.summary import summarised
+from zebra.model import study
+from zebra.model.families import attention_pairs, layout
+from zebra.plan import cost, decoder, memory, sheet
+from zebra.plan.cost import Run
+from zebra.plan.devices import DEVICES, Device
+from zebra.stripes import GLOBAL, LOCAL, summary_pairs
+from zebra.train.dry_run import _counting, dry_run
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import PretrainRecipe
+
+
+def planned(attention: str, positions: str = "rotary", **changes: Any) -> Run:
+    shape = decoder.decoder(config(attention, positions).to_dict(), name=attention)
+    return Run(decoder=shape, stripes=shape.stripes, **{"length": LENGTH, "dtype": "float32"} | changes)
+
+
+# The plan
+
+
+@pytest.mark.parametrize(("attention", "positions"), CELLS)
+def test_parameters_and_layout_are_the_models(attention: str, positions: str) -> None:
+    for changes in ({}, {"tie_word_embeddings": False}):
+        made = config(attention, positions, **changes)
+        found = decoder.decoder(made.to_dict(), name="cell")
+        with torch.device("meta"):
+            assert found.size == study.StudyForCausalLM(made).num_parameters()
+        assert (found.rope is None) == (positions != "rotary")
+        assert str(found.stripes or "dense") == layout(made)
+    assert "zebra_study" in decoder.FAMILIES
+
+
+@pytest.mark.parametrize(("length", "window", "block"), [*itertools.product((1, 7, 29), (1, 6, 40), (1, 3, 8))])
+def test_pairs_of_summaries_are_those_of_the_definition(length: int, window: int, block: int) -> None:
+    ends = range(block - 1, length, block)
+    seen = [min(i + 1, window) + sum(i - end >= window for end in ends) for i in range(length)]
+    assert summary_pairs(length, window, block) == sum(seen)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_planned_pairs_are_the_models(attention: str) -> None:
+    asked, made = planned(attention, batch=2), config(attention, "rotary")
+    assert cost.pairs(asked) == 2 * attention_pairs(made, LENGTH)
+    new = cost.pairs(replace(asked, phase="decode"))
+    assert new == 2 * (attention_pairs(made, LENGTH + 1) - attention_pairs(made, LENGTH))
+    assert cost.forward_flops(asked)["attention"] == 4 * 32 * cost.pairs(asked)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@torch.no_grad()
+def test_key_value_bytes_are_the_caches(attention: str) -> None:
+    model = drawn(attention, "alibi").float()
+    cache = model(tokens(), use_cache=True).past_key_values
+    shown = sum(states.numel() * 4 for layer in cache.layers for states in (layer.keys, layer.values))
+    assert memory.kv_bytes(planned(attention, "alibi", batch=2)) == shown
+
+
+def test_a_summary_layer_takes_a_local_layers_rate() -> None:
+    rates = {GLOBAL: {"float32": 1e9}, LOCAL: {"float32": 1e8}}
+    device = Device("x", {"float32": 1e12}, 1e30, attention=rates)
+    asked = planned("summary")
+    assert device.seconds(asked)["attention"] == pytest.approx(cost.flops(asked)["attention"] / 1e8)
+
+
+def test_a_plan_names_the_summary_layers_and_counts_them() -> None:
+    found = sheet.tree(planned("summary"), DEVICES["rtx-3090"], budget=10**9, seconds=None)
+    dense, mine = found["layouts"]
+    assert (mine["layout"], mine["global_layers"]) == ("SSS:6/3", 0)
+    assert mine["kv_bytes"] == dense["kv_bytes"]
+    assert mine["pairs"] == 3 * summary_pairs(LENGTH, 6, 3) < dense["pairs"]
+    assert [row["kind"] for row in found["complexity"]] == ["global", "local", "summary"]
+    step = replace(planned("summary"), phase="decode")
+    assert cost.traffic(step)["attention"] > cost.traffic(replace(step, stripes=None))["attention"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length", [9, 64, 110, 213])
+@pytest.mark.parametrize("keys", [2, 6])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_activations_of_summary_layers_are_what_autograd_keeps(
+    length: int, keys: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At lengths within the window and of one, two and three passes over the queries."""
+    assert memory.QUERIES == kernel.QUERIES == 1024
+    monkeypatch.setattr(memory, "QUERIES", 100)
+    monkeypatch.setattr(kernel, "QUERIES", 100)
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": keys, "max_position_embeddings": 4096}
+
+    def kept(attention: str, layers: int) -> int:
+        kinds = {"attention_kinds": [attention] * layers, "num_hidden_layers": layers, "window": 7, "summary_block": 4}
+        model = study.StudyForCausalLM(config("global", "rotary", **sizes | kinds)).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), _counting(model) as saved:
+            model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
+        return sum(saved.values())
+
+    more = [kept("summary", layers) - kept("local", layers) for layers in (1, 2)]
+    widths = {"heads": 6, "query_width": 48, "kv_width": 8 * keys, "window": 7, "block": 4}
+    found = memory.kept_of_summaries(length, half=precision == "bfloat16", **widths)
+    assert found == pytest.approx(more[1] - more[0], rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_plan_of_training_is_the_dry_runs(checkpointing: bool) -> None:
+    asked = recipe("summary", length=64, activation_checkpointing=checkpointing)
+    wanted = dry_run(asked).memory
+    found = memory.memory(bench._planned(asked))
+    assert found.keys() == wanted.keys()
+    for part in wanted:
+        assert found[part] == pytest.approx(wanted[part], rel=0.01), part
+
+
+# What was measured
+
+
+@pytest.fixture
+def peaks(tmp_path: Path) -> str:
+    file = tmp_path / "peaks.json"
+    file.write_text(json.dumps({"name": "x", "flops": {"float32": 1e11, "bfloat16": 2e11}, "bandwidth": 1e10}))
+    return str(file)
+
+
+def recipe(attention: str, positions: str = "rotary", seed: int = 0, **changes: Any) -> PretrainRecipe:
+    model = {"model_type": "zebra_study", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model |= {"attention_kinds": study.attention_kinds(attention, 2, 2), "position_embedding": positions}
+    model |= {"sliding_window": 8, "summary_block": 4}
+    train: dict[str, Any] = {"length": 64, "steps": 1, "rows_per_step": 2, "learning_rate": 1e-3, "seed": seed}
+    return PretrainRecipe(
+        run=f"runs/try/cells/{attention}-{positions}-{seed}",
+        model=model,
+        tokenizer={"vocab_size": 300},
+        data={"files": ["none.txt"]},
+        train=train | changes,
+    )
+
+
+def test_each_cell_is_measured_once_whatever_its_seeds(peaks: str) -> None:
+    recipes = [recipe(kind, seed=seed) for kind in ("global", "summary") for seed in (0, 1)]
+    recipes += [recipe("local", length=128), recipe("grouped", optimizer="muon", precision="bfloat16")]
+    rows, left_out = bench.costs(recipes, run="try", repeats=1, memory=False, ceilings=peaks)
+    assert left_out == ()
+    assert {row.run for row in rows} == {"try"}
+    timed = [row for row in rows if row.metric == "milliseconds"]
+    assert len(timed) == len({(row.layout, row.length, row.task) for row in timed}) == 4
+    for one in (recipes[0], recipes[2]):
+        made = config_of(one)
+        mine = {row.metric: row.value for row in rows if row.layout == layout_of(one) and row.length == 64}
+        assert mine["parameters"] == study.StudyForCausalLM(made).num_parameters()
+        assert mine["attention_flops"] == 14 * 32 * 2 * attention_pairs(made, 64)
+        assert mine["planned_bytes"] == sum(dry_run(one).memory.values())
+        assert mine["tokens_per_second"] == pytest.approx(128 * 1000 / mine["milliseconds"])
+        assert mine["planned_milliseconds"] > 0
+
+
+def layout_of(one: PretrainRecipe) -> str:
+    return bench._layout(one)
+
+
+def test_a_kernel_that_errs_leaves_no_row(peaks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "summarised", lambda *args, block, **rest: summarised(*args, block=block + 1, **rest))
+    with pytest.raises(Refusal, match="Nothing was measured"):
+        bench.costs([recipe("global"), recipe("summary")], repeats=1, memory=False, ceilings=peaks)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_cell_passes_its_gate(attention: str, positions: str) -> None:
+    assert bench._error(recipe(attention, positions), None) < 1e-5
+
+
+@pytest.mark.full
+def test_memory_is_that_of_a_fresh_process(peaks: str) -> None:
+    rows, _ = bench.costs([recipe("summary", length=2048)], repeats=1, ceilings=peaks)
+    found = {row.metric: row.value for row in rows}
+    assert found["planned_bytes"] / 3 < found["extra_bytes"] < 20 * found["planned_bytes"]

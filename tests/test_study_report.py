@@ -1,0 +1,397 @@
+"""The page of the study: cells are told apart by rows, claims are judged by their rules, no number is lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import pytest
+from conftest import ROOT
+from test_report import a_run, words
+
+from zebra import records
+from zebra.records import Row
+from zebra.refusal import Refusal
+from zebra.report import study, write_report
+from zebra.report.study import claims
+from zebra.report.study.cells import Cell
+from zebra.report.study.pictures import Point, frontier, plot_scatter
+from zebra.report.study.spread import Losses, Spread, between, spread
+from zebra.stripes import visible_pairs
+from zebra.train.recipe import read_recipe
+
+DENSE, GROUPED, SUMMARY, LOCAL = "dense", "GL:32", "SS:32/16", "L:32"
+LAYOUTS = (DENSE, GROUPED, SUMMARY, LOCAL)
+NUMBERS = {DENSE: 17.0, GROUPED: 17.1, SUMMARY: 17.6, LOCAL: 18.4}
+Perplexities = Mapping[Cell, Mapping[int, float]]
+
+
+def pairs(layout: str, length: int) -> int:
+    window = None if layout == DENSE else 32
+    return visible_pairs(length, window) + visible_pairs(length, None if layout == GROUPED else window)
+
+
+def run_of(cell: Cell, seed: int, value: float, gain: float = 0.05, beyond: float = 1.1) -> list[Row]:
+    """What `zebra pretrain` leaves of a cell: `value` over its length, `gain` nats less far than near."""
+    place = f"runs/grid/cells/{cell.layout.replace(':', '-').replace('/', '-')}-{cell.position}-{cell.length}-s{seed}"
+    common: dict[str, Any] = {"run": Path(place).name, "seed": seed, "layout": f"{cell.layout} {cell.position}"}
+    common |= {"versions": {"torch": "2"}, "commit": "abc"}
+    train: dict[str, Any] = {"task": "train", "metric": "loss", "length": cell.length, **common}
+    rows = [Row(model=f"{place}@{n}", value=3 - n / 100, n=n * 512, **train) for n in (10, 20)]
+    end, half = f"{place}/model", cell.length // 2
+    spans = [(0, half, value * math.exp(gain / 2)), (half, cell.length, value * math.exp(-gain / 2))]
+    spans = [(*span, cell.length) for span in (*spans, (0, cell.length, value))]
+    if cell.position != "absolute":
+        far = [(0, 512, value), (512, 1024, value * beyond), (1024, 2048, value * beyond), (0, 2048, value * beyond)]
+        spans += [(*span, 2048) for span in far]
+    for start, stop, perplexity, context in spans:
+        at: dict[str, Any] = {"position_from": start, "position_to": stop, "length": context, "n": 999}
+        rows.append(Row(model=end, task="perplexity-disjoint", metric="perplexity", value=perplexity, **at, **common))
+    for layout in dict.fromkeys((DENSE, cell.layout)):
+        named = common | {"layout": f"{layout} {cell.position}" if layout == cell.layout else layout}
+        at = {"task": "cost", "length": cell.length, "model": end}
+        rows.append(Row(metric="layers", value=2, **at, **named))
+        rows.append(Row(metric="attention_pairs", value=pairs(layout, cell.length), **at, **named))
+        rows.append(Row(metric="cached_tokens", value=2 * cell.length, **at, **named))
+    return rows
+
+
+def whole(**changes: Any) -> dict[Cell, dict[str, Any]]:
+    """A grid in which every claim that can be tested holds."""
+    cells: dict[Cell, dict[str, Any]] = {}
+    for layout, position in itertools.product(LAYOUTS, ("rotary", "alibi", "absolute", "none")):
+        worse = {"rotary": 1.0, "alibi": 1.01, "absolute": 1.04, "none": 1.06}[position]
+        gain = 0.02 if position == "alibi" else 0.05
+        cells[Cell(layout, position, 512)] = {"value": NUMBERS[layout] * worse, "gain": gain}
+    for layout in (DENSE, GROUPED):
+        cells[Cell(layout, "rotary", 1024)] = {"value": NUMBERS[layout], "beyond": 1.0}
+    return cells
+
+
+def rows_of(cells: dict[Cell, dict[str, Any]], seeds: int = 3, noise: float = 0.001) -> list[Row]:
+    """Each seed shifts all cells alike by much, and each run by a little."""
+    drawn, rows = random.Random(5), []
+    for cell, given in cells.items():
+        for seed in range(seeds):
+            value = given["value"] * math.exp(0.05 * seed + drawn.gauss(0, noise))
+            rows += run_of(cell, seed, **given | {"value": value})
+    return rows
+
+
+def few() -> list[Row]:
+    """A cell of each kind, one seed: enough for a page."""
+    return rows_of({cell: given for cell, given in whole().items() if cell[1:] == ("rotary", 512)}, seeds=1)
+
+
+def judged(rows: list[Row]) -> list[str]:
+    (found,), _ = study.parted(rows)
+    return [claim.verdict for claim in claims.claims(found)]
+
+
+# Cells
+
+
+def test_the_rows_of_a_grid_are_told_from_others() -> None:
+    grid, other = rows_of(whole()), a_run()
+    (found,), rest = study.parted([*other, *grid])
+    assert rest == other
+    assert (found.name, found.length, len(found.runs)) == ("grid", 512, 18)
+    assert {cell.attention for cell in found.runs} == {"global", "grouped", "summary", "local"}
+    assert Cell("0,3:32", "none", 8).attention == "grouped"
+    assert Cell("GS:32/4", "none", 8).attention == "mixed"
+    assert Cell(SUMMARY, "rotary", 8).name == "S:32/16 rotary"
+    assert found.cell("grouped") == Cell(GROUPED, "rotary", 512)
+    assert found.cell("mixed") is None
+    assert found.title(Cell(GROUPED, "rotary", 1024)) == "GL:32 rotary at 1,024"
+    one = [row for row in grid if row.run == grid[0].run]
+    assert [len(found.runs) for found in study.parted(one)[0]] == [1]
+    alone = [replace(row, model=row.model.replace("/cells/", "/")) for row in one]
+    assert study.parted(alone) == ([], alone)
+    two = [
+        *alone,
+        *(replace(row, model=row.model.replace("/cells/", "/")) for row in grid if "-none-512-s0" in row.run),
+    ]
+    assert [(found.name, len(found.runs)) for found in study.parted(two)[0]] == [("", 5)]
+
+
+def test_the_layout_with_the_most_runs_stands_for_its_kind() -> None:
+    cells = {Cell("GL:8", "rotary", 512): {"value": 9.0}} | whole()
+    (found,), _ = study.parted(rows_of(cells))
+    assert found.cell("grouped") == Cell(GROUPED, "rotary", 512)
+
+
+def test_a_second_run_of_a_cell_and_seed_is_not_lost() -> None:
+    cell = Cell(DENSE, "rotary", 512)
+    again = [
+        replace(row, model=row.model.replace("/cells/", "/cells/again-"), run="again") for row in run_of(cell, 0, 7.77)
+    ]
+    _, rest = study.parted([*rows_of(whole()), *again])
+    assert rest == again
+
+
+# Seeds
+
+
+def test_three_seeds_are_paired_by_students_t() -> None:
+    found = between({0: 1.1, 1: 2.2, 2: 3.3, 9: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 7.0}, [])
+    assert found is not None
+    assert found.mean == pytest.approx(0.2)
+    assert found.half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+
+
+def test_without_a_shared_seed_or_a_spread_there_is_no_difference() -> None:
+    assert between({0: 1.0}, {1: 1.0}, [{0: 1.0, 1: 1.0}, {0: 2.0, 1: 3.0}]) is None
+    assert between({0: 1.0}, {0: 2.0}, [{0: 1.0}, {0: 2.0}]) is None
+    assert between({0: 1.0}, {0: 2.0}, [{0: 1.0, 1: 2.0}]) is None
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_intervals_hold_the_truth_in_95_of_100(seeds: int) -> None:
+    drawn, held, trials = random.Random(seeds), 0, 2000
+    for _ in range(trials):
+        shift = [drawn.gauss(0, 5) for _ in range(3)]
+        cells: list[Losses] = [{s: mean + shift[s] + drawn.gauss(0, 0.3) for s in range(3)} for mean in range(6)]
+        one, two = ({s: cell[s] for s in range(seeds)} for cell in cells[:2])
+        found = between(one, two, [one, two, *cells[2:]] if seeds < 3 else cells)
+        assert found is not None
+        held += found.low <= -1 <= found.high
+    assert 0.93 < held / trials < 0.97
+
+
+def test_spreads() -> None:
+    row = run_of(Cell(DENSE, "rotary", 512), 0, 2.0)[2]
+    assert spread({0: row}) == (row.value, None, 1)
+    two = spread({0: replace(row, value=1.0), 1: replace(row, value=3.0)})
+    assert two == (2.0, math.sqrt(2), 2)
+    assert spread({0: row, 1: replace(row, value=math.nan)}).deviation is None
+
+
+# Claims
+
+
+def test_all_claims_that_can_be_tested_hold() -> None:
+    (found,), _ = study.parted(rows_of(whole()))
+    verdicts = [claim.verdict for claim in claims.claims(found)]
+    assert verdicts == ["holds"] * 5 + ["not tested here"] + ["holds"] * 2
+    for claim in claims.claims(found):
+        assert claim.rows
+        assert claim.cells
+        assert all(row.run for row in claim.rows)
+
+
+def moved(cell: Cell, **given: Any) -> dict[Cell, dict[str, Any]]:
+    cells = whole()
+    return cells | {cell: cells.get(cell, {}) | given}
+
+
+BROKEN: dict[str, tuple[dict[Cell, dict[str, Any]], int]] = {
+    "long context does not help": (moved(Cell(LOCAL, "rotary", 512), value=17.0), 0),
+    "long context helps one kind alone": (moved(Cell(DENSE, "rotary", 512), value=19.0), 2),
+    "grouped is worse": (moved(Cell(GROUPED, "rotary", 512), value=17.6), 1),
+    "local is as good as grouped": (moved(Cell(LOCAL, "rotary", 512), value=17.1), 2),
+    "summary is as bad as local": (moved(Cell(SUMMARY, "rotary", 512), value=18.4), 3),
+    "summary is better than global": (moved(Cell(SUMMARY, "rotary", 512), value=16.0), 3),
+    "absolute is better in one kind": (moved(Cell(SUMMARY, "absolute", 512), value=16.0), 4),
+    "alibi is bad within": (moved(Cell(DENSE, "alibi", 512), value=18.0), 6),
+    "alibi uses far context": (moved(Cell(DENSE, "alibi", 512), gain=0.05), 6),
+    "length matters less": (moved(Cell(GROUPED, "rotary", 1024), value=19.5), 7),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_claim_that_the_rows_contradict_does_not_hold(name: str) -> None:
+    cells, claim = BROKEN[name]
+    assert judged(rows_of(cells))[claim] == "does not hold"
+
+
+@pytest.mark.parametrize(
+    ("missing", "claim"),
+    [(LOCAL, 0), (GROUPED, 1), (GROUPED, 2), (SUMMARY, 3), ("absolute", 4), ("alibi", 6), (1024, 7)],
+)
+def test_a_claim_without_its_cells_is_not_tested(missing: object, claim: int) -> None:
+    cells = {cell: given for cell, given in whole().items() if missing not in cell}
+    assert judged(rows_of(cells))[claim] == "not tested here"
+
+
+def test_a_spread_that_leaves_it_open_is_no_verdict() -> None:
+    verdicts = judged(rows_of(whole(), noise=0.2))
+    assert verdicts[:5] == ["not tested here"] * 5
+
+
+def test_one_seed_is_held_against_the_noise_of_the_others() -> None:
+    rows = [row for row in rows_of(whole()) if row.seed == 0 or "alibi" in row.layout or "none" in row.layout]
+    assert judged(rows)[0] == "holds"
+    assert judged([row for row in rows if row.seed == 0])[0] == "not tested here"
+
+
+def test_rotary_against_absolute_beyond_the_length_where_there_are_rows() -> None:
+    rows = rows_of(whole())
+    far = [
+        replace(row, layout=f"{DENSE} absolute", model=row.model.replace("rotary", "absolute"), value=row.value * 2,
+                run=row.run.replace("rotary", "absolute"))
+        for row in rows if row.length == 2048 and row.layout == f"{DENSE} rotary" and "-512-" in row.run
+    ]  # fmt: skip
+    assert judged([*rows, *far])[5] == "holds"
+
+
+# The page
+
+
+def test_the_page_says_what_the_rows_say(tmp_path: Path) -> None:
+    rows = rows_of(whole())
+    write_report(rows, tmp_path / "page.html")
+    markdown, html = (tmp_path / "page.md").read_text(), words((tmp_path / "page.html").read_text())
+    (found,), _ = study.parted(rows)
+    for text in (markdown, html):
+        assert "18 cells, 54 runs. Of the paper's 7 claims 6 hold, 0 do not hold, 1 is not tested here." in text
+        for title in ("claims", "perplexity by position", "quality against cost", "beyond the trained length"):
+            assert title in text
+        for cell in found.runs:
+            of = spread(found.scores(cell, cell.length))
+            assert f"{of.mean:.2f}" in text
+            assert f"± {of.deviation:.2f}" in text
+        assert f"{pairs(GROUPED, 512):,}" in text
+        assert "Other rows" not in text
+        assert "Side by side" not in text
+    for name in ("scatter", "beyond", "loss"):
+        assert f"page-study-{name}.svg" in markdown
+        assert (tmp_path / f"page-study-{name}.svg").stat().st_size > 2000
+    beyond = (tmp_path / "page-study-beyond.svg").read_text()
+    assert "rotary" in beyond
+    assert "absolute" not in beyond
+
+
+def test_rows_that_are_odd_make_a_page(tmp_path: Path) -> None:
+    for value in (math.nan, math.inf, 0.0, 1e300):
+        odd = [replace(row, value=value) for row in few()]
+        write_report(odd, tmp_path / "page.html")
+        assert "not tested here" in (tmp_path / "page.md").read_text()
+
+
+def test_two_studies_and_a_run_share_a_page(tmp_path: Path) -> None:
+    one = few()
+    two = [replace(row, model=row.model.replace("runs/grid/", "runs/other/")) for row in one]
+    write_report([*one, *two, *a_run()], tmp_path / "page.html")
+    markdown = (tmp_path / "page.md").read_text()
+    assert markdown.startswith("# grid, other, demo\n")
+    assert (tmp_path / "page-study-2-scatter.svg").exists()
+    assert "214.2" in markdown
+
+
+def test_timed_rows_stand_beside_the_plan(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"run": "grid", "model": "zebra", "layout": f"{GROUPED} rotary", "length": 512}
+    common |= {"task": "bench study step, float32"}
+    values = {"milliseconds": 40.96, "planned_milliseconds": 20.48, "tokens_per_second": 100_000.0}
+    values |= {"extra_bytes": 30 * 2**20, "planned_bytes": 20 * 2**20, "parameters": 123_456}
+    timed = [Row(metric=metric, value=value, **common) for metric, value in values.items()]
+    timed[0] = replace(timed[0], low=39.0, high=50.0)
+    write_report([*few(), *timed], tmp_path / "page.html")
+    line = next(line for line in (tmp_path / "page.md").read_text().splitlines() if "123,456" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[0] == "GL:32 rotary (trained at 512)"
+    assert cells[4:] == ["5.00", "10.00 (9.52–12.21)", "20.00", "30.00"]
+
+
+# The pictures
+
+
+def points(n: int) -> list[Point]:
+    drawn = random.Random(n)
+    cells = [Cell(layout, position, 512) for layout in LAYOUTS for position in ("rotary", "alibi", "absolute", "none")]
+    cells += [Cell(f"GL:{window}", "rotary", 512) for window in (8, 16, 64, 128)]
+    return [
+        Point(cell, pairs(cell.layout, 512) / 512, Spread(17 + drawn.random(), 0.02 if i % 2 else None, 3))
+        for i, cell in enumerate(cells[:n])
+    ]
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    for n in (2, 7, 20):
+        some = points(n)
+        wanted = {
+            point.cell
+            for point in some
+            if not any(
+                (other.cost, other.quality.mean) != (point.cost, point.quality.mean)
+                and other.cost <= point.cost
+                and other.quality.mean <= point.quality.mean
+                for other in some
+            )
+        }
+        assert {point.cell for point in frontier(some)} == wanted
+
+
+def test_no_label_lies_on_another() -> None:
+    canvas = matplotlib.figure.Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = canvas.subplots()
+    some = points(20)
+    plot_scatter(axes, some, "cost")
+    canvas.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts if text.get_text()}
+    assert set(boxes) == {point.cell.name for point in some}
+    for one, two in itertools.combinations(boxes.values(), 2):
+        assert not one.padded(-0.5).overlaps(two.padded(-0.5))
+
+
+# What is published
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("study_page", ROOT / "benchmarks" / "study.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_makes_the_page_and_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = script()
+    for name in ("RESULTS", "PAGES", "IMAGES"):
+        (tmp_path / name.lower()).mkdir()
+        monkeypatch.setattr(made, name, tmp_path / name.lower())
+    run = tmp_path / "study-try"
+    run.mkdir()
+    records.write(run / "rows.jsonl", few())
+    made.main([str(run)])
+    page = (tmp_path / "pages" / "study-try.md").read_text()
+    assert "../images/study-try-scatter.svg" in page
+    assert (tmp_path / "images" / "study-try-scatter.svg").is_file()
+    (tmp_path / "pages" / "study-try.md").unlink()
+    made.main([])
+    assert (tmp_path / "pages" / "study-try.md").read_text() == page
+    timed = Row(run="study-try", model="zebra", layout="dense rotary", task="bench study step", metric="milliseconds",
+                value=987.0, length=512)  # fmt: skip
+    monkeypatch.setattr(made.bench, "costs", lambda recipes, run: ([replace(timed, n=len(recipes))], ("a line",)))
+    grid = ["costs", str(ROOT / "recipes" / "study-tiny-cpu.yaml")]
+    monkeypatch.setattr(made, "read_recipe", lambda path, kind: read_recipe(path, kind, ["run=runs/study-try"]))
+    for arguments in (
+        grid,
+        grid,
+        [str(run)],
+    ):  # measured again it stands in the place of the old, published again beside
+        made.main(arguments)
+        rows = records.read(tmp_path / "results" / "study-try.jsonl")
+        assert [row.value for row in rows if row.task == timed.task] == [987.0]
+        assert len(rows) == len(few()) + 1
+        assert "987" in (tmp_path / "pages" / "study-try.md").read_text()
+    with pytest.raises(Refusal, match="no study of two cells"):
+        made.write_page("x", a_run(), tmp_path, tmp_path)
+
+
+def test_the_published_pages_are_what_their_rows_give(tmp_path: Path) -> None:
+    made = script()
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in (ROOT / "benchmarks" / "results").glob("study-*.jsonl"):
+        made.write_page(file.stem, records.read(file), tmp_path, images)
+        assert (tmp_path / f"{file.stem}.md").read_text() == (ROOT / "docs" / "results" / f"{file.stem}.md").read_text()
+        for picture in images.glob("*.svg"):
+            assert (ROOT / "docs" / "images" / picture.name).is_file()
