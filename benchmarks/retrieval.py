@@ -29,7 +29,7 @@ from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.report import figures, page
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.sections import method
+from zebra.report.provenance import method
 from zebra.report.series import DENSE, percent
 from zebra.staged import write_whole
 from zebra.stripes import GLOBAL, Stripes
@@ -302,9 +302,13 @@ def write_page(rows: Sequence[Row]) -> None:
     parts = [*findings(rows), *within(rows), *further(rows)]
     parts[0].blocks.append(Figure("layouts", "", caption))
     verdict = [
-        f"examples/{MODEL.name} under stripes, adapted to them, and beyond its length. Measured by "
-        "benchmarks/retrieval.py, which also wrote this page from the rows in "
-        f"benchmarks/results/{FILE.name}: run says the part, then model, layout, task, length and depth."
+        [
+            Cell(
+                f"examples/{MODEL.name} under stripes, adapted to them, and beyond its length. Measured by "
+                "benchmarks/retrieval.py, which also wrote this page from the rows in "
+                f"benchmarks/results/{FILE.name}: run says the part, then model, layout, task, length and depth."
+            )
+        ]
     ]
     write_whole(PICTURE, figures.standalone(picture(rows)))
     write_whole(PAGE, page.markdown("../images/retrieval", "Retrieval", verdict, [*parts, method(rows)]))
