@@ -7,8 +7,7 @@ python benchmarks/retrieval.py --page                nothing is measured: the pa
 Layouts of local layers, all global but the named: every offset of the paper's strides, and the layers that
 `zebra.select` keeps by the loss of the answers. `adapted` trains the model on under some of them, by
 recipes/retrieval-adapt-cpu.yaml, which wants its books in data/books; runs that are there are taken up. Beyond the
-trained length: as it is, the host's ropes, and Self-Extend. A rope that changes with length cannot keep a cache, so
-dynamic NTK is not among them. Rows go to benchmarks/results/retrieval-layouts.jsonl.
+trained length: as it is, and by Self-Extend. Rows go to benchmarks/results/retrieval-layouts.jsonl.
 """
 
 from __future__ import annotations
@@ -79,13 +78,13 @@ def layouts() -> Iterator[list[Row]]:
 
 
 def adapted() -> Iterator[list[Row]]:
-    """The layouts that decide, after a short adaptation to each; dense as far, for the adaptation's own worth."""
+    """The layouts that decide, after a short adaptation to each."""
     there = _of(_read(), "layouts")
     deciding = []
     for count in (1, 2):
         ranked = _ranked(there, count)
         deciding += [*filter(None, [_chosen(there, count)]), ranked[0], ranked[-1]]
-    for layout in dict.fromkeys([*deciding, DENSE]):
+    for layout in dict.fromkeys(deciding):
         yield measured("adapted", _adapted(layout), adapted=True)
 
 
@@ -105,8 +104,6 @@ def beyond() -> Iterator[list[Row]]:
     for loading in ({}, extended):
         yield measured("beyond", **given, **loading)
         yield measured("beyond", _adapted(best), adapted=True, **given, **loading)
-    for rope in ("linear:4", "yarn:4"):
-        yield measured("beyond", **given, rope=rope)
 
 
 PARTS = {"layouts": layouts, "adapted": adapted, "beyond": beyond}
