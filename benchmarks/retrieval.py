@@ -265,10 +265,10 @@ def _plain(score: Score | None) -> str:
 def picture(rows: Sequence[Row]) -> str:
     """Bars of the far answers: layouts across, tasks side by side; as they are, and adapted."""
     plain = _of(rows, "layouts")
-    order = _layouts(plain)
 
     def bars(part: str, title: str) -> Callable[[Axes], None]:
         here = _of(rows, part)
+        order = _layouts(here)
 
         def plot(axes: Axes) -> None:
             for i, task in enumerate(TASKS):
