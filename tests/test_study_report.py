@@ -225,6 +225,20 @@ def test_a_spread_that_leaves_it_open_is_no_verdict() -> None:
     assert verdicts[:5] == ["not tested here"] * 5
 
 
+def test_length_that_matters_to_one_variant_alone_is_no_verdict() -> None:
+    (found,), _ = study.parted(rows_of(whole()))
+    short, long = (Cell(GROUPED, "rotary", length) for length in (512, 1024))
+    for seed, rows in found.runs[short].items():
+        same = {(row.length, row.position_from, row.position_to): row.value for row in found.runs[long][seed]}
+        found.runs[short][seed] = [
+            replace(row, value=same.get((row.length, row.position_from, row.position_to), row.value))
+            if row.metric == "perplexity" and row.length == 2048
+            else row
+            for row in rows
+        ]
+    assert claims.claims(found)[7].verdict == "not tested here"
+
+
 def test_one_seed_is_held_against_the_noise_of_the_others() -> None:
     rows = [row for row in rows_of(whole()) if row.seed == 0 or "alibi" in row.layout or "none" in row.layout]
     assert judged(rows)[0] == "holds"
