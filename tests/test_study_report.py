@@ -213,7 +213,7 @@ def test_a_claim_that_the_rows_contradict_does_not_hold(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("missing", "claim"),
-    [(LOCAL, 0), (GROUPED, 1), (GROUPED, 2), (SUMMARY, 3), ("absolute", 4), ("alibi", 6), (1024, 7)],
+    [(LOCAL, 0), (LOCAL, 1), (GROUPED, 1), (GROUPED, 2), (SUMMARY, 3), ("absolute", 4), ("alibi", 6), (1024, 7)],
 )
 def test_a_claim_without_its_cells_is_not_tested(missing: object, claim: int) -> None:
     cells = {cell: given for cell, given in whole().items() if missing not in cell}
@@ -223,6 +223,10 @@ def test_a_claim_without_its_cells_is_not_tested(missing: object, claim: int) ->
 def test_a_spread_that_leaves_it_open_is_no_verdict() -> None:
     verdicts = judged(rows_of(whole(), noise=0.2))
     assert verdicts[:5] == ["not tested here"] * 5
+
+
+def test_grouped_as_good_as_a_global_that_is_no_better_than_local_tells_nothing() -> None:
+    assert judged(rows_of(moved(Cell(LOCAL, "rotary", 512), value=16.9)))[1] == "not tested here"
 
 
 def test_length_that_matters_to_one_variant_alone_is_no_verdict() -> None:

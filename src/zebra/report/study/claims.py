@@ -144,10 +144,14 @@ def _context_helps(study: Study) -> Claim:
 def _grouped_is_global(study: Study) -> Claim:
     claim = Claim(
         "Grouped attention is about as good as global, at a fraction of the cost",
-        "it is as good, and computes fewer attention pairs",
+        "it is as good, computes fewer attention pairs, and beats local at the last positions of the trained length: "
+        "where local is as good as global too, nothing is told",
     )
     grouped, wide = study.cell("grouped"), study.cell("global")
     held = _compare(claim, study, grouped, _as_good, wide)
+    if grouped is not None:
+        farther = _compare(claim, study, grouped, _beats, study.cell("local"), span=study.far(grouped))
+        held = held if farther or held is False else None
     if grouped is None or wide is None:
         return claim.judge(held)
     costs = [study.rows(cell, "cost", "attention_pairs", study.length)[:1] for cell in (grouped, wide)]
