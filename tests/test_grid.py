@@ -234,3 +234,94 @@ def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> No
     assert not (tmp_path / "killed" / "rows.jsonl").exists()
     assert start("killed").wait(timeout=300) == 0
     assert rows("killed") == rows("whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"stripes": "GL:8"}, "recipe.stripes is what the cells differ in"),
+        ({"train": [1]}, "recipe.train is a table"),
+        (
+            {"model": {"model_type": "zebra_study", "position_embedding": "alibi"}},
+            "position_embedding is what the cells",
+        ),
+        ({"self_extend": "8:64"}, "the cell grouped-2-rotary-w8-64-seed0: recipe: unknown key self_extend"),
+        ({"model": {"model_type": "zebra_study", "sliding_window": 8, "num_hidden_layers": "four"}}, "got 'four'"),
+        (
+            {"model": {"model_type": "zebra_study", "sliding_window": 65, "max_position_embeddings": 128}},
+            "a window is at most the length, 64 tokens; got 65",
+        ),
+    ],
+)
+def test_what_contradicts_the_cells_is_refused(few: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    given = tree(tmp_path / "run", few)
+    given["recipe"] |= change
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(given))
+    with pytest.raises(Refusal, match=says):
+        study(read_recipe(path, StudyRecipe))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_seed_of_the_recipe_is_that_of_cells_without_one(few: Path, tmp_path: Path) -> None:
+    assert [cell.seed for cell in cells_of(of(tmp_path, few, seed=7))] == [7]
+
+
+def test_a_text_smaller_than_a_step_starts_no_cell(few: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="fewer than the 5,000 of one step"):
+        study(of(tmp_path / "run", few, rows_per_step=5000))
+    assert not list((tmp_path / "run" / "cells").glob("*"))
+    changed = tree(tmp_path / "run", few)
+    changed["recipe"]["tokenizer"] = {"vocab_size": 320}
+    with pytest.raises(Refusal, match="trained by another recipe: its tokenizer or its data differ"):
+        study(StudyRecipe.model_validate(changed))
+
+
+def test_rows_that_are_damaged_are_said_before_any_cell_runs(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = {"attention": ["grouped", "global"], "position": "none", "group": 2}
+    monkeypatch.setattr(grid, "_with_tokenizer", lambda _, recipes: recipes)
+    first, _ = recipes_of(of(tmp_path / "run", few, cells))
+    Path(first.run).mkdir(parents=True)
+    (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
+    (Path(first.run) / "rows.jsonl").write_text("{\n")
+    with pytest.raises(Refusal, match="is not a row of results"):
+        study(of(tmp_path / "run", few, cells))
+    assert not list((tmp_path / "run" / "cells").glob("*.log"))
+
+
+def test_why_a_cell_failed(few: Path, tmp_path: Path) -> None:
+    (recipe,) = recipes_of(of(tmp_path / "run", few))
+    assert grid._why(recipe, -9) == "killed by signal 9"
+    assert grid._why(recipe, 2) == "and its log is gone"
+
+
+def test_workers_take_the_gpus_that_may_be_used(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (recipe,) = recipes_of(of(tmp_path / "run", few))
+    Path(recipe.run).parent.mkdir(parents=True)
+    seen = []
+    monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(grid.subprocess, "Popen", lambda *_, env, **__: seen.append(env["CUDA_VISIBLE_DEVICES"]))
+    for given in ("", "2,5"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        for worker in range(3):
+            grid._start(recipe, worker, 3)
+    assert seen == ["0", "1", "0", "2", "5", "2"]
+
+
+def test_a_grid_that_is_told_to_end_takes_its_cells_along(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill -TERM {os.getpid()}\nexec sleep 60\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(grid.sys, "executable", str(fake))
+    monkeypatch.setattr(grid, "_with_tokenizer", lambda _, recipes: recipes)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        study(of(tmp_path / "run", few))
+    assert ended.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) is before

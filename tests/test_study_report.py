@@ -213,7 +213,7 @@ def test_a_claim_that_the_rows_contradict_does_not_hold(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("missing", "claim"),
-    [(LOCAL, 0), (GROUPED, 1), (GROUPED, 2), (SUMMARY, 3), ("absolute", 4), ("alibi", 6), (1024, 7)],
+    [(LOCAL, 0), (LOCAL, 1), (GROUPED, 1), (GROUPED, 2), (SUMMARY, 3), ("absolute", 4), ("alibi", 6), (1024, 7)],
 )
 def test_a_claim_without_its_cells_is_not_tested(missing: object, claim: int) -> None:
     cells = {cell: given for cell, given in whole().items() if missing not in cell}
@@ -223,6 +223,24 @@ def test_a_claim_without_its_cells_is_not_tested(missing: object, claim: int) ->
 def test_a_spread_that_leaves_it_open_is_no_verdict() -> None:
     verdicts = judged(rows_of(whole(), noise=0.2))
     assert verdicts[:5] == ["not tested here"] * 5
+
+
+def test_grouped_as_good_as_a_global_that_is_no_better_than_local_tells_nothing() -> None:
+    assert judged(rows_of(moved(Cell(LOCAL, "rotary", 512), value=16.9)))[1] == "not tested here"
+
+
+def test_length_that_matters_to_one_variant_alone_is_no_verdict() -> None:
+    (found,), _ = study.parted(rows_of(whole()))
+    short, long = (Cell(GROUPED, "rotary", length) for length in (512, 1024))
+    for seed, rows in found.runs[short].items():
+        same = {(row.length, row.position_from, row.position_to): row.value for row in found.runs[long][seed]}
+        found.runs[short][seed] = [
+            replace(row, value=same.get((row.length, row.position_from, row.position_to), row.value))
+            if row.metric == "perplexity" and row.length == 2048
+            else row
+            for row in rows
+        ]
+    assert claims.claims(found)[7].verdict == "not tested here"
 
 
 def test_one_seed_is_held_against_the_noise_of_the_others() -> None:

@@ -94,6 +94,7 @@ tr:first-child .bar {{ background: var(--ink) }}
 .words td {{ overflow-wrap: anywhere }}
 .numeric td:first-child {{ min-width: 7.25rem }}
 .list td, .list th {{ white-space: nowrap; font-size: .8rem; padding: .25rem .6rem }}
+figure .list td:nth-child(n+3) {{ white-space: normal; min-width: 9rem }}
 summary {{ cursor: pointer; padding: .5rem 0; font-weight: 600 }}
 details small {{ display: inline }}
 details ol {{ font-size: .9rem; padding-left: 3rem; margin: 0 0 1rem }}

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from zebra import records
 from zebra.model.checkpoint import open_tokenizer
@@ -38,8 +40,8 @@ from zebra.refusal import Refusal
 from zebra.staged import lock, staged, write_whole
 from zebra.stripes import visible_pairs
 from zebra.train import directory
-from zebra.train.pretrain import config_of
-from zebra.train.recipe import NewTokenizer, PretrainRecipe, Section
+from zebra.train.pretrain import check_step, config_of
+from zebra.train.recipe import NewTokenizer, PretrainRecipe, Section, checked
 from zebra.train.texts import read_texts
 from zebra.train.tokenizer import texts_of, train_tokenizer
 from zebra.train.trainer import check_machine, tokens_per_step
@@ -48,6 +50,8 @@ T = TypeVar("T")
 _Many = Annotated[
     tuple[T, ...], BeforeValidator(lambda one: (one,) if not isinstance(one, list | tuple) else tuple(one))
 ]
+ASKED = "asked.yaml"
+"""What a trained tokenizer was to be, and of what data; it lies beside it."""
 _Size = Annotated[int, Field(ge=1)]
 
 
@@ -60,7 +64,7 @@ class Axes(Section):
     window: _Many[_Size] | None = Field(None, min_length=1, description="recipe.model.sliding_window without it")
     block: _Many[_Size] | None = Field(None, min_length=1, description="of `summary`; recipe.model.summary_block else")
     length: _Many[_Size] | None = Field(None, min_length=1, description="of training; recipe.train.length without it")
-    seed: _Many[Annotated[int, Field(ge=0)]] = Field((0,), min_length=1)
+    seed: _Many[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, description="recipe.train.seed else")
 
 
 class StudyRecipe(Section):
@@ -74,8 +78,16 @@ class StudyRecipe(Section):
     def _shared(self) -> StudyRecipe:
         if "run" in self.recipe:
             raise ValueError("recipe has no run of its own: each cell has a directory under the grid's run; remove it")
-        if (kind := dict(self.recipe.get("model") or {}).get("model_type")) != NAME:
+        for name in ("model", "train", "evaluate"):
+            if not isinstance(self.recipe.get(name) or {}, dict):
+                raise ValueError(f"recipe.{name} is a table of keys and values; got {self.recipe[name]!r}")
+        model = self.recipe.get("model") or {}
+        if (kind := model.get("model_type")) != NAME:
             raise ValueError(f"recipe.model.model_type is {NAME}, whose layers have the kinds of a grid; got {kind!r}")
+        own = [f"model.{name}" for name in ("attention_kinds", "layer_types", "position_embedding") if name in model]
+        own += ["stripes"] * (self.recipe.get("stripes") is not None)
+        if own:
+            raise ValueError(f"recipe.{own[0]} is what the cells differ in, by attention and position; remove it")
         return self
 
 
@@ -118,6 +130,7 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Row]:
         for recipe in recipes:
             directory.check_recipe(Path(recipe.run), recipe)
         done = [recipe for recipe in recipes if _is_done(recipe)]
+        _gather(run, recipes)  # what is damaged is said before any work
         if done:
             console.print(f"{len(done)} of {len(recipes)} cells are done already", highlight=False)
         failed = _run(run, recipes, [recipe for recipe in recipes if recipe not in done], workers)
@@ -181,8 +194,9 @@ def cells_of(grid: StudyRecipe) -> list[Cell]:
     for axes in grid.cells:
         lengths = axes.length or (train.get("length"),)
         windows, blocks = axes.window or (model.get("sliding_window"),), axes.block or (model.get("summary_block", 64),)
+        seeds = axes.seed or (train.get("seed", 0),)
         for attention, position, group, window, block, length, seed in itertools.product(
-            axes.attention, axes.position, axes.group, windows, blocks, lengths, axes.seed
+            axes.attention, axes.position, axes.group, windows, blocks, lengths, seeds
         ):
             if not isinstance(length, int):
                 raise Refusal("a cell has a length: give recipe.train.length, or the axis length.")
@@ -212,14 +226,8 @@ def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
     recipes = []
     for cell in cells_of(grid):
         try:
-            recipe = PretrainRecipe.model_validate(_tree(grid, cell))
+            recipe = checked(_tree(grid, cell), PretrainRecipe, "recipe")
             config_of(recipe)
-        except ValidationError as error:
-            told = error.errors()[0]
-            where = ".".join(str(part) for part in told["loc"])
-            raise Refusal(
-                f"the cell {cell.name}: recipe.{where} {told['msg'].removeprefix('Value error, ')}."
-            ) from None
         except (Refusal, ValueError) as error:
             raise Refusal(f"the cell {cell.name}: {error}") from None
         recipes.append(recipe)
@@ -229,6 +237,16 @@ def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
 def _tree(grid: StudyRecipe, cell: Cell) -> dict[str, Any]:
     shared = yaml.safe_load(yaml.safe_dump(grid.recipe))  # a copy
     model, train, evaluate = shared["model"], shared.get("train") or {}, shared.get("evaluate")
+    for name, number in (
+        ("model.num_hidden_layers", model.get("num_hidden_layers", 1)),
+        ("train.rows_per_step", train.get("rows_per_step", 1)),
+        ("train.length", train.get("length", cell.length)),
+        ("evaluate.beyond", (evaluate or {}).get("beyond") or 1),
+    ):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"recipe.{name} is a whole number from 1 on; got {number!r}.")
+    if cell.window is not None and cell.window > cell.length:
+        raise ValueError(f"a window is at most the length, {cell.length:,} tokens; got {cell.window:,}.")
     kinds = attention_kinds(cell.attention, model.get("num_hidden_layers", 12), cell.group or 1)
     model |= {"attention_kinds": kinds, "position_embedding": cell.position, "sliding_window": cell.window}
     if cell.block is not None:
@@ -251,13 +269,20 @@ def _with_tokenizer(grid: StudyRecipe, recipes: Sequence[PretrainRecipe]) -> lis
     """The recipes with one tokenizer, trained where it is not there yet."""
     asked, made = recipes[0].tokenizer, Path(grid.run) / "tokenizer"
     if isinstance(asked, NewTokenizer):
+        of = recipes[0].model_dump(mode="json", include={"tokenizer", "data"})
         if not made.is_dir():
             tokenizer = train_tokenizer(texts_of(recipes[0]), asked)
             with staged(made) as aside:
                 tokenizer.save_pretrained(aside)
+                write_whole(aside / ASKED, yaml.safe_dump(of))
+        elif (made / ASKED).exists() and yaml.safe_load((made / ASKED).read_text(encoding="utf-8")) != of:
+            raise Refusal(
+                f"{made} was trained by another recipe: its tokenizer or its data differ. "
+                f"Name another run, or remove {grid.run}."
+            )
         recipes = [recipe.model_copy(update={"tokenizer": str(made)}) for recipe in recipes]
     tokenizer = open_tokenizer(str(recipes[0].tokenizer))
-    read_texts(recipes[0], tokenizer)  # into the cache, for all cells
+    check_step(recipes[0], read_texts(recipes[0], tokenizer).rows)  # and the text is in the cache, for all cells
     return list(recipes)
 
 
@@ -265,7 +290,8 @@ def _with_tokenizer(grid: StudyRecipe, recipes: Sequence[PretrainRecipe]) -> lis
 
 
 def _is_done(recipe: PretrainRecipe) -> bool:
-    return (Path(recipe.run) / "rows.jsonl").exists()
+    rows = Path(recipe.run) / "rows.jsonl"
+    return rows.exists() and rows.stat().st_size > 0  # as `pretrain` has it
 
 
 @contextmanager
@@ -284,6 +310,22 @@ def _held(run: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+@contextmanager
+def _told_to_end() -> Iterator[list[int]]:
+    """The signals to end that came; the cells are ended before the process is."""
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    signals = signal.SIGTERM, signal.SIGHUP
+    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in signals}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _run(
     run: Path, recipes: Sequence[PretrainRecipe], todo: Sequence[PretrainRecipe], workers: int
 ) -> list[tuple[str, str]]:
@@ -291,13 +333,15 @@ def _run(
     failed: list[tuple[str, str]] = []
     waiting, free = list(todo), list(range(workers))
     running: dict[int, tuple[PretrainRecipe, subprocess.Popen[bytes]]] = {}
-    with bar("cells", len(todo), "cells") as advance:
+    with _told_to_end() as told, bar("cells", len(todo), "cells") as advance:
         try:
             while waiting or running:
                 while waiting and free:
                     worker, recipe = free.pop(0), waiting.pop(0)
                     running[worker] = recipe, _start(recipe, worker, workers)
                 time.sleep(0.2)
+                if told:
+                    raise SystemExit(128 + told[0])
                 for worker, (recipe, process) in list(running.items()):
                     if process.poll() is None:
                         continue
@@ -305,7 +349,7 @@ def _run(
                     free.append(worker)
                     name = Path(recipe.run).name
                     if process.returncode:
-                        failed.append((name, _last_line(recipe)))
+                        failed.append((name, _why(recipe, process.returncode)))
                     _gather(run, recipes)
                     advance(1, note=name)
                     if not console.is_terminal:
@@ -313,6 +357,7 @@ def _run(
         finally:
             for _, process in running.values():
                 process.terminate()
+            for _, process in running.values():
                 process.wait()
     return failed
 
@@ -323,7 +368,10 @@ def _start(recipe: PretrainRecipe, worker: int, workers: int) -> subprocess.Pope
     write_whole(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     shown = dict(os.environ)
     if gpus := torch.cuda.device_count():
-        shown["CUDA_VISIBLE_DEVICES"] = str(worker % gpus)
+        mine = shown.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of the machine's GPUs, those that may be used
+        shown["CUDA_VISIBLE_DEVICES"] = (mine if len(mine) >= gpus and all(mine) else [*map(str, range(gpus))])[
+            worker % gpus
+        ]
     else:
         shown["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // workers))
     command = [sys.executable, "-m", "zebra", "pretrain", str(path), "--json"]
@@ -331,9 +379,15 @@ def _start(recipe: PretrainRecipe, worker: int, workers: int) -> subprocess.Pope
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, env=shown)
 
 
-def _last_line(recipe: PretrainRecipe) -> str:
+def _why(recipe: PretrainRecipe, code: int) -> str:
+    """The last line of a cell's log; what is there is of before where the cell was killed."""
+    if code < 0:
+        return f"killed by signal {-code}"
     run = Path(recipe.run)
-    lines = run.with_name(f"{run.name}.log").read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = run.with_name(f"{run.name}.log").read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return "and its log is gone"
     return next((line.removeprefix("zebra: ") for line in reversed(lines) if line.strip()), "it said nothing.")
 
 

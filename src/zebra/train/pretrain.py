@@ -63,7 +63,7 @@ def _run(run: Path, recipe: PretrainRecipe) -> list[Row]:
     tokenizer = _tokenizer(run, recipe)
     config = config_of(recipe, tokenizer)
     texts = read_texts(recipe, tokenizer)
-    _check_step(recipe, texts.rows)
+    check_step(recipe, texts.rows)
     inputs = {"text": texts.digest, "tokenizer": fingerprint(tokenizer), "processes": directory.processes()}
     directory.record(run, recipe, inputs)
     if not (run / "model").exists():
@@ -149,7 +149,7 @@ def _tokenizer(run: Path, recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
 # Training
 
 
-def _check_step(recipe: PretrainRecipe, rows: Rows | Taught) -> None:
+def check_step(recipe: PretrainRecipe, rows: Rows | Taught) -> None:
     """Refuse a text with fewer rows than one step takes: there is nothing to learn a language from."""
     length, step = recipe.train.length, tokens_per_step(recipe) // recipe.train.length
     there = len(rows.text if isinstance(rows, Taught) else rows)

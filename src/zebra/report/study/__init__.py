@@ -75,14 +75,14 @@ def _checklist(study: Study) -> Blocks:
     for i, claim in enumerate(judged, start=1):
         rests = ", ".join(f"{study.title(cell)} × {len(study.runs[cell])}" for cell in claim.cells)
         rests += f"; {len(claim.rows)} rows" if claim.rows else "–"
-        body.append([Cell(str(i)), Cell(claim.says, claim.rule), Cell(claim.verdict), Cell(rests, rows=claim.rows)])
+        body.append([Cell(str(i)), Cell(claim.verdict), Cell(claim.says, claim.rule), Cell(rests, rows=claim.rows)])
         for part in claim.parts:
             held = "open" if part.held is None else "yes" if part.held else "no"
             change = Cell(part.change, part.interval, rows=part.rows)
             ends = (Cell(*named, dim_rows=part.rows) for named in (part.one, part.other))
             line = [*ends, Cell(part.where), change, Cell(held)]
             evidence.append([Cell(str(i)), *line])
-    head = [Cell(""), Cell("claim", "rule"), Cell("verdict"), Cell("rests on", "cells × seeds")]
+    head = [Cell(""), Cell("verdict"), Cell("claim", "rule"), Cell("rests on", "cells × seeds")]
     columns = [Cell("claim"), Cell("cell"), Cell("against"), Cell("positions"), Cell("change"), Cell("held")]
     title = "Evidence: means over seeds with their standard deviation"
     return [claims.HOW, Table("", head, body, numeric=False), Table(title, columns, evidence, numeric=False)]
