@@ -175,6 +175,8 @@ def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_p
     config.write_text(config.read_text().replace("}", " }"))
     with pytest.raises(Refusal, match=r"stage adapt: .*adapt was changed since it was done: checkpoint\. Put it back"):
         plan(read_pipeline(path))
+    (copy / "adapt" / "model" / "model.safetensors").unlink()
+    assert why(path, "stages.adapt.train.steps=6")["adapt"] == "train.steps changed"
     shutil.rmtree(copy / "adapt")
     assert why(path)["adapt"] == "gone"
     (copy / "convert.json").unlink()

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -178,7 +178,8 @@ def plan(stages: Sequence[Stage]) -> list[Planned]:
         for stage in stages:
             with _of(stage, folder):
                 waits = [name for name in (stage.after, *stage.before) if name and found[name].why is not None]
-                inputs, _ = inputs_of(stage), _kept(stage)  # refused now, not behind the stages before it
+                _kept(stage)  # refused now, not behind the stages before it
+                inputs = inputs_of(replace(stage, source=None) if waits else stage)  # a checkpoint that will be anew
                 why = f"after {waits[0]}" if waits else _why(stage, inputs)
                 before = found[stage.after] if stage.after else None
                 source = _stand_in(folder, before.stage) if before and before.why is not None else stage.source
