@@ -175,11 +175,23 @@ def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_p
     config.write_text(config.read_text().replace("}", " }"))
     with pytest.raises(Refusal, match=r"stage adapt: .*adapt was changed since it was done: checkpoint\. Put it back"):
         plan(read_pipeline(path))
+    (copy / "adapt" / "model" / "model.safetensors").unlink()
+    assert why(path, "stages.adapt.train.steps=6")["adapt"] == "train.steps changed"
     shutil.rmtree(copy / "adapt")
     assert why(path)["adapt"] == "gone"
     (copy / "convert.json").unlink()
     with pytest.raises(Refusal, match=r"convert exists, and .*convert\.json, which would say what of, does not"):
         plan(read_pipeline(path))
+
+
+def test_a_damaged_record_is_refused_behind_stages_that_are_to_run(data: Path, copy: Path, tmp_path: Path) -> None:
+    path, record = recipe(data, tmp_path), copy / "tune.json"
+    kept = json.loads(record.read_text())
+    for damaged in ("", "[]", json.dumps(kept | {"made": "x"}), json.dumps(kept | {"inputs": 1})):
+        record.write_text(damaged)
+        for more in ([], ["stages.adapt.train.steps=6"]):
+            with pytest.raises(Refusal, match=r"stage tune: .*tune\.json is damaged"):
+                plan(read_pipeline(path, more))
 
 
 def test_a_checkpoint_is_known_by_its_content(finished: Path, tmp_path: Path) -> None:
@@ -289,6 +301,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["stages.evaluate.retrieval.lengths=[4096]"],
         "stage evaluate: a length of 4,096 tokens",
     ),
+    "no such Self-Extend": (["stages.evaluate.perplexity.self_extend=x"], "stage evaluate: .*Self-Extend"),
     "nothing to evaluate": (["stages.evaluate={}"], "stage evaluate: an evaluation takes at least one of perplexity"),
     "an adapter is no checkpoint": (["stages.adapt.lora={merge: false}"], "stage tune: .*is a peft adapter"),
     "not an object": (["stages=[]"], "stages: "),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from zebra.refusal import Refusal
 from zebra.stripes import Stripes
-from zebra.train.recipe import AdaptRecipe, read_recipe
+from zebra.train.recipe import AdaptRecipe, Section, read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -212,6 +212,16 @@ def test_overrides(recipe: Any) -> None:
     assert (found.data.separator, found.data.join) == ("a=b", True)
     assert (found.stripes, found.run) == ("GL:8", "two")
     assert (found.evaluate.length, found.evaluate.files) == (32, ["d.txt"])
+
+
+def test_an_override_of_an_alias_leaves_what_it_stands_for(tmp_path: Path) -> None:
+    class Texts(Section):
+        one: dict[str, dict[str, int]]
+        two: dict[str, dict[str, int]]
+
+    (tmp_path / "recipe.yaml").write_text("one: &same {inner: {a: 1}}\ntwo: *same\n")
+    found = read_recipe(tmp_path / "recipe.yaml", Texts, ["two.inner.a=2", "two.inner.b=3"])
+    assert (found.one, found.two) == ({"inner": {"a": 1}}, {"inner": {"a": 2, "b": 3}})
 
 
 def test_an_empty_override_takes_a_value_away(recipe: Any) -> None:

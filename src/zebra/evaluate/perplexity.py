@@ -163,6 +163,7 @@ def rows_of(
     loads = Loading(**loading)
     loads.check()
     config = loads.config(checkpoint)
+    _ = loads.extension(config)  # refused before the weights are read
     corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -104,30 +104,44 @@ def _record_of(stage: Stage) -> Path:
     return stage.folder.with_name(f"{stage.name}.json")
 
 
-def _why(stage: Stage, inputs: dict[str, str]) -> str | None:
-    """Why a stage is to be run; None where it is done.
+def _kept(stage: Stage) -> tuple[dict[str, str], dict[str, str] | None] | None:
+    """What a stage's record says that it depends on, and what it made, if it is done; None where it never began.
 
     Raises:
-        Refusal: a folder that no record is of, or that was changed since the stage was done.
+        Refusal: a folder that no record is of; a damaged record.
     """
     record, folder = _record_of(stage), stage.folder
     if not record.exists():
         if folder.exists():
             raise Refusal(f"{folder} exists, and {record}, which would say what of, does not. Move it away.")
-        return "new"
+        return None
     try:
         kept = json.loads(record.read_text(encoding="utf-8"))
-        theirs, made = dict(kept["inputs"]), kept["made"]
+        made = kept["made"]
+        return dict(kept["inputs"]), None if made is None else dict(made)
     except (ValueError, TypeError, KeyError):
         raise Refusal(f"{record} is damaged. Move it and {folder} away to begin the stage anew.") from None
+
+
+def _why(stage: Stage, inputs: dict[str, str]) -> str | None:
+    """Why a stage is to be run; None where it is done.
+
+    Raises:
+        Refusal: what `_kept` refuses; a folder that was changed since the stage was done.
+    """
+    kept = _kept(stage)
+    if kept is None:
+        return "new"
+    theirs, made = kept
     changed = sorted(name for name in {*inputs, *theirs} if inputs.get(name) != theirs.get(name))
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         return f"{', '.join(changed[:3])}{more} changed"
-    if made is None or not folder.exists():
+    if made is None or not stage.folder.exists():
         return "begun" if made is None else "gone"
     if changed := sorted(name for name, found in _made(stage).items() if found != made.get(name)):
-        raise Refusal(f"{folder} was changed since it was done: {', '.join(changed)}. Put it back, or move it away.")
+        said = ", ".join(changed)
+        raise Refusal(f"{stage.folder} was changed since it was done: {said}. Put it back, or move it away.")
     return None
 
 
@@ -164,7 +178,8 @@ def plan(stages: Sequence[Stage]) -> list[Planned]:
         for stage in stages:
             with _of(stage, folder):
                 waits = [name for name in (stage.after, *stage.before) if name and found[name].why is not None]
-                inputs = inputs_of(stage)
+                _kept(stage)  # refused now, not behind the stages before it
+                inputs = inputs_of(replace(stage, source=None) if waits else stage)  # a checkpoint that will be anew
                 why = f"after {waits[0]}" if waits else _why(stage, inputs)
                 before = found[stage.after] if stage.after else None
                 source = _stand_in(folder, before.stage) if before and before.why is not None else stage.source

@@ -359,9 +359,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise Refusal(f"an override is written a.b=value; got {override!r}. Write for example train.steps=100.")
     *parents, last = name.strip().split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
+        inner = tree.get(parent, {})
+        if not isinstance(inner, dict):
             raise Refusal(f"the override {override!r} goes below {parent}, which is a value. See the recipe's keys.")
+        tree[parent] = dict(inner)  # an alias of YAML is one table in two places
+        tree = tree[parent]
     try:
         tree[last] = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError):
