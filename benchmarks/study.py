@@ -32,6 +32,23 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "docs" / "results"
 IMAGES = ROOT / "docs" / "images"
 
+CAVEATS = {
+    "study-tiny": [
+        "What this study can say is bounded by its size: 0.23 million parameters, 2,000 steps of 1,024 tokens, one "
+        "book to measure on, rows of 256 tokens read to 2,048. The paper's models have 117 million parameters and "
+        "more, and rows of 1,024 tokens and more (recalled).",
+        "Global attention has not learned to use its context after so few tokens: it starts from an even mean over all "
+        "of them, and in pilots (no rows) it was still gaining on local attention when they ended. Claims that a "
+        "global model should win are held against that model, and fail for it.",
+        "ALiBi has two heads here, whose slopes are 1/16 and 1/256: none of them looks at the last few tokens alone, "
+        "as the steep ones of eight or more heads do. Its verdicts, and those of learned positions, which have seen "
+        "each place 8,000 times, are about this size and not about the method.",
+        "Groups are of two layers. Of four layers in groups of four only the first is global, and looking a word up in "
+        "what was read takes a layer below that has read what stands before it.",
+    ]
+}
+"""What a reader of a published study must know that its rows cannot say."""
+
 
 def write_page(name: str, rows: list[Row], pages: Path, images: Path) -> None:
     """The Markdown and its pictures.
@@ -43,7 +60,8 @@ def write_page(name: str, rows: list[Row], pages: Path, images: Path) -> None:
     if not studies:
         raise Refusal(f"the {len(rows):,} rows of {name} hold no study of two cells or more. Give the run of a grid.")
     parts = [section for i, one in enumerate(studies, start=1) for section in study.sections(one, i)]
-    parts = [_short(section) for section in (*parts, method(rows), others(rest)) if section.blocks]
+    caveats = Section("What to keep in mind", list(CAVEATS.get(name, [])))
+    parts = [_short(section) for section in (caveats, *parts, method(rows), others(rest)) if section.blocks]
     for block in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
         write_whole(images / f"{name}-{block.name}.svg", standalone(block.svg) + "\n")
     said = [study.verdict(one) for one in studies]
