@@ -74,9 +74,11 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
         "evaluating",
         "generating",
         "hosts",
-        "pipeline",
+        pytest.param("pipeline", marks=pytest.mark.full),
         "planning",
-        "pretraining",
+        pytest.param(
+            "pretraining", marks=pytest.mark.full
+        ),  # a grid and a training, which test_grid and test_pretrain run too
         "selecting",
         "self-extend",
         "tuning",
