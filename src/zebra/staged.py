@@ -81,7 +81,7 @@ def held(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     opened = os.open(directory, os.O_RDONLY)
     try:
-        lock(opened, directory)
+        _lock(opened, directory)
         try:
             yield
         finally:
@@ -91,12 +91,7 @@ def held(directory: Path) -> Iterator[None]:
         os.close(opened)
 
 
-def lock(opened: int, directory: Path) -> None:
-    """Hold an opened directory as `held` does.
-
-    Raises:
-        Refusal: another process holds it.
-    """
+def _lock(opened: int, directory: Path) -> None:
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

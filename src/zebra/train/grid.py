@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -31,13 +31,14 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from zebra import records
 from zebra.model.checkpoint import open_tokenizer
-from zebra.model.families import attention_pairs, host_class
+from zebra.model.families import attention_pairs
 from zebra.model.local import Local, layout_with
-from zebra.model.study import NAME, attention_kinds
+from zebra.model.study import NAME, StudyConfig, attention_kinds
+from zebra.plan.decoder import decoder
 from zebra.progress import bar, console
 from zebra.records import Row
 from zebra.refusal import Refusal
-from zebra.staged import lock, staged, write_whole
+from zebra.staged import held, staged, write_whole
 from zebra.stripes import visible_pairs
 from zebra.train import directory
 from zebra.train.pretrain import check_step, config_of
@@ -125,7 +126,7 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Row]:
         raise Refusal(f"--workers is at least 1; got {workers}.")
     check_machine(recipes[0].train)
     run = Path(grid.run)
-    with _held(run):
+    with held(run):
         recipes = _with_tokenizer(grid, recipes)
         for recipe in recipes:
             directory.check_recipe(Path(recipe.run), recipe)
@@ -139,7 +140,7 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Row]:
         (name, why), more = failed[0], len(failed) - 1
         raise Refusal(
             f"{name} failed, {why.rstrip('.')}"
-            + (f"; and {more} other cells" if more else "")
+            + (f"; and {more} more" if more else "")
             + f". Every log is {run / 'cells'}/<name>.log, the rows of the others are {run / 'rows.jsonl'}; "
             "the same command tries again."
         )
@@ -163,15 +164,13 @@ def reckoned(grid: StudyRecipe) -> list[Reckoned]:
     found = []
     for recipe in recipes_of(grid):
         config = config_of(recipe)
-        with torch.device("meta"):
-            model = host_class(config)(config)
         length = recipe.train.length
         dense = config.num_hidden_layers * visible_pairs(length)
         found.append(
             Reckoned(
                 cell=Path(recipe.run).name,
                 layout=layout_with(config, Local()),
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                parameters=decoder(config.to_dict(), name=NAME).size,
                 tokens=recipe.train.steps * tokens_per_step(recipe),
                 attention=attention_pairs(config, length) / dense,
                 done=_is_done(recipe),
@@ -193,7 +192,10 @@ def cells_of(grid: StudyRecipe) -> list[Cell]:
     cells: dict[Cell, None] = {}
     for axes in grid.cells:
         lengths = axes.length or (train.get("length"),)
-        windows, blocks = axes.window or (model.get("sliding_window"),), axes.block or (model.get("summary_block", 64),)
+        windows, blocks = (
+            axes.window or (model.get("sliding_window"),),
+            axes.block or (model.get("summary_block", StudyConfig.summary_block),),
+        )
         seeds = axes.seed or (train.get("seed", 0),)
         for attention, position, group, window, block, length, seed in itertools.product(
             axes.attention, axes.position, axes.group, windows, blocks, lengths, seeds
@@ -247,7 +249,9 @@ def _tree(grid: StudyRecipe, cell: Cell) -> dict[str, Any]:
             raise ValueError(f"recipe.{name} is a whole number from 1 on; got {number!r}.")
     if cell.window is not None and cell.window > cell.length:
         raise ValueError(f"a window is at most the length, {cell.length:,} tokens; got {cell.window:,}.")
-    kinds = attention_kinds(cell.attention, model.get("num_hidden_layers", 12), cell.group or 1)
+    kinds = attention_kinds(
+        cell.attention, model.get("num_hidden_layers", StudyConfig.num_hidden_layers), cell.group or 1
+    )
     model |= {"attention_kinds": kinds, "position_embedding": cell.position, "sliding_window": cell.window}
     if cell.block is not None:
         model["summary_block"] = cell.block
@@ -292,22 +296,6 @@ def _with_tokenizer(grid: StudyRecipe, recipes: Sequence[PretrainRecipe]) -> lis
 def _is_done(recipe: PretrainRecipe) -> bool:
     rows = Path(recipe.run) / "rows.jsonl"
     return rows.exists() and rows.stat().st_size > 0  # as `pretrain` has it
-
-
-@contextmanager
-def _held(run: Path) -> Iterator[None]:
-    """One grid at a time in a directory."""
-    cells = run / "cells"
-    cells.mkdir(parents=True, exist_ok=True)
-    opened = os.open(cells, os.O_RDONLY)
-    try:
-        lock(opened, cells)
-        yield
-    finally:
-        os.close(opened)
-        for folder in (cells, run):
-            with suppress(OSError):  # something came of it
-                folder.rmdir()
 
 
 @contextmanager
@@ -369,9 +357,8 @@ def _start(recipe: PretrainRecipe, worker: int, workers: int) -> subprocess.Pope
     shown = dict(os.environ)
     if gpus := torch.cuda.device_count():
         mine = shown.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of the machine's GPUs, those that may be used
-        shown["CUDA_VISIBLE_DEVICES"] = (mine if len(mine) >= gpus and all(mine) else [*map(str, range(gpus))])[
-            worker % gpus
-        ]
+        named = len(mine) >= gpus and all(mine)
+        shown["CUDA_VISIBLE_DEVICES"] = mine[worker % gpus] if named else str(worker % gpus)
     else:
         shown["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // workers))
     command = [sys.executable, "-m", "zebra", "pretrain", str(path), "--json"]
