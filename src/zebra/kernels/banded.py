@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zebra.kernels.request import Kernel, Mask, Request
-from zebra.kernels.tiles import Tile, Tiles
+from zebra.kernels.tiles import COLUMNS, Tile, Tiles
 
 _LOG2E = math.log2(math.e)
 _BLOCKS = {"small": 64, "middle": 128, "large": 256}
@@ -46,11 +46,13 @@ class _Walk:
         self.slopes = None if slopes is None else slopes.to(self.wide).view(-1, self.group, 1, 1) * _LOG2E
         block = _BLOCKS[_block(mask, wide=self.wide == q.dtype)]
         self.tiles = Tiles(mask, q.shape[0], q.shape[2], k.shape[2], block=block, part=_PART, group=self.group)
-        reach = min(k.shape[2], _PART, k.shape[2] if mask.window is None else mask.window - 1 + block)
+        reach = min(k.shape[2], _PART, k.shape[2] if mask.window is None else mask.window - 1 + block + COLUMNS)
         at_once = _SCORES_AT_ONCE if q.device.type == "cpu" else _SCORES_AT_ONCE << 8
         self.turns = -(-self.heads // max(1, at_once // (self.group * block * reach)))
         self.span = max(1, _SPAN // block)
-        self.longest = k.shape[2] if mask.window is None else min(k.shape[2], mask.window - 1 + self.span * block)
+        self.longest = (
+            k.shape[2] if mask.window is None else min(k.shape[2], mask.window - 1 + self.span * block + COLUMNS)
+        )
         self.compact = q.dtype != self.wide or torch.get_float32_matmul_precision() != "highest"
         self._room = -(-self.heads // self.turns) * self.group * block * reach
         self._buffers: dict[Any, Tensor] = {}
