@@ -16,7 +16,6 @@ from torch import Tensor
 from zebra import masks
 from zebra.kernels.request import Mask
 
-
 COLUMNS = 16
 """Keys of a tile in a window come in so many: a row of scores is whole vectors, and products a tenth faster."""
 
