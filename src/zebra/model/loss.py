@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 IGNORE = -100
-CHUNK = 1024
+CHUNK = 512
+"""Tokens whose logits are held at a time."""
 _FUSED = hasattr(functional, "linear_cross_entropy")
 
 
@@ -84,8 +85,11 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 def _summed(states: Tensor, head: Head, targets: Tensor) -> Tensor:
     if _FUSED and head.softcap is None and head.bias is None:
-        # Chunks pay where there are more words than dimensions.
-        options = nn.LinearCrossEntropyOptions() if head.weight.shape[0] > head.weight.shape[1] else None
+        options = None
+        if head.weight.shape[0] > head.weight.shape[1]:  # chunks pay where there are more words than dimensions
+            # On a CPU torch takes so few tokens at a time that its products are narrow: 32 of 2,048.
+            rows = CHUNK if states.device.type == "cpu" else None
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         scaled = states if head.scale == 1 else states * head.scale
         return functional.linear_cross_entropy(
             scaled, head.weight, targets, reduction="sum", ignore_index=IGNORE, options=options

@@ -22,7 +22,7 @@ from zebra.plan.cost import BYTES, Run, low_rank, trained
 from zebra.plan.decoder import SUMMARY, Summarised
 from zebra.stripes import GLOBAL, LOCAL
 
-CHUNK = 1024
+CHUNK = 512
 """Tokens whose logits the loss holds at a time, `zebra.model.loss.CHUNK`."""
 QUERIES = 1024
 """Queries whose scores over blocks a summary layer forms at a time, `zebra.kernels.summary.QUERIES`."""
