@@ -128,6 +128,10 @@ def _percent(nats: float) -> str:
     return percent(math.expm1(min(nats, 50.0)), sign="+")
 
 
+def _nats(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
 def _context_helps(study: Study) -> Claim:
     claim = Claim(
         "Long context helps in this data (a check of the set-up, not of the paper)",
@@ -244,7 +248,7 @@ def _alibi_is_near_sighted(study: Study) -> Claim:
     weak = _beats(found)
     names = [(study.title(cell), f"falls by {_mean(gains(cell).values()):.4f} nats") for cell in (alibi, rotary)]
     where = f"{span_name(near)} to {span_name(far)} of {rotary.length:,}"
-    change = f"{found.mean:+.4f} nats", f"{found.low:+.4f} to {found.high:+.4f}; {found.how}"
+    change = f"{_nats(found.mean)} nats", f"{_nats(found.low)} to {_nats(found.high)}; {found.how}"
     scores = (study.scores(cell, cell.length, span) for cell in (alibi, rotary) for span in (near, far))
     rows = [row for found in scores for row in found.values()]
     claim.parts.append(Part(names[0], names[1], where, *change, weak, rows))
@@ -279,7 +283,7 @@ def _length_matters_more(study: Study) -> Claim:
     least, between_them = min(costs), max(after) - min(after)
     said = ("length, the least cost", _percent(least)), ("variants, worst against best", _percent(between_them))
     held = True if least > between_them else False if max(costs) <= between_them else None
-    claim.parts.append(Part(*said, where, f"{least - between_them:+.4f} nats", "means", held))
+    claim.parts.append(Part(*said, where, f"{_nats(least - between_them)} nats", "means", held))
     return claim.judge(held)
 
 
