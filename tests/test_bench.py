@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,12 @@ def test_a_wrong_kernel_yields_no_row(part: str, peaks: str, monkeypatch: pytest
     monkeypatch.setattr(kernels, "KERNELS", broken)
     with pytest.raises(Refusal, match=r"zebra, banded is off by 1\.0e-02"):
         pairing.bench(replace(TINY["attention"], memory=False, ceilings=peaks))
+
+
+def test_no_gradient_that_is_not_a_number_passes() -> None:
+    one, none = torch.ones(3), torch.full((3,), float("nan"))
+    for found in ([one, none], [none, one], [one, none, one]):
+        assert math.isnan(pairing.relative_error(found, [one] * len(found)))
 
 
 @pytest.mark.skipif(not alone._STATUS.is_file(), reason="this system does not tell a process's peak")
@@ -444,6 +451,9 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "memory": ("self-extend", {"work": "chunks", "memory": False}, "memory alone; got --no-memory"),
     "repeats": ("ceilings", {"repeats": 0}, "--repeats"),
     "seed": ("loss", {"seed": -1}, "--seed"),
+    "words": ("train-step", {"words": 3}, "at least 4 --words"),
+    "one token": ("loss", {"length": 1}, "from 2 tokens"),
+    "sinks": ("prefill", {"stripes": "GL:16+4"}, "no sinks; got GL:16.4"),
 }
 
 
@@ -459,6 +469,8 @@ def test_refusals_of_the_command_are_one_line(zebra: Zebra, tmp_path: Path) -> N
     half = tmp_path / "half.json"
     half.write_text(json.dumps({"name": "x", "flops": {"bfloat16": 1e9}, "bandwidth": 1e9}))
     refused(zebra("bench", "loss", "--ceilings", half), "no ceiling for float32")
+    refused(zebra("bench", "decode", "--out", tmp_path), "--out is a file")
+    refused(zebra("bench", "loss", "--ceilings", "h200", "--length", 99_999_999_999), "too little memory")
 
 
 @pytest.fixture

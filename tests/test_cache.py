@@ -37,7 +37,9 @@ def fill(model: Any, cache: DynamicCache, *parts: int) -> DynamicCache:
     return cache
 
 
-@pytest.mark.parametrize("parts", [(3,), (8,), (9,), (200,), (100, 1), (1,) * 30, (7,) * 20, (200, 1, 1, 50)], ids=str)
+@pytest.mark.parametrize(
+    "parts", [(3,), (8,), (9,), (200,), (100, 1), (1,) * 30, (7,) * 20, (14,), (16, 5), (200, 1, 1, 50)], ids=str
+)
 def test_a_local_layer_holds_the_window_less_one(model: Any, parts: tuple[int, ...]) -> None:
     cache = fill(model, StripedCache(model.config), *parts)
     n = sum(parts)
@@ -46,7 +48,7 @@ def test_a_local_layer_holds_the_window_less_one(model: Any, parts: tuple[int, .
         assert layer.keys.shape[-2] == layer.values.shape[-2] == held
         assert layer.get_seq_length() == n
         for states in (layer.keys, layer.values):
-            assert states.untyped_storage().nbytes() <= 2 * held * TOKEN // 2
+            assert states.untyped_storage().nbytes() <= (held + max(1, held // 4)) * TOKEN // 2
 
 
 def test_storage_is_bounded_where_the_hosts_is_not(model: Any) -> None:

@@ -1,4 +1,6 @@
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -34,6 +36,22 @@ def test_the_error_is_that_of_the_product(monkeypatch):
     exact = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b: exact(a.bfloat16(), b.bfloat16()).float())
     assert precision.product_error() > 1e-3
+
+
+def test_the_newer_setting_of_torch_leaves_it_off_and_is_kept():
+    """It does not mix with the older one, which torch then refuses to read."""
+    code = (
+        "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "from zebra.kernels import Mask, attend, only\n"
+        "from zebra.kernels.precision import fast_float32\n"
+        "q = torch.randn(1, 2, 64, 16)\n"
+        "with only('banded'): attend(q, q, q, Mask(8))\n"
+        "with fast_float32() as on: assert not on\n"
+        "assert torch.backends.cuda.matmul.fp32_precision == 'tf32'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fast float32 stays off" in done.stderr
 
 
 def test_an_exception_inside_restores_the_setting():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import pickle
 import statistics
 import subprocess
@@ -277,6 +278,7 @@ def _rows(
 
 
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest of the tensors' errors, each in the Frobenius norm over the norm of what is wanted."""
+    """The largest of the tensors' errors, each in the Frobenius norm over the norm of what is wanted; NaN if one is."""
     pairs = zip(found, wanted, strict=True)
-    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+    errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
+    return max(errors, key=lambda error: (math.isnan(error), error))  # `max` alone passes over NaN

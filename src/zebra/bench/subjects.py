@@ -84,8 +84,13 @@ class Paired(Sizes):
             raise Refusal(f"--heads is a multiple of --kv-heads; got {heads} and {kv_heads}.")
         if getattr(self, "head_size", 2) % 2:
             raise Refusal(f"--head-size is even, as a rope turns pairs; got {getattr(self, 'head_size', 0)}.")
+        if getattr(self, "words", 4) < 4 or (self.name == "loss" and getattr(self, "length", 2) < 2):
+            raise Refusal("there are at least 4 --words, and a loss predicts from 2 tokens of --length on. Raise them.")
         if hasattr(self, "stripes"):
-            Stripes.parse(self.stripes).layer_types(getattr(self, "layers", 1))
+            stripes = Stripes.parse(self.stripes)
+            stripes.layer_types(getattr(self, "layers", 1))
+            if stripes.sinks:
+                raise Refusal(f"benches run the host's classes, which have no sinks; got {stripes}. Drop them.")
 
 
 @dataclass(frozen=True, kw_only=True)

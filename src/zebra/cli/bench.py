@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from zebra.bench.subjects import SUBJECTS, Ceilings, Paired, Sizes
 from zebra.cli import show
+from zebra.refusal import Refusal
 
 app = typer.Typer(help="Measure time and memory beside the plan.", no_args_is_help=True)
 
@@ -59,6 +61,8 @@ def _command(subject: type[Sizes]) -> Callable[..., None]:
 
 def _measure(sizes: Sizes, out: Path | None, as_json: bool) -> None:
     left_out: tuple[str, ...] = ()
+    if out is not None and (out.is_dir() or (out.parent.is_dir() and not os.access(out.parent, os.W_OK))):
+        raise Refusal(f"--out is a file in a folder that can be written; got {out}. Name another.")
     if isinstance(sizes, Ceilings):
         from zebra.bench import ceilings
 
@@ -70,7 +74,12 @@ def _measure(sizes: Sizes, out: Path | None, as_json: bool) -> None:
         from zebra.bench.pairing import bench
 
         assert isinstance(sizes, Paired)
-        rows, left_out = bench(sizes)
+        try:
+            rows, left_out = bench(sizes)
+        except RuntimeError as error:  # torch has no class of its own for a CPU without memory
+            if "allocate memory" not in str(error) and "out of memory" not in str(error):
+                raise
+            raise Refusal(f"there is too little memory: {str(error).splitlines()[0]} Give smaller sizes.") from None
         if out is not None:
             records.append(out, rows)
     show.rows(rows, as_json)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zebra.kernels.precision import setting
 from zebra.kernels.request import Kernel, Mask, Request
 from zebra.kernels.tiles import COLUMNS, Tile, Tiles
 
@@ -53,7 +54,7 @@ class _Walk:
         self.longest = (
             k.shape[2] if mask.window is None else min(k.shape[2], mask.window - 1 + self.span * block + COLUMNS)
         )
-        self.compact = q.dtype != self.wide or torch.get_float32_matmul_precision() != "highest"
+        self.compact = q.dtype != self.wide or setting() != "highest"
         self._room = -(-self.heads // self.turns) * self.group * block * reach
         self._buffers: dict[Any, Tensor] = {}
 

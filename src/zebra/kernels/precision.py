@@ -26,13 +26,18 @@ def fast_float32() -> Iterator[bool]:
     The setting is the process's own, other threads included; on a GPU it would permit TF32.
 
     Yields:
-        Whether it is on. Where the products are off by more than `TOLERANCE`, it stays off and a warning says so.
+        Whether it is on. Where the products are off by more than `TOLERANCE`, or somebody chose a precision by torch's
+        newer `torch.backends...fp32_precision`, it stays off and a warning says so.
 
     Example:
         >>> with fast_float32() as faster:
         ...     product = torch.ones(8, 8) @ torch.ones(8, 8)
     """
-    before = torch.get_float32_matmul_precision()
+    before = setting()
+    if before is None:
+        _log.warning("fast float32 stays off: torch.backends' fp32_precision was set, which does not mix with it")
+        yield False
+        return
     torch.set_float32_matmul_precision("medium")
     try:
         error = product_error()
@@ -45,9 +50,19 @@ def fast_float32() -> Iterator[bool]:
         torch.set_float32_matmul_precision(before)
 
 
+def setting() -> str | None:
+    """torch's float32 precision: highest, high or medium; None where it was set by the newer way, which torch does not
+    let the older one read.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
 def product_error(size: int = 512) -> float:
     """The relative error, in the Frobenius norm, of a float32 product of random matrices against float64."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
+    a, b = (torch.randn(size, size, generator=generator, dtype=torch.float32) for _ in range(2))
     exact = a.double() @ b.double()
     return float((torch.mm(a, b).double() - exact).norm() / exact.norm())

@@ -64,9 +64,10 @@ class _Room:
         return self._hand(buffer[:, :, : n + t])
 
     def last(self, states: Tensor, count: int) -> Tensor:
-        """The last `count` tokens, copied where the buffer behind them is more than twice as large."""
+        """The last `count` tokens, copied where the buffer behind them is more than a quarter, or a token, larger."""
         kept = states[:, :, max(0, states.shape[-2] - count) :]
-        if kept.untyped_storage().nbytes() > 2 * kept.numel() * kept.element_size():
+        room = kept.shape[-2] + max(1, kept.shape[-2] // 4)
+        if kept.untyped_storage().nbytes() > room * states[:, :, :1].numel() * states.element_size():
             return kept.clone()
         return self._hand(kept) if self._handed is not None and self._handed() is states else kept
 

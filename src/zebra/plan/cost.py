@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zebra.plan.decoder import SUMMARY, Decoder, Summarised
+from zebra.plan.decoder import LARGEST, SUMMARY, Decoder, Summarised
 from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
 from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes, summary_pairs, visible_pairs
@@ -65,8 +65,8 @@ class Run:
         if self.dtype not in allowed:
             raise Refusal(f"the dtype in {self.phase} is one of {', '.join(allowed)}; got {self.dtype!r}. Choose one.")
         for name, value in (("length", self.length), ("batch", self.batch), ("LoRA's rank", self.lora)):
-            if value is not None and value < 1:
-                raise Refusal(f"the {name} is a whole number of at least 1; got {value}. Raise it.")
+            if value is not None and not 1 <= value <= LARGEST:
+                raise Refusal(f"the {name} is a whole number from 1 to 10^12; got {str(value)[:20]}. Change it.")
         if not training and (self.checkpointing or self.lora):
             raise Refusal(f"checkpointing and LoRA belong to the phase train; got the phase {self.phase}. Drop them.")
         self.decoder.kinds(self.stripes)  # refuses a layer beyond the model

@@ -30,7 +30,8 @@ class Family:
         query_norm: whose width the norms of queries and keys have: a `head`, or `all` heads together.
         biases: biases of the `qkv` projections, of all `attention`, or of `all` linear maps and norms; None follows
             `attention_bias` and `mlp_bias` of the config.
-        pattern: the layout where the config has a window and no layer_types, tiled.
+        pattern: the layout where the config has a window and no layer_types, tiled; None where its host then has none.
+        asks: whether a window counts only beside `use_sliding_window: true`.
         turned: the kinds of layer whose queries and keys a rotary embedding turns.
         tied: whether embedding and head are one where the config does not say.
     """
@@ -39,24 +40,32 @@ class Family:
     query_norm: str | None = None
     biases: str | None = None
     gated: bool = True
-    pattern: str = "L"
+    pattern: str | None = "L"
+    asks: bool = False
     turned: str = "GL"
     tied: bool = False
 
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "ministral", "cwm", "smollm3", "mixtral", "phi3"), Family()),
-    "qwen2": Family(biases="qkv"),
-    **dict.fromkeys(("qwen3", "qwen3_moe", "mellum"), Family(query_norm="head")),
+    **dict.fromkeys(("mistral", "ministral", "mixtral", "phi3"), Family()),
+    "llama": Family(pattern=None),
+    "cwm": Family(pattern="GLLL"),
+    "smollm3": Family(asks=True, tied=True),
+    "qwen2": Family(biases="qkv", asks=True),
+    **dict.fromkeys(("qwen3", "qwen3_moe"), Family(query_norm="head", asks=True)),
+    "mellum": Family(query_norm="head"),
     "gemma2": Family(norms=4, pattern="LG", tied=True),
     "gemma3_text": Family(norms=4, query_norm="head", pattern="LLLLLG", tied=True),
     "cohere2": Family(norms=1, pattern="LLLG", turned="L", tied=True),
-    **dict.fromkeys(("olmo2", "olmo3"), Family(query_norm="all", pattern="LLLG")),
-    "gpt2": Family(biases="all", gated=False, turned="", tied=True),
+    "olmo2": Family(query_norm="all", pattern=None),
+    "olmo3": Family(query_norm="all", pattern="LLLG"),
+    "gpt2": Family(biases="all", gated=False, turned="", tied=True, pattern=None),
     "zebra_study": Family(tied=True),
 }
 """The families whose parameters are counted exactly, by `model_type`. Any other is reckoned as a Llama, and said so."""
 
+LARGEST = 10**12
+"""What any size of a config, a length or a batch may be: products of a few of them are still floats."""
 SUMMARY = "summary"
 """A layer that reads its window, and beyond it the mean of each block (`zebra.kernels.summary`)."""
 
@@ -190,7 +199,12 @@ def read(model: str | os.PathLike[str]) -> Decoder:
             raise Refusal(f"{file} is no JSON: {error}. Give a checkpoint's config.json.") from None
         if not isinstance(fields, dict):
             raise Refusal(f"{file} is no config: it holds no JSON object. Give a checkpoint's config.json.")
-        return decoder(fields, name=str(model))
+        try:
+            return decoder(fields, name=str(model))
+        except Refusal:
+            raise
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            raise Refusal(f"{file} is no decoder's config: {type(error).__name__}, {error}. Mend it.") from None
     if str(model) in SHAPES:
         return decoder(shape(str(model)), name=str(model))
     raise Refusal(
@@ -209,7 +223,16 @@ def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
     family = str(fields.get("model_type", "llama"))
     style = FAMILIES.get(family, Family())
     layers, hidden, heads = (_whole(fields, key, name) for key in list(_NAMES)[:3])
-    experts = fields.get("num_experts") or fields.get("num_local_experts") or 0
+    experts = next((key for key in ("num_experts", "num_local_experts") if fields.get(key)), None)
+    kv_heads = _whole(fields, "num_key_value_heads", name, heads)
+    if heads % kv_heads or (hidden % heads and fields.get("head_dim") is None):
+        raise Refusal(
+            f"{name}: key-value heads divide the heads, and heads the hidden size unless there is a head_dim; got "
+            f"{kv_heads}, {heads} and {hidden}. Mend its config.json."
+        )
+    tied = fields.get("tie_word_embeddings", style.tied)
+    if not isinstance(tied, bool):
+        raise Refusal(f"{name}: tie_word_embeddings is true or false; got {tied!r}. Mend its config.json.")
     attention_bias = style.biases in ("attention", "all") or bool(fields.get("attention_bias"))
     return Decoder(
         name=name,
@@ -217,11 +240,11 @@ def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=_whole(fields, "num_key_value_heads", name, heads),
+        kv_heads=kv_heads,
         head_size=_whole(fields, "head_dim", name, hidden // heads),
         intermediate=_whole(fields, "intermediate_size", name, None if style.gated else 4 * hidden),
         vocabulary=_whole(fields, "vocab_size", name),
-        tied=bool(fields.get("tie_word_embeddings", style.tied)),
+        tied=tied,
         trained_length=(longest := _whole(fields, "max_position_embeddings", name)),
         learned_positions=longest if style.biases == "all" or fields.get("position_embedding") == "absolute" else 0,
         qkv_bias=attention_bias or style.biases == "qkv",
@@ -239,20 +262,23 @@ def _whole(fields: Mapping[str, Any], key: str, name: str, default: int | None =
         value = fields.get(_NAMES.get(key, key))
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        found = "nothing" if value is None else repr(value)
-        raise Refusal(f"{name}: {key} is a whole number of at least 1; got {found}. Mend its config.json.")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+        found = "nothing" if value is None else repr(value)[:20]
+        raise Refusal(f"{name}: {key} is a whole number from 1 to 10^12; got {found}. Mend its config.json.")
     return value
 
 
-def _experts(fields: Mapping[str, Any], experts: int, layers: int, name: str) -> dict[str, int]:
+def _experts(fields: Mapping[str, Any], key: str, layers: int, name: str) -> dict[str, int]:
+    experts, each = _whole(fields, key, name), _whole(fields, "num_experts_per_tok", name)
+    if each > experts:
+        raise Refusal(f"{name}: a token meets at most all {experts} experts; got {each}. Mend its config.json.")
     kinds = fields.get("mlp_layer_types")
     only, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
     sparse = kinds.count("sparse") if kinds else sum(i not in only and (i + 1) % step == 0 for i in range(layers))
     width = "moe_intermediate_size" if fields.get("moe_intermediate_size") else "intermediate_size"
     return {
         "experts": experts,
-        "experts_per_token": _whole(fields, "num_experts_per_tok", name),
+        "experts_per_token": each,
         "expert_intermediate": _whole(fields, width, name),
         "expert_layers": sparse,
     }
@@ -280,8 +306,12 @@ def _stripes(fields: Mapping[str, Any], style: Family, layers: int, name: str) -
     if not window or fields.get("use_sliding_window") is False:
         return None
     if kinds is None:
+        if style.pattern is None or (style.asks and not fields.get("use_sliding_window")):
+            return None
         first = fields.get("max_window_layers") or 0
-        tiled = Stripes(window=window, pattern=style.pattern).layer_types(layers)
+        every = fields.get("sliding_window_pattern")
+        pattern = "L" * (every - 1) + "G" if every and "G" in style.pattern else style.pattern
+        tiled = Stripes(window=window, pattern=pattern).layer_types(layers)
         kinds = [kind if i >= first else GLOBAL for i, kind in enumerate(tiled)]
     if summaries := tuple(i for i, kind in enumerate(fields.get("attention_kinds") or ()) if kind == SUMMARY):
         pattern = "".join("L" if kind == LOCAL else "G" for kind in kinds)

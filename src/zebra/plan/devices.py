@@ -112,7 +112,7 @@ def find(device: str | os.PathLike[str]) -> Device:
         attention = {str(kind): _rates(rates) for kind, rates in (tree.get("attention") or {}).items()}
         memory = None if tree.get("memory") is None else int(tree["memory"])
         found = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise Refusal(
             f"{path} is no file of ceilings: {type(error).__name__} {error}. It holds a JSON object with name, flops "
             "(FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes) and attention (FLOP/s by kind and dtype)."

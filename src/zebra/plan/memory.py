@@ -32,18 +32,21 @@ def cached_tokens(run: Run) -> int:
     """Tokens kept between steps, summed over layers and rows: N in a global or summary layer, w - 1 in a local one.
 
     A local layer has beside them room for its sinks; with full decoding it keeps N. Under Self-Extend a global layer
-    keeps at most N + W: the keys of the last W in both rotations.
+    keeps N, and the keys alone of the last W - 1 once more: `kv_bytes` counts them.
     """
     window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes else (1, 0)
     local = run.length if run.full_decode else min(run.length, window - 1) + sinks
-    far = min(run.self_extend.window, run.length) if run.self_extend else 0
-    whole = run.count(GLOBAL) * (run.length + far) + run.count(SUMMARY) * run.length
+    whole = (run.count(GLOBAL) + run.count(SUMMARY)) * run.length
     return run.batch * (whole + run.count(LOCAL) * local)
 
 
 def kv_bytes(run: Run) -> int:
     """Bytes of keys and values that the cache holds after `length` tokens; none in training."""
-    return 0 if run.phase == "train" else 2 * cached_tokens(run) * run.decoder.kv_width * BYTES[run.dtype]
+    if run.phase == "train":
+        return 0
+    near = min(run.self_extend.window - 1, run.length) if run.self_extend else 0
+    numbers = 2 * cached_tokens(run) + run.batch * run.count(GLOBAL) * near
+    return numbers * run.decoder.kv_width * BYTES[run.dtype]
 
 
 def saved_by_a_layer(run: Run) -> int:
