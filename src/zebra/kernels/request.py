@@ -129,6 +129,8 @@ class Kernel:
     softcap: bool = False
     sinks: bool = False
     slopes: bool = False
+    fewest: int = 1
+    """Queries, below which it does not pay."""
     own: Callable[[Request], str | None] = lambda request: None
 
     def declines(self, request: Request) -> str | None:
@@ -152,4 +154,6 @@ class Kernel:
             return "it gives no log-sum-exp"
         if not self.backward and request.wants_gradient:
             return "it has no backward"
+        if request.queries < self.fewest:
+            return f"it does not pay for fewer than {self.fewest} queries"
         return self.own(request)
