@@ -46,8 +46,8 @@ def library(source: Path) -> ctypes.CDLL:
     command = [*_compiler(), *OPTIONS]
     try:
         version = subprocess.run([*_compiler(), "--version"], capture_output=True, timeout=_PATIENCE).stdout
-        parts = [source.read_bytes(), *(one.encode() for one in command), version, *map(str.encode, sorted(cpu_flags()))]
-        name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+        made_by = repr((command, version, sorted(cpu_flags()))).encode()
+        name = hashlib.sha256(source.read_bytes() + made_by).hexdigest()[:32]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zebra" / "kernels"
         path = folder / f"{source.stem}-{name}.so"
         if not path.exists():
