@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from torch import Tensor
 
 from zebra.kernels import KERNELS, Mask, Request, attend, choose, compiler, native, only, reference
 
-_REQUEST = Request(*[torch.zeros(1, 1, 256, 64)] * 3, Mask(), 1.0)  # type: ignore[arg-type]
+
+def request(inputs: list[Tensor], mask: Mask, scale: float = 0.3, **options: Any) -> Request:
+    q, k, v = inputs
+    return Request(q, k, v, mask, scale, **options)
+
+
+_REQUEST = request([torch.zeros(1, 1, 256, 64)] * 3, Mask())
 _REASON = native.KERNEL.declines(_REQUEST)
 needs_native = pytest.mark.skipif(_REASON is not None, reason=f"native: {_REASON}")
 needs_bfloat16 = pytest.mark.skipif("avx512_bf16" not in compiler.cpu_flags(), reason="no AVX-512 for bfloat16")
@@ -51,12 +58,11 @@ def masked(window: int | None, keys: int, kind: str) -> Mask:
 
 
 def everything(
-    run: object, inputs: list[Tensor], mask: Mask, scale: float = 0.3, with_lse: bool = True
+    run: Any, inputs: list[Tensor], mask: Mask, scale: float = 0.3, with_lse: bool = True
 ) -> dict[str, Tensor]:
     """Output, log-sum-exp (-inf as 0), where it was -inf, and gradients of both, by a kernel's own function."""
-    assert callable(run)
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out, lse = run(Request(*leaves, mask, scale, with_lse=with_lse))  # type: ignore[misc]
+    out, lse = run(request(leaves, mask, scale, with_lse=with_lse))
     generator = torch.Generator().manual_seed(9)
     roots, seeds = [out], [torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)]
     found = {"out": out}
@@ -68,10 +74,10 @@ def everything(
     return {name: x.detach() for name, x in (found | dict(zip(("dq", "dk", "dv"), gradients, strict=True))).items()}
 
 
-def agree(inputs: list[Tensor], mask: Mask, **options: float) -> dict[str, Tensor]:
+def agree(inputs: list[Tensor], mask: Mask, **options: Any) -> dict[str, Tensor]:
     """The kernel, whatever the length, against the formula in float64."""
-    found = everything(native.native, inputs, mask, **options)  # type: ignore[arg-type]
-    wanted = everything(reference.KERNEL.run, [x.double() for x in inputs], mask, **options)  # type: ignore[arg-type]
+    found = everything(native.native, inputs, mask, **options)
+    wanted = everything(reference.KERNEL.run, [x.double() for x in inputs], mask, **options)
     out, lse, gradient = TOLERANCE[inputs[0].dtype]
     limits = {"out": out, "lse": lse, "dq": gradient, "dk": gradient, "dv": gradient}
     for name, tensor in found.items():
@@ -150,7 +156,7 @@ def test_any_layout_equals_the_formula(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["ones", "transposed"])
 def test_a_gradient_of_any_layout(kind: str, dtype: torch.dtype) -> None:
     inputs = [x.requires_grad_() for x in drawn(100, 100, dtype=dtype)]
-    out, _ = native.native(Request(*inputs, Mask(30), 0.3))  # type: ignore[misc]
+    out, _ = native.native(request(inputs, Mask(30)))
     same = torch.ones_like(out.transpose(1, 2)).transpose(1, 2) if kind == "transposed" else torch.ones(()).to(dtype)
     found = torch.autograd.grad(out, inputs, same.expand_as(out), retain_graph=True)
     for one, other in zip(found, torch.autograd.grad(out, inputs, torch.ones(out.shape, dtype=dtype)), strict=True):
@@ -251,7 +257,7 @@ def test_memory_grows_with_the_length() -> None:
     for length in (1024, 2048, 4096):
         inputs = [x.requires_grad_() for x in drawn(length, length)]
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            out, _ = native.native(Request(*inputs, Mask(64), 0.3))  # type: ignore[misc]
+            out, _ = native.native(request(inputs, Mask(64)))
             torch.autograd.grad(out.sum(), inputs)
         bytes_of.append(sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages()))
     assert bytes_of[2] <= 4.1 * bytes_of[0]
@@ -263,9 +269,9 @@ def test_memory_grows_with_the_length() -> None:
 
 @needs_native
 def test_it_serves_what_it_is_made_for() -> None:
-    def chosen(queries: int, keys: int, mask: Mask, **options: object) -> str:
+    def chosen(queries: int, keys: int, mask: Mask, **options: Any) -> str:
         q, k = torch.zeros(1, 2, queries, 64), torch.zeros(1, 1, keys, 64)
-        return choose(Request(q, k, k, mask, 1.0, **options)).name  # type: ignore[arg-type]
+        return choose(Request(q, k, k, mask, 1.0, **options)).name
 
     assert chosen(512, 512, Mask(64)) == chosen(512, 600, Mask(64)) == "native"
     assert chosen(512, 512, Mask(keys=torch.arange(512)[None] < 500)) == "native"
@@ -284,11 +290,11 @@ def test_it_serves_what_it_is_made_for() -> None:
         ({"mask": Mask(keys=torch.arange(256)[None] % 100 != 50)}, "between the tokens"),
     ],
 )
-def test_what_it_declines(changes: dict[str, object], reason: str) -> None:
+def test_what_it_declines(changes: dict[str, Any], reason: str) -> None:
     options = {"size": 64, "queries": 256, "dtype": torch.float32, "scale": 1.0, "mask": Mask(), **changes}
     size, queries, dtype = (options.pop(name) for name in ("size", "queries", "dtype"))
-    q, k = torch.zeros(1, 1, queries, size, dtype=dtype), torch.zeros(1, 1, 256, size, dtype=dtype)  # type: ignore
-    said = native.KERNEL.declines(Request(q=q, k=k, v=k, **options))  # type: ignore[arg-type]
+    q, k = torch.zeros(1, 1, queries, size, dtype=dtype), torch.zeros(1, 1, 256, size, dtype=dtype)
+    said = native.KERNEL.declines(Request(q=q, k=k, v=k, **options))
     assert said is not None
     assert reason in said
 
