@@ -28,7 +28,7 @@ struct View {
 
 // The arguments of both functions, as native.py fills them in.
 struct Call {
-  View q, k, v, out, dout, dq, dk, dv;
+  View q, k, v, out, grad, dq, dk, dv;
   float *lse, *dlse;       // (batch, heads, queries)
   const int32_t *lo, *hi;  // (batch, queries)
   int32_t batch, heads, kv_heads, queries, keys, threads;
@@ -129,8 +129,8 @@ INLINE __m512i narrow(V low, V high) { return (__m512i)_mm512_cvtne2ps_pbh(high,
 
 // Two rows of 16 floats as 16 pairs of bfloat16.
 INLINE __m512i narrow_pairs(V even, V odd) {
-  const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                       20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                       23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(zip, narrow(even, odd));
 }
 
@@ -298,7 +298,7 @@ template <class Worker, class T> void walk(Worker& worker, const T& tile) {
 template <bool BF, int D> struct Forward {
   static constexpr int UNIT = BF ? 2 : 1, UNITS = D / UNIT;
   const Call& call;
-  alignas(64) float qt[UNITS * LANES], scores[BLOCK * LANES], pairs[BLOCK * LANES / 2], ot[D * LANES];
+  alignas(64) float qt[UNITS * LANES], scores[BLOCK * LANES], pairs[BLOCK * LANES / 2], mixed[D * LANES];
   V peak[4], total[4];
   Tile<UNIT> tile;
   Units<BF, D> k, v;
@@ -321,7 +321,7 @@ template <bool BF, int D> struct Forward {
     for (int i = 0; i < call.queries; i += LANES) {
       tile.take(call.lo + bounds + i, call.hi + bounds + i, call.queries - i);
       pack_transposed<UNITS>(q.from(i), tile.n, qt);
-      memset(ot, 0, sizeof ot);
+      memset(mixed, 0, sizeof mixed);
       for (int x = 0; x < 4; x++) peak[x] = _mm512_set1_ps(LOWEST), total[x] = _mm512_setzero_ps();
       walk(*this, tile);
       finish(out.from(i), call.lse + (size_t)task * call.queries + i);
@@ -344,7 +344,7 @@ template <bool BF, int D> struct Forward {
     weigh<NV, true>(key, cut.end, key + keys, lane, scale, highest, sum);
     for (int x = 0; x < NV; x++) rescale(lane + x, highest[x], sum[x]);
     const float* weights = BF ? pairs : scores;
-    product<BF, NV, 1, D, LANES, true>(D, values + (size_t)key / UNIT * D, weights, keys / UNIT, ot + 16 * lane);
+    product<BF, NV, 1, D, LANES, true>(D, values + (size_t)key / UNIT * D, weights, keys / UNIT, mixed + 16 * lane);
   }
 
   // highest = max over the keys [begin, end) of the block that starts at `key`.
@@ -385,7 +385,7 @@ template <bool BF, int D> struct Forward {
     V kept = exp2(_mm512_sub_ps(peak[vector], highest));
     total[vector] = _mm512_fmadd_ps(total[vector], kept, sum);
     if (_mm512_cmp_ps_mask(peak[vector], highest, _CMP_NEQ_OQ))
-      for (float* at = ot + 16 * vector; at < ot + D * LANES; at += LANES)
+      for (float* at = mixed + 16 * vector; at < mixed + D * LANES; at += LANES)
         _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), kept));
     peak[vector] = highest;
   }
@@ -399,7 +399,7 @@ template <bool BF, int D> struct Forward {
       inverse[x] = _mm512_maskz_div_ps(some, _mm512_set1_ps(1.0f), total[x]);
       _mm512_store_ps(peaks + 16 * x, peak[x]), _mm512_store_ps(totals + 16 * x, total[x]);
     }
-    unpack_transposed<BF, D>(ot, inverse, tile.n, out);
+    unpack_transposed<BF, D>(mixed, inverse, tile.n, out);
     for (int i = 0; i < tile.n; i++) lse[i] = LN2 * (peaks[i] + log2f(totals[i]));
   }
 };
@@ -451,7 +451,7 @@ template <bool BF, int D> struct Backward {
   static constexpr int UNIT = BF ? 2 : 1, UNITS = D / UNIT;
   const Call& call;
   alignas(64) float qt[UNITS * LANES], dot[UNITS * LANES];   // queries and output gradients, [unit][query]
-  alignas(64) float q[UNITS * LANES], dout[UNITS * LANES];   // the same as the lanes of dk and dv, [query][number]
+  alignas(64) float q[UNITS * LANES], grad[UNITS * LANES];  // the same as the lanes of dk and dv, [query][number]
   alignas(64) float dqt[D * LANES], lse[LANES], delta[LANES];
   alignas(64) float weights[BLOCK * LANES], slopes[BLOCK * LANES];  // P and dS, [key][query]
   alignas(64) float narrow_weights[BLOCK * LANES / 2], narrow_slopes[BLOCK * LANES / 2], slope_pairs[BLOCK * LANES / 2];
@@ -500,13 +500,13 @@ template <bool BF, int D> struct Backward {
     dk.finish(), dv.finish();
   }
 
-  // A tile's queries, output gradients, log-sum-exps in base 2, and delta = scale (<out, dout> - dlse).
+  // A tile's queries, output gradients, log-sum-exps in base 2, and delta = scale (<out, grad> - dlse).
   void load(int row, int head, int i) {
-    const Rows queries = rows_of<BF>(call.q, row, head).from(i), gradients = rows_of<BF>(call.dout, row, head).from(i),
+    const Rows queries = rows_of<BF>(call.q, row, head).from(i), gradients = rows_of<BF>(call.grad, row, head).from(i),
                out = rows_of<BF>(call.out, row, head).from(i);
     pack_transposed<UNITS>(queries, tile.n, qt), pack_transposed<UNITS>(gradients, tile.n, dot);
-    if constexpr (BF) pack_pairs<D>(queries, tile.n, LANES, q), pack_pairs<D>(gradients, tile.n, LANES, dout);
-    else pack_rows<D>(queries, tile.n, LANES, q), pack_rows<D>(gradients, tile.n, LANES, dout);
+    if constexpr (BF) pack_pairs<D>(queries, tile.n, LANES, q), pack_pairs<D>(gradients, tile.n, LANES, grad);
+    else pack_rows<D>(queries, tile.n, LANES, q), pack_rows<D>(gradients, tile.n, LANES, grad);
     memset(dqt, 0, sizeof dqt);
     const size_t at = ((size_t)row * call.heads + head) * call.queries + i;
     for (int x = 0; x < LANES; x++) {
@@ -532,7 +532,7 @@ template <bool BF, int D> struct Backward {
     const float *p = BF ? narrow_weights : weights, *ds = BF ? narrow_slopes : slopes;
     const size_t own = (size_t)lane * 16 / UNIT * D;
     for (int d = 0; d < D; d += 64) {
-      product<BF, 4, LANES / UNIT, 1, D, true>(read, p, dout + own + d, QUERIES, dv.at(key) + d);
+      product<BF, 4, LANES / UNIT, 1, D, true>(read, p, grad + own + d, QUERIES, dv.at(key) + d);
       product<BF, 4, LANES / UNIT, 1, D, true>(read, ds, q + own + d, QUERIES, dk.at(key) + d);
     }
     const float* sides = BF ? paired.data + (size_t)key / 2 * D : k.data + (size_t)key * D;

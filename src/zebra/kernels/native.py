@@ -45,7 +45,7 @@ class _View(ctypes.Structure):
         return cls(tensor.data_ptr(), *tensor.stride()[:3])
 
 
-_VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+_VIEWS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
 _FLAT = ("lse", "dlse", "lo", "hi")
 
 
@@ -128,7 +128,7 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         saved = dict(zip(("q", "k", "v", "out", "lse", "lo", "hi"), ctx.saved_tensors, strict=True))
         gradients = {f"d{name}": _rows(torch.empty_like(saved[name])) for name in ("q", "k", "v")}
-        given = {"dout": _rows(grad_out), "dlse": grad_lse.contiguous()}
+        given = {"grad": _rows(grad_out), "dlse": grad_lse.contiguous()}
         _run("backward", saved | gradients | given, ctx.scale)
         return *gradients.values(), None, None, None
 
