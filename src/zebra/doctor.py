@@ -45,6 +45,7 @@ def kernels() -> list[Served]:
     cases: list[tuple[str, int, Mask, dict[str, object]]] = [
         ("global, training", 8, Mask(), {}),
         ("local, training", 8, Mask(window=4), {}),
+        ("local, training, 512 tokens", 512, Mask(window=64), {}),
         ("packed documents", 8, Mask(documents=documents), {}),
         ("padded prefill", 8, Mask(keys=padding), {}),
         ("chunked prefill", 3, Mask(), {}),
@@ -55,8 +56,8 @@ def kernels() -> list[Served]:
     ]
     served = []
     for name, queries, mask, more in cases:
-        q = torch.zeros(1, 4, queries, 8, device=device, requires_grad="training" in name)
-        k = torch.zeros(1, 2, 8, 8, device=device)
+        q = torch.zeros(1, 4, queries, 64, device=device, requires_grad="training" in name)
+        k = torch.zeros(1, 2, max(8, queries), 64, device=device)
         request = Request(q=q, k=k, v=k, mask=mask, scale=1.0, **{"with_lse": False, **more})  # type: ignore[arg-type]
         declines = {kernel.name: kernel.declines(request) for kernel in KERNELS}
         taken = next(kernel for kernel, reason in declines.items() if reason is None)

@@ -19,12 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zebra.kernels import banded, flex, fused, reference, varlen
+from zebra.kernels import banded, flex, fused, native, reference, varlen
 from zebra.kernels.request import Kernel, Mask, Request
 
 __all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "choose", "only"]
 
-KERNELS: tuple[Kernel, ...] = (fused.KERNEL, varlen.KERNEL, flex.KERNEL, banded.KERNEL, reference.KERNEL)
+KERNELS: tuple[Kernel, ...] = (
+    fused.KERNEL,
+    varlen.KERNEL,
+    flex.KERNEL,
+    native.KERNEL,
+    banded.KERNEL,
+    reference.KERNEL,
+)
 """Fastest first."""
 
 _log = logging.getLogger(__name__)
@@ -68,7 +75,7 @@ def choose(request: Request) -> Kernel:
                 _say_once(f"attention runs by the kernel {kernel.name}, because " + "; ".join(missed))
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-        if kernel.devices is not None and request.q.device.type in kernel.devices:
+        if kernel.devices is not None and request.q.device.type in kernel.devices and request.queries >= kernel.fewest:
             missed.append(reasons[-1])
     raise NotImplementedError("no attention kernel can serve this request. " + "; ".join(reasons) + ".")
 

@@ -129,6 +129,8 @@ class Kernel:
     softcap: bool = False
     sinks: bool = False
     slopes: bool = False
+    fewest: int = 1
+    """Queries, below which it does not pay."""
     own: Callable[[Request], str | None] = lambda request: None
 
     def declines(self, request: Request) -> str | None:
@@ -142,6 +144,11 @@ class Kernel:
             return f"it does not take {q.dtype}"
         if request.arguments:
             return f"it does not know the argument {', '.join(sorted(request.arguments))}"
+        if request.queries < self.fewest:
+            return f"it does not pay for fewer than {self.fewest} queries"
+        return self._lacks(request) or self.own(request)
+
+    def _lacks(self, request: Request) -> str | None:
         if request.softcap is not None and not self.softcap:
             return "it has no softcap"
         if request.slopes is not None and not self.slopes:
@@ -152,4 +159,4 @@ class Kernel:
             return "it gives no log-sum-exp"
         if not self.backward and request.wants_gradient:
             return "it has no backward"
-        return self.own(request)
+        return None

@@ -1,0 +1,79 @@
+"""The machine's own C++ compiler: a source file to a library for the CPU that it runs on, once, kept in the cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+_PATIENCE = 300
+"""Seconds that a compiler may take."""
+
+_log = logging.getLogger(__name__)
+
+
+class Unbuilt(Exception):
+    """There is no library; the message says why."""
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the CPU says that it can do; nothing where the machine has no /proc/cpuinfo, or calls it otherwise."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def library(source: Path) -> ctypes.CDLL:
+    """The source as a library, from the cache or compiled into it.
+
+    Its name there is a hash of source, compiler, options and CPU: home folders are shared between machines. It is
+    written aside and renamed, so that processes which compile at once do not see each other's halves.
+
+    Raises:
+        Unbuilt: no compiler, or it failed, or what it made cannot be kept or loaded.
+    """
+    command = [*_compiler(), *OPTIONS]
+    try:
+        version = subprocess.run([*_compiler(), "--version"], capture_output=True, timeout=_PATIENCE).stdout
+        made_by = repr((command, version, sorted(cpu_flags()))).encode()
+        name = hashlib.sha256(source.read_bytes() + made_by).hexdigest()[:32]
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zebra" / "kernels"
+        path = folder / f"{source.stem}-{name}.so"
+        if not path.exists():
+            _log.warning("compiling %s for this CPU, once: some seconds", source.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as aside:
+                made = Path(aside) / path.name
+                _compile([*command, str(source), "-o", str(made)])
+                made.replace(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
+        raise Unbuilt(f"{source.name} could not be compiled and loaded: {error}") from error
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    if named:
+        return shlex.split(named)
+    found = next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
+    if found is None:
+        raise Unbuilt("there is no C++ compiler, g++ or clang++ or what CXX names")
+    return [found]
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+        raise Unbuilt(f"the compiler {command[0]} failed: {said}")

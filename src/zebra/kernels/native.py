@@ -1,0 +1,175 @@
+r"""Attention on a CPU by a kernel of our own, native.cpp, compiled on the machine at its first request.
+
+For each query i of a row the keys that it sees are one run, [lo_i, hi_i), and neither end ever falls:
+
+    keys      . . . a a a a | b b b b .      padding, two packed documents, padding
+    queries         [ ]
+                    [   ]                    window 3
+                      [   ]    [ ]           lo = max(i - w + 1, the document's start, the first real key)
+                               [   ]         hi = min(i + 1, the end of the real keys)
+
+So windows, documents, padding and chunks are one case. The tiles and their arithmetic are those of `banded`
+(FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2), but a tile's scores never leave the first cache, and keys that
+half of a tile cannot see are not computed for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zebra.kernels import compiler
+from zebra.kernels.request import Kernel, Mask, Request
+
+SOURCE = Path(__file__).with_name("native.cpp")
+_SIZES = (64, 128)
+_CPU = {  # what the kernel is made of
+    torch.float32: frozenset({"avx512f", "avx512dq", "avx512bw"}),
+    torch.bfloat16: frozenset({"avx512f", "avx512dq", "avx512bw", "avx512_bf16"}),
+}
+
+
+class _View(ctypes.Structure):
+    """A tensor as native.cpp takes it; its rows are whole numbers side by side."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row"))]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _View:
+        return cls(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+_VIEWS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
+_FLAT = ("lse", "dlse", "lo", "hi")
+
+
+class _Call(ctypes.Structure):
+    """The arguments of native.cpp, which tells what they are."""
+
+    _fields_ = [
+        *((name, _View) for name in _VIEWS),
+        *((name, ctypes.c_void_p) for name in _FLAT),
+        *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "queries", "keys", "threads")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def _run(direction: str, tensors: dict[str, Tensor], scale: float) -> None:
+    """Call native.cpp, which fills in the outputs among the tensors."""
+    q, k = tensors["q"], tensors["k"]
+    call = _Call(
+        **{name: _View.of(tensors[name]) for name in _VIEWS if name in tensors},
+        **{name: tensors[name].data_ptr() for name in _FLAT if name in tensors},
+        batch=q.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        queries=q.shape[2],
+        keys=k.shape[2],
+        threads=torch.get_num_threads(),
+        scale=scale,
+    )
+    library = _library()
+    assert not isinstance(library, str)
+    function = library[f"{direction}_{str(q.dtype).removeprefix('torch.')}_{q.shape[3]}"]
+    if function(ctypes.byref(call)):
+        raise MemoryError("the attention kernel native found no memory for its keys and values")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """native.cpp compiled and loaded, or why it is not, for this process."""
+    try:
+        return compiler.library(SOURCE)
+    except compiler.Unbuilt as reason:
+        return str(reason)
+
+
+def runs(mask: Mask, batch: int, queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    """The keys [lo, hi) that each query sees, two (B, T) int32; lo >= hi where it sees none."""
+    i = torch.arange(keys - queries, keys)
+    lo = torch.zeros_like(i) if mask.window is None else (i - mask.window + 1).clamp(min=0)
+    hi = i + 1
+    if mask.documents is not None:
+        lo = torch.maximum(lo, Mask(documents=mask.documents).beginnings(keys, i.device)[:, keys - queries :])
+    if mask.keys is not None:
+        real = mask.keys.bool().to(torch.int8)
+        first = torch.where(real.any(dim=1), real.argmax(dim=1), keys)[:, None]
+        last = torch.where(real.any(dim=1), keys - real.flip(1).argmax(dim=1), 0)[:, None]
+        lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
+    return tuple(x.expand(batch, queries).to(torch.int32).contiguous() for x in (lo, hi))  # type: ignore[return-value]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, with the numbers of a row side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (_rows(x) for x in (q, k, v))
+        out = _rows(torch.empty_like(q))
+        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        _run("forward", {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lo": lo, "hi": hi}, scale)
+        ctx.save_for_backward(q, k, v, out, lse, lo, hi)
+        ctx.scale = scale
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        saved = dict(zip(("q", "k", "v", "out", "lse", "lo", "hi"), ctx.saved_tensors, strict=True))
+        gradients = {f"d{name}": _rows(torch.empty_like(saved[name])) for name in ("q", "k", "v")}
+        given = {"grad": _rows(grad_out), "dlse": grad_lse.contiguous()}
+        _run("backward", saved | gradients | given, ctx.scale)
+        return *gradients.values(), None, None, None
+
+
+def native(request: Request) -> tuple[Tensor, Tensor | None]:
+    """The runs of keys, and the kernel over them."""
+    q, k, v = request.q, request.k, request.v
+    lo, hi = runs(request.mask, q.shape[0], request.queries, request.keys)
+    out, lse = _Native.apply(q, k, v, lo, hi, request.scale)
+    return out, lse if request.with_lse else None
+
+
+def _own(request: Request) -> str | None:
+    size = request.q.shape[3]
+    if size not in _SIZES:
+        return f"it takes head sizes {' and '.join(map(str, _SIZES))}, not {size}"
+    if request.scale <= 0:
+        return "it takes positive scales only"
+    if _holes(request.mask):
+        return "padding stands between the tokens of a row"
+    missing = _CPU[request.q.dtype] - compiler.cpu_flags()
+    if missing:
+        return f"this CPU does not say that it has {', '.join(sorted(missing))}"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def _holes(mask: Mask) -> bool:
+    if mask.keys is None:
+        return False
+    real = mask.keys.bool()
+    begins = real[:, 1:] & ~real[:, :-1]
+    return bool((begins.sum(dim=1) + real[:, 0] > 1).any())
+
+
+KERNEL = Kernel(
+    name="native",
+    summary="tiles in C++ for AVX-512, compiled on the machine: windows, documents, padding, chunks",
+    run=native,
+    devices=frozenset({"cpu"}),
+    dtypes=frozenset(_CPU),
+    fewest=256,
+    own=_own,
+)
