@@ -322,6 +322,7 @@ def started(cache: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 @needs_native
+@pytest.mark.full
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     both = [started(tmp_path) for _ in range(2)]
     said = [one.communicate(timeout=120) for one in both]
