@@ -121,6 +121,13 @@ def faster(run: str, dtype: str, peer: str, metric: str = "milliseconds") -> Val
         here = _of(rows, run, dtype)
         ours, theirs = _best(here, metric), _peer(here, metric, peer)
         said = f"{_spread(theirs)} against {_spread(ours)} ms"
+        others = {r.model: r for r in here if r.metric == metric and r.model.startswith("zebra, ") and r is not ours}
+        said += f" by {ours.model.removeprefix('zebra, ')}" if others else ""
+        said += "".join(
+            f"; {theirs.value / row.value:.1f} × by {model.removeprefix('zebra, ')}, {_spread(row)} ms"
+            for model, row in others.items()
+            if not model.endswith(FAST)
+        )
         if any(row.model == peer + FAST for row in here):
             fast, slow = _best(here, metric, fast=True), _peer(here, metric, peer + FAST)
             said += f"; with the float32 switch on both sides {slow.value / fast.value:.1f} ×"
@@ -131,12 +138,17 @@ def faster(run: str, dtype: str, peer: str, metric: str = "milliseconds") -> Val
 
 
 def share_of_peak(rows: list[Row]) -> tuple[float, str]:
-    """Executed FLOPs of the local layer over what the device could have done meanwhile."""
+    """FLOPs of the local layer over what the device's products could have done meanwhile.
+
+    Of a kernel made of torch's products all that it executes, hidden pairs too; of another those of visible pairs.
+    """
     here = _of(rows, "switch", "float32")
-    row = _best(here, "share_of_peak_forward_backward", fast=True)
-    useful = _peer(here, "useful_share_of_peak_forward_backward", row.model)
+    best = _best(here, "useful_share_of_peak_forward_backward", fast=True)
+    executed = [r for r in here if (r.model, r.metric) == (best.model, "share_of_peak_forward_backward")]
     peak = _peer([row for row in rows if row.run == "switch"], "flops_per_second", "float32 products" + FAST)
-    return row.value, f"of {number(peak.value / 1e9)} GFLOP/s; {percent(useful.value)} counting visible pairs only"
+    said = f"{best.model.removesuffix(FAST)}; of {number(peak.value / 1e9)} GFLOP/s, which torch's products reach"
+    said += f"; {percent(best.value)} counting visible pairs only" if executed else ", counting visible pairs only"
+    return (executed or [best])[-1].value, said
 
 
 def memory(run: str, dtype: str, peer: str) -> Value:
@@ -144,7 +156,8 @@ def memory(run: str, dtype: str, peer: str) -> Value:
 
     def value(rows: list[Row]) -> tuple[float, str]:
         here = _of(rows, run, dtype)
-        ours = _best(here, "extra_bytes_forward_backward")
+        fastest = _best(here, "milliseconds_forward_backward").model
+        ours = _peer(here, "extra_bytes_forward_backward", fastest)
         theirs = _peer(here, "extra_bytes_forward_backward", peer)
         return ours.value / theirs.value, f"{ours.value / 2**20:,.0f} of {theirs.value / 2**20:,.0f} MiB"
 
