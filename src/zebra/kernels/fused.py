@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from zebra.kernels import native
 from zebra.kernels.merging import merge
 from zebra.kernels.request import Kernel, Request
 
@@ -79,6 +80,8 @@ def _own(request: Request) -> str | None:
         return reason
     if request.mask.keys is not None and not bool(request.mask.keys.any(dim=-1).all()):
         return "a query that sees no key gives NaN in it"
+    if long and request.q.dtype == torch.float32 and native.KERNEL.declines(request) is None:
+        return "the kernel native is faster on this CPU"
     return None
 
 
