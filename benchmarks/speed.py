@@ -146,7 +146,8 @@ def share_of_peak(rows: list[Row]) -> tuple[float, str]:
     best = _best(here, "useful_share_of_peak_forward_backward", fast=True)
     executed = [r for r in here if (r.model, r.metric) == (best.model, "share_of_peak_forward_backward")]
     peak = _peer([row for row in rows if row.run == "switch"], "flops_per_second", "float32 products" + FAST)
-    said = f"{best.model.removesuffix(FAST).removeprefix('zebra, ')}; of {number(peak.value / 1e9)} GFLOP/s, which torch's products reach"
+    name = best.model.removesuffix(FAST).removeprefix("zebra, ")
+    said = f"{name}; of {number(peak.value / 1e9)} GFLOP/s, which torch's products reach"
     said += f"; {percent(best.value)} counting visible pairs only" if executed else ", counting visible pairs only"
     return (executed or [best])[-1].value, said
 

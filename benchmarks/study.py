@@ -35,14 +35,13 @@ IMAGES = ROOT / "docs" / "images"
 CAVEATS = {
     "study-tiny": [
         "What this study can say is bounded by its size: 0.23 million parameters, 2,000 steps of 1,024 tokens, one "
-        "book to measure on, rows of 256 tokens read to 2,048. The paper's models have 117 million parameters and "
+        "book to measure on, rows of 512 tokens read to 4,096. The paper's models have 117 million parameters and "
         "more, and rows of 1,024 tokens and more (recalled).",
         "Global attention has not learned to use its context after so few tokens: it starts from an even mean over all "
         "of them, and in pilots (no rows) it was still gaining on local attention when they ended. Claims that a "
         "global model should win are held against that model, and fail for it.",
-        "ALiBi has two heads here, whose slopes are 1/16 and 1/256: none of them looks at the last few tokens alone, "
-        "as the steep ones of eight or more heads do. Its verdicts, and those of learned positions, which have seen "
-        "each place 8,000 times, are about this size and not about the method.",
+        "ALiBi's four heads have the slopes 1/4, 1/16, 1/64 and 1/256. Learned positions have seen each place 4,000 "
+        "times. The verdicts on both are about this size and not about the method.",
         "Groups are of two layers. Of four layers in groups of four only the first is global, and looking a word up in "
         "what was read takes a layer below that has read what stands before it.",
     ]
