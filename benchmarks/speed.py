@@ -10,6 +10,7 @@ Rows go to benchmarks/results/cpu.jsonl (cuda.jsonl on a GPU), the page is docs/
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -322,7 +323,13 @@ def main(arguments: list[str]) -> None:
     if unknown := [one for one in arguments if one not in (*PARTS, "--page")]:
         raise Refusal(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
     file = RESULTS / f"{'cpu' if _CPU else 'cuda'}.jsonl"
-    for part in [] if "--page" in arguments else arguments or PARTS:
+    parts = [] if "--page" in arguments else arguments or [*PARTS]
+    if len(parts) > 1:  # each in a process of its own: what one leaves in the heap changes the next one's times
+        for part in parts:
+            if subprocess.run([sys.executable, __file__, part]).returncode:
+                raise Refusal(f"{part} ended early. The rows of the parts before it are written.")
+        return
+    for part in parts:
         print(part, file=sys.stderr)
         rows = measured(part)  # what was there stays until the new rows are
         kept = [row for row in (records.read(file) if file.is_file() else []) if row.run != part]
