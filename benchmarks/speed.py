@@ -240,8 +240,8 @@ FIGURES = (
 
 _FLOAT32, _HALF, _TOKEN = (FIGURES[i].work for i in (4, 5, 6))
 WHY = {
-    _FLOAT32: "of its 10.1 s the products of the linear maps and the head, the same on both sides, take 5.8 at the rate "
-    "that torch's reach, and attention 2.7; the stretch would be 9.1 s.",
+    _FLOAT32: "of its 10.1 s the products of the linear maps and the head, the same on both sides, take 5.8 at the "
+    "rate that torch's reach, and attention 2.7; the stretch would be 9.1 s.",
     _HALF: "head and loss stay in float32, for a loss that is right: 1.8 s of 6.9; the stretch would be 6.4 s.",
     _TOKEN: "of 37 to 50 ms a token some 18 are the host's linear maps, which MKL multiplies with a single row by one "
     "thread at 10 GB/s, and some 15 the attention of two global layers at 19 GB/s, where a sum over memory reads 32. A "
