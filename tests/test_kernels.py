@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -335,17 +334,6 @@ def test_strided_inputs_and_gradients_equal_contiguous_ones(window: int | None, 
             gradients.append(torch.autograd.grad(out.sum() + lse.sum(), leaves))
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Uninitialised memory is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @pytest.mark.parametrize("queries", [200, 70, 1])

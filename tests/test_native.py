@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +160,6 @@ def test_a_gradient_of_any_layout(kind: str, dtype: torch.dtype) -> None:
     found = torch.autograd.grad(out, inputs, same.expand_as(out), retain_graph=True)
     for one, other in zip(found, torch.autograd.grad(out, inputs, torch.ones(out.shape, dtype=dtype)), strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Uninitialised memory is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @needs_native

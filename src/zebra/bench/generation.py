@@ -102,7 +102,7 @@ def filled(sizes: Sizes, cache: Any, layers: int) -> Any:
 def _error(sizes: Sizes) -> float:
     """Logits of a prefill's last token and of three decoded ones, against the host's eager without a cache."""
     window = Stripes.parse(sizes.stripes).window
-    small = replace(sizes, length=window + 67, batch=1, layers=min(sizes.layers, 4), words=min(sizes.words, 1000))
+    small = replace(sizes, length=window + 257, batch=1, layers=min(sizes.layers, 4), words=min(sizes.words, 1000))
     made, tokens = config(small, Stripes.parse(sizes.stripes)), random_tokens(small, small.length)
     model, cache = random_model(small, made, NAME), StripedCache(made)
     parts = tokens.tensor_split([small.length - i for i in (3, 2, 1)], dim=1)

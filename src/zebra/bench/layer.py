@@ -86,7 +86,7 @@ def _forward_backward(model: Any, states: Tensor, grad: Tensor) -> list[Tensor]:
 
 def _error(sizes: Layer) -> float:
     """Output and all gradients against the host's eager, at an odd length beyond the window."""
-    small = replace(sizes, length=sizes.window + 67, batch=1)
+    small = replace(sizes, length=sizes.window + 257, batch=1)
     states, grad = _states(small, small.length)
     made = config(small, Stripes(sizes.window, pattern="L"))
     found, wanted = (

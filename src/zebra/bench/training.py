@@ -83,7 +83,7 @@ def _prepare(sizes: TrainStep, attention: str, loss: Loss) -> Call:
 def _error(sizes: TrainStep) -> float:
     """All gradients and the loss against the host's eager with full logits, at an odd length beyond the window."""
     window = Stripes.parse(sizes.stripes).window
-    small = replace(sizes, length=window + 67, batch=1, layers=min(sizes.layers, 4), words=min(sizes.words, 1000))
+    small = replace(sizes, length=window + 257, batch=1, layers=min(sizes.layers, 4), words=min(sizes.words, 1000))
     tokens = random_tokens(small, small.length)
     found = []
     for attention, loss in ((NAME, _ours), ("eager", _hosts)):
