@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from zebra.data import corpus as module
-from zebra.data.corpus import Corpus, default_cache, tokenise
+from zebra.data.corpus import Corpus, tokenise
 from zebra.refusal import Refusal
+from zebra.staged import user_cache
 
 
 class Encoder:
@@ -357,12 +358,12 @@ def test_an_entry_shows_only_when_it_is_whole(text: Path, tmp_path: Path, monkey
 
 def test_the_default_cache_is_the_users(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_cache() == tmp_path / "xdg" / "zebra" / "tokens"
+    assert user_cache("tokens") == tmp_path / "xdg" / "zebra" / "tokens"
     tokenise([str(text / "b.txt")], Encoder(), tokenizer="t")
     assert len(list((tmp_path / "xdg" / "zebra" / "tokens").iterdir())) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_cache() == tmp_path / "home" / ".cache" / "zebra" / "tokens"
+    assert user_cache("tokens") == tmp_path / "home" / ".cache" / "zebra" / "tokens"
 
 
 def test_a_text_that_becomes_no_token(text: Path, tmp_path: Path) -> None:

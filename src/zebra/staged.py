@@ -1,4 +1,7 @@
-"""Directories and files that appear whole or not at all, whenever the process is killed; or that one process holds."""
+"""Directories and files that appear whole or not at all, whenever the process is killed; or that one process holds.
+
+And the folder of the user's cache.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,15 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def user_cache(kind: str) -> Path:
+    """Where things of a kind are kept for all runs of this user.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zebra" / kind
 
 
 def refuse_existing(target: Path) -> None:

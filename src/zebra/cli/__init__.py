@@ -149,19 +149,20 @@ def plan(
     from zebra.stripes import Stripes
 
     read, ceilings = decoder.read(model), devices.find(device)
+    own = read.stripes or Stripes.grouped(stride=4, window=512)
     run = Run(
         decoder=read,
-        stripes=Stripes.parse(stripes) if stripes else read.stripes or Stripes.grouped(stride=4, window=512),
+        stripes=own if stripes is None else Stripes.parse(stripes),
         length=length,
         batch=batch,
         dtype=dtype,
         phase=phase,
         checkpointing=checkpointing,
         lora=lora,
-        self_extend=SelfExtend.parse(self_extend, read.trained_length) if self_extend else None,
+        self_extend=None if self_extend is None else SelfExtend.parse(self_extend, read.trained_length),
         full_decode=full_decode,
     )
-    found = sheet.tree(run, ceilings, budget=fit.bytes_of(memory) if memory else None, seconds=seconds)
+    found = sheet.tree(run, ceilings, budget=None if memory is None else fit.bytes_of(memory), seconds=seconds)
     if picture is not None:
         from zebra.report.costs import write_picture
 

@@ -26,7 +26,7 @@ from zebra.data.documents import Document, find_files, read_documents, reader_of
 from zebra.data.encoding import Encode, encoded
 from zebra.progress import bar, console
 from zebra.refusal import Refusal
-from zebra.staged import staged
+from zebra.staged import staged, user_cache
 
 _BATCH_CHARACTERS = 1 << 20
 _VERSION = 2
@@ -75,11 +75,6 @@ class Corpus:
         return Corpus(self.tokens, np.array([0, *ends], dtype=np.int64))
 
 
-def default_cache() -> Path:
-    """Where tokens are kept unless a recipe says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zebra" / "tokens"
-
-
 def tokenise(
     patterns: Sequence[str],
     encode: Encode,
@@ -101,7 +96,7 @@ def tokenise(
         field: the field of a record that has its text.
         append: a token to put after each document (end of text), or None.
         workers: processes that tokenise, this one alone where 1; the tokens are the same for any number.
-        cache: the folder of the cache; `default_cache()` where None.
+        cache: the folder of the cache; the user's where None.
 
     Raises:
         Refusal: nothing found, an empty text, a file that is not what its suffix says, a text that changes meanwhile.
@@ -111,7 +106,7 @@ def tokenise(
     key = hashlib.sha256(json.dumps([tokenizer, append]).encode())
     for file, digest in zip(files, digests, strict=True):
         key.update(json.dumps([*reader_of(file, separator, field), digest]).encode())
-    entry = Path(cache or default_cache()) / key.hexdigest()[:32]
+    entry = Path(cache or user_cache("tokens")) / key.hexdigest()[:32]
     if (found := _found(entry)) is not None:
         return found
     try:
