@@ -182,13 +182,13 @@ def _in_parts(model: Any, tokens: Tensor, lengths: list[int]) -> list[Tensor]:
 
 def _prepare_two_matrices(sizes: Extended, setting: SelfExtend, heads: int) -> Call:
     """The additive causal mask is the host's, once for all layers."""
-    tensors = _inputs(sizes, sizes.length)
-    hidden = torch.full((sizes.length, sizes.length), torch.finfo(tensors[0].dtype).min, device=tensors[0].device)
-    hidden = hidden.to(tensors[0].dtype).triu_(1)
+    q, k, v = _inputs(sizes, sizes.length)
+    hidden = torch.full((sizes.length, sizes.length), torch.finfo(q.dtype).min, device=q.device)
+    hidden = hidden.to(q.dtype).triu_(1)
 
     @torch.no_grad()
     def run() -> list[Tensor]:
-        return [two_matrices(*tensors, hidden, setting, frequencies(sizes), heads)]
+        return [two_matrices(q, k, v, hidden, setting, frequencies(sizes), heads)]
 
     return run
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from zebra.bench.models import config, named, planned, random_model, random_tokens
 from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
-from zebra.bench.subjects import Decode, Prefill
+from zebra.bench.subjects import Decode, Extended, Prefill
 from zebra.model.attention import NAME
 from zebra.model.cache import Pending, StripedCache
 from zebra.model.hosts import read_device, read_dtype
@@ -85,7 +85,7 @@ def _decode(sizes: Sizes, layout: Stripes | None, attention: str, cache: MakeCac
     return step
 
 
-def filled(sizes: Sizes, cache: Any, layers: int) -> Any:
+def filled(sizes: Sizes | Extended, cache: Any, layers: int) -> Any:
     """A cache of `length` random tokens, put there as a prefill would, without computing it."""
     torch.manual_seed(sizes.seed)
     shape = sizes.batch, sizes.kv_heads, sizes.length, sizes.head_size

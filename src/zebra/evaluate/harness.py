@@ -136,11 +136,11 @@ def _rounds(
     own = [name for name in dict.fromkeys(names) if name.startswith(OWN)]
     for name in own:
         check_own(name, lengths)
-    metadata = {"tokenizer": str(subject.checkpoint)}  # the manager hands it to the tasks that it loads
+    metadata: dict[str, Any] = {"tokenizer": str(subject.checkpoint)}  # the manager hands it to the tasks that it loads
     manager = _manager(foreign, include, metadata)
     rounds = {length: _Round(length) for length in (None, *sorted(set(lengths)))}
     for name in foreign:
-        for length in sorted(set(lengths)) or [None]:
+        for length in [*rounds][1:] or [None]:
             if length is not None:
                 metadata |= {"max_seq_lengths": [length]}
             found = made(name, lambda name=name: manager.load([name]))  # type: ignore[misc]
@@ -331,5 +331,5 @@ def _host(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: int 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().generate_until(requests, disable_tqdm or not console.is_terminal)
 
-    model.generation_config.prefill_chunk_size = BATCH_TOKENS  # type: ignore[union-attr]
+    model.generation_config.prefill_chunk_size = BATCH_TOKENS
     return Host(pretrained=model, tokenizer=tokenizer, max_length=room, batch_size=batch_size)

@@ -168,7 +168,8 @@ def rows_of(
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
     if check_only:
-        at = {"run": run, "model": str(checkpoint), "layout": layout(config), "task": f"perplexity-{convention}"}
+        at: dict[str, Any] = {"run": run, "model": str(checkpoint), "layout": layout(config)}
+        at["task"] = f"perplexity-{convention}"
         sizes = {length: sum(len(window.tokens) for window in found) for length, found in windows.items()}
         return [Row(metric="tokens", value=size, length=length, **at) for length, size in sizes.items()]
     model = loads.model(checkpoint)

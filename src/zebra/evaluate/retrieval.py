@@ -72,7 +72,7 @@ def _generated(
 ) -> list[float]:
     ids = torch.tensor([sample.ids for sample in batch], device=model.device)
     room = max(sample.room for sample in batch)
-    in_chunks = {"prefill_chunk": chunk} if ids.shape[1] > chunk else {}
+    in_chunks: dict[str, Any] = {"prefill_chunk": chunk} if ids.shape[1] > chunk else {}
     new = continued(model, tokenizer, ids, max_new_tokens=room, **in_chunks)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [
@@ -128,7 +128,7 @@ def rows_of(
         if length == max(lengths):
             needles.samples(task, length=length, depth=depth, seed=seed)
     model = None if check_only else subject.load()
-    common = {"run": run, "seed": seed} | subject.columns(model)
+    common: dict[str, Any] = {"run": run, "seed": seed} | subject.columns(model)
     if model is None:
         at = [(f"retrieval-{score}-{task}", length, depth) for task, length, depth in cells]
         return [Row(task=t, metric="tokens", value=samples * n, length=n, depth=d, **common) for t, n, d in at]

@@ -41,8 +41,9 @@ def _arguments(name: str, call: Callable[..., Any], *own: str, more: Sequence[ty
     """A section of the keyword arguments of a function but its `own`, and of the fields of dataclasses behind them."""
     given = [p for p in inspect.signature(call, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     given += [p for one in more for p in inspect.signature(one, eval_str=True).parameters.values()]
-    found = {p.name: (_of_yaml(p.annotation), ... if p.default is p.empty else p.default) for p in given}
-    return create_model(name, __base__=Section, **{key: kind for key, kind in found.items() if key not in own})
+    taken = [p for p in given if p.name not in own]
+    kinds: Any = {p.name: (_of_yaml(p.annotation), ... if p.default is p.empty else p.default) for p in taken}
+    return create_model(name, __base__=Section, **kinds)
 
 
 MEASURES: dict[str, Callable[..., Any]] = {
@@ -71,7 +72,8 @@ _Measures = {
     name: _arguments(name, call, *_OWN, more=[documents.Options, Loading] if name == "documents" else [Loading])
     for name, call in MEASURES.items()
 }
-Evaluate: Any = create_model("Evaluate", __base__=Section, **{n: (kind | None, None) for n, kind in _Measures.items()})
+_choices: Any = {name: (kind | None, None) for name, kind in _Measures.items()}
+Evaluate: Any = create_model("Evaluate", __base__=Section, **_choices)
 
 
 class Report(Section):

@@ -44,31 +44,38 @@ def perform(stage: Stage) -> None:
 
 
 def _convert(stage: Stage) -> None:
-    recipe, stripes = stage.recipe, stage.recipe.stripes
+    recipe, stripes, made = stage.recipe, stage.recipe.stripes, stage.made
+    assert stage.source is not None
+    assert made is not None
     if recipe.select is not None:
         found = select(stage.source, **_selected(recipe), work=stage.folder / "selection", run=stage.name)
         records.write(stage.folder / "rows.jsonl", found.rows)
         stripes = found.stripes
-    if not stage.made.exists():  # a kill may have come behind it
-        convert(stage.source, stage.made, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
+    if not made.exists():  # a kill may have come behind it
+        convert(stage.source, made, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
 
 
 def _selected(recipe: Convert) -> dict[str, Any]:
+    assert recipe.select is not None
     return recipe.select.model_dump() | {"rope": recipe.rope}
 
 
 def _train(stage: Stage) -> None:
     """Run a training's recipe, and write its page."""
     if stage.kind == "tune":
-        from zebra.train.tune import tune as run  # trl is an extra
+        from zebra.train.tune import tune  # trl is an extra
+
+        tune(stage.recipe)
+    elif stage.kind == "adapt":
+        adapt(stage.recipe)
     else:
-        run = {"adapt": adapt, "pretrain": pretrain}[stage.kind]
-    run(stage.recipe)
+        pretrain(stage.recipe)
     write_report(rows_in(stage.folder), stage.folder / "report.html")
 
 
 def _evaluate(stage: Stage) -> None:
     rows: list[Row] = []
+    assert stage.source is not None
     for name, given in stage.recipe:
         file = stage.folder / f"{name}.jsonl"
         if given is not None and not file.exists():
@@ -136,9 +143,12 @@ def rehearse(stage: Stage, source: Path | None, made: Path) -> Work:
     """
     if stage.kind == "report":
         return Work()
+    if stage.kind not in ("evaluate", "convert"):
+        return _rehearse_training(stage, source, made)
+    assert source is not None
     if stage.kind == "evaluate":
         return _rehearse_evaluation(stage, source)
-    return (_rehearse_conversion if stage.kind == "convert" else _rehearse_training)(stage, source, made)
+    return _rehearse_conversion(stage, source, made)
 
 
 def _rehearse_conversion(stage: Stage, source: Path, made: Path) -> Work:
@@ -160,6 +170,7 @@ def _rehearse_training(stage: Stage, source: Path | None, made: Path) -> Work:
         check_machine(recipe.train)
         config = config_of(recipe)
     else:
+        assert source is not None
         recipe = recipe.model_copy(update={"model": str(source)})
         if _has_tokenizer(source):
             config, tokenizer = open_source(recipe)
@@ -189,9 +200,10 @@ def _read_for_tuning(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
     import zebra.train.tune  # noqa: F401  refuses where the extra is not installed
 
     chat = Chat(tokenizer, recipe.chat_template, recipe.model)
-    sets = [*(recipe.data.sources or [recipe.data]), *((recipe.evaluate and recipe.evaluate.suites) or [])]
-    for one in sets:
-        read_conversations(one.files)
+    data, suites = recipe.data, (recipe.evaluate and recipe.evaluate.suites) or []
+    sets = [data.files or [], *(one.files for one in data.sources or []), *(suite.files for suite in suites)]
+    for files in filter(None, sets):
+        read_conversations(files)
     return {"chat_template.jinja": chat.template} if recipe.chat_template else {}
 
 
@@ -211,12 +223,12 @@ def _rehearse_evaluation(stage: Stage, source: Path) -> Work:
     return Work(runs, sum(work.tokens for work in works), max(work.memory for work in works))
 
 
-def _reading(source: Path, stripes: str | None, reads: list[tuple[int, float]]) -> Work:
+def _reading(source: Path, stripes: str | None, reads: list[tuple[int | None, float]]) -> Work:
     """Texts to read: the tokens of each, and of all together of its length."""
     config = read_config(source, routed=stripes is not None)
     config = striped(config, Stripes.parse(stripes)) if stripes else config
     dtype = str(config.dtype or "float32").removeprefix("torch.")
-    asked = [({"length": max(1, length), "dtype": dtype}, tokens / max(1, length)) for length, tokens in reads]
+    asked = [({"length": max(1, n or 1), "dtype": dtype}, tokens / max(1, n or 1)) for n, tokens in reads]
     runs = _runs(config, read_local(source), asked)
     held = max((sum(memory(run).values()) for run, _ in runs), default=0)
     return Work(runs, round(sum(tokens for _, tokens in reads)), held)

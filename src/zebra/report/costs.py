@@ -60,7 +60,7 @@ def _say_how_much_less(axes: Axes, curves: list[Mapping[str, list[float]]], name
 
 
 def _scale(axes: Axes, units: tuple[tuple[float, str], ...]) -> None:
-    def show(value: float, _: int) -> str:
+    def show(value: float, _: float) -> str:
         unit, name = next((unit for unit in units if value >= unit[0] * 0.999), units[-1])
         return f"{value / unit:,.4g}{name}"
 

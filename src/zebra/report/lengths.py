@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from zebra.records import Row
@@ -62,7 +63,7 @@ def lengths(rows: Iterable[Row]) -> Section:
         points = [
             (label, {n: mean.value for n, mean in line.items()}) for label, line in lines.items() if len(line) > 1
         ]
-        svg = drawn(f"lengths{i}", lambda axes, lines=points: plot_lengths(axes, lines, THRESHOLD), height=2.6)
+        svg = drawn(f"lengths{i}", partial(plot_lengths, lines=points, threshold=THRESHOLD), height=2.6)
         used = {id(row): row for line in lines.values() for mean in line.values() for row in mean.rows}
         blocks += [Figure(f"lengths-{i}", svg, f"{name}, by length", [*used.values()]), _table(lines)]
     return Section("By length", blocks if found else [])

@@ -20,9 +20,9 @@ _CONVENTIONS = {
 
 def others(rows: list[Row]) -> Section:
     """What no other section shows."""
-    columns = ("run", "model", "layout", "task", "metric", "value", "low", "high", "n", "length", "position_from",
-               "position_to", "depth", "seed")  # fmt: skip
-    columns = tuple(column for column in columns if any(getattr(row, column) is not None for row in rows))
+    known = ("run", "model", "layout", "task", "metric", "value", "low", "high", "n", "length", "position_from",
+             "position_to", "depth", "seed")  # fmt: skip
+    columns = [column for column in known if any(getattr(row, column) is not None for row in rows)]
 
     def cell(row: Row, column: str) -> Cell:
         value = getattr(row, column)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from zebra.records import Row
 from zebra.refusal import Refusal
@@ -62,7 +63,7 @@ def positions(groups: list[Group]) -> Section:
     ]
     for i, group in enumerate((group for group in groups if len(group.buckets) > 1), start=1):
         caption = f"Perplexity by position in contexts of {group.length:,} tokens, {convention(group.task)}"
-        svg = drawn(f"positions{i}", lambda a, g=group: plot_positions(a, g))
+        svg = drawn(f"positions{i}", partial(plot_positions, group=group))
         blocks.append(Figure(f"positions-{i}", svg, caption, group.rows))
     return Section("Perplexity by position", [*blocks, *position_tables(groups)])
 
@@ -78,11 +79,11 @@ def _position_table(run: str, group: Group) -> Table:
     columns: list[Callable[[Span], Cell]] = []
     for series, scores in group.scores.items():
         head.append(Cell(series.name, series.layout))
-        columns.append(lambda span, scores=scores: _score(scores.get(span)))
+        columns.append(partial(_score_at, scores))
         source = group.source(series)
         if source is not None:
             head.append(Cell("change"))
-            columns.append(lambda span, a=group.scores[source], b=scores: _change(a.get(span), b.get(span)))
+            columns.append(partial(_change_at, group.scores[source], scores))
     head.append(Cell("tokens", "scored"))
     columns.append(lambda span: _scored([scores[span] for scores in group.scores.values() if span in scores]))
     whole = (0, group.length)
@@ -93,11 +94,19 @@ def _position_table(run: str, group: Group) -> Table:
     return Table(f"{run}: contexts of {group.length:,} tokens, {convention(group.task)}", head, body)
 
 
+def _score_at(scores: Mapping[Span, Row], span: Span) -> Cell:
+    return _score(scores.get(span))
+
+
 def _score(row: Row | None) -> Cell:
     if row is None:
         return Cell("–")
     bounds = interval(row)
     return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "", rows=[row])
+
+
+def _change_at(before: Mapping[Span, Row], after: Mapping[Span, Row], span: Span) -> Cell:
+    return _change(before.get(span), after.get(span))
 
 
 def _change(before: Row | None, after: Row | None) -> Cell:
@@ -125,14 +134,14 @@ def training(losses: list[Row], on_the_way: list[Group], groups: list[Group]) ->
         blocks.append(Figure("loss", svg, "Training loss (nats per token) against the tokens trained on", losses))
     for run, i in dict.fromkeys((series.run, i) for i, group in enumerate(on_the_way) for series in group.scores):
         way = on_the_way[i].of_run(run)
-        per_step = next((row.n / step(row) for row in losses if row.run == run and row.n and step(row)), None)
+        per_step = next((row.n / at for row in losses if row.run == run and row.n and (at := step(row))), None)
         unit = "tokens" if per_step else "steps"
         points = {(step(next(iter(s.values()))) or 0) * (per_step or 1): s for s in way.scores.values()}
         points |= _start(way, groups)
         points = dict(sorted(points.items()))
         name = f"on-the-way-{sum(isinstance(block, Table) for block in blocks) + 1}"
         title = f"{run}: perplexity by position on the way, {convention(way.task)}"
-        svg = drawn(name, lambda axes, p=points, w=way, u=unit: plot_way(axes, p, w.buckets, u), height=2.6)
+        svg = drawn(name, partial(plot_way, points=points, buckets=way.buckets, unit=unit), height=2.6)
         head = [Cell(unit, "trained"), *(Cell("all" if s not in way.buckets else span_name(s)) for s in way.spans)]
         body = [[Cell(count(at)), *(_score(scores.get(s)) for s in way.spans)] for at, scores in points.items()]
         blocks += [Figure(name, svg, title, way.rows), Table("", head, body)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from functools import partial
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -112,7 +113,7 @@ def selection(rows: list[Row]) -> Section:
     """A picture and two tables for each selection."""
     blocks: list[str | Table | Figure] = [HOW]
     for i, found in enumerate(_all(rows), start=1):
-        svg = drawn(f"selection{i}", lambda axes, f=found: _bars(axes, f), height=2.6)
+        svg = drawn(f"selection{i}", partial(_bars, found=found), height=2.6)
         caption = f"What each layer is needed for: {_title(found)}"
         blocks.append(Figure(f"selection-{i}", svg, caption, [*found.needs.values()]))
         blocks += [_held_out(found), _needs(found)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 from zebra.data.conversations import Labelled
@@ -76,6 +76,8 @@ def _config(recipe: TuneRecipe, checkpoints: Path) -> SFTConfig:
 
 class _TuneTrainer(SFTTrainer):
     """trl's trainer with our loss, and our evaluation: the loss on the answers of each suite."""
+
+    control: TrainerControl
 
     def __init__(self, *, suites: Mapping[str, Sequence[Labelled]], **arguments: Any):
         super().__init__(**arguments)

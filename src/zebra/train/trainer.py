@@ -233,6 +233,8 @@ def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
 class _TextTrainer(Trainer):
     """The Trainer, whose evaluation is the perplexity by position."""
 
+    control: TrainerControl
+
     def __init__(self, *, evaluation: Evaluation | None, **arguments: Any):
         super().__init__(**arguments)
         self.evaluation = evaluation

@@ -89,7 +89,7 @@ def _label(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
     taken += _lines(axes, points, best)
     inside = axes.bbox
-    unit = figure.dpi / 72  # type: ignore[union-attr]
+    unit = figure.dpi / 72
     for i in sorted(places, key=lambda i: (places[i][0], -places[i][1])):
         x, y = places[i]
         text = axes.annotate(
