@@ -28,6 +28,9 @@ CELLS = list(itertools.product(ATTENTIONS, POSITIONS))
 WINDOW, LENGTH = 6, 29
 
 
+OPTIONS: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
 def config(attention: str, positions: str, **changes: Any) -> StudyConfig:
     kinds = attention_kinds(attention, 3, 2)
     fields: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -115,10 +118,28 @@ def test_it_saves_loads_and_generates_as_any_host(attention: str, positions: str
             wanted = torch.cat([wanted, model(wanted).logits[:, -1:].argmax(dim=-1)], dim=1)
         for one in (loaded, ours):
             close(one(ids).logits, model(ids).logits, 1e-4)
-            options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-            assert torch.equal(one.generate(ids, **options), wanted)
+            assert torch.equal(one.generate(ids, **OPTIONS), wanted)
     assert loaded.config.attention_kinds == model.config.attention_kinds
     assert loaded.config.window == model.config.window
+
+
+@pytest.mark.parametrize("host", ["plain", "ours"])
+@pytest.mark.parametrize(("attention", "positions"), CELLS)
+def test_a_batch_padded_on_its_left_generates_what_each_row_does(
+    attention: str, positions: str, host: str, tmp_path: Path
+) -> None:
+    drawn(attention, positions).float().save_pretrained(tmp_path)
+    model = (AutoModelForCausalLM.from_pretrained if host == "plain" else load)(tmp_path)
+    ids, mask = tokens(), torch.ones(2, LENGTH, dtype=torch.long)
+    ids[1, :5], mask[1, :5] = 0, 0
+    alone = model.generate(ids[1:, 5:], **OPTIONS)[0, -5:]
+    for given in ({"attention_mask": mask}, {}, {"attention_mask": mask, "use_cache": False}):
+        assert torch.equal(model.generate(ids, **OPTIONS, **given)[1, -5:], alone)
+    beams = model.generate(ids[1:, 5:], num_beams=3, **OPTIONS)[0, -5:]
+    assert torch.equal(model.generate(ids, attention_mask=mask, num_beams=3, **OPTIONS)[1, -5:], beams)
+    if host == "plain":
+        fixed = model.generate(ids, attention_mask=mask, cache_implementation="static", **OPTIONS)
+        assert torch.equal(fixed[1, -5:], alone)
 
 
 @pytest.mark.parametrize("positions", ["absolute", "rotary", "none"])

@@ -185,9 +185,15 @@ def striped(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig:
     """The config of the same model with these stripes, every field written out: class defaults differ.
 
     Raises:
-        Refusal: no route, a layer beyond the model, a layer of another kind where the family's rope forbids it.
+        Refusal: no route, a layer beyond the model, a layer of another kind where the family's rope forbids it, summary
+            layers.
     """
     taken = route(config)
+    if SUMMARY in (getattr(config, "attention_kinds", None) or ()):
+        raise Refusal(
+            f"stripes are of global and local layers, and this model has summary layers, {layout(config)}: it was "
+            "trained with them and would be another. Leave the stripes out."
+        )
     layer_types = stripes.layer_types(config.num_hidden_layers)
     _check_kinds(taken, config, stripes, layer_types)
     target_class = type(AutoConfig.for_model(taken.target))

@@ -45,6 +45,7 @@ from transformers.utils.output_capturing import capture_outputs
 from zebra.kernels import Mask
 from zebra.kernels.summary import summarised
 from zebra.positions import alibi_slopes
+from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL
 
 NAME = "zebra_study"
@@ -83,7 +84,8 @@ class StudyConfig(PreTrainedConfig):
 
     Raises:
         StrictDataclassError: kinds of another number than there are layers, an unknown name, a window or a block that
-            does not fit into `max_position_embeddings`, heads that do not divide the hidden size.
+            does not fit into `max_position_embeddings`, heads that do not divide the hidden size, key-value heads that
+            do not divide the heads.
     """
 
     model_type = NAME
@@ -106,7 +108,6 @@ class StudyConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     hidden_act: str = "silu"
     mlp_bias: bool = False
-    attention_bias: bool = False
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
@@ -117,6 +118,9 @@ class StudyConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name} is at least 1; got {size}.")
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // 48) * 16
         if self.num_key_value_heads is None:
@@ -147,6 +151,10 @@ class StudyConfig(PreTrainedConfig):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"heads divide the hidden size; got {self.num_attention_heads} heads of {self.hidden_size}."
+            )
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                f"key-value heads divide the heads; got {self.num_key_value_heads} of {self.num_attention_heads}."
             )
 
     @property
@@ -299,13 +307,15 @@ class StudyModel(StudyPreTrainedModel):
         if self.config.position_embedding == "absolute":
             longest, last = self.config.max_position_embeddings, int(position_ids.max())
             if last >= longest:
-                raise ValueError(f"this model has {longest} learned positions; got one at {last}. Give a shorter text.")
+                raise Refusal(f"this model has {longest} learned positions; got one at {last}. Give a shorter text.")
             hidden = hidden + self.embed_positions(position_ids)
         given = {"config": self.config, "inputs_embeds": hidden, "attention_mask": attention_mask}
         given |= {"past_key_values": past_key_values, "position_ids": position_ids}
-        masks = {GLOBAL: create_causal_mask(**given)}
-        if LOCAL in (self.config.layer_types or []):
-            masks[LOCAL] = create_sliding_window_causal_mask(**given)
+        masks: Any = attention_mask
+        if not isinstance(masks, dict):  # else `generate` made them, for a cache of one size
+            masks = {GLOBAL: create_causal_mask(**given)}
+            if LOCAL in (self.config.layer_types or []):
+                masks[LOCAL] = create_sliding_window_causal_mask(**given)
         rotary = self.config.position_embedding == "rotary"
         kwargs |= {"position_embeddings": self.rotary_emb(hidden, position_ids) if rotary else None}
         kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values}
@@ -329,12 +339,25 @@ class StudyForCausalLM(StudyPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As every causal language model of transformers."""
-        outputs = self.model(input_ids, **kwargs)
+        """As every causal language model of transformers; `generate` hands over what is named here alone."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden = outputs.last_hidden_state if isinstance(kept, int) else outputs.last_hidden_state[:, kept]
         logits = self.lm_head(hidden)

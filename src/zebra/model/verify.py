@@ -80,7 +80,7 @@ def verify(
 
     Raises:
         Refusal: a checkpoint that cannot be loaded, a target without stripes, two different models, neither a source
-            nor Self-Extend.
+            nor Self-Extend, a model that plain transformers cannot compute.
     """
     dtype, device = read_dtype(dtype), read_device(device)
     if self_extend is not None:
@@ -103,6 +103,11 @@ def verify(
                 f"{target} and {against} are different models: {name} is {getattr(config, name)} and "
                 f"{getattr(source_config, name)}. Name the checkpoint that the target was converted from."
             )
+    if getattr(config, "needs_zebra", False):
+        raise Refusal(
+            f"{target} has ALiBi, which plain transformers does not compute, so there is nothing to hold it against. "
+            "Verify a model with other positions."
+        )
     source_stripes = stripes_of(source_config)
     short = min([s.window for s in (stripes, source_stripes) if s is not None])
     n = length or stripes.window + stripes.window // 2 + 2 * _CHUNK + 3

@@ -17,6 +17,9 @@ _CONVENTIONS = {
     "truncated": "only the beginning of each document that is long enough to fill the context",
 }
 
+_MANY = 12
+"""Values of a fact that are shown."""
+
 
 def others(rows: list[Row]) -> Section:
     """What no other section shows."""
@@ -32,6 +35,11 @@ def others(rows: list[Row]) -> Section:
     body = [[cell(row, column) for column in columns] for row in rows]
     table = Table("", [Cell(column.replace("_", " ")) for column in columns], body, numeric=False)
     return Section("Other rows", [table] if rows else [])
+
+
+def _few(values: list[str]) -> list[str]:
+    """A grid has many models."""
+    return values if len(values) <= _MANY else [*values[: _MANY - 1], f"{len(values) - _MANY + 1:,} more, in the rows"]
 
 
 def method(rows: Sequence[Row]) -> Section:
@@ -54,5 +62,5 @@ def method(rows: Sequence[Row]) -> Section:
         facts["versions"][plain(row.versions)] = None
         commit = row.commit or "not known: an installed package"
         facts["commit"][commit.replace("+", " with uncommitted changes")] = None
-    body = [[Cell(name), Cell("; ".join(values))] for name, values in facts.items()]
+    body = [[Cell(name), Cell("; ".join(_few([*values])))] for name, values in facts.items()]
     return Section("How it was measured", [Table("", [Cell(""), Cell("")], body, numeric=False)])
