@@ -186,7 +186,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "row": ({"train__length": 200_000}, "fewer than one row of 200,000"),
     "first": ({"data__recall": {"share": 0.5, "first": 20}}, "recall.first is 20, and a document .* at least"),
     "stripes": ({"stripes": "GL:0"}, "window"),
+    "group": ({"stripes": "GLL:32"}, "groups of 3 layers, and the model has 2"),
+    "window": ({"stripes": "GL:300"}, "window of 300 tokens is beyond train.length, 256"),
+    "kinds twice": (
+        {"model": {"model_type": "zebra_study", **TINY, "attention_kinds": ["global"] * 2}, "stripes": "GL:32"},
+        "attention_kinds and stripes both name",
+    ),
+    "heads": (
+        {"model": {"model_type": "zebra_study", **TINY, "num_key_value_heads": 3}},
+        "key-value heads divide the heads; got 3 of",
+    ),
+    "no heads": ({"model": {"model_type": "zebra_study", **TINY, "num_attention_heads": 0}}, "is at least 1; got 0"),
 }
+
+
+def test_a_mixture_that_repeats_a_text_shorter_than_a_step_is_refused(few: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text(few.read_text()[:4000])
+    sources = [{"name": "short", "files": [str(text)], "share": 1.0}]
+    changes = {"data": {"sources": sources}, "train__rows_per_step": 20, "tokenizer": str(STORIES), "evaluate": None}
+    with pytest.raises(Refusal, match="fewer than the 20 of one step"):
+        pretrain(recipe(tmp_path / "run", few, **changes))
 
 
 @pytest.mark.parametrize("what", REFUSED)

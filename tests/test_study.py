@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import STORIES
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
 from zebra import kernels
+from zebra.evaluate import perplexity, retrieval
 from zebra.kernels import Mask
 from zebra.kernels.summary import formula
 from zebra.model import study
@@ -174,6 +176,23 @@ def test_rotary_without_summaries_becomes_a_stock_class(tmp_path: Path) -> None:
     other = tmp_path / "alibi"
     drawn("global", "alibi").float().save_pretrained(other)
     assert load(other, stripes="GL:6").config.attention_kinds == ["global", "local", "global"]
+    with pytest.raises(Refusal, match="has ALiBi, which plain transformers does not compute"):
+        verify(convert(other, tmp_path / "striped", "GL:6"), other)
+    drawn("summary", "rotary").float().save_pretrained(tmp_path / "summary")
+    with pytest.raises(Refusal, match="this model has summary layers, SSS:6/3"):
+        convert(tmp_path / "summary", tmp_path / "never", "GL:6")
+
+
+def test_learned_positions_end_where_their_table_does(tmp_path: Path) -> None:
+    drawn("global", "absolute", vocab_size=512).float().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path)
+    for reads_too_much in (
+        lambda: perplexity.rows_of(tmp_path, ["no.txt"], lengths=[64, 65]),
+        lambda: retrieval.rows_of(tmp_path, tasks=["passkey"], lengths=[65], beyond=True),
+        lambda: zebra.generate(tmp_path, "a", max_new_tokens=64, on_text=pytest.fail),
+    ):
+        with pytest.raises(Refusal, match="64 learned positions, and 65 tokens are to be read"):
+            reads_too_much()
 
 
 @pytest.mark.parametrize(("name", "layers", "width", "heads"), [(117e6, 12, 768, 12), (345e6, 24, 1024, 16)])

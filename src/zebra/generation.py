@@ -23,7 +23,7 @@ from transformers.generation import BaseStreamer
 
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
-from zebra.model.extend import setting_of
+from zebra.model.extend import refuse_off_the_table, setting_of
 from zebra.model.loading import Loading
 from zebra.model.rope import as_rope, refuse_cache
 from zebra.positions import SelfExtend
@@ -164,7 +164,8 @@ def generate(
 
     Raises:
         Refusal: an empty prompt, no tokenizer, no chat template where one is to be used, a rope that changes with
-            length, arguments for loading beside a loaded model, what `Decoding` and `load` refuse.
+            length, more tokens than there are learned positions, arguments for loading beside a loaded model, what
+            `Decoding` and `load` refuse.
 
     Example:
         >>> zebra.generate("./Llama-3.1-8B", "Once upon a time", stripes="GLLL:4096", max_new_tokens=20).text
@@ -186,6 +187,7 @@ def generate(
     refuse_cache(config, "generating")
     tokenizer = tokenizer or load_tokenizer(source, config)
     inputs = encoded(prompt, tokenizer, chat)
+    refuse_off_the_table(config, inputs["input_ids"].shape[1] + chosen.max_new_tokens - 1)
     setting = loading.extension(config) if ready is None else setting_of(ready)
     if setting is not None or as_rope(loading.rope).kind != "base":
         _warn_beyond(config, setting, inputs["input_ids"].shape[1], chosen.max_new_tokens)

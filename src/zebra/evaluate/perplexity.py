@@ -28,7 +28,7 @@ from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder
 from zebra.evaluate.intervals import bootstrapped
 from zebra.model.checkpoint import fingerprint, load_tokenizer
-from zebra.model.extend import bounded_cache
+from zebra.model.extend import bounded_cache, refuse_off_the_table
 from zebra.model.families import layout
 from zebra.model.hosts import device_name
 from zebra.model.loading import Loading, described
@@ -164,6 +164,7 @@ def rows_of(
     loads.check()
     config = loads.config(checkpoint)
     _ = loads.extension(config)  # refused before the weights are read
+    refuse_off_the_table(config, max(lengths))
     corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}

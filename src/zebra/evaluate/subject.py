@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.model.checkpoint import load_tokenizer
-from zebra.model.extend import reach
+from zebra.model.extend import reach, refuse_off_the_table
 from zebra.model.families import layout
 from zebra.model.hosts import device_name
 from zebra.model.loading import Loading, described
@@ -60,8 +60,9 @@ class Subject:
         """Refuse a length beyond what the model was trained for or reaches, or warn where it is told to go beyond.
 
         Raises:
-            Refusal: a length beyond, and nobody told to measure there.
+            Refusal: a length beyond, and nobody told to measure there; learned positions, which have no beyond.
         """
+        refuse_off_the_table(self.config, length)
         if self.reach is None or length <= self.reach:
             return
         passes = f"a length of {length:,} tokens passes the {self.reach:,} positions that this model "

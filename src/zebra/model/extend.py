@@ -53,6 +53,20 @@ def reach(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | 
     return trained if setting is None or trained is None else setting.reach(trained)
 
 
+def refuse_off_the_table(config: PreTrainedConfig, length: int) -> None:
+    """Refuse a text that is longer than a table of learned positions, which nothing can be read beyond.
+
+    Raises:
+        Refusal: it is.
+    """
+    rows = config.max_position_embeddings if getattr(config, "position_embedding", None) == "absolute" else length
+    if length > rows:
+        raise Refusal(
+            f"this model has {rows:,} learned positions, and {length:,} tokens are to be read. Take fewer, or a model "
+            "with other positions."
+        )
+
+
 def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     """Hang Self-Extend on the global layers of a loaded model, after trying that each one's rope can be turned again.
 
@@ -60,15 +74,12 @@ def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
         Refusal: no global layer with a rope, a host that cannot run on our cache, and what `attention_layers` refuses.
     """
     trained = model.config.get_text_config().max_position_embeddings
+    if "summary" in (getattr(model.config, "attention_kinds", None) or ()):
+        raise Refusal("Self-Extend maps the positions of tokens; summary layers read means of many. Load it without.")
     ropes: dict[str, Rope] = {}
     for layer in attention_layers(model):
         if layer.rope is None or layer.frequencies is None:
             continue
-        if getattr(layer.module, "extension", None) is not None:
-            raise Refusal(
-                f"Self-Extend extends plain global attention; in this {model.config.model_type} layer "
-                f"{layer.module.layer_idx} is of another kind. Load it without."
-            )
         first = layer.rope not in ropes
         rope = ropes.setdefault(layer.rope, Rope(layer.frequencies, setting, trained))
         layer.module.extension = Extension(rope, layer.module.layer_idx, first=first)

@@ -286,7 +286,7 @@ def _with_tokenizer(grid: StudyRecipe, recipes: Sequence[PretrainRecipe]) -> lis
             )
         recipes = [recipe.model_copy(update={"tokenizer": str(made)}) for recipe in recipes]
     tokenizer = open_tokenizer(str(recipes[0].tokenizer))
-    check_step(recipes[0], read_texts(recipes[0], tokenizer).rows)  # and the text is in the cache, for all cells
+    check_step(recipes[0], read_texts(recipes[0], tokenizer))  # and the text is in the cache, for all cells
     return list(recipes)
 
 

@@ -16,18 +16,17 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra import records
-from zebra.data.packing import Rows
 from zebra.data.recall import Taught
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import fingerprint, first_line, open_tokenizer, write_card, write_config
-from zebra.model.families import host_class, route, striped
+from zebra.model.families import host_class, kinds_of, route, striped
 from zebra.model.hosts import load
 from zebra.model.local import Local, layout_with, local_of, localise
 from zebra.model.subclass import with_striped_cache
 from zebra.records import Row
 from zebra.refusal import Refusal
 from zebra.staged import staged
-from zebra.stripes import Stripes
+from zebra.stripes import GLOBAL, Stripes
 from zebra.train import directory
 from zebra.train.measuring import (
     by_position,
@@ -63,7 +62,7 @@ def _run(run: Path, recipe: PretrainRecipe) -> list[Row]:
     tokenizer = _tokenizer(run, recipe)
     config = config_of(recipe, tokenizer)
     texts = read_texts(recipe, tokenizer)
-    check_step(recipe, texts.rows)
+    check_step(recipe, texts)
     inputs = {"text": texts.digest, "tokenizer": fingerprint(tokenizer), "processes": directory.processes()}
     directory.record(run, recipe, inputs)
     if not (run / "model").exists():
@@ -89,7 +88,8 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
 
     Raises:
         Refusal: a model_type or a field that transformers does not have, a family or a layout that zebra does not
-            serve, a model too short for the rows, a vocabulary of another size than the tokenizer's.
+            serve, a model too short for the rows, a vocabulary of another size than the tokenizer's, a layout that
+            contradicts the sizes.
     """
     given = dict(recipe.model)
     kind = given.pop("model_type")
@@ -100,6 +100,8 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     if unknown := sorted(set(given) - known):
         near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
         raise Refusal(f"a config of {kind} has no field {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "."))
+    if recipe.stripes is not None and given.get("attention_kinds") is not None:
+        raise Refusal("model.attention_kinds and stripes both name the layers' kinds. Leave one of them out.")
     if tokenizer is None and isinstance(recipe.tokenizer, str):
         tokenizer = open_tokenizer(recipe.tokenizer)
     given = {"max_position_embeddings": recipe.train.length} | _tokens(recipe, tokenizer) | given
@@ -123,7 +125,28 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
             f"there are {config.max_position_embeddings:,} learned positions, and {read:,} tokens are to be read. "
             "Shorten evaluate.length and evaluate.beyond, or give model.max_position_embeddings."
         )
+    _check_layout(recipe, config)
     return trainable(config, "model")
+
+
+def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:
+    """A training from scratch chooses its sizes: a layout that they leave no meaning is a mistake.
+
+    Raises:
+        Refusal: a group larger than the depth, a window beyond the rows.
+    """
+    pattern, layers = recipe.stripes and Stripes.parse(recipe.stripes).pattern, config.num_hidden_layers
+    if pattern and len(pattern) > layers:
+        raise Refusal(
+            f"stripes {recipe.stripes} has groups of {len(pattern)} layers, and the model has {layers}. "
+            f"Take a group of at most {layers}."
+        )
+    window, rows = getattr(config, "sliding_window", None), recipe.train.length
+    if window and window > rows and {*kinds_of(config)} != {GLOBAL}:
+        raise Refusal(
+            f"the window of {window:,} tokens is beyond train.length, {rows:,}: local layers would see all of a row. "
+            f"Take a window of at most {rows:,}."
+        )
 
 
 def _tokens(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -149,10 +172,12 @@ def _tokenizer(run: Path, recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
 # Training
 
 
-def check_step(recipe: PretrainRecipe, rows: Rows | Taught) -> None:
+def check_step(recipe: PretrainRecipe, texts: Texts) -> None:
     """Refuse a text with fewer rows than one step takes: there is nothing to learn a language from."""
     length, step = recipe.train.length, tokens_per_step(recipe) // recipe.train.length
-    there = len(rows.text if isinstance(rows, Taught) else rows)
+    there = len(texts.rows.text if isinstance(texts.rows, Taught) else texts.rows)
+    if texts.lines:  # a mixture repeats its sources until its rows are full
+        there = min(there, sum(line.tokens for line in texts.lines) // length)
     if there < step:
         raise Refusal(
             f"the text has {there:,} rows of {length:,} tokens, fewer than the {step:,} of one step. "

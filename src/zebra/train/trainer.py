@@ -142,14 +142,14 @@ def refuse_diverged(loss: Tensor, trainer: Trainer) -> None:
     """Refuse a loss that is not finite, before the step that would spoil the weights."""
     if not bool(loss.isfinite()):
         step, where = trainer.state.global_step + 1, Path(trainer.args.output_dir)
-        raise Refusal(_diverged("the loss is", step, trainer.optimizer, where))
+        raise Refusal(_diverged("the loss is", step, trainer.optimizer.param_groups[0]["lr"], where))
 
 
-def _diverged(what: str, step: int, optimizer: torch.optim.Optimizer, checkpoints: Path) -> str:
+def _diverged(what: str, step: int, rate: float, checkpoints: Path) -> str:
     good = [int(found.name.rpartition("-")[2]) for found in checkpoints.glob("checkpoint-*") if is_complete(found)]
     kept = f"The newest finite checkpoint is that of step {max(good)}." if good else "No checkpoint was saved yet."
     return (
-        f"{what} not finite at step {step}, at a learning rate of {optimizer.param_groups[0]['lr']:.3g}. {kept} "
+        f"{what} not finite at step {step}, at a learning rate of {rate:.3g}. {kept} "
         "Start another run with a lower train.learning_rate or a longer train.warmup_steps."
     )
 
@@ -263,11 +263,16 @@ class _Mark(TrainerCallback):
     The mark holds the size of each file, so that one which is damaged later is told from a whole one.
     """
 
+    rate = 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.rate = kwargs["optimizer"].param_groups[0]["lr"]  # the schedule has moved on when it is saved
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            raise Refusal(_diverged("the weights are", state.global_step, kwargs["optimizer"], Path(args.output_dir)))
+            raise Refusal(_diverged("the weights are", state.global_step, self.rate, Path(args.output_dir)))
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             where = Path(args.output_dir) / f"checkpoint-{state.global_step}"
