@@ -24,7 +24,7 @@ from zebra.report.figures import standalone
 from zebra.report.page import Cell, Figure, Section
 from zebra.report.provenance import method, others
 from zebra.staged import write_whole
-from zebra.train.grid import StudyRecipe, recipes_of
+from zebra.train.cells import StudyRecipe, recipes_of
 from zebra.train.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent

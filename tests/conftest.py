@@ -128,7 +128,7 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def kind_of(recipe: Path) -> type:
     """The class of one of the repository's recipes."""
-    from zebra.train.grid import StudyRecipe
+    from zebra.train.cells import StudyRecipe
     from zebra.train.recipe import AdaptRecipe, PretrainRecipe
     from zebra.train.tune_recipe import TuneRecipe
 

@@ -16,7 +16,8 @@ from conftest import ROOT, TEXT
 
 from zebra import Refusal, records
 from zebra.train import grid
-from zebra.train.grid import StudyRecipe, cells_of, recipes_of, reckoned, study
+from zebra.train.cells import StudyRecipe, cells_of, recipes_of
+from zebra.train.grid import reckoned, study
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import read_recipe
 from zebra.train.tokenizer import END
@@ -190,13 +191,22 @@ def test_a_grid_runs_each_cell_once_and_grows(few: Path, tmp_path: Path) -> None
     assert {row.layout for row in grown[len(rows) :]} >= {"L:8 none"}
     assert all(path.stat().st_mtime_ns == then for path, then in logs.items())
 
+    fewer = tree(tmp_path / "run", few, {"attention": "local", "position": "none"})
+    fewer["recipe"]["data"]["workers"] = 2  # changes no number
+    kept = study(StudyRecipe.model_validate(fewer))
+    assert kept == [*grown[len(rows) :], *rows]  # what is done stays
+    for changed in (reckoned, study):
+        with pytest.raises(Refusal, match=r"global-rotary-64-seed0 is a cell of another recipe: train\.steps differ"):
+            changed(of(tmp_path / "run", few, {"attention": "local", "position": "alibi"}, steps=6))
+
 
 def test_another_recipe_in_the_same_run_is_refused(few: Path, tmp_path: Path) -> None:
     (first,) = recipes_of(of(tmp_path / "run", few))
     Path(first.run).mkdir(parents=True)
     (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
-    with pytest.raises(Refusal, match=r"holds a run of another recipe: .*train.steps"):
-        study(of(tmp_path / "run", few, steps=6))
+    for told in (reckoned, study):
+        with pytest.raises(Refusal, match=r"holds a run of another recipe: .*train.steps"):
+            told(of(tmp_path / "run", few, steps=6))
 
 
 def test_a_cell_that_fails_leaves_the_others_alone(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +294,8 @@ def test_rows_that_are_damaged_are_said_before_any_cell_runs(
     monkeypatch.setattr(grid, "_with_tokenizer", lambda _, recipes: recipes)
     first, _ = recipes_of(of(tmp_path / "run", few, cells))
     Path(first.run).mkdir(parents=True)
-    (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
+    begun = first.model_dump(mode="json") | {"tokenizer": str(tmp_path / "run" / "tokenizer")}
+    (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(begun))
     (Path(first.run) / "rows.jsonl").write_text("{\n")
     with pytest.raises(Refusal, match="is not a row of results"):
         study(of(tmp_path / "run", few, cells))

@@ -23,7 +23,8 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Train a grid of models from scratch, attention × positions × length, and measure each; resumable."""
-    from zebra.train.grid import StudyRecipe, reckoned
+    from zebra.train.cells import StudyRecipe
+    from zebra.train.grid import reckoned
     from zebra.train.grid import study as run
     from zebra.train.recipe import read_recipe
 

@@ -90,14 +90,19 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
             theirs = type(recipe).model_validate(yaml.safe_load(mine.read_text(encoding="utf-8")))
         except (yaml.YAMLError, ValueError):
             raise Refusal(f"{mine} is damaged: it is no recipe. Name another run, or remove {run}.") from None
-        if theirs != recipe:
-            different = sorted(flat(recipe.model_dump()).items() ^ flat(theirs.model_dump()).items())
+        if different := differing(recipe, theirs):
             raise Refusal(
-                f"{run} holds a run of another recipe: {', '.join(sorted({name for name, _ in different}))} differ. "
+                f"{run} holds a run of another recipe: {', '.join(different)} differ. "
                 "Name another run, or remove the directory."
             )
     elif run.exists() and (not run.is_dir() or any(not file.name.startswith(".") for file in run.iterdir())):
         raise Refusal(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
+
+
+def differing(one: Recipe, other: Recipe) -> list[str]:
+    """The keys that two recipes differ in, but for those that change no number."""
+    found = flat(one.model_dump()).items() ^ flat(other.model_dump()).items()
+    return sorted({name for name, _ in found} - {"data.workers", "data.cache"})
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -4,7 +4,7 @@ run/tokenizer/            trained once on the grid's text, where the recipe name
 run/cells/<name>.yaml     a cell: a recipe of `zebra pretrain`, which can be run alone
 run/cells/<name>.log      what its process said
 run/cells/<name>/         its directory (zebra.train.pretrain)
-run/rows.jsonl            the rows of all cells that are done, in the grid's order
+run/rows.jsonl            the rows of all cells that are done, in the grid's order, and then of those that it left out
 
 Each cell has a process of its own. A cell that is done is not run again, one that was killed goes on where it stood,
 and one that fails leaves the others alone.
@@ -12,7 +12,6 @@ and one that fails leaves the others alone.
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
@@ -23,17 +22,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
 import torch
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
 
 from zebra import records
 from zebra.model.checkpoint import open_tokenizer
 from zebra.model.families import attention_pairs
 from zebra.model.local import Local, layout_with
-from zebra.model.study import NAME, StudyConfig, attention_kinds
+from zebra.model.study import NAME
 from zebra.plan.decoder import decoder
 from zebra.progress import bar, console
 from zebra.records import Row
@@ -41,75 +39,15 @@ from zebra.refusal import Refusal
 from zebra.staged import held, staged, write_whole
 from zebra.stripes import visible_pairs
 from zebra.train import directory
+from zebra.train.cells import AXES, StudyRecipe, recipes_of
 from zebra.train.pretrain import check_step, config_of
-from zebra.train.recipe import NewTokenizer, PretrainRecipe, Section, checked
+from zebra.train.recipe import NewTokenizer, PretrainRecipe, read_recipe
 from zebra.train.texts import read_texts
 from zebra.train.tokenizer import texts_of, train_tokenizer
 from zebra.train.trainer import check_machine, tokens_per_step
 
-T = TypeVar("T")
-_Many = Annotated[
-    tuple[T, ...], BeforeValidator(lambda one: (one,) if not isinstance(one, list | tuple) else tuple(one))
-]
 ASKED = "asked.yaml"
 """What a trained tokenizer was to be, and of what data; it lies beside it."""
-_Size = Annotated[int, Field(ge=1)]
-
-
-class Axes(Section):
-    """Some cells: all combinations of what the axes list. One value may stand for a list of one."""
-
-    attention: _Many[Literal["global", "local", "summary", "grouped"]] = Field(min_length=1)
-    position: _Many[Literal["rotary", "alibi", "absolute", "none"]] = Field(min_length=1)
-    group: _Many[_Size] = Field((4,), min_length=1, description="layers of a group; the first is global, of `grouped`")
-    window: _Many[_Size] | None = Field(None, min_length=1, description="recipe.model.sliding_window without it")
-    block: _Many[_Size] | None = Field(None, min_length=1, description="of `summary`; recipe.model.summary_block else")
-    length: _Many[_Size] | None = Field(None, min_length=1, description="of training; recipe.train.length without it")
-    seed: _Many[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, description="recipe.train.seed else")
-
-
-class StudyRecipe(Section):
-    """A grid: what its cells share, and what they differ in."""
-
-    run: str = Field(description="the run's directory")
-    recipe: dict[str, Any] = Field(description="of each cell: a recipe of `zebra pretrain`, but for run")
-    cells: list[Axes] = Field(min_length=1, description="run in this order; a cell that comes twice is run once")
-
-    @model_validator(mode="after")
-    def _shared(self) -> StudyRecipe:
-        if "run" in self.recipe:
-            raise ValueError("recipe has no run of its own: each cell has a directory under the grid's run; remove it")
-        for name in ("model", "train", "evaluate"):
-            if not isinstance(self.recipe.get(name) or {}, dict):
-                raise ValueError(f"recipe.{name} is a table of keys and values; got {self.recipe[name]!r}")
-        model = self.recipe.get("model") or {}
-        if (kind := model.get("model_type")) != NAME:
-            raise ValueError(f"recipe.model.model_type is {NAME}, whose layers have the kinds of a grid; got {kind!r}")
-        own = [f"model.{name}" for name in ("attention_kinds", "layer_types", "position_embedding") if name in model]
-        own += ["stripes"] * (self.recipe.get("stripes") is not None)
-        if own:
-            raise ValueError(f"recipe.{own[0]} is what the cells differ in, by attention and position; remove it")
-        return self
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model of a grid; None where an axis does not touch it."""
-
-    attention: str
-    position: str
-    group: int | None
-    window: int | None
-    block: int | None
-    length: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Its directory, and its rows' run: `grouped-4-rotary-w32-512-seed0`."""
-        parts = [self.attention, self.group, self.position, self.window and f"w{self.window}"]
-        parts += [self.block and f"b{self.block}", self.length, f"seed{self.seed}"]
-        return "-".join(str(part) for part in parts if part is not None)
 
 
 def study(grid: StudyRecipe, workers: int = 1) -> list[Row]:
@@ -127,9 +65,8 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Row]:
     check_machine(recipes[0].train)
     run = Path(grid.run)
     with held(run):
-        recipes = _with_tokenizer(grid, recipes)
-        for recipe in recipes:
-            directory.check_recipe(Path(recipe.run), recipe)
+        _check_run(run, recipes)
+        recipes = _with_tokenizer(run, recipes)
         done = [recipe for recipe in recipes if _is_done(recipe)]
         _gather(run, recipes)  # what is damaged is said before any work
         if done:
@@ -162,7 +99,9 @@ class Reckoned:
 def reckoned(grid: StudyRecipe) -> list[Reckoned]:
     """What `study` would run; refuses as it does, but for the text."""
     found = []
-    for recipe in recipes_of(grid):
+    recipes = recipes_of(grid)
+    _check_run(Path(grid.run), recipes)
+    for recipe in recipes:
         config = config_of(recipe)
         length = recipe.train.length
         dense = config.num_hidden_layers * visible_pairs(length)
@@ -179,112 +118,51 @@ def reckoned(grid: StudyRecipe) -> list[Reckoned]:
     return found
 
 
-# Cells and their recipes
+# The run
 
 
-def cells_of(grid: StudyRecipe) -> list[Cell]:
-    """The cells in their order, each once.
+def _check_run(run: Path, recipes: Sequence[PretrainRecipe]) -> None:
+    """Refuse a run of another recipe: of another tokenizer, or with cells that differ in more than cells do.
 
-    Raises:
-        Refusal: a recipe without a length, a window or a block that an axis leaves to it.
+    Cells that are done and not in the grid stay in its rows, so they are held against it too.
     """
-    model, train = dict(grid.recipe["model"]), dict(grid.recipe.get("train") or {})
-    cells: dict[Cell, None] = {}
-    for axes in grid.cells:
-        lengths = axes.length or (train.get("length"),)
-        windows, blocks = (
-            axes.window or (model.get("sliding_window"),),
-            axes.block or (model.get("summary_block", StudyConfig.summary_block),),
+    asked, wanted = run / "tokenizer" / ASKED, _asked(recipes[0])
+    trains = isinstance(recipes[0].tokenizer, NewTokenizer)
+    if trains and asked.exists() and yaml.safe_load(asked.read_text(encoding="utf-8")) != wanted:
+        raise Refusal(
+            f"{asked.parent} was trained by another recipe: its tokenizer or its data differ. "
+            f"Name another run, or remove {run}."
         )
-        seeds = axes.seed or (train.get("seed", 0),)
-        for attention, position, group, window, block, length, seed in itertools.product(
-            axes.attention, axes.position, axes.group, windows, blocks, lengths, seeds
-        ):
-            if not isinstance(length, int):
-                raise Refusal("a cell has a length: give recipe.train.length, or the axis length.")
-            if attention != "global" and not isinstance(window, int):
-                raise Refusal(
-                    f"{attention} layers have a window: give recipe.model.sliding_window, or the axis window."
-                )
-            cell = Cell(
-                attention=attention,
-                position=position,
-                group=group if attention == "grouped" else None,
-                window=window if attention != "global" else None,
-                block=block if attention == "summary" else None,
-                length=length,
-                seed=seed,
-            )
-            cells[cell] = None
-    return list(cells)
-
-
-def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
-    """A recipe for each cell; a step has as many tokens in all, so that lengths differ in nothing else.
-
-    Raises:
-        Refusal: a recipe that cannot be one, or a cell whose model cannot be built; the cell's name stands in front.
-    """
-    recipes = []
-    for cell in cells_of(grid):
-        try:
-            recipe = checked(_tree(grid, cell), PretrainRecipe, "recipe")
-            config_of(recipe)
-        except (Refusal, ValueError) as error:
-            raise Refusal(f"the cell {cell.name}: {error}") from None
-        recipes.append(recipe)
-    return recipes
-
-
-def _tree(grid: StudyRecipe, cell: Cell) -> dict[str, Any]:
-    shared = yaml.safe_load(yaml.safe_dump(grid.recipe))  # a copy
-    model, train, evaluate = shared["model"], shared.get("train") or {}, shared.get("evaluate")
-    for name, number in (
-        ("model.num_hidden_layers", model.get("num_hidden_layers", 1)),
-        ("train.rows_per_step", train.get("rows_per_step", 1)),
-        ("train.length", train.get("length", cell.length)),
-        ("evaluate.beyond", (evaluate or {}).get("beyond") or 1),
-    ):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"recipe.{name} is a whole number from 1 on; got {number!r}.")
-    if cell.window is not None and cell.window > cell.length:
-        raise ValueError(f"a window is at most the length, {cell.length:,} tokens; got {cell.window:,}.")
-    kinds = attention_kinds(
-        cell.attention, model.get("num_hidden_layers", StudyConfig.num_hidden_layers), cell.group or 1
-    )
-    model |= {"attention_kinds": kinds, "position_embedding": cell.position, "sliding_window": cell.window}
-    if cell.block is not None:
-        model["summary_block"] = cell.block
-    rows = train.get("rows_per_step", 1) * train.get("length", cell.length)
-    if rows % cell.length:
-        raise ValueError(
-            f"a step has {rows:,} tokens at a time (recipe.train.rows_per_step x length), and rows of {cell.length:,} "
-            "do not fill it. Take a length that divides it."
-        )
-    train |= {"length": cell.length, "rows_per_step": rows // cell.length, "seed": cell.seed}
-    if evaluate is not None:
-        evaluate["length"] = cell.length
-        if cell.position == "absolute" or (evaluate.get("beyond") or 0) <= cell.length:
-            evaluate["beyond"] = None  # there are no positions beyond those that were learned
-    return shared | {"run": str(Path(grid.run) / "cells" / cell.name), "train": train}
-
-
-def _with_tokenizer(grid: StudyRecipe, recipes: Sequence[PretrainRecipe]) -> list[PretrainRecipe]:
-    """The recipes with one tokenizer, trained where it is not there yet."""
-    asked, made = recipes[0].tokenizer, Path(grid.run) / "tokenizer"
-    if isinstance(asked, NewTokenizer):
-        of = recipes[0].model_dump(mode="json", include={"tokenizer", "data"})
-        if not made.is_dir():
-            tokenizer = train_tokenizer(texts_of(recipes[0]), asked)
-            with staged(made) as aside:
-                tokenizer.save_pretrained(aside)
-                write_whole(aside / ASKED, yaml.safe_dump(of))
-        elif (made / ASKED).exists() and yaml.safe_load((made / ASKED).read_text(encoding="utf-8")) != of:
+    known = [_sharing(run, recipe) for recipe in recipes]
+    for recipe in known:
+        directory.check_recipe(Path(recipe.run), recipe)
+    for other in _others(run, recipes):
+        kept = read_recipe(other / "recipe.yaml", PretrainRecipe)
+        if more := [name for name in directory.differing(known[0], kept) if not name.startswith(AXES)]:
             raise Refusal(
-                f"{made} was trained by another recipe: its tokenizer or its data differ. "
-                f"Name another run, or remove {grid.run}."
+                f"{other} is a cell of another recipe: {', '.join(more)} differ. Name another run, or remove it."
             )
-        recipes = [recipe.model_copy(update={"tokenizer": str(made)}) for recipe in recipes]
+
+
+def _asked(recipe: PretrainRecipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", include={"tokenizer", "data"}, exclude={"data": {"workers", "cache"}})
+
+
+def _sharing(run: Path, recipe: PretrainRecipe) -> PretrainRecipe:
+    """A cell's recipe with the grid's tokenizer, where that is trained."""
+    trains = isinstance(recipe.tokenizer, NewTokenizer)
+    return recipe.model_copy(update={"tokenizer": str(run / "tokenizer")}) if trains else recipe
+
+
+def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> list[PretrainRecipe]:
+    """The recipes with one tokenizer, trained where it is not there yet."""
+    asked, made = recipes[0].tokenizer, run / "tokenizer"
+    if isinstance(asked, NewTokenizer) and not made.is_dir():
+        tokenizer = train_tokenizer(texts_of(recipes[0]), asked)
+        with staged(made) as aside:
+            tokenizer.save_pretrained(aside)
+            write_whole(aside / ASKED, yaml.safe_dump(_asked(recipes[0])))
+    recipes = [_sharing(run, recipe) for recipe in recipes]
     tokenizer = open_tokenizer(str(recipes[0].tokenizer))
     check_step(recipes[0], read_texts(recipes[0], tokenizer))  # and the text is in the cache, for all cells
     return list(recipes)
@@ -378,8 +256,16 @@ def _why(recipe: PretrainRecipe, code: int) -> str:
     return next((line.removeprefix("zebra: ") for line in reversed(lines) if line.strip()), "it said nothing.")
 
 
+def _others(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Path]:
+    """Cells of the run that are done and not in the grid."""
+    mine = {Path(recipe.run).name for recipe in recipes}
+    done = sorted(file.parent for file in (run / "cells").glob("*/rows.jsonl") if file.stat().st_size)
+    return [cell for cell in done if cell.name not in mine]
+
+
 def _gather(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Row]:
-    rows = [row for recipe in recipes if _is_done(recipe) for row in records.read(Path(recipe.run) / "rows.jsonl")]
+    cells = [*(Path(recipe.run) for recipe in recipes if _is_done(recipe)), *_others(run, recipes)]
+    rows = [row for cell in cells for row in records.read(cell / "rows.jsonl")]
     if rows:
         records.write(run / "rows.jsonl", rows)
     return rows

@@ -1,0 +1,168 @@
+"""The cells of a grid of trainings from scratch: what they share, what they differ in, and the recipe of each."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BeforeValidator, Field, model_validator
+
+from zebra.model.study import NAME, StudyConfig, attention_kinds
+from zebra.refusal import Refusal
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import PretrainRecipe, Section, checked
+
+T = TypeVar("T")
+_Many = Annotated[
+    tuple[T, ...], BeforeValidator(lambda one: (one,) if not isinstance(one, list | tuple) else tuple(one))
+]
+_Size = Annotated[int, Field(ge=1)]
+AXES = ("run", "model.attention_kinds", "model.position_embedding", "model.sliding_window", "model.summary_block",
+         "train.length", "train.rows_per_step", "train.seed", "evaluate.length", "evaluate.beyond")  # fmt: skip
+"""What cells differ in."""
+
+
+class Axes(Section):
+    """Some cells: all combinations of what the axes list. One value may stand for a list of one."""
+
+    attention: _Many[Literal["global", "local", "summary", "grouped"]] = Field(min_length=1)
+    position: _Many[Literal["rotary", "alibi", "absolute", "none"]] = Field(min_length=1)
+    group: _Many[_Size] = Field((4,), min_length=1, description="layers of a group; the first is global, of `grouped`")
+    window: _Many[_Size] | None = Field(None, min_length=1, description="recipe.model.sliding_window without it")
+    block: _Many[_Size] | None = Field(None, min_length=1, description="of `summary`; recipe.model.summary_block else")
+    length: _Many[_Size] | None = Field(None, min_length=1, description="of training; recipe.train.length without it")
+    seed: _Many[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, description="recipe.train.seed else")
+
+
+class StudyRecipe(Section):
+    """A grid: what its cells share, and what they differ in."""
+
+    run: str = Field(description="the run's directory")
+    recipe: dict[str, Any] = Field(description="of each cell: a recipe of `zebra pretrain`, but for run")
+    cells: list[Axes] = Field(min_length=1, description="run in this order; a cell that comes twice is run once")
+
+    @model_validator(mode="after")
+    def _shared(self) -> StudyRecipe:
+        if "run" in self.recipe:
+            raise ValueError("recipe has no run of its own: each cell has a directory under the grid's run; remove it")
+        for name in ("model", "train", "evaluate"):
+            if not isinstance(self.recipe.get(name) or {}, dict):
+                raise ValueError(f"recipe.{name} is a table of keys and values; got {self.recipe[name]!r}")
+        model = self.recipe.get("model") or {}
+        if (kind := model.get("model_type")) != NAME:
+            raise ValueError(f"recipe.model.model_type is {NAME}, whose layers have the kinds of a grid; got {kind!r}")
+        own = [f"model.{name}" for name in ("attention_kinds", "layer_types", "position_embedding") if name in model]
+        own += ["stripes"] * (self.recipe.get("stripes") is not None)
+        if own:
+            raise ValueError(f"recipe.{own[0]} is what the cells differ in, by attention and position; remove it")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of a grid; None where an axis does not touch it."""
+
+    attention: str
+    position: str
+    group: int | None
+    window: int | None
+    block: int | None
+    length: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its directory, and its rows' run: `grouped-4-rotary-w32-512-seed0`."""
+        parts = [self.attention, self.group, self.position, self.window and f"w{self.window}"]
+        parts += [self.block and f"b{self.block}", self.length, f"seed{self.seed}"]
+        return "-".join(str(part) for part in parts if part is not None)
+
+
+def cells_of(grid: StudyRecipe) -> list[Cell]:
+    """The cells in their order, each once.
+
+    Raises:
+        Refusal: a recipe without a length, a window or a block that an axis leaves to it.
+    """
+    model, train = dict(grid.recipe["model"]), dict(grid.recipe.get("train") or {})
+    cells: dict[Cell, None] = {}
+    for axes in grid.cells:
+        lengths = axes.length or (train.get("length"),)
+        windows, blocks = (
+            axes.window or (model.get("sliding_window"),),
+            axes.block or (model.get("summary_block", StudyConfig.summary_block),),
+        )
+        seeds = axes.seed or (train.get("seed", 0),)
+        for attention, position, group, window, block, length, seed in itertools.product(
+            axes.attention, axes.position, axes.group, windows, blocks, lengths, seeds
+        ):
+            if not isinstance(length, int):
+                raise Refusal("a cell has a length: give recipe.train.length, or the axis length.")
+            if attention != "global" and not isinstance(window, int):
+                raise Refusal(
+                    f"{attention} layers have a window: give recipe.model.sliding_window, or the axis window."
+                )
+            cell = Cell(
+                attention=attention,
+                position=position,
+                group=group if attention == "grouped" else None,
+                window=window if attention != "global" else None,
+                block=block if attention == "summary" else None,
+                length=length,
+                seed=seed,
+            )
+            cells[cell] = None
+    return list(cells)
+
+
+def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
+    """A recipe for each cell; a step has as many tokens in all, so that lengths differ in nothing else.
+
+    Raises:
+        Refusal: a recipe that cannot be one, or a cell whose model cannot be built; the cell's name stands in front.
+    """
+    recipes = []
+    for cell in cells_of(grid):
+        try:
+            recipe = checked(_tree(grid, cell), PretrainRecipe, "recipe")
+            config_of(recipe)
+        except (Refusal, ValueError) as error:
+            raise Refusal(f"the cell {cell.name}: {error}") from None
+        recipes.append(recipe)
+    return recipes
+
+
+def _tree(grid: StudyRecipe, cell: Cell) -> dict[str, Any]:
+    shared = yaml.safe_load(yaml.safe_dump(grid.recipe))  # a copy
+    model, train, evaluate = shared["model"], shared.get("train") or {}, shared.get("evaluate")
+    for name, number in (
+        ("model.num_hidden_layers", model.get("num_hidden_layers", 1)),
+        ("train.rows_per_step", train.get("rows_per_step", 1)),
+        ("train.length", train.get("length", cell.length)),
+        ("evaluate.beyond", (evaluate or {}).get("beyond") or 1),
+    ):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"recipe.{name} is a whole number from 1 on; got {number!r}.")
+    if cell.window is not None and cell.window > cell.length:
+        raise ValueError(f"a window is at most the length, {cell.length:,} tokens; got {cell.window:,}.")
+    kinds = attention_kinds(
+        cell.attention, model.get("num_hidden_layers", StudyConfig.num_hidden_layers), cell.group or 1
+    )
+    model |= {"attention_kinds": kinds, "position_embedding": cell.position, "sliding_window": cell.window}
+    if cell.block is not None:
+        model["summary_block"] = cell.block
+    rows = train.get("rows_per_step", 1) * train.get("length", cell.length)
+    if rows % cell.length:
+        raise ValueError(
+            f"a step has {rows:,} tokens at a time (recipe.train.rows_per_step x length), and rows of {cell.length:,} "
+            "do not fill it. Take a length that divides it."
+        )
+    train |= {"length": cell.length, "rows_per_step": rows // cell.length, "seed": cell.seed}
+    if evaluate is not None:
+        evaluate["length"] = cell.length
+        if cell.position == "absolute" or (evaluate.get("beyond") or 0) <= cell.length:
+            evaluate["beyond"] = None  # there are no positions beyond those that were learned
+    return shared | {"run": str(Path(grid.run) / "cells" / cell.name), "train": train}
