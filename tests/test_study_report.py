@@ -23,7 +23,7 @@ from zebra.report import study, write_report
 from zebra.report.study import claims
 from zebra.report.study.cells import Cell
 from zebra.report.study.pictures import Point, frontier, plot_scatter
-from zebra.report.study.spread import Losses, Spread, between, spread
+from zebra.report.study.spread import Difference, Losses, Spread, between, spread
 from zebra.stripes import visible_pairs
 from zebra.train.recipe import read_recipe
 
@@ -192,11 +192,11 @@ def moved(cell: Cell, **given: Any) -> dict[Cell, dict[str, Any]]:
 
 
 BROKEN: dict[str, tuple[dict[Cell, dict[str, Any]], int]] = {
-    "long context does not help": (moved(Cell(LOCAL, "rotary", 512), value=17.0), 0),
+    "long context does not help": (moved(Cell(LOCAL, "rotary", 512), value=16.7), 0),
     "long context helps one kind alone": (moved(Cell(DENSE, "rotary", 512), value=19.0), 2),
     "grouped is worse": (moved(Cell(GROUPED, "rotary", 512), value=17.6), 1),
-    "local is as good as grouped": (moved(Cell(LOCAL, "rotary", 512), value=17.1), 2),
-    "summary is as bad as local": (moved(Cell(SUMMARY, "rotary", 512), value=18.4), 3),
+    "local is better than grouped": (moved(Cell(LOCAL, "rotary", 512), value=16.9), 2),
+    "summary is worse than local": (moved(Cell(SUMMARY, "rotary", 512), value=18.6), 3),
     "summary is better than global": (moved(Cell(SUMMARY, "rotary", 512), value=16.0), 3),
     "absolute is better in one kind": (moved(Cell(SUMMARY, "absolute", 512), value=16.0), 4),
     "alibi is bad within": (moved(Cell(DENSE, "alibi", 512), value=18.0), 6),
@@ -223,6 +223,22 @@ def test_a_claim_without_its_cells_is_not_tested(missing: object, claim: int) ->
 def test_a_spread_that_leaves_it_open_is_no_verdict() -> None:
     verdicts = judged(rows_of(whole(), noise=0.2))
     assert verdicts[:5] == ["not tested here"] * 5
+
+
+def test_noise_opens_a_verdict_and_never_turns_it() -> None:
+    for half in (0.001, 0.007, 0.009, 0.013, 0.03, 0.1):
+        assert claims._beats(Difference(-0.008, half, "")) in (True, None)
+        assert claims._beats(Difference(0.008, half, "")) in (False, None)
+        assert claims._as_good(Difference(0.018, half, "")) in (True, None)
+        assert claims._as_good(Difference(0.022, half, "")) in (False, None)
+
+
+def test_means_beside_a_change_are_of_the_seeds_that_it_is_of() -> None:
+    rows = [row for row in rows_of(whole(), seeds=5) if row.seed < 3 or not row.layout.startswith(LOCAL)]
+    (found,), _ = study.parted(rows)
+    (part,) = [part for part in claims.claims(found)[2].parts if part.one[0].startswith(DENSE)]
+    one, two = (float(text.split()[0]) for text in (part.one[1], part.other[1]))
+    assert float(part.change.rstrip(" %").replace("−", "-")) == pytest.approx(100 * (one / two - 1), abs=0.06)
 
 
 def test_grouped_as_good_as_a_global_that_is_no_better_than_local_tells_nothing() -> None:

@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import matplotlib
 import matplotlib.style
@@ -133,12 +133,13 @@ def plot_lengths(axes: Axes, lines: list[tuple[str, dict[int, float]]], threshol
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
 
 
-def plot_loss(axes: Axes, losses: list[Row]) -> None:
-    """Training loss over tokens, a line for each run."""
+def plot_loss(axes: Axes, losses: list[Row], named: Mapping[str, tuple[str, str]] | None = None) -> None:
+    """Training loss over tokens, a line for each run: by its own name, or by the name and the colour that are given."""
     for i, run in enumerate(dict.fromkeys(row.run for row in losses)):
         here = [row for row in losses if row.run == run]
         x = [row.n or 0 for row in here]
-        axes.plot(x, [_finite(row.value) for row in here], color=HUES[i % len(HUES)], label=run)
+        label, color = (named or {}).get(run, (run, HUES[i % len(HUES)]))
+        axes.plot(x, [_finite(row.value) for row in here], color=color, label=label)
     axes.set_ylabel("training loss")
     _scale_trained(axes, "tokens")
 

@@ -12,11 +12,16 @@ from zebra.report.page import Cell, Figure, Line, Section, Table
 from zebra.report.series import number, span_name
 from zebra.report.study import cells, claims, costs
 from zebra.report.study.cells import ATTENTIONS, POSITIONS, Study, parted
-from zebra.report.study.pictures import Point, plot_beyond, plot_scatter
+from zebra.report.study.pictures import COLOURS, Point, highest, plot_beyond, plot_scatter
 from zebra.report.study.spread import Scores, spread
 
 __all__ = ["Study", "parted", "sections", "verdict"]
 
+_NAMES = (
+    "Cells are named by layout and position embedding. G is a layer that sees all tokens before it, L one that sees "
+    "its window, S one that sees its window and of what lies before that the mean of each block; the letters repeat "
+    "over the layers, and behind the colon stand window and block in tokens. In a dense layout every layer is global."
+)
 _PAIRS = "attention pairs for each token, all layers"
 
 
@@ -85,7 +90,7 @@ def _checklist(study: Study) -> Blocks:
     head = [Cell(""), Cell("verdict"), Cell("claim", "rule"), Cell("rests on", "cells × seeds")]
     columns = [Cell("claim"), Cell("cell"), Cell("against"), Cell("positions"), Cell("change"), Cell("held")]
     title = "Evidence: means over seeds with their standard deviation"
-    return [claims.HOW, Table("", head, body, numeric=False), Table(title, columns, evidence, numeric=False)]
+    return [_NAMES, claims.HOW, Table("", head, body, numeric=False), Table(title, columns, evidence, numeric=False)]
 
 
 def _ordered(study: Study, length: int | None = None) -> list[cells.Cell]:
@@ -141,6 +146,8 @@ def _scatter(study: Study, prefix: str) -> Blocks:
     caption = (
         f"Perplexity over contexts of {study.length:,} tokens against the cost of attention; bars are the standard "
         "deviation over seeds, cells on the dotted line are beaten by none that is as cheap"
+        + "; what is far worse stands at the upper edge, with its number"
+        * (highest(points) is not None)
     )
     return [Figure(f"{prefix}-scatter", svg, caption, rows)]
 
@@ -195,19 +202,23 @@ def _beyond(study: Study, prefix: str) -> Blocks:
 
 def _costs(study: Study) -> Blocks:
     found = costs.table(study, _ordered(study))
-    return [costs.HOW, found] if found else []
+    return [costs.COUNTED + costs.TIMED * bool(study.measured), found] if found else []
 
 
 def _training(study: Study, prefix: str) -> Blocks:
     """The loss of the main cells, the first seed of each."""
     found = [cell for kind in ATTENTIONS if (cell := study.cell(kind)) is not None]
-    rows = [
-        row
+    lines = {
+        cell: [
+            row
+            for row in next(iter(study.runs[cell].values()))
+            if (row.task, row.metric) == ("train", "loss") and row.n is not None
+        ]
         for cell in found
-        for row in next(iter(study.runs[cell].values()))
-        if (row.task, row.metric) == ("train", "loss") and row.n is not None
-    ]
+    }
+    rows = [row for line in lines.values() for row in line]
     if not rows:
         return []
-    svg = drawn(f"{prefix}-loss", lambda axes: plot_loss(axes, rows), height=2.6)
+    named = {line[0].run: (cell.name, COLOURS[cell.attention]) for cell, line in lines.items() if line}
+    svg = drawn(f"{prefix}-loss", partial(plot_loss, losses=rows, named=named), height=2.6)
     return [Figure(f"{prefix}-loss", svg, "Training loss (nats a token) against the tokens trained on", rows)]

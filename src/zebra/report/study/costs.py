@@ -10,13 +10,14 @@ from zebra.report.series import count, interval, number
 from zebra.report.study import cells
 from zebra.report.study.cells import Study
 
-HOW = (
-    "Attention pairs and cached tokens are exact counts over one text of the training length. A training step "
-    "(forward, loss, backward, optimiser) was timed in turns, all cells of a length in one process: the median, with "
-    "the least and the most. Its memory is what a fresh process needs for the model, the optimiser and one step. "
-    "Beside both stands what the plan says from the config and this machine's ceilings."
-)
+COUNTED = "Attention pairs and cached tokens are exact counts over one text of the training length."
 """How the table is to be read."""
+TIMED = (
+    " A training step (forward, loss, backward, optimiser) was timed in turns, all cells of a length in one process: "
+    "the median, with the least and the most. Its memory is what a fresh process needs for the model, the optimiser "
+    "and one step. Beside both stands what the plan says from the config and this machine's ceilings."
+)
+"""The same of rows of `zebra.bench.study`."""
 
 Show = Callable[[Row, int], Cell]
 

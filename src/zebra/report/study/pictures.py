@@ -12,12 +12,14 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from zebra.report.figures import HUES, INK
-from zebra.report.series import Span
+from zebra.report.series import Span, number
 from zebra.report.study.cells import ATTENTIONS, POSITIONS, Cell
 from zebra.report.study.spread import Spread
 
 COLOURS = dict(zip(ATTENTIONS, (INK, *HUES), strict=False))
 SHAPES = dict(zip(POSITIONS, "o^sD", strict=True))
+_FAR = 1.25
+"""Times the best perplexity: what is worse is no part of the comparison and would press it together."""
 _REACH = 14
 """Label heights that a label may stand away from its point."""
 
@@ -28,6 +30,23 @@ class Point(NamedTuple):
     cell: Cell
     cost: float
     quality: Spread
+    shown: float | None = None
+    """Where it stands if not at its perplexity."""
+
+    @property
+    def height(self) -> float:
+        """Where it stands."""
+        return self.quality.mean if self.shown is None else self.shown
+
+    @property
+    def bar(self) -> float:
+        """The deviation, 0 where none is drawn."""
+        return (self.shown is None and self.quality.deviation) or 0.0
+
+    @property
+    def label(self) -> str:
+        """Its name, and its perplexity where that is not where it stands."""
+        return self.cell.name + ("" if self.shown is None else f", {number(self.quality.mean)}")
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -39,8 +58,17 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return found
 
 
+def highest(points: Sequence[Point]) -> float | None:
+    """The perplexity from which on points stand at the upper edge, so that the others are apart; None without such."""
+    limit = _FAR * min(point.quality.mean for point in points)
+    return limit if any(point.quality.mean > limit for point in points) else None
+
+
 def plot_scatter(axes: Axes, points: Sequence[Point], cost: str) -> None:
     """Colour by attention, shape by position embedding, the frontier as a staircase, a label for each point."""
+    limit = highest(points)
+    if limit is not None:
+        points = [p._replace(shown=limit) if p.quality.mean > limit else p for p in points]
     best = frontier(points)
     x = [point.cost for point in best]
     y = [point.quality.mean for point in best]
@@ -48,8 +76,8 @@ def plot_scatter(axes: Axes, points: Sequence[Point], cost: str) -> None:
         color, shape = COLOURS[point.cell.attention], SHAPES[point.cell.position]
         axes.errorbar(
             point.cost,
-            point.quality.mean,
-            point.quality.deviation,
+            point.height,
+            point.bar or None,
             fmt=shape,
             color=color,
             markersize=5,
@@ -85,7 +113,7 @@ def _label(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
     """Each name at the nearest free place beside its point, with a thin line where that is not next to it."""
     figure = axes.figure
     figure.draw_without_rendering()  # type: ignore[union-attr]  # where things are is known from here on
-    places = {i: axes.transData.transform((p.cost, p.quality.mean)) for i, p in enumerate(points)}
+    places = {i: axes.transData.transform((p.cost, p.height)) for i, p in enumerate(points)}
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
     taken += _lines(axes, points, best)
     inside = axes.bbox
@@ -93,7 +121,7 @@ def _label(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
     for i in sorted(places, key=lambda i: (places[i][0], -places[i][1])):
         x, y = places[i]
         text = axes.annotate(
-            points[i].cell.name, (points[i].cost, points[i].quality.mean), xytext=(0, 0), textcoords="offset points"
+            points[i].label, (points[i].cost, points[i].height), xytext=(0, 0), textcoords="offset points"
         )
         text.set(fontsize=6.5, color=COLOURS[points[i].cell.attention], va="center", ha="left", in_layout=False)
         text.set_parse_math(False)
@@ -120,8 +148,7 @@ def _lines(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> list[B
     """Where the bars of the deviations and the steps of the frontier are."""
     ends = [*(point.cost for point in best[1:]), axes.get_xlim()[1]]
     spans = [((p.cost, p.quality.mean), (end, p.quality.mean)) for p, end in zip(best, ends, strict=True)]
-    for cost, (mean, deviation, _) in ((point.cost, point.quality) for point in points):
-        spans += [((cost, mean - (deviation or 0)), (cost, mean + (deviation or 0)))]
+    spans += [((p.cost, p.height - p.bar), (p.cost, p.height + p.bar)) for p in points]
     found = (axes.transData.transform(span) for span in spans)
     return [Bbox.from_extents(a[0] - 1, a[1] - 1, b[0] + 1, b[1] + 1) for a, b in found]
 
@@ -134,7 +161,7 @@ def _sides(width: float) -> tuple[float, ...]:
 def _leader(axes: Axes, point: Point, dx: float, dy: float) -> None:
     line = axes.annotate(
         "",
-        (point.cost, point.quality.mean),
+        (point.cost, point.height),
         xytext=(dx, dy),
         textcoords="offset points",
         arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": COLOURS[point.cell.attention], "shrinkB": 3},
