@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import STORIES, TEXT
 from test_cli import Zebra, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -24,6 +25,8 @@ from zebra.cli import main
 from zebra.generation import Decoding, Generated, _Writer
 
 ONCE = "Once upon a time, there was"
+ASSISTS_ITSELF_IN_CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+"""The plain host of 5.17 fails too where a model that assists itself is given its prompt in chunks."""
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +380,10 @@ def test_assisted_decoding_makes_the_hosts_tokens(
     wanted = hosts(striped, tokenizer, long, max_new_tokens=30, do_sample=False)
     inputs = tokenizer(long, return_tensors="pt")
     dense = zebra.load(STORIES)
-    for helper in ({"assistant_model": dense}, {"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):
+    helpers: list[dict[str, Any]] = [{"assistant_model": dense}, {"prompt_lookup_num_tokens": 3}]
+    if chunk is None or ASSISTS_ITSELF_IN_CHUNKS:
+        helpers.append({"assistant_model": model})
+    for helper in helpers:
         more = {"prefill_chunk_size": chunk, "max_new_tokens": 30, "do_sample": False}
         assert tuple(model.generate(**inputs, **helper, **more)[0, inputs["input_ids"].shape[1] :].tolist()) == wanted
 
