@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +232,18 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
     with pytest.raises(Refusal, match=r"not finite at step 4, at a learning rate of .*finite checkpoint is .*step 2"):
         pretrain(recipe(tmp_path / "run", few, evaluate=None, data__held_out=None))
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved_as_good_and_the_rate_is_that_of_their_step(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    mark, state = trainer._Mark(), SimpleNamespace(global_step=3)
+    mark.on_pre_optimizer_step(None, state, None, optimizer=optimizer)  # type: ignore[arg-type]
+    optimizer.param_groups[0]["lr"] = 0.125  # the schedule goes on before the save
+    with torch.no_grad():
+        model.weight[0, 0] = float("inf")
+    with pytest.raises(Refusal, match=r"the weights are not finite at step 3, at a learning rate of 0\.25\. No check"):
+        mark.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None, model=model)  # type: ignore[arg-type]
 
 
 def test_the_example_finds_what_it_was_taught_to_find() -> None:
