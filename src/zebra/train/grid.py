@@ -138,7 +138,7 @@ def _check_run(run: Path, recipes: Sequence[PretrainRecipe]) -> None:
         directory.check_recipe(Path(recipe.run), recipe)
     for other in _others(run, recipes):
         kept = read_recipe(other / "recipe.yaml", PretrainRecipe)
-        if more := [name for name in directory.differing(known[0], kept) if not name.startswith(AXES)]:
+        if more := [name for name in directory.differing(known[0], kept) if name not in AXES]:
             raise Refusal(
                 f"{other} is a cell of another recipe: {', '.join(more)} differ. Name another run, or remove it."
             )

@@ -19,6 +19,7 @@ from zebra import records
 from zebra.data.recall import Taught
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import fingerprint, first_line, open_tokenizer, write_card, write_config
+from zebra.model.extend import refuse_off_the_table
 from zebra.model.families import host_class, kinds_of, route, striped
 from zebra.model.hosts import load
 from zebra.model.local import Local, layout_with, local_of, localise
@@ -120,11 +121,7 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
             f"{recipe.train.length:,}. Leave it out to take train.length."
         )
     read = max(recipe.longest, (recipe.evaluate and recipe.evaluate.beyond) or 0)
-    if getattr(config, "position_embedding", None) == "absolute" and read > config.max_position_embeddings:
-        raise Refusal(
-            f"there are {config.max_position_embeddings:,} learned positions, and {read:,} tokens are to be read. "
-            "Shorten evaluate.length and evaluate.beyond, or give model.max_position_embeddings."
-        )
+    refuse_off_the_table(config, read)
     _check_layout(recipe, config)
     return trainable(config, "model")
 
