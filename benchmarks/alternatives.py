@@ -14,12 +14,11 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from zebra import records
-from zebra.evaluate.perplexity import rows_of
+from zebra.evaluate.perplexity import evaluate_perplexity
 from zebra.model.checkpoint import read_config
-from zebra.records import Row
 from zebra.report.figures import drawn, plot_positions, standalone
 from zebra.report.series import groups_of
+from zebra.results import Result, read_results, write_results
 from zebra.train.recipe import AdaptRecipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -30,18 +29,18 @@ TIMES = (16, 8)
 
 
 def variants(trained: int, length: int) -> list[dict[str, str]]:
-    """What `rows_of` is asked for: as it is, three ropes, Self-Extend by the sizing rule, by hand, and with stripes."""
+    """The arguments of `evaluate_perplexity`: as it is, three ropes, Self-Extend twice, stripes."""
     factor = length // trained
     auto = {"self_extend": f"auto:{length}"}
     ropes = [{"rope": name} for name in (f"linear:{factor}", "dynamic:1", f"yarn:{factor}")]  # dynamic goes by length
     return [{}, *ropes, auto, {"self_extend": f"32:{trained // 8}"}, {"stripes": f"GLLL:{trained // 4 + 1}", **auto}]
 
 
-def measured(checkpoint: Path, length: int, variant: dict[str, str]) -> list[Row]:
+def measured(checkpoint: Path, length: int, variant: dict[str, str]) -> list[Result]:
     """One variant at one length, on the text that the demo is measured on."""
     asked = read_recipe(ROOT / "recipes" / "demo.yaml", AdaptRecipe).evaluate
     assert asked is not None
-    found = rows_of(
+    found = evaluate_perplexity(
         checkpoint,
         [str(ROOT / file) for file in asked.files],
         lengths=[length],
@@ -56,22 +55,22 @@ def measured(checkpoint: Path, length: int, variant: dict[str, str]) -> list[Row
 
 def measure(checkpoint: Path, path: Path) -> None:
     trained = read_config(str(checkpoint)).max_position_embeddings
-    rows: list[Row] = []
+    rows: list[Result] = []
     for length in (times * trained for times in TIMES):
         for variant in variants(trained, length):
             found = measured(checkpoint, length, variant)
             rows += found
-            records.write(path, rows)
+            write_results(path, rows)
             for row in found:
                 print(f"{row.layout:32} {row.position_from:>6,}-{row.position_to:<6,} {row.value:10,.2f}", flush=True)
 
 
 def picture(path: Path) -> None:
     """The longest length, without what is Self-Extend by hand or with stripes."""
-    rows = list(records.read(path))
+    rows = list(read_results(path))
     longest = max(row.length or 0 for row in rows)
     shown = list(dict.fromkeys(row.layout for row in rows if row.length == longest))[:5]
-    shown.sort(key=lambda layout: layout != "dense" and "self-extend" not in layout)  # ours gets the first hue
+    shown.sort(key=lambda layout: layout != "full" and "self-extend" not in layout)  # ours gets the first hue
     (group,) = groups_of(row for layout in shown for row in rows if (row.length, row.layout) == (longest, layout))
 
     def plot(axes: Axes) -> None:

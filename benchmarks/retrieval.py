@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
-from zebra import records, select
+from zebra import select
+from zebra.errors import ZebraError
 from zebra.evaluate.intervals import wilson
-from zebra.evaluate.retrieval import rows_of
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.evaluate.retrieval import evaluate_retrieval
+from zebra.files import atomic_write
 from zebra.report import figures, page
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.provenance import method
-from zebra.report.series import DENSE, percent
-from zebra.staged import write_whole
+from zebra.report.series import FULL, percent
+from zebra.results import Result, read_results, write_results
 from zebra.stripes import GLOBAL, Stripes
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe, read_recipe
@@ -52,11 +52,11 @@ LOST = 0.1
 ADAPTED = ", adapted"
 
 
-def measured(part: str, checkpoint: Path = MODEL, *, adapted: bool = False, **given: Any) -> list[Row]:
+def measured(part: str, checkpoint: Path = MODEL, *, adapted: bool = False, **given: Any) -> list[Result]:
     """Cells, as rows of a part."""
     lengths = given.setdefault("lengths", [TRAINED])
     given = {"tasks": TASKS, "depths": DEPTHS, "samples": 20, "beyond": max(lengths) > TRAINED} | given
-    found = rows_of(checkpoint, run=part, **given)
+    found = evaluate_retrieval(checkpoint, run=part, **given)
     for row in found:
         print(f"{part:8} {row.layout:34} {row.task:28} {row.length:>6,} {row.depth:4} {row.value:6.0%}", flush=True)
     return [replace(row, model=MODEL.name + ADAPTED * adapted) for row in found]
@@ -65,7 +65,7 @@ def measured(part: str, checkpoint: Path = MODEL, *, adapted: bool = False, **gi
 # The parts
 
 
-def layouts() -> Iterator[list[Row]]:
+def layouts() -> Iterator[list[Result]]:
     """Within the trained length, nothing trained."""
     yield measured("layouts")
     chosen = []
@@ -77,7 +77,7 @@ def layouts() -> Iterator[list[Row]]:
         yield measured("layouts", stripes=f"{layout}:{WINDOW}")
 
 
-def adapted() -> Iterator[list[Row]]:
+def adapted() -> Iterator[list[Result]]:
     """The layouts that decide, after a short adaptation to each."""
     there = _of(_read(), "layouts")
     deciding = []
@@ -90,12 +90,12 @@ def adapted() -> Iterator[list[Row]]:
 
 def _adapted(layout: str) -> Path:
     """The checkpoint that the recipe makes for a layout, in runs/."""
-    run, stripes = Path("runs") / f"retrieval-{layout}", "null" if layout == DENSE else f"'{layout}:{WINDOW}'"
+    run, stripes = Path("runs") / f"retrieval-{layout}", "null" if layout == FULL else f"'{layout}:{WINDOW}'"
     adapt(read_recipe(RECIPE, AdaptRecipe, [f"run={run}", f"model={MODEL}", f"stripes={stripes}"]))
     return run / "model"
 
 
-def beyond() -> Iterator[list[Row]]:
+def beyond() -> Iterator[list[Result]]:
     """To four times the trained length: dense, and the measured layout of one global layer, adapted."""
     extended = {"self_extend": f"auto:{4 * TRAINED}"}
     given: dict[str, Any] = {"tasks": ("passkey", "lookup"), "lengths": [2 * TRAINED, 4 * TRAINED], "samples": 10}
@@ -112,28 +112,28 @@ PARTS = {"layouts": layouts, "adapted": adapted, "beyond": beyond}
 # The page, from the rows
 
 
-def _read() -> list[Row]:
-    return records.read(FILE) if FILE.is_file() else []
+def _read() -> list[Result]:
+    return read_results(FILE) if FILE.is_file() else []
 
 
-def _of(rows: Sequence[Row], part: str) -> list[Row]:
+def _of(rows: Sequence[Result], part: str) -> list[Result]:
     return [row for row in rows if row.run == part]
 
 
 def _letters(layout: str) -> str:
     """A layout as its layers, such as LLGL: rows have it in the shortest notation."""
-    if layout == DENSE:
+    if layout == FULL:
         return layout
     return "".join("G" if kind == GLOBAL else "L" for kind in Stripes.parse(layout).layer_types(LAYERS))
 
 
-def _layouts(rows: Sequence[Row]) -> list[str]:
+def _layouts(rows: Sequence[Result]) -> list[str]:
     """The layouts of retrieval rows, those with the most global layers first."""
     found = dict.fromkeys(_letters(row.layout) for row in rows if row.task.startswith("retrieval"))
     return sorted(found, key=_globals, reverse=True)
 
 
-def _chosen(rows: Sequence[Row], count: int) -> str | None:
+def _chosen(rows: Sequence[Result], count: int) -> str | None:
     """The layout that selection kept with so many global layers."""
     greedy = [row for row in rows if row.task.startswith("selection-greedy") and row.metric == "held_out_rise"]
     return next((kept for row in greedy if _globals(kept := _letters(row.layout)) == count), None)
@@ -141,7 +141,7 @@ def _chosen(rows: Sequence[Row], count: int) -> str | None:
 
 def _globals(letters: str) -> int:
     """How many of the model's layers are global."""
-    return LAYERS if letters == DENSE else letters.count("G")
+    return LAYERS if letters == FULL else letters.count("G")
 
 
 class Score(NamedTuple):
@@ -157,7 +157,7 @@ class Score(NamedTuple):
         return f"{100 * self.low:.0f}–{100 * self.high:.0f}"
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> Score | None:
+    def of(cls, rows: Sequence[Result]) -> Score | None:
         """The mean; None without rows."""
         if not rows:
             return None
@@ -165,12 +165,12 @@ class Score(NamedTuple):
         return cls(value, *wilson(value, sum(row.n or 0 for row in rows)))
 
 
-def _score(rows: Sequence[Row], layout: str, task: str | None, depths: Sequence[float] = FAR) -> Score | None:
+def _score(rows: Sequence[Result], layout: str, task: str | None, depths: Sequence[float] = FAR) -> Score | None:
     here = _retrieved(rows, task, depths)
     return Score.of([row for row in here if _letters(row.layout) == layout])
 
 
-def _retrieved(rows: Sequence[Row], task: str | None, depths: Sequence[float]) -> list[Row]:
+def _retrieved(rows: Sequence[Result], task: str | None, depths: Sequence[float]) -> list[Result]:
     named = [f"retrieval-generate-{one}" for one in ([task] if task else TASKS)]
     return [row for row in rows if row.task in named and row.depth in depths]
 
@@ -179,12 +179,12 @@ def _cell(score: Score | None) -> Cell:
     return Cell("–") if score is None else Cell(percent(score.value, 0), score.bounds)
 
 
-def _named(rows: Sequence[Row], layout: str) -> str:
+def _named(rows: Sequence[Result], layout: str) -> str:
     """A layout with a mark if it is what was measured to be the best."""
     return layout + " *" * (layout in (_chosen(rows, 1), _chosen(rows, 2)))
 
 
-def within(rows: Sequence[Row]) -> list[Section]:
+def within(rows: Sequence[Result]) -> list[Section]:
     """A table for each task: layouts down, as they are and adapted across."""
     plain, trained = _of(rows, "layouts"), _of(rows, "adapted")
     order = _layouts(plain)
@@ -212,7 +212,7 @@ def within(rows: Sequence[Row]) -> list[Section]:
     return [Section("Within the trained length", sections)] if order else []
 
 
-def further(rows: Sequence[Row]) -> list[Section]:
+def further(rows: Sequence[Result]) -> list[Section]:
     """A table of lengths beyond the trained one."""
     here = _of(rows, "beyond")
     lengths = sorted({row.length for row in here if row.length is not None})
@@ -230,7 +230,7 @@ def further(rows: Sequence[Row]) -> list[Section]:
     return [Section(f"To {4 * TRAINED:,} tokens", [prose, Table("", head, body)])] if body else []
 
 
-def findings(rows: Sequence[Row]) -> list[Section]:
+def findings(rows: Sequence[Result]) -> list[Section]:
     """What holds and what does not, in a line for each budget."""
     said = []
     for part, when in (("layouts", "As it is"), ("adapted", "Adapted")):
@@ -247,12 +247,12 @@ def findings(rows: Sequence[Row]) -> list[Section]:
             said.append(
                 line + (f". Measured selection kept {kept}: {_plain(_score(here, kept, None))}." if kept else ".")
             )
-    whole = _score(_of(rows, "layouts"), DENSE, None)
+    whole = _score(_of(rows, "layouts"), FULL, None)
     said = ([f"Dense: {_plain(whole)} of the far answers."] if whole else []) + said
     return [Section("What the layouts keep", [*said, f"Over {', '.join(TASKS)} together, with 95 % intervals."])]
 
 
-def _ranked(rows: Sequence[Row], count: int) -> list[str]:
+def _ranked(rows: Sequence[Result], count: int) -> list[str]:
     """The offsets of a stride that were measured, from the worst to the best by the far answers of all tasks."""
     scores = {one: score for one in STRIDES if _globals(one) == count and (score := _score(rows, one, None))}
     return sorted(scores, key=lambda one: scores[one].value)
@@ -262,7 +262,7 @@ def _plain(score: Score | None) -> str:
     return "not measured" if score is None else f"{percent(score.value, 0)} ({score.bounds})"
 
 
-def picture(rows: Sequence[Row]) -> str:
+def picture(rows: Sequence[Result]) -> str:
     """Bars of the far answers: layouts across, tasks side by side; as they are, and adapted."""
     plain = _of(rows, "layouts")
 
@@ -287,14 +287,14 @@ def picture(rows: Sequence[Row]) -> str:
     return figures.drawn("retrieval-layouts", bars("layouts", "as it is"), bars("adapted", "adapted"))
 
 
-def write_page(rows: Sequence[Row]) -> None:
+def write_page(rows: Sequence[Result]) -> None:
     """The page and its picture.
 
     Raises:
-        Refusal: no rows.
+        ZebraError: no rows.
     """
     if not rows:
-        raise Refusal(f"there are no rows in {FILE}. Measure first: python benchmarks/retrieval.py")
+        raise ZebraError(f"there are no rows in {FILE}. Measure first: python benchmarks/retrieval.py")
     caption = f"Far answers in {TRAINED} tokens by layout; whiskers are 95 % intervals, * was kept by selection"
     parts = [*findings(rows), *within(rows), *further(rows)]
     parts[0].blocks.append(Figure("layouts", "", caption))
@@ -307,19 +307,19 @@ def write_page(rows: Sequence[Row]) -> None:
             )
         ]
     ]
-    write_whole(PICTURE, figures.standalone(picture(rows)))
-    write_whole(PAGE, page.markdown("../images/retrieval", "Retrieval", verdict, [*parts, method(rows)]))
+    atomic_write(PICTURE, figures.standalone(picture(rows)))
+    atomic_write(PAGE, page.markdown("../images/retrieval", "Retrieval", verdict, [*parts, method(rows)]))
 
 
 def main(arguments: list[str]) -> None:
     if unknown := [one for one in arguments if one not in (*PARTS, "--page")]:
-        raise Refusal(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
+        raise ZebraError(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
     for part in [] if "--page" in arguments else arguments or PARTS:
-        rows: list[Row] = []  # what was there stays until the first new rows are
+        rows: list[Result] = []  # what was there stays until the first new rows are
         for found in PARTS[part]():
             rows += found
             kept = [row for row in _read() if row.run != part]
-            records.write(FILE, sorted([*kept, *rows], key=lambda row: [*PARTS].index(row.run)))
+            write_results(FILE, sorted([*kept, *rows], key=lambda row: [*PARTS].index(row.run)))
     write_page(_read())
 
 
@@ -327,5 +327,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")  # of lengths beyond the model: that is what is measured
     try:
         main(sys.argv[1:])
-    except Refusal as refusal:
+    except ZebraError as refusal:
         sys.exit(f"retrieval: {refusal}")

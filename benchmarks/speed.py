@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from zebra import records
 from zebra.bench import ceilings
 from zebra.bench.pairing import bench
 from zebra.bench.subjects import (
@@ -34,12 +33,12 @@ from zebra.bench.subjects import (
     Sizes,
     TrainStep,
 )
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 from zebra.report import benches, page
 from zebra.report.page import Cell, Section, Table
 from zebra.report.provenance import method
 from zebra.report.series import interval, number, percent
+from zebra.results import Result, read_results, write_results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -70,7 +69,7 @@ PARTS: dict[str, tuple[Sizes, ...]] = {
 }
 """What is measured; a part's rows have its name as their run."""
 
-Value = Callable[[list[Row]], tuple[float, str]]
+Value = Callable[[list[Result]], tuple[float, str]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Figure:
         return {"×": f"{value:.1f} ×", "%": percent(value), "of": f"{value:.3f}"}[self.unit]
 
 
-def _best(rows: Sequence[Row], metric: str, fast: bool = False) -> Row:
+def _best(rows: Sequence[Result], metric: str, fast: bool = False) -> Result:
     """Ours, of those with one metric: the kernel with the least of it, or with the greatest share."""
     ours = [r for r in rows if r.metric == metric and r.model.startswith("zebra") and r.model.endswith(FAST) == fast]
     if not ours:
@@ -104,14 +103,14 @@ def _best(rows: Sequence[Row], metric: str, fast: bool = False) -> Row:
     return (max if "share" in metric else min)(ours, key=lambda row: row.value)
 
 
-def _peer(rows: Sequence[Row], metric: str, model: str) -> Row:
+def _peer(rows: Sequence[Result], metric: str, model: str) -> Result:
     found = [row for row in rows if row.metric == metric and row.model == model]
     if not found:
         raise LookupError(model)
     return found[-1]
 
 
-def _of(rows: Sequence[Row], run: str, dtype: str) -> list[Row]:
+def _of(rows: Sequence[Result], run: str, dtype: str) -> list[Result]:
     """The rows of a part in a dtype, at the length that the part has."""
     lengths = [getattr(sizes, "length", None) for sizes in PARTS[run]]
     return [row for row in rows if row.run == run and row.task.endswith(dtype) and row.length in lengths]
@@ -120,7 +119,7 @@ def _of(rows: Sequence[Row], run: str, dtype: str) -> list[Row]:
 def faster(run: str, dtype: str, peer: str, metric: str = "milliseconds") -> Value:
     """How many times the peer's median is ours; where the switch was measured too, the same under it."""
 
-    def value(rows: list[Row]) -> tuple[float, str]:
+    def value(rows: list[Result]) -> tuple[float, str]:
         here = _of(rows, run, dtype)
         ours, theirs = _best(here, metric), _peer(here, metric, peer)
         said = f"{_spread(theirs)} against {_spread(ours)} ms"
@@ -140,7 +139,7 @@ def faster(run: str, dtype: str, peer: str, metric: str = "milliseconds") -> Val
     return value
 
 
-def share_of_peak(rows: list[Row]) -> tuple[float, str]:
+def share_of_peak(rows: list[Result]) -> tuple[float, str]:
     """FLOPs of the local layer over what the device's products could have done meanwhile.
 
     Of a kernel made of torch's products all that it executes, hidden pairs too; of another those of visible pairs.
@@ -158,7 +157,7 @@ def share_of_peak(rows: list[Row]) -> tuple[float, str]:
 def memory(run: str, dtype: str, peer: str) -> Value:
     """Our extra bytes over the peer's."""
 
-    def value(rows: list[Row]) -> tuple[float, str]:
+    def value(rows: list[Result]) -> tuple[float, str]:
         here = _of(rows, run, dtype)
         fastest = _best(here, "milliseconds_forward_backward").model
         ours = _peer(here, "extra_bytes_forward_backward", fastest)
@@ -171,7 +170,7 @@ def memory(run: str, dtype: str, peer: str) -> Value:
 def share_of_plain(metric: str) -> Value:
     """Self-Extend's number over that of plain causal attention."""
 
-    def value(rows: list[Row]) -> tuple[float, str]:
+    def value(rows: list[Result]) -> tuple[float, str]:
         here = _of(rows, "self-extend", "float32")
         ours, plain = _peer(here, metric, "zebra, Self-Extend"), _peer(here, metric, "zebra, plain")
         if metric.startswith("peak_bytes"):
@@ -249,12 +248,12 @@ FIGURES = (
 )  # fmt: skip
 
 
-def _spread(row: Row) -> str:
+def _spread(row: Result) -> str:
     bounds = interval(row)
     return number(row.value) + (f" ({number(bounds[0])} to {number(bounds[1])})" if bounds else "")
 
 
-def figures(rows: list[Row]) -> Section:
+def figures(rows: list[Result]) -> Section:
     """The table of figures to reach."""
     body, reasons = [], []
     for figure in FIGURES:
@@ -275,7 +274,7 @@ def figures(rows: list[Row]) -> Section:
     return Section("Figures to reach", [prose, Table("", head, body, numeric=False), *reasons])
 
 
-def plan(rows: list[Row]) -> Section:
+def plan(rows: list[Result]) -> Section:
     """The plan's step time beside the measured one, for three sizes."""
     here = [row for row in rows if row.run == "plan"]
     body = []
@@ -295,11 +294,11 @@ def write_page(results: Path, target: Path) -> None:
     """The page from the rows of both kinds of device, as far as there are any.
 
     Raises:
-        Refusal: no rows at all.
+        ZebraError: no rows at all.
     """
-    found = {kind: records.read(file) for kind in ("cpu", "cuda") if (file := results / f"{kind}.jsonl").is_file()}
+    found = {kind: read_results(file) for kind in ("cpu", "cuda") if (file := results / f"{kind}.jsonl").is_file()}
     if not any(found.values()):
-        raise Refusal(f"there are no rows in {results}. Measure first: python benchmarks/speed.py")
+        raise ZebraError(f"there are no rows in {results}. Measure first: python benchmarks/speed.py")
     sections = []
     for kind, rows in found.items():
         parts = [figures(rows)] if kind == "cpu" else []
@@ -317,9 +316,9 @@ def write_page(results: Path, target: Path) -> None:
     os.replace(aside, target)
 
 
-def measured(part: str) -> list[Row]:
+def measured(part: str) -> list[Result]:
     """A part's rows."""
-    rows: list[Row] = []
+    rows: list[Result] = []
     for sizes in PARTS[part]:
         if isinstance(sizes, Paired):
             made, left_out = bench(sizes)
@@ -334,24 +333,24 @@ def measured(part: str) -> list[Row]:
 
 def main(arguments: list[str]) -> None:
     if unknown := [one for one in arguments if one not in (*PARTS, "--page")]:
-        raise Refusal(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
+        raise ZebraError(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
     file = RESULTS / f"{'cpu' if _CPU else 'cuda'}.jsonl"
     parts = [] if "--page" in arguments else arguments or [*PARTS]
     if len(parts) > 1:  # each in a process of its own: what one leaves in the heap changes the next one's times
         for part in parts:
             if subprocess.run([sys.executable, __file__, part]).returncode:
-                raise Refusal(f"{part} ended early. The rows of the parts before it are written.")
+                raise ZebraError(f"{part} ended early. The rows of the parts before it are written.")
         return
     for part in parts:
         print(part, file=sys.stderr)
         rows = measured(part)  # what was there stays until the new rows are
-        kept = [row for row in (records.read(file) if file.is_file() else []) if row.run != part]
-        records.write(file, sorted([*kept, *rows], key=lambda row: [*PARTS].index(row.run)))
+        kept = [row for row in (read_results(file) if file.is_file() else []) if row.run != part]
+        write_results(file, sorted([*kept, *rows], key=lambda row: [*PARTS].index(row.run)))
     write_page(RESULTS, PAGE)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except Refusal as refusal:
+    except ZebraError as refusal:
         sys.exit(f"speed: {refusal}")

@@ -15,15 +15,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from zebra import records
 from zebra.bench import study as bench
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
+from zebra.files import atomic_write
 from zebra.report import page, study
 from zebra.report.figures import standalone
 from zebra.report.page import Cell, Figure, Section
 from zebra.report.provenance import method, others
-from zebra.staged import write_whole
+from zebra.results import Result, read_results, write_results
 from zebra.train.cells import StudyRecipe, recipes_of
 from zebra.train.recipe import read_recipe
 
@@ -65,24 +64,26 @@ CAVEATS = {
 """What a reader of a published study must know that its rows cannot say."""
 
 
-def write_page(name: str, rows: list[Row], pages: Path, images: Path) -> None:
+def write_page(name: str, rows: list[Result], pages: Path, images: Path) -> None:
     """The Markdown and its pictures.
 
     Raises:
-        Refusal: rows without a study.
+        ZebraError: rows without a study.
     """
     studies, rest = study.parted(rows)
     if not studies:
-        raise Refusal(f"the {len(rows):,} rows of {name} hold no study of two cells or more. Give the run of a grid.")
+        raise ZebraError(
+            f"the {len(rows):,} rows of {name} hold no study of two cells or more. Give the run of a grid."
+        )
     parts = [section for i, one in enumerate(studies, start=1) for section in study.sections(one, i)]
     caveats = Section("What to keep in mind", list(CAVEATS.get(name, [])))
     parts = [_short(section) for section in (caveats, *parts, method(rows), others(rest)) if section.blocks]
     for block in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
-        write_whole(images / f"{name}-{block.name}.svg", standalone(block.svg) + "\n")
+        atomic_write(images / f"{name}-{block.name}.svg", standalone(block.svg) + "\n")
     said = [study.verdict(one) for one in studies]
     made = [Cell(f"benchmarks/study.py wrote this page from the rows in benchmarks/results/{name}.jsonl.")]
     stem = f"../{images.name}/{name}"
-    write_whole(pages / f"{name}.md", page.markdown(stem, f"The from-scratch study: {name}", [*said, made], parts))
+    atomic_write(pages / f"{name}.md", page.markdown(stem, f"The from-scratch study: {name}", [*said, made], parts))
 
 
 def _short(section: Section) -> Section:
@@ -91,15 +92,15 @@ def _short(section: Section) -> Section:
     return section._replace(blocks=blocks)
 
 
-def publish(name: str, rows: list[Row]) -> None:
+def publish(name: str, rows: list[Result]) -> None:
     """Rows of a study in the place of those that were published: of its runs, or of their costs, or of both."""
     file = RESULTS / f"{name}.jsonl"
     new = {*map(_timed, rows)}
-    kept = [row for row in records.read(file) if _timed(row) not in new] if file.is_file() else []
-    records.write(file, sorted([*kept, *rows], key=_timed))
+    kept = [row for row in read_results(file) if _timed(row) not in new] if file.is_file() else []
+    write_results(file, sorted([*kept, *rows], key=_timed))
 
 
-def _timed(row: Row) -> bool:
+def _timed(row: Result) -> bool:
     return row.task.startswith("bench ")
 
 
@@ -119,14 +120,14 @@ def main(arguments: list[str]) -> None:
         names += [costs(read_recipe(path, StudyRecipe)) for path in arguments[1:]]
     else:
         for run in map(Path, arguments):
-            publish(run.name, records.read(run / "rows.jsonl"))
+            publish(run.name, read_results(run / "results.jsonl"))
             names.append(run.name)
     for name in names or sorted(file.stem for file in RESULTS.glob("study-*.jsonl")):
-        write_page(name, records.read(RESULTS / f"{name}.jsonl"), PAGES, IMAGES)
+        write_page(name, read_results(RESULTS / f"{name}.jsonl"), PAGES, IMAGES)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except Refusal as refusal:
+    except ZebraError as refusal:
         sys.exit(f"study: {refusal}")

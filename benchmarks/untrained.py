@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zebra import records
-from zebra.evaluate.perplexity import rows_of
+from zebra.evaluate.perplexity import evaluate_perplexity
 from zebra.model.checkpoint import read_config
-from zebra.records import Row
+from zebra.results import Result, write_results
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "examples" / "stories260K"
@@ -27,7 +26,7 @@ TEXT = ROOT / "examples" / "text" / "tinystories_test.txt"
 PATTERNS = ("GL", "GLLL")
 
 Variant = dict[str, Any]
-"""What `rows_of` is asked for."""
+"""What `evaluate_perplexity` is asked for."""
 
 
 def striped(window: int, sinks: tuple[int, ...]) -> list[Variant]:
@@ -52,9 +51,9 @@ def variants(trained: int) -> list[Variant]:
 
 
 def main() -> None:
-    rows: list[Row] = []
+    rows: list[Result] = []
     for variant in variants(read_config(str(CHECKPOINT)).max_position_embeddings):
-        found = rows_of(
+        found = evaluate_perplexity(
             CHECKPOINT,
             [str(TEXT)],
             separator="<|endoftext|>",
@@ -64,7 +63,7 @@ def main() -> None:
             **variant,
         )
         rows += [replace(row, model=CHECKPOINT.name) for row in found]
-        records.write(ROWS, rows)
+        write_results(ROWS, rows)
         for row in found:
             print(
                 f"{row.task:32} {row.layout:48} {row.position_from:>5}-{row.position_to:<5} {row.value:8.3f}",

@@ -18,9 +18,10 @@ from conftest import STORIES, TEXT, changed, fitting, losses, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
-from zebra import Refusal, records
+from zebra import ZebraError
 from zebra.model.checkpoint import read_local
 from zebra.model.local import Local
+from zebra.results import Result, read_results
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.trainer import COMPLETE
@@ -51,23 +52,23 @@ def names(where: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[records.Row]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Result]]:
     """One uninterrupted run, the measure of all others."""
     run = tmp_path_factory.mktemp("adapt") / "run"
     os.environ["XDG_CACHE_HOME"] = str(run.parent / "cache")
     return run, adapt(recipe(run))
 
 
-def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[records.Row]]) -> None:
+def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[Result]]) -> None:
     run, rows = finished
-    assert names(run) == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
-    assert records.read(run / "rows.jsonl") == rows
+    assert names(run) == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "results.jsonl"}
+    assert read_results(run / "results.jsonl") == rows
     assert AdaptRecipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text())) == recipe(run)
     assert len(losses(rows)) == STEPS
     assert [row.n for row in rows if row.metric == "loss"] == [600 * (i + 1) for i in range(STEPS)]
     measured = {(row.model, row.layout) for row in rows if row.metric == "perplexity"}
     assert measured == {
-        (str(STORIES), "dense"),
+        (str(STORIES), "full"),
         (str(STORIES), "GLLL:33"),
         (f"{run}@6", "GLLL:33"),
         (f"{run}@12", "GLLL:33"),
@@ -79,7 +80,7 @@ def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[recor
     assert all(row.versions["torch"] and row.device for row in rows)
 
 
-def test_the_adapted_checkpoint_is_a_plain_one(finished: tuple[Path, list[records.Row]]) -> None:
+def test_the_adapted_checkpoint_is_a_plain_one(finished: tuple[Path, list[Result]]) -> None:
     run, rows = finished
     model = run / "model"
     assert names(model) == names(STORIES) | {"zebra.json"}
@@ -104,7 +105,7 @@ def test_the_adapted_checkpoint_is_a_plain_one(finished: tuple[Path, list[record
     assert last[f"{run}@12"] == pytest.approx(last[str(model)], rel=1e-6)
 
 
-def test_the_loss_is_the_hosts_own(finished: tuple[Path, list[records.Row]]) -> None:
+def test_the_loss_is_the_hosts_own(finished: tuple[Path, list[Result]]) -> None:
     """The first logged loss equals what stock transformers computes for the same rows."""
     _, rows = finished
     from zebra.data.packing import pack
@@ -124,20 +125,18 @@ def test_the_loss_is_the_hosts_own(finished: tuple[Path, list[records.Row]]) -> 
     assert min(abs(loss - losses(rows)[0]) for loss in stock) < 1e-5
 
 
-def test_a_finished_run_is_not_run_again(
-    finished: tuple[Path, list[records.Row]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_is_not_run_again(finished: tuple[Path, list[Result]], monkeypatch: pytest.MonkeyPatch) -> None:
     run, rows = finished
     monkeypatch.setattr("zebra.train.adapt.fit", lambda *_: pytest.fail("trained again"))
     assert adapt(recipe(run)) == rows
 
 
-def test_a_run_directory_belongs_to_one_recipe(finished: tuple[Path, list[records.Row]], tmp_path: Path) -> None:
+def test_a_run_directory_belongs_to_one_recipe(finished: tuple[Path, list[Result]], tmp_path: Path) -> None:
     run, _ = finished
-    with pytest.raises(Refusal, match=r"another recipe: train\.learning_rate, train\.steps differ"):
+    with pytest.raises(ZebraError, match=r"another recipe: train\.learning_rate, train\.steps differ"):
         adapt(recipe(run, train__learning_rate=2e-3, train__steps=24))
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(Refusal, match="is no run of zebra"):
+    with pytest.raises(ZebraError, match="is no run of zebra"):
         adapt(recipe(tmp_path))
 
 
@@ -186,7 +185,7 @@ def kill_while_adapting(asked: AdaptRecipe, kill: str, where: Path) -> None:
 
 @pytest.mark.parametrize("when", KILLS)
 def test_a_killed_run_resumes_to_the_same_losses(
-    when: str, finished: tuple[Path, list[records.Row]], tmp_path: Path
+    when: str, finished: tuple[Path, list[Result]], tmp_path: Path
 ) -> None:
     kill, left, whole = KILLS[when]
     run = tmp_path / "run"
@@ -195,14 +194,14 @@ def test_a_killed_run_resumes_to_the_same_losses(
     assert names(checkpoints) == left
     assert {p.name for p in checkpoints.iterdir() if (p / COMPLETE).exists()} == whole
     assert not (run / "model").exists()
-    assert not (run / "rows.jsonl").exists()
+    assert not (run / "results.jsonl").exists()
 
     rows = adapt(recipe(run))
     _, wanted = finished
     assert losses(rows) == losses(wanted)
     values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, wanted)]
     assert values[0] == values[1]
-    assert names(run) == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
+    assert names(run) == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "results.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -261,7 +260,7 @@ def test_a_damaged_recipe_in_the_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for content in ("{", "run: [1]", ""):
         (tmp_path / "run" / "recipe.yaml").write_text(content)
-        with pytest.raises(Refusal, match=r"recipe\.yaml is damaged"):
+        with pytest.raises(ZebraError, match=r"recipe\.yaml is damaged"):
             adapt(recipe(tmp_path / "run"))
 
 
@@ -314,7 +313,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
-        rows = records.read(tmp_path / f"of-{processes}" / "rows.jsonl")
+        rows = read_results(tmp_path / f"of-{processes}" / "results.jsonl")
         found.append((losses(rows), torch.load(f"{path}.gradients")))
     (one, wanted), (two, gradients) = found
     assert two == pytest.approx(one, rel=1e-6)
@@ -324,7 +323,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 def test_text_shorter_than_a_row_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="fewer than one row of 999,999"):
+    with pytest.raises(ZebraError, match="fewer than one row of 999,999"):
         adapt(recipe(tmp_path / "run", train__length=999_999))
     assert not (tmp_path / "run").exists()
 
@@ -337,7 +336,7 @@ def test_a_run_with_another_rope(tmp_path: Path) -> None:
     rows = adapt(recipe(run, rope="yarn:2", train__steps=4, evaluate__every=4))
     measured = {(row.model, row.layout) for row in rows if row.metric == "perplexity"}
     assert measured == {
-        (str(STORIES), "dense"),
+        (str(STORIES), "full"),
         (str(STORIES), "GLLL:33 yarn:2"),
         (f"{run}@4", "GLLL:33 yarn:2"),
         (str(run / "model"), "GLLL:33 yarn:2"),
@@ -351,13 +350,15 @@ def test_a_run_with_another_rope(tmp_path: Path) -> None:
 
 def test_a_rope_alone_is_measured_too(tmp_path: Path) -> None:
     rows = adapt(recipe(tmp_path / "run", stripes=None, rope="base:50000", train__steps=4, evaluate__every=4))
-    assert {row.layout for row in rows if row.metric == "perplexity"} == {"dense", "dense base:50000"}
+    assert {row.layout for row in rows if row.metric == "perplexity"} == {"full", "full base:50000"}
 
 
 def test_ropes_that_cannot_be_trained(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"reaches 563 positions of a model of 512, and train.length is 600.*at least 2"):
+    with pytest.raises(
+        ZebraError, match=r"reaches 563 positions of a model of 512, and train.length is 600.*at least 2"
+    ):
         adapt(recipe(tmp_path / "run", rope="yarn:1.1"))
-    with pytest.raises(Refusal, match="type dynamic changes its frequencies"):
+    with pytest.raises(ZebraError, match="type dynamic changes its frequencies"):
         adapt(recipe(tmp_path / "run", rope="dynamic:2"))
     assert not (tmp_path / "run").exists()
 
@@ -366,7 +367,7 @@ def test_a_router_that_wants_its_own_loss_is_refused(tmp_path: Path) -> None:
     tiny_model("qwen2_moe", vocab_size=512, output_router_logits=True).save_pretrained(tmp_path / "moe")
     for file in STORIES.glob("tokenizer*"):
         (tmp_path / "moe" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(Refusal, match="asks for its router's auxiliary loss"):
+    with pytest.raises(ZebraError, match="asks for its router's auxiliary loss"):
         adapt(recipe(tmp_path / "run", model=str(tmp_path / "moe")))
 
 
@@ -388,7 +389,7 @@ def test_other_families_are_adapted(member: str, tmp_path: Path) -> None:
 def test_the_float32_switch_is_on_while_a_recipe_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def run(*_: Any) -> list[records.Row]:
+    def run(*_: Any) -> list[Result]:
         seen.append(torch.get_float32_matmul_precision())
         return []
 
@@ -406,7 +407,7 @@ def product_error_is_small() -> bool:
 
 def test_the_float32_switch_is_not_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zebra.train.trainer.best_device", lambda: "cuda:0")
-    with pytest.raises(Refusal, match="on a GPU it would mean TF32"):
+    with pytest.raises(ZebraError, match="on a GPU it would mean TF32"):
         adapt(recipe(tmp_path / "run", train__fast_float32=True))
 
 
@@ -418,7 +419,7 @@ def test_sinks_are_trained_with_and_kept(lora: dict[str, Any] | None, tmp_path: 
     train = {"length": 300, "steps": 2, "learning_rate": 1e-3, "log_every": 1, "save_every": 1}
     made = recipe(tmp_path / "run", stripes="GLLL:33+2", train=train, evaluate=None, lora=lora)
     rows = adapt(made)
-    assert {row.layout for row in rows} == {"GLLL:33+2", "dense"}
+    assert {row.layout for row in rows} == {"GLLL:33+2", "full"}
     pairs = {row.layout: row.value for row in rows if row.metric == "attention_pairs"}
     local = sum(min(i + 1, 33) + min(2, max(0, i - 32)) for i in range(300))
     assert pairs["GLLL:33+2"] == 2 * 300 * 301 // 2 + 3 * local

@@ -12,13 +12,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "zebra"
 
 RANKS = {
-    "refusal": -1,
+    "errors": -1,
     "progress": -1,
-    "staged": -1,
+    "files": -1,
     "stripes": 0,
     "masks": 0,
     "positions": 0,
-    "records": 0,
+    "results": 0,
     "kernels": 1,
     "data": 1,
     "plan": 1,
@@ -34,7 +34,7 @@ RANKS = {
     "__main__": 9,
     "__init__": 9,
 }
-STANDARD_LIBRARY_ONLY = {"refusal", "staged", "stripes", "masks", "positions", "records", "plan"}
+STANDARD_LIBRARY_ONLY = {"errors", "files", "stripes", "masks", "positions", "results", "plan"}
 MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "bench"}
 
 
@@ -65,7 +65,7 @@ def test_imports_point_to_lower_ranks_or_the_own_folder(module: Path) -> None:
         if parts[0] != "zebra" or len(parts) == 1:
             continue
         theirs = parts[1] if parts[1] in RANKS else "stripes"  # `from zebra import Stripes, __version__`
-        if theirs not in (mine, "refusal"):
+        if theirs not in (mine, "errors"):
             assert RANKS[theirs] < RANKS[mine], f"{module.name} (rank {RANKS[mine]}) imports {name}"
 
 

@@ -18,20 +18,19 @@ from conftest import ROOT
 from test_cli import Zebra, refused
 from transformers import DynamicCache
 
-from zebra import kernels, records
+from zebra import kernels
 from zebra.bench import alone, attention, ceilings, extended, generation, models, pairing, peers
 from zebra.bench.pairing import Variant, Work
 from zebra.bench.subjects import FAST, SUBJECTS, Attention, Decode, Extended, Layer, Loss, Prefill, TrainStep
 from zebra.cli import main
+from zebra.errors import ZebraError
 from zebra.kernels.precision import fast_float32
 from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache
-from zebra.model.extend import bounded_cache, extend
-from zebra.model.extension import Rope
+from zebra.model.self_extend import Rope, bounded_cache, extend
 from zebra.plan import devices
 from zebra.positions import SelfExtend
-from zebra.records import Row
-from zebra.refusal import Refusal
 from zebra.report import bench_table, write_report
+from zebra.results import Result, git_commit, read_results, write_results
 from zebra.stripes import visible_pairs
 
 SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_size": 8, "intermediate": 24}
@@ -126,7 +125,7 @@ def test_a_row_has_the_median_with_the_least_and_the_most(
     assert row.n == 5
     assert found["tokens_per_second_forward_backward"].value == pytest.approx(5 / 0.3)
     assert found["planned_milliseconds_forward_backward"].value == 250
-    assert row.commit == records.commit()
+    assert row.commit == git_commit()
     assert row.versions["torch"] == torch.__version__
 
 
@@ -140,7 +139,7 @@ def test_a_call_of_several_tokens_is_timed_for_one(monkeypatch: pytest.MonkeyPat
 def test_the_gate_refuses_before_anything_is_timed(known: Any, peaks: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     for wrong in (0.5, float("nan")):
-        with pytest.raises(Refusal, match=r"ours is off by .* Nothing was measured"):
+        with pytest.raises(ZebraError, match=r"ours is off by .* Nothing was measured"):
             pairing.bench(known(log=str(log), error=wrong, ceilings=peaks))
     assert not log.exists()
 
@@ -155,7 +154,7 @@ def test_a_wrong_kernel_yields_no_row(part: str, peaks: str, monkeypatch: pytest
 
     broken = tuple(replace(one, run=wrong) if one.name == "banded" else one for one in kernels.KERNELS)
     monkeypatch.setattr(kernels, "KERNELS", broken)
-    with pytest.raises(Refusal, match=r"zebra, banded is off by 1\.0e-02"):
+    with pytest.raises(ZebraError, match=r"zebra, banded is off by 1\.0e-02"):
         pairing.bench(replace(TINY["attention"], memory=False, ceilings=peaks))
 
 
@@ -411,7 +410,7 @@ def test_of_two_measured_ceilings_the_larger_counts() -> None:
 def test_the_command_prints_a_table_or_json_and_appends_rows(
     tmp_path: Path, peaks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "rows.jsonl"
+    out = tmp_path / "results.jsonl"
 
     def run(*more: str) -> str:
         sizes = ["--length", "60", "--hidden", "16", "--words", "50", "--repeats", "2", "--no-memory", "--out"]
@@ -421,13 +420,13 @@ def test_the_command_prints_a_table_or_json_and_appends_rows(
         assert end.value.code in (0, None)
         return capsys.readouterr().out
 
-    found = json.loads(run("--json"))["rows"]
+    found = json.loads(run("--json"))["results"]
     assert [json.loads(line) for line in out.read_text().splitlines()] == found
     monkeypatch.setenv("COLUMNS", "200")
     table = run()
     for word in ("full logits", "planned", "least–most", "ceilings of two cores"):
         assert word in table
-    assert len(records.read(out)) == 2 * len(found)
+    assert len(read_results(out)) == 2 * len(found)
 
 
 def test_a_subject_has_only_its_own_options(zebra: Zebra) -> None:
@@ -460,7 +459,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_sizes_are_refused(case: str) -> None:
     name, sizes, words = BAD[case]
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(ZebraError, match=words):
         SUBJECTS[name](**sizes)
 
 
@@ -487,9 +486,9 @@ def speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def _row(model: str, metric: str, value: float, run: str = "attention", dtype: str = "float32") -> Row:
+def _row(model: str, metric: str, value: float, run: str = "attention", dtype: str = "float32") -> Result:
     task = f"bench {run}: x, {dtype}"
-    return Row(run=run, model=model, layout="L:512", task=task, metric=metric, value=value, length=16384, n=5)
+    return Result(run=run, model=model, layout="L:512", task=task, metric=metric, value=value, length=16384, n=5)
 
 
 def test_the_page_says_what_was_reached(speed: ModuleType) -> None:
@@ -525,7 +524,7 @@ def test_the_page_says_what_was_reached(speed: ModuleType) -> None:
 
 
 def test_the_page_holds_self_extend_against_plain(speed: ModuleType) -> None:
-    def row(model: str, metric: str, value: float, run: str = "self-extend") -> Row:
+    def row(model: str, metric: str, value: float, run: str = "self-extend") -> Result:
         return _row(model, metric, value, run=run)
 
     prefill, token = "milliseconds_prefill_attention", "milliseconds_decode_attention"
@@ -554,10 +553,10 @@ def test_a_part_replaces_its_own_rows_alone(
     other = _row("zebra, banded", "milliseconds", 1.0)
     file = tmp_path / "cpu.jsonl"
     monkeypatch.setattr(speed, "_CPU", True)
-    records.write(file, [other, _row("gone", "milliseconds", 1.0, run="loss")])
+    write_results(file, [other, _row("gone", "milliseconds", 1.0, run="loss")])
     monkeypatch.setitem(speed.PARTS, "loss", (replace(TINY["loss"], memory=False, ceilings=peaks),))
     speed.main(["loss"])
-    rows = records.read(file)
+    rows = read_results(file)
     assert rows[0] == other
     named = {"float32 products", "copy", *(f"float32 attention, {kind} layer" for kind in ("global", "local"))}
     assert {row.model for row in rows[1:]} - named == {"zebra", "full logits"}
@@ -566,13 +565,16 @@ def test_a_part_replaces_its_own_rows_alone(
     assert "| full logits" in page
     speed.main(["--page"])
     assert (tmp_path / "speed.md").read_text() == page
-    with pytest.raises(Refusal, match="parts are ceilings, attention"):
+    with pytest.raises(ZebraError, match="parts are ceilings, attention"):
         speed.main(["attentoin"])
 
 
 def test_the_pages_plan_is_planned_over_measured(speed: ModuleType) -> None:
     task = "bench train step: 9M parameters, float32"
     make = {"run": "plan", "layout": "GLLL:512", "task": task, "length": 2048, "model": "zebra"}
-    rows = [Row(metric="milliseconds", value=200.0, **make), Row(metric="planned_milliseconds", value=150.0, **make)]
+    rows = [
+        Result(metric="milliseconds", value=200.0, **make),
+        Result(metric="planned_milliseconds", value=150.0, **make),
+    ]
     line = [cell.text for cell in speed.plan(rows).blocks[1].body[0]]
     assert line == ["9M parameters, float32, 2,048 tokens", "150.0", "200.0", "0.75"]

@@ -10,7 +10,7 @@ from conftest import STORIES
 from transformers import AutoTokenizer
 
 from zebra.data.conversations import Conversation, Message, conversation
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 from zebra.train.chat import NAMED, Chat
 
 LLAMA_2 = (
@@ -119,17 +119,17 @@ def test_the_written_template_has_no_marks_and_says_the_same() -> None:
 
 
 def test_what_has_no_template_or_the_wrong_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"no chat template\. Name one with chat_template: plain, chatml"):
+    with pytest.raises(ZebraError, match=r"no chat template\. Name one with chat_template: plain, chatml"):
         Chat(tokenizer(), None, "here")
-    with pytest.raises(Refusal, match="got 'alpaca'"):
+    with pytest.raises(ZebraError, match="got 'alpaca'"):
         Chat(tokenizer(), "alpaca", "here")
-    with pytest.raises(Refusal, match=r"chatml needs <\|im_start\|> and <\|im_end\|>"):
+    with pytest.raises(ZebraError, match=r"chatml needs <\|im_start\|> and <\|im_end\|>"):
         Chat(tokenizer(), "chatml", "here")
     endless = tokenizer()
     endless.eos_token = None
-    with pytest.raises(Refusal, match="plain needs an end-of-text token"):
+    with pytest.raises(ZebraError, match="plain needs an end-of-text token"):
         Chat(endless, "plain", "here")
-    with pytest.raises(Refusal, match="answers cannot be told apart"):
+    with pytest.raises(ZebraError, match="answers cannot be told apart"):
         Chat(tokenizer(ONLY_LAST), None, "here").encode(TURNS)
     (tmp_path / "own.jinja").write_text(LLAMA_2)
     assert Chat(tokenizer(), str(tmp_path / "own.jinja"), "here").encode(TURNS).answers.count(True) == 13
@@ -140,7 +140,7 @@ def test_what_a_template_does_not_take_is_refused_with_its_line() -> None:
         LLAMA_2.replace("{% else %}", "{% elif m['role'] == 'system' %}{{ raise_exception('no system') }}{% else %}")
     )
     said = Conversation((Message("system", "x"), *TURNS.messages), "file, line 3")
-    with pytest.raises(Refusal, match="file, line 3: the chat template of here does not take it: no system"):
+    with pytest.raises(ZebraError, match="file, line 3: the chat template of here does not take it: no system"):
         Chat(strict, None, "here").encode(said)
 
 
@@ -167,8 +167,10 @@ def test_a_long_document_is_cut_in_its_middle_and_nothing_else(length: int) -> N
 
 def test_what_no_cut_makes_short_enough_is_refused() -> None:
     chat = Chat(tokenizer(), "plain", "here")
-    with pytest.raises(Refusal, match=r"file, line 9 is too long: \d+ tokens, where train.length is 32, and it has no"):
+    with pytest.raises(
+        ZebraError, match=r"file, line 9 is too long: \d+ tokens, where train.length is 32, and it has no"
+    ):
         chat.fitted(conversation({"prompt": "a dog " * 40, "completion": "x"}, "file, line 9"), 32)
     asked = {"document": "a dog ran " * 40, "question": "Who? " * 30, "answer": "x"}
-    with pytest.raises(Refusal, match="is so without its document too"):
+    with pytest.raises(ZebraError, match="is so without its document too"):
         chat.fitted(conversation(asked, "here"), 32)

@@ -66,13 +66,13 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path, few: Path)
     assert len(checks) == 7
     assert all(check["passed"] for check in checks)
 
-    rows = tmp_path / "rows.jsonl"
+    rows = tmp_path / "results.jsonl"
     done = zebra(
         *("evaluate", "perplexity", out, few, "--length", "300,512"),
         *("--separator", SEPARATOR, "--json", "--out", rows),
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["rows"]
+    found = json.loads(done.stdout)["results"]
     columns = "run model layout task metric value length position_from position_to depth n low high seed device"
     assert set(found[0]) == {*columns.split(), "versions", "commit"}
     assert {row["length"] for row in found} == {300, 512}
@@ -87,7 +87,7 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path, few: Path)
         *("evaluate", "perplexity", out, records, "--field", "body", "--workers", 2, "--length", "300,512", "--json")
     )
     assert done.returncode == 0, done.stderr
-    assert [row["value"] for row in json.loads(done.stdout)["rows"]] == [row["value"] for row in found]
+    assert [row["value"] for row in json.loads(done.stdout)["results"]] == [row["value"] for row in found]
     refused(zebra("evaluate", "perplexity", out, records, "--length", 300), "'text'", "among its fields body")
 
     done = zebra("report", rows, "-o", tmp_path / "page.html")
@@ -114,7 +114,7 @@ def test_a_rope_of_the_command_line(zebra: Zebra, tmp_path: Path, few: Path) -> 
     assert "got yarn:1" in done.stderr
     arguments = (few, "--length", "600", "--separator", SEPARATOR, "--join", "--json")
     rows = [
-        json.loads(zebra("evaluate", "perplexity", path, *arguments, *rope).stdout)["rows"][-1]
+        json.loads(zebra("evaluate", "perplexity", path, *arguments, *rope).stdout)["results"][-1]
         for path, rope in ((tmp_path / "out", ()), (STORIES, ("--stripes", "GLLL:16", "--rope", "yarn:8")))
     ]
     assert rows[0]["value"] == rows[1]["value"]
@@ -126,7 +126,7 @@ def test_a_layout_of_the_command_line_equals_a_converted_checkpoint(zebra: Zebra
     arguments = (few, "--length", "400", "--separator", SEPARATOR, "--json")
     one = zebra("evaluate", "perplexity", tmp_path / "out", *arguments)
     two = zebra("evaluate", "perplexity", STORIES, *arguments, "--stripes", "GL:65")
-    values = [[row["value"] for row in json.loads(done.stdout)["rows"]] for done in (one, two)]
+    values = [[row["value"] for row in json.loads(done.stdout)["results"]] for done in (one, two)]
     assert values[0] == values[1]
 
 
@@ -170,7 +170,7 @@ BAD = {
     ),
     "a window of a dense model": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--window", "9"],
-        ["for local layers, and this layout is dense"],
+        ["for local layers, and this layout is full"],
     ),
     "full decoding of a dense model": (
         ["generate", STORIES, "--prompt", "Once", "--full-decode"],
@@ -263,7 +263,7 @@ def test_an_interrupt_ends_with_130_and_nothing_half_written(tmp_path: Path) -> 
     assert "Traceback" not in rest
     assert "interrupted" in rest.splitlines()[-1]
     assert not (tmp_path / "run" / "model").exists()
-    assert not (tmp_path / "run" / "rows.jsonl").exists()
+    assert not (tmp_path / "run" / "results.jsonl").exists()
 
 
 def test_a_refusal_in_a_process_of_its_own(zebra: Zebra) -> None:

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from zebra.records import Row, write
 from zebra.report import together, write_report
 from zebra.report.compare import compare
 from zebra.report.lengths import effective, lengths, measures
 from zebra.report.page import Figure, Table
 from zebra.report.series import Series, labels
+from zebra.results import Result, read_results, write_results
 
 
-def row(run: str = "one", layout: str = "dense", **columns: Any) -> Row:
+def row(run: str = "one", layout: str = "full", **columns: Any) -> Result:
     given = {"task": "harness-zebra-needle", "metric": "accuracy", "value": 0.5, "length": 1024, "n": 100}
-    return Row(run=run, model="m", layout=layout, **given | columns)
+    return Result(run=run, model="m", layout=layout, **given | columns)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_score_by_length_is_the_mean_over_tasks_and_depths() -> None:
     assert sum(isinstance(block, Figure) for block in section.blocks) == 1  # of a single model
     another = lengths([*rows, *(replace(one, layout="GL:8") for one in rows)])
     tables = [block for block in another.blocks if isinstance(block, Table)]
-    assert [[line[0].text for line in table.body] for table in tables] == [["dense", "GL:8"]] * 4
+    assert [[line[0].text for line in table.body] for table in tables] == [["full", "GL:8"]] * 4
     assert lengths([row()]).blocks == []
 
 
@@ -73,10 +73,10 @@ def test_lines_of_one_name_are_told_apart() -> None:
     def of(*series: tuple[str, str, str]) -> list[str]:
         return list(labels(Series(*one) for one in series).values())
 
-    assert of(("r", "m", "dense"), ("r", "m", "GL:8")) == ["dense", "GL:8"]
-    assert of(("r", "m", "dense"), ("r", "n", "dense")) == ["m dense", "n dense"]
+    assert of(("r", "m", "full"), ("r", "m", "GL:8")) == ["full", "GL:8"]
+    assert of(("r", "m", "full"), ("r", "n", "full")) == ["m full", "n full"]
     assert of(("r", "runs/r/model", "GL:8"), ("s", "m", "GL:8")) == ["r (trained) GL:8", "s: m GL:8"]
-    assert of(("r", "a/m", "dense"), ("r", "b/m", "dense")) == ["r: a/m dense", "r: b/m dense"]
+    assert of(("r", "a/m", "full"), ("r", "b/m", "full")) == ["r: a/m full", "r: b/m full"]
 
 
 def texts(table: Table) -> list[list[str]]:
@@ -108,10 +108,9 @@ def test_what_two_runs_have_stands_side_by_side_with_its_change() -> None:
 
 def test_the_page_of_two_runs(tmp_path: Path) -> None:
     for name, value in (("a", 0.9), ("b", 0.6)):
-        write(tmp_path / name / "rows.jsonl", [row(length=length, value=value) for length in (512, 1024)])
-    from zebra.records import read
+        write_results(tmp_path / name / "results.jsonl", [row(length=length, value=value) for length in (512, 1024)])
 
-    rows = together({name: read(tmp_path / name / "rows.jsonl") for name in ("a", "b")})
+    rows = together({name: read_results(tmp_path / name / "results.jsonl") for name in ("a", "b")})
     write_report(rows, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     for words in ("Side by side", "By length", "one (a)", "one (b)", "−30.0\u00a0%"):

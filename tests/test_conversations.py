@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from zebra.data.conversations import GAP, Message, conversation, read_conversations, without_middle
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 ASKED, SAID = Message("user", "Who ran?"), Message("assistant", "The dog.")
 
@@ -54,7 +54,7 @@ def test_a_document_with_several_questions_is_a_conversation_for_each(tmp_path: 
         (f"Q{i}?", f"A{i}", "A text.") for i in range(3)
     ]
     (tmp_path / "set.jsonl").write_text(json.dumps({"document": "A text.", "qa": [{"question": "Q?"}]}))
-    with pytest.raises(Refusal, match="line 1: qa is a list of"):
+    with pytest.raises(ZebraError, match="line 1: qa is a list of"):
         read_conversations([str(tmp_path / "set.jsonl")])
 
 
@@ -90,7 +90,7 @@ BAD = {
 def test_a_bad_line_is_refused_with_its_number(line: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "x", "completion": "y"}\n' + line + "\n")
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(ZebraError) as refused:
         read_conversations([str(path)])
     assert BAD[line] in str(refused.value)
     assert "line 2" in str(refused.value)
@@ -98,10 +98,10 @@ def test_a_bad_line_is_refused_with_its_number(line: str, tmp_path: Path) -> Non
 
 def test_an_empty_set_and_another_kind_of_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(Refusal, match=r"no conversation in .*empty\.jsonl"):
+    with pytest.raises(ZebraError, match=r"no conversation in .*empty\.jsonl"):
         read_conversations([str(tmp_path / "empty.jsonl")])
     (tmp_path / "text.txt").write_text("Who ran?")
-    with pytest.raises(Refusal, match="is no file of JSON Lines"):
+    with pytest.raises(ZebraError, match="is no file of JSON Lines"):
         read_conversations([str(tmp_path / "text.txt")])
 
 

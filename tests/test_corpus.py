@@ -15,8 +15,8 @@ import pytest
 
 from zebra.data import corpus as module
 from zebra.data.corpus import Corpus, tokenise
-from zebra.refusal import Refusal
-from zebra.staged import user_cache
+from zebra.errors import ZebraError
+from zebra.files import user_cache_dir
 
 
 class Encoder:
@@ -183,7 +183,7 @@ def test_a_failure_leaves_nothing_behind(text: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"):
         run(text / "b.txt", cache, broken)
     (text / "bad.txt").write_bytes(b"\xff")
-    with pytest.raises(Refusal):
+    with pytest.raises(ZebraError):
         run([text / "b.txt", text / "bad.txt"], cache)
     assert list(cache.iterdir()) == []
     assert texts(run(text / "b.txt", cache)) == ["bee"]
@@ -289,7 +289,7 @@ def test_a_text_that_changes_while_it_is_tokenised_is_refused(text: Path, tmp_pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BATCH_CHARACTERS", 10)
-        with pytest.raises(Refusal, match=r"b\.jsonl changed while it was tokenised\. Start again"):
+        with pytest.raises(ZebraError, match=r"b\.jsonl changed while it was tokenised\. Start again"):
             run([text / "a.txt", second], cache, Changing())
     assert list(cache.iterdir()) == []
 
@@ -358,16 +358,16 @@ def test_an_entry_shows_only_when_it_is_whole(text: Path, tmp_path: Path, monkey
 
 def test_the_default_cache_is_the_users(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert user_cache("tokens") == tmp_path / "xdg" / "zebra" / "tokens"
+    assert user_cache_dir("tokens") == tmp_path / "xdg" / "zebra" / "tokens"
     tokenise([str(text / "b.txt")], Encoder(), tokenizer="t")
     assert len(list((tmp_path / "xdg" / "zebra" / "tokens").iterdir())) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert user_cache("tokens") == tmp_path / "home" / ".cache" / "zebra" / "tokens"
+    assert user_cache_dir("tokens") == tmp_path / "home" / ".cache" / "zebra" / "tokens"
 
 
 def test_a_text_that_becomes_no_token(text: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="makes no token"):
+    with pytest.raises(ZebraError, match="makes no token"):
         run(text / "b.txt", tmp_path / "c", lambda batch: [[] for _ in batch])
 
 
@@ -404,5 +404,5 @@ def test_neighbours_are_joined_whole(lengths: list[int], length: int, expected: 
 
 @pytest.mark.parametrize("lengths", [[4], [2, 2], [0, 0]])
 def test_less_text_than_one_is_refused(lengths: list[int]) -> None:
-    with pytest.raises(Refusal, match=f"all documents joined have {sum(lengths)} tokens, fewer than one of 5"):
+    with pytest.raises(ZebraError, match=f"all documents joined have {sum(lengths)} tokens, fewer than one of 5"):
         made(*lengths).joined(5)

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from test_cli import Zebra
 
-from zebra import records
 from zebra.model.families import table
+from zebra.results import read_results
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 README = (ROOT / "README.md").read_text()
@@ -116,7 +116,7 @@ def test_the_readme_keeps_its_order() -> None:
 
 def test_the_numbers_of_the_readme_are_those_of_the_rows() -> None:
     """Each perplexity in the table of the README stands in a row of benchmarks/results/, at its positions."""
-    rows = [row for file in (ROOT / "benchmarks" / "results").glob("*.jsonl") for row in records.read(file)]
+    rows = [row for file in (ROOT / "benchmarks" / "results").glob("*.jsonl") for row in read_results(file)]
     lines = re.findall(r"^\| ([\d,]+)–([\d,]+) (\|.*)$", README, flags=re.MULTILINE)
     assert len(lines) == 5
     for start, end, cells in lines:
@@ -132,7 +132,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_rows() -> None:
 
 
 def test_the_numbers_of_stripes_without_training_are_those_of_the_rows() -> None:
-    rows = records.read(ROOT / "benchmarks" / "results" / "untrained.jsonl")
+    rows = read_results(ROOT / "benchmarks" / "results" / "untrained.jsonl")
     wanted = {f"{row.value:.3f}" for row in rows if (row.position_from, row.position_to) in ((256, 512), (1024, 2048))}
     page = (ROOT / "docs" / "untrained.md").read_text()
     numbers = re.findall(r"\| (\d\.\d{3})(?= \|)", page)

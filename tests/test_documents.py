@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from zebra.data import documents as module
 from zebra.data.documents import find_files, read_documents
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 
@@ -76,7 +76,7 @@ def test_a_name_with_brackets_and_the_home_folder(text: Path, monkeypatch: pytes
 @pytest.mark.parametrize("pattern", ["nothing.txt", "*.pdf", "empty", "deep/*/nothing"])
 def test_a_pattern_that_names_nothing_is_refused(text: Path, pattern: str) -> None:
     (text / "empty").mkdir()
-    with pytest.raises(Refusal, match=r"there is no text at .* that exist") as refused:
+    with pytest.raises(ZebraError, match=r"there is no text at .* that exist") as refused:
         find_files([str(text / "b.txt"), str(text / pattern)])
     assert str(text / pattern) in str(refused.value)
 
@@ -96,14 +96,14 @@ def test_documents_are_split_and_stripped(text: Path) -> None:
 )
 def test_bytes_that_are_not_utf8_are_refused_with_their_place(text: Path, raw: bytes, place: str) -> None:
     (text / "bad.txt").write_bytes(raw)
-    with pytest.raises(Refusal, match=f"bad.txt is not UTF-8 text: {place}"):
+    with pytest.raises(ZebraError, match=f"bad.txt is not UTF-8 text: {place}"):
         read(text / "b.txt", text / "bad.txt")
 
 
 @pytest.mark.parametrize("content", ["", " \n\t\n", "--\n--"])
 def test_files_without_text_are_refused(text: Path, content: str) -> None:
     (text / "blank.txt").write_text(content)
-    with pytest.raises(Refusal, match=r"no text in .*blank\.txt: only blanks"):
+    with pytest.raises(ZebraError, match=r"no text in .*blank\.txt: only blanks"):
         read(text / "blank.txt", separator="--")
     assert read(text / "blank.txt", text / "b.txt", separator="--") == ["bee"]
 
@@ -188,26 +188,26 @@ def test_a_line_that_is_no_record_is_refused_with_its_number(
 ) -> None:
     file = tmp_path / f"r.{kind}"
     file.write_bytes(packed(kind, b'{"text": "fine"}\n' + line + b"\n"))
-    with pytest.raises(Refusal, match=message) as refused:
+    with pytest.raises(ZebraError, match=message) as refused:
         read(file)
     assert str(file) in str(refused.value)
 
 
 def test_a_column_without_text_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "r.parquet", [{"body": "a", "n": 1}])
-    with pytest.raises(Refusal, match=r"r\.parquet has no such field among its fields body, n\. Name the field"):
+    with pytest.raises(ZebraError, match=r"r\.parquet has no such field among its fields body, n\. Name the field"):
         read(file)
-    with pytest.raises(Refusal, match=r"row 1 has int, no string, among its fields body, n"):
+    with pytest.raises(ZebraError, match=r"row 1 has int, no string, among its fields body, n"):
         read(file, field="n")
     file = write(tmp_path / "r.parquet", [{"text": "a"}, {"text": None}])
-    with pytest.raises(Refusal, match=r"row 2 has NoneType, no string"):
+    with pytest.raises(ZebraError, match=r"row 2 has NoneType, no string"):
         read(file)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_separator_for_records_is_refused(tmp_path: Path, kind: str) -> None:
     file = write(tmp_path / f"r.{kind}", RECORDS)
-    with pytest.raises(Refusal, match=r"holds records, a document each; got the separator '--'\. Leave it out"):
+    with pytest.raises(ZebraError, match=r"holds records, a document each; got the separator '--'\. Leave it out"):
         read(file, separator="--")
 
 
@@ -221,13 +221,13 @@ def test_a_damaged_file_is_refused(tmp_path: Path, kind: str, damage: str) -> No
     file.write_bytes({"cut": raw[:-20], "another": b"plain words", "empty": b"", "inside": inside}[damage])
     whole = r"no whole (gzip|zstandard|parquet) file: .*write it again|is not JSON"
     nothing = "only blanks" if damage == "empty" else whole  # an empty file of no frames is whole
-    with pytest.raises(Refusal, match=f"{whole}|{nothing}"):
+    with pytest.raises(ZebraError, match=f"{whole}|{nothing}"):
         read(file)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_without_text_are_refused(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(Refusal, match="only blanks"):
+    with pytest.raises(ZebraError, match="only blanks"):
         read(write(tmp_path / f"r.{kind}", [{"text": " "}, {"text": ""}]))
 
 
@@ -235,6 +235,6 @@ def test_records_without_text_are_refused(tmp_path: Path, kind: str) -> None:
 def test_a_missing_extra_is_named(tmp_path: Path, kind: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / f"r.{kind}", RECORDS)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(Refusal, match=rf"is read by {module}, which is not installed\. Run pip install 'zebra-llm"):
+    with pytest.raises(ZebraError, match=rf"is read by {module}, which is not installed\. Run pip install 'zebra-llm"):
         read(file)
     assert read(write(tmp_path / "r.jsonl.gz", RECORDS[:1])) == ["número 1"]

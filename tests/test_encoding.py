@@ -16,7 +16,7 @@ import pytest
 from zebra.data import corpus as module
 from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder, encoded
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 # Without conftest: a worker imports this module, and should not wait for torch.
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -91,7 +91,7 @@ def test_any_number_of_workers_makes_the_same_entry(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("last", "error", "message"),
-    [("raise", ValueError, "no such letter"), ("die", Refusal, r"a worker .* was killed, .*\. Take fewer workers")],
+    [("raise", ValueError, "no such letter"), ("die", ZebraError, r"a worker .* was killed, .*\. Take fewer workers")],
 )
 def test_a_worker_that_fails_ends_all(tmp_path: Path, last: str, error: type[Exception], message: str) -> None:
     (tmp_path / "a.txt").write_text("a--b--c--" + last)
@@ -104,7 +104,7 @@ def test_a_worker_that_fails_ends_all(tmp_path: Path, last: str, error: type[Exc
 
 def test_a_text_that_cannot_be_read_ends_the_workers(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{')
-    with pytest.raises(Refusal, match="line 2 is not JSON"):
+    with pytest.raises(ZebraError, match="line 2 is not JSON"):
         tokenise([str(tmp_path / "a.jsonl")], letters, tokenizer="t", workers=2, cache=tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []
 

@@ -19,14 +19,15 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import zebra
-from zebra import Refusal, records
+from zebra import ZebraError
 from zebra.data.items import AGAIN, EMPTY, GIVEN, LOST, NEEDLESS, Item, words
-from zebra.evaluate.documents import Options, Outcome, answered, per_token, rows_of
+from zebra.evaluate.documents import Options, Outcome, answered, evaluate_documents, per_token
 from zebra.evaluate.overlap import Overlap
 from zebra.evaluate.prompts import Prompts
-from zebra.evaluate.subject import Subject
+from zebra.evaluate.target import EvalTarget
 from zebra.generation import continued
 from zebra.report import write_report
+from zebra.results import read_results
 
 TALES = (TEXT / "tinystories_test.txt").read_text().split("<|endoftext|>")
 LONG = " ".join(TALES[:6])
@@ -73,14 +74,14 @@ def test_braces_stay_as_they_are(tokenizer: Any) -> None:
 
 
 def test_a_question_without_room_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(Refusal, match=r"the question of one takes \d+ tokens .* room for 20 in all"):
+    with pytest.raises(ZebraError, match=r"the question of one takes \d+ tokens .* room for 20 in all"):
         Prompts(tokenizer).fitting(item(), 20)
-    with pytest.raises(Refusal, match="once each; got 'tell me'"):
+    with pytest.raises(ZebraError, match="once each; got 'tell me'"):
         Prompts(tokenizer, "tell me")
 
 
 def test_a_chat_template_is_around_it(tokenizer: Any) -> None:
-    with pytest.raises(Refusal, match="no chat template"):
+    with pytest.raises(ZebraError, match="no chat template"):
         Prompts(tokenizer, chat=True).ids(item(), "x")
     chats = AutoTokenizer.from_pretrained(STORIES)
     chats.chat_template = "[{{ messages[0]['content'] }}] says:"
@@ -206,8 +207,10 @@ EXPECTED = {"good": [], "again#0": [AGAIN], "again#1": [], "empty": [EMPTY], "gi
 
 @pytest.mark.filterwarnings("ignore:at 2.. tokens")
 def test_the_data_are_looked_at_without_the_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Subject, "load", None)
-    rows, outcomes = rows_of(STORIES, file, lengths=[260], check_only=True, options=Options(answer_tokens=20))
+    monkeypatch.setattr(EvalTarget, "load", None)
+    rows, outcomes = evaluate_documents(
+        STORIES, file, lengths=[260], check_only=True, options=Options(answer_tokens=20)
+    )
     assert by_name(outcomes) == EXPECTED
     assert {row.metric: row.value * 6 for row in rows} == {
         **dict.fromkeys((EMPTY, AGAIN, GIVEN, LOST), pytest.approx(1)),
@@ -223,11 +226,11 @@ def test_a_model_that_does_not_read_needs_no_document(
     file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how: dict[str, Any] = {"lengths": [260], "options": Options("likelihood", 8)}
-    monkeypatch.setattr(Subject, "load", lambda self: Deaf(tokenizer).eval())
-    rows, outcomes = rows_of(STORIES, file, **how)
+    monkeypatch.setattr(EvalTarget, "load", lambda self: Deaf(tokenizer).eval())
+    rows, outcomes = evaluate_documents(STORIES, file, **how)
     assert all((NEEDLESS in one.faults) == bool(one.scores) for one in outcomes)
-    monkeypatch.setattr(Subject, "load", lambda self: Copier(tokenizer).eval())
-    more, outcomes = rows_of(STORIES, file, **how)
+    monkeypatch.setattr(EvalTarget, "load", lambda self: Copier(tokenizer).eval())
+    more, outcomes = evaluate_documents(STORIES, file, **how)
     assert NEEDLESS not in by_name(outcomes)["good"]
     value = {row.metric: row for row in rows + more}
     assert value["log_likelihood"].value > value["log_likelihood_without_document"].value
@@ -238,9 +241,9 @@ def test_a_model_that_says_the_answer_scores_all(file: Path, tokenizer: Any, mon
     monkeypatch.setattr(
         "zebra.evaluate.documents.answered", lambda *_, **__: ["Dog!", "a dog", "cow", "cat", "giraffe"]
     )
-    monkeypatch.setattr(Subject, "load", lambda self: Deaf(tokenizer).eval())
+    monkeypatch.setattr(EvalTarget, "load", lambda self: Deaf(tokenizer).eval())
     with pytest.warns(UserWarning, match="a length of .* passes the 512 positions"):
-        rows, outcomes = rows_of(STORIES, file, beyond=True, options=Options(answer_tokens=300))
+        rows, outcomes = evaluate_documents(STORIES, file, beyond=True, options=Options(answer_tokens=300))
     found = {row.metric: row for row in rows}
     assert found["f1"].value == pytest.approx(4 / 5)
     assert found["f1"].n == 5
@@ -265,29 +268,29 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_bad_input_is_refused_before_the_model_is_loaded(
     changes: dict[str, Any], why: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Subject, "load", None)
-    with pytest.raises(Refusal, match=why):
-        rows_of(STORIES, file, **(changes | {"options": Options(**changes.get("options", {}))}))
+    monkeypatch.setattr(EvalTarget, "load", None)
+    with pytest.raises(ZebraError, match=why):
+        evaluate_documents(STORIES, file, **(changes | {"options": Options(**changes.get("options", {}))}))
 
 
 def test_a_file_without_a_reference_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps({"document": "d", "question": "q", "answers": ["?"]}))
-    with pytest.raises(Refusal, match="none of the 1 items has a reference answer"):
-        rows_of(STORIES, tmp_path / "x.jsonl", check_only=True)
+    with pytest.raises(ZebraError, match="none of the 1 items has a reference answer"):
+        evaluate_documents(STORIES, tmp_path / "x.jsonl", check_only=True)
 
 
 def test_the_verb_its_items_and_its_page(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ("evaluate", "documents", STORIES, file, "--length", "256,300", "--answer-tokens", 8, "--limit", 4)
-    given += ("--json", "--items", tmp_path / "items.jsonl", "--out", tmp_path / "rows.jsonl")
+    given += ("--json", "--items", tmp_path / "items.jsonl", "--out", tmp_path / "results.jsonl")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         code, out, err = said(capsys, monkeypatch, *given)
     assert code == 0, err
     assert "zebra: at 256 tokens" in err
-    found = json.loads(out)["rows"]
-    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == found
+    found = json.loads(out)["results"]
+    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == found
     scores = [row for row in found if row["task"] == "documents-generate-tales"]
     assert {(row["metric"], row["length"], row["n"]) for row in scores} == {
         (metric, length, 3) for metric in ("rouge1", "rouge2", "rougeL", "f1") for length in (256, 300)
@@ -299,7 +302,7 @@ def test_the_verb_its_items_and_its_page(
     ]
     mean = math.fsum(one["scores"]["f1"] for one in items[:3]) / 3
     assert next(row["value"] for row in scores if row["metric"] == "f1") == pytest.approx(mean)
-    write_report(records.read(tmp_path / "rows.jsonl"), tmp_path / "report.html")
+    write_report(read_results(tmp_path / "results.jsonl"), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "the data of tales" in page
     assert "tales, by generation" in page

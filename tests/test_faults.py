@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_adapt import losses, names, recipe
 from test_cli import Zebra, refused
 
-from zebra import Refusal
+from zebra import ZebraError
 from zebra.train import directory
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
@@ -67,7 +67,7 @@ def test_a_target_that_cannot_be_written(zebra: Zebra, tmp_path: Path, arguments
 
 def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
     asked = recipe(tmp_path / "run", **SHORT)
-    with directory.occupied(asked), pytest.raises(Refusal, match=r"another process is at work in .*run\. Wait"):
+    with directory.occupied(asked), pytest.raises(ZebraError, match=r"another process is at work in .*run\. Wait"):
         adapt(asked)
     assert not (tmp_path / "run").exists()  # nothing came of either
     assert len(losses(adapt(asked))) == 6
@@ -89,19 +89,19 @@ def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: p
     tensors = load_file(weights)
     tensors["model.norm.weight"] *= 1.5
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(Refusal, match="began with other inputs: source changed since"):
+    with pytest.raises(ZebraError, match="began with other inputs: source changed since"):
         adapt(asked)
     text.write_text(text.read_text().replace("Once", "Twice", 1))
-    with pytest.raises(Refusal, match="source and text changed since"):
+    with pytest.raises(ZebraError, match="source and text changed since"):
         adapt(asked)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Refusal, match="processes and source and text changed since"):
+    with pytest.raises(ZebraError, match="processes and source and text changed since"):
         adapt(asked)
 
 
 def test_a_recipe_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(Refusal, match="for a GPU"):
+    with pytest.raises(ZebraError, match="for a GPU"):
         adapt(recipe(tmp_path / "run", train__device="cuda", **SHORT))
     assert not (tmp_path / "run").exists()
 
@@ -109,7 +109,9 @@ def test_a_recipe_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pyt
 def test_a_loss_that_is_not_finite_stops_before_it_spoils_a_checkpoint(tmp_path: Path) -> None:
     spoiled = {"train__learning_rate": 1e30, "train__schedule": "constant_with_warmup", "train__warmup_steps": 5}
     run = tmp_path / "run"
-    with pytest.raises(Refusal, match=r"loss is not finite at step 4, at a learning rate of 6e\+29.* that of step 2\."):
+    with pytest.raises(
+        ZebraError, match=r"loss is not finite at step 4, at a learning rate of 6e\+29.* that of step 2\."
+    ):
         adapt(recipe(run, **SHORT, **spoiled))
     tensors = load_file(run / "checkpoints" / "checkpoint-2" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -123,7 +125,7 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, steps: int, 
     schedule = {"train__schedule": "constant_with_warmup", "train__warmup_steps": warm}
     run = tmp_path / "run"
     kept = "No checkpoint was saved yet" if good is None else f"newest finite checkpoint is that of step {good}"
-    with pytest.raises(Refusal, match=rf"weights are not finite at step \d, .* {kept}"):
+    with pytest.raises(ZebraError, match=rf"weights are not finite at step \d, .* {kept}"):
         adapt(recipe(run, **changes, **schedule))
     marked = {found.parent.name for found in (run / "checkpoints").glob(f"*/{COMPLETE}")}
     assert marked == (set() if good is None else {f"checkpoint-{good}"})
@@ -134,7 +136,7 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, steps: int, 
 def test_a_checkpoint_that_was_damaged_since_gives_way_to_the_one_before(tmp_path: Path, file: str) -> None:
     asked = recipe(tmp_path / "run", **SHORT)
     wanted = losses(adapt(asked))
-    for gone in ("model", "rows.jsonl"):
+    for gone in ("model", "results.jsonl"):
         path = tmp_path / "run" / gone
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     last = tmp_path / "run" / "checkpoints" / "checkpoint-6"
@@ -147,18 +149,18 @@ def test_a_checkpoint_that_was_damaged_since_gives_way_to_the_one_before(tmp_pat
 def test_damaged_inputs_are_refused(tmp_path: Path, content: str) -> None:
     asked = recipe(tmp_path / "run", **SHORT)
     adapt(asked)
-    (tmp_path / "run" / "rows.jsonl").unlink()
+    (tmp_path / "run" / "results.jsonl").unlink()
     (tmp_path / "run" / "inputs.json").write_text(content)
-    with pytest.raises(Refusal, match=r"inputs\.json (is damaged|began)|began with other inputs"):
+    with pytest.raises(ZebraError, match=r"inputs\.json (is damaged|began)|began with other inputs"):
         adapt(asked)
 
 
 def test_a_history_that_is_gone_is_refused_with_the_remedy(tmp_path: Path) -> None:
     asked = recipe(tmp_path / "run", **SHORT)
     wanted = losses(adapt(asked))
-    (tmp_path / "run" / "rows.jsonl").write_text("")
+    (tmp_path / "run" / "results.jsonl").write_text("")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(Refusal, match=r"trainer_state\.json is gone or damaged.*Remove .*model"):
+    with pytest.raises(ZebraError, match=r"trainer_state\.json is gone or damaged.*Remove .*model"):
         adapt(asked)
     shutil.rmtree(tmp_path / "run" / "model")
     assert losses(adapt(asked)) == wanted
@@ -167,14 +169,14 @@ def test_a_history_that_is_gone_is_refused_with_the_remedy(tmp_path: Path) -> No
 def test_a_run_keeps_to_its_tokenizer(stories: Path, tmp_path: Path) -> None:
     asked = recipe(tmp_path / "run", model=str(stories), **SHORT)
     adapt(asked)
-    (tmp_path / "run" / "rows.jsonl").unlink()
+    (tmp_path / "run" / "results.jsonl").unlink()
     definition = (stories / "tokenizer.json").read_text()
     tree = json.loads(definition)
     words = tree["model"]["vocab"]
     one, two = sorted(words, key=words.get)[-2:]
     words[one], words[two] = words[two], words[one]
     (stories / "tokenizer.json").write_text(json.dumps(tree))
-    with pytest.raises(Refusal, match="tokenizer changed since"):
+    with pytest.raises(ZebraError, match="tokenizer changed since"):
         adapt(asked)
 
 

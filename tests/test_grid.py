@@ -14,7 +14,8 @@ import pytest
 import yaml
 from conftest import ROOT, TEXT
 
-from zebra import Refusal, records
+from zebra import ZebraError
+from zebra.results import read_results
 from zebra.train import grid
 from zebra.train.cells import StudyRecipe, cells_of, recipes_of
 from zebra.train.grid import reckoned, study
@@ -124,7 +125,7 @@ def test_a_cell_that_cannot_be_is_refused_by_its_name(
 ) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(tree(tmp_path / "run", few, {"position": "rotary"} | cell)))
-    with pytest.raises(Refusal, match=says):
+    with pytest.raises(ZebraError, match=says):
         study(read_recipe(path, StudyRecipe))
     assert not (tmp_path / "run").exists()
 
@@ -138,9 +139,9 @@ def test_what_cells_share_is_refused_too(few: Path, tmp_path: Path) -> None:
         given["recipe"] |= change
         path = tmp_path / "grid.yaml"
         path.write_text(yaml.safe_dump(given))
-        with pytest.raises(Refusal, match=says):
+        with pytest.raises(ZebraError, match=says):
             read_recipe(path, StudyRecipe)
-    with pytest.raises(Refusal, match="--workers is at least 1"):
+    with pytest.raises(ZebraError, match="--workers is at least 1"):
         study(of(tmp_path / "run", few), workers=0)
 
 
@@ -168,7 +169,7 @@ def test_learned_positions_are_not_read_beyond(few: Path, tmp_path: Path) -> Non
     (learned,) = recipes_of(of(tmp_path, few, {"attention": "global", "position": "absolute"}))
     assert learned.evaluate is not None
     beyond = learned.model_copy(update={"evaluate": learned.evaluate.model_copy(update={"beyond": 128})})
-    with pytest.raises(Refusal, match="64 learned positions, and 128 tokens are to be read"):
+    with pytest.raises(ZebraError, match="64 learned positions, and 128 tokens are to be read"):
         config_of(beyond)
 
 
@@ -176,11 +177,11 @@ def test_a_grid_runs_each_cell_once_and_grows(few: Path, tmp_path: Path) -> None
     rotary = {"attention": ["global", "grouped"], "position": "rotary", "group": 2}
     rows = study(of(tmp_path / "run", few, rotary), workers=2)
     assert {(row.run, row.layout) for row in rows if row.task == "train"} == {
-        ("global-rotary-64-seed0", "dense rotary"),
+        ("global-rotary-64-seed0", "full rotary"),
         ("grouped-2-rotary-w8-64-seed0", "GL:8 rotary"),
     }
     assert {row.length for row in rows if row.metric == "perplexity"} == {64, 128}
-    assert records.read(tmp_path / "run" / "rows.jsonl") == rows
+    assert read_results(tmp_path / "run" / "results.jsonl") == rows
 
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "cells").glob("*.log")}
     assert len(logs) == 2
@@ -196,7 +197,9 @@ def test_a_grid_runs_each_cell_once_and_grows(few: Path, tmp_path: Path) -> None
     kept = study(StudyRecipe.model_validate(fewer))
     assert kept == [*grown[len(rows) :], *rows]  # what is done stays
     for changed in (reckoned, study):
-        with pytest.raises(Refusal, match=r"global-rotary-64-seed0 is a cell of another recipe: train\.steps differ"):
+        with pytest.raises(
+            ZebraError, match=r"global-rotary-64-seed0 is a cell of another recipe: train\.steps differ"
+        ):
             changed(of(tmp_path / "run", few, {"attention": "local", "position": "alibi"}, steps=6))
 
 
@@ -205,7 +208,7 @@ def test_another_recipe_in_the_same_run_is_refused(few: Path, tmp_path: Path) ->
     Path(first.run).mkdir(parents=True)
     (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
     for told in (reckoned, study):
-        with pytest.raises(Refusal, match=r"holds a run of another recipe: .*train.steps"):
+        with pytest.raises(ZebraError, match=r"holds a run of another recipe: .*train.steps"):
             told(of(tmp_path / "run", few, steps=6))
 
 
@@ -215,7 +218,7 @@ def test_a_cell_that_fails_leaves_the_others_alone(few: Path, tmp_path: Path, mo
     fake.chmod(0o755)
     monkeypatch.setattr(grid.sys, "executable", str(fake))
     cells = {"attention": ["grouped", "global"], "position": "none", "group": 2}
-    with pytest.raises(Refusal, match=r"grouped-2-none-w8-64-seed0 failed, the loss is not finite\. Every") as error:
+    with pytest.raises(ZebraError, match=r"grouped-2-none-w8-64-seed0 failed, the loss is not finite\. Every") as error:
         study(of(tmp_path / "run", few, cells))
     assert "more" not in str(error.value)
     assert (tmp_path / "run" / "cells" / "global-none-64-seed0.yaml").exists()  # the second one was started
@@ -224,7 +227,7 @@ def test_a_cell_that_fails_leaves_the_others_alone(few: Path, tmp_path: Path, mo
 @pytest.mark.full
 def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> None:
     def rows(name: str) -> list[tuple[Any, ...]]:
-        found = records.read(tmp_path / name / "rows.jsonl")
+        found = read_results(tmp_path / name / "results.jsonl")
         return [(r.run, r.task, r.metric, r.length, r.position_from, r.value) for r in found if r.task != "speed"]
 
     def start(name: str) -> subprocess.Popen[bytes]:
@@ -241,7 +244,7 @@ def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> No
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert not (tmp_path / "killed" / "rows.jsonl").exists()
+    assert not (tmp_path / "killed" / "results.jsonl").exists()
     assert start("killed").wait(timeout=300) == 0
     assert rows("killed") == rows("whole")
 
@@ -268,7 +271,7 @@ def test_what_contradicts_the_cells_is_refused(few: Path, tmp_path: Path, change
     given["recipe"] |= change
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(given))
-    with pytest.raises(Refusal, match=says):
+    with pytest.raises(ZebraError, match=says):
         study(read_recipe(path, StudyRecipe))
     assert not (tmp_path / "run").exists()
 
@@ -278,12 +281,12 @@ def test_a_seed_of_the_recipe_is_that_of_cells_without_one(few: Path, tmp_path: 
 
 
 def test_a_text_smaller_than_a_step_starts_no_cell(few: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="fewer than the 5,000 of one step"):
+    with pytest.raises(ZebraError, match="fewer than the 5,000 of one step"):
         study(of(tmp_path / "run", few, rows_per_step=5000))
     assert not list((tmp_path / "run" / "cells").glob("*"))
     changed = tree(tmp_path / "run", few)
     changed["recipe"]["tokenizer"] = {"vocab_size": 320}
-    with pytest.raises(Refusal, match="trained by another recipe: its tokenizer or its data differ"):
+    with pytest.raises(ZebraError, match="trained by another recipe: its tokenizer or its data differ"):
         study(StudyRecipe.model_validate(changed))
 
 
@@ -296,8 +299,8 @@ def test_rows_that_are_damaged_are_said_before_any_cell_runs(
     Path(first.run).mkdir(parents=True)
     begun = first.model_dump(mode="json") | {"tokenizer": str(tmp_path / "run" / "tokenizer")}
     (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(begun))
-    (Path(first.run) / "rows.jsonl").write_text("{\n")
-    with pytest.raises(Refusal, match="is not a row of results"):
+    (Path(first.run) / "results.jsonl").write_text("{\n")
+    with pytest.raises(ZebraError, match="is not a row of results"):
         study(of(tmp_path / "run", few, cells))
     assert not list((tmp_path / "run" / "cells").glob("*.log"))
 

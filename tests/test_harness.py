@@ -17,14 +17,15 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import zebra
-from zebra import Refusal, records
+from zebra import ZebraError
 from zebra.data.questions import TASKS
 from zebra.evaluate import harness, tasks
-from zebra.evaluate.foreign import made, offline, quiet
-from zebra.evaluate.harness import rows_of
+from zebra.evaluate.harness import evaluate_tasks
 from zebra.evaluate.likelihood import likelihoods
-from zebra.evaluate.subject import Subject
+from zebra.evaluate.lm_eval_compat import made, offline, quiet
+from zebra.evaluate.target import EvalTarget
 from zebra.report import write_report
+from zebra.results import read_results
 
 ITEMS = [
     {"text": "Once upon a time there was a little", "ends": ["girl named Lily", "zzz qq"], "right": 0},
@@ -107,7 +108,7 @@ def test_a_task_gives_what_the_model_prefers(folder: Path, tokenizer: Any, loadi
             ((one, two),) = likelihoods(model, [prompt], [ends])
         right += int(two > one) == item["right"]
     assert 0 < right < len(ITEMS)
-    rows = rows_of(STORIES, tasks=["tiny", "tiny_ends"], include=folder, batch_size=2, **loading)
+    rows = evaluate_tasks(STORIES, tasks=["tiny", "tiny_ends"], include=folder, batch_size=2, **loading)
     group, task = rows
     assert group.task == "harness-tiny"
     assert group.value == task.value == pytest.approx(right / len(ITEMS))
@@ -117,18 +118,18 @@ def test_a_task_gives_what_the_model_prefers(folder: Path, tokenizer: Any, loadi
     assert task.length == max(len(tokenizer(f"{i['text']} {end}")["input_ids"]) for i in ITEMS for end in i["ends"])
     assert task.versions["task"] == "2.5"
     assert task.versions["lm-eval"]
-    assert task.layout == ("GLLL:5" if "stripes" in loading else "dense, self-extend 4:6")
+    assert task.layout == ("GLLL:5" if "stripes" in loading else "full, self-extend 4:6")
 
 
 def test_lengths_are_a_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = rows_of(STORIES, tasks=["tiny_lengths", "tiny_ends"], include=folder, lengths=[90, 60], limit=2)
+    rows = evaluate_tasks(STORIES, tasks=["tiny_lengths", "tiny_ends"], include=folder, lengths=[90, 60], limit=2)
     found = [(row.task, row.metric, row.length, row.value, row.n) for row in rows if row.task != "harness-tiny_ends"]
     assert found == [
         ("harness-tiny_lengths", "accuracy", 60, 0.0, 2),
         ("harness-tiny_lengths", "accuracy", 90, 1.0, 2),
     ]
     assert sum(row.task == "harness-tiny_ends" for row in rows) == 1
-    (own,) = rows_of(STORIES, tasks=["tiny_lengths"], include=folder, limit=2)
+    (own,) = evaluate_tasks(STORIES, tasks=["tiny_lengths"], include=folder, limit=2)
     assert (own.metric, own.length, own.n, own.low) == ("accuracy", 4096, None, None)
     assert capsys.readouterr().out == ""
 
@@ -161,8 +162,8 @@ def test_our_tasks_are_solved_by_a_model_that_knows_the_answers(
             known = item["choices"][:count] if right else item["choices"][count : count + 1]
             ends = known if name.endswith("likelihood") else [" ".join(known)]
             knows.texts += tuple(tokenizer(f"{item['prompt']} {end}")["input_ids"] for end in ends)
-    monkeypatch.setattr(Subject, "load", lambda self: knows)
-    rows = rows_of(STORIES, tasks=names, lengths=[300], limit=2)
+    monkeypatch.setattr(EvalTarget, "load", lambda self: knows)
+    rows = evaluate_tasks(STORIES, tasks=names, lengths=[300], limit=2)
     assert [(row.task, row.value, row.length, row.n) for row in rows] == [
         (f"harness-{name}", float(right), 300, 2) for name in names
     ]
@@ -219,10 +220,12 @@ def test_what_is_not_there_is_refused(case: str, tmp_path: Path, server: str, mo
     (tmp_path / "lacks.py").write_text("import no_such_package\ndef build(**_): pass")
     fetch = f"import urllib.request\ndef build(**_): urllib.request.urlopen('{server}')\ndef wrong(**_): 1 / 0"
     (tmp_path / "fetch.py").write_text(fetch)
-    monkeypatch.setattr(Subject, "load", None)
+    monkeypatch.setattr(EvalTarget, "load", None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(Refusal, match=why):
-        rows_of(STORIES, tasks=[text.splitlines()[text.startswith("\n")].removeprefix("task: ")], include=tmp_path)
+    with pytest.raises(ZebraError, match=why):
+        evaluate_tasks(
+            STORIES, tasks=[text.splitlines()[text.startswith("\n")].removeprefix("task: ")], include=tmp_path
+        )
 
 
 def test_the_surroundings_come_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,8 +238,8 @@ def test_the_surroundings_come_back(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert os.environ["https_proxy"] == os.environ["HTTPS_PROXY"] == "http://127.0.0.1:9"
     assert dict(os.environ) == before
     assert capsys.readouterr() == ("", "said\n")
-    with pytest.raises(Refusal, match="as it was"):
-        made("x", lambda: (_ for _ in ()).throw(Refusal("as it was")))
+    with pytest.raises(ZebraError, match="as it was"):
+        made("x", lambda: (_ for _ in ()).throw(ZebraError("as it was")))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -258,23 +261,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_bad_input_is_refused_before_the_model_is_loaded(
     given: dict[str, Any], why: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Subject, "load", None)
-    with pytest.raises(Refusal, match=why):
-        rows_of(STORIES, **{"include": folder} | given)
+    monkeypatch.setattr(EvalTarget, "load", None)
+    with pytest.raises(ZebraError, match=why):
+        evaluate_tasks(STORIES, **{"include": folder} | given)
 
 
 def test_too_long_is_cut_or_run_when_told() -> None:
     given: dict[str, Any] = {"tasks": ["zebra-passkey"], "lengths": [520], "limit": 1}
     with pytest.warns(UserWarning, match=r"pass the 512 positions .* lose their beginnings: 1 of 1"):
-        (cut,) = rows_of(STORIES, cut=True, **given)
+        (cut,) = evaluate_tasks(STORIES, cut=True, **given)
     with pytest.warns(UserWarning, match="what is measured there is how it fails"):
-        (whole,) = rows_of(STORIES, beyond=True, **given)
+        (whole,) = evaluate_tasks(STORIES, beyond=True, **given)
     assert cut.length == whole.length == 520
 
 
 def test_full_decoding_does_not_show_in_what_is_read(folder: Path) -> None:
     with pytest.warns(UserWarning, match="the harness reads requests whole"):
-        (row,) = rows_of(STORIES, tasks=["tiny_ends"], include=folder, stripes="GLLL:5", full_decode=True)
+        (row,) = evaluate_tasks(STORIES, tasks=["tiny_ends"], include=folder, stripes="GLLL:5", full_decode=True)
     assert "full" in row.layout
 
 
@@ -291,35 +294,38 @@ def few_tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_that_is_not_there_is_refused_with_its_neighbours(few_tasks: Path) -> None:
-    with pytest.raises(Refusal, match=r"no task 'tiny_end' among the 3 of lm-eval.*near it are tiny_ends"):
-        rows_of(STORIES, tasks=["tiny_end"], include=few_tasks)
+    with pytest.raises(ZebraError, match=r"no task 'tiny_end' among the 3 of lm-eval.*near it are tiny_ends"):
+        evaluate_tasks(STORIES, tasks=["tiny_end"], include=few_tasks)
 
 
 @pytest.mark.full
 def test_the_tasks_of_the_harness_are_refused_without_their_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Subject, "load", None)
-    with pytest.raises(Refusal, match=r"the data of the task hellaswag .*'Rowan/hellaswag'.*--tasks hellaswag"):
-        rows_of(STORIES, tasks=["hellaswag"])
-    with pytest.raises(Refusal, match=r"no task 'helaswag' among the 1.,.*hellaswag"):
-        rows_of(STORIES, tasks=["helaswag"])
+    monkeypatch.setattr(EvalTarget, "load", None)
+    with pytest.raises(ZebraError, match=r"the data of the task hellaswag .*'Rowan/hellaswag'.*--tasks hellaswag"):
+        evaluate_tasks(STORIES, tasks=["hellaswag"])
+    with pytest.raises(ZebraError, match=r"no task 'helaswag' among the 1.,.*hellaswag"):
+        evaluate_tasks(STORIES, tasks=["helaswag"])
 
 
 def test_without_the_extra_it_is_said_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(Refusal, match=r"pip install 'zebra-llm\[tasks\]'"):
-        rows_of(STORIES, tasks=["zebra-passkey"], lengths=[300])
+    with pytest.raises(ZebraError, match=r"pip install 'zebra-llm\[tasks\]'"):
+        evaluate_tasks(STORIES, tasks=["zebra-passkey"], lengths=[300])
 
 
 def test_the_verb_and_its_page(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ("evaluate", "tasks", STORIES, "--tasks", "tiny_ends,zebra-lookup-likelihood", "--length", "300")
-    given += ("--include", folder, "--limit", 2, "--out", tmp_path / "rows.jsonl", "--json")
+    given += ("--include", folder, "--limit", 2, "--out", tmp_path / "results.jsonl", "--json")
     code, out, err = said(capsys, monkeypatch, *given)
     assert code == 0, err
-    assert [row["task"] for row in json.loads(out)["rows"]] == ["harness-tiny_ends", "harness-zebra-lookup-likelihood"]
-    write_report(records.read(tmp_path / "rows.jsonl"), tmp_path / "report.html")
-    assert "tiny_ends, stories260K dense, 2 items" in (tmp_path / "report.html").read_text()
+    assert [row["task"] for row in json.loads(out)["results"]] == [
+        "harness-tiny_ends",
+        "harness-zebra-lookup-likelihood",
+    ]
+    write_report(read_results(tmp_path / "results.jsonl"), tmp_path / "report.html")
+    assert "tiny_ends, stories260K full, 2 items" in (tmp_path / "report.html").read_text()
 
 
 def test_every_task_has_two_names() -> None:

@@ -18,15 +18,15 @@ from transformers import AttentionInterface, AutoConfig, DynamicCache, Trainer, 
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask
 
 import zebra
-from zebra import Refusal, SelfExtend
+from zebra import SelfExtend, ZebraError
 from zebra.kernels import attend
 from zebra.model import attention
-from zebra.model.attention import HARMLESS, NAME, zebra_attention
+from zebra.model.attention import IGNORED_KWARGS, NAME, zebra_attention
 from zebra.model.cache import ExtendedLayer
-from zebra.model.extend import bounded_cache, extend
 from zebra.model.families import ROUTES, host_class, route, striped
-from zebra.model.formula import by_formula
 from zebra.model.loss import head_of, without_logits
+from zebra.model.self_extend import bounded_cache, extend
+from zebra.model.self_extend.formula import by_formula
 from zebra.stripes import Stripes
 
 LAYOUT = "GLLL:9"
@@ -46,7 +46,7 @@ KNOWN = {
     name
     for name, parameter in inspect.signature(zebra_attention).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
-} | HARMLESS
+} | IGNORED_KWARGS
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ REFUSED = [row.family for row in ROUTES if row.target is None]
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_refused_family_is_one_that_transformers_has(family: str) -> None:
-    with pytest.raises(Refusal, match="cannot be served"):
+    with pytest.raises(ZebraError, match="cannot be served"):
         route(AutoConfig.for_model(family))
 
 

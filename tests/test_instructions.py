@@ -10,7 +10,7 @@ import pytest
 
 from zebra.data.conversations import read_conversations
 from zebra.data.instructions import Annotated, Order, make, read_annotated, summary, write
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 NAMES = ("Ann", "Ben", "Cas", "Dan", "Eve", "Fay", "Gus", "Hal")
 
@@ -108,11 +108,11 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         ({"document": "x", "qa": [{"question": "y", "answers": [3]}]}, "answer is a string with words; got int"),
     ):
         path.write_text(json.dumps(record))
-        with pytest.raises(Refusal, match=match):
+        with pytest.raises(ZebraError, match=match):
             read_annotated([str(path)])
-    with pytest.raises(Refusal, match="the kinds are qa, summary, writing; got poem"):
+    with pytest.raises(ZebraError, match="the kinds are qa, summary, writing; got poem"):
         Order(kinds=("poem",))
-    with pytest.raises(Refusal, match="a depth lies from 0 to 1; got 2"):
+    with pytest.raises(ZebraError, match="a depth lies from 0 to 1; got 2"):
         Order(depths=(2.0,))
-    with pytest.raises(Refusal, match="at least one word"):
+    with pytest.raises(ZebraError, match="at least one word"):
         Order(words=0)

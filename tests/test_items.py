@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from zebra import Refusal
+from zebra import ZebraError
 from zebra.data.items import AGAIN, EMPTY, FAULTS, GIVEN, SAME, Item, evidence_lost, faults, read_items, words
 
 STORY = "Tom had a red ball. He lost it by the river. Anna found the ball under a stone."
@@ -56,14 +56,14 @@ BAD = {
 def test_a_bad_line_is_refused_with_its_number(why: str, tmp_path: Path) -> None:
     good = json.dumps({"document": "d", "question": "q", "answers": ["a"]})
     (tmp_path / "bad.jsonl").write_text(f"{good}\n\n{BAD[why]}\n{good}\n")
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(ZebraError) as refused:
         read_items(tmp_path / "bad.jsonl")
     assert f"has 1 bad line: line 3 {'is ' if why == 'not JSON' else ''}{why}" in str(refused.value)
 
 
 def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("[]\n" * 8)
-    with pytest.raises(Refusal, match=r"has 8 bad lines: line 1 .*; line 5 [^;]*; and 3 more\."):
+    with pytest.raises(ZebraError, match=r"has 8 bad lines: line 1 .*; line 5 [^;]*; and 3 more\."):
         read_items(tmp_path / "bad.jsonl")
 
 
@@ -73,7 +73,7 @@ def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
 def test_a_file_that_is_none_is_refused(name: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("{}")
     (tmp_path / "e.jsonl").write_text("\n")
-    with pytest.raises(Refusal, match=why):
+    with pytest.raises(ZebraError, match=why):
         read_items(tmp_path / name)
 
 

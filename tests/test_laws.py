@@ -18,7 +18,7 @@ from torch import Tensor
 
 import zebra
 from zebra import kernels
-from zebra.model.extend import bounded_cache
+from zebra.model.self_extend import bounded_cache
 
 WINDOW = 9
 LAYOUT = f"GLLL:{WINDOW}"

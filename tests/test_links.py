@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import pytest
 
-from zebra import records
-from zebra.records import Row
+from zebra.errors import ZebraError
 from zebra.report import together, write_report
 from zebra.report.links import Links
+from zebra.results import Result, append_results, read_results
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 DEMO, LAYOUTS, TUNED, SPEED = "demo.jsonl", "retrieval-layouts.jsonl", "tiny-lit.jsonl", "cpu.jsonl"
@@ -68,8 +68,8 @@ def pieces(html: Path) -> tuple[list[Piece], dict[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]:
-    rows = together({name: records.read(RESULTS / name) for name in (DEMO, LAYOUTS, TUNED, SPEED)})
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Result]]:
+    rows = together({name: read_results(RESULTS / name) for name in (DEMO, LAYOUTS, TUNED, SPEED)})
     html = tmp_path_factory.mktemp("page") / "report.html"
     write_report(rows, html)
     return html, rows
@@ -80,7 +80,7 @@ def of_results(found: list[Piece]) -> list[Piece]:
     return [one for one in found if "numeric" in one.where and "tbody" in one.where and one.column > 1]
 
 
-def test_every_number_of_a_table_is_a_link_to_what_is_there(page: tuple[Path, list[Row]]) -> None:
+def test_every_number_of_a_table_is_a_link_to_what_is_there(page: tuple[Path, list[Result]]) -> None:
     found, ids = pieces(page[0])
     numbers = [one for one in of_results(found) if re.fullmatch(r"[+−]?\d[\d,.]*(e\+\d+)?(×|\xa0%)?", one.text)]
     assert len(numbers) > 700
@@ -89,12 +89,12 @@ def test_every_number_of_a_table_is_a_link_to_what_is_there(page: tuple[Path, li
     assert {one.to.removeprefix("#") for one in found if one.to} <= set(ids)
 
 
-def said_by(row: Row) -> list[float]:
+def said_by(row: Result) -> list[float]:
     """What a number may show of a row, in the units that pages use."""
     return [row.n or 0, *(row.value * unit for unit in (1, 100, 2**-20, 2**-30, 1e-9))]
 
 
-def test_a_number_is_what_its_row_says(page: tuple[Path, list[Row]]) -> None:
+def test_a_number_is_what_its_row_says(page: tuple[Path, list[Result]]) -> None:
     found, _ = pieces(page[0])
     checked = 0
     for one in of_results(found):
@@ -113,7 +113,7 @@ def test_a_number_is_what_its_row_says(page: tuple[Path, list[Row]]) -> None:
     assert checked > 500
 
 
-def test_a_cell_of_a_heat_map_is_a_link_to_its_row(page: tuple[Path, list[Row]]) -> None:
+def test_a_cell_of_a_heat_map_is_a_link_to_its_row(page: tuple[Path, list[Result]]) -> None:
     html, rows = page
     cells = re.findall(r'<a href="#row-(\d+)"><g><title>(\d+)\s% at ([\d,]+) tokens, depth ([\d.]+)', html.read_text())
     retrieval = [row for row in rows if row.task.startswith("retrieval-")]
@@ -126,7 +126,7 @@ def test_a_cell_of_a_heat_map_is_a_link_to_its_row(page: tuple[Path, list[Row]])
     assert "<title>" in alone
 
 
-def test_what_was_made_of_several_rows_names_them(page: tuple[Path, list[Row]]) -> None:
+def test_what_was_made_of_several_rows_names_them(page: tuple[Path, list[Result]]) -> None:
     found, ids = pieces(page[0])
     (change,) = {one.to for one in found if one.text == "−97.8\xa0%"}
     assert " ".join(map(str.strip, ids[change.removeprefix("#")])) == "row 5 213.7 , row 97 4.63"
@@ -140,7 +140,7 @@ def test_what_was_made_of_several_rows_names_them(page: tuple[Path, list[Row]]) 
         assert len(rows) == 6
 
 
-def test_a_row_stands_on_the_page_whole(page: tuple[Path, list[Row]]) -> None:
+def test_a_row_stands_on_the_page_whole(page: tuple[Path, list[Result]]) -> None:
     _, ids = pieces(page[0])
     rows = page[1]
     assert sum(name.startswith("row-") for name in ids) == len(rows)
@@ -154,7 +154,7 @@ def test_a_row_stands_on_the_page_whole(page: tuple[Path, list[Row]]) -> None:
 
 def test_what_all_rows_share_is_said_once() -> None:
     rows = [
-        Row(run="r", model="m", layout="dense", task="t", metric=f"m{i}", value=i, commit="abc", seed=7)
+        Result(run="r", model="m", layout="full", task="t", metric=f"m{i}", value=i, commit="abc", seed=7)
         for i in range(2)
     ]
     html = Links(rows).html()
@@ -166,9 +166,9 @@ def test_what_all_rows_share_is_said_once() -> None:
 
 
 def test_links_of_many_rows_are_spans() -> None:
-    rows = [Row(run="r", model="m", layout="dense", task="t", metric="m", value=i, n=i) for i in range(30)]
+    rows = [Result(run="r", model="m", layout="full", task="t", metric="m", value=i, n=i) for i in range(30)]
     links = Links(rows)
-    stranger = Row(run="r", model="m", layout="dense", task="t", metric="m", value=1.0)
+    stranger = Result(run="r", model="m", layout="full", task="t", metric="m", value=1.0)
     assert links.to([]) == links.to([stranger]) == ""
     assert links.to([rows[3], rows[3]]) == "#row-4"
     assert links.to(rows[:13] + rows[20:21]) == links.to(rows[20:21] + rows[:13]) == "#from-1"
@@ -176,16 +176,16 @@ def test_links_of_many_rows_are_spans() -> None:
 
 
 def test_a_row_keeps_the_file_and_line_that_it_was_read_from(tmp_path: Path) -> None:
-    row = Row(run="r", model="m", layout="dense", task="t", metric="m", value=1.0)
-    path = tmp_path / "rows.jsonl"
+    row = Result(run="r", model="m", layout="full", task="t", metric="m", value=1.0)
+    path = tmp_path / "results.jsonl"
     path.write_text(f"{row.json()}\n\n{row.json()}\n")
-    read = records.read(path)
+    read = read_results(path)
     assert [one.origin for one in read] == [f"{path}:1", f"{path}:3"]
     assert read == [row, row]
     assert row.origin is None
     assert [one.origin for one in together({"a": read[:1], "b": read[1:]})] == [f"{path}:1", f"{path}:3"]
     assert "origin" not in read[0].columns()
-    records.append(path, read)
+    append_results(path, read)
     path.write_text(row.json().replace('"run"', '"origin": "x:1", "run"') + "\n")
-    with pytest.raises(records.Refusal, match="unknown columns \\['origin'\\]"):
-        records.read(path)
+    with pytest.raises(ZebraError, match="unknown columns \\['origin'\\]"):
+        read_results(path)

@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import zebra
-from zebra import Refusal, SelfExtend, Stripes
+from zebra import SelfExtend, Stripes, ZebraError
 from zebra.kernels import Mask, attend
-from zebra.model.cache import Held, SinkLayer, StripedCache, WholeLayer
+from zebra.model.cache import SinkKeys, SinkLayer, StripedCache, WholeLayer
 from zebra.model.checkpoint import read_local
-from zebra.model.extend import bounded_cache, in_place_of_attend
-from zebra.model.extension import Extension
-from zebra.model.formula import by_formula
-from zebra.model.loading import described
+from zebra.model.load_options import described
 from zebra.model.local import Local, local_of
+from zebra.model.override import get_override, overriding_attention
+from zebra.model.self_extend import Extension, bounded_cache
+from zebra.model.self_extend.formula import by_formula
 from zebra.model.verify import verify
 from zebra.plan import cost, memory
 from zebra.plan.decoder import decoder
@@ -80,9 +80,9 @@ class Naive:
 
 
 def naively(model: Any) -> Any:
-    local = [m for m in model.modules() if isinstance(getattr(m, "extension", None), Local)]
+    local = [m for m in model.modules() if isinstance(get_override(m), Local)]
     assert len(local) == 3 or model.config.model_type not in ("cwm", "qwen2", "qwen3")
-    return in_place_of_attend(local, Naive())
+    return overriding_attention(local, Naive())
 
 
 @pytest.fixture(params=[None, "3:7"], ids=["sinks", "sinks and self-extend"])
@@ -160,7 +160,7 @@ def test_law_4_gradients_equal_one_softmax_through_a_whole_model(checkpoints: Ma
 
 def test_with_self_extend_both_equal_the_formula(checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints("llama"), stripes=LAYOUT, self_extend="3:7")
-    kinds = [type(getattr(layer.self_attn, "extension", None)) for layer in model.model.layers]
+    kinds = [type(get_override(layer.self_attn)) for layer in model.model.layers]
     assert kinds == [Extension, Local, Local, Local, Extension]
     ids = tokens(1, 200)
     with by_formula(model, SelfExtend(3, 7)) as formula:
@@ -269,7 +269,7 @@ def test_verify_would_see_that_sinks_are_lost(
     checkpoints: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zebra.convert(checkpoints("llama"), tmp_path / "out", LAYOUT, full_decode=True)
-    monkeypatch.setattr("zebra.model.hosts.localise", lambda model, local: None)
+    monkeypatch.setattr("zebra.model.load.localise", lambda model, local: None)
     checks = verify(tmp_path / "out", checkpoints("llama"))
     assert [check.name for check in checks if not check.passed] == ["long, zebra"]
 
@@ -380,7 +380,7 @@ def test_another_attention_loses_them_and_that_is_said(
     assert model.generate(ids, **arguments).tolist() == plain.generate(ids, **arguments).tolist()
     with pytest.raises(AttributeError, match='serves attention "zebra" alone'):
         logits(model, ids, past_key_values=bounded_cache(model), use_cache=True)
-    assert not hasattr(Held(ids, 0), "shape")
+    assert not hasattr(SinkKeys(ids, 0), "shape")
 
 
 @pytest.mark.parametrize("full_decode", [False, True])
@@ -389,12 +389,12 @@ def test_another_cache_is_refused(full_decode: bool, checkpoints: MakeCheckpoint
     ids = tokens(1, 40)
     cache = DynamicCache(config=model.config)
     logits(model, ids, past_key_values=cache, use_cache=True)
-    with pytest.raises(Refusal, match="another cache with tokens in it"):
+    with pytest.raises(ZebraError, match="another cache with tokens in it"):
         logits(model, ids[:, :1], past_key_values=cache, use_cache=True)
-    with pytest.raises(Refusal, match="got another cache"):
+    with pytest.raises(ZebraError, match="got another cache"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
     if full_decode:
-        with pytest.raises(Refusal, match="use_cache=False"):
+        with pytest.raises(ZebraError, match="use_cache=False"):
             model.generate(ids, use_cache=False, max_new_tokens=2)
     else:  # while the window holds all, any cache will do
         cache = DynamicCache(config=model.config)
@@ -402,28 +402,28 @@ def test_another_cache_is_refused(full_decode: bool, checkpoints: MakeCheckpoint
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "full decoding of a dense model": ({"full_decode": True}, "belong to local layers, and this layout is dense"),
+    "full decoding of a dense model": ({"full_decode": True}, "belong to local layers, and this layout is full"),
     "sinks without local layers": ({"stripes": "G:9+3"}, "belong to local layers"),
-    "a window of a dense model": ({"window": 64}, "for local layers, and this layout is dense"),
+    "a window of a dense model": ({"window": 64}, "for local layers, and this layout is full"),
     "a window of zero": ({"stripes": "GL:9", "window": 0}, "got 0"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "why"), BAD.values(), ids=BAD)
 def test_what_has_no_local_layers_is_refused(arguments: dict[str, Any], why: str, checkpoints: MakeCheckpoint) -> None:
-    with pytest.raises(Refusal, match=why):
+    with pytest.raises(ZebraError, match=why):
         zebra.load(checkpoints("llama"), **arguments)
 
 
 @pytest.mark.parametrize("card", ["{", "[]", '{"sinks": -1}', '{"sinks": true}', '{"full_decode": 1}'])
 def test_a_broken_zebra_json_is_refused(card: str, stories: Path) -> None:
     (stories / "zebra.json").write_text(card)
-    with pytest.raises(Refusal, match=r"zebra\.json"):
+    with pytest.raises(ZebraError, match=r"zebra\.json"):
         zebra.load(stories, stripes="GL:9")
 
 
 def test_converting_without_local_layers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="G:9 has none"):
+    with pytest.raises(ZebraError, match="G:9 has none"):
         zebra.convert(STORIES, tmp_path / "out", "G:9", full_decode=True)
     assert not (tmp_path / "out").exists()
 

@@ -15,7 +15,7 @@ from test_adapt import KILLS, kill_while_adapting, losses, names, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
-from zebra import Refusal
+from zebra import ZebraError
 from zebra.train import lora
 from zebra.train.adapt import adapt
 from zebra.train.recipe import Lora
@@ -82,7 +82,7 @@ def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
     written = json.loads((run / "model" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(run / "base")
     assert json.loads((run / "base" / "config.json").read_text())["use_cache"]
-    with pytest.raises(Refusal, match="is a peft adapter, not a whole checkpoint"):
+    with pytest.raises(ZebraError, match="is a peft adapter, not a whole checkpoint"):
         zebra.load(run / "model")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "model")
     merged = adapt(recipe(tmp_path / "merged", lora={"rank": 4}, **STEPS))
@@ -104,7 +104,7 @@ def test_a_merge_that_is_wrong_is_never_written(tmp_path: Path, monkeypatch: pyt
         return merge(self, *args, **kwargs)
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", half)
-    with pytest.raises(Refusal, match="differs from its adapter"):
+    with pytest.raises(ZebraError, match="differs from its adapter"):
         adapt(recipe(tmp_path / "run", lora={"rank": 4}, evaluate=None, **STEPS))
     assert not (tmp_path / "run" / "model").exists()
 
@@ -127,16 +127,16 @@ def test_a_killed_low_rank_run_resumes_to_the_same_losses(when: str, tmp_path: P
 
 
 def test_modules_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"names qkv_proj, which this model has not.*its own linear modules"):
+    with pytest.raises(ZebraError, match=r"names qkv_proj, which this model has not.*its own linear modules"):
         adapt(recipe(tmp_path / "run", lora={"targets": ["q_proj", "qkv_proj"]}, evaluate=None))
 
 
 def test_a_tied_head_is_no_target(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="names lm_head, which this model has not or ties"):
+    with pytest.raises(ZebraError, match="names lm_head, which this model has not or ties"):
         adapt(recipe(tmp_path / "run", lora={"targets": ["lm_head"]}, evaluate=None))
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[..., Path]) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(Refusal, match=r"pip install 'zebra-llm\[lora\]'"):
+    with pytest.raises(ZebraError, match=r"pip install 'zebra-llm\[lora\]'"):
         lora.wrap(zebra.load(checkpoints("llama")), Lora(), seed=0)

@@ -22,7 +22,7 @@ from zebra.data.composition import composition
 from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder
 from zebra.data.mixture import Kept, Mixture, Source, keep, mix, select
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 SEPARATOR = "<|endoftext|>"
 STORY = [story.strip() for story in (TEXT / "tinystories_train.txt").read_text().split(SEPARATOR) if story.strip()]
@@ -128,12 +128,12 @@ def test_what_is_held_out_is_never_in_a_row(deduplicate: bool, join: bool) -> No
     ],
 )
 def test_nothing_left_is_refused(source: Source, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(ZebraError, match=message):
         keep([source], deduplicate=True, **options)
 
 
 def test_a_source_of_duplicates_alone_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"the source two has no document to train on: .* 1 of them are duplicates"):
+    with pytest.raises(ZebraError, match=r"the source two has no document to train on: .* 1 of them are duplicates"):
         keep([Source("one", made(5, texts="a")), Source("two", made(5, texts="a"))], deduplicate=True)
 
 
@@ -207,7 +207,7 @@ def test_rows_with_room_at_their_end_are_no_more_than_asked_for() -> None:
 @pytest.mark.parametrize("shares", [(0.5, 0.4), (0.5, 0.6)])
 def test_shares_that_do_not_sum_to_one_are_refused(shares: tuple[float, float]) -> None:
     kept = keep([Source("a", made(9), shares[0]), Source("b", made(9, first=99), shares[1])], deduplicate=True)
-    with pytest.raises(Refusal, match=rf"sum to 1; got {shares[0]} \+ {shares[1]} = {sum(shares):g}\. Change"):
+    with pytest.raises(ZebraError, match=rf"sum to 1; got {shares[0]} \+ {shares[1]} = {sum(shares):g}\. Change"):
         mix(kept, 2, 8, join=True, seed=0)
 
 

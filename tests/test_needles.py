@@ -14,8 +14,8 @@ from conftest import STORIES, TEXT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from zebra import Refusal
-from zebra.data.haystack import Hay, Pool, Writer, listed, placed, plain, repeated, says, size_for
+from zebra import ZebraError
+from zebra.data.haystack import Haystack, Pool, Writer, listed, placed, plain, repeated, says, size_for
 from zebra.data.needles import Needles, Sample
 from zebra.data.questions import _COMMON, LEAST_WORDS, NOISE, POOLS, TASKS, WITHOUT_DEPTH
 from zebra.data.questions import _common_counts as common_counts
@@ -189,7 +189,7 @@ def test_the_same_seed_gives_the_same_samples(needles: Needles, tokenizer: Any) 
 
 def test_the_least_length_is_enough_at_every_depth(needles: Needles) -> None:
     for task in TASKS:
-        with pytest.raises(Refusal, match=f"^{task} needs a length of at least") as refused:
+        with pytest.raises(ZebraError, match=f"^{task} needs a length of at least") as refused:
             needles.samples(task, length=3, depth=0.5)
         least = int(re.findall(r"at least ([\d,]+)", str(refused.value))[0].replace(",", ""))
         for length, depth in product((least + 4, least + 5), (0, 0.3, 0.9, 1)):
@@ -215,7 +215,7 @@ def test_own_text_lies_uncut_around_the_evidence(tokenizer: Any) -> None:
         assert any(stream[i : i + len(hay)] == hay for i in range(len(stream)))
         if depth:
             assert re.search(r"[.!?][\"']*\s*$", read(tokenizer, sample.ids[len(ahead) : at]))
-    with pytest.raises(Refusal, match=r"the haystack has [\d,]+ tokens, and [\d,]+ are needed"):
+    with pytest.raises(ZebraError, match=r"the haystack has [\d,]+ tokens, and [\d,]+ are needed"):
         needles.samples("passkey", length=100_000, depth=0.5)
 
 
@@ -250,9 +250,9 @@ def test_a_window_begins_a_sentence_where_it_should() -> None:
         assert len(tokens) == 40
         assert before in starts
         assert before == 40 or tokens[before] in (1, 4, 6)
-    without = Hay(np.arange(10), [0, 10])
+    without = Haystack(np.arange(10), [0, 10])
     assert without.window(Random(0), 4, 4)[1] == [4]
-    with pytest.raises(Refusal, match="the haystack has 10 tokens, and 11 are needed"):
+    with pytest.raises(ZebraError, match="the haystack has 10 tokens, and 11 are needed"):
         without.window(Random(0), 5, 6)
 
 
@@ -278,14 +278,14 @@ def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
     made = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "x": 2}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     few = PreTrainedTokenizerFast(tokenizer_object=made)
-    with pytest.raises(Refusal, match=r"cannot write numbers such as '[0-9]{5}'"):
+    with pytest.raises(ZebraError, match=r"cannot write numbers such as '[0-9]{5}'"):
         Needles(few).samples("passkey", length=100, depth=0)
     made = Tokenizer(models.WordLevel({"[UNK]": 0, "12345": 1, "54321": 2, ".": 3, "x": 4}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     writer = Writer(PreTrainedTokenizerFast(tokenizer_object=made))
     pool = Pool(writer, "numbers", lambda rng: rng.choice(["12345", "54321", "99999"]))
     assert {one.text for one in pool.draw(Random(0), 2, set())} == {"12345", "54321"}
-    with pytest.raises(Refusal, match=r"3 different numbers of 1 tokens are needed, but this tokenizer writes 2"):
+    with pytest.raises(ZebraError, match=r"3 different numbers of 1 tokens are needed, but this tokenizer writes 2"):
         pool.draw(Random(0), 3, set())
 
 
@@ -302,5 +302,5 @@ def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
 )
 def test_bad_input_is_refused(arguments: dict[str, Any], says_: str) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(STORIES)
-    with pytest.raises(Refusal, match=says_):
+    with pytest.raises(ZebraError, match=says_):
         Needles(tokenizer).samples(**{"task": "passkey", "length": 300, "depth": 0.5} | arguments)

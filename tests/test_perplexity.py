@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zebra
 from zebra.data.corpus import Corpus
+from zebra.errors import ZebraError
 from zebra.evaluate import perplexity as module
-from zebra.evaluate.perplexity import CONVENTIONS, Score, as_rows, edges, perplexity, read_text, rows_of
+from zebra.evaluate.perplexity import CONVENTIONS, Score, as_rows, edges, evaluate_perplexity, perplexity, read_text
 from zebra.model.checkpoint import load_tokenizer
-from zebra.model.extend import bounded_cache
-from zebra.refusal import Refusal
+from zebra.model.self_extend import bounded_cache
 
 STORIES = Path(__file__).resolve().parent.parent / "examples" / "stories260K"
 VOCABULARY = 41
@@ -304,7 +304,7 @@ def test_batches_hold_as_many_tokens_as_asked(model: Any) -> None:
     ],
 )
 def test_refusals(model: Any, lengths: tuple[int, ...], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(ZebraError, match=message):
         perplexity(model, drawn(*lengths), **({"length": 16} | options))
 
 
@@ -313,7 +313,7 @@ def test_a_token_without_an_embedding_is_refused(model: Any) -> None:
     corpus.tokens[7] = VOCABULARY - 1
     perplexity(model, corpus, length=16)
     corpus.tokens[7] = VOCABULARY
-    with pytest.raises(Refusal, match="the text has token 41, but the model has 41 embeddings"):
+    with pytest.raises(ZebraError, match="the text has token 41, but the model has 41 embeddings"):
         perplexity(model, corpus, length=16)
 
 
@@ -347,31 +347,31 @@ def test_texts_under_a_real_tokenizer(tmp_path: Path) -> None:
 def test_rows_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "a.txt"
     text.write_text("--".join("Once upon a time there was a little cat. " * n for n in (1, 4, 6)))
-    rows = rows_of(STORIES, [str(text)], lengths=[16, 40], separator="--", device="cpu", seed=3, run="mine")
+    rows = evaluate_perplexity(STORIES, [str(text)], lengths=[16, 40], separator="--", device="cpu", seed=3, run="mine")
     assert [(row.length, row.position_from, row.position_to) for row in rows] == [(16, 0, 16), (40, 0, 40)]
     for row in rows:
-        assert (row.run, row.model, row.layout, row.seed) == ("mine", str(STORIES), "dense", 3)
+        assert (row.run, row.model, row.layout, row.seed) == ("mine", str(STORIES), "full", 3)
         assert row.device.startswith("cpu, ")
         assert row.low is not None
         assert row.low <= row.value <= row.high
         assert 1 < row.value < 512
-    (joined,) = rows_of(
+    (joined,) = evaluate_perplexity(
         STORIES, [str(text)], lengths=[40], separator="--", join=True, device="cpu", convention="strided"
     )
     assert (joined.task, joined.seed) == ("perplexity-strided", 0)
     assert joined.n is not None
     assert rows[1].n is not None
     assert joined.n > rows[1].n
-    (striped,) = rows_of(STORIES, [str(text)], lengths=[40], separator="--", stripes="GL:4", device="cpu")
+    (striped,) = evaluate_perplexity(STORIES, [str(text)], lengths=[40], separator="--", stripes="GL:4", device="cpu")
     assert striped.layout.endswith(":4")
     assert striped.value != rows[1].value
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("zebra.model.loading.load", never)
-    with pytest.raises(Refusal, match="no document has enough tokens"):
-        rows_of(STORIES, [str(text)], lengths=[16, 4000], separator="--", convention="truncated")
+    monkeypatch.setattr("zebra.model.load_options.load", never)
+    with pytest.raises(ZebraError, match="no document has enough tokens"):
+        evaluate_perplexity(STORIES, [str(text)], lengths=[16, 4000], separator="--", convention="truncated")
 
 
 def test_perplexity_behind_a_prompt_is_that_of_decoding_token_by_token(text: Path) -> None:
@@ -379,7 +379,7 @@ def test_perplexity_behind_a_prompt_is_that_of_decoding_token_by_token(text: Pat
     long = text / "long.txt"
     long.write_text("Once upon a time there was a zebra with stripes, local and global. " * 9)
     arguments: dict[str, Any] = {"lengths": [60], "convention": "truncated", "stripes": "GL:5+2", "device": "cpu"}
-    (row,) = rows_of(STORIES, [str(long)], **arguments, prompt=40, full_decode=True)
+    (row,) = evaluate_perplexity(STORIES, [str(long)], **arguments, prompt=40, full_decode=True)
     assert (row.task, row.layout) == ("perplexity-truncated-decoded", "GL:5+2, full decode")
     assert (row.position_from, row.position_to, row.n) == (40, 60, 20)
     found = {}
@@ -393,11 +393,11 @@ def test_perplexity_behind_a_prompt_is_that_of_decoding_token_by_token(text: Pat
         logits = torch.cat(parts, dim=1)[0, 39:-1]
         found[full_decode] = torch.nn.functional.cross_entropy(logits, ids[0, 40:]).exp().item()
     assert row.value == pytest.approx(found[True], rel=1e-5)
-    (windowed,) = rows_of(STORIES, [str(long)], **arguments, prompt=40)
+    (windowed,) = evaluate_perplexity(STORIES, [str(long)], **arguments, prompt=40)
     assert windowed.value == pytest.approx(found[False], rel=1e-5)
     assert abs(row.value / windowed.value - 1) > 1e-3
-    with pytest.raises(Refusal, match="shows in tokens that are decoded"):
-        rows_of(STORIES, [str(long)], **arguments, full_decode=True)
+    with pytest.raises(ZebraError, match="shows in tokens that are decoded"):
+        evaluate_perplexity(STORIES, [str(long)], **arguments, full_decode=True)
     for prompt in (0, 60):
-        with pytest.raises(Refusal, match="a prompt lies between 1 and length - 1"):
-            rows_of(STORIES, [str(long)], **arguments, prompt=prompt)
+        with pytest.raises(ZebraError, match="a prompt lies between 1 and length - 1"):
+            evaluate_perplexity(STORIES, [str(long)], **arguments, prompt=prompt)

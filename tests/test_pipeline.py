@@ -19,15 +19,15 @@ from test_tune import write as write_conversations
 from transformers import AutoTokenizer
 
 import zebra
-from zebra import Refusal
+from zebra import ZebraError
 from zebra.cli import main
+from zebra.files import directory_lock
 from zebra.pipeline.recipe import read_pipeline
 from zebra.pipeline.run import content, inputs_of, plan, run
 from zebra.pipeline.stages import rows_in
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import read
 from zebra.plan.devices import DEVICES
-from zebra.staged import held
 from zebra.stripes import Stripes
 
 SEPARATOR = "<|endoftext|>"
@@ -111,7 +111,7 @@ def why(path: Path, *overrides: str) -> dict[str, str | None]:
 
 def test_each_stage_hands_its_checkpoint_on(finished: Path) -> None:
     rows = {name: rows_in(finished / name) for name in STAGES}
-    assert [row.layout for row in rows["before"]] == ["dense"] * len(rows["before"])
+    assert [row.layout for row in rows["before"]] == ["full"] * len(rows["before"])
     models = {name: {row.model for row in found if row.metric != "loss"} for name, found in rows.items()}
     made = {name: f"{finished}/{name}/model" for name in ("adapt", "tune")}
     assert models["before"] == {str(STORIES)}
@@ -129,9 +129,11 @@ def test_each_stage_hands_its_checkpoint_on(finished: Path) -> None:
 
 
 def test_an_evaluation_is_that_of_the_verb(finished: Path, data: Path) -> None:
-    from zebra.evaluate.perplexity import rows_of
+    from zebra.evaluate.perplexity import evaluate_perplexity
 
-    found = rows_of(finished / "tune" / "model", [str(data / "few.txt")], lengths=[256], separator=SEPARATOR)
+    found = evaluate_perplexity(
+        finished / "tune" / "model", [str(data / "few.txt")], lengths=[256], separator=SEPARATOR
+    )
     mine = [row for row in rows_in(finished / "evaluate") if row.metric == "perplexity"]
     assert [row.value for row in mine] == [row.value for row in found]
 
@@ -159,12 +161,12 @@ def test_a_changed_input_is_named_and_reruns_what_depends_on_it(data: Path, copy
     file.write_text(text)
     assert (found["adapt"], found["tune"], found["report"]) == (None, f"{file} changed", "after tune")
 
-    kept = {name: (copy / name / "rows.jsonl").read_text() for name in ("tune", "evaluate")}
+    kept = {name: (copy / name / "results.jsonl").read_text() for name in ("tune", "evaluate")}
     stages = read_pipeline(recipe(data, tmp_path), ["stages.evaluate.perplexity.lengths=[128]"])
     done = run(stages)
     assert [one.why for one in done] == [None] * 4 + ["perplexity.lengths changed", "the rows of evaluate changed"]
-    assert (copy / "tune" / "rows.jsonl").read_text() == kept["tune"]
-    assert (copy / "evaluate.1" / "rows.jsonl").read_text() == kept["evaluate"]
+    assert (copy / "tune" / "results.jsonl").read_text() == kept["tune"]
+    assert (copy / "evaluate.1" / "results.jsonl").read_text() == kept["evaluate"]
     assert {row.length for row in rows_in(copy / "evaluate")} == {128}
     assert all(one is None for one in why(path, "stages.evaluate.perplexity.lengths=[128]").values())
 
@@ -173,14 +175,16 @@ def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_p
     path = recipe(data, tmp_path)
     config = copy / "adapt" / "model" / "generation_config.json"
     config.write_text(config.read_text().replace("}", " }"))
-    with pytest.raises(Refusal, match=r"stage adapt: .*adapt was changed since it was done: checkpoint\. Put it back"):
+    with pytest.raises(
+        ZebraError, match=r"stage adapt: .*adapt was changed since it was done: checkpoint\. Put it back"
+    ):
         plan(read_pipeline(path))
     (copy / "adapt" / "model" / "model.safetensors").unlink()
     assert why(path, "stages.adapt.train.steps=6")["adapt"] == "train.steps changed"
     shutil.rmtree(copy / "adapt")
     assert why(path)["adapt"] == "gone"
     (copy / "convert.json").unlink()
-    with pytest.raises(Refusal, match=r"convert exists, and .*convert\.json, which would say what of, does not"):
+    with pytest.raises(ZebraError, match=r"convert exists, and .*convert\.json, which would say what of, does not"):
         plan(read_pipeline(path))
 
 
@@ -190,7 +194,7 @@ def test_a_damaged_record_is_refused_behind_stages_that_are_to_run(data: Path, c
     for damaged in ("", "[]", json.dumps(kept | {"made": "x"}), json.dumps(kept | {"inputs": 1})):
         record.write_text(damaged)
         for more in ([], ["stages.adapt.train.steps=6"]):
-            with pytest.raises(Refusal, match=r"stage tune: .*tune\.json is damaged"):
+            with pytest.raises(ZebraError, match=r"stage tune: .*tune\.json is damaged"):
                 plan(read_pipeline(path, more))
 
 
@@ -214,7 +218,7 @@ def test_a_checkpoint_is_known_by_its_content(finished: Path, tmp_path: Path) ->
 
 def test_another_process_at_work_is_refused(data: Path, tmp_path: Path) -> None:
     stages = read_pipeline(recipe(data, tmp_path, "convert"))
-    with held(tmp_path / "run"), pytest.raises(Refusal, match="another process is at work"):
+    with directory_lock(tmp_path / "run"), pytest.raises(ZebraError, match="another process is at work"):
         run(stages)
     assert not (tmp_path / "run").exists()
 
@@ -331,10 +335,10 @@ def test_bad_input_is_one_line_before_any_stage(
 def test_a_report_stands_at_the_end_and_a_launcher_is_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(Refusal, match="stage report: a report is of the stages before it"):
+    with pytest.raises(ZebraError, match="stage report: a report is of the stages before it"):
         read_pipeline(recipe(data, tmp_path, "report", "convert"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Refusal, match="a pipeline is one process"):
+    with pytest.raises(ZebraError, match="a pipeline is one process"):
         read_pipeline(recipe(data, tmp_path))
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from zebra import Refusal, SelfExtend
+from zebra import SelfExtend, ZebraError
 from zebra.masks import beyond, within
 from zebra.positions import grouped_key, grouped_query, reach, relative, suggest
 
@@ -114,20 +114,20 @@ def test_the_notation_is_read_as_it_is_printed(text: str) -> None:
     ],
 )
 def test_what_cannot_be_meant_is_refused(text: str, trained: int | None, words: str) -> None:
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(ZebraError, match=words):
         SelfExtend.parse(text, trained)
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, True, "8", 2**31])
 def test_a_group_and_a_window_are_whole_numbers_of_at_least_one(number: object) -> None:
     for arguments in ((number, 8), (8, number)):
-        with pytest.raises(Refusal, match="whole numbers of at least 1"):
+        with pytest.raises(ZebraError, match="whole numbers of at least 1"):
             SelfExtend(*arguments)  # type: ignore[arg-type]
 
 
 def test_a_window_of_the_trained_length_is_refused() -> None:
     SelfExtend(2, 511).check(512)
-    with pytest.raises(Refusal, match=r"got 2:512 for a model trained at 512 tokens\. Lower the window.* to 128"):
+    with pytest.raises(ZebraError, match=r"got 2:512 for a model trained at 512 tokens\. Lower the window.* to 128"):
         SelfExtend(2, 512).check(512)
 
 

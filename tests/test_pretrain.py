@@ -14,12 +14,13 @@ from conftest import ROOT, STORIES, TEXT, changed, losses, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
-from zebra import Refusal, records
+from zebra import ZebraError
 from zebra.data.needles import Needles
 from zebra.evaluate.retrieval import retrieval
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_local
 from zebra.model.local import Local
+from zebra.results import Result, read_results
 from zebra.train import trainer
 from zebra.train.dry_run import dry_run
 from zebra.train.muon import MuonWithAdamW
@@ -64,13 +65,13 @@ def recipe(run: Path, text: Path, **changes: Any) -> PretrainRecipe:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, few: Path) -> tuple[Path, list[records.Row]]:
+def finished(tmp_path_factory: pytest.TempPathFactory, few: Path) -> tuple[Path, list[Result]]:
     run = tmp_path_factory.mktemp("pretrain") / "run"
     os.environ["XDG_CACHE_HOME"] = str(run.parent / "cache")
     return run, pretrain(recipe(run, few))
 
 
-def test_a_run_leaves_a_checkpoint_for_plain_transformers(finished: tuple[Path, list[records.Row]]) -> None:
+def test_a_run_leaves_a_checkpoint_for_plain_transformers(finished: tuple[Path, list[Result]]) -> None:
     run, rows = finished
     assert {p.name for p in run.iterdir()} == {
         "recipe.yaml",
@@ -78,7 +79,7 @@ def test_a_run_leaves_a_checkpoint_for_plain_transformers(finished: tuple[Path, 
         "tokenizer",
         "checkpoints",
         "model",
-        "rows.jsonl",
+        "results.jsonl",
     }
     plain, ours = AutoModelForCausalLM.from_pretrained(run / "model"), zebra.load(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
@@ -89,19 +90,19 @@ def test_a_run_leaves_a_checkpoint_for_plain_transformers(finished: tuple[Path, 
     assert config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids(END)
     card = json.loads((run / "model" / "zebra.json").read_text())
     assert (card["source"], card["steps"], card["tokens"]) == (None, STEPS, STEPS * 256)
-    assert records.read(run / "rows.jsonl") == rows
+    assert read_results(run / "results.jsonl") == rows
     assert len(losses(rows)) == STEPS
     assert losses(rows)[-1] < losses(rows)[0]
     assert {row.model for row in rows if row.metric == "perplexity"} == {str(run / "model")}
 
 
 def test_a_finished_run_is_not_run_again(
-    finished: tuple[Path, list[records.Row]], few: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, list[Result]], few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, rows = finished
     monkeypatch.setattr("zebra.train.pretrain.fit", lambda *_: pytest.fail("trained again"))
     assert pretrain(recipe(run, few)) == rows
-    with pytest.raises(Refusal, match=r"another recipe: data\.recall\.share differ"):
+    with pytest.raises(ZebraError, match=r"another recipe: data\.recall\.share differ"):
         pretrain(recipe(run, few, data__recall={"share": 0.25, "first": 192}))
 
 
@@ -206,14 +207,14 @@ def test_a_mixture_that_repeats_a_text_shorter_than_a_step_is_refused(few: Path,
     text.write_text(few.read_text()[:4000])
     sources = [{"name": "short", "files": [str(text)], "share": 1.0}]
     changes = {"data": {"sources": sources}, "train__rows_per_step": 20, "tokenizer": str(STORIES), "evaluate": None}
-    with pytest.raises(Refusal, match="fewer than the 20 of one step"):
+    with pytest.raises(ZebraError, match="fewer than the 20 of one step"):
         pretrain(recipe(tmp_path / "run", few, **changes))
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_trained_is_refused_and_nothing_is_left(what: str, few: Path, tmp_path: Path) -> None:
     changes, message = REFUSED[what]
-    with pytest.raises((Refusal, ValueError), match=message):
+    with pytest.raises((ZebraError, ValueError), match=message):
         pretrain(recipe(tmp_path / "run", few, **changes))
     assert not (tmp_path / "run").exists()
 
@@ -229,7 +230,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
         return real(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(trainer, "summed_loss", spoilt)
-    with pytest.raises(Refusal, match=r"not finite at step 4, at a learning rate of .*finite checkpoint is .*step 2"):
+    with pytest.raises(
+        ZebraError, match=r"not finite at step 4, at a learning rate of .*finite checkpoint is .*step 2"
+    ):
         pretrain(recipe(tmp_path / "run", few, evaluate=None, data__held_out=None))
     assert not (tmp_path / "run" / "model").exists()
 
@@ -242,7 +245,9 @@ def test_weights_that_are_not_finite_are_not_saved_as_good_and_the_rate_is_that_
     optimizer.param_groups[0]["lr"] = 0.125  # the schedule goes on before the save
     with torch.no_grad():
         model.weight[0, 0] = float("inf")
-    with pytest.raises(Refusal, match=r"the weights are not finite at step 3, at a learning rate of 0\.25\. No check"):
+    with pytest.raises(
+        ZebraError, match=r"the weights are not finite at step 3, at a learning rate of 0\.25\. No check"
+    ):
         mark.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None, model=model)  # type: ignore[arg-type]
 
 
@@ -303,7 +308,7 @@ def test_a_step_of_muon_is_its_formula() -> None:
     assert (moved - u @ along.diag() @ v).abs().max() < 0.1
 
 
-def test_a_dry_run_counts_what_is_trained(finished: tuple[Path, list[records.Row]], few: Path) -> None:
+def test_a_dry_run_counts_what_is_trained(finished: tuple[Path, list[Result]], few: Path) -> None:
     run, _ = finished
     plain = AutoModelForCausalLM.from_pretrained(run / "model")
     found = dry_run(recipe(run, few))
@@ -332,10 +337,10 @@ def test_a_model_of_the_study_is_trained(optimizer: str, few: Path, tmp_path: Pa
     asked = recipe(tmp_path / "run", few, **{f"train__{name}": value for name, value in train.items()})
     asked = asked.model_copy(update={"model": study})
     rows = pretrain(asked)
-    assert {row.layout for row in rows} == {"GS:32/16 absolute", "dense"}
+    assert {row.layout for row in rows} == {"GS:32/16 absolute", "full"}
     pairs = {row.layout: row.value for row in rows if row.metric == "attention_pairs"}
     seen = sum(min(i + 1, 32) + max(0, i + 1 - 32) // 16 for i in range(256))
-    assert pairs == {"dense": 256 * 257, "GS:32/16 absolute": 256 * 257 // 2 + seen}
+    assert pairs == {"full": 256 * 257, "GS:32/16 absolute": 256 * 257 // 2 + seen}
     model = zebra.load(tmp_path / "run" / "model")
     assert model.config.attention_kinds == study["attention_kinds"]
     first = _random(model.config, Local(), asked.train.seed).state_dict()
@@ -348,6 +353,6 @@ def test_a_model_of_the_study_is_trained(optimizer: str, few: Path, tmp_path: Pa
 def test_sinks_are_trained_with_from_the_first_step(few: Path, tmp_path: Path) -> None:
     train = {"train__steps": 2, "data__recall": None, "evaluate": None}
     rows = pretrain(recipe(tmp_path / "sinks", few, stripes="GL:33+2", **train))
-    assert {row.layout for row in rows} == {"GL:33+2", "dense"}
+    assert {row.layout for row in rows} == {"GL:33+2", "full"}
     assert read_local(tmp_path / "sinks" / "model") == Local(2)
     assert losses(rows) != losses(pretrain(recipe(tmp_path / "without", few, stripes="GL:33", **train)))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from zebra.data.corpus import Corpus
 from zebra.data.packing import IGNORE, pack
-from zebra.data.recall import KINDS, Growth, Recall, Stage, Taught
+from zebra.data.recall import KINDS, Growth, Recall, RecallDataset, Stage
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def test_text_is_a_haystack(tokenizer: Any) -> None:
 def test_rows_follow_from_the_seed_and_their_place(recall: Recall) -> None:
     text = pack(Corpus(np.full(4000, 7, np.uint16), np.array([0, 4000])), 400, join=True, seed=0)
 
-    def taught(seed: int) -> Taught:
-        return Taught(recall, text, share=0.5, growth=Growth(140, 400, 0.25, 0.5), count=40, seed=seed)
+    def taught(seed: int) -> RecallDataset:
+        return RecallDataset(recall, text, share=0.5, growth=Growth(140, 400, 0.25, 0.5), count=40, seed=seed)
 
     ours, again, other = taught(1), taught(1), taught(2)
     assert len(ours) == 40

@@ -10,7 +10,7 @@ import yaml
 from conftest import kind_of
 from pydantic import ValidationError
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 from zebra.stripes import Stripes
 from zebra.train.recipe import AdaptRecipe, Section, read_recipe
 
@@ -175,7 +175,7 @@ def test_held_out_documents_need_no_files(recipe: Any) -> None:
     ],
 )
 def test_refused_texts(recipe: Any, content: Any, message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(ZebraError, match=message):
         recipe(content)
 
 
@@ -248,7 +248,7 @@ def test_an_empty_override_takes_a_value_away(recipe: Any) -> None:
     ],
 )
 def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(ZebraError, match=message):
         recipe(PLAIN, override)
 
 
@@ -305,24 +305,24 @@ def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
     ],
 )
 def test_refused_recipes(recipe: Any, content: Any, message: str) -> None:
-    with pytest.raises(Refusal, match=message) as refused:
+    with pytest.raises(ZebraError, match=message) as refused:
         recipe(content)
     assert "recipe.yaml" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_all_problems_are_named_at_once(recipe: Any) -> None:
-    with pytest.raises(Refusal, match=r"train\.steps: .*; train\.length: .*|train\.length: .*; train\.steps: "):
+    with pytest.raises(ZebraError, match=r"train\.steps: .*; train\.length: .*|train\.length: .*; train\.steps: "):
         recipe(changed(train={"steps": 0, "length": 0}))
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"absent\.yaml cannot be read: No such file"):
+    with pytest.raises(ZebraError, match=r"absent\.yaml cannot be read: No such file"):
         read_recipe(tmp_path / "absent.yaml", AdaptRecipe)
-    with pytest.raises(Refusal, match="cannot be read: Is a directory"):
+    with pytest.raises(ZebraError, match="cannot be read: Is a directory"):
         read_recipe(tmp_path, AdaptRecipe)
     (tmp_path / "latin.yaml").write_bytes(b"run: \xe9")
-    with pytest.raises(Refusal, match=r"latin\.yaml is not YAML"):
+    with pytest.raises(ZebraError, match=r"latin\.yaml is not YAML"):
         read_recipe(tmp_path / "latin.yaml", AdaptRecipe)
 
 
@@ -349,7 +349,7 @@ def test_a_value_that_yaml_cannot_make_is_refused(recipe: Any, value: str, by_ov
     try:
         recipe(PLAIN, f"run={value}") if by_override else recipe(f"run: {value}\n")
     except ValueError as error:
-        if not isinstance(error, Refusal):
+        if not isinstance(error, ZebraError):
             raise
 
 
@@ -357,5 +357,5 @@ def test_a_rope_is_read_as_it_is_printed(recipe: Any) -> None:
     assert recipe().rope is None
     assert recipe(changed(rope=" YaRN:8.0 ")).rope == "yarn:8"
     assert recipe(changed(rope="none")).rope is None
-    with pytest.raises(Refusal, match=r"rope: a rope is none, base:THETA.*got yarn:1"):
+    with pytest.raises(ZebraError, match=r"rope: a rope is none, base:THETA.*got yarn:1"):
         recipe(PLAIN, "rope=yarn:1")

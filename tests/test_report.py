@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from zebra import Refusal
-from zebra.records import Row
+from zebra import ZebraError
 from zebra.report import answer_table, position_table, retrieval_table, write_report
+from zebra.results import Result
 
 MADE: dict[str, Any] = {"seed": 3, "device": "cpu, 2 threads", "versions": {"torch": "2.13.0"}, "commit": "abc123"}
 BUCKETS = ((0, 256), (256, 512), (512, 1024), (0, 1024))
 
 
-def scores(model: str, layout: str, values: tuple[float, ...], run: str = "demo") -> list[Row]:
+def scores(model: str, layout: str, values: tuple[float, ...], run: str = "demo") -> list[Result]:
     return [
-        Row(
+        Result(
             run=run,
             model=model,
             layout=layout,
@@ -42,15 +42,15 @@ def scores(model: str, layout: str, values: tuple[float, ...], run: str = "demo"
     ]
 
 
-def a_run(run: str = "demo") -> list[Row]:
-    rows = scores("examples/stories", "dense", (4.71, 4.36, 214.25, 30.9), run)
+def a_run(run: str = "demo") -> list[Result]:
+    rows = scores("examples/stories", "full", (4.71, 4.36, 214.25, 30.9), run)
     rows += scores("examples/stories", "GLLL:129", (4.72, 4.37, 15.49, 8.7), run)
     rows += scores(f"runs/{run}@50", "GLLL:129", (5.01, 4.61, 5.52, 5.2), run)
     rows += scores(f"runs/{run}/model", "GLLL:129", (4.77, 4.47, 4.88, 4.81), run)
     common: dict[str, Any] = {"run": run, **MADE}
     for step in (25, 50, 75, 100):
         rows.append(
-            Row(
+            Result(
                 model=f"runs/{run}@{step}",
                 layout="GLLL:129",
                 task="train",
@@ -60,15 +60,15 @@ def a_run(run: str = "demo") -> list[Row]:
                 **common,
             )
         )
-    for layout, pairs, cached in (("dense", 2_624_000, 5120), ("GLLL:129", 1_421_000, 2432)):
+    for layout, pairs, cached in (("full", 2_624_000, 5120), ("GLLL:129", 1_421_000, 2432)):
         cost: dict[str, Any] = {"model": "examples/stories", "layout": layout, "task": "cost", "length": 1024, **common}
-        rows.append(Row(metric="layers", value=5, **cost))
-        rows.append(Row(metric="attention_pairs", value=pairs, **cost))
-        rows.append(Row(metric="cached_tokens", value=cached, **cost))
+        rows.append(Result(metric="layers", value=5, **cost))
+        rows.append(Result(metric="attention_pairs", value=pairs, **cost))
+        rows.append(Result(metric="cached_tokens", value=cached, **cost))
     return rows
 
 
-def page(rows: list[Row], where: Path, **arguments: Any) -> tuple[str, str]:
+def page(rows: list[Result], where: Path, **arguments: Any) -> tuple[str, str]:
     write_report(rows, where / "report.html", **arguments)
     return (where / "report.html").read_text(), (where / "report.md").read_text()
 
@@ -134,21 +134,21 @@ def test_markdown_names_figures_that_exist(tmp_path: Path) -> None:
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
-    html, _ = page(scores("<b>&model", "dense", (1, 2, 3, 4)), tmp_path, title="<script>alert(1)</script>")
+    html, _ = page(scores("<b>&model", "full", (1, 2, 3, 4)), tmp_path, title="<script>alert(1)</script>")
     assert "<script>" not in html
     assert "<b>" not in html
     assert "&lt;b&gt;&amp;model" in html
 
 
 def test_sections_without_rows_are_left_out(tmp_path: Path) -> None:
-    html, _ = page(scores("m", "dense", (1.5, 2.5, 3.5, 4.5)), tmp_path)
+    html, _ = page(scores("m", "full", (1.5, 2.5, 3.5, 4.5)), tmp_path)
     assert "Perplexity by position" in html
     for absent in ("Training", "Cost against full attention", "Other rows"):
         assert f"<h2>{absent}" not in html
 
 
 def test_rows_that_no_section_understands_are_shown(tmp_path: Path) -> None:
-    other = Row(run="x", model="m", layout="dense", task="passkey", metric="accuracy", value=0.625, depth=0.5, **MADE)
+    other = Result(run="x", model="m", layout="full", task="passkey", metric="accuracy", value=0.625, depth=0.5, **MADE)
     html, markdown = page([*a_run(), other], tmp_path)
     for text in (html, markdown):
         assert "Other rows" in text
@@ -157,7 +157,7 @@ def test_rows_that_no_section_understands_are_shown(tmp_path: Path) -> None:
 
 
 def test_a_second_value_for_one_place_is_not_lost(tmp_path: Path) -> None:
-    again = scores("examples/stories", "dense", (7.77, 7.78, 7.79, 7.8))
+    again = scores("examples/stories", "full", (7.77, 7.78, 7.79, 7.8))
     html, _ = page([*a_run(), *again], tmp_path)
     assert "7.77" in html
 
@@ -173,7 +173,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e12])
 def test_odd_values_make_a_page(tmp_path: Path, value: float) -> None:
-    html, _ = page(scores("m", "dense", (1.0, value, 3.0, 4.0)), tmp_path)
+    html, _ = page(scores("m", "full", (1.0, value, 3.0, 4.0)), tmp_path)
     assert "</html>" in html
 
 
@@ -184,11 +184,11 @@ def test_rows_that_are_all_odd_make_a_page(tmp_path: Path, value: float) -> None
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="at least one row of results; got 0"):
+    with pytest.raises(ZebraError, match="at least one row of results; got 0"):
         write_report([], tmp_path / "report.html")
-    with pytest.raises(Refusal, match=r"report\.html"):
+    with pytest.raises(ZebraError, match=r"report\.html"):
         write_report(a_run(), tmp_path / "report.pdf")
-    with pytest.raises(Refusal, match="Evaluate first"):
+    with pytest.raises(ZebraError, match="Evaluate first"):
         position_table([row for row in a_run() if row.task == "cost"])
     assert list(tmp_path.iterdir()) == []
 
@@ -202,7 +202,7 @@ def test_a_kill_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
-        write_report(scores("m", "dense", (1, 2, 3, 4)), tmp_path / "report.html")
+        write_report(scores("m", "full", (1, 2, 3, 4)), tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text() == before
 
 
@@ -212,24 +212,24 @@ def test_the_table_fits_the_terminal() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 100
-    for part in ("stories", "demo (trained)", "dense", "GLLL:129", "214.2", "4.88", "−97.7"):
+    for part in ("stories", "demo (trained)", "full", "GLLL:129", "214.2", "4.88", "−97.7"):
         assert part in shown
     assert "@50" not in shown
 
 
-def found(layout: str, task: str = "retrieval-generate-passkey", **columns: Any) -> Row:
+def found(layout: str, task: str = "retrieval-generate-passkey", **columns: Any) -> Result:
     given = {"length": 4096, "depth": 0.5, "value": 0.75, "low": 0.5, "high": 0.9, "n": 20} | columns
-    return Row(run="grid", model="models/m", layout=layout, task=task, metric="accuracy", **MADE | given)
+    return Result(run="grid", model="models/m", layout=layout, task=task, metric="accuracy", **MADE | given)
 
 
 def test_retrieval_is_a_heat_map_and_a_table(tmp_path: Path) -> None:
     rows = [
         found(layout, length=length, depth=depth, value=value)
-        for layout in ("dense", "GLLL:512 <&>")
+        for layout in ("full", "GLLL:512 <&>")
         for length, depth, value in ((4096, 0, 0.25), (4096, 1, 1.0), (16384, 0, float("nan")))
     ]
     rows += [
-        found("dense", "retrieval-likelihood-common-words-in-text", depth=None, length=100 * i) for i in range(1, 31)
+        found("full", "retrieval-likelihood-common-words-in-text", depth=None, length=100 * i) for i in range(1, 31)
     ]
     html, markdown = page(rows, tmp_path)
     assert "passkey, by generation: answers found, by length and depth" in html
@@ -246,18 +246,18 @@ def test_retrieval_is_a_heat_map_and_a_table(tmp_path: Path) -> None:
     right = max(float(x) + float(w) for x, w in re.findall(r' x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', figure))
     assert right <= 720
     lines = [line for line in markdown.splitlines() if " | 0 | " in line]
-    assert lines[0] == "| dense | 0 | 25\N{NO-BREAK SPACE}% (50–90) | – |"
+    assert lines[0] == "| full | 0 | 25\N{NO-BREAK SPACE}% (50–90) | – |"
     assert lines[1].startswith("| GLLL:512 &lt;&amp;&gt; | 0 |")
 
 
 def test_a_second_seed_is_shown_and_not_lost(tmp_path: Path) -> None:
-    html, _ = page([found("dense"), found("dense", seed=9, value=0.125)], tmp_path)
+    html, _ = page([found("full"), found("full", seed=9, value=0.125)], tmp_path)
     assert "Other rows" in html
     assert "0.125" in html
 
 
 def test_the_terminal_has_retrieval_by_length_and_depth() -> None:
-    rows = [found("dense", length=length, depth=depth) for length in (4096, 8192) for depth in (0.0, 1.0)]
+    rows = [found("full", length=length, depth=depth) for length in (4096, 8192) for depth in (0.0, 1.0)]
     out = io.StringIO()
     Console(file=out, width=120).print(retrieval_table(rows))
     shown = out.getvalue()
@@ -266,9 +266,9 @@ def test_the_terminal_has_retrieval_by_length_and_depth() -> None:
 
 
 def test_tuning_is_a_loss_for_each_suite_and_what_it_was_tuned_on(tmp_path: Path) -> None:
-    def row(task: str, model: str, value: float, **columns: Any) -> Row:
+    def row(task: str, model: str, value: float, **columns: Any) -> Result:
         columns = {"metric": "answer_loss", "low": value - 0.1, "high": value + 0.1, "n": 1234, "length": 512} | columns
-        return Row(run="t", model=model, layout="GLLL:9", task=task, value=value, **columns)
+        return Result(run="t", model=model, layout="GLLL:9", task=task, value=value, **columns)
 
     rows = [
         *(row("answers-short", "m", 4.56), row("answers-long", "m", 3.45)),

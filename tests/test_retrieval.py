@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GenerationMixin, LlamaConfig, PreTrained
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import zebra
-from zebra import Refusal, records
+from zebra import ZebraError
 from zebra.cli import main
 from zebra.data.haystack import Writer
 from zebra.data.needles import Needles, Sample
@@ -30,11 +30,11 @@ from zebra.data.questions import TASKS, WITHOUT_DEPTH
 from zebra.evaluate import retrieval as module
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import likelihoods
-from zebra.evaluate.retrieval import retrieval, rows_of
+from zebra.evaluate.retrieval import evaluate_retrieval, retrieval
 from zebra.generation import continued
-from zebra.records import Row
 from zebra.report import write_report
 from zebra.report.series import percent
+from zebra.results import Result, read_results, write_results
 
 LENGTH = 420
 
@@ -176,7 +176,7 @@ def test_an_answer_counts_where_the_continuation_has_it(
 
 def test_samples_of_several_lengths_are_refused(striped: Any, tokenizer: Any, needles: Needles) -> None:
     samples = [*needles.samples("passkey", length=300, depth=0), *needles.samples("passkey", length=301, depth=0)]
-    with pytest.raises(Refusal, match=r"samples of one length .* \[300, 301\]"):
+    with pytest.raises(ZebraError, match=r"samples of one length .* \[300, 301\]"):
         retrieval(striped, tokenizer, samples)
 
 
@@ -189,7 +189,7 @@ def test_wilsons_interval() -> None:
 
 
 def test_rows_have_length_and_depth_in_columns(tmp_path: Path) -> None:
-    rows = rows_of(
+    rows = evaluate_retrieval(
         STORIES,
         tasks=["passkey", "frequent-words", "passkey"],
         lengths=[320, 260],
@@ -209,8 +209,8 @@ def test_rows_have_length_and_depth_in_columns(tmp_path: Path) -> None:
         assert row.low is not None
         assert row.high is not None
         assert row.low <= row.value <= row.high
-    records.write(tmp_path / "rows.jsonl", rows)
-    assert records.read(tmp_path / "rows.jsonl") == rows
+    write_results(tmp_path / "results.jsonl", rows)
+    assert read_results(tmp_path / "results.jsonl") == rows
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -232,36 +232,36 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_bad_input_is_refused_before_the_model_is_loaded(
     changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zebra.model.loading.load", None)
-    with pytest.raises(Refusal, match=why):
-        rows_of(STORIES, **{"tasks": ["passkey"], "lengths": [300], "depths": [0], "samples": 1} | changes)
+    monkeypatch.setattr("zebra.model.load_options.load", None)
+    with pytest.raises(ZebraError, match=why):
+        evaluate_retrieval(STORIES, **{"tasks": ["passkey"], "lengths": [300], "depths": [0], "samples": 1} | changes)
 
 
 def test_a_haystack_too_short_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zebra.model.loading.load", None)
+    monkeypatch.setattr("zebra.model.load_options.load", None)
     (tmp_path / "few.txt").write_text("Once upon a time. " * 20)
-    with pytest.raises(Refusal, match=r"the haystack has .* tokens, and .* are needed"):
-        rows_of(STORIES, tasks=["needle"], lengths=[200, 500], haystack=[str(tmp_path / "few.txt")])
+    with pytest.raises(ZebraError, match=r"the haystack has .* tokens, and .* are needed"):
+        evaluate_retrieval(STORIES, tasks=["needle"], lengths=[200, 500], haystack=[str(tmp_path / "few.txt")])
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(stories: Path) -> None:
     for file in stories.glob("*token*"):
         file.unlink()
-    with pytest.raises(Refusal, match=r"the tokenizer of .* cannot be read"):
-        rows_of(stories, tasks=["passkey"], lengths=[300])
+    with pytest.raises(ZebraError, match=r"the tokenizer of .* cannot be read"):
+        evaluate_retrieval(stories, tasks=["passkey"], lengths=[300])
 
 
 def test_beyond_the_model_only_when_told() -> None:
     given: dict[str, Any] = {"tasks": ["passkey"], "lengths": [530], "depths": [0.5], "samples": 1}
     with pytest.warns(UserWarning, match="530 tokens passes the 512 positions"):
-        (row,) = rows_of(STORIES, beyond=True, **given)
+        (row,) = evaluate_retrieval(STORIES, beyond=True, **given)
     assert row.length == 530
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (row,) = rows_of(STORIES, rope="yarn:2", **given)
-        (other,) = rows_of(STORIES, self_extend="4:128", **given)
-    assert row.layout == "dense yarn:2"
-    assert other.layout == "dense, self-extend 4:128"
+        (row,) = evaluate_retrieval(STORIES, rope="yarn:2", **given)
+        (other,) = evaluate_retrieval(STORIES, self_extend="4:128", **given)
+    assert row.layout == "full yarn:2"
+    assert other.layout == "full, self-extend 4:128"
 
 
 COMMON = ("evaluate", "retrieval", STORIES, "--samples", 2, "--score", "likelihood")
@@ -269,15 +269,15 @@ COMMON = ("evaluate", "retrieval", STORIES, "--samples", 2, "--score", "likeliho
 
 def test_the_verb_and_its_page(zebra: Zebra, tmp_path: Path) -> None:
     given = (*COMMON, "--task", "passkey,common-words", "--length", "300,360", "--depth", "0,1")
-    done = zebra(*given, "--json", "--out", tmp_path / "rows.jsonl")
+    done = zebra(*given, "--json", "--out", tmp_path / "results.jsonl")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["rows"]
+    found = json.loads(done.stdout)["results"]
     assert [(row["length"], row["depth"]) for row in found] == [
         *((length, depth) for length in (300, 360) for depth in (0, 1)),
         *((length, None) for length in (300, 360)),
     ]
-    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == found
-    write_report(records.read(tmp_path / "rows.jsonl"), tmp_path / "report.html")
+    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == found
+    write_report(read_results(tmp_path / "results.jsonl"), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "passkey, by likelihood: answers found, by length and depth" in page
     assert (tmp_path / "report-retrieval-2.svg").is_file()
@@ -347,21 +347,21 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def _cells(bench: ModuleType, part: str, layout: str, far: float, model: str = "x") -> list[Row]:
+def _cells(bench: ModuleType, part: str, layout: str, far: float, model: str = "x") -> list[Result]:
     make = {"run": part, "model": model, "layout": layout, "metric": "accuracy", "length": bench.TRAINED, "n": 20}
     return [
-        Row(task=f"retrieval-generate-{task}", depth=depth, value=far if depth < 1 else 1.0, **make)
+        Result(task=f"retrieval-generate-{task}", depth=depth, value=far if depth < 1 else 1.0, **make)
         for task in bench.TASKS
         for depth in bench.DEPTHS
     ]
 
 
-def _laid_out(bench: ModuleType) -> list[Row]:
-    rows = _cells(bench, "layouts", "dense", 1.0)
+def _laid_out(bench: ModuleType) -> list[Result]:
+    rows = _cells(bench, "layouts", "full", 1.0)
     for layout, far in {"GL": 0.5, "LG": 0.8, "GLLL": 0.05, "1": 0.2, "2": 0.7, "3": 0.3, "L": 0.0, "0,3": 0.9}.items():
         rows += _cells(bench, "layouts", f"{layout}:{bench.WINDOW}", far)
     selected = {"run": "layouts", "model": "x", "task": "selection-greedy-lookup", "metric": "held_out_rise"}
-    return rows + [Row(layout=f"{kept}:{bench.WINDOW}", value=0.1, **selected) for kept in ("0,3", "2")]
+    return rows + [Result(layout=f"{kept}:{bench.WINDOW}", value=0.1, **selected) for kept in ("0,3", "2")]
 
 
 def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> None:
@@ -378,7 +378,7 @@ def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> 
     assert "Measured selection kept LLGL: 70 % (" in lines[2]
     _, *tables = bench.within([*rows, *_cells(bench, "adapted", "GLLL:128", 0.9)])[0].blocks
     assert [table.title for table in tables] == list(bench.TASKS)
-    names = ["dense", "GLGL", "LGLG", "GLLG *", "GLLL", "LGLL", "LLGL *", "LLLG", "LLLL"]
+    names = ["full", "GLGL", "LGLG", "GLLG *", "GLLL", "LGLL", "LLGL *", "LLLG", "LLLL"]
     assert [line[0].text for line in tables[0].body] == names
     line = tables[0].body[4]
     assert [cell.text for cell in line[1:]] == [percent(share, 0) for share in (0.05, 1, 0.9, 1)]
@@ -386,11 +386,11 @@ def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> 
 
 
 def test_the_page_of_layouts_is_written_from_its_rows(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    further = [replace(row, run="beyond", length=4 * bench.TRAINED) for row in _cells(bench, "beyond", "dense", 0.25)]
-    records.write(bench.FILE, [*_cells(bench, "layouts", "L:128", 0.9), *further])
+    further = [replace(row, run="beyond", length=4 * bench.TRAINED) for row in _cells(bench, "beyond", "full", 0.25)]
+    write_results(bench.FILE, [*_cells(bench, "layouts", "L:128", 0.9), *further])
     monkeypatch.setitem(bench.PARTS, "layouts", lambda: iter([_laid_out(bench)]))
     bench.main(["layouts"])
-    rows = records.read(bench.FILE)
+    rows = read_results(bench.FILE)
     assert rows == [*_laid_out(bench), *further]
     text = bench.PAGE.read_text()
     assert f"| passkey, {4 * bench.TRAINED:,} |" in text
@@ -398,5 +398,5 @@ def test_the_page_of_layouts_is_written_from_its_rows(bench: ModuleType, monkeyp
     assert ET.fromstring(bench.PICTURE.read_text()).tag.endswith("svg")
     bench.main(["--page"])
     assert bench.PAGE.read_text() == text
-    with pytest.raises(Refusal, match="parts are layouts, adapted, beyond"):
+    with pytest.raises(ZebraError, match="parts are layouts, adapted, beyond"):
         bench.main(["layuots"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import zebra
-from zebra import Refusal
+from zebra import ZebraError
 from zebra.model.checkpoint import read_config
 from zebra.model.families import striped
 from zebra.model.rope import Rope, changes_with_length
@@ -26,8 +26,8 @@ TRAINED = 512
 KINDS = ["linear:8", "yarn:8", "llama3:8", "base:5000000"]
 
 
-def refused(match: str) -> pytest.RaisesExc[Refusal]:
-    return pytest.raises(Refusal, match=match)
+def refused(match: str) -> pytest.RaisesExc[ZebraError]:
+    return pytest.raises(ZebraError, match=match)
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ from test_retrieval import said
 from transformers import AutoTokenizer
 
 import zebra
-from zebra import Refusal, records
+from zebra import ZebraError
 from zebra.data.needles import Needles
-from zebra.evaluate import ledger, selection
+from zebra.evaluate import loss_cache, selection
 from zebra.evaluate.calibration import SHARE, Part, long_range, parts_of, task_rows
-from zebra.evaluate.ledger import Ledger
+from zebra.evaluate.loss_cache import LossCache
 from zebra.evaluate.search import Losses, greedy, once, strides
 from zebra.evaluate.selection import select
 from zebra.model.layerwise import Layerwise
@@ -33,6 +33,7 @@ from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import read
 from zebra.plan.memory import kv_bytes
 from zebra.report import write_report
+from zebra.results import read_results
 from zebra.stripes import Stripes
 
 WINDOW, LENGTH, VALUES = 8, 48, 8
@@ -121,21 +122,21 @@ def test_losses_are_those_of_whole_forwards(tmp_path: Path) -> None:
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, parts = planted(tmp_path, (2,)), questions()
-    whole = Losses(model, parts, WINDOW, Ledger(tmp_path))
+    whole = Losses(model, parts, WINDOW, LossCache(tmp_path))
     wanted = greedy(whole, "GGGGGG", 2)
     lines = (tmp_path / "losses.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "losses.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:20])  # killed while it wrote
-    again = Losses(model, parts, WINDOW, Ledger(tmp_path))
+    again = Losses(model, parts, WINDOW, LossCache(tmp_path))
     assert greedy(again, "GGGGGG", 2) == wanted
     assert (tmp_path / "losses.jsonl").read_bytes().splitlines(keepends=True) == lines
     for name in ("states", "resumed"):
         monkeypatch.setattr(Layerwise, name, lambda *_: 1 / 0)
-    known = Losses(model, parts, WINDOW, Ledger(tmp_path))
+    known = Losses(model, parts, WINDOW, LossCache(tmp_path))
     assert greedy(known, "GGGGGG", 3).count("G") == 3
     assert known.mean(wanted) == whole.mean(wanted)
     (tmp_path / "losses.jsonl").write_bytes(b"{}\n")
-    with pytest.raises(Refusal, match="line 1 is no loss"):
-        Ledger(tmp_path)
+    with pytest.raises(ZebraError, match="line 1 is no loss"):
+        LossCache(tmp_path)
 
 
 def test_the_stride_at_every_offset() -> None:
@@ -221,7 +222,7 @@ def test_a_budget_of_cost_is_the_most_layers_that_meet_it() -> None:
     ],
 )
 def test_a_budget_that_leaves_no_choice_is_refused(budget: str, why: str) -> None:
-    with pytest.raises(Refusal, match=why):
+    with pytest.raises(ZebraError, match=why):
         Budget.parse(budget).layers(range(32), Stripes(1024, pattern="L"), run)
 
 
@@ -241,11 +242,11 @@ def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
     before = losses.read_bytes()
     before = before[: before.rfind(b"\n") + 1]
     assert before.count(b"\n") >= 3
-    assert not (tmp_path / "work" / "rows.jsonl").exists()
+    assert not (tmp_path / "work" / "results.jsonl").exists()
     resumed = select(STORIES, 2, work=tmp_path / "work", **given)
     whole = select(STORIES, 2, **given)
     assert resumed == whole
-    assert records.read(tmp_path / "work" / "rows.jsonl") == whole.rows
+    assert read_results(tmp_path / "work" / "results.jsonl") == whole.rows
     after = losses.read_bytes()
     assert after.startswith(before)
     lines = [json.loads(line) for line in after.splitlines()]
@@ -299,33 +300,33 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(selection, "load", None)
     given = GIVEN | changes
-    with pytest.raises(Refusal, match=why):
+    with pytest.raises(ZebraError, match=why):
         select(STORIES, given.pop("budget", 2), work=tmp_path / "work", **given)
     assert not (tmp_path / "work").exists()
 
 
 def test_a_host_whose_layers_keep_their_kind_is_refused(checkpoints: Any) -> None:
-    with pytest.raises(Refusal, match="each layer keeps its kind"):
+    with pytest.raises(ZebraError, match="each layer keeps its kind"):
         select(checkpoints("gemma3_text"), 1, **GIVEN)
-    with pytest.raises(Refusal, match="this model has 1 global layers"):
+    with pytest.raises(ZebraError, match="this model has 1 global layers"):
         select(checkpoints("gemma2", layer_types=["full_attention"] + ["sliding_attention"] * 4), 1, **GIVEN)
 
 
 def test_a_folder_keeps_to_its_inputs(tmp_path: Path) -> None:
     work = tmp_path / "work"
     select(STORIES, 4, work=work, order="once", **GIVEN)
-    with pytest.raises(Refusal, match="began with other inputs: rows and window changed since"):
+    with pytest.raises(ZebraError, match="began with other inputs: rows and window changed since"):
         select(STORIES, 4, work=work, order="once", **GIVEN | {"window": 40, "length": 161})
     with (
-        ledger.opened(work, json.loads((work / "inputs.json").read_text())),
-        pytest.raises(Refusal, match="at work in"),
+        loss_cache.opened(work, json.loads((work / "inputs.json").read_text())),
+        pytest.raises(ZebraError, match="at work in"),
     ):
         select(STORIES, 4, work=work, **GIVEN)
     (work / "inputs.json").write_text("[")
-    with pytest.raises(Refusal, match="is damaged"):
+    with pytest.raises(ZebraError, match="is damaged"):
         select(STORIES, 4, work=work, **GIVEN)
     (work / "inputs.json").unlink()
-    with pytest.raises(Refusal, match="holds no selection"):
+    with pytest.raises(ZebraError, match="holds no selection"):
         select(STORIES, 4, work=work, **GIVEN)
 
 
@@ -341,7 +342,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         zebra.Stripes.of(json.loads((tmp_path / "out/config.json").read_text())["layer_types"], 32)
     )
     work = tmp_path / "out-selection"
-    assert [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()] == made["rows"]
+    assert [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()] == made["results"]
     assert (work / "report-selection-1.svg").is_file()
     assert "2 of 5 layers stay global, greedy: 12 candidates in 3 rounds, about 10 passes over 3 rows" in err
     assert "a pass takes" in err
@@ -403,5 +404,5 @@ def test_local_layers_have_their_window_and_sinks_and_stay_local(tmp_path: Path)
     sunken = select(STORIES, 2, order="once", **GIVEN | {"window": "32+4"})
     assert (sunken.stripes.window, sunken.stripes.sinks) == (32, 4)
     assert all(row.layout.endswith(":32+4") for row in sunken.rows if row.metric == "rise")
-    with pytest.raises(Refusal, match="keeps 1 to 2; a budget of 3"):
+    with pytest.raises(ZebraError, match="keeps 1 to 2; a budget of 3"):
         select(tmp_path / "striped", 3, **GIVEN)

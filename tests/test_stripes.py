@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
 
 
@@ -122,7 +122,7 @@ def test_of_is_inverse_to_layer_types(layers: int) -> None:
     ],
 )
 def test_refused_layouts(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(ZebraError, match=message):
         Stripes(**arguments)
 
 
@@ -146,26 +146,26 @@ def test_refused_layouts(arguments: dict[str, Any], message: str) -> None:
     ],
 )
 def test_refused_notation(text: str, message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(ZebraError, match=message):
         Stripes.parse(text)
 
 
 @pytest.mark.parametrize("stride", [0, -1, True, 2.0, "4"])
 def test_refused_stride(stride: Any) -> None:
-    with pytest.raises(Refusal, match="stride is the number of layers in a group"):
+    with pytest.raises(ZebraError, match="stride is the number of layers in a group"):
         Stripes.grouped(stride=stride, window=4)
 
 
 def test_a_layer_beyond_the_depth_is_refused() -> None:
     stripes = Stripes.parse("0,4:8")
     assert letters(stripes.layer_types(5)) == "GLLLG"
-    with pytest.raises(Refusal, match=r"0,4:8 names layer 4, but the model has 4 layers.* up to 3"):
+    with pytest.raises(ZebraError, match=r"0,4:8 names layer 4, but the model has 4 layers.* up to 3"):
         stripes.layer_types(4)
 
 
 @pytest.mark.parametrize("layers", [0, -1])
 def test_a_model_without_layers_is_refused(layers: int) -> None:
-    with pytest.raises(Refusal, match="at least one layer"):
+    with pytest.raises(ZebraError, match="at least one layer"):
         Stripes.parse("GL:8").layer_types(layers)
 
 
@@ -186,5 +186,5 @@ def test_sinks_are_part_of_the_layout() -> None:
     assert Stripes.parse("GLLL:512+4") == Stripes(512, "GLLL", sinks=4) != Stripes(512, "GLLL")
     assert Stripes.of((GLOBAL, LOCAL), 9, sinks=2) == Stripes.parse("GL:9+2")
     for sinks in (-1, True, 2**31, "4"):
-        with pytest.raises(Refusal, match="sinks count the first tokens"):
+        with pytest.raises(ZebraError, match="sinks count the first tokens"):
             Stripes(9, "GL", sinks=sinks)  # type: ignore[arg-type]

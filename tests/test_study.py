@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
 from zebra import kernels
+from zebra.errors import ZebraError
 from zebra.evaluate import perplexity, retrieval
 from zebra.kernels import Mask
 from zebra.kernels.summary import formula
 from zebra.model import study
 from zebra.model.families import layout
-from zebra.model.hosts import convert, load
+from zebra.model.load import convert, load
 from zebra.model.local import Local, layout_with
 from zebra.model.study import ATTENTIONS, POSITIONS, StudyConfig, StudyForCausalLM, attention_kinds
 from zebra.model.verify import verify
-from zebra.refusal import Refusal
 
 CELLS = list(itertools.product(ATTENTIONS, POSITIONS))
 WINDOW, LENGTH = 6, 29
@@ -176,10 +176,10 @@ def test_rotary_without_summaries_becomes_a_stock_class(tmp_path: Path) -> None:
     other = tmp_path / "alibi"
     drawn("global", "alibi").float().save_pretrained(other)
     assert load(other, stripes="GL:6").config.attention_kinds == ["global", "local", "global"]
-    with pytest.raises(Refusal, match="has ALiBi, which plain transformers does not compute"):
+    with pytest.raises(ZebraError, match="has ALiBi, which plain transformers does not compute"):
         verify(convert(other, tmp_path / "striped", "GL:6"), other)
     drawn("summary", "rotary").float().save_pretrained(tmp_path / "summary")
-    with pytest.raises(Refusal, match="this model has summary layers, SSS:6/3"):
+    with pytest.raises(ZebraError, match="this model has summary layers, SSS:6/3"):
         convert(tmp_path / "summary", tmp_path / "never", "GL:6")
 
 
@@ -187,11 +187,11 @@ def test_learned_positions_end_where_their_table_does(tmp_path: Path) -> None:
     drawn("global", "absolute", vocab_size=512).float().save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path)
     for reads_too_much in (
-        lambda: perplexity.rows_of(tmp_path, ["no.txt"], lengths=[64, 65]),
-        lambda: retrieval.rows_of(tmp_path, tasks=["passkey"], lengths=[65], beyond=True),
+        lambda: perplexity.evaluate_perplexity(tmp_path, ["no.txt"], lengths=[64, 65]),
+        lambda: retrieval.evaluate_retrieval(tmp_path, tasks=["passkey"], lengths=[65], beyond=True),
         lambda: zebra.generate(tmp_path, "a", max_new_tokens=64, on_text=pytest.fail),
     ):
-        with pytest.raises(Refusal, match="64 learned positions, and 65 tokens are to be read"):
+        with pytest.raises(ZebraError, match="64 learned positions, and 65 tokens are to be read"):
             reads_too_much()
 
 
@@ -213,7 +213,7 @@ def test_the_sizes_are_those_of_their_names(name: float, layers: int, width: int
 
 
 def test_layouts_are_named() -> None:
-    assert layout(config("global", "none")) == "dense"
+    assert layout(config("global", "none")) == "full"
     assert layout(config("grouped", "alibi")) == "GL:6"
     assert layout(config("summary", "rotary")) == "SSS:6/3"
     assert layout_with(config("grouped", "alibi"), Local()) == "GL:6 alibi"
@@ -245,8 +245,8 @@ def test_what_the_host_cannot_compute_is_refused() -> None:
             StudyForCausalLM(made)
     with pytest.raises(ValueError, match="64 learned positions; got one at 64"):
         drawn("global", "absolute")(tokens(1, 65))
-    with pytest.raises(ValueError, match="got 'dense'"):
-        attention_kinds("dense", 4)
+    with pytest.raises(ValueError, match="got 'full'"):
+        attention_kinds("full", 4)
     with pytest.raises(ValueError, match="from 1 to all 4 layers; got 5"):
         attention_kinds("grouped", 4, 5)
 
@@ -254,13 +254,15 @@ def test_what_the_host_cannot_compute_is_refused() -> None:
 @pytest.mark.parametrize("positions", ["absolute", "alibi", "none"])
 def test_no_rope_is_changed_where_there_is_none(positions: str, tmp_path: Path) -> None:
     drawn("global", positions).float().save_pretrained(tmp_path)
-    with pytest.raises(Refusal, match=f"no rope to become yarn:4: the positions of this zebra_study are {positions}"):
+    with pytest.raises(
+        ZebraError, match=f"no rope to become yarn:4: the positions of this zebra_study are {positions}"
+    ):
         load(tmp_path, rope="yarn:4")
 
 
 def test_sinks_are_refused_under_alibi(tmp_path: Path) -> None:
     drawn("grouped", "alibi").float().save_pretrained(tmp_path)
-    with pytest.raises(Refusal, match="2 sinks stand far away, and ALiBi lowers"):
+    with pytest.raises(ZebraError, match="2 sinks stand far away, and ALiBi lowers"):
         load(tmp_path, stripes="GL:6+2")
     assert load(tmp_path, stripes="GL:4").config.window == 4
 
@@ -268,5 +270,5 @@ def test_sinks_are_refused_under_alibi(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("attention", "positions"), [("global", "alibi"), ("summary", "rotary"), ("global", "none")])
 def test_self_extend_is_refused_where_nothing_rotates(attention: str, positions: str, tmp_path: Path) -> None:
     drawn(attention, positions).float().save_pretrained(tmp_path)
-    with pytest.raises(Refusal):
+    with pytest.raises(ZebraError):
         zebra.load(tmp_path, self_extend="4:8")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_study import ATTENTIONS, CELLS, LENGTH, POSITIONS, config, drawn, tokens
 
-from zebra import Refusal
+from zebra import ZebraError
 from zebra.bench import study as bench
 from zebra.kernels import summary as kernel
 from zebra.kernels.summary import summarised
@@ -43,7 +43,7 @@ def test_parameters_and_layout_are_the_models(attention: str, positions: str) ->
         with torch.device("meta"):
             assert found.size == study.StudyForCausalLM(made).num_parameters()
         assert (found.rope is None) == (positions != "rotary")
-        assert str(found.stripes or "dense") == layout(made)
+        assert str(found.stripes or "full") == layout(made)
     assert "zebra_study" in decoder.FAMILIES
 
 
@@ -175,7 +175,7 @@ def layout_of(one: PretrainRecipe) -> str:
 
 def test_a_kernel_that_errs_leaves_no_row(peaks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "summarised", lambda *args, block, **rest: summarised(*args, block=block + 1, **rest))
-    with pytest.raises(Refusal, match="Nothing was measured"):
+    with pytest.raises(ZebraError, match="Nothing was measured"):
         bench.costs([recipe("global"), recipe("summary")], repeats=1, memory=False, ceilings=peaks)
 
 

@@ -16,35 +16,34 @@ import pytest
 from conftest import ROOT
 from test_report import a_run, words
 
-from zebra import records
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 from zebra.report import study, write_report
 from zebra.report.study import claims
 from zebra.report.study.cells import Cell
 from zebra.report.study.pictures import Point, frontier, plot_scatter
 from zebra.report.study.spread import Difference, Losses, Spread, between, spread
+from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
 from zebra.train.recipe import read_recipe
 
-DENSE, GROUPED, SUMMARY, LOCAL = "dense", "GL:32", "SS:32/16", "L:32"
-LAYOUTS = (DENSE, GROUPED, SUMMARY, LOCAL)
-NUMBERS = {DENSE: 17.0, GROUPED: 17.1, SUMMARY: 17.6, LOCAL: 18.4}
+FULL, GROUPED, SUMMARY, LOCAL = "full", "GL:32", "SS:32/16", "L:32"
+LAYOUTS = (FULL, GROUPED, SUMMARY, LOCAL)
+NUMBERS = {FULL: 17.0, GROUPED: 17.1, SUMMARY: 17.6, LOCAL: 18.4}
 Perplexities = Mapping[Cell, Mapping[int, float]]
 
 
 def pairs(layout: str, length: int) -> int:
-    window = None if layout == DENSE else 32
+    window = None if layout == FULL else 32
     return visible_pairs(length, window) + visible_pairs(length, None if layout == GROUPED else window)
 
 
-def run_of(cell: Cell, seed: int, value: float, gain: float = 0.05, beyond: float = 1.1) -> list[Row]:
+def run_of(cell: Cell, seed: int, value: float, gain: float = 0.05, beyond: float = 1.1) -> list[Result]:
     """What `zebra pretrain` leaves of a cell: `value` over its length, `gain` nats less far than near."""
     place = f"runs/grid/cells/{cell.layout.replace(':', '-').replace('/', '-')}-{cell.position}-{cell.length}-s{seed}"
     common: dict[str, Any] = {"run": Path(place).name, "seed": seed, "layout": f"{cell.layout} {cell.position}"}
     common |= {"versions": {"torch": "2"}, "commit": "abc"}
     train: dict[str, Any] = {"task": "train", "metric": "loss", "length": cell.length, **common}
-    rows = [Row(model=f"{place}@{n}", value=3 - n / 100, n=n * 512, **train) for n in (10, 20)]
+    rows = [Result(model=f"{place}@{n}", value=3 - n / 100, n=n * 512, **train) for n in (10, 20)]
     end, half = f"{place}/model", cell.length // 2
     spans = [(0, half, value * math.exp(gain / 2)), (half, cell.length, value * math.exp(-gain / 2))]
     spans = [(*span, cell.length) for span in (*spans, (0, cell.length, value))]
@@ -53,13 +52,15 @@ def run_of(cell: Cell, seed: int, value: float, gain: float = 0.05, beyond: floa
         spans += [(*span, 2048) for span in far]
     for start, stop, perplexity, context in spans:
         at: dict[str, Any] = {"position_from": start, "position_to": stop, "length": context, "n": 999}
-        rows.append(Row(model=end, task="perplexity-disjoint", metric="perplexity", value=perplexity, **at, **common))
-    for layout in dict.fromkeys((DENSE, cell.layout)):
+        rows.append(
+            Result(model=end, task="perplexity-disjoint", metric="perplexity", value=perplexity, **at, **common)
+        )
+    for layout in dict.fromkeys((FULL, cell.layout)):
         named = common | {"layout": f"{layout} {cell.position}" if layout == cell.layout else layout}
         at = {"task": "cost", "length": cell.length, "model": end}
-        rows.append(Row(metric="layers", value=2, **at, **named))
-        rows.append(Row(metric="attention_pairs", value=pairs(layout, cell.length), **at, **named))
-        rows.append(Row(metric="cached_tokens", value=2 * cell.length, **at, **named))
+        rows.append(Result(metric="layers", value=2, **at, **named))
+        rows.append(Result(metric="attention_pairs", value=pairs(layout, cell.length), **at, **named))
+        rows.append(Result(metric="cached_tokens", value=2 * cell.length, **at, **named))
     return rows
 
 
@@ -70,12 +71,12 @@ def whole(**changes: Any) -> dict[Cell, dict[str, Any]]:
         worse = {"rotary": 1.0, "alibi": 1.01, "absolute": 1.04, "none": 1.06}[position]
         gain = 0.02 if position == "alibi" else 0.05
         cells[Cell(layout, position, 512)] = {"value": NUMBERS[layout] * worse, "gain": gain}
-    for layout in (DENSE, GROUPED):
+    for layout in (FULL, GROUPED):
         cells[Cell(layout, "rotary", 1024)] = {"value": NUMBERS[layout], "beyond": 1.0}
     return cells
 
 
-def rows_of(cells: dict[Cell, dict[str, Any]], seeds: int = 3, noise: float = 0.001) -> list[Row]:
+def rows_of(cells: dict[Cell, dict[str, Any]], seeds: int = 3, noise: float = 0.001) -> list[Result]:
     """Each seed shifts all cells alike by much, and each run by a little."""
     drawn, rows = random.Random(5), []
     for cell, given in cells.items():
@@ -85,12 +86,12 @@ def rows_of(cells: dict[Cell, dict[str, Any]], seeds: int = 3, noise: float = 0.
     return rows
 
 
-def few() -> list[Row]:
+def few() -> list[Result]:
     """A cell of each kind, one seed: enough for a page."""
     return rows_of({cell: given for cell, given in whole().items() if cell[1:] == ("rotary", 512)}, seeds=1)
 
 
-def judged(rows: list[Row]) -> list[str]:
+def judged(rows: list[Result]) -> list[str]:
     (found,), _ = study.parted(rows)
     return [claim.verdict for claim in claims.claims(found)]
 
@@ -128,7 +129,7 @@ def test_the_layout_with_the_most_runs_stands_for_its_kind() -> None:
 
 
 def test_a_second_run_of_a_cell_and_seed_is_not_lost() -> None:
-    cell = Cell(DENSE, "rotary", 512)
+    cell = Cell(FULL, "rotary", 512)
     again = [
         replace(row, model=row.model.replace("/cells/", "/cells/again-"), run="again") for row in run_of(cell, 0, 7.77)
     ]
@@ -166,7 +167,7 @@ def test_intervals_hold_the_truth_in_95_of_100(seeds: int) -> None:
 
 
 def test_spreads() -> None:
-    row = run_of(Cell(DENSE, "rotary", 512), 0, 2.0)[2]
+    row = run_of(Cell(FULL, "rotary", 512), 0, 2.0)[2]
     assert spread({0: row}) == (row.value, None, 1)
     two = spread({0: replace(row, value=1.0), 1: replace(row, value=3.0)})
     assert two == (2.0, math.sqrt(2), 2)
@@ -193,14 +194,14 @@ def moved(cell: Cell, **given: Any) -> dict[Cell, dict[str, Any]]:
 
 BROKEN: dict[str, tuple[dict[Cell, dict[str, Any]], int]] = {
     "long context does not help": (moved(Cell(LOCAL, "rotary", 512), value=16.7), 0),
-    "long context helps one kind alone": (moved(Cell(DENSE, "rotary", 512), value=19.0), 2),
+    "long context helps one kind alone": (moved(Cell(FULL, "rotary", 512), value=19.0), 2),
     "grouped is worse": (moved(Cell(GROUPED, "rotary", 512), value=17.6), 1),
     "local is better than grouped": (moved(Cell(LOCAL, "rotary", 512), value=16.9), 2),
     "summary is worse than local": (moved(Cell(SUMMARY, "rotary", 512), value=18.6), 3),
     "summary is better than global": (moved(Cell(SUMMARY, "rotary", 512), value=16.0), 3),
     "absolute is better in one kind": (moved(Cell(SUMMARY, "absolute", 512), value=16.0), 4),
-    "alibi is bad within": (moved(Cell(DENSE, "alibi", 512), value=18.0), 6),
-    "alibi uses far context": (moved(Cell(DENSE, "alibi", 512), gain=0.05), 6),
+    "alibi is bad within": (moved(Cell(FULL, "alibi", 512), value=18.0), 6),
+    "alibi uses far context": (moved(Cell(FULL, "alibi", 512), gain=0.05), 6),
     "length matters less": (moved(Cell(GROUPED, "rotary", 1024), value=19.5), 7),
 }
 
@@ -236,7 +237,7 @@ def test_noise_opens_a_verdict_and_never_turns_it() -> None:
 def test_means_beside_a_change_are_of_the_seeds_that_it_is_of() -> None:
     rows = [row for row in rows_of(whole(), seeds=5) if row.seed < 3 or not row.layout.startswith(LOCAL)]
     (found,), _ = study.parted(rows)
-    (part,) = [part for part in claims.claims(found)[2].parts if part.one[0].startswith(DENSE)]
+    (part,) = [part for part in claims.claims(found)[2].parts if part.one[0].startswith(FULL)]
     one, two = (float(text.split()[0]) for text in (part.one[1], part.other[1]))
     assert float(part.change.rstrip(" %").replace("−", "-")) == pytest.approx(100 * (one / two - 1), abs=0.06)
 
@@ -268,9 +269,9 @@ def test_one_seed_is_held_against_the_noise_of_the_others() -> None:
 def test_rotary_against_absolute_beyond_the_length_where_there_are_rows() -> None:
     rows = rows_of(whole())
     far = [
-        replace(row, layout=f"{DENSE} absolute", model=row.model.replace("rotary", "absolute"), value=row.value * 2,
+        replace(row, layout=f"{FULL} absolute", model=row.model.replace("rotary", "absolute"), value=row.value * 2,
                 run=row.run.replace("rotary", "absolute"))
-        for row in rows if row.length == 2048 and row.layout == f"{DENSE} rotary" and "-512-" in row.run
+        for row in rows if row.length == 2048 and row.layout == f"{FULL} rotary" and "-512-" in row.run
     ]  # fmt: skip
     assert judged([*rows, *far])[5] == "holds"
 
@@ -324,7 +325,7 @@ def test_timed_rows_stand_beside_the_plan(tmp_path: Path) -> None:
     common |= {"task": "bench study step, float32"}
     values = {"milliseconds": 40.96, "planned_milliseconds": 20.48, "tokens_per_second": 100_000.0}
     values |= {"extra_bytes": 30 * 2**20, "planned_bytes": 20 * 2**20, "parameters": 123_456}
-    timed = [Row(metric=metric, value=value, **common) for metric, value in values.items()]
+    timed = [Result(metric=metric, value=value, **common) for metric, value in values.items()]
     timed[0] = replace(timed[0], low=39.0, high=50.0)
     write_report([*few(), *timed], tmp_path / "page.html")
     line = next(line for line in (tmp_path / "page.md").read_text().splitlines() if "123,456" in line)
@@ -393,7 +394,7 @@ def test_the_script_makes_the_page_and_its_pictures(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(made, name, tmp_path / name.lower())
     run = tmp_path / "study-try"
     run.mkdir()
-    records.write(run / "rows.jsonl", few())
+    write_results(run / "results.jsonl", few())
     made.main([str(run)])
     page = (tmp_path / "pages" / "study-try.md").read_text()
     assert "../images/study-try-scatter.svg" in page
@@ -401,7 +402,7 @@ def test_the_script_makes_the_page_and_its_pictures(tmp_path: Path, monkeypatch:
     (tmp_path / "pages" / "study-try.md").unlink()
     made.main([])
     assert (tmp_path / "pages" / "study-try.md").read_text() == page
-    timed = Row(run="study-try", model="zebra", layout="dense rotary", task="bench study step", metric="milliseconds",
+    timed = Result(run="study-try", model="zebra", layout="full rotary", task="bench study step", metric="milliseconds",
                 value=987.0, length=512)  # fmt: skip
     monkeypatch.setattr(made.bench, "costs", lambda recipes, run: ([replace(timed, n=len(recipes))], ("a line",)))
     grid = ["costs", str(ROOT / "recipes" / "study-tiny-cpu.yaml")]
@@ -412,11 +413,11 @@ def test_the_script_makes_the_page_and_its_pictures(tmp_path: Path, monkeypatch:
         [str(run)],
     ):  # measured again it stands in the place of the old, published again beside
         made.main(arguments)
-        rows = records.read(tmp_path / "results" / "study-try.jsonl")
+        rows = read_results(tmp_path / "results" / "study-try.jsonl")
         assert [row.value for row in rows if row.task == timed.task] == [987.0]
         assert len(rows) == len(few()) + 1
         assert "987" in (tmp_path / "pages" / "study-try.md").read_text()
-    with pytest.raises(Refusal, match="no study of two cells"):
+    with pytest.raises(ZebraError, match="no study of two cells"):
         made.write_page("x", a_run(), tmp_path, tmp_path)
 
 
@@ -425,7 +426,7 @@ def test_the_published_pages_are_what_their_rows_give(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for file in (ROOT / "benchmarks" / "results").glob("study-*.jsonl"):
-        made.write_page(file.stem, records.read(file), tmp_path, images)
+        made.write_page(file.stem, read_results(file), tmp_path, images)
         assert (tmp_path / f"{file.stem}.md").read_text() == (ROOT / "docs" / "results" / f"{file.stem}.md").read_text()
         for picture in images.glob("*.svg"):
             assert (ROOT / "docs" / "images" / picture.name).is_file()

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import zebra
-from zebra import Refusal, records
+from zebra import ZebraError
 from zebra.cli import main
 from zebra.data.conversations import Labelled
 from zebra.data.corpus import Corpus
@@ -30,6 +30,7 @@ from zebra.evaluate.answers import answer_losses
 from zebra.model.attention import NAME
 from zebra.model.families import host_class, striped
 from zebra.model.loss import IGNORE
+from zebra.results import Result, read_results
 from zebra.stripes import Stripes
 from zebra.train.chat import Chat
 from zebra.train.dry_run import dry_run
@@ -97,28 +98,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[records.Row]]:
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Result]]:
     """One uninterrupted run, the measure of all others."""
     run = tmp_path_factory.mktemp("tune") / "run"
     return run, tune(recipe(run, data))
 
 
-def values(rows: list[records.Row], metric: str) -> list[float]:
+def values(rows: list[Result], metric: str) -> list[float]:
     return [row.value for row in rows if row.metric == metric]
 
 
-def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[records.Row]], data: Path) -> None:
+def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[Result]], data: Path) -> None:
     run, rows = finished
     names = {p.name for p in run.iterdir()}
-    assert names == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "rows.jsonl"}
-    assert records.read(run / "rows.jsonl") == rows
+    assert names == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "results.jsonl"}
+    assert read_results(run / "results.jsonl") == rows
     assert len(values(rows, "loss")) == STEPS
     measured = [(row.task, row.model, row.layout) for row in rows if row.metric == "answer_loss"]
     suites = ("answers-short", "answers-long")
     assert measured == [
         (suite, model, layout)
         for model, layout in (
-            *((str(STORIES), "dense"), (str(STORIES), "GLLL:33")),
+            *((str(STORIES), "full"), (str(STORIES), "GLLL:33")),
             *((f"{run}@3", "GLLL:33"), (f"{run}@6", "GLLL:33"), (str(run / "model"), "GLLL:33")),
         )
         for suite in suites
@@ -135,7 +136,7 @@ def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[recor
 
 
 def test_the_tuned_checkpoint_is_a_plain_one_that_chats(
-    finished: tuple[Path, list[records.Row]], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, list[Result]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = finished
     model = run / "model"
@@ -194,7 +195,7 @@ def test_packed_conversations_equal_single_ones(family: str) -> None:
     assert at == batch["input_ids"].shape[1]
 
 
-def test_the_loss_is_that_of_the_answers_one_by_one(finished: tuple[Path, list[records.Row]], data: Path) -> None:
+def test_the_loss_is_that_of_the_answers_one_by_one(finished: tuple[Path, list[Result]], data: Path) -> None:
     """The first logged loss, through trl and packing, equals the host's cross-entropy of single conversations."""
     _, rows = finished
     run = recipe(data / "unused", data)
@@ -264,7 +265,7 @@ export.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     "kill", [KILL_AT_A_LOG, pytest.param(KILL_IN_THE_EXPORT, marks=pytest.mark.full)], ids=["at a log", "in the export"]
 )
 def test_a_killed_run_resumes_to_the_same_losses(
-    kill: str, finished: tuple[Path, list[records.Row]], data: Path, tmp_path: Path
+    kill: str, finished: tuple[Path, list[Result]], data: Path, tmp_path: Path
 ) -> None:
     asked = recipe(tmp_path / "run", data)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
@@ -310,7 +311,7 @@ def test_bad_input_is_one_line_before_any_training(data: Path, tmp_path: Path) -
         if line is not None:
             bad.write_text(line)
             changes["data"] = {"files": [str(bad)]}
-        with pytest.raises(Refusal, match=match):
+        with pytest.raises(ZebraError, match=match):
             tune(recipe(tmp_path / "run", data, evaluate=None, **changes))
         assert not (tmp_path / "run").exists()
 
@@ -336,7 +337,7 @@ def test_a_refusal_is_one_line_on_the_command_line(
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(r"zebra: the tokenizer of .* has no chat template\. .*\n", err)
-    with pytest.raises(Refusal, match=r"unknown key data\.held"):
+    with pytest.raises(ZebraError, match=r"unknown key data\.held"):
         read_recipe(tmp_path / "recipe.yaml", TuneRecipe, ["data.held=1"])
     assert dry_run(asked).total > 0
 
@@ -346,5 +347,5 @@ def test_a_mixture_of_whole_conversations_ends_nearest_to_its_shares(data: Path)
     assert [len(rows[i]["input_ids"]) for i in range(len(rows))] == [60, 60]
     assert all(len(tokens[i].ids) == 60 for i in range(5))
     kept = keep([Source(name, tokens.corpus, 0.5) for name in ("a", "b")], deduplicate=False)
-    with pytest.raises(Refusal, match="do not hold one whole document of each of 2 sources"):
+    with pytest.raises(ZebraError, match="do not hold one whole document of each of 2 sources"):
         mix(kept, 1, 100, join=False, seed=0, whole=True)

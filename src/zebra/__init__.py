@@ -8,23 +8,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from zebra.errors import ZebraError
 from zebra.positions import SelfExtend
-from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 if TYPE_CHECKING:
     from zebra.evaluate.selection import select
     from zebra.generation import generate
     from zebra.kernels.precision import fast_float32
-    from zebra.model.hosts import convert, load
+    from zebra.model.load import convert, load
     from zebra.model.verify import verify
     from zebra.train.adapt import adapt
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "zebra.model.hosts",
-    "convert": "zebra.model.hosts",
+    "load": "zebra.model.load",
+    "convert": "zebra.model.load",
     "verify": "zebra.model.verify",
     "adapt": "zebra.train.adapt",
     "generate": "zebra.generation",
@@ -33,9 +33,9 @@ _HOME = {
 }
 
 __all__ = [
-    "Refusal",
     "SelfExtend",
     "Stripes",
+    "ZebraError",
     "__version__",
     "adapt",
     "convert",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from zebra import records
 from zebra.kernels import KERNELS, Mask, Request
+from zebra.results import versions
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Served:
 
 def machine() -> dict[str, str]:
     """Versions and devices."""
-    found = dict(records.versions())
+    found = dict(versions())
     found["platform"] = platform.platform()
     found["cpu"] = (
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

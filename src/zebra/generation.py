@@ -21,14 +21,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation import BaseStreamer
 
+from zebra.errors import ZebraError
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
-from zebra.model.extend import refuse_off_the_table, setting_of
-from zebra.model.loading import Loading
+from zebra.model.load_options import LoadOptions
 from zebra.model.rope import as_rope, refuse_cache
+from zebra.model.self_extend import refuse_off_the_table, setting_of
 from zebra.positions import SelfExtend
 from zebra.progress import bar
-from zebra.refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Decoding:
             long prompt's activations take less memory.
 
     Raises:
-        Refusal: a number out of its range, or a cut of a distribution that is not drawn from.
+        ZebraError: a number out of its range, or a cut of a distribution that is not drawn from.
     """
 
     max_new_tokens: int = 256
@@ -68,25 +68,25 @@ class Decoding:
         cuts = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         given = [name for name, value in cuts.items() if value is not None]
         if given and self.temperature == 0:
-            raise Refusal(
+            raise ZebraError(
                 f"{', '.join(given)} cut what is drawn from, but temperature 0 draws nothing. Give a temperature above "
                 f"0, such as 0.8, or leave {', '.join(given)} out."
             )
         whole = {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k, "num_beams": self.num_beams}
         for name, count in (whole | {"prefill_chunk": self.prefill_chunk}).items():
             if count is not None and count < 1:
-                raise Refusal(f"{name} is a whole number of at least 1; got {count}. Raise it or leave it out.")
+                raise ZebraError(f"{name} is a whole number of at least 1; got {count}. Raise it or leave it out.")
         for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
             if share is not None and not 0 < share <= 1:
-                raise Refusal(f"{name} is a probability above 0 and at most 1; got {share}. Write for example 0.9.")
+                raise ZebraError(f"{name} is a probability above 0 and at most 1; got {share}. Write for example 0.9.")
         if not 0 <= self.temperature < math.inf:
-            raise Refusal(f"a temperature is at least 0; got {self.temperature}. 0 takes the likeliest token.")
+            raise ZebraError(f"a temperature is at least 0; got {self.temperature}. 0 takes the likeliest token.")
         if not 0 < self.repetition_penalty < math.inf:
-            raise Refusal(f"a repetition penalty is above 0; got {self.repetition_penalty}. 1 leaves logits alone.")
+            raise ZebraError(f"a repetition penalty is above 0; got {self.repetition_penalty}. 1 leaves logits alone.")
         if not 0 <= self.seed < 2**63:
-            raise Refusal(f"a seed is a whole number from 0 to 2^63 - 1; got {self.seed}. Choose another.")
+            raise ZebraError(f"a seed is a whole number from 0 to 2^63 - 1; got {self.seed}. Choose another.")
         if not all(self.stop):
-            raise Refusal("a stop string has at least one character; got an empty one. Leave it out.")
+            raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
 
     def as_host(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
         """In the host's words, neutral where nothing was asked: the host fills gaps from the checkpoint's defaults."""
@@ -159,28 +159,28 @@ def generate(
         chat: put the prompt into the tokenizer's chat template, as one message of the user.
         on_text: called with each piece of text as it comes, whole characters only; with beams once, at the end.
         options: the fields of `Decoding`: max_new_tokens, temperature, top_p, stop, seed, prefill_chunk, ...; and for a
-            checkpoint those of `zebra.model.loading.Loading`: stripes, rope, self_extend, window, full_decode, dtype,
-            device.
+            checkpoint those of `zebra.model.load_options.LoadOptions`: stripes, rope, self_extend, window,
+            full_decode, dtype, device.
 
     Raises:
-        Refusal: an empty prompt, no tokenizer, no chat template where one is to be used, a rope that changes with
+        ZebraError: an empty prompt, no tokenizer, no chat template where one is to be used, a rope that changes with
             length, more tokens than there are learned positions, arguments for loading beside a loaded model, what
             `Decoding` and `load` refuse.
 
     Example:
         >>> zebra.generate("./Llama-3.1-8B", "Once upon a time", stripes="GLLL:4096", max_new_tokens=20).text
     """
-    names = {field.name for field in fields(Loading)}
-    loading = Loading(**{name: value for name, value in options.items() if name in names})
+    names = {field.name for field in fields(LoadOptions)}
+    loading = LoadOptions(**{name: value for name, value in options.items() if name in names})
     chosen = Decoding(**{name: value for name, value in options.items() if name not in names})
     if not prompt:
-        raise Refusal("the prompt is empty. Give at least one character.")
+        raise ZebraError("the prompt is empty. Give at least one character.")
     ready = model if isinstance(model, PreTrainedModel) else None
     if isinstance(model, PreTrainedModel):
         if given := loading.given():
-            raise Refusal(f"{', '.join(given)} are for loading, and this model is loaded. Give them to zebra.load.")
+            raise ZebraError(f"{', '.join(given)} are for loading, and this model is loaded. Give them to zebra.load.")
         if tokenizer is None and not model.name_or_path:
-            raise Refusal("this model was made without a checkpoint, so that it has no tokenizer. Pass tokenizer=.")
+            raise ZebraError("this model was made without a checkpoint, so that it has no tokenizer. Pass tokenizer=.")
         source, config = model.name_or_path, model.config
     else:
         source, config = model, loading.config(model)
@@ -188,7 +188,7 @@ def generate(
     tokenizer = tokenizer or load_tokenizer(source, config)
     inputs = encoded(prompt, tokenizer, chat)
     refuse_off_the_table(config, inputs["input_ids"].shape[1] + chosen.max_new_tokens - 1)
-    setting = loading.extension(config) if ready is None else setting_of(ready)
+    setting = loading.self_extend_setting(config) if ready is None else setting_of(ready)
     if setting is not None or as_rope(loading.rope).kind != "base":
         _warn_beyond(config, setting, inputs["input_ids"].shape[1], chosen.max_new_tokens)
     return _run(ready or loading.model(source), tokenizer, inputs, chosen, on_text)
@@ -198,10 +198,12 @@ def encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict
     """A prompt as tokens (1, T), `input_ids` and `attention_mask`, in the chat template where it is asked for.
 
     Raises:
-        Refusal: no chat template, a prompt without tokens.
+        ZebraError: no chat template, a prompt without tokens.
     """
     if chat and not tokenizer.chat_template:
-        raise Refusal("this checkpoint's tokenizer has no chat template. Leave chat out and write the prompt in full.")
+        raise ZebraError(
+            "this checkpoint's tokenizer has no chat template. Leave chat out and write the prompt in full."
+        )
     if chat:
         message = [{"role": "user", "content": prompt}]
         found: Any = tokenizer.apply_chat_template(
@@ -210,7 +212,7 @@ def encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict
     else:
         found = tokenizer(prompt, return_tensors="pt")
     if found["input_ids"].numel() == 0:
-        raise Refusal(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
+        raise ZebraError(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
     return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -228,7 +230,7 @@ def continued(
         decoding: the fields of `Decoding`.
 
     Raises:
-        Refusal: what `Decoding` refuses.
+        ZebraError: what `Decoding` refuses.
     """
     chosen = Decoding(**decoding)
     with _deterministic(model, chosen.seed), _one_warning():
@@ -251,7 +253,7 @@ def _run(
     ids = inputs["input_ids"].to(model.device)
     writer, clock = _Writer(tokenizer, on_text), _Clock()
     streams = decoding.num_beams == 1  # the host has no stream of beams: the best is known at the end
-    told = _one_warning("zebra.model.extension")
+    told = _one_warning("zebra.model.self_extend")
     with _deterministic(model, decoding.seed), told, _reading(model, ids.shape[1], decoding.prefill_chunk):
         start = time.perf_counter()
         try:

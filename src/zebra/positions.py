@@ -23,7 +23,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Types of rope whose frequencies change with the text's length."""
@@ -67,7 +67,7 @@ class SelfExtend:
         log_scale: multiply the query at position p by max(1, ln(p + 1) / ln L), as the authors did for long passkeys.
 
     Raises:
-        Refusal: a group or a window below 1.
+        ZebraError: a group or a window below 1.
 
     Example:
         >>> SelfExtend.parse("8:1024").reach(4096)
@@ -81,7 +81,7 @@ class SelfExtend:
     def __post_init__(self) -> None:
         for number in (self.group, self.window):
             if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 2**31:
-                raise Refusal(
+                raise ZebraError(
                     "Self-Extend takes a group G and a window W, whole numbers of at least 1; "
                     f"got {self.group!r}:{self.window!r}. Write for example 8:1024."
                 )
@@ -91,11 +91,11 @@ class SelfExtend:
         """Read the notation that `str()` prints, `G:W` or `G:W:log`, and `auto:TARGET` where `trained` is given.
 
         Raises:
-            Refusal: another notation, and what `suggest` refuses.
+            ZebraError: another notation, and what `suggest` refuses.
         """
         match = re.fullmatch(r"\s*(?:(auto)|([0-9]{1,10}))\s*:\s*([0-9]{1,10})\s*(:\s*log)?\s*", str(text))
         if match is None or (match[1] and (trained is None or match[4])):
-            raise Refusal(
+            raise ZebraError(
                 f"Self-Extend is written GROUP:WINDOW, or auto:TARGET where the trained length is known; got {text!r}. "
                 "Write for example 8:1024 or auto:16384."
             )
@@ -118,10 +118,10 @@ class SelfExtend:
         """Refuse a window that leaves a model trained at `trained` tokens nothing for the far part.
 
         Raises:
-            Refusal: W at or beyond the trained length.
+            ZebraError: W at or beyond the trained length.
         """
         if self.window >= trained:
-            raise Refusal(
+            raise ZebraError(
                 f"Self-Extend's window is below the trained length, which it shares with the far part; got {self} for "
                 f"a model trained at {trained:,} tokens. Lower the window, for example to {max(1, trained // 4)}."
             )
@@ -141,12 +141,14 @@ def suggest(trained: int, target: int) -> SelfExtend:
     above the least often better. For L = 4,096 it gives their own settings: 16:1024 at 16K, 32:1024 at 25K.
 
     Raises:
-        Refusal: a target within the trained length, a trained length below 8.
+        ZebraError: a target within the trained length, a trained length below 8.
     """
     if trained < 8:
-        raise Refusal(f"Self-Extend parts a trained length of at least 8 tokens; this model's is {trained}. Drop it.")
+        raise ZebraError(
+            f"Self-Extend parts a trained length of at least 8 tokens; this model's is {trained}. Drop it."
+        )
     if not trained < target < 2**31:
-        raise Refusal(
+        raise ZebraError(
             f"a target of Self-Extend is beyond the trained length and below 2^31; got {target:,} for a model trained "
             f"at {trained:,} tokens, which reads that much as it is. Raise the target, or drop Self-Extend."
         )
@@ -162,15 +164,15 @@ def refuse_rope(family: str, kind: str | None) -> None:
         kind: the type of its rope by its config, None where its positions are no rotary embedding.
 
     Raises:
-        Refusal: no rope, dynamic NTK, longrope.
+        ZebraError: no rope, dynamic NTK, longrope.
     """
     if kind is None:
-        raise Refusal(
+        raise ZebraError(
             f"Self-Extend turns rotary embeddings, and this {family} has none of transformers' kind: its positions are "
             "learned, ALiBi, or made in the attention itself."
         )
     if kind in LENGTH_DEPENDENT:
-        raise Refusal(
+        raise ZebraError(
             f"this {family} has a rope of type {kind}, whose frequencies change with the text's length, so that cached "
             "keys could not be turned again. Self-Extend serves default, linear, llama3 and yarn."
         )
@@ -180,9 +182,9 @@ def refuse_no_global(family: str, remedy: str = "Take a layout with a global lay
     """Refuse a model in which nothing is left to extend.
 
     Raises:
-        Refusal: always.
+        ZebraError: always.
     """
-    raise Refusal(
+    raise ZebraError(
         f"this {family} has no global layer with a rotary embedding, so Self-Extend has nothing to extend: local "
         f"layers never look beyond their window. {remedy}"
     )

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 GLOBAL = "full_attention"
 LOCAL = "sliding_attention"
@@ -30,7 +30,8 @@ class Stripes:
     beside the window. No config.json can say them: `zebra.json` does.
 
     Raises:
-        Refusal: window below 1, sinks below 0, an empty pattern or list, a letter that is neither G nor L, a repeated
+        ZebraError: window below 1, sinks below 0, an empty pattern or list, a letter that is neither G nor L, a
+            repeated
             or negative layer. A layer beyond the model's depth is refused by `layer_types`, which knows the depth.
 
     Example:
@@ -45,36 +46,36 @@ class Stripes:
 
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or not 1 <= self.window < 2**31:
-            raise Refusal(
+            raise ZebraError(
                 f"a window counts the keys that a query sees, its own included, so it is a whole number of at least 1 "
                 f"and below 2^31; got {self.window!r}. Give a window such as 512."
             )
         if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or not 0 <= self.sinks < 2**31:
-            raise Refusal(
+            raise ZebraError(
                 "sinks count the first tokens of a text that local layers always see, a whole number of at least 0; "
                 f"got {self.sinks!r}. Give a few, such as 4."
             )
         if (self.pattern is None) == (self.global_layers is None):
-            raise Refusal(
+            raise ZebraError(
                 "a layout is either a pattern or a list of global layers; "
                 f"got pattern={self.pattern!r} and global_layers={self.global_layers!r}. Give exactly one."
             )
         if self.pattern is not None and not re.fullmatch(r"[GL]+", self.pattern):
-            raise Refusal(
+            raise ZebraError(
                 f"a pattern names at least one layer, with the letters G (global) and L (local); got {self.pattern!r}. "
                 "Write for example GLLL."
             )
         if self.global_layers is not None:
             layers = tuple(self.global_layers)
             if not layers:
-                raise Refusal(
+                raise ZebraError(
                     "a list of global layers names at least one layer; got none. "
                     f"For local layers only, write the pattern L:{self.window}."
                 )
             if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers) or len(set(layers)) != len(
                 layers
             ):
-                raise Refusal(
+                raise ZebraError(
                     f"global layers are different whole numbers counted from 0; got {list(layers)}. "
                     "Name each layer once."
                 )
@@ -84,7 +85,7 @@ class Stripes:
     def grouped(cls, *, stride: int, window: int) -> Stripes:
         """The paper's layout: layer `i` is global iff `i % stride == 0`, so each group begins with its global layer."""
         if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
-            raise Refusal(
+            raise ZebraError(
                 f"the stride is the number of layers in a group, at least 1; got {stride!r}. "
                 "Give 4 for one global layer in four."
             )
@@ -96,7 +97,7 @@ class Stripes:
         layers_of = r"\s*(?:([A-Za-z]+)|([0-9]+(?:\s*,\s*[0-9]+)*))\s*"
         match = re.fullmatch(layers_of + r":\s*(-?[0-9]+)\s*(?:\+\s*([0-9]+)\s*)?", str(text))
         if match is None:
-            raise Refusal(
+            raise ZebraError(
                 f"stripes are written PATTERN:WINDOW or LAYERS:WINDOW, and +SINKS where there are any; got {text!r}. "
                 "Write for example GLLL:512, 0,4,9,31:1024, or GLLL:512+4."
             )
@@ -120,12 +121,12 @@ class Stripes:
     def layer_types(self, n: int) -> tuple[str, ...]:
         """The kind of each of `n` layers in the host's words, to stand in `config.layer_types`."""
         if n < 1:
-            raise Refusal(f"a model has at least one layer; got {n}. Check num_hidden_layers in its config.json.")
+            raise ZebraError(f"a model has at least one layer; got {n}. Check num_hidden_layers in its config.json.")
         if self.pattern is not None:
             return tuple(GLOBAL if self.pattern[i % len(self.pattern)] == "G" else LOCAL for i in range(n))
         layers = self.global_layers or ()
         if layers[-1] >= n:
-            raise Refusal(
+            raise ZebraError(
                 f"the layout {self} names layer {layers[-1]}, but the model has {n} layers, counted from 0 to {n - 1}. "
                 f"Name layers up to {n - 1}."
             )

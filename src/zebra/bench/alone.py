@@ -23,7 +23,7 @@ from torch import Tensor
 
 from zebra.bench.ceilings import wait
 from zebra.bench.pairing import Work, case_of, within
-from zebra.model.hosts import read_device
+from zebra.model.load import read_device
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")

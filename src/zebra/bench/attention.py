@@ -14,7 +14,7 @@ from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
 from zebra.bench.peers import PEERS, Attend
 from zebra.bench.subjects import Attention
 from zebra.kernels import KERNELS, Mask, Request, attend
-from zebra.model.hosts import read_device, read_dtype
+from zebra.model.load import read_device, read_dtype
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import decoder
 from zebra.plan.devices import Device
@@ -41,7 +41,7 @@ def case(sizes: Attention) -> Case:
         if (reason := peer.backward(q)) is not None:
             left_out.append(f"{peer.name}, backward: {reason}")
         works = _works(sizes, tensors, partial(peer.prepare, sizes.window), peer.local, False, reason)
-        layout = f"L:{sizes.window}" if peer.local else "dense"
+        layout = f"L:{sizes.window}" if peer.local else "full"
         variants.append(Variant(name=peer.name, layout=layout, works=works, may_fail=peer.may_fail))
     heads = f"{sizes.heads} heads" + (f", {sizes.kv_heads} of keys," if sizes.kv_heads != sizes.heads else "")
     batch = f", {sizes.batch} rows" if sizes.batch > 1 else ""

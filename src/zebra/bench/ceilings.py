@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zebra.bench.subjects import FAST, RUN, Ceilings, Paired
+from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.kernels.precision import fast_float32
-from zebra.model.hosts import device_name, read_device
+from zebra.model.load import device_name, read_device
 from zebra.plan.devices import MEASURED, Device, find
-from zebra.records import Row, to_json
-from zebra.refusal import Refusal
+from zebra.results import Result, to_json
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 
 if TYPE_CHECKING:
@@ -109,11 +109,13 @@ def read(sizes: Paired, device: str) -> dict[bool, Device]:
     """The ceilings that a subject is held against, without and (where it is asked for) with the float32 switch.
 
     Raises:
-        Refusal: a file that is none, or one that lacks the dtype.
+        ZebraError: a file that is none, or one that lacks the dtype.
     """
     plain = find(sizes.ceilings) if sizes.ceilings else measure(device, repeats=3)
     if sizes.dtype not in plain.flops:
-        raise Refusal(f"{plain.name} has no ceiling for {sizes.dtype}; it has {', '.join(plain.flops)}. Take another.")
+        raise ZebraError(
+            f"{plain.name} has no ceiling for {sizes.dtype}; it has {', '.join(plain.flops)}. Take another."
+        )
     return {False: plain} | ({True: measure(device, repeats=3, fast=True)} if sizes.fast_float32 else {})
 
 
@@ -136,15 +138,17 @@ def _larger(one: Mapping[str, float], two: Mapping[str, float]) -> dict[str, flo
     return {dtype: max(rate, two.get(dtype, 0.0)) for dtype, rate in one.items()}
 
 
-def bench(sizes: Ceilings) -> tuple[Device, list[Row]]:
+def bench(sizes: Ceilings) -> tuple[Device, list[Result]]:
     """The ceilings, and the same as rows.
 
     Raises:
-        Refusal: the float32 switch asked for on a GPU.
+        ZebraError: the float32 switch asked for on a GPU.
     """
     device = read_device(sizes.device)
     if sizes.fast_float32 and device.startswith("cuda"):
-        raise Refusal("--fast-float32 is a switch of CPUs: on a GPU it would mean TF32. Drop it, or add --device cpu.")
+        raise ZebraError(
+            "--fast-float32 is a switch of CPUs: on a GPU it would mean TF32. Drop it, or add --device cpu."
+        )
     found = measure(device, size=sizes.size, repeats=sizes.repeats, fast=sizes.fast_float32)
     common: Any = {"run": RUN, "layout": "", "task": "bench ceilings", "device": found.name}
     numbers: list[tuple[str, str, float]] = [
@@ -154,7 +158,7 @@ def bench(sizes: Ceilings) -> tuple[Device, list[Row]]:
     numbers += attention_rates(found)
     numbers.append(("copy", "bytes_per_second", found.bandwidth))
     numbers += [("memory", "bytes", found.memory)] if found.memory is not None else []
-    return found, [Row(model=name, metric=metric, value=value, **common) for name, metric, value in numbers]
+    return found, [Result(model=name, metric=metric, value=value, **common) for name, metric, value in numbers]
 
 
 def attention_rates(found: Device) -> list[tuple[str, str, float]]:

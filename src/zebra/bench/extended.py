@@ -26,10 +26,10 @@ from zebra.bench.subjects import Extended
 from zebra.kernels import Mask
 from zebra.model.attention import NAME, zebra_attention
 from zebra.model.cache import ExtendedLayer, GrowingLayer
-from zebra.model.extend import Layer, bounded_cache, extend
-from zebra.model.extension import Extension, Rope, turn_between, turned
-from zebra.model.formula import Formula, by_formula
-from zebra.model.hosts import read_device, read_dtype
+from zebra.model.load import read_device, read_dtype
+from zebra.model.override import set_override
+from zebra.model.self_extend import Extension, Layer, Rope, bounded_cache, extend, turn_between, turned
+from zebra.model.self_extend.formula import Formula, by_formula
 from zebra.plan.devices import Device
 from zebra.positions import SelfExtend, grouped_key, grouped_query
 
@@ -44,7 +44,7 @@ def case(sizes: Extended) -> Case:
     """The same inputs and weights with Self-Extend and without."""
     setting = SelfExtend.parse(sizes.self_extend)
     variants = [
-        Variant(name=name, layout="dense", works=tuple(_works(sizes, one)), gate=partial(_error, sizes, one))
+        Variant(name=name, layout="full", works=tuple(_works(sizes, one)), gate=partial(_error, sizes, one))
         for name, one in (("zebra, Self-Extend", setting), ("zebra, plain", None))
     ]
     left_out = []
@@ -57,7 +57,7 @@ def case(sizes: Extended) -> Case:
             seconds = partial(_attention_seconds, sizes, setting)
             prepare = partial(_prepare_two_matrices, sizes, setting, fits[-1])
             works = (Work(prepare=prepare, prepares_extra=True, suffix="_prefill_attention", planned=seconds),)
-            variants.append(Variant(name=f"two score matrices{heads}", layout="dense", works=works))
+            variants.append(Variant(name=f"two score matrices{heads}", layout="full", works=works))
         else:
             left_out.append(f"two score matrices: {too_large(scores, read_device(sizes.device))}")
     elif sizes.work is None:
@@ -92,7 +92,7 @@ def _module(sizes: Extended, setting: SelfExtend | None) -> Any:
     """What stands for a layer's attention module, with Self-Extend hung on it."""
     module: Any = nn.Module()
     if setting is not None:
-        module.extension = Extension(Rope(frequencies(sizes), setting, sizes.length), 0, first=True)
+        set_override(module, Extension(Rope(frequencies(sizes), setting, sizes.length), 0, first=True))
     return module
 
 

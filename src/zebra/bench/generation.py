@@ -15,8 +15,8 @@ from zebra.bench.models import config, named, planned, random_model, random_toke
 from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
 from zebra.bench.subjects import Decode, Extended, Prefill
 from zebra.model.attention import NAME
-from zebra.model.cache import Pending, StripedCache
-from zebra.model.hosts import read_device, read_dtype
+from zebra.model.cache import PendingKeys, StripedCache
+from zebra.model.load import read_device, read_dtype
 from zebra.stripes import Stripes
 
 STEPS = 8
@@ -45,7 +45,7 @@ def case(sizes: Sizes) -> Case:
             planned=lambda device: sum(device.seconds(run).values()),
         )
         gate = partial(_error, sizes) if attention == NAME else None
-        return Variant(name=name, layout=str(layout or "dense"), works=(work,), gate=gate)
+        return Variant(name=name, layout=str(layout or "full"), works=(work,), gate=gate)
 
     variants = (
         variant("zebra", stripes, NAME, StripedCache),
@@ -93,7 +93,7 @@ def filled(sizes: Sizes | Extended, cache: Any, layers: int) -> Any:
     with torch.no_grad():
         for layer in range(layers):
             held, _ = cache.update(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)), layer)
-            if isinstance(held, Pending):
+            if isinstance(held, PendingKeys):
                 held.write(held.states)
     return cache
 

@@ -14,7 +14,7 @@ from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
 from zebra.bench.peers import flex_reason, too_large
 from zebra.bench.subjects import Layer
 from zebra.model.attention import NAME
-from zebra.model.hosts import read_device, read_dtype
+from zebra.model.load import read_device, read_dtype
 from zebra.plan.cost import Run
 from zebra.plan.devices import Device
 from zebra.stripes import Stripes

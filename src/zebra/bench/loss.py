@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from zebra.bench.pairing import Case, Variant, Work, relative_error
 from zebra.bench.subjects import Loss
-from zebra.model.hosts import read_device, read_dtype
+from zebra.model.load import read_device, read_dtype
 from zebra.model.loss import Head, summed_loss
 from zebra.plan.cost import Run
 from zebra.plan.decoder import decoder

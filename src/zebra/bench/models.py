@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 import zebra.model.attention  # noqa: F401  registers "zebra"
 from zebra.bench.subjects import Paired
 from zebra.model.families import host_class, striped
-from zebra.model.hosts import read_device, read_dtype
+from zebra.model.load import read_device, read_dtype
 from zebra.plan.cost import Run
 from zebra.plan.decoder import decoder
 from zebra.stripes import Stripes

@@ -28,12 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from zebra.bench import ceilings
 from zebra.bench.ceilings import wait
 from zebra.bench.subjects import FAST, RUN, Paired
+from zebra.errors import ZebraError
 from zebra.kernels.precision import fast_float32
-from zebra.model.hosts import device_name, read_device
+from zebra.model.load import device_name, read_device
 from zebra.plan.devices import Device
 from zebra.progress import bar
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.results import Result
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 """The relative error, in the Frobenius norm, that a variant of ours may have against the formula."""
@@ -103,7 +103,9 @@ def case_of(sizes: Paired) -> Case:
     if not sizes.fast_float32:
         return case
     if not str(read_device(sizes.device)).startswith("cpu"):
-        raise Refusal("--fast-float32 is a switch of CPUs: on a GPU it would mean TF32. Drop it, or add --device cpu.")
+        raise ZebraError(
+            "--fast-float32 is a switch of CPUs: on a GPU it would mean TF32. Drop it, or add --device cpu."
+        )
     with fast_float32() as on:
         if not on:
             reason = "fast float32: its products are not accurate on this machine"
@@ -112,11 +114,11 @@ def case_of(sizes: Paired) -> Case:
     return replace(case, variants=(*case.variants, *twins))
 
 
-def bench(sizes: Paired) -> tuple[list[Row], tuple[str, ...]]:
+def bench(sizes: Paired) -> tuple[list[Result], tuple[str, ...]]:
     """All rows of a subject, and what was left out.
 
     Raises:
-        Refusal: a variant of ours that computes something else than the formula; no row is made then. Memory that
+        ZebraError: a variant of ours that computes something else than the formula; no row is made then. Memory that
             cannot be measured is left out: the times are there by then.
     """
     device = read_device(sizes.device)
@@ -132,7 +134,7 @@ def bench(sizes: Paired) -> tuple[list[Row], tuple[str, ...]]:
             memory = None
             try:
                 memory = alone(sizes, variant.name, work.suffix) if sizes.memory else None
-            except Refusal as refusal:
+            except ZebraError as refusal:
                 left_out.append(str(refusal))
             flops = executed(variant, work) if work.counted else None
             found = _Measured(taken.get((variant.name, work.suffix), []), memory, flops)
@@ -141,7 +143,7 @@ def bench(sizes: Paired) -> tuple[list[Row], tuple[str, ...]]:
     return rows + _ceilings(sizes, peaks), tuple(left_out)
 
 
-def _ceilings(sizes: Paired, peaks: Mapping[bool, Device]) -> list[Row]:
+def _ceilings(sizes: Paired, peaks: Mapping[bool, Device]) -> list[Result]:
     """What the shares and the plan rest on."""
     rows = []
     for fast, found in peaks.items():
@@ -150,7 +152,9 @@ def _ceilings(sizes: Paired, peaks: Mapping[bool, Device]) -> list[Row]:
         named += ceilings.attention_rates(found)
         named = [one for one in named if one[0].startswith(sizes.dtype)]
         named += [("copy", "bytes_per_second", found.bandwidth)] if not fast else []
-        rows += [Row(model=name + FAST * fast, metric=metric, value=value, **common) for name, metric, value in named]
+        rows += [
+            Result(model=name + FAST * fast, metric=metric, value=value, **common) for name, metric, value in named
+        ]
     return rows
 
 
@@ -173,7 +177,7 @@ def gate(variants: Iterable[Variant], dtype: str) -> None:
     """A fast wrong answer is no result.
 
     Raises:
-        Refusal: a variant of ours is farther from the formula than rounding explains.
+        ZebraError: a variant of ours is farther from the formula than rounding explains.
     """
     for variant in variants:
         if variant.gate is None:
@@ -181,7 +185,7 @@ def gate(variants: Iterable[Variant], dtype: str) -> None:
         with within(variant):
             error = variant.gate()
         if not error <= TOLERANCE[dtype]:
-            raise Refusal(
+            raise ZebraError(
                 f"{variant.name} is off by {error:.1e} of the formula, more than {TOLERANCE[dtype]:.0e} in {dtype}. "
                 "Nothing was measured: mend it first."
             )
@@ -226,7 +230,7 @@ def alone(sizes: Paired, variant: str, suffix: str) -> int | None:
     """Peak bytes beyond inputs and outputs, in a fresh process; None where the system does not tell.
 
     Raises:
-        Refusal: the process ended early, of too little memory perhaps.
+        ZebraError: the process ended early, of too little memory perhaps.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what this process keeps for later, the other one needs
@@ -234,7 +238,7 @@ def alone(sizes: Paired, variant: str, suffix: str) -> int | None:
     done = subprocess.run([sys.executable, "-m", "zebra.bench.alone"], input=asked, capture_output=True)
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no word: perhaps memory ran out"]
-        raise Refusal(f"measuring the memory of {variant} ended with code {done.returncode}: {last[0]}")
+        raise ZebraError(f"measuring the memory of {variant} ended with code {done.returncode}: {last[0]}")
     return int(found) if (found := done.stdout.split()[-1].decode()) != "unknown" else None
 
 
@@ -247,7 +251,7 @@ class _Measured:
 
 def _rows(
     sizes: Paired, case: Case, variant: Variant, work: Work, found: _Measured, peak: Device, device: str
-) -> list[Row]:
+) -> list[Result]:
     """The numbers of one variant and work: the time first, and what stands beside it."""
     common: Any = {
         "run": RUN,
@@ -260,7 +264,7 @@ def _rows(
     }
     if work.whole:
         held = found.memory
-        return [] if held is None else [Row(metric="peak_bytes" + work.suffix, value=held, **common)]
+        return [] if held is None else [Result(metric="peak_bytes" + work.suffix, value=held, **common)]
     median = statistics.median(found.times)
     most = peak.flops[sizes.dtype] * median / 1000  # FLOPs that the device could have done meanwhile
     numbers: dict[str, float | None] = {
@@ -271,9 +275,9 @@ def _rows(
         "planned_milliseconds": 1000 * work.planned(peak) if work.planned else None,
     }
     spread: Any = {"n": len(found.times), "low": min(found.times), "high": max(found.times)}
-    rows = [Row(metric="milliseconds" + work.suffix, value=median, **spread, **common)]
+    rows = [Result(metric="milliseconds" + work.suffix, value=median, **spread, **common)]
     return rows + [
-        Row(metric=name + work.suffix, value=value, **common) for name, value in numbers.items() if value is not None
+        Result(metric=name + work.suffix, value=value, **common) for name, value in numbers.items() if value is not None
     ]
 
 

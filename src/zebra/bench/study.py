@@ -25,12 +25,13 @@ from zebra.bench.subjects import RUN, Paired
 from zebra.kernels.summary import formula
 from zebra.model.attention import NAME
 from zebra.model.families import host_class
-from zebra.model.hosts import read_device
+from zebra.model.load import read_device
 from zebra.model.local import layout_with
 from zebra.model.loss import head_of, summed_loss, without_logits
+from zebra.model.override import get_override, set_override
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import Decoder, decoder
-from zebra.records import Row
+from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_for
@@ -55,7 +56,7 @@ class Steps(Paired):
         return self.recipes[0].train.length
 
 
-def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) -> tuple[list[Row], tuple[str, ...]]:
+def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) -> tuple[list[Result], tuple[str, ...]]:
     """Rows of each distinct cell, whatever its seed, and what was left out; their layout and length tell the cell.
 
     milliseconds, tokens_per_second, planned_milliseconds    of one forward and backward pass and the optimiser's step
@@ -67,7 +68,7 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
         options: of `Paired`: repeats, memory, ceilings, seed, device.
 
     Raises:
-        Refusal: a cell whose gradients are not those of the formula.
+        ZebraError: a cell whose gradients are not those of the formula.
     """
     cells: dict[tuple[Any, ...], dict[str, PretrainRecipe]] = {}
     for recipe in recipes:
@@ -209,8 +210,8 @@ def _error(recipe: PretrainRecipe, device: str | None) -> float:
         model = _model(config, device)
         tokens = torch.arange(length, device=model.device)[None] % config.vocab_size
         for layer in model.model.layers if naive else ():
-            if hasattr(layer.self_attn, "extension"):
-                layer.self_attn.extension = _Formula(config.summary_block)
+            if get_override(layer.self_attn) is not None:
+                set_override(layer.self_attn, _Formula(config.summary_block))
         with kernels.only("reference") if naive else nullcontext():
             loss = _loss(model, tokens, recipe.train)
             loss.backward()

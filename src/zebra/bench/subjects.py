@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from zebra.errors import ZebraError
 from zebra.positions import SelfExtend
-from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 DTYPES = ("float32", "bfloat16")
@@ -27,7 +27,7 @@ class Sizes:
     """What every subject can be told.
 
     Raises:
-        Refusal: a size below 1, another dtype, heads that no query group fits, a layout that is none, the float32
+        ZebraError: a size below 1, another dtype, heads that no query group fits, a layout that is none, the float32
             switch in another dtype.
     """
 
@@ -44,9 +44,11 @@ class Sizes:
         for one in fields(self):
             value = getattr(self, one.name)
             if type(value) is int and one.name != "seed" and value < 1:
-                raise Refusal(f"--{one.name.replace('_', '-')} is a whole number of at least 1; got {value}. Raise it.")
+                raise ZebraError(
+                    f"--{one.name.replace('_', '-')} is a whole number of at least 1; got {value}. Raise it."
+                )
         if not 0 <= self.seed < 2**63:
-            raise Refusal(f"--seed is a whole number from 0 to 2^63; got {self.seed}.")
+            raise ZebraError(f"--seed is a whole number from 0 to 2^63; got {self.seed}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +78,23 @@ class Paired(Sizes):
             object.__setattr__(self, "kv_heads", self.heads)  # type: ignore[attr-defined]
         super().__post_init__()
         if self.dtype not in DTYPES:
-            raise Refusal(f"--dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}. Choose one.")
+            raise ZebraError(f"--dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}. Choose one.")
         if self.fast_float32 and self.dtype != "float32":
-            raise Refusal(f"--fast-float32 changes float32 products; got --dtype {self.dtype}. Drop one of them.")
+            raise ZebraError(f"--fast-float32 changes float32 products; got --dtype {self.dtype}. Drop one of them.")
         heads, kv_heads = getattr(self, "heads", 1), getattr(self, "kv_heads", 1)
         if heads % kv_heads:
-            raise Refusal(f"--heads is a multiple of --kv-heads; got {heads} and {kv_heads}.")
+            raise ZebraError(f"--heads is a multiple of --kv-heads; got {heads} and {kv_heads}.")
         if getattr(self, "head_size", 2) % 2:
-            raise Refusal(f"--head-size is even, as a rope turns pairs; got {getattr(self, 'head_size', 0)}.")
+            raise ZebraError(f"--head-size is even, as a rope turns pairs; got {getattr(self, 'head_size', 0)}.")
         if getattr(self, "words", 4) < 4 or (self.name == "loss" and getattr(self, "length", 2) < 2):
-            raise Refusal("there are at least 4 --words, and a loss predicts from 2 tokens of --length on. Raise them.")
+            raise ZebraError(
+                "there are at least 4 --words, and a loss predicts from 2 tokens of --length on. Raise them."
+            )
         if hasattr(self, "stripes"):
             stripes = Stripes.parse(self.stripes)
             stripes.layer_types(getattr(self, "layers", 1))
             if stripes.sinks:
-                raise Refusal(f"benches run the host's classes, which have no sinks; got {stripes}. Drop them.")
+                raise ZebraError(f"benches run the host's classes, which have no sinks; got {stripes}. Drop them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +196,7 @@ class Extended(Paired):
     """Self-Extend beside none.
 
     Raises:
-        Refusal: a setting that is none, a text within its window, another work, memory alone without memory.
+        ZebraError: a setting that is none, a text within its window, another work, memory alone without memory.
     """
 
     name = "self-extend"
@@ -217,11 +221,11 @@ class Extended(Paired):
         super().__post_init__()
         window = SelfExtend.parse(self.self_extend).window
         if self.length <= window:
-            raise Refusal(f"Self-Extend acts beyond its window of {window:,} tokens; got --length {self.length:,}.")
+            raise ZebraError(f"Self-Extend acts beyond its window of {window:,} tokens; got --length {self.length:,}.")
         if self.work not in (None, *WORKS):
-            raise Refusal(f"--work is one of {', '.join(WORKS)}; got {self.work!r}. Choose one, or leave it out.")
+            raise ZebraError(f"--work is one of {', '.join(WORKS)}; got {self.work!r}. Choose one, or leave it out.")
         if self.work == "chunks" and not self.memory:
-            raise Refusal("--work chunks measures memory alone; got --no-memory. Drop one of them.")
+            raise ZebraError("--work chunks measures memory alone; got --no-memory. Drop one of them.")
 
 
 SUBJECTS: dict[str, type[Sizes]] = {

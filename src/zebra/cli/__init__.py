@@ -18,7 +18,7 @@ from zebra.cli.loading import loads_a_checkpoint
 from zebra.cli.retrieval import EXAMPLE, retrieval
 from zebra.cli.study import EXAMPLE as EXAMPLE_OF_STUDY
 from zebra.cli.study import study
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 app = typer.Typer(
     help="A longer and cheaper context for decoder language models: stripes of global and local attention.",
@@ -55,7 +55,7 @@ def main() -> None:
             raise SystemExit(2) from None
         more = f" `{error.ctx.command_path} --help` lists what there is." if error.ctx else ""
         _fail(error.format_message().rstrip(".") + "." + more, 2)
-    except Refusal as refusal:
+    except ZebraError as refusal:
         _fail(str(refusal), 2)
     except KeyboardInterrupt:
         _fail(interrupted, 130)
@@ -197,9 +197,9 @@ def perplexity(
 ) -> None:
     """Perplexity by position, at one or more context lengths."""
     with show.quiet_host():
-        from zebra.evaluate.perplexity import rows_of
+        from zebra.evaluate.perplexity import evaluate_perplexity
 
-        rows = rows_of(
+        rows = evaluate_perplexity(
             checkpoint,
             text,
             lengths=_lengths(length),
@@ -231,11 +231,11 @@ def report(
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
 ) -> None:
     """Turn rows of results into one page, the runs side by side where there are several."""
-    from zebra import records
     from zebra.report import together, write_report
+    from zebra.results import read_results
 
-    files = {str(source): source / "rows.jsonl" if source.is_dir() else source for source in sources}
-    rows = together({name: records.read(file) for name, file in files.items()})
+    files = {str(source): source / "results.jsonl" if source.is_dir() else source for source in sources}
+    rows = together({name: read_results(file) for name, file in files.items()})
     write_report(rows, out, title=title)
     print(f"{out}: {len(rows)} rows")
 
@@ -252,6 +252,6 @@ def _lengths(text: str) -> list[int]:
     try:
         return [int(part.replace("_", "")) for part in text.split(",")]
     except ValueError:
-        raise Refusal(
+        raise ZebraError(
             f"--length takes whole numbers, several with commas; got {text!r}. Write 4096 or 512,4096."
         ) from None

@@ -13,14 +13,14 @@ import typer
 
 from zebra.bench.subjects import SUBJECTS, Ceilings, Paired, Sizes
 from zebra.cli import show
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 app = typer.Typer(help="Measure time and memory beside the plan.", no_args_is_help=True)
 
 _EXAMPLES = {
     "attention": "--length 16384 --window 512",
     "train-step": "--length 2048 --dtype bfloat16",
-    "decode": "--length 32768 --out rows.jsonl",
+    "decode": "--length 32768 --out results.jsonl",
     "ceilings": "--out machine.json",
 }
 
@@ -62,7 +62,7 @@ def _command(subject: type[Sizes]) -> Callable[..., None]:
 def _measure(sizes: Sizes, out: Path | None, as_json: bool) -> None:
     left_out: tuple[str, ...] = ()
     if out is not None and (out.is_dir() or (out.parent.is_dir() and not os.access(out.parent, os.W_OK))):
-        raise Refusal(f"--out is a file in a folder that can be written; got {out}. Name another.")
+        raise ZebraError(f"--out is a file in a folder that can be written; got {out}. Name another.")
     if isinstance(sizes, Ceilings):
         from zebra.bench import ceilings
 
@@ -70,8 +70,8 @@ def _measure(sizes: Sizes, out: Path | None, as_json: bool) -> None:
         if out is not None:
             ceilings.write(out, found)
     else:
-        from zebra import records
         from zebra.bench.pairing import bench
+        from zebra.results import append_results
 
         assert isinstance(sizes, Paired)
         try:
@@ -79,9 +79,9 @@ def _measure(sizes: Sizes, out: Path | None, as_json: bool) -> None:
         except RuntimeError as error:  # torch has no class of its own for a CPU without memory
             if "allocate memory" not in str(error) and "out of memory" not in str(error):
                 raise
-            raise Refusal(f"there is too little memory: {str(error).splitlines()[0]} Give smaller sizes.") from None
+            raise ZebraError(f"there is too little memory: {str(error).splitlines()[0]} Give smaller sizes.") from None
         if out is not None:
-            records.append(out, rows)
+            append_results(out, rows)
     show.rows(rows, as_json)
     for line in left_out:
         show.note(f"left out: {line}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from zebra.cli import show
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 EXAMPLE = (
     "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096\n\n"
@@ -59,24 +59,26 @@ def convert(
 ) -> None:
     """Make a copy of a checkpoint with stripes, which plain transformers loads."""
     if (stripes is None) == (select is None):
-        raise Refusal(
+        raise ZebraError(
             f"a conversion takes either --stripes or --select; got {'neither' if stripes is None else 'both'}. "
             "Write --stripes GLLL:512, or --select 0.25 --window 512 --length 4096 --text book.txt."
         )
     own = {"--window": window, "--length": length, "--text": text, "--task": task, "--work": work}
     if stripes is not None and (foreign := [option for option, value in own.items() if value is not None]):
-        raise Refusal(f"{' and '.join(foreign)} belong to --select, and --stripes {stripes} says all. Leave them out.")
+        raise ZebraError(
+            f"{' and '.join(foreign)} belong to --select, and --stripes {stripes} says all. Leave them out."
+        )
     with show.quiet_host():
         from zebra.model.checkpoint import read_config, read_local
-        from zebra.model.hosts import check_target
-        from zebra.model.hosts import convert as run
+        from zebra.model.load import check_target
+        from zebra.model.load import convert as run
         from zebra.model.local import layout_with
 
         rows: list[Any] = []
         check_target(source, target)
         if select is not None:
             if window is None or length is None:
-                raise Refusal("--select needs --window and --length. Write for example --window 512 --length 4096.")
+                raise ZebraError("--select needs --window and --length. Write for example --window 512 --length 4096.")
             place = target if target.name else Path(os.path.abspath(target))  # `.` has no name of its own
             where = work or place.with_name(f"{place.name}-selection")
             stripes, rows = _selected(
@@ -102,7 +104,7 @@ def convert(
     kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
     if as_json:
         made = {"target": str(target), "class": config.architectures[0], "layout": named, "layers": kinds}
-        show.json(made | {"rows": [row.columns() for row in rows]})
+        show.json(made | {"results": [row.columns() for row in rows]})
         return
     if rows:
         show.rows(rows, as_json)
@@ -111,14 +113,14 @@ def convert(
 
 def _selected(work: Path, **given: Any) -> tuple[str, list[Any]]:
     """The layout and the rows; rows and page stand in the folder."""
-    from zebra import records
     from zebra.evaluate.selection import select
     from zebra.report import write_report
     from zebra.report.selection import better
+    from zebra.results import read_results
 
     found = select(**given, work=work, run=str(work))
-    write_report(records.read(work / "rows.jsonl"), work / "report.html")
+    write_report(read_results(work / "results.jsonl"), work / "report.html")
     for line in better(found.rows):
         show.note(line)
-    show.note(f"rows {work}/rows.jsonl, page {work}/report.html")
+    show.note(f"rows {work}/results.jsonl, page {work}/report.html")
     return str(found.stripes), found.rows

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from zebra.cli import show
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 app = typer.Typer(help="Make training data.", no_args_is_help=True)
 
@@ -31,12 +31,12 @@ def instructions(
     try:
         depths = tuple(float(part) for part in depth.split(","))
     except ValueError:
-        raise Refusal(f"--depth takes numbers, several with commas; got {depth!r}. Write 0,0.5,1.") from None
+        raise ZebraError(f"--depth takes numbers, several with commas; got {depth!r}. Write 0,0.5,1.") from None
     kinds = tuple(part.strip() for part in kind.split(","))
     order = Order(kinds=kinds, words=words, depths=depths, writing=writing, seed=seed)
     made = list(make(read_annotated(documents, separator=separator), order))
     if not made:
-        raise Refusal(
+        raise ZebraError(
             f"these documents have nothing for {', '.join(kinds)}: no questions, no summaries, or no two passages of "
             "sentences to write. Give others, or other kinds."
         )

@@ -45,10 +45,10 @@ def documents(
     """Questions about long documents: ROUGE and F1, or the reference's likelihood, after a look at the data."""
     lengths = [] if length is None else numbers("--length", length, int, "4096,16384")
     with show.quiet_host(), show.warnings_as_notes():
-        from zebra.evaluate.documents import Options, rows_of
+        from zebra.evaluate.documents import Options, evaluate_documents
         from zebra.evaluate.prompts import TEMPLATE
 
-        rows, outcomes = rows_of(
+        rows, outcomes = evaluate_documents(
             checkpoint,
             file,
             lengths=lengths,
@@ -63,8 +63,8 @@ def documents(
     if items is not None:
         from dataclasses import asdict
 
-        from zebra.records import to_json
-        from zebra.staged import write_whole
+        from zebra.files import atomic_write
+        from zebra.results import to_json
 
-        write_whole(items, "".join(to_json(asdict(outcome)) + "\n" for outcome in outcomes))
+        atomic_write(items, "".join(to_json(asdict(outcome)) + "\n" for outcome in outcomes))
     show.rows(rows, as_json, out)

@@ -10,7 +10,7 @@ import typer
 
 from zebra.cli import show
 from zebra.cli.loading import loads_a_checkpoint
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 
 @loads_a_checkpoint
@@ -65,13 +65,13 @@ def _prompt(text: str | None, file: Path | None) -> str:
     """The prompt, as it stands: a last line break of a file is the prompt's too."""
     if (text is None) == (file is None):
         both = "both" if text is not None else "neither"
-        raise Refusal(f"a prompt is --prompt TEXT or --file PATH (- reads stdin); got {both}. Give one.")
+        raise ZebraError(f"a prompt is --prompt TEXT or --file PATH (- reads stdin); got {both}. Give one.")
     if text is not None or file is None:
         return text or ""
     try:
         read = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         return read.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Refusal(f"the prompt in {file} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
+        raise ZebraError(f"the prompt in {file} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
     except OSError as error:
-        raise Refusal(f"the prompt in {file} cannot be read: {error.strerror}. Give a file of text.") from None
+        raise ZebraError(f"the prompt in {file} cannot be read: {error.strerror}. Give a file of text.") from None

@@ -1,4 +1,4 @@
-"""The options of the verbs that load a checkpoint, in one place: those of `zebra.model.loading.Loading`."""
+"""The options of the verbs that load a checkpoint, in one place: those of `zebra.model.load_options.LoadOptions`."""
 
 from __future__ import annotations
 

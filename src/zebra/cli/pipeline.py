@@ -39,7 +39,7 @@ def run(
         stages = read_pipeline(recipe, set_ or [])
         if dry_run:
             from zebra.bench.ceilings import measure
-            from zebra.model.hosts import best_device
+            from zebra.model.load import best_device
             from zebra.plan.devices import find
 
             planned = plan(stages)

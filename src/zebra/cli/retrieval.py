@@ -10,7 +10,7 @@ import typer
 
 from zebra.cli import show
 from zebra.cli.loading import loads_a_checkpoint
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 EXAMPLE = "zebra evaluate retrieval ./Llama-3.1-8B-GLLL --task passkey,lookup --length 4096,16384 --depth 0,0.5,1"
 Number = TypeVar("Number", int, float)
@@ -50,9 +50,9 @@ def retrieval(
     tasks = [name.strip() for name in task.split(",")]
     lengths, depths = numbers("--length", length, int, "1024,4096"), numbers("--depth", depth, float, "0,0.5,1")
     with show.quiet_host(), show.warnings_as_notes():
-        from zebra.evaluate.retrieval import rows_of
+        from zebra.evaluate.retrieval import evaluate_retrieval
 
-        rows = rows_of(
+        rows = evaluate_retrieval(
             checkpoint,
             tasks=tasks,
             lengths=lengths,
@@ -73,4 +73,4 @@ def numbers(option: str, text: str, kind: Callable[[str], Number], example: str)
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise Refusal(f"{option} takes numbers, several with commas; got {text!r}. Write {example}.") from None
+        raise ZebraError(f"{option} takes numbers, several with commas; got {text!r}. Write {example}.") from None

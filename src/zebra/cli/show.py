@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from zebra.pipeline.recipe import Stage
     from zebra.pipeline.run import Done, Planned
     from zebra.plan.devices import Device
-    from zebra.records import Row
+    from zebra.results import Result
     from zebra.train.dry_run import DryRun
     from zebra.train.grid import Reckoned
 
@@ -47,7 +47,7 @@ def warnings_as_notes() -> Iterator[None]:
 
 def json(tree: Any) -> None:
     """One JSON document on stdout."""
-    from zebra.records import to_json
+    from zebra.results import to_json
 
     print(to_json(tree, indent=2))
 
@@ -57,19 +57,19 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def rows(found: Sequence[Row], as_json: bool, out: Path | None = None) -> None:
+def rows(found: Sequence[Result], as_json: bool, out: Path | None = None) -> None:
     """Rows of results: a table of each kind that is among them. They are appended to a file where there is one."""
     if as_json:
-        json({"rows": [row.columns() for row in found]})
+        json({"results": [row.columns() for row in found]})
     else:
         _tables(found)
     if out is not None:
-        from zebra import records
+        from zebra.results import append_results
 
-        records.append(out, found)
+        append_results(out, found)
 
 
-def _tables(found: Sequence[Row]) -> None:
+def _tables(found: Sequence[Result]) -> None:
     from zebra import report
 
     shown = {
@@ -112,13 +112,13 @@ def planned(found: Sequence[Planned], device: Device, as_json: bool) -> None:
     note(f"time by the ceilings of {device.name}; of trainings the steps alone, without what is measured on their way")
 
 
-def done(found: Sequence[Done], made: Sequence[Row], as_json: bool) -> None:
+def done(found: Sequence[Done], made: Sequence[Result], as_json: bool) -> None:
     """What a pipeline did, and the rows of its stages."""
     if as_json:
         stages = [
             {"stage": one.stage.name, "kind": one.stage.kind, "why": one.why, "seconds": one.seconds} for one in found
         ]
-        json({"stages": stages, "rows": [row.columns() for row in made]})
+        json({"stages": stages, "results": [row.columns() for row in made]})
         return
     rows(made, as_json)
     table = _table("stage", "it was", "seconds", "made")
@@ -247,10 +247,10 @@ def writing(wanted: bool) -> Iterator[Callable[[str], None] | None]:
 def generated(made: Generated, decoding: dict[str, Any], as_json: bool) -> None:
     """What was generated, or, where the text was written already, how long it took."""
     if as_json:
-        from zebra import records
+        from zebra.results import git_commit, versions
 
         counts = {"new_tokens": len(made.tokens), "tokens_per_second": made.tokens_per_second}
-        json(asdict(made) | counts | {"decoding": decoding, "versions": records.versions(), "commit": records.commit()})
+        json(asdict(made) | counts | {"decoding": decoding, "versions": versions(), "commit": git_commit()})
         return
     rate = made.tokens_per_second
     note(

@@ -39,4 +39,4 @@ def study(
     page = Path(grid.run) / "report.html"
     write_report(rows, page)
     show.rows(rows, as_json)
-    show.note(f"rows {grid.run}/rows.jsonl, report {page}, cells {grid.run}/cells/")
+    show.note(f"rows {grid.run}/results.jsonl, report {page}, cells {grid.run}/cells/")

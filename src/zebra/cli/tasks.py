@@ -49,9 +49,9 @@ def tasks(
         os.environ["TQDM_DISABLE"] = "1"  # bars of the harness and of datasets
     lengths = [] if length is None else numbers("--length", length, int, "4096,16384")
     with show.quiet_host(), show.warnings_as_notes():
-        from zebra.evaluate.harness import rows_of
+        from zebra.evaluate.harness import evaluate_tasks
 
-        rows = rows_of(
+        rows = evaluate_tasks(
             checkpoint,
             tasks=[name.strip() for name in names.split(",")],
             lengths=lengths,

@@ -12,7 +12,7 @@ from zebra.cli import show
 from zebra.cli.loading import Json
 
 if TYPE_CHECKING:
-    from zebra.records import Row
+    from zebra.results import Result
     from zebra.train.recipe import AdaptRecipe, PretrainRecipe
     from zebra.train.tune_recipe import TuneRecipe
 
@@ -27,7 +27,7 @@ def adapt(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_json:
     """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
     from zebra.train.recipe import AdaptRecipe
 
-    def run(read: AdaptRecipe) -> list[Row]:
+    def run(read: AdaptRecipe) -> list[Result]:
         from zebra.train.adapt import adapt
 
         return adapt(read)
@@ -39,7 +39,7 @@ def tune(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_json: 
     """Tune a checkpoint on short and long instructions (LIT), measure it before and after, and write a report."""
     from zebra.train.tune_recipe import TuneRecipe
 
-    def run(read: TuneRecipe) -> list[Row]:
+    def run(read: TuneRecipe) -> list[Result]:
         from zebra.train.tune import tune
 
         return tune(read)
@@ -51,7 +51,7 @@ def pretrain(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_js
     """Train a model from scratch, and its tokenizer where none is given; measure it and write a report."""
     from zebra.train.recipe import PretrainRecipe
 
-    def run(read: PretrainRecipe) -> list[Row]:
+    def run(read: PretrainRecipe) -> list[Result]:
         from zebra.train.pretrain import pretrain
 
         return pretrain(read)
@@ -67,7 +67,7 @@ EXAMPLES: dict[Callable[..., None], str] = {
 
 
 def _train(
-    run: Callable[[R], list[Row]],
+    run: Callable[[R], list[Result]],
     kind: type[R],
     recipe: Path,
     overrides: list[str] | None,
@@ -85,13 +85,13 @@ def _train(
             show.dry_run(reckon(read), as_json)
             return
         run(read)
-    from zebra import records
     from zebra.report import write_report
+    from zebra.results import read_results
     from zebra.train.directory import is_first_process
 
     if is_first_process():
         page = Path(read.run) / "report.html"
-        rows = records.read(page.with_name("rows.jsonl"))  # each with its line there
+        rows = read_results(page.with_name("results.jsonl"))  # each with its line there
         write_report(rows, page)
         show.rows(rows, as_json)
-        show.note(f"checkpoint {read.run}/model, rows {read.run}/rows.jsonl, report {page}")
+        show.note(f"checkpoint {read.run}/model, rows {read.run}/results.jsonl, report {page}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zebra.data.documents import find_files, read_records
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 ROLES = ("system", "user", "assistant")
 GAP = "\n\n[...]\n\n"
@@ -100,12 +100,12 @@ def read_conversations(patterns: Sequence[str]) -> list[Conversation]:
     """The conversations of files, folders and globs, in order.
 
     Raises:
-        Refusal: no file, a line that is no JSON or of no known shape, with its number; files without a conversation.
+        ZebraError: no file, a line that is no JSON or of no known shape, with its number; files without a conversation.
     """
     files = find_files(patterns)
     found = [conversation for file in files for conversation in _read(file)]
     if not found:
-        raise Refusal(f"there is no conversation in {', '.join(map(str, files))}. Give files with at least one.")
+        raise ZebraError(f"there is no conversation in {', '.join(map(str, files))}. Give files with at least one.")
     return found
 
 
@@ -122,14 +122,14 @@ def pairs_of(qa: Any, where: str) -> list[dict[str, Any]]:
     """The questions of an annotated document, each with the first of its answers.
 
     Raises:
-        Refusal: another shape.
+        ZebraError: another shape.
     """
     good = isinstance(qa, list) and all(
         isinstance(pair, dict) and "question" in pair and isinstance(pair.get("answers"), list) and pair["answers"]
         for pair in qa
     )
     if not good:
-        raise Refusal(f'{where}: qa is a list of {{"question": "...", "answers": ["...", ...]}}. Mend or drop it.')
+        raise ZebraError(f'{where}: qa is a list of {{"question": "...", "answers": ["...", ...]}}. Mend or drop it.')
     return [{"question": pair["question"], "answer": pair["answers"][0]} for pair in qa]
 
 
@@ -137,22 +137,25 @@ def conversation(record: dict[str, Any], where: str) -> Conversation:
     """A record of any of the shapes as a conversation.
 
     Raises:
-        Refusal: a record of no known shape, a field that is no string, an unknown role, an answer missing at the end.
+        ZebraError: a record of no known shape, a field that is no string, an unknown role, an answer missing at the
+            end.
     """
     shape = next((shape for shape in _SHAPES if set(shape) <= record.keys()), None)
     if shape is None:
         known = "; ".join(" and ".join(names) for names in _SHAPES)
-        raise Refusal(
+        raise ZebraError(
             f"{where} is of no known shape: it has {', '.join(record) or 'no fields'}. A conversation has the fields "
             f"{known}. Rename the fields."
         )
     kind = record.get("kind")
     if kind is not None and (not isinstance(kind, str) or not kind.strip()):
-        raise Refusal(f"{where}: kind is a word for the tables; got {kind!r}. Write one, or leave it out.")
+        raise ZebraError(f"{where}: kind is a word for the tables; got {kind!r}. Write one, or leave it out.")
     made = replace(_SHAPES[shape](record, where), kind=kind)
     if made.messages[-1].role != "assistant" or all(message.role != "user" for message in made.messages):
         roles = ", ".join(message.role for message in made.messages)
-        raise Refusal(f"{where}: a conversation has a user and ends with the assistant; got {roles}. Mend or drop it.")
+        raise ZebraError(
+            f"{where}: a conversation has a user and ends with the assistant; got {roles}. Mend or drop it."
+        )
     return made
 
 
@@ -195,19 +198,19 @@ _SHAPES: dict[tuple[str, ...], Callable[[dict[str, Any], str], Conversation]] = 
 
 def _messages(said: Any, name: str, where: str) -> tuple[Message, ...]:
     if not isinstance(said, list) or not said or not all(isinstance(one, dict) for one in said):
-        raise Refusal(f"{where}: {name} is a list of messages with role and content. Mend or drop it.")
+        raise ZebraError(f"{where}: {name} is a list of messages with role and content. Mend or drop it.")
     for one in said:
         if one.get("role") not in ROLES:
-            raise Refusal(f"{where}: a role is one of {', '.join(ROLES)}; got {one.get('role')!r}. Rename it.")
+            raise ZebraError(f"{where}: a role is one of {', '.join(ROLES)}; got {one.get('role')!r}. Rename it.")
     return tuple(Message(one["role"], _string(one, "content", where)) for one in said)
 
 
 def _string(record: dict[str, Any], name: str, where: str) -> str:
     value = record.get(name)
     if not isinstance(value, str):
-        raise Refusal(f"{where}: {name} is a string; got {type(value).__name__}. Mend or drop it.")
+        raise ZebraError(f"{where}: {name} is a string; got {type(value).__name__}. Mend or drop it.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise Refusal(f"{where} has half a surrogate pair at character {error.start} of {name}. Mend it.") from None
+        raise ZebraError(f"{where} has half a surrogate pair at character {error.start} of {name}. Mend it.") from None
     return value

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from zebra.data.documents import Document, find_files, read_documents, reader_of
 from zebra.data.encoding import Encode, encoded
+from zebra.errors import ZebraError
+from zebra.files import atomic_directory, user_cache_dir
 from zebra.progress import bar, console
-from zebra.refusal import Refusal
-from zebra.staged import staged, user_cache
 
 _BATCH_CHARACTERS = 1 << 20
 _VERSION = 2
@@ -67,7 +67,7 @@ class Corpus:
                 start = int(end)
         total = int(self.offsets[-1])
         if not ends:
-            raise Refusal(
+            raise ZebraError(
                 f"all documents joined have {total:,} tokens, fewer than one of {length:,}. "
                 "Give more text or a smaller length."
             )
@@ -99,21 +99,22 @@ def tokenise(
         cache: the folder of the cache; the user's where None.
 
     Raises:
-        Refusal: nothing found, an empty text, a file that is not what its suffix says, a text that changes meanwhile.
+        ZebraError: nothing found, an empty text, a file that is not what its suffix says, a text that changes
+            meanwhile.
     """
     files = find_files(patterns)
     digests = [_digest(file) for file in files]
     key = hashlib.sha256(json.dumps([tokenizer, append]).encode())
     for file, digest in zip(files, digests, strict=True):
         key.update(json.dumps([*reader_of(file, separator, field), digest]).encode())
-    entry = Path(cache or user_cache("tokens")) / key.hexdigest()[:32]
+    entry = Path(cache or user_cache_dir("tokens")) / key.hexdigest()[:32]
     if (found := _found(entry)) is not None:
         return found
     try:
-        with staged(entry) as aside, _unchanged(files, digests):
+        with atomic_directory(entry) as aside, _unchanged(files, digests):
             documents = read_documents(files, separator, field)
             _build(aside, documents, encode, append, workers, sum(file.stat().st_size for file in files))
-    except (OSError, Refusal):
+    except (OSError, ZebraError):
         if not entry.exists():  # else another process was first, with the same tokens
             raise
     return _open(entry)
@@ -129,7 +130,7 @@ def _unchanged(files: Sequence[Path], digests: Sequence[str]) -> Iterator[None]:
     """Refuse a text that another process writes while it is read here, whatever the reading made of it."""
     try:
         yield
-    except (OSError, Refusal):
+    except (OSError, ZebraError):
         _refuse_changed(files, digests)
         raise
     _refuse_changed(files, digests)
@@ -138,7 +139,7 @@ def _unchanged(files: Sequence[Path], digests: Sequence[str]) -> Iterator[None]:
 def _refuse_changed(files: Sequence[Path], digests: Sequence[str]) -> None:
     for file, digest in zip(files, digests, strict=True):
         if not file.exists() or _digest(file) != digest:
-            raise Refusal(f"{file} changed while it was tokenised. Start again when nothing writes it.") from None
+            raise ZebraError(f"{file} changed while it was tokenised. Start again when nothing writes it.") from None
 
 
 def _found(entry: Path) -> Corpus | None:
@@ -182,7 +183,7 @@ def _build(
             total += len(batch.tokens)
             advance(note=f"{total:,} tokens, {total / (time.perf_counter() - start):,.0f} tokens/s")
     if not total:
-        raise Refusal(f"the tokenizer makes no token of the {len(lengths):,} documents. Give other text.")
+        raise ZebraError(f"the tokenizer makes no token of the {len(lengths):,} documents. Give other text.")
     wide = np.memmap(aside / "tokens.raw", dtype=np.uint32, mode="r")
     kind = np.uint16 if largest < 1 << 16 else np.uint32
     narrow = np.lib.format.open_memmap(aside / "tokens.npy", mode="w+", dtype=kind, shape=wide.shape)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 _CHUNK_BYTES = 1 << 16  # packed; zstandard may make thousands of times as much of it
 _PARQUET_ROWS = 64  # a record may be a whole book
@@ -43,7 +43,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """The files that a list of files, folders and globs names, each once, in the order given; folders sorted.
 
     Raises:
-        Refusal: a pattern that names nothing.
+        ZebraError: a pattern that names nothing.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -55,7 +55,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(match).parts)
         ]
         if not files:
-            raise Refusal(f"there is no text at {pattern}. Give files, folders or globs that exist.")
+            raise ZebraError(f"there is no text at {pattern}. Give files, folders or globs that exist.")
         found |= dict.fromkeys(files)
     return list(found)
 
@@ -64,13 +64,13 @@ def reader_of(file: Path, separator: str | None, field: str) -> tuple[str, ...]:
     """How a file becomes documents: `("text", separator)` or `(kind of records, field)`.
 
     Raises:
-        Refusal: a separator for a file of records.
+        ZebraError: a separator for a file of records.
     """
     kind = next((suffix for suffix in _RECORDS if file.name.lower().endswith(suffix)), None)
     if kind is None:
         return ("text", separator or "")
     if separator:
-        raise Refusal(
+        raise ZebraError(
             f"a separator splits text, but {file} holds records, a document each; got the separator {separator!r}. "
             "Leave it out, and name the field that has the text."
         )
@@ -85,7 +85,7 @@ def read_documents(files: Sequence[Path], separator: str | None = None, field: s
         field: the field of a record, or the column of a parquet file, that has the text.
 
     Raises:
-        Refusal: a file that is not what its suffix says, with the place; a record without text in the field; files
+        ZebraError: a file that is not what its suffix says, with the place; a record without text in the field; files
             without any text; a separator for a file of records; an extra that is not installed.
     """
     empty = True
@@ -96,7 +96,7 @@ def read_documents(files: Sequence[Path], separator: str | None = None, field: s
                 empty = False
                 yield Document(stripped, read)
     if empty:
-        raise Refusal(f"there is no text in {', '.join(map(str, files))}: only blanks. Give files with text.")
+        raise ZebraError(f"there is no text in {', '.join(map(str, files))}: only blanks. Give files with text.")
 
 
 def _split(file: Path, separator: str) -> Iterator[tuple[str, int]]:
@@ -104,7 +104,7 @@ def _split(file: Path, separator: str) -> Iterator[tuple[str, int]]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refusal(
+        raise ZebraError(
             f"{file} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}. Convert it to UTF-8."
         ) from None
     for document in text.split(separator) if separator else [text]:
@@ -118,11 +118,11 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file of JSON Lines (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), each with its place in words.
 
     Raises:
-        Refusal: a file of another suffix or a damaged one; a line that is no JSON object, with its number.
+        ZebraError: a file of another suffix or a damaged one; a line that is no JSON object, with its number.
     """
     unpack = next((unpack for suffix, unpack in _PACKED.items() if file.name.lower().endswith(suffix)), None)
     if unpack is None:
-        raise Refusal(f"{file} is no file of JSON Lines. Name it {', '.join(_PACKED)}, and give one object a line.")
+        raise ZebraError(f"{file} is no file of JSON Lines. Name it {', '.join(_PACKED)}, and give one object a line.")
     with file.open("rb") as raw:
         for number, line in enumerate(_lines(unpack(file, raw)), start=1):
             if line.strip():
@@ -151,13 +151,13 @@ def json_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """The numbers and the bytes of the lines of a file of JSON Lines, packed where its suffix says so.
 
     Raises:
-        Refusal: no such file, one of another suffix, a damaged one.
+        ZebraError: no such file, one of another suffix, a damaged one.
     """
     if not file.is_file():
-        raise Refusal(f"there is no file at {file}. Give a file of JSON Lines.")
+        raise ZebraError(f"there is no file at {file}. Give a file of JSON Lines.")
     unpack = next((how for suffix, how in _PACKED.items() if file.name.lower().endswith(suffix)), None)
     if unpack is None:
-        raise Refusal(f"a file of JSON Lines ends in {', '.join(_PACKED)}; got {file}. Rename or convert it.")
+        raise ZebraError(f"a file of JSON Lines ends in {', '.join(_PACKED)}; got {file}. Rename or convert it.")
     with file.open("rb") as raw:
         yield from enumerate(_lines(unpack(file, raw)), start=1)
 
@@ -177,23 +177,27 @@ def _object(where: str, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"{where} is not JSON: {error}. A .jsonl file has one JSON object a line.") from None
+        raise ZebraError(f"{where} is not JSON: {error}. A .jsonl file has one JSON object a line.") from None
     if not isinstance(record, dict):
-        raise Refusal(f"{where} is no record but a {type(record).__name__}. A .jsonl file has one JSON object a line.")
+        raise ZebraError(
+            f"{where} is no record but a {type(record).__name__}. A .jsonl file has one JSON object a line."
+        )
     return record
 
 
 def _text(where: str, value: Any, field: str, fields: Any) -> str:
     if not isinstance(value, str):
         has = "no such field" if field not in fields else f"{type(value).__name__}, no string,"
-        raise Refusal(
+        raise ZebraError(
             f"the text is a string in the field {field!r}; {where} has {has} among its fields {', '.join(fields)}. "
             "Name the field that has the text."
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise Refusal(f"{where} has half a surrogate pair at character {error.start} of {field!r}. Mend it.") from None
+        raise ZebraError(
+            f"{where} has half a surrogate pair at character {error.start} of {field!r}. Mend it."
+        ) from None
     return value
 
 
@@ -246,14 +250,14 @@ def _extra(module: str, file: Path) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise Refusal(
+        raise ZebraError(
             f"{file} is read by {module.partition('.')[0]}, which is not installed. Run pip install 'zebra-llm[data]'."
         ) from None
 
 
-def _damaged(file: Path, kind: str, error: object) -> Refusal:
+def _damaged(file: Path, kind: str, error: object) -> ZebraError:
     said = " ".join(str(error).split()) or type(error).__name__
-    return Refusal(f"{file} is no whole {kind} file: {said}. Copy or write it again.")
+    return ZebraError(f"{file} is no whole {kind} file: {said}. Copy or write it again.")
 
 
 _PACKED: dict[str, Callable[[Path, BinaryIO], Iterator[bytes]]] = {

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 Encode = Callable[[list[str]], list[list[int]]]
 """Documents to their tokens, special tokens included; for worker processes it must be picklable."""
@@ -125,7 +125,7 @@ def _answer(pipe: Connection) -> Encoded:
     try:
         answer = pipe.recv()
     except (EOFError, OSError):
-        raise Refusal("a worker that tokenises was killed, perhaps for its memory. Take fewer workers.") from None
+        raise ZebraError("a worker that tokenises was killed, perhaps for its memory. Take fewer workers.") from None
     if isinstance(answer, Exception):
         raise answer
     return answer

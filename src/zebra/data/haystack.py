@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 
 class Tokenizer(Protocol):
@@ -104,7 +104,7 @@ class Pool:
     So no candidate is longer than another, and a list of them fills a length evenly.
 
     Raises:
-        Refusal: the tokenizer reads none of them back.
+        ZebraError: the tokenizer reads none of them back.
     """
 
     _TRIES = 10_000
@@ -115,7 +115,7 @@ class Pool:
         found = [self._written(make(rng)) for _ in range(512)]
         sizes = Counter(len(one.ids) for one in found if one is not None)
         if not sizes:
-            raise Refusal(
+            raise ZebraError(
                 f"this tokenizer cannot write {kind} such as {make(rng)!r}. Leave the tasks that need them out."
             )
         self.tokens = sizes.most_common(1)[0][0]
@@ -124,7 +124,7 @@ class Pool:
         """`count` that are not among `taken`, which they join.
 
         Raises:
-            Refusal: there are not as many.
+            ZebraError: there are not as many.
         """
         drawn: list[Written] = []
         misses = 0
@@ -133,7 +133,7 @@ class Pool:
             if one is None or len(one.ids) != self.tokens or one.text in taken:
                 misses += 1
                 if misses > self._TRIES:
-                    raise Refusal(
+                    raise ZebraError(
                         f"{count:,} different {self._kind} of {self.tokens} tokens are needed, but this tokenizer "
                         f"writes {len(drawn):,}. Take a shorter length or another task."
                     )
@@ -150,7 +150,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Hay:
+class Haystack:
     """Tokens to hide something in, and the places where a sentence begins, in order."""
 
     tokens: NDArray[np.integer[Any]]
@@ -160,11 +160,11 @@ class Hay:
         """`before + behind` tokens with a sentence's beginning after the first `before`, and all beginnings in them.
 
         Raises:
-            Refusal: the haystack has fewer.
+            ZebraError: the haystack has fewer.
         """
         last = len(self.tokens) - behind
         if last < before:
-            raise Refusal(
+            raise ZebraError(
                 f"the haystack has {len(self.tokens):,} tokens, and {before + behind:,} are needed. "
                 "Give more text, or take a shorter length."
             )
@@ -175,18 +175,18 @@ class Hay:
         return self.tokens[first : at + behind].tolist(), [start - first for start in inside] or [before]
 
 
-def listed(pieces: Sequence[Sequence[int]]) -> Hay:
+def listed(pieces: Sequence[Sequence[int]]) -> Haystack:
     """Pieces one behind another; each begins a sentence."""
     tokens = np.array([token for piece in pieces for token in piece], np.int64)
-    return Hay(tokens, np.cumsum([0, *map(len, pieces)]).tolist())
+    return Haystack(tokens, np.cumsum([0, *map(len, pieces)]).tolist())
 
 
-def repeated(pieces: Sequence[Sequence[int]], size: int) -> Hay:
+def repeated(pieces: Sequence[Sequence[int]], size: int) -> Haystack:
     """The pieces over and over: a window of `size` tokens fits wherever a piece begins."""
     return listed(list(pieces) * (size // sum(map(len, pieces)) + 2))
 
 
-def own_text(documents: Iterable[NDArray[np.integer[Any]]], writer: Writer) -> Hay:
+def own_text(documents: Iterable[NDArray[np.integer[Any]]], writer: Writer) -> Haystack:
     """Documents one after another, without what the tokenizer puts before each."""
     n, kept = len(writer.start), []
     for document in documents:
@@ -196,14 +196,14 @@ def own_text(documents: Iterable[NDArray[np.integer[Any]]], writer: Writer) -> H
         token for token in np.unique(tokens).tolist() if re.search(r"[.!?][\"')\]”’]*\s*$|\n$", writer.text([token]))
     ]
     beginnings = np.cumsum([0, *map(len, kept)])
-    return Hay(tokens, np.union1d(np.flatnonzero(np.isin(tokens, ends)) + 1, beginnings).tolist())
+    return Haystack(tokens, np.union1d(np.flatnonzero(np.isin(tokens, ends)) + 1, beginnings).tolist())
 
 
 Piece = Sequence[int]
 
 
 def placed(
-    rng: Random, hay: Hay, size: int, depth: float, evidence: Sequence[Piece], others: Sequence[Piece]
+    rng: Random, hay: Haystack, size: int, depth: float, evidence: Sequence[Piece], others: Sequence[Piece]
 ) -> tuple[list[int], list[int]]:
     """A body of exactly `size` tokens, and where in it each piece of evidence begins.
 

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 from zebra.data.conversations import pairs_of
 from zebra.data.documents import find_files, read_documents, read_records
-from zebra.records import to_json
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
+from zebra.results import to_json
 
 KINDS = ("qa", "summary", "writing")
 _PASSAGE = (60, 160)
@@ -63,13 +63,15 @@ class Order:
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
-            raise Refusal(f"the kinds are {', '.join(KINDS)}; got {', '.join(unknown)}. Choose of them.")
+            raise ZebraError(f"the kinds are {', '.join(KINDS)}; got {', '.join(unknown)}. Choose of them.")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise Refusal(
+            raise ZebraError(
                 f"a depth lies from 0 to 1; got {', '.join(map(str, self.depths))}. Write for example 0,0.5,1."
             )
         if self.words is not None and self.words < 1:
-            raise Refusal(f"a prompt has at least one word of documents; got {self.words}. Raise it or leave it out.")
+            raise ZebraError(
+                f"a prompt has at least one word of documents; got {self.words}. Raise it or leave it out."
+            )
 
 
 def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> list[Annotated]:
@@ -78,7 +80,7 @@ def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> 
     `qa` is a list of `{"question": "...", "answers": ["...", ...]}`; the first answer is taken.
 
     Raises:
-        Refusal: what reading refuses; a record without a document, or whose questions are of another shape.
+        ZebraError: what reading refuses; a record without a document, or whose questions are of another shape.
     """
     found: list[Annotated] = []
     for file in find_files(patterns):
@@ -87,7 +89,7 @@ def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> 
         else:
             found += [Annotated(one.text, str(file)) for one in read_documents([file], separator)]
     if not found:
-        raise Refusal(f"there is no document in {', '.join(patterns)}. Give files with at least one.")
+        raise ZebraError(f"there is no document in {', '.join(patterns)}. Give files with at least one.")
     return found
 
 
@@ -220,7 +222,9 @@ def _placed(text: str, others: Sequence[str], depth: float, order: Order) -> tup
 def _annotated(record: dict[str, Any], where: str) -> Annotated:
     name = next((name for name in ("document", "text") if name in record), None)
     if name is None:
-        raise Refusal(f"{where} has no document: its fields are {', '.join(record)}. Name the field document or text.")
+        raise ZebraError(
+            f"{where} has no document: its fields are {', '.join(record)}. Name the field document or text."
+        )
     pairs = pairs_of(record.get("qa", []), where)
     if "question" in record and "answer" in record:
         pairs = [record]
@@ -239,7 +243,7 @@ def _annotated(record: dict[str, Any], where: str) -> Annotated:
 def _string(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         said = "an empty one" if isinstance(value, str) else type(value).__name__
-        raise Refusal(f"{where}: {name} is a string with words; got {said}. Mend or drop it.")
+        raise ZebraError(f"{where}: {name} is a string with words; got {said}. Mend or drop it.")
     return value.strip()
 
 

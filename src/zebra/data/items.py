@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from zebra.data.documents import json_lines
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 EMPTY = "empty answer"
 SAME = "duplicate answer"
@@ -105,7 +105,7 @@ def read_items(file: Path) -> list[Item]:
     """The items of a file of JSON Lines, which may be packed (.jsonl.gz, .jsonl.zst).
 
     Raises:
-        Refusal: no such file, lines that are no items, with their numbers; no items at all.
+        ZebraError: no such file, lines that are no items, with their numbers; no items at all.
     """
     items: list[Item] = []
     bad: list[str] = []
@@ -117,13 +117,13 @@ def read_items(file: Path) -> list[Item]:
                 bad.append(f"line {number} {error if isinstance(error, _Bad) else f'is not JSON: {error}'}")
     if bad:
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise Refusal(
+        raise ZebraError(
             f"{file} has {len(bad)} bad {'line' if len(bad) == 1 else 'lines'}: {'; '.join(bad[:_SHOWN])}{more}. "
             'A line is {"document": TEXT, "question": TEXT, "answers": [TEXT, ...]}, or has a list of such questions '
             "in qa."
         )
     if not items:
-        raise Refusal(f"{file} has no questions. Give a file of JSON Lines with document, question and answers.")
+        raise ZebraError(f"{file} has no questions. Give a file of JSON Lines with document, question and answers.")
     return items
 
 

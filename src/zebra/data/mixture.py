@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows, pack, pack_whole
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def keep(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0)
     `held_out` of all hashes: the same ones in any order, from any file, under any tokenizer.
 
     Raises:
-        Refusal: a source without a document in its bucket or to train on; nothing held out where something is to be.
+        ZebraError: a source without a document in its bucket or to train on; nothing held out where something is to be.
     """
     lengths = [source.corpus.lengths for source in sources]
     inside = [
@@ -119,14 +119,14 @@ def keep(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0)
         kept.append(Kept(source, i[mine & ~out], i[mine & out], int((~mine).sum())))
         start = end
         if not tokens[kept[-1].documents].any():
-            raise Refusal(
+            raise ZebraError(
                 f"the source {source.name} has no document to train on: of {len(tokens):,} documents of "
                 f"{tokens.min():,} to {tokens.max():,} tokens {len(i):,} lie in {source.bucket}, "
                 f"{kept[-1].duplicates:,} of them are duplicates and {len(kept[-1].held_out):,} held out. "
                 "Widen the bucket, or hold out less."
             )
     if held_out and not any(len(part.held_out) for part in kept):
-        raise Refusal(f"a share of {held_out:g} holds out none of {len(hashes):,} documents. Hold out more.")
+        raise ZebraError(f"a share of {held_out:g} holds out none of {len(hashes):,} documents. Hold out more.")
     return kept
 
 
@@ -143,12 +143,12 @@ def mix(kept: Sequence[Kept], rows: int, length: int, *, join: bool, seed: int, 
         whole: cut no document: a source ends nearest to its share with whole ones, one of them at least.
 
     Raises:
-        Refusal: shares that do not sum to 1; fewer rows than whole documents of each source need.
+        ZebraError: shares that do not sum to 1; fewer rows than whole documents of each source need.
     """
     total = sum(part.source.share for part in kept)
     if abs(total - 1) > 1e-6:
         shares = " + ".join(f"{part.source.share:g}" for part in kept)
-        raise Refusal(f"the shares of a mixture sum to 1; got {shares} = {total:g}. Change them.")
+        raise ZebraError(f"the shares of a mixture sum to 1; got {shares} = {total:g}. Change them.")
     tokens = rows * length
     while True:
         drawn = _draw(kept, tokens, seed, whole)
@@ -156,7 +156,7 @@ def mix(kept: Sequence[Kept], rows: int, length: int, *, join: bool, seed: int, 
         if len(packed) <= rows:
             return Mixture(packed, drawn, _lines(kept, drawn, packed))
         if whole and tokens <= 1:
-            raise Refusal(
+            raise ZebraError(
                 f"{rows:,} rows of {length:,} tokens do not hold one whole document of each of {len(kept)} sources. "
                 "Take more rows or longer ones."
             )

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zebra.data.haystack import (
-    Hay,
+    Haystack,
     Pool,
     Tokenizer,
     Writer,
@@ -28,8 +28,8 @@ from zebra.data.haystack import (
     repeated,
     size_for,
 )
-from zebra.data.questions import LEAST_WORDS, NOISE, POOLS, TASKS, WITHOUT_DEPTH, Draw, Kit, entry
-from zebra.refusal import Refusal
+from zebra.data.questions import LEAST_WORDS, NOISE, POOLS, TASKS, WITHOUT_DEPTH, Draw, SampleContext, entry
+from zebra.errors import ZebraError
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Needles:
             depth: 0 to 1, see `zebra.data.haystack.placed`; not read by the tasks in `WITHOUT_DEPTH`.
 
         Raises:
-            Refusal: no such task, a depth outside 0 to 1, a length too short for the task, a haystack too short, a
+            ZebraError: no such task, a depth outside 0 to 1, a length too short for the task, a haystack too short, a
                 tokenizer that cannot write what the task needs.
         """
         at = self._depth(task, depth)
@@ -104,19 +104,21 @@ class Needles:
     def _depth(task: str, depth: float | None) -> float | None:
         return None if depth is None or task in WITHOUT_DEPTH else float(depth)
 
-    def _draws(self, task: str, length: int, depth: float | None, count: int, seed: int) -> list[tuple[Kit, Draw]]:
+    def _draws(
+        self, task: str, length: int, depth: float | None, count: int, seed: int
+    ) -> list[tuple[SampleContext, Draw]]:
         check(task, depth, count)
-        kits = [Kit(self.pool, Random(f"{task} {length} {depth} {seed} {i}")) for i in range(count)]
+        kits = [SampleContext(self.pool, Random(f"{task} {length} {depth} {seed} {i}")) for i in range(count)]
         draws = [(kit, TASKS[task](kit)) for kit in kits]
         least = max(self._usual(task), *(self._least(draw) for _, draw in draws))
         if length < least:
-            raise Refusal(
+            raise ZebraError(
                 f"{task} needs a length of at least {least:,} tokens under this tokenizer; got {length:,}. "
                 "Take a longer one."
             )
         return draws
 
-    def _sample(self, task: str, kit: Kit, draw: Draw, length: int, depth: float | None) -> Sample:
+    def _sample(self, task: str, kit: SampleContext, draw: Draw, length: int, depth: float | None) -> Sample:
         head, tail = self._ends(draw)
         size = length - len(head) - len(tail)
         places: list[int] = []
@@ -144,7 +146,7 @@ class Needles:
     def _usual(self, task: str) -> int:
         """What any samples of a task need, as far as a few tell: pieces differ by a token or two."""
         if task not in self._needed:
-            kits = (Kit(self.pool, Random(f"{task} {i}")) for i in range(32))
+            kits = (SampleContext(self.pool, Random(f"{task} {i}")) for i in range(32))
             self._needed[task] = max(self._least(TASKS[task](kit)) for kit in kits)
         return self._needed[task]
 
@@ -152,10 +154,10 @@ class Needles:
         ends = sum(map(len, self._ends(draw)))
         return ends + (LEAST_WORDS * len(draw.answers[0].ids) if draw.counts else size_for(*self._pieces(draw)))
 
-    def _noise(self, size: int) -> Hay:
+    def _noise(self, size: int) -> Haystack:
         return repeated([*map(self._writer.ids, NOISE)], size)
 
-    def _entries(self, kit: Kit, size: int) -> Hay:
+    def _entries(self, kit: SampleContext, size: int) -> Haystack:
         found: list[Sequence[int]] = []
         total = longest = 0
         while total <= size + longest:
@@ -163,7 +165,7 @@ class Needles:
             total, longest = total + len(found[-1]), max(longest, len(found[-1]))
         return listed(found)
 
-    def _words(self, kit: Kit, draw: Draw, size: int) -> list[int]:
+    def _words(self, kit: SampleContext, draw: Draw, size: int) -> list[int]:
         """Words in the frequencies of the task; the last one is cut where the length cuts it."""
         assert draw.counts is not None
         width = len(draw.answers[0].ids)
@@ -179,11 +181,11 @@ def check(task: str, depth: float | None, count: int) -> None:
     """Refuse what no tokenizer could serve.
 
     Raises:
-        Refusal: no such task, a depth outside 0 to 1, no samples.
+        ZebraError: no such task, a depth outside 0 to 1, no samples.
     """
     if task not in TASKS:
-        raise Refusal(f"the tasks are {', '.join(TASKS)}; got {task!r}. Choose among them.")
+        raise ZebraError(f"the tasks are {', '.join(TASKS)}; got {task!r}. Choose among them.")
     if task not in WITHOUT_DEPTH and (depth is None or not 0 <= depth <= 1):
-        raise Refusal(f"a depth is a share of the text from 0 to 1; got {depth}. Write for example 0.5.")
+        raise ZebraError(f"a depth is a share of the text from 0 to 1; got {depth}. Write for example 0.5.")
     if count < 1:
-        raise Refusal(f"at least 1 sample is measured; got {count}. Ask for more.")
+        raise ZebraError(f"at least 1 sample is measured; got {count}. Ask for more.")

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 IGNORE = -100
 
@@ -79,12 +79,12 @@ def pack(documents: Documents, length: int, *, join: bool, seed: int) -> Rows:
     """Rows of `length` tokens: documents apart, or joined in an order drawn by `seed` (the last part row is dropped).
 
     Raises:
-        Refusal: the text is shorter than one row.
+        ZebraError: the text is shorter than one row.
     """
     lengths = documents.lengths
     total = int(lengths.sum())
     if total < length:
-        raise Refusal(
+        raise ZebraError(
             f"the text has {total:,} tokens, fewer than one row of {length:,}. Give more text or a shorter length."
         )
     pieces, firsts = _joined(lengths, length, seed) if join else _best_fit(lengths, length)
@@ -95,11 +95,13 @@ def pack_whole(documents: Documents, length: int) -> Rows:
     """Rows of `length` tokens with documents apart, each of them whole in one row; the last rows may be nearly empty.
 
     Raises:
-        Refusal: a document longer than a row.
+        ZebraError: a document longer than a row.
     """
     longest = int(documents.lengths.max())
     if longest > length:
-        raise Refusal(f"a document has {longest:,} tokens, more than a row of {length:,}. Cut it or take longer rows.")
+        raise ZebraError(
+            f"a document has {longest:,} tokens, more than a row of {length:,}. Cut it or take longer rows."
+        )
     return Rows(documents, length, *_best_fit(documents.lengths, length), apart=True)
 
 

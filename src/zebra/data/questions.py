@@ -34,7 +34,7 @@ class Draw:
     """How often each word comes among so many, where the text is a list of words: the answers first."""
 
 
-class Kit:
+class SampleContext:
     """Draws for one sample; nothing is drawn twice."""
 
     def __init__(self, pool: Callable[[str], Pool], rng: Random):
@@ -46,7 +46,7 @@ class Kit:
         return self._pool(kind).draw(self.rng, count, self._taken)
 
 
-def _passkey(kit: Kit) -> Draw:
+def _passkey(kit: SampleContext) -> Draw:
     key, *wrong = kit.draw("numbers", 1 + DISTRACTORS)
     return Draw(
         "Somewhere in this text a pass key is hidden. Find it and remember it.",
@@ -64,7 +64,7 @@ def _noted(word: Written, number: Written) -> str:
     return f"The number noted for {word.text} is {number.text}."
 
 
-def _needle(kit: Kit, others: int = 0) -> Draw:
+def _needle(kit: SampleContext, others: int = 0) -> Draw:
     word, *more = kit.draw("words", 1 + others)
     number, *wrong = kit.draw("numbers", 1 + DISTRACTORS)
     return Draw(
@@ -77,7 +77,7 @@ def _needle(kit: Kit, others: int = 0) -> Draw:
     )
 
 
-def _multivalue(kit: Kit, values: int = 4) -> Draw:
+def _multivalue(kit: SampleContext, values: int = 4) -> Draw:
     (word,) = kit.draw("words", 1)
     numbers = kit.draw("numbers", values + DISTRACTORS)
     return Draw(
@@ -89,7 +89,7 @@ def _multivalue(kit: Kit, values: int = 4) -> Draw:
     )
 
 
-def _multiquery(kit: Kit, asked: int = 4, others: int = 2) -> Draw:
+def _multiquery(kit: SampleContext, asked: int = 4, others: int = 2) -> Draw:
     words = kit.draw("words", asked + others)
     numbers = kit.draw("numbers", asked + DISTRACTORS)
     told = [_noted(*pair) for pair in zip(words, numbers, strict=False)]
@@ -109,7 +109,7 @@ def entry(key: Written, value: Written) -> str:
     return f"{key.text}: {value.text}."
 
 
-def _lookup(kit: Kit, others: int = 4) -> Draw:
+def _lookup(kit: SampleContext, others: int = 4) -> Draw:
     keys = kit.draw("numbers", 1 + others)
     value, *wrong = kit.draw("numbers", 1 + DISTRACTORS)
     told = [entry(*pair) for pair in zip(keys, [value, *wrong], strict=False)]
@@ -124,7 +124,7 @@ def _lookup(kit: Kit, others: int = 4) -> Draw:
     )
 
 
-def _variables(kit: Kit, hops: int = 3, others: int = 2) -> Draw:
+def _variables(kit: SampleContext, hops: int = 3, others: int = 2) -> Draw:
     names = kit.draw("words", 1 + hops + DISTRACTORS)
     held, *wrong = kit.draw("numbers", 1 + others)
     chain, rest = names[: 1 + hops], names[1 + hops :]
@@ -143,7 +143,7 @@ LEAST_WORDS = 40
 """Fewer have no order of frequency that a reader could be sure of."""
 
 
-def _common(kit: Kit) -> Draw:
+def _common(kit: SampleContext) -> Draw:
     words = kit.draw("made-up words", _COMMON + DISTRACTORS)
     return Draw(
         "Below is a list of words. Some of them come far more often than the others.",
@@ -162,7 +162,7 @@ def _common_counts(words: int) -> list[int]:
     return [often] * _COMMON + [seldom] * (rest // seldom) + [rest % seldom] * (rest % seldom > 0)
 
 
-def _frequent(kit: Kit) -> Draw:
+def _frequent(kit: SampleContext) -> Draw:
     words = kit.draw("made-up words", _FREQUENT + DISTRACTORS)
     return Draw(
         "Below is a text in words that nobody knows. Some of them come more often than the others.",
@@ -181,7 +181,7 @@ def _frequent_counts(words: int) -> list[int]:
     return counts + [1] * (words - sum(counts))
 
 
-_Task = Callable[[Kit], Draw]
+_Task = Callable[[SampleContext], Draw]
 TASKS: dict[str, _Task] = {
     "passkey": _passkey,
     "needle": _needle,

@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zebra.data.haystack import Hay, Piece, Pool, Tokenizer, Writer, listed, own_text, placed, repeated
+from zebra.data.haystack import Haystack, Piece, Pool, Tokenizer, Writer, listed, own_text, placed, repeated
 from zebra.data.packing import IGNORE, Rows
-from zebra.data.questions import NOISE, POOLS, TASKS, Kit, entry
+from zebra.data.questions import NOISE, POOLS, TASKS, SampleContext, entry
 
 _TASKS = ("lookup", "needle", "passkey")
 KINDS = ("repeats", "pairs", "entries", *_TASKS)
@@ -94,7 +94,7 @@ class Recall:
         haystack: documents to hide things in, as tokens, beside noise; noise alone where None.
 
     Raises:
-        Refusal: the tokenizer cannot write numbers or words.
+        ZebraError: the tokenizer cannot write numbers or words.
     """
 
     def __init__(self, tokenizer: Tokenizer, haystack: Iterable[NDArray[np.integer[Any]]] | None = None):
@@ -102,7 +102,7 @@ class Recall:
         self._own = None if haystack is None else own_text(haystack, self._writer)
         self._noise = [*map(self._writer.ids, NOISE)]
         self._pool = functools.cache(lambda kind: Pool(self._writer, kind, POOLS[kind]))
-        numbers = Kit(self._pool, Random(0)).draw("numbers", 512)
+        numbers = SampleContext(self._pool, Random(0)).draw("numbers", 512)
         self._symbols = list(dict.fromkeys(token for number in numbers for token in number.ids))
 
     def row(self, length: int, stage: Stage, rng: Random) -> dict[str, Tensor]:
@@ -120,7 +120,11 @@ class Recall:
     @functools.cached_property
     def shortest(self) -> int:
         """Tokens of the shortest document: two entries, and one of them again."""
-        lines = (next(self._entries(size, Kit(self._pool, Random(seed)))) for size in (1, _WORDY) for seed in range(16))
+        lines = (
+            next(self._entries(size, SampleContext(self._pool, Random(seed))))
+            for size in (1, _WORDY)
+            for seed in range(16)
+        )
         return len(self._writer.start) + 3 * max(map(len, lines))
 
     @functools.cached_property
@@ -131,7 +135,7 @@ class Recall:
             len(self._head(head)) + len(fact.told) + fact.question
             for kind in _TASKS
             for _ in range(16)
-            for head, fact in [self._fact(kind, Kit(self._pool, rng))]
+            for head, fact in [self._fact(kind, SampleContext(self._pool, rng))]
         )
 
     def document(self, size: int, stage: Stage, rng: Random) -> tuple[list[int], list[int]]:
@@ -146,7 +150,7 @@ class Recall:
             return self._repeats(size, symbols, rng)
         if kind == "pairs":
             return self._asked_again(size, _pairs(symbols, stage.easy, rng), rng)
-        kit = Kit(self._pool, rng)
+        kit = SampleContext(self._pool, rng)
         return (
             self._asked_again(size, self._entries(size, kit), rng)
             if kind == "entries"
@@ -176,14 +180,14 @@ class Recall:
             labels += [IGNORE, *line[1:]]
         return ids, labels
 
-    def _entries(self, size: int, kit: Kit) -> Iterator[Piece]:
+    def _entries(self, size: int, kit: SampleContext) -> Iterator[Piece]:
         """Keys that are words or numbers, and their numbers."""
         keys = "words" if size < _WORDY and kit.rng.random() < 0.5 else "numbers"
         while True:
             (key,), (number,) = kit.draw(keys, 1), kit.draw("numbers", 1)
             yield self._writer.ids(entry(key, number))
 
-    def _hidden(self, kind: str, size: int, kit: Kit) -> tuple[list[int], list[int]]:
+    def _hidden(self, kind: str, size: int, kit: SampleContext) -> tuple[list[int], list[int]]:
         """Facts in a haystack; a third to two thirds are questions, as far as there are things to ask."""
         rng = kit.rng
         text, fact = self._fact(kind, kit)
@@ -205,7 +209,7 @@ class Recall:
             labels += [*[IGNORE] * len(fact.asks), *fact.answer]
         return ids, labels
 
-    def _fact(self, kind: str, kit: Kit) -> tuple[str, Fact]:
+    def _fact(self, kind: str, kit: SampleContext) -> tuple[str, Fact]:
         """The head that its document has, and the fact."""
         draw = TASKS[kind](kit)
         (number,) = draw.answers
@@ -215,7 +219,7 @@ class Recall:
     def _head(self, text: str) -> tuple[int, ...]:
         return self._writer.start + self._writer.first(text)
 
-    def _hay(self, kind: str, kit: Kit, size: int) -> Hay:
+    def _hay(self, kind: str, kit: SampleContext, size: int) -> Haystack:
         if kind == "lookup":
             return listed([self._writer.ids(entry(*kit.draw("numbers", 2))) for _ in range(size // 4)])
         if self._own is not None and kit.rng.random() < 0.5:
@@ -234,7 +238,7 @@ def _pairs(symbols: list[int], easy: bool, rng: Random) -> Iterator[Piece]:
 
 
 @dataclass(frozen=True)
-class Taught:
+class RecallDataset:
     """A dataset of training rows in the order of training: of recall alone while it is held
     at the beginning, then of recall with the probability `share` and of text otherwise.
 

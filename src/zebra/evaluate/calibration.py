@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from zebra.data.corpus import Corpus
 from zebra.data.needles import Needles
+from zebra.errors import ZebraError
 from zebra.model.loss import head_of, token_losses
-from zebra.refusal import Refusal
 
 SHARE = 0.25
 """Of a row's tokens beyond the window, those that are scored."""
@@ -55,7 +55,7 @@ def text_rows(corpus: Corpus, length: int, samples: int) -> list[Row]:
     """Rows of `length` tokens from documents that have as many, evenly over the text; what is scored is open yet.
 
     Raises:
-        Refusal: fewer such rows than samples.
+        ZebraError: fewer such rows than samples.
     """
     starts = [
         (i, start)
@@ -63,7 +63,7 @@ def text_rows(corpus: Corpus, length: int, samples: int) -> list[Row]:
         for start in range(0, tokens - length + 1, length)
     ]
     if len(starts) < samples:
-        raise Refusal(
+        raise ZebraError(
             f"the text has {len(starts):,} rows of {length:,} tokens within its documents, and {samples:,} are asked "
             f"for; its longest document has {int(corpus.lengths.max(initial=0)):,} tokens. Give more text, a shorter "
             f"length, or --samples of at least {LEAST}."

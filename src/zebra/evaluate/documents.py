@@ -21,17 +21,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.haystack import Writer
 from zebra.data.items import FAULTS, LOST, NEEDLESS, Item, evidence_lost, faults, read_items
+from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrapped
 from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods, padded
 from zebra.evaluate.overlap import Overlap
 from zebra.evaluate.perplexity import evaluating
 from zebra.evaluate.prompts import TEMPLATE, WITHOUT_DOCUMENT, Prompt, Prompts
-from zebra.evaluate.subject import Subject
+from zebra.evaluate.target import EvalTarget
 from zebra.generation import continued
-from zebra.model.loading import Loading
+from zebra.model.load_options import LoadOptions
 from zebra.progress import bar
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.results import Result
 
 SCORES = ("generate", "likelihood")
 WITH, WITHOUT = "log_likelihood", "log_likelihood_without_document"
@@ -141,7 +141,7 @@ class Options:
         stop: strings that end a generated answer.
 
     Raises:
-        Refusal: no such score, no token of an answer.
+        ZebraError: no such score, no token of an answer.
     """
 
     score: str = "generate"
@@ -152,12 +152,12 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
-            raise Refusal(f"the scores are {' and '.join(SCORES)}; got {self.score!r}. Choose one.")
+            raise ZebraError(f"the scores are {' and '.join(SCORES)}; got {self.score!r}. Choose one.")
         if self.answer_tokens < 1:
-            raise Refusal(f"an answer has at least 1 token; got --answer-tokens {self.answer_tokens}. Raise it.")
+            raise ZebraError(f"an answer has at least 1 token; got --answer-tokens {self.answer_tokens}. Raise it.")
 
 
-def rows_of(
+def evaluate_documents(
     checkpoint: str | os.PathLike[str],
     file: str | os.PathLike[str],
     *,
@@ -169,7 +169,7 @@ def rows_of(
     run: str = "evaluate",
     options: Options | None = None,
     **loading: Any,
-) -> tuple[list[Row], list[Outcome]]:
+) -> tuple[list[Result], list[Outcome]]:
     """Look at the data, load the checkpoint and measure: the rows and items of `zebra evaluate documents`.
 
     Args:
@@ -177,17 +177,17 @@ def rows_of(
         limit: how many items of the file are taken, the first ones.
         beyond: measure at lengths beyond the model, with a warning; without lengths, cut nothing.
         check_only: look at the data; do not load the model.
-        loading: the fields of `zebra.model.loading.Loading`.
+        loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        Refusal: what `Subject`, `read_items` and `Prompts` refuse, a length beyond the model without `beyond`, a file
-            in which no item can be scored.
+        ZebraError: what `EvalTarget`, `read_items` and `Prompts` refuse, a length beyond the model without `beyond`, a
+            file in which no item can be scored.
     """
     how = options or Options()
     overlap = Overlap() if how.score == "generate" and not check_only else None
-    subject = Subject(checkpoint, Loading(**loading))
+    subject = EvalTarget(checkpoint, LoadOptions(**loading))
     if limit is not None and limit < 1:
-        raise Refusal(f"at least 1 item is measured; got --limit {limit}. Raise it or leave it out.")
+        raise ZebraError(f"at least 1 item is measured; got --limit {limit}. Raise it or leave it out.")
     items = read_items(Path(file))[:limit]
     prompts = Prompts(subject.tokenizer, how.template, chat=how.chat)
     spans = _lengths(subject, lengths, beyond)
@@ -205,7 +205,7 @@ def rows_of(
     return rows, [outcome for one in rounds for outcome in one.outcomes]
 
 
-def _lengths(subject: Subject, lengths: Sequence[int], beyond: bool) -> list[int | None]:
+def _lengths(subject: EvalTarget, lengths: Sequence[int], beyond: bool) -> list[int | None]:
     if not lengths:
         return [None if beyond else subject.reach]
     subject.check_length(max(lengths), beyond)
@@ -233,9 +233,11 @@ class _Round:
         self.length = length or max(len(prompt.ids) for prompt in self.prompts) + options.answer_tokens
         self.scored = [i for i, item in enumerate(items) if item.references]
         if not self.scored:
-            raise Refusal(f"none of the {len(items):,} items has a reference answer with a word. Give a file that has.")
+            raise ZebraError(
+                f"none of the {len(items):,} items has a reference answer with a word. Give a file that has."
+            )
 
-    def warn(self, subject: Subject, beyond: bool) -> None:
+    def warn(self, subject: EvalTarget, beyond: bool) -> None:
         """Say what does not fit."""
         if self.outcomes[0].length is None:
             subject.check_length(self.length, beyond)
@@ -281,7 +283,7 @@ class _Round:
             if value <= closed:
                 self.outcomes[i].faults.append(NEEDLESS)
 
-    def rows(self, stem: str, common: dict[str, Any]) -> list[Row]:
+    def rows(self, stem: str, common: dict[str, Any]) -> list[Result]:
         """Shares of faulty items, then scores."""
         count = len(self.items)
         known = [fault for fault in FAULTS if fault != NEEDLESS or WITH in self.outcomes[self.scored[0]].scores]
@@ -290,11 +292,11 @@ class _Round:
         shares["any fault"] = sum(bool(outcome.faults) for outcome in self.outcomes)
         common = common | {"length": self.length}
         check = {"task": f"documents-check-{stem}", "n": count, **common}
-        rows = [Row(metric=fault, value=bad / count, **check) for fault, bad in shares.items()]
+        rows = [Result(metric=fault, value=bad / count, **check) for fault, bad in shares.items()]
         task = f"documents-{self.options.score}-{stem}"
         return rows + [self._row(metric, task, common) for metric in self.outcomes[self.scored[0]].scores]
 
-    def _row(self, metric: str, task: str, common: dict[str, Any]) -> Row:
+    def _row(self, metric: str, task: str, common: dict[str, Any]) -> Result:
         scored = [self.outcomes[i] for i in self.scored]
         groups = sorted({outcome.group for outcome in scored})
         sums, counts = np.zeros(len(groups)), np.zeros(len(groups))
@@ -306,4 +308,4 @@ class _Round:
         if len(groups) > 1:
             low, high = bootstrapped(sums, counts, common["seed"]).tolist()
         value = float(sums.sum() / counts.sum())
-        return Row(task=task, metric=metric, value=value, n=len(scored), low=low, high=high, **common)
+        return Result(task=task, metric=metric, value=value, n=len(scored), low=low, high=high, **common)

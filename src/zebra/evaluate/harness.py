@@ -18,24 +18,23 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra import records
-from zebra.evaluate.foreign import made, offline, quiet
+from zebra.errors import ZebraError
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import BATCH_TOKENS
-from zebra.evaluate.subject import Subject
+from zebra.evaluate.lm_eval_compat import made, offline, quiet
+from zebra.evaluate.target import EvalTarget
 from zebra.evaluate.tasks import OWN, check_own, configuration, own_tasks
-from zebra.model.loading import Loading
+from zebra.model.load_options import LoadOptions
 from zebra.model.local import local_of
 from zebra.progress import console
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.results import Result, versions
 
 _SHARES = ("acc", "acc_norm", "accuracy", "exact_match", "em")
 _ROOM = 256
 """Tokens that the harness makes where a task does not say how many."""
 
 
-def rows_of(
+def evaluate_tasks(
     checkpoint: str | os.PathLike[str],
     *,
     tasks: Sequence[str],
@@ -51,7 +50,7 @@ def rows_of(
     seed: int = 0,
     run: str = "evaluate",
     **loading: Any,
-) -> list[Row]:
+) -> list[Result]:
     """Load tasks, then a checkpoint, and measure: the rows of `zebra evaluate tasks`.
 
     A row's length is the one that was asked for where the task takes lengths, and else the tokens of its longest
@@ -68,23 +67,23 @@ def rows_of(
         cut: let the harness cut the beginnings of requests that are too long for the model.
         beyond: run them whole, with a warning.
         check_only: load no model; the rows are the tokens that it would read.
-        loading: the fields of `zebra.model.loading.Loading`.
+        loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        Refusal: lm-eval is not installed, a task that is not there, data or packages of a task that are not there,
-            requests beyond the model without `cut` or `beyond`, what `Subject` refuses.
+        ZebraError: lm-eval is not installed, a task that is not there, data or packages of a task that are not there,
+            requests beyond the model without `cut` or `beyond`, what `EvalTarget` refuses.
     """
     if cut and beyond:
-        raise Refusal("what is too long is cut (--cut) or run whole (--beyond); got both. Choose one.")
+        raise ZebraError("what is too long is cut (--cut) or run whole (--beyond); got both. Choose one.")
     if min(batch_size, 1 if limit is None else limit, 1 if shots is None else shots + 1) < 1:
-        raise Refusal(
+        raise ZebraError(
             f"a batch and a limit are at least 1, and shots at least 0; got a batch of {batch_size}, a limit of "
             f"{limit} and {shots} shots. Raise what is below."
         )
     _installed()
-    subject = Subject(checkpoint, Loading(**loading))
+    subject = EvalTarget(checkpoint, LoadOptions(**loading))
     if chat and not subject.tokenizer.chat_template:
-        raise Refusal("this checkpoint's tokenizer has no chat template. Leave chat out.")
+        raise ZebraError("this checkpoint's tokenizer has no chat template. Leave chat out.")
     with quiet(), offline():
         rounds = _rounds(subject, tasks, lengths, include, limit, seed)
         for one in rounds:
@@ -93,7 +92,7 @@ def rows_of(
         if check_only:
             common = {"run": run, "metric": "tokens"} | subject.columns()
             return [
-                Row(task=f"harness-{name}", value=sum(sizes), length=max(sizes), **common)
+                Result(task=f"harness-{name}", value=sum(sizes), length=max(sizes), **common)
                 for one in rounds
                 for name, sizes in one.sizes.items()
             ]
@@ -113,7 +112,7 @@ def _installed() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise Refusal(
+        raise ZebraError(
             "these tasks are those of lm-eval, which is not installed: pip install 'zebra-llm[tasks]'."
         ) from None
 
@@ -122,7 +121,7 @@ def _installed() -> None:
 
 
 def _rounds(
-    subject: Subject,
+    subject: EvalTarget,
     names: Sequence[str],
     lengths: Sequence[int],
     include: str | os.PathLike[str] | None,
@@ -131,7 +130,7 @@ def _rounds(
 ) -> list[_Round]:
     """A round for each length, of the tasks that make texts of a length, and one for all others."""
     if include is not None and not os.path.isdir(include):
-        raise Refusal(f"there is no folder at {include}. Give one that has tasks as YAML files.")
+        raise ZebraError(f"there is no folder at {include}. Give one that has tasks as YAML files.")
     foreign = [name for name in dict.fromkeys(names) if not name.startswith(OWN)]
     own = [name for name in dict.fromkeys(names) if name.startswith(OWN)]
     for name in own:
@@ -149,7 +148,7 @@ def _rounds(
             if not takes:
                 break
     if lengths and not own and not any(one.found["tasks"] for length, one in rounds.items() if length):
-        raise Refusal(f"none of {', '.join(names)} takes a length: its texts are as long as they are. Leave it out.")
+        raise ZebraError(f"none of {', '.join(names)} takes a length: its texts are as long as they are. Leave it out.")
     for name in own:
         for length in sorted(set(lengths)):
             config = configuration(name, subject.tokenizer, length, limit, seed)
@@ -161,7 +160,7 @@ def _manager(names: Sequence[str], include: str | os.PathLike[str] | None, metad
     """The harness's index of tasks. Its own are 14,000 files, which are read only where one of them is wanted.
 
     Raises:
-        Refusal: a name that is not there.
+        ZebraError: a name that is not there.
     """
     from lm_eval.tasks import TaskManager
 
@@ -172,7 +171,7 @@ def _manager(names: Sequence[str], include: str | os.PathLike[str] | None, metad
     for name in names:
         if not _knows(manager, name):
             near = difflib.get_close_matches(name, [*manager.all_tasks, *own_tasks()], 3) or ["hellaswag", "mmlu"]
-            raise Refusal(
+            raise ZebraError(
                 f"there is no task {name!r} among the {len(manager.all_tasks):,} of lm-eval and {OWN}*; near it are "
                 f"{', '.join(near)}. `lm_eval ls tasks` lists them; --include adds a folder of your own."
             )
@@ -229,12 +228,12 @@ class _Round:
             ),
         )
 
-    def rows(self, results: dict[str, Any], common: dict[str, Any]) -> Iterator[Row]:
+    def rows(self, results: dict[str, Any], common: dict[str, Any]) -> Iterator[Result]:
         """Groups first, then tasks."""
         for name in dict.fromkeys([*results.get("groups", {}), *results["results"]]):
             yield from self._rows(name, results, common)
 
-    def _rows(self, name: str, results: dict[str, Any], common: dict[str, Any]) -> Iterator[Row]:
+    def _rows(self, name: str, results: dict[str, Any], common: dict[str, Any]) -> Iterator[Result]:
         found, shots = results["results"][name], results["n-shot"].get(name) or 0
         own = {"lm-eval": importlib.metadata.version("lm_eval"), "task": str(results["versions"].get(name))}
         for key, value in found.items():
@@ -253,7 +252,7 @@ class _Round:
                 low, high = wilson(float(value), n)
             elif isinstance(error, int | float):
                 low, high = value - 1.96 * error, value + 1.96 * error
-            yield Row(
+            yield Result(
                 task=f"harness-{name}" + (f" {shots}-shot" if shots else ""),
                 metric=metric if how == "none" else f"{metric} {how}",
                 value=float(value),
@@ -261,7 +260,7 @@ class _Round:
                 n=n,
                 low=low,
                 high=high,
-                versions=records.versions() | own,
+                versions=versions() | own,
                 **common,
             )
 
@@ -292,11 +291,11 @@ def _sizes(task: Any, tokenizer: PreTrainedTokenizerBase, limit: int | None, cha
     return found or [0]
 
 
-def _check_room(subject: Subject, rounds: Sequence[_Round], cut: bool, beyond: bool) -> int | None:
+def _check_room(subject: EvalTarget, rounds: Sequence[_Round], cut: bool, beyond: bool) -> int | None:
     """The tokens that the harness may give to the model at once.
 
     Raises:
-        Refusal: requests beyond the model's reach, and nobody told to cut them or to go beyond.
+        ZebraError: requests beyond the model's reach, and nobody told to cut them or to go beyond.
     """
     every = [(name, sizes) for one in rounds for name, sizes in one.sizes.items()]
     reach, most = subject.reach, max(max(sizes) for _, sizes in every)
@@ -309,7 +308,7 @@ def _check_room(subject: Subject, rounds: Sequence[_Round], cut: bool, beyond: b
     of = ", ".join(f"{count:,} of {total:,} of {name}" for name, count, total in over if count)
     passes = f"requests of up to {most:,} tokens, answer included, pass the {reach:,} positions that this model reads"
     if not cut:
-        raise Refusal(
+        raise ZebraError(
             f"{passes}: {of}. Take Self-Extend, a rope such as yarn:8 or fewer shots, let their beginnings be cut "
             "(--cut), or run them all the same (--beyond)."
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from zebra.model.extend import bounded_cache
+from zebra.model.self_extend import bounded_cache
 
 BATCH_TOKENS = 8192
 """Tokens of prompt that are run at once; a longer prompt is read in chunks of as many."""

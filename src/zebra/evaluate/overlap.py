@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zebra.data.items import words
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -19,14 +19,14 @@ class Overlap:
     normalisation, so that it is ROUGE-1 over those words.
 
     Raises:
-        Refusal: rouge-score is not installed.
+        ZebraError: rouge-score is not installed.
     """
 
     def __init__(self) -> None:
         try:
             from rouge_score import rouge_scorer, tokenizers
         except ImportError:
-            raise Refusal(
+            raise ZebraError(
                 "scoring text needs rouge-score, which is not installed: pip install 'zebra-llm[tasks]'. Or score by "
                 "likelihood."
             ) from None

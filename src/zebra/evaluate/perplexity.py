@@ -26,17 +26,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder
+from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrapped
 from zebra.model.checkpoint import fingerprint, load_tokenizer
-from zebra.model.extend import bounded_cache, refuse_off_the_table
 from zebra.model.families import layout
-from zebra.model.hosts import device_name
-from zebra.model.loading import Loading, described
+from zebra.model.load import device_name
+from zebra.model.load_options import LoadOptions, described
 from zebra.model.local import local_of
 from zebra.model.loss import head_of, token_losses, without_logits
+from zebra.model.self_extend import bounded_cache, refuse_off_the_table
 from zebra.progress import bar
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.results import Result
 
 CONVENTIONS = ("disjoint", "strided", "truncated")
 FIRST_EDGE = 256
@@ -106,12 +106,12 @@ def perplexity(
         batch_tokens: how many tokens are run at once; a window is never split.
 
     Raises:
-        Refusal: a contradiction between the options, a text too short, tokens the model has no embedding for.
+        ZebraError: a contradiction between the options, a text too short, tokens the model has no embedding for.
     """
     windows = _windows(corpus, length, convention, stride, prompt)
     largest = int(corpus.tokens.max())
     if largest >= model.config.vocab_size:
-        raise Refusal(
+        raise ZebraError(
             f"the text has token {largest}, but the model has {model.config.vocab_size} embeddings. "
             "Use the model's own tokenizer."
         )
@@ -136,7 +136,7 @@ def perplexity(
     return [_score(*span, seed) for span in spans if span[3].any()]
 
 
-def rows_of(
+def evaluate_perplexity(
     checkpoint: str | os.PathLike[str],
     text: Sequence[str],
     *,
@@ -152,18 +152,18 @@ def rows_of(
     seed: int = 0,
     run: str = "evaluate",
     **loading: Any,
-) -> list[Row]:
+) -> list[Result]:
     """Load a checkpoint, tokenise texts, and measure: the rows of `zebra evaluate perplexity`.
 
     Args:
         prompt: as `perplexity` has it; the rows' task then ends in `-decoded`.
         check_only: load no model; the rows are the tokens that it would read.
-        loading: the fields of `zebra.model.loading.Loading`.
+        loading: the fields of `zebra.model.load_options.LoadOptions`.
     """
-    loads = Loading(**loading)
+    loads = LoadOptions(**loading)
     loads.check()
     config = loads.config(checkpoint)
-    _ = loads.extension(config)  # refused before the weights are read
+    _ = loads.self_extend_setting(config)  # refused before the weights are read
     refuse_off_the_table(config, max(lengths))
     corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
@@ -172,15 +172,15 @@ def rows_of(
         at: dict[str, Any] = {"run": run, "model": str(checkpoint), "layout": layout(config)}
         at["task"] = f"perplexity-{convention}"
         sizes = {length: sum(len(window.tokens) for window in found) for length, found in windows.items()}
-        return [Row(metric="tokens", value=size, length=length, **at) for length, size in sizes.items()]
+        return [Result(metric="tokens", value=size, length=length, **at) for length, size in sizes.items()]
     model = loads.model(checkpoint)
     if local_of(model).full_decode and prompt is None:
-        raise Refusal(
+        raise ZebraError(
             "full decoding shows in tokens that are decoded, and without a prompt all are read. Give --prompt, such as "
             f"{min(lengths) // 2}, or --no-full-decode."
         )
     named = described(model, loads.rope)
-    rows: list[Row] = []
+    rows: list[Result] = []
     for length in lengths:
         scores = perplexity(
             model, texts[length], length=length, convention=convention, stride=stride, prompt=prompt, seed=seed
@@ -198,10 +198,10 @@ def rows_of(
     return rows
 
 
-def as_rows(scores: Sequence[Score], length: int, convention: str, **common: Any) -> list[Row]:
+def as_rows(scores: Sequence[Score], length: int, convention: str, **common: Any) -> list[Result]:
     """Scores as rows of the task `perplexity-<convention>`; `common` holds the columns that all share."""
     return [
-        Row(
+        Result(
             task=f"perplexity-{convention}",
             metric="perplexity",
             value=score.perplexity,
@@ -274,7 +274,7 @@ def _windows(
             scored = max(from_window, prompt or 0)
             windows += [_Window(i, tokens[a:b], scored)] if b - a > scored else []
     if not windows:
-        raise Refusal(
+        raise ZebraError(
             f"no document has enough tokens for the {convention} convention at length {length:,}; the longest has "
             f"{int(corpus.lengths.max(initial=0)):,}. Give longer documents, join them, or take a shorter length."
         )
@@ -283,16 +283,18 @@ def _windows(
 
 def _check_options(length: int, convention: str, stride: int | None, prompt: int | None) -> None:
     if convention not in CONVENTIONS:
-        raise Refusal(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
+        raise ZebraError(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
     if length < 2:
-        raise Refusal(f"a context has at least 2 tokens, one to see and one to predict; got a length of {length}.")
+        raise ZebraError(f"a context has at least 2 tokens, one to see and one to predict; got a length of {length}.")
     if stride is not None and (convention != "strided" or not 1 <= stride < length):
-        raise Refusal(
+        raise ZebraError(
             f"a stride belongs to the strided convention and lies between 1 and length - 1; got {stride} "
             f"with the {convention} convention and length {length}. Change one of them."
         )
     if prompt is not None and not 1 <= prompt < length:
-        raise Refusal(f"a prompt lies between 1 and length - 1; got {prompt} with length {length}. Change one of them.")
+        raise ZebraError(
+            f"a prompt lies between 1 and length - 1; got {prompt} with length {length}. Change one of them."
+        )
 
 
 def _batches(windows: Sequence[_Window], batch_tokens: int) -> list[list[_Window]]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from zebra.data.items import Item
+from zebra.errors import ZebraError
 from zebra.generation import encoded
-from zebra.refusal import Refusal
 
 TEMPLATE = "{document}\n\nQuestion: {question}\nAnswer:"
 WITHOUT_DOCUMENT = ""
@@ -47,12 +47,12 @@ class Prompts:
         chat: put it into the tokenizer's chat template, as one message of the user.
 
     Raises:
-        Refusal: a template without them.
+        ZebraError: a template without them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = TEMPLATE, *, chat: bool = False):
         if any(template.count(place) != 1 for place in ("{document}", "{question}")):
-            raise Refusal(
+            raise ZebraError(
                 f"a template has {{document}} and {{question}}, once each; got {template!r}. Write {TEMPLATE!r}."
             )
         self._tokenizer, self._chat = tokenizer, chat
@@ -69,7 +69,7 @@ class Prompts:
         """The prompt in at most `length` tokens; whole where that is None.
 
         Raises:
-            Refusal: what stands around the document leaves no room for a token of it.
+            ZebraError: what stands around the document leaves no room for a token of it.
         """
         places = self._places(item.document)
         n, around = len(places), len(self.ids(item, WITHOUT_DOCUMENT))
@@ -85,7 +85,7 @@ class Prompts:
             if len(ids) <= length:
                 return Prompt(ids, text, n, (first, n - last))
             kept -= len(ids) - length
-        raise Refusal(
+        raise ZebraError(
             f"the question of {item.name} takes {around:,} tokens without its document, and there is room for "
             f"{length:,} in all. Take a longer --length, or fewer --answer-tokens."
         )

@@ -21,15 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zebra.data.haystack import says
 from zebra.data.needles import Needles, Sample, check
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
+from zebra.errors import ZebraError
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods
 from zebra.evaluate.perplexity import evaluating, read_text
-from zebra.evaluate.subject import Subject
+from zebra.evaluate.target import EvalTarget
 from zebra.generation import continued
-from zebra.model.loading import Loading
+from zebra.model.load_options import LoadOptions
 from zebra.progress import bar
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.results import Result
 
 SCORES = ("generate", "likelihood")
 
@@ -49,12 +49,14 @@ def retrieval(
         batch_tokens: how many tokens are run at once.
 
     Raises:
-        Refusal: no such score, samples of several lengths or none.
+        ZebraError: no such score, samples of several lengths or none.
     """
     _check_score(score)
     lengths = sorted({len(sample.ids) for sample in samples})
     if len(lengths) != 1:
-        raise Refusal(f"samples of one length are measured together; got the lengths {lengths}. Take length by length.")
+        raise ZebraError(
+            f"samples of one length are measured together; got the lengths {lengths}. Take length by length."
+        )
     size = max(1, batch_tokens // lengths[0])
     found: list[float] = []
     with evaluating(model):
@@ -89,7 +91,7 @@ def _preferred(model: PreTrainedModel, batch: Sequence[Sample], chunk: int) -> l
     return (table[:, :answers] > best_wrong).double().mean(dim=1).tolist()
 
 
-def rows_of(
+def evaluate_retrieval(
     checkpoint: str | os.PathLike[str],
     *,
     tasks: Sequence[str],
@@ -103,7 +105,7 @@ def rows_of(
     seed: int = 0,
     run: str = "evaluate",
     **loading: Any,
-) -> list[Row]:
+) -> list[Result]:
     """Load a checkpoint, write the samples, and measure: the rows of `zebra evaluate retrieval`, one for each cell.
 
     Args:
@@ -111,15 +113,15 @@ def rows_of(
         haystack: files of text to hide the evidence in; noise where there are none.
         beyond: measure lengths beyond the positions that the model was trained for, with a warning.
         check_only: load no model; the rows are the tokens that it would read.
-        loading: the fields of `zebra.model.loading.Loading`.
+        loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        Refusal: what `Needles.samples` and `load` refuse, a length beyond the model without `beyond`, a rope that
+        ZebraError: what `Needles.samples` and `load` refuse, a length beyond the model without `beyond`, a rope that
             changes with length.
     """
     _check_score(score)
     cells = _cells(tasks, lengths, depths, samples)
-    subject = Subject(checkpoint, Loading(**loading))
+    subject = EvalTarget(checkpoint, LoadOptions(**loading))
     subject.check_length(max(lengths), beyond)
     tokenizer = subject.tokenizer
     needles = Needles(tokenizer, _documents(haystack, tokenizer))
@@ -131,8 +133,8 @@ def rows_of(
     common: dict[str, Any] = {"run": run, "seed": seed} | subject.columns(model)
     if model is None:
         at = [(f"retrieval-{score}-{task}", length, depth) for task, length, depth in cells]
-        return [Row(task=t, metric="tokens", value=samples * n, length=n, depth=d, **common) for t, n, d in at]
-    rows: list[Row] = []
+        return [Result(task=t, metric="tokens", value=samples * n, length=n, depth=d, **common) for t, n, d in at]
+    rows: list[Result] = []
     with bar("retrieval", samples * sum(length for _, length, _ in cells), "tokens") as advance:
         for task, length, depth in cells:
             advance(note=task)
@@ -148,10 +150,12 @@ def rows_of(
     return rows
 
 
-def _row(task: str, scores: Sequence[float], length: int, depth: float | None, **common: Any) -> Row:
+def _row(task: str, scores: Sequence[float], length: int, depth: float | None, **common: Any) -> Result:
     mean, n = sum(scores) / len(scores), len(scores)
     low, high = wilson(mean, n)
-    return Row(task=task, metric="accuracy", value=mean, length=length, depth=depth, n=n, low=low, high=high, **common)
+    return Result(
+        task=task, metric="accuracy", value=mean, length=length, depth=depth, n=n, low=low, high=high, **common
+    )
 
 
 def _cells(
@@ -165,13 +169,13 @@ def _cells(
         its: Sequence[float | None] = [None] if task in WITHOUT_DEPTH else sorted(set(depths))
         cells += [(task, length, depth) for length in sorted(set(lengths)) for depth in its]
     if not cells:
-        raise Refusal("a grid has at least one task, one length and one depth; got none. Give one of each.")
+        raise ZebraError("a grid has at least one task, one length and one depth; got none. Give one of each.")
     return cells
 
 
 def _check_score(score: str) -> None:
     if score not in SCORES:
-        raise Refusal(f"the scores are {' and '.join(SCORES)}; got {score!r}. Choose one.")
+        raise ZebraError(f"the scores are {' and '.join(SCORES)}; got {score!r}. Choose one.")
 
 
 def _documents(files: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Any:

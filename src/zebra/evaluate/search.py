@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from zebra.errors import ZebraError
 from zebra.evaluate.calibration import Part
-from zebra.evaluate.ledger import Ledger
+from zebra.evaluate.loss_cache import LossCache
 from zebra.model.layerwise import Layerwise
 from zebra.model.loss import head_of, losses_at
-from zebra.refusal import Refusal
 
 Advance = Callable[..., None]
 
@@ -39,10 +39,10 @@ class Losses:
     """
 
     def __init__(
-        self, model: PreTrainedModel, parts: Sequence[Part], window: int, kept: Ledger | None = None, sinks: int = 0
+        self, model: PreTrainedModel, parts: Sequence[Part], window: int, kept: LossCache | None = None, sinks: int = 0
     ):
         self._layers, self._head, self._device = Layerwise(model, window, sinks), head_of(model), model.device
-        self._parts, self._kept = parts, kept or Ledger()
+        self._parts, self._kept = parts, kept or LossCache()
         self.candidates: dict[str, None] = {}
         """The layouts that were asked for on the rows that choose, in order."""
 
@@ -66,7 +66,7 @@ class Losses:
                 hidden = states[-1] if kinds == base else self._layers.resumed(ids, kinds, start, states[start])
                 found = losses_at(hidden, self._head, ids, at).double()
                 if not bool(found.isfinite().all()):
-                    raise Refusal(f"the loss of the layout {kinds} is not finite. Measure in float32 or bfloat16.")
+                    raise ZebraError(f"the loss of the layout {kinds} is not finite. Measure in float32 or bfloat16.")
                 self._kept.add(kinds, i, [row.sum().item() for row in found.split(_counts(part))])
                 advance(1)
         return anew

@@ -23,22 +23,22 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.needles import Needles, check
-from zebra.evaluate import ledger
+from zebra.errors import ZebraError
+from zebra.evaluate import loss_cache
 from zebra.evaluate.calibration import LEAST, Part, long_range, parts_of, task_rows, text_rows
 from zebra.evaluate.intervals import bootstrapped
-from zebra.evaluate.ledger import Ledger
+from zebra.evaluate.loss_cache import LossCache
 from zebra.evaluate.perplexity import evaluating, read_text
 from zebra.evaluate.search import Losses, greedy, once, strides
 from zebra.model.checkpoint import digest, load_tokenizer, read_config
-from zebra.model.families import DENSE, striped, stripes_of
-from zebra.model.hosts import device_name, load, read_device, read_dtype
+from zebra.model.families import FULL, striped, stripes_of
+from zebra.model.load import device_name, load, read_device, read_dtype
 from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.plan.budget import Budget
 from zebra.plan.cost import BYTES, Run
 from zebra.plan.decoder import decoder
 from zebra.progress import bar, console
-from zebra.records import Row, versions, write
-from zebra.refusal import Refusal
+from zebra.results import Result, versions, write_results
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 ORDERS = ("greedy", "once")
@@ -49,7 +49,7 @@ class Selection:
     """The layout that was chosen, and a row for each loss that was measured on the way."""
 
     stripes: Stripes
-    rows: list[Row]
+    rows: list[Result]
 
 
 def select(
@@ -85,8 +85,8 @@ def select(
         check_only: load no model; the row is the tokens that it would read, the layout one of as many global layers.
 
     Raises:
-        Refusal: a budget that leaves nothing to choose, a host whose layers keep their kind, too little text, a length
-            within the window or beyond the model, a folder of something else; what `load` and `Needles` refuse.
+        ZebraError: a budget that leaves nothing to choose, a host whose layers keep their kind, too little text, a
+            length within the window or beyond the model, a folder of something else; what `load` and `Needles` refuse.
     """
     local = Stripes.parse(f"L:{window}")
     _check(order, local.window, length, text, tasks, samples)
@@ -100,7 +100,7 @@ def select(
     cost = Cost.of(source, count, order, parts)
     if check_only:
         layout = _first(source, count, local)
-        tokens = Row(
+        tokens = Result(
             task="selection-cost",
             metric="tokens",
             value=cost.passes * cost.rows * length,
@@ -115,35 +115,35 @@ def select(
         if work is not None:
             inputs = {"source": _identity(checkpoint), "rope": str(as_rope(rope)), "window": str(window), "seed": seed}
             inputs |= {"dtype": str(dtype), "device": place, "rows": _hash(parts), "versions": versions()}
-            folder = held.enter_context(ledger.opened(Path(work), inputs))
+            folder = held.enter_context(loss_cache.opened(Path(work), inputs))
         console.print(f"{count} of {source.count('G')} layers stay global, {order}: {cost}", soft_wrap=True)
         model = load(checkpoint, rope=rope, **placed).to(place)
         held.enter_context(evaluating(model))
         parts = _scored(model, parts, local.window, folder)
-        losses = Losses(model, parts, local.window, Ledger(folder), local.sinks)
+        losses = Losses(model, parts, local.window, LossCache(folder), local.sinks)
         found = _searched(losses, source, count, order, cost)
         common = {"run": run, "model": str(checkpoint), "length": length, "seed": seed}
         common |= {"device": device_name(model.device)}
         named = "+".join(dict.fromkeys(tasks)) or "text"
         rows = [*_rows(losses, found, source, local, named, common)]
         if folder is not None:
-            write(folder / "rows.jsonl", rows)
+            write_results(folder / "results.jsonl", rows)
     return Selection(_stripes(found[order][0], local), rows)
 
 
 def _check(order: str, window: int, length: int, text: Sequence[str], tasks: Sequence[str], samples: int) -> None:
     if order not in ORDERS:
-        raise Refusal(f"the orders are {' and '.join(ORDERS)}; got {order!r}. Choose one.")
+        raise ZebraError(f"the orders are {' and '.join(ORDERS)}; got {order!r}. Choose one.")
     if not text and not tasks:
-        raise Refusal("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
+        raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
     for task in tasks:
         check(task, 0.0, 1)
     if samples < LEAST:
-        raise Refusal(
+        raise ZebraError(
             f"a selection takes at least {LEAST} rows, as one in four is held out; got {samples}. Ask for more."
         )
     if length <= window:
-        raise Refusal(
+        raise ZebraError(
             f"in a length of {length:,} tokens nothing lies beyond a window of {window:,}, so that no layer is needed. "
             "Take a longer length, several times the window."
         )
@@ -170,12 +170,14 @@ def _check_host(config: PreTrainedConfig, source: str, local: Stripes, length: i
     refuse_changing_rope(config)
     which = [i for i, kind in enumerate(source) if kind == "G"]
     if len(which) < 2:
-        raise Refusal(f"this model has {len(which)} global layers, so there is nothing to choose. Take another source.")
+        raise ZebraError(
+            f"this model has {len(which)} global layers, so there is nothing to choose. Take another source."
+        )
     for kept in which[0], which[-1]:  # a host whose layers keep their kind refuses one of these
         striped(config, replace(local, pattern=None, global_layers=(kept,)))
     trained = getattr(config, "max_position_embeddings", None)
     if trained is not None and length > trained and as_rope(rope).kind != "base":
-        raise Refusal(
+        raise ZebraError(
             f"a length of {length:,} tokens passes the {trained:,} positions that this model was trained for. "
             "Take a shorter one, a rope such as yarn:8, or a checkpoint that was adapted."
         )
@@ -228,7 +230,7 @@ def _scored(model: PreTrainedModel, parts: list[Part], window: int, folder: Path
     """The parts with the tokens that are scored: a task's answers, or the long-range tokens of a text."""
     if all(part.at.any() for part in parts):
         return parts
-    at = None if folder is None else ledger.scored(folder)
+    at = None if folder is None else loss_cache.scored(folder)
     if at is None:
         at = []
         with bar("long-range tokens", sum(part.ids.size for part in parts), "tokens") as advance:
@@ -237,7 +239,7 @@ def _scored(model: PreTrainedModel, parts: list[Part], window: int, folder: Path
                 at.append(long_range(model, ids, window).cpu().numpy())
                 advance(part.ids.size)
         if folder is not None:
-            ledger.keep_scored(folder, at)
+            loss_cache.keep_scored(folder, at)
     return [replace(part, at=each) for part, each in zip(parts, at, strict=True)]
 
 
@@ -288,16 +290,16 @@ def _searched(losses: Losses, source: str, count: int, order: str, cost: Cost) -
 
 def _rows(
     losses: Losses, found: dict[str, list[str]], source: str, local: Stripes, named: str, common: dict[str, Any]
-) -> Iterator[Row]:
+) -> Iterator[Result]:
     """The source's loss and what each candidate adds to it, then the same of all comparisons on the held-out rows.
 
     Intervals of what is added are of the rows' differences, which vary less than their losses.
     """
 
-    def row(what: str, kinds: str, metric: str, sums: Any, counts: Any) -> Row:
+    def row(what: str, kinds: str, metric: str, sums: Any, counts: Any) -> Result:
         low, high = bootstrapped(sums, counts, common["seed"]).tolist() if len(sums) > 1 else (None, None)
-        return Row(
-            layout=DENSE if "L" not in kinds else str(_stripes(kinds, local)),
+        return Result(
+            layout=FULL if "L" not in kinds else str(_stripes(kinds, local)),
             task=f"selection-{what}-{named}",
             metric=metric,
             value=float(sums.sum() / counts.sum()),

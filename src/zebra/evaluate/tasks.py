@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from zebra.data.haystack import Writer, says
 from zebra.data.needles import Needles, Sample
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 OWN = "zebra-"
 LIKELIHOOD = "-likelihood"
@@ -31,9 +31,9 @@ def own_tasks() -> list[str]:
 def check_own(name: str, lengths: Sequence[int]) -> None:
     """Refuse a name that is not among ours, or one without a length."""
     if name not in own_tasks():
-        raise Refusal(f"our tasks are {', '.join(own_tasks())}; got {name!r}. Choose among them.")
+        raise ZebraError(f"our tasks are {', '.join(own_tasks())}; got {name!r}. Choose among them.")
     if not lengths:
-        raise Refusal(f"{name} makes texts of a length. Give --length, several with commas.")
+        raise ZebraError(f"{name} makes texts of a length. Give --length, several with commas.")
 
 
 def configuration(

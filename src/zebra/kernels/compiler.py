@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from zebra.staged import user_cache
+from zebra.files import user_cache_dir
 
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _PATIENCE = 300
@@ -50,7 +50,7 @@ def library(source: Path) -> ctypes.CDLL:
         version = subprocess.run([*_compiler(), "--version"], capture_output=True, timeout=_PATIENCE).stdout
         made_by = repr((command, version, sorted(cpu_flags()))).encode()
         name = hashlib.sha256(source.read_bytes() + made_by).hexdigest()[:32]
-        folder = user_cache("kernels")
+        folder = user_cache_dir("kernels")
         path = folder / f"{source.stem}-{name}.so"
         if not path.exists():
             _log.warning("compiling %s for this CPU, once: some seconds", source.name)

@@ -20,10 +20,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from zebra.kernels import Mask, attend
+from zebra.model.override import get_override
 
 NAME = "zebra"
 
-HARMLESS = frozenset(
+IGNORED_KWARGS = frozenset(
     {"is_causal", "num_items_in_batch", "output_hidden_states", "output_router_logits", "tokenizer", "use_cache"}
 )
 """What hosts pass down to every layer and attention need not read; `generate` lets its tokenizer slip through. Anything
@@ -49,11 +50,11 @@ def zebra_attention(
 ) -> tuple[Tensor, None]:
     """What the host calls in every layer: query (B, H, T, D), key and value (B, K, S, D), already rotated.
 
-    A layer under Self-Extend has an `extension`, which attends in its place (`zebra.model.extend`), and so has a local
-    layer with sinks or full decoding (`zebra.model.local`).
+    A layer with an override attends by that (`zebra.model.override`): under Self-Extend, with sinks, with full
+    decoding.
 
     Args:
-        key: the keys, or from the cache of a layer that has an extension what holds them.
+        key: the keys, or from the cache of a layer that has an override what holds them.
         attention_mask: what `zebra_mask` returned, (B, at most S) bool, or None.
         sliding_window: the layer's window in the host's convention, which is ours; None in a global layer. A host that
             keeps it on the layer and hands none down (Qwen 2 MoE) is asked there.
@@ -88,9 +89,9 @@ def zebra_attention(
             'output_attentions: no kernel of attention "zebra" forms the weights. '
             'Load with attn_implementation="eager" to look at them.'
         )
-    rest = {name: argument for name, argument in kwargs.items() if name not in HARMLESS and argument is not False}
-    extension = getattr(module, "extension", None)
-    run = attend if extension is None else functools.partial(extension.attend, module, position_ids)
+    rest = {name: argument for name, argument in kwargs.items() if name not in IGNORED_KWARGS and argument is not False}
+    override = get_override(module)
+    run = attend if override is None else functools.partial(override.attend, module, position_ids)
     out, lse = run(
         query,
         key,

@@ -135,7 +135,7 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
         self.values = self._rooms[1].last(values, self.sliding_window - 1)
 
 
-class _Parcel:
+class OpaqueKeys:
     """Keys on their way from the cache through the host to attention "zebra", which alone can unpack them."""
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -145,7 +145,7 @@ class _Parcel:
         )
 
 
-class Pending(_Parcel):
+class PendingKeys(OpaqueKeys):
     """New keys on their way into an extended layer. The cache knows no positions, so it hands them through the host to
     the attention function, which turns them, calls `write` and gets all keys back.
     """
@@ -195,7 +195,7 @@ class ExtendedLayer(GrowingLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.values = self._rooms[1].append(self.values, value_states)
-        return Pending(self, key_states), self.values
+        return PendingKeys(self, key_states), self.values
 
     def write(self, exact: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
         """Append new keys; return those that the new queries see near, and all far ones."""
@@ -259,7 +259,7 @@ class ExtendedLayer(GrowingLayer):
             self.shift = change(self.shift)
 
 
-class Held(_Parcel):
+class SinkKeys(OpaqueKeys):
     """The keys of a local layer, and what its attention must know of them besides.
 
     Attributes:
@@ -295,7 +295,7 @@ class WholeLayer(GrowingLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """Append new keys and values; return all."""
         keys, values = super().update(key_states, value_states)
-        return Held(keys, 0, prompt=self.prompt), values
+        return SinkKeys(keys, 0, prompt=self.prompt), values
 
 
 class SinkLayer(TrimmedSlidingLayer):
@@ -325,7 +325,7 @@ class SinkLayer(TrimmedSlidingLayer):
         """Append new keys and values; return those that the new queries may see. The sinks wait to hear of padding."""
         keys, values = super().update(key_states, value_states)
         self._new = None if self._full else (key_states, value_states)
-        return Held(keys, self.cumulative_length - keys.shape[-2], keeper=self), values
+        return SinkKeys(keys, self.cumulative_length - keys.shape[-2], keeper=self), values
 
     def keep(self, real: Tensor | None) -> Sinks:
         """Put those of the new tokens that are sinks into the store; return the store."""
@@ -395,7 +395,7 @@ class StripedCache(DynamicCache):
     """`DynamicCache(config=...)` with layers of ours: the default of `generate` after `zebra.load`.
 
     Args:
-        windows: Self-Extend's neighbour window for each layer that is extended; `zebra.model.extend.bounded_cache`
+        windows: Self-Extend's neighbour window for each layer that is extended; `zebra.model.self_extend.bounded_cache`
             reads them off a model, and what local layers need.
         sinks: of each local layer.
         full_decode: whether local layers keep all, for decoded tokens to see.

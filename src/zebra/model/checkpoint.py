@@ -27,10 +27,10 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
-from zebra import records
+from zebra.errors import ZebraError
 from zebra.model.families import host_class, ignores_layer_types, route, stripes_of
 from zebra.model.local import Local, layout_with
-from zebra.refusal import Refusal
+from zebra.results import git_commit, versions
 
 
 def read_config(path: str | os.PathLike[str], *, routed: bool = True) -> PreTrainedConfig:
@@ -47,19 +47,21 @@ def read_config_and_rest(
         routed: whether the family needs a route, as it does for stripes; else its own class serves it as it is.
 
     Raises:
-        Refusal: no checkpoint there, a broken config.json, a family without a route, or a config whose stripes its
+        ZebraError: no checkpoint there, a broken config.json, a family without a route, or a config whose stripes its
             own class would ignore while its cache obeys them (`generate` would be silently wrong).
     """
     where = Path(path)
     hub = {name: arguments[name] for name in _HUB if name in arguments}
     if (where / "adapter_config.json").is_file() and not (where / "config.json").is_file():
-        raise Refusal(
+        raise ZebraError(
             f"{path} is a peft adapter, not a whole checkpoint. Load it with peft, or adapt with lora.merge: true."
         )
     if where.exists() and not (where / arguments.get("subfolder", "") / "config.json").is_file():
-        raise Refusal(f"{path} is not a checkpoint: it has no config.json. Give a directory that transformers saved.")
+        raise ZebraError(
+            f"{path} is not a checkpoint: it has no config.json. Give a directory that transformers saved."
+        )
     if not where.exists() and (where.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
-        raise Refusal(f"there is no checkpoint at {path}. Give the path of a directory that transformers saved.")
+        raise ZebraError(f"there is no checkpoint at {path}. Give the path of a directory that transformers saved.")
     try:
         config = AutoConfig.from_pretrained(path, **hub)
         changes = {name: value for name, value in arguments.items() if name in own_fields(config)}
@@ -67,13 +69,13 @@ def read_config_and_rest(
             config = AutoConfig.from_pretrained(path, **hub, **changes)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         says = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
-        raise Refusal(f"the config of {path} cannot be read: {says}") from None
+        raise ZebraError(f"the config of {path} cannot be read: {says}") from None
     if routed:
         route(config)
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise Refusal(f"{path} is a {config.model_type}, of which transformers has no causal language model.")
+        raise ZebraError(f"{path} is a {config.model_type}, of which transformers has no causal language model.")
     if getattr(config, "layer_types", None) is not None and ignores_layer_types(config):
-        raise Refusal(
+        raise ZebraError(
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
             "Remove layer_types from its config.json, then run `zebra convert`."
         )
@@ -93,13 +95,13 @@ def open_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory.
 
     Raises:
-        Refusal: there is none that can be read.
+        ZebraError: there is none that can be read.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
         tokenizer.get_vocab()
     except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
-        raise Refusal(f"the tokenizer of {path} cannot be read: {first_line(error)}") from None
+        raise ZebraError(f"the tokenizer of {path} cannot be read: {first_line(error)}") from None
     return tokenizer
 
 
@@ -107,12 +109,12 @@ def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig) -> Pr
     """The checkpoint's tokenizer.
 
     Raises:
-        Refusal: there is none, or it makes ids that the model has no embedding for.
+        ZebraError: there is none, or it makes ids that the model has no embedding for.
     """
     tokenizer = open_tokenizer(path)
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
-        raise Refusal(
+        raise ZebraError(
             f"the tokenizer of {path} makes ids up to {largest}, but the model has {config.vocab_size} embeddings. "
             "Use the tokenizer that the model was trained with."
         )
@@ -146,19 +148,19 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
     """The weight files that transformers would load from a checkpoint on disk, after reading their headers.
 
     Raises:
-        Refusal: no weights, a missing, corrupt or truncated shard, tensors that are missing or of another shape than
+        ZebraError: no weights, a missing, corrupt or truncated shard, tensors that are missing or of another shape than
             the config says.
     """
     files = _weight_files(Path(path))
     absent = [file.name for file in files if not file.is_file()]
     if absent:
-        raise Refusal(f"{path} lacks the shards {', '.join(absent)} that its index names. Copy them there.")
+        raise ZebraError(f"{path} lacks the shards {', '.join(absent)} that its index names. Copy them there.")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
             shapes |= _shapes(file)
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise Refusal(f"{file} is corrupt or truncated: {first_line(error)}. Copy it again.") from None
+            raise ZebraError(f"{file} is corrupt or truncated: {first_line(error)}. Copy it again.") from None
     _check_shapes(path, config, shapes)
     return files
 
@@ -173,8 +175,8 @@ def _weight_files(where: Path) -> list[Path]:
             try:
                 return [where / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, AttributeError, TypeError):
-                raise Refusal(f"{index} is not an index of shards. Copy it from the source again.") from None
-    raise Refusal(f"{where} has no weights: neither model.safetensors nor an index of shards. Copy them there.")
+                raise ZebraError(f"{index} is not an index of shards. Copy it from the source again.") from None
+    raise ZebraError(f"{where} has no weights: neither model.safetensors nor an index of shards. Copy them there.")
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -196,7 +198,7 @@ def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes
         with torch.device("meta"):
             model = host_class(config)(config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError) as error:
-        raise Refusal(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
+        raise ZebraError(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
     # Of two tied tensors either may be the one that was saved.
     twins = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
     twins |= {second: first for first, second in twins.items()}
@@ -205,18 +207,18 @@ def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes
     ignored = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), _ROTARY])
     unused = [name for name in shapes if name not in wanted and name not in twins and not re.search(ignored, name)]
     if unused:
-        raise Refusal(
+        raise ZebraError(
             f"{path}: the weights have {unused[0]} and {len(unused) - 1} more tensors that config.json does not ask "
             "for, which would be dropped in silence. Config and weights are of different models."
         )
     for name, tensor in wanted.items():
         if name in shapes and shapes[name] != tuple(tensor.shape):
-            raise Refusal(
+            raise ZebraError(
                 f"{path}: config.json asks for {name} of shape {tuple(tensor.shape)}, the weights have {shapes[name]}. "
                 "Config and weights are of different models."
             )
         if name not in shapes and twins.get(name) not in shapes:
-            raise Refusal(
+            raise ZebraError(
                 f"{path}: the weights lack {name}, which config.json asks for. "
                 "Config and weights are of different models, or a shard is gone."
             )
@@ -279,7 +281,7 @@ def read_local(path: str | os.PathLike[str], **arguments: Any) -> Local:
     has none.
 
     Raises:
-        Refusal: a zebra.json that is broken.
+        ZebraError: a zebra.json that is broken.
     """
     absent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
     hub = {name: arguments[name] for name in _HUB if name in arguments}
@@ -287,7 +289,7 @@ def read_local(path: str | os.PathLike[str], **arguments: Any) -> Local:
     card = {} if file is None else _read_card(Path(file))
     sinks, full_decode = card.get("sinks", 0), card.get("full_decode", False)
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):
-        raise Refusal(
+        raise ZebraError(
             f"{file}: sinks is a whole number of at least 0 and full_decode true or false; got {sinks!r} and "
             f"{full_decode!r}. Mend them, or remove the file to load without."
         )
@@ -300,9 +302,9 @@ def _read_card(file: Path) -> dict[str, Any]:
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise Refusal(f"{file} is no JSON: {error}. Mend it, or remove it to load without what it says.") from None
+        raise ZebraError(f"{file} is no JSON: {error}. Mend it, or remove it to load without what it says.") from None
     if not isinstance(card, dict):
-        raise Refusal(f"{file} holds no JSON object. Mend it, or remove it to load without what it says.")
+        raise ZebraError(f"{file} holds no JSON object. Mend it, or remove it to load without what it says.")
     return card
 
 
@@ -316,8 +318,8 @@ def _layout_card(config: PreTrainedConfig, local: Local) -> dict[str, Any]:
         "sinks": local.sinks,
         "full_decode": local.full_decode,
         "only_here": "sinks and full_decode: config.json cannot say them, and what reads it alone runs without them",
-        "versions": records.versions(),
-        "commit": records.commit(),
+        "versions": versions(),
+        "commit": git_commit(),
     }
 
 

@@ -19,12 +19,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from zebra.errors import ZebraError
 from zebra.model import study
-from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes, summary_pairs, visible_pairs
 
 SUMMARY = "summary"
-DENSE = "dense"
+FULL = "full"
 """The layout of a model without stripes, as rows and tables call it."""
 
 
@@ -144,11 +144,11 @@ def route(config: PreTrainedConfig) -> Route:
     """The family's route.
 
     Raises:
-        Refusal: no route for the family, or none for this member of it, with the reason.
+        ZebraError: no route for the family, or none for this member of it, with the reason.
     """
     rows = [row for row in ROUTES if row.family == config.model_type]
     if not rows:
-        raise Refusal(
+        raise ZebraError(
             f"there is no route for the family {config.model_type!r}; routes exist for "
             f"{', '.join(dict.fromkeys(row.family for row in ROUTES if row.target))}. "
             "See CONTRIBUTING.md, how to add a host family."
@@ -159,7 +159,7 @@ def route(config: PreTrainedConfig) -> Route:
         if reason is None:
             return row
         reasons.append(reason)
-    raise Refusal(f"this {config.model_type} checkpoint cannot be served: {'; '.join(reasons)}. See docs/hosts.md.")
+    raise ZebraError(f"this {config.model_type} checkpoint cannot be served: {'; '.join(reasons)}. See docs/hosts.md.")
 
 
 def ignores_layer_types(config: PreTrainedConfig) -> bool:
@@ -185,12 +185,12 @@ def striped(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig:
     """The config of the same model with these stripes, every field written out: class defaults differ.
 
     Raises:
-        Refusal: no route, a layer beyond the model, a layer of another kind where the family's rope forbids it, summary
-            layers.
+        ZebraError: no route, a layer beyond the model, a layer of another kind where the family's rope forbids it,
+            summary layers.
     """
     taken = route(config)
     if SUMMARY in (getattr(config, "attention_kinds", None) or ()):
-        raise Refusal(
+        raise ZebraError(
             f"stripes are of global and local layers, and this model has summary layers, {layout(config)}: it was "
             "trained with them and would be another. Leave the stripes out."
         )
@@ -214,7 +214,7 @@ def striped(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig:
 def _check_kinds(taken: Route, config: PreTrainedConfig, stripes: Stripes, wanted: tuple[str, ...]) -> None:
     if taken.fixed is None or not taken.fixed.holds(config) or list(wanted) == list(config.layer_types):
         return
-    raise Refusal(
+    raise ZebraError(
         f"in this {config.model_type} checkpoint {taken.fixed.says}, so each layer keeps its kind and only the window "
         f"may change; {stripes} moves layers. Use {Stripes.of(config.layer_types, stripes.window)}."
     )
@@ -235,7 +235,7 @@ def layout(config: PreTrainedConfig, sinks: int = 0) -> str:
     if SUMMARY in kinds:
         return f"{''.join(kind[0].upper() for kind in kinds)}:{config.window}/{config.summary_block}"
     stripes = stripes_of(config)
-    return DENSE if stripes is None else str(replace(stripes, sinks=sinks))
+    return FULL if stripes is None else str(replace(stripes, sinks=sinks))
 
 
 def kinds_of(config: PreTrainedConfig) -> tuple[str, ...]:

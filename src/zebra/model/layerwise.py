@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.model.attention import NAME
-from zebra.model.extend import in_place_of_attend
 from zebra.model.local import Local
-from zebra.refusal import Refusal
+from zebra.model.override import overrides_of, overriding_attention
 
 
 class Layerwise:
@@ -35,7 +35,7 @@ class Layerwise:
         window, sinks: of the layers that are local, whatever theirs were.
 
     Raises:
-        Refusal: another attention, layers that attend in a way of their own, a host whose layers are not one list.
+        ZebraError: another attention, layers that attend in a way of their own, a host whose layers are not one list.
 
     Example:
         >>> layers = Layerwise(zebra.load("examples/stories260K"), window=64)
@@ -48,14 +48,13 @@ class Layerwise:
         layers = getattr(self._decoder, "layers", None)
         count = model.config.num_hidden_layers
         if not isinstance(layers, nn.ModuleList) or len(layers) != count:
-            raise Refusal(
+            raise ZebraError(
                 f"the layers of a {model.config.model_type} are run one by one from its decoder's list of {count} "
                 "layers, which it has not. Choose the layout yourself, with --stripes."
             )
-        hung = (getattr(module, "extension", None) for module in model.modules())
-        others = [type(found).__name__ for found in hung if found is not None and not isinstance(found, Local)]
+        others = [type(override).__name__ for override in overrides_of(model) if not isinstance(override, Local)]
         if model.config._attn_implementation != NAME or others:
-            raise Refusal(
+            raise ZebraError(
                 f'layers change their kind in attention "{NAME}", without Self-Extend and summaries; '
                 f"got {', '.join(sorted({*others})) or model.config._attn_implementation}. Load it without."
             )
@@ -89,7 +88,7 @@ class Layerwise:
 
     def _run(self, ids: Tensor, kinds: str, start: int) -> Tensor:
         chosen = _Chosen(kinds, self._window, self._local)
-        with torch.no_grad(), in_place_of_attend(self._attention, chosen):
+        with torch.no_grad(), overriding_attention(self._attention, chosen):
             hidden: Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
         if chosen.asked != list(range(start, len(kinds))):
             raise RuntimeError(f"layers {start} to {len(kinds) - 1} should have attended; {chosen.asked} did.")

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.kernels.sinks import with_sinks
-from zebra.model.cache import Held
-from zebra.model.families import DENSE, layout, stripes_of
-from zebra.refusal import Refusal
+from zebra.model.cache import SinkKeys
+from zebra.model.families import FULL, layout, stripes_of
+from zebra.model.override import overrides_of, set_override
 from zebra.stripes import LOCAL
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Local:
         module: nn.Module,
         positions: Tensor | None,
         query: Tensor,
-        key: Tensor | Held,
+        key: Tensor | SinkKeys,
         value: Tensor,
         mask: Mask,
         **arguments: Any,
@@ -60,10 +61,10 @@ class Local:
         """`attend` under the layer's window, with sinks for tokens that are read and all keys for decoded ones.
 
         Raises:
-            Refusal: keys from another cache, which has let go of those that are wanted.
+            ZebraError: keys from another cache, which has let go of those that are wanted.
         """
         new, start, kept, read = query.shape[2], 0, None, query.shape[2]
-        if isinstance(key, Held):
+        if isinstance(key, SinkKeys):
             start, kept = key.start, key.sinks(None if mask.keys is None else mask.keys[:, -new:])
             read = self._read(key, new) if self.full_decode else new
             key = key.states
@@ -80,7 +81,7 @@ class Local:
         both = None if lse is None or decoded[1] is None else torch.cat([lse, decoded[1]], dim=2)
         return torch.cat([out, decoded[0]], dim=2), both
 
-    def _read(self, held: Held, new: int) -> int:
+    def _read(self, held: SinkKeys, new: int) -> int:
         """How many of the new tokens are read, and not decoded."""
         past = held.start + held.states.shape[2] - new
         if held.prompt is None:
@@ -89,10 +90,10 @@ class Local:
 
     def _check_past(self, mask: Mask, past: int) -> None:
         if past > 0 and mask.window is not None and (self.full_decode or past >= mask.window - 1):
-            raise Refusal(
+            raise ZebraError(
                 f"this model has {self} in its local layers, which keep them in the cache of zebra.load alone; got "
                 "another cache with tokens in it. Leave cache_implementation out, or pass "
-                "zebra.model.extend.bounded_cache(model)."
+                "zebra.model.self_extend.bounded_cache(model)."
             )
 
 
@@ -100,17 +101,19 @@ def localise(model: PreTrainedModel, local: Local) -> None:
     """Hang it on the local layers of a loaded model.
 
     Raises:
-        Refusal: there are none; sinks under ALiBi.
+        ZebraError: there are none; sinks under ALiBi.
     """
     if local.sinks and getattr(model.config, "position_embedding", None) == "alibi":
-        raise Refusal(f"{local} stand far away, and ALiBi lowers the scores of what is far away. Leave them out.")
+        raise ZebraError(f"{local} stand far away, and ALiBi lowers the scores of what is far away. Leave them out.")
     stripes = stripes_of(model.config)
     if stripes is None:
-        raise Refusal(f"{local} belong to local layers, and this layout is {DENSE}. Give stripes, such as GLLL:512+4.")
+        raise ZebraError(
+            f"{local} belong to local layers, and this layout is {FULL}. Give stripes, such as GLLL:512+4."
+        )
     kinds = stripes.layer_types(model.config.num_hidden_layers)
     for module in _attention_modules(model):
         if kinds[module.layer_idx] == LOCAL:
-            module.extension = local
+            set_override(module, local)
 
 
 def _attention_modules(model: nn.Module) -> Iterator[Any]:
@@ -120,8 +123,7 @@ def _attention_modules(model: nn.Module) -> Iterator[Any]:
 
 def local_of(model: nn.Module) -> Local:
     """What a model's local layers were loaded with."""
-    hung = (getattr(module, "extension", None) for module in model.modules())
-    return next((found for found in hung if isinstance(found, Local)), Local())
+    return next((override for override in overrides_of(model) if isinstance(override, Local)), Local())
 
 
 def layout_with(config: PreTrainedConfig, local: Local, rope: object = None) -> str:

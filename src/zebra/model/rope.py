@@ -19,8 +19,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zebra.errors import ZebraError
 from zebra.positions import LENGTH_DEPENDENT
-from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Rope:
     """A change of the rope: its kind, and the factor or the base.
 
     Raises:
-        Refusal: an unknown kind, a number where none belongs or none where one does, a factor that does not extend.
+        ZebraError: an unknown kind, a number where none belongs or none where one does, a factor that does not extend.
 
     Example:
         >>> Rope.parse("yarn:8").amount
@@ -53,7 +53,7 @@ class Rope:
         least = 1.0 if self.kind in ("dynamic", "base") else math.nextafter(1.0, 2.0)
         known = self.kind in (*_FACTORS, "base")
         if not known or self.amount is None or not least <= self.amount <= _MOST:
-            raise Refusal(
+            raise ZebraError(
                 "a rope is none, base:THETA, or one of linear, yarn, llama3 with a factor above 1, or dynamic with one "
                 f"of at least 1; got {self}. Write for example yarn:8 or base:5000000."
             )
@@ -63,7 +63,7 @@ class Rope:
         """Read the notation that `str()` prints."""
         kind, colon, amount = str(text).strip().partition(":")
         if colon and not re.fullmatch(r"\s*[0-9.]+([eE][+]?[0-9]+)?\s*", amount):
-            raise Refusal(f"a rope is written KIND:NUMBER; got {text!r}. Write for example yarn:8, or none.")
+            raise ZebraError(f"a rope is written KIND:NUMBER; got {text!r}. Write for example yarn:8, or none.")
         return cls(kind.strip().lower(), float(amount) if colon else None)
 
     def __str__(self) -> str:
@@ -81,29 +81,29 @@ class Rope:
         """The config with this rope, and as many positions as it reaches.
 
         Raises:
-            Refusal: a rope that is scaled already, a base that is not larger, a model where no global layer has one.
+            ZebraError: a rope that is scaled already, a base that is not larger, a model where no global layer has one.
         """
         if self.kind == "none":
             return config
         made = copy.deepcopy(config)
         if getattr(config, "position_embedding", "rotary") != "rotary":
-            raise Refusal(
+            raise ZebraError(
                 f"there is no rope to become {self}: the positions of this {config.model_type} are "
                 f"{config.position_embedding}. Leave the rope out."
             )
         if config.model_type == "cohere2":
-            raise Refusal(
+            raise ZebraError(
                 f"the rope of a cohere2 cannot become {self}: only its local layers have one, and they never look "
                 "beyond their window. Leave the rope as it is."
             )
         if self.kind == "base" and getattr(config, "layer_rope_theta", None):
-            raise Refusal(
+            raise ZebraError(
                 f"a {config.model_type} has a base for each layer (layer_rope_theta), which {self} would not reach. "
                 "Take yarn, linear or llama3."
             )
         by_kind = GLOBAL in config.rope_parameters
         if by_kind and self.kind == "dynamic":
-            raise Refusal(
+            raise ZebraError(
                 f"a {config.model_type} has a rope for each kind of layer, and dynamic NTK is offered for one rope "
                 "only. Take yarn, linear or llama3."
             )
@@ -116,14 +116,16 @@ class Rope:
     def _parameters(self, old: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
         if old.get("rope_type", "default") != "default":
             has = ", ".join(f"{name} {value}" for name, value in old.items() if not isinstance(value, list))
-            raise Refusal(
+            raise ZebraError(
                 f"the rope of this {config.model_type} is scaled already ({has}); scaling it again to {self} would not "
                 "mean what either says. Start from the checkpoint before, or leave the rope as it is."
             )
         kept = {name: old[name] for name in _KEPT if name in old}
         if self.kind == "base":
             if self.amount <= old["rope_theta"]:
-                raise Refusal(f"a larger base is above the {old['rope_theta']:,.0f} that it is; got {self}. Raise it.")
+                raise ZebraError(
+                    f"a larger base is above the {old['rope_theta']:,.0f} that it is; got {self}. Raise it."
+                )
             return kept | {"rope_type": "default", "rope_theta": self.amount}
         new = kept | {"rope_type": self.kind, "factor": self.amount}
         if self.kind in ("yarn", "llama3"):
@@ -158,11 +160,11 @@ def refuse_changing_rope(config: PreTrainedConfig) -> None:
     """Refuse to write or train a model whose frequencies depend on the text's length.
 
     Raises:
-        Refusal: dynamic NTK or longrope.
+        ZebraError: dynamic NTK or longrope.
     """
     kind = changes_with_length(config)
     if kind is not None:
-        raise Refusal(
+        raise ZebraError(
             f"a rope of type {kind} changes its frequencies with the text's length, so that a cache, chunks and rows "
             "of training differ from a whole text. It serves `zebra evaluate` only. Take yarn, linear, llama3 or base."
         )
@@ -175,11 +177,11 @@ def refuse_cache(config: PreTrainedConfig, needing: str) -> None:
         needing: what needs it, such as "generating".
 
     Raises:
-        Refusal: dynamic NTK or longrope.
+        ZebraError: dynamic NTK or longrope.
     """
     kind = changes_with_length(config)
     if kind is not None:
-        raise Refusal(
+        raise ZebraError(
             f"a rope of type {kind} changes its frequencies with the text's length, so that cached keys would carry "
             f"others than new ones, and {needing} needs a cache. Take yarn, linear, llama3 or base."
         )
@@ -189,10 +191,10 @@ def whole_texts_only(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     """A forward pre-hook of a model whose rope changes with length: no cache, and each text by its own length.
 
     Raises:
-        Refusal: a cache was asked for.
+        ZebraError: a cache was asked for.
     """
     if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-        raise Refusal(
+        raise ZebraError(
             f"this model's rope is {changes_with_length(module.config)}: its frequencies change with the length, so "
             "cached keys would carry others than new ones. Pass use_cache=False, or take yarn for generating."
         )

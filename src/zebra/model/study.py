@@ -42,10 +42,11 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from zebra.errors import ZebraError
 from zebra.kernels import Mask
 from zebra.kernels.summary import summarised
+from zebra.model.override import set_override
 from zebra.positions import alibi_slopes
-from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL
 
 NAME = "zebra_study"
@@ -195,7 +196,7 @@ class StudyAttention(nn.Module):
         self.scaling, self.is_causal = self.head_dim**-0.5, True
         self.sliding_window = None if self.kind == "global" else config.sliding_window
         if self.kind == "summary":
-            self.extension = SummaryAttention(config.summary_block)
+            set_override(self, SummaryAttention(config.summary_block))
         keys, queries = ((n or 0) * self.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -307,7 +308,7 @@ class StudyModel(StudyPreTrainedModel):
         if self.config.position_embedding == "absolute":
             longest, last = self.config.max_position_embeddings, int(position_ids.max())
             if last >= longest:
-                raise Refusal(f"this model has {longest} learned positions; got one at {last}. Give a shorter text.")
+                raise ZebraError(f"this model has {longest} learned positions; got one at {last}. Give a shorter text.")
             hidden = hidden + self.embed_positions(position_ids)
         given = {"config": self.config, "inputs_embeds": hidden, "attention_mask": attention_mask}
         given |= {"past_key_values": past_key_values, "position_ids": position_ids}

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from zebra.errors import ZebraError
 from zebra.model.attention import NAME
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import update_card
-from zebra.model.extend import bounded_cache, setting_of
 from zebra.model.local import local_of, warn_of
-from zebra.refusal import Refusal
+from zebra.model.self_extend import bounded_cache, setting_of
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _prompt_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 def _refuse_without_cache(model: PreTrainedModel, *, uses_cache: bool) -> None:
     local = local_of(model)
     if local and model.config._attn_implementation == NAME and (uses_cache or local.full_decode):
-        raise Refusal(
+        raise ZebraError(
             f"this model has {local} in its local layers, which rest on the cache that its generate makes; got "
             f"{'another cache' if uses_cache else 'use_cache=False'}. Leave that out, or load without them."
         )

@@ -2,7 +2,7 @@
 
 Each check compares logits over random tokens, in float32 unless told otherwise, as the largest difference relative to
 the largest logit. The oracle for long inputs is, for stripes, the *source* model with a dense mask of its own in each
-layer; for Self-Extend, the dense formula in each layer (`zebra.model.formula`).
+layer; for Self-Extend, the dense formula in each layer (`zebra.model.self_extend.formula`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zebra import masks
+from zebra.errors import ZebraError
 from zebra.model.checkpoint import read_config, read_local
-from zebra.model.extend import bounded_cache, resolved
 from zebra.model.families import host_class, stripes_of
-from zebra.model.formula import by_formula
-from zebra.model.hosts import load, read_device, read_dtype
+from zebra.model.load import load, read_device, read_dtype
 from zebra.model.local import local_of
 from zebra.model.rope import Rope, as_rope
+from zebra.model.self_extend import bounded_cache, resolve_self_extend
+from zebra.model.self_extend.formula import by_formula
 from zebra.positions import SelfExtend
-from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -79,7 +79,7 @@ def verify(
         length: tokens of the long checks; the window and half of it again, and some, where None.
 
     Raises:
-        Refusal: a checkpoint that cannot be loaded, a target without stripes, two different models, neither a source
+        ZebraError: a checkpoint that cannot be loaded, a target without stripes, two different models, neither a source
             nor Self-Extend, a model that plain transformers cannot compute.
     """
     dtype, device = read_dtype(dtype), read_device(device)
@@ -92,19 +92,21 @@ def verify(
         )
         return conversion + extended
     if against is None:
-        raise Refusal("a conversion is verified against its source. Name the source, or Self-Extend to verify that.")
+        raise ZebraError("a conversion is verified against its source. Name the source, or Self-Extend to verify that.")
     config, source_config = read_config(target), read_config(against)
     stripes = stripes_of(config)
     if stripes is None:
-        raise Refusal(f"{target} has no stripes to verify: its layout is dense. Convert it first with `zebra convert`.")
+        raise ZebraError(
+            f"{target} has no stripes to verify: its layout is full. Convert it first with `zebra convert`."
+        )
     for name in ("vocab_size", "num_hidden_layers", "hidden_size"):
         if getattr(config, name) != getattr(source_config, name):
-            raise Refusal(
+            raise ZebraError(
                 f"{target} and {against} are different models: {name} is {getattr(config, name)} and "
                 f"{getattr(source_config, name)}. Name the checkpoint that the target was converted from."
             )
     if getattr(config, "needs_zebra", False):
-        raise Refusal(
+        raise ZebraError(
             f"{target} has ALiBi, which plain transformers does not compute, so there is nothing to hold it against. "
             "Verify a model with other positions."
         )
@@ -112,7 +114,9 @@ def verify(
     short = min([s.window for s in (stripes, source_stripes) if s is not None])
     n = length or stripes.window + stripes.window // 2 + 2 * _CHUNK + 3
     if n <= stripes.window:
-        raise Refusal(f"a long check goes beyond the window of {stripes.window}; got length {n}. Give a larger length.")
+        raise ZebraError(
+            f"a long check goes beyond the window of {stripes.window}; got length {n}. Give a larger length."
+        )
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
     placed: dict[str, Any] = {"dtype": dtype, "device_map": device}
 
@@ -147,10 +151,12 @@ def _extended(
 ) -> list[Check]:
     """The checks of Self-Extend. The plain short text is the host's own; the rest shares one model."""
     config = read_config(path, routed=False)
-    setting = resolved(self_extend, config)
+    setting = resolve_self_extend(self_extend, config)
     n = length or setting.window + max(setting.window // 2, 4 * setting.group) + 2 * _CHUNK + 3
     if n <= setting.window:
-        raise Refusal(f"Self-Extend {setting} acts beyond {setting.window} tokens; got length {n}. Give a larger one.")
+        raise ZebraError(
+            f"Self-Extend {setting} acts beyond {setting.window} tokens; got length {n}. Give a larger one."
+        )
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
     placed: dict[str, Any] = {"dtype": dtype, "device_map": device}
     plain = _logits(_stock(path, placed | {"config": config}), ids[:, : setting.window])
@@ -215,7 +221,7 @@ def _stock(path: Any, arguments: dict[str, Any]) -> PreTrainedModel:
 def _with_rope(source: PreTrainedConfig, rope: Rope | str | None, target: PreTrainedConfig) -> PreTrainedConfig:
     made = as_rope(rope).changed(source)
     if made is not source and GLOBAL in target.rope_parameters and GLOBAL not in made.rope_parameters:
-        raise Refusal(
+        raise ZebraError(
             f"{rope} changed the rope of the target's global layers alone, which the source's class "
             f"{source.model_type} cannot do, so there is nothing to compare it with. Verify the conversion without it."
         )

@@ -18,10 +18,10 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import Field, create_model
 
+from zebra.errors import ZebraError
 from zebra.evaluate import documents, harness, perplexity, retrieval
 from zebra.evaluate.selection import select
-from zebra.model.loading import Loading
-from zebra.refusal import Refusal
+from zebra.model.load_options import LoadOptions
 from zebra.train.directory import processes
 from zebra.train.recipe import AdaptRecipe, PretrainRecipe, Section, SourceRecipe, checked, read_recipe
 from zebra.train.tune_recipe import TuneRecipe
@@ -47,10 +47,10 @@ def _arguments(name: str, call: Callable[..., Any], *own: str, more: Sequence[ty
 
 
 MEASURES: dict[str, Callable[..., Any]] = {
-    "perplexity": perplexity.rows_of,
-    "retrieval": retrieval.rows_of,
-    "tasks": harness.rows_of,
-    "documents": documents.rows_of,
+    "perplexity": perplexity.evaluate_perplexity,
+    "retrieval": retrieval.evaluate_retrieval,
+    "tasks": harness.evaluate_tasks,
+    "documents": documents.evaluate_documents,
 }
 """What `evaluate` does, each as the verb of its name; its keys are the arguments of the function."""
 _OWN = ("checkpoint", "run", "check_only", "options")
@@ -69,7 +69,7 @@ class Convert(Section):
 
 
 _Measures = {
-    name: _arguments(name, call, *_OWN, more=[documents.Options, Loading] if name == "documents" else [Loading])
+    name: _arguments(name, call, *_OWN, more=[documents.Options, LoadOptions] if name == "documents" else [LoadOptions])
     for name, call in MEASURES.items()
 }
 _choices: Any = {name: (kind | None, None) for name, kind in _Measures.items()}
@@ -130,12 +130,12 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     """The stages of a pipeline's recipe; refuses what can be refused of the recipe alone.
 
     Raises:
-        Refusal: what `read_recipe` refuses of it and of each of its stages; a kind that is not there, an order that
+        ZebraError: what `read_recipe` refuses of it and of each of its stages; a kind that is not there, an order that
             cannot be.
     """
     recipe = read_recipe(path, Pipeline, overrides)
     if processes() > 1:
-        raise Refusal("a pipeline is one process. Start a launcher on the verb of a stage, with the stage's recipe.")
+        raise ZebraError("a pipeline is one process. Start a launcher on the verb of a stage, with the stage's recipe.")
     stages: dict[str, Stage] = {}
     for name, section in recipe.stages.items():
         stages[name] = _stage(f"{path}, stage {name}", recipe, name, dict(section or {}), stages)
@@ -145,19 +145,19 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], before: dict[str, Stage]) -> Stage:
     kind, folder = str(section.pop("kind", name)), Path(pipeline.run) / name
     if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name == "model":
-        raise Refusal(f"{where}: a stage's name is letters, digits, _ and -, and not model. Name it otherwise.")
+        raise ZebraError(f"{where}: a stage's name is letters, digits, _ and -, and not model. Name it otherwise.")
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         said = f"did you mean {near[0]}?" if near else f"name it so, or write kind: one of {', '.join(KINDS)}."
-        raise Refusal(f"{where}: there is no stage of the kind {kind}; {said}")
+        raise ZebraError(f"{where}: there is no stage of the kind {kind}; {said}")
     source, after = _source(where, kind, section, pipeline.model, before)
     rows = {name: other.folder for name, other in before.items() if kind == "report" and other.kind != "report"}
     if kind == "report" and not rows:
-        raise Refusal(f"{where}: a report is of the stages before it, and there is none. Move it to the end.")
+        raise ZebraError(f"{where}: a report is of the stages before it, and there is none. Move it to the end.")
     if issubclass(KINDS[kind], SourceRecipe) or kind == "pretrain":
         own = {"run": str(folder)} | ({} if kind == "pretrain" else {"model": str(source)})
         if twice := sorted(own.keys() & section.keys()):
-            raise Refusal(f"{where}: {' and '.join(twice)} of a stage are the pipeline's to say. Leave them out.")
+            raise ZebraError(f"{where}: {' and '.join(twice)} of a stage are the pipeline's to say. Leave them out.")
         section |= own
     return Stage(name, kind, folder, checked(section, KINDS[kind], where), source, after, rows)
 
@@ -172,15 +172,15 @@ def _source(
     asked = section.pop("from", makers[-1] if makers else "model")
     if asked not in ("model", *makers):
         there = ", ".join(["model", *makers])
-        raise Refusal(
+        raise ZebraError(
             f"{where}: from names a stage before it that makes a checkpoint, or model; got {asked}, of {there}."
         )
     if asked != "model":
         return before[asked].made, asked
     if model is None:
-        raise Refusal(
+        raise ZebraError(
             f"{where}: it begins with a checkpoint, and no stage before it makes one. Add model: the first one."
         )
     if not Path(model).is_dir():
-        raise Refusal(f"{where}: there is no checkpoint at {model}. Give the directory of one as model.")
+        raise ZebraError(f"{where}: there is no checkpoint at {model}. Give the directory of one as model.")
     return Path(model), None

@@ -1,6 +1,6 @@
 """A pipeline: stages in their order, each done once, and done again when what it depends on has changed.
 
-    <run>/<stage>/        what the stage made: a checkpoint, rows.jsonl, report.html
+    <run>/<stage>/        what the stage made: a checkpoint, results.jsonl, report.html
     <run>/<stage>.json    what it depends on, by content: its section, its checkpoint, its files, zebra's version; and
                           what it made. Written when the stage begins, and again, with what it made, when it is done
 
@@ -25,13 +25,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from zebra.data.documents import find_files
+from zebra.errors import ZebraError
+from zebra.files import atomic_write, directory_lock
 from zebra.model.checkpoint import digest, read_local
 from zebra.pipeline.recipe import Stage
 from zebra.pipeline.stages import Work, perform, rehearse
 from zebra.progress import console
-from zebra.records import versions
-from zebra.refusal import Refusal
-from zebra.staged import held, write_whole
+from zebra.results import versions
 from zebra.train.directory import flat
 
 # What a stage depends on, and what it made
@@ -45,12 +45,12 @@ def inputs_of(stage: Stage) -> dict[str, str]:
     """All that a stage's results depend on, name to value or content hash; where things lie is no matter of content.
 
     Raises:
-        Refusal: files that are not there.
+        ZebraError: files that are not there.
     """
     given = stage.recipe.model_dump(mode="json", exclude={"run"} | ({"model"} if stage.source else set()))
     found = {"zebra": versions().get("zebra", ""), "kind": stage.kind} | flat(given)
     found |= {str(file): _hash(file) for file in find_files(list(_patterns(given)))}
-    found |= {f"the rows of {name}": _hash(folder / "rows.jsonl") for name, folder in stage.before.items()}
+    found |= {f"the rows of {name}": _hash(folder / "results.jsonl") for name, folder in stage.before.items()}
     return found | ({"its checkpoint": content(stage.source)} if stage.source else {})
 
 
@@ -94,7 +94,7 @@ def _hashed(file: Path, *unchanged: int) -> str:
 def _made(stage: Stage) -> dict[str, str]:
     page = {"page": _hash(stage.folder / "report.html")} if stage.kind == "report" else {}
     made = {"checkpoint": content(stage.made)} if stage.made else {}
-    return made | page | {"rows": _hash(stage.folder / "rows.jsonl")}
+    return made | page | {"rows": _hash(stage.folder / "results.jsonl")}
 
 
 # The record beside a stage
@@ -108,26 +108,26 @@ def _kept(stage: Stage) -> tuple[dict[str, str], dict[str, str] | None] | None:
     """What a stage's record says that it depends on, and what it made, if it is done; None where it never began.
 
     Raises:
-        Refusal: a folder that no record is of; a damaged record.
+        ZebraError: a folder that no record is of; a damaged record.
     """
     record, folder = _record_of(stage), stage.folder
     if not record.exists():
         if folder.exists():
-            raise Refusal(f"{folder} exists, and {record}, which would say what of, does not. Move it away.")
+            raise ZebraError(f"{folder} exists, and {record}, which would say what of, does not. Move it away.")
         return None
     try:
         kept = json.loads(record.read_text(encoding="utf-8"))
         made = kept["made"]
         return dict(kept["inputs"]), None if made is None else dict(made)
     except (ValueError, TypeError, KeyError):
-        raise Refusal(f"{record} is damaged. Move it and {folder} away to begin the stage anew.") from None
+        raise ZebraError(f"{record} is damaged. Move it and {folder} away to begin the stage anew.") from None
 
 
 def _why(stage: Stage, inputs: dict[str, str]) -> str | None:
     """Why a stage is to be run; None where it is done.
 
     Raises:
-        Refusal: what `_kept` refuses; a folder that was changed since the stage was done.
+        ZebraError: what `_kept` refuses; a folder that was changed since the stage was done.
     """
     kept = _kept(stage)
     if kept is None:
@@ -141,7 +141,7 @@ def _why(stage: Stage, inputs: dict[str, str]) -> str | None:
         return "begun" if made is None else "gone"
     if changed := sorted(name for name, found in _made(stage).items() if found != made.get(name)):
         said = ", ".join(changed)
-        raise Refusal(f"{stage.folder} was changed since it was done: {said}. Put it back, or move it away.")
+        raise ZebraError(f"{stage.folder} was changed since it was done: {said}. Put it back, or move it away.")
     return None
 
 
@@ -156,7 +156,7 @@ def _begin(stage: Stage, inputs: dict[str, str], why: str) -> None:
 
 def _write(stage: Stage, inputs: dict[str, str], made: dict[str, str] | None, seconds: float = 0.0) -> None:
     record = {"inputs": inputs, "made": made, "seconds": round(seconds, 1)}
-    write_whole(_record_of(stage), json.dumps(record, indent=2) + "\n")
+    atomic_write(_record_of(stage), json.dumps(record, indent=2) + "\n")
 
 
 # Going through
@@ -199,9 +199,9 @@ def _of(stage: Stage, folder: str | None = None) -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore") if folder else nullcontext():
             yield
-    except Refusal as refusal:
+    except ZebraError as refusal:
         said = str(refusal).replace(f"{folder}/", f"{stage.folder.parent}/")
-        raise Refusal(f"stage {stage.name}: {said}") from None
+        raise ZebraError(f"stage {stage.name}: {said}") from None
 
 
 @dataclass(frozen=True)
@@ -217,11 +217,11 @@ def run(stages: Sequence[Stage]) -> list[Done]:
     """Go through a pipeline from where it stands.
 
     Raises:
-        Refusal: what `plan` refuses; what a stage refuses while it works; another process at work.
+        ZebraError: what `plan` refuses; what a stage refuses while it works; another process at work.
     """
     plan(stages)
     found = []
-    with held(stages[0].folder.parent):
+    with directory_lock(stages[0].folder.parent):
         for at, stage in enumerate(stages, start=1):
             with _of(stage):
                 start, inputs = time.perf_counter(), inputs_of(stage)

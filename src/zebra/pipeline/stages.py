@@ -11,22 +11,21 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from zebra import records
 from zebra.data.conversations import read_conversations
+from zebra.errors import ZebraError
 from zebra.evaluate import documents
 from zebra.evaluate.selection import select
 from zebra.model.checkpoint import read_config, read_local, write_card, write_config
 from zebra.model.families import striped, stripes_of
-from zebra.model.hosts import convert, converted
+from zebra.model.load import convert, converted
 from zebra.model.local import Local
 from zebra.pipeline.recipe import MEASURES, Convert, Stage
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import decoder
 from zebra.plan.devices import Device
 from zebra.plan.memory import memory
-from zebra.records import Row
-from zebra.refusal import Refusal
 from zebra.report import write_report
+from zebra.results import Result, read_results, write_results
 from zebra.stripes import Stripes
 from zebra.train.adapt import adapt, adapted, open_source
 from zebra.train.chat import Chat
@@ -49,7 +48,7 @@ def _convert(stage: Stage) -> None:
     assert made is not None
     if recipe.select is not None:
         found = select(stage.source, **_selected(recipe), work=stage.folder / "selection", run=stage.name)
-        records.write(stage.folder / "rows.jsonl", found.rows)
+        write_results(stage.folder / "results.jsonl", found.rows)
         stripes = found.stripes
     if not made.exists():  # a kill may have come behind it
         convert(stage.source, made, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
@@ -74,23 +73,23 @@ def _train(stage: Stage) -> None:
 
 
 def _evaluate(stage: Stage) -> None:
-    rows: list[Row] = []
+    rows: list[Result] = []
     assert stage.source is not None
     for name, given in stage.recipe:
         file = stage.folder / f"{name}.jsonl"
         if given is not None and not file.exists():
-            records.write(file, _measured(name, given, stage.source, run=stage.name)[0])
-        rows += records.read(file) if given is not None else []
-    records.write(stage.folder / "rows.jsonl", rows)
+            write_results(file, _measured(name, given, stage.source, run=stage.name)[0])
+        rows += read_results(file) if given is not None else []
+    write_results(stage.folder / "results.jsonl", rows)
 
 
-def _measured(name: str, given: Section, checkpoint: Path, **more: Any) -> tuple[list[Row], list[Any]]:
+def _measured(name: str, given: Section, checkpoint: Path, **more: Any) -> tuple[list[Result], list[Any]]:
     """Rows, and of documents what came of each item."""
     arguments = given.model_dump() | more
     if name != "documents":
         return MEASURES[name](checkpoint, **arguments), []
     own = {field.name: arguments.pop(field.name) for field in fields(documents.Options)}
-    return documents.rows_of(checkpoint, **arguments, options=documents.Options(**own))
+    return documents.evaluate_documents(checkpoint, **arguments, options=documents.Options(**own))
 
 
 def _report(stage: Stage) -> None:
@@ -98,10 +97,10 @@ def _report(stage: Stage) -> None:
     write_report(rows, stage.folder / "report.html", title=stage.recipe.title)
 
 
-def rows_in(folder: Path) -> list[Row]:
+def rows_in(folder: Path) -> list[Result]:
     """The rows that a stage left; none where it made none."""
-    file = folder / "rows.jsonl"
-    return records.read(file) if file.exists() else []
+    file = folder / "results.jsonl"
+    return read_results(file) if file.exists() else []
 
 
 _PERFORM = {
@@ -139,7 +138,7 @@ def rehearse(stage: Stage, source: Path | None, made: Path) -> Work:
     """Try a stage on a checkpoint or its stand-in, write a stand-in for what it would make, and say what it costs.
 
     Raises:
-        Refusal: what the stage itself would refuse before it works, but of texts to train on only that they exist.
+        ZebraError: what the stage itself would refuse before it works, but of texts to train on only that they exist.
     """
     if stage.kind == "report":
         return Work()
@@ -154,7 +153,7 @@ def rehearse(stage: Stage, source: Path | None, made: Path) -> Work:
 def _rehearse_conversion(stage: Stage, source: Path, made: Path) -> Work:
     recipe = stage.recipe
     if (recipe.stripes is None) == (recipe.select is None):
-        raise Refusal("a conversion takes either stripes or select. Give one of them, such as stripes: GLLL:512.")
+        raise ZebraError("a conversion takes either stripes or select. Give one of them, such as stripes: GLLL:512.")
     work, stripes = Work(), Stripes.parse(recipe.stripes or f"0:{recipe.select.window}")
     if recipe.select is not None and _has_tokenizer(source):
         found = select(source, **_selected(recipe), check_only=True)
@@ -210,7 +209,7 @@ def _read_for_tuning(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
 def _rehearse_evaluation(stage: Stage, source: Path) -> Work:
     given = [(name, one) for name, one in stage.recipe if one is not None]
     if not given:
-        raise Refusal(f"an evaluation takes at least one of {', '.join(MEASURES)}; got none. Give one.")
+        raise ZebraError(f"an evaluation takes at least one of {', '.join(MEASURES)}; got none. Give one.")
     if not _has_tokenizer(source):
         return Work()
     works = []
@@ -236,7 +235,7 @@ def _reading(source: Path, stripes: str | None, reads: list[tuple[int | None, fl
 
 def _runs(config: Any, local: Local, asked: list[tuple[dict[str, Any], float]]) -> tuple[tuple[Run, float], ...]:
     """Runs of the planner; none for a model that it cannot reckon."""
-    with suppress(Refusal):
+    with suppress(ZebraError):
         stripes, sizes = stripes_of(config), decoder(config.to_dict(), name="the model")
         stripes = stripes and replace(stripes, sinks=local.sinks)
         return tuple((Run(decoder=sizes, stripes=stripes, **run), times) for run, times in asked)

@@ -14,10 +14,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from zebra.errors import ZebraError
 from zebra.plan.cost import Run, flops
 from zebra.plan.fit import bytes_of
 from zebra.plan.memory import kv_bytes
-from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 _WRITE = "Write 8 for so many layers, 0.25 for a share of them, flops:0.5 or cache:4GiB@131072 for a cost."
@@ -42,24 +42,24 @@ class Budget:
         """Read a budget.
 
         Raises:
-            Refusal: another notation, zero layers, a share that is not between 0 and 1.
+            ZebraError: another notation, zero layers, a share that is not between 0 and 1.
         """
         match = re.fullmatch(r"(?:(flops|cache):)?([0-9.]+[A-Za-z]*)(?:@([0-9_]+))?", text.strip())
         if match is None or (match[3] and not match[1]):
-            raise Refusal(f"a budget is a number of global layers, a share or a cost; got {text!r}. {_WRITE}")
+            raise ZebraError(f"a budget is a number of global layers, a share or a cost; got {text!r}. {_WRITE}")
         length = int(match[3]) if match[3] else None
         if match[1] == "cache":
             return cls("cache", bytes_of(match[2]), length)
         if match[1] is None and match[2].isdecimal():
             if int(match[2]) < 1:
-                raise Refusal(f"a budget leaves at least 1 layer global; got {text!r}. {_WRITE}")
+                raise ZebraError(f"a budget leaves at least 1 layer global; got {text!r}. {_WRITE}")
             return cls("layers", int(match[2]))
         try:
             share = float(match[2])
         except ValueError:
             share = 0.0
         if not 0 < share < 1:
-            raise Refusal(f"a share lies between 0 and 1; got {text!r}. {_WRITE}")
+            raise ZebraError(f"a share lies between 0 and 1; got {text!r}. {_WRITE}")
         return cls(match[1] or "share", share, length)
 
     def layers(self, which: Sequence[int], local: Stripes, run: Callable[[int | None], Run]) -> int:
@@ -69,13 +69,13 @@ class Budget:
             run: a prefill of the model as it is at a length; called only for a budget of cost.
 
         Raises:
-            Refusal: a budget that leaves none, or that leaves all of them.
+            ZebraError: a budget that leaves none, or that leaves all of them.
         """
         most = len(which)
         if self.unit in ("layers", "share"):
             count = int(self.amount if self.unit == "layers" else self.amount * most + 1e-9)
             if not 1 <= count < most:
-                raise Refusal(
+                raise ZebraError(
                     f"of this model's {most} global layers a selection keeps 1 to {most - 1}; "
                     f"a budget of {self.amount:g} keeps {count}. Give another number."
                 )
@@ -87,7 +87,7 @@ class Budget:
             for k in range(1, most + 1)
         ]
         if costs[0] > limit or costs[-1] <= limit:
-            raise Refusal(
+            raise ZebraError(
                 f"at {own.length:,} tokens one global layer costs {_said(costs[0], self.unit)} and all {most} cost "
                 f"{_said(costs[-1], self.unit)}; a budget of {_said(limit, self.unit)} leaves no choice. "
                 "Give one between."

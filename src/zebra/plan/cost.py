@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zebra.errors import ZebraError
 from zebra.plan.decoder import LARGEST, SUMMARY, Decoder, Summarised
 from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
-from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes, summary_pairs, visible_pairs
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,7 +42,7 @@ class Run:
         full_decode: local layers keep all tokens, and decoded ones see them.
 
     Raises:
-        Refusal: an unknown dtype or phase, a number below 1, training options outside training, float16 or
+        ZebraError: an unknown dtype or phase, a number below 1, training options outside training, float16 or
             Self-Extend in training, Self-Extend that does not reach the length or that the model cannot have.
     """
 
@@ -59,16 +59,20 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
-            raise Refusal(f"a phase is one of {', '.join(PHASES)}; got {self.phase!r}. Choose one of them.")
+            raise ZebraError(f"a phase is one of {', '.join(PHASES)}; got {self.phase!r}. Choose one of them.")
         training = self.phase == "train"
         allowed = ("float32", "bfloat16") if training else tuple(BYTES)
         if self.dtype not in allowed:
-            raise Refusal(f"the dtype in {self.phase} is one of {', '.join(allowed)}; got {self.dtype!r}. Choose one.")
+            raise ZebraError(
+                f"the dtype in {self.phase} is one of {', '.join(allowed)}; got {self.dtype!r}. Choose one."
+            )
         for name, value in (("length", self.length), ("batch", self.batch), ("LoRA's rank", self.lora)):
             if value is not None and not 1 <= value <= LARGEST:
-                raise Refusal(f"the {name} is a whole number from 1 to 10^12; got {str(value)[:20]}. Change it.")
+                raise ZebraError(f"the {name} is a whole number from 1 to 10^12; got {str(value)[:20]}. Change it.")
         if not training and (self.checkpointing or self.lora):
-            raise Refusal(f"checkpointing and LoRA belong to the phase train; got the phase {self.phase}. Drop them.")
+            raise ZebraError(
+                f"checkpointing and LoRA belong to the phase train; got the phase {self.phase}. Drop them."
+            )
         self.decoder.kinds(self.stripes)  # refuses a layer beyond the model
         if self.self_extend is not None:
             _check_self_extend(self, self.self_extend)
@@ -85,14 +89,14 @@ class Run:
 
 def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     if run.phase == "train":
-        raise Refusal("Self-Extend needs no training and is not reckoned in it. Take the phase prefill or decode.")
+        raise ZebraError("Self-Extend needs no training and is not reckoned in it. Take the phase prefill or decode.")
     trained, length = run.decoder.trained_length, run.length + (run.phase == "decode")
     refuse_rope(run.decoder.family, run.decoder.rope)
     if not run.count(GLOBAL) or "G" not in run.decoder.style.turned:
         refuse_no_global(run.decoder.family)
     setting.check(trained)
     if length > (reach := setting.reach(trained)):
-        raise Refusal(
+        raise ZebraError(
             f"Self-Extend {setting} takes a model trained at {trained:,} tokens to {reach:,}; got {length:,}. "
             f"Raise the group, write auto:{length}, or lower the length."
         )

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zebra.errors import ZebraError
 from zebra.plan.shapes import SHAPES, shape
 from zebra.positions import LENGTH_DEPENDENT
-from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 
@@ -187,7 +187,7 @@ def read(model: str | os.PathLike[str]) -> Decoder:
     """The decoder of a checkpoint's directory, a config.json, or a built-in name.
 
     Raises:
-        Refusal: no such file or name, no JSON object, a size that is missing or no whole number, latent attention or
+        ZebraError: no such file or name, no JSON object, a size that is missing or no whole number, latent attention or
             shared experts, layers of a kind that is neither global nor local.
     """
     path = Path(model)
@@ -196,18 +196,18 @@ def read(model: str | os.PathLike[str]) -> Decoder:
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise Refusal(f"{file} is no JSON: {error}. Give a checkpoint's config.json.") from None
+            raise ZebraError(f"{file} is no JSON: {error}. Give a checkpoint's config.json.") from None
         if not isinstance(fields, dict):
-            raise Refusal(f"{file} is no config: it holds no JSON object. Give a checkpoint's config.json.")
+            raise ZebraError(f"{file} is no config: it holds no JSON object. Give a checkpoint's config.json.")
         try:
             return decoder(fields, name=str(model))
-        except Refusal:
+        except ZebraError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-            raise Refusal(f"{file} is no decoder's config: {type(error).__name__}, {error}. Mend it.") from None
+            raise ZebraError(f"{file} is no decoder's config: {type(error).__name__}, {error}. Mend it.") from None
     if str(model) in SHAPES:
         return decoder(shape(str(model)), name=str(model))
-    raise Refusal(
+    raise ZebraError(
         f"there is no config.json at {model}, and no built-in model of that name. Give a checkpoint's directory, "
         f"its config.json, or one of {', '.join(SHAPES)}."
     )
@@ -219,20 +219,22 @@ def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
     fields = inner if isinstance(inner, Mapping) and inner else fields
     unknown = ("kv_lora_rank", "shared_expert_intermediate_size", "n_shared_experts")
     if foreign := [key for key in unknown if fields.get(key)]:
-        raise Refusal(f"{name} has {foreign[0]}: latent attention and shared experts are not reckoned. Plan another.")
+        raise ZebraError(
+            f"{name} has {foreign[0]}: latent attention and shared experts are not reckoned. Plan another."
+        )
     family = str(fields.get("model_type", "llama"))
     style = FAMILIES.get(family, Family())
     layers, hidden, heads = (_whole(fields, key, name) for key in list(_NAMES)[:3])
     experts = next((key for key in ("num_experts", "num_local_experts") if fields.get(key)), None)
     kv_heads = _whole(fields, "num_key_value_heads", name, heads)
     if heads % kv_heads or (hidden % heads and fields.get("head_dim") is None):
-        raise Refusal(
+        raise ZebraError(
             f"{name}: key-value heads divide the heads, and heads the hidden size unless there is a head_dim; got "
             f"{kv_heads}, {heads} and {hidden}. Mend its config.json."
         )
     tied = fields.get("tie_word_embeddings", style.tied)
     if not isinstance(tied, bool):
-        raise Refusal(f"{name}: tie_word_embeddings is true or false; got {tied!r}. Mend its config.json.")
+        raise ZebraError(f"{name}: tie_word_embeddings is true or false; got {tied!r}. Mend its config.json.")
     attention_bias = style.biases in ("attention", "all") or bool(fields.get("attention_bias"))
     return Decoder(
         name=name,
@@ -264,14 +266,14 @@ def _whole(fields: Mapping[str, Any], key: str, name: str, default: int | None =
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
         found = "nothing" if value is None else repr(value)[:20]
-        raise Refusal(f"{name}: {key} is a whole number from 1 to 10^12; got {found}. Mend its config.json.")
+        raise ZebraError(f"{name}: {key} is a whole number from 1 to 10^12; got {found}. Mend its config.json.")
     return value
 
 
 def _experts(fields: Mapping[str, Any], key: str, layers: int, name: str) -> dict[str, int]:
     experts, each = _whole(fields, key, name), _whole(fields, "num_experts_per_tok", name)
     if each > experts:
-        raise Refusal(f"{name}: a token meets at most all {experts} experts; got {each}. Mend its config.json.")
+        raise ZebraError(f"{name}: a token meets at most all {experts} experts; got {each}. Mend its config.json.")
     kinds = fields.get("mlp_layer_types")
     only, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
     sparse = kinds.count("sparse") if kinds else sum(i not in only and (i + 1) % step == 0 for i in range(layers))
@@ -299,7 +301,7 @@ def _stripes(fields: Mapping[str, Any], style: Family, layers: int, name: str) -
     """The config's own layout. An unused window is none (Qwen's `use_sliding_window: false`)."""
     window, kinds = fields.get("sliding_window"), fields.get("layer_types")
     if kinds is not None and (len(kinds) != layers or any(kind not in (GLOBAL, LOCAL) for kind in kinds)):
-        raise Refusal(
+        raise ZebraError(
             f"{name}: layer_types names one of {GLOBAL} and {LOCAL} for each of the {layers} layers; got "
             f"{len(kinds)} of {', '.join(sorted(set(map(str, kinds))))}. Other kinds are not reckoned."
         )

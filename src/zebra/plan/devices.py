@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from zebra.errors import ZebraError
 from zebra.plan.cost import BYTES, Run, flops, pairs_by_kind, traffic
 from zebra.plan.decoder import SUMMARY
-from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL
 
 PUBLISHED = "published"
@@ -43,10 +43,10 @@ class Device:
         """The least time of each part.
 
         Raises:
-            Refusal: a dtype for which the device has no ceiling.
+            ZebraError: a dtype for which the device has no ceiling.
         """
         if run.dtype not in self.flops:
-            raise Refusal(
+            raise ZebraError(
                 f"{self.name} has no ceiling for {run.dtype}; it has {', '.join(self.flops)}. Take another dtype."
             )
         computed = flops(run)
@@ -96,13 +96,13 @@ def find(device: str | os.PathLike[str]) -> Device:
     and `attention` (FLOP/s by kind of layer, full_attention and sliding_attention, and dtype).
 
     Raises:
-        Refusal: neither a name nor a file, or a file that holds something else.
+        ZebraError: neither a name nor a file, or a file that holds something else.
     """
     if str(device) in DEVICES:
         return DEVICES[str(device)]
     path = Path(device)
     if not path.is_file():
-        raise Refusal(
+        raise ZebraError(
             f"there is no device {str(device)!r} in the table and no file of ceilings at that place. Choose one of "
             f"{', '.join(DEVICES)}, or give a JSON file with name, flops by dtype and bandwidth."
         )
@@ -113,7 +113,7 @@ def find(device: str | os.PathLike[str]) -> Device:
         memory = None if tree.get("memory") is None else int(tree["memory"])
         found = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise Refusal(
+        raise ZebraError(
             f"{path} is no file of ceilings: {type(error).__name__} {error}. It holds a JSON object with name, flops "
             "(FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes) and attention (FLOP/s by kind and dtype)."
         ) from None
@@ -121,7 +121,7 @@ def find(device: str | os.PathLike[str]) -> Device:
     rates = [found.bandwidth, *(rate for rates in everywhere for rate in rates.values())]
     unknown = {dtype for rates in everywhere for dtype in rates} - set(BYTES) or set(attention) - {GLOBAL, LOCAL}
     if not peaks or unknown or not all(0 < rate < float("inf") for rate in rates):
-        raise Refusal(
+        raise ZebraError(
             f"{path}: ceilings are positive rates for {', '.join(BYTES)}; got flops {peaks} and bandwidth "
             f"{found.bandwidth:g}. Measure again."
         )

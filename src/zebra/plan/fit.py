@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
+from zebra.errors import ZebraError
 from zebra.plan.cost import Run, pairs
 from zebra.plan.devices import Device
 from zebra.plan.memory import memory
-from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 STRIDES = range(1, 9)
@@ -29,7 +29,7 @@ def bytes_of(text: str) -> int:
     """Read an amount of memory: 80GiB, 24GB, 512MiB, 1000000."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < 1e18:
-        raise Refusal(f"memory is a positive number and a unit; got {text!r}. Write 80GiB, 24GB or 512MiB.")
+        raise ZebraError(f"memory is a positive number and a unit; got {text!r}. Write 80GiB, 24GB or 512MiB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -66,7 +66,7 @@ def mildest(run: Run, *, budget: int | None = None, seconds: float | None = None
     layouts with strides 1 to 8 and windows of 512 to 16,384.
     """
     if seconds is not None and not seconds > 0:
-        raise Refusal(f"a budget of time is a positive number of seconds; got {seconds:g}. Raise it.")
+        raise ZebraError(f"a budget of time is a positive number of seconds; got {seconds:g}. Raise it.")
     layouts = [Stripes.grouped(stride=g, window=w) for g in STRIDES if g > 1 for w in WINDOWS if w < run.length]
     for candidate in sorted((replace(run, stripes=stripes) for stripes in (None, *layouts)), key=pairs, reverse=True):
         if (budget is None or sum(memory(candidate).values()) <= budget) and (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 _LLAMA3 = {
     "model_type": "llama",
@@ -88,8 +88,8 @@ def shape(name: str) -> dict[str, Any]:
     """The config fields of a published model.
 
     Raises:
-        Refusal: a name that is not in the table.
+        ZebraError: a name that is not in the table.
     """
     if name not in SHAPES:
-        raise Refusal(f"there is no built-in shape {name!r}. Choose one of {', '.join(SHAPES)}.")
+        raise ZebraError(f"there is no built-in shape {name!r}. Choose one of {', '.join(SHAPES)}.")
     return dict(SHAPES[name])

@@ -28,7 +28,7 @@ class Table:
 def variants(run: Run) -> dict[str, Run]:
     """The run's layout beside what it is compared with: dense, and Self-Extend over each, where it is asked for."""
     plain = replace(run, self_extend=None)
-    found = {"dense": replace(plain, stripes=None)}
+    found = {"full": replace(plain, stripes=None)}
     if run.stripes:
         found[str(run.stripes) + ", full decode" * run.full_decode] = plain
     if run.self_extend:
@@ -56,7 +56,7 @@ def tree(run: Run, device: Device, *, budget: int | None, seconds: float | None)
     if budget is not None or seconds is not None:
         plain = replace(run, self_extend=None)
         meets = fit.mildest(plain, budget=budget, seconds=seconds, device=device)
-        found["mildest_layout"] = meets and str(meets.stripes or "dense")
+        found["mildest_layout"] = meets and str(meets.stripes or "full")
     return found
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich import table as terminal
 from rich.text import Text
 
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
+from zebra.files import atomic_write
 from zebra.report import (
     answers,
     benches,
@@ -32,7 +32,7 @@ from zebra.report.compare import together
 from zebra.report.figures import standalone
 from zebra.report.page import Cell, Figure
 from zebra.report.series import by_kind, groups_of
-from zebra.staged import write_whole
+from zebra.results import Result
 
 __all__ = [
     "answer_table",
@@ -46,15 +46,15 @@ __all__ = [
 ]
 
 
-def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -> None:
+def write_report(rows: Sequence[Result], html: Path, *, title: str | None = None) -> None:
     """Write the page to `html`, beside it the same in Markdown, whose figures are the files `<stem>-*.svg`.
 
     Raises:
-        Refusal: no rows, or a page whose name does not end in .html.
+        ZebraError: no rows, or a page whose name does not end in .html.
     """
     _refuse_empty(rows)
     if html.suffix not in (".html", ".htm"):
-        raise Refusal(
+        raise ZebraError(
             f"a report is an HTML page, with Markdown and figures beside it; got the name {html.name!r}. "
             f"Write to {html.with_suffix('.html')}."
         )
@@ -90,46 +90,48 @@ def write_report(rows: Sequence[Row], html: Path, *, title: str | None = None) -
     ]
     parts = [section for section in parts if section.blocks]
     for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
-        write_whole(html.with_name(f"{html.stem}-{figure.name}.svg"), standalone(figure.svg))
-    write_whole(html.with_suffix(".md"), page.markdown(html.stem, title, verdict, parts))
-    write_whole(html, page.html(title, verdict, parts, everything))
+        atomic_write(html.with_name(f"{html.stem}-{figure.name}.svg"), standalone(figure.svg))
+    atomic_write(html.with_suffix(".md"), page.markdown(html.stem, title, verdict, parts))
+    atomic_write(html, page.html(title, verdict, parts, everything))
 
 
-def position_table(rows: Sequence[Row]) -> terminal.Table:
+def position_table(rows: Sequence[Result]) -> terminal.Table:
     """Perplexity by position for the terminal: a column for each model and layout, before and after, with the change.
 
     Raises:
-        Refusal: no rows of perplexity by position.
+        ZebraError: no rows of perplexity by position.
     """
     _refuse_empty(rows)
     groups = groups_of(by_kind(rows)["position"])
     if not groups:
         tasks = ", ".join(sorted({row.task for row in rows}))
-        raise Refusal(f"a table by position needs rows of a task perplexity-*; got the tasks {tasks}. Evaluate first.")
+        raise ZebraError(
+            f"a table by position needs rows of a task perplexity-*; got the tasks {tasks}. Evaluate first."
+        )
     return _grid(sections.position_tables(groups))
 
 
-def bench_table(rows: Sequence[Row]) -> terminal.Table:
+def bench_table(rows: Sequence[Result]) -> terminal.Table:
     """Measured time and memory for the terminal, beside the plan's prediction and the device's ceilings."""
     return _grid(benches.bench_tables(by_kind(rows)["bench"]))
 
 
-def answer_table(rows: Sequence[Row]) -> terminal.Table:
+def answer_table(rows: Sequence[Result]) -> terminal.Table:
     """The loss on answers for the terminal, before and after."""
     return _grid(answers.answer_tables(by_kind(rows)["answers"]))
 
 
-def retrieval_table(rows: Sequence[Row]) -> terminal.Table:
+def retrieval_table(rows: Sequence[Result]) -> terminal.Table:
     """Shares of answers found for the terminal, length across and depth down."""
     return _grid(retrieval.retrieval_tables(by_kind(rows)["retrieval"]))
 
 
-def task_table(rows: Sequence[Row]) -> terminal.Table:
+def task_table(rows: Sequence[Result]) -> terminal.Table:
     """Tasks and questions about documents for the terminal, a line for each metric and length across."""
     return _grid(tasks.task_tables(by_kind(rows)["task"]))
 
 
-def selection_table(rows: Sequence[Row]) -> terminal.Table:
+def selection_table(rows: Sequence[Result]) -> terminal.Table:
     """For the terminal what each layer is needed for, and what the choice is worth on the held-out rows."""
     return _grid(selection.selection_tables(by_kind(rows)["selection"]))
 
@@ -146,6 +148,8 @@ def _grid(tables: Sequence[page.Table]) -> terminal.Table:
     return grid
 
 
-def _refuse_empty(rows: Sequence[Row]) -> None:
+def _refuse_empty(rows: Sequence[Result]) -> None:
     if not rows:
-        raise Refusal("a report is made of at least one row of results; got 0 rows. Give a run that has a rows.jsonl.")
+        raise ZebraError(
+            "a report is made of at least one row of results; got 0 rows. Give a run that has a results.jsonl."
+        )

@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 from matplotlib.axes import Axes
 
-from zebra.records import Row
 from zebra.report.figures import HUES, drawn
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.series import interval, number, outcome, percent, series_of, step
+from zebra.results import Result
 
 _SUITE, _KIND = "answers-", "instructions-"
 
 
-def answers(rows: list[Row]) -> Section:
+def answers(rows: list[Result]) -> Section:
     """The loss on the answers of each suite: a line over the steps, and a table."""
     tables = answer_tables(rows)
     on_the_way = [row for row in rows if step(row) is not None]
@@ -27,7 +27,7 @@ def answers(rows: list[Row]) -> Section:
     return Section("Answers", [*blocks, *tables])
 
 
-def verdict(run: str, rows: list[Row]) -> list[Cell]:
+def verdict(run: str, rows: list[Result]) -> list[Cell]:
     """What tuning did to the loss on each suite's answers, against the source as it was."""
     said: list[Cell] = []
     for task in dict.fromkeys(row.task for row in rows):
@@ -41,13 +41,13 @@ def verdict(run: str, rows: list[Row]) -> list[Cell]:
     return [*said, Cell(". ")] if said else []
 
 
-def _value(row: Row) -> Cell:
+def _value(row: Result) -> Cell:
     return Cell(number(row.value), rows=[row])
 
 
-def answer_tables(rows: list[Row]) -> list[Table]:
+def answer_tables(rows: list[Result]) -> list[Table]:
     """A table for each run: models and steps down, suites across."""
-    runs: dict[str, dict[tuple[str, str], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    runs: dict[str, dict[tuple[str, str], dict[str, Result]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         at = step(row)
         name = f"step {at:,}" if at is not None else series_of(row).name
@@ -66,7 +66,7 @@ def answer_tables(rows: list[Row]) -> list[Table]:
     return tables
 
 
-def makeup(rows: list[Row]) -> Section:
+def makeup(rows: list[Result]) -> Section:
     """What each run was trained on, by length and kind."""
     blocks: list[str | Table | Figure] = []
     for i, run in enumerate(dict.fromkeys(row.run for row in rows), start=1):
@@ -78,20 +78,20 @@ def makeup(rows: list[Row]) -> Section:
     return Section("What it was tuned on", blocks)
 
 
-def _makeup_table(rows: list[Row]) -> Table:
-    found: dict[tuple[str, int], dict[str, Row]] = defaultdict(dict)
+def _makeup_table(rows: list[Result]) -> Table:
+    found: dict[tuple[str, int], dict[str, Result]] = defaultdict(dict)
     for row in rows:
         found[row.task.removeprefix(_KIND), row.position_from or 0][row.metric] = row
     parts = {metric: [row for row in rows if row.metric == metric] for metric in ("samples", "tokens")}
 
-    def share(has: dict[str, Row], metric: str) -> Cell:
+    def share(has: dict[str, Result], metric: str) -> Cell:
         row = has.get(metric)
         if row is None:
             return Cell("0")
         dim = percent(row.value / _total(rows, metric), 0)
         return Cell(f"{row.value:,.0f}", dim, rows=[row], dim_rows=parts[metric])
 
-    def answered(has: dict[str, Row]) -> Cell:
+    def answered(has: dict[str, Result]) -> Cell:
         answers, tokens = has.get("answer_tokens"), has.get("tokens")
         if answers is None or tokens is None or not tokens.value:
             return Cell("–")
@@ -105,14 +105,14 @@ def _makeup_table(rows: list[Row]) -> Table:
     return Table("", head, body)
 
 
-def _cell(row: Row | None) -> Cell:
+def _cell(row: Result | None) -> Cell:
     if row is None:
         return Cell("–")
     bounds = interval(row)
     return _value(row)._replace(dim="–".join(number(bound) for bound in bounds) if bounds else "")
 
 
-def _with_start(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
+def _with_start(rows: list[Result]) -> dict[str, list[tuple[int, float]]]:
     """Suite to points; step 0 is the source in the layout that is trained."""
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     trained = {(row.run, row.layout) for row in rows if step(row) is not None}
@@ -134,11 +134,11 @@ def _plot_way(axes: Axes, points: dict[str, list[tuple[int, float]]]) -> None:
     axes.set_ylabel("loss on answers")
 
 
-def _total(rows: list[Row], metric: str) -> float:
+def _total(rows: list[Result], metric: str) -> float:
     return sum(row.value for row in rows if row.metric == metric) or 1.0
 
 
-def _stacked(rows: list[Row], metric: str) -> Callable[[Axes], None]:
+def _stacked(rows: list[Result], metric: str) -> Callable[[Axes], None]:
     mine = [row for row in rows if row.metric == metric]
     total = _total(rows, metric)
     lows = sorted({row.position_from or 0 for row in mine})

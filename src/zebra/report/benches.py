@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from zebra.records import Row
 from zebra.report.page import Cell, Section, Table
-from zebra.report.series import DENSE, interval, number, percent
+from zebra.report.series import FULL, interval, number, percent
+from zebra.results import Result
 
 CEILINGS = "bench ceilings"
 """The task of their rows."""
@@ -32,12 +32,12 @@ HOW = (
 """How its tables are to be read."""
 
 
-def benches(rows: list[Row]) -> Section:
+def benches(rows: list[Result]) -> Section:
     """Measured time and memory."""
     return Section("Measured speed", [HOW, *bench_tables(rows)] if rows else [])
 
 
-def bench_tables(rows: list[Row]) -> list[Table]:
+def bench_tables(rows: list[Result]) -> list[Table]:
     """A table for each task and length, and one of ceilings."""
     several = len({row.run for row in rows}) > 1
     places = dict.fromkeys((row.run, row.task, row.length) for row in rows if row.task != CEILINGS)
@@ -50,7 +50,7 @@ def bench_tables(rows: list[Row]) -> list[Table]:
     return tables
 
 
-def _table(rows: list[Row], *, several: bool) -> Table:
+def _table(rows: list[Result], *, several: bool) -> Table:
     found = {(row.model, row.layout, row.metric): row for row in rows}
     lines = [
         (row.model, row.layout, row.metric.removeprefix(metric))
@@ -58,17 +58,17 @@ def _table(rows: list[Row], *, several: bool) -> Table:
         for metric in (_TIME, _PEAK)
         if row.metric.startswith(metric)
     ]
-    first: dict[str, Row] = {}
+    first: dict[str, Result] = {}
     for row in rows:
         if row.metric.startswith(_TIME):
             first.setdefault(row.metric.removeprefix(_TIME), row)
 
-    def cell(line: tuple[str, str, str], metric: str, show: Callable[[Row], Cell]) -> Cell:
+    def cell(line: tuple[str, str, str], metric: str, show: Callable[[Result], Cell]) -> Cell:
         model, layout, work = line
         row = found.get((model, layout, metric + work))
         return Cell("–") if row is None else show(row)
 
-    columns: list[tuple[Cell, str, Callable[[Row], Cell]]] = [
+    columns: list[tuple[Cell, str, Callable[[Result], Cell]]] = [
         (Cell("milliseconds", "least–most"), _TIME, _time),
         (Cell("times", "the first"), _TIME, lambda row: _ratio(row, first[row.metric.removeprefix(_TIME)])),
         (Cell("planned", "ms"), "planned_milliseconds", lambda row: Cell(number(row.value), rows=[row])),
@@ -84,21 +84,21 @@ def _table(rows: list[Row], *, several: bool) -> Table:
         name = Cell(model, " ".join(filter(None, (layout, _WORKS.get(work, work)))))
         body.append([name, *(cell((model, layout, work), metric, show) for _, metric, show in columns)])
     length = "" if rows[0].length is None else f", {rows[0].length:,} tokens"
-    head = [Cell("variant", f"{DENSE} or stripes"), *(head for head, _, _ in columns)]
+    head = [Cell("variant", f"{FULL} or stripes"), *(head for head, _, _ in columns)]
     run = f"{rows[0].run}: " if several else ""
     return Table(run + rows[0].task.removeprefix("bench ") + length, head, body)
 
 
-def _time(row: Row) -> Cell:
+def _time(row: Result) -> Cell:
     bounds = interval(row)
     return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "", rows=[row])
 
 
-def _ratio(row: Row, first: Row) -> Cell:
+def _ratio(row: Result, first: Result) -> Cell:
     return Cell(f"{row.value / first.value:.2f}", rows=[row, first]) if first.value else Cell("–")
 
 
-def _rate(row: Row) -> str:
+def _rate(row: Result) -> str:
     size, unit = {
         "flops_per_second": (1e9, "GFLOP/s"),
         "bytes_per_second": (1e9, "GB/s"),

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from zebra.records import Row
 from zebra.report import benches, retrieval, tasks
 from zebra.report.page import Cell, Section, Table
 from zebra.report.series import Series, interval, percent, series_of
+from zebra.results import Result
 
 HOW = (
     "What was measured in more than one run. Of perplexity that over the whole context is shown, of retrieval the mean "
@@ -22,7 +22,7 @@ Place = tuple[str, int | None]
 """A metric and a length."""
 
 
-def together(sources: Mapping[str, Sequence[Row]]) -> list[Row]:
+def together(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
     """The rows of several sources; where two of them name a run alike, the source's name stands behind the run's."""
     short = {source: Path(source).stem or source for source in sources}
     if len(set(short.values())) < len(short):
@@ -38,9 +38,11 @@ def together(sources: Mapping[str, Sequence[Row]]) -> list[Row]:
     ]
 
 
-def compare(rows: Iterable[Row]) -> Section:
+def compare(rows: Iterable[Result]) -> Section:
     """A table for each task that more than one run has; no section where there is none."""
-    cells: dict[str, dict[Place, dict[Series, list[Row]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    cells: dict[str, dict[Place, dict[Series, list[Result]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     for row in rows:
         whole = row.position_from in (None, 0) and row.position_to in (None, row.length)
         if whole and "@" not in row.model and row.task != benches.CEILINGS:  # one table has those of all
@@ -49,11 +51,11 @@ def compare(rows: Iterable[Row]) -> Section:
     return Section("Side by side", [HOW, *tables] if tables else [])
 
 
-def _runs(places: dict[Place, dict[Series, list[Row]]]) -> int:
+def _runs(places: dict[Place, dict[Series, list[Result]]]) -> int:
     return max(len({series.run for series in found}) for found in places.values())
 
 
-def _table(task: str, places: dict[Place, dict[Series, list[Row]]]) -> Table:
+def _table(task: str, places: dict[Place, dict[Series, list[Result]]]) -> Table:
     """Two series as columns with their change; more of them as lines."""
     series = list(dict.fromkeys(one for found in places.values() for one in found))
     metrics = list(dict.fromkeys(metric for metric, _ in places))
@@ -74,11 +76,11 @@ def _name(task: str) -> str:
     return next((name(task) for prefix, name in known.items() if task.startswith(prefix)), task.replace("-", ": ", 1))
 
 
-def _value(rows: Sequence[Row]) -> Cell:
+def _value(rows: Sequence[Result]) -> Cell:
     return tasks.value(rows) if rows else Cell("–")
 
 
-def _change(before: Sequence[Row], after: Sequence[Row]) -> Cell:
+def _change(before: Sequence[Result], after: Sequence[Result]) -> Cell:
     if not before or not after:
         return Cell("–")
     by = sum(row.value for row in after) / len(after) - sum(row.value for row in before) / len(before)

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 from zebra.report.figures import HUES, INK, drawn, standalone
 
 Curves = Mapping[str, Mapping[str, list[float]]]
@@ -29,10 +29,12 @@ def write_picture(path: Path, curves: Curves, *, phase: str, device: str) -> Non
         curves: for each layout the lists `length`, `attention` (FLOPs), `kv` (bytes) and `seconds`; dense first.
 
     Raises:
-        Refusal: a name that does not end in .svg.
+        ZebraError: a name that does not end in .svg.
     """
     if path.suffix != ".svg":
-        raise Refusal(f"the picture is an SVG file; got the name {path.name!r}. Write to {path.with_suffix('.svg')}.")
+        raise ZebraError(
+            f"the picture is an SVG file; got the name {path.name!r}. Write to {path.with_suffix('.svg')}."
+        )
     plots = (_panel(curves, name, title.format(phase=phase, device=device), units) for name, title, units in _PANELS)
     path.write_text(standalone(drawn("plan", *plots, height=2.9)), encoding="utf-8")
 
@@ -41,7 +43,7 @@ def _panel(curves: Curves, name: str, title: str, units: tuple[tuple[float, str]
     def plot(axes: Axes) -> None:
         hues = itertools.cycle(HUES)
         for layer, (layout, curve) in enumerate(curves.items(), start=2):
-            color = INK if layout == "dense" else next(hues)
+            color = INK if layout == "full" else next(hues)
             style = (0, (1, 1.2)) if "Self-Extend" in layout else "-"  # it lies upon its base
             axes.plot(curve["length"], curve[name], color=color, linestyle=style, label=layout, zorder=layer)
         _say_how_much_less(axes, list(curves.values()), name)

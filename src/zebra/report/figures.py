@@ -16,8 +16,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from zebra.records import Row
-from zebra.report.series import DENSE, Group, Span, interval, labels, span_name
+from zebra.report.series import FULL, Group, Span, interval, labels, span_name
+from zebra.results import Result
 from zebra.stripes import GLOBAL
 
 INK = "#010203"
@@ -88,7 +88,7 @@ def plot_positions(axes: Axes, group: Group) -> None:
     styles: dict[tuple[str, str], tuple[str, str]] = {}
     for (series, scores), label in zip(group.scores.items(), labels(group.scores).values(), strict=True):
         place = (series.run, series.layout)
-        if series.layout == DENSE and not series.trained:
+        if series.layout == FULL and not series.trained:
             (color, marker), line = (INK, "o"), next(inks)
         else:
             color, marker = styles.setdefault(place, _style(len(styles)))
@@ -133,7 +133,7 @@ def plot_lengths(axes: Axes, lines: list[tuple[str, dict[int, float]]], threshol
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
 
 
-def plot_loss(axes: Axes, losses: list[Row], named: Mapping[str, tuple[str, str]] | None = None) -> None:
+def plot_loss(axes: Axes, losses: list[Result], named: Mapping[str, tuple[str, str]] | None = None) -> None:
     """Training loss over tokens, a line for each run: by its own name, or by the name and the colour that are given."""
     for i, run in enumerate(dict.fromkeys(row.run for row in losses)):
         here = [row for row in losses if row.run == run]
@@ -144,7 +144,7 @@ def plot_loss(axes: Axes, losses: list[Row], named: Mapping[str, tuple[str, str]
     _scale_trained(axes, "tokens")
 
 
-def plot_way(axes: Axes, points: dict[float, dict[Span, Row]], buckets: list[Span], unit: str) -> None:
+def plot_way(axes: Axes, points: dict[float, dict[Span, Result]], buckets: list[Span], unit: str) -> None:
     """Perplexity over training, a line for each bucket of positions."""
     for i, bucket in enumerate(buckets, start=1):
         here = [(at, _finite(scores[bucket].value)) for at, scores in points.items() if bucket in scores]

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from zebra.records import Row
 from zebra.report import retrieval, tasks
 from zebra.report.figures import drawn, plot_lengths
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.series import Series, labels, percent, series_of
+from zebra.results import Result
 
 THRESHOLD = 0.856
 """RULER's (arXiv 2404.06654v3, table 3): the score of Llama-2-7B there at 4K tokens, a mean over 13 tasks."""
@@ -27,7 +27,7 @@ class Mean(NamedTuple):
     """A mean, and the rows that it was taken over."""
 
     value: float
-    rows: list[Row]
+    rows: list[Result]
 
 
 Scores = dict[Series, dict[int, Mean]]
@@ -48,7 +48,7 @@ def effective(scores: Mapping[int, float]) -> int | None:
     return found
 
 
-def lengths(rows: Iterable[Row]) -> Section:
+def lengths(rows: Iterable[Result]) -> Section:
     """A figure and a table for each task that has several lengths, and for the mean over tasks of retrieval; of a
     single model all tasks in one.
     """
@@ -69,9 +69,11 @@ def lengths(rows: Iterable[Row]) -> Section:
     return Section("By length", blocks if found else [])
 
 
-def measures(rows: Iterable[Row]) -> dict[str, Scores]:
+def measures(rows: Iterable[Result]) -> dict[str, Scores]:
     """What was scored at two lengths or more, by its name."""
-    cells: dict[str, dict[Series, dict[int, list[Row]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    cells: dict[str, dict[Series, dict[int, list[Result]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
     for row in rows:
         if row.metric == "accuracy" and row.length is not None and row.task.startswith(("retrieval-", "harness-")):
             cells[row.task][series_of(row)][row.length].append(row)
@@ -100,7 +102,7 @@ def _over_tasks(by_task: dict[str, Scores]) -> dict[str, Scores]:
     return found
 
 
-def _mean(groups: list[list[Row]]) -> Mean:
+def _mean(groups: list[list[Result]]) -> Mean:
     """The mean over groups of each one's mean."""
     means = [sum(row.value for row in rows) / len(rows) for rows in groups]
     return Mean(sum(means) / len(means), [row for rows in groups for row in rows])

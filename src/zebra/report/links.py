@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from zebra.records import COLUMNS, Row
 from zebra.report.series import number
+from zebra.results import COLUMNS, Result
 
 _FEW = 12
 """Of up to so many rows the value stands beside the link."""
@@ -21,12 +21,12 @@ _FIRST = ("value", "metric", "task")
 class Links:
     """Where the numbers of a page link to."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Result]) -> None:
         self._rows = rows
         self._place = {id(row): i for i, row in enumerate(rows, start=1)}
         self._several: dict[tuple[int, ...], int] = {}
 
-    def to(self, rows: Iterable[Row]) -> str:
+    def to(self, rows: Iterable[Result]) -> str:
         """The address of what a number rests on; empty where that is no row of the page."""
         places = tuple(sorted({self._place[id(row)] for row in rows if id(row) in self._place}))
         if len(places) < 2:
@@ -75,7 +75,7 @@ def _link(place: int, word: str = "row ") -> str:
     return f'<a href="#row-{place}">{word}{place}</a>'
 
 
-def _columns(rows: Sequence[Row]) -> tuple[dict[str, str], list[str], list[list[str]]]:
+def _columns(rows: Sequence[Result]) -> tuple[dict[str, str], list[str], list[list[str]]]:
     """What all rows share by column, and head and body of a table of the rest."""
     shown = {name.replace("_", " "): [plain(getattr(row, name)) for row in rows] for name in (*_FIRST, *COLUMNS)}
     if any(row.origin for row in rows):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import quote
 
-from zebra.records import Row
 from zebra.report.figures import ACCENT
 from zebra.report.links import Links
+from zebra.results import Result
 
 
 class Cell(NamedTuple):
@@ -20,8 +20,8 @@ class Cell(NamedTuple):
     text: str
     dim: str = ""
     share: float | None = None  # of the longest bar in its column
-    rows: Sequence[Row] = ()
-    dim_rows: Sequence[Row] = ()  # where what is dim rests on others
+    rows: Sequence[Result] = ()
+    dim_rows: Sequence[Result] = ()  # where what is dim rests on others
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Figure(NamedTuple):
     name: str
     svg: str
     caption: str
-    rows: Sequence[Row] = ()
+    rows: Sequence[Result] = ()
 
 
 class Section(NamedTuple):
@@ -102,7 +102,7 @@ details ol {{ font-size: .9rem; padding-left: 3rem; margin: 0 0 1rem }}
 """
 
 
-def html(title: str, verdict: Sequence[Line], sections: list[Section], rows: Sequence[Row] = ()) -> str:
+def html(title: str, verdict: Sequence[Line], sections: list[Section], rows: Sequence[Result] = ()) -> str:
     """The page as one HTML file that needs no other."""
     links = Links(rows)
     body = [f"<h1>{markup.escape(title)}</h1>"]
@@ -128,7 +128,7 @@ def html(title: str, verdict: Sequence[Line], sections: list[Section], rows: Seq
     )
 
 
-def _linked(text: str, rows: Sequence[Row], links: Links) -> str:
+def _linked(text: str, rows: Sequence[Result], links: Links) -> str:
     to = links.to(rows)
     return f'<a href="{to}">{markup.escape(text)}</a>' if to and text else markup.escape(text)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from zebra.records import Row
 from zebra.report.links import plain
 from zebra.report.page import Cell, Section, Table
 from zebra.report.sections import convention
 from zebra.report.series import step
+from zebra.results import Result
 
 _CONVENTIONS = {
     "disjoint": "windows side by side; every token but the first of each window is scored once",
@@ -21,13 +21,13 @@ _MANY = 12
 """Values of a fact that are shown."""
 
 
-def others(rows: list[Row]) -> Section:
+def others(rows: list[Result]) -> Section:
     """What no other section shows."""
     known = ("run", "model", "layout", "task", "metric", "value", "low", "high", "n", "length", "position_from",
              "position_to", "depth", "seed")  # fmt: skip
     columns = [column for column in known if any(getattr(row, column) is not None for row in rows)]
 
-    def cell(row: Row, column: str) -> Cell:
+    def cell(row: Result, column: str) -> Cell:
         value = getattr(row, column)
         text = f"{value:,.6g}" if isinstance(value, float) else plain(value)
         return Cell(text, rows=[row] if column in ("value", "low", "high", "n") and value is not None else [])
@@ -42,7 +42,7 @@ def _few(values: list[str]) -> list[str]:
     return values if len(values) <= _MANY else [*values[: _MANY - 1], f"{len(values) - _MANY + 1:,} more, in the rows"]
 
 
-def method(rows: Sequence[Row]) -> Section:
+def method(rows: Sequence[Result]) -> Section:
     """All that a number depends on."""
     facts: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:

@@ -7,10 +7,10 @@ import math
 from collections import defaultdict
 from typing import NamedTuple
 
-from zebra.records import Row
 from zebra.report.figures import ACCENT
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.series import Series, interval, labels, percent, series_of
+from zebra.results import Result
 
 HOW = (
     "The share of answers that were found, by the length of the prompt and by how deep in it the evidence stands: "
@@ -25,7 +25,7 @@ class _Grid(NamedTuple):
     """One task of one model and layout."""
 
     series: Series
-    cells: dict[tuple[int, float | None], Row]
+    cells: dict[tuple[int, float | None], Result]
 
     @property
     def lengths(self) -> list[int]:
@@ -36,7 +36,7 @@ class _Grid(NamedTuple):
         return sorted({depth for _, depth in self.cells}, key=lambda depth: -1 if depth is None else depth)
 
 
-def retrieval(rows: list[Row]) -> Section:
+def retrieval(rows: list[Result]) -> Section:
     """A heat map and a table for each task."""
     blocks: list[str | Table | Figure] = [HOW]
     for i, (task, grids) in enumerate(_grids(rows).items(), start=1):
@@ -46,12 +46,12 @@ def retrieval(rows: list[Row]) -> Section:
     return Section("Retrieval", blocks if rows else [])
 
 
-def retrieval_tables(rows: list[Row]) -> list[Table]:
+def retrieval_tables(rows: list[Result]) -> list[Table]:
     """A table for each task, the models and layouts one after another."""
     return [_table(task, grids) for task, grids in _grids(rows).items()]
 
 
-def _grids(rows: list[Row]) -> dict[str, list[_Grid]]:
+def _grids(rows: list[Result]) -> dict[str, list[_Grid]]:
     found: dict[str, dict[Series, _Grid]] = defaultdict(dict)
     for row in rows:
         assert row.length is not None
@@ -100,7 +100,7 @@ def _depth(depth: float | None) -> str:
     return "all" if depth is None else f"{depth:g}"
 
 
-def _score(row: Row | None) -> Cell:
+def _score(row: Result | None) -> Cell:
     if row is None or not math.isfinite(row.value):
         return Cell("–")
     bounds = interval(row)
@@ -159,7 +159,7 @@ def _panel(grid: _Grid, x: float, top: float, width: float, before: int) -> list
     return [*parts, _text(x + _LEFT + step * len(grid.lengths) / 2, bottom + 29, "tokens", "small", "middle")]
 
 
-def _cell(row: Row, x: float, y: float, step: float) -> str:
+def _cell(row: Result, x: float, y: float, step: float) -> str:
     finite = math.isfinite(row.value)
     share = min(1.0, max(0.0, row.value)) if finite else 0.0
     place = f'x="{x:.4g}" y="{y:g}" width="{step:.4g}" height="{_HIGH}"'

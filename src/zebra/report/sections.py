@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 from zebra.report.figures import drawn, plot_loss, plot_positions, plot_way, strips
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.series import (
-    DENSE,
+    FULL,
     Group,
     Span,
     count,
@@ -21,22 +20,23 @@ from zebra.report.series import (
     span_name,
     step,
 )
+from zebra.results import Result
 from zebra.stripes import LOCAL, Stripes
 
 _MOST_LAYERS = 10_000
 
 
-def layouts(costs: list[Row]) -> Section:
+def layouts(costs: list[Result]) -> Section:
     """The layouts as strips."""
     layouts: dict[tuple[str, int], tuple[str, ...]] = {}
-    first: dict[tuple[str, int], Row] = {}
+    first: dict[tuple[str, int], Result] = {}
     windows = set()
     for row in (row for row in costs if row.metric == "layers" and 1 <= row.value <= _MOST_LAYERS):
         n = int(row.value)
         try:
-            stripes = Stripes(1, pattern="G") if row.layout == DENSE else Stripes.parse(row.layout)
+            stripes = Stripes(1, pattern="G") if row.layout == FULL else Stripes.parse(row.layout)
             layouts[row.layout, n] = stripes.layer_types(n)
-        except Refusal:  # a layout of another notation has no picture
+        except ZebraError:  # a layout of another notation has no picture
             continue
         first.setdefault((row.layout, n), row)
         if LOCAL in layouts[row.layout, n]:
@@ -94,28 +94,28 @@ def _position_table(run: str, group: Group) -> Table:
     return Table(f"{run}: contexts of {group.length:,} tokens, {convention(group.task)}", head, body)
 
 
-def _score_at(scores: Mapping[Span, Row], span: Span) -> Cell:
+def _score_at(scores: Mapping[Span, Result], span: Span) -> Cell:
     return _score(scores.get(span))
 
 
-def _score(row: Row | None) -> Cell:
+def _score(row: Result | None) -> Cell:
     if row is None:
         return Cell("–")
     bounds = interval(row)
     return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "", rows=[row])
 
 
-def _change_at(before: Mapping[Span, Row], after: Mapping[Span, Row], span: Span) -> Cell:
+def _change_at(before: Mapping[Span, Result], after: Mapping[Span, Result], span: Span) -> Cell:
     return _change(before.get(span), after.get(span))
 
 
-def _change(before: Row | None, after: Row | None) -> Cell:
+def _change(before: Result | None, after: Result | None) -> Cell:
     if before is None or after is None or not before.value:
         return Cell("–")
     return Cell(percent(after.value / before.value - 1, sign="+"), rows=[before, after])
 
 
-def _scored(rows: list[Row]) -> Cell:
+def _scored(rows: list[Result]) -> Cell:
     """How many tokens; of the rows that say the same, the first."""
     counts = {row.n: row for row in reversed(rows) if row.n is not None}
     return Cell(" / ".join(f"{n:,}" for n in reversed(counts)) or "–", rows=[*counts.values()])
@@ -126,7 +126,7 @@ def convention(task: str) -> str:
     return task.removeprefix("perplexity-")
 
 
-def training(losses: list[Row], on_the_way: list[Group], groups: list[Group]) -> Section:
+def training(losses: list[Result], on_the_way: list[Group], groups: list[Group]) -> Section:
     """The loss, and the perplexities on the way."""
     blocks: list[str | Table | Figure] = []
     if losses:
@@ -148,7 +148,7 @@ def training(losses: list[Row], on_the_way: list[Group], groups: list[Group]) ->
     return Section("Training", blocks)
 
 
-def _start(way: Group, groups: list[Group]) -> dict[float, dict[Span, Row]]:
+def _start(way: Group, groups: list[Group]) -> dict[float, dict[Span, Result]]:
     """The scores before the first step: the source in the layout that is trained."""
     trained = next(iter(way.scores))
     for group in groups:
@@ -159,7 +159,7 @@ def _start(way: Group, groups: list[Group]) -> dict[float, dict[Span, Row]]:
     return {}
 
 
-def cost(costs: list[Row], speeds: list[Row]) -> Section:
+def cost(costs: list[Result], speeds: list[Result]) -> Section:
     """Exact counts and timings, dense and striped."""
     tables = []
     places = dict.fromkeys((row.run, row.model, row.length) for row in costs if row.metric != "layers")
@@ -186,7 +186,7 @@ def cost(costs: list[Row], speeds: list[Row]) -> Section:
     return Section("Cost against full attention", [prose, *tables] if tables else [])
 
 
-def _shares(rows: list[Row | None], *, fewer: bool) -> list[Cell]:
+def _shares(rows: list[Result | None], *, fewer: bool) -> list[Cell]:
     """Numbers with bars and, from the second on, the ratio to the first."""
     longest = max((row.value for row in rows if row and row.value), default=0)
     first = rows[0]

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from zebra.records import Row
 from zebra.report.figures import ACCENT, INK, drawn
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.series import DENSE, interval, number, series_of
+from zebra.report.series import FULL, interval, number, series_of
+from zebra.results import Result
 from zebra.stripes import GLOBAL, Stripes
 
 HOW = (
@@ -41,16 +41,16 @@ class _Found(NamedTuple):
     measured: str
     length: int | None
     depth: int
-    rows: dict[tuple[str, str], list[Row]]
+    rows: dict[tuple[str, str], list[Result]]
 
     def letters(self, layout: str) -> str:
         """G or L for each layer."""
-        if layout == DENSE:
+        if layout == FULL:
             return "G" * self.depth
         kinds = Stripes.parse(layout).layer_types(self.depth)
         return "".join("G" if kind == GLOBAL else "L" for kind in kinds)
 
-    def kept(self, row: Row) -> int:
+    def kept(self, row: Result) -> int:
         """How many layers of a row's layout are global."""
         return self.letters(row.layout).count("G")
 
@@ -64,7 +64,7 @@ class _Found(NamedTuple):
         chosen = [row for order in ("greedy", "once") for row in self.rows[order, "held_out_rise"]]
         budgets = dict.fromkeys(map(self.kept, chosen))
 
-        def belongs(task: str, row: Row, budget: int) -> bool:
+        def belongs(task: str, row: Result, budget: int) -> bool:
             if task == "stride":
                 return budget == min((b for b in budgets if b >= self.kept(row)), default=max(budgets))
             return task not in ("greedy", "once") or self.kept(row) == budget
@@ -84,7 +84,7 @@ class _Found(NamedTuple):
         return self.letters(self.rows["source", "loss"][0].layout)
 
     @property
-    def needs(self) -> dict[int, Row]:
+    def needs(self) -> dict[int, Result]:
         """What each of the source's global layers adds when it becomes local."""
         found = {}
         for row in self.rows["candidate", "rise"]:
@@ -94,7 +94,7 @@ class _Found(NamedTuple):
         return dict(sorted(found.items()))
 
     @property
-    def chosen(self) -> dict[str, Row]:
+    def chosen(self) -> dict[str, Result]:
         """The layout of each order, the one that was asked for first."""
         return {
             order: self.rows[order, "held_out_rise"][0]
@@ -103,13 +103,13 @@ class _Found(NamedTuple):
         }
 
     @property
-    def compared(self) -> tuple[Row, Row]:
+    def compared(self) -> tuple[Result, Result]:
         """On the held-out rows, what was chosen and the stride that loses the least."""
         strides = self.rows["stride", "held_out_rise"]
         return next(iter(self.chosen.values())), min(strides, key=lambda row: row.value)
 
 
-def selection(rows: list[Row]) -> Section:
+def selection(rows: list[Result]) -> Section:
     """A picture and two tables for each selection."""
     blocks: list[str | Table | Figure] = [HOW]
     for i, found in enumerate(_all(rows), start=1):
@@ -120,12 +120,12 @@ def selection(rows: list[Row]) -> Section:
     return Section("Which layers stay global", blocks if len(blocks) > 1 else [])
 
 
-def selection_tables(rows: list[Row]) -> list[Table]:
+def selection_tables(rows: list[Result]) -> list[Table]:
     """The tables alone, for a terminal: the layers, then the comparison."""
     return [table for found in _all(rows) for table in (_needs(found), _held_out(found))]
 
 
-def verdicts(rows: list[Row]) -> list[list[Cell]]:
+def verdicts(rows: list[Result]) -> list[list[Cell]]:
     """A line for each selection: what its layout loses on the held-out rows, and the best stride of the paper's."""
     said = []
     for found in _all(rows):
@@ -137,7 +137,7 @@ def verdicts(rows: list[Row]) -> list[list[Cell]]:
     return said
 
 
-def better(rows: list[Row]) -> list[str]:
+def better(rows: list[Result]) -> list[str]:
     """A line for each selection whose layout a stride of the paper's beats on the held-out rows."""
     pairs = (found.compared for found in _all(rows))
     return [
@@ -148,14 +148,14 @@ def better(rows: list[Row]) -> list[str]:
     ]
 
 
-def _all(rows: list[Row]) -> list[_Found]:
-    groups: dict[tuple[str, str, str, int | None, str], list[Row]] = defaultdict(list)
+def _all(rows: list[Result]) -> list[_Found]:
+    groups: dict[tuple[str, str, str, int | None, str], list[Result]] = defaultdict(list)
     for row in rows:
         measured = row.task.split("-", 2)[2]
         groups[row.run, row.model, measured, row.length, str(row.seed)].append(row)
     found = []
     for (run, _, measured, length, _), mine in groups.items():
-        by_task: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        by_task: dict[tuple[str, str], list[Result]] = defaultdict(list)
         for row in mine:
             by_task[row.task.split("-", 2)[1], row.metric].append(row)
         if by_task.keys() >= _WHOLE and ("once", "held_out_rise") in by_task:
@@ -165,7 +165,7 @@ def _all(rows: list[Row]) -> list[_Found]:
     return found
 
 
-def rest(rows: list[Row]) -> list[Row]:
+def rest(rows: list[Result]) -> list[Result]:
     """Rows of selections that are not whole, which no picture shows."""
     shown = {id(row) for found in _all(rows) for mine in found.rows.values() for row in mine}
     return [row for row in rows if id(row) not in shown]
@@ -211,7 +211,7 @@ def _held_out(found: _Found) -> Table:
     own = found.rows["source", "held_out_loss"][0]
     rows = [(_ORDERS[what], row) for what in _ORDERS for row in found.rows[what, "held_out_rise"]]
 
-    def kept(row: Row) -> Cell:
+    def kept(row: Result) -> Cell:
         return Cell(str(found.kept(row)), rows=[row])
 
     body = [[Cell("the source"), Cell(own.layout), kept(own), Cell(number(own.value), rows=[own]), Cell("")]]
@@ -224,6 +224,6 @@ def _held_out(found: _Found) -> Table:
     return Table(f"{found.run}: rows that took no part in the choice, {own.n or 0:,} tokens", head, body)
 
 
-def _rise(row: Row) -> Cell:
+def _rise(row: Result) -> Cell:
     bounds = interval(row)
     return Cell(f"{row.value:+.4f}", " to ".join(f"{bound:+.4f}" for bound in bounds) if bounds else "", rows=[row])

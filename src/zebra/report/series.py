@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import NamedTuple
 
-from zebra.records import Row
+from zebra.results import Result
 
-DENSE = "dense"
+FULL = "full"
 Span = tuple[int, int]
 
 
@@ -44,7 +44,7 @@ class Group(NamedTuple):
 
     task: str
     length: int
-    scores: dict[Series, dict[Span, Row]]
+    scores: dict[Series, dict[Span, Result]]
 
     @property
     def spans(self) -> list[Span]:
@@ -58,7 +58,7 @@ class Group(NamedTuple):
         return [span for span in self.spans if span != (0, self.length)] or self.spans
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Result]:
         """All of them."""
         return [row for scores in self.scores.values() for row in scores.values()]
 
@@ -79,7 +79,7 @@ def outcome(found: Iterable[Series]) -> Series | None:
     return next((series for series in trained if series.made), trained[0] if trained else None)
 
 
-def _kind(row: Row) -> str:
+def _kind(row: Result) -> str:
     if row.task.startswith("perplexity-") and row.metric == "perplexity":
         known = None not in (row.length, row.position_from, row.position_to)
         return ("position" if step(row) is None else "on the way") if known else "other"
@@ -102,11 +102,11 @@ def _kind(row: Row) -> str:
     return "speed" if (row.task, row.metric) == ("speed", "evaluation_tokens_per_second") else "other"
 
 
-def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def by_kind(rows: Iterable[Result]) -> dict[str, list[Result]]:
     """Rows by the section that shows them; a second value for one place (another seed, say) is shown as it is, and one
     that says the same again is left out."""
-    kinds: dict[str, list[Row]] = defaultdict(list)
-    seen: dict[tuple[object, ...], Row] = {}
+    kinds: dict[str, list[Result]] = defaultdict(list)
+    seen: dict[tuple[object, ...], Result] = {}
     for row in rows:
         place = (*series_of(row), row.task, row.metric, row.length, row.depth, row.position_from, row.position_to)
         first = seen.setdefault(place, row)
@@ -117,7 +117,7 @@ def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return kinds
 
 
-def series_of(row: Row) -> Series:
+def series_of(row: Result) -> Series:
     """Which line or column a row belongs to."""
     return Series(row.run, row.model, row.layout)
 
@@ -136,13 +136,13 @@ def labels(series: Iterable[Series]) -> dict[Series, str]:
     return found
 
 
-def step(row: Row) -> int | None:
+def step(row: Result) -> int | None:
     """The training step of a row on the way, whose model is named `<run>@<step>`."""
     step = row.model.rpartition("@")[2]
     return int(step) if "@" in row.model and step.isdecimal() else None
 
 
-def groups_of(rows: Iterable[Row]) -> list[Group]:
+def groups_of(rows: Iterable[Result]) -> list[Group]:
     """Rows by task and length."""
     groups: dict[tuple[str, int], Group] = {}
     for row in rows:
@@ -154,7 +154,7 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
     return list(groups.values())
 
 
-def interval(row: Row) -> tuple[float, float] | None:
+def interval(row: Result) -> tuple[float, float] | None:
     """The row's bounds, where it has both."""
     return None if row.low is None or row.high is None else (row.low, row.high)
 

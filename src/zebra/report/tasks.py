@@ -6,9 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from zebra.records import Row
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.series import Series, interval, number, percent, series_of
+from zebra.results import Result
 
 _CHECK = "documents-check-"
 _SHARES = ("acc", "acc_norm", "accuracy", "exact_match", "em", "f1", "rouge1", "rouge2", "rougeL")
@@ -20,21 +20,21 @@ HOW = (
 )
 
 
-def tasks(rows: list[Row]) -> Section:
+def tasks(rows: list[Result]) -> Section:
     """All of them, as tables."""
     blocks: list[str | Table | Figure] = [HOW, *task_tables(rows)]
     return Section("Tasks", blocks if rows else [])
 
 
-def task_tables(rows: list[Row]) -> list[Table]:
+def task_tables(rows: list[Result]) -> list[Table]:
     """A table for each task of each run, model and layout."""
-    grids: dict[tuple[str, Series], dict[str, dict[int | None, Row]]] = defaultdict(lambda: defaultdict(dict))
+    grids: dict[tuple[str, Series], dict[str, dict[int | None, Result]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         grids[row.task, series_of(row)][row.metric][row.length] = row
     return [_table(task, series, metrics) for (task, series), metrics in grids.items()]
 
 
-def _table(task: str, series: Series, metrics: dict[str, dict[int | None, Row]]) -> Table:
+def _table(task: str, series: Series, metrics: dict[str, dict[int | None, Result]]) -> Table:
     lengths = sorted({length for cells in metrics.values() for length in cells}, key=lambda length: length or 0)
     counts = sorted({row.n for cells in metrics.values() for row in cells.values() if row.n is not None})
     head = [Cell("share of items" if task.startswith(_CHECK) else "metric")]
@@ -58,18 +58,18 @@ def name(task: str) -> str:
     return f"{file}, by {'generation' if score == 'generate' else score}"
 
 
-def _value(row: Row | None) -> Cell:
+def _value(row: Result | None) -> Cell:
     if row is None or not math.isfinite(row.value):
         return Cell("–")
     return value([row])
 
 
-def is_share(row: Row) -> bool:
+def is_share(row: Result) -> bool:
     """Whether a row's value is a share, which is shown in percent."""
     return row.task.startswith(_CHECK) or row.metric.partition(" ")[0] in _SHARES
 
 
-def value(rows: Sequence[Row]) -> Cell:
+def value(rows: Sequence[Result]) -> Cell:
     """The mean of rows, in percent where they are shares; of a single one, with its interval."""
     bounds = interval(rows[0]) if len(rows) == 1 else None
     mean = rows[0].value if len(rows) == 1 else sum(row.value for row in rows) / len(rows)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from zebra.records import Row
 from zebra.report.page import Cell
-from zebra.report.series import DENSE, Group, Series, Span, interval, number, outcome, percent, span_name
+from zebra.report.series import FULL, Group, Series, Span, interval, number, outcome, percent, span_name
+from zebra.results import Result
 
 _MANY = 4
 
 
-def verdict(run: str, groups: list[Group], costs: list[Row]) -> list[Cell]:
+def verdict(run: str, groups: list[Group], costs: list[Result]) -> list[Cell]:
     """What training did at the far positions and at the near ones, and what share of dense attention is left."""
     mine = [group.of_run(run) for group in groups]
     longest = max((group for group in mine if group.scores), key=lambda group: group.length, default=None)
     said = _perplexity(longest) if longest else []
     pairs = {row.layout: row for row in costs if (row.run, row.metric) == (run, "attention_pairs") and row.value}
-    striped = next((layout for layout in pairs if layout != DENSE), None)
-    if striped is not None and DENSE in pairs:
-        share = percent(pairs[striped].value / pairs[DENSE].value, 0)
+    striped = next((layout for layout in pairs if layout != FULL), None)
+    if striped is not None and FULL in pairs:
+        share = percent(pairs[striped].value / pairs[FULL].value, 0)
         said.append(Cell(", while attention computes " if said else f"With {striped}, attention computes "))
-        said += [Cell(share, rows=[pairs[DENSE], pairs[striped]]), Cell(" of the dense model's pairs")]
+        said += [Cell(share, rows=[pairs[FULL], pairs[striped]]), Cell(" of the dense model's pairs")]
     return [*said, Cell(".")] if said else []
 
 
@@ -38,7 +38,7 @@ def _perplexity(group: Group) -> list[Cell]:
     return said
 
 
-def _each(scores: dict[Series, Row], span: Span) -> list[Cell]:
+def _each(scores: dict[Series, Result], span: Span) -> list[Cell]:
     """The value of each series; of many, the best and the worst."""
     order = sorted(scores, key=lambda series: scores[series].value)
     many = len(order) > _MANY
@@ -49,7 +49,7 @@ def _each(scores: dict[Series, Row], span: Span) -> list[Cell]:
     return said
 
 
-def _fall(before: Row, after: Row) -> list[Cell]:
+def _fall(before: Result, after: Result) -> list[Cell]:
     if number(before.value) == number(after.value):
         return [Cell("stayed at "), _value(after)]
     a, b = interval(before), interval(after)
@@ -58,5 +58,5 @@ def _fall(before: Row, after: Row) -> list[Cell]:
     return [Cell(f"{way} from "), _value(before), Cell(" to "), _value(after), Cell(unclear)]
 
 
-def _value(row: Row) -> Cell:
+def _value(row: Result) -> Cell:
     return Cell(number(row.value), rows=[row])

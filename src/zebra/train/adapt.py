@@ -4,7 +4,7 @@ run/recipe.yaml     the resolved recipe, and run/inputs.json beside it (zebra.tr
 run/before.jsonl    the source by position, as it was, and with the new stripes and rope without training
 run/checkpoints/    the Trainer's; only those with the mark COMPLETE are resumed from
 run/model/          the adapted checkpoint, loadable by plain transformers
-run/rows.jsonl      every row, written last: a run that has it is done
+run/results.jsonl      every row, written last: a run that has it is done
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra import records
+from zebra.errors import ZebraError
 from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config
 from zebra.model.families import striped
-from zebra.model.hosts import load
+from zebra.model.load import load
 from zebra.model.local import layout_with
 from zebra.model.rope import as_rope, refuse_changing_rope, settled
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.results import Result, read_results, write_results
 from zebra.stripes import Stripes
 from zebra.train import directory, lora, measuring
 from zebra.train.export import export, reload
@@ -43,11 +42,11 @@ from zebra.train.texts import data_rows, read_texts
 from zebra.train.trainer import check_machine, fit, is_complete, precision, trainable
 
 
-def adapt(recipe: AdaptRecipe) -> list[Row]:
+def adapt(recipe: AdaptRecipe) -> list[Result]:
     """Run a recipe from where it stands, and return its rows.
 
     Raises:
-        Refusal: what cannot be served, before any training: the checkpoint, the layout, the texts, a run directory
+        ZebraError: what cannot be served, before any training: the checkpoint, the layout, the texts, a run directory
             of another recipe.
     """
     config, tokenizer = open_source(recipe)
@@ -55,8 +54,8 @@ def adapt(recipe: AdaptRecipe) -> list[Row]:
         return _run(run, recipe, config, tokenizer)
 
 
-def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    if (run / "rows.jsonl").exists() and (done := records.read(run / "rows.jsonl")):
+def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Result]:
+    if (run / "results.jsonl").exists() and (done := read_results(run / "results.jsonl")):
         return done
     texts = read_texts(recipe, tokenizer)
     inputs = {
@@ -81,7 +80,7 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
         *after,
         *cost_rows(recipe, config, recipe.model),
     ]
-    records.write(run / "rows.jsonl", found)
+    write_results(run / "results.jsonl", found)
     return found
 
 
@@ -90,7 +89,7 @@ def open_source(recipe: SourceRecipe) -> tuple[PreTrainedConfig, PreTrainedToken
     check_machine(recipe.train)
     config = read_config(recipe.model)
     if not Path(recipe.model).is_dir():
-        raise Refusal(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
+        raise ZebraError(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
     tokenizer = load_tokenizer(recipe.model, config)
     config = adapted(recipe, config)
     check_weights(recipe.model, config)
@@ -101,7 +100,7 @@ def adapted(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
     """The config that a recipe makes of its source's.
 
     Raises:
-        Refusal: a layout or a rope that does not fit, a router that wants a loss of its own.
+        ZebraError: a layout or a rope that does not fit, a router that wants a loss of its own.
     """
     if recipe.stripes is not None:
         config = striped(config, Stripes.parse(recipe.stripes))
@@ -114,7 +113,7 @@ def _with_rope(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConf
     rope = as_rope(recipe.rope)
     reach = rope.reaches(config)
     if reach is not None and reach < recipe.train.length:
-        raise Refusal(
+        raise ZebraError(
             f"the rope {rope} reaches {reach:,} positions of a model of {config.max_position_embeddings:,}, and "
             f"train.length is {recipe.train.length:,}. Take a factor of at least "
             f"{math.ceil(recipe.train.length / config.max_position_embeddings)}."

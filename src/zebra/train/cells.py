@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from zebra.errors import ZebraError
 from zebra.model.study import NAME, StudyConfig, attention_kinds
-from zebra.refusal import Refusal
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe, Section, checked
 
@@ -85,7 +85,7 @@ def cells_of(grid: StudyRecipe) -> list[Cell]:
     """The cells in their order, each once.
 
     Raises:
-        Refusal: a recipe without a length, a window or a block that an axis leaves to it.
+        ZebraError: a recipe without a length, a window or a block that an axis leaves to it.
     """
     model, train = dict(grid.recipe["model"]), dict(grid.recipe.get("train") or {})
     cells: dict[Cell, None] = {}
@@ -100,9 +100,9 @@ def cells_of(grid: StudyRecipe) -> list[Cell]:
             axes.attention, axes.position, axes.group, windows, blocks, lengths, seeds
         ):
             if not isinstance(length, int):
-                raise Refusal("a cell has a length: give recipe.train.length, or the axis length.")
+                raise ZebraError("a cell has a length: give recipe.train.length, or the axis length.")
             if attention != "global" and not isinstance(window, int):
-                raise Refusal(
+                raise ZebraError(
                     f"{attention} layers have a window: give recipe.model.sliding_window, or the axis window."
                 )
             cell = Cell(
@@ -122,15 +122,15 @@ def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
     """A recipe for each cell; a step has as many tokens in all, so that lengths differ in nothing else.
 
     Raises:
-        Refusal: a recipe that cannot be one, or a cell whose model cannot be built; the cell's name stands in front.
+        ZebraError: a recipe that cannot be one, or a cell whose model cannot be built; the cell's name stands in front.
     """
     recipes = []
     for cell in cells_of(grid):
         try:
             recipe = checked(_tree(grid, cell), PretrainRecipe, "recipe")
             config_of(recipe)
-        except (Refusal, ValueError) as error:
-            raise Refusal(f"the cell {cell.name}: {error}") from None
+        except (ZebraError, ValueError) as error:
+            raise ZebraError(f"the cell {cell.name}: {error}") from None
         recipes.append(recipe)
     return recipes
 

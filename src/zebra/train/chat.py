@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from zebra.data.conversations import GAP, Conversation, Labelled, Message, without_middle
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 _MARK = r"\{%-?\s*(?:end)?generation\s*-?%\}"
 _TURNS = "{{{{- bos_token -}}}}{{%- for message in messages -%}}{}{{%- endfor -%}}"
@@ -55,7 +55,7 @@ class Chat:
         stop: the token that ends an answer; None where a template writes none.
 
     Raises:
-        Refusal: no template and none named; a name that is neither known nor a file; tokens that the named one needs
+        ZebraError: no template and none named; a name that is neither known nor a file; tokens that the named one needs
             and the tokenizer lacks; a template that answers cannot be told apart in; trl is not installed.
     """
 
@@ -65,7 +65,7 @@ class Chat:
         own: Any = tokenizer.chat_template
         own = own.get("default") if isinstance(own, dict) else own
         if named is None and not own:
-            raise Refusal(
+            raise ZebraError(
                 f"the tokenizer of {source} has no chat template. Name one with chat_template: "
                 f"{', '.join(NAMED)}, or the path of a .jinja file."
             )
@@ -81,14 +81,14 @@ class Chat:
         """The tokens of a conversation, and which are the assistant's.
 
         Raises:
-            Refusal: what the template refuses, such as a system message; answers that it does not set apart.
+            ZebraError: what the template refuses, such as a system message; answers that it does not set apart.
         """
         said = [message._asdict() for message in conversation.messages]
         made = self._by_marks(said, conversation.where) if self._marked else self._by_prefixes(said, conversation.where)
         spans = sum(answer for answer, _ in itertools.groupby(made.answers))
         asked = sum(one["role"] == "assistant" for one in said)
         if spans != asked:
-            raise Refusal(
+            raise ZebraError(
                 f"{conversation.where}: the chat template of {self._source} sets {spans} of {asked} answers apart. "
                 "Name another with chat_template, or drop the conversation."
             )
@@ -98,7 +98,7 @@ class Chat:
         """The conversation in at most `length` tokens, and how many of its document were cut from its middle.
 
         Raises:
-            Refusal: too long, and no document to cut, or too long without it.
+            ZebraError: too long, and no document to cut, or too long without it.
         """
         made = self.shortened(conversation, length)
         if made is None:
@@ -106,7 +106,7 @@ class Chat:
             why = (
                 "has no document that may be cut" if conversation.document is None else "is so without its document too"
             )
-            raise Refusal(
+            raise ZebraError(
                 f"{conversation.where} is too long: {tokens:,} tokens, where train.length is {length:,}, and it {why}. "
                 "Take longer rows, shorten it, or set data.too_long to drop."
             )
@@ -142,7 +142,7 @@ class Chat:
             if one["role"] == "assistant":
                 prompt, through = self._ids(said[:i], where, True), self._ids(said[: i + 1], where)
                 if through[: len(prompt)] != prompt or whole[: len(through)] != through:
-                    raise Refusal(
+                    raise ZebraError(
                         f"{where}: the chat template of {self._source} has no {{% generation %}} marks, and writes a "
                         "prompt otherwise once it is answered, so that answers cannot be told apart. Name another "
                         "with chat_template, or give a .jinja file with the marks."
@@ -158,7 +158,7 @@ class Chat:
         try:
             return self.tokenizer.apply_chat_template(said, tokenize=True, **options)
         except (TemplateError, TypeError, ValueError) as error:
-            raise Refusal(
+            raise ZebraError(
                 f"{where}: the chat template of {self._source} does not take it: {' '.join(str(error).split())}. "
                 "Mend or drop the conversation, or name another template."
             ) from None
@@ -174,14 +174,14 @@ class Chat:
 def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     if named not in NAMED:
         if not named.endswith((".jinja", ".j2")) or not Path(named).is_file():
-            raise Refusal(
+            raise ZebraError(
                 f"chat_template is {', '.join(NAMED)} or the path of a .jinja file; got {named!r}. Choose one of them."
             )
         return Path(named).read_text(encoding="utf-8")
     needs = ["<|im_start|>", "<|im_end|>"] if named == "chatml" else []
     absent = [token for token in needs if token not in tokenizer.get_vocab()]
     if absent or (named == "plain" and tokenizer.eos_token is None):
-        raise Refusal(
+        raise ZebraError(
             f"the chat template {named} needs {' and '.join(absent) or 'an end-of-text token'}, which the tokenizer of "
             f"{source} has not. Name another."
         )
@@ -195,7 +195,7 @@ def _marked_by_trl(tokenizer: PreTrainedTokenizerBase, template: str) -> str | N
     try:
         from trl.chat_template_utils import get_training_chat_template
     except ImportError:
-        raise Refusal("tuning needs trl, which is not installed. Run pip install 'zebra-llm[tune]'.") from None
+        raise ZebraError("tuning needs trl, which is not installed. Run pip install 'zebra-llm[tune]'.") from None
     try:
         return get_training_chat_template(tokenizer)
     except ValueError:

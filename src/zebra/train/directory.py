@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
+from zebra.errors import ZebraError
+from zebra.files import atomic_write, directory_lock
 from zebra.model.checkpoint import first_line
-from zebra.refusal import Refusal
-from zebra.staged import held, write_whole
 from zebra.train.recipe import Recipe
 
 
@@ -37,11 +37,11 @@ def occupied(recipe: Recipe) -> Iterator[Path]:
     """Hold the run's directory for this process; of several processes the first one holds it.
 
     Raises:
-        Refusal: the directory is of another recipe or of no run; another process is at work in it.
+        ZebraError: the directory is of another recipe or of no run; another process is at work in it.
     """
     run = Path(recipe.run)
     check_recipe(run, recipe)
-    with held(run) if is_first_process() else nullcontext():
+    with directory_lock(run) if is_first_process() else nullcontext():
         check_recipe(run, recipe)  # another process may have been here first
         yield run
 
@@ -50,22 +50,22 @@ def record(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
     """Write down the recipe and what its names stand for.
 
     Raises:
-        Refusal: a run that began with other inputs, and would go on with these.
+        ZebraError: a run that began with other inputs, and would go on with these.
     """
     kept = run / "inputs.json"
     if kept.exists():
         try:
             began = dict(json.loads(kept.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
-            raise Refusal(f"{kept} is damaged. Name another run, or remove {run}.") from None
+            raise ZebraError(f"{kept} is damaged. Name another run, or remove {run}.") from None
         changed = sorted(name for name in inputs if inputs[name] != began.get(name))
         if changed:
-            raise Refusal(
+            raise ZebraError(
                 f"{run} began with other inputs: {' and '.join(changed)} changed since. "
                 "Restore them to go on with it, or name another run."
             )
-    write_whole(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    write_whole(kept, json.dumps(inputs, indent=2) + "\n")
+    atomic_write(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    atomic_write(kept, json.dumps(inputs, indent=2) + "\n")
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def writing(run: Path) -> Iterator[None]:
     except (SafetensorError, RuntimeError) as error:
         if "I/O error" not in str(error) and "inline_container" not in str(error):
             raise
-        raise Refusal(
+        raise ZebraError(
             f"{run} cannot be written, is the disk full? ({first_line(error)}) Free some space; "
             "the same command goes on from the last whole checkpoint."
         ) from None
@@ -89,14 +89,14 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
         try:
             theirs = type(recipe).model_validate(yaml.safe_load(mine.read_text(encoding="utf-8")))
         except (yaml.YAMLError, ValueError):
-            raise Refusal(f"{mine} is damaged: it is no recipe. Name another run, or remove {run}.") from None
+            raise ZebraError(f"{mine} is damaged: it is no recipe. Name another run, or remove {run}.") from None
         if different := differing(recipe, theirs):
-            raise Refusal(
+            raise ZebraError(
                 f"{run} holds a run of another recipe: {', '.join(different)} differ. "
                 "Name another run, or remove the directory."
             )
     elif run.exists() and (not run.is_dir() or any(not file.name.startswith(".") for file in run.iterdir())):
-        raise Refusal(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
+        raise ZebraError(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
 
 
 def differing(one: Recipe, other: Recipe) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from zebra.data.documents import find_files
+from zebra.errors import ZebraError
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_config
 from zebra.model.families import SUMMARY, attention_pairs, host_class, kinds_of
@@ -28,7 +29,6 @@ from zebra.model.local import layout_with
 from zebra.model.loss import CHUNK
 from zebra.plan.memory import kept_of_summaries
 from zebra.plan.shapes import shape
-from zebra.refusal import Refusal
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import lora
 from zebra.train.adapt import adapted
@@ -63,8 +63,8 @@ def dry_run(recipe: _Known) -> DryRun:
     """Reckon a recipe without its weights and without its text.
 
     Raises:
-        Refusal: neither the checkpoint nor a built-in shape of that name is here; what `adapt` and `pretrain` refuse of
-            a config.
+        ZebraError: neither the checkpoint nor a built-in shape of that name is here; what `adapt` and `pretrain`
+            refuse of a config.
     """
     config = _config(recipe)
     parameters, trained, memory = _weights(recipe, config)
@@ -82,7 +82,7 @@ def _source_config(recipe: SourceRecipe) -> PreTrainedConfig:
     if Path(recipe.model).is_dir():
         return read_config(recipe.model)
     if recipe.shape is None:
-        raise Refusal(
+        raise ZebraError(
             f"there is no checkpoint at {recipe.model}, and the recipe names no built-in shape to reckon with. "
             "Download the checkpoint, or add a shape."
         )
@@ -237,6 +237,6 @@ def _text(recipe: _Known) -> str:
     patterns = data.files or [pattern for source in data.sources or [] for pattern in source.files]
     try:
         files = find_files(patterns)
-    except Refusal as refusal:
+    except ZebraError as refusal:
         return f"not here: {refusal}"
     return f"{len(files):,} files, {sum(file.stat().st_size for file in files):,} bytes"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from zebra.errors import ZebraError
+from zebra.files import atomic_directory
 from zebra.model.checkpoint import copy_companions, read_config, write_card, write_config
-from zebra.model.hosts import load, write_linked
+from zebra.model.load import load, write_linked
 from zebra.model.local import local_of
 from zebra.model.verify import TOLERANCE
-from zebra.refusal import Refusal
-from zebra.staged import staged
 from zebra.train import lora
 from zebra.train.recipe import SourceRecipe
 
@@ -30,29 +30,29 @@ def export(recipe: SourceRecipe, model: Any, files: Mapping[str, str] | None = N
     with the adapter; else it stays an adapter, over the converted source in `run/base`.
 
     Raises:
-        Refusal: a merged checkpoint that differs from its adapter.
+        ZebraError: a merged checkpoint that differs from its adapter.
     """
     run = Path(recipe.run)
     if recipe.lora is None:
-        with staged(run / "model") as aside:
+        with atomic_directory(run / "model") as aside:
             _write(recipe, model, aside, **card)
             _write_files(aside, files)
     elif recipe.lora.merge:
         wanted = _logits(model.float())
-        with staged(run / "model") as aside:
+        with atomic_directory(run / "model") as aside:
             _write(recipe, model.merge_and_unload(safe_merge=True), aside, **card)
             _write_files(aside, files)
             found = _logits(load(aside, dtype=torch.float32).to(wanted.device))
             difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
             if not difference <= TOLERANCE[_dtype(recipe)]:
-                raise Refusal(f"the merged checkpoint differs from its adapter by {difference:.1e} of the logits.")
+                raise ZebraError(f"the merged checkpoint differs from its adapter by {difference:.1e} of the logits.")
     else:
         base = run / "base"
         shutil.rmtree(base, ignore_errors=True)  # of a killed export
         local = local_of(model)
         write_linked(Path(recipe.model), base, _as_source(recipe, model.get_base_model().config), local)
         model.peft_config["default"].base_model_name_or_path = str(base.resolve())
-        with staged(run / "model") as aside:
+        with atomic_directory(run / "model") as aside:
             model.save_pretrained(aside)
             write_card(aside, model.get_base_model().config, local, source=Path(recipe.model), **card)
             _write_files(aside, files)

@@ -4,7 +4,8 @@ run/tokenizer/            trained once on the grid's text, where the recipe name
 run/cells/<name>.yaml     a cell: a recipe of `zebra pretrain`, which can be run alone
 run/cells/<name>.log      what its process said
 run/cells/<name>/         its directory (zebra.train.pretrain)
-run/rows.jsonl            the rows of all cells that are done, in the grid's order, and then of those that it left out
+run/results.jsonl            the rows of all cells that are done, in the grid's order, and then of those that it left
+out
 
 Each cell has a process of its own. A cell that is done is not run again, one that was killed goes on where it stood,
 and one that fails leaves the others alone.
@@ -27,16 +28,15 @@ from typing import Any
 import torch
 import yaml
 
-from zebra import records
+from zebra.errors import ZebraError
+from zebra.files import atomic_directory, atomic_write, directory_lock
 from zebra.model.checkpoint import open_tokenizer
 from zebra.model.families import attention_pairs
 from zebra.model.local import Local, layout_with
 from zebra.model.study import NAME
 from zebra.plan.decoder import decoder
 from zebra.progress import bar, console
-from zebra.records import Row
-from zebra.refusal import Refusal
-from zebra.staged import held, staged, write_whole
+from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
 from zebra.train import directory
 from zebra.train.cells import AXES, StudyRecipe, recipes_of
@@ -50,21 +50,21 @@ ASKED = "asked.yaml"
 """What a trained tokenizer was to be, and of what data; it lies beside it."""
 
 
-def study(grid: StudyRecipe, workers: int = 1) -> list[Row]:
+def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
     """Run the cells that are not done, `workers` at a time, and return the rows of all.
 
     On a machine with GPUs worker i sees GPU i; on a CPU the workers share the cores.
 
     Raises:
-        Refusal: before any work, a contradiction in any cell, no text or no such machine, a cell's directory of
+        ZebraError: before any work, a contradiction in any cell, no text or no such machine, a cell's directory of
             another recipe; at the end, cells that failed, when all others are done.
     """
     recipes = recipes_of(grid)
     if workers < 1:
-        raise Refusal(f"--workers is at least 1; got {workers}.")
+        raise ZebraError(f"--workers is at least 1; got {workers}.")
     check_machine(recipes[0].train)
     run = Path(grid.run)
-    with held(run):
+    with directory_lock(run):
         _check_run(run, recipes)
         recipes = _with_tokenizer(run, recipes)
         done = [recipe for recipe in recipes if _is_done(recipe)]
@@ -75,10 +75,10 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Row]:
         rows = _gather(run, recipes)
     if failed:
         (name, why), more = failed[0], len(failed) - 1
-        raise Refusal(
+        raise ZebraError(
             f"{name} failed, {why.rstrip('.')}"
             + (f"; and {more} more" if more else "")
-            + f". Every log is {run / 'cells'}/<name>.log, the rows of the others are {run / 'rows.jsonl'}; "
+            + f". Every log is {run / 'cells'}/<name>.log, the rows of the others are {run / 'results.jsonl'}; "
             "the same command tries again."
         )
     return rows
@@ -129,7 +129,7 @@ def _check_run(run: Path, recipes: Sequence[PretrainRecipe]) -> None:
     asked, wanted = run / "tokenizer" / ASKED, _asked(recipes[0])
     trains = isinstance(recipes[0].tokenizer, NewTokenizer)
     if trains and asked.exists() and yaml.safe_load(asked.read_text(encoding="utf-8")) != wanted:
-        raise Refusal(
+        raise ZebraError(
             f"{asked.parent} was trained by another recipe: its tokenizer or its data differ. "
             f"Name another run, or remove {run}."
         )
@@ -139,7 +139,7 @@ def _check_run(run: Path, recipes: Sequence[PretrainRecipe]) -> None:
     for other in _others(run, recipes):
         kept = read_recipe(other / "recipe.yaml", PretrainRecipe)
         if more := [name for name in directory.differing(known[0], kept) if name not in AXES]:
-            raise Refusal(
+            raise ZebraError(
                 f"{other} is a cell of another recipe: {', '.join(more)} differ. Name another run, or remove it."
             )
 
@@ -159,9 +159,9 @@ def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Pretra
     asked, made = recipes[0].tokenizer, run / "tokenizer"
     if isinstance(asked, NewTokenizer) and not made.is_dir():
         tokenizer = train_tokenizer(texts_of(recipes[0]), asked)
-        with staged(made) as aside:
+        with atomic_directory(made) as aside:
             tokenizer.save_pretrained(aside)
-            write_whole(aside / ASKED, yaml.safe_dump(_asked(recipes[0])))
+            atomic_write(aside / ASKED, yaml.safe_dump(_asked(recipes[0])))
     recipes = [_sharing(run, recipe) for recipe in recipes]
     tokenizer = open_tokenizer(str(recipes[0].tokenizer))
     check_step(recipes[0], read_texts(recipes[0], tokenizer))  # and the text is in the cache, for all cells
@@ -172,7 +172,7 @@ def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Pretra
 
 
 def _is_done(recipe: PretrainRecipe) -> bool:
-    rows = Path(recipe.run) / "rows.jsonl"
+    rows = Path(recipe.run) / "results.jsonl"
     return rows.exists() and rows.stat().st_size > 0  # as `pretrain` has it
 
 
@@ -231,7 +231,7 @@ def _run(
 def _start(recipe: PretrainRecipe, worker: int, workers: int) -> subprocess.Popen[bytes]:
     run = Path(recipe.run)
     path = run.with_name(f"{run.name}.yaml")
-    write_whole(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    atomic_write(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     shown = dict(os.environ)
     if gpus := torch.cuda.device_count():
         mine = shown.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of the machine's GPUs, those that may be used
@@ -259,13 +259,13 @@ def _why(recipe: PretrainRecipe, code: int) -> str:
 def _others(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Path]:
     """Cells of the run that are done and not in the grid."""
     mine = {Path(recipe.run).name for recipe in recipes}
-    done = sorted(file.parent for file in (run / "cells").glob("*/rows.jsonl") if file.stat().st_size)
+    done = sorted(file.parent for file in (run / "cells").glob("*/results.jsonl") if file.stat().st_size)
     return [cell for cell in done if cell.name not in mine]
 
 
-def _gather(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Row]:
+def _gather(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Result]:
     cells = [*(Path(recipe.run) for recipe in recipes if _is_done(recipe)), *_others(run, recipes)]
-    rows = [row for cell in cells for row in records.read(cell / "rows.jsonl")]
+    rows = [row for cell in cells for row in read_results(cell / "results.jsonl")]
     if rows:
-        records.write(run / "rows.jsonl", rows)
+        write_results(run / "results.jsonl", rows)
     return rows

@@ -17,8 +17,8 @@ from zebra.data.conversations import Conversation, Labelled, read_conversations
 from zebra.data.corpus import Corpus
 from zebra.data.mixture import Line, Selection, Source, keep, mix, select
 from zebra.data.packing import IGNORE, Rows, pack_whole
+from zebra.errors import ZebraError
 from zebra.progress import bar, console
-from zebra.refusal import Refusal
 from zebra.train.chat import Chat
 from zebra.train.directory import is_first_process
 from zebra.train.gate import Gate, hash_of, held
@@ -92,7 +92,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
         load: the model whose likelihood says whether answers depend on their documents, where the recipe asks.
 
     Raises:
-        Refusal: what reading refuses; a conversation too long; a source with nothing left to train on.
+        ZebraError: what reading refuses; a conversation too long; a source with nothing left to train on.
     """
     data, length = recipe.data, recipe.train.length
     asked = data.sources or [InstructionSource(name="instructions", files=data.files or [], share=1.0)]
@@ -126,7 +126,9 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
     else:
         labelled = {name: [made for made, _, _ in _fitted(found, recipe, chat)] for name, found in suites.items()}
         if empty := [name for name, found in labelled.items() if not found]:
-            raise Refusal(f"all conversations of the suite {empty[0]} are too long. Take longer rows, or give others.")
+            raise ZebraError(
+                f"all conversations of the suite {empty[0]} are too long. Take longer rows, or give others."
+            )
     return Instructions(rows, labelled, lines, dict(gate.counts), _digest(tokens, labelled))
 
 
@@ -144,7 +146,7 @@ def _tokens(
             kinds.append(one.kind or name)
     counts["too long"] += len(conversations) - len(made)
     if not made:
-        raise Refusal(
+        raise ZebraError(
             f"the source {name} has no conversation left to train on: of those that pass the gate all "
             f"{len(conversations):,} are too long. Give others, or take longer rows; faults: {_said(counts) or 'none'}."
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 from zebra.train.recipe import Lora
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
     What is trained is float32, whatever the frozen weights are.
 
     Raises:
-        Refusal: peft is not installed, no module of these names.
+        ZebraError: peft is not installed, no module of these names.
     """
     peft = _peft()
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
@@ -36,7 +36,7 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
     }
     absent = sorted(set(lora.targets) - found)
     if absent:
-        raise Refusal(
+        raise ZebraError(
             f"lora.targets names {', '.join(absent)}, which this model has not or ties to its embeddings; its own "
             f"linear modules are {', '.join(sorted(found))}. Name some of those."
         )
@@ -80,5 +80,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise Refusal("LoRA needs peft, which is not installed: pip install 'zebra-llm[lora]'.") from None
+        raise ZebraError("LoRA needs peft, which is not installed: pip install 'zebra-llm[lora]'.") from None
     return peft

@@ -11,23 +11,22 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zebra import records
 from zebra.data.corpus import Corpus
+from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import Score, as_rows, perplexity
 from zebra.model.checkpoint import read_local
-from zebra.model.families import DENSE, attention_pairs, kinds_of
-from zebra.model.hosts import best_device, device_name, load
-from zebra.model.loading import described
+from zebra.model.families import FULL, attention_pairs, kinds_of
+from zebra.model.load import best_device, device_name, load
+from zebra.model.load_options import described
 from zebra.model.local import Local, layout_with
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.results import Result, read_results, write_results
 from zebra.stripes import LOCAL, Stripes, visible_pairs
 from zebra.train.recipe import Recipe, SourceRecipe, TextRecipe
 
 
 def measure(
     recipe: TextRecipe, held_out: Corpus | None, checkpoint: Path, model: PreTrainedModel, rope: str | None = None
-) -> list[Row]:
+) -> list[Result]:
     """Rows of one checkpoint by position, and how fast it read; `rope` stands beside the layout."""
     assert recipe.evaluate is not None
     assert held_out is not None
@@ -36,7 +35,7 @@ def measure(
     at = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
     by: dict[str, Any] = {"convention": asked.convention, "first_bucket": asked.first_bucket, "seed": recipe.train.seed}
 
-    def read(length: int) -> list[Row]:
+    def read(length: int) -> list[Result]:
         scores = perplexity(model, held_out, length=length, **by)
         return as_rows(scores, length, asked.convention, **at)
 
@@ -47,7 +46,7 @@ def measure(
     return [
         *rows,
         *(read(asked.beyond) if asked.beyond else []),
-        Row(
+        Result(
             task="speed",
             metric="evaluation_tokens_per_second",
             value=speed,
@@ -59,8 +58,8 @@ def measure(
 
 
 def before(
-    run: Path, recipe: SourceRecipe, measured: Callable[[Path, PreTrainedModel, str | None], list[Row]]
-) -> list[Row]:
+    run: Path, recipe: SourceRecipe, measured: Callable[[Path, PreTrainedModel, str | None], list[Result]]
+) -> list[Result]:
     """Rows of the source as it was, and with its new stripes and rope without training; measured once, then read."""
     if recipe.evaluate is None:
         return []
@@ -70,8 +69,8 @@ def before(
         rows = measured(source, load(source), None)
         if recipe.stripes is not None or recipe.rope is not None:
             rows += measured(source, load(source, stripes=recipe.stripes, rope=recipe.rope), recipe.rope)
-        records.write(kept, rows)
-    return records.read(kept)
+        write_results(kept, rows)
+    return read_results(kept)
 
 
 def columns_of(recipe: Recipe) -> dict[str, Any]:
@@ -89,9 +88,9 @@ def training_rows(
     recipe: Recipe,
     config: PreTrainedConfig,
     history: list[dict[str, Any]],
-    evaluated: Callable[[dict[str, Any], dict[str, Any]], list[Row]],
+    evaluated: Callable[[dict[str, Any], dict[str, Any]], list[Result]],
     rope: str | None = None,
-) -> list[Row]:
+) -> list[Result]:
     """The loss against tokens, and the evaluations on the way.
 
     Args:
@@ -99,20 +98,22 @@ def training_rows(
         evaluated: rows of one of its entries, under the columns that they share.
     """
     shared = columns_of(recipe) | {"layout": layout_with(config, local_for(recipe), rope)}
-    rows: list[Row] = []
+    rows: list[Result] = []
     for entry in history:
         at = shared | {"model": f"{recipe.run}@{entry['step']}"}
         if "loss" in entry:
             seen = entry["num_input_tokens_seen"]
-            rows.append(Row(task="train", metric="loss", value=entry["loss"], length=recipe.train.length, n=seen, **at))
+            rows.append(
+                Result(task="train", metric="loss", value=entry["loss"], length=recipe.train.length, n=seen, **at)
+            )
         rows += evaluated(entry, at)
     return rows
 
 
-def by_position(recipe: TextRecipe) -> Callable[[dict[str, Any], dict[str, Any]], list[Row]]:
+def by_position(recipe: TextRecipe) -> Callable[[dict[str, Any], dict[str, Any]], list[Result]]:
     """What `training_rows` makes of perplexities on the way."""
 
-    def rows(entry: dict[str, Any], at: dict[str, Any]) -> list[Row]:
+    def rows(entry: dict[str, Any], at: dict[str, Any]) -> list[Result]:
         if recipe.evaluate is None or "by_position" not in entry:
             return []
         scores = [Score(**score) for score in entry["by_position"]]
@@ -121,21 +122,23 @@ def by_position(recipe: TextRecipe) -> Callable[[dict[str, Any], dict[str, Any]]
     return rows
 
 
-def cost_rows(recipe: Recipe, config: PreTrainedConfig, model: str) -> list[Row]:
+def cost_rows(recipe: Recipe, config: PreTrainedConfig, model: str) -> list[Result]:
     """What one text of the longest measured length costs in attention, dense and striped: exact counts."""
     length, n, local = recipe.longest, config.num_hidden_layers, local_for(recipe)
     window = getattr(config, "sliding_window", None) or length
     held = length if local.full_decode else min(length, window - 1) + local.sinks
     cached = sum(held if kind == LOCAL else length for kind in kinds_of(config))
     costs = {
-        DENSE: (n * visible_pairs(length), n * length),
+        FULL: (n * visible_pairs(length), n * length),
         layout_with(config, local): (attention_pairs(config, length, local.sinks), cached),
     }
     rows = []
     for name, (pairs, tokens) in costs.items():
         counts = {"layers": n, "attention_pairs": pairs, "cached_tokens": tokens}
         rows += [
-            Row(task="cost", metric=metric, value=value, length=length, model=model, layout=name, **columns_of(recipe))
+            Result(
+                task="cost", metric=metric, value=value, length=length, model=model, layout=name, **columns_of(recipe)
+            )
             for metric, value in counts.items()
         ]
     return rows
@@ -147,7 +150,7 @@ def trainer_state(run: Path, recipe: Recipe) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise Refusal(
+        raise ZebraError(
             f"{path} is gone or damaged, and with it the losses of the run. Remove {run / 'model'} to train on from "
             "the last whole checkpoint, or name another run."
         ) from None

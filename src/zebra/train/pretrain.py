@@ -1,6 +1,6 @@
 """Training from scratch: a config of transformers, a tokenizer, text and generated recall, trained and measured.
 
-run/recipe.yaml, run/inputs.json, run/checkpoints/, run/model/, run/rows.jsonl    as in zebra.train.adapt
+run/recipe.yaml, run/inputs.json, run/checkpoints/, run/model/, run/results.jsonl    as in zebra.train.adapt
 run/tokenizer/      the tokenizer, where the recipe trains one
 """
 
@@ -15,18 +15,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra import records
-from zebra.data.recall import Taught
+from zebra.data.recall import RecallDataset
+from zebra.errors import ZebraError
+from zebra.files import atomic_directory
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import fingerprint, first_line, open_tokenizer, write_card, write_config
-from zebra.model.extend import refuse_off_the_table
 from zebra.model.families import host_class, kinds_of, route, striped
-from zebra.model.hosts import load
+from zebra.model.load import load
 from zebra.model.local import Local, layout_with, local_of, localise
+from zebra.model.self_extend import refuse_off_the_table
 from zebra.model.subclass import with_striped_cache
-from zebra.records import Row
-from zebra.refusal import Refusal
-from zebra.staged import staged
+from zebra.results import Result, read_results, write_results
 from zebra.stripes import GLOBAL, Stripes
 from zebra.train import directory
 from zebra.train.measuring import (
@@ -44,11 +43,11 @@ from zebra.train.tokenizer import texts_of, train_tokenizer
 from zebra.train.trainer import check_machine, fit, is_complete, precision, tokens_per_step, trainable
 
 
-def pretrain(recipe: PretrainRecipe) -> list[Row]:
+def pretrain(recipe: PretrainRecipe) -> list[Result]:
     """Run a recipe from where it stands, and return its rows.
 
     Raises:
-        Refusal: what cannot be served, before any training: the config, the tokenizer, the texts, a run directory of
+        ZebraError: what cannot be served, before any training: the config, the tokenizer, the texts, a run directory of
             another recipe. During it: a loss that is not finite.
     """
     check_machine(recipe.train)
@@ -57,8 +56,8 @@ def pretrain(recipe: PretrainRecipe) -> list[Row]:
         return _run(run, recipe)
 
 
-def _run(run: Path, recipe: PretrainRecipe) -> list[Row]:
-    if (run / "rows.jsonl").exists() and (done := records.read(run / "rows.jsonl")):
+def _run(run: Path, recipe: PretrainRecipe) -> list[Result]:
+    if (run / "results.jsonl").exists() and (done := read_results(run / "results.jsonl")):
         return done
     tokenizer = _tokenizer(run, recipe)
     config = config_of(recipe, tokenizer)
@@ -77,7 +76,7 @@ def _run(run: Path, recipe: PretrainRecipe) -> list[Row]:
         *(measure(recipe, texts.held_out, run / "model", load(run / "model")) if recipe.evaluate else []),
         *cost_rows(recipe, config, str(run / "model")),
     ]
-    records.write(run / "rows.jsonl", found)
+    write_results(run / "results.jsonl", found)
     return found
 
 
@@ -88,7 +87,7 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     """The config that a recipe's `model` describes, with its stripes, and with what it leaves to the tokenizer.
 
     Raises:
-        Refusal: a model_type or a field that transformers does not have, a family or a layout that zebra does not
+        ZebraError: a model_type or a field that transformers does not have, a family or a layout that zebra does not
             serve, a model too short for the rows, a vocabulary of another size than the tokenizer's, a layout that
             contradicts the sizes.
     """
@@ -96,13 +95,15 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     kind = given.pop("model_type")
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=1)
-        raise Refusal(f"transformers has no model_type {kind!r}" + (f"; did you mean {near[0]}?" if near else "."))
+        raise ZebraError(f"transformers has no model_type {kind!r}" + (f"; did you mean {near[0]}?" if near else "."))
     known = {f.name for f in fields(CONFIG_MAPPING[kind])}
     if unknown := sorted(set(given) - known):
         near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
-        raise Refusal(f"a config of {kind} has no field {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "."))
+        raise ZebraError(
+            f"a config of {kind} has no field {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ".")
+        )
     if recipe.stripes is not None and given.get("attention_kinds") is not None:
-        raise Refusal("model.attention_kinds and stripes both name the layers' kinds. Leave one of them out.")
+        raise ZebraError("model.attention_kinds and stripes both name the layers' kinds. Leave one of them out.")
     if tokenizer is None and isinstance(recipe.tokenizer, str):
         tokenizer = open_tokenizer(recipe.tokenizer)
     given = {"max_position_embeddings": recipe.train.length} | _tokens(recipe, tokenizer) | given
@@ -114,9 +115,9 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
         with torch.device("meta"):
             host_class(config)(config)
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError, KeyError) as error:
-        raise Refusal(f"the fields of model describe no {kind}: {first_line(error)}") from None
+        raise ZebraError(f"the fields of model describe no {kind}: {first_line(error)}") from None
     if config.max_position_embeddings < recipe.train.length:
-        raise Refusal(
+        raise ZebraError(
             f"model.max_position_embeddings is {config.max_position_embeddings:,}, fewer than train.length, "
             f"{recipe.train.length:,}. Leave it out to take train.length."
         )
@@ -130,17 +131,17 @@ def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:
     """A training from scratch chooses its sizes: a layout that they leave no meaning is a mistake.
 
     Raises:
-        Refusal: a group larger than the depth, a window beyond the rows.
+        ZebraError: a group larger than the depth, a window beyond the rows.
     """
     pattern, layers = recipe.stripes and Stripes.parse(recipe.stripes).pattern, config.num_hidden_layers
     if pattern and len(pattern) > layers:
-        raise Refusal(
+        raise ZebraError(
             f"stripes {recipe.stripes} has groups of {len(pattern)} layers, and the model has {layers}. "
             f"Take a group of at most {layers}."
         )
     window, rows = getattr(config, "sliding_window", None), recipe.train.length
     if window and window > rows and {*kinds_of(config)} != {GLOBAL}:
-        raise Refusal(
+        raise ZebraError(
             f"the window of {window:,} tokens is beyond train.length, {rows:,}: local layers would see all of a row. "
             f"Take a window of at most {rows:,}."
         )
@@ -150,7 +151,7 @@ def _tokens(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None) -
     """What a config takes from the tokenizer; of one that is yet to be trained that is its size."""
     size = recipe.tokenizer.vocab_size if isinstance(recipe.tokenizer, NewTokenizer) else len(tokenizer or ())
     if recipe.model.get("vocab_size", size) != size:
-        raise Refusal(
+        raise ZebraError(
             f"model.vocab_size is {recipe.model['vocab_size']:,}, and the tokenizer has {size:,} tokens. "
             "Leave it out to take the tokenizer's."
         )
@@ -172,11 +173,11 @@ def _tokenizer(run: Path, recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
 def check_step(recipe: PretrainRecipe, texts: Texts) -> None:
     """Refuse a text with fewer rows than one step takes: there is nothing to learn a language from."""
     length, step = recipe.train.length, tokens_per_step(recipe) // recipe.train.length
-    there = len(texts.rows.text if isinstance(texts.rows, Taught) else texts.rows)
+    there = len(texts.rows.text if isinstance(texts.rows, RecallDataset) else texts.rows)
     if texts.lines:  # a mixture repeats its sources until its rows are full
         there = min(there, sum(line.tokens for line in texts.lines) // length)
     if there < step:
-        raise Refusal(
+        raise ZebraError(
             f"the text has {there:,} rows of {length:,} tokens, fewer than the {step:,} of one step. "
             "Give more text, or take shorter or fewer rows."
         )
@@ -191,7 +192,7 @@ def _train(
 ) -> None:
     """Train, and write the checkpoint."""
     if not (run / "tokenizer").exists() and directory.is_first_process():
-        with staged(run / "tokenizer") as aside:
+        with atomic_directory(run / "tokenizer") as aside:
             tokenizer.save_pretrained(aside)
     last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
     if is_complete(last):  # a kill came between the last step and the export
@@ -204,7 +205,7 @@ def _train(
     if not writes:
         return
     tokens = trainer_state(run, recipe)["num_input_tokens_seen"]
-    with directory.writing(run), staged(run / "model") as aside:
+    with directory.writing(run), atomic_directory(run / "model") as aside:
         model.to(getattr(torch, recipe.dtype))
         model.config.use_cache = True  # the Trainer turns it off for itself
         model.save_pretrained(aside)

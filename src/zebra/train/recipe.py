@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from zebra.errors import ZebraError
 from zebra.model.rope import Rope
-from zebra.refusal import Refusal
 from zebra.stripes import Stripes
 
 
@@ -324,20 +324,20 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
     """Read a recipe and apply overrides `a.b=value`, whose values are YAML.
 
     Raises:
-        Refusal: no file, no YAML; what `checked` refuses.
+        ZebraError: no file, no YAML; what `checked` refuses.
     """
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise Refusal(f"the recipe {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
+        raise ZebraError(f"the recipe {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise Refusal(f"the recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise ZebraError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
-        raise Refusal(f"the recipe {path} is not a table of keys and values. See recipes/ for examples.")
+        raise ZebraError(f"the recipe {path} is not a table of keys and values. See recipes/ for examples.")
     for override in overrides:
         _override(tree, override)
     if "\\x00" in repr(tree):
-        raise Refusal(f"{path}: no path can hold a NUL character. Remove it.")
+        raise ZebraError(f"{path}: no path can hold a NUL character. Remove it.")
     return checked(tree, kind, str(path))
 
 
@@ -345,29 +345,29 @@ def checked(tree: Any, kind: type[R], name: str) -> R:
     """A tree of keys and values as a recipe; `name` is how an error calls it.
 
     Raises:
-        Refusal: an unknown key (with the nearest known one), a wrong value, a contradiction.
+        ZebraError: an unknown key (with the nearest known one), a wrong value, a contradiction.
     """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise Refusal(f"{name}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
+        raise ZebraError(f"{name}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name.strip():
-        raise Refusal(f"an override is written a.b=value; got {override!r}. Write for example train.steps=100.")
+        raise ZebraError(f"an override is written a.b=value; got {override!r}. Write for example train.steps=100.")
     *parents, last = name.strip().split(".")
     for parent in parents:
         inner = tree.get(parent, {})
         if not isinstance(inner, dict):
-            raise Refusal(f"the override {override!r} goes below {parent}, which is a value. See the recipe's keys.")
+            raise ZebraError(f"the override {override!r} goes below {parent}, which is a value. See the recipe's keys.")
         tree[parent] = dict(inner)  # an alias of YAML is one table in two places
         tree = tree[parent]
     try:
         tree[last] = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError):
-        raise Refusal(f"the value of the override {override!r} is not YAML. Quote it.") from None
+        raise ZebraError(f"the value of the override {override!r} is not YAML. Quote it.") from None
 
 
 def _say(problem: Any, kind: type[BaseModel]) -> str:

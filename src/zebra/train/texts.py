@@ -12,11 +12,11 @@ from zebra.data.composition import composition
 from zebra.data.corpus import Corpus
 from zebra.data.mixture import Kept, Line, Source, keep, mix, select
 from zebra.data.packing import Rows, pack
-from zebra.data.recall import Growth, Recall, Taught
+from zebra.data.recall import Growth, Recall, RecallDataset
+from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import read_text
 from zebra.progress import console
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.results import Result
 from zebra.train.directory import is_first_process
 from zebra.train.recipe import MixtureSource, Recipe, TextRecipe, TextSource
 from zebra.train.trainer import tokens_per_step
@@ -25,7 +25,7 @@ from zebra.train.trainer import tokens_per_step
 class Texts(NamedTuple):
     """The rows to train on, the documents to measure on, what a mixture took of each source, a digest of all texts."""
 
-    rows: Rows | Taught
+    rows: Rows | RecallDataset
     held_out: Corpus | None
     lines: list[Line]
     digest: str
@@ -35,11 +35,11 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """Read, choose and pack the texts of a recipe; what a mixture is made of is printed.
 
     Raises:
-        Refusal: a text that cannot be read, a source with nothing to train on, a text shorter than a row.
+        ZebraError: a text that cannot be read, a source with nothing to train on, a text shorter than a row.
     """
     data, train, measured = recipe.data, recipe.train, recipe.evaluate
     if data.append_eos and tokenizer.eos_token_id is None:
-        raise Refusal("data.append_eos is set, but the tokenizer has no end-of-text token. Unset it.")
+        raise ZebraError("data.append_eos is set, but the tokenizer has no end-of-text token. Unset it.")
     sources = _sources(recipe, tokenizer)
     kept = keep(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
     lines: list[Line] = []
@@ -65,17 +65,17 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
     return Texts(rows if data.recall is None else _taught(recipe, tokenizer, rows), held_out, lines, _digest(texts))
 
 
-def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> Taught:
+def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> RecallDataset:
     """Rows of recall among those of text."""
     train, recall, documents = recipe.train, recipe.data.recall, rows.documents
     assert recall is not None
     generator = Recall(tokenizer, (documents[i] for i in range(len(documents.lengths))))
     if recall.first < generator.shortest:
-        raise Refusal(
+        raise ZebraError(
             f"data.recall.first is {recall.first}, and a document that tells and asks has at least "
             f"{generator.shortest} tokens under this tokenizer. Raise it."
         )
-    return Taught(
+    return RecallDataset(
         recall=generator,
         text=rows,
         share=recall.share,
@@ -85,7 +85,7 @@ def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) 
     )
 
 
-def data_rows(recipe: Recipe, lines: Sequence[Line], **common: Any) -> list[Row]:
+def data_rows(recipe: Recipe, lines: Sequence[Line], **common: Any) -> list[Result]:
     """What a mixture took of each source, as rows of the task `data-<source>`."""
     rows = []
     for line in lines:
@@ -99,7 +99,7 @@ def data_rows(recipe: Recipe, lines: Sequence[Line], **common: Any) -> list[Row]
             "held_out": line.held_out,
         }
         rows += [
-            Row(
+            Result(
                 task=f"data-{line.source.name}",
                 metric=metric,
                 value=value,

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from zebra.data.documents import find_files, read_documents
 from zebra.data.recall import Recall, Stage
+from zebra.errors import ZebraError
 from zebra.progress import console
-from zebra.refusal import Refusal
 from zebra.train.directory import is_first_process
 from zebra.train.recipe import MixtureSource, NewTokenizer, PretrainRecipe, TextSource
 
@@ -30,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], wanted: NewTokenizer) -> PreTrainedTok
     """A tokenizer of `wanted.vocab_size` tokens; its end of text stands for the beginning too.
 
     Raises:
-        Refusal: texts that have fewer.
+        ZebraError: texts that have fewer.
     """
     tokenizer = Tokenizer(models.BPE())
     words = rf" ?\p{{N}}{{1,{wanted.digits}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
@@ -49,7 +49,7 @@ def train_tokenizer(texts: Iterable[str], wanted: NewTokenizer) -> PreTrainedTok
     )
     tokenizer.train_from_iterator(texts, trainer)
     if (found := tokenizer.get_vocab_size()) < wanted.vocab_size:
-        raise Refusal(
+        raise ZebraError(
             f"the text gives {found:,} tokens, and tokenizer.vocab_size asks for {wanted.vocab_size:,}. "
             "Give more text or ask for fewer."
         )

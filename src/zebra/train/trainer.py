@@ -33,13 +33,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zebra.data.corpus import Corpus
 from zebra.data.packing import Rows
-from zebra.data.recall import Taught
+from zebra.data.recall import RecallDataset
+from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import perplexity
 from zebra.kernels.precision import fast_float32
-from zebra.model.hosts import best_device
+from zebra.model.load import best_device
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import bar, console
-from zebra.refusal import Refusal
 from zebra.train.directory import processes
 from zebra.train.muon import muon
 from zebra.train.recipe import Evaluation, Recipe, TextRecipe, Training
@@ -56,22 +56,22 @@ def precision(train: Training) -> AbstractContextManager[Any]:
 def check_machine(train: Training) -> None:
     """Refuse a recipe that is for another machine."""
     if train.device == "cuda" and not torch.cuda.is_available():
-        raise Refusal(
+        raise ZebraError(
             "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
             "with --set train.device=best it would run on this CPU, at a CPU's speed."
         )
     if train.fast_float32 and best_device() != "cpu":
-        raise Refusal("train.fast_float32 is a switch of CPUs: on a GPU it would mean TF32. Unset it.")
+        raise ZebraError("train.fast_float32 is a switch of CPUs: on a GPU it would mean TF32. Unset it.")
 
 
 def trainable(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     """The config as it is trained: without dropout of attention weights, which no kernel has.
 
     Raises:
-        Refusal: a router that wants a loss of its own.
+        ZebraError: a router that wants a loss of its own.
     """
     if getattr(config, "output_router_logits", False):
-        raise Refusal(
+        raise ZebraError(
             f"{name} asks for its router's auxiliary loss (output_router_logits), and training is on the language loss "
             "alone. Set output_router_logits to false in its config to train so."
         )
@@ -82,7 +82,7 @@ def trainable(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def fit(
-    recipe: TextRecipe, model: PreTrainedModel, rows: Rows | Taught, held_out: Corpus | None, checkpoints: Path
+    recipe: TextRecipe, model: PreTrainedModel, rows: Rows | RecallDataset, held_out: Corpus | None, checkpoints: Path
 ) -> bool:
     """Train a model by a recipe, from the newest whole checkpoint where there is one.
 
@@ -92,10 +92,10 @@ def fit(
         Whether this process is the one that writes results.
 
     Raises:
-        Refusal: one process that sees several GPUs.
+        ZebraError: one process that sees several GPUs.
     """
     arguments = arguments_of(recipe, checkpoints)
-    if isinstance(rows, Taught):
+    if isinstance(rows, RecallDataset):
         arguments["train_sampling_strategy"] = "sequential"
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -120,7 +120,7 @@ def run(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> bool:
     """Train from the newest whole checkpoint of the trainer's directory, with a bar and marks; see `fit`."""
     checkpoints = Path(trainer.args.output_dir)
     if trainer.args.n_gpu > 1:
-        raise Refusal(
+        raise ZebraError(
             f"one process sees {trainer.args.n_gpu} GPUs. Start one process for each with "
             "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
@@ -142,7 +142,7 @@ def refuse_diverged(loss: Tensor, trainer: Trainer) -> None:
     """Refuse a loss that is not finite, before the step that would spoil the weights."""
     if not bool(loss.isfinite()):
         step, where = trainer.state.global_step + 1, Path(trainer.args.output_dir)
-        raise Refusal(_diverged("the loss is", step, trainer.optimizer.param_groups[0]["lr"], where))
+        raise ZebraError(_diverged("the loss is", step, trainer.optimizer.param_groups[0]["lr"], where))
 
 
 def _diverged(what: str, step: int, rate: float, checkpoints: Path) -> str:
@@ -272,7 +272,7 @@ class _Mark(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            raise Refusal(_diverged("the weights are", state.global_step, self.rate, Path(args.output_dir)))
+            raise ZebraError(_diverged("the weights are", state.global_step, self.rate, Path(args.output_dir)))
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             where = Path(args.output_dir) / f"checkpoint-{state.global_step}"

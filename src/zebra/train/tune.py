@@ -4,7 +4,7 @@ run/recipe.yaml     the resolved recipe, and run/inputs.json beside it (zebra.tr
 run/before.jsonl    the loss on the suites' answers, as it was, and with the new stripes and rope without training
 run/checkpoints/    the Trainer's; only those with the mark COMPLETE are resumed from
 run/model/          the tuned checkpoint with its chat template, loadable by plain transformers
-run/rows.jsonl      every row, written last: a run that has it is done
+run/results.jsonl      every row, written last: a run that has it is done
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from zebra import records
 from zebra.data.composition import Portion
+from zebra.errors import ZebraError
 from zebra.evaluate.answers import AnswerScore, answer_score
 from zebra.model.checkpoint import digest, fingerprint
-from zebra.model.hosts import best_device, load
-from zebra.model.loading import described
+from zebra.model.load import best_device, load
+from zebra.model.load_options import described
 from zebra.model.local import layout_with
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra.results import Result, read_results, write_results
 from zebra.train import directory, measuring
 from zebra.train.adapt import open_source, train
 from zebra.train.chat import Chat
@@ -37,14 +36,14 @@ from zebra.train.tune_recipe import TuneRecipe
 try:
     from zebra.train.sft import fit_answers
 except ImportError as error:
-    raise Refusal(f"tuning needs trl and datasets ({error}). Run pip install 'zebra-llm[tune]'.") from None
+    raise ZebraError(f"tuning needs trl and datasets ({error}). Run pip install 'zebra-llm[tune]'.") from None
 
 
-def tune(recipe: TuneRecipe) -> list[Row]:
+def tune(recipe: TuneRecipe) -> list[Result]:
     """Run a recipe from where it stands, and return its rows.
 
     Raises:
-        Refusal: what cannot be served, before any training: the checkpoint, its chat template, the conversations, a
+        ZebraError: what cannot be served, before any training: the checkpoint, its chat template, the conversations, a
             run directory of another recipe.
     """
     config, tokenizer = open_source(recipe)
@@ -53,8 +52,8 @@ def tune(recipe: TuneRecipe) -> list[Row]:
         return _run(run, recipe, config, chat)
 
 
-def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) -> list[Row]:
-    if (run / "rows.jsonl").exists() and (done := records.read(run / "rows.jsonl")):
+def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) -> list[Result]:
+    if (run / "results.jsonl").exists() and (done := read_results(run / "results.jsonl")):
         return done
     data = read_instructions(recipe, chat, lambda: load(recipe.model).to(best_device()))
     inputs = {
@@ -87,7 +86,7 @@ def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) ->
         *after,
         *cost_rows(recipe, config, recipe.model),
     ]
-    records.write(run / "rows.jsonl", found)
+    write_results(run / "results.jsonl", found)
     return found
 
 
@@ -117,7 +116,7 @@ def _finished(recipe: TuneRecipe, model: Any, config: PreTrainedConfig, chat: Ch
 
 def _measure(
     recipe: TuneRecipe, data: Instructions, checkpoint: Path, model: PreTrainedModel, rope: str | None = None
-) -> list[Row]:
+) -> list[Result]:
     model.to(best_device())
     common = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
     return [
@@ -126,8 +125,8 @@ def _measure(
     ]
 
 
-def _answer_row(recipe: TuneRecipe, score: AnswerScore, common: dict[str, Any]) -> Row:
-    return Row(
+def _answer_row(recipe: TuneRecipe, score: AnswerScore, common: dict[str, Any]) -> Result:
+    return Result(
         task=f"answers-{score.suite}",
         metric="answer_loss",
         value=score.loss,
@@ -139,10 +138,10 @@ def _answer_row(recipe: TuneRecipe, score: AnswerScore, common: dict[str, Any]) 
     )
 
 
-def _made_of(recipe: TuneRecipe, portions: list[Portion], layout: str) -> list[Row]:
+def _made_of(recipe: TuneRecipe, portions: list[Portion], layout: str) -> list[Result]:
     """What is trained on by kind and length: `position_from` and `position_to` bound the conversation's tokens."""
     return [
-        Row(
+        Result(
             task=f"instructions-{one.kind}",
             metric=metric,
             value=value,
@@ -159,12 +158,12 @@ def _made_of(recipe: TuneRecipe, portions: list[Portion], layout: str) -> list[R
     ]
 
 
-def _counted(recipe: TuneRecipe, counts: dict[str, int], layout: str) -> list[Row]:
+def _counted(recipe: TuneRecipe, counts: dict[str, int], layout: str) -> list[Result]:
     """What the gate found and what was cut."""
     common = columns_of(recipe) | {"model": recipe.model, "layout": layout, "length": recipe.train.length}
-    return [Row(task="quality", metric=name, value=count, **common) for name, count in counts.items()]
+    return [Result(task="quality", metric=name, value=count, **common) for name, count in counts.items()]
 
 
-def _on_the_way(recipe: TuneRecipe, entry: dict[str, Any], at: dict[str, Any]) -> list[Row]:
+def _on_the_way(recipe: TuneRecipe, entry: dict[str, Any], at: dict[str, Any]) -> list[Result]:
     """The suites, where the Trainer's history has them."""
     return [_answer_row(recipe, AnswerScore(**score), at) for score in entry.get("answers", [])]

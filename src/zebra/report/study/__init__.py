@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
-from zebra.records import Row
 from zebra.report.figures import drawn, plot_loss
 from zebra.report.page import Cell, Figure, Line, Section, Table
 from zebra.report.series import number, span_name
@@ -14,6 +13,7 @@ from zebra.report.study import cells, claims, costs
 from zebra.report.study.cells import ATTENTIONS, POSITIONS, Study, parted
 from zebra.report.study.pictures import COLOURS, Point, highest, plot_beyond, plot_scatter
 from zebra.report.study.spread import Scores, spread
+from zebra.results import Result
 
 __all__ = ["Study", "parted", "sections", "verdict"]
 
@@ -134,7 +134,7 @@ def _score(scores: Scores) -> Cell:
 
 def _scatter(study: Study, prefix: str) -> Blocks:
     points: list[Point] = []
-    rows: list[Row] = []
+    rows: list[Result] = []
     for cell in _ordered(study, study.length):
         scores, costs = study.scores(cell, cell.length), study.rows(cell, "cost", "attention_pairs", cell.length)
         if scores and costs and 0 < spread(scores).mean < 1e6:

@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import NamedTuple
 
-from zebra.records import Row
-from zebra.report.series import DENSE, Span, step
+from zebra.report.series import FULL, Span, step
 from zebra.report.study.spread import Scores
+from zebra.results import Result
 
 ATTENTIONS = ("global", "grouped", "summary", "local", "mixed")
 POSITIONS = ("rotary", "alibi", "absolute", "none")
-_LAYOUT = re.compile(rf"({DENSE}|[GLS]+:\d+(?:/\d+)?|\d+(?:,\d+)*:\d+) ({'|'.join(POSITIONS)})")
+_LAYOUT = re.compile(rf"({FULL}|[GLS]+:\d+(?:/\d+)?|\d+(?:,\d+)*:\d+) ({'|'.join(POSITIONS)})")
 """How rows name a cell's attention and position embedding: `GLLL:32 rotary`."""
 
 
@@ -30,7 +30,7 @@ class Cell(NamedTuple):
     @property
     def attention(self) -> str:
         """The kind of attention: one of ATTENTIONS."""
-        letters = set("G" if self.layout == DENSE else self.layout.partition(":")[0])
+        letters = set("G" if self.layout == FULL else self.layout.partition(":")[0])
         if letters <= set("0123456789,"):
             return "grouped"
         alike = {"G": "global", "L": "local", "S": "summary", "GL": "grouped"}
@@ -52,12 +52,12 @@ class Study:
     """
 
     name: str
-    runs: dict[Cell, dict[int | None, list[Row]]]
-    measured: list[Row] = field(default_factory=list)
+    runs: dict[Cell, dict[int | None, list[Result]]]
+    measured: list[Result] = field(default_factory=list)
 
     @cached_property
-    def _scores(self) -> dict[tuple[Cell, int, Span], dict[int | None, Row]]:
-        found: dict[tuple[Cell, int, Span], dict[int | None, Row]] = defaultdict(dict)
+    def _scores(self) -> dict[tuple[Cell, int, Span], dict[int | None, Result]]:
+        found: dict[tuple[Cell, int, Span], dict[int | None, Result]] = defaultdict(dict)
         for cell, seeds in self.runs.items():
             for seed, rows in seeds.items():
                 for row in filter(_is_score, rows):
@@ -100,7 +100,7 @@ class Study:
         """A cell's name, with its training length where that is not the one of most cells."""
         return cell.name + ("" if cell.length == self.length else f" at {cell.length:,}")
 
-    def rows(self, cell: Cell, task: str, metric: str, length: int | None = None) -> list[Row]:
+    def rows(self, cell: Cell, task: str, metric: str, length: int | None = None) -> list[Result]:
         """Rows of a metric, of all seeds; of a cell's own layout where a cost is told of two."""
         return [
             row
@@ -112,16 +112,16 @@ class Study:
         ]
 
 
-def parted(rows: Sequence[Row]) -> tuple[list[Study], list[Row]]:
+def parted(rows: Sequence[Result]) -> tuple[list[Study], list[Result]]:
     """The studies in rows, and the rows that belong to none: grids, and other runs where they are two cells or more.
 
     A second run of the same cell and seed belongs to none.
     """
-    places: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    places: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for row in rows:
         if (place := _place(row)) is not None:
             places[row.run, place].append(row)
-    grids: dict[str, dict[Cell, dict[int | None, list[Row]]]] = defaultdict(lambda: defaultdict(dict))
+    grids: dict[str, dict[Cell, dict[int | None, list[Result]]]] = defaultdict(lambda: defaultdict(dict))
     for (_, place), mine in places.items():
         if (cell := _cell(mine)) is not None:
             path = PurePath(place)
@@ -138,7 +138,7 @@ def parted(rows: Sequence[Row]) -> tuple[list[Study], list[Row]]:
     return studies, [row for row in rows if id(row) not in taken]
 
 
-def _place(row: Row) -> str | None:
+def _place(row: Result) -> str | None:
     """The directory of the run that a row is of."""
     if step(row) is not None:
         return row.model.rpartition("@")[0]
@@ -146,7 +146,7 @@ def _place(row: Row) -> str | None:
     return str(path.parent) if path.name == "model" else None
 
 
-def _cell(rows: list[Row]) -> Cell | None:
+def _cell(rows: list[Result]) -> Cell | None:
     scores = [row for row in rows if _is_score(row)]
     named = next((match for row in scores if (match := _LAYOUT.fullmatch(row.layout))), None)
     if named is None:
@@ -155,6 +155,6 @@ def _cell(rows: list[Row]) -> Cell | None:
     return Cell(named[1], named[2], trained or min(row.length or 0 for row in scores))
 
 
-def _is_score(row: Row) -> bool:
+def _is_score(row: Result) -> bool:
     known = row.length and row.position_from is not None and row.position_to is not None
     return bool(known and row.task.startswith("perplexity-") and row.metric == "perplexity" and step(row) is None)

@@ -11,10 +11,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from zebra.records import Row
 from zebra.report.series import Span, number, percent, span_name
 from zebra.report.study.cells import ATTENTIONS, POSITIONS, Cell, Study
 from zebra.report.study.spread import Difference, Losses, Scores, between, difference, gain, level, spread
+from zebra.results import Result
 
 HOLDS, FAILS, UNTESTED = "holds", "does not hold", "not tested here"
 ALIKE = 0.02
@@ -41,7 +41,7 @@ class Part:
     change: str
     interval: str
     held: bool | None
-    rows: Sequence[Row] = ()
+    rows: Sequence[Result] = ()
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Claim:
         return self
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Result]:
         """What it rests on, each row once."""
         return list({id(row): row for part in self.parts for row in part.rows}.values())
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from zebra.records import Row
 from zebra.report.page import Cell, Table
 from zebra.report.series import count, interval, number
 from zebra.report.study import cells
 from zebra.report.study.cells import Study
+from zebra.results import Result
 
 COUNTED = "Attention pairs and cached tokens are exact counts over one text of the training length."
 """How the table is to be read."""
@@ -19,7 +19,7 @@ TIMED = (
 )
 """The same of rows of `zebra.bench.study`."""
 
-Show = Callable[[Row, int], Cell]
+Show = Callable[[Result, int], Cell]
 
 
 def table(study: Study, lines: Sequence[cells.Cell]) -> Table | None:
@@ -37,7 +37,7 @@ def table(study: Study, lines: Sequence[cells.Cell]) -> Table | None:
     return Table("", [Cell("cell"), *(head for head, _ in columns)], body)
 
 
-def _rows(study: Study, cell: cells.Cell, metric: str) -> list[Row]:
+def _rows(study: Study, cell: cells.Cell, metric: str) -> list[Result]:
     timed = [
         row
         for row in study.measured
@@ -52,17 +52,17 @@ def _tokens(study: Study, cell: cells.Cell) -> int:
     return round(taken[0].value * speed[0].value / 1000) if taken and speed else 1
 
 
-def _count(row: Row, _: int) -> Cell:
+def _count(row: Result, _: int) -> Cell:
     return Cell(count(row.value), rows=[row])
 
 
-def _microseconds(row: Row, tokens: int) -> Cell:
+def _microseconds(row: Result, tokens: int) -> Cell:
     bounds = interval(row)
     said = "–".join(number(1000 * bound / tokens) for bound in bounds) if bounds else ""
     return Cell(number(1000 * row.value / tokens), said, rows=[row])
 
 
-def _mebibytes(row: Row, _: int) -> Cell:
+def _mebibytes(row: Result, _: int) -> Cell:
     return Cell(number(row.value / 2**20), rows=[row])
 
 

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from zebra.records import Row
+from zebra.results import Result
 
-Scores = Mapping[int | None, Row]
+Scores = Mapping[int | None, Result]
 """One number of a cell for each seed."""
 Losses = Mapping[int | None, float]
 """The same in nats a token."""

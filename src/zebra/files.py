@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from zebra.refusal import Refusal
+from zebra.errors import ZebraError
 
 
 @contextmanager
-def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a directory aside that becomes `target` by one rename when the body ends well, and vanishes otherwise.
 
     What a killed process of this machine left aside is removed first.
 
     Raises:
-        Refusal: the target exists and is not an empty directory.
+        ZebraError: the target exists and is not an empty directory.
     """
     target = Path(os.path.abspath(target))  # `.` has no name of its own
     refuse_existing(target)
@@ -41,7 +41,7 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
+def atomic_write(path: str | os.PathLike[str], text: str) -> None:
     """Write a file aside, then rename it: under its name it is whole or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     os.replace(aside, path)
 
 
-def user_cache(kind: str) -> Path:
+def user_cache_dir(kind: str) -> Path:
     """Where things of a kind are kept for all runs of this user.
 
     Raises:
@@ -63,10 +63,10 @@ def refuse_existing(target: Path) -> None:
     """Refuse a target that `staged` would.
 
     Raises:
-        Refusal: it exists and is not an empty directory.
+        ZebraError: it exists and is not an empty directory.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise Refusal(f"the target {target} exists already. Name another, or remove it first.")
+        raise ZebraError(f"the target {target} exists already. Name another, or remove it first.")
 
 
 def _alive(pid: str) -> bool:
@@ -82,13 +82,13 @@ def _alive(pid: str) -> bool:
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
+def directory_lock(directory: Path) -> Iterator[None]:
     """Hold a directory, made where it is absent, and gone again where nothing came of it.
 
     The hold is a lock of the operating system: it ends with the process, however that ends.
 
     Raises:
-        Refusal: another process holds it.
+        ZebraError: another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     opened = os.open(directory, os.O_RDONLY)
@@ -107,6 +107,6 @@ def _lock(opened: int, directory: Path) -> None:
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Refusal(f"another process is at work in {directory}. Wait for it, or name another.") from None
+        raise ZebraError(f"another process is at work in {directory}. Wait for it, or name another.") from None
     except OSError:  # a file system without locks
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Refusal(ValueError):
+class ZebraError(ValueError):
     """Bad input, refused before any work is lost. The message states the rule, the values seen and the remedy.
 
     The command line prints it as one line and exits with code 2.

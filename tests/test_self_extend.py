@@ -16,16 +16,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import zebra
-from zebra import Refusal, SelfExtend
-from zebra.evaluate.perplexity import rows_of
+from zebra import SelfExtend, ZebraError
+from zebra.evaluate.perplexity import evaluate_perplexity
 from zebra.kernels import Mask, attend, only
-from zebra.kernels.extended import extended
 from zebra.kernels.merging import merge
+from zebra.kernels.self_extend import extended
 from zebra.model import attention
-from zebra.model.cache import ExtendedLayer, Pending, StripedCache
-from zebra.model.extend import attention_layers, bounded_cache, setting_of
-from zebra.model.extension import Extension, turn_between, turned
-from zebra.model.formula import by_formula
+from zebra.model.cache import ExtendedLayer, PendingKeys, StripedCache
+from zebra.model.override import get_override
+from zebra.model.self_extend import Extension, attention_layers, bounded_cache, setting_of, turn_between, turned
+from zebra.model.self_extend.formula import by_formula
 from zebra.positions import grouped_key, grouped_query, relative
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi", "gpt_oss")
@@ -377,7 +377,7 @@ def test_layers_share_the_places_of_a_forward_and_never_of_another(model: Any) -
     second = logits(model, ids, position_ids=positions)
     assert off(second[:, :20], first[:, :20]) < 2e-5
     assert off(second[:, 20:], logits(model, ids[:, 20:])) < 2e-5
-    ropes = {id(layer.self_attn.extension.rope) for layer in model.model.layers}
+    ropes = {id(get_override(layer.self_attn).rope) for layer in model.model.layers}
     assert len(ropes) == 1
 
 
@@ -498,7 +498,7 @@ def test_keys_that_wait_say_who_can_take_them(model: Any, caplog: pytest.LogCapt
     assert "Self-Extend 3:7" in caplog.messages[0]
     with pytest.raises(AttributeError, match='serves attention "zebra" alone'):
         logits(model, tokens(1, 20), past_key_values=bounded_cache(model), use_cache=True)
-    assert not hasattr(Pending(ExtendedLayer(4), torch.zeros(1)), "shape")
+    assert not hasattr(PendingKeys(ExtendedLayer(4), torch.zeros(1)), "shape")
 
 
 # Where it hangs
@@ -506,7 +506,7 @@ def test_keys_that_wait_say_who_can_take_them(model: Any, caplog: pytest.LogCapt
 
 def test_with_stripes_only_global_layers_are_extended(checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints("llama"), stripes="GLLG:9", self_extend=SETTING)
-    kinds = [isinstance(getattr(layer.self_attn, "extension", None), Extension) for layer in model.model.layers]
+    kinds = [isinstance(get_override(layer.self_attn), Extension) for layer in model.model.layers]
     assert kinds == [True, False, False, True, True]
     assert [isinstance(layer, ExtendedLayer) for layer in bounded_cache(model).layers] == kinds
     ids = tokens(1, 200)
@@ -574,7 +574,7 @@ def test_a_group_of_one_changes_nothing(checkpoints: MakeCheckpoint) -> None:
 def test_hosts_that_cannot_be_extended_are_refused(
     family: str, changes: dict[str, Any], words: str, checkpoints: MakeCheckpoint
 ) -> None:
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(ZebraError, match=words):
         zebra.load(checkpoints(family, **changes), self_extend=SETTING)
 
 
@@ -591,19 +591,19 @@ def test_hosts_that_cannot_be_extended_are_refused(
 def test_settings_that_cannot_be_meant_are_refused(
     rope: str | None, setting: str, words: str, checkpoints: MakeCheckpoint
 ) -> None:
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(ZebraError, match=words):
         zebra.load(checkpoints("llama"), rope=rope, self_extend=setting)
 
 
 def test_a_host_that_cannot_run_is_refused(checkpoints: MakeCheckpoint) -> None:
     """Experts in float64 are none of the host's."""
-    with pytest.raises(Refusal, match=r"cannot be tried for Self-Extend.*Load it without, or in another dtype"):
+    with pytest.raises(ZebraError, match=r"cannot be tried for Self-Extend.*Load it without, or in another dtype"):
         zebra.load(checkpoints("qwen3_moe"), self_extend=SETTING, dtype=torch.float64)
 
 
 def test_a_family_without_a_route_is_served_by_self_extend_alone(checkpoints: MakeCheckpoint) -> None:
     assert setting_of(zebra.load(checkpoints("phi"), self_extend="auto:4096")) == SelfExtend(32, 128)
-    with pytest.raises(Refusal, match="cannot be served"):
+    with pytest.raises(ZebraError, match="cannot be served"):
         zebra.load(checkpoints("phi"), stripes="GL:9", self_extend=SETTING)
 
 
@@ -627,7 +627,7 @@ def test_a_text_beyond_the_reach_is_warned_of_once(model: Any, caplog: pytest.Lo
 
 def test_positions_of_a_chunk_that_do_not_follow_are_refused(model: Any) -> None:
     cache = filled(model, 20)
-    with pytest.raises(Refusal, match="rise by 1 from token to token"):
+    with pytest.raises(ZebraError, match="rise by 1 from token to token"):
         logits(
             model, tokens(1, 4), past_key_values=cache, use_cache=True, position_ids=torch.tensor([[20, 21, 30, 31]])
         )
@@ -642,7 +642,7 @@ def test_positions_that_do_not_go_on_from_the_cached_ones_are_refused(
     cache = bounded_cache(model) if ours else DynamicCache(config=model.config)
     in_parts(model, cache, tokens(1, 40), [39, 1])
     positions = torch.arange(start, start + new)[None]
-    with pytest.raises(Refusal, match=rf"\[{start}.* behind 40 cached ones.*Leave position_ids out.* 1,521 tokens"):
+    with pytest.raises(ZebraError, match=rf"\[{start}.* behind 40 cached ones.*Leave position_ids out.* 1,521 tokens"):
         logits(model, tokens(1, new), past_key_values=cache, use_cache=True, position_ids=positions)
 
 
@@ -657,7 +657,7 @@ def test_positions_that_do_not_go_on_from_the_cached_ones_are_refused(
     ids=["gap", "step", "reversed", "back"],
 )
 def test_positions_of_a_whole_text_with_gaps_are_refused(model: Any, positions: list[int], shown: str) -> None:
-    with pytest.raises(Refusal, match=rf"\[{shown}.*Leave position_ids out"):
+    with pytest.raises(ZebraError, match=rf"\[{shown}.*Leave position_ids out"):
         logits(model, tokens(1, 40), position_ids=torch.tensor([positions]))
 
 
@@ -675,7 +675,7 @@ def test_packed_documents_cannot_be_gone_on_with(model: Any) -> None:
     for start in (20, 40):
         cache, packed = bounded_cache(model), torch.arange(20).repeat(2)[None]
         logits(model, tokens(1, 40), past_key_values=cache, use_cache=True, position_ids=packed)
-        with pytest.raises(Refusal, match="begin at the positions"):
+        with pytest.raises(ZebraError, match="begin at the positions"):
             logits(model, tokens(1, 1), past_key_values=cache, use_cache=True, position_ids=torch.tensor([[start]]))
 
 
@@ -692,21 +692,21 @@ def test_padding_is_counted_from_the_first_token_on_or_never(model: Any) -> None
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 2, 3]))
     assert cache.layers[0].shift.tolist() == [[-21], [0], [0]]
-    with pytest.raises(Refusal, match="begin at the positions"):
+    with pytest.raises(ZebraError, match="begin at the positions"):
         logits(model, ids[:, 30:31].repeat(2, 1)[:3], past_key_values=cache, use_cache=True)
 
 
 def test_padding_between_tokens_is_refused(model: Any) -> None:
     mask = torch.ones(1, 20, dtype=torch.long)
     mask[0, 5:8] = 0
-    with pytest.raises(Refusal, match="never between them"):
+    with pytest.raises(ZebraError, match="never between them"):
         logits(model, tokens(1, 20), attention_mask=mask)
 
 
 def test_a_host_without_positions_is_refused_at_run_time_too(model: Any) -> None:
     attn = model.model.layers[0].self_attn
     q, k, v = torch.zeros(1, 4, 9, 8), torch.zeros(1, 2, 9, 8), torch.zeros(1, 2, 9, 8)
-    with pytest.raises(Refusal, match="needs the positions"):
+    with pytest.raises(ZebraError, match="needs the positions"):
         attention.zebra_attention(attn, q, k, v, None, scaling=1.0)
 
 
@@ -746,9 +746,11 @@ def test_a_real_model_goes_on_with_3000_tokens_by_the_formulas_tokens() -> None:
 
 def held(text: Path) -> None:
     def measured(length: int, **arguments: Any) -> dict[tuple[int, int], float]:
-        rows = rows_of(STORIES, [str(text)], lengths=[length], separator="<|endoftext|>", join=True, **arguments)
+        rows = evaluate_perplexity(
+            STORIES, [str(text)], lengths=[length], separator="<|endoftext|>", join=True, **arguments
+        )
         if "self_extend" in arguments:
-            assert {row.layout for row in rows} == {"dense, self-extend 32:64"}
+            assert {row.layout for row in rows} == {"full, self-extend 32:64"}
         return {(row.position_from, row.position_to): row.value for row in rows}
 
     fresh = measured(512)[0, 512]
@@ -769,7 +771,7 @@ def test_the_oracle_agrees_with_the_map_of_distances() -> None:
 
 def test_attention_of_plain_layers_is_not_touched(checkpoints: MakeCheckpoint) -> None:
     plain = zebra.load(checkpoints("llama"))
-    assert all(not isinstance(getattr(m, "extension", None), Extension) for m in plain.modules())
+    assert all(not isinstance(get_override(m), Extension) for m in plain.modules())
     q = torch.randn(1, 4, 9, 8)
     wanted, _ = attend(q, q[:, :2], q[:, :2], with_lse=False)
     found, _ = attention.zebra_attention(plain.model.layers[0].self_attn, q, q[:, :2], q[:, :2], None)

@@ -10,16 +10,16 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.model.checkpoint import read_config
-from zebra.model.extend import resolved, setting_of
-from zebra.model.hosts import load, read_device, read_dtype
+from zebra.model.load import load, read_device, read_dtype
 from zebra.model.local import layout_with, local_of
 from zebra.model.rope import Rope, as_rope
+from zebra.model.self_extend import resolve_self_extend, setting_of
 from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading:
+class LoadOptions:
     """The arguments of `zebra.load` that every measurement takes, and where the model runs.
 
     Attributes:
@@ -44,7 +44,7 @@ class Loading:
         """Refuse a device or a dtype that is not here, before any work.
 
         Raises:
-            Refusal: as `read_device` and `read_dtype`.
+            ZebraError: as `read_device` and `read_dtype`.
         """
         read_device(self.device)
         if self.dtype is not None:
@@ -54,14 +54,14 @@ class Loading:
         """The checkpoint's config with its rope changed, before anything is loaded; its layout is not yet this one's.
 
         Raises:
-            Refusal: as `read_config` and the rope.
+            ZebraError: as `read_config` and the rope.
         """
         routed = self.self_extend is None or self.stripes is not None
         return as_rope(self.rope).changed(read_config(checkpoint, routed=routed))
 
-    def extension(self, config: PreTrainedConfig) -> SelfExtend | None:
-        """The setting of Self-Extend for a model; refuses as `resolved`."""
-        return None if self.self_extend is None else resolved(self.self_extend, config)
+    def self_extend_setting(self, config: PreTrainedConfig) -> SelfExtend | None:
+        """The setting of Self-Extend for a model; refuses as `resolve_self_extend`."""
+        return None if self.self_extend is None else resolve_self_extend(self.self_extend, config)
 
     def model(self, checkpoint: str | os.PathLike[str]) -> PreTrainedModel:
         """The loaded model where it is to run; refuses as `load`."""

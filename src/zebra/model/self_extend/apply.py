@@ -9,8 +9,6 @@ No list of families decides: the model runs one token at several positions, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,26 +16,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import first_line
-from zebra.model.extension import Extension, Rope, turn_between, turned
 from zebra.model.local import Local, local_of
+from zebra.model.override import get_override, overrides_of, overriding_attention, set_override
 from zebra.model.rope import changes_with_length
+from zebra.model.self_extend.layer import Extension, Rope, turn_between, turned
 from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
-from zebra.refusal import Refusal
 
 
-def resolved(self_extend: SelfExtend | str, config: PreTrainedConfig) -> SelfExtend:
+def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig) -> SelfExtend:
     """The setting for a model, `auto:TARGET` reckoned for its trained length.
 
     Raises:
-        Refusal: a window at or beyond the trained length, a rope that changes with length, no trained length.
+        ZebraError: a window at or beyond the trained length, a rope that changes with length, no trained length.
     """
     text = config.get_text_config()
     trained = getattr(text, "max_position_embeddings", None)
     if not trained:
-        raise Refusal(
+        raise ZebraError(
             f"Self-Extend starts from the length that a model was trained at, and the config of this {text.model_type} "
             "has no max_position_embeddings. Pass max_position_embeddings=LENGTH."
         )
@@ -57,11 +56,11 @@ def refuse_off_the_table(config: PreTrainedConfig, length: int) -> None:
     """Refuse a text that is longer than a table of learned positions, which nothing can be read beyond.
 
     Raises:
-        Refusal: it is.
+        ZebraError: it is.
     """
     rows = config.max_position_embeddings if getattr(config, "position_embedding", None) == "absolute" else length
     if length > rows:
-        raise Refusal(
+        raise ZebraError(
             f"this model has {rows:,} learned positions, and {length:,} tokens are to be read. Take fewer, or a model "
             "with other positions."
         )
@@ -71,18 +70,21 @@ def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     """Hang Self-Extend on the global layers of a loaded model, after trying that each one's rope can be turned again.
 
     Raises:
-        Refusal: no global layer with a rope, a host that cannot run on our cache, and what `attention_layers` refuses.
+        ZebraError: no global layer with a rope, a host that cannot run on our cache, and what `attention_layers`
+            refuses.
     """
     trained = model.config.get_text_config().max_position_embeddings
     if "summary" in (getattr(model.config, "attention_kinds", None) or ()):
-        raise Refusal("Self-Extend maps the positions of tokens; summary layers read means of many. Load it without.")
+        raise ZebraError(
+            "Self-Extend maps the positions of tokens; summary layers read means of many. Load it without."
+        )
     ropes: dict[str, Rope] = {}
     for layer in attention_layers(model):
         if layer.rope is None or layer.frequencies is None:
             continue
         first = layer.rope not in ropes
         rope = ropes.setdefault(layer.rope, Rope(layer.frequencies, setting, trained))
-        layer.module.extension = Extension(rope, layer.module.layer_idx, first=first)
+        set_override(layer.module, Extension(rope, layer.module.layer_idx, first=first))
     if not ropes:
         one_window = getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")
         remedy = ", or with sliding_window=None, as the window is the checkpoint's own for all layers" * bool(
@@ -105,8 +107,7 @@ def bounded_cache(model: PreTrainedModel) -> StripedCache:
 
 
 def _extensions(model: nn.Module) -> list[Extension]:
-    hung = (getattr(module, "extension", None) for module in model.modules())
-    return [found for found in hung if isinstance(found, Extension)]
+    return [override for override in overrides_of(model) if isinstance(override, Extension)]
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Lay
     """The global attention layers of a model, the local ones too where asked, as they show themselves when tried.
 
     Raises:
-        Refusal: no rotary embedding; attention that is not reached by a registered function, or gets no positions;
+        ZebraError: no rotary embedding; attention that is not reached by a registered function, or gets no positions;
             values of another size than keys; a layer whose queries and keys are turned in another way.
     """
     known = _frequencies(model)
@@ -134,23 +135,10 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Lay
     for call in _heard(model):
         if local or call.window is None:
             name = _rope_of(call, known, model)
-            hung = getattr(call.module, "extension", None)
+            hung = get_override(call.module)
             sinks = hung.sinks if isinstance(hung, Local) else 0
             found.append(Layer(call.module, call.window, sinks, name, known[name] if name else None))
     return found
-
-
-@contextmanager
-def in_place_of_attend(modules: Iterable[nn.Module], other: Any) -> Iterator[None]:
-    """Within this context the attention of these modules is `other.attend`."""
-    before = [(module, module.__dict__.get("extension")) for module in modules]
-    try:
-        for module, _ in before:
-            module.__dict__["extension"] = other
-        yield
-    finally:
-        for module, old in before:
-            module.__dict__["extension"] = old
 
 
 @dataclass(frozen=True)
@@ -172,9 +160,9 @@ class _Listener:
         self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         if positions is None:
-            raise Refusal("Self-Extend needs the positions, which this host does not hand to its attention.")
+            raise ZebraError("Self-Extend needs the positions, which this host does not hand to its attention.")
         if v.shape[-1] != q.shape[-1]:
-            raise Refusal(
+            raise ZebraError(
                 f"Self-Extend takes heads of one size; here keys have {q.shape[-1]} and values {v.shape[-1]}."
             )
         self.calls.append(_Call(module, q, k, positions, mask.window))
@@ -190,18 +178,20 @@ def _heard(model: PreTrainedModel) -> list[_Call]:
     listener, text = _Listener(), model.config.get_text_config()
     trained = text.max_position_embeddings
     positions = torch.tensor([0, 1, 17, trained - 1, 3 * trained + 5], device=model.device)[:, None]
-    with in_place_of_attend(model.modules(), listener):
+    with overriding_attention(model.modules(), listener):
         try:
             model(torch.full_like(positions, text.vocab_size // 3), position_ids=positions, use_cache=False)
-        except Refusal:
+        except ZebraError:
             raise
         except _CANNOT_RUN as error:
-            raise Refusal(
+            raise ZebraError(
                 f"a {model.config.model_type} cannot be tried for Self-Extend, one token at several positions: "
                 f"{first_line(error)}. Load it without, or in another dtype."
             ) from None
     if not listener.calls:
-        raise Refusal(f"the attention of a {model.config.model_type} is not one of transformers' registered functions.")
+        raise ZebraError(
+            f"the attention of a {model.config.model_type} is not one of transformers' registered functions."
+        )
     return listener.calls
 
 
@@ -212,7 +202,7 @@ def _try_cache(model: PreTrainedModel) -> None:
     try:
         model(ids, past_key_values=bounded_cache(model), use_cache=True)
     except _CANNOT_RUN as error:
-        raise Refusal(
+        raise ZebraError(
             f"a {model.config.model_type} cannot run with the cache of Self-Extend: {first_line(error)}"
         ) from None
 
@@ -225,7 +215,7 @@ def _frequencies(model: PreTrainedModel) -> dict[str, Tensor]:
     """The frequencies of each rope of a model, by the name of the buffer.
 
     Raises:
-        Refusal: there are none.
+        ZebraError: there are none.
     """
     found = {
         name: buffer
@@ -243,7 +233,7 @@ def _rope_of(call: _Call, known: dict[str, Tensor], model: PreTrainedModel) -> s
     """Which frequencies turn the queries and keys of a module; None where it does not turn them at all.
 
     Raises:
-        Refusal: none of the model's, by half-split pairs.
+        ZebraError: none of the model's, by half-split pairs.
     """
     start = torch.zeros_like(call.positions)
     off = {}
@@ -259,7 +249,7 @@ def _rope_of(call: _Call, known: dict[str, Tensor], model: PreTrainedModel) -> s
     if max(_difference(states[:1].expand_as(states), states) for states in (call.query, call.key)) <= allowed:
         return None
     if best is None or off[best] > allowed:
-        raise Refusal(
+        raise ZebraError(
             f"layer {call.module.layer_idx} of this {model.config.model_type} does not turn queries and keys in the "
             "planes of the dimensions (r, r + R) by its rope's frequencies: its rope is interleaved, or positions "
             "enter in another way too. Self-Extend could not turn them again."

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from zebra.errors import ZebraError
+from zebra.files import atomic_directory, refuse_existing
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import (
     check_weights,
@@ -23,14 +25,12 @@ from zebra.model.checkpoint import (
     write_card,
     write_config,
 )
-from zebra.model.extend import extend, resolved
-from zebra.model.families import DENSE, host_class, striped, stripes_of
+from zebra.model.families import FULL, host_class, striped, stripes_of
 from zebra.model.local import Local, localise, warn_of
 from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing_rope, whole_texts_only
+from zebra.model.self_extend import extend, resolve_self_extend
 from zebra.model.subclass import with_striped_cache
 from zebra.positions import SelfExtend
-from zebra.refusal import Refusal
-from zebra.staged import refuse_existing, staged
 from zebra.stripes import Stripes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ def read_device(name: str | None) -> str:
     """A device of this machine by its name, the best one where None.
 
     Raises:
-        Refusal: no such device here.
+        ZebraError: no such device here.
     """
     if name is None:
         return best_device()
@@ -53,7 +53,7 @@ def read_device(name: str | None) -> str:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Refusal(
+        raise ZebraError(
             f"there is no device {name!r} here: {first_line(error)}. `zebra doctor` lists those that are."
         ) from None
     return str(device)
@@ -63,12 +63,12 @@ def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A floating-point dtype by its name.
 
     Raises:
-        Refusal: another name.
+        ZebraError: another name.
     """
     known = {str(kind).removeprefix("torch."): kind for kind in DTYPES}
     found = known.get(dtype) if isinstance(dtype, str) else dtype if dtype in DTYPES else None
     if found is None:
-        raise Refusal(f"a dtype is one of {', '.join(known)}; got {str(dtype)!r}. Choose one.")
+        raise ZebraError(f"a dtype is one of {', '.join(known)}; got {str(dtype)!r}. Choose one.")
     return found
 
 
@@ -118,18 +118,19 @@ def load(
             fields of the config by name.
 
     Raises:
-        Refusal: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the model,
+        ZebraError: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the
+            model,
             a window or full decoding without local layers, an argument that loading takes itself; under Self-Extend
-            what `zebra.model.extend` refuses.
+            what `zebra.model.self_extend` refuses.
     """
     for name, why in _TAKEN.items():
         if name in from_pretrained_arguments:
-            raise Refusal(f"zebra.load takes no {name}: {why}.")
+            raise ZebraError(f"zebra.load takes no {name}: {why}.")
     routed = self_extend is None or stripes is not None or window is not None
     config, rest = read_config_and_rest(path, routed=routed, **from_pretrained_arguments)
     config, local = _layout(config, read_local(path, **from_pretrained_arguments), stripes, window, full_decode)
     config = as_rope(rope).changed(config)
-    setting = None if self_extend is None else resolved(self_extend, config)
+    setting = None if self_extend is None else resolve_self_extend(self_extend, config)
     if Path(path).exists() and "variant" not in rest:
         check_weights(Path(path) / rest.get("subfolder", ""), config)
     model = _loaded(path, config, rest)
@@ -156,8 +157,8 @@ def _layout(
     if window is not None:
         found = stripes_of(config)
         if found is None:
-            raise Refusal(
-                f"a window of {window} is for local layers, and this layout is {DENSE}. Give stripes, such as "
+            raise ZebraError(
+                f"a window of {window} is for local layers, and this layout is {FULL}. Give stripes, such as "
                 f"GLLL:{window}."
             )
         config = striped(config, replace(found, window=window))
@@ -174,16 +175,18 @@ def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[s
             path, config=config, attn_implementation=NAME, output_loading_info=True, **rest
         )
     except (OSError, SafetensorError) as error:
-        raise Refusal(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from None
+        raise ZebraError(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from None
     except KeyError as error:
         if error.args != (NAME,):
             raise
-        raise Refusal(
+        raise ZebraError(
             f"the attention of a {config.model_type} is not one of transformers' registered functions, so Self-Extend "
             "cannot reach it."
         ) from None
     if info["missing_keys"]:
-        raise Refusal(f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ.")
+        raise ZebraError(
+            f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ."
+        )
     return model
 
 
@@ -202,7 +205,7 @@ def convert(
     tells that `zebra.load` alone knows them. The target appears whole or not at all.
 
     Raises:
-        Refusal: what `load` refuses, a rope that changes with length, a target that exists or is the source.
+        ZebraError: what `load` refuses, a rope that changes with length, a target that exists or is the source.
     """
     source, target = Path(source), Path(target)
     made, local = converted(source, stripes, rope, full_decode)
@@ -221,7 +224,7 @@ def converted(
     refuse_changing_rope(made)
     local = Local(stripes.sinks, full_decode)
     if local and stripes_of(made) is None:
-        raise Refusal(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
+        raise ZebraError(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
     return made, local
 
 
@@ -229,10 +232,10 @@ def check_target(source: Path, target: Path) -> None:
     """Refuse a target that a conversion could not write, before work that goes ahead of it.
 
     Raises:
-        Refusal: it exists, or is the source.
+        ZebraError: it exists, or is the source.
     """
     if target.exists() and source.exists() and source.samefile(target):
-        raise Refusal(f"source and target are the same directory, {source}. Name another target.")
+        raise ZebraError(f"source and target are the same directory, {source}. Name another target.")
     refuse_existing(Path(os.path.abspath(target)))
 
 
@@ -243,7 +246,7 @@ def write_linked(source: Path, target: Path, config: PreTrainedConfig, local: Lo
         local: what its local layers do, for its zebra.json. more: what that says besides.
     """
     weights = check_weights(source, config)
-    with staged(target) as aside:
+    with atomic_directory(target) as aside:
         for file in weights:
             link(file, aside / file.name)
         copy_companions(source, aside, weights)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from zebra.errors import ZebraError
 from zebra.model.checkpoint import first_line
-from zebra.refusal import Refusal
 
 _TALKERS = ("lm_eval", "transformers.generation.stopping_criteria")
 """Who warns of a model that was loaded before, and of lengths, which are checked before any work."""
@@ -60,27 +60,27 @@ def made(name: str, make: Callable[[], Any]) -> Any:
     """What makes a task of this name, or runs it, with all that it raises as a refusal.
 
     Raises:
-        Refusal: packages, a file or data that are not there, and whatever else was raised.
+        ZebraError: packages, a file or data that are not there, and whatever else was raised.
     """
     try:
         return make()
-    except Refusal:
+    except ZebraError:
         raise
     except ImportError as error:
-        raise Refusal(f"the task {name} needs packages that are not installed: {_said_by(error)}.") from error
+        raise ZebraError(f"the task {name} needs packages that are not installed: {_said_by(error)}.") from error
     except FileNotFoundError as error:
-        raise Refusal(
+        raise ZebraError(
             f"the data of the task {name} are not there: {_said_by(error)}. Put the file there, or name another in "
             "the task's data_files."
         ) from error
     except OSError as error:
-        raise Refusal(
+        raise ZebraError(
             f"the data of the task {name} are not on this machine, and nothing is downloaded here: "
             f"{_said_by(error)}. Where there is a network, `lm_eval run --model dummy --tasks {name} --limit 1` "
             "brings what Hugging Face keeps into its cache."
         ) from error
     except Exception as error:
-        raise Refusal(f"the task {name} cannot be made: {type(error).__name__}: {_said_by(error)}.") from error
+        raise ZebraError(f"the task {name} cannot be made: {type(error).__name__}: {_said_by(error)}.") from error
 
 
 def _said_by(error: Exception) -> str:

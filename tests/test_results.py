@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from zebra import __version__, records
-from zebra.records import Row
-from zebra.refusal import Refusal
+from zebra import __version__
+from zebra.errors import ZebraError
+from zebra.results import Result, append_results, git_commit, read_results, to_json, versions, write_results
 
 COLUMNS = {"run": "r", "model": "m", "layout": "GLLL:512", "task": "perplexity-disjoint", "metric": "perplexity"}
 
 
-def row(**changes: Any) -> Row:
-    return Row(**(COLUMNS | {"value": 1.5} | changes))
+def row(**changes: Any) -> Result:
+    return Result(**(COLUMNS | {"value": 1.5} | changes))
 
 
 FULL = {
@@ -41,8 +41,8 @@ def test_a_row_is_one_line_of_json() -> None:
     assert json.loads(text) == COLUMNS | FULL | {
         "run": "naïve\nrun",
         "value": 1.5,
-        "versions": records.versions(),
-        "commit": records.commit(),
+        "versions": versions(),
+        "commit": git_commit(),
     }
 
 
@@ -58,85 +58,85 @@ def test_a_row_does_not_change_and_is_not_shared() -> None:
         first.value = 2.0  # type: ignore[misc]
     first.versions["torch"] = "changed"
     assert second.versions["torch"] != "changed"
-    assert records.versions()["torch"] != "changed"
+    assert versions()["torch"] != "changed"
 
 
 def test_versions_name_what_the_result_depends_on() -> None:
     import torch
 
-    found = records.versions()
+    found = versions()
     assert {"python", "torch", "transformers"} <= set(found)
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found.get("zebra", __version__) == __version__
 
 
 def test_the_commit_is_a_hash_or_none() -> None:
-    found = records.commit()
+    found = git_commit()
     assert found is None or (len(found.rstrip("+")) == 12 and int(found.rstrip("+"), 16) >= 0)
 
 
 def test_write_and_read(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "rows.jsonl"
+    path = tmp_path / "deep" / "results.jsonl"
     rows = [row(**FULL), row(value=2.0, model="модель")]
-    records.write(path, rows)
-    assert records.read(path) == rows
+    write_results(path, rows)
+    assert read_results(path) == rows
     assert path.read_bytes().count(b"\n") == 2
-    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+    assert [file.name for file in path.parent.iterdir()] == ["results.jsonl"]
 
 
 def test_write_replaces_and_append_adds(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "rows.jsonl"
-    records.append(path, [row(value=1.0)])
-    records.append(path, (row(value=v) for v in (2.0, 3.0)))
-    assert [r.value for r in records.read(path)] == [1.0, 2.0, 3.0]
-    records.write(path, [row(value=4.0)])
-    assert [r.value for r in records.read(path)] == [4.0]
+    path = tmp_path / "new" / "results.jsonl"
+    append_results(path, [row(value=1.0)])
+    append_results(path, (row(value=v) for v in (2.0, 3.0)))
+    assert [r.value for r in read_results(path)] == [1.0, 2.0, 3.0]
+    write_results(path, [row(value=4.0)])
+    assert [r.value for r in read_results(path)] == [4.0]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    records.write(path, [row(value=1.0)])
+    path = tmp_path / "results.jsonl"
+    write_results(path, [row(value=1.0)])
 
     def broken() -> Any:
         yield row(value=2.0)
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        records.write(path, broken())
-    assert [r.value for r in records.read(path)] == [1.0]
+        write_results(path, broken())
+    assert [r.value for r in read_results(path)] == [1.0]
 
 
 def test_a_write_that_is_killed_at_the_rename_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "rows.jsonl"
-    records.write(path, [row(value=1.0)])
+    path = tmp_path / "results.jsonl"
+    write_results(path, [row(value=1.0)])
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records.os, "replace", killed)
+    monkeypatch.setattr("zebra.files.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        records.write(path, [row(value=2.0)])
-    assert [r.value for r in records.read(path)] == [1.0]
+        write_results(path, [row(value=2.0)])
+    assert [r.value for r in read_results(path)] == [1.0]
 
 
 def test_blank_lines_and_missing_optional_columns_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "results.jsonl"
     path.write_text("\n" + json.dumps(COLUMNS | {"value": 2}) + "\n  \n")
-    (found,) = records.read(str(path))
+    (found,) = read_results(str(path))
     assert (found.value, found.length, found.device) == (2, None, "cpu")
 
 
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
     """JSON has no NaN; other tools stop at it."""
-    records.append(tmp_path / "rows.jsonl", [row(value=math.nan, high=math.inf)])
-    assert "NaN" not in (tmp_path / "rows.jsonl").read_text()
-    assert json.loads((tmp_path / "rows.jsonl").read_text())["value"] is None
-    found = records.read(tmp_path / "rows.jsonl")[0]
+    append_results(tmp_path / "results.jsonl", [row(value=math.nan, high=math.inf)])
+    assert "NaN" not in (tmp_path / "results.jsonl").read_text()
+    assert json.loads((tmp_path / "results.jsonl").read_text())["value"] is None
+    found = read_results(tmp_path / "results.jsonl")[0]
     assert math.isnan(found.value)
     assert found.high is None
-    assert records.to_json({"a": [math.inf, 1.5, (math.nan,)]}) == '{"a": [null, 1.5, [null]]}'
+    assert to_json({"a": [math.inf, 1.5, (math.nan,)]}) == '{"a": [null, 1.5, [null]]}'
 
 
 @pytest.mark.parametrize(
@@ -144,15 +144,15 @@ def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
 )
 def test_a_column_of_another_type_is_refused(tmp_path: Path, column: str, value: object) -> None:
     line = json.loads(row().json()) | {column: value}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(line))
-    with pytest.raises(Refusal, match=f"line 1 is not a row of results: the column {column}"):
-        records.read(tmp_path / "rows.jsonl")
+    (tmp_path / "results.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ZebraError, match=f"line 1 is not a row of results: the column {column}"):
+        read_results(tmp_path / "results.jsonl")
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(Refusal, match="no file of rows at"):
-            records.read(path)
+        with pytest.raises(ZebraError, match="no file of rows at"):
+            read_results(path)
 
 
 @pytest.mark.parametrize(
@@ -169,30 +169,30 @@ def test_no_file_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_line_is_refused_with_its_place(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "results.jsonl"
     path.write_text(row().json() + "\n\n" + line + "\n")
-    with pytest.raises(Refusal, match=message) as refused:
-        records.read(path)
+    with pytest.raises(ZebraError, match=message) as refused:
+        read_results(path)
     assert f"{path}, line 3 is not a row of results" in str(refused.value)
 
 
 def test_all_broken_lines_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "results.jsonl"
     path.write_text("\n".join([row().json(), "{", row().json(), "5", "{}"]))
-    with pytest.raises(Refusal, match=r"line 2 is not a row of results: .*\. Nor are 2 others: lines 4, 5\."):
-        records.read(path)
+    with pytest.raises(ZebraError, match=r"line 2 is not a row of results: .*\. Nor are 2 others: lines 4, 5\."):
+        read_results(path)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_any_text_in_a_column_is_read_again(tmp_path: Path, separator: str) -> None:
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "results.jsonl"
     rows = [row(model=f"a{separator}b")]
-    records.write(path, rows)
-    assert records.read(path) == rows
+    write_results(path, rows)
+    assert read_results(path) == rows
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
+    path = tmp_path / "results.jsonl"
     path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(Refusal):
-        records.read(path)
+    with pytest.raises(ZebraError):
+        read_results(path)

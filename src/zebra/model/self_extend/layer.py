@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zebra.errors import ZebraError
 from zebra.kernels import Mask
-from zebra.kernels.extended import extended
+from zebra.kernels.self_extend import extended
 from zebra.kernels.sinks import NOWHERE
-from zebra.model.cache import Pending
+from zebra.model.cache import PendingKeys
 from zebra.positions import SelfExtend, grouped_key, grouped_query
-from zebra.refusal import Refusal
 
 _log = logging.getLogger(__name__)
 
@@ -129,12 +129,12 @@ class Rope:
         true = (host - places.base).clamp(min=0)
         return turn_between(self.frequencies, host, grouped_key(true, self.setting.group), dtype)
 
-    def follow(self, key: Tensor | Pending, places: _Places, past: int) -> None:
+    def follow(self, key: Tensor | PendingKeys, places: _Places, past: int) -> None:
         """Refuse new tokens whose positions do not follow those of the `past` cached ones.
 
         Our cache remembers where its rows begin; of another one, rows begin at 0 or with padding that is counted.
         """
-        if isinstance(key, Pending):
+        if isinstance(key, PendingKeys):
             follows = key.follow(places.shift)
         else:
             shift = places.shift
@@ -143,9 +143,9 @@ class Rope:
             at = places.host[:4, 0].tolist()
             raise self.refusal(f"tokens that begin at the positions {at} behind {past} cached ones")
 
-    def refusal(self, got: str) -> Refusal:
+    def refusal(self, got: str) -> ZebraError:
         """Positions that grouping would misread."""
-        return Refusal(
+        return ZebraError(
             "under Self-Extend positions rise by 1 from token to token, on from the cached ones, and start again at 0 "
             f"only where a packed document does; got {got}. Leave position_ids out: grouping is done here, not by "
             f"them, and {self.setting} takes this model to {self.setting.reach(self.trained):,} tokens."
@@ -202,11 +202,13 @@ def _broken(positions: Tensor, mask: Mask, total: int, shift: Tensor) -> str | N
     """What is wrong with tokens whose places do not follow from the first one's, or with one that starts nothing new.
 
     Raises:
-        Refusal: padding between real tokens.
+        ZebraError: padding between real tokens.
     """
     keys, queries = mask.keys, positions.shape[1]
     if keys is not None and bool(((keys.int().diff(dim=1) > 0).sum(dim=1) + keys[:, 0].int() > 1).any()):
-        raise Refusal("Self-Extend takes padding left or right of a row's tokens, never between them. Pad on the left.")
+        raise ZebraError(
+            "Self-Extend takes padding left or right of a row's tokens, never between them. Pad on the left."
+        )
     if queries == 1 or (queries == total and mask.documents is None):
         return None
     if queries < total and not bool((shift == _MIXED).any()):
@@ -235,7 +237,7 @@ class Extension:
         module: nn.Module,
         positions: Tensor | None,
         query: Tensor,
-        key: Tensor | Pending,
+        key: Tensor | PendingKeys,
         value: Tensor,
         mask: Mask,
         **arguments: Any,
@@ -248,13 +250,13 @@ class Extension:
                 others twice turned. The first is right and slow: it turns all of them in every forward.
         """
         if positions is None:
-            raise Refusal("Self-Extend needs the positions, which this host does not hand to its attention.")
+            raise ZebraError("Self-Extend needs the positions, which this host does not hand to its attention.")
         dtype = torch.promote_types(query.dtype, torch.float32)
         total = value.shape[2]
         places = self.rope.places(positions, mask, total, dtype, fresh=self.first)
         if self.first:
             self.rope.follow(key, places, total - query.shape[2])
-        if isinstance(key, Pending):
+        if isinstance(key, PendingKeys):
             near, far = key.write(turned(key.states, places.key))
         else:
             near = key

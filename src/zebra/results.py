@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from zebra.refusal import Refusal
-from zebra.staged import write_whole
+from zebra.errors import ZebraError
+from zebra.files import atomic_write
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 @functools.cache
-def commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the checkout that this package runs from (`+` after it: with changes), None when installed."""
     here = Path(__file__).resolve().parent
     try:
@@ -57,13 +57,14 @@ def commit() -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Result:
     """One measurement. `low` and `high` bound `value` at 95 %, or are a time's least and most;
     `n` counts what was measured (tokens, samples).
 
     `length` is the context length in tokens; `position_from` and `position_to` bound the positions that were scored,
     half-open and counted from 0; `depth` is a needle's place, 0 to 1. What does not apply is None.
-    `origin` is no column: the file and line that the row was read from, `rows.jsonl:17`; of a row just measured, None.
+    `origin` is no column: the file and line that the row was read from, `results.jsonl:17`; of a row just measured,
+    None.
     """
 
     run: str
@@ -82,7 +83,7 @@ class Row:
     seed: int | None = None
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=lambda: dict(versions()))
-    commit: str | None = field(default_factory=commit)
+    commit: str | None = field(default_factory=git_commit)
     origin: str | None = field(default=None, compare=False, repr=False)
 
     def columns(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class Row:
         return to_json(self.columns())
 
 
-COLUMNS = tuple(f.name for f in fields(Row) if f.name != "origin")
+COLUMNS = tuple(f.name for f in fields(Result) if f.name != "origin")
 """A row's columns in their order."""
 _REQUIRED = ("run", "model", "layout", "task", "metric", "value")
 
@@ -112,7 +113,7 @@ def to_json(tree: Any, indent: int | None = None) -> str:
     return json.dumps(finite(tree), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def _row(columns: Any, origin: str) -> Row:
+def _row(columns: Any, origin: str) -> Result:
     if not isinstance(columns, dict):
         raise TypeError("it is no JSON object")
     unknown = sorted(set(columns) - set(COLUMNS))
@@ -122,7 +123,7 @@ def _row(columns: Any, origin: str) -> Row:
         raise ValueError(f"no columns {missing}")
     if columns.get("value", 0) is None:  # it was not finite
         columns["value"] = math.nan
-    row = Row(**columns, origin=origin)
+    row = Result(**columns, origin=origin)
     for column, kind in _KINDS.items():
         value = getattr(row, column)
         if isinstance(value, bool) or not isinstance(value, kind):
@@ -142,12 +143,12 @@ _KINDS: dict[str, Any] = {
 """What each column may hold, for rows that come from a file."""
 
 
-def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+def write_results(path: str | os.PathLike[str], rows: Iterable[Result]) -> None:
     """Write rows to a new file, which is whole or absent."""
-    write_whole(path, "".join(row.json() + "\n" for row in rows))
+    atomic_write(path, "".join(row.json() + "\n" for row in rows))
 
 
-def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
+def append_results(path: str | os.PathLike[str], rows: Iterable[Result]) -> None:
     """Append rows to a file in one write."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,19 +156,19 @@ def append(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
         file.write("".join(row.json() + "\n" for row in rows))
 
 
-def read(path: str | os.PathLike[str]) -> list[Row]:
+def read_results(path: str | os.PathLike[str]) -> list[Result]:
     """Read the rows of a JSON Lines file, each with its origin.
 
     Raises:
-        Refusal: no such file, or lines that are no rows; the message names the file, what is wrong with the first of
+        ZebraError: no such file, or lines that are no rows; the message names the file, what is wrong with the first of
             them, and the others.
     """
     if not Path(path).is_file():
-        raise Refusal(f"there is no file of rows at {path}. Give a rows.jsonl or a run directory that has one.")
+        raise ZebraError(f"there is no file of rows at {path}. Give a results.jsonl or a run directory that has one.")
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise Refusal(f"{path} is no file of rows: it is not UTF-8 at byte {error.start}.") from None
+        raise ZebraError(f"{path} is no file of rows: it is not UTF-8 at byte {error.start}.") from None
     rows, wrong = [], {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -179,5 +180,5 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
     if wrong:
         first, *others = wrong
         more = f" Nor are {len(others):,} others: lines {', '.join(map(str, others[:9]))}." if others else ""
-        raise Refusal(f"{path}, line {first} is not a row of results: {wrong[first]}.{more}")
+        raise ZebraError(f"{path}, line {first} is not a row of results: {wrong[first]}.{more}")
     return rows

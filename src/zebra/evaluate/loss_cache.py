@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zebra.refusal import Refusal
-from zebra.staged import held, write_whole
+from zebra.errors import ZebraError
+from zebra.files import atomic_write, directory_lock
 
 
-class Ledger:
+class LossCache:
     """Sums of losses by layout, a letter for each layer, and part; in memory alone where there is no folder."""
 
     def __init__(self, folder: Path | None = None):
@@ -57,7 +57,7 @@ class Ledger:
                 entry = json.loads(line)
                 self._sums[str(entry["layout"]), int(entry["part"])] = [float(value) for value in entry["sums"]]
             except (ValueError, KeyError, TypeError):
-                raise Refusal(
+                raise ZebraError(
                     f"{file}, line {number} is no loss. Remove the line to measure it again, or name another folder."
                 ) from None
 
@@ -67,16 +67,16 @@ def opened(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """Hold a folder of these inputs for this process, made where it is absent.
 
     Raises:
-        Refusal: a folder of something else or of other inputs, or one that another process works in.
+        ZebraError: a folder of something else or of other inputs, or one that another process works in.
     """
     kept = folder / "inputs.json"
     if folder.exists() and not kept.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Refusal(f"{folder} exists and holds no selection: it has no inputs.json. Name another with --work.")
-    with held(folder):
+        raise ZebraError(f"{folder} exists and holds no selection: it has no inputs.json. Name another with --work.")
+    with directory_lock(folder):
         if kept.exists():
             _compare(kept, inputs)
         else:
-            write_whole(kept, json.dumps(inputs, indent=2) + "\n")
+            atomic_write(kept, json.dumps(inputs, indent=2) + "\n")
         yield folder
 
 
@@ -84,10 +84,10 @@ def _compare(kept: Path, inputs: dict[str, Any]) -> None:
     try:
         began = dict(json.loads(kept.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise Refusal(f"{kept} is damaged. Name another folder with --work, or remove {kept.parent}.") from None
+        raise ZebraError(f"{kept} is damaged. Name another folder with --work, or remove {kept.parent}.") from None
     changed = sorted(name for name in {*inputs, *began} if inputs.get(name) != began.get(name))
     if changed:
-        raise Refusal(
+        raise ZebraError(
             f"{kept.parent} began with other inputs: {' and '.join(changed)} changed since. "
             "Restore them to go on with it, or name another folder with --work."
         )

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import zebra
-from zebra import Refusal, Stripes
+from zebra import Stripes, ZebraError
 from zebra.model import families
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.families import Route, layout, striped, stripes_of
-from zebra.model.hosts import read_device, read_dtype
+from zebra.model.load import read_device, read_dtype
 
 IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
 
@@ -151,7 +151,7 @@ def test_convert_of_a_sharded_checkpoint(checkpoints: Callable[..., Path], tmp_p
     assert sorted(p.name for p in made.glob("*.safetensors")) == shards
     zebra.load(made)
     (tmp_path / "sharded" / shards[1]).unlink()
-    with pytest.raises(Refusal, match=f"lacks the shards {shards[1]}"):
+    with pytest.raises(ZebraError, match=f"lacks the shards {shards[1]}"):
         zebra.convert(tmp_path / "sharded", tmp_path / "out2", "GL:9")
 
 
@@ -201,8 +201,8 @@ def test_a_raw_config_of_llama_2_without_newer_fields_converts(tmp_path: Path, s
 # What bad input gets
 
 
-def refused(match: str) -> pytest.RaisesExc[Refusal]:
-    return pytest.raises(Refusal, match=match)
+def refused(match: str) -> pytest.RaisesExc[ZebraError]:
+    return pytest.raises(ZebraError, match=match)
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./nowhere/at/all", "/nowhere"])
@@ -443,7 +443,7 @@ def test_a_failure_in_the_middle_leaves_no_target(tmp_path: Path, monkeypatch: p
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zebra.model.hosts.write_card", fail)
+    monkeypatch.setattr("zebra.model.load.write_card", fail)
     with pytest.raises(OSError, match="No space"):
         zebra.convert(STORIES, tmp_path / "out", "GL:9")
     assert tree(tmp_path) == set()

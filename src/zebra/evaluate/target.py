@@ -10,26 +10,26 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer
-from zebra.model.extend import reach, refuse_off_the_table
 from zebra.model.families import layout
-from zebra.model.hosts import device_name
-from zebra.model.loading import Loading, described
+from zebra.model.load import device_name
+from zebra.model.load_options import LoadOptions, described
 from zebra.model.rope import as_rope, refuse_cache
+from zebra.model.self_extend import reach, refuse_off_the_table
 from zebra.positions import SelfExtend
-from zebra.refusal import Refusal
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """A checkpoint and how it is loaded. All that can be refused without the weights is refused here.
 
     Raises:
-        Refusal: what `Loading` refuses, and a rope that changes with length.
+        ZebraError: what `LoadOptions` refuses, and a rope that changes with length.
     """
 
     checkpoint: str | os.PathLike[str]
-    loading: Loading
+    loading: LoadOptions
 
     def __post_init__(self) -> None:
         self.loading.check()
@@ -44,7 +44,7 @@ class Subject:
     @cached_property
     def setting(self) -> SelfExtend | None:
         """Self-Extend's, reckoned."""
-        return self.loading.extension(self.config)
+        return self.loading.self_extend_setting(self.config)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -60,7 +60,7 @@ class Subject:
         """Refuse a length beyond what the model was trained for or reaches, or warn where it is told to go beyond.
 
         Raises:
-            Refusal: a length beyond, and nobody told to measure there; learned positions, which have no beyond.
+            ZebraError: a length beyond, and nobody told to measure there; learned positions, which have no beyond.
         """
         refuse_off_the_table(self.config, length)
         if self.reach is None or length <= self.reach:
@@ -68,7 +68,7 @@ class Subject:
         passes = f"a length of {length:,} tokens passes the {self.reach:,} positions that this model "
         passes += "was trained for" if self.setting is None else f"reaches with Self-Extend {self.setting}"
         if not beyond:
-            raise Refusal(
+            raise ZebraError(
                 f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or a checkpoint that was adapted, "
                 "or say beyond (--beyond) to measure there all the same."
             )

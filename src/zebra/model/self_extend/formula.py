@@ -2,7 +2,8 @@
 
     s_ij = scale * <turned by relative(i, j) f: q_i, k_j>,    out_i = sum over visible j of softmax(s_i)_j v_j
 
-The oracle of `zebra.model.extension`. It shares nothing with it but the frequencies and how the host rounds angles: no
+The oracle of `zebra.model.self_extend.layer`. It shares nothing with it but the frequencies and how the host rounds
+angles: no
 near and far parts, no turning again, no merge, no cache, float64 inside. The host hands over queries and keys as they
 were before the rope when every position is 0.
 """
@@ -20,7 +21,8 @@ from transformers import PreTrainedModel
 
 from zebra import masks
 from zebra.kernels import Mask
-from zebra.model.extend import Layer, attention_layers, in_place_of_attend
+from zebra.model.override import overriding_attention
+from zebra.model.self_extend.apply import Layer, attention_layers
 from zebra.positions import SelfExtend, grouped_key, grouped_query, relative
 
 _AT_ONCE = 1 << 23
@@ -113,7 +115,7 @@ def by_formula(model: PreTrainedModel, setting: SelfExtend | None) -> Iterator[C
     trained = model.config.get_text_config().max_position_embeddings
     with ExitStack() as stack:
         for layer in attention_layers(model, local=True):
-            stack.enter_context(in_place_of_attend([layer.module], Formula(layer, setting, trained)))
+            stack.enter_context(overriding_attention([layer.module], Formula(layer, setting, trained)))
 
         @torch.no_grad()
         def logits(ids: Tensor, **arguments: Any) -> Tensor:

@@ -1,0 +1,75 @@
+"""What attends in a layer in place of `zebra.kernels.attend`: one protocol, one attribute, one way to set it.
+
+    transformers ─► zebra_attention(module, q, k, v, ...) ─► get_override(module) ─┬─ None     attend(q, k, v, mask)
+                                                                                 └─ override  override.attend(module,
+                                                                                 ...)
+
+Self-Extend, attention sinks, full attention while decoding, summary attention, the oracles and the layer selection are
+overrides. An override is set on the attention module of a layer; nothing is patched and no forward is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from zebra.kernels import Mask
+
+_ATTRIBUTE = "attention_override"
+
+
+class AttentionOverride(Protocol):
+    """Computes the attention of the modules that it is set on."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        positions: Tensor | None,
+        query: Tensor,
+        key: Any,
+        value: Tensor,
+        mask: Mask,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output (B, H, T, D) and the log-sum-exp (B, H, T) or None, as `zebra.kernels.attend` returns them.
+
+        Args:
+            module: the attention module of the layer.
+            positions: (1 or B, T), the position ids of the queries, or None where the model hands none down.
+            query: (B, H, T, D), rotated.
+            key: (B, K, S, D), rotated; or the object by which a cache layer of ours hands its keys on.
+            value: (B, K, S, D).
+            mask: window, padding and documents of the layer.
+            kwargs: the other arguments of `zebra.kernels.attend`.
+        """
+
+
+def get_override(module: nn.Module) -> AttentionOverride | None:
+    """The override of an attention module, or None."""
+    return getattr(module, _ATTRIBUTE, None)
+
+
+def set_override(module: nn.Module, override: AttentionOverride | None) -> None:
+    """Set the override of an attention module; None removes it."""
+    module.__dict__[_ATTRIBUTE] = override
+
+
+def overrides_of(model: nn.Module) -> Iterator[AttentionOverride]:
+    """The overrides of a model's modules, in the order of the modules."""
+    return (override for module in model.modules() if (override := get_override(module)) is not None)
+
+
+@contextmanager
+def overriding_attention(modules: Iterable[nn.Module], override: AttentionOverride | None) -> Iterator[None]:
+    """Within this context the modules have this override; afterwards each has its own again."""
+    before = [(module, get_override(module)) for module in modules]
+    try:
+        for module, _ in before:
+            set_override(module, override)
+        yield
+    finally:
+        for module, own in before:
+            set_override(module, own)
