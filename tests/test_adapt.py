@@ -386,31 +386,6 @@ def test_other_families_are_adapted(member: str, tmp_path: Path) -> None:
     assert measured[f"{run}@4"] == pytest.approx(measured[str(run / "model")], rel=1e-4)
 
 
-def test_the_float32_switch_is_on_while_a_recipe_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def run(*_: Any) -> list[Result]:
-        seen.append(torch.get_float32_matmul_precision())
-        return []
-
-    monkeypatch.setattr("zebra.train.adapt._run", run)
-    for asked in (False, True):
-        adapt(recipe(tmp_path / str(asked), train__fast_float32=asked))
-    assert seen == ["highest", "medium" if product_error_is_small() else "highest"]
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
-def product_error_is_small() -> bool:
-    with zebra.fast_float32() as faster:
-        return faster
-
-
-def test_the_float32_switch_is_not_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zebra.train.trainer.best_device", lambda: "cuda:0")
-    with pytest.raises(ZebraError, match="on a GPU it would mean TF32"):
-        adapt(recipe(tmp_path / "run", train__fast_float32=True))
-
-
 @pytest.mark.parametrize(
     "lora", [None, *(pytest.param({"rank": 2, "merge": merge}, marks=pytest.mark.full) for merge in (False, True))]
 )

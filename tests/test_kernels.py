@@ -1054,3 +1054,17 @@ def test_alibi_is_a_bias_of_sdpa() -> None:
     bias = bias.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), float("-inf"))
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     torch.testing.assert_close(attend(q, k, v, slopes=slopes)[0], wanted)
+
+
+def test_the_newer_precision_setting_of_torch_is_no_error(monkeypatch):
+    """torch refuses to read the older setting where the newer one was set."""
+    q, k, v = drawn(64, 64, dtype=torch.float32)
+    with only("banded"):
+        expected, _ = attend(q, k, v, Mask(8))
+
+        def unreadable() -> str:
+            raise RuntimeError("mixed use of the older and the newer setting")
+
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", unreadable)
+        out, _ = attend(q, k, v, Mask(8))
+    torch.testing.assert_close(out, expected)

@@ -85,7 +85,6 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "max_grad_norm": 1.0,
         "device": "best",
         "precision": "float32",
-        "fast_float32": False,
         "activation_checkpointing": False,
         "seed": 0,
         "log_every": 10,

@@ -15,7 +15,6 @@ from zebra.stripes import Stripes
 if TYPE_CHECKING:
     from zebra.evaluate.selection import select
     from zebra.generation import generate
-    from zebra.kernels.precision import fast_float32
     from zebra.model.load import convert, load
     from zebra.model.verify import verify
     from zebra.train.adapt import adapt
@@ -29,7 +28,6 @@ _HOME = {
     "adapt": "zebra.train.adapt",
     "generate": "zebra.generation",
     "select": "zebra.evaluate.selection",
-    "fast_float32": "zebra.kernels.precision",
 }
 
 __all__ = [
@@ -39,7 +37,6 @@ __all__ = [
     "__version__",
     "adapt",
     "convert",
-    "fast_float32",
     "generate",
     "load",
     "select",

@@ -37,7 +37,7 @@ from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_for
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe, Training
-from zebra.train.trainer import optimizer_of, precision
+from zebra.train.trainer import optimizer_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +170,9 @@ def _prepare(recipe: PretrainRecipe, device: str | None) -> Call:
     tokens = torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
 
     def step() -> list[Tensor]:
-        with precision(train):
-            _loss(model, tokens, train).backward()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        _loss(model, tokens, train).backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
         return []
 
     step()

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zebra.kernels.precision import setting
 from zebra.kernels.request import Kernel, Mask, Request
 from zebra.kernels.tiles import COLUMNS, Tile, Tiles
 
@@ -54,7 +53,7 @@ class _Walk:
         self.longest = (
             k.shape[2] if mask.window is None else min(k.shape[2], mask.window - 1 + self.span * block + COLUMNS)
         )
-        self.compact = q.dtype != self.wide or setting() != "highest"
+        self.compact = q.dtype != self.wide or _reduced_float32()
         self._room = -(-self.heads // self.turns) * self.group * block * reach
         self._buffers: dict[Any, Tensor] = {}
 
@@ -122,6 +121,16 @@ class _Walk:
             return
         found = torch.bmm(a, b, out=self.buffer("product", *into.shape, dtype=a.dtype))
         into.add_(found, alpha=scale) if add else into.copy_(found)
+
+
+def _reduced_float32() -> bool:
+    """Whether torch may compute float32 products by other instructions; torch refuses to say where it was set by the
+    newer `torch.backends...fp32_precision`.
+    """
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return True
 
 
 def _block(mask: Mask, *, wide: bool) -> str:

@@ -39,7 +39,7 @@ from zebra.train.measuring import (
 )
 from zebra.train.recipe import AdaptRecipe, SourceRecipe
 from zebra.train.texts import data_rows, read_texts
-from zebra.train.trainer import check_machine, fit, is_complete, precision, trainable
+from zebra.train.trainer import check_machine, fit, is_complete, trainable
 
 
 def adapt(recipe: AdaptRecipe) -> list[Result]:
@@ -50,7 +50,7 @@ def adapt(recipe: AdaptRecipe) -> list[Result]:
             of another recipe.
     """
     config, tokenizer = open_source(recipe)
-    with directory.occupied(recipe) as run, precision(recipe.train):
+    with directory.occupied(recipe) as run:
         return _run(run, recipe, config, tokenizer)
 
 

@@ -40,7 +40,7 @@ from zebra.train.measuring import (
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.texts import Texts, data_rows, read_texts
 from zebra.train.tokenizer import texts_of, train_tokenizer
-from zebra.train.trainer import check_machine, fit, is_complete, precision, tokens_per_step, trainable
+from zebra.train.trainer import check_machine, fit, is_complete, tokens_per_step, trainable
 
 
 def pretrain(recipe: PretrainRecipe) -> list[Result]:
@@ -52,7 +52,7 @@ def pretrain(recipe: PretrainRecipe) -> list[Result]:
     """
     check_machine(recipe.train)
     config_of(recipe)
-    with directory.occupied(recipe) as run, precision(recipe.train):
+    with directory.occupied(recipe) as run:
         return _run(run, recipe)
 
 

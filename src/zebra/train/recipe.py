@@ -135,10 +135,6 @@ class Training(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 is autocast, weights stay float32"
     )
-    fast_float32: bool = Field(
-        False,
-        description="faster float32 products on a CPU, where they are found as accurate (zebra.kernels.precision)",
-    )
     activation_checkpointing: bool = Field(False, description="compute activations again in the backward")
     seed: int = Field(0, ge=0, lt=2**32)
     log_every: int = Field(10, ge=1)

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,6 @@ from zebra.data.packing import Rows
 from zebra.data.recall import RecallDataset
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import perplexity
-from zebra.kernels.precision import fast_float32
-from zebra.model.load import best_device
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import bar, console
 from zebra.train.directory import processes
@@ -48,11 +46,6 @@ COMPLETE = "COMPLETE"
 """The mark that a checkpoint is whole, written last."""
 
 
-def precision(train: Training) -> AbstractContextManager[Any]:
-    """The recipe's float32 products, for as long as it runs."""
-    return fast_float32() if train.fast_float32 else nullcontext()
-
-
 def check_machine(train: Training) -> None:
     """Refuse a recipe that is for another machine."""
     if train.device == "cuda" and not torch.cuda.is_available():
@@ -60,8 +53,6 @@ def check_machine(train: Training) -> None:
             "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
             "with --set train.device=best it would run on this CPU, at a CPU's speed."
         )
-    if train.fast_float32 and best_device() != "cpu":
-        raise ZebraError("train.fast_float32 is a switch of CPUs: on a GPU it would mean TF32. Unset it.")
 
 
 def trainable(config: PreTrainedConfig, name: str) -> PreTrainedConfig:

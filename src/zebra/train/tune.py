@@ -30,7 +30,6 @@ from zebra.train.export import reload
 from zebra.train.instructions import Instructions, read_instructions
 from zebra.train.measuring import columns_of, cost_rows, local_for, trainer_state, training_rows
 from zebra.train.texts import data_rows
-from zebra.train.trainer import precision
 from zebra.train.tune_recipe import TuneRecipe
 
 try:
@@ -48,7 +47,7 @@ def tune(recipe: TuneRecipe) -> list[Result]:
     """
     config, tokenizer = open_source(recipe)
     chat = Chat(tokenizer, recipe.chat_template, recipe.model)
-    with directory.occupied(recipe) as run, precision(recipe.train):
+    with directory.occupied(recipe) as run:
         return _run(run, recipe, config, chat)
 
 
