@@ -27,8 +27,8 @@ from zebra.evaluate.intervals import wilson
 from zebra.evaluate.retrieval import evaluate_retrieval
 from zebra.files import atomic_write
 from zebra.report import figures, page
+from zebra.report.method import method
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.provenance import method
 from zebra.report.series import FULL, percent
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import GLOBAL, Stripes

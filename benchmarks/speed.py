@@ -35,8 +35,8 @@ from zebra.bench.subjects import (
 )
 from zebra.errors import ZebraError
 from zebra.report import benches, page
+from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
-from zebra.report.provenance import method
 from zebra.report.series import interval, number, percent
 from zebra.results import Result, read_results, write_results
 

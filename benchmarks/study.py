@@ -20,8 +20,8 @@ from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.report import page, study
 from zebra.report.figures import standalone
+from zebra.report.method import method, others
 from zebra.report.page import Cell, Figure, Section
-from zebra.report.provenance import method, others
 from zebra.results import Result, read_results, write_results
 from zebra.train.cells import StudyRecipe, recipes_of
 from zebra.train.recipe import read_recipe

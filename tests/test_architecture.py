@@ -15,6 +15,7 @@ RANKS = {
     "errors": -1,
     "progress": -1,
     "files": -1,
+    "provenance": -1,
     "stripes": 0,
     "masks": 0,
     "positions": 0,
@@ -34,7 +35,7 @@ RANKS = {
     "__main__": 9,
     "__init__": 9,
 }
-STANDARD_LIBRARY_ONLY = {"errors", "files", "stripes", "masks", "positions", "results", "plan"}
+STANDARD_LIBRARY_ONLY = {"errors", "files", "stripes", "masks", "positions", "provenance", "results", "plan"}
 MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "bench"}
 
 

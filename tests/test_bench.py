@@ -29,8 +29,9 @@ from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache
 from zebra.model.self_extend import Rope, bounded_cache, extend
 from zebra.plan import devices
 from zebra.positions import SelfExtend
+from zebra.provenance import git_commit
 from zebra.report import bench_table, write_report
-from zebra.results import Result, git_commit, read_results, write_results
+from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
 
 SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_size": 8, "intermediate": 24}

@@ -212,7 +212,7 @@ BAD = {
     "no such bench": (["bench", "nosuch"], ["No such command 'nosuch'", "bench --help"]),
     "no such option": (["doctor", "--jsn"], ["No such option", "--json"]),
     "no target": (["convert", STORIES], ["Missing argument 'target'"]),
-    "no rows": (["report", "nothing.jsonl"], ["no file of rows"]),
+    "no rows": (["report", "nothing.jsonl"], ["no file of results"]),
     "broken rows": (["report", "recipe.yaml"], ["recipe.yaml, line 1 is not a row"]),
 }
 

@@ -300,7 +300,7 @@ def test_rows_that_are_damaged_are_said_before_any_cell_runs(
     begun = first.model_dump(mode="json") | {"tokenizer": str(tmp_path / "run" / "tokenizer")}
     (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(begun))
     (Path(first.run) / "results.jsonl").write_text("{\n")
-    with pytest.raises(ZebraError, match="is not a row of results"):
+    with pytest.raises(ZebraError, match="is not a result"):
         study(of(tmp_path / "run", few, cells))
     assert not list((tmp_path / "run" / "cells").glob("*.log"))
 

@@ -12,7 +12,8 @@ import pytest
 
 from zebra import __version__
 from zebra.errors import ZebraError
-from zebra.results import Result, append_results, git_commit, read_results, to_json, versions, write_results
+from zebra.provenance import git_commit, versions
+from zebra.results import Result, append_results, read_results, to_json, write_results
 
 COLUMNS = {"run": "r", "model": "m", "layout": "GLLL:512", "task": "perplexity-disjoint", "metric": "perplexity"}
 
@@ -145,13 +146,13 @@ def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
 def test_a_column_of_another_type_is_refused(tmp_path: Path, column: str, value: object) -> None:
     line = json.loads(row().json()) | {column: value}
     (tmp_path / "results.jsonl").write_text(json.dumps(line))
-    with pytest.raises(ZebraError, match=f"line 1 is not a row of results: the column {column}"):
+    with pytest.raises(ZebraError, match=f"line 1 is not a result: the column {column}"):
         read_results(tmp_path / "results.jsonl")
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(ZebraError, match="no file of rows at"):
+        with pytest.raises(ZebraError, match="no file of results at"):
             read_results(path)
 
 
@@ -159,9 +160,9 @@ def test_no_file_is_refused(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "Expecting"),
-        ("5", "not a row"),
-        ("null", "not a row"),
-        ('["run"]', "not a row"),
+        ("5", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ('["run"]', "not a JSON object"),
         ("{}", r"no columns \['run', 'model', 'layout', 'task', 'metric', 'value'\]"),
         (json.dumps(COLUMNS), r"no columns \['value'\]"),
         (json.dumps(COLUMNS | {"value": 1, "lenght": 5}), r"unknown columns \['lenght'\]"),
@@ -173,13 +174,13 @@ def test_a_broken_line_is_refused_with_its_place(tmp_path: Path, line: str, mess
     path.write_text(row().json() + "\n\n" + line + "\n")
     with pytest.raises(ZebraError, match=message) as refused:
         read_results(path)
-    assert f"{path}, line 3 is not a row of results" in str(refused.value)
+    assert f"{path}, line 3 is not a result" in str(refused.value)
 
 
 def test_all_broken_lines_are_named(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join([row().json(), "{", row().json(), "5", "{}"]))
-    with pytest.raises(ZebraError, match=r"line 2 is not a row of results: .*\. Nor are 2 others: lines 4, 5\."):
+    with pytest.raises(ZebraError, match=r"line 2 is not a result: .*\. Nor are 2 others: lines 4, 5\."):
         read_results(path)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from zebra.kernels import KERNELS, Mask, Request
-from zebra.results import versions
+from zebra.provenance import versions
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def writing(wanted: bool) -> Iterator[Callable[[str], None] | None]:
 def generated(made: Generated, decoding: dict[str, Any], as_json: bool) -> None:
     """What was generated, or, where the text was written already, how long it took."""
     if as_json:
-        from zebra.results import git_commit, versions
+        from zebra.provenance import git_commit, versions
 
         counts = {"new_tokens": len(made.tokens), "tokens_per_second": made.tokens_per_second}
         json(asdict(made) | counts | {"decoding": decoding, "versions": versions(), "commit": git_commit()})

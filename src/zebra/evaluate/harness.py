@@ -27,7 +27,8 @@ from zebra.evaluate.tasks import OWN, check_own, configuration, own_tasks
 from zebra.model.load_options import LoadOptions
 from zebra.model.local import local_of
 from zebra.progress import console
-from zebra.results import Result, versions
+from zebra.provenance import versions
+from zebra.results import Result
 
 _SHARES = ("acc", "acc_norm", "accuracy", "exact_match", "em")
 _ROOM = 256

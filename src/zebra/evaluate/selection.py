@@ -38,7 +38,8 @@ from zebra.plan.budget import Budget
 from zebra.plan.cost import BYTES, Run
 from zebra.plan.decoder import decoder
 from zebra.progress import bar, console
-from zebra.results import Result, versions, write_results
+from zebra.provenance import versions
+from zebra.results import Result, write_results
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 ORDERS = ("greedy", "once")

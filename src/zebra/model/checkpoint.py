@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 from zebra.errors import ZebraError
 from zebra.model.families import host_class, ignores_layer_types, route, stripes_of
 from zebra.model.local import Local, layout_with
-from zebra.results import git_commit, versions
+from zebra.provenance import git_commit, versions
 
 
 def read_config(path: str | os.PathLike[str], *, routed: bool = True) -> PreTrainedConfig:

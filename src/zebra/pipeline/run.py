@@ -31,7 +31,7 @@ from zebra.model.checkpoint import digest, read_local
 from zebra.pipeline.recipe import Stage
 from zebra.pipeline.stages import Work, perform, rehearse
 from zebra.progress import console
-from zebra.results import versions
+from zebra.provenance import versions
 from zebra.train.directory import flat
 
 # What a stage depends on, and what it made

@@ -19,8 +19,8 @@ from zebra.report import (
     benches,
     compare,
     lengths,
+    method,
     page,
-    provenance,
     retrieval,
     sections,
     selection,
@@ -85,8 +85,8 @@ def write_report(rows: Sequence[Result], html: Path, *, title: str | None = None
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
-        provenance.method(everything),
-        provenance.others([*kinds["other"], *selection.rest(kinds["selection"])]),
+        method.method(everything),
+        method.others([*kinds["other"], *selection.rest(kinds["selection"])]),
     ]
     parts = [section for section in parts if section.blocks]
     for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):

@@ -1,0 +1,50 @@
+"""Where a result comes from: the versions of the libraries and the commit of zebra that produced it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+_DISTRIBUTIONS = {
+    "zebra": "zebra-llm",
+    "torch": "torch",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "trl": "trl",
+}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that a result depends on; libraries not installed are left out."""
+    installed = {"python": platform.python_version()}
+    for name, distribution in _DISTRIBUTIONS.items():
+        try:
+            installed[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, 12 digits, with a `+` if it has uncommitted changes.
+
+    None where the package is installed, or where git is not.
+    """
+    try:
+        tracked = _git("ls-files", "--error-unmatch", __file__)
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        changes = _git("diff", "--quiet", "HEAD")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if tracked.returncode or commit.returncode:
+        return None
+    return commit.stdout.decode().strip() + ("+" if changes.returncode else "")
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, timeout=10)
