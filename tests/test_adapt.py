@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
 from zebra import ZebraError
-from zebra.model.checkpoint import read_local
-from zebra.model.local import Local
+from zebra.model.checkpoint import read_local_attention
+from zebra.model.local import LocalAttention
 from zebra.results import Result, read_results
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
@@ -399,9 +399,9 @@ def test_sinks_are_trained_with_and_kept(lora: dict[str, Any] | None, tmp_path: 
     local = sum(min(i + 1, 33) + min(2, max(0, i - 32)) for i in range(300))
     assert pairs["GLLL:33+2"] == 2 * 300 * 301 // 2 + 3 * local
     left = tmp_path / "run" / ("base" if lora and not lora["merge"] else "model")
-    assert read_local(left) == Local(2)
+    assert read_local_attention(left) == LocalAttention(2)
     if lora is None:
-        assert read_local(tmp_path / "run" / "checkpoints" / "checkpoint-1") == Local(2)
+        assert read_local_attention(tmp_path / "run" / "checkpoints" / "checkpoint-1") == LocalAttention(2)
     without = adapt(recipe(tmp_path / "without", stripes="GLLL:33", train=train, evaluate=None, lora=lora))
     assert losses(without) != losses(rows)
 

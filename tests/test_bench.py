@@ -26,7 +26,7 @@ from zebra.cli import main
 from zebra.errors import ZebraError
 from zebra.kernels.precision import fast_float32
 from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache
-from zebra.model.self_extend import Rope, bounded_cache, extend
+from zebra.model.self_extend import GroupedRotation, bounded_cache, set_self_extend
 from zebra.plan import devices
 from zebra.positions import SelfExtend
 from zebra.provenance import git_commit
@@ -323,8 +323,10 @@ def test_the_gate_of_self_extend_sees_another_setting(
     small = replace(SELF_EXTEND, length=107)
     assert getattr(extended, part)(small, one) < 1e-5
     if one is not None:
-        monkeypatch.setattr(Rope, "key_turn", lambda rope, places, total, dtype: places.query)
-        monkeypatch.setattr(extended, "extend", lambda model, setting: extend(model, replace(setting, group=3)))
+        monkeypatch.setattr(GroupedRotation, "key_turn", lambda rope, places, total, dtype: places.query)
+        monkeypatch.setattr(
+            extended, "set_self_extend", lambda model, setting: set_self_extend(model, replace(setting, group=3))
+        )
         assert getattr(extended, part)(small, one) > pairing.TOLERANCE["float32"]
 
 

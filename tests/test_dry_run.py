@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 import zebra
 from zebra import ZebraError
-from zebra.model.families import host_class
+from zebra.model.families import model_class
 from zebra.plan.shapes import SHAPES, shape
 from zebra.stripes import Stripes
 from zebra.train.adapt import adapt
@@ -40,7 +40,7 @@ PUBLISHED = {
 def test_a_shape_has_the_parameters_that_were_published(name: str) -> None:
     config = AutoConfig.for_model(**shape(name))
     with torch.device("meta"):
-        model = host_class(config)(config)
+        model = model_class(config)(config)
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
 
 
@@ -117,7 +117,7 @@ def test_a_big_recipe_takes_a_step_with_two_layers_of_its_real_width(path: Path,
     fields: dict[str, Any] = shape(asked.shape) | {"num_hidden_layers": 2, "vocab_size": 512, "dtype": "bfloat16"}
     fields |= {"bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model(**fields)
-    model = host_class(config)._from_config(config, dtype=torch.bfloat16)
+    model = model_class(config)._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (STORIES / name).exists():

@@ -25,7 +25,7 @@ from zebra.evaluate.documents import Options, Outcome, answered, evaluate_docume
 from zebra.evaluate.overlap import Overlap
 from zebra.evaluate.prompts import Prompts
 from zebra.evaluate.target import EvalTarget
-from zebra.generation import continued
+from zebra.generation import generate_tokens
 from zebra.report import write_report
 from zebra.results import read_results
 
@@ -138,7 +138,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 def test_a_batch_of_several_lengths_answers_as_each_alone(model: Any, tokenizer: Any) -> None:
     prompts = [tokenizer(tale)["input_ids"][:n] for tale, n in zip(TALES, (150, 90, 160, 3), strict=False)]
-    alone = [continued(model, tokenizer, torch.tensor([ids]), max_new_tokens=12)[0] for ids in prompts]
+    alone = [generate_tokens(model, tokenizer, torch.tensor([ids]), max_new_tokens=12)[0] for ids in prompts]
     expected = [tokenizer.decode(new, skip_special_tokens=True).strip() for new in alone]
     for batch_tokens in (1000, 100):
         assert answered(model, tokenizer, prompts, answer_tokens=12, batch_tokens=batch_tokens) == expected

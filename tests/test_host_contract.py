@@ -23,10 +23,10 @@ from zebra.kernels import attend
 from zebra.model import attention
 from zebra.model.attention import IGNORED_KWARGS, NAME, zebra_attention
 from zebra.model.cache import ExtendedLayer
-from zebra.model.families import ROUTES, host_class, route, striped
+from zebra.model.families import ROUTES, model_class, route, with_stripes
 from zebra.model.loss import head_of, without_logits
-from zebra.model.self_extend import bounded_cache, extend
-from zebra.model.self_extend.formula import by_formula
+from zebra.model.self_extend import bounded_cache, set_self_extend
+from zebra.model.self_extend.formula import formula_logits
 from zebra.stripes import Stripes
 
 LAYOUT = "GLLL:9"
@@ -35,9 +35,9 @@ WINDOW = 9
 
 def tiny(member: str) -> Any:
     """A tiny striped model of the member's target class, with random weights."""
-    config = striped(tiny_config(member), Stripes.parse(fitting(member, LAYOUT)))
+    config = with_stripes(tiny_config(member), Stripes.parse(fitting(member, LAYOUT)))
     torch.manual_seed(7)
-    return host_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32).eval()
+    return model_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32).eval()
 
 
 IDS = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -199,7 +199,7 @@ def test_a_refused_family_is_one_that_transformers_has(family: str) -> None:
 def names(model_type: str, **changes: Any) -> set[str]:
     config = AutoConfig.for_model(model_type, **(SHAPE | changes))
     with torch.device("meta"):
-        return {f"{name} {tuple(t.shape)}" for name, t in host_class(config)(config).state_dict().items()}
+        return {f"{name} {tuple(t.shape)}" for name, t in model_class(config)(config).state_dict().items()}
 
 
 def test_granite_swa_wants_sinks_that_granite_lacks() -> None:
@@ -221,9 +221,9 @@ def test_a_layer_that_changes_its_kind_changes_its_rope(family: str) -> None:
     """Why these families keep their kinds: moved layers change even inputs within the window."""
     config = tiny_config(family)
     torch.manual_seed(7)
-    source = host_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32).eval()
+    source = model_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32).eval()
     moved = type(config)(**(config.to_dict() | {"layer_types": ["full_attention"] * 5}))
-    other = host_class(moved)._from_config(moved, attn_implementation=NAME, dtype=torch.float32).eval()
+    other = model_class(moved)._from_config(moved, attn_implementation=NAME, dtype=torch.float32).eval()
     other.load_state_dict(source.state_dict())
     short = IDS[:, :WINDOW]
     assert (source(short).logits - other(short).logits).abs().max() > 1e-3
@@ -248,9 +248,9 @@ def test_a_mask_of_one_row_serves_a_batch(family: str) -> None:
 
 def test_a_window_of_one_is_wrong_in_the_hosts_cache_alone() -> None:
     """Its slice by -(window - 1) keeps everything. When this fails, our cache need not mend it."""
-    config = striped(tiny_config("llama"), Stripes.parse("GL:1"))
+    config = with_stripes(tiny_config("llama"), Stripes.parse("GL:1"))
     torch.manual_seed(7)
-    model = host_class(config)._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = model_class(config)._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     cache = DynamicCache(config=config)
     for t in range(12):
         model(IDS[:1, t : t + 1], past_key_values=cache, use_cache=True)
@@ -321,16 +321,16 @@ def test_a_host_hands_keys_through_the_cache_unread_and_turns_by_halves(family: 
     """All that Self-Extend asks of a host: it equals its dense formula, with the cache and without."""
     model = tiny_model(family)
     model.set_attn_implementation(NAME)
-    extend(model, SelfExtend(3, 7))
+    set_self_extend(model, SelfExtend(3, 7))
     whole = model(IDS, use_cache=False).logits
-    with by_formula(model, SelfExtend(3, 7)) as formula:
+    with formula_logits(model, SelfExtend(3, 7)) as formula:
         wanted = formula(IDS)
     assert (whole - wanted).abs().max() <= 2e-5 * wanted.abs().max()
     cache = bounded_cache(model)
     parts = [model(part, past_key_values=cache, use_cache=True).logits for part in IDS.split([13, 1, 20, 6], dim=1)]
     assert (torch.cat(parts, dim=1) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
     assert any(isinstance(layer, ExtendedLayer) for layer in cache.layers)
-    with by_formula(model, None) as formula:
+    with formula_logits(model, None) as formula:
         assert (whole - formula(IDS)).abs().max() > 1e-3 * wanted.abs().max()
 
 
@@ -348,7 +348,7 @@ def test_the_head_of_a_family_without_a_route_is_the_hosts(family: str) -> None:
 
 
 def test_the_hosts_angles_are_taken_in_float32() -> None:
-    """`turn_between` repeats them."""
+    """`rotation_between` repeats them."""
     rotary = tiny_model("llama", head_dim=16).double().model.rotary_emb
     positions = torch.arange(100_000, 100_030)[None]
     cos, _ = rotary(torch.zeros(1, dtype=torch.float64), positions)

@@ -32,7 +32,7 @@ def test_from_any_layer_on_equals_the_whole_forward(member: str, checkpoints: Ca
     for start in range(LAYERS):
         for kinds in (base, base[:start] + "L" * (LAYERS - start), base[:start] + "GLGLG"[start:]):
             whole = layers.states(ids, kinds)
-            assert torch.equal(layers.resumed(ids, kinds, start, kept[start]), whole[-1])
+            assert torch.equal(layers.resume(ids, kinds, start, kept[start]), whole[-1])
             assert all(torch.equal(*pair) for pair in zip(whole[: start + 1], kept, strict=False))
     assert not torch.equal(layers.states(ids, "LLLLL")[-1], kept[-1])
 
@@ -56,11 +56,11 @@ def test_the_model_comes_back_as_it_was(checkpoints: Callable[..., Path], monkey
     modules, before = list(model.modules()), model(ids).logits
     layers = Layerwise(model, window=7)
     kept = layers.states(ids, "GGGGG")
-    layers.resumed(ids, "GGGLG", 3, kept[3])
+    layers.resume(ids, "GGGLG", 3, kept[3])
     with monkeypatch.context() as broken:
         broken.setattr(type(model.get_decoder().layers[4]), "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            layers.resumed(ids, "GGGLG", 3, kept[3])
+            layers.resume(ids, "GGGLG", 3, kept[3])
         with pytest.raises(ZeroDivisionError):
             layers.states(ids, "GGGLG")
     assert [name for name, _ in model.named_modules()] == names
@@ -77,14 +77,14 @@ def test_layers_before_the_start_are_not_run(checkpoints: Callable[..., Path]) -
     layers = Layerwise(model, window=7)
     kept = layers.states(tokens(), "GGGGG")
     ran.clear()
-    layers.resumed(tokens(), "GGGLG", 3, kept[3])
+    layers.resume(tokens(), "GGGLG", 3, kept[3])
     assert ran == [3, 4]
 
 
 def test_what_cannot_be_toggled_is_refused() -> None:
     with pytest.raises(ZebraError, match="got sdpa"):
         Layerwise(AutoModelForCausalLM.from_pretrained(STORIES), window=7)
-    with pytest.raises(ZebraError, match="got Extension"):
+    with pytest.raises(ZebraError, match="got SelfExtendAttention"):
         Layerwise(zebra.load(STORIES, self_extend="4:64"), window=7)
     model: Any = tiny_model("gpt_neox")
     del model.get_decoder().layers

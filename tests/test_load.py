@@ -23,7 +23,7 @@ from zebra import Stripes, ZebraError
 from zebra.model import families
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer, read_config
-from zebra.model.families import Route, layout, striped, stripes_of
+from zebra.model.families import Route, layout, stripes_of, with_stripes
 from zebra.model.load import read_device, read_dtype
 
 IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
@@ -165,7 +165,7 @@ def test_a_converted_checkpoint_can_be_striped_anew(tmp_path: Path) -> None:
 def test_stripes_of_reads_back_what_striped_wrote(member: str) -> None:
     for notation in ("GLLL:9", "LG:3", "1:7", "L:5"):
         wanted = Stripes.parse(fitting(member, notation))
-        found = stripes_of(striped(tiny_config(member), wanted))
+        found = stripes_of(with_stripes(tiny_config(member), wanted))
         assert found is not None
         assert found.layer_types(5) == wanted.layer_types(5)
         assert found.window == wanted.window
@@ -336,49 +336,50 @@ def test_a_family_whose_class_this_transformers_lacks(monkeypatch: pytest.Monkey
     row = Route("qwen3", "of_tomorrow", "it reads layer_types")
     monkeypatch.setattr(families, "ROUTES", (row,))
     with refused(f"runs as of_tomorrow, which transformers {transformers.__version__} does not have; install a newer"):
-        striped(tiny_config("qwen3"), Stripes.parse("GL:9"))
+        with_stripes(tiny_config("qwen3"), Stripes.parse("GL:9"))
 
 
 def test_the_first_row_that_takes_a_llama_serves_it() -> None:
     made = {
-        biased: striped(tiny_config("llama", attention_bias=biased), Stripes.parse("GL:9")) for biased in (False, True)
+        biased: with_stripes(tiny_config("llama", attention_bias=biased), Stripes.parse("GL:9"))
+        for biased in (False, True)
     }
     assert [made[biased].model_type for biased in (False, True)] == ["cwm", "smollm3"]
     assert made[True].no_rope_layers == [1] * 5
     # cwm would bring its own tokens
-    assert striped(tiny_config("llama", bos_token_id=None), Stripes.parse("GL:9")).model_type == "smollm3"
+    assert with_stripes(tiny_config("llama", bos_token_id=None), Stripes.parse("GL:9")).model_type == "smollm3"
     with refused("no bos_token_id or no eos_token_id: cwm would bring its own"):
-        striped(tiny_config("mistral", eos_token_id=None), Stripes.parse("GL:9"))
+        with_stripes(tiny_config("mistral", eos_token_id=None), Stripes.parse("GL:9"))
 
 
 def test_a_bidirectional_model() -> None:
     with refused("it has bidirectional attention"):
-        striped(tiny_config("gemma2", use_bidirectional_attention=True), Stripes.parse("GL:9"))
+        with_stripes(tiny_config("gemma2", use_bidirectional_attention=True), Stripes.parse("GL:9"))
 
 
 @pytest.mark.parametrize("member", sorted(FIXED))
 def test_layers_whose_rope_depends_on_their_kind_keep_it(member: str) -> None:
     kept = Stripes.parse(fitting(member, "GLLL:9"))
-    assert striped(tiny_config(member), kept).sliding_window == 9
+    assert with_stripes(tiny_config(member), kept).sliding_window == 9
     with refused("only the window may change; GLLL:9 moves layers. Use .*:9"):
-        striped(tiny_config(member), Stripes.parse("GLLL:9"))
+        with_stripes(tiny_config(member), Stripes.parse("GLLL:9"))
 
 
 def test_one_rope_for_both_kinds_lets_layers_move() -> None:
     """Olmo 3 and Gemma 3 write a rope for each kind; they may be the same."""
     rope = {kind: {"rope_type": "default", "rope_theta": 5e3} for kind in ("full_attention", "sliding_attention")}
-    assert layout(striped(tiny_config("gemma3_text", rope_parameters=rope), Stripes.parse("GLLL:9"))) == "GLLL:9"
+    assert layout(with_stripes(tiny_config("gemma3_text", rope_parameters=rope), Stripes.parse("GLLL:9"))) == "GLLL:9"
 
 
 def test_qwen3_moe_becomes_mellum_with_the_same_layers_of_experts(tmp_path: Path) -> None:
     config = tiny_config("qwen3_moe", mlp_only_layers=[3], decoder_sparse_step=2)
-    assert striped(config, Stripes.parse("GL:9")).mlp_layer_types == ["dense", "sparse", "dense", "dense", "dense"]
+    assert with_stripes(config, Stripes.parse("GL:9")).mlp_layer_types == ["dense", "sparse", "dense", "dense", "dense"]
 
 
 def test_quantised_weights() -> None:
     config = tiny_config("gpt_oss", quantization_config={"quant_method": "mxfp4"})
     with refused("it has quantised weights, which were not tried"):
-        striped(config, Stripes.parse("GL:9"))
+        with_stripes(config, Stripes.parse("GL:9"))
 
 
 @pytest.mark.parametrize("member", ["granite_swa", "gpt_oss"])
@@ -443,7 +444,7 @@ def test_a_failure_in_the_middle_leaves_no_target(tmp_path: Path, monkeypatch: p
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zebra.model.load.write_card", fail)
+    monkeypatch.setattr("zebra.model.load.write_zebra_json", fail)
     with pytest.raises(OSError, match="No space"):
         zebra.convert(STORIES, tmp_path / "out", "GL:9")
     assert tree(tmp_path) == set()

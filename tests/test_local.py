@@ -21,12 +21,12 @@ import zebra
 from zebra import SelfExtend, Stripes, ZebraError
 from zebra.kernels import Mask, attend
 from zebra.model.cache import SinkKeys, SinkLayer, StripedCache, WholeLayer
-from zebra.model.checkpoint import read_local
-from zebra.model.load_options import described
-from zebra.model.local import Local, local_of
+from zebra.model.checkpoint import read_local_attention
+from zebra.model.load_options import loaded_layout_name
+from zebra.model.local import LocalAttention, local_attention_of
 from zebra.model.override import get_override, overriding_attention
-from zebra.model.self_extend import Extension, bounded_cache
-from zebra.model.self_extend.formula import by_formula
+from zebra.model.self_extend import SelfExtendAttention, bounded_cache
+from zebra.model.self_extend.formula import formula_logits
 from zebra.model.verify import verify
 from zebra.plan import cost, memory
 from zebra.plan.decoder import decoder
@@ -80,7 +80,7 @@ class Naive:
 
 
 def naively(model: Any) -> Any:
-    local = [m for m in model.modules() if isinstance(get_override(m), Local)]
+    local = [m for m in model.modules() if isinstance(get_override(m), LocalAttention)]
     assert len(local) == 3 or model.config.model_type not in ("cwm", "qwen2", "qwen3")
     return overriding_attention(local, Naive())
 
@@ -100,7 +100,7 @@ def test_law_1_sinks_change_nothing_within_the_window_and_as_long_as_the_text_ma
     ids = tokens(2, 40)
     sunken = zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT))
     without = zebra.load(checkpoints(family), stripes=fitting(family, f"GLLL:{WINDOW}"))
-    assert local_of(sunken) == Local(SINKS)
+    assert local_attention_of(sunken) == LocalAttention(SINKS)
     assert off(logits(sunken, ids[:, :WINDOW]), logits(without, ids[:, :WINDOW])) == 0
     assert off(logits(sunken, ids), logits(without, ids)) > 1e-3
     every = zebra.load(checkpoints(family), stripes=fitting(family, f"GLLL:{WINDOW}+40"))
@@ -161,9 +161,9 @@ def test_law_4_gradients_equal_one_softmax_through_a_whole_model(checkpoints: Ma
 def test_with_self_extend_both_equal_the_formula(checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints("llama"), stripes=LAYOUT, self_extend="3:7")
     kinds = [type(get_override(layer.self_attn)) for layer in model.model.layers]
-    assert kinds == [Extension, Local, Local, Local, Extension]
+    assert kinds == [SelfExtendAttention, LocalAttention, LocalAttention, LocalAttention, SelfExtendAttention]
     ids = tokens(1, 200)
-    with by_formula(model, SelfExtend(3, 7)) as formula:
+    with formula_logits(model, SelfExtend(3, 7)) as formula:
         wanted = formula(ids)
     assert off(logits(model, ids), wanted) < 2e-5
     assert off(in_parts(model, ids, [50, 1, 1, 100, 48]), wanted) < 2e-5
@@ -269,7 +269,7 @@ def test_verify_would_see_that_sinks_are_lost(
     checkpoints: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zebra.convert(checkpoints("llama"), tmp_path / "out", LAYOUT, full_decode=True)
-    monkeypatch.setattr("zebra.model.load.localise", lambda model, local: None)
+    monkeypatch.setattr("zebra.model.load.set_local_attention", lambda model, local: None)
     checks = verify(tmp_path / "out", checkpoints("llama"))
     assert [check.name for check in checks if not check.passed] == ["long, zebra"]
 
@@ -338,26 +338,26 @@ def test_zebra_json_keeps_them_and_loading_restores_them(
     assert (card["sinks"], card["full_decode"], card["layout"]) == (3, True, LAYOUT + ", full decode")
     assert "sink" not in (tmp_path / "one" / "config.json").read_text()
     model = zebra.load(tmp_path / "one")
-    assert local_of(model) == Local(3, True)
-    assert described(model, "yarn:8") == f"{LAYOUT} yarn:8, full decode"
+    assert local_attention_of(model) == LocalAttention(3, True)
+    assert loaded_layout_name(model, "yarn:8") == f"{LAYOUT} yarn:8, full decode"
     changed = {
-        f"GLLL:{WINDOW}": (zebra.load(tmp_path / "one", stripes=f"GLLL:{WINDOW}"), Local(0, True)),
-        LAYOUT: (zebra.load(tmp_path / "one", full_decode=False), Local(3)),
-        "G": (zebra.load(tmp_path / "one", stripes="G:9"), Local()),
+        f"GLLL:{WINDOW}": (zebra.load(tmp_path / "one", stripes=f"GLLL:{WINDOW}"), LocalAttention(0, True)),
+        LAYOUT: (zebra.load(tmp_path / "one", full_decode=False), LocalAttention(3)),
+        "G": (zebra.load(tmp_path / "one", stripes="G:9"), LocalAttention()),
     }
-    assert all(local_of(found) == wanted for found, wanted in changed.values())
+    assert all(local_attention_of(found) == wanted for found, wanted in changed.values())
     wide = zebra.load(tmp_path / "one", window=20)
-    assert described(wide) == "GLLL:20+3, full decode"
+    assert loaded_layout_name(wide) == "GLLL:20+3, full decode"
     with caplog.at_level(logging.WARNING):
         wide.save_pretrained(tmp_path / "two")
     assert "config.json cannot say 3 sinks" in caplog.messages[-1]
     again = zebra.load(tmp_path / "two")
-    assert described(again) == described(wide)
+    assert loaded_layout_name(again) == loaded_layout_name(wide)
     ids = tokens(1, 60)
     assert off(logits(again, ids), logits(wide, ids)) == 0
     assert off(logits(again, ids), logits(model, ids)) > 1e-3
     zebra.load(tmp_path / "two", stripes="GLLL:9", full_decode=False).save_pretrained(tmp_path / "two")
-    assert read_local(tmp_path / "two") == Local()
+    assert read_local_attention(tmp_path / "two") == LocalAttention()
     zebra.load(checkpoints("llama"), stripes="GLLL:9").save_pretrained(tmp_path / "three")
     assert not (tmp_path / "three" / "zebra.json").exists()
 

@@ -22,7 +22,7 @@ from zebra.cli import main
 from zebra.masks import beyond, causal, within
 from zebra.model import loss
 from zebra.model.cache import StripedCache
-from zebra.model.families import host_class, striped, stripes_of
+from zebra.model.families import model_class, stripes_of, with_stripes
 from zebra.plan import cost, decoder, devices, fit, memory, sheet
 from zebra.plan.cost import Run
 from zebra.plan.shapes import SHAPES, shape
@@ -91,7 +91,7 @@ def test_built_in_models_have_the_published_parameters(name: str) -> None:
 def test_parameters_and_layout_are_the_hosts(member: str, tied: bool) -> None:
     config, found = tiny(member, tie_word_embeddings=tied)
     with torch.device("meta"):
-        model = host_class(config)(config)
+        model = model_class(config)(config)
     assert found.size == sum(p.numel() for p in model.parameters())
     assert found.stripes == stripes_of(config)
     assert found.family in decoder.FAMILIES
@@ -224,7 +224,7 @@ def test_activations_are_what_autograd_keeps(
     sizes = {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 4, "head_dim": 40}
     config, shape = tiny(family, **sizes)
     if kind == LOCAL:
-        config = striped(config, Stripes.parse("L:16"))
+        config = with_stripes(config, Stripes.parse("L:16"))
     grows, _ = dry_run._saved_by_a_layer(asked, config, kind)
     ours = Run(decoder=shape, stripes=None, length=1, dtype=precision, phase="train", lora=lora)
     assert memory.saved_by_a_layer(ours) == pytest.approx(grows, rel=0.01)

@@ -18,8 +18,8 @@ from zebra import ZebraError
 from zebra.data.needles import Needles
 from zebra.evaluate.retrieval import retrieval
 from zebra.model.attention import NAME
-from zebra.model.checkpoint import read_local
-from zebra.model.local import Local
+from zebra.model.checkpoint import read_local_attention
+from zebra.model.local import LocalAttention
 from zebra.results import Result, read_results
 from zebra.train import trainer
 from zebra.train.dry_run import dry_run
@@ -159,7 +159,7 @@ def test_the_first_weights_follow_from_the_seed(few: Path, tmp_path: Path) -> No
 
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     config = config_of(recipe(tmp_path, few, tokenizer=str(STORIES)), tokenizer)
-    one, same, other = (_random(config, Local(), seed).state_dict() for seed in (1, 1, 2))
+    one, same, other = (_random(config, LocalAttention(), seed).state_dict() for seed in (1, 1, 2))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(one[name], same[name])
     assert not torch.equal(one[name], other[name])
@@ -343,7 +343,7 @@ def test_a_model_of_the_study_is_trained(optimizer: str, few: Path, tmp_path: Pa
     assert pairs == {"full": 256 * 257, "GS:32/16 absolute": 256 * 257 // 2 + seen}
     model = zebra.load(tmp_path / "run" / "model")
     assert model.config.attention_kinds == study["attention_kinds"]
-    first = _random(model.config, Local(), asked.train.seed).state_dict()
+    first = _random(model.config, LocalAttention(), asked.train.seed).state_dict()
     assert all(not torch.equal(first[name], tensor) for name, tensor in model.state_dict().items() if "proj" in name)
     found = dry_run(asked).facts
     assert found["positions"] == "absolute"
@@ -354,5 +354,5 @@ def test_sinks_are_trained_with_from_the_first_step(few: Path, tmp_path: Path) -
     train = {"train__steps": 2, "data__recall": None, "evaluate": None}
     rows = pretrain(recipe(tmp_path / "sinks", few, stripes="GL:33+2", **train))
     assert {row.layout for row in rows} == {"GL:33+2", "full"}
-    assert read_local(tmp_path / "sinks" / "model") == Local(2)
+    assert read_local_attention(tmp_path / "sinks" / "model") == LocalAttention(2)
     assert losses(rows) != losses(pretrain(recipe(tmp_path / "without", few, stripes="GL:33", **train)))

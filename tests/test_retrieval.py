@@ -31,7 +31,7 @@ from zebra.evaluate import retrieval as module
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import likelihoods
 from zebra.evaluate.retrieval import evaluate_retrieval, retrieval
-from zebra.generation import continued
+from zebra.generation import generate_tokens
 from zebra.report import write_report
 from zebra.report.series import percent
 from zebra.results import Result, read_results, write_results
@@ -160,9 +160,9 @@ def _equal_whole_texts(model: Any, samples: list[Sample], batch_tokens: int) -> 
 def test_a_batch_goes_on_as_each_alone(striped: Any, tokenizer: Any, needles: Needles) -> None:
     samples = needles.samples("passkey", length=300, depth=0.5, count=3)
     ids = torch.tensor([sample.ids for sample in samples])
-    together = continued(striped, tokenizer, ids, max_new_tokens=12)
-    assert together == [continued(striped, tokenizer, row[None], max_new_tokens=12)[0] for row in ids]
-    assert together == continued(striped, tokenizer, ids, max_new_tokens=12, prefill_chunk=64)
+    together = generate_tokens(striped, tokenizer, ids, max_new_tokens=12)
+    assert together == [generate_tokens(striped, tokenizer, row[None], max_new_tokens=12)[0] for row in ids]
+    assert together == generate_tokens(striped, tokenizer, ids, max_new_tokens=12, prefill_chunk=64)
 
 
 def test_an_answer_counts_where_the_continuation_has_it(

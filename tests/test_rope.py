@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import zebra
 from zebra import ZebraError
 from zebra.model.checkpoint import read_config
-from zebra.model.families import striped
+from zebra.model.families import with_stripes
 from zebra.model.rope import Rope, changes_with_length
 from zebra.stripes import Stripes
 
@@ -81,7 +81,7 @@ def test_the_host_takes_what_is_written(member: str, text: str) -> None:
     rope = Rope.parse(text)
     source = tiny_config(member)
     stripes = Stripes.of(source.layer_types, 9) if member in ("gemma3_text", "mellum") else Stripes.parse("GLLL:9")
-    before = striped(source, stripes)
+    before = with_stripes(source, stripes)
     made = rope.changed(before)
     assert made.max_position_embeddings == (TRAINED if rope.kind == "base" else 8 * TRAINED)
     assert made.model_type == before.model_type
@@ -94,7 +94,7 @@ def test_the_host_takes_what_is_written(member: str, text: str) -> None:
         found = made.rope_parameters
     if rope.kind in ("yarn", "llama3"):
         assert found["original_max_position_embeddings"] == TRAINED
-    assert before.rope_parameters == striped(source, stripes).rope_parameters  # nothing was changed in place
+    assert before.rope_parameters == with_stripes(source, stripes).rope_parameters  # nothing was changed in place
 
 
 def test_a_rotated_share_of_the_head_stays(checkpoints: Callable[..., Path]) -> None:

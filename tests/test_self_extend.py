@@ -24,8 +24,15 @@ from zebra.kernels.self_extend import extended
 from zebra.model import attention
 from zebra.model.cache import ExtendedLayer, PendingKeys, StripedCache
 from zebra.model.override import get_override
-from zebra.model.self_extend import Extension, attention_layers, bounded_cache, setting_of, turn_between, turned
-from zebra.model.self_extend.formula import by_formula
+from zebra.model.self_extend import (
+    SelfExtendAttention,
+    attention_layers,
+    bounded_cache,
+    rotate,
+    rotation_between,
+    self_extend_of,
+)
+from zebra.model.self_extend.formula import formula_logits
 from zebra.positions import grouped_key, grouped_query, relative
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi", "gpt_oss")
@@ -163,13 +170,15 @@ def test_turning_again_equals_turning_once_however_far(start: int) -> None:
     for new in (grouped_query(host, 8, 64), grouped_key(host, 8)):
         once, _ = apply_rotary_pos_emb(x, x, *rotary(x, new))
         first, _ = apply_rotary_pos_emb(x, x, *rotary(x, host))
-        again = turned(first, turn_between(rotary.inv_freq, host, new, torch.float32))
+        again = rotate(first, rotation_between(rotary.inv_freq, host, new, torch.float32))
         assert (again - once).abs().max() < 1e-6
 
 
 def test_dimensions_without_a_rope_are_left() -> None:
     x = torch.randn(1, 1, 3, 10)
-    new = turned(x, turn_between(torch.tensor([1.0, 0.1]), torch.zeros(1, 3), torch.arange(3.0)[None], torch.float32))
+    new = rotate(
+        x, rotation_between(torch.tensor([1.0, 0.1]), torch.zeros(1, 3), torch.arange(3.0)[None], torch.float32)
+    )
     assert torch.equal(new[..., 4:], x[..., 4:])
     assert not torch.allclose(new[..., 1:, :4], x[..., 1:, :4])
 
@@ -183,7 +192,7 @@ def test_the_formula_without_self_extend_is_the_host(family: str, checkpoints: M
     path = checkpoints(family, **EXACT)
     model = zebra.load(path, self_extend=SETTING)
     plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-    with by_formula(model, None) as formula:
+    with formula_logits(model, None) as formula:
         assert off(formula(tokens(2, 60)), logits(plain, tokens(2, 60))) < 1e-5
 
 
@@ -193,7 +202,7 @@ def test_ropes_that_are_scaled_equal_the_formula(setting: str, rope: str | None,
     model = zebra.load(checkpoints("llama"), self_extend=setting, rope=rope)
     ids = tokens(1, 300)
     found = logits(model, ids)
-    with by_formula(model, setting_of(model)) as formula:
+    with formula_logits(model, self_extend_of(model)) as formula:
         assert off(found, formula(ids)) < 2e-5
 
 
@@ -204,14 +213,14 @@ def test_ropes_that_are_scaled_equal_the_formula(setting: str, rope: str | None,
 def test_a_whole_text_equals_the_formula(family: str, setting: str, checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints(family, **EXACT), self_extend=setting)
     ids = tokens(1, 512)
-    with by_formula(model, setting_of(model)) as formula:
+    with formula_logits(model, self_extend_of(model)) as formula:
         wanted = formula(ids)
     found = logits(model, ids)
     assert off(found, wanted) < (2e-5 if family == "gpt_oss" else 1e-5)  # its experts round too
     plain = AutoModelForCausalLM.from_pretrained(checkpoints(family, **EXACT), attn_implementation="eager")
     unlike = off(logits(plain, ids), wanted)
     assert unlike > 1e-2, "the test would not see a difference"
-    window = setting_of(model).window
+    window = self_extend_of(model).window
     assert torch.equal(found[:, :1], logits(model, ids[:, :1])) or off(found[:, :1], logits(model, ids[:, :1])) < 1e-5
     assert off(logits(model, ids[:, :window]), logits(plain, ids[:, :window])) < 1e-5
 
@@ -221,7 +230,7 @@ def test_in_float64_at_4096_everything_equals_the_formula(checkpoints: MakeCheck
     model = zebra.load(checkpoints("llama", **EXACT), self_extend="16:128", dtype=torch.float64)
     ids = tokens(2, 4096)
     sample = torch.arange(0, 4096, 5)
-    with by_formula(model, setting_of(model)) as formula:
+    with formula_logits(model, self_extend_of(model)) as formula:
         wanted = formula(ids[:1], logits_to_keep=sample)
         second = formula(ids[1:, :3000], logits_to_keep=torch.arange(3000))
     assert off(logits(model, ids[:1], logits_to_keep=sample), wanted) < 1e-5
@@ -248,7 +257,7 @@ def test_greedy_tokens_are_the_formulas(checkpoints: MakeCheckpoint) -> None:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     wanted = ids
-    with by_formula(model, setting_of(model)) as formula:
+    with formula_logits(model, self_extend_of(model)) as formula:
         for _ in range(12):
             wanted = torch.cat([wanted, formula(wanted)[:, -1:].argmax(dim=-1)], dim=1)
     assert found.tolist() == wanted.tolist()
@@ -434,7 +443,7 @@ def test_near_keys_are_exact_and_far_ones_turned(model: Any) -> None:
     assert torch.equal(mine.values, hosts.values)
     host = torch.arange(50)[None]
     frequencies = model.model.rotary_emb.inv_freq
-    wanted = turned(hosts.keys, turn_between(frequencies, host, host // 3, torch.float32))
+    wanted = rotate(hosts.keys, rotation_between(frequencies, host, host // 3, torch.float32))
     assert off(mine.keys, wanted) < 1e-6
 
 
@@ -506,11 +515,11 @@ def test_keys_that_wait_say_who_can_take_them(model: Any, caplog: pytest.LogCapt
 
 def test_with_stripes_only_global_layers_are_extended(checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints("llama"), stripes="GLLG:9", self_extend=SETTING)
-    kinds = [isinstance(get_override(layer.self_attn), Extension) for layer in model.model.layers]
+    kinds = [isinstance(get_override(layer.self_attn), SelfExtendAttention) for layer in model.model.layers]
     assert kinds == [True, False, False, True, True]
     assert [isinstance(layer, ExtendedLayer) for layer in bounded_cache(model).layers] == kinds
     ids = tokens(1, 200)
-    with by_formula(model, setting_of(model)) as formula:
+    with formula_logits(model, self_extend_of(model)) as formula:
         wanted = formula(ids)
     assert off(logits(model, ids), wanted) < 2e-5
     assert off(in_parts(model, bounded_cache(model), ids, [50, 1, 1, 100, 48]), wanted) < 2e-5
@@ -534,8 +543,8 @@ def test_nothing_of_it_is_saved_and_that_is_said(
     assert len(caplog.messages) == 1
     assert "extend" not in (tmp_path / "saved" / "config.json").read_text()
     plain = zebra.load(tmp_path / "saved")
-    assert setting_of(plain) is None
-    assert setting_of(model) == SelfExtend(3, 7)
+    assert self_extend_of(plain) is None
+    assert self_extend_of(model) == SelfExtend(3, 7)
     assert off(logits(plain, tokens(1, 40)), logits(model, tokens(1, 40))) > 1e-2
 
 
@@ -602,7 +611,7 @@ def test_a_host_that_cannot_run_is_refused(checkpoints: MakeCheckpoint) -> None:
 
 
 def test_a_family_without_a_route_is_served_by_self_extend_alone(checkpoints: MakeCheckpoint) -> None:
-    assert setting_of(zebra.load(checkpoints("phi"), self_extend="auto:4096")) == SelfExtend(32, 128)
+    assert self_extend_of(zebra.load(checkpoints("phi"), self_extend="auto:4096")) == SelfExtend(32, 128)
     with pytest.raises(ZebraError, match="cannot be served"):
         zebra.load(checkpoints("phi"), stripes="GL:9", self_extend=SETTING)
 
@@ -730,7 +739,7 @@ def test_a_real_model_goes_on_with_3000_tokens_by_the_formulas_tokens() -> None:
     """The formula reads prompt and new tokens at once: each is the likeliest behind those before."""
     prompt = (TEXT / "tinystories_validation.txt").read_text().replace("<|endoftext|>", "")[:6_150]
     model = zebra.load(STORIES, self_extend="auto:4096", dtype=torch.float64)
-    assert str(setting_of(model)) == "32:128"
+    assert str(self_extend_of(model)) == "32:128"
     options: dict[str, Any] = {"self_extend": "auto:4096", "dtype": "float64", "device": "cpu", "max_new_tokens": 40}
     made = zebra.generate(STORIES, prompt, **options)
     assert made.tokens == zebra.generate(STORIES, prompt, prefill_chunk=512, **options).tokens
@@ -738,7 +747,7 @@ def test_a_real_model_goes_on_with_3000_tokens_by_the_formulas_tokens() -> None:
     assert len(made.tokens) == 40
     ids = torch.tensor([AutoTokenizer.from_pretrained(STORIES)(prompt)["input_ids"] + list(made.tokens)])
     keep = torch.arange(made.prompt_tokens - 1, ids.shape[1] - 1)
-    with by_formula(model, setting_of(model)) as formula:
+    with formula_logits(model, self_extend_of(model)) as formula:
         likeliest = formula(ids, logits_to_keep=keep).argmax(dim=-1)
     assert likeliest[0].tolist() == list(made.tokens)
     assert logits(zebra.load(STORIES), ids, logits_to_keep=keep).argmax(dim=-1)[0].tolist() != list(made.tokens)
@@ -771,7 +780,7 @@ def test_the_oracle_agrees_with_the_map_of_distances() -> None:
 
 def test_attention_of_plain_layers_is_not_touched(checkpoints: MakeCheckpoint) -> None:
     plain = zebra.load(checkpoints("llama"))
-    assert all(not isinstance(get_override(m), Extension) for m in plain.modules())
+    assert all(not isinstance(get_override(m), SelfExtendAttention) for m in plain.modules())
     q = torch.randn(1, 4, 9, 8)
     wanted, _ = attend(q, q[:, :2], q[:, :2], with_lse=False)
     found, _ = attention.zebra_attention(plain.model.layers[0].self_attn, q, q[:, :2], q[:, :2], None)

@@ -22,7 +22,7 @@ from zebra.kernels.summary import formula
 from zebra.model import study
 from zebra.model.families import layout
 from zebra.model.load import convert, load
-from zebra.model.local import Local, layout_with
+from zebra.model.local import LocalAttention, layout_name
 from zebra.model.study import ATTENTIONS, POSITIONS, StudyConfig, StudyForCausalLM, attention_kinds
 from zebra.model.verify import verify
 
@@ -216,7 +216,7 @@ def test_layouts_are_named() -> None:
     assert layout(config("global", "none")) == "full"
     assert layout(config("grouped", "alibi")) == "GL:6"
     assert layout(config("summary", "rotary")) == "SSS:6/3"
-    assert layout_with(config("grouped", "alibi"), Local()) == "GL:6 alibi"
+    assert layout_name(config("grouped", "alibi"), LocalAttention()) == "GL:6 alibi"
 
 
 @pytest.mark.parametrize(

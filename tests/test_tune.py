@@ -28,7 +28,7 @@ from zebra.data.corpus import Corpus
 from zebra.data.mixture import Source, keep, mix
 from zebra.evaluate.answers import answer_losses
 from zebra.model.attention import NAME
-from zebra.model.families import host_class, striped
+from zebra.model.families import model_class, with_stripes
 from zebra.model.loss import IGNORE
 from zebra.results import Result, read_results
 from zebra.stripes import Stripes
@@ -173,9 +173,9 @@ def packed(lengths: list[int], row: int) -> tuple[AnswerRows, Tokens]:
 def test_packed_conversations_equal_single_ones(family: str) -> None:
     """Through trl's collator and a striped model: logits in float64, and the labels of the answers alone."""
     rows, tokens = packed([5, 30, 41, 1, 17, 44, 23], 80)
-    config = striped(tiny_config(family), Stripes.parse("GLLL:9"))
+    config = with_stripes(tiny_config(family), Stripes.parse("GLLL:9"))
     torch.manual_seed(7)
-    model = host_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float64).eval()
+    model = model_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float64).eval()
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     batch = collate([as_dataset(rows)[i] for i in range(len(rows))])
     with torch.no_grad():

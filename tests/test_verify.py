@@ -160,7 +160,7 @@ def test_stripes_and_self_extend_are_verified_together(converted: Path) -> None:
 
 
 def unturned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "turned", lambda states, turn: states)
+    monkeypatch.setattr(extension, "rotate", lambda states, turn: states)
 
 
 def no_shift(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +168,8 @@ def no_shift(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_little_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = extension.turned
-    monkeypatch.setattr(extension, "turned", lambda states, turn: real(states, turn) * (1 + 3e-5))
+    real = extension.rotate
+    monkeypatch.setattr(extension, "rotate", lambda states, turn: real(states, turn) * (1 + 3e-5))
 
 
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.load_options import LoadOptions
 from zebra.model.rope import as_rope, refuse_cache
-from zebra.model.self_extend import refuse_off_the_table, setting_of
+from zebra.model.self_extend import check_learned_positions, self_extend_of
 from zebra.positions import SelfExtend
 from zebra.progress import bar
 
@@ -88,7 +88,7 @@ class Decoding:
         if not all(self.stop):
             raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
 
-    def as_host(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    def to_generation_config(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
         """In the host's words, neutral where nothing was asked: the host fills gaps from the checkpoint's defaults."""
         drawn = self.temperature > 0
         ends = _ends(model, tokenizer)
@@ -186,15 +186,15 @@ def generate(
         source, config = model, loading.config(model)
     refuse_cache(config, "generating")
     tokenizer = tokenizer or load_tokenizer(source, config)
-    inputs = encoded(prompt, tokenizer, chat)
-    refuse_off_the_table(config, inputs["input_ids"].shape[1] + chosen.max_new_tokens - 1)
-    setting = loading.self_extend_setting(config) if ready is None else setting_of(ready)
+    inputs = encode_prompt(prompt, tokenizer, chat)
+    check_learned_positions(config, inputs["input_ids"].shape[1] + chosen.max_new_tokens - 1)
+    setting = loading.self_extend_setting(config) if ready is None else self_extend_of(ready)
     if setting is not None or as_rope(loading.rope).kind != "base":
         _warn_beyond(config, setting, inputs["input_ids"].shape[1], chosen.max_new_tokens)
     return _run(ready or loading.model(source), tokenizer, inputs, chosen, on_text)
 
 
-def encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
     """A prompt as tokens (1, T), `input_ids` and `attention_mask`, in the chat template where it is asked for.
 
     Raises:
@@ -216,7 +216,7 @@ def encoded(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict
     return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
-def continued(
+def generate_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
@@ -237,7 +237,7 @@ def continued(
         host: Any = model.generate(
             ids,
             attention_mask=torch.ones_like(ids) if there is None else there,
-            generation_config=chosen.as_host(model, tokenizer),
+            generation_config=chosen.to_generation_config(model, tokenizer),
             tokenizer=tokenizer,
         )
     return host.sequences[:, ids.shape[1] :].tolist()
@@ -260,7 +260,7 @@ def _run(
             host: Any = model.generate(
                 ids,
                 attention_mask=inputs["attention_mask"].to(model.device),
-                generation_config=decoding.as_host(model, tokenizer),
+                generation_config=decoding.to_generation_config(model, tokenizer),
                 tokenizer=tokenizer,
                 streamer=writer if streams else None,
                 stopping_criteria=[clock],

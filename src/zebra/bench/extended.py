@@ -28,8 +28,16 @@ from zebra.model.attention import NAME, zebra_attention
 from zebra.model.cache import ExtendedLayer, GrowingLayer
 from zebra.model.load import read_device, read_dtype
 from zebra.model.override import set_override
-from zebra.model.self_extend import Extension, Layer, Rope, bounded_cache, extend, turn_between, turned
-from zebra.model.self_extend.formula import Formula, by_formula
+from zebra.model.self_extend import (
+    AttentionLayer,
+    GroupedRotation,
+    SelfExtendAttention,
+    bounded_cache,
+    rotate,
+    rotation_between,
+    set_self_extend,
+)
+from zebra.model.self_extend.formula import Formula, formula_logits
 from zebra.plan.devices import Device
 from zebra.positions import SelfExtend, grouped_key, grouped_query
 
@@ -92,7 +100,9 @@ def _module(sizes: Extended, setting: SelfExtend | None) -> Any:
     """What stands for a layer's attention module, with Self-Extend hung on it."""
     module: Any = nn.Module()
     if setting is not None:
-        set_override(module, Extension(Rope(frequencies(sizes), setting, sizes.length), 0, first=True))
+        set_override(
+            module, SelfExtendAttention(GroupedRotation(frequencies(sizes), setting, sizes.length), 0, first=True)
+        )
     return module
 
 
@@ -149,7 +159,7 @@ def _prepare_token(sizes: Extended, setting: SelfExtend | None) -> Call:
 def _model(sizes: Extended, setting: SelfExtend | None) -> Any:
     model = random_model(sizes, config(sizes, None), NAME)
     if setting is not None:
-        extend(model, setting)
+        set_self_extend(model, setting)
     return model
 
 
@@ -204,8 +214,8 @@ def two_matrices(
     length, window = q.shape[2], setting.window
     places = _positions(0, length, q.device)
     k, v = repeated(q, k), repeated(q, v)
-    far_q = turned(q, turn_between(rope, places, grouped_query(places, setting.group, window), torch.float32))
-    far_k = turned(k, turn_between(rope, places, grouped_key(places, setting.group), torch.float32))
+    far_q = rotate(q, rotation_between(rope, places, grouped_query(places, setting.group, window), torch.float32))
+    far_k = rotate(k, rotation_between(rope, places, grouped_key(places, setting.group), torch.float32))
     outs = []
     for i in range(0, q.shape[1], heads):
         part = slice(i, i + heads)
@@ -238,9 +248,9 @@ def _layer_error(sizes: Extended, setting: SelfExtend | None) -> float:
     q, k, v = (states[:, : max(1, states.shape[1] * 2 // sizes.heads)] for states in tensors)
     rope, positions = frequencies(sizes), _positions(0, sizes.length, q.device)
     start = torch.zeros_like(positions)
-    formula = Formula(Layer(None, None, 0, "rope", rope), setting, sizes.length)
+    formula = Formula(AttentionLayer(None, None, 0, "rope", rope), setting, sizes.length)
     wanted = formula.attend(None, start, q, k, v, Mask())[0].transpose(1, 2)
-    q, k = (turned(states, turn_between(rope, start, positions, torch.float32)) for states in (q, k))
+    q, k = (rotate(states, rotation_between(rope, start, positions, torch.float32)) for states in (q, k))
     module, layer = _module(sizes, setting), _cache_layer(setting)
     whole = zebra_attention(module, q, k, v, None, position_ids=positions)[0]
     parts = zip(*(states.split(_cuts(sizes.length), dim=2) for states in (q, k, v)), strict=True)
@@ -252,7 +262,7 @@ def _model_error(sizes: Extended, setting: SelfExtend | None) -> float:
     model, tokens = _model(sizes, setting), random_tokens(sizes, sizes.length)
     cuts = _cuts(sizes.length)
     found = torch.cat(_in_parts(model, tokens, cuts), dim=1)
-    with by_formula(model, setting) as formula:
+    with formula_logits(model, setting) as formula:
         wanted = formula(tokens, logits_to_keep=torch.tensor(cuts, device=tokens.device).cumsum(0) - 1)
     return relative_error([found], [wanted])
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import zebra.model.attention  # noqa: F401  registers "zebra"
 from zebra.bench.subjects import Paired
-from zebra.model.families import host_class, striped
+from zebra.model.families import model_class, with_stripes
 from zebra.model.load import read_device, read_dtype
 from zebra.plan.cost import Run
 from zebra.plan.decoder import decoder
@@ -34,14 +34,14 @@ def config(sizes: Any, stripes: Stripes | None) -> PreTrainedConfig:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    return made if stripes is None else striped(made, stripes)
+    return made if stripes is None else with_stripes(made, stripes)
 
 
 def random_model(sizes: Any, made: PreTrainedConfig, attention: str, dtype: torch.dtype | None = None) -> Any:
     """A model with random weights, the same for the same seed whatever the attention."""
     torch.manual_seed(sizes.seed)
     dtype = dtype or read_dtype(sizes.dtype)
-    host: type[PreTrainedModel] = host_class(made)
+    host: type[PreTrainedModel] = model_class(made)
     model = host._from_config(made, attn_implementation=attention, dtype=dtype)
     return model.to(read_device(sizes.device)).eval()
 

@@ -24,9 +24,9 @@ from zebra.bench.pairing import Call, Case, Variant, Work, bench, relative_error
 from zebra.bench.subjects import RUN, Paired
 from zebra.kernels.summary import formula
 from zebra.model.attention import NAME
-from zebra.model.families import host_class
+from zebra.model.families import model_class
 from zebra.model.load import read_device
-from zebra.model.local import layout_with
+from zebra.model.local import layout_name
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.model.override import get_override, set_override
 from zebra.plan.cost import Run, flops
@@ -118,7 +118,7 @@ def case(sizes: Steps) -> Case:
 
 
 def _layout(recipe: PretrainRecipe) -> str:
-    return layout_with(config_of(recipe), local_for(recipe))
+    return layout_name(config_of(recipe), local_for(recipe))
 
 
 def _decoder(recipe: PretrainRecipe) -> Decoder:
@@ -144,7 +144,7 @@ def _seconds(run: Run, device: Any) -> float:
 
 def _model(config: Any, device: str | None) -> Any:
     torch.manual_seed(0)
-    model: Any = host_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32)
+    model: Any = model_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32)
     return model.to(read_device(device)).train()
 
 

@@ -69,10 +69,10 @@ def convert(
             f"{' and '.join(foreign)} belong to --select, and --stripes {stripes} says all. Leave them out."
         )
     with show.quiet_host():
-        from zebra.model.checkpoint import read_config, read_local
+        from zebra.model.checkpoint import read_config, read_local_attention
         from zebra.model.load import check_target
         from zebra.model.load import convert as run
-        from zebra.model.local import layout_with
+        from zebra.model.local import layout_name
 
         rows: list[Any] = []
         check_target(source, target)
@@ -100,7 +100,7 @@ def convert(
         assert stripes is not None
         run(source, target, stripes, rope=rope, full_decode=full_decode)
         config = read_config(target)
-        named = layout_with(config, read_local(target))
+        named = layout_name(config, read_local_attention(target))
     kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
     if as_json:
         made = {"target": str(target), "class": config.architectures[0], "layout": named, "layers": kinds}

@@ -28,7 +28,7 @@ from zebra.evaluate.overlap import Overlap
 from zebra.evaluate.perplexity import evaluating
 from zebra.evaluate.prompts import TEMPLATE, WITHOUT_DOCUMENT, Prompt, Prompts
 from zebra.evaluate.target import EvalTarget
-from zebra.generation import continued
+from zebra.generation import generate_tokens
 from zebra.model.load_options import LoadOptions
 from zebra.progress import bar
 from zebra.results import Result
@@ -90,7 +90,7 @@ def answered(
         ids, there = padded([prompts[i] for i in batch], model.device, side="left")
         chunk = {"prefill_chunk": batch_tokens} if ids.shape[1] > batch_tokens else {}
         with evaluating(model):
-            new = continued(model, tokenizer, ids, there, max_new_tokens=answer_tokens, stop=tuple(stop), **chunk)
+            new = generate_tokens(model, tokenizer, ids, there, max_new_tokens=answer_tokens, stop=tuple(stop), **chunk)
         texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for i, text in zip(batch, texts, strict=True):
             found[i] = min((text.partition(string)[0] for string in stop), key=len, default=text).strip()

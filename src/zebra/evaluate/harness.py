@@ -25,7 +25,7 @@ from zebra.evaluate.lm_eval_compat import made, offline, quiet
 from zebra.evaluate.target import EvalTarget
 from zebra.evaluate.tasks import OWN, check_own, configuration, own_tasks
 from zebra.model.load_options import LoadOptions
-from zebra.model.local import local_of
+from zebra.model.local import local_attention_of
 from zebra.progress import console
 from zebra.provenance import versions
 from zebra.results import Result
@@ -98,7 +98,7 @@ def evaluate_tasks(
                 for name, sizes in one.sizes.items()
             ]
         model = subject.load()
-        if local_of(model).full_decode:
+        if local_attention_of(model).full_decode:
             warnings.warn(
                 "full decoding shows in tokens that are generated: where a task asks for likelihoods, the harness reads"
                 " requests whole, and local layers keep their window.",

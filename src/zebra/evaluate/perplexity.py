@@ -28,13 +28,13 @@ from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrapped
-from zebra.model.checkpoint import fingerprint, load_tokenizer
+from zebra.model.checkpoint import load_tokenizer, tokenizer_digest
 from zebra.model.families import layout
 from zebra.model.load import device_name
-from zebra.model.load_options import LoadOptions, described
-from zebra.model.local import local_of
+from zebra.model.load_options import LoadOptions, loaded_layout_name
+from zebra.model.local import local_attention_of
 from zebra.model.loss import head_of, token_losses, without_logits
-from zebra.model.self_extend import bounded_cache, refuse_off_the_table
+from zebra.model.self_extend import bounded_cache, check_learned_positions
 from zebra.progress import bar
 from zebra.results import Result
 
@@ -164,7 +164,7 @@ def evaluate_perplexity(
     loads.check()
     config = loads.config(checkpoint)
     _ = loads.self_extend_setting(config)  # refused before the weights are read
-    refuse_off_the_table(config, max(lengths))
+    check_learned_positions(config, max(lengths))
     corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
@@ -174,12 +174,12 @@ def evaluate_perplexity(
         sizes = {length: sum(len(window.tokens) for window in found) for length, found in windows.items()}
         return [Result(metric="tokens", value=size, length=length, **at) for length, size in sizes.items()]
     model = loads.model(checkpoint)
-    if local_of(model).full_decode and prompt is None:
+    if local_attention_of(model).full_decode and prompt is None:
         raise ZebraError(
             "full decoding shows in tokens that are decoded, and without a prompt all are read. Give --prompt, such as "
             f"{min(lengths) // 2}, or --no-full-decode."
         )
-    named = described(model, loads.rope)
+    named = loaded_layout_name(model, loads.rope)
     rows: list[Result] = []
     for length in lengths:
         scores = perplexity(
@@ -232,7 +232,7 @@ def read_text(
     return tokenise(
         files,
         encode,
-        tokenizer=f"{fingerprint(tokenizer)} {encode.specials_as_text}",
+        tokenizer=f"{tokenizer_digest(tokenizer)} {encode.specials_as_text}",
         separator=separator,
         field=field,
         append=tokenizer.eos_token_id if append_eos else None,

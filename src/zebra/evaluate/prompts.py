@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zebra.data.items import Item
 from zebra.errors import ZebraError
-from zebra.generation import encoded
+from zebra.generation import encode_prompt
 
 TEMPLATE = "{document}\n\nQuestion: {question}\nAnswer:"
 WITHOUT_DOCUMENT = ""
@@ -63,7 +63,7 @@ class Prompts:
         """The prompt's tokens with this text in place of the document."""
         put = {"{document}": document, "{question}": item.question}
         text = "".join(put.get(part, part) for part in self._parts)
-        return tuple(encoded(text, self._tokenizer, self._chat)["input_ids"][0].tolist())
+        return tuple(encode_prompt(text, self._tokenizer, self._chat)["input_ids"][0].tolist())
 
     def fitting(self, item: Item, length: int | None) -> Prompt:
         """The prompt in at most `length` tokens; whole where that is None.

@@ -26,7 +26,7 @@ from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods
 from zebra.evaluate.perplexity import evaluating, read_text
 from zebra.evaluate.target import EvalTarget
-from zebra.generation import continued
+from zebra.generation import generate_tokens
 from zebra.model.load_options import LoadOptions
 from zebra.progress import bar
 from zebra.results import Result
@@ -75,7 +75,7 @@ def _generated(
     ids = torch.tensor([sample.ids for sample in batch], device=model.device)
     room = max(sample.room for sample in batch)
     in_chunks: dict[str, Any] = {"prefill_chunk": chunk} if ids.shape[1] > chunk else {}
-    new = continued(model, tokenizer, ids, max_new_tokens=room, **in_chunks)
+    new = generate_tokens(model, tokenizer, ids, max_new_tokens=room, **in_chunks)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [
         sum(says(text, answer.text) for answer in sample.answers) / len(sample.answers)

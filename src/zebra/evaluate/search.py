@@ -63,7 +63,7 @@ class Losses:
             states = self._layers.states(ids, base)
             for kinds in missing:
                 start = _parting(kinds, base)
-                hidden = states[-1] if kinds == base else self._layers.resumed(ids, kinds, start, states[start])
+                hidden = states[-1] if kinds == base else self._layers.resume(ids, kinds, start, states[start])
                 found = losses_at(hidden, self._head, ids, at).double()
                 if not bool(found.isfinite().all()):
                     raise ZebraError(f"the loss of the layout {kinds} is not finite. Measure in float32 or bfloat16.")

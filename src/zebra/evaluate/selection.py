@@ -30,8 +30,8 @@ from zebra.evaluate.intervals import bootstrapped
 from zebra.evaluate.loss_cache import LossCache
 from zebra.evaluate.perplexity import evaluating, read_text
 from zebra.evaluate.search import Losses, greedy, once, strides
-from zebra.model.checkpoint import digest, load_tokenizer, read_config
-from zebra.model.families import FULL, striped, stripes_of
+from zebra.model.checkpoint import checkpoint_digest, load_tokenizer, read_config
+from zebra.model.families import FULL, stripes_of, with_stripes
 from zebra.model.load import device_name, load, read_device, read_dtype
 from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.plan.budget import Budget
@@ -175,7 +175,7 @@ def _check_host(config: PreTrainedConfig, source: str, local: Stripes, length: i
             f"this model has {len(which)} global layers, so there is nothing to choose. Take another source."
         )
     for kept in which[0], which[-1]:  # a host whose layers keep their kind refuses one of these
-        striped(config, replace(local, pattern=None, global_layers=(kept,)))
+        with_stripes(config, replace(local, pattern=None, global_layers=(kept,)))
     trained = getattr(config, "max_position_embeddings", None)
     if trained is not None and length > trained and as_rope(rope).kind != "base":
         raise ZebraError(
@@ -217,7 +217,7 @@ def _parts(
 
 
 def _identity(checkpoint: str | os.PathLike[str]) -> str:
-    return digest(checkpoint) if Path(checkpoint).exists() else str(checkpoint)
+    return checkpoint_digest(checkpoint) if Path(checkpoint).exists() else str(checkpoint)
 
 
 def _hash(parts: Sequence[Part]) -> str:

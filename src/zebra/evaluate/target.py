@@ -14,9 +14,9 @@ from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.families import layout
 from zebra.model.load import device_name
-from zebra.model.load_options import LoadOptions, described
+from zebra.model.load_options import LoadOptions, loaded_layout_name
 from zebra.model.rope import as_rope, refuse_cache
-from zebra.model.self_extend import reach, refuse_off_the_table
+from zebra.model.self_extend import check_learned_positions, longest_text
 from zebra.positions import SelfExtend
 
 
@@ -54,7 +54,7 @@ class EvalTarget:
     @property
     def reach(self) -> int | None:
         """The longest text that it is made for; None where nobody knows, as under another base of the rope."""
-        return None if as_rope(self.loading.rope).kind == "base" else reach(self.config, self.setting)
+        return None if as_rope(self.loading.rope).kind == "base" else longest_text(self.config, self.setting)
 
     def check_length(self, length: int, beyond: bool) -> None:
         """Refuse a length beyond what the model was trained for or reaches, or warn where it is told to go beyond.
@@ -62,7 +62,7 @@ class EvalTarget:
         Raises:
             ZebraError: a length beyond, and nobody told to measure there; learned positions, which have no beyond.
         """
-        refuse_off_the_table(self.config, length)
+        check_learned_positions(self.config, length)
         if self.reach is None or length <= self.reach:
             return
         passes = f"a length of {length:,} tokens passes the {self.reach:,} positions that this model "
@@ -82,5 +82,5 @@ class EvalTarget:
         """What the rows of results say about it; without a model they are about the checkpoint's data alone."""
         if model is None:
             return {"model": str(self.checkpoint), "layout": layout(self.config)}
-        named = described(model, self.loading.rope)
+        named = loaded_layout_name(model, self.loading.rope)
         return {"model": str(self.checkpoint), "layout": named, "device": device_name(model.device)}

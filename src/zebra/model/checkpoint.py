@@ -28,8 +28,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
 from zebra.errors import ZebraError
-from zebra.model.families import host_class, ignores_layer_types, route, stripes_of
-from zebra.model.local import Local, layout_with
+from zebra.model.families import ignores_layer_types, model_class, route, stripes_of
+from zebra.model.local import LocalAttention, layout_name
 from zebra.provenance import git_commit, versions
 
 
@@ -121,7 +121,7 @@ def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig) -> Pr
     return tokenizer
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that decides which tokens a text becomes."""
     definition = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
     return hashlib.sha256("\0".join(definition).encode()).hexdigest()
@@ -130,7 +130,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 _SAMPLES, _SAMPLE = 64, 1 << 16
 
 
-def digest(path: str | os.PathLike[str]) -> str:
+def checkpoint_digest(path: str | os.PathLike[str]) -> str:
     """A hash that tells checkpoints apart: of config.json, and of 64 evenly spread samples of each weight file."""
     where = Path(path)
     found = hashlib.sha256((where / "config.json").read_bytes())
@@ -196,7 +196,7 @@ _ROTARY = r"rotary_emb\.inv_freq$"
 def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     try:
         with torch.device("meta"):
-            model = host_class(config)(config)
+            model = model_class(config)(config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError) as error:
         raise ZebraError(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
     # Of two tied tensors either may be the one that was saved.
@@ -224,7 +224,7 @@ def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes
             )
 
 
-def copy_companions(source: Path, target: Path, weights: Sequence[Path]) -> None:
+def copy_other_files(source: Path, target: Path, weights: Sequence[Path]) -> None:
     """Copy what stands beside a checkpoint's weights: the tokenizer, the generation config, the index of shards.
 
     Weights in other formats stay behind.
@@ -258,7 +258,9 @@ def write_config(config: PreTrainedConfig, where: Path) -> None:
     (where / "config.json").write_text(text, encoding="utf-8")
 
 
-def write_card(where: Path, config: PreTrainedConfig, local: Local, *, source: Path | None, **more: Any) -> None:
+def write_zebra_json(
+    where: Path, config: PreTrainedConfig, local: LocalAttention, *, source: Path | None, **more: Any
+) -> None:
     """Write zebra.json: the layout, what of it config.json cannot say, where it came from (None: from scratch), and
     with which versions.
     """
@@ -269,14 +271,14 @@ def write_card(where: Path, config: PreTrainedConfig, local: Local, *, source: P
     _write_card(where, _layout_card(config, local) | origin | more)
 
 
-def update_card(where: Path, config: PreTrainedConfig, local: Local) -> None:
+def update_zebra_json(where: Path, config: PreTrainedConfig, local: LocalAttention) -> None:
     """Write the layout into the zebra.json of a checkpoint; make one only where config.json cannot say all of it."""
     kept = _read_card(where / "zebra.json")
     if local or kept:
         _write_card(where, kept | _layout_card(config, local))
 
 
-def read_local(path: str | os.PathLike[str], **arguments: Any) -> Local:
+def read_local_attention(path: str | os.PathLike[str], **arguments: Any) -> LocalAttention:
     """What a checkpoint's zebra.json says of its local layers, under arguments of `from_pretrained`; nothing where it
     has none.
 
@@ -293,7 +295,7 @@ def read_local(path: str | os.PathLike[str], **arguments: Any) -> Local:
             f"{file}: sinks is a whole number of at least 0 and full_decode true or false; got {sinks!r} and "
             f"{full_decode!r}. Mend them, or remove the file to load without."
         )
-    return Local(sinks, full_decode)
+    return LocalAttention(sinks, full_decode)
 
 
 def _read_card(file: Path) -> dict[str, Any]:
@@ -308,10 +310,10 @@ def _read_card(file: Path) -> dict[str, Any]:
     return card
 
 
-def _layout_card(config: PreTrainedConfig, local: Local) -> dict[str, Any]:
+def _layout_card(config: PreTrainedConfig, local: LocalAttention) -> dict[str, Any]:
     stripes = stripes_of(config)
     return {
-        "layout": layout_with(config, local),
+        "layout": layout_name(config, local),
         "window": stripes.window if stripes else None,
         "window_counts": "keys that a query sees, its own included: 0 <= i - j < window",
         "layer_types": getattr(config, "layer_types", None),

@@ -181,7 +181,7 @@ def _filled(limit: Limit, row: Route) -> str:
     return "it has " + limit.says.format(target=row.target)
 
 
-def striped(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig:
+def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig:
     """The config of the same model with these stripes, every field written out: class defaults differ.
 
     Raises:
@@ -207,7 +207,7 @@ def striped(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig:
     kept |= taken.writes(config) | {"layer_types": list(layer_types), "sliding_window": stripes.window}
     kept["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     made = target_class(**kept)
-    made.architectures = [host_class(made).__name__]
+    made.architectures = [model_class(made).__name__]
     return made
 
 
@@ -238,7 +238,7 @@ def layout(config: PreTrainedConfig, sinks: int = 0) -> str:
     return FULL if stripes is None else str(replace(stripes, sinks=sinks))
 
 
-def kinds_of(config: PreTrainedConfig) -> tuple[str, ...]:
+def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
     """Each layer's kind in the host's words, and `summary`, which the host takes for a full one."""
     n, stripes = config.num_hidden_layers, stripes_of(config)
     kinds = stripes.layer_types(n) if stripes else (GLOBAL,) * n
@@ -250,13 +250,13 @@ def attention_pairs(config: PreTrainedConfig, length: int, sinks: int = 0) -> in
     """Pairs of a query and what it sees, in all layers over one text."""
     window = getattr(config, "sliding_window", None)
     counts = {GLOBAL: visible_pairs(length), LOCAL: visible_pairs(length, window, sinks)}
-    kinds = kinds_of(config)
+    kinds = layer_kinds(config)
     if SUMMARY in kinds:
         counts[SUMMARY] = summary_pairs(length, config.window, config.summary_block)
     return sum(counts[kind] for kind in kinds)
 
 
-def host_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The stock class that runs a config."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.model.attention import NAME
-from zebra.model.local import Local
+from zebra.model.local import LocalAttention
 from zebra.model.override import overrides_of, overriding_attention
 
 
@@ -40,7 +40,7 @@ class Layerwise:
     Example:
         >>> layers = Layerwise(zebra.load("examples/stories260K"), window=64)
         >>> states = layers.states(ids, "GGGGG")
-        >>> hidden = layers.resumed(ids, "GGGLG", 3, states[3])
+        >>> hidden = layers.resume(ids, "GGGLG", 3, states[3])
     """
 
     def __init__(self, model: PreTrainedModel, window: int, sinks: int = 0):
@@ -52,13 +52,15 @@ class Layerwise:
                 f"the layers of a {model.config.model_type} are run one by one from its decoder's list of {count} "
                 "layers, which it has not. Choose the layout yourself, with --stripes."
             )
-        others = [type(override).__name__ for override in overrides_of(model) if not isinstance(override, Local)]
+        others = [
+            type(override).__name__ for override in overrides_of(model) if not isinstance(override, LocalAttention)
+        ]
         if model.config._attn_implementation != NAME or others:
             raise ZebraError(
                 f'layers change their kind in attention "{NAME}", without Self-Extend and summaries; '
                 f"got {', '.join(sorted({*others})) or model.config._attn_implementation}. Load it without."
             )
-        self._layers, self._window, self._local = layers, window, Local(sinks)
+        self._layers, self._window, self._local = layers, window, LocalAttention(sinks)
         self._attention = [module for module in self._decoder.modules() if hasattr(module, "layer_idx")]
 
     def states(self, ids: Tensor, kinds: str) -> list[Tensor]:
@@ -81,7 +83,7 @@ class Layerwise:
                 hook.remove()
         return [*found, last]
 
-    def resumed(self, ids: Tensor, kinds: str, start: int, state: Tensor) -> Tensor:
+    def resume(self, ids: Tensor, kinds: str, start: int, state: Tensor) -> Tensor:
         """The states behind the norm, (B, T, hidden), from layer `start` on, whose input is `state`."""
         with self._standing_in(start, state):
             return self._run(ids, kinds, start)
@@ -109,12 +111,12 @@ class Layerwise:
 class _Chosen:
     """Attends in place of `attend`, in each layer by its letter."""
 
-    def __init__(self, kinds: str, window: int, local: Local):
+    def __init__(self, kinds: str, window: int, local: LocalAttention):
         self._kinds, self._window, self._local = kinds, window, local
         self.asked: list[int] = []
 
     def attend(
-        self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any
+        self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, /, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         self.asked.append(module.layer_idx)
         if self._kinds[module.layer_idx] == "G":

@@ -16,20 +16,20 @@ from zebra.files import atomic_directory, refuse_existing
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import (
     check_weights,
-    copy_companions,
+    copy_other_files,
     first_line,
     link,
     read_config,
     read_config_and_rest,
-    read_local,
-    write_card,
+    read_local_attention,
     write_config,
+    write_zebra_json,
 )
-from zebra.model.families import FULL, host_class, striped, stripes_of
-from zebra.model.local import Local, localise, warn_of
-from zebra.model.rope import Rope, as_rope, changes_with_length, refuse_changing_rope, whole_texts_only
-from zebra.model.self_extend import extend, resolve_self_extend
-from zebra.model.subclass import with_striped_cache
+from zebra.model.default_cache import with_default_cache
+from zebra.model.families import FULL, model_class, stripes_of, with_stripes
+from zebra.model.local import LocalAttention, set_local_attention, warn_settings_outside_config
+from zebra.model.rope import Rope, as_rope, changes_with_length, length_dependent_rope_hook, refuse_changing_rope
+from zebra.model.self_extend import resolve_self_extend, set_self_extend
 from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
 
@@ -128,32 +128,34 @@ def load(
             raise ZebraError(f"zebra.load takes no {name}: {why}.")
     routed = self_extend is None or stripes is not None or window is not None
     config, rest = read_config_and_rest(path, routed=routed, **from_pretrained_arguments)
-    config, local = _layout(config, read_local(path, **from_pretrained_arguments), stripes, window, full_decode)
+    config, local = _layout(
+        config, read_local_attention(path, **from_pretrained_arguments), stripes, window, full_decode
+    )
     config = as_rope(rope).changed(config)
     setting = None if self_extend is None else resolve_self_extend(self_extend, config)
     if Path(path).exists() and "variant" not in rest:
         check_weights(Path(path) / rest.get("subfolder", ""), config)
     model = _loaded(path, config, rest)
     if changes_with_length(config):
-        model.register_forward_pre_hook(whole_texts_only, with_kwargs=True)
+        model.register_forward_pre_hook(length_dependent_rope_hook, with_kwargs=True)
     if local:
-        localise(model, local)
+        set_local_attention(model, local)
     if setting is not None:
-        extend(model, setting)
+        set_self_extend(model, setting)
     return model
 
 
 def _layout(
     config: PreTrainedConfig,
-    local: Local,
+    local: LocalAttention,
     stripes: Stripes | str | None,
     window: int | None,
     full_decode: bool | None,
-) -> tuple[PreTrainedConfig, Local]:
+) -> tuple[PreTrainedConfig, LocalAttention]:
     """The config with the layout that is asked for, and what its local layers do; `local` is the checkpoint's own."""
     if stripes is not None:
         stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
-        config, local = striped(config, stripes), replace(local, sinks=stripes.sinks)
+        config, local = with_stripes(config, stripes), replace(local, sinks=stripes.sinks)
     if window is not None:
         found = stripes_of(config)
         if found is None:
@@ -161,17 +163,17 @@ def _layout(
                 f"a window of {window} is for local layers, and this layout is {FULL}. Give stripes, such as "
                 f"GLLL:{window}."
             )
-        config = striped(config, replace(found, window=window))
+        config = with_stripes(config, replace(found, window=window))
     if full_decode is not None:
         local = replace(local, full_decode=full_decode)
     asked = full_decode or (stripes is not None and stripes.sinks)
-    return config, local if asked or stripes_of(config) is not None else Local()
+    return config, local if asked or stripes_of(config) is not None else LocalAttention()
 
 
 def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[str, Any]) -> PreTrainedModel:
-    host: Any = host_class(config)
+    host: Any = model_class(config)
     try:
-        model, info = with_striped_cache(host).from_pretrained(
+        model, info = with_default_cache(host).from_pretrained(
             path, config=config, attn_implementation=NAME, output_loading_info=True, **rest
         )
     except (OSError, SafetensorError) as error:
@@ -208,21 +210,21 @@ def convert(
         ZebraError: what `load` refuses, a rope that changes with length, a target that exists or is the source.
     """
     source, target = Path(source), Path(target)
-    made, local = converted(source, stripes, rope, full_decode)
+    made, local = converted_config(source, stripes, rope, full_decode)
     check_target(source, target)
-    warn_of(local)
-    write_linked(source, target, made, local, rope=str(as_rope(rope)))
+    warn_settings_outside_config(local)
+    write_converted(source, target, made, local, rope=str(as_rope(rope)))
     return target
 
 
-def converted(
+def converted_config(
     source: Path, stripes: Stripes | str, rope: Rope | str | None = None, full_decode: bool = False
-) -> tuple[PreTrainedConfig, Local]:
+) -> tuple[PreTrainedConfig, LocalAttention]:
     """What `convert` makes of a checkpoint's config, and what its local layers then do; refuses what `convert` does."""
     stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
-    made = as_rope(rope).changed(striped(read_config(source), stripes))
+    made = as_rope(rope).changed(with_stripes(read_config(source), stripes))
     refuse_changing_rope(made)
-    local = Local(stripes.sinks, full_decode)
+    local = LocalAttention(stripes.sinks, full_decode)
     if local and stripes_of(made) is None:
         raise ZebraError(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
     return made, local
@@ -239,7 +241,7 @@ def check_target(source: Path, target: Path) -> None:
     refuse_existing(Path(os.path.abspath(target)))
 
 
-def write_linked(source: Path, target: Path, config: PreTrainedConfig, local: Local, **more: Any) -> None:
+def write_converted(source: Path, target: Path, config: PreTrainedConfig, local: LocalAttention, **more: Any) -> None:
     """Write a checkpoint that shares its source's weight files and has another config, whole or not at all.
 
     Args:
@@ -249,6 +251,6 @@ def write_linked(source: Path, target: Path, config: PreTrainedConfig, local: Lo
     with atomic_directory(target) as aside:
         for file in weights:
             link(file, aside / file.name)
-        copy_companions(source, aside, weights)
+        copy_other_files(source, aside, weights)
         write_config(config, aside)
-        write_card(aside, config, local, source=source, **more)
+        write_zebra_json(aside, config, local, source=source, **more)

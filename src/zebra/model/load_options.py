@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.model.checkpoint import read_config
 from zebra.model.load import load, read_device, read_dtype
-from zebra.model.local import layout_with, local_of
+from zebra.model.local import layout_name, local_attention_of
 from zebra.model.rope import Rope, as_rope
-from zebra.model.self_extend import resolve_self_extend, setting_of
+from zebra.model.self_extend import resolve_self_extend, self_extend_of
 from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
 
@@ -79,8 +79,8 @@ class LoadOptions:
         return model.to(place)
 
 
-def described(model: PreTrainedModel, rope: Rope | str | None = None) -> str:
+def loaded_layout_name(model: PreTrainedModel, rope: Rope | str | None = None) -> str:
     """The layout of a loaded model as rows name it, with a change of rope, full decoding and Self-Extend."""
-    setting = setting_of(model)
-    named = layout_with(model.config, local_of(model), rope)
+    setting = self_extend_of(model)
+    named = layout_name(model.config, local_attention_of(model), rope)
     return named + (f", self-extend {setting}" if setting else "")

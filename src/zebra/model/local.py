@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalAttention:
     """What a local layer does; `zebra.model.attention` calls it in place of `attend`.
 
     Attributes:
@@ -56,6 +56,7 @@ class Local:
         key: Tensor | SinkKeys,
         value: Tensor,
         mask: Mask,
+        /,
         **arguments: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`attend` under the layer's window, with sinks for tokens that are read and all keys for decoded ones.
@@ -97,7 +98,7 @@ class Local:
             )
 
 
-def localise(model: PreTrainedModel, local: Local) -> None:
+def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
     """Hang it on the local layers of a loaded model.
 
     Raises:
@@ -121,12 +122,14 @@ def _attention_modules(model: nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling"))
 
 
-def local_of(model: nn.Module) -> Local:
+def local_attention_of(model: nn.Module) -> LocalAttention:
     """What a model's local layers were loaded with."""
-    return next((override for override in overrides_of(model) if isinstance(override, Local)), Local())
+    return next(
+        (override for override in overrides_of(model) if isinstance(override, LocalAttention)), LocalAttention()
+    )
 
 
-def layout_with(config: PreTrainedConfig, local: Local, rope: object = None) -> str:
+def layout_name(config: PreTrainedConfig, local: LocalAttention, rope: object = None) -> str:
     """The layout in the short notation, with a change of rope beside it: `GLLL:512+4 yarn:8, full decode`.
 
     A model of the study has its position embedding there: `GLLL:512 alibi`.
@@ -135,7 +138,7 @@ def layout_with(config: PreTrainedConfig, local: Local, rope: object = None) -> 
     return " ".join(map(str, said)) + (", full decode" if local.full_decode else "")
 
 
-def warn_of(local: Local) -> None:
+def warn_settings_outside_config(local: LocalAttention) -> None:
     """Say, before a checkpoint is written, what plain transformers will not know of it."""
     if local:
         _log.warning(

@@ -32,6 +32,7 @@ class AttentionOverride(Protocol):
         key: Any,
         value: Tensor,
         mask: Mask,
+        /,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The output (B, H, T, D) and the log-sum-exp (B, H, T) or None, as `zebra.kernels.attend` returns them.

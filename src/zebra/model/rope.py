@@ -145,7 +145,7 @@ def changes_with_length(config: PreTrainedConfig) -> str | None:
     return next((one["rope_type"] for one in kinds if one.get("rope_type") in LENGTH_DEPENDENT), None)
 
 
-def settled(config: PreTrainedConfig) -> PreTrainedConfig:
+def with_explicit_yarn_factor(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config with the factor of its YaRN rope written out, which the host else takes of max_position_embeddings:
     a model that is to read more positions would come back with another rope.
     """
@@ -187,7 +187,9 @@ def refuse_cache(config: PreTrainedConfig, needing: str) -> None:
         )
 
 
-def whole_texts_only(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def length_dependent_rope_hook(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """A forward pre-hook of a model whose rope changes with length: no cache, and each text by its own length.
 
     Raises:

@@ -178,6 +178,7 @@ class SummaryAttention:
         key: Tensor,
         value: Tensor,
         mask: Mask,
+        /,
         **rest: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`attend` over the band and the means of the blocks before it."""

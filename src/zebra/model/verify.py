@@ -19,13 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from zebra import masks
 from zebra.errors import ZebraError
-from zebra.model.checkpoint import read_config, read_local
-from zebra.model.families import host_class, stripes_of
+from zebra.model.checkpoint import read_config, read_local_attention
+from zebra.model.families import model_class, stripes_of
 from zebra.model.load import load, read_device, read_dtype
-from zebra.model.local import local_of
+from zebra.model.local import local_attention_of
 from zebra.model.rope import Rope, as_rope
 from zebra.model.self_extend import bounded_cache, resolve_self_extend
-from zebra.model.self_extend.formula import by_formula
+from zebra.model.self_extend.formula import formula_logits
 from zebra.positions import SelfExtend
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
@@ -120,7 +120,7 @@ def verify(
     ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
     placed: dict[str, Any] = {"dtype": dtype, "device_map": device}
 
-    local = read_local(target)
+    local = read_local_attention(target)
     plain, whole = (stripes, n), (replace(stripes, sinks=local.sinks), n)
     decoded = [(whole[0], n - _steps(n))] if local.full_decode else []
     source = _with_rope(source_config, rope, config)
@@ -162,7 +162,7 @@ def _extended(
     plain = _logits(_stock(path, placed | {"config": config}), ids[:, : setting.window])
     model = load(path, self_extend=setting, **placed)
     short, found = _logits(model, ids[:, : setting.window]), _ours(model, ids)
-    with by_formula(model, setting) as formula:
+    with formula_logits(model, setting) as formula:
         oracle = formula(ids, logits_to_keep=_sampled(n).to(device))
     cut = n // 3
     positions = torch.cat([torch.arange(cut), torch.arange(n - cut)])[None].to(device)
@@ -214,7 +214,7 @@ def _plain(path: Any, ids: Tensor, short: int, placed: dict[str, Any]) -> tuple[
 def _stock(path: Any, arguments: dict[str, Any]) -> PreTrainedModel:
     """A checkpoint in plain transformers: by sdpa, unless its class has none, or a softcap, which sdpa leaves out."""
     config = arguments["config"]
-    eager = getattr(config, "attn_logit_softcapping", None) or not host_class(config)._supports_sdpa
+    eager = getattr(config, "attn_logit_softcapping", None) or not model_class(config)._supports_sdpa
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if eager else "sdpa", **arguments)
 
 
@@ -255,7 +255,7 @@ def _ours(model: PreTrainedModel, ids: Tensor) -> _Found:
     return _Found(
         whole=_logits(model, ids),
         cached=_in_parts(model, ids, one_by_one),
-        decoded=_in_parts(model, ids, one_by_one, n - steps) if local_of(model).full_decode else None,
+        decoded=_in_parts(model, ids, one_by_one, n - steps) if local_attention_of(model).full_decode else None,
         chunked=_in_parts(model, ids, [max(_CHUNK, n // 11)] * n),
         left=_padded(model, ids, kept, "left"),
         right=_padded(model, ids, kept, "right"),

@@ -27,7 +27,7 @@ from typing import Any
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.files import atomic_write, directory_lock
-from zebra.model.checkpoint import digest, read_local
+from zebra.model.checkpoint import checkpoint_digest, read_local_attention
 from zebra.pipeline.recipe import Stage
 from zebra.pipeline.stages import Work, perform, rehearse
 from zebra.progress import console
@@ -66,12 +66,14 @@ def _patterns(tree: Any, key: str = "") -> Iterator[str]:
 
 
 def content(checkpoint: Path) -> str:
-    """A hash of a checkpoint: its weights by samples (`digest`), its other files whole, of zebra.json what it adds."""
+    """A hash of a checkpoint: its weights by samples (`checkpoint_digest`), its other files whole,
+    and of zebra.json what it adds.
+    """
     if not checkpoint.is_dir():
         return ""
     found, whole = hashlib.sha256(), (checkpoint / "config.json").is_file()  # an adapter has none
     if whole:
-        found.update(f"{digest(checkpoint)} {read_local(checkpoint)!r}".encode())
+        found.update(f"{checkpoint_digest(checkpoint)} {read_local_attention(checkpoint)!r}".encode())
     for file in sorted(file for file in checkpoint.iterdir() if file.is_file()):
         if file.name not in ("config.json", "zebra.json") and not (whole and file.name.endswith(_WEIGHTS)):
             found.update(f"{file.name} {_hash(file)}".encode())

@@ -15,10 +15,10 @@ from zebra.data.conversations import read_conversations
 from zebra.errors import ZebraError
 from zebra.evaluate import documents
 from zebra.evaluate.selection import select
-from zebra.model.checkpoint import read_config, read_local, write_card, write_config
-from zebra.model.families import striped, stripes_of
-from zebra.model.load import convert, converted
-from zebra.model.local import Local
+from zebra.model.checkpoint import read_config, read_local_attention, write_config, write_zebra_json
+from zebra.model.families import stripes_of, with_stripes
+from zebra.model.load import convert, converted_config
+from zebra.model.local import LocalAttention
 from zebra.pipeline.recipe import MEASURES, Convert, Stage
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import decoder
@@ -158,7 +158,7 @@ def _rehearse_conversion(stage: Stage, source: Path, made: Path) -> Work:
     if recipe.select is not None and _has_tokenizer(source):
         found = select(source, **_selected(recipe), check_only=True)
         stripes, work = found.stripes, _reading(source, None, [(row.length, row.value) for row in found.rows])
-    config, local = converted(source, stripes, recipe.rope, recipe.full_decode)
+    config, local = converted_config(source, stripes, recipe.rope, recipe.full_decode)
     _stand_in(source, made, config, local)
     return work
 
@@ -225,15 +225,17 @@ def _rehearse_evaluation(stage: Stage, source: Path) -> Work:
 def _reading(source: Path, stripes: str | None, reads: list[tuple[int | None, float]]) -> Work:
     """Texts to read: the tokens of each, and of all together of its length."""
     config = read_config(source, routed=stripes is not None)
-    config = striped(config, Stripes.parse(stripes)) if stripes else config
+    config = with_stripes(config, Stripes.parse(stripes)) if stripes else config
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     asked = [({"length": max(1, n or 1), "dtype": dtype}, tokens / max(1, n or 1)) for n, tokens in reads]
-    runs = _runs(config, read_local(source), asked)
+    runs = _runs(config, read_local_attention(source), asked)
     held = max((sum(memory(run).values()) for run, _ in runs), default=0)
     return Work(runs, round(sum(tokens for _, tokens in reads)), held)
 
 
-def _runs(config: Any, local: Local, asked: list[tuple[dict[str, Any], float]]) -> tuple[tuple[Run, float], ...]:
+def _runs(
+    config: Any, local: LocalAttention, asked: list[tuple[dict[str, Any], float]]
+) -> tuple[tuple[Run, float], ...]:
     """Runs of the planner; none for a model that it cannot reckon."""
     with suppress(ZebraError):
         stripes, sizes = stripes_of(config), decoder(config.to_dict(), name="the model")
@@ -242,7 +244,9 @@ def _runs(config: Any, local: Local, asked: list[tuple[dict[str, Any], float]]) 
     return ()
 
 
-def _stand_in(source: Path | None, made: Path, config: Any, local: Local, files: dict[str, str] | None = None) -> None:
+def _stand_in(
+    source: Path | None, made: Path, config: Any, local: LocalAttention, files: dict[str, str] | None = None
+) -> None:
     made.mkdir(parents=True)
     own = {"config.json", "zebra.json", *(files or {})}
     for file in source.iterdir() if source is not None else ():
@@ -252,4 +256,4 @@ def _stand_in(source: Path | None, made: Path, config: Any, local: Local, files:
         (made / name).write_text(text, encoding="utf-8")
     if config is not None:
         write_config(config, made)
-        write_card(made, config, local, source=source)
+        write_zebra_json(made, config, local, source=source)

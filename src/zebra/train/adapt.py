@@ -19,11 +19,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.errors import ZebraError
-from zebra.model.checkpoint import check_weights, digest, fingerprint, load_tokenizer, read_config
-from zebra.model.families import striped
+from zebra.model.checkpoint import check_weights, checkpoint_digest, load_tokenizer, read_config, tokenizer_digest
+from zebra.model.families import with_stripes
 from zebra.model.load import load
-from zebra.model.local import layout_with
-from zebra.model.rope import as_rope, refuse_changing_rope, settled
+from zebra.model.local import layout_name
+from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import Stripes
 from zebra.train import directory, lora, measuring
@@ -59,9 +59,9 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
         return done
     texts = read_texts(recipe, tokenizer)
     inputs = {
-        "source": digest(recipe.model),
+        "source": checkpoint_digest(recipe.model),
         "text": texts.digest,
-        "tokenizer": fingerprint(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
         "processes": directory.processes(),
     }
     directory.record(run, recipe, inputs)
@@ -72,7 +72,7 @@ def _run(run: Path, recipe: AdaptRecipe, config: PreTrainedConfig, tokenizer: Pr
         return []
     history = trainer_state(run, recipe)["log_history"]
     after = measure(recipe, texts.held_out, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
-    at = {"model": recipe.model, "layout": layout_with(config, local_for(recipe))} | columns_of(recipe)
+    at = {"model": recipe.model, "layout": layout_name(config, local_for(recipe))} | columns_of(recipe)
     found = [
         *data_rows(recipe, texts.lines, **at),
         *before,
@@ -103,7 +103,7 @@ def adapted(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
         ZebraError: a layout or a rope that does not fit, a router that wants a loss of its own.
     """
     if recipe.stripes is not None:
-        config = striped(config, Stripes.parse(recipe.stripes))
+        config = with_stripes(config, Stripes.parse(recipe.stripes))
     config = _with_rope(recipe, config)
     config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
     return trainable(config, recipe.model)
@@ -118,7 +118,7 @@ def _with_rope(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConf
             f"train.length is {recipe.train.length:,}. Take a factor of at least "
             f"{math.ceil(recipe.train.length / config.max_position_embeddings)}."
         )
-    config = settled(rope.changed(config))
+    config = with_explicit_yarn_factor(rope.changed(config))
     refuse_changing_rope(config)
     return config
 

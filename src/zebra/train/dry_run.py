@@ -24,8 +24,8 @@ from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_config
-from zebra.model.families import SUMMARY, attention_pairs, host_class, kinds_of
-from zebra.model.local import layout_with
+from zebra.model.families import SUMMARY, attention_pairs, layer_kinds, model_class
+from zebra.model.local import layout_name
 from zebra.model.loss import CHUNK
 from zebra.plan.memory import kept_of_summaries
 from zebra.plan.shapes import shape
@@ -92,7 +92,7 @@ def _source_config(recipe: SourceRecipe) -> PreTrainedConfig:
 def _weights(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, dict[str, int]]:
     """Parameters, those that are trained, and bytes by part."""
     with torch.device("meta"):
-        model: Any = host_class(config)(config)
+        model: Any = model_class(config)(config)
         count = sum(p.numel() for p in model.parameters())
         if (low := _lora(recipe)) is not None:
             model = lora.wrap(model.to(getattr(torch, low.frozen)), low, seed=0)
@@ -113,7 +113,7 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     keeps a bfloat16 copy of each float32 weight that it met.
     """
     tokens = recipe.train.length * recipe.train.rows_per_step
-    kinds = kinds_of(config)
+    kinds = layer_kinds(config)
     saved = {kind: _saved_by_a_layer(recipe, config, LOCAL if kind == SUMMARY else kind) for kind in set(kinds)}
     summary = _kept_of_summaries(recipe, config) if SUMMARY in kinds else 0
     if recipe.train.activation_checkpointing:
@@ -150,7 +150,7 @@ def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tu
             small.attention_kinds = [{GLOBAL: "global", LOCAL: "local"}[kind]] * layers
         with torch.device("meta"):
             dtype = getattr(torch, low.frozen) if low else torch.float32
-            model: Any = host_class(small)._from_config(small, attn_implementation=NAME, dtype=dtype)
+            model: Any = model_class(small)._from_config(small, attn_implementation=NAME, dtype=dtype)
         model = model.to_empty(device="cpu").train()
         if low is not None:
             model = lora.wrap(model, low, seed=0)
@@ -200,15 +200,15 @@ def _half(recipe: Recipe) -> bool:
 
 def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: int) -> dict[str, str]:
     train, n = recipe.train, config.num_hidden_layers
-    kinds = kinds_of(config)
+    kinds = layer_kinds(config)
     dense = n * visible_pairs(train.length)
     local = local_for(recipe)
     pairs = attention_pairs(config, train.length, local.sinks)
     step = tokens_per_step(recipe)
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads"
     return {
-        "model": f"{host_class(config).__name__}, {n} layers of {config.hidden_size:,}, {heads}",
-        "layout": f"{layout_with(config, local)}, {_counted(kinds)} layers",
+        "model": f"{model_class(config).__name__}, {n} layers of {config.hidden_size:,}, {heads}",
+        "layout": f"{layout_name(config, local)}, {_counted(kinds)} layers",
         **_positions(config),
         "parameters": f"{parameters:,}, trained {trained:,} ({trained / parameters:.1%})",
         "a step": f"{step:,} tokens: {train.rows_per_step} rows of {train.length:,} x {train.accumulate} passes "

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory
-from zebra.model.checkpoint import copy_companions, read_config, write_card, write_config
-from zebra.model.load import load, write_linked
-from zebra.model.local import local_of
+from zebra.model.checkpoint import copy_other_files, read_config, write_config, write_zebra_json
+from zebra.model.load import load, write_converted
+from zebra.model.local import local_attention_of
 from zebra.model.verify import TOLERANCE
 from zebra.train import lora
 from zebra.train.recipe import SourceRecipe
@@ -49,12 +49,12 @@ def export(recipe: SourceRecipe, model: Any, files: Mapping[str, str] | None = N
     else:
         base = run / "base"
         shutil.rmtree(base, ignore_errors=True)  # of a killed export
-        local = local_of(model)
-        write_linked(Path(recipe.model), base, _as_source(recipe, model.get_base_model().config), local)
+        local = local_attention_of(model)
+        write_converted(Path(recipe.model), base, _as_source(recipe, model.get_base_model().config), local)
         model.peft_config["default"].base_model_name_or_path = str(base.resolve())
         with atomic_directory(run / "model") as aside:
             model.save_pretrained(aside)
-            write_card(aside, model.get_base_model().config, local, source=Path(recipe.model), **card)
+            write_zebra_json(aside, model.get_base_model().config, local, source=Path(recipe.model), **card)
             _write_files(aside, files)
 
 
@@ -79,9 +79,9 @@ def _write(recipe: SourceRecipe, model: PreTrainedModel, aside: Path, **card: An
     model.save_pretrained(aside)
     written = {file.name for file in aside.iterdir()}
     stale = [file for file in source.iterdir() if file.name in written or file.name.endswith(".index.json")]
-    copy_companions(source, aside, stale)
+    copy_other_files(source, aside, stale)
     write_config(model.config, aside)
-    write_card(aside, model.config, local_of(model), source=source, **card)
+    write_zebra_json(aside, model.config, local_attention_of(model), source=source, **card)
 
 
 def _as_source(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -32,7 +32,7 @@ from zebra.errors import ZebraError
 from zebra.files import atomic_directory, atomic_write, directory_lock
 from zebra.model.checkpoint import open_tokenizer
 from zebra.model.families import attention_pairs
-from zebra.model.local import Local, layout_with
+from zebra.model.local import LocalAttention, layout_name
 from zebra.model.study import NAME
 from zebra.plan.decoder import decoder
 from zebra.progress import bar, console
@@ -108,7 +108,7 @@ def reckoned(grid: StudyRecipe) -> list[Reckoned]:
         found.append(
             Reckoned(
                 cell=Path(recipe.run).name,
-                layout=layout_with(config, Local()),
+                layout=layout_name(config, LocalAttention()),
                 parameters=decoder(config.to_dict(), name=NAME).size,
                 tokens=recipe.train.steps * tokens_per_step(recipe),
                 attention=attention_pairs(config, length) / dense,

@@ -14,11 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zebra.data.corpus import Corpus
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import Score, as_rows, perplexity
-from zebra.model.checkpoint import read_local
-from zebra.model.families import FULL, attention_pairs, kinds_of
+from zebra.model.checkpoint import read_local_attention
+from zebra.model.families import FULL, attention_pairs, layer_kinds
 from zebra.model.load import best_device, device_name, load
-from zebra.model.load_options import described
-from zebra.model.local import Local, layout_with
+from zebra.model.load_options import loaded_layout_name
+from zebra.model.local import LocalAttention, layout_name
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import LOCAL, Stripes, visible_pairs
 from zebra.train.recipe import Recipe, SourceRecipe, TextRecipe
@@ -32,7 +32,7 @@ def measure(
     assert held_out is not None
     model.to(best_device())
     asked = recipe.evaluate
-    at = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
+    at = columns_of(recipe) | {"model": str(checkpoint), "layout": loaded_layout_name(model, rope)}
     by: dict[str, Any] = {"convention": asked.convention, "first_bucket": asked.first_bucket, "seed": recipe.train.seed}
 
     def read(length: int) -> list[Result]:
@@ -78,9 +78,13 @@ def columns_of(recipe: Recipe) -> dict[str, Any]:
     return {"run": Path(recipe.run).name, "seed": recipe.train.seed, "device": device_name(best_device())}
 
 
-def local_for(recipe: Recipe) -> Local:
+def local_for(recipe: Recipe) -> LocalAttention:
     """What local layers are trained with: the sinks of the recipe's layout, else what a source's zebra.json says."""
-    own = read_local(recipe.model) if isinstance(recipe, SourceRecipe) and Path(recipe.model).is_dir() else Local()
+    own = (
+        read_local_attention(recipe.model)
+        if isinstance(recipe, SourceRecipe) and Path(recipe.model).is_dir()
+        else LocalAttention()
+    )
     return own if recipe.stripes is None else replace(own, sinks=Stripes.parse(recipe.stripes).sinks)
 
 
@@ -97,7 +101,7 @@ def training_rows(
         history: the Trainer's.
         evaluated: rows of one of its entries, under the columns that they share.
     """
-    shared = columns_of(recipe) | {"layout": layout_with(config, local_for(recipe), rope)}
+    shared = columns_of(recipe) | {"layout": layout_name(config, local_for(recipe), rope)}
     rows: list[Result] = []
     for entry in history:
         at = shared | {"model": f"{recipe.run}@{entry['step']}"}
@@ -127,10 +131,10 @@ def cost_rows(recipe: Recipe, config: PreTrainedConfig, model: str) -> list[Resu
     length, n, local = recipe.longest, config.num_hidden_layers, local_for(recipe)
     window = getattr(config, "sliding_window", None) or length
     held = length if local.full_decode else min(length, window - 1) + local.sinks
-    cached = sum(held if kind == LOCAL else length for kind in kinds_of(config))
+    cached = sum(held if kind == LOCAL else length for kind in layer_kinds(config))
     costs = {
         FULL: (n * visible_pairs(length), n * length),
-        layout_with(config, local): (attention_pairs(config, length, local.sinks), cached),
+        layout_name(config, local): (attention_pairs(config, length, local.sinks), cached),
     }
     rows = []
     for name, (pairs, tokens) in costs.items():

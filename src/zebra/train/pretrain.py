@@ -19,12 +19,12 @@ from zebra.data.recall import RecallDataset
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
-from zebra.model.checkpoint import fingerprint, first_line, open_tokenizer, write_card, write_config
-from zebra.model.families import host_class, kinds_of, route, striped
+from zebra.model.checkpoint import first_line, open_tokenizer, tokenizer_digest, write_config, write_zebra_json
+from zebra.model.default_cache import with_default_cache
+from zebra.model.families import layer_kinds, model_class, route, with_stripes
 from zebra.model.load import load
-from zebra.model.local import Local, layout_with, local_of, localise
-from zebra.model.self_extend import refuse_off_the_table
-from zebra.model.subclass import with_striped_cache
+from zebra.model.local import LocalAttention, layout_name, local_attention_of, set_local_attention
+from zebra.model.self_extend import check_learned_positions
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import GLOBAL, Stripes
 from zebra.train import directory
@@ -63,13 +63,13 @@ def _run(run: Path, recipe: PretrainRecipe) -> list[Result]:
     config = config_of(recipe, tokenizer)
     texts = read_texts(recipe, tokenizer)
     check_step(recipe, texts)
-    inputs = {"text": texts.digest, "tokenizer": fingerprint(tokenizer), "processes": directory.processes()}
+    inputs = {"text": texts.digest, "tokenizer": tokenizer_digest(tokenizer), "processes": directory.processes()}
     directory.record(run, recipe, inputs)
     if not (run / "model").exists():
         _train(run, recipe, config, tokenizer, texts)
     if not directory.is_first_process():
         return []
-    at = {"model": str(run / "model"), "layout": layout_with(config, local_for(recipe))} | columns_of(recipe)
+    at = {"model": str(run / "model"), "layout": layout_name(config, local_for(recipe))} | columns_of(recipe)
     found = [
         *data_rows(recipe, texts.lines, **at),
         *training_rows(recipe, config, trainer_state(run, recipe)["log_history"], by_position(recipe)),
@@ -111,9 +111,9 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
         config = AutoConfig.for_model(kind, **given)
         route(config)
         if recipe.stripes is not None:
-            config = striped(config, Stripes.parse(recipe.stripes))
+            config = with_stripes(config, Stripes.parse(recipe.stripes))
         with torch.device("meta"):
-            host_class(config)(config)
+            model_class(config)(config)
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError, KeyError) as error:
         raise ZebraError(f"the fields of model describe no {kind}: {first_line(error)}") from None
     if config.max_position_embeddings < recipe.train.length:
@@ -122,7 +122,7 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
             f"{recipe.train.length:,}. Leave it out to take train.length."
         )
     read = max(recipe.longest, (recipe.evaluate and recipe.evaluate.beyond) or 0)
-    refuse_off_the_table(config, read)
+    check_learned_positions(config, read)
     _check_layout(recipe, config)
     return trainable(config, "model")
 
@@ -140,7 +140,7 @@ def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:
             f"Take a group of at most {layers}."
         )
     window, rows = getattr(config, "sliding_window", None), recipe.train.length
-    if window and window > rows and {*kinds_of(config)} != {GLOBAL}:
+    if window and window > rows and {*layer_kinds(config)} != {GLOBAL}:
         raise ZebraError(
             f"the window of {window:,} tokens is beyond train.length, {rows:,}: local layers would see all of a row. "
             f"Take a window of at most {rows:,}."
@@ -211,14 +211,16 @@ def _train(
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         write_config(model.config, aside)
-        write_card(aside, model.config, local_of(model), source=None, steps=recipe.train.steps, tokens=tokens)
+        write_zebra_json(
+            aside, model.config, local_attention_of(model), source=None, steps=recipe.train.steps, tokens=tokens
+        )
 
 
-def _random(config: PreTrainedConfig, local: Local, seed: int) -> PreTrainedModel:
+def _random(config: PreTrainedConfig, local: LocalAttention, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        host: Any = with_striped_cache(host_class(config))  # type: ignore[arg-type]
+        host: Any = with_default_cache(model_class(config))  # type: ignore[arg-type]
         model: PreTrainedModel = host._from_config(config, attn_implementation=NAME, dtype=torch.float32)
     if local:
-        localise(model, local)
+        set_local_attention(model, local)
     return model

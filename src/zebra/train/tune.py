@@ -18,10 +18,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from zebra.data.composition import Portion
 from zebra.errors import ZebraError
 from zebra.evaluate.answers import AnswerScore, answer_score
-from zebra.model.checkpoint import digest, fingerprint
+from zebra.model.checkpoint import checkpoint_digest, tokenizer_digest
 from zebra.model.load import best_device, load
-from zebra.model.load_options import described
-from zebra.model.local import layout_with
+from zebra.model.load_options import loaded_layout_name
+from zebra.model.local import layout_name
 from zebra.results import Result, read_results, write_results
 from zebra.train import directory, measuring
 from zebra.train.adapt import open_source, train
@@ -56,9 +56,9 @@ def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) ->
         return done
     data = read_instructions(recipe, chat, lambda: load(recipe.model).to(best_device()))
     inputs = {
-        "source": digest(recipe.model),
+        "source": checkpoint_digest(recipe.model),
         "conversations": data.digest,
-        "tokenizer": fingerprint(chat.tokenizer),
+        "tokenizer": tokenizer_digest(chat.tokenizer),
         "processes": directory.processes(),
     }
     directory.record(run, recipe, inputs)
@@ -75,7 +75,7 @@ def _run(run: Path, recipe: TuneRecipe, config: PreTrainedConfig, chat: Chat) ->
         return []
     history = trainer_state(run, recipe)["log_history"]
     after = _measure(recipe, data, run / "model", reload(recipe), recipe.rope) if recipe.evaluate else []
-    layout = layout_with(config, local_for(recipe))
+    layout = layout_name(config, local_for(recipe))
     found = [
         *data_rows(recipe, data.lines, model=recipe.model, layout=layout, **columns_of(recipe)),
         *_made_of(recipe, data.rows.portions(), layout),
@@ -117,7 +117,7 @@ def _measure(
     recipe: TuneRecipe, data: Instructions, checkpoint: Path, model: PreTrainedModel, rope: str | None = None
 ) -> list[Result]:
     model.to(best_device())
-    common = columns_of(recipe) | {"model": str(checkpoint), "layout": described(model, rope)}
+    common = columns_of(recipe) | {"model": str(checkpoint), "layout": loaded_layout_name(model, rope)}
     return [
         _answer_row(recipe, answer_score(name, model, found, seed=recipe.train.seed), common)
         for name, found in data.suites.items()

@@ -5,28 +5,28 @@ formula reads (`formula`, the oracle).
 from __future__ import annotations
 
 from zebra.model.self_extend.apply import (
-    Layer,
+    AttentionLayer,
     attention_layers,
     bounded_cache,
-    extend,
-    reach,
-    refuse_off_the_table,
+    check_learned_positions,
+    longest_text,
     resolve_self_extend,
-    setting_of,
+    self_extend_of,
+    set_self_extend,
 )
-from zebra.model.self_extend.layer import Extension, Rope, turn_between, turned
+from zebra.model.self_extend.layer import GroupedRotation, SelfExtendAttention, rotate, rotation_between
 
 __all__ = [
-    "Extension",
-    "Layer",
-    "Rope",
+    "AttentionLayer",
+    "GroupedRotation",
+    "SelfExtendAttention",
     "attention_layers",
     "bounded_cache",
-    "extend",
-    "reach",
-    "refuse_off_the_table",
+    "check_learned_positions",
+    "longest_text",
     "resolve_self_extend",
-    "setting_of",
-    "turn_between",
-    "turned",
+    "rotate",
+    "rotation_between",
+    "self_extend_of",
+    "set_self_extend",
 ]

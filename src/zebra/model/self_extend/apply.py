@@ -20,10 +20,10 @@ from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import first_line
-from zebra.model.local import Local, local_of
+from zebra.model.local import LocalAttention, local_attention_of
 from zebra.model.override import get_override, overrides_of, overriding_attention, set_override
 from zebra.model.rope import changes_with_length
-from zebra.model.self_extend.layer import Extension, Rope, turn_between, turned
+from zebra.model.self_extend.layer import GroupedRotation, SelfExtendAttention, rotate, rotation_between
 from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
 
 
@@ -46,13 +46,13 @@ def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig)
     return setting
 
 
-def reach(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | None:
+def longest_text(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | None:
     """The longest text that a model was trained for, or reaches with Self-Extend; None where its config has no say."""
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
     return trained if setting is None or trained is None else setting.reach(trained)
 
 
-def refuse_off_the_table(config: PreTrainedConfig, length: int) -> None:
+def check_learned_positions(config: PreTrainedConfig, length: int) -> None:
     """Refuse a text that is longer than a table of learned positions, which nothing can be read beyond.
 
     Raises:
@@ -66,7 +66,7 @@ def refuse_off_the_table(config: PreTrainedConfig, length: int) -> None:
         )
 
 
-def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
+def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     """Hang Self-Extend on the global layers of a loaded model, after trying that each one's rope can be turned again.
 
     Raises:
@@ -78,13 +78,13 @@ def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
         raise ZebraError(
             "Self-Extend maps the positions of tokens; summary layers read means of many. Load it without."
         )
-    ropes: dict[str, Rope] = {}
+    ropes: dict[str, GroupedRotation] = {}
     for layer in attention_layers(model):
         if layer.rope is None or layer.frequencies is None:
             continue
         first = layer.rope not in ropes
-        rope = ropes.setdefault(layer.rope, Rope(layer.frequencies, setting, trained))
-        set_override(layer.module, Extension(rope, layer.module.layer_idx, first=first))
+        rope = ropes.setdefault(layer.rope, GroupedRotation(layer.frequencies, setting, trained))
+        set_override(layer.module, SelfExtendAttention(rope, layer.module.layer_idx, first=first))
     if not ropes:
         one_window = getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")
         remedy = ", or with sliding_window=None, as the window is the checkpoint's own for all layers" * bool(
@@ -94,7 +94,7 @@ def extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     _try_cache(model)
 
 
-def setting_of(model: nn.Module) -> SelfExtend | None:
+def self_extend_of(model: nn.Module) -> SelfExtend | None:
     """The setting that a model was loaded with."""
     return next((found.rope.setting for found in _extensions(model)), None)
 
@@ -102,16 +102,16 @@ def setting_of(model: nn.Module) -> SelfExtend | None:
 def bounded_cache(model: PreTrainedModel) -> StripedCache:
     """The cache that `generate` takes after `zebra.load`, for those who call the model themselves."""
     windows = {found.layer: found.rope.setting.window for found in _extensions(model)}
-    local = local_of(model)
+    local = local_attention_of(model)
     return StripedCache(model.config, windows, sinks=local.sinks, full_decode=local.full_decode)
 
 
-def _extensions(model: nn.Module) -> list[Extension]:
-    return [override for override in overrides_of(model) if isinstance(override, Extension)]
+def _extensions(model: nn.Module) -> list[SelfExtendAttention]:
+    return [override for override in overrides_of(model) if isinstance(override, SelfExtendAttention)]
 
 
 @dataclass(frozen=True)
-class Layer:
+class AttentionLayer:
     """An attention module: its window and sinks where it is local, and the rope that turns its queries and keys, by the
     name of the buffer that holds the frequencies; None where nothing turns them.
     """
@@ -123,7 +123,7 @@ class Layer:
     frequencies: Tensor | None
 
 
-def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Layer]:
+def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[AttentionLayer]:
     """The global attention layers of a model, the local ones too where asked, as they show themselves when tried.
 
     Raises:
@@ -136,8 +136,8 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Lay
         if local or call.window is None:
             name = _rope_of(call, known, model)
             hung = get_override(call.module)
-            sinks = hung.sinks if isinstance(hung, Local) else 0
-            found.append(Layer(call.module, call.window, sinks, name, known[name] if name else None))
+            sinks = hung.sinks if isinstance(hung, LocalAttention) else 0
+            found.append(AttentionLayer(call.module, call.window, sinks, name, known[name] if name else None))
     return found
 
 
@@ -157,7 +157,7 @@ class _Listener:
         self.calls: list[_Call] = []
 
     def attend(
-        self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any
+        self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, /, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         if positions is None:
             raise ZebraError("Self-Extend needs the positions, which this host does not hand to its attention.")
@@ -239,9 +239,9 @@ def _rope_of(call: _Call, known: dict[str, Tensor], model: PreTrainedModel) -> s
     off = {}
     for name, frequencies in known.items():
         if 2 * frequencies.numel() <= call.query.shape[-1] and frequencies.ndim == 1:
-            turn = turn_between(frequencies.to(call.query.device).float(), start, call.positions, torch.float32)
+            turn = rotation_between(frequencies.to(call.query.device).float(), start, call.positions, torch.float32)
             off[name] = max(
-                _difference(turned(states[:1].expand_as(states).float(), turn), states)
+                _difference(rotate(states[:1].expand_as(states).float(), turn), states)
                 for states in (call.query, call.key)
             )
     best = min(off, key=off.__getitem__, default=None)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from zebra import masks
 from zebra.kernels import Mask
 from zebra.model.override import overriding_attention
-from zebra.model.self_extend.apply import Layer, attention_layers
+from zebra.model.self_extend.apply import AttentionLayer, attention_layers
 from zebra.positions import SelfExtend, grouped_key, grouped_query, relative
 
 _AT_ONCE = 1 << 23
@@ -32,26 +32,29 @@ _AT_ONCE = 1 << 23
 class Formula:
     """One layer by the formula; plain causal attention with its rope where `setting` is None."""
 
-    def __init__(self, layer: Layer, setting: SelfExtend | None, trained: int):
+    def __init__(self, layer: AttentionLayer, setting: SelfExtend | None, trained: int):
         self.layer, self.trained = layer, trained
         self.setting = setting if layer.window is None and layer.rope is not None else None
 
     def attend(
         self,
         module: Any,
-        positions: Tensor,
+        positions: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         mask: Mask,
+        /,
         *,
         scale: float | None = None,
         softcap: float | None = None,
         with_lse: bool = False,
-        dropout: float | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """What `attend` gives, over a whole text without padding. Packed documents are not kept apart."""
+        assert positions is not None
         assert not positions.any()
+        assert not any(kwargs.values())
         n, step = q.shape[2], max(1, _AT_ONCE // (q.shape[0] * q.shape[1] * q.shape[2]))
         group = q.shape[1] // k.shape[1]
         keys, values = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
@@ -110,7 +113,7 @@ def _rounding(place: Tensor, frequency: Tensor) -> Tensor:
 
 
 @contextmanager
-def by_formula(model: PreTrainedModel, setting: SelfExtend | None) -> Iterator[Callable[..., Tensor]]:
+def formula_logits(model: PreTrainedModel, setting: SelfExtend | None) -> Iterator[Callable[..., Tensor]]:
     """Within this context a function from tokens (B, N) to logits, every layer computed by the formula."""
     trained = model.config.get_text_config().max_position_embeddings
     with ExitStack() as stack:

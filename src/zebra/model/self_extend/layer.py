@@ -32,7 +32,7 @@ Turn = tuple[Tensor, Tensor]
 """For R frequencies (cos, cos) and (-sin, sin), each (1 or B, 1, tokens, 2 R)."""
 
 
-def turn_between(frequencies: Tensor, old: Tensor, new: Tensor, dtype: torch.dtype) -> Turn:
+def rotation_between(frequencies: Tensor, old: Tensor, new: Tensor, dtype: torch.dtype) -> Turn:
     """The turn that takes vectors from the positions `old` to `new`, both (1 or B, tokens); of several `new`
     (n, 1 or B, tokens), n turns.
 
@@ -45,7 +45,7 @@ def turn_between(frequencies: Tensor, old: Tensor, new: Tensor, dtype: torch.dty
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def turned(states: Tensor, turn: Turn) -> Tensor:
+def rotate(states: Tensor, turn: Turn) -> Tensor:
     """`states` (B, heads, tokens, D), turned in the planes of dimensions r and r + R < 2 R; the rest as it is.
 
     x_r cos - x_(r + R) sin,   x_(r + R) cos + x_r sin: few calls, as decode pays for each one.
@@ -77,7 +77,7 @@ class _Places:
     scale: Tensor | None
 
 
-class Rope:
+class GroupedRotation:
     """The frequencies that layers share, and the places of the forward under way, reckoned in its first layer only."""
 
     def __init__(self, frequencies: Tensor, setting: SelfExtend, trained: int):
@@ -116,7 +116,7 @@ class Rope:
         if self.setting.log_scale:
             scale = self.setting.query_scale(true, self.trained).to(dtype)[:, None, :, None]
         new = torch.stack([grouped_query(true, group, window), grouped_key(true, group)])
-        cos, sin = turn_between(self.frequencies, positions, new, dtype)
+        cos, sin = rotation_between(self.frequencies, positions, new, dtype)
         return _Places(positions, shift, base, query=(cos[0], sin[0]), key=(cos[1], sin[1]), scale=scale)
 
     def key_turn(self, places: _Places, total: int, dtype: torch.dtype) -> Turn:
@@ -127,7 +127,7 @@ class Rope:
         earlier = places.host[:, :1] - past + torch.arange(past, device=places.host.device)
         host = torch.cat([earlier, places.host], dim=1)
         true = (host - places.base).clamp(min=0)
-        return turn_between(self.frequencies, host, grouped_key(true, self.setting.group), dtype)
+        return rotation_between(self.frequencies, host, grouped_key(true, self.setting.group), dtype)
 
     def follow(self, key: Tensor | PendingKeys, places: _Places, past: int) -> None:
         """Refuse new tokens whose positions do not follow those of the `past` cached ones.
@@ -226,10 +226,10 @@ def _broken(positions: Tensor, mask: Mask, total: int, shift: Tensor) -> str | N
     return f"the positions {positions.expand(wrong.shape[0], -1)[row, max(0, at - 1) : at + 3].tolist()}"
 
 
-class Extension:
+class SelfExtendAttention:
     """What a global layer does under Self-Extend; `zebra.model.attention` calls it in place of `attend`."""
 
-    def __init__(self, rope: Rope, layer: int, *, first: bool):
+    def __init__(self, rope: GroupedRotation, layer: int, *, first: bool):
         self.rope, self.layer, self.first = rope, layer, first
 
     def attend(
@@ -240,6 +240,7 @@ class Extension:
         key: Tensor | PendingKeys,
         value: Tensor,
         mask: Mask,
+        /,
         **arguments: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`attend` with near keys at their exact distance and far ones at grouped ones.
@@ -257,11 +258,11 @@ class Extension:
         if self.first:
             self.rope.follow(key, places, total - query.shape[2])
         if isinstance(key, PendingKeys):
-            near, far = key.write(turned(key.states, places.key))
+            near, far = key.write(rotate(key.states, places.key))
         else:
             near = key
-            far = turned(key, self.rope.key_turn(places, total, dtype)) if total > self.rope.setting.window else key
+            far = rotate(key, self.rope.key_turn(places, total, dtype)) if total > self.rope.setting.window else key
         if places.scale is not None:
             query = (query * places.scale).to(query.dtype)
-        far_query = turned(query, places.query) if total > self.rope.setting.window else query
+        far_query = rotate(query, places.query) if total > self.rope.setting.window else query
         return extended(query, near, far_query, far, value, mask, window=self.rope.setting.window, **arguments)

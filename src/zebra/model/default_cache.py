@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.model.attention import NAME
 from zebra.model.cache import StripedCache
-from zebra.model.checkpoint import update_card
-from zebra.model.local import local_of, warn_of
-from zebra.model.self_extend import bounded_cache, setting_of
+from zebra.model.checkpoint import update_zebra_json
+from zebra.model.local import local_attention_of, warn_settings_outside_config
+from zebra.model.self_extend import bounded_cache, self_extend_of
 
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def with_striped_cache(cls: Any) -> Any:
+def with_default_cache(cls: Any) -> Any:
     """The host's class, whose `generate` makes our bounded cache where the caller names none.
 
     Two more say before they act what would else be lost in silence: Self-Extend, sinks and full decoding.
@@ -32,19 +32,21 @@ def with_striped_cache(cls: Any) -> Any:
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's `save_pretrained`."""
-        if (setting := setting_of(self)) is not None:
+        if (setting := self_extend_of(self)) is not None:
             _log.warning("config.json cannot say Self-Extend: load what is saved with self_extend=%r.", str(setting))
-        warn_of(local_of(self))
+        warn_settings_outside_config(local_attention_of(self))
         found = cls.save_pretrained(self, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            update_card(Path(args[0] if args else kwargs["save_directory"]), self.config, local_of(self))
+            update_zebra_json(
+                Path(args[0] if args else kwargs["save_directory"]), self.config, local_attention_of(self)
+            )
         return found
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's `set_attn_implementation`."""
-        if (setting := setting_of(self)) is not None:
+        if (setting := self_extend_of(self)) is not None:
             _log.warning('Self-Extend %s lives in attention "%s" and is dropped under any other.', setting, NAME)
-        if (local := local_of(self)) and [*args, *kwargs.values()][:1] != [NAME]:
+        if (local := local_attention_of(self)) and [*args, *kwargs.values()][:1] != [NAME]:
             _log.warning('%s of local layers live in attention "%s" and are lost under any other.', local, NAME)
         return cls.set_attn_implementation(self, *args, **kwargs)
 
@@ -87,7 +89,7 @@ def _prompt_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _refuse_without_cache(model: PreTrainedModel, *, uses_cache: bool) -> None:
-    local = local_of(model)
+    local = local_attention_of(model)
     if local and model.config._attn_implementation == NAME and (uses_cache or local.full_decode):
         raise ZebraError(
             f"this model has {local} in its local layers, which rest on the cache that its generate makes; got "
@@ -96,5 +98,5 @@ def _refuse_without_cache(model: PreTrainedModel, *, uses_cache: bool) -> None:
 
 
 def _blank(cls: Any) -> Any:
-    made = with_striped_cache(cls)
+    made = with_default_cache(cls)
     return made.__new__(made)
