@@ -186,7 +186,7 @@ class _Formula:
         self.block = block
 
     def attend(
-        self, module: Any, positions: Any, q: Tensor, k: Tensor, v: Tensor, mask: kernels.Mask, **given: Any
+        self, module: Any, positions: Any, q: Tensor, k: Tensor, v: Tensor, mask: kernels.Mask, /, **given: Any
     ) -> tuple[Tensor, None]:
         """What `summarised` gives, one query at a time."""
         return formula(q, k, v, mask, block=self.block, scale=given["scale"], slopes=given.get("slopes")), None
