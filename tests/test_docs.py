@@ -73,7 +73,7 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
         "adapting",
         "evaluating",
         "generating",
-        "hosts",
+        "families",
         pytest.param("pipeline", marks=pytest.mark.full),
         "planning",
         pytest.param(
@@ -157,7 +157,7 @@ def test_the_first_lines_of_python_in_the_readme_run(tmp_path: Path, monkeypatch
 
 def test_the_family_table_is_the_codes() -> None:
     """`python -m zebra.model.families` prints it."""
-    page = (ROOT / "docs" / "hosts.md").read_text()
+    page = (ROOT / "docs" / "families.md").read_text()
     written = re.search(r"<!-- families -->\n(.*?)\n<!-- end -->", page, flags=re.DOTALL)
     assert written is not None
     assert written.group(1) == table()

@@ -325,7 +325,7 @@ def test_no_weights_at_all(stories: Path) -> None:
 
 def test_a_family_without_a_route(tmp_path: Path) -> None:
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path / "known")
-    with refused("no stock class with learned absolute positions reads layer_types. See docs/hosts.md"):
+    with refused("no stock class with learned absolute positions reads layer_types. See docs/families.md"):
         zebra.load(tmp_path / "known")
     AutoConfig.for_model("bloom").save_pretrained(tmp_path / "unknown")
     with refused("no route for the family 'bloom'; routes exist for llama, mistral"):

@@ -137,7 +137,7 @@ ROUTES: tuple[Route, ...] = (
     Route("gpt_neox", None, _NO_CLASS.format("its tensors")),
     Route("gpt2", None, _NO_CLASS.format("learned absolute positions")),
 )
-"""The family table. Of a family's rows the first that takes a checkpoint serves it. Tests and docs/hosts.md walk it."""
+"""The family table. Of a family's rows the first that takes a checkpoint serves it. Tests and docs/families.md walk it."""
 
 
 def route(config: PreTrainedConfig) -> Route:
@@ -159,7 +159,7 @@ def route(config: PreTrainedConfig) -> Route:
         if reason is None:
             return row
         reasons.append(reason)
-    raise ZebraError(f"this {config.model_type} checkpoint cannot be served: {'; '.join(reasons)}. See docs/hosts.md.")
+    raise ZebraError(f"this {config.model_type} checkpoint cannot be served: {'; '.join(reasons)}. See docs/families.md.")
 
 
 def ignores_layer_types(config: PreTrainedConfig) -> bool:
@@ -262,7 +262,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def table() -> str:
-    """The family table in Markdown, as docs/hosts.md has it: `python -m zebra.model.families`."""
+    """The family table in Markdown, as docs/families.md has it: `python -m zebra.model.families`."""
     served = ["| family | runs as | because | refused where it has | layers |", "|---|---|---|---|---|"]
     refused = ["| family | because |", "|---|---|"]
     for row in ROUTES:
