@@ -6,13 +6,19 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["COLUMNS"] = "200"  # the width of rich's tables
 
+import contextlib
+import io
+import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -181,9 +187,76 @@ def text(tmp_path: Path) -> Path:
     return folder
 
 
+Zebra = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run_zebra(*arguments: object, cwd: Path | None = None, input: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    """The command line in this process: what a process would return and write, and nothing of it stays behind.
+
+    A warning of ours goes to stderr as in a process of its own; any other is an error, as everywhere in the tests.
+    """
+    from zebra.cli import main
+
+    text = input.encode() if isinstance(input, str) else input
+    stdin, stdout, stderr = (io.TextIOWrapper(io.BytesIO(part), "utf-8") for part in (text, b"", b""))
+    with (
+        mock.patch.object(sys, "argv", ["zebra", *map(str, arguments)]),
+        mock.patch.object(sys, "stdin", stdin),
+        mock.patch.dict(os.environ),
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        _logging_of_a_new_process(stderr),
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, kind, file, line, *_: stderr.write(
+            warnings.formatwarning(message, kind, file, line)
+        )
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert isinstance(end.value.code, int)
+    return subprocess.CompletedProcess(arguments, end.value.code, _written(stdout), _written(stderr))
+
+
+def _written(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    assert isinstance(stream.buffer, io.BytesIO)
+    return stream.buffer.getvalue().decode()
+
+
+@contextlib.contextmanager
+def _logging_of_a_new_process(stderr: io.TextIOWrapper) -> Iterator[None]:
+    """Handlers of libraries write to this stderr; pytest's own are away, so that Python's last resort writes too."""
+    root, before = logging.getLogger(), {name: log.level for name, log in _loggers().items()}
+    with mock.patch.object(root, "handlers", []):
+        streams = {handler: handler.setStream(stderr) for log in _loggers().values() for handler in _handlers(log)}
+        yield
+    for log in _loggers().values():
+        for handler in _handlers(log):
+            handler.setStream(streams.get(handler) or sys.__stderr__)
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def _loggers() -> dict[str, logging.Logger]:
+    return {name: log for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)}
+
+
+def _handlers(log: logging.Logger) -> list[Any]:
+    return [handler for handler in log.handlers if type(handler) is logging.StreamHandler]
+
+
 @pytest.fixture
-def zebra(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`zebra(*arguments)`: the command line in a process of its own."""
+def zebra() -> Zebra:
+    """`zebra(*arguments, cwd=, input=)`: the command line in this process."""
+    return run_zebra
+
+
+@pytest.fixture
+def zebra_process(tmp_path: Path) -> Zebra:
+    """`zebra_process(*arguments)`: the command line in a process of its own, which takes seconds."""
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -191,11 +264,23 @@ def zebra(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             capture_output=True,
             text=True,
             timeout=300,
-            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
             **options,
         )
 
     return run
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One clear line on stderr, exit code 2, nothing on stdout."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("zebra: ")
+    for word in words:
+        assert word in lines[0]
+    assert done.stdout == ""
 
 
 @pytest.fixture(autouse=True)

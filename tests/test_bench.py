@@ -14,15 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from test_cli import Zebra, refused
+from conftest import ROOT, Zebra, refused
 from transformers import DynamicCache
 
 from zebra import kernels
 from zebra.bench import alone, attention, ceilings, extended, generation, models, pairing, peers
 from zebra.bench.pairing import Variant, Work
 from zebra.bench.subjects import FAST, SUBJECTS, Attention, Decode, Extended, Layer, Loss, Prefill, TrainStep
-from zebra.cli import main
 from zebra.errors import ZebraError
 from zebra.kernels.precision import fast_float32
 from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache
@@ -410,22 +408,17 @@ def test_of_two_measured_ceilings_the_larger_counts() -> None:
         assert found[True].attention == fast
 
 
-def test_the_command_prints_a_table_or_json_and_appends_rows(
-    tmp_path: Path, peaks: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_a_table_or_json_and_appends_rows(tmp_path: Path, peaks: str, zebra: Zebra) -> None:
     out = tmp_path / "results.jsonl"
 
     def run(*more: str) -> str:
         sizes = ["--length", "60", "--hidden", "16", "--words", "50", "--repeats", "2", "--no-memory", "--out"]
-        monkeypatch.setattr(sys, "argv", ["zebra", "bench", "loss", *sizes, str(out), "--ceilings", peaks, *more])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code in (0, None)
-        return capsys.readouterr().out
+        done = zebra("bench", "loss", *sizes, out, "--ceilings", peaks, *more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     found = json.loads(run("--json"))["results"]
     assert [json.loads(line) for line in out.read_text().splitlines()] == found
-    monkeypatch.setenv("COLUMNS", "200")
     table = run()
     for word in ("full logits", "planned", "least–most", "ceilings of two cores"):
         assert word in table

@@ -7,16 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import STORIES, TEXT
+from conftest import STORIES, TEXT, Zebra, refused
 
-from zebra.cli import main
-
-Zebra = Callable[..., "subprocess.CompletedProcess[str]"]
 SEPARATOR = "<|endoftext|>"
 
 
@@ -26,18 +21,6 @@ def few(tmp_path: Path) -> Path:
     path = tmp_path / "few.txt"
     path.write_text(SEPARATOR.join((TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:40]))
     return path
-
-
-def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One clear line on stderr, exit code 2, nothing on stdout."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("zebra: ")
-    for word in words:
-        assert word in lines[0]
-    assert done.stdout == ""
 
 
 def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
@@ -218,9 +201,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_line_and_code_2(
-    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_gets_one_line_and_code_2(tmp_path: Path, case: str, zebra: Zebra) -> None:
     (tmp_path / "short.txt").write_text("Once upon a time")
     (tmp_path / "empty.txt").write_text(" \n\n")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
@@ -231,12 +212,7 @@ def test_bad_input_gets_one_line_and_code_2(
     (tmp_path / "twice.yaml").write_text((tmp_path / "recipe.yaml").read_text() + "run: other\n")
     before = {p.name for p in tmp_path.iterdir()}
     arguments, words = BAD[case]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["zebra", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        main()
-    out, err = capfd.readouterr()
-    refused(subprocess.CompletedProcess([], exit.value.code, out, err), *words)
+    refused(zebra(*arguments, cwd=tmp_path), *words)
     assert {p.name for p in tmp_path.iterdir()} - before <= {"cache"}
 
 
@@ -266,24 +242,12 @@ def test_an_interrupt_ends_with_130_and_nothing_half_written(tmp_path: Path) -> 
     assert not (tmp_path / "run" / "results.jsonl").exists()
 
 
-def test_a_refusal_in_a_process_of_its_own(zebra: Zebra) -> None:
-    refused(zebra("convert", "nowhere", "out", "--stripes", "GL:9"), "no checkpoint at nowhere")
+def test_a_refusal_in_a_process_of_its_own(zebra_process: Zebra) -> None:
+    refused(zebra_process("convert", "nowhere", "out", "--stripes", "GL:9"), "no checkpoint at nowhere")
 
 
-def test_a_command_without_a_verb_shows_the_help(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_without_a_verb_shows_the_help(zebra: Zebra) -> None:
     for group in ((), ("evaluate",)):
-        monkeypatch.setattr(sys, "argv", ["zebra", *group])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        out, err = capfd.readouterr()
-        assert (exit.value.code, err) == (2, "")
-        assert out.count("perplexity" if group else "generate") == 1
-
-
-def test_help_is_quick(zebra: Zebra) -> None:
-    """Speed belongs in benchmarks; this bound only catches an import of torch."""
-    start = time.perf_counter()
-    zebra("--help")
-    assert time.perf_counter() - start < 5
+        done = zebra(*group)
+        assert (done.returncode, done.stderr) == (2, "")
+        assert done.stdout.count("perplexity" if group else "generate") == 1

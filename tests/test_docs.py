@@ -8,8 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_cli import Zebra
+from conftest import ROOT, Zebra
 
 from zebra.model.families import table
 from zebra.results import read_results

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, STORIES, TEXT, kind_of, losses
+from conftest import ROOT, STORIES, TEXT, Zebra, kind_of, losses, refused
 from test_adapt import recipe
-from test_cli import Zebra, refused
 from transformers import AutoConfig
 
 import zebra

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import warnings
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, TEXT
-from test_retrieval import Scripted, said
+from conftest import STORIES, TEXT, Zebra, refused
+from test_retrieval import Scripted
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -279,17 +278,13 @@ def test_a_file_without_a_reference_is_refused(tmp_path: Path) -> None:
         evaluate_documents(STORIES, tmp_path / "x.jsonl", check_only=True)
 
 
-def test_the_verb_its_items_and_its_page(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_verb_its_items_and_its_page(file: Path, tmp_path: Path, zebra: Zebra) -> None:
     given = ("evaluate", "documents", STORIES, file, "--length", "256,300", "--answer-tokens", 8, "--limit", 4)
     given += ("--json", "--items", tmp_path / "items.jsonl", "--out", tmp_path / "results.jsonl")
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        code, out, err = said(capsys, monkeypatch, *given)
-    assert code == 0, err
-    assert "zebra: at 256 tokens" in err
-    found = json.loads(out)["results"]
+    done = zebra(*given)
+    assert done.returncode == 0, done.stderr
+    assert "zebra: at 256 tokens" in done.stderr
+    found = json.loads(done.stdout)["results"]
     assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == found
     scores = [row for row in found if row["task"] == "documents-generate-tales"]
     assert {(row["metric"], row["length"], row["n"]) for row in scores} == {
@@ -308,11 +303,7 @@ def test_the_verb_its_items_and_its_page(
     assert "tales, by generation" in page
 
 
-def test_bad_lines_are_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_lines_are_refused_in_one_line(tmp_path: Path, zebra: Zebra) -> None:
     (tmp_path / "x.jsonl").write_text('{"document": "d"}\n[]\n')
-    code, out, err = said(capsys, monkeypatch, "evaluate", "documents", STORIES, tmp_path / "x.jsonl", "--check-only")
-    assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
-    assert "has 2 bad lines: line 1 has nothing" in err
-    assert "line 2 is no record" in err
+    done = zebra("evaluate", "documents", STORIES, tmp_path / "x.jsonl", "--check-only")
+    refused(done, "has 2 bad lines: line 1 has nothing", "line 2 is no record")

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import STORIES, TEXT
+from conftest import STORIES, TEXT, Zebra, refused
 from safetensors.torch import load_file, save_file
 from test_adapt import losses, names, recipe
-from test_cli import Zebra, refused
 
 from zebra import ZebraError
 from zebra.train import directory

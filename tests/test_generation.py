@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import STORIES, TEXT
-from test_cli import Zebra, refused
+from conftest import STORIES, TEXT, Zebra, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import zebra
-from zebra.cli import main
 from zebra.generation import Decoding, Generated, _Writer
 
 ONCE = "Once upon a time, there was"
@@ -322,21 +320,12 @@ def test_the_command_warns_in_one_line(zebra: Zebra, striped: Path) -> None:
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_bad_prompts_are_refused(
-    arguments: tuple[str, ...],
-    says: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zebra: Zebra
 ) -> None:
     """Before the model is loaded."""
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["zebra", "generate", str(STORIES), *arguments])
     monkeypatch.setattr("zebra.model.load_options.load", None)
-    with pytest.raises(SystemExit) as exit:
-        main()
-    out, err = capfd.readouterr()
-    refused(subprocess.CompletedProcess([], exit.value.code, out, err), says)
+    refused(zebra("generate", STORIES, *arguments, cwd=tmp_path), says)
 
 
 def test_ctrl_c_leaves_the_text_so_far(striped: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES
-from test_retrieval import Scripted, said
+from conftest import STORIES, Zebra
+from test_retrieval import Scripted
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -313,14 +313,12 @@ def test_without_the_extra_it_is_said_which(monkeypatch: pytest.MonkeyPatch) -> 
         evaluate_tasks(STORIES, tasks=["zebra-passkey"], lengths=[300])
 
 
-def test_the_verb_and_its_page(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_verb_and_its_page(folder: Path, tmp_path: Path, zebra: Zebra) -> None:
     given = ("evaluate", "tasks", STORIES, "--tasks", "tiny_ends,zebra-lookup-likelihood", "--length", "300")
     given += ("--include", folder, "--limit", 2, "--out", tmp_path / "results.jsonl", "--json")
-    code, out, err = said(capsys, monkeypatch, *given)
-    assert code == 0, err
-    assert [row["task"] for row in json.loads(out)["results"]] == [
+    done = zebra(*given)
+    assert done.returncode == 0, done.stderr
+    assert [row["task"] for row in json.loads(done.stdout)["results"]] == [
         "harness-tiny_ends",
         "harness-zebra-lookup-likelihood",
     ]

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import STORIES, TEXT, changed
+from conftest import STORIES, TEXT, Zebra, changed, refused
 from test_tune import write as write_conversations
 from transformers import AutoTokenizer
 
 import zebra
 from zebra import ZebraError
-from zebra.cli import main
 from zebra.files import directory_lock
 from zebra.pipeline.recipe import read_pipeline
 from zebra.pipeline.run import content, inputs_of, plan, run
@@ -226,18 +225,10 @@ def test_another_process_at_work_is_refused(data: Path, tmp_path: Path) -> None:
 # Costs
 
 
-def test_a_dry_run_says_what_it_costs_and_does_nothing(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = recipe(data, tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-    for more in (["--json"], []):
-        monkeypatch.setattr(sys, "argv", ["zebra", "run", str(path), "--dry-run", "--device", "h200", *more])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 0
-    out = capsys.readouterr().out
-    found = {one["stage"]: one for one in json.JSONDecoder().raw_decode(out)[0]["stages"]}
+def test_a_dry_run_says_what_it_costs_and_does_nothing(data: Path, tmp_path: Path, zebra: Zebra) -> None:
+    arguments = ("run", recipe(data, tmp_path), "--dry-run", "--device", "h200")
+    done = zebra(*arguments, "--json")
+    found = {one["stage"]: one for one in json.loads(done.stdout)["stages"]}
     assert [(name, one["why"]) for name, one in found.items()] == [
         ("before", "new"),
         ("convert", "new"),
@@ -256,7 +247,7 @@ def test_a_dry_run_says_what_it_costs_and_does_nothing(
     assert found["adapt"]["memory"] > 0
     assert found["evaluate"]["tokens"] == found["before"]["tokens"] > 4 * 128
     assert 0 < found["evaluate"]["flops"] < found["before"]["flops"]
-    assert "after convert" in out.split("least time")[1]
+    assert "after convert" in zebra(*arguments).stdout.split("least time")[1]
     assert not (tmp_path / "run").exists()
 
 
@@ -313,22 +304,13 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_before_any_stage(
-    case: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    overrides, said = BAD[case]
+def test_bad_input_is_one_line_before_any_stage(case: str, data: Path, tmp_path: Path, zebra: Zebra) -> None:
+    overrides, message = BAD[case]
     (tmp_path / "bad.jsonl").write_text("{")
     path = recipe(data, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["zebra", "run", str(path), *(a for one in overrides for a in ("--set", one))])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capfd.readouterr()
-    assert ended.value.code == 2, err
-    assert out == ""
-    assert len(err.splitlines()) == 1, err
-    assert err.startswith("zebra: ")
-    assert re.search(said, err), err
+    done = zebra("run", path, *(part for one in overrides for part in ("--set", one)), cwd=tmp_path)
+    refused(done)
+    assert re.search(message, done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, tiny_config, tiny_model
+from conftest import STORIES, Zebra, refused, tiny_config, tiny_model
 from test_adapt import recipe
 from test_dry_run import PUBLISHED
 from torch.utils.flop_counter import FlopCounterMode
 
 import zebra
 from zebra import SelfExtend, Stripes, ZebraError
-from zebra.cli import main
 from zebra.masks import beyond, causal, within
 from zebra.model import loss
 from zebra.model.cache import StripedCache
@@ -352,20 +350,14 @@ def test_the_papers_table_has_its_numbers() -> None:
 # The command
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["zebra", "plan", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        main()
-    return int(exit.value.code or 0)
+def test_the_command_prints_tables_json_and_a_picture(zebra: Zebra, tmp_path: Path) -> None:
+    def plan(*arguments: object) -> str:
+        done = zebra("plan", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-
-def test_the_command_prints_tables_json_and_a_picture(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    asked = ("llama-2-7b", "--length", 16384, "--self-extend", "8:1024", "--memory", "80GiB")
-    assert call(monkeypatch, *asked, "--picture", tmp_path / "out.svg", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    arguments = ("llama-2-7b", "--length", 16384, "--self-extend", "8:1024", "--memory", "80GiB")
+    found = json.loads(plan(*arguments, "--picture", tmp_path / "out.svg", "--json"))
     names = [column["layout"] for column in found["layouts"]]
     assert names == ["full", "GLLL:512", "Self-Extend 8:1024", "GLLL:512 + Self-Extend 8:1024"]
     for column in found["layouts"]:
@@ -376,15 +368,13 @@ def test_the_command_prints_tables_json_and_a_picture(
     assert found["mildest_layout"] == "full"
     picture = (tmp_path / "out.svg").read_text()
     assert "Self-Extend 8:1024" in picture
-    assert call(monkeypatch, "llama-2-7b", "--length", 16384, "--self-extend", "auto:16384", "--json") == 0
-    assert "Self-Extend 16:1024" in capsys.readouterr().out
+    assert "Self-Extend 16:1024" in plan("llama-2-7b", "--length", 16384, "--self-extend", "auto:16384", "--json")
     assert "less at 1M" in picture
-    assert call(monkeypatch, *asked) == 0
-    printed = capsys.readouterr().out
+    printed = plan(*arguments)
     assert "6,738,415,616 parameters" in printed
     assert "16.00 GiB 0.73" in printed
-    assert call(monkeypatch, STORIES, "--length", 512, "--phase", "train", "--lora", 4, "--checkpointing") == 0
-    assert "LoRA of rank 4, activation checkpointing" in capsys.readouterr().out
+    printed = plan(STORIES, "--length", 512, "--phase", "train", "--lora", 4, "--checkpointing")
+    assert "LoRA of rank 4, activation checkpointing" in printed
 
 
 REFUSED = {
@@ -412,13 +402,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_refused(case: str, zebra: Zebra) -> None:
     arguments, words = REFUSED[case]
-    assert call(monkeypatch, *arguments, "--length", 16384) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.strip().splitlines()) == 1
-    assert words in err
+    refused(zebra("plan", *arguments, "--length", 16384), words)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, STORIES, TEXT
-from test_cli import Zebra
+from conftest import ROOT, STORIES, TEXT, Zebra, refused
 from test_needles import solved
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationMixin, LlamaConfig, PreTrainedModel
@@ -23,7 +22,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import zebra
 from zebra import ZebraError
-from zebra.cli import main
 from zebra.data.haystack import Writer
 from zebra.data.needles import Needles, Sample
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
@@ -283,22 +281,13 @@ def test_the_verb_and_its_page(zebra: Zebra, tmp_path: Path) -> None:
     assert (tmp_path / "report-retrieval-2.svg").is_file()
 
 
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[Any, ...]:
-    """Exit code, stdout and stderr of the command line, in this process."""
-    monkeypatch.setattr("sys.argv", ["zebra", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code, *capsys.readouterr()
-
-
-@pytest.mark.filterwarnings("always::UserWarning")
-def test_the_table_and_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_and_a_warning(zebra: Zebra) -> None:
     text = ("--haystack", TEXT / "tinystories_test.txt", "--beyond")
-    code, out, err = said(capsys, monkeypatch, *COMMON, "--task", "needle", "--length", "530", "--depth", "0.5", *text)
-    assert code == 0, err
-    assert "needle in own text, by likelihood" in " ".join(out.split())
-    assert err.startswith("zebra: a length of 530 tokens passes the 512 positions")
-    assert len(err.strip().splitlines()) == 1
+    done = zebra(*COMMON, "--task", "needle", "--length", "530", "--depth", "0.5", *text)
+    assert done.returncode == 0, done.stderr
+    assert "needle in own text, by likelihood" in " ".join(done.stdout.split())
+    assert done.stderr.startswith("zebra: a length of 530 tokens passes the 512 positions")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -311,16 +300,8 @@ def test_the_table_and_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch
         (("needle", "--length", "300", "--haystack", "nowhere.txt"), ("nowhere.txt",)),
     ],
 )
-def test_a_refusal_is_one_line(
-    arguments: tuple[str, ...],
-    words: tuple[str, ...],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    code, out, err = said(capsys, monkeypatch, *COMMON, "--task", *arguments)
-    assert (code, out) == (2, "")
-    assert len(err.strip().splitlines()) == 1
-    assert all(word in err for word in words)
+def test_a_refusal_is_one_line(arguments: tuple[str, ...], words: tuple[str, ...], zebra: Zebra) -> None:
+    refused(zebra(*COMMON, "--task", *arguments), *words)
 
 
 def test_every_task_is_in_the_guide() -> None:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STORIES, TEXT, tiny_model
-from test_retrieval import said
+from conftest import STORIES, TEXT, Zebra, refused, tiny_model
 from transformers import AutoTokenizer
 
 import zebra
@@ -333,25 +332,23 @@ def test_a_folder_keeps_to_its_inputs(tmp_path: Path) -> None:
 COMMON = ("--window", 32, "--length", 160, "--samples", 4, "--text", TEXTS[0])
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, err = said(capsys, monkeypatch, "convert", STORIES, tmp_path / "out", "--select", 2, *COMMON, "--json")
-    assert code == 0, err
-    made = json.loads(out)
+def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
+    done = zebra("convert", STORIES, tmp_path / "out", "--select", 2, *COMMON, "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
     assert made["layers"].count("G") == 2
-    assert made["layout"] == str(
-        zebra.Stripes.of(json.loads((tmp_path / "out/config.json").read_text())["layer_types"], 32)
-    )
+    assert made["layout"] == str(Stripes.of(json.loads((tmp_path / "out/config.json").read_text())["layer_types"], 32))
     work = tmp_path / "out-selection"
     assert [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()] == made["results"]
     assert (work / "report-selection-1.svg").is_file()
-    assert "2 of 5 layers stay global, greedy: 12 candidates in 3 rounds, about 10 passes over 3 rows" in err
-    assert "a pass takes" in err
+    assert "2 of 5 layers stay global, greedy: 12 candidates in 3 rounds, about 10 passes over 3 rows" in done.stderr
+    assert "a pass takes" in done.stderr
 
     again = ("convert", STORIES, tmp_path / "two", "--select", 2, *COMMON, "--work", work)
-    code, out, err = said(capsys, monkeypatch, *again)
-    assert (code, "a pass takes" in err) == (0, False)
-    assert "measured, greedy" in out
-    assert f"layers {made['layers']}" in out
+    done = zebra(*again)
+    assert (done.returncode, "a pass takes" in done.stderr) == (0, False)
+    assert "measured, greedy" in done.stdout
+    assert f"layers {made['layers']}" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -366,27 +363,16 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     ],
 )
 def test_a_refusal_is_one_line(
-    arguments: tuple[object, ...],
-    words: tuple[str, ...],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[object, ...], words: tuple[str, ...], tmp_path: Path, zebra: Zebra
 ) -> None:
-    code, out, err = said(capsys, monkeypatch, "convert", STORIES, tmp_path / "out", *arguments)
-    assert (code, out) == (2, "")
-    assert len(err.strip().splitlines()) == 1
-    assert all(word in err for word in words)
+    refused(zebra("convert", STORIES, tmp_path / "out", *arguments), *words)
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_target_that_exists_is_refused_before_anything_is_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_that_exists_is_refused_before_anything_is_measured(tmp_path: Path, zebra: Zebra) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
-    code, _, err = said(capsys, monkeypatch, "convert", STORIES, tmp_path / "out", "--select", 2, *COMMON)
-    assert code == 2
-    assert "exists already" in err
+    refused(zebra("convert", STORIES, tmp_path / "out", "--select", 2, *COMMON), "exists already")
     assert not (tmp_path / "out-selection").exists()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import STORIES, changed, tiny_config, tiny_model
+from conftest import STORIES, Zebra, changed, refused, tiny_config, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import zebra
 from zebra import ZebraError
-from zebra.cli import main
 from zebra.data.conversations import Labelled
 from zebra.data.corpus import Corpus
 from zebra.data.mixture import Source, keep, mix
@@ -325,18 +323,10 @@ def test_bad_input_is_one_line_before_any_training(data: Path, tmp_path: Path) -
     refused(r"no conversation left to train on.* 1 too long", data={"files": [str(bad)], "too_long": "drop"})
 
 
-def test_a_refusal_is_one_line_on_the_command_line(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refusal_is_one_line_on_the_command_line(data: Path, tmp_path: Path, zebra: Zebra) -> None:
     asked = recipe(tmp_path / "run", data, chat_template=None)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
-    monkeypatch.setattr(sys, "argv", ["zebra", "tune", str(tmp_path / "recipe.yaml")])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert re.fullmatch(r"zebra: the tokenizer of .* has no chat template\. .*\n", err)
+    refused(zebra("tune", tmp_path / "recipe.yaml"), "zebra: the tokenizer of ", " has no chat template. ")
     with pytest.raises(ZebraError, match=r"unknown key data\.held"):
         read_recipe(tmp_path / "recipe.yaml", TuneRecipe, ["data.held=1"])
     assert dry_run(asked).total > 0
