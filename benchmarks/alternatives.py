@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from zebra.evaluate.perplexity import evaluate_perplexity
 from zebra.model.checkpoint import read_config
-from zebra.report.figures import drawn, plot_positions, standalone
+from zebra.report.figures import draw, plot_positions, standalone
 from zebra.report.series import groups_of
 from zebra.results import Result, read_results, write_results
 from zebra.train.recipe import AdaptRecipe, read_recipe
@@ -76,7 +76,7 @@ def picture(path: Path) -> None:
     def plot(axes: Axes) -> None:
         plot_positions(axes, group)
 
-    PICTURE.write_text(standalone(drawn("alternatives", plot)), encoding="utf-8")
+    PICTURE.write_text(standalone(draw("alternatives", plot)), encoding="utf-8")
 
 
 def main(argument: str | None = None) -> None:

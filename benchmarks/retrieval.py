@@ -284,7 +284,7 @@ def picture(rows: Sequence[Result]) -> str:
 
         return plot
 
-    return figures.drawn("retrieval-layouts", bars("layouts", "as it is"), bars("adapted", "adapted"))
+    return figures.draw("retrieval-layouts", bars("layouts", "as it is"), bars("adapted", "adapted"))
 
 
 def write_page(rows: Sequence[Result]) -> None:

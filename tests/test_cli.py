@@ -196,7 +196,7 @@ BAD = {
     "no such option": (["doctor", "--jsn"], ["No such option", "--json"]),
     "no target": (["convert", STORIES], ["Missing argument 'target'"]),
     "no rows": (["report", "nothing.jsonl"], ["no file of results"]),
-    "broken rows": (["report", "recipe.yaml"], ["recipe.yaml, line 1 is not a row"]),
+    "broken rows": (["report", "recipe.yaml"], ["recipe.yaml, line 1 is not a result"]),
 }
 
 

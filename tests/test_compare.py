@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from zebra.report import together, write_report
+from zebra.report import merge_sources, write_report
 from zebra.report.compare import compare
 from zebra.report.lengths import effective, lengths, measures
 from zebra.report.page import Figure, Table
@@ -65,7 +65,7 @@ def test_a_score_by_length_is_the_mean_over_tasks_and_depths() -> None:
 
 
 def test_runs_of_one_name_are_told_apart_by_their_source() -> None:
-    found = together({"a": [row(), row("two")], "b": [row()]})
+    found = merge_sources({"a": [row(), row("two")], "b": [row()]})
     assert [one.run for one in found] == ["one (a)", "two", "one (b)"]
 
 
@@ -110,7 +110,7 @@ def test_the_page_of_two_runs(tmp_path: Path) -> None:
     for name, value in (("a", 0.9), ("b", 0.6)):
         write_results(tmp_path / name / "results.jsonl", [row(length=length, value=value) for length in (512, 1024)])
 
-    rows = together({name: read_results(tmp_path / name / "results.jsonl") for name in ("a", "b")})
+    rows = merge_sources({name: read_results(tmp_path / name / "results.jsonl") for name in ("a", "b")})
     write_report(rows, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     for words in ("Side by side", "By length", "one (a)", "one (b)", "−30.0\u00a0%"):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from zebra.errors import ZebraError
-from zebra.report import together, write_report
+from zebra.report import merge_sources, write_report
 from zebra.report.links import Links
 from zebra.results import Result, append_results, read_results
 
@@ -69,7 +69,7 @@ def pieces(html: Path) -> tuple[list[Piece], dict[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Result]]:
-    rows = together({name: read_results(RESULTS / name) for name in (DEMO, LAYOUTS, TUNED, SPEED)})
+    rows = merge_sources({name: read_results(RESULTS / name) for name in (DEMO, LAYOUTS, TUNED, SPEED)})
     html = tmp_path_factory.mktemp("page") / "report.html"
     write_report(rows, html)
     return html, rows
@@ -183,7 +183,7 @@ def test_a_row_keeps_the_file_and_line_that_it_was_read_from(tmp_path: Path) -> 
     assert [one.origin for one in read] == [f"{path}:1", f"{path}:3"]
     assert read == [row, row]
     assert row.origin is None
-    assert [one.origin for one in together({"a": read[:1], "b": read[1:]})] == [f"{path}:1", f"{path}:3"]
+    assert [one.origin for one in merge_sources({"a": read[:1], "b": read[1:]})] == [f"{path}:1", f"{path}:3"]
     assert "origin" not in read[0].columns()
     append_results(path, read)
     path.write_text(row.json().replace('"run"', '"origin": "x:1", "run"') + "\n")

@@ -184,7 +184,7 @@ def test_rows_that_are_all_odd_make_a_page(tmp_path: Path, value: float) -> None
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ZebraError, match="at least one row of results; got 0"):
+    with pytest.raises(ZebraError, match="at least one result; got 0"):
         write_report([], tmp_path / "report.html")
     with pytest.raises(ZebraError, match=r"report\.html"):
         write_report(a_run(), tmp_path / "report.pdf")

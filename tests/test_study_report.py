@@ -279,9 +279,13 @@ def test_rotary_against_absolute_beyond_the_length_where_there_are_rows() -> Non
 # The page
 
 
+def page(results: list[Result], directory: Path) -> None:
+    write_report(results, directory / "page.html", chapters=study.chapters(results))
+
+
 def test_the_page_says_what_the_rows_say(tmp_path: Path) -> None:
     rows = rows_of(whole())
-    write_report(rows, tmp_path / "page.html")
+    page(rows, tmp_path)
     markdown, html = (tmp_path / "page.md").read_text(), words((tmp_path / "page.html").read_text())
     (found,), _ = study.parted(rows)
     for text in (markdown, html):
@@ -306,14 +310,14 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path) -> None:
 def test_rows_that_are_odd_make_a_page(tmp_path: Path) -> None:
     for value in (math.nan, math.inf, 0.0, 1e300):
         odd = [replace(row, value=value) for row in few()]
-        write_report(odd, tmp_path / "page.html")
+        page(odd, tmp_path)
         assert "not tested here" in (tmp_path / "page.md").read_text()
 
 
 def test_two_studies_and_a_run_share_a_page(tmp_path: Path) -> None:
     one = few()
     two = [replace(row, model=row.model.replace("runs/grid/", "runs/other/")) for row in one]
-    write_report([*one, *two, *a_run()], tmp_path / "page.html")
+    page([*one, *two, *a_run()], tmp_path)
     markdown = (tmp_path / "page.md").read_text()
     assert markdown.startswith("# grid, other, demo\n")
     assert (tmp_path / "page-study-2-scatter.svg").exists()
@@ -327,7 +331,7 @@ def test_timed_rows_stand_beside_the_plan(tmp_path: Path) -> None:
     values |= {"extra_bytes": 30 * 2**20, "planned_bytes": 20 * 2**20, "parameters": 123_456}
     timed = [Result(metric=metric, value=value, **common) for metric, value in values.items()]
     timed[0] = replace(timed[0], low=39.0, high=50.0)
-    write_report([*few(), *timed], tmp_path / "page.html")
+    page([*few(), *timed], tmp_path)
     line = next(line for line in (tmp_path / "page.md").read_text().splitlines() if "123,456" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[0] == "GL:32 rotary (trained at 512)"

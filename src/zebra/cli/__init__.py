@@ -231,13 +231,14 @@ def report(
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
 ) -> None:
     """Turn rows of results into one page, the runs side by side where there are several."""
-    from zebra.report import together, write_report
+    from zebra.report import merge_sources, write_report
+    from zebra.report.study import chapters
     from zebra.results import read_results
 
     files = {str(source): source / "results.jsonl" if source.is_dir() else source for source in sources}
-    rows = together({name: read_results(file) for name, file in files.items()})
-    write_report(rows, out, title=title)
-    print(f"{out}: {len(rows)} rows")
+    results = merge_sources({name: read_results(file) for name, file in files.items()})
+    write_report(results, out, title=title, chapters=chapters(results))
+    print(f"{out}: {len(results)} results")
 
 
 @app.command()

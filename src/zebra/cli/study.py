@@ -35,8 +35,9 @@ def study(
             return
         rows = run(grid, workers)
     from zebra.report import write_report
+    from zebra.report.study import chapters
 
     page = Path(grid.run) / "report.html"
-    write_report(rows, page)
+    write_report(rows, page, chapters=chapters(rows))
     show.rows(rows, as_json)
     show.note(f"rows {grid.run}/results.jsonl, report {page}, cells {grid.run}/cells/")

@@ -24,56 +24,61 @@ from zebra.report import (
     retrieval,
     sections,
     selection,
-    study,
     tasks,
     verdicts,
 )
-from zebra.report.compare import together
+from zebra.report.compare import merge_sources
 from zebra.report.figures import standalone
-from zebra.report.page import Cell, Figure
+from zebra.report.page import Cell, Chapter, Figure
 from zebra.report.series import by_kind, groups_of
 from zebra.results import Result
 
 __all__ = [
     "answer_table",
     "bench_table",
+    "merge_sources",
     "position_table",
     "retrieval_table",
     "selection_table",
     "task_table",
-    "together",
     "write_report",
 ]
 
 
-def write_report(rows: Sequence[Result], html: Path, *, title: str | None = None) -> None:
+def write_report(
+    results: Sequence[Result], html: Path, *, title: str | None = None, chapters: Sequence[Chapter] = ()
+) -> None:
     """Write the page to `html`, beside it the same in Markdown, whose figures are the files `<stem>-*.svg`.
 
+    Args:
+        chapters: parts that other packages made of some of the results; they come first, and the sections of this
+            package show the other results.
+
     Raises:
-        ZebraError: no rows, or a page whose name does not end in .html.
+        ZebraError: no results, or a page whose name does not end in .html.
     """
-    _refuse_empty(rows)
+    _refuse_empty(results)
     if html.suffix not in (".html", ".htm"):
         raise ZebraError(
             f"a report is an HTML page, with Markdown and figures beside it; got the name {html.name!r}. "
             f"Write to {html.with_suffix('.html')}."
         )
-    everything = rows
-    studies, rows = study.parted(rows)
-    kinds = by_kind(rows)
+    in_chapters = {id(result) for chapter in chapters for result in chapter.results}
+    rest = [result for result in results if id(result) not in in_chapters]
+    kinds = by_kind(rest)
     groups = groups_of(kinds["position"])
-    runs = dict.fromkeys(row.run for row in rows)
-    title = title or ", ".join([*(one.name or "study" for one in studies), *runs])
+    runs = dict.fromkeys(result.run for result in rest)
+    title = title or ", ".join([*(chapter.name for chapter in chapters), *runs])
     said = {
         run: [*answers.verdict(run, kinds["answers"]), *verdicts.verdict(run, groups, kinds["cost"])] for run in runs
     }
-    verdict = [study.verdict(one) for one in studies]
+    verdict = [chapter.summary for chapter in chapters]
     verdict += [[Cell(f"{run}: " if len(runs) > 1 else ""), *line] for run, line in said.items() if line]
     verdict += selection.verdicts(kinds["selection"])
-    verdict = verdict or [[Cell(f"{len(rows):,}", rows=rows), Cell(" rows of results.")]]
+    verdict = verdict or [[Cell(f"{len(results):,}", results=results), Cell(" results.")]]
     parts = [
-        *(section for i, one in enumerate(studies, start=1) for section in study.sections(one, i)),
-        compare.compare(rows),
+        *(section for chapter in chapters for section in chapter.sections),
+        compare.compare(rest),
         sections.layouts(kinds["cost"]),
         sections.positions(groups),
         lengths.lengths([*kinds["retrieval"], *kinds["task"]]),
@@ -85,14 +90,14 @@ def write_report(rows: Sequence[Result], html: Path, *, title: str | None = None
         sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
         sections.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
-        method.method(everything),
+        method.method(results),
         method.others([*kinds["other"], *selection.rest(kinds["selection"])]),
     ]
     parts = [section for section in parts if section.blocks]
     for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
         atomic_write(html.with_name(f"{html.stem}-{figure.name}.svg"), standalone(figure.svg))
     atomic_write(html.with_suffix(".md"), page.markdown(html.stem, title, verdict, parts))
-    atomic_write(html, page.html(title, verdict, parts, everything))
+    atomic_write(html, page.html(title, verdict, parts, results))
 
 
 def position_table(rows: Sequence[Result]) -> terminal.Table:
@@ -150,6 +155,4 @@ def _grid(tables: Sequence[page.Table]) -> terminal.Table:
 
 def _refuse_empty(rows: Sequence[Result]) -> None:
     if not rows:
-        raise ZebraError(
-            "a report is made of at least one row of results; got 0 rows. Give a run that has a results.jsonl."
-        )
+        raise ZebraError("a report needs at least one result; got 0. Give a run that has a results.jsonl.")

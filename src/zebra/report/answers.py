@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from matplotlib.axes import Axes
 
-from zebra.report.figures import HUES, drawn
+from zebra.report.figures import HUES, draw
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.series import interval, number, outcome, percent, series_of, step
 from zebra.results import Result
@@ -21,7 +21,7 @@ def answers(rows: list[Result]) -> Section:
     on_the_way = [row for row in rows if step(row) is not None]
     blocks: list[str | Table | Figure] = []
     if on_the_way:
-        svg = drawn("answers", lambda axes: _plot_way(axes, _with_start(rows)), height=2.6)
+        svg = draw("answers", lambda axes: _plot_way(axes, _with_start(rows)), height=2.6)
         caption = "Loss on the answers (nats per token) over training, suite by suite"
         blocks.append(Figure("answers", svg, caption, rows))
     return Section("Answers", [*blocks, *tables])
@@ -42,7 +42,7 @@ def verdict(run: str, rows: list[Result]) -> list[Cell]:
 
 
 def _value(row: Result) -> Cell:
-    return Cell(number(row.value), rows=[row])
+    return Cell(number(row.value), results=[row])
 
 
 def answer_tables(rows: list[Result]) -> list[Table]:
@@ -57,7 +57,7 @@ def answer_tables(rows: list[Result]) -> list[Table]:
         suites = list(dict.fromkeys(suite for found in models.values() for suite in found))
         first = {suite: next(found[suite] for found in models.values() if suite in found) for suite in suites}
         head = [Cell("loss on answers")]
-        head += [Cell(suite, f"{row.n or 0:,} tokens", dim_rows=[row]) for suite, row in first.items()]
+        head += [Cell(suite, f"{row.n or 0:,} tokens", dim_results=[row]) for suite, row in first.items()]
         body = [
             [Cell(name, layout), *(_cell(found.get(suite)) for suite in suites)]
             for (name, layout), found in models.items()
@@ -72,7 +72,7 @@ def makeup(rows: list[Result]) -> Section:
     for i, run in enumerate(dict.fromkeys(row.run for row in rows), start=1):
         mine = [row for row in rows if row.run == run]
         shares = [_stacked(mine, metric) for metric in ("samples", "tokens")]
-        svg = drawn(f"instructions{i}", *shares, height=2.8)
+        svg = draw(f"instructions{i}", *shares, height=2.8)
         caption = f"{run}: conversations trained on, shares of the samples (left) and of the tokens (right), by length "
         blocks += [Figure(f"instructions-{i}", svg, caption + "and kind", mine), _makeup_table(mine)]
     return Section("What it was tuned on", blocks)
@@ -89,13 +89,13 @@ def _makeup_table(rows: list[Result]) -> Table:
         if row is None:
             return Cell("0")
         dim = percent(row.value / _total(rows, metric), 0)
-        return Cell(f"{row.value:,.0f}", dim, rows=[row], dim_rows=parts[metric])
+        return Cell(f"{row.value:,.0f}", dim, results=[row], dim_results=parts[metric])
 
     def answered(has: dict[str, Result]) -> Cell:
         answers, tokens = has.get("answer_tokens"), has.get("tokens")
         if answers is None or tokens is None or not tokens.value:
             return Cell("–")
-        return Cell(percent(answers.value / tokens.value, 0), rows=[answers, tokens])
+        return Cell(percent(answers.value / tokens.value, 0), results=[answers, tokens])
 
     body = [
         [Cell(kind), Cell(f"{low:,}+"), share(has, "samples"), share(has, "tokens"), answered(has)]

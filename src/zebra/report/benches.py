@@ -45,7 +45,7 @@ def bench_tables(rows: list[Result]) -> list[Table]:
         _table([row for row in rows if (row.run, row.task, row.length) == place], several=several) for place in places
     ]
     if found := [row for row in rows if row.task == CEILINGS]:
-        body = [[Cell(row.model, row.run if several else ""), Cell(_rate(row), rows=[row])] for row in found]
+        body = [[Cell(row.model, row.run if several else ""), Cell(_rate(row), results=[row])] for row in found]
         tables.append(Table(f"ceilings of {found[0].device}", [Cell(""), Cell("measured")], body))
     return tables
 
@@ -71,12 +71,12 @@ def _table(rows: list[Result], *, several: bool) -> Table:
     columns: list[tuple[Cell, str, Callable[[Result], Cell]]] = [
         (Cell("milliseconds", "least–most"), _TIME, _time),
         (Cell("times", "the first"), _TIME, lambda row: _ratio(row, first[row.metric.removeprefix(_TIME)])),
-        (Cell("planned", "ms"), "planned_milliseconds", lambda row: Cell(number(row.value), rows=[row])),
-        (Cell("extra", "MiB"), "extra_bytes", lambda row: Cell(number(row.value / 2**20), rows=[row])),
-        (Cell("whole process", "MiB"), _PEAK, lambda row: Cell(number(row.value / 2**20), rows=[row])),
-        (Cell("of the peak", "computed"), "share_of_peak", lambda row: Cell(percent(row.value), rows=[row])),
-        (Cell("of the peak", "asked for"), "useful_share_of_peak", lambda row: Cell(percent(row.value), rows=[row])),
-        (Cell("tokens", "per second"), "tokens_per_second", lambda row: Cell(number(row.value), rows=[row])),
+        (Cell("planned", "ms"), "planned_milliseconds", lambda row: Cell(number(row.value), results=[row])),
+        (Cell("extra", "MiB"), "extra_bytes", lambda row: Cell(number(row.value / 2**20), results=[row])),
+        (Cell("whole process", "MiB"), _PEAK, lambda row: Cell(number(row.value / 2**20), results=[row])),
+        (Cell("of the peak", "computed"), "share_of_peak", lambda row: Cell(percent(row.value), results=[row])),
+        (Cell("of the peak", "asked for"), "useful_share_of_peak", lambda row: Cell(percent(row.value), results=[row])),
+        (Cell("tokens", "per second"), "tokens_per_second", lambda row: Cell(number(row.value), results=[row])),
     ]
     columns = [column for column in columns if any(row.metric.startswith(column[1]) for row in rows)]
     body = []
@@ -91,11 +91,11 @@ def _table(rows: list[Result], *, several: bool) -> Table:
 
 def _time(row: Result) -> Cell:
     bounds = interval(row)
-    return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "", rows=[row])
+    return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "", results=[row])
 
 
 def _ratio(row: Result, first: Result) -> Cell:
-    return Cell(f"{row.value / first.value:.2f}", rows=[row, first]) if first.value else Cell("–")
+    return Cell(f"{row.value / first.value:.2f}", results=[row, first]) if first.value else Cell("–")
 
 
 def _rate(row: Result) -> str:

@@ -22,7 +22,7 @@ Place = tuple[str, int | None]
 """A metric and a length."""
 
 
-def together(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
+def merge_sources(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
     """The rows of several sources; where two of them name a run alike, the source's name stands behind the run's."""
     short = {source: Path(source).stem or source for source in sources}
     if len(set(short.values())) < len(short):
@@ -88,4 +88,4 @@ def _change(before: Sequence[Result], after: Sequence[Result]) -> Cell:
     said = percent(by, sign="+") if tasks.is_share(before[0]) else some.replace("-", "−")
     one, two = (interval(rows[0]) if len(rows) == 1 else None for rows in (before, after))
     overlap = one is not None and two is not None and one[0] <= two[1] and two[0] <= one[1]
-    return Cell(said, "overlap" if overlap else "", rows=[*before, *after])
+    return Cell(said, "overlap" if overlap else "", results=[*before, *after])

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from zebra.errors import ZebraError
-from zebra.report.figures import HUES, INK, drawn, standalone
+from zebra.report.figures import HUES, INK, draw, standalone
 
 Curves = Mapping[str, Mapping[str, list[float]]]
 
@@ -36,7 +36,7 @@ def write_picture(path: Path, curves: Curves, *, phase: str, device: str) -> Non
             f"the picture is an SVG file; got the name {path.name!r}. Write to {path.with_suffix('.svg')}."
         )
     plots = (_panel(curves, name, title.format(phase=phase, device=device), units) for name, title, units in _PANELS)
-    path.write_text(standalone(drawn("plan", *plots, height=2.9)), encoding="utf-8")
+    path.write_text(standalone(draw("plan", *plots, height=2.9)), encoding="utf-8")
 
 
 def _panel(curves: Curves, name: str, title: str, units: tuple[tuple[float, str], ...]) -> Callable[[Axes], None]:

@@ -31,7 +31,7 @@ _MARKERS = "osD^v"
 _FEW = 4
 
 
-def drawn(name: str, *plots: Callable[[Axes], None], height: float = 3.3) -> str:
+def draw(name: str, *plots: Callable[[Axes], None], height: float = 3.3) -> str:
     """Plots side by side, as an SVG element in the colour of the text around it, whose ids no other figure has.
 
     Panels share the legend, which is the first one's.

@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from zebra.report import retrieval, tasks
-from zebra.report.figures import drawn, plot_lengths
+from zebra.report.figures import draw, plot_lengths
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.series import Series, labels, percent, series_of
 from zebra.results import Result
@@ -63,7 +63,7 @@ def lengths(rows: Iterable[Result]) -> Section:
         points = [
             (label, {n: mean.value for n, mean in line.items()}) for label, line in lines.items() if len(line) > 1
         ]
-        svg = drawn(f"lengths{i}", partial(plot_lengths, lines=points, threshold=THRESHOLD), height=2.6)
+        svg = draw(f"lengths{i}", partial(plot_lengths, lines=points, threshold=THRESHOLD), height=2.6)
         used = {id(row): row for line in lines.values() for mean in line.values() for row in mean.rows}
         blocks += [Figure(f"lengths-{i}", svg, f"{name}, by length", [*used.values()]), _table(lines)]
     return Section("By length", blocks if found else [])
@@ -116,6 +116,6 @@ def _table(lines: dict[str, dict[int, Mean]]) -> Table:
         reached = effective({length: mean.value for length, mean in line.items()})
         ended = next((length for length in line if length > (reached or 0)), 0)  # the first that is too long
         seen = [row for length, mean in line.items() if length <= max(reached or 0, ended) for row in mean.rows]
-        cells = [Cell(percent(line[n].value), rows=line[n].rows) if n in line else Cell("–") for n in columns]
-        body.append([Cell(label), Cell(f"{reached:,}" if reached else "none", rows=seen), *cells])
+        cells = [Cell(percent(line[n].value), results=line[n].rows) if n in line else Cell("–") for n in columns]
+        body.append([Cell(label), Cell(f"{reached:,}" if reached else "none", results=seen), *cells])
     return Table("", head, body)

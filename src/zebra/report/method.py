@@ -30,7 +30,7 @@ def others(rows: list[Result]) -> Section:
     def cell(row: Result, column: str) -> Cell:
         value = getattr(row, column)
         text = f"{value:,.6g}" if isinstance(value, float) else plain(value)
-        return Cell(text, rows=[row] if column in ("value", "low", "high", "n") and value is not None else [])
+        return Cell(text, results=[row] if column in ("value", "low", "high", "n") and value is not None else [])
 
     body = [[cell(row, column) for column in columns] for row in rows]
     table = Table("", [Cell(column.replace("_", " ")) for column in columns], body, numeric=False)

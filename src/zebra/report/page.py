@@ -15,13 +15,13 @@ from zebra.results import Result
 
 
 class Cell(NamedTuple):
-    """A word or number, something dim beside it, the share of a bar under it, and the rows that it rests on."""
+    """A word or number, something dim beside it, the share of a bar under it, and the results that it rests on."""
 
     text: str
     dim: str = ""
     share: float | None = None  # of the longest bar in its column
-    rows: Sequence[Result] = ()
-    dim_rows: Sequence[Result] = ()  # where what is dim rests on others
+    results: Sequence[Result] = ()
+    dim_results: Sequence[Result] = ()  # where what is dim rests on others
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ Line = Sequence[Cell]
 class Figure(NamedTuple):
     """An SVG element; its name is part of its file's.
 
-    Its rows are what it draws: a part of it that stands inside `<a href="@2">` links to the third of them.
+    Its results are what it draws: a part of it that stands inside `<a href="@2">` links to the third of them.
     """
 
     name: str
     svg: str
     caption: str
-    rows: Sequence[Result] = ()
+    results: Sequence[Result] = ()
 
 
 class Section(NamedTuple):
@@ -55,6 +55,15 @@ class Section(NamedTuple):
 
     title: str
     blocks: list[str | Table | Figure]
+
+
+class Chapter(NamedTuple):
+    """Results that another package presents on a page: their name in its title, their summary and their sections."""
+
+    name: str
+    summary: Line
+    sections: list[Section]
+    results: Sequence[Result]
 
 
 _CSS = f"""
@@ -107,7 +116,7 @@ def html(title: str, verdict: Sequence[Line], sections: list[Section], rows: Seq
     links = Links(rows)
     body = [f"<h1>{markup.escape(title)}</h1>"]
     for line in verdict:
-        body.append(f'<p class="verdict">{"".join(_linked(cell.text, cell.rows, links) for cell in line)}</p>')
+        body.append(f'<p class="verdict">{"".join(_linked(cell.text, cell.results, links) for cell in line)}</p>')
     for section in sections:
         body.append(f"<section>\n<h2>{section.title}</h2>")
         for block in section.blocks:
@@ -135,18 +144,20 @@ def _linked(text: str, rows: Sequence[Result], links: Links) -> str:
 
 def _html_figure(figure: Figure, links: Links) -> str:
     caption = markup.escape(figure.caption)
-    svg = re.sub(r'<a href="@(\d+)"', lambda found: f'<a href="{links.to([figure.rows[int(found[1])]])}"', figure.svg)
+    svg = re.sub(
+        r'<a href="@(\d+)"', lambda found: f'<a href="{links.to([figure.results[int(found[1])]])}"', figure.svg
+    )
     role = "group" if "<a " in svg else "img"  # what stands inside an image cannot be reached
     svg = svg.replace("<svg", f'<svg role="{role}" aria-label="{caption}"', 1)
-    drawn = f" ({_linked(f'{len(figure.rows):,} rows', figure.rows, links)})" if len(figure.rows) > 1 else ""
+    drawn = f" ({_linked(f'{len(figure.results):,} rows', figure.results, links)})" if len(figure.results) > 1 else ""
     return f'<figure><div class="wide">{svg}</div><figcaption>{caption}{drawn}</figcaption></figure>'
 
 
 def _html_table(table: Table, links: Links) -> str:
     def cell(tag: str, cell: Cell) -> str:
         bar = "" if cell.share is None else f'<span class="bar" style="width:{100 * cell.share:.4g}%"></span>'
-        dim = f"<small>{_linked(cell.dim, cell.dim_rows, links)}</small>" if cell.dim else ""
-        return f"<{tag}>{_linked(cell.text, cell.rows, links)}{bar}{dim}</{tag}>"
+        dim = f"<small>{_linked(cell.dim, cell.dim_results, links)}</small>" if cell.dim else ""
+        return f"<{tag}>{_linked(cell.text, cell.results, links)}{bar}{dim}</{tag}>"
 
     caption = f"<figcaption>{markup.escape(table.title)}</figcaption>" if table.title else ""
     head = "".join(cell("th", found) for found in table.head)

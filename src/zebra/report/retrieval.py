@@ -105,7 +105,7 @@ def _score(row: Result | None) -> Cell:
         return Cell("–")
     bounds = interval(row)
     dim = "–".join(f"{100 * bound:.0f}" for bound in bounds) if bounds else ""
-    return Cell(percent(row.value, 0), dim, rows=[row])
+    return Cell(percent(row.value, 0), dim, results=[row])
 
 
 _WIDTH, _GAP, _LEFT, _TOP, _HIGH, _BELOW = 720, 24, 42, 46, 26, 34

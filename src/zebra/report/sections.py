@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from zebra.errors import ZebraError
-from zebra.report.figures import drawn, plot_loss, plot_positions, plot_way, strips
+from zebra.report.figures import draw, plot_loss, plot_positions, plot_way, strips
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.series import (
     FULL,
@@ -63,7 +63,7 @@ def positions(groups: list[Group]) -> Section:
     ]
     for i, group in enumerate((group for group in groups if len(group.buckets) > 1), start=1):
         caption = f"Perplexity by position in contexts of {group.length:,} tokens, {convention(group.task)}"
-        svg = drawn(f"positions{i}", partial(plot_positions, group=group))
+        svg = draw(f"positions{i}", partial(plot_positions, group=group))
         blocks.append(Figure(f"positions-{i}", svg, caption, group.rows))
     return Section("Perplexity by position", [*blocks, *position_tables(groups)])
 
@@ -102,7 +102,7 @@ def _score(row: Result | None) -> Cell:
     if row is None:
         return Cell("–")
     bounds = interval(row)
-    return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "", rows=[row])
+    return Cell(number(row.value), "–".join(map(number, bounds)) if bounds else "", results=[row])
 
 
 def _change_at(before: Mapping[Span, Result], after: Mapping[Span, Result], span: Span) -> Cell:
@@ -112,13 +112,13 @@ def _change_at(before: Mapping[Span, Result], after: Mapping[Span, Result], span
 def _change(before: Result | None, after: Result | None) -> Cell:
     if before is None or after is None or not before.value:
         return Cell("–")
-    return Cell(percent(after.value / before.value - 1, sign="+"), rows=[before, after])
+    return Cell(percent(after.value / before.value - 1, sign="+"), results=[before, after])
 
 
 def _scored(rows: list[Result]) -> Cell:
     """How many tokens; of the rows that say the same, the first."""
     counts = {row.n: row for row in reversed(rows) if row.n is not None}
-    return Cell(" / ".join(f"{n:,}" for n in reversed(counts)) or "–", rows=[*counts.values()])
+    return Cell(" / ".join(f"{n:,}" for n in reversed(counts)) or "–", results=[*counts.values()])
 
 
 def convention(task: str) -> str:
@@ -130,7 +130,7 @@ def training(losses: list[Result], on_the_way: list[Group], groups: list[Group])
     """The loss, and the perplexities on the way."""
     blocks: list[str | Table | Figure] = []
     if losses:
-        svg = drawn("loss", lambda axes: plot_loss(axes, losses), height=2.6)
+        svg = draw("loss", lambda axes: plot_loss(axes, losses), height=2.6)
         blocks.append(Figure("loss", svg, "Training loss (nats per token) against the tokens trained on", losses))
     for run, i in dict.fromkeys((series.run, i) for i, group in enumerate(on_the_way) for series in group.scores):
         way = on_the_way[i].of_run(run)
@@ -141,7 +141,7 @@ def training(losses: list[Result], on_the_way: list[Group], groups: list[Group])
         points = dict(sorted(points.items()))
         name = f"on-the-way-{sum(isinstance(block, Table) for block in blocks) + 1}"
         title = f"{run}: perplexity by position on the way, {convention(way.task)}"
-        svg = drawn(name, partial(plot_way, points=points, buckets=way.buckets, unit=unit), height=2.6)
+        svg = draw(name, partial(plot_way, points=points, buckets=way.buckets, unit=unit), height=2.6)
         head = [Cell(unit, "trained"), *(Cell("all" if s not in way.buckets else span_name(s)) for s in way.spans)]
         body = [[Cell(count(at)), *(_score(scores.get(s)) for s in way.spans)] for at, scores in points.items()]
         blocks += [Figure(name, svg, title, way.rows), Table("", head, body)]
@@ -199,6 +199,6 @@ def _shares(rows: list[Result | None], *, fewer: bool) -> list[Cell]:
         if i and first and first.value and row.value:
             share = row.value / first.value
             ratio = f"{percent(share)}, {1 / share:.2f}× fewer" if fewer else f"{share:.2f}×"
-        dim_rows = [first, row] if first and ratio else []
-        cells.append(Cell(count(row.value), ratio, row.value / longest if longest else None, [row], dim_rows))
+        dim_results = [first, row] if first and ratio else []
+        cells.append(Cell(count(row.value), ratio, row.value / longest if longest else None, [row], dim_results))
     return cells

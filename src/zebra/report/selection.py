@@ -10,7 +10,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from zebra.report.figures import ACCENT, INK, drawn
+from zebra.report.figures import ACCENT, INK, draw
 from zebra.report.page import Cell, Figure, Section, Table
 from zebra.report.series import FULL, interval, number, series_of
 from zebra.results import Result
@@ -113,7 +113,7 @@ def selection(rows: list[Result]) -> Section:
     """A picture and two tables for each selection."""
     blocks: list[str | Table | Figure] = [HOW]
     for i, found in enumerate(_all(rows), start=1):
-        svg = drawn(f"selection{i}", partial(_bars, found=found), height=2.6)
+        svg = draw(f"selection{i}", partial(_bars, found=found), height=2.6)
         caption = f"What each layer is needed for: {_title(found)}"
         blocks.append(Figure(f"selection-{i}", svg, caption, [*found.needs.values()]))
         blocks += [_held_out(found), _needs(found)]
@@ -130,7 +130,7 @@ def verdicts(rows: list[Result]) -> list[list[Cell]]:
     said = []
     for found in _all(rows):
         chosen, best = found.compared
-        worth = [Cell(f"{row.value:.4f}", rows=[row]) for row in (chosen, best)]
+        worth = [Cell(f"{row.value:.4f}", results=[row]) for row in (chosen, best)]
         where = f" nats a token to the loss of {found.name} on held-out rows; "
         stride = f"the paper's stride at its best offset, {best.layout}, adds "
         said.append([Cell(f"{chosen.layout} adds "), worth[0], Cell(where + stride), worth[1], Cell(".")])
@@ -212,13 +212,13 @@ def _held_out(found: _Found) -> Table:
     rows = [(_ORDERS[what], row) for what in _ORDERS for row in found.rows[what, "held_out_rise"]]
 
     def kept(row: Result) -> Cell:
-        return Cell(str(found.kept(row)), rows=[row])
+        return Cell(str(found.kept(row)), results=[row])
 
-    body = [[Cell("the source"), Cell(own.layout), kept(own), Cell(number(own.value), rows=[own]), Cell("")]]
+    body = [[Cell("the source"), Cell(own.layout), kept(own), Cell(number(own.value), results=[own]), Cell("")]]
     for name, row in rows:
         kinds = found.letters(row.layout)
         offset = f" from layer {kinds.index('G')}" if name == _ORDERS["stride"] else ""
-        loss = Cell(number(own.value + row.value), rows=[own, row])
+        loss = Cell(number(own.value + row.value), results=[own, row])
         body.append([Cell(name + offset), Cell(row.layout), kept(row), loss, _rise(row)])
     head = [Cell("held out"), Cell("layout"), Cell("global", "layers"), Cell("loss"), Cell("rise", "over the source")]
     return Table(f"{found.run}: rows that took no part in the choice, {own.n or 0:,} tokens", head, body)
@@ -226,4 +226,4 @@ def _held_out(found: _Found) -> Table:
 
 def _rise(row: Result) -> Cell:
     bounds = interval(row)
-    return Cell(f"{row.value:+.4f}", " to ".join(f"{bound:+.4f}" for bound in bounds) if bounds else "", rows=[row])
+    return Cell(f"{row.value:+.4f}", " to ".join(f"{bound:+.4f}" for bound in bounds) if bounds else "", results=[row])

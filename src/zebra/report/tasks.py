@@ -74,5 +74,5 @@ def value(rows: Sequence[Result]) -> Cell:
     bounds = interval(rows[0]) if len(rows) == 1 else None
     mean = rows[0].value if len(rows) == 1 else sum(row.value for row in rows) / len(rows)
     if is_share(rows[0]):
-        return Cell(percent(mean), "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else "", rows=rows)
-    return Cell(number(mean), " to ".join(map(number, bounds)) if bounds else "", rows=rows)
+        return Cell(percent(mean), "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else "", results=rows)
+    return Cell(number(mean), " to ".join(map(number, bounds)) if bounds else "", results=rows)

@@ -19,7 +19,7 @@ def verdict(run: str, groups: list[Group], costs: list[Result]) -> list[Cell]:
     if striped is not None and FULL in pairs:
         share = percent(pairs[striped].value / pairs[FULL].value, 0)
         said.append(Cell(", while attention computes " if said else f"With {striped}, attention computes "))
-        said += [Cell(share, rows=[pairs[FULL], pairs[striped]]), Cell(" of the dense model's pairs")]
+        said += [Cell(share, results=[pairs[FULL], pairs[striped]]), Cell(" of the dense model's pairs")]
     return [*said, Cell(".")] if said else []
 
 
@@ -59,4 +59,4 @@ def _fall(before: Result, after: Result) -> list[Cell]:
 
 
 def _value(row: Result) -> Cell:
-    return Cell(number(row.value), rows=[row])
+    return Cell(number(row.value), results=[row])

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
-from zebra.report.figures import drawn, plot_loss
-from zebra.report.page import Cell, Figure, Line, Section, Table
+from zebra.report.figures import draw, plot_loss
+from zebra.report.page import Cell, Chapter, Figure, Line, Section, Table
 from zebra.report.series import number, span_name
 from zebra.report.study import cells, claims, costs
 from zebra.report.study.cells import ATTENTIONS, POSITIONS, Study, parted
@@ -15,7 +15,7 @@ from zebra.report.study.pictures import COLOURS, Point, highest, plot_beyond, pl
 from zebra.report.study.spread import Scores, spread
 from zebra.results import Result
 
-__all__ = ["Study", "parted", "sections", "verdict"]
+__all__ = ["Study", "chapters", "parted", "sections", "verdict"]
 
 _NAMES = (
     "Cells are named by layout and position embedding. G is a layer that sees all tokens before it, L one that sees "
@@ -23,6 +23,14 @@ _NAMES = (
     "over the layers, and behind the colon stand window and block in tokens. In a dense layout every layer is global."
 )
 _PAIRS = "attention pairs for each token, all layers"
+
+
+def chapters(results: Sequence[Result]) -> list[Chapter]:
+    """For `zebra.report.write_report`, a chapter for each study among the results."""
+    return [
+        Chapter(one.name or "study", verdict(one), sections(one, i), one.results)
+        for i, one in enumerate(parted(results)[0], start=1)
+    ]
 
 
 def sections(study: Study, number: int = 1) -> list[Section]:
@@ -63,7 +71,7 @@ def verdict(study: Study) -> Line:
 
 
 def _mean(scores: Scores) -> Cell:
-    return Cell(claims.shown(scores), rows=[*scores.values()])
+    return Cell(claims.shown(scores), results=[*scores.values()])
 
 
 _SAID = (
@@ -80,11 +88,11 @@ def _checklist(study: Study) -> Blocks:
     for i, claim in enumerate(judged, start=1):
         rests = ", ".join(f"{study.title(cell)} × {len(study.runs[cell])}" for cell in claim.cells)
         rests += f"; {len(claim.rows)} rows" if claim.rows else "–"
-        body.append([Cell(str(i)), Cell(claim.verdict), Cell(claim.says, claim.rule), Cell(rests, rows=claim.rows)])
+        body.append([Cell(str(i)), Cell(claim.verdict), Cell(claim.says, claim.rule), Cell(rests, results=claim.rows)])
         for part in claim.parts:
             held = "open" if part.held is None else "yes" if part.held else "no"
-            change = Cell(part.change, part.interval, rows=part.rows)
-            ends = (Cell(*named, dim_rows=part.rows) for named in (part.one, part.other))
+            change = Cell(part.change, part.interval, results=part.rows)
+            ends = (Cell(*named, dim_results=part.rows) for named in (part.one, part.other))
             line = [*ends, Cell(part.where), change, Cell(held)]
             evidence.append([Cell(str(i)), *line])
     head = [Cell(""), Cell("verdict"), Cell("claim", "rule"), Cell("rests on", "cells × seeds")]
@@ -129,7 +137,7 @@ def _score(scores: Scores) -> Cell:
         return Cell("–")
     of = spread(scores)
     dim = f"± {number(of.deviation)}" if of.deviation is not None else ""
-    return Cell(number(of.mean), dim, rows=[*scores.values()])
+    return Cell(number(of.mean), dim, results=[*scores.values()])
 
 
 def _scatter(study: Study, prefix: str) -> Blocks:
@@ -142,7 +150,7 @@ def _scatter(study: Study, prefix: str) -> Blocks:
             rows += [*scores.values(), costs[0]]
     if len(points) < 2:
         return []
-    svg = drawn(f"{prefix}-scatter", lambda axes: plot_scatter(axes, points, _PAIRS), height=4.6)
+    svg = draw(f"{prefix}-scatter", lambda axes: plot_scatter(axes, points, _PAIRS), height=4.6)
     caption = (
         f"Perplexity over contexts of {study.length:,} tokens against the cost of attention; bars are the standard "
         "deviation over seeds, cells on the dotted line are beaten by none that is as cheap"
@@ -183,7 +191,7 @@ def _beyond(study: Study, prefix: str) -> Blocks:
             )
             for position, found in drawn_cells.items()
         ]
-        svg = drawn(f"{prefix}-beyond", *plots, height=3.2)
+        svg = draw(f"{prefix}-beyond", *plots, height=3.2)
         caption = (
             f"Perplexity by position in contexts of {context:,} tokens, trained at {study.length:,} (dashed), a panel "
             "for each position embedding, the mean over seeds"
@@ -220,5 +228,5 @@ def _training(study: Study, prefix: str) -> Blocks:
     if not rows:
         return []
     named = {line[0].run: (cell.name, COLOURS[cell.attention]) for cell, line in lines.items() if line}
-    svg = drawn(f"{prefix}-loss", partial(plot_loss, losses=rows, named=named), height=2.6)
+    svg = draw(f"{prefix}-loss", partial(plot_loss, losses=rows, named=named), height=2.6)
     return [Figure(f"{prefix}-loss", svg, "Training loss (nats a token) against the tokens trained on", rows)]

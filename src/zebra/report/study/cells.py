@@ -83,6 +83,11 @@ class Study:
         return spans[-2] if len(spans) > 1 else (0, cell.length)
 
     @property
+    def results(self) -> list[Result]:
+        """All of them."""
+        return [*(row for seeds in self.runs.values() for rows in seeds.values() for row in rows), *self.measured]
+
+    @property
     def length(self) -> int:
         """The training length of most cells."""
         counted = Counter(cell.length for cell, seeds in self.runs.items() for _ in seeds)
@@ -133,8 +138,7 @@ def parted(rows: Sequence[Result]) -> tuple[list[Study], list[Result]]:
         Study(name, dict(runs), [row for row in timed if row.run == name or len(grids) == 1])
         for name, runs in grids.items()
     ]
-    taken = {id(row) for s in studies for seeds in s.runs.values() for mine in seeds.values() for row in mine}
-    taken |= {id(row) for study in studies for row in study.measured}
+    taken = {id(row) for study in studies for row in study.results}
     return studies, [row for row in rows if id(row) not in taken]
 
 

@@ -53,17 +53,17 @@ def _tokens(study: Study, cell: cells.Cell) -> int:
 
 
 def _count(row: Result, _: int) -> Cell:
-    return Cell(count(row.value), rows=[row])
+    return Cell(count(row.value), results=[row])
 
 
 def _microseconds(row: Result, tokens: int) -> Cell:
     bounds = interval(row)
     said = "–".join(number(1000 * bound / tokens) for bound in bounds) if bounds else ""
-    return Cell(number(1000 * row.value / tokens), said, rows=[row])
+    return Cell(number(1000 * row.value / tokens), said, results=[row])
 
 
 def _mebibytes(row: Result, _: int) -> Cell:
-    return Cell(number(row.value / 2**20), rows=[row])
+    return Cell(number(row.value / 2**20), results=[row])
 
 
 _COLUMNS: tuple[tuple[Cell, str, Show], ...] = (
