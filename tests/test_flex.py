@@ -137,5 +137,5 @@ def test_why_it_declines() -> None:
     q, k, v = drawn(4, 4, size=16, dtype=torch.float32)
     assert "not on cpu" in str(flex.KERNEL.declines(Request(q, k, v, Mask(), 1.0)))
     small: list[Tensor] = [x[..., :8] for x in (q, k, v)]
-    assert "at least 16" in str(flex.KERNEL.own(Request(*small, Mask(), 1.0)))
-    assert flex.KERNEL.own(Request(q, k, v, Mask(), 1.0)) is None
+    assert "at least 16" in str(flex.KERNEL.unsupported_reason(Request(*small, Mask(), 1.0)))
+    assert flex.KERNEL.unsupported_reason(Request(q, k, v, Mask(), 1.0)) is None

@@ -797,7 +797,9 @@ def test_a_kernel_for_this_device_that_declines_says_so_once(
         "no head size but 64",
         run=reference.reference,
         devices=frozenset({"cpu"}),
-        own=lambda request: None if request.q.shape[3] == 64 else f"it does not take head size {request.q.shape[3]}",
+        unsupported_reason=lambda request: (
+            None if request.q.shape[3] == 64 else f"it does not take head size {request.q.shape[3]}"
+        ),
     )
     monkeypatch.setattr(kernels, "KERNELS", (fused.KERNEL, picky, *KERNELS[1:]))
     with caplog.at_level(logging.WARNING, logger="zebra.kernels"):

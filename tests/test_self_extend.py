@@ -20,7 +20,7 @@ from zebra import SelfExtend, ZebraError
 from zebra.evaluate.perplexity import evaluate_perplexity
 from zebra.kernels import Mask, attend, only
 from zebra.kernels.merging import merge
-from zebra.kernels.self_extend import extended
+from zebra.kernels.self_extend import self_extend_attention
 from zebra.model import attention
 from zebra.model.cache import ExtendedLayer, PendingKeys, StripedCache
 from zebra.model.override import get_override
@@ -114,13 +114,13 @@ def test_near_and_far_are_one_softmax(kernel: str | None, queries: int, window: 
     held = k[:, :, max(0, 40 - (window - 1 + queries)) :]
     for near in (k, held):
         if kernel is None:
-            out, lse = extended(q, near, far_q, far_k, v, mask, window=window, with_lse=True)
+            out, lse = self_extend_attention(q, near, far_q, far_k, v, mask, window=window, with_lse=True)
         else:
             with only(kernel):
-                out, lse = extended(q, near, far_q, far_k, v, mask, window=window, with_lse=True)
+                out, lse = self_extend_attention(q, near, far_q, far_k, v, mask, window=window, with_lse=True)
         torch.testing.assert_close(out, wanted[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(lse, wanted[1], rtol=1e-12, atol=1e-12)
-    assert extended(q, k, far_q, far_k, v, mask, window=window)[1] is None
+    assert self_extend_attention(q, k, far_q, far_k, v, mask, window=window)[1] is None
 
 
 @pytest.mark.parametrize("hidden", ["nothing", "left", "documents"])
@@ -132,7 +132,7 @@ def test_gradients_are_those_of_one_softmax(hidden: str) -> None:
     mask = Mask(keys=keys if hidden == "left" else None, documents=documents if hidden == "documents" else None)
     seeds = [torch.randn(2, 4, 40, 8, dtype=torch.float64), torch.randn(2, 4, 40, dtype=torch.float64)]
     gradients = []
-    for out, lse in (extended(*inputs, mask, window=7, with_lse=True), dense(*inputs, mask, 7)):
+    for out, lse in (self_extend_attention(*inputs, mask, window=7, with_lse=True), dense(*inputs, mask, 7)):
         seen = ~lse.isneginf()
         roots = (out * seeds[0]).where(seen.unsqueeze(-1), 0.0).sum() + (lse * seeds[1])[seen].sum()
         gradients.append(torch.autograd.grad(roots, inputs))
@@ -264,7 +264,7 @@ def test_greedy_tokens_are_the_formulas(checkpoints: MakeCheckpoint) -> None:
 
 
 def test_gradients_through_a_model_are_the_formulas(checkpoints: MakeCheckpoint) -> None:
-    """It can be trained under. The oracle is the same model by the dense kernel, which `extended` is held to above."""
+    """It can be trained under. The oracle is the same model by the dense kernel."""
     model = zebra.load(checkpoints("qwen3"), self_extend=SETTING)
     ids = tokens(2, 60)
     found = []

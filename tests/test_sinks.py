@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zebra.kernels import Mask, Request, attend, only, reference
-from zebra.kernels.sinks import NOWHERE, Sinks, with_sinks
+from zebra.kernels.sinks import NO_POSITION, Sinks, sink_attention
 
 
 def drawn(length: int, queries: int, heads: int = 4) -> list[Tensor]:
@@ -39,10 +39,10 @@ def test_band_and_sinks_are_one_softmax(what: str, length: int, queries: int, wi
     wanted = reference.reference(Request(q, k, v, mask, 0.3, softcap=2.0))
     for kernel in ("banded", "reference"):
         with only(kernel):
-            out, lse = with_sinks(q, k, v, mask, scale=0.3, softcap=2.0, with_lse=True)
+            out, lse = sink_attention(q, k, v, mask, scale=0.3, softcap=2.0, with_lse=True)
         torch.testing.assert_close(out, wanted[0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(lse, wanted[1], rtol=1e-12, atol=1e-12)
-    assert with_sinks(q, k, v, mask)[1] is None
+    assert sink_attention(q, k, v, mask)[1] is None
 
 
 @pytest.mark.parametrize("what", ["nothing", "left", "right", "documents", "both"])
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_one_softmax(what: str, queries: int) -> None:
     mask = Mask(window=5, sinks=3, **hidden_by(what, 40))
     seeds = [torch.randn(2, 4, queries, 8, dtype=torch.float64), torch.randn(2, 4, queries, dtype=torch.float64)]
     gradients = []
-    for out, lse in (with_sinks(*inputs, mask, with_lse=True), attend(*inputs, mask)):
+    for out, lse in (sink_attention(*inputs, mask, with_lse=True), attend(*inputs, mask)):
         seen = ~lse.isneginf()
         roots = (out * seeds[0]).where(seen.unsqueeze(-1), 0.0).sum() + (lse * seeds[1])[seen].sum()
         gradients.append(torch.autograd.grad(roots, inputs))
@@ -67,10 +67,10 @@ def test_kept_sinks_serve_where_the_band_has_let_go_of_them() -> None:
     positions = torch.tensor([0, 1, 2]).view(1, 1, 3)
     kept = Sinks(k[:, :, None, :3], v[:, :, None, :3], positions)
     held = 5 - 1 + 7
-    out, _ = with_sinks(q, k[:, :, -held:], v[:, :, -held:], mask, kept=kept, start=40 - held)
+    out, _ = sink_attention(q, k[:, :, -held:], v[:, :, -held:], mask, cached=kept, start=40 - held)
     torch.testing.assert_close(out, attend(q, k, v, mask)[0], rtol=1e-12, atol=1e-12)
-    absent = kept._replace(positions=positions.masked_fill(positions == 1, NOWHERE))
-    out, _ = with_sinks(q, k[:, :, -held:], v[:, :, -held:], mask, kept=absent, start=40 - held)
+    absent = kept._replace(positions=positions.masked_fill(positions == 1, NO_POSITION))
+    out, _ = sink_attention(q, k[:, :, -held:], v[:, :, -held:], mask, cached=absent, start=40 - held)
     keys = torch.ones(2, 40, dtype=torch.bool)
     keys[:, 1] = False
     torch.testing.assert_close(out, attend(q, k, v, Mask(window=5, sinks=3, keys=keys))[0], rtol=1e-12, atol=1e-12)

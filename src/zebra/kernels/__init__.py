@@ -75,7 +75,11 @@ def choose(request: Request) -> Kernel:
                 _say_once(f"attention runs by the kernel {kernel.name}, because " + "; ".join(missed))
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-        if kernel.devices is not None and request.q.device.type in kernel.devices and request.queries >= kernel.fewest:
+        if (
+            kernel.devices is not None
+            and request.q.device.type in kernel.devices
+            and request.queries >= kernel.min_queries
+        ):
             missed.append(reasons[-1])
     raise NotImplementedError("no attention kernel can serve this request. " + "; ".join(reasons) + ".")
 

@@ -133,7 +133,7 @@ def flex(request: Request) -> tuple[Tensor, Tensor | None]:
     return out, aux.lse if request.with_lse else None
 
 
-def _own(request: Request) -> str | None:
+def _unsupported_reason(request: Request) -> str | None:
     if request.q.shape[3] < 16:
         return "it takes head sizes of at least 16"
     if request.q.is_cuda and torch.cuda.get_device_capability(request.q.device) < (7, 0):
@@ -148,5 +148,5 @@ KERNEL = Kernel(
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
     softcap=True,
-    own=_own,
+    unsupported_reason=_unsupported_reason,
 )

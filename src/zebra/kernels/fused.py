@@ -61,7 +61,7 @@ def _chunk(request: Request) -> tuple[Tensor, Tensor | None]:
     return merge(own, own_lse, out.reshape(q.shape), lse.reshape(q.shape[:3]), with_lse=request.with_lse)
 
 
-def _own(request: Request) -> str | None:
+def _unsupported_reason(request: Request) -> str | None:
     if request.mask.window is not None:
         return "it has no window"
     if request.scale <= 0:
@@ -109,5 +109,5 @@ KERNEL = Kernel(
     summary="torch's scaled_dot_product_attention: plain causal, chunks and decode",
     run=fused,
     dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
-    own=_own,
+    unsupported_reason=_unsupported_reason,
 )

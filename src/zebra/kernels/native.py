@@ -96,7 +96,7 @@ def runs(mask: Mask, batch: int, queries: int, keys: int) -> tuple[Tensor, Tenso
     lo = torch.zeros_like(i) if mask.window is None else (i - mask.window + 1).clamp(min=0)
     hi = i + 1
     if mask.documents is not None:
-        lo = torch.maximum(lo, Mask(documents=mask.documents).beginnings(keys, i.device)[:, keys - queries :])
+        lo = torch.maximum(lo, Mask(documents=mask.documents).first_tokens(keys, i.device)[:, keys - queries :])
     if mask.keys is not None:
         real = mask.keys.bool().to(torch.int8)
         first = torch.where(real.any(dim=1), real.argmax(dim=1), keys)[:, None]
@@ -141,7 +141,7 @@ def native(request: Request) -> tuple[Tensor, Tensor | None]:
     return out, lse if request.with_lse else None
 
 
-def _own(request: Request) -> str | None:
+def _unsupported_reason(request: Request) -> str | None:
     size = request.q.shape[3]
     if size not in _SIZES:
         return f"it takes head sizes {' and '.join(map(str, _SIZES))}, not {size}"
@@ -170,6 +170,6 @@ KERNEL = Kernel(
     run=native,
     devices=frozenset({"cpu"}),
     dtypes=frozenset(_CPU),
-    fewest=256,
-    own=_own,
+    min_queries=256,
+    unsupported_reason=_unsupported_reason,
 )

@@ -41,7 +41,7 @@ class Mask:
         seen: Tensor = masks.causal(row, column) if self.window is None else masks.within(row, column, self.window)
         seen = seen[None, None]
         if self.window is not None and self.sinks:
-            first = self.beginnings(int(j.max()) + 1, j.device)[:, None, None, j]
+            first = self.first_tokens(int(j.max()) + 1, j.device)[:, None, None, j]
             seen = seen | (masks.causal(row, column) & masks.sink(column, first, self.sinks))
         if self.documents is not None:
             seen = seen & masks.same_document(self.documents[:, None, i, None], self.documents[:, None, None, j])
@@ -49,7 +49,7 @@ class Mask:
             seen = seen & self.keys[:, None, None, j]
         return seen
 
-    def beginnings(self, count: int, device: torch.device) -> Tensor:
+    def first_tokens(self, count: int, device: torch.device) -> Tensor:
         """The first real token of each key's document, (1 or B, count): `count` where there is none."""
         index = torch.arange(count, device=device)
         first = torch.zeros_like(index)[None]
@@ -129,9 +129,9 @@ class Kernel:
     softcap: bool = False
     sinks: bool = False
     slopes: bool = False
-    fewest: int = 1
+    min_queries: int = 1
     """Queries, below which it does not pay."""
-    own: Callable[[Request], str | None] = lambda request: None
+    unsupported_reason: Callable[[Request], str | None] = lambda request: None
 
     def declines(self, request: Request) -> str | None:
         """Why the kernel cannot serve this request, or None where it can."""
@@ -144,9 +144,9 @@ class Kernel:
             return f"it does not take {q.dtype}"
         if request.arguments:
             return f"it does not know the argument {', '.join(sorted(request.arguments))}"
-        if request.queries < self.fewest:
-            return f"it does not pay for fewer than {self.fewest} queries"
-        return self._lacks(request) or self.own(request)
+        if request.queries < self.min_queries:
+            return f"it does not pay for fewer than {self.min_queries} queries"
+        return self._lacks(request) or self.unsupported_reason(request)
 
     def _lacks(self, request: Request) -> str | None:
         if request.softcap is not None and not self.softcap:

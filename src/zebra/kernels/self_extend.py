@@ -21,7 +21,7 @@ from zebra.kernels.merging import merge
 from zebra.kernels.request import Mask
 
 
-def extended(
+def self_extend_attention(
     q: Tensor,
     k: Tensor,
     far_q: Tensor,

@@ -24,7 +24,7 @@ from zebra.kernels import attend
 from zebra.kernels.merging import merge
 from zebra.kernels.request import Mask
 
-NOWHERE = 1 << 40
+NO_POSITION = 1 << 40
 """The position of a sink that is not there: behind all queries."""
 
 
@@ -33,7 +33,7 @@ class Sinks(NamedTuple):
 
     Attributes:
         keys, values: (B, K, n, sinks, D).
-        positions: (1 or B, n, sinks), their places in the row, padding counted; `NOWHERE` where there is none.
+        positions: (1 or B, n, sinks), their places in the row, padding counted; `NO_POSITION` where there is none.
     """
 
     keys: Tensor
@@ -41,13 +41,13 @@ class Sinks(NamedTuple):
     positions: Tensor
 
 
-def with_sinks(
+def sink_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Mask,
     *,
-    kept: Sinks | None = None,
+    cached: Sinks | None = None,
     start: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
@@ -58,7 +58,7 @@ def with_sinks(
 
     Args:
         q: (B, H, T, D). k, v: (B, K, S, D), from the row's beginning on unless the sinks are given.
-        kept: the sinks of a cache, one block, whose local layer has let go of them.
+        cached: the sinks of a cache, one block, whose local layer has let go of them.
         start: the place in the row of the first of `k`.
         arguments: as `attend` has them.
 
@@ -74,23 +74,23 @@ def with_sinks(
     assert lse is not None
     queries = q.shape[2]
     place = torch.arange(start + k.shape[2] - queries, start + k.shape[2], device=q.device)
-    if kept is None:
-        kept, visible = _of_rows(k, v, mask, place)
+    if cached is None:
+        sinks, visible = _gather_sinks(k, v, mask, place)
     else:
-        visible = place[:, None] - kept.positions[:, :, None] >= mask.window
+        sinks, visible = cached, place[:, None] - cached.positions[:, :, None] >= mask.window
     with torch.autocast(q.device.type, enabled=False):
-        other, other_lse = _over(q, kept, visible, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+        other, other_lse = _over(q, sinks, visible, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     return merge(out, lse, other, other_lse, with_lse=with_lse)
 
 
-def _of_rows(k: Tensor, v: Tensor, mask: Mask, place: Tensor) -> tuple[Sinks, Tensor]:
+def _gather_sinks(k: Tensor, v: Tensor, mask: Mask, place: Tensor) -> tuple[Sinks, Tensor]:
     """The sinks of whole rows, and which of them each query sees, (1 or B, n, queries of a block, sinks).
 
     A block is w queries where documents are packed: those of two documents cannot both stand w behind their first
     tokens within w places, so that one document's sinks serve a block. Elsewhere it is all queries.
     """
     window, count, queries = mask.window or 0, k.shape[2], len(place)
-    first = mask.beginnings(count, k.device)[:, count - queries :]
+    first = mask.first_tokens(count, k.device)[:, count - queries :]
     if mask.documents is None:
         block, anchor = queries, first[:, -1:]
     else:
@@ -104,7 +104,7 @@ def _of_rows(k: Tensor, v: Tensor, mask: Mask, place: Tensor) -> tuple[Sinks, Te
     there = (anchor >= 0)[:, :, None] & (positions < count)
     if mask.keys is not None:
         there = there & mask.keys.bool().gather(1, inside).view_as(there)
-    positions = positions.masked_fill(~there, NOWHERE)
+    positions = positions.masked_fill(~there, NO_POSITION)
     keys, values = (
         x.gather(2, inside[:, None, :, None].expand(len(x), x.shape[1], -1, x.shape[3])).unflatten(
             2, positions.shape[1:]

@@ -89,7 +89,7 @@ def summarised(
 def blocks_of(mask: Mask, keys: int, block: int, device: torch.device) -> _Blocks:
     """The blocks of each row's keys."""
     index = torch.arange(keys, device=device)
-    first = mask.beginnings(keys, device)
+    first = mask.first_tokens(keys, device)
     real = torch.ones_like(first, dtype=torch.bool) if mask.keys is None else mask.keys.bool()
     first = first.expand_as(real)
     place = index - first
@@ -121,7 +121,7 @@ def _far(
     queries, keys, wide = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
     blocks = blocks_of(mask, keys, block, q.device)
     mean_k, mean_v = means(k, blocks), means(v, blocks)
-    first = mask.beginnings(keys, q.device)
+    first = mask.first_tokens(keys, q.device)
     outs, lses = [], []
     for start in range(0, queries, QUERIES):
         i = torch.arange(keys - queries + start, keys - queries + min(queries, start + QUERIES), device=q.device)

@@ -191,7 +191,7 @@ def varlen(request: Request) -> tuple[Tensor, Tensor | None]:
     return out, lse.view(batch, queries, heads).transpose(1, 2) if request.with_lse else None
 
 
-def _own(request: Request) -> str | None:
+def _unsupported_reason(request: Request) -> str | None:
     size, gradient = request.q.shape[3], request.wants_gradient
     if size % 8 or size > 256:
         return f"it takes head sizes that are a multiple of 8 up to 256, not {size}"
@@ -218,5 +218,5 @@ KERNEL = Kernel(
     run=varlen,
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.bfloat16, torch.float16}),
-    own=_own,
+    unsupported_reason=_unsupported_reason,
 )

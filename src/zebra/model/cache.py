@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from zebra.kernels.sinks import NOWHERE, Sinks
+from zebra.kernels.sinks import NO_POSITION, Sinks
 
 
 class _Room:
@@ -154,8 +154,8 @@ class PendingKeys(OpaqueKeys):
         self._layer, self.states = layer, states
 
     def write(self, far: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new keys, `far` being the same turned; return the near keys and the far ones, as `extended` takes
-        them.
+        """Append the new keys, `far` being the same turned; return the near and the far keys, as
+        `self_extend_attention` takes them.
         """
         return self._layer.write(self.states, far)
 
@@ -206,12 +206,12 @@ class ExtendedLayer(GrowingLayer):
         return near[:, :, first:], self.keys
 
     def follow(self, shift: Tensor) -> bool:
-        """Whether `shift` of new tokens, (1 or B, 1), is that of the ones before; `NOWHERE` is any."""
+        """Whether `shift` of new tokens, (1 or B, 1), is that of the ones before; `NO_POSITION` is any."""
         before, self.shift = self.shift, shift
         if before is None or torch.equal(before, shift):  # one call for each token
             return True
-        self.shift = torch.where(shift == NOWHERE, before, shift)
-        return bool(((before == shift) | (before == NOWHERE) | (shift == NOWHERE)).all())
+        self.shift = torch.where(shift == NO_POSITION, before, shift)
+        return bool(((before == shift) | (before == NO_POSITION) | (shift == NO_POSITION)).all())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, and let go of the near keys that were kept for it."""
@@ -303,7 +303,7 @@ class SinkLayer(TrimmedSlidingLayer):
 
     Attributes:
         sink_keys, sink_values: (B, K, sinks, D), zeros where a row has no such token yet.
-        places: (B, sinks), where in their row they stand; `NOWHERE` where there is none.
+        places: (B, sinks), where in their row they stand; `NO_POSITION` where there is none.
     """
 
     _STORE = ("sink_keys", "sink_values", "places", "_first")
@@ -339,11 +339,11 @@ class SinkLayer(TrimmedSlidingLayer):
         if self.places is None:
             self.sink_keys = keys.new_zeros(batch, heads, self.sinks, size)
             self.sink_values = values.new_zeros(batch, heads, self.sinks, values.shape[3])
-            self.places = torch.full((batch, self.sinks), NOWHERE, device=keys.device)
-            self._first = torch.full((batch,), NOWHERE, device=keys.device)
+            self.places = torch.full((batch, self.sinks), NO_POSITION, device=keys.device)
+            self._first = torch.full((batch,), NO_POSITION, device=keys.device)
         end = self.cumulative_length
         place = torch.arange(end - new, end, device=keys.device)
-        begins = place[:1] if real is None else torch.where(real, place, NOWHERE).amin(dim=1)
+        begins = place[:1] if real is None else torch.where(real, place, NO_POSITION).amin(dim=1)
         self._first = torch.minimum(self._first, begins)
         slot = place - self._first[:, None]
         taken = slot < self.sinks if real is None else (slot < self.sinks) & real
@@ -361,8 +361,8 @@ class SinkLayer(TrimmedSlidingLayer):
         """Take back the last tokens, sinks among them too."""
         super().crop(tokens_to_remove)
         if self.places is not None:
-            self.places = self.places.masked_fill(self.places >= self.cumulative_length, NOWHERE)
-            self._first = self._first.masked_fill(self._first >= self.cumulative_length, NOWHERE)
+            self.places = self.places.masked_fill(self.places >= self.cumulative_length, NO_POSITION)
+            self._first = self._first.masked_fill(self._first >= self.cumulative_length, NO_POSITION)
             self._full = self._full and bool((self._first + self.sinks <= self.cumulative_length).all())
 
     def reset(self) -> None:

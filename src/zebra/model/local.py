@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
-from zebra.kernels.sinks import with_sinks
+from zebra.kernels.sinks import sink_attention
 from zebra.model.cache import SinkKeys
 from zebra.model.families import FULL, layout, stripes_of
 from zebra.model.override import overrides_of, set_override
@@ -73,12 +73,14 @@ class LocalAttention:
             self._check_past(mask, value.shape[2] - new)
         sunken = replace(mask, sinks=self.sinks)
         if read == new:
-            return with_sinks(query, key, value, sunken, kept=kept, start=start, **arguments)
+            return sink_attention(query, key, value, sunken, cached=kept, start=start, **arguments)
         decoded = attend(query[:, :, read:], key, value, mask.without_window(), **arguments)
         if read == 0:
             return decoded
         end = value.shape[2] - new + read
-        out, lse = with_sinks(query[:, :, :read], key[:, :, :end], value[:, :, :end], sunken.before(end), **arguments)
+        out, lse = sink_attention(
+            query[:, :, :read], key[:, :, :end], value[:, :, :end], sunken.before(end), **arguments
+        )
         both = None if lse is None or decoded[1] is None else torch.cat([lse, decoded[1]], dim=2)
         return torch.cat([out, decoded[0]], dim=2), both
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from zebra.errors import ZebraError
 from zebra.kernels import Mask
-from zebra.kernels.self_extend import extended
-from zebra.kernels.sinks import NOWHERE
+from zebra.kernels.self_extend import self_extend_attention
+from zebra.kernels.sinks import NO_POSITION
 from zebra.model.cache import PendingKeys
 from zebra.positions import SelfExtend, grouped_key, grouped_query
 
@@ -138,7 +138,7 @@ class GroupedRotation:
             follows = key.follow(places.shift)
         else:
             shift = places.shift
-            follows = past == 0 or bool(((shift == 0) | (places.base == 0) | (shift == NOWHERE)).all())
+            follows = past == 0 or bool(((shift == 0) | (places.base == 0) | (shift == NO_POSITION)).all())
         if not follows:
             at = places.host[:4, 0].tolist()
             raise self.refusal(f"tokens that begin at the positions {at} behind {past} cached ones")
@@ -162,14 +162,14 @@ class GroupedRotation:
             )
 
 
-_MIXED = -NOWHERE
+_MIXED = -NO_POSITION
 
 
 def _shift(positions: Tensor, keys: Tensor | None, total: int) -> Tensor:
     """What the positions of each row's new tokens are above their places in the row, padding counted: (1 or B, 1).
 
-    One number as long as a row goes on without gaps. `NOWHERE` where all new tokens are padding, `_MIXED` where they
-    differ in it.
+    One number as long as a row goes on without gaps. `NO_POSITION` where all new tokens are padding, `_MIXED`
+    where they differ in it.
     """
     queries = positions.shape[1]
     if queries == 1 and keys is None:
@@ -177,7 +177,7 @@ def _shift(positions: Tensor, keys: Tensor | None, total: int) -> Tensor:
     least = most = positions - torch.arange(total - queries, total, device=positions.device)
     if keys is not None:
         real = keys[:, total - queries :]
-        least, most = torch.where(real, least, NOWHERE), torch.where(real, most, -NOWHERE)
+        least, most = torch.where(real, least, NO_POSITION), torch.where(real, most, -NO_POSITION)
     least, most = least.amin(dim=1, keepdim=True), most.amax(dim=1, keepdim=True)
     return torch.where(least < most, _MIXED, least)
 
@@ -265,4 +265,6 @@ class SelfExtendAttention:
         if places.scale is not None:
             query = (query * places.scale).to(query.dtype)
         far_query = rotate(query, places.query) if total > self.rope.setting.window else query
-        return extended(query, near, far_query, far, value, mask, window=self.rope.setting.window, **arguments)
+        return self_extend_attention(
+            query, near, far_query, far, value, mask, window=self.rope.setting.window, **arguments
+        )
