@@ -1,4 +1,4 @@
-"""The one error for input that cannot be served."""
+"""The one error for input that cannot be served, and what to quote of another library's."""
 
 from __future__ import annotations
 
@@ -8,3 +8,9 @@ class ZebraError(ValueError):
 
     The command line prints it as one line and exits with code 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, without the advice behind it; all lines where the first ends in a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines)[:300] if lines[0].endswith(":") else lines[0]

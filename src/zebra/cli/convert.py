@@ -10,6 +10,7 @@ import typer
 
 from zebra.cli import show
 from zebra.errors import ZebraError
+from zebra.model.checkpoint_files import check_conversion
 
 EXAMPLE = (
     "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096\n\n"
@@ -68,14 +69,13 @@ def convert(
         raise ZebraError(
             f"{' and '.join(foreign)} belong to --select, and --stripes {stripes} says all. Leave them out."
         )
+    check_conversion(source, target, stripes, rope)
     with show.quiet_host():
         from zebra.model.checkpoint import read_config, read_local_attention
-        from zebra.model.load import check_target
         from zebra.model.load import convert as run
         from zebra.model.local import layout_name
 
         rows: list[Any] = []
-        check_target(source, target)
         if select is not None:
             if window is None or length is None:
                 raise ZebraError("--select needs --window and --length. Write for example --window 512 --length 4096.")

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from zebra.errors import ZebraError
-from zebra.model.checkpoint import first_line
+from zebra.errors import ZebraError, first_line
 
 _TALKERS = ("lm_eval", "transformers.generation.stopping_criteria")
 """Who warns of a model that was loaded before, and of lengths, which are checked before any work."""

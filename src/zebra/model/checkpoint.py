@@ -27,7 +27,8 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, first_line
+from zebra.model.checkpoint_files import check_checkpoint, read_json_object
 from zebra.model.families import ignores_layer_types, model_class, route, stripes_of
 from zebra.model.local import LocalAttention, layout_name
 from zebra.provenance import git_commit, versions
@@ -39,7 +40,7 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True) -> PreTrai
 
 
 def read_config_and_rest(
-    path: str | os.PathLike[str], *, routed: bool = True, **arguments: Any
+    path: str | os.PathLike[str], *, routed: bool = True, **kwargs: Any
 ) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The config under arguments of `from_pretrained`, and those of them that are not the config's own fields.
 
@@ -50,21 +51,11 @@ def read_config_and_rest(
         ZebraError: no checkpoint there, a broken config.json, a family without a route, or a config whose stripes its
             own class would ignore while its cache obeys them (`generate` would be silently wrong).
     """
-    where = Path(path)
-    hub = {name: arguments[name] for name in _HUB if name in arguments}
-    if (where / "adapter_config.json").is_file() and not (where / "config.json").is_file():
-        raise ZebraError(
-            f"{path} is a peft adapter, not a whole checkpoint. Load it with peft, or adapt with lora.merge: true."
-        )
-    if where.exists() and not (where / arguments.get("subfolder", "") / "config.json").is_file():
-        raise ZebraError(
-            f"{path} is not a checkpoint: it has no config.json. Give a directory that transformers saved."
-        )
-    if not where.exists() and (where.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
-        raise ZebraError(f"there is no checkpoint at {path}. Give the path of a directory that transformers saved.")
+    check_checkpoint(path, kwargs.get("subfolder", ""))
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
     try:
         config = AutoConfig.from_pretrained(path, **hub)
-        changes = {name: value for name, value in arguments.items() if name in own_fields(config)}
+        changes = {name: value for name, value in kwargs.items() if name in own_fields(config)}
         if changes:
             config = AutoConfig.from_pretrained(path, **hub, **changes)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -79,7 +70,7 @@ def read_config_and_rest(
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
             "Remove layer_types from its config.json, then run `zebra convert`."
         )
-    return config, {name: value for name, value in arguments.items() if name not in changes}
+    return config, {name: value for name, value in kwargs.items() if name not in changes}
 
 
 _HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -273,9 +264,10 @@ def write_zebra_json(
 
 def update_zebra_json(where: Path, config: PreTrainedConfig, local: LocalAttention) -> None:
     """Write the layout into the zebra.json of a checkpoint; make one only where config.json cannot say all of it."""
-    kept = _read_card(where / "zebra.json")
-    if local or kept:
-        _write_card(where, kept | _layout_card(config, local))
+    file = where / "zebra.json"
+    before = read_json_object(file, _MEND) if file.is_file() else {}
+    if local or before:
+        _write_card(where, before | _layout_card(config, local))
 
 
 def read_local_attention(path: str | os.PathLike[str], **arguments: Any) -> LocalAttention:
@@ -288,7 +280,7 @@ def read_local_attention(path: str | os.PathLike[str], **arguments: Any) -> Loca
     absent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
     hub = {name: arguments[name] for name in _HUB if name in arguments}
     file = cached_file(str(path), "zebra.json", **hub, **absent)
-    card = {} if file is None else _read_card(Path(file))
+    card = {} if file is None else read_json_object(Path(file), _MEND)
     sinks, full_decode = card.get("sinks", 0), card.get("full_decode", False)
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):
         raise ZebraError(
@@ -298,16 +290,7 @@ def read_local_attention(path: str | os.PathLike[str], **arguments: Any) -> Loca
     return LocalAttention(sinks, full_decode)
 
 
-def _read_card(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ZebraError(f"{file} is no JSON: {error}. Mend it, or remove it to load without what it says.") from None
-    if not isinstance(card, dict):
-        raise ZebraError(f"{file} holds no JSON object. Mend it, or remove it to load without what it says.")
-    return card
+_MEND = "Mend it, or remove it to load without what it says."
 
 
 def _layout_card(config: PreTrainedConfig, local: LocalAttention) -> dict[str, Any]:
@@ -329,9 +312,3 @@ def _write_card(where: Path, card: dict[str, Any]) -> None:
     aside = where / "zebra.json.aside"
     aside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     aside.replace(where / "zebra.json")
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error says, without its advice."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines)[:300] if lines[0].endswith(":") else lines[0]

@@ -137,7 +137,7 @@ ROUTES: tuple[Route, ...] = (
     Route("gpt_neox", None, _NO_CLASS.format("its tensors")),
     Route("gpt2", None, _NO_CLASS.format("learned absolute positions")),
 )
-"""The family table. Of a family's rows the first that takes a checkpoint serves it. Tests and docs/families.md walk it."""
+"""The family table: the first route of a family that takes a checkpoint serves it. docs/families.md has it."""
 
 
 def route(config: PreTrainedConfig) -> Route:
@@ -159,7 +159,9 @@ def route(config: PreTrainedConfig) -> Route:
         if reason is None:
             return row
         reasons.append(reason)
-    raise ZebraError(f"this {config.model_type} checkpoint cannot be served: {'; '.join(reasons)}. See docs/families.md.")
+    raise ZebraError(
+        f"this {config.model_type} checkpoint cannot be served: {'; '.join(reasons)}. See docs/families.md."
+    )
 
 
 def ignores_layer_types(config: PreTrainedConfig) -> bool:

@@ -11,13 +11,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zebra.errors import ZebraError
-from zebra.files import atomic_directory, refuse_existing
+from zebra.errors import ZebraError, first_line
+from zebra.files import atomic_directory
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import (
     check_weights,
     copy_other_files,
-    first_line,
     link,
     read_config,
     read_config_and_rest,
@@ -25,6 +24,7 @@ from zebra.model.checkpoint import (
     write_config,
     write_zebra_json,
 )
+from zebra.model.checkpoint_files import check_conversion
 from zebra.model.default_cache import with_default_cache
 from zebra.model.families import FULL, model_class, stripes_of, with_stripes
 from zebra.model.local import LocalAttention, set_local_attention, warn_settings_outside_config
@@ -210,10 +210,10 @@ def convert(
         ZebraError: what `load` refuses, a rope that changes with length, a target that exists or is the source.
     """
     source, target = Path(source), Path(target)
-    made, local = converted_config(source, stripes, rope, full_decode)
-    check_target(source, target)
+    check_conversion(source, target, stripes, rope)
+    config, local = converted_config(source, stripes, rope, full_decode)
     warn_settings_outside_config(local)
-    write_converted(source, target, made, local, rope=str(as_rope(rope)))
+    write_converted(source, target, config, local, rope=str(as_rope(rope)))
     return target
 
 
@@ -228,17 +228,6 @@ def converted_config(
     if local and stripes_of(made) is None:
         raise ZebraError(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
     return made, local
-
-
-def check_target(source: Path, target: Path) -> None:
-    """Refuse a target that a conversion could not write, before work that goes ahead of it.
-
-    Raises:
-        ZebraError: it exists, or is the source.
-    """
-    if target.exists() and source.exists() and source.samefile(target):
-        raise ZebraError(f"source and target are the same directory, {source}. Name another target.")
-    refuse_existing(Path(os.path.abspath(target)))
 
 
 def write_converted(source: Path, target: Path, config: PreTrainedConfig, local: LocalAttention, **more: Any) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write, directory_lock
-from zebra.model.checkpoint import first_line
 from zebra.train.recipe import Recipe
 
 

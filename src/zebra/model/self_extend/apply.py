@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, first_line
 from zebra.kernels import Mask, attend
 from zebra.model.cache import StripedCache
-from zebra.model.checkpoint import first_line
 from zebra.model.local import LocalAttention, local_attention_of
 from zebra.model.override import get_override, overrides_of, overriding_attention, set_override
 from zebra.model.rope import changes_with_length

@@ -1,0 +1,84 @@
+"""What can be refused of a checkpoint's path, a conversion's target and a notation before torch is imported.
+
+The command line calls these checks first, and `zebra.load` and `zebra.convert` call them too: one error, one text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from zebra.errors import ZebraError
+from zebra.files import refuse_existing
+from zebra.model.rope import Rope, as_rope
+from zebra.stripes import Stripes
+
+
+def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
+    """Check that a path may be a checkpoint: a directory with a config.json, or a name in the hub.
+
+    Raises:
+        ZebraError: no such directory, a peft adapter, no config.json, or one that is not a JSON object.
+    """
+    directory = Path(path)
+    config = directory / subfolder / "config.json"
+    if not directory.exists():
+        if directory.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
+            raise ZebraError(f"there is no checkpoint at {path}. Give the path of a directory that transformers saved.")
+        return  # OWNER/NAME, in the hub's cache
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise ZebraError(
+            f"{path} is a peft adapter, not a whole checkpoint. Load it with peft, or adapt with lora.merge: true."
+        )
+    if not config.is_file():
+        raise ZebraError(
+            f"{path} is not a checkpoint: it has no config.json. Give a directory that transformers saved."
+        )
+    read_json_object(config, "Copy it from the source again.")
+
+
+def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        remedy: the last sentence of an error.
+
+    Raises:
+        ZebraError: the file is not JSON, or its value is not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ZebraError(f"{file} cannot be read: {error}. {remedy}") from None
+    if not isinstance(value, dict):
+        raise ZebraError(f"{file} cannot be read: it holds no JSON object. {remedy}")
+    return value
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Check that a conversion may write its target.
+
+    Raises:
+        ZebraError: the target exists, or is the source.
+    """
+    if target.exists() and source.exists() and source.samefile(target):
+        raise ZebraError(f"source and target are the same directory, {source}. Name another target.")
+    refuse_existing(Path(os.path.abspath(target)))
+
+
+def check_conversion(source: Path, target: Path, stripes: Stripes | str | None, rope: Rope | str | None = None) -> None:
+    """Check what `zebra.convert` is given, as far as that needs no torch.
+
+    Args:
+        stripes: None where they are yet to be chosen.
+
+    Raises:
+        ZebraError: as `check_checkpoint`, `check_target`, `Stripes.parse` and `Rope.parse`.
+    """
+    if isinstance(stripes, str):
+        Stripes.parse(stripes)
+    as_rope(rope)
+    check_checkpoint(source)
+    check_target(source, target)
