@@ -84,13 +84,18 @@ def test_the_mask_token_by_token(name: str) -> None:
     words, named = make()
     chat = Chat(words, named, "here")
     found = chat.encode(TURNS)
-    pieces = [piece.replace("▁", "_").replace("<0x0A>", "\\n") for piece in words.convert_ids_to_tokens(found.ids)]
-    shown = [f"{{{piece}}}" if answer else piece for piece, answer in zip(pieces, found.answers, strict=True)]
+    pieces = [
+        piece.replace("▁", "_").replace("<0x0A>", "\\n") for piece in words.convert_ids_to_tokens(found.input_ids)
+    ]
+    shown = [f"{{{piece}}}" if answer else piece for piece, answer in zip(pieces, found.assistant_mask, strict=True)]
     assert " ".join(shown) == wanted
     assert words.convert_ids_to_tokens([chat.stop]) == [stop]
     # What is trained on is what the template renders, to the token.
     own = chat.template
-    assert found.ids == words.apply_chat_template([m._asdict() for m in TURNS.messages], chat_template=own)["input_ids"]
+    assert (
+        found.input_ids
+        == words.apply_chat_template([m._asdict() for m in TURNS.messages], chat_template=own)["input_ids"]
+    )
 
 
 def test_prompts_at_inference_are_the_beginning_of_what_was_trained_on() -> None:
@@ -101,8 +106,8 @@ def test_prompts_at_inference_are_the_beginning_of_what_was_trained_on() -> None
         prompt = words.apply_chat_template(
             [TURNS.messages[0]._asdict()], chat_template=chat.template, add_generation_prompt=True
         )["input_ids"]
-        assert whole.ids[: len(prompt)] == prompt
-        assert whole.answers[: len(prompt) + 1] == [False] * len(prompt) + [True]
+        assert whole.input_ids[: len(prompt)] == prompt
+        assert whole.assistant_mask[: len(prompt) + 1] == [False] * len(prompt) + [True]
 
 
 def test_the_written_template_has_no_marks_and_says_the_same() -> None:
@@ -132,7 +137,7 @@ def test_what_has_no_template_or_the_wrong_one_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ZebraError, match="answers cannot be told apart"):
         Chat(tokenizer(ONLY_LAST), None, "here").encode(TURNS)
     (tmp_path / "own.jinja").write_text(LLAMA_2)
-    assert Chat(tokenizer(), str(tmp_path / "own.jinja"), "here").encode(TURNS).answers.count(True) == 13
+    assert Chat(tokenizer(), str(tmp_path / "own.jinja"), "here").encode(TURNS).assistant_mask.count(True) == 13
 
 
 def test_what_a_template_does_not_take_is_refused_with_its_line() -> None:
@@ -154,15 +159,15 @@ def test_a_long_document_is_cut_in_its_middle_and_nothing_else(length: int) -> N
     long = conversation({"document": STORY, "question": "Who came first?", "answer": "Number 0 came."}, "here")
     whole = chat.encode(long)
     found, cut = chat.fitted(long, length)
-    assert length - 24 < len(found.ids) <= length
-    assert 0 <= len(whole.ids) - len(found.ids) <= cut
-    text = words.decode(found.ids)
+    assert length - 24 < len(found.input_ids) <= length
+    assert 0 <= len(whole.input_ids) - len(found.input_ids) <= cut
+    text = words.decode(found.input_ids)
     before, behind = text.split("[...]")
     assert text.endswith("Who came first?\n\nAssistant:\nNumber 0 came.</s> \n")
     assert before.removeprefix("<s> User:\n").strip() in STORY
     assert behind.split("\n\nWho")[0].strip() in STORY
     assert [t for t, a in zip(*found, strict=True) if a] == [t for t, a in zip(*whole, strict=True) if a]
-    assert chat.fitted(long, len(whole.ids)) == (whole, 0)
+    assert chat.fitted(long, len(whole.input_ids)) == (whole, 0)
 
 
 def test_what_no_cut_makes_short_enough_is_refused() -> None:

@@ -19,7 +19,15 @@ from transformers import AutoTokenizer
 
 import zebra
 from zebra import ZebraError
-from zebra.data.items import AGAIN, EMPTY, GIVEN, LOST, NEEDLESS, Item, words
+from zebra.data.qa import (
+    ANSWER_IN_QUESTION,
+    DOCUMENT_NOT_NEEDED,
+    DUPLICATE_QUESTION,
+    EMPTY_ANSWER,
+    EVIDENCE_CUT,
+    QAExample,
+    words,
+)
 from zebra.evaluate.documents import Options, Outcome, answered, evaluate_documents, per_token
 from zebra.evaluate.overlap import Overlap
 from zebra.evaluate.prompts import Prompts
@@ -37,8 +45,8 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(STORIES)
 
 
-def item(document: str = LONG, question: str = "Who ran?", *answers: str) -> Item:
-    return Item("one", 1, document, question, answers or ("the dog",))
+def item(document: str = LONG, question: str = "Who ran?", *answers: str) -> QAExample:
+    return QAExample("one", 1, document, question, answers or ("the dog",))
 
 
 @pytest.mark.parametrize("length", [40, 57, 200, 511])
@@ -201,7 +209,14 @@ def by_name(outcomes: list[Outcome]) -> dict[str, list[str]]:
     return {one.name: one.faults for one in outcomes}
 
 
-EXPECTED = {"good": [], "again#0": [AGAIN], "again#1": [], "empty": [EMPTY], "given": [GIVEN], "lost": [LOST]}
+EXPECTED = {
+    "good": [],
+    "again#0": [DUPLICATE_QUESTION],
+    "again#1": [],
+    "empty": [EMPTY_ANSWER],
+    "given": [ANSWER_IN_QUESTION],
+    "lost": [EVIDENCE_CUT],
+}
 
 
 @pytest.mark.filterwarnings("ignore:at 2.. tokens")
@@ -212,7 +227,7 @@ def test_the_data_are_looked_at_without_the_model(file: Path, monkeypatch: pytes
     )
     assert by_name(outcomes) == EXPECTED
     assert {row.metric: row.value * 6 for row in rows} == {
-        **dict.fromkeys((EMPTY, AGAIN, GIVEN, LOST), pytest.approx(1)),
+        **dict.fromkeys((EMPTY_ANSWER, DUPLICATE_QUESTION, ANSWER_IN_QUESTION, EVIDENCE_CUT), pytest.approx(1)),
         "duplicate answer": 0,
         "document cut": pytest.approx(sum(one.cut is not None for one in outcomes)),
         "any fault": pytest.approx(4),
@@ -227,13 +242,13 @@ def test_a_model_that_does_not_read_needs_no_document(
     how: dict[str, Any] = {"lengths": [260], "options": Options("likelihood", 8)}
     monkeypatch.setattr(EvalTarget, "load", lambda self: Deaf(tokenizer).eval())
     rows, outcomes = evaluate_documents(STORIES, file, **how)
-    assert all((NEEDLESS in one.faults) == bool(one.scores) for one in outcomes)
+    assert all((DOCUMENT_NOT_NEEDED in one.faults) == bool(one.scores) for one in outcomes)
     monkeypatch.setattr(EvalTarget, "load", lambda self: Copier(tokenizer).eval())
     more, outcomes = evaluate_documents(STORIES, file, **how)
-    assert NEEDLESS not in by_name(outcomes)["good"]
+    assert DOCUMENT_NOT_NEEDED not in by_name(outcomes)["good"]
     value = {row.metric: row for row in rows + more}
     assert value["log_likelihood"].value > value["log_likelihood_without_document"].value
-    assert (value["log_likelihood"].n, value[NEEDLESS].n) == (5, 6)
+    assert (value["log_likelihood"].n, value[DOCUMENT_NOT_NEEDED].n) == (5, 6)
 
 
 def test_a_model_that_says_the_answer_scores_all(file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

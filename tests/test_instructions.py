@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from zebra.data.conversations import read_conversations
-from zebra.data.instructions import Annotated, Order, make, read_annotated, summary, write
+from zebra.data.instructions import (
+    AnnotatedDocument,
+    InstructionOptions,
+    instruction_stats,
+    make_instructions,
+    read_annotated,
+    write,
+)
 from zebra.errors import ZebraError
 
 NAMES = ("Ann", "Ben", "Cas", "Dan", "Eve", "Fay", "Gus", "Hal")
@@ -20,7 +27,7 @@ def story(name: str, sentences: int = 40) -> str:
 
 
 DOCUMENTS = [
-    Annotated(
+    AnnotatedDocument(
         story(name), f"line {i}", ((f"Who is it about {i}?", name), ("Summarize it.", f"{name} meets.")), f"All {name}."
     )
     for i, name in enumerate(NAMES)
@@ -28,7 +35,7 @@ DOCUMENTS = [
 
 
 def made(**order: Any) -> list[dict[str, Any]]:
-    return list(make(DOCUMENTS, Order(**order)))
+    return list(make_instructions(DOCUMENTS, InstructionOptions(**order)))
 
 
 def test_the_kinds_of_an_annotated_set() -> None:
@@ -36,7 +43,7 @@ def test_the_kinds_of_an_annotated_set() -> None:
     assert [record["kind"] for record in found[:3]] == ["qa", "summary", "summary"]
     assert [record["answer"] for record in found[:3]] == ["Ann", "Ann meets.", "All Ann."]
     assert {record["document"] for record in found[:3]} == {story("Ann")}
-    assert [row.instructions for row in summary(found)] == [8, 16]
+    assert [row.instructions for row in instruction_stats(found)] == [8, 16]
     assert {record["kind"] for record in made(kinds=("writing",))} == {
         *("writing-continue", "writing-restyle", "writing-outline")
     }
@@ -90,7 +97,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(story("Cas") + "\n--\n" + story("Dan"))
     read = read_annotated([str(tmp_path / "set.jsonl"), str(tmp_path / "book.txt")], separator="--")
     assert [len(one.questions) for one in read] == [1, 0, 0, 0]
-    found = list(make(read, Order()))
+    found = list(make_instructions(read, InstructionOptions()))
     write(found, tmp_path / "out.jsonl")
     back = read_conversations([str(tmp_path / "out.jsonl")])
     assert [one.answer for one in back] == [record["answer"] for record in found]
@@ -111,8 +118,8 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ZebraError, match=match):
             read_annotated([str(path)])
     with pytest.raises(ZebraError, match="the kinds are qa, summary, writing; got poem"):
-        Order(kinds=("poem",))
+        InstructionOptions(kinds=("poem",))
     with pytest.raises(ZebraError, match="a depth lies from 0 to 1; got 2"):
-        Order(depths=(2.0,))
+        InstructionOptions(depths=(2.0,))
     with pytest.raises(ZebraError, match="at least one word"):
-        Order(words=0)
+        InstructionOptions(words=0)

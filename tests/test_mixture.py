@@ -18,10 +18,10 @@ from conftest import STORIES, TEXT
 from pyarrow import parquet
 from rich.console import Console
 
-from zebra.data.composition import composition
+from zebra.data.composition import mixture_tables
 from zebra.data.corpus import Corpus, tokenise
 from zebra.data.encoding import Encoder
-from zebra.data.mixture import Kept, Mixture, Source, keep, mix, select
+from zebra.data.mixture import Mixture, Source, SourceSplit, mix, select, split_sources
 from zebra.errors import ZebraError
 
 SEPARATOR = "<|endoftext|>"
@@ -40,12 +40,14 @@ def drawn(seed: int, documents: int = 200, longest: int = 300, first: int = 1) -
     return made(*np.random.default_rng(seed).integers(1, longest, documents).tolist(), first=first)
 
 
-def documents(part: Kept) -> list[int]:
+def documents(part: SourceSplit) -> list[int]:
     return part.documents.tolist()
 
 
 def tokens_of(mixture: Mixture) -> list[list[int]]:
-    return [[token for token in mixture.rows[i]["input_ids"].tolist() if token] for i in range(len(mixture.rows))]
+    return [
+        [token for token in mixture.sequences[i]["input_ids"].tolist() if token] for i in range(len(mixture.sequences))
+    ]
 
 
 # -- choosing
@@ -54,23 +56,23 @@ def tokens_of(mixture: Mixture) -> list[list[int]]:
 def test_a_bucket_is_half_open() -> None:
     corpus = made(1, 5, 9, 10, 11, 50)
     sources = [Source("short", corpus, max_tokens=10), Source("long", corpus, min_tokens=10)]
-    assert [documents(part) for part in keep(sources, deduplicate=True)] == [[0, 1, 2], [3, 4, 5]]
+    assert [documents(part) for part in split_sources(sources, deduplicate=True)] == [[0, 1, 2], [3, 4, 5]]
     assert [source.bucket for source in sources] == ["[0, 10)", "[10, ∞)"]
 
 
 def test_the_first_of_duplicates_is_kept() -> None:
     sources = [Source("one", made(1, 2, 3, 4, texts="abca")), Source("two", made(2, 5, 1, texts="bdd"))]
-    kept = keep(sources, deduplicate=True)
+    kept = split_sources(sources, deduplicate=True)
     assert [documents(part) for part in kept] == [[0, 1, 2], [1]]
     assert [part.duplicates for part in kept] == [1, 2]
-    kept = keep(sources, deduplicate=False)
+    kept = split_sources(sources, deduplicate=False)
     assert [documents(part) for part in kept] == [[0, 1, 2, 3], [0, 1, 2]]
     assert [part.duplicates for part in kept] == [0, 0]
 
 
 def test_a_document_outside_its_bucket_shadows_no_other() -> None:
     sources = [Source("long", made(1, 20, texts="ab"), min_tokens=10), Source("all", made(1, 20, texts="ab"))]
-    assert [documents(part) for part in keep(sources, deduplicate=True)] == [[1], [0]]
+    assert [documents(part) for part in split_sources(sources, deduplicate=True)] == [[1], [0]]
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
@@ -79,13 +81,13 @@ def test_what_is_held_out_depends_on_the_text_alone(deduplicate: bool) -> None:
     order = np.random.default_rng(0).permutation(len(one))
     shuffled = made(*one.lengths[order].tolist())
     shuffled = Corpus(shuffled.tokens, shuffled.offsets, one.hashes[order])
-    (a,), (b,) = (keep([Source("s", c)], deduplicate=deduplicate, held_out=0.2) for c in (one, shuffled))
+    (a,), (b,) = (split_sources([Source("s", c)], deduplicate=deduplicate, held_out=0.2) for c in (one, shuffled))
     held = set(one.hashes[a.held_out].tolist())
     assert held == set(shuffled.hashes[b.held_out].tolist())
     assert 0.1 < len(held) / len(one) < 0.3
     assert not held & set(one.hashes[a.documents].tolist())
     assert len(a.documents) + len(a.held_out) == len(one)
-    (more,) = keep([Source("s", one)], deduplicate=deduplicate, held_out=0.5)
+    (more,) = split_sources([Source("s", one)], deduplicate=deduplicate, held_out=0.5)
     assert held < set(one.hashes[more.held_out].tolist())  # a greater share holds out these and others
 
 
@@ -95,7 +97,7 @@ def test_what_is_held_out_is_never_in_a_row(deduplicate: bool, join: bool) -> No
     """Not even as a duplicate in another source."""
     one, two = drawn(1), drawn(2, first=100_000)
     two = Corpus(two.tokens, two.offsets, np.concatenate([one.hashes[:100], two.hashes[100:]]))
-    kept = keep([Source("one", one, 0.5), Source("two", two, 0.5)], deduplicate=deduplicate, held_out=0.1)
+    kept = split_sources([Source("one", one, 0.5), Source("two", two, 0.5)], deduplicate=deduplicate, held_out=0.1)
     assert sum(len(part.held_out) for part in kept)
     hashes = {int(part.source.corpus.hashes[i]) for part in kept for i in part.held_out}
     held = {
@@ -106,7 +108,7 @@ def test_what_is_held_out_is_never_in_a_row(deduplicate: bool, join: bool) -> No
         for token in corpus[i]
     }
     mixture = mix(kept, 3000, 128, join=join, seed=0)
-    assert min(line.epochs for line in mixture.lines) > 3
+    assert min(line.epochs for line in mixture.stats) > 3
     assert not held & {token for row in tokens_of(mixture) for token in row}
     gathered = select(kept, held_out=True).gathered()
     assert set(gathered.tokens.tolist()) <= held
@@ -129,12 +131,12 @@ def test_what_is_held_out_is_never_in_a_row(deduplicate: bool, join: bool) -> No
 )
 def test_nothing_left_is_refused(source: Source, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ZebraError, match=message):
-        keep([source], deduplicate=True, **options)
+        split_sources([source], deduplicate=True, **options)
 
 
 def test_a_source_of_duplicates_alone_is_refused() -> None:
     with pytest.raises(ZebraError, match=r"the source two has no document to train on: .* 1 of them are duplicates"):
-        keep([Source("one", made(5, texts="a")), Source("two", made(5, texts="a"))], deduplicate=True)
+        split_sources([Source("one", made(5, texts="a")), Source("two", made(5, texts="a"))], deduplicate=True)
 
 
 # -- drawing
@@ -145,24 +147,24 @@ def test_a_source_of_duplicates_alone_is_refused() -> None:
 @pytest.mark.parametrize("rows", [40, 2000])
 def test_the_shares_are_those_asked_for(shares: tuple[float, float], rows: int, join: bool) -> None:
     one, two = drawn(1), drawn(2, first=100_000)
-    kept = keep([Source("a", one, shares[0]), Source("b", two, shares[1])], deduplicate=True)
+    kept = split_sources([Source("a", one, shares[0]), Source("b", two, shares[1])], deduplicate=True)
     mixture = mix(kept, rows, 128, join=join, seed=3)
     packed = np.array([token for row in tokens_of(mixture) for token in row])
-    assert len(packed) == mixture.rows.tokens
+    assert len(packed) == mixture.sequences.tokens
     found = [(packed < 100_000).mean(), (packed >= 100_000).mean()]
     assert found == pytest.approx(shares, abs=0.001)
-    assert [line.share for line in mixture.lines] == pytest.approx(found)
-    assert [line.drawn for line in mixture.lines] == [(packed < 100_000).sum(), (packed >= 100_000).sum()]
-    assert len(mixture.rows) == rows if join else 0.97 * rows < len(mixture.rows) <= rows
+    assert [line.share for line in mixture.stats] == pytest.approx(found)
+    assert [line.drawn for line in mixture.stats] == [(packed < 100_000).sum(), (packed >= 100_000).sum()]
+    assert len(mixture.sequences) == rows if join else 0.97 * rows < len(mixture.sequences) <= rows
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_documents_come_once_before_any_comes_twice(seed: int) -> None:
     corpus = drawn(1, documents=30)
     total = len(corpus.tokens)
-    kept = keep([Source("s", corpus)], deduplicate=True)
+    kept = split_sources([Source("s", corpus)], deduplicate=True)
     for rows, length in ((1, total // 3), (1, total), (5, total // 2)):
-        (line,) = (mixture := mix(kept, rows, length, join=True, seed=seed)).lines
+        (line,) = (mixture := mix(kept, rows, length, join=True, seed=seed)).stats
         counts = np.bincount([token for row in tokens_of(mixture) for token in row], minlength=total + 1)[1:]
         whole = rows * length // total
         assert set(counts.tolist()) <= {whole, whole + 1}
@@ -171,7 +173,7 @@ def test_documents_come_once_before_any_comes_twice(seed: int) -> None:
 
 def test_only_one_document_of_a_source_is_cut() -> None:
     corpus = drawn(1, documents=50)
-    mixture = mix(keep([Source("s", corpus)], deduplicate=True), 9, 128, join=True, seed=0)
+    mixture = mix(split_sources([Source("s", corpus)], deduplicate=True), 9, 128, join=True, seed=0)
     cut = mixture.drawn.lengths < corpus.lengths[mixture.drawn.documents]
     assert cut.sum() <= 1
     assert mixture.drawn.lengths.sum() == 9 * 128
@@ -179,7 +181,7 @@ def test_only_one_document_of_a_source_is_cut() -> None:
 
 def test_a_mixture_is_that_of_its_seed() -> None:
     def rows(seed: int, *sources: Source) -> list[list[int]]:
-        return tokens_of(mix(keep(sources, deduplicate=True), 30, 128, join=True, seed=seed))
+        return tokens_of(mix(split_sources(sources, deduplicate=True), 30, 128, join=True, seed=seed))
 
     two = [Source("a", drawn(1), 0.5), Source("b", drawn(2, first=100_000), 0.5)]
     assert rows(1, *two) == rows(1, *two)
@@ -190,7 +192,7 @@ def test_a_source_is_drawn_alike_whatever_stands_beside_it() -> None:
     one, two = drawn(1), drawn(2, first=100_000)
     found = []
     for beside in ([], [Source("b", two, 0.5)]):
-        kept = keep([*beside, Source("a", one, 0.5 if beside else 1.0)], deduplicate=True)
+        kept = split_sources([*beside, Source("a", one, 0.5 if beside else 1.0)], deduplicate=True)
         selection = mix(kept, 32 if beside else 16, 128, join=True, seed=1).drawn
         found.append(selection.documents[selection.sources == len(beside)].tolist())
     assert found[0] == found[1]
@@ -199,14 +201,14 @@ def test_a_source_is_drawn_alike_whatever_stands_beside_it() -> None:
 def test_rows_with_room_at_their_end_are_no_more_than_asked_for() -> None:
     """Documents of six tenths of a row: no two fit one."""
     corpus = made(*[60] * 500)
-    mixture = mix(keep([Source("s", corpus)], deduplicate=True), 200, 100, join=False, seed=0)
-    assert 195 <= len(mixture.rows) <= 200
-    assert mixture.rows.tokens == pytest.approx(200 * 60, rel=0.03)
+    mixture = mix(split_sources([Source("s", corpus)], deduplicate=True), 200, 100, join=False, seed=0)
+    assert 195 <= len(mixture.sequences) <= 200
+    assert mixture.sequences.tokens == pytest.approx(200 * 60, rel=0.03)
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.4), (0.5, 0.6)])
 def test_shares_that_do_not_sum_to_one_are_refused(shares: tuple[float, float]) -> None:
-    kept = keep([Source("a", made(9), shares[0]), Source("b", made(9, first=99), shares[1])], deduplicate=True)
+    kept = split_sources([Source("a", made(9), shares[0]), Source("b", made(9, first=99), shares[1])], deduplicate=True)
     with pytest.raises(ZebraError, match=rf"sum to 1; got {shares[0]} \+ {shares[1]} = {sum(shares):g}\. Change"):
         mix(kept, 2, 8, join=True, seed=0)
 
@@ -243,18 +245,21 @@ def test_a_mixture_from_four_kinds_of_files(tmp_path: Path, join: bool) -> None:
         Source("plain", corpus(plain), 0.13, min_tokens=100, max_tokens=1024),
         Source("columns", corpus(columns, field="body"), 0.1),
     ]
-    kept = keep(sources, deduplicate=True, held_out=0.02)
+    kept = split_sources(sources, deduplicate=True, held_out=0.02)
     assert kept[2].duplicates >= 40
     mixture = mix(kept, 256, 1024, join=join, seed=0)
     packed = np.zeros(len(sources))
-    for document, _, count in mixture.rows.pieces:
+    for document, _, count in mixture.sequences.pieces:
         packed[mixture.drawn.sources[document]] += count
     shares = packed / packed.sum()
     assert np.abs(shares - [source.share for source in sources]).max() < 0.001
-    assert sum(int((mixture.rows[i]["labels"] >= 0).sum()) for i in range(len(mixture.rows))) > 0.9 * packed.sum()
-    there = np.array([line.tokens for line in mixture.lines])
+    assert (
+        sum(int((mixture.sequences[i]["labels"] >= 0).sum()) for i in range(len(mixture.sequences)))
+        > 0.9 * packed.sum()
+    )
+    there = np.array([line.tokens for line in mixture.stats])
     assert there[0] / there.sum() < 0.3
-    assert mixture.lines[0].epochs > 1 > mixture.lines[3].epochs
+    assert mixture.stats[0].epochs > 1 > mixture.stats[3].epochs
 
 
 # -- printing
@@ -262,10 +267,10 @@ def test_a_mixture_from_four_kinds_of_files(tmp_path: Path, join: bool) -> None:
 
 def test_a_mixture_is_printed() -> None:
     one, two = made(*[100] * 20), made(*[1000] * 4, 1500, first=100_000)
-    kept = keep([Source("short", one, 0.2), Source("long", two, 0.8, min_tokens=1000)], deduplicate=True)
+    kept = split_sources([Source("short", one, 0.2), Source("long", two, 0.8, min_tokens=1000)], deduplicate=True)
     mixture = mix(kept, 100, 100, join=True, seed=0)
     shown = io.StringIO()
-    Console(width=80, file=shown).print(composition(kept, mixture))
+    Console(width=80, file=shown).print(mixture_tables(kept, mixture))
     lines = [line.split() for line in shown.getvalue().splitlines() if line.strip()]
     assert ["short", "[0,", "∞)", "20", "2,000", "0", "0"] in lines
     assert ["long", "[1,000,", "∞)", "5", "5,500", "0", "0"] in lines

@@ -15,8 +15,18 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from zebra import ZebraError
-from zebra.data.haystack import Haystack, Pool, Writer, listed, placed, plain, repeated, says, size_for
-from zebra.data.needles import Needles, Sample
+from zebra.data.haystack import (
+    Haystack,
+    Pool,
+    PromptTokenizer,
+    contains_answer,
+    listed,
+    placed,
+    plain,
+    repeated,
+    size_for,
+)
+from zebra.data.needles import Sample, SampleGenerator
 from zebra.data.questions import _COMMON, LEAST_WORDS, NOISE, POOLS, TASKS, WITHOUT_DEPTH
 from zebra.data.questions import _common_counts as common_counts
 from zebra.data.questions import _frequent_counts as frequent_counts
@@ -84,9 +94,9 @@ class _Anything:
         self.rng = rng
 
     def draw(self, kind: str, count: int) -> list[Any]:
-        from zebra.data.haystack import Written
+        from zebra.data.haystack import TokenizedText
 
-        return [Written(POOLS[kind](self.rng), (1,)) for _ in range(count)]
+        return [TokenizedText(POOLS[kind](self.rng), (1,)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -102,8 +112,8 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def needles(tokenizer: Any) -> Needles:
-    return Needles(tokenizer)
+def needles(tokenizer: Any) -> SampleGenerator:
+    return SampleGenerator(tokenizer)
 
 
 def read(tokenizer: Any, ids: Any) -> str:
@@ -139,7 +149,7 @@ def answers(sample: Sample) -> set[str]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_prompt_has_the_exact_length_and_a_script_that_reads_it_answers(
-    task: str, needles: Needles, tokenizer: Any
+    task: str, needles: SampleGenerator, tokenizer: Any
 ) -> None:
     for length, depth in product((401, 600, 1023), DEPTHS):
         for sample in needles.samples(task, length=length, depth=depth, count=2, seed=5):
@@ -154,7 +164,7 @@ def test_every_prompt_has_the_exact_length_and_a_script_that_reads_it_answers(
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task not in WITHOUT_DEPTH])
-def test_the_evidence_begins_where_the_sample_says(task: str, needles: Needles, tokenizer: Any) -> None:
+def test_the_evidence_begins_where_the_sample_says(task: str, needles: SampleGenerator, tokenizer: Any) -> None:
     begins = {"passkey": "the pass key is", "variables": "set", "lookup": ""}.get(task, "the number noted for")
     for depth in DEPTHS:
         (sample,) = needles.samples(task, length=700, depth=depth, seed=2)
@@ -166,7 +176,7 @@ def test_the_evidence_begins_where_the_sample_says(task: str, needles: Needles, 
             assert re.match(r"[\d ]+ ?: [\d ]+", found[0])
 
 
-def test_the_first_evidence_stands_at_its_depth_to_the_token(needles: Needles) -> None:
+def test_the_first_evidence_stands_at_its_depth_to_the_token(needles: SampleGenerator) -> None:
     """At depth d it stands d of the way from where it stands at 0 to where it stands at 1."""
 
     def place(depth: float) -> int:
@@ -178,16 +188,16 @@ def test_the_first_evidence_stands_at_its_depth_to_the_token(needles: Needles) -
         assert place(depth) == first + int(depth * (last - first) + 0.5)
 
 
-def test_the_same_seed_gives_the_same_samples(needles: Needles, tokenizer: Any) -> None:
+def test_the_same_seed_gives_the_same_samples(needles: SampleGenerator, tokenizer: Any) -> None:
     for task in TASKS:
         drawn = needles.samples(task, length=500, depth=0.5, count=3, seed=1)
-        assert drawn == Needles(tokenizer).samples(task, length=500, depth=0.5, count=3, seed=1)
+        assert drawn == SampleGenerator(tokenizer).samples(task, length=500, depth=0.5, count=3, seed=1)
         assert drawn[:2] == needles.samples(task, length=500, depth=0.5, count=2, seed=1)
         assert drawn != needles.samples(task, length=500, depth=0.5, count=3, seed=2)
         assert len({sample.ids for sample in drawn}) == 3
 
 
-def test_the_least_length_is_enough_at_every_depth(needles: Needles) -> None:
+def test_the_least_length_is_enough_at_every_depth(needles: SampleGenerator) -> None:
     for task in TASKS:
         with pytest.raises(ZebraError, match=f"^{task} needs a length of at least") as refused:
             needles.samples(task, length=3, depth=0.5)
@@ -201,7 +211,7 @@ def test_own_text_lies_uncut_around_the_evidence(tokenizer: Any) -> None:
     """Without the evidence, the body is a stretch of the text; with it, it stands between sentences."""
     text = " ".join((TEXT / "tinystories_test.txt").read_text()[:9000].split())
     tokens = np.array(tokenizer.encode(text))
-    needles, writer = Needles(tokenizer, [tokens]), Writer(tokenizer)
+    needles, writer = SampleGenerator(tokenizer, [tokens]), PromptTokenizer(tokenizer)
     stream = tokens[len(writer.start) :].tolist()
     ahead = [*writer.start, *writer.first("Somewhere in this text a pass key is hidden. Find it and remember it.")]
     tail = writer.ids("What is the pass key? The pass key is")
@@ -267,11 +277,11 @@ def test_answers_are_the_commonest_words_at_any_length() -> None:
 
 
 def test_says_finds_whole_words() -> None:
-    assert says("it is  48213.", "48213")
-    assert says("The Lantern, harbour", "lantern")
-    assert not says("148213", "48213")
-    assert not says("482131", "48213")
-    assert not says("", "48213")
+    assert contains_answer("it is  48213.", "48213")
+    assert contains_answer("The Lantern, harbour", "lantern")
+    assert not contains_answer("148213", "48213")
+    assert not contains_answer("482131", "48213")
+    assert not contains_answer("", "48213")
 
 
 def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
@@ -279,10 +289,10 @@ def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     few = PreTrainedTokenizerFast(tokenizer_object=made)
     with pytest.raises(ZebraError, match=r"cannot write numbers such as '[0-9]{5}'"):
-        Needles(few).samples("passkey", length=100, depth=0)
+        SampleGenerator(few).samples("passkey", length=100, depth=0)
     made = Tokenizer(models.WordLevel({"[UNK]": 0, "12345": 1, "54321": 2, ".": 3, "x": 4}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    writer = Writer(PreTrainedTokenizerFast(tokenizer_object=made))
+    writer = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=made))
     pool = Pool(writer, "numbers", lambda rng: rng.choice(["12345", "54321", "99999"]))
     assert {one.text for one in pool.draw(Random(0), 2, set())} == {"12345", "54321"}
     with pytest.raises(ZebraError, match=r"3 different numbers of 1 tokens are needed, but this tokenizer writes 2"):
@@ -303,4 +313,4 @@ def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
 def test_bad_input_is_refused(arguments: dict[str, Any], says_: str) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(STORIES)
     with pytest.raises(ZebraError, match=says_):
-        Needles(tokenizer).samples(**{"task": "passkey", "length": 300, "depth": 0.5} | arguments)
+        SampleGenerator(tokenizer).samples(**{"task": "passkey", "length": 300, "depth": 0.5} | arguments)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from zebra.data.corpus import Corpus
-from zebra.data.packing import IGNORE, Rows, pack
+from zebra.data.packing import IGNORE, PackedSequences, pack
 from zebra.errors import ZebraError
 
 
@@ -40,7 +40,7 @@ def documents_of(corpus: Corpus) -> dict[int, int]:
     return {int(token): i for i in range(len(corpus)) for token in corpus[i]}
 
 
-def rows_of(rows: Rows) -> list[dict[str, Any]]:
+def rows_of(rows: PackedSequences) -> list[dict[str, Any]]:
     return [{name: tensor.tolist() for name, tensor in rows[i].items()} for i in range(len(rows))]
 
 

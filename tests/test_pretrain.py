@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
 from zebra import ZebraError
-from zebra.data.needles import Needles
+from zebra.data.needles import SampleGenerator
 from zebra.evaluate.retrieval import retrieval
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_local_attention
@@ -255,7 +255,7 @@ def test_the_example_finds_what_it_was_taught_to_find() -> None:
     example = ROOT / "examples" / "retrieval-2.2M"
     model, tokenizer = zebra.load(example, dtype=torch.float32), AutoTokenizer.from_pretrained(example)
     for task in ("passkey", "multikey", "lookup"):
-        samples = Needles(tokenizer).samples(task, length=256, depth=0.5, count=10, seed=1)
+        samples = SampleGenerator(tokenizer).samples(task, length=256, depth=0.5, count=10, seed=1)
         assert sum(retrieval(model, tokenizer, samples)) >= 9
 
 

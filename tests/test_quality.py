@@ -11,7 +11,7 @@ from conftest import STORIES, TEXT
 from transformers import AutoTokenizer
 
 from zebra.data.conversations import Conversation, conversation
-from zebra.data.quality import RUN, faults, measured_text, runs
+from zebra.data.quality import NGRAM, evaluation_text, faults, ngrams
 from zebra.train.chat import Chat
 from zebra.train.instructions import read_instructions
 from zebra.train.tune_recipe import TuneRecipe
@@ -42,7 +42,7 @@ def read(records: list[dict[str, Any]]) -> list[Conversation]:
     ],
 )
 def test_a_planted_fault_is_found(record: dict[str, Any], fault: str) -> None:
-    measured = runs([STORY[3]])
+    measured = ngrams([STORY[3]])
     assert faults(read(GOOD), measured) == []
     assert faults(read([*GOOD, record]), measured) == [(len(GOOD), fault)]
 
@@ -57,7 +57,7 @@ def test_a_planted_fault_is_found(record: dict[str, Any], fault: str) -> None:
     ],
 )
 def test_what_is_no_fault_passes(record: dict[str, Any]) -> None:
-    assert faults(read([*GOOD, record]), runs([STORY[3]])) == []
+    assert faults(read([*GOOD, record]), ngrams([STORY[3]])) == []
 
 
 def test_a_set_in_two_scripts_has_no_wrong_one() -> None:
@@ -67,10 +67,10 @@ def test_a_set_in_two_scripts_has_no_wrong_one() -> None:
 
 def test_runs_are_of_thirteen_words() -> None:
     words = [f"w{i}" for i in range(20)]
-    assert len(runs([" ".join(words)])) == 20 - RUN + 1
-    assert runs(["a b"]) == runs(["A, b!"])
-    assert runs(["", "..."]) == frozenset()
-    assert measured_text(conversation({"document": "d", "question": "q", "answer": "a"}, "x")) == "d"
+    assert len(ngrams([" ".join(words)])) == 20 - NGRAM + 1
+    assert ngrams(["a b"]) == ngrams(["A, b!"])
+    assert ngrams(["", "..."]) == frozenset()
+    assert evaluation_text(conversation({"document": "d", "question": "q", "answer": "a"}, "x")) == "d"
 
 
 def tuning(path: Path, tmp_path: Path, **quality: Any) -> TuneRecipe:
@@ -112,7 +112,7 @@ def test_the_gate_of_a_recipe_drops_flags_or_lets_be(tmp_path: Path) -> None:
     trained = {act: sum(one.samples for one in of.rows.portions()) for act, of in found.items()}
     assert trained["flag"] == trained["off"] == trained["drop"] + leaks
     # Held out together: the two questions on one document are on one side.
-    texts = {chat.tokenizer.decode(one.ids) for one in found["drop"].suites["instructions"]}
+    texts = {chat.tokenizer.decode(one.input_ids) for one in found["drop"].suites["instructions"]}
     for i in range(12):
         assert sum(f"Who {n}?" in text for n in (i, i + 100) for text in texts) in (0, 2)
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from zebra.data.corpus import Corpus
 from zebra.data.packing import IGNORE, pack
-from zebra.data.recall import KINDS, Growth, Recall, RecallDataset, Stage
+from zebra.data.recall import KINDS, Curriculum, Difficulty, RecallDataset, RecallGenerator
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def recall(tokenizer: Any) -> Recall:
-    return Recall(tokenizer)
+def recall(tokenizer: Any) -> RecallGenerator:
+    return RecallGenerator(tokenizer)
 
 
 ASKS = {
@@ -44,11 +44,11 @@ def only(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ASKS)
 @pytest.mark.parametrize("size", [130, 777])
 def test_a_document_is_exact_and_asks_for_what_it_told(
-    kind: str, size: int, recall: Recall, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    kind: str, size: int, recall: RecallGenerator, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader of the text, by patterns alone, answers every question, and finds the labels to be the answers."""
     only(kind, monkeypatch)
-    ids, labels = recall.document(size, Stage(size), Random(size))
+    ids, labels = recall.document(size, Difficulty(size), Random(size))
     assert len(ids) == len(labels) == size
     answers = [i for i, label in enumerate(labels) if label != IGNORE]
     assert all(labels[i] == ids[i] for i in answers)
@@ -67,12 +67,12 @@ def test_a_document_is_exact_and_asks_for_what_it_told(
 
 @pytest.mark.parametrize("symbols", [0.0, 0.3, 1.0])
 def test_symbols_that_are_labelled_are_told_before(
-    symbols: float, recall: Recall, monkeypatch: pytest.MonkeyPatch
+    symbols: float, recall: RecallGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A labelled symbol ends a beginning of a line that stood there before; what goes round has one period."""
     for seed in range(20):
         only("pairs", monkeypatch)
-        ids, labels = recall.document(90, Stage(90, symbols), Random(seed))
+        ids, labels = recall.document(90, Difficulty(90, symbols), Random(seed))
         assert len(ids) == len(labels) == 90
         line = 0
         for i, label in enumerate(labels):
@@ -81,22 +81,22 @@ def test_symbols_that_are_labelled_are_told_before(
             assert label == IGNORE or any(ids[j : j + len(beginning)] == beginning for j in range(line))
         assert sum(label != IGNORE for label in labels) > 5
         only("repeats", monkeypatch)
-        ids, labels = recall.document(90, Stage(90, symbols), Random(seed))
+        ids, labels = recall.document(90, Difficulty(90, symbols), Random(seed))
         periods = [j for j in range(2, 46) if all(a == b for a, b in zip(ids[1:], ids[1 + j :], strict=False))]
         assert len(ids) == len(labels) == 90
         assert labels == [IGNORE] * (periods[0] + 2) + ids[periods[0] + 2 :]
 
 
 def test_symbols_grow_before_documents_do() -> None:
-    growth = Growth(first=64, last=1024, hold=0.25, until=0.75)
+    growth = Curriculum(first=64, last=1024, hold=0.25, until=0.75)
     parts = [part / 8 for part in range(9)]
     assert [growth.at(part).longest for part in parts] == [64, 64, 64, 128, 256, 512, 1024, 1024, 1024]
     assert [growth.at(part).symbols for part in parts] == [0.0, 0.25] + [1.0] * 7
     assert [growth.held(part) for part in parts] == [True, True] + [False] * 7
 
 
-def test_a_row_is_filled_by_documents_apart(recall: Recall) -> None:
-    row = recall.row(1000, Stage(300), Random(1))
+def test_a_row_is_filled_by_documents_apart(recall: RecallGenerator) -> None:
+    row = recall.row(1000, Difficulty(300), Random(1))
     assert {name: tuple(values.shape) for name, values in row.items()} == dict.fromkeys(
         ("input_ids", "position_ids", "labels"), (1000,)
     )
@@ -110,16 +110,16 @@ def test_a_row_is_filled_by_documents_apart(recall: Recall) -> None:
 
 def test_text_is_a_haystack(tokenizer: Any) -> None:
     word = tokenizer.encode(" elephant", add_special_tokens=False)
-    with_text = Recall(tokenizer, [np.array(word * 2000)])
-    rows = [with_text.row(1000, Stage(500), Random(i))["input_ids"].tolist() for i in range(4)]
+    with_text = RecallGenerator(tokenizer, [np.array(word * 2000)])
+    rows = [with_text.row(1000, Difficulty(500), Random(i))["input_ids"].tolist() for i in range(4)]
     assert any(" ".join(map(str, word * 3)) in " ".join(map(str, row)) for row in rows)
 
 
-def test_rows_follow_from_the_seed_and_their_place(recall: Recall) -> None:
+def test_rows_follow_from_the_seed_and_their_place(recall: RecallGenerator) -> None:
     text = pack(Corpus(np.full(4000, 7, np.uint16), np.array([0, 4000])), 400, join=True, seed=0)
 
     def taught(seed: int) -> RecallDataset:
-        return RecallDataset(recall, text, share=0.5, growth=Growth(140, 400, 0.25, 0.5), count=40, seed=seed)
+        return RecallDataset(recall, text, share=0.5, curriculum=Curriculum(140, 400, 0.25, 0.5), count=40, seed=seed)
 
     ours, again, other = taught(1), taught(1), taught(2)
     assert len(ours) == 40

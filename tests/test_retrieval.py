@@ -22,8 +22,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import zebra
 from zebra import ZebraError
-from zebra.data.haystack import Writer
-from zebra.data.needles import Needles, Sample
+from zebra.data.haystack import PromptTokenizer
+from zebra.data.needles import Sample, SampleGenerator
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
 from zebra.evaluate import retrieval as module
 from zebra.evaluate.intervals import wilson
@@ -43,8 +43,8 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def needles(tokenizer: Any) -> Needles:
-    return Needles(tokenizer)
+def needles(tokenizer: Any) -> SampleGenerator:
+    return SampleGenerator(tokenizer)
 
 
 class Scripted(PreTrainedModel, GenerationMixin):
@@ -82,7 +82,7 @@ class Oracle(Scripted):
         logits = torch.zeros(len(self.tokenizer))
         if len(tokens) < LENGTH:
             return logits
-        writer = Writer(self.tokenizer)
+        writer = PromptTokenizer(self.tokenizer)
         left = [list(writer.ids(answer)) for answer in solved(self.task, writer.text(tokens[:LENGTH]))]
         said = tokens[LENGTH:]
         while whole := [answer for answer in left if answer == said[: len(answer)]]:
@@ -106,7 +106,7 @@ class Guesser(Scripted):
 @pytest.mark.parametrize("score", module.SCORES)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_script_that_reads_the_prompt_finds_every_answer(
-    task: str, score: str, tokenizer: Any, needles: Needles
+    task: str, score: str, tokenizer: Any, needles: SampleGenerator
 ) -> None:
     oracle = Oracle(tokenizer).eval()
     oracle.task = task
@@ -114,7 +114,7 @@ def test_a_script_that_reads_the_prompt_finds_every_answer(
     assert retrieval(oracle, tokenizer, samples, score=score, batch_tokens=1000) == [1.0] * 6
 
 
-def test_a_guesser_is_near_chance(tokenizer: Any, needles: Needles) -> None:
+def test_a_guesser_is_near_chance(tokenizer: Any, needles: SampleGenerator) -> None:
     guesser = Guesser(tokenizer).eval()
     found: list[float] = []
     for task in TASKS:
@@ -131,12 +131,12 @@ def striped() -> Any:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 300, 10_000])
-def test_likelihoods_are_those_of_whole_texts(striped: Any, needles: Needles, batch_tokens: int) -> None:
+def test_likelihoods_are_those_of_whole_texts(striped: Any, needles: SampleGenerator, batch_tokens: int) -> None:
     """Chunks, cache, padding on both sides and copies against one plain forward for each candidate."""
     _equal_whole_texts(striped, needles.samples("multikey", length=300, depth=0.5, count=3), batch_tokens)
 
 
-def test_likelihoods_under_self_extend_are_those_of_whole_texts(needles: Needles) -> None:
+def test_likelihoods_under_self_extend_are_those_of_whole_texts(needles: SampleGenerator) -> None:
     extended = zebra.load(STORIES, stripes="GLLL:65", self_extend="4:32")
     _equal_whole_texts(extended, needles.samples("needle", length=700, depth=0.5, count=2), 256)
 
@@ -155,7 +155,7 @@ def _equal_whole_texts(model: Any, samples: list[Sample], batch_tokens: int) -> 
                 assert value == pytest.approx(whole, abs=1e-3)
 
 
-def test_a_batch_goes_on_as_each_alone(striped: Any, tokenizer: Any, needles: Needles) -> None:
+def test_a_batch_goes_on_as_each_alone(striped: Any, tokenizer: Any, needles: SampleGenerator) -> None:
     samples = needles.samples("passkey", length=300, depth=0.5, count=3)
     ids = torch.tensor([sample.ids for sample in samples])
     together = generate_tokens(striped, tokenizer, ids, max_new_tokens=12)
@@ -164,7 +164,7 @@ def test_a_batch_goes_on_as_each_alone(striped: Any, tokenizer: Any, needles: Ne
 
 
 def test_an_answer_counts_where_the_continuation_has_it(
-    striped: Any, tokenizer: Any, needles: Needles, monkeypatch: pytest.MonkeyPatch
+    striped: Any, tokenizer: Any, needles: SampleGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (sample,) = needles.samples("multivalue", length=300, depth=0.5)
     said = f"{sample.answers[2].text}, {sample.distractors[0].text} and {sample.answers[0].text}."
@@ -172,7 +172,7 @@ def test_an_answer_counts_where_the_continuation_has_it(
     assert retrieval(striped, tokenizer, [sample]) == [0.5]
 
 
-def test_samples_of_several_lengths_are_refused(striped: Any, tokenizer: Any, needles: Needles) -> None:
+def test_samples_of_several_lengths_are_refused(striped: Any, tokenizer: Any, needles: SampleGenerator) -> None:
     samples = [*needles.samples("passkey", length=300, depth=0), *needles.samples("passkey", length=301, depth=0)]
     with pytest.raises(ZebraError, match=r"samples of one length .* \[300, 301\]"):
         retrieval(striped, tokenizer, samples)

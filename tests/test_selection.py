@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import zebra
 from zebra import ZebraError
-from zebra.data.needles import Needles
+from zebra.data.needles import SampleGenerator
 from zebra.evaluate import loss_cache, selection
 from zebra.evaluate.calibration import SHARE, Part, long_range, parts_of, task_rows
 from zebra.evaluate.loss_cache import LossCache
@@ -169,7 +169,7 @@ def test_long_range_tokens_are_those_that_gain_most() -> None:
 
 
 def test_answers_of_tasks_are_scored_and_stand_a_window_behind_their_evidence() -> None:
-    needles = Needles(AutoTokenizer.from_pretrained(STORIES))
+    needles = SampleGenerator(AutoTokenizer.from_pretrained(STORIES))
     rows = task_rows(needles, ["passkey", "lookup"], length=300, window=64, samples=8, seed=1)
     for i, (ids, at) in enumerate(rows):
         assert not at[:300].any()

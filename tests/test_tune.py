@@ -21,9 +21,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import zebra
 from zebra import ZebraError
-from zebra.data.conversations import Labelled
+from zebra.data.conversations import TokenizedConversation
 from zebra.data.corpus import Corpus
-from zebra.data.mixture import Source, keep, mix
+from zebra.data.mixture import Source, mix, split_sources
 from zebra.evaluate.answers import answer_losses
 from zebra.model.attention import NAME
 from zebra.model.families import model_class, with_stripes
@@ -163,8 +163,8 @@ def packed(lengths: list[int], row: int) -> tuple[AnswerRows, Tokens]:
     hashes = np.arange(len(lengths), dtype=np.uint64)
     corpus = Corpus(np.concatenate(ids).astype(np.uint32), offsets.astype(np.int64), hashes)
     tokens = Tokens(corpus, np.concatenate(answers), ["a"] * len(lengths))
-    kept = keep([Source("a", corpus)], deduplicate=True)
-    return AnswerRows(mix(kept, 2, row, join=False, seed=0, whole=True).rows, [tokens]), tokens
+    kept = split_sources([Source("a", corpus)], deduplicate=True)
+    return AnswerRows(mix(kept, 2, row, join=False, seed=0, whole=True).sequences, [tokens]), tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -183,9 +183,9 @@ def test_packed_conversations_equal_single_ones(family: str) -> None:
     for i in range(len(rows)):
         for document, _, count in rows.rows.pieces[rows.rows.firsts[i] : rows.rows.firsts[i + 1]]:
             one = tokens[rows.rows.documents.documents[document]]
-            assert len(one.ids) == count
+            assert len(one.input_ids) == count
             with torch.no_grad():
-                alone = model(torch.tensor([one.ids]), use_cache=False).logits[0]
+                alone = model(torch.tensor([one.input_ids]), use_cache=False).logits[0]
             torch.testing.assert_close(together[at : at + count], alone, atol=1e-10, rtol=1e-10)
             wanted = [token if answer else IGNORE for token, answer in zip(*one, strict=True)]
             assert batch["labels"][0, at : at + count].tolist() == [IGNORE, *wanted[1:]]
@@ -222,7 +222,7 @@ def test_the_loss_is_that_of_the_answers_one_by_one(finished: tuple[Path, list[R
 def test_the_loss_of_answers_is_the_hosts() -> None:
     model = tiny_model("llama")
     conversations = [
-        Labelled(
+        TokenizedConversation(
             torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist(),
             [i > n // 2 for i in range(n)],
         )
@@ -232,11 +232,11 @@ def test_the_loss_of_answers_is_the_hosts() -> None:
     found, counts = answer_losses(model, conversations, batch_tokens=40)
     for one, total, count in zip(conversations, found, counts, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([one.ids]), use_cache=False).logits[0]
+            logits = model(torch.tensor([one.input_ids]), use_cache=False).logits[0]
         labels = torch.tensor([t if a else IGNORE for t, a in zip(*one, strict=True)])
         wanted = cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=IGNORE)
         assert total == pytest.approx(wanted.item(), rel=1e-5)
-        assert count == sum(one.answers)
+        assert count == sum(one.assistant_mask)
 
 
 # Kills
@@ -335,7 +335,7 @@ def test_a_refusal_is_one_line_on_the_command_line(data: Path, tmp_path: Path, z
 def test_a_mixture_of_whole_conversations_ends_nearest_to_its_shares(data: Path) -> None:
     rows, tokens = packed([60, 60, 60, 60, 60], 100)
     assert [len(rows[i]["input_ids"]) for i in range(len(rows))] == [60, 60]
-    assert all(len(tokens[i].ids) == 60 for i in range(5))
-    kept = keep([Source(name, tokens.corpus, 0.5) for name in ("a", "b")], deduplicate=False)
+    assert all(len(tokens[i].input_ids) == 60 for i in range(5))
+    kept = split_sources([Source(name, tokens.corpus, 0.5) for name in ("a", "b")], deduplicate=False)
     with pytest.raises(ZebraError, match="do not hold one whole document of each of 2 sources"):
         mix(kept, 1, 100, join=False, seed=0, whole=True)

@@ -26,22 +26,22 @@ def instructions(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Turn long documents into long instructions: questions, summaries, writing. No network, no model."""
-    from zebra.data.instructions import Order, make, read_annotated, summary, write
+    from zebra.data.instructions import InstructionOptions, instruction_stats, make_instructions, read_annotated, write
 
     try:
         depths = tuple(float(part) for part in depth.split(","))
     except ValueError:
         raise ZebraError(f"--depth takes numbers, several with commas; got {depth!r}. Write 0,0.5,1.") from None
     kinds = tuple(part.strip() for part in kind.split(","))
-    order = Order(kinds=kinds, words=words, depths=depths, writing=writing, seed=seed)
-    made = list(make(read_annotated(documents, separator=separator), order))
+    order = InstructionOptions(kinds=kinds, words=words, depths=depths, writing=writing, seed=seed)
+    made = list(make_instructions(read_annotated(documents, separator=separator), order))
     if not made:
         raise ZebraError(
             f"these documents have nothing for {', '.join(kinds)}: no questions, no summaries, or no two passages of "
             "sentences to write. Give others, or other kinds."
         )
     write(made, out)
-    show.instructions(summary(made), as_json)
+    show.instructions(instruction_stats(made), as_json)
     show.note(f"{len(made):,} instructions in {out}")
 
 
@@ -55,9 +55,9 @@ def check(
 ) -> None:
     """Find what should not be trained on: empty and copied answers, encoding, language, duplicates, leaks."""
     from zebra.data.conversations import read_conversations
-    from zebra.data.quality import faults, measured_text, runs
+    from zebra.data.quality import evaluation_text, faults, ngrams
 
     read = read_conversations(conversations)
-    measured = runs(measured_text(one) for one in read_conversations(against)) if against else frozenset()
+    measured = ngrams(evaluation_text(one) for one in read_conversations(against)) if against else frozenset()
     found = [(fault.name, read[fault.at].where) for fault in faults(read, measured)]
     show.faults(found, len(read), as_json)

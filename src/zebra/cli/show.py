@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from zebra.data.instructions import Made
+    from zebra.data.instructions import InstructionStats
     from zebra.doctor import Served
     from zebra.generation import Generated
     from zebra.model.verify import Check
@@ -147,7 +147,7 @@ def checks(found: Sequence[Check], as_json: bool) -> None:
     _print(table)
 
 
-def instructions(found: Sequence[Made], as_json: bool) -> None:
+def instructions(found: Sequence[InstructionStats], as_json: bool) -> None:
     """What instructions were made, kind by kind."""
     if as_json:
         json({"instructions": [one._asdict() for one in found]})

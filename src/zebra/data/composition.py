@@ -12,20 +12,20 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from zebra.data.mixture import Kept, Mixture
+from zebra.data.mixture import Mixture, SourceSplit
 
 FIRST_EDGE = 256
 _BAR = 16
 
 
-def composition(kept: Sequence[Kept], mixture: Mixture) -> Group:
+def mixture_tables(kept: Sequence[SourceSplit], mixture: Mixture) -> Group:
     """What each source has, what is drawn of it, and the share of the tokens by length of document in both."""
-    rows = mixture.rows
+    rows = mixture.sequences
     there = _table("the text", "source", "length", "documents", "tokens", "duplicates", "held out")
     drawn = _table(
         f"{len(rows):,} rows of {rows.length:,}, {rows.tokens:,} tokens", "source", "drawn", "asked", "share", "epochs"
     )
-    for line in mixture.lines:
+    for line in mixture.stats:
         counts = (line.documents, line.tokens, line.duplicates, line.held_out)
         there.add_row(line.source.name, line.source.bucket, *(f"{count:,}" for count in counts))
         shares = (f"{line.source.share:.2%}", f"{line.share:.2%}", f"{line.epochs:,.2f}")
@@ -43,7 +43,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _by_length(kept: Sequence[Kept], mixture: Mixture) -> Table:
+def _by_length(kept: Sequence[SourceSplit], mixture: Mixture) -> Table:
     there = np.concatenate([part.lengths for part in kept])
     of = [mixture.drawn.documents[mixture.drawn.sources == i] for i in range(len(kept))]
     # By the length of the whole document: the last of a source is cut.
@@ -70,7 +70,7 @@ def _edges(longest: int) -> list[int]:
     return edges
 
 
-class Portion(NamedTuple):
+class KindStats(NamedTuple):
     """Conversations of one kind whose tokens lie in [low, high), as often as they are drawn."""
 
     kind: str
@@ -81,7 +81,7 @@ class Portion(NamedTuple):
     answer_tokens: int
 
 
-def portions(kinds: Sequence[str], lengths: NDArray[np.int64], answers: NDArray[np.int64]) -> list[Portion]:
+def kind_stats(kinds: Sequence[str], lengths: NDArray[np.int64], answers: NDArray[np.int64]) -> list[KindStats]:
     """What conversations are, by kind and then by bucket of lengths: 0, 256, 512, 1024, ...
 
     Args:
@@ -95,11 +95,11 @@ def portions(kinds: Sequence[str], lengths: NDArray[np.int64], answers: NDArray[
             inside = (which == kind) & (lengths >= low) & (lengths < high)
             if inside.any():
                 count, tokens, said = (int(of[inside].sum()) for of in (inside, lengths, answers))
-                found.append(Portion(kind, low, high, count, tokens, said))
+                found.append(KindStats(kind, low, high, count, tokens, said))
     return found
 
 
-def portions_table(found: Sequence[Portion]) -> Table:
+def kind_table(found: Sequence[KindStats]) -> Table:
     """The portions as a table: shares of samples and of tokens, and of these the answers'."""
     samples, tokens = sum(one.samples for one in found), sum(one.tokens for one in found)
     table = _table(

@@ -71,11 +71,11 @@ class Conversation:
         return replace(self, messages=messages, document=document)
 
 
-class Labelled(NamedTuple):
+class TokenizedConversation(NamedTuple):
     """The tokens of a conversation, and which of them the assistant says."""
 
-    ids: list[int]
-    answers: list[bool]
+    input_ids: list[int]
+    assistant_mask: list[bool]
 
 
 def without_middle(document: str, spans: Sequence[tuple[int, int]], keep: int) -> str:

@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
         ...
 
 
-class Written(NamedTuple):
+class TokenizedText(NamedTuple):
     """A word or number as the tokenizer reads it back, and its tokens behind other text."""
 
     text: str
@@ -49,7 +49,7 @@ class Written(NamedTuple):
 _ANCHOR = "."
 
 
-class Writer:
+class PromptTokenizer:
     """Text to tokens as they are behind a full stop and a space.
 
     Attributes:
@@ -93,7 +93,7 @@ def plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def says(text: str, answer: str) -> bool:
+def contains_answer(text: str, answer: str) -> bool:
     """Whether a text has an answer as whole words."""
     return re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(text)) is not None
 
@@ -109,7 +109,7 @@ class Pool:
 
     _TRIES = 10_000
 
-    def __init__(self, writer: Writer, kind: str, make: Callable[[Random], str]):
+    def __init__(self, writer: PromptTokenizer, kind: str, make: Callable[[Random], str]):
         self._writer, self._kind, self._make = writer, kind, make
         rng = Random(0)
         found = [self._written(make(rng)) for _ in range(512)]
@@ -120,13 +120,13 @@ class Pool:
             )
         self.tokens = sizes.most_common(1)[0][0]
 
-    def draw(self, rng: Random, count: int, taken: set[str]) -> list[Written]:
+    def draw(self, rng: Random, count: int, taken: set[str]) -> list[TokenizedText]:
         """`count` that are not among `taken`, which they join.
 
         Raises:
             ZebraError: there are not as many.
         """
-        drawn: list[Written] = []
+        drawn: list[TokenizedText] = []
         misses = 0
         while len(drawn) < count:
             one = self._written(self._make(rng))
@@ -143,10 +143,10 @@ class Pool:
             drawn.append(one)
         return drawn
 
-    def _written(self, text: str) -> Written | None:
+    def _written(self, text: str) -> TokenizedText | None:
         ids = self._writer.ids(text)
         back = self._writer.text(ids).strip()
-        return Written(back, ids) if back.replace(" ", "").casefold() == text.casefold() else None
+        return TokenizedText(back, ids) if back.replace(" ", "").casefold() == text.casefold() else None
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def repeated(pieces: Sequence[Sequence[int]], size: int) -> Haystack:
     return listed(list(pieces) * (size // sum(map(len, pieces)) + 2))
 
 
-def own_text(documents: Iterable[NDArray[np.integer[Any]]], writer: Writer) -> Haystack:
+def own_text(documents: Iterable[NDArray[np.integer[Any]]], writer: PromptTokenizer) -> Haystack:
     """Documents one after another, without what the tokenizer puts before each."""
     n, kept = len(writer.start), []
     for document in documents:

@@ -35,7 +35,7 @@ _PASSAGE = (60, 160)
 
 
 @dataclass(frozen=True)
-class Annotated:
+class AnnotatedDocument:
     """A document, questions with their answers, and its summary, as far as there are any."""
 
     text: str
@@ -45,7 +45,7 @@ class Annotated:
 
 
 @dataclass(frozen=True)
-class Order:
+class InstructionOptions:
     """What to make of each document.
 
     Attributes:
@@ -74,7 +74,7 @@ class Order:
             )
 
 
-def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> list[Annotated]:
+def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> list[AnnotatedDocument]:
     """Documents of text files and of JSON Lines: `document` or `text`, with `qa`, `question` and `answer`, `summary`.
 
     `qa` is a list of `{"question": "...", "answers": ["...", ...]}`; the first answer is taken.
@@ -82,18 +82,18 @@ def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> 
     Raises:
         ZebraError: what reading refuses; a record without a document, or whose questions are of another shape.
     """
-    found: list[Annotated] = []
+    found: list[AnnotatedDocument] = []
     for file in find_files(patterns):
         if ".jsonl" in file.suffixes:
             found += [_annotated(record, where) for where, record in read_records(file)]
         else:
-            found += [Annotated(one.text, str(file)) for one in read_documents([file], separator)]
+            found += [AnnotatedDocument(one.text, str(file)) for one in read_documents([file], separator)]
     if not found:
         raise ZebraError(f"there is no document in {', '.join(patterns)}. Give files with at least one.")
     return found
 
 
-def make(documents: Sequence[Annotated], order: Order) -> Iterator[dict[str, Any]]:
+def make_instructions(documents: Sequence[AnnotatedDocument], order: InstructionOptions) -> Iterator[dict[str, Any]]:
     """The instructions, document by document, as records that `zebra.data.conversations` reads."""
     rng, count = Random(order.seed), 0
     for at, one in enumerate(documents):
@@ -115,7 +115,7 @@ Task = tuple[str, str, str, str]
 """Kind, document, question, answer."""
 
 
-def _tasks(one: Annotated, order: Order, rng: Random) -> Iterator[Task]:
+def _tasks(one: AnnotatedDocument, order: InstructionOptions, rng: Random) -> Iterator[Task]:
     for question, answer in one.questions:
         kind = "summary" if re.search(r"\b(summary|summari[sz]e|plot of the)", question, re.IGNORECASE) else "qa"
         if kind in order.kinds:
@@ -196,7 +196,7 @@ def _passages(text: str) -> list[tuple[int, int]]:
 # Placing
 
 
-def _placed(text: str, others: Sequence[str], depth: float, order: Order) -> tuple[str, int | None, float]:
+def _placed(text: str, others: Sequence[str], depth: float, order: InstructionOptions) -> tuple[str, int | None, float]:
     """A prompt's documents, the number of the one that is asked about, and where it begins."""
     room = 0 if order.words is None else order.words - len(text.split())
     filling: list[str] = []
@@ -219,7 +219,7 @@ def _placed(text: str, others: Sequence[str], depth: float, order: Order) -> tup
 # Reading
 
 
-def _annotated(record: dict[str, Any], where: str) -> Annotated:
+def _annotated(record: dict[str, Any], where: str) -> AnnotatedDocument:
     name = next((name for name in ("document", "text") if name in record), None)
     if name is None:
         raise ZebraError(
@@ -232,7 +232,7 @@ def _annotated(record: dict[str, Any], where: str) -> Annotated:
         (_string(pair["question"], "question", where), _string(pair["answer"], "answer", where)) for pair in pairs
     )
     summary = record.get("summary")
-    return Annotated(
+    return AnnotatedDocument(
         _string(record[name], name, where).strip(),
         where,
         questions,
@@ -247,7 +247,7 @@ def _string(value: Any, name: str, where: str) -> str:
     return value.strip()
 
 
-class Made(NamedTuple):
+class InstructionStats(NamedTuple):
     """Instructions of one kind: how many, and the median words of their documents and answers."""
 
     kind: str
@@ -256,13 +256,13 @@ class Made(NamedTuple):
     answer_words: int
 
 
-def summary(records: Sequence[dict[str, Any]]) -> list[Made]:
+def instruction_stats(records: Sequence[dict[str, Any]]) -> list[InstructionStats]:
     """What was made, kind by kind."""
     found = []
     for kind in sorted({record["kind"] for record in records}):
         mine = [record for record in records if record["kind"] == kind]
         words = [int(median(len(one[name].split()) for one in mine)) for name in ("document", "answer")]
-        found.append(Made(kind, len(mine), *words))
+        found.append(InstructionStats(kind, len(mine), *words))
     return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zebra.data.corpus import Corpus
-from zebra.data.packing import Rows, pack, pack_whole
+from zebra.data.packing import PackedSequences, pack, pack_whole
 from zebra.errors import ZebraError
 
 
@@ -40,7 +40,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedDocuments:
     """Documents of several sources, each perhaps more than once: the first `lengths[i]` tokens of document
     `documents[i]` of source `sources[i]`.
     """
@@ -59,7 +59,7 @@ class Selection:
         return Corpus(np.concatenate(tokens), np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64))
 
 
-class Kept(NamedTuple):
+class SourceSplit(NamedTuple):
     """The documents of a source that may be trained on, those held out, and how many were duplicates."""
 
     source: Source
@@ -73,7 +73,7 @@ class Kept(NamedTuple):
         return self.source.corpus.lengths[self.documents]
 
 
-class Line(NamedTuple):
+class SourceStats(NamedTuple):
     """What a mixture takes of a source. Tokens are counted in the packed rows, padding not counted."""
 
     source: Source
@@ -89,12 +89,12 @@ class Line(NamedTuple):
 class Mixture(NamedTuple):
     """The rows of a mixture, what was drawn for them, and a line for each source."""
 
-    rows: Rows
-    drawn: Selection
-    lines: list[Line]
+    sequences: PackedSequences
+    drawn: SelectedDocuments
+    stats: list[SourceStats]
 
 
-def keep(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0) -> list[Kept]:
+def split_sources(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0) -> list[SourceSplit]:
     """Which documents of each source are trained on.
 
     Of documents with the same text the first is kept, over all sources. Held out are those whose hash lies in the first
@@ -116,7 +116,7 @@ def keep(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0)
     start = 0
     for source, i, tokens in zip(sources, inside, lengths, strict=True):
         mine, out = (mask[start : (end := start + len(i))] for mask in (first, held))
-        kept.append(Kept(source, i[mine & ~out], i[mine & out], int((~mine).sum())))
+        kept.append(SourceSplit(source, i[mine & ~out], i[mine & out], int((~mine).sum())))
         start = end
         if not tokens[kept[-1].documents].any():
             raise ZebraError(
@@ -130,13 +130,13 @@ def keep(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0)
     return kept
 
 
-def select(kept: Sequence[Kept], *, held_out: bool = False) -> Selection:
+def select(kept: Sequence[SourceSplit], *, held_out: bool = False) -> SelectedDocuments:
     """Each document that is trained on once, or each that is held out."""
     chosen = [part.held_out if held_out else part.documents for part in kept]
     return _selection(kept, chosen, [part.source.corpus.lengths[i] for part, i in zip(kept, chosen, strict=True)])
 
 
-def mix(kept: Sequence[Kept], rows: int, length: int, *, join: bool, seed: int, whole: bool = False) -> Mixture:
+def mix(kept: Sequence[SourceSplit], rows: int, length: int, *, join: bool, seed: int, whole: bool = False) -> Mixture:
     """A mixture that fills `rows` rows of `length` tokens, or as near to it as rows with padding come from below.
 
     Args:
@@ -163,7 +163,7 @@ def mix(kept: Sequence[Kept], rows: int, length: int, *, join: bool, seed: int, 
         tokens = max(1 if whole else length, tokens * rows // len(packed))  # documents apart leave room at row ends
 
 
-def _draw(kept: Sequence[Kept], tokens: int, seed: int, whole: bool) -> Selection:
+def _draw(kept: Sequence[SourceSplit], tokens: int, seed: int, whole: bool) -> SelectedDocuments:
     ends = np.rint(np.cumsum([part.source.share for part in kept]) * tokens).astype(np.int64)
     documents, counts = [], []
     for part, budget in zip(kept, np.diff(ends, prepend=0), strict=True):
@@ -187,13 +187,15 @@ def _draw(kept: Sequence[Kept], tokens: int, seed: int, whole: bool) -> Selectio
 
 
 def _selection(
-    kept: Sequence[Kept], documents: Sequence[NDArray[np.int64]], lengths: Sequence[NDArray[np.int64]]
-) -> Selection:
+    kept: Sequence[SourceSplit], documents: Sequence[NDArray[np.int64]], lengths: Sequence[NDArray[np.int64]]
+) -> SelectedDocuments:
     sources = np.repeat(np.arange(len(kept)), [len(i) for i in documents])
-    return Selection([part.source.corpus for part in kept], sources, np.concatenate(documents), np.concatenate(lengths))
+    return SelectedDocuments(
+        [part.source.corpus for part in kept], sources, np.concatenate(documents), np.concatenate(lengths)
+    )
 
 
-def _lines(kept: Sequence[Kept], drawn: Selection, rows: Rows) -> list[Line]:
+def _lines(kept: Sequence[SourceSplit], drawn: SelectedDocuments, rows: PackedSequences) -> list[SourceStats]:
     of = drawn.sources[rows.pieces[:, 0]]
     packed = np.bincount(of, weights=rows.pieces[:, 2], minlength=len(kept)).astype(np.int64)
     lines = []
@@ -201,6 +203,8 @@ def _lines(kept: Sequence[Kept], drawn: Selection, rows: Rows) -> list[Line]:
         there = int(part.lengths.sum())
         share, epochs = count / rows.tokens, count / there
         lines.append(
-            Line(part.source, len(part.documents), there, count, share, epochs, part.duplicates, len(part.held_out))
+            SourceStats(
+                part.source, len(part.documents), there, count, share, epochs, part.duplicates, len(part.held_out)
+            )
         )
     return lines

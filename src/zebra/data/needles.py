@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from zebra.data.haystack import (
     Haystack,
     Pool,
+    PromptTokenizer,
+    TokenizedText,
     Tokenizer,
-    Writer,
-    Written,
     listed,
     own_text,
     placed,
@@ -47,29 +47,29 @@ class Sample:
 
     task: str
     ids: tuple[int, ...]
-    answers: tuple[Written, ...]
-    distractors: tuple[Written, ...]
+    answers: tuple[TokenizedText, ...]
+    distractors: tuple[TokenizedText, ...]
     evidence: tuple[int, ...]
     depth: float | None
 
     @property
-    def room(self) -> int:
+    def max_answer_tokens(self) -> int:
         """Tokens that an answer in words may take."""
         return 8 + 2 * sum(len(answer.ids) for answer in self.answers)
 
 
-class Needles:
+class SampleGenerator:
     """The generators under one tokenizer, with one haystack.
 
     Args:
         haystack: documents to hide things in, as tokens; noise, a few sentences over and over, where None.
 
     Example:
-        >>> Needles(tokenizer).samples("passkey", length=1024, depth=0.5, count=20, seed=0)
+        >>> SampleGenerator(tokenizer).samples("passkey", length=1024, depth=0.5, count=20, seed=0)
     """
 
     def __init__(self, tokenizer: Tokenizer, haystack: Iterable[NDArray[np.integer[Any]]] | None = None):
-        self._writer = Writer(tokenizer)
+        self._writer = PromptTokenizer(tokenizer)
         self._own = None if haystack is None else own_text(haystack, self._writer)
         self._pools: dict[str, Pool] = {}
         self._needed: dict[str, int] = {}

@@ -35,7 +35,7 @@ class Documents(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedSequences:
     """A dataset of training rows: item `i` has `input_ids`, `position_ids` and `labels`, each (length,).
 
     A label is the token itself, and `IGNORE` where no token of the same document comes before it, or there is padding.
@@ -75,7 +75,7 @@ class Rows:
         return int(self.pieces[:, 2].sum())
 
 
-def pack(documents: Documents, length: int, *, join: bool, seed: int) -> Rows:
+def pack(documents: Documents, length: int, *, join: bool, seed: int) -> PackedSequences:
     """Rows of `length` tokens: documents apart, or joined in an order drawn by `seed` (the last part row is dropped).
 
     Raises:
@@ -88,10 +88,10 @@ def pack(documents: Documents, length: int, *, join: bool, seed: int) -> Rows:
             f"the text has {total:,} tokens, fewer than one row of {length:,}. Give more text or a shorter length."
         )
     pieces, firsts = _joined(lengths, length, seed) if join else _best_fit(lengths, length)
-    return Rows(documents, length, pieces, firsts, apart=not join)
+    return PackedSequences(documents, length, pieces, firsts, apart=not join)
 
 
-def pack_whole(documents: Documents, length: int) -> Rows:
+def pack_whole(documents: Documents, length: int) -> PackedSequences:
     """Rows of `length` tokens with documents apart, each of them whole in one row; the last rows may be nearly empty.
 
     Raises:
@@ -102,7 +102,7 @@ def pack_whole(documents: Documents, length: int) -> Rows:
         raise ZebraError(
             f"a document has {longest:,} tokens, more than a row of {length:,}. Cut it or take longer rows."
         )
-    return Rows(documents, length, *_best_fit(documents.lengths, length), apart=True)
+    return PackedSequences(documents, length, *_best_fit(documents.lengths, length), apart=True)
 
 
 def _joined(lengths: NDArray[np.int64], row: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

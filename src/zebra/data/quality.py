@@ -23,7 +23,7 @@ from typing import NamedTuple
 from zebra.data.conversations import Conversation
 
 FAULTS = ("empty answer", "encoding", "language", "copied answer", "duplicate", "leak")
-RUN = 13
+NGRAM = 13
 LEAK = 0.1
 COPIED = 50
 _BROKEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]|Ã[\x80-\xbf©¨ª¡±³¶¼]|â€[\x80-\xbf™œ˜“”]")
@@ -42,7 +42,7 @@ def faults(conversations: Sequence[Conversation], measured: frozenset[int] = fro
     """The faulty ones among the conversations of one set, in their order.
 
     Args:
-        measured: the runs of the texts that are measured on; see `runs`.
+        measured: the runs of the texts that are measured on; see `ngrams`.
     """
     script = _usual([one.answer for one in conversations])
     seen: set[str] = set()
@@ -55,12 +55,12 @@ def faults(conversations: Sequence[Conversation], measured: frozenset[int] = fro
     return found
 
 
-def runs(texts: Iterable[str]) -> frozenset[int]:
-    """The hashes of all runs of `RUN` words of texts; of a shorter text the one that it is."""
+def ngrams(texts: Iterable[str]) -> frozenset[int]:
+    """The hashes of all runs of `NGRAM` words of texts; of a shorter text the one that it is."""
     return frozenset(run for text in texts for run in _runs(_words(text)))
 
 
-def measured_text(one: Conversation) -> str:
+def evaluation_text(one: Conversation) -> str:
     """What must not be in the training when a conversation is measured on: its document, or all of it."""
     return one.document if one.document is not None else " ".join(message.content for message in one.messages)
 
@@ -96,8 +96,8 @@ def _words(text: str) -> list[str]:
 
 def _runs(words: list[str]) -> Iterator[int]:
     if words:
-        for start in range(max(1, len(words) - RUN + 1)):
-            yield hash(tuple(words[start : start + RUN]))
+        for start in range(max(1, len(words) - NGRAM + 1)):
+            yield hash(tuple(words[start : start + NGRAM]))
 
 
 def _script(text: str) -> str | None:

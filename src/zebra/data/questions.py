@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from zebra.data.haystack import Pool, Written
+from zebra.data.haystack import Pool, TokenizedText
 
 DISTRACTORS = 9
 """Wrong answers of each sample: with the right one, a guesser is right one time in ten."""
@@ -24,8 +24,8 @@ class Draw:
 
     head: str
     tail: str
-    answers: list[Written]
-    distractors: list[Written]
+    answers: list[TokenizedText]
+    distractors: list[TokenizedText]
     evidence: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     entries: bool = False
@@ -41,7 +41,7 @@ class SampleContext:
         self._pool, self.rng = pool, rng
         self._taken: set[str] = set()
 
-    def draw(self, kind: str, count: int) -> list[Written]:
+    def draw(self, kind: str, count: int) -> list[TokenizedText]:
         """Different words, numbers or made-up words."""
         return self._pool(kind).draw(self.rng, count, self._taken)
 
@@ -60,7 +60,7 @@ def _passkey(kit: SampleContext) -> Draw:
 _NOTED = "Numbers are noted for words in this text. Remember them."
 
 
-def _noted(word: Written, number: Written) -> str:
+def _noted(word: TokenizedText, number: TokenizedText) -> str:
     return f"The number noted for {word.text} is {number.text}."
 
 
@@ -104,7 +104,7 @@ def _multiquery(kit: SampleContext, asked: int = 4, others: int = 2) -> Draw:
     )
 
 
-def entry(key: Written, value: Written) -> str:
+def entry(key: TokenizedText, value: TokenizedText) -> str:
     """A line of a lookup."""
     return f"{key.text}: {value.text}."
 

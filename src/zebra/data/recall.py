@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zebra.data.haystack import Haystack, Piece, Pool, Tokenizer, Writer, listed, own_text, placed, repeated
-from zebra.data.packing import IGNORE, Rows
+from zebra.data.haystack import Haystack, Piece, Pool, PromptTokenizer, Tokenizer, listed, own_text, placed, repeated
+from zebra.data.packing import IGNORE, PackedSequences
 from zebra.data.questions import NOISE, POOLS, TASKS, SampleContext, entry
 
 _TASKS = ("lookup", "needle", "passkey")
@@ -37,7 +37,7 @@ _FEWEST = 10  # symbols
 
 
 @dataclass(frozen=True)
-class Stage:
+class Difficulty:
     """Where a training stands: tokens of the longest document, and how much of the symbols is there, 0 to 1."""
 
     longest: int
@@ -50,7 +50,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Growth:
+class Curriculum:
     """What is taught after a part p of the training, 0 to 1.
 
     symbols(p) = ten (all / ten) ^ min(1, p / hold)^2
@@ -66,11 +66,11 @@ class Growth:
         """Whether the documents are as short as at first."""
         return part < self.hold
 
-    def at(self, part: float) -> Stage:
+    def at(self, part: float) -> Difficulty:
         """The stage."""
         grown = min(1.0, max(0.0, (part - self.hold) / (self.until - self.hold)))
         symbols = min(1.0, part / self.hold) ** 2 if self.hold else 1.0
-        return Stage(round(self.first * (self.last / self.first) ** grown), symbols)
+        return Difficulty(round(self.first * (self.last / self.first) ** grown), symbols)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Fact:
         return len(self.asks) + len(self.answer)
 
 
-class Recall:
+class RecallGenerator:
     """The generator under one tokenizer.
 
     Args:
@@ -98,14 +98,14 @@ class Recall:
     """
 
     def __init__(self, tokenizer: Tokenizer, haystack: Iterable[NDArray[np.integer[Any]]] | None = None):
-        self._writer = Writer(tokenizer)
+        self._writer = PromptTokenizer(tokenizer)
         self._own = None if haystack is None else own_text(haystack, self._writer)
         self._noise = [*map(self._writer.ids, NOISE)]
         self._pool = functools.cache(lambda kind: Pool(self._writer, kind, POOLS[kind]))
         numbers = SampleContext(self._pool, Random(0)).draw("numbers", 512)
         self._symbols = list(dict.fromkeys(token for number in numbers for token in number.ids))
 
-    def row(self, length: int, stage: Stage, rng: Random) -> dict[str, Tensor]:
+    def row(self, length: int, stage: Difficulty, rng: Random) -> dict[str, Tensor]:
         """`length` tokens of documents: `input_ids`, `position_ids` and `labels`, each (length,)."""
         ids: list[int] = []
         labels: list[int] = []
@@ -138,7 +138,7 @@ class Recall:
             for head, fact in [self._fact(kind, SampleContext(self._pool, rng))]
         )
 
-    def document(self, size: int, stage: Stage, rng: Random) -> tuple[list[int], list[int]]:
+    def document(self, size: int, stage: Difficulty, rng: Random) -> tuple[list[int], list[int]]:
         """One document of exactly `size` tokens, and its labels: `IGNORE` where nothing told before says the token.
 
         The tasks need `least` tokens; below that, it is repeats, pairs and entries.
@@ -245,10 +245,10 @@ class RecallDataset:
     Row `i` follows from the seed and `i` alone, so a resumed training sees the same rows.
     """
 
-    recall: Recall
-    text: Rows
+    recall: RecallGenerator
+    text: PackedSequences
     share: float
-    growth: Growth
+    curriculum: Curriculum
     count: int
     seed: int
 
@@ -256,8 +256,8 @@ class RecallDataset:
         return self.count
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        rng, stage = Random(f"{self.seed} {i}"), self.growth.at(i / self.count)
-        if self.growth.held(i / self.count) or rng.random() < self.share:
+        rng, stage = Random(f"{self.seed} {i}"), self.curriculum.at(i / self.count)
+        if self.curriculum.held(i / self.count) or rng.random() < self.share:
             return self.recall.row(self.text.length, stage, rng)
         return self.text[int(self._order[i % len(self._order)])]
 

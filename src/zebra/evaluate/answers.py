@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from zebra.data.conversations import Labelled
+from zebra.data.conversations import TokenizedConversation
 from zebra.evaluate.intervals import bootstrapped
 from zebra.evaluate.perplexity import evaluating
 from zebra.model.loss import IGNORE, head_of, token_losses, without_logits
@@ -35,7 +35,7 @@ class AnswerScore:
 
 
 def answer_score(
-    suite: str, model: PreTrainedModel, conversations: Sequence[Labelled], *, seed: int = 0
+    suite: str, model: PreTrainedModel, conversations: Sequence[TokenizedConversation], *, seed: int = 0
 ) -> AnswerScore:
     """The loss on the answers of all conversations."""
     sums, counts = answer_losses(model, conversations)
@@ -44,7 +44,7 @@ def answer_score(
 
 
 def answer_losses(
-    model: PreTrainedModel, conversations: Sequence[Labelled], *, batch_tokens: int = 8192
+    model: PreTrainedModel, conversations: Sequence[TokenizedConversation], *, batch_tokens: int = 8192
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The sum of the losses of each conversation's answers, and how many tokens they have.
 
@@ -53,26 +53,28 @@ def answer_losses(
     """
     sums, counts = np.zeros(len(conversations)), np.zeros(len(conversations), np.int64)
     head = head_of(model)
-    with evaluating(model), bar("answers", sum(len(one.ids) for one in conversations), "tokens") as advance:
+    with evaluating(model), bar("answers", sum(len(one.input_ids) for one in conversations), "tokens") as advance:
         for first, batch in _batches(conversations, batch_tokens):
-            ids = torch.tensor([[token for one in batch for token in one.ids]], device=model.device)
-            positions = torch.cat([torch.arange(len(one.ids)) for one in batch])[None].to(model.device)
-            answers = torch.tensor([[answer for one in batch for answer in one.answers]], device=model.device)
+            ids = torch.tensor([[token for one in batch for token in one.input_ids]], device=model.device)
+            positions = torch.cat([torch.arange(len(one.input_ids)) for one in batch])[None].to(model.device)
+            answers = torch.tensor([[answer for one in batch for answer in one.assistant_mask]], device=model.device)
             labels = ids.masked_fill(~answers | (positions == 0), IGNORE)
             hidden = model(ids, position_ids=positions, **without_logits(model.device)).hidden_states[-1]
             losses = token_losses(hidden, head, labels)[0].double().cpu()
-            for i, part in enumerate(losses.split([len(one.ids) for one in batch]), start=first):
+            for i, part in enumerate(losses.split([len(one.input_ids) for one in batch]), start=first):
                 scored = part[~part.isnan()]
                 sums[i], counts[i] = scored.sum().item(), len(scored)
             advance(ids.numel())
     return sums, counts
 
 
-def _batches(conversations: Sequence[Labelled], batch_tokens: int) -> Iterator[tuple[int, Sequence[Labelled]]]:
+def _batches(
+    conversations: Sequence[TokenizedConversation], batch_tokens: int
+) -> Iterator[tuple[int, Sequence[TokenizedConversation]]]:
     first = size = 0
     for i, one in enumerate(conversations):
-        if i > first and size + len(one.ids) > batch_tokens:
+        if i > first and size + len(one.input_ids) > batch_tokens:
             yield first, conversations[first:i]
             first, size = i, 0
-        size += len(one.ids)
+        size += len(one.input_ids)
     yield first, conversations[first:]

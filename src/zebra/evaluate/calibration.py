@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zebra.data.corpus import Corpus
-from zebra.data.needles import Needles
+from zebra.data.needles import SampleGenerator
 from zebra.errors import ZebraError
 from zebra.model.loss import head_of, token_losses
 
@@ -74,7 +74,7 @@ def text_rows(corpus: Corpus, length: int, samples: int) -> list[Row]:
 
 
 def task_rows(
-    needles: Needles, tasks: Sequence[str], *, length: int, window: int, samples: int, seed: int
+    needles: SampleGenerator, tasks: Sequence[str], *, length: int, window: int, samples: int, seed: int
 ) -> list[Row]:
     """Prompts of `length` tokens with their first answer behind them, task by task in turn.
 

@@ -3,7 +3,7 @@
     generate     ROUGE-1, -2, -L (Lin, 2004) and SQuAD's token F1 of the greedy answer, against its best reference
     likelihood   nats per token of the references behind the prompt; and behind the question alone, without the document
 
-Before any of it the data are looked at (`zebra.data.items`), since a model cannot find what is not there. A document
+Before any of it the data are looked at (`zebra.data.qa`), since a model cannot find what is not there. A document
 that does not fit loses its middle.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra.data.haystack import Writer
-from zebra.data.items import FAULTS, LOST, NEEDLESS, Item, evidence_lost, faults, read_items
+from zebra.data.haystack import PromptTokenizer
+from zebra.data.qa import DOCUMENT_NOT_NEEDED, EVIDENCE_CUT, FAULTS, QAExample, evidence_lost, faults, read_items
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrapped
 from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods, padded
@@ -46,7 +46,7 @@ class Outcome:
         prompt_tokens: tokens of the prompt.
         document_tokens: tokens of the whole document.
         cut: the document's tokens that were cut, half-open.
-        faults: the names of `zebra.data.items.FAULTS`.
+        faults: the names of `zebra.data.qa.FAULTS`.
         scores: by metric; empty where nothing was measured.
         prediction: the text that the model made.
     """
@@ -63,12 +63,12 @@ class Outcome:
     prediction: str | None = None
 
 
-def looked_at(items: Sequence[Item], prompts: Sequence[Prompt], length: int | None) -> list[Outcome]:
+def looked_at(items: Sequence[QAExample], prompts: Sequence[Prompt], length: int | None) -> list[Outcome]:
     """What is wrong with each item, as far as no model is needed."""
     found = []
     for item, prompt, wrong in zip(items, prompts, faults(items), strict=True):
         if prompt.cut and evidence_lost(item, prompt.kept):
-            wrong.append(LOST)
+            wrong.append(EVIDENCE_CUT)
         size = len(prompt.ids)
         found.append(Outcome(item.name, item.group, item.question, length, size, prompt.tokens, prompt.cut, wrong))
     return found
@@ -217,7 +217,7 @@ class _Round:
 
     def __init__(
         self,
-        items: Sequence[Item],
+        items: Sequence[QAExample],
         prompts: Prompts,
         options: Options,
         length: int | None,
@@ -243,7 +243,7 @@ class _Round:
             subject.check_length(self.length, beyond)
         cut = [outcome for outcome in self.outcomes if outcome.cut]
         if cut:
-            lost = sum(LOST in outcome.faults for outcome in cut)
+            lost = sum(EVIDENCE_CUT in outcome.faults for outcome in cut)
             warnings.warn(
                 f"at {self.length:,} tokens {len(cut):,} of {len(self.items):,} documents lose their middle, and "
                 f"{lost:,} with it words of every reference answer. Take a longer length, or a model that reads more.",
@@ -271,7 +271,7 @@ class _Round:
         prompts: Sequence[Sequence[int]],
         advance: Callable[[float], None],
     ) -> None:
-        behind = Writer(tokenizer)
+        behind = PromptTokenizer(tokenizer)
         ids = behind.first if self.options.chat else behind.ids
         room = self.options.answer_tokens
         references = [[ids(answer)[:room] for answer in self.items[i].references] for i in self.scored]
@@ -281,12 +281,14 @@ class _Round:
         for i, value, closed in zip(self.scored, found, without, strict=True):
             self.outcomes[i].scores = {WITH: value, WITHOUT: closed}
             if value <= closed:
-                self.outcomes[i].faults.append(NEEDLESS)
+                self.outcomes[i].faults.append(DOCUMENT_NOT_NEEDED)
 
     def rows(self, stem: str, common: dict[str, Any]) -> list[Result]:
         """Shares of faulty items, then scores."""
         count = len(self.items)
-        known = [fault for fault in FAULTS if fault != NEEDLESS or WITH in self.outcomes[self.scored[0]].scores]
+        known = [
+            fault for fault in FAULTS if fault != DOCUMENT_NOT_NEEDED or WITH in self.outcomes[self.scored[0]].scores
+        ]
         shares = {fault: sum(fault in outcome.faults for outcome in self.outcomes) for fault in known}
         shares["document cut"] = sum(outcome.cut is not None for outcome in self.outcomes)
         shares["any fault"] = sum(bool(outcome.faults) for outcome in self.outcomes)

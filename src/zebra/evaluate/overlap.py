@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zebra.data.items import words
+from zebra.data.qa import words
 from zebra.errors import ZebraError
 
 ROUGE = ("rouge1", "rouge2", "rougeL")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from zebra.data.items import Item
+from zebra.data.qa import QAExample
 from zebra.errors import ZebraError
 from zebra.generation import encode_prompt
 
@@ -59,13 +59,13 @@ class Prompts:
         self._parts = re.split(r"(\{document\}|\{question\})", template)
         self._known: dict[str, list[tuple[int, int]]] = {}
 
-    def ids(self, item: Item, document: str) -> tuple[int, ...]:
+    def ids(self, item: QAExample, document: str) -> tuple[int, ...]:
         """The prompt's tokens with this text in place of the document."""
         put = {"{document}": document, "{question}": item.question}
         text = "".join(put.get(part, part) for part in self._parts)
         return tuple(encode_prompt(text, self._tokenizer, self._chat)["input_ids"][0].tolist())
 
-    def fitting(self, item: Item, length: int | None) -> Prompt:
+    def fitting(self, item: QAExample, length: int | None) -> Prompt:
         """The prompt in at most `length` tokens; whole where that is None.
 
         Raises:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra.data.haystack import says
-from zebra.data.needles import Needles, Sample, check
+from zebra.data.haystack import contains_answer
+from zebra.data.needles import Sample, SampleGenerator, check
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import wilson
@@ -73,12 +73,12 @@ def _generated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sample], chunk: int
 ) -> list[float]:
     ids = torch.tensor([sample.ids for sample in batch], device=model.device)
-    room = max(sample.room for sample in batch)
+    room = max(sample.max_answer_tokens for sample in batch)
     in_chunks: dict[str, Any] = {"prefill_chunk": chunk} if ids.shape[1] > chunk else {}
     new = generate_tokens(model, tokenizer, ids, max_new_tokens=room, **in_chunks)
     texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [
-        sum(says(text, answer.text) for answer in sample.answers) / len(sample.answers)
+        sum(contains_answer(text, answer.text) for answer in sample.answers) / len(sample.answers)
         for sample, text in zip(batch, texts, strict=True)
     ]
 
@@ -116,15 +116,15 @@ def evaluate_retrieval(
         loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        ZebraError: what `Needles.samples` and `load` refuse, a length beyond the model without `beyond`, a rope that
-            changes with length.
+        ZebraError: what `SampleGenerator.samples` and `load` refuse, a length beyond the model without `beyond`, a
+            rope that changes with length.
     """
     _check_score(score)
     cells = _cells(tasks, lengths, depths, samples)
     subject = EvalTarget(checkpoint, LoadOptions(**loading))
     subject.check_length(max(lengths), beyond)
     tokenizer = subject.tokenizer
-    needles = Needles(tokenizer, _documents(haystack, tokenizer))
+    needles = SampleGenerator(tokenizer, _documents(haystack, tokenizer))
     for task, length, depth in cells:  # refuse before the model is loaded
         needles.check(task, length=length, depth=depth, count=samples, seed=seed)
         if length == max(lengths):

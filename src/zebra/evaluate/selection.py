@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra.data.needles import Needles, check
+from zebra.data.needles import SampleGenerator, check
 from zebra.errors import ZebraError
 from zebra.evaluate import loss_cache
 from zebra.evaluate.calibration import LEAST, Part, long_range, parts_of, task_rows, text_rows
@@ -87,7 +87,8 @@ def select(
 
     Raises:
         ZebraError: a budget that leaves nothing to choose, a host whose layers keep their kind, too little text, a
-            length within the window or beyond the model, a folder of something else; what `load` and `Needles` refuse.
+            length within the window or beyond the model, a folder of something else; what `load` and
+            `SampleGenerator` refuse.
     """
     local = Stripes.parse(f"L:{window}")
     _check(order, local.window, length, text, tasks, samples)
@@ -212,7 +213,7 @@ def _parts(
     if not tasks:
         assert corpus is not None
         return parts_of(text_rows(corpus, length, samples), seed)
-    needles = Needles(tokenizer, None if corpus is None else [corpus[i] for i in range(len(corpus))])
+    needles = SampleGenerator(tokenizer, None if corpus is None else [corpus[i] for i in range(len(corpus))])
     return parts_of(task_rows(needles, tasks, length=length, window=window, samples=samples, seed=seed), seed)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from zebra.data.haystack import Writer, says
-from zebra.data.needles import Needles, Sample
+from zebra.data.haystack import PromptTokenizer, contains_answer
+from zebra.data.needles import Sample, SampleGenerator
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
 from zebra.errors import ZebraError
 
@@ -41,7 +41,7 @@ def configuration(
 ) -> dict[str, Any]:
     """One of our tasks at a length, as the harness's configuration."""
     task = name.removeprefix(OWN).removesuffix(LIKELIHOOD)
-    needles, depths = Needles(tokenizer), [None] if task in WITHOUT_DEPTH else DEPTHS
+    needles, depths = SampleGenerator(tokenizer), [None] if task in WITHOUT_DEPTH else DEPTHS
     samples = [
         needles.samples(task, length=length, depth=depths[i % len(depths)], seed=seed * _SAMPLES + i)[0]
         for i in range(min(limit or _SAMPLES, _SAMPLES))
@@ -49,7 +49,7 @@ def configuration(
     config: dict[str, Any] = {
         "task": name,
         "dataset_path": "",
-        "custom_dataset": _dataset(samples, Writer(tokenizer)),
+        "custom_dataset": _dataset(samples, PromptTokenizer(tokenizer)),
         "test_split": "test",
         "doc_to_text": "prompt",
         "doc_to_target": "right",
@@ -58,11 +58,11 @@ def configuration(
     }
     if name.endswith(LIKELIHOOD):
         return config | {"output_type": "multiple_choice", "doc_to_choice": "choices", "process_results": _preferred}
-    stop = {"until": [], "do_sample": False, "max_gen_toks": max(sample.room for sample in samples)}
+    stop = {"until": [], "do_sample": False, "max_gen_toks": max(sample.max_answer_tokens for sample in samples)}
     return config | {"output_type": "generate_until", "generation_kwargs": stop, "process_results": _said}
 
 
-def _dataset(samples: Sequence[Sample], writer: Writer) -> Callable[..., Any]:
+def _dataset(samples: Sequence[Sample], writer: PromptTokenizer) -> Callable[..., Any]:
     def make(**metadata: Any) -> Any:
         from datasets import Dataset
 
@@ -84,7 +84,7 @@ def _dataset(samples: Sequence[Sample], writer: Writer) -> Callable[..., Any]:
 
 
 def _said(item: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    return {"accuracy": sum(says(results[0], answer) for answer in item["answers"]) / len(item["answers"])}
+    return {"accuracy": sum(contains_answer(results[0], answer) for answer in item["answers"]) / len(item["answers"])}
 
 
 def _preferred(item: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:

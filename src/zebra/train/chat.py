@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from zebra.data.conversations import GAP, Conversation, Labelled, Message, without_middle
+from zebra.data.conversations import GAP, Conversation, Message, TokenizedConversation, without_middle
 from zebra.errors import ZebraError
 
 _MARK = r"\{%-?\s*(?:end)?generation\s*-?%\}"
@@ -77,7 +77,7 @@ class Chat:
         probe = Conversation((Message("user", "a"), Message("assistant", "b")), f"the chat template of {source}")
         self.stop = self._stop(self.encode(probe))
 
-    def encode(self, conversation: Conversation) -> Labelled:
+    def encode(self, conversation: Conversation) -> TokenizedConversation:
         """The tokens of a conversation, and which are the assistant's.
 
         Raises:
@@ -85,7 +85,7 @@ class Chat:
         """
         said = [message._asdict() for message in conversation.messages]
         made = self._by_marks(said, conversation.where) if self._marked else self._by_prefixes(said, conversation.where)
-        spans = sum(answer for answer, _ in itertools.groupby(made.answers))
+        spans = sum(answer for answer, _ in itertools.groupby(made.assistant_mask))
         asked = sum(one["role"] == "assistant" for one in said)
         if spans != asked:
             raise ZebraError(
@@ -94,7 +94,7 @@ class Chat:
             )
         return made
 
-    def fitted(self, conversation: Conversation, length: int) -> tuple[Labelled, int]:
+    def fitted(self, conversation: Conversation, length: int) -> tuple[TokenizedConversation, int]:
         """The conversation in at most `length` tokens, and how many of its document were cut from its middle.
 
         Raises:
@@ -102,7 +102,7 @@ class Chat:
         """
         made = self.shortened(conversation, length)
         if made is None:
-            tokens = len(self.encode(conversation).ids)
+            tokens = len(self.encode(conversation).input_ids)
             why = (
                 "has no document that may be cut" if conversation.document is None else "is so without its document too"
             )
@@ -112,10 +112,10 @@ class Chat:
             )
         return made
 
-    def shortened(self, conversation: Conversation, length: int) -> tuple[Labelled, int] | None:
+    def shortened(self, conversation: Conversation, length: int) -> tuple[TokenizedConversation, int] | None:
         """As `fitted`, and None where no cut makes it short enough."""
         made = self.encode(conversation)
-        over, document = len(made.ids) - length, conversation.document
+        over, document = len(made.input_ids) - length, conversation.document
         if over <= 0:
             return made, 0
         if document is None:
@@ -124,18 +124,18 @@ class Chat:
         keep = len(spans) - over - len(self.tokenizer(GAP, add_special_tokens=False)["input_ids"])
         while keep >= 2:
             made = self.encode(conversation.with_document(without_middle(document, spans, keep)))
-            if len(made.ids) <= length:
+            if len(made.input_ids) <= length:
                 return made, len(spans) - keep
-            keep -= len(made.ids) - length
+            keep -= len(made.input_ids) - length
         return None
 
-    def _by_marks(self, said: list[dict[str, Any]], where: str) -> Labelled:
+    def _by_marks(self, said: list[dict[str, Any]], where: str) -> TokenizedConversation:
         found = self._rendered(
             said, where, chat_template=self._marked, return_dict=True, return_assistant_tokens_mask=True
         )
-        return Labelled(list(found["input_ids"]), [bool(answer) for answer in found["assistant_masks"]])
+        return TokenizedConversation(list(found["input_ids"]), [bool(answer) for answer in found["assistant_masks"]])
 
-    def _by_prefixes(self, said: list[dict[str, Any]], where: str) -> Labelled:
+    def _by_prefixes(self, said: list[dict[str, Any]], where: str) -> TokenizedConversation:
         whole = self._ids(said, where)
         answers = [False] * len(whole)
         for i, one in enumerate(said):
@@ -148,7 +148,7 @@ class Chat:
                         "with chat_template, or give a .jinja file with the marks."
                     )
                 answers[len(prompt) : len(through)] = [True] * (len(through) - len(prompt))
-        return Labelled(whole, answers)
+        return TokenizedConversation(whole, answers)
 
     def _ids(self, said: list[dict[str, Any]], where: str, prompt: bool = False) -> list[int]:
         found = self._rendered(said, where, chat_template=self._own, return_dict=True, add_generation_prompt=prompt)
@@ -163,8 +163,8 @@ class Chat:
                 "Mend or drop the conversation, or name another template."
             ) from None
 
-    def _stop(self, probe: Labelled) -> int | None:
-        said = [token for token, answer in zip(probe.ids, probe.answers, strict=True) if answer]
+    def _stop(self, probe: TokenizedConversation) -> int | None:
+        said = [token for token, answer in zip(probe.input_ids, probe.assistant_mask, strict=True) if answer]
         while said and not self.tokenizer.decode([said[-1]]).strip():
             said.pop()
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from zebra.data.conversations import Conversation
 from zebra.data.documents import find_files, read_documents, read_records
-from zebra.data.quality import faults, measured_text, runs
+from zebra.data.quality import evaluation_text, faults, ngrams
 from zebra.evaluate.answers import answer_losses
 from zebra.train.chat import Chat
 from zebra.train.tune_recipe import TuneRecipe
@@ -41,11 +41,11 @@ class Gate:
             self.measure(suites)
             if self._asked.leaks:
                 files = find_files(self._asked.leaks)
-                self._measured |= runs(text for file in files for text in _texts(file))
+                self._measured |= ngrams(text for file in files for text in _texts(file))
 
     def measure(self, conversations: Sequence[Conversation]) -> None:
         """Conversations that are measured on and must not be trained on."""
-        self._measured |= runs(map(measured_text, conversations))
+        self._measured |= ngrams(map(evaluation_text, conversations))
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Conversation]:
         """Those that go on: all of them where faults are flagged only."""
@@ -93,5 +93,5 @@ def hash_of(one: Conversation) -> int:
 
 
 def held(one: Conversation, share: float) -> bool:
-    """Whether a conversation is among the share that is held out, as `zebra.data.mixture.keep` decides by hash."""
+    """Whether a conversation is held out: by hash, as in `zebra.data.mixture.split_sources`."""
     return bool(np.uint64(hash_of(one)) < np.uint64(share * 2**64))

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from zebra.data.composition import Portion, composition, portions, portions_table
-from zebra.data.conversations import Conversation, Labelled, read_conversations
+from zebra.data.composition import KindStats, kind_stats, kind_table, mixture_tables
+from zebra.data.conversations import Conversation, TokenizedConversation, read_conversations
 from zebra.data.corpus import Corpus
-from zebra.data.mixture import Line, Selection, Source, keep, mix, select
-from zebra.data.packing import IGNORE, Rows, pack_whole
+from zebra.data.mixture import SelectedDocuments, Source, SourceStats, mix, select, split_sources
+from zebra.data.packing import IGNORE, PackedSequences, pack_whole
 from zebra.errors import ZebraError
 from zebra.progress import bar, console
 from zebra.train.chat import Chat
@@ -34,16 +34,16 @@ class Tokens:
     answers: NDArray[np.bool_]
     kinds: list[str]
 
-    def __getitem__(self, i: int) -> Labelled:
+    def __getitem__(self, i: int) -> TokenizedConversation:
         start, end = self.corpus.offsets[i : i + 2]
-        return Labelled(self.corpus.tokens[start:end].tolist(), self.answers[start:end].tolist())
+        return TokenizedConversation(self.corpus.tokens[start:end].tolist(), self.answers[start:end].tolist())
 
 
 @dataclass(frozen=True)
 class AnswerRows:
     """Rows in the form that trl's collator reads: tokens, labels on answers alone, where each conversation ends."""
 
-    rows: Rows
+    rows: PackedSequences
     sources: Sequence[Tokens]
 
     def __len__(self) -> int:
@@ -53,25 +53,27 @@ class AnswerRows:
         found: dict[str, list[int]] = {"input_ids": [], "labels": [], "seq_lengths": []}
         for document, _, count in self.rows.pieces[self.rows.firsts[i] : self.rows.firsts[i + 1]]:
             one = self._conversation(document)
-            found["input_ids"] += one.ids
-            found["labels"] += [t if answer else IGNORE for t, answer in zip(one.ids, one.answers, strict=True)]
+            found["input_ids"] += one.input_ids
+            found["labels"] += [
+                t if answer else IGNORE for t, answer in zip(one.input_ids, one.assistant_mask, strict=True)
+            ]
             found["seq_lengths"].append(int(count))
         return found
 
-    def portions(self) -> list[Portion]:
+    def portions(self) -> list[KindStats]:
         """What the rows are made of, by kind and length."""
         documents = self.rows.pieces[:, 0]
         drawn = self._drawn
         kinds = [self.sources[drawn.sources[d]].kinds[drawn.documents[d]] for d in documents]
-        answers = np.array([sum(self._conversation(d).answers) for d in documents])
-        return portions(kinds, self.rows.pieces[:, 2], answers)
+        answers = np.array([sum(self._conversation(d).assistant_mask) for d in documents])
+        return kind_stats(kinds, self.rows.pieces[:, 2], answers)
 
     @property
-    def _drawn(self) -> Selection:
-        assert isinstance(self.rows.documents, Selection)
+    def _drawn(self) -> SelectedDocuments:
+        assert isinstance(self.rows.documents, SelectedDocuments)
         return self.rows.documents
 
-    def _conversation(self, document: int) -> Labelled:
+    def _conversation(self, document: int) -> TokenizedConversation:
         return self.sources[self._drawn.sources[document]][self._drawn.documents[document]]
 
 
@@ -79,8 +81,8 @@ class Instructions(NamedTuple):
     """The rows to train on, the suites to measure on, what a mixture took of each source, counts, a digest of all."""
 
     rows: AnswerRows
-    suites: dict[str, list[Labelled]]
-    lines: list[Line]
+    suites: dict[str, list[TokenizedConversation]]
+    lines: list[SourceStats]
     counts: dict[str, int]
     digest: str
 
@@ -107,18 +109,18 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
         Source(one.name, found.corpus, one.share, one.min_tokens, one.max_tokens)
         for one, found in zip(asked, tokens, strict=True)
     ]
-    kept = keep(sources, deduplicate=True, held_out=data.held_out or 0.0)
-    lines: list[Line] = []
+    kept = split_sources(sources, deduplicate=True, held_out=data.held_out or 0.0)
+    lines: list[SourceStats] = []
     if data.sources is None:
         rows = AnswerRows(pack_whole(select(kept), length), tokens)
     else:
         wanted = recipe.train.steps * tokens_per_step(recipe) // length
         mixture = mix(kept, wanted, length, join=False, seed=recipe.train.seed, whole=True)
-        rows, lines = AnswerRows(mixture.rows, tokens), mixture.lines
+        rows, lines = AnswerRows(mixture.sequences, tokens), mixture.stats
         if is_first_process():
-            console.print(composition(kept, mixture))
+            console.print(mixture_tables(kept, mixture))
     if is_first_process():
-        console.print(portions_table(rows.portions()))
+        console.print(kind_table(rows.portions()))
         _say(gate.counts)
     if data.held_out is not None:
         labelled = {part.source.name: [own[i] for i in part.held_out] for part, own in zip(kept, tokens, strict=True)}
@@ -135,7 +137,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
 def _tokens(
     conversations: Sequence[Conversation], name: str, recipe: TuneRecipe, chat: Chat, counts: Counter[str]
 ) -> Tokens:
-    made: list[Labelled] = []
+    made: list[TokenizedConversation] = []
     hashes, kinds = [], []
     with bar(f"tokenising {name}", len(conversations), "conversations") as advance:
         for labelled, cut, one in _fitted(conversations, recipe, chat, advance):
@@ -150,9 +152,9 @@ def _tokens(
             f"the source {name} has no conversation left to train on: of those that pass the gate all "
             f"{len(conversations):,} are too long. Give others, or take longer rows; faults: {_said(counts) or 'none'}."
         )
-    ids = np.concatenate([np.array(one.ids, np.uint32) for one in made])
-    offsets = np.concatenate([[0], np.cumsum([len(one.ids) for one in made])]).astype(np.int64)
-    answers = np.concatenate([np.array(one.answers, np.bool_) for one in made])
+    ids = np.concatenate([np.array(one.input_ids, np.uint32) for one in made])
+    offsets = np.concatenate([[0], np.cumsum([len(one.input_ids) for one in made])]).astype(np.int64)
+    answers = np.concatenate([np.array(one.assistant_mask, np.bool_) for one in made])
     return Tokens(Corpus(ids, offsets, np.array(hashes, np.uint64)), answers, kinds)
 
 
@@ -161,7 +163,7 @@ def _fitted(
     recipe: TuneRecipe,
     chat: Chat,
     advance: Callable[[float], None] = lambda units: None,
-) -> Iterator[tuple[Labelled, int, Conversation]]:
+) -> Iterator[tuple[TokenizedConversation, int, Conversation]]:
     """The conversations as tokens, and how many were cut of each; what is too long is refused or left out."""
     length, drop = recipe.train.length, recipe.data.too_long == "drop"
     for one in conversations:
@@ -180,10 +182,10 @@ def _say(counts: Counter[str]) -> None:
         console.print(f"{said}.", highlight=False)
 
 
-def _digest(tokens: Sequence[Tokens], suites: dict[str, list[Labelled]]) -> str:
+def _digest(tokens: Sequence[Tokens], suites: dict[str, list[TokenizedConversation]]) -> str:
     digest = hashlib.sha256()
     parts: list[Any] = [found.corpus.tokens for found in tokens] + [found.answers for found in tokens]
-    parts += [np.array(one.ids) for found in suites.values() for one in found]
+    parts += [np.array(one.input_ids) for found in suites.values() for one in found]
     for part in parts:
         digest.update(len(part).to_bytes(8, "big") + part.tobytes())
     return digest.hexdigest()

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
-from zebra.data.conversations import Labelled
+from zebra.data.conversations import TokenizedConversation
 from zebra.data.packing import IGNORE
 from zebra.evaluate.answers import answer_score
 from zebra.model.loss import head_of, summed_loss, without_logits
@@ -33,7 +33,7 @@ def fit_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: AnswerRows,
-    suites: Mapping[str, Sequence[Labelled]],
+    suites: Mapping[str, Sequence[TokenizedConversation]],
     checkpoints: Path,
 ) -> bool:
     """Train a model on answers by a recipe, from the newest whole checkpoint where there is one.
@@ -79,7 +79,7 @@ class _TuneTrainer(SFTTrainer):
 
     control: TrainerControl
 
-    def __init__(self, *, suites: Mapping[str, Sequence[Labelled]], **arguments: Any):
+    def __init__(self, *, suites: Mapping[str, Sequence[TokenizedConversation]], **arguments: Any):
         super().__init__(**arguments)
         self.suites = suites
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from zebra.data.composition import composition
+from zebra.data.composition import mixture_tables
 from zebra.data.corpus import Corpus
-from zebra.data.mixture import Kept, Line, Source, keep, mix, select
-from zebra.data.packing import Rows, pack
-from zebra.data.recall import Growth, Recall, RecallDataset
+from zebra.data.mixture import Source, SourceSplit, SourceStats, mix, select, split_sources
+from zebra.data.packing import PackedSequences, pack
+from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import read_text
 from zebra.progress import console
@@ -25,9 +25,9 @@ from zebra.train.trainer import tokens_per_step
 class Texts(NamedTuple):
     """The rows to train on, the documents to measure on, what a mixture took of each source, a digest of all texts."""
 
-    rows: Rows | RecallDataset
+    rows: PackedSequences | RecallDataset
     held_out: Corpus | None
-    lines: list[Line]
+    lines: list[SourceStats]
     digest: str
 
 
@@ -41,17 +41,17 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
     if data.append_eos and tokenizer.eos_token_id is None:
         raise ZebraError("data.append_eos is set, but the tokenizer has no end-of-text token. Unset it.")
     sources = _sources(recipe, tokenizer)
-    kept = keep(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
-    lines: list[Line] = []
+    kept = split_sources(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
+    lines: list[SourceStats] = []
     if data.sources is None:
         rows = pack(select(kept), train.length, join=data.join, seed=train.seed)
         _say(kept)
     else:
         wanted = train.steps * tokens_per_step(recipe) // train.length
         mixture = mix(kept, wanted, train.length, join=data.join, seed=train.seed)
-        rows, lines = mixture.rows, mixture.lines
+        rows, lines = mixture.sequences, mixture.stats
         if is_first_process():
-            console.print(composition(kept, mixture))
+            console.print(mixture_tables(kept, mixture))
     held_out = None
     texts = [source.corpus for source in sources]
     if measured is not None:
@@ -65,11 +65,11 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
     return Texts(rows if data.recall is None else _taught(recipe, tokenizer, rows), held_out, lines, _digest(texts))
 
 
-def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> RecallDataset:
+def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: PackedSequences) -> RecallDataset:
     """Rows of recall among those of text."""
     train, recall, documents = recipe.train, recipe.data.recall, rows.documents
     assert recall is not None
-    generator = Recall(tokenizer, (documents[i] for i in range(len(documents.lengths))))
+    generator = RecallGenerator(tokenizer, (documents[i] for i in range(len(documents.lengths))))
     if recall.first < generator.shortest:
         raise ZebraError(
             f"data.recall.first is {recall.first}, and a document that tells and asks has at least "
@@ -79,13 +79,13 @@ def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) 
         recall=generator,
         text=rows,
         share=recall.share,
-        growth=Growth(recall.first, train.length, recall.hold, recall.until),
+        curriculum=Curriculum(recall.first, train.length, recall.hold, recall.until),
         count=train.steps * tokens_per_step(recipe) // train.length,
         seed=train.seed,
     )
 
 
-def data_rows(recipe: Recipe, lines: Sequence[Line], **common: Any) -> list[Result]:
+def data_rows(recipe: Recipe, lines: Sequence[SourceStats], **common: Any) -> list[Result]:
     """What a mixture took of each source, as rows of the task `data-<source>`."""
     rows = []
     for line in lines:
@@ -146,7 +146,7 @@ def _corpus(
     )
 
 
-def _say(kept: Sequence[Kept]) -> None:
+def _say(kept: Sequence[SourceSplit]) -> None:
     """Say what files that are no mixture lost; where nothing was, nothing is said."""
     (part,) = kept
     lost = {"dropped as duplicates": part.duplicates, "held out": len(part.held_out)}

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from zebra.data.documents import find_files, read_documents
-from zebra.data.recall import Recall, Stage
+from zebra.data.recall import Difficulty, RecallGenerator
 from zebra.errors import ZebraError
 from zebra.progress import console
 from zebra.train.directory import is_first_process
@@ -73,9 +73,9 @@ def texts_of(recipe: PretrainRecipe) -> Iterator[str]:
     if is_first_process():
         console.print(f"with {wanted:,} characters of recall beside {characters:,} of text", highlight=False)
     letters = Letters()
-    generator, rng = Recall(letters), Random(recipe.train.seed)
+    generator, rng = RecallGenerator(letters), Random(recipe.train.seed)
     for _ in range(0, wanted, _LETTERS):
-        yield letters.decode(generator.document(_LETTERS, Stage(_LETTERS), rng)[0])
+        yield letters.decode(generator.document(_LETTERS, Difficulty(_LETTERS), rng)[0])
 
 
 _LETTERS = 4096

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from zebra.data.corpus import Corpus
-from zebra.data.packing import Rows
+from zebra.data.packing import PackedSequences
 from zebra.data.recall import RecallDataset
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import perplexity
@@ -73,7 +73,11 @@ def trainable(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def fit(
-    recipe: TextRecipe, model: PreTrainedModel, rows: Rows | RecallDataset, held_out: Corpus | None, checkpoints: Path
+    recipe: TextRecipe,
+    model: PreTrainedModel,
+    rows: PackedSequences | RecallDataset,
+    held_out: Corpus | None,
+    checkpoints: Path,
 ) -> bool:
     """Train a model by a recipe, from the newest whole checkpoint where there is one.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from zebra.data.composition import Portion
+from zebra.data.composition import KindStats
 from zebra.errors import ZebraError
 from zebra.evaluate.answers import AnswerScore, answer_score
 from zebra.model.checkpoint import checkpoint_digest, tokenizer_digest
@@ -137,7 +137,7 @@ def _answer_row(recipe: TuneRecipe, score: AnswerScore, common: dict[str, Any]) 
     )
 
 
-def _made_of(recipe: TuneRecipe, portions: list[Portion], layout: str) -> list[Result]:
+def _made_of(recipe: TuneRecipe, portions: list[KindStats], layout: str) -> list[Result]:
     """What is trained on by kind and length: `position_from` and `position_to` bound the conversation's tokens."""
     return [
         Result(

@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 
 from zebra import ZebraError
-from zebra.data.items import AGAIN, EMPTY, FAULTS, GIVEN, SAME, Item, evidence_lost, faults, read_items, words
+from zebra.data.qa import (
+    ANSWER_IN_QUESTION,
+    DUPLICATE_ANSWER,
+    DUPLICATE_QUESTION,
+    EMPTY_ANSWER,
+    FAULTS,
+    QAExample,
+    evidence_lost,
+    faults,
+    read_items,
+    words,
+)
 
 STORY = "Tom had a red ball. He lost it by the river. Anna found the ball under a stone."
 
 
-def item(question: str, *answers: str, document: str = STORY) -> Item:
-    return Item("one", 1, document, question, answers)
+def item(question: str, *answers: str, document: str = STORY) -> QAExample:
+    return QAExample("one", 1, document, question, answers)
 
 
 def test_both_shapes_are_read(tmp_path: Path) -> None:
@@ -90,7 +101,14 @@ def test_faults_are_found() -> None:
         item("Where was it?"),
         item("Was it Tom or Anna?", "Tom."),
     ]
-    assert faults(items) == [[], [], [SAME, AGAIN], [EMPTY], [EMPTY], [GIVEN]]
+    assert faults(items) == [
+        [],
+        [],
+        [DUPLICATE_ANSWER, DUPLICATE_QUESTION],
+        [EMPTY_ANSWER],
+        [EMPTY_ANSWER],
+        [ANSWER_IN_QUESTION],
+    ]
     assert items[2].references == ("Anna",)
     assert items[3].references == ("By the river",)
 

@@ -20,25 +20,25 @@ from typing import Any
 from zebra.data.documents import json_lines
 from zebra.errors import ZebraError
 
-EMPTY = "empty answer"
-SAME = "duplicate answer"
-AGAIN = "duplicate question"
-GIVEN = "answer in the question"
-LOST = "evidence cut"
-NEEDLESS = "document not needed"
+EMPTY_ANSWER = "empty answer"
+DUPLICATE_ANSWER = "duplicate answer"
+DUPLICATE_QUESTION = "duplicate question"
+ANSWER_IN_QUESTION = "answer in the question"
+EVIDENCE_CUT = "evidence cut"
+DOCUMENT_NOT_NEEDED = "document not needed"
 FAULTS = {
-    EMPTY: "a reference answer without a word, or none at all",
-    SAME: "a reference answer that stands there twice",
-    AGAIN: "a question that was asked about the same document before",
-    GIVEN: "every word of a reference answer is in the question",
-    LOST: "of each reference answer, words that the document has stand only in the part that was cut",
-    NEEDLESS: "the reference answers are as likely without the document",
+    EMPTY_ANSWER: "a reference answer without a word, or none at all",
+    DUPLICATE_ANSWER: "a reference answer that stands there twice",
+    DUPLICATE_QUESTION: "a question that was asked about the same document before",
+    ANSWER_IN_QUESTION: "every word of a reference answer is in the question",
+    EVIDENCE_CUT: "of each reference answer, words that the document has stand only in the part that was cut",
+    DOCUMENT_NOT_NEEDED: "the reference answers are as likely without the document",
 }
 """What may be wrong with an item. The last two depend on the length and on the model."""
 
 
 @dataclass(frozen=True)
-class Item:
+class QAExample:
     """A question about a document, and its reference answers.
 
     Attributes:
@@ -70,7 +70,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = ("a", "an", "the")
 
 
-def faults(items: Sequence[Item]) -> list[list[str]]:
+def faults(items: Sequence[QAExample]) -> list[list[str]]:
     """For each item what is wrong with it, as far as neither a length nor a model is needed."""
     asked: set[tuple[str, tuple[str, ...]]] = set()
     found = []
@@ -80,17 +80,17 @@ def faults(items: Sequence[Item]) -> list[list[str]]:
         place = item.document, tuple(question)
         given = any(answer and set(answer) <= set(question) for answer in answers)
         wrong = {
-            EMPTY: not answers or () in answers,
-            SAME: len(set(answers)) < len(answers),
-            AGAIN: place in asked,
-            GIVEN: given,
+            EMPTY_ANSWER: not answers or () in answers,
+            DUPLICATE_ANSWER: len(set(answers)) < len(answers),
+            DUPLICATE_QUESTION: place in asked,
+            ANSWER_IN_QUESTION: given,
         }
         asked.add(place)
         found.append([fault for fault, has in wrong.items() if has])
     return found
 
 
-def evidence_lost(item: Item, kept: str) -> bool:
+def evidence_lost(item: QAExample, kept: str) -> bool:
     """Whether each reference answer has words that the document has and the part that was kept has not."""
     lost = _vocabulary(item.document) - set(words(kept))
     return bool(item.references) and all(set(words(answer)) & lost for answer in item.references)
@@ -101,13 +101,13 @@ def _vocabulary(document: str) -> frozenset[str]:
     return frozenset(words(document))
 
 
-def read_items(file: Path) -> list[Item]:
+def read_items(file: Path) -> list[QAExample]:
     """The items of a file of JSON Lines, which may be packed (.jsonl.gz, .jsonl.zst).
 
     Raises:
         ZebraError: no such file, lines that are no items, with their numbers; no items at all.
     """
-    items: list[Item] = []
+    items: list[QAExample] = []
     bad: list[str] = []
     for number, line in json_lines(file):
         if line.strip():
@@ -134,7 +134,7 @@ class _Bad(ValueError):
     """A line that is JSON but no item."""
 
 
-def _items(number: int, record: Any) -> Iterator[Item]:
+def _items(number: int, record: Any) -> Iterator[QAExample]:
     if not isinstance(record, dict):
         raise _Bad(f"is no record but a {type(record).__name__}")
     name, document = str(record.get("id", f"line {number}")), _text(record, "document")
@@ -145,7 +145,7 @@ def _items(number: int, record: Any) -> Iterator[Item]:
     if not isinstance(asked, list) or not asked or not all(isinstance(one, dict) for one in asked):
         raise _Bad("has a qa that is no list of questions")
     for i, one in enumerate(asked):
-        yield Item(f"{name}#{i}" if several else name, number, document, _text(one, "question"), _answers(one))
+        yield QAExample(f"{name}#{i}" if several else name, number, document, _text(one, "question"), _answers(one))
 
 
 def _text(record: dict[str, Any], field: str) -> str:
