@@ -18,27 +18,26 @@ from pathlib import Path
 
 import torch
 
-from zebra.bench import ceilings
-from zebra.bench.pairing import bench
-from zebra.bench.subjects import (
+from zebra.errors import ZebraError
+from zebra.measure import ceiling_results, measure_ceilings
+from zebra.model.load import read_device
+from zebra.report import benches, page
+from zebra.report.method import method
+from zebra.report.page import Cell, Section, Table
+from zebra.report.series import interval, number, percent
+from zebra.results import Result, read_results, write_results
+from zebra_bench.pairing import bench
+from zebra_bench.subjects import (
     FAST,
     Attention,
-    Ceilings,
     Decode,
     Extended,
     Layer,
     Loss,
     Paired,
     Prefill,
-    Sizes,
     TrainStep,
 )
-from zebra.errors import ZebraError
-from zebra.report import benches, page
-from zebra.report.method import method
-from zebra.report.page import Cell, Section, Table
-from zebra.report.series import interval, number, percent
-from zebra.results import Result, read_results, write_results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,10 +45,10 @@ PAGE = ROOT / "docs" / "results" / "speed.md"
 
 _CPU = not torch.cuda.is_available()
 _BOTH = ("float32", "bfloat16")
-PARTS: dict[str, tuple[Sizes, ...]] = {
-    "ceilings": (Ceilings(), *([Ceilings(fast_float32=True)] if _CPU else [])),
+PARTS: dict[str, tuple[Paired, ...]] = {
+    "ceilings": (),
     "attention": tuple(Attention(dtype=dtype) for dtype in _BOTH),
-    "switch": (Attention(length=4096, fast_float32=_CPU, memory=False),),
+    "switch": tuple(Attention(length=4096, memory=False, matmul_precision=p) for p in ("highest", "medium")),
     "train-step": tuple(TrainStep(dtype=dtype) for dtype in _BOTH),
     "decode": (Decode(),),
     "self-extend": (
@@ -117,7 +116,7 @@ def _of(rows: Sequence[Result], run: str, dtype: str) -> list[Result]:
 
 
 def faster(run: str, dtype: str, peer: str, metric: str = "milliseconds") -> Value:
-    """How many times the peer's median is ours; where the switch was measured too, the same under it."""
+    """How many times the peer's median is ours."""
 
     def value(rows: list[Result]) -> tuple[float, str]:
         here = _of(rows, run, dtype)
@@ -128,12 +127,7 @@ def faster(run: str, dtype: str, peer: str, metric: str = "milliseconds") -> Val
         said += "".join(
             f"; {theirs.value / row.value:.1f} × by {model.removeprefix('zebra, ')}, {_spread(row)} ms"
             for model, row in others.items()
-            if not model.endswith(FAST)
         )
-        if any(row.model == peer + FAST for row in here):
-            fast, slow = _best(here, metric, fast=True), _peer(here, metric, peer + FAST)
-            said += f"; with the float32 switch on both sides {slow.value / fast.value:.1f} ×"
-            said += f", on ours alone {theirs.value / fast.value:.1f} ×"
         return theirs.value / ours.value, said
 
     return value
@@ -319,15 +313,13 @@ def write_page(results: Path, target: Path) -> None:
 def measured(part: str) -> list[Result]:
     """A part's rows."""
     rows: list[Result] = []
+    if part == "ceilings":
+        rows += ceiling_results(measure_ceilings(read_device(None)), run=part)
     for sizes in PARTS[part]:
-        if isinstance(sizes, Paired):
-            made, left_out = bench(sizes)
-            for line in left_out:
-                print(f"{part}, left out: {line}", file=sys.stderr)
-        else:
-            assert isinstance(sizes, Ceilings)
-            made = ceilings.bench(sizes)[1]
-        rows += [replace(row, run=part) for row in made]
+        results, left_out = bench(sizes)
+        for line in left_out:
+            print(f"{part}, left out: {line}", file=sys.stderr)
+        rows += [replace(row, run=part) for row in results]
     return rows
 
 

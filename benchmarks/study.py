@@ -15,7 +15,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from zebra.bench import study as bench
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.report import page, study
@@ -25,6 +24,7 @@ from zebra.report.page import Cell, Figure, Section
 from zebra.results import Result, read_results, write_results
 from zebra.train.cells import StudyRecipe, recipes_of
 from zebra.train.recipe import read_recipe
+from zebra_bench import study as bench
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -27,8 +27,8 @@ RANKS = {
     "generation": 3,
     "evaluate": 4,
     "train": 5,
-    "bench": 6,
     "doctor": 6,
+    "measure": 6,
     "report": 6,
     "pipeline": 7,
     "cli": 8,
@@ -36,7 +36,7 @@ RANKS = {
     "__init__": 9,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "files", "stripes", "masks", "positions", "provenance", "results", "plan"}
-MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "bench"}
+MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation"}
 
 
 def room(module: Path) -> str:

@@ -17,20 +17,19 @@ import torch
 from conftest import ROOT, Zebra, refused
 from transformers import DynamicCache
 
-from zebra import kernels
-from zebra.bench import alone, attention, ceilings, extended, generation, models, pairing, peers
-from zebra.bench.pairing import Variant, Work
-from zebra.bench.subjects import FAST, SUBJECTS, Attention, Decode, Extended, Layer, Loss, Prefill, TrainStep
+from zebra import kernels, measure
 from zebra.errors import ZebraError
-from zebra.kernels.precision import fast_float32
 from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache
-from zebra.model.self_extend import GroupedRotation, bounded_cache, set_self_extend
+from zebra.model.self_extend import bounded_cache
 from zebra.plan import devices
 from zebra.positions import SelfExtend
 from zebra.provenance import git_commit
 from zebra.report import bench_table, write_report
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
+from zebra_bench import alone, attention, ceilings, generation, models, pairing, peers, self_extend
+from zebra_bench.pairing import Variant, Work
+from zebra_bench.subjects import FAST, SUBJECTS, Attention, Decode, Extended, Layer, Loss, Prefill, TrainStep
 
 SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_size": 8, "intermediate": 24}
 TINY: dict[str, Any] = {
@@ -48,8 +47,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 import torch
-from zebra.bench.pairing import Case, Variant, Work
-from zebra.bench.subjects import Paired
+from zebra_bench.pairing import Case, Variant, Work
+from zebra_bench.subjects import Paired
 
 @dataclass(frozen=True, kw_only=True)
 class Known(Paired):
@@ -105,7 +104,7 @@ def test_variants_take_turns_and_the_first_turn_only_warms_up() -> None:
         return Work(prepare=prepare, suffix=suffix)
 
     variants = [Variant(name=n, layout="", works=(work(n, ""), work(n, "_both"))) for n in "ab"]
-    taken = pairing.timings(variants, 3, "cpu")
+    taken = pairing.timings(variants, 3)
     assert said[:4] == ["prepare a", "prepare a_both", "prepare b", "prepare b_both"]
     assert said[4:] == ["a", "a_both", "b", "b_both"] * 4
     assert {key: len(times) for key, times in taken.items()} == dict.fromkeys(itertools.product("ab", ("", "_both")), 3)
@@ -116,7 +115,7 @@ def test_a_row_has_the_median_with_the_least_and_the_most(
 ) -> None:
     seconds = [9.0, 0.5, 0.1, 0.3, 0.2, 0.4]  # the first is the warm-up
     clock = itertools.accumulate(itertools.chain.from_iterable((0.0, taken) for taken in seconds))
-    monkeypatch.setattr(pairing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measure.benchmark, "timer", lambda: next(clock))
     rows, _ = pairing.bench(known(log=str(tmp_path / "log"), memory=False, ceilings=peaks))
     found = {row.metric: row for row in rows}
     row = found["milliseconds_forward_backward"]
@@ -130,9 +129,9 @@ def test_a_row_has_the_median_with_the_least_and_the_most(
 
 def test_a_call_of_several_tokens_is_timed_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr(pairing.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(measure.benchmark, "timer", lambda: float(next(clock)))
     variant = Variant(name="a", layout="", works=(Work(prepare=lambda: lambda: [], calls=4),))
-    assert pairing.timings([variant], 2, "cpu") == {("a", ""): [250, 250]}
+    assert pairing.timings([variant], 2) == {("a", ""): [250, 250]}
 
 
 def test_the_gate_refuses_before_anything_is_timed(known: Any, peaks: str, tmp_path: Path) -> None:
@@ -160,7 +159,7 @@ def test_a_wrong_kernel_yields_no_row(part: str, peaks: str, monkeypatch: pytest
 def test_no_gradient_that_is_not_a_number_passes() -> None:
     one, none = torch.ones(3), torch.full((3,), float("nan"))
     for found in ([one, none], [none, one], [one, none, one]):
-        assert math.isnan(pairing.relative_error(found, [one] * len(found)))
+        assert math.isnan(measure.relative_error(found, [one] * len(found)))
 
 
 @pytest.mark.skipif(not alone._STATUS.is_file(), reason="this system does not tell a process's peak")
@@ -219,15 +218,16 @@ def test_full_logits_take_the_memory_that_they_should() -> None:
     assert 1.9 * logits < full < 5 * logits
 
 
-def test_the_float32_switch_is_a_twin_of_each_variant(peaks: str) -> None:
-    with fast_float32() as on:
-        pass
-    rows, left_out = pairing.bench(replace(TINY["loss"], memory=False, fast_float32=True, ceilings=peaks))
-    names = {row.model for row in rows if row.metric.startswith("milliseconds")}
-    plain = {"zebra", "full logits"}
-    assert names == (plain | {name + FAST for name in plain} if on else plain)
-    assert bool(left_out) != on
-    assert torch.get_float32_matmul_precision() == "highest"
+def test_another_matmul_precision_is_in_the_names(peaks: str) -> None:
+    try:
+        rows, _ = pairing.bench(replace(TINY["loss"], memory=False, matmul_precision="medium", ceilings=peaks))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert {row.model for row in rows if row.metric.startswith("milliseconds")} == {
+        "zebra" + FAST,
+        "full logits" + FAST,
+    }
 
 
 def test_executed_flops_are_those_of_the_tiles() -> None:
@@ -281,7 +281,7 @@ def test_what_another_raises_leaves_it_out() -> None:
     case = pairing.Case(task="", variants=(Variant(name="theirs", layout="", works=works, may_fail=True),))
     assert pairing.tried(case) == pairing.Case(task="", variants=(), left_out=("theirs: no such",))
     with pytest.raises(ValueError, match="no such"):
-        pairing.timings([Variant(name="ours", layout="", works=works)], 1, "cpu")
+        pairing.timings([Variant(name="ours", layout="", works=works)], 1)
 
 
 SELF_EXTEND: Any = TINY["self-extend"]
@@ -305,11 +305,11 @@ def test_the_works_of_self_extend(peaks: str) -> None:
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_two_score_matrices_are_self_extend(heads: int) -> None:
     setting = SelfExtend.parse(SELF_EXTEND.self_extend)
-    found = extended._prepare_two_matrices(SELF_EXTEND, setting, heads)()
-    wanted = extended._prepare_attention(SELF_EXTEND, setting)()[0].transpose(1, 2)
-    assert pairing.relative_error(found, [wanted]) < 1e-5
-    plain = extended._prepare_attention(SELF_EXTEND, None)()[0].transpose(1, 2)
-    assert pairing.relative_error(found, [plain]) > 1e-2
+    found = self_extend._prepare_two_matrices(SELF_EXTEND, setting, heads)()
+    wanted = self_extend._prepare_attention(SELF_EXTEND, setting)()[0].transpose(1, 2)
+    assert measure.relative_error(found, [wanted]) < 1e-5
+    plain = self_extend._prepare_attention(SELF_EXTEND, None)()[0].transpose(1, 2)
+    assert measure.relative_error(found, [plain]) > 1e-2
 
 
 @pytest.mark.parametrize("setting", ["4:20", None])
@@ -319,24 +319,24 @@ def test_the_gate_of_self_extend_sees_another_setting(
 ) -> None:
     one = None if setting is None else SelfExtend.parse(setting)
     small = replace(SELF_EXTEND, length=107)
-    assert getattr(extended, part)(small, one) < 1e-5
+    assert getattr(self_extend, part)(small, one) < 1e-5
     if one is not None:
         monkeypatch.setattr(GroupedRotation, "key_turn", lambda rope, places, total, dtype: places.query)
         monkeypatch.setattr(
-            extended, "set_self_extend", lambda model, setting: set_self_extend(model, replace(setting, group=3))
+            self_extend, "set_self_extend", lambda model, setting: set_self_extend(model, replace(setting, group=3))
         )
-        assert getattr(extended, part)(small, one) > pairing.TOLERANCE["float32"]
+        assert getattr(self_extend, part)(small, one) > measure.TOLERANCE["float32"]
 
 
 def test_two_score_matrices_take_the_heads_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 2 * SELF_EXTEND.length**2
-    monkeypatch.setattr(extended, "too_large", lambda scores, device: "too much" if scores > limit else None)
+    monkeypatch.setattr(self_extend, "too_large", lambda scores, device: "too much" if scores > limit else None)
     authors = replace(SELF_EXTEND, work="authors")
-    assert [variant.name for variant in extended.case(authors).variants][2:] == [
+    assert [variant.name for variant in self_extend.case(authors).variants][2:] == [
         "two score matrices, 2 of 4 heads at a time"
     ]
     limit = 5
-    case = extended.case(authors)
+    case = self_extend.case(authors)
     assert case.left_out == ("two score matrices: too much",)
     assert len(case.variants) == 2
 
@@ -346,10 +346,10 @@ def test_a_step_of_self_extends_decode_goes_on_from_a_filled_cache(
     setting: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []
-    monkeypatch.setattr(extended, "bounded_cache", lambda model: kept.append(bounded_cache(model)) or kept[0])
-    call = extended._prepare_decode(SELF_EXTEND, None if setting is None else SelfExtend.parse(setting))
+    monkeypatch.setattr(self_extend, "bounded_cache", lambda model: kept.append(bounded_cache(model)) or kept[0])
+    call = self_extend._prepare_decode(SELF_EXTEND, None if setting is None else SelfExtend.parse(setting))
     assert call()[0].shape == (1, 1, 50)
-    assert kept[0].get_seq_length() == SELF_EXTEND.length + 2 * extended.STEPS
+    assert kept[0].get_seq_length() == SELF_EXTEND.length + 2 * self_extend.STEPS
     assert {type(layer) for layer in kept[0].layers} == {ExtendedLayer if setting else GrowingLayer}
 
 
@@ -385,51 +385,44 @@ def test_a_filled_cache_is_what_a_prefill_leaves() -> None:
 
 def test_ceilings_go_to_the_plan_and_back(zebra: Zebra, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "machine.json"
-    done = zebra("bench", "ceilings", "--size", 64, "--out", path)
+    done = zebra("doctor", "--measure", "--size", 64, "--out", path, "--json")
     assert done.returncode == 0, done.stderr
-    assert "float32 products" in done.stdout
-    found = devices.find(path)
-    assert found.source == devices.MEASURED
-    assert found.flops["float32"] > 0
+    results = json.loads(done.stdout)["results"]
+    layer = [one for one in results if one["metric"] == "milliseconds_forward_backward"]
+    assert [one["model"] for one in layer] == ["zebra", "sdpa, dense mask"]
+    assert all(one["low"] <= one["value"] <= one["high"] for one in layer)
+    device = devices.find(path)
+    assert device.source == devices.MEASURED
+    assert {one["model"]: one["value"] for one in results}["float32 products"] == device.flops["float32"] > 0
     done = zebra("plan", ROOT / "examples/stories260K", "--length", 512, "--dtype", "float32", "--device", path)
     assert done.returncode == 0, done.stderr
-    again = ceilings.measure("cpu", size=32, repeats=1)
-    ceilings.write(path, again)
+    again = measure.measure_ceilings("cpu", size=32, repeats=1)
+    measure.write_ceilings(path, again)
     assert devices.find(path) == again
     assert [file.name for file in path.parent.iterdir()] == ["machine.json"]
 
 
+def test_a_local_layer_that_differs_from_sdpa_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(request: kernels.Request) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out, lse = kernels.banded.KERNEL.run(request)
+        return out * 1.01, lse
+
+    monkeypatch.setattr(kernels, "KERNELS", (replace(kernels.banded.KERNEL, run=wrong),))
+    with kernels.only("banded"), pytest.raises(ZebraError, match=r"differs from sdpa by 1\.0e-02"):
+        measure.local_layer("cpu", "float32", size=64, repeats=1)
+
+
+def test_options_of_measuring_need_measure(zebra: Zebra, tmp_path: Path) -> None:
+    refused(zebra("doctor", "--size", 64), "belong to --measure")
+    refused(zebra("doctor", "--measure", "--out", tmp_path), "--out is a file")
+
+
 def test_of_two_measured_ceilings_the_larger_counts() -> None:
     one, two = (devices.Device("x", {"float32": f}, b, 7, devices.MEASURED) for f, b in ((1.0, 4.0), (2.0, 3.0)))
-    assert ceilings.highest({False: one}, {False: two}) == {False: replace(one, flops={"float32": 2.0})}
+    assert ceilings.highest(one, two) == replace(one, flops={"float32": 2.0})
     fast, slow = ({"full_attention": {"float32": rate}, "sliding_attention": {"float32": 3.0}} for rate in (5.0, 4.0))
     for first, second in ((fast, slow), (slow, fast)):
-        found = ceilings.highest({True: replace(one, attention=first)}, {True: replace(two, attention=second)})
-        assert found[True].attention == fast
-
-
-def test_the_command_prints_a_table_or_json_and_appends_rows(tmp_path: Path, peaks: str, zebra: Zebra) -> None:
-    out = tmp_path / "results.jsonl"
-
-    def run(*more: str) -> str:
-        sizes = ["--length", "60", "--hidden", "16", "--words", "50", "--repeats", "2", "--no-memory", "--out"]
-        done = zebra("bench", "loss", *sizes, out, "--ceilings", peaks, *more)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    found = json.loads(run("--json"))["results"]
-    assert [json.loads(line) for line in out.read_text().splitlines()] == found
-    table = run()
-    for word in ("full logits", "planned", "least–most", "ceilings of two cores"):
-        assert word in table
-    assert len(read_results(out)) == 2 * len(found)
-
-
-def test_a_subject_has_only_its_own_options(zebra: Zebra) -> None:
-    done = zebra("bench", "loss", "--window", 5)
-    assert done.returncode == 2
-    assert "No such option" in done.stderr
-    assert "--words" in zebra("bench", "loss", "--help").stdout
+        assert ceilings.highest(replace(one, attention=first), replace(two, attention=second)).attention == fast
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -437,14 +430,13 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "heads": ("attention", {"heads": 6, "kv_heads": 4}, "multiple of --kv-heads; got 6 and 4"),
     "head size": ("decode", {"head_size": 7}, "--head-size is even"),
     "dtype": ("loss", {"dtype": "int8"}, "--dtype is one of float32, bfloat16; got 'int8'"),
-    "switch": ("loss", {"dtype": "bfloat16", "fast_float32": True}, "--fast-float32 changes float32 products"),
     "layout": ("train-step", {"stripes": "GX:9"}, "G .global. and L .local."),
     "layer": ("prefill", {"stripes": "9:5"}, "layer 9"),
     "setting": ("self-extend", {"self_extend": "auto:9"}, "GROUP:WINDOW"),
     "near alone": ("self-extend", {"length": 1024}, "beyond its window of 1,024 tokens; got --length 1,024"),
     "work": ("self-extend", {"work": "all"}, "attention, authors, decode, chunks; got 'all'"),
     "memory": ("self-extend", {"work": "chunks", "memory": False}, "memory alone; got --no-memory"),
-    "repeats": ("ceilings", {"repeats": 0}, "--repeats"),
+    "repeats": ("loss", {"repeats": 0}, "--repeats"),
     "seed": ("loss", {"seed": -1}, "--seed"),
     "words": ("train-step", {"words": 3}, "at least 4 --words"),
     "one token": ("loss", {"length": 1}, "from 2 tokens"),
@@ -459,13 +451,11 @@ def test_bad_sizes_are_refused(case: str) -> None:
         SUBJECTS[name](**sizes)
 
 
-def test_refusals_of_the_command_are_one_line(zebra: Zebra, tmp_path: Path) -> None:
-    refused(zebra("bench", "attention", "--window", 0), "--window", "got 0")
+def test_ceilings_without_the_dtype_are_refused(tmp_path: Path) -> None:
     half = tmp_path / "half.json"
     half.write_text(json.dumps({"name": "x", "flops": {"bfloat16": 1e9}, "bandwidth": 1e9}))
-    refused(zebra("bench", "loss", "--ceilings", half), "no ceiling for float32")
-    refused(zebra("bench", "decode", "--out", tmp_path), "--out is a file")
-    refused(zebra("bench", "loss", "--ceilings", "h200", "--length", 99_999_999_999), "too little memory")
+    with pytest.raises(ZebraError, match="no ceiling for float32"):
+        pairing.bench(replace(TINY["loss"], ceilings=str(half)))
 
 
 @pytest.fixture
@@ -554,7 +544,7 @@ def test_a_part_replaces_its_own_rows_alone(
     speed.main(["loss"])
     rows = read_results(file)
     assert rows[0] == other
-    named = {"float32 products", "copy", *(f"float32 attention, {kind} layer" for kind in ("global", "local"))}
+    named = {"float32 products", "copy"}
     assert {row.model for row in rows[1:]} - named == {"zebra", "full logits"}
     assert {row.run for row in rows[1:]} == {"loss"}
     page = (tmp_path / "speed.md").read_text()

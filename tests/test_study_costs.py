@@ -13,7 +13,6 @@ import torch
 from test_study import ATTENTIONS, CELLS, LENGTH, POSITIONS, config, drawn, tokens
 
 from zebra import ZebraError
-from zebra.bench import study as bench
 from zebra.kernels import summary as kernel
 from zebra.kernels.summary import summarised
 from zebra.model import study
@@ -25,6 +24,7 @@ from zebra.stripes import GLOBAL, LOCAL, summary_pairs
 from zebra.train.dry_run import _counting, dry_run
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe
+from zebra_bench import study as bench
 
 
 def planned(attention: str, positions: str = "rotary", **changes: Any) -> Run:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from zebra import __version__
-from zebra.cli import bench, data, documents, pipeline, show, tasks, training
+from zebra.cli import data, documents, pipeline, show, tasks, training
 from zebra.cli.convert import EXAMPLE as EXAMPLE_OF_CONVERT
 from zebra.cli.convert import convert
 from zebra.cli.generate import generate
@@ -29,7 +29,6 @@ app = typer.Typer(
 )
 evaluate = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 app.add_typer(evaluate, name="evaluate")
-app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 
 _ROPE = "A change of the rope: linear:8, yarn:8, llama3:8, base:5000000."
@@ -241,12 +240,36 @@ def report(
     print(f"{out}: {len(results)} results")
 
 
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """What this machine has: versions, devices, and which attention kernel serves what."""
+@app.command(epilog="zebra doctor --measure --out ceilings.json")
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure FLOP/s, bandwidth and one local layer instead; some ten seconds.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="Measure this device; a GPU where there is one otherwise.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Measure matrices of this size; 2048 on a CPU, 8192 on a GPU otherwise.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the measured ceilings for `zebra plan --device` here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show versions, devices, and which attention kernel serves which request; or measure the machine."""
     from zebra.doctor import kernels, machine
 
-    show.machine(machine(), kernels(), as_json)
+    if not measure:
+        if (device, size, out) != (None, None, None):
+            raise ZebraError("--device, --size and --out belong to --measure. Add it, or drop them.")
+        show.machine(machine(), kernels(), as_json)
+        return
+    from zebra import measure as measuring
+
+    if out is not None and out.is_dir():
+        raise ZebraError(f"--out is a file; got the folder {out}. Name a file.")
+    ceilings, results = measuring.measure(device, size=size)
+    if out is not None:
+        measuring.write_ceilings(out, ceilings)
+    show.rows(results, as_json)
 
 
 def _lengths(text: str) -> list[int]:

@@ -38,14 +38,14 @@ def run(
 
         stages = read_pipeline(recipe, set_ or [])
         if dry_run:
-            from zebra.bench.ceilings import measure
+            from zebra.measure import measure_ceilings
             from zebra.model.load import best_device
             from zebra.plan.devices import find
 
             planned = plan(stages)
             here = best_device()
             small = None if here != "cpu" else 1024
-            show.planned(planned, find(device) if device else measure(here, size=small), as_json)
+            show.planned(planned, find(device) if device else measure_ceilings(here, size=small), as_json)
             return
         done = go(stages)
     rows = [row for stage in stages for row in rows_in(stage.folder)]

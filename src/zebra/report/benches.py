@@ -1,4 +1,4 @@
-"""Rows of `zebra bench` as tables: a line for each variant and work, what was predicted beside what was measured."""
+"""Benchmark results as tables: a line for each variant and work, what was predicted beside what was measured."""
 
 from __future__ import annotations
 

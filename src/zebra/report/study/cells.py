@@ -48,7 +48,7 @@ class Study:
 
     Attributes:
         runs: the rows of each cell and seed.
-        measured: the rows of what a step costs, by `zebra.bench.study`.
+        measured: the rows of what a step costs, by `benchmarks/study.py`.
     """
 
     name: str

@@ -17,7 +17,7 @@ TIMED = (
     "the median, with the least and the most. Its memory is what a fresh process needs for the model, the optimiser "
     "and one step. Beside both stands what the plan says from the config and this machine's ceilings."
 )
-"""The same of rows of `zebra.bench.study`."""
+"""The same of the rows that `benchmarks/study.py` measures."""
 
 Show = Callable[[Result, int], Cell]
 

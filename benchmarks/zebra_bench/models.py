@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 import zebra.model.attention  # noqa: F401  registers "zebra"
-from zebra.bench.subjects import Paired
 from zebra.model.families import model_class, with_stripes
 from zebra.model.load import read_device, read_dtype
 from zebra.plan.cost import Run
 from zebra.plan.decoder import decoder
 from zebra.stripes import Stripes
+from zebra_bench.subjects import Paired
 
 
 def config(sizes: Any, stripes: Stripes | None) -> PreTrainedConfig:

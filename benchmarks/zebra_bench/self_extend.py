@@ -18,12 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from zebra.bench.generation import filled
-from zebra.bench.models import config, named, planned, random_model, random_tokens
-from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
-from zebra.bench.peers import repeated, too_large
-from zebra.bench.subjects import Extended
 from zebra.kernels import Mask
+from zebra.measure import relative_error
 from zebra.model.attention import NAME, zebra_attention
 from zebra.model.cache import ExtendedLayer, GrowingLayer
 from zebra.model.load import read_device, read_dtype
@@ -40,6 +36,11 @@ from zebra.model.self_extend import (
 from zebra.model.self_extend.formula import Formula, formula_logits
 from zebra.plan.devices import Device
 from zebra.positions import SelfExtend, grouped_key, grouped_query
+from zebra_bench.generation import filled
+from zebra_bench.models import config, named, planned, random_model, random_tokens
+from zebra_bench.pairing import Call, Case, Variant, Work
+from zebra_bench.peers import repeated, too_large
+from zebra_bench.subjects import Extended
 
 STEPS = 32
 """Tokens that a turn of decode makes; the time is that of one."""

@@ -4,20 +4,18 @@ gate       each variant of ours against the naive formula; one failure and there
 turns      turn 0: a b c   warms up
            turn 1: a b c   each variant once, so that a change of the machine's speed hits all alike
            turn 2: a b c   ... `repeats` turns; the median, with the least and the most
-memory     each variant alone in a process of its own: `zebra.bench.alone`
+memory     each variant alone in a process of its own: `zebra_bench.alone`
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import math
+import os
 import pickle
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,18 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from zebra.bench import ceilings
-from zebra.bench.ceilings import wait
-from zebra.bench.subjects import FAST, RUN, Paired
 from zebra.errors import ZebraError
-from zebra.kernels.precision import fast_float32
+from zebra.measure import TOLERANCE, ceiling_results, paired_seconds
 from zebra.model.load import device_name, read_device
 from zebra.plan.devices import Device
 from zebra.progress import bar
 from zebra.results import Result
-
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-"""The relative error, in the Frobenius norm, that a variant of ours may have against the formula."""
+from zebra_bench import ceilings
+from zebra_bench.subjects import FAST, RUN, Paired
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -76,7 +70,6 @@ class Variant:
     Attributes:
         name: the row's model.
         gate: the relative error against the formula; None for what is not ours.
-        fast: whether it runs with the faster float32 products.
         may_fail: whether it is another's, and may not run here: then it is left out, with what it said.
     """
 
@@ -84,7 +77,6 @@ class Variant:
     layout: str
     works: tuple[Work, ...]
     gate: Callable[[], float] | None = None
-    fast: bool = False
     may_fail: bool = False
 
 
@@ -98,20 +90,14 @@ class Case:
 
 
 def case_of(sizes: Paired) -> Case:
-    """The subject's case, with each variant once more under the float32 switch where that is asked for."""
+    """The subject's case, under its float32 matmul precision, which the process keeps."""
+    torch.set_float32_matmul_precision(sizes.matmul_precision)
     case: Case = importlib.import_module(sizes.module).case(sizes)
-    if not sizes.fast_float32:
-        return case
-    if not str(read_device(sizes.device)).startswith("cpu"):
-        raise ZebraError(
-            "--fast-float32 is a switch of CPUs: on a GPU it would mean TF32. Drop it, or add --device cpu."
-        )
-    with fast_float32() as on:
-        if not on:
-            reason = "fast float32: its products are not accurate on this machine"
-            return replace(case, left_out=(*case.left_out, reason))
-    twins = (replace(variant, name=variant.name + FAST, fast=True) for variant in case.variants)
-    return replace(case, variants=(*case.variants, *twins))
+    return replace(case, variants=tuple(replace(one, name=one.name + _suffix(sizes)) for one in case.variants))
+
+
+def _suffix(sizes: Paired) -> str:
+    return FAST * (sizes.matmul_precision != "highest")
 
 
 def bench(sizes: Paired) -> tuple[list[Result], tuple[str, ...]]:
@@ -122,14 +108,14 @@ def bench(sizes: Paired) -> tuple[list[Result], tuple[str, ...]]:
             cannot be measured is left out: the times are there by then.
     """
     device = read_device(sizes.device)
-    peaks = ceilings.read(sizes, device)
     case = tried(case_of(sizes))
+    peak = ceilings.read(sizes, device)
     gate(case.variants, sizes.dtype)
     pairs = [(variant, work) for variant in case.variants for work in variant.works]
     rows, left_out = [], list(case.left_out)
     with bar("measuring", sizes.repeats + 1 + len(pairs), "turns") as advance:
-        taken = timings(case.variants, sizes.repeats, device, done=lambda: advance(1))
-        peaks = ceilings.highest(peaks, ceilings.read(sizes, device))
+        taken = timings(case.variants, sizes.repeats, done=lambda: advance(1))
+        peak = ceilings.highest(peak, ceilings.read(sizes, device))
         for variant, work in pairs:
             memory = None
             try:
@@ -138,24 +124,11 @@ def bench(sizes: Paired) -> tuple[list[Result], tuple[str, ...]]:
                 left_out.append(str(refusal))
             flops = executed(variant, work) if work.counted else None
             found = _Measured(taken.get((variant.name, work.suffix), []), memory, flops)
-            rows += _rows(sizes, case, variant, work, found, peaks[variant.fast], device)
+            rows += _rows(sizes, case, variant, work, found, peak, device)
             advance(1)
-    return rows + _ceilings(sizes, peaks), tuple(left_out)
-
-
-def _ceilings(sizes: Paired, peaks: Mapping[bool, Device]) -> list[Result]:
-    """What the shares and the plan rest on."""
-    rows = []
-    for fast, found in peaks.items():
-        common: Any = {"run": RUN, "layout": "", "task": "bench ceilings", "device": found.name}
-        named = [*((f"{dtype} products", "flops_per_second", rate) for dtype, rate in found.flops.items())]
-        named += ceilings.attention_rates(found)
-        named = [one for one in named if one[0].startswith(sizes.dtype)]
-        named += [("copy", "bytes_per_second", found.bandwidth)] if not fast else []
-        rows += [
-            Result(model=name + FAST * fast, metric=metric, value=value, **common) for name, metric, value in named
-        ]
-    return rows
+    rests_on = [row for row in ceiling_results(peak, run=RUN) if row.model.startswith((sizes.dtype, "copy"))]
+    rests_on = [replace(row, model=row.model + _suffix(sizes)) for row in rests_on]
+    return rows + rests_on, tuple(left_out)
 
 
 def tried(case: Case) -> Case:
@@ -182,8 +155,7 @@ def gate(variants: Iterable[Variant], dtype: str) -> None:
     for variant in variants:
         if variant.gate is None:
             continue
-        with within(variant):
-            error = variant.gate()
+        error = variant.gate()
         if not error <= TOLERANCE[dtype]:
             raise ZebraError(
                 f"{variant.name} is off by {error:.1e} of the formula, more than {TOLERANCE[dtype]:.0e} in {dtype}. "
@@ -191,37 +163,19 @@ def gate(variants: Iterable[Variant], dtype: str) -> None:
             )
 
 
-def within(variant: Variant) -> contextlib.AbstractContextManager[Any]:
-    """The setting that a variant runs in."""
-    return fast_float32() if variant.fast else contextlib.nullcontext()
-
-
 def timings(
-    variants: Sequence[Variant], repeats: int, device: str, done: Callable[[], object] = lambda: None
+    variants: Sequence[Variant], repeats: int, done: Callable[[], object] = lambda: None
 ) -> dict[tuple[str, str], list[float]]:
     """Milliseconds of each variant and work, turn by turn."""
-    timed = [(v, work) for v in variants for work in v.works if not work.whole]
-    calls = {(v.name, work.suffix): work.prepare() for v, work in timed}
-    taken: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    for turn in range(repeats + 1):
-        for variant, work in timed:
-            key = variant.name, work.suffix
-            with within(variant):
-                wait(device)
-                start = time.perf_counter()
-                calls[key]()
-                wait(device)
-                seconds = time.perf_counter() - start
-            if turn:  # the first one warms up
-                taken[key].append(1000 * seconds / work.calls)
-        done()
-    return taken
+    works = {(v.name, work.suffix): work for v in variants for work in v.works if not work.whole}
+    seconds = paired_seconds({key: work.prepare() for key, work in works.items()}, repeats, done)
+    return {key: [1000 * one / works[key].calls for one in taken] for key, taken in seconds.items()}
 
 
 def executed(variant: Variant, work: Work) -> int:
     """FLOPs of the products that are really computed, hidden pairs of a tile included."""
     call = work.prepare()
-    with within(variant), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() // work.calls
 
@@ -235,7 +189,10 @@ def alone(sizes: Paired, variant: str, suffix: str) -> int | None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what this process keeps for later, the other one needs
     asked = pickle.dumps((sizes, variant, suffix, torch.get_num_threads()))
-    done = subprocess.run([sys.executable, "-m", "zebra.bench.alone"], input=asked, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "zebra_bench.alone"], input=asked, capture_output=True, env=environment
+    )
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no word: perhaps memory ran out"]
         raise ZebraError(f"measuring the memory of {variant} ended with code {done.returncode}: {last[0]}")
@@ -279,10 +236,3 @@ def _rows(
     return rows + [
         Result(metric=name + work.suffix, value=value, **common) for name, value in numbers.items() if value is not None
     ]
-
-
-def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest of the tensors' errors, each in the Frobenius norm over the norm of what is wanted; NaN if one is."""
-    pairs = zip(found, wanted, strict=True)
-    errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
-    return max(errors, key=lambda error: (math.isnan(error), error))  # `max` alone passes over NaN

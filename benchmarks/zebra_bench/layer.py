@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zebra.bench.models import config, named, planned, random_model
-from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
-from zebra.bench.peers import flex_reason, too_large
-from zebra.bench.subjects import Layer
+from zebra.measure import relative_error
 from zebra.model.attention import NAME
 from zebra.model.load import read_device, read_dtype
 from zebra.plan.cost import Run
 from zebra.plan.devices import Device
 from zebra.stripes import Stripes
+from zebra_bench.models import config, named, planned, random_model
+from zebra_bench.pairing import Call, Case, Variant, Work
+from zebra_bench.peers import flex_reason, too_large
+from zebra_bench.subjects import Layer
 
 _PARTS = ("projections", "attention", "MLP", "elementwise")
 

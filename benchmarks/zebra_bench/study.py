@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from zebra import kernels
-from zebra.bench import ceilings
-from zebra.bench.pairing import Call, Case, Variant, Work, bench, relative_error
-from zebra.bench.subjects import RUN, Paired
 from zebra.kernels.summary import formula
+from zebra.measure import measure_ceilings, relative_error, write_ceilings
 from zebra.model.attention import NAME
 from zebra.model.families import model_class
 from zebra.model.load import read_device
@@ -38,6 +36,8 @@ from zebra.train.measuring import local_for
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe, Training
 from zebra.train.trainer import optimizer_of
+from zebra_bench.pairing import Call, Case, Variant, Work, bench
+from zebra_bench.subjects import RUN, Paired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Steps(Paired):
 
     name = "study"
     about = "A training step of each cell of a study."
-    module: ClassVar[str] = "zebra.bench.study"
+    module: ClassVar[str] = "zebra_bench.study"
 
     recipes: tuple[PretrainRecipe, ...]
 
@@ -77,7 +77,7 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
     with tempfile.TemporaryDirectory() as folder:
         options.setdefault("ceilings", str(Path(folder) / "ceilings.json"))
         if not Path(options["ceilings"]).exists():  # once for all, and all plans rest on the same
-            ceilings.write(Path(options["ceilings"]), ceilings.measure(read_device(options.get("device")), repeats=3))
+            write_ceilings(Path(options["ceilings"]), measure_ceilings(read_device(options.get("device")), repeats=3))
         measured = [
             bench(Steps(recipes=tuple(found.values()), dtype=dtype, batch=batch, **options))
             for (_, dtype, batch), found in cells.items()

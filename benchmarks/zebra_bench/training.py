@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zebra.bench.models import config, named, planned, random_model, random_tokens
-from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
-from zebra.bench.subjects import TrainStep
+from zebra.measure import relative_error
 from zebra.model.attention import NAME
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.stripes import Stripes
+from zebra_bench.models import config, named, planned, random_model, random_tokens
+from zebra_bench.pairing import Call, Case, Variant, Work
+from zebra_bench.subjects import TrainStep
 
 Loss = Callable[[Any, Tensor], Tensor]
 

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from zebra import kernels
-from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
-from zebra.bench.peers import PEERS, Attend
-from zebra.bench.subjects import Attention
 from zebra.kernels import KERNELS, Mask, Request, attend
+from zebra.measure import relative_error
 from zebra.model.load import read_device, read_dtype
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import decoder
 from zebra.plan.devices import Device
 from zebra.stripes import Stripes
+from zebra_bench.pairing import Call, Case, Variant, Work
+from zebra_bench.peers import PEERS, Attend
+from zebra_bench.subjects import Attention
 
 _COUNTED = frozenset({"banded"})
 """Kernels made of torch's own products, which its counter of FLOPs sees one by one; a fused kernel it only guesses."""

@@ -1,4 +1,4 @@
-"""What can be measured: each subject's sizes, which are the options of `zebra bench SUBJECT`. Standard library only."""
+"""What can be measured: each subject's sizes. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from zebra.stripes import Stripes
 
 DTYPES = ("float32", "bfloat16")
 RUN = "bench"
+"""The results' run."""
 FAST = ", fast float32"
-"""The rows' run, and what stands behind the name of what ran under the float32 switch."""
+"""Behind the names of what ran under torch's float32 matmul precision `medium`."""
 
 WORKS = ("attention", "authors", "decode", "chunks")
 """What is measured of Self-Extend."""
@@ -27,8 +28,7 @@ class Sizes:
     """What every subject can be told.
 
     Raises:
-        ZebraError: a size below 1, another dtype, heads that no query group fits, a layout that is none, the float32
-            switch in another dtype.
+        ZebraError: a size below 1, another dtype, heads that no query group fits, a layout that is none.
     """
 
     name: ClassVar[str]
@@ -38,7 +38,6 @@ class Sizes:
     repeats: int = _size(5, "Timed turns; the median is taken.")
     seed: int = _size(0, "Seed of the random numbers.")
     device: str | None = _size(None, "Where to run; a GPU where there is one.")
-    fast_float32: bool = _size(False, "Also with the faster float32 products of a CPU.")
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -52,24 +51,12 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ceilings(Sizes):
-    """The device's own peaks."""
-
-    name = "ceilings"
-    about = (
-        "Measured peaks of this machine: matrix products by dtype, copies, memory; a file for `zebra plan --device`."
-    )
-    module = "zebra.bench.ceilings"
-
-    size: int | None = _size(None, "Rows of the square matrices; 2,048 on a CPU, 8,192 on a GPU.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Paired(Sizes):
     """What every subject with variants can be told besides."""
 
     dtype: str = _size("float32", "float32 or bfloat16; of a training step, autocast over float32 weights.")
     batch: int = _size(1, "Rows at a time.")
+    matmul_precision: str = _size("highest", "torch.set_float32_matmul_precision: highest or medium.")
     ceilings: str | None = _size(None, "A file of ceilings; measured first otherwise.")
     memory: bool = _size(True, "Peak memory too, from a fresh process for each variant.")
 
@@ -79,8 +66,6 @@ class Paired(Sizes):
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise ZebraError(f"--dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}. Choose one.")
-        if self.fast_float32 and self.dtype != "float32":
-            raise ZebraError(f"--fast-float32 changes float32 products; got --dtype {self.dtype}. Drop one of them.")
         heads, kv_heads = getattr(self, "heads", 1), getattr(self, "kv_heads", 1)
         if heads % kv_heads:
             raise ZebraError(f"--heads is a multiple of --kv-heads; got {heads} and {kv_heads}.")
@@ -103,7 +88,7 @@ class Attention(Paired):
 
     name = "attention"
     about = "One layer's attention, forward and forward + backward: our kernels against sdpa, eager, flex, flash-attn."
-    module = "zebra.bench.attention"
+    module = "zebra_bench.attention"
 
     length: int = _size(16384, "Tokens.")
     window: int = _size(512, "Keys that a query sees, its own included.")
@@ -118,7 +103,7 @@ class Layer(Paired):
 
     name = "layer"
     about = 'One local decoder layer of the host under attention "zebra", sdpa, eager and flex.'
-    module = "zebra.bench.layer"
+    module = "zebra_bench.layer"
 
     length: int = _size(8192, "Tokens.")
     window: int = _size(512, "Keys that a query sees, its own included.")
@@ -134,7 +119,7 @@ class TrainStep(Paired):
 
     name = "train-step"
     about = "A step of training a random model: forward, loss, backward, fused AdamW; ours against the host's default."
-    module = "zebra.bench.training"
+    module = "zebra_bench.training"
 
     length: int = _size(8192, "Tokens of a row.")
     stripes: str = _size("GLLL:512", "The layout.")
@@ -164,7 +149,7 @@ class Prefill(_Generation):
 
     name = "prefill"
     about = "A text read into the cache: ours against the host's, striped and dense."
-    module = "zebra.bench.generation"
+    module = "zebra_bench.generation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +158,7 @@ class Decode(_Generation):
 
     name = "decode"
     about = "One token after a cached text: our cache and attention against the host's, striped and dense."
-    module = "zebra.bench.generation"
+    module = "zebra_bench.generation"
 
     length: int = _size(32768, "Tokens in the cache.")
 
@@ -184,7 +169,7 @@ class Loss(Paired):
 
     name = "loss"
     about = "Head and loss, forward + backward: ours against full logits."
-    module = "zebra.bench.loss"
+    module = "zebra_bench.loss"
 
     length: int = _size(16384, "Tokens.")
     hidden: int = _size(512, "Hidden size.")
@@ -201,7 +186,7 @@ class Extended(Paired):
 
     name = "self-extend"
     about = "Self-Extend against plain causal attention: a layer's prefill and decode, a model's decode, peak memory."
-    module = "zebra.bench.extended"
+    module = "zebra_bench.self_extend"
 
     work: str | None = _size(
         None,
@@ -228,6 +213,6 @@ class Extended(Paired):
             raise ZebraError("--work chunks measures memory alone; got --no-memory. Drop one of them.")
 
 
-SUBJECTS: dict[str, type[Sizes]] = {
-    subject.name: subject for subject in (Attention, Layer, TrainStep, Prefill, Decode, Extended, Loss, Ceilings)
+SUBJECTS: dict[str, type[Paired]] = {
+    subject.name: subject for subject in (Attention, Layer, TrainStep, Prefill, Decode, Extended, Loss)
 }

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zebra.bench.pairing import Case, Variant, Work, relative_error
-from zebra.bench.subjects import Loss
+from zebra.measure import relative_error
 from zebra.model.load import read_device, read_dtype
 from zebra.model.loss import Head, summed_loss
 from zebra.plan.cost import Run
 from zebra.plan.decoder import decoder
 from zebra.plan.devices import Device
+from zebra_bench.pairing import Case, Variant, Work
+from zebra_bench.subjects import Loss
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 

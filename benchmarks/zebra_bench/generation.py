@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from zebra.bench.models import config, named, planned, random_model, random_tokens
-from zebra.bench.pairing import Call, Case, Variant, Work, relative_error
-from zebra.bench.subjects import Decode, Extended, Prefill
+from zebra.measure import relative_error
 from zebra.model.attention import NAME
 from zebra.model.cache import PendingKeys, StripedCache
 from zebra.model.load import read_device, read_dtype
 from zebra.stripes import Stripes
+from zebra_bench.models import config, named, planned, random_model, random_tokens
+from zebra_bench.pairing import Call, Case, Variant, Work
+from zebra_bench.subjects import Decode, Extended, Prefill
 
 STEPS = 8
 """Tokens that a turn of decode makes; the time is that of one."""

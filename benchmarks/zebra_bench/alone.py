@@ -1,4 +1,4 @@
-"""Peak memory of one variant in a process of its own: `python -m zebra.bench.alone`, asked on stdin by `pairing`.
+"""Peak memory of one variant in a process of its own: `python -m zebra_bench.alone`, asked on stdin by `pairing`.
 
     inputs made │ level ... the call ... peak │      extra = peak - level - bytes of the outputs
                                                      of a work that is `whole`, the peak as it is
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import benchmark
 
-from zebra.bench.ceilings import wait
-from zebra.bench.pairing import Work, case_of, within
 from zebra.model.load import read_device
+from zebra_bench.pairing import Work, case_of
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -38,12 +38,11 @@ def main() -> None:
     case = case_of(sizes)
     variant = next(one for one in case.variants if one.name == name)
     work = next(one for one in variant.works if one.suffix == suffix)
-    with within(variant):
-        if variant.gate is not None:
-            variant.gate()
-        elif variant.may_fail:
-            work.prepare()()  # it compiles
-        found = peak_bytes(work, device) if work.whole else extra_bytes(work, device)
+    if variant.gate is not None:
+        variant.gate()
+    elif variant.may_fail:
+        work.prepare()()  # it compiles
+    found = peak_bytes(work, device) if work.whole else extra_bytes(work, device)
     print("unknown" if found is None else found)
 
 
@@ -55,7 +54,7 @@ def extra_bytes(work: Work, device: str) -> int | None:
     if level is None:
         return None
     outputs = (call or work.prepare())()
-    wait(device)
+    benchmark.timer()  # waits for a GPU
     return max(0, _peak(device) - level - _bytes(outputs))
 
 
@@ -64,7 +63,7 @@ def peak_bytes(work: Work, device: str) -> int | None:
     if not device.startswith("cuda") and not _STATUS.is_file():
         return None
     work.prepare()()
-    wait(device)
+    benchmark.timer()  # waits for a GPU
     return _peak(device)
 
 

@@ -1,0 +1,236 @@
+"""What this machine reaches: its ceilings, and one local layer beside torch's sdpa (`zebra doctor --measure`).
+
+    flops       2 size^3 / seconds of a square matrix product, by dtype
+    attention   14 D H visible pairs / seconds of a layer's forward and backward pass, global and local
+    bandwidth   2 bytes / seconds of a large copy, which reads and writes
+
+A ceiling is what the device can do, so it takes the least time of a few repeats. The two layers take turns, and their
+times are medians.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import timeit
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils import benchmark
+
+from zebra.errors import ZebraError
+from zebra.files import atomic_write
+from zebra.kernels import Mask, attend
+from zebra.model.load import device_name, read_device
+from zebra.plan.devices import MEASURED, Device
+from zebra.progress import bar
+from zebra.results import Result, to_json
+from zebra.stripes import GLOBAL, LOCAL, visible_pairs
+
+Name = TypeVar("Name", bound=Hashable)
+
+HEADS, HEAD_DIM = 8, 64
+"""Of the attention layers that are measured."""
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+"""The relative error, in the Frobenius norm, that a kernel may have against another way to compute the same."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SUPPORTED = 0.25
+"""The device does not support a dtype whose rate is less than this share of float32's."""
+
+
+def measure(device: str | None = None, *, size: int | None = None, repeats: int = 5) -> tuple[Device, list[Result]]:
+    """The ceilings of a device and the times of one local layer, with a progress bar. Some ten seconds.
+
+    Args:
+        device: a GPU where there is one if None.
+        size: rows of the largest matrices, and tokens of the layers; 2,048 on a CPU, 8,192 on a GPU if None.
+
+    Raises:
+        ZebraError: no such device, or a local layer that differs from sdpa.
+    """
+    device = read_device(device)
+    size = size or _size(device)
+    with bar("measuring", 4 + repeats + 1, "steps") as advance, _on(device):
+        ceilings = measure_ceilings(device, size=size, repeats=repeats, done=lambda: advance(1))
+        results = ceiling_results(ceilings, run="doctor")
+        dtype = "bfloat16" if device.startswith("cuda") and "bfloat16" in ceilings.flops else "float32"
+        return ceilings, results + local_layer(device, dtype, size=size, repeats=repeats, done=lambda: advance(1))
+
+
+def measure_ceilings(
+    device: str, *, size: int | None = None, repeats: int = 5, done: Callable[[], object] = lambda: None
+) -> Device:
+    """The ceilings of a device: FLOP/s of products and of attention by dtype, bytes/s, memory. About two seconds."""
+    size = size or _size(device)
+    flops = dict(_products(device, size, repeats))
+    done()
+    attention = {}
+    for kind, window in ((GLOBAL, None), (LOCAL, max(1, size // 4))):
+        pairs = visible_pairs(size, window)
+        attention[kind] = {
+            dtype: 14 * HEAD_DIM * HEADS * pairs / _least(_layer(device, dtype, size, partial(_ours, window)), repeats)
+            for dtype in flops
+        }
+        done()
+    source = torch.empty(min(1 << 30, 64 * size * size), dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / _least(lambda: target.copy_(source), repeats)
+    done()
+    return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED, attention)
+
+
+def local_layer(
+    device: str, dtype: str, *, size: int, repeats: int, done: Callable[[], object] = lambda: None
+) -> list[Result]:
+    """Milliseconds of a local layer's forward and backward pass: ours, and torch's sdpa under a band mask.
+
+    Raises:
+        ZebraError: outputs or gradients of the two differ by more than rounding.
+    """
+    window = max(1, size // 4)
+    position = torch.arange(size, device=device)
+    band = Mask(window).visible(position, position)
+    calls = {
+        "zebra": _layer(device, dtype, size, partial(_ours, window)),
+        "sdpa, dense mask": _layer(
+            device, dtype, size, lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=band)
+        ),
+    }
+    error = relative_error(*(call() for call in calls.values()))
+    if not error <= TOLERANCE[dtype]:
+        raise ZebraError(f"our local layer differs from sdpa by {error:.1e}, more than {TOLERANCE[dtype]:.0e}.")
+    task = f"bench attention: window {window}, {HEADS} heads of {HEAD_DIM}, {dtype}"
+    common: Any = {"run": "doctor", "layout": f"L:{window}", "task": task, "length": size}
+    return [
+        Result(
+            model=name,
+            metric="milliseconds_forward_backward",
+            value=1000 * statistics.median(seconds),
+            low=1000 * min(seconds),
+            high=1000 * max(seconds),
+            n=repeats,
+            device=device_name(device),
+            **common,
+        )
+        for name, seconds in paired_seconds(calls, repeats, done).items()
+    ]
+
+
+def paired_seconds(
+    calls: Mapping[Name, Callable[[], object]], repeats: int, done: Callable[[], object] = lambda: None
+) -> dict[Name, list[float]]:
+    """Seconds of calls that take turns, so that a change of the machine's speed affects all alike.
+
+    turn 0: a b c   warms up
+    turn 1: a b c   each call once; torch's clock waits for the accelerator
+    turn 2: a b c   ... `repeats` turns
+    """
+    timers = {name: timeit.Timer(call, timer=benchmark.timer) for name, call in calls.items()}
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, timer in timers.items():
+            elapsed = timer.timeit(number=1)
+            if turn:
+                seconds[name].append(elapsed)
+        done()
+    return seconds
+
+
+def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest of the tensors' errors, each in the Frobenius norm relative to the expected; NaN if one is."""
+    pairs = zip(results, expected, strict=True)
+    errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
+    return max(errors, key=lambda error: (math.isnan(error), error))  # `max` alone passes over NaN
+
+
+def ceiling_results(ceilings: Device, *, run: str) -> list[Result]:
+    """The ceilings of a device as results."""
+    numbers: list[tuple[str, str, float]] = [
+        *((f"{dtype} products", "flops_per_second", rate) for dtype, rate in ceilings.flops.items()),
+        *(
+            (f"{dtype} attention, {'global' if kind == GLOBAL else 'local'} layer", "flops_per_second", rate)
+            for kind, rates in ceilings.attention.items()
+            for dtype, rate in rates.items()
+        ),
+        ("copy", "bytes_per_second", ceilings.bandwidth),
+    ]
+    if ceilings.memory is not None:
+        numbers.append(("memory", "bytes", ceilings.memory))
+    common: Any = {"run": run, "layout": "", "task": "bench ceilings", "device": ceilings.name}
+    return [Result(model=name, metric=metric, value=value, **common) for name, metric, value in numbers]
+
+
+def write_ceilings(path: Path, ceilings: Device) -> None:
+    """Write the file that `zebra plan --device` reads; it is whole or absent."""
+    tree = {
+        "name": ceilings.name,
+        "flops": dict(ceilings.flops),
+        "attention": {kind: dict(rates) for kind, rates in ceilings.attention.items()},
+        "bandwidth": ceilings.bandwidth,
+        "memory": ceilings.memory,
+    }
+    atomic_write(path, to_json(tree, indent=2) + "\n")
+
+
+def _size(device: str) -> int:
+    return 8192 if device.startswith("cuda") else 2048
+
+
+def _on(device: str) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, which is the one that torch's clock waits for."""
+    return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
+
+
+def _products(device: str, size: int, repeats: int) -> Iterator[tuple[str, float]]:
+    """FLOP/s by dtype. Smaller products show first whether the device supports the dtype at all."""
+    single: dict[int, float] = {}
+    for name, dtype in _DTYPES.items():
+        for n in (max(1, size // 16), max(1, size // 4), size):
+            a, b = torch.randn(2, n, n, device=device).to(dtype)
+            # A small product takes microseconds, which any interruption doubles: it is repeated more often.
+            rate = 2 * n**3 / _least(partial(torch.mm, a, b), repeats * (size // n))
+            if rate < _SUPPORTED * single.setdefault(n, rate):
+                break
+        else:
+            yield name, rate
+
+
+def _layer(
+    device: str, dtype: str, size: int, attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Callable[[], Sequence[Tensor]]:
+    """A call of one attention layer's forward and backward pass: the output and the gradients of q, k and v."""
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 1, HEADS, size, HEAD_DIM, device=device).to(_DTYPES[dtype]).requires_grad_()
+
+    def step() -> Sequence[Tensor]:
+        out = attention(q, k, v)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+    return step
+
+
+def _ours(window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v, Mask(window), with_lse=False)[0]
+
+
+def _least(call: Callable[[], object], repeats: int) -> float:
+    """The least seconds of a call, after one that warms up."""
+    return min(paired_seconds({"call": call}, repeats)["call"])
+
+
+def _memory(device: str) -> int | None:
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
