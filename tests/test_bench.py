@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from zebra import kernels, measure
 from zebra.errors import ZebraError
 from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache
-from zebra.model.self_extend import bounded_cache
+from zebra.model.self_extend import GroupedRotation, bounded_cache, set_self_extend
 from zebra.plan import devices
 from zebra.positions import SelfExtend
 from zebra.provenance import git_commit
