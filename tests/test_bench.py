@@ -24,7 +24,7 @@ from zebra.model.self_extend import GroupedRotation, bounded_cache, set_self_ext
 from zebra.plan import devices
 from zebra.positions import SelfExtend
 from zebra.provenance import git_commit
-from zebra.report import bench_table, write_report
+from zebra.report import terminal_tables, write_report
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
 from zebra_bench import alone, attention, ceilings, generation, models, pairing, peers, self_extend
@@ -206,7 +206,7 @@ def test_every_subject_runs_and_its_rows_render(name: str, dtype: str, peaks: st
     page = (tmp_path / "page.md").read_text()
     assert "Other rows" not in page
     assert "planned ms" in page
-    assert bench_table(rows).row_count == 2
+    assert len(terminal_tables(rows)) == 2
 
 
 @pytest.mark.skipif(not alone._STATUS.is_file(), reason="this system does not tell a process's peak")

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from zebra import ZebraError
-from zebra.report import answer_table, position_table, retrieval_table, write_report
+from zebra.report import terminal_tables, write_report
 from zebra.results import Result
 
 MADE: dict[str, Any] = {"seed": 3, "device": "cpu, 2 threads", "versions": {"torch": "2.13.0"}, "commit": "abc123"}
@@ -188,8 +188,6 @@ def test_refusals(tmp_path: Path) -> None:
         write_report([], tmp_path / "report.html")
     with pytest.raises(ZebraError, match=r"report\.html"):
         write_report(a_run(), tmp_path / "report.pdf")
-    with pytest.raises(ZebraError, match="Evaluate first"):
-        position_table([row for row in a_run() if row.task == "cost"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -208,7 +206,7 @@ def test_a_kill_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_table_fits_the_terminal() -> None:
     console = Console(width=100, file=io.StringIO())
-    console.print(position_table(a_run()))
+    console.print(*terminal_tables(a_run()))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 100
@@ -259,7 +257,7 @@ def test_a_second_seed_is_shown_and_not_lost(tmp_path: Path) -> None:
 def test_the_terminal_has_retrieval_by_length_and_depth() -> None:
     rows = [found("full", length=length, depth=depth) for length in (4096, 8192) for depth in (0.0, 1.0)]
     out = io.StringIO()
-    Console(file=out, width=120).print(retrieval_table(rows))
+    Console(file=out, width=120).print(*terminal_tables(rows))
     shown = out.getvalue()
     assert "8,192" in shown
     assert shown.count("75\N{NO-BREAK SPACE}%") == 4
@@ -287,5 +285,5 @@ def test_tuning_is_a_loss_for_each_suite_and_what_it_was_tuned_on(tmp_path: Path
     assert "report-answers.svg" in markdown
     assert "report-instructions-1.svg" in markdown
     shown = io.StringIO()
-    Console(file=shown, width=80).print(answer_table(rows))
+    Console(file=shown, width=80).print(*terminal_tables(rows))
     assert "3.67" in shown.getvalue()

@@ -62,27 +62,14 @@ def rows(found: Sequence[Result], as_json: bool, out: Path | None = None) -> Non
     if as_json:
         json({"results": [row.columns() for row in found]})
     else:
-        _tables(found)
+        from zebra.report import terminal_tables
+
+        for table in terminal_tables(found):
+            _print(table)
     if out is not None:
         from zebra.results import append_results
 
         append_results(out, found)
-
-
-def _tables(found: Sequence[Result]) -> None:
-    from zebra import report
-
-    shown = {
-        report.position_table: lambda row: row.metric == "perplexity",
-        report.retrieval_table: lambda row: row.task.startswith("retrieval-"),
-        report.task_table: lambda row: row.task.startswith(("harness-", "documents-")),
-        report.selection_table: lambda row: row.task.startswith("selection-"),
-        report.answer_table: lambda row: row.metric == "answer_loss",
-        report.bench_table: lambda row: row.task.startswith("bench "),
-    }
-    for table, belongs in shown.items():
-        if any(map(belongs, found)):
-            _print(table(found))
 
 
 def planned(found: Sequence[Planned], device: Device, as_json: bool) -> None:

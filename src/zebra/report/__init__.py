@@ -6,7 +6,7 @@ renderings of them. Rows that no section understands stand in a plain table at t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich import table as terminal
@@ -33,16 +33,7 @@ from zebra.report.page import Cell, Chapter, Figure
 from zebra.report.series import by_kind, groups_of
 from zebra.results import Result
 
-__all__ = [
-    "answer_table",
-    "bench_table",
-    "merge_sources",
-    "position_table",
-    "retrieval_table",
-    "selection_table",
-    "task_table",
-    "write_report",
-]
+__all__ = ["merge_sources", "terminal_tables", "write_report"]
 
 
 def write_report(
@@ -100,57 +91,30 @@ def write_report(
     atomic_write(html, page.html(title, verdict, parts, results))
 
 
-def position_table(rows: Sequence[Result]) -> terminal.Table:
-    """Perplexity by position for the terminal: a column for each model and layout, before and after, with the change.
+def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:
+    """The tables of results for a terminal: perplexity by position, retrieval, tasks, selections, answers, benchmarks.
 
-    Raises:
-        ZebraError: no rows of perplexity by position.
+    Each is that of the page; what has no table of its own there has none here.
     """
-    _refuse_empty(rows)
-    groups = groups_of(by_kind(rows)["position"])
-    if not groups:
-        tasks = ", ".join(sorted({row.task for row in rows}))
-        raise ZebraError(
-            f"a table by position needs rows of a task perplexity-*; got the tasks {tasks}. Evaluate first."
-        )
-    return _grid(sections.position_tables(groups))
+    kinds = by_kind(results)
+    tables = [
+        *sections.position_tables(groups_of(kinds["position"])),
+        *retrieval.retrieval_tables(kinds["retrieval"]),
+        *tasks.task_tables(kinds["task"]),
+        *selection.selection_tables(kinds["selection"]),
+        *answers.answer_tables(kinds["answers"]),
+        *benches.bench_tables(kinds["bench"]),
+    ]
+    return [_for_terminal(table) for table in tables]
 
 
-def bench_table(rows: Sequence[Result]) -> terminal.Table:
-    """Measured time and memory for the terminal, beside the plan's prediction and the device's ceilings."""
-    return _grid(benches.bench_tables(by_kind(rows)["bench"]))
-
-
-def answer_table(rows: Sequence[Result]) -> terminal.Table:
-    """The loss on answers for the terminal, before and after."""
-    return _grid(answers.answer_tables(by_kind(rows)["answers"]))
-
-
-def retrieval_table(rows: Sequence[Result]) -> terminal.Table:
-    """Shares of answers found for the terminal, length across and depth down."""
-    return _grid(retrieval.retrieval_tables(by_kind(rows)["retrieval"]))
-
-
-def task_table(rows: Sequence[Result]) -> terminal.Table:
-    """Tasks and questions about documents for the terminal, a line for each metric and length across."""
-    return _grid(tasks.task_tables(by_kind(rows)["task"]))
-
-
-def selection_table(rows: Sequence[Result]) -> terminal.Table:
-    """For the terminal what each layer is needed for, and what the choice is worth on the held-out rows."""
-    return _grid(selection.selection_tables(by_kind(rows)["selection"]))
-
-
-def _grid(tables: Sequence[page.Table]) -> terminal.Table:
-    grid = terminal.Table.grid()
-    for table in tables:
-        shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
-        for i, cell in enumerate(table.head):
-            shown.add_column(Text.assemble(cell.text, ("\n" + cell.dim, "dim")), justify="right" if i else "left")
-        for line in table.body:
-            shown.add_row(*(Text.assemble(c.text, (f" {c.dim}" if c.dim else "", "dim")) for c in line))
-        grid.add_row(shown)
-    return grid
+def _for_terminal(table: page.Table) -> terminal.Table:
+    shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
+    for i, cell in enumerate(table.head):
+        shown.add_column(Text.assemble(cell.text, ("\n" + cell.dim, "dim")), justify="right" if i else "left")
+    for line in table.body:
+        shown.add_row(*(Text.assemble(cell.text, (f" {cell.dim}" if cell.dim else "", "dim")) for cell in line))
+    return shown
 
 
 def _refuse_empty(rows: Sequence[Result]) -> None:
