@@ -17,12 +17,14 @@ from pathlib import Path
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
-from zebra.report import page, study
+from zebra.report import page
 from zebra.report.figures import standalone
 from zebra.report.method import method, others
 from zebra.report.page import Cell, Figure, Section
 from zebra.results import Result, read_results, write_results
-from zebra.train.cells import StudyRecipe, recipes_of
+from zebra.study.cells import parted
+from zebra.study.page import sections, verdict
+from zebra.study.recipe import StudyRecipe, recipes_of
 from zebra.train.recipe import read_recipe
 from zebra_bench import study as bench
 
@@ -70,17 +72,17 @@ def write_page(name: str, rows: list[Result], pages: Path, images: Path) -> None
     Raises:
         ZebraError: rows without a study.
     """
-    studies, rest = study.parted(rows)
+    studies, rest = parted(rows)
     if not studies:
         raise ZebraError(
             f"the {len(rows):,} rows of {name} hold no study of two cells or more. Give the run of a grid."
         )
-    parts = [section for i, one in enumerate(studies, start=1) for section in study.sections(one, i)]
+    parts = [section for i, one in enumerate(studies, start=1) for section in sections(one, i)]
     caveats = Section("What to keep in mind", list(CAVEATS.get(name, [])))
     parts = [_short(section) for section in (caveats, *parts, method(rows), others(rest)) if section.blocks]
     for block in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
         atomic_write(images / f"{name}-{block.name}.svg", standalone(block.svg) + "\n")
-    said = [study.verdict(one) for one in studies]
+    said = [verdict(one) for one in studies]
     made = [Cell(f"benchmarks/study.py wrote this page from the rows in benchmarks/results/{name}.jsonl.")]
     stem = f"../{images.name}/{name}"
     atomic_write(pages / f"{name}.md", page.markdown(stem, f"The from-scratch study: {name}", [*said, made], parts))

@@ -75,12 +75,9 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "zebra_study": {},
-    "zebra_study-unturned": {"model_type": "zebra_study", "position_embedding": "none"},
 }
-"""One tiny member for each row of the family table that has a route."""
-EVERY_MEMBER = tuple(
-    member for member in MEMBERS if member != "zebra_study-unturned"
-)  # which tests/test_study.py tests
+"""One tiny member for each row of the family table that has a route, and one of the study."""
+EVERY_MEMBER = tuple(MEMBERS)
 UNROUTED: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "arcee": {},
@@ -111,6 +108,8 @@ def fitting(member: str, layout: str) -> str:
 def tiny_config(member: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
+    import zebra.study.model  # noqa: F401  # registers its family
+
     shape = SHAPE | (MEMBERS | UNROUTED).get(member, {}) | changes
     return AutoConfig.for_model(shape.pop("model_type", member), **shape)
 
@@ -135,7 +134,7 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def kind_of(recipe: Path) -> type:
     """The class of one of the repository's recipes."""
-    from zebra.train.cells import StudyRecipe
+    from zebra.study.recipe import StudyRecipe
     from zebra.train.recipe import AdaptRecipe, PretrainRecipe
     from zebra.train.tune_recipe import TuneRecipe
 

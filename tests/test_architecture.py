@@ -31,12 +31,13 @@ RANKS = {
     "measure": 6,
     "report": 6,
     "pipeline": 7,
-    "cli": 8,
-    "__main__": 9,
-    "__init__": 9,
+    "study": 8,
+    "cli": 9,
+    "__main__": 10,
+    "__init__": 10,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "files", "stripes", "masks", "positions", "provenance", "results", "plan"}
-MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation"}
+MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "study"}
 
 
 def room(module: Path) -> str:
@@ -87,6 +88,11 @@ def test_rooms_import_only_what_they_may(module: Path) -> None:
 @pytest.mark.parametrize("banned", ["utils.py", "base.py", "common.py", "helpers.py"])
 def test_no_drawer_for_everything(banned: str) -> None:
     assert not list(PACKAGE.rglob(banned))
+
+
+def test_only_the_command_line_knows_the_study() -> None:
+    users = {room(module) for module in MODULES for name in imports(module) if name.startswith("zebra.study")}
+    assert users <= {"study", "cli"}
 
 
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "accelerate", "lm_eval", "datasets", "rouge_score")

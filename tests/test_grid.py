@@ -16,9 +16,9 @@ from conftest import ROOT, TEXT
 
 from zebra import ZebraError
 from zebra.results import read_results
+from zebra.study.grid import reckoned, study
+from zebra.study.recipe import StudyRecipe, cells_of, recipes_of
 from zebra.train import grid
-from zebra.train.cells import StudyRecipe, cells_of, recipes_of
-from zebra.train.grid import reckoned, study
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import read_recipe
 from zebra.train.tokenizer import END

@@ -178,7 +178,8 @@ def test_the_source_class_ignores_layer_types_or_is_its_own_target(family: str) 
 
 
 def test_every_row_of_the_table_has_a_tiny_member_or_a_reason() -> None:
-    served = {(route(tiny_config(member)).family, route(tiny_config(member)).target) for member in MEMBERS}
+    members = [member for member in MEMBERS if member != "zebra_study"]  # which no table has
+    served = {(route(tiny_config(member)).family, route(tiny_config(member)).target) for member in members}
     assert served == {(row.family, row.target) for row in ROUTES if row.target is not None}
     assert {row.target for row in ROUTES if row.target} <= {row.family for row in ROUTES if row.target}
     assert all(row.because for row in ROUTES)

@@ -14,6 +14,7 @@ from conftest import ROOT, STORIES, TEXT, changed, losses, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
+import zebra.study.model  # registers the decoder of the study
 from zebra import ZebraError
 from zebra.data.needles import SampleGenerator
 from zebra.evaluate.retrieval import retrieval

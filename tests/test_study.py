@@ -18,13 +18,13 @@ from zebra import kernels
 from zebra.errors import ZebraError
 from zebra.evaluate import perplexity, retrieval
 from zebra.kernels import Mask
-from zebra.kernels.summary import formula
-from zebra.model import study
 from zebra.model.families import layout
 from zebra.model.load import convert, load
 from zebra.model.local import LocalAttention, layout_name
-from zebra.model.study import ATTENTIONS, POSITIONS, StudyConfig, StudyForCausalLM, attention_kinds
 from zebra.model.verify import verify
+from zebra.study import model as study
+from zebra.study.model import ATTENTIONS, POSITIONS, StudyConfig, StudyForCausalLM, attention_kinds
+from zebra.study.summary import formula
 
 CELLS = list(itertools.product(ATTENTIONS, POSITIONS))
 WINDOW, LENGTH = 6, 29

@@ -13,14 +13,14 @@ import torch
 from test_study import ATTENTIONS, CELLS, LENGTH, POSITIONS, config, drawn, tokens
 
 from zebra import ZebraError
-from zebra.kernels import summary as kernel
-from zebra.kernels.summary import summarised
-from zebra.model import study
 from zebra.model.families import attention_pairs, layout
 from zebra.plan import cost, decoder, memory, sheet
 from zebra.plan.cost import Run
 from zebra.plan.devices import DEVICES, Device
 from zebra.stripes import GLOBAL, LOCAL, summary_pairs
+from zebra.study import model as study
+from zebra.study import summary as kernel
+from zebra.study.summary import summarised
 from zebra.train.dry_run import _counting, dry_run
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe

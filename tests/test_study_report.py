@@ -17,13 +17,14 @@ from conftest import ROOT
 from test_report import a_run, words
 
 from zebra.errors import ZebraError
-from zebra.report import study, write_report
-from zebra.report.study import claims
-from zebra.report.study.cells import Cell
-from zebra.report.study.pictures import Point, frontier, plot_scatter
-from zebra.report.study.spread import Difference, Losses, Spread, between, spread
+from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
+from zebra.study import claims
+from zebra.study.cells import Cell, parted
+from zebra.study.page import chapters
+from zebra.study.pictures import Point, frontier, plot_scatter
+from zebra.study.spread import Difference, Losses, Spread, between, spread
 from zebra.train.recipe import read_recipe
 
 FULL, GROUPED, SUMMARY, LOCAL = "full", "GL:32", "SS:32/16", "L:32"
@@ -92,7 +93,7 @@ def few() -> list[Result]:
 
 
 def judged(rows: list[Result]) -> list[str]:
-    (found,), _ = study.parted(rows)
+    (found,), _ = parted(rows)
     return [claim.verdict for claim in claims.claims(found)]
 
 
@@ -101,7 +102,7 @@ def judged(rows: list[Result]) -> list[str]:
 
 def test_the_rows_of_a_grid_are_told_from_others() -> None:
     grid, other = rows_of(whole()), a_run()
-    (found,), rest = study.parted([*other, *grid])
+    (found,), rest = parted([*other, *grid])
     assert rest == other
     assert (found.name, found.length, len(found.runs)) == ("grid", 512, 18)
     assert {cell.attention for cell in found.runs} == {"global", "grouped", "summary", "local"}
@@ -112,19 +113,19 @@ def test_the_rows_of_a_grid_are_told_from_others() -> None:
     assert found.cell("mixed") is None
     assert found.title(Cell(GROUPED, "rotary", 1024)) == "GL:32 rotary at 1,024"
     one = [row for row in grid if row.run == grid[0].run]
-    assert [len(found.runs) for found in study.parted(one)[0]] == [1]
+    assert [len(found.runs) for found in parted(one)[0]] == [1]
     alone = [replace(row, model=row.model.replace("/cells/", "/")) for row in one]
-    assert study.parted(alone) == ([], alone)
+    assert parted(alone) == ([], alone)
     two = [
         *alone,
         *(replace(row, model=row.model.replace("/cells/", "/")) for row in grid if "-none-512-s0" in row.run),
     ]
-    assert [(found.name, len(found.runs)) for found in study.parted(two)[0]] == [("", 5)]
+    assert [(found.name, len(found.runs)) for found in parted(two)[0]] == [("", 5)]
 
 
 def test_the_layout_with_the_most_runs_stands_for_its_kind() -> None:
     cells = {Cell("GL:8", "rotary", 512): {"value": 9.0}} | whole()
-    (found,), _ = study.parted(rows_of(cells))
+    (found,), _ = parted(rows_of(cells))
     assert found.cell("grouped") == Cell(GROUPED, "rotary", 512)
 
 
@@ -133,7 +134,7 @@ def test_a_second_run_of_a_cell_and_seed_is_not_lost() -> None:
     again = [
         replace(row, model=row.model.replace("/cells/", "/cells/again-"), run="again") for row in run_of(cell, 0, 7.77)
     ]
-    _, rest = study.parted([*rows_of(whole()), *again])
+    _, rest = parted([*rows_of(whole()), *again])
     assert rest == again
 
 
@@ -178,7 +179,7 @@ def test_spreads() -> None:
 
 
 def test_all_claims_that_can_be_tested_hold() -> None:
-    (found,), _ = study.parted(rows_of(whole()))
+    (found,), _ = parted(rows_of(whole()))
     verdicts = [claim.verdict for claim in claims.claims(found)]
     assert verdicts == ["holds"] * 5 + ["not tested here"] + ["holds"] * 2
     for claim in claims.claims(found):
@@ -236,7 +237,7 @@ def test_noise_opens_a_verdict_and_never_turns_it() -> None:
 
 def test_means_beside_a_change_are_of_the_seeds_that_it_is_of() -> None:
     rows = [row for row in rows_of(whole(), seeds=5) if row.seed < 3 or not row.layout.startswith(LOCAL)]
-    (found,), _ = study.parted(rows)
+    (found,), _ = parted(rows)
     (part,) = [part for part in claims.claims(found)[2].parts if part.one[0].startswith(FULL)]
     one, two = (float(text.split()[0]) for text in (part.one[1], part.other[1]))
     assert float(part.change.rstrip(" %").replace("−", "-")) == pytest.approx(100 * (one / two - 1), abs=0.06)
@@ -247,7 +248,7 @@ def test_grouped_as_good_as_a_global_that_is_no_better_than_local_tells_nothing(
 
 
 def test_length_that_matters_to_one_variant_alone_is_no_verdict() -> None:
-    (found,), _ = study.parted(rows_of(whole()))
+    (found,), _ = parted(rows_of(whole()))
     short, long = (Cell(GROUPED, "rotary", length) for length in (512, 1024))
     for seed, rows in found.runs[short].items():
         same = {(row.length, row.position_from, row.position_to): row.value for row in found.runs[long][seed]}
@@ -280,14 +281,14 @@ def test_rotary_against_absolute_beyond_the_length_where_there_are_rows() -> Non
 
 
 def page(results: list[Result], directory: Path) -> None:
-    write_report(results, directory / "page.html", chapters=study.chapters(results))
+    write_report(results, directory / "page.html", chapters=chapters(results))
 
 
 def test_the_page_says_what_the_rows_say(tmp_path: Path) -> None:
     rows = rows_of(whole())
     page(rows, tmp_path)
     markdown, html = (tmp_path / "page.md").read_text(), words((tmp_path / "page.html").read_text())
-    (found,), _ = study.parted(rows)
+    (found,), _ = parted(rows)
     for text in (markdown, html):
         assert "18 cells, 54 runs. Of the paper's 7 claims 6 hold, 0 do not hold, 1 is not tested here." in text
         for title in ("claims", "perplexity by position", "quality against cost", "beyond the trained length"):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from zebra.kernels import Mask, attend
-from zebra.kernels.summary import formula, summarised
 from zebra.positions import alibi_slopes
+from zebra.study.summary import formula, summarised
 
 SLOPES = torch.tensor(alibi_slopes(4), dtype=torch.float64)
 
@@ -38,7 +38,7 @@ def _masks(keys: int, window: int) -> dict[str, Mask]:
 def test_it_equals_the_formula(
     kind: str, window: int, block: int, alibi: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zebra.kernels.summary.QUERIES", 7)
+    monkeypatch.setattr("zebra.study.summary.QUERIES", 7)
     inputs, mask = _drawn(23, 23), _masks(23, window)[kind]
     slopes = SLOPES if alibi else None
     found, _ = summarised(*inputs, mask, block=block, scale=0.4, slopes=slopes)

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import zebra.study.model  # noqa: F401  # registers it
 from zebra import kernels
-from zebra.kernels.summary import formula
 from zebra.measure import measure_ceilings, relative_error, write_ceilings
 from zebra.model.attention import NAME
 from zebra.model.families import model_class
@@ -31,6 +31,7 @@ from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import Decoder, decoder
 from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL
+from zebra.study.summary import formula
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_for
 from zebra.train.pretrain import config_of

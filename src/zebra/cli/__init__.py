@@ -231,8 +231,8 @@ def report(
 ) -> None:
     """Turn rows of results into one page, the runs side by side where there are several."""
     from zebra.report import merge_sources, write_report
-    from zebra.report.study import chapters
     from zebra.results import read_results
+    from zebra.study.page import chapters
 
     files = {str(source): source / "results.jsonl" if source.is_dir() else source for source in sources}
     results = merge_sources({name: read_results(file) for name, file in files.items()})

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from zebra.pipeline.run import Done, Planned
     from zebra.plan.devices import Device
     from zebra.results import Result
+    from zebra.study.grid import Reckoned
     from zebra.train.dry_run import DryRun
-    from zebra.train.grid import Reckoned
 
 
 @contextmanager
 def quiet_host() -> Iterator[None]:
-    """Keep the host's own bars and notes off the terminal; its warnings stay."""
+    """Keep the host's own bars and notes off the terminal; its warnings stay. The models of the study are known."""
     from transformers.utils import logging
+
+    import zebra.study.model  # noqa: F401  # registers them with transformers
 
     logging.disable_progress_bar()
     yield

@@ -23,9 +23,9 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Train a grid of models from scratch, attention × positions × length, and measure each; resumable."""
-    from zebra.train.cells import StudyRecipe
-    from zebra.train.grid import reckoned
-    from zebra.train.grid import study as run
+    from zebra.study.grid import reckoned
+    from zebra.study.grid import study as run
+    from zebra.study.recipe import StudyRecipe
     from zebra.train.recipe import read_recipe
 
     grid = read_recipe(recipe, StudyRecipe, set_ or [])
@@ -35,7 +35,7 @@ def study(
             return
         rows = run(grid, workers)
     from zebra.report import write_report
-    from zebra.report.study import chapters
+    from zebra.study.page import chapters
 
     page = Path(grid.run) / "report.html"
     write_report(rows, page, chapters=chapters(rows))

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from zebra.errors import ZebraError
-from zebra.model import study
 from zebra.stripes import GLOBAL, LOCAL, Stripes, summary_pairs, visible_pairs
 
 SUMMARY = "summary"
@@ -62,10 +61,6 @@ def _window_in_use(config: PreTrainedConfig) -> dict[str, Any]:
     return {"use_sliding_window": True}
 
 
-def _kinds_from_layer_types(config: PreTrainedConfig) -> dict[str, Any]:
-    return {"attention_kinds": None}
-
-
 def _rope_in_every_layer(config: PreTrainedConfig) -> dict[str, Any]:
     return {"use_sliding_window": True, "no_rope_layers": [1] * config.num_hidden_layers}
 
@@ -93,36 +88,32 @@ def _rope_differs(config: PreTrainedConfig) -> bool:
 
 
 _BIASED = Limit("biases in the attention projections, which {target} would drop", lambda c: bool(c.attention_bias))
-_TOKENLESS = Limit("no bos_token_id or no eos_token_id: {target} would bring its own", _lacks_token)
+TOKENLESS = Limit("no bos_token_id or no eos_token_id: {target} would bring its own", _lacks_token)
 _BOTH_WAYS = Limit("bidirectional attention", lambda c: bool(getattr(c, "use_bidirectional_attention", False)))
 _TWO_ROPES = Limit("global and local layers have different ropes", _rope_differs)
-_NOT_ROTARY = Limit("positions that are not rotary", lambda c: c.position_embedding != "rotary")
-_SUMMARIES = Limit("summary layers", lambda c: "summary" in c.attention_kinds)
-_READS = "reads layer_types itself"
+READS = "reads layer_types itself"
 _QUANTISED = Limit("quantised weights, which were not tried", lambda c: hasattr(c, "quantization_config"))
 _NO_CLASS = "no stock class with {} reads layer_types"
 
 ROUTES: tuple[Route, ...] = (
-    Route("llama", "cwm", "llama ignores layer_types; cwm has its tensors", refuses=(_BIASED, _TOKENLESS)),
+    Route("llama", "cwm", "llama ignores layer_types; cwm has its tensors", refuses=(_BIASED, TOKENLESS)),
     Route("llama", "smollm3", "smollm3 has its tensors, with and without biases", _rope_in_every_layer),
-    Route("mistral", "cwm", "mistral ignores layer_types; cwm has its tensors", refuses=(_TOKENLESS,)),
-    Route("ministral", "ministral", _READS),
-    Route("cwm", "cwm", _READS, refuses=(_TOKENLESS,)),
-    Route("smollm3", "smollm3", _READS + "; layers without rope stay without", _window_in_use),
-    Route("qwen2", "qwen2", _READS, _window_in_use),
-    Route("qwen3", "qwen3", _READS, _window_in_use),
-    Route("qwen2_moe", "qwen2_moe", _READS, _window_in_use),
+    Route("mistral", "cwm", "mistral ignores layer_types; cwm has its tensors", refuses=(TOKENLESS,)),
+    Route("ministral", "ministral", READS),
+    Route("cwm", "cwm", READS, refuses=(TOKENLESS,)),
+    Route("smollm3", "smollm3", READS + "; layers without rope stay without", _window_in_use),
+    Route("qwen2", "qwen2", READS, _window_in_use),
+    Route("qwen3", "qwen3", READS, _window_in_use),
+    Route("qwen2_moe", "qwen2_moe", READS, _window_in_use),
     Route("qwen3_moe", "mellum", "qwen3_moe ignores layer_types; mellum has its tensors", _experts_for_each_layer),
-    Route("mellum", "mellum", _READS, fixed=_TWO_ROPES),
-    Route("gemma2", "gemma2", _READS, refuses=(_BOTH_WAYS,)),
-    Route("gemma3_text", "gemma3_text", _READS, refuses=(_BOTH_WAYS,), fixed=_TWO_ROPES),
-    Route("cohere2", "cohere2", _READS, fixed=Limit("only local layers have a rope", lambda c: True)),
+    Route("mellum", "mellum", READS, fixed=_TWO_ROPES),
+    Route("gemma2", "gemma2", READS, refuses=(_BOTH_WAYS,)),
+    Route("gemma3_text", "gemma3_text", READS, refuses=(_BOTH_WAYS,), fixed=_TWO_ROPES),
+    Route("cohere2", "cohere2", READS, fixed=Limit("only local layers have a rope", lambda c: True)),
     Route("olmo2", "olmo3", "olmo2 ignores layer_types; olmo3 has its tensors", _rope_for_each_kind),
-    Route("olmo3", "olmo3", _READS, fixed=_TWO_ROPES),
-    Route("granite_swa", "granite_swa", _READS),
-    Route("gpt_oss", "gpt_oss", _READS, refuses=(_QUANTISED,)),
-    Route(study.NAME, "cwm", "cwm has its tensors", refuses=(_NOT_ROTARY, _SUMMARIES, _TOKENLESS)),
-    Route(study.NAME, study.NAME, _READS, _kinds_from_layer_types),
+    Route("olmo3", "olmo3", READS, fixed=_TWO_ROPES),
+    Route("granite_swa", "granite_swa", READS),
+    Route("gpt_oss", "gpt_oss", READS, refuses=(_QUANTISED,)),
     Route("phi3", None, _NO_CLASS.format("its fused projections (qkv_proj, gate_up_proj)")),
     Route("mixtral", None, _NO_CLASS.format("its experts") + "; minimax has them, and one window for all layers"),
     Route("granite", None, "the classes with its tensors lack its multipliers; granite_swa has those, and wants sinks"),
@@ -138,6 +129,16 @@ ROUTES: tuple[Route, ...] = (
     Route("gpt2", None, _NO_CLASS.format("learned absolute positions")),
 )
 """The family table: the first route of a family that takes a checkpoint serves it. docs/families.md has it."""
+_registered: list[Route] = []
+
+
+def register_route(route: Route) -> None:
+    """Serve another family, such as one that is registered with transformers at run time, behind the rows of ROUTES."""
+    _registered.append(route)
+
+
+def _routes_of(family: str) -> list[Route]:
+    return [row for row in (*ROUTES, *_registered) if row.family == family]
 
 
 def route(config: PreTrainedConfig) -> Route:
@@ -146,7 +147,7 @@ def route(config: PreTrainedConfig) -> Route:
     Raises:
         ZebraError: no route for the family, or none for this member of it, with the reason.
     """
-    rows = [row for row in ROUTES if row.family == config.model_type]
+    rows = _routes_of(config.model_type)
     if not rows:
         raise ZebraError(
             f"there is no route for the family {config.model_type!r}; routes exist for "
@@ -166,7 +167,7 @@ def route(config: PreTrainedConfig) -> Route:
 
 def ignores_layer_types(config: PreTrainedConfig) -> bool:
     """Whether the family's own class is known to run every layer alike, whatever layer_types say."""
-    rows = [row for row in ROUTES if row.family == config.model_type]
+    rows = _routes_of(config.model_type)
     return bool(rows) and all(row.target != config.model_type for row in rows)
 
 

@@ -67,7 +67,7 @@ FAMILIES: dict[str, Family] = {
 LARGEST = 10**12
 """What any size of a config, a length or a batch may be: products of a few of them are still floats."""
 SUMMARY = "summary"
-"""A layer that reads its window, and beyond it the mean of each block (`zebra.kernels.summary`)."""
+"""A layer that reads its window, and beyond it the mean of each block (`zebra.study.summary`)."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from zebra.stripes import GLOBAL, LOCAL
 CHUNK = 512
 """Tokens whose logits the loss holds at a time, `zebra.model.loss.CHUNK`."""
 QUERIES = 1024
-"""Queries whose scores over blocks a summary layer forms at a time, `zebra.kernels.summary.QUERIES`."""
+"""Queries whose scores over blocks a summary layer forms at a time, `zebra.study.summary.QUERIES`."""
 
 
 def cached_tokens(run: Run) -> int:

@@ -11,8 +11,8 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from zebra.report.series import FULL, Span, step
-from zebra.report.study.spread import Scores
 from zebra.results import Result
+from zebra.study.spread import Scores
 
 ATTENTIONS = ("global", "grouped", "summary", "local", "mixed")
 POSITIONS = ("rotary", "alibi", "absolute", "none")

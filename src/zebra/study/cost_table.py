@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from zebra.report.page import Cell, Table
 from zebra.report.series import count, interval, number
-from zebra.report.study import cells
-from zebra.report.study.cells import Study
 from zebra.results import Result
+from zebra.study import cells
+from zebra.study.cells import Study
 
 COUNTED = "Attention pairs and cached tokens are exact counts over one text of the training length."
 """How the table is to be read."""

@@ -13,8 +13,8 @@ from matplotlib.transforms import Bbox
 
 from zebra.report.figures import HUES, INK
 from zebra.report.series import Span, number
-from zebra.report.study.cells import ATTENTIONS, POSITIONS, Cell
-from zebra.report.study.spread import Spread
+from zebra.study.cells import ATTENTIONS, POSITIONS, Cell
+from zebra.study.spread import Spread
 
 COLOURS = dict(zip(ATTENTIONS, (INK, *HUES), strict=False))
 SHAPES = dict(zip(POSITIONS, "o^sD", strict=True))

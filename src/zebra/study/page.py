@@ -9,13 +9,11 @@ from functools import partial
 from zebra.report.figures import draw, plot_loss
 from zebra.report.page import Cell, Chapter, Figure, Line, Section, Table
 from zebra.report.series import number, span_name
-from zebra.report.study import cells, claims, costs
-from zebra.report.study.cells import ATTENTIONS, POSITIONS, Study, parted
-from zebra.report.study.pictures import COLOURS, Point, highest, plot_beyond, plot_scatter
-from zebra.report.study.spread import Scores, spread
 from zebra.results import Result
-
-__all__ = ["Study", "chapters", "parted", "sections", "verdict"]
+from zebra.study import cells, claims, cost_table
+from zebra.study.cells import ATTENTIONS, POSITIONS, Study, parted
+from zebra.study.pictures import COLOURS, Point, highest, plot_beyond, plot_scatter
+from zebra.study.spread import Scores, spread
 
 _NAMES = (
     "Cells are named by layout and position embedding. G is a layer that sees all tokens before it, L one that sees "
@@ -209,8 +207,8 @@ def _beyond(study: Study, prefix: str) -> Blocks:
 
 
 def _costs(study: Study) -> Blocks:
-    found = costs.table(study, _ordered(study))
-    return [costs.COUNTED + costs.TIMED * bool(study.measured), found] if found else []
+    found = cost_table.table(study, _ordered(study))
+    return [cost_table.COUNTED + cost_table.TIMED * bool(study.measured), found] if found else []
 
 
 def _training(study: Study, prefix: str) -> Blocks:

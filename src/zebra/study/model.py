@@ -8,7 +8,7 @@
 
 A Llama but for these: RMS norms before attention and a SwiGLU, no biases, one matrix for embedding and head unless told
 otherwise. With rotary positions and no summary layer it is exactly one, and `zebra convert` makes a stock class of it.
-Importing this module registers it with transformers.
+Importing this module registers it with transformers, and its routes with zebra.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from zebra.errors import ZebraError
 from zebra.kernels import Mask
-from zebra.kernels.summary import summarised
+from zebra.model.families import READS, TOKENLESS, Limit, Route, register_route
 from zebra.model.override import set_override
 from zebra.positions import alibi_slopes
 from zebra.stripes import GLOBAL, LOCAL
+from zebra.study.summary import summarised
 
 NAME = "zebra_study"
 """Its `model_type`."""
@@ -371,6 +372,11 @@ class StudyForCausalLM(StudyPreTrainedModel, GenerationMixin):
         )
 
 
+_NOT_ROTARY = Limit("positions that are not rotary", lambda c: c.position_embedding != "rotary")
+_SUMMARIES = Limit("summary layers", lambda c: "summary" in c.attention_kinds)
+
 AutoConfig.register(StudyConfig.model_type, StudyConfig)
 AutoModel.register(StudyConfig, StudyModel)
 AutoModelForCausalLM.register(StudyConfig, StudyForCausalLM)
+register_route(Route(NAME, "cwm", "cwm has its tensors", refuses=(_NOT_ROTARY, _SUMMARIES, TOKENLESS)))
+register_route(Route(NAME, NAME, READS, writes=lambda config: {"attention_kinds": None}))

@@ -33,13 +33,13 @@ from zebra.files import atomic_directory, atomic_write, directory_lock
 from zebra.model.checkpoint import open_tokenizer
 from zebra.model.families import attention_pairs
 from zebra.model.local import LocalAttention, layout_name
-from zebra.model.study import NAME
 from zebra.plan.decoder import decoder
 from zebra.progress import bar, console
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
+from zebra.study.model import NAME
+from zebra.study.recipe import AXES, StudyRecipe, recipes_of
 from zebra.train import directory
-from zebra.train.cells import AXES, StudyRecipe, recipes_of
 from zebra.train.pretrain import check_step, config_of
 from zebra.train.recipe import NewTokenizer, PretrainRecipe, read_recipe
 from zebra.train.texts import read_texts

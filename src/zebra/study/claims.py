@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from zebra.report.series import Span, number, percent, span_name
-from zebra.report.study.cells import ATTENTIONS, POSITIONS, Cell, Study
-from zebra.report.study.spread import Difference, Losses, Scores, between, difference, gain, level, spread
 from zebra.results import Result
+from zebra.study.cells import ATTENTIONS, POSITIONS, Cell, Study
+from zebra.study.spread import Difference, Losses, Scores, between, difference, gain, level, spread
 
 HOLDS, FAILS, UNTESTED = "holds", "does not hold", "not tested here"
 ALIKE = 0.02
