@@ -18,6 +18,8 @@ All bytes; what an allocator wastes is not in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from zebra.plan.cost import BYTES, Run, low_rank, trained
 from zebra.plan.decoder import SUMMARY, Summarised
 from zebra.stripes import GLOBAL, LOCAL
@@ -108,19 +110,38 @@ def _training(run: Run) -> dict[str, int]:
     learns, half = trained(run), run.dtype == "bfloat16"
     layer, summary = run.tokens * saved_by_a_layer(run), _kept_of_summaries(run)
     held = 4 * d.size if not run.lora else BYTES[run.dtype] * d.size + 4 * learns
-    found = {"weights": held, "gradients": 4 * learns, "AdamW": 8 * learns}
-    if run.checkpointing:
-        found["layer inputs"] = 4 * d.layers * run.tokens * d.hidden  # the residual stream is float32
-        found["one layer, run again"] = layer + summary
-    else:
-        found["activations"] = d.layers * layer + run.count(SUMMARY) * summary
+    cast = 0
     if half:
         parts = d.parameters()
-        frozen = 0 if run.lora else parts["projections"] + parts["MLP"]
-        found["weights cast to bfloat16"] = 2 * (frozen + low_rank(run))
-        if run.lora and not d.tied:
-            found["head cast to float32"] = 4 * d.vocabulary * d.hidden
-    return found | {"a chunk of logits": 2 * 4 * CHUNK * d.vocabulary}
+        cast = 2 * (low_rank(run) + (0 if run.lora else parts["projections"] + parts["MLP"]))
+    found = {"weights": held, "gradients": 4 * learns, "AdamW": 8 * learns} | activation_memory(
+        [layer + summary if kind == SUMMARY else layer for kind in d.kinds(run.stripes)],
+        layer_input=4 * run.tokens * d.hidden,  # the residual stream is float32
+        weights_cast=cast,
+        vocab_size=d.vocabulary,
+        checkpointing=run.checkpointing,
+    )
+    return found | ({"head cast to float32": 4 * d.vocabulary * d.hidden} if half and run.lora and not d.tied else {})
+
+
+def activation_memory(
+    layers: Sequence[int], *, layer_input: int, weights_cast: int, vocab_size: int, checkpointing: bool
+) -> dict[str, int]:
+    """Bytes that autograd saves in one forward pass, by part.
+
+    Args:
+        layers: bytes saved by each layer.
+        layer_input: bytes of the residual stream. Activation checkpointing saves it for each layer, and runs one layer
+            at a time again.
+        weights_cast: bytes of the bfloat16 copies that autocast makes of float32 weights.
+    """
+    if checkpointing:
+        parts = {"layer inputs": len(layers) * layer_input, "one layer, run again": max(layers)}
+    else:
+        parts = {"activations": sum(layers)}
+    if weights_cast:
+        parts["weights cast to bfloat16"] = weights_cast
+    return parts | {"a chunk of logits": 2 * 4 * CHUNK * vocab_size}
 
 
 def _inference(run: Run) -> dict[str, int]:

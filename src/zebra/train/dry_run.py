@@ -26,8 +26,7 @@ from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_config
 from zebra.model.families import SUMMARY, attention_pairs, layer_kinds, model_class
 from zebra.model.local import layout_name
-from zebra.model.loss import CHUNK
-from zebra.plan.memory import kept_of_summaries
+from zebra.plan.memory import activation_memory, kept_of_summaries
 from zebra.plan.shapes import shape
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import lora
@@ -116,16 +115,13 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     kinds = layer_kinds(config)
     saved = {kind: _saved_by_a_layer(recipe, config, LOCAL if kind == SUMMARY else kind) for kind in set(kinds)}
     summary = _kept_of_summaries(recipe, config) if SUMMARY in kinds else 0
-    if recipe.train.activation_checkpointing:
-        kept = {
-            "layer inputs": config.num_hidden_layers * tokens * config.hidden_size * _stream(recipe),
-            "one layer, run again": tokens * max(grows for grows, _ in saved.values()) + summary,
-        }
-    else:
-        kept = {"activations": tokens * sum(saved[kind][0] for kind in kinds) + kinds.count(SUMMARY) * summary}
-    if copies := sum(saved[kind][1] for kind in kinds):
-        kept["weights cast to bfloat16"] = copies
-    return kept | {"a chunk of logits": 2 * 4 * CHUNK * config.vocab_size}
+    return activation_memory(
+        [tokens * saved[kind][0] + summary * (kind == SUMMARY) for kind in kinds],
+        layer_input=tokens * config.hidden_size * _stream(recipe),
+        weights_cast=sum(saved[kind][1] for kind in kinds),
+        vocab_size=config.vocab_size,
+        checkpointing=recipe.train.activation_checkpointing,
+    )
 
 
 def _kept_of_summaries(recipe: Recipe, config: PreTrainedConfig) -> int:
