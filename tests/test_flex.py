@@ -69,8 +69,8 @@ def test_blocks_of_every_size_by_counting(block: int) -> None:
                     Mask(window, None, numbers),
                     Mask(window, real, numbers),
                 ):
-                    first = flex.first_seen(mask, 3, queries, keys, CPU)
-                    partial, full = flex.blocks(first, mask.keys, keys, block)
+                    first, end = mask.key_ranges(queries, keys, CPU)
+                    partial, full = flex.blocks(first, end, mask.keys, keys, block)
                     j = torch.arange(keys)
                     visible = mask.visible(j[keys - queries :], j)[:, 0]
                     for row in range(partial.shape[1]):

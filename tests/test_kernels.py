@@ -765,7 +765,7 @@ def test_an_unknown_argument_is_declined_by_all() -> None:
 
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_said", set())
+    monkeypatch.setattr(kernels, "_warned", set())
 
 
 def test_what_no_other_serves_falls_to_the_formula_with_one_warning(
@@ -916,6 +916,53 @@ def test_parts_of_a_mask() -> None:
     assert later.documents.tolist() == [[3, 4, 5, 6, 7], [11, 12, 13, 14, 15]]
     assert mask.without_window() == Mask(None, mask.keys, mask.documents)
     assert Mask(5).after(3) == Mask(5)
+
+
+def test_key_ranges_are_the_runs_of_the_mask() -> None:
+    """Every query sees the keys [first, end), less the padding between them; neither end falls."""
+    generator = torch.Generator().manual_seed(0)
+    for keys in (1, 7, 23):
+        holes = torch.rand(3, keys, generator=generator) < 0.7
+        for real in (None, *(padding(kind, 3, keys) for kind in PADDINGS[1:]), holes, torch.zeros_like(holes)):
+            for window in (None, 1, 3, 30):
+                for documents in (None, packed(3, keys)):
+                    mask = Mask(window, real, documents)
+                    for queries in chunks(keys):
+                        j = torch.arange(keys)
+                        first, end = mask.key_ranges(queries, keys, j.device)
+                        inside = (j >= first[..., None]) & (j < end[..., None])
+                        if real is not None:
+                            inside = inside & real[:, None]
+                        visible = mask.visible(j[keys - queries :], j)[:, 0]
+                        assert torch.equal(*torch.broadcast_tensors(inside, visible))
+                        assert all((x.diff(dim=1) >= 0).all() for x in (first, end))
+
+
+def test_the_first_tokens_of_documents_and_padding_between_tokens() -> None:
+    real = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0]]).bool()
+    documents = torch.tensor([[0, 0, 0, 0, 2, 2, 3, 3], [0, 0, 0, 0, 0, 1, 1, 1]])
+    cpu = torch.device("cpu")
+    mask = Mask(None, real, documents)
+    assert mask.document_starts(8, cpu).tolist() == [[0, 0, 0, 0, 4, 4, 6, 6], [0, 0, 0, 0, 0, 5, 5, 5]]
+    assert mask.first_tokens(8, cpu).tolist() == [[2, 2, 2, 2, 4, 4, 6, 6], [0, 0, 0, 0, 0, 8, 8, 8]]
+    assert Mask(3).first_tokens(4, cpu).tolist() == [[0] * 4]
+    assert Mask(keys=real).first_tokens(8, cpu)[:, 0].tolist() == [2, 0]
+    assert mask.has_padding_holes()
+    assert not mask.has_padding_holes(within_documents=True)
+    assert Mask(None, real, documents // 3).has_padding_holes(within_documents=True)
+    assert not Mask(None, real[1:]).has_padding_holes()
+    assert not Mask(None, None, documents).has_padding_holes()
+
+
+def test_a_kernel_gives_way_to_a_faster_one_that_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = replace(reference.KERNEL, name="slow", slower_than=lambda request: "fast" if request.queries > 3 else None)
+    fast = replace(reference.KERNEL, name="fast", dtypes=frozenset({torch.float64}))
+    monkeypatch.setattr(kernels, "KERNELS", (slow, fast))
+    assert choose(request_of(*drawn(4, 4), Mask())).name == "fast"
+    assert choose(request_of(*drawn(3, 4), Mask())).name == "slow"
+    assert choose(request_of(*drawn(4, 4, dtype=torch.float32), Mask())).name == "slow"
+    with only("slow"):
+        assert choose(request_of(*drawn(4, 4), Mask())).name == "slow"
 
 
 # -- law 7: the cost of a local layer grows linearly

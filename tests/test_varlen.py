@@ -157,7 +157,7 @@ def test_groups_of_heads(on_a_cpu: Any, heads: int, group: int, monkeypatch: pyt
 
 def test_a_plain_band_moves_no_token(on_a_cpu: Any) -> None:
     (one,) = varlen.packings(Mask(window=5), 3, 4, 9, torch.device("cpu"))
-    assert one.rows is one.columns is one.kept is None
+    assert one.rows is one.columns is one.counts is None
     assert one.row_bounds.tolist() == [0, 4, 8, 12]
     assert one.column_bounds.tolist() == [0, 9, 18, 27]
     assert (one.longest_rows, one.longest_columns, one.window) == (4, 9, (4, 0))

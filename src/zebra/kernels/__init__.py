@@ -1,9 +1,9 @@
 """Attention kernels behind one signature: `attend(q, k, v, mask, ...) -> (out, lse)`.
 
 The table `KERNELS` is tried in order; each kernel declines a request with a reason, and the first that accepts
-computes it. The formula itself is `reference`, the oracle of all the others.
+computes it, or a later one that it names as faster. The formula itself is `reference`, the oracle of the others.
 
-Shapes, everywhere: B batch, H query heads, K key-value heads (H a multiple of K), T queries, S keys, D head size.
+Shapes, everywhere: B batch, H query heads, K key-value heads (H a multiple of K), T queries, S keys, D head dimension.
 The T queries are the *last* T of the S keys: query `t` stands at key index `S - T + t`. So one signature serves
 training (T = S), chunked prefill (1 < T < S) and decode (T = 1).
 """
@@ -36,7 +36,7 @@ KERNELS: tuple[Kernel, ...] = (
 
 _log = logging.getLogger(__name__)
 _only: contextvars.ContextVar[str | None] = contextvars.ContextVar("only", default=None)
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -61,25 +61,24 @@ def choose(request: Request) -> Kernel:
     Raises:
         NotImplementedError: all decline; the message holds each one's reason.
     """
+    forced = _only.get()
+    kernels = {kernel.name: kernel for kernel in KERNELS if forced in (None, kernel.name)}
     reasons: list[str] = []
     missed: list[str] = []
-    forced = _only.get()
-    for kernel in KERNELS:
-        if forced is not None and kernel.name != forced:
-            continue
+    for kernel in kernels.values():
         reason = kernel.declines(request)
         if reason is None:
+            faster = kernels.get(kernel.slower_than(request) or "")
+            if faster is not None and faster.declines(request) is None:
+                return faster
             if forced is None and kernel is reference.KERNEL:
-                _say_once("attention runs by the dense formula, slow and large, because " + "; ".join(reasons))
+                _warn_once("attention runs by the dense formula, slow and large, because " + "; ".join(reasons))
             elif missed:
-                _say_once(f"attention runs by the kernel {kernel.name}, because " + "; ".join(missed))
+                _warn_once(f"attention runs by the kernel {kernel.name}, because " + "; ".join(missed))
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-        if (
-            kernel.devices is not None
-            and request.q.device.type in kernel.devices
-            and request.queries >= kernel.min_queries
-        ):
+        for_this_device = kernel.devices is not None and request.q.device.type in kernel.devices
+        if for_this_device and request.queries >= kernel.min_queries:
             missed.append(reasons[-1])
     raise NotImplementedError("no attention kernel can serve this request. " + "; ".join(reasons) + ".")
 
@@ -103,16 +102,18 @@ def attend(
         lse_i = log(sum over visible j of exp(s_ij)),   out_i = sum over visible j of exp(s_ij - lse_i) v_j
 
     Args:
-        q: queries (B, H, T, D). k, v: keys and values (B, K, S, D).
+        q: (B, H, T, D), the queries.
+        k: (B, K, S, D), the keys.
+        v: (B, K, S, D), the values.
         mask: which keys a query sees besides being causal; None is plain causal.
         scale: D ** -0.5 where None.
-        slopes: (H), of ALiBi; they get no gradient.
-        with_lse: whether the log-sum-exp is wanted; without it the kernels that cannot give one may serve.
-        arguments: whatever else the caller was given. A kernel declines what it does not know; None asks for nothing.
+        slopes: (H,), of ALiBi; they get no gradient.
+        with_lse: return the log-sum-exp; without it kernels that give none may serve.
+        arguments: any others. A kernel declines what it does not know; None asks for nothing.
 
     Returns:
-        out (B, H, T, D) in the dtype of the inputs and lse (B, H, T), natural logarithm, in at least float32 (None
-        unless wanted). A query that sees no key has out 0 and lse -inf.
+        out: (B, H, T, D) in the dtype of the inputs. lse: (B, H, T), natural logarithm, in at least float32, None
+        without `with_lse`. A query that sees no key has out 0 and lse -inf.
 
         What a query does not see changes neither its output nor its gradient, as long as it is finite. NaN and infinity
         may reach every query, hidden or not: the formula gives what is hidden the weight 0, and 0 * NaN is NaN. Only
@@ -174,7 +175,7 @@ def _trim(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, 
     return k, v, mask if mask.window is not None and mask.window < k.shape[2] else mask.without_window()
 
 
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
         _log.warning(message)

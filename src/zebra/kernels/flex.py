@@ -6,7 +6,8 @@
               . # # / .      each block's kind follows from the first and last key that its queries see,
               . . # # /      and from a running count of the real keys: no N x N mask is built
 
-Query i sees the real keys of [first_i, i]; `first` never falls, so a block's bounds are those of its corner queries.
+Query i sees the real keys of one run, [first_i, end_i) (`Mask.key_ranges`); neither end ever falls, so a block's bounds
+are those of its corner queries.
 
 Its mask and scores are tested on a CPU, by torch's own dense form of it. It has not yet been run on a GPU.
 """
@@ -25,29 +26,23 @@ from zebra.kernels.request import Kernel, Mask, Request
 BLOCK = 128
 
 
-def first_seen(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
-    """The first key that each query may see by window and document, (1 or B, T) int32; it never falls along T."""
-    i = torch.arange(keys, device=device)
-    first = torch.zeros_like(i) if mask.window is None else (i - mask.window + 1).clamp(min=0)
-    first = first[None]
-    if mask.documents is not None:
-        begins = pad(mask.documents[:, 1:] != mask.documents[:, :-1], (1, 0), value=True)
-        first = torch.maximum(first, torch.where(begins, i, 0).cummax(dim=1).values)
-    return first[:, keys - queries :].to(torch.int32)
+def blocks(first: Tensor, end: Tensor, real: Tensor | None, keys: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Which blocks of (query, key) are partial and which are full, two bool (1 or B, query blocks, key blocks).
 
-
-def blocks(first: Tensor, real: Tensor | None, keys: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Which blocks of (query, key) are partial and which are full, two bool (1 or B, query blocks, key blocks)."""
+    Args:
+        first: (1 or B, T), the first key that each query sees.
+        end: (1 or B, T), the key behind the last that it sees.
+        real: (B, S) bool, None where there is no padding.
+    """
     queries, device = first.shape[1], first.device
-    past = keys - queries
     top = torch.arange(0, queries, block, device=device)  # the first and the last query of each block
     bottom = (top + block).clamp(max=queries) - 1
     left = torch.arange(0, keys, block, device=device)  # likewise of the keys, exclusive at the end
     right = (left + block).clamp(max=keys)
-    # From the least that any query of the block sees to the most: [first of the top one, the bottom one itself].
+    # From the least that any query of the block sees to the most: [first of the top one, end of the bottom one).
     low = torch.maximum(first[:, top, None], left)
-    high = torch.minimum((past + bottom + 1)[:, None], right)
-    inside = (left >= first[:, bottom, None]) & (right <= (past + top + 1)[:, None])
+    high = torch.minimum(end[:, bottom, None], right)
+    inside = (left >= first[:, bottom, None]) & (right <= end[:, top, None])
     whole = (bottom - top + 1 == block)[:, None] & (right - left == block)
     if real is None:
         some, full = low < high, inside & whole
@@ -63,18 +58,18 @@ def block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.de
     """torch's BlockMask of a mask, with the mask function that partial blocks need."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    first = first_seen(mask, batch, queries, keys, device)
+    first, end = mask.key_ranges(queries, keys, device)
     real = None if mask.keys is None else mask.keys.bool()
-    partial, full = (found.expand(batch, -1, -1)[:, None].to(torch.int32) for found in blocks(first, real, keys))
-    first, last = first.expand(batch, -1).contiguous(), torch.arange(keys - queries, keys, device=device)
+    partial, full = (x.expand(batch, -1, -1)[:, None].to(torch.int32) for x in blocks(first, end, real, keys))
+    first, end = (x.expand(batch, -1).to(torch.int32).contiguous() for x in (first, end))
 
     # Only tensors are captured: a number would be a new compilation for each window and each length of the past.
     def sees(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
-        return (j >= first[b, q]) & (j <= last[q])
+        return (j >= first[b, q]) & (j < end[b, q])
 
     def sees_real(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
         assert real is not None
-        return (j >= first[b, q]) & (j <= last[q]) & real[b, j]
+        return (j >= first[b, q]) & (j < end[b, q]) & real[b, j]
 
     return BlockMask.from_kv_blocks(
         partial.sum(dim=-1, dtype=torch.int32),

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from zebra.kernels import native
 from zebra.kernels.merging import merge
 from zebra.kernels.request import Kernel, Request
 
@@ -73,16 +72,21 @@ def _unsupported_reason(request: Request) -> str | None:
     chunk = 1 < request.queries < request.keys
     if chunk and (reason := _no_chunk(request)) is not None:
         return f"it would build a mask for a chunk of queries after earlier keys, as {reason}"
-    long = request.queries >= 1024 and request.q.shape[3] >= 64
-    if long and request.q.dtype == torch.bfloat16 and request.q.device.type == "cpu":
+    if _is_long(request) and request.q.dtype == torch.bfloat16 and request.q.device.type == "cpu":
         return "tiles are faster than torch's bfloat16 kernel on a CPU"
     if request.with_lse and (reason := _no_lse(request)) is not None:
         return reason
     if request.mask.keys is not None and not bool(request.mask.keys.any(dim=-1).all()):
         return "a query that sees no key gives NaN in it"
-    if long and request.q.dtype == torch.float32 and native.KERNEL.declines(request) is None:
-        return "the kernel native is faster on this CPU"
     return None
+
+
+def _slower_than(request: Request) -> str | None:
+    return "native" if _is_long(request) and request.q.dtype == torch.float32 else None
+
+
+def _is_long(request: Request) -> bool:
+    return request.queries >= 1024 and request.q.shape[3] >= 64
 
 
 def _no_chunk(request: Request) -> str | None:
@@ -110,4 +114,5 @@ KERNEL = Kernel(
     run=fused,
     dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
     unsupported_reason=_unsupported_reason,
+    slower_than=_slower_than,
 )

@@ -1,14 +1,7 @@
 r"""Attention on a CPU by a kernel of our own, native.cpp, compiled on the machine at its first request.
 
-For each query i of a row the keys that it sees are one run, [lo_i, hi_i), and neither end ever falls:
-
-    keys      . . . a a a a | b b b b .      padding, two packed documents, padding
-    queries         [ ]
-                    [   ]                    window 3
-                      [   ]    [ ]           lo = max(i - w + 1, the document's start, the first real key)
-                               [   ]         hi = min(i + 1, the end of the real keys)
-
-So windows, documents, padding and chunks are one case. The tiles and their arithmetic are those of `banded`
+Each query sees one run of keys, [lo_i, hi_i), and neither end ever falls (`Mask.key_ranges`), so windows, documents,
+padding and chunks are one case. The tiles and their arithmetic are those of `banded`
 (FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2), but a tile's scores never leave the first cache, and keys that
 half of a tile cannot see are not computed for it.
 """
@@ -25,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zebra.kernels import compiler
-from zebra.kernels.request import Kernel, Mask, Request
+from zebra.kernels.request import Kernel, Request
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _SIZES = (64, 128)
@@ -90,21 +83,6 @@ def _library() -> ctypes.CDLL | str:
         return str(reason)
 
 
-def runs(mask: Mask, batch: int, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    """The keys [lo, hi) that each query sees, two (B, T) int32; lo >= hi where it sees none."""
-    i = torch.arange(keys - queries, keys)
-    lo = torch.zeros_like(i) if mask.window is None else (i - mask.window + 1).clamp(min=0)
-    hi = i + 1
-    if mask.documents is not None:
-        lo = torch.maximum(lo, Mask(documents=mask.documents).first_tokens(keys, i.device)[:, keys - queries :])
-    if mask.keys is not None:
-        real = mask.keys.bool().to(torch.int8)
-        first = torch.where(real.any(dim=1), real.argmax(dim=1), keys)[:, None]
-        last = torch.where(real.any(dim=1), keys - real.flip(1).argmax(dim=1), 0)[:, None]
-        lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
-    return tuple(x.expand(batch, queries).to(torch.int32).contiguous() for x in (lo, hi))  # type: ignore[return-value]
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor, with the numbers of a row side by side."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -134,9 +112,10 @@ class _Native(torch.autograd.Function):
 
 
 def native(request: Request) -> tuple[Tensor, Tensor | None]:
-    """The runs of keys, and the kernel over them."""
+    """The kernel over the run of keys that each query sees."""
     q, k, v = request.q, request.k, request.v
-    lo, hi = runs(request.mask, q.shape[0], request.queries, request.keys)
+    ranges = request.mask.key_ranges(request.queries, request.keys, q.device)
+    lo, hi = (x.expand(q.shape[0], -1).to(torch.int32).contiguous() for x in ranges)
     out, lse = _Native.apply(q, k, v, lo, hi, request.scale)
     return out, lse if request.with_lse else None
 
@@ -147,21 +126,13 @@ def _unsupported_reason(request: Request) -> str | None:
         return f"it takes head sizes {' and '.join(map(str, _SIZES))}, not {size}"
     if request.scale <= 0:
         return "it takes positive scales only"
-    if _holes(request.mask):
-        return "padding stands between the tokens of a row"
+    if request.mask.has_padding_holes():
+        return "padding stands between the tokens of a sequence"
     missing = _CPU[request.q.dtype] - compiler.cpu_flags()
     if missing:
         return f"this CPU does not say that it has {', '.join(sorted(missing))}"
     library = _library()
     return library if isinstance(library, str) else None
-
-
-def _holes(mask: Mask) -> bool:
-    if mask.keys is None:
-        return False
-    real = mask.keys.bool()
-    begins = real[:, 1:] & ~real[:, :-1]
-    return bool((begins.sum(dim=1) + real[:, 0] > 1).any())
 
 
 KERNEL = Kernel(

@@ -1,4 +1,4 @@
-"""What a kernel is asked, and how it declines."""
+"""A request to a kernel, its mask, and how a kernel declines it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 
 from zebra import masks
 
@@ -21,7 +22,7 @@ class Mask:
         keys: (B, S) bool, True where a key is a real token and False where it is padding, left or right.
         documents: (B, S) integers, the document of each key, never falling along S: packed documents stand one after
             another and do not see each other.
-        sinks: first real tokens of a row, or of each of its documents, that are seen beside the window.
+        sinks: first real tokens of a sequence, or of each of its documents, that are seen besides the window.
     """
 
     window: int | None = None
@@ -36,9 +37,9 @@ class Mask:
             )
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """The mask as a tensor over key indices, (1 or B, 1, queries, keys), for queries at `i` and keys at `j`."""
+        """The mask as a tensor, (1 or B, 1, n, m), for queries at the key indices i: (n,) and keys at j: (m,)."""
         row, column = i[:, None], j[None, :]
-        seen: Tensor = masks.causal(row, column) if self.window is None else masks.within(row, column, self.window)
+        seen = masks.causal(row, column) if self.window is None else masks.within(row, column, self.window)
         seen = seen[None, None]
         if self.window is not None and self.sinks:
             first = self.first_tokens(int(j.max()) + 1, j.device)[:, None, None, j]
@@ -49,32 +50,72 @@ class Mask:
             seen = seen & self.keys[:, None, None, j]
         return seen
 
-    def first_tokens(self, count: int, device: torch.device) -> Tensor:
-        """The first real token of each key's document, (1 or B, count): `count` where there is none."""
-        index = torch.arange(count, device=device)
-        first = torch.zeros_like(index)[None]
-        if self.documents is not None:
-            begins = nn.functional.pad(self.documents.diff(dim=1) != 0, (1, 0))
-            first = torch.where(begins, index, 0).cummax(dim=1).values
+    def document_starts(self, keys: int, device: torch.device) -> Tensor:
+        """The first key of each key's document, padding counted: (1 or B, S) int64."""
+        index = torch.arange(keys, device=device)
+        if self.documents is None:
+            return torch.zeros_like(index)[None]
+        starts = pad(self.documents[:, 1:] != self.documents[:, :-1], (1, 0))
+        return torch.where(starts, index, 0).cummax(dim=1).values
+
+    def first_tokens(self, keys: int, device: torch.device) -> Tensor:
+        """The first real token of each key's document: (1 or B, S) int64, S where there is none."""
+        starts = self.document_starts(keys, device)
+        if self.keys is None:
+            return starts
+        index = torch.arange(keys, device=device)
+        next_token = torch.where(self.keys.bool(), index, keys).flip(1).cummin(dim=1).values.flip(1)
+        return next_token.gather(1, starts.expand_as(next_token))
+
+    def key_ranges(self, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The one run of keys that each query sees, [first, end): two (1 or B, T) int64.
+
+            keys      . . . a a a a | b b b b .      padding, two packed documents, padding
+            queries         [ ]
+                            [   ]                    window 3
+                              [   ]    [ ]           first = max(i - w + 1, the document's start, the first real key)
+                                       [   ]         end   = min(i + 1, the end of the real keys)
+
+        Neither ever falls along T; first >= end where a query sees none. Padding between the tokens of a sequence
+        (`has_padding_holes`) is inside the runs. Sinks are outside.
+        """
+        i = torch.arange(keys - queries, keys, device=device)
+        first = self.document_starts(keys, device)[:, keys - queries :]
+        if self.window is not None:
+            first = torch.maximum(first, i - self.window + 1)
+        end = (i + 1)[None]
         if self.keys is not None:
-            next_real = torch.where(self.keys.bool(), index, count).flip(1).cummin(dim=1).values.flip(1)
-            first = next_real.gather(1, first.expand(len(next_real), -1))
-        return first
+            real = self.keys.to(torch.int8)
+            tokens = real.any(dim=1, keepdim=True)
+            first = torch.maximum(first, torch.where(tokens, real.argmax(dim=1, keepdim=True), keys))
+            padding_behind = real.flip(1).argmax(dim=1, keepdim=True)
+            end = torch.minimum(end, torch.where(tokens, keys - padding_behind, 0))
+        return first, end
+
+    def has_padding_holes(self, *, within_documents: bool = False) -> bool:
+        """Whether padding stands between the real tokens of a sequence, or of one of its packed documents."""
+        if self.keys is None:
+            return False
+        real, keys = self.keys.bool(), self.keys.shape[1]
+        starts = (self if within_documents else Mask()).document_starts(keys, real.device)
+        follows = pad(real[:, :-1] & (starts[:, 1:] == starts[:, :-1]), (1, 0))
+        runs = torch.zeros(real.shape, dtype=torch.int32, device=real.device)
+        runs.scatter_add_(1, starts.expand(real.shape), (real & ~follows).int())
+        return bool((runs > 1).any())
 
     def after(self, start: int) -> Mask:
         """The same mask for the keys from `start` on."""
-        return replace(
-            self,
-            keys=None if self.keys is None else self.keys[:, start:],
-            documents=None if self.documents is None else self.documents[:, start:],
-        )
+        return self._sliced(slice(start, None))
 
     def before(self, end: int) -> Mask:
         """The same mask for the keys before `end`."""
+        return self._sliced(slice(end))
+
+    def _sliced(self, part: slice) -> Mask:
         return replace(
             self,
-            keys=None if self.keys is None else self.keys[:, :end],
-            documents=None if self.documents is None else self.documents[:, :end],
+            keys=None if self.keys is None else self.keys[:, part],
+            documents=None if self.documents is None else self.documents[:, part],
         )
 
     def without_window(self) -> Mask:
@@ -84,7 +125,14 @@ class Mask:
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `attend`, checked and completed. `arguments` holds only what nobody has taken yet."""
+    """The arguments of `attend`, checked and completed; `arguments` holds those that `attend` does not know.
+
+    Attributes:
+        q: (B, H, T, D).
+        k: (B, K, S, D).
+        v: (B, K, S, D).
+        slopes: (H,), of ALiBi.
+    """
 
     q: Tensor
     k: Tensor
@@ -114,9 +162,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: its name, what it says of itself for `zebra doctor`, and its two functions.
+    """A kernel: its name, a line for `zebra doctor`, its function, and what it supports.
 
-    What it can do stands in the fields, so that the common reasons to decline are written once.
+    Attributes:
+        run: gives the output (B, H, T, D), and the log-sum-exp (B, H, T) or None.
+        min_queries: T, below which it does not pay.
+        unsupported_reason: why it cannot serve a request that the other fields allow, or None.
+        slower_than: the name of a kernel further down the table that is faster for this request, or None. It is
+            asked first where it accepts.
     """
 
     name: str
@@ -130,8 +183,8 @@ class Kernel:
     sinks: bool = False
     slopes: bool = False
     min_queries: int = 1
-    """Queries, below which it does not pay."""
     unsupported_reason: Callable[[Request], str | None] = lambda request: None
+    slower_than: Callable[[Request], str | None] = lambda request: None
 
     def declines(self, request: Request) -> str | None:
         """Why the kernel cannot serve this request, or None where it can."""

@@ -34,7 +34,7 @@ class Packing:
         row_bounds: (sequences + 1) int32, where each sequence's queries begin and end; column_bounds: its keys.
         longest_rows: at least the queries of any sequence; longest_columns: at least its keys.
         window: (left, right) of the last query: how many keys before and after its own it sees, -1 for all.
-        kept: which results count; None for all.
+        counts: which results count; None for all.
     """
 
     rows: Tensor | None
@@ -44,56 +44,36 @@ class Packing:
     longest_rows: int
     longest_columns: int
     window: tuple[int, int]
-    kept: Tensor | None = None
+    counts: Tensor | None = None
 
 
 def packings(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> list[Packing]:
     """The calls that together give every query which sees a key its result, each query once.
 
-    The padding of a sequence stands before or after its tokens, not between them (`scattered`).
+    The padding of a sequence stands before or after its tokens, not between them (`Mask.has_padding_holes`).
     """
     left = -1 if mask.window is None else mask.window - 1
     if mask.keys is None and mask.documents is None:
         whole = torch.arange(batch + 1, dtype=torch.int32, device=device)
         return [Packing(None, None, whole * queries, whole * keys, queries, keys, (left, 0))]
-    real, number, start = _sequences(mask, batch, keys, device)
-    asked = (torch.arange(keys, device=device) >= keys - queries).expand(batch, keys)
-    found = []
-    rows = asked & real
-    if bool(rows.any()):
-        found.append(_pack(real, number, rows, queries, (left, 0)))
     j = torch.arange(keys, device=device)
+    starts = mask.document_starts(keys, device).expand(batch, keys)
+    number = (starts == j).flatten().cumsum(0).view(batch, keys) - 1  # of each key's sequence in the batch
+    real = torch.ones_like(starts, dtype=torch.bool) if mask.keys is None else mask.keys.bool()
+    has_query = (j >= keys - queries).expand(batch, keys)
+    result = []
+    rows = has_query & real
+    if bool(rows.any()):
+        result.append(_pack(real, number, rows, queries, (left, 0)))
     last = torch.where(real, j, -1).cummax(dim=1).values  # the last real token so far
     behind = j - last
-    tail = asked & ~real & (last >= start)
+    tail = has_query & ~real & (last >= starts)
     if mask.window is not None:
         tail &= behind < mask.window
     if bool(tail.any()):
         packing = _pack(real, number, tail, queries, (-1, -1))
-        found.append(packing if mask.window is None else _aligned(packing, behind[tail], mask.window))
-    return found
-
-
-def scattered(mask: Mask) -> bool:
-    """Whether padding stands between the tokens of a sequence, where a window would count other keys."""
-    if mask.keys is None:
-        return False
-    batch, keys = mask.keys.shape
-    real, number, _ = _sequences(mask, batch, keys, mask.keys.device)
-    before = pad(real[:, :-1] & (number[:, 1:] == number[:, :-1]), (1, 0))
-    runs = number[real & ~before]  # the sequence in which each run of real tokens begins
-    return runs.unique().numel() < runs.numel()
-
-
-def _sequences(mask: Mask, batch: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each key, (B, S): whether it is real, its sequence's number in the batch, where that begins."""
-    first = torch.zeros(batch, keys, dtype=torch.bool, device=device)
-    first[:, 0] = True
-    if mask.documents is not None:
-        first[:, 1:] = mask.documents[:, 1:] != mask.documents[:, :-1]
-    number = first.flatten().cumsum(0).view(batch, keys) - 1
-    start = torch.where(first, torch.arange(keys, device=device), 0).cummax(dim=1).values
-    return torch.ones_like(first) if mask.keys is None else mask.keys.bool(), number, start
+        result.append(packing if mask.window is None else _aligned(packing, behind[tail], mask.window))
+    return result
 
 
 def _pack(real: Tensor, number: Tensor, rows: Tensor, queries: int, window: tuple[int, int]) -> Packing:
@@ -131,7 +111,7 @@ def _aligned(packing: Packing, behind: Tensor, window: int) -> Packing:
     filled = lengths + furthest - behind[ends]
     bounds = _bounds(filled)
     place = torch.arange(int(filled.sum()), device=behind.device) - bounds[:-1].long().repeat_interleave(filled)
-    kept = place < lengths.repeat_interleave(filled)
+    counts = place < lengths.repeat_interleave(filled)
     first = packing.row_bounds[:-1].long().repeat_interleave(filled)
     rows = packing.rows[torch.minimum(first + place, ends.repeat_interleave(filled))]
     longest = int(filled.max())
@@ -139,7 +119,7 @@ def _aligned(packing: Packing, behind: Tensor, window: int) -> Packing:
     longest_columns = max(packing.longest_columns, longest)
     window_left = window - 1 - furthest
     return Packing(
-        rows, packing.columns, bounds, packing.column_bounds, longest, longest_columns, (window_left, -1), kept
+        rows, packing.columns, bounds, packing.column_bounds, longest, longest_columns, (window_left, -1), counts
     )
 
 
@@ -184,8 +164,8 @@ def varlen(request: Request) -> tuple[Tensor, Tensor | None]:
             out, lse = part, part_lse
             continue
         rows = packing.rows
-        if packing.kept is not None:
-            rows, part, part_lse = rows[packing.kept], part[packing.kept], part_lse[packing.kept]
+        if packing.counts is not None:
+            rows, part, part_lse = rows[packing.counts], part[packing.counts], part_lse[packing.counts]
         out, lse = out.index_copy(0, rows, part), lse.index_copy(0, rows, part_lse.to(lse.dtype))
     out = out.view(batch, queries, heads, size).transpose(1, 2)
     return out, lse.view(batch, queries, heads).transpose(1, 2) if request.with_lse else None
@@ -207,7 +187,7 @@ def _unsupported_reason(request: Request) -> str | None:
             return "it needs a GPU of compute capability 8.0 or newer"
         if gradient and 192 < size <= 224 and ((8, 6) <= capability <= (8, 9) or capability[0] == 12):
             return "its backward of head sizes from 200 to 224 does not fit this GPU"
-    if scattered(request.mask):
+    if request.mask.has_padding_holes(within_documents=True):
         return "padding stands between the tokens of a sequence"
     return None
 

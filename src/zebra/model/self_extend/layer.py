@@ -107,7 +107,7 @@ class GroupedRotation:
         shift = _shift(positions, mask.keys, total)
         if wrong := _broken(positions, mask, total, shift):
             raise self.refusal(wrong)
-        base = _base(positions, mask, shift)
+        base = _base(positions, mask, total, shift)
         true = (positions - base).clamp(min=0)
         if not self._said and total > self.setting.reach(self.trained):
             self._warn(int(true.max()) + 1)
@@ -182,20 +182,17 @@ def _shift(positions: Tensor, keys: Tensor | None, total: int) -> Tensor:
     return torch.where(least < most, _MIXED, least)
 
 
-def _base(positions: Tensor, mask: Mask, shift: Tensor) -> Tensor:
+def _base(positions: Tensor, mask: Mask, total: int, shift: Tensor) -> Tensor:
     """The host's position of the first real token of each token's document: (1 or B, 1), or (B, T) with documents.
 
     A plain forward without positions counts padding and `generate` does not; so true positions are differences.
     """
-    padding = None if mask.keys is None else mask.keys.int().argmax(dim=1, keepdim=True)
+    if mask.keys is None and mask.documents is None:
+        return shift
+    first = mask.first_tokens(total, positions.device)
     if mask.documents is None:
-        return shift if padding is None else shift + padding
-    index = torch.arange(positions.shape[1], device=positions.device)
-    starts = nn.functional.pad(mask.documents.diff(dim=1) != 0, (1, 0))
-    first = torch.where(starts, index, 0).cummax(dim=1).values
-    if padding is not None:
-        first = torch.maximum(first, padding)
-    return positions.expand(first.shape[0], -1).gather(1, first)
+        return shift + first[:, :1]
+    return positions.expand(first.shape[0], -1).gather(1, first.clamp(max=total - 1))
 
 
 def _broken(positions: Tensor, mask: Mask, total: int, shift: Tensor) -> str | None:
@@ -205,7 +202,7 @@ def _broken(positions: Tensor, mask: Mask, total: int, shift: Tensor) -> str | N
         ZebraError: padding between real tokens.
     """
     keys, queries = mask.keys, positions.shape[1]
-    if keys is not None and bool(((keys.int().diff(dim=1) > 0).sum(dim=1) + keys[:, 0].int() > 1).any()):
+    if mask.has_padding_holes():
         raise ZebraError(
             "Self-Extend takes padding left or right of a row's tokens, never between them. Pad on the left."
         )
