@@ -949,7 +949,7 @@ def test_the_first_tokens_of_documents_and_padding_between_tokens() -> None:
     assert Mask(keys=real).first_tokens(8, cpu)[:, 0].tolist() == [2, 0]
     assert mask.has_padding_holes()
     assert not mask.has_padding_holes(within_documents=True)
-    assert Mask(None, real, documents // 3).has_padding_holes(within_documents=True)
+    assert Mask(None, real, documents // 4).has_padding_holes(within_documents=True)
     assert not Mask(None, real[1:]).has_padding_holes()
     assert not Mask(None, None, documents).has_padding_holes()
 

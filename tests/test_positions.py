@@ -133,8 +133,7 @@ def test_a_window_of_the_trained_length_is_refused() -> None:
 
 def test_the_query_scale_is_one_up_to_the_trained_length() -> None:
     setting = SelfExtend(8, 64, log_scale=True)
-    assert setting.query_scale(511, 512) == setting.query_scale(0, 512) == 1
-    assert setting.query_scale(512**2 - 1, 512) == pytest.approx(2)
+    assert setting.query_scale(torch.tensor([0, 511, 512**2 - 1]), 512).tolist() == pytest.approx([1, 1, 2])
     positions = torch.tensor([0, 511, 512, 4095])
-    wanted = [setting.query_scale(int(p), 512) for p in positions]
-    assert setting.query_scale(positions, 512).tolist() == pytest.approx(wanted)
+    expected = [max(1.0, math.log(p + 1) / math.log(512)) for p in positions.tolist()]
+    assert setting.query_scale(positions, 512).tolist() == pytest.approx(expected)

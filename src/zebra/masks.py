@@ -1,18 +1,21 @@
 """Masks as predicates over two positions: may the query at `i` see the key at `j`?
 
-Every operator works on ints and on tensors alike, so that one definition serves the arithmetic, the kernels' oracle
-and the drawings below. In a drawing rows are queries, columns are keys, `x` is visible.
+Every function takes ints and tensors alike, so that one definition serves arithmetic, the reference kernel and the
+drawings below. In a drawing rows are queries, columns are keys, `x` is visible.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-Position = Any
-"""An int, or an integer tensor that broadcasts against the other position."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Position = TypeVar("Position", int, "Tensor")
+"""An int, or an integer tensor that broadcasts against the other positions. The result is a bool, or a bool tensor."""
 
 
-def causal(i: Position, j: Position) -> Any:
+def causal(i: Position, j: Position) -> Position:
     """A query sees itself and what came before: `j <= i`.
 
     x . . . .
@@ -24,7 +27,7 @@ def causal(i: Position, j: Position) -> Any:
     return j <= i
 
 
-def within(i: Position, j: Position, window: int) -> Any:
+def within(i: Position, j: Position, window: int) -> Position:
     """A query sees the `window` newest keys, its own included: `0 <= i - j < window`. Here window = 2.
 
     x . . . .
@@ -36,7 +39,7 @@ def within(i: Position, j: Position, window: int) -> Any:
     return (j <= i) & (i - j < window)
 
 
-def beyond(i: Position, j: Position, window: int) -> Any:
+def beyond(i: Position, j: Position, window: int) -> Position:
     """What `causal` sees and `within` does not: `i - j >= window`. Here window = 2.
 
     . . . . .
@@ -48,7 +51,7 @@ def beyond(i: Position, j: Position, window: int) -> Any:
     return i - j >= window
 
 
-def sink(j: Position, first: Position, sinks: int) -> Any:
+def sink(j: Position, first: Position | int, sinks: int) -> Position:
     """The first `sinks` tokens of a text, which begins at `first`. Here within a window of 2, or a sink of 1.
 
     x . . . .
@@ -60,7 +63,7 @@ def sink(j: Position, first: Position, sinks: int) -> Any:
     return (j >= first) & (j - first < sinks)
 
 
-def same_document(query_document: Position, key_document: Position) -> Any:
+def same_document(query_document: Position, key_document: Position) -> Position:
     """Packed documents never see each other. Here with `causal`, for the documents 0 0 0 1 1.
 
     x . . . .

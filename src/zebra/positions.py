@@ -3,9 +3,9 @@
     relative(i, j) = i - j                                            if i - j < W     near
                    = floor(i / G) - floor(j / G) + W - floor(W / G)   otherwise        far
 
-A model trained at L tokens then meets no distance of L or more up to a text of `reach` tokens. Positions are those of
-the sequence, padding not counted. Every operator works on ints and on tensors alike. The paper's figure, a model of
-L = 7 that reads ten tokens with W = 4 and G = 2; rows are queries, columns keys, a bar parts far from near:
+A model trained at L tokens then meets no distance of L or more up to a text of `reach` tokens. Positions
+count the real tokens of a sequence, without padding. Every function takes ints and tensors alike. The paper's figure, a
+model of L = 7 that reads ten tokens with W = 4 and G = 2; rows are queries, columns keys, a bar parts far from near:
 
     i = 3        3 2 1 0
     i = 4    4 | 3 2 1 0
@@ -21,31 +21,34 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from zebra.errors import ZebraError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Types of rope whose frequencies change with the text's length."""
 
-Position = Any
-"""An int, or an integer tensor that broadcasts against the other position."""
+Position = TypeVar("Position", int, "Tensor")
+"""An int, or an integer tensor that broadcasts against the other positions."""
 
 
-def relative(i: Position, j: Position, group: int, window: int) -> Any:
+def relative(i: Position, j: Position, group: int, window: int) -> Position:
     """The distance that the model sees between a query at `i` and a key at `j <= i`."""
     far = grouped_query(i, group, window) - grouped_key(j, group)
     near = i - j < window
     return near * (i - j) + (1 - near * 1) * far  # not `where`, which ints do not have
 
 
-def grouped_query(i: Position, group: int, window: int) -> Any:
-    """Where a query stands for its far keys: floor(i / G) + W - floor(W / G)."""
+def grouped_query(i: Position, group: int, window: int) -> Position:
+    """The position of a query towards its far keys: floor(i / G) + W - floor(W / G)."""
     return i // group + window - window // group
 
 
-def grouped_key(j: Position, group: int) -> Any:
-    """Where a key stands for queries far from it: floor(j / G)."""
+def grouped_key(j: Position, group: int) -> Position:
+    """The position of a key towards queries far from it: floor(j / G)."""
     return j // group
 
 
@@ -59,7 +62,7 @@ def reach(trained: int, group: int, window: int) -> int:
 
 @dataclass(frozen=True)
 class SelfExtend:
-    """Self-Extend's setting: far positions shared by groups of `group` tokens beyond a neighbour window of `window`.
+    """Self-Extend's setting: groups of `group` tokens share a position beyond a neighbour window of `window`.
 
     Attributes:
         group: G; 1 changes nothing.
@@ -79,8 +82,8 @@ class SelfExtend:
     log_scale: bool = False
 
     def __post_init__(self) -> None:
-        for number in (self.group, self.window):
-            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 2**31:
+        for count in (self.group, self.window):
+            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 2**31:
                 raise ZebraError(
                     "Self-Extend takes a group G and a window W, whole numbers of at least 1; "
                     f"got {self.group!r}:{self.window!r}. Write for example 8:1024."
@@ -88,10 +91,10 @@ class SelfExtend:
 
     @classmethod
     def parse(cls, text: str, trained: int | None = None) -> SelfExtend:
-        """Read the notation that `str()` prints, `G:W` or `G:W:log`, and `auto:TARGET` where `trained` is given.
+        """Read the notation that `str()` prints, `G:W` or `G:W:log`; `auto:TARGET` needs `trained`, the trained length.
 
         Raises:
-            ZebraError: another notation, and what `suggest` refuses.
+            ZebraError: another notation; a target that `suggest` rejects.
         """
         match = re.fullmatch(r"\s*(?:(auto)|([0-9]{1,10}))\s*:\s*([0-9]{1,10})\s*(:\s*log)?\s*", str(text))
         if match is None or (match[1] and (trained is None or match[4])):
@@ -115,7 +118,7 @@ class SelfExtend:
         return int(relative(length - 1, 0, self.group, self.window))
 
     def check(self, trained: int) -> None:
-        """Refuse a window that leaves a model trained at `trained` tokens nothing for the far part.
+        """Check that the window leaves a model trained at `trained` tokens something for the far part.
 
         Raises:
             ZebraError: W at or beyond the trained length.
@@ -126,26 +129,24 @@ class SelfExtend:
                 f"a model trained at {trained:,} tokens. Lower the window, for example to {max(1, trained // 4)}."
             )
 
-    def query_scale(self, position: Position, trained: int) -> Any:
-        """max(1, ln(p + 1) / ln L), where it is asked for."""
-        if isinstance(position, int):
-            return max(1.0, math.log(position + 1) / math.log(trained))
-        return ((position + 1).double().log() / math.log(trained)).clamp(min=1.0)
+    def query_scale(self, positions: Tensor, trained: int) -> Tensor:
+        """max(1, ln(p + 1) / ln L) at each position p, in float64 and the shape of `positions`; for `log_scale`."""
+        return ((positions + 1).double().log() / math.log(trained)).clamp(min=1.0)
 
 
 def suggest(trained: int, target: int) -> SelfExtend:
     """The setting that reads `target` tokens with a model trained at `trained`, by the authors' sizing rule.
 
     W is a quarter of the trained length L, and G the smallest power of two with W + (N - W) / G <= L / 2: the authors
-    keep this largest distance below one half to two thirds of L, as farther ones are trained less, and find a group
-    above the least often better. For L = 4,096 it gives their own settings: 16:1024 at 16K, 32:1024 at 25K.
+    keep this largest distance below one half to two thirds of L, as farther ones are trained less, and often find a
+    larger group better. For L = 4,096 it gives their own settings: 16:1024 at 16K, 32:1024 at 25K.
 
     Raises:
         ZebraError: a target within the trained length, a trained length below 8.
     """
     if trained < 8:
         raise ZebraError(
-            f"Self-Extend parts a trained length of at least 8 tokens; this model's is {trained}. Drop it."
+            f"Self-Extend divides a trained length of at least 8 tokens; this model's is {trained}. Drop it."
         )
     if not trained < target < 2**31:
         raise ZebraError(
@@ -153,33 +154,33 @@ def suggest(trained: int, target: int) -> SelfExtend:
             f"at {trained:,} tokens, which reads that much as it is. Raise the target, or drop Self-Extend."
         )
     window = trained // 4
-    least = (target - window) / (trained / 2 - window)
-    return SelfExtend(1 << max(1, math.ceil(math.log2(least))), window)
+    smallest = (target - window) / (trained / 2 - window)
+    return SelfExtend(1 << max(1, math.ceil(math.log2(smallest))), window)
 
 
 def refuse_rope(family: str, kind: str | None) -> None:
-    """Refuse a host whose positions could not be turned again; `zebra.load` and `zebra plan` do, with these words.
+    """Reject a model whose positions cannot be rotated again; `zebra.load` and `zebra plan` share the message.
 
     Args:
-        kind: the type of its rope by its config, None where its positions are no rotary embedding.
+        kind: the `rope_type` of its config, None where its positions are no rotary embedding.
 
     Raises:
         ZebraError: no rope, dynamic NTK, longrope.
     """
     if kind is None:
         raise ZebraError(
-            f"Self-Extend turns rotary embeddings, and this {family} has none of transformers' kind: its positions are "
-            "learned, ALiBi, or made in the attention itself."
+            f"Self-Extend rotates rotary embeddings, and this {family} has none of transformers' kind: its positions "
+            "are learned, ALiBi, or computed in the attention itself."
         )
     if kind in LENGTH_DEPENDENT:
         raise ZebraError(
             f"this {family} has a rope of type {kind}, whose frequencies change with the text's length, so that cached "
-            "keys could not be turned again. Self-Extend serves default, linear, llama3 and yarn."
+            "keys could not be rotated again. Self-Extend serves default, linear, llama3 and yarn."
         )
 
 
 def refuse_no_global(family: str, remedy: str = "Take a layout with a global layer, or drop Self-Extend.") -> None:
-    """Refuse a model in which nothing is left to extend.
+    """Reject a model in which no layer is left to extend.
 
     Raises:
         ZebraError: always.
