@@ -116,11 +116,15 @@ def test_a_layout_of_the_command_line_equals_a_converted_checkpoint(zebra: Zebra
 def test_doctor_shows_the_kernels_and_why_they_decline(zebra: Zebra) -> None:
     done = zebra("doctor", "--json")
     found = json.loads(done.stdout)
-    served = {case["request"]: case["kernel"] for case in found["kernels"]}
-    assert served["local, training"] == "banded"
-    assert "no window" in next(c for c in found["kernels"] if c["request"] == "local, training")["declines"]["fused"]
+    served = {(case["request"], case["dtype"]): case["kernel"] for case in found["kernels"]}
+    assert served["local, prefill, 128 tokens", "float32"] == "banded"
+    assert served["decode", "bfloat16"] == "fused"
+    assert "it has no window" in found["declines"]["fused"]
+    assert found["declines"]["reference"] == []
     assert found["machine"]["torch"]
-    assert zebra("doctor").returncode == 0
+    page = zebra("doctor")
+    assert page.returncode == 0
+    assert page.stdout.count("it has no window") == 1
 
 
 BAD = {

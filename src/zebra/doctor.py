@@ -4,62 +4,93 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from zebra.kernels import KERNELS, Mask, Request
+from zebra.kernels import KERNELS, Mask, Request, find
 from zebra.provenance import versions
 
 
 @dataclass(frozen=True)
-class Served:
-    """One kind of request: the kernel that serves it, and why each kernel declines (None: it can)."""
+class Serving:
+    """One kind of request, the kernel that serves it, and why other kernels decline it."""
 
     request: str
+    dtype: str
     kernel: str
-    declines: dict[str, str | None]
+    declines: dict[str, str]
 
 
 def machine() -> dict[str, str]:
     """Versions and devices."""
-    found = dict(versions())
-    found["platform"] = platform.platform()
-    found["cpu"] = (
+    facts = dict(versions())
+    facts["platform"] = platform.platform()
+    facts["cpu"] = (
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            found[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+            facts[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     else:
-        found["cuda"] = "none"
-    return found
+        facts["cuda"] = "none"
+    return facts
 
 
-def kernels() -> list[Served]:
-    """Typical requests on this machine's device, and who serves them."""
+LENGTH, WINDOW = 2048, 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels() -> list[Serving]:
+    """Typical requests of heads of dimension 64 on this machine's device, in each dtype, and the kernel that serves."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    documents = (torch.arange(8, device=device) // 4).expand(1, 8)
-    padding = torch.tensor([[False, False, *[True] * 6]], device=device)
-    cases: list[tuple[str, int, Mask, dict[str, object]]] = [
-        ("global, training", 8, Mask(), {}),
-        ("local, training", 8, Mask(window=4), {}),
-        ("local, training, 512 tokens", 512, Mask(window=64), {}),
-        ("packed documents", 8, Mask(documents=documents), {}),
-        ("padded prefill", 8, Mask(keys=padding), {}),
-        ("chunked prefill", 3, Mask(), {}),
-        ("decode", 1, Mask(), {}),
-        ("decode, padded batch", 1, Mask(keys=padding), {}),
-        ("log-sum-exp wanted", 8, Mask(), {"with_lse": True}),
-        ("softcap", 8, Mask(), {"softcap": 30.0}),
+    token = torch.arange(LENGTH, device=device)[None]
+    padding, documents = token >= LENGTH // 4, token // WINDOW
+    cases: dict[str, tuple[int, Mask, dict[str, Any]]] = {
+        "global, training": (LENGTH, Mask(), {}),
+        "global, prefill": (LENGTH, Mask(), {}),
+        "global, prefill, 512 tokens": (512, Mask(), {}),
+        "global, chunk after earlier keys": (WINDOW, Mask(), {}),
+        "global, prefill with log-sum-exp": (LENGTH, Mask(), {"with_lse": True}),
+        "local, training": (LENGTH, Mask(WINDOW), {}),
+        "local, prefill": (LENGTH, Mask(WINDOW), {}),
+        "local, prefill, 128 tokens": (128, Mask(32), {}),
+        "local, chunk after earlier keys": (WINDOW, Mask(WINDOW), {}),
+        "decode": (1, Mask(), {}),
+        "decode, padded batch": (1, Mask(keys=padding), {}),
+        "padded batch": (LENGTH, Mask(keys=padding), {}),
+        "packed documents, training": (LENGTH, Mask(documents=documents), {}),
+        "softcap": (LENGTH, Mask(), {"softcap": 30.0}),
+    }
+    return [
+        _serving(name, dtype, queries, mask, {"with_lse": False, **options}, device)
+        for name, (queries, mask, options) in cases.items()
+        for dtype in DTYPES
     ]
-    served = []
-    for name, queries, mask, more in cases:
-        q = torch.zeros(1, 4, queries, 64, device=device, requires_grad="training" in name)
-        k = torch.zeros(1, 2, max(8, queries), 64, device=device)
-        request = Request(q=q, k=k, v=k, mask=mask, scale=1.0, **{"with_lse": False, **more})  # type: ignore[arg-type]
-        declines = {kernel.name: kernel.declines(request) for kernel in KERNELS}
-        taken = next(kernel for kernel, reason in declines.items() if reason is None)
-        served.append(Served(name, taken, declines))
-    return served
+
+
+def _serving(name: str, dtype: torch.dtype, queries: int, mask: Mask, options: dict[str, Any], device: str) -> Serving:
+    keys = queries if name.endswith(" tokens") else LENGTH
+    q = torch.zeros(1, 4, queries, 64, dtype=dtype, device=device, requires_grad="training" in name)
+    k = torch.zeros(1, 2, keys, 64, dtype=dtype, device=device)
+    request = Request(q=q, k=k, v=k, mask=mask, scale=0.125, **options)
+    kernel, _ = find(request)
+    assert kernel is not None  # the reference serves them all
+    reasons = {one.name: one.declines(request) for one in KERNELS}
+    return Serving(
+        name,
+        str(dtype).removeprefix("torch."),
+        kernel.name,
+        {other: reason for other, reason in reasons.items() if reason is not None},
+    )
+
+
+def reasons_by_kernel(servings: Sequence[Serving]) -> dict[str, list[str]]:
+    """Of each kernel the distinct reasons for which it declines some of the requests."""
+    return {
+        kernel.name: list(dict.fromkeys(s.declines[kernel.name] for s in servings if kernel.name in s.declines))
+        for kernel in KERNELS
+    }

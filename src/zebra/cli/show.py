@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from zebra.data.instructions import InstructionStats
-    from zebra.doctor import Served
+    from zebra.doctor import Serving
     from zebra.generation import Generated
     from zebra.model.verify import Check
     from zebra.pipeline.recipe import Stage
@@ -248,22 +248,29 @@ def generated(made: Generated, decoding: dict[str, Any], as_json: bool) -> None:
     )
 
 
-def machine(has: dict[str, str], served: Sequence[Served], as_json: bool) -> None:
-    """Versions and devices, and which kernel serves what."""
+def machine(facts: dict[str, str], servings: Sequence[Serving], as_json: bool) -> None:
+    """Versions and devices, the kernel that serves each kind of request, and why the others decline."""
+    from zebra.doctor import reasons_by_kernel
+
+    reasons = reasons_by_kernel(servings)
     if as_json:
-        json({"machine": has, "kernels": [asdict(case) for case in served]})
+        served = [{"request": s.request, "dtype": s.dtype, "kernel": s.kernel} for s in servings]
+        json({"machine": facts, "kernels": served, "declines": reasons})
         return
     table = _table("machine", "")
-    for name, value in has.items():
+    for name, value in facts.items():
         table.add_row(name, value)
     _print(table)
-    table = _table("request", *served[0].declines)
-    for case in served:
-        cells = [
-            "[green]serves[/]" if name == case.kernel else f"[dim]{reason or 'could'}[/]"
-            for name, reason in case.declines.items()
-        ]
-        table.add_row(case.request, *cells)
+    by_request: dict[str, dict[str, str]] = {}
+    for serving in servings:
+        by_request.setdefault(serving.request, {})[serving.dtype] = serving.kernel
+    table = _table("kernel by request", *dict.fromkeys(serving.dtype for serving in servings))
+    for request, kernels in by_request.items():
+        table.add_row(request, *kernels.values())
+    _print(table)
+    table = _table("kernel", "declines because")
+    for kernel, why in reasons.items():
+        table.add_row(kernel, "; ".join(why) or "it serves every request")
     _print(table)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from zebra.kernels import banded, flex, fused, native, reference, varlen
 from zebra.kernels.request import Kernel, Mask, Request
 
-__all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "choose", "only"]
+__all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "choose", "find", "only"]
 
 KERNELS: tuple[Kernel, ...] = (
     fused.KERNEL,
@@ -52,35 +52,45 @@ def only(name: str) -> Iterator[None]:
         _only.reset(token)
 
 
-def choose(request: Request) -> Kernel:
-    """The first kernel of the table that accepts the request.
+def find(request: Request) -> tuple[Kernel | None, dict[str, str]]:
+    """The kernel that serves the request, None where all decline; and why each kernel tried before it declines."""
+    forced = _only.get()
+    kernels = {kernel.name: kernel for kernel in KERNELS if forced in (None, kernel.name)}
+    reasons: dict[str, str] = {}
+    for kernel in kernels.values():
+        reason = kernel.declines(request)
+        if reason is None:
+            faster = kernels.get(kernel.slower_than(request) or "")
+            return (kernel if faster is None or faster.declines(request) is not None else faster), reasons
+        reasons[kernel.name] = reason
+    return None, reasons
 
-    Where one that is made for the request's device declines, or only the dense formula is left, a log line says why,
+
+def choose(request: Request) -> Kernel:
+    """The kernel that serves the request.
+
+    Where one that is written for the request's device declines, or only the dense formula is left, a log line says why,
     once for each reason.
 
     Raises:
         NotImplementedError: all decline; the message holds each one's reason.
     """
-    forced = _only.get()
-    kernels = {kernel.name: kernel for kernel in KERNELS if forced in (None, kernel.name)}
-    reasons: list[str] = []
-    missed: list[str] = []
-    for kernel in kernels.values():
-        reason = kernel.declines(request)
-        if reason is None:
-            faster = kernels.get(kernel.slower_than(request) or "")
-            if faster is not None and faster.declines(request) is None:
-                return faster
-            if forced is None and kernel is reference.KERNEL:
-                _warn_once("attention runs by the dense formula, slow and large, because " + "; ".join(reasons))
-            elif missed:
-                _warn_once(f"attention runs by the kernel {kernel.name}, because " + "; ".join(missed))
-            return kernel
-        reasons.append(f"{kernel.name}: {reason}")
-        for_this_device = kernel.devices is not None and request.q.device.type in kernel.devices
-        if for_this_device and request.queries >= kernel.min_queries:
-            missed.append(reasons[-1])
-    raise NotImplementedError("no attention kernel can serve this request. " + "; ".join(reasons) + ".")
+    kernel, reasons = find(request)
+    lines = {name: f"{name}: {reason}" for name, reason in reasons.items()}
+    if kernel is None:
+        raise NotImplementedError(f"no attention kernel can serve this request. {'; '.join(lines.values())}.")
+    if kernel is reference.KERNEL and _only.get() is None:
+        _warn_once(f"attention runs by the dense formula, slow and large, because {'; '.join(lines.values())}")
+        return kernel
+    device, queries = request.q.device.type, request.queries
+    missed = [
+        lines[other.name]
+        for other in KERNELS
+        if other.name in lines and device in (other.devices or ()) and queries >= other.min_queries
+    ]
+    if missed:
+        _warn_once(f"attention runs by the kernel {kernel.name}, because {'; '.join(missed)}")
+    return kernel
 
 
 def attend(
