@@ -122,7 +122,7 @@ def tiny_model(family: str, **changes: Any) -> Any:
 
 
 def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's tree with keys set: `train__steps` is `steps` in its section."""
+    """A recipe's tree with keys set: `train__max_steps` is `steps` in its section."""
     for name, value in changes.items():
         section, _, key = name.partition("__")
         if key:

@@ -41,8 +41,8 @@ def recipe(run: Path, **changes: Any) -> AdaptRecipe:
         "model": str(STORIES),
         "stripes": "GLLL:33",
         "data": dict(text),
-        "train": {"length": 600, "steps": STEPS, "learning_rate": 1e-3, "log_every": 1, "save_every": 4},
-        "evaluate": {**text, "files": [str(few)], "length": 600, "every": 6},
+        "train": {"length": 600, "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 4},
+        "evaluate": {**text, "files": [str(few)], "length": 600, "eval_steps": 6},
     }
     return AdaptRecipe.model_validate(changed(tree, changes))
 
@@ -133,8 +133,8 @@ def test_a_finished_run_is_not_run_again(finished: tuple[Path, list[Result]], mo
 
 def test_a_run_directory_belongs_to_one_recipe(finished: tuple[Path, list[Result]], tmp_path: Path) -> None:
     run, _ = finished
-    with pytest.raises(ZebraError, match=r"another recipe: train\.learning_rate, train\.steps differ"):
-        adapt(recipe(run, train__learning_rate=2e-3, train__steps=24))
+    with pytest.raises(ZebraError, match=r"another recipe: train\.learning_rate, train\.max_steps differ"):
+        adapt(recipe(run, train__learning_rate=2e-3, train__max_steps=24))
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ZebraError, match="is no run of zebra"):
         adapt(recipe(tmp_path))
@@ -208,14 +208,14 @@ def test_a_killed_run_resumes_to_the_same_losses(
     "changes",
     [
         {"data__join": False, "data__append_eos": True},
-        {"train__activation_checkpointing": True},
-        {"train__precision": "bfloat16"},
+        {"train__gradient_checkpointing": True},
+        {"train__bf16": True},
         {"stripes": None},
     ],
     ids=str,
 )
 def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], tmp_path: Path) -> None:
-    rows = adapt(recipe(tmp_path / "run", evaluate=None, train__steps=4, **changes))
+    rows = adapt(recipe(tmp_path / "run", evaluate=None, train__max_steps=4, **changes))
     assert len(losses(rows)) == 4
     assert all(0 < loss < 10 for loss in losses(rows))
     assert {row.task for row in rows} == {"train", "cost"}
@@ -225,7 +225,7 @@ def test_tokens_are_counted_not_reckoned(tmp_path: Path) -> None:
     """Three rows make a full step of two and one of one, again and again."""
     few = tmp_path / "few.txt"
     few.write_text(SEPARATOR.join((TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:2]))
-    short = {"train__length": 180, "train__rows_per_step": 2, "train__steps": 4, "evaluate": None}
+    short = {"train__length": 180, "train__per_device_train_batch_size": 2, "train__max_steps": 4, "evaluate": None}
     rows = adapt(recipe(tmp_path / "run", data__files=[str(few)], **short))
     counts = [row.n for row in rows if row.metric == "loss"]
     assert counts == [360, 540, 900, 1080]
@@ -237,7 +237,7 @@ def test_attention_dropout_of_the_checkpoint_is_off_and_said(
 ) -> None:
     config = json.loads((stories / "config.json").read_text())
     (stories / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
-    adapt(recipe(tmp_path / "run", model=str(stories), train__steps=1, evaluate=None))
+    adapt(recipe(tmp_path / "run", model=str(stories), train__max_steps=1, evaluate=None))
     assert "attention_dropout of 0.1 becomes 0" in capfd.readouterr().err
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["attention_dropout"] == 0.0
 
@@ -248,7 +248,7 @@ def test_a_rope_whose_factor_is_not_written_stays_what_it_was_trained_as(stories
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 128}
     (stories / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     source = zebra.load(stories).model.rotary_emb
-    adapt(recipe(tmp_path / "run", model=str(stories), train__steps=1, evaluate=None))
+    adapt(recipe(tmp_path / "run", model=str(stories), train__max_steps=1, evaluate=None))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert plain.config.max_position_embeddings == 600
     assert plain.config.rope_parameters["factor"] == 4.0
@@ -265,14 +265,18 @@ def test_a_damaged_recipe_in_the_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_activation_checkpointing_and_accumulation_change_no_loss(tmp_path: Path) -> None:
-    plain = adapt(recipe(tmp_path / "a", evaluate=None, train__steps=4, train__rows_per_step=2))
+    plain = adapt(recipe(tmp_path / "a", evaluate=None, train__max_steps=4, train__per_device_train_batch_size=2))
     recomputed = adapt(
         recipe(
-            tmp_path / "b", evaluate=None, train__steps=4, train__rows_per_step=2, train__activation_checkpointing=True
+            tmp_path / "b",
+            evaluate=None,
+            train__max_steps=4,
+            train__per_device_train_batch_size=2,
+            train__gradient_checkpointing=True,
         )
     )
     assert losses(plain) == pytest.approx(losses(recomputed), abs=1e-5)
-    accumulated = adapt(recipe(tmp_path / "c", evaluate=None, train__steps=4, train__accumulate=2))
+    accumulated = adapt(recipe(tmp_path / "c", evaluate=None, train__max_steps=4, train__gradient_accumulation_steps=2))
     assert losses(plain) == pytest.approx(losses(accumulated), abs=1e-4)
 
 
@@ -294,14 +298,14 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """DDP over gloo: half the rows in each, one writer; the gradients are synchronised through our loss."""
     (tmp_path / "train.py").write_text(KEEP_GRADIENTS)
     found = []
-    for processes, rows_per_step in ((1, 2), (2, 1)):
+    for processes, per_device_train_batch_size in ((1, 2), (2, 1)):
         # An odd packing: the two halves have not the same number of predicted tokens.
         asked = recipe(
             tmp_path / f"of-{processes}",
             evaluate=None,
             data__join=False,
-            train__steps=4,
-            train__rows_per_step=rows_per_step,
+            train__max_steps=4,
+            train__per_device_train_batch_size=per_device_train_batch_size,
         )
         path = tmp_path / f"{processes}.yaml"
         path.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
@@ -333,7 +337,7 @@ def test_text_shorter_than_a_row_is_refused_before_anything_is_written(tmp_path:
 
 def test_a_run_with_another_rope(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    rows = adapt(recipe(run, rope="yarn:2", train__steps=4, evaluate__every=4))
+    rows = adapt(recipe(run, rope="yarn:2", train__max_steps=4, evaluate__eval_steps=4))
     measured = {(row.model, row.layout) for row in rows if row.metric == "perplexity"}
     assert measured == {
         (str(STORIES), "full"),
@@ -349,7 +353,7 @@ def test_a_run_with_another_rope(tmp_path: Path) -> None:
 
 
 def test_a_rope_alone_is_measured_too(tmp_path: Path) -> None:
-    rows = adapt(recipe(tmp_path / "run", stripes=None, rope="base:50000", train__steps=4, evaluate__every=4))
+    rows = adapt(recipe(tmp_path / "run", stripes=None, rope="base:50000", train__max_steps=4, evaluate__eval_steps=4))
     assert {row.layout for row in rows if row.metric == "perplexity"} == {"full", "full base:50000"}
 
 
@@ -378,7 +382,12 @@ def test_other_families_are_adapted(member: str, tmp_path: Path) -> None:
     tiny_model(member, vocab_size=512).save_pretrained(tmp_path / "source")
     for file in STORIES.glob("tokenizer*"):
         (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
-    changes = {"train__steps": 4, "evaluate__every": 4, "train__activation_checkpointing": True, "rope": "yarn:2"}
+    changes = {
+        "train__max_steps": 4,
+        "evaluate__eval_steps": 4,
+        "train__gradient_checkpointing": True,
+        "rope": "yarn:2",
+    }
     run, source = tmp_path / "run", tmp_path / "source"
     rows = adapt(recipe(run, model=str(source), stripes=fitting(member, "GLLL:33"), **changes))
     assert losses(rows)[-1] < losses(rows)[0]
@@ -387,11 +396,11 @@ def test_other_families_are_adapted(member: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "lora", [None, *(pytest.param({"rank": 2, "merge": merge}, marks=pytest.mark.full) for merge in (False, True))]
+    "lora", [None, *(pytest.param({"r": 2, "merge": merge}, marks=pytest.mark.full) for merge in (False, True))]
 )
 def test_sinks_are_trained_with_and_kept(lora: dict[str, Any] | None, tmp_path: Path) -> None:
     """In the rows, the Trainer's checkpoints, and the checkpoint that is left."""
-    train = {"length": 300, "steps": 2, "learning_rate": 1e-3, "log_every": 1, "save_every": 1}
+    train = {"length": 300, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 1}
     made = recipe(tmp_path / "run", stripes="GLLL:33+2", train=train, evaluate=None, lora=lora)
     rows = adapt(made)
     assert {row.layout for row in rows} == {"GLLL:33+2", "full"}
@@ -410,11 +419,11 @@ def test_recall_may_be_adapted_to(tmp_path: Path) -> None:
     asked = recipe(
         tmp_path / "run",
         evaluate=None,
-        train__steps=3,
+        train__max_steps=3,
         data__recall={"share": 1.0, "first": 200, "hold": 0.0, "until": 0.1},
     )
     rows = adapt(asked)
     assert len(losses(rows)) == 3
     # Words and numbers that the checkpoint never asked for are harder than its stories.
-    plain = adapt(recipe(tmp_path / "plain", evaluate=None, train__steps=3))
+    plain = adapt(recipe(tmp_path / "plain", evaluate=None, train__max_steps=3))
     assert losses(rows)[0] > losses(plain)[0] + 1

@@ -170,21 +170,24 @@ BAD = {
     "missing recipe": (["adapt", "nothing.yaml"], ["nothing.yaml cannot be read"]),
     "unknown key": (["adapt", "recipe.yaml", "--set", "train.lenght=9"], ["unknown key train.lenght", "length"]),
     "contradiction": (
-        ["adapt", "recipe.yaml", "--set", "train.save_every=7", "--set", "train.log_every=2"],
-        ["multiple of log_every"],
+        ["adapt", "recipe.yaml", "--set", "train.save_steps=7", "--set", "train.logging_steps=2"],
+        ["multiple of logging_steps"],
     ),
     "recipe of a missing model": (["adapt", "recipe.yaml", "--set", "model=gone"], ["no checkpoint at gone"]),
     "recipe beyond the model": (["adapt", "recipe.yaml", "--set", "stripes=8:9"], ["layer 8"]),
     "text shorter than a row": (["adapt", "recipe.yaml", "--set", "data.files=[short.txt]"], ["fewer than one row"]),
     "seed below zero": (["adapt", "recipe.yaml", "--set", "train.seed=-1"], ["train.seed", "greater than or equal"]),
     "endless rate": (["adapt", "recipe.yaml", "--set", "train.weight_decay=.inf"], ["train.weight_decay"]),
-    "a switch for a number": (["adapt", "recipe.yaml", "--set", "train.steps=true"], ["train.steps", "valid integer"]),
+    "a switch for a number": (
+        ["adapt", "recipe.yaml", "--set", "train.max_steps=true"],
+        ["train.max_steps", "valid integer"],
+    ),
     "a word for a switch": (["adapt", "recipe.yaml", "--set", "data.join=off please"], ["data.join", "valid boolean"]),
     "a NUL in a path": (["adapt", "recipe.yaml", "--set", 'run="a\\0b"'], ["NUL"]),
     "a key twice": (["adapt", "twice.yaml"], ["twice.yaml is not YAML", "the key run stands twice"]),
     "a huge window": (["convert", STORIES, "out", "--stripes", f"GL:{10**22}"], ["below 2^31"]),
     "a huge factor": (["convert", STORIES, "out", "--stripes", "GL:9", "--rope", "yarn:1e300"], ["a rope is none"]),
-    "betas": (["adapt", "recipe.yaml", "--set", "train.betas=[0.9, 1.5]"], ["train.betas.1", "less than 1"]),
+    "betas": (["adapt", "recipe.yaml", "--set", "train.adam_beta2=1.5"], ["train.adam_beta2", "less than 1"]),
     "no such device": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--device", "cuda:77"],
         ["no device 'cuda:77' here"],
@@ -211,7 +214,7 @@ def test_bad_input_gets_one_line_and_code_2(tmp_path: Path, case: str, zebra: Ze
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "recipe.yaml").write_text(
         f"run: run\nmodel: {STORIES}\nstripes: GL:9\ndata: {{files: [{TEXT}]}}\n"
-        "train: {length: 64, steps: 2, learning_rate: 1.0e-3}\n"
+        "train: {length: 64, max_steps: 2, learning_rate: 1.0e-3}\n"
     )
     (tmp_path / "twice.yaml").write_text((tmp_path / "recipe.yaml").read_text() + "run: other\n")
     before = {p.name for p in tmp_path.iterdir()}
@@ -223,7 +226,7 @@ def test_bad_input_gets_one_line_and_code_2(tmp_path: Path, case: str, zebra: Ze
 def test_an_interrupt_ends_with_130_and_nothing_half_written(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"run: run\nmodel: {STORIES}\nstripes: GL:9\ndata: {{files: [{TEXT}/tinystories_test.txt]}}\n"
-        "train: {length: 64, steps: 100000, learning_rate: 1.0e-3, log_every: 1, save_every: 100}\n"
+        "train: {length: 64, max_steps: 100000, learning_rate: 1.0e-3, logging_steps: 1, save_steps: 100}\n"
     )
     with subprocess.Popen(
         [sys.executable, "-m", "zebra", "adapt", "recipe.yaml"],

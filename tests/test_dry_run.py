@@ -77,7 +77,7 @@ def test_every_recipe_can_be_reckoned(path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("length", [300, 900])
 def test_activations_are_what_autograd_keeps(precision: str, length: int, tmp_path: Path) -> None:
     """Over all layers of the real model and at the real length, where the dry run saw two layers and 128 tokens."""
-    asked = recipe(tmp_path, train__length=length, train__precision=precision)
+    asked = recipe(tmp_path, train__length=length, train__bf16=precision == "bfloat16")
     model = zebra.load(STORIES, stripes=asked.stripes, dtype=torch.float32).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), _counting(model) as saved:
         model.model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
@@ -88,8 +88,8 @@ def test_activations_are_what_autograd_keeps(precision: str, length: int, tmp_pa
 
 def test_checkpointing_and_low_rank_need_less(tmp_path: Path) -> None:
     full = dry_run(recipe(tmp_path, train__length=4096))
-    again = dry_run(recipe(tmp_path, train__length=4096, train__activation_checkpointing=True))
-    low = dry_run(recipe(tmp_path, train__length=4096, lora={"rank": 2, "whole": []}))
+    again = dry_run(recipe(tmp_path, train__length=4096, train__gradient_checkpointing=True))
+    low = dry_run(recipe(tmp_path, train__length=4096, lora={"r": 2, "modules_to_save": []}))
     assert again.total < full.total / 2
     assert low.memory["AdamW"] < full.memory["AdamW"] / 10
     assert low.memory["gradients"] * 2 == low.memory["AdamW"]
@@ -124,8 +124,14 @@ def test_a_big_recipe_takes_a_step_with_two_layers_of_its_real_width(path: Path,
     del model
     tree = asked.model_dump() | {"run": str(tmp_path / "run"), "model": str(tmp_path / "model"), "evaluate": None}
     tree["data"] = {"files": [str(TEXT / "tinystories_test.txt")], "separator": "<|endoftext|>", "append_eos": True}
-    tree["train"] |= {"length": 256, "steps": 1, "accumulate": 1, "warmup_steps": 0, "device": "best"}
-    tree["train"] |= {"log_every": 1, "save_every": 1}
+    tree["train"] |= {
+        "length": 256,
+        "max_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "warmup_steps": 0,
+        "device": "best",
+    }
+    tree["train"] |= {"logging_steps": 1, "save_steps": 1}
     rows = adapt(AdaptRecipe.model_validate(tree))
     assert (
         5.5 < losses(rows)[0] < 8

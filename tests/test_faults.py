@@ -23,7 +23,7 @@ from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.trainer import COMPLETE
 
-SHORT = {"train__steps": 6, "train__save_every": 2, "evaluate": None}
+SHORT = {"train__max_steps": 6, "train__save_steps": 2, "evaluate": None}
 
 
 def command(where: Path, asked: AdaptRecipe) -> list[str]:
@@ -106,7 +106,11 @@ def test_a_recipe_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_spoils_a_checkpoint(tmp_path: Path) -> None:
-    spoiled = {"train__learning_rate": 1e30, "train__schedule": "constant_with_warmup", "train__warmup_steps": 5}
+    spoiled = {
+        "train__learning_rate": 1e30,
+        "train__lr_scheduler_type": "constant_with_warmup",
+        "train__warmup_steps": 5,
+    }
     run = tmp_path / "run"
     with pytest.raises(
         ZebraError, match=r"loss is not finite at step 4, at a learning rate of 6e\+29.* that of step 2\."
@@ -120,8 +124,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_a_checkpoint(tmp_path:
 @pytest.mark.parametrize(("steps", "warm", "good"), [(1, 0, None), (3, 2, 1)])
 def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, steps: int, warm: int, good: int | None) -> None:
     """The loss of a step is finite, and the step itself is what spoils: after the last one no loss would tell."""
-    changes = {"train__steps": steps, "train__save_every": 1, "train__learning_rate": 3e38, "evaluate": None}
-    schedule = {"train__schedule": "constant_with_warmup", "train__warmup_steps": warm}
+    changes = {"train__max_steps": steps, "train__save_steps": 1, "train__learning_rate": 3e38, "evaluate": None}
+    schedule = {"train__lr_scheduler_type": "constant_with_warmup", "train__warmup_steps": warm}
     run = tmp_path / "run"
     kept = "No checkpoint was saved yet" if good is None else f"newest finite checkpoint is that of step {good}"
     with pytest.raises(ZebraError, match=rf"weights are not finite at step \d, .* {kept}"):

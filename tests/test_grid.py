@@ -47,11 +47,11 @@ def tree(run: Path, text: Path, *cells: dict[str, Any], **train: Any) -> dict[st
             "data": {"files": [str(text)], "separator": END, "join": True, "held_out": 0.2},
             "train": {
                 "length": 64,
-                "rows_per_step": 2,
-                "steps": 4,
+                "per_device_train_batch_size": 2,
+                "max_steps": 4,
                 "learning_rate": 1e-3,
-                "log_every": 2,
-                "save_every": 2,
+                "logging_steps": 2,
+                "save_steps": 2,
             }
             | train,
             "evaluate": {"length": 64, "join": True, "beyond": 128},
@@ -99,7 +99,7 @@ def test_each_cell_is_a_recipe_with_equal_tokens_in_a_step(few: Path, tmp_path: 
     short, long, learned = recipes_of(made)
     assert short.model["attention_kinds"] == ["global", "local"] * 2
     assert (short.model["position_embedding"], short.model["sliding_window"], short.train.seed) == ("alibi", 8, 3)
-    assert (short.train.rows_per_step, long.train.rows_per_step) == (4, 1)
+    assert (short.train.per_device_train_batch_size, long.train.per_device_train_batch_size) == (4, 1)
     assert short.evaluate is not None
     assert (short.evaluate.length, short.evaluate.beyond) == (32, 128)
     assert long.evaluate is not None
@@ -198,9 +198,9 @@ def test_a_grid_runs_each_cell_once_and_grows(few: Path, tmp_path: Path) -> None
     assert kept == [*grown[len(rows) :], *rows]  # what is done stays
     for changed in (reckoned, study):
         with pytest.raises(
-            ZebraError, match=r"global-rotary-64-seed0 is a cell of another recipe: train\.steps differ"
+            ZebraError, match=r"global-rotary-64-seed0 is a cell of another recipe: train\.max_steps differ"
         ):
-            changed(of(tmp_path / "run", few, {"attention": "local", "position": "alibi"}, steps=6))
+            changed(of(tmp_path / "run", few, {"attention": "local", "position": "alibi"}, max_steps=6))
 
 
 def test_another_recipe_in_the_same_run_is_refused(few: Path, tmp_path: Path) -> None:
@@ -208,8 +208,8 @@ def test_another_recipe_in_the_same_run_is_refused(few: Path, tmp_path: Path) ->
     Path(first.run).mkdir(parents=True)
     (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
     for told in (reckoned, study):
-        with pytest.raises(ZebraError, match=r"holds a run of another recipe: .*train.steps"):
-            told(of(tmp_path / "run", few, steps=6))
+        with pytest.raises(ZebraError, match=r"holds a run of another recipe: .*train.max_steps"):
+            told(of(tmp_path / "run", few, max_steps=6))
 
 
 def test_a_cell_that_fails_leaves_the_others_alone(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> No
 
     def start(name: str) -> subprocess.Popen[bytes]:
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(tree(tmp_path / name, few, steps=40)))
+        path.write_text(yaml.safe_dump(tree(tmp_path / name, few, max_steps=40)))
         command = [sys.executable, "-m", "zebra", "study", str(path), "--json"]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
 
@@ -282,7 +282,7 @@ def test_a_seed_of_the_recipe_is_that_of_cells_without_one(few: Path, tmp_path: 
 
 def test_a_text_smaller_than_a_step_starts_no_cell(few: Path, tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="fewer than the 5,000 of one step"):
-        study(of(tmp_path / "run", few, rows_per_step=5000))
+        study(of(tmp_path / "run", few, per_device_train_batch_size=5000))
     assert not list((tmp_path / "run" / "cells").glob("*"))
     changed = tree(tmp_path / "run", few)
     changed["recipe"]["tokenizer"] = {"vocab_size": 320}

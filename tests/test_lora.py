@@ -23,14 +23,14 @@ from zebra.train.recipe import Lora
 peft = pytest.importorskip("peft")
 
 IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
-STEPS = {"train__steps": 8, "train__learning_rate": 3e-3}
+STEPS = {"train__max_steps": 8, "train__learning_rate": 3e-3}
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_trained_is_what_longlora_trains(tied: bool, checkpoints: Callable[..., Path]) -> None:
     model = zebra.load(checkpoints("llama", tie_word_embeddings=tied), stripes="GL:9", dtype=torch.bfloat16)
     before = model(IDS).logits
-    wrapped = lora.wrap(model, Lora(rank=3, scale=4.0), seed=0)
+    wrapped = lora.wrap(model, Lora(r=3, lora_alpha=12.0), seed=0)
     with torch.autocast("cpu", torch.bfloat16):  # B is zero at first, so nothing changes
         assert (wrapped(IDS).logits - before).norm() < 0.05 * before.norm()
     trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
@@ -49,10 +49,10 @@ def test_what_is_trained_is_what_longlora_trains(tied: bool, checkpoints: Callab
 
 
 def test_the_update_is_the_formula(checkpoints: Callable[..., Path]) -> None:
-    """Merged, W becomes W + scale * B A."""
+    """Merged, W becomes W + alpha / r * B A."""
     model = zebra.load(checkpoints("qwen3"), stripes="GL:9")
     w = model.model.layers[1].self_attn.q_proj.weight.detach().clone()
-    wrapped = lora.wrap(model, Lora(rank=2, scale=3.0, whole=()), seed=0)
+    wrapped = lora.wrap(model, Lora(r=2, lora_alpha=6.0, modules_to_save=()), seed=0)
     layer = wrapped.get_base_model().model.layers[1].self_attn.q_proj
     b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
     torch.nn.init.normal_(b)
@@ -62,7 +62,7 @@ def test_the_update_is_the_formula(checkpoints: Callable[..., Path]) -> None:
 
 def test_an_adaptation_is_merged_into_a_plain_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    rows = adapt(recipe(run, lora={"rank": 4}, **STEPS))
+    rows = adapt(recipe(run, lora={"r": 4}, **STEPS))
     assert losses(rows)[-1] < losses(rows)[0]
     assert names(run / "model") == names(STORIES) | {"zebra.json"}
     plain = AutoModelForCausalLM.from_pretrained(run / "model")
@@ -77,7 +77,7 @@ def test_an_adaptation_is_merged_into_a_plain_checkpoint(tmp_path: Path) -> None
 
 def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    rows = adapt(recipe(run, lora={"rank": 4, "merge": False}, **STEPS))
+    rows = adapt(recipe(run, lora={"r": 4, "merge": False}, **STEPS))
     assert "adapter_config.json" in names(run / "model")
     written = json.loads((run / "model" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(run / "base")
@@ -85,7 +85,7 @@ def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="is a peft adapter, not a whole checkpoint"):
         zebra.load(run / "model")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "model")
-    merged = adapt(recipe(tmp_path / "merged", lora={"rank": 4}, **STEPS))
+    merged = adapt(recipe(tmp_path / "merged", lora={"r": 4}, **STEPS))
     values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, merged)]
     assert values[0] == pytest.approx(values[1], rel=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "model")
@@ -105,12 +105,12 @@ def test_a_merge_that_is_wrong_is_never_written(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", half)
     with pytest.raises(ZebraError, match="differs from its adapter"):
-        adapt(recipe(tmp_path / "run", lora={"rank": 4}, evaluate=None, **STEPS))
+        adapt(recipe(tmp_path / "run", lora={"r": 4}, evaluate=None, **STEPS))
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_the_frozen_weights_may_be_bfloat16(tmp_path: Path) -> None:
-    changes = {"lora": {"rank": 4, "frozen": "bfloat16"}, "train__precision": "bfloat16", "evaluate": None}
+    changes = {"lora": {"r": 4, "base_dtype": "bfloat16"}, "train__bf16": True, "evaluate": None}
     rows = adapt(recipe(tmp_path / "run", **changes, **STEPS))
     assert losses(rows)[-1] < losses(rows)[0]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").dtype == torch.float32  # the source's
@@ -119,7 +119,7 @@ def test_the_frozen_weights_may_be_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", KILLS)
 def test_a_killed_low_rank_run_resumes_to_the_same_losses(when: str, tmp_path: Path) -> None:
     kill, _, _ = KILLS[when]
-    changes = {"lora": {"rank": 4}, "evaluate": None, "train__steps": 12}
+    changes = {"lora": {"r": 4}, "evaluate": None, "train__max_steps": 12}
     wanted = adapt(recipe(tmp_path / "whole", **changes))
     killed = recipe(tmp_path / "run", **changes)
     kill_while_adapting(killed, kill, tmp_path)
@@ -127,13 +127,13 @@ def test_a_killed_low_rank_run_resumes_to_the_same_losses(when: str, tmp_path: P
 
 
 def test_modules_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ZebraError, match=r"names qkv_proj, which this model has not.*its own linear modules"):
-        adapt(recipe(tmp_path / "run", lora={"targets": ["q_proj", "qkv_proj"]}, evaluate=None))
+    with pytest.raises(ZebraError, match=r"names qkv_proj, which this model does not have.*its own linear modules"):
+        adapt(recipe(tmp_path / "run", lora={"target_modules": ["q_proj", "qkv_proj"]}, evaluate=None))
 
 
 def test_a_tied_head_is_no_target(tmp_path: Path) -> None:
-    with pytest.raises(ZebraError, match="names lm_head, which this model has not or ties"):
-        adapt(recipe(tmp_path / "run", lora={"targets": ["lm_head"]}, evaluate=None))
+    with pytest.raises(ZebraError, match="names lm_head, which this model does not have or ties"):
+        adapt(recipe(tmp_path / "run", lora={"target_modules": ["lm_head"]}, evaluate=None))
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[..., Path]) -> None:

@@ -39,13 +39,13 @@ STAGES: dict[str, dict[str, Any] | None] = {
     "convert": {"stripes": "GLLL:33"},
     "adapt": {
         "data": {"files": ["{data}/few.txt"], "separator": SEPARATOR, "join": True},
-        "train": {"length": 128, "steps": 4, "learning_rate": 1e-3, "log_every": 1, "save_every": 2},
+        "train": {"length": 128, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2},
         "evaluate": {"files": ["{data}/few.txt"], "separator": SEPARATOR, "length": 128},
     },
     "tune": {
         "chat_template": "plain",
         "data": {"files": ["{data}/long.jsonl"], "quality": {"act": "off"}},
-        "train": {"length": 256, "steps": 4, "learning_rate": 1e-3, "log_every": 1, "save_every": 2},
+        "train": {"length": 256, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2},
         "evaluate": {"suites": [{"name": "short", "files": ["{data}/short.jsonl"]}]},
     },
     "evaluate": dict(EVALUATION),
@@ -147,8 +147,8 @@ def test_what_is_done_is_not_done_again(finished: Path, data: Path, copy: Path) 
 
 def test_a_changed_input_is_named_and_reruns_what_depends_on_it(data: Path, copy: Path, tmp_path: Path) -> None:
     path = recipe(data, tmp_path)
-    assert why(path, "stages.tune.train.steps=6") == dict.fromkeys(STAGES) | {
-        "tune": "train.steps changed",
+    assert why(path, "stages.tune.train.max_steps=6") == dict.fromkeys(STAGES) | {
+        "tune": "train.max_steps changed",
         "evaluate": "after tune",
         "report": "after tune",
     }
@@ -179,7 +179,7 @@ def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_p
     ):
         plan(read_pipeline(path))
     (copy / "adapt" / "model" / "model.safetensors").unlink()
-    assert why(path, "stages.adapt.train.steps=6")["adapt"] == "train.steps changed"
+    assert why(path, "stages.adapt.train.max_steps=6")["adapt"] == "train.max_steps changed"
     shutil.rmtree(copy / "adapt")
     assert why(path)["adapt"] == "gone"
     (copy / "convert.json").unlink()
@@ -192,7 +192,7 @@ def test_a_damaged_record_is_refused_behind_stages_that_are_to_run(data: Path, c
     kept = json.loads(record.read_text())
     for damaged in ("", "[]", json.dumps(kept | {"made": "x"}), json.dumps(kept | {"inputs": 1})):
         record.write_text(damaged)
-        for more in ([], ["stages.adapt.train.steps=6"]):
+        for more in ([], ["stages.adapt.train.max_steps=6"]):
             with pytest.raises(ZebraError, match=r"stage tune: .*tune\.json is damaged"):
                 plan(read_pipeline(path, more))
 
@@ -432,7 +432,7 @@ def test_a_pipeline_from_scratch(data: Path, tmp_path: Path) -> None:
     )
     assert [one.why for one in run(read_pipeline(path))] == ["new"] * 3
     assert zebra.load(tmp_path / "run" / "adapt" / "model").config.vocab_size == 300
-    assert "train.steps" in inputs_of(read_pipeline(path)[0])
+    assert "train.max_steps" in inputs_of(read_pipeline(path)[0])
     assert "hidden_size" in json.dumps(inputs_of(read_pipeline(path)[0]))
 
 

@@ -218,7 +218,7 @@ def test_activations_are_what_autograd_keeps(
     family: str, precision: str, lora: int | None, kind: str, tmp_path: Path
 ) -> None:
     """The table of zebra.plan.memory, term by term, against the bytes that a dry run measures in the host's layer."""
-    asked = recipe(tmp_path, train__precision=precision, lora=lora and {"rank": lora, "frozen": precision})
+    asked = recipe(tmp_path, train__bf16=precision == "bfloat16", lora=lora and {"r": lora, "base_dtype": precision})
     sizes = {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 4, "head_dim": 40}
     config, shape = tiny(family, **sizes)
     if kind == LOCAL:
@@ -233,9 +233,9 @@ def test_activations_are_what_autograd_keeps(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_plan_of_training_is_the_dry_runs(changes: dict[str, Any], precision: str, tmp_path: Path) -> None:
     """Part by part on the real tiny checkpoint."""
-    low = {"lora": {"rank": changes["lora"], "frozen": precision}} if "lora" in changes else {}
-    again = {"train__activation_checkpointing": changes.get("checkpointing", False)}
-    wanted = dry_run.dry_run(recipe(tmp_path, train__precision=precision, **again, **low)).memory
+    low = {"lora": {"r": changes["lora"], "base_dtype": precision}} if "lora" in changes else {}
+    again = {"train__gradient_checkpointing": changes.get("checkpointing", False)}
+    wanted = dry_run.dry_run(recipe(tmp_path, train__bf16=precision == "bfloat16", **again, **low)).memory
     asked = run(str(STORIES), "GLLL:33", length=600, phase="train", dtype=precision, **changes)
     found = memory.memory(asked)
     assert set(wanted) <= set(found)

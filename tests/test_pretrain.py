@@ -59,7 +59,7 @@ def recipe(run: Path, text: Path, **changes: Any) -> PretrainRecipe:
             "held_out": 0.2,
             "recall": {"share": 0.5, "first": 192},
         },
-        "train": {"length": 256, "steps": STEPS, "learning_rate": 1e-3, "log_every": 1, "save_every": 2},
+        "train": {"length": 256, "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2},
         "evaluate": {"length": 256, "join": True},
     }
     return PretrainRecipe.model_validate(changed(tree, changes))
@@ -141,7 +141,7 @@ def test_stripes_a_given_tokenizer_and_a_narrow_dtype(few: Path, tmp_path: Path)
         stripes="GL:33",
         tokenizer=str(STORIES),
         dtype="bfloat16",
-        train__steps=2,
+        train__max_steps=2,
         data__recall=None,
         data__held_out=None,
         evaluate=None,
@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tokenizer": ({"tokenizer": "nowhere/at/all"}, "tokenizer of nowhere/at/all cannot be read"),
     "merges": ({"tokenizer": {"vocab_size": 50_000}}, "the text gives .* tokens, and tokenizer.vocab_size asks for"),
-    "batch": ({"train__rows_per_step": 500}, "fewer than the 500 of one step"),
+    "batch": ({"train__per_device_train_batch_size": 500}, "fewer than the 500 of one step"),
     "row": ({"train__length": 200_000}, "fewer than one row of 200,000"),
     "first": ({"data__recall": {"share": 0.5, "first": 20}}, "recall.first is 20, and a document .* at least"),
     "stripes": ({"stripes": "GL:0"}, "window"),
@@ -207,7 +207,12 @@ def test_a_mixture_that_repeats_a_text_shorter_than_a_step_is_refused(few: Path,
     text = tmp_path / "short.txt"
     text.write_text(few.read_text()[:4000])
     sources = [{"name": "short", "files": [str(text)], "share": 1.0}]
-    changes = {"data": {"sources": sources}, "train__rows_per_step": 20, "tokenizer": str(STORIES), "evaluate": None}
+    changes = {
+        "data": {"sources": sources},
+        "train__per_device_train_batch_size": 20,
+        "tokenizer": str(STORIES),
+        "evaluate": None,
+    }
     with pytest.raises(ZebraError, match="fewer than the 20 of one step"):
         pretrain(recipe(tmp_path / "run", few, **changes))
 
@@ -334,7 +339,7 @@ def test_a_model_of_the_study_is_trained(optimizer: str, few: Path, tmp_path: Pa
         "sliding_window": 32,
         "summary_block": 16,
     }
-    train = {"steps": 2, "optimizer": optimizer}
+    train = {"max_steps": 2, "optimizer": optimizer}
     asked = recipe(tmp_path / "run", few, **{f"train__{name}": value for name, value in train.items()})
     asked = asked.model_copy(update={"model": study})
     rows = pretrain(asked)
@@ -352,7 +357,7 @@ def test_a_model_of_the_study_is_trained(optimizer: str, few: Path, tmp_path: Pa
 
 
 def test_sinks_are_trained_with_from_the_first_step(few: Path, tmp_path: Path) -> None:
-    train = {"train__steps": 2, "data__recall": None, "evaluate": None}
+    train = {"train__max_steps": 2, "data__recall": None, "evaluate": None}
     rows = pretrain(recipe(tmp_path / "sinks", few, stripes="GL:33+2", **train))
     assert {row.layout for row in rows} == {"GL:33+2", "full"}
     assert read_local_attention(tmp_path / "sinks" / "model") == LocalAttention(2)

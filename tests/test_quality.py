@@ -79,7 +79,7 @@ def tuning(path: Path, tmp_path: Path, **quality: Any) -> TuneRecipe:
             "run": str(tmp_path / "run"),
             "model": str(STORIES),
             "data": {"files": [str(path)], "quality": quality, "held_out": 0.2},
-            "train": {"length": 512, "steps": 1, "learning_rate": 0.1},
+            "train": {"length": 512, "max_steps": 1, "learning_rate": 0.1},
             "evaluate": {},
         }
     )

@@ -20,7 +20,7 @@ PLAIN: dict[str, Any] = {
     "run": "runs/x",
     "model": "some/where",
     "data": {"files": ["a.txt"]},
-    "train": {"length": 64, "steps": 200, "learning_rate": 0.001},
+    "train": {"length": 64, "max_steps": 200, "learning_rate": 0.001},
 }
 
 
@@ -68,28 +68,29 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "recall": None,
         "held_out": None,
         "deduplicate": True,
-        "workers": 1,
-        "cache": None,
+        "num_proc": 1,
+        "cache_dir": None,
     }
     assert found.train.model_dump() == {
         "length": 64,
-        "steps": 200,
-        "rows_per_step": 1,
-        "accumulate": 1,
+        "max_steps": 200,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
         "optimizer": "adamw",
         "learning_rate": 0.001,
-        "schedule": "cosine",
+        "lr_scheduler_type": "cosine",
         "warmup_steps": 0,
         "weight_decay": 0.0,
-        "betas": (0.9, 0.95),
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
         "device": "best",
-        "precision": "float32",
-        "activation_checkpointing": False,
+        "bf16": False,
+        "gradient_checkpointing": False,
         "seed": 0,
-        "log_every": 10,
-        "save_every": 100,
-        "keep_checkpoints": 2,
+        "logging_steps": 10,
+        "save_steps": 100,
+        "save_total_limit": 2,
     }
 
 
@@ -97,22 +98,22 @@ def test_what_is_given_is_read(recipe: Any) -> None:
     found = recipe(
         changed(
             stripes="glll : 512",
-            data={"files": ["a", "b/*"], "separator": "--", "join": True, "append_eos": True, "cache": "here"},
-            train={"betas": [0.8, 0.9], "precision": "bfloat16", "schedule": "linear", "warmup_steps": 200},
-            evaluate={"files": ["c"], "length": 2, "convention": "strided", "every": 200},
+            data={"files": ["a", "b/*"], "separator": "--", "join": True, "append_eos": True, "cache_dir": "here"},
+            train={"adam_beta1": 0.8, "bf16": True, "lr_scheduler_type": "linear", "warmup_steps": 200},
+            evaluate={"files": ["c"], "length": 2, "convention": "strided", "eval_steps": 200},
         )
     )
     assert found.stripes == "GLLL:512"
     assert found.data.files == ["a", "b/*"]
-    assert (found.data.separator, found.data.join, found.data.append_eos, found.data.cache) == (
+    assert (found.data.separator, found.data.join, found.data.append_eos, found.data.cache_dir) == (
         "--",
         True,
         True,
         "here",
     )
-    assert found.train.betas == (0.8, 0.9)
-    assert (found.train.precision, found.train.schedule, found.train.warmup_steps) == ("bfloat16", "linear", 200)
-    assert (found.evaluate.length, found.evaluate.convention, found.evaluate.every) == (2, "strided", 200)
+    assert (found.train.adam_beta1, found.train.adam_beta2) == (0.8, 0.95)
+    assert (found.train.bf16, found.train.lr_scheduler_type, found.train.warmup_steps) == (True, "linear", 200)
+    assert (found.evaluate.length, found.evaluate.convention, found.evaluate.eval_steps) == (2, "strided", 200)
 
 
 def mixed(*changes: dict[str, Any], **data: Any) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def test_held_out_documents_need_no_files(recipe: Any) -> None:
         (PLAIN | {"data": {"sources": []}}, r"data\.sources: .*at least 1 item"),
         (changed(data={"held_out": 1}), r"data\.held_out: .*less than 1 \(got 1\)"),
         (changed(data={"held_out": 0.0}), r"data\.held_out: .*greater than 0"),
-        (changed(data={"workers": 0}), r"data\.workers: .*\(got 0\)"),
+        (changed(data={"num_proc": 0}), r"data\.num_proc: .*\(got 0\)"),
         (changed(evaluate={"length": 4}), r"by evaluate\.files or by data\.held_out, .*; got neither"),
         (
             changed(data={"held_out": 0.1}, evaluate={"files": ["c"], "length": 4}),
@@ -181,7 +182,7 @@ def test_refused_texts(recipe: Any, content: Any, message: str) -> None:
 def test_a_recipe_does_not_change(recipe: Any) -> None:
     found = recipe()
     with pytest.raises(ValidationError, match="frozen"):
-        found.train.steps = 5
+        found.train.max_steps = 5
 
 
 @pytest.mark.parametrize("number", ["1e-3", "1.0e-3", "0.001"])
@@ -195,8 +196,8 @@ def test_every_way_to_write_a_rate(recipe: Any, number: str) -> None:
 def test_overrides(recipe: Any) -> None:
     found = recipe(
         PLAIN,
-        "train.steps=400",
-        " train.schedule =constant",
+        "train.max_steps=400",
+        " train.lr_scheduler_type =constant",
         "data.files=[b.txt, c.txt]",
         "data.separator='a=b'",
         "stripes=GL:8",
@@ -206,7 +207,7 @@ def test_overrides(recipe: Any) -> None:
         "evaluate.length=32",
         "evaluate.files=[d.txt]",
     )
-    assert (found.train.steps, found.train.schedule, found.train.length) == (400, "constant", 64)
+    assert (found.train.max_steps, found.train.lr_scheduler_type, found.train.length) == (400, "constant", 64)
     assert found.data.files == ["b.txt", "c.txt"]
     assert (found.data.separator, found.data.join) == ("a=b", True)
     assert (found.stripes, found.run) == ("GL:8", "two")
@@ -230,20 +231,20 @@ def test_an_empty_override_takes_a_value_away(recipe: Any) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.steps", "written a.b=value; got 'train.steps'"),
+        ("train.max_steps", "written a.b=value; got 'train.max_steps'"),
         ("=5", "written a.b=value; got '=5'"),
         ("", "written a.b=value"),
         ("run.deep=5", "'run.deep=5' goes below run, which is a value"),
         ("data.files.0=x", "goes below files"),
-        ("train.steps=[1", "the value of the override 'train.steps=\\[1' is not YAML"),
-        ("train.step=5", r"unknown key train\.step; did you mean steps\?"),
+        ("train.max_steps=[1", "the value of the override 'train.max_steps=\\[1' is not YAML"),
+        ("train.step=5", r"unknown key train\.step; did you mean max_steps\?"),
         ("trane.steps=5", r"unknown key trane; did you mean train\?"),
-        ("train.steps=many", r"train\.steps: .*integer.* \(got 'many'\)"),
+        ("train.max_steps=many", r"train\.max_steps: .*integer.* \(got 'many'\)"),
         ("stripes=10:20:30", r"stripes are written .* got '10:20:30'"),
         ("run=-5", r"run: .*valid string \(got -5\)"),
         ("run=1_000", r"run: .*valid string \(got 1000\)"),
         ("run=1e3", r"run: .*valid string \(got 1000\.0\)"),
-        ("train.steps=", r"train\.steps: .*integer.* \(got None\)"),
+        ("train.max_steps=", r"train\.max_steps: .*integer.* \(got None\)"),
     ],
 )
 def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
@@ -267,7 +268,7 @@ def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
         ),
         (changed(zzzz=1), "unknown key zzzz; see recipes/ for the known keys"),
         ({"run": "x", "model": "y", "data": PLAIN["data"]}, "the key train is missing; add it"),
-        (changed() | {"train": {"length": 4, "steps": 1}}, r"the key train\.learning_rate is missing"),
+        (changed() | {"train": {"length": 4, "max_steps": 1}}, r"the key train\.learning_rate is missing"),
         (
             changed(data={"recall": {"share": 1.0, "hold": 0.5, "until": 0.5}}),
             r"until \(0\.5\) is greater than hold \(0\.5\); change one of them",
@@ -275,25 +276,28 @@ def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
         (changed(data={"files": []}), r"data\.files: .*at least 1 item"),
         (changed(data={"files": "a.txt"}), r"data\.files: .*list.* \(got 'a\.txt'\)"),
         (changed(train={"length": 1}), r"train\.length: .*greater than or equal to 2 \(got 1\)"),
-        (changed(train={"steps": 0}), r"train\.steps: .*\(got 0\)"),
-        (changed(train={"rows_per_step": 0}), r"train\.rows_per_step: "),
-        (changed(train={"accumulate": 0}), r"train\.accumulate: "),
+        (changed(train={"max_steps": 0}), r"train\.max_steps: .*\(got 0\)"),
+        (changed(train={"per_device_train_batch_size": 0}), r"train\.per_device_train_batch_size: "),
+        (changed(train={"gradient_accumulation_steps": 0}), r"train\.gradient_accumulation_steps: "),
         (changed(train={"learning_rate": 0}), r"train\.learning_rate: .*greater than 0 \(got 0\)"),
         (changed(train={"max_grad_norm": 0}), r"train\.max_grad_norm: "),
         (changed(train={"weight_decay": -1}), r"train\.weight_decay: "),
-        (changed(train={"keep_checkpoints": 1}), r"train\.keep_checkpoints: .*\(got 1\)"),
-        (changed(train={"schedule": "cosin"}), r"train\.schedule: .*'cosine'.*\(got 'cosin'\)"),
-        (changed(train={"precision": "float16"}), r"train\.precision: .*'bfloat16'"),
-        (changed(train={"betas": [0.9]}), r"train\.betas"),
+        (changed(train={"save_total_limit": 1}), r"train\.save_total_limit: .*\(got 1\)"),
+        (changed(train={"lr_scheduler_type": "cosin"}), r"train\.lr_scheduler_type: .*'cosine'.*\(got 'cosin'\)"),
+        (changed(train={"bf16": "yes"}), r"train\.bf16: .*\(got 'yes'\)"),
+        (changed(train={"adam_beta2": 1.0}), r"train\.adam_beta2"),
         (changed(stripes="GLLL"), r"stripes: stripes are written PATTERN:WINDOW.* \(got 'GLLL'\)"),
         (changed(stripes="GL:0"), r"stripes: a window counts"),
-        (changed(train={"save_every": 15}), r"train: save_every \(15\) is a multiple of log_every \(10\).*change one"),
-        (changed(train={"warmup_steps": 201}), r"train: warmup_steps \(201\) is at most steps \(200\); lower it"),
         (
-            changed(evaluate={"files": ["a"], "length": 4, "every": 201}),
-            r"evaluate\.every \(201\) is at most train\.steps \(200\); lower it",
+            changed(train={"save_steps": 15}),
+            r"train: save_steps \(15\) is a multiple of logging_steps \(10\).*change one",
         ),
-        (changed(evaluate={"files": ["a"], "length": 4, "every": 0}), r"evaluate\.every: "),
+        (changed(train={"warmup_steps": 201}), r"train: warmup_steps \(201\) is at most max_steps \(200\); lower it"),
+        (
+            changed(evaluate={"files": ["a"], "length": 4, "eval_steps": 201}),
+            r"evaluate\.eval_steps \(201\) is at most train\.max_steps \(200\); lower it",
+        ),
+        (changed(evaluate={"files": ["a"], "length": 4, "eval_steps": 0}), r"evaluate\.eval_steps: "),
         (changed(evaluate={"files": ["a"], "length": 1}), r"evaluate\.length: "),
         ("run: [1", "is not YAML"),
         ("run: x\n\tmodel: y", "is not YAML"),
@@ -311,8 +315,10 @@ def test_refused_recipes(recipe: Any, content: Any, message: str) -> None:
 
 
 def test_all_problems_are_named_at_once(recipe: Any) -> None:
-    with pytest.raises(ZebraError, match=r"train\.steps: .*; train\.length: .*|train\.length: .*; train\.steps: "):
-        recipe(changed(train={"steps": 0, "length": 0}))
+    with pytest.raises(
+        ZebraError, match=r"train\.max_steps: .*; train\.length: .*|train\.length: .*; train\.max_steps: "
+    ):
+        recipe(changed(train={"max_steps": 0, "length": 0}))
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

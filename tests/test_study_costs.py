@@ -119,7 +119,7 @@ def test_activations_of_summary_layers_are_what_autograd_keeps(
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_plan_of_training_is_the_dry_runs(checkpointing: bool) -> None:
-    asked = recipe("summary", length=64, activation_checkpointing=checkpointing)
+    asked = recipe("summary", length=64, gradient_checkpointing=checkpointing)
     wanted = dry_run(asked).memory
     found = memory.memory(bench._planned(asked))
     assert found.keys() == wanted.keys()
@@ -141,7 +141,13 @@ def recipe(attention: str, positions: str = "rotary", seed: int = 0, **changes: 
     model = {"model_type": "zebra_study", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model |= {"attention_kinds": study.attention_kinds(attention, 2, 2), "position_embedding": positions}
     model |= {"sliding_window": 8, "summary_block": 4}
-    train: dict[str, Any] = {"length": 64, "steps": 1, "rows_per_step": 2, "learning_rate": 1e-3, "seed": seed}
+    train: dict[str, Any] = {
+        "length": 64,
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "seed": seed,
+    }
     return PretrainRecipe(
         run=f"runs/try/cells/{attention}-{positions}-{seed}",
         model=model,
@@ -153,7 +159,7 @@ def recipe(attention: str, positions: str = "rotary", seed: int = 0, **changes: 
 
 def test_each_cell_is_measured_once_whatever_its_seeds(peaks: str) -> None:
     recipes = [recipe(kind, seed=seed) for kind in ("global", "summary") for seed in (0, 1)]
-    recipes += [recipe("local", length=128), recipe("grouped", optimizer="muon", precision="bfloat16")]
+    recipes += [recipe("local", length=128), recipe("grouped", optimizer="muon", bf16=True)]
     rows, left_out = bench.costs(recipes, run="try", repeats=1, memory=False, ceilings=peaks)
     assert left_out == ()
     assert {row.run for row in rows} == {"try"}

@@ -21,7 +21,13 @@ TREE: dict[str, Any] = {
     "run": "run",
     "model": str(STORIES),
     "data": {"files": [STORY], "separator": SEPARATOR, "join": True},
-    "train": {"length": 256, "steps": 20, "rows_per_step": 2, "accumulate": 3, "learning_rate": 1e-3},
+    "train": {
+        "length": 256,
+        "max_steps": 20,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "learning_rate": 1e-3,
+    },
 }
 
 
@@ -94,7 +100,7 @@ def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest
         source("short", 0.2, [STORY], max_tokens=400),
         {"name": "records", "share": 0.3, "files": [str(records)], "field": "body"},
     ]
-    data = {"sources": sources, "join": True, "held_out": 0.05, "workers": 2}
+    data = {"sources": sources, "join": True, "held_out": 0.05, "num_proc": 2}
     asked = recipe(data=data, evaluate={"length": 64})
     found = texts(data=data, evaluate={"length": 64})
     assert len(found.rows) == 120
@@ -131,7 +137,7 @@ def test_a_run_on_a_mixture_measures_on_what_it_holds_out(tmp_path: Path, monkey
     asked = recipe(
         run=str(tmp_path / "run"),
         data={"sources": [source("all", 1.0, [files])], "join": True, "held_out": 0.1},
-        train=TREE["train"] | {"steps": 2, "log_every": 1, "save_every": 1},
+        train=TREE["train"] | {"max_steps": 2, "logging_steps": 1, "save_steps": 1},
         evaluate={"length": 64},
     )
 

@@ -77,13 +77,13 @@ def recipe(run: Path, folder: Path, **changes: Any) -> TuneRecipe:
         },
         "train": {
             "length": 256,
-            "steps": STEPS,
-            "rows_per_step": 2,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
             "learning_rate": 1e-3,
-            "log_every": 1,
-            "save_every": 2,
+            "logging_steps": 1,
+            "save_steps": 2,
         },
-        "evaluate": {"every": 3},
+        "evaluate": {"eval_steps": 3},
     }
     return TuneRecipe.model_validate(changed(tree, changes))
 
@@ -284,16 +284,16 @@ def test_a_killed_run_resumes_to_the_same_losses(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora": {"rank": 4}},
-        pytest.param({"train__activation_checkpointing": True}, marks=pytest.mark.full),
-        pytest.param({"train__precision": "bfloat16"}, marks=pytest.mark.full),
-        pytest.param({"train__accumulate": 2, "stripes": None}, marks=pytest.mark.full),
-        pytest.param({"lora": {"rank": 4, "merge": False}}, marks=pytest.mark.full),
+        {"lora": {"r": 4}},
+        pytest.param({"train__gradient_checkpointing": True}, marks=pytest.mark.full),
+        pytest.param({"train__bf16": True}, marks=pytest.mark.full),
+        pytest.param({"train__gradient_accumulation_steps": 2, "stripes": None}, marks=pytest.mark.full),
+        pytest.param({"lora": {"r": 4, "merge": False}}, marks=pytest.mark.full),
     ],
     ids=str,
 )
 def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
-    rows = tune(recipe(tmp_path / "run", data, train__steps=2, evaluate=None, data__held_out=None, **changes))
+    rows = tune(recipe(tmp_path / "run", data, train__max_steps=2, evaluate=None, data__held_out=None, **changes))
     assert len(values(rows, "loss")) == 2
     assert all(0 < loss < 10 for loss in values(rows, "loss"))
     assert (tmp_path / "run" / "model" / "chat_template.jinja").exists()

@@ -74,7 +74,9 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
     cells: dict[tuple[Any, ...], dict[str, PretrainRecipe]] = {}
     for recipe in recipes:
         train = recipe.train
-        cells.setdefault((train.length, train.precision, train.rows_per_step), {}).setdefault(_layout(recipe), recipe)
+        cells.setdefault((train.length, train.compute_dtype, train.per_device_train_batch_size), {}).setdefault(
+            _layout(recipe), recipe
+        )
     with tempfile.TemporaryDirectory() as folder:
         options.setdefault("ceilings", str(Path(folder) / "ceilings.json"))
         if not Path(options["ceilings"]).exists():  # once for all, and all plans rest on the same
@@ -109,7 +111,7 @@ def case(sizes: Steps) -> Case:
     for recipe in sizes.recipes:
         planned = partial(_seconds, _planned(recipe))
         prepare = partial(_prepare, recipe, sizes.device)
-        tokens = recipe.train.length * recipe.train.rows_per_step
+        tokens = recipe.train.length * recipe.train.per_device_train_batch_size
         work = Work(prepare=prepare, prepares_extra=True, tokens=tokens, planned=planned)
         gate = partial(_error, recipe, sizes.device)
         layout = _layout(recipe)
@@ -132,10 +134,10 @@ def _planned(recipe: PretrainRecipe) -> Run:
         decoder=d,
         stripes=d.stripes,
         length=train.length,
-        batch=train.rows_per_step,
-        dtype=train.precision,
+        batch=train.per_device_train_batch_size,
+        dtype=train.compute_dtype,
         phase="train",
-        checkpointing=train.activation_checkpointing,
+        checkpointing=train.gradient_checkpointing,
     )
 
 
@@ -150,7 +152,7 @@ def _model(config: Any, device: str | None) -> Any:
 
 
 def _loss(model: Any, tokens: Tensor, train: Training) -> Tensor:
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.bf16):
         states = model(tokens, **without_logits(tokens.device)).hidden_states[-1]
         return summed_loss(states, head_of(model), tokens) / tokens[:, 1:].numel()
 
@@ -159,7 +161,7 @@ def _prepare(recipe: PretrainRecipe, device: str | None) -> Call:
     """The model and its optimiser, after a first step, so that the moments are there."""
     train, config = recipe.train, config_of(recipe)
     model = _model(config, device)
-    if train.activation_checkpointing:  # its name after transformers 5.17, and before
+    if train.gradient_checkpointing:  # its name after transformers 5.17, and before
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     made = optimizer_of(train)
@@ -167,7 +169,7 @@ def _prepare(recipe: PretrainRecipe, device: str | None) -> Call:
         optimiser = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, fused=True)
     else:
         optimiser = made[0]()(model, **made[1])
-    shape = train.rows_per_step, train.length
+    shape = train.per_device_train_batch_size, train.length
     tokens = torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
 
     def step() -> list[Tensor]:

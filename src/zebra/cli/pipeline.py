@@ -17,7 +17,7 @@ EXAMPLE = "zebra run examples/pipeline-tiny.yaml --dry-run"
 def run(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe of stages; see examples/pipeline-tiny.yaml.")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key: stages.adapt.train.steps=100.")
+        list[str] | None, typer.Option("--set", help="Override a key: stages.adapt.train.max_steps=100.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, and what it costs; do nothing.")

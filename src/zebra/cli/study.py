@@ -15,7 +15,7 @@ EXAMPLE = "zebra study recipes/study-tiny-cpu.yaml --workers 2"
 
 def study(
     recipe: Annotated[Path, typer.Argument(help="A YAML grid; see recipes/study-*.yaml.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: recipe.train.steps=100.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: recipe.train.max_steps=100.")] = None,
     workers: Annotated[int, typer.Option(help="Cells at a time: one for each GPU, or they share the cores.")] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells, and what is done; train nothing.")

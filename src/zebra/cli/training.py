@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     R = TypeVar("R", AdaptRecipe, TuneRecipe, PretrainRecipe)
 
 _Recipe = Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.")]
-_Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.steps=100.")]
+_Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.max_steps=100.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")]
 
 
@@ -60,9 +60,9 @@ def pretrain(recipe: _Recipe, set_: _Set = None, dry_run: _DryRun = False, as_js
 
 
 EXAMPLES: dict[Callable[..., None], str] = {
-    adapt: "zebra adapt recipes/demo.yaml --set train.steps=100",
-    tune: "zebra tune recipes/tiny-lit-cpu.yaml --set train.steps=100",
-    pretrain: "zebra pretrain recipes/retrieval-cpu.yaml --set train.steps=100",
+    adapt: "zebra adapt recipes/demo.yaml --set train.max_steps=100",
+    tune: "zebra tune recipes/tiny-lit-cpu.yaml --set train.max_steps=100",
+    pretrain: "zebra pretrain recipes/retrieval-cpu.yaml --set train.max_steps=100",
 }
 
 

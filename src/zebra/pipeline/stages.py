@@ -182,11 +182,16 @@ def _rehearse_training(stage: Stage, source: Path | None, made: Path) -> Work:
         _stand_in(None, made, None, local, {"adapter_config.json": ""})
     else:
         _stand_in(source, made, config, local, files)
-    run = {"length": train.length, "batch": train.rows_per_step, "dtype": train.precision, "phase": "train"}
-    run |= {"checkpointing": train.activation_checkpointing, "lora": low.rank if low else None}
-    passes = train.steps * train.accumulate
+    run = {
+        "length": train.length,
+        "batch": train.per_device_train_batch_size,
+        "dtype": train.compute_dtype,
+        "phase": "train",
+    }
+    run |= {"checkpointing": train.gradient_checkpointing, "lora": low.r if low else None}
+    passes = train.max_steps * train.gradient_accumulation_steps
     runs = _runs(config, local, [(run, passes)])
-    return Work(runs, passes * train.rows_per_step * train.length, reckoned.total, reckoned.facts)
+    return Work(runs, passes * train.per_device_train_batch_size * train.length, reckoned.total, reckoned.facts)
 
 
 def _has_tokenizer(checkpoint: Path) -> bool:

@@ -110,7 +110,7 @@ def reckoned(grid: StudyRecipe) -> list[Reckoned]:
                 cell=Path(recipe.run).name,
                 layout=layout_name(config, LocalAttention()),
                 parameters=decoder(config.to_dict(), name=NAME).size,
-                tokens=recipe.train.steps * tokens_per_step(recipe),
+                tokens=recipe.train.max_steps * tokens_per_step(recipe),
                 attention=attention_pairs(config, length) / dense,
                 done=_is_done(recipe),
             )

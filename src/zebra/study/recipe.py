@@ -20,8 +20,18 @@ _Many = Annotated[
     tuple[T, ...], BeforeValidator(lambda one: (one,) if not isinstance(one, list | tuple) else tuple(one))
 ]
 _Size = Annotated[int, Field(ge=1)]
-AXES = ("run", "model.attention_kinds", "model.position_embedding", "model.sliding_window", "model.summary_block",
-         "train.length", "train.rows_per_step", "train.seed", "evaluate.length", "evaluate.beyond")  # fmt: skip
+AXES = (
+    "run",
+    "model.attention_kinds",
+    "model.position_embedding",
+    "model.sliding_window",
+    "model.summary_block",
+    "train.length",
+    "train.per_device_train_batch_size",
+    "train.seed",
+    "evaluate.length",
+    "evaluate.beyond",
+)
 """What cells differ in."""
 
 
@@ -140,7 +150,7 @@ def _tree(grid: StudyRecipe, cell: Cell) -> dict[str, Any]:
     model, train, evaluate = shared["model"], shared.get("train") or {}, shared.get("evaluate")
     for name, number in (
         ("model.num_hidden_layers", model.get("num_hidden_layers", 1)),
-        ("train.rows_per_step", train.get("rows_per_step", 1)),
+        ("train.per_device_train_batch_size", train.get("per_device_train_batch_size", 1)),
         ("train.length", train.get("length", cell.length)),
         ("evaluate.beyond", (evaluate or {}).get("beyond") or 1),
     ):
@@ -154,13 +164,13 @@ def _tree(grid: StudyRecipe, cell: Cell) -> dict[str, Any]:
     model |= {"attention_kinds": kinds, "position_embedding": cell.position, "sliding_window": cell.window}
     if cell.block is not None:
         model["summary_block"] = cell.block
-    rows = train.get("rows_per_step", 1) * train.get("length", cell.length)
+    rows = train.get("per_device_train_batch_size", 1) * train.get("length", cell.length)
     if rows % cell.length:
         raise ValueError(
-            f"a step has {rows:,} tokens at a time (recipe.train.rows_per_step x length), and rows of {cell.length:,} "
-            "do not fill it. Take a length that divides it."
+            f"a step has {rows:,} tokens at a time (recipe.train.per_device_train_batch_size x length), and sequences "
+            f"of {cell.length:,} do not fill it. Take a length that divides it."
         )
-    train |= {"length": cell.length, "rows_per_step": rows // cell.length, "seed": cell.seed}
+    train |= {"length": cell.length, "per_device_train_batch_size": rows // cell.length, "seed": cell.seed}
     if evaluate is not None:
         evaluate["length"] = cell.length
         if cell.position == "absolute" or (evaluate.get("beyond") or 0) <= cell.length:

@@ -138,7 +138,7 @@ def train(
     Args:
         finish: what is done to the trained model before it is written, and the files that are written beside it.
     """
-    last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
+    last = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}"
     if is_complete(last):  # a kill came between the last step and the export
         model = load(last) if recipe.lora is None else lora.reload(striped_source(recipe, config), last)
         writes = directory.is_first_process()
@@ -151,7 +151,9 @@ def train(
     if writes:
         tokens = trainer_state(run, recipe)["num_input_tokens_seen"]
         with directory.writing(run):
-            export(recipe, model, finish(model), steps=recipe.train.steps, tokens=tokens, rope=recipe.rope or "none")
+            export(
+                recipe, model, finish(model), steps=recipe.train.max_steps, tokens=tokens, rope=recipe.rope or "none"
+            )
 
 
 def striped_source(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedModel:
@@ -160,7 +162,7 @@ def striped_source(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrained
         recipe.model,
         stripes=recipe.stripes,
         rope=recipe.rope,
-        dtype=getattr(torch, recipe.lora.frozen) if recipe.lora else torch.float32,
+        dtype=getattr(torch, recipe.lora.base_dtype) if recipe.lora else torch.float32,
         attention_dropout=config.attention_dropout,
     )
     # Only now: the rope was made from what they were.

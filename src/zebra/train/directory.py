@@ -101,11 +101,11 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
 def differing(one: Recipe, other: Recipe) -> list[str]:
     """The keys that two recipes differ in, but for those that change no number."""
     found = flat(one.model_dump()).items() ^ flat(other.model_dump()).items()
-    return sorted({name for name, _ in found} - {"data.workers", "data.cache"})
+    return sorted({name for name, _ in found} - {"data.num_proc", "data.cache_dir"})
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """A recipe's values, each under the path of its keys, `train.steps`."""
+    """A recipe's values, each under the path of its keys, `train.max_steps`."""
     found: dict[str, str] = {}
     for name, value in tree.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}

@@ -94,7 +94,7 @@ def _weights(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, dict[s
         model: Any = model_class(config)(config)
         count = sum(p.numel() for p in model.parameters())
         if (low := _lora(recipe)) is not None:
-            model = lora.wrap(model.to(getattr(torch, low.frozen)), low, seed=0)
+            model = lora.wrap(model.to(getattr(torch, low.base_dtype)), low, seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     one_moment = sum(p.numel() for p in split(model)[0]) if recipe.train.optimizer == "muon" else 0
     memory = {
@@ -111,7 +111,7 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     With activation checkpointing that is each layer's input, and one layer's own while it is run again. Autocast
     keeps a bfloat16 copy of each float32 weight that it met.
     """
-    tokens = recipe.train.length * recipe.train.rows_per_step
+    tokens = recipe.train.length * recipe.train.per_device_train_batch_size
     kinds = layer_kinds(config)
     saved = {kind: _saved_by_a_layer(recipe, config, LOCAL if kind == SUMMARY else kind) for kind in set(kinds)}
     summary = _kept_of_summaries(recipe, config) if SUMMARY in kinds else 0
@@ -120,7 +120,7 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
         layer_input=tokens * config.hidden_size * _stream(recipe),
         weights_cast=sum(saved[kind][1] for kind in kinds),
         vocab_size=config.vocab_size,
-        checkpointing=recipe.train.activation_checkpointing,
+        checkpointing=recipe.train.gradient_checkpointing,
     )
 
 
@@ -129,7 +129,9 @@ def _kept_of_summaries(recipe: Recipe, config: PreTrainedConfig) -> int:
     heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sizes = {"heads": heads, "query_width": heads * size, "kv_width": keys * size}
     sizes |= {"window": config.sliding_window, "block": config.summary_block}
-    return recipe.train.rows_per_step * kept_of_summaries(recipe.train.length, half=_half(recipe), **sizes)
+    return recipe.train.per_device_train_batch_size * kept_of_summaries(
+        recipe.train.length, half=_half(recipe), **sizes
+    )
 
 
 def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
@@ -145,7 +147,7 @@ def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tu
         if getattr(small, "attention_kinds", None) is not None:
             small.attention_kinds = [{GLOBAL: "global", LOCAL: "local"}[kind]] * layers
         with torch.device("meta"):
-            dtype = getattr(torch, low.frozen) if low else torch.float32
+            dtype = getattr(torch, low.base_dtype) if low else torch.float32
             model: Any = model_class(small)._from_config(small, attn_implementation=NAME, dtype=dtype)
         model = model.to_empty(device="cpu").train()
         if low is not None:
@@ -183,7 +185,7 @@ def _counting(model: torch.nn.Module) -> Iterator[dict[int, int]]:
 def _stream(recipe: Recipe) -> int:
     """Bytes of a number between layers: as wide as the embeddings, which autocast leaves alone."""
     low = _lora(recipe)
-    return 2 if low and low.frozen == "bfloat16" and "embeddings" not in low.whole else 4
+    return 2 if low and low.base_dtype == "bfloat16" and "embeddings" not in low.modules_to_save else 4
 
 
 def _lora(recipe: Recipe) -> Lora | None:
@@ -191,7 +193,7 @@ def _lora(recipe: Recipe) -> Lora | None:
 
 
 def _half(recipe: Recipe) -> bool:
-    return recipe.train.precision == "bfloat16"
+    return recipe.train.bf16
 
 
 def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: int) -> dict[str, str]:
@@ -207,9 +209,9 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
         "layout": f"{layout_name(config, local)}, {_counted(kinds)} layers",
         **_positions(config),
         "parameters": f"{parameters:,}, trained {trained:,} ({trained / parameters:.1%})",
-        "a step": f"{step:,} tokens: {train.rows_per_step} rows of {train.length:,} x {train.accumulate} passes "
-        f"x {processes()} processes",
-        "training": f"{train.steps:,} steps, {train.steps * step:,} tokens",
+        "a step": f"{step:,} tokens: {train.per_device_train_batch_size} sequences of {train.length:,} "
+        f"x {train.gradient_accumulation_steps} passes x {processes()} processes",
+        "training": f"{train.max_steps:,} steps, {train.max_steps * step:,} tokens",
         "attention": f"{pairs:,} pairs a row, {pairs / dense:.0%} of dense",
         "text": _text(recipe),
     }

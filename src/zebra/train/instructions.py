@@ -114,7 +114,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
     if data.sources is None:
         rows = AnswerRows(pack_whole(select(kept), length), tokens)
     else:
-        wanted = recipe.train.steps * tokens_per_step(recipe) // length
+        wanted = recipe.train.max_steps * tokens_per_step(recipe) // length
         mixture = mix(kept, wanted, length, join=False, seed=recipe.train.seed, whole=True)
         rows, lines = AnswerRows(mixture.sequences, tokens), mixture.stats
         if is_first_process():

@@ -34,18 +34,18 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not tied
     }
-    absent = sorted(set(lora.targets) - found)
+    absent = sorted(set(lora.target_modules) - found)
     if absent:
         raise ZebraError(
-            f"lora.targets names {', '.join(absent)}, which this model has not or ties to its embeddings; its own "
-            f"linear modules are {', '.join(sorted(found))}. Name some of those."
+            f"lora.target_modules names {', '.join(absent)}, which this model does not have or ties to its embeddings; "
+            f"its own linear modules are {', '.join(sorted(found))}. Name some of those."
         )
     config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.rank * lora.scale,
-        target_modules=list(lora.targets),
+        r=lora.r,
+        lora_alpha=2 * lora.r if lora.lora_alpha is None else lora.lora_alpha,
+        target_modules=list(lora.target_modules),
         modules_to_save=_whole(model, lora),
-        ensure_weight_tying=bool(model.config.tie_word_embeddings and "embeddings" in lora.whole),
+        ensure_weight_tying=bool(model.config.tie_word_embeddings and "embeddings" in lora.modules_to_save),
         task_type="CAUSAL_LM",
     )
     model.name_or_path = ""  # at each save peft would read the source's config, which may be of another class
@@ -68,8 +68,8 @@ def _whole(model: PreTrainedModel, lora: Lora) -> list[str]:
     names: list[str] = []
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
-        wanted = ("embeddings" in lora.whole and module is model.get_input_embeddings()) or (
-            "norms" in lora.whole and type(module).__name__.endswith("Norm")
+        wanted = ("embeddings" in lora.modules_to_save and module is model.get_input_embeddings()) or (
+            "norms" in lora.modules_to_save and type(module).__name__.endswith("Norm")
         )
         if wanted and name not in names:
             names.append(name)

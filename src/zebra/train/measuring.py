@@ -150,7 +150,7 @@ def cost_rows(recipe: Recipe, config: PreTrainedConfig, model: str) -> list[Resu
 
 def trainer_state(run: Path, recipe: Recipe) -> dict[str, Any]:
     """What the Trainer wrote of itself after the last step."""
-    path = run / "checkpoints" / f"checkpoint-{recipe.train.steps}" / "trainer_state.json"
+    path = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}" / "trainer_state.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

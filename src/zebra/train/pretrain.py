@@ -194,7 +194,7 @@ def _train(
     if not (run / "tokenizer").exists() and directory.is_first_process():
         with atomic_directory(run / "tokenizer") as aside:
             tokenizer.save_pretrained(aside)
-    last = run / "checkpoints" / f"checkpoint-{recipe.train.steps}"
+    last = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}"
     if is_complete(last):  # a kill came between the last step and the export
         model: Any = load(last)
         writes = directory.is_first_process()
@@ -212,7 +212,7 @@ def _train(
         tokenizer.save_pretrained(aside)
         write_config(model.config, aside)
         write_zebra_json(
-            aside, model.config, local_attention_of(model), source=None, steps=recipe.train.steps, tokens=tokens
+            aside, model.config, local_attention_of(model), source=None, steps=recipe.train.max_steps, tokens=tokens
         )
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -83,8 +83,8 @@ class Data(TextSource):
     recall: RecallSource | None = Field(None, description="generated documents of recall among the rows of text")
     held_out: float | None = Field(None, gt=0, lt=1, description="share of the documents that evaluate measures on")
     deduplicate: bool = Field(True, description="keep the first of documents with the same text")
-    workers: int = Field(1, ge=1, description="processes that tokenise")
-    cache: str | None = Field(None, description="folder of the token cache; the user's cache folder where absent")
+    num_proc: int = Field(1, ge=1, description="processes that tokenise")
+    cache_dir: str | None = Field(None, description="folder of the token cache; the user's cache folder where absent")
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
@@ -110,66 +110,67 @@ def given(section: BaseModel, *names: str) -> str | None:
     return next((name for name in names if getattr(section, name) != type(section).model_fields[name].default), None)
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
 class Training(Section):
     """Rows, steps and the optimiser."""
 
     length: int = Field(ge=2, description="tokens in a row")
-    steps: int = Field(ge=1, description="optimiser steps")
-    rows_per_step: int = Field(1, ge=1, description="rows of one forward pass on one device")
-    accumulate: int = Field(1, ge=1, description="forward passes of one optimiser step")
+    max_steps: int = Field(ge=1, description="optimiser steps")
+    per_device_train_batch_size: int = Field(1, ge=1, description="sequences of one forward pass on one device")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimiser step")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon is for the matrices inside the layers, with AdamW for the rest (zebra.train.muon)"
     )
     learning_rate: float = Field(gt=0)
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     device: Literal["best", "cuda"] = Field(
         "best", description="cuda refuses a machine without a GPU; best takes what there is"
     )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16 is autocast, weights stay float32"
-    )
-    activation_checkpointing: bool = Field(False, description="compute activations again in the backward")
+    bf16: bool = Field(False, description="bfloat16 autocast; weights stay float32")
+    gradient_checkpointing: bool = Field(False, description="compute activations again in the backward")
     seed: int = Field(0, ge=0, lt=2**32)
-    log_every: int = Field(10, ge=1)
-    save_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=2, description="at least 2, so that a kill inside a save leaves a whole one")
+    logging_steps: int = Field(10, ge=1)
+    save_steps: int = Field(100, ge=1)
+    save_total_limit: int = Field(2, ge=2, description="at least 2, so that a kill inside a save leaves a whole one")
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype of the forward pass."""
+        return "bfloat16" if self.bf16 else "float32"
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
-        if self.save_every % self.log_every:
+        if self.save_steps % self.logging_steps:
             raise ValueError(
-                f"save_every ({self.save_every}) is a multiple of log_every ({self.log_every}), "
+                f"save_steps ({self.save_steps}) is a multiple of logging_steps ({self.logging_steps}), "
                 "so that a resumed run logs the same losses; change one of them"
             )
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) is at most steps ({self.steps}); lower it")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is at most max_steps ({self.max_steps}); lower it")
         return self
 
 
 class Lora(Section):
     """Low-rank updates instead of full training."""
 
-    rank: int = Field(16, ge=1)
-    scale: float = Field(2.0, gt=0, description="what the update is multiplied by; alpha / rank elsewhere")
-    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, strict=False)
-    whole: tuple[Literal["embeddings", "norms"], ...] = Field(
-        ("embeddings", "norms"), strict=False, description="what is trained whole beside it (LongLoRA)"
+    r: int = Field(16, ge=1, description="the rank")
+    lora_alpha: float | None = Field(None, gt=0, description="the update is multiplied by lora_alpha / r; 2 r without")
+    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, strict=False)
+    modules_to_save: tuple[Literal["embeddings", "norms"], ...] = Field(
+        ("embeddings", "norms"), strict=False, description="modules that are trained in full beside it (LongLoRA)"
     )
-    frozen: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights that stay as they are")
+    base_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the frozen weights")
     merge: bool = Field(True, description="write a whole checkpoint; else the adapter, over run/base")
 
 
 class Measured(Section):
     """When it is measured on the way; each training says by what."""
 
-    every: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
 
 
 class Evaluation(TextSource, Measured):
@@ -198,9 +199,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _measured_on_the_way(self) -> Self:
-        every = self.evaluate.every if self.evaluate else None
-        if every is not None and every > self.train.steps:
-            raise ValueError(f"evaluate.every ({every}) is at most train.steps ({self.train.steps}); lower it")
+        steps = self.evaluate.eval_steps if self.evaluate else None
+        if steps is not None and steps > self.train.max_steps:
+            raise ValueError(
+                f"evaluate.eval_steps ({steps}) is at most train.max_steps ({self.train.max_steps}); lower it"
+            )
         return self
 
     @property
@@ -262,8 +265,8 @@ class SourceRecipe(Recipe):
 
     @model_validator(mode="after")
     def _precise_enough(self) -> Self:
-        if self.lora and self.lora.frozen == "bfloat16" and self.train.precision != "bfloat16":
-            raise ValueError("lora.frozen bfloat16 needs train.precision bfloat16; change one of them")
+        if self.lora and self.lora.base_dtype == "bfloat16" and not self.train.bf16:
+            raise ValueError("lora.base_dtype bfloat16 needs train.bf16; change one of them")
         return self
 
 
@@ -352,7 +355,7 @@ def checked(tree: Any, kind: type[R], name: str) -> R:
 def _override(tree: dict[str, Any], override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name.strip():
-        raise ZebraError(f"an override is written a.b=value; got {override!r}. Write for example train.steps=100.")
+        raise ZebraError(f"an override is written a.b=value; got {override!r}. Write for example train.max_steps=100.")
     *parents, last = name.strip().split(".")
     for parent in parents:
         inner = tree.get(parent, {})

@@ -47,7 +47,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
         rows = pack(select(kept), train.length, join=data.join, seed=train.seed)
         _say(kept)
     else:
-        wanted = train.steps * tokens_per_step(recipe) // train.length
+        wanted = train.max_steps * tokens_per_step(recipe) // train.length
         mixture = mix(kept, wanted, train.length, join=data.join, seed=train.seed)
         rows, lines = mixture.sequences, mixture.stats
         if is_first_process():
@@ -80,7 +80,7 @@ def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Packed
         text=rows,
         share=recall.share,
         curriculum=Curriculum(recall.first, train.length, recall.hold, recall.until),
-        count=train.steps * tokens_per_step(recipe) // train.length,
+        count=train.max_steps * tokens_per_step(recipe) // train.length,
         seed=train.seed,
     )
 
@@ -141,8 +141,8 @@ def _corpus(
         separator=source.separator,
         field=source.field,
         append_eos=append_eos,
-        workers=recipe.data.workers,
-        cache=recipe.data.cache,
+        workers=recipe.data.num_proc,
+        cache=recipe.data.cache_dir,
     )
 
 

@@ -119,7 +119,7 @@ def run(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> bool:
             f"one process sees {trainer.args.n_gpu} GPUs. Start one process for each with "
             "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
-    with bar("training", recipe.train.steps * tokens_per_step(recipe), "tokens") as advance:
+    with bar("training", recipe.train.max_steps * tokens_per_step(recipe), "tokens") as advance:
         trainer.add_callback(_Mark())
         trainer.add_callback(_Show(advance))
         trainer.remove_callback(PrinterCallback)
@@ -169,32 +169,32 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
 def tokens_per_step(recipe: Recipe) -> int:
     """Tokens of one full optimiser step, over all processes. The last one of a pass over the rows may have fewer."""
     train = recipe.train
-    return train.length * train.rows_per_step * train.accumulate * processes()
+    return train.length * train.per_device_train_batch_size * train.gradient_accumulation_steps * processes()
 
 
 def arguments_of(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
     """The host's `TrainingArguments` of a recipe."""
     train = recipe.train
-    every = recipe.evaluate.every if recipe.evaluate else None
+    every = recipe.evaluate.eval_steps if recipe.evaluate else None
     return dict(
         output_dir=str(checkpoints),
-        max_steps=train.steps,
-        per_device_train_batch_size=train.rows_per_step,
-        gradient_accumulation_steps=train.accumulate,
+        max_steps=train.max_steps,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule,
+        lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=train.warmup_steps,
         weight_decay=train.weight_decay,
-        adam_beta1=train.betas[0],
-        adam_beta2=train.betas[1],
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
         max_grad_norm=train.max_grad_norm,
-        bf16=train.precision == "bfloat16",
+        bf16=train.bf16,
         use_cpu=not torch.cuda.is_available(),
         seed=train.seed,
         data_seed=train.seed,
-        logging_steps=train.log_every,
-        save_steps=train.save_every,
-        save_total_limit=train.keep_checkpoints,
+        logging_steps=train.logging_steps,
+        save_steps=train.save_steps,
+        save_total_limit=train.save_total_limit,
         eval_strategy="steps" if every else "no",
         eval_steps=every,
         include_num_input_tokens_seen="all",
@@ -203,7 +203,7 @@ def arguments_of(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **_recompute(train.activation_checkpointing),
+        **_recompute(train.gradient_checkpointing),
     )
 
 
@@ -211,7 +211,11 @@ def optimizer_of(train: Training) -> tuple[Any, dict[str, Any]] | None:
     """The optimiser as the Trainer takes it; None for its own."""
     if train.optimizer == "adamw":
         return None
-    return muon, {"lr": train.learning_rate, "betas": train.betas, "weight_decay": train.weight_decay}
+    return muon, {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "weight_decay": train.weight_decay,
+    }
 
 
 def _recompute(wanted: bool) -> dict[str, Any]:
