@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from zebra import kernels, measure
 from zebra.errors import ZebraError
-from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache
+from zebra.model.cache import GrowingLayer, SelfExtendLayer, StripedCache
 from zebra.model.self_extend import GroupedRotation, bounded_cache, set_self_extend
 from zebra.plan import devices
 from zebra.positions import SelfExtend
@@ -321,7 +321,9 @@ def test_the_gate_of_self_extend_sees_another_setting(
     small = replace(SELF_EXTEND, length=107)
     assert getattr(self_extend, part)(small, one) < 1e-5
     if one is not None:
-        monkeypatch.setattr(GroupedRotation, "key_turn", lambda rope, places, total, dtype: places.query)
+        monkeypatch.setattr(
+            GroupedRotation, "rotation_of_all_keys", lambda rotation, positions, total, dtype: positions.query_rotation
+        )
         monkeypatch.setattr(
             self_extend, "set_self_extend", lambda model, setting: set_self_extend(model, replace(setting, group=3))
         )
@@ -350,7 +352,7 @@ def test_a_step_of_self_extends_decode_goes_on_from_a_filled_cache(
     call = self_extend._prepare_decode(SELF_EXTEND, None if setting is None else SelfExtend.parse(setting))
     assert call()[0].shape == (1, 1, 50)
     assert kept[0].get_seq_length() == SELF_EXTEND.length + 2 * self_extend.STEPS
-    assert {type(layer) for layer in kept[0].layers} == {ExtendedLayer if setting else GrowingLayer}
+    assert {type(layer) for layer in kept[0].layers} == {SelfExtendLayer if setting else GrowingLayer}
 
 
 @pytest.mark.skipif(not alone._STATUS.is_file(), reason="this system does not tell a process's peak")

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 import zebra
-from zebra.model.cache import ExtendedLayer, GrowingLayer, StripedCache, TrimmedSlidingLayer
+from zebra.model.cache import GrowingLayer, SelfExtendLayer, StripedCache, TrimmedSlidingLayer
 
 WINDOW = 9
 TOKEN = 2 * 2 * 8 * 4
@@ -76,7 +76,7 @@ def grow(layer: Any, parts: list[int], batch: int = 1) -> None:
 @pytest.mark.parametrize("window", [33, 64, 65])
 def test_slack_is_a_quarter_of_what_is_kept(window: int) -> None:
     """Not of that and the new token, which is let go of again."""
-    local, near = TrimmedSlidingLayer(window), ExtendedLayer(window)
+    local, near = TrimmedSlidingLayer(window), SelfExtendLayer(window)
     for _ in range(3 * window):
         states = torch.randn(1, 2, 1, 8)
         local.update(states, states)

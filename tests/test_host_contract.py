@@ -22,7 +22,7 @@ from zebra import SelfExtend, ZebraError
 from zebra.kernels import attend
 from zebra.model import attention
 from zebra.model.attention import IGNORED_KWARGS, NAME, zebra_attention
-from zebra.model.cache import ExtendedLayer
+from zebra.model.cache import SelfExtendLayer
 from zebra.model.families import ROUTES, model_class, route, with_stripes
 from zebra.model.loss import head_of, without_logits
 from zebra.model.self_extend import bounded_cache, set_self_extend
@@ -330,7 +330,7 @@ def test_a_host_hands_keys_through_the_cache_unread_and_turns_by_halves(family: 
     cache = bounded_cache(model)
     parts = [model(part, past_key_values=cache, use_cache=True).logits for part in IDS.split([13, 1, 20, 6], dim=1)]
     assert (torch.cat(parts, dim=1) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
-    assert any(isinstance(layer, ExtendedLayer) for layer in cache.layers)
+    assert any(isinstance(layer, SelfExtendLayer) for layer in cache.layers)
     with formula_logits(model, None) as formula:
         assert (whole - formula(IDS)).abs().max() > 1e-3 * wanted.abs().max()
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 import zebra
 from zebra import SelfExtend, Stripes, ZebraError
 from zebra.kernels import Mask, attend
-from zebra.model.cache import SinkKeys, SinkLayer, StripedCache, WholeLayer
+from zebra.model.cache import FullDecodeLayer, SinkKeys, SinkLayer, StripedCache
 from zebra.model.checkpoint import read_local_attention
 from zebra.model.load_options import loaded_layout_name
 from zebra.model.local import LocalAttention, local_attention_of
@@ -220,21 +220,21 @@ def test_full_decoding_reads_by_the_window_and_decodes_with_all(sinks: int, chec
     by_window = logits(zebra.load(checkpoints("llama"), stripes=stripes), ids)
     assert off(logits(model, ids), by_window) == 0
     cache = bounded_cache(model)
-    assert sum(isinstance(layer, WholeLayer) for layer in cache.layers) == 3
+    assert sum(isinstance(layer, FullDecodeLayer) for layer in cache.layers) == 3
     wanted = in_parts(model, ids, [25] + [1] * 15, cache)  # nobody said: one token alone is decoded
     assert off(wanted[:, :25], by_window[:, :25]) < 2e-5
     assert off(wanted[:, 26:], by_window[:, 26:]) > 1e-3
     for parts in ([40], [25] + [1] * 15, [1] * 40, [13, 27], [7] * 5 + [5]):
         cache = bounded_cache(model)
-        cache.reads(25)
+        cache.set_prompt_length(25)
         assert off(in_parts(model, ids, parts, cache), wanted) < 2e-5
     batch, arguments = left_padded((40, 30))
     cache = bounded_cache(model)
-    cache.reads(30)
+    cache.set_prompt_length(30)
     found = in_parts(model, batch, [12, 20, 8], cache, **arguments)
     for row, length in enumerate((40, 30)):
         alone = bounded_cache(model)
-        alone.reads(length - 10)
+        alone.set_prompt_length(length - 10)
         assert (
             off(found[row, 40 - length :], in_parts(model, batch[row : row + 1, 40 - length :], [length], alone)[0])
             < 2e-5
@@ -250,7 +250,7 @@ def test_generate_tells_the_cache_where_the_prompt_ends(more: dict[str, Any], ch
     if "num_beams" in more:
         return
     cache = bounded_cache(model)
-    cache.reads(29)
+    cache.set_prompt_length(29)
     steps = in_parts(model, whole[:, :-1], [29] + [1] * 11, cache)
     assert whole[0, 29:].tolist() == steps[0, 28:].argmax(-1).tolist()
 
@@ -283,17 +283,17 @@ def test_a_store_of_sinks_follows_its_rows(checkpoints: MakeCheckpoint) -> None:
     cache = bounded_cache(model)
     in_parts(model, batch, [10, 10], cache, **arguments)
     layer = cache.layers[1]
-    assert layer.places.tolist() == [[0, 1, 2], [12, 13, 14], [7, 8, 9]]
+    assert layer.positions.tolist() == [[0, 1, 2], [12, 13, 14], [7, 8, 9]]
     keys = layer.sink_keys.clone()
     cache.batch_repeat_interleave(2)
-    assert layer.places[:, 0].tolist() == [0, 0, 12, 12, 7, 7]
+    assert layer.positions[:, 0].tolist() == [0, 0, 12, 12, 7, 7]
     cache.reorder_cache(torch.tensor([2, 0, 5, 1, 3, 4]))
     cache.batch_select_indices(torch.tensor([0, 2]))
-    assert layer.places[:, 0].tolist() == [12, 7]
+    assert layer.positions[:, 0].tolist() == [12, 7]
     assert torch.equal(layer.sink_keys, keys[[1, 2]])
     assert layer.sink_keys.untyped_storage().nbytes() == 2 * 2 * SINKS * 8 * 4
     layer.reset()
-    assert layer.places is None
+    assert layer.positions is None
 
 
 def test_sinks_that_are_taken_back_are_gone(checkpoints: MakeCheckpoint) -> None:
@@ -306,7 +306,7 @@ def test_sinks_that_are_taken_back_are_gone(checkpoints: MakeCheckpoint) -> None
         logits(model, ids[:, :kept], past_key_values=cache, use_cache=True)
         logits(model, other[:, :6], past_key_values=cache, use_cache=True)
         cache.crop(-6)
-        assert cache.layers[1].places.tolist() == [[p if p < kept else 1 << 40 for p in range(SINKS)]]
+        assert cache.layers[1].positions.tolist() == [[p if p < kept else 1 << 40 for p in range(SINKS)]]
         found = logits(model, ids[:, kept:], past_key_values=cache, use_cache=True)
         assert off(found, logits(model, ids)[:, kept:]) < 2e-5
 
@@ -431,4 +431,4 @@ def test_converting_without_local_layers_is_refused(tmp_path: Path) -> None:
 def test_a_plain_cache_has_no_store(checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints("llama"), stripes=f"GLLL:{WINDOW}")
     assert type(bounded_cache(model)) is StripedCache
-    assert not any(isinstance(layer, SinkLayer | WholeLayer) for layer in bounded_cache(model).layers)
+    assert not any(isinstance(layer, SinkLayer | FullDecodeLayer) for layer in bounded_cache(model).layers)

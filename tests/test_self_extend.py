@@ -22,7 +22,7 @@ from zebra.kernels import Mask, attend, only
 from zebra.kernels.merging import merge
 from zebra.kernels.self_extend import self_extend_attention
 from zebra.model import attention
-from zebra.model.cache import ExtendedLayer, PendingKeys, StripedCache
+from zebra.model.cache import PendingKeys, SelfExtendLayer, StripedCache
 from zebra.model.override import get_override
 from zebra.model.self_extend import (
     SelfExtendAttention,
@@ -386,7 +386,7 @@ def test_layers_share_the_places_of_a_forward_and_never_of_another(model: Any) -
     second = logits(model, ids, position_ids=positions)
     assert off(second[:, :20], first[:, :20]) < 2e-5
     assert off(second[:, 20:], logits(model, ids[:, 20:])) < 2e-5
-    ropes = {id(get_override(layer.self_attn).rope) for layer in model.model.layers}
+    ropes = {id(get_override(layer.self_attn).rotation) for layer in model.model.layers}
     assert len(ropes) == 1
 
 
@@ -418,7 +418,7 @@ def test_a_layer_holds_no_more_than_its_tokens_and_the_window(model: Any, parts:
     """N far keys, N values and W - 1 near keys, which is N + (W - 1) / 2 tokens' worth, and slack to grow into."""
     n, window, side = sum(parts), 7, 2 * 8 * 4
     for layer in filled(model, *parts).layers:
-        assert isinstance(layer, ExtendedLayer)
+        assert isinstance(layer, SelfExtendLayer)
         assert layer.keys.shape[-2] == layer.values.shape[-2] == layer.get_seq_length() == n
         assert layer.near.shape[-2] == min(n, window - 1)
         live = sum(states.numel() * 4 for states in (layer.keys, layer.values, layer.near))
@@ -507,7 +507,7 @@ def test_keys_that_wait_say_who_can_take_them(model: Any, caplog: pytest.LogCapt
     assert "Self-Extend 3:7" in caplog.messages[0]
     with pytest.raises(AttributeError, match='serves attention "zebra" alone'):
         logits(model, tokens(1, 20), past_key_values=bounded_cache(model), use_cache=True)
-    assert not hasattr(PendingKeys(ExtendedLayer(4), torch.zeros(1)), "shape")
+    assert not hasattr(PendingKeys(SelfExtendLayer(4), torch.zeros(1)), "shape")
 
 
 # Where it hangs
@@ -517,7 +517,7 @@ def test_with_stripes_only_global_layers_are_extended(checkpoints: MakeCheckpoin
     model = zebra.load(checkpoints("llama"), stripes="GLLG:9", self_extend=SETTING)
     kinds = [isinstance(get_override(layer.self_attn), SelfExtendAttention) for layer in model.model.layers]
     assert kinds == [True, False, False, True, True]
-    assert [isinstance(layer, ExtendedLayer) for layer in bounded_cache(model).layers] == kinds
+    assert [isinstance(layer, SelfExtendLayer) for layer in bounded_cache(model).layers] == kinds
     ids = tokens(1, 200)
     with formula_logits(model, self_extend_of(model)) as formula:
         wanted = formula(ids)
@@ -529,7 +529,9 @@ def test_layers_without_a_rope_are_left(checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints("smollm3"), self_extend=SETTING)
     ropes = [layer.rope for layer in attention_layers(model)]
     assert [rope is not None for rope in ropes] == [bool(x) for x in model.config.no_rope_layers]
-    assert [isinstance(layer, ExtendedLayer) for layer in bounded_cache(model).layers] == [r is not None for r in ropes]
+    assert [isinstance(layer, SelfExtendLayer) for layer in bounded_cache(model).layers] == [
+        r is not None for r in ropes
+    ]
 
 
 def test_nothing_of_it_is_saved_and_that_is_said(
@@ -696,11 +698,11 @@ def test_padding_is_counted_from_the_first_token_on_or_never(model: Any) -> None
     for start, end in ((0, 10), (10, 30)):
         part = {"attention_mask": mask[:, :end], "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:end]}
         logits(model, ids[:, start:end], past_key_values=cache, use_cache=True, **part)
-    assert cache.layers[0].shift.tolist() == [[0], [-21]]
+    assert cache.layers[0].offset.tolist() == [[0], [-21]]
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 2, 3]))
-    assert cache.layers[0].shift.tolist() == [[-21], [0], [0]]
+    assert cache.layers[0].offset.tolist() == [[-21], [0], [0]]
     with pytest.raises(ZebraError, match="begin at the positions"):
         logits(model, ids[:, 30:31].repeat(2, 1)[:3], past_key_values=cache, use_cache=True)
 

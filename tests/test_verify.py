@@ -115,7 +115,7 @@ def test_a_cache_that_keeps_too_little_fails(converted: Path, monkeypatch: pytes
     def last(self: Any, states: Any, count: int) -> Any:
         return states[:, :, max(0, states.shape[-2] - (count - 1)) :]
 
-    monkeypatch.setattr(cache._Room, "last", last)
+    monkeypatch.setattr(cache._GrowingBuffer, "last", last)
     assert failed(zebra.verify(converted, against=STORIES)) == {"cached", "chunked"}
 
 
@@ -160,7 +160,7 @@ def test_stripes_and_self_extend_are_verified_together(converted: Path) -> None:
 
 
 def unturned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "rotate", lambda states, turn: states)
+    monkeypatch.setattr(extension, "rotate", lambda states, rotation: states)
 
 
 def no_shift(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def no_shift(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def a_little_off(monkeypatch: pytest.MonkeyPatch) -> None:
     real = extension.rotate
-    monkeypatch.setattr(extension, "rotate", lambda states, turn: real(states, turn) * (1 + 3e-5))
+    monkeypatch.setattr(extension, "rotate", lambda states, rotation: real(states, rotation) * (1 + 3e-5))
 
 
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,17 +177,17 @@ def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def padding_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "_base", lambda positions, mask, shift: torch.zeros(1, 1, dtype=torch.long) - 5)
+    monkeypatch.setattr(extension, "_document_start", lambda positions, mask, total, offset: torch.zeros(1, 1, dtype=torch.long) - 5)
 
 
 def short_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = cache.ExtendedLayer.write
+    write = cache.SelfExtendLayer.write
 
     def broken(self: Any, exact: torch.Tensor, far: torch.Tensor) -> Any:
         near, keys = write(self, exact, far)
         return near * 0.5 if near.shape[-2] > exact.shape[-2] else near, keys
 
-    monkeypatch.setattr(cache.ExtendedLayer, "write", broken)
+    monkeypatch.setattr(cache.SelfExtendLayer, "write", broken)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from zebra.kernels import Mask
 from zebra.measure import relative_error
 from zebra.model.attention import NAME, zebra_attention
-from zebra.model.cache import ExtendedLayer, GrowingLayer
+from zebra.model.cache import GrowingLayer, SelfExtendLayer
 from zebra.model.load import read_device, read_dtype
 from zebra.model.override import set_override
 from zebra.model.self_extend import (
@@ -33,7 +33,7 @@ from zebra.model.self_extend import (
     rotation_between,
     set_self_extend,
 )
-from zebra.model.self_extend.formula import Formula, formula_logits
+from zebra.model.self_extend.formula import FormulaAttention, formula_logits
 from zebra.plan.devices import Device
 from zebra.positions import SelfExtend, grouped_key, grouped_query
 from zebra_bench.generation import filled
@@ -131,7 +131,7 @@ def _prepare_attention(sizes: Extended, setting: SelfExtend | None) -> Call:
 
 
 def _cache_layer(setting: SelfExtend | None) -> DynamicLayer:
-    return GrowingLayer() if setting is None else ExtendedLayer(setting.window)
+    return GrowingLayer() if setting is None else SelfExtendLayer(setting.window)
 
 
 def _through(module: Any, layer: DynamicLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def _layer_error(sizes: Extended, setting: SelfExtend | None) -> float:
     q, k, v = (states[:, : max(1, states.shape[1] * 2 // sizes.heads)] for states in tensors)
     rope, positions = frequencies(sizes), _positions(0, sizes.length, q.device)
     start = torch.zeros_like(positions)
-    formula = Formula(AttentionLayer(None, None, 0, "rope", rope), setting, sizes.length)
+    formula = FormulaAttention(AttentionLayer(None, None, 0, "rope", rope), setting, sizes.length)
     wanted = formula.attend(None, start, q, k, v, Mask())[0].transpose(1, 2)
     q, k = (rotate(states, rotation_between(rope, start, positions, torch.float32)) for states in (q, k))
     module, layer = _module(sizes, setting), _cache_layer(setting)

@@ -45,7 +45,7 @@ def likelihoods(
     ids, there = padded(prompts, model.device, side="left")
     places = (there.cumsum(1) - 1).clamp(min=0)
     before, cache = ids.shape[1] - 1, bounded_cache(model)
-    cache.reads(ids.shape[1])
+    cache.set_prompt_length(ids.shape[1])
     for start in range(0, before, chunk):
         end = min(start + chunk, before)
         model(

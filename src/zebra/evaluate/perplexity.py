@@ -77,7 +77,7 @@ def _decoding(model: PreTrainedModel, prompt: int | None) -> dict[str, Any]:
     if prompt is None:
         return {}
     cache = bounded_cache(model)
-    cache.reads(prompt)
+    cache.set_prompt_length(prompt)
     return {"past_key_values": cache, "use_cache": True}
 
 

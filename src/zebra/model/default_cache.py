@@ -78,7 +78,7 @@ def _cached(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     if not isinstance(cache, StripedCache):
         _refuse_without_cache(model, uses_cache=uses)
         return {}
-    cache.reads(_prompt_tokens(args, kwargs))
+    cache.set_prompt_length(_prompt_tokens(args, kwargs))
     return {"past_key_values": cache}
 
 

@@ -1,12 +1,12 @@
-"""A host's layers one by one: each global or local for now, and the forward pass from any of them on.
+"""A model's layers one by one: each global or local for one call, and the forward pass from any of them on.
 
-    whole     tokens ─► [0] ─► [1] ─► [2] ─► [3] ─► norm         the input of each layer is kept
+    whole     tokens ─► [0] ─► [1] ─► [2] ─► [3] ─► norm         the input of each layer is recorded
                                        │
     from 2    tokens ─► ... ─► ... ─► [2] ─► [3] ─► norm         two layers are run, and none before them
 
-Neither patches nor copies a forward. A layer's kind is what attends in place of `attend` on its attention module, as
-under Self-Extend; the layers before the first one that is run are exchanged, in the decoder's own list, for a stand-in
-that gives the kept input, and put back. The twin is the whole forward, which gives the same numbers to the last bit.
+Neither patches nor copies a forward. An attention override chooses the kind of each layer. The layers before the first
+one that is run are replaced, in the decoder's own list, by a placeholder that returns the recorded input, and put back.
+The twin is the whole forward, which gives the same numbers to the last bit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.model.attention import NAME
 from zebra.model.local import LocalAttention
-from zebra.model.override import overrides_of, overriding_attention
+from zebra.model.override import get_override, overriding_attention
 
 
 class Layerwise:
@@ -32,10 +32,10 @@ class Layerwise:
 
     Args:
         model: with attention "zebra", as `zebra.load` gives it.
-        window, sinks: of the layers that are local, whatever theirs were.
+        window, sinks: of the local layers, in place of the model's own.
 
     Raises:
-        ZebraError: another attention, layers that attend in a way of their own, a host whose layers are not one list.
+        ZebraError: another attention, overrides such as Self-Extend, a model whose layers are not one list.
 
     Example:
         >>> layers = Layerwise(zebra.load("examples/stories260K"), window=64)
@@ -52,13 +52,12 @@ class Layerwise:
                 f"the layers of a {model.config.model_type} are run one by one from its decoder's list of {count} "
                 "layers, which it has not. Choose the layout yourself, with --stripes."
             )
-        others = [
-            type(override).__name__ for override in overrides_of(model) if not isinstance(override, LocalAttention)
-        ]
+        overrides = {type(override).__name__ for module in model.modules() if (override := get_override(module))}
+        others = ", ".join(sorted(overrides - {LocalAttention.__name__}))
         if model.config._attn_implementation != NAME or others:
             raise ZebraError(
                 f'layers change their kind in attention "{NAME}", without Self-Extend and summaries; '
-                f"got {', '.join(sorted({*others})) or model.config._attn_implementation}. Load it without."
+                f"got {others or model.config._attn_implementation}. Load it without."
             )
         self._layers, self._window, self._local = layers, window, LocalAttention(sinks)
         self._attention = [module for module in self._decoder.modules() if hasattr(module, "layer_idx")]
@@ -67,72 +66,76 @@ class Layerwise:
         """The input of each layer and, last, the states behind the norm: L + 1 tensors (B, T, hidden).
 
         Args:
-            ids: (B, T), rows without padding.
+            ids: (B, T), without padding.
             kinds: a letter for each layer, G or L.
         """
-        found: list[Tensor] = []
+        inputs: list[Tensor] = []
 
-        def keep(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found.append(given[0] if given else named["hidden_states"])
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.append(args[0] if args else kwargs["hidden_states"])
 
-        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self._layers]
+        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._layers]
         try:
             last = self._run(ids, kinds, 0)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [*found, last]
+        return [*inputs, last]
 
     def resume(self, ids: Tensor, kinds: str, start: int, state: Tensor) -> Tensor:
-        """The states behind the norm, (B, T, hidden), from layer `start` on, whose input is `state`."""
-        with self._standing_in(start, state):
+        """The states behind the norm, (B, T, hidden), from layer `start` on, whose input is `state` (B, T, hidden)."""
+        with self._replacing_layers_before(start, state):
             return self._run(ids, kinds, start)
 
     def _run(self, ids: Tensor, kinds: str, start: int) -> Tensor:
-        chosen = _Chosen(kinds, self._window, self._local)
-        with torch.no_grad(), overriding_attention(self._attention, chosen):
+        choice = _KindOfEachLayer(kinds, self._window, self._local)
+        with torch.no_grad(), overriding_attention(self._attention, choice):
             hidden: Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
-        if chosen.asked != list(range(start, len(kinds))):
-            raise RuntimeError(f"layers {start} to {len(kinds) - 1} should have attended; {chosen.asked} did.")
+        if choice.layers != list(range(start, len(kinds))):
+            raise RuntimeError(f"layers {start} to {len(kinds) - 1} should have attended; {choice.layers} did.")
         return hidden
 
     @contextmanager
-    def _standing_in(self, start: int, state: Tensor) -> Iterator[None]:
-        own = list(self._layers[:start])
+    def _replacing_layers_before(self, start: int, state: Tensor) -> Iterator[None]:
+        replaced = list(self._layers[:start])
         try:
             for i in range(start):
-                self._layers[i] = _StandIn(state)
+                self._layers[i] = _Placeholder(state)
             yield
         finally:
-            for i, layer in enumerate(own):
+            for i, layer in enumerate(replaced):
                 self._layers[i] = layer
 
 
-class _Chosen:
-    """Attends in place of `attend`, in each layer by its letter."""
+class _KindOfEachLayer:
+    """An attention override that attends globally or locally, in each layer by its letter.
+
+    Attributes:
+        layers: the indices of the layers that have attended.
+    """
 
     def __init__(self, kinds: str, window: int, local: LocalAttention):
         self._kinds, self._window, self._local = kinds, window, local
-        self.asked: list[int] = []
+        self.layers: list[int] = []
 
     def attend(
-        self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, /, **arguments: Any
+        self, module: Any, positions: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, /, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        self.asked.append(module.layer_idx)
+        self.layers.append(module.layer_idx)
         if self._kinds[module.layer_idx] == "G":
-            return attend(q, k, v, mask.without_window(), **arguments)
+            return attend(q, k, v, mask.without_window(), **kwargs)
         mask = replace(mask, window=self._window)
         if self._local:
-            return self._local.attend(module, positions, q, k, v, mask, **arguments)
-        return attend(q, k, v, mask, **arguments)
+            return self._local.attend(module, positions, q, k, v, mask, **kwargs)
+        return attend(q, k, v, mask, **kwargs)
 
 
-class _StandIn(nn.Module):
+class _Placeholder(nn.Module):
     """In place of a layer whose output is known."""
 
     def __init__(self, state: Tensor):
         super().__init__()
         self._state = state
 
-    def forward(self, *given: Any, **named: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._state

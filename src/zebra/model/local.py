@@ -1,15 +1,14 @@
-r"""What the local layers of a loaded model do besides looking at their window, for models that were not trained for it.
+r"""What local layers see besides their window, for models that were not trained for it.
 
     sinks         x . . . . . x x x      the first real tokens of a text are seen too (arXiv 2309.17453)
     full decode   x x x x x x x x x      the prompt is read by the window, decoded tokens see all before them
 
-Neither has a word in config.json: they hang on the attention modules, and `zebra.json` beside a checkpoint keeps them.
+Neither has a field in config.json: they are attention overrides, and `zebra.json` beside a checkpoint keeps them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,12 +29,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LocalAttention:
-    """What a local layer does; `zebra.model.attention` calls it in place of `attend`.
+    """The attention override of a local layer.
 
     Attributes:
-        sinks: first real tokens of each row, or of each packed document, that are seen besides the window.
-        full_decode: whether decoded tokens see all before them. Which tokens are decoded the cache is told
-            (`StripedCache.reads`, by `generate`); where nobody said, those that come alone behind others.
+        sinks: first real tokens of each sequence, or of each packed document, that are seen besides the window.
+        full_decode: whether decoded tokens see all before them. Which tokens are decoded the cache knows
+            (`StripedCache.set_prompt_length`, which `generate` calls); where it was not set, those that come alone
+            behind others.
     """
 
     sinks: int = 0
@@ -45,8 +45,8 @@ class LocalAttention:
         return bool(self.sinks or self.full_decode)
 
     def __str__(self) -> str:
-        told = [f"{self.sinks} sink{'s' * (self.sinks > 1)}"] if self.sinks else []
-        return " and ".join([*told, "full decoding"] if self.full_decode else told)
+        sinks = [f"{self.sinks} sink{'s' * (self.sinks > 1)}"] if self.sinks else []
+        return " and ".join([*sinks, "full decoding"] if self.full_decode else sinks)
 
     def attend(
         self,
@@ -57,39 +57,43 @@ class LocalAttention:
         value: Tensor,
         mask: Mask,
         /,
-        **arguments: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """`attend` under the layer's window, with sinks for tokens that are read and all keys for decoded ones.
+        """As `AttentionOverride.attend`: the prompt by the window and the sinks, decoded tokens by all keys.
+
+        Args:
+            query: (B, H, T, D). value: (B, K, S, D).
+            key: (B, K, S, D), or what the cache of a layer with sinks or full decoding hands on.
 
         Raises:
-            ZebraError: keys from another cache, which has let go of those that are wanted.
+            ZebraError: keys from another cache, which has let go of those that are needed.
         """
-        new, start, kept, read = query.shape[2], 0, None, query.shape[2]
+        new, start, sinks, prompt = query.shape[2], 0, None, query.shape[2]
         if isinstance(key, SinkKeys):
-            start, kept = key.start, key.sinks(None if mask.keys is None else mask.keys[:, -new:])
-            read = self._read(key, new) if self.full_decode else new
+            start, sinks = key.start, key.sinks(None if mask.keys is None else mask.keys[:, -new:])
+            prompt = self._prompt_tokens(key, new) if self.full_decode else new
             key = key.states
         else:
             self._check_past(mask, value.shape[2] - new)
-        sunken = replace(mask, sinks=self.sinks)
-        if read == new:
-            return sink_attention(query, key, value, sunken, cached=kept, start=start, **arguments)
-        decoded = attend(query[:, :, read:], key, value, mask.without_window(), **arguments)
-        if read == 0:
-            return decoded
-        end = value.shape[2] - new + read
+        with_sinks = replace(mask, sinks=self.sinks)
+        if prompt == new:
+            return sink_attention(query, key, value, with_sinks, cached=sinks, start=start, **kwargs)
+        decoded_out, decoded_lse = attend(query[:, :, prompt:], key, value, mask.without_window(), **kwargs)
+        if prompt == 0:
+            return decoded_out, decoded_lse
+        end = value.shape[2] - new + prompt
         out, lse = sink_attention(
-            query[:, :, :read], key[:, :, :end], value[:, :, :end], sunken.before(end), **arguments
+            query[:, :, :prompt], key[:, :, :end], value[:, :, :end], with_sinks.before(end), **kwargs
         )
-        both = None if lse is None or decoded[1] is None else torch.cat([lse, decoded[1]], dim=2)
-        return torch.cat([out, decoded[0]], dim=2), both
+        whole_lse = None if lse is None or decoded_lse is None else torch.cat([lse, decoded_lse], dim=2)
+        return torch.cat([out, decoded_out], dim=2), whole_lse
 
-    def _read(self, held: SinkKeys, new: int) -> int:
-        """How many of the new tokens are read, and not decoded."""
-        past = held.start + held.states.shape[2] - new
-        if held.prompt is None:
+    def _prompt_tokens(self, keys: SinkKeys, new: int) -> int:
+        """How many of the new tokens belong to the prompt."""
+        past = keys.start + keys.states.shape[2] - new
+        if keys.prompt_length is None:
             return 0 if new == 1 and past > 0 else new
-        return min(max(held.prompt - past, 0), new)
+        return min(max(keys.prompt_length - past, 0), new)
 
     def _check_past(self, mask: Mask, past: int) -> None:
         if past > 0 and mask.window is not None and (self.full_decode or past >= mask.window - 1):
@@ -101,7 +105,7 @@ class LocalAttention:
 
 
 def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
-    """Hang it on the local layers of a loaded model.
+    """Set the override on the local layers of a loaded model.
 
     Raises:
         ZebraError: there are none; sinks under ALiBi.
@@ -114,21 +118,15 @@ def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
             f"{local} belong to local layers, and this layout is {FULL}. Give stripes, such as GLLL:512+4."
         )
     kinds = stripes.layer_types(model.config.num_hidden_layers)
-    for module in _attention_modules(model):
-        if kinds[module.layer_idx] == LOCAL:
+    for module in model.modules():
+        # An attention module of transformers: it has the index of its layer, and the scale of its scores.
+        if hasattr(module, "layer_idx") and hasattr(module, "scaling") and kinds[module.layer_idx] == LOCAL:
             set_override(module, local)
-
-
-def _attention_modules(model: nn.Module) -> Iterator[Any]:
-    """What the host's attention functions are called with: all have a layer's number and the scale of its scores."""
-    return (m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling"))
 
 
 def local_attention_of(model: nn.Module) -> LocalAttention:
     """What a model's local layers were loaded with."""
-    return next(
-        (override for override in overrides_of(model) if isinstance(override, LocalAttention)), LocalAttention()
-    )
+    return next(overrides_of(model, LocalAttention), LocalAttention())
 
 
 def layout_name(config: PreTrainedConfig, local: LocalAttention, rope: object = None) -> str:
@@ -136,12 +134,12 @@ def layout_name(config: PreTrainedConfig, local: LocalAttention, rope: object = 
 
     A model of the study has its position embedding there: `GLLL:512 alibi`.
     """
-    said = filter(None, (layout(config, local.sinks), getattr(config, "position_embedding", None), rope))
-    return " ".join(map(str, said)) + (", full decode" if local.full_decode else "")
+    parts = filter(None, (layout(config, local.sinks), getattr(config, "position_embedding", None), rope))
+    return " ".join(map(str, parts)) + (", full decode" if local.full_decode else "")
 
 
 def warn_settings_outside_config(local: LocalAttention) -> None:
-    """Say, before a checkpoint is written, what plain transformers will not know of it."""
+    """Warn, before a checkpoint is written, of what plain transformers will not know of it."""
     if local:
         _log.warning(
             "config.json cannot say %s: zebra.json beside it does, which zebra.load reads; plain transformers and "

@@ -1,8 +1,8 @@
 """What attends in a layer in place of `zebra.kernels.attend`: one protocol, one attribute, one way to set it.
 
-    transformers ─► zebra_attention(module, q, k, v, ...) ─► get_override(module) ─┬─ None     attend(q, k, v, mask)
-                                                                                 └─ override  override.attend(module,
-                                                                                 ...)
+    transformers ─► zebra_attention(module, q, k, v, ...) ─► get_override(module)
+                      ├─ None         kernels.attend(q, k, v, mask)
+                      └─ an override  override.attend(module, positions, q, k, v, mask)
 
 Self-Extend, attention sinks, full attention while decoding, summary attention, the oracles and the layer selection are
 overrides. An override is set on the attention module of a layer; nothing is patched and no forward is copied.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -48,6 +48,9 @@ class AttentionOverride(Protocol):
         """
 
 
+Override = TypeVar("Override", bound=AttentionOverride)
+
+
 def get_override(module: nn.Module) -> AttentionOverride | None:
     """The override of an attention module, or None."""
     return getattr(module, _ATTRIBUTE, None)
@@ -58,19 +61,19 @@ def set_override(module: nn.Module, override: AttentionOverride | None) -> None:
     module.__dict__[_ATTRIBUTE] = override
 
 
-def overrides_of(model: nn.Module) -> Iterator[AttentionOverride]:
-    """The overrides of a model's modules, in the order of the modules."""
-    return (override for module in model.modules() if (override := get_override(module)) is not None)
+def overrides_of(model: nn.Module, kind: type[Override]) -> Iterator[Override]:
+    """The overrides of one class in a model, in the order of the modules."""
+    return (override for module in model.modules() if isinstance(override := get_override(module), kind))
 
 
 @contextmanager
 def overriding_attention(modules: Iterable[nn.Module], override: AttentionOverride | None) -> Iterator[None]:
-    """Within this context the modules have this override; afterwards each has its own again."""
+    """Within this context the modules have this override; afterwards each has its previous one again."""
     before = [(module, get_override(module)) for module in modules]
     try:
         for module, _ in before:
             set_override(module, override)
         yield
     finally:
-        for module, own in before:
-            set_override(module, own)
+        for module, previous in before:
+            set_override(module, previous)

@@ -283,7 +283,7 @@ def _logits(model: PreTrainedModel, ids: Tensor, **arguments: Any) -> Tensor:
 def _in_parts(model: PreTrainedModel, ids: Tensor, sizes: list[int], prompt: int | None = None) -> Tensor:
     """The logits of the text given to the bounded cache part by part, all of it as a prompt unless told otherwise."""
     cache, parts, start, keep = bounded_cache(model), [], 0, _sampled(ids.shape[1])
-    cache.reads(prompt or ids.shape[1])
+    cache.set_prompt_length(prompt or ids.shape[1])
     for size in sizes:
         part = ids[:, start : start + size]
         if part.shape[1] == 0:

@@ -1,12 +1,10 @@
-"""Self-Extend (arXiv 2401.01325) for a loaded model: set on its layers (`apply`), in one layer (`layer`), as its
-formula reads (`formula`, the oracle).
+"""Self-Extend (arXiv 2401.01325) for a loaded model: set on its layers (`apply`), which are tried before (`probe`), in
+one layer (`layer`), and as the paper's formula (`formula`, the oracle).
 """
 
 from __future__ import annotations
 
 from zebra.model.self_extend.apply import (
-    AttentionLayer,
-    attention_layers,
     bounded_cache,
     check_learned_positions,
     longest_text,
@@ -15,6 +13,7 @@ from zebra.model.self_extend.apply import (
     set_self_extend,
 )
 from zebra.model.self_extend.layer import GroupedRotation, SelfExtendAttention, rotate, rotation_between
+from zebra.model.self_extend.probe import AttentionLayer, attention_layers
 
 __all__ = [
     "AttentionLayer",

@@ -1,11 +1,10 @@
-"""Self-Extend as its formula reads: one dense matrix of scores by `relative`, from queries and keys without a rope.
+"""Self-Extend as its formula: one full matrix of scores by `relative`, from queries and keys without a rope.
 
-    s_ij = scale * <turned by relative(i, j) f: q_i, k_j>,    out_i = sum over visible j of softmax(s_i)_j v_j
+    s_ij = scale * <rotated by relative(i, j) f: q_i, k_j>,    out_i = sum over visible j of softmax(s_i)_j v_j
 
-The oracle of `zebra.model.self_extend.layer`. It shares nothing with it but the frequencies and how the host rounds
-angles: no
-near and far parts, no turning again, no merge, no cache, float64 inside. The host hands over queries and keys as they
-were before the rope when every position is 0.
+The oracle of `zebra.model.self_extend.layer`. It shares nothing with it but the frequencies and how transformers rounds
+angles: no near and far parts, no second rotation, no merge, no cache, float64 inside. With every position 0 queries and
+keys arrive as they were before the rope.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ from transformers import PreTrainedModel
 from zebra import masks
 from zebra.kernels import Mask
 from zebra.model.override import overriding_attention
-from zebra.model.self_extend.apply import AttentionLayer, attention_layers
+from zebra.model.self_extend.probe import AttentionLayer, attention_layers
 from zebra.positions import SelfExtend, grouped_key, grouped_query, relative
 
-_AT_ONCE = 1 << 23
-"""Scores at once."""
+_SCORES_AT_A_TIME = 1 << 23
 
 
-class Formula:
-    """One layer by the formula; plain causal attention with its rope where `setting` is None."""
+class FormulaAttention:
+    """The attention override of one layer by the formula; plain causal attention with its rope without a setting."""
 
     def __init__(self, layer: AttentionLayer, setting: SelfExtend | None, trained: int):
         self.layer, self.trained = layer, trained
@@ -51,21 +49,25 @@ class Formula:
         with_lse: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """What `attend` gives, over a whole text without padding. Packed documents are not kept apart."""
+        """As `AttentionOverride.attend`, over a whole text without padding; packed documents are not told apart.
+
+        Args:
+            q: (B, H, N, D). k, v: (B, K, N, D).
+        """
         assert positions is not None
         assert not positions.any()
         assert not any(kwargs.values())
-        n, step = q.shape[2], max(1, _AT_ONCE // (q.shape[0] * q.shape[1] * q.shape[2]))
+        n, step = q.shape[2], max(1, _SCORES_AT_A_TIME // (q.shape[0] * q.shape[1] * q.shape[2]))
         group = q.shape[1] // k.shape[1]
         keys, values = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
         j = torch.arange(n, device=q.device)[None, :]
         outs, lses = [], []
         for start in range(0, n, step):
             i = j.T[start : start + step]
-            rows = q[:, :, start : start + step].double()
+            queries = q[:, :, start : start + step].double()
             if self.setting is not None and self.setting.log_scale:
-                rows = rows * self.setting.query_scale(i, self.trained)
-            scores = self._products(rows, keys, i, j) * (q.shape[-1] ** -0.5 if scale is None else scale)
+                queries = queries * self.setting.query_scale(i, self.trained)
+            scores = self._products(queries, keys, i, j) * (q.shape[-1] ** -0.5 if scale is None else scale)
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             visible = masks.causal(i, j)
@@ -77,14 +79,14 @@ class Formula:
         return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
     def _distance(self, i: Tensor, j: Tensor) -> Tensor:
-        """What each query sees as its distance to each key; hidden keys as 0."""
+        """The distance that each query sees to each key, (T, N); 0 to hidden keys."""
         if self.setting is None:
             return (i - j).clamp(min=0)
-        found: Tensor = relative(i, j, self.setting.group, self.setting.window)
-        return found.clamp(min=0)
+        distance: Tensor = relative(i, j, self.setting.group, self.setting.window)
+        return distance.clamp(min=0)
 
-    def _places(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each query and key stand for each other: their difference is the distance."""
+    def _positions(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions of each query and key for each other: their difference is the distance."""
         if self.setting is None:
             return i, j
         group, window = self.setting.group, self.setting.window
@@ -96,33 +98,33 @@ class Formula:
         if self.layer.frequencies is None:
             return q @ k.mT
         size = len(self.layer.frequencies)
-        found = q[..., 2 * size :] @ k[..., 2 * size :].mT
-        distance, places = self._distance(i, j), self._places(i, j)
+        products = q[..., 2 * size :] @ k[..., 2 * size :].mT
+        distance, positions = self._distance(i, j), self._positions(i, j)
         for r, frequency in enumerate(self.layer.frequencies.float()):
-            at_query, at_key = (_rounding(place, frequency) for place in places)
+            at_query, at_key = (_rounding_error(position, frequency) for position in positions)
             angle = distance * frequency.double() + at_query - at_key
             q1, q2 = q[..., r, None], q[..., r + size, None]
             k1, k2 = k[..., None, :, r], k[..., None, :, r + size]
-            found += (q1 * k1 + q2 * k2) * angle.cos() + (q1 * k2 - q2 * k1) * angle.sin()
-        return found
+            products += (q1 * k1 + q2 * k2) * angle.cos() + (q1 * k2 - q2 * k1) * angle.sin()
+        return products
 
 
-def _rounding(place: Tensor, frequency: Tensor) -> Tensor:
-    """By what the host's angles, which are float32's in any dtype, miss p f."""
-    return (place.float() * frequency).double() - place * frequency.double()
+def _rounding_error(position: Tensor, frequency: Tensor) -> Tensor:
+    """What the angles of transformers, which are float32 in any dtype, differ by from p f."""
+    return (position.float() * frequency).double() - position * frequency.double()
 
 
 @contextmanager
 def formula_logits(model: PreTrainedModel, setting: SelfExtend | None) -> Iterator[Callable[..., Tensor]]:
-    """Within this context a function from tokens (B, N) to logits, every layer computed by the formula."""
+    """Within this context a function from tokens (B, N) to logits (B, N, V), every layer computed by the formula."""
     trained = model.config.get_text_config().max_position_embeddings
     with ExitStack() as stack:
         for layer in attention_layers(model, local=True):
-            stack.enter_context(overriding_attention([layer.module], Formula(layer, setting, trained)))
+            stack.enter_context(overriding_attention([layer.module], FormulaAttention(layer, setting, trained)))
 
         @torch.no_grad()
-        def logits(ids: Tensor, **arguments: Any) -> Tensor:
-            found: Tensor = model(ids, position_ids=torch.zeros_like(ids), use_cache=False, **arguments).logits
-            return found
+        def logits(ids: Tensor, **kwargs: Any) -> Tensor:
+            output: Tensor = model(ids, position_ids=torch.zeros_like(ids), use_cache=False, **kwargs).logits
+            return output
 
         yield logits
