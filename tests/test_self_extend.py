@@ -717,7 +717,7 @@ def test_padding_between_tokens_is_refused(model: Any) -> None:
 def test_a_host_without_positions_is_refused_at_run_time_too(model: Any) -> None:
     attn = model.model.layers[0].self_attn
     q, k, v = torch.zeros(1, 4, 9, 8), torch.zeros(1, 2, 9, 8), torch.zeros(1, 2, 9, 8)
-    with pytest.raises(ZebraError, match="needs the positions"):
+    with pytest.raises(ZebraError, match="needs the position ids"):
         attention.zebra_attention(attn, q, k, v, None, scaling=1.0)
 
 

@@ -177,7 +177,9 @@ def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def padding_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "_document_start", lambda positions, mask, total, offset: torch.zeros(1, 1, dtype=torch.long) - 5)
+    monkeypatch.setattr(
+        extension, "_document_start", lambda positions, mask, total, offset: torch.zeros(1, 1, dtype=torch.long) - 5
+    )
 
 
 def short_near(monkeypatch: pytest.MonkeyPatch) -> None:
