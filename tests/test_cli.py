@@ -26,15 +26,27 @@ def few(tmp_path: Path) -> Path:
 def test_every_verb_has_help_with_an_example(zebra: Zebra) -> None:
     top = zebra("--help")
     assert top.returncode == 0
-    training = ("adapt", "tune", "run")
-    for verb in (*training, "plan", "convert", "verify", "report", "doctor", "evaluate", "generate", "data"):
-        assert verb in top.stdout
-    measured = [["evaluate", verb] for verb in ("perplexity", "retrieval", "tasks", "documents")]
-    measured += [["data", "instructions"], ["data", "check"]]
-    for verb in (["plan"], ["convert"], ["verify"], ["adapt"], ["report"], ["generate"], ["tune"], ["run"], *measured):
-        page = zebra(*verb, "--help")
+    verbs = [
+        "plan",
+        "convert",
+        "select",
+        "verify",
+        "adapt",
+        "tune",
+        "pretrain",
+        "run",
+        "study",
+        "generate",
+        "report",
+        "doctor",
+    ]
+    for verb in (*verbs, "evaluate", "data"):
+        assert f"│ {verb} " in top.stdout
+    verbs += [f"evaluate {verb}" for verb in ("perplexity", "retrieval", "tasks", "documents")]
+    for verb in (*verbs, "data instructions", "data check"):
+        page = zebra(*verb.split(), "--help")
         assert page.returncode == 0
-        assert f"zebra {' '.join(verb)} " in page.stdout.split("Options")[-1] + page.stdout
+        assert f" zebra {verb} " in page.stdout.split("╯")[-1]
 
 
 def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path, few: Path) -> None:
@@ -136,7 +148,7 @@ BAD = {
     "same target": (["convert", STORIES, STORIES, "--stripes", "GL:9"], ["same directory"]),
     "verify dense": (["verify", STORIES, "--against", STORIES], ["no stripes"]),
     "missing text": (["evaluate", "perplexity", STORIES, "nothing.txt", "--length", "64"], ["no text at nothing.txt"]),
-    "bad length": (["evaluate", "perplexity", STORIES, TEXT, "--length", "many"], ["whole numbers"]),
+    "bad length": (["evaluate", "perplexity", STORIES, TEXT, "--length", "many"], ["--length takes numbers", "'many'"]),
     "short text": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "64", "--convention", "truncated"],
         ["no document has enough tokens"],
@@ -199,7 +211,7 @@ BAD = {
     "plan no layout": (["plan", "llama-2-7b", "--length", "64", "--stripes", ""], ["PATTERN:WINDOW", "got ''"]),
     "plan no extension": (["plan", "llama-2-7b", "--length", "64", "--self-extend", ""], ["GROUP:WINDOW", "got ''"]),
     "plan no memory": (["plan", "llama-2-7b", "--length", "64", "--memory", ""], ["a positive number", "got ''"]),
-    "no such bench": (["bench", "nosuch"], ["No such command 'nosuch'", "bench --help"]),
+    "no such verb": (["evaluate", "nosuch"], ["No such command 'nosuch'", "evaluate --help"]),
     "no such option": (["doctor", "--jsn"], ["No such option", "--json"]),
     "no target": (["convert", STORIES], ["Missing argument 'target'"]),
     "no rows": (["report", "nothing.jsonl"], ["no file of results"]),
@@ -257,4 +269,4 @@ def test_a_command_without_a_verb_shows_the_help(zebra: Zebra) -> None:
     for group in ((), ("evaluate",)):
         done = zebra(*group)
         assert (done.returncode, done.stderr) == (2, "")
-        assert done.stdout.count("perplexity" if group else "generate") == 1
+        assert done.stdout.count("│ perplexity" if group else "│ generate") == 1

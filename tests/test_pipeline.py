@@ -24,10 +24,6 @@ from zebra.files import directory_lock
 from zebra.pipeline.recipe import read_pipeline
 from zebra.pipeline.run import content, inputs_of, plan, run
 from zebra.pipeline.stages import rows_in
-from zebra.plan.cost import Run, flops
-from zebra.plan.decoder import read
-from zebra.plan.devices import DEVICES
-from zebra.stripes import Stripes
 
 SEPARATOR = "<|endoftext|>"
 EVALUATION = {
@@ -222,48 +218,19 @@ def test_another_process_at_work_is_refused(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-# Costs
-
-
-def test_a_dry_run_says_what_it_costs_and_does_nothing(data: Path, tmp_path: Path, zebra: Zebra) -> None:
-    arguments = ("run", recipe(data, tmp_path), "--dry-run", "--device", "h200")
-    done = zebra(*arguments, "--json")
-    found = {one["stage"]: one for one in json.loads(done.stdout)["stages"]}
-    assert [(name, one["why"]) for name, one in found.items()] == [
-        ("before", "new"),
-        ("convert", "new"),
-        ("adapt", "after convert"),
-        ("tune", "after adapt"),
-        ("evaluate", "after tune"),
-        ("report", "after before"),
-    ]
-    step = Run(
-        decoder=read(STORIES), stripes=Stripes.parse("GLLL:33"), length=128, phase="train", dtype="float32", batch=1
-    )
-    assert found["adapt"]["tokens"] == 4 * 128
-    assert found["adapt"]["flops"] == 4 * sum(flops(step).values())
-    assert found["adapt"]["seconds"] == pytest.approx(4 * sum(DEVICES["h200"].seconds(step).values()))
-    assert found["adapt"]["facts"]["layout"].startswith("GLLL:33")
-    assert found["adapt"]["memory"] > 0
-    assert found["evaluate"]["tokens"] == found["before"]["tokens"] > 4 * 128
-    assert 0 < found["evaluate"]["flops"] < found["before"]["flops"]
-    assert "after convert" in zebra(*arguments).stdout.split("least time")[1]
+def test_a_dry_run_says_what_would_run_and_does_nothing(data: Path, tmp_path: Path, zebra: Zebra) -> None:
+    arguments = ("run", recipe(data, tmp_path), "--dry-run")
+    states = {one["stage"]: one["state"] for one in json.loads(zebra(*arguments, "--json").stdout)["stages"]}
+    assert states == {
+        "before": "new",
+        "convert": "new",
+        "adapt": "after convert",
+        "tune": "after adapt",
+        "evaluate": "after tune",
+        "report": "after before",
+    }
+    assert "after convert" in zebra(*arguments).stdout
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.full
-def test_a_selection_is_reckoned_beforehand(data: Path, tmp_path: Path) -> None:
-    select = {"budget": 2, "window": 16, "length": 128, "text": [str(data / "few.txt")], "samples": 4, "order": "once"}
-    select["separator"] = SEPARATOR
-    stages = read_pipeline(recipe(data, tmp_path, "convert", "adapt", stages__convert={"select": select}))
-    planned = plan(stages)
-    assert planned[0].work.tokens > 3 * 128 * 2
-    assert planned[1].work.facts is not None
-    assert "2 global and 3 local" in planned[1].work.facts["layout"]
-    (done,) = run(stages[:1])
-    assert done.why == "new"
-    assert any(row.task.startswith("selection-") for row in rows_in(tmp_path / "run" / "convert"))
-    assert "L" in zebra.load(tmp_path / "run" / "convert" / "striped").config.layer_types[0].upper()
 
 
 # Bad input

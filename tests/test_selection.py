@@ -333,47 +333,41 @@ COMMON = ("--window", 32, "--length", 160, "--samples", 4, "--text", TEXTS[0])
 
 
 def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
-    done = zebra("convert", STORIES, tmp_path / "out", "--select", 2, *COMMON, "--json")
+    work = tmp_path / "selection"
+    done = zebra("select", STORIES, "--budget", 2, *COMMON, "-o", work, "--convert", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
-    assert made["layers"].count("G") == 2
-    assert made["layout"] == str(Stripes.of(json.loads((tmp_path / "out/config.json").read_text())["layer_types"], 32))
-    work = tmp_path / "out-selection"
-    assert [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()] == made["results"]
+    chosen = json.loads(done.stdout)
+    assert chosen["converted"]["layers"].count("G") == 2
+    layout = Stripes.of(json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"], 32)
+    assert chosen["layout"] == chosen["converted"]["layout"] == str(layout)
+    assert [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()] == chosen["results"]
     assert (work / "report-selection-1.svg").is_file()
     assert "2 of 5 layers stay global, greedy: 12 candidates in 3 rounds, about 10 passes over 3 rows" in done.stderr
     assert "a pass takes" in done.stderr
 
-    again = ("convert", STORIES, tmp_path / "two", "--select", 2, *COMMON, "--work", work)
-    done = zebra(*again)
+    done = zebra("select", STORIES, "--budget", 2, *COMMON, "-o", work)
     assert (done.returncode, "a pass takes" in done.stderr) == (0, False)
     assert "measured, greedy" in done.stdout
-    assert f"layers {made['layers']}" in done.stdout
+    assert f"layout {layout}" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("--stripes or --select", "neither")),
-        (("--select", 2, "--stripes", "GL:9"), ("both",)),
-        (("--select", 2, "--length", 160), ("--window and --length",)),
-        (("--stripes", "GL:9", "--window", 9, "--task", "lookup"), ("--window and --task belong to --select",)),
-        (("--select", 0, *COMMON), ("at least 1 layer",)),
-        (("--select", 9, *COMMON), ("keeps 1 to 4", "9")),
+        (COMMON, ("Missing option '--budget'",)),
+        (("--budget", 0, *COMMON), ("at least 1 layer",)),
+        (("--budget", 9, *COMMON), ("keeps 1 to 4", "9")),
+        (("--budget", 2, *COMMON, "--task", "lookups"), ("'lookups'", "multikey")),
+        (("--budget", 2, *COMMON, "--text", "nothing.txt"), ("no text at nothing.txt",)),
+        (("--budget", 2, *COMMON, "--window", "many"), ("got 'L:many'",)),
+        (("--budget", 2, *COMMON, "--convert", STORIES), ("same directory",)),
     ],
 )
 def test_a_refusal_is_one_line(
     arguments: tuple[object, ...], words: tuple[str, ...], tmp_path: Path, zebra: Zebra
 ) -> None:
-    refused(zebra("convert", STORIES, tmp_path / "out", *arguments), *words)
+    refused(zebra("select", STORIES, *arguments, "-o", tmp_path / "out"), *words)
     assert not list(tmp_path.glob("out*"))
-
-
-def test_a_target_that_exists_is_refused_before_anything_is_measured(tmp_path: Path, zebra: Zebra) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "file").touch()
-    refused(zebra("convert", STORIES, tmp_path / "out", "--select", 2, *COMMON), "exists already")
-    assert not (tmp_path / "out-selection").exists()
 
 
 def test_local_layers_have_their_window_and_sinks_and_stay_local(tmp_path: Path) -> None:

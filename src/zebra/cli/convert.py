@@ -1,126 +1,156 @@
-"""The verb `convert`: to a layout that is given, or to one that is measured."""
+"""The verbs that make checkpoints with stripes: `convert`, `select` and `verify`."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from zebra.cli import show
-from zebra.errors import ZebraError
-from zebra.model.checkpoint_files import check_conversion
+from zebra.cli.options import Checkpoint, Device, Dtype, Json, RopeOption, Seed, SelfExtendOption, Separator, names
+from zebra.data.documents import find_files
+from zebra.model.checkpoint_files import check_checkpoint, check_target
+from zebra.stripes import Stripes
 
-EXAMPLE = (
-    "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096\n\n"
-    "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-half --select 0.5 --window 4096 --length 32768 --text book.txt"
-)
+if TYPE_CHECKING:
+    from zebra.evaluate.selection import Selection
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="The checkpoint to convert, a directory.")],
-    target: Annotated[Path, typer.Argument(help="The directory to make.")],
+    source: Checkpoint,
+    target: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
     stripes: Annotated[
-        str | None, typer.Option(help="The layout: PATTERN:WINDOW or LAYERS:WINDOW; +4 behind it for 4 sinks.")
-    ] = None,
-    rope: Annotated[
-        str | None, typer.Option(help="A change of the rope: linear:8, yarn:8, llama3:8, base:5000000.")
-    ] = None,
+        str,
+        typer.Option(help="Layout: PATTERN:WINDOW or LAYERS:WINDOW, such as GLLL:4096 or 0,4:4096; +4 adds 4 sinks."),
+    ],
+    rope: RopeOption = None,
     full_decode: Annotated[
-        bool, typer.Option("--full-decode", help="Local layers keep all keys, and decoded tokens see them.")
+        bool, typer.Option("--full-decode", help="Let local layers keep all keys, for the tokens that are generated.")
     ] = False,
-    select: Annotated[
-        str | None,
-        typer.Option(
-            help="Measure which layers stay global, instead of --stripes, and how many: 8, 0.25, flops:0.5, "
-            "cache:4GiB@131072."
-        ),
-    ] = None,
-    window: Annotated[
-        str | None, typer.Option(help="Of the layers that become local, under --select; 512+4 with 4 sinks.")
-    ] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of each row that is measured.")] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="A file, folder or glob of text to measure on; may be given again.")
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="Retrieval tasks to measure on, several with commas; --text is their haystack.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Rows to measure; one in four is held out.")] = 16,
-    order: Annotated[str, typer.Option(help="greedy, or once: by the first round alone.")] = "greedy",
-    separator: Annotated[str | None, typer.Option(help="Splits a file of text into documents.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the measuring: float32, bfloat16, ...")] = None,
-    device: Annotated[str | None, typer.Option(help="Where to measure; a GPU where there is one.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the tasks' samples, and of what is held out.")] = 0,
-    work: Annotated[
-        Path | None, typer.Option(help="Folder for rows, page and what is measured; TARGET-selection otherwise.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Make a copy of a checkpoint with stripes, which plain transformers loads."""
-    if (stripes is None) == (select is None):
-        raise ZebraError(
-            f"a conversion takes either --stripes or --select; got {'neither' if stripes is None else 'both'}. "
-            "Write --stripes GLLL:512, or --select 0.25 --window 512 --length 4096 --text book.txt."
-        )
-    own = {"--window": window, "--length": length, "--text": text, "--task": task, "--work": work}
-    if stripes is not None and (foreign := [option for option, value in own.items() if value is not None]):
-        raise ZebraError(
-            f"{' and '.join(foreign)} belong to --select, and --stripes {stripes} says all. Leave them out."
-        )
-    check_conversion(source, target, stripes, rope)
-    with show.quiet_host():
+    """Copy a checkpoint and give the copy stripes; plain transformers loads it."""
+    layout = Stripes.parse(stripes)
+    check_checkpoint(source)
+    check_target(Path(source), target)
+    show.conversion(_converted(source, target, layout, rope, full_decode), as_json)
+
+
+def _converted(source: str, target: Path, stripes: Stripes, rope: str | None, full_decode: bool) -> dict[str, str]:
+    """Convert, and return what was written."""
+    with show.working():
         from zebra.model.checkpoint import read_config, read_local_attention
-        from zebra.model.load import convert as run
+        from zebra.model.load import convert
         from zebra.model.local import layout_name
 
-        rows: list[Any] = []
-        if select is not None:
-            if window is None or length is None:
-                raise ZebraError("--select needs --window and --length. Write for example --window 512 --length 4096.")
-            place = target if target.name else Path(os.path.abspath(target))  # `.` has no name of its own
-            where = work or place.with_name(f"{place.name}-selection")
-            stripes, rows = _selected(
-                where,
-                checkpoint=source,
-                budget=select,
-                window=window,
-                length=length,
-                text=text or (),
-                tasks=[name.strip() for name in task.split(",")] if task else (),
-                samples=samples,
-                order=order,
-                separator=separator,
-                rope=rope,
-                dtype=dtype,
-                device=device,
-                seed=seed,
-            )
-        assert stripes is not None
-        run(source, target, stripes, rope=rope, full_decode=full_decode)
+        convert(source, target, stripes, rope=rope, full_decode=full_decode)
         config = read_config(target)
-        named = layout_name(config, read_local_attention(target))
-    kinds = "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types)
-    if as_json:
-        made = {"target": str(target), "class": config.architectures[0], "layout": named, "layers": kinds}
-        show.json(made | {"results": [row.columns() for row in rows]})
-        return
-    if rows:
-        show.rows(rows, as_json)
-    print(f"{target}: {config.architectures[0]}, {named}, layers {kinds}")
+        return {
+            "target": str(target),
+            "class": config.architectures[0],
+            "layout": layout_name(config, read_local_attention(target)),
+            "layers": "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types),
+        }
 
 
-def _selected(work: Path, **given: Any) -> tuple[str, list[Any]]:
-    """The layout and the rows; rows and page stand in the folder."""
-    from zebra.evaluate.selection import select
+def select(
+    checkpoint: Checkpoint,
+    budget: Annotated[
+        str, typer.Option(help="Global layers to keep: 8, a share such as 0.25, flops:0.5, or cache:4GiB@131072.")
+    ],
+    window: Annotated[str, typer.Option(help="Window of the layers that become local, in tokens; 512+4 adds 4 sinks.")],
+    length: Annotated[int, typer.Option(help="Tokens of each measured text or prompt.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="File, folder or glob of text to measure on; repeatable.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Retrieval tasks to measure on, several with commas; --text is then their haystack."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Texts or prompts to measure; one in four is held out.")] = 16,
+    order: Annotated[
+        str, typer.Option(help="greedy: measure again after each choice; once: choose after the first round.")
+    ] = "greedy",
+    separator: Separator = None,
+    rope: RopeOption = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the measurements, results and page; resumes from it.")
+    ] = Path("selection"),
+    target: Annotated[
+        Path | None, typer.Option("--convert", help="Also convert the checkpoint to the layout, into this directory.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose by measurement which layers stay global, within a budget."""
+    Stripes.parse(f"L:{window}")
+    check_checkpoint(checkpoint)
+    find_files(text or ())
+    if target is not None:
+        check_target(Path(checkpoint), target)
+    with show.working():
+        from zebra.evaluate.selection import select as run
+
+        selection = run(
+            checkpoint,
+            budget,
+            window=window,
+            length=length,
+            text=text or (),
+            tasks=names(task) if task else (),
+            samples=samples,
+            order=order,
+            separator=separator,
+            rope=rope,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            work=out,
+            run=str(out),
+        )
+        _write_page(selection, out)
+    written = None if target is None else _converted(checkpoint, target, selection.stripes, rope, False)
+    show.selection(selection, written, as_json)
+    show.note(f"results {out}/results.jsonl, page {out}/report.html")
+
+
+def _write_page(selection: Selection, folder: Path) -> None:
     from zebra.report import write_report
     from zebra.report.selection import better
     from zebra.results import read_results
 
-    found = select(**given, work=work, run=str(work))
-    write_report(read_results(work / "results.jsonl"), work / "report.html")
-    for line in better(found.rows):
+    write_report(read_results(folder / "results.jsonl"), folder / "report.html")
+    for line in better(selection.rows):
         show.note(line)
-    show.note(f"rows {work}/results.jsonl, page {work}/report.html")
-    return str(found.stripes), found.rows
+
+
+def verify(
+    target: Annotated[str, typer.Argument(help="Converted checkpoint.")],
+    against: Annotated[
+        str | None, typer.Option(help="Checkpoint that it was converted from. Default: check it by itself.")
+    ] = None,
+    self_extend: SelfExtendOption = None,
+    rope: RopeOption = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of the long checks. Default: several windows, as the layout needs.")
+    ] = None,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Check that a conversion, or Self-Extend, computes what its definition says; exit code 1 if a check fails."""
+    for checkpoint in filter(None, (target, against)):
+        check_checkpoint(checkpoint)
+    with show.working():
+        from zebra.model.verify import verify as run
+
+        checks = run(
+            target, against, rope=rope, self_extend=self_extend, length=length, seed=seed, dtype=dtype, device=device
+        )
+    show.checks(checks, as_json)
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)

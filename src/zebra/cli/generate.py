@@ -9,30 +9,57 @@ from typing import Annotated, Any
 import typer
 
 from zebra.cli import show
-from zebra.cli.loading import loads_a_checkpoint
+from zebra.cli.options import (
+    Checkpoint,
+    Device,
+    Dtype,
+    FullDecode,
+    Json,
+    RopeOption,
+    Seed,
+    SelfExtendOption,
+    StripesOption,
+    Window,
+    load_arguments,
+)
 from zebra.errors import ZebraError
 
 
-@loads_a_checkpoint
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="The checkpoint.")],
-    prompt: Annotated[str | None, typer.Option(help="The text to go on with.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file that has it, UTF-8; - reads stdin.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="As a message, in the tokenizer's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to make at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token; above it, draw.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest of this probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from this many of the likeliest.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Draw from those this times as probable as the first.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: rather tokens that were not there.")] = 1.0,
-    num_beams: Annotated[int, typer.Option(help="Beams; the text is printed at the end.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="End behind this string; may be given again.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    prefill_chunk: Annotated[int | None, typer.Option(help="Read the prompt this many tokens at a time.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, at the end.")] = False,
-    **loading: Any,
+    checkpoint: Checkpoint,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    file: Annotated[Path | None, typer.Option(help="UTF-8 file with the text to continue; - reads stdin.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a message, in the tokenizer's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 draws tokens.")] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw only from the likeliest tokens with this total probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw only from this many of the likeliest tokens.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw only tokens at least this times as probable as the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: make tokens less likely that have occurred already.")
+    ] = 1.0,
+    num_beams: Annotated[int, typer.Option(help="Beams of beam search; the text is printed at the end.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop after this string; repeatable.")] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help="Read the prompt in chunks of this many tokens. Default: all at once.")
+    ] = None,
+    seed: Seed = 0,
+    stripes: StripesOption = None,
+    rope: RopeOption = None,
+    self_extend: SelfExtendOption = None,
+    window: Window = None,
+    full_decode: FullDecode = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
 ) -> None:
-    """Go on with a text. Greedily, unless a temperature is given; the text streams to stdout, times go to stderr."""
+    """Continue a text, greedily unless a temperature is given. The text streams to stdout, timings go to stderr."""
     decoding: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -45,12 +72,13 @@ def generate(
         "seed": seed,
         "prefill_chunk": prefill_chunk,
     }
+    loading = load_arguments(checkpoint, stripes, rope, self_extend, window, full_decode, dtype, device)
     text = _prompt(prompt, file)
-    with show.quiet_host(), show.warnings_as_notes():
+    with show.working():
         from zebra.generation import generate as run
 
         with show.writing(not as_json) as write:
-            made = run(
+            generated = run(
                 checkpoint,
                 text,
                 chat=chat,
@@ -58,19 +86,18 @@ def generate(
                 **loading,
                 **decoding,
             )
-    show.generated(made, decoding, as_json)
+    show.generated(generated, decoding, as_json)
 
 
 def _prompt(text: str | None, file: Path | None) -> str:
-    """The prompt, as it stands: a last line break of a file is the prompt's too."""
+    """The prompt as it is; a line break at the end of a file belongs to it."""
     if (text is None) == (file is None):
         both = "both" if text is not None else "neither"
         raise ZebraError(f"a prompt is --prompt TEXT or --file PATH (- reads stdin); got {both}. Give one.")
     if text is not None or file is None:
         return text or ""
     try:
-        read = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        return read.decode("utf-8")
+        return (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ZebraError(f"the prompt in {file} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the verbs print: one JSON document, or tables. Imports stand inside: help is quick."""
+"""What the verbs print: one JSON document, or tables. Imports are lazy: help needs no torch."""
 
 from __future__ import annotations
 
@@ -14,36 +14,25 @@ if TYPE_CHECKING:
 
     from zebra.data.instructions import InstructionStats
     from zebra.doctor import Serving
+    from zebra.evaluate.selection import Selection
     from zebra.generation import Generated
     from zebra.model.verify import Check
-    from zebra.pipeline.recipe import Stage
-    from zebra.pipeline.run import Done, Planned
-    from zebra.plan.devices import Device
+    from zebra.pipeline.run import StageState
     from zebra.results import Result
     from zebra.study.grid import Reckoned
     from zebra.train.dry_run import DryRun
 
 
 @contextmanager
-def quiet_host() -> Iterator[None]:
-    """Keep the host's own bars and notes off the terminal; its warnings stay. The models of the study are known."""
-    from transformers.utils import logging
+def working() -> Iterator[None]:
+    """A verb at work: a warning is one line on stderr, and transformers knows the models of the study."""
+    import zebra.study.model  # noqa: F401
 
-    import zebra.study.model  # noqa: F401  # registers them with transformers
-
-    logging.disable_progress_bar()
-    yield
-
-
-@contextmanager
-def warnings_as_notes() -> Iterator[None]:
-    """Warnings as one line each on stderr."""
-
-    def told(message: Warning | str, *rest: Any, **more: Any) -> None:
+    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         note(f"zebra: {' '.join(str(message).split())}")
 
     with warnings.catch_warnings():
-        warnings.showwarning = told
+        warnings.showwarning = show_warning
         yield
 
 
@@ -55,170 +44,160 @@ def json(tree: Any) -> None:
 
 
 def note(message: str) -> None:
-    """A line that is no result."""
+    """A line on stderr, which is no result."""
     print(message, file=sys.stderr)
 
 
-def rows(found: Sequence[Result], as_json: bool, out: Path | None = None) -> None:
-    """Rows of results: a table of each kind that is among them. They are appended to a file where there is one."""
+def results(results: Sequence[Result], as_json: bool, out: Path | None = None) -> None:
+    """A table of each kind of result; `out`: a file that they are appended to."""
     if as_json:
-        json({"results": [row.columns() for row in found]})
+        json({"results": [result.columns() for result in results]})
     else:
-        from zebra.report import terminal_tables
-
-        for table in terminal_tables(found):
-            _print(table)
+        _result_tables(results)
     if out is not None:
         from zebra.results import append_results
 
-        append_results(out, found)
+        append_results(out, results)
 
 
-def planned(found: Sequence[Planned], device: Device, as_json: bool) -> None:
-    """What a pipeline would do."""
-    costs = [one.work.cost(device) for one in found]
+def _result_tables(results: Sequence[Result]) -> None:
+    from zebra.report import terminal_tables
+
+    for table in terminal_tables(results):
+        _print(table)
+
+
+def conversion(converted: dict[str, str], as_json: bool) -> None:
+    """What a conversion wrote: its target, class, layout and layers."""
     if as_json:
-        stages = [
-            {"stage": one.stage.name, "kind": one.stage.kind, "from": str(one.stage.source or ""), "why": one.why}
-            | {"tokens": one.work.tokens, "flops": flops, "seconds": seconds, "memory": one.work.memory}
-            | {"facts": one.work.facts}
-            for one, (flops, seconds) in zip(found, costs, strict=True)
-        ]
-        json({"device": device.name, "stages": stages})
+        json(converted)
         return
-    from zebra.plan.sheet import counted, sized, timed
-
-    table = _table("stage", "from", "tokens", "FLOPs", "least time", "memory", "it is")
-    for one, (flops, seconds) in zip(found, costs, strict=True):
-        work = one.work
-        counts = [f"{work.tokens:,}", counted(flops), timed(seconds)] if work.runs else [""] * 3
-        memory = sized(work.memory) if work.memory else ""
-        source = one.stage.after or (one.stage.source.name if one.stage.source else "")
-        table.add_row(_named(one.stage), source, *counts, memory, one.why or "done already")
-    for column in table.columns[2:6]:
-        column.justify, column.no_wrap = "right", True
-    _print(table)
-    note(f"time by the ceilings of {device.name}; of trainings the steps alone, without what is measured on their way")
+    print("{target}: {class}, {layout}, layers {layers}".format_map(converted))
 
 
-def done(found: Sequence[Done], made: Sequence[Result], as_json: bool) -> None:
-    """What a pipeline did, and the rows of its stages."""
+def selection(selection: Selection, converted: dict[str, str] | None, as_json: bool) -> None:
+    """The layout that was chosen, the results of the choice, and what was converted to it."""
     if as_json:
-        stages = [
-            {"stage": one.stage.name, "kind": one.stage.kind, "why": one.why, "seconds": one.seconds} for one in found
-        ]
-        json({"stages": stages, "results": [row.columns() for row in made]})
+        columns = [result.columns() for result in selection.rows]
+        json({"layout": str(selection.stripes), "converted": converted, "results": columns})
         return
-    rows(made, as_json)
-    table = _table("stage", "it was", "seconds", "made")
-    table.columns[2].justify = "right"
-    for one in found:
-        stage = one.stage
-        page = stage.folder / "report.html"
-        left = [str(path) for path in (stage.made, page) if path is not None and path.exists()]
-        table.add_row(_named(stage), one.why or "done already", f"{one.seconds:,.1f}", "\n".join(left))
+    _result_tables(selection.rows)
+    print(f"layout {selection.stripes}")
+    if converted is not None:
+        conversion(converted, as_json)
+
+
+def stages(states: Sequence[StageState], results: Sequence[Result], as_json: bool) -> None:
+    """The stages of a pipeline, and their results."""
+    if as_json:
+        columns = [result.columns() for result in results]
+        json({"stages": [state.columns() for state in states], "results": columns})
+        return
+    _result_tables(results)
+    table = _table("stage", "kind", "from", "state", "seconds", "folder")
+    table.columns[4].justify = "right"
+    for state in states:
+        row = state.columns()
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:,.1f}"
+        table.add_row(row["stage"], row["kind"], row["from"], row["state"], seconds, row["folder"])
     _print(table)
 
 
-def _named(stage: Stage) -> str:
-    return stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
-
-
-def checks(found: Sequence[Check], as_json: bool) -> None:
+def checks(checks: Sequence[Check], as_json: bool) -> None:
     """The comparisons of a verification."""
     if as_json:
-        json({"checks": [asdict(check) | {"passed": check.passed} for check in found]})
+        json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
         return
     table = _table("check", "against", "difference", "allowed", "logits of", "")
-    for c in found:
+    for c in checks:
         verdict = "[green]equal[/]" if c.passed else "[red bold]DIFFERENT[/]"
         table.add_row(c.name, c.compared, f"{c.difference:.1e}", f"{c.tolerance:.0e}", f"{c.tokens:,} tokens", verdict)
     _print(table)
 
 
-def instructions(found: Sequence[InstructionStats], as_json: bool) -> None:
-    """What instructions were made, kind by kind."""
+def instructions(stats: Sequence[InstructionStats], as_json: bool) -> None:
+    """How many instructions were generated of each kind, and their lengths."""
     if as_json:
-        json({"instructions": [one._asdict() for one in found]})
+        json({"instructions": [kind._asdict() for kind in stats]})
         return
     table = _table("kind", "instructions", "words of the documents", "words of the answer")
     for column in table.columns[1:]:
         column.justify = "right"
-    for one in found:
-        table.add_row(one.kind, f"{one.instructions:,}", f"{one.document_words:,}", f"{one.answer_words:,}")
+    for kind in stats:
+        table.add_row(kind.kind, f"{kind.instructions:,}", f"{kind.document_words:,}", f"{kind.answer_words:,}")
     _print(table)
 
 
-def faults(found: Sequence[tuple[str, str]], of: int, as_json: bool) -> None:
-    """The faults of conversations, each with its place."""
+def faults(faults: Sequence[tuple[str, str]], of: int, as_json: bool) -> None:
+    """The faults of `of` conversations, each with its file and line."""
     if as_json:
-        json({"conversations": of, "faults": [{"fault": name, "where": where} for name, where in found]})
+        json({"conversations": of, "faults": [{"fault": name, "where": where} for name, where in faults]})
         return
     table = _table("fault", f"of {of:,}", "first of them")
-    for name in dict.fromkeys(name for name, _ in found):
-        places = [where for other, where in found if other == name]
-        table.add_row(name, f"{len(places):,}", places[0])
-    _print(table) if found else print(f"{of:,} conversations, no fault")
+    for name in dict.fromkeys(name for name, _ in faults):
+        lines = [where for other, where in faults if other == name]
+        table.add_row(name, f"{len(lines):,}", lines[0])
+    _print(table) if faults else print(f"{of:,} conversations, no fault")
 
 
-def dry_run(found: DryRun, as_json: bool) -> None:
-    """A recipe reckoned."""
+def dry_run(estimate: DryRun, as_json: bool) -> None:
+    """What a recipe would do, and the memory that it needs."""
     if as_json:
-        json({"facts": found.facts, "memory": found.memory | {"total": found.total}})
+        json({"facts": estimate.facts, "memory": estimate.memory | {"total": estimate.total}})
         return
     table = _table("recipe", "")
-    for name, fact in found.facts.items():
+    for name, fact in estimate.facts.items():
         table.add_row(name, fact)
     _print(table)
-    size, unit = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
+    size, unit = (2**30, "GiB") if estimate.total >= 2**30 else (2**20, "MiB")
     table = _table("memory of one device", unit)
     table.columns[1].justify = "right"
-    for part, held in found.memory.items():
-        table.add_row(part, f"{held / size:,.2f}")
-    table.add_row("[bold]in all[/]", f"[bold]{found.total / size:,.2f}[/]")
+    for part, count in estimate.memory.items():
+        table.add_row(part, f"{count / size:,.2f}")
+    table.add_row("[bold]total[/]", f"[bold]{estimate.total / size:,.2f}[/]")
     _print(table)
 
 
-def cells(found: Sequence[Reckoned], as_json: bool) -> None:
+def cells(cells: Sequence[Reckoned], as_json: bool) -> None:
     """The cells of a grid."""
     if as_json:
-        json({"cells": [asdict(cell) for cell in found]})
+        json({"cells": [asdict(cell) for cell in cells]})
         return
     table = _table("cell", "layout", "parameters", "tokens", "attention", "")
     table.columns[0].overflow = "fold"
     for column in table.columns[2:5]:
         column.justify = "right"
-    for cell in found:
+    for cell in cells:
         shares = f"{cell.parameters:,}", f"{cell.tokens:,}", f"{cell.attention:.1%}"
         table.add_row(cell.cell, cell.layout, *shares, "[green]done[/]" if cell.done else "")
     _print(table)
-    todo = [cell for cell in found if not cell.done]
-    print(f"{len(found):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens")
+    todo = [cell for cell in cells if not cell.done]
+    print(f"{len(cells):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens")
 
 
-def plan(found: dict[str, Any], as_json: bool) -> None:
+def plan(tree: dict[str, Any], as_json: bool) -> None:
     """What layouts cost, side by side."""
     if as_json:
-        json(found)
+        json(tree)
         return
     from zebra.plan import sheet
 
-    print(sheet.headline(found))
-    for one in sheet.tables(found):
+    print(sheet.headline(tree))
+    for one in sheet.tables(tree):
         table = _table(*one.head)
         for column in table.columns[1:]:
             column.justify = "right"
         for line in one.body:
             table.add_row(*line, end_section=line[0].startswith("[bold]"))
         _print(table)
-    if "mildest_layout" in found:
-        print(f"the layout that meets the budget and gives up the least: {found['mildest_layout'] or 'none of ours'}")
+    if "mildest_layout" in tree:
+        print(f"the layout that meets the budget and gives up the least: {tree['mildest_layout'] or 'none of ours'}")
 
 
 @contextmanager
-def writing(wanted: bool) -> Iterator[Callable[[str], None] | None]:
-    """Text to stdout as it comes, and nothing else: only a terminal gets a line break behind it, whatever ends it."""
-    if not wanted:
+def writing(enabled: bool) -> Iterator[Callable[[str], None] | None]:
+    """Text to stdout as it comes, and nothing else; on a terminal a line break follows the last of it."""
+    if not enabled:
         yield None
         return
 
@@ -233,18 +212,20 @@ def writing(wanted: bool) -> Iterator[Callable[[str], None] | None]:
             write("\n")
 
 
-def generated(made: Generated, decoding: dict[str, Any], as_json: bool) -> None:
-    """What was generated, or, where the text was written already, how long it took."""
+def generated(generated: Generated, decoding: dict[str, Any], as_json: bool) -> None:
+    """What was generated; without JSON only how long it took, as the text was printed already."""
     if as_json:
         from zebra.provenance import git_commit, versions
 
-        counts = {"new_tokens": len(made.tokens), "tokens_per_second": made.tokens_per_second}
-        json(asdict(made) | counts | {"decoding": decoding, "versions": versions(), "commit": git_commit()})
+        counts = {"new_tokens": len(generated.tokens), "tokens_per_second": generated.tokens_per_second}
+        json(asdict(generated) | counts | {"decoding": decoding, "versions": versions(), "commit": git_commit()})
         return
-    rate = made.tokens_per_second
+    rate = generated.tokens_per_second
     note(
-        f"{made.prompt_tokens:,} tokens of prompt, first token after {made.seconds_to_first_token:.2f} s; "
-        f"{len(made.tokens):,} new tokens" + (f", {rate:,.1f} a second" if rate else "") + f", ended by {made.ended}"
+        f"{generated.prompt_tokens:,} tokens of prompt, first token after {generated.seconds_to_first_token:.2f} s; "
+        f"{len(generated.tokens):,} new tokens"
+        + (f", {rate:,.1f} a second" if rate else "")
+        + f", ended by {generated.ended}"
     )
 
 

@@ -8,14 +8,12 @@ from typing import Annotated
 import typer
 
 from zebra.cli import show
-from zebra.cli.loading import Json
-
-EXAMPLE = "zebra study recipes/study-tiny-cpu.yaml --workers 2"
+from zebra.cli.options import Json, Set
 
 
 def study(
     recipe: Annotated[Path, typer.Argument(help="A YAML grid; see recipes/study-*.yaml.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: recipe.train.max_steps=100.")] = None,
+    set_: Set = None,
     workers: Annotated[int, typer.Option(help="Cells at a time: one for each GPU, or they share the cores.")] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells, and what is done; train nothing.")
@@ -29,7 +27,7 @@ def study(
     from zebra.train.recipe import read_recipe
 
     grid = read_recipe(recipe, StudyRecipe, set_ or [])
-    with show.quiet_host():
+    with show.working():
         if dry_run:
             show.cells(reckoned(grid), as_json)
             return
@@ -39,5 +37,5 @@ def study(
 
     page = Path(grid.run) / "report.html"
     write_report(rows, page, chapters=chapters(rows))
-    show.rows(rows, as_json)
+    show.results(rows, as_json)
     show.note(f"rows {grid.run}/results.jsonl, report {page}, cells {grid.run}/cells/")

@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint stay global, by measurement: what `zebra convert --select` does before it converts.
+"""Which layers of a checkpoint stay global, by measurement: what `zebra select` does.
 
 Each layer is made local in turn, teacher-forced, and the loss of the tokens that need more than the window says what it
 is needed for (`zebra.evaluate.calibration` has the tokens, `zebra.evaluate.search` the orders). What was chosen is then

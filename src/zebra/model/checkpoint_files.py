@@ -15,6 +15,18 @@ from zebra.files import refuse_existing
 from zebra.model.rope import Rope, as_rope
 from zebra.stripes import Stripes
 
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def check_dtype(name: str) -> None:
+    """Check the name of a floating-point dtype.
+
+    Raises:
+        ZebraError: another name.
+    """
+    if name not in DTYPES:
+        raise ZebraError(f"a dtype is one of {', '.join(DTYPES)}; got {name!r}. Choose one.")
+
 
 def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
     """Check that a path may be a checkpoint: a directory with a config.json, or a name in the hub.

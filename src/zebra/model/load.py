@@ -24,7 +24,7 @@ from zebra.model.checkpoint import (
     write_config,
     write_zebra_json,
 )
-from zebra.model.checkpoint_files import check_conversion
+from zebra.model.checkpoint_files import check_conversion, check_dtype
 from zebra.model.default_cache import with_default_cache
 from zebra.model.families import FULL, model_class, stripes_of, with_stripes
 from zebra.model.local import LocalAttention, set_local_attention, warn_settings_outside_config
@@ -32,8 +32,6 @@ from zebra.model.rope import Rope, as_rope, changes_with_length, length_dependen
 from zebra.model.self_extend import resolve_self_extend, set_self_extend
 from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def best_device() -> str:
@@ -65,11 +63,9 @@ def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
     Raises:
         ZebraError: another name.
     """
-    known = {str(kind).removeprefix("torch."): kind for kind in DTYPES}
-    found = known.get(dtype) if isinstance(dtype, str) else dtype if dtype in DTYPES else None
-    if found is None:
-        raise ZebraError(f"a dtype is one of {', '.join(known)}; got {str(dtype)!r}. Choose one.")
-    return found
+    name = str(dtype).removeprefix("torch.")
+    check_dtype(name)
+    return getattr(torch, name)
 
 
 def device_name(device: torch.device | str) -> str:

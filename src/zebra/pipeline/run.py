@@ -29,7 +29,7 @@ from zebra.errors import ZebraError
 from zebra.files import atomic_write, directory_lock
 from zebra.model.checkpoint import checkpoint_digest, read_local_attention
 from zebra.pipeline.recipe import Stage
-from zebra.pipeline.stages import Work, perform, rehearse
+from zebra.pipeline.stages import perform, rehearse
 from zebra.progress import console
 from zebra.provenance import versions
 from zebra.train.directory import flat
@@ -165,17 +165,30 @@ def _write(stage: Stage, inputs: dict[str, str], made: dict[str, str] | None, se
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A stage, why it will be run (None: it is done), and what that costs."""
+class StageState:
+    """A stage, why it runs (None: it was done), and the seconds that it took."""
 
     stage: Stage
     why: str | None
-    work: Work
+    seconds: float | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """What is printed of it."""
+        stage = self.stage
+        source = stage.after or (stage.source.name if stage.source else "")
+        return {
+            "stage": stage.name,
+            "kind": stage.kind,
+            "from": source,
+            "state": self.why or "done already",
+            "seconds": self.seconds,
+            "folder": str(stage.folder),
+        }
 
 
-def plan(stages: Sequence[Stage]) -> list[Planned]:
+def plan(stages: Sequence[Stage]) -> list[StageState]:
     """What a pipeline would do, and refuses whatever of its stages can be refused before any of them works."""
-    found: dict[str, Planned] = {}
+    found: dict[str, StageState] = {}
     with TemporaryDirectory() as folder:
         for stage in stages:
             with _of(stage, folder):
@@ -185,8 +198,9 @@ def plan(stages: Sequence[Stage]) -> list[Planned]:
                 why = f"after {waits[0]}" if waits else _why(stage, inputs)
                 before = found[stage.after] if stage.after else None
                 source = _stand_in(folder, before.stage) if before and before.why is not None else stage.source
-                work = Work() if why is None else rehearse(stage, source, _stand_in(folder, stage))
-                found[stage.name] = Planned(stage, why, work)
+                if why is not None:
+                    rehearse(stage, source, _stand_in(folder, stage))
+                found[stage.name] = StageState(stage, why)
     return list(found.values())
 
 
@@ -206,16 +220,7 @@ def _of(stage: Stage, folder: str | None = None) -> Iterator[None]:
         raise ZebraError(f"stage {stage.name}: {said}") from None
 
 
-@dataclass(frozen=True)
-class Done:
-    """A stage that is done: why it was run, None where it was skipped, and the seconds that took."""
-
-    stage: Stage
-    why: str | None
-    seconds: float
-
-
-def run(stages: Sequence[Stage]) -> list[Done]:
+def run(stages: Sequence[Stage]) -> list[StageState]:
     """Go through a pipeline from where it stands.
 
     Raises:
@@ -234,5 +239,5 @@ def run(stages: Sequence[Stage]) -> list[Done]:
                     perform(stage)
                     gc.collect()  # the Trainer's rings hold its model, where the next one wants the memory
                     _write(stage, inputs, _made(stage), time.perf_counter() - start)
-            found.append(Done(stage, why, time.perf_counter() - start))
+            found.append(StageState(stage, why, time.perf_counter() - start))
     return found

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.model.rope import Rope
 from zebra.stripes import Stripes
@@ -350,6 +351,23 @@ def checked(tree: Any, kind: type[R], name: str) -> R:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise ZebraError(f"{name}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
+
+
+def check_files(recipe: BaseModel) -> None:
+    """Check that each text that a recipe names exists, without reading it.
+
+    Raises:
+        ZebraError: as `find_files`.
+    """
+    find_files(list(_patterns(recipe.model_dump())))
+
+
+def _patterns(tree: Any) -> Iterator[str]:
+    """The values of the keys `files`, at any depth."""
+    if isinstance(tree, dict):
+        yield from tree.get("files") or ()
+    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _patterns(inner)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -1,0 +1,67 @@
+"""The verb `plan`: what a layout costs, by formulas alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zebra.cli import show
+from zebra.cli.options import Json, StripesOption
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, config.json, or a built-in name: llama-2-7b.")],
+    length: Annotated[int, typer.Option(help="Tokens of context; in decode, those before the new token.")],
+    stripes: StripesOption = None,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    phase: Annotated[str, typer.Option(help="train, prefill or decode.")] = "prefill",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Train with activation checkpointing.")
+    ] = False,
+    lora: Annotated[int | None, typer.Option(help="Train low-rank updates of this rank. Default: all weights.")] = None,
+    device: Annotated[
+        str, typer.Option(help="Device: h100-sxm, a100-80gb, ..., or a JSON file of ceilings.")
+    ] = "h100-sxm",
+    memory: Annotated[
+        str | None, typer.Option(help="Memory budget, such as 80GiB: find the length, batch and layout that fit.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time budget in seconds: find a layout that meets it.")] = None,
+    self_extend: Annotated[
+        str | None, typer.Option(help="Compare with Self-Extend: GROUP:WINDOW or auto:LENGTH.")
+    ] = None,
+    full_decode: Annotated[
+        bool, typer.Option("--full-decode", help="Let local layers keep all keys, for the tokens that are generated.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="SVG file to draw the costs from 1K to 1M tokens into.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate what a layout costs before it runs: FLOPs, bytes, memory, time, and what fits."""
+    from zebra.plan import decoder, devices, fit, sheet
+    from zebra.plan.cost import Run
+    from zebra.positions import SelfExtend
+    from zebra.stripes import Stripes
+
+    read, ceilings = decoder.read(model), devices.find(device)
+    default = read.stripes or Stripes.grouped(stride=4, window=512)
+    run = Run(
+        decoder=read,
+        stripes=default if stripes is None else Stripes.parse(stripes),
+        length=length,
+        batch=batch,
+        dtype=dtype,
+        phase=phase,
+        checkpointing=checkpointing,
+        lora=lora,
+        self_extend=None if self_extend is None else SelfExtend.parse(self_extend, read.trained_length),
+        full_decode=full_decode,
+    )
+    tree = sheet.tree(run, ceilings, budget=None if memory is None else fit.bytes_of(memory), seconds=seconds)
+    if picture is not None:
+        from zebra.report.costs import write_picture
+
+        write_picture(picture, sheet.curves(run, ceilings), phase=phase, device=ceilings.name)
+        show.note(f"picture {picture}")
+    show.plan(tree, as_json)

@@ -1,0 +1,61 @@
+"""The verbs `report`, which turns results into a page, and `doctor`, which shows what this machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zebra.cli import show
+from zebra.cli.options import Device, Json
+from zebra.errors import ZebraError
+
+
+def report(
+    sources: Annotated[list[Path], typer.Argument(help="Run directories, or files of results.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Page to write; Markdown goes next to it.")] = Path(
+        "report.html"
+    ),
+    title: Annotated[str | None, typer.Option(help="Title of the page. Default: made from the runs.")] = None,
+) -> None:
+    """Turn results into one page; several runs stand side by side."""
+    from zebra.report import merge_sources, write_report
+    from zebra.results import read_results
+    from zebra.study.page import chapters
+
+    files = {str(source): source / "results.jsonl" if source.is_dir() else source for source in sources}
+    results = merge_sources({name: read_results(file) for name, file in files.items()})
+    write_report(results, out, title=title, chapters=chapters(results))
+    print(f"{out}: {len(results)} results")
+
+
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure FLOP/s, bandwidth and one local layer, in some ten seconds.")
+    ] = False,
+    device: Device = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Size of the measured matrices. Default: 2048 on a CPU, 8192 on a GPU.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write the measured ceilings to, for `plan --device`.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show versions, devices, and which attention kernel serves which request; or measure the machine."""
+    from zebra.doctor import kernels, machine
+
+    if not measure:
+        if (device, size, out) != (None, None, None):
+            raise ZebraError("--device, --size and --out belong to --measure. Add it, or drop them.")
+        show.machine(machine(), kernels(), as_json)
+        return
+    from zebra import measure as measuring
+
+    if out is not None and out.is_dir():
+        raise ZebraError(f"--out is a file; got the folder {out}. Name a file.")
+    ceilings, results = measuring.measure(device, size=size)
+    if out is not None:
+        measuring.write_ceilings(out, ceilings)
+    show.results(results, as_json)

@@ -1,0 +1,92 @@
+"""The verbs that work by a recipe: `adapt`, `tune`, `pretrain`, and `run`, which goes through several verbs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zebra.cli import show
+from zebra.cli.options import Json, RecipeFile, Set
+from zebra.model.checkpoint_files import check_checkpoint
+
+if TYPE_CHECKING:
+    from zebra.train.recipe import AdaptRecipe, PretrainRecipe
+    from zebra.train.tune_recipe import TuneRecipe
+
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")]
+
+
+def adapt(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
+    """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
+    from zebra.train.recipe import AdaptRecipe, read_recipe
+
+    _train("adapt", read_recipe(recipe, AdaptRecipe, set_ or []), dry_run, as_json)
+
+
+def tune(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
+    """Tune a checkpoint on short and long instructions (LIT), measure it before and after, and write a report."""
+    from zebra.train.recipe import read_recipe
+    from zebra.train.tune_recipe import TuneRecipe
+
+    _train("tune", read_recipe(recipe, TuneRecipe, set_ or []), dry_run, as_json)
+
+
+def pretrain(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
+    """Train a model from scratch, and its tokenizer if the recipe asks for one; measure it and write a report."""
+    from zebra.train.recipe import PretrainRecipe, read_recipe
+
+    _train("pretrain", read_recipe(recipe, PretrainRecipe, set_ or []), dry_run, as_json)
+
+
+def _train(verb: str, recipe: AdaptRecipe | TuneRecipe | PretrainRecipe, dry_run: bool, as_json: bool) -> None:
+    """Estimate a recipe's cost, or train by it, write its page and print its results."""
+    from zebra.train.recipe import SourceRecipe, check_files
+
+    if not dry_run:
+        if isinstance(recipe, SourceRecipe):
+            check_checkpoint(recipe.model)
+        check_files(recipe)
+    with show.working():
+        if dry_run:
+            from zebra.train import dry_run as estimate
+
+            show.dry_run(estimate.dry_run(recipe), as_json)
+            return
+        getattr(importlib.import_module(f"zebra.train.{verb}"), verb)(recipe)
+        from zebra.report import write_report
+        from zebra.results import read_results
+        from zebra.train.directory import is_first_process
+
+        if not is_first_process():
+            return
+        page = Path(recipe.run) / "report.html"
+        results = read_results(page.with_name("results.jsonl"))
+        write_report(results, page)
+    show.results(results, as_json)
+    show.note(f"checkpoint {recipe.run}/model, results {recipe.run}/results.jsonl, report {page}")
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of stages; see examples/pipeline-tiny.yaml.")],
+    set_: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all stages and print which would run; do nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert, adapt, tune, evaluate and report by one recipe; finished stages are skipped."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with show.working():
+        from zebra.pipeline.recipe import read_pipeline
+        from zebra.pipeline.run import plan
+        from zebra.pipeline.run import run as go
+        from zebra.pipeline.stages import rows_in
+
+        stages = read_pipeline(recipe, set_ or [])
+        states = plan(stages) if dry_run else go(stages)
+        results = [] if dry_run else [result for stage in stages for result in rows_in(stage.folder)]
+    show.stages(states, results, as_json)
