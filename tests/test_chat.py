@@ -9,7 +9,7 @@ import pytest
 from conftest import STORIES
 from transformers import AutoTokenizer
 
-from zebra.data.conversations import Conversation, Message, conversation
+from zebra.data.conversations import Conversation, Message, conversations_of
 from zebra.errors import ZebraError
 from zebra.train.chat import NAMED, Chat
 
@@ -156,7 +156,9 @@ STORY = " ".join(f"Then number {i} came and sat with the little dog." for i in r
 def test_a_long_document_is_cut_in_its_middle_and_nothing_else(length: int) -> None:
     words = tokenizer()
     chat = Chat(words, "plain", "here")
-    long = conversation({"document": STORY, "question": "Who came first?", "answer": "Number 0 came."}, "here")
+    long = next(
+        conversations_of({"document": STORY, "question": "Who came first?", "answer": "Number 0 came."}, "here")
+    )
     whole = chat.encode(long)
     found, cut = chat.fitted(long, length)
     assert length - 24 < len(found.input_ids) <= length
@@ -175,7 +177,7 @@ def test_what_no_cut_makes_short_enough_is_refused() -> None:
     with pytest.raises(
         ZebraError, match=r"file, line 9 is too long: \d+ tokens, where train.length is 32, and it has no"
     ):
-        chat.fitted(conversation({"prompt": "a dog " * 40, "completion": "x"}, "file, line 9"), 32)
+        chat.fitted(next(conversations_of({"prompt": "a dog " * 40, "completion": "x"}, "file, line 9")), 32)
     asked = {"document": "a dog ran " * 40, "question": "Who? " * 30, "answer": "x"}
     with pytest.raises(ZebraError, match="is so without its document too"):
-        chat.fitted(conversation(asked, "here"), 32)
+        chat.fitted(next(conversations_of(asked, "here")), 32)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from zebra.data.conversations import GAP, Message, conversation, read_conversations, without_middle
+from zebra.data.conversations import GAP, Message, conversations_of, read_conversations, without_middle
 from zebra.errors import ZebraError
 
 ASKED, SAID = Message("user", "Who ran?"), Message("assistant", "The dog.")
@@ -29,16 +29,16 @@ ASKED, SAID = Message("user", "Who ran?"), Message("assistant", "The dog.")
     ],
 )
 def test_every_shape_says_the_same(record: dict[str, Any]) -> None:
-    made = conversation(record, "here")
+    made = next(conversations_of(record, "here"))
     assert made.messages == (ASKED, SAID)
     assert (made.document, made.kind, made.question, made.answer) == (None, None, "Who ran?", "The dog.")
 
 
 def test_an_input_and_a_document_stand_before_what_is_asked() -> None:
-    made = conversation({"instruction": "Translate.", "input": "chien", "output": "dog"}, "here")
+    made = next(conversations_of({"instruction": "Translate.", "input": "chien", "output": "dog"}, "here"))
     assert made.messages[0].content == "Translate.\n\nchien"
     record = {"document": " A dog ran. ", "question": "Who ran?", "answer": "The dog.", "kind": "qa"}
-    made = conversation(record, "here")
+    made = next(conversations_of(record, "here"))
     assert made.messages == (Message("user", "A dog ran.\n\nWho ran?"), SAID)
     assert (made.document, made.question, made.kind) == ("A dog ran.", "Who ran?", "qa")
     other = made.with_document("A cat")
@@ -54,7 +54,7 @@ def test_a_document_with_several_questions_is_a_conversation_for_each(tmp_path: 
         (f"Q{i}?", f"A{i}", "A text.") for i in range(3)
     ]
     (tmp_path / "set.jsonl").write_text(json.dumps({"document": "A text.", "qa": [{"question": "Q?"}]}))
-    with pytest.raises(ZebraError, match="line 1: qa is a list of"):
+    with pytest.raises(ZebraError, match="line 1 has no field 'answers'"):
         read_conversations([str(tmp_path / "set.jsonl")])
 
 
@@ -70,19 +70,19 @@ def test_files_plain_and_packed_are_read_in_order(tmp_path: Path) -> None:
 
 BAD = {
     "{": "line 2 is not JSON",
-    "[1]": "line 2 is no record but a list",
-    '{"text": "x"}': "line 2 is of no known shape: it has text",
-    "{}": "it has no fields",
-    '{"prompt": "x", "completion": 3}': "completion is a string; got int",
-    '{"messages": []}': "messages is a list of messages",
-    '{"messages": ["x"]}': "messages is a list of messages",
-    '{"messages": [{"role": "bot", "content": "x"}]}': "a role is one of system, user, assistant; got 'bot'",
-    '{"messages": [{"role": "user", "content": "x"}]}': "ends with the assistant; got user",
-    '{"messages": [{"role": "assistant", "content": "x"}]}': "has a user and ends with the assistant; got assistant",
-    '{"messages": [{"role": "user"}]}': "content is a string; got NoneType",
-    '{"instruction": "x", "input": 1, "output": "y"}': "input is a string; got int",
-    r'{"prompt": "\ud800", "completion": "x"}': "half a surrogate pair at character 0 of prompt",
-    '{"prompt": "x", "completion": "y", "kind": 3}': "kind is a word for the tables; got 3",
+    "[1]": "line 2 is a JSON list, not an object",
+    '{"text": "x"}': "line 2 has text, and none of the known sets of fields: messages; document and qa; ",
+    "{}": "has no fields, and none",
+    '{"prompt": "x", "completion": 3}': "has int instead of a string in the field 'completion'",
+    '{"messages": []}': "has messages that is not a list of messages",
+    '{"messages": ["x"]}': "has messages that is not a list of messages",
+    '{"messages": [{"role": "bot", "content": "x"}]}': "has the role 'bot', which is none of system, user, assistant",
+    '{"messages": [{"role": "user", "content": "x"}]}': "the assistant at the end; its roles are user",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "needs a user, and the assistant at the end; its",
+    '{"messages": [{"role": "user"}]}': "has no field 'content': its fields are role",
+    '{"instruction": "x", "input": 1, "output": "y"}': "has int instead of a string in the field 'input'",
+    r'{"prompt": "\ud800", "completion": "x"}': "half a surrogate pair at character 0 of the field 'prompt'",
+    '{"prompt": "x", "completion": "y", "kind": 3}': "has 3 as its kind, which is a word",
 }
 
 
@@ -101,7 +101,7 @@ def test_an_empty_set_and_another_kind_of_file_are_refused(tmp_path: Path) -> No
     with pytest.raises(ZebraError, match=r"no conversation in .*empty\.jsonl"):
         read_conversations([str(tmp_path / "empty.jsonl")])
     (tmp_path / "text.txt").write_text("Who ran?")
-    with pytest.raises(ZebraError, match="is no file of JSON Lines"):
+    with pytest.raises(ZebraError, match=r"a JSON Lines file ends in \.jsonl, "):
         read_conversations([str(tmp_path / "text.txt")])
 
 

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from zebra.data import documents as module
+from zebra.data import jsonl
 from zebra.data.documents import find_files, read_documents
 from zebra.errors import ZebraError
 
@@ -130,14 +130,14 @@ def test_the_bytes_read_are_those_of_the_file(tmp_path: Path, kind: str) -> None
     """So that a bar over bytes of files ends where the files do."""
     file = write(tmp_path / f"r.{kind}", RECORDS)
     size = file.stat().st_size
-    found = sum(document.read for document in read_documents([file]))
+    found = sum(document.bytes_read for document in read_documents([file]))
     assert size - len(RECORDS) <= found <= size
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
 def test_lines_go_over_chunks(tmp_path: Path, kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", chunk)
     raw = '{"text": "é one"}\n\n  \n{"text": "two"}\r\n{"text": " "}\n{"text": "last"}'
     (tmp_path / f"r.{kind}").write_bytes(packed(kind, raw.encode()))
     assert read(tmp_path / f"r.{kind}") == ["é one", "two", "last"]
@@ -173,14 +173,14 @@ def test_columns_of_strings_of_every_kind(tmp_path: Path) -> None:
         (b"bare words", r"line 2 is not JSON"),
         (b'{"text": "\xff"}', r"line 2 is not JSON: .*0xff"),
         (b"[" * 100_000, r"line 2 is not JSON: .*recursion"),
-        (b'["text"]', r"line 2 is no record but a list"),
+        (b'["text"]', r"line 2 is a JSON list, not an object\. A .jsonl file"),
         (
             b'{"body": "a", "title": "b"}',
-            r"field 'text'; .*line 2 has no such field among its fields body, title\. Name",
+            r"line 2 has no field 'text': its fields are body, title\. Name the field",
         ),
-        (b'{"text": 5, "title": "b"}', r"field 'text'; .*line 2 has int, no string, among its fields text, title"),
-        (b'{"text": null}', r"line 2 has NoneType, no string, among its fields text"),
-        (b'{"text": "ab\\ud800"}', r"line 2 has half a surrogate pair at character 2 of 'text'"),
+        (b'{"text": 5, "title": "b"}', r"line 2 has int instead of a string in the field 'text'"),
+        (b'{"text": null}', r"line 2 has NoneType instead of a string in the field 'text'"),
+        (b'{"text": "ab\\ud800"}', r"line 2 has half a surrogate pair at character 2 of the field 'text'"),
     ],
 )
 def test_a_line_that_is_no_record_is_refused_with_its_number(
@@ -195,12 +195,12 @@ def test_a_line_that_is_no_record_is_refused_with_its_number(
 
 def test_a_column_without_text_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "r.parquet", [{"body": "a", "n": 1}])
-    with pytest.raises(ZebraError, match=r"r\.parquet has no such field among its fields body, n\. Name the field"):
+    with pytest.raises(ZebraError, match=r"r\.parquet has no column 'text': its columns are body, n\. Name the field"):
         read(file)
-    with pytest.raises(ZebraError, match=r"row 1 has int, no string, among its fields body, n"):
+    with pytest.raises(ZebraError, match=r"row 1 has int instead of a string in the field 'n'"):
         read(file, field="n")
     file = write(tmp_path / "r.parquet", [{"text": "a"}, {"text": None}])
-    with pytest.raises(ZebraError, match=r"row 2 has NoneType, no string"):
+    with pytest.raises(ZebraError, match=r"row 2 has NoneType instead of a string"):
         read(file)
 
 
@@ -219,7 +219,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, kind: str, damage: str) -> No
     at = 4 if kind == "parquet" else len(raw) // 2  # the header of its first page: pages have no checksum
     inside = raw[:at] + bytes(255 - byte for byte in raw[at : at + 40]) + raw[at + 40 :]
     file.write_bytes({"cut": raw[:-20], "another": b"plain words", "empty": b"", "inside": inside}[damage])
-    whole = r"no whole (gzip|zstandard|parquet) file: .*write it again|is not JSON"
+    whole = r"not a complete (gzip|zstandard|parquet) file: .*write it again|is not JSON"
     nothing = "only blanks" if damage == "empty" else whole  # an empty file of no frames is whole
     with pytest.raises(ZebraError, match=f"{whole}|{nothing}"):
         read(file)

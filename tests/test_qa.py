@@ -17,9 +17,9 @@ from zebra.data.qa import (
     EMPTY_ANSWER,
     FAULTS,
     QAExample,
-    evidence_lost,
+    evidence_cut,
     faults,
-    read_items,
+    read_examples,
     words,
 )
 
@@ -39,8 +39,8 @@ def test_both_shapes_are_read(tmp_path: Path) -> None:
     text = "\n".join([json.dumps(lines[0]), "", *map(json.dumps, lines[1:])])
     (tmp_path / "items.jsonl").write_text(text)
     (tmp_path / "items.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    found = read_items(tmp_path / "items.jsonl")
-    assert found == read_items(tmp_path / "items.jsonl.gz")
+    found = read_examples(tmp_path / "items.jsonl")
+    assert found == read_examples(tmp_path / "items.jsonl.gz")
     assert [(one.name, one.group, one.question, one.answers) for one in found] == [
         ("line 1", 1, "Who?", ("Anna",)),
         ("x.7#0", 3, "Who?", ("Anna", "Tom")),
@@ -51,15 +51,16 @@ def test_both_shapes_are_read(tmp_path: Path) -> None:
 
 BAD = {
     "not JSON": "{'document': 1}",
-    "is no record but a list": "[1]",
-    "has nothing (its fields are question, answers) for 'document'": '{"question": "q", "answers": ["a"]}',
-    "has a int for 'document'": '{"document": 4, "question": "q", "answers": ["a"]}',
+    "is a JSON list, not an object": "[1]",
+    "has no field 'document': its fields are question, answers": '{"question": "q", "answers": ["a"]}',
+    "has int instead of a string in the field 'document'": '{"document": 4, "question": "q", "answers": ["a"]}',
     "has an empty document": '{"document": " ", "question": "q", "answers": ["a"]}',
-    "has nothing (its fields are document, answers) for 'question'": '{"document": "d", "answers": ["a"]}',
-    "has nothing (its fields are document, question) for 'answers'": '{"document": "d", "question": "q"}',
-    "has a NoneType for 'answers'": '{"document": "d", "question": "q", "answers": ["a", null]}',
-    "has a qa that is no list": '{"document": "d", "qa": []}',
-    "has half a surrogate pair in 'question'": '{"document": "d", "question": "\\ud800", "answers": ["a"]}',
+    "has no field 'question': its fields are document, answers": '{"document": "d", "answers": ["a"]}',
+    "has no field 'answers': its fields are document, question": '{"document": "d", "question": "q"}',
+    "has NoneType instead of a string in": '{"document": "d", "question": "q", "answers": ["a", null]}',
+    "has a qa that is not a list of": '{"document": "d", "qa": ["q"]}',
+    "has an empty list of questions": '{"document": "d", "qa": []}',
+    "has half a surrogate pair at character 0 of": '{"document": "d", "question": "\\ud800", "answers": ["a"]}',
 }
 
 
@@ -68,14 +69,14 @@ def test_a_bad_line_is_refused_with_its_number(why: str, tmp_path: Path) -> None
     good = json.dumps({"document": "d", "question": "q", "answers": ["a"]})
     (tmp_path / "bad.jsonl").write_text(f"{good}\n\n{BAD[why]}\n{good}\n")
     with pytest.raises(ZebraError) as refused:
-        read_items(tmp_path / "bad.jsonl")
+        read_examples(tmp_path / "bad.jsonl")
     assert f"has 1 bad line: line 3 {'is ' if why == 'not JSON' else ''}{why}" in str(refused.value)
 
 
 def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("[]\n" * 8)
     with pytest.raises(ZebraError, match=r"has 8 bad lines: line 1 .*; line 5 [^;]*; and 3 more\."):
-        read_items(tmp_path / "bad.jsonl")
+        read_examples(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_file_that_is_none_is_refused(name: str, why: str, tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text("{}")
     (tmp_path / "e.jsonl").write_text("\n")
     with pytest.raises(ZebraError, match=why):
-        read_items(tmp_path / name)
+        read_examples(tmp_path / name)
 
 
 def test_words_are_those_of_squad() -> None:
@@ -115,12 +116,12 @@ def test_faults_are_found() -> None:
 
 def test_evidence_is_lost_where_every_answer_loses_words() -> None:
     kept = "Tom had a red ball. ... under a stone."
-    assert evidence_lost(item("Who?", "Anna"), kept)
-    assert not evidence_lost(item("Who?", "Anna", "Tom"), kept)
-    assert not evidence_lost(item("Who?", "Peter"), kept)  # stands nowhere in the document
-    assert evidence_lost(item("What?", "Tom lost a ball"), kept)
-    assert not evidence_lost(item("What?", "Anna"), STORY)
-    assert not evidence_lost(item("What?"), kept)
+    assert evidence_cut(item("Who?", "Anna"), kept)
+    assert not evidence_cut(item("Who?", "Anna", "Tom"), kept)
+    assert not evidence_cut(item("Who?", "Peter"), kept)  # stands nowhere in the document
+    assert evidence_cut(item("What?", "Tom lost a ball"), kept)
+    assert not evidence_cut(item("What?", "Anna"), STORY)
+    assert not evidence_cut(item("What?"), kept)
 
 
 def test_every_fault_is_in_the_guide() -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import STORIES, TEXT
 from transformers import AutoTokenizer
 
-from zebra.data.conversations import Conversation, conversation
+from zebra.data.conversations import Conversation, conversations_of
 from zebra.data.quality import NGRAM, evaluation_text, faults, ngrams
 from zebra.train.chat import Chat
 from zebra.train.instructions import read_instructions
@@ -23,7 +23,7 @@ GOOD = [
 
 
 def read(records: list[dict[str, Any]]) -> list[Conversation]:
-    return [conversation(record, f"line {i}") for i, record in enumerate(records)]
+    return [next(conversations_of(record, f"line {i}")) for i, record in enumerate(records)]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_runs_are_of_thirteen_words() -> None:
     assert len(ngrams([" ".join(words)])) == 20 - NGRAM + 1
     assert ngrams(["a b"]) == ngrams(["A, b!"])
     assert ngrams(["", "..."]) == frozenset()
-    assert evaluation_text(conversation({"document": "d", "question": "q", "answer": "a"}, "x")) == "d"
+    assert evaluation_text(next(conversations_of({"document": "d", "question": "q", "answer": "a"}, "x"))) == "d"
 
 
 def tuning(path: Path, tmp_path: Path, **quality: Any) -> TuneRecipe:

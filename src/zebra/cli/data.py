@@ -30,7 +30,9 @@ def instructions(
     as_json: Json = False,
 ) -> None:
     """Turn long documents into long instructions: questions, summaries, writing. No network, no model."""
-    from zebra.data.instructions import InstructionOptions, instruction_stats, make_instructions, read_annotated, write
+    from zebra.data.instructions import InstructionOptions, instruction_stats, make_instructions, read_annotated
+    from zebra.files import atomic_write
+    from zebra.results import to_json
 
     kinds = tuple(names(kind))
     options = InstructionOptions(
@@ -46,7 +48,7 @@ def instructions(
             f"these documents have nothing for {', '.join(kinds)}: no questions, no summaries, or no two passages of "
             "sentences to write. Give others, or other kinds."
         )
-    write(examples, out)
+    atomic_write(out, "".join(to_json(example) + "\n" for example in examples))
     show.instructions(instruction_stats(examples), as_json)
     show.note(f"{len(examples):,} instructions in {out}")
 

@@ -1,12 +1,12 @@
-"""Conversations from JSON Lines, in the shapes that instruction sets come in:
+"""Conversations from JSON Lines, in the formats that instruction sets have:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"document": "...", "qa": [{"question": "...", "answers": ["...", ...]}]}      a conversation for each question
     {"prompt": "..." or messages, "completion": "..." or messages}
     {"instruction": "...", "input": "...", "output": "..."}            the input may be empty or absent
     {"document": "...", "question": "...", "answer": "..."}            only the document may be cut
-    {"document": "...", "qa": [{"question": "...", "answers": ["...", ...]}]}      a conversation for each question
 
-Of several answers the first is taken. A record may say its `kind` (a word for the tables); other fields are left alone.
+Of several answers the first is taken. A record may name its `kind`, which the tables show; other fields are ignored.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from zebra.data.documents import find_files, read_records
+from zebra.data.documents import find_files
+from zebra.data.jsonl import Record, RecordError, parse_records, string_field
+from zebra.data.qa import questions_of
 from zebra.errors import ZebraError
 
 ROLES = ("system", "user", "assistant")
 GAP = "\n\n[...]\n\n"
 """What stands where a document was cut."""
-_WORD = 40
+_MAX_WORD = 40
 
 
 class Message(NamedTuple):
-    """What one side says."""
+    """One message of a conversation."""
 
     role: str
     content: str
@@ -54,17 +55,17 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """Everything that is said, with its roles: what makes two conversations the same."""
+        """All messages with their roles: what makes two conversations the same."""
         return "\n".join(f"{role}: {content.strip()}" for role, content in self.messages)
 
     @property
     def question(self) -> str:
-        """What the user says besides the document."""
-        asked = " ".join(message.content for message in self.messages if message.role == "user")
-        return asked.removeprefix(self.document or "").strip()
+        """What the user writes besides the document."""
+        prompt = " ".join(message.content for message in self.messages if message.role == "user")
+        return prompt.removeprefix(self.document or "").strip()
 
     def with_document(self, document: str) -> Conversation:
-        """The same with another text in the document's place."""
+        """The same with another text in place of the document."""
         i = next(i for i, message in enumerate(self.messages) if message.role == "user")
         content = document + self.messages[i].content[len(self.document or "") :]
         messages = (*self.messages[:i], Message("user", content), *self.messages[i + 1 :])
@@ -72,27 +73,28 @@ class Conversation:
 
 
 class TokenizedConversation(NamedTuple):
-    """The tokens of a conversation, and which of them the assistant says."""
+    """The tokens of a conversation, and which of them are the assistant's; both lists have one entry a token."""
 
     input_ids: list[int]
     assistant_mask: list[bool]
 
 
-def without_middle(document: str, spans: Sequence[tuple[int, int]], keep: int) -> str:
-    """A document cut in its middle, at blanks, to about `keep` tokens, half of them from each end.
+def without_middle(document: str, spans: Sequence[tuple[int, int]], tokens: int) -> str:
+    """A document cut in its middle, at whitespace, to about `tokens` tokens, half of them from each end.
 
         once upon a time there was a cat who slept    ->    once upon a [...] who slept
 
     Args:
-        spans: where each token begins and ends in the document.
+        spans: where each token begins and ends in the document, in characters.
     """
-    head, tail = keep - keep // 2, keep // 2
+    head, tail = tokens - tokens // 2, tokens // 2
     first = document[: spans[head - 1][1]] if head else ""
     last = document[spans[len(spans) - tail][0] :] if tail else ""
-    near = re.search(rf"\s\S{{0,{_WORD}}}$", first)  # a language without blanks is cut where it is
-    first = first[: near.start()] if near else first
-    near = re.match(rf"\S{{0,{_WORD}}}\s", last)
-    last = last[near.end() :] if near else last
+    # A language without spaces is cut where it is.
+    if match := re.search(rf"\s\S{{0,{_MAX_WORD}}}$", first):
+        first = first[: match.start()]
+    if match := re.match(rf"\S{{0,{_MAX_WORD}}}\s", last):
+        last = last[match.end() :]
     return first + GAP + last
 
 
@@ -100,117 +102,87 @@ def read_conversations(patterns: Sequence[str]) -> list[Conversation]:
     """The conversations of files, folders and globs, in order.
 
     Raises:
-        ZebraError: no file, a line that is no JSON or of no known shape, with its number; files without a conversation.
+        ZebraError: no file, lines that are no conversations, files without a conversation.
     """
     files = find_files(patterns)
-    found = [conversation for file in files for conversation in _read(file)]
-    if not found:
+    expected = "Name the fields as in docs/tuning.md, and correct or drop these lines."
+
+    def parse(record: Record) -> Iterator[Conversation]:
+        return conversations_of(record.fields, record.where)
+
+    conversations = [one for file in files for one in parse_records(file, parse, expected)]
+    if not conversations:
         raise ZebraError(f"there is no conversation in {', '.join(map(str, files))}. Give files with at least one.")
-    return found
+    return conversations
 
 
-def _read(file: Path) -> Iterator[Conversation]:
-    for where, record in read_records(file):
-        if "messages" not in record and {"document", "qa"} <= record.keys():
-            for pair in pairs_of(record["qa"], where):
-                yield conversation(record | pair, where)
-        else:
-            yield conversation(record, where)
-
-
-def pairs_of(qa: Any, where: str) -> list[dict[str, Any]]:
-    """The questions of an annotated document, each with the first of its answers.
+def conversations_of(fields: dict[str, Any], where: str) -> Iterator[Conversation]:
+    """The conversations of a record that was read at `where`: one, or one for each question of `qa`.
 
     Raises:
-        ZebraError: another shape.
-    """
-    good = isinstance(qa, list) and all(
-        isinstance(pair, dict) and "question" in pair and isinstance(pair.get("answers"), list) and pair["answers"]
-        for pair in qa
-    )
-    if not good:
-        raise ZebraError(f'{where}: qa is a list of {{"question": "...", "answers": ["...", ...]}}. Mend or drop it.')
-    return [{"question": pair["question"], "answer": pair["answers"][0]} for pair in qa]
-
-
-def conversation(record: dict[str, Any], where: str) -> Conversation:
-    """A record of any of the shapes as a conversation.
-
-    Raises:
-        ZebraError: a record of no known shape, a field that is no string, an unknown role, an answer missing at the
+        RecordError: unknown fields, a field that is not a string, an unknown role, no user, an answer missing at the
             end.
     """
-    shape = next((shape for shape in _SHAPES if set(shape) <= record.keys()), None)
-    if shape is None:
-        known = "; ".join(" and ".join(names) for names in _SHAPES)
-        raise ZebraError(
-            f"{where} is of no known shape: it has {', '.join(record) or 'no fields'}. A conversation has the fields "
-            f"{known}. Rename the fields."
-        )
-    kind = record.get("kind")
+    names = next((names for names in _FORMATS if set(names) <= fields.keys()), None)
+    if names is None:
+        formats = "; ".join(" and ".join(names) for names in _FORMATS)
+        raise RecordError(f"has {', '.join(fields) or 'no fields'}, and none of the known sets of fields: {formats}")
+    kind = fields.get("kind")
     if kind is not None and (not isinstance(kind, str) or not kind.strip()):
-        raise ZebraError(f"{where}: kind is a word for the tables; got {kind!r}. Write one, or leave it out.")
-    made = replace(_SHAPES[shape](record, where), kind=kind)
-    if made.messages[-1].role != "assistant" or all(message.role != "user" for message in made.messages):
-        roles = ", ".join(message.role for message in made.messages)
-        raise ZebraError(
-            f"{where}: a conversation has a user and ends with the assistant; got {roles}. Mend or drop it."
-        )
-    return made
+        raise RecordError(f"has {kind!r} as its kind, which is a word")
+    for document, messages in _FORMATS[names](fields):
+        roles = [message.role for message in messages]
+        if roles[-1] != "assistant" or "user" not in roles:
+            raise RecordError(f"needs a user, and the assistant at the end; its roles are {', '.join(roles)}")
+        yield Conversation(tuple(messages), where, kind, document)
 
 
-def _of_messages(record: dict[str, Any], where: str) -> Conversation:
-    return Conversation(_messages(record["messages"], "messages", where), where)
+_Fields = dict[str, Any]
+_Messages = tuple[str | None, list[Message]]
+"""The document that may be cut, if there is one, and the messages."""
 
 
-def _of_completion(record: dict[str, Any], where: str) -> Conversation:
-    sides: list[Message] = []
+def _from_messages(fields: _Fields) -> Iterator[_Messages]:
+    yield None, _messages(fields["messages"], "messages")
+
+
+def _from_documents(fields: _Fields) -> Iterator[_Messages]:
+    document = string_field(fields, "document").strip()
+    for question, answers in questions_of(fields):
+        if not answers:
+            raise RecordError(f"has no answer to the question {question!r}")
+        yield document, [Message("user", f"{document}\n\n{question.strip()}"), Message("assistant", answers[0])]
+
+
+def _from_completion(fields: _Fields) -> Iterator[_Messages]:
+    messages: list[Message] = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
-        said = record[name]
-        if isinstance(said, list):
-            sides += _messages(said, name, where)
+        if isinstance(fields[name], list):
+            messages += _messages(fields[name], name)
         else:
-            sides.append(Message(role, _string(record, name, where)))
-    return Conversation(tuple(sides), where)
+            messages.append(Message(role, string_field(fields, name)))
+    yield None, messages
 
 
-def _of_instruction(record: dict[str, Any], where: str) -> Conversation:
-    parts = [_string(record, "instruction", where)]
-    if record.get("input") is not None:
-        parts.append(_string(record, "input", where))
-    asked = "\n\n".join(part.strip() for part in parts if part.strip())
-    return Conversation((Message("user", asked), Message("assistant", _string(record, "output", where))), where)
+def _from_instruction(fields: _Fields) -> Iterator[_Messages]:
+    parts = [string_field(fields, name).strip() for name in ("instruction", "input") if fields.get(name) is not None]
+    prompt = "\n\n".join(part for part in parts if part)
+    yield None, [Message("user", prompt), Message("assistant", string_field(fields, "output"))]
 
 
-def _of_document(record: dict[str, Any], where: str) -> Conversation:
-    document = _string(record, "document", where).strip()
-    asked = Message("user", f"{document}\n\n{_string(record, 'question', where).strip()}")
-    return Conversation((asked, Message("assistant", _string(record, "answer", where))), where, document=document)
-
-
-_SHAPES: dict[tuple[str, ...], Callable[[dict[str, Any], str], Conversation]] = {
-    ("messages",): _of_messages,
-    ("prompt", "completion"): _of_completion,
-    ("instruction", "output"): _of_instruction,
-    ("document", "question", "answer"): _of_document,
+_FORMATS: dict[tuple[str, ...], Callable[[_Fields], Iterator[_Messages]]] = {
+    ("messages",): _from_messages,
+    ("document", "qa"): _from_documents,
+    ("prompt", "completion"): _from_completion,
+    ("instruction", "output"): _from_instruction,
+    ("document", "question"): _from_documents,
 }
 
 
-def _messages(said: Any, name: str, where: str) -> tuple[Message, ...]:
-    if not isinstance(said, list) or not said or not all(isinstance(one, dict) for one in said):
-        raise ZebraError(f"{where}: {name} is a list of messages with role and content. Mend or drop it.")
-    for one in said:
-        if one.get("role") not in ROLES:
-            raise ZebraError(f"{where}: a role is one of {', '.join(ROLES)}; got {one.get('role')!r}. Rename it.")
-    return tuple(Message(one["role"], _string(one, "content", where)) for one in said)
-
-
-def _string(record: dict[str, Any], name: str, where: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str):
-        raise ZebraError(f"{where}: {name} is a string; got {type(value).__name__}. Mend or drop it.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise ZebraError(f"{where} has half a surrogate pair at character {error.start} of {name}. Mend it.") from None
-    return value
+def _messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise RecordError(f"has {name} that is not a list of messages with role and content")
+    for message in value:
+        if message.get("role") not in ROLES:
+            raise RecordError(f"has the role {message.get('role')!r}, which is none of {', '.join(ROLES)}")
+    return [Message(message["role"], string_field(message, "content")) for message in value]

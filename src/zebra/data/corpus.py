@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from zebra.data.documents import Document, find_files, read_documents, reader_of
+from zebra.data.documents import Document, document_format, find_files, read_documents
 from zebra.data.encoding import Encode, encoded
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory, user_cache_dir
@@ -106,7 +106,7 @@ def tokenise(
     digests = [_digest(file) for file in files]
     key = hashlib.sha256(json.dumps([tokenizer, append]).encode())
     for file, digest in zip(files, digests, strict=True):
-        key.update(json.dumps([*reader_of(file, separator, field), digest]).encode())
+        key.update(json.dumps([*document_format(file, separator, field), digest]).encode())
     entry = Path(cache or user_cache_dir("tokens")) / key.hexdigest()[:32]
     if (found := _found(entry)) is not None:
         return found
@@ -203,7 +203,7 @@ def _batches(documents: Iterator[Document], advance: Callable[..., None]) -> Ite
     for document in documents:
         batch.append(document.text)
         size += len(document.text)
-        advance(document.read)
+        advance(document.bytes_read)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

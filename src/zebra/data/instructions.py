@@ -7,36 +7,34 @@
 Where several documents share a prompt they are numbered, and the question names the one that it is about:
 
     Document 1   Document 2   [Document 3]   Document 4          About document 3: who ran?
-    others that fill the prompt to the wanted words, the one asked about at the border nearest to the wanted depth
+    distractors that fill the prompt to the words asked for, the target at the boundary nearest to the depth asked for
 
-Depth is where it begins, as a share of what the others leave: 0 at the front, 1 at the end.
+Depth is where the target begins, as a share of the distractors' characters: 0 at the front, 1 at the end.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any, NamedTuple
 
-from zebra.data.conversations import pairs_of
-from zebra.data.documents import find_files, read_documents, read_records
+from zebra.data.documents import find_files, read_documents
+from zebra.data.jsonl import Record, RecordError, parse_records, string_field
+from zebra.data.qa import questions_of
 from zebra.errors import ZebraError
-from zebra.results import to_json
 
 KINDS = ("qa", "summary", "writing")
-_PASSAGE = (60, 160)
+_MIN_PASSAGE, _MAX_PASSAGE = 60, 160
 """Words of a passage that is to be written."""
 
 
 @dataclass(frozen=True)
 class AnnotatedDocument:
-    """A document, questions with their answers, and its summary, as far as there are any."""
+    """A document, pairs of a question about it and its answer, and its summary if it has one."""
 
     text: str
     where: str
@@ -46,12 +44,12 @@ class AnnotatedDocument:
 
 @dataclass(frozen=True)
 class InstructionOptions:
-    """What to make of each document.
+    """What instructions are made of each document.
 
     Attributes:
         kinds: which of `KINDS`.
-        words: words of the documents in a prompt: others are added until there are so many, one alone is not cut.
-        depths: where the document that is asked about begins, one after another.
+        words: words of the documents in a prompt: distractors are added up to it, a single document is not cut.
+        depths: where the target document begins, one after another.
         writing: writing tasks of each document.
     """
 
@@ -63,7 +61,7 @@ class InstructionOptions:
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
-            raise ZebraError(f"the kinds are {', '.join(KINDS)}; got {', '.join(unknown)}. Choose of them.")
+            raise ZebraError(f"the kinds are {', '.join(KINDS)}; got {', '.join(unknown)}. Choose among them.")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ZebraError(
                 f"a depth lies from 0 to 1; got {', '.join(map(str, self.depths))}. Write for example 0,0.5,1."
@@ -75,176 +73,150 @@ class InstructionOptions:
 
 
 def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> list[AnnotatedDocument]:
-    """Documents of text files and of JSON Lines: `document` or `text`, with `qa`, `question` and `answer`, `summary`.
-
-    `qa` is a list of `{"question": "...", "answers": ["...", ...]}`; the first answer is taken.
+    """Documents of text files and of JSON Lines: `document` or `text`, with `summary` and questions as in `qa`.
 
     Raises:
-        ZebraError: what reading refuses; a record without a document, or whose questions are of another shape.
+        ZebraError: as `read_documents` and `parse_records`; no documents.
     """
-    found: list[AnnotatedDocument] = []
+    expected = "A line has a document, and may have qa or question and answer, and summary."
+    documents: list[AnnotatedDocument] = []
     for file in find_files(patterns):
         if ".jsonl" in file.suffixes:
-            found += [_annotated(record, where) for where, record in read_records(file)]
+            documents += parse_records(file, _annotated, expected)
         else:
-            found += [AnnotatedDocument(one.text, str(file)) for one in read_documents([file], separator)]
-    if not found:
+            documents += [AnnotatedDocument(one.text, str(file)) for one in read_documents([file], separator)]
+    if not documents:
         raise ZebraError(f"there is no document in {', '.join(patterns)}. Give files with at least one.")
-    return found
+    return documents
 
 
-def make_instructions(documents: Sequence[AnnotatedDocument], order: InstructionOptions) -> Iterator[dict[str, Any]]:
+def _annotated(record: Record) -> Iterator[AnnotatedDocument]:
+    fields = record.fields
+    text = _stripped(fields, "document" if "document" in fields else "text")
+    questions = questions_of(fields) if "qa" in fields or {"question", "answer"} <= fields.keys() else []
+    pairs = tuple((question.strip(), "".join(answers[:1]).strip()) for question, answers in questions)
+    if not all(question and answer for question, answer in pairs):
+        raise RecordError("has a question or an answer without words")
+    summary = _stripped(fields, "summary") if fields.get("summary") is not None else None
+    yield AnnotatedDocument(text, record.where, pairs, summary)
+
+
+def _stripped(fields: dict[str, Any], name: str) -> str:
+    text = string_field(fields, name).strip()
+    if not text:
+        raise RecordError(f"has an empty {name}")
+    return text
+
+
+def make_instructions(documents: Sequence[AnnotatedDocument], options: InstructionOptions) -> Iterator[dict[str, Any]]:
     """The instructions, document by document, as records that `zebra.data.conversations` reads."""
-    rng, count = Random(order.seed), 0
-    for at, one in enumerate(documents):
-        for kind, text, question, answer in _tasks(one, order, rng):
-            depth = order.depths[count % len(order.depths)]
-            others = [i for i in range(len(documents)) if i != at]
-            body, number, begins = _placed(
-                text, [documents[i].text for i in rng.sample(others, len(others))], depth, order
-            )
+    rng, count = Random(options.seed), 0
+    for i, target in enumerate(documents):
+        others = [other.text for other in (*documents[:i], *documents[i + 1 :])]
+        for task in _tasks(target, options, rng):
+            depth = options.depths[count % len(options.depths)]
             count += 1
-            asked = question if number is None else f"About document {number}: {question}"
-            yield {
-                **{"document": body, "question": asked, "answer": answer},
-                **{"kind": kind, "source": one.where, "depth": begins},
-            }
+            text, number, begins = _with_distractors(
+                task.document, rng.sample(others, len(others)), depth, options.words
+            )
+            question = task.question if number is None else f"About document {number}: {task.question}"
+            record = {"document": text, "question": question, "answer": task.answer, "kind": task.kind}
+            yield record | {"source": target.where, "depth": begins}
 
 
-Task = tuple[str, str, str, str]
-"""Kind, document, question, answer."""
+class _Task(NamedTuple):
+    kind: str
+    document: str
+    question: str
+    answer: str
 
 
-def _tasks(one: AnnotatedDocument, order: InstructionOptions, rng: Random) -> Iterator[Task]:
-    for question, answer in one.questions:
+def _tasks(document: AnnotatedDocument, options: InstructionOptions, rng: Random) -> Iterator[_Task]:
+    for question, answer in document.questions:
         kind = "summary" if re.search(r"\b(summary|summari[sz]e|plot of the)", question, re.IGNORECASE) else "qa"
-        if kind in order.kinds:
-            yield kind, one.text, question, answer
-    if one.summary is not None and "summary" in order.kinds:
-        yield "summary", one.text, "Summarise the text.", one.summary
-    if "writing" in order.kinds:
-        yield from _writing(one.text, order.writing, rng)
+        if kind in options.kinds:
+            yield _Task(kind, document.text, question, answer)
+    if document.summary is not None and "summary" in options.kinds:
+        yield _Task("summary", document.text, "Summarise the text.", document.summary)
+    if "writing" in options.kinds:
+        yield from _writing_tasks(document.text, options.writing, rng)
 
 
-def _writing(text: str, wanted: int, rng: Random) -> Iterator[Task]:
+def _with_distractors(
+    target: str, distractors: Sequence[str], depth: float, words: int | None
+) -> tuple[str, int | None, float]:
+    """A prompt's documents, the number of the target among them if it is not alone, and the depth where it begins."""
+    room = 0 if words is None else words - len(target.split())
+    texts: list[str] = []
+    for text in distractors:
+        size = len(text.split())
+        if size <= room:
+            texts.append(text)
+            room -= size
+    if not texts:
+        return target, None, 0.0
+    boundaries = [0, *itertools.accumulate(map(len, texts))]
+    index = min(range(len(boundaries)), key=lambda i: abs(boundaries[i] - depth * boundaries[-1]))
+    texts.insert(index, target)
+    prompt = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(texts, start=1))
+    return prompt, index + 1, round(boundaries[index] / boundaries[-1], 4)
+
+
+# Writing tasks
+
+
+def _writing_tasks(text: str, count: int, rng: Random) -> Iterator[_Task]:
     passages = _passages(text)
-    # A passage has text before it, and each is asked for once.
-    chosen = sorted(rng.sample(range(1, len(passages)), min(wanted, len(passages) - 1))) if len(passages) > 1 else []
-    ways = [_continue, _restyle, _outline]
-    for turn, i in enumerate(chosen):
-        if turn % len(ways) == 0:
-            rng.shuffle(ways)
+    if len(passages) < 2:  # the first has no text before it
+        return
+    kinds = ["continue", "restyle", "outline"]
+    for n, i in enumerate(sorted(rng.sample(range(1, len(passages)), min(count, len(passages) - 1)))):
+        if n % len(kinds) == 0:
+            rng.shuffle(kinds)
         start, end = passages[i]
-        yield ways[turn % len(ways)](text[:start].strip(), text[start:end].strip(), text[end:].strip())
+        document, passage, rest = text[:start].strip(), text[start:end].strip(), text[end:].strip()
+        kind = kinds[n % len(kinds)]
+        if kind == "continue":
+            question = f"Continue the text in its own style, by about {len(passage.split())} words."
+        elif kind == "restyle":
+            document = f"{document}\n\n{rest}".strip()
+            question = f"Write these notes in full, in the style of the text:\n{_notes(passage)}"
+        else:
+            points = "\n".join(f"- {_notes(passage[a:b], 5)}" for a, b in _sentences(passage))
+            question = f"Expand this outline to the next passage, in the style of the text:\n{points}"
+        yield _Task(f"writing-{kind}", document, question, passage)
 
 
-def _continue(before: str, passage: str, behind: str) -> Task:
-    asked = f"Continue the text in its own style, by about {len(passage.split())} words."
-    return "writing-continue", before, asked, passage
+_STOP_WORDS = """
+    a an and are as at be been but by did do for from had has have he her his i in is it its of on or she so that the
+    their them then there they this to was we were which who will with would you
+"""
 
 
-def _restyle(before: str, passage: str, behind: str) -> Task:
-    asked = f"Write these notes in full, in the style of the text:\n{_notes(passage)}"
-    return "writing-restyle", f"{before}\n\n{behind}".strip(), asked, passage
-
-
-def _outline(before: str, passage: str, behind: str) -> Task:
-    points = "\n".join(f"- {_notes(passage[start:end], 5)}" for start, end in _sentences(passage))
-    return (
-        "writing-outline",
-        before,
-        f"Expand this outline to the next passage, in the style of the text:\n{points}",
-        passage,
-    )
-
-
-_SMALL = frozenset(
-    re.findall(
-        r"\w+",
-        "a an and are as at be been but by did do for from had has have he her his i in is it its of on or she so "
-        "that the their them then there they this to was we were which who will with would you",
-    )
-)
-
-
-def _notes(passage: str, most: int = 10_000) -> str:
-    """The words that carry a passage, in their order and without marks: what is left out must be written again."""
+def _notes(passage: str, limit: int | None = None) -> str:
+    """The content words of a passage in their order, without punctuation."""
     words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", passage)
-    return " ".join([word for word in words if word.lower() not in _SMALL][:most] or words[:most])
+    content_words = [word for word in words if word.lower() not in _STOP_WORDS.split()]
+    return " ".join(content_words[:limit] or words[:limit])
 
 
 def _sentences(text: str) -> list[tuple[int, int]]:
     """Where each sentence begins and ends, its closing quotes included."""
-    ends = [found.end() for found in re.finditer(r"[.!?][\"')\]”’]*(?=\s)", text)]
+    ends = [match.end() for match in re.finditer(r"[.!?][\"')\]”’]*(?=\s)", text)]
     return [(a, b) for a, b in itertools.pairwise([0, *ends, len(text)]) if text[a:b].strip()]
 
 
 def _passages(text: str) -> list[tuple[int, int]]:
-    """Where the passages are, whole sentences of `_PASSAGE` words; what has too long a sentence is left out."""
-    least, most = _PASSAGE
-    found: list[tuple[int, int]] = []
+    """Where the passages begin and end: whole sentences; one that a long sentence makes too long is left out."""
+    passages: list[tuple[int, int]] = []
     begin: int | None = None
     for start, end in _sentences(text):
         begin = start if begin is None else begin
         size = len(text[begin:end].split())
-        if size >= least:
-            found += [(begin, end)] if size <= most else []
+        if size >= _MIN_PASSAGE:
+            passages += [(begin, end)] if size <= _MAX_PASSAGE else []
             begin = None
-    return found
-
-
-# Placing
-
-
-def _placed(text: str, others: Sequence[str], depth: float, order: InstructionOptions) -> tuple[str, int | None, float]:
-    """A prompt's documents, the number of the one that is asked about, and where it begins."""
-    room = 0 if order.words is None else order.words - len(text.split())
-    filling: list[str] = []
-    for other in others:
-        size = len(other.split())
-        if size <= room:
-            filling.append(other)
-            room -= size
-    if not filling:
-        return text, None, 0.0
-    borders = [0]
-    for other in filling:
-        borders.append(borders[-1] + len(other))
-    spot = min(range(len(borders)), key=lambda i: abs(borders[i] - depth * borders[-1]))
-    filling.insert(spot, text)
-    body = "\n\n".join(f"Document {i}:\n{one}" for i, one in enumerate(filling, start=1))
-    return body, spot + 1, round(borders[spot] / borders[-1], 4)
-
-
-# Reading
-
-
-def _annotated(record: dict[str, Any], where: str) -> AnnotatedDocument:
-    name = next((name for name in ("document", "text") if name in record), None)
-    if name is None:
-        raise ZebraError(
-            f"{where} has no document: its fields are {', '.join(record)}. Name the field document or text."
-        )
-    pairs = pairs_of(record.get("qa", []), where)
-    if "question" in record and "answer" in record:
-        pairs = [record]
-    questions = tuple(
-        (_string(pair["question"], "question", where), _string(pair["answer"], "answer", where)) for pair in pairs
-    )
-    summary = record.get("summary")
-    return AnnotatedDocument(
-        _string(record[name], name, where).strip(),
-        where,
-        questions,
-        None if summary is None else _string(summary, "summary", where),
-    )
-
-
-def _string(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        said = "an empty one" if isinstance(value, str) else type(value).__name__
-        raise ZebraError(f"{where}: {name} is a string with words; got {said}. Mend or drop it.")
-    return value.strip()
+    return passages
 
 
 class InstructionStats(NamedTuple):
@@ -257,18 +229,13 @@ class InstructionStats(NamedTuple):
 
 
 def instruction_stats(records: Sequence[dict[str, Any]]) -> list[InstructionStats]:
-    """What was made, kind by kind."""
-    found = []
-    for kind in sorted({record["kind"] for record in records}):
-        mine = [record for record in records if record["kind"] == kind]
-        words = [int(median(len(one[name].split()) for one in mine)) for name in ("document", "answer")]
-        found.append(InstructionStats(kind, len(mine), *words))
-    return found
-
-
-def write(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write JSON Lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text("".join(to_json(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(aside, path)
+    """The statistics of the instructions, kind by kind."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_kind.setdefault(record["kind"], []).append(record)
+    return [
+        InstructionStats(
+            kind, len(group), *(int(median(len(one[name].split()) for one in group)) for name in ("document", "answer"))
+        )
+        for kind, group in sorted(by_kind.items())
+    ]

@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.haystack import PromptTokenizer
-from zebra.data.qa import DOCUMENT_NOT_NEEDED, EVIDENCE_CUT, FAULTS, QAExample, evidence_lost, faults, read_items
+from zebra.data.qa import DOCUMENT_NOT_NEEDED, EVIDENCE_CUT, FAULTS, QAExample, evidence_cut, faults, read_examples
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrapped
 from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods, padded
@@ -67,7 +67,7 @@ def looked_at(items: Sequence[QAExample], prompts: Sequence[Prompt], length: int
     """What is wrong with each item, as far as no model is needed."""
     found = []
     for item, prompt, wrong in zip(items, prompts, faults(items), strict=True):
-        if prompt.cut and evidence_lost(item, prompt.kept):
+        if prompt.cut and evidence_cut(item, prompt.kept):
             wrong.append(EVIDENCE_CUT)
         size = len(prompt.ids)
         found.append(Outcome(item.name, item.group, item.question, length, size, prompt.tokens, prompt.cut, wrong))
@@ -180,15 +180,15 @@ def evaluate_documents(
         loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        ZebraError: what `EvalTarget`, `read_items` and `Prompts` refuse, a length beyond the model without `beyond`, a
-            file in which no item can be scored.
+        ZebraError: what `EvalTarget`, `read_examples` and `Prompts` refuse, a length beyond the model without `beyond`,
+            a file in which no item can be scored.
     """
     how = options or Options()
     overlap = Overlap() if how.score == "generate" and not check_only else None
     subject = EvalTarget(checkpoint, LoadOptions(**loading))
     if limit is not None and limit < 1:
         raise ZebraError(f"at least 1 item is measured; got --limit {limit}. Raise it or leave it out.")
-    items = read_items(Path(file))[:limit]
+    items = read_examples(Path(file))[:limit]
     prompts = Prompts(subject.tokenizer, how.template, chat=how.chat)
     spans = _lengths(subject, lengths, beyond)
     with bar("data", len(spans) * len(items), "items") as advance:

@@ -16,7 +16,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from zebra.data.conversations import Conversation
-from zebra.data.documents import find_files, read_documents, read_records
+from zebra.data.documents import find_files, read_documents
+from zebra.data.jsonl import read_records
 from zebra.data.quality import evaluation_text, faults, ngrams
 from zebra.evaluate.answers import answer_losses
 from zebra.train.chat import Chat
@@ -82,8 +83,8 @@ def _texts(file: Path) -> Iterator[str]:
     if ".jsonl" not in file.suffixes:
         yield from (document.text for document in read_documents([file]))
         return
-    for _, record in read_records(file):
-        yield max((value for value in record.values() if isinstance(value, str)), key=len, default="")
+    for record in read_records(file):
+        yield max((value for value in record.fields.values() if isinstance(value, str)), key=len, default="")
 
 
 def hash_of(one: Conversation) -> int:
