@@ -17,9 +17,10 @@ from zebra.model.families import attention_pairs, layout
 from zebra.plan import cost, decoder, memory, sheet
 from zebra.plan.cost import Run
 from zebra.plan.devices import DEVICES, Device
-from zebra.stripes import GLOBAL, LOCAL, summary_pairs
+from zebra.stripes import GLOBAL, LOCAL
+from zebra.study import layout as layouts
 from zebra.study import model as study
-from zebra.study import summary as kernel
+from zebra.study.layout import SummaryStripes, summary_pairs
 from zebra.study.summary import summarised
 from zebra.train.dry_run import _counting, dry_run
 from zebra.train.pretrain import config_of
@@ -98,9 +99,8 @@ def test_activations_of_summary_layers_are_what_autograd_keeps(
     length: int, keys: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At lengths within the window and of one, two and three passes over the queries."""
-    assert memory.QUERIES == kernel.QUERIES == 1024
-    monkeypatch.setattr(memory, "QUERIES", 100)
-    monkeypatch.setattr(kernel, "QUERIES", 100)
+    assert layouts.QUERIES == 1024
+    monkeypatch.setattr(layouts, "QUERIES", 100)
     sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": keys, "max_position_embeddings": 4096}
 
     def kept(attention: str, layers: int) -> int:
@@ -111,8 +111,8 @@ def test_activations_of_summary_layers_are_what_autograd_keeps(
         return sum(saved.values())
 
     more = [kept("summary", layers) - kept("local", layers) for layers in (1, 2)]
-    widths = {"heads": 6, "query_width": 48, "kv_width": 8 * keys, "window": 7, "block": 4}
-    found = memory.kept_of_summaries(length, half=precision == "bfloat16", **widths)
+    widths = {"heads": 6, "query_width": 48, "kv_width": 8 * keys, "half": precision == "bfloat16"}
+    found = SummaryStripes(7, "G", block=4, summaries=(0,)).extra_saved_bytes("summary", length, **widths)
     assert found == pytest.approx(more[1] - more[0], rel=0.01)
 
 

@@ -38,7 +38,7 @@ def _masks(keys: int, window: int) -> dict[str, Mask]:
 def test_it_equals_the_formula(
     kind: str, window: int, block: int, alibi: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zebra.study.summary.QUERIES", 7)
+    monkeypatch.setattr("zebra.study.layout.QUERIES", 7)
     inputs, mask = _drawn(23, 23), _masks(23, window)[kind]
     slopes = SLOPES if alibi else None
     found, _ = summarised(*inputs, mask, block=block, scale=0.4, slopes=slopes)

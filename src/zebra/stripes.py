@@ -12,8 +12,9 @@ The window counts the keys that a query sees, its own included: `0 <= i - j < wi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zebra.errors import ZebraError
 
@@ -29,6 +30,9 @@ class Stripes:
     Exactly one of `pattern` and `global_layers` is given. `sinks` are the first tokens of a text that local layers see
     beside the window. No config.json can say them: `zebra.json` does.
 
+    A subclass may have other kinds of layers besides: it overrides `layer_types`, `pairs`, `extra_saved_bytes` and
+    `orders`.
+
     Raises:
         ZebraError: window below 1, sinks below 0, an empty pattern or list, a letter that is neither G nor L, a
             repeated
@@ -38,6 +42,9 @@ class Stripes:
         >>> Stripes.parse("GLLL:512").layer_types(5)[3:]
         ('sliding_attention', 'full_attention')
     """
+
+    orders: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """The time and the memory of a layer of each other kind than global and local, such as `("N w", "w")`."""
 
     window: int
     pattern: str | None = None
@@ -132,6 +139,21 @@ class Stripes:
             )
         return tuple(GLOBAL if i in layers else LOCAL for i in range(n))
 
+    def pairs(self, kind: str, length: int) -> int:
+        """The (query, key) pairs that one layer of a kind computes over a text of `length` tokens."""
+        return visible_pairs(length, self.window, self.sinks) if kind == LOCAL else visible_pairs(length)
+
+    def extra_saved_bytes(
+        self, kind: str, length: int, *, heads: int, query_width: int, kv_width: int, half: bool
+    ) -> int:
+        """Bytes that autograd keeps of one sequence in a layer of a kind, beyond those of a global or local layer.
+
+        Args:
+            query_width: heads times head dimension; kv_width: key-value heads times head dimension.
+            half: whether the products are computed in bfloat16.
+        """
+        return 0
+
     def __str__(self) -> str:
         layers = self.pattern if self.pattern is not None else ",".join(str(i) for i in self.global_layers or ())
         return f"{layers}:{self.window}" + (f"+{self.sinks}" if self.sinks else "")
@@ -149,12 +171,3 @@ def visible_pairs(length: int, window: int | None = None, sinks: int = 0) -> int
     w = length if window is None else min(window, length)
     band = w * (w + 1) // 2 + (length - w) * w
     return band + (visible_pairs(length - w, sinks) if sinks and w < length else 0)
-
-
-def summary_pairs(length: int, window: int, block: int) -> int:
-    """Pairs of a query and a key or mean in one text: the band, and each block from where the band has left it.
-
-    sum over queries i of min(i + 1, w) + max(0, floor((i + 1 - w) / b))
-    """
-    whole, rest = divmod(max(0, length - window), block)
-    return visible_pairs(length, window) + block * whole * (whole - 1) // 2 + whole * (rest + 1)

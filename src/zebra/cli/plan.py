@@ -39,6 +39,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Estimate what a layout costs before it runs: FLOPs, bytes, memory, time, and what fits."""
+    import zebra.study.layout  # noqa: F401  # the plan knows the models of the study
     from zebra.plan import decoder, devices, fit, sheet
     from zebra.plan.cost import Run
     from zebra.positions import SelfExtend

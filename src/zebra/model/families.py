@@ -20,9 +20,8 @@ from transformers import (
 )
 
 from zebra.errors import ZebraError
-from zebra.stripes import GLOBAL, LOCAL, Stripes, summary_pairs, visible_pairs
+from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
 
-SUMMARY = "summary"
 FULL = "full"
 """The layout of a model without stripes, as rows and tables call it."""
 
@@ -189,13 +188,13 @@ def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig
 
     Raises:
         ZebraError: no route, a layer beyond the model, a layer of another kind where the family's rope forbids it,
-            summary layers.
+            layers of other kinds than global and local.
     """
     taken = route(config)
-    if SUMMARY in (getattr(config, "attention_kinds", None) or ()):
+    if others := sorted({*layer_kinds(config)} - {GLOBAL, LOCAL}):
         raise ZebraError(
-            f"stripes are of global and local layers, and this model has summary layers, {layout(config)}: it was "
-            "trained with them and would be another. Leave the stripes out."
+            f"stripes are of global and local layers, and this model has {', '.join(others)} layers, "
+            f"{layout(config)}: it was trained with them and would be another. Leave the stripes out."
         )
     layer_types = stripes.layer_types(config.num_hidden_layers)
     _check_kinds(taken, config, stripes, layer_types)
@@ -224,7 +223,12 @@ def _check_kinds(taken: Route, config: PreTrainedConfig, stripes: Stripes, wante
 
 
 def stripes_of(config: PreTrainedConfig) -> Stripes | None:
-    """The layout that a config asks for; None where every layer is global."""
+    """The layout that a config asks for; None where every layer is global.
+
+    A config class whose layers are of other kinds than global and local says its layout by a property `stripes`.
+    """
+    if (own := getattr(config, "stripes", None)) is not None:
+        return own
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -233,30 +237,24 @@ def stripes_of(config: PreTrainedConfig) -> Stripes | None:
 
 
 def layout(config: PreTrainedConfig, sinks: int = 0) -> str:
-    """The layout in the short notation, `dense` where every layer is global; a study's summary layers are S."""
-    kinds = getattr(config, "attention_kinds", None) or ()
-    if SUMMARY in kinds:
-        return f"{''.join(kind[0].upper() for kind in kinds)}:{config.window}/{config.summary_block}"
+    """The layout in the short notation, `full` where every layer is global."""
     stripes = stripes_of(config)
     return FULL if stripes is None else str(replace(stripes, sinks=sinks))
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Each layer's kind in the host's words, and `summary`, which the host takes for a full one."""
+    """Each layer's kind: those of transformers, and others that the config's class may have."""
     n, stripes = config.num_hidden_layers, stripes_of(config)
-    kinds = stripes.layer_types(n) if stripes else (GLOBAL,) * n
-    own = getattr(config, "attention_kinds", None) or kinds
-    return tuple(SUMMARY if mine == SUMMARY else kind for mine, kind in zip(own, kinds, strict=True))
+    return stripes.layer_types(n) if stripes else (GLOBAL,) * n
 
 
 def attention_pairs(config: PreTrainedConfig, length: int, sinks: int = 0) -> int:
     """Pairs of a query and what it sees, in all layers over one text."""
-    window = getattr(config, "sliding_window", None)
-    counts = {GLOBAL: visible_pairs(length), LOCAL: visible_pairs(length, window, sinks)}
-    kinds = layer_kinds(config)
-    if SUMMARY in kinds:
-        counts[SUMMARY] = summary_pairs(length, config.window, config.summary_block)
-    return sum(counts[kind] for kind in kinds)
+    stripes = stripes_of(config)
+    if stripes is None:
+        return config.num_hidden_layers * visible_pairs(length)
+    stripes = replace(stripes, sinks=sinks)
+    return sum(stripes.pairs(kind, length) for kind in stripes.layer_types(config.num_hidden_layers))
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

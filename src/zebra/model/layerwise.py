@@ -56,7 +56,7 @@ class Layerwise:
         others = ", ".join(sorted(overrides - {LocalAttention.__name__}))
         if model.config._attn_implementation != NAME or others:
             raise ZebraError(
-                f'layers change their kind in attention "{NAME}", without Self-Extend and summaries; '
+                f'layers change their kind in attention "{NAME}", without Self-Extend or any other override; '
                 f"got {others or model.config._attn_implementation}. Load it without."
             )
         self._layers, self._window, self._local = layers, window, LocalAttention(sinks)

@@ -20,7 +20,7 @@ from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.kernels.sinks import sink_attention
 from zebra.model.cache import SinkKeys
-from zebra.model.families import FULL, layout, stripes_of
+from zebra.model.families import layout, stripes_of
 from zebra.model.override import overrides_of, set_override
 from zebra.stripes import LOCAL
 
@@ -113,11 +113,12 @@ def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
     if local.sinks and getattr(model.config, "position_embedding", None) == "alibi":
         raise ZebraError(f"{local} stand far away, and ALiBi lowers the scores of what is far away. Leave them out.")
     stripes = stripes_of(model.config)
-    if stripes is None:
+    kinds = stripes.layer_types(model.config.num_hidden_layers) if stripes else ()
+    if LOCAL not in kinds:
         raise ZebraError(
-            f"{local} belong to local layers, and this layout is {FULL}. Give stripes, such as GLLL:512+4."
+            f"{local} belong to local layers, and this layout is {layout(model.config)}. Give stripes, such as "
+            "GLLL:512+4."
         )
-    kinds = stripes.layer_types(model.config.num_hidden_layers)
     for module in model.modules():
         # An attention module of transformers: it has the index of its layer, and the scale of its scores.
         if hasattr(module, "layer_idx") and hasattr(module, "scaling") and kinds[module.layer_idx] == LOCAL:
@@ -132,7 +133,7 @@ def local_attention_of(model: nn.Module) -> LocalAttention:
 def layout_name(config: PreTrainedConfig, local: LocalAttention, rope: object = None) -> str:
     """The layout in the short notation, with a change of rope beside it: `GLLL:512+4 yarn:8, full decode`.
 
-    A model of the study has its position embedding there: `GLLL:512 alibi`.
+    A config that names its position embedding has it there: `GLLL:512 alibi`.
     """
     parts = filter(None, (layout(config, local.sinks), getattr(config, "position_embedding", None), rope))
     return " ".join(map(str, parts)) + (", full decode" if local.full_decode else "")

@@ -107,7 +107,7 @@ def verify(
             )
     if getattr(config, "needs_zebra", False):
         raise ZebraError(
-            f"{target} has ALiBi, which plain transformers does not compute, so there is nothing to hold it against. "
+            f"plain transformers does not compute the attention of {target}, so there is nothing to hold it against. "
             "Verify a model with other positions."
         )
     source_stripes = stripes_of(source_config)

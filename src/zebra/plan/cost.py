@@ -1,7 +1,6 @@
 """What a run computes and moves: pairs, FLOPs and bytes by part, in closed form.
 
-    pairs       sum over layers of the mask's visible pairs: N (N + 1) / 2 global, w (w + 1) / 2 + (N - w) w local,
-                and of a summary layer the means of its blocks besides, about (N - w)^2 / 2 b
+    pairs       sum over layers of the mask's visible pairs: N (N + 1) / 2 global, w (w + 1) / 2 + (N - w) w local
     linear      2 FLOPs for each weight and token
     attention   4 D FLOPs for each head and pair: 2 D for the score, 2 D for the value
 
@@ -17,12 +16,13 @@ two passes over the logits.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from zebra.errors import ZebraError
-from zebra.plan.decoder import LARGEST, SUMMARY, Decoder, Summarised
+from zebra.plan.decoder import LARGEST, Decoder
 from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
-from zebra.stripes import GLOBAL, LOCAL, Stripes, summary_pairs, visible_pairs
+from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PHASES = ("train", "prefill", "decode")
@@ -86,6 +86,11 @@ class Run:
         """Layers of a kind."""
         return self.decoder.kinds(self.stripes).count(kind)
 
+    @property
+    def others(self) -> int:
+        """Layers of other kinds than global and local: they read the window and, apart from it, all keys."""
+        return self.decoder.layers - self.count(GLOBAL) - self.count(LOCAL)
+
 
 def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     if run.phase == "train":
@@ -117,18 +122,16 @@ def self_extend_pairs(length: int, window: int) -> tuple[int, int]:
 
 
 def pairs_by_kind(run: Run) -> dict[str, int]:
-    """Visible (query, key) pairs of all layers of each kind, over rows, for each head; a mean counts as a key."""
+    """Visible (query, key) pairs of all layers of each kind, over rows, for each head."""
     past, new = (run.length, 1) if run.phase == "decode" else (0, run.length)
-    whole = run.stripes is None or (run.full_decode and run.phase == "decode")
-    seen = (None, 0) if run.stripes is None or whole else (run.stripes.window, run.stripes.sinks)
-    found = {
-        GLOBAL: run.batch * run.count(GLOBAL) * chunk_pairs(past, new),
-        LOCAL: run.batch * run.count(LOCAL) * chunk_pairs(past, new, *seen),
-    }
-    if isinstance(run.stripes, Summarised):
-        before, after = (summary_pairs(n, run.stripes.window, run.stripes.block) for n in (past, past + new))
-        found[SUMMARY] = run.batch * run.count(SUMMARY) * (after - before)
-    return found
+    counts = {GLOBAL: 0, LOCAL: 0} | Counter(run.decoder.kinds(run.stripes))
+
+    def visible(kind: str) -> int:
+        if run.stripes is None or (kind == LOCAL and run.full_decode and run.phase == "decode"):
+            return chunk_pairs(past, new)
+        return run.stripes.pairs(kind, past + new) - run.stripes.pairs(kind, past)
+
+    return {kind: run.batch * count * visible(kind) for kind, count in counts.items()}
 
 
 def pairs(run: Run) -> int:
@@ -185,7 +188,7 @@ def traffic(run: Run) -> dict[str, int]:
         routed = d.expert_layers * d.experts * d.maps * h * d.expert_intermediate
         weights["MLP"] -= int((1 - met) * routed)
     # Near and far each read queries, keys and values; in decode each reads only keys of its own.
-    rounds = d.layers + (run.count(GLOBAL) if run.self_extend and run.phase == "prefill" else 0) + run.count(SUMMARY)
+    rounds = d.layers + (run.count(GLOBAL) if run.self_extend and run.phase == "prefill" else 0) + run.others
     head = tokens if run.phase == "train" else run.batch
     moved = {
         "projections": weights["projections"] + d.layers * tokens * (2 * h + 2 * hd + 2 * kd),
@@ -206,9 +209,8 @@ def _cached_reads(run: Run) -> int:
     if run.phase != "decode":
         return 0
     seen = pairs_by_kind(run)
-    means = run.count(SUMMARY)  # whose blocks are averaged anew, of all keys
-    own = run.batch * (run.decoder.layers - means)  # the token's own key is not read from the cache
-    return seen[GLOBAL] + seen[LOCAL] - own + run.batch * means * run.length
+    own = run.batch * (run.decoder.layers - run.others)  # the token's own key is not read from the cache
+    return seen[GLOBAL] + seen[LOCAL] - own + run.batch * run.others * run.length
 
 
 def trained(run: Run) -> int:

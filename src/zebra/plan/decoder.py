@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Family:
         asks: whether a window counts only beside `use_sliding_window: true`.
         turned: the kinds of layer whose queries and keys a rotary embedding turns.
         tied: whether embedding and head are one where the config does not say.
+        complete: adds to a decoder what only the family's configs say.
     """
 
     norms: int = 2
@@ -44,6 +45,7 @@ class Family:
     asks: bool = False
     turned: str = "GL"
     tied: bool = False
+    complete: Callable[[Decoder, Mapping[str, Any]], Decoder] | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -60,37 +62,11 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(query_norm="all", pattern=None),
     "olmo3": Family(query_norm="all", pattern="LLLG"),
     "gpt2": Family(biases="all", gated=False, turned="", tied=True, pattern=None),
-    "zebra_study": Family(tied=True),
 }
 """The families whose parameters are counted exactly, by `model_type`. Any other is reckoned as a Llama, and said so."""
 
 LARGEST = 10**12
 """What any size of a config, a length or a batch may be: products of a few of them are still floats."""
-SUMMARY = "summary"
-"""A layer that reads its window, and beyond it the mean of each block (`zebra.study.summary`)."""
-
-
-@dataclass(frozen=True)
-class Summarised(Stripes):
-    """The layout of a model of the study some of whose layers are of the kind SUMMARY; its pattern is not tiled.
-
-    Attributes:
-        block: tokens of a block.
-        summaries: those layers; the host takes them for global ones, and so does the pattern.
-    """
-
-    block: int = 1
-    summaries: tuple[int, ...] = ()
-
-    def layer_types(self, n: int) -> tuple[str, ...]:
-        """The kind of each layer."""
-        return tuple(SUMMARY if i in self.summaries else kind for i, kind in enumerate(super().layer_types(n)))
-
-    def __str__(self) -> str:
-        letters = ("S" if i in self.summaries else letter for i, letter in enumerate(self.pattern or ""))
-        return f"{''.join(letters)}:{self.window}/{self.block}"
-
-
 _NAMES = {
     "num_hidden_layers": "n_layer",
     "hidden_size": "n_embd",
@@ -236,7 +212,7 @@ def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
     if not isinstance(tied, bool):
         raise ZebraError(f"{name}: tie_word_embeddings is true or false; got {tied!r}. Mend its config.json.")
     attention_bias = style.biases in ("attention", "all") or bool(fields.get("attention_bias"))
-    return Decoder(
+    sizes = Decoder(
         name=name,
         family=family,
         layers=layers,
@@ -248,7 +224,7 @@ def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
         vocabulary=_whole(fields, "vocab_size", name),
         tied=tied,
         trained_length=(longest := _whole(fields, "max_position_embeddings", name)),
-        learned_positions=longest if style.biases == "all" or fields.get("position_embedding") == "absolute" else 0,
+        learned_positions=longest if style.biases == "all" else 0,
         qkv_bias=attention_bias or style.biases == "qkv",
         out_bias=attention_bias,
         mlp_bias=style.biases == "all" or bool(fields.get("mlp_bias")),
@@ -256,6 +232,7 @@ def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
         stripes=_stripes(fields, style, layers, name),
         **(_experts(fields, experts, layers, name) if experts else {}),
     )
+    return style.complete(sizes, fields) if style.complete else sizes
 
 
 def _whole(fields: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
@@ -288,7 +265,7 @@ def _experts(fields: Mapping[str, Any], key: str, layers: int, name: str) -> dic
 
 def _rope(fields: Mapping[str, Any], style: Family) -> str | None:
     """The type of the rope, of several that which changes with length; in older configs' words too."""
-    if not style.turned or fields.get("alibi") or fields.get("position_embedding", "rotary") != "rotary":
+    if not style.turned or fields.get("alibi"):
         return None
     found = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     ropes = [one for one in (found, *found.values()) if isinstance(one, Mapping)]
@@ -315,7 +292,4 @@ def _stripes(fields: Mapping[str, Any], style: Family, layers: int, name: str) -
         pattern = "L" * (every - 1) + "G" if every and "G" in style.pattern else style.pattern
         tiled = Stripes(window=window, pattern=pattern).layer_types(layers)
         kinds = [kind if i >= first else GLOBAL for i, kind in enumerate(tiled)]
-    if summaries := tuple(i for i, kind in enumerate(fields.get("attention_kinds") or ()) if kind == SUMMARY):
-        pattern = "".join("L" if kind == LOCAL else "G" for kind in kinds)
-        return Summarised(window, pattern, block=_whole(fields, "summary_block", name), summaries=summaries)
     return Stripes.of(kinds, window) if LOCAL in kinds else None

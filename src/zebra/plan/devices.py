@@ -17,7 +17,6 @@ from pathlib import Path
 
 from zebra.errors import ZebraError
 from zebra.plan.cost import BYTES, Run, flops, pairs_by_kind, traffic
-from zebra.plan.decoder import SUMMARY
 from zebra.stripes import GLOBAL, LOCAL
 
 PUBLISHED = "published"
@@ -59,7 +58,7 @@ class Device:
         return {part: max(busy.get(part, 0.0), moved / self.bandwidth) for part, moved in traffic(run).items()}
 
     def _attention(self, run: Run, kind: str) -> float:
-        rates = self.attention.get(LOCAL if kind == SUMMARY else kind, {})
+        rates = self.attention.get(kind if kind == GLOBAL else LOCAL, {})
         return rates.get(run.dtype, self.flops[run.dtype])
 
     def _peak(self, run: Run, part: str) -> float:

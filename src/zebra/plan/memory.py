@@ -10,8 +10,8 @@ What autograd keeps of one layer, for each token, in numbers (h hidden, i interm
 The terms: each norm keeps its input and what it normed (2 h each, in float32) and 1/rms; q, k, v, the output and its
 log-sum-exp H; gate, its activation, up and their product (4 i); what each trained map reads (under autocast q, k, v,
 gate and up each cast their own copy: 5 h; a frozen map keeps none). Norms of queries and keys keep their input and what
-they normed too. A plain MLP keeps 2 i and a LayerNorm has no product to keep. A summary layer keeps beside that
-the weights and the mask of the blocks that it sees, their means, and a second output: `kept_of_summaries`.
+they normed too. A plain MLP keeps 2 i and a LayerNorm has no product to keep. What layers of other kinds keep besides,
+their layout says (`Stripes.extra_saved_bytes`).
 
 All bytes; what an allocator wastes is not in it.
 """
@@ -21,25 +21,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zebra.plan.cost import BYTES, Run, low_rank, trained
-from zebra.plan.decoder import SUMMARY, Summarised
 from zebra.stripes import GLOBAL, LOCAL
 
 CHUNK = 512
 """Tokens whose logits the loss holds at a time, `zebra.model.loss.CHUNK`."""
-QUERIES = 1024
-"""Queries whose scores over blocks a summary layer forms at a time, `zebra.study.summary.QUERIES`."""
 
 
 def cached_tokens(run: Run) -> int:
-    """Tokens kept between steps, summed over layers and rows: N in a global or summary layer, w - 1 in a local one.
+    """Tokens kept between steps, summed over layers and rows: w - 1 in a local layer, N in any other.
 
     A local layer has beside them room for its sinks; with full decoding it keeps N. Under Self-Extend a global layer
     keeps N, and the keys alone of the last W - 1 once more: `kv_bytes` counts them.
     """
     window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes else (1, 0)
     local = run.length if run.full_decode else min(run.length, window - 1) + sinks
-    whole = (run.count(GLOBAL) + run.count(SUMMARY)) * run.length
-    return run.batch * (whole + run.count(LOCAL) * local)
+    whole = run.decoder.layers - run.count(LOCAL)
+    return run.batch * (whole * run.length + run.count(LOCAL) * local)
 
 
 def kv_bytes(run: Run) -> int:
@@ -71,33 +68,15 @@ def saved_by_a_layer(run: Run) -> int:
     return 2 * half + 4 * ((2 + norms) * h + d.heads + 2 + own * (hd + kd + d.heads + d.kv_heads))
 
 
-def kept_of_summaries(
-    length: int, *, heads: int, query_width: int, kv_width: int, window: int, block: int, half: bool
-) -> int:
-    """Bytes that autograd keeps of one row in a summary layer, beyond those of a local layer.
-
-    For each token 8 HD (under autocast 14 HD) + 12 H + 9, for each block 16 and its means, 8 KD, and for each token and
-    block that its 1,024 queries see 8 H + 1: scores and weights, and the mask. Where heads share keys, each 1,024
-    queries keep a copy of the means for each head instead, 8 HD.
-    """
-    if length < window + block:
-        return 0
-    ends = [min(length, start + QUERIES) for start in range(0, length, QUERIES)]
-    reaches = [max(0, (end - window) // block) for end in ends]
-    seen = sum((end - (end - 1) // QUERIES * QUERIES) * reach for end, reach in zip(ends, reaches, strict=True))
-    each, blocks = (14 if half else 8) * query_width + 12 * heads + 9, -(-length // block)
-    means = 8 * kv_width * blocks if kv_width == query_width else 8 * query_width * sum(reaches)
-    return length * each + 16 * blocks + means + seen * (8 * heads + 1)
-
-
-def _kept_of_summaries(run: Run) -> int:
-    """The same of all rows; 0 in a model without such layers."""
+def _extra_saved(run: Run) -> dict[str, int]:
+    """Bytes beyond those of `saved_by_a_layer` that autograd keeps of one layer, for each kind of layer."""
     d, stripes = run.decoder, run.stripes
-    if not isinstance(stripes, Summarised):
-        return 0
     sizes = {"heads": d.heads, "query_width": d.query_width, "kv_width": d.kv_width}
-    sizes |= {"window": stripes.window, "block": stripes.block}
-    return run.batch * kept_of_summaries(run.length, half=run.dtype == "bfloat16", **sizes)
+    half = run.dtype == "bfloat16"
+    return {
+        kind: run.batch * stripes.extra_saved_bytes(kind, run.length, half=half, **sizes) if stripes else 0
+        for kind in {*d.kinds(stripes)}
+    }
 
 
 def memory(run: Run) -> dict[str, int]:
@@ -108,14 +87,14 @@ def memory(run: Run) -> dict[str, int]:
 def _training(run: Run) -> dict[str, int]:
     d = run.decoder
     learns, half = trained(run), run.dtype == "bfloat16"
-    layer, summary = run.tokens * saved_by_a_layer(run), _kept_of_summaries(run)
+    layer, extra = run.tokens * saved_by_a_layer(run), _extra_saved(run)
     held = 4 * d.size if not run.lora else BYTES[run.dtype] * d.size + 4 * learns
     cast = 0
     if half:
         parts = d.parameters()
         cast = 2 * (low_rank(run) + (0 if run.lora else parts["projections"] + parts["MLP"]))
     found = {"weights": held, "gradients": 4 * learns, "AdamW": 8 * learns} | activation_memory(
-        [layer + summary if kind == SUMMARY else layer for kind in d.kinds(run.stripes)],
+        [layer + extra[kind] for kind in d.kinds(run.stripes)],
         layer_input=4 * run.tokens * d.hidden,  # the residual stream is float32
         weights_cast=cast,
         vocab_size=d.vocabulary,

@@ -8,10 +8,10 @@ from typing import Any
 
 from zebra.plan import fit
 from zebra.plan.cost import Run, flops, pairs, self_extend_pairs, traffic, trained
-from zebra.plan.decoder import FAMILIES, Summarised
+from zebra.plan.decoder import FAMILIES
 from zebra.plan.devices import MEASURED, Device
 from zebra.plan.memory import cached_tokens, kv_bytes, memory
-from zebra.stripes import GLOBAL, summary_pairs, visible_pairs
+from zebra.stripes import GLOBAL, visible_pairs
 
 LENGTHS = tuple(2**i for i in range(10, 21))
 """1K to 1M, what the picture shows."""
@@ -83,7 +83,6 @@ def complexity(run: Run) -> list[dict[str, Any]]:
         global   time O(N^2)                      memory O(N)
         local    time O(N w)                      memory O(w)
         grouped  time O(N^2 / g + (1 - 1/g) N w)  memory O(N / g + (1 - 1/g) w)
-        summary  time O(N (w + N / b))            memory O(N)
     """
     n, d = run.length, run.decoder
     rows = [("global", "N²", "N", float(visible_pairs(n)), float(n))]
@@ -94,8 +93,8 @@ def complexity(run: Run) -> list[dict[str, Any]]:
         rows.append(("local", "N w", "w", float(visible_pairs(n, w, sinks)), float(min(n, w - 1) + sinks)))
         grouped = (pairs(one) / d.layers, cached_tokens(one) / d.layers)
         rows.append(("grouped", "N²/g + (1 − 1/g) N w", "N/g + (1 − 1/g) w", *grouped))
-        if isinstance(run.stripes, Summarised):
-            rows[-1] = ("summary", "N (w + N/b)", "N", float(summary_pairs(n, w, run.stripes.block)), float(n))
+        if others := run.stripes.orders:
+            rows[-1:] = [(kind, *order, float(run.stripes.pairs(kind, n)), float(n)) for kind, order in others.items()]
     if run.self_extend:
         near = sum(self_extend_pairs(n, run.self_extend.window))
         twice = min(n, run.self_extend.window - 1)  # keys alone: half a token each

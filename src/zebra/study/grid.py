@@ -37,7 +37,7 @@ from zebra.plan.decoder import decoder
 from zebra.progress import bar, console
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
-from zebra.study.model import NAME
+from zebra.study.layout import NAME
 from zebra.study.recipe import AXES, StudyRecipe, recipes_of
 from zebra.train import directory
 from zebra.train.pretrain import check_step, config_of

@@ -48,11 +48,10 @@ from zebra.model.families import READS, TOKENLESS, Limit, Route, register_route
 from zebra.model.override import set_override
 from zebra.positions import alibi_slopes
 from zebra.stripes import GLOBAL, LOCAL
+from zebra.study.layout import NAME, SUMMARY, SummaryStripes, summary_stripes
 from zebra.study.summary import summarised
 
-NAME = "zebra_study"
-"""Its `model_type`."""
-KINDS = ("global", "local", "summary")
+KINDS = ("global", "local", SUMMARY)
 POSITIONS = ("absolute", "alibi", "rotary", "none")
 ATTENTIONS = (*KINDS, "grouped")
 
@@ -158,6 +157,11 @@ class StudyConfig(PreTrainedConfig):
             raise ValueError(
                 f"key-value heads divide the heads; got {self.num_key_value_heads} of {self.num_attention_heads}."
             )
+
+    @property
+    def stripes(self) -> SummaryStripes | None:
+        """The layout where some layers are summary layers; `layer_types` says any other."""
+        return summary_stripes(self.attention_kinds or [], self.sliding_window or 0, self.summary_block)
 
     @property
     def needs_zebra(self) -> bool:

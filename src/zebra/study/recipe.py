@@ -11,7 +11,8 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from zebra.errors import ZebraError
-from zebra.study.model import NAME, StudyConfig, attention_kinds
+from zebra.study.layout import NAME
+from zebra.study.model import StudyConfig, attention_kinds
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe, Section, checked
 

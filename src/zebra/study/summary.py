@@ -22,9 +22,7 @@ from torch import Tensor
 from zebra.kernels import attend
 from zebra.kernels.merging import merge
 from zebra.kernels.request import Mask
-
-QUERIES = 1024
-"""Queries at a time: their scores over all finished blocks stand at once."""
+from zebra.study import layout
 
 
 class _Blocks(NamedTuple):
@@ -123,14 +121,14 @@ def _far(
     mean_k, mean_v = means(k, blocks), means(v, blocks)
     first = mask.first_tokens(keys, q.device)
     outs, lses = [], []
-    for start in range(0, queries, QUERIES):
-        i = torch.arange(keys - queries + start, keys - queries + min(queries, start + QUERIES), device=q.device)
+    for start in range(0, queries, layout.QUERIES):
+        i = torch.arange(keys - queries + start, keys - queries + min(queries, start + layout.QUERIES), device=q.device)
         seen = (i[:, None] - blocks.last[:, None] >= mask.window) & (blocks.size[:, None] == block)
         if mask.documents is not None:
             seen = seen & (first[:, i, None] == blocks.document[:, None])
         reach = int(seen.any(dim=1).int().mul(torch.arange(1, seen.shape[2] + 1, device=q.device)).max())
         seen = seen[:, None, None, :, :reach]
-        rows = q[:, :, start : start + QUERIES].to(wide).unflatten(1, (k.shape[1], -1))
+        rows = q[:, :, start : start + layout.QUERIES].to(wide).unflatten(1, (k.shape[1], -1))
         scores = rows @ mean_k[:, :, None, :reach].mT * scale
         if slopes is not None:
             place = blocks.last[:, None, :reach] - (block - 1) / 2

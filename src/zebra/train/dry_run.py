@@ -24,9 +24,9 @@ from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_config
-from zebra.model.families import SUMMARY, attention_pairs, layer_kinds, model_class
+from zebra.model.families import attention_pairs, layer_kinds, model_class, stripes_of
 from zebra.model.local import layout_name
-from zebra.plan.memory import activation_memory, kept_of_summaries
+from zebra.plan.memory import activation_memory
 from zebra.plan.shapes import shape
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import lora
@@ -113,10 +113,10 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     """
     tokens = recipe.train.length * recipe.train.per_device_train_batch_size
     kinds = layer_kinds(config)
-    saved = {kind: _saved_by_a_layer(recipe, config, LOCAL if kind == SUMMARY else kind) for kind in set(kinds)}
-    summary = _kept_of_summaries(recipe, config) if SUMMARY in kinds else 0
+    saved = {kind: _saved_by_a_layer(recipe, config, kind if kind == GLOBAL else LOCAL) for kind in set(kinds)}
+    extra = {kind: _extra_saved(recipe, config, kind) for kind in saved}
     return activation_memory(
-        [tokens * saved[kind][0] + summary * (kind == SUMMARY) for kind in kinds],
+        [tokens * saved[kind][0] + extra[kind] for kind in kinds],
         layer_input=tokens * config.hidden_size * _stream(recipe),
         weights_cast=sum(saved[kind][1] for kind in kinds),
         vocab_size=config.vocab_size,
@@ -124,14 +124,15 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     )
 
 
-def _kept_of_summaries(recipe: Recipe, config: PreTrainedConfig) -> int:
-    """What a summary layer keeps beyond a local one, which grows faster than the tokens and so is not probed."""
+def _extra_saved(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
+    """What a layer of another kind than global and local keeps beyond a local one: its layout counts it."""
+    stripes = stripes_of(config)
+    if stripes is None or kind not in stripes.orders:
+        return 0
     heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sizes = {"heads": heads, "query_width": heads * size, "kv_width": keys * size}
-    sizes |= {"window": config.sliding_window, "block": config.summary_block}
-    return recipe.train.per_device_train_batch_size * kept_of_summaries(
-        recipe.train.length, half=_half(recipe), **sizes
-    )
+    saved = stripes.extra_saved_bytes(kind, recipe.train.length, half=_half(recipe), **sizes)
+    return recipe.train.per_device_train_batch_size * saved
 
 
 def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
@@ -218,9 +219,8 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
 
 
 def _counted(kinds: tuple[str, ...]) -> str:
-    counts = [f"{kinds.count(GLOBAL)} global", f"{kinds.count(LOCAL)} local"]
-    if SUMMARY in kinds:
-        counts.append(f"{kinds.count(SUMMARY)} summary")
+    names = {GLOBAL: "global", LOCAL: "local"} | {kind: kind for kind in sorted({*kinds} - {GLOBAL, LOCAL})}
+    counts = [f"{kinds.count(kind)} {name}" for kind, name in names.items()]
     return f"{', '.join(counts[:-1])} and {counts[-1]}"
 
 

@@ -66,9 +66,11 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
         ZebraError: no global layer with a rope, a model that cannot run on our cache, and as `attention_layers`.
     """
     trained = model.config.get_text_config().max_position_embeddings
-    if "summary" in (getattr(model.config, "attention_kinds", None) or ()):
+    overrides = {type(override).__name__ for module in model.modules() if (override := get_override(module))}
+    if others := sorted(overrides - {"LocalAttention", SelfExtendAttention.__name__}):
         raise ZebraError(
-            "Self-Extend maps the positions of tokens; summary layers read means of many. Load it without."
+            f"Self-Extend maps the positions of tokens, and this model has layers with {', '.join(others)}. "
+            "Load it without."
         )
     rotations: dict[str, GroupedRotation] = {}
     for layer in attention_layers(model):

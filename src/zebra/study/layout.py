@@ -1,0 +1,106 @@
+"""Layouts with summary layers: what each layer sees and what it costs. Importing this lets `zebra.plan` read the study.
+
+The standard library only: `zebra plan` loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from zebra.errors import ZebraError
+from zebra.plan.decoder import FAMILIES, Decoder, Family
+from zebra.stripes import Stripes, visible_pairs
+
+NAME = "zebra_study"
+"""The `model_type` of the study's decoder."""
+SUMMARY = "summary"
+"""The kind of a layer that sees its window, and before it the mean of each block (`zebra.study.summary`)."""
+QUERIES = 1024
+"""Queries whose scores over all finished blocks a summary layer forms at a time."""
+
+
+@dataclass(frozen=True)
+class SummaryStripes(Stripes):
+    """A layout some of whose layers are summary layers; its pattern has a letter for each layer: `GSSL:32/16`.
+
+    Attributes:
+        block: tokens of a block.
+        summaries: the indices of the summary layers; to transformers they are global layers, and so in `pattern`.
+
+    Raises:
+        ZebraError: a block below 1, and what `Stripes` raises.
+    """
+
+    orders: ClassVar[Mapping[str, tuple[str, str]]] = {SUMMARY: ("N (w + N/b)", "N")}
+
+    block: int = 1
+    summaries: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
+            raise ZebraError(f"summary_block is a whole number from 1 on; got {self.block!r}. Mend the config.json.")
+
+    def layer_types(self, n: int) -> tuple[str, ...]:
+        """The kind of each layer: those of transformers, and SUMMARY."""
+        return tuple(SUMMARY if i in self.summaries else kind for i, kind in enumerate(super().layer_types(n)))
+
+    def pairs(self, kind: str, length: int) -> int:
+        """Pairs of a query and a key, or a mean, in one layer over one text."""
+        return summary_pairs(length, self.window, self.block) if kind == SUMMARY else super().pairs(kind, length)
+
+    def extra_saved_bytes(
+        self, kind: str, length: int, *, heads: int, query_width: int, kv_width: int, half: bool
+    ) -> int:
+        """Bytes that autograd keeps of one sequence in a summary layer, beyond those of a local layer.
+
+        For each token 8 HD (under autocast 14 HD) + 12 H + 9, for each block 16 and its means, 8 KD, and for each token
+        and block that its 1,024 queries see 8 H + 1: scores and weights, and the mask. Where heads share keys, each
+        1,024 queries keep a copy of the means for each head instead, 8 HD.
+        """
+        if kind != SUMMARY or length < self.window + self.block:
+            return 0
+        starts = range(0, length, QUERIES)
+        ends = [min(length, start + QUERIES) for start in starts]
+        reaches = [max(0, (end - self.window) // self.block) for end in ends]
+        seen = sum((end - start) * reach for start, end, reach in zip(starts, ends, reaches, strict=True))
+        each, blocks = (14 if half else 8) * query_width + 12 * heads + 9, -(-length // self.block)
+        means = 8 * kv_width * blocks if kv_width == query_width else 8 * query_width * sum(reaches)
+        return length * each + 16 * blocks + means + seen * (8 * heads + 1)
+
+    def __str__(self) -> str:
+        letters = ("S" if i in self.summaries else letter for i, letter in enumerate(self.pattern or ""))
+        return f"{''.join(letters)}:{self.window}/{self.block}"
+
+
+def summary_pairs(length: int, window: int, block: int) -> int:
+    """Pairs of a query and a key or mean in one text: the band, and each block from where the band has left it.
+
+    sum over queries i of min(i + 1, w) + max(0, floor((i + 1 - w) / b))
+    """
+    whole, rest = divmod(max(0, length - window), block)
+    return visible_pairs(length, window) + block * whole * (whole - 1) // 2 + whole * (rest + 1)
+
+
+def summary_stripes(kinds: Sequence[str], window: int, block: int) -> SummaryStripes | None:
+    """The layout of layers of the kinds `global`, `local` and `summary`; None where no layer is a summary layer."""
+    summaries = tuple(i for i, kind in enumerate(kinds) if kind == SUMMARY)
+    pattern = "".join("L" if kind == "local" else "G" for kind in kinds)
+    return SummaryStripes(window, pattern, block=block, summaries=summaries) if summaries else None
+
+
+def _with_study_fields(decoder: Decoder, fields: Mapping[str, Any]) -> Decoder:
+    """The decoder with what only a config of the study says: its position embedding and its summary layers."""
+    position, kinds = fields.get("position_embedding", "rotary"), fields.get("attention_kinds") or ()
+    stripes = summary_stripes(kinds, fields.get("sliding_window", 0), fields.get("summary_block", 64))
+    return replace(
+        decoder,
+        rope=decoder.rope if position == "rotary" else None,
+        learned_positions=decoder.trained_length if position == "absolute" else 0,
+        stripes=stripes or decoder.stripes,
+    )
+
+
+FAMILIES[NAME] = Family(tied=True, complete=_with_study_fields)
