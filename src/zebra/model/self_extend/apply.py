@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
 from zebra.model.local import local_attention_of
-from zebra.model.override import overrides_of, set_override
+from zebra.model.override import get_override, overrides_of, set_override
 from zebra.model.rope import changes_with_length
 from zebra.model.self_extend.layer import GroupedRotation, SelfExtendAttention
 from zebra.model.self_extend.probe import CANNOT_RUN, attention_layers
