@@ -157,10 +157,10 @@ def test_groups_of_heads(on_a_cpu: Any, heads: int, group: int, monkeypatch: pyt
 
 def test_a_plain_band_moves_no_token(on_a_cpu: Any) -> None:
     (one,) = varlen.packings(Mask(window=5), 3, 4, 9, torch.device("cpu"))
-    assert one.rows is one.columns is one.counts is None
-    assert one.row_bounds.tolist() == [0, 4, 8, 12]
-    assert one.column_bounds.tolist() == [0, 9, 18, 27]
-    assert (one.longest_rows, one.longest_columns, one.window) == (4, 9, (4, 0))
+    assert one.queries is one.keys is one.valid is None
+    assert one.query_bounds.tolist() == [0, 4, 8, 12]
+    assert one.key_bounds.tolist() == [0, 9, 18, 27]
+    assert (one.max_queries, one.max_keys, one.window) == (4, 9, (4, 0))
 
 
 def test_only_real_tokens_are_packed() -> None:
@@ -168,18 +168,18 @@ def test_only_real_tokens_are_packed() -> None:
     real = torch.tensor([[False] * 2 + [True] * 7, [True] * 7 + [False] * 2])
     numbers = torch.tensor([[0] * 6 + [1] * 3, [4] * 9])
     first, second = varlen.packings(Mask(None, real, numbers), 2, 9, 9, torch.device("cpu"))
-    assert first.row_bounds.tolist() == first.column_bounds.tolist() == [0, 4, 7, 14]
-    assert first.rows is not None
-    assert first.rows.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
-    assert second.rows is not None
-    assert (second.rows.tolist(), second.row_bounds.tolist(), second.column_bounds.tolist()) == (
+    assert first.query_bounds.tolist() == first.key_bounds.tolist() == [0, 4, 7, 14]
+    assert first.queries is not None
+    assert first.queries.tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+    assert second.queries is not None
+    assert (second.queries.tolist(), second.query_bounds.tolist(), second.key_bounds.tolist()) == (
         [16, 17],
         [0, 2],
         [0, 7],
     )
     # A chunk that holds only document 1 of the first row takes no key of document 0 along.
     first, *_ = varlen.packings(Mask(None, real, numbers), 2, 3, 9, torch.device("cpu"))
-    assert (first.row_bounds.tolist(), first.column_bounds.tolist()) == ([0, 3, 4], [0, 3, 10])
+    assert (first.query_bounds.tolist(), first.key_bounds.tolist()) == ([0, 3, 4], [0, 3, 10])
 
 
 def asked(mask: Mask, *, size: int = 8, with_lse: bool = False, scale: float = 1.0, grad: bool = False) -> str | None:

@@ -1,10 +1,10 @@
-"""Stripes: which layers of a decoder attend globally and which to a window (Zebra, arXiv 2312.08618, section 3).
+"""Stripes: which layers use full attention, which sliding-window attention (Zebra, arXiv 2312.08618, section 3).
 
-A layout is data, never code. Its one short notation is used everywhere: recipes, the command line, rows, file names.
+A layout is data, never code. One short notation serves recipes, the command line, results and file names.
 
     GLLL:512          a pattern tiled over the depth: G attends globally, L to a window of 512 keys
-    0,4,9,31:1024     the global layers named one by one; all the others attend to 1,024 keys
-    GLLL:512+4        local layers see the first 4 tokens of a text besides: its sinks (arXiv 2309.17453)
+    0,4,9,31:1024     the global layers listed; all the others attend to 1,024 keys
+    GLLL:512+4        local layers also see the first 4 tokens of a text: its sinks (arXiv 2309.17453)
 
 The window counts the keys that a query sees, its own included: `0 <= i - j < window`.
 """
@@ -20,23 +20,26 @@ from zebra.errors import ZebraError
 
 GLOBAL = "full_attention"
 LOCAL = "sliding_attention"
-"""The host's words for a layer's kind, as they stand in `config.layer_types`."""
+"""A layer's kind as transformers writes it in `config.layer_types`."""
 
 
 @dataclass(frozen=True)
 class Stripes:
     """A layout of global and local layers: a tiled `pattern` or an explicit list of `global_layers`, and the `window`.
 
-    Exactly one of `pattern` and `global_layers` is given. `sinks` are the first tokens of a text that local layers see
-    beside the window. No config.json can say them: `zebra.json` does.
+    Attributes:
+        window: keys that a query of a local layer sees, its own included.
+        pattern: letters G and L, or None.
+        global_layers: indices counted from 0, or None. Exactly one of the two is set.
+        sinks: first tokens of a text that local layers see besides the window; config.json has no key for them, so
+            `zebra.json` holds them.
 
     A subclass may have other kinds of layers besides: it overrides `layer_types`, `pairs`, `extra_saved_bytes` and
     `orders`.
 
     Raises:
         ZebraError: window below 1, sinks below 0, an empty pattern or list, a letter that is neither G nor L, a
-            repeated
-            or negative layer. A layer beyond the model's depth is refused by `layer_types`, which knows the depth.
+            repeated or negative layer. `layer_types`, which knows the depth, rejects a layer beyond it.
 
     Example:
         >>> Stripes.parse("GLLL:512").layer_types(5)[3:]
@@ -52,12 +55,12 @@ class Stripes:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 1 <= self.window < 2**31:
+        if not _is_int(self.window) or not 1 <= self.window < 2**31:
             raise ZebraError(
                 f"a window counts the keys that a query sees, its own included, so it is a whole number of at least 1 "
                 f"and below 2^31; got {self.window!r}. Give a window such as 512."
             )
-        if isinstance(self.sinks, bool) or not isinstance(self.sinks, int) or not 0 <= self.sinks < 2**31:
+        if not _is_int(self.sinks) or not 0 <= self.sinks < 2**31:
             raise ZebraError(
                 "sinks count the first tokens of a text that local layers always see, a whole number of at least 0; "
                 f"got {self.sinks!r}. Give a few, such as 4."
@@ -79,9 +82,7 @@ class Stripes:
                     "a list of global layers names at least one layer; got none. "
                     f"For local layers only, write the pattern L:{self.window}."
                 )
-            if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in layers) or len(set(layers)) != len(
-                layers
-            ):
+            if len(set(layers)) != len(layers) or not all(_is_int(i) and i >= 0 for i in layers):
                 raise ZebraError(
                     f"global layers are different whole numbers counted from 0; got {list(layers)}. "
                     "Name each layer once."
@@ -91,7 +92,7 @@ class Stripes:
     @classmethod
     def grouped(cls, *, stride: int, window: int) -> Stripes:
         """The paper's layout: layer `i` is global iff `i % stride == 0`, so each group begins with its global layer."""
-        if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
+        if not _is_int(stride) or stride < 1:
             raise ZebraError(
                 f"the stride is the number of layers in a group, at least 1; got {stride!r}. "
                 "Give 4 for one global layer in four."
@@ -115,18 +116,18 @@ class Stripes:
 
     @classmethod
     def of(cls, layer_types: Sequence[str], window: int, sinks: int = 0) -> Stripes:
-        """The layout that gives these layer types: a pattern where one repeats or is the paper's, else a list."""
+        """The layout with these layer types: a pattern where one repeats or is the paper's, else a list of layers."""
         letters = "".join("G" if kind == GLOBAL else "L" for kind in layer_types)
         for period in range(1, len(letters) + 1):
             pattern = letters[:period]
             tiles = all(letters[i] == pattern[i % period] for i in range(len(letters)))
             if tiles and (2 * period <= len(letters) or re.fullmatch("GL*|L", pattern)):
                 return cls(window=window, pattern=pattern, sinks=sinks)
-        named = tuple(i for i, letter in enumerate(letters) if letter == "G")
-        return cls(window=window, global_layers=named, sinks=sinks)
+        global_layers = tuple(i for i, letter in enumerate(letters) if letter == "G")
+        return cls(window=window, global_layers=global_layers, sinks=sinks)
 
     def layer_types(self, n: int) -> tuple[str, ...]:
-        """The kind of each of `n` layers in the host's words, to stand in `config.layer_types`."""
+        """The kind of each of `n` layers, as `config.layer_types` holds them."""
         if n < 1:
             raise ZebraError(f"a model has at least one layer; got {n}. Check num_hidden_layers in its config.json.")
         if self.pattern is not None:
@@ -159,14 +160,17 @@ class Stripes:
         return f"{layers}:{self.window}" + (f"+{self.sinks}" if self.sinks else "")
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def visible_pairs(length: int, window: int | None = None, sinks: int = 0) -> int:
     """How many (query, key) pairs a causal layer computes over `length` tokens, with or without a window.
 
         sum over i of min(i + 1, window)  =  w (w + 1) / 2 + (N - w) w,    w = min(window, N)
 
-    Each query from w on sees besides those of the s sinks that its window has left behind, min(i - w + 1, s): the sum
-    of a window of s over the N - w last queries. Global: `window=None`, N (N + 1) / 2. The brute-force count of the
-    mask is its test.
+    Each query from w on also sees the sinks that its window no longer covers, min(i - w + 1, s): the sum of a window
+    of s over the N - w last queries. Global: `window=None`, N (N + 1) / 2.
     """
     w = length if window is None else min(window, length)
     band = w * (w + 1) // 2 + (length - w) * w

@@ -9,8 +9,8 @@ For a tile with the queries q and each part (k, v) of its keys, all in a core's 
 
 (FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2.) The backward is written by hand and saves q, k, v, out and lse
 alone. Exponentials are in base 2, about four times faster on a CPU; scores in float32 or wider; the heads of a query
-group are rows of one product over the same keys. Everything between inputs and outputs lies in a few buffers that all
-tiles share: on a CPU fresh memory costs more than the arithmetic on it.
+group are rows of one product over the same keys. All intermediate tensors lie in a few buffers that tiles share: on a
+CPU fresh memory costs more than the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from zebra.kernels.tiles import COLUMNS, Tile, Tiles
 
 _LOG2E = math.log2(math.e)
 _BLOCKS = {"small": 64, "middle": 128, "large": 256}
-"""Queries of a tile: the fewer, the fewer keys are computed in vain; the more, the faster the products."""
+"""Queries of a tile: fewer compute fewer hidden keys, more make faster products."""
 _PART = 2048
 """Keys of a tile at a time."""
 _SCORES_AT_ONCE = 1 << 20
-"""Scores that are formed at a time on a CPU: fewer cost more calls, more leave its caches."""
+"""Scores computed at a time on a CPU: fewer cost more calls, more leave its caches."""
 _SPAN = 1024
 """Queries whose vectors are gathered at a time."""
 
 
 class _Walk:
-    """The heads that go together, the spans of tiles over them, and the buffers that all share."""
+    """The order of work: the heads that go together, the spans of tiles over them, and the buffers that all share."""
 
     def __init__(self, q: Tensor, k: Tensor, mask: Mask, slopes: Tensor | None):
         self.q, self.wide = q, torch.promote_types(q.dtype, torch.float32)
@@ -48,33 +48,33 @@ class _Walk:
         self.tiles = Tiles(mask, q.shape[0], q.shape[2], k.shape[2], block=block, part=_PART, group=self.group)
         reach = min(k.shape[2], _PART, k.shape[2] if mask.window is None else mask.window - 1 + block + COLUMNS)
         at_once = _SCORES_AT_ONCE if q.device.type == "cpu" else _SCORES_AT_ONCE << 8
-        self.turns = -(-self.heads // max(1, at_once // (self.group * block * reach)))
+        self.head_groups = -(-self.heads // max(1, at_once // (self.group * block * reach)))
         self.span = max(1, _SPAN // block)
         self.longest = (
             k.shape[2] if mask.window is None else min(k.shape[2], mask.window - 1 + self.span * block + COLUMNS)
         )
         self.compact = q.dtype != self.wide or _reduced_float32()
-        self._room = -(-self.heads // self.turns) * self.group * block * reach
-        self._buffers: dict[Any, Tensor] = {}
+        self._room = -(-self.heads // self.head_groups) * self.group * block * reach
+        self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def rows(self) -> Iterator[tuple[int, slice, slice]]:
-        """A row of the batch, key-value heads of it, and their query heads."""
-        for row in range(self.q.shape[0]):
-            for turn in range(self.turns):
-                first, last = (self.heads * edge // self.turns for edge in (turn, turn + 1))
-                yield row, slice(first, last), slice(first * self.group, last * self.group)
+    def head_slices(self) -> Iterator[tuple[int, slice, slice]]:
+        """A batch entry, the key-value heads that go together, and their query heads."""
+        for entry in range(self.q.shape[0]):
+            for index in range(self.head_groups):
+                first, last = (self.heads * edge // self.head_groups for edge in (index, index + 1))
+                yield entry, slice(first, last), slice(first * self.group, last * self.group)
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory of this shape, whose content is whatever the last user of the name left."""
-        dtype = dtype or self.wide
-        held = self._buffers.get((name, shape))
-        if held is None:
+        """Uninitialised memory of this shape, shared by all who use the name."""
+        view = self._views.get((name, shape))
+        if view is None:
             size, flat = math.prod(shape), self._buffers.get(name)
             if flat is None or flat.numel() < size:
                 room = max(size, self._room if name in _SCORES else 0)
-                flat = self._buffers[name] = torch.empty(room, dtype=dtype, device=self.q.device)
-            held = self._buffers[name, shape] = flat[:size].view(shape)
-        return held
+                flat = self._buffers[name] = torch.empty(room, dtype=dtype or self.wide, device=self.q.device)
+            view = self._views[name, shape] = flat[:size].view(shape)
+        return view
 
     def gather(self, name: str, states: Tensor, tiles: int, dtype: torch.dtype) -> Tensor:
         """A span's query heads (heads * g, tiles * n, D) as rows of key-value heads: (tiles, heads, g * n, D)."""
@@ -84,12 +84,12 @@ class _Walk:
         return rows.view(*shape[:2], -1, size)
 
     def scatter(self, rows: Tensor, into: Tensor) -> None:
-        """The other way."""
+        """The reverse: rows (tiles, heads, g * n, D) into a span's query heads (heads * g, tiles * n, D)."""
         states = _by_tile(into, self.group, rows.shape[0])
         states.copy_(rows.view(states.shape))
 
     def narrowed(self, weights: Tensor) -> Tensor:
-        """The weights in the inputs' dtype, for the products with values and keys."""
+        """The weights (heads, g * n, m) in the inputs' dtype, for the products with values and keys."""
         if self.q.dtype == self.wide:
             return weights
         return self.buffer("narrow", *weights.shape, dtype=self.q.dtype).copy_(weights)
@@ -101,14 +101,17 @@ class _Walk:
         return states.mT
 
     def scores(self, q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
-        """A part's scores in base 2, ALiBi aside. q (heads, g * n, D) wide and scaled already, k (heads, m, D)."""
+        """A part's scores (heads, g * n, m) in base 2, without ALiBi.
+
+        q: (heads, g * n, D), wide and scaled. k: (heads, m, D).
+        """
         scores = torch.bmm(q, self.across("k", k, self.wide), out=self.buffer("scores", *q.shape[:2], k.shape[1]))
         if softcap is not None:
             scores.div_(softcap * _LOG2E).tanh_().mul_(softcap * _LOG2E)
         return scores
 
     def hide(self, scores: Tensor, tile: Tile, heads: slice) -> None:
-        """Lower the scores by ALiBi's m_h (i - j), and put -inf where a query sees no key."""
+        """Lower the scores (heads, g * n, m) by ALiBi's m_h (i - j), and put -inf where a query sees no key."""
         if self.slopes is not None:
             by_head = scores.unflatten(1, (self.group, -1))
             by_head.addcmul_(self.slopes[heads], self.tiles.distances(tile, scores), value=-1)
@@ -119,8 +122,8 @@ class _Walk:
         if into.dtype == a.dtype:
             torch.baddbmm(into, a, b, alpha=scale, out=into) if add else torch.bmm(a, b, out=into)
             return
-        found = torch.bmm(a, b, out=self.buffer("product", *into.shape, dtype=a.dtype))
-        into.add_(found, alpha=scale) if add else into.copy_(found)
+        product = torch.bmm(a, b, out=self.buffer("product", *into.shape, dtype=a.dtype))
+        into.add_(product, alpha=scale) if add else into.copy_(product)
 
 
 def _reduced_float32() -> bool:
@@ -150,31 +153,31 @@ def _by_tile(states: Tensor, group: int, tiles: int) -> Tensor:
 class _Sum:
     """A gradient of keys or values (heads, S, D), summed over tiles in the wide dtype where they stand, then written.
 
-    No span looks back beyond the keys of the one before, so that keys behind a span are done.
+    No span reads keys before those of the span before it, so the sums of earlier keys are complete.
     """
 
     def __init__(self, walk: _Walk, name: str, into: Tensor):
         self.into, self.start = into, 0
-        self.held = walk.buffer(name, into.shape[0], walk.longest, into.shape[2]).zero_()
+        self.sums = walk.buffer(name, into.shape[0], walk.longest, into.shape[2]).zero_()
 
     def keys(self, lo: int, hi: int) -> Tensor:
-        """The sum for the keys [lo, hi), to be added to."""
-        if hi > self.start + self.held.shape[1]:
+        """The sum for the keys [lo, hi), (heads, hi - lo, D), to be added to."""
+        if hi > self.start + self.sums.shape[1]:
             self._write(lo)
-            kept = self.held[:, lo - self.start :].clone()
-            self.held[:, : kept.shape[1]] = kept
-            self.held[:, kept.shape[1] :] = 0
+            rest = self.sums[:, lo - self.start :].clone()
+            self.sums[:, : rest.shape[1]] = rest
+            self.sums[:, rest.shape[1] :] = 0
             self.start = lo
-        return self.held[:, lo - self.start : hi - self.start]
+        return self.sums[:, lo - self.start : hi - self.start]
 
     def finish(self) -> None:
         self._write(self.into.shape[1])
 
     def _write(self, end: int) -> None:
-        """Keys before `end` are done; what no tile saw is 0."""
-        held = min(end, self.start + self.held.shape[1])
-        self.into[:, self.start : held] = self.held[:, : held - self.start]
-        self.into[:, held:end] = 0
+        """Write the sums of the keys before `end`; 0 where no tile saw a key."""
+        last = min(end, self.start + self.sums.shape[1])
+        self.into[:, self.start : last] = self.sums[:, : last - self.start]
+        self.into[:, last:end] = 0
 
 
 class _Banded(torch.autograd.Function):
@@ -192,18 +195,18 @@ class _Banded(torch.autograd.Function):
         walk = _Walk(q, k, mask, slopes)
         out = torch.empty_like(q)
         lse = torch.empty(*q.shape[:3], 1, dtype=walk.wide, device=q.device)
-        for row, kv_heads, heads in walk.rows():
-            for span in walk.tiles.spans(row, walk.span):
-                tiles, own = len(span.tiles), slice(span.s, span.e)
-                rows = walk.gather("q", q[row, heads, own], tiles, walk.wide).mul_(scale * _LOG2E)
+        for entry, kv_heads, heads in walk.head_slices():
+            for span in walk.tiles.spans(entry, walk.span):
+                tiles, queries = len(span.tiles), slice(span.s, span.e)
+                rows = walk.gather("q", q[entry, heads, queries], tiles, walk.wide).mul_(scale * _LOG2E)
                 mixed, total, peak = (
                     walk.buffer(name, *rows.shape[:3], size)
                     for name, size in (("mixed", q.shape[3]), ("total", 1), ("peak", 1))
                 )
                 for tile, *columns in zip(span.tiles, rows, mixed, total, peak, strict=True):
-                    _tile(walk, tile, kv_heads, k[row, kv_heads], v[row, kv_heads], columns, softcap)
-                walk.scatter(mixed.div_(total.clamp(min=torch.finfo(walk.wide).tiny)), out[row, heads, own])
-                walk.scatter(total.log2_().add_(peak), lse[row, heads, own])
+                    _tile(walk, tile, kv_heads, k[entry, kv_heads], v[entry, kv_heads], columns, softcap)
+                walk.scatter(mixed.div_(total.clamp(min=torch.finfo(walk.wide).tiny)), out[entry, heads, queries])
+                walk.scatter(total.log2_().add_(peak), lse[entry, heads, queries])
         lse = lse.squeeze(-1).div_(_LOG2E)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mask, ctx.scale, ctx.softcap, ctx.slopes = mask, scale, softcap, slopes
@@ -217,22 +220,24 @@ class _Banded(torch.autograd.Function):
         walk = _Walk(q, k, ctx.mask, ctx.slopes)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
-            for row, kv_heads, heads in walk.rows():
-                sums = [_Sum(walk, name, grad[row, kv_heads]) for name, grad in (("dk", dk), ("dv", dv))]
-                for span in walk.tiles.spans(row, walk.span):
-                    tiles, own = len(span.tiles), slice(span.s, span.e)
-                    queries = walk.gather("q", q[row, heads, own], tiles, q.dtype)
-                    do = walk.gather("do", grad_out[row, heads, own], tiles, q.dtype)
-                    delta = walk.gather("out", out[row, heads, own], tiles, walk.wide).mul_(do).sum(-1, keepdim=True)
-                    delta -= walk.gather("dlse", grad_lse[row, heads, own, None], tiles, walk.wide)
-                    peak = walk.gather("lse", lse[row, heads, own, None], tiles, walk.wide).mul_(_LOG2E)
+            for entry, kv_heads, heads in walk.head_slices():
+                sums = [_Sum(walk, name, grad[entry, kv_heads]) for name, grad in (("dk", dk), ("dv", dv))]
+                for span in walk.tiles.spans(entry, walk.span):
+                    tiles, queries = len(span.tiles), slice(span.s, span.e)
+                    rows = walk.gather("q", q[entry, heads, queries], tiles, q.dtype)
+                    do = walk.gather("do", grad_out[entry, heads, queries], tiles, q.dtype)
+                    delta = (
+                        walk.gather("out", out[entry, heads, queries], tiles, walk.wide).mul_(do).sum(-1, keepdim=True)
+                    )
+                    delta -= walk.gather("dlse", grad_lse[entry, heads, queries, None], tiles, walk.wide)
+                    peak = walk.gather("lse", lse[entry, heads, queries, None], tiles, walk.wide).mul_(_LOG2E)
                     peak.masked_fill_(peak.isneginf(), 0.0)
-                    found = walk.buffer("dq", *queries.shape)
-                    sides = [x[row, kv_heads, span.lo : span.hi] for x in (k, v)]
+                    span_dq = walk.buffer("dq", *rows.shape)
+                    sides = [x[entry, kv_heads, span.lo : span.hi] for x in (k, v)]
                     sides += [total.keys(span.lo, span.hi) for total in sums]
-                    for tile, *columns in zip(span.tiles, queries, do, delta, peak, found, strict=True):
+                    for tile, *columns in zip(span.tiles, rows, do, delta, peak, span_dq, strict=True):
                         _tile_backward(walk, tile, kv_heads, span.lo, sides, columns, ctx)
-                    walk.scatter(found.mul_(ctx.scale), dq[row, heads, own])
+                    walk.scatter(span_dq.mul_(ctx.scale), dq[entry, heads, queries])
                 for total in sums:
                     total.finish()
         return dq, dk, dv, None, None, None, None
@@ -241,9 +246,12 @@ class _Banded(torch.autograd.Function):
 def _tile(
     walk: _Walk, tile: Tile, heads: slice, k: Tensor, v: Tensor, columns: list[Tensor], softcap: float | None
 ) -> None:
-    """The sum of weighted values (heads, g * n, D), of weights and the peak (heads, g * n, 1) of a tile."""
+    """Fill in a tile's sum of weighted values (heads, g * n, D), its sum of weights and its peak (heads, g * n, 1).
+
+    k, v: (heads, S, D). columns: the tile's rows of queries (heads, g * n, D), and the three outputs.
+    """
     rows, mixed, total, peak = columns
-    least = torch.finfo(walk.wide).min
+    lowest = torch.finfo(walk.wide).min
     parts = list(walk.tiles.parts(tile))
     if not parts:
         for column in (mixed, total, peak):
@@ -254,21 +262,25 @@ def _tile(
         walk.hide(scores, part, heads)
         # A row without a visible key has only -inf: the floor keeps it out of inf - inf, its sum stays 0.
         if part.lo == tile.lo:
-            torch.amax(scores, dim=-1, keepdim=True, out=peak).clamp_(min=least)
+            torch.amax(scores, dim=-1, keepdim=True, out=peak).clamp_(min=lowest)
             torch.sum(scores.sub_(peak).exp2_(), dim=-1, keepdim=True, out=total)
             walk.product(mixed, walk.narrowed(scores), v[:, seen], add=False)
             continue
         highest = torch.maximum(scores.amax(dim=-1, keepdim=True), peak)
-        kept = peak.sub_(highest).exp2_()
-        total.mul_(kept).add_(scores.sub_(highest).exp2_().sum(dim=-1, keepdim=True))
-        walk.product(mixed.mul_(kept), walk.narrowed(scores), v[:, seen])
+        decay = peak.sub_(highest).exp2_()
+        total.mul_(decay).add_(scores.sub_(highest).exp2_().sum(dim=-1, keepdim=True))
+        walk.product(mixed.mul_(decay), walk.narrowed(scores), v[:, seen])
         peak.copy_(highest)
 
 
 def _tile_backward(
     walk: _Walk, tile: Tile, heads: slice, start: int, sides: list[Tensor], columns: list[Tensor], ctx: Any
 ) -> None:
-    """dq of a tile before the scale, wide; dk and dv are added to their sums. The sides begin at the key `start`."""
+    """Fill in dq of a tile, wide and before the scale; add dk and dv to their sums.
+
+    sides: k, v and the sums of dk and dv, each (heads, keys of the span, D) from the key `start` on.
+    columns: q, do and dq (heads, g * n, D), delta and peak (heads, g * n, 1).
+    """
     queries, do, delta, peak, dq = columns
     rows = walk.buffer("rows", *queries.shape).copy_(queries).mul_(ctx.scale * _LOG2E)
     if tile.lo == tile.hi:
@@ -291,10 +303,10 @@ def _tile_backward(
 
 
 def banded(request: Request) -> tuple[Tensor, Tensor | None]:
-    """Run the tiles outside autocast, which would cast the float32 scores down."""
-    with torch.autocast(request.q.device.type, enabled=False):
-        rest = request.mask, request.scale, request.softcap, request.slopes
-        out, lse = _Banded.apply(request.q, request.k, request.v, *rest)
+    """Run the tiles outside autocast, which would cast the float32 scores down: out (B, H, T, D), lse (B, H, T)."""
+    r = request
+    with torch.autocast(r.q.device.type, enabled=False):
+        out, lse = _Banded.apply(r.q, r.k, r.v, r.mask, r.scale, r.softcap, r.slopes)
     return out, lse if request.with_lse else None
 
 

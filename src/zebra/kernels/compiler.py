@@ -1,4 +1,4 @@
-"""The machine's own C++ compiler: a source file to a library for the CPU that it runs on, once, kept in the cache."""
+"""Compile a C++ source file to a library for this machine's CPU, once, into the user's cache."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from zebra.files import user_cache_dir
 
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _PATIENCE = 300
-"""Seconds that a compiler may take."""
+"""Timeout of the compiler in seconds."""
 
 _log = logging.getLogger(__name__)
 
 
 class Unbuilt(Exception):
-    """There is no library; the message says why."""
+    """The library could not be built; the message says why."""
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """What the CPU says that it can do; nothing where the machine has no /proc/cpuinfo, or calls it otherwise."""
+    """The CPU's instruction sets by /proc/cpuinfo; empty where there is no such file, or no such line in it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -40,25 +40,25 @@ def library(source: Path) -> ctypes.CDLL:
     """The source as a library, from the cache or compiled into it.
 
     Its name there is a hash of source, compiler, options and CPU: home folders are shared between machines. It is
-    written aside and renamed, so that processes which compile at once do not see each other's halves.
+    written elsewhere and renamed, so that processes which compile at once never load a half-written file.
 
     Raises:
-        Unbuilt: no compiler, or it failed, or what it made cannot be kept or loaded.
+        Unbuilt: no compiler, a failed compilation, or a library that cannot be stored or loaded.
     """
     command = [*_compiler(), *OPTIONS]
     try:
         version = subprocess.run([*_compiler(), "--version"], capture_output=True, timeout=_PATIENCE).stdout
-        made_by = repr((command, version, sorted(cpu_flags()))).encode()
-        name = hashlib.sha256(source.read_bytes() + made_by).hexdigest()[:32]
+        target = repr((command, version, sorted(cpu_flags()))).encode()
+        name = hashlib.sha256(source.read_bytes() + target).hexdigest()[:32]
         folder = user_cache_dir("kernels")
         path = folder / f"{source.stem}-{name}.so"
         if not path.exists():
             _log.warning("compiling %s for this CPU, once: some seconds", source.name)
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as aside:
-                made = Path(aside) / path.name
-                _compile([*command, str(source), "-o", str(made)])
-                made.replace(path)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                output = Path(temporary) / path.name
+                _compile([*command, str(source), "-o", str(output)])
+                output.replace(path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         raise Unbuilt(f"{source.name} could not be compiled and loaded: {error}") from error
@@ -68,14 +68,14 @@ def _compiler() -> list[str]:
     named = os.environ.get("CXX")
     if named:
         return shlex.split(named)
-    found = next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
-    if found is None:
+    path = shutil.which("g++") or shutil.which("clang++")
+    if path is None:
         raise Unbuilt("there is no C++ compiler, g++ or clang++ or what CXX names")
-    return [found]
+    return [path]
 
 
 def _compile(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
     if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-        raise Unbuilt(f"the compiler {command[0]} failed: {said}")
+        error = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+        raise Unbuilt(f"the compiler {command[0]} failed: {error}")

@@ -15,7 +15,7 @@ Its mask and scores are tested on a CPU, by torch's own dense form of it. It has
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,11 @@ from torch.nn.functional import pad
 
 from zebra.kernels.request import Kernel, Mask, Request
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 BLOCK = 128
+"""Queries and keys of a block."""
 
 
 def blocks(first: Tensor, end: Tensor, real: Tensor | None, keys: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
@@ -54,8 +58,8 @@ def blocks(first: Tensor, end: Tensor, real: Tensor | None, keys: int, block: in
     return some & ~full, full
 
 
-def block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> Any:
-    """torch's BlockMask of a mask, with the mask function that partial blocks need."""
+def block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """torch's BlockMask of a mask over T queries and S keys, with the mask function that partial blocks need."""
     from torch.nn.attention.flex_attention import BlockMask
 
     first, end = mask.key_ranges(queries, keys, device)
@@ -82,28 +86,31 @@ def block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.de
     )
 
 
-FAMILIES = 64
+MAX_COMPILATIONS = 64
 
 
 @functools.cache
 def _compiled() -> Any:
     """Compiled for all lengths and windows at once; anew for another dtype, head count, or part of a mask.
 
-    Beyond torch's own limit of eight such families it would silently run dense: here the limit is higher, and an error.
+    Beyond torch's own limit of eight compilations it would silently run dense; here the limit is higher, and an error.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
-    def run(*arguments: Any, **options: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=FAMILIES):
-            return compiled(*arguments, **options)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
+            return compiled(*args, **kwargs)
 
     return run
 
 
 def flex(request: Request) -> tuple[Tensor, Tensor | None]:
-    """flex_attention under the block mask; not compiled by us on a CPU (dense, for tests) or inside a traced model."""
+    """flex_attention under the block mask: out (B, H, T, D), lse (B, H, T).
+
+    It is not compiled here on a CPU (dense, for tests) or inside a traced model.
+    """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     q = request.q

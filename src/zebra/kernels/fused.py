@@ -1,14 +1,14 @@
-r"""Global attention by torch's own fused kernels, where they need no mask to be built: plain causal, and decode.
+r"""Global attention by torch's own fused kernels, where they need no explicit mask: plain causal, and decode.
 
-They count causal from the first key, so a chunk of queries after earlier keys would need one. On a CPU it is two calls
-without, merged by their log-sum-exps:
+They count causal from the first key, so a chunk of queries after earlier keys would need a mask. On a CPU it is two
+calls without one, merged by their log-sum-exps:
 
     keys      0 ........... S - T ... S
     queries   p p p p p p p p  \           past   seen whole by every query: a group's heads are rows, as in decode
-       S - 1  p p p p p p p p  o \         own    plain causal
+       S - 1  p p p p p p p p  n \         new    plain causal
 
-The public `scaled_dot_product_attention` keeps its log-sum-exp to itself. Where that is wanted, the operator behind it
-is called: on a CPU, and without gradients, as the operator drops those of the log-sum-exp in silence.
+The public `scaled_dot_product_attention` does not return its log-sum-exp. Requests with one call the operator behind
+it: on a CPU, and without gradients, as the operator silently drops those of the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _LSE: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu
 """(q, k, v, dropout, causal, mask to add, scale) -> (out, lse), natural logarithm. Causal counts from the first key."""
 
 _HEAD_BYTES = 512
-"""Of a head, at most, for a chunk of queries."""
+"""The largest head, in bytes, of which a chunk of queries is two calls."""
 
 
 def fused(request: Request) -> tuple[Tensor, Tensor | None]:
-    """`scaled_dot_product_attention`, with the queries of a group packed as rows in decode."""
+    """`scaled_dot_product_attention`, with a group's heads as rows in decode: out (B, H, T, D), lse (B, H, T)."""
     q, k, v = request.q, request.k, request.v
     if 1 < request.queries < request.keys:
         return _chunk(request)
@@ -56,8 +56,8 @@ def _chunk(request: Request) -> tuple[Tensor, Tensor | None]:
     past = request.keys - request.queries
     rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
     out, lse = _LSE(rows, k[:, :, :past], v[:, :, :past], 0.0, False, scale=request.scale)
-    own, own_lse = _LSE(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=request.scale)
-    return merge(own, own_lse, out.reshape(q.shape), lse.reshape(q.shape[:3]), with_lse=request.with_lse)
+    new, new_lse = _LSE(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=request.scale)
+    return merge(new, new_lse, out.reshape(q.shape), lse.reshape(q.shape[:3]), with_lse=request.with_lse)
 
 
 def _unsupported_reason(request: Request) -> str | None:
@@ -90,8 +90,8 @@ def _is_long(request: Request) -> bool:
 
 
 def _no_chunk(request: Request) -> str | None:
-    """Why it is not two calls. On a CPU with AVX-512, 2,048 queries after 6,144 keys by tiles took 1.1 to 1.2 times as
-    long in float32 with heads of 32 to 128 numbers; less than 1.0 in 16 bits, and in float64 with 128.
+    """Why a chunk is not two calls. On a CPU with AVX-512, 2,048 queries after 6,144 keys by tiles took 1.1 to 1.2
+    times as long in float32 with head dimensions of 32 to 128; less than 1.0 in 16 bits, and in float64 with 128.
     """
     if request.q.element_size() < 4:
         return "tiles are faster in 16 bits"

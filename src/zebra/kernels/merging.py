@@ -13,14 +13,18 @@ def merge(
 
         out = (e^l1 o1 + e^l2 o2) / (e^l1 + e^l2),   lse = log(e^l1 + e^l2)
 
-    A row that saw no key on either side stays 0 with lse -inf.
+    A query that sees no key on either side stays 0 with lse -inf.
 
     Args:
-        out, other: (B, H, T, D). lse, other_lse: (B, H, T), natural logarithms.
-        with_lse: whether the merged log-sum-exp is wanted; None otherwise.
+        out, other: (B, H, T, D).
+        lse, other_lse: (B, H, T), natural logarithms.
+        with_lse: return the merged log-sum-exp.
+
+    Returns:
+        out: (B, H, T, D). lse: (B, H, T), None without `with_lse`.
     """
-    least = torch.finfo(lse.dtype).min
-    one, two = lse.clamp(min=least), other_lse.clamp(min=least)  # -inf less -inf would be NaN
+    lowest = torch.finfo(lse.dtype).min
+    one, two = lse.clamp(min=lowest), other_lse.clamp(min=lowest)  # -inf less -inf would be NaN
     weight = torch.sigmoid(two - one).unsqueeze(-1)
     merged = torch.lerp(out.to(weight.dtype), other.to(weight.dtype), weight).to(out.dtype)
     if not with_lse:

@@ -1,4 +1,4 @@
-r"""Attention on a CPU by a kernel of our own, native.cpp, compiled on the machine at its first request.
+"""Attention on a CPU by our own kernel in C++, native.cpp, compiled on the machine at its first request.
 
 Each query sees one run of keys, [lo_i, hi_i), and neither end ever falls (`Mask.key_ranges`), so windows, documents,
 padding and chunks are one case. The tiles and their arithmetic are those of `banded`
@@ -22,14 +22,14 @@ from zebra.kernels.request import Kernel, Request
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _SIZES = (64, 128)
-_CPU = {  # what the kernel is made of
+_CPU = {  # the instruction sets that the kernel uses
     torch.float32: frozenset({"avx512f", "avx512dq", "avx512bw"}),
     torch.bfloat16: frozenset({"avx512f", "avx512dq", "avx512bw", "avx512_bf16"}),
 }
 
 
 class _View(ctypes.Structure):
-    """A tensor as native.cpp takes it; its rows are whole numbers side by side."""
+    """A tensor (B, heads, tokens, D) as native.cpp takes it: its address and strides; the last one is 1."""
 
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row"))]
 
@@ -43,7 +43,7 @@ _FLAT = ("lse", "dlse", "lo", "hi")
 
 
 class _Call(ctypes.Structure):
-    """The arguments of native.cpp, which tells what they are."""
+    """The arguments of native.cpp, which documents them."""
 
     _fields_ = [
         *((name, _View) for name in _VIEWS),
@@ -71,20 +71,20 @@ def _run(direction: str, tensors: dict[str, Tensor], scale: float) -> None:
     assert not isinstance(library, str)
     function = library[f"{direction}_{str(q.dtype).removeprefix('torch.')}_{q.shape[3]}"]
     if function(ctypes.byref(call)):
-        raise MemoryError("the attention kernel native found no memory for its keys and values")
+        raise MemoryError("the attention kernel native ran out of memory for its keys and values")
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """native.cpp compiled and loaded, or why it is not, for this process."""
+    """native.cpp compiled and loaded, or the reason why it is not; once for the process."""
     try:
         return compiler.library(SOURCE)
     except compiler.Unbuilt as reason:
         return str(reason)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor, with the numbers of a row side by side."""
+def _unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor with a last stride of 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -93,8 +93,8 @@ class _Native(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (_rows(x) for x in (q, k, v))
-        out = _rows(torch.empty_like(q))
+        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        out = _unit_stride(torch.empty_like(q))
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
         _run("forward", {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lo": lo, "hi": hi}, scale)
         ctx.save_for_backward(q, k, v, out, lse, lo, hi)
@@ -105,14 +105,14 @@ class _Native(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         saved = dict(zip(("q", "k", "v", "out", "lse", "lo", "hi"), ctx.saved_tensors, strict=True))
-        gradients = {f"d{name}": _rows(torch.empty_like(saved[name])) for name in ("q", "k", "v")}
-        given = {"grad": _rows(grad_out), "dlse": grad_lse.contiguous()}
-        _run("backward", saved | gradients | given, ctx.scale)
+        gradients = {f"d{name}": _unit_stride(torch.empty_like(saved[name])) for name in ("q", "k", "v")}
+        incoming = {"grad": _unit_stride(grad_out), "dlse": grad_lse.contiguous()}
+        _run("backward", saved | gradients | incoming, ctx.scale)
         return *gradients.values(), None, None, None
 
 
 def native(request: Request) -> tuple[Tensor, Tensor | None]:
-    """The kernel over the run of keys that each query sees."""
+    """The kernel over the run of keys that each query sees: out (B, H, T, D), lse (B, H, T)."""
     q, k, v = request.q, request.k, request.v
     ranges = request.mask.key_ranges(request.queries, request.keys, q.device)
     lo, hi = (x.expand(q.shape[0], -1).to(torch.int32).contiguous() for x in ranges)

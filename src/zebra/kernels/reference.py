@@ -9,7 +9,7 @@ from zebra.kernels.request import Kernel, Request
 
 
 def reference(request: Request) -> tuple[Tensor, Tensor | None]:
-    """One score matrix, one mask, one softmax; time and memory grow with T * S."""
+    """One score matrix, one mask, one softmax, O(T * S) time and memory: out (B, H, T, D), lse (B, H, T)."""
     group = request.q.shape[1] // request.k.shape[1]
     wide = torch.promote_types(request.q.dtype, torch.float32)
     with torch.autocast(request.q.device.type, enabled=False):

@@ -168,8 +168,8 @@ class Kernel:
         run: gives the output (B, H, T, D), and the log-sum-exp (B, H, T) or None.
         min_queries: T, below which it does not pay.
         unsupported_reason: why it cannot serve a request that the other fields allow, or None.
-        slower_than: the name of a kernel further down the table that is faster for this request, or None. It is
-            asked first where it accepts.
+        slower_than: the name of a kernel further down the table that is faster for this request, or None. That one
+            serves where it accepts.
     """
 
     name: str

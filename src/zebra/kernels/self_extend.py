@@ -1,7 +1,7 @@
 r"""Self-Extend's attention as two that are merged by their log-sum-exps (arXiv 2401.01325).
 
     keys      0 .......... S - W ...... S       far    queries from W on, over the keys before S - W, plain causal,
-    queries   near                                     by vectors that are turned to grouped positions
+    queries   near                                     by vectors rotated to grouped positions       
        W - 1  \ \                               near   the causal band of W keys, at exact positions
               f \ \
               f f \ \                           Together they are the causal triangle: one full attention, never two.
@@ -37,30 +37,31 @@ def self_extend_attention(
 
     Args:
         q, far_q: (B, H, T, D), of the last T of the S tokens.
-        k: (B, K, at least min(S, W - 1 + T), D), of the last tokens. far_k, v: (B, K, S, D).
+        k: (B, K, at least min(S, W - 1 + T), D), of the last tokens.
+        far_k, v: (B, K, S, D).
         mask: padding over S, and documents where T = S; it has no window.
         window: W, at least 1.
-        arguments: as `attend` has them.
+        arguments: others of `attend`.
 
     Returns:
-        What `attend` returns.
+        out: (B, H, T, D). lse: (B, H, T), None without `with_lse`.
     """
     queries, keys = q.shape[2], v.shape[2]
-    unheld, seen = keys - k.shape[2], keys - window
-    near = replace(mask.after(unheld), window=window)
-    if seen <= 0:
-        return attend(q, k, v[:, :, unheld:], near, with_lse=with_lse, **arguments)
-    out, lse = attend(q, k, v[:, :, unheld:], near, **arguments)
-    count = min(queries, seen)
-    behind = mask.before(seen)
-    far_out, far_lse = attend(far_q[:, :, queries - count :], far_k[:, :, :seen], v[:, :, :seen], behind, **arguments)
+    dropped, far_keys = keys - k.shape[2], keys - window
+    near = replace(mask.after(dropped), window=window)
+    if far_keys <= 0:
+        return attend(q, k, v[:, :, dropped:], near, with_lse=with_lse, **arguments)
+    out, lse = attend(q, k, v[:, :, dropped:], near, **arguments)
+    first = max(0, queries - far_keys)  # of the queries that have far keys
+    far_out, far_lse = attend(
+        far_q[:, :, first:], far_k[:, :, :far_keys], v[:, :, :far_keys], mask.before(far_keys), **arguments
+    )
     assert lse is not None
     assert far_lse is not None
     if mask.documents is not None:
-        # There a query stands W tokens before its own place: in the document of its first far key, or in another's.
-        other = mask.documents[:, window:] != mask.documents[:, :seen]
-        far_lse = far_lse.masked_fill(other[:, None, seen - count :], float("-inf"))
-    first = queries - count
+        # In the far part a query is aligned W tokens before itself, which may be another document's token.
+        other = mask.documents[:, window:] != mask.documents[:, :far_keys]
+        far_lse = far_lse.masked_fill(other[:, None, far_keys - queries + first :], float("-inf"))
     merged, merged_lse = merge(out[:, :, first:], lse[:, :, first:], far_out, far_lse, with_lse=with_lse)
     if first > 0:
         merged = torch.cat([out[:, :, :first], merged], dim=2)

@@ -2,13 +2,13 @@ r"""Local attention with sinks: the band, merged with a small dense attention ov
 
     keys      0 . . ........ S - 1
     queries   \                       \  the band of w keys, by any kernel of the table
-              \ \                     s  the sinks that it has left behind: j < sinks and i - j >= w
+              \ \                     s  the sinks before it: j < sinks and i - j >= w
               s \ \
               s s \ \                 Sinks inside the band are the band's, so that no key is seen twice.
        S - 1  s s . \ \
 
-A few first tokens draw much of the attention of a trained model, and a window that loses them harms it beyond what it
-hides (StreamingLLM, arXiv 2309.17453). They keep their positions.
+A trained model gives much of its attention to the first few tokens, and a window without them does more harm than its
+length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zebra.kernels.merging import merge
 from zebra.kernels.request import Mask
 
 NO_POSITION = 1 << 40
-"""The position of a sink that is not there: behind all queries."""
+"""The position of a missing sink: behind all queries."""
 
 
 class Sinks(NamedTuple):
@@ -33,7 +33,7 @@ class Sinks(NamedTuple):
 
     Attributes:
         keys, values: (B, K, n, sinks, D).
-        positions: (1 or B, n, sinks), their places in the row, padding counted; `NO_POSITION` where there is none.
+        positions: (1 or B, n, sinks), indices in the sequence, padding counted; `NO_POSITION` where none is.
     """
 
     keys: Tensor
@@ -57,68 +57,74 @@ def sink_attention(
     """What `attend` gives under a mask with a window and sinks, in O(T (w + sinks)); its oracle is `reference`.
 
     Args:
-        q: (B, H, T, D). k, v: (B, K, S, D), from the row's beginning on unless the sinks are given.
-        cached: the sinks of a cache, one block, whose local layer has let go of them.
-        start: the place in the row of the first of `k`.
-        arguments: as `attend` has them.
+        q: (B, H, T, D).
+        k, v: (B, K, S, D), from the first token of the sequence on unless `cached` holds the sinks.
+        cached: the sinks of a cache, one block, whose local layer has dropped their keys.
+        start: the index in the sequence of the first of `k`.
+        arguments: others of `attend`.
 
     Returns:
-        What `attend` returns.
+        out: (B, H, T, D). lse: (B, H, T), None without `with_lse`.
     """
-    band, named = replace(mask, sinks=0), {"scale": scale, "softcap": softcap, **arguments}
+    band, kwargs = replace(mask, sinks=0), {"scale": scale, "softcap": softcap, **arguments}
     if mask.window is None or not mask.sinks or start + k.shape[2] <= mask.window:
-        return attend(q, k, v, band, with_lse=with_lse, **named)
+        return attend(q, k, v, band, with_lse=with_lse, **kwargs)
     if arguments.get("slopes") is not None:
-        raise NotImplementedError("sinks are not offered under ALiBi, which lowers what is far away. Leave them out.")
-    out, lse = attend(q, k, v, band, **named)
+        raise NotImplementedError("sinks are not supported under ALiBi, which lowers what is far away. Leave them out.")
+    out, lse = attend(q, k, v, band, **kwargs)
     assert lse is not None
     queries = q.shape[2]
-    place = torch.arange(start + k.shape[2] - queries, start + k.shape[2], device=q.device)
+    position = torch.arange(start + k.shape[2] - queries, start + k.shape[2], device=q.device)
     if cached is None:
-        sinks, visible = _gather_sinks(k, v, mask, place)
+        sinks, visible = _gather_sinks(k, v, mask, position)
     else:
-        sinks, visible = cached, place[:, None] - cached.positions[:, :, None] >= mask.window
+        sinks, visible = cached, position[:, None] - cached.positions[:, :, None] >= mask.window
     with torch.autocast(q.device.type, enabled=False):
         other, other_lse = _over(q, sinks, visible, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     return merge(out, lse, other, other_lse, with_lse=with_lse)
 
 
-def _gather_sinks(k: Tensor, v: Tensor, mask: Mask, place: Tensor) -> tuple[Sinks, Tensor]:
-    """The sinks of whole rows, and which of them each query sees, (1 or B, n, queries of a block, sinks).
+def _gather_sinks(k: Tensor, v: Tensor, mask: Mask, position: Tensor) -> tuple[Sinks, Tensor]:
+    """The sinks of whole sequences, and which each query sees: (1 or B, n, queries of a block, sinks) bool.
 
-    A block is w queries where documents are packed: those of two documents cannot both stand w behind their first
-    tokens within w places, so that one document's sinks serve a block. Elsewhere it is all queries.
+    Without documents one block is all queries. With documents a block is w queries: within w tokens the queries of two
+    documents cannot both be w behind their first tokens, so that one document's sinks serve a block.
+
+    position: (T,), the index of each query. k, v: (B, K, S, D).
     """
-    window, count, queries = mask.window or 0, k.shape[2], len(place)
+    window, count, queries = mask.window or 0, k.shape[2], len(position)
     first = mask.first_tokens(count, k.device)[:, count - queries :]
     if mask.documents is None:
         block, anchor = queries, first[:, -1:]
     else:
         block = min(window, queries)
         short = -queries % block
-        anchor = pad(torch.where(place - first >= window, first, -1), (0, short), value=-1)
+        anchor = pad(torch.where(position - first >= window, first, -1), (0, short), value=-1)
         anchor = anchor.unflatten(1, (-1, block)).amax(dim=2)
-        first, place = pad(first, (0, short), value=-2), pad(place, (0, short))
+        first, position = pad(first, (0, short), value=-2), pad(position, (0, short))
     positions = anchor[:, :, None] + torch.arange(mask.sinks, device=k.device)
     inside = positions.clamp(0, count - 1).flatten(1)
-    there = (anchor >= 0)[:, :, None] & (positions < count)
+    exists = (anchor >= 0)[:, :, None] & (positions < count)
     if mask.keys is not None:
-        there = there & mask.keys.bool().gather(1, inside).view_as(there)
-    positions = positions.masked_fill(~there, NO_POSITION)
+        exists = exists & mask.keys.bool().gather(1, inside).view_as(exists)
+    positions = positions.masked_fill(~exists, NO_POSITION)
     keys, values = (
         x.gather(2, inside[:, None, :, None].expand(len(x), x.shape[1], -1, x.shape[3])).unflatten(
             2, positions.shape[1:]
         )
         for x in (k, v)
     )
-    visible = place.view(-1, block)[:, :, None] - positions[:, :, None] >= window
+    visible = position.view(-1, block)[:, :, None] - positions[:, :, None] >= window
     if mask.documents is not None:
         visible = visible & (first.unflatten(1, (-1, block)) == anchor[:, :, None])[..., None]
     return Sinks(keys, values, positions), visible
 
 
 def _over(q: Tensor, sinks: Sinks, visible: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Attention of each block of queries over its sinks; out 0 and lse -inf where a query sees none."""
+    """Attention of each block of queries over its sinks: out (B, H, T, D), lse (B, H, T); 0, -inf where none is seen.
+
+    visible: (1 or B, n, queries of a block, sinks) bool.
+    """
     queries, wide = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     heads, blocks = sinks.keys.shape[1:3]
     block = visible.shape[2]

@@ -1,14 +1,14 @@
 """Attention on a GPU by torch's own variable-length flash attention: windows, packed documents, padding, chunks.
 
-    row 0   . . a a a a | b b b      documents a and b after two tokens of padding
-    row 1   c c c c c c c . .        padding after c
-    call 1  a a a a b b b c c c c c c c     with the bounds 0 4 7 14: only real tokens, one band below each diagonal
-    call 2  the padded queries after c, which see c and are not seen
+    entry 0   . . a a a a | b b b    documents a and b after two tokens of padding
+    entry 1   c c c c c c c . .      padding after c
+    call 1    a a a a b b b c c c c c c c   with the bounds 0 4 7 14: only real tokens, one band below each diagonal
+    call 2    the padded queries after c, which see c and are not seen
 
 The kernel aligns queries and keys of a sequence at their last token (FlashAttention 2.1, arXiv 2307.08691), as
 `attend` does, so chunks and decode need no mask of their own. Its log-sum-exp is natural, float32, (H, tokens).
 
-Everything but the one call of torch is tested on a CPU, by a stand-in for that call. It has not yet been run on a GPU.
+Everything but the one call of torch is tested on a CPU, with a placeholder for that call. It has not yet been run on a GPU.
 """
 
 from __future__ import annotations
@@ -30,21 +30,24 @@ class Packing:
     """The sequences of one call, end to end.
 
     Attributes:
-        rows: which of the B * T queries, None for all in order; columns: which of the B * S keys.
-        row_bounds: (sequences + 1) int32, where each sequence's queries begin and end; column_bounds: its keys.
-        longest_rows: at least the queries of any sequence; longest_columns: at least its keys.
+        queries: (n,), indices into the B * T queries, None for all in order.
+        keys: (m,), indices into the B * S keys, None for all in order.
+        query_bounds: (sequences + 1,) int32, where each sequence's queries begin and end.
+        key_bounds: (sequences + 1,) int32, the same of its keys.
+        max_queries: at least the queries of any sequence.
+        max_keys: at least its keys.
         window: (left, right) of the last query: how many keys before and after its own it sees, -1 for all.
-        counts: which results count; None for all.
+        valid: (n,) bool, which results count; None for all.
     """
 
-    rows: Tensor | None
-    columns: Tensor | None
-    row_bounds: Tensor
-    column_bounds: Tensor
-    longest_rows: int
-    longest_columns: int
+    queries: Tensor | None
+    keys: Tensor | None
+    query_bounds: Tensor
+    key_bounds: Tensor
+    max_queries: int
+    max_keys: int
     window: tuple[int, int]
-    counts: Tensor | None = None
+    valid: Tensor | None = None
 
 
 def packings(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> list[Packing]:
@@ -62,9 +65,9 @@ def packings(mask: Mask, batch: int, queries: int, keys: int, device: torch.devi
     real = torch.ones_like(starts, dtype=torch.bool) if mask.keys is None else mask.keys.bool()
     has_query = (j >= keys - queries).expand(batch, keys)
     result = []
-    rows = has_query & real
-    if bool(rows.any()):
-        result.append(_pack(real, number, rows, queries, (left, 0)))
+    real_queries = has_query & real
+    if bool(real_queries.any()):
+        result.append(_pack(real, number, real_queries, queries, (left, 0)))
     last = torch.where(real, j, -1).cummax(dim=1).values  # the last real token so far
     behind = j - last
     tail = has_query & ~real & (last >= starts)
@@ -76,20 +79,21 @@ def packings(mask: Mask, batch: int, queries: int, keys: int, device: torch.devi
     return result
 
 
-def _pack(real: Tensor, number: Tensor, rows: Tensor, queries: int, window: tuple[int, int]) -> Packing:
-    """The queries `rows` (B, S) against all real keys of the sequences that they belong to."""
-    of_rows = torch.bincount(number[rows])
-    of_rows = pad(of_rows, (0, number.numel() - len(of_rows)))
-    columns = real & (of_rows[number] > 0)
-    of_columns = torch.bincount(number[columns])
-    row_bounds, column_bounds = _bounds(of_rows[of_rows > 0]), _bounds(of_columns[of_columns > 0])
+def _pack(real: Tensor, number: Tensor, selected: Tensor, queries: int, window: tuple[int, int]) -> Packing:
+    """The selected queries against all real keys of their sequences.
+
+    real, selected: (B, S) bool. number: (B, S), each key's sequence.
+    """
+    query_counts = torch.bincount(number[selected], minlength=number.numel())
+    keys = real & (query_counts[number] > 0)
+    key_counts = torch.bincount(number[keys])
     return Packing(
-        rows[:, rows.shape[1] - queries :].flatten().nonzero()[:, 0],
-        columns.flatten().nonzero()[:, 0],
-        row_bounds,
-        column_bounds,
-        int(of_rows.max()),
-        int(of_columns.max()),
+        selected[:, selected.shape[1] - queries :].flatten().nonzero()[:, 0],
+        keys.flatten().nonzero()[:, 0],
+        _bounds(query_counts[query_counts > 0]),
+        _bounds(key_counts[key_counts > 0]),
+        int(query_counts.max()),
+        int(key_counts.max()),
         window,
     )
 
@@ -104,22 +108,24 @@ def _aligned(packing: Packing, behind: Tensor, window: int) -> Packing:
     The kernel counts the window from the end of a sequence's queries, so all must end equally far behind their last
     token: the shorter are filled up with copies of their last query, whose results do not count.
     """
-    assert packing.rows is not None
-    lengths = packing.row_bounds.diff().long()
-    ends = packing.row_bounds[1:].long() - 1
+    assert packing.queries is not None
+    lengths = packing.query_bounds.diff().long()
+    starts, ends = packing.query_bounds[:-1].long(), packing.query_bounds[1:].long() - 1
     furthest = int(behind.max())
     filled = lengths + furthest - behind[ends]
     bounds = _bounds(filled)
-    place = torch.arange(int(filled.sum()), device=behind.device) - bounds[:-1].long().repeat_interleave(filled)
-    counts = place < lengths.repeat_interleave(filled)
-    first = packing.row_bounds[:-1].long().repeat_interleave(filled)
-    rows = packing.rows[torch.minimum(first + place, ends.repeat_interleave(filled))]
+    index = torch.arange(int(filled.sum()), device=behind.device) - bounds[:-1].long().repeat_interleave(filled)
+    last = ends.repeat_interleave(filled)
     longest = int(filled.max())
-    # A bound below the queries would be cut to it, and hide keys from the first of them.
-    longest_columns = max(packing.longest_columns, longest)
-    window_left = window - 1 - furthest
     return Packing(
-        rows, packing.columns, bounds, packing.column_bounds, longest, longest_columns, (window_left, -1), counts
+        packing.queries[torch.minimum(starts.repeat_interleave(filled) + index, last)],
+        packing.keys,
+        bounds,
+        packing.key_bounds,
+        longest,
+        max(packing.max_keys, longest),  # a bound below the queries would be cut to it, and hide keys from the first
+        (window - 1 - furthest, -1),
+        valid=index < lengths.repeat_interleave(filled),
     )
 
 
@@ -132,12 +138,12 @@ def _groups_heads() -> bool:
 
 
 def varlen(request: Request) -> tuple[Tensor, Tensor | None]:
-    """Pack, call torch, and put each result back where its query was."""
-    # torch's module brings its compiler along, which takes seconds to import.
+    """Pack, call torch, and put each result back where its query was: out (B, H, T, D), lse (B, H, T)."""
+    # torch's module imports its compiler, which takes seconds.
     from torch.nn.attention import varlen as flash
 
-    batch, heads, queries, size = request.q.shape
-    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], size) for x in (request.q, request.k, request.v))
+    batch, heads, queries, head_dim = request.q.shape
+    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], head_dim) for x in (request.q, request.k, request.v))
     options: dict[str, Any] = {}
     if heads != k.shape[1] and _groups_heads():
         options["enable_gqa"] = True
@@ -147,27 +153,27 @@ def varlen(request: Request) -> tuple[Tensor, Tensor | None]:
     lse = torch.full((batch * queries, heads), float("-inf"), dtype=torch.float32, device=q.device)
     for packing in packings(request.mask, batch, queries, request.keys, q.device):
         part, part_lse = flash.varlen_attn(
-            q if packing.rows is None else q[packing.rows],
-            k if packing.columns is None else k[packing.columns],
-            v if packing.columns is None else v[packing.columns],
-            packing.row_bounds,
-            packing.column_bounds,
-            packing.longest_rows,
-            packing.longest_columns,
+            q if packing.queries is None else q[packing.queries],
+            k if packing.keys is None else k[packing.keys],
+            v if packing.keys is None else v[packing.keys],
+            packing.query_bounds,
+            packing.key_bounds,
+            packing.max_queries,
+            packing.max_keys,
             return_aux=flash.AuxRequest(lse=True),
             scale=request.scale,
             window_size=packing.window,
             **options,
         )
         part_lse = part_lse.mT
-        if packing.rows is None:
+        if packing.queries is None:
             out, lse = part, part_lse
             continue
-        rows = packing.rows
-        if packing.counts is not None:
-            rows, part, part_lse = rows[packing.counts], part[packing.counts], part_lse[packing.counts]
-        out, lse = out.index_copy(0, rows, part), lse.index_copy(0, rows, part_lse.to(lse.dtype))
-    out = out.view(batch, queries, heads, size).transpose(1, 2)
+        index = packing.queries
+        if packing.valid is not None:
+            index, part, part_lse = index[packing.valid], part[packing.valid], part_lse[packing.valid]
+        out, lse = out.index_copy(0, index, part), lse.index_copy(0, index, part_lse.to(lse.dtype))
+    out = out.view(batch, queries, heads, head_dim).transpose(1, 2)
     return out, lse.view(batch, queries, heads).transpose(1, 2) if request.with_lse else None
 
 
