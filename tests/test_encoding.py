@@ -15,7 +15,7 @@ import pytest
 
 from zebra.data import corpus as module
 from zebra.data.corpus import Corpus, tokenise
-from zebra.data.encoding import Encoder, encoded
+from zebra.data.encoding import Encoder, encode_batches
 from zebra.errors import ZebraError
 
 # Without conftest: a worker imports this module, and should not wait for torch.
@@ -63,11 +63,11 @@ def test_a_definition_that_cuts_and_pads_is_not_followed() -> None:
     ids=["none", "fewer than workers", "more"],
 )
 def test_batches_come_back_in_their_order(batches: list[list[str]], append: int | None) -> None:
-    one = list(encoded(batches, letters, append, 1))
+    one = list(encode_batches(batches, letters, append, 1))
     last = "" if append is None else chr(append)
     assert ["".join(map(chr, batch.tokens)) for batch in one] == ["".join(t + last for t in batch) for batch in batches]
     assert [batch.lengths for batch in one] == [[len(text + last) for text in batch] for batch in batches]
-    for a, b in zip(one, encoded(batches, letters, append, 2), strict=True):
+    for a, b in zip(one, encode_batches(batches, letters, append, 2), strict=True):
         assert (a.tokens.tolist(), a.lengths, a.hashes.tolist()) == (b.tokens.tolist(), b.lengths, b.hashes.tolist())
 
 
@@ -110,12 +110,14 @@ def test_a_text_that_cannot_be_read_ends_the_workers(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from zebra.data import corpus
 
 def encode(texts):
     with open(sys.argv[3], "a") as file:
         print(os.getpid(), file=file)
+    while len(set(open(sys.argv[3]).read().split())) < 2:
+        time.sleep(0.02)
     if texts == ["e"]:
         os.kill(os.getppid(), signal.SIGKILL)
     return [[ord(letter) for letter in text] for text in texts]

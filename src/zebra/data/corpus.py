@@ -1,10 +1,10 @@
-"""Text, tokenised once: files to documents to one memory-mapped array of tokens, found again by content.
+"""Text, tokenised once: files to documents to one memory-mapped array of tokens, cached by content.
 
     files -> documents -> tokens.npy, offsets.npy, hashes.npy
 
-The cache's key is a hash of the texts, the tokenizer and the options, so a changed file or tokenizer never meets stale
-tokens. An entry is written aside and renamed: it is whole or absent, whenever the process is killed. An entry of
-another version of the format, or one damaged from outside, is made again.
+The cache key is a hash of the texts, the tokenizer and the options, so a changed file or tokenizer never meets stale
+tokens. An entry is written to another name and renamed: it is complete or absent, whenever the process is killed. An
+entry of another version of the format, or a damaged one, is rebuilt.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zebra.data.documents import Document, document_format, find_files, read_documents
-from zebra.data.encoding import Encode, encoded
+from zebra.data.encoding import Encode, encode_batches
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory, user_cache_dir
 from zebra.progress import bar, console
@@ -34,9 +33,12 @@ _VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents as tokens: `tokens` end to end, document `i` at `tokens[offsets[i]:offsets[i + 1]]`.
+    """Documents as tokens, one after another: document `i` is `tokens[offsets[i]:offsets[i + 1]]`.
 
-    `hashes[i]` is a hash of the text of document `i`, where the documents are those of a text.
+    Attributes:
+        tokens: (tokens of all documents,).
+        offsets: (documents + 1,).
+        hashes: (documents,), a hash of the text of each document; empty where the documents were joined or drawn.
     """
 
     tokens: NDArray[np.integer]
@@ -51,13 +53,16 @@ class Corpus:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document."""
+        """Tokens of each document, (documents,)."""
         return np.diff(self.offsets)
 
     def joined(self, length: int) -> Corpus:
         """The same tokens with neighbouring documents joined into long ones of at least `length` tokens.
 
         Documents are joined whole. What is left at the end and is shorter joins the last long one.
+
+        Raises:
+            ZebraError: fewer tokens in all.
         """
         ends: list[int] = []
         start = 0
@@ -86,12 +91,12 @@ def tokenise(
     workers: int = 1,
     cache: str | os.PathLike[str] | None = None,
 ) -> Corpus:
-    """Tokenise texts, or find them tokenised.
+    """Tokenise texts, or load their tokens from the cache.
 
     Args:
         patterns: files, folders and globs.
         encode: the tokenizer's function; picklable where there are several workers.
-        tokenizer: what tells this tokenizer from others, a hash of its definition.
+        tokenizer: what identifies the tokenizer, a hash of its definition.
         separator: splits a text file into documents; None makes each file one document.
         field: the field of a record that has its text.
         append: a token to put after each document (end of text), or None.
@@ -99,8 +104,7 @@ def tokenise(
         cache: the folder of the cache; the user's where None.
 
     Raises:
-        ZebraError: nothing found, an empty text, a file that is not what its suffix says, a text that changes
-            meanwhile.
+        ZebraError: no files, an empty text, a file that is not what its suffix says, a text that changes meanwhile.
     """
     files = find_files(patterns)
     digests = [_digest(file) for file in files]
@@ -108,12 +112,17 @@ def tokenise(
     for file, digest in zip(files, digests, strict=True):
         key.update(json.dumps([*document_format(file, separator, field), digest]).encode())
     entry = Path(cache or user_cache_dir("tokens")) / key.hexdigest()[:32]
-    if (found := _found(entry)) is not None:
-        return found
+    if (cached := _load_entry(entry)) is not None:
+        return cached
     try:
-        with atomic_directory(entry) as aside, _unchanged(files, digests):
-            documents = read_documents(files, separator, field)
-            _build(aside, documents, encode, append, workers, sum(file.stat().st_size for file in files))
+        with atomic_directory(entry) as directory:
+            try:
+                documents = read_documents(files, separator, field)
+                _write_entry(directory, documents, encode, append, workers, sum(file.stat().st_size for file in files))
+            except (OSError, ZebraError):
+                _check_unchanged(files, digests)  # a change of a file explains the error
+                raise
+            _check_unchanged(files, digests)
     except (OSError, ZebraError):
         if not entry.exists():  # else another process was first, with the same tokens
             raise
@@ -125,25 +134,14 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-@contextmanager
-def _unchanged(files: Sequence[Path], digests: Sequence[str]) -> Iterator[None]:
-    """Refuse a text that another process writes while it is read here, whatever the reading made of it."""
-    try:
-        yield
-    except (OSError, ZebraError):
-        _refuse_changed(files, digests)
-        raise
-    _refuse_changed(files, digests)
-
-
-def _refuse_changed(files: Sequence[Path], digests: Sequence[str]) -> None:
+def _check_unchanged(files: Sequence[Path], digests: Sequence[str]) -> None:
     for file, digest in zip(files, digests, strict=True):
         if not file.exists() or _digest(file) != digest:
             raise ZebraError(f"{file} changed while it was tokenised. Start again when nothing writes it.") from None
 
 
-def _found(entry: Path) -> Corpus | None:
-    """What the cache has, if it has it whole; what it has otherwise is removed, for it can be made again."""
+def _load_entry(entry: Path) -> Corpus | None:
+    """A complete entry of the cache, or None; one that cannot be used is removed, for it can be rebuilt."""
     if not entry.exists():
         return None
     try:
@@ -167,15 +165,15 @@ def _open(entry: Path) -> Corpus:
     return corpus
 
 
-def _build(
-    aside: Path, documents: Iterator[Document], encode: Encode, append: int | None, workers: int, size: int
+def _write_entry(
+    directory: Path, documents: Iterator[Document], encode: Encode, append: int | None, workers: int, size: int
 ) -> None:
     lengths: list[int] = []
     hashes: list[NDArray[np.uint64]] = []
     largest = total = 0
     start = time.perf_counter()
-    with bar("tokenising", size, "B") as advance, (aside / "tokens.raw").open("wb") as raw:
-        for batch in encoded(_batches(documents, advance), encode, append, workers):
+    with bar("tokenising", size, "B") as advance, (directory / "tokens.raw").open("wb") as raw:
+        for batch in encode_batches(_batches(documents, advance), encode, append, workers):
             batch.tokens.tofile(raw)
             lengths += batch.lengths
             hashes.append(batch.hashes)
@@ -184,17 +182,17 @@ def _build(
             advance(note=f"{total:,} tokens, {total / (time.perf_counter() - start):,.0f} tokens/s")
     if not total:
         raise ZebraError(f"the tokenizer makes no token of the {len(lengths):,} documents. Give other text.")
-    wide = np.memmap(aside / "tokens.raw", dtype=np.uint32, mode="r")
+    wide = np.memmap(directory / "tokens.raw", dtype=np.uint32, mode="r")
     kind = np.uint16 if largest < 1 << 16 else np.uint32
-    narrow = np.lib.format.open_memmap(aside / "tokens.npy", mode="w+", dtype=kind, shape=wide.shape)
+    narrow = np.lib.format.open_memmap(directory / "tokens.npy", mode="w+", dtype=kind, shape=wide.shape)
     for first in range(0, len(wide), 1 << 24):
         narrow[first : first + (1 << 24)] = wide[first : first + (1 << 24)]
     narrow.flush()
-    np.save(aside / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    np.save(aside / "hashes.npy", np.concatenate(hashes))
-    (aside / "version.json").write_text(json.dumps(_VERSION))
+    np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    np.save(directory / "hashes.npy", np.concatenate(hashes))
+    (directory / "version.json").write_text(json.dumps(_VERSION))
     del wide, narrow
-    (aside / "tokens.raw").unlink()
+    (directory / "tokens.raw").unlink()
 
 
 def _batches(documents: Iterator[Document], advance: Callable[..., None]) -> Iterator[list[str]]:

@@ -1,10 +1,4 @@
-"""Documents to tokens and hashes, batch by batch, here or in worker processes; the order is that of the documents.
-
-    documents -> batches -> workers 0, 1, 2, 0, 1, 2, ... -> batches of tokens, in the same order
-
-Each worker has a pipe of its own, of which only this process holds the other end: when this process is killed, the
-workers read the end of their pipes and go too.
-"""
+"""Documents to tokens and hashes, batch by batch, here or in worker processes; the order is that of the documents."""
 
 from __future__ import annotations
 
@@ -13,11 +7,12 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +33,7 @@ class Encoder:
     specials_as_text: bool = False
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text, never cut or padded."""
+        """The tokens of each text, without truncation or padding."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
 
     @functools.cached_property
@@ -53,79 +48,72 @@ class Encoder:
         return Encoder, (self.definition, self.specials_as_text)
 
 
-class Encoded(NamedTuple):
-    """A batch of documents: its tokens end to end, the tokens of each, and a hash of each one's text."""
+class EncodedBatch(NamedTuple):
+    """A batch of documents: `tokens` (all tokens,) end to end, `lengths` and `hashes` (documents,) of each document."""
 
     tokens: NDArray[np.uint32]
     lengths: list[int]
     hashes: NDArray[np.uint64]
 
 
-def encoded(batches: Iterable[list[str]], encode: Encode, append: int | None, workers: int) -> Iterator[Encoded]:
-    """Encode batches of documents, each followed by the token `append` if there is one, in `workers` processes."""
+def encode_batches(
+    batches: Iterable[list[str]], encode: Encode, append: int | None, workers: int
+) -> Iterator[EncodedBatch]:
+    """Encode batches of documents, each document followed by the token `append` if there is one.
+
+    Args:
+        workers: processes that encode, this one alone where 1. They end with this process, however it ends.
+
+    Raises:
+        ZebraError: a worker was killed.
+    """
     if workers == 1:
-        for batch in batches:
-            yield _encoded(batch, encode, append)
+        yield from (_encode_batch(batch, encode, append) for batch in batches)
         return
-    with ExitStack() as pool:
-        waiting: deque[Connection] = deque()  # the oldest first; a worker holds one batch at a time
-        for batch in batches:
-            if len(waiting) < workers:
-                waiting.append(pool.enter_context(_worker(encode, append)))
-                waiting[-1].send(batch)
-                continue
-            waiting.rotate(-1)
-            answer = _answer(waiting[-1])
-            waiting[-1].send(batch)
-            yield answer
-        for pipe in waiting:
-            yield _answer(pipe)
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    pending: deque[Future[EncodedBatch]] = deque()
+    with ProcessPoolExecutor(workers, context, _start_worker, (encode, append)) as pool:
+        try:
+            for batch in batches:
+                if len(pending) == workers:
+                    yield pending.popleft().result()
+                pending.append(pool.submit(_encode_in_worker, batch))
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise ZebraError(
+                "a worker that tokenises was killed, perhaps for its memory. Take fewer workers."
+            ) from None
+        finally:
+            for future in pending:
+                future.cancel()
 
 
-def _encoded(batch: list[str], encode: Encode, append: int | None) -> Encoded:
+def _encode_batch(batch: list[str], encode: Encode, append: int | None) -> EncodedBatch:
     documents = [np.array(ids if append is None else [*ids, append], dtype=np.uint32) for ids in encode(batch)]
     hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") for text in batch]
-    return Encoded(np.concatenate(documents), [len(d) for d in documents], np.array(hashes, dtype=np.uint64))
+    return EncodedBatch(np.concatenate(documents), [len(d) for d in documents], np.array(hashes, dtype=np.uint64))
 
 
-@contextmanager
-def _worker(encode: Encode, append: int | None) -> Iterator[Connection]:
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    ours, theirs = context.Pipe()
-    worker = context.Process(target=_serve, args=(theirs, encode, append), daemon=True)
-    worker.start()
-    theirs.close()
-    try:
-        yield ours
-    finally:
-        ours.close()  # it is what ends the worker
-        worker.join()
+_worker: tuple[Encode, int | None]
+"""In a worker process: its tokenizer and the appended token, so that they are sent once and not with each batch."""
 
 
-def _serve(pipe: Connection, encode: Encode, append: int | None) -> None:
-    """A worker's life: batches in, tokens out, until the pipe ends."""
+def _start_worker(encode: Encode, append: int | None) -> None:
+    global _worker
+    _worker = encode, append
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    while True:
-        try:
-            batch = pipe.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            answer: Encoded | Exception = _encoded(batch, encode, append)
-        except Exception as error:
-            answer = error
-        try:
-            pipe.send(answer)
-        except OSError:  # the parent is gone
-            return
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _answer(pipe: Connection) -> Encoded:
-    try:
-        answer = pipe.recv()
-    except (EOFError, OSError):
-        raise ZebraError("a worker that tokenises was killed, perhaps for its memory. Take fewer workers.") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+def _exit_with_parent() -> None:
+    """Without it a worker of the pool would wait for a batch forever after a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(batch: list[str]) -> EncodedBatch:
+    return _encode_batch(batch, *_worker)
