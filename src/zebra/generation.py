@@ -19,9 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation import BaseStreamer
+from transformers.generation import (
+    BaseStreamer,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.load_options import LoadOptions
@@ -33,24 +40,22 @@ from zebra.progress import bar
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen, and when to stop. What is not given here is not done, whatever the checkpoint's
-    generation_config.json recommends; its tokens that end a text hold.
+    """How the next token is chosen, and when to stop: fields of transformers' `GenerationConfig`, by other defaults.
+
+    What is not given is not done, whatever the checkpoint's generation_config.json recommends; its tokens that end a
+    text hold.
 
     Args:
-        max_new_tokens: tokens to make at most.
+        max_new_tokens: new tokens, at most.
         temperature: 0 takes the likeliest token; above it tokens are drawn from softmax(logits / temperature).
-        top_p: draw from the likeliest tokens that together have this probability.
-        top_k: draw from this many of the likeliest.
-        min_p: draw from tokens at least this times as probable as the likeliest.
-        repetition_penalty: divides the positive logits of tokens that were there already, multiplies the negative ones.
-        num_beams: beams of a beam search.
-        stop: strings that end the text, which keeps them.
+        top_p, top_k, min_p, repetition_penalty, num_beams: as in `GenerationConfig`.
+        stop: strings that end the text, which contains them.
         seed: of the draws.
         prefill_chunk: tokens of the prompt that are read at a time, None for all at once: the same to rounding, and a
             long prompt's activations take less memory.
 
     Raises:
-        ZebraError: a number out of its range, or a cut of a distribution that is not drawn from.
+        ZebraError: what transformers rejects, such as a negative temperature, or top_p without a temperature.
     """
 
     max_new_tokens: int = 256
@@ -65,49 +70,55 @@ class Decoding:
     prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        cuts = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        given = [name for name, value in cuts.items() if value is not None]
-        if given and self.temperature == 0:
-            raise ZebraError(
-                f"{', '.join(given)} cut what is drawn from, but temperature 0 draws nothing. Give a temperature above "
-                f"0, such as 0.8, or leave {', '.join(given)} out."
-            )
-        whole = {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k, "num_beams": self.num_beams}
-        for name, count in (whole | {"prefill_chunk": self.prefill_chunk}).items():
+        for name, count in (("num_beams", self.num_beams), ("prefill_chunk", self.prefill_chunk)):
             if count is not None and count < 1:
                 raise ZebraError(f"{name} is a whole number of at least 1; got {count}. Raise it or leave it out.")
-        for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
-            if share is not None and not 0 < share <= 1:
-                raise ZebraError(f"{name} is a probability above 0 and at most 1; got {share}. Write for example 0.9.")
-        if not 0 <= self.temperature < math.inf:
-            raise ZebraError(f"a temperature is at least 0; got {self.temperature}. 0 takes the likeliest token.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ZebraError(f"a repetition penalty is above 0; got {self.repetition_penalty}. 1 leaves logits alone.")
-        if not 0 <= self.seed < 2**63:
-            raise ZebraError(f"a seed is a whole number from 0 to 2^63 - 1; got {self.seed}. Choose another.")
         if not all(self.stop):
             raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
+        filters = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        names = ", ".join(name for name, value in filters.items() if value is not None)
+        if names and self.temperature == 0:
+            raise ZebraError(f"{names} filter what is drawn, and temperature 0 draws nothing. Raise it, to 0.8 say.")
+        processors = (
+            (TemperatureLogitsWarper, float(self.temperature) or None),
+            (TopPLogitsWarper, self.top_p),
+            (TopKLogitsWarper, self.top_k),
+            (MinPLogitsWarper, self.min_p),
+            (RepetitionPenaltyLogitsProcessor, float(self.repetition_penalty)),
+        )
+        try:
+            self._config()
+            for processor, value in processors:
+                if value is not None:
+                    processor(value)
+        except ValueError as error:
+            raise ZebraError(f"these options of decoding cannot be used: {first_line(error)}") from None
 
     def to_generation_config(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-        """In the host's words, neutral where nothing was asked: the host fills gaps from the checkpoint's defaults."""
-        drawn = self.temperature > 0
-        ends = _ends(model, tokenizer)
-        own: Any = model.generation_config
+        """transformers' config, with the tokens that end and pad the texts of a model."""
+        ends = _end_tokens(model, tokenizer)
+        padding = (getattr(model.generation_config, "pad_token_id", None), tokenizer.pad_token_id, *ends)
+        return self._config(
+            eos_token_id=ends or None, pad_token_id=next((token for token in padding if token is not None), 0)
+        )
+
+    def _config(self, **tokens: Any) -> GenerationConfig:
+        """Every field that the checkpoint's generation_config.json would fill is set, to a neutral value by default."""
+        draws = self.temperature != 0
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            do_sample=drawn,
-            temperature=self.temperature if drawn else 1.0,
-            top_p=self.top_p or 1.0,
-            top_k=(self.top_k or 0) if drawn else 50,  # the host's default, which only sampling reads; 0 is none
+            do_sample=draws,
+            temperature=self.temperature if draws else 1.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=(0 if draws else 50) if self.top_k is None else self.top_k,  # 50 is neutral where nothing is drawn
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             num_beams=self.num_beams,
             stop_strings=list(self.stop) or None,
             prefill_chunk_size=self.prefill_chunk,
-            eos_token_id=ends or None,
-            pad_token_id=next((i for i in (own.pad_token_id, tokenizer.pad_token_id, *ends) if i is not None), 0),
             use_cache=True,
             return_dict_in_generate=True,
+            **tokens,
         )
 
 
@@ -149,7 +160,7 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Generated:
-    """Go on with a prompt; greedily, unless a temperature is given.
+    """Continue a prompt; greedily, unless a temperature is given.
 
     The caller's random state is left as it was.
 
@@ -163,39 +174,42 @@ def generate(
             full_decode, dtype, device.
 
     Raises:
-        ZebraError: an empty prompt, no tokenizer, no chat template where one is to be used, a rope that changes with
-            length, more tokens than there are learned positions, arguments for loading beside a loaded model, what
-            `Decoding` and `load` refuse.
+        ZebraError: an empty prompt; no tokenizer, or no chat template with `chat`; a rope that changes with length;
+            more tokens than there are learned positions; options for loading with a loaded model; and as `Decoding`
+            and `zebra.load`.
 
     Example:
         >>> zebra.generate("./Llama-3.1-8B", "Once upon a time", stripes="GLLL:4096", max_new_tokens=20).text
     """
     names = {field.name for field in fields(LoadOptions)}
     loading = LoadOptions(**{name: value for name, value in options.items() if name in names})
-    chosen = Decoding(**{name: value for name, value in options.items() if name not in names})
+    decoding = Decoding(**{name: value for name, value in options.items() if name not in names})
     if not prompt:
         raise ZebraError("the prompt is empty. Give at least one character.")
-    ready = model if isinstance(model, PreTrainedModel) else None
     if isinstance(model, PreTrainedModel):
-        if given := loading.given():
-            raise ZebraError(f"{', '.join(given)} are for loading, and this model is loaded. Give them to zebra.load.")
+        if options_for_loading := loading.given():
+            raise ZebraError(
+                f"{', '.join(options_for_loading)} are for loading, and this model is loaded. Give them to zebra.load."
+            )
         if tokenizer is None and not model.name_or_path:
             raise ZebraError("this model was made without a checkpoint, so that it has no tokenizer. Pass tokenizer=.")
-        source, config = model.name_or_path, model.config
+        source, config, setting = model.name_or_path, model.config, self_extend_of(model)
     else:
         source, config = model, loading.config(model)
+        setting = loading.self_extend_setting(config)
     refuse_cache(config, "generating")
     tokenizer = tokenizer or load_tokenizer(source, config)
     inputs = encode_prompt(prompt, tokenizer, chat)
-    check_learned_positions(config, inputs["input_ids"].shape[1] + chosen.max_new_tokens - 1)
-    setting = loading.self_extend_setting(config) if ready is None else self_extend_of(ready)
+    length = inputs["input_ids"].shape[1]
+    check_learned_positions(config, length + decoding.max_new_tokens - 1)
     if setting is not None or as_rope(loading.rope).kind != "base":
-        _warn_beyond(config, setting, inputs["input_ids"].shape[1], chosen.max_new_tokens)
-    return _run(ready or loading.model(source), tokenizer, inputs, chosen, on_text)
+        _warn_beyond(config, setting, length, decoding.max_new_tokens)
+    loaded = model if isinstance(model, PreTrainedModel) else loading.model(source)
+    return _run(loaded, tokenizer, inputs, decoding, on_text)
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
-    """A prompt as tokens (1, T), `input_ids` and `attention_mask`, in the chat template where it is asked for.
+    """A prompt as tokens (1, T): `input_ids` and `attention_mask`, in the chat template with `chat`.
 
     Raises:
         ZebraError: no chat template, a prompt without tokens.
@@ -206,41 +220,56 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -
         )
     if chat:
         message = [{"role": "user", "content": prompt}]
-        found: Any = tokenizer.apply_chat_template(
+        encoding: Any = tokenizer.apply_chat_template(
             message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
     else:
-        found = tokenizer(prompt, return_tensors="pt")
-    if found["input_ids"].numel() == 0:
+        encoding = tokenizer(prompt, return_tensors="pt")
+    if encoding["input_ids"].numel() == 0:
         raise ZebraError(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
-    return {name: found[name] for name in ("input_ids", "attention_mask")}
+    return {name: encoding[name] for name in ("input_ids", "attention_mask")}
 
 
 def generate_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
-    there: Tensor | None = None,
-    **decoding: Any,
+    attention_mask: Tensor | None = None,
+    **options: Any,
 ) -> list[list[int]]:
-    """The new tokens behind each of several prompts, as tokens (B, T).
+    """The new tokens behind each of several prompts.
 
     Args:
-        there: (B, T), 0 where a shorter prompt is padded, on its left; all are of one length where None.
-        decoding: the fields of `Decoding`.
+        ids: (B, T).
+        attention_mask: (B, T), 0 where a shorter prompt is padded, on its left; all are of one length where None.
+        options: the fields of `Decoding`.
 
     Raises:
-        ZebraError: what `Decoding` refuses.
+        ZebraError: as `Decoding`.
     """
-    chosen = Decoding(**decoding)
-    with _deterministic(model, chosen.seed), _one_warning():
-        host: Any = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids) if there is None else there,
-            generation_config=chosen.to_generation_config(model, tokenizer),
-            tokenizer=tokenizer,
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    return _generate(model, tokenizer, ids, mask, Decoding(**options)).sequences[:, ids.shape[1] :].tolist()
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    attention_mask: Tensor,
+    decoding: Decoding,
+    **kwargs: Any,
+) -> Any:
+    """What `model.generate` returns, drawn by the seed; the caller's random state comes back."""
+    config = decoding.to_generation_config(model, tokenizer)
+    kind = model.device.type
+    devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
+    quiet = _only_errors("transformers.generation.stopping_criteria")
+    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"), quiet:
+        # torch.manual_seed seeds every device there is; a model on the CPU draws by one generator alone.
+        (torch.manual_seed if devices else torch.default_generator.manual_seed)(decoding.seed)
+        return model.generate(
+            ids, attention_mask=attention_mask, generation_config=config, tokenizer=tokenizer, **kwargs
         )
-    return host.sequences[:, ids.shape[1] :].tolist()
 
 
 def _run(
@@ -252,35 +281,28 @@ def _run(
 ) -> Generated:
     ids = inputs["input_ids"].to(model.device)
     writer, clock = _Writer(tokenizer, on_text), _Clock()
-    streams = decoding.num_beams == 1  # the host has no stream of beams: the best is known at the end
-    told = _one_warning("zebra.model.self_extend")
-    with _deterministic(model, decoding.seed), told, _reading(model, ids.shape[1], decoding.prefill_chunk):
+    streams = decoding.num_beams == 1  # transformers has no stream of beams: the best is known at the end
+    with _prompt_bar(model, ids.shape[1], decoding.prefill_chunk), _only_errors("zebra.model.self_extend"):
         start = time.perf_counter()
         try:
-            host: Any = model.generate(
-                ids,
-                attention_mask=inputs["attention_mask"].to(model.device),
-                generation_config=decoding.to_generation_config(model, tokenizer),
-                tokenizer=tokenizer,
-                streamer=writer if streams else None,
-                stopping_criteria=[clock],
-            )
+            mask, streamer = inputs["attention_mask"].to(model.device), writer if streams else None
+            output = _generate(model, tokenizer, ids, mask, decoding, streamer=streamer, stopping_criteria=[clock])
         except BaseException:
             writer.end()  # an interrupt leaves the text so far
             raise
-        tokens = host.sequences[0, ids.shape[1] :].tolist()
+        tokens = output.sequences[0, ids.shape[1] :].tolist()
         seconds = time.perf_counter() - start
     if not streams:
         for part in (ids.cpu(), torch.tensor(tokens)):
             writer.put(part)
         writer.end()
     stopped = any(string in writer.text for string in decoding.stop) or len(tokens) < decoding.max_new_tokens
-    cache = host.past_key_values
+    cache = output.past_key_values
     return Generated(
         text=writer.text,
         tokens=tuple(tokens),
         prompt_tokens=ids.shape[1],
-        ended="end" if tokens[-1] in _ends(model, tokenizer) else "stop" if stopped else "length",
+        ended="end" if tokens[-1] in _end_tokens(model, tokenizer) else "stop" if stopped else "length",
         seconds_to_first_token=clock.first - start,
         seconds=seconds,
         cache_bytes=cache.kv_bytes() if isinstance(cache, StripedCache) else None,
@@ -333,7 +355,7 @@ class _Writer(BaseStreamer):
 
 
 class _Clock(StoppingCriteria):
-    """When the first token was there. It stops nothing; the host asks it after each token, of beams too."""
+    """The time of the first token. It stops nothing; transformers asks it after each token, of beams too."""
 
     first = math.nan
 
@@ -345,16 +367,16 @@ class _Clock(StoppingCriteria):
 
 
 @contextmanager
-def _reading(model: PreTrainedModel, tokens: int, chunk: int | None) -> Iterator[None]:
+def _prompt_bar(model: PreTrainedModel, tokens: int, chunk: int | None) -> Iterator[None]:
     """A bar while a prompt is read in chunks; it is gone before the first text is written."""
     with ExitStack() as work:
         if chunk is not None and chunk < tokens:
             advance, read = work.enter_context(bar("prompt", tokens, "tokens")), 0
 
-            def after(module: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
+            def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
                 nonlocal read
-                read += named["input_ids"].shape[1]
-                advance(named["input_ids"].shape[1])
+                read += kwargs["input_ids"].shape[1]
+                advance(kwargs["input_ids"].shape[1])
                 if read >= tokens:
                     work.close()
 
@@ -363,39 +385,23 @@ def _reading(model: PreTrainedModel, tokens: int, chunk: int | None) -> Iterator
 
 
 @contextmanager
-def _deterministic(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Draws by the seed; the caller's random state comes back."""
-    kind = model.device.type
-    devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
-    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
-        # torch.manual_seed seeds every device there is; a model on the CPU draws by one generator alone.
-        (torch.manual_seed if devices else torch.default_generator.manual_seed)(seed)
-        yield
-
-
-@contextmanager
-def _one_warning(*ours: str) -> Iterator[None]:
-    """Ours about the length comes before any work and names the remedy: the host's, on the way, is left out.
-
-    Args:
-        ours: loggers of ours that are left out too.
-    """
-    loggers = [logging.getLogger(name) for name in ("transformers.generation.stopping_criteria", *ours)]
-    before = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.ERROR)
+def _only_errors(*names: str) -> Iterator[None]:
+    """These loggers log errors alone: our warning of the length comes before any work, and later ones are left out."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for one, level in zip(loggers, before, strict=True):
-            one.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: the checkpoint's, else the tokenizer's."""
-    own: Any = model.generation_config
-    found = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    return [] if found is None else found if isinstance(found, list) else [found]
+    tokens = getattr(model.generation_config, "eos_token_id", None)
+    tokens = tokenizer.eos_token_id if tokens is None else tokens
+    return [] if tokens is None else tokens if isinstance(tokens, list) else [tokens]
 
 
 def _warn_beyond(config: PreTrainedConfig, setting: SelfExtend | None, prompt: int, new: int) -> None:
