@@ -24,12 +24,25 @@ def reference(request: Request) -> tuple[Tensor, Tensor | None]:
         if request.slopes is not None:
             scores = scores - request.slopes.to(wide)[:, None, None] * (i[:, None] - j)
         visible = request.mask.visible(i, j)
-        scores = scores.masked_fill(~visible, float("-inf"))
-        lse = torch.logsumexp(scores, dim=-1)
-        seen = visible.any(dim=-1, keepdim=True)
-        weights = torch.exp(scores - lse.unsqueeze(-1).where(seen, 0.0))
+        weights, lse = masked_softmax(scores, visible)
         out = weights @ v
     return out.to(request.q.dtype), lse if request.with_lse else None
+
+
+def masked_softmax(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax over visible keys and its log-sum-exp; 0 and -inf for a query that sees none.
+
+    Args:
+        scores: (..., T, S).
+        visible: bool, broadcasts against the scores.
+
+    Returns:
+        weights: (..., T, S). lse: (..., T).
+    """
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    seen = visible.any(dim=-1, keepdim=True)
+    return torch.exp(scores - lse.unsqueeze(-1).where(seen, 0.0)), lse
 
 
 KERNEL = Kernel(

@@ -177,8 +177,6 @@ class Kernel:
     run: Callable[[Request], tuple[Tensor, Tensor | None]]
     devices: frozenset[str] | None = None
     dtypes: frozenset[torch.dtype] = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-    backward: bool = True
-    lse: bool = True
     softcap: bool = False
     sinks: bool = False
     slopes: bool = False
@@ -208,8 +206,4 @@ class Kernel:
             return "it has no ALiBi"
         if request.mask.sinks and request.mask.window is not None and not self.sinks:
             return "it has no sinks, which zebra.kernels.sinks merges"
-        if request.with_lse and not self.lse:
-            return "it gives no log-sum-exp"
-        if not self.backward and request.wants_gradient:
-            return "it has no backward"
         return None

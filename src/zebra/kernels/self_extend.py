@@ -1,7 +1,7 @@
 r"""Self-Extend's attention as two that are merged by their log-sum-exps (arXiv 2401.01325).
 
     keys      0 .......... S - W ...... S       far    queries from W on, over the keys before S - W, plain causal,
-    queries   near                                     by vectors rotated to grouped positions       
+    queries   near                                     by vectors rotated to grouped positions
        W - 1  \ \                               near   the causal band of W keys, at exact positions
               f \ \
               f f \ \                           Together they are the causal triangle: one full attention, never two.

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from zebra.kernels import attend
 from zebra.kernels.merging import merge
+from zebra.kernels.reference import masked_softmax
 from zebra.kernels.request import Mask
 
 NO_POSITION = 1 << 40
@@ -134,11 +135,7 @@ def _over(q: Tensor, sinks: Sinks, visible: Tensor, scale: float, softcap: float
     scores = (rows.flatten(3, 4) @ sinks.keys.to(wide).mT * scale).unflatten(3, shape)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    visible = visible[:, None, :, None]
-    scores = scores.masked_fill(~visible, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    seen = visible.any(dim=-1, keepdim=True)
-    weights = torch.exp(scores - lse.unsqueeze(-1).where(seen, 0.0))
+    weights, lse = masked_softmax(scores, visible[:, None, :, None])
     out = (weights.flatten(3, 4) @ sinks.values.to(wide)).unflatten(3, shape)
     out, lse = (x.transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :, :queries] for x in (out, lse))
     return out.to(q.dtype), lse

@@ -8,7 +8,7 @@
 The kernel aligns queries and keys of a sequence at their last token (FlashAttention 2.1, arXiv 2307.08691), as
 `attend` does, so chunks and decode need no mask of their own. Its log-sum-exp is natural, float32, (H, tokens).
 
-Everything but the one call of torch is tested on a CPU, with a placeholder for that call. It has not yet been run on a GPU.
+All but the one call of torch is tested on a CPU, with a placeholder for that call. It has not yet been run on a GPU.
 """
 
 from __future__ import annotations
