@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Zebra
 
-from zebra.model.families import table
+from zebra.model.routes import table
 from zebra.results import read_results
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -154,7 +154,7 @@ def test_the_first_lines_of_python_in_the_readme_run(tmp_path: Path, monkeypatch
 
 
 def test_the_family_table_is_the_codes() -> None:
-    """`python -m zebra.model.families` prints it."""
+    """`python -m zebra.model.routes` prints it."""
     page = (ROOT / "docs" / "families.md").read_text()
     written = re.search(r"<!-- families -->\n(.*?)\n<!-- end -->", page, flags=re.DOTALL)
     assert written is not None

@@ -23,8 +23,9 @@ from zebra.kernels import attend
 from zebra.model import attention
 from zebra.model.attention import IGNORED_KWARGS, NAME, zebra_attention
 from zebra.model.cache import SelfExtendLayer
-from zebra.model.families import ROUTES, model_class, route, with_stripes
+from zebra.model.families import model_class, route_of, with_stripes
 from zebra.model.loss import head_of, without_logits
+from zebra.model.routes import ROUTES
 from zebra.model.self_extend import bounded_cache, set_self_extend
 from zebra.model.self_extend.formula import formula_logits
 from zebra.stripes import Stripes
@@ -174,15 +175,15 @@ def test_the_source_class_ignores_layer_types_or_is_its_own_target(family: str) 
     """The reason for each route: where it leads to another class, the source's own would not stripe."""
     config = tiny_config(family)
     takes_layer_types = "layer_types" in inspect.signature(type(config)).parameters
-    assert takes_layer_types == (route(config).target == config.model_type)
+    assert takes_layer_types == (route_of(config).target == config.model_type)
 
 
 def test_every_row_of_the_table_has_a_tiny_member_or_a_reason() -> None:
     members = [member for member in MEMBERS if member != "zebra_study"]  # which no table has
-    served = {(route(tiny_config(member)).family, route(tiny_config(member)).target) for member in members}
+    served = {(route_of(tiny_config(member)).family, route_of(tiny_config(member)).target) for member in members}
     assert served == {(row.family, row.target) for row in ROUTES if row.target is not None}
     assert {row.target for row in ROUTES if row.target} <= {row.family for row in ROUTES if row.target}
-    assert all(row.because for row in ROUTES)
+    assert all(row.reason for row in ROUTES)
 
 
 REFUSED = [row.family for row in ROUTES if row.target is None]
@@ -191,7 +192,7 @@ REFUSED = [row.family for row in ROUTES if row.target is None]
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_refused_family_is_one_that_transformers_has(family: str) -> None:
     with pytest.raises(ZebraError, match="cannot be served"):
-        route(AutoConfig.for_model(family))
+        route_of(AutoConfig.for_model(family))
 
 
 # Why a family is refused, where a class comes near.

@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import zebra
 from zebra import Stripes, ZebraError
-from zebra.model import families
+from zebra.model import routes
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer, read_config
-from zebra.model.families import Route, layout, stripes_of, with_stripes
+from zebra.model.families import layout, stripes_of, with_stripes
 from zebra.model.load import read_device, read_dtype
+from zebra.model.routes import Route
 
 IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
 
@@ -333,8 +334,8 @@ def test_a_family_without_a_route(tmp_path: Path) -> None:
 
 
 def test_a_family_whose_class_this_transformers_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Route("qwen3", "of_tomorrow", "it reads layer_types")
-    monkeypatch.setattr(families, "ROUTES", (row,))
+    route = Route("qwen3", "of_tomorrow", "it reads layer_types")
+    monkeypatch.setattr(routes, "ROUTES", (route,))
     with refused(f"runs as of_tomorrow, which transformers {transformers.__version__} does not have; install a newer"):
         with_stripes(tiny_config("qwen3"), Stripes.parse("GL:9"))
 

@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 
 from zebra.errors import ZebraError, first_line
 from zebra.model.checkpoint_files import check_checkpoint, read_json_object
-from zebra.model.families import ignores_layer_types, model_class, route, stripes_of
+from zebra.model.families import ignores_layer_types, model_class, route_of, stripes_of
 from zebra.model.local import LocalAttention, layout_name
 from zebra.provenance import git_commit, versions
 
@@ -62,7 +62,7 @@ def read_config_and_rest(
         says = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         raise ZebraError(f"the config of {path} cannot be read: {says}") from None
     if routed:
-        route(config)
+        route_of(config)
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ZebraError(f"{path} is a {config.model_type}, of which transformers has no causal language model.")
     if getattr(config, "layer_types", None) is not None and ignores_layer_types(config):

@@ -13,6 +13,7 @@ from typing import Any
 from zebra.errors import ZebraError
 from zebra.files import refuse_existing
 from zebra.model.rope import Rope, as_rope
+from zebra.model.routes import check_family
 from zebra.stripes import Stripes
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -87,10 +88,12 @@ def check_conversion(source: Path, target: Path, stripes: Stripes | str | None, 
         stripes: None where they are yet to be chosen.
 
     Raises:
-        ZebraError: as `check_checkpoint`, `check_target`, `Stripes.parse` and `Rope.parse`.
+        ZebraError: as `check_checkpoint`, `check_family`, `check_target`, `Stripes.parse` and `Rope.parse`.
     """
     if isinstance(stripes, str):
         Stripes.parse(stripes)
     as_rope(rope)
     check_checkpoint(source)
+    if (source / "config.json").is_file():
+        check_family(str(read_json_object(source / "config.json", "").get("model_type")))
     check_target(source, target)

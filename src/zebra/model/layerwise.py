@@ -24,7 +24,7 @@ from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.model.attention import NAME
 from zebra.model.local import LocalAttention
-from zebra.model.override import get_override, overriding_attention
+from zebra.model.override import names_of_other_overrides, overriding_attention
 
 
 class Layerwise:
@@ -52,8 +52,7 @@ class Layerwise:
                 f"the layers of a {model.config.model_type} are run one by one from its decoder's list of {count} "
                 "layers, which it has not. Choose the layout yourself, with --stripes."
             )
-        overrides = {type(override).__name__ for module in model.modules() if (override := get_override(module))}
-        others = ", ".join(sorted(overrides - {LocalAttention.__name__}))
+        others = names_of_other_overrides(model, LocalAttention)
         if model.config._attn_implementation != NAME or others:
             raise ZebraError(
                 f'layers change their kind in attention "{NAME}", without Self-Extend or any other override; '

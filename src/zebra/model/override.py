@@ -66,6 +66,12 @@ def overrides_of(model: nn.Module, kind: type[Override]) -> Iterator[Override]:
     return (override for module in model.modules() if isinstance(override := get_override(module), kind))
 
 
+def names_of_other_overrides(model: nn.Module, *kinds: type[AttentionOverride]) -> str:
+    """The class names of a model's overrides that are of none of these classes, with commas; empty without any."""
+    overrides = (get_override(module) for module in model.modules())
+    return ", ".join(sorted({type(o).__name__ for o in overrides if o is not None and not isinstance(o, kinds)}))
+
+
 @contextmanager
 def overriding_attention(modules: Iterable[nn.Module], override: AttentionOverride | None) -> Iterator[None]:
     """Within this context the modules have this override; afterwards each has its previous one again."""

@@ -44,8 +44,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from zebra.errors import ZebraError
 from zebra.kernels import Mask
-from zebra.model.families import READS, TOKENLESS, Limit, Route, register_route
 from zebra.model.override import set_override
+from zebra.model.routes import READS_LAYER_TYPES, WITHOUT_END_TOKENS, Condition, Route, register_route
 from zebra.positions import alibi_slopes
 from zebra.stripes import GLOBAL, LOCAL
 from zebra.study.layout import NAME, SUMMARY, SummaryStripes, summary_stripes
@@ -376,11 +376,11 @@ class StudyForCausalLM(StudyPreTrainedModel, GenerationMixin):
         )
 
 
-_NOT_ROTARY = Limit("positions that are not rotary", lambda c: c.position_embedding != "rotary")
-_SUMMARIES = Limit("summary layers", lambda c: "summary" in c.attention_kinds)
+_NOT_ROTARY = Condition("positions that are not rotary", lambda c: c.position_embedding != "rotary")
+_SUMMARIES = Condition("summary layers", lambda c: "summary" in c.attention_kinds)
 
 AutoConfig.register(StudyConfig.model_type, StudyConfig)
 AutoModel.register(StudyConfig, StudyModel)
 AutoModelForCausalLM.register(StudyConfig, StudyForCausalLM)
-register_route(Route(NAME, "cwm", "cwm has its tensors", refuses=(_NOT_ROTARY, _SUMMARIES, TOKENLESS)))
-register_route(Route(NAME, NAME, READS, writes=lambda config: {"attention_kinds": None}))
+register_route(Route(NAME, "cwm", "cwm has its tensors", unsupported=(_NOT_ROTARY, _SUMMARIES, WITHOUT_END_TOKENS)))
+register_route(Route(NAME, NAME, READS_LAYER_TYPES, fields=lambda config: {"attention_kinds": None}))

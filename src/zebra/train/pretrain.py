@@ -21,7 +21,7 @@ from zebra.files import atomic_directory
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import open_tokenizer, tokenizer_digest, write_config, write_zebra_json
 from zebra.model.default_cache import with_default_cache
-from zebra.model.families import layer_kinds, model_class, route, with_stripes
+from zebra.model.families import layer_kinds, model_class, route_of, with_stripes
 from zebra.model.load import load
 from zebra.model.local import LocalAttention, layout_name, local_attention_of, set_local_attention
 from zebra.model.self_extend import check_learned_positions
@@ -109,7 +109,7 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     given = {"max_position_embeddings": recipe.train.length} | _tokens(recipe, tokenizer) | given
     try:
         config = AutoConfig.for_model(kind, **given)
-        route(config)
+        route_of(config)
         if recipe.stripes is not None:
             config = with_stripes(config, Stripes.parse(recipe.stripes))
         with torch.device("meta"):

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
-from zebra.model.local import local_attention_of
-from zebra.model.override import get_override, overrides_of, set_override
+from zebra.model.local import LocalAttention, local_attention_of
+from zebra.model.override import names_of_other_overrides, overrides_of, set_override
 from zebra.model.rope import changes_with_length
 from zebra.model.self_extend.layer import GroupedRotation, SelfExtendAttention
 from zebra.model.self_extend.probe import CANNOT_RUN, attention_layers
@@ -66,11 +66,9 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
         ZebraError: no global layer with a rope, a model that cannot run on our cache, and as `attention_layers`.
     """
     trained = model.config.get_text_config().max_position_embeddings
-    overrides = {type(override).__name__ for module in model.modules() if (override := get_override(module))}
-    if others := sorted(overrides - {"LocalAttention", SelfExtendAttention.__name__}):
+    if others := names_of_other_overrides(model, LocalAttention, SelfExtendAttention):
         raise ZebraError(
-            f"Self-Extend maps the positions of tokens, and this model has layers with {', '.join(others)}. "
-            "Load it without."
+            f"Self-Extend maps the positions of tokens, and this model has layers with {others}. Load it without."
         )
     rotations: dict[str, GroupedRotation] = {}
     for layer in attention_layers(model):
