@@ -204,7 +204,7 @@ def test_every_subject_runs_and_its_rows_render(name: str, dtype: str, peaks: st
         assert any("compiler" in line for line in left_out)
     write_report(rows, tmp_path / "page.html")
     page = (tmp_path / "page.md").read_text()
-    assert "Other rows" not in page
+    assert "Other results" not in page
     assert "planned ms" in page
     assert len(terminal_tables(rows)) == 2
 

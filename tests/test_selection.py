@@ -265,11 +265,11 @@ def test_rows_and_page_of_a_selection(tmp_path: Path) -> None:
     assert str(Stripes.parse(chosen.layout).layer_types(5)).count("full") == 2
     write_report([*found.rows, *select(STORIES, 1, order="once", run="b", **GIVEN).rows], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("rows that took no part in the choice") == 2 + 1  # twice as a title, once in the prose
+    assert page.count("sequences that took no part in the choice") == 2 + 1  # twice as a title, once in the prose
     assert (tmp_path / "page-selection-2.svg").is_file()
-    assert "Other rows" not in page
+    assert "Other results" not in page
     write_report(by_task["candidate"], tmp_path / "part.html")
-    assert "Other rows" in (tmp_path / "part.html").read_text()
+    assert "Other results" in (tmp_path / "part.html").read_text()
 
 
 KINDS = {"source": 3, "candidate": 5 + 4 + 3, "greedy": 1, "once": 1, "stride": 4, "local": 1}

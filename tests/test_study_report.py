@@ -298,7 +298,7 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path) -> None:
             assert f"{of.mean:.2f}" in text
             assert f"± {of.deviation:.2f}" in text
         assert f"{pairs(GROUPED, 512):,}" in text
-        assert "Other rows" not in text
+        assert "Other results" not in text
         assert "Side by side" not in text
     for name in ("scatter", "beyond", "loss"):
         assert f"page-study-{name}.svg" in markdown

@@ -119,11 +119,11 @@ def select(
 
 def _write_page(selection: Selection, folder: Path) -> None:
     from zebra.report import write_report
-    from zebra.report.selection import better
+    from zebra.report.selection import better_strides
     from zebra.results import read_results
 
     write_report(read_results(folder / "results.jsonl"), folder / "report.html")
-    for line in better(selection.rows):
+    for line in better_strides(selection.rows):
         show.note(line)
 
 

@@ -61,7 +61,7 @@ def plan(
     )
     tree = sheet.tree(run, ceilings, budget=None if memory is None else fit.bytes_of(memory), seconds=seconds)
     if picture is not None:
-        from zebra.report.costs import write_picture
+        from zebra.report.plan_picture import write_picture
 
         write_picture(picture, sheet.curves(run, ceilings), phase=phase, device=ceilings.name)
         show.note(f"picture {picture}")

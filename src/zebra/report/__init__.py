@@ -18,19 +18,20 @@ from zebra.report import (
     answers,
     benches,
     compare,
+    cost,
+    layouts,
     lengths,
     method,
     page,
+    perplexity,
     retrieval,
-    sections,
     selection,
     tasks,
-    verdicts,
 )
 from zebra.report.compare import merge_sources
 from zebra.report.figures import standalone
 from zebra.report.page import Cell, Chapter, Figure
-from zebra.report.series import by_kind, groups_of
+from zebra.report.series import by_kind, position_scores
 from zebra.results import Result
 
 __all__ = ["merge_sources", "terminal_tables", "write_report"]
@@ -55,40 +56,42 @@ def write_report(
             f"Write to {html.with_suffix('.html')}."
         )
     in_chapters = {id(result) for chapter in chapters for result in chapter.results}
-    rest = [result for result in results if id(result) not in in_chapters]
-    kinds = by_kind(rest)
-    groups = groups_of(kinds["position"])
-    runs = dict.fromkeys(result.run for result in rest)
+    others = [result for result in results if id(result) not in in_chapters]
+    kinds = by_kind(others)
+    groups = position_scores(kinds["position"])
+    runs = dict.fromkeys(result.run for result in others)
     title = title or ", ".join([*(chapter.name for chapter in chapters), *runs])
-    said = {
-        run: [*answers.verdict(run, kinds["answers"]), *verdicts.verdict(run, groups, kinds["cost"])] for run in runs
-    }
-    verdict = [chapter.summary for chapter in chapters]
-    verdict += [[Cell(f"{run}: " if len(runs) > 1 else ""), *line] for run, line in said.items() if line]
-    verdict += selection.verdicts(kinds["selection"])
-    verdict = verdict or [[Cell(f"{len(results):,}", results=results), Cell(" results.")]]
+    summary = [chapter.summary for chapter in chapters]
+    for run in runs:
+        line = [
+            *answers.answer_summary(run, kinds["answers"]),
+            *perplexity.position_summary(run, groups, kinds["cost"]),
+        ]
+        summary += [[Cell(f"{run}: " if len(runs) > 1 else ""), *line]] if line else []
+    summary += selection.selection_summaries(kinds["selection"])
+    summary = summary or [[Cell(f"{len(results):,}", results=results), Cell(" results.")]]
     parts = [
         *(section for chapter in chapters for section in chapter.sections),
-        compare.compare(rest),
-        sections.layouts(kinds["cost"]),
-        sections.positions(groups),
+        compare.compare(others),
+        layouts.layouts(kinds["cost"]),
+        perplexity.positions(groups),
         lengths.lengths([*kinds["retrieval"], *kinds["task"]]),
         retrieval.retrieval(kinds["retrieval"]),
         tasks.tasks(kinds["task"]),
         selection.selection(kinds["selection"]),
         answers.answers(kinds["answers"]),
-        answers.makeup(kinds["instructions"]),
-        sections.training(kinds["loss"], groups_of(kinds["on the way"]), groups),
-        sections.cost(kinds["cost"], kinds["speed"]),
+        answers.composition(kinds["instructions"]),
+        perplexity.training(kinds["loss"], position_scores(kinds["position during training"]), groups),
+        cost.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
         method.method(results),
-        method.others([*kinds["other"], *selection.rest(kinds["selection"])]),
+        method.others([*kinds["other"], *selection.incomplete(kinds["selection"])]),
     ]
     parts = [section for section in parts if section.blocks]
     for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
         atomic_write(html.with_name(f"{html.stem}-{figure.name}.svg"), standalone(figure.svg))
-    atomic_write(html.with_suffix(".md"), page.markdown(html.stem, title, verdict, parts))
-    atomic_write(html, page.html(title, verdict, parts, results))
+    atomic_write(html.with_suffix(".md"), page.markdown(html.stem, title, summary, parts))
+    atomic_write(html, page.html(title, summary, parts, results))
 
 
 def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:
@@ -98,7 +101,7 @@ def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:
     """
     kinds = by_kind(results)
     tables = [
-        *sections.position_tables(groups_of(kinds["position"])),
+        *perplexity.position_tables(position_scores(kinds["position"])),
         *retrieval.retrieval_tables(kinds["retrieval"]),
         *tasks.task_tables(kinds["task"]),
         *selection.selection_tables(kinds["selection"]),

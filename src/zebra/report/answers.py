@@ -1,157 +1,153 @@
-"""Instruction tuning on a page: the loss on answers before, on the way and after, and what was trained on."""
+"""Instruction tuning on a page: the loss on answers before, during and after, and what was trained on."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from matplotlib.axes import Axes
 
 from zebra.report.figures import HUES, draw
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.series import interval, number, outcome, percent, series_of, step
+from zebra.report.pivot import Column, Results, pivot_table, split, value_cell
+from zebra.report.series import percent, series_of, step, trained_series
 from zebra.results import Result
 
-_SUITE, _KIND = "answers-", "instructions-"
+_PREFIX, _KIND_PREFIX = "answers-", "instructions-"
+_METRICS = ("samples", "tokens")
 
 
-def answers(rows: list[Result]) -> Section:
+def answers(results: list[Result]) -> Section:
     """The loss on the answers of each suite: a line over the steps, and a table."""
-    tables = answer_tables(rows)
-    on_the_way = [row for row in rows if step(row) is not None]
     blocks: list[str | Table | Figure] = []
-    if on_the_way:
-        svg = draw("answers", lambda axes: _plot_way(axes, _with_start(rows)), height=2.6)
+    if any(step(one) is not None for one in results):
+        svg = draw("answers", partial(_plot_losses, points=_points(results)), height=2.6)
         caption = "Loss on the answers (nats per token) over training, suite by suite"
-        blocks.append(Figure("answers", svg, caption, rows))
-    return Section("Answers", [*blocks, *tables])
+        blocks.append(Figure("answers", svg, caption, results))
+    return Section("Answers", [*blocks, *answer_tables(results)])
 
 
-def verdict(run: str, rows: list[Result]) -> list[Cell]:
+def answer_summary(run: str, results: list[Result]) -> list[Cell]:
     """What tuning did to the loss on each suite's answers, against the source as it was."""
-    said: list[Cell] = []
-    for task in dict.fromkeys(row.task for row in rows):
-        mine = [row for row in rows if (row.run, row.task) == (run, task) and step(row) is None]
-        made = outcome(map(series_of, mine))
-        after = next((row for row in mine if series_of(row) == made), None)
-        if after is not None and mine[0] is not after:
-            way = "fell" if after.value < mine[0].value else "rose"
-            said.append(Cell(f"{', ' if said else 'The loss '}on {task.removeprefix(_SUITE)} answers {way} from "))
-            said += [_value(mine[0]), Cell(" to "), _value(after)]
-    return [*said, Cell(". ")] if said else []
+    words: list[Cell] = []
+    for suite, losses in split(results, _suite).items():
+        losses = [one for one in losses if one.run == run and step(one) is None]
+        trained = trained_series(map(series_of, losses))
+        after = next((one for one in losses if series_of(one) == trained), None)
+        if after is not None and losses[0] is not after:
+            way = "fell" if after.value < losses[0].value else "rose"
+            words.append(Cell(f"{', ' if words else 'The loss '}on {suite} answers {way} from "))
+            words += [value_cell([losses[0]]), Cell(" to "), value_cell([after])]
+    return [*words, Cell(". ")] if words else []
 
 
-def _value(row: Result) -> Cell:
-    return Cell(number(row.value), results=[row])
-
-
-def answer_tables(rows: list[Result]) -> list[Table]:
+def answer_tables(results: list[Result]) -> list[Table]:
     """A table for each run: models and steps down, suites across."""
-    runs: dict[str, dict[tuple[str, str], dict[str, Result]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        at = step(row)
-        name = f"step {at:,}" if at is not None else series_of(row).name
-        runs[row.run][name, row.layout][row.task.removeprefix(_SUITE)] = row
     tables = []
-    for run, models in runs.items():
-        suites = list(dict.fromkeys(suite for found in models.values() for suite in found))
-        first = {suite: next(found[suite] for found in models.values() if suite in found) for suite in suites}
-        head = [Cell("loss on answers")]
-        head += [Cell(suite, f"{row.n or 0:,} tokens", dim_results=[row]) for suite, row in first.items()]
-        body = [
-            [Cell(name, layout), *(_cell(found.get(suite)) for suite in suites)]
-            for (name, layout), found in models.items()
-        ]
-        tables.append(Table(f"{run}: nats per token of the answers, lower is better", head, body))
+    for run, losses in split(results, lambda one: one.run).items():
+        lines = {line: [Cell(*line)] for line in map(_line, losses)}
+        columns = {
+            suite: Column(Cell(suite, f"{first.n or 0:,} tokens", dim_results=[first]))
+            for suite, (first, *_) in split(losses, _suite).items()
+        }
+        title = f"{run}: nats per token of the answers, lower is better"
+        places = split(losses, lambda one: (_line(one), _suite(one)))
+        tables.append(pivot_table(title, [Cell("loss on answers")], lines, columns, places))
     return tables
 
 
-def makeup(rows: list[Result]) -> Section:
+def _line(result: Result) -> tuple[str, str]:
+    at = step(result)
+    return f"step {at:,}" if at is not None else series_of(result).name, result.layout
+
+
+def _suite(result: Result) -> str:
+    return result.task.removeprefix(_PREFIX)
+
+
+def composition(results: list[Result]) -> Section:
     """What each run was trained on, by length and kind."""
     blocks: list[str | Table | Figure] = []
-    for i, run in enumerate(dict.fromkeys(row.run for row in rows), start=1):
-        mine = [row for row in rows if row.run == run]
-        shares = [_stacked(mine, metric) for metric in ("samples", "tokens")]
+    for i, (run, counts) in enumerate(split(results, lambda one: one.run).items(), start=1):
+        shares = [_stacked_bars(counts, metric) for metric in _METRICS]
         svg = draw(f"instructions{i}", *shares, height=2.8)
         caption = f"{run}: conversations trained on, shares of the samples (left) and of the tokens (right), by length "
-        blocks += [Figure(f"instructions-{i}", svg, caption + "and kind", mine), _makeup_table(mine)]
+        blocks += [Figure(f"instructions-{i}", svg, caption + "and kind", counts), _composition_table(counts)]
     return Section("What it was tuned on", blocks)
 
 
-def _makeup_table(rows: list[Result]) -> Table:
-    found: dict[tuple[str, int], dict[str, Result]] = defaultdict(dict)
-    for row in rows:
-        found[row.task.removeprefix(_KIND), row.position_from or 0][row.metric] = row
-    parts = {metric: [row for row in rows if row.metric == metric] for metric in ("samples", "tokens")}
-
-    def share(has: dict[str, Result], metric: str) -> Cell:
-        row = has.get(metric)
-        if row is None:
+def _composition_table(counts: list[Result]) -> Table:
+    def share(results: Results, of: list[Result]) -> Cell:
+        if not results:
             return Cell("0")
-        dim = percent(row.value / _total(rows, metric), 0)
-        return Cell(f"{row.value:,.0f}", dim, results=[row], dim_results=parts[metric])
+        dim = percent(results[0].value / _total(of), 0)
+        return Cell(f"{results[0].value:,.0f}", dim, results=results, dim_results=of)
 
-    def answered(has: dict[str, Result]) -> Cell:
-        answers, tokens = has.get("answer_tokens"), has.get("tokens")
-        if answers is None or tokens is None or not tokens.value:
+    def answered(results: Results) -> Cell:
+        by_metric = {one.metric: one for one in results}
+        answer_tokens, tokens = by_metric.get("answer_tokens"), by_metric.get("tokens")
+        if answer_tokens is None or tokens is None or not tokens.value:
             return Cell("–")
-        return Cell(percent(answers.value / tokens.value, 0), results=[answers, tokens])
+        return Cell(percent(answer_tokens.value / tokens.value, 0), results=[answer_tokens, tokens])
 
-    body = [
-        [Cell(kind), Cell(f"{low:,}+"), share(has, "samples"), share(has, "tokens"), answered(has)]
-        for (kind, low), has in found.items()
-    ]
-    head = [Cell("kind"), Cell("length", "tokens"), Cell("samples"), Cell("tokens"), Cell("answers", "of the tokens")]
-    return Table("", head, body)
+    kinds = split(counts, lambda one: (_kind(one), one.position_from or 0))
+    lines = {(kind, start): [Cell(kind), Cell(f"{start:,}+")] for kind, start in kinds}
+    columns = {
+        metric: Column(Cell(metric), partial(share, of=[one for one in counts if one.metric == metric]))
+        for metric in _METRICS
+    }
+    columns["answers"] = Column(Cell("answers", "of the tokens"), answered)
+    places: Mapping[tuple[tuple[str, int], str], Results] = {
+        **split(counts, lambda one: ((_kind(one), one.position_from or 0), one.metric)),
+        **{(line, "answers"): here for line, here in kinds.items()},
+    }
+    return pivot_table("", [Cell("kind"), Cell("length", "tokens")], lines, columns, places)
 
 
-def _cell(row: Result | None) -> Cell:
-    if row is None:
-        return Cell("–")
-    bounds = interval(row)
-    return _value(row)._replace(dim="–".join(number(bound) for bound in bounds) if bounds else "")
+def _kind(result: Result) -> str:
+    return result.task.removeprefix(_KIND_PREFIX)
 
 
-def _with_start(rows: list[Result]) -> dict[str, list[tuple[int, float]]]:
-    """Suite to points; step 0 is the source in the layout that is trained."""
+def _total(counts: list[Result]) -> float:
+    return sum(one.value for one in counts) or 1.0
+
+
+def _points(results: list[Result]) -> dict[str, list[tuple[int, float]]]:
+    """Steps and losses by suite; step 0 is the source in the layout that is trained."""
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    trained = {(row.run, row.layout) for row in rows if step(row) is not None}
-    for row in rows:
-        at = step(row)
-        if at is None and not series_of(row).made and (row.run, row.layout) in trained:
+    several = len({one.run for one in results}) > 1
+    trained = {(one.run, one.layout) for one in results if step(one) is not None}
+    for one in results:
+        at = step(one)
+        if at is None and not series_of(one).is_output and (one.run, one.layout) in trained:
             at = 0
         if at is not None:
-            points[f"{row.run}: {row.task.removeprefix(_SUITE)}"].append((at, row.value))
-    runs = {row.run for row in rows}
-    return {name if len(runs) > 1 else name.partition(": ")[2]: sorted(found) for name, found in points.items()}
+            points[f"{one.run}: {_suite(one)}" if several else _suite(one)].append((at, one.value))
+    return {name: sorted(line) for name, line in points.items()}
 
 
-def _plot_way(axes: Axes, points: dict[str, list[tuple[int, float]]]) -> None:
-    for i, (suite, found) in enumerate(points.items()):
-        axes.plot(*zip(*found, strict=True), color=HUES[i % len(HUES)], marker="o", markersize=4, label=suite)
+def _plot_losses(axes: Axes, points: dict[str, list[tuple[int, float]]]) -> None:
+    for i, (suite, line) in enumerate(points.items()):
+        axes.plot(*zip(*line, strict=True), color=HUES[i % len(HUES)], marker="o", markersize=4, label=suite)
     axes.set_xlim(left=0)
     axes.set_xlabel("steps")
     axes.set_ylabel("loss on answers")
 
 
-def _total(rows: list[Result], metric: str) -> float:
-    return sum(row.value for row in rows if row.metric == metric) or 1.0
-
-
-def _stacked(rows: list[Result], metric: str) -> Callable[[Axes], None]:
-    mine = [row for row in rows if row.metric == metric]
-    total = _total(rows, metric)
-    lows = sorted({row.position_from or 0 for row in mine})
-    kinds = list(dict.fromkeys(row.task.removeprefix(_KIND) for row in mine))
+def _stacked_bars(results: list[Result], metric: str) -> Callable[[Axes], None]:
+    counts = [one for one in results if one.metric == metric]
+    total = _total(counts)
+    starts = sorted({one.position_from or 0 for one in counts})
 
     def plot(axes: Axes) -> None:
-        base = [0.0] * len(lows)
-        for i, kind in enumerate(kinds):
-            here = {row.position_from or 0: row.value / total for row in mine if row.task == _KIND + kind}
-            shares = [here.get(low, 0.0) for low in lows]
-            axes.bar(range(len(lows)), shares, bottom=base, color=HUES[i % len(HUES)], label=kind, width=0.7)
+        base = [0.0] * len(starts)
+        for i, (kind, here) in enumerate(split(counts, _kind).items()):
+            share_by_start = {one.position_from or 0: one.value / total for one in here}
+            shares = [share_by_start.get(start, 0.0) for start in starts]
+            axes.bar(range(len(starts)), shares, bottom=base, color=HUES[i % len(HUES)], label=kind, width=0.7)
             base = [a + b for a, b in zip(base, shares, strict=True)]
-        axes.set_xticks(range(len(lows)), [f"{low:,}+" for low in lows])
+        axes.set_xticks(range(len(starts)), [f"{start:,}+" for start in starts])
         axes.set_xlabel("tokens of the conversation")
         axes.set_ylabel(f"share of the {metric}")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
 
 from zebra.report import retrieval, tasks
 from zebra.report.figures import draw, plot_lengths
 from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.pivot import Column, Results, pivot_table, split
 from zebra.report.series import Series, labels, percent, series_of
 from zebra.results import Result
 
@@ -21,16 +21,7 @@ HOW = (
     "threshold is RULER's (arXiv 2404.06654, table 3): the score of Llama-2-7B at 4K tokens. RULER takes the mean over "
     "its 13 tasks; here it is taken over what the caption says, so compare with lengths of this page only."
 )
-
-
-class Mean(NamedTuple):
-    """A mean, and the rows that it was taken over."""
-
-    value: float
-    rows: list[Result]
-
-
-Scores = dict[Series, dict[int, Mean]]
+ByLength = dict[int, list[Result]]
 
 
 def effective(scores: Mapping[int, float]) -> int | None:
@@ -40,82 +31,83 @@ def effective(scores: Mapping[int, float]) -> int | None:
         >>> effective({1024: 1.0, 2048: 0.9, 4096: 0.5, 8192: 0.9})
         2048
     """
-    found = None
+    longest = None
     for length in sorted(scores):
         if not scores[length] > THRESHOLD:
             break
-        found = length
-    return found
+        longest = length
+    return longest
 
 
-def lengths(rows: Iterable[Result]) -> Section:
-    """A figure and a table for each task that has several lengths, and for the mean over tasks of retrieval; of a
-    single model all tasks in one.
-    """
-    found = measures(rows)
-    everyone = {series for scores in found.values() for series in scores}
-    pictures = {name: {label: scores[of] for of, label in labels(scores).items()} for name, scores in found.items()}
-    if len(everyone) == 1 and found:
-        (label,) = labels(everyone).values()
-        pictures = {label: {name: next(iter(scores.values())) for name, scores in found.items()}}
+def score(results: Iterable[Result]) -> float:
+    """The mean over tasks of each one's mean."""
+    means = [sum(one.value for one in here) / len(here) for here in split(results, lambda one: one.task).values()]
+    return sum(means) / len(means)
+
+
+def lengths(results: Iterable[Result]) -> Section:
+    """A figure and a table for each measure; of a single model all measures in one."""
+    by_measure = measures(results)
+    all_series = {series for by_series in by_measure.values() for series in by_series}
+    figures = {name: {label: by[one] for one, label in labels(by).items()} for name, by in by_measure.items()}
+    if len(all_series) == 1:
+        (label,) = labels(all_series).values()
+        figures = {label: {name: next(iter(by.values())) for name, by in by_measure.items()}}
     blocks: list[str | Table | Figure] = [HOW]
-    for i, (name, lines) in enumerate(pictures.items(), start=1):
-        points = [
-            (label, {n: mean.value for n, mean in line.items()}) for label, line in lines.items() if len(line) > 1
-        ]
+    for i, (name, lines) in enumerate(figures.items(), start=1):
+        points = [(label, {n: score(here) for n, here in by.items()}) for label, by in lines.items() if len(by) > 1]
         svg = draw(f"lengths{i}", partial(plot_lengths, lines=points, threshold=THRESHOLD), height=2.6)
-        used = {id(row): row for line in lines.values() for mean in line.values() for row in mean.rows}
-        blocks += [Figure(f"lengths-{i}", svg, f"{name}, by length", [*used.values()]), _table(lines)]
-    return Section("By length", blocks if found else [])
+        shown = {id(one): one for by in lines.values() for here in by.values() for one in here}
+        blocks += [Figure(f"lengths-{i}", svg, f"{name}, by length", [*shown.values()]), _table(lines)]
+    return Section("By length", blocks if by_measure else [])
 
 
-def measures(rows: Iterable[Result]) -> dict[str, Scores]:
-    """What was scored at two lengths or more, by its name."""
-    cells: dict[str, dict[Series, dict[int, list[Result]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
-    for row in rows:
-        if row.metric == "accuracy" and row.length is not None and row.task.startswith(("retrieval-", "harness-")):
-            cells[row.task][series_of(row)][row.length].append(row)
-    by_task: dict[str, Scores] = {
-        task: {series: {n: _mean([here]) for n, here in sorted(by.items())} for series, by in found.items()}
-        for task, found in cells.items()
+def measures(results: Iterable[Result]) -> dict[str, dict[Series, ByLength]]:
+    """What was scored at two lengths or more: each task, and before them the means over tasks of retrieval."""
+    scored = [
+        one
+        for one in results
+        if one.metric == "accuracy" and one.length is not None and one.task.startswith(("retrieval-", "harness-"))
+    ]
+    by_task = {
+        task: {series: _by_length(same) for series, same in split(here, series_of).items()}
+        for task, here in split(scored, lambda one: one.task).items()
     }
     names = {task: retrieval.name(task) if task.startswith("retrieval-") else tasks.name(task) for task in by_task}
-    found = _over_tasks(by_task) | {names[task]: scores for task, scores in by_task.items()}
-    return {name: scores for name, scores in found.items() if any(len(by) > 1 for by in scores.values())}
+    by_name = _over_tasks(scored) | {names[task]: by_series for task, by_series in by_task.items()}
+    return {name: by_series for name, by_series in by_name.items() if any(len(by) > 1 for by in by_series.values())}
 
 
-def _over_tasks(by_task: dict[str, Scores]) -> dict[str, Scores]:
-    """Of models with several tasks of retrieval their mean, at the lengths that all of them have."""
-    of: dict[tuple[str, Series], list[str]] = defaultdict(list)
-    for task in sorted(by_task):
-        if task.startswith("retrieval-"):
-            for series in by_task[task]:
-                of[retrieval.score(task), series].append(task)
-    found: dict[str, Scores] = defaultdict(dict)
-    for (score, series), its in of.items():
-        if len(its) > 1:
-            name = f"retrieval, {score}, mean of {', '.join(retrieval.name(task).partition(', by')[0] for task in its)}"
-            shared = sorted(set.intersection(*(set(by_task[task][series]) for task in its)))
-            found[name][series] = {n: _mean([by_task[task][series][n].rows for task in its]) for n in shared}
-    return found
+def _by_length(results: Iterable[Result]) -> ByLength:
+    return dict(sorted(split(results, lambda one: one.length or 0).items()))
 
 
-def _mean(groups: list[list[Result]]) -> Mean:
-    """The mean over groups of each one's mean."""
-    means = [sum(row.value for row in rows) / len(rows) for rows in groups]
-    return Mean(sum(means) / len(means), [row for rows in groups for row in rows])
+def _over_tasks(results: Iterable[Result]) -> dict[str, dict[Series, ByLength]]:
+    """Of models with several retrieval tasks all of them, at the lengths that all of them have."""
+    by_name: dict[str, dict[Series, ByLength]] = defaultdict(dict)
+    retrieved = sorted((one for one in results if one.task.startswith("retrieval-")), key=lambda one: one.task)
+    for (how, series), here in split(retrieved, lambda one: (retrieval.score(one.task), series_of(one))).items():
+        names = list(dict.fromkeys(one.task for one in here))
+        if len(names) > 1:
+            means = ", ".join(retrieval.name(task).partition(", by")[0] for task in names)
+            complete = {n: same for n, same in _by_length(here).items() if {one.task for one in same} == set(names)}
+            by_name[f"retrieval, {how}, mean of {means}"][series] = complete
+    return by_name
 
 
-def _table(lines: dict[str, dict[int, Mean]]) -> Table:
-    columns = sorted({length for line in lines.values() for length in line})
-    head = [Cell(""), Cell("effective", "tokens"), *(Cell(f"{length:,}", "tokens") for length in columns)]
-    body = []
-    for label, line in lines.items():
-        reached = effective({length: mean.value for length, mean in line.items()})
-        ended = next((length for length in line if length > (reached or 0)), 0)  # the first that is too long
-        seen = [row for length, mean in line.items() if length <= max(reached or 0, ended) for row in mean.rows]
-        cells = [Cell(percent(line[n].value), results=line[n].rows) if n in line else Cell("–") for n in columns]
-        body.append([Cell(label), Cell(f"{reached:,}" if reached else "none", results=seen), *cells])
-    return Table("", head, body)
+def _table(lines: dict[str, ByLength]) -> Table:
+    """The effective length rests on all lengths up to it, and on the first that is too long."""
+    all_lengths = sorted({length for by_length in lines.values() for length in by_length})
+    places: dict[tuple[str, int], Results] = {(label, n): here for label, by in lines.items() for n, here in by.items()}
+    names = {}
+    for label, by_length in lines.items():
+        reached = effective({length: score(here) for length, here in by_length.items()})
+        ended = next((length for length in by_length if length > (reached or 0)), 0)
+        needed = [one for length, here in by_length.items() if length <= max(reached or 0, ended) for one in here]
+        names[label] = [Cell(label), Cell(f"{reached:,}" if reached else "none", results=needed)]
+    columns = {length: Column(Cell(f"{length:,}", "tokens"), _score_cell) for length in all_lengths}
+    return pivot_table("", [Cell(""), Cell("effective", "tokens")], names, columns, places)
+
+
+def _score_cell(results: Results) -> Cell:
+    return Cell(percent(score(results)), results=results) if results else Cell("–")

@@ -1,4 +1,4 @@
-"""What the numbers of a page depend on, and the rows that none of its sections shows."""
+"""What the numbers of a page depend on, and the results that none of its sections shows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from zebra.report.links import plain
 from zebra.report.page import Cell, Section, Table
-from zebra.report.sections import convention
+from zebra.report.perplexity import convention
 from zebra.report.series import step
 from zebra.results import Result
 
@@ -21,46 +21,48 @@ _MANY = 12
 """Values of a fact that are shown."""
 
 
-def others(rows: list[Result]) -> Section:
+def others(results: list[Result]) -> Section:
     """What no other section shows."""
-    known = ("run", "model", "layout", "task", "metric", "value", "low", "high", "n", "length", "position_from",
+    names = ("run", "model", "layout", "task", "metric", "value", "low", "high", "n", "length", "position_from",
              "position_to", "depth", "seed")  # fmt: skip
-    columns = [column for column in known if any(getattr(row, column) is not None for row in rows)]
+    columns = [name for name in names if any(getattr(one, name) is not None for one in results)]
 
-    def cell(row: Result, column: str) -> Cell:
-        value = getattr(row, column)
+    def cell(one: Result, column: str) -> Cell:
+        value = getattr(one, column)
         text = f"{value:,.6g}" if isinstance(value, float) else plain(value)
-        return Cell(text, results=[row] if column in ("value", "low", "high", "n") and value is not None else [])
+        linked = column in ("value", "low", "high", "n") and value is not None
+        return Cell(text, results=[one] if linked else [])
 
-    body = [[cell(row, column) for column in columns] for row in rows]
+    body = [[cell(one, column) for column in columns] for one in results]
     table = Table("", [Cell(column.replace("_", " ")) for column in columns], body, numeric=False)
-    return Section("Other rows", [table] if rows else [])
+    return Section("Other results", [table] if results else [])
 
 
-def _few(values: list[str]) -> list[str]:
-    """A grid has many models."""
-    return values if len(values) <= _MANY else [*values[: _MANY - 1], f"{len(values) - _MANY + 1:,} more, in the rows"]
-
-
-def method(rows: Sequence[Result]) -> Section:
+def method(results: Sequence[Result]) -> Section:
     """All that a number depends on."""
     facts: dict[str, dict[str, None]] = defaultdict(dict)
-    for row in rows:
-        how = convention(row.task)
-        if row.task != how:
+    for one in results:
+        how = convention(one.task)
+        if one.task != how:
             facts["convention"][f"{how}: {_CONVENTIONS.get(how, 'as its evaluation defines it')}"] = None
-        if row.low is not None and row.task != how:
+        if one.low is not None and one.task != how:
             facts["intervals"]["95 %, bootstrap over documents"] = None
-        if row.low is not None and row.task.startswith("retrieval-"):
+        if one.low is not None and one.task.startswith("retrieval-"):
             facts["intervals"]["of retrieval: 95 %, Wilson's over samples"] = None
-        if row.low is not None and row.task.startswith("selection-"):
-            facts["intervals"]["of selections: 95 %, bootstrap over rows, of the difference from the source"] = None
-        if step(row) is None:
-            facts["models"][row.model] = None
-        facts["seed"]["none" if row.seed is None else str(row.seed)] = None
-        facts["device"][row.device] = None
-        facts["versions"][plain(row.versions)] = None
-        commit = row.commit or "not known: an installed package"
+        if one.low is not None and one.task.startswith("selection-"):
+            facts["intervals"]["of selections: 95 %, bootstrap over sequences, of the change from the source"] = None
+        if step(one) is None:
+            facts["models"][one.model] = None
+        facts["seed"]["none" if one.seed is None else str(one.seed)] = None
+        facts["device"][one.device] = None
+        facts["versions"][plain(one.versions)] = None
+        commit = one.commit or "not known: an installed package"
         facts["commit"][commit.replace("+", " with uncommitted changes")] = None
-    body = [[Cell(name), Cell("; ".join(_few([*values])))] for name, values in facts.items()]
+    body = [[Cell(name), Cell("; ".join(_first([*values])))] for name, values in facts.items()]
     return Section("How it was measured", [Table("", [Cell(""), Cell("")], body, numeric=False)])
+
+
+def _first(values: list[str]) -> list[str]:
+    """A grid has many models."""
+    more = len(values) - _MANY + 1
+    return values if more < 2 else [*values[: _MANY - 1], f"{more:,} more, in the results"]

@@ -1,17 +1,16 @@
-"""Rows of a selection: what each layer is needed for, as bars and a table, and what the choice is worth elsewhere."""
+"""Layer selections on a page: what each layer is needed for, and what the choice is worth on held-out sequences."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from zebra.report.figures import ACCENT, INK, draw
+from zebra.report.figures import ACCENT, INK, draw, drawable
 from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.pivot import interval_cell, split, value_cell
 from zebra.report.series import FULL, interval, number, series_of
 from zebra.results import Result
 from zebra.stripes import GLOBAL, Stripes
@@ -20,28 +19,30 @@ HOW = (
     "Each layer in turn was made local, the others left as they are in the source; its bar is what that adds to the "
     "loss of the tokens that need more than the window, in nats a token. A layer that another can replace has a small "
     "bar; greedy selection, which tries again after each layer that became local, keeps one of the two. What was "
-    "chosen is measured once more on rows that took no part in the choice, beside the paper's stride at every offset."
+    "chosen is measured once more on sequences that took no part in the choice, beside the paper's stride at every "
+    "offset."
 )
 """How its pictures are to be read."""
 _ORDERS = {"greedy": "measured, greedy", "once": "measured, one-shot", "stride": "stride", "local": "all local"}
 
 
-_WHOLE = {
+_REQUIRED = {
     *(("source", metric) for metric in ("layers", "loss", "held_out_loss")),
     ("candidate", "rise"),
     ("stride", "held_out_rise"),
+    ("once", "held_out_rise"),
 }
 
 
-class _Found(NamedTuple):
-    """One selection for one budget: its rows by task and metric."""
+class LayerSelection(NamedTuple):
+    """The results of one selection for one budget of global layers, by the part of their task and by metric."""
 
     run: str
     name: str
     measured: str
     length: int | None
     depth: int
-    rows: dict[tuple[str, str], list[Result]]
+    results: dict[tuple[str, str], list[Result]]
 
     def letters(self, layout: str) -> str:
         """G or L for each layer."""
@@ -50,180 +51,164 @@ class _Found(NamedTuple):
         kinds = Stripes.parse(layout).layer_types(self.depth)
         return "".join("G" if kind == GLOBAL else "L" for kind in kinds)
 
-    def kept(self, row: Result) -> int:
-        """How many layers of a row's layout are global."""
-        return self.letters(row.layout).count("G")
+    def global_layers(self, result: Result) -> int:
+        """How many layers of a result's layout are global."""
+        return self.letters(result.layout).count("G")
 
     @property
     def budget(self) -> int:
         """How many layers it leaves global."""
-        return self.kept(next(iter(self.chosen.values())))
+        return self.global_layers(next(iter(self.chosen.values())))
 
-    def by_budget(self) -> list[_Found]:
+    def by_budget(self) -> list[LayerSelection]:
         """One for each number of layers that was asked for; a stride goes to the least number that it meets."""
-        chosen = [row for order in ("greedy", "once") for row in self.rows[order, "held_out_rise"]]
-        budgets = dict.fromkeys(map(self.kept, chosen))
+        chosen = [one for order in ("greedy", "once") for one in self.results.get((order, "held_out_rise"), [])]
+        budgets = dict.fromkeys(map(self.global_layers, chosen))
 
-        def belongs(task: str, row: Result, budget: int) -> bool:
-            if task == "stride":
-                return budget == min((b for b in budgets if b >= self.kept(row)), default=max(budgets))
-            return task not in ("greedy", "once") or self.kept(row) == budget
+        def belongs(part: str, result: Result, budget: int) -> bool:
+            count = self.global_layers(result)
+            if part == "stride":
+                return budget == min((b for b in budgets if b >= count), default=max(budgets))
+            return part not in ("greedy", "once") or count == budget
 
         return [
             self._replace(
-                rows=defaultdict(
-                    list, {at: [row for row in rows if belongs(at[0], row, budget)] for at, rows in self.rows.items()}
-                )
+                results={key: [one for one in here if belongs(key[0], one, b)] for key, here in self.results.items()}
             )
-            for budget in budgets
+            for b in budgets
         ]
-
-    @property
-    def source(self) -> str:
-        """The source's layout."""
-        return self.letters(self.rows["source", "loss"][0].layout)
 
     @property
     def needs(self) -> dict[int, Result]:
         """What each of the source's global layers adds when it becomes local."""
-        found = {}
-        for row in self.rows["candidate", "rise"]:
-            changed = [i for i, (a, b) in enumerate(zip(self.source, self.letters(row.layout), strict=True)) if a != b]
+        source = self.letters(self.results["source", "loss"][0].layout)
+        rises = {}
+        for one in self.results["candidate", "rise"]:
+            changed = [i for i, (a, b) in enumerate(zip(source, self.letters(one.layout), strict=True)) if a != b]
             if len(changed) == 1:
-                found[changed[0]] = row
-        return dict(sorted(found.items()))
+                rises[changed[0]] = one
+        return dict(sorted(rises.items()))
+
+    def held_out(self, part: str) -> list[Result]:
+        """What the layouts of a part add to the loss of the held-out sequences."""
+        return self.results.get((part, "held_out_rise"), [])
 
     @property
     def chosen(self) -> dict[str, Result]:
         """The layout of each order, the one that was asked for first."""
-        return {
-            order: self.rows[order, "held_out_rise"][0]
-            for order in ("greedy", "once")
-            if self.rows[order, "held_out_rise"]
-        }
+        return {order: self.held_out(order)[0] for order in ("greedy", "once") if self.held_out(order)}
 
     @property
     def compared(self) -> tuple[Result, Result]:
-        """On the held-out rows, what was chosen and the stride that loses the least."""
-        strides = self.rows["stride", "held_out_rise"]
-        return next(iter(self.chosen.values())), min(strides, key=lambda row: row.value)
+        """On the held-out sequences, what was chosen and the stride that loses the least."""
+        return next(iter(self.chosen.values())), min(self.held_out("stride"), key=lambda one: one.value)
+
+    @property
+    def title(self) -> str:
+        """What was measured, and how many layers stay global."""
+        by = "long-range tokens" if self.measured == "text" else f"answers of {self.measured.replace('+', ', ')}"
+        sequences = f"{self.name}, by {by} in sequences of {self.length:,} tokens"
+        return f"{sequences}; {self.budget} of {self.depth} layers stay global"
 
 
-def selection(rows: list[Result]) -> Section:
-    """A picture and two tables for each selection."""
+def selection(results: list[Result]) -> Section:
+    """A figure and two tables for each selection."""
     blocks: list[str | Table | Figure] = [HOW]
-    for i, found in enumerate(_all(rows), start=1):
-        svg = draw(f"selection{i}", partial(_bars, found=found), height=2.6)
-        caption = f"What each layer is needed for: {_title(found)}"
-        blocks.append(Figure(f"selection-{i}", svg, caption, [*found.needs.values()]))
-        blocks += [_held_out(found), _needs(found)]
+    for i, one in enumerate(_selections(results), start=1):
+        svg = draw(f"selection{i}", partial(_plot_needs, selection=one), height=2.6)
+        caption = f"What each layer is needed for: {one.title}"
+        blocks.append(Figure(f"selection-{i}", svg, caption, [*one.needs.values()]))
+        blocks += [_held_out_table(one), _needs_table(one)]
     return Section("Which layers stay global", blocks if len(blocks) > 1 else [])
 
 
-def selection_tables(rows: list[Result]) -> list[Table]:
+def selection_tables(results: list[Result]) -> list[Table]:
     """The tables alone, for a terminal: the layers, then the comparison."""
-    return [table for found in _all(rows) for table in (_needs(found), _held_out(found))]
+    return [table for one in _selections(results) for table in (_needs_table(one), _held_out_table(one))]
 
 
-def verdicts(rows: list[Result]) -> list[list[Cell]]:
-    """A line for each selection: what its layout loses on the held-out rows, and the best stride of the paper's."""
-    said = []
-    for found in _all(rows):
-        chosen, best = found.compared
-        worth = [Cell(f"{row.value:.4f}", results=[row]) for row in (chosen, best)]
-        where = f" nats a token to the loss of {found.name} on held-out rows; "
+def selection_summaries(results: list[Result]) -> list[list[Cell]]:
+    """A line for each selection: what its layout loses on held-out sequences, and the best stride of the paper's."""
+    lines = []
+    for one in _selections(results):
+        chosen, best = one.compared
+        worth = [Cell(f"{result.value:.4f}", results=[result]) for result in (chosen, best)]
+        where = f" nats a token to the loss of {one.name} on held-out sequences; "
         stride = f"the paper's stride at its best offset, {best.layout}, adds "
-        said.append([Cell(f"{chosen.layout} adds "), worth[0], Cell(where + stride), worth[1], Cell(".")])
-    return said
+        lines.append([Cell(f"{chosen.layout} adds "), worth[0], Cell(where + stride), worth[1], Cell(".")])
+    return lines
 
 
-def better(rows: list[Result]) -> list[str]:
-    """A line for each selection whose layout a stride of the paper's beats on the held-out rows."""
-    pairs = (found.compared for found in _all(rows))
+def better_strides(results: list[Result]) -> list[str]:
+    """A warning for each selection whose layout a stride of the paper's beats on the held-out sequences."""
+    pairs = (one.compared for one in _selections(results))
     return [
-        f"on the held-out rows the stride {best.layout} loses less than {chosen.layout}: {best.value:+.4f} against "
+        f"on held-out sequences the stride {best.layout} loses less than {chosen.layout}: {best.value:+.4f} against "
         f"{chosen.value:+.4f} nats a token. Give more samples, or take it by --stripes {best.layout}."
         for chosen, best in pairs
         if best.value < chosen.value
     ]
 
 
-def _all(rows: list[Result]) -> list[_Found]:
-    groups: dict[tuple[str, str, str, int | None, str], list[Result]] = defaultdict(list)
-    for row in rows:
-        measured = row.task.split("-", 2)[2]
-        groups[row.run, row.model, measured, row.length, str(row.seed)].append(row)
-    found = []
-    for (run, _, measured, length, _), mine in groups.items():
-        by_task: dict[tuple[str, str], list[Result]] = defaultdict(list)
-        for row in mine:
-            by_task[row.task.split("-", 2)[1], row.metric].append(row)
-        if by_task.keys() >= _WHOLE and ("once", "held_out_rise") in by_task:
-            depth = int(by_task["source", "layers"][0].value)
-            whole = _Found(run, series_of(mine[0]).name, measured, length, depth, by_task)
-            found += [one for one in whole.by_budget() if one.rows["stride", "held_out_rise"]]
-    return found
+def incomplete(results: list[Result]) -> list[Result]:
+    """Results of selections that are not complete, which no figure shows."""
+    shown = {id(one) for selection in _selections(results) for here in selection.results.values() for one in here}
+    return [one for one in results if id(one) not in shown]
 
 
-def rest(rows: list[Result]) -> list[Result]:
-    """Rows of selections that are not whole, which no picture shows."""
-    shown = {id(row) for found in _all(rows) for mine in found.rows.values() for row in mine}
-    return [row for row in rows if id(row) not in shown]
+def _selections(results: list[Result]) -> list[LayerSelection]:
+    selections = []
+    groups = split(results, lambda one: (one.run, one.model, one.task.split("-", 2)[2], one.length, str(one.seed)))
+    for (run, _, measured, length, _), here in groups.items():
+        parts = split(here, lambda one: (one.task.split("-", 2)[1], one.metric))
+        if parts.keys() >= _REQUIRED:
+            depth = int(parts["source", "layers"][0].value)
+            of_all_budgets = LayerSelection(run, series_of(here[0]).name, measured, length, depth, parts)
+            selections += [one for one in of_all_budgets.by_budget() if one.held_out("stride")]
+    return selections
 
 
-def _title(found: _Found) -> str:
-    by = "long-range tokens" if found.measured == "text" else f"answers of {found.measured.replace('+', ', ')}"
-    rows = f"{found.name}, by {by} in rows of {found.length:,} tokens"
-    return f"{rows}; {found.budget} of {found.depth} layers stay global"
-
-
-def _bars(axes: Axes, found: _Found) -> None:
-    kept = found.letters(next(iter(found.chosen.values())).layout)
+def _plot_needs(axes: Axes, selection: LayerSelection) -> None:
+    kinds = selection.letters(next(iter(selection.chosen.values())).layout)
     for letter, color, label in (("G", INK, "stays global"), ("L", ACCENT, "becomes local")):
-        here = {i: row for i, row in found.needs.items() if kept[i] == letter}
-        values = [_finite(row.value) for row in here.values()]
-        axes.bar(list(here), values, color=color, label=label, width=0.8)
-    bounds = {i: bounds for i, row in found.needs.items() if (bounds := interval(row))}
+        rises = {i: drawable(one.value) for i, one in selection.needs.items() if kinds[i] == letter}
+        axes.bar(list(rises), list(rises.values()), color=color, label=label, width=0.8)
+    bounds = {i: bounds for i, one in selection.needs.items() if (bounds := interval(one))}
     if bounds:
         axes.vlines(list(bounds), *zip(*bounds.values(), strict=True), color="#888", linewidth=1.2)
     axes.axhline(0, color=INK, linewidth=0.6)
-    axes.set_xlim(-0.6, found.depth - 0.4)
+    axes.set_xlim(-0.6, selection.depth - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set_xlabel("layer")
     axes.set_ylabel("rise of the loss, nats a token")
 
 
-def _finite(value: float) -> float:
-    return value if abs(value) < 1e30 else math.nan
-
-
-def _needs(found: _Found) -> Table:
-    chosen = {order: found.letters(row.layout) for order, row in found.chosen.items()}
+def _needs_table(selection: LayerSelection) -> Table:
+    chosen = {order: selection.letters(one.layout) for order, one in selection.chosen.items()}
     head = [Cell("layer"), Cell("rise", "when local"), *(Cell(_ORDERS[order]) for order in chosen)]
     body = [
-        [Cell(str(i)), _rise(row), *(Cell("global" if kinds[i] == "G" else "local") for kinds in chosen.values())]
-        for i, row in found.needs.items()
+        [Cell(str(i)), _rise(one), *(Cell("global" if kinds[i] == "G" else "local") for kinds in chosen.values())]
+        for i, one in selection.needs.items()
     ]
-    return Table(f"{found.run}: {_title(found)}", head, body)
+    return Table(f"{selection.run}: {selection.title}", head, body)
 
 
-def _held_out(found: _Found) -> Table:
-    own = found.rows["source", "held_out_loss"][0]
-    rows = [(_ORDERS[what], row) for what in _ORDERS for row in found.rows[what, "held_out_rise"]]
+def _held_out_table(selection: LayerSelection) -> Table:
+    source = selection.results["source", "held_out_loss"][0]
 
-    def kept(row: Result) -> Cell:
-        return Cell(str(found.kept(row)), results=[row])
+    def count(one: Result) -> Cell:
+        return Cell(str(selection.global_layers(one)), results=[one])
 
-    body = [[Cell("the source"), Cell(own.layout), kept(own), Cell(number(own.value), results=[own]), Cell("")]]
-    for name, row in rows:
-        kinds = found.letters(row.layout)
-        offset = f" from layer {kinds.index('G')}" if name == _ORDERS["stride"] else ""
-        loss = Cell(number(own.value + row.value), results=[own, row])
-        body.append([Cell(name + offset), Cell(row.layout), kept(row), loss, _rise(row)])
+    body = [[Cell("the source"), Cell(source.layout), count(source), value_cell([source]), Cell("")]]
+    for part, name in _ORDERS.items():
+        for one in selection.held_out(part):
+            offset = f" from layer {selection.letters(one.layout).index('G')}" if part == "stride" else ""
+            loss = Cell(number(source.value + one.value), results=[source, one])
+            body.append([Cell(name + offset), Cell(one.layout), count(one), loss, _rise(one)])
     head = [Cell("held out"), Cell("layout"), Cell("global", "layers"), Cell("loss"), Cell("rise", "over the source")]
-    return Table(f"{found.run}: rows that took no part in the choice, {own.n or 0:,} tokens", head, body)
+    title = f"{selection.run}: sequences that took no part in the choice, {source.n or 0:,} tokens"
+    return Table(title, head, body)
 
 
-def _rise(row: Result) -> Cell:
-    bounds = interval(row)
-    return Cell(f"{row.value:+.4f}", " to ".join(f"{bound:+.4f}" for bound in bounds) if bounds else "", results=[row])
+def _rise(result: Result) -> Cell:
+    return interval_cell([result], lambda value: f"{value:+.4f}", between=" to ")

@@ -1,4 +1,6 @@
-"""Rows by what a page shows of them: series of a model and a layout, compared at one length under one task."""
+"""Results as a page groups them: by series (run, model, layout), by kind, and perplexity by position; and numbers as
+text.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ Span = tuple[int, int]
 
 
 class Series(NamedTuple):
-    """What one line or column shows."""
+    """What one line or column shows: a model under a layout, in a run."""
 
     run: str
     model: str
@@ -23,13 +25,13 @@ class Series(NamedTuple):
 
     @property
     def trained(self) -> bool:
-        """Whether the model is what a run made, of a source or from nothing: `<run>/model`."""
+        """Whether the model is the output of some run: `<run>/model`."""
         path = PurePath(self.model)
         return path.name == "model" and bool(path.parent.name)
 
     @property
-    def made(self) -> bool:
-        """Whether the run that it stands in is the one that made it; a second training starts with a trained one."""
+    def is_output(self) -> bool:
+        """Whether its own run trained the model; a run may also measure the output of an earlier one."""
         return self.trained and self.run.partition(" (")[0] == PurePath(self.model).parent.name
 
     @property
@@ -39,8 +41,8 @@ class Series(NamedTuple):
         return f"{path.parent.name} (trained)" if self.trained else path.name or self.model
 
 
-class Group(NamedTuple):
-    """What may be compared: one task at one context length, by series and span of positions."""
+class PositionScores(NamedTuple):
+    """Perplexities that may be compared: of one task at one context length, by series and span of positions."""
 
     task: str
     length: int
@@ -49,8 +51,8 @@ class Group(NamedTuple):
     @property
     def spans(self) -> list[Span]:
         """The buckets of positions in order, and last the whole context."""
-        found = {span for scores in self.scores.values() for span in scores}
-        return sorted(found, key=lambda span: (span == (0, self.length), span))
+        spans = {span for scores in self.scores.values() for span in scores}
+        return sorted(spans, key=lambda span: (span == (0, self.length), span))
 
     @property
     def buckets(self) -> list[Span]:
@@ -58,105 +60,108 @@ class Group(NamedTuple):
         return [span for span in self.spans if span != (0, self.length)] or self.spans
 
     @property
-    def rows(self) -> list[Result]:
+    def results(self) -> list[Result]:
         """All of them."""
-        return [row for scores in self.scores.values() for row in scores.values()]
+        return [result for scores in self.scores.values() for result in scores.values()]
 
-    def of_run(self, run: str) -> Group:
+    def of_run(self, run: str) -> PositionScores:
         """The series of one run."""
         return self._replace(scores={series: scores for series, scores in self.scores.items() if series.run == run})
 
     def source(self, series: Series) -> Series | None:
-        """What a trained checkpoint came from: the first that its run measured; None where it had no source."""
-        before = (other for other in self.scores if other.run == series.run and not other.made)
-        first = next((other for other in before if series.made or not other.trained), None)
+        """What a trained checkpoint was trained from: the first model that its run measured; None if there is none."""
+        others = (other for other in self.scores if other.run == series.run and not other.is_output)
+        first = next((other for other in others if series.is_output or not other.trained), None)
         return first if series.trained and series != first else None
 
 
-def outcome(found: Iterable[Series]) -> Series | None:
-    """What came of the training among the series of a run: what that run made, else the first that any run made."""
-    trained = [series for series in found if series.trained]
-    return next((series for series in trained if series.made), trained[0] if trained else None)
+def trained_series(candidates: Iterable[Series]) -> Series | None:
+    """Among the series of a run its output, else the first output of another run."""
+    trained = [series for series in candidates if series.trained]
+    return next((series for series in trained if series.is_output), trained[0] if trained else None)
 
 
-def _kind(row: Result) -> str:
-    if row.task.startswith("perplexity-") and row.metric == "perplexity":
-        known = None not in (row.length, row.position_from, row.position_to)
-        return ("position" if step(row) is None else "on the way") if known else "other"
-    if (row.task, row.metric) == ("train", "loss") and row.n is not None and step(row) is not None:
-        return "loss"
-    if row.task.startswith("answers-") and row.metric == "answer_loss" and math.isfinite(row.value):
-        return "answers"
-    if row.task.startswith("instructions-") and row.position_from is not None and math.isfinite(row.value):
-        return "instructions"
-    if row.task.startswith("bench "):
-        return "bench"
-    if row.task.startswith(("harness-", "documents-")):
-        return "task"
-    if row.task.count("-") > 1 and row.task.startswith("selection-"):
-        return "selection"
-    if row.task.startswith("retrieval-") and row.metric == "accuracy" and row.length is not None:
-        return "retrieval"
-    if row.task == "cost" and row.metric in ("layers", "attention_pairs", "cached_tokens") and row.length is not None:
-        return "cost"
-    return "speed" if (row.task, row.metric) == ("speed", "evaluation_tokens_per_second") else "other"
+def by_kind(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results by the section that shows them.
 
-
-def by_kind(rows: Iterable[Result]) -> dict[str, list[Result]]:
-    """Rows by the section that shows them; a second value for one place (another seed, say) is shown as it is, and one
-    that says the same again is left out."""
+    Of two results that differ in value, count or seed only, the second is of the kind "other"; one that repeats the
+    first is left out.
+    """
     kinds: dict[str, list[Result]] = defaultdict(list)
     seen: dict[tuple[object, ...], Result] = {}
-    for row in rows:
-        place = (*series_of(row), row.task, row.metric, row.length, row.depth, row.position_from, row.position_to)
-        first = seen.setdefault(place, row)
-        if first is row:
-            kinds[_kind(row)].append(row)
-        elif (row.value, row.n, row.seed) != (first.value, first.n, first.seed):
-            kinds["other"].append(row)
+    for one in results:
+        key = (*series_of(one), one.task, one.metric, one.length, one.depth, one.position_from, one.position_to)
+        first = seen.setdefault(key, one)
+        if first is one:
+            kinds[_kind(one)].append(one)
+        elif (one.value, one.n, one.seed) != (first.value, first.n, first.seed):
+            kinds["other"].append(one)
     return kinds
 
 
-def series_of(row: Result) -> Series:
-    """Which line or column a row belongs to."""
-    return Series(row.run, row.model, row.layout)
+def _kind(one: Result) -> str:
+    if one.task.startswith("perplexity-") and one.metric == "perplexity":
+        complete = None not in (one.length, one.position_from, one.position_to)
+        return ("position" if step(one) is None else "position during training") if complete else "other"
+    if (one.task, one.metric) == ("train", "loss") and one.n is not None and step(one) is not None:
+        return "loss"
+    if one.task.startswith("answers-") and one.metric == "answer_loss" and math.isfinite(one.value):
+        return "answers"
+    if one.task.startswith("instructions-") and one.position_from is not None and math.isfinite(one.value):
+        return "instructions"
+    if one.task.startswith("bench "):
+        return "bench"
+    if one.task.startswith(("harness-", "documents-")):
+        return "task"
+    if one.task.count("-") > 1 and one.task.startswith("selection-"):
+        return "selection"
+    if one.task.startswith("retrieval-") and one.metric == "accuracy" and one.length is not None:
+        return "retrieval"
+    if one.task == "cost" and one.metric in ("layers", "attention_pairs", "cached_tokens") and one.length is not None:
+        return "cost"
+    return "speed" if (one.task, one.metric) == ("speed", "evaluation_tokens_per_second") else "other"
+
+
+def series_of(result: Result) -> Series:
+    """The line or column that a result belongs to."""
+    return Series(result.run, result.model, result.layout)
 
 
 def labels(series: Iterable[Series]) -> dict[Series, str]:
-    """Names for what stands in one picture: of run, model and layout those that tell them apart."""
+    """Names for the series of one figure or table: of run, model and layout those that tell them apart."""
     series = list(series)
     runs, names = ({getattr(one, column) for one in series} for column in ("run", "name"))
-    found = {}
+    texts = {}
     for one in series:
         run = f"{one.run}: " if len(runs) > 1 and one.name != f"{one.run} (trained)" else ""
         named = len(runs) > 1 or len(names) > 1 or len(series) == 1
-        found[one] = f"{run}{one.name} {one.layout}" if named else one.layout
-    if len(set(found.values())) < len(found):  # two models of one name
+        texts[one] = f"{run}{one.name} {one.layout}" if named else one.layout
+    if len(set(texts.values())) < len(texts):  # two models of one name
         return {one: f"{one.run}: {one.model} {one.layout}" for one in series}
-    return found
+    return texts
 
 
-def step(row: Result) -> int | None:
-    """The training step of a row on the way, whose model is named `<run>@<step>`."""
-    step = row.model.rpartition("@")[2]
-    return int(step) if "@" in row.model and step.isdecimal() else None
+def step(result: Result) -> int | None:
+    """The step of a result that was measured during training, whose model is named `<run>@<step>`."""
+    step = result.model.rpartition("@")[2]
+    return int(step) if "@" in result.model and step.isdecimal() else None
 
 
-def groups_of(rows: Iterable[Result]) -> list[Group]:
-    """Rows by task and length."""
-    groups: dict[tuple[str, int], Group] = {}
-    for row in rows:
-        assert row.length is not None
-        assert row.position_from is not None
-        assert row.position_to is not None
-        group = groups.setdefault((row.task, row.length), Group(row.task, row.length, {}))
-        group.scores.setdefault(series_of(row), {})[row.position_from, row.position_to] = row
+def position_scores(results: Iterable[Result]) -> list[PositionScores]:
+    """Perplexities by task and length."""
+    groups: dict[tuple[str, int], PositionScores] = {}
+    for one in results:
+        assert one.length is not None
+        assert one.position_from is not None
+        assert one.position_to is not None
+        group = groups.setdefault((one.task, one.length), PositionScores(one.task, one.length, {}))
+        group.scores.setdefault(series_of(one), {})[one.position_from, one.position_to] = one
     return list(groups.values())
 
 
-def interval(row: Result) -> tuple[float, float] | None:
-    """The row's bounds, where it has both."""
-    return None if row.low is None or row.high is None else (row.low, row.high)
+def interval(result: Result) -> tuple[float, float] | None:
+    """The bounds of a result, where it has both."""
+    return None if result.low is None or result.high is None else (result.low, result.high)
 
 
 def number(value: float) -> str:

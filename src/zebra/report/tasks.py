@@ -1,13 +1,12 @@
-"""Rows of the harness's tasks and of questions about documents as tables: a line for each metric, length across."""
+"""Tasks of the harness and questions about documents on a page: a line for each metric, length across."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 
-from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.series import Series, interval, number, percent, series_of
+from zebra.report.page import Cell, Section, Table
+from zebra.report.pivot import Column, Results, finite, interval_cell, pivot_table, split
+from zebra.report.series import Series, number, percent, series_of
 from zebra.results import Result
 
 _CHECK = "documents-check-"
@@ -20,31 +19,32 @@ HOW = (
 )
 
 
-def tasks(rows: list[Result]) -> Section:
+def tasks(results: list[Result]) -> Section:
     """All of them, as tables."""
-    blocks: list[str | Table | Figure] = [HOW, *task_tables(rows)]
-    return Section("Tasks", blocks if rows else [])
+    return Section("Tasks", [HOW, *task_tables(results)] if results else [])
 
 
-def task_tables(rows: list[Result]) -> list[Table]:
+def task_tables(results: list[Result]) -> list[Table]:
     """A table for each task of each run, model and layout."""
-    grids: dict[tuple[str, Series], dict[str, dict[int | None, Result]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        grids[row.task, series_of(row)][row.metric][row.length] = row
-    return [_table(task, series, metrics) for (task, series), metrics in grids.items()]
+    groups = split(results, lambda one: (one.task, series_of(one)))
+    return [_table(task, series, here) for (task, series), here in groups.items()]
 
 
-def _table(task: str, series: Series, metrics: dict[str, dict[int | None, Result]]) -> Table:
-    lengths = sorted({length for cells in metrics.values() for length in cells}, key=lambda length: length or 0)
-    counts = sorted({row.n for cells in metrics.values() for row in cells.values() if row.n is not None})
-    head = [Cell("share of items" if task.startswith(_CHECK) else "metric")]
-    head += [Cell("–") if length is None else Cell(f"{length:,}", "tokens") for length in lengths]
-    body = [
-        [Cell(metric.replace("_", " ")), *(_value(cells.get(length)) for length in lengths)]
-        for metric, cells in metrics.items()
-    ]
-    title = f"{series.run}: {name(task)}, {series.name} {series.layout}"
-    return Table(title + (f", {' or '.join(f'{n:,}' for n in counts)} items" if counts else ""), head, body)
+def _table(task: str, series: Series, results: list[Result]) -> Table:
+    lines = {metric: [Cell(metric.replace("_", " "))] for metric in dict.fromkeys(one.metric for one in results)}
+    columns = {
+        length: Column(Cell("–") if length is None else Cell(f"{length:,}", "tokens"), mean_cell)
+        for length in sorted({one.length for one in results}, key=lambda length: length or 0)
+    }
+    counts = sorted({one.n for one in results if one.n is not None})
+    items = f", {' or '.join(f'{n:,}' for n in counts)} items" if counts else ""
+    return pivot_table(
+        f"{series.run}: {name(task)}, {series.name} {series.layout}{items}",
+        [Cell("share of items" if task.startswith(_CHECK) else "metric")],
+        lines,
+        columns,
+        split(finite(results), lambda one: (one.metric, one.length)),
+    )
 
 
 def name(task: str) -> str:
@@ -58,21 +58,23 @@ def name(task: str) -> str:
     return f"{file}, by {'generation' if score == 'generate' else score}"
 
 
-def _value(row: Result | None) -> Cell:
-    if row is None or not math.isfinite(row.value):
+def is_share(result: Result) -> bool:
+    """Whether a result's value is a share, which is shown in percent."""
+    return result.task.startswith(_CHECK) or result.metric.partition(" ")[0] in _SHARES
+
+
+def mean(results: Sequence[Result]) -> float:
+    """The mean value."""
+    return results[0].value if len(results) == 1 else sum(one.value for one in results) / len(results)
+
+
+def mean_cell(results: Results) -> Cell:
+    """The mean of results, in percent where they are shares; of a single one, with its interval."""
+    if not results:
         return Cell("–")
-    return value([row])
-
-
-def is_share(row: Result) -> bool:
-    """Whether a row's value is a share, which is shown in percent."""
-    return row.task.startswith(_CHECK) or row.metric.partition(" ")[0] in _SHARES
-
-
-def value(rows: Sequence[Result]) -> Cell:
-    """The mean of rows, in percent where they are shares; of a single one, with its interval."""
-    bounds = interval(rows[0]) if len(rows) == 1 else None
-    mean = rows[0].value if len(rows) == 1 else sum(row.value for row in rows) / len(rows)
-    if is_share(rows[0]):
-        return Cell(percent(mean), "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else "", results=rows)
-    return Cell(number(mean), " to ".join(map(number, bounds)) if bounds else "", results=rows)
+    share = is_share(results[0])
+    if len(results) > 1:
+        return Cell(percent(mean(results)) if share else number(mean(results)), results=results)
+    if share:
+        return interval_cell(results, percent, lambda bound: f"{100 * bound:.1f}")
+    return interval_cell(results, between=" to ")

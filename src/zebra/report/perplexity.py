@@ -1,0 +1,170 @@
+"""Perplexity on a page: by position after training and during it, and in a sentence what training changed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+
+from zebra.report.figures import draw, plot_during_training, plot_loss, plot_positions
+from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.pivot import Column, Results, pivot_table, value_cell
+from zebra.report.series import (
+    FULL,
+    PositionScores,
+    Series,
+    Span,
+    count,
+    interval,
+    number,
+    percent,
+    span_name,
+    step,
+    trained_series,
+)
+from zebra.results import Result
+
+_MANY = 4
+
+
+def positions(groups: list[PositionScores]) -> Section:
+    """Perplexity by position: figures, then tables."""
+    if not groups:
+        return Section("Perplexity by position", [])
+    blocks: list[str | Table | Figure] = [
+        "How well a token is predicted, by how many tokens stand before it; lower is better. "
+        "Beside a value stands its 95 % interval; the change is that of a trained checkpoint against its source."
+    ]
+    for i, group in enumerate((group for group in groups if len(group.buckets) > 1), start=1):
+        caption = f"Perplexity by position in contexts of {group.length:,} tokens, {convention(group.task)}"
+        svg = draw(f"positions{i}", partial(plot_positions, group=group))
+        blocks.append(Figure(f"positions-{i}", svg, caption, group.results))
+    return Section("Perplexity by position", [*blocks, *position_tables(groups)])
+
+
+def position_tables(groups: list[PositionScores]) -> list[Table]:
+    """A table for each run, task and length."""
+    runs = dict.fromkeys((series.run, i) for i, group in enumerate(groups) for series in group.scores)
+    return [_position_table(run, groups[i].of_run(run)) for run, i in runs]
+
+
+def _position_table(run: str, group: PositionScores) -> Table:
+    """A column for each series, behind that of a trained one its change, and last the tokens."""
+    whole = (0, group.length)
+    lines = {span: [Cell("all" if span == whole != group.spans[0] else span_name(span))] for span in group.spans}
+    columns: dict[Hashable, Column] = {}
+    places: dict[tuple[Span, Hashable], Results] = {}
+    for series, scores in group.scores.items():
+        columns[series] = Column(Cell(series.name, series.layout))
+        places |= {(span, series): [score] for span, score in scores.items()}
+        if (source := group.source(series)) is not None:
+            columns[series, "change"] = Column(Cell("change"), _change)
+            before = group.scores[source]
+            places |= {(span, (series, "change")): [before[span], scores[span]] for span in scores if span in before}
+    columns["tokens"] = Column(Cell("tokens", "scored"), _tokens_scored)
+    places |= {(span, "tokens"): [s[span] for s in group.scores.values() if span in s] for span in lines}
+    title = f"{run}: contexts of {group.length:,} tokens, {convention(group.task)}"
+    return pivot_table(title, [Cell("positions")], lines, columns, places)
+
+
+def _change(results: Results) -> Cell:
+    if not results or not results[0].value:
+        return Cell("–")
+    before, after = results
+    return Cell(percent(after.value / before.value - 1, sign="+"), results=results)
+
+
+def _tokens_scored(results: Results) -> Cell:
+    """How many tokens; of results with the same count, the first is linked."""
+    counts = {one.n: one for one in reversed(results) if one.n is not None}
+    return Cell(" / ".join(f"{n:,}" for n in reversed(counts)) or "–", results=[*counts.values()])
+
+
+def convention(task: str) -> str:
+    """How perplexity was measured; of another task its name."""
+    return task.removeprefix("perplexity-")
+
+
+def training(losses: list[Result], during: list[PositionScores], groups: list[PositionScores]) -> Section:
+    """The loss, and the perplexities during training."""
+    blocks: list[str | Table | Figure] = []
+    if losses:
+        svg = draw("loss", lambda axes: plot_loss(axes, losses), height=2.6)
+        blocks.append(Figure("loss", svg, "Training loss (nats per token) against the tokens trained on", losses))
+    runs = dict.fromkeys((series.run, i) for i, group in enumerate(during) for series in group.scores)
+    for number_of_figure, (run, i) in enumerate(runs, start=1):
+        scores = during[i].of_run(run)
+        per_step = next((one.n / at for one in losses if one.run == run and one.n and (at := step(one))), None)
+        unit = "tokens" if per_step else "steps"
+        points = {(step(next(iter(by.values()))) or 0) * (per_step or 1): by for by in scores.scores.values()}
+        points = dict(sorted((points | _start(scores, groups)).items()))
+        name = f"during-training-{number_of_figure}"
+        caption = f"{run}: perplexity by position during training, {convention(scores.task)}"
+        plot = partial(plot_during_training, points=points, buckets=scores.buckets, unit=unit)
+        blocks.append(Figure(name, draw(name, plot, height=2.6), caption, scores.results))
+        columns = {
+            span: Column(Cell("all" if span not in scores.buckets else span_name(span))) for span in scores.spans
+        }
+        lines = {at: [Cell(count(at))] for at in points}
+        places = {(at, span): [score] for at, by in points.items() for span, score in by.items()}
+        blocks.append(pivot_table("", [Cell(unit, "trained")], lines, columns, places))
+    return Section("Training", blocks)
+
+
+def _start(during: PositionScores, groups: list[PositionScores]) -> dict[float, dict[Span, Result]]:
+    """The scores before the first step: the source in the layout that is trained."""
+    trained = next(iter(during.scores))
+    for group in groups:
+        if (group.task, group.length) == (during.task, during.length):
+            for series, scores in group.scores.items():
+                if (series.run, series.layout) == (trained.run, trained.layout) and not series.is_output:
+                    return {0: scores}
+    return {}
+
+
+def position_summary(run: str, groups: list[PositionScores], costs: list[Result]) -> list[Cell]:
+    """What training changed at the far positions and at the near ones, and the share of full attention that is left."""
+    own = [group.of_run(run) for group in groups]
+    longest = max((group for group in own if group.scores), key=lambda group: group.length, default=None)
+    words = _perplexity(longest) if longest else []
+    pairs = {one.layout: one for one in costs if (one.run, one.metric) == (run, "attention_pairs") and one.value}
+    striped = next((layout for layout in pairs if layout != FULL), None)
+    if striped is not None and FULL in pairs:
+        share = percent(pairs[striped].value / pairs[FULL].value, 0)
+        words.append(Cell(", while attention computes " if words else f"With {striped}, attention computes "))
+        words += [Cell(share, results=[pairs[FULL], pairs[striped]]), Cell(" of the pairs of full attention")]
+    return [*words, Cell(".")] if words else []
+
+
+def _perplexity(group: PositionScores) -> list[Cell]:
+    far = group.buckets[-1]
+    after = trained_series(group.scores)
+    before = group.source(after) if after else None
+    if after is None or before is None:
+        return _each({series: scores[far] for series, scores in group.scores.items() if far in scores}, far)
+    a, b = group.scores[before], group.scores[after]
+    words: list[Cell] = []
+    for span in dict.fromkeys([far, group.buckets[0]]):
+        if span in a and span in b:
+            words += [Cell(" and " if words else "Perplexity "), *_fall(a[span], b[span])]
+            words.append(Cell(f" at positions {span_name(span, ' to ')}"))
+    return words
+
+
+def _each(scores: dict[Series, Result], span: Span) -> list[Cell]:
+    """The value of each series; of many, the best and the worst."""
+    order: Sequence[Series] = sorted(scores, key=lambda series: scores[series].value)
+    many = len(order) > _MANY
+    words = [Cell(f"Perplexity at positions {span_name(span, ' to ')} is " + ("between " if many else ""))]
+    for i, series in enumerate((order[0], order[-1]) if many else scores):
+        words.append(Cell("" if not i else " and " if many else ", "))
+        words += [value_cell([scores[series]]), Cell(f" for {series.name} {series.layout}")]
+    return words
+
+
+def _fall(before: Result, after: Result) -> list[Cell]:
+    if number(before.value) == number(after.value):
+        return [Cell("stayed at "), value_cell([after])]
+    a, b = interval(before), interval(after)
+    unclear = " (the intervals overlap)" if a and b and a[0] <= b[1] and b[0] <= a[1] else ""
+    way = "fell" if after.value < before.value else "rose"
+    return [Cell(f"{way} from "), value_cell([before]), Cell(" to "), value_cell([after]), Cell(unclear)]
