@@ -10,7 +10,7 @@ import typer
 from zebra.cli import show
 from zebra.cli.options import Checkpoint, Device, Dtype, Json, RopeOption, Seed, SelfExtendOption, Separator, names
 from zebra.data.documents import find_files
-from zebra.model.checkpoint_files import check_checkpoint, check_target
+from zebra.model.checkpoint_files import check_checkpoint, check_conversion
 from zebra.stripes import Stripes
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Copy a checkpoint and give the copy stripes; plain transformers loads it."""
-    layout = Stripes.parse(stripes)
-    check_checkpoint(source)
-    check_target(Path(source), target)
-    show.conversion(_converted(source, target, layout, rope, full_decode), as_json)
+    check_conversion(source, target, stripes, rope)
+    show.conversion(_converted(source, target, stripes, rope, full_decode), as_json)
 
 
-def _converted(source: str, target: Path, stripes: Stripes, rope: str | None, full_decode: bool) -> dict[str, str]:
+def _converted(
+    source: str, target: Path, stripes: Stripes | str, rope: str | None, full_decode: bool
+) -> dict[str, str]:
     """Convert, and return what was written."""
     with show.working():
         from zebra.model.checkpoint import read_config, read_local_attention
@@ -86,11 +86,8 @@ def select(
     as_json: Json = False,
 ) -> None:
     """Choose by measurement which layers stay global, within a budget."""
-    Stripes.parse(f"L:{window}")
-    check_checkpoint(checkpoint)
+    check_conversion(checkpoint, target, f"L:{window}", rope)
     find_files(text or ())
-    if target is not None:
-        check_target(Path(checkpoint), target)
     with show.working():
         from zebra.evaluate.selection import select as run
 

@@ -81,11 +81,16 @@ def check_target(source: Path, target: Path) -> None:
     refuse_existing(Path(os.path.abspath(target)))
 
 
-def check_conversion(source: Path, target: Path, stripes: Stripes | str | None, rope: Rope | str | None = None) -> None:
+def check_conversion(
+    source: str | os.PathLike[str],
+    target: Path | None,
+    stripes: Stripes | str,
+    rope: Rope | str | None = None,
+) -> None:
     """Check what `zebra.convert` is given, as far as that needs no torch.
 
     Args:
-        stripes: None where they are yet to be chosen.
+        target: None where nothing is written.
 
     Raises:
         ZebraError: as `check_checkpoint`, `check_family`, `check_target`, `Stripes.parse` and `Rope.parse`.
@@ -94,6 +99,8 @@ def check_conversion(source: Path, target: Path, stripes: Stripes | str | None, 
         Stripes.parse(stripes)
     as_rope(rope)
     check_checkpoint(source)
-    if (source / "config.json").is_file():
-        check_family(str(read_json_object(source / "config.json", "").get("model_type")))
-    check_target(source, target)
+    config = Path(source) / "config.json"
+    if config.is_file():
+        check_family(str(read_json_object(config, "Copy it from the source again.").get("model_type")))
+    if target is not None:
+        check_target(Path(source), target)
