@@ -21,7 +21,7 @@ from zebra.stripes import GLOBAL, LOCAL
 from zebra.study import layout as layouts
 from zebra.study import model as study
 from zebra.study.layout import SummaryStripes, summary_pairs
-from zebra.study.summary import summarised
+from zebra.study.summary import SummaryAttention
 from zebra.train.dry_run import _counting, dry_run
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe
@@ -180,7 +180,7 @@ def layout_of(one: PretrainRecipe) -> str:
 
 
 def test_a_kernel_that_errs_leaves_no_row(peaks: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "summarised", lambda *args, block, **rest: summarised(*args, block=block + 1, **rest))
+    monkeypatch.setattr(study, "SummaryAttention", lambda block: SummaryAttention(block + 1))
     with pytest.raises(ZebraError, match="Nothing was measured"):
         bench.costs([recipe("global"), recipe("summary")], repeats=1, memory=False, ceilings=peaks)
 

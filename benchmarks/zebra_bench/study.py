@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-import zebra.study.model  # noqa: F401  # registers it
+import zebra.study.model  # noqa: F401  # registers the decoder of the study
 from zebra import kernels
 from zebra.measure import measure_ceilings, relative_error, write_ceilings
 from zebra.model.attention import NAME
@@ -26,12 +26,13 @@ from zebra.model.families import model_class
 from zebra.model.load import read_device
 from zebra.model.local import layout_name
 from zebra.model.loss import head_of, summed_loss, without_logits
-from zebra.model.override import get_override, set_override
+from zebra.model.override import set_override
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import Decoder, decoder
 from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL
-from zebra.study.summary import formula
+from zebra.study.layout import SUMMARY
+from zebra.study.summary import SummaryAttention, naive_summary_attention
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_for
 from zebra.train.pretrain import config_of
@@ -182,19 +183,6 @@ def _prepare(recipe: PretrainRecipe, device: str | None) -> Call:
     return step
 
 
-class _Formula:
-    """In place of a summary layer's kernel, the formula."""
-
-    def __init__(self, block: int):
-        self.block = block
-
-    def attend(
-        self, module: Any, positions: Any, q: Tensor, k: Tensor, v: Tensor, mask: kernels.Mask, /, **given: Any
-    ) -> tuple[Tensor, None]:
-        """What `summarised` gives, one query at a time."""
-        return formula(q, k, v, mask, block=self.block, scale=given["scale"], slopes=given.get("slopes")), None
-
-
 def _error(recipe: PretrainRecipe, device: str | None) -> float:
     """Loss and gradients of a small model of the same kinds against the formula, beyond a short window."""
     config = copy.deepcopy(config_of(recipe))
@@ -212,8 +200,8 @@ def _error(recipe: PretrainRecipe, device: str | None) -> float:
         model = _model(config, device)
         tokens = torch.arange(length, device=model.device)[None] % config.vocab_size
         for layer in model.model.layers if naive else ():
-            if get_override(layer.self_attn) is not None:
-                set_override(layer.self_attn, _Formula(config.summary_block))
+            if layer.self_attn.kind == SUMMARY:
+                set_override(layer.self_attn, SummaryAttention(config.summary_block, naive_summary_attention))
         with kernels.only("reference") if naive else nullcontext():
             loss = _loss(model, tokens, recipe.train)
             loss.backward()

@@ -189,11 +189,3 @@ def refuse_no_global(family: str, remedy: str = "Take a layout with a global lay
         f"this {family} has no global layer with a rotary embedding, so Self-Extend has nothing to extend: local "
         f"layers never look beyond their window. {remedy}"
     )
-
-
-def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """ALiBi's slope of each head, m_h = 2^(-8 h / H) for h = 1 .. H (arXiv 2108.12409, section 3).
-
-    Between powers of two its authors' code interpolates; this is the formula for any H.
-    """
-    return tuple(2.0 ** (-8 * h / heads) for h in range(1, heads + 1))

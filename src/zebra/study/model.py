@@ -1,14 +1,15 @@
 """The decoder of the from-scratch study (Zebra, arXiv 2312.08618, section 3): kinds of attention × position embeddings.
 
-    global    every layer sees all earlier tokens             rotary     vectors turned by their position
+    global    every layer sees all earlier tokens             rotary     rotated queries and keys
     local     every layer sees the last `window`              alibi      scores lowered by slope × distance
-    summary   the last `window`, and the mean of each block   absolute   a learned vector added to each token
-              of `summary_block` tokens before it             none       what causality alone tells
-    grouped   layer i global where i % stride = 0, else local
+    summary   the last `window`, and the mean of each block   absolute   a learned vector added to each embedding
+              of `summary_block` tokens before it             none       only what causality tells
+    grouped   layer i is global where i % stride = 0,
+              else local
 
-A Llama but for these: RMS norms before attention and a SwiGLU, no biases, one matrix for embedding and head unless told
-otherwise. With rotary positions and no summary layer it is exactly one, and `zebra convert` makes a stock class of it.
-Importing this module registers it with transformers, and its routes with zebra.
+Otherwise it is a Llama: RMS norms before attention and a SwiGLU, no biases, and tied embeddings by default. With rotary
+positions and no summary layer it is exactly one, and `zebra convert` makes a stock class of it. Importing this module
+registers it with transformers, and its routes with `zebra.model.families`.
 """
 
 from __future__ import annotations
@@ -30,37 +31,36 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from zebra.errors import ZebraError
-from zebra.kernels import Mask
 from zebra.model.override import set_override
 from zebra.model.routes import READS_LAYER_TYPES, WITHOUT_END_TOKENS, Condition, Route, register_route
-from zebra.positions import alibi_slopes
 from zebra.stripes import GLOBAL, LOCAL
 from zebra.study.layout import NAME, SUMMARY, SummaryStripes, summary_stripes
-from zebra.study.summary import summarised
+from zebra.study.summary import SummaryAttention
 
 KINDS = ("global", "local", SUMMARY)
-POSITIONS = ("absolute", "alibi", "rotary", "none")
 ATTENTIONS = (*KINDS, "grouped")
+POSITIONS = ("absolute", "alibi", "rotary", "none")
 
 
 def attention_kinds(attention: str, layers: int, stride: int = 4) -> list[str]:
-    """The kind of each layer: all alike, or grouped, where every `stride`-th is global and the first is.
+    """The kind of each layer: the same in all, or grouped, where layers 0, `stride`, 2 `stride`, ... are global.
 
     Raises:
-        ValueError: another name, or a stride that no layer but the first would be global under.
+        ValueError: another name, or a stride below 1 or above the number of layers.
     """
     if attention not in ATTENTIONS:
         raise ValueError(f"attention is one of {', '.join(ATTENTIONS)}; got {attention!r}.")
@@ -71,22 +71,29 @@ def attention_kinds(attention: str, layers: int, stride: int = 4) -> list[str]:
     return ["global" if i % stride == 0 else "local" for i in range(layers)]
 
 
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """ALiBi's slope of each head, m_h = 2^(-8 h / H) for h = 1 .. H (arXiv 2108.12409, section 3).
+
+    Between powers of two its authors' code interpolates; this is the formula for any H.
+    """
+    return tuple(2.0 ** (-8 * h / heads) for h in range(1, heads + 1))
+
+
 @strict
 class StudyConfig(PreTrainedConfig):
     """A model of the study.
 
     Attributes:
-        attention_kinds: of each layer, `global`, `local` or `summary`; those of `layer_types` where None. Host caches
-            read `layer_types`, where a summary layer stands as a full one: it keeps all keys to average them.
+        attention_kinds: of each layer, `global`, `local` or `summary`; by default those of `layer_types`. The caches of
+            transformers read `layer_types`, where a summary layer counts as a full one: it keeps all keys.
         position_embedding: `absolute`, `alibi`, `rotary` or `none`.
-        window: keys that a local or summary layer sees, its own included; the host's `sliding_window`.
+        window: keys that a local or summary layer sees, the query's own included; another name of `sliding_window`.
         summary_block: tokens of a block.
-        intermediate_size: of the SwiGLU; 8/3 of the hidden size, in whole 16s, where None.
+        intermediate_size: of the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 16.
 
     Raises:
-        StrictDataclassError: kinds of another number than there are layers, an unknown name, a window or a block that
-            does not fit into `max_position_embeddings`, heads that do not divide the hidden size, key-value heads that
-            do not divide the heads.
+        StrictDataclassError: as many kinds as layers are needed; an unknown name; a window or a block that is longer
+            than `max_position_embeddings`; heads that do not divide the hidden size, or key-value heads the heads.
     """
 
     model_type = NAME
@@ -131,8 +138,8 @@ class StudyConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         if self.attention_kinds is None:
-            given = self.layer_types or [GLOBAL] * self.num_hidden_layers
-            self.attention_kinds = ["local" if kind == LOCAL else "global" for kind in given]
+            layer_types = self.layer_types or [GLOBAL] * self.num_hidden_layers
+            self.attention_kinds = ["local" if kind == LOCAL else "global" for kind in layer_types]
         self.layer_types = [LOCAL if kind == "local" else GLOBAL for kind in self.attention_kinds]
         super().__post_init__(**kwargs)
 
@@ -147,7 +154,7 @@ class StudyConfig(PreTrainedConfig):
             window, longest = self.sliding_window, self.max_position_embeddings
             if window is None or not 1 <= window <= longest:
                 raise ValueError(f"local layers have a window from 1 to the {longest} positions; got {window}.")
-        if "summary" in kinds and not 1 <= self.summary_block <= self.max_position_embeddings:
+        if SUMMARY in kinds and not 1 <= self.summary_block <= self.max_position_embeddings:
             raise ValueError(f"summary_block is from 1 to {self.max_position_embeddings}; got {self.summary_block}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -166,32 +173,11 @@ class StudyConfig(PreTrainedConfig):
     @property
     def needs_zebra(self) -> bool:
         """Whether attention "zebra" alone knows what it asks for."""
-        return self.position_embedding == "alibi" or "summary" in (self.attention_kinds or [])
-
-
-class SummaryAttention:
-    """What a summary layer does; `zebra.model.attention` calls it in place of `attend`."""
-
-    def __init__(self, block: int):
-        self.block = block
-
-    def attend(
-        self,
-        module: nn.Module,
-        positions: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Mask,
-        /,
-        **rest: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`attend` over the band and the means of the blocks before it."""
-        return summarised(query, key, value, mask, block=self.block, **rest)
+        return self.position_embedding == "alibi" or self.stripes is not None
 
 
 class StudyAttention(nn.Module):
-    """One layer's attention, of its own kind."""
+    """The attention of one layer, of the layer's kind."""
 
     def __init__(self, config: StudyConfig, layer_idx: int):
         super().__init__()
@@ -201,7 +187,7 @@ class StudyAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // (config.num_key_value_heads or 1)
         self.scaling, self.is_causal = self.head_dim**-0.5, True
         self.sliding_window = None if self.kind == "global" else config.sliding_window
-        if self.kind == "summary":
+        if self.kind == SUMMARY:
             set_override(self, SummaryAttention(config.summary_block))
         keys, queries = ((n or 0) * self.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -229,13 +215,13 @@ class StudyAttention(nn.Module):
             kwargs["slopes"] = query.new_tensor(alibi_slopes(query.shape[1]), dtype=torch.float32)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        given = {"scaling": self.scaling, "sliding_window": self.sliding_window, **kwargs}
-        out, _ = attend(self, query, key, value, attention_mask, dropout=dropout, **given)
+        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
+        out, _ = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(out.flatten(2)), None
 
 
 class StudyLayer(GradientCheckpointingLayer):
-    """Attention, then the MLP, each behind a norm and beside the stream."""
+    """Attention, then the MLP, each with a norm before it and a residual around it."""
 
     def __init__(self, config: StudyConfig, layer_idx: int):
         super().__init__()
@@ -250,7 +236,7 @@ class StudyLayer(GradientCheckpointingLayer):
 
 
 class StudyPreTrainedModel(PreTrainedModel):
-    """What the host must know of the classes below."""
+    """What transformers asks of a model's class."""
 
     config: StudyConfig
     config_class = StudyConfig
@@ -263,7 +249,7 @@ class StudyPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": StudyLayer}  # noqa: RUF012
 
     def __init__(self, config: StudyConfig, *args: Any, **kwargs: Any):
-        from zebra.model.attention import NAME as ZEBRA  # registers it, which reading a config should not
+        from zebra.model.attention import NAME as ZEBRA  # imported here, so that reading a config does not register it
 
         if config._attn_implementation is None:
             config._attn_implementation = ZEBRA
@@ -302,7 +288,7 @@ class StudyModel(StudyPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As every decoder of transformers."""
+        """The states of a text: input_ids (B, T) or inputs_embeds (B, T, hidden) to (B, T, hidden)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -316,13 +302,13 @@ class StudyModel(StudyPreTrainedModel):
             if last >= longest:
                 raise ZebraError(f"this model has {longest} learned positions; got one at {last}. Give a shorter text.")
             hidden = hidden + self.embed_positions(position_ids)
-        given = {"config": self.config, "inputs_embeds": hidden, "attention_mask": attention_mask}
-        given |= {"past_key_values": past_key_values, "position_ids": position_ids}
         masks: Any = attention_mask
-        if not isinstance(masks, dict):  # else `generate` made them, for a cache of one size
-            masks = {GLOBAL: create_causal_mask(**given)}
+        if not isinstance(masks, dict):  # `generate` has made the masks for a cache of fixed size
+            inputs = {"config": self.config, "inputs_embeds": hidden, "attention_mask": attention_mask}
+            inputs |= {"past_key_values": past_key_values, "position_ids": position_ids}
+            masks = {GLOBAL: create_causal_mask(**inputs)}
             if LOCAL in (self.config.layer_types or []):
-                masks[LOCAL] = create_sliding_window_causal_mask(**given)
+                masks[LOCAL] = create_sliding_window_causal_mask(**inputs)
         rotary = self.config.position_embedding == "rotary"
         kwargs |= {"position_embeddings": self.rotary_emb(hidden, position_ids) if rotary else None}
         kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values}
@@ -342,42 +328,12 @@ class StudyForCausalLM(StudyPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As every causal language model of transformers; `generate` hands over what is named here alone."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        hidden = outputs.last_hidden_state if isinstance(kept, int) else outputs.last_hidden_state[:, kept]
-        logits = self.lm_head(hidden)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+    forward = LlamaForCausalLM.forward
+    """The logits and, with labels, the loss; `generate` passes only the arguments that it names."""
 
 
 _NOT_ROTARY = Condition("positions that are not rotary", lambda c: c.position_embedding != "rotary")
-_SUMMARIES = Condition("summary layers", lambda c: "summary" in c.attention_kinds)
+_SUMMARIES = Condition("summary layers", lambda c: c.stripes is not None)
 
 AutoConfig.register(StudyConfig.model_type, StudyConfig)
 AutoModel.register(StudyConfig, StudyModel)

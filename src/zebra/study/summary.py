@@ -1,7 +1,7 @@
 r"""Local attention with global approximation: the band, and one mean key and value for each finished block before it.
 
     keys      [ b b ][ b b ][ b b ] . S - 1      \   the band of w keys, by any kernel of the table
-    queries    \                                 m   a block's mean key and value, from the query on that stands w
+    queries    \                                 m   a block's mean key and value, for queries that stand w or more
                \ \                                   behind the block's last token
                 m  . \ \
                 m  .   \ \                       One softmax over both (after LongT5's transient global attention,
@@ -14,34 +14,35 @@ N (w + N / b) pairs.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zebra.kernels import attend
+from zebra.kernels import Mask, attend
 from zebra.kernels.merging import merge
-from zebra.kernels.request import Mask
 from zebra.study import layout
 
 
 class _Blocks(NamedTuple):
-    """The blocks of all texts of a row, M in the row with the most, one after another.
+    """The M blocks of all texts of a batch entry, one after another; M is that of the entry with the most.
 
     Attributes:
-        of: (1 or B, S), the block of each key; M for padding.
-        size: (1 or B, M), tokens of each so far.
-        last: (1 or B, M), the index of the last key of each.
-        document: (1 or B, M), the index of the first token of its text.
+        of_key: (1 or B, S), the block of each key; M for padding.
+        size: (1 or B, M), tokens of each block so far.
+        last: (1 or B, M), the index of the last key of each block.
+        document: (1 or B, M), the index of the first token of the block's text.
     """
 
-    of: Tensor
+    of_key: Tensor
     size: Tensor
     last: Tensor
     document: Tensor
 
 
-def summarised(
+def summary_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -51,128 +52,156 @@ def summarised(
     scale: float | None = None,
     slopes: Tensor | None = None,
     with_lse: bool = False,
-    **arguments: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the last T of S tokens over the keys of their window and the means of blocks before it.
 
         s_im = scale * <q_i, mean of k over block m>,   visible where i - last(m) >= w and m has b tokens
 
     Args:
-        q: (B, H, T, D). k, v: (B, K, S, D), from the beginning of the text on.
+        q: (B, H, T, D).
+        k, v: (B, K, S, D), from the beginning of the text on.
         mask: it has a window.
         block: b, tokens of a block, at least 1.
-        arguments: as `attend` has them.
+        scale, slopes, with_lse: as `zebra.kernels.attend` has them; slopes (H).
 
     Returns:
-        What `attend` returns.
+        out: (B, H, T, D).
+        lse: (B, H, T), None without `with_lse`.
 
     Raises:
         ValueError: no window, or a block below 1.
-        NotImplementedError: an argument that it does not know.
+        NotImplementedError: any other argument of `attend`.
     """
     if mask.window is None or block < 1:
         raise ValueError(f"a summary stands before a window, of blocks of at least 1; got {mask.window} and {block}.")
-    if unknown := [name for name, value in arguments.items() if value is not None]:
-        raise NotImplementedError(f"attention over summaries knows no {', '.join(sorted(unknown))}.")
-    named = {"scale": scale, "slopes": slopes, **arguments}
+    if unknown := [name for name, value in kwargs.items() if value is not None]:
+        raise NotImplementedError(f"summary attention has no {', '.join(sorted(unknown))}.")
     if k.shape[2] < mask.window + block:  # no block has ended before any query's band
-        return attend(q, k, v, mask, with_lse=with_lse, **named)
-    near, near_lse = attend(q, k, v, mask, **named)
+        return attend(q, k, v, mask, scale=scale, slopes=slopes, with_lse=with_lse)
+    near, near_lse = attend(q, k, v, mask, scale=scale, slopes=slopes)
     assert near_lse is not None
     with torch.autocast(q.device.type, enabled=False):
-        far, far_lse = _far(q, k, v, mask, block, q.shape[-1] ** -0.5 if scale is None else scale, slopes)
+        far, far_lse = _attend_means(q, k, v, mask, block, q.shape[-1] ** -0.5 if scale is None else scale, slopes)
     return merge(near, near_lse, far, far_lse, with_lse=with_lse)
 
 
-def blocks_of(mask: Mask, keys: int, block: int, device: torch.device) -> _Blocks:
-    """The blocks of each row's keys."""
+class SummaryAttention:
+    """The attention override of a summary layer (`zebra.model.override.AttentionOverride`).
+
+    Args:
+        block: tokens of a block.
+        compute: the function that attends; an oracle computes with `naive_summary_attention`.
+    """
+
+    def __init__(self, block: int, compute: Callable[..., tuple[Tensor, Tensor | None]] = summary_attention):
+        self.block, self.compute = block, compute
+
+    def attend(
+        self, module: nn.Module, positions: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Mask, /,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """`summary_attention` of the layer's keys."""
+        return self.compute(query, key, value, mask, block=self.block, **kwargs)
+
+
+def _blocks(mask: Mask, keys: int, block: int, device: torch.device) -> _Blocks:
     index = torch.arange(keys, device=device)
     first = mask.first_tokens(keys, device)
     real = torch.ones_like(first, dtype=torch.bool) if mask.keys is None else mask.keys.bool()
     first = first.expand_as(real)
-    place = index - first
     # A block begins where a text does and every b tokens; padding belongs to none.
-    of = ((place % block == 0) & real).cumsum(dim=1) - 1
-    count = int(of.max()) + 1
-    of = torch.where(real, of, count)
-    rows, last, document = (of.new_zeros(len(of), count + 1) for _ in range(3))
-    rows.scatter_add_(1, of, torch.ones_like(of))
-    last.scatter_reduce_(1, of, index.expand_as(of), "amax", include_self=False)
-    document.scatter_(1, of, first)
-    return _Blocks(of, rows[:, :count], last[:, :count], document[:, :count])
+    of_key = (((index - first) % block == 0) & real).cumsum(dim=1) - 1
+    count = int(of_key.max()) + 1
+    of_key = torch.where(real, of_key, count)
+    size, last, document = (of_key.new_zeros(len(of_key), count + 1) for _ in range(3))
+    size.scatter_add_(1, of_key, torch.ones_like(of_key))
+    last.scatter_reduce_(1, of_key, index.expand_as(of_key), "amax", include_self=False)
+    document.scatter_(1, of_key, first)
+    return _Blocks(of_key, size[:, :count], last[:, :count], document[:, :count])
 
 
-def means(states: Tensor, blocks: _Blocks) -> Tensor:
+def _means(states: Tensor, blocks: _Blocks) -> Tensor:
     """The mean of each block of keys or values (B, K, S, D): (B, K, M, D) in float32 or wider."""
-    wide, count = torch.promote_types(states.dtype, torch.float32), blocks.size.shape[1]
-    sums = states.new_zeros(*states.shape[:2], count + 1, states.shape[3], dtype=wide)
-    of = blocks.of[:, None, :, None].expand_as(states)
-    sums = sums.scatter_add(2, of, states.to(wide))[:, :, :count]
+    dtype, count = torch.promote_types(states.dtype, torch.float32), blocks.size.shape[1]
+    sums = states.new_zeros(*states.shape[:2], count + 1, states.shape[3], dtype=dtype)
+    index = blocks.of_key[:, None, :, None].expand_as(states)
+    sums = sums.scatter_add(2, index, states.to(dtype))[:, :, :count]
     return sums / blocks.size.clamp(min=1)[:, None, :, None]
 
 
-def _far(
+def _attend_means(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, block: int, scale: float, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the means alone; out 0 and lse -inf where a query sees none."""
     assert mask.window is not None
-    queries, keys, wide = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
-    blocks = blocks_of(mask, keys, block, q.device)
-    mean_k, mean_v = means(k, blocks), means(v, blocks)
+    queries, keys, dtype = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    blocks = _blocks(mask, keys, block, q.device)
+    mean_k, mean_v = _means(k, blocks), _means(v, blocks)
     first = mask.first_tokens(keys, q.device)
     outs, lses = [], []
     for start in range(0, queries, layout.QUERIES):
-        i = torch.arange(keys - queries + start, keys - queries + min(queries, start + layout.QUERIES), device=q.device)
-        seen = (i[:, None] - blocks.last[:, None] >= mask.window) & (blocks.size[:, None] == block)
+        end = min(queries, start + layout.QUERIES)
+        i = torch.arange(keys - queries + start, keys - queries + end, device=q.device)
+        visible = (i[:, None] - blocks.last[:, None] >= mask.window) & (blocks.size[:, None] == block)
         if mask.documents is not None:
-            seen = seen & (first[:, i, None] == blocks.document[:, None])
-        reach = int(seen.any(dim=1).int().mul(torch.arange(1, seen.shape[2] + 1, device=q.device)).max())
-        seen = seen[:, None, None, :, :reach]
-        rows = q[:, :, start : start + layout.QUERIES].to(wide).unflatten(1, (k.shape[1], -1))
-        scores = rows @ mean_k[:, :, None, :reach].mT * scale
+            visible = visible & (first[:, i, None] == blocks.document[:, None])
+        reach = int(visible.any(dim=1).int().mul(torch.arange(1, visible.shape[2] + 1, device=q.device)).max())
+        visible = visible[:, None, None, :, :reach]
+        grouped = q[:, :, start:end].to(dtype).unflatten(1, (k.shape[1], -1))
+        scores = grouped @ mean_k[:, :, None, :reach].mT * scale
         if slopes is not None:
-            place = blocks.last[:, None, :reach] - (block - 1) / 2
-            by_head = slopes.to(wide).view(k.shape[1], -1, 1, 1)
-            scores = scores - by_head * (i[:, None] - place)[:, None, None].to(wide)
-        scores = scores.masked_fill(~seen, float("-inf"))
+            position = blocks.last[:, None, :reach] - (block - 1) / 2
+            by_head = slopes.to(dtype).view(k.shape[1], -1, 1, 1)
+            scores = scores - by_head * (i[:, None] - position)[:, None, None].to(dtype)
+        scores = scores.masked_fill(~visible, float("-inf"))
         lse = torch.logsumexp(scores, dim=-1) if reach else scores.new_full(scores.shape[:-1], float("-inf"))
-        weights = torch.exp(scores - lse.unsqueeze(-1).where(seen.any(dim=-1, keepdim=True), 0.0))
+        weights = torch.exp(scores - lse.unsqueeze(-1).where(visible.any(dim=-1, keepdim=True), 0.0))
         outs.append((weights @ mean_v[:, :, None, :reach]).flatten(1, 2))
         lses.append(lse.flatten(1, 2))
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
 
-def formula(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, block: int, scale: float, slopes: Tensor | None = None
-) -> Tensor:
-    """The same as it reads, one query at a time, in the dtype of the inputs: the oracle of `summarised`.
+def naive_summary_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    *,
+    block: int,
+    scale: float,
+    slopes: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The formula as it reads, one query at a time, in the dtype of the inputs: the oracle of `summary_attention`.
+
+    Args:
+        q, k, v, mask, block, scale, slopes: as `summary_attention` has them.
+        kwargs: ignored; an override is called with them.
 
     Returns:
-        (B, H, T, D); 0 for a query that is padding.
+        out: (B, H, T, D); 0 for a query that is padding. And None for the log-sum-exp.
     """
     assert mask.window is not None
     group, keys = q.shape[1] // k.shape[1], k.shape[2]
     out = []
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            for t in range(q.shape[2]):
-                i = keys - q.shape[2] + t
-                text = [
-                    j
-                    for j in range(keys)
-                    if (mask.keys is None or mask.keys[b, j])
-                    and (mask.documents is None or mask.documents[b, j] == mask.documents[b, i])
-                ]
-                parts = [[j] for j in text if 0 <= i - j < mask.window]
-                for n in range(0, len(text) - block + 1, block):
-                    if i - text[n + block - 1] >= mask.window:
-                        parts.append(text[n : n + block])
-                if not parts or (mask.keys is not None and not mask.keys[b, i]):
-                    out.append(q.new_zeros(q.shape[3]))
-                    continue
-                mean_k, mean_v = (torch.stack([x[b, h // group, part].mean(dim=0) for part in parts]) for x in (k, v))
-                scores = mean_k @ q[b, h, t] * scale
-                if slopes is not None:
-                    scores = scores - slopes[h] * torch.tensor([i - sum(part) / len(part) for part in parts]).to(q)
-                out.append(scores.softmax(dim=0) @ mean_v)
-    return torch.stack(out).view(q.shape)
+    for b, h, t in itertools.product(*map(range, q.shape[:3])):
+        i = keys - q.shape[2] + t
+        if mask.keys is not None and not mask.keys[b, i]:
+            out.append(q.new_zeros(q.shape[3]))
+            continue
+        text = [
+            j
+            for j in range(keys)
+            if (mask.keys is None or mask.keys[b, j])
+            and (mask.documents is None or mask.documents[b, j] == mask.documents[b, i])
+        ]
+        parts = [[j] for j in text if 0 <= i - j < mask.window]
+        blocks = (text[n : n + block] for n in range(0, len(text) - block + 1, block))
+        parts += [one for one in blocks if i - one[-1] >= mask.window]
+        mean_k, mean_v = (torch.stack([x[b, h // group, part].mean(dim=0) for part in parts]) for x in (k, v))
+        scores = mean_k @ q[b, h, t] * scale
+        if slopes is not None:
+            scores = scores - slopes[h] * torch.tensor([i - sum(part) / len(part) for part in parts]).to(q)
+        out.append(scores.softmax(dim=0) @ mean_v)
+    return torch.stack(out).view(q.shape), None
