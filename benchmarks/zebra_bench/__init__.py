@@ -1,4 +1,4 @@
-"""Measured time and memory beside the plan's prediction: paired, gated by correctness, one number a row.
+"""Measured time and memory of zebra and of alternatives, with the plan's prediction: paired turns behind a gate.
 
-A subject is data: its sizes stand in `subjects`, its variants in the module of its name. `pairing` measures them all.
+`configs` holds the sizes, `runner` the protocol, and a module of each config the variants.
 """

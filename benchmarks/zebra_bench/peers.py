@@ -1,4 +1,4 @@
-"""What else computes one layer's attention: torch's own ways, and packages where they are installed."""
+"""Alternatives that compute one layer's attention: torch's own, and packages where they are installed."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from zebra import masks
 from zebra.kernels import Mask
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q (B, H, N, D), k and v (B, K, N, D) to the output (B, H, N, D)."""
+"""q (B, H, T, D), k and v (B, K, T, D) to the output (B, H, T, D)."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One of them.
+    """An alternative.
 
     Attributes:
-        prepare: (window, q) to the call; what it builds first is no part of the time, as a model's layers share it.
-        declines: why it cannot run here, by q.
+        prepare: (window, q) to the call; what it builds first is not timed, as the layers of a model share it.
+        declines: why it cannot run for q here, or None.
         local: whether it keeps to the window.
-        backward: why it has no backward on a device, or None.
-        may_fail: whether it depends on a compiler or a package, so that trying it once decides.
+        backward: why it has no backward pass for q, or None.
+        may_fail: whether it depends on a compiler or a package, so that a first call decides.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Peer:
 
 
 def repeated(q: Tensor, k: Tensor) -> Tensor:
-    """As the host does under a mask: each key as often as there are queries in its group."""
+    """k (B, K, T, D) with each head once for each query head of its group: (B, H, T, D), as transformers does."""
     return k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
@@ -54,7 +54,7 @@ def _band(window: int, q: Tensor) -> Tensor:
 
 
 def _dense_mask(window: int, q: Tensor) -> Attend:
-    """What transformers runs for a sliding layer without flash-attn."""
+    """What transformers runs for a sliding-window layer without flash-attn."""
     band = _band(window, q)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def _dense_mask(window: int, q: Tensor) -> Attend:
 
 
 def _causal(window: int, q: Tensor) -> Attend:
-    """What a dense layer costs."""
+    """What a global layer costs."""
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -73,26 +73,25 @@ def _causal(window: int, q: Tensor) -> Attend:
 
 
 def _eager(window: int, q: Tensor) -> Attend:
-    """The host's eager: scores and softmax of all pairs, the mask added, the softmax in float32."""
-    least = torch.finfo(q.dtype).min
-    hidden = torch.zeros(1, 1, q.shape[2], q.shape[2], dtype=q.dtype, device=q.device)
-    hidden.masked_fill_(~_band(window, q), least)
+    """Eager attention of transformers: scores of all pairs, the mask added, the softmax in float32."""
+    mask = torch.zeros(1, 1, q.shape[2], q.shape[2], dtype=q.dtype, device=q.device)
+    mask.masked_fill_(~_band(window, q), torch.finfo(q.dtype).min)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = q @ repeated(q, k).mT * q.shape[3] ** -0.5 + hidden
+        scores = q @ repeated(q, k).mT * q.shape[3] ** -0.5 + mask
         return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ repeated(q, v)
 
     return call
 
 
 def too_large(scores: int, device: torch.device | str) -> str | None:
-    """Why an eager attention with so many scores cannot run: they, their softmax and both gradients stand at once."""
+    """Why eager attention with so many scores cannot run: they, their softmax and both gradients are held at once."""
     needed = 6 * 4 * scores
     if str(device).startswith("cuda"):
-        has = torch.cuda.mem_get_info(device)[0]
+        available = torch.cuda.mem_get_info(device)[0]
     else:
-        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 33
-    return None if needed < has / 2 else f"its scores and their gradients would take {needed / 2**30:,.0f} GiB"
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 33
+    return None if needed < available / 2 else f"its scores and their gradients would take {needed / 2**30:,.0f} GiB"
 
 
 _BLOCK = 128
@@ -101,7 +100,7 @@ _BLOCK = 128
 def band_blocks(length: int, window: int, device: torch.device | str) -> BlockMask:
     """The block mask of a causal band, by arithmetic: `create_block_mask` forms all N x N pairs on a CPU.
 
-    Row r of blocks sees the columns from that of its first query's first key to its own. Those wholly inside the band
+    Row r of blocks sees the columns from that of its first query's first key to column r. Blocks wholly inside the band
     need no mask: j <= r - 1 and the block's farthest pair, 128 (r - j + 1) - 1 apart, within the window.
     """
     rows = -(-length // _BLOCK)
@@ -111,9 +110,9 @@ def band_blocks(length: int, window: int, device: torch.device | str) -> BlockMa
     touched = (j >= first) & (j <= r)
     whole = touched & (j < r) & (_BLOCK * (r - j + 1) - 1 < window)
 
-    def packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        counts = chosen.sum(dim=1, dtype=torch.int32)
-        indices = chosen.int().argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    def packed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        counts = blocks.sum(dim=1, dtype=torch.int32)
+        indices = blocks.int().argsort(dim=1, descending=True, stable=True).to(torch.int32)
         return counts[None, None], indices[None, None].contiguous()
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -162,18 +161,18 @@ def _flash_attn(window: int, q: Tensor) -> Attend:
 
 
 def _hub(window: int, q: Tensor) -> Attend:
-    """A kernel of the hub that was fetched before: nothing is downloaded here."""
+    """A kernel of the hub that is in the local cache: nothing is downloaded."""
     from huggingface_hub import snapshot_download
 
     folder = snapshot_download("kernels-community/flash-attn2", local_files_only=True)
-    found = importlib.import_module("kernels").get_local_kernel(folder, "flash_attn2")
-    return _flash(found.flash_attn_func, window)
+    kernel = importlib.import_module("kernels").get_local_kernel(folder, "flash_attn2")
+    return _flash(kernel.flash_attn_func, window)
 
 
 def _needs(package: str) -> Callable[[Tensor], str | None]:
     def declines(q: Tensor) -> str | None:
         if not q.is_cuda:
-            return "it runs on CUDA alone"
+            return "it runs on CUDA only"
         if q.dtype not in (torch.bfloat16, torch.float16):
             return f"it takes bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
         return None if importlib.util.find_spec(package) else f"the package {package} is not installed"

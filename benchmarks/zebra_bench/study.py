@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,17 +38,16 @@ from zebra.train.measuring import local_for
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe, Training
 from zebra.train.trainer import optimizer_of
-from zebra_bench.pairing import Call, Case, Variant, Work, bench
-from zebra_bench.subjects import RUN, Paired
+from zebra_bench.configs import RUN, BenchmarkConfig
+from zebra_bench.models import planned_seconds
+from zebra_bench.runner import Benchmark, Call, Variant, Workload, run_benchmark
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps(Paired):
+class StudyStepConfig(BenchmarkConfig):
     """Cells of one length, dtype and number of rows."""
 
-    name = "study"
-    about = "A training step of each cell of a study."
-    module: ClassVar[str] = "zebra_bench.study"
+    module = "zebra_bench.study"
 
     recipes: tuple[PretrainRecipe, ...]
 
@@ -67,7 +66,7 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
 
     Args:
         run: the rows' run.
-        options: of `Paired`: repeats, memory, ceilings, seed, device.
+        options: of `BenchmarkConfig`: repeats, memory, ceilings, seed, device.
 
     Raises:
         ZebraError: a cell whose gradients are not those of the formula.
@@ -83,7 +82,7 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
         if not Path(options["ceilings"]).exists():  # once for all, and all plans rest on the same
             write_ceilings(Path(options["ceilings"]), measure_ceilings(read_device(options.get("device")), repeats=3))
         measured = [
-            bench(Steps(recipes=tuple(found.values()), dtype=dtype, batch=batch, **options))
+            run_benchmark(StudyStepConfig(recipes=tuple(found.values()), dtype=dtype, batch_size=batch, **options))
             for (_, dtype, batch), found in cells.items()
         ]
     rows = [row for row in measured[0][0] if row.task == "bench ceilings"] if measured else []
@@ -106,19 +105,19 @@ def _exact(recipe: PretrainRecipe) -> list[tuple[str, float]]:
     ]
 
 
-def case(sizes: Steps) -> Case:
+def benchmark(config: StudyStepConfig) -> Benchmark:
     """A variant for each recipe."""
     variants = []
-    for recipe in sizes.recipes:
-        planned = partial(_seconds, _planned(recipe))
-        prepare = partial(_prepare, recipe, sizes.device)
+    for recipe in config.recipes:
+        planned = planned_seconds(_planned(recipe))
+        prepare = partial(_prepare, recipe, config.device)
         tokens = recipe.train.length * recipe.train.per_device_train_batch_size
-        work = Work(prepare=prepare, prepares_extra=True, tokens=tokens, planned=planned)
-        gate = partial(_error, recipe, sizes.device)
+        work = Workload(prepare=prepare, prepared_is_extra=True, tokens=tokens, planned=planned)
+        gate = partial(_error, recipe, config.device)
         layout = _layout(recipe)
-        variants.append(Variant(name=f"zebra, {layout}", layout=layout, works=(work,), gate=gate))
-    rows = f"{sizes.batch} row{'s' if sizes.batch > 1 else ''}"
-    return Case(task=f"study step: {rows}, {sizes.recipes[0].train.optimizer}", variants=tuple(variants))
+        variants.append(Variant(name=f"zebra, {layout}", layout=layout, workloads=(work,), gate=gate))
+    rows = f"{config.batch_size} row{'s' if config.batch_size > 1 else ''}"
+    return Benchmark(task=f"study step: {rows}, {config.recipes[0].train.optimizer}", variants=tuple(variants))
 
 
 def _layout(recipe: PretrainRecipe) -> str:
@@ -140,10 +139,6 @@ def _planned(recipe: PretrainRecipe) -> Run:
         phase="train",
         checkpointing=train.gradient_checkpointing,
     )
-
-
-def _seconds(run: Run, device: Any) -> float:
-    return sum(device.seconds(run).values())
 
 
 def _model(config: Any, device: str | None) -> Any:

@@ -1,0 +1,185 @@
+"""The sizes of each benchmark. Each class names the module whose `benchmark` function makes its variants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from zebra.errors import ZebraError
+from zebra.positions import SelfExtend
+from zebra.stripes import Stripes
+
+RUN = "bench"
+"""The run of the results."""
+FAST = ", fast float32"
+"""Follows the names of what ran under torch's float32 matmul precision `medium`."""
+
+SELF_EXTEND_WORKLOADS = ("attention", "authors", "decode", "chunks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What every benchmark takes.
+
+    Attributes:
+        repeats: timed turns, whose median counts.
+        device: a GPU where there is one if None.
+        dtype: float32 or bfloat16; in a training step bfloat16 is autocast over float32 weights.
+        matmul_precision: torch's float32 matmul precision, highest or medium.
+        ceilings: a file of ceilings; measured if None.
+        memory: measure peak memory too, each variant in a fresh process.
+
+    Raises:
+        ZebraError: a size below 1, another dtype, heads that are no multiple of key-value heads, an odd head dimension.
+    """
+
+    module: ClassVar[str]
+
+    repeats: int = 5
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "float32"
+    matmul_precision: str = "highest"
+    batch_size: int = 1
+    ceilings: str | None = None
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = {one.name: getattr(self, one.name) for one in fields(self)}
+        if sizes.get("kv_heads") == 0:
+            sizes["kv_heads"] = sizes["heads"]
+            object.__setattr__(self, "kv_heads", sizes["heads"])
+        for name, value in sizes.items():
+            if type(value) is int and name != "seed" and value < 1:
+                raise ZebraError(f"{name} is a whole number of at least 1; got {value}. Raise it.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ZebraError(f"dtype is float32 or bfloat16; got {self.dtype!r}. Choose one.")
+        heads, kv_heads = sizes.get("heads", 1), sizes.get("kv_heads", 1)
+        if heads % kv_heads:
+            raise ZebraError(f"heads is a multiple of kv_heads; got {heads} and {kv_heads}.")
+        if sizes.get("head_dim", 2) % 2:
+            raise ZebraError(f"head_dim is even, as a rope rotates pairs; got {sizes['head_dim']}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(BenchmarkConfig):
+    """Attention of one local layer."""
+
+    module = "zebra_bench.attention"
+
+    length: int = 16384
+    window: int = 512
+    heads: int = 12
+    kv_heads: int = 0
+    """As many as heads if 0."""
+    head_dim: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(BenchmarkConfig):
+    """A random Llama; its hidden size is heads * head_dim, and embedding and head share their weights."""
+
+    length: int = 8192
+    layers: int = 8
+    heads: int = 8
+    kv_heads: int = 0
+    """As many as heads if 0."""
+    head_dim: int = 64
+    intermediate_size: int = 1536
+    vocab_size: int = 32000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig(ModelConfig):
+    """One local decoder layer."""
+
+    module = "zebra_bench.layer"
+
+    window: int = 512
+    layers: int = 1
+    vocab_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class StripedConfig(ModelConfig):
+    """A model in a layout.
+
+    Raises:
+        ZebraError: an invalid layout, or one with sinks, which the classes of transformers do not have.
+    """
+
+    stripes: str = "GLLL:512"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stripes = Stripes.parse(self.stripes)
+        stripes.layer_types(self.layers)
+        if stripes.sinks:
+            raise ZebraError(f"benchmarks run the classes of transformers, which have no sinks; got {stripes}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStepConfig(StripedConfig):
+    """A training step: forward, loss, backward, fused AdamW."""
+
+    module = "zebra_bench.train_step"
+
+    heads: int = 6
+    intermediate_size: int = 1024
+    vocab_size: int = 16000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillConfig(StripedConfig):
+    """A text read into the cache."""
+
+    module = "zebra_bench.generation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig(StripedConfig):
+    """One token after a cached text of `length` tokens."""
+
+    module = "zebra_bench.generation"
+
+    length: int = 32768
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(BenchmarkConfig):
+    """The head and the loss."""
+
+    module = "zebra_bench.loss"
+
+    length: int = 16384
+    hidden_size: int = 512
+    vocab_size: int = 32000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfExtendConfig(ModelConfig):
+    """Self-Extend compared with plain causal attention.
+
+    Attributes:
+        workload: one of SELF_EXTEND_WORKLOADS, or all but the authors' (minutes a turn) if None.
+        self_extend: group and window.
+        chunk: tokens of each chunk of a text that is read in chunks.
+
+    Raises:
+        ZebraError: another workload, an invalid setting, a text within its window.
+    """
+
+    module = "zebra_bench.self_extend"
+
+    workload: str | None = None
+    self_extend: str = "8:1024"
+    length: int = 16384
+    chunk: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window = SelfExtend.parse(self.self_extend).window
+        if self.length <= window:
+            raise ZebraError(f"Self-Extend acts beyond its window of {window:,} tokens; got a length of {self.length}.")
+        if self.workload not in (None, *SELF_EXTEND_WORKLOADS):
+            raise ZebraError(f"workload is one of {', '.join(SELF_EXTEND_WORKLOADS)}; got {self.workload!r}.")
