@@ -80,13 +80,15 @@ def run(
 ) -> None:
     """Convert, adapt, tune, evaluate and report by one recipe; finished stages are skipped."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with show.working():
-        from zebra.pipeline.recipe import read_pipeline
-        from zebra.pipeline.run import plan
-        from zebra.pipeline.run import run as go
-        from zebra.pipeline.stages import rows_in
+    from zebra.pipeline.recipe import read_pipeline
 
-        stages = read_pipeline(recipe, set_ or [])
-        states = plan(stages) if dry_run else go(stages)
-        results = [] if dry_run else [result for stage in stages for result in rows_in(stage.folder)]
-    show.stages(states, results, as_json)
+    stages = read_pipeline(recipe, set_ or [])
+    with show.working():
+        from zebra.pipeline import run as pipeline
+        from zebra.pipeline.stages import results_in
+
+        if dry_run:
+            show.stages(pipeline.plan(stages), [], as_json)
+            return
+        states = pipeline.run(stages)
+    show.stages(states, [result for stage in stages for result in results_in(stage.folder)], as_json)

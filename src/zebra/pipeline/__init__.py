@@ -1,1 +1,1 @@
-"""Several verbs in a row as one recipe, each stage done once: `stages` are what can stand in it, `run` goes through."""
+"""Several verbs as one recipe: `recipe` reads its stages, `stages` says what each does, `run` goes through them."""

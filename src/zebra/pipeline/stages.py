@@ -1,264 +1,215 @@
-"""What a stage of a pipeline does: run, and tried beforehand.
+"""What a stage of a pipeline does: it is checked before the first one works, and performed.
 
-A stage is tried on a stand-in of the checkpoint that does not exist yet: the source's files, linked, under the config
-that the stages before it would write. What a verb refuses of configs, tokenizers and data, it refuses there.
+A stage whose checkpoint does not exist yet is checked on a placeholder: the source's files, linked, under the config
+that the stages before it will write. What a verb rejects of configs, tokenizers and data, it rejects there.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import create_model
 
 from zebra.data.conversations import read_conversations
-from zebra.errors import ZebraError
-from zebra.evaluate import documents
+from zebra.evaluate import documents, harness, perplexity, retrieval
 from zebra.evaluate.selection import select
-from zebra.model.checkpoint import read_config, read_local_attention, write_config, write_zebra_json
-from zebra.model.families import stripes_of, with_stripes
+from zebra.model.checkpoint import read_config, write_config, write_zebra_json
 from zebra.model.load import convert, converted_config
+from zebra.model.load_options import LoadOptions
 from zebra.model.local import LocalAttention
-from zebra.pipeline.recipe import MEASURES, Convert, Stage
-from zebra.plan.cost import Run, flops
-from zebra.plan.decoder import decoder
-from zebra.plan.devices import Device
-from zebra.plan.memory import memory
+from zebra.pipeline.recipe import Convert, Stage
 from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import Stripes
-from zebra.train.adapt import adapt, adapted, open_source
+from zebra.train.adapt import adapted, open_source
 from zebra.train.chat import Chat
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_for
-from zebra.train.pretrain import config_of, pretrain
-from zebra.train.recipe import Section, SourceRecipe
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import Section, SourceRecipe, check_files, checked
 from zebra.train.trainer import check_machine
 from zebra.train.tune_recipe import TuneRecipe
+
+_MEASURES: dict[str, Callable[..., Any]] = {
+    "perplexity": perplexity.evaluate_perplexity,
+    "retrieval": retrieval.evaluate_retrieval,
+    "tasks": harness.evaluate_tasks,
+    "documents": documents.evaluate_documents,
+}
+_NOT_KEYS = ("checkpoint", "run", "check_only", "options", "work")
+"""Arguments that the pipeline sets."""
 
 
 def perform(stage: Stage) -> None:
     """Run a stage from where it stands."""
-    _PERFORM[stage.kind](stage)
-
-
-def _convert(stage: Stage) -> None:
-    recipe, stripes, made = stage.recipe, stage.recipe.stripes, stage.made
-    assert stage.source is not None
-    assert made is not None
-    if recipe.select is not None:
-        found = select(stage.source, **_selected(recipe), work=stage.folder / "selection", run=stage.name)
-        write_results(stage.folder / "results.jsonl", found.rows)
-        stripes = found.stripes
-    if not made.exists():  # a kill may have come behind it
-        convert(stage.source, made, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
-
-
-def _selected(recipe: Convert) -> dict[str, Any]:
-    assert recipe.select is not None
-    return recipe.select.model_dump() | {"rope": recipe.rope}
-
-
-def _train(stage: Stage) -> None:
-    """Run a training's recipe, and write its page."""
-    if stage.kind == "tune":
-        from zebra.train.tune import tune  # trl is an extra
-
-        tune(stage.recipe)
-    elif stage.kind == "adapt":
-        adapt(stage.recipe)
+    if stage.kind == "convert":
+        _convert(stage)
+    elif stage.kind == "evaluate":
+        _evaluate(stage)
+    elif stage.kind == "report":
+        results = [result for folder in stage.before.values() for result in results_in(folder)]
+        write_report(results, stage.folder / "report.html", title=stage.recipe.title)
     else:
-        pretrain(stage.recipe)
-    write_report(rows_in(stage.folder), stage.folder / "report.html")
+        getattr(importlib.import_module(f"zebra.train.{stage.kind}"), stage.kind)(stage.recipe)
+        write_report(results_in(stage.folder), stage.folder / "report.html")
 
 
-def _evaluate(stage: Stage) -> None:
-    rows: list[Result] = []
-    assert stage.source is not None
-    for name, given in stage.recipe:
-        file = stage.folder / f"{name}.jsonl"
-        if given is not None and not file.exists():
-            write_results(file, _measured(name, given, stage.source, run=stage.name)[0])
-        rows += read_results(file) if given is not None else []
-    write_results(stage.folder / "results.jsonl", rows)
-
-
-def _measured(name: str, given: Section, checkpoint: Path, **more: Any) -> tuple[list[Result], list[Any]]:
-    """Rows, and of documents what came of each item."""
-    arguments = given.model_dump() | more
-    if name != "documents":
-        return MEASURES[name](checkpoint, **arguments), []
-    own = {field.name: arguments.pop(field.name) for field in fields(documents.Options)}
-    return documents.evaluate_documents(checkpoint, **arguments, options=documents.Options(**own))
-
-
-def _report(stage: Stage) -> None:
-    rows = [row for folder in stage.before.values() for row in rows_in(folder)]
-    write_report(rows, stage.folder / "report.html", title=stage.recipe.title)
-
-
-def rows_in(folder: Path) -> list[Result]:
-    """The rows that a stage left; none where it made none."""
+def results_in(folder: Path) -> list[Result]:
+    """The results that a stage wrote; none where it wrote none."""
     file = folder / "results.jsonl"
     return read_results(file) if file.exists() else []
 
 
-_PERFORM = {
-    "convert": _convert,
-    "adapt": _train,
-    "tune": _train,
-    "pretrain": _train,
-    "evaluate": _evaluate,
-    "report": _report,
-}
-
-# Trying beforehand
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a stage will compute: runs of the planner and how often each, the tokens, and the bytes on one device.
-
-    Of a training they are its steps, of a measurement its reading; what is measured on a training's way is not in it.
-    """
-
-    runs: tuple[tuple[Run, float], ...] = ()
-    tokens: int = 0
-    memory: int = 0
-    facts: dict[str, str] | None = None
-
-    def cost(self, device: Device) -> tuple[float, float]:
-        """FLOPs, and the least seconds that a device takes for them."""
-        runs = [(run if run.dtype in device.flops else replace(run, dtype="float32"), n) for run, n in self.runs]
-        count = sum(n * sum(flops(run).values()) for run, n in runs)
-        return count, sum(n * sum(device.seconds(run).values()) for run, n in runs)
+def _convert(stage: Stage) -> None:
+    recipe, target = stage.recipe, stage.checkpoint
+    assert stage.source is not None
+    assert target is not None
+    stripes = recipe.stripes
+    if recipe.select is not None:
+        selection = select(stage.source, **_select_arguments(recipe), work=stage.folder / "selection", run=stage.name)
+        write_results(stage.folder / "results.jsonl", selection.rows)
+        stripes = selection.stripes
+    if not target.exists():  # it may have been killed after this
+        convert(stage.source, target, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
 
 
-def rehearse(stage: Stage, source: Path | None, made: Path) -> Work:
-    """Try a stage on a checkpoint or its stand-in, write a stand-in for what it would make, and say what it costs.
+def _evaluate(stage: Stage) -> None:
+    assert stage.source is not None
+    results: list[Result] = []
+    for name, arguments in stage.recipe.measures().items():
+        file = stage.folder / f"{name}.jsonl"
+        if not file.exists():
+            write_results(file, _measured(name, arguments, stage.source, run=stage.name))
+        results += read_results(file)
+    write_results(stage.folder / "results.jsonl", results)
+
+
+def _measured(name: str, arguments: dict[str, Any], checkpoint: Path, **more: Any) -> list[Result]:
+    """The results of a measurement."""
+    if name != "documents":
+        kwargs = _keywords(name, arguments, _MEASURES[name], LoadOptions)
+        return _MEASURES[name](checkpoint, **kwargs, **more)
+    kwargs = _keywords(name, arguments, documents.evaluate_documents, documents.Options, LoadOptions)
+    options = documents.Options(**{field.name: kwargs.pop(field.name) for field in fields(documents.Options)})
+    return documents.evaluate_documents(checkpoint, **kwargs, **more, options=options)[0]
+
+
+def _select_arguments(recipe: Convert) -> dict[str, Any]:
+    assert recipe.select is not None
+    return _keywords("select", recipe.select, select) | {"rope": recipe.rope}
+
+
+def _keywords(name: str, arguments: dict[str, Any], *calls: Callable[..., Any]) -> dict[str, Any]:
+    """A section as keyword arguments of functions and dataclasses, all of them, defaults too.
 
     Raises:
-        ZebraError: what the stage itself would refuse before it works, but of texts to train on only that they exist.
+        ZebraError: as `checked`.
+    """
+    parameters = [p for call in calls for p in inspect.signature(call, eval_str=True).parameters.values()]
+    excluded = (*_NOT_KEYS, "rope") if name == "select" else _NOT_KEYS
+    kinds: Any = {
+        p.name: (_of_yaml(p.annotation), ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is not p.VAR_KEYWORD and p.name not in excluded
+    }
+    return checked(arguments, create_model(name, __base__=Section, **kinds), f"its {name}").model_dump()
+
+
+def _of_yaml(kind: Any) -> Any:
+    """What YAML can write of an annotation: `torch.dtype | str | None` is `str | None`."""
+    if get_origin(kind) is tuple:
+        return Sequence[get_args(kind)[0]]  # type: ignore[misc]
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    plain = [one for one in get_args(kind) if one in (str, int, float, bool, types.NoneType) or get_origin(one) is list]
+    return Union[tuple(plain)]  # noqa: UP007
+
+
+# Checked before the first stage works
+
+
+def check(stage: Stage, source: Path | None, target: Path) -> None:
+    """Check a stage on its checkpoint or a placeholder, and write a placeholder of the checkpoint that it will write.
+
+    Raises:
+        ZebraError: what the verb itself rejects before it works; of texts to train on only that they do not exist.
     """
     if stage.kind == "report":
-        return Work()
-    if stage.kind not in ("evaluate", "convert"):
-        return _rehearse_training(stage, source, made)
-    assert source is not None
+        return
     if stage.kind == "evaluate":
-        return _rehearse_evaluation(stage, source)
-    return _rehearse_conversion(stage, source, made)
+        assert source is not None
+        for name, arguments in stage.recipe.measures().items():
+            if _has_tokenizer(source):
+                _measured(name, arguments, source, check_only=True)
+    elif stage.kind == "convert":
+        assert source is not None
+        _check_conversion(stage.recipe, source, target)
+    else:
+        _check_training(stage.recipe, source, target)
 
 
-def _rehearse_conversion(stage: Stage, source: Path, made: Path) -> Work:
-    recipe = stage.recipe
-    if (recipe.stripes is None) == (recipe.select is None):
-        raise ZebraError("a conversion takes either stripes or select. Give one of them, such as stripes: GLLL:512.")
-    work, stripes = Work(), Stripes.parse(recipe.stripes or f"0:{recipe.select.window}")
-    if recipe.select is not None and _has_tokenizer(source):
-        found = select(source, **_selected(recipe), check_only=True)
-        stripes, work = found.stripes, _reading(source, None, [(row.length, row.value) for row in found.rows])
-    config, local = converted_config(source, stripes, recipe.rope, recipe.full_decode)
-    _stand_in(source, made, config, local)
-    return work
+def _check_conversion(recipe: Convert, source: Path, target: Path) -> None:
+    if recipe.select is None:
+        stripes = Stripes.parse(recipe.stripes or "")
+    elif _has_tokenizer(source):
+        stripes = select(source, **_select_arguments(recipe), check_only=True).stripes
+    else:
+        stripes = Stripes.parse(f"0:{recipe.select.get('window')}")
+    _write_placeholder(target, source, *converted_config(source, stripes, recipe.rope, recipe.full_decode))
 
 
-def _rehearse_training(stage: Stage, source: Path | None, made: Path) -> Work:
-    recipe, files = stage.recipe, {}
-    if not isinstance(recipe, SourceRecipe):
+def _check_training(recipe: Any, source: Path | None, target: Path) -> None:
+    files: dict[str, str] = {}
+    check_files(recipe)
+    if source is None:
         check_machine(recipe.train)
         config = config_of(recipe)
     else:
-        assert source is not None
         recipe = recipe.model_copy(update={"model": str(source)})
         if _has_tokenizer(source):
             config, tokenizer = open_source(recipe)
-            files = _read_for_tuning(recipe, tokenizer) if isinstance(recipe, TuneRecipe) else {}
+            files = _check_conversations(recipe, tokenizer) if isinstance(recipe, TuneRecipe) else {}
         else:
             config = adapted(recipe, read_config(source))
-    local, train, reckoned = local_for(recipe), recipe.train, dry_run(recipe)
-    low = recipe.lora if isinstance(recipe, SourceRecipe) else None
-    if low is not None and not low.merge:  # what it makes is no whole checkpoint
-        _stand_in(None, made, None, local, {"adapter_config.json": ""})
+    dry_run(recipe)
+    if isinstance(recipe, SourceRecipe) and recipe.lora is not None and not recipe.lora.merge:
+        target.mkdir(parents=True)
+        (target / "adapter_config.json").touch()  # no whole checkpoint
     else:
-        _stand_in(source, made, config, local, files)
-    run = {
-        "length": train.length,
-        "batch": train.per_device_train_batch_size,
-        "dtype": train.compute_dtype,
-        "phase": "train",
-    }
-    run |= {"checkpointing": train.gradient_checkpointing, "lora": low.r if low else None}
-    passes = train.max_steps * train.gradient_accumulation_steps
-    runs = _runs(config, local, [(run, passes)])
-    return Work(runs, passes * train.per_device_train_batch_size * train.length, reckoned.total, reckoned.facts)
+        _write_placeholder(target, source, config, local_for(recipe), files)
 
 
-def _has_tokenizer(checkpoint: Path) -> bool:
-    """A stand-in for a model that is trained from scratch has neither tokenizer nor weights."""
-    return any(checkpoint.glob("tokenizer*"))
-
-
-def _read_for_tuning(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
+def _check_conversations(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
     """Read the conversations, and return the template that tuning will write."""
-    import zebra.train.tune  # noqa: F401  refuses where the extra is not installed
-
+    importlib.import_module("zebra.train.tune")  # it rejects a machine without trl
     chat = Chat(tokenizer, recipe.chat_template, recipe.model)
     data, suites = recipe.data, (recipe.evaluate and recipe.evaluate.suites) or []
-    sets = [data.files or [], *(one.files for one in data.sources or []), *(suite.files for suite in suites)]
-    for files in filter(None, sets):
-        read_conversations(files)
+    for files in (data.files, *(one.files for one in data.sources or []), *(suite.files for suite in suites)):
+        if files:
+            read_conversations(files)
     return {"chat_template.jinja": chat.template} if recipe.chat_template else {}
 
 
-def _rehearse_evaluation(stage: Stage, source: Path) -> Work:
-    given = [(name, one) for name, one in stage.recipe if one is not None]
-    if not given:
-        raise ZebraError(f"an evaluation takes at least one of {', '.join(MEASURES)}; got none. Give one.")
-    if not _has_tokenizer(source):
-        return Work()
-    works = []
-    for name, one in given:
-        rows, outcomes = _measured(name, one, source, check_only=True)
-        reads = [(row.length, row.value) for row in rows if row.metric == "tokens"]
-        reads += [(outcome.prompt_tokens, outcome.prompt_tokens) for outcome in outcomes]
-        works.append(_reading(source, one.stripes, reads))
-    runs = tuple(run for work in works for run in work.runs)
-    return Work(runs, sum(work.tokens for work in works), max(work.memory for work in works))
+def _has_tokenizer(checkpoint: Path) -> bool:
+    """A placeholder of a model that is trained from scratch has neither tokenizer nor weights."""
+    return any(checkpoint.glob("tokenizer*"))
 
 
-def _reading(source: Path, stripes: str | None, reads: list[tuple[int | None, float]]) -> Work:
-    """Texts to read: the tokens of each, and of all together of its length."""
-    config = read_config(source, routed=stripes is not None)
-    config = with_stripes(config, Stripes.parse(stripes)) if stripes else config
-    dtype = str(config.dtype or "float32").removeprefix("torch.")
-    asked = [({"length": max(1, n or 1), "dtype": dtype}, tokens / max(1, n or 1)) for n, tokens in reads]
-    runs = _runs(config, read_local_attention(source), asked)
-    held = max((sum(memory(run).values()) for run, _ in runs), default=0)
-    return Work(runs, round(sum(tokens for _, tokens in reads)), held)
-
-
-def _runs(
-    config: Any, local: LocalAttention, asked: list[tuple[dict[str, Any], float]]
-) -> tuple[tuple[Run, float], ...]:
-    """Runs of the planner; none for a model that it cannot reckon."""
-    with suppress(ZebraError):
-        stripes, sizes = stripes_of(config), decoder(config.to_dict(), name="the model")
-        stripes = stripes and replace(stripes, sinks=local.sinks)
-        return tuple((Run(decoder=sizes, stripes=stripes, **run), times) for run, times in asked)
-    return ()
-
-
-def _stand_in(
-    source: Path | None, made: Path, config: Any, local: LocalAttention, files: dict[str, str] | None = None
+def _write_placeholder(
+    target: Path, source: Path | None, config: Any, local: LocalAttention, files: dict[str, str] | None = None
 ) -> None:
-    made.mkdir(parents=True)
-    own = {"config.json", "zebra.json", *(files or {})}
-    for file in source.iterdir() if source is not None else ():
-        if file.name not in own:
-            (made / file.name).symlink_to(file.resolve())
+    """A directory that reads like a checkpoint: the source's files, linked, but for its config and these files."""
+    target.mkdir(parents=True)
     for name, text in (files or {}).items():
-        (made / name).write_text(text, encoding="utf-8")
-    if config is not None:
-        write_config(config, made)
-        write_zebra_json(made, config, local, source=source)
+        (target / name).write_text(text, encoding="utf-8")
+    for file in source.iterdir() if source is not None else ():
+        if file.name not in ("config.json", "zebra.json", *(files or {})):
+            (target / file.name).symlink_to(file.resolve())
+    write_config(config, target)
+    write_zebra_json(target, config, local, source=source)

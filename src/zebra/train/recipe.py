@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -353,21 +353,27 @@ def checked(tree: Any, kind: type[R], name: str) -> R:
         raise ZebraError(f"{name}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
 
 
+_FILES = ("files", "leaks", "text", "haystack", "file", "include")
+_MAYBE_FILES = ("tokenizer", "chat_template")
+
+
+def named_files(tree: Any, key: str = "") -> list[str]:
+    """The files, folders and globs that a recipe names, at any depth: the values of keys that hold such."""
+    if isinstance(tree, dict):
+        return [file for name, inner in tree.items() for file in named_files(inner, name)]
+    if isinstance(tree, list | tuple):
+        return [file for inner in tree for file in named_files(inner, key)]
+    is_file = isinstance(tree, str) and (key in _FILES or (key in _MAYBE_FILES and Path(tree).exists()))
+    return [tree] if is_file else []
+
+
 def check_files(recipe: BaseModel) -> None:
-    """Check that each text that a recipe names exists, without reading it.
+    """Check that the files that a recipe names exist, without reading them.
 
     Raises:
         ZebraError: as `find_files`.
     """
-    find_files(list(_patterns(recipe.model_dump())))
-
-
-def _patterns(tree: Any) -> Iterator[str]:
-    """The values of the keys `files`, at any depth."""
-    if isinstance(tree, dict):
-        yield from tree.get("files") or ()
-    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        yield from _patterns(inner)
+    find_files(named_files(recipe.model_dump()))
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
