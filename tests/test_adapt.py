@@ -327,7 +327,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 def test_text_shorter_than_a_row_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ZebraError, match="fewer than one row of 999,999"):
+    with pytest.raises(ZebraError, match="fewer than one sequence of 999,999"):
         adapt(recipe(tmp_path / "run", train__length=999_999))
     assert not (tmp_path / "run").exists()
 

@@ -187,7 +187,10 @@ BAD = {
     ),
     "recipe of a missing model": (["adapt", "recipe.yaml", "--set", "model=gone"], ["no checkpoint at gone"]),
     "recipe beyond the model": (["adapt", "recipe.yaml", "--set", "stripes=8:9"], ["layer 8"]),
-    "text shorter than a row": (["adapt", "recipe.yaml", "--set", "data.files=[short.txt]"], ["fewer than one row"]),
+    "text shorter than a row": (
+        ["adapt", "recipe.yaml", "--set", "data.files=[short.txt]"],
+        ["fewer than one sequence"],
+    ),
     "seed below zero": (["adapt", "recipe.yaml", "--set", "train.seed=-1"], ["train.seed", "greater than or equal"]),
     "endless rate": (["adapt", "recipe.yaml", "--set", "train.weight_decay=.inf"], ["train.weight_decay"]),
     "a switch for a number": (

@@ -41,7 +41,7 @@ def drawn(seed: int, documents: int = 200, longest: int = 300, first: int = 1) -
 
 
 def documents(part: SourceSplit) -> list[int]:
-    return part.documents.tolist()
+    return part.train.tolist()
 
 
 def tokens_of(mixture: Mixture) -> list[list[int]]:
@@ -85,8 +85,8 @@ def test_what_is_held_out_depends_on_the_text_alone(deduplicate: bool) -> None:
     held = set(one.hashes[a.held_out].tolist())
     assert held == set(shuffled.hashes[b.held_out].tolist())
     assert 0.1 < len(held) / len(one) < 0.3
-    assert not held & set(one.hashes[a.documents].tolist())
-    assert len(a.documents) + len(a.held_out) == len(one)
+    assert not held & set(one.hashes[a.train].tolist())
+    assert len(a.train) + len(a.held_out) == len(one)
     (more,) = split_sources([Source("s", one)], deduplicate=deduplicate, held_out=0.5)
     assert held < set(one.hashes[more.held_out].tolist())  # a greater share holds out these and others
 
@@ -276,7 +276,7 @@ def test_a_mixture_is_printed() -> None:
     assert ["long", "[1,000,", "∞)", "5", "5,500", "0", "0"] in lines
     assert ["short", "2,000", "20.00%", "20.00%", "1.00"] in lines
     assert ["long", "8,000", "80.00%", "80.00%", "1.45"] in lines
-    assert "100 rows of 100, 10,000 tokens" in shown.getvalue()
+    assert "100 sequences of 100, 10,000 tokens" in shown.getvalue()
     by_length = {tuple(line[:3]): line[3:] for line in lines if "to" in line}
     assert by_length["0", "to", "256"] == ["26.7%", "█" * 7, "20.0%", "█" * 5]
     assert by_length["256", "to", "512"] == ["0.0%", "0.0%"]

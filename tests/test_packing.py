@@ -211,6 +211,6 @@ def test_apart_does_not_depend_on_the_seed() -> None:
 
 @pytest.mark.parametrize("join", [False, True])
 def test_text_shorter_than_a_row_is_refused(join: bool) -> None:
-    with pytest.raises(ZebraError, match="the text has 9 tokens, fewer than one row of 10"):
+    with pytest.raises(ZebraError, match="the text has 9 tokens, fewer than one sequence of 10"):
         pack(made(4, 5), 10, join=join, seed=0)
     assert len(pack(made(4, 5), 9, join=join, seed=0)) == 1

@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tokenizer": ({"tokenizer": "nowhere/at/all"}, "tokenizer of nowhere/at/all cannot be read"),
     "merges": ({"tokenizer": {"vocab_size": 50_000}}, "the text gives .* tokens, and tokenizer.vocab_size asks for"),
     "batch": ({"train__per_device_train_batch_size": 500}, "fewer than the 500 of one step"),
-    "row": ({"train__length": 200_000}, "fewer than one row of 200,000"),
+    "row": ({"train__length": 200_000}, "fewer than one sequence of 200,000"),
     "first": ({"data__recall": {"share": 0.5, "first": 20}}, "recall.first is 20, and a document .* at least"),
     "stripes": ({"stripes": "GL:0"}, "window"),
     "group": ({"stripes": "GLL:32"}, "groups of 3 layers, and the model has 2"),

@@ -108,7 +108,7 @@ def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest
     assert found.held_out is not None
     assert len(found.held_out) == sum(line.held_out for line in found.lines)
     printed = capsys.readouterr().err
-    assert "120 rows of 256, 30,720 tokens" in printed
+    assert "120 sequences of 256, 30,720 tokens" in printed
     assert "[400, ∞)" in printed
     assert "50.00%" in printed
     assert "epochs" in printed

@@ -66,4 +66,4 @@ def check(
 
     read = read_conversations(conversations)
     evaluated = ngrams(evaluation_text(one) for one in read_conversations(against)) if against else frozenset()
-    show.faults([(fault.name, read[fault.at].where) for fault in faults(read, evaluated)], len(read), as_json)
+    show.faults([(fault.name, read[fault.position].where) for fault in faults(read, evaluated)], len(read), as_json)

@@ -1,4 +1,4 @@
-"""A mixture of sources: of each its share of the tokens, from documents within a bucket of lengths, drawn by a seed.
+"""A mixture of sources: each has a share of the tokens, taken from documents within a bucket of lengths, by a seed.
 
     source     share   bucket            has             gives
     long         0.6   [4096, ∞)       400 tokens      600 tokens: each document once, half of them twice
@@ -10,6 +10,7 @@ Long documents are rare in any text, so long-context training takes more of them
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from zebra.data.corpus import Corpus
 from zebra.data.packing import PackedSequences, pack, pack_whole
 from zebra.errors import ZebraError
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,31 @@ class Source:
         return f"[{self.min_tokens:,}, {'∞' if self.max_tokens is None else f'{self.max_tokens:,}'})"
 
 
+class SourceSplit(NamedTuple):
+    """The documents of a source to train on and those held out, as indices of its corpus; how many were duplicates."""
+
+    source: Source
+    train: Ints
+    held_out: Ints
+    duplicates: int
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of each document to train on, (train,)."""
+        return self.source.corpus.lengths[self.train]
+
+
 @dataclass(frozen=True)
 class SelectedDocuments:
-    """Documents of several sources, each perhaps more than once: the first `lengths[i]` tokens of document
-    `documents[i]` of source `sources[i]`.
+    """Documents of several sources, each perhaps more than once.
+
+    Document `i` is the first `lengths[i]` tokens of document `documents[i]` of source `sources[i]`; each array is (n,).
     """
 
     corpora: Sequence[Corpus]
-    sources: NDArray[np.int64]
-    documents: NDArray[np.int64]
-    lengths: NDArray[np.int64]
+    sources: Ints
+    documents: Ints
+    lengths: Ints
 
     def __getitem__(self, i: int) -> NDArray[np.integer[Any]]:
         return self.corpora[self.sources[i]][self.documents[i]][: self.lengths[i]]
@@ -59,22 +77,14 @@ class SelectedDocuments:
         return Corpus(np.concatenate(tokens), np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64))
 
 
-class SourceSplit(NamedTuple):
-    """The documents of a source that may be trained on, those held out, and how many were duplicates."""
-
-    source: Source
-    documents: NDArray[np.int64]
-    held_out: NDArray[np.int64]
-    duplicates: int
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document to train on."""
-        return self.source.corpus.lengths[self.documents]
-
-
 class SourceStats(NamedTuple):
-    """What a mixture takes of a source. Tokens are counted in the packed rows, padding not counted."""
+    """What a mixture takes of a source: tokens are counted in the packed sequences, without padding.
+
+    Attributes:
+        documents, tokens: what the source has to train on.
+        drawn: tokens drawn from it, which are `share` of the mixture and `epochs` times `tokens`.
+        duplicates, held_out: documents that are not trained on.
+    """
 
     source: Source
     documents: int
@@ -87,7 +97,7 @@ class SourceStats(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """The rows of a mixture, what was drawn for them, and a line for each source."""
+    """The sequences of a mixture, the documents drawn for them, and statistics of each source."""
 
     sequences: PackedSequences
     drawn: SelectedDocuments
@@ -95,116 +105,120 @@ class Mixture(NamedTuple):
 
 
 def split_sources(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0) -> list[SourceSplit]:
-    """Which documents of each source are trained on.
+    """Which documents of each source are trained on, and which are held out.
 
-    Of documents with the same text the first is kept, over all sources. Held out are those whose hash lies in the first
+    Of documents with the same text the first is used, over all sources. Held out are those whose hash lies in the first
     `held_out` of all hashes: the same ones in any order, from any file, under any tokenizer.
 
     Raises:
         ZebraError: a source without a document in its bucket or to train on; nothing held out where something is to be.
     """
     lengths = [source.corpus.lengths for source in sources]
-    inside = [
+    in_bucket = [
         np.flatnonzero((tokens >= source.min_tokens) & (tokens < (source.max_tokens or np.inf)))
         for source, tokens in zip(sources, lengths, strict=True)
     ]
-    hashes = np.concatenate([source.corpus.hashes[i] for source, i in zip(sources, inside, strict=True)])
-    first = np.full(len(hashes), not deduplicate)
-    first[np.unique(hashes, return_index=True)[1]] = True
+    hashes = np.concatenate([source.corpus.hashes[i] for source, i in zip(sources, in_bucket, strict=True)])
+    original = np.full(len(hashes), not deduplicate)
+    original[np.unique(hashes, return_index=True)[1]] = True
     held = hashes < np.uint64(held_out * 2**64)
-    kept = []
-    start = 0
-    for source, i, tokens in zip(sources, inside, lengths, strict=True):
-        mine, out = (mask[start : (end := start + len(i))] for mask in (first, held))
-        kept.append(SourceSplit(source, i[mine & ~out], i[mine & out], int((~mine).sum())))
-        start = end
-        if not tokens[kept[-1].documents].any():
+    splits: list[SourceSplit] = []
+    bounds = itertools.pairwise(np.cumsum([0, *map(len, in_bucket)]))
+    for source, i, tokens, (start, end) in zip(sources, in_bucket, lengths, bounds, strict=True):
+        first, out = original[start:end], held[start:end]
+        split = SourceSplit(source, i[first & ~out], i[first & out], int((~first).sum()))
+        if not tokens[split.train].any():
             raise ZebraError(
                 f"the source {source.name} has no document to train on: of {len(tokens):,} documents of "
                 f"{tokens.min():,} to {tokens.max():,} tokens {len(i):,} lie in {source.bucket}, "
-                f"{kept[-1].duplicates:,} of them are duplicates and {len(kept[-1].held_out):,} held out. "
+                f"{split.duplicates:,} of them are duplicates and {len(split.held_out):,} held out. "
                 "Widen the bucket, or hold out less."
             )
-    if held_out and not any(len(part.held_out) for part in kept):
+        splits.append(split)
+    if held_out and not any(len(split.held_out) for split in splits):
         raise ZebraError(f"a share of {held_out:g} holds out none of {len(hashes):,} documents. Hold out more.")
-    return kept
+    return splits
 
 
-def select(kept: Sequence[SourceSplit], *, held_out: bool = False) -> SelectedDocuments:
+def select(splits: Sequence[SourceSplit], *, held_out: bool = False) -> SelectedDocuments:
     """Each document that is trained on once, or each that is held out."""
-    chosen = [part.held_out if held_out else part.documents for part in kept]
-    return _selection(kept, chosen, [part.source.corpus.lengths[i] for part, i in zip(kept, chosen, strict=True)])
+    documents = [split.held_out if held_out else split.train for split in splits]
+    lengths = [split.source.corpus.lengths[i] for split, i in zip(splits, documents, strict=True)]
+    return _selected(splits, documents, lengths)
 
 
-def mix(kept: Sequence[SourceSplit], rows: int, length: int, *, join: bool, seed: int, whole: bool = False) -> Mixture:
-    """A mixture that fills `rows` rows of `length` tokens, or as near to it as rows with padding come from below.
+def mix(
+    splits: Sequence[SourceSplit], count: int, length: int, *, join: bool, seed: int, whole: bool = False
+) -> Mixture:
+    """A mixture that fills `count` sequences of `length` tokens, or, with padding, nearly as many.
 
     Args:
-        whole: cut no document: a source ends nearest to its share with whole ones, one of them at least.
+        whole: cut no document: each source gives whole documents, at least one, as near to its share as they come.
 
     Raises:
-        ZebraError: shares that do not sum to 1; fewer rows than whole documents of each source need.
+        ZebraError: shares that do not sum to 1; fewer sequences than whole documents of each source need.
     """
-    total = sum(part.source.share for part in kept)
+    total = sum(split.source.share for split in splits)
     if abs(total - 1) > 1e-6:
-        shares = " + ".join(f"{part.source.share:g}" for part in kept)
+        shares = " + ".join(f"{split.source.share:g}" for split in splits)
         raise ZebraError(f"the shares of a mixture sum to 1; got {shares} = {total:g}. Change them.")
-    tokens = rows * length
+    tokens = count * length
     while True:
-        drawn = _draw(kept, tokens, seed, whole)
-        packed = pack_whole(drawn, length) if whole else pack(drawn, length, join=join, seed=seed)
-        if len(packed) <= rows:
-            return Mixture(packed, drawn, _lines(kept, drawn, packed))
+        drawn = _draw(splits, tokens, seed, whole)
+        sequences = pack_whole(drawn, length) if whole else pack(drawn, length, join=join, seed=seed)
+        if len(sequences) <= count:
+            return Mixture(sequences, drawn, _stats(splits, drawn, sequences))
         if whole and tokens <= 1:
             raise ZebraError(
-                f"{rows:,} rows of {length:,} tokens do not hold one whole document of each of {len(kept)} sources. "
-                "Take more rows or longer ones."
+                f"{count:,} sequences of {length:,} tokens do not hold one whole document of each of {len(splits)} "
+                "sources. Take more sequences or longer ones."
             )
-        tokens = max(1 if whole else length, tokens * rows // len(packed))  # documents apart leave room at row ends
+        # Documents apart leave padding, so fewer tokens fill the sequences.
+        tokens = max(1 if whole else length, tokens * count // len(sequences))
 
 
-def _draw(kept: Sequence[SourceSplit], tokens: int, seed: int, whole: bool) -> SelectedDocuments:
-    ends = np.rint(np.cumsum([part.source.share for part in kept]) * tokens).astype(np.int64)
+def _draw(splits: Sequence[SourceSplit], tokens: int, seed: int, whole: bool) -> SelectedDocuments:
+    ends = np.rint(np.cumsum([split.source.share for split in splits]) * tokens).astype(np.int64)
     documents, counts = [], []
-    for part, budget in zip(kept, np.diff(ends, prepend=0), strict=True):
-        lengths = part.lengths
-        # By name, so that one source is drawn alike whatever stands beside it.
-        rng = np.random.default_rng([seed, zlib.crc32(part.source.name.encode())])
-        epochs = -(-int(budget) // int(lengths.sum()))
+    for split, budget in zip(splits, np.diff(ends, prepend=0).tolist(), strict=True):
+        lengths = split.lengths
+        # By name, so that one source is drawn alike whatever other sources there are.
+        rng = np.random.default_rng([seed, zlib.crc32(split.source.name.encode())])
+        epochs = -(-budget // int(lengths.sum()))
         order = np.concatenate([rng.permutation(len(lengths)) for _ in range(max(1, epochs))])
         sums = np.cumsum(lengths[order])
         last = int(np.searchsorted(sums, budget))
         order = order[: last + 1]
         taken = lengths[order]
-        over = int(sums[last]) - int(budget)
+        excess = int(sums[last]) - budget
         if not whole:
-            taken[last] -= over
-        elif last and 2 * over > taken[last]:
+            taken[last] -= excess
+        elif last and 2 * excess > taken[last]:
             order, taken = order[:last], taken[:last]
-        documents.append(part.documents[order])
+        documents.append(split.train[order])
         counts.append(taken)
-    return _selection(kept, documents, counts)
+    return _selected(splits, documents, counts)
 
 
-def _selection(
-    kept: Sequence[SourceSplit], documents: Sequence[NDArray[np.int64]], lengths: Sequence[NDArray[np.int64]]
-) -> SelectedDocuments:
-    sources = np.repeat(np.arange(len(kept)), [len(i) for i in documents])
-    return SelectedDocuments(
-        [part.source.corpus for part in kept], sources, np.concatenate(documents), np.concatenate(lengths)
-    )
+def _selected(splits: Sequence[SourceSplit], documents: Sequence[Ints], lengths: Sequence[Ints]) -> SelectedDocuments:
+    sources = np.repeat(np.arange(len(splits)), [len(i) for i in documents])
+    corpora = [split.source.corpus for split in splits]
+    return SelectedDocuments(corpora, sources, np.concatenate(documents), np.concatenate(lengths))
 
 
-def _lines(kept: Sequence[SourceSplit], drawn: SelectedDocuments, rows: PackedSequences) -> list[SourceStats]:
-    of = drawn.sources[rows.pieces[:, 0]]
-    packed = np.bincount(of, weights=rows.pieces[:, 2], minlength=len(kept)).astype(np.int64)
-    lines = []
-    for part, count in zip(kept, packed.tolist(), strict=True):
-        there = int(part.lengths.sum())
-        share, epochs = count / rows.tokens, count / there
-        lines.append(
-            SourceStats(
-                part.source, len(part.documents), there, count, share, epochs, part.duplicates, len(part.held_out)
-            )
+def _stats(splits: Sequence[SourceSplit], drawn: SelectedDocuments, sequences: PackedSequences) -> list[SourceStats]:
+    source_of_piece = drawn.sources[sequences.pieces[:, 0]]
+    packed = np.bincount(source_of_piece, weights=sequences.pieces[:, 2], minlength=len(splits)).astype(np.int64)
+    return [
+        SourceStats(
+            split.source,
+            documents=len(split.train),
+            tokens=int(split.lengths.sum()),
+            drawn=tokens,
+            share=tokens / sequences.tokens,
+            epochs=tokens / int(split.lengths.sum()),
+            duplicates=split.duplicates,
+            held_out=len(split.held_out),
         )
-    return lines
+        for split, tokens in zip(splits, packed.tolist(), strict=True)
+    ]

@@ -1,10 +1,10 @@
-"""Rows of one length from documents of many: packed side by side and kept apart, or joined into long ones.
+"""Sequences of one length from documents of many: packed and kept apart, or joined into long ones.
 
-    apart    [a a a a a b b c]   positions 0 1 2 3 4 0 1 0   each document sees itself alone
+    apart    [a a a a a b b c]   positions 0 1 2 3 4 0 1 0   each document attends to itself alone
     joined   [a a a a a b b c]   positions 0 1 2 3 4 5 6 7   one long document
 
-A document longer than a row is cut at row lengths; what is left of each is packed by best fit, longest first, which
-cuts no document that fits a row (arXiv 2404.10830).
+A document longer than a sequence is cut at multiples of its length; what is left of each is packed by best fit, longest
+first, which cuts no document that fits a sequence (arXiv 2404.10830).
 """
 
 from __future__ import annotations
@@ -21,25 +21,30 @@ from torch import Tensor
 from zebra.errors import ZebraError
 
 IGNORE = -100
+"""The label of a token that is not predicted, as in torch's cross entropy."""
 
 
 class Documents(Protocol):
-    """What is packed: the tokens of each document, and how many. A corpus is one, and what is drawn of several."""
+    """Tokenised documents, such as a corpus or what is drawn of several."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document."""
+        """Tokens of each document, (documents,)."""
 
     def __getitem__(self, i: int) -> NDArray[np.integer[Any]]:
-        """The tokens of document `i`."""
+        """The tokens of document `i`, (lengths[i],)."""
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """A dataset of training rows: item `i` has `input_ids`, `position_ids` and `labels`, each (length,).
+    """A dataset of training sequences: item `i` has `input_ids`, `position_ids` and `labels`, each (length,), int64.
 
     A label is the token itself, and `IGNORE` where no token of the same document comes before it, or there is padding.
-    `pieces` lists (document, start, tokens), row by row; `firsts[i]` is the index of row `i`'s first piece.
+
+    Attributes:
+        pieces: (pieces, 3), the document, start and length of each piece, sequence by sequence.
+        firsts: (sequences + 1,), the index of the first piece of each sequence.
+        apart: whether positions start again at each piece.
     """
 
     documents: Documents
@@ -55,87 +60,86 @@ class PackedSequences:
         input_ids = torch.zeros(self.length, dtype=torch.long)
         labels = torch.full((self.length,), IGNORE)
         position_ids = torch.arange(self.length)
-        at = 0
+        end = 0
         for document, start, count in self.pieces[self.firsts[i] : self.firsts[i + 1]]:
-            tokens = torch.from_numpy(self.documents[document][start : start + count].astype(np.int64))
-            input_ids[at : at + count] = tokens
-            labels[at : at + count] = tokens
-            if self.apart or at == 0:
-                labels[at] = IGNORE
+            begin, end = end, end + count
+            input_ids[begin:end] = torch.from_numpy(self.documents[document][start : start + count].astype(np.int64))
+            labels[begin:end] = input_ids[begin:end]
+            if self.apart or begin == 0:
+                labels[begin] = IGNORE
             if self.apart:
-                position_ids[at : at + count] = torch.arange(count)
-            at += count
+                position_ids[begin:end] = torch.arange(count)
         if self.apart:
-            position_ids[at:] = torch.arange(self.length - at)
+            position_ids[end:] = torch.arange(self.length - end)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
     @property
     def tokens(self) -> int:
-        """Tokens of text in all rows, padding not counted."""
+        """Tokens of text in all sequences, without padding."""
         return int(self.pieces[:, 2].sum())
 
 
 def pack(documents: Documents, length: int, *, join: bool, seed: int) -> PackedSequences:
-    """Rows of `length` tokens: documents apart, or joined in an order drawn by `seed` (the last part row is dropped).
+    """Sequences of `length` tokens: documents apart, or joined in an order drawn by `seed`, without the last rest.
 
     Raises:
-        ZebraError: the text is shorter than one row.
+        ZebraError: the text is shorter than one sequence.
     """
     lengths = documents.lengths
     total = int(lengths.sum())
     if total < length:
         raise ZebraError(
-            f"the text has {total:,} tokens, fewer than one row of {length:,}. Give more text or a shorter length."
+            f"the text has {total:,} tokens, fewer than one sequence of {length:,}. Give more text or a shorter length."
         )
     pieces, firsts = _joined(lengths, length, seed) if join else _best_fit(lengths, length)
     return PackedSequences(documents, length, pieces, firsts, apart=not join)
 
 
 def pack_whole(documents: Documents, length: int) -> PackedSequences:
-    """Rows of `length` tokens with documents apart, each of them whole in one row; the last rows may be nearly empty.
+    """Sequences of `length` tokens with documents apart, none of them cut; the last may be nearly empty.
 
     Raises:
-        ZebraError: a document longer than a row.
+        ZebraError: a document longer than a sequence.
     """
     longest = int(documents.lengths.max())
     if longest > length:
         raise ZebraError(
-            f"a document has {longest:,} tokens, more than a row of {length:,}. Cut it or take longer rows."
+            f"a document has {longest:,} tokens, more than a sequence of {length:,}. Cut it or take longer sequences."
         )
     return PackedSequences(documents, length, *_best_fit(documents.lengths, length), apart=True)
 
 
-def _joined(lengths: NDArray[np.int64], row: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _joined(lengths: NDArray[np.int64], length: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     order = np.random.default_rng(seed).permutation(len(lengths))
     ends = np.cumsum(lengths[order])
-    rows = int(ends[-1]) // row
-    # Every document and every row begins a piece; a piece ends where the next begins.
-    cuts = np.union1d(np.concatenate([[0], ends]), np.arange(rows + 1) * row)
-    cuts = cuts[cuts <= rows * row]
+    bounds = np.arange(int(ends[-1]) // length + 1) * length
+    # Every document and every sequence begins a piece; a piece ends where the next begins.
+    cuts = np.union1d(np.concatenate([[0], ends]), bounds)
+    cuts = cuts[cuts <= bounds[-1]]
     begins, counts = cuts[:-1], np.diff(cuts)
-    place = np.searchsorted(ends, begins, side="right")
-    starts = begins - np.concatenate([[0], ends])[place]
-    pieces = np.stack([order[place], starts, counts], axis=1).astype(np.int64)
-    return pieces, np.searchsorted(begins, np.arange(rows + 1) * row).astype(np.int64)
+    index = np.searchsorted(ends, begins, side="right")
+    starts = begins - np.concatenate([[0], ends])[index]
+    pieces = np.stack([order[index], starts, counts], axis=1).astype(np.int64)
+    return pieces, np.searchsorted(begins, bounds).astype(np.int64)
 
 
-def _best_fit(lengths: NDArray[np.int64], row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Best fit, longest first: each piece goes to the fullest row that still has room for it."""
+def _best_fit(lengths: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Best fit, longest first: each piece goes to the fullest sequence that still has room for it."""
     pieces = [
-        (document, start, min(row, int(count) - start))
+        (document, start, min(length, int(count) - start))
         for document, count in enumerate(lengths)
-        for start in range(0, int(count), row)
+        for start in range(0, int(count), length)
     ]
     pieces.sort(key=lambda piece: (-piece[2], piece[0], piece[1]))
-    rows: list[list[tuple[int, int, int]]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, row), sorted
+    sequences: list[list[tuple[int, int, int]]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, sequence), sorted
     for piece in pieces:
-        at = bisect.bisect_left(rooms, (piece[2], -1))
-        room, index = rooms.pop(at) if at < len(rooms) else (row, len(rows))
-        if index == len(rows):
-            rows.append([])
-        rows[index].append(piece)
+        i = bisect.bisect_left(rooms, (piece[2], -1))
+        room, index = rooms.pop(i) if i < len(rooms) else (length, len(sequences))
+        if index == len(sequences):
+            sequences.append([])
+        sequences[index].append(piece)
         if room > piece[2]:
             bisect.insort(rooms, (room - piece[2], index))
-    firsts = np.cumsum([0, *(len(packed) for packed in rows)]).astype(np.int64)
-    return np.array([piece for packed in rows for piece in packed], dtype=np.int64), firsts
+    firsts = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
+    return np.array([piece for sequence in sequences for piece in sequence], dtype=np.int64), firsts

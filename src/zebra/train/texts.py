@@ -152,7 +152,7 @@ def _say(kept: Sequence[SourceSplit]) -> None:
     lost = {"dropped as duplicates": part.duplicates, "held out": len(part.held_out)}
     said = [f"{count:,} {what}" for what, count in lost.items() if count]
     if said and is_first_process():
-        console.print(f"{len(part.documents):,} documents to train on; {', '.join(said)}.", highlight=False)
+        console.print(f"{len(part.train):,} documents to train on; {', '.join(said)}.", highlight=False)
 
 
 def _digest(texts: Sequence[Corpus]) -> str:
