@@ -83,7 +83,7 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path, few: Path)
     )
     assert done.returncode == 0, done.stderr
     assert [row["value"] for row in json.loads(done.stdout)["results"]] == [row["value"] for row in found]
-    refused(zebra("evaluate", "perplexity", out, records, "--length", 300), "'text'", "among its fields body")
+    refused(zebra("evaluate", "perplexity", out, records, "--length", 300), "'text'", "its fields are body")
 
     done = zebra("report", rows, "-o", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
