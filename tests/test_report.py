@@ -17,7 +17,12 @@ from zebra import ZebraError
 from zebra.report import terminal_tables, write_report
 from zebra.results import Result
 
-MADE: dict[str, Any] = {"seed": 3, "device": "cpu, 2 threads", "versions": {"torch": "2.13.0"}, "commit": "abc123"}
+COMMON: dict[str, Any] = {
+    "seed": 3,
+    "device": "cpu, 2 threads",
+    "versions": {"torch": "2.13.0"},
+    "commit": "abc123",
+}
 BUCKETS = ((0, 256), (256, 512), (512, 1024), (0, 1024))
 
 
@@ -36,20 +41,20 @@ def scores(model: str, layout: str, values: tuple[float, ...], run: str = "demo"
             low=value * 0.9,
             high=value * 1.1,
             n=b - a,
-            **MADE,
+            **COMMON,
         )
         for (a, b), value in zip(BUCKETS, values, strict=True)
     ]
 
 
 def a_run(run: str = "demo") -> list[Result]:
-    rows = scores("examples/stories", "full", (4.71, 4.36, 214.25, 30.9), run)
-    rows += scores("examples/stories", "GLLL:129", (4.72, 4.37, 15.49, 8.7), run)
-    rows += scores(f"runs/{run}@50", "GLLL:129", (5.01, 4.61, 5.52, 5.2), run)
-    rows += scores(f"runs/{run}/model", "GLLL:129", (4.77, 4.47, 4.88, 4.81), run)
-    common: dict[str, Any] = {"run": run, **MADE}
+    results = scores("examples/stories", "full", (4.71, 4.36, 214.25, 30.9), run)
+    results += scores("examples/stories", "GLLL:129", (4.72, 4.37, 15.49, 8.7), run)
+    results += scores(f"runs/{run}@50", "GLLL:129", (5.01, 4.61, 5.52, 5.2), run)
+    results += scores(f"runs/{run}/model", "GLLL:129", (4.77, 4.47, 4.88, 4.81), run)
+    common: dict[str, Any] = {"run": run, **COMMON}
     for step in (25, 50, 75, 100):
-        rows.append(
+        results.append(
             Result(
                 model=f"runs/{run}@{step}",
                 layout="GLLL:129",
@@ -62,14 +67,14 @@ def a_run(run: str = "demo") -> list[Result]:
         )
     for layout, pairs, cached in (("full", 2_624_000, 5120), ("GLLL:129", 1_421_000, 2432)):
         cost: dict[str, Any] = {"model": "examples/stories", "layout": layout, "task": "cost", "length": 1024, **common}
-        rows.append(Result(metric="layers", value=5, **cost))
-        rows.append(Result(metric="attention_pairs", value=pairs, **cost))
-        rows.append(Result(metric="cached_tokens", value=cached, **cost))
-    return rows
+        results.append(Result(metric="layers", value=5, **cost))
+        results.append(Result(metric="attention_pairs", value=pairs, **cost))
+        results.append(Result(metric="cached_tokens", value=cached, **cost))
+    return results
 
 
-def page(rows: list[Result], where: Path, **arguments: Any) -> tuple[str, str]:
-    write_report(rows, where / "report.html", **arguments)
+def page(results: list[Result], where: Path, **arguments: Any) -> tuple[str, str]:
+    write_report(results, where / "report.html", **arguments)
     return (where / "report.html").read_text(), (where / "report.md").read_text()
 
 
@@ -101,7 +106,7 @@ def words(html: str) -> str:
     return re.sub(r"\s+", " ", "".join(parser.words))
 
 
-def test_the_numbers_of_the_rows_stand_on_the_page(tmp_path: Path) -> None:
+def test_the_numbers_of_the_results_stand_on_the_page(tmp_path: Path) -> None:
     html, markdown = page(a_run(), tmp_path)
     for text in (words(html), markdown):
         for number in ("214.2", "15.49", "4.88", "4.71", "2,624,000", "1,421,000", "5,120", "2,432"):
@@ -140,7 +145,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert "&lt;b&gt;&amp;model" in html
 
 
-def test_sections_without_rows_are_left_out(tmp_path: Path) -> None:
+def test_sections_without_results_are_left_out(tmp_path: Path) -> None:
     html, _ = page(scores("m", "full", (1.5, 2.5, 3.5, 4.5)), tmp_path)
     assert "Perplexity by position" in html
     for absent in ("Training", "Cost against full attention", "Other results"):
@@ -148,7 +153,9 @@ def test_sections_without_rows_are_left_out(tmp_path: Path) -> None:
 
 
 def test_results_that_no_section_understands_are_shown(tmp_path: Path) -> None:
-    other = Result(run="x", model="m", layout="full", task="passkey", metric="accuracy", value=0.625, depth=0.5, **MADE)
+    other = Result(
+        run="x", model="m", layout="full", task="passkey", metric="accuracy", value=0.625, depth=0.5, **COMMON
+    )
     html, markdown = page([*a_run(), other], tmp_path)
     for text in (html, markdown):
         assert "Other results" in text
@@ -178,8 +185,8 @@ def test_odd_values_make_a_page(tmp_path: Path, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308, -1e308, 0.0])
-def test_rows_that_are_all_odd_make_a_page(tmp_path: Path, value: float) -> None:
-    write_report([replace(row, value=value, low=value, high=value) for row in a_run()], tmp_path / "page.html")
+def test_results_that_are_all_odd_make_a_page(tmp_path: Path, value: float) -> None:
+    write_report([replace(result, value=value, low=value, high=value) for result in a_run()], tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size > 1000
 
 
@@ -215,21 +222,21 @@ def test_the_table_fits_the_terminal() -> None:
     assert "@50" not in shown
 
 
-def found(layout: str, task: str = "retrieval-generate-passkey", **columns: Any) -> Result:
-    given = {"length": 4096, "depth": 0.5, "value": 0.75, "low": 0.5, "high": 0.9, "n": 20} | columns
-    return Result(run="grid", model="models/m", layout=layout, task=task, metric="accuracy", **MADE | given)
+def retrieved(layout: str, task: str = "retrieval-generate-passkey", **columns: Any) -> Result:
+    defaults = {"length": 4096, "depth": 0.5, "value": 0.75, "low": 0.5, "high": 0.9, "n": 20} | columns
+    return Result(run="grid", model="models/m", layout=layout, task=task, metric="accuracy", **COMMON | defaults)
 
 
 def test_retrieval_is_a_heat_map_and_a_table(tmp_path: Path) -> None:
-    rows = [
-        found(layout, length=length, depth=depth, value=value)
+    results = [
+        retrieved(layout, length=length, depth=depth, value=value)
         for layout in ("full", "GLLL:512 <&>")
         for length, depth, value in ((4096, 0, 0.25), (4096, 1, 1.0), (16384, 0, float("nan")))
     ]
-    rows += [
-        found("full", "retrieval-likelihood-common-words-in-text", depth=None, length=100 * i) for i in range(1, 31)
+    results += [
+        retrieved("full", "retrieval-likelihood-common-words-in-text", depth=None, length=100 * i) for i in range(1, 31)
     ]
-    html, markdown = page(rows, tmp_path)
+    html, markdown = page(results, tmp_path)
     assert "passkey, by generation: answers found, by length and depth" in html
     assert "common-words in own text, by likelihood" in html
     assert "Wilson" in html
@@ -246,35 +253,35 @@ def test_retrieval_is_a_heat_map_and_a_table(tmp_path: Path) -> None:
 
 
 def test_a_second_seed_is_shown_and_not_lost(tmp_path: Path) -> None:
-    html, _ = page([found("full"), found("full", seed=9, value=0.125)], tmp_path)
+    html, _ = page([retrieved("full"), retrieved("full", seed=9, value=0.125)], tmp_path)
     assert "Other results" in html
     assert "0.125" in html
 
 
 def test_the_terminal_has_retrieval_by_length_and_depth() -> None:
-    rows = [found("full", length=length, depth=depth) for length in (4096, 8192) for depth in (0.0, 1.0)]
+    results = [retrieved("full", length=length, depth=depth) for length in (4096, 8192) for depth in (0.0, 1.0)]
     out = io.StringIO()
-    Console(file=out, width=120).print(*terminal_tables(rows))
+    Console(file=out, width=120).print(*terminal_tables(results))
     shown = out.getvalue()
     assert "8,192" in shown
     assert shown.count("75\N{NO-BREAK SPACE}%") == 4
 
 
 def test_tuning_is_a_loss_for_each_suite_and_what_it_was_tuned_on(tmp_path: Path) -> None:
-    def row(task: str, model: str, value: float, **columns: Any) -> Result:
+    def result(task: str, model: str, value: float, **columns: Any) -> Result:
         columns = {"metric": "answer_loss", "low": value - 0.1, "high": value + 0.1, "n": 1234, "length": 512} | columns
         return Result(run="t", model=model, layout="GLLL:9", task=task, value=value, **columns)
 
-    rows = [
-        *(row("answers-short", "m", 4.56), row("answers-long", "m", 3.45)),
-        *(row("answers-short", "t@5", 4.12), row("answers-long", "t@5", 3.21)),
-        *(row("answers-short", "runs/t/model", 4.01), row("answers-long", "runs/t/model", 3.67)),
+    results = [
+        *(result("answers-short", "m", 4.56), result("answers-long", "m", 3.45)),
+        *(result("answers-short", "t@5", 4.12), result("answers-long", "t@5", 3.21)),
+        *(result("answers-short", "runs/t/model", 4.01), result("answers-long", "runs/t/model", 3.67)),
     ]
     for kind, low, samples, tokens in (("qa", 256, 30, 9_000), ("short", 0, 70, 1_000)):
         at = {"position_from": low, "position_to": 512, "low": None, "high": None, "n": samples}
         for metric, value in (("samples", samples), ("tokens", tokens), ("answer_tokens", tokens / 4)):
-            rows.append(row(f"instructions-{kind}", "m", value, metric=metric, **at))
-    html, markdown = page(rows, tmp_path)
+            results.append(result(f"instructions-{kind}", "m", value, metric=metric, **at))
+    html, markdown = page(results, tmp_path)
     text = words(html)
     assert "The loss on short answers fell from 4.56 to 4.01, on long answers rose from 3.45 to 3.67." in text
     for number in ("4.12", "3.21", "1,234 tokens", "step 5", "9,000", "90 %", "25 %", "70 %"):
@@ -282,5 +289,5 @@ def test_tuning_is_a_loss_for_each_suite_and_what_it_was_tuned_on(tmp_path: Path
     assert "report-answers.svg" in markdown
     assert "report-instructions-1.svg" in markdown
     shown = io.StringIO()
-    Console(file=shown, width=80).print(*terminal_tables(rows))
+    Console(file=shown, width=80).print(*terminal_tables(results))
     assert "3.67" in shown.getvalue()

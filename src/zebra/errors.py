@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ZebraError(ValueError):
-    """Bad input, refused before any work is lost. The message states the rule, the values seen and the remedy.
+    """Bad input, rejected before any work is lost. The message states the rule, the value seen and the remedy.
 
     The command line prints it as one line and exits with code 2.
     """

@@ -1,7 +1,4 @@
-"""Directories and files that appear whole or not at all, whenever the process is killed; or that one process holds.
-
-And the folder of the user's cache.
-"""
+"""Files and directories that are complete or absent even if the process is killed, locks, and the user's cache."""
 
 from __future__ import annotations
 
@@ -19,48 +16,48 @@ from zebra.errors import ZebraError
 
 @contextmanager
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a directory aside that becomes `target` by one rename when the body ends well, and vanishes otherwise.
+    """Yield a temporary directory that is renamed to `target` when the body succeeds, and removed otherwise.
 
-    What a killed process of this machine left aside is removed first.
+    Temporary directories of the same target that killed processes of this machine left behind are removed first.
 
     Raises:
         ZebraError: the target exists and is not an empty directory.
     """
-    target = Path(os.path.abspath(target))  # `.` has no name of its own
+    target = Path(os.path.abspath(target))  # `.` has no name
     refuse_existing(target)
-    mine = f".{target.name}.{platform.node()}"
-    for left in target.parent.glob(f"{glob.escape(mine)}.*.partial"):
-        if not _alive(left.name.split(".")[-2]):
-            shutil.rmtree(left, ignore_errors=True)
-    aside = target.with_name(f"{mine}.{os.getpid()}.partial")
-    aside.mkdir(parents=True)
+    prefix = f".{target.name}.{platform.node()}"
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}.*.partial"):
+        if not _is_running(leftover.name.split(".")[-2]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    partial = target.with_name(f"{prefix}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
     try:
-        yield aside
-        os.replace(aside, target)
+        yield partial
+        os.replace(partial, target)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def atomic_write(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file aside, then rename it: under its name it is whole or absent."""
+    """Write a temporary file and rename it: the file at `path` is complete, the old one, or absent."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def user_cache_dir(kind: str) -> Path:
-    """Where things of a kind are kept for all runs of this user.
+    """The directory of one kind of cached files, shared by all runs of this user.
 
     Raises:
-        RuntimeError: the user has no home folder.
+        RuntimeError: the user has no home directory.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zebra" / kind
 
 
 def refuse_existing(target: Path) -> None:
-    """Refuse a target that `staged` would.
+    """Check that `atomic_directory` can create a target.
 
     Raises:
         ZebraError: it exists and is not an empty directory.
@@ -69,43 +66,44 @@ def refuse_existing(target: Path) -> None:
         raise ZebraError(f"the target {target} exists already. Name another, or remove it first.")
 
 
-def _alive(pid: str) -> bool:
-    if pid == str(os.getpid()):  # of an earlier process: in a container each may be number 1
+def _is_running(pid: str) -> bool:
+    """Whether a process other than this one has the number; in a container each may be number 1."""
+    if pid == str(os.getpid()):
         return False
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
     except PermissionError:
         return True
+    except (ProcessLookupError, ValueError):
+        return False
     return True
 
 
 @contextmanager
 def directory_lock(directory: Path) -> Iterator[None]:
-    """Hold a directory, made where it is absent, and gone again where nothing came of it.
+    """Lock a directory for this process. It is created if absent, and removed if it is empty at the end.
 
-    The hold is a lock of the operating system: it ends with the process, however that ends.
+    The lock is the operating system's: it ends with the process, however that ends.
 
     Raises:
-        ZebraError: another process holds it.
+        ZebraError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    opened = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        _lock(opened, directory)
+        _lock(descriptor, directory)
         try:
             yield
         finally:
             with suppress(OSError):  # it is not empty
                 directory.rmdir()
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
-def _lock(opened: int, directory: Path) -> None:
+def _lock(descriptor: int, directory: Path) -> None:
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ZebraError(f"another process is at work in {directory}. Wait for it, or name another.") from None
     except OSError:  # a file system without locks

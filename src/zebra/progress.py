@@ -1,4 +1,4 @@
-"""A bar on the terminal for long work: on stderr, and silent where there is no terminal."""
+"""The console for messages, and progress bars on it; where stderr is no terminal there are no bars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 console = Console(stderr=True)
-"""Where everything goes that is not a result."""
+"""Stderr, for everything that is not output."""
 
 
 class _Rate(ProgressColumn):
@@ -23,7 +23,11 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def bar(description: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar; call what it yields with the units done, and `note=` for a word at its end."""
+    """A progress bar.
+
+    Yields:
+        A function that takes the units done since its last call, and as `note` a text for the end of the bar.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

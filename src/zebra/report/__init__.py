@@ -1,7 +1,7 @@
-"""Rows of results as one page: a self-contained HTML file, and the same in Markdown with its figures beside it.
+"""Results as one page: a self-contained HTML file, and the same in Markdown with its figures beside it.
 
 A page is a list of sections and a section is prose, tables and figures; HTML, Markdown and the terminal are three
-renderings of them. Rows that no section understands stand in a plain table at the end.
+renderings of them. Results that no section understands stand in a plain table at the end.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def write_report(
     Raises:
         ZebraError: no results, or a page whose name does not end in .html.
     """
-    _refuse_empty(results)
+    if not results:
+        raise ZebraError("a report needs at least one result; got 0. Give a run that has a results.jsonl.")
     if html.suffix not in (".html", ".htm"):
         raise ZebraError(
             f"a report is an HTML page, with Markdown and figures beside it; got the name {html.name!r}. "
@@ -118,8 +119,3 @@ def _for_terminal(table: page.Table) -> terminal.Table:
     for line in table.body:
         shown.add_row(*(Text.assemble(cell.text, (f" {cell.dim}" if cell.dim else "", "dim")) for cell in line))
     return shown
-
-
-def _refuse_empty(rows: Sequence[Result]) -> None:
-    if not rows:
-        raise ZebraError("a report needs at least one result; got 0. Give a run that has a results.jsonl.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -35,80 +36,41 @@ _REQUIRED = {
 
 
 class LayerSelection(NamedTuple):
-    """The results of one selection for one budget of global layers, by the part of their task and by metric."""
+    """One selection of layers for one budget.
+
+    Attributes:
+        title: what was measured, and how many layers stay global.
+        depth: the number of layers.
+        source: the source's loss on the held-out sequences.
+        needs: for each of the source's global layers what it adds to the loss when it becomes local.
+        held_out: for each kind of layout what it adds to the loss of the held-out sequences; what was asked for first.
+        results: all of these.
+    """
 
     run: str
-    name: str
-    measured: str
-    length: int | None
+    model: str
+    title: str
     depth: int
-    results: dict[tuple[str, str], list[Result]]
-
-    def letters(self, layout: str) -> str:
-        """G or L for each layer."""
-        if layout == FULL:
-            return "G" * self.depth
-        kinds = Stripes.parse(layout).layer_types(self.depth)
-        return "".join("G" if kind == GLOBAL else "L" for kind in kinds)
-
-    def global_layers(self, result: Result) -> int:
-        """How many layers of a result's layout are global."""
-        return self.letters(result.layout).count("G")
-
-    @property
-    def budget(self) -> int:
-        """How many layers it leaves global."""
-        return self.global_layers(next(iter(self.chosen.values())))
-
-    def by_budget(self) -> list[LayerSelection]:
-        """One for each number of layers that was asked for; a stride goes to the least number that it meets."""
-        chosen = [one for order in ("greedy", "once") for one in self.results.get((order, "held_out_rise"), [])]
-        budgets = dict.fromkeys(map(self.global_layers, chosen))
-
-        def belongs(part: str, result: Result, budget: int) -> bool:
-            count = self.global_layers(result)
-            if part == "stride":
-                return budget == min((b for b in budgets if b >= count), default=max(budgets))
-            return part not in ("greedy", "once") or count == budget
-
-        return [
-            self._replace(
-                results={key: [one for one in here if belongs(key[0], one, b)] for key, here in self.results.items()}
-            )
-            for b in budgets
-        ]
-
-    @property
-    def needs(self) -> dict[int, Result]:
-        """What each of the source's global layers adds when it becomes local."""
-        source = self.letters(self.results["source", "loss"][0].layout)
-        rises = {}
-        for one in self.results["candidate", "rise"]:
-            changed = [i for i, (a, b) in enumerate(zip(source, self.letters(one.layout), strict=True)) if a != b]
-            if len(changed) == 1:
-                rises[changed[0]] = one
-        return dict(sorted(rises.items()))
-
-    def held_out(self, part: str) -> list[Result]:
-        """What the layouts of a part add to the loss of the held-out sequences."""
-        return self.results.get((part, "held_out_rise"), [])
+    source: Result
+    needs: dict[int, Result]
+    held_out: dict[str, list[Result]]
+    results: list[Result]
 
     @property
     def chosen(self) -> dict[str, Result]:
         """The layout of each order, the one that was asked for first."""
-        return {order: self.held_out(order)[0] for order in ("greedy", "once") if self.held_out(order)}
+        return {order: self.held_out[order][0] for order in ("greedy", "once") if self.held_out[order]}
 
     @property
     def compared(self) -> tuple[Result, Result]:
         """On the held-out sequences, what was chosen and the stride that loses the least."""
-        return next(iter(self.chosen.values())), min(self.held_out("stride"), key=lambda one: one.value)
+        return next(iter(self.chosen.values())), min(self.held_out["stride"], key=lambda one: one.value)
 
-    @property
-    def title(self) -> str:
-        """What was measured, and how many layers stay global."""
-        by = "long-range tokens" if self.measured == "text" else f"answers of {self.measured.replace('+', ', ')}"
-        sequences = f"{self.name}, by {by} in sequences of {self.length:,} tokens"
-        return f"{sequences}; {self.budget} of {self.depth} layers stay global"
+
+def _letters(layout: str, depth: int) -> str:
+    """G or L for each layer."""
+    kinds = [GLOBAL] * depth if layout == FULL else Stripes.parse(layout).layer_types(depth)
+    return "".join("G" if kind == GLOBAL else "L" for kind in kinds)
 
 
 def selection(results: list[Result]) -> Section:
@@ -133,7 +95,7 @@ def selection_summaries(results: list[Result]) -> list[list[Cell]]:
     for one in _selections(results):
         chosen, best = one.compared
         worth = [Cell(f"{result.value:.4f}", results=[result]) for result in (chosen, best)]
-        where = f" nats a token to the loss of {one.name} on held-out sequences; "
+        where = f" nats a token to the loss of {one.model} on held-out sequences; "
         stride = f"the paper's stride at its best offset, {best.layout}, adds "
         lines.append([Cell(f"{chosen.layout} adds "), worth[0], Cell(where + stride), worth[1], Cell(".")])
     return lines
@@ -152,24 +114,67 @@ def better_strides(results: list[Result]) -> list[str]:
 
 def incomplete(results: list[Result]) -> list[Result]:
     """Results of selections that are not complete, which no figure shows."""
-    shown = {id(one) for selection in _selections(results) for here in selection.results.values() for one in here}
+    shown = {id(one) for selection in _selections(results) for one in selection.results}
     return [one for one in results if id(one) not in shown]
 
 
 def _selections(results: list[Result]) -> list[LayerSelection]:
-    selections = []
     groups = split(results, lambda one: (one.run, one.model, one.task.split("-", 2)[2], one.length, str(one.seed)))
-    for (run, _, measured, length, _), here in groups.items():
-        parts = split(here, lambda one: (one.task.split("-", 2)[1], one.metric))
-        if parts.keys() >= _REQUIRED:
-            depth = int(parts["source", "layers"][0].value)
-            of_all_budgets = LayerSelection(run, series_of(here[0]).name, measured, length, depth, parts)
-            selections += [one for one in of_all_budgets.by_budget() if one.held_out("stride")]
+    return [selection for here in groups.values() for selection in _selections_of(here)]
+
+
+def _selections_of(results: list[Result]) -> list[LayerSelection]:
+    """One for each number of layers that was asked for; a stride belongs to the least number that it meets."""
+    parts = split(results, lambda one: (_part(one), one.metric))
+    if not parts.keys() >= _REQUIRED:
+        return []
+    depth = int(parts["source", "layers"][0].value)
+    counts = {id(one): _letters(one.layout, depth).count("G") for one in results}
+    rises = split((one for one in results if one.metric == "held_out_rise"), _part)
+    budgets = dict.fromkeys(counts[id(one)] for order in ("greedy", "once") for one in rises.get(order, ()))
+
+    def budgets_of(one: Result) -> Collection[int]:
+        count = counts[id(one)]
+        if _part(one) == "stride":
+            return [min((budget for budget in budgets if budget >= count), default=max(budgets))]
+        return [count] if _part(one) in ("greedy", "once") else budgets
+
+    selections = []
+    for budget in budgets:
+        here = [one for one in results if budget in budgets_of(one)]
+        held_out = {part: [one for one in rises.get(part, ()) if budget in budgets_of(one)] for part in _ORDERS}
+        source, model = parts["source", "held_out_loss"][0], series_of(results[0]).name
+        title = f"{model}, by {_measured(source)}; {budget} of {depth} layers stay global"
+        needs = _needs(parts["source", "loss"][0], parts["candidate", "rise"], depth)
+        if held_out["stride"]:
+            selections.append(LayerSelection(source.run, model, title, depth, source, needs, held_out, here))
     return selections
 
 
+def _part(result: Result) -> str:
+    """What of a selection was measured: source, candidate, or the kind of a held-out layout."""
+    return result.task.split("-", 2)[1]
+
+
+def _measured(result: Result) -> str:
+    measured = result.task.split("-", 2)[2]
+    by = "long-range tokens" if measured == "text" else f"answers of {measured.replace('+', ', ')}"
+    return f"{by} in sequences of {result.length:,} tokens"
+
+
+def _needs(source: Result, candidates: list[Result], depth: int) -> dict[int, Result]:
+    """The candidates that differ from the source in one layer, by that layer."""
+    needs = {}
+    for one in candidates:
+        letters = zip(_letters(source.layout, depth), _letters(one.layout, depth), strict=True)
+        changed = [i for i, (before, after) in enumerate(letters) if before != after]
+        if len(changed) == 1:
+            needs[changed[0]] = one
+    return dict(sorted(needs.items()))
+
+
 def _plot_needs(axes: Axes, selection: LayerSelection) -> None:
-    kinds = selection.letters(next(iter(selection.chosen.values())).layout)
+    kinds = _letters(next(iter(selection.chosen.values())).layout, selection.depth)
     for letter, color, label in (("G", INK, "stays global"), ("L", ACCENT, "becomes local")):
         rises = {i: drawable(one.value) for i, one in selection.needs.items() if kinds[i] == letter}
         axes.bar(list(rises), list(rises.values()), color=color, label=label, width=0.8)
@@ -184,7 +189,7 @@ def _plot_needs(axes: Axes, selection: LayerSelection) -> None:
 
 
 def _needs_table(selection: LayerSelection) -> Table:
-    chosen = {order: selection.letters(one.layout) for order, one in selection.chosen.items()}
+    chosen = {order: _letters(one.layout, selection.depth) for order, one in selection.chosen.items()}
     head = [Cell("layer"), Cell("rise", "when local"), *(Cell(_ORDERS[order]) for order in chosen)]
     body = [
         [Cell(str(i)), _rise(one), *(Cell("global" if kinds[i] == "G" else "local") for kinds in chosen.values())]
@@ -194,17 +199,19 @@ def _needs_table(selection: LayerSelection) -> Table:
 
 
 def _held_out_table(selection: LayerSelection) -> Table:
-    source = selection.results["source", "held_out_loss"][0]
-
-    def count(one: Result) -> Cell:
-        return Cell(str(selection.global_layers(one)), results=[one])
-
-    body = [[Cell("the source"), Cell(source.layout), count(source), value_cell([source]), Cell("")]]
-    for part, name in _ORDERS.items():
-        for one in selection.held_out(part):
-            offset = f" from layer {selection.letters(one.layout).index('G')}" if part == "stride" else ""
-            loss = Cell(number(source.value + one.value), results=[source, one])
-            body.append([Cell(name + offset), Cell(one.layout), count(one), loss, _rise(one)])
+    source = selection.source
+    layouts = [("the source", source)]
+    layouts += [(name, one) for part, name in _ORDERS.items() for one in selection.held_out[part]]
+    body = []
+    for name, one in layouts:
+        letters = _letters(one.layout, selection.depth)
+        offset = f" from layer {letters.index('G')}" if name == _ORDERS["stride"] else ""
+        count = Cell(str(letters.count("G")), results=[one])
+        if one is source:
+            loss, rise = value_cell([source]), Cell("")
+        else:
+            loss, rise = Cell(number(source.value + one.value), results=[source, one]), _rise(one)
+        body.append([Cell(name + offset), Cell(one.layout), count, loss, rise])
     head = [Cell("held out"), Cell("layout"), Cell("global", "layers"), Cell("loss"), Cell("rise", "over the source")]
     title = f"{selection.run}: sequences that took no part in the choice, {source.n or 0:,} tokens"
     return Table(title, head, body)
