@@ -35,14 +35,14 @@ def model(checkpoints: Callable[..., Path]) -> Iterator[Any]:
 
 def step(model: Any, run: Any, ids: Tensor, **arguments: Any) -> dict[str, Tensor]:
     model.zero_grad()
-    found = run(input_ids=ids, labels=ids, use_cache=False, **arguments)
-    found.loss.backward()
-    return {"logits": found.logits.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+    actual = run(input_ids=ids, labels=ids, use_cache=False, **arguments)
+    actual.loss.backward()
+    return {"logits": actual.logits.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def equal(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == wanted.keys()
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+def equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("how", EVERY)

@@ -75,10 +75,10 @@ def packed(batch: int, keys: int, seed: int = 0) -> Tensor:
     return starts.cumsum(dim=1) * 3 + 5
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
+def relative(actual: Tensor, expected: Tensor) -> float:
     """The Frobenius norm of the error over that of the truth, where the truth is not near 0 by cancellation."""
-    wanted = wanted.double()
-    return (found.double() - wanted).norm().item() / max(wanted.norm().item(), 0.1 * wanted.numel() ** 0.5)
+    expected = expected.double()
+    return (actual.double() - expected).norm().item() / max(expected.norm().item(), 0.1 * expected.numel() ** 0.5)
 
 
 def everything(
@@ -119,7 +119,7 @@ def agree(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> set[
     served = set()
     for with_lse in (True, False):
         # The oracle of rows without gradient through lse is another number.
-        wanted = everything(ORACLE, *wide, mask, with_lse=with_lse, **arguments)
+        expected = everything(ORACLE, *wide, mask, with_lse=with_lse, **arguments)
         for kernel in KERNELS:
             if kernel.name == ORACLE and q.dtype == torch.float64:
                 continue
@@ -127,17 +127,17 @@ def agree(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> set[
             if kernel.declines(request_of(q, k, v, mask, with_lse=with_lse, **capped)) is not None:
                 continue
             served.add(kernel.name)
-            found = everything(kernel.name, q, k, v, mask, with_lse=with_lse, **arguments)
-            assert found.keys() == wanted.keys()
-            for name, tensor in found.items():
+            actual = everything(kernel.name, q, k, v, mask, with_lse=with_lse, **arguments)
+            assert actual.keys() == expected.keys()
+            for name, tensor in actual.items():
                 assert tensor.isfinite().all(), (kernel.name, name)
-                assert tensor.shape == wanted[name].shape
+                assert tensor.shape == expected[name].shape
                 dtypes = {"unseen": torch.bool, "lse": torch.promote_types(q.dtype, torch.float32)}
                 assert tensor.dtype == dtypes.get(name, q.dtype)
                 if name == "unseen":
-                    assert torch.equal(tensor, wanted[name])
+                    assert torch.equal(tensor, expected[name])
                     continue
-                error = relative(tensor, wanted[name])
+                error = relative(tensor, expected[name])
                 assert error <= limits[name], f"{kernel.name}: {name} is off by {error:.1e}"
     return served
 
@@ -221,9 +221,9 @@ def test_a_scale_that_is_not_positive_is_not_for_the_fused_kernel() -> None:
     """torch's causal kernel gives NaN for it on a CPU."""
     q, k, v = drawn(70, 70)
     with only(ORACLE):
-        wanted, _ = attend(q, k, v, scale=-0.5, with_lse=False)
-    found, _ = attend(q, k, v, scale=-0.5, with_lse=False)
-    torch.testing.assert_close(found, wanted)
+        expected, _ = attend(q, k, v, scale=-0.5, with_lse=False)
+    actual, _ = attend(q, k, v, scale=-0.5, with_lse=False)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -271,13 +271,13 @@ def test_the_size_of_the_tiles_does_not_show(block: int, part: int, span: int, m
 def test_scores_of_any_size_do_not_overflow(window: int | None) -> None:
     q, k, v = drawn(150, 150, dtype=torch.float32)
     q = q * 300
-    wanted = everything(ORACLE, q.double(), k.double(), v.double(), Mask(window))
-    assert wanted["lse"].max() > 500
-    assert wanted["lse"].min() < -500 or window != 5
-    found = everything("banded", q, k, v, Mask(window))
-    for name, tensor in found.items():
+    expected = everything(ORACLE, q.double(), k.double(), v.double(), Mask(window))
+    assert expected["lse"].max() > 500
+    assert expected["lse"].min() < -500 or window != 5
+    actual = everything("banded", q, k, v, Mask(window))
+    for name, tensor in actual.items():
         assert tensor.isfinite().all()
-        assert relative(tensor, wanted[name].double()) <= 1e-3
+        assert relative(tensor, expected[name].double()) <= 1e-3
 
 
 # -- rows that see nothing
@@ -290,17 +290,17 @@ def test_a_row_that_sees_no_key_gives_zero(name: str, window: int | None) -> Non
     real = torch.ones(2, 100, dtype=torch.bool)
     real[0, :70] = False
     real[1] = False
-    found = everything(name, q, k, v, Mask(window=window, keys=real))
+    actual = everything(name, q, k, v, Mask(window=window, keys=real))
     unseen = torch.zeros(2, 4, 100, dtype=torch.bool)
     unseen[0, :, :70] = True
     unseen[1] = True
-    assert torch.equal(found["unseen"], unseen)
-    assert not found["out"][unseen].any()
-    assert found["out"][~unseen].any(dim=-1).all()
-    assert not found["dq"][unseen].any()
-    assert not found["dk"][1].any()
-    assert not found["dv"][0, :, :70].any()
-    for tensor in found.values():
+    assert torch.equal(actual["unseen"], unseen)
+    assert not actual["out"][unseen].any()
+    assert actual["out"][~unseen].any(dim=-1).all()
+    assert not actual["dq"][unseen].any()
+    assert not actual["dk"][1].any()
+    assert not actual["dv"][0, :, :70].any()
+    for tensor in actual.values():
         assert tensor.isfinite().all()
 
 
@@ -397,7 +397,7 @@ def test_what_is_hidden_and_finite_changes_nothing(name: str, queries: int, mask
     plain, changed, mask, hidden = hiding(queries, mask, kind, huge=-1e9)
     with_lse = name != "fused"
     visible_queries = slice(None) if kind != "documents" else slice(max(0, queries - 60), None)
-    found = []
+    actual = []
     for inputs in (plain, changed):
         leaves = [x.detach().requires_grad_() for x in inputs]
         with only(name):
@@ -410,8 +410,8 @@ def test_what_is_hidden_and_finite_changes_nothing(name: str, queries: int, mask
         gradients = torch.autograd.grad(root, leaves)
         for gradient in gradients[1:]:
             assert not gradient[hidden[:, None].expand(-1, gradient.shape[1], -1)].any()
-        found.append((out, *gradients, *([] if lse is None else [lse])))
-    for one, other in zip(*found, strict=True):
+        actual.append((out, *gradients, *([] if lse is None else [lse])))
+    for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
 
 
@@ -421,9 +421,9 @@ def test_what_is_hidden_and_finite_changes_nothing(name: str, queries: int, mask
 )
 def test_keys_beyond_all_windows_are_never_read(name: str, queries: int, bad: float) -> None:
     plain, changed, mask, _ = hiding(queries, Mask(window=20), "window", huge=bad)
-    wanted = everything(name, *plain, mask, with_lse=False)
+    expected = everything(name, *plain, mask, with_lse=False)
     for key, tensor in everything(name, *changed, mask, with_lse=False).items():
-        assert torch.equal(tensor, wanted[key])
+        assert torch.equal(tensor, expected[key])
 
 
 def test_a_hidden_nan_spreads_in_the_formula() -> None:
@@ -480,19 +480,19 @@ def test_autocast_is_bfloat16_inputs(name: str, queries: int, window: int | None
                 gradients = torch.autograd.grad(out.sum(), leaves)
         if not backward_inside:
             gradients = torch.autograd.grad(out.sum(), leaves)
-        wanted, wanted_lse = attend(*plain, mask, with_lse=with_lse)
-        wanted_gradients = torch.autograd.grad(wanted.sum(), plain)
-    assert torch.equal(out, wanted)
+        expected, expected_lse = attend(*plain, mask, with_lse=with_lse)
+        expected_gradients = torch.autograd.grad(expected.sum(), plain)
+    assert torch.equal(out, expected)
     if with_lse:
         assert lse is not None
-        assert wanted_lse is not None
+        assert expected_lse is not None
         assert lse.dtype == torch.float32
-        assert torch.equal(lse, wanted_lse)
-    for found, expected in zip(gradients, wanted_gradients, strict=True):
-        assert found.dtype == torch.float32
+        assert torch.equal(lse, expected_lse)
+    for actual, expected in zip(gradients, expected_gradients, strict=True):
+        assert actual.dtype == torch.float32
         if name == "banded":  # its backward switches autocast off
-            assert torch.equal(found, expected.float())
-        assert relative(found, expected) <= 1e-2
+            assert torch.equal(actual, expected.float())
+        assert relative(actual, expected) <= 1e-2
 
 
 def test_queries_are_not_changed() -> None:
@@ -577,11 +577,11 @@ def test_the_formula_is_what_torch_computes(queries: int, window: int | None, ki
     some = seen.any(dim=-1).expand(-1, 8, -1)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     world = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=seen, enable_gqa=True)
-    wanted = torch.autograd.grad(world[some].square().sum(), leaves)
+    expected = torch.autograd.grad(world[some].square().sum(), leaves)
     with only("reference"):
         out, _ = attend(*leaves, Mask(window, real, numbers))
     torch.testing.assert_close(out[some], world[some])
-    for one, other in zip(torch.autograd.grad(out[some].square().sum(), leaves), wanted, strict=True):
+    for one, other in zip(torch.autograd.grad(out[some].square().sum(), leaves), expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -615,18 +615,18 @@ def test_gradients_of_the_tiles_by_finite_differences_entry_by_entry(
         assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, Mask(window=4), softcap=softcap), inputs)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
-def test_gradients_only_of_what_asks_for_them(wanted: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("inputs_with_gradient", [(0,), (1,), (2,), (0, 2)])
+def test_gradients_only_of_what_asks_for_them(inputs_with_gradient: tuple[int, ...]) -> None:
     inputs = list(drawn(70, 70))
     full = everything(ORACLE, *inputs, Mask(window=9), with_lse=False)
-    for index in wanted:
+    for index in inputs_with_gradient:
         inputs[index].requires_grad_()
     with only("banded"):
         out, _ = attend(*inputs, Mask(window=9), with_lse=False)
     generator = torch.Generator().manual_seed(9)
     out.backward(torch.randn(out.shape, dtype=torch.float64, generator=generator))
     for index, name in enumerate(("dq", "dk", "dv")):
-        if index in wanted:
+        if index in inputs_with_gradient:
             torch.testing.assert_close(inputs[index].grad, full[name])
         else:
             assert inputs[index].grad is None
@@ -694,16 +694,16 @@ def test_the_fused_kernel_gives_an_lse_where_no_gradient_is_wanted(
     with only("fused"):
         out, lse = attend(q, k, v, mask)
     with only("reference"):
-        wanted, wanted_lse = attend(q.double(), k.double(), v.double(), mask)
+        expected, expected_lse = attend(q.double(), k.double(), v.double(), mask)
     assert lse is not None
-    assert wanted_lse is not None
+    assert expected_lse is not None
     assert out.dtype == dtype
     assert lse.dtype == torch.promote_types(dtype, torch.float32)
-    assert out.shape == wanted.shape
-    assert lse.shape == wanted_lse.shape
-    assert relative(out, wanted) <= TOLERANCE[dtype][0]
+    assert out.shape == expected.shape
+    assert lse.shape == expected_lse.shape
+    assert relative(out, expected) <= TOLERANCE[dtype][0]
     # Its exponentials of half-precision inputs are approximate: 5e-6 was measured.
-    assert relative(lse, wanted_lse) <= (TOLERANCE[dtype][1] if dtype.itemsize > 2 else 1e-5)
+    assert relative(lse, expected_lse) <= (TOLERANCE[dtype][1] if dtype.itemsize > 2 else 1e-5)
     q.requires_grad_()
     assert "no gradient" in str(fused.KERNEL.declines(request_of(q, k, v, mask)))
     with torch.no_grad():
@@ -723,12 +723,12 @@ def test_a_chunk_by_the_fused_kernel_is_two_calls_without_a_mask(
         with only("fused"):
             out, lse = attend(*states, scale=0.3, with_lse=with_lse)
         with only("reference"):
-            wanted, wanted_lse = attend(*(x.double() for x in states), scale=0.3, with_lse=True)
+            expected, expected_lse = attend(*(x.double() for x in states), scale=0.3, with_lse=True)
         assert out.dtype == dtype
-        assert relative(out, wanted) <= TOLERANCE[dtype][0]
+        assert relative(out, expected) <= TOLERANCE[dtype][0]
         assert (lse is not None) == with_lse
-        if lse is not None and wanted_lse is not None:
-            assert relative(lse, wanted_lse) <= TOLERANCE[dtype][1]
+        if lse is not None and expected_lse is not None:
+            assert relative(lse, expected_lse) <= TOLERANCE[dtype][1]
 
 
 @pytest.mark.parametrize(
@@ -788,7 +788,7 @@ def test_what_no_other_serves_falls_to_the_formula_with_one_warning(
     monkeypatch.setattr(kernels, "KERNELS", (fused.KERNEL, without, reference.KERNEL))
     q, k, v = drawn(6, 6)
     with caplog.at_level(logging.WARNING, logger="zebra.kernels"):
-        found, lse = attend(q, k, v, Mask(window=3), softcap=2.0)
+        actual, lse = attend(q, k, v, Mask(window=3), softcap=2.0)
         attend(q, k, v, Mask(window=3), softcap=2.0)
     (record,) = caplog.records
     assert "by the dense formula" in record.getMessage()
@@ -797,7 +797,7 @@ def test_what_no_other_serves_falls_to_the_formula_with_one_warning(
     i = torch.arange(6)
     hidden = (i[:, None] < i) | (i[:, None] - i >= 3)
     scores = (2 * torch.tanh(scores / 2)).masked_fill(hidden, -math.inf)
-    torch.testing.assert_close(found, scores.softmax(-1) @ v.repeat_interleave(2, dim=1))
+    torch.testing.assert_close(actual, scores.softmax(-1) @ v.repeat_interleave(2, dim=1))
     torch.testing.assert_close(lse, scores.logsumexp(-1))
 
 
@@ -1105,11 +1105,11 @@ def test_alibi_is_a_bias_of_sdpa() -> None:
     slopes = torch.tensor([0.5, 0.1], dtype=torch.float64)
     bias = -slopes[:, None, None] * (torch.arange(9)[:, None] - torch.arange(9))
     bias = bias.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), float("-inf"))
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    torch.testing.assert_close(attend(q, k, v, slopes=slopes)[0], wanted)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(attend(q, k, v, slopes=slopes)[0], expected)
 
 
-def test_the_newer_precision_setting_of_torch_is_no_error(monkeypatch):
+def test_the_newer_precision_setting_of_torch_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch refuses to read the older setting where the newer one was set."""
     q, k, v = drawn(64, 64, dtype=torch.float32)
     with only("banded"):

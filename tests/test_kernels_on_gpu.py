@@ -44,16 +44,16 @@ def results(
     leaves = [x.detach().requires_grad_(backward) for x in inputs]
     with only(name):
         out, lse = attend(*leaves, mask, with_lse=with_lse, **options)
-    found = {"out": out.detach()}
+    actual = {"out": out.detach()}
     generator = torch.Generator().manual_seed(9)
     root = (out * torch.randn(out.shape, generator=generator).to(out)).sum(dtype=torch.float64)
     if lse is not None:
-        found |= {"unseen": lse.isneginf(), "lse": lse.detach().masked_fill(lse.isneginf(), 0.0)}
+        actual |= {"unseen": lse.isneginf(), "lse": lse.detach().masked_fill(lse.isneginf(), 0.0)}
         weight = torch.randn(lse.shape, generator=generator).to(lse)
         root = root + (lse.masked_fill(lse.isneginf(), 0.0) * weight).sum(dtype=torch.float64)
     if backward:
-        found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(root, leaves), strict=True))
-    return found
+        actual |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(root, leaves), strict=True))
+    return actual
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,16 +74,16 @@ def test_every_kernel_equals_the_formula(name: str, dtype: torch.dtype, kind: st
                     continue
                 served += 1
                 how: dict[str, Any] = {"with_lse": with_lse, "backward": backward, "softcap": softcap}
-                found = results(name, inputs, mask, **how)
-                wanted = results("reference", [x.double() for x in inputs], mask, **how)
+                actual = results(name, inputs, mask, **how)
+                expected = results("reference", [x.double() for x in inputs], mask, **how)
                 limits = dict(zip(("out", "lse", "dq"), TOLERANCE[dtype], strict=True))
-                for part, tensor in found.items():
+                for part, tensor in actual.items():
                     if part == "unseen":
-                        assert torch.equal(tensor, wanted[part])
+                        assert torch.equal(tensor, expected[part])
                         continue
                     limit = 4 * limits.get(part, limits["dq"])
                     assert tensor.isfinite().all(), part
-                    assert relative(tensor, wanted[part]) <= limit, (part, keys, queries, softcap)
+                    assert relative(tensor, expected[part]) <= limit, (part, keys, queries, softcap)
     if not served:
         pytest.skip("another kernel's requests")
 

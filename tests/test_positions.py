@@ -38,10 +38,10 @@ def test_the_papers_figure() -> None:
 @pytest.mark.parametrize(("group", "window"), SETTINGS)
 def test_ints_and_tensors_agree(group: int, window: int) -> None:
     i, j = torch.arange(40)[:, None], torch.arange(40)[None, :]
-    found = relative(i, j, group, window)
+    actual = relative(i, j, group, window)
     for a in range(40):
         for b in range(a + 1):
-            assert int(found[a, b]) == relative(a, b, group, window)
+            assert int(actual[a, b]) == relative(a, b, group, window)
 
 
 @pytest.mark.parametrize(("group", "window"), SETTINGS)
@@ -51,8 +51,8 @@ def test_near_is_exact_far_is_grouped_and_the_two_part_the_triangle(group: int, 
         for j in range(i, -1, -1):
             d = relative(i, j, group, window)
             assert within(i, j, window) != beyond(i, j, window)
-            wanted = i - j if within(i, j, window) else grouped_query(i, group, window) - grouped_key(j, group)
-            assert d == wanted
+            expected = i - j if within(i, j, window) else grouped_query(i, group, window) - grouped_key(j, group)
+            assert d == expected
             assert d >= previous  # never falls with the distance
             assert i - j != window or window <= d <= window + 1  # no gap and no repetition at the seam
             assert group > 1 or d == i - j
@@ -80,13 +80,13 @@ def test_the_sizing_rule_gives_the_authors_settings() -> None:
 @pytest.mark.parametrize("times", [1.01, 2, 5, 16, 300])
 def test_a_suggestion_reaches_its_target_within_half_the_trained_length(trained: int, times: float) -> None:
     target = math.ceil(trained * times) + 1
-    found = suggest(trained, target)
-    assert found.reach(trained) >= target
-    assert found.window + (target - found.window) / found.group <= trained / 2
-    half = SelfExtend(max(1, found.group // 2), found.window)
-    assert found.group == 2 or half.window + (target - half.window) / half.group > trained / 2
-    found.check(trained)
-    assert SelfExtend.parse(f"auto:{target}", trained) == found
+    actual = suggest(trained, target)
+    assert actual.reach(trained) >= target
+    assert actual.window + (target - actual.window) / actual.group <= trained / 2
+    half = SelfExtend(max(1, actual.group // 2), actual.window)
+    assert actual.group == 2 or half.window + (target - half.window) / half.group > trained / 2
+    actual.check(trained)
+    assert SelfExtend.parse(f"auto:{target}", trained) == actual
 
 
 @pytest.mark.parametrize("text", ["8:1024", "1:1", "3:7:log"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_kernels import some
 from torch import Tensor
 
 from zebra.kernels import Mask, Request, attend, only, reference
@@ -23,25 +24,27 @@ def hidden_by(what: str, length: int) -> dict[str, Tensor]:
         keys[1, : length // 2] = False
     if what in ("right", "both"):
         keys[:, length * 4 // 5 :] = False
-    found = {} if what in ("nothing", "documents") else {"keys": keys}
+    actual = {} if what in ("nothing", "documents") else {"keys": keys}
     if what in ("documents", "both"):
         steps = torch.rand(2, length, generator=torch.Generator().manual_seed(3)) < 0.07
-        found["documents"] = steps.cumsum(dim=1)
-    return found
+        actual["documents"] = steps.cumsum(dim=1)
+    return actual
 
 
 @pytest.mark.parametrize("what", ["nothing", "left", "right", "documents", "both"])
-@pytest.mark.parametrize(("length", "queries"), [(1, 1), (40, 40), (61, 61), (61, 17), (61, 1)])
-@pytest.mark.parametrize(("window", "sinks"), [(1, 1), (5, 3), (3, 20), (9, 100), (70, 4)])
+@pytest.mark.parametrize(
+    ("length", "queries"), some([(1, 1), (40, 40), (61, 61), (61, 17), (61, 1)], (61, 61), (61, 17))
+)
+@pytest.mark.parametrize(("window", "sinks"), some([(1, 1), (5, 3), (3, 20), (9, 100), (70, 4)], (5, 3), (3, 20)))
 def test_band_and_sinks_are_one_softmax(what: str, length: int, queries: int, window: int, sinks: int) -> None:
     q, k, v = drawn(length, queries)
     mask = Mask(window=window, sinks=sinks, **hidden_by(what, length))
-    wanted = reference.reference(Request(q, k, v, mask, 0.3, softcap=2.0))
+    expected = reference.reference(Request(q, k, v, mask, 0.3, softcap=2.0))
     for kernel in ("banded", "reference"):
         with only(kernel):
             out, lse = sink_attention(q, k, v, mask, scale=0.3, softcap=2.0, with_lse=True)
-        torch.testing.assert_close(out, wanted[0], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(lse, wanted[1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(out, expected[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse, expected[1], rtol=1e-12, atol=1e-12)
     assert sink_attention(q, k, v, mask)[1] is None
 
 
@@ -56,21 +59,21 @@ def test_gradients_are_those_of_one_softmax(what: str, queries: int) -> None:
         seen = ~lse.isneginf()
         roots = (out * seeds[0]).where(seen.unsqueeze(-1), 0.0).sum() + (lse * seeds[1])[seen].sum()
         gradients.append(torch.autograd.grad(roots, inputs))
-    for found, wanted in zip(*gradients, strict=True):
-        assert wanted.abs().sum() > 0
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for actual, expected in zip(*gradients, strict=True):
+        assert expected.abs().sum() > 0
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_kept_sinks_serve_where_the_band_has_let_go_of_them() -> None:
     q, k, v = drawn(40, 7)
     mask = Mask(window=5, sinks=3)
     positions = torch.tensor([0, 1, 2]).view(1, 1, 3)
-    kept = Sinks(k[:, :, None, :3], v[:, :, None, :3], positions)
-    held = 5 - 1 + 7
-    out, _ = sink_attention(q, k[:, :, -held:], v[:, :, -held:], mask, cached=kept, start=40 - held)
+    cached = Sinks(k[:, :, None, :3], v[:, :, None, :3], positions)
+    recent = 5 - 1 + 7
+    out, _ = sink_attention(q, k[:, :, -recent:], v[:, :, -recent:], mask, cached=cached, start=40 - recent)
     torch.testing.assert_close(out, attend(q, k, v, mask)[0], rtol=1e-12, atol=1e-12)
-    absent = kept._replace(positions=positions.masked_fill(positions == 1, NO_POSITION))
-    out, _ = sink_attention(q, k[:, :, -held:], v[:, :, -held:], mask, cached=absent, start=40 - held)
+    absent = cached._replace(positions=positions.masked_fill(positions == 1, NO_POSITION))
+    out, _ = sink_attention(q, k[:, :, -recent:], v[:, :, -recent:], mask, cached=absent, start=40 - recent)
     keys = torch.ones(2, 40, dtype=torch.bool)
     keys[:, 1] = False
     torch.testing.assert_close(out, attend(q, k, v, Mask(window=5, sinks=3, keys=keys))[0], rtol=1e-12, atol=1e-12)
