@@ -157,7 +157,7 @@ BAD = {
     "not UTF-8": (["evaluate", "perplexity", STORIES, "latin.txt", "--length", "64"], ["not UTF-8", "byte 3"]),
     "bad convention": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "64", "--convention", "sliding"],
-        ["disjoint, strided, truncated"],
+        ["'sliding' is not one of 'disjoint'"],
     ),
     "self-extend": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "9", "--self-extend", "8:512"],

@@ -380,7 +380,7 @@ def test_the_command_prints_tables_json_and_a_picture(zebra: Zebra, tmp_path: Pa
 REFUSED = {
     "no model": (["nowhere"], "no config.json at nowhere"),
     "a text": ([STORIES / "tokenizer_config.json"], "num_hidden_layers"),
-    "a phase": (["llama-2-7b", "--phase", "serve"], "train, prefill, decode"),
+    "a phase": (["llama-2-7b", "--phase", "serve"], "'serve' is not one of 'train', 'prefill', 'decode'"),
     "a dtype": (["llama-2-7b", "--dtype", "int4"], "got 'int4'"),
     "half in training": (["llama-2-7b", "--phase", "train", "--dtype", "float16"], "float32, bfloat16"),
     "no batch": (["llama-2-7b", "--batch", 0], "batch is a whole number"),

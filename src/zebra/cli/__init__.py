@@ -69,7 +69,7 @@ def main() -> None:
                 print(page)
             raise SystemExit(2) from None
         more = f" `{error.ctx.command_path} --help` lists what there is." if error.ctx else ""
-        _fail(error.format_message().rstrip(".") + "." + more, 2)
+        _fail(error.format_message().replace("Value error, ", "").rstrip(".") + "." + more, 2)
     except ZebraError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:

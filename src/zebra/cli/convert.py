@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -70,7 +70,8 @@ def select(
     ] = None,
     samples: Annotated[int, typer.Option(help="Texts or prompts to measure; one in four is held out.")] = 16,
     order: Annotated[
-        str, typer.Option(help="greedy: measure again after each choice; once: choose after the first round.")
+        Literal["greedy", "once"],
+        typer.Option(help="greedy: measure again after each choice; once: choose after the first round."),
     ] = "greedy",
     separator: Separator = None,
     rope: RopeOption = None,
@@ -88,6 +89,12 @@ def select(
     """Choose by measurement which layers stay global, within a budget."""
     check_conversion(checkpoint, target, f"L:{window}", rope)
     find_files(text or ())
+    tasks = names(task) if task else []
+    if tasks:
+        from zebra.data.needles import check
+
+        for name in tasks:
+            check(name, 0.5, samples)
     with show.working():
         from zebra.evaluate.selection import select as run
 
@@ -97,7 +104,7 @@ def select(
             window=window,
             length=length,
             text=text or (),
-            tasks=names(task) if task else (),
+            tasks=tasks,
             samples=samples,
             order=order,
             separator=separator,

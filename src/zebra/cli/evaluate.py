@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,9 +37,9 @@ def perplexity(
     checkpoint: Checkpoint,
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs of text.")],
     length: Lengths,
-    convention: Annotated[str, typer.Option(help="How windows lie on a text: disjoint, strided or truncated.")] = (
-        "disjoint"
-    ),
+    convention: Annotated[
+        Literal["disjoint", "strided", "truncated"], typer.Option(help="How windows lie on a text.")
+    ] = "disjoint",
     stride: Annotated[
         int | None, typer.Option(help="Tokens that each strided window scores. Default: half of the length.")
     ] = None,
@@ -105,7 +105,8 @@ def retrieval(
     ] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Samples of each task, length and depth.")] = 20,
     score: Annotated[
-        str, typer.Option(help="generate an answer, or compare its likelihood, for models that follow no question.")
+        Literal["generate", "likelihood"],
+        typer.Option(help="Generate the answer, or compare likelihoods, for models that follow no question."),
     ] = "generate",
     haystack: Annotated[
         list[str] | None,
@@ -187,7 +188,12 @@ def tasks(
     as_json: Json = False,
 ) -> None:
     """Run tasks of the lm-evaluation-harness on data that is on this machine; nothing is downloaded."""
+    from zebra.evaluate.tasks import OWN, check_own
+
     lengths = [] if length is None else numbers("--length", length, int, "4096,16384")
+    for name in names(task_names):
+        if name.startswith(OWN):
+            check_own(name, lengths)
     loading = load_arguments(checkpoint, stripes, rope, self_extend, window, full_decode, dtype, device)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not sys.stderr.isatty():
@@ -217,7 +223,8 @@ def documents(
     checkpoint: Checkpoint,
     file: Annotated[Path, typer.Argument(help="JSON Lines of document, question and answers, or of document and qa.")],
     score: Annotated[
-        str, typer.Option(help="generate answers (ROUGE and F1), or the likelihood of the reference answers.")
+        Literal["generate", "likelihood"],
+        typer.Option(help="Generate answers (ROUGE and F1), or take the likelihood of the reference answers."),
     ] = "generate",
     length: Annotated[
         str | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,7 +17,7 @@ def plan(
     stripes: StripesOption = None,
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    phase: Annotated[str, typer.Option(help="train, prefill or decode.")] = "prefill",
+    phase: Annotated[Literal["train", "prefill", "decode"], typer.Option(help="What is computed.")] = "prefill",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Train with activation checkpointing.")
     ] = False,

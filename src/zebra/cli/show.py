@@ -96,6 +96,7 @@ def stages(states: Sequence[StageState], results: Sequence[Result], as_json: boo
     _result_tables(results)
     table = _table("stage", "kind", "from", "state", "seconds", "folder")
     table.columns[4].justify = "right"
+    table.columns[5].overflow = "fold"
     for state in states:
         row = state.columns()
         seconds = "" if row["seconds"] is None else f"{row['seconds']:,.1f}"

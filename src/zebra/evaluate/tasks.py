@@ -7,14 +7,15 @@ The harness works on text, so that a prompt has as many tokens as was asked but 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from zebra.data.haystack import PromptTokenizer, contains_answer
 from zebra.data.needles import Sample, SampleGenerator
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
 from zebra.errors import ZebraError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OWN = "zebra-"
 LIKELIHOOD = "-likelihood"
