@@ -82,7 +82,7 @@ def test_the_host_takes_what_is_written(member: str, text: str) -> None:
     source = tiny_config(member)
     stripes = Stripes.of(source.layer_types, 9) if member in ("gemma3_text", "mellum") else Stripes.parse("GLLL:9")
     before = with_stripes(source, stripes)
-    made = rope.changed(before)
+    made = rope.apply(before)
     assert made.max_position_embeddings == (TRAINED if rope.kind == "base" else 8 * TRAINED)
     assert made.model_type == before.model_type
     again = type(made)(**made.to_dict())
@@ -100,7 +100,7 @@ def test_the_host_takes_what_is_written(member: str, text: str) -> None:
 def test_a_rotated_share_of_the_head_stays(checkpoints: Callable[..., Path]) -> None:
     config = tiny_config("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     config.rope_parameters["partial_rotary_factor"] = 0.5
-    assert Rope.parse("yarn:8").changed(config).rope_parameters["partial_rotary_factor"] == 0.5
+    assert Rope.parse("yarn:8").apply(config).rope_parameters["partial_rotary_factor"] == 0.5
 
 
 @pytest.mark.parametrize("member", ["llama", "smollm3", "gemma2", "qwen3"])

@@ -42,8 +42,7 @@ from zebra.progress import bar
 class Decoding:
     """How the next token is chosen, and when to stop: fields of transformers' `GenerationConfig`, by other defaults.
 
-    What is not given is not done, whatever the checkpoint's generation_config.json recommends; its tokens that end a
-    text hold.
+    Of the checkpoint's generation_config.json nothing is used but the tokens that end a text.
 
     Args:
         max_new_tokens: new tokens, at most.
@@ -181,18 +180,16 @@ def generate(
     Example:
         >>> zebra.generate("./Llama-3.1-8B", "Once upon a time", stripes="GLLL:4096", max_new_tokens=20).text
     """
-    names = {field.name for field in fields(LoadOptions)}
-    loading = LoadOptions(**{name: value for name, value in options.items() if name in names})
-    decoding = Decoding(**{name: value for name, value in options.items() if name not in names})
+    of_loading = {field.name for field in fields(LoadOptions)}
+    loading = LoadOptions(**{name: value for name, value in options.items() if name in of_loading})
+    decoding = Decoding(**{name: value for name, value in options.items() if name not in of_loading})
     if not prompt:
         raise ZebraError("the prompt is empty. Give at least one character.")
     if isinstance(model, PreTrainedModel):
-        if options_for_loading := loading.given():
-            raise ZebraError(
-                f"{', '.join(options_for_loading)} are for loading, and this model is loaded. Give them to zebra.load."
-            )
+        if names := loading.names():
+            raise ZebraError(f"{', '.join(names)} are for loading, and this model is loaded. Give them to zebra.load.")
         if tokenizer is None and not model.name_or_path:
-            raise ZebraError("this model was made without a checkpoint, so that it has no tokenizer. Pass tokenizer=.")
+            raise ZebraError("this model has no checkpoint, and so no tokenizer. Pass tokenizer=.")
         source, config, setting = model.name_or_path, model.config, self_extend_of(model)
     else:
         source, config = model, loading.config(model)

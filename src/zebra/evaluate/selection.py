@@ -94,7 +94,7 @@ def select(
     _check(order, local.window, length, text, tasks, samples)
     place = read_device(device)
     placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
-    config = as_rope(rope).changed(read_config(checkpoint))
+    config = as_rope(rope).apply(read_config(checkpoint))
     source = _kinds(config)
     _check_host(config, source, local, length, rope)
     count = _count(config, source, str(budget), local, length, placed.get("dtype") or config.dtype)

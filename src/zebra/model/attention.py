@@ -27,9 +27,8 @@ NAME = "zebra"
 IGNORED_KWARGS = frozenset(
     {"is_causal", "num_items_in_batch", "output_hidden_states", "output_router_logits", "tokenizer", "use_cache"}
 )
-"""What hosts pass down to every layer and attention need not read; `generate` lets its tokenizer slip through. Anything
-else that asks for something goes to the kernels, which decline what they do not know: an argument is never ignored in
-silence."""
+"""Arguments that models pass to every layer and attention need not read; `generate` passes its tokenizer on. Any other
+goes to the kernels, which decline what they do not know: an argument is never ignored in silence."""
 
 
 @torch.compiler.disable
@@ -48,16 +47,18 @@ def zebra_attention(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What the host calls in every layer: query (B, H, T, D), key and value (B, K, S, D), already rotated.
+    """The attention function that transformers calls in every layer.
 
     A layer with an override attends by that (`zebra.model.override`): under Self-Extend, with sinks, with full
     decoding.
 
     Args:
-        key: the keys, or from the cache of a layer that has an override what holds them.
+        query: (B, H, T, D), rotated.
+        key: (B, K, S, D), rotated; or the object by which a cache layer of ours hands its keys on.
+        value: (B, K, S, D).
         attention_mask: what `zebra_mask` returned, (B, at most S) bool, or None.
-        sliding_window: the layer's window in the host's convention, which is ours; None in a global layer. A host that
-            keeps it on the layer and hands none down (Qwen 2 MoE) is asked there.
+        sliding_window: the layer's window, counted as we do; None in a global layer. Where a model keeps it on the
+            layer and hands none down (Qwen 2 MoE), it is read there.
         s_aux: (H) a learned score in each head's softmax that no value stands behind (Granite SWA, gpt-oss).
         position_ids: (1 or B, T). A step other than 1 starts a new document, where there is no past.
 
@@ -65,7 +66,7 @@ def zebra_attention(
         (B, T, H, D), and None for the weights, which no fast kernel has.
 
     Raises:
-        ValueError: a 4-D mask, which would replace the stripes of every layer; a layer that is not causal.
+        ValueError: a 4-D mask, which would replace the layout of every layer; a layer that is not causal.
         NotImplementedError: an argument that no kernel knows, attention dropout and weights among them.
     """
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -89,7 +90,7 @@ def zebra_attention(
             'output_attentions: no kernel of attention "zebra" forms the weights. '
             'Load with attn_implementation="eager" to look at them.'
         )
-    rest = {name: argument for name, argument in kwargs.items() if name not in IGNORED_KWARGS and argument is not False}
+    others = {name: value for name, value in kwargs.items() if name not in IGNORED_KWARGS and value is not False}
     override = get_override(module)
     run = attend if override is None else functools.partial(override.attend, module, position_ids)
     out, lse = run(
@@ -101,7 +102,7 @@ def zebra_attention(
         softcap=softcap,
         with_lse=s_aux is not None,
         dropout=dropout or None,
-        **rest,
+        **others,
     )
     if s_aux is not None and lse is not None:
         # exp(lse) / (exp(lse) + exp(s)): what the sink leaves to the keys.
@@ -112,7 +113,10 @@ def zebra_attention(
 def documents(position_ids: Tensor | None, batch: int) -> Tensor | None:
     """The document of each token, (batch, T), from positions that start again; None where there is only one.
 
-    positions 0 1 2 0 1 0 1 2 3  ->  documents 0 0 0 1 1 2 2 2 2. The host's own rule: any step but 1 starts one.
+    positions 0 1 2 0 1 0 1 2 3  ->  documents 0 0 0 1 1 2 2 2 2. As in transformers, any step but 1 starts one.
+
+    Args:
+        position_ids: (1 or B, T).
     """
     if position_ids is None or position_ids.shape[-1] < 2:
         return None
@@ -133,10 +137,16 @@ def zebra_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """What the host calls once for each kind of layer: the 2-D mask of that kind's keys, None where all are real.
+    """The mask function that transformers calls once for each kind of layer.
 
     The layer's keys are the tokens [kv_offset, kv_offset + kv_length) of the sequence. A static cache may count
     more keys than there are tokens yet; then the mask that is returned ends with the real ones.
+
+    Args:
+        attention_mask: (B, tokens), or None.
+
+    Returns:
+        The 2-D mask of that kind's keys, (B, at most kv_length), or None where all are real.
     """
     real = int(q_offset) + q_length - kv_offset
     if attention_mask is None:

@@ -1,4 +1,4 @@
-"""A checkpoint's files: whole or refused when they are read, whole or absent when they are written."""
+"""A checkpoint's files: whole or rejected when they are read, whole or absent when they are written."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
 from zebra.errors import ZebraError, first_line
+from zebra.files import atomic_write
 from zebra.model.checkpoint_files import check_checkpoint, read_json_object
 from zebra.model.families import ignores_layer_types, model_class, route_of, stripes_of
 from zebra.model.local import LocalAttention, layout_name
@@ -35,14 +36,18 @@ from zebra.provenance import git_commit, versions
 
 
 def read_config(path: str | os.PathLike[str], *, routed: bool = True) -> PreTrainedConfig:
-    """The config of a checkpoint on disk or in the hub's cache; refuses what `read_config_and_rest` does."""
+    """The config of a checkpoint on disk or in the hub's cache.
+
+    Raises:
+        ZebraError: as `read_config_and_rest`.
+    """
     return read_config_and_rest(path, routed=routed)[0]
 
 
 def read_config_and_rest(
     path: str | os.PathLike[str], *, routed: bool = True, **kwargs: Any
 ) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The config under arguments of `from_pretrained`, and those of them that are not the config's own fields.
+    """The config under keyword arguments of `from_pretrained`, and those of them that are not fields of the config.
 
     Args:
         routed: whether the family needs a route, as it does for stripes; else its own class serves it as it is.
@@ -59,8 +64,8 @@ def read_config_and_rest(
         if changes:
             config = AutoConfig.from_pretrained(path, **hub, **changes)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        says = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
-        raise ZebraError(f"the config of {path} cannot be read: {says}") from None
+        text = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        raise ZebraError(f"the config of {path} cannot be read: {text}") from None
     if routed:
         route_of(config)
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -74,11 +79,11 @@ def read_config_and_rest(
 
 
 _HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
-"""What says where in the hub a file lies."""
+"""Keyword arguments of `from_pretrained` that locate a file in the hub."""
 
 
 def own_fields(config: PreTrainedConfig) -> set[str]:
-    """The fields that a config's class has beside those of every config."""
+    """The fields that a config's class has besides those of every config."""
     return {f.name for f in fields(type(config))} - {f.name for f in fields(PreTrainedConfig)}
 
 
@@ -113,26 +118,26 @@ def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig) -> Pr
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides which tokens a text becomes."""
+    """A hash of everything that decides which tokens a text becomes."""
     definition = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
     return hashlib.sha256("\0".join(definition).encode()).hexdigest()
 
 
-_SAMPLES, _SAMPLE = 64, 1 << 16
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 def checkpoint_digest(path: str | os.PathLike[str]) -> str:
-    """A hash that tells checkpoints apart: of config.json, and of 64 evenly spread samples of each weight file."""
-    where = Path(path)
-    found = hashlib.sha256((where / "config.json").read_bytes())
-    for file in _weight_files(where):
+    """A hash that distinguishes checkpoints: of config.json, and of 64 evenly spread samples of each weight file."""
+    directory = Path(path)
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for file in _weight_files(directory):
         size = file.stat().st_size
-        found.update(f"{file.name} {size}".encode())
+        digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:
             for i in range(_SAMPLES):
                 opened.seek(size * i // _SAMPLES)
-                found.update(opened.read(_SAMPLE))
-    return found.hexdigest()
+                digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> list[Path]:
@@ -157,7 +162,7 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
 
 
 def _weight_files(where: Path) -> list[Path]:
-    """In the host's order of preference; other indices, such as those of the original format, are not its."""
+    """In transformers' order of preference; it reads no other index, such as one of the original format."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (where / single).is_file():
             return [where / single]
@@ -171,7 +176,7 @@ def _weight_files(where: Path) -> list[Path]:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Each tensor's shape, without reading its numbers."""
+    """Each tensor's shape, without reading the tensor."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
@@ -191,24 +196,24 @@ def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes
     except (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError) as error:
         raise ZebraError(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
     # Of two tied tensors either may be the one that was saved.
-    twins = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
-    twins |= {second: first for first, second in twins.items()}
+    tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
+    tied |= {second: first for first, second in tied.items()}
     # Experts lie one by one in the files, and together in the model.
-    wanted = revert_weight_conversion(model, model.state_dict())
+    expected = revert_weight_conversion(model, model.state_dict())
     ignored = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), _ROTARY])
-    unused = [name for name in shapes if name not in wanted and name not in twins and not re.search(ignored, name)]
+    unused = [name for name in shapes if name not in expected and name not in tied and not re.search(ignored, name)]
     if unused:
         raise ZebraError(
             f"{path}: the weights have {unused[0]} and {len(unused) - 1} more tensors that config.json does not ask "
             "for, which would be dropped in silence. Config and weights are of different models."
         )
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         if name in shapes and shapes[name] != tuple(tensor.shape):
             raise ZebraError(
                 f"{path}: config.json asks for {name} of shape {tuple(tensor.shape)}, the weights have {shapes[name]}. "
                 "Config and weights are of different models."
             )
-        if name not in shapes and twins.get(name) not in shapes:
+        if name not in shapes and tied.get(name) not in shapes:
             raise ZebraError(
                 f"{path}: the weights lack {name}, which config.json asks for. "
                 "Config and weights are of different models, or a shard is gone."
@@ -216,9 +221,9 @@ def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes
 
 
 def copy_other_files(source: Path, target: Path, weights: Sequence[Path]) -> None:
-    """Copy what stands beside a checkpoint's weights: the tokenizer, the generation config, the index of shards.
+    """Copy the files beside a checkpoint's weights: the tokenizer, the generation config, the index of shards.
 
-    Weights in other formats stay behind.
+    Weights in other formats are left out.
     """
     leave = {"config.json", "zebra.json", *(file.name for file in weights)}
     for file in sorted(source.iterdir()):
@@ -231,8 +236,8 @@ def copy_other_files(source: Path, target: Path, weights: Sequence[Path]) -> Non
 _WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
-def link(source: Path, target: Path) -> None:
-    """A hard link where the file system allows one, a copy elsewhere."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link where the file system allows one, a copy elsewhere."""
     real = source.resolve()  # the hub's cache holds symbolic links
     try:
         os.link(real, target)
@@ -240,60 +245,65 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(real, target)
 
 
-def write_config(config: PreTrainedConfig, where: Path) -> None:
+def write_config(config: PreTrainedConfig, directory: Path) -> None:
     """Write config.json with every field of its class, defaults too: another version's defaults may differ."""
     whole = config.to_dict()
-    written = config.to_diff_dict() | {name: whole[name] for name in own_fields(config) if name in whole}
-    written.pop("_name_or_path", None)
-    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
-    (where / "config.json").write_text(text, encoding="utf-8")
+    values = config.to_diff_dict() | {name: whole[name] for name in own_fields(config) if name in whole}
+    values.pop("_name_or_path", None)
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
 
 
 def write_zebra_json(
-    where: Path, config: PreTrainedConfig, local: LocalAttention, *, source: Path | None, **more: Any
+    directory: Path, config: PreTrainedConfig, local: LocalAttention, *, source: Path | None, **more: Any
 ) -> None:
-    """Write zebra.json: the layout, what of it config.json cannot say, where it came from (None: from scratch), and
-    with which versions.
+    """Write zebra.json: the layout, with what config.json cannot express, its origin and the versions.
+
+    Args:
+        source: the checkpoint that it was made from; None for a model from scratch.
+        more: further fields.
     """
     origin = {
         "source": source and str(source),
         "source_config_sha256": source and hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
     }
-    _write_card(where, _layout_card(config, local) | origin | more)
+    _write_json(directory / "zebra.json", _layout_fields(config, local) | origin | more)
 
 
-def update_zebra_json(where: Path, config: PreTrainedConfig, local: LocalAttention) -> None:
-    """Write the layout into the zebra.json of a checkpoint; make one only where config.json cannot say all of it."""
-    file = where / "zebra.json"
+def update_zebra_json(directory: Path, config: PreTrainedConfig, local: LocalAttention) -> None:
+    """Update the layout in a checkpoint's zebra.json; write a new one only where config.json cannot express it all."""
+    file = directory / "zebra.json"
     before = read_json_object(file, _MEND) if file.is_file() else {}
     if local or before:
-        _write_card(where, before | _layout_card(config, local))
+        _write_json(file, before | _layout_fields(config, local))
 
 
-def read_local_attention(path: str | os.PathLike[str], **arguments: Any) -> LocalAttention:
-    """What a checkpoint's zebra.json says of its local layers, under arguments of `from_pretrained`; nothing where it
-    has none.
+def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAttention:
+    """The sinks and full decoding in a checkpoint's zebra.json; neither where it has none.
+
+    Args:
+        kwargs: keyword arguments of `from_pretrained`.
 
     Raises:
         ZebraError: a zebra.json that is broken.
     """
     absent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    hub = {name: arguments[name] for name in _HUB if name in arguments}
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
     file = cached_file(str(path), "zebra.json", **hub, **absent)
-    card = {} if file is None else read_json_object(Path(file), _MEND)
-    sinks, full_decode = card.get("sinks", 0), card.get("full_decode", False)
+    values = {} if file is None else read_json_object(Path(file), _MEND)
+    sinks, full_decode = values.get("sinks", 0), values.get("full_decode", False)
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):
         raise ZebraError(
             f"{file}: sinks is a whole number of at least 0 and full_decode true or false; got {sinks!r} and "
-            f"{full_decode!r}. Mend them, or remove the file to load without."
+            f"{full_decode!r}. Correct them, or remove the file to load without."
         )
     return LocalAttention(sinks, full_decode)
 
 
-_MEND = "Mend it, or remove it to load without what it says."
+_MEND = "Correct it, or remove it to load without its settings."
 
 
-def _layout_card(config: PreTrainedConfig, local: LocalAttention) -> dict[str, Any]:
+def _layout_fields(config: PreTrainedConfig, local: LocalAttention) -> dict[str, Any]:
     stripes = stripes_of(config)
     return {
         "layout": layout_name(config, local),
@@ -308,7 +318,5 @@ def _layout_card(config: PreTrainedConfig, local: LocalAttention) -> dict[str, A
     }
 
 
-def _write_card(where: Path, card: dict[str, Any]) -> None:
-    aside = where / "zebra.json.aside"
-    aside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    aside.replace(where / "zebra.json")
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    atomic_write(file, json.dumps(values, indent=2) + "\n")

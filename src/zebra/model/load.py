@@ -17,7 +17,7 @@ from zebra.model.attention import NAME
 from zebra.model.checkpoint import (
     check_weights,
     copy_other_files,
-    link,
+    link_or_copy,
     read_config,
     read_config_and_rest,
     read_local_attention,
@@ -35,7 +35,7 @@ from zebra.stripes import Stripes
 
 
 def best_device() -> str:
-    """A GPU where there is one: this process's own, under a launcher."""
+    """A GPU if there is one: this process's own, under a launcher."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
@@ -69,13 +69,13 @@ def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def device_name(device: torch.device | str) -> str:
-    """The device as rows name it."""
+    """The device as results name it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-_TAKEN = {
+_REJECTED = {
     "attn_implementation": f'it runs attention "{NAME}"; for another use from_pretrained of transformers',
     "config": "it reads and stripes the checkpoint's own; give stripes, and fields of the config by name",
     "output_loading_info": "it reads that itself and refuses a checkpoint that lacks tensors",
@@ -92,11 +92,11 @@ def load(
     full_decode: bool | None = None,
     **from_pretrained_arguments: Any,
 ) -> PreTrainedModel:
-    """A checkpoint as a transformers model that runs attention "zebra", with stripes where asked.
+    """A checkpoint as a transformers model that runs attention "zebra", with sliding-window layers where given.
 
-    It is the host's own class: it trains, saves, generates and evaluates like any other. `generate` uses the bounded
-    cache. Do not call `set_attn_implementation` on it: the host would then compute local layers densely, and sinks,
-    full decoding and Self-Extend would be lost.
+    It is a stock class of transformers: it trains, saves, generates and evaluates like any other. `generate` uses the
+    bounded cache. Do not call `set_attn_implementation` on it: transformers would then compute local layers at full
+    cost, and sinks, full decoding and Self-Extend would be lost.
 
     Args:
         path: a directory that transformers saved, or a name in the hub.
@@ -105,21 +105,20 @@ def load(
         rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
             with length (dynamic NTK) reads whole texts only: it refuses a cache.
         self_extend: Self-Extend in the global layers, or its notation such as "8:1024" or "auto:16384". A family
-            without a route is served too, without stripes, if its rope can be turned again, which is tried here.
-            Neither config.json nor a saved checkpoint can say it, and `set_attn_implementation` would drop it.
+            without a route is served too, without stripes, if its rope can be rotated again, which is tried here.
+            No config.json can say it, so a saved checkpoint is without it, and `set_attn_implementation` drops it.
         window: another window for the local layers than the layout's, commonly a larger one.
         full_decode: local layers read the prompt by their window, and keep all keys, which decoded tokens see; None
-            keeps what the checkpoint's zebra.json says. It costs a dense model's cache and decode.
+            uses what the checkpoint's zebra.json says. It costs the cache and the decoding of full attention.
         from_pretrained_arguments: as `from_pretrained` has them: dtype, device_map, revision, subfolder, ..., and
             fields of the config by name.
 
     Raises:
-        ZebraError: no or a corrupt checkpoint, a family without a route, a layout or a rope that does not fit the
-            model,
-            a window or full decoding without local layers, an argument that loading takes itself; under Self-Extend
-            what `zebra.model.self_extend` refuses.
+        ZebraError: no or a corrupt checkpoint; a family without a route; a layout or a rope that does not fit the
+            model; a window or full decoding without local layers; an argument that `load` sets itself; and, for
+            Self-Extend, as `resolve_self_extend` and `set_self_extend`.
     """
-    for name, why in _TAKEN.items():
+    for name, why in _REJECTED.items():
         if name in from_pretrained_arguments:
             raise ZebraError(f"zebra.load takes no {name}: {why}.")
     routed = self_extend is None or stripes is not None or window is not None
@@ -127,7 +126,7 @@ def load(
     config, local = _layout(
         config, read_local_attention(path, **from_pretrained_arguments), stripes, window, full_decode
     )
-    config = as_rope(rope).changed(config)
+    config = as_rope(rope).apply(config)
     setting = None if self_extend is None else resolve_self_extend(self_extend, config)
     if Path(path).exists() and "variant" not in rest:
         check_weights(Path(path) / rest.get("subfolder", ""), config)
@@ -148,28 +147,28 @@ def _layout(
     window: int | None,
     full_decode: bool | None,
 ) -> tuple[PreTrainedConfig, LocalAttention]:
-    """The config with the layout that is asked for, and what its local layers do; `local` is the checkpoint's own."""
+    """The config with the chosen layout, and the attention of its local layers; `local` is the checkpoint's own."""
     if stripes is not None:
         stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
         config, local = with_stripes(config, stripes), replace(local, sinks=stripes.sinks)
     if window is not None:
-        found = stripes_of(config)
-        if found is None:
+        current = stripes_of(config)
+        if current is None:
             raise ZebraError(
                 f"a window of {window} is for local layers, and this layout is {FULL}. Give stripes, such as "
                 f"GLLL:{window}."
             )
-        config = with_stripes(config, replace(found, window=window))
+        config = with_stripes(config, replace(current, window=window))
     if full_decode is not None:
         local = replace(local, full_decode=full_decode)
-    asked = full_decode or (stripes is not None and stripes.sinks)
-    return config, local if asked or stripes_of(config) is not None else LocalAttention()
+    explicit = full_decode or (stripes is not None and stripes.sinks)
+    return config, local if explicit or stripes_of(config) is not None else LocalAttention()
 
 
 def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[str, Any]) -> PreTrainedModel:
-    host: Any = model_class(config)
+    stock_class: Any = model_class(config)
     try:
-        model, info = with_default_cache(host).from_pretrained(
+        model, info = with_default_cache(stock_class).from_pretrained(
             path, config=config, attn_implementation=NAME, output_loading_info=True, **rest
         )
     except (OSError, SafetensorError) as error:
@@ -199,11 +198,11 @@ def convert(
     """A copy of a checkpoint with stripes, which plain transformers loads: only its config.json differs.
 
     Weight files are hard links where the file system allows, copies elsewhere; never rewritten. `zebra.json` beside
-    them keeps layout, source and versions, and what config.json cannot say: sinks and full decoding, of which a warning
-    tells that `zebra.load` alone knows them. The target appears whole or not at all.
+    them keeps layout, source and versions, and what config.json cannot say: sinks and full decoding, with a warning
+    that `zebra.load` alone reads them. The target appears whole or not at all.
 
     Raises:
-        ZebraError: what `load` refuses, a rope that changes with length, a target that exists or is the source.
+        ZebraError: as `check_conversion` and `converted_config`; weights that `load` rejects.
     """
     source, target = Path(source), Path(target)
     check_conversion(source, target, stripes, rope)
@@ -216,26 +215,30 @@ def convert(
 def converted_config(
     source: Path, stripes: Stripes | str, rope: Rope | str | None = None, full_decode: bool = False
 ) -> tuple[PreTrainedConfig, LocalAttention]:
-    """What `convert` makes of a checkpoint's config, and what its local layers then do; refuses what `convert` does."""
+    """The config that `convert` writes for a checkpoint, and the attention of its local layers.
+
+    Raises:
+        ZebraError: as `load`; a rope that changes with length; sinks or full decoding without local layers.
+    """
     stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
-    made = as_rope(rope).changed(with_stripes(read_config(source), stripes))
-    refuse_changing_rope(made)
+    config = as_rope(rope).apply(with_stripes(read_config(source), stripes))
+    refuse_changing_rope(config)
     local = LocalAttention(stripes.sinks, full_decode)
-    if local and stripes_of(made) is None:
+    if local and stripes_of(config) is None:
         raise ZebraError(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
-    return made, local
+    return config, local
 
 
 def write_converted(source: Path, target: Path, config: PreTrainedConfig, local: LocalAttention, **more: Any) -> None:
     """Write a checkpoint that shares its source's weight files and has another config, whole or not at all.
 
     Args:
-        local: what its local layers do, for its zebra.json. more: what that says besides.
+        local, more: for its zebra.json.
     """
     weights = check_weights(source, config)
     with atomic_directory(target) as aside:
         for file in weights:
-            link(file, aside / file.name)
+            link_or_copy(file, aside / file.name)
         copy_other_files(source, aside, weights)
         write_config(config, aside)
         write_zebra_json(aside, config, local, source=source, **more)

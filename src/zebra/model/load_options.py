@@ -1,4 +1,4 @@
-"""How a checkpoint is loaded, in one place for all that load one: `generate`, perplexity, retrieval, their verbs."""
+"""The options of loading, declared once for everything that loads a checkpoint: generating, perplexity, retrieval."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LoadOptions:
 
     Attributes:
         stripes, rope, self_extend, window, full_decode: as `zebra.load` has them.
-        dtype: the checkpoint's own where None.
-        device: a GPU where there is one, where None.
+        dtype: None takes the checkpoint's own.
+        device: None takes a GPU if there is one.
     """
 
     stripes: Stripes | str | None = None
@@ -36,12 +36,12 @@ class LoadOptions:
     dtype: torch.dtype | str | None = None
     device: str | None = None
 
-    def given(self) -> list[str]:
-        """The names of those that say something."""
+    def names(self) -> list[str]:
+        """The names of the options that are set."""
         return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
     def check(self) -> None:
-        """Refuse a device or a dtype that is not here, before any work.
+        """Check that the device and the dtype exist here, before any work.
 
         Raises:
             ZebraError: as `read_device` and `read_dtype`.
@@ -57,15 +57,23 @@ class LoadOptions:
             ZebraError: as `read_config` and the rope.
         """
         routed = self.self_extend is None or self.stripes is not None
-        return as_rope(self.rope).changed(read_config(checkpoint, routed=routed))
+        return as_rope(self.rope).apply(read_config(checkpoint, routed=routed))
 
     def self_extend_setting(self, config: PreTrainedConfig) -> SelfExtend | None:
-        """The setting of Self-Extend for a model; refuses as `resolve_self_extend`."""
+        """The setting of Self-Extend for a model.
+
+        Raises:
+            ZebraError: as `resolve_self_extend`.
+        """
         return None if self.self_extend is None else resolve_self_extend(self.self_extend, config)
 
     def model(self, checkpoint: str | os.PathLike[str]) -> PreTrainedModel:
-        """The loaded model where it is to run; refuses as `load`."""
-        place = read_device(self.device)
+        """The loaded model on its device.
+
+        Raises:
+            ZebraError: as `read_device` and `load`.
+        """
+        device = read_device(self.device)
         dtype: dict[str, Any] = {} if self.dtype is None else {"dtype": read_dtype(self.dtype)}
         model = load(
             checkpoint,
@@ -76,11 +84,11 @@ class LoadOptions:
             full_decode=self.full_decode,
             **dtype,
         )
-        return model.to(place)
+        return model.to(device)
 
 
 def loaded_layout_name(model: PreTrainedModel, rope: Rope | str | None = None) -> str:
-    """The layout of a loaded model as rows name it, with a change of rope, full decoding and Self-Extend."""
+    """The layout of a loaded model as results name it, with a change of rope, full decoding and Self-Extend."""
     setting = self_extend_of(model)
-    named = layout_name(model.config, local_attention_of(model), rope)
-    return named + (f", self-extend {setting}" if setting else "")
+    name = layout_name(model.config, local_attention_of(model), rope)
+    return name + (f", self-extend {setting}" if setting else "")

@@ -2,8 +2,8 @@
 
     loss_t = -log softmax(head(h_t))[x_{t+1}]
 
-The model's own forward runs whole, so that wrappers such as DDP see it; it is asked for no logits and for its last
-hidden states, and the head is applied here, a chunk of tokens at a time. A router's auxiliary loss is no part of it.
+The model's own forward runs whole, so that wrappers such as DDP see it. It returns no logits but its last hidden
+states, and the head is applied here, a chunk of tokens at a time. The auxiliary loss of a router is not part of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FUSED = hasattr(functional, "linear_cross_entropy")
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of hidden states, over V words.
+    """The output head: logits over V tokens from hidden states.
 
         z = scale * W h + b,    logits = softcap * tanh(z / softcap) where there is a softcap
 
@@ -42,14 +42,14 @@ class Head:
     bias: Tensor | None = None
 
     def logits(self, states: Tensor) -> Tensor:
-        """The logits (..., V), in float32."""
-        found = functional.linear(states.float(), self.weight.float()) * self.scale
-        found = found if self.bias is None else found + self.bias.float()
-        return found if self.softcap is None else self.softcap * torch.tanh(found / self.softcap)
+        """The logits (..., V) in float32 of `states` (..., hidden)."""
+        logits = functional.linear(states.float(), self.weight.float()) * self.scale
+        logits = logits if self.bias is None else logits + self.bias.float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a model of any family that is served here. A test compares it with the host's."""
+    """The head of a model of any supported family. A test compares it with the logits of transformers."""
     config, linear = model.config, model.get_output_embeddings()
     return Head(
         linear.weight,
@@ -61,8 +61,8 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def without_logits(device: torch.device | str = "cpu") -> dict[str, Any]:
     """The arguments that make a model return the states that go into its head, `hidden_states[-1]`, and no logits."""
-    nothing = torch.zeros(0, dtype=torch.long, device=device)
-    return {"use_cache": False, "output_hidden_states": True, "logits_to_keep": nothing}
+    no_positions = torch.zeros(0, dtype=torch.long, device=device)
+    return {"use_cache": False, "output_hidden_states": True, "logits_to_keep": no_positions}
 
 
 def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
@@ -71,12 +71,15 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     Args:
         hidden: (B, T, hidden) states before the head.
         labels: (B, T), the tokens themselves; `IGNORE` where a token is not to be predicted.
+
+    Returns:
+        A scalar, ().
     """
     # With bfloat16 inputs torch 2.13 returns a wrong value (its gradients are right): float32 in, and no autocast.
     with torch.autocast(hidden.device.type, enabled=False):
         states, targets = _shifted(hidden, labels)
         predicted = targets != IGNORE
-        if not bool(predicted.all()):  # of an instruction the answer is the least part: the head reads that alone
+        if not bool(predicted.all()):  # the answer is a small part of an instruction: the head reads it alone
             states, targets = states[predicted], targets[predicted]
         if not len(targets):
             return hidden.float().sum() * 0 + head.weight.float().sum() * 0
@@ -86,10 +89,10 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 def _summed(states: Tensor, head: Head, targets: Tensor) -> Tensor:
     if _FUSED and head.softcap is None and head.bias is None:
         options = None
-        if head.weight.shape[0] > head.weight.shape[1]:  # chunks pay where there are more words than dimensions
+        if head.weight.shape[0] > head.weight.shape[1]:  # chunks pay where V exceeds the hidden size
             # On a CPU torch takes so few tokens at a time that its products are narrow: 32 of 2,048.
-            rows = CHUNK if states.device.type == "cpu" else None
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+            chunk_size = CHUNK if states.device.type == "cpu" else None
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size)
         scaled = states if head.scale == 1 else states * head.scale
         return functional.linear_cross_entropy(
             scaled, head.weight, targets, reduction="sum", ignore_index=IGNORE, options=options
@@ -103,7 +106,11 @@ def _summed(states: Tensor, head: Head, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """The loss of each token, (B, T): entry `t` is that of predicting token `t`, NaN where it is not predicted."""
+    """The loss of each token, (B, T): entry `t` is that of predicting token `t`, NaN where it is not predicted.
+
+    Args:
+        hidden: (B, T, hidden). labels: (B, T).
+    """
     states, targets = _shifted(hidden, labels)
     losses = _each(states, head, targets).masked_fill_(targets == IGNORE, float("nan"))
     return functional.pad(losses.view(labels.shape[0], -1), (1, 0), value=float("nan"))
@@ -111,9 +118,14 @@ def token_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def losses_at(hidden: Tensor, head: Head, labels: Tensor, at: Tensor) -> Tensor:
-    """The losses of those tokens where `at` (B, T) holds, row after row; the head is applied for no other.
+    """The losses of those tokens where `at` holds, sequence after sequence; the head is applied for no other.
 
-    Nothing predicts a row's first token: `at` does not hold there.
+    Args:
+        hidden: (B, T, hidden). labels: (B, T).
+        at: (B, T) bool. Nothing predicts a sequence's first token: it is False there.
+
+    Returns:
+        One entry for each True of `at`.
     """
     return _each(hidden[:, :-1][at[:, 1:]], head, labels[at])
 

@@ -1,14 +1,14 @@
-"""Changes of the rotary position embedding, in the host's own terms: another `rope_parameters` in the config.
+"""Changes of the rotary position embedding (rope) as transformers has them: other `rope_parameters` in the config.
 
     linear:8          every angle divided by 8 (position interpolation, arXiv 2306.15595)
-    yarn:8            slow angles divided, fast ones kept, a ramp between (YaRN, arXiv 2309.00071)
+    yarn:8            slow angles divided, fast ones unchanged, a ramp between (YaRN, arXiv 2309.00071)
     llama3:8          the same idea with Llama 3.1's ramp
     base:5000000      a larger base: slow angles become slower (arXiv 2309.16039)
     dynamic:1         dynamic NTK: a base that grows with the text beyond the trained length; evaluation only
     none              the rope as it is
 
-The host computes the frequencies; nothing is computed here. Where a host has a rope for each kind of layer, the global
-layers' alone changes: a local layer never looks beyond its window.
+transformers computes the frequencies; nothing is computed here. Where a model has a rope for each kind of layer, that
+of the global layers alone changes: a local layer never looks beyond its window.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _FACTORS = ("linear", "yarn", "llama3", "dynamic")
-_KEPT = ("rope_theta", "partial_rotary_factor")
-_MOST = 1e12
+_UNCHANGED = ("rope_theta", "partial_rotary_factor")
+_LARGEST = 1e12
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -52,7 +52,7 @@ class Rope:
             return
         least = 1.0 if self.kind in ("dynamic", "base") else math.nextafter(1.0, 2.0)
         known = self.kind in (*_FACTORS, "base")
-        if not known or self.amount is None or not least <= self.amount <= _MOST:
+        if not known or self.amount is None or not least <= self.amount <= _LARGEST:
             raise ZebraError(
                 "a rope is none, base:THETA, or one of linear, yarn, llama3 with a factor above 1, or dynamic with one "
                 f"of at least 1; got {self}. Write for example yarn:8 or base:5000000."
@@ -70,14 +70,12 @@ class Rope:
         return self.kind if self.amount is None else f"{self.kind}:{self.amount:.15g}"
 
     def reaches(self, config: PreTrainedConfig) -> int | None:
-        """The positions that the changed model is made for, where the kind says so."""
-        return round(config.max_position_embeddings * self.amount) if self._stretches and self.amount else None
+        """The number of positions that the changed model is meant for, where the kind determines it."""
+        if self.kind not in ("linear", "yarn", "llama3") or self.amount is None:
+            return None
+        return round(config.max_position_embeddings * self.amount)
 
-    @property
-    def _stretches(self) -> bool:
-        return self.kind in ("linear", "yarn", "llama3")
-
-    def changed(self, config: PreTrainedConfig) -> PreTrainedConfig:
+    def apply(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config with this rope, and as many positions as it reaches.
 
         Raises:
@@ -85,7 +83,6 @@ class Rope:
         """
         if self.kind == "none":
             return config
-        made = copy.deepcopy(config)
         if getattr(config, "position_embedding", "rotary") != "rotary":
             raise ZebraError(
                 f"there is no rope to become {self}: the positions of this {config.model_type} are "
@@ -109,9 +106,10 @@ class Rope:
             )
         old = config.rope_parameters[GLOBAL] if by_kind else config.rope_parameters
         new = self._parameters(old, config)
-        made.rope_parameters = {**config.rope_parameters, GLOBAL: new} if by_kind else new
-        made.max_position_embeddings = self.reaches(config) or config.max_position_embeddings
-        return made
+        result = copy.deepcopy(config)
+        result.rope_parameters = {**config.rope_parameters, GLOBAL: new} if by_kind else new
+        result.max_position_embeddings = self.reaches(config) or config.max_position_embeddings
+        return result
 
     def _parameters(self, old: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
         if old.get("rope_type", "default") != "default":
@@ -120,14 +118,14 @@ class Rope:
                 f"the rope of this {config.model_type} is scaled already ({has}); scaling it again to {self} would not "
                 "mean what either says. Start from the checkpoint before, or leave the rope as it is."
             )
-        kept = {name: old[name] for name in _KEPT if name in old}
+        unchanged = {name: old[name] for name in _UNCHANGED if name in old}
         if self.kind == "base":
             if self.amount <= old["rope_theta"]:
                 raise ZebraError(
                     f"a larger base is above the {old['rope_theta']:,.0f} that it is; got {self}. Raise it."
                 )
-            return kept | {"rope_type": "default", "rope_theta": self.amount}
-        new = kept | {"rope_type": self.kind, "factor": self.amount}
+            return unchanged | {"rope_type": "default", "rope_theta": self.amount}
+        new = unchanged | {"rope_type": self.kind, "factor": self.amount}
         if self.kind in ("yarn", "llama3"):
             new["original_max_position_embeddings"] = config.max_position_embeddings
         return new | (_LLAMA3 if self.kind == "llama3" else {})
@@ -141,23 +139,26 @@ def as_rope(rope: Rope | str | None) -> Rope:
 def changes_with_length(config: PreTrainedConfig) -> str | None:
     """The type of a rope whose frequencies depend on the text's length, so that a cache would mix several; or None."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [one for one in (rope, *rope.values()) if isinstance(one, dict)]
-    return next((one["rope_type"] for one in kinds if one.get("rope_type") in LENGTH_DEPENDENT), None)
+    by_kind = [parameters for parameters in (rope, *rope.values()) if isinstance(parameters, dict)]
+    types = (parameters.get("rope_type") for parameters in by_kind)
+    return next((rope_type for rope_type in types if rope_type in LENGTH_DEPENDENT), None)
 
 
 def with_explicit_yarn_factor(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with the factor of its YaRN rope written out, which the host else takes of max_position_embeddings:
-    a model that is to read more positions would come back with another rope.
+    """The config with the factor of its YaRN rope written out.
+
+    Without it transformers takes the factor from max_position_embeddings: a model that is to read more positions would
+    come back with another rope.
     """
-    made = copy.deepcopy(config)
-    for rope in (made.rope_parameters or {}, *(made.rope_parameters or {}).values()):
+    result = copy.deepcopy(config)
+    for rope in (result.rope_parameters or {}, *(result.rope_parameters or {}).values()):
         if isinstance(rope, dict) and rope.get("rope_type") == "yarn" and rope.get("factor") is None:
             rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
-    return made
+    return result
 
 
 def refuse_changing_rope(config: PreTrainedConfig) -> None:
-    """Refuse to write or train a model whose frequencies depend on the text's length.
+    """Reject writing or training a model whose frequencies depend on the text's length.
 
     Raises:
         ZebraError: dynamic NTK or longrope.
@@ -165,13 +166,14 @@ def refuse_changing_rope(config: PreTrainedConfig) -> None:
     kind = changes_with_length(config)
     if kind is not None:
         raise ZebraError(
-            f"a rope of type {kind} changes its frequencies with the text's length, so that a cache, chunks and rows "
-            "of training differ from a whole text. It serves `zebra evaluate` only. Take yarn, linear, llama3 or base."
+            f"a rope of type {kind} changes its frequencies with the text's length, so that a cache, chunks and "
+            "sequences of training differ from a whole text. It serves `zebra evaluate` only. Take yarn, linear, "
+            "llama3 or base."
         )
 
 
 def refuse_cache(config: PreTrainedConfig, needing: str) -> None:
-    """Refuse what needs a cache of a model whose frequencies depend on the text's length.
+    """Reject what needs a cache of a model whose frequencies depend on the text's length.
 
     Args:
         needing: what needs it, such as "generating".
@@ -193,7 +195,7 @@ def length_dependent_rope_hook(
     """A forward pre-hook of a model whose rope changes with length: no cache, and each text by its own length.
 
     Raises:
-        ZebraError: a cache was asked for.
+        ZebraError: a call with a cache.
     """
     if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
         raise ZebraError(
@@ -202,7 +204,7 @@ def length_dependent_rope_hook(
         )
     import torch  # recipes read the notation without it
 
-    # The host remembers the longest text; a short one brings it back to the frequencies of the trained length.
+    # transformers remembers the longest text; a short one brings it back to the frequencies of the trained length.
     start = torch.zeros(1, 1, dtype=torch.long, device=module.device)
     by_kind = [{"layer_type": kind} for kind in (GLOBAL, LOCAL) if kind in module.config.rope_parameters]
     for kind in by_kind or [{}]:

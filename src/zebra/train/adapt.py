@@ -118,7 +118,7 @@ def _with_rope(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConf
             f"train.length is {recipe.train.length:,}. Take a factor of at least "
             f"{math.ceil(recipe.train.length / config.max_position_embeddings)}."
         )
-    config = with_explicit_yarn_factor(rope.changed(config))
+    config = with_explicit_yarn_factor(rope.apply(config))
     refuse_changing_rope(config)
     return config
 
