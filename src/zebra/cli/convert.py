@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import Checkpoint, Device, Dtype, Json, RopeOption, Seed, SelfExtendOption, Separator, names
+from zebra.cli.options import (
+    Checkpoint,
+    Device,
+    Dtype,
+    Json,
+    RopeOption,
+    Seed,
+    Separator,
+    names,
+    rope_notation,
+    self_extend_notation,
+)
 from zebra.data.documents import find_files
 from zebra.model.checkpoint_files import check_checkpoint, check_conversion
 from zebra.stripes import Stripes
@@ -24,7 +35,9 @@ def convert(
         str,
         typer.Option(help="Layout: PATTERN:WINDOW or LAYERS:WINDOW, such as GLLL:4096 or 0,4:4096; +4 adds 4 sinks."),
     ],
-    rope: RopeOption = None,
+    rope: Annotated[
+        str | None, typer.Option(callback=rope_notation, help="Change of the rope: linear:8, yarn:8. Default: none.")
+    ] = None,
     full_decode: Annotated[
         bool, typer.Option("--full-decode", help="Let local layers keep all keys, for the tokens that are generated.")
     ] = False,
@@ -71,7 +84,9 @@ def select(
     samples: Annotated[int, typer.Option(help="Texts or prompts to measure; one in four is held out.")] = 16,
     order: Annotated[
         Literal["greedy", "once"],
-        typer.Option(help="greedy: measure again after each choice; once: choose after the first round."),
+        typer.Option(
+            metavar="NAME", help="greedy: measure again after each choice; once: choose after the first round."
+        ),
     ] = "greedy",
     separator: Separator = None,
     rope: RopeOption = None,
@@ -134,12 +149,20 @@ def _write_page(selection: Selection, folder: Path) -> None:
 def verify(
     target: Annotated[str, typer.Argument(help="Converted checkpoint.")],
     against: Annotated[
-        str | None, typer.Option(help="Checkpoint that it was converted from. Default: check it by itself.")
+        str | None, typer.Option(help="Checkpoint that it was converted from. Needed except for --self-extend.")
     ] = None,
-    self_extend: SelfExtendOption = None,
-    rope: RopeOption = None,
+    self_extend: Annotated[
+        str | None,
+        typer.Option(
+            callback=self_extend_notation,
+            help="Also compare this Self-Extend with its formula: GROUP:WINDOW or auto:LENGTH.",
+        ),
+    ] = None,
+    rope: Annotated[
+        str | None, typer.Option(callback=rope_notation, help="Change of the rope that it was converted with.")
+    ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens of the long checks. Default: several windows, as the layout needs.")
+        int | None, typer.Option(help="Tokens of the long checks. Default: somewhat over one and a half windows.")
     ] = None,
     seed: Seed = 0,
     dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",

@@ -24,7 +24,7 @@ def instructions(
     depth: Annotated[
         str, typer.Option(help="Depths of the document asked about, 0 (start) to 1 (end), used in turn.")
     ] = "0,0.5,1",
-    writing: Annotated[int, typer.Option(min=0, help="Writing tasks made of each document.")] = 3,
+    writing: Annotated[int, typer.Option(min=0, metavar="INT", help="Writing tasks made of each document.")] = 3,
     separator: Separator = None,
     seed: Seed = 0,
     as_json: Json = False,

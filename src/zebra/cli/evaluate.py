@@ -38,14 +38,15 @@ def perplexity(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs of text.")],
     length: Lengths,
     convention: Annotated[
-        Literal["disjoint", "strided", "truncated"], typer.Option(help="How windows lie on a text.")
+        Literal["disjoint", "strided", "truncated"],
+        typer.Option(metavar="NAME", help="How windows lie on a text: disjoint, strided or truncated."),
     ] = "disjoint",
     stride: Annotated[
         int | None, typer.Option(help="Tokens that each strided window scores. Default: half of the length.")
     ] = None,
     separator: Separator = None,
     field: Annotated[str, typer.Option(help="Field of .jsonl or .parquet records that holds the text.")] = "text",
-    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, metavar="INT", help="Processes that tokenise.")] = 1,
     join: Annotated[
         bool, typer.Option("--join", help="Join documents into longer ones, of at least the length.")
     ] = False,
@@ -106,7 +107,10 @@ def retrieval(
     samples: Annotated[int, typer.Option(help="Samples of each task, length and depth.")] = 20,
     score: Annotated[
         Literal["generate", "likelihood"],
-        typer.Option(help="Generate the answer, or compare likelihoods, for models that follow no question."),
+        typer.Option(
+            metavar="NAME",
+            help="generate: generate the answer; likelihood: compare likelihoods, for models that follow no question.",
+        ),
     ] = "generate",
     haystack: Annotated[
         list[str] | None,
@@ -224,7 +228,7 @@ def documents(
     file: Annotated[Path, typer.Argument(help="JSON Lines of document, question and answers, or of document and qa.")],
     score: Annotated[
         Literal["generate", "likelihood"],
-        typer.Option(help="Generate answers (ROUGE and F1), or take the likelihood of the reference answers."),
+        typer.Option(metavar="NAME", help="generate: generate answers (ROUGE, F1); likelihood: of the references."),
     ] = "generate",
     length: Annotated[
         str | None,

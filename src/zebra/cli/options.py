@@ -34,21 +34,25 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _stripes(value: str | None) -> str | None:
+def stripes_notation(value: str | None) -> str | None:
+    """Check a layout; raises as `Stripes.parse`."""
     return value if value is None else str(Stripes.parse(value))
 
 
-def _rope(value: str | None) -> str | None:
+def rope_notation(value: str | None) -> str | None:
+    """Check a change of the rope; raises as `Rope.parse`."""
     return value if value is None else str(Rope.parse(value))
 
 
-def _self_extend(value: str | None) -> str | None:
+def self_extend_notation(value: str | None) -> str | None:
+    """Check a setting of Self-Extend; raises as `SelfExtend.parse`."""
     if value is not None and not value.strip().startswith("auto:"):  # a target needs the model's trained length
         SelfExtend.parse(value)
     return value
 
 
-def _dtype(value: str | None) -> str | None:
+def dtype_name(value: str | None) -> str | None:
+    """Check the name of a dtype; raises as `check_dtype`."""
     if value is not None:
         check_dtype(value)
     return value
@@ -56,43 +60,46 @@ def _dtype(value: str | None) -> str | None:
 
 # Checkpoints, and how they are loaded
 
+
+def _loading(name: str, text: str, check: Callable[[str | None], str | None] | None = None) -> Any:
+    return typer.Option(name, help=text, callback=check, rich_help_panel="How the checkpoint is loaded")
+
+
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint: a directory that transformers saved.")]
 StripesOption = Annotated[
     str | None,
-    typer.Option(
+    _loading(
         "--stripes",
-        callback=_stripes,
-        help="Layout, PATTERN:WINDOW or LAYERS:WINDOW, such as GLLL:512 or 0,4:512; GLLL:512+4 adds 4 sinks. "
+        "Layout, PATTERN:WINDOW or LAYERS:WINDOW, such as GLLL:512 or 0,4:512; GLLL:512+4 adds 4 sinks. "
         "Default: the checkpoint's own.",
+        stripes_notation,
     ),
 ]
 RopeOption = Annotated[
     str | None,
-    typer.Option(
-        "--rope", callback=_rope, help="Change of the rope: linear:8, yarn:8, llama3:8, base:5000000. Default: none."
-    ),
+    _loading("--rope", "Change of the rope: linear:8, yarn:8, llama3:8, base:5000000. Default: none.", rope_notation),
 ]
 SelfExtendOption = Annotated[
     str | None,
-    typer.Option(
+    _loading(
         "--self-extend",
-        callback=_self_extend,
-        help="Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:LENGTH. Default: off.",
+        "Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:LENGTH. Default: off.",
+        self_extend_notation,
     ),
 ]
-Window = Annotated[int | None, typer.Option(help="Window of local layers, in tokens. Default: the layout's.")]
+Window = Annotated[int | None, _loading("--window", "Window of local layers, in tokens. Default: the layout's.")]
 FullDecode = Annotated[
     bool | None,
-    typer.Option(
+    _loading(
         "--full-decode/--no-full-decode",
-        help="Let local layers keep all keys, for the tokens that are generated. Default: as the checkpoint says.",
+        "Let local layers keep all keys, for the tokens that are generated. Default: as the checkpoint says.",
     ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(callback=_dtype, help="float64, float32, bfloat16 or float16. Default: the checkpoint's own."),
+    _loading("--dtype", "float64, float32, bfloat16 or float16. Default: the checkpoint's own.", dtype_name),
 ]
-Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1. Default: a GPU if there is one.")]
+Device = Annotated[str | None, _loading("--device", "cpu, cuda, cuda:1. Default: a GPU if there is one.")]
 
 
 def load_arguments(

@@ -8,16 +8,21 @@ from typing import Annotated, Literal
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import Json, StripesOption
+from zebra.cli.options import Json, stripes_notation
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, config.json, or a built-in name: llama-2-7b.")],
     length: Annotated[int, typer.Option(help="Tokens of context; in decode, those before the new token.")],
-    stripes: StripesOption = None,
+    stripes: Annotated[
+        str | None,
+        typer.Option(callback=stripes_notation, help="Layout. Default: the model's own, or GLLL:512."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    phase: Annotated[Literal["train", "prefill", "decode"], typer.Option(help="What is computed.")] = "prefill",
+    phase: Annotated[
+        Literal["train", "prefill", "decode"], typer.Option(metavar="NAME", help="train, prefill or decode.")
+    ] = "prefill",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Train with activation checkpointing.")
     ] = False,

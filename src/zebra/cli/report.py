@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import Device, Json
+from zebra.cli.options import Json
 from zebra.errors import ZebraError
 
 
@@ -34,9 +34,10 @@ def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure FLOP/s, bandwidth and one local layer, in some ten seconds.")
     ] = False,
-    device: Device = None,
+    device: Annotated[str | None, typer.Option(help="Device to measure. Default: a GPU if there is one.")] = None,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Size of the measured matrices. Default: 2048 on a CPU, 8192 on a GPU.")
+        int | None,
+        typer.Option(min=1, metavar="INT", help="Size of the matrices. Default: 2048 on a CPU, 8192 on a GPU."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write the measured ceilings to, for `plan --device`.")
