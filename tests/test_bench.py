@@ -467,14 +467,14 @@ def test_ceilings_go_to_the_plan_and_back(zebra: Zebra, tmp_path: Path) -> None:
     layer = [one for one in results if one["metric"] == "milliseconds_forward_backward"]
     assert [one["model"] for one in layer] == ["zebra", "sdpa, dense mask"]
     assert all(one["low"] <= one["value"] <= one["high"] for one in layer)
-    device = devices.find(path)
+    device = devices.find_device(path)
     assert device.source == devices.MEASURED
     assert {one["model"]: one["value"] for one in results}["float32 products"] == device.flops["float32"] > 0
     done = zebra("plan", ROOT / "examples/stories260K", "--length", 512, "--dtype", "float32", "--device", path)
     assert done.returncode == 0, done.stderr
     again = measure.measure_ceilings("cpu", size=32, repeats=1)
     measure.write_ceilings(path, again)
-    assert devices.find(path) == again
+    assert devices.find_device(path) == again
     assert [file.name for file in path.parent.iterdir()] == ["machine.json"]
 
 

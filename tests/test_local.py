@@ -29,7 +29,7 @@ from zebra.model.self_extend import SelfExtendAttention, bounded_cache
 from zebra.model.self_extend.formula import formula_logits
 from zebra.model.verify import verify
 from zebra.plan import cost, memory
-from zebra.plan.decoder import decoder
+from zebra.plan.decoder import decoder_from_config
 
 MakeCheckpoint = Callable[..., Path]
 WINDOW, SINKS = 9, 3
@@ -176,7 +176,7 @@ def test_with_self_extend_both_equal_the_formula(checkpoints: MakeCheckpoint) ->
 def test_law_6_counts_and_bytes_are_the_plans(layout: str, full_decode: bool, checkpoints: MakeCheckpoint) -> None:
     path, stripes = checkpoints("llama"), Stripes.parse(layout)
     model = zebra.load(path, stripes=stripes, full_decode=full_decode)
-    sizes = decoder(json.loads((path / "config.json").read_text()), name="tiny")
+    sizes = decoder_from_config(json.loads((path / "config.json").read_text()), name="tiny")
     asked = {"decoder": sizes, "stripes": stripes, "dtype": "float32", "full_decode": full_decode}
     for length in (2, 5, 8, 31, 200):
         cache = bounded_cache(model)

@@ -1,4 +1,4 @@
-"""What the planner says is what brute force, the host, autograd and the live cache say."""
+"""The planner against brute force, transformers, autograd and the live cache."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from zebra.masks import beyond, causal, within
 from zebra.model import loss
 from zebra.model.cache import StripedCache
 from zebra.model.families import model_class, stripes_of, with_stripes
-from zebra.plan import cost, decoder, devices, fit, memory, sheet
+from zebra.plan import comparison, cost, decoder, devices, fit, memory
 from zebra.plan.cost import Run
 from zebra.plan.shapes import SHAPES, shape
 from zebra.stripes import GLOBAL, LOCAL
 from zebra.train import dry_run
 
-LLAMA = decoder.read("llama-2-7b")
+LLAMA = decoder.read_decoder("llama-2-7b")
 COUNTED = (
     "llama llama-biased mistral ministral cwm smollm3 qwen2 qwen3 qwen3_moe mellum gemma2 gemma3_text cohere2 olmo2"
 )
@@ -35,13 +35,13 @@ DEVICE = devices.DEVICES["h100-sxm"]
 
 
 def run(model: str = "llama-2-7b", stripes: str | None = "GLLL:512", **changes: Any) -> Run:
-    asked: dict[str, Any] = {"length": 16384} | changes
-    return Run(decoder=decoder.read(model), stripes=Stripes.parse(stripes) if stripes else None, **asked)
+    settings: dict[str, Any] = {"length": 16384} | changes
+    return Run(decoder=decoder.read_decoder(model), stripes=Stripes.parse(stripes) if stripes else None, **settings)
 
 
 def tiny(family: str, **changes: Any) -> tuple[Any, decoder.Decoder]:
     config = tiny_config(family, **changes)
-    return config, decoder.decoder(config.to_dict(), name=family)
+    return config, decoder.decoder_from_config(config.to_dict(), name=family)
 
 
 # Pairs
@@ -59,9 +59,9 @@ def test_pairs_are_the_masks(n: int, layout: str | None) -> None:
         return sum(first <= i < last and within(i, j, window) for i, j in full)
 
     kinds = shape.kinds(stripes)
-    asked = Run(decoder=shape, stripes=stripes, length=n, batch=3)
-    assert cost.pairs(asked) == 3 * sum(seen(kind, 0, n) for kind in kinds)
-    assert cost.pairs(replace(asked, phase="decode")) == 3 * sum(seen(kind, n, n + 1) for kind in kinds)
+    one = Run(decoder=shape, stripes=stripes, length=n, batch=3)
+    assert cost.pairs(one) == 3 * sum(seen(kind, 0, n) for kind in kinds)
+    assert cost.pairs(replace(one, phase="decode")) == 3 * sum(seen(kind, n, n + 1) for kind in kinds)
     if stripes:
         assert cost.chunk_pairs(n, n, stripes.window) == seen(LOCAL, n, 2 * n)
 
@@ -81,38 +81,37 @@ def test_self_extend_is_one_causal_attention(n: int, window: int) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_built_in_models_have_the_published_parameters(name: str) -> None:
-    assert decoder.read(name).size == PUBLISHED[name]
+    assert decoder.read_decoder(name).num_parameters == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("member", COUNTED.split())
 @pytest.mark.parametrize("tied", [True, False])
-def test_parameters_and_layout_are_the_hosts(member: str, tied: bool) -> None:
-    config, found = tiny(member, tie_word_embeddings=tied)
+def test_parameters_and_layout_are_those_of_transformers(member: str, tied: bool) -> None:
+    config, sizes = tiny(member, tie_word_embeddings=tied)
     with torch.device("meta"):
         model = model_class(config)(config)
-    assert found.size == sum(p.numel() for p in model.parameters())
-    assert found.stripes == stripes_of(config)
-    assert found.family in decoder.FAMILIES
+    assert sizes.num_parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.stripes == stripes_of(config)
+    assert sizes.family in decoder.FAMILIES
 
 
-def test_a_layout_without_layer_types_is_the_hosts() -> None:
+def test_a_layout_without_layer_types_is_that_of_transformers() -> None:
     """Older configs give a window and no list, and each family tiles its own; Qwen's window may be switched off."""
     fields = shape("qwen3-4b") | {"sliding_window": 64}
-    assert decoder.decoder(fields | {"use_sliding_window": False}, name="q").stripes is None
-    some = decoder.decoder(fields | {"use_sliding_window": True, "max_window_layers": 30}, name="q")
+    assert decoder.decoder_from_config(fields | {"use_sliding_window": False}, name="q").stripes is None
+    some = decoder.decoder_from_config(fields | {"use_sliding_window": True, "max_window_layers": 30}, name="q")
     assert some.kinds(some.stripes).count(LOCAL) == 6
     for family in ("qwen2", "qwen3", "qwen3_moe", "smollm3", "llama", "olmo2"):
         unused = {"model_type": family, "sliding_window": 64, "num_experts_per_tok": 1}
-        assert decoder.decoder(shape("llama-2-7b") | unused, name=family).stripes is None
+        assert decoder.decoder_from_config(shape("llama-2-7b") | unused, name=family).stripes is None
     third = shape("llama-2-7b") | {"model_type": "gemma3_text", "sliding_window": 64, "sliding_window_pattern": 3}
-    assert str(decoder.decoder(third, name="g").stripes) == "LLG:64"
+    assert str(decoder.decoder_from_config(third, name="g").stripes) == "LLG:64"
     for family in ("gemma2", "gemma3_text", "cohere2", "mistral", "cwm"):
         config = tiny_config(family, num_hidden_layers=12, sliding_window=64, layer_types=None)
         fields = config.to_dict()
         fields.pop("layer_types", None)
-        assert decoder.decoder(fields, name=family).kinds(stripes_of(config)) == decoder.decoder(
-            fields, name=family
-        ).kinds(decoder.decoder(fields, name=family).stripes)
+        sizes = decoder.decoder_from_config(fields, name=family)
+        assert sizes.kinds(sizes.stripes) == sizes.kinds(stripes_of(config))
 
 
 # FLOPs
@@ -120,29 +119,29 @@ def test_a_layout_without_layer_types_is_the_hosts() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_flops_are_those_that_torch_counts(family: str) -> None:
-    """The host's dense attention forms all N^2 scores where the mask has N (N + 1) / 2 pairs, and keeps them for the
-    backward, so that it has 3 forwards where ours has 7/2.
+    """Eager attention forms all N^2 scores where the mask has N (N + 1) / 2 pairs, and saves them for the backward pass,
+    so that a step costs 3 forward passes where ours costs 7/2.
     """
     n = 64
     model = tiny_model(family)
     model.set_attn_implementation("eager")
     _, shape = tiny(family)
-    asked = Run(decoder=shape, stripes=None, length=n, phase="train", dtype="float32")
+    one = Run(decoder=shape, stripes=None, length=n, phase="train", dtype="float32")
     ids = torch.zeros(1, n, dtype=torch.long)
     with FlopCounterMode(display=False) as forward:
         logits = model(ids, use_cache=False).logits
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
-    ours = cost.forward_flops(asked)
+    ours = cost.forward_flops(one)
     dense = ours["attention"] * 2 * n // (n + 1)
     linear = sum(ours.values()) - ours["attention"]
-    # Older hosts make the rotary angles by a product.
+    # Older versions of transformers compute the rotary angles by a product.
     rotary = sum(
         sum(counts.values()) for name, counts in forward.get_flop_counts().items() if name.endswith("rotary_emb")
     )
     assert forward.get_total_flops() - rotary == linear + dense
     assert forward.get_total_flops() - rotary + backward.get_total_flops() == 3 * (linear + dense)
-    step = cost.flops(asked)
+    step = cost.flops(one)
     assert step["attention"] * 2 == 7 * ours["attention"]
     assert all(step[part] == 3 * ours[part] for part in ("projections", "MLP", "head"))
 
@@ -159,35 +158,35 @@ def test_checkpointing_adds_a_forward_and_low_rank_takes_gradients_away() -> Non
 
 def test_a_frozen_head_needs_no_gradient_and_a_tied_one_is_trained() -> None:
     for model, products in (("llama-3.1-8b", 2), ("qwen3-4b", 3)):
-        asked = run(model, phase="train", lora=16)
-        assert cost.flops(asked)["head"] == products * cost.forward_flops(asked)["head"]
+        one = run(model, phase="train", lora=16)
+        assert cost.flops(one)["head"] == products * cost.forward_flops(one)["head"]
 
 
 def test_decode_reads_only_the_experts_that_its_tokens_meet() -> None:
     _, shape = tiny("qwen3_moe", num_experts=64)
     one, many = (
-        cost.traffic(Run(decoder=shape, stripes=None, length=9, batch=batch, phase="decode"))["MLP"]
+        cost.bytes_moved(Run(decoder=shape, stripes=None, length=9, batch=batch, phase="decode"))["MLP"]
         for batch in (1, 32)
     )
-    expert = shape.maps * shape.hidden * shape.expert_intermediate
+    expert = shape.mlp_matrices * shape.hidden_size * shape.expert_intermediate_size
     assert many - one >= 2 * shape.expert_layers * (64 - 2) * expert
-    assert one < 2 * shape.parameters()["MLP"] / 2
+    assert one < 2 * shape.parameters_by_part()["MLP"] / 2
 
 
 def test_decode_reads_weights_once_and_the_cache() -> None:
-    asked = run(phase="decode", length=131072)
-    d = asked.decoder
-    parts = d.parameters()
-    moved = sum(cost.traffic(asked).values())
-    assert moved == pytest.approx(2 * (d.size - parts["embedding"]) + memory.kv_bytes(asked), rel=1e-3)
+    one = run(phase="decode", length=131072)
+    d = one.decoder
+    parts = d.parameters_by_part()
+    moved = sum(cost.bytes_moved(one).values())
+    assert moved == pytest.approx(2 * (d.num_parameters - parts["embedding"]) + memory.kv_bytes(one), rel=1e-3)
     few = run(phase="decode", length=10, stripes=None)
-    assert sum(cost.traffic(few).values()) == pytest.approx(2 * (d.size - parts["embedding"]), rel=2e-3)
+    assert sum(cost.bytes_moved(few).values()) == pytest.approx(2 * (d.num_parameters - parts["embedding"]), rel=2e-3)
 
 
 # Memory
 
 
-@pytest.mark.parametrize("parts", [(3,), (8, 1), (9,), (40, 1, 1), (200, 1)], ids=str)
+@pytest.mark.parametrize("parts", [(3,), (8, 1), (9,), (40, 1, 1), (200, 1)], ids=lambda p: "+".join(map(str, p)))
 @pytest.mark.parametrize("layout", [None, "GLLL:9", "L:1", "1:30"])
 @torch.no_grad()
 def test_key_value_bytes_are_the_live_caches(
@@ -200,13 +199,13 @@ def test_key_value_bytes_are_the_live_caches(
         model(torch.zeros(2, n, dtype=torch.long), past_key_values=cache, use_cache=True)
     _, shape = tiny("llama")
     stripes = Stripes.parse(layout) if layout else None
-    asked = Run(decoder=shape, stripes=stripes, length=sum(parts), batch=2, dtype="float32", phase="decode")
+    one = Run(decoder=shape, stripes=stripes, length=sum(parts), batch=2, dtype="float32", phase="decode")
     shown = sum(s.numel() * s.element_size() for layer in cache.layers for s in (layer.keys, layer.values))
-    assert memory.kv_bytes(asked) == shown
+    assert memory.kv_bytes(one) == shown
     for layer in cache.layers:
         live, token = layer.keys.shape[-2], 2 * shape.kv_width * 4
         assert layer.keys.untyped_storage().nbytes() <= (live + max(1, live // 4)) * token
-    assert memory.kv_bytes(asked) <= cache.kv_bytes()
+    assert memory.kv_bytes(one) <= cache.kv_bytes()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -217,30 +216,30 @@ def test_key_value_bytes_are_the_live_caches(
 def test_activations_are_what_autograd_keeps(
     family: str, precision: str, lora: int | None, kind: str, tmp_path: Path
 ) -> None:
-    """The table of zebra.plan.memory, term by term, against the bytes that a dry run measures in the host's layer."""
-    asked = recipe(tmp_path, train__bf16=precision == "bfloat16", lora=lora and {"r": lora, "base_dtype": precision})
+    """The table of zebra.plan.memory, term by term, against the bytes that a dry run measures in the model's layer."""
+    one = recipe(tmp_path, train__bf16=precision == "bfloat16", lora=lora and {"r": lora, "base_dtype": precision})
     sizes = {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 4, "head_dim": 40}
     config, shape = tiny(family, **sizes)
     if kind == LOCAL:
         config = with_stripes(config, Stripes.parse("L:16"))
-    grows, _ = dry_run._saved_by_a_layer(asked, config, kind)
+    grows, _ = dry_run._saved_by_a_layer(one, config, kind)
     ours = Run(decoder=shape, stripes=None, length=1, dtype=precision, phase="train", lora=lora)
-    assert memory.saved_by_a_layer(ours) == pytest.approx(grows, rel=0.01)
+    assert memory.saved_bytes_per_token(ours) == pytest.approx(grows, rel=0.01)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": 2}, {"checkpointing": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"lora": 2}, {"checkpointing": True}], ids=["full", "lora", "checkpointing"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_plan_of_training_is_the_dry_runs(changes: dict[str, Any], precision: str, tmp_path: Path) -> None:
     """Part by part on the real tiny checkpoint."""
     low = {"lora": {"r": changes["lora"], "base_dtype": precision}} if "lora" in changes else {}
     again = {"train__gradient_checkpointing": changes.get("checkpointing", False)}
-    wanted = dry_run.dry_run(recipe(tmp_path, train__bf16=precision == "bfloat16", **again, **low)).memory
-    asked = run(str(STORIES), "GLLL:33", length=600, phase="train", dtype=precision, **changes)
-    found = memory.memory(asked)
-    assert set(wanted) <= set(found)
-    for part in wanted:
-        assert found[part] == pytest.approx(wanted[part], rel=0.01), part
+    expected = dry_run.dry_run(recipe(tmp_path, train__bf16=precision == "bfloat16", **again, **low)).memory
+    one = run(str(STORIES), "GLLL:33", length=600, phase="train", dtype=precision, **changes)
+    planned = memory.memory(one)
+    assert set(expected) <= set(planned)
+    for part in expected:
+        assert planned[part] == pytest.approx(expected[part], rel=0.01), part
     assert memory.CHUNK == loss.CHUNK
 
 
@@ -265,9 +264,9 @@ def test_a_checkpointed_layer_keeps_a_float32_input(half: bool) -> None:
 def test_time_is_the_roofline_of_the_parts() -> None:
     slow = devices.Device("slow", {"bfloat16": 1e12}, 1e30)
     narrow = devices.Device("narrow", {"bfloat16": 1e30}, 1e9)
-    asked = run()
-    assert sum(slow.seconds(asked).values()) == pytest.approx(sum(cost.flops(asked).values()) / 1e12)
-    assert sum(narrow.seconds(asked).values()) == pytest.approx(sum(cost.traffic(asked).values()) / 1e9)
+    one = run()
+    assert sum(slow.seconds(one).values()) == pytest.approx(sum(cost.flops(one).values()) / 1e12)
+    assert sum(narrow.seconds(one).values()) == pytest.approx(sum(cost.bytes_moved(one).values()) / 1e9)
     with pytest.raises(ZebraError, match="no ceiling for float32"):
         slow.seconds(run(dtype="float32"))
 
@@ -276,8 +275,8 @@ def test_ceilings_come_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "ceilings.json"
     tree = {"name": "this machine", "flops": {"float32": 2e11}, "bandwidth": 4e10}
     file.write_text(json.dumps(tree))
-    found = devices.find(file)
-    assert (found.source, found.flops["float32"], found.memory) == (devices.MEASURED, 2e11, None)
+    device = devices.find_device(file)
+    assert (device.source, device.flops["float32"], device.memory) == (devices.MEASURED, 2e11, None)
     bad: tuple[Any, ...] = (
         [],
         {"name": "x"},
@@ -291,19 +290,19 @@ def test_ceilings_come_from_a_file(tmp_path: Path) -> None:
     for broken in bad:
         file.write_text(json.dumps(broken))
         with pytest.raises(ZebraError, match="ceilings"):
-            devices.find(file)
+            devices.find_device(file)
 
 
 def test_attention_takes_its_time_at_the_rate_of_each_kind_of_layer() -> None:
-    asked = run(stripes="GLLL:512", phase="train", length=4096)
+    one = run(stripes="GLLL:512", phase="train", length=4096)
     plain = replace(DEVICE, bandwidth=1e30, attention={})
-    rates = {GLOBAL: {asked.dtype: DEVICE.flops[asked.dtype] / 2}, LOCAL: {asked.dtype: DEVICE.flops[asked.dtype] / 5}}
-    slow = replace(plain, attention=rates).seconds(asked)
-    pairs = cost.pairs_by_kind(asked)
+    rates = {GLOBAL: {one.dtype: DEVICE.flops[one.dtype] / 2}, LOCAL: {one.dtype: DEVICE.flops[one.dtype] / 5}}
+    slow = replace(plain, attention=rates).seconds(one)
+    pairs = cost.pairs_by_kind(one)
     share = pairs[GLOBAL] / sum(pairs.values())
-    assert slow["attention"] == pytest.approx(plain.seconds(asked)["attention"] * (2 * share + 5 * (1 - share)))
+    assert slow["attention"] == pytest.approx(plain.seconds(one)["attention"] * (2 * share + 5 * (1 - share)))
     assert {part: time for part, time in slow.items() if part != "attention"} == {
-        part: time for part, time in plain.seconds(asked).items() if part != "attention"
+        part: time for part, time in plain.seconds(one).items() if part != "attention"
     }
 
 
@@ -311,27 +310,27 @@ def test_attention_takes_its_time_at_the_rate_of_each_kind_of_layer() -> None:
 @pytest.mark.parametrize("stripes", [None, "GLLL:512"])
 @pytest.mark.parametrize("budget", ["400GiB", "1.5TiB"])
 def test_what_fits_fits_and_one_more_does_not(phase: str, stripes: str | None, budget: str) -> None:
-    asked, most = run(phase=phase, stripes=stripes), fit.bytes_of(budget)
-    for name, largest in (("length", fit.largest_length(asked, most)), ("batch", fit.largest_batch(asked, most))):
+    one, most = run(phase=phase, stripes=stripes), fit.parse_bytes(budget)
+    for name, largest in (("length", fit.largest_length(one, most)), ("batch", fit.largest_batch(one, most))):
         assert largest > 0
-        assert sum(memory.memory(replace(asked, **{name: largest})).values()) <= most
-        assert sum(memory.memory(replace(asked, **{name: largest + 1})).values()) > most
-    assert fit.largest_length(asked, 10**9) == 0
+        assert sum(memory.memory(replace(one, **{name: largest})).values()) <= most
+        assert sum(memory.memory(replace(one, **{name: largest + 1})).values()) > most
+    assert fit.largest_length(one, 10**9) == 0
 
 
-def test_the_mildest_layout_is_the_first_that_meets_the_budgets() -> None:
-    asked = run(phase="decode", length=131072)
-    dense = replace(asked, stripes=None)
+def test_the_suggested_layout_is_the_first_that_meets_the_budgets() -> None:
+    one = run(phase="decode", length=131072)
+    dense = replace(one, stripes=None)
     needs = sum(memory.memory(dense).values())
-    assert fit.mildest(asked, budget=needs, device=DEVICE) == dense
-    found = fit.mildest(asked, budget=needs // 2, device=DEVICE)
-    assert found is not None
-    assert found.stripes is not None
+    assert fit.suggest_layout(one, budget=needs, device=DEVICE) == dense
+    half = fit.suggest_layout(one, budget=needs // 2, device=DEVICE)
+    assert half is not None
+    assert half.stripes is not None
     every = [Stripes.grouped(stride=g, window=w) for g in range(2, 9) for w in fit.WINDOWS]
-    fitting = [r for r in (replace(asked, stripes=s) for s in every) if sum(memory.memory(r).values()) <= needs // 2]
-    assert cost.pairs(found) == max(map(cost.pairs, fitting))
-    assert fit.mildest(asked, budget=10**9, device=DEVICE) is None
-    quick = fit.mildest(asked, seconds=sum(DEVICE.seconds(dense).values()) / 2, device=DEVICE)
+    fitting = [r for r in (replace(one, stripes=s) for s in every) if sum(memory.memory(r).values()) <= needs // 2]
+    assert cost.pairs(half) == max(map(cost.pairs, fitting))
+    assert fit.suggest_layout(one, budget=10**9, device=DEVICE) is None
+    quick = fit.suggest_layout(one, seconds=sum(DEVICE.seconds(dense).values()) / 2, device=DEVICE)
     assert quick is not None
     assert cost.pairs(quick) < cost.pairs(dense)
 
@@ -339,7 +338,8 @@ def test_the_mildest_layout_is_the_first_that_meets_the_budgets() -> None:
 def test_the_papers_table_has_its_numbers() -> None:
     """N = 16,384, w = 512, g = 4: attention 0.297 of dense and the cache 0.273, as section 1 of the paper implies."""
     rows = {
-        row["kind"]: row for row in sheet.complexity(run(self_extend=SelfExtend(8, 1024), phase="decode", length=16384))
+        row["kind"]: row
+        for row in comparison.complexity(run(self_extend=SelfExtend(8, 1024), phase="decode", length=16384))
     }
     assert rows["grouped"]["pairs_of_global"] == pytest.approx(1 / 4 + 3 / 4 * 2 * 512 / 16384, abs=0.001)
     assert rows["grouped"]["cached_of_global"] == pytest.approx(0.273, abs=0.001)
@@ -357,15 +357,15 @@ def test_the_command_prints_tables_json_and_a_picture(zebra: Zebra, tmp_path: Pa
         return done.stdout
 
     arguments = ("llama-2-7b", "--length", 16384, "--self-extend", "8:1024", "--memory", "80GiB")
-    found = json.loads(plan(*arguments, "--picture", tmp_path / "out.svg", "--json"))
-    names = [column["layout"] for column in found["layouts"]]
+    tree = json.loads(plan(*arguments, "--picture", tmp_path / "out.svg", "--json"))
+    names = [column["layout"] for column in tree["layouts"]]
     assert names == ["full", "GLLL:512", "Self-Extend 8:1024", "GLLL:512 + Self-Extend 8:1024"]
-    for column in found["layouts"]:
+    for column in tree["layouts"]:
         for part in ("flops", "bytes", "seconds", "memory"):
             assert column[part]["total"] == pytest.approx(sum(v for k, v in column[part].items() if k != "total"))
-    assert found["layouts"][0]["flops"]["attention"] == found["layouts"][2]["flops"]["attention"]
-    assert found["layouts"][2]["largest_length"] == 25600
-    assert found["mildest_layout"] == "full"
+    assert tree["layouts"][0]["flops"]["attention"] == tree["layouts"][2]["flops"]["attention"]
+    assert tree["layouts"][2]["largest_length"] == 25600
+    assert tree["suggested_layout"] == "full"
     picture = (tmp_path / "out.svg").read_text()
     assert "Self-Extend 8:1024" in picture
     assert "Self-Extend 16:1024" in plan("llama-2-7b", "--length", 16384, "--self-extend", "auto:16384", "--json")
@@ -407,50 +407,60 @@ def test_bad_input_is_refused(case: str, zebra: Zebra) -> None:
     refused(zebra("plan", *arguments, "--length", 16384), words)
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"kv_lora_rank": 512}, "latent attention"),
-        ({"layer_types": ["linear_attention"] * 32}, "linear_attention"),
-        ({"layer_types": [GLOBAL]}, "32 layers"),
-        ({"hidden_size": "wide"}, "got 'wide'"),
-        ({"num_local_experts": 8}, "num_experts_per_tok"),
-        ({"num_experts": -8}, "num_experts is a whole number"),
-        ({"num_experts": 2, "num_experts_per_tok": 8}, "at most all 2 experts; got 8"),
-        ({"num_key_value_heads": 5}, "divide the heads"),
-        ({"hidden_size": 4095}, "divide the heads"),
-        ({"tie_word_embeddings": "false"}, "got 'false'"),
-        ({"vocab_size": 10**400}, "from 1 to 10.12"),
-    ],
-    ids=str,
-)
-def test_a_config_that_cannot_be_reckoned_is_refused(fields: dict[str, Any], words: str) -> None:
+BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "latent attention": ({"kv_lora_rank": 512}, "latent attention"),
+    "another kind": ({"layer_types": ["linear_attention"] * 32}, "linear_attention"),
+    "too few kinds": ({"layer_types": [GLOBAL]}, "32 layers"),
+    "text": ({"hidden_size": "wide"}, "got 'wide'"),
+    "no experts per token": ({"num_local_experts": 8}, "num_experts_per_tok"),
+    "negative experts": ({"num_experts": -8}, "num_experts is a whole number"),
+    "more than all experts": ({"num_experts": 2, "num_experts_per_tok": 8}, "at most all 2 experts; got 8"),
+    "odd groups": ({"num_key_value_heads": 5}, "divide the heads"),
+    "odd width": ({"hidden_size": 4095}, "divide the heads"),
+    "tied": ({"tie_word_embeddings": "false"}, "got 'false'"),
+    "too large": ({"vocab_size": 10**400}, "from 1 to 10.12"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FIELDS)
+def test_a_config_that_cannot_be_estimated_is_refused(case: str) -> None:
+    fields, words = BAD_FIELDS[case]
     with pytest.raises(ZebraError, match=words):
-        decoder.decoder(shape("llama-2-7b") | fields, name="x")
+        decoder.decoder_from_config(shape("llama-2-7b") | fields, name="x")
+
+
+NO_SELF_EXTEND: dict[str, tuple[dict[str, Any], str]] = {
+    "dynamic": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        "a rope of type dynamic, whose frequencies",
+    ),
+    "longrope by its old name": ({"rope_scaling": {"type": "su", "factor": 2.0}}, "a rope of type longrope"),
+    "longrope in global layers": (
+        {"rope_parameters": {GLOBAL: {"rope_type": "longrope"}, LOCAL: {"rope_type": "default"}}},
+        "type longrope",
+    ),
+    "ALiBi": ({"alibi": True}, "ALiBi"),
+    "no rope in global layers": ({"model_type": "cohere2"}, "no global layer with a rotary embedding"),
+    "all local": ({"model_type": "mistral", "sliding_window": 4096}, "no global layer with a rotary embedding"),
+}
+
+
+@pytest.mark.parametrize("case", NO_SELF_EXTEND)
+def test_models_that_self_extend_cannot_load_are_refused(case: str) -> None:
+    fields, words = NO_SELF_EXTEND[case]
+    sizes = decoder.decoder_from_config(shape("llama-2-7b") | fields, name="x")
+    assert comparison.compare(Run(decoder=sizes, stripes=sizes.stripes, length=9), DEVICE)
+    with pytest.raises(ZebraError, match=words):
+        Run(decoder=sizes, stripes=sizes.stripes, length=9, self_extend=SelfExtend(8, 1024))
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "a rope of type dynamic, whose frequencies"),
-        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "a rope of type longrope"),
-        ({"rope_parameters": {GLOBAL: {"rope_type": "longrope"}, LOCAL: {"rope_type": "default"}}}, "type longrope"),
-        ({"alibi": True}, "ALiBi"),
-        ({"model_type": "cohere2"}, "no global layer with a rotary embedding"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "no global layer with a rotary embedding"),
-    ],
-    ids=str,
+    "rope",
+    [{}, {"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}],
+    ids=["default", "yarn", "linear"],
 )
-def test_hosts_that_loading_refuses_under_self_extend_are_refused(fields: dict[str, Any], words: str) -> None:
-    read = decoder.decoder(shape("llama-2-7b") | fields, name="x")
-    assert sheet.tree(Run(decoder=read, stripes=read.stripes, length=9), DEVICE, budget=None, seconds=None)
-    with pytest.raises(ZebraError, match=words):
-        Run(decoder=read, stripes=read.stripes, length=9, self_extend=SelfExtend(8, 1024))
-
-
-@pytest.mark.parametrize("rope", [{}, {"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}], ids=str)
-def test_ropes_that_can_be_turned_again_are_reckoned(rope: dict[str, Any]) -> None:
-    read = decoder.decoder(shape("llama-2-7b") | {"rope_scaling": rope or None}, name="x")
+def test_ropes_that_can_be_rotated_again_are_estimated(rope: dict[str, Any]) -> None:
+    read = decoder.decoder_from_config(shape("llama-2-7b") | {"rope_scaling": rope or None}, name="x")
     assert read.rope == rope.get("rope_type", rope.get("type", "default"))
     assert Run(decoder=read, stripes=None, length=9, self_extend=SelfExtend(8, 1024)).self_extend
 
@@ -468,11 +478,11 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
     for text in ("{", "[]", *(json.dumps(whole | fields) for fields in odd)):
         file.write_text(text)
         with pytest.raises(ZebraError, match="config"):
-            decoder.read(tmp_path)
+            decoder.read_decoder(tmp_path)
 
 
-def test_another_family_is_reckoned_as_a_llama_and_said_so() -> None:
+def test_another_family_is_estimated_as_a_llama_and_the_plan_says_so() -> None:
     odd = replace(LLAMA, family="unheard")
-    assert odd.size == LLAMA.size
-    plan = sheet.tree(Run(decoder=odd, stripes=None, length=9), DEVICE, budget=None, seconds=None)
-    assert "reckoned as a Llama" in sheet.headline(plan)
+    assert odd.num_parameters == LLAMA.num_parameters
+    plan = comparison.compare(Run(decoder=odd, stripes=None, length=9), DEVICE)
+    assert "estimated as a Llama" in comparison.headline(plan)

@@ -29,7 +29,7 @@ from zebra.model.layerwise import Layerwise
 from zebra.model.loss import head_of, token_losses
 from zebra.plan.budget import Budget
 from zebra.plan.cost import Run, flops
-from zebra.plan.decoder import read
+from zebra.plan.decoder import read_decoder
 from zebra.plan.memory import kv_bytes
 from zebra.report import write_report
 from zebra.results import read_results
@@ -182,14 +182,16 @@ def test_answers_of_tasks_are_scored_and_stand_a_window_behind_their_evidence() 
 
 
 def run(at: int | None) -> Run:
-    return Run(decoder=read("llama-3.1-8b"), stripes=None, length=at or 8192)
+    return Run(decoder=read_decoder("llama-3.1-8b"), stripes=None, length=at or 8192)
 
 
 def test_a_budget_of_cost_is_the_most_layers_that_meet_it() -> None:
     which = range(32)
 
     def striped(count: int, at: int) -> Run:
-        return Run(decoder=read("llama-3.1-8b"), stripes=Stripes(1024, global_layers=tuple(range(count))), length=at)
+        return Run(
+            decoder=read_decoder("llama-3.1-8b"), stripes=Stripes(1024, global_layers=tuple(range(count))), length=at
+        )
 
     for text, at, cost, limit in (
         ("flops:0.95", 8192, lambda r: sum(flops(r).values()), 0.95 * sum(flops(run(None)).values())),

@@ -14,7 +14,7 @@ from test_study import ATTENTIONS, CELLS, LENGTH, POSITIONS, config, drawn, toke
 
 from zebra import ZebraError
 from zebra.model.families import attention_pairs, layout
-from zebra.plan import cost, decoder, memory, sheet
+from zebra.plan import comparison, cost, decoder, memory
 from zebra.plan.cost import Run
 from zebra.plan.devices import DEVICES, Device
 from zebra.stripes import GLOBAL, LOCAL
@@ -29,7 +29,7 @@ from zebra_bench import study as bench
 
 
 def planned(attention: str, positions: str = "rotary", **changes: Any) -> Run:
-    shape = decoder.decoder(config(attention, positions).to_dict(), name=attention)
+    shape = decoder.decoder_from_config(config(attention, positions).to_dict(), name=attention)
     return Run(decoder=shape, stripes=shape.stripes, **{"length": LENGTH, "dtype": "float32"} | changes)
 
 
@@ -40,7 +40,7 @@ def planned(attention: str, positions: str = "rotary", **changes: Any) -> Run:
 def test_parameters_and_layout_are_the_models(attention: str, positions: str) -> None:
     for changes in ({}, {"tie_word_embeddings": False}):
         made = config(attention, positions, **changes)
-        found = decoder.decoder(made.to_dict(), name="cell")
+        found = decoder.decoder_from_config(made.to_dict(), name="cell")
         with torch.device("meta"):
             assert found.size == study.StudyForCausalLM(made).num_parameters()
         assert (found.rope is None) == (positions != "rotary")
@@ -81,14 +81,14 @@ def test_a_summary_layer_takes_a_local_layers_rate() -> None:
 
 
 def test_a_plan_names_the_summary_layers_and_counts_them() -> None:
-    found = sheet.tree(planned("summary"), DEVICES["rtx-3090"], budget=10**9, seconds=None)
+    found = comparison.compare(planned("summary"), DEVICES["rtx-3090"], budget=10**9)
     dense, mine = found["layouts"]
     assert (mine["layout"], mine["global_layers"]) == ("SSS:6/3", 0)
     assert mine["kv_bytes"] == dense["kv_bytes"]
     assert mine["pairs"] == 3 * summary_pairs(LENGTH, 6, 3) < dense["pairs"]
     assert [row["kind"] for row in found["complexity"]] == ["global", "local", "summary"]
     step = replace(planned("summary"), phase="decode")
-    assert cost.traffic(step)["attention"] > cost.traffic(replace(step, stripes=None))["attention"]
+    assert cost.bytes_moved(step)["attention"] > cost.bytes_moved(replace(step, stripes=None))["attention"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

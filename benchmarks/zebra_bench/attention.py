@@ -13,7 +13,7 @@ from zebra.kernels import KERNELS, Mask, Request, attend
 from zebra.measure import relative_error
 from zebra.model.load import read_device, read_dtype
 from zebra.plan.cost import Run, flops
-from zebra.plan.decoder import decoder
+from zebra.plan.decoder import decoder_from_config
 from zebra.stripes import Stripes
 from zebra_bench.configs import AttentionConfig
 from zebra_bench.models import heads_in_words, planned_seconds
@@ -143,7 +143,7 @@ def _plan_run(config: AttentionConfig, phase: str, local: bool) -> Run:
         "max_position_embeddings": config.length,
     }
     return Run(
-        decoder=decoder(fields, name="one layer"),
+        decoder=decoder_from_config(fields, name="one layer"),
         stripes=Stripes(config.window, pattern="L") if local else None,
         length=config.length,
         batch=config.batch_size,

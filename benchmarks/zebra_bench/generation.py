@@ -48,7 +48,7 @@ def benchmark(config: Config) -> Benchmark:
         variant("transformers, sdpa", stripes, "sdpa", _dynamic_cache),
         variant("transformers, sdpa, full attention", None, "sdpa", _dynamic_cache),
     )
-    million = plan_run(config, stripes, "prefill").decoder.size / 1e6
+    million = plan_run(config, stripes, "prefill").decoder.num_parameters / 1e6
     name = "decode of a token" if decoding else "prefill"
     task = f"{name}: {million:.1f}M parameters, {sizes_in_words(config)}, vocabulary {config.vocab_size}"
     return Benchmark(task=task, variants=variants)

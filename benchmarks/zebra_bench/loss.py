@@ -13,7 +13,7 @@ from zebra.measure import relative_error
 from zebra.model.load import read_device, read_dtype
 from zebra.model.loss import Head, summed_loss
 from zebra.plan.cost import Run
-from zebra.plan.decoder import decoder
+from zebra.plan.decoder import decoder_from_config
 from zebra_bench.configs import LossConfig
 from zebra_bench.models import planned_seconds
 from zebra_bench.runner import Benchmark, Variant, Workload
@@ -55,7 +55,7 @@ def _plan_run(config: LossConfig) -> Run:
         "max_position_embeddings": config.length,
     }
     return Run(
-        decoder=decoder(fields, name="one head"),
+        decoder=decoder_from_config(fields, name="one head"),
         stripes=None,
         length=config.length,
         batch=config.batch_size,

@@ -13,7 +13,7 @@ import zebra.model.attention  # noqa: F401  registers "zebra"
 from zebra.model.families import model_class, with_stripes
 from zebra.model.load import read_device, read_dtype
 from zebra.plan.cost import Run
-from zebra.plan.decoder import decoder
+from zebra.plan.decoder import decoder_from_config
 from zebra.plan.devices import Device
 from zebra.stripes import Stripes
 from zebra_bench.configs import ModelConfig
@@ -58,7 +58,7 @@ def random_tokens(config: ModelConfig, length: int) -> Tensor:
 
 def plan_run(config: ModelConfig, stripes: Stripes | None, phase: str) -> Run:
     """The same run for the plan."""
-    sizes: Any = decoder(llama_config(config, stripes).to_dict(), name="random")
+    sizes: Any = decoder_from_config(llama_config(config, stripes).to_dict(), name="random")
     return Run(
         decoder=sizes,
         stripes=stripes,

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zebra.errors import ZebraError
 from zebra.measure import TOLERANCE, ceiling_results, measure_ceilings, paired_seconds
 from zebra.model.load import device_name, read_device
-from zebra.plan.devices import Device, find
+from zebra.plan.devices import Device, find_device
 from zebra.progress import bar
 from zebra.results import Result
 from zebra_bench.configs import FAST, RUN, BenchmarkConfig
@@ -232,7 +232,7 @@ def ceilings_for(config: BenchmarkConfig, device: str) -> Device:
     Raises:
         ZebraError: a file that holds no ceilings, or that lacks the dtype.
     """
-    ceilings = find(config.ceilings) if config.ceilings else measure_ceilings(device, repeats=3)
+    ceilings = find_device(config.ceilings) if config.ceilings else measure_ceilings(device, repeats=3)
     if config.dtype not in ceilings.flops:
         raise ZebraError(
             f"{ceilings.name} has no ceiling for {config.dtype}; it has {', '.join(ceilings.flops)}. Choose another."

@@ -65,7 +65,7 @@ def benchmark(config: SelfExtendConfig) -> Benchmark:
             variants.append(_authors(config, setting))
     elif config.workload is None:
         left_out = ("two score matrices, as in the authors' code: minutes a turn; ask for the workload authors",)
-    million = plan_run(config, None, "prefill").decoder.size / 1e6
+    million = plan_run(config, None, "prefill").decoder.num_parameters / 1e6
     sizes = f"{million:.1f}M parameters, {sizes_in_words(config)}, vocabulary {config.vocab_size}"
     return Benchmark(task=f"self-extend {setting}: {sizes}", variants=tuple(variants), left_out=left_out)
 

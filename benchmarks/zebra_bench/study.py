@@ -28,7 +28,7 @@ from zebra.model.local import layout_name
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.model.override import set_override
 from zebra.plan.cost import Run, flops
-from zebra.plan.decoder import Decoder, decoder
+from zebra.plan.decoder import Decoder, decoder_from_config
 from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL
 from zebra.study.layout import SUMMARY
@@ -99,7 +99,7 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
 def _exact(recipe: PretrainRecipe) -> list[tuple[str, float]]:
     """What needs no measuring."""
     return [
-        ("parameters", _decoder(recipe).size),
+        ("parameters", _decoder(recipe).num_parameters),
         ("attention_flops", flops(_planned(recipe))["attention"]),
         ("planned_bytes", sum(dry_run(recipe).memory.values())),
     ]
@@ -125,7 +125,7 @@ def _layout(recipe: PretrainRecipe) -> str:
 
 
 def _decoder(recipe: PretrainRecipe) -> Decoder:
-    return decoder(config_of(recipe).to_dict(), name=recipe.run)
+    return decoder_from_config(config_of(recipe).to_dict(), name=recipe.run)
 
 
 def _planned(recipe: PretrainRecipe) -> Run:

@@ -35,7 +35,7 @@ def benchmark(config: TrainStepConfig) -> Benchmark:
         gate = partial(_error, config) if attention == NAME else None
         return Variant(name=name, layout=str(run.stripes), workloads=(workload,), gate=gate)
 
-    million = run.decoder.size / 1e6
+    million = run.decoder.num_parameters / 1e6
     task = f"train step: {million:.1f}M parameters, {sizes_in_words(config)}, vocabulary {config.vocab_size}"
     variants = variant("zebra", NAME, _own_loss), variant("transformers, sdpa", "sdpa", _loss_of_transformers)
     return Benchmark(task=task, variants=variants)

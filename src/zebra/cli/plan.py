@@ -45,15 +45,15 @@ def plan(
 ) -> None:
     """Estimate what a layout costs before it runs: FLOPs, bytes, memory, time, and what fits."""
     import zebra.study.layout  # noqa: F401  # the plan knows the models of the study
-    from zebra.plan import decoder, devices, fit, sheet
+    from zebra.plan import comparison, decoder, devices, fit
     from zebra.plan.cost import Run
     from zebra.positions import SelfExtend
     from zebra.stripes import Stripes
 
-    read, ceilings = decoder.read(model), devices.find(device)
-    default = read.stripes or Stripes.grouped(stride=4, window=512)
+    sizes, ceilings = decoder.read_decoder(model), devices.find_device(device)
+    default = sizes.stripes or Stripes.grouped(stride=4, window=512)
     run = Run(
-        decoder=read,
+        decoder=sizes,
         stripes=default if stripes is None else Stripes.parse(stripes),
         length=length,
         batch=batch,
@@ -61,13 +61,14 @@ def plan(
         phase=phase,
         checkpointing=checkpointing,
         lora=lora,
-        self_extend=None if self_extend is None else SelfExtend.parse(self_extend, read.trained_length),
+        self_extend=None if self_extend is None else SelfExtend.parse(self_extend, sizes.trained_length),
         full_decode=full_decode,
     )
-    tree = sheet.tree(run, ceilings, budget=None if memory is None else fit.bytes_of(memory), seconds=seconds)
+    budget = None if memory is None else fit.parse_bytes(memory)
+    tree = comparison.compare(run, ceilings, budget=budget, seconds=seconds)
     if picture is not None:
         from zebra.report.plan_picture import write_picture
 
-        write_picture(picture, sheet.curves(run, ceilings), phase=phase, device=ceilings.name)
+        write_picture(picture, comparison.curves(run, ceilings), phase=phase, device=ceilings.name)
         show.note(f"picture {picture}")
     show.plan(tree, as_json)

@@ -181,18 +181,19 @@ def plan(tree: dict[str, Any], as_json: bool) -> None:
     if as_json:
         json(tree)
         return
-    from zebra.plan import sheet
+    from zebra.plan import comparison
 
-    print(sheet.headline(tree))
-    for one in sheet.tables(tree):
+    print(comparison.headline(tree))
+    for one in comparison.tables(tree):
         table = _table(*one.head)
         for column in table.columns[1:]:
             column.justify = "right"
         for line in one.body:
             table.add_row(*line, end_section=line[0].startswith("[bold]"))
         _print(table)
-    if "mildest_layout" in tree:
-        print(f"the layout that meets the budget and gives up the least: {tree['mildest_layout'] or 'none of ours'}")
+    if "suggested_layout" in tree:
+        layout = tree["suggested_layout"] or "none of ours"
+        print(f"the layout that meets the budget and keeps the most pairs: {layout}")
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from zebra.model.load import device_name, load, read_device, read_dtype
 from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.plan.budget import Budget
 from zebra.plan.cost import BYTES, Run
-from zebra.plan.decoder import decoder
+from zebra.plan.decoder import decoder_from_config
 from zebra.progress import bar, console
 from zebra.provenance import versions
 from zebra.results import Result, write_results
@@ -189,7 +189,7 @@ def _count(config: PreTrainedConfig, source: str, budget: str, local: Stripes, l
     def run(at: int | None) -> Run:
         kind = str(dtype).removeprefix("torch.")
         return Run(
-            decoder=decoder(config.to_dict(), name="the model"),
+            decoder=decoder_from_config(config.to_dict(), name="the model"),
             stripes=_stripes(source, local) if "L" in source else None,
             length=at or length,
             dtype=kind if kind in BYTES else "float32",

@@ -1,11 +1,11 @@
-"""How many layers may stay global: a number, a share, or what a budget of cost leaves.
+"""How many layers may stay global: a number, a share, or as many as a cost allows.
 
-    8                      so many layers
+    8                      8 layers
     0.25                   at most a quarter of them
     flops:0.5              as many as keep a prefill within half of the model's own FLOPs
     cache:4GiB@131072      as many as keep keys and values within 4 GiB, at 131,072 tokens
 
-Each global layer costs the same, whichever it is: a budget of cost is a number of layers.
+Every global layer costs the same, so a cost is a number of layers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from zebra.errors import ZebraError
 from zebra.plan.cost import Run, flops
-from zebra.plan.fit import bytes_of
+from zebra.plan.fit import parse_bytes
 from zebra.plan.memory import kv_bytes
 from zebra.stripes import Stripes
 
-_WRITE = "Write 8 for so many layers, 0.25 for a share of them, flops:0.5 or cache:4GiB@131072 for a cost."
+_NOTATION = "Write 8 for 8 layers, 0.25 for a share of them, flops:0.5 or cache:4GiB@131072 for a cost."
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Budget:
     Attributes:
         unit: layers, share, flops or cache.
         amount: a number of layers, a share, or bytes.
-        length: the tokens of context at which a cost is reckoned; None where the caller says.
+        length: tokens of context at which a cost is estimated; None where the caller decides.
     """
 
     unit: str
@@ -46,32 +46,33 @@ class Budget:
         """
         match = re.fullmatch(r"(?:(flops|cache):)?([0-9.]+[A-Za-z]*)(?:@([0-9_]+))?", text.strip())
         if match is None or (match[3] and not match[1]):
-            raise ZebraError(f"a budget is a number of global layers, a share or a cost; got {text!r}. {_WRITE}")
+            raise ZebraError(f"a budget is a number of global layers, a share or a cost; got {text!r}. {_NOTATION}")
         length = int(match[3]) if match[3] else None
         if match[1] == "cache":
-            return cls("cache", bytes_of(match[2]), length)
+            return cls("cache", parse_bytes(match[2]), length)
         if match[1] is None and match[2].isdecimal():
             if int(match[2]) < 1:
-                raise ZebraError(f"a budget leaves at least 1 layer global; got {text!r}. {_WRITE}")
+                raise ZebraError(f"a budget leaves at least 1 layer global; got {text!r}. {_NOTATION}")
             return cls("layers", int(match[2]))
         try:
             share = float(match[2])
         except ValueError:
             share = 0.0
         if not 0 < share < 1:
-            raise ZebraError(f"a share lies between 0 and 1; got {text!r}. {_WRITE}")
+            raise ZebraError(f"a share lies between 0 and 1; got {text!r}. {_NOTATION}")
         return cls(match[1] or "share", share, length)
 
-    def layers(self, which: Sequence[int], local: Stripes, run: Callable[[int | None], Run]) -> int:
-        """How many of the model's global layers `which` may stay so, the others being as those of `local`.
+    def layers(self, candidates: Sequence[int], local: Stripes, run: Callable[[int | None], Run]) -> int:
+        """How many of the model's global layers, the candidates, may stay global.
 
         Args:
-            run: a prefill of the model as it is at a length; called only for a budget of cost.
+            local: its window and sinks are those of the layers that become local.
+            run: a prefill of the unchanged model at a length; called only for a budget of cost.
 
         Raises:
             ZebraError: a budget that leaves none, or that leaves all of them.
         """
-        most = len(which)
+        most = len(candidates)
         if self.unit in ("layers", "share"):
             count = int(self.amount if self.unit == "layers" else self.amount * most + 1e-9)
             if not 1 <= count < most:
@@ -80,16 +81,14 @@ class Budget:
                     f"a budget of {self.amount:g} keeps {count}. Give another number."
                 )
             return count
-        own = run(self.length)
-        limit = self.amount * _cost(own, "flops") if self.unit == "flops" else self.amount
-        costs = [
-            _cost(replace(own, stripes=replace(local, pattern=None, global_layers=tuple(which[:k]))), self.unit)
-            for k in range(1, most + 1)
-        ]
+        unchanged = run(self.length)
+        limit = self.amount * _cost(unchanged, "flops") if self.unit == "flops" else self.amount
+        layouts = (replace(local, pattern=None, global_layers=tuple(candidates[:k])) for k in range(1, most + 1))
+        costs = [_cost(replace(unchanged, stripes=stripes), self.unit) for stripes in layouts]
         if costs[0] > limit or costs[-1] <= limit:
             raise ZebraError(
-                f"at {own.length:,} tokens one global layer costs {_said(costs[0], self.unit)} and all {most} cost "
-                f"{_said(costs[-1], self.unit)}; a budget of {_said(limit, self.unit)} leaves no choice. "
+                f"at {unchanged.length:,} tokens one global layer costs {_shown(costs[0], self.unit)} and all {most} "
+                f"cost {_shown(costs[-1], self.unit)}; a budget of {_shown(limit, self.unit)} leaves no choice. "
                 "Give one between."
             )
         return sum(cost <= limit for cost in costs)
@@ -99,5 +98,5 @@ def _cost(run: Run, unit: str) -> int:
     return sum(flops(run).values()) if unit == "flops" else kv_bytes(run)
 
 
-def _said(cost: float, unit: str) -> str:
+def _shown(cost: float, unit: str) -> str:
     return f"{cost:.3g} FLOPs" if unit == "flops" else f"{cost / 2**20:,.4g} MiB"

@@ -1,17 +1,17 @@
-"""What a run computes and moves: pairs, FLOPs and bytes by part, in closed form.
+"""What a run computes and moves: pairs, FLOPs and bytes by part, by formulas.
 
     pairs       sum over layers of the mask's visible pairs: N (N + 1) / 2 global, w (w + 1) / 2 + (N - w) w local
     linear      2 FLOPs for each weight and token
     attention   4 D FLOPs for each head and pair: 2 D for the score, 2 D for the value
 
-A training step is three forwards in its linear maps (one, and two products in the backward) and 7/2 in attention,
-whose backward computes the scores again and so has five products to the forward's two. Activation checkpointing adds a
-forward to the layers. Under LoRA a frozen weight needs no gradient: two forwards instead of three.
+A training step costs three forward passes in its linear maps (one, and two products in the backward) and 7/2 in
+attention, whose backward computes the scores again: five products to the forward's two. Activation checkpointing adds a
+forward pass of the layers. Under LoRA a frozen weight needs no gradient: two forward passes instead of three.
 
-Bytes are the least that must move: weights once for each pass, each map's inputs and outputs, attention's queries,
-keys, values and outputs (never the scores), and in decode the cache. What stands between the maps is counted as the
-hosts run it, operation by operation: two norms of 7 h, two sums of 3 h, rotation 10 (HD + KD), the activation 5 i, and
-two passes over the logits.
+Bytes are the least that must move: weights once for each pass, inputs and outputs of each map, queries, keys, values
+and outputs of attention (never the scores), and in decode the cache. Elementwise operations are counted one by one, as
+transformers runs them: two norms of 7 h, two sums of 3 h, rotation 10 (HD + KD), the activation 5 i, and two passes
+over the logits.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ PHASES = ("train", "prefill", "decode")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is to be reckoned.
+    """The run that is estimated.
 
     Attributes:
-        stripes: the layout; None is dense.
-        length: tokens of a row in training and prefill; in decode the tokens before the one that is computed.
-        batch: rows at a time.
-        dtype: of weights and activations; in training bfloat16 is autocast over float32 weights, as `zebra adapt` runs.
-        lora: the rank, in q, k, v and o, embeddings and norms trained whole; frozen weights are held in `dtype`.
-        self_extend: in global layers.
-        full_decode: local layers keep all tokens, and decoded ones see them.
+        stripes: the layout; None for full attention.
+        length: tokens of a sequence in training and prefill; in decode the tokens before the one that is computed.
+        batch: sequences in a batch.
+        dtype: of weights and activations; in training bfloat16 is autocast over float32 weights, as in `zebra adapt`.
+        lora: the rank, in q, k, v and o; embeddings and norms are trained whole, frozen weights held in `dtype`.
+        self_extend: of the global layers.
+        full_decode: local layers keep all tokens, and decoded tokens see them.
 
     Raises:
         ZebraError: an unknown dtype or phase, a number below 1, training options outside training, float16 or
@@ -73,13 +73,13 @@ class Run:
             raise ZebraError(
                 f"checkpointing and LoRA belong to the phase train; got the phase {self.phase}. Drop them."
             )
-        self.decoder.kinds(self.stripes)  # refuses a layer beyond the model
+        self.decoder.kinds(self.stripes)  # raises for a layer beyond the model
         if self.self_extend is not None:
             _check_self_extend(self, self.self_extend)
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through the model at once."""
+        """Tokens that go through the model in one pass."""
         return self.batch * (1 if self.phase == "decode" else self.length)
 
     def count(self, kind: str) -> int:
@@ -94,10 +94,10 @@ class Run:
 
 def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     if run.phase == "train":
-        raise ZebraError("Self-Extend needs no training and is not reckoned in it. Take the phase prefill or decode.")
+        raise ZebraError("Self-Extend needs no training. Choose the phase prefill or decode.")
     trained, length = run.decoder.trained_length, run.length + (run.phase == "decode")
     refuse_rope(run.decoder.family, run.decoder.rope)
-    if not run.count(GLOBAL) or "G" not in run.decoder.style.turned:
+    if not run.count(GLOBAL) or "G" not in run.decoder.traits.rotated:
         refuse_no_global(run.decoder.family)
     setting.check(trained)
     if length > (reach := setting.reach(trained)):
@@ -108,21 +108,21 @@ def _check_self_extend(run: Run, setting: SelfExtend) -> None:
 
 
 def chunk_pairs(past: int, new: int, window: int | None = None, sinks: int = 0) -> int:
-    """Visible pairs of `new` tokens after `past` cached ones, in one layer; decode is `new = 1`."""
+    """Visible pairs of `new` tokens after `past` cached ones in one layer; in decode `new` is 1."""
     return visible_pairs(past + new, window, sinks) - visible_pairs(past, window, sinks)
 
 
 def self_extend_pairs(length: int, window: int) -> tuple[int, int]:
-    """Pairs near (a band of W) and far (the queries from W on over the keys before N - W, plain causal).
+    """Near pairs, a band of W, and far pairs, of the queries from W on and the keys before N - W (plain causal).
 
-    Their sum is N (N + 1) / 2: exactly one full causal attention.
+    Their sum is N (N + 1) / 2, that of one full causal attention.
     """
     near = min(window, length)
     return visible_pairs(length, near), visible_pairs(length - near)
 
 
 def pairs_by_kind(run: Run) -> dict[str, int]:
-    """Visible (query, key) pairs of all layers of each kind, over rows, for each head."""
+    """Visible (query, key) pairs of all layers of each kind, and sequences, for each head."""
     past, new = (run.length, 1) if run.phase == "decode" else (0, run.length)
     counts = {GLOBAL: 0, LOCAL: 0} | Counter(run.decoder.kinds(run.stripes))
 
@@ -135,87 +135,87 @@ def pairs_by_kind(run: Run) -> dict[str, int]:
 
 
 def pairs(run: Run) -> int:
-    """Visible (query, key) pairs of all layers and rows, for each head."""
+    """Visible (query, key) pairs of all layers and sequences, for each head."""
     return sum(pairs_by_kind(run).values())
 
 
 def forward_flops(run: Run) -> dict[str, int]:
-    """FLOPs of one forward pass by part. Without training the head reads the last token of each row only."""
+    """FLOPs of one forward pass by part. Outside training the head reads only the last token of each sequence."""
     d, tokens = run.decoder, run.tokens
     heads = tokens if run.phase == "train" else run.batch
-    dense = (d.layers - d.expert_layers) * d.maps * d.hidden * d.intermediate
-    routed = d.experts_per_token * d.maps * d.hidden * d.expert_intermediate + d.hidden * d.experts
+    dense = (d.layers - d.expert_layers) * d.mlp_matrices * d.hidden_size * d.intermediate_size
+    routed = d.hidden_size * (d.experts_per_token * d.mlp_matrices * d.expert_intermediate_size + d.experts)
     return {
-        "projections": 2 * tokens * d.layers * d.hidden * 2 * (d.query_width + d.kv_width),
-        "attention": 4 * d.head_size * d.heads * pairs(run),
+        "projections": 2 * tokens * d.layers * d.hidden_size * 2 * (d.query_width + d.kv_width),
+        "attention": 4 * d.head_dim * d.heads * pairs(run),
         "MLP": 2 * tokens * (dense + d.expert_layers * routed),
-        "head": 2 * heads * d.hidden * d.vocabulary,
+        "head": 2 * heads * d.hidden_size * d.vocab_size,
     }
 
 
 def flops(run: Run) -> dict[str, int]:
-    """FLOPs by part of a prefill, of a decoded token of each row, or of a training step with one pass."""
+    """FLOPs by part of a prefill, of one decoded token for each sequence, or of a training step of one batch."""
     forward = forward_flops(run)
     if run.phase != "train":
         return forward
     again, linear = int(run.checkpointing), 2 if run.lora else 3
-    found = {
+    step = {
         "projections": (linear + again) * forward["projections"],
         "attention": (7 + 2 * again) * forward["attention"] // 2,
         "MLP": (linear + again) * forward["MLP"],
         "head": (3 if run.decoder.tied else linear) * forward["head"],
     }
     if run.lora:
-        found["projections"] += (3 + again) * 2 * run.tokens * low_rank(run)
-    return found
+        step["projections"] += (3 + again) * 2 * run.tokens * lora_parameters(run)
+    return step
 
 
-def low_rank(run: Run) -> int:
+def lora_parameters(run: Run) -> int:
     """Parameters of the low-rank updates: r (in + out) for each of q, k, v and o, in all layers."""
     d = run.decoder
-    return (run.lora or 0) * d.layers * (4 * d.hidden + 2 * d.query_width + 2 * d.kv_width)
+    return (run.lora or 0) * d.layers * (4 * d.hidden_size + 2 * d.query_width + 2 * d.kv_width)
 
 
-def traffic(run: Run) -> dict[str, int]:
-    """Bytes that must move by part. In training each pass moves them again; AdamW reads and writes its states."""
+def bytes_moved(run: Run) -> dict[str, int]:
+    """Bytes that must move by part. In training each pass moves them again; AdamW reads and writes its moments."""
     d, tokens, size = run.decoder, run.tokens, BYTES[run.dtype]
     passes = 3 + run.checkpointing if run.phase == "train" else 1
-    weights = d.parameters()
-    h, hd, kd, i = d.hidden, d.query_width, d.kv_width, d.intermediate
-    active = d.expert_layers * d.experts_per_token * d.expert_intermediate + (d.layers - d.expert_layers) * i
-    if d.expert_layers:  # few tokens meet few experts
-        met = min(1.0, tokens * d.experts_per_token / d.experts)
-        routed = d.expert_layers * d.experts * d.maps * h * d.expert_intermediate
-        weights["MLP"] -= int((1 - met) * routed)
-    # Near and far each read queries, keys and values; in decode each reads only keys of its own.
+    weights = d.parameters_by_part()
+    h, hd, kd, i = d.hidden_size, d.query_width, d.kv_width, d.intermediate_size
+    active = d.expert_layers * d.experts_per_token * d.expert_intermediate_size + (d.layers - d.expert_layers) * i
+    if d.expert_layers:  # few tokens use few experts
+        used = min(1.0, tokens * d.experts_per_token / d.experts)
+        routed = d.expert_layers * d.experts * d.mlp_matrices * h * d.expert_intermediate_size
+        weights["MLP"] -= int((1 - used) * routed)
+    # Near and far part each read queries, keys and values; in decode each reads only its own keys.
     rounds = d.layers + (run.count(GLOBAL) if run.self_extend and run.phase == "prefill" else 0) + run.others
     head = tokens if run.phase == "train" else run.batch
-    moved = {
+    numbers = {
         "projections": weights["projections"] + d.layers * tokens * (2 * h + 2 * hd + 2 * kd),
         "attention": rounds * tokens * (2 * hd + 2 * kd) + 2 * kd * _cached_reads(run),
-        "MLP": weights["MLP"] + tokens * (d.layers * 2 * h + 2 * (d.maps - 1) * active),
-        "head": d.vocabulary * h + head * (h + d.vocabulary),
-        "elementwise": tokens * (d.layers * (20 * h + 10 * (hd + kd)) + (2 * d.maps - 1) * active)
-        + 2 * head * d.vocabulary,
+        "MLP": weights["MLP"] + tokens * (d.layers * 2 * h + 2 * (d.mlp_matrices - 1) * active),
+        "head": d.vocab_size * h + head * (h + d.vocab_size),
+        "elementwise": tokens * (d.layers * (20 * h + 10 * (hd + kd)) + (2 * d.mlp_matrices - 1) * active)
+        + 2 * head * d.vocab_size,
     }
-    found = {part: passes * size * numbers for part, numbers in moved.items()}
+    moved = {part: passes * size * count for part, count in numbers.items()}
     if run.phase == "train":
-        found["AdamW"] = 28 * trained(run)  # reads weight, gradient, two moments; writes all but the gradient
-    return found
+        moved["AdamW"] = 28 * trained_parameters(run)  # reads weight, gradient, moments; writes all but the gradient
+    return moved
 
 
 def _cached_reads(run: Run) -> int:
-    """Cached tokens that a step of decode reads, summed over layers and rows."""
+    """Cached tokens that a decode step reads, summed over layers and sequences."""
     if run.phase != "decode":
         return 0
-    seen = pairs_by_kind(run)
+    visible = pairs_by_kind(run)
     own = run.batch * (run.decoder.layers - run.others)  # the token's own key is not read from the cache
-    return seen[GLOBAL] + seen[LOCAL] - own + run.batch * run.others * run.length
+    return visible[GLOBAL] + visible[LOCAL] - own + run.batch * run.others * run.length
 
 
-def trained(run: Run) -> int:
-    """Parameters that are trained: all, or under LoRA the updates, the embeddings and the norms."""
+def trained_parameters(run: Run) -> int:
+    """Parameters that are trained: all, or with LoRA the updates, the embeddings and the norms."""
     if not run.lora:
-        return run.decoder.size
-    parts = run.decoder.parameters()
-    return low_rank(run) + parts["embedding"] + parts["norms"]
+        return run.decoder.num_parameters
+    parts = run.decoder.parameters_by_part()
+    return lora_parameters(run) + parts["embedding"] + parts["norms"]

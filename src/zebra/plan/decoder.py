@@ -1,9 +1,9 @@
-"""The sizes of a decoder, read from its config.json: all that its cost depends on.
+"""The sizes of a decoder, read from its config.json: its cost depends on nothing else.
 
     parameters = V h (embedding) + V h (head, unless tied) + L layers + final norm
     a layer    = h D (2 H + 2 K) + c h i (c = 3 for a gated MLP, 2 for a plain one) + norms + biases
 
-h hidden, i intermediate, H query heads, K key-value heads, D head size, V vocabulary, L layers.
+h hidden size, i intermediate size, H query heads, K key-value heads, D head dimension, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 
 @dataclass(frozen=True)
-class Family:
-    """What the families differ in beside their sizes.
+class FamilyTraits:
+    """How families differ apart from their sizes.
 
     Attributes:
-        norms: weights of norms in a layer, in multiples of h, those of queries and keys left out.
-        query_norm: whose width the norms of queries and keys have: a `head`, or `all` heads together.
+        norms: weights of a layer's norms in multiples of h, without the norms of queries and keys.
+        query_norm: the width of the norms of queries and keys: one `head`, or `all` heads together.
         biases: biases of the `qkv` projections, of all `attention`, or of `all` linear maps and norms; None follows
             `attention_bias` and `mlp_bias` of the config.
-        pattern: the layout where the config has a window and no layer_types, tiled; None where its host then has none.
-        asks: whether a window counts only beside `use_sliding_window: true`.
-        turned: the kinds of layer whose queries and keys a rotary embedding turns.
-        tied: whether embedding and head are one where the config does not say.
-        complete: adds to a decoder what only the family's configs say.
+        pattern: the layout, tiled, of a config with a window and no layer_types; None where transformers has none then.
+        opt_in_window: whether a window counts only with `use_sliding_window: true`.
+        rotated: the kinds of layer whose queries and keys have a rotary embedding.
+        tied: whether embedding and head share their weights where the config does not say.
+        complete: adds to a decoder what only configs of this family say.
     """
 
     norms: int = 2
@@ -42,31 +42,31 @@ class Family:
     biases: str | None = None
     gated: bool = True
     pattern: str | None = "L"
-    asks: bool = False
-    turned: str = "GL"
+    opt_in_window: bool = False
+    rotated: str = "GL"
     tied: bool = False
     complete: Callable[[Decoder, Mapping[str, Any]], Decoder] | None = None
 
 
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("mistral", "ministral", "mixtral", "phi3"), Family()),
-    "llama": Family(pattern=None),
-    "cwm": Family(pattern="GLLL"),
-    "smollm3": Family(asks=True, tied=True),
-    "qwen2": Family(biases="qkv", asks=True),
-    **dict.fromkeys(("qwen3", "qwen3_moe"), Family(query_norm="head", asks=True)),
-    "mellum": Family(query_norm="head"),
-    "gemma2": Family(norms=4, pattern="LG", tied=True),
-    "gemma3_text": Family(norms=4, query_norm="head", pattern="LLLLLG", tied=True),
-    "cohere2": Family(norms=1, pattern="LLLG", turned="L", tied=True),
-    "olmo2": Family(query_norm="all", pattern=None),
-    "olmo3": Family(query_norm="all", pattern="LLLG"),
-    "gpt2": Family(biases="all", gated=False, turned="", tied=True, pattern=None),
+FAMILIES: dict[str, FamilyTraits] = {
+    **dict.fromkeys(("mistral", "ministral", "mixtral", "phi3"), FamilyTraits()),
+    "llama": FamilyTraits(pattern=None),
+    "cwm": FamilyTraits(pattern="GLLL"),
+    "smollm3": FamilyTraits(opt_in_window=True, tied=True),
+    "qwen2": FamilyTraits(biases="qkv", opt_in_window=True),
+    **dict.fromkeys(("qwen3", "qwen3_moe"), FamilyTraits(query_norm="head", opt_in_window=True)),
+    "mellum": FamilyTraits(query_norm="head"),
+    "gemma2": FamilyTraits(norms=4, pattern="LG", tied=True),
+    "gemma3_text": FamilyTraits(norms=4, query_norm="head", pattern="LLLLLG", tied=True),
+    "cohere2": FamilyTraits(norms=1, pattern="LLLG", rotated="L", tied=True),
+    "olmo2": FamilyTraits(query_norm="all", pattern=None),
+    "olmo3": FamilyTraits(query_norm="all", pattern="LLLG"),
+    "gpt2": FamilyTraits(biases="all", gated=False, rotated="", tied=True, pattern=None),
 }
-"""The families whose parameters are counted exactly, by `model_type`. Any other is reckoned as a Llama, and said so."""
+"""The families whose parameters are counted exactly, by `model_type`. Any other counts as a Llama of its sizes."""
 
 LARGEST = 10**12
-"""What any size of a config, a length or a batch may be: products of a few of them are still floats."""
+"""The largest size of a config, length or batch: products of a few of them are still floats."""
 _NAMES = {
     "num_hidden_layers": "n_layer",
     "hidden_size": "n_embd",
@@ -74,7 +74,7 @@ _NAMES = {
     "intermediate_size": "n_inner",
     "max_position_embeddings": "n_positions",
 }
-"""GPT-2's words for the same."""
+"""GPT-2's names for the same fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,23 +82,23 @@ class Decoder:
     """A decoder's sizes.
 
     Attributes:
-        experts, experts_per_token: of the MLP of `expert_layers` layers, each `expert_intermediate` wide; 0 where there
-            are none.
+        experts, experts_per_token: of the MLPs of `expert_layers` layers, each expert `expert_intermediate_size` wide;
+            0 without experts.
         trained_length: tokens of context that its positions were trained for, by its config.
-        rope: the type of its rotary embedding, None where it has none.
-        learned_positions: rows of a table of positions that is added to the embedding.
-        stripes: the layout that the config has of its own, None where every layer is global.
+        rope: the type of its rotary embedding; None without one.
+        learned_positions: entries of the table of positions that is added to the embedding.
+        stripes: the layout of the config itself; None where every layer is global.
     """
 
     name: str
     family: str
     layers: int
-    hidden: int
-    intermediate: int
+    hidden_size: int
+    intermediate_size: int
     heads: int
     kv_heads: int
-    head_size: int
-    vocabulary: int
+    head_dim: int
+    vocab_size: int
     tied: bool
     trained_length: int
     qkv_bias: bool = False
@@ -106,65 +106,65 @@ class Decoder:
     mlp_bias: bool = False
     experts: int = 0
     experts_per_token: int = 0
-    expert_intermediate: int = 0
+    expert_intermediate_size: int = 0
     expert_layers: int = 0
     rope: str | None = "default"
     learned_positions: int = 0
     stripes: Stripes | None = None
 
     @property
-    def style(self) -> Family:
-        """The family's ways; a Llama's where the family is not in the table."""
-        return FAMILIES.get(self.family, Family())
+    def traits(self) -> FamilyTraits:
+        """The family's traits; those of Llama where the family is not in the table."""
+        return FAMILIES.get(self.family, FamilyTraits())
 
     @property
-    def maps(self) -> int:
+    def mlp_matrices(self) -> int:
         """Matrices of an MLP: gate, up and down, or up and down."""
-        return 3 if self.style.gated else 2
+        return 3 if self.traits.gated else 2
 
     @property
     def query_width(self) -> int:
-        """H D, what the query projection gives."""
-        return self.heads * self.head_size
+        """H D, the width of the query projection."""
+        return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """K D, what the key projection gives, and the value projection."""
-        return self.kv_heads * self.head_size
+        """K D, the width of the key and of the value projection."""
+        return self.kv_heads * self.head_dim
 
     def kinds(self, stripes: Stripes | None) -> tuple[str, ...]:
         """The kind of each layer under a layout."""
         return (GLOBAL,) * self.layers if stripes is None else stripes.layer_types(self.layers)
 
-    def parameters(self) -> dict[str, int]:
+    def parameters_by_part(self) -> dict[str, int]:
         """Parameters by part; a tied head has none of its own."""
-        h, hd, kd = self.hidden, self.query_width, self.kv_width
+        h, hd, kd = self.hidden_size, self.query_width, self.kv_width
         projections = 2 * h * hd + 2 * h * kd + self.qkv_bias * (hd + 2 * kd) + self.out_bias * h
-        dense = self.maps * h * self.intermediate
-        dense += self.mlp_bias * ((self.maps - 1) * self.intermediate + h)
-        sparse = self.experts * (self.maps * h * self.expert_intermediate + h)
-        queries = {"head": 2 * self.head_size, "all": hd + kd, None: 0}[self.style.query_norm]
-        every = self.style.biases == "all"  # of the norms too
+        dense = self.mlp_matrices * h * self.intermediate_size
+        dense += self.mlp_bias * ((self.mlp_matrices - 1) * self.intermediate_size + h)
+        sparse = self.experts * (self.mlp_matrices * h * self.expert_intermediate_size + h)
+        queries = {"head": 2 * self.head_dim, "all": hd + kd, None: 0}[self.traits.query_norm]
+        every = self.traits.biases == "all"  # of the norms too
         return {
-            "embedding": (self.vocabulary + self.learned_positions) * h,
+            "embedding": (self.vocab_size + self.learned_positions) * h,
             "projections": self.layers * projections,
             "MLP": (self.layers - self.expert_layers) * dense + self.expert_layers * sparse,
-            "norms": (1 + every) * (self.layers * self.style.norms * h + h) + self.layers * queries,
-            "head": 0 if self.tied else self.vocabulary * h,
+            "norms": (1 + every) * (self.layers * self.traits.norms * h + h) + self.layers * queries,
+            "head": 0 if self.tied else self.vocab_size * h,
         }
 
     @property
-    def size(self) -> int:
-        """Parameters in all."""
-        return sum(self.parameters().values())
+    def num_parameters(self) -> int:
+        """The number of parameters."""
+        return sum(self.parameters_by_part().values())
 
 
-def read(model: str | os.PathLike[str]) -> Decoder:
+def read_decoder(model: str | os.PathLike[str]) -> Decoder:
     """The decoder of a checkpoint's directory, a config.json, or a built-in name.
 
     Raises:
-        ZebraError: no such file or name, no JSON object, a size that is missing or no whole number, latent attention or
-            shared experts, layers of a kind that is neither global nor local.
+        ZebraError: no such file or name, no JSON object, a size that is missing or not a whole number, latent attention
+            or shared experts, layers that are neither global nor local.
     """
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
@@ -172,85 +172,85 @@ def read(model: str | os.PathLike[str]) -> Decoder:
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ZebraError(f"{file} is no JSON: {error}. Give a checkpoint's config.json.") from None
+            raise ZebraError(f"{file} is not JSON: {error}. Give a checkpoint's config.json.") from None
         if not isinstance(fields, dict):
-            raise ZebraError(f"{file} is no config: it holds no JSON object. Give a checkpoint's config.json.")
+            raise ZebraError(f"{file} is not a config: it holds no JSON object. Give a checkpoint's config.json.")
         try:
-            return decoder(fields, name=str(model))
+            return decoder_from_config(fields, name=str(model))
         except ZebraError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-            raise ZebraError(f"{file} is no decoder's config: {type(error).__name__}, {error}. Mend it.") from None
+            raise ZebraError(f"{file} is not a decoder's config: {type(error).__name__}, {error}. Fix it.") from None
     if str(model) in SHAPES:
-        return decoder(shape(str(model)), name=str(model))
+        return decoder_from_config(shape(str(model)), name=str(model))
     raise ZebraError(
         f"there is no config.json at {model}, and no built-in model of that name. Give a checkpoint's directory, "
         f"its config.json, or one of {', '.join(SHAPES)}."
     )
 
 
-def decoder(fields: Mapping[str, Any], *, name: str) -> Decoder:
-    """The decoder of a config's fields; a multimodal config's text part. Raises as `read` does."""
+def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
+    """The decoder of a config's fields, or of its `text_config`; raises what `read_decoder` raises."""
     inner = fields.get("text_config")
     fields = inner if isinstance(inner, Mapping) and inner else fields
     unknown = ("kv_lora_rank", "shared_expert_intermediate_size", "n_shared_experts")
-    if foreign := [key for key in unknown if fields.get(key)]:
+    if unsupported := [key for key in unknown if fields.get(key)]:
         raise ZebraError(
-            f"{name} has {foreign[0]}: latent attention and shared experts are not reckoned. Plan another."
+            f"{name} has {unsupported[0]}: latent attention and shared experts cannot be estimated. Plan another model."
         )
     family = str(fields.get("model_type", "llama"))
-    style = FAMILIES.get(family, Family())
-    layers, hidden, heads = (_whole(fields, key, name) for key in list(_NAMES)[:3])
+    traits = FAMILIES.get(family, FamilyTraits())
+    layers, hidden, heads = (_integer(fields, key, name) for key in list(_NAMES)[:3])
     experts = next((key for key in ("num_experts", "num_local_experts") if fields.get(key)), None)
-    kv_heads = _whole(fields, "num_key_value_heads", name, heads)
+    kv_heads = _integer(fields, "num_key_value_heads", name, heads)
     if heads % kv_heads or (hidden % heads and fields.get("head_dim") is None):
         raise ZebraError(
             f"{name}: key-value heads divide the heads, and heads the hidden size unless there is a head_dim; got "
-            f"{kv_heads}, {heads} and {hidden}. Mend its config.json."
+            f"{kv_heads}, {heads} and {hidden}. Fix its config.json."
         )
-    tied = fields.get("tie_word_embeddings", style.tied)
+    tied = fields.get("tie_word_embeddings", traits.tied)
     if not isinstance(tied, bool):
-        raise ZebraError(f"{name}: tie_word_embeddings is true or false; got {tied!r}. Mend its config.json.")
-    attention_bias = style.biases in ("attention", "all") or bool(fields.get("attention_bias"))
+        raise ZebraError(f"{name}: tie_word_embeddings is true or false; got {tied!r}. Fix its config.json.")
+    attention_bias = traits.biases in ("attention", "all") or bool(fields.get("attention_bias"))
     sizes = Decoder(
         name=name,
         family=family,
         layers=layers,
-        hidden=hidden,
+        hidden_size=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        head_size=_whole(fields, "head_dim", name, hidden // heads),
-        intermediate=_whole(fields, "intermediate_size", name, None if style.gated else 4 * hidden),
-        vocabulary=_whole(fields, "vocab_size", name),
+        head_dim=_integer(fields, "head_dim", name, hidden // heads),
+        intermediate_size=_integer(fields, "intermediate_size", name, None if traits.gated else 4 * hidden),
+        vocab_size=_integer(fields, "vocab_size", name),
         tied=tied,
-        trained_length=(longest := _whole(fields, "max_position_embeddings", name)),
-        learned_positions=longest if style.biases == "all" else 0,
-        qkv_bias=attention_bias or style.biases == "qkv",
+        trained_length=(longest := _integer(fields, "max_position_embeddings", name)),
+        learned_positions=longest if traits.biases == "all" else 0,
+        qkv_bias=attention_bias or traits.biases == "qkv",
         out_bias=attention_bias,
-        mlp_bias=style.biases == "all" or bool(fields.get("mlp_bias")),
-        rope=_rope(fields, style),
-        stripes=_stripes(fields, style, layers, name),
+        mlp_bias=traits.biases == "all" or bool(fields.get("mlp_bias")),
+        rope=_rope(fields, traits),
+        stripes=_stripes(fields, traits, layers, name),
         **(_experts(fields, experts, layers, name) if experts else {}),
     )
-    return style.complete(sizes, fields) if style.complete else sizes
+    return traits.complete(sizes, fields) if traits.complete else sizes
 
 
-def _whole(fields: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
+def _integer(fields: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
     value = fields.get(key)
     if value is None:
         value = fields.get(_NAMES.get(key, key))
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
-        found = "nothing" if value is None else repr(value)[:20]
-        raise ZebraError(f"{name}: {key} is a whole number from 1 to 10^12; got {found}. Mend its config.json.")
+        shown = "nothing" if value is None else repr(value)[:20]
+        raise ZebraError(f"{name}: {key} is a whole number from 1 to 10^12; got {shown}. Fix its config.json.")
     return value
 
 
 def _experts(fields: Mapping[str, Any], key: str, layers: int, name: str) -> dict[str, int]:
-    experts, each = _whole(fields, key, name), _whole(fields, "num_experts_per_tok", name)
+    experts, each = _integer(fields, key, name), _integer(fields, "num_experts_per_tok", name)
     if each > experts:
-        raise ZebraError(f"{name}: a token meets at most all {experts} experts; got {each}. Mend its config.json.")
+        raise ZebraError(f"{name}: a token uses at most all {experts} experts; got {each}. Fix its config.json.")
     kinds = fields.get("mlp_layer_types")
     only, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
     sparse = kinds.count("sparse") if kinds else sum(i not in only and (i + 1) % step == 0 for i in range(layers))
@@ -258,38 +258,38 @@ def _experts(fields: Mapping[str, Any], key: str, layers: int, name: str) -> dic
     return {
         "experts": experts,
         "experts_per_token": each,
-        "expert_intermediate": _whole(fields, width, name),
+        "expert_intermediate_size": _integer(fields, width, name),
         "expert_layers": sparse,
     }
 
 
-def _rope(fields: Mapping[str, Any], style: Family) -> str | None:
-    """The type of the rope, of several that which changes with length; in older configs' words too."""
-    if not style.turned or fields.get("alibi"):
+def _rope(fields: Mapping[str, Any], traits: FamilyTraits) -> str | None:
+    """The type of the rope; of several, one that changes with length. Older configs name it otherwise."""
+    if not traits.rotated or fields.get("alibi"):
         return None
-    found = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    ropes = [one for one in (found, *found.values()) if isinstance(one, Mapping)]
+    parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    ropes = [one for one in (parameters, *parameters.values()) if isinstance(one, Mapping)]
     types = [str(one.get("rope_type") or one.get("type") or "default") for one in ropes]
     types = ["longrope" if kind == "su" else kind for kind in types]
     return next((kind for kind in types if kind in LENGTH_DEPENDENT), types[0])
 
 
-def _stripes(fields: Mapping[str, Any], style: Family, layers: int, name: str) -> Stripes | None:
-    """The config's own layout. An unused window is none (Qwen's `use_sliding_window: false`)."""
+def _stripes(fields: Mapping[str, Any], traits: FamilyTraits, layers: int, name: str) -> Stripes | None:
+    """The layout of the config itself; an unused window does not count (Qwen's `use_sliding_window: false`)."""
     window, kinds = fields.get("sliding_window"), fields.get("layer_types")
     if kinds is not None and (len(kinds) != layers or any(kind not in (GLOBAL, LOCAL) for kind in kinds)):
         raise ZebraError(
             f"{name}: layer_types names one of {GLOBAL} and {LOCAL} for each of the {layers} layers; got "
-            f"{len(kinds)} of {', '.join(sorted(set(map(str, kinds))))}. Other kinds are not reckoned."
+            f"{len(kinds)} of {', '.join(sorted(set(map(str, kinds))))}. Other kinds cannot be estimated."
         )
     if not window or fields.get("use_sliding_window") is False:
         return None
     if kinds is None:
-        if style.pattern is None or (style.asks and not fields.get("use_sliding_window")):
+        if traits.pattern is None or (traits.opt_in_window and not fields.get("use_sliding_window")):
             return None
         first = fields.get("max_window_layers") or 0
         every = fields.get("sliding_window_pattern")
-        pattern = "L" * (every - 1) + "G" if every and "G" in style.pattern else style.pattern
+        pattern = "L" * (every - 1) + "G" if every and "G" in traits.pattern else traits.pattern
         tiled = Stripes(window=window, pattern=pattern).layer_types(layers)
         kinds = [kind if i >= first else GLOBAL for i, kind in enumerate(tiled)]
     return Stripes.of(kinds, window) if LOCAL in kinds else None

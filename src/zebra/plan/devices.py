@@ -1,10 +1,10 @@
-"""What a device can do at most, its ceilings, and the time that they predict.
+"""The ceilings of a device, and the time that they predict.
 
     seconds of a part = max(FLOPs / peak, bytes / bandwidth),     seconds = their sum over the parts
 
-(the roofline of Williams, Waterman and Patterson, 2009, part by part). With published peaks that is a bound that no run
-reaches; with ceilings measured on the machine it is a prediction. A measured device has a third ceiling: what attention
-reaches of its products' rate, as its softmax is no product.
+(the roofline of Williams, Waterman and Patterson, 2009, part by part). With published peaks this is a bound that no run
+reaches; with ceilings measured on the machine it is a prediction. A measured device has a third ceiling, the rate of
+attention, whose softmax is no matrix product.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zebra.errors import ZebraError
-from zebra.plan.cost import BYTES, Run, flops, pairs_by_kind, traffic
+from zebra.plan.cost import BYTES, Run, bytes_moved, flops, pairs_by_kind
 from zebra.stripes import GLOBAL, LOCAL
 
 PUBLISHED = "published"
@@ -39,36 +39,36 @@ class Device:
     attention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def seconds(self, run: Run) -> dict[str, float]:
-        """The least time of each part.
+        """The least seconds of each part.
 
         Raises:
             ZebraError: a dtype for which the device has no ceiling.
         """
         if run.dtype not in self.flops:
             raise ZebraError(
-                f"{self.name} has no ceiling for {run.dtype}; it has {', '.join(self.flops)}. Take another dtype."
+                f"{self.name} has no ceiling for {run.dtype}; it has {', '.join(self.flops)}. Choose another dtype."
             )
         computed = flops(run)
-        busy = {part: count / self._peak(run, part) for part, count in computed.items()}
-        seen = pairs_by_kind(run)
-        busy["attention"] = sum(
-            computed["attention"] * count / sum(seen.values()) / self._attention(run, kind)
-            for kind, count in seen.items()
+        computing = {part: count / self._peak(run, part) for part, count in computed.items()}
+        visible = pairs_by_kind(run)
+        computing["attention"] = sum(
+            computed["attention"] * count / sum(visible.values()) / self._attention(run, kind)
+            for kind, count in visible.items()
         )
-        return {part: max(busy.get(part, 0.0), moved / self.bandwidth) for part, moved in traffic(run).items()}
+        return {part: max(computing.get(part, 0.0), moved / self.bandwidth) for part, moved in bytes_moved(run).items()}
 
     def _attention(self, run: Run, kind: str) -> float:
         rates = self.attention.get(kind if kind == GLOBAL else LOCAL, {})
         return rates.get(run.dtype, self.flops[run.dtype])
 
     def _peak(self, run: Run, part: str) -> float:
-        """Training's head and loss are in float32, whatever the rest is (`zebra.model.loss`)."""
+        """In training, head and loss are in float32 (`zebra.model.loss`)."""
         single = run.phase == "train" and part == "head"
         return self.flops.get("float32" if single else run.dtype, self.flops[run.dtype])
 
 
 def _gpu(name: str, half: float, single: float, bandwidth: float, memory: int) -> Device:
-    """A row of the table: TFLOP/s, GB/s, GB."""
+    """An entry of the table: TFLOP/s, GB/s, GB."""
     peaks = {"float32": single * 1e12, "bfloat16": half * 1e12, "float16": half * 1e12}
     return Device(name, peaks, bandwidth * 1e9, memory * 10**9)
 
@@ -85,10 +85,10 @@ DEVICES: dict[str, Device] = {
         _gpu("mi300x", 1307, 163.4, 5300, 192),
     )
 }
-"""Peaks of the vendors' data sheets: dense (no sparsity), sums in float32, float32 without TF32. None was measured."""
+"""Peaks of the vendors' data sheets, none measured: without sparsity, sums in float32, float32 without TF32."""
 
 
-def find(device: str | os.PathLike[str]) -> Device:
+def find_device(device: str | os.PathLike[str]) -> Device:
     """A device of the table by name, or the ceilings in a JSON file.
 
     The file holds `name`, `flops` (FLOP/s by dtype), `bandwidth` (bytes/s) and, if they are known, `memory` (bytes)
@@ -102,7 +102,7 @@ def find(device: str | os.PathLike[str]) -> Device:
     path = Path(device)
     if not path.is_file():
         raise ZebraError(
-            f"there is no device {str(device)!r} in the table and no file of ceilings at that place. Choose one of "
+            f"there is no device {str(device)!r} in the table, and no such file of ceilings. Choose one of "
             f"{', '.join(DEVICES)}, or give a JSON file with name, flops by dtype and bandwidth."
         )
     try:
@@ -110,21 +110,21 @@ def find(device: str | os.PathLike[str]) -> Device:
         peaks = _rates(tree["flops"])
         attention = {str(kind): _rates(rates) for kind, rates in (tree.get("attention") or {}).items()}
         memory = None if tree.get("memory") is None else int(tree["memory"])
-        found = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention)
+        measured = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ZebraError(
-            f"{path} is no file of ceilings: {type(error).__name__} {error}. It holds a JSON object with name, flops "
-            "(FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes) and attention (FLOP/s by kind and dtype)."
+            f"{path} is not a file of ceilings: {type(error).__name__} {error}. Give a JSON object with name, "
+            "flops (FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes), attention (FLOP/s by kind and dtype)."
         ) from None
     everywhere = [peaks, *attention.values()]
-    rates = [found.bandwidth, *(rate for rates in everywhere for rate in rates.values())]
+    rates = [measured.bandwidth, *(rate for rates in everywhere for rate in rates.values())]
     unknown = {dtype for rates in everywhere for dtype in rates} - set(BYTES) or set(attention) - {GLOBAL, LOCAL}
     if not peaks or unknown or not all(0 < rate < float("inf") for rate in rates):
         raise ZebraError(
             f"{path}: ceilings are positive rates for {', '.join(BYTES)}; got flops {peaks} and bandwidth "
-            f"{found.bandwidth:g}. Measure again."
+            f"{measured.bandwidth:g}. Measure again."
         )
-    return found
+    return measured
 
 
 def _rates(tree: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What fits: the largest length and batch in a budget of memory, and the layout that gives up the least to meet one."""
+"""What fits: the largest length and batch in a memory budget, and the layout that keeps the most pairs within it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from zebra.plan.devices import Device
 from zebra.plan.memory import memory
 from zebra.stripes import Stripes
 
-STRIDES = range(1, 9)
+STRIDES = range(2, 9)
 WINDOWS = (512, 1024, 2048, 4096, 8192, 16384)
 _MOST = 2**30
-"""Where the search ends: a billion tokens, or rows."""
+"""Where the search ends: a billion tokens or sequences."""
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 2**10,
@@ -25,8 +25,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
 }
 
 
-def bytes_of(text: str) -> int:
-    """Read an amount of memory: 80GiB, 24GB, 512MiB, 1000000."""
+def parse_bytes(text: str) -> int:
+    """The bytes of an amount of memory: 80GiB, 24GB, 512MiB, 1000000."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < 1e18:
         raise ZebraError(f"memory is a positive number and a unit; got {text!r}. Write 80GiB, 24GB or 512MiB.")
@@ -34,9 +34,9 @@ def bytes_of(text: str) -> int:
 
 
 def largest_length(run: Run, budget: int) -> int:
-    """The most tokens whose memory is at most `budget` bytes, all else as in `run`; 0 where not even one fits.
+    """The most tokens whose memory is at most `budget` bytes, the rest as in `run`; 0 where not even one fits.
 
-    Under Self-Extend no more than it reaches.
+    With Self-Extend at most the length that it reaches.
     """
     most = _MOST
     if run.self_extend:
@@ -45,12 +45,12 @@ def largest_length(run: Run, budget: int) -> int:
 
 
 def largest_batch(run: Run, budget: int) -> int:
-    """The most rows whose memory is at most `budget` bytes, all else as in `run`; 0 where not even one fits."""
+    """The most sequences whose memory is at most `budget` bytes, the rest as in `run`; 0 where not even one fits."""
     return _largest(lambda n: sum(memory(replace(run, batch=n)).values()) <= budget, _MOST)
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number in [0, most] that fits, by bisection: what fits fits with less."""
+    """The largest number in [0, most] that fits, by bisection: whatever is smaller than a fitting one fits."""
     low, high = 0, most + 1  # low fits (nothing always does), high does not
     while high - low > 1:
         middle = (low + high) // 2
@@ -58,16 +58,16 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def mildest(run: Run, *, budget: int | None = None, seconds: float | None = None, device: Device) -> Run | None:
-    """The layout that meets the budgets of bytes and seconds and leaves the most visible pairs; None where none does.
+def suggest_layout(run: Run, *, budget: int | None = None, seconds: float | None = None, device: Device) -> Run | None:
+    """The layout that meets the budgets of bytes and seconds and keeps the most visible pairs; None where none does.
 
-    Cheapest alone would always be the greatest stride and the smallest window. What a layout gives up is pairs, so of
-    those that are cheap enough the one that gives up the least is taken: dense where it fits, else of the paper's
-    layouts with strides 1 to 8 and windows of 512 to 16,384.
+    The cheapest would always be the greatest stride and the smallest window. A layout loses pairs, so the one that
+    loses the fewest is chosen: full attention where it fits, else one of the paper's layouts with strides 2 to 8 and
+    windows of 512 to 16,384.
     """
     if seconds is not None and not seconds > 0:
         raise ZebraError(f"a budget of time is a positive number of seconds; got {seconds:g}. Raise it.")
-    layouts = [Stripes.grouped(stride=g, window=w) for g in STRIDES if g > 1 for w in WINDOWS if w < run.length]
+    layouts = [Stripes.grouped(stride=g, window=w) for g in STRIDES for w in WINDOWS if w < run.length]
     for candidate in sorted((replace(run, stripes=stripes) for stripes in (None, *layouts)), key=pairs, reverse=True):
         if (budget is None or sum(memory(candidate).values()) <= budget) and (
             seconds is None or sum(device.seconds(candidate).values()) <= seconds

@@ -1,37 +1,35 @@
-"""What a run holds: weights, cache, activations, gradients and AdamW's moments, in closed form.
+"""The memory of a run: weights, cache, activations, gradients and AdamW's moments, by formulas, in bytes.
 
-What autograd keeps of one layer, for each token, in numbers (h hidden, i intermediate, H D queries, K D keys, r rank):
+Numbers that autograd saves in one layer for each token (h hidden, i intermediate, H D queries, K D keys, r rank):
 
     float32, full          6 h + 2 HD + 2 KD + 4 i + H + 2
     float32, LoRA          5 h + 2 HD + 2 KD + 3 i + H + 2 + 4 r
     bfloat16, full         5 h + 2 HD + 2 KD + 4 i  in bfloat16,   4 h + H + 2  in float32
     bfloat16, LoRA         3 h + 3 HD + 2 KD + 3 i + 4 r           4 h + H + 2
 
-The terms: each norm keeps its input and what it normed (2 h each, in float32) and 1/rms; q, k, v, the output and its
-log-sum-exp H; gate, its activation, up and their product (4 i); what each trained map reads (under autocast q, k, v,
-gate and up each cast their own copy: 5 h; a frozen map keeps none). Norms of queries and keys keep their input and what
-they normed too. A plain MLP keeps 2 i and a LayerNorm has no product to keep. What layers of other kinds keep besides,
-their layout says (`Stripes.extra_saved_bytes`).
-
-All bytes; what an allocator wastes is not in it.
+The terms: each norm saves its input and the normalised input (2 h, in float32) and 1/rms; q, k, v, the output and its
+log-sum-exp H; gate, its activation, up and their product (4 i); the input of each trained map (under autocast q, k, v,
+gate and up each cast their own copy: 5 h; a frozen map saves none). Norms of queries and keys save their input and the
+normalised input too. A plain MLP saves 2 i, and a LayerNorm has no product to save. `Stripes.extra_saved_bytes` adds
+what layers of other kinds save. An allocator's waste is not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zebra.plan.cost import BYTES, Run, low_rank, trained
+from zebra.plan.cost import BYTES, Run, lora_parameters, trained_parameters
 from zebra.stripes import GLOBAL, LOCAL
 
 CHUNK = 512
-"""Tokens whose logits the loss holds at a time, `zebra.model.loss.CHUNK`."""
+"""Tokens whose logits the loss holds at once, `zebra.model.loss.CHUNK`."""
 
 
 def cached_tokens(run: Run) -> int:
-    """Tokens kept between steps, summed over layers and rows: w - 1 in a local layer, N in any other.
+    """Tokens in the cache, summed over layers and sequences: w - 1 in a local layer, N in any other.
 
-    A local layer has beside them room for its sinks; with full decoding it keeps N. Under Self-Extend a global layer
-    keeps N, and the keys alone of the last W - 1 once more: `kv_bytes` counts them.
+    A local layer also keeps its sinks; with full decoding it keeps N. Under Self-Extend a global layer keeps N, and
+    once more the keys of the last W - 1, which `kv_bytes` counts.
     """
     window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes else (1, 0)
     local = run.length if run.full_decode else min(run.length, window - 1) + sinks
@@ -40,7 +38,7 @@ def cached_tokens(run: Run) -> int:
 
 
 def kv_bytes(run: Run) -> int:
-    """Bytes of keys and values that the cache holds after `length` tokens; none in training."""
+    """Bytes of the cached keys and values after `length` tokens; none in training."""
     if run.phase == "train":
         return 0
     near = min(run.self_extend.window - 1, run.length) if run.self_extend else 0
@@ -48,28 +46,28 @@ def kv_bytes(run: Run) -> int:
     return numbers * run.decoder.kv_width * BYTES[run.dtype]
 
 
-def saved_by_a_layer(run: Run) -> int:
-    """Bytes for each token that autograd keeps of one layer, of either kind: the table above."""
+def saved_bytes_per_token(run: Run) -> int:
+    """Bytes that autograd saves for each token in one layer of either kind, by the table above."""
     d, r = run.decoder, run.lora or 0
-    h, hd, kd = d.hidden, d.query_width, d.kv_width
-    i = d.intermediate
+    h, hd, kd = d.hidden_size, d.query_width, d.kv_width
+    i = d.intermediate_size
     if d.expert_layers:
         share = d.expert_layers / d.layers
-        i = round(share * d.experts_per_token * d.expert_intermediate + (1 - share) * i)
-    mlp = (4 if d.style.gated else 2) * i - (i if r else 0)
-    norms = 2 if d.style.biases != "all" else 0  # a LayerNorm keeps its input alone
-    own = bool(d.style.query_norm)
+        i = round(share * d.experts_per_token * d.expert_intermediate_size + (1 - share) * i)
+    mlp = (4 if d.traits.gated else 2) * i - (i if r else 0)
+    norms = 2 if d.traits.biases != "all" else 0  # a LayerNorm saves its input alone
+    query_norm = bool(d.traits.query_norm)
     if run.dtype == "float32":
         inputs = (1 if r else 2) * h
         numbers = (2 + norms) * h + inputs + 2 * (hd + kd) + mlp + 4 * r
-        return 4 * (numbers + d.heads + 2 + own * (2 * (hd + kd) + d.heads + d.kv_heads))
-    inputs = (3 if r else 3 + d.maps - 1) * h
-    half = inputs + 2 * (hd + kd) + mlp + (hd + 4 * r if r else 0) + own * (hd + kd)
-    return 2 * half + 4 * ((2 + norms) * h + d.heads + 2 + own * (hd + kd + d.heads + d.kv_heads))
+        return 4 * (numbers + d.heads + 2 + query_norm * (2 * (hd + kd) + d.heads + d.kv_heads))
+    inputs = (3 if r else 3 + d.mlp_matrices - 1) * h
+    half = inputs + 2 * (hd + kd) + mlp + (hd + 4 * r if r else 0) + query_norm * (hd + kd)
+    return 2 * half + 4 * ((2 + norms) * h + d.heads + 2 + query_norm * (hd + kd + d.heads + d.kv_heads))
 
 
 def _extra_saved(run: Run) -> dict[str, int]:
-    """Bytes beyond those of `saved_by_a_layer` that autograd keeps of one layer, for each kind of layer."""
+    """Bytes that autograd saves in one layer beyond `saved_bytes_per_token`, for each kind of layer."""
     d, stripes = run.decoder, run.stripes
     sizes = {"heads": d.heads, "query_width": d.query_width, "kv_width": d.kv_width}
     half = run.dtype == "bfloat16"
@@ -86,21 +84,21 @@ def memory(run: Run) -> dict[str, int]:
 
 def _training(run: Run) -> dict[str, int]:
     d = run.decoder
-    learns, half = trained(run), run.dtype == "bfloat16"
-    layer, extra = run.tokens * saved_by_a_layer(run), _extra_saved(run)
-    held = 4 * d.size if not run.lora else BYTES[run.dtype] * d.size + 4 * learns
-    cast = 0
-    if half:
-        parts = d.parameters()
-        cast = 2 * (low_rank(run) + (0 if run.lora else parts["projections"] + parts["MLP"]))
-    found = {"weights": held, "gradients": 4 * learns, "AdamW": 8 * learns} | activation_memory(
+    trained, half = trained_parameters(run), run.dtype == "bfloat16"
+    layer, extra = run.tokens * saved_bytes_per_token(run), _extra_saved(run)
+    weights = 4 * d.num_parameters if not run.lora else BYTES[run.dtype] * d.num_parameters + 4 * trained
+    by_part = d.parameters_by_part()
+    cast = lora_parameters(run) if run.lora else by_part["projections"] + by_part["MLP"]
+    parts = {"weights": weights, "gradients": 4 * trained, "AdamW": 8 * trained} | activation_memory(
         [layer + extra[kind] for kind in d.kinds(run.stripes)],
-        layer_input=4 * run.tokens * d.hidden,  # the residual stream is float32
-        weights_cast=cast,
-        vocab_size=d.vocabulary,
+        layer_input=4 * run.tokens * d.hidden_size,  # the residual stream is float32
+        weights_cast=2 * cast if half else 0,
+        vocab_size=d.vocab_size,
         checkpointing=run.checkpointing,
     )
-    return found | ({"head cast to float32": 4 * d.vocabulary * d.hidden} if half and run.lora and not d.tied else {})
+    if half and run.lora and not d.tied:
+        parts["head cast to float32"] = 4 * d.vocab_size * d.hidden_size
+    return parts
 
 
 def activation_memory(
@@ -124,14 +122,14 @@ def activation_memory(
 
 
 def _inference(run: Run) -> dict[str, int]:
-    """Weights, the cache, and what one layer works on: the residual and the wider of attention and MLP."""
+    """Weights, the cache, and the tensors of one layer: the residual and the wider of attention and MLP."""
     d, size = run.decoder, BYTES[run.dtype]
-    wide = max(d.intermediate, d.experts_per_token * d.expert_intermediate)
-    rounds = 2 if run.self_extend else 1  # queries and keys once more, rotated for the far part
-    working = 2 * d.hidden + max(rounds * (d.query_width + d.kv_width) + d.query_width + d.kv_width, d.maps * wide)
+    mlp = d.mlp_matrices * max(d.intermediate_size, d.experts_per_token * d.expert_intermediate_size)
+    copies = 3 if run.self_extend else 2  # of queries and keys: as rotated for the far part too
+    working = 2 * d.hidden_size + max(copies * (d.query_width + d.kv_width), mlp)
     return {
-        "weights": size * d.size,
+        "weights": size * d.num_parameters,
         "keys and values": kv_bytes(run),
         "one layer's work": size * run.tokens * working,
-        "logits": 4 * run.batch * d.vocabulary,
+        "logits": 4 * run.batch * d.vocab_size,
     }

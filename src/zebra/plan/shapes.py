@@ -1,4 +1,4 @@
-"""Published models by name, as their config.json has them, so that a recipe can be reckoned where they are not."""
+"""Published models by name, as their config.json has them, so that a recipe can be estimated without them."""
 
 from __future__ import annotations
 

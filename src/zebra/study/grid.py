@@ -33,7 +33,7 @@ from zebra.files import atomic_directory, atomic_write, directory_lock
 from zebra.model.checkpoint import open_tokenizer
 from zebra.model.families import attention_pairs
 from zebra.model.local import LocalAttention, layout_name
-from zebra.plan.decoder import decoder
+from zebra.plan.decoder import decoder_from_config
 from zebra.progress import bar, console
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
@@ -109,7 +109,7 @@ def reckoned(grid: StudyRecipe) -> list[Reckoned]:
             Reckoned(
                 cell=Path(recipe.run).name,
                 layout=layout_name(config, LocalAttention()),
-                parameters=decoder(config.to_dict(), name=NAME).size,
+                parameters=decoder_from_config(config.to_dict(), name=NAME).num_parameters,
                 tokens=recipe.train.max_steps * tokens_per_step(recipe),
                 attention=attention_pairs(config, length) / dense,
                 done=_is_done(recipe),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from zebra.errors import ZebraError
-from zebra.plan.decoder import FAMILIES, Decoder, Family
+from zebra.plan.decoder import FAMILIES, Decoder, FamilyTraits
 from zebra.stripes import Stripes, visible_pairs
 
 NAME = "zebra_study"
@@ -103,4 +103,4 @@ def _with_study_fields(decoder: Decoder, fields: Mapping[str, Any]) -> Decoder:
     )
 
 
-FAMILIES[NAME] = Family(tied=True, complete=_with_study_fields)
+FAMILIES[NAME] = FamilyTraits(tied=True, complete=_with_study_fields)

@@ -1,0 +1,233 @@
+"""A plan: the costs of full attention, stripes and Self-Extend side by side, as a JSON tree and as terminal tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from zebra.plan import fit
+from zebra.plan.cost import Run, bytes_moved, flops, pairs, self_extend_pairs, trained_parameters
+from zebra.plan.decoder import FAMILIES
+from zebra.plan.devices import MEASURED, Device
+from zebra.plan.memory import cached_tokens, kv_bytes, memory
+from zebra.stripes import GLOBAL, visible_pairs
+
+LENGTHS = tuple(2**i for i in range(10, 21))
+"""1K to 1M, the lengths of the picture."""
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of strings: the head, then the lines of the body."""
+
+    head: tuple[str, ...]
+    body: list[tuple[str, ...]]
+
+
+def variants(run: Run) -> dict[str, Run]:
+    """The run with full attention and with its stripes, and with Self-Extend added to each where it has a setting."""
+    plain = replace(run, self_extend=None)
+    by_name = {"full": replace(plain, stripes=None)}
+    if run.stripes:
+        by_name[str(run.stripes) + ", full decode" * run.full_decode] = plain
+    if run.self_extend:
+        extended = f"Self-Extend {run.self_extend}"
+        by_name |= {
+            extended if one.stripes is None else f"{name} + {extended}": replace(one, self_extend=run.self_extend)
+            for name, one in list(by_name.items())
+        }
+    return by_name
+
+
+def compare(run: Run, device: Device, *, budget: int | None = None, seconds: float | None = None) -> dict[str, Any]:
+    """The plan as a JSON tree, in bytes, FLOPs and seconds.
+
+    Args:
+        budget: bytes; adds the largest length and batch that fit.
+        seconds: with it, or with `budget`, the tree suggests a layout that meets both.
+    """
+    d = run.decoder
+    settings = {"length": run.length, "batch": run.batch, "dtype": run.dtype, "phase": run.phase}
+    settings |= {"checkpointing": run.checkpointing, "lora": run.lora, "memory": budget, "seconds": seconds}
+    plan: dict[str, Any] = {
+        "model": {
+            "name": d.name,
+            "parameters": d.num_parameters,
+            "by_part": d.parameters_by_part(),
+            "exact": d.family in FAMILIES,
+        },
+        "settings": settings,
+        "device": {"name": device.name, "source": device.source, "bandwidth": device.bandwidth}
+        | {"flops": dict(device.flops), "memory": device.memory},
+        "layouts": [_costs(name, one, device, budget) for name, one in variants(run).items()],
+        "complexity": complexity(run),
+    }
+    if budget is not None or seconds is not None:
+        plain = replace(run, self_extend=None)
+        suggested = fit.suggest_layout(plain, budget=budget, seconds=seconds, device=device)
+        plan["suggested_layout"] = suggested and str(suggested.stripes or "full")
+    return plan
+
+
+def _costs(name: str, run: Run, device: Device, budget: int | None) -> dict[str, Any]:
+    computed, moved = flops(run), bytes_moved(run)
+    costs: dict[str, Any] = {
+        "layout": name,
+        "global_layers": run.count(GLOBAL),
+        "pairs": pairs(run),
+        "flops": _with_total(computed),
+        "bytes": _with_total(moved),
+        "seconds": _with_total(device.seconds(run)),
+        "intensity": sum(computed.values()) / sum(moved.values()),
+        "memory": _with_total(memory(run)),
+    }
+    costs |= {"trained": trained_parameters(run)} if run.phase == "train" else {"kv_bytes": kv_bytes(run)}
+    if budget is not None:
+        costs |= {"largest_length": fit.largest_length(run, budget), "largest_batch": fit.largest_batch(run, budget)}
+    return costs
+
+
+def _with_total(parts: dict[str, Any]) -> dict[str, Any]:
+    return parts | {"total": sum(parts.values())}
+
+
+def complexity(run: Run) -> list[dict[str, Any]]:
+    """The paper's table of time and memory of the attention kinds, with the numbers of this run's length.
+
+    Per layer, in pairs and in tokens cached after N (its formulas recalled; the numbers are counted):
+
+        global   time O(N^2)                      memory O(N)
+        local    time O(N w)                      memory O(w)
+        grouped  time O(N^2 / g + (1 - 1/g) N w)  memory O(N / g + (1 - 1/g) w)
+    """
+    n, d = run.length, run.decoder
+    kinds = [("global", "N²", "N", float(visible_pairs(n)), float(n))]
+    if run.stripes:
+        w, sinks = run.stripes.window, run.stripes.sinks
+        plain = replace(run, self_extend=None, full_decode=False)
+        one = replace(plain, phase="prefill", batch=1, checkpointing=False, lora=None)
+        kinds.append(("local", "N w", "w", float(visible_pairs(n, w, sinks)), float(min(n, w - 1) + sinks)))
+        grouped = (pairs(one) / d.layers, cached_tokens(one) / d.layers)
+        kinds.append(("grouped", "N²/g + (1 − 1/g) N w", "N/g + (1 − 1/g) w", *grouped))
+        if others := run.stripes.orders:
+            kinds[-1:] = [(kind, *order, float(run.stripes.pairs(kind, n)), float(n)) for kind, order in others.items()]
+    if run.self_extend:
+        both = sum(self_extend_pairs(n, run.self_extend.window))
+        near_keys = min(n, run.self_extend.window - 1)  # cached without values: half a token each
+        kinds.append(("Self-Extend", "N²", "N + W/2", float(both), n + near_keys / 2))
+    return [
+        {"kind": kind, "time": f"O({time})", "memory": f"O({space})", "pairs": count, "cached_tokens": cached}
+        | {"pairs_of_global": count / visible_pairs(n), "cached_of_global": cached / n}
+        for kind, time, space, count, cached in kinds
+    ]
+
+
+def curves(run: Run, device: Device) -> dict[str, dict[str, list[float]]]:
+    """Attention FLOPs, KV bytes and seconds over LENGTHS for each variant; Self-Extend ends where its reach ends."""
+    by_name: dict[str, dict[str, list[float]]] = {}
+    for name, one in variants(replace(run, length=1)).items():
+        reach = fit.largest_length(one, 2**80)
+        runs = [replace(one, length=n) for n in LENGTHS if n <= reach]
+        by_name[name] = {
+            "length": [r.length for r in runs],
+            "attention": [flops(r)["attention"] for r in runs],
+            "kv": [kv_bytes(replace(r, phase="decode", checkpointing=False, lora=None)) for r in runs],
+            "seconds": [sum(device.seconds(r).values()) for r in runs],
+        }
+    return by_name
+
+
+# The terminal
+
+
+def headline(plan: dict[str, Any]) -> str:
+    """What the tables are about, in two lines."""
+    model, settings, device = plan["model"], plan["settings"], plan["device"]
+    training = [f"LoRA of rank {settings['lora']}"] if settings["lora"] else []
+    training += ["activation checkpointing"] if settings["checkpointing"] else []
+    phase = {"train": "a training step over", "prefill": "reading", "decode": "one token after"}[settings["phase"]]
+    note = "" if model["exact"] else ", estimated as a Llama: its family is not in the table"
+    ceilings = "ceilings measured" if device["source"] == MEASURED else "the vendor's peaks, which no run reaches"
+    first = f"{model['name']}: {model['parameters']:,} parameters{note}"
+    batch = f" x {settings['batch']:,} sequences" if settings["batch"] > 1 else ""
+    second = f"{phase} {settings['length']:,} tokens{batch}, {settings['dtype']}"
+    return f"{first}\n{', '.join([second, *training])}; {device['name']}, {ceilings}"
+
+
+def tables(plan: dict[str, Any]) -> list[TextTable]:
+    """The tables of a plan: costs by part, memory and what fits, and the kinds of attention."""
+    columns = plan["layouts"]
+    names = tuple(column["layout"] for column in columns)
+    cost = [_line("visible pairs", columns, lambda c: c["pairs"], format_count)]
+    by_part = (
+        ("FLOPs", "flops", format_count),
+        ("bytes moved", "bytes", format_bytes),
+        ("time", "seconds", format_seconds),
+    )
+    for title, key, show in by_part:
+        cost += [
+            _line(f"{title}, {part}" if part != "total" else f"[bold]{title}[/]", columns, _item(key, part), show)
+            for part in columns[0][key]
+        ]
+    cost.append(("FLOPs for a byte", *(f"{column['intensity']:,.1f}" for column in columns)))
+    space = [
+        _line(f"[bold]{part}[/]" if part == "total" else part, columns, _item("memory", part), format_bytes)
+        for part in columns[0]["memory"]
+    ]
+    if "largest_length" in columns[0]:
+        budget = format_bytes(plan["settings"]["memory"])
+        for size in ("length", "batch"):
+            space.append((f"largest {size} in {budget}", *(f"{column[f'largest_{size}']:,}" for column in columns)))
+    kinds: list[tuple[str, ...]] = []
+    for kind in plan["complexity"]:
+        computed = _with_share(format_count(kind["pairs"]), kind["pairs_of_global"])
+        cached = _with_share(f"{kind['cached_tokens']:,.0f}", kind["cached_of_global"])
+        kinds.append((kind["kind"], kind["time"], computed, kind["memory"], cached))
+    return [
+        TextTable(("cost", *names), cost),
+        TextTable(("memory of one device", *names), space),
+        TextTable(("attention, a layer's mean", "time", "pairs", "memory", "tokens cached"), kinds),
+    ]
+
+
+def _item(key: str, part: str) -> Callable[[dict[str, Any]], float]:
+    return lambda column: column[key][part]
+
+
+def _line(
+    title: str, columns: Sequence[dict[str, Any]], value: Callable[[Any], float], show: Callable[[float], str]
+) -> tuple[str, ...]:
+    """A line of a table; each number is followed by its share of the first column's, where it differs."""
+    first = value(columns[0])
+    cells = [show(value(column)) for column in columns]
+    shares = [value(column) / first if first else 1.0 for column in columns]
+    return (title, *(_with_share(cell, share) for cell, share in zip(cells, shares, strict=True)))
+
+
+def _with_share(cell: str, share: float) -> str:
+    return cell if abs(share - 1) < 0.005 else f"{cell} [dim]{share:.2f}[/]"
+
+
+def format_count(value: float) -> str:
+    """A count with a letter for its thousands: 1.41 T."""
+    for unit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:,.2f} {letter}"
+    return f"{value:,.0f}"
+
+
+def format_bytes(value: float) -> str:
+    """Bytes with their unit: 13.50 GiB."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= unit:
+            return f"{value / unit:,.2f} {name}"
+    return f"{value:,.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds with their unit: 3.20 ms."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:,.2f} {name}"
+    return f"{seconds * 1e6:,.1f} µs"
