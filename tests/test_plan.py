@@ -119,7 +119,7 @@ def test_a_layout_without_layer_types_is_that_of_transformers() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_flops_are_those_that_torch_counts(family: str) -> None:
-    """Eager attention forms all N^2 scores where the mask has N (N + 1) / 2 pairs, and saves them for the backward pass,
+    """Eager attention forms all N^2 scores where the mask has N (N + 1) / 2 pairs, and saves them for the backward,
     so that a step costs 3 forward passes where ours costs 7/2.
     """
     n = 64

@@ -42,7 +42,7 @@ def test_parameters_and_layout_are_the_models(attention: str, positions: str) ->
         made = config(attention, positions, **changes)
         found = decoder.decoder_from_config(made.to_dict(), name="cell")
         with torch.device("meta"):
-            assert found.size == study.StudyForCausalLM(made).num_parameters()
+            assert found.num_parameters == study.StudyForCausalLM(made).num_parameters()
         assert (found.rope is None) == (positions != "rotary")
         assert str(found.stripes or "full") == layout(made)
     assert "zebra_study" in decoder.FAMILIES

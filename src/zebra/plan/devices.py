@@ -114,7 +114,7 @@ def find_device(device: str | os.PathLike[str]) -> Device:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ZebraError(
             f"{path} is not a file of ceilings: {type(error).__name__} {error}. Give a JSON object with name, "
-            "flops (FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes), attention (FLOP/s by kind and dtype)."
+            "flops (FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes), attention (FLOP/s by kind, dtype)."
         ) from None
     everywhere = [peaks, *attention.values()]
     rates = [measured.bandwidth, *(rate for rates in everywhere for rate in rates.values())]
