@@ -16,20 +16,25 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from zebra import ZebraError
 from zebra.data.haystack import (
+    CandidatePool,
     Haystack,
-    Pool,
     PromptTokenizer,
     contains_answer,
-    listed,
-    placed,
-    plain,
-    repeated,
-    size_for,
+    min_body_tokens,
+    normalize,
+    place_needles,
 )
 from zebra.data.needles import Sample, SampleGenerator
-from zebra.data.questions import _COMMON, LEAST_WORDS, NOISE, POOLS, TASKS, WITHOUT_DEPTH
-from zebra.data.questions import _common_counts as common_counts
-from zebra.data.questions import _frequent_counts as frequent_counts
+from zebra.data.questions import (
+    COMMON_WORDS,
+    GENERATORS,
+    MIN_WORDS,
+    NOISE,
+    TASKS,
+    WITHOUT_DEPTH,
+    common_counts,
+    frequent_counts,
+)
 
 KINDS = ("stories260K", "byte-level BPE", "Unigram", "WordPiece", "word-level", "spaces behind")
 DEPTHS = (0.0, 0.31, 0.5, 1.0)
@@ -38,9 +43,9 @@ DEPTHS = (0.0, 0.31, 0.5, 1.0)
 def _trained(kind: str) -> Tokenizer:
     """A tokenizer of another make, trained here."""
     rng = Random(1)
-    words = [POOLS[name](rng) for name in ("words", "made-up words") for _ in range(8000)]
+    words = [GENERATORS[name](rng) for name in ("words", "made-up words") for _ in range(8000)]
     prompts = [
-        f"{d.head} {' '.join(d.evidence)} {d.tail}"
+        f"{d.instruction} {' '.join(d.needles)} {d.query}"
         for d in (TASKS[t](_Anything(rng)) for t in TASKS)  # type: ignore[arg-type]
     ]
     text = [*NOISE, *prompts, " ".join(words), (TEXT / "tinystories_test.txt").read_text()[:60_000], "0123456789"]
@@ -96,7 +101,7 @@ class _Anything:
     def draw(self, kind: str, count: int) -> list[Any]:
         from zebra.data.haystack import TokenizedText
 
-        return [TokenizedText(POOLS[kind](self.rng), (1,)) for _ in range(count)]
+        return [TokenizedText(GENERATORS[kind](self.rng), (1,)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -122,7 +127,7 @@ def read(tokenizer: Any, ids: Any) -> str:
 
 def solved(task: str, text: str) -> list[str]:
     """The answers, by reading the prompt as a person would, in small letters and digits joined."""
-    text = re.sub(r"(?<=\d) (?=\d)", "", plain(text))
+    text = re.sub(r"(?<=\d) (?=\d)", "", normalize(text))
     if task == "passkey":
         return re.findall(r"the pass key is (\d{5}) ?\.", text)
     if task == "lookup":
@@ -136,7 +141,7 @@ def solved(task: str, text: str) -> list[str]:
         return [name for name, value in held.items() if value == number]
     if task in WITHOUT_DEPTH:
         words = text[text.index("than the others") : text.rindex("which")].split()[3:]
-        return [word for word, _ in Counter(words).most_common(_COMMON if task == "common-words" else 3)]
+        return [word for word, _ in Counter(words).most_common(COMMON_WORDS if task == "common-words" else 3)]
     asked = re.findall(r"which .*?noted for ([\w, ]+?) ?\?", text)[-1]
     names = [name.strip() for name in re.split(r",|\band\b", asked)]
     told = re.findall(r"the number noted for (\w+) is (\d{5}) ?\.", text)
@@ -168,9 +173,9 @@ def test_the_evidence_begins_where_the_sample_says(task: str, needles: SampleGen
     begins = {"passkey": "the pass key is", "variables": "set", "lookup": ""}.get(task, "the number noted for")
     for depth in DEPTHS:
         (sample,) = needles.samples(task, length=700, depth=depth, seed=2)
-        assert list(sample.evidence) == sorted(sample.evidence)
-        assert len(sample.evidence) in (1, len(sample.answers))
-        found = [plain(read(tokenizer, sample.ids[at : at + 60])) for at in sample.evidence]
+        assert list(sample.needle_starts) == sorted(sample.needle_starts)
+        assert len(sample.needle_starts) in (1, len(sample.answers))
+        found = [normalize(read(tokenizer, sample.ids[at : at + 60])) for at in sample.needle_starts]
         assert all(text.startswith(begins) for text in found), found
         if task == "lookup":
             assert re.match(r"[\d ]+ ?: [\d ]+", found[0])
@@ -180,7 +185,7 @@ def test_the_first_evidence_stands_at_its_depth_to_the_token(needles: SampleGene
     """At depth d it stands d of the way from where it stands at 0 to where it stands at 1."""
 
     def place(depth: float) -> int:
-        return needles.samples("passkey", length=777, depth=depth)[0].evidence[0]
+        return needles.samples("passkey", length=777, depth=depth)[0].needle_starts[0]
 
     first, last = place(0), place(1)
     assert last - first > 500
@@ -212,14 +217,17 @@ def test_own_text_lies_uncut_around_the_evidence(tokenizer: Any) -> None:
     text = " ".join((TEXT / "tinystories_test.txt").read_text()[:9000].split())
     tokens = np.array(tokenizer.encode(text))
     needles, writer = SampleGenerator(tokenizer, [tokens]), PromptTokenizer(tokenizer)
-    stream = tokens[len(writer.start) :].tolist()
-    ahead = [*writer.start, *writer.first("Somewhere in this text a pass key is hidden. Find it and remember it.")]
-    tail = writer.ids("What is the pass key? The pass key is")
+    stream = tokens[len(writer.prefix) :].tolist()
+    ahead = [
+        *writer.prefix,
+        *writer.encode_first("Somewhere in this text a pass key is hidden. Find it and remember it."),
+    ]
+    tail = writer.encode("What is the pass key? The pass key is")
     for depth in DEPTHS:
         (sample,) = needles.samples("passkey", length=600, depth=depth)
         number = sample.answers[0].text.replace(" ", "")
-        piece = writer.ids(f"The pass key is {number}. Keep it in mind: {number} is the pass key.")
-        at = sample.evidence[0]
+        piece = writer.encode(f"The pass key is {number}. Keep it in mind: {number} is the pass key.")
+        at = sample.needle_starts[0]
         assert sample.ids[at : at + len(piece)] == piece
         hay = [*sample.ids[len(ahead) : at], *sample.ids[at + len(piece) : len(sample.ids) - len(tail)]]
         assert any(stream[i : i + len(hay)] == hay for i in range(len(stream)))
@@ -238,10 +246,10 @@ def brute(size: int, depth: float, evidence: int) -> int:
 @pytest.mark.parametrize("size", [30, 31, 47, 200])
 def test_pieces_are_placed_to_the_token(size: int, depth: float) -> None:
     evidence, others = [[-1] * 5, [-2] * 4, [-3] * 3], [[-4] * 6, [-5] * 3]
-    assert size_for(evidence, others) == 30
-    hay = listed([list(range(10 * i, 10 * i + n)) for i, n in enumerate([7, 9, 10, 3] * 20)])
+    assert min_body_tokens(evidence, others) == 30
+    hay = Haystack.of_pieces([list(range(10 * i, 10 * i + n)) for i, n in enumerate([7, 9, 10, 3] * 20)])
     for seed in range(20):
-        body, places = placed(Random(seed), hay, size, depth, evidence, others)
+        body, places = place_needles(Random(seed), hay, size, depth, evidence, others)
         assert len(body) == size
         assert places[0] == brute(size, depth, 12)
         assert [body[at : at + len(piece)] for at, piece in zip(places, evidence, strict=True)] == evidence
@@ -253,7 +261,7 @@ def test_pieces_are_placed_to_the_token(size: int, depth: float) -> None:
 
 
 def test_a_window_begins_a_sentence_where_it_should() -> None:
-    hay = repeated([[1, 2, 3], [4, 5], [6]], 40)
+    hay = Haystack.repeating([[1, 2, 3], [4, 5], [6]], 40)
     assert hay.tokens[:7].tolist() == [1, 2, 3, 4, 5, 6, 1]
     for seed, before in product(range(10), (0, 1, 5, 40)):
         tokens, starts = hay.window(Random(seed), before, 40 - before)
@@ -267,7 +275,7 @@ def test_a_window_begins_a_sentence_where_it_should() -> None:
 
 
 def test_answers_are_the_commonest_words_at_any_length() -> None:
-    for words in [*range(LEAST_WORDS, 700), 3001, 50_000]:
+    for words in [*range(MIN_WORDS, 700), 3001, 50_000]:
         common = common_counts(words)
         assert sum(common) == words
         assert min(common[:5]) >= 3 * max(common[5:])
@@ -293,7 +301,7 @@ def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
     made = Tokenizer(models.WordLevel({"[UNK]": 0, "12345": 1, "54321": 2, ".": 3, "x": 4}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     writer = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=made))
-    pool = Pool(writer, "numbers", lambda rng: rng.choice(["12345", "54321", "99999"]))
+    pool = CandidatePool(writer, "numbers", lambda rng: rng.choice(["12345", "54321", "99999"]))
     assert {one.text for one in pool.draw(Random(0), 2, set())} == {"12345", "54321"}
     with pytest.raises(ZebraError, match=r"3 different numbers of 1 tokens are needed, but this tokenizer writes 2"):
         pool.draw(Random(0), 3, set())

@@ -37,7 +37,7 @@ TELLS = {"needle": "The number noted for {} is {}.", "passkey": "The {} is {}."}
 
 
 def only(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for weights in ("_AT_FIRST", "_SHORT", "_LATER"):
+    for weights in ("_EASY_WEIGHTS", "_SHORT_WEIGHTS", "_LONG_WEIGHTS"):
         monkeypatch.setattr(f"zebra.data.recall.{weights}", [int(one == kind) for one in KINDS])
 
 
@@ -88,30 +88,30 @@ def test_symbols_that_are_labelled_are_told_before(
 
 
 def test_symbols_grow_before_documents_do() -> None:
-    growth = Curriculum(first=64, last=1024, hold=0.25, until=0.75)
+    curriculum = Curriculum(first=64, last=1024, hold=0.25, until=0.75)
     parts = [part / 8 for part in range(9)]
-    assert [growth.at(part).longest for part in parts] == [64, 64, 64, 128, 256, 512, 1024, 1024, 1024]
-    assert [growth.at(part).symbols for part in parts] == [0.0, 0.25] + [1.0] * 7
-    assert [growth.held(part) for part in parts] == [True, True] + [False] * 7
+    assert [curriculum.at(part).longest for part in parts] == [64, 64, 64, 128, 256, 512, 1024, 1024, 1024]
+    assert [curriculum.at(part).symbols for part in parts] == [0.0, 0.25] + [1.0] * 7
+    assert [curriculum.in_first_phase(part) for part in parts] == [True, True] + [False] * 7
 
 
 def test_a_row_is_filled_by_documents_apart(recall: RecallGenerator) -> None:
-    row = recall.row(1000, Difficulty(300), Random(1))
+    row = recall.sequence(1000, Difficulty(300), Random(1))
     assert {name: tuple(values.shape) for name, values in row.items()} == dict.fromkeys(
         ("input_ids", "position_ids", "labels"), (1000,)
     )
     starts = (row["position_ids"] == 0).nonzero()[:, 0].tolist()
     sizes = np.diff([*starts, 1000])
     assert len(sizes) > 3
-    assert sizes.min() >= recall.shortest
-    assert sizes.max() <= 300 + recall.shortest
+    assert sizes.min() >= recall.min_tokens
+    assert sizes.max() <= 300 + recall.min_tokens
     assert torch.equal(row["position_ids"], torch.cat([torch.arange(size) for size in sizes]))
 
 
 def test_text_is_a_haystack(tokenizer: Any) -> None:
     word = tokenizer.encode(" elephant", add_special_tokens=False)
     with_text = RecallGenerator(tokenizer, [np.array(word * 2000)])
-    rows = [with_text.row(1000, Difficulty(500), Random(i))["input_ids"].tolist() for i in range(4)]
+    rows = [with_text.sequence(1000, Difficulty(500), Random(i))["input_ids"].tolist() for i in range(4)]
     assert any(" ".join(map(str, word * 3)) in " ".join(map(str, row)) for row in rows)
 
 

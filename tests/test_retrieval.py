@@ -83,7 +83,7 @@ class Oracle(Scripted):
         if len(tokens) < LENGTH:
             return logits
         writer = PromptTokenizer(self.tokenizer)
-        left = [list(writer.ids(answer)) for answer in solved(self.task, writer.text(tokens[:LENGTH]))]
+        left = [list(writer.encode(answer)) for answer in solved(self.task, writer.decode(tokens[:LENGTH]))]
         said = tokens[LENGTH:]
         while whole := [answer for answer in left if answer == said[: len(answer)]]:
             said = said[len(whole[0]) :]

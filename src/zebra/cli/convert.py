@@ -106,10 +106,10 @@ def select(
     find_files(text or ())
     tasks = names(task) if task else []
     if tasks:
-        from zebra.data.needles import check
+        from zebra.data.needles import check_task
 
         for name in tasks:
-            check(name, 0.5, samples)
+            check_task(name, 0.5, samples)
     with show.working():
         from zebra.evaluate.selection import select as run
 

@@ -130,12 +130,12 @@ def retrieval(
     as_json: Json = False,
 ) -> None:
     """Measure retrieval from long texts: accuracy by length and depth, with 95 % intervals."""
-    from zebra.data.needles import check
+    from zebra.data.needles import check_task
 
     tasks, lengths = names(task), numbers("--length", length, int, "1024,4096")
     depths = numbers("--depth", depth, float, "0,0.5,1")
     for name in tasks:
-        check(name, depths[0], samples)
+        check_task(name, depths[0], samples)
     loading = load_arguments(checkpoint, stripes, rope, self_extend, window, full_decode, dtype, device)
     find_files(haystack or ())
     with show.working():

@@ -1,12 +1,12 @@
-"""Text as tokens piece by piece: what is written, what lies around it, and where each piece stands, to the token.
+"""Prompts as tokens, piece by piece: needles, the haystack around them, and their positions, exact to the token.
 
-Joining strings changes how they become tokens, so nothing is joined as a string. Each piece becomes tokens once, as it
-would behind a full stop, and all that follows is arithmetic on lists of tokens:
+Joining strings changes their tokens, so no strings are joined. Each piece is tokenised once, as it would be after a
+full stop, and all that follows is arithmetic on lists of tokens:
 
     haystack  ....|......|.....|....           | where a sentence begins
-    body      ..|......[evidence].....|[other]....    cut to size at both ends, pieces put in between sentences
+    body      ..|......[needle].....|[distractor]....    cut to size at both ends, pieces put in between sentences
 
-Exact are the tokens and their places. Not exact: the tokens that the same text would get if it were encoded anew,
+Exact are the tokens and their positions. Not exact: the tokens that the same text would get if it were encoded anew,
 which may be merged across the joints.
 """
 
@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 from zebra.errors import ZebraError
 
+TokenIds = Sequence[int]
+
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer; those of transformers have it."""
@@ -40,7 +42,7 @@ class Tokenizer(Protocol):
 
 
 class TokenizedText(NamedTuple):
-    """A word or number as the tokenizer reads it back, and its tokens behind other text."""
+    """A key or value, as the tokenizer decodes it, and its tokens after other text."""
 
     text: str
     ids: tuple[int, ...]
@@ -50,78 +52,75 @@ _ANCHOR = "."
 
 
 class PromptTokenizer:
-    """Text to tokens as they are behind a full stop and a space.
+    """Tokenises the pieces of a prompt as they are after a full stop and a space.
 
     Attributes:
-        start: what the tokenizer puts before every text, such as its token of the beginning.
+        prefix: what the tokenizer puts before every text, such as its token of the beginning.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._known: dict[str, tuple[int, ...]] = {}
-        self._anchor = self.first(_ANCHOR)
-        bare, full = self.first("x"), tokenizer.encode("x", add_special_tokens=True)
-        fits = (i for i in range(len(full)) if tuple(full[i : i + len(bare)]) == bare)
-        self.start = tuple(full[: next(fits, 0)])
+        self._encoded: dict[str, tuple[int, ...]] = {}
+        self._pools: dict[str, CandidatePool] = {}
+        self._anchor = self.encode_first(_ANCHOR)
+        bare, full = self.encode_first("x"), tokenizer.encode("x", add_special_tokens=True)
+        starts = (i for i in range(len(full)) if tuple(full[i : i + len(bare)]) == bare)
+        self.prefix = tuple(full[: next(starts, 0)])
 
-    def first(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text that stands first, without special ones."""
+    def encode_first(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text that comes first, without special ones."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def ids(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text that stands behind another, the space between them included."""
-        if text not in self._known:
-            self._known[text] = self._behind(text)
-        return self._known[text]
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text that comes after another, the space between them included."""
+        if text not in self._encoded:
+            self._encoded[text] = self._encode_after_anchor(text)
+        return self._encoded[text]
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Tokens to text; special ones are left out."""
+    def decode(self, ids: TokenIds) -> str:
+        """Tokens to text, without special ones."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _behind(self, text: str) -> tuple[int, ...]:
-        joined, n = self.first(f"{_ANCHOR} {text}"), len(self._anchor)
+    def pool(self, kind: str, generate: Callable[[Random], str]) -> CandidatePool:
+        """The pool of a kind of keys and values, built once."""
+        if kind not in self._pools:
+            self._pools[kind] = CandidatePool(self, kind, generate)
+        return self._pools[kind]
+
+    def _encode_after_anchor(self, text: str) -> tuple[int, ...]:
+        joined, n = self.encode_first(f"{_ANCHOR} {text}"), len(self._anchor)
         if joined[:n] == self._anchor:
             return joined[n:]
-        # The stop and the space are one token here (spaces behind words): a text alone then brings its own space.
-        alone = self.first(text)
-        spaced = plain(self.text(self._anchor + alone)) == plain(f"{_ANCHOR} {text}")
-        return alone if spaced else self.first(f" {text}")
+        # The stop and the space are one token here (spaces after words): a text alone then brings its own space.
+        alone = self.encode_first(text)
+        has_space = normalize(self.decode(self._anchor + alone)) == normalize(f"{_ANCHOR} {text}")
+        return alone if has_space else self.encode_first(f" {text}")
 
 
-def plain(text: str) -> str:
-    """Text as answers are compared: in small letters, with single spaces."""
-    return " ".join(text.casefold().split())
-
-
-def contains_answer(text: str, answer: str) -> bool:
-    """Whether a text has an answer as whole words."""
-    return re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", plain(text)) is not None
-
-
-class Pool:
-    """Words or numbers of one kind that the tokenizer reads back, all of the same number of tokens.
+class CandidatePool:
+    """Keys or values of one kind that the tokenizer decodes to themselves, all of the same number of tokens.
 
     So no candidate is longer than another, and a list of them fills a length evenly.
 
     Raises:
-        ZebraError: the tokenizer reads none of them back.
+        ZebraError: the tokenizer decodes none of them to itself.
     """
 
-    _TRIES = 10_000
+    _MAX_MISSES = 10_000
 
-    def __init__(self, writer: PromptTokenizer, kind: str, make: Callable[[Random], str]):
-        self._writer, self._kind, self._make = writer, kind, make
+    def __init__(self, tokenizer: PromptTokenizer, kind: str, generate: Callable[[Random], str]):
+        self._tokenizer, self._kind, self._generate = tokenizer, kind, generate
         rng = Random(0)
-        found = [self._written(make(rng)) for _ in range(512)]
-        sizes = Counter(len(one.ids) for one in found if one is not None)
+        candidates = [self._tokenize(generate(rng)) for _ in range(512)]
+        sizes = Counter(len(candidate.ids) for candidate in candidates if candidate is not None)
         if not sizes:
             raise ZebraError(
-                f"this tokenizer cannot write {kind} such as {make(rng)!r}. Leave the tasks that need them out."
+                f"this tokenizer cannot write {kind} such as {generate(rng)!r}. Leave the tasks that need them out."
             )
         self.tokens = sizes.most_common(1)[0][0]
 
     def draw(self, rng: Random, count: int, taken: set[str]) -> list[TokenizedText]:
-        """`count` that are not among `taken`, which they join.
+        """`count` candidates that are not among `taken`, to which they are added.
 
         Raises:
             ZebraError: there are not as many.
@@ -129,117 +128,131 @@ class Pool:
         drawn: list[TokenizedText] = []
         misses = 0
         while len(drawn) < count:
-            one = self._written(self._make(rng))
-            if one is None or len(one.ids) != self.tokens or one.text in taken:
+            candidate = self._tokenize(self._generate(rng))
+            if candidate is None or len(candidate.ids) != self.tokens or candidate.text in taken:
                 misses += 1
-                if misses > self._TRIES:
+                if misses > self._MAX_MISSES:
                     raise ZebraError(
                         f"{count:,} different {self._kind} of {self.tokens} tokens are needed, but this tokenizer "
                         f"writes {len(drawn):,}. Take a shorter length or another task."
                     )
                 continue
             misses = 0
-            taken.add(one.text)
-            drawn.append(one)
+            taken.add(candidate.text)
+            drawn.append(candidate)
         return drawn
 
-    def _written(self, text: str) -> TokenizedText | None:
-        ids = self._writer.ids(text)
-        back = self._writer.text(ids).strip()
-        return TokenizedText(back, ids) if back.replace(" ", "").casefold() == text.casefold() else None
+    def _tokenize(self, text: str) -> TokenizedText | None:
+        ids = self._tokenizer.encode(text)
+        decoded = self._tokenizer.decode(ids).strip()
+        return TokenizedText(decoded, ids) if decoded.replace(" ", "").casefold() == text.casefold() else None
+
+
+def normalize(text: str) -> str:
+    """Text as answers are compared: in lower case, with single spaces."""
+    return " ".join(text.casefold().split())
+
+
+def contains_answer(text: str, answer: str) -> bool:
+    """Whether a text contains an answer as whole words."""
+    return re.search(rf"(?<!\w){re.escape(normalize(answer))}(?!\w)", normalize(text)) is not None
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Tokens to hide something in, and the places where a sentence begins, in order."""
+    """Text to hide needles in: `tokens` (n,), and the sorted positions where a sentence begins."""
 
     tokens: NDArray[np.integer[Any]]
     starts: Sequence[int]
 
-    def window(self, rng: Random, before: int, behind: int) -> tuple[list[int], list[int]]:
-        """`before + behind` tokens with a sentence's beginning after the first `before`, and all beginnings in them.
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[TokenIds]) -> Haystack:
+        """Pieces one after another; each begins a sentence."""
+        tokens = np.array([token for piece in pieces for token in piece], np.int64)
+        return cls(tokens, np.cumsum([0, *map(len, pieces)]).tolist())
+
+    @classmethod
+    def repeating(cls, pieces: Sequence[TokenIds], size: int) -> Haystack:
+        """The pieces over and over: a window of `size` tokens fits wherever a piece begins."""
+        return cls.of_pieces(list(pieces) * (size // sum(map(len, pieces)) + 2))
+
+    @classmethod
+    def of_documents(cls, documents: Iterable[NDArray[np.integer[Any]]], tokenizer: PromptTokenizer) -> Haystack:
+        """Tokenised documents one after another, without what the tokenizer puts before each."""
+        n, texts = len(tokenizer.prefix), []
+        for document in documents:
+            texts.append(document[n:] if n and tuple(document[:n].tolist()) == tokenizer.prefix else document)
+        tokens = np.concatenate([np.zeros(0, np.int64), *texts])
+        sentence_end = re.compile(r"[.!?][\"')\]”’]*\s*$|\n$")
+        ends = [token for token in np.unique(tokens).tolist() if sentence_end.search(tokenizer.decode([token]))]
+        document_starts = np.cumsum([0, *map(len, texts)])
+        return cls(tokens, np.union1d(np.flatnonzero(np.isin(tokens, ends)) + 1, document_starts).tolist())
+
+    def window(self, rng: Random, before: int, after: int) -> tuple[list[int], list[int]]:
+        """`before + after` tokens, cut so that a sentence begins after the first `before` of them where one can.
+
+        Returns:
+            The tokens, and the positions in them where a sentence begins.
 
         Raises:
-            ZebraError: the haystack has fewer.
+            ZebraError: the haystack has fewer tokens.
         """
-        last = len(self.tokens) - behind
+        last = len(self.tokens) - after
         if last < before:
             raise ZebraError(
-                f"the haystack has {len(self.tokens):,} tokens, and {before + behind:,} are needed. "
+                f"the haystack has {len(self.tokens):,} tokens, and {before + after:,} are needed. "
                 "Give more text, or take a shorter length."
             )
         low, high = bisect_left(self.starts, before), bisect_right(self.starts, last)
-        at = self.starts[rng.randrange(low, high)] if low < high else rng.randint(before, last)
-        first = at - before
-        inside = self.starts[bisect_left(self.starts, first) : bisect_right(self.starts, at + behind)]
-        return self.tokens[first : at + behind].tolist(), [start - first for start in inside] or [before]
+        middle = self.starts[rng.randrange(low, high)] if low < high else rng.randint(before, last)
+        first = middle - before
+        inside = self.starts[bisect_left(self.starts, first) : bisect_right(self.starts, middle + after)]
+        return self.tokens[first : middle + after].tolist(), [start - first for start in inside] or [before]
 
 
-def listed(pieces: Sequence[Sequence[int]]) -> Haystack:
-    """Pieces one behind another; each begins a sentence."""
-    tokens = np.array([token for piece in pieces for token in piece], np.int64)
-    return Haystack(tokens, np.cumsum([0, *map(len, pieces)]).tolist())
-
-
-def repeated(pieces: Sequence[Sequence[int]], size: int) -> Haystack:
-    """The pieces over and over: a window of `size` tokens fits wherever a piece begins."""
-    return listed(list(pieces) * (size // sum(map(len, pieces)) + 2))
-
-
-def own_text(documents: Iterable[NDArray[np.integer[Any]]], writer: PromptTokenizer) -> Haystack:
-    """Documents one after another, without what the tokenizer puts before each."""
-    n, kept = len(writer.start), []
-    for document in documents:
-        kept.append(document[n:] if n and tuple(document[:n].tolist()) == writer.start else document)
-    tokens = np.concatenate([np.zeros(0, np.int64), *kept])
-    ends = [
-        token for token in np.unique(tokens).tolist() if re.search(r"[.!?][\"')\]”’]*\s*$|\n$", writer.text([token]))
-    ]
-    beginnings = np.cumsum([0, *map(len, kept)])
-    return Haystack(tokens, np.union1d(np.flatnonzero(np.isin(tokens, ends)) + 1, beginnings).tolist())
-
-
-Piece = Sequence[int]
-
-
-def placed(
-    rng: Random, hay: Haystack, size: int, depth: float, evidence: Sequence[Piece], others: Sequence[Piece]
+def place_needles(
+    rng: Random,
+    haystack: Haystack,
+    size: int,
+    depth: float,
+    needles: Sequence[TokenIds],
+    distractors: Sequence[TokenIds],
 ) -> tuple[list[int], list[int]]:
-    """A body of exactly `size` tokens, and where in it each piece of evidence begins.
+    """A body of exactly `size` tokens, and the position in it of each needle.
 
-        first = floor(depth (size - tokens of evidence) + 1/2)
+        first = floor(depth (size - tokens of the needles) + 1/2)
 
-    is where the first piece begins: at depth 0 the body begins with it, at depth 1 it ends with the evidence. Further
-    pieces follow in their order, at beginnings of sentences drawn behind the first. `others` stand on both sides.
-    At least `size_for(evidence, others)` tokens hold all of it at any depth.
+    is where the first needle begins: at depth 0 the body begins with it, at depth 1 it ends with the needles. Further
+    needles follow in their order, at beginnings of sentences drawn after the first. Distractors are on both sides.
+    At least `min_body_tokens(needles, distractors)` tokens hold all of it at any depth.
     """
-    rest = size - sum(map(len, evidence))
+    rest = size - sum(map(len, needles))
     rooms = [math.floor(depth * rest + 0.5)]
     rooms.append(rest - rooms[0])
-    ahead: list[Piece] = []
-    behind: list[Piece] = []
-    for piece in others:
+    sides: tuple[list[TokenIds], list[TokenIds]] = ([], [])
+    for piece in distractors:
         side = int(rng.random() * rest >= rooms[0])
         side = side if len(piece) <= rooms[side] else 1 - side
         rooms[side] -= len(piece)
-        (ahead, behind)[side].append(piece)
-    tokens, starts = hay.window(rng, *rooms)
-    near, far = starts[: bisect_right(starts, rooms[0])], starts[bisect_left(starts, rooms[0]) :]
-    later = sorted(rng.choice(far) for _ in evidence[1:])
-    pieces = [(rng.choice(near), 0, piece, False) for piece in ahead]
-    pieces.append((rooms[0], 1, evidence[0], True))
-    pieces += [(spot, 2, piece, True) for spot, piece in zip(later, evidence[1:], strict=True)]
-    pieces += [(rng.choice(far), 2, piece, False) for piece in behind]
+        sides[side].append(piece)
+    tokens, starts = haystack.window(rng, *rooms)
+    before, after = starts[: bisect_right(starts, rooms[0])], starts[bisect_left(starts, rooms[0]) :]
+    later = sorted(rng.choice(after) for _ in needles[1:])
+    # Position in the haystack, order among those of one position, tokens, whether it is a needle.
+    pieces = [(rng.choice(before), 0, piece, False) for piece in sides[0]]
+    pieces.append((rooms[0], 1, needles[0], True))
+    pieces += [(position, 2, piece, True) for position, piece in zip(later, needles[1:], strict=True)]
+    pieces += [(rng.choice(after), 2, piece, False) for piece in sides[1]]
     body: list[int] = []
-    places, cursor = [], 0
-    for spot, _, piece, told in sorted(pieces, key=lambda one: one[:2]):
-        body += tokens[cursor:spot]
-        places += [len(body)] if told else []
+    needle_starts, end = [], 0
+    for position, _, piece, is_needle in sorted(pieces, key=lambda piece: piece[:2]):
+        body += tokens[end:position]
+        needle_starts += [len(body)] if is_needle else []
         body += piece
-        cursor = spot
-    return body + tokens[cursor:], places
+        end = position
+    return body + tokens[end:], needle_starts
 
 
-def size_for(evidence: Sequence[Piece], others: Sequence[Piece]) -> int:
-    """The least body: all of `others` fit on the larger side of the evidence, wherever that stands."""
-    return sum(map(len, evidence)) + 2 * sum(map(len, others))
+def min_body_tokens(needles: Sequence[TokenIds], distractors: Sequence[TokenIds]) -> int:
+    """The shortest body in which all distractors fit on the larger side of the needles, wherever these are."""
+    return sum(map(len, needles)) + 2 * sum(map(len, distractors))

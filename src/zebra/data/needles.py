@@ -1,14 +1,14 @@
-"""Questions whose answer stands at a known place of a long text: generators by seed, exact to the token, offline.
+"""Retrieval samples: questions whose answer is at a known depth of a long text, by seed, exact to the token, offline.
 
-    [start] introduction | haystack .. [evidence] .. [others] .. | question, and the beginning of its answer
-            '--------------------------- `length` tokens ------------------------------------------------'
+    [prefix] instruction | haystack .. [needle] .. [distractor] .. | query: a question, the beginning of its answer
+             '------------------------------ `length` tokens ------------------------------------------------'
 
 `zebra.data.questions` has the tasks, `zebra.data.haystack` says what is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -18,67 +18,57 @@ from numpy.typing import NDArray
 
 from zebra.data.haystack import (
     Haystack,
-    Pool,
     PromptTokenizer,
+    TokenIds,
     TokenizedText,
     Tokenizer,
-    listed,
-    own_text,
-    placed,
-    repeated,
-    size_for,
+    min_body_tokens,
+    place_needles,
 )
-from zebra.data.questions import LEAST_WORDS, NOISE, POOLS, TASKS, WITHOUT_DEPTH, Draw, SampleContext, entry
+from zebra.data.questions import MIN_WORDS, TASKS, WITHOUT_DEPTH, SampleContext, SampleParts, entry, noise
 from zebra.errors import ZebraError
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, its answers and where they come from.
+    """A prompt and its answers.
 
     Attributes:
         task: its name in `TASKS`.
         ids: the prompt, exactly as long as was asked.
-        answers: what a right continuation has, in any order.
+        answers: what a right continuation contains, in any order.
         distractors: wrong answers, of the same number of tokens; those of other keys in the text come first.
-        evidence: where in `ids` each piece of evidence begins; empty where the whole text is the evidence.
-        depth: 0 to 1, where the first piece of evidence stands in the body; None where the whole text is the evidence.
+        needle_starts: where in `ids` each needle begins; empty where the answer depends on the whole text.
+        depth: 0 to 1, where the first needle begins in the body; None where the answer depends on the whole text.
     """
 
     task: str
     ids: tuple[int, ...]
     answers: tuple[TokenizedText, ...]
     distractors: tuple[TokenizedText, ...]
-    evidence: tuple[int, ...]
+    needle_starts: tuple[int, ...]
     depth: float | None
 
     @property
     def max_answer_tokens(self) -> int:
-        """Tokens that an answer in words may take."""
+        """Tokens that an answer in a sentence may take."""
         return 8 + 2 * sum(len(answer.ids) for answer in self.answers)
 
 
 class SampleGenerator:
-    """The generators under one tokenizer, with one haystack.
+    """The tasks under one tokenizer, with one haystack.
 
     Args:
-        haystack: documents to hide things in, as tokens; noise, a few sentences over and over, where None.
+        haystack: documents to hide needles in, as tokens (n,); noise, a few sentences over and over, where None.
 
     Example:
         >>> SampleGenerator(tokenizer).samples("passkey", length=1024, depth=0.5, count=20, seed=0)
     """
 
     def __init__(self, tokenizer: Tokenizer, haystack: Iterable[NDArray[np.integer[Any]]] | None = None):
-        self._writer = PromptTokenizer(tokenizer)
-        self._own = None if haystack is None else own_text(haystack, self._writer)
-        self._pools: dict[str, Pool] = {}
-        self._needed: dict[str, int] = {}
-
-    def pool(self, kind: str) -> Pool:
-        """The words or numbers that the tokenizer writes."""
-        if kind not in self._pools:
-            self._pools[kind] = Pool(self._writer, kind, POOLS[kind])
-        return self._pools[kind]
+        self._tokenizer = PromptTokenizer(tokenizer)
+        self._haystack = None if haystack is None else Haystack.of_documents(haystack, self._tokenizer)
+        self._task_min_tokens: dict[str, int] = {}
 
     def samples(
         self, task: str, *, length: int, depth: float | None = None, count: int = 1, seed: int = 0
@@ -87,98 +77,98 @@ class SampleGenerator:
 
         Args:
             length: tokens of each prompt.
-            depth: 0 to 1, see `zebra.data.haystack.placed`; not read by the tasks in `WITHOUT_DEPTH`.
+            depth: 0 to 1, see `zebra.data.haystack.place_needles`; ignored by the tasks in `WITHOUT_DEPTH`.
 
         Raises:
             ZebraError: no such task, a depth outside 0 to 1, a length too short for the task, a haystack too short, a
                 tokenizer that cannot write what the task needs.
         """
-        at = self._depth(task, depth)
-        return [self._sample(task, kit, draw, length, at) for kit, draw in self._draws(task, length, at, count, seed)]
+        depth = _depth(task, depth)
+        draws = self._draw(task, length, depth, count, seed)
+        return [self._sample(task, context, parts, length, depth) for context, parts in draws]
 
     def check(self, task: str, *, length: int, depth: float | None = None, count: int = 1, seed: int = 0) -> None:
-        """Refuse what `samples` would, but for the haystack, without writing the samples."""
-        self._draws(task, length, self._depth(task, depth), count, seed)
+        """Raise what `samples` would, except for a short haystack, without writing the samples."""
+        self._draw(task, length, _depth(task, depth), count, seed)
 
-    @staticmethod
-    def _depth(task: str, depth: float | None) -> float | None:
-        return None if depth is None or task in WITHOUT_DEPTH else float(depth)
-
-    def _draws(
+    def _draw(
         self, task: str, length: int, depth: float | None, count: int, seed: int
-    ) -> list[tuple[SampleContext, Draw]]:
-        check(task, depth, count)
-        kits = [SampleContext(self.pool, Random(f"{task} {length} {depth} {seed} {i}")) for i in range(count)]
-        draws = [(kit, TASKS[task](kit)) for kit in kits]
-        least = max(self._usual(task), *(self._least(draw) for _, draw in draws))
-        if length < least:
+    ) -> list[tuple[SampleContext, SampleParts]]:
+        check_task(task, depth, count)
+        contexts = [SampleContext(self._tokenizer, Random(f"{task} {length} {depth} {seed} {i}")) for i in range(count)]
+        draws = [(context, TASKS[task](context)) for context in contexts]
+        min_tokens = max(self._min_tokens_of(task), *(self._min_tokens(parts) for _, parts in draws))
+        if length < min_tokens:
             raise ZebraError(
-                f"{task} needs a length of at least {least:,} tokens under this tokenizer; got {length:,}. "
+                f"{task} needs a length of at least {min_tokens:,} tokens under this tokenizer; got {length:,}. "
                 "Take a longer one."
             )
         return draws
 
-    def _sample(self, task: str, kit: SampleContext, draw: Draw, length: int, depth: float | None) -> Sample:
-        head, tail = self._ends(draw)
-        size = length - len(head) - len(tail)
-        places: list[int] = []
+    def _sample(
+        self, task: str, context: SampleContext, parts: SampleParts, length: int, depth: float | None
+    ) -> Sample:
+        instruction, query = self._ends(parts)
+        size = length - len(instruction) - len(query)
+        starts: list[int] = []
         if depth is None:
-            body = self._words(kit, draw, size)
+            body = self._word_list(context, parts, size)
         else:
-            evidence, others = self._pieces(draw)
-            hay = self._entries(kit, size) if draw.entries else self._own or self._noise(size)
-            body, places = placed(kit.rng, hay, size, depth, evidence, others)
+            if parts.entry_haystack:
+                haystack = self._entries(context, size)
+            else:
+                haystack = self._haystack or noise(self._tokenizer, size)
+            body, starts = place_needles(context.rng, haystack, size, depth, *self._needles(parts))
         return Sample(
             task,
-            (*head, *body, *tail),
-            tuple(draw.answers),
-            tuple(draw.distractors),
-            tuple(len(head) + place for place in places),
+            (*instruction, *body, *query),
+            tuple(parts.answers),
+            tuple(parts.distractors),
+            tuple(len(instruction) + start for start in starts),
             depth,
         )
 
-    def _ends(self, draw: Draw) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self._writer.start + self._writer.first(draw.head), self._writer.ids(draw.tail)
+    def _ends(self, parts: SampleParts) -> tuple[TokenIds, TokenIds]:
+        instruction = self._tokenizer.prefix + self._tokenizer.encode_first(parts.instruction)
+        return instruction, self._tokenizer.encode(parts.query)
 
-    def _pieces(self, draw: Draw) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-        return [*map(self._writer.ids, draw.evidence)], [*map(self._writer.ids, draw.others)]
+    def _needles(self, parts: SampleParts) -> tuple[list[TokenIds], list[TokenIds]]:
+        encode = self._tokenizer.encode
+        return [*map(encode, parts.needles)], [*map(encode, parts.distractor_needles)]
 
-    def _usual(self, task: str) -> int:
-        """What any samples of a task need, as far as a few tell: pieces differ by a token or two."""
-        if task not in self._needed:
-            kits = (SampleContext(self.pool, Random(f"{task} {i}")) for i in range(32))
-            self._needed[task] = max(self._least(TASKS[task](kit)) for kit in kits)
-        return self._needed[task]
+    def _min_tokens(self, parts: SampleParts) -> int:
+        word_list = MIN_WORDS * len(parts.answers[0].ids) if parts.word_counts else 0
+        return sum(map(len, self._ends(parts))) + (word_list or min_body_tokens(*self._needles(parts)))
 
-    def _least(self, draw: Draw) -> int:
-        ends = sum(map(len, self._ends(draw)))
-        return ends + (LEAST_WORDS * len(draw.answers[0].ids) if draw.counts else size_for(*self._pieces(draw)))
+    def _min_tokens_of(self, task: str) -> int:
+        """What any samples of a task need, judged by a few: their pieces differ by a token or two."""
+        if task not in self._task_min_tokens:
+            contexts = (SampleContext(self._tokenizer, Random(f"{task} {i}")) for i in range(32))
+            self._task_min_tokens[task] = max(self._min_tokens(TASKS[task](context)) for context in contexts)
+        return self._task_min_tokens[task]
 
-    def _noise(self, size: int) -> Haystack:
-        return repeated([*map(self._writer.ids, NOISE)], size)
-
-    def _entries(self, kit: SampleContext, size: int) -> Haystack:
-        found: list[Sequence[int]] = []
+    def _entries(self, context: SampleContext, size: int) -> Haystack:
+        entries: list[TokenIds] = []
         total = longest = 0
         while total <= size + longest:
-            found.append(self._writer.ids(entry(*kit.draw("numbers", 2))))
-            total, longest = total + len(found[-1]), max(longest, len(found[-1]))
-        return listed(found)
+            entries.append(self._tokenizer.encode(entry(*context.draw("numbers", 2))))
+            total, longest = total + len(entries[-1]), max(longest, len(entries[-1]))
+        return Haystack.of_pieces(entries)
 
-    def _words(self, kit: SampleContext, draw: Draw, size: int) -> list[int]:
+    def _word_list(self, context: SampleContext, parts: SampleParts, size: int) -> list[int]:
         """Words in the frequencies of the task; the last one is cut where the length cuts it."""
-        assert draw.counts is not None
-        width = len(draw.answers[0].ids)
-        counts = draw.counts(size // width)
-        words = [*draw.answers, *draw.distractors]
-        words += kit.draw("made-up words", max(0, len(counts) - len(words)) + 1)
+        assert parts.word_counts is not None
+        width = len(parts.answers[0].ids)
+        counts = parts.word_counts(size // width)
+        words = [*parts.answers, *parts.distractors]
+        words += context.draw("made-up words", max(0, len(counts) - len(words)) + 1)
         order = [word.ids for word, count in zip(words, counts, strict=False) for _ in range(count)]
-        kit.rng.shuffle(order)
+        context.rng.shuffle(order)
         return [*(token for ids in order for token in ids), *words[-1].ids[: size % width]]
 
 
-def check(task: str, depth: float | None, count: int) -> None:
-    """Refuse what no tokenizer could serve.
+def check_task(task: str, depth: float | None, count: int) -> None:
+    """Raise what no tokenizer could serve.
 
     Raises:
         ZebraError: no such task, a depth outside 0 to 1, no samples.
@@ -189,3 +179,7 @@ def check(task: str, depth: float | None, count: int) -> None:
         raise ZebraError(f"a depth is a share of the text from 0 to 1; got {depth}. Write for example 0.5.")
     if count < 1:
         raise ZebraError(f"at least 1 sample is measured; got {count}. Ask for more.")
+
+
+def _depth(task: str, depth: float | None) -> float | None:
+    return None if depth is None or task in WITHOUT_DEPTH else float(depth)

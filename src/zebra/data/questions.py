@@ -1,4 +1,4 @@
-"""The questions of `zebra.data.needles`: what each task draws, and how it says it.
+"""The tasks of `zebra.data.needles`: what the samples of each ask, and in which words.
 
 The families are those of RULER (arXiv 2404.06654, section 3) and the passkey of arXiv 2305.16300; wording and sizes are
 ours.
@@ -12,168 +12,166 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from zebra.data.haystack import Pool, TokenizedText
+from zebra.data.haystack import Haystack, PromptTokenizer, TokenizedText
 
 DISTRACTORS = 9
 """Wrong answers of each sample: with the right one, a guesser is right one time in ten."""
 
 
 @dataclass
-class Draw:
-    """What one sample is made of, before its length is known."""
+class SampleParts:
+    """The parts of a sample, before its length is known.
 
-    head: str
-    tail: str
+    Attributes:
+        instruction: what the prompt begins with.
+        query: what it ends with: the question, and the beginning of its answer.
+        answers: the right values.
+        distractors: wrong values; those of other keys in the text come first.
+        needles: sentences that state the answers.
+        distractor_needles: sentences about other keys.
+        entry_haystack: whether the haystack is entries like the needles.
+        word_counts: of n words, how often each word occurs, the answers first; None where the text is no list of words.
+    """
+
+    instruction: str
+    query: str
     answers: list[TokenizedText]
     distractors: list[TokenizedText]
-    evidence: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    entries: bool = False
-    """Whether the haystack is entries like the evidence."""
-    counts: Callable[[int], list[int]] | None = None
-    """How often each word comes among so many, where the text is a list of words: the answers first."""
+    needles: list[str] = field(default_factory=list)
+    distractor_needles: list[str] = field(default_factory=list)
+    entry_haystack: bool = False
+    word_counts: Callable[[int], list[int]] | None = None
 
 
 class SampleContext:
-    """Draws for one sample; nothing is drawn twice."""
+    """Draws keys and values for one sample; none is drawn twice."""
 
-    def __init__(self, pool: Callable[[str], Pool], rng: Random):
-        self._pool, self.rng = pool, rng
+    def __init__(self, tokenizer: PromptTokenizer, rng: Random):
+        self._tokenizer, self.rng = tokenizer, rng
         self._taken: set[str] = set()
 
     def draw(self, kind: str, count: int) -> list[TokenizedText]:
-        """Different words, numbers or made-up words."""
-        return self._pool(kind).draw(self.rng, count, self._taken)
+        """Different keys or values of a kind in `GENERATORS`."""
+        return self._tokenizer.pool(kind, GENERATORS[kind]).draw(self.rng, count, self._taken)
 
 
-def _passkey(kit: SampleContext) -> Draw:
-    key, *wrong = kit.draw("numbers", 1 + DISTRACTORS)
-    return Draw(
+def _passkey(context: SampleContext) -> SampleParts:
+    value, *wrong = context.draw("numbers", 1 + DISTRACTORS)
+    return SampleParts(
         "Somewhere in this text a pass key is hidden. Find it and remember it.",
         "What is the pass key? The pass key is",
-        [key],
+        [value],
         wrong,
-        [f"The pass key is {key.text}. Keep it in mind: {key.text} is the pass key."],
+        [f"The pass key is {value.text}. Keep it in mind: {value.text} is the pass key."],
     )
 
 
 _NOTED = "Numbers are noted for words in this text. Remember them."
 
 
-def _noted(word: TokenizedText, number: TokenizedText) -> str:
-    return f"The number noted for {word.text} is {number.text}."
+def _noted(key: TokenizedText, value: TokenizedText) -> str:
+    return f"The number noted for {key.text} is {value.text}."
 
 
-def _needle(kit: SampleContext, others: int = 0) -> Draw:
-    word, *more = kit.draw("words", 1 + others)
-    number, *wrong = kit.draw("numbers", 1 + DISTRACTORS)
-    return Draw(
+def _needle(context: SampleContext, distractor_needles: int = 0) -> SampleParts:
+    key, *other_keys = context.draw("words", 1 + distractor_needles)
+    value, *wrong = context.draw("numbers", 1 + DISTRACTORS)
+    return SampleParts(
         _NOTED,
-        f"Which number is noted for {word.text}? The number noted for {word.text} is",
-        [number],
+        f"Which number is noted for {key.text}? The number noted for {key.text} is",
+        [value],
         wrong,
-        [_noted(word, number)],
-        [_noted(*pair) for pair in zip(more, wrong, strict=False)],
+        [_noted(key, value)],
+        [_noted(*pair) for pair in zip(other_keys, wrong, strict=False)],
     )
 
 
-def _multivalue(kit: SampleContext, values: int = 4) -> Draw:
-    (word,) = kit.draw("words", 1)
-    numbers = kit.draw("numbers", values + DISTRACTORS)
-    return Draw(
+def _multivalue(context: SampleContext, count: int = 4) -> SampleParts:
+    (key,) = context.draw("words", 1)
+    values = context.draw("numbers", count + DISTRACTORS)
+    return SampleParts(
         _NOTED,
-        f"Which {values} numbers are noted for {word.text}? The {values} numbers noted for {word.text} are",
-        numbers[:values],
-        numbers[values:],
-        [_noted(word, number) for number in numbers[:values]],
+        f"Which {count} numbers are noted for {key.text}? The {count} numbers noted for {key.text} are",
+        values[:count],
+        values[count:],
+        [_noted(key, value) for value in values[:count]],
     )
 
 
-def _multiquery(kit: SampleContext, asked: int = 4, others: int = 2) -> Draw:
-    words = kit.draw("words", asked + others)
-    numbers = kit.draw("numbers", asked + DISTRACTORS)
-    told = [_noted(*pair) for pair in zip(words, numbers, strict=False)]
-    names = ", ".join(word.text for word in words[: asked - 1]) + f" and {words[asked - 1].text}"
-    return Draw(
+def _multiquery(context: SampleContext, queries: int = 4, distractor_needles: int = 2) -> SampleParts:
+    keys = context.draw("words", queries + distractor_needles)
+    values = context.draw("numbers", queries + DISTRACTORS)
+    statements = [_noted(*pair) for pair in zip(keys, values, strict=False)]
+    names = ", ".join(key.text for key in keys[: queries - 1]) + f" and {keys[queries - 1].text}"
+    return SampleParts(
         _NOTED,
         f"Which numbers are noted for {names}? The numbers noted for {names} are",
-        numbers[:asked],
-        numbers[asked:],
-        kit.rng.sample(told[:asked], asked),
-        told[asked:],
+        values[:queries],
+        values[queries:],
+        context.rng.sample(statements[:queries], queries),
+        statements[queries:],
     )
 
 
 def entry(key: TokenizedText, value: TokenizedText) -> str:
-    """A line of a lookup."""
+    """An entry of a lookup."""
     return f"{key.text}: {value.text}."
 
 
-def _lookup(kit: SampleContext, others: int = 4) -> Draw:
-    keys = kit.draw("numbers", 1 + others)
-    value, *wrong = kit.draw("numbers", 1 + DISTRACTORS)
-    told = [entry(*pair) for pair in zip(keys, [value, *wrong], strict=False)]
-    return Draw(
+def _lookup(context: SampleContext, distractor_needles: int = 4) -> SampleParts:
+    keys = context.draw("numbers", 1 + distractor_needles)
+    value, *wrong = context.draw("numbers", 1 + DISTRACTORS)
+    entries = [entry(*pair) for pair in zip(keys, [value, *wrong], strict=False)]
+    return SampleParts(
         "Below are entries: a key, a colon, its value.",
         f"Look up the key {keys[0].text} again. {keys[0].text}:",
         [value],
         wrong,
-        told[:1],
-        told[1:],
-        entries=True,
+        entries[:1],
+        entries[1:],
+        entry_haystack=True,
     )
 
 
-def _variables(kit: SampleContext, hops: int = 3, others: int = 2) -> Draw:
-    names = kit.draw("words", 1 + hops + DISTRACTORS)
-    held, *wrong = kit.draw("numbers", 1 + others)
+def _variables(context: SampleContext, hops: int = 3, other_chains: int = 2) -> SampleParts:
+    names = context.draw("words", 1 + hops + DISTRACTORS)
+    value, *other_values = context.draw("numbers", 1 + other_chains)
     chain, rest = names[: 1 + hops], names[1 + hops :]
-    return Draw(
+    return SampleParts(
         "Here names are set to numbers, or to names that were set before and hold the same number then.",
-        f"Which {1 + hops} names hold {held.text} now? The {1 + hops} names that hold {held.text} are",
+        f"Which {1 + hops} names hold {value.text} now? The {1 + hops} names that hold {value.text} are",
         chain,
         rest,
-        [f"Set {name.text} to {of.text}." for name, of in zip(chain, [held, *chain], strict=False)],
-        [f"Set {name.text} to {number.text}." for name, number in zip(rest, wrong, strict=False)],
+        [f"Set {name.text} to {of.text}." for name, of in zip(chain, [value, *chain], strict=False)],
+        [f"Set {name.text} to {of.text}." for name, of in zip(rest, other_values, strict=False)],
     )
 
 
-_COMMON, _FREQUENT = 5, 3
-LEAST_WORDS = 40
+COMMON_WORDS, FREQUENT_WORDS = 5, 3
+"""Answers of the tasks of these names."""
+MIN_WORDS = 40
 """Fewer have no order of frequency that a reader could be sure of."""
 
 
-def _common(kit: SampleContext) -> Draw:
-    words = kit.draw("made-up words", _COMMON + DISTRACTORS)
-    return Draw(
-        "Below is a list of words. Some of them come far more often than the others.",
-        f"Which {_COMMON} words come most often? The {_COMMON} words that come most often are",
-        words[:_COMMON],
-        words[_COMMON:],
-        counts=_common_counts,
-    )
+def _common(context: SampleContext) -> SampleParts:
+    instruction = "Below is a list of words. Some of them come far more often than the others."
+    return _most_frequent(context, instruction, COMMON_WORDS, common_counts)
 
 
-def _common_counts(words: int) -> list[int]:
+def common_counts(words: int) -> list[int]:
     """Five words up to 30 times and all others a tenth as often; more often only beyond 20,000 words."""
-    often = min(30 * (1 + words // 20_000), words // (2 * _COMMON))
+    often = min(30 * (1 + words // 20_000), words // (2 * COMMON_WORDS))
     seldom = max(1, often // 10)
-    rest = words - _COMMON * often
-    return [often] * _COMMON + [seldom] * (rest // seldom) + [rest % seldom] * (rest % seldom > 0)
+    rest = words - COMMON_WORDS * often
+    return [often] * COMMON_WORDS + [seldom] * (rest // seldom) + [rest % seldom] * (rest % seldom > 0)
 
 
-def _frequent(kit: SampleContext) -> Draw:
-    words = kit.draw("made-up words", _FREQUENT + DISTRACTORS)
-    return Draw(
-        "Below is a text in words that nobody knows. Some of them come more often than the others.",
-        f"Which {_FREQUENT} words come most often? The {_FREQUENT} words that come most often are",
-        words[:_FREQUENT],
-        words[_FREQUENT:],
-        counts=_frequent_counts,
-    )
+def _frequent(context: SampleContext) -> SampleParts:
+    instruction = "Below is a text in words that nobody knows. Some of them come more often than the others."
+    return _most_frequent(context, instruction, FREQUENT_WORDS, frequent_counts)
 
 
-def _frequent_counts(words: int) -> list[int]:
+def frequent_counts(words: int) -> list[int]:
     """The r-th word 6 / (pi r)^2 of the time, a zeta distribution of exponent 2; what is left over comes once."""
     counts: list[int] = []
     while (count := int(6 * words / (math.pi * (len(counts) + 1)) ** 2)) > 0:
@@ -181,11 +179,18 @@ def _frequent_counts(words: int) -> list[int]:
     return counts + [1] * (words - sum(counts))
 
 
-_Task = Callable[[SampleContext], Draw]
-TASKS: dict[str, _Task] = {
+def _most_frequent(
+    context: SampleContext, instruction: str, answers: int, word_counts: Callable[[int], list[int]]
+) -> SampleParts:
+    words = context.draw("made-up words", answers + DISTRACTORS)
+    query = f"Which {answers} words come most often? The {answers} words that come most often are"
+    return SampleParts(instruction, query, words[:answers], words[answers:], word_counts=word_counts)
+
+
+TASKS: dict[str, Callable[[SampleContext], SampleParts]] = {
     "passkey": _passkey,
     "needle": _needle,
-    "multikey": functools.partial(_needle, others=3),
+    "multikey": functools.partial(_needle, distractor_needles=3),
     "multivalue": _multivalue,
     "multiquery": _multiquery,
     "lookup": _lookup,
@@ -195,9 +200,9 @@ TASKS: dict[str, _Task] = {
 }
 """The generators by name."""
 IN_HAYSTACK = ("passkey", "needle", "multikey", "multivalue", "multiquery", "variables")
-"""Tasks that hide their evidence in a haystack; a lookup has entries around it."""
+"""Tasks that hide their needles in a haystack of text; a lookup has entries around it."""
 WITHOUT_DEPTH = ("common-words", "frequent-words")
-"""Tasks whose evidence is the whole text."""
+"""Tasks whose answer depends on the whole text."""
 
 NOISE = (
     "The river goes round the mill and on to the sea.",
@@ -206,6 +211,13 @@ NOISE = (
     "Somebody shuts a window.",
     "The clock in the hall is slow, as it was before.",
 )
+
+
+def noise(tokenizer: PromptTokenizer, size: int) -> Haystack:
+    """A haystack of a few sentences over and over, for windows of `size` tokens."""
+    return Haystack.repeating([*map(tokenizer.encode, NOISE)], size)
+
+
 _NOUNS = """
     anchor apple apron arrow autumn badge bakery barrel basket beacon bell bench blanket bottle bridge broom bucket
     button cabin camel candle canoe carpet castle cellar chair cherry chimney circle clover coat copper corner cotton
@@ -220,17 +232,18 @@ _NOUNS = """
 _WORDS = _NOUNS.split()
 
 
-def _number(rng: Random) -> str:
+def _random_number(rng: Random) -> str:
     return str(rng.randint(10_000, 99_999))
 
 
-def _made_up(rng: Random) -> str:
+def _made_up_word(rng: Random) -> str:
     syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))
     return "".join(syllables) + rng.choice("lmnrst")
 
 
-POOLS: dict[str, Callable[[Random], str]] = {
-    "numbers": _number,
+GENERATORS: dict[str, Callable[[Random], str]] = {
+    "numbers": _random_number,
     "words": lambda rng: rng.choice(_WORDS),
-    "made-up words": _made_up,
+    "made-up words": _made_up_word,
 }
+"""What draws a key or value of each kind."""

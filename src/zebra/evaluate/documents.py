@@ -272,7 +272,7 @@ class _Round:
         advance: Callable[[float], None],
     ) -> None:
         behind = PromptTokenizer(tokenizer)
-        ids = behind.first if self.options.chat else behind.ids
+        ids = behind.encode_first if self.options.chat else behind.encode
         room = self.options.answer_tokens
         references = [[ids(answer)[:room] for answer in self.items[i].references] for i in self.scored]
         alone = [self.written.ids(self.items[i], WITHOUT_DOCUMENT) for i in self.scored]

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.haystack import contains_answer
-from zebra.data.needles import Sample, SampleGenerator, check
+from zebra.data.needles import Sample, SampleGenerator, check_task
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import wilson
@@ -165,7 +165,7 @@ def _cells(
     cells: list[tuple[str, int, float | None]] = []
     for task in dict.fromkeys(tasks):
         for depth in depths:
-            check(task, depth, samples)
+            check_task(task, depth, samples)
         its: Sequence[float | None] = [None] if task in WITHOUT_DEPTH else sorted(set(depths))
         cells += [(task, length, depth) for length in sorted(set(lengths)) for depth in its]
     if not cells:

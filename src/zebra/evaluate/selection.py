@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra.data.needles import SampleGenerator, check
+from zebra.data.needles import SampleGenerator, check_task
 from zebra.errors import ZebraError
 from zebra.evaluate import loss_cache
 from zebra.evaluate.calibration import LEAST, Part, long_range, parts_of, task_rows, text_rows
@@ -139,7 +139,7 @@ def _check(order: str, window: int, length: int, text: Sequence[str], tasks: Seq
     if not text and not tasks:
         raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
     for task in tasks:
-        check(task, 0.0, 1)
+        check_task(task, 0.0, 1)
     if samples < LEAST:
         raise ZebraError(
             f"a selection takes at least {LEAST} rows, as one in four is held out; got {samples}. Ask for more."

@@ -71,7 +71,7 @@ def _dataset(samples: Sequence[Sample], writer: PromptTokenizer) -> Callable[...
             "test": Dataset.from_list(
                 [
                     {
-                        "prompt": writer.text(sample.ids),
+                        "prompt": writer.decode(sample.ids),
                         "right": 0,
                         "answers": [answer.text for answer in sample.answers],
                         "choices": [one.text for one in (*sample.answers, *sample.distractors)],

@@ -70,10 +70,10 @@ def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Packed
     train, recall, documents = recipe.train, recipe.data.recall, rows.documents
     assert recall is not None
     generator = RecallGenerator(tokenizer, (documents[i] for i in range(len(documents.lengths))))
-    if recall.first < generator.shortest:
+    if recall.first < generator.min_tokens:
         raise ZebraError(
             f"data.recall.first is {recall.first}, and a document that tells and asks has at least "
-            f"{generator.shortest} tokens under this tokenizer. Raise it."
+            f"{generator.min_tokens} tokens under this tokenizer. Raise it."
         )
     return RecallDataset(
         recall=generator,
