@@ -108,11 +108,11 @@ def test_the_adapted_checkpoint_is_a_plain_one(finished: tuple[Path, list[Result
 def test_the_loss_is_the_hosts_own(finished: tuple[Path, list[Result]]) -> None:
     """The first logged loss equals what stock transformers computes for the same rows."""
     _, rows = finished
+    from zebra.data.corpus import read_corpus
     from zebra.data.packing import pack
-    from zebra.evaluate.perplexity import read_text
     from zebra.model.checkpoint import load_tokenizer, read_config
 
-    corpus = read_text(
+    corpus = read_corpus(
         [str(TEXT / "tinystories_test.txt")], load_tokenizer(STORIES, read_config(STORIES)), separator=SEPARATOR
     )
     packed = pack(corpus, 600, join=True, seed=0)

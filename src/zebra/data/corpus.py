@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zebra.data.documents import Document, document_format, find_files, read_documents
-from zebra.data.encoding import Encode, encode_batches
+from zebra.data.encoding import Encode, Encoder, FastTokenizer, encode_batches, tokenizer_digest
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory, user_cache_dir
 from zebra.progress import bar, console
@@ -78,6 +78,34 @@ class Corpus:
             )
         ends[-1] = total
         return Corpus(self.tokens, np.array([0, *ends], dtype=np.int64))
+
+
+def read_corpus(
+    files: Sequence[str],
+    tokenizer: FastTokenizer,
+    *,
+    separator: str | None = None,
+    field: str = "text",
+    append_eos: bool = False,
+    workers: int = 1,
+    cache: str | os.PathLike[str] | None = None,
+) -> Corpus:
+    """Texts as a corpus under a checkpoint's tokenizer; see `tokenise`.
+
+    Args:
+        append_eos: put the tokenizer's end-of-text token after each document.
+    """
+    encode = Encoder(tokenizer.backend_tokenizer.to_str(), specials_as_text=tokenizer.split_special_tokens)
+    return tokenise(
+        files,
+        encode,
+        tokenizer=f"{tokenizer_digest(tokenizer)} {encode.specials_as_text}",
+        separator=separator,
+        field=field,
+        append=tokenizer.eos_token_id if append_eos else None,
+        workers=workers,
+        cache=cache,
+    )
 
 
 def tokenise(

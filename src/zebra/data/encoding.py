@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,21 @@ class Encoder:
 
     def __reduce__(self) -> tuple[type[Encoder], tuple[str, bool]]:
         return Encoder, (self.definition, self.specials_as_text)
+
+
+class FastTokenizer(Protocol):
+    """What encoding needs of a tokenizer; the fast ones of transformers have it."""
+
+    backend_tokenizer: Tokenizer
+    split_special_tokens: bool
+    eos_token_id: int | None
+    special_tokens_map: Any
+
+
+def tokenizer_digest(tokenizer: FastTokenizer) -> str:
+    """A hash of all that decides which tokens a text becomes."""
+    definition = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+    return hashlib.sha256("\0".join(definition).encode()).hexdigest()
 
 
 class EncodedBatch(NamedTuple):

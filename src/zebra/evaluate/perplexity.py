@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from zebra.data.corpus import Corpus, tokenise
-from zebra.data.encoding import Encoder
+from zebra.data.corpus import Corpus, read_corpus
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrapped
-from zebra.model.checkpoint import load_tokenizer, tokenizer_digest
+from zebra.model.checkpoint import load_tokenizer
 from zebra.model.families import layout
 from zebra.model.load import device_name
 from zebra.model.load_options import LoadOptions, loaded_layout_name
@@ -165,7 +164,7 @@ def evaluate_perplexity(
     config = loads.config(checkpoint)
     _ = loads.self_extend_setting(config)  # refused before the weights are read
     check_learned_positions(config, max(lengths))
-    corpus = read_text(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
+    corpus = read_corpus(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
     if check_only:
@@ -215,30 +214,6 @@ def as_rows(scores: Sequence[Score], length: int, convention: str, **common: Any
         )
         for score in scores
     ]
-
-
-def read_text(
-    files: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    separator: str | None = None,
-    field: str = "text",
-    append_eos: bool = False,
-    workers: int = 1,
-    cache: str | None = None,
-) -> Corpus:
-    """Texts as a corpus under a checkpoint's tokenizer, from the cache where they are in it."""
-    encode = Encoder(tokenizer.backend_tokenizer.to_str(), specials_as_text=tokenizer.split_special_tokens)
-    return tokenise(
-        files,
-        encode,
-        tokenizer=f"{tokenizer_digest(tokenizer)} {encode.specials_as_text}",
-        separator=separator,
-        field=field,
-        append=tokenizer.eos_token_id if append_eos else None,
-        workers=workers,
-        cache=cache,
-    )
 
 
 @contextmanager

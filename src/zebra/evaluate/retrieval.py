@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.data.corpus import read_corpus
 from zebra.data.haystack import contains_answer
 from zebra.data.needles import Sample, SampleGenerator, check_task
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.likelihood import BATCH_TOKENS, likelihoods
-from zebra.evaluate.perplexity import evaluating, read_text
+from zebra.evaluate.perplexity import evaluating
 from zebra.evaluate.target import EvalTarget
 from zebra.generation import generate_tokens
 from zebra.model.load_options import LoadOptions
@@ -181,5 +182,5 @@ def _check_score(score: str) -> None:
 def _documents(files: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Any:
     if not files:
         return None
-    corpus = read_text(files, tokenizer)
+    corpus = read_corpus(files, tokenizer)
     return [corpus[i] for i in range(len(corpus))]

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.data.corpus import read_corpus
 from zebra.data.needles import SampleGenerator, check_task
 from zebra.errors import ZebraError
 from zebra.evaluate import loss_cache
 from zebra.evaluate.calibration import LEAST, Part, long_range, parts_of, task_rows, text_rows
 from zebra.evaluate.intervals import bootstrapped
 from zebra.evaluate.loss_cache import LossCache
-from zebra.evaluate.perplexity import evaluating, read_text
+from zebra.evaluate.perplexity import evaluating
 from zebra.evaluate.search import Losses, greedy, once, strides
 from zebra.model.checkpoint import checkpoint_digest, load_tokenizer, read_config
 from zebra.model.families import FULL, stripes_of, with_stripes
@@ -209,7 +210,7 @@ def _parts(
     samples: int,
     seed: int,
 ) -> list[Part]:
-    corpus = read_text(text, tokenizer, separator=separator) if text else None
+    corpus = read_corpus(text, tokenizer, separator=separator) if text else None
     if not tasks:
         assert corpus is not None
         return parts_of(text_rows(corpus, length, samples), seed)

@@ -117,12 +117,6 @@ def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig) -> Pr
     return tokenizer
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides which tokens a text becomes."""
-    definition = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
-    return hashlib.sha256("\0".join(definition).encode()).hexdigest()
-
-
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 

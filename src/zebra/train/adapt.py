@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.data.encoding import tokenizer_digest
 from zebra.errors import ZebraError
-from zebra.model.checkpoint import check_weights, checkpoint_digest, load_tokenizer, read_config, tokenizer_digest
+from zebra.model.checkpoint import check_weights, checkpoint_digest, load_tokenizer, read_config
 from zebra.model.families import with_stripes
 from zebra.model.load import load
 from zebra.model.local import layout_name

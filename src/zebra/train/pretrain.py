@@ -15,11 +15,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.data.encoding import tokenizer_digest
 from zebra.data.recall import RecallDataset
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
-from zebra.model.checkpoint import open_tokenizer, tokenizer_digest, write_config, write_zebra_json
+from zebra.model.checkpoint import open_tokenizer, write_config, write_zebra_json
 from zebra.model.default_cache import with_default_cache
 from zebra.model.families import layer_kinds, model_class, route_of, with_stripes
 from zebra.model.load import load

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from zebra.data.composition import mixture_tables
-from zebra.data.corpus import Corpus
+from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.mixture import Source, SourceSplit, SourceStats, mix, select, split_sources
 from zebra.data.packing import PackedSequences, pack
 from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
-from zebra.evaluate.perplexity import read_text
 from zebra.progress import console
 from zebra.results import Result
 from zebra.train.directory import is_first_process
@@ -135,7 +134,7 @@ def _corpus(
     tokenizer: PreTrainedTokenizerBase,
     append_eos: bool,
 ) -> Corpus:
-    return read_text(
+    return read_corpus(
         files,
         tokenizer,
         separator=source.separator,

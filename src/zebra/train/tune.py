@@ -16,9 +16,10 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from zebra.data.composition import KindStats
+from zebra.data.encoding import tokenizer_digest
 from zebra.errors import ZebraError
 from zebra.evaluate.answers import AnswerScore, answer_score
-from zebra.model.checkpoint import checkpoint_digest, tokenizer_digest
+from zebra.model.checkpoint import checkpoint_digest
 from zebra.model.load import best_device, load
 from zebra.model.load_options import loaded_layout_name
 from zebra.model.local import layout_name
