@@ -17,7 +17,7 @@ import zebra
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.errors import ZebraError
 from zebra.evaluate import perplexity as module
-from zebra.evaluate.perplexity import CONVENTIONS, Score, as_rows, edges, evaluate_perplexity, perplexity
+from zebra.evaluate.perplexity import CONVENTIONS, Score, edges, evaluate_perplexity, perplexity, results_of
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.self_extend import bounded_cache
 
@@ -322,7 +322,7 @@ def test_a_token_without_an_embedding_is_refused(model: Any) -> None:
 
 def test_scores_become_rows() -> None:
     scores = [Score(0, 256, 9.0, 8.0, 10.0, 100, 4), Score(0, 512, 7.0, None, None, 300, 1)]
-    first, second = as_rows(scores, 512, "strided", run="r", model="m", layout="GL:8", seed=5, device="d")
+    first, second = results_of(scores, 512, "strided", run="r", model="m", layout="GL:8", seed=5, device="d")
     assert (first.task, first.metric, first.value, first.length) == ("perplexity-strided", "perplexity", 9.0, 512)
     assert (first.position_from, first.position_to, first.n, first.low, first.high) == (0, 256, 100, 8.0, 10.0)
     assert (first.run, first.model, first.layout, first.seed, first.device) == ("r", "m", "GL:8", 5, "d")

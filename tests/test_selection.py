@@ -21,7 +21,7 @@ import zebra
 from zebra import ZebraError
 from zebra.data.needles import SampleGenerator
 from zebra.evaluate import loss_cache, selection
-from zebra.evaluate.calibration import SHARE, Part, long_range, parts_of, task_rows
+from zebra.evaluate.calibration import SHARE, CalibrationBatch, batches_of, long_range, task_sequences
 from zebra.evaluate.loss_cache import LossCache
 from zebra.evaluate.search import Losses, greedy, once, strides
 from zebra.evaluate.selection import select
@@ -69,7 +69,7 @@ def planted(tmp_path: Path, layers: tuple[int, ...], depth: int = 6) -> Any:
     return zebra.load(tmp_path / "planted")
 
 
-def questions(rows: int = 12) -> list[Part]:
+def questions(rows: int = 12) -> list[CalibrationBatch]:
     """A value early, noise, the question and its answer, which is what is scored."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, ASKED, (rows, LENGTH))
@@ -78,7 +78,7 @@ def questions(rows: int = 12) -> list[Part]:
     ids[:, -2], ids[:, -1] = ASKED, value
     at = np.zeros(ids.shape, dtype=bool)
     at[:, -1] = True
-    return parts_of(list(zip(ids, at, strict=True)), seed=0)
+    return batches_of(list(zip(ids, at, strict=True)), seed=0)
 
 
 @pytest.mark.parametrize("layer", [0, 3, 5])
@@ -128,7 +128,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     again = Losses(model, parts, WINDOW, LossCache(tmp_path))
     assert greedy(again, "GGGGGG", 2) == wanted
     assert (tmp_path / "losses.jsonl").read_bytes().splitlines(keepends=True) == lines
-    for name in ("states", "resumed"):
+    for name in ("states", "resume"):
         monkeypatch.setattr(Layerwise, name, lambda *_: 1 / 0)
     known = Losses(model, parts, WINDOW, LossCache(tmp_path))
     assert greedy(known, "GGGGGG", 3).count("G") == 3
@@ -170,7 +170,7 @@ def test_long_range_tokens_are_those_that_gain_most() -> None:
 
 def test_answers_of_tasks_are_scored_and_stand_a_window_behind_their_evidence() -> None:
     needles = SampleGenerator(AutoTokenizer.from_pretrained(STORIES))
-    rows = task_rows(needles, ["passkey", "lookup"], length=300, window=64, samples=8, seed=1)
+    rows = task_sequences(needles, ["passkey", "lookup"], length=300, window=64, samples=8, seed=1)
     for i, (ids, at) in enumerate(rows):
         assert not at[:300].any()
         assert at[300:].all()
@@ -178,7 +178,7 @@ def test_answers_of_tasks_are_scored_and_stand_a_window_behind_their_evidence() 
             *(["passkey", "lookup"][i % 2],), length=300, depth=(1 - 64 / 300) * (i // 2) / 3, seed=1 + i
         )
         assert ids.tolist() == [*sample.ids, *sample.answers[0].ids]
-    assert [len(part.ids) for part in parts_of(rows, 0) if part.held_out] in ([2], [1, 1])
+    assert [len(part.ids) for part in batches_of(rows, 0) if part.held_out] in ([2], [1, 1])
 
 
 def run(at: int | None) -> Run:
@@ -247,7 +247,7 @@ def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
     resumed = select(STORIES, 2, work=tmp_path / "work", **given)
     whole = select(STORIES, 2, **given)
     assert resumed == whole
-    assert read_results(tmp_path / "work" / "results.jsonl") == whole.rows
+    assert read_results(tmp_path / "work" / "results.jsonl") == whole.results
     after = losses.read_bytes()
     assert after.startswith(before)
     lines = [json.loads(line) for line in after.splitlines()]
@@ -258,14 +258,14 @@ def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
 
 def test_rows_and_page_of_a_selection(tmp_path: Path) -> None:
     found = select(STORIES, "0.4", seed=3, run="a", **GIVEN)
-    by_task = {name: [row for row in found.rows if row.task == f"selection-{name}-text"] for name in KINDS}
+    by_task = {name: [row for row in found.results if row.task == f"selection-{name}-text"] for name in KINDS}
     assert {name: len(rows) for name, rows in by_task.items()} == KINDS
-    assert {row.length for row in found.rows} == {160}
+    assert {row.length for row in found.results} == {160}
     assert {row.n for row in by_task["candidate"]} == {3 * int(SHARE * 128)}
     (chosen,) = by_task["greedy"]
     assert chosen.layout == str(found.stripes)
     assert str(Stripes.parse(chosen.layout).layer_types(5)).count("full") == 2
-    write_report([*found.rows, *select(STORIES, 1, order="once", run="b", **GIVEN).rows], tmp_path / "page.html")
+    write_report([*found.results, *select(STORIES, 1, order="once", run="b", **GIVEN).results], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count("sequences that took no part in the choice") == 2 + 1  # twice as a title, once in the prose
     assert (tmp_path / "page-selection-2.svg").is_file()
@@ -284,9 +284,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": []}, "got neither"),
     ({"text": [], "tasks": ["haystack"]}, "the tasks are passkey"),
     ({"text": ["nowhere.txt"]}, r"nowhere\.txt"),
-    ({"samples": 3}, "at least 4 rows"),
-    ({"samples": 10**6}, r"rows of 160 tokens within its documents, and 1,000,000 are asked"),
-    ({"window": 160}, "nothing lies beyond a window of 160"),
+    ({"samples": 3}, "at least 4 samples"),
+    ({"samples": 10**6}, r"sequences of 160 tokens in its documents, fewer than 1,000,000"),
+    ({"window": 160}, "nothing is beyond a window of 160"),
     ({"window": 0}, "a whole number of at least 1"),
     ({"length": 600}, "600 tokens passes the 512 positions"),
     ({"text": [], "tasks": ["passkey"], "length": 40}, "passkey needs a length of at least"),
@@ -319,7 +319,7 @@ def test_a_folder_keeps_to_its_inputs(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="began with other inputs: rows and window changed since"):
         select(STORIES, 4, work=work, order="once", **GIVEN | {"window": 40, "length": 161})
     with (
-        loss_cache.opened(work, json.loads((work / "inputs.json").read_text())),
+        loss_cache.selection_folder(work, json.loads((work / "inputs.json").read_text())),
         pytest.raises(ZebraError, match="at work in"),
     ):
         select(STORIES, 4, work=work, **GIVEN)
@@ -344,7 +344,7 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
     assert chosen["layout"] == chosen["converted"]["layout"] == str(layout)
     assert [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()] == chosen["results"]
     assert (work / "report-selection-1.svg").is_file()
-    assert "2 of 5 layers stay global, greedy: 12 candidates in 3 rounds, about 10 passes over 3 rows" in done.stderr
+    assert "2 of 5 layers stay global, greedy: 12 candidates in 3 rounds, about 10 passes over 3 sequences" in done.stderr
     assert "a pass takes" in done.stderr
 
     done = zebra("select", STORIES, "--budget", 2, *COMMON, "-o", work)
@@ -379,12 +379,12 @@ def test_local_layers_have_their_window_and_sinks_and_stay_local(tmp_path: Path)
     assert kinds.count("full_attention") == 2
     assert {kinds[1], kinds[3]} == {"sliding_attention"}
     assert found.stripes.window == 32
-    candidates = [row for row in found.rows if row.metric == "rise"]
+    candidates = [row for row in found.results if row.metric == "rise"]
     assert {row.layout for row in candidates} == {"2,4:32", "GLLL:32", "0,2:32"}
-    (source,) = [row for row in found.rows if row.metric == "loss"]
+    (source,) = [row for row in found.results if row.metric == "loss"]
     assert source.layout == "GL:32"
-    sunken = select(STORIES, 2, order="once", **GIVEN | {"window": "32+4"})
-    assert (sunken.stripes.window, sunken.stripes.sinks) == (32, 4)
-    assert all(row.layout.endswith(":32+4") for row in sunken.rows if row.metric == "rise")
+    with_sinks = select(STORIES, 2, order="once", **GIVEN | {"window": "32+4"})
+    assert (with_sinks.stripes.window, with_sinks.stripes.sinks) == (32, 4)
+    assert all(row.layout.endswith(":32+4") for row in with_sinks.results if row.metric == "rise")
     with pytest.raises(ZebraError, match="keeps 1 to 2; a budget of 3"):
         select(tmp_path / "striped", 3, **GIVEN)

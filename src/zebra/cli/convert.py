@@ -142,7 +142,7 @@ def _write_page(selection: Selection, folder: Path) -> None:
     from zebra.results import read_results
 
     write_report(read_results(folder / "results.jsonl"), folder / "report.html")
-    for line in better_strides(selection.rows):
+    for line in better_strides(selection.results):
         show.note(line)
 
 

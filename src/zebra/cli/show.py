@@ -78,10 +78,10 @@ def conversion(converted: dict[str, str], as_json: bool) -> None:
 def selection(selection: Selection, converted: dict[str, str] | None, as_json: bool) -> None:
     """The layout that was chosen, the results of the choice, and what was converted to it."""
     if as_json:
-        columns = [result.columns() for result in selection.rows]
+        columns = [result.columns() for result in selection.results]
         json({"layout": str(selection.stripes), "converted": converted, "results": columns})
         return
-    _result_tables(selection.rows)
+    _result_tables(selection.results)
     print(f"layout {selection.stripes}")
     if converted is not None:
         conversion(converted, as_json)

@@ -1,12 +1,11 @@
-"""What layers are chosen by: rows of tokens, and those of their tokens that need more than a window.
+"""The data that layers are chosen by: sequences, and those of their tokens that need more than a window.
 
-    a text    the source reads each row whole, and again in pieces that show each token only the window before it,
+    a text    the source reads each sequence whole, and again in pieces that show each token only the window before it,
               w/2 to w tokens; scored is the quarter of the tokens beyond the window whose loss this raises most
-    a task    a question whose evidence stands at least a window back (`zebra.data.needles`); scored is its answer
+    a task    a question whose evidence is at least a window back (`zebra.data.needles`); scored is its answer
 
-The first is the contrast of long and short contexts by which LongPPL (arXiv 2410.23771) picks its key tokens, with a
-share in place of its thresholds. One row in four is held out: it takes no part in the choice, and shows what the choice
-is worth.
+The first contrasts long and short contexts, as LongPPL (arXiv 2410.23771) does to pick its key tokens, with a share in
+place of its thresholds. One sequence in four is held out: it takes no part in the choice, and tests it.
 """
 
 from __future__ import annotations
@@ -29,33 +28,34 @@ from zebra.errors import ZebraError
 from zebra.model.loss import head_of, token_losses
 
 SHARE = 0.25
-"""Of a row's tokens beyond the window, those that are scored."""
-LEAST = 4
-"""Rows, so that one can be held out."""
+"""Of a sequence's tokens beyond the window, those that are scored."""
+MIN_SAMPLES = 4
+"""Sequences, so that one can be held out."""
 _BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows that are run together: `ids` (B, T), and `at` (B, T), the tokens whose loss is measured."""
+class CalibrationBatch:
+    """Sequences that run together: `ids` (B, T), and `scored` (B, T), the tokens whose loss is measured."""
 
     ids: NDArray[np.int64]
-    at: NDArray[np.bool_]
+    scored: NDArray[np.bool_]
     held_out: bool
 
     def tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """`ids` and `at` there."""
-        return torch.from_numpy(self.ids).to(device), torch.from_numpy(self.at).to(device)
+        """`ids` and `scored`, both (B, T), on a device."""
+        return torch.from_numpy(self.ids).to(device), torch.from_numpy(self.scored).to(device)
 
 
-Row = tuple[NDArray[np.int64], NDArray[np.bool_]]
+ScoredSequence = tuple[NDArray[np.int64], NDArray[np.bool_]]
+"""The tokens of a sequence (T,), and which of them are scored (T,)."""
 
 
-def text_rows(corpus: Corpus, length: int, samples: int) -> list[Row]:
-    """Rows of `length` tokens from documents that have as many, evenly over the text; what is scored is open yet.
+def text_sequences(corpus: Corpus, length: int, samples: int) -> list[ScoredSequence]:
+    """Sequences of `length` tokens from documents that have as many, evenly over the text; no token is scored yet.
 
     Raises:
-        ZebraError: fewer such rows than samples.
+        ZebraError: fewer such sequences than samples.
     """
     starts = [
         (i, start)
@@ -64,68 +64,77 @@ def text_rows(corpus: Corpus, length: int, samples: int) -> list[Row]:
     ]
     if len(starts) < samples:
         raise ZebraError(
-            f"the text has {len(starts):,} rows of {length:,} tokens within its documents, and {samples:,} are asked "
-            f"for; its longest document has {int(corpus.lengths.max(initial=0)):,} tokens. Give more text, a shorter "
-            f"length, or --samples of at least {LEAST}."
+            f"the text has {len(starts):,} sequences of {length:,} tokens in its documents, fewer than {samples:,}; "
+            f"its longest document has {int(corpus.lengths.max(initial=0)):,} tokens. Give more text, a shorter "
+            f"length, or --samples of at least {MIN_SAMPLES}."
         )
     chosen = [starts[round(k)] for k in np.linspace(0, len(starts) - 1, samples)]
-    rows = [corpus[i][start : start + length].astype(np.int64) for i, start in chosen]
-    return [(ids, np.zeros(length, dtype=bool)) for ids in rows]
+    sequences = [corpus[i][start : start + length].astype(np.int64) for i, start in chosen]
+    return [(ids, np.zeros(length, dtype=bool)) for ids in sequences]
 
 
-def task_rows(
+def task_sequences(
     needles: SampleGenerator, tasks: Sequence[str], *, length: int, window: int, samples: int, seed: int
-) -> list[Row]:
-    """Prompts of `length` tokens with their first answer behind them, task by task in turn.
+) -> list[ScoredSequence]:
+    """Prompts of `length` tokens with their first answer after them, the tasks in turn.
 
-    Depths are spread evenly over those at which the evidence stands a window or more before the answer.
+    Depths are spread evenly over those at which the evidence is a window or more before the answer.
     """
     deepest = max(0.0, 1 - window / length)
     rounds = -(-samples // len(tasks))
-    rows = []
+    sequences = []
     for i in range(samples):
         task, depth = tasks[i % len(tasks)], deepest * (i // len(tasks)) / max(1, rounds - 1)
         (sample,) = needles.samples(task, length=length, depth=depth, seed=seed + i)
         answer = sample.answers[0].ids
         ids = np.array([*sample.ids, *answer], dtype=np.int64)
-        rows.append((ids, np.arange(len(ids)) >= length))
-    return rows
+        sequences.append((ids, np.arange(len(ids)) >= length))
+    return sequences
 
 
-def parts_of(rows: Sequence[Row], seed: int) -> list[Part]:
-    """Rows in batches of one length, one row in four held out, drawn by the seed; the held-out parts stand last."""
-    held = set(Random(seed).sample(range(len(rows)), len(rows) // 4))
-    order = sorted(range(len(rows)), key=lambda i: (i in held, len(rows[i][0]), i))
-    parts: list[Part] = []
-    for (held_out, length), alike in itertools.groupby(order, key=lambda i: (i in held, len(rows[i][0]))):
-        together = list(alike)
-        size = max(1, _BATCH_TOKENS // length)
-        for start in range(0, len(together), size):
-            batch = [rows[i] for i in together[start : start + size]]
-            parts.append(Part(np.stack([ids for ids, _ in batch]), np.stack([at for _, at in batch]), held_out))
-    return parts
+def batches_of(sequences: Sequence[ScoredSequence], seed: int) -> list[CalibrationBatch]:
+    """Sequences in batches of one length. One in four, drawn by the seed, is held out; those batches come last."""
+    held_out = set(Random(seed).sample(range(len(sequences)), len(sequences) // 4))
+
+    def group(i: int) -> tuple[bool, int]:
+        return i in held_out, len(sequences[i][0])
+
+    batches: list[CalibrationBatch] = []
+    order = sorted(range(len(sequences)), key=lambda i: (*group(i), i))
+    for (held, length), members in itertools.groupby(order, group):
+        alike, size = list(members), max(1, _BATCH_TOKENS // length)
+        for start in range(0, len(alike), size):
+            ids, scored = zip(*(sequences[i] for i in alike[start : start + size]), strict=True)
+            batches.append(CalibrationBatch(np.stack(ids), np.stack(scored), held))
+    return batches
 
 
 @torch.no_grad()
 def long_range(model: PreTrainedModel, ids: Tensor, window: int) -> Tensor:
-    """Where a row's long-range tokens are, (B, T) bool: the `SHARE` of its tokens from `window` on that gain most.
+    """The long-range tokens of sequences: the `SHARE` of their tokens from `window` on that gain most.
 
-    gain_t = loss of token t with w/2 to w tokens before it  -  its loss with the whole row before it
+    gain_t = loss of token t with w/2 to w tokens before it  -  its loss with the whole sequence before it
+
+    Args:
+        ids: (B, T).
+
+    Returns:
+        (B, T) bool.
     """
     head = head_of(model)
     decoder: Any = model.get_decoder()
 
-    def losses(rows: Tensor) -> Tensor:
-        return token_losses(decoder(input_ids=rows, use_cache=False).last_hidden_state, head, rows)
+    def losses(ids: Tensor) -> Tensor:
+        return token_losses(decoder(input_ids=ids, use_cache=False).last_hidden_state, head, ids)
 
-    rows, length = ids.shape
+    batch, length = ids.shape
     near = torch.zeros(ids.shape, device=ids.device)
     context = min(length, max(2, window))
     step = context // 2
     starts = [*range(0, length - context, step), length - context]
     pieces = torch.cat([ids[:, start : start + context] for start in starts])
-    for start, found in zip(starts, losses(pieces).split(rows), strict=True):
-        near[:, start + context - step : start + context] = found[:, -step:]
+    for start, piece_losses in zip(starts, losses(pieces).split(batch), strict=True):
+        near[:, start + context - step : start + context] = piece_losses[:, -step:]
     gain = (near - losses(ids))[:, window:]
     most = gain.topk(max(1, int(SHARE * gain.shape[1])), dim=1).indices + window
     return torch.zeros_like(ids, dtype=torch.bool).scatter(1, most, True)

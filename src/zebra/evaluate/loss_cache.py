@@ -1,10 +1,10 @@
-"""Losses as they are measured, in a folder: a process killed at any moment loses the one that it was at.
+"""Losses in a folder, written as they are measured: a process killed at any moment loses the one in progress.
 
-    inputs.json        what the losses depend on; a second start with the same goes on, with others it is refused
+    inputs.json        what the losses depend on; a second start with the same continues, with others it is rejected
     calibration.npz    which tokens are scored
-    losses.jsonl       a line for each layout and part: {"layout": "GLGG", "part": 3, "sums": [41.2, 39.9]}
+    losses.jsonl       a line for each layout and batch: {"layout": "GLGG", "part": 3, "sums": [41.2, 39.9]}
 
-Neither budget nor order is among the inputs: another budget in the same folder takes up what is there.
+Neither budget nor order is among the inputs: another budget in the same folder reuses the losses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zebra.files import atomic_write, directory_lock
 
 
 class LossCache:
-    """Sums of losses by layout, a letter for each layer, and part; in memory alone where there is no folder."""
+    """Sums of losses by layout, a letter for each layer, and batch; in memory only where there is no folder."""
 
     def __init__(self, folder: Path | None = None):
         self._folder = folder
@@ -39,20 +39,20 @@ class LossCache:
     def __getitem__(self, key: tuple[str, int]) -> list[float]:
         return self._sums[key]
 
-    def add(self, layout: str, part: int, sums: list[float]) -> None:
-        """Keep the sum of each row of a part, in memory and, in one write, at the end of the file."""
-        self._sums[layout, part] = sums
+    def add(self, layout: str, batch: int, sums: list[float]) -> None:
+        """Store the sum of each sequence of a batch, in memory and, in one write, at the end of the file."""
+        self._sums[layout, batch] = sums
         if self._folder is not None:
-            line = json.dumps({"layout": layout, "part": part, "sums": sums}) + "\n"
+            line = json.dumps({"layout": layout, "part": batch, "sums": sums}) + "\n"
             with (self._folder / "losses.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line)
 
     def _read(self, file: Path) -> None:
         text = file.read_bytes()
-        whole = text.rfind(b"\n") + 1  # a kill or a full disk cut the last line
-        if whole < len(text):
-            os.truncate(file, whole)
-        for number, line in enumerate(text[:whole].splitlines(), start=1):
+        complete = text.rfind(b"\n") + 1  # a kill or a full disk may have cut the last line
+        if complete < len(text):
+            os.truncate(file, complete)
+        for number, line in enumerate(text[:complete].splitlines(), start=1):
             try:
                 entry = json.loads(line)
                 self._sums[str(entry["layout"]), int(entry["part"])] = [float(value) for value in entry["sums"]]
@@ -63,48 +63,48 @@ class LossCache:
 
 
 @contextmanager
-def opened(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
-    """Hold a folder of these inputs for this process, made where it is absent.
+def selection_folder(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
+    """Lock a folder of these inputs for this process; it is created where it is absent.
 
     Raises:
         ZebraError: a folder of something else or of other inputs, or one that another process works in.
     """
-    kept = folder / "inputs.json"
-    if folder.exists() and not kept.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    file = folder / "inputs.json"
+    if folder.exists() and not file.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ZebraError(f"{folder} exists and holds no selection: it has no inputs.json. Name another with --work.")
     with directory_lock(folder):
-        if kept.exists():
-            _compare(kept, inputs)
+        if file.exists():
+            _compare(file, inputs)
         else:
-            atomic_write(kept, json.dumps(inputs, indent=2) + "\n")
+            atomic_write(file, json.dumps(inputs, indent=2) + "\n")
         yield folder
 
 
-def _compare(kept: Path, inputs: dict[str, Any]) -> None:
+def _compare(file: Path, inputs: dict[str, Any]) -> None:
     try:
-        began = dict(json.loads(kept.read_text(encoding="utf-8")))
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise ZebraError(f"{kept} is damaged. Name another folder with --work, or remove {kept.parent}.") from None
-    changed = sorted(name for name in {*inputs, *began} if inputs.get(name) != began.get(name))
+        raise ZebraError(f"{file} is damaged. Name another folder with --work, or remove {file.parent}.") from None
+    changed = sorted(name for name in {*inputs, *before} if inputs.get(name) != before.get(name))
     if changed:
         raise ZebraError(
-            f"{kept.parent} began with other inputs: {' and '.join(changed)} changed since. "
-            "Restore them to go on with it, or name another folder with --work."
+            f"{file.parent} began with other inputs: {' and '.join(changed)} changed since. "
+            "Restore them to continue with it, or name another folder with --work."
         )
 
 
-def scored(folder: Path) -> list[NDArray[np.bool_]] | None:
-    """The scored tokens of each part, None where they are not in the folder whole: they can be found again."""
+def read_scored_tokens(folder: Path) -> list[NDArray[np.bool_]] | None:
+    """The scored tokens of each batch, None where the file is absent or damaged: they can be computed again."""
     try:
-        with np.load(folder / "calibration.npz") as kept:
-            return [kept[f"part_{i}"] for i in range(len(kept.files))]
+        with np.load(folder / "calibration.npz") as arrays:
+            return [arrays[f"part_{i}"] for i in range(len(arrays.files))]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 
-def keep_scored(folder: Path, at: list[NDArray[np.bool_]]) -> None:
-    """Keep the scored tokens of each part: the file is whole or absent."""
-    aside = folder / f".calibration.{os.getpid()}.npz"
-    named: dict[str, Any] = {f"part_{i}": each for i, each in enumerate(at)}
-    np.savez_compressed(aside, **named)
-    os.replace(aside, folder / "calibration.npz")
+def write_scored_tokens(folder: Path, scored: list[NDArray[np.bool_]]) -> None:
+    """Write the scored tokens of each batch; the file is complete or absent."""
+    temporary = folder / f".calibration.{os.getpid()}.npz"
+    arrays: dict[str, Any] = {f"part_{i}": array for i, array in enumerate(scored)}
+    np.savez_compressed(temporary, **arrays)
+    os.replace(temporary, folder / "calibration.npz")

@@ -1,13 +1,13 @@
 """Perplexity by position: how well a model predicts a token, by how much context stands before it.
 
-Three conventions, which give different numbers and are named in every row:
+Three conventions, which give different numbers and stand in every result:
 
     disjoint    [-------][-------][---]   windows side by side; every token but each window's first is scored once
     strided     [-------]                 windows of `length`, moved by `stride`; the first scores all its tokens, every
                   [-----==]               other one its last `stride`: nearly a full context before each token
     truncated   [-------].......          the first `length` tokens of each document that has as many
 
-Intervals are 95 % bootstraps over documents, the unit that is independent.
+Intervals are 95 % bootstraps over documents, which are independent of each other.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def perplexity(
     Args:
         length: tokens of context.
         stride: tokens that each window of the strided convention scores; a quarter of the length where None.
-        prompt: tokens of each window that are read and not scored; those behind them are decoded, each after the
-            text's own tokens (teacher-forced). It matters to models with full decoding; they equal it token by token.
+        prompt: tokens of each window that are read and not scored; those behind them are decoded, teacher-forced. It
+            matters for models with full decoding, and gives the numbers of decoding token by token.
         first_bucket: positions of the first bucket, 256 where None; each next ends at twice as many.
         batch_tokens: how many tokens are run at once; a window is never split.
 
@@ -123,9 +123,9 @@ def perplexity(
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
             hidden = model(ids, **without_logits(model.device) | _decoding(model, prompt)).hidden_states[-1]
             losses = token_losses(hidden, head, ids).double().cpu().numpy()
-            for window, row in zip(batch, losses, strict=True):
+            for window, token_loss in zip(batch, losses, strict=True):
                 for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-                    inside = row[max(start, window.scored_from) : end]
+                    inside = token_loss[max(start, window.scored_from) : end]
                     sums[i, window.document] += inside.sum()
                     counts[i, window.document] += len(inside)
             advance(ids.numel())
@@ -152,53 +152,42 @@ def evaluate_perplexity(
     run: str = "evaluate",
     **loading: Any,
 ) -> list[Result]:
-    """Load a checkpoint, tokenise texts, and measure: the rows of `zebra evaluate perplexity`.
+    """Load a checkpoint, tokenise texts, and measure: the results of `zebra evaluate perplexity`.
 
     Args:
-        prompt: as `perplexity` has it; the rows' task then ends in `-decoded`.
-        check_only: load no model; the rows are the tokens that it would read.
+        prompt: see `perplexity`; the results' task then ends in `-decoded`.
+        check_only: load no model; the results are the tokens that it would read.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
     """
-    loads = LoadOptions(**loading)
-    loads.check()
-    config = loads.config(checkpoint)
-    _ = loads.self_extend_setting(config)  # refused before the weights are read
+    options = LoadOptions(**loading)
+    options.check()
+    config = options.config(checkpoint)
+    _ = options.self_extend_setting(config)  # checked before the weights are read
     check_learned_positions(config, max(lengths))
     corpus = read_corpus(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
+    columns: dict[str, Any] = {"run": run, "model": str(checkpoint)}
     if check_only:
-        at: dict[str, Any] = {"run": run, "model": str(checkpoint), "layout": layout(config)}
-        at["task"] = f"perplexity-{convention}"
-        sizes = {length: sum(len(window.tokens) for window in found) for length, found in windows.items()}
-        return [Result(metric="tokens", value=size, length=length, **at) for length, size in sizes.items()]
-    model = loads.model(checkpoint)
+        columns |= {"task": f"perplexity-{convention}", "metric": "tokens", "layout": layout(config)}
+        return [Result(value=sum(len(w.tokens) for w in windows[n]), length=n, **columns) for n in windows]
+    model = options.model(checkpoint)
     if local_attention_of(model).full_decode and prompt is None:
         raise ZebraError(
             "full decoding shows in tokens that are decoded, and without a prompt all are read. Give --prompt, such as "
             f"{min(lengths) // 2}, or --no-full-decode."
         )
-    named = loaded_layout_name(model, loads.rope)
-    rows: list[Result] = []
-    for length in lengths:
-        scores = perplexity(
-            model, texts[length], length=length, convention=convention, stride=stride, prompt=prompt, seed=seed
-        )
-        rows += as_rows(
-            scores,
-            length,
-            convention if prompt is None else f"{convention}-decoded",
-            run=run,
-            model=str(checkpoint),
-            layout=named,
-            seed=seed,
-            device=device_name(model.device),
-        )
-    return rows
+    columns |= {"layout": loaded_layout_name(model, options.rope), "seed": seed, "device": device_name(model.device)}
+    task = convention if prompt is None else f"{convention}-decoded"
+    measured = {
+        n: perplexity(model, texts[n], length=n, convention=convention, stride=stride, prompt=prompt, seed=seed)
+        for n in lengths
+    }
+    return [result for n, scores in measured.items() for result in results_of(scores, n, task, **columns)]
 
 
-def as_rows(scores: Sequence[Score], length: int, convention: str, **common: Any) -> list[Result]:
-    """Scores as rows of the task `perplexity-<convention>`; `common` holds the columns that all share."""
+def results_of(scores: Sequence[Score], length: int, convention: str, **columns: Any) -> list[Result]:
+    """Scores as results of the task `perplexity-<convention>`; `columns` are those that all share."""
     return [
         Result(
             task=f"perplexity-{convention}",
@@ -210,7 +199,7 @@ def as_rows(scores: Sequence[Score], length: int, convention: str, **common: Any
             n=score.tokens,
             low=score.low,
             high=score.high,
-            **common,
+            **columns,
         )
         for score in scores
     ]
@@ -218,7 +207,7 @@ def as_rows(scores: Sequence[Score], length: int, convention: str, **common: Any
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """In the model's evaluation mode and without gradients; its mode comes back."""
+    """In the model's evaluation mode and without gradients; its mode is restored at the end."""
     was_training = model.training
     model.eval()
     try:
@@ -242,12 +231,13 @@ def _windows(
         else:
             step = stride or max(1, length // 4)
             spans = [(0, min(length, len(tokens)), 1)]
-            for end in range(length + step, len(tokens) + step, step):
-                stop = min(end, len(tokens))
-                spans.append((stop - length, stop, length - (stop - (end - step))))
-        for a, b, from_window in spans:
-            scored = max(from_window, prompt or 0)
-            windows += [_Window(i, tokens[a:b], scored)] if b - a > scored else []
+            for last in range(length + step, len(tokens) + step, step):
+                stop = min(last, len(tokens))
+                spans.append((stop - length, stop, length - (stop - (last - step))))
+        for start, end, scored_from in spans:
+            scored_from = max(scored_from, prompt or 0)
+            if end - start > scored_from:
+                windows.append(_Window(i, tokens[start:end], scored_from))
     if not windows:
         raise ZebraError(
             f"no document has enough tokens for the {convention} convention at length {length:,}; the longest has "

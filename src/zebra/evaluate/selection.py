@@ -1,11 +1,11 @@
 """Which layers of a checkpoint stay global, by measurement: what `zebra select` does.
 
-Each layer is made local in turn, teacher-forced, and the loss of the tokens that need more than the window says what it
-is needed for (`zebra.evaluate.calibration` has the tokens, `zebra.evaluate.search` the orders). What was chosen is then
-measured on rows that took no part in the choice, beside the source, all layers local, and the paper's stride at every
+Each layer becomes local in turn, teacher-forced, and the loss of the tokens that need more than the window says how
+much it is needed (`zebra.evaluate.calibration` has the tokens, `zebra.evaluate.search` the orders). The choice is then
+measured on sequences that took no part in it, beside the source, all layers local, and the paper's stride at every
 offset.
 
-A round is one whole pass over the rows, and each candidate from its layer on: half a pass in the mean.
+A round is one whole pass over the sequences, and each candidate from its layer on: half a pass on average.
 """
 
 from __future__ import annotations
@@ -26,11 +26,18 @@ from zebra.data.corpus import read_corpus
 from zebra.data.needles import SampleGenerator, check_task
 from zebra.errors import ZebraError
 from zebra.evaluate import loss_cache
-from zebra.evaluate.calibration import LEAST, Part, long_range, parts_of, task_rows, text_rows
+from zebra.evaluate.calibration import (
+    MIN_SAMPLES,
+    CalibrationBatch,
+    batches_of,
+    long_range,
+    task_sequences,
+    text_sequences,
+)
 from zebra.evaluate.intervals import bootstrapped
 from zebra.evaluate.loss_cache import LossCache
 from zebra.evaluate.perplexity import evaluating
-from zebra.evaluate.search import Losses, greedy, once, strides
+from zebra.evaluate.search import Losses, global_layers, greedy, once, strides
 from zebra.model.checkpoint import checkpoint_digest, load_tokenizer, read_config
 from zebra.model.families import FULL, stripes_of, with_stripes
 from zebra.model.load import device_name, load, read_device, read_dtype
@@ -48,10 +55,10 @@ ORDERS = ("greedy", "once")
 
 @dataclass(frozen=True)
 class Selection:
-    """The layout that was chosen, and a row for each loss that was measured on the way."""
+    """The chosen layout, and a result for each loss that was measured on the way."""
 
     stripes: Stripes
-    rows: list[Result]
+    results: list[Result]
 
 
 def select(
@@ -77,61 +84,55 @@ def select(
 
     Args:
         budget: how many: 8, a share such as 0.25, or a cost such as "cache:4GiB@131072"; see `zebra.plan.budget`.
-        window: of the layers that become local, "512+4" with 4 sinks; those that the source has local get it too.
-        length: tokens of each row of text, or of each task's prompt.
-        text: files of text to read, or, where there are tasks, to hide their evidence in.
+        window: of the layers that become local, "512+4" with 4 sinks; local layers of the source get it too.
+        length: tokens of each sequence of text, or of each task's prompt.
+        text: files of text to read, or, with tasks, to hide their evidence in.
         tasks: retrieval tasks, see `zebra.data.questions`; the loss is that of their answers.
-        samples: rows; one in four is held out.
+        samples: sequences; one in four is held out.
         order: greedy, or once.
-        work: a folder that keeps what is measured: the same call goes on after a kill, another budget takes it up.
-        check_only: load no model; the row is the tokens that it would read, the layout one of as many global layers.
+        work: a folder for the losses: the same call continues after a kill, another budget reuses them.
+        check_only: load no model; the result is the tokens that it would read, the layout one of as many global layers.
 
     Raises:
-        ZebraError: a budget that leaves nothing to choose, a host whose layers keep their kind, too little text, a
-            length within the window or beyond the model, a folder of something else; what `load` and
-            `SampleGenerator` refuse.
+        ZebraError: a budget that leaves nothing to choose, a model whose layers have fixed kinds, too little text, a
+            length within the window or beyond the model, a folder of something else; see also `zebra.load` and
+            `zebra.data.needles.SampleGenerator`.
     """
     local = Stripes.parse(f"L:{window}")
     _check(order, local.window, length, text, tasks, samples)
-    place = read_device(device)
-    placed: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
+    device = read_device(device)
+    load_kwargs: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
     config = as_rope(rope).apply(read_config(checkpoint))
     source = _kinds(config)
-    _check_host(config, source, local, length, rope)
-    count = _count(config, source, str(budget), local, length, placed.get("dtype") or config.dtype)
-    parts = _parts(load_tokenizer(checkpoint, config), text, separator, tasks, length, local.window, samples, seed)
-    cost = Cost.of(source, count, order, parts)
+    _check_model(config, source, local, length, rope)
+    count = _count(config, source, str(budget), local, length, load_kwargs.get("dtype") or config.dtype)
+    tokenizer = load_tokenizer(checkpoint, config)
+    batches = _batches(tokenizer, text, separator, tasks, length, local.window, samples, seed)
+    cost = SearchCost.of(source, count, order, batches)
+    columns: dict[str, Any] = {"run": run, "model": str(checkpoint), "length": length}
     if check_only:
-        layout = _first(source, count, local)
-        tokens = Result(
-            task="selection-cost",
-            metric="tokens",
-            value=cost.passes * cost.rows * length,
-            length=length,
-            run=run,
-            model=str(checkpoint),
-            layout=str(layout),
-        )
-        return Selection(layout, [tokens])
-    with ExitStack() as held:
+        layout = replace(local, pattern=None, global_layers=tuple(global_layers(source)[:count]))
+        tokens = cost.passes * cost.sequences * length
+        columns |= {"task": "selection-cost", "metric": "tokens", "layout": str(layout)}
+        return Selection(layout, [Result(value=tokens, **columns)])
+    with ExitStack() as stack:
         folder = None
         if work is not None:
             inputs = {"source": _identity(checkpoint), "rope": str(as_rope(rope)), "window": str(window), "seed": seed}
-            inputs |= {"dtype": str(dtype), "device": place, "rows": _hash(parts), "versions": versions()}
-            folder = held.enter_context(loss_cache.opened(Path(work), inputs))
+            inputs |= {"dtype": str(dtype), "device": device, "rows": _hash(batches), "versions": versions()}
+            folder = stack.enter_context(loss_cache.selection_folder(Path(work), inputs))
         console.print(f"{count} of {source.count('G')} layers stay global, {order}: {cost}", soft_wrap=True)
-        model = load(checkpoint, rope=rope, **placed).to(place)
-        held.enter_context(evaluating(model))
-        parts = _scored(model, parts, local.window, folder)
-        losses = Losses(model, parts, local.window, LossCache(folder), local.sinks)
-        found = _searched(losses, source, count, order, cost)
-        common = {"run": run, "model": str(checkpoint), "length": length, "seed": seed}
-        common |= {"device": device_name(model.device)}
-        named = "+".join(dict.fromkeys(tasks)) or "text"
-        rows = [*_rows(losses, found, source, local, named, common)]
+        model = load(checkpoint, rope=rope, **load_kwargs).to(device)
+        stack.enter_context(evaluating(model))
+        batches = _with_scored_tokens(model, batches, local.window, folder)
+        losses = Losses(model, batches, local.window, LossCache(folder), local.sinks)
+        layouts = _search(losses, source, count, order, cost)
+        columns |= {"seed": seed, "device": device_name(model.device)}
+        data = "+".join(dict.fromkeys(tasks)) or "text"
+        results = [*_results(losses, layouts, source, local, data, columns)]
         if folder is not None:
-            write_results(folder / "results.jsonl", rows)
-    return Selection(_stripes(found[order][0], local), rows)
+            write_results(folder / "results.jsonl", results)
+    return Selection(_stripes(layouts[order][0], local), results)
 
 
 def _check(order: str, window: int, length: int, text: Sequence[str], tasks: Sequence[str], samples: int) -> None:
@@ -141,20 +142,20 @@ def _check(order: str, window: int, length: int, text: Sequence[str], tasks: Seq
         raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
     for task in tasks:
         check_task(task, 0.0, 1)
-    if samples < LEAST:
+    if samples < MIN_SAMPLES:
         raise ZebraError(
-            f"a selection takes at least {LEAST} rows, as one in four is held out; got {samples}. Ask for more."
+            f"a selection takes at least {MIN_SAMPLES} samples, as one in four is held out; got {samples}. Give more."
         )
     if length <= window:
         raise ZebraError(
-            f"in a length of {length:,} tokens nothing lies beyond a window of {window:,}, so that no layer is needed. "
+            f"in a length of {length:,} tokens nothing is beyond a window of {window:,}, so that no layer is needed. "
             "Take a longer length, several times the window."
         )
 
 
 def _kinds(config: PreTrainedConfig) -> str:
-    own = stripes_of(config)
-    kinds = own.layer_types(config.num_hidden_layers) if own else [GLOBAL] * config.num_hidden_layers
+    stripes = stripes_of(config)
+    kinds = stripes.layer_types(config.num_hidden_layers) if stripes else [GLOBAL] * config.num_hidden_layers
     return "".join("G" if kind == GLOBAL else "L" for kind in kinds)
 
 
@@ -162,22 +163,16 @@ def _stripes(kinds: str, local: Stripes) -> Stripes:
     return Stripes.of([GLOBAL if kind == "G" else LOCAL for kind in kinds], local.window, local.sinks)
 
 
-def _first(source: str, count: int, local: Stripes) -> Stripes:
-    """The first so many of the source's global layers: each costs the same."""
-    which = [i for i, kind in enumerate(source) if kind == "G"]
-    return replace(local, pattern=None, global_layers=tuple(which[:count]))
-
-
-def _check_host(config: PreTrainedConfig, source: str, local: Stripes, length: int, rope: str | None) -> None:
-    """Refuse what could not be converted, before anything is measured."""
+def _check_model(config: PreTrainedConfig, source: str, local: Stripes, length: int, rope: str | None) -> None:
+    """Reject a model that cannot be converted, before anything is measured."""
     refuse_changing_rope(config)
-    which = [i for i, kind in enumerate(source) if kind == "G"]
+    which = global_layers(source)
     if len(which) < 2:
         raise ZebraError(
             f"this model has {len(which)} global layers, so there is nothing to choose. Take another source."
         )
-    for kept in which[0], which[-1]:  # a host whose layers keep their kind refuses one of these
-        with_stripes(config, replace(local, pattern=None, global_layers=(kept,)))
+    for layer in which[0], which[-1]:  # a model whose layers have fixed kinds cannot have one of these
+        with_stripes(config, replace(local, pattern=None, global_layers=(layer,)))
     trained = getattr(config, "max_position_embeddings", None)
     if trained is not None and length > trained and as_rope(rope).kind != "base":
         raise ZebraError(
@@ -196,11 +191,10 @@ def _count(config: PreTrainedConfig, source: str, budget: str, local: Stripes, l
             dtype=kind if kind in BYTES else "float32",
         )
 
-    which = [i for i, kind in enumerate(source) if kind == "G"]
-    return Budget.parse(budget).layers(which, local, run)
+    return Budget.parse(budget).layers(global_layers(source), local, run)
 
 
-def _parts(
+def _batches(
     tokenizer: PreTrainedTokenizerBase,
     text: Sequence[str],
     separator: str | None,
@@ -209,118 +203,122 @@ def _parts(
     window: int,
     samples: int,
     seed: int,
-) -> list[Part]:
+) -> list[CalibrationBatch]:
     corpus = read_corpus(text, tokenizer, separator=separator) if text else None
     if not tasks:
         assert corpus is not None
-        return parts_of(text_rows(corpus, length, samples), seed)
+        return batches_of(text_sequences(corpus, length, samples), seed)
     needles = SampleGenerator(tokenizer, None if corpus is None else [corpus[i] for i in range(len(corpus))])
-    return parts_of(task_rows(needles, tasks, length=length, window=window, samples=samples, seed=seed), seed)
+    sequences = task_sequences(needles, tasks, length=length, window=window, samples=samples, seed=seed)
+    return batches_of(sequences, seed)
 
 
 def _identity(checkpoint: str | os.PathLike[str]) -> str:
     return checkpoint_digest(checkpoint) if Path(checkpoint).exists() else str(checkpoint)
 
 
-def _hash(parts: Sequence[Part]) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(f"{part.ids.shape} {part.held_out}".encode() + part.ids.tobytes() + part.at.tobytes())
-    return found.hexdigest()
+def _hash(batches: Sequence[CalibrationBatch]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(f"{batch.ids.shape} {batch.held_out}".encode() + batch.ids.tobytes() + batch.scored.tobytes())
+    return digest.hexdigest()
 
 
-def _scored(model: PreTrainedModel, parts: list[Part], window: int, folder: Path | None) -> list[Part]:
-    """The parts with the tokens that are scored: a task's answers, or the long-range tokens of a text."""
-    if all(part.at.any() for part in parts):
-        return parts
-    at = None if folder is None else loss_cache.scored(folder)
-    if at is None:
-        at = []
-        with bar("long-range tokens", sum(part.ids.size for part in parts), "tokens") as advance:
-            for part in parts:
-                ids, _ = part.tensors(model.device)
-                at.append(long_range(model, ids, window).cpu().numpy())
-                advance(part.ids.size)
+def _with_scored_tokens(
+    model: PreTrainedModel, batches: list[CalibrationBatch], window: int, folder: Path | None
+) -> list[CalibrationBatch]:
+    """The batches with the tokens that are scored: a task's answers, or the long-range tokens of a text."""
+    if all(batch.scored.any() for batch in batches):
+        return batches
+    scored = None if folder is None else loss_cache.read_scored_tokens(folder)
+    if scored is None:
+        scored = []
+        with bar("long-range tokens", sum(batch.ids.size for batch in batches), "tokens") as advance:
+            for batch in batches:
+                ids, _ = batch.tensors(model.device)
+                scored.append(long_range(model, ids, window).cpu().numpy())
+                advance(batch.ids.size)
         if folder is not None:
-            loss_cache.keep_scored(folder, at)
-    return [replace(part, at=each) for part, each in zip(parts, at, strict=True)]
+            loss_cache.write_scored_tokens(folder, scored)
+    return [replace(batch, scored=tokens) for batch, tokens in zip(batches, scored, strict=True)]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a search will run: a round is a whole pass over the rows that choose, and a candidate the layers from its
-    first on, half a pass in the mean over the source's global layers.
+class SearchCost:
+    """What a search will run: a round is a whole pass over the sequences that choose, a candidate the layers from its
+    first on, half a pass on average over the source's global layers.
     """
 
     rounds: int
     candidates: int
     passes: float
-    rows: int
+    sequences: int
 
     @classmethod
-    def of(cls, source: str, count: int, order: str, parts: Sequence[Part]) -> Cost:
-        """Before anything is run; which layers greedy selection will try in its later rounds is not known yet."""
-        which = [i for i, kind in enumerate(source) if kind == "G"]
+    def of(cls, source: str, count: int, order: str, batches: Sequence[CalibrationBatch]) -> SearchCost:
+        """An estimate: which layers greedy selection will try in its later rounds is not known yet."""
+        which = global_layers(source)
         left = range(len(which), count if order == "greedy" else len(which) - 1, -1)
         tail = sum(len(source) - i for i in which) / len(which) / len(source)
-        rows = sum(len(part.ids) for part in parts if not part.held_out)
-        return cls(len(left), sum(left), len(left) + sum(left) * tail, rows)
+        sequences = sum(len(batch.ids) for batch in batches if not batch.held_out)
+        return cls(len(left), sum(left), len(left) + sum(left) * tail, sequences)
 
     def __str__(self) -> str:
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds:,} rounds"
-        return f"{self.candidates:,} candidates in {rounds}, about {self.passes:,.0f} passes over {self.rows:,} rows"
+        passes = f"about {self.passes:,.0f} passes over {self.sequences:,} sequences"
+        return f"{self.candidates:,} candidates in {rounds}, {passes}"
 
 
-def _searched(losses: Losses, source: str, count: int, order: str, cost: Cost) -> dict[str, list[str]]:
-    """The layouts by what they are: what is chosen by each order, and what it is compared with on the held-out rows."""
+def _search(losses: Losses, source: str, count: int, order: str, cost: SearchCost) -> dict[str, list[str]]:
+    """The layouts by kind: the choice of each order, and what it is compared with on the held-out sequences."""
     start = time.perf_counter()
     if losses.measure(source, [source], held_out=False):
-        took = time.perf_counter() - start
-        about = took * cost.passes
-        said = f"{about:,.0f} seconds" if about < 120 else f"{about / 60:,.0f} minutes"
-        console.print(f"a pass takes {took:,.2f} seconds, all of them about {said}", soft_wrap=True)
-    found = {"source": [source], "local": ["L" * len(source)], "stride": strides(source, count)}
-    with bar("selection", cost.candidates * losses.parts(False), "parts") as advance:
+        seconds = time.perf_counter() - start
+        total = seconds * cost.passes
+        estimate = f"{total:,.0f} seconds" if total < 120 else f"{total / 60:,.0f} minutes"
+        console.print(f"a pass takes {seconds:,.2f} seconds, all of them about {estimate}", soft_wrap=True)
+    layouts = {"source": [source], "local": ["L" * len(source)], "stride": strides(source, count)}
+    with bar("selection", cost.candidates * losses.batches(False), "batches") as advance:
         if order == "greedy":
-            found["greedy"] = [greedy(losses, source, count, advance)]
-            found["once"] = [once(losses, source, count)]  # greedy's first round
+            layouts["greedy"] = [greedy(losses, source, count, advance)]
+            layouts["once"] = [once(losses, source, count)]  # greedy's first round
         else:
-            found["once"] = [once(losses, source, count, advance)]
-    every = list(dict.fromkeys(kinds for layouts in found.values() for kinds in layouts))
+            layouts["once"] = [once(losses, source, count, advance)]
+    every = list(dict.fromkeys(kinds for group in layouts.values() for kinds in group))
     losses.measure(source, every, held_out=True)
-    return found
+    return layouts
 
 
-def _rows(
-    losses: Losses, found: dict[str, list[str]], source: str, local: Stripes, named: str, common: dict[str, Any]
+def _results(
+    losses: Losses, layouts: dict[str, list[str]], source: str, local: Stripes, data: str, columns: dict[str, Any]
 ) -> Iterator[Result]:
-    """The source's loss and what each candidate adds to it, then the same of all comparisons on the held-out rows.
+    """The source's loss and what each candidate adds to it, then the same of all comparisons on the held-out sequences.
 
-    Intervals of what is added are of the rows' differences, which vary less than their losses.
+    Intervals of what is added are of the sequences' differences, which vary less than their losses.
     """
 
-    def row(what: str, kinds: str, metric: str, sums: Any, counts: Any) -> Result:
-        low, high = bootstrapped(sums, counts, common["seed"]).tolist() if len(sums) > 1 else (None, None)
+    def result(what: str, kinds: str, metric: str, sums: Any, counts: Any) -> Result:
+        low, high = bootstrapped(sums, counts, columns["seed"]).tolist() if len(sums) > 1 else (None, None)
         return Result(
             layout=FULL if "L" not in kinds else str(_stripes(kinds, local)),
-            task=f"selection-{what}-{named}",
+            task=f"selection-{what}-{data}",
             metric=metric,
             value=float(sums.sum() / counts.sum()),
             n=int(counts.sum()),
             low=low,
             high=high,
-            **common,
+            **columns,
         )
 
-    own, counts = losses.sums(source, held_out=False)
-    yield replace(row("source", source, "layers", own, counts), value=len(source), n=None, low=None, high=None)
-    yield row("source", source, "loss", own, counts)
+    base, counts = losses.sums(source, held_out=False)
+    yield replace(result("source", source, "layers", base, counts), value=len(source), n=None, low=None, high=None)
+    yield result("source", source, "loss", base, counts)
     for kinds in losses.candidates:
         if kinds != source:
-            yield row("candidate", kinds, "rise", losses.sums(kinds, held_out=False)[0] - own, counts)
-    own, counts = losses.sums(source, held_out=True)
-    yield row("source", source, "held_out_loss", own, counts)
-    for what, layouts in found.items():
-        for kinds in layouts:
+            yield result("candidate", kinds, "rise", losses.sums(kinds, held_out=False)[0] - base, counts)
+    base, counts = losses.sums(source, held_out=True)
+    yield result("source", source, "held_out_loss", base, counts)
+    for what, group in layouts.items():
+        for kinds in group:
             if what != "source":
-                yield row(what, kinds, "held_out_rise", losses.sums(kinds, held_out=True)[0] - own, counts)
+                yield result(what, kinds, "held_out_rise", losses.sums(kinds, held_out=True)[0] - base, counts)

@@ -73,7 +73,7 @@ def _convert(stage: Stage) -> None:
     stripes = recipe.stripes
     if recipe.select is not None:
         selection = select(stage.source, **_select_arguments(recipe), work=stage.folder / "selection", run=stage.name)
-        write_results(stage.folder / "results.jsonl", selection.rows)
+        write_results(stage.folder / "results.jsonl", selection.results)
         stripes = selection.stripes
     if not target.exists():  # it may have been killed after this
         convert(stage.source, target, stripes, rope=recipe.rope, full_decode=recipe.full_decode)

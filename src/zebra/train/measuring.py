@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.data.corpus import Corpus
 from zebra.errors import ZebraError
-from zebra.evaluate.perplexity import Score, as_rows, perplexity
+from zebra.evaluate.perplexity import Score, perplexity, results_of
 from zebra.model.checkpoint import read_local_attention
 from zebra.model.families import FULL, attention_pairs, layer_kinds
 from zebra.model.load import best_device, device_name, load
@@ -37,7 +37,7 @@ def measure(
 
     def read(length: int) -> list[Result]:
         scores = perplexity(model, held_out, length=length, **by)
-        return as_rows(scores, length, asked.convention, **at)
+        return results_of(scores, length, asked.convention, **at)
 
     start = time.perf_counter()
     rows = read(asked.length)
@@ -121,7 +121,7 @@ def by_position(recipe: TextRecipe) -> Callable[[dict[str, Any], dict[str, Any]]
         if recipe.evaluate is None or "by_position" not in entry:
             return []
         scores = [Score(**score) for score in entry["by_position"]]
-        return as_rows(scores, recipe.evaluate.length, recipe.evaluate.convention, **at)
+        return results_of(scores, recipe.evaluate.length, recipe.evaluate.convention, **at)
 
     return rows
 
