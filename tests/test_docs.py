@@ -1,4 +1,4 @@
-"""What the documents say is so: links lead somewhere, symbols exist, commands parse, numbers are those of the rows."""
+"""What the documents say is so: links lead somewhere, symbols exist, commands parse, numbers are those of the results."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_the_paper_map_names_symbols_and_tests_that_exist() -> None:
     for symbol in symbols:
         module, _, name = symbol.rpartition(".")
         try:
-            found = importlib.import_module(module)
+            holder = importlib.import_module(module)
         except ModuleNotFoundError:  # a method of a class
             module, _, owner = module.rpartition(".")
-            found = getattr(importlib.import_module(module), owner)
-        assert hasattr(found, name), symbol
+            holder = getattr(importlib.import_module(module), owner)
+        assert hasattr(holder, name), symbol
     for test in re.findall(r"`(tests/[\w.]+)`", text):
         assert (ROOT / test).exists(), test
 
@@ -66,24 +66,12 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
     assert not context.args
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "adapting",
-        "evaluating",
-        "generating",
-        "families",
-        pytest.param("pipeline", marks=pytest.mark.full),
-        "planning",
-        pytest.param(
-            "pretraining", marks=pytest.mark.full
-        ),  # a grid and a training, which test_grid and test_pretrain run too
-        "selecting",
-        "self-extend",
-        "tuning",
-        "untrained",
-    ],
-)
+QUICK = ("generating", "planning", "selecting", "untrained")
+SLOW = ("adapting", "evaluating", "families", "pipeline", "pretraining", "self-extend", "tuning")
+"""Guides that train, or measure for several seconds."""
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in SLOW)])
 def test_every_command_of_the_guides_runs(name: str, zebra: Zebra, tmp_path: Path) -> None:
     """In the order of the page, from a directory that has what the repository's root has."""
     for shipped in ("examples", "recipes"):
@@ -112,30 +100,34 @@ def test_the_readme_keeps_its_order() -> None:
     ]
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_rows() -> None:
-    """Each perplexity in the table of the README stands in a row of benchmarks/results/, at its positions."""
-    rows = [row for file in (ROOT / "benchmarks" / "results").glob("*.jsonl") for row in read_results(file)]
+def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
+    """Each perplexity in the table of the README stands in a result of benchmarks/results/, at its positions."""
+    results = [result for file in (ROOT / "benchmarks" / "results").glob("*.jsonl") for result in read_results(file)]
     lines = re.findall(r"^\| ([\d,]+)–([\d,]+) (\|.*)$", README, flags=re.MULTILINE)
     assert len(lines) == 5
     for start, end, cells in lines:
         low, high = int(start.replace(",", "")), int(end.replace(",", ""))
-        wanted = {
-            f"{row.value:,.{2 if row.value < 100 else 1}f}"
-            for row in rows
-            if row.metric == "perplexity" and (row.position_from, row.position_to) == (low, high)
+        measured = {
+            f"{result.value:,.{2 if result.value < 100 else 1}f}"
+            for result in results
+            if result.metric == "perplexity" and (result.position_from, result.position_to) == (low, high)
         }
         numbers = re.findall(r"[\d.,]+", cells)
         assert len(numbers) >= 6
-        assert set(numbers) <= wanted, set(numbers) - wanted
+        assert set(numbers) <= measured, set(numbers) - measured
 
 
-def test_the_numbers_of_stripes_without_training_are_those_of_the_rows() -> None:
-    rows = read_results(ROOT / "benchmarks" / "results" / "untrained.jsonl")
-    wanted = {f"{row.value:.3f}" for row in rows if (row.position_from, row.position_to) in ((256, 512), (1024, 2048))}
+def test_the_numbers_of_stripes_without_training_are_those_of_the_results() -> None:
+    results = read_results(ROOT / "benchmarks" / "results" / "untrained.jsonl")
+    measured = {
+        f"{result.value:.3f}"
+        for result in results
+        if (result.position_from, result.position_to) in ((256, 512), (1024, 2048))
+    }
     page = (ROOT / "docs" / "untrained.md").read_text()
     numbers = re.findall(r"\| (\d\.\d{3})(?= \|)", page)
     assert len(numbers) == 24
-    assert set(numbers) <= wanted, set(numbers) - wanted
+    assert set(numbers) <= measured, set(numbers) - measured
 
 
 def test_nothing_of_a_machine_or_a_registry_is_in_the_project() -> None:
