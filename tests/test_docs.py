@@ -1,4 +1,4 @@
-"""What the documents say is so: links lead somewhere, symbols exist, commands parse, numbers are those of the results."""
+"""What the documents say is so: links lead somewhere, symbols exist, commands parse, numbers are measured ones."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
     assert not context.args
 
 
-QUICK = ("generating", "planning", "selecting", "untrained")
-SLOW = ("adapting", "evaluating", "families", "pipeline", "pretraining", "self-extend", "tuning")
+QUICK = ("generating", "planning", "selecting")
+SLOW = ("adapting", "evaluating", "families", "pipeline", "pretraining", "self-extend", "tuning", "untrained")
 """Guides that train, or measure for several seconds."""
 
 
