@@ -18,7 +18,6 @@ from zebra.report import (
     answers,
     benches,
     compare,
-    cost,
     layouts,
     lengths,
     method,
@@ -31,7 +30,7 @@ from zebra.report import (
 from zebra.report.compare import merge_sources
 from zebra.report.figures import standalone
 from zebra.report.page import Cell, Chapter, Figure
-from zebra.report.series import by_kind, position_scores
+from zebra.report.series import by_kind
 from zebra.results import Result
 
 __all__ = ["merge_sources", "terminal_tables", "write_report"]
@@ -59,14 +58,13 @@ def write_report(
     in_chapters = {id(result) for chapter in chapters for result in chapter.results}
     others = [result for result in results if id(result) not in in_chapters]
     kinds = by_kind(others)
-    groups = position_scores(kinds["position"])
     runs = dict.fromkeys(result.run for result in others)
     title = title or ", ".join([*(chapter.name for chapter in chapters), *runs])
     summary = [chapter.summary for chapter in chapters]
     for run in runs:
         line = [
             *answers.answer_summary(run, kinds["answers"]),
-            *perplexity.position_summary(run, groups, kinds["cost"]),
+            *perplexity.position_summary(run, kinds["position"], kinds["cost"]),
         ]
         summary += [[Cell(f"{run}: " if len(runs) > 1 else ""), *line]] if line else []
     summary += selection.selection_summaries(kinds["selection"])
@@ -75,15 +73,15 @@ def write_report(
         *(section for chapter in chapters for section in chapter.sections),
         compare.compare(others),
         layouts.layouts(kinds["cost"]),
-        perplexity.positions(groups),
+        perplexity.positions(kinds["position"]),
         lengths.lengths([*kinds["retrieval"], *kinds["task"]]),
         retrieval.retrieval(kinds["retrieval"]),
         tasks.tasks(kinds["task"]),
         selection.selection(kinds["selection"]),
         answers.answers(kinds["answers"]),
         answers.composition(kinds["instructions"]),
-        perplexity.training(kinds["loss"], position_scores(kinds["position during training"]), groups),
-        cost.cost(kinds["cost"], kinds["speed"]),
+        perplexity.training(kinds["loss"], kinds["position during training"], kinds["position"]),
+        layouts.cost(kinds["cost"], kinds["speed"]),
         benches.benches(kinds["bench"]),
         method.method(results),
         method.others([*kinds["other"], *selection.incomplete(kinds["selection"])]),
@@ -102,7 +100,7 @@ def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:
     """
     kinds = by_kind(results)
     tables = [
-        *perplexity.position_tables(position_scores(kinds["position"])),
+        *perplexity.position_tables(kinds["position"]),
         *retrieval.retrieval_tables(kinds["retrieval"]),
         *tasks.task_tables(kinds["task"]),
         *selection.selection_tables(kinds["selection"]),

@@ -7,7 +7,7 @@ from functools import partial
 
 from zebra.report.figures import draw, plot_during_training, plot_loss, plot_positions
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.pivot import Column, Results, pivot_table, value_cell
+from zebra.report.pivot import Column, Results, pivot_table, split, value_cell
 from zebra.report.series import (
     FULL,
     PositionScores,
@@ -17,6 +17,8 @@ from zebra.report.series import (
     interval,
     number,
     percent,
+    position_scores,
+    series_of,
     span_name,
     step,
     trained_series,
@@ -26,25 +28,25 @@ from zebra.results import Result
 _MANY = 4
 
 
-def positions(groups: list[PositionScores]) -> Section:
+def positions(results: list[Result]) -> Section:
     """Perplexity by position: figures, then tables."""
-    if not groups:
+    if not results:
         return Section("Perplexity by position", [])
     blocks: list[str | Table | Figure] = [
         "How well a token is predicted, by how many tokens stand before it; lower is better. "
         "Beside a value stands its 95 % interval; the change is that of a trained checkpoint against its source."
     ]
-    for i, group in enumerate((group for group in groups if len(group.buckets) > 1), start=1):
+    groups = [group for group in position_scores(results) if len(group.buckets) > 1]
+    for i, group in enumerate(groups, start=1):
         caption = f"Perplexity by position in contexts of {group.length:,} tokens, {convention(group.task)}"
         svg = draw(f"positions{i}", partial(plot_positions, group=group))
         blocks.append(Figure(f"positions-{i}", svg, caption, group.results))
-    return Section("Perplexity by position", [*blocks, *position_tables(groups)])
+    return Section("Perplexity by position", [*blocks, *position_tables(results)])
 
 
-def position_tables(groups: list[PositionScores]) -> list[Table]:
+def position_tables(results: list[Result]) -> list[Table]:
     """A table for each run, task and length."""
-    runs = dict.fromkeys((series.run, i) for i, group in enumerate(groups) for series in group.scores)
-    return [_position_table(run, groups[i].of_run(run)) for run, i in runs]
+    return [_position_table(run, group) for run, group in _of_runs(results)]
 
 
 def _position_table(run: str, group: PositionScores) -> Table:
@@ -84,20 +86,18 @@ def convention(task: str) -> str:
     return task.removeprefix("perplexity-")
 
 
-def training(losses: list[Result], during: list[PositionScores], groups: list[PositionScores]) -> Section:
-    """The loss, and the perplexities during training."""
+def training(losses: list[Result], during: list[Result], outside: list[Result]) -> Section:
+    """The loss, and the perplexities during training; those before it are among the ones outside."""
     blocks: list[str | Table | Figure] = []
     if losses:
         svg = draw("loss", lambda axes: plot_loss(axes, losses), height=2.6)
         blocks.append(Figure("loss", svg, "Training loss (nats per token) against the tokens trained on", losses))
-    runs = dict.fromkeys((series.run, i) for i, group in enumerate(during) for series in group.scores)
-    for number_of_figure, (run, i) in enumerate(runs, start=1):
-        scores = during[i].of_run(run)
+    for i, (run, scores) in enumerate(_of_runs(during), start=1):
         per_step = next((one.n / at for one in losses if one.run == run and one.n and (at := step(one))), None)
         unit = "tokens" if per_step else "steps"
         points = {(step(next(iter(by.values()))) or 0) * (per_step or 1): by for by in scores.scores.values()}
-        points = dict(sorted((points | _start(scores, groups)).items()))
-        name = f"during-training-{number_of_figure}"
+        points = dict(sorted((points | _start(scores, outside)).items()))
+        name = f"during-training-{i}"
         caption = f"{run}: perplexity by position during training, {convention(scores.task)}"
         plot = partial(plot_during_training, points=points, buckets=scores.buckets, unit=unit)
         blocks.append(Figure(name, draw(name, plot, height=2.6), caption, scores.results))
@@ -110,21 +110,25 @@ def training(losses: list[Result], during: list[PositionScores], groups: list[Po
     return Section("Training", blocks)
 
 
-def _start(during: PositionScores, groups: list[PositionScores]) -> dict[float, dict[Span, Result]]:
+def _of_runs(results: list[Result]) -> list[tuple[str, PositionScores]]:
+    runs = split(results, lambda one: one.run)
+    return [(run, group) for run, here in runs.items() for group in position_scores(here)]
+
+
+def _start(during: PositionScores, outside: list[Result]) -> dict[float, dict[Span, Result]]:
     """The scores before the first step: the source in the layout that is trained."""
     trained = next(iter(during.scores))
-    for group in groups:
-        if (group.task, group.length) == (during.task, during.length):
-            for series, scores in group.scores.items():
-                if (series.run, series.layout) == (trained.run, trained.layout) and not series.is_output:
-                    return {0: scores}
+    place = trained.run, trained.layout, during.task, during.length
+    sources = [one for one in outside if (one.run, one.layout, one.task, one.length) == place]
+    for group in position_scores(one for one in sources if not series_of(one).is_output):
+        return {0: next(iter(group.scores.values()))}
     return {}
 
 
-def position_summary(run: str, groups: list[PositionScores], costs: list[Result]) -> list[Cell]:
+def position_summary(run: str, results: list[Result], costs: list[Result]) -> list[Cell]:
     """What training changed at the far positions and at the near ones, and the share of full attention that is left."""
-    own = [group.of_run(run) for group in groups]
-    longest = max((group for group in own if group.scores), key=lambda group: group.length, default=None)
+    groups = position_scores(one for one in results if one.run == run)
+    longest = max(groups, key=lambda group: group.length, default=None)
     words = _perplexity(longest) if longest else []
     pairs = {one.layout: one for one in costs if (one.run, one.metric) == (run, "attention_pairs") and one.value}
     striped = next((layout for layout in pairs if layout != FULL), None)

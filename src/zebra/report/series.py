@@ -64,10 +64,6 @@ class PositionScores(NamedTuple):
         """All of them."""
         return [result for scores in self.scores.values() for result in scores.values()]
 
-    def of_run(self, run: str) -> PositionScores:
-        """The series of one run."""
-        return self._replace(scores={series: scores for series, scores in self.scores.items() if series.run == run})
-
     def source(self, series: Series) -> Series | None:
         """What a trained checkpoint was trained from: the first model that its run measured; None if there is none."""
         others = (other for other in self.scores if other.run == series.run and not other.is_output)
