@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from zebra.data import jsonl
+from zebra.data import records
 from zebra.data.documents import find_files, read_documents
 from zebra.errors import ZebraError
 
@@ -137,7 +137,7 @@ def test_the_bytes_read_are_those_of_the_file(tmp_path: Path, kind: str) -> None
 @pytest.mark.parametrize("kind", KINDS[:3])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
 def test_lines_go_over_chunks(tmp_path: Path, kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(records, "_CHUNK_BYTES", chunk)
     raw = '{"text": "é one"}\n\n  \n{"text": "two"}\r\n{"text": " "}\n{"text": "last"}'
     (tmp_path / f"r.{kind}").write_bytes(packed(kind, raw.encode()))
     assert read(tmp_path / f"r.{kind}") == ["é one", "two", "last"]
@@ -169,11 +169,11 @@ def test_columns_of_strings_of_every_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', r"line 2 is not JSON: .*has one JSON object a line"),
+        (b'{"text": "a"', r"line 2 is not JSON: .*or correct the file"),
         (b"bare words", r"line 2 is not JSON"),
         (b'{"text": "\xff"}', r"line 2 is not JSON: .*0xff"),
         (b"[" * 100_000, r"line 2 is not JSON: .*recursion"),
-        (b'["text"]', r"line 2 is a JSON list, not an object\. A .jsonl file"),
+        (b'["text"]', r"line 2 is a JSON list, not an object\. Name the field"),
         (
             b'{"body": "a", "title": "b"}',
             r"line 2 has no field 'text': its fields are body, title\. Name the field",
@@ -195,7 +195,7 @@ def test_a_line_that_is_no_record_is_refused_with_its_number(
 
 def test_a_column_without_text_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "r.parquet", [{"body": "a", "n": 1}])
-    with pytest.raises(ZebraError, match=r"r\.parquet has no column 'text': its columns are body, n\. Name the field"):
+    with pytest.raises(ZebraError, match=r"r\.parquet, row 1 has no field 'text': its fields are body, n\. Name"):
         read(file)
     with pytest.raises(ZebraError, match=r"row 1 has int instead of a string in the field 'n'"):
         read(file, field="n")

@@ -321,4 +321,4 @@ def test_the_verb_its_items_and_its_page(file: Path, tmp_path: Path, zebra: Zebr
 def test_bad_lines_are_refused_in_one_line(tmp_path: Path, zebra: Zebra) -> None:
     (tmp_path / "x.jsonl").write_text('{"document": "d"}\n[]\n')
     done = zebra("evaluate", "documents", STORIES, tmp_path / "x.jsonl", "--check-only")
-    refused(done, "has 2 bad lines: line 1 has no field", "line 2 is a JSON")
+    refused(done, "has 2 bad records: line 1 has no field", "line 2 is a JSON")

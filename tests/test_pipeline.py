@@ -251,7 +251,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "the pipeline's key": (["stages.tune.model=x"], "stage tune: the pipeline sets model of a stage"),
     "missing text": (["stages.adapt.data.files=[nothing.txt]"], r"stage adapt: there is no text at nothing\.txt"),
     "missing conversations": (["stages.tune.data.files=[nothing.jsonl]"], "stage tune: there is no text at nothing"),
-    "bad conversations": (["stages.tune.data.files=[bad.jsonl]"], r"stage tune: bad\.jsonl has 1 bad line: line 1"),
+    "bad conversations": (["stages.tune.data.files=[bad.jsonl]"], r"stage tune: bad\.jsonl has 1 bad record: line 1"),
     "no template": (
         ["stages.tune.chat_template=null"],
         r"stage tune: the tokenizer of .*/adapt/model has no chat",

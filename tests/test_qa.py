@@ -70,17 +70,17 @@ def test_a_bad_line_is_refused_with_its_number(why: str, tmp_path: Path) -> None
     (tmp_path / "bad.jsonl").write_text(f"{good}\n\n{BAD[why]}\n{good}\n")
     with pytest.raises(ZebraError) as refused:
         read_examples(tmp_path / "bad.jsonl")
-    assert f"has 1 bad line: line 3 {'is ' if why == 'not JSON' else ''}{why}" in str(refused.value)
+    assert f"has 1 bad record: line 3 {'is ' if why == 'not JSON' else ''}{why}" in str(refused.value)
 
 
 def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("[]\n" * 8)
-    with pytest.raises(ZebraError, match=r"has 8 bad lines: line 1 .*; line 5 [^;]*; and 3 more\."):
+    with pytest.raises(ZebraError, match=r"has 8 bad records: line 1 .*; line 5 [^;]*; and 3 more\."):
         read_examples(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("no.jsonl", "no file at"), ("a.txt", "ends in .jsonl"), ("e.jsonl", "no q")]
+    ("name", "why"), [("no.jsonl", "no file at"), ("a.txt", "a file of records ends in .jsonl"), ("e.jsonl", "no q")]
 )
 def test_a_file_that_is_none_is_refused(name: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("{}")

@@ -1,4 +1,4 @@
-"""Conversations from JSON Lines, in the formats that instruction sets have:
+"""Conversations from records, in the formats that instruction sets have:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"document": "...", "qa": [{"question": "...", "answers": ["...", ...]}]}      a conversation for each question
@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from zebra.data.documents import find_files
-from zebra.data.jsonl import Record, RecordError, parse_records, string_field
 from zebra.data.qa import questions_of
+from zebra.data.records import Record, RecordError, parse_records, string_field
 from zebra.errors import ZebraError
 
 ROLES = ("system", "user", "assistant")
@@ -102,10 +102,10 @@ def read_conversations(patterns: Sequence[str]) -> list[Conversation]:
     """The conversations of files, folders and globs, in order.
 
     Raises:
-        ZebraError: no file, lines that are no conversations, files without a conversation.
+        ZebraError: no file, records that are no conversations, files without a conversation.
     """
     files = find_files(patterns)
-    expected = "Name the fields as in docs/tuning.md, and correct or drop these lines."
+    expected = "Name the fields as in docs/tuning.md, and correct or drop these records."
 
     def parse(record: Record) -> Iterator[Conversation]:
         return conversations_of(record.fields, record.where)

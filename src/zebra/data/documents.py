@@ -1,10 +1,7 @@
 """Files to documents. A file's suffix says how it holds them:
 
-    .jsonl  .jsonl.gz  .jsonl.zst    one JSON object a line; the document is the string in its field
-    .parquet                         one record a row; the document is the string in its column
-    anything else                    UTF-8 text: one document, or split at each separator
-
-Records are streamed and never held together. pyarrow, of the extra `data`, is imported when a file needs it.
+.jsonl  .jsonl.gz  .jsonl.zst  .parquet    records; a document is the string in a field of each
+anything else                              UTF-8 text: one document, or split at each separator
 """
 
 from __future__ import annotations
@@ -15,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from zebra.data.jsonl import DECOMPRESS, RecordError, as_string, damaged_file, import_extra, read_records, string_field
+from zebra.data.records import RecordError, read_records, record_suffix, string_field
 from zebra.errors import ZebraError
-
-_PARQUET_ROWS = 64  # a record may be a whole book
 
 
 class Document(NamedTuple):
@@ -55,7 +50,7 @@ def document_format(file: Path, separator: str | None, field: str) -> tuple[str,
     Raises:
         ZebraError: a separator for a file of records.
     """
-    suffix = next((suffix for suffix in (*DECOMPRESS, ".parquet") if file.name.lower().endswith(suffix)), None)
+    suffix = record_suffix(file)
     if suffix is None:
         return ("text", separator or "")
     if separator:
@@ -79,9 +74,8 @@ def read_documents(files: Sequence[Path], separator: str | None = None, field: s
     """
     empty = True
     for file in files:
-        suffix, split_by = document_format(file, separator, field)
-        read = {"text": _read_text, ".parquet": _read_parquet}.get(suffix, _read_jsonl)
-        for document in read(file, split_by):
+        kind, _ = document_format(file, separator, field)
+        for document in _read_text(file, separator) if kind == "text" else _read_fields(file, field):
             if text := document.text.strip():
                 empty = False
                 yield Document(text, document.bytes_read)
@@ -89,7 +83,7 @@ def read_documents(files: Sequence[Path], separator: str | None = None, field: s
         raise ZebraError(f"there is no text in {', '.join(map(str, files))}: only blanks. Give files with text.")
 
 
-def _read_text(file: Path, separator: str) -> Iterator[Document]:
+def _read_text(file: Path, separator: str | None) -> Iterator[Document]:
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
@@ -101,37 +95,13 @@ def _read_text(file: Path, separator: str) -> Iterator[Document]:
         yield Document(document, len(document.encode()))
 
 
-def _read_jsonl(file: Path, field: str) -> Iterator[Document]:
+def _read_fields(file: Path, field: str) -> Iterator[Document]:
     position = 0
-    for record in read_records(file):
+    for record in read_records(file, field):
         try:
             yield Document(string_field(record.fields, field), record.bytes_read - position)
         except RecordError as error:
-            raise _no_text(record.where, error) from None
+            raise ZebraError(
+                f"{record.where} {error}. Name the field that has the text, or correct the file."
+            ) from None
         position = record.bytes_read
-
-
-def _read_parquet(file: Path, column: str) -> Iterator[Document]:
-    arrow, parquet = import_extra("pyarrow", file), import_extra("pyarrow.parquet", file)
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            columns = table.schema_arrow.names
-            if column not in columns:
-                raise ZebraError(
-                    f"{file} has no column {column!r}: its columns are {', '.join(columns)}. Name the field that has "
-                    "the text."
-                )
-            bytes_per_row = file.stat().st_size // max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(_PARQUET_ROWS, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield Document(as_string(value, column), bytes_per_row)
-    except RecordError as error:
-        raise _no_text(f"{file}, row {number}", error) from None
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damaged_file(file, "parquet", error) from None
-
-
-def _no_text(where: str, error: RecordError) -> ZebraError:
-    return ZebraError(f"{where} {error}. Name the field that has the text, or correct it.")

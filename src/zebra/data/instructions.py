@@ -23,8 +23,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from zebra.data.documents import find_files, read_documents
-from zebra.data.jsonl import Record, RecordError, parse_records, string_field
 from zebra.data.qa import questions_of
+from zebra.data.records import Record, RecordError, parse_records, record_suffix, string_field
 from zebra.errors import ZebraError
 
 KINDS = ("qa", "summary", "writing")
@@ -73,15 +73,15 @@ class InstructionOptions:
 
 
 def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> list[AnnotatedDocument]:
-    """Documents of text files and of JSON Lines: `document` or `text`, with `summary` and questions as in `qa`.
+    """Documents of text files and of records: `document` or `text`, with `summary` and questions as in `qa`.
 
     Raises:
         ZebraError: as `read_documents` and `parse_records`; no documents.
     """
-    expected = "A line has a document, and may have qa or question and answer, and summary."
+    expected = "A record has a document, and may have qa or question and answer, and summary."
     documents: list[AnnotatedDocument] = []
     for file in find_files(patterns):
-        if ".jsonl" in file.suffixes:
+        if record_suffix(file):
             documents += parse_records(file, _annotated, expected)
         else:
             documents += [AnnotatedDocument(one.text, str(file)) for one in read_documents([file], separator)]

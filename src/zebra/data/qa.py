@@ -1,4 +1,4 @@
-"""Questions about documents, with reference answers, from JSON Lines, and what is wrong with them.
+"""Questions about documents, with reference answers, from records, and what is wrong with them.
 
     {"document": "...", "question": "...", "answers": ["...", "..."]}
     {"document": "...", "qa": [{"question": "...", "answers": ["..."]}, ...]}
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zebra.data.jsonl import Record, RecordError, as_string, parse_records, string_field
+from zebra.data.records import Record, RecordError, parse_records, string_field
 from zebra.errors import ZebraError
 
 EMPTY_ANSWER = "empty answer"
@@ -58,7 +58,7 @@ def questions_of(fields: dict[str, Any]) -> list[Question]:
 def _answers(entry: dict[str, Any]) -> tuple[str, ...]:
     name = "answer" if "answer" in entry and "answers" not in entry else "answers"
     if isinstance(entry.get(name), list):
-        return tuple(as_string(answer, name) for answer in entry[name])
+        return tuple(string_field({name: answer}, name) for answer in entry[name])
     return (string_field(entry, name),)
 
 
@@ -67,8 +67,8 @@ class QAExample:
     """A question about a document, and its reference answers.
 
     Attributes:
-        name: the record's `id`, or `line <number>`; followed by `#<place>` where the record has several questions.
-        group: the line of its record: examples of one line share a document.
+        name: the record's `id`, or its line; followed by `#<place>` where the record has several questions.
+        group: the number of its record: examples of one record share a document.
     """
 
     name: str
@@ -88,7 +88,7 @@ class QAExample:
 
 
 def read_examples(file: Path) -> list[QAExample]:
-    """The examples of a JSON Lines file.
+    """The examples of a file of records.
 
     Raises:
         ZebraError: as `parse_records`; no examples at all.
@@ -96,11 +96,11 @@ def read_examples(file: Path) -> list[QAExample]:
     examples = parse_records(
         file,
         _examples,
-        'A line is {"document": TEXT, "question": TEXT, "answers": [TEXT, ...]}, or has a list of such questions '
+        'A record is {"document": TEXT, "question": TEXT, "answers": [TEXT, ...]}, or has a list of such questions '
         "in qa.",
     )
     if not examples:
-        raise ZebraError(f"{file} has no questions. Give a JSON Lines file with document, question and answers.")
+        raise ZebraError(f"{file} has no questions. Give a file with document, question and answers.")
     return examples
 
 
@@ -111,9 +111,9 @@ def _examples(record: Record) -> Iterator[QAExample]:
     questions = questions_of(record.fields)
     if not questions:
         raise RecordError("has an empty list of questions, qa")
-    name = str(record.fields.get("id", f"line {record.line}"))
+    name = str(record.fields.get("id", record.place))
     for i, (question, answers) in enumerate(questions):
-        yield QAExample(f"{name}#{i}" if "qa" in record.fields else name, record.line, document, question, answers)
+        yield QAExample(f"{name}#{i}" if "qa" in record.fields else name, record.number, document, question, answers)
 
 
 def words(text: str) -> list[str]:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from zebra.data.conversations import Conversation
 from zebra.data.documents import find_files, read_documents
-from zebra.data.jsonl import read_records
 from zebra.data.quality import evaluation_text, faults, ngrams
+from zebra.data.records import Record, parse_records, record_suffix
 from zebra.evaluate.answers import answer_losses
 from zebra.train.chat import Chat
 from zebra.train.tune_recipe import TuneRecipe
@@ -80,11 +80,14 @@ class Gate:
 
 def _texts(file: Path) -> Iterator[str]:
     """The texts of a file that must not be trained on: of each record its longest one."""
-    if ".jsonl" not in file.suffixes:
+    if record_suffix(file) is None:
         yield from (document.text for document in read_documents([file]))
-        return
-    for record in read_records(file):
-        yield max((value for value in record.fields.values() if isinstance(value, str)), key=len, default="")
+    else:
+        yield from parse_records(file, _longest_string, "A record is a JSON object.")
+
+
+def _longest_string(record: Record) -> list[str]:
+    return [max((value for value in record.fields.values() if isinstance(value, str)), key=len, default="")]
 
 
 def hash_of(one: Conversation) -> int:

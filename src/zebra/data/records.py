@@ -1,0 +1,224 @@
+"""Records of files: JSON Lines (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), an object a line, and parquet, an object a row.
+
+Records are streamed, and all errors name the line or the row. zstandard and pyarrow, the extra `data`, are imported
+when a file needs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from zebra.errors import ZebraError
+
+T = TypeVar("T")
+_CHUNK_BYTES = 1 << 16  # compressed; zstandard may yield thousands of times as much
+_PARQUET_ROWS = 64  # a record may be a whole book
+_ERRORS_SHOWN = 5
+
+
+class RecordError(ZebraError):
+    """What is wrong with a record, as the end of a sentence that begins with its place."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of JSON Lines, or a row of a parquet file by column; `number` is its place among them, from 1 on.
+
+    Attributes:
+        bytes_read: bytes of the file that were read up to its end.
+    """
+
+    file: Path
+    number: int
+    content: bytes | dict[str, Any]
+    bytes_read: int
+
+    @property
+    def place(self) -> str:
+        """The line or the row."""
+        return f"{'line' if isinstance(self.content, bytes) else 'row'} {self.number}"
+
+    @property
+    def where(self) -> str:
+        """The file and the place."""
+        return f"{self.file}, {self.place}"
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """The fields by name.
+
+        Raises:
+            RecordError: the line is not JSON, or not an object.
+        """
+        if isinstance(self.content, dict):
+            return self.content
+        try:
+            fields = json.loads(self.content)
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"is not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise RecordError(f"is a JSON {type(fields).__name__}, not an object")
+        return fields
+
+
+def string_field(fields: dict[str, Any], name: str) -> str:
+    """The string in a field of a record or of an object in it.
+
+    Raises:
+        RecordError: no such field, no string, half a surrogate pair.
+    """
+    if name not in fields:
+        raise RecordError(f"has no field {name!r}: its fields are {', '.join(fields) or 'none'}")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise RecordError(f"has {type(value).__name__} instead of a string in the field {name!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise RecordError(f"has half a surrogate pair at character {error.start} of the field {name!r}") from None
+    return value
+
+
+def record_suffix(file: Path) -> str | None:
+    """The suffix of a file of records; None for other files."""
+    return next((suffix for suffix in _READERS if file.name.lower().endswith(suffix)), None)
+
+
+def read_records(file: Path, column: str | None = None) -> Iterator[Record]:
+    """The records of a file, streamed.
+
+    Args:
+        column: the only column of a parquet file to read, where there is one of this name.
+
+    Raises:
+        ZebraError: no such file, another suffix, a damaged file, an extra that is not installed.
+    """
+    if not file.is_file():
+        raise ZebraError(f"there is no file at {file}. Give a file of records.")
+    suffix = record_suffix(file)
+    if suffix is None:
+        raise ZebraError(f"a file of records ends in {', '.join(_READERS)}; got {file}. Rename or convert it.")
+    with file.open("rb") as raw:
+        yield from _READERS[suffix](file, raw, column)
+
+
+def parse_records(file: Path, parse: Callable[[Record], Iterable[T]], expected: str) -> list[T]:
+    """What `parse` makes of all records of a file, in order; all bad ones are reported in one error.
+
+    Args:
+        parse: raises `RecordError` for a record that it cannot use.
+        expected: a sentence that says what a record should be.
+
+    Raises:
+        ZebraError: as `read_records`, and bad records: how many, and the place and the fault of the first ones.
+    """
+    results: list[T] = []
+    errors: list[str] = []
+    for record in read_records(file):
+        try:
+            results += parse(record)
+        except RecordError as error:
+            errors.append(f"{record.place} {error}")
+    if errors:
+        more = f"; and {len(errors) - _ERRORS_SHOWN} more" if len(errors) > _ERRORS_SHOWN else ""
+        count = f"{len(errors)} bad record{'s' if len(errors) > 1 else ''}"
+        raise ZebraError(f"{file} has {count}: {'; '.join(errors[:_ERRORS_SHOWN])}{more}. {expected}")
+    return results
+
+
+# Readers
+
+
+def _json_lines(decompress: Callable[[Path, BinaryIO], Iterator[bytes]]) -> _Reader:
+    def read(file: Path, raw: BinaryIO, column: str | None) -> Iterator[Record]:
+        for number, line in enumerate(_split_lines(decompress(file, raw)), start=1):
+            if line.strip():
+                yield Record(file, number, line, raw.tell())
+
+    return read
+
+
+def _parquet(file: Path, raw: BinaryIO, column: str | None) -> Iterator[Record]:
+    arrow, parquet = _import_extra("pyarrow", file), _import_extra("pyarrow.parquet", file)
+    number = 0
+    try:
+        with parquet.ParquetFile(raw) as table:
+            columns = [column] if column in table.schema_arrow.names else None
+            bytes_per_row = file.stat().st_size // max(1, table.metadata.num_rows)
+            for batch in table.iter_batches(_PARQUET_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(file, number, row, number * bytes_per_row)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damaged(file, "parquet", error) from None
+
+
+def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    pieces: list[bytes] = []  # of the line that the chunks so far have not ended
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        pieces.append(first)
+        for other in others:
+            yield b"".join(pieces)
+            pieces = [other]
+    yield b"".join(pieces)
+
+
+def _plain(file: Path, raw: BinaryIO) -> Iterator[bytes]:
+    while chunk := raw.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _gzip(file: Path, raw: BinaryIO) -> Iterator[bytes]:
+    try:
+        yield from _plain(file, gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged(file, "gzip", error) from None
+
+
+def _zstd(file: Path, raw: BinaryIO) -> Iterator[bytes]:
+    zstandard = _import_extra("zstandard", file)
+    frame = None
+    try:
+        for compressed in _plain(file, raw):
+            while compressed:  # a file may be several frames
+                if frame is None or frame.eof:
+                    frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                yield frame.decompress(compressed)
+                compressed = frame.unused_data if frame.eof else b""
+    except zstandard.ZstdError as error:
+        raise _damaged(file, "zstandard", error) from None
+    if frame is not None and not frame.eof:
+        raise _damaged(file, "zstandard", "it ends before its last frame does")
+
+
+def _import_extra(module: str, file: Path) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = module.partition(".")[0]
+        raise ZebraError(
+            f"{file} is read by {name}, which is not installed. Run pip install 'zebra-llm[data]'."
+        ) from None
+
+
+def _damaged(file: Path, format: str, error: object) -> ZebraError:
+    message = " ".join(str(error).split()) or type(error).__name__
+    return ZebraError(f"{file} is not a complete {format} file: {message}. Copy or write it again.")
+
+
+_Reader = Callable[[Path, BinaryIO, str | None], Iterator[Record]]
+_READERS: dict[str, _Reader] = {
+    ".jsonl": _json_lines(_plain),
+    ".jsonl.gz": _json_lines(_gzip),
+    ".jsonl.zst": _json_lines(_zstd),
+    ".parquet": _parquet,
+}
