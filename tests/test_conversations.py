@@ -29,19 +29,24 @@ ASKED, SAID = Message("user", "Who ran?"), Message("assistant", "The dog.")
     ],
 )
 def test_every_shape_says_the_same(record: dict[str, Any]) -> None:
-    made = next(conversations_of(record, "here"))
-    assert made.messages == (ASKED, SAID)
-    assert (made.document, made.kind, made.question, made.answer) == (None, None, "Who ran?", "The dog.")
+    conversation = next(conversations_of(record, "here"))
+    assert conversation.messages == (ASKED, SAID)
+    assert (conversation.document, conversation.kind, conversation.question, conversation.answer) == (
+        None,
+        None,
+        "Who ran?",
+        "The dog.",
+    )
 
 
 def test_an_input_and_a_document_stand_before_what_is_asked() -> None:
-    made = next(conversations_of({"instruction": "Translate.", "input": "chien", "output": "dog"}, "here"))
-    assert made.messages[0].content == "Translate.\n\nchien"
+    conversation = next(conversations_of({"instruction": "Translate.", "input": "chien", "output": "dog"}, "here"))
+    assert conversation.messages[0].content == "Translate.\n\nchien"
     record = {"document": " A dog ran. ", "question": "Who ran?", "answer": "The dog.", "kind": "qa"}
-    made = next(conversations_of(record, "here"))
-    assert made.messages == (Message("user", "A dog ran.\n\nWho ran?"), SAID)
-    assert (made.document, made.question, made.kind) == ("A dog ran.", "Who ran?", "qa")
-    other = made.with_document("A cat")
+    conversation = next(conversations_of(record, "here"))
+    assert conversation.messages == (Message("user", "A dog ran.\n\nWho ran?"), SAID)
+    assert (conversation.document, conversation.question, conversation.kind) == ("A dog ran.", "Who ran?", "qa")
+    other = conversation.with_document("A cat")
     assert other.messages == (Message("user", "A cat\n\nWho ran?"), SAID)
     assert (other.document, other.question) == ("A cat", "Who ran?")
 
@@ -49,8 +54,8 @@ def test_an_input_and_a_document_stand_before_what_is_asked() -> None:
 def test_a_document_with_several_questions_is_a_conversation_for_each(tmp_path: Path) -> None:
     qa = [{"question": f"Q{i}?", "answers": [f"A{i}", "else"]} for i in range(3)]
     (tmp_path / "set.jsonl").write_text(json.dumps({"document": "A text.", "qa": qa}))
-    found = read_conversations([str(tmp_path / "set.jsonl")])
-    assert [(one.question, one.answer, one.document) for one in found] == [
+    conversations = read_conversations([str(tmp_path / "set.jsonl")])
+    assert [(one.question, one.answer, one.document) for one in conversations] == [
         (f"Q{i}?", f"A{i}", "A text.") for i in range(3)
     ]
     (tmp_path / "set.jsonl").write_text(json.dumps({"document": "A text.", "qa": [{"question": "Q?"}]}))
@@ -63,9 +68,9 @@ def test_files_plain_and_packed_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines[0] + "\n" + lines[1])
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as packed:
         packed.write("".join(lines[2:]))
-    found = read_conversations([str(tmp_path)])
-    assert [one.messages[0].content for one in found] == ["0", "1", "2", "3"]
-    assert found[1].where.endswith("a.jsonl, line 3")
+    conversations = read_conversations([str(tmp_path)])
+    assert [one.messages[0].content for one in conversations] == ["0", "1", "2", "3"]
+    assert conversations[1].where.endswith("a.jsonl, line 3")
 
 
 BAD = {

@@ -267,7 +267,7 @@ def test_an_entry_of_another_version_is_built_again(
 
 @pytest.mark.parametrize("change", ["more", "other", "gone", "bad", "shorter"])
 def test_a_text_that_changes_while_it_is_tokenised_is_refused(text: Path, tmp_path: Path, change: str) -> None:
-    """Whatever the reading made of it: all of it, or a file that is no longer what it was."""
+    """Whatever the reading gave: all of it, or a file that is no longer what it was."""
     cache = tmp_path / "c"
     (text / "a.txt").write_text("a" * 100)
     second = text / "b.jsonl"
@@ -374,7 +374,7 @@ def test_a_text_that_becomes_no_token(text: Path, tmp_path: Path) -> None:
 # -- joining
 
 
-def made(*lengths: int) -> Corpus:
+def corpus_of(*lengths: int) -> Corpus:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Corpus(np.arange(offsets[-1]), offsets)
 
@@ -394,7 +394,7 @@ def made(*lengths: int) -> Corpus:
     ],
 )
 def test_neighbours_are_joined_whole(lengths: list[int], length: int, expected: list[int]) -> None:
-    corpus = made(*lengths)
+    corpus = corpus_of(*lengths)
     joined = corpus.joined(length)
     assert joined.lengths.tolist() == expected
     assert joined.lengths.min() >= length
@@ -405,4 +405,4 @@ def test_neighbours_are_joined_whole(lengths: list[int], length: int, expected: 
 @pytest.mark.parametrize("lengths", [[4], [2, 2], [0, 0]])
 def test_less_text_than_one_is_refused(lengths: list[int]) -> None:
     with pytest.raises(ZebraError, match=f"all documents joined have {sum(lengths)} tokens, fewer than one of 5"):
-        made(*lengths).joined(5)
+        corpus_of(*lengths).joined(5)

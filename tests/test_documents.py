@@ -1,4 +1,4 @@
-"""Files to documents: what is found, what each kind of file holds, and what is refused with its place."""
+"""Files to documents: which files, what each kind of file holds, and what is refused with its place."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def test_the_bytes_read_are_those_of_the_file(tmp_path: Path, kind: str) -> None
     """So that a bar over bytes of files ends where the files do."""
     file = write(tmp_path / f"r.{kind}", RECORDS)
     size = file.stat().st_size
-    found = sum(document.bytes_read for document in read_documents([file]))
-    assert size - len(RECORDS) <= found <= size
+    bytes_read = sum(document.bytes_read for document in read_documents([file]))
+    assert size - len(RECORDS) <= bytes_read <= size
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])

@@ -72,11 +72,11 @@ def test_batches_come_back_in_their_order(batches: list[list[str]], append: int 
 
 
 def entry(cache: Path, workers: int, encode: object = None) -> tuple[Corpus, dict[str, bytes]]:
-    found = tokenise(
+    corpus = tokenise(
         [str(STORY)], encode or Encoder(DEFINITION), tokenizer="t", separator=SEPARATOR, workers=workers, cache=cache
     )  # type: ignore[arg-type]
     (where,) = cache.iterdir()
-    return found, {where.name + "/" + path.name: path.read_bytes() for path in where.iterdir()}
+    return corpus, {where.name + "/" + path.name: path.read_bytes() for path in where.iterdir()}
 
 
 def test_any_number_of_workers_makes_the_same_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Long instructions from long documents: what is asked is answered by the document, and stands where it should."""
+"""Long instructions from long documents: the question is answered by the document, and stands where it should."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from zebra.data.conversations import read_conversations
 from zebra.data.instructions import (
     AnnotatedDocument,
-    InstructionOptions,
     instruction_stats,
     make_instructions,
     read_annotated,
@@ -33,25 +32,25 @@ DOCUMENTS = [
 ]
 
 
-def made(**order: Any) -> list[dict[str, Any]]:
-    return list(make_instructions(DOCUMENTS, InstructionOptions(**order)))
+def instructions(**options: Any) -> list[dict[str, Any]]:
+    return list(make_instructions(DOCUMENTS, **options))
 
 
 def test_the_kinds_of_an_annotated_set() -> None:
-    found = made(kinds=("qa", "summary"))
-    assert [record["kind"] for record in found[:3]] == ["qa", "summary", "summary"]
-    assert [record["answer"] for record in found[:3]] == ["Ann", "Ann meets.", "All Ann."]
-    assert {record["document"] for record in found[:3]} == {story("Ann")}
-    assert [row.instructions for row in instruction_stats(found)] == [8, 16]
-    assert {record["kind"] for record in made(kinds=("writing",))} == {
+    records = instructions(kinds=("qa", "summary"))
+    assert [record["kind"] for record in records[:3]] == ["qa", "summary", "summary"]
+    assert [record["answer"] for record in records[:3]] == ["Ann", "Ann meets.", "All Ann."]
+    assert {record["document"] for record in records[:3]} == {story("Ann")}
+    assert [row.instructions for row in instruction_stats(records)] == [8, 16]
+    assert {record["kind"] for record in instructions(kinds=("writing",))} == {
         *("writing-continue", "writing-restyle", "writing-outline")
     }
 
 
 def test_a_passage_to_write_is_the_documents_and_not_in_the_prompt() -> None:
-    found = made(kinds=("writing",), writing=4)
-    assert len(found) == 4 * len(DOCUMENTS)
-    for record in found:
+    records = instructions(kinds=("writing",), writing=4)
+    assert len(records) == 4 * len(DOCUMENTS)
+    for record in records:
         name = next(name for name in NAMES if name in record["answer"])
         whole = story(name)
         assert record["answer"] in whole
@@ -69,13 +68,13 @@ def test_a_passage_to_write_is_the_documents_and_not_in_the_prompt() -> None:
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
 def test_documents_are_mixed_and_the_one_asked_about_stands_at_its_depth(depth: float) -> None:
     words = 5 * len(story("Ann").split())
-    for record in made(kinds=("qa",), words=words, depths=(depth,)):
+    for record in instructions(kinds=("qa",), words=words, depths=(depth,)):
         parts = record["document"].split("\n\nDocument ")
         assert len(parts) == 5
         assert len(record["document"].split()) <= words + 2 * len(parts)
         number, question = record["question"].removeprefix("About document ").split(": ", 1)
-        asked = parts[int(number) - 1]
-        assert asked.split(":\n", 1)[1] == story(record["answer"])
+        target = parts[int(number) - 1]
+        assert target.split(":\n", 1)[1] == story(record["answer"])
         assert record["answer"] == NAMES[int(question[-2])]
         assert sum(story(name) in record["document"] for name in NAMES) == 5
         assert abs(record["depth"] - depth) <= 0.13
@@ -83,8 +82,8 @@ def test_documents_are_mixed_and_the_one_asked_about_stands_at_its_depth(depth: 
 
 
 def test_one_seed_makes_one_set() -> None:
-    assert made(words=900) == made(words=900)
-    assert made(words=900) != made(words=900, seed=1)
+    assert instructions(words=900) == instructions(words=900)
+    assert instructions(words=900) != instructions(words=900, seed=1)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -96,10 +95,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(story("Cas") + "\n--\n" + story("Dan"))
     read = read_annotated([str(tmp_path / "set.jsonl"), str(tmp_path / "book.txt")], separator="--")
     assert [len(one.questions) for one in read] == [1, 0, 0, 0]
-    found = list(make_instructions(read, InstructionOptions()))
-    (tmp_path / "out.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    records = list(make_instructions(read))
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     back = read_conversations([str(tmp_path / "out.jsonl")])
-    assert [one.answer for one in back] == [record["answer"] for record in found]
+    assert [one.answer for one in back] == [record["answer"] for record in records]
     assert back[0].kind == "qa"
     assert back[0].document == story("Ann")
 
@@ -119,8 +118,8 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ZebraError, match=match):
             read_annotated([str(path)])
     with pytest.raises(ZebraError, match="the kinds are qa, summary, writing; got poem"):
-        InstructionOptions(kinds=("poem",))
+        instructions(kinds=("poem",))
     with pytest.raises(ZebraError, match="a depth lies from 0 to 1; got 2"):
-        InstructionOptions(depths=(2.0,))
+        instructions(depths=(2.0,))
     with pytest.raises(ZebraError, match="at least one word"):
-        InstructionOptions(words=0)
+        instructions(words=0)

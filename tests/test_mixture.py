@@ -1,4 +1,4 @@
-"""Mixtures: the shares asked for in the packed rows, no document trained on that is held out, duplicates kept once."""
+"""Mixtures: the requested shares in the packed sequences, no held-out document in training, duplicates used once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEPARATOR = "<|endoftext|>"
 STORY = [story.strip() for story in (TEXT / "tinystories_train.txt").read_text().split(SEPARATOR) if story.strip()]
 
 
-def made(*lengths: int, first: int = 1, texts: str | None = None) -> Corpus:
+def corpus_of(*lengths: int, first: int = 1, texts: str | None = None) -> Corpus:
     """Documents whose tokens are all different, and all different texts unless named by letters."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     names = list(texts) if texts else [f"{first} {i}" for i in range(len(lengths))]
@@ -37,7 +37,7 @@ def made(*lengths: int, first: int = 1, texts: str | None = None) -> Corpus:
 
 
 def drawn(seed: int, documents: int = 200, longest: int = 300, first: int = 1) -> Corpus:
-    return made(*np.random.default_rng(seed).integers(1, longest, documents).tolist(), first=first)
+    return corpus_of(*np.random.default_rng(seed).integers(1, longest, documents).tolist(), first=first)
 
 
 def documents(part: SourceSplit) -> list[int]:
@@ -54,24 +54,24 @@ def tokens_of(mixture: Mixture) -> list[list[int]]:
 
 
 def test_a_bucket_is_half_open() -> None:
-    corpus = made(1, 5, 9, 10, 11, 50)
+    corpus = corpus_of(1, 5, 9, 10, 11, 50)
     sources = [Source("short", corpus, max_tokens=10), Source("long", corpus, min_tokens=10)]
     assert [documents(part) for part in split_sources(sources, deduplicate=True)] == [[0, 1, 2], [3, 4, 5]]
     assert [source.bucket for source in sources] == ["[0, 10)", "[10, ∞)"]
 
 
 def test_the_first_of_duplicates_is_kept() -> None:
-    sources = [Source("one", made(1, 2, 3, 4, texts="abca")), Source("two", made(2, 5, 1, texts="bdd"))]
-    kept = split_sources(sources, deduplicate=True)
-    assert [documents(part) for part in kept] == [[0, 1, 2], [1]]
-    assert [part.duplicates for part in kept] == [1, 2]
-    kept = split_sources(sources, deduplicate=False)
-    assert [documents(part) for part in kept] == [[0, 1, 2, 3], [0, 1, 2]]
-    assert [part.duplicates for part in kept] == [0, 0]
+    sources = [Source("one", corpus_of(1, 2, 3, 4, texts="abca")), Source("two", corpus_of(2, 5, 1, texts="bdd"))]
+    splits = split_sources(sources, deduplicate=True)
+    assert [documents(part) for part in splits] == [[0, 1, 2], [1]]
+    assert [part.duplicates for part in splits] == [1, 2]
+    splits = split_sources(sources, deduplicate=False)
+    assert [documents(part) for part in splits] == [[0, 1, 2, 3], [0, 1, 2]]
+    assert [part.duplicates for part in splits] == [0, 0]
 
 
 def test_a_document_outside_its_bucket_shadows_no_other() -> None:
-    sources = [Source("long", made(1, 20, texts="ab"), min_tokens=10), Source("all", made(1, 20, texts="ab"))]
+    sources = [Source("long", corpus_of(1, 20, texts="ab"), min_tokens=10), Source("all", corpus_of(1, 20, texts="ab"))]
     assert [documents(part) for part in split_sources(sources, deduplicate=True)] == [[1], [0]]
 
 
@@ -79,7 +79,7 @@ def test_a_document_outside_its_bucket_shadows_no_other() -> None:
 def test_what_is_held_out_depends_on_the_text_alone(deduplicate: bool) -> None:
     one = drawn(1)
     order = np.random.default_rng(0).permutation(len(one))
-    shuffled = made(*one.lengths[order].tolist())
+    shuffled = corpus_of(*one.lengths[order].tolist())
     shuffled = Corpus(shuffled.tokens, shuffled.offsets, one.hashes[order])
     (a,), (b,) = (split_sources([Source("s", c)], deduplicate=deduplicate, held_out=0.2) for c in (one, shuffled))
     held = set(one.hashes[a.held_out].tolist())
@@ -97,9 +97,9 @@ def test_what_is_held_out_is_never_in_a_row(deduplicate: bool, join: bool) -> No
     """Not even as a duplicate in another source."""
     one, two = drawn(1), drawn(2, first=100_000)
     two = Corpus(two.tokens, two.offsets, np.concatenate([one.hashes[:100], two.hashes[100:]]))
-    kept = split_sources([Source("one", one, 0.5), Source("two", two, 0.5)], deduplicate=deduplicate, held_out=0.1)
-    assert sum(len(part.held_out) for part in kept)
-    hashes = {int(part.source.corpus.hashes[i]) for part in kept for i in part.held_out}
+    splits = split_sources([Source("one", one, 0.5), Source("two", two, 0.5)], deduplicate=deduplicate, held_out=0.1)
+    assert sum(len(part.held_out) for part in splits)
+    hashes = {int(part.source.corpus.hashes[i]) for part in splits for i in part.held_out}
     held = {
         int(token)
         for corpus in (one, two)
@@ -107,25 +107,29 @@ def test_what_is_held_out_is_never_in_a_row(deduplicate: bool, join: bool) -> No
         if int(corpus.hashes[i]) in hashes
         for token in corpus[i]
     }
-    mixture = mix(kept, 3000, 128, join=join, seed=0)
+    mixture = mix(splits, 3000, 128, join=join, seed=0)
     assert min(line.epochs for line in mixture.stats) > 3
     assert not held & {token for row in tokens_of(mixture) for token in row}
-    gathered = select(kept, held_out=True).gathered()
+    gathered = select(splits, held_out=True).gathered()
     assert set(gathered.tokens.tolist()) <= held
-    assert len(gathered) == sum(len(part.held_out) for part in kept)
-    assert gathered[0].tolist() == one[kept[0].held_out[0]].tolist()
+    assert len(gathered) == sum(len(part.held_out) for part in splits)
+    assert gathered[0].tolist() == one[splits[0].held_out[0]].tolist()
 
 
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         (
-            Source("s", made(4, 7), min_tokens=8),
+            Source("s", corpus_of(4, 7), min_tokens=8),
             {},
             r"s has no document .* 2 documents of 4 to 7 tokens 0 lie in \[8, ∞\)",
         ),
-        (Source("s", made(0, 0)), {}, "no document to train on: of 2 documents of 0 to 0 tokens"),
-        (Source("s", made(5, texts="a")), {"held_out": 1 - 1e-12}, "0 of them are duplicates and 1 held out. Widen"),
+        (Source("s", corpus_of(0, 0)), {}, "no document to train on: of 2 documents of 0 to 0 tokens"),
+        (
+            Source("s", corpus_of(5, texts="a")),
+            {"held_out": 1 - 1e-12},
+            "0 of them are duplicates and 1 held out. Widen",
+        ),
         (Source("s", drawn(1, 3)), {"held_out": 1e-9}, "a share of 1e-09 holds out none of 3 documents. Hold out more"),
     ],
 )
@@ -136,7 +140,9 @@ def test_nothing_left_is_refused(source: Source, options: dict[str, Any], messag
 
 def test_a_source_of_duplicates_alone_is_refused() -> None:
     with pytest.raises(ZebraError, match=r"the source two has no document to train on: .* 1 of them are duplicates"):
-        split_sources([Source("one", made(5, texts="a")), Source("two", made(5, texts="a"))], deduplicate=True)
+        split_sources(
+            [Source("one", corpus_of(5, texts="a")), Source("two", corpus_of(5, texts="a"))], deduplicate=True
+        )
 
 
 # -- drawing
@@ -147,13 +153,13 @@ def test_a_source_of_duplicates_alone_is_refused() -> None:
 @pytest.mark.parametrize("rows", [40, 2000])
 def test_the_shares_are_those_asked_for(shares: tuple[float, float], rows: int, join: bool) -> None:
     one, two = drawn(1), drawn(2, first=100_000)
-    kept = split_sources([Source("a", one, shares[0]), Source("b", two, shares[1])], deduplicate=True)
-    mixture = mix(kept, rows, 128, join=join, seed=3)
+    splits = split_sources([Source("a", one, shares[0]), Source("b", two, shares[1])], deduplicate=True)
+    mixture = mix(splits, rows, 128, join=join, seed=3)
     packed = np.array([token for row in tokens_of(mixture) for token in row])
     assert len(packed) == mixture.sequences.tokens
-    found = [(packed < 100_000).mean(), (packed >= 100_000).mean()]
-    assert found == pytest.approx(shares, abs=0.001)
-    assert [line.share for line in mixture.stats] == pytest.approx(found)
+    packed_shares = [(packed < 100_000).mean(), (packed >= 100_000).mean()]
+    assert packed_shares == pytest.approx(shares, abs=0.001)
+    assert [line.share for line in mixture.stats] == pytest.approx(packed_shares)
     assert [line.drawn for line in mixture.stats] == [(packed < 100_000).sum(), (packed >= 100_000).sum()]
     assert len(mixture.sequences) == rows if join else 0.97 * rows < len(mixture.sequences) <= rows
 
@@ -162,9 +168,9 @@ def test_the_shares_are_those_asked_for(shares: tuple[float, float], rows: int, 
 def test_documents_come_once_before_any_comes_twice(seed: int) -> None:
     corpus = drawn(1, documents=30)
     total = len(corpus.tokens)
-    kept = split_sources([Source("s", corpus)], deduplicate=True)
+    splits = split_sources([Source("s", corpus)], deduplicate=True)
     for rows, length in ((1, total // 3), (1, total), (5, total // 2)):
-        (line,) = (mixture := mix(kept, rows, length, join=True, seed=seed)).stats
+        (line,) = (mixture := mix(splits, rows, length, join=True, seed=seed)).stats
         counts = np.bincount([token for row in tokens_of(mixture) for token in row], minlength=total + 1)[1:]
         whole = rows * length // total
         assert set(counts.tolist()) <= {whole, whole + 1}
@@ -190,17 +196,17 @@ def test_a_mixture_is_that_of_its_seed() -> None:
 
 def test_a_source_is_drawn_alike_whatever_stands_beside_it() -> None:
     one, two = drawn(1), drawn(2, first=100_000)
-    found = []
+    drawn_documents = []
     for beside in ([], [Source("b", two, 0.5)]):
-        kept = split_sources([*beside, Source("a", one, 0.5 if beside else 1.0)], deduplicate=True)
-        selection = mix(kept, 32 if beside else 16, 128, join=True, seed=1).drawn
-        found.append(selection.documents[selection.sources == len(beside)].tolist())
-    assert found[0] == found[1]
+        splits = split_sources([*beside, Source("a", one, 0.5 if beside else 1.0)], deduplicate=True)
+        selection = mix(splits, 32 if beside else 16, 128, join=True, seed=1).drawn
+        drawn_documents.append(selection.documents[selection.sources == len(beside)].tolist())
+    assert drawn_documents[0] == drawn_documents[1]
 
 
 def test_rows_with_room_at_their_end_are_no_more_than_asked_for() -> None:
     """Documents of six tenths of a row: no two fit one."""
-    corpus = made(*[60] * 500)
+    corpus = corpus_of(*[60] * 500)
     mixture = mix(split_sources([Source("s", corpus)], deduplicate=True), 200, 100, join=False, seed=0)
     assert 195 <= len(mixture.sequences) <= 200
     assert mixture.sequences.tokens == pytest.approx(200 * 60, rel=0.03)
@@ -208,9 +214,11 @@ def test_rows_with_room_at_their_end_are_no_more_than_asked_for() -> None:
 
 @pytest.mark.parametrize("shares", [(0.5, 0.4), (0.5, 0.6)])
 def test_shares_that_do_not_sum_to_one_are_refused(shares: tuple[float, float]) -> None:
-    kept = split_sources([Source("a", made(9), shares[0]), Source("b", made(9, first=99), shares[1])], deduplicate=True)
+    splits = split_sources(
+        [Source("a", corpus_of(9), shares[0]), Source("b", corpus_of(9, first=99), shares[1])], deduplicate=True
+    )
     with pytest.raises(ZebraError, match=rf"sum to 1; got {shares[0]} \+ {shares[1]} = {sum(shares):g}\. Change"):
-        mix(kept, 2, 8, join=True, seed=0)
+        mix(splits, 2, 8, join=True, seed=0)
 
 
 # -- from files
@@ -245,9 +253,9 @@ def test_a_mixture_from_four_kinds_of_files(tmp_path: Path, join: bool) -> None:
         Source("plain", corpus(plain), 0.13, min_tokens=100, max_tokens=1024),
         Source("columns", corpus(columns, field="body"), 0.1),
     ]
-    kept = split_sources(sources, deduplicate=True, held_out=0.02)
-    assert kept[2].duplicates >= 40
-    mixture = mix(kept, 256, 1024, join=join, seed=0)
+    splits = split_sources(sources, deduplicate=True, held_out=0.02)
+    assert splits[2].duplicates >= 40
+    mixture = mix(splits, 256, 1024, join=join, seed=0)
     packed = np.zeros(len(sources))
     for document, _, count in mixture.sequences.pieces:
         packed[mixture.drawn.sources[document]] += count
@@ -266,11 +274,11 @@ def test_a_mixture_from_four_kinds_of_files(tmp_path: Path, join: bool) -> None:
 
 
 def test_a_mixture_is_printed() -> None:
-    one, two = made(*[100] * 20), made(*[1000] * 4, 1500, first=100_000)
-    kept = split_sources([Source("short", one, 0.2), Source("long", two, 0.8, min_tokens=1000)], deduplicate=True)
-    mixture = mix(kept, 100, 100, join=True, seed=0)
+    one, two = corpus_of(*[100] * 20), corpus_of(*[1000] * 4, 1500, first=100_000)
+    splits = split_sources([Source("short", one, 0.2), Source("long", two, 0.8, min_tokens=1000)], deduplicate=True)
+    mixture = mix(splits, 100, 100, join=True, seed=0)
     shown = io.StringIO()
-    Console(width=80, file=shown).print(mixture_tables(kept, mixture))
+    Console(width=80, file=shown).print(mixture_tables(splits, mixture))
     lines = [line.split() for line in shown.getvalue().splitlines() if line.strip()]
     assert ["short", "[0,", "∞)", "20", "2,000", "0", "0"] in lines
     assert ["long", "[1,000,", "∞)", "5", "5,500", "0", "0"] in lines

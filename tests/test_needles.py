@@ -82,14 +82,14 @@ def _trained(kind: str) -> Tokenizer:
         ),
     }
     model, split, decoder, trainer = makes[kind]
-    made = Tokenizer(model)
-    made.pre_tokenizer = split
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = split
     if kind == "WordPiece":
-        made.normalizer = normalizers.Lowercase()
+        backend.normalizer = normalizers.Lowercase()
     if decoder is not None:
-        made.decoder = decoder
-    made.train_from_iterator(text, trainer)
-    return made
+        backend.decoder = decoder
+    backend.train_from_iterator(text, trainer)
+    return backend
 
 
 class _Anything:
@@ -108,12 +108,12 @@ class _Anything:
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     if request.param == "stories260K":
         return AutoTokenizer.from_pretrained(STORIES)
-    made = _trained(request.param)
+    backend = _trained(request.param)
     if request.param == "WordPiece":  # with tokens before and behind
-        made.add_special_tokens(["[CLS]", "[SEP]"])
-        first, last = made.token_to_id("[CLS]"), made.token_to_id("[SEP]")
-        made.post_processor = processors.BertProcessing(("[SEP]", last), ("[CLS]", first))
-    return PreTrainedTokenizerFast(tokenizer_object=made)
+        backend.add_special_tokens(["[CLS]", "[SEP]"])
+        first, last = backend.token_to_id("[CLS]"), backend.token_to_id("[SEP]")
+        backend.post_processor = processors.BertProcessing(("[SEP]", last), ("[CLS]", first))
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +142,10 @@ def solved(task: str, text: str) -> list[str]:
     if task in WITHOUT_DEPTH:
         words = text[text.index("than the others") : text.rindex("which")].split()[3:]
         return [word for word, _ in Counter(words).most_common(COMMON_WORDS if task == "common-words" else 3)]
-    asked = re.findall(r"which .*?noted for ([\w, ]+?) ?\?", text)[-1]
-    names = [name.strip() for name in re.split(r",|\band\b", asked)]
-    told = re.findall(r"the number noted for (\w+) is (\d{5}) ?\.", text)
-    return [number for name, number in told if name in names]
+    query = re.findall(r"which .*?noted for ([\w, ]+?) ?\?", text)[-1]
+    names = [name.strip() for name in re.split(r",|\band\b", query)]
+    statements = re.findall(r"the number noted for (\w+) is (\d{5}) ?\.", text)
+    return [number for name, number in statements if name in names]
 
 
 def answers(sample: Sample) -> set[str]:
@@ -175,10 +175,10 @@ def test_the_evidence_begins_where_the_sample_says(task: str, needles: SampleGen
         (sample,) = needles.samples(task, length=700, depth=depth, seed=2)
         assert list(sample.needle_starts) == sorted(sample.needle_starts)
         assert len(sample.needle_starts) in (1, len(sample.answers))
-        found = [normalize(read(tokenizer, sample.ids[at : at + 60])) for at in sample.needle_starts]
-        assert all(text.startswith(begins) for text in found), found
+        texts = [normalize(read(tokenizer, sample.ids[at : at + 60])) for at in sample.needle_starts]
+        assert all(text.startswith(begins) for text in texts), texts
         if task == "lookup":
-            assert re.match(r"[\d ]+ ?: [\d ]+", found[0])
+            assert re.match(r"[\d ]+ ?: [\d ]+", texts[0])
 
 
 def test_the_first_evidence_stands_at_its_depth_to_the_token(needles: SampleGenerator) -> None:
@@ -293,14 +293,14 @@ def test_says_finds_whole_words() -> None:
 
 
 def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
-    made = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "x": 2}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    few = PreTrainedTokenizerFast(tokenizer_object=made)
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "x": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    few = PreTrainedTokenizerFast(tokenizer_object=backend)
     with pytest.raises(ZebraError, match=r"cannot write numbers such as '[0-9]{5}'"):
         SampleGenerator(few).samples("passkey", length=100, depth=0)
-    made = Tokenizer(models.WordLevel({"[UNK]": 0, "12345": 1, "54321": 2, ".": 3, "x": 4}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    writer = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=made))
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "12345": 1, "54321": 2, ".": 3, "x": 4}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    writer = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
     pool = CandidatePool(writer, "numbers", lambda rng: rng.choice(["12345", "54321", "99999"]))
     assert {one.text for one in pool.draw(Random(0), 2, set())} == {"12345", "54321"}
     with pytest.raises(ZebraError, match=r"3 different numbers of 1 tokens are needed, but this tokenizer writes 2"):

@@ -13,24 +13,24 @@ from zebra.data.packing import IGNORE, PackedSequences, pack
 from zebra.errors import ZebraError
 
 
-def made(*lengths: int, kind: Any = np.uint16) -> Corpus:
+def corpus_of(*lengths: int, kind: Any = np.uint16) -> Corpus:
     """Every token is another number, from 1 on, so that padding (0) is none of them."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Corpus(np.arange(1, offsets[-1] + 1).astype(kind), offsets)
 
 
 def drawn(seed: int, documents: int = 60, longest: int = 40) -> Corpus:
-    return made(*np.random.default_rng(seed).integers(1, longest, documents).tolist())
+    return corpus_of(*np.random.default_rng(seed).integers(1, longest, documents).tolist())
 
 
 CORPORA = {
-    "short": made(3, 4, 2, 5, 1, 1, 6),
-    "long": made(50, 33, 16, 17, 15, 64),
-    "even": made(16, 16, 16),
-    "one": made(37),
-    "empty documents": made(0, 9, 0, 0, 20, 0),
+    "short": corpus_of(3, 4, 2, 5, 1, 1, 6),
+    "long": corpus_of(50, 33, 16, 17, 15, 64),
+    "even": corpus_of(16, 16, 16),
+    "one": corpus_of(37),
+    "empty documents": corpus_of(0, 9, 0, 0, 20, 0),
     "drawn": drawn(1),
-    "wide": made(100, 200, kind=np.uint32),
+    "wide": corpus_of(100, 200, kind=np.uint32),
 }
 corpora = pytest.mark.parametrize("corpus", CORPORA.values(), ids=CORPORA.keys())
 
@@ -135,20 +135,20 @@ def test_best_fit_beats_first_come(seed: int, length: int) -> None:
     ],
 )
 def test_best_fit_by_hand(lengths: list[int], row: int, expected: list[list[int]]) -> None:
-    rows = pack(made(*lengths), row, join=False, seed=0)
-    found = [rows.pieces[a:b, 0].tolist() for a, b in zip(rows.firsts[:-1], rows.firsts[1:], strict=True)]
-    assert found == expected
+    rows = pack(corpus_of(*lengths), row, join=False, seed=0)
+    packed = [rows.pieces[a:b, 0].tolist() for a, b in zip(rows.firsts[:-1], rows.firsts[1:], strict=True)]
+    assert packed == expected
 
 
 def test_apart_by_hand() -> None:
 
-    (row,) = rows_of(pack(made(5, 2, 1), 8, join=False, seed=0))
+    (row,) = rows_of(pack(corpus_of(5, 2, 1), 8, join=False, seed=0))
     assert row == {
         "input_ids": [1, 2, 3, 4, 5, 6, 7, 8],
         "position_ids": [0, 1, 2, 3, 4, 0, 1, 0],
         "labels": [-100, 2, 3, 4, 5, -100, 7, -100],
     }
-    *_, row = rows_of(pack(made(7, 3), 7, join=False, seed=0))
+    *_, row = rows_of(pack(corpus_of(7, 3), 7, join=False, seed=0))
     assert row == {
         "input_ids": [8, 9, 10, 0, 0, 0, 0],
         "position_ids": [0, 1, 2, 0, 1, 2, 3],
@@ -201,7 +201,7 @@ def test_joined_in_an_order_drawn_by_the_seed() -> None:
 
 
 def test_every_document_may_come_first() -> None:
-    corpus = made(4, 4, 4)
+    corpus = corpus_of(4, 4, 4)
     assert {pack(corpus, 12, join=True, seed=seed)[0]["input_ids"][0].item() for seed in range(20)} == {1, 5, 9}
 
 
@@ -212,5 +212,5 @@ def test_apart_does_not_depend_on_the_seed() -> None:
 @pytest.mark.parametrize("join", [False, True])
 def test_text_shorter_than_a_row_is_refused(join: bool) -> None:
     with pytest.raises(ZebraError, match="the text has 9 tokens, fewer than one sequence of 10"):
-        pack(made(4, 5), 10, join=join, seed=0)
-    assert len(pack(made(4, 5), 9, join=join, seed=0)) == 1
+        pack(corpus_of(4, 5), 10, join=join, seed=0)
+    assert len(pack(corpus_of(4, 5), 9, join=join, seed=0)) == 1

@@ -1,4 +1,4 @@
-"""Items of documents, questions and answers: what is read, what is refused with its line, what is found wrong."""
+"""QA examples: what is read, what is rejected with its line, which faults are detected."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_both_shapes_are_read(tmp_path: Path) -> None:
     text = "\n".join([json.dumps(lines[0]), "", *map(json.dumps, lines[1:])])
     (tmp_path / "items.jsonl").write_text(text)
     (tmp_path / "items.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    found = read_examples(tmp_path / "items.jsonl")
-    assert found == read_examples(tmp_path / "items.jsonl.gz")
-    assert [(one.name, one.group, one.question, one.answers) for one in found] == [
+    examples = read_examples(tmp_path / "items.jsonl")
+    assert examples == read_examples(tmp_path / "items.jsonl.gz")
+    assert [(one.name, one.group, one.question, one.answers) for one in examples] == [
         ("line 1", 1, "Who?", ("Anna",)),
         ("x.7#0", 3, "Who?", ("Anna", "Tom")),
         ("3#0", 4, "a", ()),
@@ -115,13 +115,13 @@ def test_faults_are_found() -> None:
 
 
 def test_evidence_is_lost_where_every_answer_loses_words() -> None:
-    kept = "Tom had a red ball. ... under a stone."
-    assert evidence_cut(item("Who?", "Anna"), kept)
-    assert not evidence_cut(item("Who?", "Anna", "Tom"), kept)
-    assert not evidence_cut(item("Who?", "Peter"), kept)  # stands nowhere in the document
-    assert evidence_cut(item("What?", "Tom lost a ball"), kept)
+    shortened = "Tom had a red ball. ... under a stone."
+    assert evidence_cut(item("Who?", "Anna"), shortened)
+    assert not evidence_cut(item("Who?", "Anna", "Tom"), shortened)
+    assert not evidence_cut(item("Who?", "Peter"), shortened)  # stands nowhere in the document
+    assert evidence_cut(item("What?", "Tom lost a ball"), shortened)
     assert not evidence_cut(item("What?", "Anna"), STORY)
-    assert not evidence_cut(item("What?"), kept)
+    assert not evidence_cut(item("What?"), shortened)
 
 
 def test_every_fault_is_in_the_guide() -> None:

@@ -1,4 +1,4 @@
-"""The gate on conversations: every planted fault is found, and nothing else."""
+"""The gate on conversations: every planted fault is detected, and nothing else."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def read(records: list[dict[str, Any]]) -> list[Conversation]:
 )
 def test_a_planted_fault_is_found(record: dict[str, Any], fault: str) -> None:
     measured = ngrams([STORY[3]])
-    assert faults(read(GOOD), measured) == []
-    assert faults(read([*GOOD, record]), measured) == [(len(GOOD), fault)]
+    assert faults(read(GOOD), measured) == {}
+    assert faults(read([*GOOD, record]), measured) == {len(GOOD): fault}
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_a_planted_fault_is_found(record: dict[str, Any], fault: str) -> None:
     ],
 )
 def test_what_is_no_fault_passes(record: dict[str, Any]) -> None:
-    assert faults(read([*GOOD, record]), ngrams([STORY[3]])) == []
+    assert faults(read([*GOOD, record]), ngrams([STORY[3]])) == {}
 
 
 def test_a_set_in_two_scripts_has_no_wrong_one() -> None:
     other = [{"prompt": f"{i}", "completion": f"Собака убежала в лес вчера вечером {i}"} for i in range(20)]
-    assert faults(read([*GOOD, *other])) == []
+    assert faults(read([*GOOD, *other])) == {}
 
 
 def test_runs_are_of_thirteen_words() -> None:
@@ -99,20 +99,20 @@ def test_the_gate_of_a_recipe_drops_flags_or_lets_be(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in [*records, records[0]]))
     chat = Chat(AutoTokenizer.from_pretrained(STORIES), "plain", "stories")
-    found = {
+    by_action = {
         act: read_instructions(tuning(path, tmp_path, act=act), chat, lambda: pytest.fail("no model is asked"))
         for act in ("drop", "flag", "off")
     }
-    held = {act: sum(map(len, of.suites.values())) for act, of in found.items()}
+    held = {act: sum(map(len, of.suites.values())) for act, of in by_action.items()}
     assert held["off"] > 0
-    assert found["off"].counts.get("leak", 0) == 0
-    leaks = found["drop"].counts["leak"]
+    assert by_action["off"].counts.get("leak", 0) == 0
+    leaks = by_action["drop"].counts["leak"]
     assert leaks > 0
-    assert found["flag"].counts["leak"] == leaks
-    trained = {act: sum(one.samples for one in of.rows.portions()) for act, of in found.items()}
+    assert by_action["flag"].counts["leak"] == leaks
+    trained = {act: sum(one.samples for one in of.rows.portions()) for act, of in by_action.items()}
     assert trained["flag"] == trained["off"] == trained["drop"] + leaks
     # Held out together: the two questions on one document are on one side.
-    texts = {chat.tokenizer.decode(one.input_ids) for one in found["drop"].suites["instructions"]}
+    texts = {chat.tokenizer.decode(one.input_ids) for one in by_action["drop"].suites["instructions"]}
     for i in range(12):
         assert sum(f"Who {n}?" in text for n in (i, i + 100) for text in texts) in (0, 2)
 
@@ -131,6 +131,6 @@ def test_answers_that_need_no_document_are_found_by_likelihood(tmp_path: Path) -
     chat = Chat(AutoTokenizer.from_pretrained(STORIES), "plain", "stories")
     recipe = tuning(path, tmp_path, independent=-0.5).model_copy(update={"evaluate": None})
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out": None})})
-    found = read_instructions(recipe, chat, lambda: zebra.load(STORIES))
-    assert found.counts["independent answer"] == 6
-    assert {one.kind: one.samples for one in found.rows.portions()} == {"told": 6}
+    instructions = read_instructions(recipe, chat, lambda: zebra.load(STORIES))
+    assert instructions.counts["independent answer"] == 6
+    assert {one.kind: one.samples for one in instructions.rows.portions()} == {"told": 6}

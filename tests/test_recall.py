@@ -53,16 +53,16 @@ def test_a_document_is_exact_and_asks_for_what_it_told(
     answers = [i for i, label in enumerate(labels) if label != IGNORE]
     assert all(labels[i] == ids[i] for i in answers)
     text = tokenizer.decode(ids)
-    found = list(re.finditer(ASKS[kind], text))
-    asked = [one.groups() for one in found]
+    matches = list(re.finditer(ASKS[kind], text))
+    pairs = [one.groups() for one in matches]
     if kind == "entries":
-        asked = [pair for i, pair in enumerate(asked) if pair in asked[:i]]
-    assert asked
-    assert all(text.count(TELLS.get(kind, "{}: {}.").format(*pair)) >= 2 - (kind == "passkey") for pair in asked)
-    said = tokenizer.decode([ids[i] for i in answers])
-    assert all(number in said for _, number in asked)
+        pairs = [pair for i, pair in enumerate(pairs) if pair in pairs[:i]]
+    assert pairs
+    assert all(text.count(TELLS.get(kind, "{}: {}.").format(*pair)) >= 2 - (kind == "passkey") for pair in pairs)
+    answer_text = tokenizer.decode([ids[i] for i in answers])
+    assert all(number in answer_text for _, number in pairs)
     if size == 777 and kind != "passkey":
-        assert len(asked) > 5
+        assert len(pairs) > 5
 
 
 @pytest.mark.parametrize("symbols", [0.0, 0.3, 1.0])

@@ -47,16 +47,16 @@ def source(name: str, share: float, files: list[Path | str], **options: Any) -> 
     return {"name": name, "share": share, "files": list(map(str, files)), "separator": SEPARATOR, **options}
 
 
-def trained_on(found: Texts) -> set[int]:
+def trained_on(texts_read: Texts) -> set[int]:
     """The hash of every document with a token in a row."""
-    drawn = found.rows.documents
-    return {int(drawn.corpora[drawn.sources[d]].hashes[drawn.documents[d]]) for d in found.rows.pieces[:, 0]}
+    drawn = texts_read.rows.documents
+    return {int(drawn.corpora[drawn.sources[d]].hashes[drawn.documents[d]]) for d in texts_read.rows.pieces[:, 0]}
 
 
 def test_files_are_each_document_once(capsys: pytest.CaptureFixture[str]) -> None:
-    found = texts()
-    assert len(trained_on(found)) >= 199  # the end that fills no row may be a document
-    assert (found.held_out, found.lines) == (None, [])
+    texts_read = texts()
+    assert len(trained_on(texts_read)) >= 199  # the end that fills no row may be a document
+    assert (texts_read.held_out, texts_read.lines) == (None, [])
     assert capsys.readouterr().err == ""
 
 
@@ -64,30 +64,30 @@ def test_duplicates_are_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureF
     twice = tmp_path / "twice.txt"
     twice.write_text(SEPARATOR.join([*stories(), *stories()[:7]]))
     data = TREE["data"] | {"files": [str(twice)]}
-    kept = texts(data=data)
+    trained = texts(data=data)
     assert capsys.readouterr().err == "200 documents to train on; 7 dropped as duplicates.\n"
-    assert kept.rows.tokens == texts().rows.tokens
-    assert texts(data=data | {"deduplicate": False}).rows.tokens > kept.rows.tokens
+    assert trained.rows.tokens == texts().rows.tokens
+    assert texts(data=data | {"deduplicate": False}).rows.tokens > trained.rows.tokens
 
 
 def test_what_is_held_out_is_measured_on_and_not_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
     data = TREE["data"] | {"held_out": 0.2, "append_eos": True}
-    found = texts(data=data, evaluate={"length": 32})
-    assert found.held_out is not None
-    out = len(found.held_out)
+    texts_read = texts(data=data, evaluate={"length": 32})
+    assert texts_read.held_out is not None
+    out = len(texts_read.held_out)
     assert 20 < out < 60
     assert capsys.readouterr().err == f"{200 - out} documents to train on; {out} held out.\n"
-    assert found.rows.documents.documents.tolist() == sorted(set(range(200)) - held(found))
-    assert all(found.held_out[i][-1] == 2 for i in range(out))
+    assert texts_read.rows.documents.documents.tolist() == sorted(set(range(200)) - held(texts_read))
+    assert all(texts_read.held_out[i][-1] == 2 for i in range(out))
     joined = texts(data=data, evaluate={"length": 3000, "join": True}).held_out
     assert joined is not None
     assert joined.lengths.min() >= 3000
-    assert joined.tokens.tolist() == found.held_out.tokens.tolist()
+    assert joined.tokens.tolist() == texts_read.held_out.tokens.tolist()
 
 
-def held(found: Texts) -> set[int]:
+def held(texts_read: Texts) -> set[int]:
     """The places of the documents that are held out."""
-    return set(range(200)) - set(found.rows.documents.documents.tolist())
+    return set(range(200)) - set(texts_read.rows.documents.documents.tolist())
 
 
 def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,24 +101,24 @@ def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest
         {"name": "records", "share": 0.3, "files": [str(records)], "field": "body"},
     ]
     data = {"sources": sources, "join": True, "held_out": 0.05, "num_proc": 2}
-    asked = recipe(data=data, evaluate={"length": 64})
-    found = texts(data=data, evaluate={"length": 64})
-    assert len(found.rows) == 120
-    assert [line.share for line in found.lines] == pytest.approx([0.5, 0.2, 0.3], abs=0.001)
-    assert found.held_out is not None
-    assert len(found.held_out) == sum(line.held_out for line in found.lines)
+    tuned = recipe(data=data, evaluate={"length": 64})
+    texts_read = texts(data=data, evaluate={"length": 64})
+    assert len(texts_read.rows) == 120
+    assert [line.share for line in texts_read.lines] == pytest.approx([0.5, 0.2, 0.3], abs=0.001)
+    assert texts_read.held_out is not None
+    assert len(texts_read.held_out) == sum(line.held_out for line in texts_read.lines)
     printed = capsys.readouterr().err
     assert "120 sequences of 256, 30,720 tokens" in printed
     assert "[400, ∞)" in printed
     assert "50.00%" in printed
     assert "epochs" in printed
-    rows = data_rows(asked, found.lines, model="m", layout="GL:8", run="r", seed=0, device="cpu")
+    rows = data_rows(tuned, texts_read.lines, model="m", layout="GL:8", run="r", seed=0, device="cpu")
     values = {(row.task, row.metric): row.value for row in rows}
     assert values["data-long", "share_asked"] == 0.5
     assert values["data-records", "share"] == pytest.approx(0.3, abs=0.001)
     assert sum(values[f"data-{name}", "tokens_drawn"] for name in ("long", "short", "records")) == 30_720
     assert {row.length for row in rows} == {256}
-    assert [line.documents for line in found.lines] == list(dict.fromkeys(row.n for row in rows))
+    assert [line.documents for line in texts_read.lines] == list(dict.fromkeys(row.n for row in rows))
 
 
 def test_the_digest_is_that_of_the_texts(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_digest_is_that_of_the_texts(tmp_path: Path) -> None:
 def test_a_run_on_a_mixture_measures_on_what_it_holds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = tmp_path / "stories.txt"
     files.write_text(Path(STORY).read_text())
-    asked = recipe(
+    tuned = recipe(
         run=str(tmp_path / "run"),
         data={"sources": [source("all", 1.0, [files])], "join": True, "held_out": 0.1},
         train=TREE["train"] | {"max_steps": 2, "logging_steps": 1, "save_steps": 1},
@@ -146,12 +146,12 @@ def test_a_run_on_a_mixture_measures_on_what_it_holds_out(tmp_path: Path, monkey
 
     monkeypatch.setattr("zebra.train.adapt.export", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        adapt(asked)
+        adapt(tuned)
     monkeypatch.undo()
     files.write_text(Path(STORY).read_text().replace("Once", "Twice", 1))
     with pytest.raises(ZebraError, match="text changed since"):
-        adapt(asked)
+        adapt(tuned)
     files.write_text(Path(STORY).read_text())
-    rows = adapt(asked)
+    rows = adapt(tuned)
     assert {row.metric for row in rows if row.task == "data-all"} >= {"share", "share_asked", "epochs", "held_out"}
     assert {row.task for row in rows} == {"data-all", "perplexity-disjoint", "speed", "train", "cost"}

@@ -30,19 +30,21 @@ def instructions(
     as_json: Json = False,
 ) -> None:
     """Turn long documents into long instructions: questions, summaries, writing. No network, no model."""
-    from zebra.data.instructions import InstructionOptions, instruction_stats, make_instructions, read_annotated
+    from zebra.data.instructions import instruction_stats, make_instructions, read_annotated
     from zebra.files import atomic_write
     from zebra.results import to_json
 
     kinds = tuple(names(kind))
-    options = InstructionOptions(
-        kinds=kinds,
-        words=words,
-        depths=tuple(numbers("--depth", depth, float, "0,0.5,1")),
-        writing=writing,
-        seed=seed,
+    examples = list(
+        make_instructions(
+            read_annotated(documents, separator=separator),
+            kinds=kinds,
+            words=words,
+            depths=numbers("--depth", depth, float, "0,0.5,1"),
+            writing=writing,
+            seed=seed,
+        )
     )
-    examples = list(make_instructions(read_annotated(documents, separator=separator), options))
     if not examples:
         raise ZebraError(
             f"these documents have nothing for {', '.join(kinds)}: no questions, no summaries, or no two passages of "
@@ -66,4 +68,4 @@ def check(
 
     read = read_conversations(conversations)
     evaluated = ngrams(evaluation_text(one) for one in read_conversations(against)) if against else frozenset()
-    show.faults([(fault.name, read[fault.position].where) for fault in faults(read, evaluated)], len(read), as_json)
+    show.faults([(fault, read[i].where) for i, fault in faults(read, evaluated).items()], len(read), as_json)

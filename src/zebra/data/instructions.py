@@ -42,36 +42,6 @@ class AnnotatedDocument:
     summary: str | None = None
 
 
-@dataclass(frozen=True)
-class InstructionOptions:
-    """What instructions are made of each document.
-
-    Attributes:
-        kinds: which of `KINDS`.
-        words: words of the documents in a prompt: distractors are added up to it, a single document is not cut.
-        depths: where the target document begins, one after another.
-        writing: writing tasks of each document.
-    """
-
-    kinds: tuple[str, ...] = KINDS
-    words: int | None = None
-    depths: tuple[float, ...] = (0.0, 0.5, 1.0)
-    writing: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
-            raise ZebraError(f"the kinds are {', '.join(KINDS)}; got {', '.join(unknown)}. Choose among them.")
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise ZebraError(
-                f"a depth lies from 0 to 1; got {', '.join(map(str, self.depths))}. Write for example 0,0.5,1."
-            )
-        if self.words is not None and self.words < 1:
-            raise ZebraError(
-                f"a prompt has at least one word of documents; got {self.words}. Raise it or leave it out."
-            )
-
-
 def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> list[AnnotatedDocument]:
     """Documents of text files and of records: `document` or `text`, with `summary` and questions as in `qa`.
 
@@ -108,17 +78,39 @@ def _stripped(fields: dict[str, Any], name: str) -> str:
     return text
 
 
-def make_instructions(documents: Sequence[AnnotatedDocument], options: InstructionOptions) -> Iterator[dict[str, Any]]:
-    """The instructions, document by document, as records that `zebra.data.conversations` reads."""
-    rng, count = Random(options.seed), 0
+def make_instructions(
+    documents: Sequence[AnnotatedDocument],
+    *,
+    kinds: Sequence[str] = KINDS,
+    words: int | None = None,
+    depths: Sequence[float] = (0.0, 0.5, 1.0),
+    writing: int = 3,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """The instructions, document by document, as records that `zebra.data.conversations` reads.
+
+    Args:
+        kinds: which of `KINDS`.
+        words: words of the documents in a prompt: distractors are added up to it, a single document is not cut.
+        depths: where the target document begins, one after another.
+        writing: writing tasks of each document.
+
+    Raises:
+        ZebraError: an unknown kind, a depth outside 0 to 1, no words.
+    """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ZebraError(f"the kinds are {', '.join(KINDS)}; got {', '.join(unknown)}. Choose among them.")
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise ZebraError(f"a depth lies from 0 to 1; got {', '.join(map(str, depths))}. Write for example 0,0.5,1.")
+    if words is not None and words < 1:
+        raise ZebraError(f"a prompt has at least one word of documents; got {words}. Raise it or leave it out.")
+    rng, count = Random(seed), 0
     for i, target in enumerate(documents):
         others = [other.text for other in (*documents[:i], *documents[i + 1 :])]
-        for task in _tasks(target, options, rng):
-            depth = options.depths[count % len(options.depths)]
+        for task in _tasks(target, kinds, writing, rng):
+            depth = depths[count % len(depths)]
             count += 1
-            text, number, begins = _with_distractors(
-                task.document, rng.sample(others, len(others)), depth, options.words
-            )
+            text, number, begins = _with_distractors(task.document, rng.sample(others, len(others)), depth, words)
             question = task.question if number is None else f"About document {number}: {task.question}"
             record = {"document": text, "question": question, "answer": task.answer, "kind": task.kind}
             yield record | {"source": target.where, "depth": begins}
@@ -131,15 +123,15 @@ class _Task(NamedTuple):
     answer: str
 
 
-def _tasks(document: AnnotatedDocument, options: InstructionOptions, rng: Random) -> Iterator[_Task]:
+def _tasks(document: AnnotatedDocument, kinds: Sequence[str], writing: int, rng: Random) -> Iterator[_Task]:
     for question, answer in document.questions:
         kind = "summary" if re.search(r"\b(summary|summari[sz]e|plot of the)", question, re.IGNORECASE) else "qa"
-        if kind in options.kinds:
+        if kind in kinds:
             yield _Task(kind, document.text, question, answer)
-    if document.summary is not None and "summary" in options.kinds:
+    if document.summary is not None and "summary" in kinds:
         yield _Task("summary", document.text, "Summarise the text.", document.summary)
-    if "writing" in options.kinds:
-        yield from _writing_tasks(document.text, options.writing, rng)
+    if "writing" in kinds:
+        yield from _writing_tasks(document.text, writing, rng)
 
 
 def _with_distractors(

@@ -18,7 +18,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 from zebra.data.conversations import Conversation
 
@@ -31,26 +30,19 @@ _NEARLY_ALL = 0.9
 _MIN_LETTERS = 20
 
 
-class Fault(NamedTuple):
-    """A fault, and the position in the set of the conversation that has it."""
-
-    position: int
-    name: str
-
-
-def faults(conversations: Sequence[Conversation], evaluated: frozenset[int] = frozenset()) -> list[Fault]:
-    """The faulty conversations of one set, in their order.
+def faults(conversations: Sequence[Conversation], evaluated: frozenset[int] = frozenset()) -> dict[int, str]:
+    """The indices of the faulty conversations of one set, in their order, each with its fault.
 
     Args:
         evaluated: the n-grams of the texts of the evaluation; see `ngrams`.
     """
     script = _dominant_script([conversation.answer for conversation in conversations])
     seen: set[str] = set()
-    results = []
+    results: dict[int, str] = {}
     for i, conversation in enumerate(conversations):
         text = " ".join(_words(conversation.text))
         if (name := _fault(conversation, script, text in seen, evaluated)) is not None:
-            results.append(Fault(i, name))
+            results[i] = name
         seen.add(text)
     return results
 

@@ -84,7 +84,7 @@ class _Question(NamedTuple):
     answer: tuple[int, ...]
 
     @property
-    def asked_tokens(self) -> int:
+    def tokens(self) -> int:
         return len(self.query) + len(self.answer)
 
 
@@ -136,9 +136,7 @@ class RecallGenerator:
         """Tokens that hold one needle of any task and its query."""
         rng = Random(0)
         draws = [self._draw_question(kind, self._context(rng)) for kind in _TASKS for _ in range(16)]
-        return 8 + max(
-            len(instruction) + len(question.needle) + question.asked_tokens for instruction, question in draws
-        )
+        return 8 + max(len(instruction) + len(question.needle) + question.tokens for instruction, question in draws)
 
     def document(self, size: int, difficulty: Difficulty, rng: Random) -> IdsAndLabels:
         """One document of exactly `size` tokens, and its labels.
@@ -199,20 +197,20 @@ class RecallGenerator:
         """Needles in a haystack; a third to two thirds are queries, if there are as many needles."""
         rng = context.rng
         instruction, question = self._draw_question(task, context)
-        room, max_asked, questions = size - len(instruction), rng.uniform(0.3, 0.67) * size, [question]
-        used, asked = len(question.needle) + question.asked_tokens, question.asked_tokens
+        room, max_query_tokens, questions = size - len(instruction), rng.uniform(0.3, 0.67) * size, [question]
+        used, query_tokens = len(question.needle) + question.tokens, question.tokens
         while len(questions) < _MAX_NEEDLES.get(task, size):
             _, question = self._draw_question(task, context)
-            used += 2 * len(question.needle) + question.asked_tokens
-            asked += question.asked_tokens
-            if used > room or asked > max_asked:
+            used += 2 * len(question.needle) + question.tokens
+            query_tokens += question.tokens
+            if used > room or query_tokens > max_query_tokens:
                 break
             questions.append(question)
-        asked = sum(question.asked_tokens for question in questions)
+        query_tokens = sum(question.tokens for question in questions)
         haystack = self._haystack_for(task, context, room)
         needles = [question.needle for question in questions]
-        body, _ = place_needles(rng, haystack, room - asked, rng.random(), needles[:1], needles[1:])
-        ids, labels = [*instruction, *body], [IGNORE] * (size - asked)
+        body, _ = place_needles(rng, haystack, room - query_tokens, rng.random(), needles[:1], needles[1:])
+        ids, labels = [*instruction, *body], [IGNORE] * (size - query_tokens)
         for question in rng.sample(questions, len(questions)):
             ids += [*question.query, *question.answer]
             labels += [*[IGNORE] * len(question.query), *question.answer]

@@ -54,9 +54,9 @@ class Gate:
             return list(conversations)
         share = self._recipe.data.held_out or 0.0
         found = {
-            fault.position: fault.name
-            for fault in faults(conversations, self._measured)
-            if not (fault.name == "leak" and held(conversations[fault.position], share))
+            i: fault
+            for i, fault in faults(conversations, self._measured).items()
+            if not (fault == "leak" and held(conversations[i], share))
         }
         if self._asked.independent is not None:
             rest = [i for i, one in enumerate(conversations) if i not in found and one.document is not None]
