@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
 import pytest
+from pyarrow import parquet
 
 from zebra import ZebraError
+from zebra.data.conversations import read_conversations
 from zebra.data.qa import (
     ANSWER_IN_QUESTION,
     DUPLICATE_ANSWER,
@@ -128,3 +131,15 @@ def test_every_fault_is_in_the_guide() -> None:
     guide = (Path(__file__).parent.parent / "docs" / "evaluating.md").read_text()
     for fault in FAULTS:
         assert f"| {fault} |" in guide
+
+
+def test_a_parquet_file_has_examples_and_conversations(tmp_path: Path) -> None:
+    rows = [{"document": STORY, "qa": [{"question": "Who?", "answers": ["Anna"]}]}, {"document": "d", "qa": [{}]}]
+    parquet.write_table(arrow.Table.from_pylist(rows[:1]), tmp_path / "a.parquet")
+    (example,) = read_examples(tmp_path / "a.parquet")
+    assert (example.name, example.document, example.question, example.answers) == ("row 1#0", STORY, "Who?", ("Anna",))
+    (conversation,) = read_conversations([str(tmp_path / "a.parquet")])
+    assert (conversation.question, conversation.answer) == ("Who?", "Anna")
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    with pytest.raises(ZebraError, match="has 1 bad record: row 2 has NoneType instead of a string"):
+        read_examples(tmp_path / "b.parquet")
