@@ -58,7 +58,7 @@ def hosts(path: Path, tokenizer: Any, prompt: str, **options: Any) -> tuple[int,
     return tuple(found[0, inputs["input_ids"].shape[1] :].tolist())
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 7, 64, 10_000])
+@pytest.mark.parametrize("chunk", [None, pytest.param(1, marks=pytest.mark.full), 7, 64, 10_000])
 def test_greedy_tokens_are_the_hosts(model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None) -> None:
     wanted = hosts(striped, tokenizer, long, max_new_tokens=60, do_sample=False)
     made = zebra.generate(model, long, max_new_tokens=60, prefill_chunk=chunk)
@@ -347,8 +347,10 @@ def test_ctrl_c_leaves_the_text_so_far(striped: Path) -> None:
     assert b"Traceback" not in told
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
-@pytest.mark.parametrize("chunk", [None, 1, 7, 64])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=["greedy", "beams", "static"]
+)
+@pytest.mark.parametrize("chunk", [None, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 64)), 7])
 def test_a_padded_batch_in_chunks_is_the_hosts(
     model: Any, striped: Path, long: str, options: dict[str, Any], chunk: int | None
 ) -> None:

@@ -1,6 +1,7 @@
 """The laws of docs/architecture.md over families and kernels.
 
-Four families in float32 here; every family of the table, and bfloat16, in `make test-full`.
+Two families in float32 by the tiled kernel and the table here; every family, bfloat16 and the formula's kernel too in
+`make test-full`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)]
 EXPERTS = [member for member in EVERY_MEMBER if "num_experts_per_tok" in MEMBERS[member]]
 ONLY_EAGER = ("gemma2", "granite_swa", "gpt_oss")
-"""Those whose scores are capped or share their softmax with a sink, which the host's sdpa does not know."""
-KERNELS = ["reference", "banded", "table"]
+"""Those whose scores are capped or share their softmax with a sink, which transformers' sdpa does not know."""
+KERNELS = [pytest.param("reference", marks=pytest.mark.full), "banded", "table"]
 NOT_EXTENDED = ("cohere2",)
 """Whose global layers have no rope."""
 EXTENDED = pytest.mark.parametrize("setting", [None, "3:7"], ids=["stripes", "self-extend"])
@@ -75,24 +76,24 @@ def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     return model(ids, **({"use_cache": False} | arguments)).logits
 
 
-def agree(found: Tensor, wanted: Tensor) -> None:
-    assert found.shape == wanted.shape
-    norm = torch.linalg.vector_norm if found.dtype is torch.bfloat16 else torch.amax
-    difference = (norm((found - wanted).abs()) / norm(wanted.abs())).item()
-    assert difference <= TOLERANCE[found.dtype], difference
+def agree(output: Tensor, expected: Tensor) -> None:
+    assert output.shape == expected.shape
+    norm = torch.linalg.vector_norm if output.dtype is torch.bfloat16 else torch.amax
+    difference = (norm((output - expected).abs()) / norm(expected.abs())).item()
+    assert difference <= TOLERANCE[output.dtype], difference
 
 
-def differ(found: Tensor, wanted: Tensor) -> None:
-    difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+def differ(output: Tensor, expected: Tensor) -> None:
+    difference = ((output - expected).abs().max() / expected.abs().max()).item()
     assert difference > 10 * TOLERANCE[torch.float32], f"{difference}: the test would not see a difference"
 
 
 def test_law_1_a_window_as_long_as_the_text_is_global(model: Any, family: str, dtype: Any, checkpoints: Any) -> None:
-    dense = zebra.load(checkpoints(family), dtype=dtype)
-    agree(logits(model, tokens(2, WINDOW)), logits(dense, tokens(2, WINDOW)))
+    full = zebra.load(checkpoints(family), dtype=dtype)
+    agree(logits(model, tokens(2, WINDOW)), logits(full, tokens(2, WINDOW)))
     longer = tokens(2, WINDOW + 1)
-    agree(logits(model, longer)[:, :WINDOW], logits(dense, longer)[:, :WINDOW])
-    differ(logits(model, longer)[:, WINDOW].float(), logits(dense, longer)[:, WINDOW].float())
+    agree(logits(model, longer)[:, :WINDOW], logits(full, longer)[:, :WINDOW])
+    differ(logits(model, longer)[:, WINDOW].float(), logits(full, longer)[:, WINDOW].float())
 
 
 def test_law_1_a_neighbour_window_as_long_as_the_text_is_the_plain_model(
@@ -109,16 +110,20 @@ def test_law_1_a_neighbour_window_as_long_as_the_text_is_the_plain_model(
 
 
 @EXTENDED
-@pytest.mark.parametrize("parts", [[40], [1] * 40, [7] * 6, [13, 1, 1, 20, 5], [WINDOW] * 5], ids=str)
+@pytest.mark.parametrize(
+    "parts",
+    [[40], [1] * 40, [7] * 6, [13, 1, 1, 20, 5], [WINDOW] * 5],
+    ids=["whole", "one by one", "by 7", "mixed", "by the window"],
+)
 def test_law_2_prefill_in_chunks_and_token_by_token(model: Any, parts: list[int]) -> None:
     ids = tokens(2, 40)
-    cache, start, found = bounded_cache(model), 0, []
+    cache, start, outputs = bounded_cache(model), 0, []
     for size in parts:
         part = ids[:, start : start + size]
         if part.shape[1]:
-            found.append(logits(model, part, past_key_values=cache, use_cache=True))
+            outputs.append(logits(model, part, past_key_values=cache, use_cache=True))
         start += size
-    agree(torch.cat(found, dim=1), logits(model, ids))
+    agree(torch.cat(outputs, dim=1), logits(model, ids))
 
 
 @EXTENDED
@@ -238,8 +243,8 @@ def test_generate_equals_plain_transformers(
     }[how]
     ids = tokens(1, 30)
     mask = torch.ones_like(ids)
-    found = []
-    for one in (model, plain):
+    outputs = []
+    for either in (model, plain):
         torch.manual_seed(3)
-        found.append(one.generate(ids, attention_mask=mask, **arguments).tolist())
-    assert found[0] == found[1]
+        outputs.append(either.generate(ids, attention_mask=mask, **arguments).tolist())
+    assert outputs[0] == outputs[1]

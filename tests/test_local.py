@@ -129,7 +129,7 @@ def test_laws_2_to_4_in_every_family(family: str, checkpoints: MakeCheckpoint) -
             assert off(part, logits(model, document)) < 2e-5
 
 
-@pytest.mark.parametrize("parts", [[1] * 40, [2] * 20, [7] * 5 + [5], [WINDOW] * 4 + [4], [39, 1]], ids=str)
+@pytest.mark.parametrize("parts", [[1] * 40, [2] * 20, [7] * 5 + [5], [WINDOW] * 4 + [4], [39, 1]], ids=len)
 def test_law_2_with_the_cache(model: Any, parts: list[int]) -> None:
     ids = tokens(2, 40)
     cache = bounded_cache(model)

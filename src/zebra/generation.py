@@ -32,7 +32,7 @@ from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.load_options import LoadOptions
-from zebra.model.rope import as_rope, refuse_cache
+from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.model.self_extend import check_learned_positions, self_extend_of
 from zebra.positions import SelfExtend
 from zebra.progress import bar
@@ -194,7 +194,7 @@ def generate(
     else:
         source, config = model, loading.config(model)
         setting = loading.self_extend_setting(config)
-    refuse_cache(config, "generating")
+    refuse_changing_rope(config, "generating")
     tokenizer = tokenizer or load_tokenizer(source, config)
     inputs = encode_prompt(prompt, tokenizer, chat)
     length = inputs["input_ids"].shape[1]

@@ -165,7 +165,7 @@ def _stripes(kinds: str, local: Stripes) -> Stripes:
 
 def _check_model(config: PreTrainedConfig, source: str, local: Stripes, length: int, rope: str | None) -> None:
     """Reject a model that cannot be converted, before anything is measured."""
-    refuse_changing_rope(config)
+    refuse_changing_rope(config, "converting")
     which = global_layers(source)
     if len(which) < 2:
         raise ZebraError(

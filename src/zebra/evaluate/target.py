@@ -15,7 +15,7 @@ from zebra.model.checkpoint import load_tokenizer
 from zebra.model.families import layout
 from zebra.model.load import device_name
 from zebra.model.load_options import LoadOptions, loaded_layout_name
-from zebra.model.rope import as_rope, refuse_cache
+from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.model.self_extend import check_learned_positions, longest_text
 from zebra.positions import SelfExtend
 
@@ -33,7 +33,7 @@ class EvalTarget:
 
     def __post_init__(self) -> None:
         self.loading.check()
-        refuse_cache(self.config, "an answer behind its prompt")
+        refuse_changing_rope(self.config, "generating")
         _ = self.setting
 
     @cached_property

@@ -1,1 +1,1 @@
-"""The host: attention registered with transformers; checkpoints loaded, converted, verified."""
+"""Models of transformers: attention registered with it; checkpoints loaded, converted, verified."""

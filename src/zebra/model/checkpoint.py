@@ -35,22 +35,12 @@ from zebra.model.local import LocalAttention, layout_name
 from zebra.provenance import git_commit, versions
 
 
-def read_config(path: str | os.PathLike[str], *, routed: bool = True) -> PreTrainedConfig:
+def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: Any) -> PreTrainedConfig:
     """The config of a checkpoint on disk or in the hub's cache.
-
-    Raises:
-        ZebraError: as `read_config_and_rest`.
-    """
-    return read_config_and_rest(path, routed=routed)[0]
-
-
-def read_config_and_rest(
-    path: str | os.PathLike[str], *, routed: bool = True, **kwargs: Any
-) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The config under keyword arguments of `from_pretrained`, and those of them that are not fields of the config.
 
     Args:
         routed: whether the family needs a route, as it does for stripes; else its own class serves it as it is.
+        kwargs: keyword arguments of `from_pretrained`, fields of the config among them.
 
     Raises:
         ZebraError: no checkpoint there, a broken config.json, a family without a route, or a config whose stripes its
@@ -60,7 +50,7 @@ def read_config_and_rest(
     hub = {name: kwargs[name] for name in _HUB if name in kwargs}
     try:
         config = AutoConfig.from_pretrained(path, **hub)
-        changes = {name: value for name, value in kwargs.items() if name in own_fields(config)}
+        changes = {name: kwargs[name] for name in own_fields(config) if name in kwargs}
         if changes:
             config = AutoConfig.from_pretrained(path, **hub, **changes)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -75,7 +65,7 @@ def read_config_and_rest(
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
             "Remove layer_types from its config.json, then run `zebra convert`."
         )
-    return config, {name: value for name, value in kwargs.items() if name not in changes}
+    return config
 
 
 _HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -87,29 +77,21 @@ def own_fields(config: PreTrainedConfig) -> set[str]:
     return {f.name for f in fields(type(config))} - {f.name for f in fields(PreTrainedConfig)}
 
 
-def open_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory.
 
+    Args:
+        config: of the model whose tokens it makes.
+
     Raises:
-        ZebraError: there is none that can be read.
+        ZebraError: there is none that can be read, or it makes ids that the model has no embedding for.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-        tokenizer.get_vocab()
+        largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
         raise ZebraError(f"the tokenizer of {path} cannot be read: {first_line(error)}") from None
-    return tokenizer
-
-
-def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        ZebraError: there is none, or it makes ids that the model has no embedding for.
-    """
-    tokenizer = open_tokenizer(path)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
+    if config is not None and largest >= config.vocab_size:
         raise ZebraError(
             f"the tokenizer of {path} makes ids up to {largest}, but the model has {config.vocab_size} embeddings. "
             "Use the tokenizer that the model was trained with."

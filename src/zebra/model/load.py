@@ -18,8 +18,8 @@ from zebra.model.checkpoint import (
     check_weights,
     copy_other_files,
     link_or_copy,
+    own_fields,
     read_config,
-    read_config_and_rest,
     read_local_attention,
     write_config,
     write_zebra_json,
@@ -122,7 +122,8 @@ def load(
         if name in from_pretrained_arguments:
             raise ZebraError(f"zebra.load takes no {name}: {why}.")
     routed = self_extend is None or stripes is not None or window is not None
-    config, rest = read_config_and_rest(path, routed=routed, **from_pretrained_arguments)
+    config = read_config(path, routed=routed, **from_pretrained_arguments)
+    rest = {name: value for name, value in from_pretrained_arguments.items() if name not in own_fields(config)}
     config, local = _layout(
         config, read_local_attention(path, **from_pretrained_arguments), stripes, window, full_decode
     )
@@ -222,7 +223,7 @@ def converted_config(
     """
     stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
     config = as_rope(rope).apply(with_stripes(read_config(source), stripes))
-    refuse_changing_rope(config)
+    refuse_changing_rope(config, "converting")
     local = LocalAttention(stripes.sinks, full_decode)
     if local and stripes_of(config) is None:
         raise ZebraError(f"{local} belong to local layers, and {stripes} has none. Leave them out.")

@@ -74,17 +74,10 @@ class LoadOptions:
             ZebraError: as `read_device` and `load`.
         """
         device = read_device(self.device)
-        dtype: dict[str, Any] = {} if self.dtype is None else {"dtype": read_dtype(self.dtype)}
-        model = load(
-            checkpoint,
-            stripes=self.stripes,
-            rope=self.rope,
-            self_extend=self.self_extend,
-            window=self.window,
-            full_decode=self.full_decode,
-            **dtype,
-        )
-        return model.to(device)
+        options: dict[str, Any] = {name: getattr(self, name) for name in self.names() if name != "device"}
+        if self.dtype is not None:
+            options["dtype"] = read_dtype(self.dtype)
+        return load(checkpoint, **options).to(device)
 
 
 def loaded_layout_name(model: PreTrainedModel, rope: Rope | str | None = None) -> str:

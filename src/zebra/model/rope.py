@@ -157,26 +157,11 @@ def with_explicit_yarn_factor(config: PreTrainedConfig) -> PreTrainedConfig:
     return result
 
 
-def refuse_changing_rope(config: PreTrainedConfig) -> None:
-    """Reject writing or training a model whose frequencies depend on the text's length.
-
-    Raises:
-        ZebraError: dynamic NTK or longrope.
-    """
-    kind = changes_with_length(config)
-    if kind is not None:
-        raise ZebraError(
-            f"a rope of type {kind} changes its frequencies with the text's length, so that a cache, chunks and "
-            "sequences of training differ from a whole text. It serves `zebra evaluate` only. Take yarn, linear, "
-            "llama3 or base."
-        )
-
-
-def refuse_cache(config: PreTrainedConfig, needing: str) -> None:
-    """Reject what needs a cache of a model whose frequencies depend on the text's length.
+def refuse_changing_rope(config: PreTrainedConfig, purpose: str) -> None:
+    """Reject a use of a model whose frequencies depend on the text's length.
 
     Args:
-        needing: what needs it, such as "generating".
+        purpose: what needs a cache, chunks or sequences of one length, such as "generating".
 
     Raises:
         ZebraError: dynamic NTK or longrope.
@@ -185,7 +170,8 @@ def refuse_cache(config: PreTrainedConfig, needing: str) -> None:
     if kind is not None:
         raise ZebraError(
             f"a rope of type {kind} changes its frequencies with the text's length, so that cached keys would carry "
-            f"others than new ones, and {needing} needs a cache. Take yarn, linear, llama3 or base."
+            f"others than new ones, and {purpose} needs one set. It serves `zebra evaluate perplexity` only. Take "
+            "yarn, linear, llama3 or base."
         )
 
 

@@ -74,7 +74,7 @@ def verify(
     Args:
         target, against: the converted checkpoint and its source, directories. Without a source Self-Extend alone is
             verified, and the target needs no stripes.
-        rope: the change of rope that the conversion was given; the source runs with it.
+        rope: the change of rope that the conversion took; the source runs with it.
         self_extend: Self-Extend, or its notation, to be compared with its dense formula.
         length: tokens of the long checks; the window and half of it again, and some, where None.
 

@@ -30,7 +30,7 @@ import yaml
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory, atomic_write, directory_lock
-from zebra.model.checkpoint import open_tokenizer
+from zebra.model.checkpoint import load_tokenizer
 from zebra.model.families import attention_pairs
 from zebra.model.local import LocalAttention, layout_name
 from zebra.plan.decoder import decoder_from_config
@@ -163,7 +163,7 @@ def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Pretra
             tokenizer.save_pretrained(aside)
             atomic_write(aside / ASKED, yaml.safe_dump(_asked(recipes[0])))
     recipes = [_sharing(run, recipe) for recipe in recipes]
-    tokenizer = open_tokenizer(str(recipes[0].tokenizer))
+    tokenizer = load_tokenizer(str(recipes[0].tokenizer))
     check_step(recipes[0], read_texts(recipes[0], tokenizer))  # and the text is in the cache, for all cells
     return list(recipes)
 

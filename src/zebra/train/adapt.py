@@ -120,7 +120,7 @@ def _with_rope(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConf
             f"{math.ceil(recipe.train.length / config.max_position_embeddings)}."
         )
     config = with_explicit_yarn_factor(rope.apply(config))
-    refuse_changing_rope(config)
+    refuse_changing_rope(config, "training")
     return config
 
 

@@ -20,7 +20,7 @@ from zebra.data.recall import RecallDataset
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
-from zebra.model.checkpoint import open_tokenizer, write_config, write_zebra_json
+from zebra.model.checkpoint import load_tokenizer, write_config, write_zebra_json
 from zebra.model.default_cache import with_default_cache
 from zebra.model.families import layer_kinds, model_class, route_of, with_stripes
 from zebra.model.load import load
@@ -106,7 +106,7 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     if recipe.stripes is not None and given.get("attention_kinds") is not None:
         raise ZebraError("model.attention_kinds and stripes both name the layers' kinds. Leave one of them out.")
     if tokenizer is None and isinstance(recipe.tokenizer, str):
-        tokenizer = open_tokenizer(recipe.tokenizer)
+        tokenizer = load_tokenizer(recipe.tokenizer)
     given = {"max_position_embeddings": recipe.train.length} | _tokens(recipe, tokenizer) | given
     try:
         config = AutoConfig.for_model(kind, **given)
@@ -162,9 +162,9 @@ def _tokens(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None) -
 
 def _tokenizer(run: Path, recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
     if isinstance(recipe.tokenizer, str):
-        return open_tokenizer(recipe.tokenizer)
+        return load_tokenizer(recipe.tokenizer)
     if (run / "tokenizer").is_dir():
-        return open_tokenizer(run / "tokenizer")
+        return load_tokenizer(run / "tokenizer")
     return train_tokenizer(texts_of(recipe), recipe.tokenizer)
 
 

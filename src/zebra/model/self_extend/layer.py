@@ -71,14 +71,14 @@ class _Positions:
     """The positions of the T tokens of one forward.
 
     Attributes:
-        given: as transformers numbers them, (1 or B, T).
-        offset: `given` less the index in the sequence, padding counted, (1 or B, 1); see `_offset`.
-        document_start: the given position of the first real token of each one's document, (1 or B, 1 or T).
+        original: as transformers numbers them, (1 or B, T).
+        offset: `original` less the index in the sequence, padding counted, (1 or B, 1); see `_offset`.
+        document_start: the original position of the first real token of each one's document, (1 or B, 1 or T).
         query_rotation, key_rotation: the rotations to their grouped positions.
         query_scale: what the queries are multiplied by, (1 or B, 1, T, 1), or None.
     """
 
-    given: Tensor
+    original: Tensor
     offset: Tensor
     document_start: Tensor
     query_rotation: Rotation
@@ -132,13 +132,13 @@ class GroupedRotation:
 
     def rotation_of_all_keys(self, positions: _Positions, total: int, dtype: torch.dtype) -> Rotation:
         """The rotation of all `total` keys, those before this forward's tokens too."""
-        past = total - positions.given.shape[1]
+        past = total - positions.original.shape[1]
         if past == 0:
             return positions.key_rotation
-        earlier = positions.given[:, :1] - past + torch.arange(past, device=positions.given.device)
-        given = torch.cat([earlier, positions.given], dim=1)
-        true = (given - positions.document_start).clamp(min=0)
-        return rotation_between(self.frequencies, given, grouped_key(true, self.setting.group), dtype)
+        earlier = positions.original[:, :1] - past + torch.arange(past, device=positions.original.device)
+        original = torch.cat([earlier, positions.original], dim=1)
+        true = (original - positions.document_start).clamp(min=0)
+        return rotation_between(self.frequencies, original, grouped_key(true, self.setting.group), dtype)
 
     def check_continues(self, key: Tensor | PendingKeys, positions: _Positions, past: int) -> None:
         """Reject new tokens whose positions do not continue those of the `past` cached ones.
@@ -153,7 +153,7 @@ class GroupedRotation:
                 ((offset == 0) | (positions.document_start == 0) | (offset == NO_POSITION)).all()
             )
         if not continues:
-            at = positions.given[:4, 0].tolist()
+            at = positions.original[:4, 0].tolist()
             raise self._error(f"tokens that begin at the positions {at} behind {past} cached ones")
 
     def _error(self, got: str) -> ZebraError:
