@@ -1,12 +1,12 @@
-"""The page of a from-scratch study, docs/results/<name>.md, from the rows of its grid.
+"""The page of a from-scratch study, docs/results/<name>.md, from the results of its grid.
 
-python benchmarks/study.py runs/study-tiny                    the run's rows are published, then the page is written
-python benchmarks/study.py costs recipes/study-tiny-cpu.yaml  each cell's training step is timed and weighed: these rows
-                                                              replace those that were published; minutes, nothing else
-                                                              should run; then the page
-python benchmarks/study.py                                    the pages of all studies again, from the published rows
+python benchmarks/study.py runs/study-tiny                    publishes the run's results, then writes the page
+python benchmarks/study.py costs recipes/study-tiny-cpu.yaml  times and weighs a training step of each cell, publishes
+                                                              that in the place of what was published, then writes the
+                                                              page: minutes, on a machine that does nothing else
+python benchmarks/study.py                                    writes the pages of all published studies again
 
-`zebra study recipes/<name>.yaml` makes the run. Rows are published in benchmarks/results/<name>.jsonl, pictures in
+`zebra study recipes/<name>.yaml` makes the run. Results are published in benchmarks/results/<name>.jsonl, pictures in
 docs/images/<name>-*.svg.
 """
 
@@ -22,8 +22,7 @@ from zebra.report.figures import standalone
 from zebra.report.method import method, others
 from zebra.report.page import Cell, Figure, Section
 from zebra.results import Result, read_results, write_results
-from zebra.study.cells import parted
-from zebra.study.page import sections, verdict
+from zebra.study.page import chapters
 from zebra.study.recipe import StudyRecipe, recipes_of
 from zebra.train.recipe import read_recipe
 from zebra_bench import study as bench
@@ -35,57 +34,58 @@ IMAGES = ROOT / "docs" / "images"
 
 CAVEATS = {
     "study-tiny": [
-        "Trained were four layers of 64 numbers in four heads, 0.23 million parameters, with 512 words of byte-level "
-        "BPE, for 2,000 steps of 1,024 tokens, on 15 novels and memoirs of 9.9 million characters "
-        "(recipes/study-tiny-cpu.yaml), and measured on one book, The Railway Children. The paper's models have 117 "
-        "million parameters and more, and rows of 1,024 tokens and more (recalled).",
+        "The models have four layers, a hidden size of 64, four heads and 0.23 million parameters, and a vocabulary of "
+        "512 tokens of byte-level BPE. They were trained for 2,000 steps of 1,024 tokens on 15 novels and memoirs of "
+        "9.9 million characters (recipes/study-tiny-cpu.yaml), and measured on one book, The Railway Children. The "
+        "paper's models have 117 million parameters and more, and sequences of 1,024 tokens and more (recalled).",
         "Global attention has not learned to use its context after so few tokens: it starts from an even mean over all "
-        "of them, and ends 6 % behind local attention. Claims that a global model should win are held against that "
+        "of them, and ends 6 % behind local attention. Claims that a global model should win are compared with that "
         "model: they fail for it, or stay open. With three times the steps it is level with local attention "
         "(docs/results/study-longer.md).",
-        "Three seeds were planned. They left the first claims open, and five were run in the end of each cell that "
-        "decides a claim, which the intervals do not know of. Training at 1,024 has three seeds, every other cell one.",
-        "What grouped attention gains on local, 2 to 3 %, it has by some 64 tokens of context, keeps to the end of the "
-        "trained length, and loses beyond it.",
-        "ALiBi's four heads have the slopes 1/4, 1/16, 1/64 and 1/256. Learned positions have seen each place 4,000 "
-        "times. The verdicts on both are about this size and not about the method.",
-        "Groups are of two layers. Of four layers in groups of four only the first is global, and looking a word up in "
-        "what was read takes a layer below that has read what stands before it.",
-        "A step of so small a model is made of calls and not of arithmetic. The plan counts arithmetic and bytes, and "
-        "says a quarter of the time; and every kind of attention takes about as long. What attention pairs cost shows "
-        "in long texts (docs/results/speed.md).",
+        "Three seeds were planned. They left the first claims open, so each cell that decides a claim has five in the "
+        "end; the intervals do not account for that. Training at 1,024 has three seeds, every other cell one.",
+        "Grouped attention gains 2 to 3 % on local attention. It has that gain at some 64 tokens of context, keeps it "
+        "to the end of the trained length, and loses it beyond.",
+        "ALiBi's four heads have the slopes 1/4, 1/16, 1/64 and 1/256. Each learned position was trained 4,000 times. "
+        "The verdicts on both are about this size and not about the method.",
+        "Groups have two layers. With groups of four, only the first of the four layers would be global; but finding "
+        "a token in the context takes a lower layer that has read what stands before it.",
+        "A step of so small a model consists of calls and not of arithmetic. The plan counts arithmetic and bytes and "
+        "predicts a quarter of the time, and every kind of attention takes about as long. Long texts show what "
+        "attention pairs cost (docs/results/speed.md).",
     ],
     "study-longer": [
-        "The main cells of the tiny study (docs/results/study-tiny.md) with 6,000 steps for its 2,000, a warm-up three "
-        "times as long, and nothing else changed (recipes/study-longer-cpu.yaml). It asks whether what that study "
-        "found depends on how short its training is. For global attention it does: there it ends 6 % behind local "
+        "The main cells of the tiny study (docs/results/study-tiny.md) with 6,000 steps instead of 2,000, a warm-up "
+        "three times as long, and no other change (recipes/study-longer-cpu.yaml). The question is whether the "
+        "findings depend on how short the training is. For global attention they do: there it ends 6 % behind local "
         "attention, here it is level with it, and seeds no longer tell the two apart.",
-        "Two pages of one set-up are two looks at it. This one was made because the first had left claims open.",
+        "Two pages of one set-up are two looks at it. This one was made because the first left claims open.",
     ],
 }
-"""What a reader of a published study must know that its rows cannot say."""
+"""What a reader of a published study must know that its results cannot say."""
 
 
-def write_page(name: str, rows: list[Result], pages: Path, images: Path) -> None:
+def write_page(name: str, results: list[Result], pages: Path, images: Path) -> None:
     """The Markdown and its pictures.
 
     Raises:
-        ZebraError: rows without a study.
+        ZebraError: results without a study.
     """
-    studies, rest = parted(rows)
-    if not studies:
+    parts = chapters(results)
+    if not parts:
         raise ZebraError(
-            f"the {len(rows):,} rows of {name} hold no study of two cells or more. Give the run of a grid."
+            f"the {len(results):,} results of {name} hold no study of two cells or more. Give the run of a grid."
         )
-    parts = [section for i, one in enumerate(studies, start=1) for section in sections(one, i)]
+    known = {id(one) for part in parts for one in part.results}
+    rest = [one for one in results if id(one) not in known]
     caveats = Section("What to keep in mind", list(CAVEATS.get(name, [])))
-    parts = [_short(section) for section in (caveats, *parts, method(rows), others(rest)) if section.blocks]
-    for block in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
+    sections = [caveats, *(one for part in parts for one in part.sections), method(results), others(rest)]
+    sections = [_short(section) for section in sections if section.blocks]
+    for block in (block for section in sections for block in section.blocks if isinstance(block, Figure)):
         atomic_write(images / f"{name}-{block.name}.svg", standalone(block.svg) + "\n")
-    said = [verdict(one) for one in studies]
-    made = [Cell(f"benchmarks/study.py wrote this page from the rows in benchmarks/results/{name}.jsonl.")]
-    stem = f"../{images.name}/{name}"
-    atomic_write(pages / f"{name}.md", page.markdown(stem, f"The from-scratch study: {name}", [*said, made], parts))
+    origin = [Cell(f"benchmarks/study.py wrote this page from the results in benchmarks/results/{name}.jsonl.")]
+    summary, stem = [*(part.summary for part in parts), origin], f"../{images.name}/{name}"
+    atomic_write(pages / f"{name}.md", page.markdown(stem, f"The from-scratch study: {name}", summary, sections))
 
 
 def _short(section: Section) -> Section:
@@ -94,25 +94,25 @@ def _short(section: Section) -> Section:
     return section._replace(blocks=blocks)
 
 
-def publish(name: str, rows: list[Result]) -> None:
-    """Rows of a study in the place of those that were published: of its runs, or of their costs, or of both."""
+def publish(name: str, results: list[Result]) -> None:
+    """Results of a study in the place of those that were published: of its runs, of its costs, or of both."""
     file = RESULTS / f"{name}.jsonl"
-    new = {*map(_timed, rows)}
-    kept = [row for row in read_results(file) if _timed(row) not in new] if file.is_file() else []
-    write_results(file, sorted([*kept, *rows], key=_timed))
+    replaced = {*map(_is_timed, results)}
+    others = [one for one in read_results(file) if _is_timed(one) not in replaced] if file.is_file() else []
+    write_results(file, sorted([*others, *results], key=_is_timed))
 
 
-def _timed(row: Result) -> bool:
-    return row.task.startswith("bench ")
+def _is_timed(one: Result) -> bool:
+    return one.task.startswith("bench ")
 
 
 def costs(grid: StudyRecipe) -> str:
-    """Measure the cells of a grid, publish their rows, and return its name."""
+    """Measure the cells of a grid, publish their results, and return its name."""
     name = Path(grid.run).name
-    rows, left_out = bench.costs(recipes_of(grid), run=name)
+    results, left_out = bench.costs(recipes_of(grid), run=name)
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
-    publish(name, rows)
+    publish(name, results)
     return name
 
 
@@ -131,5 +131,5 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ZebraError as refusal:
-        sys.exit(f"study: {refusal}")
+    except ZebraError as error:
+        sys.exit(f"study: {error}")

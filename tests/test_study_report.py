@@ -21,16 +21,16 @@ from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
 from zebra.study import claims
-from zebra.study.cells import Cell, parted
 from zebra.study.page import chapters
 from zebra.study.pictures import Point, frontier, plot_scatter
-from zebra.study.spread import Difference, Losses, Spread, between, spread
+from zebra.study.results import StudyCell, studies_in
+from zebra.study.spread import Difference, Losses, Spread, loss_difference, spread
 from zebra.train.recipe import read_recipe
 
 FULL, GROUPED, SUMMARY, LOCAL = "full", "GL:32", "SS:32/16", "L:32"
 LAYOUTS = (FULL, GROUPED, SUMMARY, LOCAL)
 NUMBERS = {FULL: 17.0, GROUPED: 17.1, SUMMARY: 17.6, LOCAL: 18.4}
-Perplexities = Mapping[Cell, Mapping[int, float]]
+Perplexities = Mapping[StudyCell, Mapping[int, float]]
 
 
 def pairs(layout: str, length: int) -> int:
@@ -38,7 +38,7 @@ def pairs(layout: str, length: int) -> int:
     return visible_pairs(length, window) + visible_pairs(length, None if layout == GROUPED else window)
 
 
-def run_of(cell: Cell, seed: int, value: float, gain: float = 0.05, beyond: float = 1.1) -> list[Result]:
+def run_of(cell: StudyCell, seed: int, value: float, gain: float = 0.05, beyond: float = 1.1) -> list[Result]:
     """What `zebra pretrain` leaves of a cell: `value` over its length, `gain` nats less far than near."""
     place = f"runs/grid/cells/{cell.layout.replace(':', '-').replace('/', '-')}-{cell.position}-{cell.length}-s{seed}"
     common: dict[str, Any] = {"run": Path(place).name, "seed": seed, "layout": f"{cell.layout} {cell.position}"}
@@ -65,19 +65,19 @@ def run_of(cell: Cell, seed: int, value: float, gain: float = 0.05, beyond: floa
     return rows
 
 
-def whole(**changes: Any) -> dict[Cell, dict[str, Any]]:
+def whole(**changes: Any) -> dict[StudyCell, dict[str, Any]]:
     """A grid in which every claim that can be tested holds."""
-    cells: dict[Cell, dict[str, Any]] = {}
+    cells: dict[StudyCell, dict[str, Any]] = {}
     for layout, position in itertools.product(LAYOUTS, ("rotary", "alibi", "absolute", "none")):
         worse = {"rotary": 1.0, "alibi": 1.01, "absolute": 1.04, "none": 1.06}[position]
         gain = 0.02 if position == "alibi" else 0.05
-        cells[Cell(layout, position, 512)] = {"value": NUMBERS[layout] * worse, "gain": gain}
+        cells[StudyCell(layout, position, 512)] = {"value": NUMBERS[layout] * worse, "gain": gain}
     for layout in (FULL, GROUPED):
-        cells[Cell(layout, "rotary", 1024)] = {"value": NUMBERS[layout], "beyond": 1.0}
+        cells[StudyCell(layout, "rotary", 1024)] = {"value": NUMBERS[layout], "beyond": 1.0}
     return cells
 
 
-def rows_of(cells: dict[Cell, dict[str, Any]], seeds: int = 3, noise: float = 0.001) -> list[Result]:
+def rows_of(cells: dict[StudyCell, dict[str, Any]], seeds: int = 3, noise: float = 0.001) -> list[Result]:
     """Each seed shifts all cells alike by much, and each run by a little."""
     drawn, rows = random.Random(5), []
     for cell, given in cells.items():
@@ -93,7 +93,7 @@ def few() -> list[Result]:
 
 
 def judged(rows: list[Result]) -> list[str]:
-    (found,), _ = parted(rows)
+    (found,) = studies_in(rows)
     return [claim.verdict for claim in claims.claims(found)]
 
 
@@ -102,56 +102,56 @@ def judged(rows: list[Result]) -> list[str]:
 
 def test_the_rows_of_a_grid_are_told_from_others() -> None:
     grid, other = rows_of(whole()), a_run()
-    (found,), rest = parted([*other, *grid])
-    assert rest == other
+    (found,) = studies_in([*other, *grid])
+    assert len(found.results) == len(grid)
     assert (found.name, found.length, len(found.runs)) == ("grid", 512, 18)
     assert {cell.attention for cell in found.runs} == {"global", "grouped", "summary", "local"}
-    assert Cell("0,3:32", "none", 8).attention == "grouped"
-    assert Cell("GS:32/4", "none", 8).attention == "mixed"
-    assert Cell(SUMMARY, "rotary", 8).name == "S:32/16 rotary"
-    assert found.cell("grouped") == Cell(GROUPED, "rotary", 512)
+    assert StudyCell("0,3:32", "none", 8).attention == "grouped"
+    assert StudyCell("GS:32/4", "none", 8).attention == "mixed"
+    assert StudyCell(SUMMARY, "rotary", 8).name == "S:32/16 rotary"
+    assert found.cell("grouped") == StudyCell(GROUPED, "rotary", 512)
     assert found.cell("mixed") is None
-    assert found.title(Cell(GROUPED, "rotary", 1024)) == "GL:32 rotary at 1,024"
+    assert found.title(StudyCell(GROUPED, "rotary", 1024)) == "GL:32 rotary at 1,024"
     one = [row for row in grid if row.run == grid[0].run]
-    assert [len(found.runs) for found in parted(one)[0]] == [1]
+    assert [len(study.runs) for study in studies_in(one)] == [1]
     alone = [replace(row, model=row.model.replace("/cells/", "/")) for row in one]
-    assert parted(alone) == ([], alone)
+    assert studies_in(alone) == []
     two = [
         *alone,
         *(replace(row, model=row.model.replace("/cells/", "/")) for row in grid if "-none-512-s0" in row.run),
     ]
-    assert [(found.name, len(found.runs)) for found in parted(two)[0]] == [("", 5)]
+    assert [(study.name, len(study.runs)) for study in studies_in(two)] == [("", 5)]
 
 
 def test_the_layout_with_the_most_runs_stands_for_its_kind() -> None:
-    cells = {Cell("GL:8", "rotary", 512): {"value": 9.0}} | whole()
-    (found,), _ = parted(rows_of(cells))
-    assert found.cell("grouped") == Cell(GROUPED, "rotary", 512)
+    cells = {StudyCell("GL:8", "rotary", 512): {"value": 9.0}} | whole()
+    (found,) = studies_in(rows_of(cells))
+    assert found.cell("grouped") == StudyCell(GROUPED, "rotary", 512)
 
 
 def test_a_second_run_of_a_cell_and_seed_is_not_lost() -> None:
-    cell = Cell(FULL, "rotary", 512)
+    cell = StudyCell(FULL, "rotary", 512)
     again = [
         replace(row, model=row.model.replace("/cells/", "/cells/again-"), run="again") for row in run_of(cell, 0, 7.77)
     ]
-    _, rest = parted([*rows_of(whole()), *again])
-    assert rest == again
+    (study,) = studies_in([*rows_of(whole()), *again])
+    assert not {id(one) for one in again} & {id(one) for one in study.results}
 
 
 # Seeds
 
 
 def test_three_seeds_are_paired_by_students_t() -> None:
-    found = between({0: 1.1, 1: 2.2, 2: 3.3, 9: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 7.0}, [])
+    found = loss_difference({0: 1.1, 1: 2.2, 2: 3.3, 9: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 7.0}, [])
     assert found is not None
     assert found.mean == pytest.approx(0.2)
     assert found.half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
 
 
 def test_without_a_shared_seed_or_a_spread_there_is_no_difference() -> None:
-    assert between({0: 1.0}, {1: 1.0}, [{0: 1.0, 1: 1.0}, {0: 2.0, 1: 3.0}]) is None
-    assert between({0: 1.0}, {0: 2.0}, [{0: 1.0}, {0: 2.0}]) is None
-    assert between({0: 1.0}, {0: 2.0}, [{0: 1.0, 1: 2.0}]) is None
+    assert loss_difference({0: 1.0}, {1: 1.0}, [{0: 1.0, 1: 1.0}, {0: 2.0, 1: 3.0}]) is None
+    assert loss_difference({0: 1.0}, {0: 2.0}, [{0: 1.0}, {0: 2.0}]) is None
+    assert loss_difference({0: 1.0}, {0: 2.0}, [{0: 1.0, 1: 2.0}]) is None
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
@@ -161,14 +161,14 @@ def test_intervals_hold_the_truth_in_95_of_100(seeds: int) -> None:
         shift = [drawn.gauss(0, 5) for _ in range(3)]
         cells: list[Losses] = [{s: mean + shift[s] + drawn.gauss(0, 0.3) for s in range(3)} for mean in range(6)]
         one, two = ({s: cell[s] for s in range(seeds)} for cell in cells[:2])
-        found = between(one, two, [one, two, *cells[2:]] if seeds < 3 else cells)
+        found = loss_difference(one, two, [one, two, *cells[2:]] if seeds < 3 else cells)
         assert found is not None
         held += found.low <= -1 <= found.high
     assert 0.93 < held / trials < 0.97
 
 
 def test_spreads() -> None:
-    row = run_of(Cell(FULL, "rotary", 512), 0, 2.0)[2]
+    row = run_of(StudyCell(FULL, "rotary", 512), 0, 2.0)[2]
     assert spread({0: row}) == (row.value, None, 1)
     two = spread({0: replace(row, value=1.0), 1: replace(row, value=3.0)})
     assert two == (2.0, math.sqrt(2), 2)
@@ -179,31 +179,30 @@ def test_spreads() -> None:
 
 
 def test_all_claims_that_can_be_tested_hold() -> None:
-    (found,), _ = parted(rows_of(whole()))
+    (found,) = studies_in(rows_of(whole()))
     verdicts = [claim.verdict for claim in claims.claims(found)]
     assert verdicts == ["holds"] * 5 + ["not tested here"] + ["holds"] * 2
     for claim in claims.claims(found):
-        assert claim.rows
-        assert claim.cells
-        assert all(row.run for row in claim.rows)
+        assert claim.results
+        assert all(row.run for row in claim.results)
 
 
-def moved(cell: Cell, **given: Any) -> dict[Cell, dict[str, Any]]:
+def moved(cell: StudyCell, **given: Any) -> dict[StudyCell, dict[str, Any]]:
     cells = whole()
     return cells | {cell: cells.get(cell, {}) | given}
 
 
-BROKEN: dict[str, tuple[dict[Cell, dict[str, Any]], int]] = {
-    "long context does not help": (moved(Cell(LOCAL, "rotary", 512), value=16.7), 0),
-    "long context helps one kind alone": (moved(Cell(FULL, "rotary", 512), value=19.0), 2),
-    "grouped is worse": (moved(Cell(GROUPED, "rotary", 512), value=17.6), 1),
-    "local is better than grouped": (moved(Cell(LOCAL, "rotary", 512), value=16.9), 2),
-    "summary is worse than local": (moved(Cell(SUMMARY, "rotary", 512), value=18.6), 3),
-    "summary is better than global": (moved(Cell(SUMMARY, "rotary", 512), value=16.0), 3),
-    "absolute is better in one kind": (moved(Cell(SUMMARY, "absolute", 512), value=16.0), 4),
-    "alibi is bad within": (moved(Cell(FULL, "alibi", 512), value=18.0), 6),
-    "alibi uses far context": (moved(Cell(FULL, "alibi", 512), gain=0.05), 6),
-    "length matters less": (moved(Cell(GROUPED, "rotary", 1024), value=19.5), 7),
+BROKEN: dict[str, tuple[dict[StudyCell, dict[str, Any]], int]] = {
+    "long context does not help": (moved(StudyCell(LOCAL, "rotary", 512), value=16.7), 0),
+    "long context helps one kind alone": (moved(StudyCell(FULL, "rotary", 512), value=19.0), 2),
+    "grouped is worse": (moved(StudyCell(GROUPED, "rotary", 512), value=17.6), 1),
+    "local is better than grouped": (moved(StudyCell(LOCAL, "rotary", 512), value=16.9), 2),
+    "summary is worse than local": (moved(StudyCell(SUMMARY, "rotary", 512), value=18.6), 3),
+    "summary is better than global": (moved(StudyCell(SUMMARY, "rotary", 512), value=16.0), 3),
+    "absolute is better in one kind": (moved(StudyCell(SUMMARY, "absolute", 512), value=16.0), 4),
+    "alibi is bad within": (moved(StudyCell(FULL, "alibi", 512), value=18.0), 6),
+    "alibi uses far context": (moved(StudyCell(FULL, "alibi", 512), gain=0.05), 6),
+    "length matters less": (moved(StudyCell(GROUPED, "rotary", 1024), value=19.5), 7),
 }
 
 
@@ -229,27 +228,27 @@ def test_a_spread_that_leaves_it_open_is_no_verdict() -> None:
 
 def test_noise_opens_a_verdict_and_never_turns_it() -> None:
     for half in (0.001, 0.007, 0.009, 0.013, 0.03, 0.1):
-        assert claims._beats(Difference(-0.008, half, "")) in (True, None)
-        assert claims._beats(Difference(0.008, half, "")) in (False, None)
-        assert claims._as_good(Difference(0.018, half, "")) in (True, None)
-        assert claims._as_good(Difference(0.022, half, "")) in (False, None)
+        assert claims.beats(Difference(-0.008, half, "")) in (True, None)
+        assert claims.beats(Difference(0.008, half, "")) in (False, None)
+        assert claims.as_good(Difference(0.018, half, "")) in (True, None)
+        assert claims.as_good(Difference(0.022, half, "")) in (False, None)
 
 
 def test_means_beside_a_change_are_of_the_seeds_that_it_is_of() -> None:
     rows = [row for row in rows_of(whole(), seeds=5) if row.seed < 3 or not row.layout.startswith(LOCAL)]
-    (found,), _ = parted(rows)
-    (part,) = [part for part in claims.claims(found)[2].parts if part.one[0].startswith(FULL)]
-    one, two = (float(text.split()[0]) for text in (part.one[1], part.other[1]))
+    (found,) = studies_in(rows)
+    (part,) = [part for part in claims.claims(found)[2].evidence if part.compared[0][0].startswith(FULL)]
+    one, two = (float(text.split()[0]) for text in (number for _, number in part.compared))
     assert float(part.change.rstrip(" %").replace("−", "-")) == pytest.approx(100 * (one / two - 1), abs=0.06)
 
 
 def test_grouped_as_good_as_a_global_that_is_no_better_than_local_tells_nothing() -> None:
-    assert judged(rows_of(moved(Cell(LOCAL, "rotary", 512), value=16.9)))[1] == "not tested here"
+    assert judged(rows_of(moved(StudyCell(LOCAL, "rotary", 512), value=16.9)))[1] == "not tested here"
 
 
 def test_length_that_matters_to_one_variant_alone_is_no_verdict() -> None:
-    (found,), _ = parted(rows_of(whole()))
-    short, long = (Cell(GROUPED, "rotary", length) for length in (512, 1024))
+    (found,) = studies_in(rows_of(whole()))
+    short, long = (StudyCell(GROUPED, "rotary", length) for length in (512, 1024))
     for seed, rows in found.runs[short].items():
         same = {(row.length, row.position_from, row.position_to): row.value for row in found.runs[long][seed]}
         found.runs[short][seed] = [
@@ -288,7 +287,7 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path) -> None:
     rows = rows_of(whole())
     page(rows, tmp_path)
     markdown, html = (tmp_path / "page.md").read_text(), words((tmp_path / "page.html").read_text())
-    (found,), _ = parted(rows)
+    (found,) = studies_in(rows)
     for text in (markdown, html):
         assert "18 cells, 54 runs. Of the paper's 7 claims 6 hold, 0 do not hold, 1 is not tested here." in text
         for title in ("claims", "perplexity by position", "quality against cost", "beyond the trained length"):
@@ -344,8 +343,10 @@ def test_timed_rows_stand_beside_the_plan(tmp_path: Path) -> None:
 
 def points(n: int) -> list[Point]:
     drawn = random.Random(n)
-    cells = [Cell(layout, position, 512) for layout in LAYOUTS for position in ("rotary", "alibi", "absolute", "none")]
-    cells += [Cell(f"GL:{window}", "rotary", 512) for window in (8, 16, 64, 128)]
+    cells = [
+        StudyCell(layout, position, 512) for layout in LAYOUTS for position in ("rotary", "alibi", "absolute", "none")
+    ]
+    cells += [StudyCell(f"GL:{window}", "rotary", 512) for window in (8, 16, 64, 128)]
     return [
         Point(cell, pairs(cell.layout, 512) / 512, Spread(17 + drawn.random(), 0.02 if i % 2 else None, 3))
         for i, cell in enumerate(cells[:n])
@@ -393,45 +394,43 @@ def script() -> Any:
 
 
 def test_the_script_makes_the_page_and_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = script()
+    module = script()
     for name in ("RESULTS", "PAGES", "IMAGES"):
         (tmp_path / name.lower()).mkdir()
-        monkeypatch.setattr(made, name, tmp_path / name.lower())
+        monkeypatch.setattr(module, name, tmp_path / name.lower())
     run = tmp_path / "study-try"
     run.mkdir()
     write_results(run / "results.jsonl", few())
-    made.main([str(run)])
+    module.main([str(run)])
     page = (tmp_path / "pages" / "study-try.md").read_text()
     assert "../images/study-try-scatter.svg" in page
     assert (tmp_path / "images" / "study-try-scatter.svg").is_file()
     (tmp_path / "pages" / "study-try.md").unlink()
-    made.main([])
+    module.main([])
     assert (tmp_path / "pages" / "study-try.md").read_text() == page
     timed = Result(run="study-try", model="zebra", layout="full rotary", task="bench study step", metric="milliseconds",
                 value=987.0, length=512)  # fmt: skip
-    monkeypatch.setattr(made.bench, "costs", lambda recipes, run: ([replace(timed, n=len(recipes))], ("a line",)))
+    monkeypatch.setattr(module, "recipes_of", lambda grid: [])
+    monkeypatch.setattr(module.bench, "costs", lambda recipes, run: ([timed], ("a line",)))
     grid = ["costs", str(ROOT / "recipes" / "study-tiny-cpu.yaml")]
-    monkeypatch.setattr(made, "read_recipe", lambda path, kind: read_recipe(path, kind, ["run=runs/study-try"]))
-    for arguments in (
-        grid,
-        grid,
-        [str(run)],
-    ):  # measured again it stands in the place of the old, published again beside
-        made.main(arguments)
+    monkeypatch.setattr(module, "read_recipe", lambda path, kind: read_recipe(path, kind, ["run=runs/study-try"]))
+    publish_again = [str(run)]
+    for arguments in (grid, publish_again):
+        module.main(arguments)
         rows = read_results(tmp_path / "results" / "study-try.jsonl")
         assert [row.value for row in rows if row.task == timed.task] == [987.0]
         assert len(rows) == len(few()) + 1
         assert "987" in (tmp_path / "pages" / "study-try.md").read_text()
     with pytest.raises(ZebraError, match="no study of two cells"):
-        made.write_page("x", a_run(), tmp_path, tmp_path)
+        module.write_page("x", a_run(), tmp_path, tmp_path)
 
 
 def test_the_published_pages_are_what_their_rows_give(tmp_path: Path) -> None:
-    made = script()
+    module = script()
     images = tmp_path / "images"
     images.mkdir()
     for file in (ROOT / "benchmarks" / "results").glob("study-*.jsonl"):
-        made.write_page(file.stem, read_results(file), tmp_path, images)
+        module.write_page(file.stem, read_results(file), tmp_path, images)
         assert (tmp_path / f"{file.stem}.md").read_text() == (ROOT / "docs" / "results" / f"{file.stem}.md").read_text()
         for picture in images.glob("*.svg"):
             assert (ROOT / "docs" / "images" / picture.name).is_file()

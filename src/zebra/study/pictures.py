@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -13,76 +13,66 @@ from matplotlib.transforms import Bbox
 
 from zebra.report.figures import HUES, INK
 from zebra.report.series import Span, number
-from zebra.study.cells import ATTENTIONS, POSITIONS, Cell
+from zebra.study.results import ATTENTIONS, POSITIONS, StudyCell
 from zebra.study.spread import Spread
 
 COLOURS = dict(zip(ATTENTIONS, (INK, *HUES), strict=False))
 SHAPES = dict(zip(POSITIONS, "o^sD", strict=True))
 _FAR = 1.25
-"""Times the best perplexity: what is worse is no part of the comparison and would press it together."""
+"""Worse perplexities than this many times the best stand at the upper edge: they would press the others together."""
 _REACH = 14
 """Label heights that a label may stand away from its point."""
 
 
 class Point(NamedTuple):
-    """A cell in the scatter: its cost, and its perplexity over seeds."""
+    """A cell in the scatter: its cost, its perplexity over seeds, and where it stands if not at its perplexity."""
 
-    cell: Cell
+    cell: StudyCell
     cost: float
     quality: Spread
-    shown: float | None = None
-    """Where it stands if not at its perplexity."""
+    clipped: float | None = None
 
     @property
     def height(self) -> float:
         """Where it stands."""
-        return self.quality.mean if self.shown is None else self.shown
+        return self.quality.mean if self.clipped is None else self.clipped
 
     @property
     def bar(self) -> float:
         """The deviation, 0 where none is drawn."""
-        return (self.shown is None and self.quality.deviation) or 0.0
+        return (self.clipped is None and self.quality.deviation) or 0.0
 
     @property
     def label(self) -> str:
-        """Its name, and its perplexity where that is not where it stands."""
-        return self.cell.name + ("" if self.shown is None else f", {number(self.quality.mean)}")
+        """Its name, and its perplexity where it does not stand there."""
+        return self.cell.name + ("" if self.clipped is None else f", {number(self.quality.mean)}")
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that none is better and as cheap as, from the cheapest on."""
-    found: list[Point] = []
+    """The points than which none is both better and as cheap, from the cheapest on."""
+    best: list[Point] = []
     for point in sorted(points, key=lambda point: (point.cost, point.quality.mean)):
-        if not found or point.quality.mean < found[-1].quality.mean:
-            found.append(point)
-    return found
+        if not best or point.quality.mean < best[-1].quality.mean:
+            best.append(point)
+    return best
 
 
-def highest(points: Sequence[Point]) -> float | None:
-    """The perplexity from which on points stand at the upper edge, so that the others are apart; None without such."""
+def clip(points: Sequence[Point]) -> list[Point]:
+    """The points, those that are far worse than the best at the upper edge."""
     limit = _FAR * min(point.quality.mean for point in points)
-    return limit if any(point.quality.mean > limit for point in points) else None
+    return [point._replace(clipped=limit) if point.quality.mean > limit else point for point in points]
 
 
 def plot_scatter(axes: Axes, points: Sequence[Point], cost: str) -> None:
     """Colour by attention, shape by position embedding, the frontier as a staircase, a label for each point."""
-    limit = highest(points)
-    if limit is not None:
-        points = [p._replace(shown=limit) if p.quality.mean > limit else p for p in points]
     best = frontier(points)
     x = [point.cost for point in best]
     y = [point.quality.mean for point in best]
     for point in points:
-        color, shape = COLOURS[point.cell.attention], SHAPES[point.cell.position]
         axes.errorbar(
-            point.cost,
-            point.height,
-            point.bar or None,
-            fmt=shape,
-            color=color,
-            markersize=5,
-            elinewidth=0.9,
-        )
+            point.cost, point.height, point.bar or None, fmt=SHAPES[point.cell.position], markersize=5, elinewidth=0.9,
+            color=COLOURS[point.cell.attention],
+        )  # fmt: skip
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.08)
     low, high = axes.get_xlim()
@@ -110,66 +100,52 @@ def _legend(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _label(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
-    """Each name at the nearest free place beside its point, with a thin line where that is not next to it."""
+    """Each name at the nearest free place beside its point, with a thin line to a point that is farther away."""
     figure = axes.figure
-    figure.draw_without_rendering()  # type: ignore[union-attr]  # where things are is known from here on
+    figure.draw_without_rendering()  # type: ignore[union-attr]  # afterwards the places of all things are known
     places = {i: axes.transData.transform((p.cost, p.height)) for i, p in enumerate(points)}
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
-    taken += _lines(axes, points, best)
-    inside = axes.bbox
-    unit = figure.dpi / 72
+    occupied = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
+    occupied += _lines(axes, points, best)
+    inside, unit = axes.bbox, figure.dpi / 72
     for i in sorted(places, key=lambda i: (places[i][0], -places[i][1])):
-        x, y = places[i]
-        text = axes.annotate(
-            points[i].label, (points[i].cost, points[i].height), xytext=(0, 0), textcoords="offset points"
-        )
-        text.set(fontsize=6.5, color=COLOURS[points[i].cell.attention], va="center", ha="left", in_layout=False)
+        point, (x, y) = points[i], places[i]
+        at: dict[str, Any] = {"xy": (point.cost, point.height), "textcoords": "offset points"}
+        color = COLOURS[point.cell.attention]
+        text = axes.annotate(point.label, **at, xytext=(0, 0), fontsize=6.5, color=color, va="center", in_layout=False)
         text.set_parse_math(False)
-        size = text.get_window_extent()
-        step = 1.1 * size.height
+        width, height = text.get_window_extent().size
+        sides = (9, -width - 9, 28, -width - 28)  # right of the point, left of it, and farther out
         offsets = sorted(
-            ((dx, k * step) for k in range(-_REACH, _REACH + 1) for dx in _sides(size.width)),
-            key=lambda at: abs(at[1]) + abs(at[0] + size.width / 2) * 0.3,
+            ((dx, 1.1 * height * k) for k in range(-_REACH, _REACH + 1) for dx in sides),
+            key=lambda offset: abs(offset[1]) + abs(offset[0] + width / 2) * 0.3,
         )
-        for dx, dy in offsets:
-            box = Bbox.from_bounds(x + dx, y + dy - size.height / 2, size.width, size.height)
-            free = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            if free and not any(box.overlaps(other) for other in taken):
-                break
-        else:
-            dx, dy = offsets[0]
+        boxes = [Bbox.from_bounds(x + dx, y + dy - height / 2, width, height) for dx, dy in offsets]
+        free = (
+            k
+            for k, box in enumerate(boxes)
+            if inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if not any(box.overlaps(other) for other in occupied)
+        )
+        k = next(free, 0)
+        dx, dy = offsets[k]
         text.set_position((dx / unit, dy / unit))
-        taken.append(Bbox.from_bounds(x + dx, y + dy - size.height / 2, size.width, size.height))
-        if abs(dy) > 1.5 * step or abs(dx + size.width / 2) > 0.8 * size.width:
-            _leader(axes, points[i], (dx if dx > 0 else dx + size.width) / unit, dy / unit)
+        occupied.append(boxes[k])
+        if abs(dy) > 1.65 * height or abs(dx + width / 2) > 0.8 * width:
+            line = {"arrowstyle": "-", "linewidth": 0.4, "color": color, "shrinkB": 3}
+            end = (dx if dx > 0 else dx + width) / unit, dy / unit
+            axes.annotate("", **at, xytext=end, arrowprops=line).set_in_layout(False)
 
 
 def _lines(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> list[Bbox]:
     """Where the bars of the deviations and the steps of the frontier are."""
     ends = [*(point.cost for point in best[1:]), axes.get_xlim()[1]]
-    spans = [((p.cost, p.quality.mean), (end, p.quality.mean)) for p, end in zip(best, ends, strict=True)]
-    spans += [((p.cost, p.height - p.bar), (p.cost, p.height + p.bar)) for p in points]
-    found = (axes.transData.transform(span) for span in spans)
-    return [Bbox.from_extents(a[0] - 1, a[1] - 1, b[0] + 1, b[1] + 1) for a, b in found]
+    lines = [((p.cost, p.quality.mean), (end, p.quality.mean)) for p, end in zip(best, ends, strict=True)]
+    lines += [((p.cost, p.height - p.bar), (p.cost, p.height + p.bar)) for p in points]
+    corners = (axes.transData.transform(line) for line in lines)
+    return [Bbox.from_extents(a[0] - 1, a[1] - 1, b[0] + 1, b[1] + 1) for a, b in corners]
 
 
-def _sides(width: float) -> tuple[float, ...]:
-    """Right of a point, left of it, and farther out."""
-    return (9, -width - 9, 28, -width - 28)
-
-
-def _leader(axes: Axes, point: Point, dx: float, dy: float) -> None:
-    line = axes.annotate(
-        "",
-        (point.cost, point.height),
-        xytext=(dx, dy),
-        textcoords="offset points",
-        arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": COLOURS[point.cell.attention], "shrinkB": 3},
-    )
-    line.set_in_layout(False)
-
-
-Lines = dict[Cell, dict[Span, float]]
+Lines = dict[StudyCell, dict[Span, float]]
 
 
 def plot_beyond(axes: Axes, lines: Lines, trained: int, position: str, limits: tuple[float, float]) -> None:

@@ -1,4 +1,4 @@
-"""What seeds tell apart: means, deviations, and differences with their intervals."""
+"""Statistics over seeds: means, deviations, and differences of losses with their intervals."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import NamedTuple
 from zebra.results import Result
 
 Scores = Mapping[int | None, Result]
-"""One number of a cell for each seed."""
+"""A perplexity of a cell for each seed."""
 Losses = Mapping[int | None, float]
-"""The same in nats a token."""
+"""Losses in nats per token for each seed."""
 _TWO_SIDED = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t at 97.5 % for 1 to 10 degrees of freedom; for more, that of 10."""
 
@@ -27,11 +27,11 @@ class Spread(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What the first of two adds to the loss, in nats a token, and half its 95 % interval."""
+    """The loss of the first of two less that of the second, in nats per token, and half its 95 % interval."""
 
     mean: float
     half: float
-    how: str
+    method: str
 
     @property
     def low(self) -> float:
@@ -57,16 +57,16 @@ def level(scores: Scores) -> float:
     return statistics.mean(losses.values()) if losses else math.nan
 
 
-def difference(a: Scores, b: Scores, alike: Iterable[Scores]) -> Difference | None:
+def difference(a: Scores, b: Scores, others: Iterable[Scores]) -> Difference | None:
     """The loss of `a` less that of `b`, over the seeds that both have; None without one, or without a spread.
 
-    With three shared seeds or more, the interval is Student's t of their differences. With fewer, the noise is what
-    remains of the losses of all cells of several seeds after their own means and those of the seeds are taken off.
+    With three shared seeds or more, the interval is Student's t of their differences. With fewer, the noise is the
+    residual of the losses of all cells with several seeds: their own means and those of the seeds are subtracted.
 
     Args:
-        alike: the scores of all cells at the same positions.
+        others: the scores of all cells at the same positions.
     """
-    return between(_losses(a), _losses(b), [_losses(scores) for scores in alike])
+    return loss_difference(_losses(a), _losses(b), [_losses(scores) for scores in others])
 
 
 def gain(near: Scores, far: Scores) -> Losses:
@@ -75,25 +75,25 @@ def gain(near: Scores, far: Scores) -> Losses:
     return {seed: one[seed] - two[seed] for seed in one if seed in two}
 
 
-def between(one: Losses, two: Losses, alike: Iterable[Losses]) -> Difference | None:
-    """As `difference`, of losses."""
+def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Difference | None:
+    """`difference` of losses."""
     shared = [one[seed] - two[seed] for seed in one if seed in two]
     if not shared:
         return None
     mean, n = statistics.mean(shared), len(shared)
     if n > 2:
         return Difference(mean, _quantile(n - 1) * statistics.stdev(shared) / math.sqrt(n), f"{n} seeds, paired")
-    noise, freedom = _noise(alike)
+    noise, freedom = _noise(others)
     if not freedom:
         return None
-    how = f"{n} seed{'s' if n > 1 else ''}, paired; the other cells' noise"
-    return Difference(mean, _quantile(freedom) * noise * math.sqrt(2 / n), how)
+    method = f"{n} seed{'s' if n > 1 else ''}, paired; the other cells' noise"
+    return Difference(mean, _quantile(freedom) * noise * math.sqrt(2 / n), method)
 
 
-def _noise(alike: Iterable[Losses]) -> tuple[float, int]:
-    """The deviation of losses beside cell and seed, of the largest set of cells with the same seeds; its freedom."""
+def _noise(others: Iterable[Losses]) -> tuple[float, int]:
+    """The residual deviation over the largest set of cells with the same seeds, and its degrees of freedom."""
     sets: dict[frozenset[int | None], list[Losses]] = defaultdict(list)
-    for losses in alike:
+    for losses in others:
         sets[frozenset(losses)].append(losses)
     seeds, cells = max(sets.items(), key=lambda item: (len(item[0]) - 1) * (len(item[1]) - 1), default=((), []))
     freedom = (len(seeds) - 1) * (len(cells) - 1)
@@ -101,9 +101,13 @@ def _noise(alike: Iterable[Losses]) -> tuple[float, int]:
         return 0.0, 0
     of_cell = [statistics.mean(losses.values()) for losses in cells]
     of_seed = {seed: statistics.mean(losses[seed] for losses in cells) for seed in seeds}
-    whole = statistics.mean(of_cell)
-    rest = (losses[s] - mean - of_seed[s] + whole for losses, mean in zip(cells, of_cell, strict=True) for s in seeds)
-    return math.sqrt(sum(value**2 for value in rest) / freedom), freedom
+    overall = statistics.mean(of_cell)
+    residuals = (
+        losses[seed] - mean - of_seed[seed] + overall
+        for losses, mean in zip(cells, of_cell, strict=True)
+        for seed in seeds
+    )
+    return math.sqrt(sum(value**2 for value in residuals) / freedom), freedom
 
 
 def _losses(scores: Scores) -> Losses:

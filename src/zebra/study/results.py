@@ -1,0 +1,163 @@
+"""Results of the from-scratch study by cell (layout of attention, position embedding, training length) and seed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePath
+from typing import NamedTuple
+
+from zebra.report.series import FULL, Span, step
+from zebra.results import Result
+from zebra.study.spread import Scores
+
+ATTENTIONS = ("global", "grouped", "summary", "local", "mixed")
+POSITIONS = ("rotary", "alibi", "absolute", "none")
+_LAYOUT = re.compile(rf"({FULL}|[GLS]+:\d+(?:/\d+)?|\d+(?:,\d+)*:\d+) ({'|'.join(POSITIONS)})")
+"""How results name a cell's attention and position embedding: `GLLL:32 rotary`."""
+
+
+class StudyCell(NamedTuple):
+    """What was trained, whatever the seed."""
+
+    layout: str
+    position: str
+    length: int
+
+    @property
+    def attention(self) -> str:
+        """The kind of attention: one of ATTENTIONS."""
+        letters = set("G" if self.layout == FULL else self.layout.partition(":")[0])
+        if letters <= set("0123456789,"):
+            return "grouped"
+        of_letters = {"G": "global", "L": "local", "S": "summary", "GL": "grouped"}
+        return of_letters.get("".join(sorted(letters)), "mixed")
+
+    @property
+    def name(self) -> str:
+        """For people; summary layers throughout are one letter."""
+        return f"{re.sub('^S+:', 'S:', self.layout)} {self.position}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The cells of one grid.
+
+    Attributes:
+        runs: the results of each cell and seed.
+        measured: the results of `benchmarks/study.py costs`: what a training step takes.
+    """
+
+    name: str
+    runs: dict[StudyCell, dict[int | None, list[Result]]]
+    measured: list[Result] = field(default_factory=list)
+
+    @cached_property
+    def _scores(self) -> dict[tuple[StudyCell, int, Span], dict[int | None, Result]]:
+        scores: dict[tuple[StudyCell, int, Span], dict[int | None, Result]] = defaultdict(dict)
+        for cell, seeds in self.runs.items():
+            for seed, results in seeds.items():
+                for one in filter(_is_score, results):
+                    scores[cell, one.length or 0, (one.position_from or 0, one.position_to or 0)].setdefault(seed, one)
+        return dict(scores)
+
+    def scores(self, cell: StudyCell, context: int, span: Span | None = None) -> Scores:
+        """A cell's perplexities at the positions of a context, by default at all of them."""
+        return self._scores.get((cell, context, span or (0, context)), {})
+
+    def spans(self, context: int, cells: Sequence[StudyCell]) -> list[Span]:
+        """The buckets of positions that any of the cells has in a context, and last the whole of it."""
+        spans = {span for cell, c, span in self._scores if c == context and cell in cells}
+        return sorted(spans, key=lambda span: (span == (0, context), span))
+
+    def contexts(self, cell: StudyCell) -> list[int]:
+        """The context lengths that a cell was measured at."""
+        return sorted({context for other, context, _ in self._scores if other == cell})
+
+    def far(self, cell: StudyCell) -> Span:
+        """The last bucket of positions of the length that a cell was trained at."""
+        spans = self.spans(cell.length, [cell])
+        return spans[-2] if len(spans) > 1 else (0, cell.length)
+
+    @property
+    def results(self) -> list[Result]:
+        """All of them."""
+        return [*(one for seeds in self.runs.values() for run in seeds.values() for one in run), *self.measured]
+
+    @property
+    def length(self) -> int:
+        """The training length of most runs."""
+        counts = Counter(cell.length for cell, seeds in self.runs.items() for _ in seeds)
+        return max(counts, key=lambda length: (counts[length], length))
+
+    def cell(self, attention: str, position: str = "rotary") -> StudyCell | None:
+        """The cell of a kind of attention at the study's length: of its layouts that with the most runs."""
+        kinds = [cell for cell in self.runs if (cell.attention, cell.length) == (attention, self.length)]
+        counts = Counter(cell.layout for cell in kinds for _ in self.runs[cell])
+        cells = (StudyCell(layout, position, self.length) for layout, _ in counts.most_common())
+        return next((cell for cell in cells if cell in self.runs), None)
+
+    def title(self, cell: StudyCell) -> str:
+        """A cell's name, with its training length where that is not the study's."""
+        return cell.name + ("" if cell.length == self.length else f" at {cell.length:,}")
+
+    def cost(self, cell: StudyCell, metric: str) -> Result | None:
+        """What a text of the training length costs, or a training step: the first result of the cell's own layout."""
+        layout = f"{cell.layout} {cell.position}"
+        costs = (one for seed in self.runs[cell].values() for one in seed if one.task == "cost")
+        return next(
+            (
+                one
+                for one in (*self.measured, *costs)
+                if (one.metric, one.length) == (metric, cell.length) and one.layout == layout
+            ),
+            None,
+        )
+
+
+def studies_in(results: Sequence[Result]) -> list[Study]:
+    """The studies among results: grids, and other runs where they have two cells or more.
+
+    A second run of the same cell and seed belongs to none.
+    """
+    runs: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for one in results:
+        if (directory := _run_directory(one)) is not None:
+            runs[one.run, directory].append(one)
+    grids: dict[str, dict[StudyCell, dict[int | None, list[Result]]]] = defaultdict(lambda: defaultdict(dict))
+    for (_, directory), of_run in runs.items():
+        if (cell := _cell(of_run)) is not None:
+            path = PurePath(directory)
+            name = path.parent.parent.name if path.parent.name == "cells" else ""
+            grids[name][cell].setdefault(of_run[0].seed, of_run)
+    grids = {name: cells for name, cells in grids.items() if name or len(cells) > 1}
+    measured = [one for one in results if one.task.startswith("bench ") and _LAYOUT.fullmatch(one.layout)]
+    return [
+        Study(name, dict(cells), [one for one in measured if one.run == name or len(grids) == 1])
+        for name, cells in grids.items()
+    ]
+
+
+def _run_directory(one: Result) -> str | None:
+    """The directory of the training that a result belongs to."""
+    if step(one) is not None:
+        return one.model.rpartition("@")[0]
+    path = PurePath(one.model)
+    return str(path.parent) if path.name == "model" else None
+
+
+def _cell(results: list[Result]) -> StudyCell | None:
+    scores = [one for one in results if _is_score(one)]
+    layout = next((match for one in scores if (match := _LAYOUT.fullmatch(one.layout))), None)
+    if layout is None:
+        return None
+    trained = next((one.length for one in results if (one.task, one.metric) == ("train", "loss") and one.length), None)
+    return StudyCell(layout[1], layout[2], trained or min(one.length or 0 for one in scores))
+
+
+def _is_score(one: Result) -> bool:
+    placed = one.length and one.position_from is not None and one.position_to is not None
+    return bool(placed and one.task.startswith("perplexity-") and one.metric == "perplexity" and step(one) is None)
