@@ -1,16 +1,17 @@
-"""Perplexity by position of what needs no training, on the demo's text: the host's rotary scaling, and Self-Extend.
+"""Perplexity by position without training, on the demo's text: the rope scaling of transformers, and Self-Extend.
 
-python benchmarks/alternatives.py                 the example checkpoint: rows and the picture of the README
-python benchmarks/alternatives.py CHECKPOINT      another one, on the same text: rows, named by its directory
-python benchmarks/alternatives.py --picture       nothing is measured: the picture again, from the rows
+python benchmarks/alternatives.py                 the example checkpoint: results and the picture
+python benchmarks/alternatives.py CHECKPOINT      another one, on the same text: results named by its directory
+python benchmarks/alternatives.py --picture       measure nothing; draw the picture again
 
-Rows go to benchmarks/results/alternatives.jsonl (alternatives-<name>.jsonl), after each measurement; the picture is
+Results go to benchmarks/results/alternatives.jsonl (alternatives-<name>.jsonl) after each measurement; the picture is
 docs/images/alternatives.svg. A quarter of an hour on one core. Only the intervals are drawn at random, by seed 0.
 """
 
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -28,7 +29,7 @@ TIMES = (16, 8)
 """Lengths, as multiples of the trained one: the picture's, and the one that the demo adapts to."""
 
 
-def variants(trained: int, length: int) -> list[dict[str, str]]:
+def variants(trained: int, length: int) -> list[dict[str, Any]]:
     """The arguments of `evaluate_perplexity`: as it is, three ropes, Self-Extend twice, stripes."""
     factor = length // trained
     auto = {"self_extend": f"auto:{length}"}
@@ -36,21 +37,22 @@ def variants(trained: int, length: int) -> list[dict[str, str]]:
     return [{}, *ropes, auto, {"self_extend": f"32:{trained // 8}"}, {"stripes": f"GLLL:{trained // 4 + 1}", **auto}]
 
 
-def measured(checkpoint: Path, length: int, variant: dict[str, str]) -> list[Result]:
-    """One variant at one length, on the text that the demo is measured on."""
-    asked = read_recipe(ROOT / "recipes" / "demo.yaml", AdaptRecipe).evaluate
-    assert asked is not None
-    found = evaluate_perplexity(
+def measured(checkpoint: Path, length: int, variant: dict[str, Any]) -> list[Result]:
+    """One variant at one length, on the evaluation text of the demo."""
+    evaluation = read_recipe(ROOT / "recipes" / "demo.yaml", AdaptRecipe).evaluate
+    assert evaluation is not None
+    assert evaluation.files is not None
+    results = evaluate_perplexity(
         checkpoint,
-        [str(ROOT / file) for file in asked.files],
+        [str(ROOT / file) for file in evaluation.files],
         lengths=[length],
-        convention=asked.convention,
-        separator=asked.separator,
-        join=asked.join,
+        convention=evaluation.convention,
+        separator=evaluation.separator,
+        join=evaluation.join,
         run="alternatives",
         **variant,
     )
-    return [replace(row, model=checkpoint.name) for row in found]
+    return [replace(row, model=checkpoint.name) for row in results]
 
 
 def measure(checkpoint: Path, path: Path) -> None:
@@ -58,15 +60,15 @@ def measure(checkpoint: Path, path: Path) -> None:
     rows: list[Result] = []
     for length in (times * trained for times in TIMES):
         for variant in variants(trained, length):
-            found = measured(checkpoint, length, variant)
-            rows += found
+            results = measured(checkpoint, length, variant)
+            rows += results
             write_results(path, rows)
-            for row in found:
+            for row in results:
                 print(f"{row.layout:32} {row.position_from:>6,}-{row.position_to:<6,} {row.value:10,.2f}", flush=True)
 
 
 def picture(path: Path) -> None:
-    """The longest length, without what is Self-Extend by hand or with stripes."""
+    """The longest length, without the variants that set Self-Extend by hand or add stripes."""
     rows = list(read_results(path))
     longest = max(row.length or 0 for row in rows)
     shown = list(dict.fromkeys(row.layout for row in rows if row.length == longest))[:5]

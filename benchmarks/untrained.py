@@ -2,10 +2,10 @@
 
 python benchmarks/untrained.py      the example checkpoint, on the test text, its stories joined
 
-Three tables of rows in benchmarks/results/untrained.jsonl, after each measurement; docs/untrained.md shows them:
+Three tables of results in benchmarks/results/untrained.jsonl, after each measurement; docs/untrained.md shows them:
 
     within      contexts of the trained length, by position
-    decoded     the same, half of it read as a prompt and the other half decoded behind it, teacher-forced
+    decoded     the same, half of it read as a prompt and the other half decoded after it, teacher-forced
     beyond      four times the trained length, with Self-Extend in the global layers
 
 A quarter of an hour on one core that others use too. Only the intervals are drawn at random, by seed 0.
@@ -26,11 +26,11 @@ TEXT = ROOT / "examples" / "text" / "tinystories_test.txt"
 PATTERNS = ("GL", "GLLL")
 
 Variant = dict[str, Any]
-"""What `evaluate_perplexity` is asked for."""
+"""Arguments of `evaluate_perplexity`."""
 
 
 def striped(window: int, sinks: tuple[int, ...]) -> list[Variant]:
-    """Each pattern with its window and so many sinks."""
+    """Each pattern with the window and each number of sinks."""
     return [{"stripes": f"{pattern}:{window}" + (f"+{s}" if s else "")} for pattern in PATTERNS for s in sinks]
 
 
@@ -53,7 +53,7 @@ def variants(trained: int) -> list[Variant]:
 def main() -> None:
     rows: list[Result] = []
     for variant in variants(read_config(str(CHECKPOINT)).max_position_embeddings):
-        found = evaluate_perplexity(
+        results = evaluate_perplexity(
             CHECKPOINT,
             [str(TEXT)],
             separator="<|endoftext|>",
@@ -62,9 +62,9 @@ def main() -> None:
             device="cpu",
             **variant,
         )
-        rows += [replace(row, model=CHECKPOINT.name) for row in found]
+        rows += [replace(row, model=CHECKPOINT.name) for row in results]
         write_results(ROWS, rows)
-        for row in found:
+        for row in results:
             print(
                 f"{row.task:32} {row.layout:48} {row.position_from:>5}-{row.position_to:<5} {row.value:8.3f}",
                 flush=True,

@@ -348,7 +348,7 @@ def _laid_out(bench: ModuleType) -> list[Result]:
 def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> None:
     rows = _laid_out(bench)
     lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in bench.findings(rows)[0].blocks]
-    assert lines[0].startswith("Dense: 100 % (")
+    assert lines[0].startswith("Full attention: 100 % (")
     assert "2 of 4 layers global: the best offset is LGLG with 80 % (" in lines[1]
     assert "the worst GLGL with 50 % (" in lines[1]
     assert "; 0 of 2 measured offsets find less than 10 %" in lines[1]
