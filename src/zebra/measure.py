@@ -16,6 +16,7 @@ import statistics
 import timeit
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,11 +100,10 @@ def local_layer(
     window = max(1, size // 4)
     position = torch.arange(size, device=device)
     band = Mask(window).visible(position, position)
+    sdpa = partial(scaled_dot_product_attention, attn_mask=band)
     calls = {
         "zebra": _layer(device, dtype, size, partial(_ours, window)),
-        "sdpa, dense mask": _layer(
-            device, dtype, size, lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=band)
-        ),
+        "sdpa, dense mask": _layer(device, dtype, size, sdpa),
     }
     error = relative_error(*(call() for call in calls.values()))
     if not error <= TOLERANCE[dtype]:
@@ -171,14 +171,7 @@ def ceiling_results(ceilings: Device, *, run: str) -> list[Result]:
 
 def write_ceilings(path: Path, ceilings: Device) -> None:
     """Write the file that `zebra plan --device` reads; it is whole or absent."""
-    tree = {
-        "name": ceilings.name,
-        "flops": dict(ceilings.flops),
-        "attention": {kind: dict(rates) for kind, rates in ceilings.attention.items()},
-        "bandwidth": ceilings.bandwidth,
-        "memory": ceilings.memory,
-    }
-    atomic_write(path, to_json(tree, indent=2) + "\n")
+    atomic_write(path, to_json(asdict(ceilings), indent=2) + "\n")
 
 
 def _size(device: str) -> int:
