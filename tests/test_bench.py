@@ -182,8 +182,8 @@ def test_an_alternative_that_raises_is_left_out() -> None:
         raise ValueError("no such\nthing")
 
     workloads = (Workload(prepare=fails),)
-    theirs = Benchmark(task="", variants=(Variant(name="theirs", layout="", workloads=workloads, may_fail=True),))
-    assert runner.runnable(theirs) == Benchmark(task="", variants=(), left_out=("theirs: no such",))
+    broken = Benchmark(task="", variants=(Variant(name="theirs", layout="", workloads=workloads, may_fail=True),))
+    assert runner.runnable(broken) == Benchmark(task="", variants=(), left_out=("theirs: no such",))
     with pytest.raises(ValueError, match="no such"):
         runner.milliseconds([Variant(name="ours", layout="", workloads=workloads)], 1)
 

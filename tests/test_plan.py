@@ -34,7 +34,7 @@ COUNTED = (
 DEVICE = devices.DEVICES["h100-sxm"]
 
 
-def run(model: str = "llama-2-7b", stripes: str | None = "GLLL:512", **changes: Any) -> Run:
+def planned_run(model: str = "llama-2-7b", stripes: str | None = "GLLL:512", **changes: Any) -> Run:
     settings: dict[str, Any] = {"length": 16384} | changes
     return Run(decoder=decoder.read_decoder(model), stripes=Stripes.parse(stripes) if stripes else None, **settings)
 
@@ -59,11 +59,11 @@ def test_pairs_are_the_masks(n: int, layout: str | None) -> None:
         return sum(first <= i < last and within(i, j, window) for i, j in full)
 
     kinds = shape.kinds(stripes)
-    one = Run(decoder=shape, stripes=stripes, length=n, batch=3)
-    assert cost.pairs(one) == 3 * sum(seen(kind, 0, n) for kind in kinds)
-    assert cost.pairs(replace(one, phase="decode")) == 3 * sum(seen(kind, n, n + 1) for kind in kinds)
+    run = Run(decoder=shape, stripes=stripes, length=n, batch=3)
+    assert cost.pairs(run) == 3 * sum(seen(kind, 0, n) for kind in kinds)
+    assert cost.pairs(replace(run, phase="decode")) == 3 * sum(seen(kind, n, n + 1) for kind in kinds)
     if stripes:
-        assert cost.chunk_pairs(n, n, stripes.window) == seen(LOCAL, n, 2 * n)
+        assert stripes.pairs(LOCAL, 2 * n) - stripes.pairs(LOCAL, n) == seen(LOCAL, n, 2 * n)
 
 
 @pytest.mark.parametrize("n", [1, 5, 12])
@@ -126,13 +126,13 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
     model = tiny_model(family)
     model.set_attn_implementation("eager")
     _, shape = tiny(family)
-    one = Run(decoder=shape, stripes=None, length=n, phase="train", dtype="float32")
+    run = Run(decoder=shape, stripes=None, length=n, phase="train", dtype="float32")
     ids = torch.zeros(1, n, dtype=torch.long)
     with FlopCounterMode(display=False) as forward:
         logits = model(ids, use_cache=False).logits
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
-    ours = cost.forward_flops(one)
+    ours = cost.forward_flops(run)
     dense = ours["attention"] * 2 * n // (n + 1)
     linear = sum(ours.values()) - ours["attention"]
     # Older versions of transformers compute the rotary angles by a product.
@@ -141,14 +141,16 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
     )
     assert forward.get_total_flops() - rotary == linear + dense
     assert forward.get_total_flops() - rotary + backward.get_total_flops() == 3 * (linear + dense)
-    step = cost.flops(one)
+    step = cost.flops(run)
     assert step["attention"] * 2 == 7 * ours["attention"]
     assert all(step[part] == 3 * ours[part] for part in ("projections", "MLP", "head"))
 
 
 def test_checkpointing_adds_a_forward_and_low_rank_takes_gradients_away() -> None:
-    full, again, low = (cost.flops(run(phase="train", **more)) for more in ({}, {"checkpointing": True}, {"lora": 16}))
-    forward = cost.forward_flops(run(phase="train"))
+    full, again, low = (
+        cost.flops(planned_run(phase="train", **more)) for more in ({}, {"checkpointing": True}, {"lora": 16})
+    )
+    forward = cost.forward_flops(planned_run(phase="train"))
     for part in ("projections", "attention", "MLP"):
         assert again[part] - full[part] == forward[part]
     assert low["MLP"] * 3 == full["MLP"] * 2
@@ -158,8 +160,8 @@ def test_checkpointing_adds_a_forward_and_low_rank_takes_gradients_away() -> Non
 
 def test_a_frozen_head_needs_no_gradient_and_a_tied_one_is_trained() -> None:
     for model, products in (("llama-3.1-8b", 2), ("qwen3-4b", 3)):
-        one = run(model, phase="train", lora=16)
-        assert cost.flops(one)["head"] == products * cost.forward_flops(one)["head"]
+        run = planned_run(model, phase="train", lora=16)
+        assert cost.flops(run)["head"] == products * cost.forward_flops(run)["head"]
 
 
 def test_decode_reads_only_the_experts_that_its_tokens_meet() -> None:
@@ -174,12 +176,12 @@ def test_decode_reads_only_the_experts_that_its_tokens_meet() -> None:
 
 
 def test_decode_reads_weights_once_and_the_cache() -> None:
-    one = run(phase="decode", length=131072)
-    d = one.decoder
+    run = planned_run(phase="decode", length=131072)
+    d = run.decoder
     parts = d.parameters_by_part()
-    moved = sum(cost.bytes_moved(one).values())
-    assert moved == pytest.approx(2 * (d.num_parameters - parts["embedding"]) + memory.kv_bytes(one), rel=1e-3)
-    few = run(phase="decode", length=10, stripes=None)
+    moved = sum(cost.bytes_moved(run).values())
+    assert moved == pytest.approx(2 * (d.num_parameters - parts["embedding"]) + memory.kv_bytes(run), rel=1e-3)
+    few = planned_run(phase="decode", length=10, stripes=None)
     assert sum(cost.bytes_moved(few).values()) == pytest.approx(2 * (d.num_parameters - parts["embedding"]), rel=2e-3)
 
 
@@ -199,13 +201,13 @@ def test_key_value_bytes_are_the_live_caches(
         model(torch.zeros(2, n, dtype=torch.long), past_key_values=cache, use_cache=True)
     _, shape = tiny("llama")
     stripes = Stripes.parse(layout) if layout else None
-    one = Run(decoder=shape, stripes=stripes, length=sum(parts), batch=2, dtype="float32", phase="decode")
+    run = Run(decoder=shape, stripes=stripes, length=sum(parts), batch=2, dtype="float32", phase="decode")
     shown = sum(s.numel() * s.element_size() for layer in cache.layers for s in (layer.keys, layer.values))
-    assert memory.kv_bytes(one) == shown
+    assert memory.kv_bytes(run) == shown
     for layer in cache.layers:
         live, token = layer.keys.shape[-2], 2 * shape.kv_width * 4
         assert layer.keys.untyped_storage().nbytes() <= (live + max(1, live // 4)) * token
-    assert memory.kv_bytes(one) <= cache.kv_bytes()
+    assert memory.kv_bytes(run) <= cache.kv_bytes()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -217,12 +219,14 @@ def test_activations_are_what_autograd_keeps(
     family: str, precision: str, lora: int | None, kind: str, tmp_path: Path
 ) -> None:
     """The table of zebra.plan.memory, term by term, against the bytes that a dry run measures in the model's layer."""
-    one = recipe(tmp_path, train__bf16=precision == "bfloat16", lora=lora and {"r": lora, "base_dtype": precision})
+    adapt_recipe = recipe(
+        tmp_path, train__bf16=precision == "bfloat16", lora=lora and {"r": lora, "base_dtype": precision}
+    )
     sizes = {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 4, "head_dim": 40}
     config, shape = tiny(family, **sizes)
     if kind == LOCAL:
         config = with_stripes(config, Stripes.parse("L:16"))
-    grows, _ = dry_run._saved_by_a_layer(one, config, kind)
+    grows, _ = dry_run._saved_by_a_layer(adapt_recipe, config, kind)
     ours = Run(decoder=shape, stripes=None, length=1, dtype=precision, phase="train", lora=lora)
     assert memory.saved_bytes_per_token(ours) == pytest.approx(grows, rel=0.01)
 
@@ -235,8 +239,8 @@ def test_a_plan_of_training_is_the_dry_runs(changes: dict[str, Any], precision: 
     low = {"lora": {"r": changes["lora"], "base_dtype": precision}} if "lora" in changes else {}
     again = {"train__gradient_checkpointing": changes.get("checkpointing", False)}
     expected = dry_run.dry_run(recipe(tmp_path, train__bf16=precision == "bfloat16", **again, **low)).memory
-    one = run(str(STORIES), "GLLL:33", length=600, phase="train", dtype=precision, **changes)
-    planned = memory.memory(one)
+    run = planned_run(str(STORIES), "GLLL:33", length=600, phase="train", dtype=precision, **changes)
+    planned = memory.memory(run)
     assert set(expected) <= set(planned)
     for part in expected:
         assert planned[part] == pytest.approx(expected[part], rel=0.01), part
@@ -264,11 +268,11 @@ def test_a_checkpointed_layer_keeps_a_float32_input(half: bool) -> None:
 def test_time_is_the_roofline_of_the_parts() -> None:
     slow = devices.Device("slow", {"bfloat16": 1e12}, 1e30)
     narrow = devices.Device("narrow", {"bfloat16": 1e30}, 1e9)
-    one = run()
-    assert sum(slow.seconds(one).values()) == pytest.approx(sum(cost.flops(one).values()) / 1e12)
-    assert sum(narrow.seconds(one).values()) == pytest.approx(sum(cost.bytes_moved(one).values()) / 1e9)
+    run = planned_run()
+    assert sum(slow.seconds(run).values()) == pytest.approx(sum(cost.flops(run).values()) / 1e12)
+    assert sum(narrow.seconds(run).values()) == pytest.approx(sum(cost.bytes_moved(run).values()) / 1e9)
     with pytest.raises(ZebraError, match="no ceiling for float32"):
-        slow.seconds(run(dtype="float32"))
+        slow.seconds(planned_run(dtype="float32"))
 
 
 def test_ceilings_come_from_a_file(tmp_path: Path) -> None:
@@ -294,15 +298,15 @@ def test_ceilings_come_from_a_file(tmp_path: Path) -> None:
 
 
 def test_attention_takes_its_time_at_the_rate_of_each_kind_of_layer() -> None:
-    one = run(stripes="GLLL:512", phase="train", length=4096)
+    run = planned_run(stripes="GLLL:512", phase="train", length=4096)
     plain = replace(DEVICE, bandwidth=1e30, attention={})
-    rates = {GLOBAL: {one.dtype: DEVICE.flops[one.dtype] / 2}, LOCAL: {one.dtype: DEVICE.flops[one.dtype] / 5}}
-    slow = replace(plain, attention=rates).seconds(one)
-    pairs = cost.pairs_by_kind(one)
+    rates = {GLOBAL: {run.dtype: DEVICE.flops[run.dtype] / 2}, LOCAL: {run.dtype: DEVICE.flops[run.dtype] / 5}}
+    slow = replace(plain, attention=rates).seconds(run)
+    pairs = cost.pairs_by_kind(run)
     share = pairs[GLOBAL] / sum(pairs.values())
-    assert slow["attention"] == pytest.approx(plain.seconds(one)["attention"] * (2 * share + 5 * (1 - share)))
+    assert slow["attention"] == pytest.approx(plain.seconds(run)["attention"] * (2 * share + 5 * (1 - share)))
     assert {part: time for part, time in slow.items() if part != "attention"} == {
-        part: time for part, time in plain.seconds(one).items() if part != "attention"
+        part: time for part, time in plain.seconds(run).items() if part != "attention"
     }
 
 
@@ -310,27 +314,27 @@ def test_attention_takes_its_time_at_the_rate_of_each_kind_of_layer() -> None:
 @pytest.mark.parametrize("stripes", [None, "GLLL:512"])
 @pytest.mark.parametrize("budget", ["400GiB", "1.5TiB"])
 def test_what_fits_fits_and_one_more_does_not(phase: str, stripes: str | None, budget: str) -> None:
-    one, most = run(phase=phase, stripes=stripes), fit.parse_bytes(budget)
-    for name, largest in (("length", fit.largest_length(one, most)), ("batch", fit.largest_batch(one, most))):
+    run, most = planned_run(phase=phase, stripes=stripes), fit.parse_bytes(budget)
+    for name, largest in (("length", fit.largest_length(run, most)), ("batch", fit.largest_batch(run, most))):
         assert largest > 0
-        assert sum(memory.memory(replace(one, **{name: largest})).values()) <= most
-        assert sum(memory.memory(replace(one, **{name: largest + 1})).values()) > most
-    assert fit.largest_length(one, 10**9) == 0
+        assert sum(memory.memory(replace(run, **{name: largest})).values()) <= most
+        assert sum(memory.memory(replace(run, **{name: largest + 1})).values()) > most
+    assert fit.largest_length(run, 10**9) == 0
 
 
 def test_the_suggested_layout_is_the_first_that_meets_the_budgets() -> None:
-    one = run(phase="decode", length=131072)
-    dense = replace(one, stripes=None)
+    run = planned_run(phase="decode", length=131072)
+    dense = replace(run, stripes=None)
     needs = sum(memory.memory(dense).values())
-    assert fit.suggest_layout(one, budget=needs, device=DEVICE) == dense
-    half = fit.suggest_layout(one, budget=needs // 2, device=DEVICE)
+    assert fit.suggest_layout(run, budget=needs, device=DEVICE) == dense
+    half = fit.suggest_layout(run, budget=needs // 2, device=DEVICE)
     assert half is not None
     assert half.stripes is not None
     every = [Stripes.grouped(stride=g, window=w) for g in range(2, 9) for w in fit.WINDOWS]
-    fitting = [r for r in (replace(one, stripes=s) for s in every) if sum(memory.memory(r).values()) <= needs // 2]
+    fitting = [r for r in (replace(run, stripes=s) for s in every) if sum(memory.memory(r).values()) <= needs // 2]
     assert cost.pairs(half) == max(map(cost.pairs, fitting))
-    assert fit.suggest_layout(one, budget=10**9, device=DEVICE) is None
-    quick = fit.suggest_layout(one, seconds=sum(DEVICE.seconds(dense).values()) / 2, device=DEVICE)
+    assert fit.suggest_layout(run, budget=10**9, device=DEVICE) is None
+    quick = fit.suggest_layout(run, seconds=sum(DEVICE.seconds(dense).values()) / 2, device=DEVICE)
     assert quick is not None
     assert cost.pairs(quick) < cost.pairs(dense)
 
@@ -339,7 +343,7 @@ def test_the_papers_table_has_its_numbers() -> None:
     """N = 16,384, w = 512, g = 4: attention 0.297 of dense and the cache 0.273, as section 1 of the paper implies."""
     rows = {
         row["kind"]: row
-        for row in comparison.complexity(run(self_extend=SelfExtend(8, 1024), phase="decode", length=16384))
+        for row in comparison.complexity(planned_run(self_extend=SelfExtend(8, 1024), phase="decode", length=16384))
     }
     assert rows["grouped"]["pairs_of_global"] == pytest.approx(1 / 4 + 3 / 4 * 2 * 512 / 16384, abs=0.001)
     assert rows["grouped"]["cached_of_global"] == pytest.approx(0.273, abs=0.001)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from zebra.plan import fit
 from zebra.plan.cost import Run, bytes_moved, flops, pairs, self_extend_pairs, trained_parameters
@@ -17,8 +17,7 @@ LENGTHS = tuple(2**i for i in range(10, 21))
 """1K to 1M, the lengths of the picture."""
 
 
-@dataclass(frozen=True)
-class TextTable:
+class TextTable(NamedTuple):
     """A table of strings: the head, then the lines of the body."""
 
     head: tuple[str, ...]

@@ -107,11 +107,6 @@ def _check_self_extend(run: Run, setting: SelfExtend) -> None:
         )
 
 
-def chunk_pairs(past: int, new: int, window: int | None = None, sinks: int = 0) -> int:
-    """Visible pairs of `new` tokens after `past` cached ones in one layer; in decode `new` is 1."""
-    return visible_pairs(past + new, window, sinks) - visible_pairs(past, window, sinks)
-
-
 def self_extend_pairs(length: int, window: int) -> tuple[int, int]:
     """Near pairs, a band of W, and far pairs, of the queries from W on and the keys before N - W (plain causal).
 
@@ -128,7 +123,7 @@ def pairs_by_kind(run: Run) -> dict[str, int]:
 
     def visible(kind: str) -> int:
         if run.stripes is None or (kind == LOCAL and run.full_decode and run.phase == "decode"):
-            return chunk_pairs(past, new)
+            return visible_pairs(past + new) - visible_pairs(past)
         return run.stripes.pairs(kind, past + new) - run.stripes.pairs(kind, past)
 
     return {kind: run.batch * count * visible(kind) for kind, count in counts.items()}
