@@ -89,7 +89,9 @@ class Benchmark:
 
 
 def benchmark_of(config: BenchmarkConfig) -> Benchmark:
-    """The benchmark of a config. The process keeps the config's float32 matmul precision."""
+    """The benchmark of a config. The process keeps the config's device and float32 matmul precision."""
+    if ":" in (device := read_device(config.device)):
+        torch.cuda.set_device(device)  # torch's clock waits for the current device
     torch.set_float32_matmul_precision(config.matmul_precision)
     benchmark: Benchmark = importlib.import_module(config.module).benchmark(config)
     variants = (replace(variant, name=variant.name + _precision(config)) for variant in benchmark.variants)
@@ -118,7 +120,7 @@ def run_benchmark(config: BenchmarkConfig) -> tuple[list[Result], tuple[str, ...
                 memory = peak_bytes(config, variant.name, workload.suffix) if config.memory else None
             except ZebraError as error:
                 left_out.append(str(error))
-            common: Any = {
+            common = {
                 "run": RUN,
                 "model": variant.name,
                 "layout": variant.layout,
@@ -127,24 +129,28 @@ def run_benchmark(config: BenchmarkConfig) -> tuple[list[Result], tuple[str, ...
                 "seed": config.seed,
                 "device": device_name(device),
             }
-            if workload.whole_process:
-                numbers: dict[str, float | None] = {"peak_bytes": memory}
-            else:
-                own = times[variant.name, workload.suffix]
-                spread: Any = {"n": len(own), "low": min(own), "high": max(own)}
-                median = statistics.median(own)
-                results.append(
-                    Result(metric="milliseconds" + workload.suffix, value=median, **spread, **common),
-                )
-                numbers = {**rates(workload, median, ceilings, config.dtype), "extra_bytes": memory}
-            results += [
-                Result(metric=metric + workload.suffix, value=value, **common)
-                for metric, value in numbers.items()
-                if value is not None
-            ]
+            own_times = times.get((variant.name, workload.suffix), [])
+            results += results_of(workload, own_times, memory, ceilings, config.dtype, common)
             advance(1)
     relevant = [one for one in ceiling_results(ceilings, run=RUN) if one.model.startswith((config.dtype, "copy"))]
     return results + [replace(one, model=one.model + _precision(config)) for one in relevant], tuple(left_out)
+
+
+def results_of(
+    workload: Workload, times: list[float], memory: int | None, ceilings: Device, dtype: str, common: dict[str, Any]
+) -> list[Result]:
+    """The results of one variant and workload: the time first, then what follows from it, and the memory."""
+    if workload.whole_process:
+        return [] if memory is None else [Result(metric="peak_bytes" + workload.suffix, value=memory, **common)]
+    spread: Any = {"n": len(times), "low": min(times), "high": max(times)}
+    median = statistics.median(times)
+    time = Result(metric="milliseconds" + workload.suffix, value=median, **spread, **common)
+    numbers = rates(workload, median, ceilings, dtype) | {"extra_bytes": memory}
+    return [time] + [
+        Result(metric=metric + workload.suffix, value=value, **common)
+        for metric, value in numbers.items()
+        if value is not None
+    ]
 
 
 def runnable(benchmark: Benchmark) -> Benchmark:
