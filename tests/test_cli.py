@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import STORIES, TEXT, Zebra, refused
 
 SEPARATOR = "<|endoftext|>"
@@ -19,7 +20,7 @@ SEPARATOR = "<|endoftext|>"
 def few(tmp_path: Path) -> Path:
     """Some real stories, of 300 tokens and more, split by SEPARATOR."""
     path = tmp_path / "few.txt"
-    path.write_text(SEPARATOR.join((TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:40]))
+    path.write_text(SEPARATOR.join((TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:12]))
     return path
 
 
@@ -238,17 +239,49 @@ def test_bad_input_gets_one_line_and_code_2(tmp_path: Path, case: str, zebra: Ze
     assert {p.name for p in tmp_path.iterdir()} - before <= {"cache"}
 
 
-def test_an_interrupt_ends_with_130_and_nothing_half_written(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A recipe of a training that does not end by itself."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
         f"run: run\nmodel: {STORIES}\nstripes: GL:9\ndata: {{files: [{TEXT}/tinystories_test.txt]}}\n"
         "train: {length: 64, max_steps: 100000, learning_rate: 1.0e-3, logging_steps: 1, save_steps: 100}\n"
     )
+    return path
+
+
+def interrupted(folder: Path, code: int, stderr: str) -> None:
+    """Exit code 130, one line that says so, and no result."""
+    assert code == 130
+    assert "Traceback" not in stderr
+    assert "interrupted" in stderr.splitlines()[-1]
+    assert not (folder / "run" / "model").exists()
+    assert not (folder / "run" / "results.jsonl").exists()
+
+
+def test_an_interrupt_ends_with_130_and_nothing_half_written(
+    endless: Path, tmp_path: Path, zebra: Zebra, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Any] = []
+    step = torch.optim.AdamW.step
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        steps.append(step(*args, **kwargs))
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    done = zebra("adapt", endless, cwd=tmp_path)
+    interrupted(tmp_path, done.returncode, done.stderr)
+
+
+@pytest.mark.full
+def test_an_interrupt_of_a_process(endless: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "zebra", "adapt", "recipe.yaml"],
+        [sys.executable, "-m", "zebra", "adapt", str(endless)],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as running:
         assert running.stderr is not None
@@ -257,11 +290,7 @@ def test_an_interrupt_ends_with_130_and_nothing_half_written(tmp_path: Path) -> 
                 break
         running.send_signal(signal.SIGINT)
         rest = running.stderr.read()
-        assert running.wait(timeout=60) == 130
-    assert "Traceback" not in rest
-    assert "interrupted" in rest.splitlines()[-1]
-    assert not (tmp_path / "run" / "model").exists()
-    assert not (tmp_path / "run" / "results.jsonl").exists()
+        interrupted(tmp_path, running.wait(timeout=60), rest)
 
 
 def test_a_refusal_in_a_process_of_its_own(zebra_process: Zebra) -> None:

@@ -42,7 +42,7 @@ def perplexity(
         typer.Option(metavar="NAME", help="How windows lie on a text: disjoint, strided or truncated."),
     ] = "disjoint",
     stride: Annotated[
-        int | None, typer.Option(help="Tokens that each strided window scores. Default: half of the length.")
+        int | None, typer.Option(help="Tokens that each strided window scores. Default: a quarter of the length.")
     ] = None,
     separator: Separator = None,
     field: Annotated[str, typer.Option(help="Field of .jsonl or .parquet records that holds the text.")] = "text",
