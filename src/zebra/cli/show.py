@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -89,19 +89,16 @@ def selection(selection: Selection, converted: dict[str, str] | None, as_json: b
 
 def stages(states: Sequence[StageState], results: Sequence[Result], as_json: bool) -> None:
     """The stages of a pipeline, and their results."""
+    columns = [state.columns() for state in states]
     if as_json:
-        columns = [result.columns() for result in results]
-        json({"stages": [state.columns() for state in states], "results": columns})
+        json({"stages": columns, "results": [result.columns() for result in results]})
         return
     _result_tables(results)
-    table = _table("stage", "kind", "from", "state", "seconds", "folder")
-    table.columns[4].justify = "right"
-    table.columns[5].overflow = "fold"
-    for state in states:
-        row = state.columns()
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:,.1f}"
-        table.add_row(row["stage"], row["kind"], row["from"], row["state"], seconds, row["folder"])
-    _print(table)
+    rows = [
+        (row["stage"], row["kind"], row["from"], row["state"], f"{row['seconds']:,.1f}" if row["seconds"] else "")
+        for row in columns
+    ]
+    _table(["stage", "kind", "from", "state", "seconds"], rows, numbers=slice(4, None))
 
 
 def checks(checks: Sequence[Check], as_json: bool) -> None:
@@ -109,11 +106,14 @@ def checks(checks: Sequence[Check], as_json: bool) -> None:
     if as_json:
         json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
         return
-    table = _table("check", "against", "difference", "allowed", "logits of", "")
-    for c in checks:
-        verdict = "[green]equal[/]" if c.passed else "[red bold]DIFFERENT[/]"
-        table.add_row(c.name, c.compared, f"{c.difference:.1e}", f"{c.tolerance:.0e}", f"{c.tokens:,} tokens", verdict)
-    _print(table)
+    verdict = {True: "[green]equal[/]", False: "[red bold]DIFFERENT[/]"}
+    _table(
+        ["check", "against", "difference", "allowed", "logits of", ""],
+        [
+            (c.name, c.compared, f"{c.difference:.1e}", f"{c.tolerance:.0e}", f"{c.tokens:,} tokens", verdict[c.passed])
+            for c in checks
+        ],
+    )
 
 
 def instructions(stats: Sequence[InstructionStats], as_json: bool) -> None:
@@ -121,12 +121,9 @@ def instructions(stats: Sequence[InstructionStats], as_json: bool) -> None:
     if as_json:
         json({"instructions": [kind._asdict() for kind in stats]})
         return
-    table = _table("kind", "instructions", "words of the documents", "words of the answer")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for kind in stats:
-        table.add_row(kind.kind, f"{kind.instructions:,}", f"{kind.document_words:,}", f"{kind.answer_words:,}")
-    _print(table)
+    head = ["kind", "instructions", "words of the documents", "words of the answer"]
+    rows = [(k.kind, f"{k.instructions:,}", f"{k.document_words:,}", f"{k.answer_words:,}") for k in stats]
+    _table(head, rows, numbers=slice(1, None))
 
 
 def faults(faults: Sequence[tuple[str, str]], of: int, as_json: bool) -> None:
@@ -134,11 +131,13 @@ def faults(faults: Sequence[tuple[str, str]], of: int, as_json: bool) -> None:
     if as_json:
         json({"conversations": of, "faults": [{"fault": name, "where": where} for name, where in faults]})
         return
-    table = _table("fault", f"of {of:,}", "first of them")
-    for name in dict.fromkeys(name for name, _ in faults):
-        lines = [where for other, where in faults if other == name]
-        table.add_row(name, f"{len(lines):,}", lines[0])
-    _print(table) if faults else print(f"{of:,} conversations, no fault")
+    lines: dict[str, list[str]] = {}
+    for name, where in faults:
+        lines.setdefault(name, []).append(where)
+    if not lines:
+        print(f"{of:,} conversations, no fault")
+        return
+    _table(["fault", f"of {of:,}", "first of them"], [(name, f"{len(at):,}", at[0]) for name, at in lines.items()])
 
 
 def dry_run(estimate: DryRun, as_json: bool) -> None:
@@ -146,17 +145,11 @@ def dry_run(estimate: DryRun, as_json: bool) -> None:
     if as_json:
         json({"facts": estimate.facts, "memory": estimate.memory | {"total": estimate.total}})
         return
-    table = _table("recipe", "")
-    for name, fact in estimate.facts.items():
-        table.add_row(name, fact)
-    _print(table)
+    _table(["recipe", ""], estimate.facts.items())
     size, unit = (2**30, "GiB") if estimate.total >= 2**30 else (2**20, "MiB")
-    table = _table("memory of one device", unit)
-    table.columns[1].justify = "right"
-    for part, count in estimate.memory.items():
-        table.add_row(part, f"{count / size:,.2f}")
-    table.add_row("[bold]total[/]", f"[bold]{estimate.total / size:,.2f}[/]")
-    _print(table)
+    rows = [(part, f"{count / size:,.2f}") for part, count in estimate.memory.items()]
+    rows.append(("[bold]total[/]", f"[bold]{estimate.total / size:,.2f}[/]"))
+    _table(["memory of one device", unit], rows, numbers=slice(1, None))
 
 
 def cells(cells: Sequence[Reckoned], as_json: bool) -> None:
@@ -164,14 +157,11 @@ def cells(cells: Sequence[Reckoned], as_json: bool) -> None:
     if as_json:
         json({"cells": [asdict(cell) for cell in cells]})
         return
-    table = _table("cell", "layout", "parameters", "tokens", "attention", "")
-    table.columns[0].overflow = "fold"
-    for column in table.columns[2:5]:
-        column.justify = "right"
-    for cell in cells:
-        shares = f"{cell.parameters:,}", f"{cell.tokens:,}", f"{cell.attention:.1%}"
-        table.add_row(cell.cell, cell.layout, *shares, "[green]done[/]" if cell.done else "")
-    _print(table)
+    state = {True: "[green]done[/]", False: ""}
+    rows = [
+        (c.cell, c.layout, f"{c.parameters:,}", f"{c.tokens:,}", f"{c.attention:.1%}", state[c.done]) for c in cells
+    ]
+    _table(["cell", "layout", "parameters", "tokens", "attention", ""], rows, numbers=slice(2, 5))
     todo = [cell for cell in cells if not cell.done]
     print(f"{len(cells):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens")
 
@@ -184,13 +174,8 @@ def plan(tree: dict[str, Any], as_json: bool) -> None:
     from zebra.plan import comparison
 
     print(comparison.headline(tree))
-    for one in comparison.tables(tree):
-        table = _table(*one.head)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for line in one.body:
-            table.add_row(*line, end_section=line[0].startswith("[bold]"))
-        _print(table)
+    for table in comparison.tables(tree):
+        _table(table.head, table.body, numbers=slice(1, None))
     if "suggested_layout" in tree:
         layout = tree["suggested_layout"] or "none of ours"
         print(f"the layout that meets the budget and keeps the most pairs: {layout}")
@@ -240,28 +225,29 @@ def machine(facts: dict[str, str], servings: Sequence[Serving], as_json: bool) -
         served = [{"request": s.request, "dtype": s.dtype, "kernel": s.kernel} for s in servings]
         json({"machine": facts, "kernels": served, "declines": reasons})
         return
-    table = _table("machine", "")
-    for name, value in facts.items():
-        table.add_row(name, value)
-    _print(table)
+    _table(["machine", ""], facts.items())
     by_request: dict[str, dict[str, str]] = {}
     for serving in servings:
         by_request.setdefault(serving.request, {})[serving.dtype] = serving.kernel
-    table = _table("kernel by request", *dict.fromkeys(serving.dtype for serving in servings))
-    for request, kernels in by_request.items():
-        table.add_row(request, *kernels.values())
-    _print(table)
-    table = _table("kernel", "declines because")
-    for kernel, why in reasons.items():
-        table.add_row(kernel, "; ".join(why) or "it serves every request")
-    _print(table)
+    dtypes = dict.fromkeys(serving.dtype for serving in servings)
+    _table(["kernel by request", *dtypes], [(request, *kernels.values()) for request, kernels in by_request.items()])
+    declines = [(kernel, "; ".join(why) or "it serves every request") for kernel, why in reasons.items()]
+    _table(["kernel", "declines because"], declines)
 
 
-def _table(*columns: str) -> Any:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: slice = slice(0)) -> None:
+    """Print a table; the columns `numbers` are right-aligned, and a row in bold ends a section."""
     from rich import box
     from rich.table import Table
 
-    return Table(*columns, box=box.SIMPLE_HEAD)
+    table = Table(*head, box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.overflow = "fold"
+    for column in table.columns[numbers]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row, end_section=row[0].startswith("[bold]"))
+    _print(table)
 
 
 def _print(table: Any) -> None:
