@@ -74,9 +74,7 @@ def select(
     ],
     window: Annotated[str, typer.Option(help="Window of the layers that become local, in tokens; 512+4 adds 4 sinks.")],
     length: Annotated[int, typer.Option(help="Tokens of each measured text or prompt.")],
-    text: Annotated[
-        list[str] | None, typer.Option(help="File, folder or glob of text to measure on; repeatable.")
-    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="File, folder or glob to measure on; repeatable.")] = None,
     task: Annotated[
         str | None,
         typer.Option(help="Retrieval tasks to measure on, several with commas; --text is then their haystack."),

@@ -47,9 +47,7 @@ def perplexity(
     separator: Separator = None,
     field: Annotated[str, typer.Option(help="Field of .jsonl or .parquet records that holds the text.")] = "text",
     workers: Annotated[int, typer.Option(min=1, metavar="INT", help="Processes that tokenise.")] = 1,
-    join: Annotated[
-        bool, typer.Option("--join", help="Join documents into longer ones, of at least the length.")
-    ] = False,
+    join: Annotated[bool, typer.Option("--join", help="Join documents up to the length or longer.")] = False,
     prompt: Annotated[
         int | None,
         typer.Option(help="Read this many tokens of each window as a prompt; score the others as decoded after it."),
@@ -102,7 +100,7 @@ def retrieval(
     ],
     length: Lengths,
     depth: Annotated[
-        str, typer.Option(help="Depths of the evidence, 0 (start of the text) to 1 (end), several with commas.")
+        str, typer.Option(help="Depths of the evidence, from 0 (start) to 1 (end), several with commas.")
     ] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Samples of each task, length and depth.")] = 20,
     score: Annotated[
@@ -167,17 +165,13 @@ def tasks(
             "TASK of `evaluate retrieval`; several with commas.",
         ),
     ],
-    length: Annotated[
-        str | None, typer.Option(help="Context lengths in tokens, for zebra-TASK; several with commas.")
-    ] = None,
+    length: Annotated[str | None, typer.Option(help="Context lengths of zebra-TASK, several with commas.")] = None,
     shots: Annotated[int | None, typer.Option(help="Examples before each question. Default: as the task says.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first items of each task. Default: all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Requests in one batch.")] = 8,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     include: Annotated[Path | None, typer.Option(help="Folder with your own YAML tasks.")] = None,
-    cut: Annotated[
-        bool, typer.Option("--cut", help="Cut the start of requests that are too long for the model.")
-    ] = False,
+    cut: Annotated[bool, typer.Option("--cut", help="Cut the start of requests longer than the model.")] = False,
     beyond: Beyond = False,
     stripes: StripesOption = None,
     rope: RopeOption = None,
@@ -236,17 +230,11 @@ def documents(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first items. Default: all.")] = None,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer to generate, or to score, at most.")] = 128,
-    template: Annotated[
-        str | None, typer.Option(help="Prompt with {document} and {question}. Default: a plain one.")
-    ] = None,
+    template: Annotated[str | None, typer.Option(help="Prompt with {document} and {question}. Default: plain.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End a generated answer at this string; repeatable.")] = None,
-    check_only: Annotated[
-        bool, typer.Option("--check-only", help="Check the data only; load no model, measure nothing.")
-    ] = False,
-    items: Annotated[
-        Path | None, typer.Option(help="JSON Lines file to write the answer and scores of each item to.")
-    ] = None,
+    check_only: Annotated[bool, typer.Option("--check-only", help="Check the data; load no model.")] = False,
+    items: Annotated[Path | None, typer.Option(help="JSON Lines file for each item's answer and scores.")] = None,
     beyond: Beyond = False,
     stripes: StripesOption = None,
     rope: RopeOption = None,

@@ -29,26 +29,16 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     file: Annotated[Path | None, typer.Option(help="UTF-8 file with the text to continue; - reads stdin.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Send the prompt as a message, in the tokenizer's chat template.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 draws tokens.")] = 0.0,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw only from the likeliest tokens with this total probability.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw only from this many of the likeliest tokens.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Draw only tokens at least this times as probable as the likeliest.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: make tokens less likely that have occurred already.")
-    ] = 1.0,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw tokens of this share of the highest probability.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that occurred already.")] = 1.0,
     num_beams: Annotated[int, typer.Option(help="Beams of beam search; the text is printed at the end.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="Stop after this string; repeatable.")] = None,
-    prefill_chunk: Annotated[
-        int | None, typer.Option(help="Read the prompt in chunks of this many tokens. Default: all at once.")
-    ] = None,
+    prefill_chunk: Annotated[int | None, typer.Option(help="Tokens of a chunk of the prompt. Default: all.")] = None,
     seed: Seed = 0,
     stripes: StripesOption = None,
     rope: RopeOption = None,

@@ -23,20 +23,12 @@ def plan(
     phase: Annotated[
         Literal["train", "prefill", "decode"], typer.Option(metavar="NAME", help="train, prefill or decode.")
     ] = "prefill",
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Train with activation checkpointing.")
-    ] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint activations.")] = False,
     lora: Annotated[int | None, typer.Option(help="Train low-rank updates of this rank. Default: all weights.")] = None,
-    device: Annotated[
-        str, typer.Option(help="Device: h100-sxm, a100-80gb, ..., or a JSON file of ceilings.")
-    ] = "h100-sxm",
-    memory: Annotated[
-        str | None, typer.Option(help="Memory budget, such as 80GiB: find the length, batch and layout that fit.")
-    ] = None,
+    device: Annotated[str, typer.Option(help="h100-sxm, a100-80gb, ..., or a JSON file of ceilings.")] = "h100-sxm",
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 80GiB: find what fits.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time budget in seconds: find a layout that meets it.")] = None,
-    self_extend: Annotated[
-        str | None, typer.Option(help="Compare with Self-Extend: GROUP:WINDOW or auto:LENGTH.")
-    ] = None,
+    self_extend: Annotated[str | None, typer.Option(help="Also Self-Extend: GROUP:WINDOW or auto:LENGTH.")] = None,
     full_decode: Annotated[
         bool, typer.Option("--full-decode", help="Let local layers keep all keys, for the tokens that are generated.")
     ] = False,
