@@ -75,7 +75,7 @@ def layouts() -> Iterator[list[Result]]:
     for count in (2, 1):
         selection = select(MODEL, count, window=WINDOW, length=TRAINED, tasks=list(TASKS), samples=32, seed=SEED)
         chosen.append(_letters(str(selection.stripes)))
-        yield [replace(result, model=MODEL.name, run="layouts") for result in selection.rows]
+        yield [replace(result, model=MODEL.name, run="layouts") for result in selection.results]
     for layout in dict.fromkeys([*STRIDES, *chosen]):
         yield measured("layouts", stripes=f"{layout}:{WINDOW}")
 
