@@ -20,11 +20,11 @@ _WORKS = {
     "_chunks": "prefill in chunks",
 }
 HOW = (
-    "Times are medians of turns that the variants took one after another in one process, with the least and the most "
-    "beside them; the ratio is to the first line of the same work. The plan's time is the roofline's, from the "
-    "ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and outputs; that "
-    "of a whole process has libraries, weights and cache in it. Of the "
-    "peak: the share of the matrix product rate that was computed, and of it what the mask asks for."
+    "Times are medians over turns, which the variants took one after another in one process, with the least and the "
+    "most beside them. The ratio is to the first line of the same workload. The planned time is the roofline estimate "
+    "under the ceilings measured on this machine. Extra memory is the peak of a fresh process beyond inputs and "
+    "outputs; that of a whole process includes libraries, weights and cache. Of the peak: the share of the matrix "
+    "product rate that was computed, and of that what the mask asks for."
 )
 """How its tables are to be read."""
 Line = tuple[str, str, str]

@@ -15,9 +15,9 @@ from zebra.report.series import Series, interval, percent, series_of
 from zebra.results import Result
 
 HOW = (
-    "What was measured in more than one run. Of perplexity that over the whole context is shown, of retrieval the mean "
-    "over depths. A change is the right column's against the left one's, in points where it is of percents; where the "
-    "two intervals overlap, which is said, chance may have made it."
+    "Measurements that more than one run has. Perplexity is that over the whole context, retrieval the mean over "
+    "depths. A change is the right column minus the left one, in points where they are percentages. Where the two "
+    "intervals overlap, as noted, the change may be chance."
 )
 Measure = tuple[str, int | None]
 """A metric and a length."""

@@ -16,7 +16,7 @@ from zebra.report.series import FULL, count, percent, series_of
 from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1_000
 _TOKENS = 10
 """Tokens of the schematic masks."""
 LAYERS = (

@@ -16,10 +16,10 @@ from zebra.results import Result
 THRESHOLD = 0.856
 """RULER's (arXiv 2404.06654v3, table 3): the score of Llama-2-7B there at 4K tokens, a mean over 13 tasks."""
 HOW = (
-    "Scores by the length of the text, of retrieval the mean over depths. The effective length is the longest at "
-    f"which, as at all shorter ones that were measured, the score is above {percent(THRESHOLD)}, the dashed line. That "
-    "threshold is RULER's (arXiv 2404.06654, table 3): the score of Llama-2-7B at 4K tokens. RULER takes the mean over "
-    "its 13 tasks; here it is taken over what the caption says, so compare with lengths of this page only."
+    "Scores by the length of the text; for retrieval, the mean over depths. The effective length is the longest "
+    f"measured length at which, as at all shorter ones, the score is above {percent(THRESHOLD)}, the dashed line. That "
+    "threshold is RULER's (arXiv 2404.06654, table 3): the score of Llama-2-7B at 4K tokens. RULER takes the mean "
+    "over its 13 tasks; here it is taken over what the caption says, so compare with lengths of this page only."
 )
 ByLength = dict[int, list[Result]]
 

@@ -33,8 +33,8 @@ def positions(results: list[Result]) -> Section:
     if not results:
         return Section("Perplexity by position", [])
     blocks: list[str | Table | Figure] = [
-        "How well a token is predicted, by how many tokens stand before it; lower is better. "
-        "Beside a value stands its 95 % interval; the change is that of a trained checkpoint against its source."
+        "How well tokens are predicted, by the number of tokens before them; lower is better. Each value has its "
+        "95 % interval. The change compares a trained checkpoint with its source."
     ]
     groups = [group for group in position_scores(results) if len(group.buckets) > 1]
     for i, group in enumerate(groups, start=1):

@@ -16,10 +16,10 @@ from zebra.report.series import Series, labels, percent, series_of
 from zebra.results import Result
 
 HOW = (
-    "The share of answers that were found, by the length of the prompt and by how deep in it the evidence stands: "
-    "depth 0 is its beginning, 1 its end. By generation, an answer counts where the model's continuation has it; by "
-    "likelihood, where it is likelier than every wrong answer, of which a guesser finds one in ten. Beside a share "
-    "stands its 95 % interval."
+    "The share of answers that were found, by the length of the prompt and the depth of the evidence in it: depth 0 "
+    "is the beginning, 1 the end. By generation, an answer counts if the model's continuation contains it; by "
+    "likelihood, if it is likelier than every wrong answer (guessing finds one in ten). Each share has its 95 % "
+    "interval."
 )
 """How its pictures are to be read."""
 _CELLS = 11

@@ -17,10 +17,10 @@ from zebra.results import Result
 from zebra.stripes import GLOBAL, Stripes
 
 HOW = (
-    "Each layer in turn was made local, the others left as they are in the source; its bar is what that adds to the "
-    "loss of the tokens that need more than the window, in nats a token. A layer that another can replace has a small "
-    "bar; greedy selection, which tries again after each layer that became local, keeps one of the two. What was "
-    "chosen is measured once more on sequences that took no part in the choice, beside the paper's stride at every "
+    "Each layer in turn was made local, while the others stayed as in the source. Its bar is the rise of the loss, in "
+    "nats a token, over the tokens that need more than the window. A layer that another can replace has a small bar; "
+    "greedy selection, which measures again after each layer that became local, keeps one of the two. The chosen "
+    "layout is measured once more on sequences that took no part in the choice, beside the paper's stride at every "
     "offset."
 )
 """How its pictures are to be read."""

@@ -14,8 +14,8 @@ _SHARES = ("acc", "acc_norm", "accuracy", "exact_match", "em", "f1", "rouge1", "
 HOW = (
     "Tasks of the lm-evaluation-harness, and questions about documents, by the length in tokens that the model was "
     "given to read. ROUGE and F1 are against the best reference answer; a log-likelihood is in nats per token of the "
-    "reference answers. Where the data were checked, a table says which share of the items has which fault. Beside a "
-    "value stands its 95 % interval."
+    "reference answers. Where the data were checked, a table gives the share of items with each fault. Each value has "
+    "its 95 % interval."
 )
 
 
