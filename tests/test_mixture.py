@@ -93,7 +93,7 @@ def test_what_is_held_out_depends_on_the_text_alone(deduplicate: bool) -> None:
 
 @pytest.mark.parametrize("deduplicate", [True, False])
 @pytest.mark.parametrize("join", [False, True])
-def test_what_is_held_out_is_never_in_a_row(deduplicate: bool, join: bool) -> None:
+def test_what_is_held_out_is_never_in_a_sequence(deduplicate: bool, join: bool) -> None:
     """Not even as a duplicate in another source."""
     one, two = drawn(1), drawn(2, first=100_000)
     two = Corpus(two.tokens, two.offsets, np.concatenate([one.hashes[:100], two.hashes[100:]]))
@@ -109,7 +109,7 @@ def test_what_is_held_out_is_never_in_a_row(deduplicate: bool, join: bool) -> No
     }
     mixture = mix(splits, 3000, 128, join=join, seed=0)
     assert min(line.epochs for line in mixture.stats) > 3
-    assert not held & {token for row in tokens_of(mixture) for token in row}
+    assert not held & {token for sequence in tokens_of(mixture) for token in sequence}
     gathered = select(splits, held_out=True).gathered()
     assert set(gathered.tokens.tolist()) <= held
     assert len(gathered) == sum(len(part.held_out) for part in splits)
@@ -150,18 +150,18 @@ def test_a_source_of_duplicates_alone_is_refused() -> None:
 
 @pytest.mark.parametrize("join", [False, True])
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (1 / 3, 2 / 3), (0.999, 0.001)])
-@pytest.mark.parametrize("rows", [40, 2000])
-def test_the_shares_are_those_asked_for(shares: tuple[float, float], rows: int, join: bool) -> None:
+@pytest.mark.parametrize("count", [40, 2000])
+def test_the_shares_are_those_asked_for(shares: tuple[float, float], count: int, join: bool) -> None:
     one, two = drawn(1), drawn(2, first=100_000)
     splits = split_sources([Source("a", one, shares[0]), Source("b", two, shares[1])], deduplicate=True)
-    mixture = mix(splits, rows, 128, join=join, seed=3)
-    packed = np.array([token for row in tokens_of(mixture) for token in row])
+    mixture = mix(splits, count, 128, join=join, seed=3)
+    packed = np.array([token for sequence in tokens_of(mixture) for token in sequence])
     assert len(packed) == mixture.sequences.tokens
     packed_shares = [(packed < 100_000).mean(), (packed >= 100_000).mean()]
     assert packed_shares == pytest.approx(shares, abs=0.001)
     assert [line.share for line in mixture.stats] == pytest.approx(packed_shares)
     assert [line.drawn for line in mixture.stats] == [(packed < 100_000).sum(), (packed >= 100_000).sum()]
-    assert len(mixture.sequences) == rows if join else 0.97 * rows < len(mixture.sequences) <= rows
+    assert len(mixture.sequences) == count if join else 0.97 * count < len(mixture.sequences) <= count
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -169,12 +169,12 @@ def test_documents_come_once_before_any_comes_twice(seed: int) -> None:
     corpus = drawn(1, documents=30)
     total = len(corpus.tokens)
     splits = split_sources([Source("s", corpus)], deduplicate=True)
-    for rows, length in ((1, total // 3), (1, total), (5, total // 2)):
-        (line,) = (mixture := mix(splits, rows, length, join=True, seed=seed)).stats
-        counts = np.bincount([token for row in tokens_of(mixture) for token in row], minlength=total + 1)[1:]
-        whole = rows * length // total
+    for count, length in ((1, total // 3), (1, total), (5, total // 2)):
+        (line,) = (mixture := mix(splits, count, length, join=True, seed=seed)).stats
+        counts = np.bincount([token for sequence in tokens_of(mixture) for token in sequence], minlength=total + 1)[1:]
+        whole = count * length // total
         assert set(counts.tolist()) <= {whole, whole + 1}
-        assert line.epochs == pytest.approx(rows * length / total)
+        assert line.epochs == pytest.approx(count * length / total)
 
 
 def test_only_one_document_of_a_source_is_cut() -> None:
@@ -186,12 +186,12 @@ def test_only_one_document_of_a_source_is_cut() -> None:
 
 
 def test_a_mixture_is_that_of_its_seed() -> None:
-    def rows(seed: int, *sources: Source) -> list[list[int]]:
+    def packed(seed: int, *sources: Source) -> list[list[int]]:
         return tokens_of(mix(split_sources(sources, deduplicate=True), 30, 128, join=True, seed=seed))
 
     two = [Source("a", drawn(1), 0.5), Source("b", drawn(2, first=100_000), 0.5)]
-    assert rows(1, *two) == rows(1, *two)
-    assert rows(1, *two) != rows(2, *two)
+    assert packed(1, *two) == packed(1, *two)
+    assert packed(1, *two) != packed(2, *two)
 
 
 def test_a_source_is_drawn_alike_whatever_stands_beside_it() -> None:
@@ -204,8 +204,8 @@ def test_a_source_is_drawn_alike_whatever_stands_beside_it() -> None:
     assert drawn_documents[0] == drawn_documents[1]
 
 
-def test_rows_with_room_at_their_end_are_no_more_than_asked_for() -> None:
-    """Documents of six tenths of a row: no two fit one."""
+def test_sequences_with_room_at_their_end_are_no_more_than_asked_for() -> None:
+    """Documents of six tenths of a sequence: no two fit one."""
     corpus = corpus_of(*[60] * 500)
     mixture = mix(split_sources([Source("s", corpus)], deduplicate=True), 200, 100, join=False, seed=0)
     assert 195 <= len(mixture.sequences) <= 200

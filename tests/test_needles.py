@@ -36,7 +36,10 @@ from zebra.data.questions import (
     frequent_counts,
 )
 
-KINDS = ("stories260K", "byte-level BPE", "Unigram", "WordPiece", "word-level", "spaces behind")
+KINDS = (
+    *("stories260K", "WordPiece", "spaces behind"),
+    *(pytest.param(kind, marks=pytest.mark.full) for kind in ("byte-level BPE", "Unigram", "word-level")),
+)
 DEPTHS = (0.0, 0.31, 0.5, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Rows of training: no token lost or doubled, labels and positions by the book, and rows well filled."""
+"""Sequences of training: no token lost or doubled, labels and positions by the book, and sequences well filled."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def documents_of(corpus: Corpus) -> dict[int, int]:
     return {int(token): i for i in range(len(corpus)) for token in corpus[i]}
 
 
-def rows_of(rows: PackedSequences) -> list[dict[str, Any]]:
-    return [{name: tensor.tolist() for name, tensor in rows[i].items()} for i in range(len(rows))]
+def as_lists(sequences: PackedSequences) -> list[dict[str, Any]]:
+    return [{name: tensor.tolist() for name, tensor in sequences[i].items()} for i in range(len(sequences))]
 
 
 @corpora
 @pytest.mark.parametrize("length", [1, 7, 16])
 @pytest.mark.parametrize("join", [False, True])
 def test_rows_are_whole(corpus: Corpus, length: int, join: bool) -> None:
-    rows = pack(corpus, length, join=join, seed=0)
-    assert len(rows) > 0
-    for i in range(len(rows)):
-        row = rows[i]
-        assert sorted(row) == ["input_ids", "labels", "position_ids"]
-        for tensor in row.values():
+    sequences = pack(corpus, length, join=join, seed=0)
+    assert len(sequences) > 0
+    for i in range(len(sequences)):
+        sequence = sequences[i]
+        assert sorted(sequence) == ["input_ids", "labels", "position_ids"]
+        for tensor in sequence.values():
             assert tensor.shape == (length,)
             assert tensor.dtype == torch.int64
 
@@ -61,10 +61,10 @@ def test_rows_are_whole(corpus: Corpus, length: int, join: bool) -> None:
 @corpora
 @pytest.mark.parametrize("length", [1, 7, 16])
 def test_apart_has_every_token_once(corpus: Corpus, length: int) -> None:
-    rows = pack(corpus, length, join=False, seed=0)
-    tokens = [token for row in rows_of(rows) for token in row["input_ids"] if token]
+    sequences = pack(corpus, length, join=False, seed=0)
+    tokens = [token for sequence in as_lists(sequences) for token in sequence["input_ids"] if token]
     assert sorted(tokens) == corpus.tokens.tolist()
-    assert rows.tokens == len(corpus.tokens)
+    assert sequences.tokens == len(corpus.tokens)
 
 
 @corpora
@@ -72,44 +72,44 @@ def test_apart_has_every_token_once(corpus: Corpus, length: int) -> None:
 def test_apart_labels_and_positions(corpus: Corpus, length: int) -> None:
     """A piece goes on where the next token is the next one of the same document."""
     document = documents_of(corpus)
-    for row in rows_of(pack(corpus, length, join=False, seed=0)):
+    for sequence in as_lists(pack(corpus, length, join=False, seed=0)):
         position, padding = -1, False
-        for t, token in enumerate(row["input_ids"]):
-            before = row["input_ids"][t - 1] if t else None
+        for t, token in enumerate(sequence["input_ids"]):
+            before = sequence["input_ids"][t - 1] if t else None
             if token == 0:
                 position = position + 1 if padding else 0
                 padding = True
-                assert row["labels"][t] == IGNORE == -100
+                assert sequence["labels"][t] == IGNORE == -100
             else:
                 assert not padding
                 goes_on = before == token - 1 and document[before] == document[token]
                 position = position + 1 if goes_on else 0
-                assert row["labels"][t] == (token if goes_on else IGNORE)
-            assert row["position_ids"][t] == position
+                assert sequence["labels"][t] == (token if goes_on else IGNORE)
+            assert sequence["position_ids"][t] == position
 
 
 @corpora
 @pytest.mark.parametrize("length", [7, 16])
 def test_apart_cuts_no_document_that_fits(corpus: Corpus, length: int) -> None:
-    rows = pack(corpus, length, join=False, seed=0)
+    sequences = pack(corpus, length, join=False, seed=0)
     whole = {i: [] for i in range(len(corpus))}
-    for document, start, count in rows.pieces.tolist():
+    for document, start, count in sequences.pieces.tolist():
         whole[document].append((start, count))
     for document, pieces in whole.items():
         size = int(corpus.lengths[document])
         assert sorted(pieces) == [(start, min(length, size - start)) for start in range(0, size, length)]
 
 
-def next_fit(lengths: list[int], row: int) -> int:
-    """Rows of pieces in the order in which they come, a new row where one does not fit."""
-    rows, room = 0, 0
+def next_fit(lengths: list[int], sequence: int) -> int:
+    """Sequences of pieces in the order in which they come, a new sequence where one does not fit."""
+    sequences, room = 0, 0
     for length in lengths:
-        for start in range(0, length, row):
-            piece = min(row, length - start)
+        for start in range(0, length, sequence):
+            piece = min(sequence, length - start)
             if piece > room:
-                rows, room = rows + 1, row
+                sequences, room = sequences + 1, sequence
             room -= piece
-    return rows
+    return sequences
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -117,16 +117,16 @@ def next_fit(lengths: list[int], row: int) -> int:
 def test_best_fit_beats_first_come(seed: int, length: int) -> None:
     corpus = drawn(seed, longest=64)
     lengths = corpus.lengths.tolist()
-    rows = len(pack(corpus, length, join=False, seed=0))
+    sequences = len(pack(corpus, length, join=False, seed=0))
     bound = -(-sum(lengths) // length)
-    assert bound <= rows <= next_fit(lengths, length)
-    assert rows <= 1.25 * bound
+    assert bound <= sequences <= next_fit(lengths, length)
+    assert sequences <= 1.25 * bound
 
 
 @pytest.mark.parametrize(
-    ("lengths", "row", "expected"),
+    ("lengths", "sequence", "expected"),
     [
-        ([2, 3, 7, 8], 10, [[3, 0], [2, 1]]),  # each to the row that it fills
+        ([2, 3, 7, 8], 10, [[3, 0], [2, 1]]),  # each to the sequence that it fills
         ([5, 5, 5, 5], 10, [[0, 1], [2, 3]]),
         ([6, 7, 3, 4], 10, [[1, 2], [0, 3]]),
         ([8, 7, 6, 2, 2], 10, [[0, 3], [1, 4], [2]]),
@@ -134,22 +134,24 @@ def test_best_fit_beats_first_come(seed: int, length: int) -> None:
         ([10, 1], 10, [[0], [1]]),
     ],
 )
-def test_best_fit_by_hand(lengths: list[int], row: int, expected: list[list[int]]) -> None:
-    rows = pack(corpus_of(*lengths), row, join=False, seed=0)
-    packed = [rows.pieces[a:b, 0].tolist() for a, b in zip(rows.firsts[:-1], rows.firsts[1:], strict=True)]
+def test_best_fit_by_hand(lengths: list[int], sequence: int, expected: list[list[int]]) -> None:
+    sequences = pack(corpus_of(*lengths), sequence, join=False, seed=0)
+    packed = [
+        sequences.pieces[a:b, 0].tolist() for a, b in zip(sequences.firsts[:-1], sequences.firsts[1:], strict=True)
+    ]
     assert packed == expected
 
 
 def test_apart_by_hand() -> None:
 
-    (row,) = rows_of(pack(corpus_of(5, 2, 1), 8, join=False, seed=0))
-    assert row == {
+    (sequence,) = as_lists(pack(corpus_of(5, 2, 1), 8, join=False, seed=0))
+    assert sequence == {
         "input_ids": [1, 2, 3, 4, 5, 6, 7, 8],
         "position_ids": [0, 1, 2, 3, 4, 0, 1, 0],
         "labels": [-100, 2, 3, 4, 5, -100, 7, -100],
     }
-    *_, row = rows_of(pack(corpus_of(7, 3), 7, join=False, seed=0))
-    assert row == {
+    *_, sequence = as_lists(pack(corpus_of(7, 3), 7, join=False, seed=0))
+    assert sequence == {
         "input_ids": [8, 9, 10, 0, 0, 0, 0],
         "position_ids": [0, 1, 2, 0, 1, 2, 3],
         "labels": [-100, 9, 10, -100, -100, -100, -100],
@@ -160,11 +162,11 @@ def test_apart_by_hand() -> None:
 @pytest.mark.parametrize("length", [1, 7, 16])
 @pytest.mark.parametrize("seed", [0, 5])
 def test_joined_is_one_stream_of_whole_documents(corpus: Corpus, length: int, seed: int) -> None:
-    rows = pack(corpus, length, join=True, seed=seed)
-    stream = [token for row in rows_of(rows) for token in row["input_ids"]]
+    sequences = pack(corpus, length, join=True, seed=seed)
+    stream = [token for sequence in as_lists(sequences) for token in sequence["input_ids"]]
     total = len(corpus.tokens)
-    assert len(rows) == total // length
-    assert rows.tokens == len(stream) == total // length * length
+    assert len(sequences) == total // length
+    assert sequences.tokens == len(stream) == total // length * length
     assert len(set(stream)) == len(stream)
     assert set(stream) <= set(corpus.tokens.tolist())
     document = documents_of(corpus)
@@ -185,17 +187,17 @@ def test_joined_is_one_stream_of_whole_documents(corpus: Corpus, length: int, se
 @corpora
 @pytest.mark.parametrize("length", [1, 7, 16])
 def test_joined_labels_and_positions(corpus: Corpus, length: int) -> None:
-    for row in rows_of(pack(corpus, length, join=True, seed=3)):
-        assert row["position_ids"] == list(range(length))
-        assert row["labels"] == [IGNORE, *row["input_ids"][1:]]
+    for sequence in as_lists(pack(corpus, length, join=True, seed=3)):
+        assert sequence["position_ids"] == list(range(length))
+        assert sequence["labels"] == [IGNORE, *sequence["input_ids"][1:]]
 
 
 def test_joined_in_an_order_drawn_by_the_seed() -> None:
     corpus = drawn(2)
-    first, again, other = (rows_of(pack(corpus, 32, join=True, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (as_lists(pack(corpus, 32, join=True, seed=seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
-    assert [row["input_ids"] for row in first] != [
+    assert [sequence["input_ids"] for sequence in first] != [
         corpus.tokens[i : i + 32].tolist() for i in range(0, len(first) * 32, 32)
     ]
 
@@ -206,7 +208,7 @@ def test_every_document_may_come_first() -> None:
 
 
 def test_apart_does_not_depend_on_the_seed() -> None:
-    assert rows_of(pack(drawn(2), 32, join=False, seed=1)) == rows_of(pack(drawn(2), 32, join=False, seed=2))
+    assert as_lists(pack(drawn(2), 32, join=False, seed=1)) == as_lists(pack(drawn(2), 32, join=False, seed=2))
 
 
 @pytest.mark.parametrize("join", [False, True])

@@ -1,4 +1,4 @@
-"""Documents of recall: exact lengths, questions about what was told, growth, rows by seed."""
+"""Documents of recall: exact lengths, questions about what was told, growth, sequences by seed."""
 
 from __future__ import annotations
 
@@ -95,39 +95,39 @@ def test_symbols_grow_before_documents_do() -> None:
     assert [curriculum.in_first_phase(part) for part in parts] == [True, True] + [False] * 7
 
 
-def test_a_row_is_filled_by_documents_apart(recall: RecallGenerator) -> None:
-    row = recall.sequence(1000, Difficulty(300), Random(1))
-    assert {name: tuple(values.shape) for name, values in row.items()} == dict.fromkeys(
+def test_a_sequence_is_filled_by_documents_apart(recall: RecallGenerator) -> None:
+    sequence = recall.sequence(1000, Difficulty(300), Random(1))
+    assert {name: tuple(values.shape) for name, values in sequence.items()} == dict.fromkeys(
         ("input_ids", "position_ids", "labels"), (1000,)
     )
-    starts = (row["position_ids"] == 0).nonzero()[:, 0].tolist()
+    starts = (sequence["position_ids"] == 0).nonzero()[:, 0].tolist()
     sizes = np.diff([*starts, 1000])
     assert len(sizes) > 3
     assert sizes.min() >= recall.min_tokens
     assert sizes.max() <= 300 + recall.min_tokens
-    assert torch.equal(row["position_ids"], torch.cat([torch.arange(size) for size in sizes]))
+    assert torch.equal(sequence["position_ids"], torch.cat([torch.arange(size) for size in sizes]))
 
 
 def test_text_is_a_haystack(tokenizer: Any) -> None:
     word = tokenizer.encode(" elephant", add_special_tokens=False)
     with_text = RecallGenerator(tokenizer, [np.array(word * 2000)])
-    rows = [with_text.sequence(1000, Difficulty(500), Random(i))["input_ids"].tolist() for i in range(4)]
-    assert any(" ".join(map(str, word * 3)) in " ".join(map(str, row)) for row in rows)
+    sequences = [with_text.sequence(1000, Difficulty(500), Random(i))["input_ids"].tolist() for i in range(4)]
+    assert any(" ".join(map(str, word * 3)) in " ".join(map(str, sequence)) for sequence in sequences)
 
 
-def test_rows_follow_from_the_seed_and_their_place(recall: RecallGenerator) -> None:
+def test_sequences_follow_from_the_seed_and_their_place(recall: RecallGenerator) -> None:
     text = pack(Corpus(np.full(4000, 7, np.uint16), np.array([0, 4000])), 400, join=True, seed=0)
 
-    def taught(seed: int) -> RecallDataset:
+    def dataset(seed: int) -> RecallDataset:
         return RecallDataset(recall, text, share=0.5, curriculum=Curriculum(140, 400, 0.25, 0.5), count=40, seed=seed)
 
-    ours, again, other = taught(1), taught(1), taught(2)
-    assert len(ours) == 40
-    assert all(torch.equal(ours[i]["input_ids"], again[i]["input_ids"]) for i in (39, 3, 17))
-    assert not all(torch.equal(ours[i]["input_ids"], other[i]["input_ids"]) for i in range(8))
-    plain = [bool((ours[i]["input_ids"] == 7).all()) for i in range(40)]
+    first, again, other = dataset(1), dataset(1), dataset(2)
+    assert len(first) == 40
+    assert all(torch.equal(first[i]["input_ids"], again[i]["input_ids"]) for i in (39, 3, 17))
+    assert not all(torch.equal(first[i]["input_ids"], other[i]["input_ids"]) for i in range(8))
+    plain = [bool((first[i]["input_ids"] == 7).all()) for i in range(40)]
     assert sum(plain[:10]) == 0
     assert 8 < sum(plain) < 22
-    longest = [int(ours[i]["position_ids"].max()) + 1 for i in range(40) if not plain[i]]
+    longest = [int(first[i]["position_ids"].max()) + 1 for i in range(40) if not plain[i]]
     assert longest[0] < 300
     assert max(longest[-8:]) == 400
