@@ -27,7 +27,7 @@ HOW = (
     "product rate that was computed, and of that what the mask asks for."
 )
 """How its tables are to be read."""
-Line = tuple[str, str, str]
+Variant = tuple[str, str, str]
 """Model, layout and work."""
 
 
@@ -49,8 +49,8 @@ def bench_tables(results: list[Result]) -> list[Table]:
 
 
 def _table(results: list[Result], *, several: bool) -> Table:
-    places: dict[tuple[Line, str], Results] = {}
-    lines: dict[Line, list[Cell]] = {}
+    places: dict[tuple[Variant, str], Results] = {}
+    lines: dict[Variant, list[Cell]] = {}
     first: dict[str, Result] = {}
     for one in results:
         metric = next((metric for metric in _COLUMNS if one.metric.startswith(metric)), "")

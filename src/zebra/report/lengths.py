@@ -86,7 +86,7 @@ def _over_tasks(results: Iterable[Result]) -> dict[str, dict[Series, ByLength]]:
     """Of models with several retrieval tasks all of them, at the lengths that all of them have."""
     by_name: dict[str, dict[Series, ByLength]] = defaultdict(dict)
     retrieved = sorted((one for one in results if one.task.startswith("retrieval-")), key=lambda one: one.task)
-    for (how, series), here in split(retrieved, lambda one: (retrieval.score(one.task), series_of(one))).items():
+    for (how, series), here in split(retrieved, lambda one: (retrieval.scoring(one.task), series_of(one))).items():
         names = list(dict.fromkeys(one.task for one in here))
         if len(names) > 1:
             means = ", ".join(retrieval.name(task).partition(", by")[0] for task in names)

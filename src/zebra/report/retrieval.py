@@ -47,10 +47,10 @@ def retrieval_tables(results: list[Result]) -> list[Table]:
 def name(task: str) -> str:
     """A task's name for people."""
     task_name, in_text, _ = task.removeprefix("retrieval-").partition("-")[2].partition("-in-text")
-    return f"{task_name}{' in own text' if in_text else ''}, {score(task)}"
+    return f"{task_name}{' in own text' if in_text else ''}, {scoring(task)}"
 
 
-def score(task: str) -> str:
+def scoring(task: str) -> str:
     """How a task is scored, for people."""
     how = task.removeprefix("retrieval-").partition("-")[0]
     return f"by {'generation' if how == 'generate' else how}"
