@@ -153,15 +153,15 @@ def losses(rows: list[Any]) -> list[float]:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoints(family, **changes)`: a tiny random checkpoint on disk, made once."""
-    made: dict[str, Path] = {}
+    """`checkpoints(family, **changes)`: a tiny random checkpoint on disk, one for each."""
+    folders: dict[str, Path] = {}
 
     def make(family: str, **changes: Any) -> Path:
         key = family + repr(sorted(changes.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp(family)
-            tiny_model(family, **changes).save_pretrained(made[key])
-        return made[key]
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp(family)
+            tiny_model(family, **changes).save_pretrained(folders[key])
+        return folders[key]
 
     return make
 

@@ -68,13 +68,13 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path, few: Path)
         *("--separator", SEPARATOR, "--json", "--out", rows),
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["results"]
+    results = json.loads(done.stdout)["results"]
     columns = "run model layout task metric value length position_from position_to depth n low high seed device"
-    assert set(found[0]) == {*columns.split(), "versions", "commit"}
-    assert {row["length"] for row in found} == {300, 512}
-    assert {row["layout"] for row in found} == {"GLLL:129"}
-    assert 3 < found[-1]["value"] < 6
-    assert [json.loads(line) for line in rows.read_text().splitlines()] == found
+    assert set(results[0]) == {*columns.split(), "versions", "commit"}
+    assert {row["length"] for row in results} == {300, 512}
+    assert {row["layout"] for row in results} == {"GLLL:129"}
+    assert 3 < results[-1]["value"] < 6
+    assert [json.loads(line) for line in rows.read_text().splitlines()] == results
 
     records = tmp_path / "stories.jsonl"
     stories = few.read_text().split(SEPARATOR)
@@ -83,7 +83,7 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path, few: Path)
         *("evaluate", "perplexity", out, records, "--field", "body", "--workers", 2, "--length", "300,512", "--json")
     )
     assert done.returncode == 0, done.stderr
-    assert [row["value"] for row in json.loads(done.stdout)["results"]] == [row["value"] for row in found]
+    assert [row["value"] for row in json.loads(done.stdout)["results"]] == [row["value"] for row in results]
     refused(zebra("evaluate", "perplexity", out, records, "--length", 300), "'text'", "its fields are body")
 
     done = zebra("report", rows, "-o", tmp_path / "page.html")
@@ -128,13 +128,13 @@ def test_a_layout_of_the_command_line_equals_a_converted_checkpoint(zebra: Zebra
 
 def test_doctor_shows_the_kernels_and_why_they_decline(zebra: Zebra) -> None:
     done = zebra("doctor", "--json")
-    found = json.loads(done.stdout)
-    served = {(case["request"], case["dtype"]): case["kernel"] for case in found["kernels"]}
+    report = json.loads(done.stdout)
+    served = {(case["request"], case["dtype"]): case["kernel"] for case in report["kernels"]}
     assert served["local, prefill, 128 tokens", "float32"] == "banded"
     assert served["decode", "bfloat16"] == "fused"
-    assert "it has no window" in found["declines"]["fused"]
-    assert found["declines"]["reference"] == []
-    assert found["machine"]["torch"]
+    assert "it has no window" in report["declines"]["fused"]
+    assert report["declines"]["reference"] == []
+    assert report["machine"]["torch"]
     page = zebra("doctor")
     assert page.returncode == 0
     assert page.stdout.count("it has no window") == 1

@@ -107,12 +107,12 @@ def why(path: Path, *overrides: str) -> dict[str, str | None]:
 def test_each_stage_hands_its_checkpoint_on(finished: Path) -> None:
     rows = {name: results_in(finished / name) for name in STAGES}
     assert [row.layout for row in rows["before"]] == ["full"] * len(rows["before"])
-    models = {name: {row.model for row in found if row.metric != "loss"} for name, found in rows.items()}
-    made = {name: f"{finished}/{name}/model" for name in ("adapt", "tune")}
+    models = {name: {row.model for row in rows[name] if row.metric != "loss"} for name in rows}
+    trained = {name: f"{finished}/{name}/model" for name in ("adapt", "tune")}
     assert models["before"] == {str(STORIES)}
-    assert models["adapt"] == {f"{finished}/convert/striped", made["adapt"]}
-    assert models["tune"] == {made["adapt"], made["tune"]}
-    assert models["evaluate"] == {made["tune"]}
+    assert models["adapt"] == {f"{finished}/convert/striped", trained["adapt"]}
+    assert models["tune"] == {trained["adapt"], trained["tune"]}
+    assert models["evaluate"] == {trained["tune"]}
     assert {row.layout for name in ("adapt", "evaluate") for row in rows[name] if row.task != "cost"} == {"GLLL:33"}
     assert {row.run for row in rows["evaluate"]} == {"evaluate"}
     words = AutoTokenizer.from_pretrained(finished / "tune" / "model")
@@ -126,11 +126,11 @@ def test_each_stage_hands_its_checkpoint_on(finished: Path) -> None:
 def test_an_evaluation_is_that_of_the_verb(finished: Path, data: Path) -> None:
     from zebra.evaluate.perplexity import evaluate_perplexity
 
-    found = evaluate_perplexity(
+    expected = evaluate_perplexity(
         finished / "tune" / "model", [str(data / "few.txt")], lengths=[256], separator=SEPARATOR
     )
-    mine = [row for row in results_in(finished / "evaluate") if row.metric == "perplexity"]
-    assert [row.value for row in mine] == [row.value for row in found]
+    results = [row for row in results_in(finished / "evaluate") if row.metric == "perplexity"]
+    assert [row.value for row in results] == [row.value for row in expected]
 
 
 def test_what_is_done_is_not_done_again(finished: Path, data: Path, copy: Path) -> None:
@@ -152,16 +152,16 @@ def test_a_changed_input_is_named_and_reruns_what_depends_on_it(data: Path, copy
     file = data / "long.jsonl"
     text = file.read_text()
     file.write_text(text + "\n")
-    found = why(path)
+    states = why(path)
     file.write_text(text)
-    assert (found["adapt"], found["tune"], found["report"]) == (None, f"{file} changed", "after tune")
+    assert (states["adapt"], states["tune"], states["report"]) == (None, f"{file} changed", "after tune")
 
-    kept = {name: (copy / name / "results.jsonl").read_text() for name in ("tune", "evaluate")}
+    before = {name: (copy / name / "results.jsonl").read_text() for name in ("tune", "evaluate")}
     stages = read_pipeline(recipe(data, tmp_path), ["stages.evaluate.perplexity.lengths=[128]"])
     done = run(stages)
     assert [one.why for one in done] == [None] * 4 + ["perplexity.lengths changed", "the results of evaluate changed"]
-    assert (copy / "tune" / "results.jsonl").read_text() == kept["tune"]
-    assert (copy / "evaluate.1" / "results.jsonl").read_text() == kept["evaluate"]
+    assert (copy / "tune" / "results.jsonl").read_text() == before["tune"]
+    assert (copy / "evaluate.1" / "results.jsonl").read_text() == before["evaluate"]
     assert {row.length for row in results_in(copy / "evaluate")} == {128}
     assert all(one is None for one in why(path, "stages.evaluate.perplexity.lengths=[128]").values())
 
@@ -184,8 +184,8 @@ def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_p
 
 def test_a_damaged_record_is_refused_behind_stages_that_are_to_run(data: Path, copy: Path, tmp_path: Path) -> None:
     path, record = recipe(data, tmp_path), copy / "tune.json"
-    kept = json.loads(record.read_text())
-    for damaged in ("", "[]", json.dumps({"inputs": {}}), json.dumps(kept | {"inputs": 1})):
+    tree = json.loads(record.read_text())
+    for damaged in ("", "[]", json.dumps({"inputs": {}}), json.dumps(tree | {"inputs": 1})):
         record.write_text(damaged)
         for more in ([], ["stages.adapt.train.max_steps=6"]):
             with pytest.raises(ZebraError, match=r"stage tune: .*tune\.json is damaged"):
@@ -362,8 +362,8 @@ def test_a_kill_in_the_adaptation_changes_nothing(finished: Path, data: Path, tm
     killed(path, KILLS["adapt"])
     assert json.loads((tmp_path / "run" / "adapt.json").read_text())["done"] is False
     assert [one.why for one in run(read_pipeline(path))] == [None, "begun"]
-    wanted = [row for row in results(finished) if row[0] == "adapt"]
-    assert results(tmp_path / "run") == wanted
+    expected = [row for row in results(finished) if row[0] == "adapt"]
+    assert results(tmp_path / "run") == expected
     assert digest_of(tmp_path / "run" / "adapt" / "model") == digest_of(finished / "adapt" / "model")
 
 
