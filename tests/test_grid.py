@@ -16,9 +16,9 @@ from conftest import ROOT, TEXT
 
 from zebra import ZebraError
 from zebra.results import read_results
-from zebra.study.grid import reckoned, study
+from zebra.study import grid
+from zebra.study.grid import estimate, study
 from zebra.study.recipe import StudyRecipe, cells_of, recipes_of
-from zebra.train import grid
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import read_recipe
 from zebra.train.tokenizer import END
@@ -60,18 +60,18 @@ def tree(run: Path, text: Path, *cells: dict[str, Any], **train: Any) -> dict[st
     }
 
 
-def of(*given: Any, **more: Any) -> StudyRecipe:
-    return StudyRecipe.model_validate(tree(*given, **more))
+def of(*arguments: Any, **more: Any) -> StudyRecipe:
+    return StudyRecipe.model_validate(tree(*arguments, **more))
 
 
 def test_cells_are_all_combinations_in_order_and_each_once(few: Path, tmp_path: Path) -> None:
-    made = of(
+    grid_recipe = of(
         tmp_path,
         few,
         {"attention": ["grouped", "global"], "position": "rotary", "group": [2, 4], "seed": [0, 1]},
         {"attention": ["summary", "global"], "position": ["rotary", "absolute"], "window": 16, "length": [32, 128]},
     )
-    assert [cell.name for cell in cells_of(made)] == [
+    assert [cell.name for cell in cells_of(grid_recipe)] == [
         "grouped-2-rotary-w8-64-seed0",
         "grouped-2-rotary-w8-64-seed1",
         "grouped-4-rotary-w8-64-seed0",
@@ -90,13 +90,13 @@ def test_cells_are_all_combinations_in_order_and_each_once(few: Path, tmp_path: 
 
 
 def test_each_cell_is_a_recipe_with_equal_tokens_in_a_step(few: Path, tmp_path: Path) -> None:
-    made = of(
+    grid_recipe = of(
         tmp_path,
         few,
         {"attention": "grouped", "position": "alibi", "group": 2, "length": [32, 128], "seed": 3},
         {"attention": "summary", "position": "absolute", "block": 16, "window": 5},
     )
-    short, long, learned = recipes_of(made)
+    short, long, learned = recipes_of(grid_recipe)
     assert short.model["attention_kinds"] == ["global", "local"] * 2
     assert (short.model["position_embedding"], short.model["sliding_window"], short.train.seed) == ("alibi", 8, 3)
     assert (short.train.per_device_train_batch_size, long.train.per_device_train_batch_size) == (4, 1)
@@ -135,10 +135,10 @@ def test_what_cells_share_is_refused_too(few: Path, tmp_path: Path) -> None:
         ({"run": "elsewhere"}, "no run of its own"),
         ({"model": {"model_type": "llama"}}, "model_type is zebra_study"),
     ):
-        given = tree(tmp_path / "run", few)
-        given["recipe"] |= change
+        grid_tree = tree(tmp_path / "run", few)
+        grid_tree["recipe"] |= change
         path = tmp_path / "grid.yaml"
-        path.write_text(yaml.safe_dump(given))
+        path.write_text(yaml.safe_dump(grid_tree))
         with pytest.raises(ZebraError, match=says):
             read_recipe(path, StudyRecipe)
     with pytest.raises(ZebraError, match="--workers is at least 1"):
@@ -153,15 +153,15 @@ def test_what_cells_share_is_refused_too(few: Path, tmp_path: Path) -> None:
         pytest.param("study-345m", 345e6, marks=pytest.mark.full),
     ],
 )
-def test_the_grids_of_the_repository_can_be_reckoned(
+def test_the_grids_of_the_repository_can_be_estimated(
     name: str, size: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    found = reckoned(read_recipe(ROOT / "recipes" / f"{name}.yaml", StudyRecipe))
-    assert len({cell.cell for cell in found}) == len(found) > 30
-    assert len({cell.layout for cell in found}) >= 16  # every kind of attention with every position embedding
-    assert len({cell.tokens for cell in found}) == 1
-    for cell in found if size else []:
+    cells = estimate(read_recipe(ROOT / "recipes" / f"{name}.yaml", StudyRecipe))
+    assert len({cell.cell for cell in cells}) == len(cells) > 30
+    assert len({cell.layout for cell in cells}) >= 16  # every kind of attention with every position embedding
+    assert len({cell.tokens for cell in cells}) == 1
+    for cell in cells if size else []:
         assert ("absolute" in cell.cell and "16384" in cell.cell) or abs(cell.parameters / size - 1) < 0.02
 
 
@@ -173,30 +173,38 @@ def test_learned_positions_are_not_read_beyond(few: Path, tmp_path: Path) -> Non
         config_of(beyond)
 
 
-def test_a_grid_runs_each_cell_once_and_grows(few: Path, tmp_path: Path) -> None:
-    rotary = {"attention": ["global", "grouped"], "position": "rotary", "group": 2}
-    rows = study(of(tmp_path / "run", few, rotary), workers=2)
-    assert {(row.run, row.layout) for row in rows if row.task == "train"} == {
+TWO = {"attention": ["global", "grouped"], "position": "rotary", "group": 2}
+
+
+def test_a_grid_runs_each_cell_once(few: Path, tmp_path: Path) -> None:
+    grid = of(tmp_path / "run", few, TWO, max_steps=2)
+    results = study(grid, workers=2)
+    assert {(one.run, one.layout) for one in results if one.task == "train"} == {
         ("global-rotary-64-seed0", "full rotary"),
         ("grouped-2-rotary-w8-64-seed0", "GL:8 rotary"),
     }
-    assert {row.length for row in rows if row.metric == "perplexity"} == {64, 128}
-    assert read_results(tmp_path / "run" / "results.jsonl") == rows
-
+    assert {one.length for one in results if one.metric == "perplexity"} == {64, 128}
+    assert read_results(tmp_path / "run" / "results.jsonl") == results
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "cells").glob("*.log")}
     assert len(logs) == 2
-    more = of(tmp_path / "run", few, rotary, {"attention": "local", "position": "none"})
-    assert [cell.done for cell in reckoned(more)] == [True, True, False]
+    assert [cell.done for cell in estimate(grid)] == [True, True]
+    assert study(grid) == results
+    assert all(path.stat().st_mtime_ns == time for path, time in logs.items())
+
+
+@pytest.mark.full
+def test_a_grid_grows(few: Path, tmp_path: Path) -> None:
+    results = study(of(tmp_path / "run", few, TWO), workers=2)
+    more = of(tmp_path / "run", few, TWO, {"attention": "local", "position": "none"})
+    assert [cell.done for cell in estimate(more)] == [True, True, False]
     grown = study(more)
-    assert grown[: len(rows)] == rows
-    assert {row.layout for row in grown[len(rows) :]} >= {"L:8 none"}
-    assert all(path.stat().st_mtime_ns == then for path, then in logs.items())
+    assert grown[: len(results)] == results
+    assert {one.layout for one in grown[len(results) :]} >= {"L:8 none"}
 
     fewer = tree(tmp_path / "run", few, {"attention": "local", "position": "none"})
-    fewer["recipe"]["data"]["workers"] = 2  # changes no number
-    kept = study(StudyRecipe.model_validate(fewer))
-    assert kept == [*grown[len(rows) :], *rows]  # what is done stays
-    for changed in (reckoned, study):
+    fewer["recipe"]["data"]["num_proc"] = 2  # changes no number
+    assert study(StudyRecipe.model_validate(fewer)) == [*grown[len(results) :], *results]  # finished cells stay
+    for changed in (estimate, study):
         with pytest.raises(
             ZebraError, match=r"global-rotary-64-seed0 is a cell of another recipe: train\.max_steps differ"
         ):
@@ -207,9 +215,9 @@ def test_another_recipe_in_the_same_run_is_refused(few: Path, tmp_path: Path) ->
     (first,) = recipes_of(of(tmp_path / "run", few))
     Path(first.run).mkdir(parents=True)
     (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
-    for told in (reckoned, study):
+    for run_grid in (estimate, study):
         with pytest.raises(ZebraError, match=r"holds a run of another recipe: .*train.max_steps"):
-            told(of(tmp_path / "run", few, max_steps=6))
+            run_grid(of(tmp_path / "run", few, max_steps=6))
 
 
 def test_a_cell_that_fails_leaves_the_others_alone(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,8 +235,8 @@ def test_a_cell_that_fails_leaves_the_others_alone(few: Path, tmp_path: Path, mo
 @pytest.mark.full
 def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> None:
     def rows(name: str) -> list[tuple[Any, ...]]:
-        found = read_results(tmp_path / name / "results.jsonl")
-        return [(r.run, r.task, r.metric, r.length, r.position_from, r.value) for r in found if r.task != "speed"]
+        cells = read_results(tmp_path / name / "results.jsonl")
+        return [(r.run, r.task, r.metric, r.length, r.position_from, r.value) for r in cells if r.task != "speed"]
 
     def start(name: str) -> subprocess.Popen[bytes]:
         path = tmp_path / f"{name}.yaml"
@@ -267,10 +275,10 @@ def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> No
     ],
 )
 def test_what_contradicts_the_cells_is_refused(few: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
-    given = tree(tmp_path / "run", few)
-    given["recipe"] |= change
+    grid_tree = tree(tmp_path / "run", few)
+    grid_tree["recipe"] |= change
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(given))
+    path.write_text(yaml.safe_dump(grid_tree))
     with pytest.raises(ZebraError, match=says):
         study(read_recipe(path, StudyRecipe))
     assert not (tmp_path / "run").exists()
@@ -307,8 +315,8 @@ def test_rows_that_are_damaged_are_said_before_any_cell_runs(
 
 def test_why_a_cell_failed(few: Path, tmp_path: Path) -> None:
     (recipe,) = recipes_of(of(tmp_path / "run", few))
-    assert grid._why(recipe, -9) == "killed by signal 9"
-    assert grid._why(recipe, 2) == "and its log is gone"
+    assert grid._reason(recipe, -9) == "killed by signal 9"
+    assert grid._reason(recipe, 2) == "and its log is gone"
 
 
 def test_workers_take_the_gpus_that_may_be_used(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,8 +325,8 @@ def test_workers_take_the_gpus_that_may_be_used(few: Path, tmp_path: Path, monke
     seen = []
     monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(grid.subprocess, "Popen", lambda *_, env, **__: seen.append(env["CUDA_VISIBLE_DEVICES"]))
-    for given in ("", "2,5"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    for devices in ("", "2,5"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
         for worker in range(3):
             grid._start(recipe, worker, 3)
     assert seen == ["0", "1", "0", "2", "5", "2"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from zebra.model.verify import Check
     from zebra.pipeline.run import StageState
     from zebra.results import Result
-    from zebra.study.grid import Reckoned
+    from zebra.study.grid import CellEstimate
     from zebra.train.dry_run import DryRun
 
 
@@ -152,7 +152,7 @@ def dry_run(estimate: DryRun, as_json: bool) -> None:
     _table(["memory of one device", unit], rows, numbers=slice(1, None))
 
 
-def cells(cells: Sequence[Reckoned], as_json: bool) -> None:
+def cells(cells: Sequence[CellEstimate], as_json: bool) -> None:
     """The cells of a grid."""
     if as_json:
         json({"cells": [asdict(cell) for cell in cells]})

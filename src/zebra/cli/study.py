@@ -26,11 +26,11 @@ def study(
 
     grid = read_recipe(recipe, StudyRecipe, set_ or [])
     with show.working():
-        from zebra.study.grid import reckoned
+        from zebra.study.grid import estimate
         from zebra.study.grid import study as run
 
         if dry_run:
-            show.cells(reckoned(grid), as_json)
+            show.cells(estimate(grid), as_json)
             return
         rows = run(grid, workers)
     from zebra.report import write_report

@@ -1,14 +1,13 @@
 """A grid of trainings from scratch: attention kinds × position embeddings × lengths, as one command.
 
-run/tokenizer/            trained once on the grid's text, where the recipe names none; all cells share it
+run/tokenizer/            trained once on the grid's text unless the recipe names one; all cells share it
 run/cells/<name>.yaml     a cell: a recipe of `zebra pretrain`, which can be run alone
-run/cells/<name>.log      what its process said
+run/cells/<name>.log      what its process printed
 run/cells/<name>/         its directory (zebra.train.pretrain)
-run/results.jsonl            the rows of all cells that are done, in the grid's order, and then of those that it left
-out
+run/results.jsonl         the results of all finished cells, in the grid's order; those that left the grid come last
 
-Each cell has a process of its own. A cell that is done is not run again, one that was killed goes on where it stood,
-and one that fails leaves the others alone.
+Each cell has a process of its own. A finished cell is not run again, a killed one resumes, and one that fails leaves
+the others alone.
 """
 
 from __future__ import annotations
@@ -31,14 +30,13 @@ import yaml
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory, atomic_write, directory_lock
 from zebra.model.checkpoint import load_tokenizer
-from zebra.model.families import attention_pairs
-from zebra.model.local import LocalAttention, layout_name
+from zebra.model.families import attention_pairs, layout
 from zebra.plan.decoder import decoder_from_config
 from zebra.progress import bar, console
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
 from zebra.study.layout import NAME
-from zebra.study.recipe import AXES, StudyRecipe, recipes_of
+from zebra.study.recipe import CELL_KEYS, StudyRecipe, recipes_of
 from zebra.train import directory
 from zebra.train.pretrain import check_step, config_of
 from zebra.train.recipe import NewTokenizer, PretrainRecipe, read_recipe
@@ -46,18 +44,18 @@ from zebra.train.texts import read_texts
 from zebra.train.tokenizer import texts_of, train_tokenizer
 from zebra.train.trainer import check_machine, tokens_per_step
 
-ASKED = "asked.yaml"
-"""What a trained tokenizer was to be, and of what data; it lies beside it."""
+ORIGIN = "origin.yaml"
+"""The settings and the data that a grid's tokenizer was trained by; beside it."""
 
 
 def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
-    """Run the cells that are not done, `workers` at a time, and return the rows of all.
+    """Run the cells that are not finished, `workers` at a time, and return the results of all.
 
     On a machine with GPUs worker i sees GPU i; on a CPU the workers share the cores.
 
     Raises:
         ZebraError: before any work, a contradiction in any cell, no text or no such machine, a cell's directory of
-            another recipe; at the end, cells that failed, when all others are done.
+            another recipe; at the end, cells that failed, when all others are finished.
     """
     recipes = recipes_of(grid)
     if workers < 1:
@@ -67,26 +65,26 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
     with directory_lock(run):
         _check_run(run, recipes)
         recipes = _with_tokenizer(run, recipes)
-        done = [recipe for recipe in recipes if _is_done(recipe)]
-        _gather(run, recipes)  # what is damaged is said before any work
-        if done:
-            console.print(f"{len(done)} of {len(recipes)} cells are done already", highlight=False)
-        failed = _run(run, recipes, [recipe for recipe in recipes if recipe not in done], workers)
-        rows = _gather(run, recipes)
+        todo = [recipe for recipe in recipes if not _is_finished(recipe)]
+        _gather(run, recipes)  # raises for damaged results, before any work
+        if len(todo) < len(recipes):
+            console.print(f"{len(recipes) - len(todo)} of {len(recipes)} cells are done already", highlight=False)
+        failed = _run(run, recipes, todo, workers)
+        results = _gather(run, recipes)
     if failed:
-        (name, why), more = failed[0], len(failed) - 1
+        (name, reason), more = failed[0], len(failed) - 1
         raise ZebraError(
-            f"{name} failed, {why.rstrip('.')}"
+            f"{name} failed, {reason.rstrip('.')}"
             + (f"; and {more} more" if more else "")
-            + f". Every log is {run / 'cells'}/<name>.log, the rows of the others are {run / 'results.jsonl'}; "
+            + f". Every log is {run / 'cells'}/<name>.log, the results of the others are {run / 'results.jsonl'}; "
             "the same command tries again."
         )
-    return rows
+    return results
 
 
 @dataclass(frozen=True)
-class Reckoned:
-    """A cell before it is run: parameters and tokens of its training, and attention against the dense model's."""
+class CellEstimate:
+    """A cell before it is run: parameters and tokens of its training, and the share of full attention's pairs."""
 
     cell: str
     layout: str
@@ -96,97 +94,113 @@ class Reckoned:
     done: bool
 
 
-def reckoned(grid: StudyRecipe) -> list[Reckoned]:
-    """What `study` would run; refuses as it does, but for the text."""
-    found = []
+def estimate(grid: StudyRecipe) -> list[CellEstimate]:
+    """What `study` would run.
+
+    Raises:
+        ZebraError: as `study`, except for the text and the machine.
+    """
     recipes = recipes_of(grid)
     _check_run(Path(grid.run), recipes)
-    for recipe in recipes:
-        config = config_of(recipe)
-        length = recipe.train.length
-        dense = config.num_hidden_layers * visible_pairs(length)
-        found.append(
-            Reckoned(
-                cell=Path(recipe.run).name,
-                layout=layout_name(config, LocalAttention()),
-                parameters=decoder_from_config(config.to_dict(), name=NAME).num_parameters,
-                tokens=recipe.train.max_steps * tokens_per_step(recipe),
-                attention=attention_pairs(config, length) / dense,
-                done=_is_done(recipe),
-            )
-        )
-    return found
+    return [_estimate(recipe) for recipe in recipes]
+
+
+def _estimate(recipe: PretrainRecipe) -> CellEstimate:
+    config, length = config_of(recipe), recipe.train.length
+    return CellEstimate(
+        cell=Path(recipe.run).name,
+        layout=f"{layout(config)} {config.position_embedding}",
+        parameters=decoder_from_config(config.to_dict(), name=NAME).num_parameters,
+        tokens=recipe.train.max_steps * tokens_per_step(recipe),
+        attention=attention_pairs(config, length) / (config.num_hidden_layers * visible_pairs(length)),
+        done=_is_finished(recipe),
+    )
 
 
 # The run
 
 
 def _check_run(run: Path, recipes: Sequence[PretrainRecipe]) -> None:
-    """Refuse a run of another recipe: of another tokenizer, or with cells that differ in more than cells do.
+    """Check that the run's tokenizer and its cells are of this grid.
 
-    Cells that are done and not in the grid stay in its rows, so they are held against it too.
+    Finished cells that are not in the grid stay in its results, so they too may differ in the keys of cells alone.
     """
-    asked, wanted = run / "tokenizer" / ASKED, _asked(recipes[0])
+    origin, expected = run / "tokenizer" / ORIGIN, _origin(recipes[0])
     trains = isinstance(recipes[0].tokenizer, NewTokenizer)
-    if trains and asked.exists() and yaml.safe_load(asked.read_text(encoding="utf-8")) != wanted:
+    if trains and origin.exists() and yaml.safe_load(origin.read_text(encoding="utf-8")) != expected:
         raise ZebraError(
-            f"{asked.parent} was trained by another recipe: its tokenizer or its data differ. "
+            f"{origin.parent} was trained by another recipe: its tokenizer or its data differ. "
             f"Name another run, or remove {run}."
         )
-    known = [_sharing(run, recipe) for recipe in recipes]
-    for recipe in known:
+    with_tokenizer = [_sharing_tokenizer(run, recipe) for recipe in recipes]
+    for recipe in with_tokenizer:
         directory.check_recipe(Path(recipe.run), recipe)
-    for other in _others(run, recipes):
-        kept = read_recipe(other / "recipe.yaml", PretrainRecipe)
-        if more := [name for name in directory.differing(known[0], kept) if name not in AXES]:
+    for cell in _other_cells(run, recipes):
+        other = read_recipe(cell / "recipe.yaml", PretrainRecipe)
+        if different := [name for name in directory.differing(with_tokenizer[0], other) if name not in CELL_KEYS]:
             raise ZebraError(
-                f"{other} is a cell of another recipe: {', '.join(more)} differ. Name another run, or remove it."
+                f"{cell} is a cell of another recipe: {', '.join(different)} differ. Name another run, or remove it."
             )
 
 
-def _asked(recipe: PretrainRecipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", include={"tokenizer", "data"}, exclude={"data": {"workers", "cache"}})
+def _origin(recipe: PretrainRecipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", include={"tokenizer", "data"}, exclude={"data": {"num_proc", "cache_dir"}})
 
 
-def _sharing(run: Path, recipe: PretrainRecipe) -> PretrainRecipe:
+def _sharing_tokenizer(run: Path, recipe: PretrainRecipe) -> PretrainRecipe:
     """A cell's recipe with the grid's tokenizer, where that is trained."""
     trains = isinstance(recipe.tokenizer, NewTokenizer)
     return recipe.model_copy(update={"tokenizer": str(run / "tokenizer")}) if trains else recipe
 
 
 def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> list[PretrainRecipe]:
-    """The recipes with one tokenizer, trained where it is not there yet."""
-    asked, made = recipes[0].tokenizer, run / "tokenizer"
-    if isinstance(asked, NewTokenizer) and not made.is_dir():
-        tokenizer = train_tokenizer(texts_of(recipes[0]), asked)
-        with atomic_directory(made) as aside:
+    """The recipes with one tokenizer, which is trained where it is not there yet."""
+    settings, path = recipes[0].tokenizer, run / "tokenizer"
+    if isinstance(settings, NewTokenizer) and not path.is_dir():
+        tokenizer = train_tokenizer(texts_of(recipes[0]), settings)
+        with atomic_directory(path) as aside:
             tokenizer.save_pretrained(aside)
-            atomic_write(aside / ASKED, yaml.safe_dump(_asked(recipes[0])))
-    recipes = [_sharing(run, recipe) for recipe in recipes]
+            atomic_write(aside / ORIGIN, yaml.safe_dump(_origin(recipes[0])))
+    recipes = [_sharing_tokenizer(run, recipe) for recipe in recipes]
     tokenizer = load_tokenizer(str(recipes[0].tokenizer))
     check_step(recipes[0], read_texts(recipes[0], tokenizer))  # and the text is in the cache, for all cells
-    return list(recipes)
+    return recipes
+
+
+def _is_finished(recipe: PretrainRecipe) -> bool:
+    results = Path(recipe.run) / "results.jsonl"
+    return results.exists() and results.stat().st_size > 0
+
+
+def _other_cells(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Path]:
+    """Finished cells of the run that are not in the grid."""
+    names = {Path(recipe.run).name for recipe in recipes}
+    finished = sorted(file.parent for file in (run / "cells").glob("*/results.jsonl") if file.stat().st_size)
+    return [cell for cell in finished if cell.name not in names]
+
+
+def _gather(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Result]:
+    cells = [*(Path(recipe.run) for recipe in recipes if _is_finished(recipe)), *_other_cells(run, recipes)]
+    results = [one for cell in cells for one in read_results(cell / "results.jsonl")]
+    if results:
+        write_results(run / "results.jsonl", results)
+    return results
 
 
 # Processes
 
 
-def _is_done(recipe: PretrainRecipe) -> bool:
-    rows = Path(recipe.run) / "results.jsonl"
-    return rows.exists() and rows.stat().st_size > 0  # as `pretrain` has it
-
-
 @contextmanager
-def _told_to_end() -> Iterator[list[int]]:
-    """The signals to end that came; the cells are ended before the process is."""
-    told: list[int] = []
+def _signals_collected() -> Iterator[list[int]]:
+    """The signals to end that came: the cells are ended before this process."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield received
         return
     signals = signal.SIGTERM, signal.SIGHUP
-    before = {number: signal.signal(number, lambda number, _: told.append(number)) for number in signals}
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in signals}
     try:
-        yield told
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -195,19 +209,19 @@ def _told_to_end() -> Iterator[list[int]]:
 def _run(
     run: Path, recipes: Sequence[PretrainRecipe], todo: Sequence[PretrainRecipe], workers: int
 ) -> list[tuple[str, str]]:
-    """Run cells, `workers` at a time; the names of those that failed, with the last line that they said."""
+    """Run cells, `workers` at a time; the names of those that failed, with their reasons."""
     failed: list[tuple[str, str]] = []
     waiting, free = list(todo), list(range(workers))
     running: dict[int, tuple[PretrainRecipe, subprocess.Popen[bytes]]] = {}
-    with _told_to_end() as told, bar("cells", len(todo), "cells") as advance:
+    with _signals_collected() as received, bar("cells", len(todo), "cells") as advance:
         try:
             while waiting or running:
                 while waiting and free:
                     worker, recipe = free.pop(0), waiting.pop(0)
                     running[worker] = recipe, _start(recipe, worker, workers)
                 time.sleep(0.2)
-                if told:
-                    raise SystemExit(128 + told[0])
+                if received:
+                    raise SystemExit(128 + received[0])
                 for worker, (recipe, process) in list(running.items()):
                     if process.poll() is None:
                         continue
@@ -215,7 +229,7 @@ def _run(
                     free.append(worker)
                     name = Path(recipe.run).name
                     if process.returncode:
-                        failed.append((name, _why(recipe, process.returncode)))
+                        failed.append((name, _reason(recipe, process.returncode)))
                     _gather(run, recipes)
                     advance(1, note=name)
                     if not console.is_terminal:
@@ -232,20 +246,21 @@ def _start(recipe: PretrainRecipe, worker: int, workers: int) -> subprocess.Pope
     run = Path(recipe.run)
     path = run.with_name(f"{run.name}.yaml")
     atomic_write(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    shown = dict(os.environ)
+    environment = dict(os.environ)
     if gpus := torch.cuda.device_count():
-        mine = shown.get("CUDA_VISIBLE_DEVICES", "").split(",")  # of the machine's GPUs, those that may be used
-        named = len(mine) >= gpus and all(mine)
-        shown["CUDA_VISIBLE_DEVICES"] = mine[worker % gpus] if named else str(worker % gpus)
+        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        named = len(visible) >= gpus and all(visible)
+        environment["CUDA_VISIBLE_DEVICES"] = visible[worker % gpus] if named else str(worker % gpus)
     else:
-        shown["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // workers))
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // workers))
     command = [sys.executable, "-m", "zebra", "pretrain", str(path), "--json"]
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     with run.with_name(f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, env=shown)
+        return subprocess.Popen(command, **streams, stderr=log, env=environment)
 
 
-def _why(recipe: PretrainRecipe, code: int) -> str:
-    """The last line of a cell's log; what is there is of before where the cell was killed."""
+def _reason(recipe: PretrainRecipe, code: int) -> str:
+    """Why a cell failed: the last line of its log, unless it was killed; then the log is older."""
     if code < 0:
         return f"killed by signal {-code}"
     run = Path(recipe.run)
@@ -253,19 +268,4 @@ def _why(recipe: PretrainRecipe, code: int) -> str:
         lines = run.with_name(f"{run.name}.log").read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return "and its log is gone"
-    return next((line.removeprefix("zebra: ") for line in reversed(lines) if line.strip()), "it said nothing.")
-
-
-def _others(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Path]:
-    """Cells of the run that are done and not in the grid."""
-    mine = {Path(recipe.run).name for recipe in recipes}
-    done = sorted(file.parent for file in (run / "cells").glob("*/results.jsonl") if file.stat().st_size)
-    return [cell for cell in done if cell.name not in mine]
-
-
-def _gather(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Result]:
-    cells = [*(Path(recipe.run) for recipe in recipes if _is_done(recipe)), *_others(run, recipes)]
-    rows = [row for cell in cells for row in read_results(cell / "results.jsonl")]
-    if rows:
-        write_results(run / "results.jsonl", rows)
-    return rows
+    return next((line.removeprefix("zebra: ") for line in reversed(lines) if line.strip()), "and its log is empty.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from zebra.errors import ZebraError
@@ -21,7 +21,7 @@ _Many = Annotated[
     tuple[T, ...], BeforeValidator(lambda one: (one,) if not isinstance(one, list | tuple) else tuple(one))
 ]
 _Size = Annotated[int, Field(ge=1)]
-AXES = (
+CELL_KEYS = (
     "run",
     "model.attention_kinds",
     "model.position_embedding",
@@ -33,7 +33,7 @@ AXES = (
     "evaluate.length",
     "evaluate.beyond",
 )
-"""What cells differ in."""
+"""The keys of a recipe that the cells of a grid differ in."""
 
 
 class Axes(Section):
@@ -65,16 +65,16 @@ class StudyRecipe(Section):
         model = self.recipe.get("model") or {}
         if (kind := model.get("model_type")) != NAME:
             raise ValueError(f"recipe.model.model_type is {NAME}, whose layers have the kinds of a grid; got {kind!r}")
-        own = [f"model.{name}" for name in ("attention_kinds", "layer_types", "position_embedding") if name in model]
-        own += ["stripes"] * (self.recipe.get("stripes") is not None)
-        if own:
-            raise ValueError(f"recipe.{own[0]} is what the cells differ in, by attention and position; remove it")
+        axes = [f"model.{name}" for name in ("attention_kinds", "layer_types", "position_embedding") if name in model]
+        axes += ["stripes"] * (self.recipe.get("stripes") is not None)
+        if axes:
+            raise ValueError(f"recipe.{axes[0]} is what the cells differ in, by attention and position; remove it")
         return self
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One model of a grid; None where an axis does not touch it."""
+class GridCell:
+    """One model of a grid; None for an axis that does not concern it."""
 
     attention: str
     position: str
@@ -86,27 +86,24 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its directory, and its rows' run: `grouped-4-rotary-w32-512-seed0`."""
+        """Its directory, and the run of its results: `grouped-4-rotary-w32-512-seed0`."""
         parts = [self.attention, self.group, self.position, self.window and f"w{self.window}"]
         parts += [self.block and f"b{self.block}", self.length, f"seed{self.seed}"]
         return "-".join(str(part) for part in parts if part is not None)
 
 
-def cells_of(grid: StudyRecipe) -> list[Cell]:
+def cells_of(grid: StudyRecipe) -> list[GridCell]:
     """The cells in their order, each once.
 
     Raises:
-        ZebraError: a recipe without a length, a window or a block that an axis leaves to it.
+        ZebraError: a recipe without a length or a window that an axis leaves to it.
     """
     model, train = dict(grid.recipe["model"]), dict(grid.recipe.get("train") or {})
-    cells: dict[Cell, None] = {}
+    cells: dict[GridCell, None] = {}
     for axes in grid.cells:
-        lengths = axes.length or (train.get("length"),)
-        windows, blocks = (
-            axes.window or (model.get("sliding_window"),),
-            axes.block or (model.get("summary_block", StudyConfig.summary_block),),
-        )
-        seeds = axes.seed or (train.get("seed", 0),)
+        windows = axes.window or (model.get("sliding_window"),)
+        blocks = axes.block or (model.get("summary_block", StudyConfig.summary_block),)
+        lengths, seeds = axes.length or (train.get("length"),), axes.seed or (train.get("seed", 0),)
         for attention, position, group, window, block, length, seed in itertools.product(
             axes.attention, axes.position, axes.group, windows, blocks, lengths, seeds
         ):
@@ -116,7 +113,7 @@ def cells_of(grid: StudyRecipe) -> list[Cell]:
                 raise ZebraError(
                     f"{attention} layers have a window: give recipe.model.sliding_window, or the axis window."
                 )
-            cell = Cell(
+            cell = GridCell(
                 attention=attention,
                 position=position,
                 group=group if attention == "grouped" else None,
@@ -130,15 +127,15 @@ def cells_of(grid: StudyRecipe) -> list[Cell]:
 
 
 def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
-    """A recipe for each cell; a step has as many tokens in all, so that lengths differ in nothing else.
+    """A recipe for each cell. A step of each has the same number of tokens, so that lengths differ in nothing else.
 
     Raises:
-        ZebraError: a recipe that cannot be one, or a cell whose model cannot be built; the cell's name stands in front.
+        ZebraError: a recipe or a model that cannot be built, with the cell's name.
     """
     recipes = []
     for cell in cells_of(grid):
         try:
-            recipe = checked(_tree(grid, cell), PretrainRecipe, "recipe")
+            recipe = checked(_recipe_tree(grid, cell), PretrainRecipe, "recipe")
             config_of(recipe)
         except (ZebraError, ValueError) as error:
             raise ZebraError(f"the cell {cell.name}: {error}") from None
@@ -146,34 +143,30 @@ def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
     return recipes
 
 
-def _tree(grid: StudyRecipe, cell: Cell) -> dict[str, Any]:
-    shared = yaml.safe_load(yaml.safe_dump(grid.recipe))  # a copy
-    model, train, evaluate = shared["model"], shared.get("train") or {}, shared.get("evaluate")
-    for name, number in (
-        ("model.num_hidden_layers", model.get("num_hidden_layers", 1)),
-        ("train.per_device_train_batch_size", train.get("per_device_train_batch_size", 1)),
-        ("train.length", train.get("length", cell.length)),
-        ("evaluate.beyond", (evaluate or {}).get("beyond") or 1),
-    ):
+def _recipe_tree(grid: StudyRecipe, cell: GridCell) -> dict[str, Any]:
+    tree = copy.deepcopy(grid.recipe)
+    model, train, evaluate = tree["model"], tree.get("train") or {}, tree.get("evaluate")
+    layers = model.get("num_hidden_layers", StudyConfig.num_hidden_layers)
+    batch, length = train.get("per_device_train_batch_size", 1), train.get("length", cell.length)
+    numbers = {"model.num_hidden_layers": layers, "train.per_device_train_batch_size": batch, "train.length": length}
+    numbers["evaluate.beyond"] = (evaluate or {}).get("beyond") or 1
+    for name, number in numbers.items():
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"recipe.{name} is a whole number from 1 on; got {number!r}.")
     if cell.window is not None and cell.window > cell.length:
         raise ValueError(f"a window is at most the length, {cell.length:,} tokens; got {cell.window:,}.")
-    kinds = attention_kinds(
-        cell.attention, model.get("num_hidden_layers", StudyConfig.num_hidden_layers), cell.group or 1
-    )
+    kinds = attention_kinds(cell.attention, layers, cell.group or 1)
     model |= {"attention_kinds": kinds, "position_embedding": cell.position, "sliding_window": cell.window}
     if cell.block is not None:
         model["summary_block"] = cell.block
-    rows = train.get("per_device_train_batch_size", 1) * train.get("length", cell.length)
-    if rows % cell.length:
+    if batch * length % cell.length:
         raise ValueError(
-            f"a step has {rows:,} tokens at a time (recipe.train.per_device_train_batch_size x length), and sequences "
-            f"of {cell.length:,} do not fill it. Take a length that divides it."
+            f"a step has {batch * length:,} tokens at a time (recipe.train.per_device_train_batch_size x length), and "
+            f"sequences of {cell.length:,} do not fill it. Take a length that divides it."
         )
-    train |= {"length": cell.length, "per_device_train_batch_size": rows // cell.length, "seed": cell.seed}
+    train |= {"length": cell.length, "per_device_train_batch_size": batch * length // cell.length, "seed": cell.seed}
     if evaluate is not None:
         evaluate["length"] = cell.length
         if cell.position == "absolute" or (evaluate.get("beyond") or 0) <= cell.length:
-            evaluate["beyond"] = None  # there are no positions beyond those that were learned
-    return shared | {"run": str(Path(grid.run) / "cells" / cell.name), "train": train}
+            evaluate["beyond"] = None  # learned positions end at the trained length
+    return tree | {"run": str(Path(grid.run) / "cells" / cell.name), "train": train}
