@@ -1,13 +1,14 @@
 """What a training step of each cell of a study costs: time in turns, memory from a fresh process, the plan beside.
 
-Cells of one length take turns in one process, each with the model, the rows and the optimiser of its recipe. The memory
-is that of model, optimiser and one step together, beside what `zebra pretrain --dry-run` reckons.
+Cells of one length take turns in one process, each with the model, the batch and the optimiser of its recipe. The
+memory is that of model, optimiser and one step together, beside the estimate of `zebra pretrain --dry-run`.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ from zebra_bench.runner import Benchmark, Call, Variant, Workload, run_benchmark
 
 @dataclass(frozen=True, kw_only=True)
 class StudyStepConfig(BenchmarkConfig):
-    """Cells of one length, dtype and number of rows."""
+    """Cells of one length, dtype and batch size."""
 
     module = "zebra_bench.study"
 
@@ -53,47 +54,49 @@ class StudyStepConfig(BenchmarkConfig):
 
     @property
     def length(self) -> int:
-        """Tokens of a row."""
+        """Tokens of a sequence."""
         return self.recipes[0].train.length
 
 
 def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) -> tuple[list[Result], tuple[str, ...]]:
-    """Rows of each distinct cell, whatever its seed, and what was left out; their layout and length tell the cell.
+    """Results of each distinct cell, whatever its seed, and what was left out; layout and length name the cell.
 
     milliseconds, tokens_per_second, planned_milliseconds    of one forward and backward pass and the optimiser's step
     extra_bytes, planned_bytes                               of the same, with the model and the optimiser's states
     parameters, attention_flops                              exact; the latter of one pass
 
     Args:
-        run: the rows' run.
+        run: the run of the results.
         options: of `BenchmarkConfig`: repeats, memory, ceilings, seed, device.
 
     Raises:
         ZebraError: a cell whose gradients are not those of the formula.
     """
-    cells: dict[tuple[Any, ...], dict[str, PretrainRecipe]] = {}
+    batches: dict[tuple[int, str, int], dict[str, PretrainRecipe]] = defaultdict(dict)
     for recipe in recipes:
         train = recipe.train
-        cells.setdefault((train.length, train.compute_dtype, train.per_device_train_batch_size), {}).setdefault(
-            _layout(recipe), recipe
-        )
+        batch = train.length, train.compute_dtype, train.per_device_train_batch_size
+        batches[batch].setdefault(_layout(recipe), recipe)
+    results: list[Result] = []
+    left_out: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         options.setdefault("ceilings", str(Path(folder) / "ceilings.json"))
-        if not Path(options["ceilings"]).exists():  # once for all, and all plans rest on the same
+        if not Path(options["ceilings"]).exists():  # once, so that all plans rest on the same
             write_ceilings(Path(options["ceilings"]), measure_ceilings(read_device(options.get("device")), repeats=3))
-        measured = [
-            run_benchmark(StudyStepConfig(recipes=tuple(found.values()), dtype=dtype, batch_size=batch, **options))
-            for (_, dtype, batch), found in cells.items()
-        ]
-    rows = [row for row in measured[0][0] if row.task == "bench ceilings"] if measured else []
-    for found, (timed, _) in zip(cells.values(), measured, strict=True):
-        for layout, recipe in found.items():
-            mine = [row for row in timed if row.layout == layout]
-            rows += [
-                *mine,
-                *(replace(mine[0], metric=k, value=n, n=None, low=None, high=None) for k, n in _exact(recipe)),
-            ]
-    return [replace(row, run=run) for row in rows], tuple(line for _, missing in measured for line in missing)
+        for (_, dtype, size), cells in batches.items():
+            config = StudyStepConfig(recipes=tuple(cells.values()), dtype=dtype, batch_size=size, **options)
+            timed, missing = run_benchmark(config)
+            if not results:
+                results += [one for one in timed if one.task == "bench ceilings"]
+            left_out += missing
+            for layout, recipe in cells.items():
+                of_cell = [one for one in timed if one.layout == layout]
+                exact = (
+                    replace(of_cell[0], metric=metric, value=value, n=None, low=None, high=None)
+                    for metric, value in _exact(recipe)
+                )
+                results += [*of_cell, *exact]
+    return [replace(one, run=run) for one in results], tuple(left_out)
 
 
 def _exact(recipe: PretrainRecipe) -> list[tuple[str, float]]:
@@ -116,8 +119,8 @@ def benchmark(config: StudyStepConfig) -> Benchmark:
         gate = partial(_error, recipe, config.device)
         layout = _layout(recipe)
         variants.append(Variant(name=f"zebra, {layout}", layout=layout, workloads=(work,), gate=gate))
-    rows = f"{config.batch_size} row{'s' if config.batch_size > 1 else ''}"
-    return Benchmark(task=f"study step: {rows}, {config.recipes[0].train.optimizer}", variants=tuple(variants))
+    sequences = f"{config.batch_size} sequence{'s' if config.batch_size > 1 else ''}"
+    return Benchmark(task=f"study step: {sequences}, {config.recipes[0].train.optimizer}", variants=tuple(variants))
 
 
 def _layout(recipe: PretrainRecipe) -> str:
@@ -160,11 +163,11 @@ def _prepare(recipe: PretrainRecipe, device: str | None) -> Call:
     if train.gradient_checkpointing:  # its name after transformers 5.17, and before
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    made = optimizer_of(train)
-    if made is None:
+    named = optimizer_of(train)
+    if named is None:
         optimiser = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, fused=True)
     else:
-        optimiser = made[0]()(model, **made[1])
+        optimiser = named[0]()(model, **named[1])
     shape = train.per_device_train_batch_size, train.length
     tokens = torch.randint(3, config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
 
@@ -190,7 +193,7 @@ def _error(recipe: PretrainRecipe, device: str | None) -> float:
     config.sliding_window = config.sliding_window and min(config.sliding_window, 24)
     config.summary_block = min(config.summary_block, 5)
     length = min(config.max_position_embeddings, 61)
-    found = []
+    outputs = []
     for naive in (False, True):
         model = _model(config, device)
         tokens = torch.arange(length, device=model.device)[None] % config.vocab_size
@@ -201,5 +204,5 @@ def _error(recipe: PretrainRecipe, device: str | None) -> float:
             loss = _loss(model, tokens, recipe.train)
             loss.backward()
         gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-        found.append([loss.detach(), gradients])
-    return relative_error(*found)
+        outputs.append([loss.detach(), gradients])
+    return relative_error(*outputs)
