@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +101,13 @@ def test_chunks_padding_and_packing_change_nothing(attention: str, positions: st
         padded, real = ids.clone(), torch.ones_like(ids)
         padded[1, :5], real[1, :5] = 0, 0
         places = (real.cumsum(dim=1) - 1).clamp(min=0)
-        found = model(padded, attention_mask=real, position_ids=places).logits
-        close(found[0], whole[0])
-        close(found[1, 5:], model(short).logits[0])
+        logits = model(padded, attention_mask=real, position_ids=places).logits
+        close(logits[0], whole[0])
+        close(logits[1, 5:], model(short).logits[0])
         joined = torch.cat([ids[:1], short], dim=1)
         places = torch.cat([torch.arange(LENGTH), torch.arange(LENGTH - 5)])[None]
-        found = model(joined, position_ids=places, use_cache=False).logits
-        close(found, torch.cat([whole[:1], model(short).logits], dim=1))
+        logits = model(joined, position_ids=places, use_cache=False).logits
+        close(logits, torch.cat([whole[:1], model(short).logits], dim=1))
 
 
 @pytest.mark.parametrize(("attention", "positions"), SOME_CELLS)
@@ -111,13 +115,13 @@ def test_it_saves_loads_and_generates_as_any_host(attention: str, positions: str
     model = drawn(attention, positions).float()
     model.save_pretrained(tmp_path)
     loaded, ours, ids = AutoModelForCausalLM.from_pretrained(tmp_path), load(tmp_path), tokens()
-    wanted = ids
+    expected = ids
     with torch.no_grad():
         for _ in range(5):
-            wanted = torch.cat([wanted, model(wanted).logits[:, -1:].argmax(dim=-1)], dim=1)
+            expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(dim=-1)], dim=1)
         for one in (loaded, ours):
             close(one(ids).logits, model(ids).logits, 1e-4)
-            assert torch.equal(one.generate(ids, **OPTIONS), wanted)
+            assert torch.equal(one.generate(ids, **OPTIONS), expected)
     assert loaded.config.attention_kinds == model.config.attention_kinds
     assert loaded.config.window == model.config.window
 
@@ -132,8 +136,8 @@ def test_a_batch_padded_on_its_left_generates_what_each_row_does(
     ids, mask = tokens(), torch.ones(2, LENGTH, dtype=torch.long)
     ids[1, :5], mask[1, :5] = 0, 0
     alone = model.generate(ids[1:, 5:], **OPTIONS)[0, -5:]
-    for given in ({"attention_mask": mask}, {}, {"attention_mask": mask, "use_cache": False}):
-        assert torch.equal(model.generate(ids, **OPTIONS, **given)[1, -5:], alone)
+    for inputs in ({"attention_mask": mask}, {}, {"attention_mask": mask, "use_cache": False}):
+        assert torch.equal(model.generate(ids, **OPTIONS, **inputs)[1, -5:], alone)
     beams = model.generate(ids[1:, 5:], num_beams=3, **OPTIONS)[0, -5:]
     assert torch.equal(model.generate(ids, attention_mask=mask, num_beams=3, **OPTIONS)[1, -5:], beams)
     if host == "plain":
@@ -145,10 +149,10 @@ def test_a_batch_padded_on_its_left_generates_what_each_row_does(
 @pytest.mark.parametrize("attention", ["global", "local", "grouped"])
 def test_the_hosts_own_attention_gives_the_same(attention: str, positions: str) -> None:
     ids, model = tokens(), drawn(attention, positions)
-    wanted = model(ids).logits
+    expected = model(ids).logits
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        close(model(ids).logits, wanted, 1e-4)
+        close(model(ids).logits, expected, 1e-4)
 
 
 @pytest.mark.parametrize(("attention", "positions"), SOME_CELLS)
@@ -196,7 +200,7 @@ def test_learned_positions_end_where_their_table_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_the_sizes_are_those_of_their_names(name: float, layers: int, width: int, heads: int, positions: str) -> None:
     with torch.device("meta"):
-        made = StudyForCausalLM(
+        model = StudyForCausalLM(
             StudyConfig(
                 vocab_size=40960,
                 hidden_size=width,
@@ -206,7 +210,7 @@ def test_the_sizes_are_those_of_their_names(name: float, layers: int, width: int
                 max_position_embeddings=1024,
             )
         )
-    assert abs(made.num_parameters() / name - 1) < 0.02
+    assert abs(model.num_parameters() / name - 1) < 0.02
 
 
 def test_layouts_are_named() -> None:
@@ -236,10 +240,10 @@ def test_a_config_that_contradicts_itself(changes: dict[str, Any], says: str) ->
 
 def test_what_the_host_cannot_compute_is_refused() -> None:
     for attention, positions in (("global", "alibi"), ("summary", "rotary")):
-        made = config(attention, positions)
-        made._attn_implementation = "sdpa"
+        without_zebra = config(attention, positions)
+        without_zebra._attn_implementation = "sdpa"
         with pytest.raises(ValueError, match='attention "zebra" alone'):
-            StudyForCausalLM(made)
+            StudyForCausalLM(without_zebra)
     with pytest.raises(ValueError, match="64 learned positions; got one at 64"):
         drawn("global", "absolute")(tokens(1, 65))
     with pytest.raises(ValueError, match="got 'full'"):
@@ -269,3 +273,24 @@ def test_self_extend_is_refused_where_nothing_rotates(attention: str, positions:
     drawn(attention, positions).float().save_pretrained(tmp_path)
     with pytest.raises(ZebraError):
         zebra.load(tmp_path, self_extend="4:8")
+
+
+def test_the_command_line_plans_a_checkpoint_without_torch(zebra_process: Callable[..., Any], tmp_path: Path) -> None:
+    drawn("summary", "alibi").float().save_pretrained(tmp_path)
+    plan = zebra_process("plan", tmp_path, "--length", 64, "--json")
+    assert plan.returncode == 0, plan.stderr
+    plan = json.loads(plan.stdout)
+    assert [one["layout"] for one in plan["layouts"]] == ["full", "SSS:6/3"]
+    assert plan["complexity"][-1]["kind"] == "summary"
+
+
+@pytest.mark.full
+def test_python_asks_for_the_import(tmp_path: Path) -> None:
+    drawn("summary", "alibi").float().save_pretrained(tmp_path)
+    code = f"import zebra\ntry: zebra.load({str(tmp_path)!r})\nexcept zebra.ZebraError as error: print(error)\n"
+    code += f"import zebra.study.model; print(zebra.load({str(tmp_path)!r}).config.model_type)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    first, second = run.stdout.splitlines()
+    assert "cannot be read" in first, run.stdout + run.stderr
+    assert "zebra_study" in first
+    assert second == "zebra_study"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_study import ATTENTIONS, CELLS, LENGTH, POSITIONS, config, drawn, tokens
+from test_study import ATTENTIONS, CELLS, LENGTH, SOME_CELLS, config, drawn, tokens
 
 from zebra import ZebraError
 from zebra.model.families import attention_pairs, layout
@@ -39,12 +39,12 @@ def planned(attention: str, positions: str = "rotary", **changes: Any) -> Run:
 @pytest.mark.parametrize(("attention", "positions"), CELLS)
 def test_parameters_and_layout_are_the_models(attention: str, positions: str) -> None:
     for changes in ({}, {"tie_word_embeddings": False}):
-        made = config(attention, positions, **changes)
-        found = decoder.decoder_from_config(made.to_dict(), name="cell")
+        study_config = config(attention, positions, **changes)
+        sizes = decoder.decoder_from_config(study_config.to_dict(), name="cell")
         with torch.device("meta"):
-            assert found.num_parameters == study.StudyForCausalLM(made).num_parameters()
-        assert (found.rope is None) == (positions != "rotary")
-        assert str(found.stripes or "full") == layout(made)
+            assert sizes.num_parameters == study.StudyForCausalLM(study_config).num_parameters()
+        assert (sizes.rope is None) == (positions != "rotary")
+        assert str(sizes.stripes or "full") == layout(study_config)
     assert "zebra_study" in decoder.FAMILIES
 
 
@@ -57,11 +57,11 @@ def test_pairs_of_summaries_are_those_of_the_definition(length: int, window: int
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_planned_pairs_are_the_models(attention: str) -> None:
-    asked, made = planned(attention, batch=2), config(attention, "rotary")
-    assert cost.pairs(asked) == 2 * attention_pairs(made, LENGTH)
-    new = cost.pairs(replace(asked, phase="decode"))
-    assert new == 2 * (attention_pairs(made, LENGTH + 1) - attention_pairs(made, LENGTH))
-    assert cost.forward_flops(asked)["attention"] == 4 * 32 * cost.pairs(asked)
+    run, study_config = planned(attention, batch=2), config(attention, "rotary")
+    assert cost.pairs(run) == 2 * attention_pairs(study_config, LENGTH)
+    new = cost.pairs(replace(run, phase="decode"))
+    assert new == 2 * (attention_pairs(study_config, LENGTH + 1) - attention_pairs(study_config, LENGTH))
+    assert cost.forward_flops(run)["attention"] == 4 * 32 * cost.pairs(run)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -76,24 +76,32 @@ def test_key_value_bytes_are_the_caches(attention: str) -> None:
 def test_a_summary_layer_takes_a_local_layers_rate() -> None:
     rates = {GLOBAL: {"float32": 1e9}, LOCAL: {"float32": 1e8}}
     device = Device("x", {"float32": 1e12}, 1e30, attention=rates)
-    asked = planned("summary")
-    assert device.seconds(asked)["attention"] == pytest.approx(cost.flops(asked)["attention"] / 1e8)
+    run = planned("summary")
+    assert device.seconds(run)["attention"] == pytest.approx(cost.flops(run)["attention"] / 1e8)
 
 
 def test_a_plan_names_the_summary_layers_and_counts_them() -> None:
-    found = comparison.compare(planned("summary"), DEVICES["rtx-3090"], budget=10**9)
-    dense, mine = found["layouts"]
-    assert (mine["layout"], mine["global_layers"]) == ("SSS:6/3", 0)
-    assert mine["kv_bytes"] == dense["kv_bytes"]
-    assert mine["pairs"] == 3 * summary_pairs(LENGTH, 6, 3) < dense["pairs"]
-    assert [row["kind"] for row in found["complexity"]] == ["global", "local", "summary"]
+    table = comparison.compare(planned("summary"), DEVICES["rtx-3090"], budget=10**9)
+    full, summary = table["layouts"]
+    assert (summary["layout"], summary["global_layers"]) == ("SSS:6/3", 0)
+    assert summary["kv_bytes"] == full["kv_bytes"]
+    assert summary["pairs"] == 3 * summary_pairs(LENGTH, 6, 3) < full["pairs"]
+    assert [row["kind"] for row in table["complexity"]] == ["global", "local", "summary"]
     step = replace(planned("summary"), phase="decode")
     assert cost.bytes_moved(step)["attention"] > cost.bytes_moved(replace(step, stripes=None))["attention"]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("length", [9, 64, 110, 213])
-@pytest.mark.parametrize("keys", [2, 6])
+@pytest.mark.parametrize(
+    ("keys", "length", "precision"),
+    [
+        (6, 213, "float32"),
+        (2, 110, "bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in itertools.product((2, 6), (9, 64, 110, 213), ("float32", "bfloat16"))
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_activations_of_summary_layers_are_what_autograd_keeps(
     length: int, keys: int, precision: str, monkeypatch: pytest.MonkeyPatch
@@ -103,28 +111,28 @@ def test_activations_of_summary_layers_are_what_autograd_keeps(
     monkeypatch.setattr(layouts, "QUERIES", 100)
     sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": keys, "max_position_embeddings": 4096}
 
-    def kept(attention: str, layers: int) -> int:
+    def saved_bytes(attention: str, layers: int) -> int:
         kinds = {"attention_kinds": [attention] * layers, "num_hidden_layers": layers, "window": 7, "summary_block": 4}
         model = study.StudyForCausalLM(config("global", "rotary", **sizes | kinds)).train()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), _counting(model) as saved:
             model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
         return sum(saved.values())
 
-    more = [kept("summary", layers) - kept("local", layers) for layers in (1, 2)]
+    more = [saved_bytes("summary", layers) - saved_bytes("local", layers) for layers in (1, 2)]
     widths = {"heads": 6, "query_width": 48, "kv_width": 8 * keys, "half": precision == "bfloat16"}
-    found = SummaryStripes(7, "G", block=4, summaries=(0,)).extra_saved_bytes("summary", length, **widths)
-    assert found == pytest.approx(more[1] - more[0], rel=0.01)
+    extra = SummaryStripes(7, "G", block=4, summaries=(0,)).extra_saved_bytes("summary", length, **widths)
+    assert extra == pytest.approx(more[1] - more[0], rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_plan_of_training_is_the_dry_runs(checkpointing: bool) -> None:
-    asked = recipe("summary", length=64, gradient_checkpointing=checkpointing)
-    wanted = dry_run(asked).memory
-    found = memory.memory(bench._planned(asked))
-    assert found.keys() == wanted.keys()
-    for part in wanted:
-        assert found[part] == pytest.approx(wanted[part], rel=0.01), part
+    one = recipe("summary", length=64, gradient_checkpointing=checkpointing)
+    expected = dry_run(one).memory
+    parts = memory.memory(bench._planned(one))
+    assert parts.keys() == expected.keys()
+    for part in expected:
+        assert parts[part] == pytest.approx(expected[part], rel=0.01), part
 
 
 # What was measured
@@ -160,19 +168,21 @@ def recipe(attention: str, positions: str = "rotary", seed: int = 0, **changes: 
 def test_each_cell_is_measured_once_whatever_its_seeds(peaks: str) -> None:
     recipes = [recipe(kind, seed=seed) for kind in ("global", "summary") for seed in (0, 1)]
     recipes += [recipe("local", length=128), recipe("grouped", optimizer="muon", bf16=True)]
-    rows, left_out = bench.costs(recipes, run="try", repeats=1, memory=False, ceilings=peaks)
+    results, left_out = bench.costs(recipes, run="try", repeats=1, memory=False, ceilings=peaks)
     assert left_out == ()
-    assert {row.run for row in rows} == {"try"}
-    timed = [row for row in rows if row.metric == "milliseconds"]
-    assert len(timed) == len({(row.layout, row.length, row.task) for row in timed}) == 4
+    assert {result.run for result in results} == {"try"}
+    timed = [result for result in results if result.metric == "milliseconds"]
+    assert len(timed) == len({(result.layout, result.length, result.task) for result in timed}) == 4
     for one in (recipes[0], recipes[2]):
-        made = config_of(one)
-        mine = {row.metric: row.value for row in rows if row.layout == layout_of(one) and row.length == 64}
-        assert mine["parameters"] == study.StudyForCausalLM(made).num_parameters()
-        assert mine["attention_flops"] == 14 * 32 * 2 * attention_pairs(made, 64)
-        assert mine["planned_bytes"] == sum(dry_run(one).memory.values())
-        assert mine["tokens_per_second"] == pytest.approx(128 * 1000 / mine["milliseconds"])
-        assert mine["planned_milliseconds"] > 0
+        study_config = config_of(one)
+        values = {
+            result.metric: result.value for result in results if result.layout == layout_of(one) and result.length == 64
+        }
+        assert values["parameters"] == study.StudyForCausalLM(study_config).num_parameters()
+        assert values["attention_flops"] == 14 * 32 * 2 * attention_pairs(study_config, 64)
+        assert values["planned_bytes"] == sum(dry_run(one).memory.values())
+        assert values["tokens_per_second"] == pytest.approx(128 * 1000 / values["milliseconds"])
+        assert values["planned_milliseconds"] > 0
 
 
 def layout_of(one: PretrainRecipe) -> str:
@@ -185,14 +195,13 @@ def test_a_kernel_that_errs_leaves_no_row(peaks: str, monkeypatch: pytest.Monkey
         bench.costs([recipe("global"), recipe("summary")], repeats=1, memory=False, ceilings=peaks)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(("attention", "positions"), SOME_CELLS)
 def test_every_cell_passes_its_gate(attention: str, positions: str) -> None:
     assert bench._error(recipe(attention, positions), None) < 1e-5
 
 
 @pytest.mark.full
 def test_memory_is_that_of_a_fresh_process(peaks: str) -> None:
-    rows, _ = bench.costs([recipe("summary", length=2048)], repeats=1, ceilings=peaks)
-    found = {row.metric: row.value for row in rows}
-    assert found["planned_bytes"] / 3 < found["extra_bytes"] < 20 * found["planned_bytes"]
+    results, _ = bench.costs([recipe("summary", length=2048)], repeats=1, ceilings=peaks)
+    values = {result.metric: result.value for result in results}
+    assert values["planned_bytes"] / 3 < values["extra_bytes"] < 20 * values["planned_bytes"]

@@ -80,21 +80,21 @@ def whole(**changes: Any) -> dict[StudyCell, dict[str, Any]]:
 def rows_of(cells: dict[StudyCell, dict[str, Any]], seeds: int = 3, noise: float = 0.001) -> list[Result]:
     """Each seed shifts all cells alike by much, and each run by a little."""
     drawn, rows = random.Random(5), []
-    for cell, given in cells.items():
+    for cell, settings in cells.items():
         for seed in range(seeds):
-            value = given["value"] * math.exp(0.05 * seed + drawn.gauss(0, noise))
-            rows += run_of(cell, seed, **given | {"value": value})
+            value = settings["value"] * math.exp(0.05 * seed + drawn.gauss(0, noise))
+            rows += run_of(cell, seed, **settings | {"value": value})
     return rows
 
 
 def few() -> list[Result]:
     """A cell of each kind, one seed: enough for a page."""
-    return rows_of({cell: given for cell, given in whole().items() if cell[1:] == ("rotary", 512)}, seeds=1)
+    return rows_of({cell: settings for cell, settings in whole().items() if cell[1:] == ("rotary", 512)}, seeds=1)
 
 
 def judged(rows: list[Result]) -> list[str]:
-    (found,) = studies_in(rows)
-    return [claim.verdict for claim in claims.claims(found)]
+    (study,) = studies_in(rows)
+    return [claim.verdict for claim in claims.claims(study)]
 
 
 # Cells
@@ -102,16 +102,16 @@ def judged(rows: list[Result]) -> list[str]:
 
 def test_the_rows_of_a_grid_are_told_from_others() -> None:
     grid, other = rows_of(whole()), a_run()
-    (found,) = studies_in([*other, *grid])
-    assert len(found.results) == len(grid)
-    assert (found.name, found.length, len(found.runs)) == ("grid", 512, 18)
-    assert {cell.attention for cell in found.runs} == {"global", "grouped", "summary", "local"}
+    (study,) = studies_in([*other, *grid])
+    assert len(study.results) == len(grid)
+    assert (study.name, study.length, len(study.runs)) == ("grid", 512, 18)
+    assert {cell.attention for cell in study.runs} == {"global", "grouped", "summary", "local"}
     assert StudyCell("0,3:32", "none", 8).attention == "grouped"
     assert StudyCell("GS:32/4", "none", 8).attention == "mixed"
     assert StudyCell(SUMMARY, "rotary", 8).name == "S:32/16 rotary"
-    assert found.cell("grouped") == StudyCell(GROUPED, "rotary", 512)
-    assert found.cell("mixed") is None
-    assert found.title(StudyCell(GROUPED, "rotary", 1024)) == "GL:32 rotary at 1,024"
+    assert study.cell("grouped") == StudyCell(GROUPED, "rotary", 512)
+    assert study.cell("mixed") is None
+    assert study.title(StudyCell(GROUPED, "rotary", 1024)) == "GL:32 rotary at 1,024"
     one = [row for row in grid if row.run == grid[0].run]
     assert [len(study.runs) for study in studies_in(one)] == [1]
     alone = [replace(row, model=row.model.replace("/cells/", "/")) for row in one]
@@ -125,8 +125,8 @@ def test_the_rows_of_a_grid_are_told_from_others() -> None:
 
 def test_the_layout_with_the_most_runs_stands_for_its_kind() -> None:
     cells = {StudyCell("GL:8", "rotary", 512): {"value": 9.0}} | whole()
-    (found,) = studies_in(rows_of(cells))
-    assert found.cell("grouped") == StudyCell(GROUPED, "rotary", 512)
+    (study,) = studies_in(rows_of(cells))
+    assert study.cell("grouped") == StudyCell(GROUPED, "rotary", 512)
 
 
 def test_a_second_run_of_a_cell_and_seed_is_not_lost() -> None:
@@ -142,10 +142,10 @@ def test_a_second_run_of_a_cell_and_seed_is_not_lost() -> None:
 
 
 def test_three_seeds_are_paired_by_students_t() -> None:
-    found = loss_difference({0: 1.1, 1: 2.2, 2: 3.3, 9: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 7.0}, [])
-    assert found is not None
-    assert found.mean == pytest.approx(0.2)
-    assert found.half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    change = loss_difference({0: 1.1, 1: 2.2, 2: 3.3, 9: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 7.0}, [])
+    assert change is not None
+    assert change.mean == pytest.approx(0.2)
+    assert change.half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
 
 
 def test_without_a_shared_seed_or_a_spread_there_is_no_difference() -> None:
@@ -161,9 +161,9 @@ def test_intervals_hold_the_truth_in_95_of_100(seeds: int) -> None:
         shift = [drawn.gauss(0, 5) for _ in range(3)]
         cells: list[Losses] = [{s: mean + shift[s] + drawn.gauss(0, 0.3) for s in range(3)} for mean in range(6)]
         one, two = ({s: cell[s] for s in range(seeds)} for cell in cells[:2])
-        found = loss_difference(one, two, [one, two, *cells[2:]] if seeds < 3 else cells)
-        assert found is not None
-        held += found.low <= -1 <= found.high
+        change = loss_difference(one, two, [one, two, *cells[2:]] if seeds < 3 else cells)
+        assert change is not None
+        held += change.low <= -1 <= change.high
     assert 0.93 < held / trials < 0.97
 
 
@@ -179,17 +179,17 @@ def test_spreads() -> None:
 
 
 def test_all_claims_that_can_be_tested_hold() -> None:
-    (found,) = studies_in(rows_of(whole()))
-    verdicts = [claim.verdict for claim in claims.claims(found)]
+    (study,) = studies_in(rows_of(whole()))
+    verdicts = [claim.verdict for claim in claims.claims(study)]
     assert verdicts == ["holds"] * 5 + ["not tested here"] + ["holds"] * 2
-    for claim in claims.claims(found):
+    for claim in claims.claims(study):
         assert claim.results
         assert all(row.run for row in claim.results)
 
 
-def moved(cell: StudyCell, **given: Any) -> dict[StudyCell, dict[str, Any]]:
+def moved(cell: StudyCell, **settings: Any) -> dict[StudyCell, dict[str, Any]]:
     cells = whole()
-    return cells | {cell: cells.get(cell, {}) | given}
+    return cells | {cell: cells.get(cell, {}) | settings}
 
 
 BROKEN: dict[str, tuple[dict[StudyCell, dict[str, Any]], int]] = {
@@ -217,7 +217,7 @@ def test_a_claim_that_the_rows_contradict_does_not_hold(name: str) -> None:
     [(LOCAL, 0), (LOCAL, 1), (GROUPED, 1), (GROUPED, 2), (SUMMARY, 3), ("absolute", 4), ("alibi", 6), (1024, 7)],
 )
 def test_a_claim_without_its_cells_is_not_tested(missing: object, claim: int) -> None:
-    cells = {cell: given for cell, given in whole().items() if missing not in cell}
+    cells = {cell: settings for cell, settings in whole().items() if missing not in cell}
     assert judged(rows_of(cells))[claim] == "not tested here"
 
 
@@ -236,8 +236,8 @@ def test_noise_opens_a_verdict_and_never_turns_it() -> None:
 
 def test_means_beside_a_change_are_of_the_seeds_that_it_is_of() -> None:
     rows = [row for row in rows_of(whole(), seeds=5) if row.seed < 3 or not row.layout.startswith(LOCAL)]
-    (found,) = studies_in(rows)
-    (part,) = [part for part in claims.claims(found)[2].evidence if part.compared[0][0].startswith(FULL)]
+    (study,) = studies_in(rows)
+    (part,) = [part for part in claims.claims(study)[2].evidence if part.compared[0][0].startswith(FULL)]
     one, two = (float(text.split()[0]) for text in (number for _, number in part.compared))
     assert float(part.change.rstrip(" %").replace("−", "-")) == pytest.approx(100 * (one / two - 1), abs=0.06)
 
@@ -247,17 +247,17 @@ def test_grouped_as_good_as_a_global_that_is_no_better_than_local_tells_nothing(
 
 
 def test_length_that_matters_to_one_variant_alone_is_no_verdict() -> None:
-    (found,) = studies_in(rows_of(whole()))
+    (study,) = studies_in(rows_of(whole()))
     short, long = (StudyCell(GROUPED, "rotary", length) for length in (512, 1024))
-    for seed, rows in found.runs[short].items():
-        same = {(row.length, row.position_from, row.position_to): row.value for row in found.runs[long][seed]}
-        found.runs[short][seed] = [
+    for seed, rows in study.runs[short].items():
+        same = {(row.length, row.position_from, row.position_to): row.value for row in study.runs[long][seed]}
+        study.runs[short][seed] = [
             replace(row, value=same.get((row.length, row.position_from, row.position_to), row.value))
             if row.metric == "perplexity" and row.length == 2048
             else row
             for row in rows
         ]
-    assert claims.claims(found)[7].verdict == "not tested here"
+    assert claims.claims(study)[7].verdict == "not tested here"
 
 
 def test_one_seed_is_held_against_the_noise_of_the_others() -> None:
@@ -287,13 +287,13 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path) -> None:
     rows = rows_of(whole())
     page(rows, tmp_path)
     markdown, html = (tmp_path / "page.md").read_text(), words((tmp_path / "page.html").read_text())
-    (found,) = studies_in(rows)
+    (study,) = studies_in(rows)
     for text in (markdown, html):
         assert "18 cells, 54 runs. Of the paper's 7 claims 6 hold, 0 do not hold, 1 is not tested here." in text
         for title in ("claims", "perplexity by position", "quality against cost", "beyond the trained length"):
             assert title in text
-        for cell in found.runs:
-            of = spread(found.scores(cell, cell.length))
+        for cell in study.runs:
+            of = spread(study.scores(cell, cell.length))
             assert f"{of.mean:.2f}" in text
             assert f"± {of.deviation:.2f}" in text
         assert f"{pairs(GROUPED, 512):,}" in text
@@ -356,7 +356,7 @@ def points(n: int) -> list[Point]:
 def test_the_frontier_is_what_nothing_beats() -> None:
     for n in (2, 7, 20):
         some = points(n)
-        wanted = {
+        best = {
             point.cell
             for point in some
             if not any(
@@ -366,7 +366,7 @@ def test_the_frontier_is_what_nothing_beats() -> None:
                 for other in some
             )
         }
-        assert {point.cell for point in frontier(some)} == wanted
+        assert {point.cell for point in frontier(some)} == best
 
 
 def test_no_label_lies_on_another() -> None:
