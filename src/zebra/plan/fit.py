@@ -17,12 +17,8 @@ WINDOWS = (512, 1024, 2048, 4096, 8192, 16384)
 _MOST = 2**30
 """Where the search ends: a billion tokens or sequences."""
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+_UNITS = {"": 1} | {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)}
 
 
 def parse_bytes(text: str) -> int:
