@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -293,8 +294,17 @@ def test_an_interrupt_of_a_process(endless: Path, tmp_path: Path) -> None:
         interrupted(tmp_path, running.wait(timeout=60), rest)
 
 
-def test_a_refusal_in_a_process_of_its_own(zebra_process: Zebra) -> None:
+def test_an_error_in_a_process_of_its_own(zebra_process: Zebra) -> None:
     refused(zebra_process("convert", "nowhere", "out", "--stripes", "GL:9"), "no checkpoint at nowhere")
+
+
+def test_a_reader_that_leaves_ends_the_command_in_silence() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "zebra", "plan", "llama-2-7b", "--length", "512", "--json"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_command_without_a_verb_shows_the_help(zebra: Zebra) -> None:
