@@ -90,21 +90,21 @@ def test_slack_is_a_quarter_of_what_is_kept(window: int) -> None:
 @pytest.mark.parametrize("kind", [GrowingLayer, TrimmedSlidingLayer])
 def test_layers_hold_what_the_hosts_hold_and_grow_by_a_quarter(kind: Any, parts: list[int]) -> None:
     arguments = () if kind is GrowingLayer else (WINDOW,)
-    mine, hosts = kind(*arguments), kind.__base__(*arguments)
+    ours, stock = kind(*arguments), kind.__base__(*arguments)
     addresses = []
     for i in range(len(parts)):
-        for layer in (mine, hosts):
+        for layer in (ours, stock):
             grow(layer, parts[i : i + 1])
-        assert torch.equal(mine.keys, hosts.keys)
-        assert torch.equal(mine.values, hosts.values)
-        for states in (mine.keys, mine.values):
+        assert torch.equal(ours.keys, stock.keys)
+        assert torch.equal(ours.values, stock.values)
+        for states in (ours.keys, ours.values):
             live = states.shape[-2] if kind is GrowingLayer else WINDOW - 1 + parts[i]
             assert states.untyped_storage().nbytes() <= max(1.25 * live, 2 * states.shape[-2]) * TOKEN // 2
-        addresses.append(mine.keys.untyped_storage().data_ptr())
+        addresses.append(ours.keys.untyped_storage().data_ptr())
     moves = sum(a != b for a, b in itertools.pairwise(addresses))
     if parts[-1] == 1 and kind is GrowingLayer:
         assert moves < 30  # not once for each token
-    seen = [layer.update(*torch.ones(2, 1, 2, 3, 8)) for layer in (mine, hosts)]
+    seen = [layer.update(*torch.ones(2, 1, 2, 3, 8)) for layer in (ours, stock)]
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
@@ -133,10 +133,10 @@ def test_a_cache_outlives_inference_mode(model: Any) -> None:
     with torch.inference_mode():
         for n in parts:
             model(ids(n), past_key_values=cache, use_cache=True)
-    wanted = fill(model, DynamicCache(config=model.config), *parts, 1, 1)
+    expected = fill(model, DynamicCache(config=model.config), *parts, 1, 1)
     fill(model, cache, 1, 1)
-    for mine, hosts in zip(cache.layers, wanted.layers, strict=True):
-        torch.testing.assert_close(mine.keys, hosts.keys)
+    for ours, stock in zip(cache.layers, expected.layers, strict=True):
+        torch.testing.assert_close(ours.keys, stock.keys)
 
 
 def test_what_does_not_fit_is_the_hosts_to_promote_or_refuse() -> None:
@@ -152,13 +152,13 @@ def test_gradients_flow_through_the_cache(model: Any, only: str) -> None:
     """A chunk's loss reaches the chunk before it, as with the host's cache; also where no key needs a gradient."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(only in name)
-    found = []
+    output = []
     for cache in (StripedCache(model.config), DynamicCache(config=model.config)):
         model.zero_grad()
         losses = [model(ids(n), past_key_values=cache, use_cache=True).logits.square().sum() for n in (20, 1, 1, 7)]
         sum(losses).backward()
-        found.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
-    torch.testing.assert_close(*found)
+        output.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    torch.testing.assert_close(*output)
 
 
 def test_beams_and_selection_move_rows(model: Any) -> None:
@@ -181,9 +181,9 @@ def test_crop_takes_back_what_was_recorded(model: Any) -> None:
     fill(model, cache, 5)
     cache.crop(-5)
     fill(model, plain, 20)
-    for mine, wanted in zip(cache.layers, plain.layers, strict=True):
-        assert torch.equal(mine.keys, wanted.keys)
-        assert mine.get_seq_length() == 20
+    for ours, expected in zip(cache.layers, plain.layers, strict=True):
+        assert torch.equal(ours.keys, expected.keys)
+        assert ours.get_seq_length() == 20
 
 
 def test_our_layers_do_not_replace_the_hosts(model: Any) -> None:

@@ -54,27 +54,27 @@ def hosts(path: Path, tokenizer: Any, prompt: str, **options: Any) -> tuple[int,
     plain: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     inputs = tokenizer(prompt, return_tensors="pt")
     cache = DynamicCache(config=plain.config)
-    found = plain.generate(**inputs, past_key_values=cache, **options)
-    return tuple(found[0, inputs["input_ids"].shape[1] :].tolist())
+    output = plain.generate(**inputs, past_key_values=cache, **options)
+    return tuple(output[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 @pytest.mark.parametrize("chunk", [None, pytest.param(1, marks=pytest.mark.full), 7, 64, 10_000])
 def test_greedy_tokens_are_the_hosts(model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None) -> None:
-    wanted = hosts(striped, tokenizer, long, max_new_tokens=60, do_sample=False)
-    made = zebra.generate(model, long, max_new_tokens=60, prefill_chunk=chunk)
-    assert made.tokens == wanted
-    assert made.prompt_tokens > 129
-    assert 0 < made.seconds_to_first_token < made.seconds
-    assert made.tokens_per_second is not None
+    expected = hosts(striped, tokenizer, long, max_new_tokens=60, do_sample=False)
+    generated = zebra.generate(model, long, max_new_tokens=60, prefill_chunk=chunk)
+    assert generated.tokens == expected
+    assert generated.prompt_tokens > 129
+    assert 0 < generated.seconds_to_first_token < generated.seconds
+    assert generated.tokens_per_second is not None
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_beams_are_the_hosts(model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None) -> None:
-    wanted = hosts(striped, tokenizer, long, max_new_tokens=40, do_sample=False, num_beams=3)
+    expected = hosts(striped, tokenizer, long, max_new_tokens=40, do_sample=False, num_beams=3)
     pieces: list[str] = []
-    made = zebra.generate(model, long, max_new_tokens=40, num_beams=3, prefill_chunk=chunk, on_text=pieces.append)
-    assert made.tokens == wanted
-    assert "".join(pieces) == made.text
+    generated = zebra.generate(model, long, max_new_tokens=40, num_beams=3, prefill_chunk=chunk, on_text=pieces.append)
+    assert generated.tokens == expected
+    assert "".join(pieces) == generated.text
 
 
 def test_draws_are_the_hosts_and_go_by_the_seed_alone(
@@ -82,29 +82,29 @@ def test_draws_are_the_hosts_and_go_by_the_seed_alone(
 ) -> None:
     cuts = {"temperature": 0.9, "top_p": 0.95, "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1}
     torch.manual_seed(5)
-    wanted = hosts(striped, tokenizer, ONCE, max_new_tokens=50, do_sample=True, **cuts)
+    expected = hosts(striped, tokenizer, ONCE, max_new_tokens=50, do_sample=True, **cuts)
     before, _ = torch.get_rng_state(), capfd.readouterr()
-    made = zebra.generate(model, ONCE, max_new_tokens=50, seed=5, **cuts)
-    assert made.tokens == wanted
+    generated = zebra.generate(model, ONCE, max_new_tokens=50, seed=5, **cuts)
+    assert generated.tokens == expected
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
-    assert zebra.generate(model, ONCE, max_new_tokens=50, seed=5, **cuts).tokens == made.tokens
-    assert zebra.generate(model, ONCE, max_new_tokens=50, seed=6, **cuts).tokens != made.tokens
+    assert zebra.generate(model, ONCE, max_new_tokens=50, seed=5, **cuts).tokens == generated.tokens
+    assert zebra.generate(model, ONCE, max_new_tokens=50, seed=6, **cuts).tokens != generated.tokens
     assert capfd.readouterr().err == ""  # the host says nothing of its own
 
 
 def test_nothing_of_the_checkpoints_defaults_but_its_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What generation_config.json recommends is not done unasked; the tokens that end a text are its."""
-    wanted = zebra.generate(model, ONCE, max_new_tokens=60)
+    expected = zebra.generate(model, ONCE, max_new_tokens=60)
     recommends = copy.deepcopy(model.generation_config)
     recommends.do_sample, recommends.temperature, recommends.top_k, recommends.num_beams = True, 3.0, 5, 2
     recommends.repetition_penalty = 2.0
     monkeypatch.setattr(model, "generation_config", recommends)
-    assert zebra.generate(model, ONCE, max_new_tokens=60).tokens == wanted.tokens
-    recommends.eos_token_id = wanted.tokens[9]
-    made = zebra.generate(model, ONCE)
-    assert made.tokens == wanted.tokens[: wanted.tokens.index(wanted.tokens[9]) + 1]
-    assert made.ended == "end"
+    assert zebra.generate(model, ONCE, max_new_tokens=60).tokens == expected.tokens
+    recommends.eos_token_id = expected.tokens[9]
+    generated = zebra.generate(model, ONCE)
+    assert generated.tokens == expected.tokens[: expected.tokens.index(expected.tokens[9]) + 1]
+    assert generated.ended == "end"
 
 
 def test_a_pure_draw_is_not_cut(model: Any, tokenizer: Any) -> None:
@@ -117,21 +117,21 @@ def test_a_pure_draw_is_not_cut(model: Any, tokenizer: Any) -> None:
 
 def test_how_it_ended(model: Any) -> None:
     assert zebra.generate(model, ONCE, max_new_tokens=1).ended == "length"
-    made = zebra.generate(model, ONCE, max_new_tokens=60, stop=("zebra", "in the p"))
-    assert made.ended == "stop"
-    assert made.text.endswith("in the p")
-    at_last = zebra.generate(model, ONCE, max_new_tokens=len(made.tokens), stop=("in the p",))
+    generated = zebra.generate(model, ONCE, max_new_tokens=60, stop=("zebra", "in the p"))
+    assert generated.ended == "stop"
+    assert generated.text.endswith("in the p")
+    at_last = zebra.generate(model, ONCE, max_new_tokens=len(generated.tokens), stop=("in the p",))
     assert at_last.ended == "stop"
 
 
 def test_the_pieces_join_to_the_text_and_it_to_the_whole(model: Any, tokenizer: Any) -> None:
     pieces: list[str] = []
-    made = zebra.generate(model, ONCE, max_new_tokens=100, on_text=pieces.append)
+    generated = zebra.generate(model, ONCE, max_new_tokens=100, on_text=pieces.append)
     assert len(pieces) > 60
-    assert "".join(pieces) == made.text
-    whole = tokenizer.decode([*tokenizer(ONCE).input_ids, *made.tokens], skip_special_tokens=True)
-    assert ONCE + made.text == whole
-    assert made.text.startswith(" ")  # the tokenizer would drop it at the beginning of a text
+    assert "".join(pieces) == generated.text
+    whole = tokenizer.decode([*tokenizer(ONCE).input_ids, *generated.tokens], skip_special_tokens=True)
+    assert ONCE + generated.text == whole
+    assert generated.text.startswith(" ")  # the tokenizer would drop it at the beginning of a text
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def test_the_cache_stays_bounded(model: Any, long: str) -> None:
     """Local layers hold a window, whatever the chunks; the two global layers hold all."""
     token = 2 * 4 * 8 * 4  # bytes of one key and value: 4 heads of 8 float32 numbers
     for chunk in (None, 7, 64):
-        made = zebra.generate(model, long, max_new_tokens=40, prefill_chunk=chunk)
-        held = made.prompt_tokens + len(made.tokens) - 1
-        assert made.cache_bytes is not None
-        assert 2 * held * token <= made.cache_bytes <= (1.25 * 2 * held + 2 * 3 * 128) * token
+        generated = zebra.generate(model, long, max_new_tokens=40, prefill_chunk=chunk)
+        held = generated.prompt_tokens + len(generated.tokens) - 1
+        assert generated.cache_bytes is not None
+        assert 2 * held * token <= generated.cache_bytes <= (1.25 * 2 * held + 2 * 3 * 128) * token
     plain = AutoModelForCausalLM.from_pretrained(STORIES)
     assert zebra.generate(plain, ONCE, max_new_tokens=2).cache_bytes is None
 
@@ -206,14 +206,14 @@ def test_a_chat_template_is_used_where_there_is_one(model: Any) -> None:
     with pytest.raises(zebra.ZebraError, match="no chat template"):
         zebra.generate(model, ONCE, tokenizer=own, chat=True)
     own.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} said{% endfor %}"
-    made = zebra.generate(model, ONCE, tokenizer=own, chat=True, max_new_tokens=20)
-    assert made.tokens == zebra.generate(model, ONCE + " said", max_new_tokens=20).tokens
+    generated = zebra.generate(model, ONCE, tokenizer=own, chat=True, max_new_tokens=20)
+    assert generated.tokens == zebra.generate(model, ONCE + " said", max_new_tokens=20).tokens
 
 
 def test_a_text_beyond_the_trained_length_is_warned_of_once(model: Any, long: str) -> None:
-    with pytest.warns(UserWarning, match=r"pass the 512 positions .* yarn:8") as told:
+    with pytest.warns(UserWarning, match=r"pass the 512 positions .* yarn:8") as warned:
         zebra.generate(model, long * 2, max_new_tokens=5)
-    assert len(told) == 1
+    assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         zebra.generate(STORIES, long * 2, max_new_tokens=5, rope="yarn:8", device="cpu")
@@ -223,15 +223,15 @@ def test_a_text_beyond_the_trained_length_is_warned_of_once(model: Any, long: st
 def test_a_text_beyond_the_reach_of_self_extend_is_warned_of_before_and_once(
     long: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.warns(UserWarning, match=r"pass the 512 that Self-Extend 1:7") as told:
-        made = zebra.generate(STORIES, long * 2, max_new_tokens=5, self_extend="1:7", device="cpu")
-    assert [f"auto:{made.prompt_tokens + 5}." in str(one.message) for one in told] == [True]
+    with pytest.warns(UserWarning, match=r"pass the 512 that Self-Extend 1:7") as warned:
+        generated = zebra.generate(STORIES, long * 2, max_new_tokens=5, self_extend="1:7", device="cpu")
+    assert [f"auto:{generated.prompt_tokens + 5}." in str(one.message) for one in warned] == [True]
     ready = zebra.load(STORIES, self_extend="2:128")
     with pytest.warns(
         UserWarning, match=r"up to 890 new ones pass the 896 that Self-Extend 2:128 .* auto:898\."
-    ) as told:
+    ) as warned:
         zebra.generate(ready, ONCE, max_new_tokens=890, stop=("Lily",))
-    assert (len(told), caplog.messages) == (1, [])
+    assert (len(warned), caplog.messages) == (1, [])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         zebra.generate(ready, ONCE, max_new_tokens=888, stop=("Lily",))
@@ -277,24 +277,24 @@ def test_an_interrupt_leaves_the_text_so_far_and_the_callers_state(model: Any) -
 def test_the_command_writes_the_text_and_nothing_else(zebra: Zebra, striped: Path, tmp_path: Path, model: Any) -> None:
     from zebra import generate
 
-    wanted = generate(model, ONCE, max_new_tokens=60)
+    expected = generate(model, ONCE, max_new_tokens=60)
     done = zebra("generate", striped, "--prompt", ONCE, "--max-new-tokens", 60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == wanted.text
+    assert done.stdout == expected.text
     assert "60 new tokens" in done.stderr
     assert "first token after" in done.stderr
     (tmp_path / "prompt.txt").write_text(ONCE)
     for source, options in ((tmp_path / "prompt.txt", {}), ("-", {"input": ONCE})):
         done = zebra("generate", striped, "--file", source, "--max-new-tokens", 60, "--prefill-chunk", 3, **options)
-        assert (done.returncode, done.stdout) == (0, wanted.text)
+        assert (done.returncode, done.stdout) == (0, expected.text)
 
     done = zebra("generate", striped, "--prompt", ONCE, "--max-new-tokens", 60, "--num-beams", 2, "--json")
-    found = json.loads(done.stdout)
-    assert found["text"] == generate(model, ONCE, max_new_tokens=60, num_beams=2).text
-    assert found["new_tokens"] == len(found["tokens"]) == 60
-    assert found["decoding"]["seed"] == 0
-    assert found["seconds_to_first_token"] > 0
-    assert {"prompt_tokens", "tokens_per_second", "cache_bytes", "ended", "versions"} <= set(found)
+    output = json.loads(done.stdout)
+    assert output["text"] == generate(model, ONCE, max_new_tokens=60, num_beams=2).text
+    assert output["new_tokens"] == len(output["tokens"]) == 60
+    assert output["decoding"]["seed"] == 0
+    assert output["seconds_to_first_token"] > 0
+    assert {"prompt_tokens", "tokens_per_second", "cache_bytes", "ended", "versions"} <= set(output)
 
 
 def test_the_command_warns_in_one_line(zebra: Zebra, striped: Path) -> None:
@@ -340,11 +340,11 @@ def test_ctrl_c_leaves_the_text_so_far(striped: Path) -> None:
     assert running.stdout is not None
     first = running.stdout.read(1)
     running.send_signal(signal.SIGINT)
-    rest, told = running.communicate(timeout=60)
+    rest, warned = running.communicate(timeout=60)
     assert running.returncode == 130
     assert len(first + rest) >= 1
-    assert b"interrupted" in told
-    assert b"Traceback" not in told
+    assert b"interrupted" in warned
+    assert b"Traceback" not in warned
 
 
 @pytest.mark.parametrize(
@@ -359,15 +359,15 @@ def test_a_padded_batch_in_chunks_is_the_hosts(
     batch = padding([long, long[40:140], ONCE], return_tensors="pt", padding=True)
     plain: Any = AutoModelForCausalLM.from_pretrained(striped, attn_implementation="eager")
     common: dict[str, Any] = {**batch, "max_new_tokens": 20, "do_sample": False}
-    wanted = plain.generate(**common, **{name: value for name, value in options.items() if name == "num_beams"})
-    assert torch.equal(model.generate(**common, **options, prefill_chunk_size=chunk), wanted)
+    expected = plain.generate(**common, **{name: value for name, value in options.items() if name == "num_beams"})
+    assert torch.equal(model.generate(**common, **options, prefill_chunk_size=chunk), expected)
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_assisted_decoding_makes_the_hosts_tokens(
     model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None
 ) -> None:
-    wanted = hosts(striped, tokenizer, long, max_new_tokens=30, do_sample=False)
+    expected = hosts(striped, tokenizer, long, max_new_tokens=30, do_sample=False)
     inputs = tokenizer(long, return_tensors="pt")
     dense = zebra.load(STORIES)
     helpers: list[dict[str, Any]] = [{"assistant_model": dense}, {"prompt_lookup_num_tokens": 3}]
@@ -375,11 +375,11 @@ def test_assisted_decoding_makes_the_hosts_tokens(
         helpers.append({"assistant_model": model})
     for helper in helpers:
         more = {"prefill_chunk_size": chunk, "max_new_tokens": 30, "do_sample": False}
-        assert tuple(model.generate(**inputs, **helper, **more)[0, inputs["input_ids"].shape[1] :].tolist()) == wanted
+        assert tuple(model.generate(**inputs, **helper, **more)[0, inputs["input_ids"].shape[1] :].tolist()) == expected
 
 
 def test_stop_strings_of_the_host_reach_no_kernel(model: Any, tokenizer: Any) -> None:
     """The host hands the tokenizer of its stop strings on to every layer."""
     inputs = tokenizer(ONCE, return_tensors="pt")
-    found = model.generate(**inputs, max_new_tokens=60, stop_strings=["in the p"], tokenizer=tokenizer)
-    assert tokenizer.decode(found[0]).endswith("in the p")
+    output = model.generate(**inputs, max_new_tokens=60, stop_strings=["in the p"], tokenizer=tokenizer)
+    assert tokenizer.decode(output[0]).endswith("in the p")

@@ -51,7 +51,7 @@ KNOWN = {
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What reaches the registered function: positional count and keywords of every call."""
     calls: list[dict[str, Any]] = []
 
@@ -64,12 +64,12 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("family", EVERY_MEMBER)
-def test_no_unknown_argument_reaches_attention(family: str, heard: list[dict[str, Any]]) -> None:
+def test_no_unknown_argument_reaches_attention(family: str, calls: list[dict[str, Any]]) -> None:
     model = tiny(family)
     model(IDS, labels=IDS, use_cache=False, output_hidden_states=True, num_items_in_batch=3).loss.backward()
     model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, num_beams=2, do_sample=False)
-    assert heard
-    unknown = {name for call in heard for name, value in call.items() if value is not None} - KNOWN
+    assert calls
+    unknown = {name for call in calls for name, value in call.items() if value is not None} - KNOWN
     assert unknown - {"module", "args", "output_attentions"} == set()
 
 
@@ -98,13 +98,13 @@ def test_attention_dropout_in_training_is_refused(family: str) -> None:
 
 @pytest.mark.parametrize("family", EVERY_MEMBER)
 def test_the_decoder_hands_down_positions_scale_softcap_and_rotated_keys(
-    family: str, heard: list[dict[str, Any]]
+    family: str, calls: list[dict[str, Any]]
 ) -> None:
     model = tiny(family)
     positions = torch.arange(40)[None] + 5
     model(IDS, position_ids=positions, use_cache=False)
     scale = getattr(model.config, "attention_multiplier", getattr(model.config, "query_pre_attn_scalar", 8) ** -0.5)
-    for call in heard:
+    for call in calls:
         assert call["position_ids"].tolist() == positions.tolist()
         assert call["scaling"] == pytest.approx(scale)
         query, key, value, mask = call["args"]
@@ -131,10 +131,10 @@ def test_each_layer_attends_in_the_window_of_its_kind(family: str, monkeypatch: 
 
 @pytest.mark.parametrize("family", EVERY_MEMBER)
 def test_the_mask_function_is_asked_once_for_each_kind_of_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
 
     def spy(**kwargs: Any) -> Any:
-        asked.append(kwargs)
+        calls.append(kwargs)
         return attention.zebra_mask(**kwargs)
 
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, spy)
@@ -142,8 +142,8 @@ def test_the_mask_function_is_asked_once_for_each_kind_of_layer(family: str, mon
     mask[1, :5] = 0
     model = tiny(family)
     model(IDS, attention_mask=mask, use_cache=False)
-    assert len(asked) == 2
-    for call in asked:
+    assert len(calls) == 2
+    for call in calls:
         assert (call["batch_size"], call["q_length"], call["kv_length"], call["q_offset"]) == (2, 40, 40, 0)
         assert call["attention_mask"].dtype == torch.bool
 
@@ -164,10 +164,10 @@ def test_attention_registered_without_its_mask_function_loses_the_padding() -> N
 def test_the_hosts_window_counts_the_query_itself() -> None:
     config = tiny_config("mistral", sliding_window=3)
     config._attn_implementation = "eager"
-    made = create_sliding_window_causal_mask(
+    mask = create_sliding_window_causal_mask(
         config=config, inputs_embeds=torch.zeros(1, 6, 32), attention_mask=None, past_key_values=None
     )
-    assert (made[0, 0] == 0).sum(dim=-1).tolist() == [1, 2, 3, 3, 3, 3]
+    assert (mask[0, 0] == 0).sum(dim=-1).tolist() == [1, 2, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("family", [member for member in EVERY_MEMBER if member != "zebra_study"])  # ours, made stock
@@ -244,8 +244,8 @@ def test_a_mask_of_one_row_serves_a_batch(family: str) -> None:
     model = tiny(family)
     mask = torch.ones(1, 40, dtype=torch.long)
     mask[0, :7] = 0
-    wanted = model(IDS, attention_mask=mask.expand(2, -1), use_cache=False).logits
-    assert torch.equal(model(IDS, attention_mask=mask, use_cache=False).logits, wanted)
+    expected = model(IDS, attention_mask=mask.expand(2, -1), use_cache=False).logits
+    assert torch.equal(model(IDS, attention_mask=mask, use_cache=False).logits, expected)
 
 
 def test_a_window_of_one_is_wrong_in_the_hosts_cache_alone() -> None:
@@ -291,17 +291,17 @@ def test_no_logits_and_the_last_hidden_state_is_what_the_head_takes(family: str)
     model = tiny(family)
     nothing = model(IDS, logits_to_keep=torch.zeros(0, dtype=torch.long), output_hidden_states=True, use_cache=False)
     assert nothing.logits.shape == (2, 0, 97)
-    wanted = model(IDS, use_cache=False).logits
-    torch.testing.assert_close(head_of(model).logits(nothing.hidden_states[-1]), wanted, rtol=1e-6, atol=1e-6)
+    expected = model(IDS, use_cache=False).logits
+    torch.testing.assert_close(head_of(model).logits(nothing.hidden_states[-1]), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_generate_makes_its_own_cache_only_where_none_is_given(checkpoints: Callable[..., Path]) -> None:
     model = zebra.load(checkpoints("qwen3"), stripes=LAYOUT)
-    mine = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
     out = model.generate(
-        IDS, attention_mask=torch.ones_like(IDS), past_key_values=mine, max_new_tokens=2, return_dict_in_generate=True
+        IDS, attention_mask=torch.ones_like(IDS), past_key_values=cache, max_new_tokens=2, return_dict_in_generate=True
     )
-    assert out.past_key_values is mine
+    assert out.past_key_values is cache
 
 
 def test_the_trainer_counts_tokens_for_our_loss_and_calls_back_after_a_save() -> None:
@@ -326,14 +326,14 @@ def test_a_host_hands_keys_through_the_cache_unread_and_turns_by_halves(family: 
     set_self_extend(model, SelfExtend(3, 7))
     whole = model(IDS, use_cache=False).logits
     with formula_logits(model, SelfExtend(3, 7)) as formula:
-        wanted = formula(IDS)
-    assert (whole - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+        expected = formula(IDS)
+    assert (whole - expected).abs().max() <= 2e-5 * expected.abs().max()
     cache = bounded_cache(model)
     parts = [model(part, past_key_values=cache, use_cache=True).logits for part in IDS.split([13, 1, 20, 6], dim=1)]
-    assert (torch.cat(parts, dim=1) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    assert (torch.cat(parts, dim=1) - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert any(isinstance(layer, SelfExtendLayer) for layer in cache.layers)
     with formula_logits(model, None) as formula:
-        assert (whole - formula(IDS)).abs().max() > 1e-3 * wanted.abs().max()
+        assert (whole - formula(IDS)).abs().max() > 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", UNROUTED)
@@ -345,8 +345,8 @@ def test_the_head_of_a_family_without_a_route_is_the_hosts(family: str) -> None:
         torch.nn.init.normal_(bias)
     nothing = model(IDS, **without_logits())
     assert nothing.logits.shape == (2, 0, 97)
-    wanted = model(IDS, use_cache=False).logits
-    torch.testing.assert_close(head_of(model).logits(nothing.hidden_states[-1]), wanted, rtol=1e-5, atol=1e-5)
+    expected = model(IDS, use_cache=False).logits
+    torch.testing.assert_close(head_of(model).logits(nothing.hidden_states[-1]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_hosts_angles_are_taken_in_float32() -> None:

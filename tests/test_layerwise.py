@@ -27,27 +27,27 @@ def tokens(rows: int = 2, length: int = 40) -> torch.Tensor:
 def test_from_any_layer_on_equals_the_whole_forward(member: str, checkpoints: Callable[..., Path]) -> None:
     model = zebra.load(checkpoints(member))
     layers, ids, base = Layerwise(model, window=7), tokens(), "GLGGG"
-    kept = layers.states(ids, base)
-    assert len(kept) == LAYERS + 1
+    states = layers.states(ids, base)
+    assert len(states) == LAYERS + 1
     for start in range(LAYERS):
         for kinds in (base, base[:start] + "L" * (LAYERS - start), base[:start] + "GLGLG"[start:]):
             whole = layers.states(ids, kinds)
-            assert torch.equal(layers.resume(ids, kinds, start, kept[start]), whole[-1])
-            assert all(torch.equal(*pair) for pair in zip(whole[: start + 1], kept, strict=False))
-    assert not torch.equal(layers.states(ids, "LLLLL")[-1], kept[-1])
+            assert torch.equal(layers.resume(ids, kinds, start, states[start]), whole[-1])
+            assert all(torch.equal(*pair) for pair in zip(whole[: start + 1], states, strict=False))
+    assert not torch.equal(layers.states(ids, "LLLLL")[-1], states[-1])
 
 
 @pytest.mark.parametrize("member", [m for m in MEMBERS if m.values[0] not in FIXED])
 def test_kinds_for_now_equal_a_loaded_layout(member: str, checkpoints: Callable[..., Path]) -> None:
     ids = tokens()
-    found = Layerwise(zebra.load(checkpoints(member)), window=7).states(ids, "GLLGL")[-1]
+    output = Layerwise(zebra.load(checkpoints(member)), window=7).states(ids, "GLLGL")[-1]
     with torch.no_grad():
         striped = zebra.load(checkpoints(member), stripes="0,3:7").get_decoder()(ids, use_cache=False)
-    assert torch.equal(found, striped.last_hidden_state)
-    found = Layerwise(zebra.load(checkpoints(member)), window=7, sinks=3).states(ids, "GLLGL")[-1]
+    assert torch.equal(output, striped.last_hidden_state)
+    output = Layerwise(zebra.load(checkpoints(member)), window=7, sinks=3).states(ids, "GLLGL")[-1]
     with torch.no_grad():
         striped = zebra.load(checkpoints(member), stripes="0,3:7+3").get_decoder()(ids, use_cache=False)
-    assert torch.equal(found, striped.last_hidden_state)
+    assert torch.equal(output, striped.last_hidden_state)
 
 
 def test_the_model_comes_back_as_it_was(checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,12 +55,12 @@ def test_the_model_comes_back_as_it_was(checkpoints: Callable[..., Path], monkey
     ids, names = tokens(), [name for name, _ in model.named_modules()]
     modules, before = list(model.modules()), model(ids).logits
     layers = Layerwise(model, window=7)
-    kept = layers.states(ids, "GGGGG")
-    layers.resume(ids, "GGGLG", 3, kept[3])
+    states = layers.states(ids, "GGGGG")
+    layers.resume(ids, "GGGLG", 3, states[3])
     with monkeypatch.context() as broken:
         broken.setattr(type(model.get_decoder().layers[4]), "forward", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            layers.resume(ids, "GGGLG", 3, kept[3])
+            layers.resume(ids, "GGGLG", 3, states[3])
         with pytest.raises(ZeroDivisionError):
             layers.states(ids, "GGGLG")
     assert [name for name, _ in model.named_modules()] == names
@@ -75,9 +75,9 @@ def test_layers_before_the_start_are_not_run(checkpoints: Callable[..., Path]) -
     for i, layer in enumerate(model.get_decoder().layers):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
     layers = Layerwise(model, window=7)
-    kept = layers.states(tokens(), "GGGGG")
+    states = layers.states(tokens(), "GGGGG")
     ran.clear()
-    layers.resume(tokens(), "GGGLG", 3, kept[3])
+    layers.resume(tokens(), "GGGLG", 3, states[3])
     assert ran == [3, 4]
 
 

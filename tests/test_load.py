@@ -84,8 +84,8 @@ def test_a_striped_model_drafts_and_is_drafted_for(draft: str, checkpoints: Call
     model = zebra.load(checkpoints("llama"), stripes="GLLL:9")
     assistant = zebra.load(checkpoints("llama", initializer_range=0.3 if draft == "same" else 0.25), stripes="LG:5")
     arguments = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 25, "do_sample": False, "eos_token_id": None}
-    wanted = model.generate(IDS, **arguments)
-    assert model.generate(IDS, assistant_model=assistant, **arguments).tolist() == wanted.tolist()
+    expected = model.generate(IDS, **arguments)
+    assert model.generate(IDS, assistant_model=assistant, **arguments).tolist() == expected.tolist()
 
 
 def test_loading_leaves_nothing_of_ours_in_the_config(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
@@ -98,16 +98,16 @@ def test_loading_leaves_nothing_of_ours_in_the_config(checkpoints: Callable[...,
 
 @pytest.mark.parametrize("name", ["stories260K"])
 def test_convert_changes_the_config_alone(tmp_path: Path, name: str) -> None:
-    made = zebra.convert(STORIES, tmp_path / "out", "GLLL:129")
-    weights = made / "model.safetensors"
+    converted = zebra.convert(STORIES, tmp_path / "out", "GLLL:129")
+    weights = converted / "model.safetensors"
     assert (
         weights.samefile(STORIES / "model.safetensors")
         or weights.read_bytes() == (STORIES / "model.safetensors").read_bytes()
     )
-    assert tree(made) == tree(STORIES) | {"zebra.json"}
+    assert tree(converted) == tree(STORIES) | {"zebra.json"}
     for file in tree(STORIES) - {"config.json"}:
-        assert (made / file).read_bytes() == (STORIES / file).read_bytes()
-    source, target = (json.loads((p / "config.json").read_text()) for p in (STORIES, made))
+        assert (converted / file).read_bytes() == (STORIES / file).read_bytes()
+    source, target = (json.loads((p / "config.json").read_text()) for p in (STORIES, converted))
     changed = {key for key in source.keys() | target.keys() if source.get(key) != target.get(key)}
     assert changed <= {
         "architectures",
@@ -117,11 +117,11 @@ def test_convert_changes_the_config_alone(tmp_path: Path, name: str) -> None:
         "attention_bias",
         "transformers_version",
     }
-    card = json.loads((made / "zebra.json").read_text())
+    card = json.loads((converted / "zebra.json").read_text())
     assert card["layout"] == "GLLL:129"
     assert card["window"] == 129
     assert card["versions"]["transformers"]
-    assert AutoTokenizer.from_pretrained(made)("Once")["input_ids"]
+    assert AutoTokenizer.from_pretrained(converted)("Once")["input_ids"]
 
 
 def test_convert_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,9 +129,9 @@ def test_convert_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    made = zebra.convert(STORIES, tmp_path / "out", "GL:9") / "model.safetensors"
-    assert made.read_bytes() == (STORIES / "model.safetensors").read_bytes()
-    assert made.stat().st_nlink == 1
+    converted = zebra.convert(STORIES, tmp_path / "out", "GL:9") / "model.safetensors"
+    assert converted.read_bytes() == (STORIES / "model.safetensors").read_bytes()
+    assert converted.stat().st_nlink == 1
 
 
 def test_convert_follows_symbolic_links(tmp_path: Path) -> None:
@@ -140,17 +140,17 @@ def test_convert_follows_symbolic_links(tmp_path: Path) -> None:
     snapshot.mkdir()
     for file in STORIES.iterdir():
         (snapshot / file.name).symlink_to(file)
-    made = zebra.convert(snapshot, tmp_path / "out", "GL:9")
-    assert not any(file.is_symlink() for file in made.iterdir())
+    converted = zebra.convert(snapshot, tmp_path / "out", "GL:9")
+    assert not any(file.is_symlink() for file in converted.iterdir())
 
 
 def test_convert_of_a_sharded_checkpoint(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     shards = sorted(p.name for p in (tmp_path / "sharded").glob("*.safetensors"))
     assert len(shards) > 2
-    made = zebra.convert(tmp_path / "sharded", tmp_path / "out", "GL:9")
-    assert sorted(p.name for p in made.glob("*.safetensors")) == shards
-    zebra.load(made)
+    converted = zebra.convert(tmp_path / "sharded", tmp_path / "out", "GL:9")
+    assert sorted(p.name for p in converted.glob("*.safetensors")) == shards
+    zebra.load(converted)
     (tmp_path / "sharded" / shards[1]).unlink()
     with pytest.raises(ZebraError, match=f"lacks the shards {shards[1]}"):
         zebra.convert(tmp_path / "sharded", tmp_path / "out2", "GL:9")
@@ -165,11 +165,11 @@ def test_a_converted_checkpoint_can_be_striped_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("member", EVERY_MEMBER)
 def test_stripes_of_reads_back_what_striped_wrote(member: str) -> None:
     for notation in ("GLLL:9", "LG:3", "1:7", "L:5"):
-        wanted = Stripes.parse(fitting(member, notation))
-        found = stripes_of(with_stripes(tiny_config(member), wanted))
-        assert found is not None
-        assert found.layer_types(5) == wanted.layer_types(5)
-        assert found.window == wanted.window
+        expected = Stripes.parse(fitting(member, notation))
+        output = stripes_of(with_stripes(tiny_config(member), expected))
+        assert output is not None
+        assert output.layer_types(5) == expected.layer_types(5)
+        assert output.window == expected.window
 
 
 def test_rope_and_tying_are_carried_over(tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ def test_rope_and_tying_are_carried_over(tmp_path: Path) -> None:
     model = tiny_model("llama", rope_parameters=rope, tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "source")
     zebra.convert(tmp_path / "source", tmp_path / "out", "GL:20")
-    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert made.config.rope_parameters == rope
-    assert torch.equal(made(IDS[:, :20]).logits, model(IDS[:, :20]).logits)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert converted.config.rope_parameters == rope
+    assert torch.equal(converted(IDS[:, :20]).logits, model(IDS[:, :20]).logits)
 
 
 def test_a_raw_config_of_llama_2_without_newer_fields_converts(tmp_path: Path, stories: Path) -> None:
@@ -252,11 +252,11 @@ def as_bin(checkpoint: Path, *, without: str | None = None) -> Path:
 
 
 def test_weights_in_the_older_format_are_read_and_checked(stories: Path, tmp_path: Path) -> None:
-    wanted = zebra.load(stories)(IDS).logits
+    expected = zebra.load(stories)(IDS).logits
     weights = as_bin(stories)
-    made = zebra.convert(stories, tmp_path / "out", "GLLL:129")
-    assert torch.equal(zebra.load(made)(IDS).logits, wanted)
-    assert torch.equal(zebra.load(stories)(IDS).logits, wanted)
+    converted = zebra.convert(stories, tmp_path / "out", "GLLL:129")
+    assert torch.equal(zebra.load(converted)(IDS).logits, expected)
+    assert torch.equal(zebra.load(stories)(IDS).logits, expected)
     weights.write_bytes(weights.read_bytes()[:5000])
     with refused("corrupt or truncated"):
         zebra.convert(stories, tmp_path / "two", "GL:9")
@@ -341,12 +341,12 @@ def test_a_family_whose_class_this_transformers_lacks(monkeypatch: pytest.Monkey
 
 
 def test_the_first_row_that_takes_a_llama_serves_it() -> None:
-    made = {
+    converted = {
         biased: with_stripes(tiny_config("llama", attention_bias=biased), Stripes.parse("GL:9"))
         for biased in (False, True)
     }
-    assert [made[biased].model_type for biased in (False, True)] == ["cwm", "smollm3"]
-    assert made[True].no_rope_layers == [1] * 5
+    assert [converted[biased].model_type for biased in (False, True)] == ["cwm", "smollm3"]
+    assert converted[True].no_rope_layers == [1] * 5
     # cwm would bring its own tokens
     assert with_stripes(tiny_config("llama", bos_token_id=None), Stripes.parse("GL:9")).model_type == "smollm3"
     with refused("no bos_token_id or no eos_token_id: cwm would bring its own"):
@@ -360,8 +360,8 @@ def test_a_bidirectional_model() -> None:
 
 @pytest.mark.parametrize("member", sorted(FIXED))
 def test_layers_whose_rope_depends_on_their_kind_keep_it(member: str) -> None:
-    kept = Stripes.parse(fitting(member, "GLLL:9"))
-    assert with_stripes(tiny_config(member), kept).sliding_window == 9
+    same_kinds = Stripes.parse(fitting(member, "GLLL:9"))
+    assert with_stripes(tiny_config(member), same_kinds).sliding_window == 9
     with refused("only the window may change; GLLL:9 moves layers. Use .*:9"):
         with_stripes(tiny_config(member), Stripes.parse("GLLL:9"))
 
@@ -392,14 +392,14 @@ def test_sinks_and_their_gradients_are_the_hosts(member: str) -> None:
     for name, parameter in plain.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(parameter)
-    found = []
+    output = []
     for implementation in ("eager", "zebra"):
         plain.set_attn_implementation(implementation)
         plain.zero_grad()
         out = plain(IDS, labels=IDS, use_cache=False)
         out.loss.backward()
-        found.append([out.logits.detach(), *(p.grad for p in plain.parameters())])
-    for one, other in zip(*found, strict=True):
+        output.append([out.logits.detach(), *(p.grad for p in plain.parameters())])
+    for one, other in zip(*output, strict=True):
         assert (one - other).norm() <= 1e-4 * one.norm().clamp(min=1e-3)
 
 

@@ -48,20 +48,20 @@ def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     return model(ids, **({"use_cache": False} | arguments)).logits
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
-    assert found.shape == wanted.shape
-    return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+def off(output: Tensor, expected: Tensor) -> float:
+    assert output.shape == expected.shape
+    return ((output.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 def in_parts(model: Any, ids: Tensor, parts: list[int], cache: Any = None, **arguments: Any) -> Tensor:
     cache = bounded_cache(model) if cache is None else cache
-    found, start = [], 0
+    output, start = [], 0
     for part in ids.split(parts, dim=1):
         start += part.shape[1]
         more = {name: x[:, :start] if name == "attention_mask" else x for name, x in arguments.items()}
         more = {name: x[:, start - part.shape[1] : start] if name == "position_ids" else x for name, x in more.items()}
-        found.append(logits(model, part, past_key_values=cache, use_cache=True, **more))
-    return torch.cat(found, dim=1)
+        output.append(logits(model, part, past_key_values=cache, use_cache=True, **more))
+    return torch.cat(output, dim=1)
 
 
 def left_padded(lengths: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,11 +98,11 @@ def test_law_1_sinks_change_nothing_within_the_window_and_as_long_as_the_text_ma
     family: str, checkpoints: MakeCheckpoint
 ) -> None:
     ids = tokens(2, 40)
-    sunken = zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT))
+    with_sinks = zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT))
     without = zebra.load(checkpoints(family), stripes=fitting(family, f"GLLL:{WINDOW}"))
-    assert local_attention_of(sunken) == LocalAttention(SINKS)
-    assert off(logits(sunken, ids[:, :WINDOW]), logits(without, ids[:, :WINDOW])) == 0
-    assert off(logits(sunken, ids), logits(without, ids)) > 1e-3
+    assert local_attention_of(with_sinks) == LocalAttention(SINKS)
+    assert off(logits(with_sinks, ids[:, :WINDOW]), logits(without, ids[:, :WINDOW])) == 0
+    assert off(logits(with_sinks, ids), logits(without, ids)) > 1e-3
     every = zebra.load(checkpoints(family), stripes=fitting(family, f"GLLL:{WINDOW}+40"))
     wide = zebra.load(checkpoints(family), stripes=fitting(family, "GLLL:40"))
     assert off(logits(every, ids), logits(wide, ids)) < 2e-5
@@ -114,13 +114,13 @@ def test_laws_2_to_4_in_every_family(family: str, checkpoints: MakeCheckpoint) -
     model = zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT))
     ids = tokens(2, 40)
     with naively(model):
-        wanted = logits(model, ids)
-    assert off(logits(model, ids), wanted) < 2e-5
-    assert off(in_parts(model, ids, [13, 1, 1, 20, 5]), wanted) < 2e-5
+        expected = logits(model, ids)
+    assert off(logits(model, ids), expected) < 2e-5
+    assert off(in_parts(model, ids, [13, 1, 1, 20, 5]), expected) < 2e-5
     batch, arguments = left_padded((40, 22, 5))
-    for found in (logits(model, batch, **arguments), in_parts(model, batch, [7, 7, 7, 7, 7, 1, 1, 3], **arguments)):
+    for output in (logits(model, batch, **arguments), in_parts(model, batch, [7, 7, 7, 7, 7, 1, 1, 3], **arguments)):
         for row, length in enumerate((40, 22, 5)):
-            assert off(found[row, 40 - length :], logits(model, batch[row : row + 1, 40 - length :])[0]) < 2e-5
+            assert off(output[row, 40 - length :], logits(model, batch[row : row + 1, 40 - length :])[0]) < 2e-5
     lengths = (14, 1, 23, 2)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     for use_cache in (False, True):
@@ -136,9 +136,9 @@ def test_law_2_with_the_cache(model: Any, parts: list[int]) -> None:
     assert off(in_parts(model, ids, parts, cache), logits(model, ids)) < 2e-5
     assert [isinstance(layer, SinkLayer) for layer in cache.layers] == [False, True, True, True, False]
     twin = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
-    wanted = logits(model, torch.cat([ids, ids[:, :3]], dim=1))[:, 40:]
+    expected = logits(model, torch.cat([ids, ids[:, :3]], dim=1))[:, 40:]
     for one in twin:
-        assert off(logits(model, ids[:, :3], past_key_values=one, use_cache=True), wanted) < 2e-5
+        assert off(logits(model, ids[:, :3], past_key_values=one, use_cache=True), expected) < 2e-5
 
 
 def test_law_4_gradients_equal_one_softmax_through_a_whole_model(checkpoints: MakeCheckpoint) -> None:
@@ -152,10 +152,10 @@ def test_law_4_gradients_equal_one_softmax_through_a_whole_model(checkpoints: Ma
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     for arguments in ({}, {"position_ids": positions}):
-        found = gradient(**arguments)
+        output = gradient(**arguments)
         with naively(model):
-            wanted = gradient(**arguments)
-        assert (found - wanted).norm() <= 1e-6 * wanted.norm()  # the host's norms round to float32
+            expected = gradient(**arguments)
+        assert (output - expected).norm() <= 1e-6 * expected.norm()  # the host's norms round to float32
 
 
 def test_with_self_extend_both_equal_the_formula(checkpoints: MakeCheckpoint) -> None:
@@ -164,11 +164,11 @@ def test_with_self_extend_both_equal_the_formula(checkpoints: MakeCheckpoint) ->
     assert kinds == [SelfExtendAttention, LocalAttention, LocalAttention, LocalAttention, SelfExtendAttention]
     ids = tokens(1, 200)
     with formula_logits(model, SelfExtend(3, 7)) as formula:
-        wanted = formula(ids)
-    assert off(logits(model, ids), wanted) < 2e-5
-    assert off(in_parts(model, ids, [50, 1, 1, 100, 48]), wanted) < 2e-5
+        expected = formula(ids)
+    assert off(logits(model, ids), expected) < 2e-5
+    assert off(in_parts(model, ids, [50, 1, 1, 100, 48]), expected) < 2e-5
     plain = zebra.load(checkpoints("llama"), stripes=f"GLLL:{WINDOW}", self_extend="3:7")
-    assert off(logits(plain, ids), wanted) > 1e-3
+    assert off(logits(plain, ids), expected) > 1e-3
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, f"GLLL:{WINDOW}"])
@@ -177,11 +177,11 @@ def test_law_6_counts_and_bytes_are_the_plans(layout: str, full_decode: bool, ch
     path, stripes = checkpoints("llama"), Stripes.parse(layout)
     model = zebra.load(path, stripes=stripes, full_decode=full_decode)
     sizes = decoder_from_config(json.loads((path / "config.json").read_text()), name="tiny")
-    asked = {"decoder": sizes, "stripes": stripes, "dtype": "float32", "full_decode": full_decode}
+    fields = {"decoder": sizes, "stripes": stripes, "dtype": "float32", "full_decode": full_decode}
     for length in (2, 5, 8, 31, 200):
         cache = bounded_cache(model)
         logits(model, tokens(1, length), past_key_values=cache, use_cache=True)
-        run = cost.Run(**asked, length=length, phase="decode")
+        run = cost.Run(**fields, length=length, phase="decode")
         assert cache.kv_bytes() == memory.kv_bytes(run)
         i = torch.arange(length + 1)
         local = Mask(window=WINDOW, sinks=stripes.sinks).visible(i, i)[0, 0]
@@ -204,11 +204,11 @@ def test_generate_equals_generating_without_a_cache(model: Any, how: str) -> Non
     mask = torch.ones_like(ids)
     if how not in only:
         ids[:, :11], mask[:, :11] = 0, 0
-    found = []
+    output = []
     for more in (only.get(how, {}), {"use_cache": False}):
         torch.manual_seed(3)
-        found.append(model.generate(ids, attention_mask=mask, **arguments, **more).tolist())
-    assert found[0] == found[1]
+        output.append(model.generate(ids, attention_mask=mask, **arguments, **more).tolist())
+    assert output[0] == output[1]
 
 
 @pytest.mark.parametrize("sinks", [0, SINKS])
@@ -221,22 +221,22 @@ def test_full_decoding_reads_by_the_window_and_decodes_with_all(sinks: int, chec
     assert off(logits(model, ids), by_window) == 0
     cache = bounded_cache(model)
     assert sum(isinstance(layer, FullDecodeLayer) for layer in cache.layers) == 3
-    wanted = in_parts(model, ids, [25] + [1] * 15, cache)  # nobody said: one token alone is decoded
-    assert off(wanted[:, :25], by_window[:, :25]) < 2e-5
-    assert off(wanted[:, 26:], by_window[:, 26:]) > 1e-3
+    expected = in_parts(model, ids, [25] + [1] * 15, cache)  # nobody said: one token alone is decoded
+    assert off(expected[:, :25], by_window[:, :25]) < 2e-5
+    assert off(expected[:, 26:], by_window[:, 26:]) > 1e-3
     for parts in ([40], [25] + [1] * 15, [1] * 40, [13, 27], [7] * 5 + [5]):
         cache = bounded_cache(model)
         cache.set_prompt_length(25)
-        assert off(in_parts(model, ids, parts, cache), wanted) < 2e-5
+        assert off(in_parts(model, ids, parts, cache), expected) < 2e-5
     batch, arguments = left_padded((40, 30))
     cache = bounded_cache(model)
     cache.set_prompt_length(30)
-    found = in_parts(model, batch, [12, 20, 8], cache, **arguments)
+    output = in_parts(model, batch, [12, 20, 8], cache, **arguments)
     for row, length in enumerate((40, 30)):
         alone = bounded_cache(model)
         alone.set_prompt_length(length - 10)
         assert (
-            off(found[row, 40 - length :], in_parts(model, batch[row : row + 1, 40 - length :], [length], alone)[0])
+            off(output[row, 40 - length :], in_parts(model, batch[row : row + 1, 40 - length :], [length], alone)[0])
             < 2e-5
         )
 
@@ -300,28 +300,28 @@ def test_sinks_that_are_taken_back_are_gone(checkpoints: MakeCheckpoint) -> None
     """Assisted decoding writes ahead, then takes back, even into the first tokens."""
     model = zebra.load(checkpoints("llama"), stripes=LAYOUT)
     ids, other = tokens(1, 30), tokens(1, 30, seed=1)
-    for kept in (1, 2, 5, 14):
+    for length in (1, 2, 5, 14):
         cache = bounded_cache(model)
         cache.activate_past_recording()
-        logits(model, ids[:, :kept], past_key_values=cache, use_cache=True)
+        logits(model, ids[:, :length], past_key_values=cache, use_cache=True)
         logits(model, other[:, :6], past_key_values=cache, use_cache=True)
         cache.crop(-6)
-        assert cache.layers[1].positions.tolist() == [[p if p < kept else 1 << 40 for p in range(SINKS)]]
-        found = logits(model, ids[:, kept:], past_key_values=cache, use_cache=True)
-        assert off(found, logits(model, ids)[:, kept:]) < 2e-5
+        assert cache.layers[1].positions.tolist() == [[p if p < length else 1 << 40 for p in range(SINKS)]]
+        output = logits(model, ids[:, length:], past_key_values=cache, use_cache=True)
+        assert off(output, logits(model, ids)[:, length:]) < 2e-5
 
 
 def test_gradients_flow_through_the_cache(checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints("llama"), stripes=LAYOUT, dtype=torch.float64)
-    ids, found = tokens(1, 40), []
+    ids, output = tokens(1, 40), []
     cache = bounded_cache(model)
     for parts in ([40], [20, 1, 19]):
         model.zero_grad()
         cache = bounded_cache(model)
         pieces = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(parts, dim=1)]
         torch.cat(pieces, dim=1).square().sum().backward()
-        found.append(model.model.layers[1].self_attn.k_proj.weight.grad.clone())
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5 * found[0].abs().max().item())
+        output.append(model.model.layers[1].self_attn.k_proj.weight.grad.clone())
+    torch.testing.assert_close(*output, rtol=1e-5, atol=1e-5 * output[0].abs().max().item())
 
 
 # zebra.json, the modules, and what is lost
@@ -345,7 +345,7 @@ def test_zebra_json_keeps_them_and_loading_restores_them(
         LAYOUT: (zebra.load(tmp_path / "one", full_decode=False), LocalAttention(3)),
         "G": (zebra.load(tmp_path / "one", stripes="G:9"), LocalAttention()),
     }
-    assert all(local_attention_of(found) == wanted for found, wanted in changed.values())
+    assert all(local_attention_of(output) == expected for output, expected in changed.values())
     wide = zebra.load(tmp_path / "one", window=20)
     assert loaded_layout_name(wide) == "GLLL:20+3, full decode"
     with caplog.at_level(logging.WARNING):

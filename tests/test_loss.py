@@ -59,13 +59,13 @@ def test_value_and_gradients_equal_full_logits(fused: bool, shape: Any, ignored:
     labels[0, 1] = 1
     states.requires_grad_(), head.requires_grad_()
     expected = full_logits(states, head, labels)
-    wanted = torch.autograd.grad(expected, [states, head])
-    found = summed_loss(states, Head(head), labels)
-    gradients = torch.autograd.grad(found, [states, head])
-    assert found.dtype == torch.float32
-    assert found.shape == ()
-    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-5)
-    for one, other in zip(gradients, wanted, strict=True):
+    expected_gradients = torch.autograd.grad(expected, [states, head])
+    output = summed_loss(states, Head(head), labels)
+    gradients = torch.autograd.grad(output, [states, head])
+    assert output.dtype == torch.float32
+    assert output.shape == ()
+    torch.testing.assert_close(output.double(), expected, rtol=2e-6, atol=1e-5)
+    for one, other in zip(gradients, expected_gradients, strict=True):
         assert (one - other).norm() <= 2e-6 * other.norm()
 
 
@@ -94,9 +94,9 @@ def test_the_fallback_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch)
 def test_bfloat16_states_give_a_float32_accurate_value(fused: bool, shape: Any) -> None:
     states, head, labels = drawn(*shape)
     states, head = states.bfloat16(), head.bfloat16()
-    found = summed_loss(states, Head(head), labels)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
+    output = summed_loss(states, Head(head), labels)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
     torch.testing.assert_close(
         token_losses(states, Head(head), labels).nansum().double(),
         full_logits(states, head, labels),
@@ -108,9 +108,9 @@ def test_bfloat16_states_give_a_float32_accurate_value(fused: bool, shape: Any) 
 def test_bfloat16_states_get_bfloat16_gradients(fused: bool) -> None:
     states, head, labels = drawn(2, 21, 16, 97)
     states, head = states.bfloat16().requires_grad_(), head.bfloat16().requires_grad_()
-    found = torch.autograd.grad(summed_loss(states, Head(head), labels), [states, head])
-    wanted = torch.autograd.grad(full_logits(states, head, labels), [states, head])
-    for one, other in zip(found, wanted, strict=True):
+    output = torch.autograd.grad(summed_loss(states, Head(head), labels), [states, head])
+    expected = torch.autograd.grad(full_logits(states, head, labels), [states, head])
+    for one, other in zip(output, expected, strict=True):
         assert one.dtype == torch.bfloat16
         assert (one.double() - other.double()).norm() <= 4e-3 * other.double().norm()
 
@@ -120,8 +120,8 @@ def test_bfloat16_states_get_bfloat16_gradients(fused: bool) -> None:
 def test_autocast_does_not_reach_the_kernel(vocabulary: int) -> None:
     states, head, labels = drawn(2, 50, 64, vocabulary)
     with torch.autocast("cpu", torch.bfloat16):
-        found = summed_loss(states, Head(head), labels)
-    torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
+        output = summed_loss(states, Head(head), labels)
+    torch.testing.assert_close(output.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("function", [summed_loss, token_losses])
@@ -129,16 +129,16 @@ def test_autocast_does_not_reach_the_products(function: Any, monkeypatch: pytest
     monkeypatch.setattr(module, "_FUSED", False)
     states, head, labels = drawn(2, 50, 64, 200)
     with torch.autocast("cpu", torch.bfloat16):
-        found = function(states, Head(head), labels).nansum()
-    torch.testing.assert_close(found.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
+        output = function(states, Head(head), labels).nansum()
+    torch.testing.assert_close(output.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
 
 
 def test_only_ignored_labels_give_zero(fused: bool) -> None:
     states, head, _ = drawn(2, 9, 8, 30)
     states.requires_grad_()
-    found = summed_loss(states, Head(head), torch.full((2, 9), IGNORE))
-    (gradient,) = torch.autograd.grad(found, states)
-    assert found.item() == 0
+    output = summed_loss(states, Head(head), torch.full((2, 9), IGNORE))
+    (gradient,) = torch.autograd.grad(output, states)
+    assert output.item() == 0
     assert not gradient.any()
 
 
@@ -152,24 +152,24 @@ def test_the_last_state_and_the_first_label_do_not_count(fused: bool) -> None:
 
 def test_token_losses_say_where_nothing_is_predicted() -> None:
     states, head, labels = drawn(3, 21, 16, 97, ignored=0.3)
-    found = token_losses(states, Head(head), labels)
-    assert found.shape == labels.shape
-    assert found.dtype == torch.float32
+    output = token_losses(states, Head(head), labels)
+    assert output.shape == labels.shape
+    assert output.dtype == torch.float32
     unpredicted = labels == IGNORE
     unpredicted[:, 0] = True
-    assert torch.equal(found.isnan(), unpredicted)
+    assert torch.equal(output.isnan(), unpredicted)
     each = full_logits(states, head, labels, reduction="none").view(3, 20)
-    kept = ~unpredicted[:, 1:]
-    torch.testing.assert_close(found[:, 1:][kept].double(), each[kept], rtol=2e-6, atol=1e-5)
+    predicted = ~unpredicted[:, 1:]
+    torch.testing.assert_close(output[:, 1:][predicted].double(), each[predicted], rtol=2e-6, atol=1e-5)
 
 
 def test_token_losses_of_one_token_predict_where_it_stands() -> None:
     """A head that sees the state itself: entry t is the loss of token t given state t - 1."""
     head = torch.eye(4) * 10
     states = torch.eye(4)[[1, 2, 3, 0]][None]
-    found = token_losses(states, Head(head), torch.tensor([[0, 1, 2, 0]]))
-    assert found[0, 0].isnan()
-    assert found[0, 1:].tolist() == pytest.approx([1.361906e-4, 1.361906e-4, 10.000136], rel=1e-3)
+    output = token_losses(states, Head(head), torch.tensor([[0, 1, 2, 0]]))
+    assert output[0, 0].isnan()
+    assert output[0, 1:].tolist() == pytest.approx([1.361906e-4, 1.361906e-4, 10.000136], rel=1e-3)
 
 
 def test_token_losses_keep_no_graph() -> None:
@@ -206,11 +206,11 @@ def test_a_scaled_and_capped_head_equals_the_formula(fused: bool, scale: float, 
     logits = states.double() @ weight.double().T * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    wanted = torch.autograd.grad(expected, [states, weight])
+    expected_gradients = torch.autograd.grad(expected, [states, weight])
     head = Head(weight, scale=scale, softcap=softcap)
-    found = summed_loss(states, head, labels)
-    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-5)
-    for one, other in zip(torch.autograd.grad(found, [states, weight]), wanted, strict=True):
+    output = summed_loss(states, head, labels)
+    torch.testing.assert_close(output.double(), expected, rtol=2e-6, atol=1e-5)
+    for one, other in zip(torch.autograd.grad(output, [states, weight]), expected_gradients, strict=True):
         assert (one - other).norm() <= 2e-6 * other.norm()
     torch.testing.assert_close(token_losses(states, head, labels).nansum().double(), expected, rtol=2e-6, atol=1e-5)
 
@@ -220,16 +220,16 @@ def test_the_loss_and_its_gradients_are_the_hosts_own(member: str) -> None:
     """Heads differ by family: Gemma caps its logits, Cohere scales them."""
     model = tiny_model(member)
     ids = torch.randint(3, 97, (2, 21), generator=torch.Generator().manual_seed(1))
-    wanted = model(ids, labels=ids, use_cache=False).loss
-    gradients = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
+    expected = model(ids, labels=ids, use_cache=False).loss
+    gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     hidden = model(ids, **without_logits()).hidden_states[-1]
-    found = summed_loss(hidden, head_of(model), ids) / ids[:, 1:].numel()
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    output = summed_loss(hidden, head_of(model), ids) / ids[:, 1:].numel()
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
     total = sum(g.norm() for g in gradients if g is not None)
     for one, other in zip(
-        torch.autograd.grad(found, list(model.parameters()), allow_unused=True), gradients, strict=True
+        torch.autograd.grad(output, list(model.parameters()), allow_unused=True), gradients, strict=True
     ):
         assert (one is None) == (other is None)
         assert one is None or (one - other).norm() <= 1e-5 * total
     each = token_losses(hidden, head_of(model), ids)[:, 1:]
-    torch.testing.assert_close(each.mean(), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(each.mean(), expected, rtol=1e-6, atol=1e-6)

@@ -65,8 +65,8 @@ def test_frequencies_are_the_formulas(checkpoints: Callable[..., Path]) -> None:
     path = checkpoints("llama")
     plain = frequencies(zebra.load(path))
     torch.testing.assert_close(frequencies(zebra.load(path, rope="linear:8")), plain / 8)
-    wanted = 5e6 ** -(torch.arange(0, 8, 2) / 8)
-    torch.testing.assert_close(frequencies(zebra.load(path, rope="base:5e6")), wanted)
+    expected = 5e6 ** -(torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(frequencies(zebra.load(path, rope="base:5e6")), expected)
     for text in ("yarn:8", "llama3:8"):
         share = frequencies(zebra.load(path, rope=text)) / plain
         assert share[0] == 1  # the fastest angle stays
@@ -82,18 +82,18 @@ def test_the_host_takes_what_is_written(member: str, text: str) -> None:
     source = tiny_config(member)
     stripes = Stripes.of(source.layer_types, 9) if member in ("gemma3_text", "mellum") else Stripes.parse("GLLL:9")
     before = with_stripes(source, stripes)
-    made = rope.apply(before)
-    assert made.max_position_embeddings == (TRAINED if rope.kind == "base" else 8 * TRAINED)
-    assert made.model_type == before.model_type
-    again = type(made)(**made.to_dict())
-    assert again.rope_parameters == made.rope_parameters
-    if "full_attention" in made.rope_parameters:
-        assert made.rope_parameters["sliding_attention"] == before.rope_parameters["sliding_attention"]
-        found = made.rope_parameters["full_attention"]
+    converted = rope.apply(before)
+    assert converted.max_position_embeddings == (TRAINED if rope.kind == "base" else 8 * TRAINED)
+    assert converted.model_type == before.model_type
+    again = type(converted)(**converted.to_dict())
+    assert again.rope_parameters == converted.rope_parameters
+    if "full_attention" in converted.rope_parameters:
+        assert converted.rope_parameters["sliding_attention"] == before.rope_parameters["sliding_attention"]
+        parameters = converted.rope_parameters["full_attention"]
     else:
-        found = made.rope_parameters
+        parameters = converted.rope_parameters
     if rope.kind in ("yarn", "llama3"):
-        assert found["original_max_position_embeddings"] == TRAINED
+        assert parameters["original_max_position_embeddings"] == TRAINED
     assert before.rope_parameters == with_stripes(source, stripes).rope_parameters  # nothing was changed in place
 
 
@@ -114,27 +114,27 @@ def test_a_rotated_share_of_the_head_stays(checkpoints: Callable[..., Path]) -> 
 def test_a_converted_checkpoint_runs_in_plain_transformers(
     member: str, text: str, checkpoints: Callable[..., Path], tmp_path: Path
 ) -> None:
-    made = zebra.convert(checkpoints(member), tmp_path / "out", "GLLL:16", rope=text)
+    converted = zebra.convert(checkpoints(member), tmp_path / "out", "GLLL:16", rope=text)
     ours = zebra.load(checkpoints(member), stripes="GLLL:16", rope=text)
-    plain = AutoModelForCausalLM.from_pretrained(made, attn_implementation="eager")
+    plain = AutoModelForCausalLM.from_pretrained(converted, attn_implementation="eager")
     assert plain.config.rope_parameters == ours.config.rope_parameters
     torch.testing.assert_close(logits(plain), logits(ours), rtol=1e-4, atol=1e-3)
     unchanged = zebra.load(checkpoints(member), stripes="GLLL:16")
     assert (logits(ours) - logits(unchanged)).abs().max() > 1e-2
-    assert json.loads((made / "zebra.json").read_text())["rope"] == text
-    checks = zebra.verify(made, against=checkpoints(member), rope=text)
+    assert json.loads((converted / "zebra.json").read_text())["rope"] == text
+    checks = zebra.verify(converted, against=checkpoints(member), rope=text)
     assert all(check.passed for check in checks)
     assert checks[0].difference == 0
-    assert not zebra.verify(made, against=checkpoints(member))[0].passed
+    assert not zebra.verify(converted, against=checkpoints(member))[0].passed
 
 
 def test_only_global_layers_change_where_each_kind_has_a_rope(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     source = checkpoints("olmo2")
     local = zebra.load(source, stripes="L:16")
     torch.testing.assert_close(logits(zebra.load(source, stripes="L:16", rope="yarn:8")), logits(local))
-    made = zebra.convert(source, tmp_path / "out", "GLLL:16", rope="yarn:8")
+    converted = zebra.convert(source, tmp_path / "out", "GLLL:16", rope="yarn:8")
     with refused("the target's global layers alone, which the source's class olmo2 cannot do"):
-        zebra.verify(made, against=source, rope="yarn:8")
+        zebra.verify(converted, against=source, rope="yarn:8")
     own = zebra.convert(checkpoints("gemma3_text"), tmp_path / "own", "1,3:16", rope="yarn:8")
     assert all(check.passed for check in zebra.verify(own, against=checkpoints("gemma3_text"), rope="yarn:8"))
 
@@ -143,11 +143,11 @@ def test_only_global_layers_change_where_each_kind_has_a_rope(checkpoints: Calla
 
 
 def test_a_rope_that_is_scaled_already(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    made = zebra.convert(checkpoints("llama"), tmp_path / "out", "GL:9", rope="linear:4")
+    converted = zebra.convert(checkpoints("llama"), tmp_path / "out", "GL:9", rope="linear:4")
     for text in ("yarn:2", "base:1e9"):
         with refused("scaled already .*factor 4.0.*rope_type linear"):
-            zebra.load(made, rope=text)
-    assert zebra.load(made, rope="none").config.rope_parameters["factor"] == 4
+            zebra.load(converted, rope=text)
+    assert zebra.load(converted, rope="none").config.rope_parameters["factor"] == 4
 
 
 def test_a_base_that_is_not_larger(checkpoints: Callable[..., Path]) -> None:
@@ -164,8 +164,8 @@ def test_a_base_for_each_layer(checkpoints: Callable[..., Path], tmp_path: Path)
     source = checkpoints("granite_swa")
     with refused("has a base for each layer .layer_rope_theta., which base:50000 would not reach"):
         zebra.load(source, rope="base:50000")
-    made = zebra.convert(source, tmp_path / "out", "GL:16", rope="yarn:8")
-    assert all(check.passed for check in zebra.verify(made, against=source, rope="yarn:8"))
+    converted = zebra.convert(source, tmp_path / "out", "GL:16", rope="yarn:8")
+    assert all(check.passed for check in zebra.verify(converted, against=source, rope="yarn:8"))
 
 
 # Frequencies that change with the length
@@ -175,25 +175,25 @@ def test_dynamic_equals_the_hosts_own_and_needs_no_history(checkpoints: Callable
     path = checkpoints("llama", max_position_embeddings=16)
     model = zebra.load(path, rope="dynamic:1")
     assert model.config.max_position_embeddings == 16
-    found = {n: logits(model, IDS[:, :n]) for n in (10, 40, 24, 12)}  # a longer text before shorter ones
-    for n, one in found.items():
+    parameters = {n: logits(model, IDS[:, :n]) for n in (10, 40, 24, 12)}  # a longer text before shorter ones
+    for n, one in parameters.items():
         config = read_config(path)
         config.rope_parameters = {"rope_type": "dynamic", "factor": 1.0, "rope_theta": 1e4}
         fresh = AutoModelForCausalLM.from_pretrained(path, config=config, attn_implementation="eager")
         torch.testing.assert_close(one, logits(fresh, IDS[:, :n]), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(found[10], logits(zebra.load(path), IDS[:, :10]))
+    torch.testing.assert_close(parameters[10], logits(zebra.load(path), IDS[:, :10]))
 
 
 def test_a_model_whose_rope_changes_with_length_refuses_a_cache(checkpoints: Callable[..., Path]) -> None:
     model = zebra.load(checkpoints("llama", max_position_embeddings=16), stripes="GL:9", rope="dynamic:2")
-    asked = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 2, "do_sample": False}
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 2, "do_sample": False}
     for how in ({}, {"use_cache": True}, {"cache_implementation": "static"}):
         with refused("its frequencies change with the length.*Pass use_cache=False"):
-            model.generate(IDS, **asked, **how)
+            model.generate(IDS, **options, **how)
     with refused("use_cache=False"):
         model(IDS, use_cache=True)
     assert model(IDS).past_key_values is None
-    assert model.generate(IDS, **asked, use_cache=False).shape == (1, 42)
+    assert model.generate(IDS, **options, use_cache=False).shape == (1, 42)
 
 
 @pytest.mark.parametrize(

@@ -53,19 +53,19 @@ def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
     return model(ids, **({"use_cache": False} | arguments)).logits
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
-    assert found.shape == wanted.shape
-    return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+def off(output: Tensor, expected: Tensor) -> float:
+    assert output.shape == expected.shape
+    return ((output.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 def in_parts(model: Any, cache: DynamicCache, ids: Tensor, parts: list[int]) -> Tensor:
-    found, start = [], 0
+    output, start = [], 0
     for size in parts:
         piece = ids[:, start : start + size]
         if piece.shape[1]:
-            found.append(logits(model, piece, past_key_values=cache, use_cache=True))
+            output.append(logits(model, piece, past_key_values=cache, use_cache=True))
         start += size
-    return torch.cat(found, dim=1)
+    return torch.cat(output, dim=1)
 
 
 @pytest.fixture
@@ -129,9 +129,9 @@ def test_gradients_are_those_of_one_softmax(hidden: str) -> None:
         seen = ~lse.isneginf()
         roots = (out * seeds[0]).where(seen.unsqueeze(-1), 0.0).sum() + (lse * seeds[1])[seen].sum()
         gradients.append(torch.autograd.grad(roots, inputs))
-    for found, wanted in zip(*gradients, strict=True):
-        wanted = wanted.nan_to_num(0.0)  # the oracle's softmax of a row that sees nothing
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for output, expected in zip(*gradients, strict=True):
+        expected = expected.nan_to_num(0.0)  # the oracle's softmax of a row that sees nothing
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_row_that_neither_side_sees_stays_empty() -> None:
@@ -194,9 +194,9 @@ def test_the_formula_without_self_extend_is_the_host(family: str, checkpoints: M
 def test_ropes_that_are_scaled_equal_the_formula(setting: str, rope: str | None, checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints("llama"), self_extend=setting, rope=rope)
     ids = tokens(1, 300)
-    found = logits(model, ids)
+    output = logits(model, ids)
     with formula_logits(model, self_extend_of(model)) as formula:
-        assert off(found, formula(ids)) < 2e-5
+        assert off(output, formula(ids)) < 2e-5
 
 
 @pytest.mark.parametrize("setting", ["3:64", pytest.param("4:8", marks=pytest.mark.full), "8:64:log"])
@@ -207,14 +207,14 @@ def test_a_whole_text_equals_the_formula(family: str, setting: str, checkpoints:
     model = zebra.load(checkpoints(family, **EXACT), self_extend=setting)
     ids = tokens(1, 512)
     with formula_logits(model, self_extend_of(model)) as formula:
-        wanted = formula(ids)
-    found = logits(model, ids)
-    assert off(found, wanted) < (2e-5 if family == "gpt_oss" else 1e-5)  # its experts round too
+        expected = formula(ids)
+    output = logits(model, ids)
+    assert off(output, expected) < (2e-5 if family == "gpt_oss" else 1e-5)  # its experts round too
     plain = AutoModelForCausalLM.from_pretrained(checkpoints(family, **EXACT), attn_implementation="eager")
-    unlike = off(logits(plain, ids), wanted)
+    unlike = off(logits(plain, ids), expected)
     assert unlike > 1e-2, "the test would not see a difference"
     window = self_extend_of(model).window
-    assert torch.equal(found[:, :1], logits(model, ids[:, :1])) or off(found[:, :1], logits(model, ids[:, :1])) < 1e-5
+    assert torch.equal(output[:, :1], logits(model, ids[:, :1])) or off(output[:, :1], logits(model, ids[:, :1])) < 1e-5
     assert off(logits(model, ids[:, :window]), logits(plain, ids[:, :window])) < 1e-5
 
 
@@ -224,49 +224,49 @@ def test_in_float64_at_4096_everything_equals_the_formula(checkpoints: MakeCheck
     ids = tokens(2, 4096)
     sample = torch.arange(0, 4096, 5)
     with formula_logits(model, self_extend_of(model)) as formula:
-        wanted = formula(ids[:1], logits_to_keep=sample)
+        expected = formula(ids[:1], logits_to_keep=sample)
         second = formula(ids[1:, :3000], logits_to_keep=torch.arange(3000))
-    assert off(logits(model, ids[:1], logits_to_keep=sample), wanted) < 1e-5
+    assert off(logits(model, ids[:1], logits_to_keep=sample), expected) < 1e-5
     for parts in ([1000] * 5, [4000] + [1] * 96, [333] * 13):
-        found = in_parts(model, bounded_cache(model), ids[:1], parts)
-        assert off(found[:, sample], wanted) < 1e-5
+        output = in_parts(model, bounded_cache(model), ids[:1], parts)
+        assert off(output[:, sample], expected) < 1e-5
     batch, mask = ids.clone(), torch.ones_like(ids)
     batch[1, :1096], mask[1, :1096] = 0, 0
     batch[1, 1096:] = ids[1, :3000]
     both = logits(model, batch, attention_mask=mask)
-    assert off(both[:1, sample], wanted) < 1e-5
+    assert off(both[:1, sample], expected) < 1e-5
     assert off(both[1:, 1096:], second) < 1e-5
     packed = torch.cat([ids[1:, :3000], ids[:1]], dim=1)
     positions = torch.cat([torch.arange(3000), torch.arange(4096)])[None]
-    found = logits(model, packed, position_ids=positions)
-    assert off(found[:, :3000], second) < 1e-5
-    assert off(found[:, 3000:][:, sample], wanted) < 1e-5
+    output = logits(model, packed, position_ids=positions)
+    assert off(output[:, :3000], second) < 1e-5
+    assert off(output[:, 3000:][:, sample], expected) < 1e-5
 
 
 def test_greedy_tokens_are_the_formulas(checkpoints: MakeCheckpoint) -> None:
     model = zebra.load(checkpoints("llama"), self_extend="8:32")
     ids = tokens(1, 200)
-    found = model.generate(
+    output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
-    wanted = ids
+    expected = ids
     with formula_logits(model, self_extend_of(model)) as formula:
         for _ in range(12):
-            wanted = torch.cat([wanted, formula(wanted)[:, -1:].argmax(dim=-1)], dim=1)
-    assert found.tolist() == wanted.tolist()
+            expected = torch.cat([expected, formula(expected)[:, -1:].argmax(dim=-1)], dim=1)
+    assert output.tolist() == expected.tolist()
 
 
 def test_gradients_through_a_model_are_the_formulas(checkpoints: MakeCheckpoint) -> None:
     """It can be trained under. The oracle is the same model by the dense kernel."""
     model = zebra.load(checkpoints("qwen3"), self_extend=SETTING)
     ids = tokens(2, 60)
-    found = []
+    output = []
     for kernel in ("banded", "reference"):
         model.zero_grad()
         with only(kernel):
             model(ids, labels=ids, use_cache=False).loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert off(*found) < 2e-5
+        output.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert off(*output) < 2e-5
 
 
 # With and without our cache
@@ -304,13 +304,13 @@ def test_generating_equals_generating_without_a_cache(family: str, how: str, che
     model = zebra.load(checkpoints(family), self_extend=SETTING)
     ids = tokens(1, 30)
     arguments = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None} | HOW[how]
-    found = []
+    output = []
     for more in ({}, {"use_cache": False}):
         torch.manual_seed(3)
         plain = {k: v for k, v in arguments.items() if not more or k in ("max_new_tokens", "do_sample", "eos_token_id")}
         plain |= {"num_beams": 3} if how == "beams" else {}
-        found.append(model.generate(ids, attention_mask=torch.ones_like(ids), **plain, **more).tolist())
-    assert found[0] == found[1]
+        output.append(model.generate(ids, attention_mask=torch.ones_like(ids), **plain, **more).tolist())
+    assert output[0] == output[1]
 
 
 def test_an_assistant_takes_tokens_back(checkpoints: MakeCheckpoint) -> None:
@@ -320,8 +320,8 @@ def test_an_assistant_takes_tokens_back(checkpoints: MakeCheckpoint) -> None:
             parameter += 0.02 * torch.randn_like(parameter)
     ids = tokens(1, 30)
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
-    wanted = model.generate(ids, **arguments, use_cache=False)
-    assert model.generate(ids, assistant_model=draft, **arguments).tolist() == wanted.tolist()
+    expected = model.generate(ids, **arguments, use_cache=False)
+    assert model.generate(ids, assistant_model=draft, **arguments).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("plain_positions", [False, True])
@@ -337,13 +337,13 @@ def test_a_left_padded_batch_gives_each_row_what_it_gets_alone(model: Any, plain
     both = logits(model, batch, **arguments)
     assert off(both[:1], logits(model, ids[:1])) < 2e-5
     assert off(both[1:, 21:], logits(model, ids[1:, :29])) < 2e-5
-    cache, start, found = bounded_cache(model), 0, []
+    cache, start, output = bounded_cache(model), 0, []
     for n in (10, 20, 1, 1, 18):  # the second row's first chunk is padding only
         part = {k: v[:, start : start + n] for k, v in arguments.items() if k == "position_ids"}
         part["attention_mask"] = mask[:, : start + n]
-        found.append(logits(model, batch[:, start : start + n], past_key_values=cache, use_cache=True, **part))
+        output.append(logits(model, batch[:, start : start + n], past_key_values=cache, use_cache=True, **part))
         start += n
-    parts = torch.cat(found, dim=1)
+    parts = torch.cat(output, dim=1)
     assert off(parts[:1], both[:1]) < 2e-5
     assert off(parts[1:, 21:], both[1:, 21:]) < 2e-5
 
@@ -437,13 +437,13 @@ def test_near_keys_are_exact_and_far_ones_turned(model: Any) -> None:
     ours, stock = bounded_cache(model), DynamicCache(config=model.config)
     logits(model, ids, past_key_values=ours, use_cache=True)
     logits(model, ids, past_key_values=stock, use_cache=True)
-    mine, hosts = ours.layers[0], stock.layers[0]
-    assert torch.equal(mine.near, hosts.keys[:, :, -6:])
-    assert torch.equal(mine.values, hosts.values)
+    layer_of_ours, stock_layer = ours.layers[0], stock.layers[0]
+    assert torch.equal(layer_of_ours.near, stock_layer.keys[:, :, -6:])
+    assert torch.equal(layer_of_ours.values, stock_layer.values)
     host = torch.arange(50)[None]
     frequencies = model.model.rotary_emb.inv_freq
-    wanted = rotate(hosts.keys, rotation_between(frequencies, host, host // 3, torch.float32))
-    assert off(mine.keys, wanted) < 1e-6
+    expected = rotate(stock_layer.keys, rotation_between(frequencies, host, host // 3, torch.float32))
+    assert off(layer_of_ours.keys, expected) < 1e-6
 
 
 def test_batches_of_a_cache_are_moved_together(model: Any) -> None:
@@ -475,8 +475,8 @@ def test_tokens_are_taken_back_where_the_past_is_recorded(model: Any) -> None:
         assert cache.get_seq_length() == keep
         assert all(layer.near.shape[-2] == min(6, keep) for layer in cache.layers)
         again = copy.deepcopy(cache)
-        found = logits(model, ids[:, keep:], past_key_values=again, use_cache=True)
-        assert off(found, logits(model, ids)[:, keep:]) < 2e-5
+        output = logits(model, ids[:, keep:], past_key_values=again, use_cache=True)
+        assert off(output, logits(model, ids)[:, keep:]) < 2e-5
         if keep == 28:  # a whole prefill, all of it recorded
             cache.reset()
             logits(model, ids[:, :30], past_key_values=cache, use_cache=True)
@@ -495,8 +495,8 @@ def test_a_cache_is_copied_and_pickled_with_its_near_keys(model: Any) -> None:
     cache = bounded_cache(model)
     logits(model, ids[:, :30], past_key_values=cache, use_cache=True)
     for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-        found = logits(model, ids[:, 30:], past_key_values=twin, use_cache=True)
-        assert off(found, logits(model, ids)[:, 30:]) < 2e-5
+        output = logits(model, ids[:, 30:], past_key_values=twin, use_cache=True)
+        assert off(output, logits(model, ids)[:, 30:]) < 2e-5
     assert cache.get_seq_length() == 30
 
 
@@ -519,9 +519,9 @@ def test_with_stripes_only_global_layers_are_extended(checkpoints: MakeCheckpoin
     assert [isinstance(layer, SelfExtendLayer) for layer in bounded_cache(model).layers] == kinds
     ids = tokens(1, 200)
     with formula_logits(model, self_extend_of(model)) as formula:
-        wanted = formula(ids)
-    assert off(logits(model, ids), wanted) < 2e-5
-    assert off(in_parts(model, bounded_cache(model), ids, [50, 1, 1, 100, 48]), wanted) < 2e-5
+        expected = formula(ids)
+    assert off(logits(model, ids), expected) < 2e-5
+    assert off(in_parts(model, bounded_cache(model), ids, [50, 1, 1, 100, 48]), expected) < 2e-5
 
 
 def test_layers_without_a_rope_are_left(checkpoints: MakeCheckpoint) -> None:
@@ -551,9 +551,9 @@ def test_nothing_of_it_is_saved_and_that_is_said(
 
 def test_a_model_is_copied_and_pickled_with_it(model: Any) -> None:
     ids = tokens(1, 40)
-    wanted = logits(model, ids)
+    expected = logits(model, ids)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert off(logits(twin, ids), wanted) < 1e-6
+        assert off(logits(twin, ids), expected) < 1e-6
 
 
 def test_a_group_of_one_changes_nothing(checkpoints: MakeCheckpoint) -> None:
@@ -673,10 +673,10 @@ def test_positions_of_a_whole_text_with_gaps_are_refused(model: Any, positions: 
 
 def test_text_at_an_offset_goes_on_there(model: Any) -> None:
     ids, cache = tokens(2, 40), bounded_cache(model)
-    found, positions = [], torch.arange(100, 140)[None]
+    output, positions = [], torch.arange(100, 140)[None]
     for part, at in zip(ids.split([30, 1, 1, 8], dim=1), positions.split([30, 1, 1, 8], dim=1), strict=True):
-        found.append(logits(model, part, past_key_values=cache, use_cache=True, position_ids=at))
-    assert off(torch.cat(found, dim=1), logits(model, ids)) < 2e-5
+        output.append(logits(model, part, past_key_values=cache, use_cache=True, position_ids=at))
+    assert off(torch.cat(output, dim=1), logits(model, ids)) < 2e-5
     cache.reset()  # an emptied cache begins anew
     assert off(in_parts(model, cache, ids, [20, 20]), logits(model, ids)) < 2e-5
 
@@ -742,16 +742,16 @@ def test_a_real_model_goes_on_with_3000_tokens_by_the_formulas_tokens() -> None:
     model = zebra.load(STORIES, self_extend="auto:4096", dtype=torch.float64)
     assert str(self_extend_of(model)) == "32:128"
     options: dict[str, Any] = {"self_extend": "auto:4096", "dtype": "float64", "device": "cpu", "max_new_tokens": 40}
-    made = zebra.generate(STORIES, prompt, **options)
-    assert made.tokens == zebra.generate(STORIES, prompt, prefill_chunk=512, **options).tokens
-    assert 3000 <= made.prompt_tokens <= 3100
-    assert len(made.tokens) == 40
-    ids = torch.tensor([AutoTokenizer.from_pretrained(STORIES)(prompt)["input_ids"] + list(made.tokens)])
-    keep = torch.arange(made.prompt_tokens - 1, ids.shape[1] - 1)
+    generated = zebra.generate(STORIES, prompt, **options)
+    assert generated.tokens == zebra.generate(STORIES, prompt, prefill_chunk=512, **options).tokens
+    assert 3000 <= generated.prompt_tokens <= 3100
+    assert len(generated.tokens) == 40
+    ids = torch.tensor([AutoTokenizer.from_pretrained(STORIES)(prompt)["input_ids"] + list(generated.tokens)])
+    keep = torch.arange(generated.prompt_tokens - 1, ids.shape[1] - 1)
     with formula_logits(model, self_extend_of(model)) as formula:
         likeliest = formula(ids, logits_to_keep=keep).argmax(dim=-1)
-    assert likeliest[0].tolist() == list(made.tokens)
-    assert logits(zebra.load(STORIES), ids, logits_to_keep=keep).argmax(dim=-1)[0].tolist() != list(made.tokens)
+    assert likeliest[0].tolist() == list(generated.tokens)
+    assert logits(zebra.load(STORIES), ids, logits_to_keep=keep).argmax(dim=-1)[0].tolist() != list(generated.tokens)
 
 
 def held(text: Path) -> None:
@@ -774,15 +774,15 @@ def held(text: Path) -> None:
 def test_the_oracle_agrees_with_the_map_of_distances() -> None:
     """`relative` on tensors, as the formula takes it, is never negative where a key is visible."""
     i = torch.arange(30)
-    found = relative(i[:, None], i[None, :], 3, 7).tril()
-    assert found.min() == 0
-    assert int(found[29, 0]) == relative(29, 0, 3, 7)
+    output = relative(i[:, None], i[None, :], 3, 7).tril()
+    assert output.min() == 0
+    assert int(output[29, 0]) == relative(29, 0, 3, 7)
 
 
 def test_attention_of_plain_layers_is_not_touched(checkpoints: MakeCheckpoint) -> None:
     plain = zebra.load(checkpoints("llama"))
     assert all(not isinstance(get_override(m), SelfExtendAttention) for m in plain.modules())
     q = torch.randn(1, 4, 9, 8)
-    wanted, _ = attend(q, q[:, :2], q[:, :2], with_lse=False)
-    found, _ = attention.zebra_attention(plain.model.layers[0].self_attn, q, q[:, :2], q[:, :2], None)
-    assert torch.equal(found.transpose(1, 2), wanted)
+    expected, _ = attend(q, q[:, :2], q[:, :2], with_lse=False)
+    output, _ = attention.zebra_attention(plain.model.layers[0].self_attn, q, q[:, :2], q[:, :2], None)
+    assert torch.equal(output.transpose(1, 2), expected)

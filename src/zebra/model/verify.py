@@ -113,16 +113,16 @@ def verify(
     source = _with_rope(source_config, rope, config)
     expected_short, oracle = _source_logits(against, source, ids, short, [plain, whole, *decoded], placement)
     plain_short, plain_long = _plain_logits(target, ids, short, placement)
-    logits = _zebra_logits(load(target, **placement), ids)
+    whole_logits, decoded_logits, own_checks = _zebra_checks(load(target, **placement), ids, dtype)
     masks_on = "mask oracle on the source"
     checks = [
         _check("short", "source, plain transformers", plain_short, expected_short, dtype),
         _check("long, plain", masks_on + ", no sinks" * bool(local.sinks), plain_long, oracle[plain], dtype),
-        _check("long, zebra", masks_on, logits.whole, oracle[whole], dtype),
-        *_consistency_checks(logits, dtype),
+        _check("long, zebra", masks_on, whole_logits, oracle[whole], dtype),
+        *own_checks,
     ]
-    if logits.decoded is not None:
-        checks.append(_check("decoded", masks_on, logits.decoded, oracle[decoded[0]], dtype))
+    if decoded_logits is not None:
+        checks.append(_check("decoded", masks_on, decoded_logits, oracle[decoded[0]], dtype))
     return checks
 
 
@@ -163,7 +163,8 @@ def _self_extend_checks(
     placement: dict[str, Any] = {"dtype": dtype, "device_map": device}
     plain = _logits(_plain_model(path, placement | {"config": config}), ids[:, : setting.window])
     model = load(path, self_extend=setting, **placement)
-    short, logits = _logits(model, ids[:, : setting.window]), _zebra_logits(model, ids)
+    short = _logits(model, ids[:, : setting.window])
+    whole, _, own_checks = _zebra_checks(model, ids, dtype)
     with formula_logits(model, setting) as formula:
         oracle = formula(ids, logits_to_keep=_sampled(n).to(device))
     cut = n // 3
@@ -172,8 +173,8 @@ def _self_extend_checks(
     apart = torch.cat([_logits(model, ids[:1, :cut]), _logits(model, ids[:1, cut:])], dim=1)
     return [
         _check(f"short, self-extend {setting}", "plain transformers", short, plain, dtype),
-        _check("long", "dense formula", logits.whole, oracle, dtype, _formula_tolerance(dtype, n)),
-        *_consistency_checks(logits, dtype),
+        _check("long", "dense formula", whole, oracle, dtype, _formula_tolerance(dtype, n)),
+        *own_checks,
         _check("packed", "documents alone", packed, apart, dtype),
     ]
 
@@ -230,45 +231,24 @@ def _with_rope(source: PreTrainedConfig, rope: Rope | str | None, target: PreTra
     return config
 
 
-@dataclass(frozen=True)
-class _Logits:
-    """Of one model: of both texts whole, in other ways, and of the real tokens of padded and of single sequences.
-
-    Attributes:
-        whole, cached, decoded, chunked: (2, sampled tokens, V). left, right, alone: (tokens of both, V).
-    """
-
-    whole: Tensor
-    cached: Tensor
-    decoded: Tensor | None
-    chunked: Tensor
-    left: Tensor
-    right: Tensor
-    alone: Tensor
-
-
-def _consistency_checks(logits: _Logits, dtype: torch.dtype) -> list[Check]:
-    return [
-        _check("cached", "uncached", logits.cached, logits.whole, dtype),
-        _check("chunked", "whole", logits.chunked, logits.whole, dtype),
-        _check("padded left", "sequences alone", logits.left, logits.alone, dtype),
-        _check("padded right", "sequences alone", logits.right, logits.alone, dtype),
-    ]
-
-
-def _zebra_logits(model: PreTrainedModel, ids: Tensor) -> _Logits:
+def _zebra_checks(model: PreTrainedModel, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, list[Check]]:
+    """The logits of whole texts, those of decoded tokens under full decoding, and the checks of the model by itself."""
     n = ids.shape[1]
     shorter, steps = n * 2 // 3, _one_by_one(n)
     parts = [n - steps] + [1] * steps
-    return _Logits(
-        whole=_logits(model, ids),
-        cached=_logits_in_parts(model, ids, parts),
-        decoded=_logits_in_parts(model, ids, parts, n - steps) if local_attention_of(model).full_decode else None,
-        chunked=_logits_in_parts(model, ids, [max(_CHUNK, n // 11)] * n),
-        left=_padded_logits(model, ids, shorter, "left"),
-        right=_padded_logits(model, ids, shorter, "right"),
-        alone=torch.cat([_logits(model, ids[:1])[0], _logits(model, ids[1:, :shorter])[0]]),
-    )
+    whole = _logits(model, ids)
+    cached = _logits_in_parts(model, ids, parts)
+    decoded = _logits_in_parts(model, ids, parts, n - steps) if local_attention_of(model).full_decode else None
+    chunked = _logits_in_parts(model, ids, [max(_CHUNK, n // 11)] * n)
+    left, right = (_padded_logits(model, ids, shorter, side) for side in ("left", "right"))
+    alone = torch.cat([_logits(model, ids[:1])[0], _logits(model, ids[1:, :shorter])[0]])
+    checks = [
+        _check("cached", "uncached", cached, whole, dtype),
+        _check("chunked", "whole", chunked, whole, dtype),
+        _check("padded left", "sequences alone", left, alone, dtype),
+        _check("padded right", "sequences alone", right, alone, dtype),
+    ]
+    return whole, decoded, checks
 
 
 def _one_by_one(n: int) -> int:
