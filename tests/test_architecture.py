@@ -134,6 +134,7 @@ LIGHT = {
     "adapt recipes/demo.yaml --set data.files=[nothing.txt]": 2,
     "tune recipes/tiny-lit-cpu.yaml --set train.lenght=9": 2,
     "pretrain recipes/retrieval-cpu.yaml --set train.lenght=9": 2,
+    "study recipes/study-tiny-cpu.yaml --set nothing=9": 2,
     "run examples/pipeline-tiny.yaml --set stages.tune.train.lenght=9": 2,
 }
 """Command lines that answer without anything heavy, and their exit codes."""

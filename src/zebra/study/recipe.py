@@ -12,8 +12,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from zebra.errors import ZebraError
 from zebra.study.layout import NAME
-from zebra.study.model import StudyConfig, attention_kinds
-from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe, Section, checked
 
 T = TypeVar("T")
@@ -98,6 +96,8 @@ def cells_of(grid: StudyRecipe) -> list[GridCell]:
     Raises:
         ZebraError: a recipe without a length or a window that an axis leaves to it.
     """
+    from zebra.study.model import StudyConfig  # here: a recipe is read without torch
+
     model, train = dict(grid.recipe["model"]), dict(grid.recipe.get("train") or {})
     cells: dict[GridCell, None] = {}
     for axes in grid.cells:
@@ -132,6 +132,8 @@ def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
     Raises:
         ZebraError: a recipe or a model that cannot be built, with the cell's name.
     """
+    from zebra.train.pretrain import config_of
+
     recipes = []
     for cell in cells_of(grid):
         try:
@@ -144,6 +146,8 @@ def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
 
 
 def _recipe_tree(grid: StudyRecipe, cell: GridCell) -> dict[str, Any]:
+    from zebra.study.model import StudyConfig, attention_kinds
+
     tree = copy.deepcopy(grid.recipe)
     model, train, evaluate = tree["model"], tree.get("train") or {}, tree.get("evaluate")
     layers = model.get("num_hidden_layers", StudyConfig.num_hidden_layers)
