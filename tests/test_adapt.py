@@ -208,7 +208,7 @@ def test_a_killed_run_resumes_to_the_same_losses(
     "changes",
     [
         {"data__join": False, "data__append_eos": True},
-        {"train__gradient_checkpointing": True},
+        {"train__activation_checkpointing": True},
         {"train__bf16": True},
         {"stripes": None},
     ],
@@ -272,7 +272,7 @@ def test_activation_checkpointing_and_accumulation_change_no_loss(tmp_path: Path
             evaluate=None,
             train__max_steps=4,
             train__per_device_train_batch_size=2,
-            train__gradient_checkpointing=True,
+            train__activation_checkpointing=True,
         )
     )
     assert losses(plain) == pytest.approx(losses(recomputed), abs=1e-5)
@@ -385,7 +385,7 @@ def test_other_families_are_adapted(member: str, tmp_path: Path) -> None:
     changes = {
         "train__max_steps": 4,
         "evaluate__eval_steps": 4,
-        "train__gradient_checkpointing": True,
+        "train__activation_checkpointing": True,
         "rope": "yarn:2",
     }
     run, source = tmp_path / "run", tmp_path / "source"

@@ -88,7 +88,7 @@ def test_activations_are_what_autograd_keeps(precision: str, length: int, tmp_pa
 
 def test_checkpointing_and_low_rank_need_less(tmp_path: Path) -> None:
     full = dry_run(recipe(tmp_path, train__length=4096))
-    again = dry_run(recipe(tmp_path, train__length=4096, train__gradient_checkpointing=True))
+    again = dry_run(recipe(tmp_path, train__length=4096, train__activation_checkpointing=True))
     low = dry_run(recipe(tmp_path, train__length=4096, lora={"r": 2, "modules_to_save": []}))
     assert again.total < full.total / 2
     assert low.memory["AdamW"] < full.memory["AdamW"] / 10

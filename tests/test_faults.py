@@ -66,7 +66,7 @@ def test_a_target_that_cannot_be_written(zebra: Zebra, tmp_path: Path, arguments
 
 def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
     asked = recipe(tmp_path / "run", **SHORT)
-    with directory.occupied(asked), pytest.raises(ZebraError, match=r"another process is at work in .*run\. Wait"):
+    with directory.locked_run(asked), pytest.raises(ZebraError, match=r"another process is at work in .*run\. Wait"):
         adapt(asked)
     assert not (tmp_path / "run").exists()  # nothing came of either
     assert len(losses(adapt(asked))) == 6

@@ -237,7 +237,7 @@ def test_activations_are_what_autograd_keeps(
 def test_a_plan_of_training_is_the_dry_runs(changes: dict[str, Any], precision: str, tmp_path: Path) -> None:
     """Part by part on the real tiny checkpoint."""
     low = {"lora": {"r": changes["lora"], "base_dtype": precision}} if "lora" in changes else {}
-    again = {"train__gradient_checkpointing": changes.get("checkpointing", False)}
+    again = {"train__activation_checkpointing": changes.get("checkpointing", False)}
     expected = dry_run.dry_run(recipe(tmp_path, train__bf16=precision == "bfloat16", **again, **low)).memory
     run = planned_run(str(STORIES), "GLLL:33", length=600, phase="train", dtype=precision, **changes)
     planned = memory.memory(run)

@@ -27,7 +27,7 @@ from zebra.train.dry_run import dry_run
 from zebra.train.muon import MuonWithAdamW
 from zebra.train.pretrain import _random, config_of, pretrain
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
-from zebra.train.tokenizer import END, texts_of, train_tokenizer
+from zebra.train.tokenizer import END, tokenizer_texts, train_tokenizer
 
 STEPS = 6
 TINY = {
@@ -272,7 +272,7 @@ def test_the_example_finds_what_it_was_taught_to_find() -> None:
 def test_a_tokenizer_writes_equal_numbers_equally(digits: int, few: Path, tmp_path: Path) -> None:
     asked = recipe(tmp_path, few, tokenizer={"vocab_size": 600, "digits": digits})
     assert isinstance(asked.tokenizer, NewTokenizer)
-    tokenizer = train_tokenizer(texts_of(asked), asked.tokenizer)
+    tokenizer = train_tokenizer(tokenizer_texts(asked), asked.tokenizer)
     assert len(tokenizer) == 600
     text = "The key 12345 is 98765: 12345.\n\n  Naïve “quotes”, 7 tabs\tand € too."
     assert tokenizer.decode(tokenizer(text).input_ids) == text

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from zebra.errors import ZebraError
 from zebra.stripes import Stripes
-from zebra.train.recipe import AdaptRecipe, Section, read_recipe
+from zebra.train.recipe import AdaptRecipe, RecipeSection, read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -86,7 +86,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "max_grad_norm": 1.0,
         "device": "best",
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "seed": 0,
         "logging_steps": 10,
         "save_steps": 100,
@@ -215,7 +215,7 @@ def test_overrides(recipe: Any) -> None:
 
 
 def test_an_override_of_an_alias_leaves_what_it_stands_for(tmp_path: Path) -> None:
-    class Texts(Section):
+    class Texts(RecipeSection):
         one: dict[str, dict[str, int]]
         two: dict[str, dict[str, int]]
 

@@ -22,7 +22,7 @@ from zebra.study import layout as layouts
 from zebra.study import model as study
 from zebra.study.layout import SummaryStripes, summary_pairs
 from zebra.study.summary import SummaryAttention
-from zebra.train.dry_run import _counting, dry_run
+from zebra.train.dry_run import saved_storages, dry_run
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe
 from zebra_bench import study as bench
@@ -114,7 +114,7 @@ def test_activations_of_summary_layers_are_what_autograd_keeps(
     def saved_bytes(attention: str, layers: int) -> int:
         kinds = {"attention_kinds": [attention] * layers, "num_hidden_layers": layers, "window": 7, "summary_block": 4}
         model = study.StudyForCausalLM(config("global", "rotary", **sizes | kinds)).train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), _counting(model) as saved:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), saved_storages(model) as saved:
             model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
         return sum(saved.values())
 
@@ -127,7 +127,7 @@ def test_activations_of_summary_layers_are_what_autograd_keeps(
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_plan_of_training_is_the_dry_runs(checkpointing: bool) -> None:
-    one = recipe("summary", length=64, gradient_checkpointing=checkpointing)
+    one = recipe("summary", length=64, activation_checkpointing=checkpointing)
     expected = dry_run(one).memory
     parts = memory.memory(bench._planned(one))
     assert parts.keys() == expected.keys()

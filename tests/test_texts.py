@@ -13,7 +13,7 @@ from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
-from zebra.train.texts import Texts, data_rows, read_texts
+from zebra.train.texts import TrainingTexts, read_texts, source_results
 
 SEPARATOR = "<|endoftext|>"
 STORY = str(TEXT / "tinystories_validation.txt")
@@ -35,7 +35,7 @@ def recipe(**sections: Any) -> AdaptRecipe:
     return AdaptRecipe.model_validate(TREE | sections)
 
 
-def texts(**sections: Any) -> Texts:
+def texts(**sections: Any) -> TrainingTexts:
     return read_texts(recipe(**sections), load_tokenizer(STORIES, read_config(STORIES)))
 
 
@@ -47,16 +47,16 @@ def source(name: str, share: float, files: list[Path | str], **options: Any) -> 
     return {"name": name, "share": share, "files": list(map(str, files)), "separator": SEPARATOR, **options}
 
 
-def trained_on(texts_read: Texts) -> set[int]:
+def trained_on(texts_read: TrainingTexts) -> set[int]:
     """The hash of every document with a token in a row."""
-    drawn = texts_read.rows.documents
-    return {int(drawn.corpora[drawn.sources[d]].hashes[drawn.documents[d]]) for d in texts_read.rows.pieces[:, 0]}
+    drawn = texts_read.sequences.documents
+    return {int(drawn.corpora[drawn.sources[d]].hashes[drawn.documents[d]]) for d in texts_read.sequences.pieces[:, 0]}
 
 
 def test_files_are_each_document_once(capsys: pytest.CaptureFixture[str]) -> None:
     texts_read = texts()
     assert len(trained_on(texts_read)) >= 199  # the end that fills no row may be a document
-    assert (texts_read.held_out, texts_read.lines) == (None, [])
+    assert (texts_read.held_out, texts_read.stats) == (None, [])
     assert capsys.readouterr().err == ""
 
 
@@ -66,8 +66,8 @@ def test_duplicates_are_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureF
     data = TREE["data"] | {"files": [str(twice)]}
     trained = texts(data=data)
     assert capsys.readouterr().err == "200 documents to train on; 7 dropped as duplicates.\n"
-    assert trained.rows.tokens == texts().rows.tokens
-    assert texts(data=data | {"deduplicate": False}).rows.tokens > trained.rows.tokens
+    assert trained.sequences.tokens == texts().sequences.tokens
+    assert texts(data=data | {"deduplicate": False}).sequences.tokens > trained.sequences.tokens
 
 
 def test_what_is_held_out_is_measured_on_and_not_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_what_is_held_out_is_measured_on_and_not_trained_on(capsys: pytest.Captu
     out = len(texts_read.held_out)
     assert 20 < out < 60
     assert capsys.readouterr().err == f"{200 - out} documents to train on; {out} held out.\n"
-    assert texts_read.rows.documents.documents.tolist() == sorted(set(range(200)) - held(texts_read))
+    assert texts_read.sequences.documents.documents.tolist() == sorted(set(range(200)) - held(texts_read))
     assert all(texts_read.held_out[i][-1] == 2 for i in range(out))
     joined = texts(data=data, evaluate={"length": 3000, "join": True}).held_out
     assert joined is not None
@@ -85,9 +85,9 @@ def test_what_is_held_out_is_measured_on_and_not_trained_on(capsys: pytest.Captu
     assert joined.tokens.tolist() == texts_read.held_out.tokens.tolist()
 
 
-def held(texts_read: Texts) -> set[int]:
+def held(texts_read: TrainingTexts) -> set[int]:
     """The places of the documents that are held out."""
-    return set(range(200)) - set(texts_read.rows.documents.documents.tolist())
+    return set(range(200)) - set(texts_read.sequences.documents.documents.tolist())
 
 
 def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,22 +103,24 @@ def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest
     data = {"sources": sources, "join": True, "held_out": 0.05, "num_proc": 2}
     tuned = recipe(data=data, evaluate={"length": 64})
     texts_read = texts(data=data, evaluate={"length": 64})
-    assert len(texts_read.rows) == 120
-    assert [line.share for line in texts_read.lines] == pytest.approx([0.5, 0.2, 0.3], abs=0.001)
+    assert len(texts_read.sequences) == 120
+    assert [line.share for line in texts_read.stats] == pytest.approx([0.5, 0.2, 0.3], abs=0.001)
     assert texts_read.held_out is not None
-    assert len(texts_read.held_out) == sum(line.held_out for line in texts_read.lines)
+    assert len(texts_read.held_out) == sum(line.held_out for line in texts_read.stats)
     printed = capsys.readouterr().err
     assert "120 sequences of 256, 30,720 tokens" in printed
     assert "[400, ∞)" in printed
     assert "50.00%" in printed
     assert "epochs" in printed
-    rows = data_rows(tuned, texts_read.lines, model="m", layout="GL:8", run="r", seed=0, device="cpu")
+    rows = source_results(
+        texts_read.stats, length=tuned.train.length, model="m", layout="GL:8", run="r", seed=0, device="cpu"
+    )
     values = {(row.task, row.metric): row.value for row in rows}
     assert values["data-long", "share_asked"] == 0.5
     assert values["data-records", "share"] == pytest.approx(0.3, abs=0.001)
     assert sum(values[f"data-{name}", "tokens_drawn"] for name in ("long", "short", "records")) == 30_720
     assert {row.length for row in rows} == {256}
-    assert [line.documents for line in texts_read.lines] == list(dict.fromkeys(row.n for row in rows))
+    assert [line.documents for line in texts_read.stats] == list(dict.fromkeys(row.n for row in rows))
 
 
 def test_the_digest_is_that_of_the_texts(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from zebra.results import Result, read_results
 from zebra.stripes import Stripes
 from zebra.train.chat import Chat
 from zebra.train.dry_run import dry_run
-from zebra.train.instructions import AnswerRows, Tokens, read_instructions
+from zebra.train.instructions import AnswerSequences, TokenizedSource, read_instructions
 from zebra.train.recipe import read_recipe
 from zebra.train.sft import as_dataset
 from zebra.train.tune import tune
@@ -155,16 +155,16 @@ def test_the_tuned_checkpoint_is_a_plain_one_that_chats(
 # Packing
 
 
-def packed(lengths: list[int], row: int) -> tuple[AnswerRows, Tokens]:
+def packed(lengths: list[int], row: int) -> tuple[AnswerSequences, TokenizedSource]:
     rng = torch.Generator().manual_seed(3)
     ids = [torch.randint(3, 97, (n,), generator=rng).numpy() for n in lengths]
     answers = [torch.rand(n, generator=rng).numpy() < 0.4 for n in lengths]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     hashes = np.arange(len(lengths), dtype=np.uint64)
     corpus = Corpus(np.concatenate(ids).astype(np.uint32), offsets.astype(np.int64), hashes)
-    tokens = Tokens(corpus, np.concatenate(answers), ["a"] * len(lengths))
+    tokens = TokenizedSource(corpus, np.concatenate(answers), ["a"] * len(lengths))
     kept = split_sources([Source("a", corpus)], deduplicate=True)
-    return AnswerRows(mix(kept, 2, row, join=False, seed=0, whole=True).sequences, [tokens]), tokens
+    return AnswerSequences(mix(kept, 2, row, join=False, seed=0, whole=True).sequences, [tokens]), tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -285,7 +285,7 @@ def test_a_killed_run_resumes_to_the_same_losses(
     "changes",
     [
         {"lora": {"r": 4}},
-        pytest.param({"train__gradient_checkpointing": True}, marks=pytest.mark.full),
+        pytest.param({"train__activation_checkpointing": True}, marks=pytest.mark.full),
         pytest.param({"train__bf16": True}, marks=pytest.mark.full),
         pytest.param({"train__gradient_accumulation_steps": 2, "stripes": None}, marks=pytest.mark.full),
         pytest.param({"lora": {"r": 4, "merge": False}}, marks=pytest.mark.full),

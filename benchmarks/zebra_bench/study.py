@@ -35,7 +35,7 @@ from zebra.stripes import GLOBAL, LOCAL
 from zebra.study.layout import SUMMARY
 from zebra.study.summary import SummaryAttention, naive_summary_attention
 from zebra.train.dry_run import dry_run
-from zebra.train.measuring import local_for
+from zebra.train.measuring import local_attention_for
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe, Training
 from zebra.train.trainer import optimizer_of
@@ -124,7 +124,7 @@ def benchmark(config: StudyStepConfig) -> Benchmark:
 
 
 def _layout(recipe: PretrainRecipe) -> str:
-    return layout_name(config_of(recipe), local_for(recipe))
+    return layout_name(config_of(recipe), local_attention_for(recipe))
 
 
 def _decoder(recipe: PretrainRecipe) -> Decoder:
@@ -140,7 +140,7 @@ def _planned(recipe: PretrainRecipe) -> Run:
         batch=train.per_device_train_batch_size,
         dtype=train.compute_dtype,
         phase="train",
-        checkpointing=train.gradient_checkpointing,
+        checkpointing=train.activation_checkpointing,
     )
 
 
@@ -160,7 +160,7 @@ def _prepare(recipe: PretrainRecipe, device: str | None) -> Call:
     """The model and its optimiser, after a first step, so that the moments are there."""
     train, config = recipe.train, config_of(recipe)
     model = _model(config, device)
-    if train.gradient_checkpointing:  # its name after transformers 5.17, and before
+    if train.activation_checkpointing:  # its name after transformers 5.17, and before
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     named = optimizer_of(train)

@@ -1,13 +1,14 @@
-"""Files and directories that are complete or absent even if the process is killed, locks, and the user's cache."""
+"""Files and directories that are complete or absent even if the process is killed, locks, inputs of a directory, the user's cache."""
 
 from __future__ import annotations
 
 import fcntl
 import glob
+import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,6 +46,29 @@ def atomic_write(path: str | os.PathLike[str], text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str) -> None:
+    """Compare the inputs that a directory's results depend on with those in its `inputs.json`, where that exists.
+
+    Args:
+        instead: the remedy beside restoring the inputs, such as "name another run".
+
+    Raises:
+        ZebraError: the file is damaged; the directory began with other inputs.
+    """
+    if not file.exists():
+        return
+    try:
+        first = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ZebraError(f"{file} is damaged. Remove {file.parent}, or {instead}.") from None
+    changed = sorted(name for name in {*inputs, *first} if inputs.get(name) != first.get(name))
+    if changed:
+        raise ZebraError(
+            f"{file.parent} began with other inputs: {' and '.join(changed)} changed since. "
+            f"Restore them to go on with it, or {instead}."
+        )
 
 
 def user_cache_dir(kind: str) -> Path:

@@ -44,10 +44,10 @@ def pretrain(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_
 
 def _train(verb: str, recipe: AdaptRecipe | TuneRecipe | PretrainRecipe, dry_run: bool, as_json: bool) -> None:
     """Estimate a recipe's cost, or train by it, write its page and print its results."""
-    from zebra.train.recipe import SourceRecipe, check_files
+    from zebra.train.recipe import CheckpointRecipe, check_files
 
     if not dry_run:
-        if isinstance(recipe, SourceRecipe):
+        if isinstance(recipe, CheckpointRecipe):
             check_checkpoint(recipe.model)
         check_files(recipe)
     with show.working():

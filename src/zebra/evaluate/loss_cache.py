@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zebra.errors import ZebraError
-from zebra.files import atomic_write, directory_lock
+from zebra.files import atomic_write, check_inputs, directory_lock
 
 
 class LossCache:
@@ -73,24 +73,10 @@ def selection_folder(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     if folder.exists() and not file.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ZebraError(f"{folder} exists and holds no selection: it has no inputs.json. Name another with --work.")
     with directory_lock(folder):
-        if file.exists():
-            _compare(file, inputs)
-        else:
+        check_inputs(file, inputs, instead="name another folder with --work")
+        if not file.exists():
             atomic_write(file, json.dumps(inputs, indent=2) + "\n")
         yield folder
-
-
-def _compare(file: Path, inputs: dict[str, Any]) -> None:
-    try:
-        before = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ZebraError(f"{file} is damaged. Name another folder with --work, or remove {file.parent}.") from None
-    changed = sorted(name for name in {*inputs, *before} if inputs.get(name) != before.get(name))
-    if changed:
-        raise ZebraError(
-            f"{file.parent} began with other inputs: {' and '.join(changed)} changed since. "
-            "Restore them to continue with it, or name another folder with --work."
-        )
 
 
 def read_scored_tokens(folder: Path) -> list[NDArray[np.bool_]] | None:

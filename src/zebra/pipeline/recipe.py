@@ -14,11 +14,11 @@ from pydantic import Field, model_validator
 
 from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint
-from zebra.train.recipe import AdaptRecipe, PretrainRecipe, Section, SourceRecipe, checked, read_recipe
+from zebra.train.recipe import AdaptRecipe, CheckpointRecipe, PretrainRecipe, RecipeSection, checked, read_recipe
 from zebra.train.tune_recipe import TuneRecipe
 
 
-class Convert(Section):
+class Convert(RecipeSection):
     """A layout, or the arguments of `zebra.select`, which chooses one."""
 
     stripes: str | None = None
@@ -33,7 +33,7 @@ class Convert(Section):
         return self
 
 
-class Evaluate(Section):
+class Evaluate(RecipeSection):
     """The arguments of the functions that measure a checkpoint, each that of the verb of its name."""
 
     perplexity: dict[str, Any] | None = None
@@ -52,13 +52,13 @@ class Evaluate(Section):
         return {name: arguments for name, arguments in self if arguments is not None}
 
 
-class Report(Section):
+class Report(RecipeSection):
     """A page of the results of all stages before it."""
 
     title: str | None = None
 
 
-KINDS: dict[str, type[Section]] = {
+KINDS: dict[str, type[RecipeSection]] = {
     "convert": Convert,
     "adapt": AdaptRecipe,
     "tune": TuneRecipe,
@@ -94,7 +94,7 @@ class Stage:
         return self.folder / _CHECKPOINTS[self.kind] if self.kind in _CHECKPOINTS else None
 
 
-class Pipeline(Section):
+class Pipeline(RecipeSection):
     """The stages by name, each a verb's recipe or arguments; its kind is its name, or its `kind`."""
 
     run: str = Field(description="the folder of all stages")
@@ -130,7 +130,7 @@ def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], b
     folders = {name: other.folder for name, other in before.items() if kind == "report" and other.kind != "report"}
     if kind == "report" and not folders:
         raise ZebraError(f"{where}: a report is of the stages before it, and there is none. Move it to the end.")
-    if issubclass(KINDS[kind], SourceRecipe) or kind == "pretrain":
+    if issubclass(KINDS[kind], CheckpointRecipe) or kind == "pretrain":
         keys = {"run": str(folder)} | ({} if kind == "pretrain" else {"model": str(source)})
         if twice := sorted(keys.keys() & section.keys()):
             raise ZebraError(f"{where}: the pipeline sets {' and '.join(twice)} of a stage. Remove it here.")

@@ -31,7 +31,7 @@ from zebra.pipeline.recipe import Stage
 from zebra.pipeline.stages import check, perform
 from zebra.progress import console
 from zebra.provenance import versions
-from zebra.train.directory import flat
+from zebra.train.directory import flatten
 from zebra.train.recipe import named_files
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
@@ -127,7 +127,7 @@ def inputs_of(stage: Stage) -> dict[str, str]:
         ZebraError: files that do not exist.
     """
     section = stage.recipe.model_dump(mode="json", exclude={"run"} | ({"model"} if stage.source else set()))
-    inputs = {"zebra": versions().get("zebra", ""), "kind": stage.kind} | flat(section)
+    inputs = {"zebra": versions().get("zebra", ""), "kind": stage.kind} | flatten(section)
     inputs |= {str(file): _digest(file) for file in find_files(named_files(section))}
     inputs |= {f"the results of {name}": _digest(folder / "results.jsonl") for name, folder in stage.before.items()}
     return inputs | ({"its checkpoint": digest_of(stage.source)} if stage.source else {})

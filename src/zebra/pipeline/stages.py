@@ -27,12 +27,12 @@ from zebra.pipeline.recipe import Convert, Stage
 from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import Stripes
-from zebra.train.adapt import adapted, open_source
 from zebra.train.chat import Chat
 from zebra.train.dry_run import dry_run
-from zebra.train.measuring import local_for
+from zebra.train.measuring import local_attention_for
 from zebra.train.pretrain import config_of
-from zebra.train.recipe import Section, SourceRecipe, check_files, checked
+from zebra.train.recipe import CheckpointRecipe, RecipeSection, check_files, checked
+from zebra.train.source import adapted_config, read_source
 from zebra.train.trainer import check_machine
 from zebra.train.tune_recipe import TuneRecipe
 
@@ -118,7 +118,7 @@ def _keywords(name: str, arguments: dict[str, Any], *calls: Callable[..., Any]) 
         for p in parameters
         if p.kind is not p.VAR_KEYWORD and p.name not in excluded
     }
-    return checked(arguments, create_model(name, __base__=Section, **kinds), f"its {name}").model_dump()
+    return checked(arguments, create_model(name, __base__=RecipeSection, **kinds), f"its {name}").model_dump()
 
 
 def _of_yaml(kind: Any) -> Any:
@@ -173,16 +173,16 @@ def _check_training(recipe: Any, source: Path | None, target: Path) -> None:
     else:
         recipe = recipe.model_copy(update={"model": str(source)})
         if _has_tokenizer(source):
-            config, tokenizer = open_source(recipe)
+            config, tokenizer = read_source(recipe)
             files = _check_conversations(recipe, tokenizer) if isinstance(recipe, TuneRecipe) else {}
         else:
-            config = adapted(recipe, read_config(source))
+            config = adapted_config(recipe, read_config(source))
     dry_run(recipe)
-    if isinstance(recipe, SourceRecipe) and recipe.lora is not None and not recipe.lora.merge:
+    if isinstance(recipe, CheckpointRecipe) and recipe.lora is not None and not recipe.lora.merge:
         target.mkdir(parents=True)
         (target / "adapter_config.json").touch()  # no whole checkpoint
     else:
-        _write_placeholder(target, source, config, local_for(recipe), files)
+        _write_placeholder(target, source, config, local_attention_for(recipe), files)
 
 
 def _check_conversations(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:

@@ -41,7 +41,7 @@ from zebra.train import directory
 from zebra.train.pretrain import check_step, config_of
 from zebra.train.recipe import NewTokenizer, PretrainRecipe, read_recipe
 from zebra.train.texts import read_texts
-from zebra.train.tokenizer import texts_of, train_tokenizer
+from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
 from zebra.train.trainer import check_machine, tokens_per_step
 
 ORIGIN = "origin.yaml"
@@ -137,7 +137,7 @@ def _check_run(run: Path, recipes: Sequence[PretrainRecipe]) -> None:
         directory.check_recipe(Path(recipe.run), recipe)
     for cell in _other_cells(run, recipes):
         other = read_recipe(cell / "recipe.yaml", PretrainRecipe)
-        if different := [name for name in directory.differing(with_tokenizer[0], other) if name not in CELL_KEYS]:
+        if different := [name for name in directory.differing_keys(with_tokenizer[0], other) if name not in CELL_KEYS]:
             raise ZebraError(
                 f"{cell} is a cell of another recipe: {', '.join(different)} differ. Name another run, or remove it."
             )
@@ -157,7 +157,7 @@ def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Pretra
     """The recipes with one tokenizer, which is trained where it is not there yet."""
     settings, path = recipes[0].tokenizer, run / "tokenizer"
     if isinstance(settings, NewTokenizer) and not path.is_dir():
-        tokenizer = train_tokenizer(texts_of(recipes[0]), settings)
+        tokenizer = train_tokenizer(tokenizer_texts(recipes[0]), settings)
         with atomic_directory(path) as aside:
             tokenizer.save_pretrained(aside)
             atomic_write(aside / ORIGIN, yaml.safe_dump(_origin(recipes[0])))

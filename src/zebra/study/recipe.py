@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from zebra.errors import ZebraError
 from zebra.study.layout import NAME
-from zebra.train.recipe import PretrainRecipe, Section, checked
+from zebra.train.recipe import PretrainRecipe, RecipeSection, checked
 
 T = TypeVar("T")
 _Many = Annotated[
@@ -34,7 +34,7 @@ CELL_KEYS = (
 """The keys of a recipe that the cells of a grid differ in."""
 
 
-class Axes(Section):
+class Axes(RecipeSection):
     """Some cells: all combinations of what the axes list. One value may stand for a list of one."""
 
     attention: _Many[Literal["global", "local", "summary", "grouped"]] = Field(min_length=1)
@@ -46,7 +46,7 @@ class Axes(Section):
     seed: _Many[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, description="recipe.train.seed else")
 
 
-class StudyRecipe(Section):
+class StudyRecipe(RecipeSection):
     """A grid: what its cells share, and what they differ in."""
 
     run: str = Field(description="the run's directory")

@@ -30,12 +30,12 @@ from zebra.plan.memory import activation_memory
 from zebra.plan.shapes import shape
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import lora
-from zebra.train.adapt import adapted
 from zebra.train.directory import processes
-from zebra.train.measuring import local_for
+from zebra.train.measuring import local_attention_for
 from zebra.train.muon import split
 from zebra.train.pretrain import config_of
-from zebra.train.recipe import AdaptRecipe, Lora, PretrainRecipe, Recipe, SourceRecipe
+from zebra.train.recipe import AdaptRecipe, CheckpointRecipe, Lora, PretrainRecipe, Recipe
+from zebra.train.source import adapted_config
 from zebra.train.trainer import tokens_per_step
 from zebra.train.tune_recipe import TuneRecipe
 
@@ -74,10 +74,10 @@ def dry_run(recipe: _Known) -> DryRun:
 def _config(recipe: _Known) -> PreTrainedConfig:
     if isinstance(recipe, PretrainRecipe):
         return config_of(recipe)
-    return adapted(recipe, _source_config(recipe))
+    return adapted_config(recipe, _source_config(recipe))
 
 
-def _source_config(recipe: SourceRecipe) -> PreTrainedConfig:
+def _source_config(recipe: CheckpointRecipe) -> PreTrainedConfig:
     if Path(recipe.model).is_dir():
         return read_config(recipe.model)
     if recipe.shape is None:
@@ -120,7 +120,7 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
         layer_input=tokens * config.hidden_size * _stream(recipe),
         weights_cast=sum(saved[kind][1] for kind in kinds),
         vocab_size=config.vocab_size,
-        checkpointing=recipe.train.gradient_checkpointing,
+        checkpointing=recipe.train.activation_checkpointing,
     )
 
 
@@ -190,7 +190,7 @@ def _stream(recipe: Recipe) -> int:
 
 
 def _lora(recipe: Recipe) -> Lora | None:
-    return recipe.lora if isinstance(recipe, SourceRecipe) else None
+    return recipe.lora if isinstance(recipe, CheckpointRecipe) else None
 
 
 def _half(recipe: Recipe) -> bool:
@@ -201,7 +201,7 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
     train, n = recipe.train, config.num_hidden_layers
     kinds = layer_kinds(config)
     dense = n * visible_pairs(train.length)
-    local = local_for(recipe)
+    local = local_attention_for(recipe)
     pairs = attention_pairs(config, train.length, local.sinks)
     step = tokens_per_step(recipe)
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads"

@@ -18,32 +18,35 @@ from zebra.model.load import load, write_converted
 from zebra.model.local import local_attention_of
 from zebra.model.verify import TOLERANCE
 from zebra.train import lora
-from zebra.train.recipe import SourceRecipe
+from zebra.train.recipe import CheckpointRecipe
 
 
-def export(recipe: SourceRecipe, model: Any, files: Mapping[str, str] | None = None, **card: Any) -> None:
-    """Write `run/model`, whole or not at all, in the source's dtype; `card` goes into its zebra.json.
-
-    `files` are written beside it, name to text, in the place of the source's.
+def export(recipe: CheckpointRecipe, model: Any, files: Mapping[str, str], **fields: Any) -> None:
+    """Write `run/model`, whole or not at all, in the source's dtype.
 
     A LoRA is merged into a whole checkpoint where the recipe says so, and what was written is read again and compared
     with the adapter; else it stays an adapter, over the converted source in `run/base`.
+
+    Args:
+        model: the trained model, a PeftModel under LoRA.
+        files: written beside it, name to text, in the place of the source's.
+        fields: of its zebra.json.
 
     Raises:
         ZebraError: a merged checkpoint that differs from its adapter.
     """
     run = Path(recipe.run)
     if recipe.lora is None:
-        with atomic_directory(run / "model") as aside:
-            _write(recipe, model, aside, **card)
-            _write_files(aside, files)
+        with atomic_directory(run / "model") as staging:
+            _write(recipe, model, staging, **fields)
+            _write_files(staging, files)
     elif recipe.lora.merge:
-        wanted = _logits(model.float())
-        with atomic_directory(run / "model") as aside:
-            _write(recipe, model.merge_and_unload(safe_merge=True), aside, **card)
-            _write_files(aside, files)
-            found = _logits(load(aside, dtype=torch.float32).to(wanted.device))
-            difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        expected = _logits(model.float())
+        with atomic_directory(run / "model") as staging:
+            _write(recipe, model.merge_and_unload(safe_merge=True), staging, **fields)
+            _write_files(staging, files)
+            merged = _logits(load(staging, dtype=torch.float32).to(expected.device))
+            difference = ((merged - expected).abs().max() / expected.abs().max()).item()
             if not difference <= TOLERANCE[_dtype(recipe)]:
                 raise ZebraError(f"the merged checkpoint differs from its adapter by {difference:.1e} of the logits.")
     else:
@@ -52,18 +55,18 @@ def export(recipe: SourceRecipe, model: Any, files: Mapping[str, str] | None = N
         local = local_attention_of(model)
         write_converted(Path(recipe.model), base, _as_source(recipe, model.get_base_model().config), local)
         model.peft_config["default"].base_model_name_or_path = str(base.resolve())
-        with atomic_directory(run / "model") as aside:
-            model.save_pretrained(aside)
-            write_zebra_json(aside, model.get_base_model().config, local, source=Path(recipe.model), **card)
-            _write_files(aside, files)
+        with atomic_directory(run / "model") as staging:
+            model.save_pretrained(staging)
+            write_zebra_json(staging, model.get_base_model().config, local, source=Path(recipe.model), **fields)
+            _write_files(staging, files)
 
 
-def _write_files(where: Path, files: Mapping[str, str] | None) -> None:
-    for name, text in (files or {}).items():
-        (where / name).write_text(text, encoding="utf-8")
+def _write_files(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
-def reload(recipe: SourceRecipe) -> PreTrainedModel:
+def load_exported(recipe: CheckpointRecipe) -> PreTrainedModel:
     """The model that `export` wrote, ready to be measured."""
     run = Path(recipe.run)
     if recipe.lora is not None and not recipe.lora.merge:
@@ -72,25 +75,25 @@ def reload(recipe: SourceRecipe) -> PreTrainedModel:
     return load(run / "model")
 
 
-def _write(recipe: SourceRecipe, model: PreTrainedModel, aside: Path, **card: Any) -> None:
+def _write(recipe: CheckpointRecipe, model: PreTrainedModel, staging: Path, **fields: Any) -> None:
     source = Path(recipe.model)
     model.to(_dtype(recipe))
     _as_source(recipe, model.config)
-    model.save_pretrained(aside)
-    written = {file.name for file in aside.iterdir()}
+    model.save_pretrained(staging)
+    written = {file.name for file in staging.iterdir()}
     stale = [file for file in source.iterdir() if file.name in written or file.name.endswith(".index.json")]
-    copy_other_files(source, aside, stale)
-    write_config(model.config, aside)
-    write_zebra_json(aside, model.config, local_attention_of(model), source=source, **card)
+    copy_other_files(source, staging, stale)
+    write_config(model.config, staging)
+    write_zebra_json(staging, model.config, local_attention_of(model), source=source, **fields)
 
 
-def _as_source(recipe: SourceRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+def _as_source(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
     """The Trainer turns the cache off in the config, for itself."""
     config.use_cache = read_config(recipe.model).use_cache
     return config
 
 
-def _dtype(recipe: SourceRecipe) -> torch.dtype:
+def _dtype(recipe: CheckpointRecipe) -> torch.dtype:
     """The source's; a checkpoint that does not say is float32."""
     dtype = read_config(recipe.model).dtype
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")

@@ -1,4 +1,4 @@
-"""The gate between conversations and training: faults by reading, and by a model's likelihood where it is asked.
+"""The gate between conversations and training: faults by reading, and by a model's likelihood where a recipe asks.
 
 An answer depends on its document as far as the document makes it likelier under the model, in nats a token:
 
@@ -25,7 +25,7 @@ from zebra.train.tune_recipe import TuneRecipe
 
 
 class Gate:
-    """What is let through to training; it counts what is not, and what was cut."""
+    """Lets conversations through to training; `counts` are of those with each fault, and of what was cut."""
 
     def __init__(
         self,
@@ -35,47 +35,50 @@ class Gate:
         suites: Sequence[Conversation],
     ):
         self._recipe, self._chat, self._load = recipe, chat, load
-        self._asked = recipe.data.quality
+        self._checks = recipe.data.quality
         self.counts: Counter[str] = Counter()
         self._measured: frozenset[int] = frozenset()
-        if self._asked.act != "off":
+        if self._checks.act != "off":
             self.measure(suites)
-            if self._asked.leaks:
-                files = find_files(self._asked.leaks)
+            if self._checks.leaks:
+                files = find_files(self._checks.leaks)
                 self._measured |= ngrams(text for file in files for text in _texts(file))
 
     def measure(self, conversations: Sequence[Conversation]) -> None:
-        """Conversations that are measured on and must not be trained on."""
+        """Add conversations that are measured on and must not be trained on."""
         self._measured |= ngrams(map(evaluation_text, conversations))
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Conversation]:
-        """Those that go on: all of them where faults are flagged only."""
-        if self._asked.act == "off":
+        """The conversations that pass: all of them where faults are only flagged."""
+        if self._checks.act == "off":
             return list(conversations)
         share = self._recipe.data.held_out or 0.0
-        found = {
+        faulty = {
             i: fault
             for i, fault in faults(conversations, self._measured).items()
-            if not (fault == "leak" and held(conversations[i], share))
+            if not (fault == "leak" and is_held_out(conversations[i], share))
         }
-        if self._asked.independent is not None:
-            rest = [i for i, one in enumerate(conversations) if i not in found and one.document is not None]
-            found |= dict.fromkeys(self._independent(conversations, rest), "independent answer")
-        self.counts.update(found.values())
-        return [one for i, one in enumerate(conversations) if i not in found or self._asked.act == "flag"]
+        if self._checks.independent is not None:
+            rest = [i for i, one in enumerate(conversations) if i not in faulty and one.document is not None]
+            faulty |= dict.fromkeys(self._independent(conversations, rest), "independent answer")
+        self.counts.update(faulty.values())
+        return [one for i, one in enumerate(conversations) if i not in faulty or self._checks.act == "flag"]
 
     def _independent(self, conversations: Sequence[Conversation], which: Sequence[int]) -> list[int]:
         """Those whose answers are about as likely without their document."""
         length = self._recipe.train.length
-        told = [(i, self._chat.shortened(conversations[i], length)) for i in which]
-        fit = [(i, made[0]) for i, made in told if made is not None]
-        if not fit:
+        shortened = {i: self._chat.shortened(conversations[i], length) for i in which}
+        with_document = {i: tokens[0] for i, tokens in shortened.items() if tokens is not None}
+        if not with_document:
             return []
-        alone = [self._chat.encode(conversations[i].with_document("")) for i, _ in fit]
+        without = [self._chat.encode(conversations[i].with_document("")) for i in with_document]
         model = self._load()
-        sums = [answer_losses(model, found) for found in ([made for _, made in fit], alone)]
-        gains = sums[1][0] / sums[1][1] - sums[0][0] / sums[0][1]
-        return [i for (i, _), gain in zip(fit, gains, strict=True) if gain < (self._asked.independent or 0.0)]
+        losses = [
+            sums / counts
+            for sums, counts in (answer_losses(model, tokens) for tokens in (list(with_document.values()), without))
+        ]
+        gains = losses[1] - losses[0]
+        return [i for i, gain in zip(with_document, gains, strict=True) if gain < (self._checks.independent or 0.0)]
 
 
 def _texts(file: Path) -> Iterator[str]:
@@ -90,12 +93,12 @@ def _longest_string(record: Record) -> list[str]:
     return [max((value for value in record.fields.values() if isinstance(value, str)), key=len, default="")]
 
 
-def hash_of(one: Conversation) -> int:
+def conversation_hash(one: Conversation) -> int:
     """A hash of the document and then of the conversation: those on one document are held out together."""
     halves = [one.document if one.document is not None else one.text, one.text]
     return int.from_bytes(b"".join(hashlib.blake2b(half.encode(), digest_size=4).digest() for half in halves), "big")
 
 
-def held(one: Conversation, share: float) -> bool:
+def is_held_out(one: Conversation, share: float) -> bool:
     """Whether a conversation is held out: by hash, as in `zebra.data.mixture.split_sources`."""
-    return bool(np.uint64(hash_of(one)) < np.uint64(share * 2**64))
+    return bool(np.uint64(conversation_hash(one)) < np.uint64(share * 2**64))

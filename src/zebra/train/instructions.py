@@ -1,4 +1,4 @@
-"""A recipe's conversations: read, through the gate, as tokens, mixed by share, packed into rows; and the suites."""
+"""A recipe's conversations: read, filtered, as tokens, mixed by share, packed into sequences; and the suites."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,16 @@ from zebra.errors import ZebraError
 from zebra.progress import bar, console
 from zebra.train.chat import Chat
 from zebra.train.directory import is_first_process
-from zebra.train.gate import Gate, hash_of, held
+from zebra.train.gate import Gate, conversation_hash, is_held_out
 from zebra.train.trainer import tokens_per_step
-from zebra.train.tune_recipe import InstructionSource, TuneRecipe
+from zebra.train.tune_recipe import ConversationSource, TuneRecipe
+
+Suites = dict[str, list[TokenizedConversation]]
+"""Conversations to measure on, by the name of their suite."""
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizedSource:
     """The conversations of a source as tokens; `answers` says of each token whether the assistant says it."""
 
     corpus: Corpus
@@ -40,152 +43,170 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class AnswerRows:
-    """Rows in the form that trl's collator reads: tokens, labels on answers alone, where each conversation ends."""
+class AnswerSequences:
+    """Packed sequences as trl's collator reads them: tokens, labels on answers alone, lengths of the conversations."""
 
-    rows: PackedSequences
-    sources: Sequence[Tokens]
+    packed: PackedSequences
+    sources: Sequence[TokenizedSource]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.packed)
 
     def __getitem__(self, i: int) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {"input_ids": [], "labels": [], "seq_lengths": []}
-        for document, _, count in self.rows.pieces[self.rows.firsts[i] : self.rows.firsts[i + 1]]:
-            one = self._conversation(document)
-            found["input_ids"] += one.input_ids
-            found["labels"] += [
-                t if answer else IGNORE for t, answer in zip(one.input_ids, one.assistant_mask, strict=True)
-            ]
-            found["seq_lengths"].append(int(count))
-        return found
+        sequence: dict[str, list[int]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+        for document, _, count in self.packed.pieces[self.packed.firsts[i] : self.packed.firsts[i + 1]]:
+            ids, answers = self._conversation(document)
+            sequence["input_ids"] += ids
+            sequence["labels"] += [token if answer else IGNORE for token, answer in zip(ids, answers, strict=True)]
+            sequence["seq_lengths"].append(int(count))
+        return sequence
 
-    def portions(self) -> list[KindStats]:
-        """What the rows are made of, by kind and length."""
-        documents = self.rows.pieces[:, 0]
-        drawn = self._drawn
-        kinds = [self.sources[drawn.sources[d]].kinds[drawn.documents[d]] for d in documents]
+    def kind_stats(self) -> list[KindStats]:
+        """What the sequences consist of, by kind and length."""
+        documents, selected = self.packed.pieces[:, 0], self._selected
+        kinds = [self.sources[selected.sources[d]].kinds[selected.documents[d]] for d in documents]
         answers = np.array([sum(self._conversation(d).assistant_mask) for d in documents])
-        return kind_stats(kinds, self.rows.pieces[:, 2], answers)
+        return kind_stats(kinds, self.packed.pieces[:, 2], answers)
 
     @property
-    def _drawn(self) -> SelectedDocuments:
-        assert isinstance(self.rows.documents, SelectedDocuments)
-        return self.rows.documents
+    def _selected(self) -> SelectedDocuments:
+        assert isinstance(self.packed.documents, SelectedDocuments)
+        return self.packed.documents
 
     def _conversation(self, document: int) -> TokenizedConversation:
-        return self.sources[self._drawn.sources[document]][self._drawn.documents[document]]
+        return self.sources[self._selected.sources[document]][self._selected.documents[document]]
 
 
-class Instructions(NamedTuple):
-    """The rows to train on, the suites to measure on, what a mixture took of each source, counts, a digest of all."""
+class TrainingConversations(NamedTuple):
+    """What is trained and measured on.
 
-    rows: AnswerRows
-    suites: dict[str, list[TokenizedConversation]]
-    lines: list[SourceStats]
+    Attributes:
+        sequences: to train on.
+        suites: to measure on.
+        stats: what a mixture took of each source.
+        counts: conversations with each fault, and what was cut.
+        digest: of all conversations.
+    """
+
+    sequences: AnswerSequences
+    suites: Suites
+    stats: list[SourceStats]
     counts: dict[str, int]
     digest: str
 
 
-def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrainedModel]) -> Instructions:
-    """Read, check, choose and pack the conversations of a recipe; what they are made of is printed.
+def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrainedModel]) -> TrainingConversations:
+    """Read, check, choose and pack the conversations of a recipe, and print what they consist of.
 
     Args:
         load: the model whose likelihood says whether answers depend on their documents, where the recipe asks.
 
     Raises:
-        ZebraError: what reading refuses; a conversation too long; a source with nothing left to train on.
+        ZebraError: a file that cannot be read; a conversation too long; a source with nothing left to train on.
     """
     data, length = recipe.data, recipe.train.length
-    asked = data.sources or [InstructionSource(name="instructions", files=data.files or [], share=1.0)]
-    measured = recipe.evaluate.suites if recipe.evaluate and recipe.evaluate.suites else []
-    suites = {suite.name: read_conversations(suite.files) for suite in measured}
-    gate = Gate(recipe, chat, load, [one for found in suites.values() for one in found])
-    read = [read_conversations(one.files) for one in asked]
+    named = data.sources or [ConversationSource(name="instructions", files=data.files or [], share=1.0)]
+    suites = recipe.evaluate.suites if recipe.evaluate and recipe.evaluate.suites else []
+    by_suite = {suite.name: read_conversations(suite.files) for suite in suites}
+    gate = Gate(recipe, chat, load, [one for conversations in by_suite.values() for one in conversations])
+    by_source = [read_conversations(source.files) for source in named]
     if data.held_out:
-        gate.measure([one for found in read for one in found if held(one, data.held_out)])
-    tokens = [_tokens(gate(found), one.name, recipe, chat, gate.counts) for one, found in zip(asked, read, strict=True)]
-    sources = [
-        Source(one.name, found.corpus, one.share, one.min_tokens, one.max_tokens)
-        for one, found in zip(asked, tokens, strict=True)
+        gate.measure([one for source in by_source for one in source if is_held_out(one, data.held_out)])
+    tokenized = [
+        _tokenize(gate(conversations), source.name, recipe, chat, gate.counts)
+        for source, conversations in zip(named, by_source, strict=True)
     ]
-    kept = split_sources(sources, deduplicate=True, held_out=data.held_out or 0.0)
-    lines: list[SourceStats] = []
+    splits = split_sources(
+        [
+            Source(source.name, tokens.corpus, source.share, source.min_tokens, source.max_tokens)
+            for source, tokens in zip(named, tokenized, strict=True)
+        ],
+        deduplicate=True,
+        held_out=data.held_out or 0.0,
+    )
+    stats: list[SourceStats] = []
     if data.sources is None:
-        rows = AnswerRows(pack_whole(select(kept), length), tokens)
+        sequences = AnswerSequences(pack_whole(select(splits), length), tokenized)
     else:
-        wanted = recipe.train.max_steps * tokens_per_step(recipe) // length
-        mixture = mix(kept, wanted, length, join=False, seed=recipe.train.seed, whole=True)
-        rows, lines = AnswerRows(mixture.sequences, tokens), mixture.stats
+        count = recipe.train.max_steps * tokens_per_step(recipe) // length
+        mixture = mix(splits, count, length, join=False, seed=recipe.train.seed, whole=True)
+        sequences, stats = AnswerSequences(mixture.sequences, tokenized), mixture.stats
         if is_first_process():
-            console.print(mixture_tables(kept, mixture))
+            console.print(mixture_tables(splits, mixture))
     if is_first_process():
-        console.print(kind_table(rows.portions()))
-        _say(gate.counts)
-    if data.held_out is not None:
-        labelled = {part.source.name: [own[i] for i in part.held_out] for part, own in zip(kept, tokens, strict=True)}
-        labelled = {name: found for name, found in labelled.items() if found}
+        console.print(kind_table(sequences.kind_stats()))
+        if faults := _listed(gate.counts):
+            console.print(f"{faults}.", highlight=False)
+    measured: Suites
+    if data.held_out is None:
+        measured = _tokenize_suites(by_suite, recipe, chat)
     else:
-        labelled = {name: [made for made, _, _ in _fitted(found, recipe, chat)] for name, found in suites.items()}
-        if empty := [name for name, found in labelled.items() if not found]:
-            raise ZebraError(
-                f"all conversations of the suite {empty[0]} are too long. Take longer rows, or give others."
-            )
-    return Instructions(rows, labelled, lines, dict(gate.counts), _digest(tokens, labelled))
+        measured = {
+            split.source.name: [source[i] for i in split.held_out]
+            for split, source in zip(splits, tokenized, strict=True)
+            if len(split.held_out)
+        }
+    return TrainingConversations(sequences, measured, stats, dict(gate.counts), _digest(tokenized, measured))
 
 
-def _tokens(
+def _tokenize(
     conversations: Sequence[Conversation], name: str, recipe: TuneRecipe, chat: Chat, counts: Counter[str]
-) -> Tokens:
-    made: list[TokenizedConversation] = []
+) -> TokenizedSource:
+    tokenized: list[TokenizedConversation] = []
     hashes, kinds = [], []
     with bar(f"tokenising {name}", len(conversations), "conversations") as advance:
-        for labelled, cut, one in _fitted(conversations, recipe, chat, advance):
+        for tokens, cut, one in _fitting(conversations, recipe, chat, advance):
             counts["documents cut"] += cut > 0
             counts["tokens cut"] += cut
-            made.append(labelled)
-            hashes.append(hash_of(one))
+            tokenized.append(tokens)
+            hashes.append(conversation_hash(one))
             kinds.append(one.kind or name)
-    counts["too long"] += len(conversations) - len(made)
-    if not made:
+    counts["too long"] += len(conversations) - len(tokenized)
+    if not tokenized:
         raise ZebraError(
             f"the source {name} has no conversation left to train on: of those that pass the gate all "
-            f"{len(conversations):,} are too long. Give others, or take longer rows; faults: {_said(counts) or 'none'}."
+            f"{len(conversations):,} are too long. Give others, or raise train.length; faults: "
+            f"{_listed(counts) or 'none'}."
         )
-    ids = np.concatenate([np.array(one.input_ids, np.uint32) for one in made])
-    offsets = np.concatenate([[0], np.cumsum([len(one.input_ids) for one in made])]).astype(np.int64)
-    answers = np.concatenate([np.array(one.assistant_mask, np.bool_) for one in made])
-    return Tokens(Corpus(ids, offsets, np.array(hashes, np.uint64)), answers, kinds)
+    ids = np.concatenate([np.array(one.input_ids, np.uint32) for one in tokenized])
+    offsets = np.concatenate([[0], np.cumsum([len(one.input_ids) for one in tokenized])]).astype(np.int64)
+    answers = np.concatenate([np.array(one.assistant_mask, np.bool_) for one in tokenized])
+    return TokenizedSource(Corpus(ids, offsets, np.array(hashes, np.uint64)), answers, kinds)
 
 
-def _fitted(
+def _tokenize_suites(by_suite: dict[str, list[Conversation]], recipe: TuneRecipe, chat: Chat) -> Suites:
+    suites = {
+        name: [tokens for tokens, _, _ in _fitting(conversations, recipe, chat)]
+        for name, conversations in by_suite.items()
+    }
+    if empty := [name for name, conversations in suites.items() if not conversations]:
+        raise ZebraError(f"all conversations of the suite {empty[0]} are too long. Raise train.length, or give others.")
+    return suites
+
+
+def _fitting(
     conversations: Sequence[Conversation],
     recipe: TuneRecipe,
     chat: Chat,
     advance: Callable[[float], None] = lambda units: None,
 ) -> Iterator[tuple[TokenizedConversation, int, Conversation]]:
-    """The conversations as tokens, and how many were cut of each; what is too long is refused or left out."""
-    length, drop = recipe.train.length, recipe.data.too_long == "drop"
+    """The conversations as tokens, and how many were cut of each; one that is too long raises or is left out."""
+    fit = chat.shortened if recipe.data.too_long == "drop" else chat.fitted
     for one in conversations:
         advance(1)
-        found = chat.shortened(one, length) if drop else chat.fitted(one, length)
-        if found is not None:
-            yield (*found, one)
+        if (tokens := fit(one, recipe.train.length)) is not None:
+            yield (*tokens, one)
 
 
-def _said(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
 
-def _say(counts: Counter[str]) -> None:
-    if said := _said(counts):
-        console.print(f"{said}.", highlight=False)
-
-
-def _digest(tokens: Sequence[Tokens], suites: dict[str, list[TokenizedConversation]]) -> str:
+def _digest(sources: Sequence[TokenizedSource], suites: Suites) -> str:
     digest = hashlib.sha256()
-    parts: list[Any] = [found.corpus.tokens for found in tokens] + [found.answers for found in tokens]
-    parts += [np.array(one.input_ids) for found in suites.values() for one in found]
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big") + part.tobytes())
+    arrays: list[NDArray[np.generic]] = [source.corpus.tokens for source in sources]
+    arrays += [source.answers for source in sources]
+    arrays += [np.array(one.input_ids) for conversations in suites.values() for one in conversations]
+    for array in arrays:
+        digest.update(len(array).to_bytes(8, "big") + array.tobytes())
     return digest.hexdigest()

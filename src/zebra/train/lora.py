@@ -1,4 +1,4 @@
-"""Low-rank adaptation by peft: W + scale · B A in the attention projections, embeddings and norms trained whole.
+"""Low-rank adaptation by peft: W + alpha / r · B A in the attention projections, embeddings and norms in full.
 
 LongLoRA (arXiv 2309.12307, section 3.3): for a longer context the low-rank update of attention is not enough by
 itself; with the embeddings and the norms trained as well, which are few parameters, it comes close to full training.
@@ -29,22 +29,22 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
     """
     peft = _peft()
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
-    found = {
+    linear = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not tied
     }
-    absent = sorted(set(lora.target_modules) - found)
+    absent = sorted(set(lora.target_modules) - linear)
     if absent:
         raise ZebraError(
             f"lora.target_modules names {', '.join(absent)}, which this model does not have or ties to its embeddings; "
-            f"its own linear modules are {', '.join(sorted(found))}. Name some of those."
+            f"its own linear modules are {', '.join(sorted(linear))}. Name some of those."
         )
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=2 * lora.r if lora.lora_alpha is None else lora.lora_alpha,
         target_modules=list(lora.target_modules),
-        modules_to_save=_whole(model, lora),
+        modules_to_save=_modules_to_save(model, lora),
         ensure_weight_tying=bool(model.config.tie_word_embeddings and "embeddings" in lora.modules_to_save),
         task_type="CAUSAL_LM",
     )
@@ -63,15 +63,15 @@ def reload(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel
     return _peft().PeftModel.from_pretrained(model, adapter)
 
 
-def _whole(model: PreTrainedModel, lora: Lora) -> list[str]:
-    """The names, without their path, of the modules that are trained whole."""
+def _modules_to_save(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """The names, without their path, of the modules that are trained in full."""
     names: list[str] = []
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
-        wanted = ("embeddings" in lora.modules_to_save and module is model.get_input_embeddings()) or (
+        trained = ("embeddings" in lora.modules_to_save and module is model.get_input_embeddings()) or (
             "norms" in lora.modules_to_save and type(module).__name__.endswith("Norm")
         )
-        if wanted and name not in names:
+        if trained and name not in names:
             names.append(name)
     return names
 

@@ -1,4 +1,8 @@
-"""Recipes: one YAML file is one experiment. An unknown key is an error, a contradiction is refused before any work."""
+"""Recipes: one YAML file is one experiment. Unknown keys and contradictions are errors before any work.
+
+A key that means what a field of `transformers.TrainingArguments`, of peft's `LoraConfig` or of an argument of
+`datasets` means has its name.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,13 @@ from zebra.model.rope import Rope
 from zebra.stripes import Stripes
 
 
-class Section(BaseModel):
-    """A part of a recipe."""
+class RecipeSection(BaseModel):
+    """A section of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class TextSource(Section):
+class TextSource(RecipeSection):
     """Text files and how they become documents."""
 
     files: list[str] | None = Field(
@@ -38,7 +42,7 @@ class TextSource(Section):
     append_eos: bool = Field(False, description="put the end-of-text token after each document")
 
 
-class MixtureSource(Section):
+class MixtureSource(RecipeSection):
     """One source of a mixture: documents of some files within a bucket of lengths, and their share of the tokens."""
 
     name: str
@@ -58,10 +62,10 @@ class MixtureSource(Section):
         return self
 
 
-class RecallSource(Section):
-    """Generated documents that tell things and ask for them later (zebra.data.recall), mixed with the text."""
+class RecallSource(RecipeSection):
+    """Generated documents that tell facts and ask for them later (zebra.data.recall), mixed with the text."""
 
-    share: float = Field(gt=0, le=1, description="of the training's rows after hold; the others are text")
+    share: float = Field(gt=0, le=1, description="of the training's sequences after hold; the others are text")
     first: int = Field(64, ge=2, description="tokens of a document at the beginning")
     hold: float = Field(
         0.25, ge=0, lt=1, description="the part of the training with documents of first tokens, and without text"
@@ -77,26 +81,26 @@ class RecallSource(Section):
         return self
 
 
-class Data(TextSource):
-    """The training text: files, each document once, or a mixture of sources that fills the training's rows."""
+class TextData(TextSource):
+    """The training text: files, each document once, or a mixture of sources that fills the training's sequences."""
 
     sources: list[MixtureSource] | None = Field(None, min_length=1)
-    recall: RecallSource | None = Field(None, description="generated documents of recall among the rows of text")
+    recall: RecallSource | None = Field(None, description="generated documents of recall among the sequences of text")
     held_out: float | None = Field(None, gt=0, lt=1, description="share of the documents that evaluate measures on")
     deduplicate: bool = Field(True, description="keep the first of documents with the same text")
     num_proc: int = Field(1, ge=1, description="processes that tokenise")
     cache_dir: str | None = Field(None, description="folder of the token cache; the user's cache folder where absent")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Data:
+    def _consistent(self) -> TextData:
         if (self.files is None) == (self.sources is None):
             raise ValueError(
                 "the text is given by files or by sources, by one of them; got "
                 + ("neither" if self.files is None else "both")
             )
         if self.sources is not None:
-            if own := given(self, "separator", "field"):
-                raise ValueError(f"{own} belongs to files; give each source its own")
+            if key := first_changed(self, "separator", "field"):
+                raise ValueError(f"{key} belongs to files; give each source its own")
             names = [source.name for source in self.sources]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"each source has a name of its own; got {', '.join(twice)} twice")
@@ -106,15 +110,15 @@ class Data(TextSource):
         return self
 
 
-def given(section: BaseModel, *names: str) -> str | None:
-    """The first of the keys that is not left at its default."""
+def first_changed(section: BaseModel, *names: str) -> str | None:
+    """The first of the keys that differs from its default."""
     return next((name for name in names if getattr(section, name) != type(section).model_fields[name].default), None)
 
 
-class Training(Section):
-    """Rows, steps and the optimiser."""
+class Training(RecipeSection):
+    """Sequences, steps and the optimiser."""
 
-    length: int = Field(ge=2, description="tokens in a row")
+    length: int = Field(ge=2, description="tokens in a sequence")
     max_steps: int = Field(ge=1, description="optimiser steps")
     per_device_train_batch_size: int = Field(1, ge=1, description="sequences of one forward pass on one device")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimiser step")
@@ -132,7 +136,7 @@ class Training(Section):
         "best", description="cuda refuses a machine without a GPU; best takes what there is"
     )
     bf16: bool = Field(False, description="bfloat16 autocast; weights stay float32")
-    gradient_checkpointing: bool = Field(False, description="compute activations again in the backward")
+    activation_checkpointing: bool = Field(False, description="compute activations again in the backward")
     seed: int = Field(0, ge=0, lt=2**32)
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(100, ge=1)
@@ -155,7 +159,7 @@ class Training(Section):
         return self
 
 
-class Lora(Section):
+class Lora(RecipeSection):
     """Low-rank updates instead of full training."""
 
     r: int = Field(16, ge=1, description="the rank")
@@ -168,30 +172,30 @@ class Lora(Section):
     merge: bool = Field(True, description="write a whole checkpoint; else the adapter, over run/base")
 
 
-class Measured(Section):
-    """When it is measured on the way; each training says by what."""
+class EvaluationSchedule(RecipeSection):
+    """When a model is measured during training; each kind of training says by what."""
 
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
 
 
-class Evaluation(TextSource, Measured):
+class PerplexityEvaluation(TextSource, EvaluationSchedule):
     """Perplexity by position before, during and after: on files of its own, or on the documents that data holds out."""
 
     length: int = Field(ge=2, description="tokens of context")
     beyond: int | None = Field(
-        None, description="a longer context that the end is measured at too, however long the model has learned to read"
+        None, description="a longer context that is measured before and after too, beyond the trained length or not"
     )
     convention: Literal["disjoint", "strided", "truncated"] = "disjoint"
     first_bucket: int = Field(256, ge=1, description="positions of the first bucket; each next ends at twice as many")
 
 
-class Recipe(Section):
-    """What every training has: a run's directory, a layout, the training, and when it is measured."""
+class Recipe(RecipeSection):
+    """What every training has: a run's directory, a layout, the training, and when the model is measured."""
 
     run: str = Field(description="the run's directory")
     stripes: str | None = Field(None, description="the layout to train, such as GLLL:512; the model's own without it")
     train: Training
-    evaluate: Measured | None = None
+    evaluate: EvaluationSchedule | None = None
 
     @field_validator("stripes")
     @classmethod
@@ -199,7 +203,7 @@ class Recipe(Section):
         return None if stripes is None else str(Stripes.parse(stripes))
 
     @model_validator(mode="after")
-    def _measured_on_the_way(self) -> Self:
+    def _evaluated_during_training(self) -> Self:
         steps = self.evaluate.eval_steps if self.evaluate else None
         if steps is not None and steps > self.train.max_steps:
             raise ValueError(
@@ -216,8 +220,8 @@ class Recipe(Section):
 class TextRecipe(Recipe):
     """A training on texts, measured by perplexity."""
 
-    data: Data
-    evaluate: Evaluation | None = None
+    data: TextData
+    evaluate: PerplexityEvaluation | None = None
 
     @model_validator(mode="after")
     def _texts_fit(self) -> Self:
@@ -236,8 +240,8 @@ class TextRecipe(Recipe):
             beyond, length = self.evaluate.beyond, self.evaluate.length
             if beyond is not None and beyond <= length:
                 raise ValueError(f"evaluate.beyond ({beyond}) is greater than evaluate.length ({length}); raise it")
-            if files is None and (own := given(self.evaluate, "separator", "field", "append_eos")):
-                raise ValueError(f"evaluate.{own} belongs to evaluate.files; data says how its documents are read")
+            if files is None and (key := first_changed(self.evaluate, "separator", "field", "append_eos")):
+                raise ValueError(f"evaluate.{key} belongs to evaluate.files; data says how its documents are read")
         return self
 
     @property
@@ -246,15 +250,15 @@ class TextRecipe(Recipe):
         return max(self.train.length, self.evaluate.length if self.evaluate else 0)
 
 
-class SourceRecipe(Recipe):
-    """A training that begins with a checkpoint."""
+class CheckpointRecipe(Recipe):
+    """A training that starts from a checkpoint."""
 
     model: str = Field(description="the checkpoint to train")
     shape: str | None = Field(
-        None, description="built-in shape that --dry-run reckons with where the checkpoint is not here"
+        None, description="built-in shape that --dry-run estimates by where there is no checkpoint"
     )
     rope: str | None = Field(
-        None, description="a change of the rope: linear:8, yarn:8, llama3:8, base:5000000; as it is without it"
+        None, description="a change of the rope: linear:8, yarn:8, llama3:8, base:5000000; unchanged without it"
     )
     lora: Lora | None = Field(None, description="train low-rank updates; all weights without it")
 
@@ -271,11 +275,11 @@ class SourceRecipe(Recipe):
         return self
 
 
-class AdaptRecipe(TextRecipe, SourceRecipe):
-    """Long-context adaptation (LCAT): a checkpoint, its new layout, the text, the training and the measuring."""
+class AdaptRecipe(TextRecipe, CheckpointRecipe):
+    """Long-context adaptation (LCAT): a checkpoint, its new layout, the text, training and evaluation."""
 
 
-class NewTokenizer(Section):
+class NewTokenizer(RecipeSection):
     """A tokenizer to be trained on the text (zebra.train.tokenizer): byte-level BPE."""
 
     vocab_size: int = Field(ge=257, description="tokens: 256 bytes, the end of text, and merges")
@@ -283,7 +287,7 @@ class NewTokenizer(Section):
 
 
 class PretrainRecipe(TextRecipe):
-    """Training from scratch: a config, a tokenizer, the text, the training and the measuring."""
+    """Training from scratch: a config, a tokenizer, the text, training and evaluation."""
 
     model: dict[str, Any] = Field(description="model_type and fields of that config class in transformers")
     tokenizer: str | NewTokenizer = Field(description="a directory that has one, or what to train one by")
@@ -324,7 +328,7 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
     """Read a recipe and apply overrides `a.b=value`, whose values are YAML.
 
     Raises:
-        ZebraError: no file, no YAML; what `checked` refuses.
+        ZebraError: no file, no YAML; an unknown key, a wrong value or a contradiction (see `checked`).
     """
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
@@ -350,7 +354,7 @@ def checked(tree: Any, kind: type[R], name: str) -> R:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ZebraError(f"{name}: " + "; ".join(_say(problem, kind) for problem in error.errors())) from None
+        raise ZebraError(f"{name}: " + "; ".join(_message(problem, kind) for problem in error.errors())) from None
 
 
 _FILES = ("files", "leaks", "text", "haystack", "file", "include")
@@ -393,16 +397,16 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ZebraError(f"the value of the override {override!r} is not YAML. Quote it.") from None
 
 
-def _say(problem: Any, kind: type[BaseModel]) -> str:
+def _message(problem: Any, kind: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(problem["loc"][-1]), _known(kind), n=1)
         return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "; see recipes/ for the known keys.")
     if problem["type"] == "missing":
         return f"the key {where} is missing; add it."
-    given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+    value = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{where}: {message}{given}." if where else f"{message}."
+    return f"{where}: {message}{value}." if where else f"{message}."
 
 
 def _known(kind: type[BaseModel]) -> list[str]:
@@ -411,7 +415,7 @@ def _known(kind: type[BaseModel]) -> list[str]:
         names.append(name)
         inner = [info.annotation]
         for part in inner:
-            inner += getattr(part, "__args__", ())  # list[Section] | None: down to the section
+            inner += getattr(part, "__args__", ())  # list[RecipeSection] | None: down to the section
             if isinstance(part, type) and issubclass(part, BaseModel):
                 names += _known(part)
     return names

@@ -1,10 +1,10 @@
-"""A recipe's texts: tokenised, without duplicates, mixed or whole, packed into training rows; and what is held out."""
+"""A recipe's texts: tokenised, without duplicates, mixed or whole, packed into sequences; and what is held out."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,59 +15,70 @@ from zebra.data.packing import PackedSequences, pack
 from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
 from zebra.progress import console
-from zebra.results import Result
 from zebra.train.directory import is_first_process
-from zebra.train.recipe import MixtureSource, Recipe, TextRecipe, TextSource
+from zebra.train.recipe import MixtureSource, RecallSource, TextRecipe, TextSource
 from zebra.train.trainer import tokens_per_step
 
 
-class Texts(NamedTuple):
-    """The rows to train on, the documents to measure on, what a mixture took of each source, a digest of all texts."""
+class TrainingTexts(NamedTuple):
+    """What is trained and measured on.
 
-    rows: PackedSequences | RecallDataset
+    Attributes:
+        sequences: to train on.
+        held_out: documents to measure on; None where nothing is measured.
+        stats: what a mixture took of each source.
+        digest: of all texts.
+    """
+
+    sequences: PackedSequences | RecallDataset
     held_out: Corpus | None
-    lines: list[SourceStats]
+    stats: list[SourceStats]
     digest: str
 
 
-def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """Read, choose and pack the texts of a recipe; what a mixture is made of is printed.
+def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TrainingTexts:
+    """Read, choose and pack the texts of a recipe, and print what a mixture consists of.
 
     Raises:
-        ZebraError: a text that cannot be read, a source with nothing to train on, a text shorter than a row.
+        ZebraError: a text that cannot be read, a source with nothing to train on, a text shorter than a sequence.
     """
-    data, train, measured = recipe.data, recipe.train, recipe.evaluate
+    data, train, evaluation = recipe.data, recipe.train, recipe.evaluate
     if data.append_eos and tokenizer.eos_token_id is None:
         raise ZebraError("data.append_eos is set, but the tokenizer has no end-of-text token. Unset it.")
     sources = _sources(recipe, tokenizer)
-    kept = split_sources(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
-    lines: list[SourceStats] = []
+    splits = split_sources(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
+    stats: list[SourceStats] = []
     if data.sources is None:
-        rows = pack(select(kept), train.length, join=data.join, seed=train.seed)
-        _say(kept)
+        sequences = pack(select(splits), train.length, join=data.join, seed=train.seed)
+        _print_losses(splits[0])
     else:
-        wanted = train.max_steps * tokens_per_step(recipe) // train.length
-        mixture = mix(kept, wanted, train.length, join=data.join, seed=train.seed)
-        rows, lines = mixture.sequences, mixture.stats
+        mixture = mix(splits, _sequences_of_training(recipe), train.length, join=data.join, seed=train.seed)
+        sequences, stats = mixture.sequences, mixture.stats
         if is_first_process():
-            console.print(mixture_tables(kept, mixture))
+            console.print(mixture_tables(splits, mixture))
     held_out = None
-    texts = [source.corpus for source in sources]
-    if measured is not None:
-        if measured.files is None:
-            held_out = select(kept, held_out=True).gathered()
+    corpora = [source.corpus for source in sources]
+    if evaluation is not None:
+        if evaluation.files is None:
+            held_out = select(splits, held_out=True).gathered()
         else:
-            held_out = _corpus(measured, measured.files, recipe, tokenizer, measured.append_eos)
-            texts.append(held_out)
-        if measured.join:
-            held_out = held_out.joined(measured.beyond or measured.length)
-    return Texts(rows if data.recall is None else _taught(recipe, tokenizer, rows), held_out, lines, _digest(texts))
+            held_out = _corpus(evaluation, evaluation.files, recipe, tokenizer, evaluation.append_eos)
+            corpora.append(held_out)
+        if evaluation.join:
+            held_out = held_out.joined(evaluation.beyond or evaluation.length)
+    with_recall = sequences if data.recall is None else _with_recall(recipe, data.recall, tokenizer, sequences)
+    return TrainingTexts(with_recall, held_out, stats, _digest(corpora))
 
 
-def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: PackedSequences) -> RecallDataset:
-    """Rows of recall among those of text."""
-    train, recall, documents = recipe.train, recipe.data.recall, rows.documents
-    assert recall is not None
+def _sequences_of_training(recipe: TextRecipe) -> int:
+    return recipe.train.max_steps * tokens_per_step(recipe) // recipe.train.length
+
+
+def _with_recall(
+    recipe: TextRecipe, recall: RecallSource, tokenizer: PreTrainedTokenizerBase, text: PackedSequences
+) -> RecallDataset:
+    """Sequences of recall among those of text."""
+    train, documents = recipe.train, text.documents
     generator = RecallGenerator(tokenizer, (documents[i] for i in range(len(documents.lengths))))
     if recall.first < generator.min_tokens:
         raise ZebraError(
@@ -76,39 +87,12 @@ def _taught(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase, rows: Packed
         )
     return RecallDataset(
         recall=generator,
-        text=rows,
+        text=text,
         share=recall.share,
         curriculum=Curriculum(recall.first, train.length, recall.hold, recall.until),
-        count=train.max_steps * tokens_per_step(recipe) // train.length,
+        count=_sequences_of_training(recipe),
         seed=train.seed,
     )
-
-
-def data_rows(recipe: Recipe, lines: Sequence[SourceStats], **common: Any) -> list[Result]:
-    """What a mixture took of each source, as rows of the task `data-<source>`."""
-    rows = []
-    for line in lines:
-        values = {
-            "share_asked": line.source.share,
-            "share": line.share,
-            "tokens": line.tokens,
-            "tokens_drawn": line.drawn,
-            "epochs": line.epochs,
-            "duplicates": line.duplicates,
-            "held_out": line.held_out,
-        }
-        rows += [
-            Result(
-                task=f"data-{line.source.name}",
-                metric=metric,
-                value=value,
-                n=line.documents,
-                length=recipe.train.length,
-                **common,
-            )
-            for metric, value in values.items()
-        ]
-    return rows
 
 
 def _sources(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Source]:
@@ -117,13 +101,13 @@ def _sources(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Sou
         return [Source("data.files", _corpus(data, data.files, recipe, tokenizer, data.append_eos))]
     return [
         Source(
-            asked.name,
-            _corpus(asked, asked.files, recipe, tokenizer, data.append_eos),
-            asked.share,
-            asked.min_tokens,
-            asked.max_tokens,
+            source.name,
+            _corpus(source, source.files, recipe, tokenizer, data.append_eos),
+            source.share,
+            source.min_tokens,
+            source.max_tokens,
         )
-        for asked in data.sources or []
+        for source in data.sources or []
     ]
 
 
@@ -145,17 +129,16 @@ def _corpus(
     )
 
 
-def _say(kept: Sequence[SourceSplit]) -> None:
-    """Say what files that are no mixture lost; where nothing was, nothing is said."""
-    (part,) = kept
-    lost = {"dropped as duplicates": part.duplicates, "held out": len(part.held_out)}
-    said = [f"{count:,} {what}" for what, count in lost.items() if count]
-    if said and is_first_process():
-        console.print(f"{len(part.train):,} documents to train on; {', '.join(said)}.", highlight=False)
+def _print_losses(split: SourceSplit) -> None:
+    """Print what files that are no mixture lost, where they lost something."""
+    counts = {"dropped as duplicates": split.duplicates, "held out": len(split.held_out)}
+    lost = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if lost and is_first_process():
+        console.print(f"{len(split.train):,} documents to train on; {', '.join(lost)}.", highlight=False)
 
 
-def _digest(texts: Sequence[Corpus]) -> str:
+def _digest(corpora: Sequence[Corpus]) -> str:
     digest = hashlib.sha256()
-    for corpus in texts:
+    for corpus in corpora:
         digest.update(len(corpus).to_bytes(8, "big") + corpus.hashes.tobytes())
     return digest.hexdigest()

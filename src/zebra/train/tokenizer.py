@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterable[str], wanted: NewTokenizer) -> PreTrainedTok
     )
 
 
-def texts_of(recipe: PretrainRecipe) -> Iterator[str]:
+def tokenizer_texts(recipe: PretrainRecipe) -> Iterator[str]:
     """The documents that a recipe trains on, and generated ones in their share."""
     data, characters = recipe.data, 0
     sources: list[TextSource | MixtureSource] = [data] if data.sources is None else [*data.sources]

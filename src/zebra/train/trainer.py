@@ -1,7 +1,7 @@
-"""The Hugging Face Trainer, as every training uses it: its loss, its evaluation, its checkpoints, its bar.
+"""The Hugging Face Trainer, as every training uses it: its arguments, its checkpoints, its progress bar.
 
-Nothing of the Trainer is replaced but `evaluate`, which measures by position. The loss goes in by `compute_loss_func`,
-so that accumulation, DDP and token counting stay the Trainer's.
+Nothing of the Trainer is replaced but its loss and its evaluation (`zebra.train.text_training`, `zebra.train.sft`);
+accumulation, DDP and token counting stay the Trainer's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from zebra.data.corpus import Corpus
-from zebra.data.packing import PackedSequences
-from zebra.data.recall import RecallDataset
 from zebra.errors import ZebraError
-from zebra.evaluate.perplexity import perplexity
-from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import bar, console
 from zebra.train.directory import processes
 from zebra.train.muon import muon
-from zebra.train.recipe import Evaluation, Recipe, TextRecipe, Training
+from zebra.train.recipe import Recipe, Training
 
 COMPLETE = "COMPLETE"
 """The mark that a checkpoint is whole, written last."""
@@ -55,11 +50,11 @@ def check_machine(train: Training) -> None:
         )
 
 
-def trainable(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+def trainable_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     """The config as it is trained: without dropout of attention weights, which no kernel has.
 
     Raises:
-        ZebraError: a router that wants a loss of its own.
+        ZebraError: a router that needs a loss of its own.
     """
     if getattr(config, "output_router_logits", False):
         raise ZebraError(
@@ -72,47 +67,12 @@ def trainable(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     return config
 
 
-def fit(
-    recipe: TextRecipe,
-    model: PreTrainedModel,
-    rows: PackedSequences | RecallDataset,
-    held_out: Corpus | None,
-    checkpoints: Path,
-) -> bool:
-    """Train a model by a recipe, from the newest whole checkpoint where there is one.
-
-    Rows of text are drawn in random order; those that grow over the training come in theirs.
-
-    Returns:
-        Whether this process is the one that writes results.
+def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> None:
+    """Train from the newest whole checkpoint of the Trainer's directory, with a progress bar.
 
     Raises:
-        ZebraError: one process that sees several GPUs.
+        ZebraError: one process that sees several GPUs; a loss or weights that are not finite.
     """
-    arguments = arguments_of(recipe, checkpoints)
-    if isinstance(rows, RecallDataset):
-        arguments["train_sampling_strategy"] = "sequential"
-
-    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        total = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
-        refuse_diverged(total, trainer)
-        return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
-
-    trainer = _TextTrainer(
-        evaluation=recipe.evaluate,
-        model=model,
-        args=TrainingArguments(**arguments),
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=_collate,
-        compute_loss_func=loss,
-        optimizer_cls_and_kwargs=optimizer_of(recipe.train),
-    )
-    return run(trainer, recipe, model)
-
-
-def run(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> bool:
-    """Train from the newest whole checkpoint of the trainer's directory, with a bar and marks; see `fit`."""
     checkpoints = Path(trainer.args.output_dir)
     if trainer.args.n_gpu > 1:
         raise ZebraError(
@@ -120,8 +80,8 @@ def run(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> bool:
             "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
     with bar("training", recipe.train.max_steps * tokens_per_step(recipe), "tokens") as advance:
-        trainer.add_callback(_Mark())
-        trainer.add_callback(_Show(advance))
+        trainer.add_callback(_MarkComplete())
+        trainer.add_callback(_Progress(advance))
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
             _remove_broken(checkpoints)
@@ -130,7 +90,6 @@ def run(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> bool:
             trainer.train(resume_from_checkpoint=_newest(checkpoints))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
-    return trainer.is_world_process_zero()
 
 
 def refuse_diverged(loss: Tensor, trainer: Trainer) -> None:
@@ -141,10 +100,10 @@ def refuse_diverged(loss: Tensor, trainer: Trainer) -> None:
 
 
 def _diverged(what: str, step: int, rate: float, checkpoints: Path) -> str:
-    good = [int(found.name.rpartition("-")[2]) for found in checkpoints.glob("checkpoint-*") if is_complete(found)]
-    kept = f"The newest finite checkpoint is that of step {max(good)}." if good else "No checkpoint was saved yet."
+    steps = [int(path.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*") if is_complete(path)]
+    newest = f"The newest finite checkpoint is that of step {max(steps)}." if steps else "No checkpoint was saved yet."
     return (
-        f"{what} not finite at step {step}, at a learning rate of {rate:.3g}. {kept} "
+        f"{what} not finite at step {step}, at a learning rate of {rate:.3g}. {newest} "
         "Start another run with a lower train.learning_rate or a longer train.warmup_steps."
     )
 
@@ -154,56 +113,47 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
     """Keep the Trainer from warning that a tied weight, which is saved once, is missing from its checkpoint."""
     tied = f"{sorted(model.all_tied_weights_keys)}."
 
-    def other(record: logging.LogRecord) -> bool:
+    def is_other(record: logging.LogRecord) -> bool:
         message = record.getMessage()
         return not ("missing keys in the checkpoint" in message and message.endswith(tied))
 
     log = logging.getLogger("transformers.trainer")
-    log.addFilter(other)
+    log.addFilter(is_other)
     try:
         yield
     finally:
-        log.removeFilter(other)
+        log.removeFilter(is_other)
 
 
 def tokens_per_step(recipe: Recipe) -> int:
-    """Tokens of one full optimiser step, over all processes. The last one of a pass over the rows may have fewer."""
+    """Tokens of one full optimiser step, over all processes. The last one of a pass over the data may have fewer."""
     train = recipe.train
     return train.length * train.per_device_train_batch_size * train.gradient_accumulation_steps * processes()
 
 
-def arguments_of(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
-    """The host's `TrainingArguments` of a recipe."""
-    train = recipe.train
-    every = recipe.evaluate.eval_steps if recipe.evaluate else None
-    return dict(
+def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
+    """The `TrainingArguments` of a recipe: those keys of `train` that have its names, and what follows from others."""
+    train, known = recipe.train, {field.name for field in fields(TrainingArguments)}
+    eval_steps = recipe.evaluate.eval_steps if recipe.evaluate else None
+    arguments = {name: value for name, value in train.model_dump().items() if name in known}
+    checkpointing = "activation_checkpointing"
+    if checkpointing not in known:  # its name up to transformers 5.17
+        checkpointing = "gradient_checkpointing"
+        arguments[checkpointing] = train.activation_checkpointing
+    if train.activation_checkpointing:
+        arguments[f"{checkpointing}_kwargs"] = {"use_reentrant": False}  # trl's default is True
+    return arguments | dict(
         output_dir=str(checkpoints),
-        max_steps=train.max_steps,
-        per_device_train_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        max_grad_norm=train.max_grad_norm,
-        bf16=train.bf16,
         use_cpu=not torch.cuda.is_available(),
-        seed=train.seed,
         data_seed=train.seed,
-        logging_steps=train.logging_steps,
-        save_steps=train.save_steps,
-        save_total_limit=train.save_total_limit,
-        eval_strategy="steps" if every else "no",
-        eval_steps=every,
+        eval_strategy="steps" if eval_steps else "no",
+        eval_steps=eval_steps,
         include_num_input_tokens_seen="all",
         train_sampling_strategy="random",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **_recompute(train.gradient_checkpointing),
     )
 
 
@@ -218,48 +168,21 @@ def optimizer_of(train: Training) -> tuple[Any, dict[str, Any]] | None:
     }
 
 
-def _recompute(wanted: bool) -> dict[str, Any]:
-    """Transformers after 5.17 calls gradient checkpointing by its other name."""
-    known = {f.name for f in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: wanted} | ({f"{name}_kwargs": {"use_reentrant": False}} if wanted else {})  # trl's default is True
+def log_evaluation(
+    trainer: Trainer, entry: dict[str, Any], metrics: dict[str, float], message: str
+) -> dict[str, float]:
+    """End an evaluation as the Trainer does; the entry goes into its history, and so into its checkpoints."""
+    trainer.log(entry)
+    if trainer.is_world_process_zero():
+        console.print(f"step {trainer.state.global_step}: {message}", highlight=False)
+    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+    return metrics
 
 
-def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | without_logits()
+class _MarkComplete(TrainerCallback):
+    """Marks a finite checkpoint when all of it is written: the Trainer writes in place, so a kill leaves broken ones.
 
-
-class _TextTrainer(Trainer):
-    """The Trainer, whose evaluation is the perplexity by position."""
-
-    control: TrainerControl
-
-    def __init__(self, *, evaluation: Evaluation | None, **arguments: Any):
-        super().__init__(**arguments)
-        self.evaluation = evaluation
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the held-out text; the scores go into the Trainer's history, and so into its checkpoints."""
-        assert self.evaluation is not None
-        asked = self.evaluation
-        scores = perplexity(
-            self.model,
-            self.eval_dataset,
-            length=asked.length,
-            convention=asked.convention,
-            first_bucket=asked.first_bucket,
-            seed=self.args.seed,
-        )
-        self.log({"by_position": [asdict(score) for score in scores]})
-        metrics = {"eval_perplexity": scores[-1].perplexity}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-class _Mark(TrainerCallback):
-    """Marks a good checkpoint when all of it is written: the Trainer writes in place, so a kill leaves broken ones.
-
-    The mark holds the size of each file, so that one which is damaged later is told from a whole one.
+    The mark holds the size of each file, so that damage shows later.
     """
 
     rate = 0.0
@@ -281,8 +204,8 @@ class _Mark(TrainerCallback):
             (where / COMPLETE).write_text(json.dumps(_sizes(where)), encoding="utf-8")
 
 
-class _Show(TrainerCallback):
-    """Feeds the bar; without a terminal, a line for each log."""
+class _Progress(TrainerCallback):
+    """Advances the progress bar; without a terminal, prints a line for each log."""
 
     def __init__(self, advance: Callable[..., None]):
         self.advance = advance
@@ -313,9 +236,6 @@ class _Show(TrainerCallback):
                     f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, "
                     f"{self.tokens / self.seconds:,.0f} tokens/s, {left:,.0f} s left"
                 )
-        if "by_position" in logs:
-            text = ", ".join(f"to {s['position_to']}: {s['perplexity']:.2f}" for s in logs["by_position"][:-1])
-            console.print(f"step {state.global_step}: perplexity by position {text}")
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -333,9 +253,9 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
 
 def _remove_broken(checkpoints: Path) -> None:
     """Remove checkpoints that a kill inside a save left, or that were damaged since."""
-    for found in checkpoints.glob("checkpoint-*"):
-        if found.is_dir() and not is_complete(found):
-            shutil.rmtree(found)
+    for checkpoint in checkpoints.glob("checkpoint-*"):
+        if checkpoint.is_dir() and not is_complete(checkpoint):
+            shutil.rmtree(checkpoint)
 
 
 def _newest(checkpoints: Path) -> str | None:

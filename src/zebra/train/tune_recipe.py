@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from zebra.train.recipe import Measured, Section, SourceRecipe
+from zebra.train.recipe import CheckpointRecipe, EvaluationSchedule, RecipeSection
 
 
-class InstructionSource(Section):
+class ConversationSource(RecipeSection):
     """A source of a mixture: conversations of some files within a bucket of lengths, and their share of the tokens."""
 
     name: str
@@ -19,7 +19,7 @@ class InstructionSource(Section):
     max_tokens: int | None = Field(default=None, ge=1, description="only conversations of fewer tokens")
 
 
-class Quality(Section):
+class QualityChecks(RecipeSection):
     """The gate that conversations pass before they are trained on; see `zebra.data.quality`."""
 
     act: Literal["drop", "flag", "off"] = Field(
@@ -36,19 +36,19 @@ class Quality(Section):
     )
 
 
-class Instructions(Section):
+class ConversationData(RecipeSection):
     """The conversations: files, each conversation once, or a mixture of sources that fills the training's rows."""
 
     files: list[str] | None = Field(None, min_length=1)
-    sources: list[InstructionSource] | None = Field(None, min_length=1)
+    sources: list[ConversationSource] | None = Field(None, min_length=1)
     held_out: float | None = Field(None, gt=0, lt=1, description="share of the conversations that evaluate measures on")
     too_long: Literal["refuse", "drop"] = Field(
         "refuse", description="what happens to a conversation that is longer than a row and has no document to cut"
     )
-    quality: Quality = Quality()
+    quality: QualityChecks = QualityChecks()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Instructions:
+    def _consistent(self) -> ConversationData:
         if (self.files is None) == (self.sources is None):
             raise ValueError(
                 "the conversations are given by files or by sources, by one of them; got "
@@ -62,32 +62,32 @@ class Instructions(Section):
         return self
 
 
-class Suite(Section):
+class Suite(RecipeSection):
     """Conversations to measure on, such as short ones, or long ones."""
 
     name: str
     files: list[str] = Field(min_length=1)
 
 
-class Suites(Measured):
+class AnswerEvaluation(EvaluationSchedule):
     """The loss on answers before, during and after: on suites of their own, or on what data holds out of a source."""
 
     suites: list[Suite] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Suites:
+    def _consistent(self) -> AnswerEvaluation:
         _named_once([suite.name for suite in self.suites or []])
         return self
 
 
-class TuneRecipe(SourceRecipe):
+class TuneRecipe(CheckpointRecipe):
     """Long instruction tuning (LIT): a checkpoint, perhaps a new layout, conversations, training and measuring."""
 
     chat_template: str | None = Field(
         None, description="plain, chatml, or a .jinja file; the checkpoint's own without it"
     )
-    data: Instructions
-    evaluate: Suites | None = None
+    data: ConversationData
+    evaluate: AnswerEvaluation | None = None
 
     @model_validator(mode="after")
     def _conversations_fit(self) -> TuneRecipe:

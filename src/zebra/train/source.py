@@ -1,0 +1,125 @@
+"""A training that starts from a checkpoint: its config with new stripes and rope, its weights, and what is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from zebra.data.encoding import tokenizer_digest
+from zebra.errors import ZebraError
+from zebra.model.checkpoint import check_weights, checkpoint_digest, load_tokenizer, read_config
+from zebra.model.families import with_stripes
+from zebra.model.load import load
+from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
+from zebra.stripes import Stripes
+from zebra.train import lora
+from zebra.train.export import export, load_exported
+from zebra.train.recipe import CheckpointRecipe
+from zebra.train.trainer import check_machine, trainable_config
+
+
+def read_source(recipe: CheckpointRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The config to train, with its stripes, its rope and a sufficient length, and the tokenizer.
+
+    Raises:
+        ZebraError: no GPU where the recipe needs one; no checkpoint, a damaged one; what `adapted_config` raises.
+    """
+    check_machine(recipe.train)
+    config = read_config(recipe.model)
+    if not Path(recipe.model).is_dir():
+        raise ZebraError(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
+    tokenizer = load_tokenizer(recipe.model, config)
+    config = adapted_config(recipe, config)
+    check_weights(recipe.model, config)
+    return config, tokenizer
+
+
+def adapted_config(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config to train, from that of the source.
+
+    Raises:
+        ZebraError: a layout or a rope that does not fit, a router that needs a loss of its own.
+    """
+    if recipe.stripes is not None:
+        config = with_stripes(config, Stripes.parse(recipe.stripes))
+    config = _with_rope(recipe, config)
+    config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
+    return trainable_config(config, recipe.model)
+
+
+def _with_rope(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
+    rope = as_rope(recipe.rope)
+    reach = rope.reaches(config)
+    if reach is not None and reach < recipe.train.length:
+        raise ZebraError(
+            f"the rope {rope} reaches {reach:,} positions of a model of {config.max_position_embeddings:,}, and "
+            f"train.length is {recipe.train.length:,}. Take a factor of at least "
+            f"{math.ceil(recipe.train.length / config.max_position_embeddings)}."
+        )
+    config = with_explicit_yarn_factor(rope.apply(config))
+    refuse_changing_rope(config, "training")
+    return config
+
+
+@dataclass
+class CheckpointStart:
+    """A training of `recipe.model`, all of it or low-rank updates.
+
+    Attributes:
+        finish: what is done to the trained model before it is written; returns files to write beside it, name to text.
+    """
+
+    recipe: CheckpointRecipe
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    finish: Callable[[PreTrainedModel], Mapping[str, str]] = lambda model: {}
+
+    def __post_init__(self) -> None:
+        self.name = self.recipe.model
+        self.rope = self.recipe.rope
+
+    def digests(self) -> dict[str, str]:
+        """Of the source and its tokenizer."""
+        return {"source": checkpoint_digest(self.recipe.model), "tokenizer": tokenizer_digest(self.tokenizer)}
+
+    def untrained(self) -> Iterator[tuple[PreTrainedModel, str | None]]:
+        """The source as it was, and with its new stripes and rope."""
+        yield load(self.recipe.model), None
+        if self.recipe.stripes is not None or self.rope is not None:
+            yield load(self.recipe.model, stripes=self.recipe.stripes, rope=self.rope), self.rope
+
+    def build(self) -> PreTrainedModel:
+        """The source with its new config, with updates where the recipe has them."""
+        model, low_rank = self._source(), self.recipe.lora
+        return model if low_rank is None else lora.wrap(model, low_rank, seed=self.recipe.train.seed)
+
+    def restore(self, checkpoint: Path) -> PreTrainedModel:
+        """The model of a checkpoint; of low-rank updates the source with those."""
+        return load(checkpoint) if self.recipe.lora is None else lora.reload(self._source(), checkpoint)
+
+    def export(self, model: PreTrainedModel, tokens: int) -> None:
+        """Write `run/model`, and `run/base` under an adapter."""
+        steps, rope = self.recipe.train.max_steps, self.rope or "none"
+        export(self.recipe, model, self.finish(model), steps=steps, tokens=tokens, rope=rope)
+
+    def exported(self) -> PreTrainedModel:
+        """The model of `run/model`, with an adapter merged."""
+        return load_exported(self.recipe)
+
+    def _source(self) -> PreTrainedModel:
+        model = load(
+            self.recipe.model,
+            stripes=self.recipe.stripes,
+            rope=self.rope,
+            dtype=getattr(torch, self.recipe.lora.base_dtype) if self.recipe.lora else torch.float32,
+            attention_dropout=self.config.attention_dropout,
+        )
+        # Only now: the rope was computed from what they were.
+        model.config.max_position_embeddings = self.config.max_position_embeddings
+        model.config.rope_parameters = self.config.rope_parameters
+        return model
