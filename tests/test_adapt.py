@@ -127,7 +127,7 @@ def test_the_loss_is_the_hosts_own(finished: tuple[Path, list[Result]]) -> None:
 
 def test_a_finished_run_is_not_run_again(finished: tuple[Path, list[Result]], monkeypatch: pytest.MonkeyPatch) -> None:
     run, rows = finished
-    monkeypatch.setattr("zebra.train.adapt.fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("zebra.train.run.run_trainer", lambda *_: pytest.fail("trained again"))
     assert adapt(recipe(run)) == rows
 
 
@@ -143,12 +143,12 @@ def test_a_run_directory_belongs_to_one_recipe(finished: tuple[Path, list[Result
 KILL_AT_A_LOG = """
 import os, signal, sys
 from zebra.train import trainer
-shown = trainer._Show.on_log
+shown = trainer._ShowProgress.on_log
 def on_log(self, args, state, control, logs, **kwargs):
     shown(self, args, state, control, logs, **kwargs)
     if state.global_step == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-trainer._Show.on_log = on_log
+trainer._ShowProgress.on_log = on_log
 """
 KILL_IN_A_SAVE = """
 import os, signal
@@ -287,7 +287,7 @@ def keep(self, args, state, control, model=None, **kwargs):
     if state.is_world_process_zero and state.global_step == 0:
         gradients = {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()}
         torch.save(gradients, sys.argv[-1] + ".gradients")
-trainer._Show.on_pre_optimizer_step = keep
+trainer._ShowProgress.on_pre_optimizer_step = keep
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe, read_recipe
 adapt(read_recipe(sys.argv[-1], AdaptRecipe))

@@ -18,7 +18,7 @@ from zebra.model.families import model_class
 from zebra.plan.shapes import SHAPES, shape
 from zebra.stripes import Stripes
 from zebra.train.adapt import adapt
-from zebra.train.dry_run import _counting, dry_run
+from zebra.train.dry_run import dry_run, saved_storages
 from zebra.train.recipe import AdaptRecipe, read_recipe
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("study-"))  # grids
@@ -79,7 +79,7 @@ def test_activations_are_what_autograd_keeps(precision: str, length: int, tmp_pa
     """Over all layers of the real model and at the real length, where the dry run saw two layers and 128 tokens."""
     asked = recipe(tmp_path, train__length=length, train__bf16=precision == "bfloat16")
     model = zebra.load(STORIES, stripes=asked.stripes, dtype=torch.float32).train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), _counting(model) as saved:
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), saved_storages(model) as saved:
         model.model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
     memory = dry_run(asked).memory
     reckoned = memory["activations"] + memory.get("weights cast to bfloat16", 0)

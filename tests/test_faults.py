@@ -81,7 +81,7 @@ def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("zebra.train.adapt.fit", interrupt)
+        patch.setattr("zebra.train.run.run_trainer", interrupt)
         with pytest.raises(KeyboardInterrupt):
             adapt(asked)
     weights = stories / "model.safetensors"

@@ -299,12 +299,12 @@ KILLS = {
     "convert": "before the record",
     "adapt": """
 from zebra.train import trainer
-shown = trainer._Show.on_log
+shown = trainer._ShowProgress.on_log
 def on_log(self, args, state, control, logs, **kwargs):
     shown(self, args, state, control, logs, **kwargs)
     if state.global_step == 3:
         die()
-trainer._Show.on_log = on_log
+trainer._ShowProgress.on_log = on_log
 """,
     "tune": """
 from zebra.train import export

@@ -256,7 +256,7 @@ def test_a_checkpointed_layer_keeps_a_float32_input(half: bool) -> None:
         # Its name after transformers 5.17, and before.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-        with torch.autocast("cpu", torch.bfloat16, enabled=half), dry_run._counting(model) as saved:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), dry_run.saved_storages(model) as saved:
             model.model(torch.zeros(1, 50, dtype=torch.long), use_cache=False)
         totals.append(sum(saved.values()))
     assert totals[1] - totals[0] == 50 * 4 * 32

@@ -22,10 +22,10 @@ from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_local_attention
 from zebra.model.local import LocalAttention
 from zebra.results import Result, read_results
-from zebra.train import trainer
+from zebra.train import text_training, trainer
 from zebra.train.dry_run import dry_run
 from zebra.train.muon import MuonWithAdamW
-from zebra.train.pretrain import _random, config_of, pretrain
+from zebra.train.pretrain import config_of, pretrain, random_model
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.tokenizer import END, tokenizer_texts, train_tokenizer
 
@@ -101,7 +101,7 @@ def test_a_finished_run_is_not_run_again(
     finished: tuple[Path, list[Result]], few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, rows = finished
-    monkeypatch.setattr("zebra.train.pretrain.fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("zebra.train.run.run_trainer", lambda *_: pytest.fail("trained again"))
     assert pretrain(recipe(run, few)) == rows
     with pytest.raises(ZebraError, match=r"another recipe: data\.recall\.share differ"):
         pretrain(recipe(run, few, data__recall={"share": 0.25, "first": 192}))
@@ -115,7 +115,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         return recipe(tmp_path / name, few, train__optimizer=optimizer, evaluate=None, data__held_out=None)
 
     whole = pretrain(asked("whole"))
-    shown = trainer._Show.on_log
+    shown = trainer._ShowProgress.on_log
 
     def interrupt(self: Any, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         shown(self, args, state, control, logs, **kwargs)
@@ -123,7 +123,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer._Show, "on_log", interrupt)
+        patched.setattr(trainer._ShowProgress, "on_log", interrupt)
         with pytest.raises(KeyboardInterrupt):
             pretrain(asked("cut"))
     assert not (tmp_path / "cut" / "model").exists()
@@ -156,11 +156,9 @@ def test_stripes_a_given_tokenizer_and_a_narrow_dtype(few: Path, tmp_path: Path)
 
 
 def test_the_first_weights_follow_from_the_seed(few: Path, tmp_path: Path) -> None:
-    from zebra.train.pretrain import _random
-
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     config = config_of(recipe(tmp_path, few, tokenizer=str(STORIES)), tokenizer)
-    one, same, other = (_random(config, LocalAttention(), seed).state_dict() for seed in (1, 1, 2))
+    one, same, other = (random_model(config, seed=seed).state_dict() for seed in (1, 1, 2))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(one[name], same[name])
     assert not torch.equal(one[name], other[name])
@@ -228,14 +226,14 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_left(what: str, few: P
 def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trainer.summed_loss
+    real = text_training.summed_loss
     calls: list[int] = []
 
     def spoilt(*arguments: Any) -> Any:
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(trainer, "summed_loss", spoilt)
+    monkeypatch.setattr(text_training, "summed_loss", spoilt)
     with pytest.raises(
         ZebraError, match=r"not finite at step 4, at a learning rate of .*finite checkpoint is .*step 2"
     ):
@@ -246,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
 def test_weights_that_are_not_finite_are_not_saved_as_good_and_the_rate_is_that_of_their_step(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    mark, state = trainer._Mark(), SimpleNamespace(global_step=3)
+    mark, state = trainer._MarkComplete(), SimpleNamespace(global_step=3)
     mark.on_pre_optimizer_step(None, state, None, optimizer=optimizer)  # type: ignore[arg-type]
     optimizer.param_groups[0]["lr"] = 0.125  # the schedule goes on before the save
     with torch.no_grad():
@@ -349,7 +347,7 @@ def test_a_model_of_the_study_is_trained(optimizer: str, few: Path, tmp_path: Pa
     assert pairs == {"full": 256 * 257, "GS:32/16 absolute": 256 * 257 // 2 + seen}
     model = zebra.load(tmp_path / "run" / "model")
     assert model.config.attention_kinds == study["attention_kinds"]
-    first = _random(model.config, LocalAttention(), asked.train.seed).state_dict()
+    first = random_model(model.config, seed=asked.train.seed).state_dict()
     assert all(not torch.equal(first[name], tensor) for name, tensor in model.state_dict().items() if "proj" in name)
     found = dry_run(asked).facts
     assert found["positions"] == "absolute"

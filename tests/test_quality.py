@@ -109,7 +109,7 @@ def test_the_gate_of_a_recipe_drops_flags_or_lets_be(tmp_path: Path) -> None:
     leaks = by_action["drop"].counts["leak"]
     assert leaks > 0
     assert by_action["flag"].counts["leak"] == leaks
-    trained = {act: sum(one.samples for one in of.rows.portions()) for act, of in by_action.items()}
+    trained = {act: sum(one.samples for one in of.sequences.kind_stats()) for act, of in by_action.items()}
     assert trained["flag"] == trained["off"] == trained["drop"] + leaks
     # Held out together: the two questions on one document are on one side.
     texts = {chat.tokenizer.decode(one.input_ids) for one in by_action["drop"].suites["instructions"]}
@@ -133,4 +133,4 @@ def test_answers_that_need_no_document_are_found_by_likelihood(tmp_path: Path) -
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"held_out": None})})
     instructions = read_instructions(recipe, chat, lambda: zebra.load(STORIES))
     assert instructions.counts["independent answer"] == 6
-    assert {one.kind: one.samples for one in instructions.rows.portions()} == {"told": 6}
+    assert {one.kind: one.samples for one in instructions.sequences.kind_stats()} == {"told": 6}

@@ -12,8 +12,9 @@ from conftest import STORIES, TEXT
 from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.train.adapt import adapt
+from zebra.train.measuring import source_results
 from zebra.train.recipe import AdaptRecipe
-from zebra.train.texts import TrainingTexts, read_texts, source_results
+from zebra.train.texts import TrainingTexts, read_texts
 
 SEPARATOR = "<|endoftext|>"
 STORY = str(TEXT / "tinystories_validation.txt")
@@ -112,9 +113,8 @@ def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest
     assert "[400, ∞)" in printed
     assert "50.00%" in printed
     assert "epochs" in printed
-    rows = source_results(
-        texts_read.stats, length=tuned.train.length, model="m", layout="GL:8", run="r", seed=0, device="cpu"
-    )
+    columns = {"model": "m", "layout": "GL:8", "run": "r", "seed": 0, "device": "cpu"}
+    rows = source_results(texts_read.stats, length=tuned.train.length, **columns)
     values = {(row.task, row.metric): row.value for row in rows}
     assert values["data-long", "share_asked"] == 0.5
     assert values["data-records", "share"] == pytest.approx(0.3, abs=0.001)
@@ -146,7 +146,7 @@ def test_a_run_on_a_mixture_measures_on_what_it_holds_out(tmp_path: Path, monkey
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zebra.train.adapt.export", interrupt)
+    monkeypatch.setattr("zebra.train.source.export", interrupt)
     with pytest.raises(KeyboardInterrupt):
         adapt(tuned)
     monkeypatch.undo()

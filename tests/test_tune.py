@@ -181,8 +181,8 @@ def test_packed_conversations_equal_single_ones(family: str) -> None:
     assert (batch["position_ids"][0] == 0).sum() > len(rows)
     at = 0
     for i in range(len(rows)):
-        for document, _, count in rows.rows.pieces[rows.rows.firsts[i] : rows.rows.firsts[i + 1]]:
-            one = tokens[rows.rows.documents.documents[document]]
+        for document, _, count in rows.packed.pieces[rows.packed.firsts[i] : rows.packed.firsts[i + 1]]:
+            one = tokens[rows.packed.documents.documents[document]]
             assert len(one.input_ids) == count
             with torch.no_grad():
                 alone = model(torch.tensor([one.input_ids]), use_cache=False).logits[0]
@@ -198,7 +198,7 @@ def test_the_loss_is_that_of_the_answers_one_by_one(finished: tuple[Path, list[R
     _, rows = finished
     run = recipe(data / "unused", data)
     chat = Chat(AutoTokenizer.from_pretrained(STORIES), "plain", "stories")
-    found = read_instructions(run, chat, lambda: pytest.fail("no model is asked")).rows
+    found = read_instructions(run, chat, lambda: pytest.fail("no model is asked")).sequences
     model = AutoModelForCausalLM.from_pretrained(zebra.convert(STORIES, data / "striped", "GLLL:33"))
     sums, counts = [], []
     for i in range(len(found)):
@@ -245,12 +245,12 @@ def test_the_loss_of_answers_is_the_hosts() -> None:
 KILL_AT_A_LOG = """
 import os, signal
 from zebra.train import trainer
-shown = trainer._Show.on_log
+shown = trainer._ShowProgress.on_log
 def on_log(self, args, state, control, logs, **kwargs):
     shown(self, args, state, control, logs, **kwargs)
     if state.global_step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-trainer._Show.on_log = on_log
+trainer._ShowProgress.on_log = on_log
 """
 KILL_IN_THE_EXPORT = """
 import os, signal

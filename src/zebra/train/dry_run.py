@@ -160,13 +160,13 @@ def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tu
 
 
 def _saved(model: Any, tokens: int, half: bool) -> int:
-    with torch.autocast("cpu", torch.bfloat16, enabled=half), _counting(model) as saved:
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), saved_storages(model) as saved:
         model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
     return sum(saved.values())
 
 
 @contextmanager
-def _counting(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+def saved_storages(model: torch.nn.Module) -> Iterator[dict[int, int]]:
     """Storages that autograd saves, the parameters' own left out: address to bytes."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}

@@ -24,7 +24,7 @@ from zebra.model.checkpoint import load_tokenizer, write_config, write_zebra_jso
 from zebra.model.default_cache import with_default_cache
 from zebra.model.families import layer_kinds, model_class, route_of, with_stripes
 from zebra.model.load import load
-from zebra.model.local import local_attention_of, set_local_attention
+from zebra.model.local import LocalAttention, local_attention_of, set_local_attention
 from zebra.model.self_extend import check_learned_positions
 from zebra.results import Result
 from zebra.stripes import GLOBAL, Stripes
@@ -69,7 +69,7 @@ class RandomStart:
     def __post_init__(self) -> None:
         self.run = Path(self.recipe.run)
         self.name = str(self.run / "model")
-        self.rope = None
+        self.rope: str | None = None
 
     def digests(self) -> dict[str, str]:
         """Of the tokenizer."""
@@ -84,13 +84,7 @@ class RandomStart:
         if not (self.run / "tokenizer").exists() and is_first_process():
             with atomic_directory(self.run / "tokenizer") as staging:
                 self.tokenizer.save_pretrained(staging)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.recipe.train.seed)
-            cls: Any = with_default_cache(model_class(self.config))  # type: ignore[arg-type]
-            model: PreTrainedModel = cls._from_config(self.config, attn_implementation=NAME, dtype=torch.float32)
-        if local := local_attention_for(self.recipe):
-            set_local_attention(model, local)
-        return model
+        return random_model(self.config, seed=self.recipe.train.seed, local=local_attention_for(self.recipe))
 
     def restore(self, checkpoint: Path) -> PreTrainedModel:
         """The model of a checkpoint."""
@@ -111,6 +105,22 @@ class RandomStart:
     def exported(self) -> PreTrainedModel:
         """The model of `run/model`."""
         return load(self.run / "model")
+
+
+def random_model(
+    config: PreTrainedConfig,
+    *,
+    seed: int,
+    local: LocalAttention = LocalAttention(),  # noqa: B008  # frozen
+) -> PreTrainedModel:
+    """A model of float32 weights as transformers initialises them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        cls: Any = with_default_cache(model_class(config))  # type: ignore[arg-type]
+        model: PreTrainedModel = cls._from_config(config, attn_implementation=NAME, dtype=torch.float32)
+    if local:
+        set_local_attention(model, local)
+    return model
 
 
 def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:

@@ -81,7 +81,7 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> Non
         )
     with bar("training", recipe.train.max_steps * tokens_per_step(recipe), "tokens") as advance:
         trainer.add_callback(_MarkComplete())
-        trainer.add_callback(_Progress(advance))
+        trainer.add_callback(_ShowProgress(advance))
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
             _remove_broken(checkpoints)
@@ -142,19 +142,19 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         arguments[checkpointing] = train.activation_checkpointing
     if train.activation_checkpointing:
         arguments[f"{checkpointing}_kwargs"] = {"use_reentrant": False}  # trl's default is True
-    return arguments | dict(
-        output_dir=str(checkpoints),
-        use_cpu=not torch.cuda.is_available(),
-        data_seed=train.seed,
-        eval_strategy="steps" if eval_steps else "no",
-        eval_steps=eval_steps,
-        include_num_input_tokens_seen="all",
-        train_sampling_strategy="random",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+    return arguments | {
+        "output_dir": str(checkpoints),
+        "use_cpu": not torch.cuda.is_available(),
+        "data_seed": train.seed,
+        "eval_strategy": "steps" if eval_steps else "no",
+        "eval_steps": eval_steps,
+        "include_num_input_tokens_seen": "all",
+        "train_sampling_strategy": "random",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
 
 
 def optimizer_of(train: Training) -> tuple[Any, dict[str, Any]] | None:
@@ -204,7 +204,7 @@ class _MarkComplete(TrainerCallback):
             (where / COMPLETE).write_text(json.dumps(_sizes(where)), encoding="utf-8")
 
 
-class _Progress(TrainerCallback):
+class _ShowProgress(TrainerCallback):
     """Advances the progress bar; without a terminal, prints a line for each log."""
 
     def __init__(self, advance: Callable[..., None]):
