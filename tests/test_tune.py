@@ -314,7 +314,7 @@ def test_bad_input_is_one_line_before_any_training(data: Path, tmp_path: Path) -
         assert not (tmp_path / "run").exists()
 
     good = json.dumps({"prompt": "x", "completion": "y"})
-    refused(r"bad\.jsonl, line 2 is not JSON", f"{good}\n{{")
+    refused(r"line 2 is not JSON", f"{good}\n{{")
     refused(r"no conversation in .*bad\.jsonl", "")
     refused("has no chat template. Name one", good, chat_template=None)
     long = json.dumps({"prompt": "a dog " * 300, "completion": "y"})

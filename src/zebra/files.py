@@ -1,4 +1,7 @@
-"""Files and directories that are complete or absent even if the process is killed, locks, inputs of a directory, the user's cache."""
+"""Files and directories that are complete or absent even if the process is killed, and locks.
+
+And what a directory depends on, and the user's cache.
+"""
 
 from __future__ import annotations
 
