@@ -348,7 +348,7 @@ def points(n: int) -> list[Point]:
     ]
     cells += [StudyCell(f"GL:{window}", "rotary", 512) for window in (8, 16, 64, 128)]
     return [
-        Point(cell, pairs(cell.layout, 512) / 512, Spread(17 + drawn.random(), 0.02 if i % 2 else None, 3))
+        Point(cell, pairs(cell.layout, 512) / 512, Spread(17 + drawn.random(), 0.02 if i % 2 else None))
         for i, cell in enumerate(cells[:n])
     ]
 

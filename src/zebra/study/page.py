@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from zebra.report.figures import draw, plot_loss
@@ -182,18 +182,26 @@ def _beyond(study: Study, prefix: str) -> Blocks:
     return [figure, *prose, table]
 
 
+_COSTS = {
+    "parameters": ("parameters", ""),
+    "attention_pairs": ("attention pairs", "a text"),
+    "cached_tokens": ("cached tokens", "a text"),
+    "planned_milliseconds": ("planned", "µs a token"),
+    "milliseconds": ("measured", "µs a token"),
+    "planned_bytes": ("planned", "MiB"),
+    "extra_bytes": ("measured", "MiB"),
+}
+"""The heads of the columns of costs, with the units."""
+
+
 def _costs(study: Study) -> Blocks:
     """A line for each cell, its columns those of which there are results: exact counts, plans and measurements."""
     cells = _ordered(study.runs)
-    columns = {
-        metric: (head, of_cell)
-        for metric, (head, show) in _COSTS.items()
-        if (of_cell := {cell: show(study, cell, cost) for cell in cells if (cost := study.cost(cell, metric))})
-    }
-    if not columns:
+    metrics = [metric for metric in _COSTS if any(study.cost(cell, metric) for cell in cells)]
+    if not metrics:
         return []
     body = [
-        [Cell(cell.name, f"trained at {cell.length:,}"), *(of.get(cell, Cell("–")) for _, of in columns.values())]
+        [Cell(cell.name, f"trained at {cell.length:,}"), *(_cost(study, cell, metric) for metric in metrics)]
         for cell in cells
     ]
     prose = "Attention pairs and cached tokens are exact counts over one text of the training length."
@@ -202,35 +210,21 @@ def _costs(study: Study) -> Blocks:
         "process: the median, with the least and the most. Its memory is what a fresh process needs for the model, the "
         "optimiser and one step. Beside each stands the plan, from the config and this machine's ceilings."
     )
-    table = Table("", [Cell("cell"), *(head for head, _ in columns.values())], body)
+    table = Table("", [Cell("cell"), *(Cell(*_COSTS[metric]) for metric in metrics)], body)
     return [prose, *([timed] if study.measured else []), table]
 
 
-def _count(study: Study, cell: StudyCell, cost: Result) -> Cell:
-    return Cell(count(cost.value), results=[cost])
-
-
-def _microseconds(study: Study, cell: StudyCell, cost: Result) -> Cell:
-    """Of a token: a step has as many as its time and its speed say."""
+def _cost(study: Study, cell: StudyCell, metric: str) -> Cell:
+    cost, unit = study.cost(cell, metric), _COSTS[metric][1]
+    if cost is None:
+        return Cell("–")
+    if unit not in ("µs a token", "MiB"):
+        return Cell(count(cost.value), results=[cost])
     time, speed = study.cost(cell, "milliseconds"), study.cost(cell, "tokens_per_second")
-    tokens = round(time.value * speed.value / 1000) if time and speed else 1
-    bounds = "–".join(number(1000 * bound / tokens) for bound in interval(cost) or ())
-    return Cell(number(1000 * cost.value / tokens), bounds, results=[cost])
-
-
-def _mebibytes(study: Study, cell: StudyCell, cost: Result) -> Cell:
-    return Cell(number(cost.value / 2**20), results=[cost])
-
-
-_COSTS: dict[str, tuple[Cell, Callable[[Study, StudyCell, Result], Cell]]] = {
-    "parameters": (Cell("parameters"), _count),
-    "attention_pairs": (Cell("attention pairs", "a text"), _count),
-    "cached_tokens": (Cell("cached tokens", "a text"), _count),
-    "planned_milliseconds": (Cell("planned", "µs a token"), _microseconds),
-    "milliseconds": (Cell("measured", "µs a token"), _microseconds),
-    "planned_bytes": (Cell("planned", "MiB"), _mebibytes),
-    "extra_bytes": (Cell("measured", "MiB"), _mebibytes),
-}
+    tokens = round(time.value * speed.value / 1000) if time and speed else 1  # of a step
+    scale = 2**-20 if unit == "MiB" else 1000 / tokens
+    bounds = "–".join(number(bound * scale) for bound in interval(cost) or ())
+    return Cell(number(cost.value * scale), bounds, results=[cost])
 
 
 def _training(study: Study, prefix: str) -> Blocks:

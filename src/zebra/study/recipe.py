@@ -19,18 +19,9 @@ _Many = Annotated[
     tuple[T, ...], BeforeValidator(lambda one: (one,) if not isinstance(one, list | tuple) else tuple(one))
 ]
 _Size = Annotated[int, Field(ge=1)]
-CELL_KEYS = (
-    "run",
-    "model.attention_kinds",
-    "model.position_embedding",
-    "model.sliding_window",
-    "model.summary_block",
-    "train.length",
-    "train.per_device_train_batch_size",
-    "train.seed",
-    "evaluate.length",
-    "evaluate.beyond",
-)
+CELL_KEYS = ("run", "model.attention_kinds", "model.position_embedding", "model.sliding_window", "model.summary_block",
+             "train.length", "train.per_device_train_batch_size", "train.seed", "evaluate.length",
+             "evaluate.beyond")  # fmt: skip
 """The keys of a recipe that the cells of a grid differ in."""
 
 

@@ -23,7 +23,6 @@ class Spread(NamedTuple):
 
     mean: float
     deviation: float | None
-    n: int
 
 
 class Difference(NamedTuple):
@@ -48,7 +47,7 @@ def spread(scores: Scores) -> Spread:
     """Of perplexities."""
     values = [row.value for row in scores.values()]
     several = len(values) > 1 and all(map(math.isfinite, values))
-    return Spread(math.fsum(values) / len(values), statistics.stdev(values) if several else None, len(values))
+    return Spread(math.fsum(values) / len(values), statistics.stdev(values) if several else None)
 
 
 def level(scores: Scores) -> float:
