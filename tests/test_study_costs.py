@@ -22,7 +22,7 @@ from zebra.study import layout as layouts
 from zebra.study import model as study
 from zebra.study.layout import SummaryStripes, summary_pairs
 from zebra.study.summary import SummaryAttention
-from zebra.train.dry_run import saved_storages, dry_run
+from zebra.train.dry_run import dry_run, saved_storages
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe
 from zebra_bench import study as bench
