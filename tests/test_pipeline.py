@@ -175,8 +175,8 @@ def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_p
         "evaluate": "after tune",
         "report": "after tune",
     }
-    shutil.rmtree(copy / "adapt")
-    assert why(path)["adapt"] == "new"
+    shutil.rmtree(copy / "adapt" / "model")
+    assert why(path)["adapt"] == "gone"
     (copy / "convert.json").unlink()
     with pytest.raises(ZebraError, match=r"convert exists without its record .*convert\.json\. Move it away"):
         plan(read_pipeline(path))

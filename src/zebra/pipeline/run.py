@@ -114,7 +114,8 @@ def _naming(stage: Stage, folder: str | None = None) -> Iterator[None]:
         with warnings.catch_warnings(action="ignore") if folder else nullcontext():
             yield
     except ZebraError as error:
-        raise ZebraError(f"stage {stage.name}: {str(error).replace(f'{folder}/', f'{stage.folder.parent}/')}") from None
+        text = str(error).replace(f"{folder}/", f"{stage.folder.parent}/") if folder else str(error)
+        raise ZebraError(f"stage {stage.name}: {text}") from None
 
 
 # What a stage depends on
@@ -176,14 +177,17 @@ def _read_record(stage: Stage) -> dict[str, Any] | None:
 
 def _why(stage: Stage, began: dict[str, Any] | None, inputs: dict[str, str]) -> str | None:
     """Why a stage runs; None where it is done."""
-    if began is None or not (stage.folder.exists() or not began["done"]):
+    if began is None:
         return "new"
     before = began["inputs"]
     changed = sorted(name for name in {*inputs, *before} if inputs.get(name) != before.get(name))
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         return f"{', '.join(changed[:3])}{more} changed"
-    return None if began["done"] else "begun"
+    if not began["done"]:
+        return "begun"
+    outputs = stage.checkpoint or stage.folder
+    return None if outputs.exists() else "gone"
 
 
 def _begin(stage: Stage, inputs: dict[str, str], why: str) -> None:
