@@ -169,9 +169,9 @@ def test_intervals_hold_the_truth_in_95_of_100(seeds: int) -> None:
 
 def test_spreads() -> None:
     row = run_of(StudyCell(FULL, "rotary", 512), 0, 2.0)[2]
-    assert spread({0: row}) == (row.value, None, 1)
+    assert spread({0: row}) == (row.value, None)
     two = spread({0: replace(row, value=1.0), 1: replace(row, value=3.0)})
-    assert two == (2.0, math.sqrt(2), 2)
+    assert two == (2.0, math.sqrt(2))
     assert spread({0: row, 1: replace(row, value=math.nan)}).deviation is None
 
 
