@@ -81,7 +81,7 @@ def test_convert_verify_evaluate_report(zebra: Zebra, tmp_path: Path, few: Path)
     stories = few.read_text().split(SEPARATOR)
     records.write_text("".join(json.dumps({"body": story}) + "\n" for story in stories))
     done = zebra(
-        *("evaluate", "perplexity", out, records, "--field", "body", "--workers", 2, "--length", "300,512", "--json")
+        *("evaluate", "perplexity", out, records, "--field", "body", "--num-proc", 2, "--length", "300,512", "--json")
     )
     assert done.returncode == 0, done.stderr
     assert [row["value"] for row in json.loads(done.stdout)["results"]] == [row["value"] for row in results]

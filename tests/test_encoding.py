@@ -71,9 +71,9 @@ def test_batches_come_back_in_their_order(batches: list[list[str]], append: int 
         assert (a.tokens.tolist(), a.lengths, a.hashes.tolist()) == (b.tokens.tolist(), b.lengths, b.hashes.tolist())
 
 
-def entry(cache: Path, workers: int, encode: object = None) -> tuple[Corpus, dict[str, bytes]]:
+def entry(cache: Path, num_proc: int, encode: object = None) -> tuple[Corpus, dict[str, bytes]]:
     corpus = tokenise(
-        [str(STORY)], encode or Encoder(DEFINITION), tokenizer="t", separator=SEPARATOR, workers=workers, cache=cache
+        [str(STORY)], encode or Encoder(DEFINITION), tokenizer="t", separator=SEPARATOR, num_proc=num_proc, cache=cache
     )  # type: ignore[arg-type]
     (where,) = cache.iterdir()
     return corpus, {where.name + "/" + path.name: path.read_bytes() for path in where.iterdir()}
@@ -91,21 +91,23 @@ def test_any_number_of_workers_makes_the_same_entry(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("last", "error", "message"),
-    [("raise", ValueError, "no such letter"), ("die", ZebraError, r"a worker .* was killed, .*\. Take fewer workers")],
+    [("raise", ValueError, "no such letter"), ("die", ZebraError, r"a worker .* was killed, .*\. Lower num_proc")],
 )
 def test_a_worker_that_fails_ends_all(tmp_path: Path, last: str, error: type[Exception], message: str) -> None:
     (tmp_path / "a.txt").write_text("a--b--c--" + last)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BATCH_CHARACTERS", 1)
         with pytest.raises(error, match=message):
-            tokenise([str(tmp_path / "a.txt")], letters, tokenizer="t", separator="--", workers=2, cache=tmp_path / "c")
+            tokenise(
+                [str(tmp_path / "a.txt")], letters, tokenizer="t", separator="--", num_proc=2, cache=tmp_path / "c"
+            )
     assert list((tmp_path / "c").iterdir()) == []
 
 
 def test_a_text_that_cannot_be_read_ends_the_workers(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{')
     with pytest.raises(ZebraError, match="line 2 is not JSON"):
-        tokenise([str(tmp_path / "a.jsonl")], letters, tokenizer="t", workers=2, cache=tmp_path / "c")
+        tokenise([str(tmp_path / "a.jsonl")], letters, tokenizer="t", num_proc=2, cache=tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []
 
 
@@ -124,7 +126,7 @@ def encode(texts):
 
 if __name__ == "__main__":
     corpus._BATCH_CHARACTERS = 1
-    corpus.tokenise([sys.argv[1]], encode, tokenizer="t", separator="--", workers=2, cache=sys.argv[2])
+    corpus.tokenise([sys.argv[1]], encode, tokenizer="t", separator="--", num_proc=2, cache=sys.argv[2])
 """
 
 
@@ -150,7 +152,7 @@ def test_a_kill_leaves_no_worker_and_nothing_half_made(tmp_path: Path) -> None:
         assert time.monotonic() < until, "a worker outlives its parent"
         time.sleep(0.02)
     corpus = tokenise(
-        [str(tmp_path / "a.txt")], letters, tokenizer="t", separator="--", workers=2, cache=tmp_path / "c"
+        [str(tmp_path / "a.txt")], letters, tokenizer="t", separator="--", num_proc=2, cache=tmp_path / "c"
     )
     assert "".join(map(chr, corpus.tokens)) == "abcdefgh"
     (entry,) = (tmp_path / "c").iterdir()

@@ -46,7 +46,7 @@ def perplexity(
     ] = None,
     separator: Separator = None,
     field: Annotated[str, typer.Option(help="Field of .jsonl or .parquet records that holds the text.")] = "text",
-    workers: Annotated[int, typer.Option(min=1, metavar="INT", help="Processes that tokenise.")] = 1,
+    num_proc: Annotated[int, typer.Option(min=1, metavar="INT", help="Processes that tokenise.")] = 1,
     join: Annotated[bool, typer.Option("--join", help="Join documents up to the length or longer.")] = False,
     prompt: Annotated[
         int | None,
@@ -79,7 +79,7 @@ def perplexity(
             stride=stride,
             separator=separator,
             field=field,
-            workers=workers,
+            num_proc=num_proc,
             join=join,
             prompt=prompt,
             seed=seed,

@@ -87,7 +87,7 @@ def read_corpus(
     separator: str | None = None,
     field: str = "text",
     append_eos: bool = False,
-    workers: int = 1,
+    num_proc: int = 1,
     cache: str | os.PathLike[str] | None = None,
 ) -> Corpus:
     """Texts as a corpus under a checkpoint's tokenizer; see `tokenise`.
@@ -103,7 +103,7 @@ def read_corpus(
         separator=separator,
         field=field,
         append=tokenizer.eos_token_id if append_eos else None,
-        workers=workers,
+        num_proc=num_proc,
         cache=cache,
     )
 
@@ -116,19 +116,19 @@ def tokenise(
     separator: str | None = None,
     field: str = "text",
     append: int | None = None,
-    workers: int = 1,
+    num_proc: int = 1,
     cache: str | os.PathLike[str] | None = None,
 ) -> Corpus:
     """Tokenise texts, or load their tokens from the cache.
 
     Args:
         patterns: files, folders and globs.
-        encode: the tokenizer's function; picklable where there are several workers.
+        encode: the tokenizer's function; picklable where there are several processes.
         tokenizer: what identifies the tokenizer, a hash of its definition.
         separator: splits a text file into documents; None makes each file one document.
         field: the field of a record that has its text.
         append: a token to put after each document (end of text), or None.
-        workers: processes that tokenise, this one alone where 1; the tokens are the same for any number.
+        num_proc: processes that tokenise, this one alone where 1; the tokens are the same for any number.
         cache: the folder of the cache; the user's where None.
 
     Raises:
@@ -146,7 +146,7 @@ def tokenise(
         with atomic_directory(entry) as directory:
             try:
                 documents = read_documents(files, separator, field)
-                _write_entry(directory, documents, encode, append, workers, sum(file.stat().st_size for file in files))
+                _write_entry(directory, documents, encode, append, num_proc, sum(file.stat().st_size for file in files))
             except (OSError, ZebraError):
                 _check_unchanged(files, digests)  # a change of a file explains the error
                 raise
@@ -194,14 +194,14 @@ def _open(entry: Path) -> Corpus:
 
 
 def _write_entry(
-    directory: Path, documents: Iterator[Document], encode: Encode, append: int | None, workers: int, size: int
+    directory: Path, documents: Iterator[Document], encode: Encode, append: int | None, num_proc: int, size: int
 ) -> None:
     lengths: list[int] = []
     hashes: list[NDArray[np.uint64]] = []
     largest = total = 0
     start = time.perf_counter()
     with bar("tokenising", size, "B") as advance, (directory / "tokens.raw").open("wb") as raw:
-        for batch in encode_batches(_batches(documents, advance), encode, append, workers):
+        for batch in encode_batches(_batches(documents, advance), encode, append, num_proc):
             batch.tokens.tofile(raw)
             lengths += batch.lengths
             hashes.append(batch.hashes)

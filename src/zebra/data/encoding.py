@@ -72,33 +72,31 @@ class EncodedBatch(NamedTuple):
 
 
 def encode_batches(
-    batches: Iterable[list[str]], encode: Encode, append: int | None, workers: int
+    batches: Iterable[list[str]], encode: Encode, append: int | None, num_proc: int
 ) -> Iterator[EncodedBatch]:
     """Encode batches of documents, each document followed by the token `append` if there is one.
 
     Args:
-        workers: processes that encode, this one alone where 1. They end with this process, however it ends.
+        num_proc: processes that encode, this one alone where 1. They end with this process, however it ends.
 
     Raises:
         ZebraError: a worker was killed.
     """
-    if workers == 1:
+    if num_proc == 1:
         yield from (_encode_batch(batch, encode, append) for batch in batches)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pending: deque[Future[EncodedBatch]] = deque()
-    with ProcessPoolExecutor(workers, context, _start_worker, (encode, append)) as pool:
+    with ProcessPoolExecutor(num_proc, context, _start_worker, (encode, append)) as pool:
         try:
             for batch in batches:
-                if len(pending) == workers:
+                if len(pending) == num_proc:
                     yield pending.popleft().result()
                 pending.append(pool.submit(_encode_in_worker, batch))
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise ZebraError(
-                "a worker that tokenises was killed, perhaps for its memory. Take fewer workers."
-            ) from None
+            raise ZebraError("a worker that tokenises was killed, perhaps for its memory. Lower num_proc.") from None
         finally:
             for future in pending:
                 future.cancel()

@@ -144,7 +144,7 @@ def evaluate_perplexity(
     stride: int | None = None,
     separator: str | None = None,
     field: str = "text",
-    workers: int = 1,
+    num_proc: int = 1,
     join: bool = False,
     prompt: int | None = None,
     check_only: bool = False,
@@ -164,7 +164,7 @@ def evaluate_perplexity(
     config = options.config(checkpoint)
     _ = options.self_extend_setting(config)  # checked before the weights are read
     check_learned_positions(config, max(lengths))
-    corpus = read_corpus(text, load_tokenizer(checkpoint, config), separator=separator, field=field, workers=workers)
+    corpus = read_corpus(text, load_tokenizer(checkpoint, config), separator=separator, field=field, num_proc=num_proc)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
     columns: dict[str, Any] = {"run": run, "model": str(checkpoint)}

@@ -124,7 +124,7 @@ def _corpus(
         separator=source.separator,
         field=source.field,
         append_eos=append_eos,
-        workers=recipe.data.num_proc,
+        num_proc=recipe.data.num_proc,
         cache=recipe.data.cache_dir,
     )
 
