@@ -35,6 +35,7 @@ _STYLE = {
     "font.size": 9,
     "lines.linewidth": 1.8,
     "text.parse_math": False,
+    "figure.constrained_layout.hspace": 0.08,
     "axes.spines.top": False,
     "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),

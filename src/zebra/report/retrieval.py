@@ -104,7 +104,7 @@ def _heat_maps(figure: str, results: list[Result]) -> str:
     for series, here in panels.items():
         title = series.layout if _common(results) else f"{series.layout}\n{series.run}: {series.name}"
         plots.append(partial(_plot_panel, results=here, title=title, size=(across, lines), beside=beside, order=order))
-    return draw(figure, *plots, height=0.26 * lines + (0.8 if _common(results) else 0.95), columns=beside)
+    return draw(figure, *plots, height=0.26 * lines + (0.9 if _common(results) else 1.05), columns=beside)
 
 
 def _plot_panel(
