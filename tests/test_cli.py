@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import STORIES, TEXT, Zebra, refused
 
 SEPARATOR = "<|endoftext|>"
@@ -292,6 +295,21 @@ def test_an_interrupt_of_a_process(endless: Path, tmp_path: Path) -> None:
         running.send_signal(signal.SIGINT)
         rest = running.stderr.read()
         interrupted(tmp_path, running.wait(timeout=60), rest)
+
+
+def test_a_run_in_this_process_leaves_nothing_behind(zebra: Zebra, tmp_path: Path) -> None:
+    def state() -> list[Any]:
+        loggers = ("", "transformers", "zebra")
+        logs = [(log.level, list(log.handlers)) for log in map(logging.getLogger, loggers)]
+        process = [dict(os.environ), Path.cwd(), sys.argv, sys.stdin, sys.stdout, sys.stderr]
+        return [*logs, *process, list(warnings.filters), torch.get_num_threads(), torch.get_rng_state().tolist()]
+
+    transformers.logging.get_verbosity()  # sets its handler, once
+    before = state()
+    sampled = ("--max-new-tokens", 2, "--temperature", 1.0)
+    assert zebra("generate", STORIES, "--prompt", "Once", *sampled, cwd=tmp_path).returncode == 0
+    assert zebra("generate", STORIES, cwd=tmp_path).returncode == 2
+    assert state() == before
 
 
 def test_an_error_in_a_process_of_its_own(zebra_process: Zebra) -> None:
