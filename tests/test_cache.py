@@ -51,7 +51,7 @@ def test_a_local_layer_holds_the_window_less_one(model: Any, parts: tuple[int, .
             assert states.untyped_storage().nbytes() <= (held + max(1, held // 4)) * TOKEN // 2
 
 
-def test_storage_is_bounded_where_the_hosts_is_not(model: Any) -> None:
+def test_storage_is_bounded_where_that_of_transformers_is_not(model: Any) -> None:
     """Law 7 for memory: local layers stay constant while the text doubles; the stock cache's grow."""
     ours = [fill(model, StripedCache(model.config), n).kv_bytes() for n in (500, 1000)]
     assert ours[1] - ours[0] == 2 * 500 * TOKEN
@@ -88,7 +88,7 @@ def test_slack_is_a_quarter_of_what_is_kept(window: int) -> None:
 
 @pytest.mark.parametrize("parts", [[100] + [1] * 300, [7] * 60, [40, 1, 1, 40, 1, 3] * 5, [1] * 50], ids=str)
 @pytest.mark.parametrize("kind", [GrowingLayer, TrimmedSlidingLayer])
-def test_layers_hold_what_the_hosts_hold_and_grow_by_a_quarter(kind: Any, parts: list[int]) -> None:
+def test_layers_hold_what_those_of_transformers_hold_and_grow_by_a_quarter(kind: Any, parts: list[int]) -> None:
     arguments = () if kind is GrowingLayer else (WINDOW,)
     ours, stock = kind(*arguments), kind.__base__(*arguments)
     addresses = []
@@ -139,7 +139,7 @@ def test_a_cache_outlives_inference_mode(model: Any) -> None:
         torch.testing.assert_close(ours.keys, stock.keys)
 
 
-def test_what_does_not_fit_is_the_hosts_to_promote_or_refuse() -> None:
+def test_what_does_not_fit_is_promoted_or_rejected_as_in_transformers() -> None:
     layer = GrowingLayer()
     layer.update(*torch.zeros(2, 3, 2, 5, 8, dtype=torch.bfloat16))
     assert layer.update(*torch.ones(2, 3, 2, 1, 8))[0].dtype == torch.float32
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_the_hosts_to_promote_or_refuse() -> None:
 
 @pytest.mark.parametrize("only", ["", "q_proj"])
 def test_gradients_flow_through_the_cache(model: Any, only: str) -> None:
-    """A chunk's loss reaches the chunk before it, as with the host's cache; also where no key needs a gradient."""
+    """A chunk's loss reaches the chunk before it, as with the stock cache; also where no key needs a gradient."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(only in name)
     output = []
@@ -186,7 +186,7 @@ def test_crop_takes_back_what_was_recorded(model: Any) -> None:
         assert ours.get_seq_length() == 20
 
 
-def test_our_layers_do_not_replace_the_hosts(model: Any) -> None:
-    """A `_layer_type` on a layer of ours would change the host for the whole process."""
+def test_our_layers_do_not_replace_those_of_transformers(model: Any) -> None:
+    """A `_layer_type` on a layer of ours would change transformers for the whole process."""
     StripedCache(model.config)
     assert all(type(layer) is not TrimmedSlidingLayer for layer in DynamicCache(config=model.config).layers)

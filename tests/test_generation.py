@@ -1,4 +1,4 @@
-"""Text from a checkpoint: the host's own tokens, in pieces that join to the text, by a seed, within its bounds."""
+"""Text from a checkpoint: the tokens of transformers, in pieces that join to the text, by a seed, within its bounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zebra.generation import Decoding, Generated, _Writer
 
 ONCE = "Once upon a time, there was"
 ASSISTS_ITSELF_IN_CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-"""The plain host of 5.17 fails too where a model that assists itself is given its prompt in chunks."""
+"""Transformers 5.17 fails too where a model that assists itself reads its prompt in chunks."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def long() -> str:
     return (TEXT / "tinystories_test.txt").read_text()[:600]
 
 
-def hosts(path: Path, tokenizer: Any, prompt: str, **options: Any) -> tuple[int, ...]:
+def by_transformers(path: Path, tokenizer: Any, prompt: str, **options: Any) -> tuple[int, ...]:
     """The new tokens of plain transformers, by its own attention and its own cache."""
     plain: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -59,8 +59,10 @@ def hosts(path: Path, tokenizer: Any, prompt: str, **options: Any) -> tuple[int,
 
 
 @pytest.mark.parametrize("chunk", [None, pytest.param(1, marks=pytest.mark.full), 7, 64, 10_000])
-def test_greedy_tokens_are_the_hosts(model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None) -> None:
-    expected = hosts(striped, tokenizer, long, max_new_tokens=60, do_sample=False)
+def test_greedy_tokens_equal_transformers(
+    model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None
+) -> None:
+    expected = by_transformers(striped, tokenizer, long, max_new_tokens=60, do_sample=False)
     generated = zebra.generate(model, long, max_new_tokens=60, prefill_chunk=chunk)
     assert generated.tokens == expected
     assert generated.prompt_tokens > 129
@@ -69,20 +71,20 @@ def test_greedy_tokens_are_the_hosts(model: Any, striped: Path, tokenizer: Any, 
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_beams_are_the_hosts(model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None) -> None:
-    expected = hosts(striped, tokenizer, long, max_new_tokens=40, do_sample=False, num_beams=3)
+def test_beams_equal_transformers(model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None) -> None:
+    expected = by_transformers(striped, tokenizer, long, max_new_tokens=40, do_sample=False, num_beams=3)
     pieces: list[str] = []
     generated = zebra.generate(model, long, max_new_tokens=40, num_beams=3, prefill_chunk=chunk, on_text=pieces.append)
     assert generated.tokens == expected
     assert "".join(pieces) == generated.text
 
 
-def test_draws_are_the_hosts_and_go_by_the_seed_alone(
+def test_draws_equal_transformers_and_depend_on_the_seed_alone(
     model: Any, striped: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cuts = {"temperature": 0.9, "top_p": 0.95, "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1}
     torch.manual_seed(5)
-    expected = hosts(striped, tokenizer, ONCE, max_new_tokens=50, do_sample=True, **cuts)
+    expected = by_transformers(striped, tokenizer, ONCE, max_new_tokens=50, do_sample=True, **cuts)
     before, _ = torch.get_rng_state(), capfd.readouterr()
     generated = zebra.generate(model, ONCE, max_new_tokens=50, seed=5, **cuts)
     assert generated.tokens == expected
@@ -90,7 +92,7 @@ def test_draws_are_the_hosts_and_go_by_the_seed_alone(
     torch.manual_seed(99)
     assert zebra.generate(model, ONCE, max_new_tokens=50, seed=5, **cuts).tokens == generated.tokens
     assert zebra.generate(model, ONCE, max_new_tokens=50, seed=6, **cuts).tokens != generated.tokens
-    assert capfd.readouterr().err == ""  # the host says nothing of its own
+    assert capfd.readouterr().err == ""  # transformers writes nothing of its own
 
 
 def test_nothing_of_the_checkpoints_defaults_but_its_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +110,7 @@ def test_nothing_of_the_checkpoints_defaults_but_its_ends(model: Any, monkeypatc
 
 
 def test_a_pure_draw_is_not_cut(model: Any, tokenizer: Any) -> None:
-    """The host would keep the likeliest 50 tokens unasked: at a high temperature the tail must come."""
+    """transformers would draw from the likeliest 50 tokens by default: at a high temperature the tail must come."""
     logits = model(**tokenizer(ONCE, return_tensors="pt")).logits[0, -1]
     likeliest = set(logits.topk(50).indices.tolist())
     drawn = {zebra.generate(model, ONCE, max_new_tokens=1, temperature=50.0, seed=i).tokens[0] for i in range(8)}
@@ -351,10 +353,10 @@ def test_ctrl_c_leaves_the_text_so_far(striped: Path) -> None:
     "options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=["greedy", "beams", "static"]
 )
 @pytest.mark.parametrize("chunk", [None, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 64)), 7])
-def test_a_padded_batch_in_chunks_is_the_hosts(
+def test_a_padded_batch_in_chunks_equals_transformers(
     model: Any, striped: Path, long: str, options: dict[str, Any], chunk: int | None
 ) -> None:
-    """By the host's `generate` itself, with the bounded cache and with a static one."""
+    """By `generate` of transformers itself, with the bounded cache and with a static one."""
     padding = AutoTokenizer.from_pretrained(STORIES, padding_side="left")
     batch = padding([long, long[40:140], ONCE], return_tensors="pt", padding=True)
     plain: Any = AutoModelForCausalLM.from_pretrained(striped, attn_implementation="eager")
@@ -364,10 +366,10 @@ def test_a_padded_batch_in_chunks_is_the_hosts(
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_assisted_decoding_makes_the_hosts_tokens(
+def test_assisted_decoding_equals_transformers(
     model: Any, striped: Path, tokenizer: Any, long: str, chunk: int | None
 ) -> None:
-    expected = hosts(striped, tokenizer, long, max_new_tokens=30, do_sample=False)
+    expected = by_transformers(striped, tokenizer, long, max_new_tokens=30, do_sample=False)
     inputs = tokenizer(long, return_tensors="pt")
     dense = zebra.load(STORIES)
     helpers: list[dict[str, Any]] = [{"assistant_model": dense}, {"prompt_lookup_num_tokens": 3}]
@@ -378,8 +380,8 @@ def test_assisted_decoding_makes_the_hosts_tokens(
         assert tuple(model.generate(**inputs, **helper, **more)[0, inputs["input_ids"].shape[1] :].tolist()) == expected
 
 
-def test_stop_strings_of_the_host_reach_no_kernel(model: Any, tokenizer: Any) -> None:
-    """The host hands the tokenizer of its stop strings on to every layer."""
+def test_stop_strings_reach_no_kernel(model: Any, tokenizer: Any) -> None:
+    """transformers passes the tokenizer of its stop strings on to every layer."""
     inputs = tokenizer(ONCE, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=60, stop_strings=["in the p"], tokenizer=tokenizer)
     assert tokenizer.decode(output[0]).endswith("in the p")

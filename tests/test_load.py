@@ -1,4 +1,4 @@
-"""Loading and converting: what stays the host's, what is refused."""
+"""Loading and converting: what stays as transformers has it, what is rejected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tree(where: Path) -> set[str]:
     return {str(p.relative_to(where)) for p in where.rglob("*")}
 
 
-def test_load_gives_the_hosts_own_class_with_our_attention_and_cache(checkpoints: Callable[..., Path]) -> None:
+def test_load_gives_the_stock_class_with_our_attention_and_cache(checkpoints: Callable[..., Path]) -> None:
     from transformers.models.cwm.modeling_cwm import CwmForCausalLM
 
     model = zebra.load(checkpoints("llama"), stripes=Stripes.parse("GLLL:9"))
@@ -238,7 +238,9 @@ def test_the_index_of_another_format_is_not_asked(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "source", max_shard_size="20KB")
     (tmp_path / "source" / "consolidated.safetensors.index.json").write_text('{"weight_map": {"a": "gone"}}')
     zebra.convert(tmp_path / "source", tmp_path / "out", "GL:9")
-    shutil.copy(STORIES / "model.safetensors", tmp_path / "out")  # a single file goes before an index, as in the host
+    shutil.copy(
+        STORIES / "model.safetensors", tmp_path / "out"
+    )  # a single file goes before an index, as in transformers
     with refused("different models"):
         zebra.load(tmp_path / "out")
 
@@ -384,7 +386,7 @@ def test_quantised_weights() -> None:
 
 
 @pytest.mark.parametrize("member", ["granite_swa", "gpt_oss"])
-def test_sinks_and_their_gradients_are_the_hosts(member: str) -> None:
+def test_learned_sinks_and_their_gradients_equal_transformers(member: str) -> None:
     """A score in the softmax that no value stands behind."""
     plain = tiny_model(
         member, sliding_window=9, layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"]

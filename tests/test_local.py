@@ -155,7 +155,7 @@ def test_law_4_gradients_equal_one_softmax_through_a_whole_model(checkpoints: Ma
         output = gradient(**arguments)
         with naively(model):
             expected = gradient(**arguments)
-        assert (output - expected).norm() <= 1e-6 * expected.norm()  # the host's norms round to float32
+        assert (output - expected).norm() <= 1e-6 * expected.norm()  # norms of transformers round to float32
 
 
 def test_with_self_extend_both_equal_the_formula(checkpoints: MakeCheckpoint) -> None:

@@ -216,7 +216,7 @@ def test_a_scaled_and_capped_head_equals_the_formula(fused: bool, scale: float, 
 
 
 @pytest.mark.parametrize("member", EVERY_MEMBER)
-def test_the_loss_and_its_gradients_are_the_hosts_own(member: str) -> None:
+def test_the_loss_and_its_gradients_equal_transformers(member: str) -> None:
     """Heads differ by family: Gemma caps its logits, Cohere scales them."""
     model = tiny_model(member)
     ids = torch.randint(3, 97, (2, 21), generator=torch.Generator().manual_seed(1))

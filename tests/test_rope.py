@@ -1,4 +1,4 @@
-"""Changes of the rope: the notation, the host's own frequencies, what is written, what is refused."""
+"""Changes of the rope: the notation, the frequencies of transformers, what is written, what is refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_frequencies_are_the_formulas(checkpoints: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("member", [m for m in EVERY_MEMBER if m not in ("cohere2", "granite_swa")])
 @pytest.mark.parametrize("text", KINDS)
-def test_the_host_takes_what_is_written(member: str, text: str) -> None:
+def test_transformers_reads_what_is_written(member: str, text: str) -> None:
     rope = Rope.parse(text)
     source = tiny_config(member)
     stripes = Stripes.of(source.layer_types, 9) if member in ("gemma3_text", "mellum") else Stripes.parse("GLLL:9")
@@ -171,7 +171,7 @@ def test_a_base_for_each_layer(checkpoints: Callable[..., Path], tmp_path: Path)
 # Frequencies that change with the length
 
 
-def test_dynamic_equals_the_hosts_own_and_needs_no_history(checkpoints: Callable[..., Path]) -> None:
+def test_dynamic_equals_transformers_and_needs_no_history(checkpoints: Callable[..., Path]) -> None:
     path = checkpoints("llama", max_position_embeddings=16)
     model = zebra.load(path, rope="dynamic:1")
     assert model.config.max_position_embeddings == 16

@@ -39,7 +39,7 @@ from zebra.positions import grouped_key, grouped_query, relative
 FAMILIES = ("llama", "qwen3", "gemma2", "phi", "gpt_oss")
 SETTING = "3:7"
 EXACT = {"rope_parameters": {"rope_type": "default", "rope_theta": 256.0}}
-"""With heads of 8 the frequencies are 1, 1/4, 1/16, 1/64: the host's float32 angles are exact."""
+"""With heads of 8 the frequencies are 1, 1/4, 1/16, 1/64: the float32 angles of transformers are exact."""
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -152,18 +152,18 @@ def test_a_row_that_neither_side_sees_stays_empty() -> None:
 
 @pytest.mark.parametrize("start", [0, 5000, 300_000])
 def test_turning_again_equals_turning_once_however_far(start: int) -> None:
-    """The host's rotary at grouped positions, against its rotary at true positions turned by what they differ."""
+    """The rotary of transformers at grouped positions, against the one at true positions rotated by the difference."""
     config = tiny_config("llama", head_dim=16, max_position_embeddings=10**6)
     rotary = tiny_model("llama", head_dim=16, max_position_embeddings=10**6).model.rotary_emb
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     assert config.rope_parameters["rope_type"] == "default"
     x = torch.randn(1, 2, 50, 16)
-    host = torch.arange(start, start + 50)[None]
-    for new in (grouped_query(host, 8, 64), grouped_key(host, 8)):
+    positions = torch.arange(start, start + 50)[None]
+    for new in (grouped_query(positions, 8, 64), grouped_key(positions, 8)):
         once, _ = apply_rotary_pos_emb(x, x, *rotary(x, new))
-        first, _ = apply_rotary_pos_emb(x, x, *rotary(x, host))
-        again = rotate(first, rotation_between(rotary.inv_freq, host, new, torch.float32))
+        first, _ = apply_rotary_pos_emb(x, x, *rotary(x, positions))
+        again = rotate(first, rotation_between(rotary.inv_freq, positions, new, torch.float32))
         assert (again - once).abs().max() < 1e-6
 
 
@@ -180,7 +180,7 @@ def test_dimensions_without_a_rope_are_left() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_formula_without_self_extend_is_the_host(family: str, checkpoints: MakeCheckpoint) -> None:
+def test_the_formula_without_self_extend_is_the_plain_model(family: str, checkpoints: MakeCheckpoint) -> None:
     """The oracle's own oracle: plain transformers."""
     path = checkpoints(family, **EXACT)
     model = zebra.load(path, self_extend=SETTING)
@@ -440,9 +440,9 @@ def test_near_keys_are_exact_and_far_ones_turned(model: Any) -> None:
     layer_of_ours, stock_layer = ours.layers[0], stock.layers[0]
     assert torch.equal(layer_of_ours.near, stock_layer.keys[:, :, -6:])
     assert torch.equal(layer_of_ours.values, stock_layer.values)
-    host = torch.arange(50)[None]
+    positions = torch.arange(50)[None]
     frequencies = model.model.rotary_emb.inv_freq
-    expected = rotate(stock_layer.keys, rotation_between(frequencies, host, host // 3, torch.float32))
+    expected = rotate(stock_layer.keys, rotation_between(frequencies, positions, positions // 3, torch.float32))
     assert off(layer_of_ours.keys, expected) < 1e-6
 
 
@@ -581,7 +581,7 @@ def test_a_group_of_one_changes_nothing(checkpoints: MakeCheckpoint) -> None:
         ("minimax", {}, "cannot run with the cache of Self-Extend|cache of its own"),
     ],
 )
-def test_hosts_that_cannot_be_extended_are_refused(
+def test_models_that_cannot_have_self_extend_are_rejected(
     family: str, changes: dict[str, Any], words: str, checkpoints: MakeCheckpoint
 ) -> None:
     with pytest.raises(ZebraError, match=words):
@@ -605,8 +605,8 @@ def test_settings_that_cannot_be_meant_are_refused(
         zebra.load(checkpoints("llama"), rope=rope, self_extend=setting)
 
 
-def test_a_host_that_cannot_run_is_refused(checkpoints: MakeCheckpoint) -> None:
-    """Experts in float64 are none of the host's."""
+def test_a_model_that_cannot_run_is_rejected(checkpoints: MakeCheckpoint) -> None:
+    """Experts in float64 do not run in transformers."""
     with pytest.raises(ZebraError, match=r"cannot be tried for Self-Extend.*Load it without, or in another dtype"):
         zebra.load(checkpoints("qwen3_moe"), self_extend=SETTING, dtype=torch.float64)
 
@@ -713,7 +713,7 @@ def test_padding_between_tokens_is_refused(model: Any) -> None:
         logits(model, tokens(1, 20), attention_mask=mask)
 
 
-def test_a_host_without_positions_is_refused_at_run_time_too(model: Any) -> None:
+def test_a_model_without_position_ids_is_rejected_at_run_time_too(model: Any) -> None:
     attn = model.model.layers[0].self_attn
     q, k, v = torch.zeros(1, 4, 9, 8), torch.zeros(1, 2, 9, 8), torch.zeros(1, 2, 9, 8)
     with pytest.raises(ZebraError, match="needs the position ids"):

@@ -150,7 +150,7 @@ def test_self_extend_is_verified_without_a_source(checkpoints: Callable[..., Pat
     assert checks[0].difference == 0
 
 
-def test_self_extend_is_held_to_the_hosts_own_angles() -> None:
+def test_self_extend_is_compared_with_the_angles_of_transformers() -> None:
     """In float64 nothing but their cosines is float32's."""
     for dtype, allowed in (("float32", 1e-5), ("float64", 5e-6)):
         checks = zebra.verify(STORIES, self_extend="8:16", dtype=dtype)

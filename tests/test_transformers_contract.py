@@ -1,6 +1,6 @@
 """What we rely on in transformers, one test for each behaviour, over the family table.
 
-A test that fails here says which promise of the host has changed, before anything of ours is blamed.
+A test that fails here shows which behaviour of transformers has changed, before anything of ours is blamed.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def test_attention_registered_without_its_mask_function_loses_the_padding() -> N
     assert create_causal_mask(config=config, **arguments) is not None
 
 
-def test_the_hosts_window_counts_the_query_itself() -> None:
+def test_a_window_counts_the_query_itself() -> None:
     config = tiny_config("mistral", sliding_window=3)
     config._attn_implementation = "eager"
     mask = create_sliding_window_causal_mask(
@@ -248,7 +248,7 @@ def test_a_mask_of_one_row_serves_a_batch(family: str) -> None:
     assert torch.equal(model(IDS, attention_mask=mask, use_cache=False).logits, expected)
 
 
-def test_a_window_of_one_is_wrong_in_the_hosts_cache_alone() -> None:
+def test_a_window_of_one_is_wrong_in_the_stock_cache_alone() -> None:
     """Its slice by -(window - 1) keeps everything. When this fails, our cache need not mend it."""
     config = with_stripes(tiny_config("llama"), Stripes.parse("GL:1"))
     torch.manual_seed(7)
@@ -266,8 +266,8 @@ def test_cwm_brings_its_own_defaults_where_a_field_is_not_written() -> None:
     assert bare.rope_parameters["rope_type"] == "llama3"
 
 
-def test_the_hosts_local_cache_shows_window_less_one_and_holds_the_prefill() -> None:
-    """Why the cache is trimmed. When this fails, the host has mended it and `TrimmedSlidingLayer` can go."""
+def test_the_stock_local_cache_shows_window_less_one_and_holds_the_prefill() -> None:
+    """Why the cache is trimmed. When this fails, transformers has fixed it and `TrimmedSlidingLayer` can go."""
     model = tiny("llama")
     cache = DynamicCache(config=model.config)
     long = torch.randint(3, 97, (1, 200))
@@ -277,7 +277,7 @@ def test_the_hosts_local_cache_shows_window_less_one_and_holds_the_prefill() -> 
     assert local.keys.untyped_storage().nbytes() >= 200 * local.keys[0, :, 0].numel() * 4
 
 
-def test_the_hosts_masks_let_packed_documents_leak_with_a_cache() -> None:
+def test_the_stock_masks_let_packed_documents_leak_with_a_cache() -> None:
     """Why documents are taken from the positions in our function."""
     model = tiny_model("llama")
     positions = torch.cat([torch.arange(20), torch.arange(20)])[None]
@@ -319,8 +319,8 @@ EXTENDABLE = [member for member in EVERY_MEMBER if member != "cohere2"] + list(U
 
 
 @pytest.mark.parametrize("family", EXTENDABLE)
-def test_a_host_hands_keys_through_the_cache_unread_and_turns_by_halves(family: str) -> None:
-    """All that Self-Extend asks of a host: it equals its dense formula, with the cache and without."""
+def test_a_model_passes_keys_through_the_cache_unread_and_rotates_by_halves(family: str) -> None:
+    """All that Self-Extend needs of a model: it equals the formula, with the cache and without."""
     model = tiny_model(family)
     model.set_attn_implementation(NAME)
     set_self_extend(model, SelfExtend(3, 7))
@@ -337,7 +337,7 @@ def test_a_host_hands_keys_through_the_cache_unread_and_turns_by_halves(family: 
 
 
 @pytest.mark.parametrize("family", UNROUTED)
-def test_the_head_of_a_family_without_a_route_is_the_hosts(family: str) -> None:
+def test_the_head_of_a_family_without_a_route_gives_its_logits(family: str) -> None:
     """Perplexity under Self-Extend rests on it."""
     model = tiny_model(family)
     bias = getattr(model.get_output_embeddings(), "bias", None)
@@ -349,7 +349,7 @@ def test_the_head_of_a_family_without_a_route_is_the_hosts(family: str) -> None:
     torch.testing.assert_close(head_of(model).logits(nothing.hidden_states[-1]), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_hosts_angles_are_taken_in_float32() -> None:
+def test_angles_are_computed_in_float32() -> None:
     """`rotation_between` repeats them."""
     rotary = tiny_model("llama", head_dim=16).double().model.rotary_emb
     positions = torch.arange(100_000, 100_030)[None]
