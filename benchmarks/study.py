@@ -22,8 +22,9 @@ from zebra.report.figures import standalone
 from zebra.report.method import method, others
 from zebra.report.page import Cell, Figure, Section
 from zebra.results import Result, read_results, write_results
+from zebra.study.cells import recipes_of
 from zebra.study.page import chapters
-from zebra.study.recipe import StudyRecipe, recipes_of
+from zebra.study.recipe import StudyRecipe
 from zebra.train.recipe import read_recipe
 from zebra_bench import study as bench
 

@@ -17,8 +17,9 @@ from conftest import ROOT, TEXT
 from zebra import ZebraError
 from zebra.results import read_results
 from zebra.study import grid
+from zebra.study.cells import cells_of, recipes_of
 from zebra.study.grid import estimate, study
-from zebra.study.recipe import StudyRecipe, cells_of, recipes_of
+from zebra.study.recipe import StudyRecipe
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import read_recipe
 from zebra.train.tokenizer import END

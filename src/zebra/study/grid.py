@@ -35,8 +35,9 @@ from zebra.plan.decoder import decoder_from_config
 from zebra.progress import bar, console
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
+from zebra.study.cells import CELL_KEYS, recipes_of
 from zebra.study.layout import NAME
-from zebra.study.recipe import CELL_KEYS, StudyRecipe, recipes_of
+from zebra.study.recipe import StudyRecipe
 from zebra.train import directory
 from zebra.train.pretrain import check_step, config_of
 from zebra.train.recipe import NewTokenizer, PretrainRecipe, read_recipe

@@ -1,0 +1,123 @@
+"""The cells of a grid of trainings from scratch, and the recipe of each."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zebra.errors import ZebraError
+from zebra.study.model import StudyConfig, attention_kinds
+from zebra.study.recipe import StudyRecipe
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import PretrainRecipe, checked
+
+CELL_KEYS = ("run", "model.attention_kinds", "model.position_embedding", "model.sliding_window", "model.summary_block",
+             "train.length", "train.per_device_train_batch_size", "train.seed", "evaluate.length",
+             "evaluate.beyond")  # fmt: skip
+"""The keys of a recipe that the cells of a grid differ in."""
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """One model of a grid; None for an axis that does not concern it."""
+
+    attention: str
+    position: str
+    group: int | None
+    window: int | None
+    block: int | None
+    length: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its directory, and the run of its results: `grouped-4-rotary-w32-512-seed0`."""
+        parts = [self.attention, self.group, self.position, self.window and f"w{self.window}"]
+        parts += [self.block and f"b{self.block}", self.length, f"seed{self.seed}"]
+        return "-".join(str(part) for part in parts if part is not None)
+
+
+def cells_of(grid: StudyRecipe) -> list[GridCell]:
+    """The cells in their order, each once.
+
+    Raises:
+        ZebraError: a recipe without a length or a window that an axis leaves to it.
+    """
+
+    model, train = dict(grid.recipe["model"]), dict(grid.recipe.get("train") or {})
+    cells: dict[GridCell, None] = {}
+    for axes in grid.cells:
+        windows = axes.window or (model.get("sliding_window"),)
+        blocks = axes.block or (model.get("summary_block", StudyConfig.summary_block),)
+        lengths, seeds = axes.length or (train.get("length"),), axes.seed or (train.get("seed", 0),)
+        for attention, position, group, window, block, length, seed in itertools.product(
+            axes.attention, axes.position, axes.group, windows, blocks, lengths, seeds
+        ):
+            if not isinstance(length, int):
+                raise ZebraError("a cell has a length: give recipe.train.length, or the axis length.")
+            if attention != "global" and not isinstance(window, int):
+                raise ZebraError(
+                    f"{attention} layers have a window: give recipe.model.sliding_window, or the axis window."
+                )
+            cell = GridCell(
+                attention=attention,
+                position=position,
+                group=group if attention == "grouped" else None,
+                window=window if attention != "global" else None,
+                block=block if attention == "summary" else None,
+                length=length,
+                seed=seed,
+            )
+            cells[cell] = None
+    return list(cells)
+
+
+def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
+    """A recipe for each cell. A step of each has the same number of tokens, so that lengths differ in nothing else.
+
+    Raises:
+        ZebraError: a recipe or a model that cannot be built, with the cell's name.
+    """
+
+    recipes = []
+    for cell in cells_of(grid):
+        try:
+            recipe = checked(_recipe_tree(grid, cell), PretrainRecipe, "recipe")
+            config_of(recipe)
+        except (ZebraError, ValueError) as error:
+            raise ZebraError(f"the cell {cell.name}: {error}") from None
+        recipes.append(recipe)
+    return recipes
+
+
+def _recipe_tree(grid: StudyRecipe, cell: GridCell) -> dict[str, Any]:
+
+    tree = copy.deepcopy(grid.recipe)
+    model, train, evaluate = tree["model"], tree.get("train") or {}, tree.get("evaluate")
+    layers = model.get("num_hidden_layers", StudyConfig.num_hidden_layers)
+    batch, length = train.get("per_device_train_batch_size", 1), train.get("length", cell.length)
+    numbers = {"model.num_hidden_layers": layers, "train.per_device_train_batch_size": batch, "train.length": length}
+    numbers["evaluate.beyond"] = (evaluate or {}).get("beyond") or 1
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"recipe.{name} is a whole number from 1 on; got {number!r}.")
+    if cell.window is not None and cell.window > cell.length:
+        raise ValueError(f"a window is at most the length, {cell.length:,} tokens; got {cell.window:,}.")
+    kinds = attention_kinds(cell.attention, layers, cell.group or 1)
+    model |= {"attention_kinds": kinds, "position_embedding": cell.position, "sliding_window": cell.window}
+    if cell.block is not None:
+        model["summary_block"] = cell.block
+    if batch * length % cell.length:
+        raise ValueError(
+            f"a step has {batch * length:,} tokens at a time (recipe.train.per_device_train_batch_size x length), and "
+            f"sequences of {cell.length:,} do not fill it. Take a length that divides it."
+        )
+    train |= {"length": cell.length, "per_device_train_batch_size": batch * length // cell.length, "seed": cell.seed}
+    if evaluate is not None:
+        evaluate["length"] = cell.length
+        if cell.position == "absolute" or (evaluate.get("beyond") or 0) <= cell.length:
+            evaluate["beyond"] = None  # learned positions end at the trained length
+    return tree | {"run": str(Path(grid.run) / "cells" / cell.name), "train": train}
