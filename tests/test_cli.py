@@ -124,10 +124,11 @@ def test_a_rope_of_the_command_line(zebra: Zebra, tmp_path: Path, few: Path) -> 
 def test_a_layout_of_the_command_line_equals_a_converted_checkpoint(zebra: Zebra, tmp_path: Path, few: Path) -> None:
     zebra("convert", STORIES, tmp_path / "out", "--stripes", "GL:65")
     arguments = (few, "--length", "400", "--separator", SEPARATOR, "--json")
-    one = zebra("evaluate", "perplexity", tmp_path / "out", *arguments)
+    one = zebra("evaluate", "perplexity", "./out/", *arguments, cwd=tmp_path)
     two = zebra("evaluate", "perplexity", STORIES, *arguments, "--stripes", "GL:65")
     values = [[row["value"] for row in json.loads(done.stdout)["results"]] for done in (one, two)]
     assert values[0] == values[1]
+    assert {row["model"] for row in json.loads(one.stdout)["results"]} == {"out"}
 
 
 def test_doctor_shows_the_kernels_and_why_they_decline(zebra: Zebra) -> None:

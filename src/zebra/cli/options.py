@@ -65,7 +65,14 @@ def _loading(name: str, text: str, check: Callable[[str | None], str | None] | N
     return typer.Option(name, help=text, callback=check, rich_help_panel="How the checkpoint is loaded")
 
 
-Checkpoint = Annotated[str, typer.Argument(help="Checkpoint: a directory that transformers saved.")]
+def _plain_path(value: str) -> str:
+    """The path of a directory as results name it, `a/b` for `./a/b/`; anything else may be a name in the hub."""
+    return str(Path(value)) if Path(value).exists() else value
+
+
+Checkpoint = Annotated[
+    str, typer.Argument(callback=_plain_path, help="Checkpoint: a directory that transformers saved.")
+]
 StripesOption = Annotated[
     str | None,
     _loading(
