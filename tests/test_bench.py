@@ -41,7 +41,7 @@ from zebra_bench.configs import (
 )
 from zebra_bench.runner import Benchmark, Variant, Workload
 
-HEADS: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "repeats": 2}
+HEADS: dict[str, Any] = {"heads": 4, "key_value_heads": 2, "head_dim": 8, "repeats": 2}
 MODEL: dict[str, Any] = HEADS | {"length": 60, "layers": 3, "intermediate_size": 24, "vocab_size": 50}
 TINY: dict[str, Any] = {
     "attention": AttentionConfig(length=100, window=20, **HEADS),
@@ -437,7 +437,7 @@ def test_decoding_with_self_extend_continues_from_a_filled_cache(
 
 BAD: dict[str, tuple[type[BenchmarkConfig], dict[str, Any], str]] = {
     "length": (AttentionConfig, {"length": 0}, "length is a whole number of at least 1; got 0"),
-    "heads": (AttentionConfig, {"heads": 6, "kv_heads": 4}, "multiple of kv_heads; got 6 and 4"),
+    "heads": (AttentionConfig, {"heads": 6, "key_value_heads": 4}, "multiple of key_value_heads; got 6 and 4"),
     "head dimension": (DecodeConfig, {"head_dim": 7}, "head_dim is even"),
     "dtype": (LossConfig, {"dtype": "int8"}, "dtype is float32 or bfloat16; got 'int8'"),
     "layout": (TrainStepConfig, {"stripes": "GX:9"}, "G .global. and L .local."),
@@ -603,6 +603,7 @@ def test_a_part_with_other_sizes_is_shown_and_not_published(
     monkeypatch.setitem(speed.PARTS, "loss", (replace(TINY["loss"], ceilings=ceilings),))
     speed.main(["loss", "vocab_size=40", "memory=false"])
     assert "vocabulary 40" in capsys.readouterr().out
+    assert speed.with_settings(AttentionConfig(), ["heads=2"]).kv_heads == 2
     assert [file.name for file in tmp_path.iterdir()] == ["ceilings.json"]
     for arguments, words in ((["loss", "words=4"], "the sizes are"), (["loss", "length=x"], "whole number; got 'x'")):
         with pytest.raises(ZebraError, match=words):

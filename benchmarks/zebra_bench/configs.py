@@ -30,7 +30,7 @@ class BenchmarkConfig:
         memory: measure peak memory too, each variant in a fresh process.
 
     Raises:
-        ZebraError: a size below 1, another dtype, heads that are no multiple of key-value heads, an odd head dimension.
+        ZebraError: a size below 1, another dtype.
     """
 
     module: ClassVar[str]
@@ -46,23 +46,43 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         sizes = {one.name: getattr(self, one.name) for one in fields(self)}
-        if sizes.get("kv_heads") == 0:
-            sizes["kv_heads"] = sizes["heads"]
-            object.__setattr__(self, "kv_heads", sizes["heads"])
         for name, value in sizes.items():
-            if type(value) is int and name != "seed" and value < 1:
+            if type(value) is int and name not in ("seed", "key_value_heads") and value < 1:
                 raise ZebraError(f"{name} is a whole number of at least 1; got {value}. Raise it.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ZebraError(f"dtype is float32 or bfloat16; got {self.dtype!r}. Choose one.")
-        heads, kv_heads = sizes.get("heads", 1), sizes.get("kv_heads", 1)
-        if heads % kv_heads:
-            raise ZebraError(f"heads is a multiple of kv_heads; got {heads} and {kv_heads}.")
-        if sizes.get("head_dim", 2) % 2:
-            raise ZebraError(f"head_dim is even, as a rope rotates pairs; got {sizes['head_dim']}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig(BenchmarkConfig):
+class HeadsConfig(BenchmarkConfig):
+    """Attention heads.
+
+    Attributes:
+        key_value_heads: as many as heads if 0.
+
+    Raises:
+        ZebraError: heads that are no multiple of key-value heads, an odd head dimension.
+    """
+
+    heads: int = 8
+    key_value_heads: int = 0
+    head_dim: int = 64
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key-value heads."""
+        return self.key_value_heads or self.heads
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ZebraError(f"heads is a multiple of key_value_heads; got {self.heads} and {self.kv_heads}.")
+        if self.head_dim % 2:
+            raise ZebraError(f"head_dim is even, as a rope rotates pairs; got {self.head_dim}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(HeadsConfig):
     """Attention of one local layer."""
 
     module = "zebra_bench.attention"
@@ -70,21 +90,14 @@ class AttentionConfig(BenchmarkConfig):
     length: int = 16384
     window: int = 512
     heads: int = 12
-    kv_heads: int = 0
-    """As many as heads if 0."""
-    head_dim: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(BenchmarkConfig):
+class ModelConfig(HeadsConfig):
     """A random Llama; its hidden size is heads * head_dim, and embedding and head share their weights."""
 
     length: int = 8192
     layers: int = 8
-    heads: int = 8
-    kv_heads: int = 0
-    """As many as heads if 0."""
-    head_dim: int = 64
     intermediate_size: int = 1536
     vocab_size: int = 32000
 

@@ -16,7 +16,7 @@ from zebra.plan.cost import Run
 from zebra.plan.decoder import decoder_from_config
 from zebra.plan.devices import Device
 from zebra.stripes import Stripes
-from zebra_bench.configs import ModelConfig
+from zebra_bench.configs import HeadsConfig, ModelConfig
 
 
 def llama_config(config: ModelConfig, stripes: Stripes | None) -> PreTrainedConfig:
@@ -85,7 +85,7 @@ def sizes_in_words(config: ModelConfig) -> str:
     return f"{layers} {config.heads * config.head_dim}, {heads_in_words(config)}"
 
 
-def heads_in_words(config: Any) -> str:
+def heads_in_words(config: HeadsConfig) -> str:
     """Heads and batch size for the name of a task."""
     keys = f", {config.kv_heads} key-value heads," if config.kv_heads != config.heads else ""
     batch = f", batch of {config.batch_size}" if config.batch_size > 1 else ""
