@@ -21,6 +21,7 @@ import zebra
 from zebra import kernels
 from zebra.errors import ZebraError
 from zebra.evaluate import perplexity, retrieval
+from zebra.model import routes
 from zebra.model.families import layout
 from zebra.model.load import convert, load
 from zebra.model.local import LocalAttention, layout_name
@@ -273,6 +274,11 @@ def test_self_extend_is_refused_where_nothing_rotates(attention: str, positions:
     drawn(attention, positions).float().save_pretrained(tmp_path)
     with pytest.raises(ZebraError):
         zebra.load(tmp_path, self_extend="4:8")
+
+
+def test_its_routes_are_registered_and_in_no_table() -> None:
+    assert [one.target for one in routes.routes_of("zebra_study")] == ["cwm", "zebra_study"]
+    assert not [one for one in routes.ROUTES if one.family == "zebra_study"]
 
 
 def test_the_command_line_plans_a_checkpoint_without_torch(zebra_process: Callable[..., Any], tmp_path: Path) -> None:
