@@ -26,7 +26,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
-    PreTrainedConfig,
+    LlamaConfig,
     PreTrainedModel,
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -80,8 +80,8 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 @strict
-class StudyConfig(PreTrainedConfig):
-    """A model of the study.
+class StudyConfig(LlamaConfig):
+    """The config of a Llama with a kind of attention for each layer, and a position embedding.
 
     Attributes:
         attention_kinds: of each layer, `global`, `local` or `summary`; by default those of `layer_types`. The caches of
@@ -98,15 +98,11 @@ class StudyConfig(PreTrainedConfig):
 
     model_type = NAME
     attribute_map = {"window": "sliding_window"}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    vocab_size: int = 32000
     hidden_size: int = 768
     intermediate_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     attention_kinds: list[str] | None = None
     position_embedding: str = "rotary"
     sliding_window: int | None = None
@@ -114,14 +110,8 @@ class StudyConfig(PreTrainedConfig):
     layer_types: list[str] | None = None
     max_position_embeddings: int = 4096
     rope_parameters: dict[str, Any] | None = None
-    hidden_act: str = "silu"
-    mlp_bias: bool = False
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
-    use_cache: bool = True
-    pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
@@ -131,10 +121,6 @@ class StudyConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is at least 1; got {size}.")
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // 48) * 16
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         if self.attention_kinds is None:
@@ -156,10 +142,6 @@ class StudyConfig(PreTrainedConfig):
                 raise ValueError(f"local layers have a window from 1 to the {longest} positions; got {window}.")
         if SUMMARY in kinds and not 1 <= self.summary_block <= self.max_position_embeddings:
             raise ValueError(f"summary_block is from 1 to {self.max_position_embeddings}; got {self.summary_block}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"heads divide the hidden size; got {self.num_attention_heads} heads of {self.hidden_size}."
-            )
         if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"key-value heads divide the heads; got {self.num_key_value_heads} of {self.num_attention_heads}."
