@@ -332,7 +332,7 @@ def test_zebra_json_keeps_them_and_loading_restores_them(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         zebra.convert(checkpoints("llama"), tmp_path / "one", LAYOUT, full_decode=True)
-    assert "config.json cannot say 3 sinks and full decoding" in caplog.messages[-1]
+    assert "config.json has no field for 3 sinks and full decoding" in caplog.messages[-1]
     assert "plain transformers and vLLM run the checkpoint without" in caplog.messages[-1]
     card = json.loads((tmp_path / "one" / "zebra.json").read_text())
     assert (card["sinks"], card["full_decode"], card["layout"]) == (3, True, LAYOUT + ", full decode")
@@ -350,7 +350,7 @@ def test_zebra_json_keeps_them_and_loading_restores_them(
     assert loaded_layout_name(wide) == "GLLL:20+3, full decode"
     with caplog.at_level(logging.WARNING):
         wide.save_pretrained(tmp_path / "two")
-    assert "config.json cannot say 3 sinks" in caplog.messages[-1]
+    assert "config.json has no field for 3 sinks" in caplog.messages[-1]
     again = zebra.load(tmp_path / "two")
     assert loaded_layout_name(again) == loaded_layout_name(wide)
     ids = tokens(1, 60)

@@ -77,7 +77,9 @@ class Decoding:
         filters = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         names = ", ".join(name for name, value in filters.items() if value is not None)
         if names and self.temperature == 0:
-            raise ZebraError(f"{names} filter what is drawn, and temperature 0 draws nothing. Raise it, to 0.8 say.")
+            raise ZebraError(
+                f"{names} filter what is drawn, and temperature 0 draws nothing. Raise it, for example to 0.8."
+            )
         processors = (
             (TemperatureLogitsWarper, float(self.temperature) or None),
             (TopPLogitsWarper, self.top_p),
@@ -352,7 +354,7 @@ class _Writer(BaseStreamer):
 
 
 class _Clock(StoppingCriteria):
-    """The time of the first token. It stops nothing; transformers asks it after each token, of beams too."""
+    """The time of the first token. It stops nothing; transformers calls it after each token, of beams too."""
 
     first = math.nan
 

@@ -412,7 +412,7 @@ class StripedCache(DynamicCache):
             self.layers[i] = SelfExtendLayer(window)
 
     def set_prompt_length(self, tokens: int) -> None:
-        """Say that the first `tokens` of each sequence, padding counted, are read, and those behind them decoded."""
+        """Set how many tokens of each sequence, padding counted, are the prompt; those behind them are decoded."""
         for layer in self.layers:
             if isinstance(layer, FullDecodeLayer):
                 layer.prompt_length = tokens

@@ -288,7 +288,7 @@ def _layout_fields(config: PreTrainedConfig, local: LocalAttention) -> dict[str,
         "layer_types": getattr(config, "layer_types", None),
         "sinks": local.sinks,
         "full_decode": local.full_decode,
-        "only_here": "sinks and full_decode: config.json cannot say them, and what reads it alone runs without them",
+        "only_here": "sinks and full_decode: config.json has no fields for them; what reads it alone runs without",
         "versions": versions(),
         "commit": git_commit(),
     }

@@ -34,7 +34,9 @@ def with_default_cache(cls: Any) -> Any:
         """transformers' `save_pretrained`."""
         local = local_attention_of(self)
         if (setting := self_extend_of(self)) is not None:
-            _log.warning("config.json cannot say Self-Extend: load what is saved with self_extend=%r.", str(setting))
+            _log.warning(
+                "config.json has no field for Self-Extend: load what is saved with self_extend=%r.", str(setting)
+            )
         warn_settings_outside_config(local)
         result = cls.save_pretrained(self, *args, **kwargs)
         if kwargs.get("is_main_process", True):

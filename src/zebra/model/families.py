@@ -55,7 +55,7 @@ def _reason_against(route: Route, config: PreTrainedConfig) -> str | None:
 
 
 def ignores_layer_types(config: PreTrainedConfig) -> bool:
-    """Whether the family's own class is known to run every layer alike, whatever layer_types say."""
+    """Whether the family's own class is known to ignore layer_types and run every layer alike."""
     routes = routes_of(config.model_type)
     return bool(routes) and all(route.target != config.model_type for route in routes)
 
@@ -100,9 +100,9 @@ def _check_kinds(route: Route, config: PreTrainedConfig, stripes: Stripes, layer
 
 
 def stripes_of(config: PreTrainedConfig) -> Stripes | None:
-    """The layout that a config asks for; None where every layer is global.
+    """The layout of a config; None where every layer is global.
 
-    A config class whose layers are of other kinds than global and local says its layout by a property `stripes`.
+    A config class with layers of other kinds than global and local has its layout as a property `stripes`.
     """
     if (own := getattr(config, "stripes", None)) is not None:
         return own

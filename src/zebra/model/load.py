@@ -106,10 +106,10 @@ def load(
             with length (dynamic NTK) reads whole texts only: it refuses a cache.
         self_extend: Self-Extend in the global layers, or its notation such as "8:1024" or "auto:16384". A family
             without a route is served too, without stripes, if its rope can be rotated again, which is tried here.
-            No config.json can say it, so a saved checkpoint is without it, and `set_attn_implementation` drops it.
+            config.json has no field for it: a saved checkpoint is without it, and `set_attn_implementation` drops it.
         window: another window for the local layers than the layout's, commonly a larger one.
         full_decode: local layers read the prompt by their window, and keep all keys, which decoded tokens see; None
-            uses what the checkpoint's zebra.json says. It costs the cache and the decoding of full attention.
+            uses the setting of the checkpoint's zebra.json. It costs the cache and the decoding of full attention.
         from_pretrained_arguments: as `from_pretrained` has them: dtype, device_map, revision, subfolder, ..., and
             fields of the config by name.
 
@@ -199,8 +199,8 @@ def convert(
     """A copy of a checkpoint with stripes, which plain transformers loads: only its config.json differs.
 
     Weight files are hard links where the file system allows, copies elsewhere; never rewritten. `zebra.json` beside
-    them keeps layout, source and versions, and what config.json cannot say: sinks and full decoding, with a warning
-    that `zebra.load` alone reads them. The target appears whole or not at all.
+    them keeps layout, source and versions, and what config.json has no field for: sinks and full decoding, with a
+    warning that `zebra.load` alone reads them. The target appears whole or not at all.
 
     Raises:
         ZebraError: as `check_conversion` and `converted_config`; weights that `load` rejects.

@@ -143,7 +143,7 @@ def warn_settings_outside_config(local: LocalAttention) -> None:
     """Warn, before a checkpoint is written, of what plain transformers will not know of it."""
     if local:
         _log.warning(
-            "config.json cannot say %s: zebra.json beside it does, which zebra.load reads; plain transformers and "
+            "config.json has no field for %s: zebra.json beside it has, which zebra.load reads; plain transformers and "
             "vLLM run the checkpoint without.",
             local,
         )

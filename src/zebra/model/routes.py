@@ -66,7 +66,7 @@ def _rope_for_each_kind(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _experts_for_each_layer(config: PreTrainedConfig) -> dict[str, Any]:
-    """Qwen 3 MoE says which layers have experts by a step and a list of exceptions, Mellum by a list."""
+    """Qwen 3 MoE has a step and a list of exceptions for the layers with experts, Mellum a list."""
     sparse = [
         i not in config.mlp_only_layers and config.num_experts > 0 and (i + 1) % config.decoder_sparse_step == 0
         for i in range(config.num_hidden_layers)

@@ -64,7 +64,7 @@ def verify(
 
     1. short: up to the window, plain transformers with the target equals it with the source.
     2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer;
-       plain transformers without the sinks that zebra.json asks for.
+       plain transformers without the sinks of zebra.json.
     3. cached: one token at a time with the bounded cache equals the whole text at once.
     4. chunked: a prefill in chunks equals the whole text at once.
     5. padded: a batch padded on the left, and on the right, gives each sequence what it gets alone.
@@ -75,7 +75,7 @@ def verify(
         target, against: the converted checkpoint and its source, directories. Without a source Self-Extend alone is
             verified, and the target needs no stripes.
         rope: the change of rope that the conversion took; the source runs with it.
-        self_extend: Self-Extend, or its notation, to be compared with its dense formula.
+        self_extend: Self-Extend, or its notation, to be compared with its formula.
         length: tokens of the long checks; the window and half of it again, and some, where None.
 
     Raises:

@@ -1,7 +1,7 @@
 """Self-Extend set on a loaded model, and what a model with it reads.
 
 Each global layer with a rope gets an attention override. Local layers never look beyond their window and stay as they
-are, and so do layers without a rope. config.json cannot say any of it, so a saved checkpoint has nothing of it.
+are, and so do layers without a rope. config.json has no field for it, so a saved checkpoint is without it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig)
 
 
 def longest_text(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | None:
-    """The longest text that a model was trained for, or reaches with Self-Extend; None where its config has no say."""
+    """The longest text that a model was trained for, or reaches with Self-Extend; None without a limit."""
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)
     return trained if setting is None or trained is None else setting.reach(trained)
 

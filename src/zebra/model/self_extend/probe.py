@@ -1,7 +1,7 @@
-"""How each layer of a model rotates its queries and keys, found out by running one token at several positions.
+"""How each layer of a model rotates its queries and keys, probed with one token at several positions.
 
 No list of families decides whether a model can have Self-Extend. A token that is alone attends to itself only, so that
-nothing but the rope tells its positions apart, and each layer shows which frequencies rotate it.
+only the rope distinguishes its positions, and each layer shows which frequencies rotate it.
 """
 
 from __future__ import annotations
