@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from zebra import __version__
-from zebra.cli import convert, data, evaluate, generate, plan, report, study, train
+from zebra.cli import convert, data, evaluate, generate, plan, report, train
 from zebra.errors import ZebraError
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "zebra tune recipes/tiny-lit-cpu.yaml --set train.max_steps=100": train.tune,
     "zebra pretrain recipes/retrieval-cpu.yaml --set train.max_steps=100": train.pretrain,
     "zebra run examples/pipeline-tiny.yaml --dry-run": train.run,
-    "zebra study recipes/study-tiny-cpu.yaml --workers 2": study.study,
+    "zebra study recipes/study-tiny-cpu.yaml --workers 2": train.study,
     'zebra generate ./Llama-3.1-8B-GLLL --prompt "Once upon a time" --max-new-tokens 100': generate.generate,
     "zebra evaluate perplexity ./Llama-3.1-8B book.txt --length 32768 --stripes GLLL:4096": evaluate.perplexity,
     "zebra evaluate retrieval ./Llama-3.1-8B-GLLL --task passkey,lookup --length 4096,16384": evaluate.retrieval,

@@ -1,4 +1,4 @@
-"""The verbs that work by a recipe: `adapt`, `tune`, `pretrain`, and `run`, which goes through several verbs."""
+"""The verbs that work by a recipe: `adapt`, `tune`, `pretrain`; `study`, many trainings; `run`, several verbs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def _train(verb: str, recipe: AdaptRecipe | TuneRecipe | PretrainRecipe, dry_run
     """Estimate a recipe's cost, or train by it, write its page and print its results."""
     from zebra.train.recipe import CheckpointRecipe, check_files
 
-    if not dry_run:
+    page = Path(recipe.run) / "report.html"
+    if not dry_run and not page.with_name("results.jsonl").exists():  # a finished run needs no texts
         if isinstance(recipe, CheckpointRecipe):
             check_checkpoint(recipe.model)
         check_files(recipe)
@@ -63,11 +64,41 @@ def _train(verb: str, recipe: AdaptRecipe | TuneRecipe | PretrainRecipe, dry_run
 
         if not is_first_process():
             return
-        page = Path(recipe.run) / "report.html"
         results = read_results(page.with_name("results.jsonl"))
         write_report(results, page)
     show.results(results, as_json)
     show.note(f"checkpoint {recipe.run}/model, results {recipe.run}/results.jsonl, report {page}")
+
+
+def study(
+    recipe: Annotated[Path, typer.Argument(help="YAML grid; see recipes/study-*.yaml.")],
+    set_: Set = None,
+    workers: Annotated[int, typer.Option(help="Cells to train at a time, one for each GPU, or sharing the cores.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and which are done; train nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a grid of models from scratch, attention × positions × length, and measure each; resumable."""
+    from zebra.study.recipe import StudyRecipe
+    from zebra.train.recipe import read_recipe
+
+    grid = read_recipe(recipe, StudyRecipe, set_ or [])
+    with show.working():
+        from zebra.study.grid import estimate
+        from zebra.study.grid import study as run
+
+        if dry_run:
+            show.cells(estimate(grid), as_json)
+            return
+        results = run(grid, workers)
+    from zebra.report import write_report
+    from zebra.study.page import chapters
+
+    page = Path(grid.run) / "report.html"
+    write_report(results, page, chapters=chapters(results))
+    show.results(results, as_json)
+    show.note(f"results {grid.run}/results.jsonl, report {page}, cells {grid.run}/cells/")
 
 
 def run(
