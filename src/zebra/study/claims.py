@@ -165,8 +165,8 @@ def _context_helps(study: Study) -> Claim:
     )
     local = study.cell("local")
     wide = [cell for kind in ("global", "grouped") if (cell := study.cell(kind)) is not None]
-    held = [claim.compare(cell, beats, local, span=study.far(cell)) for cell in wide]
-    return claim.judge(True if True in held else None if None in held or not held else False)
+    holds = [claim.compare(cell, beats, local, span=study.far(cell)) for cell in wide]
+    return claim.judge(True if True in holds else None if None in holds or not holds else False)
 
 
 def _grouped_is_global(study: Study) -> Claim:
@@ -177,19 +177,19 @@ def _grouped_is_global(study: Study) -> Claim:
         "the last positions of the trained length has not learned to use its context and leaves the claim untested",
     )
     grouped, wide = study.cell("grouped"), study.cell("global")
-    held = claim.compare(grouped, as_good, wide)
+    holds = claim.compare(grouped, as_good, wide)
     if wide is not None:
         uses_context = claim.compare(wide, beats, study.cell("local"), span=study.far(wide))
-        held = held if uses_context or held is False else None
+        holds = holds if uses_context or holds is False else None
     if grouped is None or wide is None:
-        return claim.judge(held)
+        return claim.judge(holds)
     fewer, more = (study.cost(cell, "attention_pairs") for cell in (grouped, wide))
     if fewer is None or more is None or not more.value > 0:
-        return claim.judge(held, None)
+        return claim.judge(holds, None)
     names = [(study.title(cell), f"{cost.value:,.0f} pairs") for cell, cost in ((grouped, fewer), (wide, more))]
     change, cheaper = percent(fewer.value / more.value - 1, sign="+"), fewer.value < more.value
     claim.add(names, f"a text of {study.length:,}", change, "counted", cheaper, [{None: fewer}, {None: more}])
-    return claim.judge(held, cheaper)
+    return claim.judge(holds, cheaper)
 
 
 def _local_is_worse(study: Study) -> Claim:
@@ -216,9 +216,9 @@ def _rotary_is_best(study: Study) -> Claim:
         "tried under global attention",
     )
     pairs = [(study.cell(kind), study.cell(kind, position)) for kind in ATTENTIONS for position in POSITIONS[1:]]
-    held = [claim.compare(rotary, as_good, other) for rotary, other in pairs if rotary and other]
+    holds = [claim.compare(rotary, as_good, other) for rotary, other in pairs if rotary and other]
     tried = study.cell("global", "absolute") and study.cell("global", "alibi")
-    return claim.judge(*held, *([] if tried else [None]))
+    return claim.judge(*holds, *([] if tried else [None]))
 
 
 def _rotary_extrapolates(study: Study) -> Claim:
@@ -234,15 +234,15 @@ def _rotary_extrapolates(study: Study) -> Claim:
         return claim
     spans = study.spans(contexts[-1], [rotary])
     last = spans[-2] if len(spans) > 1 else spans[0]
-    held = claim.compare(rotary, beats, absolute, last, contexts[-1])
-    if held is None and not claim.evidence:
+    holds = claim.compare(rotary, beats, absolute, last, contexts[-1])
+    if holds is None and not claim.evidence:
         near_span, far = study.far(rotary), study.scores(rotary, contexts[-1], last)
         near = study.scores(rotary, rotary.length, near_span)
         other = f"the same at {_where(near_span, rotary.length)}", mean_text(near)
         change = _percent(level(far) - level(near))
         where = _where(last, contexts[-1])
         claim.add([(study.title(rotary), mean_text(far)), other], where, change, "other positions", None, [far, near])
-    return claim.judge(held)
+    return claim.judge(holds)
 
 
 def _alibi_is_near_sighted(study: Study) -> Claim:
@@ -301,6 +301,6 @@ def _length_matters_more(study: Study) -> Claim:
         return claim
     least, range_after = min(costs), max(after) - min(after)
     names = [("length, the least cost", _percent(least)), ("variants, worst against best", _percent(range_after))]
-    held = True if least > range_after else False if max(costs) <= range_after else None
-    claim.add(names, _where(span, context), f"{_nats(least - range_after)} nats", "means", held)
-    return claim.judge(held)
+    holds = True if least > range_after else False if max(costs) <= range_after else None
+    claim.add(names, _where(span, context), f"{_nats(least - range_after)} nats", "means", holds)
+    return claim.judge(holds)

@@ -45,7 +45,7 @@ class Difference(NamedTuple):
 
 def spread(scores: Scores) -> Spread:
     """Of perplexities."""
-    values = [row.value for row in scores.values()]
+    values = [one.value for one in scores.values()]
     several = len(values) > 1 and all(map(math.isfinite, values))
     return Spread(math.fsum(values) / len(values), statistics.stdev(values) if several else None)
 
@@ -110,7 +110,7 @@ def _noise(others: Iterable[Losses]) -> tuple[float, int]:
 
 
 def _losses(scores: Scores) -> Losses:
-    return {seed: math.log(row.value) for seed, row in scores.items() if 0 < row.value < math.inf}
+    return {seed: math.log(one.value) for seed, one in scores.items() if 0 < one.value < math.inf}
 
 
 def _quantile(freedom: int) -> float:
