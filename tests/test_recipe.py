@@ -148,7 +148,7 @@ def test_held_out_documents_need_no_files(recipe: Any) -> None:
         (mixed(files=["a"]), r"data: the text is given by files or by sources, .*; got both"),
         (mixed(separator="--"), r"data: separator belongs to files; give each source its own"),
         (mixed(field="body"), r"data: field belongs to files; give each source its own"),
-        (mixed({"name": "short"}), r"data: each source has a name of its own; got short twice"),
+        (mixed({"name": "short"}), r"data: each has a name of its own; got short twice"),
         (mixed({"share": 0.5}), r"data: the shares of the sources sum to 1; got 0\.9"),
         (mixed({"share": 0.60001}), r"data: the shares of the sources sum to 1; got 1\.00001"),
         (mixed({"share": 0}), r"data\.sources\.0\.share: .*greater than 0 \(got 0\)"),

@@ -51,7 +51,7 @@ class Chat:
     """A tokenizer and its chat template.
 
     Attributes:
-        template: what a tuned checkpoint is given, without marks.
+        template: of a tuned checkpoint, without marks.
         stop: the token that ends an answer; None where a template writes none.
 
     Raises:
@@ -62,37 +62,39 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, named: str | None, source: str):
         self.tokenizer = tokenizer
         self._source = source
-        own: Any = tokenizer.chat_template
-        own = own.get("default") if isinstance(own, dict) else own
-        if named is None and not own:
+        template: Any = tokenizer.chat_template
+        template = template.get("default") if isinstance(template, dict) else template
+        if named is None and not template:
             raise ZebraError(
                 f"the tokenizer of {source} has no chat template. Name one with chat_template: "
                 f"{', '.join(NAMED)}, or the path of a .jinja file."
             )
         if named is not None:
-            own = _named(named, tokenizer, source)
-        self._marked = own if re.search(_MARK, own) else _marked_by_trl(tokenizer, own)
-        self.template = re.sub(_MARK, "", own) if named in NAMED else own
-        self._own = own
+            template = _named(named, tokenizer, source)
+        self._marked = template if re.search(_MARK, template) else _marked_by_trl(tokenizer, template)
+        self.template = re.sub(_MARK, "", template) if named in NAMED else template
+        self._template = template
         probe = Conversation((Message("user", "a"), Message("assistant", "b")), f"the chat template of {source}")
-        self.stop = self._stop(self.encode(probe))
+        self.stop = self._end_of_answer(self.encode(probe))
 
     def encode(self, conversation: Conversation) -> TokenizedConversation:
         """The tokens of a conversation, and which are the assistant's.
 
         Raises:
-            ZebraError: what the template refuses, such as a system message; answers that it does not set apart.
+            ZebraError: a message that the template rejects, such as a system message; answers that it does not set
+                apart.
         """
-        said = [message._asdict() for message in conversation.messages]
-        made = self._by_marks(said, conversation.where) if self._marked else self._by_prefixes(said, conversation.where)
-        spans = sum(answer for answer, _ in itertools.groupby(made.assistant_mask))
-        asked = sum(one["role"] == "assistant" for one in said)
-        if spans != asked:
+        messages = [message._asdict() for message in conversation.messages]
+        encode = self._by_marks if self._marked else self._by_prefixes
+        tokens = encode(messages, conversation.where)
+        spans = sum(answer for answer, _ in itertools.groupby(tokens.assistant_mask))
+        answers = sum(message["role"] == "assistant" for message in messages)
+        if spans != answers:
             raise ZebraError(
-                f"{conversation.where}: the chat template of {self._source} sets {spans} of {asked} answers apart. "
+                f"{conversation.where}: the chat template of {self._source} sets {spans} of {answers} answers apart. "
                 "Name another with chat_template, or drop the conversation."
             )
-        return made
+        return tokens
 
     def fitted(self, conversation: Conversation, length: int) -> tuple[TokenizedConversation, int]:
         """The conversation in at most `length` tokens, and how many of its document were cut from its middle.
@@ -100,75 +102,70 @@ class Chat:
         Raises:
             ZebraError: too long, and no document to cut, or too long without it.
         """
-        made = self.shortened(conversation, length)
-        if made is None:
-            tokens = len(self.encode(conversation).input_ids)
-            why = (
-                "has no document that may be cut" if conversation.document is None else "is so without its document too"
-            )
-            raise ZebraError(
-                f"{conversation.where} is too long: {tokens:,} tokens, where train.length is {length:,}, and it {why}. "
-                "Take longer rows, shorten it, or set data.too_long to drop."
-            )
-        return made
+        if (shortened := self.shortened(conversation, length)) is not None:
+            return shortened
+        tokens = len(self.encode(conversation).input_ids)
+        why = "has no document that may be cut" if conversation.document is None else "is so without its document too"
+        raise ZebraError(
+            f"{conversation.where} is too long: {tokens:,} tokens, where train.length is {length:,}, and it {why}. "
+            "Raise train.length, shorten it, or set data.too_long to drop."
+        )
 
     def shortened(self, conversation: Conversation, length: int) -> tuple[TokenizedConversation, int] | None:
         """As `fitted`, and None where no cut makes it short enough."""
-        made = self.encode(conversation)
-        over, document = len(made.input_ids) - length, conversation.document
+        tokens, document = self.encode(conversation), conversation.document
+        over = len(tokens.input_ids) - length
         if over <= 0:
-            return made, 0
+            return tokens, 0
         if document is None:
             return None
         spans = self.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         keep = len(spans) - over - len(self.tokenizer(GAP, add_special_tokens=False)["input_ids"])
         while keep >= 2:
-            made = self.encode(conversation.with_document(without_middle(document, spans, keep)))
-            if len(made.input_ids) <= length:
-                return made, len(spans) - keep
-            keep -= len(made.input_ids) - length
+            tokens = self.encode(conversation.with_document(without_middle(document, spans, keep)))
+            if len(tokens.input_ids) <= length:
+                return tokens, len(spans) - keep
+            keep -= len(tokens.input_ids) - length
         return None
 
-    def _by_marks(self, said: list[dict[str, Any]], where: str) -> TokenizedConversation:
-        found = self._rendered(
-            said, where, chat_template=self._marked, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return TokenizedConversation(list(found["input_ids"]), [bool(answer) for answer in found["assistant_masks"]])
+    def _by_marks(self, messages: list[dict[str, Any]], where: str) -> TokenizedConversation:
+        encoding = self._render(messages, where, chat_template=self._marked, return_assistant_tokens_mask=True)
+        return TokenizedConversation(list(encoding["input_ids"]), [bool(mask) for mask in encoding["assistant_masks"]])
 
-    def _by_prefixes(self, said: list[dict[str, Any]], where: str) -> TokenizedConversation:
-        whole = self._ids(said, where)
-        answers = [False] * len(whole)
-        for i, one in enumerate(said):
-            if one["role"] == "assistant":
-                prompt, through = self._ids(said[:i], where, True), self._ids(said[: i + 1], where)
-                if through[: len(prompt)] != prompt or whole[: len(through)] != through:
+    def _by_prefixes(self, messages: list[dict[str, Any]], where: str) -> TokenizedConversation:
+        ids = self._ids(messages, where)
+        answers = [False] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt, through = self._ids(messages[:i], where, True), self._ids(messages[: i + 1], where)
+                if through[: len(prompt)] != prompt or ids[: len(through)] != through:
                     raise ZebraError(
                         f"{where}: the chat template of {self._source} has no {{% generation %}} marks, and writes a "
                         "prompt otherwise once it is answered, so that answers cannot be told apart. Name another "
                         "with chat_template, or give a .jinja file with the marks."
                     )
                 answers[len(prompt) : len(through)] = [True] * (len(through) - len(prompt))
-        return TokenizedConversation(whole, answers)
+        return TokenizedConversation(ids, answers)
 
-    def _ids(self, said: list[dict[str, Any]], where: str, prompt: bool = False) -> list[int]:
-        found = self._rendered(said, where, chat_template=self._own, return_dict=True, add_generation_prompt=prompt)
-        return list(found["input_ids"])
+    def _ids(self, messages: list[dict[str, Any]], where: str, prompt: bool = False) -> list[int]:
+        encoding = self._render(messages, where, chat_template=self._template, add_generation_prompt=prompt)
+        return list(encoding["input_ids"])
 
-    def _rendered(self, said: list[dict[str, Any]], where: str, **options: Any) -> Any:
+    def _render(self, messages: list[dict[str, Any]], where: str, **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(said, tokenize=True, **options)
+            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
         except (TemplateError, TypeError, ValueError) as error:
             raise ZebraError(
                 f"{where}: the chat template of {self._source} does not take it: {' '.join(str(error).split())}. "
-                "Mend or drop the conversation, or name another template."
+                "Correct or drop the conversation, or name another template."
             ) from None
 
-    def _stop(self, probe: TokenizedConversation) -> int | None:
-        said = [token for token, answer in zip(probe.input_ids, probe.assistant_mask, strict=True) if answer]
-        while said and not self.tokenizer.decode([said[-1]]).strip():
-            said.pop()
+    def _end_of_answer(self, probe: TokenizedConversation) -> int | None:
+        answer = [token for token, is_answer in zip(*probe, strict=True) if is_answer]
+        while answer and not self.tokenizer.decode([answer[-1]]).strip():
+            answer.pop()
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        return said[-1] if said and said[-1] in special else None
+        return answer[-1] if answer and answer[-1] in special else None
 
 
 def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
@@ -183,7 +180,7 @@ def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     if absent or (named == "plain" and tokenizer.eos_token is None):
         raise ZebraError(
             f"the chat template {named} needs {' and '.join(absent) or 'an end-of-text token'}, which the tokenizer of "
-            f"{source} has not. Name another."
+            f"{source} does not have. Name another."
         )
     return NAMED[named]
 

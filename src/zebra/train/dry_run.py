@@ -47,7 +47,7 @@ _PROBE = 64
 
 @dataclass(frozen=True)
 class DryRun:
-    """A recipe reckoned: facts in the order in which they are shown, and bytes by part for one device."""
+    """An estimate of a recipe: facts in the order in which they are shown, and bytes by part for one device."""
 
     facts: dict[str, str]
     memory: dict[str, int]
@@ -59,11 +59,11 @@ class DryRun:
 
 
 def dry_run(recipe: _Known) -> DryRun:
-    """Reckon a recipe without its weights and without its text.
+    """Estimate a recipe without its weights and without its text.
 
     Raises:
-        ZebraError: neither the checkpoint nor a built-in shape of that name is here; what `adapt` and `pretrain`
-            refuse of a config.
+        ZebraError: neither the checkpoint nor a built-in shape of that name is here; a config that `adapt`, `tune` or
+            `pretrain` reject.
     """
     config = _config(recipe)
     parameters, trained, memory = _weights(recipe, config)
@@ -82,7 +82,7 @@ def _source_config(recipe: CheckpointRecipe) -> PreTrainedConfig:
         return read_config(recipe.model)
     if recipe.shape is None:
         raise ZebraError(
-            f"there is no checkpoint at {recipe.model}, and the recipe names no built-in shape to reckon with. "
+            f"there is no checkpoint at {recipe.model}, and the recipe names no built-in shape to estimate by. "
             "Download the checkpoint, or add a shape."
         )
     return AutoConfig.for_model(**shape(recipe.shape))
@@ -170,13 +170,13 @@ def saved_storages(model: torch.nn.Module) -> Iterator[dict[int, int]]:
     """Storages that autograd saves, the parameters' own left out: address to bytes."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
-    held: list[Tensor] = []  # an address is not used again while its tensor lives
+    alive: list[Tensor] = []  # an address is not used again while its tensor lives
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
+            alive.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -200,7 +200,7 @@ def _half(recipe: Recipe) -> bool:
 def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: int) -> dict[str, str]:
     train, n = recipe.train, config.num_hidden_layers
     kinds = layer_kinds(config)
-    dense = n * visible_pairs(train.length)
+    full = n * visible_pairs(train.length)
     local = local_attention_for(recipe)
     pairs = attention_pairs(config, train.length, local.sinks)
     step = tokens_per_step(recipe)
@@ -213,7 +213,7 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
         "a step": f"{step:,} tokens: {train.per_device_train_batch_size} sequences of {train.length:,} "
         f"x {train.gradient_accumulation_steps} passes x {processes()} processes",
         "training": f"{train.max_steps:,} steps, {train.max_steps * step:,} tokens",
-        "attention": f"{pairs:,} pairs a row, {pairs / dense:.0%} of dense",
+        "attention": f"{pairs:,} pairs a sequence, {pairs / full:.0%} of full",
         "text": _text(recipe),
     }
 

@@ -22,8 +22,9 @@ from zebra.progress import bar, console
 from zebra.train.chat import Chat
 from zebra.train.directory import is_first_process
 from zebra.train.gate import Gate, conversation_hash, is_held_out
+from zebra.train.recipe import MixtureSource
 from zebra.train.trainer import tokens_per_step
-from zebra.train.tune_recipe import ConversationSource, TuneRecipe
+from zebra.train.tune_recipe import TuneRecipe
 
 Suites = dict[str, list[TokenizedConversation]]
 """Conversations to measure on, by the name of their suite."""
@@ -105,7 +106,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
         ZebraError: a file that cannot be read; a conversation too long; a source with nothing left to train on.
     """
     data, length = recipe.data, recipe.train.length
-    named = data.sources or [ConversationSource(name="instructions", files=data.files or [], share=1.0)]
+    named = data.sources or [MixtureSource(name="instructions", files=data.files or [], share=1.0)]
     suites = recipe.evaluate.suites if recipe.evaluate and recipe.evaluate.suites else []
     by_suite = {suite.name: read_conversations(suite.files) for suite in suites}
     gate = Gate(recipe, chat, load, [one for conversations in by_suite.values() for one in conversations])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -43,15 +43,13 @@ class TextSource(RecipeSection):
 
 
 class MixtureSource(RecipeSection):
-    """One source of a mixture: documents of some files within a bucket of lengths, and their share of the tokens."""
+    """A source of a mixture: documents of some files within a bucket of lengths, and their share of the tokens."""
 
     name: str
     files: list[str] = Field(min_length=1)
     share: float = Field(gt=0, le=1, description="of the training's tokens; the shares of all sources sum to 1")
-    separator: str | None = None
-    field: str = "text"
-    min_tokens: int = Field(0, ge=0, description="only documents of at least so many tokens")
-    max_tokens: int | None = Field(None, ge=1, description="only documents of fewer tokens")
+    min_tokens: int = Field(default=0, ge=0, description="only documents or conversations of at least so many tokens")
+    max_tokens: int | None = Field(default=None, ge=1, description="only documents or conversations of fewer tokens")
 
     @model_validator(mode="after")
     def _consistent(self) -> MixtureSource:
@@ -60,6 +58,13 @@ class MixtureSource(RecipeSection):
                 f"max_tokens ({self.max_tokens}) is greater than min_tokens ({self.min_tokens}); change one of them"
             )
         return self
+
+
+class TextMixtureSource(MixtureSource):
+    """A source of texts."""
+
+    separator: str | None = None
+    field: str = "text"
 
 
 class RecallSource(RecipeSection):
@@ -84,7 +89,7 @@ class RecallSource(RecipeSection):
 class TextData(TextSource):
     """The training text: files, each document once, or a mixture of sources that fills the training's sequences."""
 
-    sources: list[MixtureSource] | None = Field(None, min_length=1)
+    sources: list[TextMixtureSource] | None = Field(None, min_length=1)
     recall: RecallSource | None = Field(None, description="generated documents of recall among the sequences of text")
     held_out: float | None = Field(None, gt=0, lt=1, description="share of the documents that evaluate measures on")
     deduplicate: bool = Field(True, description="keep the first of documents with the same text")
@@ -93,21 +98,33 @@ class TextData(TextSource):
 
     @model_validator(mode="after")
     def _consistent(self) -> TextData:
-        if (self.files is None) == (self.sources is None):
-            raise ValueError(
-                "the text is given by files or by sources, by one of them; got "
-                + ("neither" if self.files is None else "both")
-            )
-        if self.sources is not None:
-            if key := first_changed(self, "separator", "field"):
-                raise ValueError(f"{key} belongs to files; give each source its own")
-            names = [source.name for source in self.sources]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"each source has a name of its own; got {', '.join(twice)} twice")
-            total = sum(source.share for source in self.sources)
-            if abs(total - 1) > 1e-6:
-                raise ValueError(f"the shares of the sources sum to 1; got {total:g}; change them")
+        check_sources("the text is given", self.files, self.sources)
+        if self.sources is not None and (key := first_changed(self, "separator", "field")):
+            raise ValueError(f"{key} belongs to files; give each source its own")
         return self
+
+
+def check_sources(subject: str, files: list[str] | None, sources: Sequence[MixtureSource] | None) -> None:
+    """Check that the data are files or a mixture whose sources have names and shares."""
+    check_one_of(subject, {"files": files, "sources": sources})
+    if sources is not None:
+        check_names([source.name for source in sources])
+        total = sum(source.share for source in sources)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of the sources sum to 1; got {total:g}; change them")
+
+
+def check_one_of(subject: str, keys: Mapping[str, object]) -> None:
+    """Check that one of two keys has a value."""
+    values = [value for value in keys.values() if value is not None]
+    if len(values) != 1:
+        raise ValueError(f"{subject} by {' or by '.join(keys)}, by one of them; got {'both' if values else 'neither'}")
+
+
+def check_names(names: list[str]) -> None:
+    """Check that no name comes twice."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"each has a name of its own; got {', '.join(twice)} twice")
 
 
 def first_changed(section: BaseModel, *names: str) -> str | None:
@@ -232,11 +249,7 @@ class TextRecipe(Recipe):
             )
         if self.evaluate is not None:
             files, held_out = self.evaluate.files, self.data.held_out
-            if (files is None) == (held_out is None):
-                raise ValueError(
-                    "the text to measure on is given by evaluate.files or by data.held_out, by one of them; got "
-                    + ("neither" if files is None else "both")
-                )
+            check_one_of("the text to measure on is given", {"evaluate.files": files, "data.held_out": held_out})
             beyond, length = self.evaluate.beyond, self.evaluate.length
             if beyond is not None and beyond <= length:
                 raise ValueError(f"evaluate.beyond ({beyond}) is greater than evaluate.length ({length}); raise it")

@@ -16,7 +16,7 @@ from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
 from zebra.progress import console
 from zebra.train.directory import is_first_process
-from zebra.train.recipe import MixtureSource, RecallSource, TextRecipe, TextSource
+from zebra.train.recipe import RecallSource, TextMixtureSource, TextRecipe, TextSource
 from zebra.train.trainer import tokens_per_step
 
 
@@ -112,7 +112,7 @@ def _sources(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Sou
 
 
 def _corpus(
-    source: TextSource | MixtureSource,
+    source: TextSource | TextMixtureSource,
     files: Sequence[str],
     recipe: TextRecipe,
     tokenizer: PreTrainedTokenizerBase,

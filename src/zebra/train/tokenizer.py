@@ -19,21 +19,21 @@ from zebra.data.recall import Difficulty, RecallGenerator
 from zebra.errors import ZebraError
 from zebra.progress import console
 from zebra.train.directory import is_first_process
-from zebra.train.recipe import MixtureSource, NewTokenizer, PretrainRecipe, TextSource
+from zebra.train.recipe import NewTokenizer, PretrainRecipe, TextMixtureSource, TextSource
 
 END = "<|endoftext|>"
 _MOST_CHARACTERS = 2_000_000
 """Of generated text: enough for a token of its own for every group of digits."""
 
 
-def train_tokenizer(texts: Iterable[str], wanted: NewTokenizer) -> PreTrainedTokenizerBase:
-    """A tokenizer of `wanted.vocab_size` tokens; its end of text stands for the beginning too.
+def train_tokenizer(texts: Iterable[str], settings: NewTokenizer) -> PreTrainedTokenizerBase:
+    """A tokenizer of `settings.vocab_size` tokens; its end of text stands for the beginning too.
 
     Raises:
         ZebraError: texts that have fewer.
     """
     tokenizer = Tokenizer(models.BPE())
-    words = rf" ?\p{{N}}{{1,{wanted.digits}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+    words = rf" ?\p{{N}}{{1,{settings.digits}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(words), "isolated"),
@@ -42,15 +42,15 @@ def train_tokenizer(texts: Iterable[str], wanted: NewTokenizer) -> PreTrainedTok
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=wanted.vocab_size,
+        vocab_size=settings.vocab_size,
         special_tokens=[END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if (found := tokenizer.get_vocab_size()) < wanted.vocab_size:
+    if (size := tokenizer.get_vocab_size()) < settings.vocab_size:
         raise ZebraError(
-            f"the text gives {found:,} tokens, and tokenizer.vocab_size asks for {wanted.vocab_size:,}. "
+            f"the text gives {size:,} tokens, and tokenizer.vocab_size asks for {settings.vocab_size:,}. "
             "Give more text or ask for fewer."
         )
     return PreTrainedTokenizerFast(
@@ -61,7 +61,7 @@ def train_tokenizer(texts: Iterable[str], wanted: NewTokenizer) -> PreTrainedTok
 def tokenizer_texts(recipe: PretrainRecipe) -> Iterator[str]:
     """The documents that a recipe trains on, and generated ones in their share."""
     data, characters = recipe.data, 0
-    sources: list[TextSource | MixtureSource] = [data] if data.sources is None else [*data.sources]
+    sources: list[TextSource | TextMixtureSource] = [data] if data.sources is None else [*data.sources]
     for source in sources:
         for document in read_documents(find_files(source.files or []), source.separator, source.field):
             characters += len(document.text)
@@ -69,12 +69,12 @@ def tokenizer_texts(recipe: PretrainRecipe) -> Iterator[str]:
     if data.recall is None:
         return
     share = data.recall.share
-    wanted = _MOST_CHARACTERS if share == 1 else min(_MOST_CHARACTERS, int(characters * share / (1 - share)))
+    count = _MOST_CHARACTERS if share == 1 else min(_MOST_CHARACTERS, int(characters * share / (1 - share)))
     if is_first_process():
-        console.print(f"with {wanted:,} characters of recall beside {characters:,} of text", highlight=False)
+        console.print(f"with {count:,} characters of recall beside {characters:,} of text", highlight=False)
     letters = Letters()
     generator, rng = RecallGenerator(letters), Random(recipe.train.seed)
-    for _ in range(0, wanted, _LETTERS):
+    for _ in range(0, count, _LETTERS):
         yield letters.decode(generator.document(_LETTERS, Difficulty(_LETTERS), rng)[0])
 
 
