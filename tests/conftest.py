@@ -9,16 +9,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["COLUMNS"] = "200"  # the width of rich's tables
 
+import atexit
 import contextlib
 import io
 import logging
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -28,6 +30,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT / "examples" / "stories260K"
 TEXT = ROOT / "examples" / "text"
+FEW_STORIES = Path(tempfile.mkdtemp(prefix="zebra-tests-")) / "few.txt"
+FEW_STORIES.write_text("<|endoftext|>".join((TEXT / "tinystories_test.txt").read_text().split("<|endoftext|>")[:25]))
+atexit.register(shutil.rmtree, FEW_STORIES.parent, ignore_errors=True)
 
 torch.set_num_threads(1)
 
@@ -130,6 +135,47 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             tree[section] = value
     return tree
+
+
+def adapt_recipe(run: Path, **changes: Any) -> Any:
+    """A small adaptation of the real tiny checkpoint, six steps with a save at every second."""
+    from zebra.train.recipe import AdaptRecipe
+
+    tree: dict[str, Any] = {
+        "run": str(run),
+        "model": str(STORIES),
+        "stripes": "GLLL:33",
+        "data": {"files": [str(TEXT / "tinystories_test.txt")], "separator": "<|endoftext|>", "join": True},
+        "train": {"length": 600, "max_steps": 6, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2},
+        "evaluate": {"files": [str(FEW_STORIES)], "separator": "<|endoftext|>", "join": True, "length": 600}
+        | {"eval_steps": 3},
+    }
+    return AdaptRecipe.model_validate(changed(tree, changes))
+
+
+class FinishedRun(NamedTuple):
+    """A run's directory, and its results."""
+
+    path: Path
+    results: list[Any]
+
+
+@pytest.fixture(scope="session")
+def adapt_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """One uninterrupted adaptation by `adapt_recipe`, which tests read and do not change."""
+    from zebra.train.adapt import adapt
+
+    run = tmp_path_factory.mktemp("adapt") / "run"
+    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(run.parent / "cache")}):
+        return FinishedRun(run, adapt(adapt_recipe(run)))
+
+
+def copy_of(run: FinishedRun, path: Path) -> Path:
+    """A finished run that may be broken, as if it had been run there."""
+    shutil.copytree(run.path, path)
+    recipe = path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(run.path), str(path)))
+    return path
 
 
 def kind_of(recipe: Path) -> type:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, STORIES, TEXT, Zebra, kind_of, losses, refused
-from test_adapt import recipe
+from conftest import ROOT, STORIES, TEXT, Zebra, adapt_recipe, kind_of, losses, refused
 from transformers import AutoConfig
 
 import zebra
@@ -45,12 +44,12 @@ def test_a_shape_has_the_parameters_that_were_published(name: str) -> None:
 
 def test_a_shape_of_another_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="no built-in shape 'llama-9'"):
-        dry_run(recipe(tmp_path, model="nowhere", shape="llama-9"))
+        dry_run(adapt_recipe(tmp_path, model="nowhere", shape="llama-9"))
     with pytest.raises(ZebraError, match="names no built-in shape"):
-        dry_run(recipe(tmp_path, model="nowhere"))
+        dry_run(adapt_recipe(tmp_path, model="nowhere"))
 
 
-_SLOW = ("lcat-llama2-7b-16k", "lit-7b-16k")  # a second and a third of 7B, whose layers are heavy
+_SLOW = ("lcat-llama2-7b-16k", "lit-7b-16k", "lcat-llama3-8b-64k", "lcat-qwen3-4b-32k")  # their layers are heavy
 
 
 @pytest.mark.parametrize(
@@ -77,7 +76,7 @@ def test_every_recipe_can_be_reckoned(path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("length", [300, 900])
 def test_activations_are_what_autograd_keeps(precision: str, length: int, tmp_path: Path) -> None:
     """Over all layers of the real model and at the real length, where the dry run saw two layers and 128 tokens."""
-    asked = recipe(tmp_path, train__length=length, train__bf16=precision == "bfloat16")
+    asked = adapt_recipe(tmp_path, train__length=length, train__bf16=precision == "bfloat16")
     model = zebra.load(STORIES, stripes=asked.stripes, dtype=torch.float32).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), saved_storages(model) as saved:
         model.model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
@@ -87,9 +86,9 @@ def test_activations_are_what_autograd_keeps(precision: str, length: int, tmp_pa
 
 
 def test_checkpointing_and_low_rank_need_less(tmp_path: Path) -> None:
-    full = dry_run(recipe(tmp_path, train__length=4096))
-    again = dry_run(recipe(tmp_path, train__length=4096, train__activation_checkpointing=True))
-    low = dry_run(recipe(tmp_path, train__length=4096, lora={"r": 2, "modules_to_save": []}))
+    full = dry_run(adapt_recipe(tmp_path, train__length=4096))
+    again = dry_run(adapt_recipe(tmp_path, train__length=4096, train__activation_checkpointing=True))
+    low = dry_run(adapt_recipe(tmp_path, train__length=4096, lora={"r": 2, "modules_to_save": []}))
     assert again.total < full.total / 2
     assert low.memory["AdamW"] < full.memory["AdamW"] / 10
     assert low.memory["gradients"] * 2 == low.memory["AdamW"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import STORIES, TEXT, Zebra, refused
+from conftest import STORIES, TEXT, FinishedRun, Zebra, adapt_recipe, copy_of, losses, refused
 from safetensors.torch import load_file, save_file
-from test_adapt import losses, names, recipe
+from test_adapt import names
 
 from zebra import ZebraError
 from zebra.train import directory
@@ -23,7 +23,7 @@ from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.trainer import COMPLETE
 
-SHORT = {"train__max_steps": 6, "train__save_steps": 2, "evaluate": None}
+SHORT = {"evaluate": None}
 
 
 def command(where: Path, asked: AdaptRecipe) -> list[str]:
@@ -31,9 +31,9 @@ def command(where: Path, asked: AdaptRecipe) -> list[str]:
     return [sys.executable, "-m", "zebra", "adapt", str(where / "recipe.yaml")]
 
 
-def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
+def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(adapt_run: FinishedRun, tmp_path: Path) -> None:
     """A limit on the size of files fails the write as a full disk does."""
-    asked = recipe(tmp_path / "run", **SHORT)
+    asked = adapt_recipe(tmp_path / "run", **SHORT)
     done = subprocess.run(
         command(tmp_path, asked),
         capture_output=True,
@@ -46,7 +46,7 @@ def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(tmp_path: P
     assert last.startswith(f"zebra: {tmp_path / 'run'} cannot be written, is the disk full?")
     assert not (tmp_path / "run" / "model").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob(f"*/{COMPLETE}"))
-    assert losses(adapt(asked)) == losses(adapt(recipe(tmp_path / "whole", **SHORT)))
+    assert losses(adapt(asked)) == losses(adapt_run.results)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_target_that_cannot_be_written(zebra: Zebra, tmp_path: Path, arguments
 
 
 def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
-    asked = recipe(tmp_path / "run", **SHORT)
+    asked = adapt_recipe(tmp_path / "run", **SHORT)
     with directory.locked_run(asked), pytest.raises(ZebraError, match=r"another process is at work in .*run\. Wait"):
         adapt(asked)
     assert not (tmp_path / "run").exists()  # nothing came of either
@@ -75,7 +75,7 @@ def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
 def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text((TEXT / "tinystories_test.txt").read_text())
-    asked = recipe(tmp_path / "run", model=str(stories), data__files=[str(text)], **SHORT)
+    asked = adapt_recipe(tmp_path / "run", model=str(stories), data__files=[str(text)], **SHORT)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -101,7 +101,7 @@ def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: p
 def test_a_recipe_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ZebraError, match="for a GPU"):
-        adapt(recipe(tmp_path / "run", train__device="cuda", **SHORT))
+        adapt(adapt_recipe(tmp_path / "run", train__device="cuda", **SHORT))
     assert not (tmp_path / "run").exists()
 
 
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_a_checkpoint(tmp_path:
     with pytest.raises(
         ZebraError, match=r"loss is not finite at step 4, at a learning rate of 6e\+29.* that of step 2\."
     ):
-        adapt(recipe(run, **SHORT, **spoiled))
+        adapt(adapt_recipe(run, **SHORT, **spoiled))
     tensors = load_file(run / "checkpoints" / "checkpoint-2" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert names(run) == {"recipe.yaml", "inputs.json", "checkpoints"}
@@ -129,64 +129,66 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, steps: int, 
     run = tmp_path / "run"
     kept = "No checkpoint was saved yet" if good is None else f"newest finite checkpoint is that of step {good}"
     with pytest.raises(ZebraError, match=rf"weights are not finite at step \d, .* {kept}"):
-        adapt(recipe(run, **changes, **schedule))
+        adapt(adapt_recipe(run, **changes, **schedule))
     marked = {found.parent.name for found in (run / "checkpoints").glob(f"*/{COMPLETE}")}
     assert marked == (set() if good is None else {f"checkpoint-{good}"})
     assert not (run / "model").exists()
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json", "rng_state.pth", "model.safetensors"])
-def test_a_checkpoint_that_was_damaged_since_gives_way_to_the_one_before(tmp_path: Path, file: str) -> None:
-    asked = recipe(tmp_path / "run", **SHORT)
-    wanted = losses(adapt(asked))
-    for gone in ("model", "results.jsonl"):
-        path = tmp_path / "run" / gone
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    last = tmp_path / "run" / "checkpoints" / "checkpoint-6"
+@pytest.mark.parametrize(
+    "file",
+    [
+        "optimizer.pt",
+        *(pytest.param(file, marks=pytest.mark.full) for file in ("trainer_state.json", "rng_state.pth")),
+        pytest.param("model.safetensors", marks=pytest.mark.full),
+    ],
+)
+def test_a_checkpoint_that_was_damaged_since_gives_way_to_the_one_before(
+    adapt_run: FinishedRun, tmp_path: Path, file: str
+) -> None:
+    run = copy_of(adapt_run, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    (run / "results.jsonl").unlink()
+    last = run / "checkpoints" / "checkpoint-6"
     (last / file).write_bytes((last / file).read_bytes()[:100])
     (last.parent / "checkpoint-notes.txt").write_text("a file of somebody's")
-    assert losses(adapt(asked)) == wanted
+    assert losses(adapt(adapt_recipe(run))) == losses(adapt_run.results)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "5", "{"])
-def test_damaged_inputs_are_refused(tmp_path: Path, content: str) -> None:
-    asked = recipe(tmp_path / "run", **SHORT)
-    adapt(asked)
-    (tmp_path / "run" / "results.jsonl").unlink()
-    (tmp_path / "run" / "inputs.json").write_text(content)
-    with pytest.raises(ZebraError, match=r"inputs\.json (is damaged|began)|began with other inputs"):
-        adapt(asked)
+def test_damaged_inputs_are_refused(adapt_run: FinishedRun, tmp_path: Path) -> None:
+    run = copy_of(adapt_run, tmp_path / "run")
+    (run / "results.jsonl").unlink()
+    for content in ("", "[]", "5", "{"):
+        (run / "inputs.json").write_text(content)
+        with pytest.raises(ZebraError, match=r"inputs\.json is damaged|began with other inputs"):
+            adapt(adapt_recipe(run))
 
 
-def test_a_history_that_is_gone_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    asked = recipe(tmp_path / "run", **SHORT)
-    wanted = losses(adapt(asked))
-    (tmp_path / "run" / "results.jsonl").write_text("")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+def test_a_history_that_is_gone_is_refused_with_the_remedy(adapt_run: FinishedRun, tmp_path: Path) -> None:
+    run = copy_of(adapt_run, tmp_path / "run")
+    (run / "results.jsonl").write_text("")
+    shutil.rmtree(run / "checkpoints")
     with pytest.raises(ZebraError, match=r"trainer_state\.json is gone or damaged.*Remove .*model"):
-        adapt(asked)
-    shutil.rmtree(tmp_path / "run" / "model")
-    assert losses(adapt(asked)) == wanted
+        adapt(adapt_recipe(run))
+    shutil.rmtree(run / "model")
+    assert losses(adapt(adapt_recipe(run))) == losses(adapt_run.results)
 
 
 def test_a_run_keeps_to_its_tokenizer(stories: Path, tmp_path: Path) -> None:
-    asked = recipe(tmp_path / "run", model=str(stories), **SHORT)
-    adapt(asked)
+    recipe = adapt_recipe(tmp_path / "run", model=str(stories), train__max_steps=1, **SHORT)
+    adapt(recipe)
     (tmp_path / "run" / "results.jsonl").unlink()
-    definition = (stories / "tokenizer.json").read_text()
-    tree = json.loads(definition)
+    tree = json.loads((stories / "tokenizer.json").read_text())
     words = tree["model"]["vocab"]
     one, two = sorted(words, key=words.get)[-2:]
     words[one], words[two] = words[two], words[one]
     (stories / "tokenizer.json").write_text(json.dumps(tree))
     with pytest.raises(ZebraError, match="tokenizer changed since"):
-        adapt(asked)
+        adapt(recipe)
 
 
-def test_the_inputs_of_a_run_are_written_down(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    adapt(recipe(run, **SHORT))
-    inputs = json.loads((run / "inputs.json").read_text())
+def test_the_inputs_of_a_run_are_written_down(adapt_run: FinishedRun) -> None:
+    inputs = json.loads((adapt_run.path / "inputs.json").read_text())
     assert inputs["processes"] == 1
     assert len(inputs["source"]) == 64
     assert os.fspath(TEXT) not in json.dumps(inputs)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, Zebra, refused, tiny_config, tiny_model
-from test_adapt import recipe
+from conftest import STORIES, Zebra, adapt_recipe, refused, tiny_config, tiny_model
 from test_dry_run import PUBLISHED
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -219,14 +218,14 @@ def test_activations_are_what_autograd_keeps(
     family: str, precision: str, lora: int | None, kind: str, tmp_path: Path
 ) -> None:
     """The table of zebra.plan.memory, term by term, against the bytes that a dry run measures in the model's layer."""
-    adapt_recipe = recipe(
+    recipe = adapt_recipe(
         tmp_path, train__bf16=precision == "bfloat16", lora=lora and {"r": lora, "base_dtype": precision}
     )
     sizes = {"hidden_size": 96, "intermediate_size": 208, "num_attention_heads": 4, "head_dim": 40}
     config, shape = tiny(family, **sizes)
     if kind == LOCAL:
         config = with_stripes(config, Stripes.parse("L:16"))
-    grows, _ = dry_run._saved_by_a_layer(adapt_recipe, config, kind)
+    grows, _ = dry_run._saved_by_a_layer(recipe, config, kind)
     ours = Run(decoder=shape, stripes=None, length=1, dtype=precision, phase="train", lora=lora)
     assert memory.saved_bytes_per_token(ours) == pytest.approx(grows, rel=0.01)
 
@@ -238,7 +237,7 @@ def test_a_plan_of_training_is_the_dry_runs(changes: dict[str, Any], precision: 
     """Part by part on the real tiny checkpoint."""
     low = {"lora": {"r": changes["lora"], "base_dtype": precision}} if "lora" in changes else {}
     again = {"train__activation_checkpointing": changes.get("checkpointing", False)}
-    expected = dry_run.dry_run(recipe(tmp_path, train__bf16=precision == "bfloat16", **again, **low)).memory
+    expected = dry_run.dry_run(adapt_recipe(tmp_path, train__bf16=precision == "bfloat16", **again, **low)).memory
     run = planned_run(str(STORIES), "GLLL:33", length=600, phase="train", dtype=precision, **changes)
     planned = memory.memory(run)
     assert set(expected) <= set(planned)

@@ -259,9 +259,8 @@ export.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize(
-    "kill", [KILL_AT_A_LOG, pytest.param(KILL_IN_THE_EXPORT, marks=pytest.mark.full)], ids=["at a log", "in the export"]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("kill", [KILL_AT_A_LOG, KILL_IN_THE_EXPORT], ids=["at a log", "in the export"])
 def test_a_killed_run_resumes_to_the_same_losses(
     kill: str, finished: tuple[Path, list[Result]], data: Path, tmp_path: Path
 ) -> None:
