@@ -24,7 +24,7 @@ from zebra.model.load import best_device
 from zebra.model.load_options import loaded_layout_name
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.results import Result
-from zebra.train.instructions import AnswerSequences, Suites, TrainingConversations
+from zebra.train.instructions import AnswerSequences, TrainingConversations
 from zebra.train.measuring import common_columns, source_results
 from zebra.train.trainer import log_evaluation, optimizer_of, refuse_diverged, training_arguments
 from zebra.train.tune_recipe import TuneRecipe
@@ -53,7 +53,7 @@ class ConversationTraining:
             router_aux_loss_coef=0.0,  # a router's loss is no part of ours
         )
         return _AnswerTrainer(
-            suites=suites,
+            evaluation=self,
             model=model,
             args=arguments,
             train_dataset=as_dataset(self.conversations.sequences),
@@ -62,13 +62,17 @@ class ConversationTraining:
             optimizer_cls_and_kwargs=optimizer_of(self.recipe.train),
         )
 
+    def scores(self, model: PreTrainedModel) -> list[AnswerScore]:
+        """The loss on the answers of each suite."""
+        suites, seed = self.conversations.suites, self.recipe.train.seed
+        return [answer_score(name, model, conversations, seed=seed) for name, conversations in suites.items()]
+
     def measure(self, checkpoint: Path, model: PreTrainedModel, rope: str | None) -> list[Result]:
         """The loss on the answers of each suite; `rope` stands beside the layout."""
         model.to(best_device())
         columns = common_columns(self.recipe)
         columns |= {"model": str(checkpoint), "layout": loaded_layout_name(model, rope)}
-        scores = _scores(model, self.conversations.suites, self.recipe.train.seed)
-        return [self._answer_result(score, columns) for score in scores]
+        return [self._answer_result(score, columns) for score in self.scores(model)]
 
     def logged_results(self, entry: dict[str, Any], columns: dict[str, Any]) -> list[Result]:
         """The losses of an entry of the Trainer's history, where it has them."""
@@ -124,18 +128,14 @@ def as_dataset(sequences: AnswerSequences) -> Dataset:
     return Dataset.from_dict({"sequence": list(range(len(sequences)))}).with_transform(build)
 
 
-def _scores(model: PreTrainedModel, suites: Suites, seed: int) -> list[AnswerScore]:
-    return [answer_score(name, model, conversations, seed=seed) for name, conversations in suites.items()]
-
-
 class _AnswerTrainer(SFTTrainer):
     """trl's trainer with our loss, and our evaluation: the loss on the answers of each suite."""
 
     control: TrainerControl
 
-    def __init__(self, *, suites: Suites, **arguments: Any):
+    def __init__(self, *, evaluation: ConversationTraining, **arguments: Any):
         super().__init__(**arguments)
-        self.suites = suites
+        self.evaluation = evaluation
 
     def compute_loss(
         self,
@@ -164,7 +164,7 @@ class _AnswerTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the suites."""
-        scores = _scores(self.model, self.suites, self.args.seed)
+        scores = self.evaluation.scores(self.model)
         entry = {"answers": [asdict(score) for score in scores]}
         message = "loss on answers: " + ", ".join(f"{score.suite} {score.loss:.4f}" for score in scores)
         return log_evaluation(self, entry, {f"eval_{score.suite}_loss": score.loss for score in scores}, message)

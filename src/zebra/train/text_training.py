@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
 
-from zebra.data.corpus import Corpus
 from zebra.data.recall import RecallDataset
 from zebra.evaluate.perplexity import Score, perplexity, results_of
 from zebra.model.load import best_device
@@ -19,7 +18,7 @@ from zebra.model.load_options import loaded_layout_name
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.results import Result
 from zebra.train.measuring import common_columns, source_results
-from zebra.train.recipe import PerplexityEvaluation, TextRecipe
+from zebra.train.recipe import TextRecipe
 from zebra.train.texts import TrainingTexts
 from zebra.train.trainer import log_evaluation, optimizer_of, refuse_diverged, training_arguments
 
@@ -46,7 +45,7 @@ class TextTraining:
             return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
         trainer = _TextTrainer(
-            evaluation=self.recipe.evaluate,
+            evaluation=self,
             model=model,
             args=TrainingArguments(**arguments),
             train_dataset=self.texts.sequences,
@@ -57,28 +56,36 @@ class TextTraining:
         )
         return trainer
 
+    def scores(self, model: PreTrainedModel, length: int | None = None) -> list[Score]:
+        """The perplexity of the held-out text by position, in contexts of `evaluate.length` or another length."""
+        evaluation, held_out = self.recipe.evaluate, self.texts.held_out
+        assert evaluation is not None
+        assert held_out is not None
+        return perplexity(
+            model,
+            held_out,
+            length=length or evaluation.length,
+            convention=evaluation.convention,
+            first_bucket=evaluation.first_bucket,
+            seed=self.recipe.train.seed,
+        )
+
     def measure(self, checkpoint: Path, model: PreTrainedModel, rope: str | None) -> list[Result]:
         """The perplexity of a checkpoint by position, and how fast it read; `rope` stands beside the layout."""
         evaluation = self.recipe.evaluate
         assert evaluation is not None
-        assert self.texts.held_out is not None
         model.to(best_device())
         columns = common_columns(self.recipe)
         columns |= {"model": str(checkpoint), "layout": loaded_layout_name(model, rope)}
+        length, beyond, convention = evaluation.length, evaluation.beyond, evaluation.convention
         start = time.perf_counter()
-        results = self._perplexity(model, evaluation.length, columns)
-        seconds = time.perf_counter() - start
-        tokens = results[-1].n
-        speed = Result(
-            task="speed",
-            metric="evaluation_tokens_per_second",
-            value=tokens / seconds if tokens else 0.0,
-            length=evaluation.length,
-            n=tokens,
-            **columns,
-        )
-        beyond = self._perplexity(model, evaluation.beyond, columns) if evaluation.beyond else []
-        return [*results, *beyond, speed]
+        results = results_of(self.scores(model), length, convention, **columns)
+        seconds, tokens = time.perf_counter() - start, results[-1].n
+        if beyond:
+            results += results_of(self.scores(model, beyond), beyond, convention, **columns)
+        speed = tokens / seconds if tokens else 0.0
+        metric = "evaluation_tokens_per_second"
+        return [*results, Result(task="speed", metric=metric, value=speed, length=length, n=tokens, **columns)]
 
     def logged_results(self, entry: dict[str, Any], columns: dict[str, Any]) -> list[Result]:
         """The perplexities of an entry of the Trainer's history, where it has them."""
@@ -92,26 +99,6 @@ class TextTraining:
         """What a mixture took of each source."""
         return source_results(self.texts.stats, length=self.recipe.train.length, **columns)
 
-    def _perplexity(self, model: PreTrainedModel, length: int, columns: dict[str, Any]) -> list[Result]:
-        evaluation, held_out = self.recipe.evaluate, self.texts.held_out
-        assert evaluation is not None
-        assert held_out is not None
-        scores = _scores(model, held_out, evaluation, length, self.recipe.train.seed)
-        return results_of(scores, length, evaluation.convention, **columns)
-
-
-def _scores(
-    model: PreTrainedModel, held_out: Corpus, evaluation: PerplexityEvaluation, length: int, seed: int
-) -> list[Score]:
-    return perplexity(
-        model,
-        held_out,
-        length=length,
-        convention=evaluation.convention,
-        first_bucket=evaluation.first_bucket,
-        seed=seed,
-    )
-
 
 def _collate(sequences: list[dict[str, Tensor]]) -> dict[str, Any]:
     return {name: torch.stack([one[name] for one in sequences]) for name in sequences[0]} | without_logits()
@@ -122,14 +109,13 @@ class _TextTrainer(Trainer):
 
     control: TrainerControl
 
-    def __init__(self, *, evaluation: PerplexityEvaluation | None, **arguments: Any):
+    def __init__(self, *, evaluation: TextTraining, **arguments: Any):
         super().__init__(**arguments)
         self.evaluation = evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the held-out text."""
-        assert self.evaluation is not None
-        scores = _scores(self.model, self.eval_dataset, self.evaluation, self.evaluation.length, self.args.seed)
+        scores = self.evaluation.scores(self.model)
         entry = {"by_position": [asdict(score) for score in scores]}
         buckets = ", ".join(f"to {score.position_to}: {score.perplexity:.2f}" for score in scores[:-1])
         metrics = {"eval_perplexity": scores[-1].perplexity}
