@@ -28,9 +28,10 @@ from zebra.data.qa import (
     QAExample,
     words,
 )
-from zebra.evaluate.documents import Options, Outcome, answered, evaluate_documents, per_token
+from zebra.evaluate.documents import Outcome, evaluate_documents, per_token
 from zebra.evaluate.overlap import Overlap
 from zebra.evaluate.prompts import Prompts
+from zebra.evaluate.scoring import greedy_answers
 from zebra.evaluate.target import EvalTarget
 from zebra.generation import generate_tokens
 from zebra.report import write_report
@@ -55,14 +56,14 @@ def test_the_middle_of_the_document_is_cut(length: int, tokenizer: Any) -> None:
     assert length - 4 < len(prompt.ids) <= length
     text = tokenizer.decode(prompt.ids, skip_special_tokens=True)
     assert text.endswith("\n\nQuestion: Who ran?\nAnswer:")
-    head, tail = prompt.kept.split("\n...\n")
+    head, tail = prompt.document.split("\n...\n")
     assert LONG.startswith(head)
     assert LONG.endswith(tail)
     assert prompt.cut is not None
-    first, last = prompt.cut[0], prompt.tokens - prompt.cut[1]
+    first, last = prompt.cut[0], prompt.document_tokens - prompt.cut[1]
     assert 0 <= first - last <= 1
     ids = tokenizer(LONG, add_special_tokens=False)["input_ids"]
-    assert len(ids) == prompt.tokens
+    assert len(ids) == prompt.document_tokens
     assert tokenizer(head, add_special_tokens=False)["input_ids"] == ids[:first]
 
 
@@ -70,7 +71,7 @@ def test_what_fits_is_whole(tokenizer: Any) -> None:
     prompts, short = Prompts(tokenizer), item(TALES[0])
     whole = prompts.fitting(short, None)
     assert whole == prompts.fitting(short, len(whole.ids))
-    assert (whole.cut, whole.kept) == (None, TALES[0])
+    assert (whole.cut, whole.document) == (None, TALES[0])
     assert prompts.fitting(short, len(whole.ids) - 1).cut is not None
 
 
@@ -147,10 +148,11 @@ def test_a_batch_of_several_lengths_answers_as_each_alone(model: Any, tokenizer:
     prompts = [tokenizer(tale)["input_ids"][:n] for tale, n in zip(TALES, (150, 90, 160, 3), strict=False)]
     alone = [generate_tokens(model, tokenizer, torch.tensor([ids]), max_new_tokens=12)[0] for ids in prompts]
     expected = [tokenizer.decode(new, skip_special_tokens=True).strip() for new in alone]
+    room = {"max_new_tokens": [12] * 4}
     for batch_tokens in (1000, 100):
-        assert answered(model, tokenizer, prompts, answer_tokens=12, batch_tokens=batch_tokens) == expected
+        assert greedy_answers(model, tokenizer, prompts, **room, batch_tokens=batch_tokens) == expected
     stop = expected[0][4:6]
-    assert answered(model, tokenizer, prompts, answer_tokens=12, stop=[stop]) == [
+    assert greedy_answers(model, tokenizer, prompts, **room, stop=[stop]) == [
         text.partition(stop)[0].strip() for text in expected
     ]
 
@@ -206,7 +208,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def by_name(outcomes: list[Outcome]) -> dict[str, list[str]]:
-    return {one.name: one.faults for one in outcomes}
+    return {one.example.name: one.faults for one in outcomes}
 
 
 EXPECTED = {
@@ -222,14 +224,12 @@ EXPECTED = {
 @pytest.mark.filterwarnings("ignore:at 2.. tokens")
 def test_the_data_are_looked_at_without_the_model(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EvalTarget, "load", None)
-    rows, outcomes = evaluate_documents(
-        STORIES, file, lengths=[260], check_only=True, options=Options(answer_tokens=20)
-    )
+    rows, outcomes = evaluate_documents(STORIES, file, lengths=[260], check_only=True, answer_tokens=20)
     assert by_name(outcomes) == EXPECTED
     assert {row.metric: row.value * 6 for row in rows} == {
         **dict.fromkeys((EMPTY_ANSWER, DUPLICATE_QUESTION, ANSWER_IN_QUESTION, EVIDENCE_CUT), pytest.approx(1)),
         "duplicate answer": 0,
-        "document cut": pytest.approx(sum(one.cut is not None for one in outcomes)),
+        "document cut": pytest.approx(sum(one.prompt.cut is not None for one in outcomes)),
         "any fault": pytest.approx(4),
     }
     assert {(row.task, row.length, row.n) for row in rows} == {("documents-check-tales", 260, 6)}
@@ -239,7 +239,7 @@ def test_the_data_are_looked_at_without_the_model(file: Path, monkeypatch: pytes
 def test_a_model_that_does_not_read_needs_no_document(
     file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how: dict[str, Any] = {"lengths": [260], "options": Options("likelihood", 8)}
+    how: dict[str, Any] = {"lengths": [260], "score": "likelihood", "answer_tokens": 8}
     monkeypatch.setattr(EvalTarget, "load", lambda self: Deaf(tokenizer).eval())
     rows, outcomes = evaluate_documents(STORIES, file, **how)
     assert all((DOCUMENT_NOT_NEEDED in one.faults) == bool(one.scores) for one in outcomes)
@@ -253,11 +253,11 @@ def test_a_model_that_does_not_read_needs_no_document(
 
 def test_a_model_that_says_the_answer_scores_all(file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "zebra.evaluate.documents.answered", lambda *_, **__: ["Dog!", "a dog", "cow", "cat", "giraffe"]
+        "zebra.evaluate.documents.greedy_answers", lambda *_, **__: ["Dog!", "a dog", "cow", "cat", "giraffe"]
     )
     monkeypatch.setattr(EvalTarget, "load", lambda self: Deaf(tokenizer).eval())
     with pytest.warns(UserWarning, match="a length of .* passes the 512 positions"):
-        rows, outcomes = evaluate_documents(STORIES, file, beyond=True, options=Options(answer_tokens=300))
+        rows, outcomes = evaluate_documents(STORIES, file, beyond=True, answer_tokens=300)
     found = {row.metric: row for row in rows}
     assert found["f1"].value == pytest.approx(4 / 5)
     assert found["f1"].n == 5
@@ -267,8 +267,8 @@ def test_a_model_that_says_the_answer_scores_all(file: Path, tokenizer: Any, mon
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"options": {"score": "recall"}}, "the scores are generate and likelihood; got 'recall'"),
-    ({"options": {"answer_tokens": 0}}, "at least 1 token; got --answer-tokens 0"),
+    ({"score": "recall"}, "the scores are generate and likelihood; got 'recall'"),
+    ({"answer_tokens": 0}, "at least 1 token; got --answer-tokens 0"),
     ({"lengths": [300, 600]}, "600 tokens passes the 512 positions .*--beyond"),
     ({"limit": 0}, "at least 1 item is measured; got --limit 0"),
     ({"rope": "dynamic:2"}, "a rope of type dynamic changes its frequencies"),
@@ -284,7 +284,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(EvalTarget, "load", None)
     with pytest.raises(ZebraError, match=why):
-        evaluate_documents(STORIES, file, **(changes | {"options": Options(**changes.get("options", {}))}))
+        evaluate_documents(STORIES, file, **changes)
 
 
 def test_a_file_without_a_reference_is_refused(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from zebra import ZebraError
 from zebra.data.questions import TASKS
 from zebra.evaluate import harness, tasks
 from zebra.evaluate.harness import evaluate_tasks
-from zebra.evaluate.likelihood import likelihoods
-from zebra.evaluate.lm_eval_compat import made, offline, quiet
+from zebra.evaluate.lm_eval_compat import isolated, task_errors
+from zebra.evaluate.scoring import log_likelihoods
 from zebra.evaluate.target import EvalTarget
 from zebra.report import write_report
 from zebra.results import read_results
@@ -105,7 +105,7 @@ def test_a_task_gives_what_the_model_prefers(folder: Path, tokenizer: Any, loadi
         prompt = tokenizer(item["text"])["input_ids"]
         ends = [tokenizer(f"{item['text']} {end}")["input_ids"][len(prompt) :] for end in item["ends"]]
         with torch.no_grad():
-            ((one, two),) = likelihoods(model, [prompt], [ends])
+            ((one, two),) = log_likelihoods(model, [prompt], [ends])
         right += int(two > one) == item["right"]
     assert 0 < right < len(ITEMS)
     rows = evaluate_tasks(STORIES, tasks=["tiny", "tiny_ends"], include=folder, batch_size=2, **loading)
@@ -233,13 +233,13 @@ def test_the_surroundings_come_back(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     monkeypatch.setenv("https_proxy", "http://own")
     before = dict(os.environ)
-    with quiet(), offline():
+    with isolated():
         print("said")
         assert os.environ["https_proxy"] == os.environ["HTTPS_PROXY"] == "http://127.0.0.1:9"
     assert dict(os.environ) == before
     assert capsys.readouterr() == ("", "said\n")
-    with pytest.raises(ZebraError, match="as it was"):
-        made("x", lambda: (_ for _ in ()).throw(ZebraError("as it was")))
+    with pytest.raises(ZebraError, match="as it was"), task_errors("x"):
+        raise ZebraError("as it was")
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -327,5 +327,5 @@ def test_the_verb_and_its_page(folder: Path, tmp_path: Path, zebra: Zebra) -> No
 
 
 def test_every_task_has_two_names() -> None:
-    assert len(tasks.own_tasks()) == 2 * len(TASKS)
-    assert harness.OWN == "zebra-"
+    assert len(tasks.retrieval_tasks()) == 2 * len(TASKS)
+    assert harness.PREFIX == "zebra-"

@@ -25,10 +25,10 @@ from zebra import ZebraError
 from zebra.data.haystack import PromptTokenizer
 from zebra.data.needles import Sample, SampleGenerator
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
-from zebra.evaluate import retrieval as module
+from zebra.evaluate import scoring
 from zebra.evaluate.intervals import wilson
-from zebra.evaluate.likelihood import likelihoods
 from zebra.evaluate.retrieval import evaluate_retrieval, retrieval
+from zebra.evaluate.scoring import log_likelihoods
 from zebra.generation import generate_tokens
 from zebra.report import write_report
 from zebra.report.series import percent
@@ -103,7 +103,7 @@ class Guesser(Scripted):
         return torch.randn(len(self.tokenizer), generator=torch.Generator().manual_seed(hash(tuple(tokens)) % 2**40))
 
 
-@pytest.mark.parametrize("score", module.SCORES)
+@pytest.mark.parametrize("score", scoring.SCORES)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_script_that_reads_the_prompt_finds_every_answer(
     task: str, score: str, tokenizer: Any, needles: SampleGenerator
@@ -116,13 +116,13 @@ def test_a_script_that_reads_the_prompt_finds_every_answer(
 
 def test_a_guesser_is_near_chance(tokenizer: Any, needles: SampleGenerator) -> None:
     guesser = Guesser(tokenizer).eval()
-    found: list[float] = []
+    scores: list[float] = []
     for task in TASKS:
         samples = needles.samples(task, length=LENGTH, depth=0.5, count=25)
-        found += retrieval(guesser, tokenizer, samples, score="likelihood")
+        scores += retrieval(guesser, tokenizer, samples, score="likelihood")
         assert sum(retrieval(guesser, tokenizer, samples[:4], score="generate")) < 0.5
-    low, high = wilson(sum(found) / len(found), len(found))
-    assert low < 0.1 < high
+    interval = wilson(sum(scores) / len(scores), len(scores))
+    assert interval.low < 0.1 < interval.high
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def _equal_whole_texts(model: Any, samples: list[Sample], batch_tokens: int) -> 
         prompts = [sample.ids[7 * i :] for i, sample in enumerate(samples)]
         answers = [[one.ids for one in (*s.answers, *s.distractors)][: 10 - i] for i, s in enumerate(samples)]
         answers[-1][0] += answers[-1][0]
-        found = likelihoods(model, prompts, answers, batch_tokens)
+        found = log_likelihoods(model, prompts, answers, batch_tokens=batch_tokens)
         for prompt, own, row in zip(prompts, answers, found, strict=True):
             for ids, value in zip(own, row, strict=True):
                 logits = model(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0].double()
@@ -167,23 +167,27 @@ def test_an_answer_counts_where_the_continuation_has_it(
     striped: Any, tokenizer: Any, needles: SampleGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (sample,) = needles.samples("multivalue", length=300, depth=0.5)
-    said = f"{sample.answers[2].text}, {sample.distractors[0].text} and {sample.answers[0].text}."
-    monkeypatch.setattr(module, "continued", lambda *_, **__: [tokenizer.encode(said)])
+    answer = f"{sample.answers[2].text}, {sample.distractors[0].text} and {sample.answers[0].text}."
+    monkeypatch.setattr(scoring, "generate_tokens", lambda *_, **__: [tokenizer.encode(answer)])
     assert retrieval(striped, tokenizer, [sample]) == [0.5]
 
 
-def test_samples_of_several_lengths_are_refused(striped: Any, tokenizer: Any, needles: SampleGenerator) -> None:
-    samples = [*needles.samples("passkey", length=300, depth=0), *needles.samples("passkey", length=301, depth=0)]
-    with pytest.raises(ZebraError, match=r"samples of one length .* \[300, 301\]"):
-        retrieval(striped, tokenizer, samples)
+def test_samples_of_several_lengths_and_tasks_score_as_each_alone(
+    striped: Any, tokenizer: Any, needles: SampleGenerator
+) -> None:
+    cells = [("multivalue", 300), ("passkey", 310), ("needle", 200), ("multiquery", 330), ("multivalue", 250)]
+    samples = [s for task, length in cells for s in needles.samples(task, length=length, depth=0.5, count=2)]
+    alone = [retrieval(striped, tokenizer, [sample], score="likelihood")[0] for sample in samples]
+    assert retrieval(striped, tokenizer, samples, score="likelihood", batch_tokens=1000) == alone
+    assert len(set(alone)) > 1
 
 
 def test_wilsons_interval() -> None:
     """Against the roots of (p - m)² = z² p (1 - p) / n, and its textbook value for 10 of 10."""
     for mean, n in ((0.3, 20), (0.95, 7), (0.5, 1000), (0.0, 12)):
-        for p in wilson(mean, n):
+        for p in wilson(mean, n)[1:]:
             assert (p - mean) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-9)
-    assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson(1.0, 10) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-4)
 
 
 def test_rows_have_length_and_depth_in_columns(tmp_path: Path) -> None:
@@ -363,7 +367,7 @@ def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> 
     assert [line[0].text for line in tables[0].body] == names
     line = tables[0].body[4]
     assert [cell.text for cell in line[1:]] == [percent(share, 0) for share in (0.05, 1, 0.9, 1)]
-    assert line[1].dim == "{:.0f}–{:.0f}".format(*(100 * bound for bound in wilson(0.05, 40)))
+    assert line[1].dim == "{:.0f}–{:.0f}".format(*(100 * bound for bound in wilson(0.05, 40)[1:]))
 
 
 def test_the_page_of_layouts_is_written_from_its_rows(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,12 +186,12 @@ def tasks(
     as_json: Json = False,
 ) -> None:
     """Run tasks of the lm-evaluation-harness on data that is on this machine; nothing is downloaded."""
-    from zebra.evaluate.tasks import OWN, check_own
+    from zebra.evaluate.tasks import PREFIX, check_retrieval_task
 
     lengths = [] if length is None else numbers("--length", length, int, "4096,16384")
     for name in names(task_names):
-        if name.startswith(OWN):
-            check_own(name, lengths)
+        if name.startswith(PREFIX):
+            check_retrieval_task(name, lengths)
     loading = load_arguments(checkpoint, stripes, rope, self_extend, window, full_decode, dtype, device)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not sys.stderr.isatty():
@@ -253,7 +253,7 @@ def documents(
     loading = load_arguments(checkpoint, stripes, rope, self_extend, window, full_decode, dtype, device)
     find_files([str(file)])
     with show.working():
-        from zebra.evaluate.documents import Options, evaluate_documents
+        from zebra.evaluate.documents import evaluate_documents
         from zebra.evaluate.prompts import TEMPLATE
 
         results, outcomes = evaluate_documents(
@@ -265,14 +265,16 @@ def documents(
             check_only=check_only,
             seed=seed,
             run=run,
-            options=Options(score, answer_tokens, template or TEMPLATE, chat, tuple(stop or ())),
+            score=score,
+            answer_tokens=answer_tokens,
+            template=template or TEMPLATE,
+            chat=chat,
+            stop=stop or (),
             **loading,
         )
     if items is not None:
-        from dataclasses import asdict
-
         from zebra.files import atomic_write
         from zebra.results import to_json
 
-        atomic_write(items, "".join(to_json(asdict(outcome)) + "\n" for outcome in outcomes))
+        atomic_write(items, "".join(to_json(outcome.record()) + "\n" for outcome in outcomes))
     show.results(results, as_json, out)

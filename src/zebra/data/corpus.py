@@ -51,6 +51,9 @@ class Corpus:
     def __getitem__(self, i: int) -> NDArray[np.integer]:
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
+    def __iter__(self) -> Iterator[NDArray[np.integer]]:
+        return (self[i] for i in range(len(self)))
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each document, (documents,)."""

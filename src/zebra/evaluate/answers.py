@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from zebra.data.conversations import TokenizedConversation
-from zebra.evaluate.intervals import bootstrapped
+from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.perplexity import evaluating
 from zebra.model.loss import IGNORE, head_of, token_losses, without_logits
 from zebra.progress import bar
@@ -39,8 +39,7 @@ def answer_score(
 ) -> AnswerScore:
     """The loss on the answers of all conversations."""
     sums, counts = answer_losses(model, conversations)
-    low, high = bootstrapped(sums, counts, seed).tolist() if len(sums) > 1 else (None, None)
-    return AnswerScore(suite, float(sums.sum() / counts.sum()), low, high, int(counts.sum()), len(sums))
+    return AnswerScore(suite, *bootstrap(sums, counts, seed), int(counts.sum()), len(sums))
 
 
 def answer_losses(

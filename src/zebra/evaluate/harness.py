@@ -1,10 +1,9 @@
 """Tasks of EleutherAI's lm-evaluation-harness on a loaded model: its own by name, yours from YAML, and our retrieval.
 
-    name ─► TaskManager ─► tasks ─► requests ─► HFLM(pretrained=model) ─► evaluate ─► rows
+    name ─► TaskManager ─► tasks ─► requests ─► HFLM(pretrained=model) ─► evaluate ─► results
 
-The harness does what it does anywhere else; the model is the one of `zebra.load`, with its stripes, Self-Extend and
-bounded cache. Nothing is downloaded: data that is not there is refused. lm-eval, of the extra `tasks`, is imported here
-alone.
+The model is that of `zebra.load`, with its stripes, Self-Extend and bounded cache. Nothing is downloaded; missing data
+are an error. Only this module imports lm-eval, which the extra `tasks` installs.
 """
 
 from __future__ import annotations
@@ -13,26 +12,28 @@ import difflib
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.errors import ZebraError
-from zebra.evaluate.intervals import wilson
-from zebra.evaluate.likelihood import BATCH_TOKENS
-from zebra.evaluate.lm_eval_compat import made, offline, quiet
+from zebra.evaluate.intervals import Estimate, wilson
+from zebra.evaluate.lm_eval_compat import isolated, task_errors
+from zebra.evaluate.scoring import BATCH_TOKENS
 from zebra.evaluate.target import EvalTarget
-from zebra.evaluate.tasks import OWN, check_own, configuration, own_tasks
-from zebra.model.load_options import LoadOptions
+from zebra.evaluate.tasks import PREFIX, check_retrieval_task, configuration, retrieval_tasks
 from zebra.model.local import local_attention_of
 from zebra.progress import console
 from zebra.provenance import versions
 from zebra.results import Result
 
 _SHARES = ("acc", "acc_norm", "accuracy", "exact_match", "em")
-_ROOM = 256
-"""Tokens that the harness makes where a task does not say how many."""
+_MAX_NEW_TOKENS = 256
+"""Tokens that the harness generates where a task does not say how many."""
+
+Tasks = dict[str, dict[str, Any]]
+"""Tasks and groups by name, as `TaskManager.load` returns them."""
 
 
 def evaluate_tasks(
@@ -52,27 +53,27 @@ def evaluate_tasks(
     run: str = "evaluate",
     **loading: Any,
 ) -> list[Result]:
-    """Load tasks, then a checkpoint, and measure: the rows of `zebra evaluate tasks`.
+    """Load tasks, then a checkpoint, and measure.
 
-    A row's length is the one that was asked for where the task takes lengths, and else the tokens of its longest
+    The length of a result is the requested one where the task takes lengths, and else the tokens of its longest
     request, with its answer.
 
     Args:
-        tasks: names of the harness's tasks, groups and tags, paths of YAML files, names of `own_tasks`.
+        tasks: names of the harness's tasks, groups and tags, paths of YAML files, names of `retrieval_tasks`.
         lengths: for tasks that make texts of a length: ours, and those of the harness that read `max_seq_lengths`.
         shots: examples before each question; the task's own number where None.
-        limit: how many items of each task are taken.
-        batch_size: requests that are run at once.
+        limit: use only the first items of each task.
+        batch_size: requests that run at once.
         chat: put requests into the tokenizer's chat template.
         include: a folder with YAML tasks.
         cut: let the harness cut the beginnings of requests that are too long for the model.
         beyond: run them whole, with a warning.
-        check_only: load no model; the rows are the tokens that it would read.
+        check_only: load no model; the results are the tokens that it would read.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        ZebraError: lm-eval is not installed, a task that is not there, data or packages of a task that are not there,
-            requests beyond the model without `cut` or `beyond`, what `EvalTarget` refuses.
+        ZebraError: as `EvalTarget`; lm-eval is not installed; an unknown task, missing data or packages of a task;
+            requests beyond the model without `cut` or `beyond`.
     """
     if cut and beyond:
         raise ZebraError("what is too long is cut (--cut) or run whole (--beyond); got both. Choose one.")
@@ -81,193 +82,133 @@ def evaluate_tasks(
             f"a batch and a limit are at least 1, and shots at least 0; got a batch of {batch_size}, a limit of "
             f"{limit} and {shots} shots. Raise what is below."
         )
-    _installed()
-    subject = EvalTarget(checkpoint, LoadOptions(**loading))
-    if chat and not subject.tokenizer.chat_template:
+    try:
+        import lm_eval
+    except ImportError:
+        raise ZebraError(
+            "these tasks are those of lm-eval, which is not installed: pip install 'zebra-llm[tasks]'."
+        ) from None
+    target = EvalTarget(checkpoint, **loading)
+    if chat and not target.tokenizer.chat_template:
         raise ZebraError("this checkpoint's tokenizer has no chat template. Leave chat out.")
-    with quiet(), offline():
-        rounds = _rounds(subject, tasks, lengths, include, limit, seed)
-        for one in rounds:
-            one.settle(subject.tokenizer, shots=shots, limit=limit, chat=chat, seed=seed)
-        room = _check_room(subject, rounds, cut, beyond)
+    with isolated():
+        loaded = _load(target, tasks, lengths, include, limit, seed)
+        sizes = {
+            length: {
+                name: _prepare(task, target.tokenizer, shots, limit, chat, seed) for name, task in some["tasks"].items()
+            }
+            for length, some in loaded.items()
+        }
+        max_length = _max_length(target, sizes, cut, beyond)
         if check_only:
-            common = {"run": run, "metric": "tokens"} | subject.columns()
+            columns = {"run": run, "metric": "tokens"} | target.columns()
             return [
-                Result(task=f"harness-{name}", value=sum(sizes), length=max(sizes), **common)
-                for one in rounds
-                for name, sizes in one.sizes.items()
+                Result(task=f"harness-{name}", value=sum(its), length=max(its), **columns)
+                for of_length in sizes.values()
+                for name, its in of_length.items()
             ]
-        model = subject.load()
+        model = target.load()
         if local_attention_of(model).full_decode:
             warnings.warn(
                 "full decoding shows in tokens that are generated: where a task asks for likelihoods, the harness reads"
                 " requests whole, and local layers keep their window.",
                 stacklevel=2,
             )
-        host = _host(model, subject.tokenizer, room, batch_size)
-        common = {"run": run, "seed": seed} | subject.columns(model)
-        return [row for one in rounds for row in one.rows(one.run(host, limit, chat), common)]
-
-
-def _installed() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ZebraError(
-            "these tasks are those of lm-eval, which is not installed: pip install 'zebra-llm[tasks]'."
-        ) from None
+        lm = _language_model(model, target.tokenizer, max_length, batch_size)
+        columns = {"run": run, "seed": seed} | target.columns(model)
+        results: list[Result] = []
+        for length, some in loaded.items():
+            with task_errors(" and ".join(some["tasks"])):
+                measured = lm_eval.evaluate(
+                    lm=lm,
+                    task_dict=some,
+                    limit=limit,
+                    bootstrap_iters=1000,
+                    log_samples=False,
+                    apply_chat_template=chat,
+                    fewshot_as_multiturn=chat,
+                )
+            for name in dict.fromkeys([*measured.get("groups", {}), *measured["results"]]):
+                results += _results(name, measured, length, sizes[length].get(name), columns)
+        return results
 
 
 # Tasks
 
 
-def _rounds(
-    subject: EvalTarget,
+def _load(
+    target: EvalTarget,
     names: Sequence[str],
     lengths: Sequence[int],
     include: str | os.PathLike[str] | None,
     limit: int | None,
     seed: int,
-) -> list[_Round]:
-    """A round for each length, of the tasks that make texts of a length, and one for all others."""
+) -> dict[int | None, Tasks]:
+    """The tasks that take a length, by length, and under None those that do not."""
     if include is not None and not os.path.isdir(include):
         raise ZebraError(f"there is no folder at {include}. Give one that has tasks as YAML files.")
-    foreign = [name for name in dict.fromkeys(names) if not name.startswith(OWN)]
-    own = [name for name in dict.fromkeys(names) if name.startswith(OWN)]
-    for name in own:
-        check_own(name, lengths)
-    metadata: dict[str, Any] = {"tokenizer": str(subject.checkpoint)}  # the manager hands it to the tasks that it loads
-    manager = _manager(foreign, include, metadata)
-    rounds = {length: _Round(length) for length in (None, *sorted(set(lengths)))}
-    for name in foreign:
-        for length in [*rounds][1:] or [None]:
-            if length is not None:
-                metadata |= {"max_seq_lengths": [length]}
-            found = made(name, lambda name=name: manager.load([name]))  # type: ignore[misc]
-            takes = any(task.config.custom_dataset for task in found["tasks"].values())
-            rounds[length if takes else None].add(found)
-            if not takes:
-                break
-    if lengths and not own and not any(one.found["tasks"] for length, one in rounds.items() if length):
+    names, lengths = list(dict.fromkeys(names)), sorted(set(lengths))
+    of_harness = [name for name in names if not name.startswith(PREFIX)]
+    metadata: dict[str, Any] = {"tokenizer": target.checkpoint}  # the manager passes it to the tasks that it loads
+    manager = _manager(of_harness, include, metadata)
+    loaded: dict[int | None, Tasks] = {
+        length: {"tasks": {}, "groups": {}, "group_map": {}} for length in (None, *lengths)
+    }
+
+    def load(name: str, source: Any, length: int | None) -> bool:
+        """Load a task at a length; whether it takes one."""
+        with task_errors(name):
+            tasks = manager.load([source])
+        takes = any(task.config.custom_dataset for task in tasks["tasks"].values())
+        for kind, members in tasks.items():
+            loaded[length if takes else None][kind] |= members
+        return takes
+
+    for name in names:
+        if name in of_harness:
+            for length in lengths or [None]:
+                metadata |= {} if length is None else {"max_seq_lengths": [length]}
+                if not load(name, name, length):
+                    break
+            continue
+        check_retrieval_task(name, lengths)
+        for length in lengths:
+            load(name, configuration(name, target.tokenizer, length, limit, seed), length)
+    if lengths and not any(loaded[length]["tasks"] for length in lengths):
         raise ZebraError(f"none of {', '.join(names)} takes a length: its texts are as long as they are. Leave it out.")
-    for name in own:
-        for length in sorted(set(lengths)):
-            config = configuration(name, subject.tokenizer, length, limit, seed)
-            rounds[length].add(made(name, lambda config=config: manager.load([config])))  # type: ignore[misc]
-    return [one for one in rounds.values() if one.found["tasks"]]
+    return {length: some for length, some in loaded.items() if some["tasks"]}
 
 
 def _manager(names: Sequence[str], include: str | os.PathLike[str] | None, metadata: dict[str, Any]) -> Any:
-    """The harness's index of tasks. Its own are 14,000 files, which are read only where one of them is wanted.
+    """The harness's index of tasks; its own are 14,000 files, which are read only where a name is not elsewhere.
 
     Raises:
-        ZebraError: a name that is not there.
+        ZebraError: an unknown name.
     """
     from lm_eval.tasks import TaskManager
 
     path = None if include is None else str(include)
-    manager = TaskManager(include_path=path, include_defaults=False, metadata=metadata)
-    if not all(_knows(manager, name) for name in names):
-        manager = TaskManager(include_path=path, include_defaults=True, metadata=metadata)
-    for name in names:
-        if not _knows(manager, name):
-            near = difflib.get_close_matches(name, [*manager.all_tasks, *own_tasks()], 3) or ["hellaswag", "mmlu"]
-            raise ZebraError(
-                f"there is no task {name!r} among the {len(manager.all_tasks):,} of lm-eval and {OWN}*; near it are "
-                f"{', '.join(near)}. `lm_eval ls tasks` lists them; --include adds a folder of your own."
-            )
-    return manager
+    for defaults in (False, True):
+        manager = TaskManager(include_path=path, include_defaults=defaults, metadata=metadata)
+        files = [name for name in names if name.endswith(".yaml") and os.path.isfile(name)]
+        unknown = [name for name in names if name not in manager.task_index and name not in files]
+        if not unknown:
+            return manager
+    near = difflib.get_close_matches(unknown[0], [*manager.all_tasks, *retrieval_tasks()], 3) or ["hellaswag", "mmlu"]
+    raise ZebraError(
+        f"there is no task {unknown[0]!r} among the {len(manager.all_tasks):,} of lm-eval and {PREFIX}*; near it are "
+        f"{', '.join(near)}. `lm_eval ls tasks` lists them; --include adds a folder of your own."
+    )
 
 
-def _knows(manager: Any, name: str) -> bool:
-    return name in manager.task_index or (name.endswith(".yaml") and os.path.isfile(name))
+def _prepare(
+    task: Any, tokenizer: PreTrainedTokenizerBase, shots: int | None, limit: int | None, chat: bool, seed: int
+) -> list[int]:
+    """Set the number of examples as the harness's own command does, and build the requests.
 
-
-# Rounds
-
-
-class _Round:
-    """Tasks that are run together, made at one length where they take one."""
-
-    def __init__(self, length: int | None):
-        self.length = length
-        self.found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-        self.sizes: dict[str, list[int]] = {}
-
-    def add(self, found: dict[str, Any]) -> None:
-        """Tasks as `TaskManager.load` gives them."""
-        for part, members in found.items():
-            self.found[part] |= members
-
-    def settle(
-        self, tokenizer: PreTrainedTokenizerBase, *, shots: int | None, limit: int | None, chat: bool, seed: int
-    ) -> None:
-        """Settle the number of examples as the harness's own command does, then see how long the requests are."""
-        for name, task in self.found["tasks"].items():
-            default = task.get_config("num_fewshot")
-            if shots is not None and default != 0:  # a task that says 0 keeps it
-                task.set_config(key="num_fewshot", value=shots)
-            elif default is None:
-                task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=seed)
-            self.sizes[name] = made(name, lambda task=task: _sizes(task, tokenizer, limit, chat))  # type: ignore[misc]
-
-    def run(self, host: Any, limit: int | None, chat: bool) -> dict[str, Any]:
-        """The harness's results."""
-        from lm_eval.evaluator import evaluate
-
-        return made(
-            " and ".join(self.found["tasks"]),
-            lambda: evaluate(
-                lm=host,
-                task_dict=self.found,
-                limit=limit,
-                bootstrap_iters=1000,
-                log_samples=False,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
-            ),
-        )
-
-    def rows(self, results: dict[str, Any], common: dict[str, Any]) -> Iterator[Result]:
-        """Groups first, then tasks."""
-        for name in dict.fromkeys([*results.get("groups", {}), *results["results"]]):
-            yield from self._rows(name, results, common)
-
-    def _rows(self, name: str, results: dict[str, Any], common: dict[str, Any]) -> Iterator[Result]:
-        found, shots = results["results"][name], results["n-shot"].get(name) or 0
-        own = {"lm-eval": importlib.metadata.version("lm_eval"), "task": str(results["versions"].get(name))}
-        for key, value in found.items():
-            metric, comma, how = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            length = self.length or max(self.sizes.get(name, [0])) or None
-            n, error = found.get("sample_len"), found.get(f"{metric}_stderr,{how}")
-            if metric.isdecimal():  # RULER's name of a length, and -1 where there was nothing of it
-                if value < 0:
-                    continue
-                n = n if int(metric) == self.length else None
-                metric, length = "accuracy", int(metric)
-            low = high = None
-            if metric in _SHARES and n and name in self.sizes:
-                low, high = wilson(float(value), n)
-            elif isinstance(error, int | float):
-                low, high = value - 1.96 * error, value + 1.96 * error
-            yield Result(
-                task=f"harness-{name}" + (f" {shots}-shot" if shots else ""),
-                metric=metric if how == "none" else f"{metric} {how}",
-                value=float(value),
-                length=length,
-                n=n,
-                low=low,
-                high=high,
-                versions=versions() | own,
-                **common,
-            )
-
-
-def _sizes(task: Any, tokenizer: PreTrainedTokenizerBase, limit: int | None, chat: bool) -> list[int]:
-    """The tokens of each request with its answer; rolling ones, which come in windows that fit, left out."""
+    Returns:
+        The tokens of each request with its answer; without rolling requests, which come in windows that fit.
+    """
 
     def templated(history: list[dict[str, str]], add_generation_prompt: bool = True) -> Any:
         return tokenizer.apply_chat_template(
@@ -277,51 +218,97 @@ def _sizes(task: Any, tokenizer: PreTrainedTokenizerBase, limit: int | None, cha
             continue_final_message=not add_generation_prompt,
         )
 
-    task.build_all_requests(
-        limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat, chat_template=templated if chat else None
-    )
+    default = task.get_config("num_fewshot")
+    if shots is not None and default != 0:  # a task that sets 0 keeps it
+        task.set_config(key="num_fewshot", value=shots)
+    elif default is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=seed)
+    with task_errors(task.config.task):
+        task.build_all_requests(
+            limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat, chat_template=templated if chat else None
+        )
+        sizes = []
+        for request in task.instances:
+            if request.request_type == "generate_until":
+                prompt, options = request.args
+                size = len(tokenizer(prompt, verbose=False)["input_ids"])
+                sizes.append(size + options.get("max_gen_toks", _MAX_NEW_TOKENS))
+            elif request.request_type == "loglikelihood":
+                sizes.append(len(tokenizer("".join(request.args), verbose=False)["input_ids"]))
+    return sizes or [0]
 
-    found = []
-    for request in task.instances:
-        first, second = (*request.args, None)[:2]
-        if request.request_type == "generate_until":
-            size = len(tokenizer(first, verbose=False)["input_ids"])
-            found.append(size + second.get("max_gen_toks", _ROOM))
-        elif request.request_type == "loglikelihood":
-            found.append(len(tokenizer(first + second, verbose=False)["input_ids"]))
-    return found or [0]
 
-
-def _check_room(subject: EvalTarget, rounds: Sequence[_Round], cut: bool, beyond: bool) -> int | None:
+def _max_length(
+    target: EvalTarget, sizes: Mapping[int | None, Mapping[str, list[int]]], cut: bool, beyond: bool
+) -> int | None:
     """The tokens that the harness may give to the model at once.
 
     Raises:
-        ZebraError: requests beyond the model's reach, and nobody told to cut them or to go beyond.
+        ZebraError: requests beyond the model's reach, without `cut` or `beyond`.
     """
-    every = [(name, sizes) for one in rounds for name, sizes in one.sizes.items()]
-    reach, most = subject.reach, max(max(sizes) for _, sizes in every)
+    every = [(name, its) for of_length in sizes.values() for name, its in of_length.items()]
+    reach, most = target.reach, max(max(its) for _, its in every)
     if reach is None or most <= reach:
         return reach or most or None
     if beyond:
-        subject.check_length(most, beyond)
+        target.check_length(most, beyond)
         return most
-    over = [(name, sum(size > reach for size in sizes), len(sizes)) for name, sizes in every]
-    of = ", ".join(f"{count:,} of {total:,} of {name}" for name, count, total in over if count)
+    too_long = [(name, sum(size > reach for size in its), len(its)) for name, its in every]
+    counts = ", ".join(f"{count:,} of {total:,} of {name}" for name, count, total in too_long if count)
     passes = f"requests of up to {most:,} tokens, answer included, pass the {reach:,} positions that this model reads"
     if not cut:
         raise ZebraError(
-            f"{passes}: {of}. Take Self-Extend, a rope such as yarn:8 or fewer shots, let their beginnings be cut "
+            f"{passes}: {counts}. Take Self-Extend, a rope such as yarn:8 or fewer shots, cut their beginnings "
             "(--cut), or run them all the same (--beyond)."
         )
-    warnings.warn(f"{passes}, and lose their beginnings: {of}.", stacklevel=3)
+    warnings.warn(f"{passes}, and lose their beginnings: {counts}.", stacklevel=3)
     return reach
 
 
-def _host(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: int | None, batch_size: int) -> Any:
-    """The harness's own host of transformers' models, without its bars where there is no terminal."""
+# Results
+
+
+def _results(
+    name: str, measured: dict[str, Any], length: int | None, sizes: list[int] | None, columns: dict[str, Any]
+) -> Iterator[Result]:
+    """The results of a task, or of a group, which has no sizes."""
+    values, shots = measured["results"][name], measured["n-shot"].get(name) or 0
+    of_task = {"lm-eval": importlib.metadata.version("lm_eval"), "task": str(measured["versions"].get(name))}
+    for key, value in values.items():
+        metric, comma, variant = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        n, error = values.get("sample_len"), values.get(f"{metric}_stderr,{variant}")
+        context = length or max(sizes or [0]) or None
+        if metric.isdecimal():  # RULER's name of a length, and -1 where there was nothing of it
+            if value < 0:
+                continue
+            n = n if int(metric) == length else None
+            metric, context = "accuracy", int(metric)
+        estimate = Estimate(float(value), None, None)
+        if metric in _SHARES and n and sizes:
+            estimate = wilson(float(value), n)
+        elif isinstance(error, int | float):
+            estimate = Estimate(float(value), value - 1.96 * error, value + 1.96 * error)
+        yield Result(
+            task=f"harness-{name}" + (f" {shots}-shot" if shots else ""),
+            metric=metric if variant == "none" else f"{metric} {variant}",
+            length=context,
+            n=n,
+            versions=versions() | of_task,
+            **estimate._asdict(),
+            **columns,
+        )
+
+
+def _language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None, batch_size: int
+) -> Any:
+    """The harness's class for transformers' models, without its bars where there is no terminal."""
     from lm_eval.models.huggingface import HFLM
 
-    class Host(HFLM):
+    class LanguageModel(HFLM):
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm or not console.is_terminal)
 
@@ -332,4 +319,4 @@ def _host(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: int 
             return super().generate_until(requests, disable_tqdm or not console.is_terminal)
 
     model.generation_config.prefill_chunk_size = BATCH_TOKENS
-    return Host(pretrained=model, tokenizer=tokenizer, max_length=room, batch_size=batch_size)
+    return LanguageModel(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)

@@ -1,86 +1,73 @@
-"""Running what others wrote: quiet, without the network, and with what it raises told in one line."""
+"""Running tasks that others wrote: quiet, without the network, and with errors in one line."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
 
 from zebra.errors import ZebraError, first_line
 
-_TALKERS = ("lm_eval", "transformers.generation.stopping_criteria")
-"""Who warns of a model that was loaded before, and of lengths, which are checked before any work."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Only errors of the harness and its host. What they or a task print is no result, and goes to stderr."""
-    before = {name: logging.getLogger(name).level for name in _TALKERS}
-    for name in _TALKERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-
-
-_SURROUNDINGS = {
-    **{f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")},
-    "no_proxy": "",
+_LOGGERS = ("lm_eval", "transformers.generation.stopping_criteria")
+"""They warn of a model that was loaded before, and of lengths, which are checked before any work."""
+_PROXIES = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")} | {"no_proxy": ""}
+_ENVIRONMENT = {
+    **_PROXIES,
+    **{name.upper(): value for name, value in _PROXIES.items()},
     "DISABLE_MULTIPROC": "1",  # the harness's bootstrap would fork a process with threads
 }
 
 
 @contextmanager
-def offline() -> Iterator[None]:
-    """Within this context what asks the network by a client that knows proxies gets no answer.
+def isolated() -> Iterator[None]:
+    """Within this context libraries log only errors, print to stderr, and do not reach the network through a proxy.
 
-    Some tasks fetch their data themselves, whatever HF_HUB_OFFLINE says.
+    Some tasks fetch their data themselves, whatever HF_HUB_OFFLINE says; clients that know proxies get no answer.
     """
-    wanted = _SURROUNDINGS | {name.upper(): value for name, value in _SURROUNDINGS.items()}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    before = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.update(_ENVIRONMENT)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        for name in _ENVIRONMENT:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
-def made(name: str, make: Callable[[], Any]) -> Any:
-    """What makes a task of this name, or runs it, with all that it raises as a refusal.
+@contextmanager
+def task_errors(name: str) -> Iterator[None]:
+    """Within this context every exception, of a task of this name, becomes a `ZebraError`.
 
     Raises:
-        ZebraError: packages, a file or data that are not there, and whatever else was raised.
+        ZebraError: missing packages, files or data, and whatever else was raised.
     """
     try:
-        return make()
+        yield
     except ZebraError:
         raise
-    except ImportError as error:
-        raise ZebraError(f"the task {name} needs packages that are not installed: {_said_by(error)}.") from error
-    except FileNotFoundError as error:
-        raise ZebraError(
-            f"the data of the task {name} are not there: {_said_by(error)}. Put the file there, or name another in "
-            "the task's data_files."
-        ) from error
-    except OSError as error:
-        raise ZebraError(
-            f"the data of the task {name} are not on this machine, and nothing is downloaded here: "
-            f"{_said_by(error)}. Where there is a network, `lm_eval run --model dummy --tasks {name} --limit 1` "
-            "brings what Hugging Face keeps into its cache."
-        ) from error
     except Exception as error:
-        raise ZebraError(f"the task {name} cannot be made: {type(error).__name__}: {_said_by(error)}.") from error
-
-
-def _said_by(error: Exception) -> str:
-    return first_line(error).rstrip(" .")
+        text = first_line(error).rstrip(" .")
+        if isinstance(error, ImportError):
+            message = f"the task {name} needs packages that are not installed: {text}."
+        elif isinstance(error, FileNotFoundError):
+            message = (
+                f"the data of the task {name} are not there: {text}. Put the file there, or name another in the "
+                "task's data_files."
+            )
+        elif isinstance(error, OSError):
+            message = (
+                f"the data of the task {name} are not on this machine, and nothing is downloaded here: {text}. Where "
+                f"there is a network, `lm_eval run --model dummy --tasks {name} --limit 1` brings what Hugging Face "
+                "keeps into its cache."
+            )
+        else:
+            message = f"the task {name} cannot be made: {type(error).__name__}: {text}."
+        raise ZebraError(message) from error

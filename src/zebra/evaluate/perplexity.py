@@ -26,11 +26,8 @@ from transformers import PreTrainedModel
 
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.errors import ZebraError
-from zebra.evaluate.intervals import bootstrapped
-from zebra.model.checkpoint import load_tokenizer
-from zebra.model.families import layout
-from zebra.model.load import device_name
-from zebra.model.load_options import LoadOptions, loaded_layout_name
+from zebra.evaluate.intervals import bootstrap
+from zebra.evaluate.target import EvalTarget
 from zebra.model.local import local_attention_of
 from zebra.model.loss import head_of, token_losses, without_logits
 from zebra.model.self_extend import bounded_cache, check_learned_positions
@@ -70,14 +67,6 @@ def edges(length: int, start: int = 0, first: int | None = None) -> list[int]:
             bounds.append(edge)
         edge *= 2
     return [*bounds, length]
-
-
-def _decoding(model: PreTrainedModel, prompt: int | None) -> dict[str, Any]:
-    if prompt is None:
-        return {}
-    cache = bounded_cache(model)
-    cache.set_prompt_length(prompt)
-    return {"past_key_values": cache, "use_cache": True}
 
 
 def perplexity(
@@ -121,18 +110,29 @@ def perplexity(
     with evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
         for batch in _batches(windows, batch_tokens):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
-            hidden = model(ids, **without_logits(model.device) | _decoding(model, prompt)).hidden_states[-1]
-            losses = token_losses(hidden, head, ids).double().cpu().numpy()
+            kwargs = without_logits(model.device)
+            if prompt is not None:
+                cache = bounded_cache(model)
+                cache.set_prompt_length(prompt)
+                kwargs |= {"past_key_values": cache, "use_cache": True}
+            losses = token_losses(model(ids, **kwargs).hidden_states[-1], head, ids).double().cpu().numpy()
             for window, token_loss in zip(batch, losses, strict=True):
                 for i, (start, end) in enumerate(itertools.pairwise(bounds)):
                     inside = token_loss[max(start, window.scored_from) : end]
                     sums[i, window.document] += inside.sum()
                     counts[i, window.document] += len(inside)
             advance(ids.numel())
-    spans = [(bounds[i], bounds[i + 1], sums[i], counts[i]) for i in range(len(bounds) - 1)]
-    if len(spans) > 1 and prompt is None:
-        spans.append((0, length, sums.sum(axis=0), counts.sum(axis=0)))
-    return [_score(*span, seed) for span in spans if span[3].any()]
+    buckets = [*zip(bounds, bounds[1:], sums, counts, strict=False)]
+    if len(bounds) > 2 and prompt is None:
+        buckets.append((0, length, sums.sum(axis=0), counts.sum(axis=0)))
+    return [_score(*bucket, seed) for bucket in buckets if bucket[3].any()]
+
+
+def _score(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
+    scored = counts > 0
+    loss = bootstrap(sums[scored], counts[scored], seed)
+    value, low, high = (None if nats is None else float(np.exp(nats)) for nats in loss)
+    return Score(start, end, value, low, high, int(counts.sum()), int(scored.sum()))
 
 
 def evaluate_perplexity(
@@ -159,31 +159,27 @@ def evaluate_perplexity(
         check_only: load no model; the results are the tokens that it would read.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
     """
-    options = LoadOptions(**loading)
-    options.check()
-    config = options.config(checkpoint)
-    _ = options.self_extend_setting(config)  # checked before the weights are read
-    check_learned_positions(config, max(lengths))
-    corpus = read_corpus(text, load_tokenizer(checkpoint, config), separator=separator, field=field, num_proc=num_proc)
+    target = EvalTarget(checkpoint, needs_cache=prompt is not None, **loading)
+    check_learned_positions(target.config, max(lengths))
+    corpus = read_corpus(text, target.tokenizer, separator=separator, field=field, num_proc=num_proc)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
-    columns: dict[str, Any] = {"run": run, "model": str(checkpoint)}
     if check_only:
-        columns |= {"task": f"perplexity-{convention}", "metric": "tokens", "layout": layout(config)}
+        columns = {"run": run, "task": f"perplexity-{convention}", "metric": "tokens"} | target.columns()
         return [Result(value=sum(len(w.tokens) for w in windows[n]), length=n, **columns) for n in windows]
-    model = options.model(checkpoint)
+    model = target.load()
     if local_attention_of(model).full_decode and prompt is None:
         raise ZebraError(
             "full decoding shows in tokens that are decoded, and without a prompt all are read. Give --prompt, such as "
             f"{min(lengths) // 2}, or --no-full-decode."
         )
-    columns |= {"layout": loaded_layout_name(model, options.rope), "seed": seed, "device": device_name(model.device)}
+    columns = {"run": run, "seed": seed} | target.columns(model)
     task = convention if prompt is None else f"{convention}-decoded"
-    measured = {
-        n: perplexity(model, texts[n], length=n, convention=convention, stride=stride, prompt=prompt, seed=seed)
-        for n in lengths
-    }
-    return [result for n, scores in measured.items() for result in results_of(scores, n, task, **columns)]
+    results = []
+    for n in lengths:
+        scores = perplexity(model, texts[n], length=n, convention=convention, stride=stride, prompt=prompt, seed=seed)
+        results += results_of(scores, n, task, **columns)
+    return results
 
 
 def results_of(scores: Sequence[Score], length: int, convention: str, **columns: Any) -> list[Result]:
@@ -272,12 +268,3 @@ def _batches(windows: Sequence[_Window], batch_tokens: int) -> list[list[_Window
         else:
             batches.append([window])
     return batches
-
-
-def _score(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
-    seen = counts > 0
-    sums, counts = sums[seen], counts[seen]
-    low = high = None
-    if len(sums) > 1:
-        low, high = np.exp(bootstrapped(sums, counts, seed)).tolist()
-    return Score(start, end, float(np.exp(sums.sum() / counts.sum())), low, high, int(counts.sum()), len(sums))

@@ -1,4 +1,4 @@
-"""A document and a question as a prompt that fits: what is cut is the middle of the document, never the question.
+"""A document and a question as a prompt that fits: the middle of the document is cut, the question never.
 
 [beginning of the document ...] <the middle is cut> [... its end]  question
  '-------- half of what fits --'                    '- half ----'
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+from zebra.data.haystack import PromptTokenizer
 from zebra.data.qa import QAExample
 from zebra.errors import ZebraError
 from zebra.generation import encode_prompt
@@ -28,19 +30,19 @@ class Prompt:
 
     Attributes:
         ids: its tokens.
-        kept: the document's text that is in it.
-        tokens: tokens of the whole document.
-        cut: the document's tokens that are not in it, half-open; None where all are.
+        document: the text in place of the document.
+        document_tokens: tokens of the whole document.
+        cut: the document's tokens that are left out, half-open; None where all are in.
     """
 
     ids: tuple[int, ...]
-    kept: str
-    tokens: int
+    document: str
+    document_tokens: int
     cut: tuple[int, int] | None
 
 
 class Prompts:
-    """Items as prompts.
+    """Examples as prompts.
 
     Args:
         template: has `{document}` and `{question}` once each.
@@ -51,49 +53,51 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = TEMPLATE, *, chat: bool = False):
-        if any(template.count(place) != 1 for place in ("{document}", "{question}")):
+        if any(template.count(field) != 1 for field in ("{document}", "{question}")):
             raise ZebraError(
                 f"a template has {{document}} and {{question}}, once each; got {template!r}. Write {TEMPLATE!r}."
             )
-        self._tokenizer, self._chat = tokenizer, chat
+        self.tokenizer, self._chat = tokenizer, chat
+        self._pieces = PromptTokenizer(tokenizer)
         self._parts = re.split(r"(\{document\}|\{question\})", template)
-        self._known: dict[str, list[tuple[int, int]]] = {}
+        self._offsets = lru_cache(maxsize=1)(self._tokenize)  # examples of one document come one after another
 
-    def ids(self, item: QAExample, document: str) -> tuple[int, ...]:
+    def ids(self, example: QAExample, document: str) -> tuple[int, ...]:
         """The prompt's tokens with this text in place of the document."""
-        put = {"{document}": document, "{question}": item.question}
-        text = "".join(put.get(part, part) for part in self._parts)
-        return tuple(encode_prompt(text, self._tokenizer, self._chat)["input_ids"][0].tolist())
+        fields = {"{document}": document, "{question}": example.question}
+        text = "".join(fields.get(part, part) for part in self._parts)
+        return tuple(encode_prompt(text, self.tokenizer, self._chat)["input_ids"][0].tolist())
 
-    def fitting(self, item: QAExample, length: int | None) -> Prompt:
+    def answer_ids(self, answer: str) -> tuple[int, ...]:
+        """The tokens of an answer after the prompt: with the space between them, except in a chat template."""
+        return self._pieces.encode_first(answer) if self._chat else self._pieces.encode(answer)
+
+    def fitting(self, example: QAExample, length: int | None) -> Prompt:
         """The prompt in at most `length` tokens; whole where that is None.
 
         Raises:
-            ZebraError: what stands around the document leaves no room for a token of it.
+            ZebraError: the template and the question leave no room for the document.
         """
-        places = self._places(item.document)
-        n, around = len(places), len(self.ids(item, WITHOUT_DOCUMENT))
+        offsets = self._offsets(example.document)
+        n, around = len(offsets), len(self.ids(example, WITHOUT_DOCUMENT))
         if length is None or n + around <= length + _JOINTS:
-            ids = self.ids(item, item.document)
+            ids = self.ids(example, example.document)
             if length is None or len(ids) <= length:
-                return Prompt(ids, item.document, n, None)
-        kept = min(n - 1, length - around)
-        while kept >= 2:
-            first, last = (kept + 1) // 2, kept // 2
-            text = item.document[: places[first - 1][1]] + _GAP + item.document[places[n - last][0] :]
-            ids = self.ids(item, text)
+                return Prompt(ids, example.document, n, None)
+        room = min(n - 1, length - around)
+        while room >= 2:
+            first, last = (room + 1) // 2, room // 2
+            text = example.document[: offsets[first - 1][1]] + _GAP + example.document[offsets[n - last][0] :]
+            ids = self.ids(example, text)
             if len(ids) <= length:
                 return Prompt(ids, text, n, (first, n - last))
-            kept -= len(ids) - length
+            room -= len(ids) - length
         raise ZebraError(
-            f"the question of {item.name} takes {around:,} tokens without its document, and there is room for "
+            f"the question of {example.name} takes {around:,} tokens without its document, and there is room for "
             f"{length:,} in all. Take a longer --length, or fewer --answer-tokens."
         )
 
-    def _places(self, document: str) -> list[tuple[int, int]]:
-        """Where in the text each token of a document stands."""
-        if document not in self._known:
-            self._known.clear()  # items of one document come one after another
-            found = self._tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            self._known[document] = found["offset_mapping"]
-        return self._known[document]
+    def _tokenize(self, document: str) -> list[tuple[int, int]]:
+        """Start and end of each token in the text of a document."""
+        encoding = self.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoding["offset_mapping"]

@@ -34,7 +34,7 @@ from zebra.evaluate.calibration import (
     task_sequences,
     text_sequences,
 )
-from zebra.evaluate.intervals import bootstrapped
+from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.loss_cache import LossCache
 from zebra.evaluate.perplexity import evaluating
 from zebra.evaluate.search import Losses, global_layers, greedy, once, strides
@@ -298,15 +298,12 @@ def _results(
     """
 
     def result(what: str, kinds: str, metric: str, sums: Any, counts: Any) -> Result:
-        low, high = bootstrapped(sums, counts, columns["seed"]).tolist() if len(sums) > 1 else (None, None)
         return Result(
             layout=FULL if "L" not in kinds else str(_stripes(kinds, local)),
             task=f"selection-{what}-{data}",
             metric=metric,
-            value=float(sums.sum() / counts.sum()),
             n=int(counts.sum()),
-            low=low,
-            high=high,
+            **bootstrap(sums, counts, columns["seed"])._asdict(),
             **columns,
         )
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer
@@ -17,70 +15,66 @@ from zebra.model.load import device_name
 from zebra.model.load_options import LoadOptions, loaded_layout_name
 from zebra.model.rope import as_rope, refuse_changing_rope
 from zebra.model.self_extend import check_learned_positions, longest_text
-from zebra.positions import SelfExtend
 
 
-@dataclass(frozen=True)
 class EvalTarget:
-    """A checkpoint and how it is loaded. All that can be refused without the weights is refused here.
+    """A checkpoint and how it is loaded. Everything that can fail without the weights fails here.
+
+    Args:
+        needs_cache: whether the measurement reads a prompt into a cache.
+        loading: the fields of `LoadOptions`.
+
+    Attributes:
+        config: the config with its rope changed.
+        self_extend: the setting of Self-Extend, or None.
+        tokenizer: the checkpoint's tokenizer.
+        reach: the longest text that the model is made for; None where it is unknown, as with another base of the rope.
 
     Raises:
-        ZebraError: what `LoadOptions` refuses, and a rope that changes with length.
+        ZebraError: options that do not fit the checkpoint; with a cache, a rope that changes with length.
     """
 
-    checkpoint: str | os.PathLike[str]
-    loading: LoadOptions
-
-    def __post_init__(self) -> None:
-        self.loading.check()
-        refuse_changing_rope(self.config, "generating")
-        _ = self.setting
-
-    @cached_property
-    def config(self) -> PreTrainedConfig:
-        """The config with the rope."""
-        return self.loading.config(self.checkpoint)
-
-    @cached_property
-    def setting(self) -> SelfExtend | None:
-        """Self-Extend's, reckoned."""
-        return self.loading.self_extend_setting(self.config)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's own."""
-        return load_tokenizer(self.checkpoint, self.config)
-
-    @property
-    def reach(self) -> int | None:
-        """The longest text that it is made for; None where nobody knows, as under another base of the rope."""
-        return None if as_rope(self.loading.rope).kind == "base" else longest_text(self.config, self.setting)
+    def __init__(self, checkpoint: str | os.PathLike[str], *, needs_cache: bool = True, **loading: Any):
+        self._options = LoadOptions(**loading)
+        self._options.check()
+        self.checkpoint = str(checkpoint)
+        self.config = self._options.config(checkpoint)
+        if needs_cache:
+            refuse_changing_rope(self.config, "generating")
+        self.self_extend = self._options.self_extend_setting(self.config)
+        self.tokenizer = load_tokenizer(checkpoint, self.config)
+        other_base = as_rope(self._options.rope).kind == "base"
+        self.reach = None if other_base else longest_text(self.config, self.self_extend)
 
     def check_length(self, length: int, beyond: bool) -> None:
-        """Refuse a length beyond what the model was trained for or reaches, or warn where it is told to go beyond.
+        """Reject a length beyond `reach`, or warn of it with `beyond`.
 
         Raises:
-            ZebraError: a length beyond, and nobody told to measure there; learned positions, which have no beyond.
+            ZebraError: a length beyond `reach` without `beyond`; one beyond learned positions.
         """
         check_learned_positions(self.config, length)
         if self.reach is None or length <= self.reach:
             return
         passes = f"a length of {length:,} tokens passes the {self.reach:,} positions that this model "
-        passes += "was trained for" if self.setting is None else f"reaches with Self-Extend {self.setting}"
+        passes += f"reaches with Self-Extend {self.self_extend}" if self.self_extend else "was trained for"
         if not beyond:
             raise ZebraError(
-                f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or a checkpoint that was adapted, "
-                "or say beyond (--beyond) to measure there all the same."
+                f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or an adapted checkpoint, or "
+                "measure there all the same with beyond (--beyond)."
             )
         warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)
 
     def load(self) -> PreTrainedModel:
-        """The model, in its place."""
-        return self.loading.model(self.checkpoint)
+        """The model on its device.
+
+        Raises:
+            ZebraError: as `LoadOptions.model`.
+        """
+        return self._options.model(self.checkpoint)
 
     def columns(self, model: PreTrainedModel | None = None) -> dict[str, Any]:
-        """What the rows of results say about it; without a model they are about the checkpoint's data alone."""
+        """The columns of results that describe it; without a model they describe the checkpoint alone."""
         if model is None:
-            return {"model": str(self.checkpoint), "layout": layout(self.config)}
-        named = loaded_layout_name(model, self.loading.rope)
-        return {"model": str(self.checkpoint), "layout": named, "device": device_name(model.device)}
+            return {"model": self.checkpoint, "layout": layout(self.config)}
+        name = loaded_layout_name(model, self._options.rope)
+        return {"model": self.checkpoint, "layout": name, "device": device_name(model.device)}

@@ -1,38 +1,38 @@
-"""Our retrieval as tasks of the harness, made here and now, in configurations that its `ConfigurableTask` takes.
+"""Our retrieval as tasks of the harness, in configurations that its `ConfigurableTask` takes.
 
-The harness works on text, so that a prompt has as many tokens as was asked but for the few that merge across joints:
-`zebra.evaluate.retrieval` is exact. What is compared with other tasks of the harness, or run elsewhere, is better here.
+The harness works on text, so a prompt has the requested number of tokens except for a few that merge across joints;
+`zebra.evaluate.retrieval` is exact. Use these tasks to compare with other tasks of the harness.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from zebra.data.haystack import PromptTokenizer, contains_answer
-from zebra.data.needles import Sample, SampleGenerator
+from zebra.data.needles import SampleGenerator
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
 from zebra.errors import ZebraError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OWN = "zebra-"
+PREFIX = "zebra-"
 LIKELIHOOD = "-likelihood"
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Where the evidence stands, in turn."""
+"""The depths of the evidence, sample by sample."""
 _SAMPLES = 100
 
 
-def own_tasks() -> list[str]:
-    """The names of our retrieval tasks: each by generation, and with `-likelihood` behind it by likelihood."""
-    return [f"{OWN}{task}{score}" for task in TASKS for score in ("", LIKELIHOOD)]
+def retrieval_tasks() -> list[str]:
+    """The names of our tasks: `zebra-TASK` is scored by generation, `zebra-TASK-likelihood` by likelihood."""
+    return [f"{PREFIX}{task}{score}" for task in TASKS for score in ("", LIKELIHOOD)]
 
 
-def check_own(name: str, lengths: Sequence[int]) -> None:
-    """Refuse a name that is not among ours, or one without a length."""
-    if name not in own_tasks():
-        raise ZebraError(f"our tasks are {', '.join(own_tasks())}; got {name!r}. Choose among them.")
+def check_retrieval_task(name: str, lengths: Sequence[int]) -> None:
+    """Reject a name that is not in `retrieval_tasks`, or one without a length."""
+    if name not in retrieval_tasks():
+        raise ZebraError(f"our tasks are {', '.join(retrieval_tasks())}; got {name!r}. Choose among them.")
     if not lengths:
         raise ZebraError(f"{name} makes texts of a length. Give --length, several with commas.")
 
@@ -41,16 +41,32 @@ def configuration(
     name: str, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None, seed: int
 ) -> dict[str, Any]:
     """One of our tasks at a length, as the harness's configuration."""
-    task = name.removeprefix(OWN).removesuffix(LIKELIHOOD)
-    needles, depths = SampleGenerator(tokenizer), [None] if task in WITHOUT_DEPTH else DEPTHS
+    task = name.removeprefix(PREFIX).removesuffix(LIKELIHOOD)
+    needles, pieces = SampleGenerator(tokenizer), PromptTokenizer(tokenizer)
+    depths = [None] if task in WITHOUT_DEPTH else DEPTHS
     samples = [
         needles.samples(task, length=length, depth=depths[i % len(depths)], seed=seed * _SAMPLES + i)[0]
         for i in range(min(limit or _SAMPLES, _SAMPLES))
     ]
+    items = [
+        {
+            "prompt": pieces.decode(sample.ids),
+            "right": 0,
+            "answers": [answer.text for answer in sample.answers],
+            "choices": [one.text for one in (*sample.answers, *sample.distractors)],
+        }
+        for sample in samples
+    ]
+
+    def dataset(**metadata: Any) -> Any:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list(items)}
+
     config: dict[str, Any] = {
         "task": name,
         "dataset_path": "",
-        "custom_dataset": _dataset(samples, PromptTokenizer(tokenizer)),
+        "custom_dataset": dataset,
         "test_split": "test",
         "doc_to_text": "prompt",
         "doc_to_target": "right",
@@ -58,37 +74,18 @@ def configuration(
         "metadata": {"version": 1},
     }
     if name.endswith(LIKELIHOOD):
-        return config | {"output_type": "multiple_choice", "doc_to_choice": "choices", "process_results": _preferred}
+        choice = {"output_type": "multiple_choice", "doc_to_choice": "choices"}
+        return config | choice | {"process_results": _share_preferred}
     stop = {"until": [], "do_sample": False, "max_gen_toks": max(sample.max_answer_tokens for sample in samples)}
-    return config | {"output_type": "generate_until", "generation_kwargs": stop, "process_results": _said}
+    generation = {"output_type": "generate_until", "generation_kwargs": stop}
+    return config | generation | {"process_results": _share_generated}
 
 
-def _dataset(samples: Sequence[Sample], writer: PromptTokenizer) -> Callable[..., Any]:
-    def make(**metadata: Any) -> Any:
-        from datasets import Dataset
-
-        return {
-            "test": Dataset.from_list(
-                [
-                    {
-                        "prompt": writer.decode(sample.ids),
-                        "right": 0,
-                        "answers": [answer.text for answer in sample.answers],
-                        "choices": [one.text for one in (*sample.answers, *sample.distractors)],
-                    }
-                    for sample in samples
-                ]
-            )
-        }
-
-    return make
-
-
-def _said(item: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+def _share_generated(item: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     return {"accuracy": sum(contains_answer(results[0], answer) for answer in item["answers"]) / len(item["answers"])}
 
 
-def _preferred(item: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    right = len(item["answers"])
-    best_wrong = max(value for value, _ in results[right:])
-    return {"accuracy": sum(value > best_wrong for value, _ in results[:right]) / right}
+def _share_preferred(item: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    from zebra.evaluate.retrieval import share_preferred
+
+    return {"accuracy": share_preferred([value for value, _ in results], len(item["answers"]))}

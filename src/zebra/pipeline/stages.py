@@ -10,7 +10,6 @@ import importlib
 import inspect
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -42,7 +41,7 @@ _MEASURES: dict[str, Callable[..., Any]] = {
     "tasks": harness.evaluate_tasks,
     "documents": documents.evaluate_documents,
 }
-_NOT_KEYS = ("checkpoint", "run", "check_only", "options", "work")
+_NOT_KEYS = ("checkpoint", "run", "check_only", "work")
 """Arguments that the pipeline sets."""
 
 
@@ -92,12 +91,9 @@ def _evaluate(stage: Stage) -> None:
 
 def _measured(name: str, arguments: dict[str, Any], checkpoint: Path, **more: Any) -> list[Result]:
     """The results of a measurement."""
-    if name != "documents":
-        kwargs = _keywords(name, arguments, _MEASURES[name], LoadOptions)
-        return _MEASURES[name](checkpoint, **kwargs, **more)
-    kwargs = _keywords(name, arguments, documents.evaluate_documents, documents.Options, LoadOptions)
-    options = documents.Options(**{field.name: kwargs.pop(field.name) for field in fields(documents.Options)})
-    return documents.evaluate_documents(checkpoint, **kwargs, **more, options=options)[0]
+    kwargs = _keywords(name, arguments, _MEASURES[name], LoadOptions)
+    results = _MEASURES[name](checkpoint, **kwargs, **more)
+    return results[0] if name == "documents" else results
 
 
 def _select_arguments(recipe: Convert) -> dict[str, Any]:
