@@ -167,7 +167,7 @@ class Score(NamedTuple):
         if not results:
             return None
         value = sum(result.value for result in results) / len(results)
-        return cls(*wilson(value, sum(result.n or 0 for result in results)))
+        return cls(value, *wilson(value, sum(result.n or 0 for result in results)))
 
 
 def _score(results: Sequence[Result], layout: str, task: str | None, depths: Sequence[float] = FAR) -> Score | None:

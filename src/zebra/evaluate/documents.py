@@ -113,7 +113,7 @@ def evaluate_documents(
     prompts = Prompts(target.tokenizer, template, chat=chat)
     if lengths:
         target.check_length(max(lengths), beyond)
-    spans = sorted(set(lengths)) or [None if beyond else target.reach]
+    spans: list[int | None] = [*sorted(set(lengths))] or [None if beyond else target.reach]
     by_length: dict[int, list[Outcome]] = {}
     with bar("data", len(spans) * len(examples), "items") as advance:
         for span in spans:

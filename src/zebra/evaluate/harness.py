@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.errors import ZebraError
-from zebra.evaluate.intervals import Estimate, wilson
+from zebra.evaluate.intervals import wilson
 from zebra.evaluate.lm_eval_compat import isolated, task_errors
 from zebra.evaluate.scoring import BATCH_TOKENS
 from zebra.evaluate.target import EvalTarget
@@ -166,7 +166,7 @@ def _load(
 
     for name in names:
         if name in of_harness:
-            for length in lengths or [None]:
+            for length in [*loaded][1:] or [None]:
                 metadata |= {} if length is None else {"max_seq_lengths": [length]}
                 if not load(name, name, length):
                     break
@@ -286,18 +286,20 @@ def _results(
                 continue
             n = n if int(metric) == length else None
             metric, context = "accuracy", int(metric)
-        estimate = Estimate(float(value), None, None)
+        low = high = None
         if metric in _SHARES and n and sizes:
-            estimate = wilson(float(value), n)
+            low, high = wilson(float(value), n)
         elif isinstance(error, int | float):
-            estimate = Estimate(float(value), value - 1.96 * error, value + 1.96 * error)
+            low, high = value - 1.96 * error, value + 1.96 * error
         yield Result(
             task=f"harness-{name}" + (f" {shots}-shot" if shots else ""),
             metric=metric if variant == "none" else f"{metric} {variant}",
+            value=float(value),
             length=context,
             n=n,
+            low=low,
+            high=high,
             versions=versions() | of_task,
-            **estimate._asdict(),
             **columns,
         )
 

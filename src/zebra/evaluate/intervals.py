@@ -19,8 +19,8 @@ class Estimate(NamedTuple):
     high: float | None
 
 
-def wilson(mean: float, n: int) -> Estimate:
-    """A mean of n values between 0 and 1 with Wilson's interval.
+def wilson(mean: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a mean of n values between 0 and 1.
 
         (m + z²/2n ± z √(m (1 - m) / n + z²/4n²)) / (1 + z²/n),   z = 1.96
 
@@ -30,7 +30,7 @@ def wilson(mean: float, n: int) -> Estimate:
     middle = mean + z * z / (2 * n)
     half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     whole = 1 + z * z / n
-    return Estimate(mean, max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole))
+    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
 def bootstrap(sums: NDArray[Any], counts: NDArray[Any], seed: int) -> Estimate:

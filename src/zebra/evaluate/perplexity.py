@@ -131,8 +131,8 @@ def perplexity(
 def _score(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
     scored = counts > 0
     loss = bootstrap(sums[scored], counts[scored], seed)
-    value, low, high = (None if nats is None else float(np.exp(nats)) for nats in loss)
-    return Score(start, end, value, low, high, int(counts.sum()), int(scored.sum()))
+    low, high = (None if nats is None else float(np.exp(nats)) for nats in (loss.low, loss.high))
+    return Score(start, end, float(np.exp(loss.value)), low, high, int(counts.sum()), int(scored.sum()))
 
 
 def evaluate_perplexity(

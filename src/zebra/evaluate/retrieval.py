@@ -119,8 +119,9 @@ def evaluate_retrieval(
             advance(note=task)
             drawn = needles.samples(task, length=length, depth=depth, count=samples, seed=seed)
             scores = retrieval(model, target.tokenizer, drawn, score=score, advance=advance)
-            mean = wilson(sum(scores) / samples, samples)
-            results.append(Result(metric="accuracy", n=samples, **mean._asdict(), **at))
+            mean = sum(scores) / samples
+            low, high = wilson(mean, samples)
+            results.append(Result(metric="accuracy", value=mean, n=samples, low=low, high=high, **at))
     return results
 
 
