@@ -92,11 +92,11 @@ def test_the_loss_is_the_hosts_own(adapt_run: FinishedRun) -> None:
     packed = pack(corpus, 600, join=True, seed=0)
     model = zebra.load(STORIES, stripes="GLLL:33")
     with torch.no_grad():
-        stock = [
+        stock = (
             model(packed[i]["input_ids"][None], labels=packed[i]["labels"][None], use_cache=False).loss.item()
             for i in range(len(packed))
-        ]
-    assert min(abs(loss - losses(rows)[0]) for loss in stock) < 1e-5
+        )
+        assert any(abs(loss - losses(rows)[0]) < 1e-5 for loss in stock)
 
 
 def test_a_finished_run_is_not_run_again(adapt_run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +189,8 @@ def test_a_killed_run_resumes_to_the_same_losses(when: str, adapt_run: FinishedR
     ids=str,
 )
 def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], tmp_path: Path) -> None:
-    rows = adapt(adapt_recipe(tmp_path / "run", evaluate=None, train__max_steps=4, **changes))
-    assert len(losses(rows)) == 4
+    rows = adapt(adapt_recipe(tmp_path / "run", evaluate=None, train__max_steps=2, **changes))
+    assert len(losses(rows)) == 2
     assert all(0 < loss < 10 for loss in losses(rows))
     assert {row.task for row in rows} == {"train", "cost"}
 
@@ -239,20 +239,12 @@ def test_a_damaged_recipe_in_the_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_activation_checkpointing_and_accumulation_change_no_loss(tmp_path: Path) -> None:
-    plain = adapt(adapt_recipe(tmp_path / "a", evaluate=None, train__max_steps=4, train__per_device_train_batch_size=2))
-    recomputed = adapt(
-        adapt_recipe(
-            tmp_path / "b",
-            evaluate=None,
-            train__max_steps=4,
-            train__per_device_train_batch_size=2,
-            train__activation_checkpointing=True,
-        )
-    )
+    short = {"evaluate": None, "train__max_steps": 2, "train__length": 300}
+    pairs = {"train__per_device_train_batch_size": 2}
+    plain = adapt(adapt_recipe(tmp_path / "a", **short, **pairs))
+    recomputed = adapt(adapt_recipe(tmp_path / "b", **short, **pairs, train__activation_checkpointing=True))
     assert losses(plain) == pytest.approx(losses(recomputed), abs=1e-5)
-    accumulated = adapt(
-        adapt_recipe(tmp_path / "c", evaluate=None, train__max_steps=4, train__gradient_accumulation_steps=2)
-    )
+    accumulated = adapt(adapt_recipe(tmp_path / "c", **short, train__gradient_accumulation_steps=2))
     assert losses(plain) == pytest.approx(losses(accumulated), abs=1e-4)
 
 

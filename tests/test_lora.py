@@ -23,7 +23,7 @@ from zebra.train.recipe import Lora
 peft = pytest.importorskip("peft")
 
 IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
-STEPS = {"train__max_steps": 4, "train__learning_rate": 3e-3}
+STEPS = {"train__max_steps": 8, "train__learning_rate": 3e-3}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -67,7 +67,7 @@ def test_an_adaptation_is_merged_into_a_plain_checkpoint(tmp_path: Path) -> None
     assert names(run / "model") == names(STORIES) | {"zebra.json"}
     plain = AutoModelForCausalLM.from_pretrained(run / "model")
     ids = AutoTokenizer.from_pretrained(run / "model")("Once upon a time", return_tensors="pt").input_ids
-    adapter = lora.reload(zebra.load(STORIES, stripes="GLLL:33"), run / "checkpoints" / "checkpoint-4")
+    adapter = lora.reload(zebra.load(STORIES, stripes="GLLL:33"), run / "checkpoints" / "checkpoint-8")
     torch.testing.assert_close(plain(ids).logits, adapter(ids).logits, atol=1e-4, rtol=1e-4)
     source = AutoModelForCausalLM.from_pretrained(STORIES)
     for name, trained in (("self_attn.q_proj", True), ("input_layernorm", True), ("mlp.up_proj", False)):
@@ -79,7 +79,7 @@ def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
     run = tmp_path / "run"
     results = adapt(
         adapt_recipe(
-            run, lora={"r": 4, "merge": False}, train__length=300, evaluate__length=300, evaluate__eval_steps=4, **STEPS
+            run, lora={"r": 4, "merge": False}, train__length=300, evaluate__length=300, evaluate__eval_steps=8, **STEPS
         )
     )
     assert "adapter_config.json" in names(run / "model")
@@ -89,13 +89,13 @@ def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="is a peft adapter, not a whole checkpoint"):
         zebra.load(run / "model")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "model")
-    trained = lora.reload(zebra.load(STORIES, stripes="GLLL:33"), run / "checkpoints" / "checkpoint-4")
+    trained = lora.reload(zebra.load(STORIES, stripes="GLLL:33"), run / "checkpoints" / "checkpoint-8")
     torch.testing.assert_close(loaded(IDS).logits, trained(IDS).logits, atol=1e-4, rtol=1e-4)
     values = {
         name: [one.value for one in results if one.metric == "perplexity" and one.model == name]
-        for name in (f"{run}@4", str(run / "model"))
+        for name in (f"{run}@8", str(run / "model"))
     }
-    assert values[f"{run}@4"] == pytest.approx(values[str(run / "model")], rel=1e-4)
+    assert values[f"{run}@8"] == pytest.approx(values[str(run / "model")], rel=1e-4)
 
 
 def test_a_merge_that_is_wrong_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
