@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from zebra import ZebraError
 from zebra.data.haystack import (
-    CandidatePool,
+    NOISE,
     Haystack,
     PromptTokenizer,
     contains_answer,
@@ -29,9 +29,9 @@ from zebra.data.questions import (
     COMMON_WORDS,
     GENERATORS,
     MIN_WORDS,
-    NOISE,
     TASKS,
     WITHOUT_DEPTH,
+    SampleContext,
     common_counts,
     frequent_counts,
 )
@@ -264,7 +264,7 @@ def test_pieces_are_placed_to_the_token(size: int, depth: float) -> None:
 
 
 def test_a_window_begins_a_sentence_where_it_should() -> None:
-    hay = Haystack.repeating([[1, 2, 3], [4, 5], [6]], 40)
+    hay = Haystack.of_pieces([[1, 2, 3], [4, 5], [6]] * 8)
     assert hay.tokens[:7].tolist() == [1, 2, 3, 4, 5, 6, 1]
     for seed, before in product(range(10), (0, 1, 5, 40)):
         tokens, starts = hay.window(Random(seed), before, 40 - before)
@@ -295,7 +295,7 @@ def test_says_finds_whole_words() -> None:
     assert not contains_answer("", "48213")
 
 
-def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
+def test_a_tokenizer_that_cannot_write_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "x": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     few = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -304,10 +304,10 @@ def test_a_tokenizer_that_cannot_write_numbers_is_refused() -> None:
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "12345": 1, "54321": 2, ".": 3, "x": 4}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     writer = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
-    pool = CandidatePool(writer, "numbers", lambda rng: rng.choice(["12345", "54321", "99999"]))
-    assert {one.text for one in pool.draw(Random(0), 2, set())} == {"12345", "54321"}
+    monkeypatch.setitem(GENERATORS, "numbers", lambda rng: rng.choice(["12345", "54321", "99999"]))
+    assert {one.text for one in SampleContext(writer, Random(0)).draw("numbers", 2)} == {"12345", "54321"}
     with pytest.raises(ZebraError, match=r"3 different numbers of 1 tokens are needed, but this tokenizer writes 2"):
-        pool.draw(Random(0), 3, set())
+        SampleContext(writer, Random(0)).draw("numbers", 3)
 
 
 @pytest.mark.parametrize(

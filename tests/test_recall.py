@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from zebra.data.corpus import Corpus
 from zebra.data.packing import IGNORE, pack
-from zebra.data.recall import KINDS, Curriculum, Difficulty, RecallDataset, RecallGenerator
+from zebra.data.recall import KINDS, Curriculum, RecallDataset, RecallGenerator
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_document_is_exact_and_asks_for_what_it_told(
 ) -> None:
     """A reader of the text, by patterns alone, answers every question, and finds the labels to be the answers."""
     only(kind, monkeypatch)
-    ids, labels = recall.document(size, Difficulty(size), Random(size))
+    ids, labels = recall.document(size, Random(size))
     assert len(ids) == len(labels) == size
     answers = [i for i, label in enumerate(labels) if label != IGNORE]
     assert all(labels[i] == ids[i] for i in answers)
@@ -72,7 +72,7 @@ def test_symbols_that_are_labelled_are_told_before(
     """A labelled symbol ends a beginning of a line that stood there before; what goes round has one period."""
     for seed in range(20):
         only("pairs", monkeypatch)
-        ids, labels = recall.document(90, Difficulty(90, symbols), Random(seed))
+        ids, labels = recall.document(90, Random(seed), symbols)
         assert len(ids) == len(labels) == 90
         line = 0
         for i, label in enumerate(labels):
@@ -81,7 +81,7 @@ def test_symbols_that_are_labelled_are_told_before(
             assert label == IGNORE or any(ids[j : j + len(beginning)] == beginning for j in range(line))
         assert sum(label != IGNORE for label in labels) > 5
         only("repeats", monkeypatch)
-        ids, labels = recall.document(90, Difficulty(90, symbols), Random(seed))
+        ids, labels = recall.document(90, Random(seed), symbols)
         periods = [j for j in range(2, 46) if all(a == b for a, b in zip(ids[1:], ids[1 + j :], strict=False))]
         assert len(ids) == len(labels) == 90
         assert labels == [IGNORE] * (periods[0] + 2) + ids[periods[0] + 2 :]
@@ -90,13 +90,12 @@ def test_symbols_that_are_labelled_are_told_before(
 def test_symbols_grow_before_documents_do() -> None:
     curriculum = Curriculum(first=64, last=1024, hold=0.25, until=0.75)
     parts = [part / 8 for part in range(9)]
-    assert [curriculum.at(part).longest for part in parts] == [64, 64, 64, 128, 256, 512, 1024, 1024, 1024]
-    assert [curriculum.at(part).symbols for part in parts] == [0.0, 0.25] + [1.0] * 7
-    assert [curriculum.in_first_phase(part) for part in parts] == [True, True] + [False] * 7
+    assert [curriculum.at(part)[0] for part in parts] == [64, 64, 64, 128, 256, 512, 1024, 1024, 1024]
+    assert [curriculum.at(part)[1] for part in parts] == [0.0, 0.25] + [1.0] * 7
 
 
 def test_a_sequence_is_filled_by_documents_apart(recall: RecallGenerator) -> None:
-    sequence = recall.sequence(1000, Difficulty(300), Random(1))
+    sequence = recall.sequence(1000, Random(1), longest=300)
     assert {name: tuple(values.shape) for name, values in sequence.items()} == dict.fromkeys(
         ("input_ids", "position_ids", "labels"), (1000,)
     )
@@ -111,7 +110,7 @@ def test_a_sequence_is_filled_by_documents_apart(recall: RecallGenerator) -> Non
 def test_text_is_a_haystack(tokenizer: Any) -> None:
     word = tokenizer.encode(" elephant", add_special_tokens=False)
     with_text = RecallGenerator(tokenizer, [np.array(word * 2000)])
-    sequences = [with_text.sequence(1000, Difficulty(500), Random(i))["input_ids"].tolist() for i in range(4)]
+    sequences = [with_text.sequence(1000, Random(i), longest=500)["input_ids"].tolist() for i in range(4)]
     assert any(" ".join(map(str, word * 3)) in " ".join(map(str, sequence)) for sequence in sequences)
 
 

@@ -49,6 +49,13 @@ class TokenizedText(NamedTuple):
 
 
 _ANCHOR = "."
+NOISE = (
+    "The river goes round the mill and on to the sea.",
+    "A cart comes up the lane, and a dog runs after it.",
+    "It rains a little, and then it is dry again.",
+    "Somebody shuts a window.",
+    "The clock in the hall is slow, as it was before.",
+)
 
 
 class PromptTokenizer:
@@ -61,7 +68,7 @@ class PromptTokenizer:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._encoded: dict[str, tuple[int, ...]] = {}
-        self._pools: dict[str, CandidatePool] = {}
+        self._usual_sizes: dict[str, int] = {}
         self._anchor = self.encode_first(_ANCHOR)
         bare, full = self.encode_first("x"), tokenizer.encode("x", add_special_tokens=True)
         starts = (i for i in range(len(full)) if tuple(full[i : i + len(bare)]) == bare)
@@ -74,78 +81,42 @@ class PromptTokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a text that comes after another, the space between them included."""
         if text not in self._encoded:
-            self._encoded[text] = self._encode_after_anchor(text)
+            joined, n = self.encode_first(f"{_ANCHOR} {text}"), len(self._anchor)
+            ids = joined[n:]
+            if joined[:n] != self._anchor:
+                # The stop and the space are one token (spaces after words): a text alone brings its own space.
+                ids = self.encode_first(text)
+                if normalize(self.decode(self._anchor + ids)) != normalize(f"{_ANCHOR} {text}"):
+                    ids = self.encode_first(f" {text}")
+            self._encoded[text] = ids
         return self._encoded[text]
 
     def decode(self, ids: TokenIds) -> str:
         """Tokens to text, without special ones."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def pool(self, kind: str, generate: Callable[[Random], str]) -> CandidatePool:
-        """The pool of a kind of keys and values, built once."""
-        if kind not in self._pools:
-            self._pools[kind] = CandidatePool(self, kind, generate)
-        return self._pools[kind]
+    def round_trip(self, text: str) -> TokenizedText | None:
+        """A key or value, or None if the tokenizer does not decode its tokens to it."""
+        ids = self.encode(text)
+        decoded = self.decode(ids).strip()
+        return TokenizedText(decoded, ids) if decoded.replace(" ", "").casefold() == text.casefold() else None
 
-    def _encode_after_anchor(self, text: str) -> tuple[int, ...]:
-        joined, n = self.encode_first(f"{_ANCHOR} {text}"), len(self._anchor)
-        if joined[:n] == self._anchor:
-            return joined[n:]
-        # The stop and the space are one token here (spaces after words): a text alone then brings its own space.
-        alone = self.encode_first(text)
-        has_space = normalize(self.decode(self._anchor + alone)) == normalize(f"{_ANCHOR} {text}")
-        return alone if has_space else self.encode_first(f" {text}")
-
-
-class CandidatePool:
-    """Keys or values of one kind that the tokenizer decodes to themselves, all of the same number of tokens.
-
-    So no candidate is longer than another, and a list of them fills a length evenly.
-
-    Raises:
-        ZebraError: the tokenizer decodes none of them to itself.
-    """
-
-    _MAX_MISSES = 10_000
-
-    def __init__(self, tokenizer: PromptTokenizer, kind: str, generate: Callable[[Random], str]):
-        self._tokenizer, self._kind, self._generate = tokenizer, kind, generate
-        rng = Random(0)
-        candidates = [self._tokenize(generate(rng)) for _ in range(512)]
-        sizes = Counter(len(candidate.ids) for candidate in candidates if candidate is not None)
-        if not sizes:
-            raise ZebraError(
-                f"this tokenizer cannot write {kind} such as {generate(rng)!r}. Leave the tasks that need them out."
-            )
-        self.tokens = sizes.most_common(1)[0][0]
-
-    def draw(self, rng: Random, count: int, taken: set[str]) -> list[TokenizedText]:
-        """`count` candidates that are not among `taken`, to which they are added.
+    def usual_size(self, kind: str, generate: Callable[[Random], str]) -> int:
+        """How many tokens most keys or values of a kind have.
 
         Raises:
-            ZebraError: there are not as many.
+            ZebraError: the tokenizer decodes none of them to itself.
         """
-        drawn: list[TokenizedText] = []
-        misses = 0
-        while len(drawn) < count:
-            candidate = self._tokenize(self._generate(rng))
-            if candidate is None or len(candidate.ids) != self.tokens or candidate.text in taken:
-                misses += 1
-                if misses > self._MAX_MISSES:
-                    raise ZebraError(
-                        f"{count:,} different {self._kind} of {self.tokens} tokens are needed, but this tokenizer "
-                        f"writes {len(drawn):,}. Take a shorter length or another task."
-                    )
-                continue
-            misses = 0
-            taken.add(candidate.text)
-            drawn.append(candidate)
-        return drawn
-
-    def _tokenize(self, text: str) -> TokenizedText | None:
-        ids = self._tokenizer.encode(text)
-        decoded = self._tokenizer.decode(ids).strip()
-        return TokenizedText(decoded, ids) if decoded.replace(" ", "").casefold() == text.casefold() else None
+        if kind not in self._usual_sizes:
+            rng = Random(0)
+            candidates = [self.round_trip(generate(rng)) for _ in range(512)]
+            sizes = Counter(len(candidate.ids) for candidate in candidates if candidate is not None)
+            if not sizes:
+                raise ZebraError(
+                    f"this tokenizer cannot write {kind} such as {generate(rng)!r}. Leave the tasks that need them out."
+                )
+            self._usual_sizes[kind] = sizes.most_common(1)[0][0]
+        return self._usual_sizes[kind]
 
 
 def normalize(text: str) -> str:
@@ -172,9 +143,10 @@ class Haystack:
         return cls(tokens, np.cumsum([0, *map(len, pieces)]).tolist())
 
     @classmethod
-    def repeating(cls, pieces: Sequence[TokenIds], size: int) -> Haystack:
-        """The pieces over and over: a window of `size` tokens fits wherever a piece begins."""
-        return cls.of_pieces(list(pieces) * (size // sum(map(len, pieces)) + 2))
+    def of_noise(cls, tokenizer: PromptTokenizer, size: int) -> Haystack:
+        """A few sentences over and over: a window of `size` tokens fits wherever a sentence begins."""
+        pieces = [tokenizer.encode(sentence) for sentence in NOISE]
+        return cls.of_pieces(pieces * (size // sum(map(len, pieces)) + 2))
 
     @classmethod
     def of_documents(cls, documents: Iterable[NDArray[np.integer[Any]]], tokenizer: PromptTokenizer) -> Haystack:

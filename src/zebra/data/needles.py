@@ -25,7 +25,7 @@ from zebra.data.haystack import (
     min_body_tokens,
     place_needles,
 )
-from zebra.data.questions import MIN_WORDS, TASKS, WITHOUT_DEPTH, SampleContext, SampleParts, entry, noise
+from zebra.data.questions import MIN_WORDS, TASKS, WITHOUT_DEPTH, SampleContext, SampleParts
 from zebra.errors import ZebraError
 
 
@@ -83,21 +83,23 @@ class SampleGenerator:
             ZebraError: no such task, a depth outside 0 to 1, a length too short for the task, a haystack too short, a
                 tokenizer that cannot write what the task needs.
         """
-        depth = _depth(task, depth)
+        depth = check_task(task, depth, count)
         draws = self._draw(task, length, depth, count, seed)
         return [self._sample(task, context, parts, length, depth) for context, parts in draws]
 
     def check(self, task: str, *, length: int, depth: float | None = None, count: int = 1, seed: int = 0) -> None:
         """Raise what `samples` would, except for a short haystack, without writing the samples."""
-        self._draw(task, length, _depth(task, depth), count, seed)
+        self._draw(task, length, check_task(task, depth, count), count, seed)
 
     def _draw(
         self, task: str, length: int, depth: float | None, count: int, seed: int
     ) -> list[tuple[SampleContext, SampleParts]]:
-        check_task(task, depth, count)
         contexts = [SampleContext(self._tokenizer, Random(f"{task} {length} {depth} {seed} {i}")) for i in range(count)]
         draws = [(context, TASKS[task](context)) for context in contexts]
-        min_tokens = max(self._min_tokens_of(task), *(self._min_tokens(parts) for _, parts in draws))
+        if task not in self._task_min_tokens:  # judged by a few samples, which differ by a token or two
+            few = (SampleContext(self._tokenizer, Random(f"{task} {i}")) for i in range(32))
+            self._task_min_tokens[task] = max(self._min_tokens(TASKS[task](context)) for context in few)
+        min_tokens = max(self._task_min_tokens[task], *(self._min_tokens(parts) for _, parts in draws))
         if length < min_tokens:
             raise ZebraError(
                 f"{task} needs a length of at least {min_tokens:,} tokens under this tokenizer; got {length:,}. "
@@ -112,12 +114,12 @@ class SampleGenerator:
         size = length - len(instruction) - len(query)
         starts: list[int] = []
         if depth is None:
-            body = self._word_list(context, parts, size)
+            body = _word_list(context, parts, size)
         else:
             if parts.entry_haystack:
-                haystack = self._entries(context, size)
+                haystack = _entries(context, size)
             else:
-                haystack = self._haystack or noise(self._tokenizer, size)
+                haystack = self._haystack or Haystack.of_noise(self._tokenizer, size)
             body, starts = place_needles(context.rng, haystack, size, depth, *self._needles(parts))
         return Sample(
             task,
@@ -140,46 +142,40 @@ class SampleGenerator:
         word_list = MIN_WORDS * len(parts.answers[0].ids) if parts.word_counts else 0
         return sum(map(len, self._ends(parts))) + (word_list or min_body_tokens(*self._needles(parts)))
 
-    def _min_tokens_of(self, task: str) -> int:
-        """What any samples of a task need, judged by a few: their pieces differ by a token or two."""
-        if task not in self._task_min_tokens:
-            contexts = (SampleContext(self._tokenizer, Random(f"{task} {i}")) for i in range(32))
-            self._task_min_tokens[task] = max(self._min_tokens(TASKS[task](context)) for context in contexts)
-        return self._task_min_tokens[task]
 
-    def _entries(self, context: SampleContext, size: int) -> Haystack:
-        entries: list[TokenIds] = []
-        total = longest = 0
-        while total <= size + longest:
-            entries.append(self._tokenizer.encode(entry(*context.draw("numbers", 2))))
-            total, longest = total + len(entries[-1]), max(longest, len(entries[-1]))
-        return Haystack.of_pieces(entries)
-
-    def _word_list(self, context: SampleContext, parts: SampleParts, size: int) -> list[int]:
-        """Words in the frequencies of the task; the last one is cut where the length cuts it."""
-        assert parts.word_counts is not None
-        width = len(parts.answers[0].ids)
-        counts = parts.word_counts(size // width)
-        words = [*parts.answers, *parts.distractors]
-        words += context.draw("made-up words", max(0, len(counts) - len(words)) + 1)
-        order = [word.ids for word, count in zip(words, counts, strict=False) for _ in range(count)]
-        context.rng.shuffle(order)
-        return [*(token for ids in order for token in ids), *words[-1].ids[: size % width]]
+def _entries(context: SampleContext, size: int) -> Haystack:
+    entries: list[TokenIds] = []
+    total = longest = 0
+    while total <= size + longest:
+        entries.append(context.entry())
+        total, longest = total + len(entries[-1]), max(longest, len(entries[-1]))
+    return Haystack.of_pieces(entries)
 
 
-def check_task(task: str, depth: float | None, count: int) -> None:
-    """Raise what no tokenizer could serve.
+def _word_list(context: SampleContext, parts: SampleParts, size: int) -> list[int]:
+    """Words in the frequencies of the task; the last one is cut where the length cuts it."""
+    assert parts.word_counts is not None
+    width = len(parts.answers[0].ids)
+    counts = parts.word_counts(size // width)
+    words = [*parts.answers, *parts.distractors]
+    words += context.draw("made-up words", max(0, len(counts) - len(words)) + 1)
+    order = [word.ids for word, count in zip(words, counts, strict=False) for _ in range(count)]
+    context.rng.shuffle(order)
+    return [*(token for ids in order for token in ids), *words[-1].ids[: size % width]]
+
+
+def check_task(task: str, depth: float | None, count: int) -> float | None:
+    """The depth that a task has; None where its answer depends on the whole text.
 
     Raises:
         ZebraError: no such task, a depth outside 0 to 1, no samples.
     """
     if task not in TASKS:
         raise ZebraError(f"the tasks are {', '.join(TASKS)}; got {task!r}. Choose among them.")
-    if task not in WITHOUT_DEPTH and (depth is None or not 0 <= depth <= 1):
-        raise ZebraError(f"a depth is a share of the text from 0 to 1; got {depth}. Write for example 0.5.")
     if count < 1:
         raise ZebraError(f"at least 1 sample is measured; got {count}. Ask for more.")
-
-
-def _depth(task: str, depth: float | None) -> float | None:
-    return None if depth is None or task in WITHOUT_DEPTH else float(depth)
+    if task in WITHOUT_DEPTH:
+        return None
+    if depth is None or not 0 <= depth <= 1:
+        raise ZebraError(f"a depth is a share of the text from 0 to 1; got {depth}. Write for example 0.5.")
+    return float(depth)

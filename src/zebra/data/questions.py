@@ -6,14 +6,16 @@ ours.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
-from zebra.data.haystack import Haystack, PromptTokenizer, TokenizedText
+from zebra.data.haystack import PromptTokenizer, TokenIds, TokenizedText
+from zebra.errors import ZebraError
 
+_MAX_MISSES = 10_000
 DISTRACTORS = 9
 """Wrong answers of each sample: with the right one, a guesser is right one time in ten."""
 
@@ -47,12 +49,37 @@ class SampleContext:
     """Draws keys and values for one sample; none is drawn twice."""
 
     def __init__(self, tokenizer: PromptTokenizer, rng: Random):
-        self._tokenizer, self.rng = tokenizer, rng
+        self.tokenizer, self.rng = tokenizer, rng
         self._taken: set[str] = set()
 
     def draw(self, kind: str, count: int) -> list[TokenizedText]:
-        """Different keys or values of a kind in `GENERATORS`."""
-        return self._tokenizer.pool(kind, GENERATORS[kind]).draw(self.rng, count, self._taken)
+        """Different keys or values of a kind in `GENERATORS`, all of the same number of tokens.
+
+        So none is longer than another, and a list of them fills a length evenly.
+
+        Raises:
+            ZebraError: the tokenizer decodes none of them to itself, or fewer than `count`.
+        """
+        size = self.tokenizer.usual_size(kind, GENERATORS[kind])
+        drawn: list[TokenizedText] = []
+        misses = 0
+        while len(drawn) < count:
+            candidate = self.tokenizer.round_trip(GENERATORS[kind](self.rng))
+            if candidate is not None and len(candidate.ids) == size and candidate.text not in self._taken:
+                misses = 0
+                self._taken.add(candidate.text)
+                drawn.append(candidate)
+            elif (misses := misses + 1) > _MAX_MISSES:
+                raise ZebraError(
+                    f"{count:,} different {kind} of {size} tokens are needed, but this tokenizer "
+                    f"writes {len(drawn):,}. Take a shorter length or another task."
+                )
+        return drawn
+
+    def entry(self, keys: str = "numbers") -> TokenIds:
+        """The tokens of an entry of a lookup, with a number as its value."""
+        (key,), (value,) = self.draw(keys, 1), self.draw("numbers", 1)
+        return self.tokenizer.encode(_entry(key, value))
 
 
 def _passkey(context: SampleContext) -> SampleParts:
@@ -66,62 +93,42 @@ def _passkey(context: SampleContext) -> SampleParts:
     )
 
 
-_NOTED = "Numbers are noted for words in this text. Remember them."
-
-
-def _noted(key: TokenizedText, value: TokenizedText) -> str:
-    return f"The number noted for {key.text} is {value.text}."
-
-
-def _needle(context: SampleContext, distractor_needles: int = 0) -> SampleParts:
-    key, *other_keys = context.draw("words", 1 + distractor_needles)
-    value, *wrong = context.draw("numbers", 1 + DISTRACTORS)
-    return SampleParts(
-        _NOTED,
-        f"Which number is noted for {key.text}? The number noted for {key.text} is",
-        [value],
-        wrong,
-        [_noted(key, value)],
-        [_noted(*pair) for pair in zip(other_keys, wrong, strict=False)],
-    )
-
-
-def _multivalue(context: SampleContext, count: int = 4) -> SampleParts:
-    (key,) = context.draw("words", 1)
-    values = context.draw("numbers", count + DISTRACTORS)
-    return SampleParts(
-        _NOTED,
-        f"Which {count} numbers are noted for {key.text}? The {count} numbers noted for {key.text} are",
-        values[:count],
-        values[count:],
-        [_noted(key, value) for value in values[:count]],
-    )
-
-
-def _multiquery(context: SampleContext, queries: int = 4, distractor_needles: int = 2) -> SampleParts:
+def _noted(context: SampleContext, queries: int = 1, values: int = 1, distractor_needles: int = 0) -> SampleParts:
+    """Numbers that are noted for words, `values` for each; the question asks for those of `queries` words."""
     keys = context.draw("words", queries + distractor_needles)
-    values = context.draw("numbers", queries + DISTRACTORS)
-    statements = [_noted(*pair) for pair in zip(keys, values, strict=False)]
-    names = ", ".join(key.text for key in keys[: queries - 1]) + f" and {keys[queries - 1].text}"
+    numbers = context.draw("numbers", queries * values + DISTRACTORS)
+    answers, wrong = numbers[: queries * values], numbers[queries * values :]
+
+    def notes(keys: list[TokenizedText], numbers: list[TokenizedText]) -> list[str]:
+        pairs = zip(keys, numbers, strict=False)
+        return [f"The number noted for {key.text} is {number.text}." for key, number in pairs]
+
+    needles = notes(keys[:queries] * values, answers)
+    if queries > 1:
+        needles = context.rng.sample(needles, queries)
+    names = ", ".join(key.text for key in keys[:queries])
+    names = " and ".join(names.rsplit(", ", 1))
+    noun, verb = ("number", "is") if len(answers) == 1 else ("numbers", "are")
+    if values > 1:
+        noun = f"{values} {noun}"
     return SampleParts(
-        _NOTED,
-        f"Which numbers are noted for {names}? The numbers noted for {names} are",
-        values[:queries],
-        values[queries:],
-        context.rng.sample(statements[:queries], queries),
-        statements[queries:],
+        "Numbers are noted for words in this text. Remember them.",
+        f"Which {noun} {verb} noted for {names}? The {noun} noted for {names} {verb}",
+        answers,
+        wrong,
+        needles,
+        notes(keys[queries:], wrong),
     )
 
 
-def entry(key: TokenizedText, value: TokenizedText) -> str:
-    """An entry of a lookup."""
+def _entry(key: TokenizedText, value: TokenizedText) -> str:
     return f"{key.text}: {value.text}."
 
 
 def _lookup(context: SampleContext, distractor_needles: int = 4) -> SampleParts:
     keys = context.draw("numbers", 1 + distractor_needles)
     value, *wrong = context.draw("numbers", 1 + DISTRACTORS)
-    entries = [entry(*pair) for pair in zip(keys, [value, *wrong], strict=False)]
+    entries = [_entry(*pair) for pair in zip(keys, [value, *wrong], strict=False)]
     return SampleParts(
         "Below are entries: a key, a colon, its value.",
         f"Look up the key {keys[0].text} again. {keys[0].text}:",
@@ -153,22 +160,12 @@ MIN_WORDS = 40
 """Fewer have no order of frequency that a reader could be sure of."""
 
 
-def _common(context: SampleContext) -> SampleParts:
-    instruction = "Below is a list of words. Some of them come far more often than the others."
-    return _most_frequent(context, instruction, COMMON_WORDS, common_counts)
-
-
 def common_counts(words: int) -> list[int]:
     """Five words up to 30 times and all others a tenth as often; more often only beyond 20,000 words."""
     often = min(30 * (1 + words // 20_000), words // (2 * COMMON_WORDS))
     seldom = max(1, often // 10)
     rest = words - COMMON_WORDS * often
     return [often] * COMMON_WORDS + [seldom] * (rest // seldom) + [rest % seldom] * (rest % seldom > 0)
-
-
-def _frequent(context: SampleContext) -> SampleParts:
-    instruction = "Below is a text in words that nobody knows. Some of them come more often than the others."
-    return _most_frequent(context, instruction, FREQUENT_WORDS, frequent_counts)
 
 
 def frequent_counts(words: int) -> list[int]:
@@ -189,34 +186,30 @@ def _most_frequent(
 
 TASKS: dict[str, Callable[[SampleContext], SampleParts]] = {
     "passkey": _passkey,
-    "needle": _needle,
-    "multikey": functools.partial(_needle, distractor_needles=3),
-    "multivalue": _multivalue,
-    "multiquery": _multiquery,
+    "needle": _noted,
+    "multikey": partial(_noted, distractor_needles=3),
+    "multivalue": partial(_noted, values=4),
+    "multiquery": partial(_noted, queries=4, distractor_needles=2),
     "lookup": _lookup,
     "variables": _variables,
-    "common-words": _common,
-    "frequent-words": _frequent,
+    "common-words": partial(
+        _most_frequent,
+        instruction="Below is a list of words. Some of them come far more often than the others.",
+        answers=COMMON_WORDS,
+        word_counts=common_counts,
+    ),
+    "frequent-words": partial(
+        _most_frequent,
+        instruction="Below is a text in words that nobody knows. Some of them come more often than the others.",
+        answers=FREQUENT_WORDS,
+        word_counts=frequent_counts,
+    ),
 }
 """The generators by name."""
 IN_HAYSTACK = ("passkey", "needle", "multikey", "multivalue", "multiquery", "variables")
 """Tasks that hide their needles in a haystack of text; a lookup has entries around it."""
 WITHOUT_DEPTH = ("common-words", "frequent-words")
 """Tasks whose answer depends on the whole text."""
-
-NOISE = (
-    "The river goes round the mill and on to the sea.",
-    "A cart comes up the lane, and a dog runs after it.",
-    "It rains a little, and then it is dry again.",
-    "Somebody shuts a window.",
-    "The clock in the hall is slow, as it was before.",
-)
-
-
-def noise(tokenizer: PromptTokenizer, size: int) -> Haystack:
-    """A haystack of a few sentences over and over, for windows of `size` tokens."""
-    return Haystack.repeating([*map(tokenizer.encode, NOISE)], size)
-
 
 _NOUNS = """
     anchor apple apron arrow autumn badge bakery barrel basket beacon bell bench blanket bottle bridge broom bucket
@@ -232,17 +225,13 @@ _NOUNS = """
 _WORDS = _NOUNS.split()
 
 
-def _random_number(rng: Random) -> str:
-    return str(rng.randint(10_000, 99_999))
-
-
 def _made_up_word(rng: Random) -> str:
     syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2))
     return "".join(syllables) + rng.choice("lmnrst")
 
 
 GENERATORS: dict[str, Callable[[Random], str]] = {
-    "numbers": _random_number,
+    "numbers": lambda rng: str(rng.randint(10_000, 99_999)),
     "words": lambda rng: rng.choice(_WORDS),
     "made-up words": _made_up_word,
 }

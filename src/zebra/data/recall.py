@@ -25,7 +25,7 @@ from torch import Tensor
 
 from zebra.data.haystack import Haystack, PromptTokenizer, TokenIds, Tokenizer, place_needles
 from zebra.data.packing import IGNORE, PackedSequences
-from zebra.data.questions import TASKS, SampleContext, entry, noise
+from zebra.data.questions import TASKS, SampleContext
 
 _TASKS = ("lookup", "needle", "passkey")
 KINDS = ("repeats", "pairs", "entries", *_TASKS)
@@ -40,23 +40,10 @@ _MIN_SYMBOLS = 10
 
 
 @dataclass(frozen=True)
-class Difficulty:
-    """How hard documents are: tokens of the longest one, and the share of the symbols that are used, 0 to 1."""
-
-    longest: int
-    symbols: float = 1.0
-
-    @property
-    def easy(self) -> bool:
-        """Whether keys are one symbol and stand beside their value."""
-        return self.symbols < 0.4
-
-
-@dataclass(frozen=True)
 class Curriculum:
     """The difficulty after a part p of the training, 0 to 1.
 
-    symbols(p) = ten (all / ten) ^ min(1, p / hold)^2
+    symbols(p) = min(1, p / hold)^2
     longest(p) = first (last / first) ^ clip((p - hold) / (until - hold))
     """
 
@@ -65,15 +52,11 @@ class Curriculum:
     hold: float
     until: float
 
-    def in_first_phase(self, part: float) -> bool:
-        """Whether the documents are as short as at first."""
-        return part < self.hold
-
-    def at(self, part: float) -> Difficulty:
-        """The difficulty."""
+    def at(self, part: float) -> tuple[int, float]:
+        """Tokens of the longest document, and the share of the symbols that are used, 0 to 1 on a logarithmic scale."""
         growth = min(1.0, max(0.0, (part - self.hold) / (self.until - self.hold)))
         symbols = min(1.0, part / self.hold) ** 2 if self.hold else 1.0
-        return Difficulty(round(self.first * (self.last / self.first) ** growth), symbols)
+        return round(self.first * (self.last / self.first) ** growth), symbols
 
 
 class _Question(NamedTuple):
@@ -108,16 +91,20 @@ class RecallGenerator:
         numbers = self._context(Random(0)).draw("numbers", 512)
         self._symbols = list(dict.fromkeys(token for number in numbers for token in number.ids))
 
-    def sequence(self, length: int, difficulty: Difficulty, rng: Random) -> dict[str, Tensor]:
-        """`length` tokens of documents: `input_ids`, `position_ids` and `labels`, each (length,), int64."""
+    def sequence(self, length: int, rng: Random, *, longest: int, symbols: float = 1.0) -> dict[str, Tensor]:
+        """`length` tokens of documents: `input_ids`, `position_ids` and `labels`, each (length,), int64.
+
+        Args:
+            longest: tokens of the longest document.
+            symbols: see `document`.
+        """
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
         while room := length - len(ids):
-            longest = difficulty.longest
             size = min(room, longest if rng.random() < 0.5 else rng.randint(self.min_tokens, longest))
             size = room if room - size < self.min_tokens else size
-            document_ids, document_labels = self.document(size, difficulty, rng)
+            document_ids, document_labels = self.document(size, rng, symbols)
             ids, labels, positions = ids + document_ids, labels + document_labels, [*positions, *range(size)]
         return {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(positions), "labels": torch.tensor(labels)}
 
@@ -138,24 +125,29 @@ class RecallGenerator:
         draws = [self._draw_question(kind, self._context(rng)) for kind in _TASKS for _ in range(16)]
         return 8 + max(len(instruction) + len(question.needle) + question.tokens for instruction, question in draws)
 
-    def document(self, size: int, difficulty: Difficulty, rng: Random) -> IdsAndLabels:
+    def document(self, size: int, rng: Random, symbols: float = 1.0) -> IdsAndLabels:
         """One document of exactly `size` tokens, and its labels.
 
         The tasks need `min_task_tokens`; a shorter document has repeats, pairs or entries.
+
+        Args:
+            symbols: the share of the symbols that are used, on a logarithmic scale: 10 (all / 10) ^ symbols. Below 0.4
+                keys are one symbol and stand beside their value.
         """
-        if difficulty.easy:
+        easy = symbols < 0.4
+        if easy:
             weights = _EASY_WEIGHTS
         elif size < self.min_task_tokens:
             weights = _SHORT_WEIGHTS
         else:
             weights = _LONG_WEIGHTS
         kind = rng.choices(KINDS[: len(weights)], weights)[0]
-        count = round(_MIN_SYMBOLS * (len(self._symbols) / _MIN_SYMBOLS) ** difficulty.symbols)
-        symbols = self._symbols[:count]
+        count = round(_MIN_SYMBOLS * (len(self._symbols) / _MIN_SYMBOLS) ** symbols)
+        used = self._symbols[:count]
         if kind == "repeats":
-            return self._repeats(size, symbols, rng)
+            return self._repeats(size, used, rng)
         if kind == "pairs":
-            return self._recurring(size, _pairs(symbols, difficulty.easy, rng), rng)
+            return self._recurring(size, _pairs(used, easy, rng), rng)
         if kind == "entries":
             return self._recurring(size, self._entries(size, self._context(rng)), rng)
         return self._task(kind, size, self._context(rng))
@@ -190,8 +182,7 @@ class RecallGenerator:
         """Entries whose keys are words or numbers, and whose values are numbers."""
         keys = "words" if size < _WORD_KEY_TOKENS and context.rng.random() < 0.5 else "numbers"
         while True:
-            (key,), (value,) = context.draw(keys, 1), context.draw("numbers", 1)
-            yield self._tokenizer.encode(entry(key, value))
+            yield context.entry(keys)
 
     def _task(self, task: str, size: int, context: SampleContext) -> IdsAndLabels:
         """Needles in a haystack; a third to two thirds are queries, if there are as many needles."""
@@ -207,7 +198,12 @@ class RecallGenerator:
                 break
             questions.append(question)
         query_tokens = sum(question.tokens for question in questions)
-        haystack = self._haystack_for(task, context, room)
+        if task == "lookup":
+            haystack = Haystack.of_pieces([context.entry() for _ in range(room // 4)])
+        elif self._haystack is not None and rng.random() < 0.5:
+            haystack = self._haystack
+        else:
+            haystack = Haystack.of_noise(self._tokenizer, room)
         needles = [question.needle for question in questions]
         body, _ = place_needles(rng, haystack, room - query_tokens, rng.random(), needles[:1], needles[1:])
         ids, labels = [*instruction, *body], [IGNORE] * (size - query_tokens)
@@ -223,14 +219,6 @@ class RecallGenerator:
         stop = encode(f"{value.text}.")[len(value.ids) :]
         instruction = self._tokenizer.prefix + self._tokenizer.encode_first(parts.instruction)
         return instruction, _Question(encode(parts.needles[0]), encode(parts.query), value.ids + stop)
-
-    def _haystack_for(self, task: str, context: SampleContext, size: int) -> Haystack:
-        if task == "lookup":
-            entries = [self._tokenizer.encode(entry(*context.draw("numbers", 2))) for _ in range(size // 4)]
-            return Haystack.of_pieces(entries)
-        if self._haystack is not None and context.rng.random() < 0.5:
-            return self._haystack
-        return noise(self._tokenizer, size)
 
 
 def _pairs(symbols: list[int], easy: bool, rng: Random) -> Iterator[TokenIds]:
@@ -264,8 +252,9 @@ class RecallDataset:
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         rng, part = Random(f"{self.seed} {i}"), i / self.count
-        if self.curriculum.in_first_phase(part) or rng.random() < self.share:
-            return self.recall.sequence(self.text.length, self.curriculum.at(part), rng)
+        if part < self.curriculum.hold or rng.random() < self.share:
+            longest, symbols = self.curriculum.at(part)
+            return self.recall.sequence(self.text.length, rng, longest=longest, symbols=symbols)
         return self.text[int(self._order[i % len(self._order)])]
 
     @functools.cached_property

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from zebra.data.documents import find_files, read_documents
-from zebra.data.recall import Difficulty, RecallGenerator
+from zebra.data.recall import RecallGenerator
 from zebra.errors import ZebraError
 from zebra.progress import console
 from zebra.train.directory import is_first_process
@@ -75,7 +75,7 @@ def tokenizer_texts(recipe: PretrainRecipe) -> Iterator[str]:
     letters = Letters()
     generator, rng = RecallGenerator(letters), Random(recipe.train.seed)
     for _ in range(0, count, _LETTERS):
-        yield letters.decode(generator.document(_LETTERS, Difficulty(_LETTERS), rng)[0])
+        yield letters.decode(generator.document(_LETTERS, rng)[0])
 
 
 _LETTERS = 4096
