@@ -83,12 +83,12 @@ def test_the_loss_is_the_hosts_own(adapt_run: FinishedRun) -> None:
     """The first logged loss equals what stock transformers computes for the same rows."""
     _, rows = adapt_run
     from zebra.data.corpus import read_corpus
+    from zebra.data.encoding import Encoder
     from zebra.data.packing import pack
     from zebra.model.checkpoint import load_tokenizer, read_config
 
-    corpus = read_corpus(
-        [str(TEXT / "tinystories_test.txt")], load_tokenizer(STORIES, read_config(STORIES)), separator=SEPARATOR
-    )
+    encoder = Encoder.of(load_tokenizer(STORIES, read_config(STORIES)))
+    corpus = read_corpus([str(TEXT / "tinystories_test.txt")], encoder, separator=SEPARATOR)
     packed = pack(corpus, 600, join=True, seed=0)
     model = zebra.load(STORIES, stripes="GLLL:33")
     with torch.no_grad():

@@ -17,9 +17,10 @@ import zstandard
 from conftest import STORIES, TEXT
 from pyarrow import parquet
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from zebra.data.composition import mixture_tables
-from zebra.data.corpus import Corpus, tokenise
+from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder
 from zebra.data.mixture import Mixture, Source, SourceSplit, mix, select, split_sources
 from zebra.errors import ZebraError
@@ -242,10 +243,10 @@ def four_kinds(folder: Path) -> list[Path]:
 def test_a_mixture_from_four_kinds_of_files(tmp_path: Path, join: bool) -> None:
     """Long documents are a fifth of the text and three fifths of the mixture."""
     books, packed_a, packed_b, plain, columns = four_kinds(tmp_path)
-    encode = Encoder((STORIES / "tokenizer.json").read_text())
+    encoder = Encoder.of(AutoTokenizer.from_pretrained(STORIES))
 
     def corpus(*files: Path, **options: Any) -> Corpus:
-        return tokenise([str(file) for file in files], encode, tokenizer="t", cache=tmp_path / "c", **options)
+        return read_corpus([str(file) for file in files], encoder, cache=tmp_path / "c", **options)
 
     sources = [
         Source("long", corpus(books, separator=SEPARATOR), 0.6, min_tokens=1024),

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zebra
 from zebra.data.corpus import Corpus, read_corpus
+from zebra.data.encoding import Encoder
 from zebra.errors import ZebraError
 from zebra.evaluate import perplexity as module
 from zebra.evaluate.perplexity import CONVENTIONS, Score, edges, evaluate_perplexity, perplexity, results_of
@@ -335,8 +336,8 @@ def test_texts_under_a_real_tokenizer(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     (tmp_path / "a.txt").write_text("Once upon a time--there was a cat.")
     files = [str(tmp_path / "a.txt")]
-    plain = read_corpus(files, tokenizer, separator="--", cache=str(tmp_path / "c"))
-    ended = read_corpus(files, tokenizer, separator="--", append_eos=True, cache=str(tmp_path / "c"))
+    plain = read_corpus(files, Encoder.of(tokenizer), separator="--", cache=str(tmp_path / "c"))
+    ended = read_corpus(files, Encoder.of(tokenizer, append_eos=True), separator="--", cache=str(tmp_path / "c"))
     assert [plain[i].tolist() for i in range(2)] == [
         tokenizer("Once upon a time")["input_ids"],
         tokenizer("there was a cat.")["input_ids"],
@@ -385,7 +386,7 @@ def test_perplexity_behind_a_prompt_is_that_of_decoding_token_by_token(text: Pat
     found = {}
     for full_decode in (True, False):
         model = zebra.load(STORIES, stripes="GL:5+2", full_decode=full_decode)
-        encoded = read_corpus([str(long)], load_tokenizer(STORIES, model.config))[0][:60]
+        encoded = read_corpus([str(long)], Encoder.of(load_tokenizer(STORIES, model.config)))[0][:60]
         ids = torch.from_numpy(encoded.astype("int64"))[None]
         cache = bounded_cache(model)
         with torch.no_grad():

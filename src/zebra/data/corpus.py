@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zebra.data.documents import Document, document_format, find_files, read_documents
-from zebra.data.encoding import Encode, Encoder, FastTokenizer, encode_batches, tokenizer_digest
+from zebra.data.encoding import Encoder, encode_batches
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory, user_cache_dir
 from zebra.progress import bar, console
@@ -84,41 +84,11 @@ class Corpus:
 
 
 def read_corpus(
-    files: Sequence[str],
-    tokenizer: FastTokenizer,
-    *,
-    separator: str | None = None,
-    field: str = "text",
-    append_eos: bool = False,
-    num_proc: int = 1,
-    cache: str | os.PathLike[str] | None = None,
-) -> Corpus:
-    """Texts as a corpus under a checkpoint's tokenizer; see `tokenise`.
-
-    Args:
-        append_eos: put the tokenizer's end-of-text token after each document.
-    """
-    encode = Encoder(tokenizer.backend_tokenizer.to_str(), specials_as_text=tokenizer.split_special_tokens)
-    return tokenise(
-        files,
-        encode,
-        tokenizer=f"{tokenizer_digest(tokenizer)} {encode.specials_as_text}",
-        separator=separator,
-        field=field,
-        append=tokenizer.eos_token_id if append_eos else None,
-        num_proc=num_proc,
-        cache=cache,
-    )
-
-
-def tokenise(
     patterns: Sequence[str],
-    encode: Encode,
+    encoder: Encoder,
     *,
-    tokenizer: str,
     separator: str | None = None,
     field: str = "text",
-    append: int | None = None,
     num_proc: int = 1,
     cache: str | os.PathLike[str] | None = None,
 ) -> Corpus:
@@ -126,11 +96,8 @@ def tokenise(
 
     Args:
         patterns: files, folders and globs.
-        encode: the tokenizer's function; picklable where there are several processes.
-        tokenizer: what identifies the tokenizer, a hash of its definition.
         separator: splits a text file into documents; None makes each file one document.
         field: the field of a record that has its text.
-        append: a token to put after each document (end of text), or None.
         num_proc: processes that tokenise, this one alone where 1; the tokens are the same for any number.
         cache: the folder of the cache; the user's where None.
 
@@ -139,7 +106,7 @@ def tokenise(
     """
     files = find_files(patterns)
     digests = [_digest(file) for file in files]
-    key = hashlib.sha256(json.dumps([tokenizer, append]).encode())
+    key = hashlib.sha256(json.dumps([encoder.digest, encoder.append]).encode())
     for file, digest in zip(files, digests, strict=True):
         key.update(json.dumps([*document_format(file, separator, field), digest]).encode())
     entry = Path(cache or user_cache_dir("tokens")) / key.hexdigest()[:32]
@@ -148,8 +115,8 @@ def tokenise(
     try:
         with atomic_directory(entry) as directory:
             try:
-                documents = read_documents(files, separator, field)
-                _write_entry(directory, documents, encode, append, num_proc, sum(file.stat().st_size for file in files))
+                size = sum(file.stat().st_size for file in files)
+                _write_entry(directory, read_documents(files, separator, field), encoder, num_proc, size)
             except (OSError, ZebraError):
                 _check_unchanged(files, digests)  # a change of a file explains the error
                 raise
@@ -196,15 +163,13 @@ def _open(entry: Path) -> Corpus:
     return corpus
 
 
-def _write_entry(
-    directory: Path, documents: Iterator[Document], encode: Encode, append: int | None, num_proc: int, size: int
-) -> None:
+def _write_entry(directory: Path, documents: Iterator[Document], encoder: Encoder, num_proc: int, size: int) -> None:
     lengths: list[int] = []
     hashes: list[NDArray[np.uint64]] = []
     largest = total = 0
     start = time.perf_counter()
     with bar("tokenising", size, "B") as advance, (directory / "tokens.raw").open("wb") as raw:
-        for batch in encode_batches(_batches(documents, advance), encode, append, num_proc):
+        for batch in encode_batches(_batches(documents, advance), encoder, num_proc):
             batch.tokens.tofile(raw)
             lengths += batch.lengths
             hashes.append(batch.hashes)
@@ -214,16 +179,12 @@ def _write_entry(
     if not total:
         raise ZebraError(f"the tokenizer makes no token of the {len(lengths):,} documents. Give other text.")
     wide = np.memmap(directory / "tokens.raw", dtype=np.uint32, mode="r")
-    kind = np.uint16 if largest < 1 << 16 else np.uint32
-    narrow = np.lib.format.open_memmap(directory / "tokens.npy", mode="w+", dtype=kind, shape=wide.shape)
-    for first in range(0, len(wide), 1 << 24):
-        narrow[first : first + (1 << 24)] = wide[first : first + (1 << 24)]
-    narrow.flush()
+    dtype = np.uint16 if largest < 1 << 16 else np.uint32
+    np.lib.format.open_memmap(directory / "tokens.npy", mode="w+", dtype=dtype, shape=wide.shape)[:] = wide
+    (directory / "tokens.raw").unlink()
     np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     np.save(directory / "hashes.npy", np.concatenate(hashes))
     (directory / "version.json").write_text(json.dumps(_VERSION))
-    del wide, narrow
-    (directory / "tokens.raw").unlink()
 
 
 def _batches(documents: Iterator[Document], advance: Callable[..., None]) -> Iterator[list[str]]:

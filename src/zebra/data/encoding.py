@@ -21,32 +21,6 @@ from tokenizers import Tokenizer
 
 from zebra.errors import ZebraError
 
-Encode = Callable[[list[str]], list[list[int]]]
-"""Documents to their tokens, special tokens included; for worker processes it must be picklable."""
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A tokenizer by its definition (the text of a tokenizer.json), so that it can go to another process."""
-
-    definition: str
-    specials_as_text: bool = False
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of each text, without truncation or padding."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
-
-    @functools.cached_property
-    def _tokenizer(self) -> Tokenizer:
-        tokenizer = Tokenizer.from_str(self.definition)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = self.specials_as_text
-        return tokenizer
-
-    def __reduce__(self) -> tuple[type[Encoder], tuple[str, bool]]:
-        return Encoder, (self.definition, self.specials_as_text)
-
 
 class FastTokenizer(Protocol):
     """What encoding needs of a tokenizer; the fast ones of transformers have it."""
@@ -63,6 +37,42 @@ def tokenizer_digest(tokenizer: FastTokenizer) -> str:
     return hashlib.sha256("\0".join(definition).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """How documents become tokens; picklable where worker processes encode.
+
+    Attributes:
+        encode: texts to the tokens of each, special tokens included.
+        digest: identifies `encode`: a hash of all that decides which tokens a text becomes.
+        append: a token to put after each document (end of text), or None.
+    """
+
+    encode: Callable[[list[str]], list[list[int]]]
+    digest: str
+    append: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer: FastTokenizer, *, append_eos: bool = False) -> Encoder:
+        """A checkpoint's tokenizer, without truncation or padding; `append_eos` appends its end-of-text token."""
+        specials_as_text = tokenizer.split_special_tokens
+        encode = functools.partial(_encode, tokenizer.backend_tokenizer.to_str(), specials_as_text)
+        digest = f"{tokenizer_digest(tokenizer)} {specials_as_text}"
+        return cls(encode, digest, tokenizer.eos_token_id if append_eos else None)
+
+
+def _encode(definition: str, specials_as_text: bool, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in _tokenizer(definition, specials_as_text).encode_batch(texts)]
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(definition: str, specials_as_text: bool) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(definition)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = specials_as_text
+    return tokenizer
+
+
 class EncodedBatch(NamedTuple):
     """A batch of documents: `tokens` (all tokens,) end to end, `lengths` and `hashes` (documents,) of each document."""
 
@@ -71,10 +81,8 @@ class EncodedBatch(NamedTuple):
     hashes: NDArray[np.uint64]
 
 
-def encode_batches(
-    batches: Iterable[list[str]], encode: Encode, append: int | None, num_proc: int
-) -> Iterator[EncodedBatch]:
-    """Encode batches of documents, each document followed by the token `append` if there is one.
+def encode_batches(batches: Iterable[list[str]], encoder: Encoder, num_proc: int) -> Iterator[EncodedBatch]:
+    """Encode batches of documents.
 
     Args:
         num_proc: processes that encode, this one alone where 1. They end with this process, however it ends.
@@ -83,11 +91,11 @@ def encode_batches(
         ZebraError: a worker was killed.
     """
     if num_proc == 1:
-        yield from (_encode_batch(batch, encode, append) for batch in batches)
+        yield from (_encode_batch(batch, encoder) for batch in batches)
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pending: deque[Future[EncodedBatch]] = deque()
-    with ProcessPoolExecutor(num_proc, context, _start_worker, (encode, append)) as pool:
+    with ProcessPoolExecutor(num_proc, context, _start_worker, (encoder,)) as pool:
         try:
             for batch in batches:
                 if len(pending) == num_proc:
@@ -102,19 +110,20 @@ def encode_batches(
                 future.cancel()
 
 
-def _encode_batch(batch: list[str], encode: Encode, append: int | None) -> EncodedBatch:
-    documents = [np.array(ids if append is None else [*ids, append], dtype=np.uint32) for ids in encode(batch)]
+def _encode_batch(batch: list[str], encoder: Encoder) -> EncodedBatch:
+    end = encoder.append
+    documents = [np.array(ids if end is None else [*ids, end], dtype=np.uint32) for ids in encoder.encode(batch)]
     hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") for text in batch]
     return EncodedBatch(np.concatenate(documents), [len(d) for d in documents], np.array(hashes, dtype=np.uint64))
 
 
-_worker: tuple[Encode, int | None]
-"""In a worker process: its tokenizer and the appended token, so that they are sent once and not with each batch."""
+_worker_encoder: Encoder
+"""In a worker process: its encoder, so that it is sent once and not with each batch."""
 
 
-def _start_worker(encode: Encode, append: int | None) -> None:
-    global _worker
-    _worker = encode, append
+def _start_worker(encoder: Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -129,4 +138,4 @@ def _exit_with_parent() -> None:
 
 
 def _encode_in_worker(batch: list[str]) -> EncodedBatch:
-    return _encode_batch(batch, *_worker)
+    return _encode_batch(batch, _worker_encoder)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from zebra.data.corpus import Corpus, read_corpus
+from zebra.data.encoding import Encoder
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.target import EvalTarget
@@ -161,7 +162,7 @@ def evaluate_perplexity(
     """
     target = EvalTarget(checkpoint, needs_cache=prompt is not None, **loading)
     check_learned_positions(target.config, max(lengths))
-    corpus = read_corpus(text, target.tokenizer, separator=separator, field=field, num_proc=num_proc)
+    corpus = read_corpus(text, Encoder.of(target.tokenizer), separator=separator, field=field, num_proc=num_proc)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
     if check_only:

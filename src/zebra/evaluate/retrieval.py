@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.corpus import read_corpus
+from zebra.data.encoding import Encoder
 from zebra.data.haystack import contains_answer
 from zebra.data.needles import Sample, SampleGenerator, check_task
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
@@ -100,7 +101,8 @@ def evaluate_retrieval(
     cells = _cells(tasks, lengths, depths, samples)
     target = EvalTarget(checkpoint, **loading)
     target.check_length(max(lengths), beyond)
-    needles = SampleGenerator(target.tokenizer, read_corpus(haystack, target.tokenizer) if haystack else None)
+    documents = read_corpus(haystack, Encoder.of(target.tokenizer)) if haystack else None
+    needles = SampleGenerator(target.tokenizer, documents)
     for task, length, depth in cells:
         needles.check(task, length=length, depth=depth, count=samples, seed=seed)
         if length == max(lengths):  # the haystack is long enough

@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.corpus import read_corpus
+from zebra.data.encoding import Encoder
 from zebra.data.needles import SampleGenerator, check_task
 from zebra.errors import ZebraError
 from zebra.evaluate import loss_cache
@@ -204,7 +205,7 @@ def _batches(
     samples: int,
     seed: int,
 ) -> list[CalibrationBatch]:
-    corpus = read_corpus(text, tokenizer, separator=separator) if text else None
+    corpus = read_corpus(text, Encoder.of(tokenizer), separator=separator) if text else None
     if not tasks:
         assert corpus is not None
         return batches_of(text_sequences(corpus, length, samples), seed)

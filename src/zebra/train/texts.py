@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zebra.data.composition import mixture_tables
 from zebra.data.corpus import Corpus, read_corpus
+from zebra.data.encoding import Encoder
 from zebra.data.mixture import Source, SourceSplit, SourceStats, mix, select, split_sources
 from zebra.data.packing import PackedSequences, pack
 from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
@@ -120,10 +121,9 @@ def _corpus(
 ) -> Corpus:
     return read_corpus(
         files,
-        tokenizer,
+        Encoder.of(tokenizer, append_eos=append_eos),
         separator=source.separator,
         field=source.field,
-        append_eos=append_eos,
         num_proc=recipe.data.num_proc,
         cache=recipe.data.cache_dir,
     )
