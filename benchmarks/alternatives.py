@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from zebra.evaluate.perplexity import evaluate_perplexity
 from zebra.model.checkpoint import read_config
 from zebra.report.figures import draw, plot_positions, standalone
-from zebra.report.series import position_scores
 from zebra.results import Result, read_results, write_results
 from zebra.train.recipe import AdaptRecipe, read_recipe
 
@@ -73,7 +72,7 @@ def picture(path: Path) -> None:
     longest = max(row.length or 0 for row in rows)
     shown = list(dict.fromkeys(row.layout for row in rows if row.length == longest))[:5]
     shown.sort(key=lambda layout: layout != "full" and "self-extend" not in layout)  # ours gets the first hue
-    (group,) = position_scores(row for layout in shown for row in rows if (row.length, row.layout) == (longest, layout))
+    group = [row for layout in shown for row in rows if (row.length, row.layout) == (longest, layout)]
 
     def plot(axes: Axes) -> None:
         plot_positions(axes, group)

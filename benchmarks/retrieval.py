@@ -305,7 +305,7 @@ def write_page(results: Sequence[Result]) -> None:
         raise ZebraError(f"there are no results in {FILE}. Measure first: python benchmarks/retrieval.py")
     caption = f"Far answers in {TRAINED} tokens by layout; whiskers are 95 % intervals, * was kept by selection"
     parts = [*findings(results), *within(results), *further(results)]
-    parts[0].blocks.append(Figure("layouts", "", caption))
+    parts[0].blocks.append(Figure("layouts", [], caption))
     verdict = [
         [
             Cell(

@@ -310,7 +310,7 @@ def write_page(folder: Path, target: Path) -> None:
     sections = []
     for kind, results in by_kind.items():
         runs = dict.fromkeys(result.run for result in results)
-        tables = [table for run in runs for table in benches.bench_tables([r for r in results if r.run == run])]
+        tables = [block for run in runs for block in benches.benches([r for r in results if r.run == run]).blocks[1:]]
         parts = [plan(results), Section("All measurements", [benches.HOW, *tables]), method(results)]
         if kind == "cpu":
             parts.insert(0, goals(results))

@@ -13,6 +13,7 @@ docs/images/<name>-*.svg.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from zebra.errors import ZebraError
@@ -91,7 +92,7 @@ def write_page(name: str, results: list[Result], pages: Path, images: Path) -> N
 
 def _short(section: Section) -> Section:
     """The page has one subject: its figures' names need not say it."""
-    blocks = [b._replace(name=b.name.removeprefix("study-")) if isinstance(b, Figure) else b for b in section.blocks]
+    blocks = [replace(b, name=b.name.removeprefix("study-")) if isinstance(b, Figure) else b for b in section.blocks]
     return section._replace(blocks=blocks)
 
 

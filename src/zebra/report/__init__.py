@@ -29,7 +29,7 @@ from zebra.report import (
 )
 from zebra.report.compare import merge_sources
 from zebra.report.figures import standalone
-from zebra.report.page import Cell, Chapter, Figure
+from zebra.report.page import Cell, Chapter, Figure, Table
 from zebra.report.series import by_kind
 from zebra.results import Result
 
@@ -56,22 +56,20 @@ def write_report(
             f"Write to {html.with_suffix('.html')}."
         )
     in_chapters = {id(result) for chapter in chapters for result in chapter.results}
-    others = [result for result in results if id(result) not in in_chapters]
-    kinds = by_kind(others)
-    runs = dict.fromkeys(result.run for result in others)
+    rest = [result for result in results if id(result) not in in_chapters]
+    runs = dict.fromkeys(result.run for result in rest)
     title = title or ", ".join([*(chapter.name for chapter in chapters), *runs])
+    kinds = by_kind(rest)
     summary = [chapter.summary for chapter in chapters]
     for run in runs:
-        line = [
-            *answers.answer_summary(run, kinds["answers"]),
-            *perplexity.position_summary(run, kinds["position"], kinds["cost"]),
-        ]
+        line = answers.answer_summary(run, kinds["answers"])
+        line += perplexity.position_summary(run, kinds["position"], kinds["cost"])
         summary += [[Cell(f"{run}: " if len(runs) > 1 else ""), *line]] if line else []
     summary += selection.selection_summaries(kinds["selection"])
     summary = summary or [[Cell(f"{len(results):,}", results=results), Cell(" results.")]]
     parts = [
         *(section for chapter in chapters for section in chapter.sections),
-        compare.compare(others),
+        compare.compare(rest),
         layouts.layouts(kinds["cost"]),
         perplexity.positions(kinds["position"]),
         lengths.lengths([*kinds["retrieval"], *kinds["task"]]),
@@ -99,21 +97,20 @@ def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:
     Each is that of the page; what has no table of its own there has none here.
     """
     kinds = by_kind(results)
-    tables = [
-        *perplexity.position_tables(kinds["position"]),
-        *retrieval.retrieval_tables(kinds["retrieval"]),
-        *tasks.task_tables(kinds["task"]),
-        *selection.selection_tables(kinds["selection"]),
-        *answers.answer_tables(kinds["answers"]),
-        *benches.bench_tables(kinds["bench"]),
+    sections = [
+        perplexity.positions(kinds["position"]),
+        retrieval.retrieval(kinds["retrieval"]),
+        tasks.tasks(kinds["task"]),
+        selection.selection(kinds["selection"]),
+        answers.answers(kinds["answers"]),
+        benches.benches(kinds["bench"]),
     ]
-    return [_for_terminal(table) for table in tables]
-
-
-def _for_terminal(table: page.Table) -> terminal.Table:
-    shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
-    for i, cell in enumerate(table.head):
-        shown.add_column(Text.assemble(cell.text, ("\n" + cell.dim, "dim")), justify="right" if i else "left")
-    for line in table.body:
-        shown.add_row(*(Text.assemble(cell.text, (f" {cell.dim}" if cell.dim else "", "dim")) for cell in line))
-    return shown
+    tables = []
+    for table in (block for section in sections for block in section.blocks if isinstance(block, Table)):
+        shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
+        for i, cell in enumerate(table.head):
+            shown.add_column(Text.assemble(cell.text, ("\n" + cell.dim, "dim")), justify="right" if i else "left")
+        for line in table.body:
+            shown.add_row(*(Text.assemble(cell.text, (f" {cell.dim}" if cell.dim else "", "dim")) for cell in line))
+        tables.append(shown)
+    return tables

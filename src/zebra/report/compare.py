@@ -10,8 +10,8 @@ from pathlib import Path
 from zebra.report import retrieval, tasks
 from zebra.report.benches import CEILINGS
 from zebra.report.page import Cell, Section, Table
-from zebra.report.pivot import Column, Results, pivot_table, split
-from zebra.report.series import Series, interval, percent, series_of
+from zebra.report.pivot import Results, split, table, where
+from zebra.report.series import overlap, percent, series_of
 from zebra.results import Result
 
 HOW = (
@@ -19,8 +19,6 @@ HOW = (
     "depths. A change is the right column minus the left one, in points where they are percentages. Where the two "
     "intervals overlap, as noted, the change may be chance."
 )
-Measure = tuple[str, int | None]
-"""A metric and a length."""
 
 
 def merge_sources(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
@@ -44,61 +42,49 @@ def merge_sources(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
 
 def compare(results: Iterable[Result]) -> Section:
     """A table for each task that more than one run has; no section where there is none."""
-    tables = [
-        _table(task, here)
-        for task, here in split(filter(_is_compared, results), lambda one: one.task).items()
-        if any(len({one.run for one in same}) > 1 for same in split(here, _measure).values())
+    compared = [
+        one
+        for one in results
+        if one.position_from in (None, 0) and one.position_to in (None, one.length)  # the whole context
+        if "@" not in one.model  # not during training
+        if one.task != CEILINGS  # one table has those of all runs
     ]
-    return Section("Side by side", [HOW, *tables] if tables else [])
+    runs = split(compared, lambda one: (one.task, one.metric, one.length))
+    shared = {task for (task, *_), same in runs.items() if len({one.run for one in same}) > 1}
+    groups = split((one for one in compared if one.task in shared), lambda one: one.task)
+    return Section("Side by side", [HOW, *map(_table, groups.values())] if groups else [])
 
 
-def _is_compared(result: Result) -> bool:
-    """Of perplexity that of the whole context, nothing during training; one table of ceilings has those of all runs."""
-    whole = result.position_from in (None, 0) and result.position_to in (None, result.length)
-    return whole and "@" not in result.model and result.task != CEILINGS
-
-
-def _measure(result: Result) -> Measure:
-    return result.metric, result.length
-
-
-def _table(task: str, results: list[Result]) -> Table:
+def _table(results: list[Result]) -> Table:
     """Two series as columns with their change; more of them as lines."""
-    metrics = list(dict.fromkeys(one.metric for one in results))
-    measures = sorted(dict.fromkeys(map(_measure, results)), key=lambda at: (metrics.index(at[0]), at[1] or 0))
+    task = results[0].task
+    names = {"retrieval-": retrieval.name, "harness-": tasks.name, "documents-": tasks.name}
+    title = next((name(task) for start, name in names.items() if task.startswith(start)), task.replace("-", ": ", 1))
+    metrics = [*split(results, lambda one: one.metric)]
+    measures = split(results, lambda one: (one.metric, one.length))
     heads = {
         (metric, length): Cell(metric.replace("_", " "), "" if length is None else f"{length:,}")
-        for metric, length in measures
+        for metric, length in sorted(measures, key=lambda at: (metrics.index(at[0]), at[1] or 0))
     }
-    names = {one: Cell(one.run, f"{one.name} {one.layout}") for one in map(series_of, results)}
-    if len(names) > 2:
-        measured = {at: Column(head, tasks.mean_cell) for at, head in heads.items()}
-        places = split(results, lambda one: (series_of(one), _measure(one)))
-        return pivot_table(_name(task), [Cell("run")], {one: [names[one]] for one in names}, measured, places)
-    columns: dict[Series | None, Column] = {one: Column(name, tasks.mean_cell) for one, name in names.items()}
-    columns[None] = Column(Cell("change"), _change)
-    cells: dict[tuple[Measure, Series | None], Results] = {}
-    for at, here in split(results, _measure).items():
-        cells |= {(at, one): same for one, same in split(here, series_of).items()}
-        cells[at, None] = [one for series in names for one in cells.get((at, series), ())]
-    lines = {at: [head] for at, head in heads.items()}
-    return pivot_table(_name(task), [Cell("metric", "tokens")], lines, columns, cells)
+    every = split(results, series_of)
+    runs = {one: Cell(one.run, f"{one.name} {one.layout}") for one in every}
+    if len(every) > 2:
+        columns = [(head, where(tasks.mean_cell, metric=at[0], length=at[1])) for at, head in heads.items()]
+        return table(title, [Cell("run")], [([runs[one]], here) for one, here in every.items()], columns)
+    columns = [(head, where(tasks.mean_cell, **one._asdict())) for one, head in runs.items()]
+
+    def change(results: Results) -> Cell:
+        """Between the means of the two series."""
+        sides = [[one for one in results if series_of(one) == series] for series in every]
+        return _change(*sides) if all(sides) and len(sides) == 2 else Cell("–")
+
+    lines = [([head], measures[at]) for at, head in heads.items()]
+    return table(title, [Cell("metric", "tokens")], lines, [*columns, (Cell("change"), change)])
 
 
-def _name(task: str) -> str:
-    names = {"retrieval-": retrieval.name, "harness-": tasks.name, "documents-": tasks.name}
-    return next((name(task) for prefix, name in names.items() if task.startswith(prefix)), task.replace("-", ": ", 1))
-
-
-def _change(results: Results) -> Cell:
-    """The change between the means of two series."""
-    sides = list(split(results, series_of).values())
-    if len(sides) < 2:
-        return Cell("–")
-    before, after = sides
+def _change(before: list[Result], after: list[Result]) -> Cell:
     change = tasks.mean(after) - tasks.mean(before)
     plain = f"{change:+,.0f}" if abs(change) >= 1000 else f"{change:+.3g}" if change else "0"
     text = percent(change, sign="+") if tasks.is_share(before[0]) else plain.replace("-", "−")
-    one, two = (interval(side[0]) if len(side) == 1 else None for side in sides)
-    overlap = one is not None and two is not None and one[0] <= two[1] and two[0] <= one[1]
-    return Cell(text, "overlap" if overlap else "", results=results)
+    overlaps = len(before) == len(after) == 1 and overlap(before[0], after[0])
+    return Cell(text, "overlap" if overlaps else "", results=[*before, *after])

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator
 
-from zebra.report.series import FULL, PositionScores, Span, interval, labels, span_name
+from zebra.report.series import FULL, Span, buckets, interval, labels, series_of, span_name, span_of
 from zebra.results import Result
 
 INK = "#010203"
@@ -51,11 +51,7 @@ def draw(
 ) -> str:
     """Plots as panels of one SVG element, in the colour of the text around it; they share the legend of the first.
 
-    Args:
-        name: the start of all ids in it, so that no other figure of the page has them.
-        height: of a line of panels, in inches.
-        columns: panels beside each other; all of them where None.
-        widths: of the columns, in proportion.
+    Its name starts all ids in it, so that no other figure of the page has them. The rest: `zebra.report.page.Figure`.
     """
     columns = columns or len(plots)
     lines = math.ceil(len(plots) / columns)
@@ -65,7 +61,11 @@ def draw(
         for axes, plot in itertools.zip_longest(panels, plots):
             axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
             plot(axes) if plot else axes.set_axis_off()
-        _add_legend(figure, panels[0])
+        handles, names = panels[0].get_legend_handles_labels()
+        if names:
+            ncols = max(1, min(len(names), 100 // (max(map(len, names)) + 7)))
+            figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * (math.ceil(len(names) / ncols) - 1))
+            figure.legend(handles, names, loc="outside upper left", ncols=ncols, frameon=False, handlelength=2.8)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()
@@ -79,17 +79,6 @@ def draw(
     return re.sub(r"<svg[^>]*>", f'<svg viewBox="0 0 {width:g} {high:g}">', svg, count=1).strip()
 
 
-def _add_legend(figure: Canvas, axes: Axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    if not names:
-        return
-    columns = max(1, min(len(names), 100 // (max(map(len, names)) + 7)))
-    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * (math.ceil(len(names) / columns) - 1))
-    figure.legend(
-        handles, names, loc="outside upper left", ncols=columns, frameon=False, borderaxespad=0, handlelength=2.8
-    )
-
-
 def standalone(svg: str) -> str:
     """The element as a file of its own, without links, in black or white by the reader's preference."""
     svg = re.sub(r"</?a\b[^>]*>", "", svg)
@@ -97,15 +86,20 @@ def standalone(svg: str) -> str:
     return re.sub(r"<svg([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg"\1>{style}', svg, count=1)
 
 
-def plot_positions(axes: Axes, group: PositionScores) -> None:
-    """Perplexity over positions, a line for each series; where they are few, its interval as a band."""
-    buckets = group.buckets
-    left = buckets[0][0] or buckets[0][1] / 2  # a logarithmic axis has no 0
-    trained = {(series.run, series.layout) for series in group.scores if series.trained}
-    runs_with_output = {series.run for series in group.scores if series.is_output}
+def plot_positions(axes: Axes, results: Sequence[Result]) -> None:
+    """Perplexity over positions, a line for each series; where they are few, its interval as a band.
+
+    Args:
+        results: perplexities of one task at one context length.
+    """
+    spans = buckets(results)
+    left = spans[0][0] or spans[0][1] / 2  # a logarithmic axis has no 0
+    names = labels(dict.fromkeys(map(series_of, results)))
+    trained = {(series.run, series.layout) for series in names if series.trained}
+    runs_with_output = {series.run for series in names if series.is_output}
     inks = itertools.cycle(("-", ":", "-."))
     styles: dict[tuple[str, str], tuple[str, str]] = {}
-    for (series, scores), label in zip(group.scores.items(), labels(group.scores).values(), strict=True):
+    for series, label in names.items():
         run_and_layout = (series.run, series.layout)
         if series.layout == FULL and not series.trained:
             (color, marker), line = (INK, "o"), next(inks)
@@ -113,21 +107,19 @@ def plot_positions(axes: Axes, group: PositionScores) -> None:
             color, marker = styles.setdefault(run_and_layout, _style(len(styles)))
             after = series.is_output if series.run in runs_with_output else series.trained
             line = "--" if run_and_layout in trained and not after else "-"
-        here = [(max(a, left), b, scores[a, b]) for a, b in buckets if (a, b) in scores]
-        x = [math.sqrt(a * b) for a, b, _ in here]
-        y = [drawable(result.value) for *_, result in here]
-        axes.plot(x, y, line, color=color, marker=marker, markersize=4, label=label)
-        if len(group.scores) <= _FEW:
-            low, high = zip(*(interval(result) or (math.nan, math.nan) for *_, result in here), strict=True)
-            axes.fill_between(x, [*map(drawable, low)], [*map(drawable, high)], color=color, alpha=0.15, linewidth=0)
-    edges = [left, *(end for _, end in buckets)]
-    axes.set_xscale("log", base=2)
+        scores = {span_of(one): one for one in results if series_of(one) == series}
+        here = {math.sqrt(max(a, left) * b): scores[a, b] for a, b in spans if (a, b) in scores}
+        y = [drawable(one.value) for one in here.values()]
+        axes.plot([*here], y, line, color=color, marker=marker, markersize=4, label=label)
+        if len(names) <= _FEW:
+            bounds = [interval(one) or (math.nan, math.nan) for one in here.values()]
+            low, high = ([drawable(bound) for bound in side] for side in zip(*bounds, strict=True))
+            axes.fill_between([*here], low, high, color=color, alpha=0.15, linewidth=0)
+    edges = [left, *(end for _, end in spans)]
+    _scale_tokens(axes, edges, [f"{spans[0][0]:,}", *(f"{edge:,}" for edge in edges[1:])])
     axes.set_xlim(left, edges[-1])
-    axes.xaxis.set_major_locator(FixedLocator(edges))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{buckets[0][0]:,}", *(f"{edge:,}" for edge in edges[1:])])
     axes.set_xlabel("position (tokens of context)")
-    _scale_perplexity(axes, [result.value for result in group.results])
+    _scale_perplexity(axes, results)
 
 
 def _style(i: int) -> tuple[str, str]:
@@ -135,18 +127,21 @@ def _style(i: int) -> tuple[str, str]:
     return HUES[i % len(HUES)], _MARKERS[i // len(HUES) % len(_MARKERS)]
 
 
-def plot_lengths(axes: Axes, lines: list[tuple[str, dict[int, float]]], threshold: float) -> None:
+def _scale_tokens(axes: Axes, ticks: Sequence[float], texts: Sequence[str]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, texts)
+    axes.minorticks_off()
+
+
+def plot_lengths(axes: Axes, lines: Mapping[str, Mapping[int, float]], threshold: float) -> None:
     """Shares over lengths, a line for each label, and a threshold."""
-    for i, (label, points) in enumerate(lines):
+    for i, (label, points) in enumerate(lines.items()):
         color, marker = _style(i)
         values = [drawable(value) for value in points.values()]
         axes.plot([*points], values, color=color, marker=marker, markersize=4, label=label)
     axes.axhline(threshold, color=INK, linestyle="--", linewidth=1, alpha=0.6)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({length for _, points in lines for length in points})
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{length:,}" for length in ticks])
+    ticks = sorted({length for points in lines.values() for length in points})
+    _scale_tokens(axes, ticks, [f"{length:,}" for length in ticks])
     axes.set_xlabel("length (tokens)")
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
@@ -163,43 +158,36 @@ def plot_loss(axes: Axes, losses: list[Result], named: Mapping[str, tuple[str, s
     _scale_trained(axes, "tokens")
 
 
-def plot_during_training(axes: Axes, points: dict[float, dict[Span, Result]], buckets: list[Span], unit: str) -> None:
-    """Perplexity over training, a line for each bucket of positions."""
-    for i, bucket in enumerate(buckets, start=1):
-        here = [(at, drawable(scores[bucket].value)) for at, scores in points.items() if bucket in scores]
-        color = to_rgba(HUES[0], 0.25 + 0.75 * i / len(buckets))
-        axes.plot(*zip(*here, strict=True), color=color, marker="o", markersize=3.5, label=span_name(bucket))
+def plot_during_training(axes: Axes, points: Mapping[float, Sequence[Result]], spans: list[Span], unit: str) -> None:
+    """Perplexity over training, a line for each span of positions."""
+    for i, span in enumerate(spans, start=1):
+        here = [(at, drawable(one.value)) for at, scores in points.items() for one in scores if span_of(one) == span]
+        color = to_rgba(HUES[0], 0.25 + 0.75 * i / len(spans))
+        axes.plot(*zip(*here, strict=True), color=color, marker="o", markersize=3.5, label=span_name(span))
     _scale_trained(axes, unit)
-    _scale_perplexity(axes, [result.value for scores in points.values() for result in scores.values()])
+    _scale_perplexity(axes, [one for scores in points.values() for one in scores])
 
 
 def _scale_trained(axes: Axes, unit: str) -> None:
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel(f"{unit} trained on")
 
 
-def _scale_perplexity(axes: Axes, values: list[float]) -> None:
+def _scale_perplexity(axes: Axes, results: Iterable[Result]) -> None:
     """Logarithmic where the values differ by more than a factor of 4."""
     axes.set_ylabel("perplexity")
-    drawn = [value for value in values if 0 < value < _MOST]
+    drawn = [one.value for one in results if 0 < one.value < _MOST]
     if drawn and max(drawn) > 4 * min(drawn):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.minorticks_off()
 
 
 def drawable(value: float) -> float:
     """A value as it can be drawn: NaN beyond ±1e30, where ticks cannot be laid out."""
     return value if abs(value) < _MOST else math.nan
-
-
-def _short(value: float) -> str:
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{letter}"
-    return f"{value:g}"
 
 
 def plot_cells(axes: Axes, columns: int, lines: int, cells: Iterable[dict[str, Any]]) -> None:
@@ -211,6 +199,8 @@ def plot_cells(axes: Axes, columns: int, lines: int, cells: Iterable[dict[str, A
     axes.spines[:].set_visible(False)
     axes.grid(False)
     axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.set_yticks([])
     axes.set_xlim(-0.5, columns - 0.5)
     axes.set_ylim(lines - 0.5, -0.5)
     for cell in cells:

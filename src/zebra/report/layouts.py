@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 
 from zebra.errors import ZebraError
-from zebra.report.figures import ACCENT, INK, draw, plot_cells
+from zebra.report.figures import ACCENT, INK, plot_cells
 from zebra.report.page import Cell, Figure, Section
-from zebra.report.pivot import Column, Results, pivot_table, split
+from zebra.report.pivot import Results, Show, split, table, where
 from zebra.report.series import FULL, count, percent, series_of
 from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL, Stripes
@@ -30,60 +30,54 @@ COSTS = (
     "take small differences as noise."
 )
 _METRICS = {"attention_pairs": "attention pairs", "cached_tokens": "cached tokens"}
+LayerTypes = Mapping[tuple[str, int], tuple[str, ...]]
+"""The kind of each layer, by layout and number of layers."""
 
 
 def layouts(costs: list[Result]) -> Section:
     """The layouts of results that count layers."""
     kinds: dict[tuple[str, int], tuple[str, ...]] = {}
-    results: dict[tuple[str, int], Result] = {}
+    results = []
     windows = set()
-    for cost in (cost for cost in costs if cost.metric == "layers" and 1 <= cost.value <= _MOST_LAYERS):
-        key = cost.layout, int(cost.value)
+    for cost in costs:
+        key = cost.layout, int(cost.value) if 1 <= cost.value <= _MOST_LAYERS else 0
+        if cost.metric != "layers" or not key[1] or key in kinds:
+            continue
         try:
             stripes = Stripes(1, pattern="G") if cost.layout == FULL else Stripes.parse(cost.layout)
-            kinds[key] = stripes.layer_types(int(cost.value))
+            kinds[key] = stripes.layer_types(key[1])
         except ZebraError:  # a layout of another notation has no figure
             continue
-        results.setdefault(key, cost)
+        results.append(cost)
         if LOCAL in kinds[key]:
             windows.add(stripes.window)
     if not kinds:
         return Section("The layout", [])
-    masks = [partial(_plot_mask, color=INK, window=_TOKENS, text="global layer:\nreads every\ntoken before it")]
+    plots = [partial(_plot_mask, color=INK, window=_TOKENS, text="global layer:\nreads every\ntoken before it")]
     if windows:
         sizes = " or ".join(f"{window:,}" for window in sorted(windows))
         text = f"local layer:\nreads the last {sizes}\ntokens, itself included"
-        masks.append(partial(_plot_mask, color=ACCENT, window=3, text=text))
-    svg = draw(
-        "layout",
-        *masks,
-        partial(_plot_layers, kinds=kinds),
-        height=max(1.9, 0.3 + 0.52 * len(kinds)),
-        widths=[*(1 for _ in masks), 5 - len(masks)],
-    )
+        plots.append(partial(_plot_mask, color=ACCENT, window=3, text=text))
+    widths = [*(1 for _ in plots), 5 - len(plots)]
     caption = "What a layer of each kind sees, and where each kind stands"
-    return Section("The layout", [LAYERS, Figure("layout", svg, caption, list(results.values()))])
+    height = max(1.9, 0.3 + 0.52 * len(kinds))
+    figure = Figure("layout", [*plots, partial(_plot_layers, kinds=kinds)], caption, results, height, widths=widths)
+    return Section("The layout", [LAYERS, figure])
 
 
 def _plot_mask(axes: Axes, color: str, window: int, text: str) -> None:
     """A line for each token that reads, a column for each that may be read."""
-    plot_cells(
-        axes,
-        _TOKENS,
-        _TOKENS,
-        (
-            {"xy": (j, i), "width": 0.88, "height": 0.88, "color": color if 0 <= i - j < window else to_rgba(INK, 0.1)}
-            for i in range(_TOKENS)
-            for j in range(_TOKENS)
-        ),
-    )
+    cells = [
+        {"xy": (j, i), "width": 0.88, "height": 0.88, "color": color if 0 <= i - j < window else to_rgba(INK, 0.1)}
+        for i in range(_TOKENS)
+        for j in range(_TOKENS)
+    ]
+    plot_cells(axes, _TOKENS, _TOKENS, cells)
     axes.set_aspect("equal", anchor="N")
-    axes.set_xticks([])
-    axes.set_yticks([])
     axes.set_xlabel(text)
 
 
-def _plot_layers(axes: Axes, kinds: dict[tuple[str, int], tuple[str, ...]]) -> None:
+def _plot_layers(axes: Axes, kinds: LayerTypes) -> None:
     """A strip of layers for each layout, under its name, which links to the result."""
     most = max(n for _, n in kinds)
     cells = []
@@ -98,48 +92,41 @@ def _plot_layers(axes: Axes, kinds: dict[tuple[str, int], tuple[str, ...]]) -> N
     plot_cells(axes, most, len(kinds), cells)
     axes.set_xlim(-0.5 - 0.06 * most, most - 0.5)
     axes.set_ylim(len(kinds) - 0.7, -0.7)
-    axes.set_xticks([])
-    axes.set_yticks([])
 
 
 def cost(costs: list[Result], speeds: list[Result]) -> Section:
     """Exact counts and timings, full and striped."""
     tables = []
-    texts = split(costs, lambda one: (one.run, one.model, one.length))
-    for (run, _, length), here in texts.items():
-        lines = {layout: [Cell(layout)] for layout in dict.fromkeys(one.layout for one in here)}
-        places = split(here, lambda one: (one.layout, one.metric))
-        columns = {
-            metric: Column(Cell(name), _shares([places.get((layout, metric), ()) for layout in lines], fewer=True))
+    counts = [one for one in costs if one.metric in _METRICS]
+    for (run, _, length), here in split(counts, lambda one: (one.run, one.model, one.length)).items():
+        lines = [([Cell(layout)], same) for layout, same in split(here, lambda one: one.layout).items()]
+        by_metric = split(here, lambda one: one.metric)
+        columns = [
+            (Cell(name), where(_shares(by_metric.get(metric, ()), fewer=True), metric=metric))
             for metric, name in _METRICS.items()
-        }
-        if any(one.metric in _METRICS for one in here):
-            title = f"{run}: one text of {length:,} tokens, counted over all layers"
-            tables.append(pivot_table(title, [Cell("layout")], lines, columns, places))
+        ]
+        title = f"{run}: one text of {length:,} tokens, counted over all layers"
+        tables.append(table(title, [Cell("layout")], lines, columns))
     for (run, length), here in split(speeds, lambda one: (one.run, one.length)).items():
         context = f" of contexts of {length:,} tokens" if length is not None else ""
-        series = split(here, series_of)
-        speed = Column(Cell("tokens per second"), _shares([*series.values()], fewer=False))
-        title = f"{run}: evaluation{context}, timed"
-        models = {one: [Cell(one.name, one.layout)] for one in series}
-        timed = {(one, "speed"): results for one, results in series.items()}
-        tables.append(pivot_table(title, [Cell("model")], models, {"speed": speed}, timed))
+        lines = [([Cell(one.name, one.layout)], same) for one, same in split(here, series_of).items()]
+        columns = [(Cell("tokens per second"), _shares(here, fewer=False))]
+        tables.append(table(f"{run}: evaluation{context}, timed", [Cell("model")], lines, columns))
     return Section("Cost against full attention", [COSTS, *tables] if tables else [])
 
 
-def _shares(column: Sequence[Results], *, fewer: bool) -> Callable[[Results], Cell]:
-    """What a column shows: numbers with bars and, from the second line on, the ratio to the first."""
-    longest = max((one.value for results in column for one in results if one.value), default=0)
-    first = column[0][0] if column[0] else None
+def _shares(column: Results, *, fewer: bool) -> Show:
+    """Show the numbers of a column with bars and, from the second on, the ratio to the first."""
+    longest = max((one.value for one in column if one.value), default=0)
 
     def show(results: Results) -> Cell:
         if not results:
             return Cell("–")
-        one, ratio = results[0], ""
-        if first and first is not one and first.value and one.value:
+        first, one, ratio = column[0], results[0], ""
+        if first is not one and first.value and one.value:
             share = one.value / first.value
             ratio = f"{percent(share)}, {1 / share:.2f}× fewer" if fewer else f"{share:.2f}×"
         bar = one.value / longest if longest else None
-        return Cell(count(one.value), ratio, bar, results, [first, one] if first and ratio else [])
+        return Cell(count(one.value), ratio, bar, results, [first, one] if ratio else [])
 
     return show

@@ -1,4 +1,4 @@
-"""How far a model keeps what it can do: scores by length, and RULER's effective length."""
+"""Scores by length, and RULER's effective length: how far a model can do what it does on short texts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from zebra.report import retrieval, tasks
-from zebra.report.figures import draw, plot_lengths
+from zebra.report.figures import plot_lengths
 from zebra.report.page import Cell, Figure, Section, Table
-from zebra.report.pivot import Column, Results, pivot_table, split
+from zebra.report.pivot import Results, split, table, where
 from zebra.report.series import Series, labels, percent, series_of
 from zebra.results import Result
 
@@ -41,40 +41,45 @@ def effective(scores: Mapping[int, float]) -> int | None:
 
 def score(results: Iterable[Result]) -> float:
     """The mean over tasks of each one's mean."""
-    means = [sum(one.value for one in here) / len(here) for here in split(results, lambda one: one.task).values()]
+    means = [tasks.mean(here) for here in split(results, lambda one: one.task).values()]
     return sum(means) / len(means)
 
 
 def lengths(results: Iterable[Result]) -> Section:
     """A figure and a table for each measure; of a single model all measures in one."""
     by_measure = measures(results)
-    all_series = {series for by_series in by_measure.values() for series in by_series}
     figures = {name: {label: by[one] for one, label in labels(by).items()} for name, by in by_measure.items()}
-    if len(all_series) == 1:
-        (label,) = labels(all_series).values()
-        figures = {label: {name: next(iter(by.values())) for name, by in by_measure.items()}}
+    series = {series for by_series in by_measure.values() for series in by_series}
+    if len(series) == 1:
+        (label,) = labels(series).values()
+        figures = {label: {name: by for name, by_series in by_measure.items() for by in by_series.values()}}
     blocks: list[str | Table | Figure] = [HOW]
     for i, (name, lines) in enumerate(figures.items(), start=1):
-        points = [(label, {n: score(here) for n, here in by.items()}) for label, by in lines.items() if len(by) > 1]
-        svg = draw(f"lengths{i}", partial(plot_lengths, lines=points, threshold=THRESHOLD), height=2.6)
+        points = {label: {n: score(here) for n, here in by.items()} for label, by in lines.items() if len(by) > 1}
+        plot = partial(plot_lengths, lines=points, threshold=THRESHOLD)
         shown = {id(one): one for by in lines.values() for here in by.values() for one in here}
-        blocks += [Figure(f"lengths-{i}", svg, f"{name}, by length", [*shown.values()]), _table(lines)]
+        blocks.append(Figure(f"lengths-{i}", [plot], f"{name}, by length", [*shown.values()], height=2.6))
+        blocks.append(_table(lines))
     return Section("By length", blocks if by_measure else [])
 
 
 def measures(results: Iterable[Result]) -> dict[str, dict[Series, ByLength]]:
     """What was scored at two lengths or more: each task, and before them the means over tasks of retrieval."""
-    scored = [
-        one
-        for one in results
-        if one.metric == "accuracy" and one.length is not None and one.task.startswith(("retrieval-", "harness-"))
-    ]
-    by_task = {
-        task: {series: _by_length(same) for series, same in split(here, series_of).items()}
-        for task, here in split(scored, lambda one: one.task).items()
-    }
-    names = {task: retrieval.name(task) if task.startswith("retrieval-") else tasks.name(task) for task in by_task}
-    by_name = _over_tasks(scored) | {names[task]: by_series for task, by_series in by_task.items()}
+    by_name: dict[str, dict[Series, ByLength]] = defaultdict(dict)
+    scored = [one for one in results if one.metric == "accuracy" and one.length is not None]
+    retrieved = sorted((one for one in scored if one.task.startswith("retrieval-")), key=lambda one: one.task)
+    for (how, series), here in split(retrieved, lambda one: (retrieval.scoring(one.task), series_of(one))).items():
+        names = [*split(here, lambda one: one.task)]
+        if len(names) > 1:
+            means = ", ".join(retrieval.name(task).partition(", by")[0] for task in names)
+            complete = {
+                n: same for n, same in _by_length(here).items() if len({one.task for one in same}) == len(names)
+            }
+            by_name[f"retrieval, {how}, mean of {means}"][series] = complete
+    for (task, series), here in split(scored, lambda one: (one.task, series_of(one))).items():
+        if task.startswith(("retrieval-", "harness-")):
+            name = retrieval.name if task.startswith("retrieval-") else tasks.name
+            by_name[name(task)][series] = _by_length(here)
     return {name: by_series for name, by_series in by_name.items() if any(len(by) > 1 for by in by_series.values())}
 
 
@@ -82,31 +87,18 @@ def _by_length(results: Iterable[Result]) -> ByLength:
     return dict(sorted(split(results, lambda one: one.length or 0).items()))
 
 
-def _over_tasks(results: Iterable[Result]) -> dict[str, dict[Series, ByLength]]:
-    """Of models with several retrieval tasks all of them, at the lengths that all of them have."""
-    by_name: dict[str, dict[Series, ByLength]] = defaultdict(dict)
-    retrieved = sorted((one for one in results if one.task.startswith("retrieval-")), key=lambda one: one.task)
-    for (how, series), here in split(retrieved, lambda one: (retrieval.scoring(one.task), series_of(one))).items():
-        names = list(dict.fromkeys(one.task for one in here))
-        if len(names) > 1:
-            means = ", ".join(retrieval.name(task).partition(", by")[0] for task in names)
-            complete = {n: same for n, same in _by_length(here).items() if {one.task for one in same} == set(names)}
-            by_name[f"retrieval, {how}, mean of {means}"][series] = complete
-    return by_name
-
-
-def _table(lines: dict[str, ByLength]) -> Table:
+def _table(by_label: dict[str, ByLength]) -> Table:
     """The effective length rests on all lengths up to it, and on the first that is too long."""
-    all_lengths = sorted({length for by_length in lines.values() for length in by_length})
-    places: dict[tuple[str, int], Results] = {(label, n): here for label, by in lines.items() for n, here in by.items()}
-    names = {}
-    for label, by_length in lines.items():
-        reached = effective({length: score(here) for length, here in by_length.items()})
-        ended = next((length for length in by_length if length > (reached or 0)), 0)
-        needed = [one for length, here in by_length.items() if length <= max(reached or 0, ended) for one in here]
-        names[label] = [Cell(label), Cell(f"{reached:,}" if reached else "none", results=needed)]
-    columns = {length: Column(Cell(f"{length:,}", "tokens"), _score_cell) for length in all_lengths}
-    return pivot_table("", [Cell(""), Cell("effective", "tokens")], names, columns, places)
+    lines = []
+    for label, by_length in by_label.items():
+        reached = effective({length: score(here) for length, here in by_length.items()}) or 0
+        ended = next((length for length in by_length if length > reached), 0)
+        needed = [one for length, here in by_length.items() if length <= max(reached, ended) for one in here]
+        names = [Cell(label), Cell(f"{reached:,}" if reached else "none", results=needed)]
+        lines.append((names, [one for here in by_length.values() for one in here]))
+    every = sorted({length for by_length in by_label.values() for length in by_length})
+    columns = [(Cell(f"{length:,}", "tokens"), where(_score_cell, length=length)) for length in every]
+    return table("", [Cell(""), Cell("effective", "tokens")], lines, columns)
 
 
 def _score_cell(results: Results) -> Cell:

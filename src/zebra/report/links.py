@@ -6,8 +6,8 @@ A number of one result links to `#result-17`; one of several, a mean say, links 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 from zebra.report.series import number
 from zebra.results import COLUMNS, Result
@@ -16,14 +16,6 @@ _FEW = 12
 """Up to so many results are named with their values."""
 _FIRST = ("value", "metric", "task")
 _DESCRIBED = ("metric", "value", "low", "high", "length", "depth", "n")
-
-
-class Named(NamedTuple):
-    """One result or a span of neighbours, by their places on the page, and the value of a single one."""
-
-    first: int
-    last: int
-    value: str = ""
 
 
 class Links:
@@ -42,13 +34,12 @@ class Links:
             return f"#result-{places[0]}" if places else ""
         return f"#from-{self.several.setdefault(places, len(self.several) + 1)}"
 
-    def named(self, places: tuple[int, ...]) -> list[Named]:
-        """The results behind a number: few with their values, many as spans of neighbours."""
+    def named(self, places: tuple[int, ...]) -> list[tuple[int, int, str]]:
+        """The results behind a number: a few with their values, many as spans from first to last."""
         if len(places) <= _FEW:
-            return [Named(i, i, number(self.results[i - 1].value)) for i in places]
-        starts = [places[0], *(b for a, b in pairwise(places) if b != a + 1)]
-        ends = [*(a for a, b in pairwise(places) if b != a + 1), places[-1]]
-        return list(map(Named, starts, ends))
+            return [(i, i, number(self.results[i - 1].value)) for i in places]
+        spans = [[i for _, i in span] for _, span in groupby(enumerate(places), lambda at: at[1] - at[0])]
+        return [(span[0], span[-1], "") for span in spans]
 
 
 def result_columns(results: Sequence[Result]) -> tuple[dict[str, str], dict[str, list[str]]]:

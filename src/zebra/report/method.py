@@ -9,22 +9,25 @@ from zebra.report.links import plain
 from zebra.report.page import Cell, Section, Table
 from zebra.report.perplexity import convention
 from zebra.report.series import step
-from zebra.results import Result
+from zebra.results import COLUMNS, Result
 
 _CONVENTIONS = {
     "disjoint": "windows side by side; every token but the first of each window is scored once",
     "strided": "overlapping windows; each scores only its last tokens, those that no window before it has scored",
     "truncated": "only the beginning of each document that is long enough to fill the context",
 }
-
+_INTERVALS = {
+    "perplexity-": "95 %, bootstrap over documents",
+    "retrieval-": "of retrieval: 95 %, Wilson's over samples",
+    "selection-": "of selections: 95 %, bootstrap over sequences, of the change from the source",
+}
 _MANY = 12
 """Values of a fact that are shown."""
 
 
 def others(results: list[Result]) -> Section:
     """What no other section shows."""
-    names = ("run", "model", "layout", "task", "metric", "value", "low", "high", "n", "length", "position_from",
-             "position_to", "depth", "seed")  # fmt: skip
+    names = [name for name in COLUMNS if name not in ("device", "versions", "commit")]
     columns = [name for name in names if any(getattr(one, name) is not None for one in results)]
 
     def cell(one: Result, column: str) -> Cell:
@@ -45,12 +48,9 @@ def method(results: Sequence[Result]) -> Section:
         how = convention(one.task)
         if one.task != how:
             facts["convention"][f"{how}: {_CONVENTIONS.get(how, 'as its evaluation defines it')}"] = None
-        if one.low is not None and one.task != how:
-            facts["intervals"]["95 %, bootstrap over documents"] = None
-        if one.low is not None and one.task.startswith("retrieval-"):
-            facts["intervals"]["of retrieval: 95 %, Wilson's over samples"] = None
-        if one.low is not None and one.task.startswith("selection-"):
-            facts["intervals"]["of selections: 95 %, bootstrap over sequences, of the change from the source"] = None
+        for kind, text in _INTERVALS.items():
+            if one.low is not None and one.task.startswith(kind):
+                facts["intervals"][text] = None
         if step(one) is None:
             facts["models"][one.model] = None
         facts["seed"]["none" if one.seed is None else str(one.seed)] = None
@@ -58,11 +58,10 @@ def method(results: Sequence[Result]) -> Section:
         facts["versions"][plain(one.versions)] = None
         commit = one.commit or "not known: an installed package"
         facts["commit"][commit.replace("+", " with uncommitted changes")] = None
-    body = [[Cell(name), Cell("; ".join(_first([*values])))] for name, values in facts.items()]
+    body = []
+    for name, values in facts.items():
+        shown = [*values]
+        if len(shown) > _MANY:  # a grid has many models
+            shown[_MANY - 1 :] = [f"{len(shown) - _MANY + 1:,} more, in the results"]
+        body.append([Cell(name), Cell("; ".join(shown))])
     return Section("How it was measured", [Table("", [Cell(""), Cell("")], body, numeric=False)])
-
-
-def _first(values: list[str]) -> list[str]:
-    """A grid has many models."""
-    more = len(values) - _MANY + 1
-    return values if more < 2 else [*values[: _MANY - 1], f"{more:,} more, in the results"]

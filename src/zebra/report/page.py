@@ -1,19 +1,21 @@
-"""What a page is made of, and its two renderings: a self-contained HTML file, and Markdown with figures beside it."""
+"""The parts of a page, and its two renderings: a self-contained HTML file, and Markdown with figures beside it."""
 
 from __future__ import annotations
 
 import html as markup
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup, escape
+from matplotlib.axes import Axes
 
-from zebra.report.figures import ACCENT
+from zebra.report.figures import ACCENT, draw
 from zebra.report.links import Links, describe, result_columns
 from zebra.results import Result
 
@@ -42,16 +44,29 @@ Line = Sequence[Cell]
 """Prose with numbers in it."""
 
 
-class Figure(NamedTuple):
-    """An SVG element; its name is part of its file's.
+@dataclass(frozen=True)
+class Figure:
+    """Plots side by side as one SVG element; the name is part of its file's.
 
-    Its results are what it draws: a part of it that stands inside `<a href="@2">` links to the third of them.
+    Attributes:
+        results: what it draws: a part of it whose `url` is `@2` links to the third of them.
+        height: of a line of panels, in inches.
+        columns: panels beside each other; all of them where None.
+        widths: of the columns, in proportion.
     """
 
     name: str
-    svg: str
+    plots: Sequence[Callable[[Axes], None]]
     caption: str
     results: Sequence[Result] = ()
+    height: float = 3.3
+    columns: int | None = None
+    widths: Sequence[float] | None = None
+
+    @cached_property
+    def svg(self) -> str:
+        """The element."""
+        return draw(self.name, *self.plots, height=self.height, columns=self.columns, widths=self.widths)
 
 
 class Section(NamedTuple):
@@ -109,20 +124,16 @@ def markdown(stem: str, title: str, summary: Sequence[Line], sections: list[Sect
         blocks.append(f"## {section.title}")
         for block in section.blocks:
             if isinstance(block, Table):
+                head = [_escaped(f"{cell.text} {cell.dim}".strip()) for cell in block.head]
+                body = [[_escaped(f"{c.text} ({c.dim})" if c.dim else c.text) for c in line] for line in block.body]
+                rule = ["---", *("---:" if block.numeric else "---" for _ in head[1:])]
                 blocks += [_escaped(block.title)] if block.title else []
-                blocks.append(_markdown_table(block))
+                blocks.append("\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body)))
             elif isinstance(block, Figure):
                 blocks.append(f"![{_escaped(block.caption)}]({quote(f'{stem}-{block.name}.svg')})")
             else:
                 blocks.append(_escaped(block))
     return "\n\n".join(blocks) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    head = [" ".join(filter(None, (_escaped(cell.text), _escaped(cell.dim)))) for cell in table.head]
-    body = [[_escaped(f"{c.text} ({c.dim})" if c.dim else c.text) for c in line] for line in table.body]
-    rule = ["---", *("---:" if table.numeric else "---" for _ in head[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 
 
 def _escaped(text: str) -> str:

@@ -1,19 +1,19 @@
-"""Results as tables: a line for each key of one kind, a column for each of another."""
+"""Tables of results: each line has some of the results, and each column shows something of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from zebra.report.page import Cell, Table
-from zebra.report.series import interval, number
+from zebra.report.series import interval, number, overlap
 from zebra.results import Result
 
 Key = TypeVar("Key", bound=Hashable)
-LineKey = TypeVar("LineKey", bound=Hashable)
-ColumnKey = TypeVar("ColumnKey", bound=Hashable)
 Results = Sequence[Result]
+Show = Callable[[Results], Cell]
+"""What a cell shows of results, of which there may be none."""
 
 
 def split(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, list[Result]]:
@@ -22,6 +22,31 @@ def split(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, 
     for result in results:
         groups.setdefault(key(result), []).append(result)
     return groups
+
+
+def table(
+    title: str,
+    corner: Sequence[Cell],
+    lines: Iterable[tuple[Sequence[Cell], Results]],
+    columns: Iterable[tuple[Cell, Show]],
+) -> Table:
+    """A table with a line for each group of results.
+
+    Args:
+        corner: the heads of the cells that name a line.
+        lines: of each line the cells that name it, and its results.
+        columns: of each column its head, and what it shows of a line's results.
+    """
+    columns = list(columns)
+    body = [[*names, *(show(results) for _, show in columns)] for names, results in lines]
+    return Table(title, [*corner, *(head for head, _ in columns)], body)
+
+
+def where(show: Show, **columns: Any) -> Show:
+    """Show only the results with these values in these columns."""
+    return lambda results: show(
+        [one for one in results if all(getattr(one, name) == value for name, value in columns.items())]
+    )
 
 
 def value_cell(results: Results, text: Callable[[float], str] = number) -> Cell:
@@ -44,35 +69,15 @@ def interval_cell(
     return value_cell(results, text)._replace(dim=between.join(map(bound or text, bounds)))
 
 
+def change_words(before: Result, after: Result) -> list[Cell]:
+    """A change in words: `fell from 5.00 to 4.00`."""
+    if number(before.value) == number(after.value):
+        return [Cell("stayed at "), value_cell([after])]
+    way = "fell" if after.value < before.value else "rose"
+    unclear = " (the intervals overlap)" if overlap(before, after) else ""
+    return [Cell(f"{way} from "), value_cell([before]), Cell(" to "), value_cell([after]), Cell(unclear)]
+
+
 def finite(results: Iterable[Result]) -> list[Result]:
     """The results whose values are numbers."""
     return [result for result in results if math.isfinite(result.value)]
-
-
-class Column(NamedTuple):
-    """The head of a column, and what it shows of the results at a place; without results it gets an empty list."""
-
-    head: Cell
-    show: Callable[[Results], Cell] = interval_cell
-
-
-def pivot_table(
-    title: str,
-    corner: Sequence[Cell],
-    lines: Mapping[LineKey, Sequence[Cell]],
-    columns: Mapping[ColumnKey, Column],
-    places: Mapping[tuple[LineKey, ColumnKey], Results],
-) -> Table:
-    """A table of the results at each place.
-
-    Args:
-        corner: the heads of the cells that name a line.
-        lines: for each line the cells that name it.
-        columns: for each column its head and what it shows.
-        places: the results of each line and column; `split` makes them.
-    """
-    body = [
-        [*names, *(column.show(places.get((line, key), ())) for key, column in columns.items())]
-        for line, names in lines.items()
-    ]
-    return Table(title, [*corner, *(column.head for column in columns.values())], body)

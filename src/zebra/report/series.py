@@ -1,6 +1,4 @@
-"""Results as a page groups them: by series (run, model, layout), by kind, and perplexity by position; and numbers as
-text.
-"""
+"""Results as a page groups them: by kind, by series (run, model, layout) and by span of positions; numbers as text."""
 
 from __future__ import annotations
 
@@ -41,40 +39,36 @@ class Series(NamedTuple):
         return f"{path.parent.name} (trained)" if self.trained else path.name or self.model
 
 
-class PositionScores(NamedTuple):
-    """Perplexities that may be compared: of one task at one context length, by series and span of positions."""
-
-    task: str
-    length: int
-    scores: dict[Series, dict[Span, Result]]
-
-    @property
-    def spans(self) -> list[Span]:
-        """The buckets of positions in order, and last the whole context."""
-        spans = {span for scores in self.scores.values() for span in scores}
-        return sorted(spans, key=lambda span: (span == (0, self.length), span))
-
-    @property
-    def buckets(self) -> list[Span]:
-        """The spans without the whole context."""
-        return [span for span in self.spans if span != (0, self.length)] or self.spans
-
-    @property
-    def results(self) -> list[Result]:
-        """All of them."""
-        return [result for scores in self.scores.values() for result in scores.values()]
-
-    def source(self, series: Series) -> Series | None:
-        """What a trained checkpoint was trained from: the first model that its run measured; None if there is none."""
-        others = (other for other in self.scores if other.run == series.run and not other.is_output)
-        first = next((other for other in others if series.is_output or not other.trained), None)
-        return first if series.trained and series != first else None
+def series_of(result: Result) -> Series:
+    """The line or column that a result belongs to."""
+    return Series(result.run, result.model, result.layout)
 
 
 def trained_series(candidates: Iterable[Series]) -> Series | None:
     """Among the series of a run its output, else the first output of another run."""
     trained = [series for series in candidates if series.trained]
     return next((series for series in trained if series.is_output), trained[0] if trained else None)
+
+
+def source_of(series: Series, candidates: Iterable[Series]) -> Series | None:
+    """What a trained checkpoint was trained from: the first model that its run measured; None if there is none."""
+    others = (other for other in candidates if other.run == series.run and not other.is_output)
+    first = next((other for other in others if series.is_output or not other.trained), None)
+    return first if series.trained and series != first else None
+
+
+def labels(series: Iterable[Series]) -> dict[Series, str]:
+    """Names for the series of one figure or table: of run, model and layout those that tell them apart."""
+    series = list(series)
+    runs, names = ({getattr(one, column) for one in series} for column in ("run", "name"))
+    texts = {}
+    for one in series:
+        run = f"{one.run}: " if len(runs) > 1 and one.name != f"{one.run} (trained)" else ""
+        named = len(runs) > 1 or len(names) > 1 or len(series) == 1
+        texts[one] = f"{run}{one.name} {one.layout}" if named else one.layout
+    if len(set(texts.values())) < len(texts):  # two models of one name
+        return {one: f"{one.run}: {one.model} {one.layout}" for one in series}
+    return texts
 
 
 def by_kind(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -118,46 +112,37 @@ def _kind(one: Result) -> str:
     return "speed" if (one.task, one.metric) == ("speed", "evaluation_tokens_per_second") else "other"
 
 
-def series_of(result: Result) -> Series:
-    """The line or column that a result belongs to."""
-    return Series(result.run, result.model, result.layout)
-
-
-def labels(series: Iterable[Series]) -> dict[Series, str]:
-    """Names for the series of one figure or table: of run, model and layout those that tell them apart."""
-    series = list(series)
-    runs, names = ({getattr(one, column) for one in series} for column in ("run", "name"))
-    texts = {}
-    for one in series:
-        run = f"{one.run}: " if len(runs) > 1 and one.name != f"{one.run} (trained)" else ""
-        named = len(runs) > 1 or len(names) > 1 or len(series) == 1
-        texts[one] = f"{run}{one.name} {one.layout}" if named else one.layout
-    if len(set(texts.values())) < len(texts):  # two models of one name
-        return {one: f"{one.run}: {one.model} {one.layout}" for one in series}
-    return texts
-
-
 def step(result: Result) -> int | None:
     """The step of a result that was measured during training, whose model is named `<run>@<step>`."""
     step = result.model.rpartition("@")[2]
     return int(step) if "@" in result.model and step.isdecimal() else None
 
 
-def position_scores(results: Iterable[Result]) -> list[PositionScores]:
-    """Perplexities by task and length."""
-    groups: dict[tuple[str, int], PositionScores] = {}
-    for one in results:
-        assert one.length is not None
-        assert one.position_from is not None
-        assert one.position_to is not None
-        group = groups.setdefault((one.task, one.length), PositionScores(one.task, one.length, {}))
-        group.scores.setdefault(series_of(one), {})[one.position_from, one.position_to] = one
-    return list(groups.values())
+def span_of(result: Result) -> Span:
+    """The positions that were scored."""
+    return result.position_from or 0, result.position_to or 0
+
+
+def spans(results: Iterable[Result]) -> list[Span]:
+    """The spans of results of one context length, in order, and last that of the whole context."""
+    return [span for _, span in sorted({(span_of(one) == (0, one.length), span_of(one)) for one in results})]
+
+
+def buckets(results: Iterable[Result]) -> list[Span]:
+    """The spans without the whole context, unless that is the only one."""
+    results = list(results)
+    return spans(one for one in results if span_of(one) != (0, one.length)) or spans(results)
 
 
 def interval(result: Result) -> tuple[float, float] | None:
     """The bounds of a result, where it has both."""
     return None if result.low is None or result.high is None else (result.low, result.high)
+
+
+def overlap(one: Result, other: Result) -> bool:
+    """Whether two results have intervals, and these overlap."""
+    a, b = interval(one), interval(other)
+    return a is not None and b is not None and a[0] <= b[1] and b[0] <= a[1]
 
 
 def number(value: float) -> str:

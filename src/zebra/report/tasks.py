@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from zebra.report.page import Cell, Section, Table
-from zebra.report.pivot import Column, Results, finite, interval_cell, pivot_table, split
-from zebra.report.series import Series, number, percent, series_of
+from zebra.report.pivot import Results, finite, interval_cell, split, table, where
+from zebra.report.series import number, percent, series_of
 from zebra.results import Result
 
 _CHECK = "documents-check-"
@@ -20,31 +18,24 @@ HOW = (
 
 
 def tasks(results: list[Result]) -> Section:
-    """All of them, as tables."""
-    return Section("Tasks", [HOW, *task_tables(results)] if results else [])
-
-
-def task_tables(results: list[Result]) -> list[Table]:
     """A table for each task of each run, model and layout."""
-    groups = split(results, lambda one: (one.task, series_of(one)))
-    return [_table(task, series, here) for (task, series), here in groups.items()]
+    groups = split(results, lambda one: (one.task, series_of(one))).values()
+    return Section("Tasks", [HOW, *map(_table, groups)] if groups else [])
 
 
-def _table(task: str, series: Series, results: list[Result]) -> Table:
-    lines = {metric: [Cell(metric.replace("_", " "))] for metric in dict.fromkeys(one.metric for one in results)}
-    columns = {
-        length: Column(Cell("–") if length is None else Cell(f"{length:,}", "tokens"), mean_cell)
-        for length in sorted({one.length for one in results}, key=lambda length: length or 0)
-    }
+def _table(results: list[Result]) -> Table:
+    task, series = results[0].task, series_of(results[0])
     counts = sorted({one.n for one in results if one.n is not None})
     items = f", {' or '.join(f'{n:,}' for n in counts)} items" if counts else ""
-    return pivot_table(
-        f"{series.run}: {name(task)}, {series.name} {series.layout}{items}",
-        [Cell("share of items" if task.startswith(_CHECK) else "metric")],
-        lines,
-        columns,
-        split(finite(results), lambda one: (one.metric, one.length)),
-    )
+    metrics = split(results, lambda one: one.metric)
+    lines = [([Cell(metric.replace("_", " "))], finite(here)) for metric, here in metrics.items()]
+    columns = [
+        (Cell("–") if length is None else Cell(f"{length:,}", "tokens"), where(mean_cell, length=length))
+        for length in sorted({one.length for one in results}, key=lambda length: length or 0)
+    ]
+    corner = Cell("share of items" if task.startswith(_CHECK) else "metric")
+    title = f"{series.run}: {name(task)}, {series.name} {series.layout}{items}"
+    return table(title, [corner], lines, columns)
 
 
 def name(task: str) -> str:
@@ -63,7 +54,7 @@ def is_share(result: Result) -> bool:
     return result.task.startswith(_CHECK) or result.metric.partition(" ")[0] in _SHARES
 
 
-def mean(results: Sequence[Result]) -> float:
+def mean(results: Results) -> float:
     """The mean value."""
     return results[0].value if len(results) == 1 else sum(one.value for one in results) / len(results)
 

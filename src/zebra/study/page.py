@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from zebra.report.figures import draw, plot_loss
+from zebra.report.figures import plot_loss
 from zebra.report.page import Cell, Chapter, Figure, Line, Section, Table
 from zebra.report.series import count, interval, number, span_name
 from zebra.results import Result
@@ -137,14 +137,13 @@ def _scatter(study: Study, prefix: str) -> Blocks:
     if len(points) < 2:
         return []
     points, axis = clip(points), "attention pairs for each token, all layers"
-    svg = draw(f"{prefix}-scatter", lambda axes: plot_scatter(axes, points, axis), height=4.6)
     caption = (
         f"Perplexity over contexts of {study.length:,} tokens against the cost of attention; bars are the standard "
         "deviation over seeds, cells on the dotted line are beaten by none that is as cheap"
     )
     if any(point.clipped for point in points):
         caption += "; far worse cells stand at the upper edge, with their numbers"
-    return [Figure(f"{prefix}-scatter", svg, caption, results)]
+    return [Figure(f"{prefix}-scatter", [lambda axes: plot_scatter(axes, points, axis)], caption, results, height=4.6)]
 
 
 def _beyond(study: Study, prefix: str) -> Blocks:
@@ -178,7 +177,7 @@ def _beyond(study: Study, prefix: str) -> Blocks:
         f"Perplexity by position in contexts of {context:,} tokens, trained at {study.length:,} (dashed), a panel "
         "for each position embedding, the mean over seeds"
     )
-    figure = Figure(f"{prefix}-beyond", draw(f"{prefix}-beyond", *plots, height=3.2), caption, results)
+    figure = Figure(f"{prefix}-beyond", plots, caption, results, height=3.2)
     return [figure, *prose, table]
 
 
@@ -238,5 +237,8 @@ def _training(study: Study, prefix: str) -> Blocks:
         names |= {one.run: (cell.name, COLOURS[cell.attention]) for one in losses}
     if not results:
         return []
-    svg = draw(f"{prefix}-loss", partial(plot_loss, losses=results, named=names), height=2.6)
-    return [Figure(f"{prefix}-loss", svg, "Training loss (nats per token) against the tokens trained on", results)]
+    plot, caption = (
+        partial(plot_loss, losses=results, named=names),
+        "Training loss (nats per token) against the tokens trained on",
+    )
+    return [Figure(f"{prefix}-loss", [plot], caption, results, height=2.6)]
