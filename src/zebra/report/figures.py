@@ -65,7 +65,8 @@ def draw(
         if names:
             ncols = max(1, min(len(names), 100 // (max(map(len, names)) + 7)))
             figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * (math.ceil(len(names) / ncols) - 1))
-            figure.legend(handles, names, loc="outside upper left", ncols=ncols, frameon=False, handlelength=2.8)
+            place: dict[str, Any] = {"loc": "outside upper left", "borderaxespad": 0}
+            figure.legend(handles, names, ncols=ncols, frameon=False, handlelength=2.8, **place)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue()
