@@ -20,10 +20,10 @@ from transformers import AutoTokenizer
 import zebra
 from zebra import ZebraError
 from zebra.data.needles import SampleGenerator
-from zebra.evaluate import loss_cache, selection
+from zebra.evaluate import selection
 from zebra.evaluate.calibration import SHARE, CalibrationBatch, batches_of, long_range, task_sequences
-from zebra.evaluate.loss_cache import LossCache
-from zebra.evaluate.search import Losses, greedy, once, strides
+from zebra.evaluate.losses import Losses, selection_folder
+from zebra.evaluate.search import greedy, once, strides
 from zebra.evaluate.selection import select
 from zebra.model.layerwise import Layerwise
 from zebra.model.loss import head_of, token_losses
@@ -121,21 +121,21 @@ def test_losses_are_those_of_whole_forwards(tmp_path: Path) -> None:
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, parts = planted(tmp_path, (2,)), questions()
-    whole = Losses(model, parts, WINDOW, LossCache(tmp_path))
+    whole = Losses(model, parts, WINDOW, folder=tmp_path)
     wanted = greedy(whole, "GGGGGG", 2)
     lines = (tmp_path / "losses.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "losses.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:20])  # killed while it wrote
-    again = Losses(model, parts, WINDOW, LossCache(tmp_path))
+    again = Losses(model, parts, WINDOW, folder=tmp_path)
     assert greedy(again, "GGGGGG", 2) == wanted
     assert (tmp_path / "losses.jsonl").read_bytes().splitlines(keepends=True) == lines
     for name in ("states", "resume"):
         monkeypatch.setattr(Layerwise, name, lambda *_: 1 / 0)
-    known = Losses(model, parts, WINDOW, LossCache(tmp_path))
+    known = Losses(model, parts, WINDOW, folder=tmp_path)
     assert greedy(known, "GGGGGG", 3).count("G") == 3
     assert known.mean(wanted) == whole.mean(wanted)
     (tmp_path / "losses.jsonl").write_bytes(b"{}\n")
     with pytest.raises(ZebraError, match="line 1 is no loss"):
-        LossCache(tmp_path)
+        Losses(model, parts, WINDOW, folder=tmp_path)
 
 
 def test_the_stride_at_every_offset() -> None:
@@ -251,7 +251,7 @@ def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
     after = losses.read_bytes()
     assert after.startswith(before)
     lines = [json.loads(line) for line in after.splitlines()]
-    assert len({(line["layout"], line["part"]) for line in lines}) == len(lines)
+    assert len({(line["layout"], line["batch"]) for line in lines}) == len(lines)
     monkeypatch.setattr(Layerwise, "states", lambda *_: 1 / 0)  # another order needs nothing new
     assert select(STORIES, 2, work=tmp_path / "work", order="once", **given).stripes.window == 32
 
@@ -316,10 +316,10 @@ def test_a_host_whose_layers_keep_their_kind_is_refused(checkpoints: Any) -> Non
 def test_a_folder_keeps_to_its_inputs(tmp_path: Path) -> None:
     work = tmp_path / "work"
     select(STORIES, 4, work=work, order="once", **GIVEN)
-    with pytest.raises(ZebraError, match="began with other inputs: rows and window changed since"):
+    with pytest.raises(ZebraError, match="began with other inputs: sequences and window changed since"):
         select(STORIES, 4, work=work, order="once", **GIVEN | {"window": 40, "length": 161})
     with (
-        loss_cache.selection_folder(work, json.loads((work / "inputs.json").read_text())),
+        selection_folder(work, json.loads((work / "inputs.json").read_text())),
         pytest.raises(ZebraError, match="at work in"),
     ):
         select(STORIES, 4, work=work, **GIVEN)

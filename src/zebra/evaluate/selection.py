@@ -11,22 +11,22 @@ A round is one whole pass over the sequences, and each candidate from its layer 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.data.corpus import read_corpus
 from zebra.data.encoding import Encoder
 from zebra.data.needles import SampleGenerator, check_task
 from zebra.errors import ZebraError
-from zebra.evaluate import loss_cache
 from zebra.evaluate.calibration import (
     MIN_SAMPLES,
     CalibrationBatch,
@@ -36,9 +36,10 @@ from zebra.evaluate.calibration import (
     text_sequences,
 )
 from zebra.evaluate.intervals import bootstrap
-from zebra.evaluate.loss_cache import LossCache
+from zebra.evaluate.losses import Losses, selection_folder
 from zebra.evaluate.perplexity import evaluating
-from zebra.evaluate.search import Losses, global_layers, greedy, once, strides
+from zebra.evaluate.search import global_layers, greedy, once, strides
+from zebra.files import atomic_write
 from zebra.model.checkpoint import checkpoint_digest, load_tokenizer, read_config
 from zebra.model.families import FULL, stripes_of, with_stripes
 from zebra.model.load import device_name, load, read_device, read_dtype
@@ -102,13 +103,22 @@ def select(
     local = Stripes.parse(f"L:{window}")
     _check(order, local.window, length, text, tasks, samples)
     device = read_device(device)
-    load_kwargs: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
+    kwargs: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
     config = as_rope(rope).apply(read_config(checkpoint))
-    source = _kinds(config)
+    stripes = stripes_of(config)
+    types = stripes.layer_types(config.num_hidden_layers) if stripes else [GLOBAL] * config.num_hidden_layers
+    source = "".join("G" if kind == GLOBAL else "L" for kind in types)
     _check_model(config, source, local, length, rope)
-    count = _count(config, source, str(budget), local, length, load_kwargs.get("dtype") or config.dtype)
+    count = _count(config, source, str(budget), local, length, kwargs.get("dtype") or config.dtype)
     tokenizer = load_tokenizer(checkpoint, config)
-    batches = _batches(tokenizer, text, separator, tasks, length, local.window, samples, seed)
+    corpus = read_corpus(text, Encoder.of(tokenizer), separator=separator) if text else None
+    if tasks:
+        needles = SampleGenerator(tokenizer, corpus)
+        sequences = task_sequences(needles, tasks, length=length, window=local.window, samples=samples, seed=seed)
+    else:
+        assert corpus is not None
+        sequences = text_sequences(corpus, length, samples)
+    batches = batches_of(sequences, seed)
     cost = SearchCost.of(source, count, order, batches)
     columns: dict[str, Any] = {"run": run, "model": str(checkpoint), "length": length}
     if check_only:
@@ -119,14 +129,23 @@ def select(
     with ExitStack() as stack:
         folder = None
         if work is not None:
-            inputs = {"source": _identity(checkpoint), "rope": str(as_rope(rope)), "window": str(window), "seed": seed}
-            inputs |= {"dtype": str(dtype), "device": device, "rows": _hash(batches), "versions": versions()}
-            folder = stack.enter_context(loss_cache.selection_folder(Path(work), inputs))
+            inputs = {
+                "source": checkpoint_digest(checkpoint) if Path(checkpoint).exists() else str(checkpoint),
+                "rope": str(as_rope(rope)),
+                "window": str(window),
+                "seed": seed,
+                "dtype": str(dtype),
+                "device": device,
+                "sequences": _digest(batches),
+                "versions": versions(),
+            }
+            folder = stack.enter_context(selection_folder(Path(work), inputs))
         console.print(f"{count} of {source.count('G')} layers stay global, {order}: {cost}", soft_wrap=True)
-        model = load(checkpoint, rope=rope, **load_kwargs).to(device)
+        model = load(checkpoint, rope=rope, **kwargs).to(device)
         stack.enter_context(evaluating(model))
-        batches = _with_scored_tokens(model, batches, local.window, folder)
-        losses = Losses(model, batches, local.window, LossCache(folder), local.sinks)
+        if not tasks:
+            _score_long_range(model, batches, local.window, folder)
+        losses = Losses(model, batches, local.window, local.sinks, folder)
         layouts = _search(losses, source, count, order, cost)
         columns |= {"seed": seed, "device": device_name(model.device)}
         data = "+".join(dict.fromkeys(tasks)) or "text"
@@ -154,16 +173,6 @@ def _check(order: str, window: int, length: int, text: Sequence[str], tasks: Seq
         )
 
 
-def _kinds(config: PreTrainedConfig) -> str:
-    stripes = stripes_of(config)
-    kinds = stripes.layer_types(config.num_hidden_layers) if stripes else [GLOBAL] * config.num_hidden_layers
-    return "".join("G" if kind == GLOBAL else "L" for kind in kinds)
-
-
-def _stripes(kinds: str, local: Stripes) -> Stripes:
-    return Stripes.of([GLOBAL if kind == "G" else LOCAL for kind in kinds], local.window, local.sinks)
-
-
 def _check_model(config: PreTrainedConfig, source: str, local: Stripes, length: int, rope: str | None) -> None:
     """Reject a model that cannot be converted, before anything is measured."""
     refuse_changing_rope(config, "converting")
@@ -183,8 +192,10 @@ def _check_model(config: PreTrainedConfig, source: str, local: Stripes, length: 
 
 
 def _count(config: PreTrainedConfig, source: str, budget: str, local: Stripes, length: int, dtype: Any) -> int:
+    """How many layers the budget keeps global."""
+    kind = str(dtype).removeprefix("torch.")
+
     def run(at: int | None) -> Run:
-        kind = str(dtype).removeprefix("torch.")
         return Run(
             decoder=decoder_from_config(config.to_dict(), name="the model"),
             stripes=_stripes(source, local) if "L" in source else None,
@@ -195,74 +206,61 @@ def _count(config: PreTrainedConfig, source: str, budget: str, local: Stripes, l
     return Budget.parse(budget).layers(global_layers(source), local, run)
 
 
-def _batches(
-    tokenizer: PreTrainedTokenizerBase,
-    text: Sequence[str],
-    separator: str | None,
-    tasks: Sequence[str],
-    length: int,
-    window: int,
-    samples: int,
-    seed: int,
-) -> list[CalibrationBatch]:
-    corpus = read_corpus(text, Encoder.of(tokenizer), separator=separator) if text else None
-    if not tasks:
-        assert corpus is not None
-        return batches_of(text_sequences(corpus, length, samples), seed)
-    needles = SampleGenerator(tokenizer, None if corpus is None else [corpus[i] for i in range(len(corpus))])
-    sequences = task_sequences(needles, tasks, length=length, window=window, samples=samples, seed=seed)
-    return batches_of(sequences, seed)
+def _stripes(kinds: str, local: Stripes) -> Stripes:
+    return Stripes.of([GLOBAL if kind == "G" else LOCAL for kind in kinds], local.window, local.sinks)
 
 
-def _identity(checkpoint: str | os.PathLike[str]) -> str:
-    return checkpoint_digest(checkpoint) if Path(checkpoint).exists() else str(checkpoint)
-
-
-def _hash(batches: Sequence[CalibrationBatch]) -> str:
+def _digest(batches: Sequence[CalibrationBatch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(f"{batch.ids.shape} {batch.held_out}".encode() + batch.ids.tobytes() + batch.scored.tobytes())
     return digest.hexdigest()
 
 
-def _with_scored_tokens(
-    model: PreTrainedModel, batches: list[CalibrationBatch], window: int, folder: Path | None
-) -> list[CalibrationBatch]:
-    """The batches with the tokens that are scored: a task's answers, or the long-range tokens of a text."""
-    if all(batch.scored.any() for batch in batches):
-        return batches
-    scored = None if folder is None else loss_cache.read_scored_tokens(folder)
-    if scored is None:
-        scored = []
+def _score_long_range(
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], window: int, folder: Path | None
+) -> None:
+    """Mark the long-range tokens of a text as those that are scored; the folder keeps them for the next start."""
+    file = None if folder is None else folder / "scored_tokens.json"
+    if file is not None and file.exists():
+        indices = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        indices = []
         with bar("long-range tokens", sum(batch.ids.size for batch in batches), "tokens") as advance:
             for batch in batches:
                 ids, _ = batch.tensors(model.device)
-                scored.append(long_range(model, ids, window).cpu().numpy())
+                indices.append(long_range(model, ids, window).flatten().nonzero().flatten().tolist())
                 advance(batch.ids.size)
-        if folder is not None:
-            loss_cache.write_scored_tokens(folder, scored)
-    return [replace(batch, scored=tokens) for batch, tokens in zip(batches, scored, strict=True)]
+        if file is not None:
+            atomic_write(file, json.dumps(indices) + "\n")
+    for batch, of_batch in zip(batches, indices, strict=True):
+        batch.scored.flat[of_batch] = True
 
 
-@dataclass(frozen=True)
-class SearchCost:
-    """What a search will run: a round is a whole pass over the sequences that choose, a candidate the layers from its
-    first on, half a pass on average over the source's global layers.
+class SearchCost(NamedTuple):
+    """An estimate of what a search runs.
+
+    Attributes:
+        rounds: each is a forward pass over the sequences that choose, and all candidates.
+        candidates: each runs the layers from its first difference on, half a pass on average.
+        passes: all of these, as whole forward passes over the sequences.
+        sequences, batches: those that choose.
     """
 
     rounds: int
     candidates: int
     passes: float
     sequences: int
+    batches: int
 
     @classmethod
     def of(cls, source: str, count: int, order: str, batches: Sequence[CalibrationBatch]) -> SearchCost:
         """An estimate: which layers greedy selection will try in its later rounds is not known yet."""
         which = global_layers(source)
-        left = range(len(which), count if order == "greedy" else len(which) - 1, -1)
+        by_round = range(len(which), count if order == "greedy" else len(which) - 1, -1)
         tail = sum(len(source) - i for i in which) / len(which) / len(source)
-        sequences = sum(len(batch.ids) for batch in batches if not batch.held_out)
-        return cls(len(left), sum(left), len(left) + sum(left) * tail, sequences)
+        sizes = [len(batch.ids) for batch in batches if not batch.held_out]
+        return cls(len(by_round), sum(by_round), len(by_round) + sum(by_round) * tail, sum(sizes), len(sizes))
 
     def __str__(self) -> str:
         rounds = "1 round" if self.rounds == 1 else f"{self.rounds:,} rounds"
@@ -273,18 +271,15 @@ class SearchCost:
 def _search(losses: Losses, source: str, count: int, order: str, cost: SearchCost) -> dict[str, list[str]]:
     """The layouts by kind: the choice of each order, and what it is compared with on the held-out sequences."""
     start = time.perf_counter()
-    if losses.measure(source, [source], held_out=False):
+    if losses.measure(source, [source]):
         seconds = time.perf_counter() - start
         total = seconds * cost.passes
         estimate = f"{total:,.0f} seconds" if total < 120 else f"{total / 60:,.0f} minutes"
         console.print(f"a pass takes {seconds:,.2f} seconds, all of them about {estimate}", soft_wrap=True)
     layouts = {"source": [source], "local": ["L" * len(source)], "stride": strides(source, count)}
-    with bar("selection", cost.candidates * losses.batches(False), "batches") as advance:
-        if order == "greedy":
-            layouts["greedy"] = [greedy(losses, source, count, advance)]
-            layouts["once"] = [once(losses, source, count)]  # greedy's first round
-        else:
-            layouts["once"] = [once(losses, source, count, advance)]
+    with bar("selection", cost.candidates * cost.batches, "batches") as advance:
+        layouts[order] = [(greedy if order == "greedy" else once)(losses, source, count, advance)]
+    layouts.setdefault("once", [once(losses, source, count)])  # the first round of greedy, which is measured
     every = list(dict.fromkeys(kinds for group in layouts.values() for kinds in group))
     losses.measure(source, every, held_out=True)
     return layouts
@@ -298,25 +293,22 @@ def _results(
     Intervals of what is added are of the sequences' differences, which vary less than their losses.
     """
 
-    def result(what: str, kinds: str, metric: str, sums: Any, counts: Any) -> Result:
-        return Result(
-            layout=FULL if "L" not in kinds else str(_stripes(kinds, local)),
-            task=f"selection-{what}-{data}",
-            metric=metric,
-            n=int(counts.sum()),
-            **bootstrap(sums, counts, columns["seed"])._asdict(),
-            **columns,
-        )
+    def result(kind: str, kinds: str, metric: str, sums: Any, **more: Any) -> Result:
+        mean = bootstrap(sums, counts, columns["seed"])
+        layout = FULL if "L" not in kinds else str(_stripes(kinds, local))
+        task = f"selection-{kind}-{data}"
+        values = {"n": int(counts.sum()), **mean._asdict(), **columns} | more
+        return Result(layout=layout, task=task, metric=metric, **values)
 
-    base, counts = losses.sums(source, held_out=False)
-    yield replace(result("source", source, "layers", base, counts), value=len(source), n=None, low=None, high=None)
-    yield result("source", source, "loss", base, counts)
+    base, counts = losses.sums(source)
+    yield result("source", source, "layers", base, value=len(source), n=None, low=None, high=None)
+    yield result("source", source, "loss", base)
     for kinds in losses.candidates:
         if kinds != source:
-            yield result("candidate", kinds, "rise", losses.sums(kinds, held_out=False)[0] - base, counts)
+            yield result("candidate", kinds, "rise", losses.sums(kinds)[0] - base)
     base, counts = losses.sums(source, held_out=True)
-    yield result("source", source, "held_out_loss", base, counts)
-    for what, group in layouts.items():
+    yield result("source", source, "held_out_loss", base)
+    for kind, group in layouts.items():
         for kinds in group:
-            if what != "source":
-                yield result(what, kinds, "held_out_rise", losses.sums(kinds, held_out=True)[0] - base, counts)
+            if kind != "source":
+                yield result(kind, kinds, "held_out_rise", losses.sums(kinds, held_out=True)[0] - base)
