@@ -12,13 +12,13 @@ Of several answers the first is taken. A record may name its `kind`, which the t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from zebra.data.documents import find_files
 from zebra.data.qa import questions_of
-from zebra.data.records import Record, RecordError, parse_records, string_field
+from zebra.data.records import RecordError, parse_records, string_field
 from zebra.errors import ZebraError
 
 ROLES = ("system", "user", "assistant")
@@ -105,12 +105,13 @@ def read_conversations(patterns: Sequence[str]) -> list[Conversation]:
         ZebraError: no file, records that are no conversations, files without a conversation.
     """
     files = find_files(patterns)
-    expected = "Name the fields as in docs/tuning.md, and correct or drop these records."
-
-    def parse(record: Record) -> Iterator[Conversation]:
-        return conversations_of(record.fields, record.where)
-
-    conversations = [one for file in files for one in parse_records(file, parse, expected)]
+    conversations: list[Conversation] = []
+    for file in files:
+        conversations += parse_records(
+            file,
+            lambda record: conversations_of(record.fields, record.where),
+            "Name the fields as in docs/tuning.md, and correct or drop these records.",
+        )
     if not conversations:
         raise ZebraError(f"there is no conversation in {', '.join(map(str, files))}. Give files with at least one.")
     return conversations
@@ -123,30 +124,40 @@ def conversations_of(fields: dict[str, Any], where: str) -> Iterator[Conversatio
         RecordError: unknown fields, a field that is not a string, an unknown role, no user, an answer missing at the
             end.
     """
-    names = next((names for names in _FORMATS if set(names) <= fields.keys()), None)
-    if names is None:
-        formats = "; ".join(" and ".join(names) for names in _FORMATS)
-        raise RecordError(f"has {', '.join(fields) or 'no fields'}, and none of the known sets of fields: {formats}")
     kind = fields.get("kind")
     if kind is not None and (not isinstance(kind, str) or not kind.strip()):
         raise RecordError(f"has {kind!r} as its kind, which is a word")
-    for document, messages in _FORMATS[names](fields):
+    for document, messages in _messages_of(fields):
         roles = [message.role for message in messages]
         if roles[-1] != "assistant" or "user" not in roles:
             raise RecordError(f"needs a user, and the assistant at the end; its roles are {', '.join(roles)}")
         yield Conversation(tuple(messages), where, kind, document)
 
 
-_Fields = dict[str, Any]
-_Messages = tuple[str | None, list[Message]]
-"""The document that may be cut, if there is one, and the messages."""
+def _messages_of(fields: dict[str, Any]) -> Iterator[tuple[str | None, list[Message]]]:
+    """The messages of each conversation of a record, with the document that may be cut, if there is one."""
+    match fields:
+        case {"messages": _}:
+            yield None, _message_list(fields, "messages")
+        case {"document": _, "qa": _}:
+            yield from _document_messages(fields)
+        case {"prompt": _, "completion": _}:
+            sides = (("prompt", "user"), ("completion", "assistant"))
+            yield None, [message for name, role in sides for message in _message_list(fields, name, role)]
+        case {"instruction": _, "output": _}:
+            names = [name for name in ("instruction", "input") if fields.get(name) is not None]
+            prompt = "\n\n".join(part for name in names if (part := string_field(fields, name).strip()))
+            yield None, [Message("user", prompt), Message("assistant", string_field(fields, "output"))]
+        case {"document": _, "question": _}:
+            yield from _document_messages(fields)
+        case _:
+            raise RecordError(
+                f"has {', '.join(fields) or 'no fields'}, and none of the known sets of fields: messages; document and "
+                "qa; prompt and completion; instruction and output; document and question"
+            )
 
 
-def _from_messages(fields: _Fields) -> Iterator[_Messages]:
-    yield None, _messages(fields["messages"], "messages")
-
-
-def _from_documents(fields: _Fields) -> Iterator[_Messages]:
+def _document_messages(fields: dict[str, Any]) -> Iterator[tuple[str, list[Message]]]:
     document = string_field(fields, "document").strip()
     for question, answers in questions_of(fields):
         if not answers:
@@ -154,32 +165,11 @@ def _from_documents(fields: _Fields) -> Iterator[_Messages]:
         yield document, [Message("user", f"{document}\n\n{question.strip()}"), Message("assistant", answers[0])]
 
 
-def _from_completion(fields: _Fields) -> Iterator[_Messages]:
-    messages: list[Message] = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(fields[name], list):
-            messages += _messages(fields[name], name)
-        else:
-            messages.append(Message(role, string_field(fields, name)))
-    yield None, messages
-
-
-def _from_instruction(fields: _Fields) -> Iterator[_Messages]:
-    parts = [string_field(fields, name).strip() for name in ("instruction", "input") if fields.get(name) is not None]
-    prompt = "\n\n".join(part for part in parts if part)
-    yield None, [Message("user", prompt), Message("assistant", string_field(fields, "output"))]
-
-
-_FORMATS: dict[tuple[str, ...], Callable[[_Fields], Iterator[_Messages]]] = {
-    ("messages",): _from_messages,
-    ("document", "qa"): _from_documents,
-    ("prompt", "completion"): _from_completion,
-    ("instruction", "output"): _from_instruction,
-    ("document", "question"): _from_documents,
-}
-
-
-def _messages(value: Any, name: str) -> list[Message]:
+def _message_list(fields: dict[str, Any], name: str, role: str | None = None) -> list[Message]:
+    """The messages of a field; with a `role` it may also be the text of one."""
+    value = fields[name]
+    if role is not None and not isinstance(value, list):
+        return [Message(role, string_field(fields, name))]
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise RecordError(f"has {name} that is not a list of messages with role and content")
     for message in value:

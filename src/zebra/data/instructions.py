@@ -104,16 +104,14 @@ def make_instructions(
         raise ZebraError(f"a depth lies from 0 to 1; got {', '.join(map(str, depths))}. Write for example 0,0.5,1.")
     if words is not None and words < 1:
         raise ZebraError(f"a prompt has at least one word of documents; got {words}. Raise it or leave it out.")
-    rng, count = Random(seed), 0
+    rng, turns = Random(seed), itertools.cycle(depths)
     for i, target in enumerate(documents):
         others = [other.text for other in (*documents[:i], *documents[i + 1 :])]
         for task in _tasks(target, kinds, writing, rng):
-            depth = depths[count % len(depths)]
-            count += 1
-            text, number, begins = _with_distractors(task.document, rng.sample(others, len(others)), depth, words)
+            text, number, depth = _with_distractors(task.document, rng.sample(others, len(others)), next(turns), words)
             question = task.question if number is None else f"About document {number}: {task.question}"
             record = {"document": text, "question": question, "answer": task.answer, "kind": task.kind}
-            yield record | {"source": target.where, "depth": begins}
+            yield record | {"source": target.where, "depth": depth}
 
 
 class _Task(NamedTuple):
@@ -141,8 +139,7 @@ def _with_distractors(
     room = 0 if words is None else words - len(target.split())
     texts: list[str] = []
     for text in distractors:
-        size = len(text.split())
-        if size <= room:
+        if (size := len(text.split())) <= room:
             texts.append(text)
             room -= size
     if not texts:
@@ -152,9 +149,6 @@ def _with_distractors(
     texts.insert(index, target)
     prompt = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(texts, start=1))
     return prompt, index + 1, round(boundaries[index] / boundaries[-1], 4)
-
-
-# Writing tasks
 
 
 def _writing_tasks(text: str, count: int, rng: Random) -> Iterator[_Task]:

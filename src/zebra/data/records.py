@@ -89,7 +89,7 @@ def string_field(fields: dict[str, Any], name: str) -> str:
 
 def record_suffix(file: Path) -> str | None:
     """The suffix of a file of records; None for other files."""
-    return next((suffix for suffix in _READERS if file.name.lower().endswith(suffix)), None)
+    return next((suffix for suffix in _SUFFIXES if file.name.lower().endswith(suffix)), None)
 
 
 def read_records(file: Path, column: str | None = None) -> Iterator[Record]:
@@ -105,9 +105,14 @@ def read_records(file: Path, column: str | None = None) -> Iterator[Record]:
         raise ZebraError(f"there is no file at {file}. Give a file of records.")
     suffix = record_suffix(file)
     if suffix is None:
-        raise ZebraError(f"a file of records ends in {', '.join(_READERS)}; got {file}. Rename or convert it.")
+        raise ZebraError(f"a file of records ends in {', '.join(_SUFFIXES)}; got {file}. Rename or convert it.")
     with file.open("rb") as raw:
-        yield from _READERS[suffix](file, raw, column)
+        if suffix == ".parquet":
+            yield from _parquet_rows(file, raw, column)
+            return
+        for number, line in enumerate(_LINES[suffix](file, raw), start=1):
+            if line.strip():
+                yield Record(file, number, line.rstrip(b"\n"), raw.tell())
 
 
 def parse_records(file: Path, parse: Callable[[Record], Iterable[T]], expected: str) -> list[T]:
@@ -134,19 +139,7 @@ def parse_records(file: Path, parse: Callable[[Record], Iterable[T]], expected: 
     return results
 
 
-# Readers
-
-
-def _json_lines(decompress: Callable[[Path, BinaryIO], Iterator[bytes]]) -> _Reader:
-    def read(file: Path, raw: BinaryIO, column: str | None) -> Iterator[Record]:
-        for number, line in enumerate(_split_lines(decompress(file, raw)), start=1):
-            if line.strip():
-                yield Record(file, number, line, raw.tell())
-
-    return read
-
-
-def _parquet(file: Path, raw: BinaryIO, column: str | None) -> Iterator[Record]:
+def _parquet_rows(file: Path, raw: BinaryIO, column: str | None) -> Iterator[Record]:
     arrow, parquet = _import_extra("pyarrow", file), _import_extra("pyarrow.parquet", file)
     number = 0
     try:
@@ -161,9 +154,16 @@ def _parquet(file: Path, raw: BinaryIO, column: str | None) -> Iterator[Record]:
         raise _damaged(file, "parquet", error) from None
 
 
-def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _gzip_lines(file: Path, raw: BinaryIO) -> Iterator[bytes]:
+    try:
+        yield from gzip.GzipFile(fileobj=raw)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged(file, "gzip", error) from None
+
+
+def _zstd_lines(file: Path, raw: BinaryIO) -> Iterator[bytes]:
     pieces: list[bytes] = []  # of the line that the chunks so far have not ended
-    for chunk in chunks:
+    for chunk in _zstd_chunks(file, raw):
         first, *others = chunk.split(b"\n")
         pieces.append(first)
         for other in others:
@@ -172,23 +172,11 @@ def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(pieces)
 
 
-def _plain(file: Path, raw: BinaryIO) -> Iterator[bytes]:
-    while chunk := raw.read(_CHUNK_BYTES):
-        yield chunk
-
-
-def _gzip(file: Path, raw: BinaryIO) -> Iterator[bytes]:
-    try:
-        yield from _plain(file, gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _damaged(file, "gzip", error) from None
-
-
-def _zstd(file: Path, raw: BinaryIO) -> Iterator[bytes]:
+def _zstd_chunks(file: Path, raw: BinaryIO) -> Iterator[bytes]:
     zstandard = _import_extra("zstandard", file)
     frame = None
     try:
-        for compressed in _plain(file, raw):
+        while compressed := raw.read(_CHUNK_BYTES):
             while compressed:  # a file may be several frames
                 if frame is None or frame.eof:
                     frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
@@ -215,10 +203,9 @@ def _damaged(file: Path, format: str, error: object) -> ZebraError:
     return ZebraError(f"{file} is not a complete {format} file: {message}. Copy or write it again.")
 
 
-_Reader = Callable[[Path, BinaryIO, str | None], Iterator[Record]]
-_READERS: dict[str, _Reader] = {
-    ".jsonl": _json_lines(_plain),
-    ".jsonl.gz": _json_lines(_gzip),
-    ".jsonl.zst": _json_lines(_zstd),
-    ".parquet": _parquet,
+_LINES: dict[str, Callable[[Path, BinaryIO], Iterable[bytes]]] = {
+    ".jsonl": lambda file, raw: raw,
+    ".jsonl.gz": _gzip_lines,
+    ".jsonl.zst": _zstd_lines,
 }
+_SUFFIXES = (*_LINES, ".parquet")
