@@ -235,6 +235,6 @@ def _text(recipe: _Known) -> str:
     patterns = data.files or [pattern for source in data.sources or [] for pattern in source.files]
     try:
         files = find_files(patterns)
-    except ZebraError as refusal:
-        return f"not here: {refusal}"
+    except ZebraError as error:
+        return f"not here: {error}"
     return f"{len(files):,} files, {sum(file.stat().st_size for file in files):,} bytes"
