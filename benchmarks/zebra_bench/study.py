@@ -27,12 +27,11 @@ from zebra.model.families import model_class
 from zebra.model.load import read_device
 from zebra.model.local import layout_name
 from zebra.model.loss import head_of, summed_loss, without_logits
-from zebra.model.override import set_override
+from zebra.model.override import get_override, set_override
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import Decoder, decoder_from_config
 from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL
-from zebra.study.layout import SUMMARY
 from zebra.study.summary import SummaryAttention, naive_summary_attention
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_attention_for
@@ -198,7 +197,7 @@ def _error(recipe: PretrainRecipe, device: str | None) -> float:
         model = _model(config, device)
         tokens = torch.arange(length, device=model.device)[None] % config.vocab_size
         for layer in model.model.layers if naive else ():
-            if layer.self_attn.kind == SUMMARY:
+            if get_override(layer.self_attn) is not None:
                 set_override(layer.self_attn, SummaryAttention(config.summary_block, naive_summary_attention))
         with kernels.only("reference") if naive else nullcontext():
             loss = _loss(model, tokens, recipe.train)

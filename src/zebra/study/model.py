@@ -7,9 +7,9 @@
     grouped   layer i is global where i % stride = 0,
               else local
 
-Otherwise it is a Llama: RMS norms before attention and a SwiGLU, no biases, and tied embeddings by default. With rotary
-positions and no summary layer it is exactly one, and `zebra convert` makes a stock class of it. Importing this module
-registers it with transformers, and its routes with `zebra.model.families`.
+Its layers are those of CWM, a Llama with `layer_types`: RMS norms before attention, a SwiGLU, no biases. Embeddings are
+tied by default. With rotary positions and no summary layer `zebra convert` makes a stock class of it. Importing this
+module registers it with transformers, and its routes with `zebra.model.routes`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,15 @@ from transformers import (
     DynamicCache,
     GenerationMixin,
     LlamaConfig,
-    PreTrainedModel,
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaForCausalLM,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
+from transformers.models.cwm.modeling_cwm import (
+    CwmDecoderLayer,
+    CwmForCausalLM,
+    CwmPreTrainedModel,
+    CwmRMSNorm,
+    CwmRotaryEmbedding,
 )
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -158,77 +154,12 @@ class StudyConfig(LlamaConfig):
         return self.position_embedding == "alibi" or self.stripes is not None
 
 
-class StudyAttention(nn.Module):
-    """The attention of one layer, of the layer's kind."""
-
-    def __init__(self, config: StudyConfig, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.kind = (config.attention_kinds or [])[layer_idx]
-        self.head_dim = config.head_dim or 0
-        self.num_key_value_groups = config.num_attention_heads // (config.num_key_value_heads or 1)
-        self.scaling, self.is_causal = self.head_dim**-0.5, True
-        self.sliding_window = None if self.kind == "global" else config.sliding_window
-        if self.kind == SUMMARY:
-            set_override(self, SummaryAttention(config.summary_block))
-        keys, queries = ((n or 0) * self.head_dim for n in (config.num_key_value_heads, config.num_attention_heads))
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """(B, T, hidden) to the same, and None for the weights."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        project = self.q_proj, self.k_proj, self.v_proj
-        query, key, value = (one(hidden_states).view(shape).transpose(1, 2) for one in project)
-        if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.config.position_embedding == "alibi":
-            kwargs["slopes"] = query.new_tensor(alibi_slopes(query.shape[1]), dtype=torch.float32)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window, "dropout": dropout}
-        out, _ = attend(self, query, key, value, attention_mask, **kwargs)
-        return self.o_proj(out.flatten(2)), None
-
-
-class StudyLayer(GradientCheckpointingLayer):
-    """Attention, then the MLP, each with a norm before it and a residual around it."""
-
-    def __init__(self, config: StudyConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn, self.mlp = StudyAttention(config, layer_idx), LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """(B, T, hidden) to the same."""
-        hidden_states = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class StudyPreTrainedModel(PreTrainedModel):
+class StudyPreTrainedModel(CwmPreTrainedModel):
     """What transformers asks of a model's class."""
 
     config: StudyConfig
     config_class = StudyConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["StudyLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": StudyLayer}  # noqa: RUF012
+    _can_compile_fullgraph = False
 
     def __init__(self, config: StudyConfig, *args: Any, **kwargs: Any):
         from zebra.model.attention import NAME as ZEBRA  # imported here, so that reading a config does not register it
@@ -252,9 +183,14 @@ class StudyModel(StudyPreTrainedModel):
         if config.position_embedding == "absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.position_embedding == "rotary":
-            self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.layers = nn.ModuleList([StudyLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.rotary_emb = CwmRotaryEmbedding(config)
+        self.layers = nn.ModuleList([CwmDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        for kind, layer in zip(config.attention_kinds or [], self.layers, strict=True):
+            attention: Any = layer.self_attn
+            if kind == SUMMARY:
+                attention.sliding_window = config.sliding_window
+                set_override(attention, SummaryAttention(config.summary_block))
+        self.norm = CwmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -291,12 +227,21 @@ class StudyModel(StudyPreTrainedModel):
             masks = {GLOBAL: create_causal_mask(**inputs)}
             if LOCAL in (self.config.layer_types or []):
                 masks[LOCAL] = create_sliding_window_causal_mask(**inputs)
-        rotary = self.config.position_embedding == "rotary"
-        kwargs |= {"position_embeddings": self.rotary_emb(hidden, position_ids) if rotary else None}
+        kwargs |= self._positions(hidden, position_ids)
         kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values}
         for kind, layer in zip(self.config.layer_types or [], self.layers, strict=True):
             hidden = layer(hidden, attention_mask=masks[kind], **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def _positions(self, hidden: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        """What tells the layers of positions: a rotation, or one by nothing, in integers that promote no dtype."""
+        if self.config.position_embedding == "rotary":
+            return {"position_embeddings": self.rotary_emb(hidden, position_ids)}
+        ones = hidden.new_ones(1, 1, 1, dtype=torch.int8)
+        inputs: dict[str, Any] = {"position_embeddings": (ones, torch.zeros_like(ones))}
+        if self.config.position_embedding == "alibi":
+            inputs["slopes"] = hidden.new_tensor(alibi_slopes(self.config.num_attention_heads), dtype=torch.float32)
+        return inputs
 
 
 class StudyForCausalLM(StudyPreTrainedModel, GenerationMixin):
@@ -310,7 +255,7 @@ class StudyForCausalLM(StudyPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    forward = LlamaForCausalLM.forward
+    forward = CwmForCausalLM.forward
     """The logits and, with labels, the loss; `generate` passes only the arguments that it names."""
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from zebra.report.figures import HUES, INK
 from zebra.report.series import Span, number
@@ -84,7 +83,7 @@ def plot_scatter(axes: Axes, points: Sequence[Point], cost: str) -> None:
     axes.set_xlabel(cost)
     axes.set_ylabel("perplexity")
     _legend(axes, points)
-    _label(axes, points, best)
+    _label(axes, points)
 
 
 def _legend(axes: Axes, points: Sequence[Point]) -> None:
@@ -99,50 +98,15 @@ def _legend(axes: Axes, points: Sequence[Point]) -> None:
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=5, frameon=False, borderaxespad=0)
 
 
-def _label(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> None:
-    """Each name at the nearest free place beside its point, with a thin line to a point that is farther away."""
-    figure = axes.figure
-    figure.draw_without_rendering()  # type: ignore[union-attr]  # afterwards the places of all things are known
-    places = {i: axes.transData.transform((p.cost, p.height)) for i, p in enumerate(points)}
-    occupied = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
-    occupied += _lines(axes, points, best)
-    inside, unit = axes.bbox, figure.dpi / 72
-    for i in sorted(places, key=lambda i: (places[i][0], -places[i][1])):
-        point, (x, y) = points[i], places[i]
-        at: dict[str, Any] = {"xy": (point.cost, point.height), "textcoords": "offset points"}
+def _label(axes: Axes, points: Sequence[Point]) -> None:
+    """The names in a column at the right, by height, each with a thin line to its point."""
+    for i, point in enumerate(sorted(points, key=lambda point: (point.height, -point.cost))):
         color = COLOURS[point.cell.attention]
-        text = axes.annotate(point.label, **at, xytext=(0, 0), fontsize=6.5, color=color, va="center", in_layout=False)
-        text.set_parse_math(False)
-        width, height = text.get_window_extent().size
-        sides = (9, -width - 9, 28, -width - 28)  # right of the point, left of it, and farther out
-        offsets = sorted(
-            ((dx, 1.1 * height * k) for k in range(-_REACH, _REACH + 1) for dx in sides),
-            key=lambda offset: abs(offset[1]) + abs(offset[0] + width / 2) * 0.3,
-        )
-        boxes = [Bbox.from_bounds(x + dx, y + dy - height / 2, width, height) for dx, dy in offsets]
-        free = (
-            k
-            for k, box in enumerate(boxes)
-            if inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            if not any(box.overlaps(other) for other in occupied)
-        )
-        k = next(free, 0)
-        dx, dy = offsets[k]
-        text.set_position((dx / unit, dy / unit))
-        occupied.append(boxes[k])
-        if abs(dy) > 1.65 * height or abs(dx + width / 2) > 0.8 * width:
-            line = {"arrowstyle": "-", "linewidth": 0.4, "color": color, "shrinkB": 3}
-            end = (dx if dx > 0 else dx + width) / unit, dy / unit
-            axes.annotate("", **at, xytext=end, arrowprops=line).set_in_layout(False)
-
-
-def _lines(axes: Axes, points: Sequence[Point], best: Sequence[Point]) -> list[Bbox]:
-    """Where the bars of the deviations and the steps of the frontier are."""
-    ends = [*(point.cost for point in best[1:]), axes.get_xlim()[1]]
-    lines = [((p.cost, p.quality.mean), (end, p.quality.mean)) for p, end in zip(best, ends, strict=True)]
-    lines += [((p.cost, p.height - p.bar), (p.cost, p.height + p.bar)) for p in points]
-    corners = (axes.transData.transform(line) for line in lines)
-    return [Bbox.from_extents(a[0] - 1, a[1] - 1, b[0] + 1, b[1] + 1) for a, b in corners]
+        line = {"arrowstyle": "-", "linewidth": 0.4, "color": color, "relpos": (0, 0.5), "shrinkB": 3}
+        axes.annotate(
+            point.label, (point.cost, point.height), (1.03, (i + 0.5) / len(points)), textcoords="axes fraction",
+            arrowprops=line, color=color, fontsize=6.5, va="center", annotation_clip=False,
+        )  # fmt: skip
 
 
 Lines = dict[StudyCell, dict[Span, float]]

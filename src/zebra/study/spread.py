@@ -50,68 +50,60 @@ def spread(scores: Scores) -> Spread:
     return Spread(math.fsum(values) / len(values), statistics.stdev(values) if several else None)
 
 
+def losses(scores: Scores) -> Losses:
+    """The finite losses in nats per token: ln of each perplexity."""
+    return {seed: math.log(one.value) for seed, one in scores.items() if 0 < one.value < math.inf}
+
+
 def level(scores: Scores) -> float:
     """The mean loss over seeds; NaN without a finite value."""
-    losses = _losses(scores)
-    return statistics.mean(losses.values()) if losses else math.nan
+    values = losses(scores).values()
+    return statistics.mean(values) if values else math.nan
 
 
-def difference(a: Scores, b: Scores, others: Iterable[Scores]) -> Difference | None:
-    """The loss of `a` less that of `b`, over the seeds that both have; None without one, or without a spread.
+def gain(near: Scores, far: Scores) -> Losses:
+    """By how much a cell's loss is lower far than near, for each seed."""
+    one, two = losses(near), losses(far)
+    return {seed: one[seed] - two[seed] for seed in one if seed in two}
+
+
+def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Difference | None:
+    """The loss of `one` less that of `two`, over the seeds that both have; None without one, or without a spread.
 
     With three shared seeds or more, the interval is Student's t of their differences. With fewer, the noise is the
     residual of the losses of all cells with several seeds: their own means and those of the seeds are subtracted.
 
     Args:
-        others: the scores of all cells at the same positions.
+        others: the losses of all cells at the same positions.
     """
-    return loss_difference(_losses(a), _losses(b), [_losses(scores) for scores in others])
-
-
-def gain(near: Scores, far: Scores) -> Losses:
-    """By how much a cell's loss is lower far than near, for each seed."""
-    one, two = _losses(near), _losses(far)
-    return {seed: one[seed] - two[seed] for seed in one if seed in two}
-
-
-def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Difference | None:
-    """`difference` of losses."""
     shared = [one[seed] - two[seed] for seed in one if seed in two]
     if not shared:
         return None
     mean, n = statistics.mean(shared), len(shared)
     if n > 2:
-        return Difference(mean, _quantile(n - 1) * statistics.stdev(shared) / math.sqrt(n), f"{n} seeds, paired")
+        return Difference(
+            mean, _TWO_SIDED[min(n - 1, 10) - 1] * statistics.stdev(shared) / math.sqrt(n), f"{n} seeds, paired"
+        )
     noise, freedom = _noise(others)
     if not freedom:
         return None
     method = f"{n} seed{'s' if n > 1 else ''}, paired; the other cells' noise"
-    return Difference(mean, _quantile(freedom) * noise * math.sqrt(2 / n), method)
+    return Difference(mean, _TWO_SIDED[min(freedom, 10) - 1] * noise * math.sqrt(2 / n), method)
 
 
 def _noise(others: Iterable[Losses]) -> tuple[float, int]:
     """The residual deviation over the largest set of cells with the same seeds, and its degrees of freedom."""
     sets: dict[frozenset[int | None], list[Losses]] = defaultdict(list)
-    for losses in others:
-        sets[frozenset(losses)].append(losses)
+    for cell in others:
+        sets[frozenset(cell)].append(cell)
     seeds, cells = max(sets.items(), key=lambda item: (len(item[0]) - 1) * (len(item[1]) - 1), default=((), []))
     freedom = (len(seeds) - 1) * (len(cells) - 1)
     if freedom < 1:
         return 0.0, 0
-    of_cell = [statistics.mean(losses.values()) for losses in cells]
-    of_seed = {seed: statistics.mean(losses[seed] for losses in cells) for seed in seeds}
+    of_cell = [statistics.mean(cell.values()) for cell in cells]
+    of_seed = {seed: statistics.mean(cell[seed] for cell in cells) for seed in seeds}
     overall = statistics.mean(of_cell)
     residuals = (
-        losses[seed] - mean - of_seed[seed] + overall
-        for losses, mean in zip(cells, of_cell, strict=True)
-        for seed in seeds
+        cell[seed] - mean - of_seed[seed] + overall for cell, mean in zip(cells, of_cell, strict=True) for seed in seeds
     )
     return math.sqrt(sum(value**2 for value in residuals) / freedom), freedom
-
-
-def _losses(scores: Scores) -> Losses:
-    return {seed: math.log(one.value) for seed, one in scores.items() if 0 < one.value < math.inf}
-
-
-def _quantile(freedom: int) -> float:
-    return _TWO_SIDED[min(freedom, len(_TWO_SIDED)) - 1]
