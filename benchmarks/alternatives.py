@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from zebra.evaluate.perplexity import evaluate_perplexity
 from zebra.model.checkpoint import read_config
-from zebra.report.figures import draw, plot_positions, standalone
+from zebra.report.figures import Figure, plot_positions
 from zebra.results import Result, read_results, write_results
 from zebra.train.recipe import AdaptRecipe, read_recipe
 
@@ -77,7 +77,7 @@ def picture(path: Path) -> None:
     def plot(axes: Axes) -> None:
         plot_positions(axes, group)
 
-    PICTURE.write_text(standalone(draw("alternatives", plot)), encoding="utf-8")
+    PICTURE.write_text(Figure("alternatives", [plot]).standalone, encoding="utf-8")
 
 
 def main(argument: str | None = None) -> None:

@@ -28,7 +28,7 @@ from zebra.evaluate.retrieval import evaluate_retrieval
 from zebra.files import atomic_write
 from zebra.report import figures, page
 from zebra.report.method import method
-from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.page import Cell, Section, Table
 from zebra.report.series import FULL, percent
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import GLOBAL, Stripes
@@ -200,7 +200,7 @@ def within(results: Sequence[Result]) -> list[Section]:
         Cell("adapted, far"),
         Cell("adapted, near"),
     ]
-    sections: list[str | Table | Figure] = [
+    sections: list[str | Table | figures.Figure] = [
         f"Prompts of {TRAINED} tokens, answers by greedy generation, windows of {WINDOW}. Far: the evidence at depths "
         "0 and 0.5, beyond the window, 40 samples; near: at depth 1, just before the question, 20 samples. Wilson's "
         "95 % intervals beside them."
@@ -268,7 +268,7 @@ def _plain(score: Score | None) -> str:
     return "not measured" if score is None else f"{percent(score.value, 0)} ({score.bounds})"
 
 
-def picture(results: Sequence[Result]) -> str:
+def picture(results: Sequence[Result]) -> figures.Figure:
     """Bars of the far answers: layouts across, tasks side by side; as they are, and adapted."""
     plain = _of(results, "layouts")
 
@@ -292,7 +292,7 @@ def picture(results: Sequence[Result]) -> str:
 
         return plot
 
-    return figures.draw("retrieval-layouts", bars("layouts", "as it is"), bars("adapted", "adapted"))
+    return figures.Figure("retrieval-layouts", [bars("layouts", "as it is"), bars("adapted", "adapted")])
 
 
 def write_page(results: Sequence[Result]) -> None:
@@ -305,7 +305,7 @@ def write_page(results: Sequence[Result]) -> None:
         raise ZebraError(f"there are no results in {FILE}. Measure first: python benchmarks/retrieval.py")
     caption = f"Far answers in {TRAINED} tokens by layout; whiskers are 95 % intervals, * was kept by selection"
     parts = [*findings(results), *within(results), *further(results)]
-    parts[0].blocks.append(Figure("layouts", [], caption))
+    parts[0].blocks.append(figures.Figure("layouts", [], caption))
     verdict = [
         [
             Cell(
@@ -315,7 +315,7 @@ def write_page(results: Sequence[Result]) -> None:
             )
         ]
     ]
-    atomic_write(PICTURE, figures.standalone(picture(results)))
+    atomic_write(PICTURE, picture(results).standalone)
     atomic_write(PAGE, page.markdown("../images/retrieval", "Retrieval", verdict, [*parts, method(results)]))
 
 

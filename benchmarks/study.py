@@ -19,9 +19,9 @@ from pathlib import Path
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.report import page
-from zebra.report.figures import standalone
+from zebra.report.figures import Figure
 from zebra.report.method import method, others
-from zebra.report.page import Cell, Figure, Section
+from zebra.report.page import Cell, Section
 from zebra.results import Result, read_results, write_results
 from zebra.study.cells import recipes_of
 from zebra.study.page import chapters
@@ -84,7 +84,7 @@ def write_page(name: str, results: list[Result], pages: Path, images: Path) -> N
     sections = [caveats, *(one for part in parts for one in part.sections), method(results), others(rest)]
     sections = [_short(section) for section in sections if section.blocks]
     for block in (block for section in sections for block in section.blocks if isinstance(block, Figure)):
-        atomic_write(images / f"{name}-{block.name}.svg", standalone(block.svg) + "\n")
+        atomic_write(images / f"{name}-{block.name}.svg", block.standalone + "\n")
     origin = [Cell(f"benchmarks/study.py wrote this page from the results in benchmarks/results/{name}.jsonl.")]
     summary, stem = [*(part.summary for part in parts), origin], f"../{images.name}/{name}"
     atomic_write(pages / f"{name}.md", page.markdown(stem, f"The from-scratch study: {name}", summary, sections))

@@ -10,8 +10,9 @@ import pytest
 
 from zebra.report import merge_sources, write_report
 from zebra.report.compare import compare
+from zebra.report.figures import Figure
 from zebra.report.lengths import effective, lengths, measures, score
-from zebra.report.page import Figure, Table
+from zebra.report.page import Table
 from zebra.report.series import Series, labels
 from zebra.results import Result, read_results, write_results
 

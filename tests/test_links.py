@@ -11,8 +11,7 @@ import pytest
 
 from zebra.errors import ZebraError
 from zebra.report import merge_sources, write_report
-from zebra.report.links import Links, result_columns
-from zebra.report.page import Cell, html
+from zebra.report.page import Cell, Links, html, result_columns
 from zebra.results import Result, append_results, read_results
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"

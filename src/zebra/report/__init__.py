@@ -28,8 +28,8 @@ from zebra.report import (
     tasks,
 )
 from zebra.report.compare import merge_sources
-from zebra.report.figures import standalone
-from zebra.report.page import Cell, Chapter, Figure, Table
+from zebra.report.figures import Figure
+from zebra.report.page import Cell, Chapter, Table
 from zebra.report.series import by_kind
 from zebra.results import Result
 
@@ -86,7 +86,7 @@ def write_report(
     ]
     parts = [section for section in parts if section.blocks]
     for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
-        atomic_write(html.with_name(f"{html.stem}-{figure.name}.svg"), standalone(figure.svg))
+        atomic_write(html.with_name(f"{html.stem}-{figure.name}.svg"), figure.standalone)
     atomic_write(html.with_suffix(".md"), page.markdown(html.stem, title, summary, parts))
     atomic_write(html, page.html(title, summary, parts, results))
 

@@ -6,8 +6,8 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
-from zebra.report.figures import HUES
-from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.figures import Figure
+from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, change_words, interval_cell, split, table, where
 from zebra.report.series import percent, series_of, step, trained_series
 from zebra.results import Result
@@ -68,11 +68,10 @@ def _plot_losses(axes: Axes, results: list[Result]) -> None:
         if at is not None or (not series_of(one).is_output and (one.run, one.layout) in trained):
             name = f"{one.run}: {_suite(one)}" if several else _suite(one)
             points.setdefault(name, []).append((at or 0, one.value))
-    for i, (name, line) in enumerate(points.items()):
-        axes.plot(*zip(*sorted(line), strict=True), color=HUES[i % len(HUES)], marker="o", markersize=4, label=name)
+    for name, line in points.items():
+        axes.plot(*zip(*sorted(line), strict=True), label=name)
     axes.set_xlim(left=0)
-    axes.set_xlabel("steps")
-    axes.set_ylabel("loss on answers")
+    axes.set(xlabel="steps", ylabel="loss on answers")
 
 
 def composition(results: list[Result]) -> Section:
@@ -125,12 +124,11 @@ def _plot_shares(axes: Axes, counts: list[Result], metric: str) -> None:
     """Stacked bars of the kinds, a bar for each length."""
     starts = sorted({one.position_from or 0 for one in counts})
     base = [0.0] * len(starts)
-    for i, (kind, here) in enumerate(split(counts, _kind).items()):
+    for kind, here in split(counts, _kind).items():
         share_by_start = {one.position_from or 0: one.value / _total(counts) for one in here}
         shares = [share_by_start.get(start, 0.0) for start in starts]
-        axes.bar(range(len(starts)), shares, bottom=base, color=HUES[i % len(HUES)], label=kind, width=0.7)
+        axes.bar(range(len(starts)), shares, bottom=base, label=kind, width=0.7)
         base = [a + b for a, b in zip(base, shares, strict=True)]
     axes.set_xticks(range(len(starts)), [f"{start:,}+" for start in starts])
-    axes.set_xlabel("tokens of the conversation")
-    axes.set_ylabel(f"share of the {metric}")
+    axes.set(xlabel="tokens of the conversation", ylabel=f"share of the {metric}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -7,10 +7,13 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import matplotlib
 import matplotlib.style
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Canvas
@@ -36,55 +39,67 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "text.parse_math": False,
     "figure.constrained_layout.hspace": 0.08,
+    "axes.prop_cycle": cycler(marker=_MARKERS) * cycler(color=HUES),
+    "lines.markersize": 4,
     "axes.spines.top": False,
     "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
 
 
-def draw(
-    name: str,
-    *plots: Callable[[Axes], None],
-    height: float = 3.3,
-    columns: int | None = None,
-    widths: Sequence[float] | None = None,
-) -> str:
+@dataclass(frozen=True)
+class Figure:
     """Plots as panels of one SVG element, in the colour of the text around it; they share the legend of the first.
 
-    Its name starts all ids in it, so that no other figure of the page has them. The rest: `zebra.report.page.Figure`.
+    Attributes:
+        name: part of its file's; all ids in it start with it.
+        results: what it draws: a part of it whose `url` is `@2` links to the third of them.
+        height: of a line of panels, in inches.
+        columns: panels beside each other; all of them where None.
+        widths: of the columns, in proportion.
     """
-    columns = columns or len(plots)
-    lines = math.ceil(len(plots) / columns)
-    with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]):
-        figure = Canvas(figsize=(_WIDTH, lines * height), layout="constrained")
-        panels = list(figure.subplots(lines, columns, squeeze=False, width_ratios=widths).flat)
-        for axes, plot in itertools.zip_longest(panels, plots):
-            axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
-            plot(axes) if plot else axes.set_axis_off()
-        handles, names = panels[0].get_legend_handles_labels()
-        if names:
-            ncols = max(1, min(len(names), 100 // (max(map(len, names)) + 7)))
-            figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * (math.ceil(len(names) / ncols) - 1))
-            place: dict[str, Any] = {"loc": "outside upper left", "borderaxespad": 0}
-            figure.legend(handles, names, ncols=ncols, frameon=False, handlelength=2.8, **place)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True)
-    svg = file.getvalue()
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL
-    )
-    svg = svg.replace("xlink:href", "href").replace(' target="_blank"', "").replace(INK, "currentColor")
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
-    width, high = figure.get_size_inches() * 72
-    return re.sub(r"<svg[^>]*>", f'<svg viewBox="0 0 {width:g} {high:g}">', svg, count=1).strip()
 
+    name: str
+    plots: Sequence[Callable[[Axes], None]]
+    caption: str = ""
+    results: Sequence[Result] = ()
+    height: float = 3.3
+    columns: int | None = None
+    widths: Sequence[float] | None = None
 
-def standalone(svg: str) -> str:
-    """The element as a file of its own, without links, in black or white by the reader's preference."""
-    svg = re.sub(r"</?a\b[^>]*>", "", svg)
-    style = "<style>svg{color:#1b1b1b}@media(prefers-color-scheme:dark){svg{color:#e8e8e8}}</style>"
-    return re.sub(r"<svg([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg"\1>{style}', svg, count=1)
+    @cached_property
+    def svg(self) -> str:
+        """The element for a page."""
+        columns = self.columns or len(self.plots)
+        lines = math.ceil(len(self.plots) / columns)
+        with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": self.name}]):
+            figure = Canvas(figsize=(_WIDTH, lines * self.height), layout="constrained")
+            panels = list(figure.subplots(lines, columns, squeeze=False, width_ratios=self.widths).flat)
+            for axes, plot in itertools.zip_longest(panels, self.plots):
+                axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
+                plot(axes) if plot else axes.set_axis_off()
+            handles, names = panels[0].get_legend_handles_labels()
+            if names:
+                ncols = max(1, min(len(names), 100 // (max(map(len, names)) + 7)))
+                figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * (math.ceil(len(names) / ncols) - 1))
+                style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 2.8}
+                figure.legend(handles, names, loc="outside upper left", ncols=ncols, **style)
+            file = io.StringIO()
+            figure.savefig(file, format="svg", transparent=True)
+        svg = file.getvalue()
+        svg = svg[svg.index("<svg") :].replace("xlink:href", "href").replace(' target="_blank"', "")
+        svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+        svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{self.name}-", svg.replace(INK, "currentColor"))
+        svg = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", svg)
+        width, high = figure.get_size_inches() * 72
+        return re.sub(r"<svg[^>]*>", f'<svg viewBox="0 0 {width:g} {high:g}">', svg, count=1).strip()
+
+    @property
+    def standalone(self) -> str:
+        """The element as a file of its own, without links, in black or white by the reader's preference."""
+        svg = re.sub(r"</?a\b[^>]*>", "", self.svg)
+        style = "<style>svg{color:#1b1b1b}@media(prefers-color-scheme:dark){svg{color:#e8e8e8}}</style>"
+        return re.sub(r"<svg([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg"\1>{style}', svg, count=1)
 
 
 def plot_positions(axes: Axes, results: Sequence[Result]) -> None:
@@ -99,33 +114,28 @@ def plot_positions(axes: Axes, results: Sequence[Result]) -> None:
     trained = {(series.run, series.layout) for series in names if series.trained}
     runs_with_output = {series.run for series in names if series.is_output}
     inks = itertools.cycle(("-", ":", "-."))
-    styles: dict[tuple[str, str], tuple[str, str]] = {}
+    full: dict[str, Any] = {"color": INK, "marker": "o"}
+    cycle = itertools.cycle(matplotlib.rcParams["axes.prop_cycle"])
+    styles: dict[tuple[str, str], dict[str, Any]] = {}
     for series, label in names.items():
         run_and_layout = (series.run, series.layout)
         if series.layout == FULL and not series.trained:
-            (color, marker), line = (INK, "o"), next(inks)
+            style, line = full, next(inks)
         else:
-            color, marker = styles.setdefault(run_and_layout, _style(len(styles)))
+            style = styles[run_and_layout] = styles.get(run_and_layout) or next(cycle)
             after = series.is_output if series.run in runs_with_output else series.trained
             line = "--" if run_and_layout in trained and not after else "-"
         scores = {span_of(one): one for one in results if series_of(one) == series}
         here = {math.sqrt(max(a, left) * b): scores[a, b] for a, b in spans if (a, b) in scores}
-        y = [drawable(one.value) for one in here.values()]
-        axes.plot([*here], y, line, color=color, marker=marker, markersize=4, label=label)
+        axes.plot([*here], [drawable(one.value) for one in here.values()], line, label=label, **style)
         if len(names) <= _FEW:
             bounds = [interval(one) or (math.nan, math.nan) for one in here.values()]
             low, high = ([drawable(bound) for bound in side] for side in zip(*bounds, strict=True))
-            axes.fill_between([*here], low, high, color=color, alpha=0.15, linewidth=0)
+            axes.fill_between([*here], low, high, color=style["color"], alpha=0.15, linewidth=0)
     edges = [left, *(end for _, end in spans)]
     _scale_tokens(axes, edges, [f"{spans[0][0]:,}", *(f"{edge:,}" for edge in edges[1:])])
-    axes.set_xlim(left, edges[-1])
-    axes.set_xlabel("position (tokens of context)")
+    axes.set(xlim=(left, edges[-1]), xlabel="position (tokens of context)")
     _scale_perplexity(axes, results)
-
-
-def _style(i: int) -> tuple[str, str]:
-    """Colour and marker of a line; another marker once the colours are used up."""
-    return HUES[i % len(HUES)], _MARKERS[i // len(HUES) % len(_MARKERS)]
 
 
 def _scale_tokens(axes: Axes, ticks: Sequence[float], texts: Sequence[str]) -> None:
@@ -136,25 +146,21 @@ def _scale_tokens(axes: Axes, ticks: Sequence[float], texts: Sequence[str]) -> N
 
 def plot_lengths(axes: Axes, lines: Mapping[str, Mapping[int, float]], threshold: float) -> None:
     """Shares over lengths, a line for each label, and a threshold."""
-    for i, (label, points) in enumerate(lines.items()):
-        color, marker = _style(i)
-        values = [drawable(value) for value in points.values()]
-        axes.plot([*points], values, color=color, marker=marker, markersize=4, label=label)
+    for label, points in lines.items():
+        axes.plot([*points], [*map(drawable, points.values())], label=label)
     axes.axhline(threshold, color=INK, linestyle="--", linewidth=1, alpha=0.6)
     ticks = sorted({length for points in lines.values() for length in points})
     _scale_tokens(axes, ticks, [f"{length:,}" for length in ticks])
-    axes.set_xlabel("length (tokens)")
-    axes.set_ylim(-0.03, 1.03)
+    axes.set(xlabel="length (tokens)", ylim=(-0.03, 1.03))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
 
 
 def plot_loss(axes: Axes, losses: list[Result], named: Mapping[str, tuple[str, str]] | None = None) -> None:
     """Training loss over tokens, a line for each run: with its own name, or with a name and a colour that are given."""
     for i, run in enumerate(dict.fromkeys(loss.run for loss in losses)):
-        here = [loss for loss in losses if loss.run == run]
-        tokens = [loss.n or 0 for loss in here]
+        points = {loss.n or 0: drawable(loss.value) for loss in losses if loss.run == run}
         label, color = (named or {}).get(run, (run, HUES[i % len(HUES)]))
-        axes.plot(tokens, [drawable(loss.value) for loss in here], color=color, label=label)
+        axes.plot([*points], [*points.values()], color=color, marker="", label=label)
     axes.set_ylabel("training loss")
     _scale_trained(axes, "tokens")
 
@@ -164,7 +170,7 @@ def plot_during_training(axes: Axes, points: Mapping[float, Sequence[Result]], s
     for i, span in enumerate(spans, start=1):
         here = [(at, drawable(one.value)) for at, scores in points.items() for one in scores if span_of(one) == span]
         color = to_rgba(HUES[0], 0.25 + 0.75 * i / len(spans))
-        axes.plot(*zip(*here, strict=True), color=color, marker="o", markersize=3.5, label=span_name(span))
+        axes.plot(*zip(*here, strict=True), color=color, marker="o", label=span_name(span))
     _scale_trained(axes, unit)
     _scale_perplexity(axes, [one for scores in points.values() for one in scores])
 
@@ -200,10 +206,7 @@ def plot_cells(axes: Axes, columns: int, lines: int, cells: Iterable[dict[str, A
     axes.spines[:].set_visible(False)
     axes.grid(False)
     axes.tick_params(length=0)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlim(-0.5, columns - 0.5)
-    axes.set_ylim(lines - 0.5, -0.5)
+    axes.set(xlim=(-0.5, columns - 0.5), ylim=(lines - 0.5, -0.5), xticks=[], yticks=[])
     for cell in cells:
         style: dict[str, Any] = {"width": 1.0, "height": 1.0, "linewidth": 0.0} | cell
         x, y = style.pop("xy")

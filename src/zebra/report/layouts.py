@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 
 from zebra.errors import ZebraError
-from zebra.report.figures import ACCENT, INK, plot_cells
-from zebra.report.page import Cell, Figure, Section
+from zebra.report.figures import ACCENT, INK, Figure, plot_cells
+from zebra.report.page import Cell, Section
 from zebra.report.pivot import Results, Show, split, table, where
 from zebra.report.series import FULL, count, percent, series_of
 from zebra.results import Result
@@ -73,8 +73,7 @@ def _plot_mask(axes: Axes, color: str, window: int, text: str) -> None:
         for j in range(_TOKENS)
     ]
     plot_cells(axes, _TOKENS, _TOKENS, cells)
-    axes.set_aspect("equal", anchor="N")
-    axes.set_xlabel(text)
+    axes.set(aspect="equal", anchor="N", xlabel=text)
 
 
 def _plot_layers(axes: Axes, kinds: LayerTypes) -> None:
@@ -90,8 +89,7 @@ def _plot_layers(axes: Axes, kinds: LayerTypes) -> None:
         text = f"{layout}: {layers.count(GLOBAL)} of {n} layers global"
         axes.text(-0.5, line - 0.33, text, url=f"@{line}", verticalalignment="bottom")
     plot_cells(axes, most, len(kinds), cells)
-    axes.set_xlim(-0.5 - 0.06 * most, most - 0.5)
-    axes.set_ylim(len(kinds) - 0.7, -0.7)
+    axes.set(xlim=(-0.5 - 0.06 * most, most - 0.5), ylim=(len(kinds) - 0.7, -0.7))
 
 
 def cost(costs: list[Result], speeds: list[Result]) -> Section:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from zebra.report import retrieval, tasks
-from zebra.report.figures import plot_lengths
-from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.figures import Figure, plot_lengths
+from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, split, table, where
 from zebra.report.series import Series, labels, percent, series_of
 from zebra.results import Result

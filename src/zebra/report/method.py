@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from zebra.report.links import plain
-from zebra.report.page import Cell, Section, Table
+from zebra.report.page import Cell, Section, Table, plain
 from zebra.report.perplexity import convention
 from zebra.report.series import step
 from zebra.results import COLUMNS, Result

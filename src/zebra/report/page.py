@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import html as markup
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
 
-from zebra.report.figures import ACCENT, draw
-from zebra.report.links import Links, describe, result_columns
-from zebra.results import Result
+from zebra.report.figures import ACCENT, Figure
+from zebra.report.series import number
+from zebra.results import COLUMNS, Result
+
+_FEW = 12
+"""Up to so many results behind a number are named with their values."""
+_FIRST = ("value", "metric", "task")
+_DESCRIBED = ("metric", "value", "low", "high", "length", "depth", "n")
+"""What a part of a figure says of its result."""
 
 
 class Cell(NamedTuple):
@@ -44,31 +49,6 @@ Line = Sequence[Cell]
 """Prose with numbers in it."""
 
 
-@dataclass(frozen=True)
-class Figure:
-    """Plots side by side as one SVG element; the name is part of its file's.
-
-    Attributes:
-        results: what it draws: a part of it whose `url` is `@2` links to the third of them.
-        height: of a line of panels, in inches.
-        columns: panels beside each other; all of them where None.
-        widths: of the columns, in proportion.
-    """
-
-    name: str
-    plots: Sequence[Callable[[Axes], None]]
-    caption: str
-    results: Sequence[Result] = ()
-    height: float = 3.3
-    columns: int | None = None
-    widths: Sequence[float] | None = None
-
-    @cached_property
-    def svg(self) -> str:
-        """The element."""
-        return draw(self.name, *self.plots, height=self.height, columns=self.columns, widths=self.widths)
-
-
 class Section(NamedTuple):
     """A heading and what stands under it; without blocks it is left out."""
 
@@ -83,6 +63,41 @@ class Chapter(NamedTuple):
     summary: Line
     sections: list[Section]
     results: Sequence[Result]
+
+
+class Links:
+    """Where the numbers of a page link to: `#result-17` for one result, `#from-3` for a list of several."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.results = results
+        self.several: dict[tuple[int, ...], int] = {}
+        """Places of results to the number of their list; whole once all numbers of the page are linked."""
+        self._place = {id(result): i for i, result in enumerate(results, start=1)}
+
+    def to(self, results: Iterable[Result]) -> str:
+        """The address of what a number rests on; empty where that is no result of the page."""
+        places = tuple(sorted({self._place[id(result)] for result in results if id(result) in self._place}))
+        if len(places) < 2:
+            return f"#result-{places[0]}" if places else ""
+        return f"#from-{self.several.setdefault(places, len(self.several) + 1)}"
+
+    def named(self, places: tuple[int, ...]) -> list[tuple[int, int, str]]:
+        """The results behind a number: a few with their values, many as spans from first to last."""
+        if len(places) <= _FEW:
+            return [(i, i, number(self.results[i - 1].value)) for i in places]
+        spans = [[i for _, i in span] for _, span in groupby(enumerate(places), lambda at: at[1] - at[0])]
+        return [(span[0], span[-1], "") for span in spans]
+
+
+def result_columns(results: Sequence[Result]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Columns as text by name: those in which all results are alike, with their value, and the others."""
+    columns = {name.replace("_", " "): [plain(getattr(one, name)) for one in results] for name in (*_FIRST, *COLUMNS)}
+    if any(result.origin for result in results):
+        origins = [(result.origin or "").rpartition(":") for result in results]
+        columns |= {"file": [file for file, _, _ in origins], "line": [line for _, _, line in origins]}
+    alike = {name: texts[0] for name, texts in columns.items() if len(results) > 1 and len(set(texts)) == 1}
+    different = {name: texts for name, texts in columns.items() if name not in alike}
+    return {name: text for name, text in alike.items() if text != "–"}, different
 
 
 def html(title: str, summary: Sequence[Line], sections: list[Section], results: Sequence[Result] = ()) -> str:
@@ -110,7 +125,9 @@ def _linked_svg(figure: Figure, links: Links) -> Markup:
 
     def link(place: re.Match[str]) -> str:
         result = figure.results[int(place[1])]
-        return f'<a href="{links.to([result])}"><title>{escape(describe(result))}</title>'
+        columns = {name: getattr(result, name) for name in _DESCRIBED}
+        text = ", ".join(f"{name} {plain(value)}" for name, value in columns.items() if value is not None)
+        return f'<a href="{links.to([result])}"><title>{escape(text)}</title>'
 
     svg = re.sub(r'<a href="@(\d+)">', link, figure.svg)
     role = "group" if "<a " in svg else "img"  # what stands inside an image cannot be reached
@@ -139,3 +156,10 @@ def markdown(stem: str, title: str, summary: Sequence[Line], sections: list[Sect
 def _escaped(text: str) -> str:
     """Text as Markdown shows it unchanged, on one line."""
     return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", markup.escape(text.replace("\n", " "), quote=False))
+
+
+def plain(value: Any) -> str:
+    """A column's value as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {version}" for name, version in value.items())
+    return "–" if value is None else f"{value:.9g}" if isinstance(value, float) else str(value)

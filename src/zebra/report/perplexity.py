@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from zebra.report.figures import plot_during_training, plot_loss, plot_positions
-from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.figures import Figure, plot_during_training, plot_loss, plot_positions
+from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, change_words, interval_cell, split, table, value_cell, where
 from zebra.report.series import (
     FULL,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from zebra.errors import ZebraError
-from zebra.report.figures import HUES, INK, draw, standalone
+from zebra.report.figures import HUES, INK, Figure
 
 Curves = Mapping[str, Mapping[str, list[float]]]
 
@@ -35,7 +35,7 @@ def write_picture(path: Path, curves: Curves, *, phase: str, device: str) -> Non
         ("seconds", f"time of {phase}, {device}", "s"),
     ]
     plots = [partial(_plot, curves=curves, name=name, title=title, unit=unit) for name, title, unit in panels]
-    path.write_text(standalone(draw("plan", *plots, height=2.9)), encoding="utf-8")
+    path.write_text(Figure("plan", plots, height=2.9).standalone, encoding="utf-8")
 
 
 def _plot(axes: Axes, curves: Curves, name: str, title: str, unit: str) -> None:
@@ -44,18 +44,16 @@ def _plot(axes: Axes, curves: Curves, name: str, title: str, unit: str) -> None:
     for layer, (layout, curve) in enumerate(curves.items(), start=2):
         color = INK if layout == "full" else next(hues)
         style = (0, (1, 1.2)) if "Self-Extend" in layout else "-"  # it lies upon its base
-        axes.plot(curve["length"], curve[name], color=color, linestyle=style, label=layout, zorder=layer)
+        axes.plot(curve["length"], curve[name], color=color, linestyle=style, marker="", label=layout, zorder=layer)
     full, striped = (curve[name][-1] for curve in list(curves.values())[:2])
     if full > 1.05 * striped:
         text = f"{full / striped:.1f}× less at 1M"
         axes.text(0.04, 0.92, text, transform=axes.transAxes, color=HUES[0], fontsize=8)
     axes.set_title(title, fontsize=9, loc="left", pad=8)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlim(2**10, 2**20)
+    axes.set(yscale="log", xlim=(2**10, 2**20), xlabel="tokens")
     axes.set_xticks([2**10, 2**15, 2**20], ["1K", "32K", "1M"])
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5), numticks=8))
     axes.yaxis.set_major_formatter(EngFormatter(unit))
     axes.minorticks_off()
-    axes.set_xlabel("tokens")

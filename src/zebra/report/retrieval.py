@@ -9,8 +9,8 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 
-from zebra.report.figures import ACCENT, INK, plot_cells
-from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.figures import ACCENT, INK, Figure, plot_cells
+from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import finite, interval_cell, split, table, where
 from zebra.report.series import labels, percent, series_of
 from zebra.results import Result

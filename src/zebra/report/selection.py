@@ -8,8 +8,8 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from zebra.report.figures import ACCENT, INK, drawable
-from zebra.report.page import Cell, Figure, Section, Table
+from zebra.report.figures import ACCENT, INK, Figure, drawable
+from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import interval_cell, split, value_cell
 from zebra.report.series import FULL, interval, number, series_of
 from zebra.results import Result
@@ -167,10 +167,8 @@ def _plot_needs(axes: Axes, selection: LayerSelection) -> None:
     if bounds:
         axes.vlines(list(bounds), *zip(*bounds.values(), strict=True), color="#888", linewidth=1.2)
     axes.axhline(0, color=INK, linewidth=0.6)
-    axes.set_xlim(-0.6, selection.depth - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    axes.set_xlabel("layer")
-    axes.set_ylabel("rise of the loss, nats a token")
+    axes.set(xlim=(-0.6, selection.depth - 0.4), xlabel="layer", ylabel="rise of the loss, nats a token")
 
 
 def _needs_table(selection: LayerSelection) -> Table:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from zebra.report.figures import plot_loss
-from zebra.report.page import Cell, Chapter, Figure, Line, Section, Table
+from zebra.report.figures import Figure, plot_loss
+from zebra.report.page import Cell, Chapter, Line, Section, Table
 from zebra.report.series import count, interval, number, span_name
 from zebra.results import Result
 from zebra.study.claims import FAILS, HOLDS, METHOD, UNTESTED, Claim, claims, mean_text

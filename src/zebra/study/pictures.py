@@ -75,7 +75,7 @@ def plot_scatter(axes: Axes, points: Sequence[Point], cost: str) -> None:
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.08)
     low, high = axes.get_xlim()
-    axes.plot([*x, high], [*y, y[-1]], drawstyle="steps-post", color=INK, linewidth=0.9, linestyle=":", zorder=1)
+    axes.step([*x, high], [*y, y[-1]], ":", where="post", color=INK, marker="", linewidth=0.9, zorder=1)
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
