@@ -245,7 +245,7 @@ def test_a_broken_entry_is_built_again(
         (entry / "tokens.npy").write_bytes(raw[:-2] if broken == "cut tokens" else b"")
     capsys.readouterr()
     assert texts(run(text / "b.txt", cache)) == ["bee"]
-    assert capsys.readouterr().err == f"the cache entry {entry} is damaged; tokenising again.\n"
+    assert capsys.readouterr().err == f"the cache entry {entry} is damaged or of another version; tokenising again.\n"
     run(text / "b.txt", cache, Never())
 
 
@@ -256,10 +256,7 @@ def test_an_entry_of_another_version_is_built_again(
     (entry / "version.json").write_text("1")
     (entry / "tokens.npy").write_bytes(b"of another kind")
     assert texts(run(text / "b.txt", cache)) == ["bee"]
-    assert (
-        capsys.readouterr().err
-        == f"the cache entry {entry} is of version 1, this zebra writes version 2; tokenising again.\n"
-    )
+    assert capsys.readouterr().err == f"the cache entry {entry} is damaged or of another version; tokenising again.\n"
     run(text / "b.txt", cache, Never())
 
 

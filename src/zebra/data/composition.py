@@ -12,15 +12,14 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from zebra.data.mixture import Mixture, SelectedDocuments, SourceSplit
+from zebra.data.mixture import Mixture, SourceSplit
 
 _FIRST_EDGE = 256
-_BAR_WIDTH = 16
 
 
 def mixture_tables(splits: Sequence[SourceSplit], mixture: Mixture) -> Group:
     """What each source has, what is drawn of it, and the share of the tokens by document length in both."""
-    sequences = mixture.sequences
+    sequences, selection = mixture.sequences, mixture.drawn
     title = f"{len(sequences):,} sequences of {sequences.length:,}, {sequences.tokens:,} tokens"
     available = _table("the text", "source", "length", "documents", "tokens", "duplicates", "held out")
     drawn = _table(title, "source", "drawn", "asked", "share", "epochs")
@@ -29,7 +28,20 @@ def mixture_tables(splits: Sequence[SourceSplit], mixture: Mixture) -> Group:
         available.add_row(stats.source.name, stats.source.bucket, *(f"{count:,}" for count in counts))
         shares = (f"{stats.source.share:.2%}", f"{stats.share:.2%}", f"{stats.epochs:,.2f}")
         drawn.add_row(stats.source.name, f"{stats.drawn:,}", *shares)
-    return Group(available, drawn, _length_table(splits, mixture.drawn))
+    in_text = np.concatenate([split.lengths for split in splits])
+    # By the length of the whole document, even where it is cut.
+    whole = np.concatenate(
+        [split.source.corpus.lengths[selection.documents[selection.sources == i]] for i, split in enumerate(splits)]
+    )
+    edges = _edges(int(in_text.max()))
+    shares_by_length = [
+        np.histogram(lengths, bins=edges, weights=tokens)[0] / tokens.sum()
+        for lengths, tokens in ((in_text, in_text), (whole, selection.lengths))
+    ]
+    by_length = _table("tokens by document", "length", "in the text", "drawn")
+    for (low, high), *both in zip(itertools.pairwise(edges), *shares_by_length, strict=True):
+        by_length.add_row(f"{low:,} to {high:,}", *(f"{share:.1%}" for share in both))
+    return Group(available, drawn, by_length)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -42,36 +54,11 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _length_table(splits: Sequence[SourceSplit], drawn: SelectedDocuments) -> Table:
-    available = np.concatenate([split.lengths for split in splits])
-    # By the length of the whole document, even where it is cut.
-    whole = np.concatenate(
-        [split.source.corpus.lengths[drawn.documents[drawn.sources == i]] for i, split in enumerate(splits)]
-    )
-    edges = _edges(int(available.max()))
-    shares = [
-        np.histogram(lengths, bins=edges, weights=tokens)[0] / tokens.sum()
-        for lengths, tokens in ((available, available), (whole, drawn.lengths))
-    ]
-    table = Table("document", "in the text", "", "drawn", "", box=box.SIMPLE_HEAD)
-    for column in (0, 1, 3):
-        table.columns[column].justify = "right"
-    longest = max(share.max() for share in shares)
-    for low, high, *both in zip(edges[:-1], edges[1:], *shares, strict=True):
-        cells = (cell for share in both for cell in (f"{share:.1%}", _bar(share / longest)))
-        table.add_row(f"{low:,} to {high:,}", *cells)
-    return table
-
-
 def _edges(longest: int) -> list[int]:
     edges = [0, _FIRST_EDGE]
     while edges[-1] <= longest:
         edges.append(edges[-1] * 2)
     return edges
-
-
-def _bar(share: float) -> str:
-    return "█" * round(_BAR_WIDTH * share)
 
 
 class KindStats(NamedTuple):
@@ -105,21 +92,14 @@ def kind_stats(kinds: Sequence[str], lengths: NDArray[np.int64], answers: NDArra
 def kind_table(stats: Sequence[KindStats]) -> Table:
     """The statistics as a table: shares of samples and of tokens, and the answers' share of these."""
     samples, tokens, answers = (sum(column) for column in list(zip(*stats, strict=True))[3:])
-    table = _table(
-        f"{samples:,} conversations, {tokens:,} tokens, {answers:,} of them answers",
-        *("kind", "length", "samples", "tokens", "answers"),
-    )
-    table.columns[0].min_width = max(len(one.kind) for one in stats)
-    table.add_column("", no_wrap=True)
-    previous = None
+    title = f"{samples:,} conversations, {tokens:,} tokens, {answers:,} of them answers"
+    table = _table(title, "kind", "length", "samples", "tokens", "answers")
     for one in stats:
         table.add_row(
-            one.kind if one.kind != previous else "",
+            one.kind,
             f"{one.low:,}+",
             f"{one.samples:,} ({one.samples / samples:.0%})",
             f"{one.tokens:,} ({one.tokens / tokens:.0%})",
             f"{one.answer_tokens / one.tokens:.0%}",
-            _bar(one.tokens / max(one.tokens for one in stats)),
         )
-        previous = one.kind
     return table

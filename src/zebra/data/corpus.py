@@ -110,8 +110,13 @@ def read_corpus(
     for file, digest in zip(files, digests, strict=True):
         key.update(json.dumps([*document_format(file, separator, field), digest]).encode())
     entry = Path(cache or user_cache_dir("tokens")) / key.hexdigest()[:32]
-    if (cached := _load_entry(entry)) is not None:
-        return cached
+    if entry.exists():
+        try:
+            return _open(entry)
+        except (OSError, ValueError, EOFError):
+            message = f"the cache entry {entry} is damaged or of another version; tokenising again."
+            console.print(message, markup=False, highlight=False, soft_wrap=True)
+            shutil.rmtree(entry, ignore_errors=True)
     try:
         with atomic_directory(entry) as directory:
             try:
@@ -138,28 +143,13 @@ def _check_unchanged(files: Sequence[Path], digests: Sequence[str]) -> None:
             raise ZebraError(f"{file} changed while it was tokenised. Start again when nothing writes it.") from None
 
 
-def _load_entry(entry: Path) -> Corpus | None:
-    """A complete entry of the cache, or None; one that cannot be used is removed, for it can be rebuilt."""
-    if not entry.exists():
-        return None
-    try:
-        version = json.loads((entry / "version.json").read_text())
-        if version == _VERSION:
-            return _open(entry)
-        reason = f"is of version {version}, this zebra writes version {_VERSION}"
-    except (OSError, ValueError, EOFError):
-        reason = "is damaged"
-    console.print(f"the cache entry {entry} {reason}; tokenising again.", markup=False, highlight=False, soft_wrap=True)
-    shutil.rmtree(entry, ignore_errors=True)
-    return None
-
-
 def _open(entry: Path) -> Corpus:
+    version = json.loads((entry / "version.json").read_text())
     corpus = Corpus(
         np.load(entry / "tokens.npy", mmap_mode="r"), np.load(entry / "offsets.npy"), np.load(entry / "hashes.npy")
     )
-    if len(corpus.tokens) != corpus.offsets[-1] or len(corpus) != len(corpus.hashes):
-        raise ValueError(f"{entry} is cut")
+    if version != _VERSION or len(corpus.tokens) != corpus.offsets[-1] or len(corpus) != len(corpus.hashes):
+        raise ValueError(f"{entry} is of version {version}, or cut")
     return corpus
 
 

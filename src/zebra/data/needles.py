@@ -68,7 +68,6 @@ class SampleGenerator:
     def __init__(self, tokenizer: Tokenizer, haystack: Iterable[NDArray[np.integer[Any]]] | None = None):
         self._tokenizer = PromptTokenizer(tokenizer)
         self._haystack = None if haystack is None else Haystack.of_documents(haystack, self._tokenizer)
-        self._task_min_tokens: dict[str, int] = {}
 
     def samples(
         self, task: str, *, length: int, depth: float | None = None, count: int = 1, seed: int = 0
@@ -96,10 +95,7 @@ class SampleGenerator:
     ) -> list[tuple[SampleContext, SampleParts]]:
         contexts = [SampleContext(self._tokenizer, Random(f"{task} {length} {depth} {seed} {i}")) for i in range(count)]
         draws = [(context, TASKS[task](context)) for context in contexts]
-        if task not in self._task_min_tokens:  # judged by a few samples, which differ by a token or two
-            few = (SampleContext(self._tokenizer, Random(f"{task} {i}")) for i in range(32))
-            self._task_min_tokens[task] = max(self._min_tokens(TASKS[task](context)) for context in few)
-        min_tokens = max(self._task_min_tokens[task], *(self._min_tokens(parts) for _, parts in draws))
+        min_tokens = max(self._min_tokens(parts) for _, parts in draws)
         if length < min_tokens:
             raise ZebraError(
                 f"{task} needs a length of at least {min_tokens:,} tokens under this tokenizer; got {length:,}. "

@@ -14,7 +14,7 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from zebra.data.records import Record, RecordError, parse_records, string_field
 from zebra.errors import ZebraError
@@ -36,15 +36,8 @@ FAULTS = {
 """What may be wrong with an example. The last two depend on the length and on the model."""
 
 
-class Question(NamedTuple):
-    """A question and its reference answers."""
-
-    question: str
-    answers: tuple[str, ...]
-
-
-def questions_of(fields: dict[str, Any]) -> list[Question]:
-    """The questions of a record: those of the list `qa`, or else its own.
+def questions_of(fields: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
+    """The questions of a record, with their reference answers: those of the list `qa`, or else its own.
 
     Raises:
         RecordError: another shape.
@@ -52,7 +45,7 @@ def questions_of(fields: dict[str, Any]) -> list[Question]:
     entries = fields.get("qa", [fields])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise RecordError('has a qa that is not a list of {"question": "...", "answers": ["...", ...]}')
-    return [Question(string_field(entry, "question"), _answers(entry)) for entry in entries]
+    return [(string_field(entry, "question"), _answers(entry)) for entry in entries]
 
 
 def _answers(entry: dict[str, Any]) -> tuple[str, ...]:

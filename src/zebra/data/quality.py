@@ -36,7 +36,9 @@ def faults(conversations: Sequence[Conversation], evaluated: frozenset[int] = fr
     Args:
         evaluated: the n-grams of the texts of the evaluation; see `ngrams`.
     """
-    script = _dominant_script([conversation.answer for conversation in conversations])
+    scripts = Counter(_script(conversation.answer) for conversation in conversations)
+    del scripts[None]
+    script = next((name for name, count in scripts.items() if count >= _NEARLY_ALL * scripts.total()), None)
     seen: set[str] = set()
     results: dict[int, str] = {}
     for i, conversation in enumerate(conversations):
@@ -65,23 +67,15 @@ def _fault(conversation: Conversation, script: str | None, duplicate: bool, eval
         return "encoding"
     if script is not None and _script(conversation.answer) not in (None, script):
         return "language"
-    if answer == _words(conversation.question) or (len(answer) >= _COPIED_WORDS and _in_prompt(answer, conversation)):
+    prompt = [word for role, content in conversation.messages if role == "user" for word in _words(content)]
+    repeated = len(answer) >= _COPIED_WORDS and f" {' '.join(answer)} " in f" {' '.join(prompt)} "
+    if repeated or answer == _words(conversation.question):
         return "copied answer"
     if duplicate:
         return "duplicate"
-    return "leak" if evaluated and _leaks(conversation, evaluated) else None
-
-
-def _in_prompt(answer: list[str], conversation: Conversation) -> bool:
-    prompt = " ".join(
-        word for message in conversation.messages if message.role == "user" for word in _words(message.content)
-    )
-    return f" {' '.join(answer)} " in f" {prompt} "
-
-
-def _leaks(conversation: Conversation, evaluated: frozenset[int]) -> bool:
-    hashes = list(_ngrams(_words(_contents(conversation))))
-    return bool(hashes) and sum(ngram in evaluated for ngram in hashes) >= _LEAK_SHARE * len(hashes)
+    hashes = list(_ngrams(_words(_contents(conversation)))) if evaluated else []
+    leaked = sum(ngram in evaluated for ngram in hashes)
+    return "leak" if hashes and leaked >= _LEAK_SHARE * len(hashes) else None
 
 
 def _contents(conversation: Conversation) -> str:
@@ -104,10 +98,3 @@ def _script(text: str) -> str | None:
     if len(letters) < _MIN_LETTERS:
         return None
     return Counter(unicodedata.name(letter, "?").split()[0] for letter in letters).most_common(1)[0][0]
-
-
-def _dominant_script(answers: Sequence[str]) -> str | None:
-    """The script of nearly all answers, None where there are several."""
-    scripts = Counter(script for script in map(_script, answers) if script is not None)
-    most = scripts.most_common(1)
-    return most[0][0] if most and most[0][1] >= _NEARLY_ALL * scripts.total() else None

@@ -88,7 +88,7 @@ class RecallGenerator:
     def __init__(self, tokenizer: Tokenizer, haystack: Iterable[NDArray[np.integer[Any]]] | None = None):
         self._tokenizer = PromptTokenizer(tokenizer)
         self._haystack = None if haystack is None else Haystack.of_documents(haystack, self._tokenizer)
-        numbers = self._context(Random(0)).draw("numbers", 512)
+        numbers = SampleContext(self._tokenizer, Random(0)).draw("numbers", 512)
         self._symbols = list(dict.fromkeys(token for number in numbers for token in number.ids))
 
     def sequence(self, length: int, rng: Random, *, longest: int, symbols: float = 1.0) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ class RecallGenerator:
     def min_tokens(self) -> int:
         """Tokens of the shortest document: two entries, and one of them again."""
         entries = (
-            next(self._entries(size, self._context(Random(seed))))
+            next(_entries(size, SampleContext(self._tokenizer, Random(seed))))
             for size in (1, _WORD_KEY_TOKENS)
             for seed in range(16)
         )
@@ -122,7 +122,7 @@ class RecallGenerator:
     def min_task_tokens(self) -> int:
         """Tokens that hold one needle of any task and its query."""
         rng = Random(0)
-        draws = [self._draw_question(kind, self._context(rng)) for kind in _TASKS for _ in range(16)]
+        draws = [self._question(task, SampleContext(self._tokenizer, rng)) for task in _TASKS for _ in range(16)]
         return 8 + max(len(instruction) + len(question.needle) + question.tokens for instruction, question in draws)
 
     def document(self, size: int, rng: Random, symbols: float = 1.0) -> IdsAndLabels:
@@ -142,6 +142,7 @@ class RecallGenerator:
         else:
             weights = _LONG_WEIGHTS
         kind = rng.choices(KINDS[: len(weights)], weights)[0]
+        context = SampleContext(self._tokenizer, rng)
         count = round(_MIN_SYMBOLS * (len(self._symbols) / _MIN_SYMBOLS) ** symbols)
         used = self._symbols[:count]
         if kind == "repeats":
@@ -149,11 +150,8 @@ class RecallGenerator:
         if kind == "pairs":
             return self._recurring(size, _pairs(used, easy, rng), rng)
         if kind == "entries":
-            return self._recurring(size, self._entries(size, self._context(rng)), rng)
-        return self._task(kind, size, self._context(rng))
-
-    def _context(self, rng: Random) -> SampleContext:
-        return SampleContext(self._tokenizer, rng)
+            return self._recurring(size, _entries(size, context), rng)
+        return self._task(kind, size, context)
 
     def _repeats(self, size: int, symbols: list[int], rng: Random) -> IdsAndLabels:
         """Symbols over and over; the first round is not trained on."""
@@ -178,20 +176,14 @@ class RecallGenerator:
             labels += [IGNORE, *line[1:]]
         return ids, labels
 
-    def _entries(self, size: int, context: SampleContext) -> Iterator[TokenIds]:
-        """Entries whose keys are words or numbers, and whose values are numbers."""
-        keys = "words" if size < _WORD_KEY_TOKENS and context.rng.random() < 0.5 else "numbers"
-        while True:
-            yield context.entry(keys)
-
     def _task(self, task: str, size: int, context: SampleContext) -> IdsAndLabels:
         """Needles in a haystack; a third to two thirds are queries, if there are as many needles."""
         rng = context.rng
-        instruction, question = self._draw_question(task, context)
+        instruction, question = self._question(task, context)
         room, max_query_tokens, questions = size - len(instruction), rng.uniform(0.3, 0.67) * size, [question]
         used, query_tokens = len(question.needle) + question.tokens, question.tokens
         while len(questions) < _MAX_NEEDLES.get(task, size):
-            _, question = self._draw_question(task, context)
+            _, question = self._question(task, context)
             used += 2 * len(question.needle) + question.tokens
             query_tokens += question.tokens
             if used > room or query_tokens > max_query_tokens:
@@ -212,13 +204,20 @@ class RecallGenerator:
             labels += [*[IGNORE] * len(question.query), *question.answer]
         return ids, labels
 
-    def _draw_question(self, task: str, context: SampleContext) -> tuple[tuple[int, ...], _Question]:
+    def _question(self, task: str, context: SampleContext) -> tuple[tuple[int, ...], _Question]:
         """The instruction that a document of the task begins with, and a question."""
         parts, encode = TASKS[task](context), self._tokenizer.encode
         (value,) = parts.answers
         stop = encode(f"{value.text}.")[len(value.ids) :]
         instruction = self._tokenizer.prefix + self._tokenizer.encode_first(parts.instruction)
         return instruction, _Question(encode(parts.needles[0]), encode(parts.query), value.ids + stop)
+
+
+def _entries(size: int, context: SampleContext) -> Iterator[TokenIds]:
+    """Entries whose keys are words or numbers, and whose values are numbers."""
+    keys = "words" if size < _WORD_KEY_TOKENS and context.rng.random() < 0.5 else "numbers"
+    while True:
+        yield context.entry(keys)
 
 
 def _pairs(symbols: list[int], easy: bool, rng: Random) -> Iterator[TokenIds]:
