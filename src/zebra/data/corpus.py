@@ -60,9 +60,7 @@ class Corpus:
         return np.diff(self.offsets)
 
     def joined(self, length: int) -> Corpus:
-        """The same tokens with neighbouring documents joined into long ones of at least `length` tokens.
-
-        Documents are joined whole. What is left at the end and is shorter joins the last long one.
+        """The same tokens with neighbouring documents joined, whole, into long ones of at least `length` tokens.
 
         Raises:
             ZebraError: fewer tokens in all.
@@ -96,13 +94,12 @@ def read_corpus(
 
     Args:
         patterns: files, folders and globs.
-        separator: splits a text file into documents; None makes each file one document.
-        field: the field of a record that has its text.
+        separator, field: see `read_documents`.
         num_proc: processes that tokenise, this one alone where 1; the tokens are the same for any number.
         cache: the folder of the cache; the user's where None.
 
     Raises:
-        ZebraError: no files, an empty text, a file that is not what its suffix says, a text that changes meanwhile.
+        ZebraError: what `read_documents` raises, and a text that changes meanwhile.
     """
     files = find_files(patterns)
     digests = [_digest(file) for file in files]

@@ -7,7 +7,7 @@
 Where several documents share a prompt they are numbered, and the question names the one that it is about:
 
     Document 1   Document 2   [Document 3]   Document 4          About document 3: who ran?
-    distractors that fill the prompt to the words asked for, the target at the boundary nearest to the depth asked for
+    distractors fill the prompt up to the words asked for, the target is at the boundary nearest to its depth
 
 Depth is where the target begins, as a share of the distractors' characters: 0 at the front, 1 at the end.
 """
@@ -28,8 +28,7 @@ from zebra.data.records import Record, RecordError, parse_records, record_suffix
 from zebra.errors import ZebraError
 
 KINDS = ("qa", "summary", "writing")
-_MIN_PASSAGE, _MAX_PASSAGE = 60, 160
-"""Words of a passage that is to be written."""
+_MIN_PASSAGE_WORDS, _MAX_PASSAGE_WORDS = 60, 160
 
 
 @dataclass(frozen=True)
@@ -108,26 +107,21 @@ def make_instructions(
     for i, target in enumerate(documents):
         others = [other.text for other in (*documents[:i], *documents[i + 1 :])]
         for task in _tasks(target, kinds, writing, rng):
-            text, number, depth = _with_distractors(task.document, rng.sample(others, len(others)), next(turns), words)
-            question = task.question if number is None else f"About document {number}: {task.question}"
-            record = {"document": text, "question": question, "answer": task.answer, "kind": task.kind}
-            yield record | {"source": target.where, "depth": depth}
+            distractors = rng.sample(others, len(others))
+            prompt, number, depth = _with_distractors(task["document"], distractors, next(turns), words)
+            if number is not None:
+                task["question"] = f"About document {number}: {task['question']}"
+            yield task | {"document": prompt, "source": target.where, "depth": depth}
 
 
-class _Task(NamedTuple):
-    kind: str
-    document: str
-    question: str
-    answer: str
-
-
-def _tasks(document: AnnotatedDocument, kinds: Sequence[str], writing: int, rng: Random) -> Iterator[_Task]:
+def _tasks(document: AnnotatedDocument, kinds: Sequence[str], writing: int, rng: Random) -> Iterator[dict[str, str]]:
     for question, answer in document.questions:
         kind = "summary" if re.search(r"\b(summary|summari[sz]e|plot of the)", question, re.IGNORECASE) else "qa"
         if kind in kinds:
-            yield _Task(kind, document.text, question, answer)
+            yield {"document": document.text, "question": question, "answer": answer, "kind": kind}
     if document.summary is not None and "summary" in kinds:
-        yield _Task("summary", document.text, "Summarise the text.", document.summary)
+        question = "Summarise the text."
+        yield {"document": document.text, "question": question, "answer": document.summary, "kind": "summary"}
     if "writing" in kinds:
         yield from _writing_tasks(document.text, writing, rng)
 
@@ -151,7 +145,7 @@ def _with_distractors(
     return prompt, index + 1, round(boundaries[index] / boundaries[-1], 4)
 
 
-def _writing_tasks(text: str, count: int, rng: Random) -> Iterator[_Task]:
+def _writing_tasks(text: str, count: int, rng: Random) -> Iterator[dict[str, str]]:
     passages = _passages(text)
     if len(passages) < 2:  # the first has no text before it
         return
@@ -170,7 +164,7 @@ def _writing_tasks(text: str, count: int, rng: Random) -> Iterator[_Task]:
         else:
             points = "\n".join(f"- {_notes(passage[a:b], 5)}" for a, b in _sentences(passage))
             question = f"Expand this outline to the next passage, in the style of the text:\n{points}"
-        yield _Task(f"writing-{kind}", document, question, passage)
+        yield {"document": document, "question": question, "answer": passage, "kind": f"writing-{kind}"}
 
 
 _STOP_WORDS = """
@@ -199,8 +193,8 @@ def _passages(text: str) -> list[tuple[int, int]]:
     for start, end in _sentences(text):
         begin = start if begin is None else begin
         size = len(text[begin:end].split())
-        if size >= _MIN_PASSAGE:
-            passages += [(begin, end)] if size <= _MAX_PASSAGE else []
+        if size >= _MIN_PASSAGE_WORDS:
+            passages += [(begin, end)] if size <= _MAX_PASSAGE_WORDS else []
             begin = None
     return passages
 

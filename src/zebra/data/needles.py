@@ -34,8 +34,7 @@ class Sample:
     """A prompt and its answers.
 
     Attributes:
-        task: its name in `TASKS`.
-        ids: the prompt, exactly as long as was asked.
+        ids: the prompt.
         answers: what a right continuation contains, in any order.
         distractors: wrong answers, of the same number of tokens; those of other keys in the text come first.
         needle_starts: where in `ids` each needle begins; empty where the answer depends on the whole text.
@@ -60,9 +59,6 @@ class SampleGenerator:
 
     Args:
         haystack: documents to hide needles in, as tokens (n,); noise, a few sentences over and over, where None.
-
-    Example:
-        >>> SampleGenerator(tokenizer).samples("passkey", length=1024, depth=0.5, count=20, seed=0)
     """
 
     def __init__(self, tokenizer: Tokenizer, haystack: Iterable[NDArray[np.integer[Any]]] | None = None):
@@ -72,10 +68,9 @@ class SampleGenerator:
     def samples(
         self, task: str, *, length: int, depth: float | None = None, count: int = 1, seed: int = 0
     ) -> list[Sample]:
-        """Samples of one task, length and depth.
+        """Samples of one task: prompts of `length` tokens.
 
         Args:
-            length: tokens of each prompt.
             depth: 0 to 1, see `zebra.data.haystack.place_needles`; ignored by the tasks in `WITHOUT_DEPTH`.
 
         Raises:

@@ -25,14 +25,12 @@ IGNORE = -100
 
 
 class Documents(Protocol):
-    """Tokenised documents, such as a corpus or what is drawn of several."""
+    """Tokenised documents, such as a corpus: `lengths` (documents,), and document `i` (lengths[i],)."""
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document, (documents,)."""
+    def lengths(self) -> NDArray[np.int64]: ...  # noqa: D102
 
-    def __getitem__(self, i: int) -> NDArray[np.integer[Any]]:
-        """The tokens of document `i`, (lengths[i],)."""
+    def __getitem__(self, i: int) -> NDArray[np.integer[Any]]: ...
 
 
 @dataclass(frozen=True)

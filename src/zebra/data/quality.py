@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from zebra.data.conversations import Conversation
 
-FAULTS = ("empty answer", "encoding", "language", "copied answer", "duplicate", "leak")
 NGRAM = 13
 _LEAK_SHARE = 0.1
 _COPIED_WORDS = 50

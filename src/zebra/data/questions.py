@@ -22,15 +22,11 @@ DISTRACTORS = 9
 
 @dataclass
 class SampleParts:
-    """The parts of a sample, before its length is known.
+    """The parts of a sample, before its length is known; `needles` are sentences that state the answers.
 
     Attributes:
-        instruction: what the prompt begins with.
-        query: what it ends with: the question, and the beginning of its answer.
-        answers: the right values.
+        query: the question, and the beginning of its answer.
         distractors: wrong values; those of other keys in the text come first.
-        needles: sentences that state the answers.
-        distractor_needles: sentences about other keys.
         entry_haystack: whether the haystack is entries like the needles.
         word_counts: of n words, how often each word occurs, the answers first; None where the text is no list of words.
     """

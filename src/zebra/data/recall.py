@@ -92,12 +92,7 @@ class RecallGenerator:
         self._symbols = list(dict.fromkeys(token for number in numbers for token in number.ids))
 
     def sequence(self, length: int, rng: Random, *, longest: int, symbols: float = 1.0) -> dict[str, Tensor]:
-        """`length` tokens of documents: `input_ids`, `position_ids` and `labels`, each (length,), int64.
-
-        Args:
-            longest: tokens of the longest document.
-            symbols: see `document`.
-        """
+        """Documents of at most about `longest` tokens: `input_ids`, `position_ids`, `labels`, each (length,), int64."""
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
