@@ -78,17 +78,10 @@ def composition(results: list[Result]) -> Section:
     """What each run was trained on, by length and kind."""
     blocks: list[str | Table | Figure] = []
     for i, (run, counts) in enumerate(split(results, lambda one: one.run).items(), start=1):
-        caption = (
-            f"{run}: conversations trained on, shares of the samples (left) and of the tokens (right), by length and "
-            "kind"
-        )
-        plots = [partial(_plot_shares, counts=_of(counts, metric), metric=metric) for metric in _METRICS]
+        caption = f"{run}: conversations trained on by length and kind, shares of the samples and of the tokens"
+        plots = [partial(_plot_shares, counts=counts, metric=metric) for metric in _METRICS]
         blocks += [Figure(f"instructions-{i}", plots, caption, counts, height=2.8), _composition_table(counts)]
     return Section("What it was tuned on", blocks)
-
-
-def _of(counts: Results, metric: str) -> list[Result]:
-    return [one for one in counts if one.metric == metric]
 
 
 def _total(counts: Results) -> float:
@@ -100,28 +93,30 @@ def _kind(result: Result) -> str:
 
 
 def _composition_table(counts: list[Result]) -> Table:
-    def share(results: Results, metric: str) -> Cell:
-        here, every = _of(results, metric), _of(counts, metric)
+    by_metric = split(counts, lambda one: one.metric)
+
+    def share(here: Results) -> Cell:
         if not here:
             return Cell("0")
+        every = by_metric[here[0].metric]
         return Cell(f"{here[0].value:,.0f}", percent(here[0].value / _total(every), 0), None, here, every)
 
-    def answered(results: Results) -> Cell:
-        both = [*_of(results, "answer_tokens"), *_of(results, "tokens")]
+    def answered(here: Results) -> Cell:
+        both = [one for metric in ("answer_tokens", "tokens") for one in here if one.metric == metric]
         if len(both) < 2 or not both[1].value:
             return Cell("–")
         return Cell(percent(both[0].value / both[1].value, 0), results=both)
 
     groups = split(counts, lambda one: (_kind(one), one.position_from or 0))
     lines = [([Cell(kind), Cell(f"{start:,}+")], here) for (kind, start), here in groups.items()]
-    columns = [(Cell(metric), partial(share, metric=metric)) for metric in _METRICS]
-    return table(
-        "", [Cell("kind"), Cell("length", "tokens")], lines, [*columns, (Cell("answers", "of the tokens"), answered)]
-    )
+    columns = [(Cell(metric), where(share, metric=metric)) for metric in _METRICS]
+    columns.append((Cell("answers", "of the tokens"), answered))
+    return table("", [Cell("kind"), Cell("length", "tokens")], lines, columns)
 
 
 def _plot_shares(axes: Axes, counts: list[Result], metric: str) -> None:
     """Stacked bars of the kinds, a bar for each length."""
+    counts = [one for one in counts if one.metric == metric]
     starts = sorted({one.position_from or 0 for one in counts})
     base = [0.0] * len(starts)
     for kind, here in split(counts, _kind).items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from zebra.report.page import Cell, Section, Table
-from zebra.report.pivot import Results, Show, interval_cell, split, table, value_cell
+from zebra.report.pivot import Results, Show, interval_cell, split, table
 from zebra.report.series import FULL, number, percent
 from zebra.results import Result
 
@@ -26,36 +28,35 @@ _WORKLOADS = {
 }
 
 
-def benches(results: list[Result]) -> Section:
-    """A table for each task and length, and one of ceilings."""
-    several = len({one.run for one in results}) > 1
-    groups = split(results, lambda one: (one.task == CEILINGS, one.run, one.task, one.length))
-    tables = [_table(here, several=several) for (is_ceiling, *_), here in groups.items() if not is_ceiling]
-    ceilings = [one for one in results if one.task == CEILINGS]
-    if ceilings:
-        body = [[Cell(one.model, one.run if several else ""), Cell(_rate(one), results=[one])] for one in ceilings]
-        tables.append(Table(f"ceilings of {ceilings[0].device}", [Cell(""), Cell("measured")], body))
-    return Section("Measured speed", [HOW, *tables] if results else [])
-
-
-def _mebibytes(results: Results) -> Cell:
-    return value_cell(results, lambda value: number(value / 2**20))
-
-
-def _share(results: Results) -> Cell:
-    return value_cell(results, percent)
-
-
+_RATES = {"flops_per_second": (1e9, "GFLOP/s"), "bytes_per_second": (1e9, "GB/s"), "bytes": (2**30, "GiB")}
+_MEBIBYTES = partial(interval_cell, text=lambda value: number(value / 2**20))
+_SHARE = partial(interval_cell, text=percent)
 _COLUMNS: dict[str, tuple[Cell, Show]] = {
     _TIME: (Cell("milliseconds", "least–most"), interval_cell),
-    "planned_milliseconds": (Cell("planned", "ms"), value_cell),
-    "extra_bytes": (Cell("extra", "MiB"), _mebibytes),
-    "peak_bytes": (Cell("whole process", "MiB"), _mebibytes),
-    "share_of_peak": (Cell("of the peak", "computed"), _share),
-    "useful_share_of_peak": (Cell("of the peak", "asked for"), _share),
-    "tokens_per_second": (Cell("tokens", "per second"), value_cell),
+    "planned_milliseconds": (Cell("planned", "ms"), interval_cell),
+    "extra_bytes": (Cell("extra", "MiB"), _MEBIBYTES),
+    "peak_bytes": (Cell("whole process", "MiB"), _MEBIBYTES),
+    "share_of_peak": (Cell("of the peak", "computed"), _SHARE),
+    "useful_share_of_peak": (Cell("of the peak", "asked for"), _SHARE),
+    "tokens_per_second": (Cell("tokens", "per second"), interval_cell),
 }
 """The columns by the start of a metric; the rest of a metric's name is the workload."""
+
+
+def benches(results: list[Result]) -> Section:
+    """A table for each task and length of each run, and one of the ceilings of all."""
+    several = len({one.run for one in results}) > 1
+    ceilings = [one for one in results if one.task == CEILINGS]
+    timed = split((one for one in results if one.task != CEILINGS), lambda one: (one.run, one.task, one.length))
+    tables = [_table(here, f"{run}: " if several else "") for (run, *_), here in timed.items()]
+    if ceilings:
+        body = []
+        for one in ceilings:
+            size, unit = _RATES.get(one.metric, (1, one.metric))
+            rate = Cell(f"{number(one.value / size)} {unit}", results=[one])
+            body.append([Cell(one.model, one.run if several else ""), rate])
+        tables.append(Table(f"ceilings of {ceilings[0].device}", [Cell(""), Cell("measured")], body))
+    return Section("Measured speed", [HOW, *tables] if results else [])
 
 
 def _split_metric(result: Result) -> tuple[str, str]:
@@ -64,40 +65,30 @@ def _split_metric(result: Result) -> tuple[str, str]:
     return column, result.metric.removeprefix(column)
 
 
-def _table(results: list[Result], *, several: bool) -> Table:
+def _table(results: list[Result], run: str) -> Table:
     by_metric = split(results, _split_metric)
+    columns = split(results, lambda one: _split_metric(one)[0])
 
-    def at(here: Results, column: str) -> list[Result]:
+    def at(column: str, here: Results) -> list[Result]:
         return [one for one in here if _split_metric(one)[0] == column]
 
     def ratio(here: Results) -> Cell:
         """To the first line of the same workload."""
-        both = [by_metric[_split_metric(one)][0] for one in at(here, _TIME)] + at(here, _TIME)
-        if not both or not both[0].value:
-            return Cell("–")
-        return Cell(f"{both[1].value / both[0].value:.2f}", results=both)
+        both = [one for time in at(_TIME, here) for one in (by_metric[_split_metric(time)][0], time)]
+        text = f"{both[1].value / both[0].value:.2f}" if both and both[0].value else "–"
+        return Cell(text, results=both)
 
-    lines = [
-        ([Cell(model, " ".join(filter(None, (layout, _WORKLOADS.get(workload, workload)))))], here)
-        for (model, layout, workload), here in split(
-            results, lambda one: (one.model, one.layout, _split_metric(one)[1])
-        ).items()
-        if at(here, _TIME) or at(here, "peak_bytes")
-    ]
-    columns: list[tuple[Cell, Show]] = []
+    lines = []
+    variants = split(results, lambda one: (one.model, one.layout, _split_metric(one)[1]))
+    for (model, layout, workload), here in variants.items():
+        if at(_TIME, here) or at("peak_bytes", here):
+            lines.append(([Cell(model, f"{layout} {_WORKLOADS.get(workload, workload)}".strip())], here))
+    shown: list[tuple[Cell, Show]] = []
     for column, (head, show) in _COLUMNS.items():
-        if at(results, column):
-            columns.append((head, lambda here, column=column, show=show: show(at(here, column))))  # type: ignore[misc]
-            columns += [(Cell("times", "the first"), ratio)] if column == _TIME else []
+        if column in columns:
+            shown.append((head, lambda here, column=column, show=show: show(at(column, here))))  # type: ignore[misc]
+        if column == _TIME and column in columns:
+            shown.append((Cell("times", "the first"), ratio))
     length = "" if results[0].length is None else f", {results[0].length:,} tokens"
-    title = (f"{results[0].run}: " if several else "") + results[0].task.removeprefix("bench ") + length
-    return table(title, [Cell("variant", f"{FULL} or stripes")], lines, columns)
-
-
-def _rate(result: Result) -> str:
-    size, unit = {
-        "flops_per_second": (1e9, "GFLOP/s"),
-        "bytes_per_second": (1e9, "GB/s"),
-        "bytes": (2**30, "GiB"),
-    }.get(result.metric, (1, result.metric))
-    return f"{number(result.value / size)} {unit}"
+    title = run + results[0].task.removeprefix("bench ") + length
+    return table(title, [Cell("variant", f"{FULL} or stripes")], lines, shown)

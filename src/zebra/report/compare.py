@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from zebra.report import retrieval, tasks
+from zebra.report import tasks
 from zebra.report.benches import CEILINGS
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, split, table, where
-from zebra.report.series import overlap, percent, series_of
+from zebra.report.series import overlap, percent, series_of, task_name
 from zebra.results import Result
 
 HOW = (
@@ -57,9 +57,7 @@ def compare(results: Iterable[Result]) -> Section:
 
 def _table(results: list[Result]) -> Table:
     """Two series as columns with their change; more of them as lines."""
-    task = results[0].task
-    names = {"retrieval-": retrieval.name, "harness-": tasks.name, "documents-": tasks.name}
-    title = next((name(task) for start, name in names.items() if task.startswith(start)), task.replace("-", ": ", 1))
+    title = task_name(results[0].task)
     metrics = [*split(results, lambda one: one.metric)]
     measures = split(results, lambda one: (one.metric, one.length))
     heads = {
@@ -73,18 +71,16 @@ def _table(results: list[Result]) -> Table:
         return table(title, [Cell("run")], [([runs[one]], here) for one, here in every.items()], columns)
     columns = [(head, where(tasks.mean_cell, **one._asdict())) for one, head in runs.items()]
 
-    def change(results: Results) -> Cell:
+    def change(here: Results) -> Cell:
         """Between the means of the two series."""
-        sides = [[one for one in results if series_of(one) == series] for series in every]
-        return _change(*sides) if all(sides) and len(sides) == 2 else Cell("–")
+        before, after = ([one for one in here if series_of(one) == series] for series in every)
+        if not before or not after:
+            return Cell("–")
+        change = tasks.mean(after) - tasks.mean(before)
+        plain = f"{change:+,.0f}" if abs(change) >= 1000 else f"{change:+.3g}" if change else "0"
+        text = percent(change, sign="+") if tasks.is_share(before[0]) else plain.replace("-", "−")
+        overlaps = len(before) == len(after) == 1 and overlap(before[0], after[0])
+        return Cell(text, "overlap" if overlaps else "", results=[*before, *after])
 
     lines = [([head], measures[at]) for at, head in heads.items()]
     return table(title, [Cell("metric", "tokens")], lines, [*columns, (Cell("change"), change)])
-
-
-def _change(before: list[Result], after: list[Result]) -> Cell:
-    change = tasks.mean(after) - tasks.mean(before)
-    plain = f"{change:+,.0f}" if abs(change) >= 1000 else f"{change:+.3g}" if change else "0"
-    text = percent(change, sign="+") if tasks.is_share(before[0]) else plain.replace("-", "−")
-    overlaps = len(before) == len(after) == 1 and overlap(before[0], after[0])
-    return Cell(text, "overlap" if overlaps else "", results=[*before, *after])

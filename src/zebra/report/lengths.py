@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import takewhile
 
-from zebra.report import retrieval, tasks
+from zebra.report import tasks
 from zebra.report.figures import Figure, plot_lengths
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, split, table, where
-from zebra.report.series import Series, labels, percent, series_of
+from zebra.report.series import Series, labels, percent, series_of, task_name
 from zebra.results import Result
 
 THRESHOLD = 0.856
@@ -31,12 +32,8 @@ def effective(scores: Mapping[int, float]) -> int | None:
         >>> effective({1024: 1.0, 2048: 0.9, 4096: 0.5, 8192: 0.9})
         2048
     """
-    longest = None
-    for length in sorted(scores):
-        if not scores[length] > THRESHOLD:
-            break
-        longest = length
-    return longest
+    above = [*takewhile(lambda length: scores[length] > THRESHOLD, sorted(scores))]
+    return above[-1] if above else None
 
 
 def score(results: Iterable[Result]) -> float:
@@ -68,18 +65,18 @@ def measures(results: Iterable[Result]) -> dict[str, dict[Series, ByLength]]:
     by_name: dict[str, dict[Series, ByLength]] = defaultdict(dict)
     scored = [one for one in results if one.metric == "accuracy" and one.length is not None]
     retrieved = sorted((one for one in scored if one.task.startswith("retrieval-")), key=lambda one: one.task)
-    for (how, series), here in split(retrieved, lambda one: (retrieval.scoring(one.task), series_of(one))).items():
-        names = [*split(here, lambda one: one.task)]
+    for (how, series), here in split(
+        retrieved, lambda one: (task_name(one.task).rpartition(", ")[2], series_of(one))
+    ).items():
+        names = [task_name(task).rpartition(", ")[0] for task in split(here, lambda one: one.task)]
         if len(names) > 1:
-            means = ", ".join(retrieval.name(task).partition(", by")[0] for task in names)
             complete = {
                 n: same for n, same in _by_length(here).items() if len({one.task for one in same}) == len(names)
             }
-            by_name[f"retrieval, {how}, mean of {means}"][series] = complete
+            by_name[f"retrieval, {how}, mean of {', '.join(names)}"][series] = complete
     for (task, series), here in split(scored, lambda one: (one.task, series_of(one))).items():
         if task.startswith(("retrieval-", "harness-")):
-            name = retrieval.name if task.startswith("retrieval-") else tasks.name
-            by_name[name(task)][series] = _by_length(here)
+            by_name[task_name(task)][series] = _by_length(here)
     return {name: by_series for name, by_series in by_name.items() if any(len(by) > 1 for by in by_series.values())}
 
 

@@ -10,6 +10,7 @@ from zebra.report.pivot import Results, change_words, interval_cell, split, tabl
 from zebra.report.series import (
     FULL,
     Series,
+    Span,
     buckets,
     count,
     percent,
@@ -24,8 +25,8 @@ from zebra.report.series import (
 from zebra.results import Result
 
 HOW = (
-    "How well tokens are predicted, by the number of tokens before them; lower is better. Each value has its 95 % "
-    "interval. The change compares a trained checkpoint with its source."
+    "Perplexity by the number of tokens before a token; lower is better. Each value has its 95 % interval. The change "
+    "compares a trained checkpoint with its source."
 )
 _MANY = 4
 
@@ -59,9 +60,14 @@ def _table(results: list[Result]) -> Table:
         if (source := source_of(series, every)) is not None:
             columns.append((Cell("change"), partial(_change, before=source, after=series)))
     columns.append((Cell("tokens", "scored"), _tokens_scored))
-    by_span, parts = split(results, span_of), buckets(results)
-    lines = [([Cell(span_name(span) if span in parts else "all")], by_span[span]) for span in spans(results)]
+    by_span = split(results, span_of)
+    lines = [([name], by_span[span]) for span, name in _span_cells(results).items()]
     return table(f"{results[0].run}: {_contexts(results[0])}", [Cell("positions")], lines, columns)
+
+
+def _span_cells(results: list[Result]) -> dict[Span, Cell]:
+    parts = buckets(results)
+    return {span: Cell(span_name(span) if span in parts else "all") for span in spans(results)}
 
 
 def _change(results: Results, before: Series, after: Series) -> Cell:
@@ -99,11 +105,8 @@ def training(losses: list[Result], during: list[Result], outside: list[Result]) 
         caption = f"{run}: perplexity by position during training, {convention(task)}"
         blocks.append(Figure(f"during-training-{i}", [plot], caption, scores, height=2.6))
         columns = [
-            (
-                Cell(span_name(span) if span in buckets(scores) else "all"),
-                where(interval_cell, position_from=span[0], position_to=span[1]),
-            )
-            for span in spans(scores)
+            (name, where(interval_cell, position_from=span[0], position_to=span[1]))
+            for span, name in _span_cells(scores).items()
         ]
         lines = [([Cell(count(at))], here) for at, here in points.items()]
         blocks.append(table("", [Cell(unit, "trained")], lines, columns))
@@ -138,14 +141,13 @@ def _perplexity(results: list[Result]) -> list[Cell]:
                 words += change_words(scores[before, span], scores[after, span])
                 words.append(Cell(f" at positions {span_name(span, ' to ')}"))
         return words
-    far = parts[-1]
+    far, start = parts[-1], f"Perplexity at positions {span_name(parts[-1], ' to ')} is "
     shown = [scores[series, far] for series in every if (series, far) in scores]
-    many = len(shown) > _MANY
-    if many:
-        shown.sort(key=lambda one: one.value)
-        shown = [shown[0], shown[-1]]
-    for i, one in enumerate(shown):
-        start = f"Perplexity at positions {span_name(far, ' to ')} is " + ("between " if many else "")
-        words += [Cell(start if not i else " and " if many else ", "), value_cell([one])]
-        words.append(Cell(f" for {series_of(one).name} {one.layout}"))
+    joint = ", "
+    if len(shown) > _MANY:
+        shown = [min(shown, key=lambda one: one.value), max(shown, key=lambda one: one.value)]
+        start, joint = f"{start}between ", " and "
+    for one in shown:
+        name = f" for {series_of(one).name} {one.layout}"
+        words += [Cell(joint if words else start), value_cell([one]), Cell(name)]
     return words

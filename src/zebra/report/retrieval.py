@@ -12,14 +12,13 @@ from matplotlib.colors import to_rgba
 from zebra.report.figures import ACCENT, INK, Figure, plot_cells
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import finite, interval_cell, split, table, where
-from zebra.report.series import labels, percent, series_of
+from zebra.report.series import labels, percent, series_of, task_name
 from zebra.results import Result
 
 HOW = (
-    "The share of answers that were found, by the length of the prompt and the depth of the evidence in it: depth 0 "
-    "is the beginning, 1 the end. By generation, an answer counts if the model's continuation contains it; by "
-    "likelihood, if it is likelier than every wrong answer (guessing finds one in ten). Each share has its 95 % "
-    "interval."
+    "The share of answers found, by the length of the prompt and the depth of the evidence in it: 0 is the beginning, "
+    "1 the end. By generation, an answer counts if the continuation contains it; by likelihood, if it is likelier than "
+    "every wrong answer (guessing finds one in ten). Each share has its 95 % interval."
 )
 _CELLS = 11
 """Cells that fill the width of a page."""
@@ -33,27 +32,15 @@ def retrieval(results: list[Result]) -> Section:
     """A heat map and a table for each task."""
     blocks: list[str | Table | Figure] = [HOW]
     for i, (task, here) in enumerate(split(results, lambda one: one.task).items(), start=1):
-        caption = f"{name(task)}: answers found, by length and depth{_common(here)}"
+        caption = f"{task_name(task)}: answers found, by length and depth{_common(here)}"
         blocks += [_heat_maps(f"retrieval-{i}", caption, here), _table(here)]
     return Section("Retrieval", blocks if results else [])
 
 
-def name(task: str) -> str:
-    """A task's name for people."""
-    task_name, in_text, _ = task.removeprefix("retrieval-").partition("-")[2].partition("-in-text")
-    return f"{task_name}{' in own text' if in_text else ''}, {scoring(task)}"
-
-
-def scoring(task: str) -> str:
-    """How a task is scored, for people."""
-    how = task.removeprefix("retrieval-").partition("-")[0]
-    return f"by {'generation' if how == 'generate' else how}"
-
-
 def _common(results: Iterable[Result]) -> str:
     """The run and model of a figure, where it has one."""
-    names = {f"{series.run}: {series.name}" for series in map(series_of, results)}
-    return f"; {names.pop()}" if len(names) == 1 else ""
+    names = {f"; {series.run}: {series.name}" for series in map(series_of, results)}
+    return names.pop() if len(names) == 1 else ""
 
 
 def _lengths(results: Iterable[Result]) -> list[int]:
@@ -78,7 +65,7 @@ def _table(results: list[Result]) -> Table:
     columns = [(Cell(f"{length:,}", "tokens"), where(show, length=length)) for length in _lengths(results)]
     counts = sorted({one.n for one in results if one.n is not None})
     samples = f", {' or '.join(f'{n:,}' for n in counts)} samples a cell" if counts else ""
-    title = f"{name(results[0].task)}{_common(results)}{samples}"
+    title = f"{task_name(results[0].task)}{_common(results)}{samples}"
     return table(title, [Cell("model"), Cell("depth")], lines, columns)
 
 

@@ -112,6 +112,21 @@ def _kind(one: Result) -> str:
     return "speed" if (one.task, one.metric) == ("speed", "evaluation_tokens_per_second") else "other"
 
 
+def task_name(task: str) -> str:
+    """A task's name for people: `needle in own text, by generation` for `retrieval-generate-needle-in-text`."""
+    if task.startswith("documents-check-"):
+        return f"the data of {task.removeprefix('documents-check-')}"
+    kind, _, rest = task.partition("-")
+    if kind == "harness":
+        return rest
+    if kind not in ("retrieval", "documents"):
+        return task.replace("-", ": ", 1)
+    scoring, _, name = rest.partition("-")
+    if kind == "retrieval":
+        name = name.replace("-in-text", " in own text")
+    return f"{name}, by {'generation' if scoring == 'generate' else scoring}"
+
+
 def step(result: Result) -> int | None:
     """The step of a result that was measured during training, whose model is named `<run>@<step>`."""
     step = result.model.rpartition("@")[2]

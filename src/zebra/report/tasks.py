@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, finite, interval_cell, split, table, where
-from zebra.report.series import number, percent, series_of
+from zebra.report.series import number, percent, series_of, task_name
 from zebra.results import Result
 
 _CHECK = "documents-check-"
 _SHARES = ("acc", "acc_norm", "accuracy", "exact_match", "em", "f1", "rouge1", "rouge2", "rougeL")
 HOW = (
-    "Tasks of the lm-evaluation-harness, and questions about documents, by the length in tokens that the model was "
-    "given to read. ROUGE and F1 are against the best reference answer; a log-likelihood is in nats per token of the "
-    "reference answers. Where the data were checked, a table gives the share of items with each fault. Each value has "
-    "its 95 % interval."
+    "Tasks of the lm-evaluation-harness, and questions about documents, by the tokens that the model read. ROUGE and "
+    "F1 are against the best reference answer; a log-likelihood is in nats per token of the reference answers. A check "
+    "of the data gives the share of items with each fault. Each value has its 95 % interval."
 )
 
 
@@ -34,19 +33,8 @@ def _table(results: list[Result]) -> Table:
         for length in sorted({one.length for one in results}, key=lambda length: length or 0)
     ]
     corner = Cell("share of items" if task.startswith(_CHECK) else "metric")
-    title = f"{series.run}: {name(task)}, {series.name} {series.layout}{items}"
+    title = f"{series.run}: {task_name(task)}, {series.name} {series.layout}{items}"
     return table(title, [corner], lines, columns)
-
-
-def name(task: str) -> str:
-    """A task's name for people."""
-    if task.startswith(_CHECK):
-        return f"the data of {task.removeprefix(_CHECK)}"
-    kind, _, rest = task.partition("-")
-    if kind == "harness":
-        return rest
-    score, _, file = rest.partition("-")
-    return f"{file}, by {'generation' if score == 'generate' else score}"
 
 
 def is_share(result: Result) -> bool:
@@ -63,9 +51,9 @@ def mean_cell(results: Results) -> Cell:
     """The mean of results, in percent where they are shares; of a single one, with its interval."""
     if not results:
         return Cell("–")
-    share = is_share(results[0])
+    text = percent if is_share(results[0]) else number
     if len(results) > 1:
-        return Cell(percent(mean(results)) if share else number(mean(results)), results=results)
-    if share:
+        return Cell(text(mean(results)), results=results)
+    if text is percent:
         return interval_cell(results, percent, lambda bound: f"{100 * bound:.1f}")
     return interval_cell(results, between=" to ")
