@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 import zebra
 from zebra import ZebraError
 from zebra.data.needles import SampleGenerator
-from zebra.evaluate import selection
 from zebra.evaluate.calibration import SHARE, CalibrationBatch, batches_of, long_range, task_sequences
 from zebra.evaluate.losses import Losses, selection_folder
 from zebra.evaluate.search import greedy, once, strides
 from zebra.evaluate.selection import select
+from zebra.evaluate.target import EvalTarget
 from zebra.model.layerwise import Layerwise
 from zebra.model.loss import head_of, token_losses
 from zebra.plan.budget import Budget
@@ -299,7 +299,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_bad_input_is_refused_before_the_model_is_loaded(
     changes: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection, "load", None)
+    monkeypatch.setattr(EvalTarget, "load", None)
     given = GIVEN | changes
     with pytest.raises(ZebraError, match=why):
         select(STORIES, given.pop("budget", 2), work=tmp_path / "work", **given)

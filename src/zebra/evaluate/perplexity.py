@@ -160,7 +160,7 @@ def evaluate_perplexity(
         check_only: load no model; the results are the tokens that it would read.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
     """
-    target = EvalTarget(checkpoint, needs_cache=prompt is not None, **loading)
+    target = EvalTarget(checkpoint, purpose=None if prompt is None else "generating", **loading)
     check_learned_positions(target.config, max(lengths))
     corpus = read_corpus(text, Encoder.of(target.tokenizer), separator=separator, field=field, num_proc=num_proc)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}

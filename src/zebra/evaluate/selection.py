@@ -39,11 +39,12 @@ from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.losses import Losses, selection_folder
 from zebra.evaluate.perplexity import evaluating
 from zebra.evaluate.search import global_layers, greedy, once, strides
+from zebra.evaluate.target import EvalTarget
 from zebra.files import atomic_write
-from zebra.model.checkpoint import checkpoint_digest, load_tokenizer, read_config
+from zebra.model.checkpoint import checkpoint_digest
 from zebra.model.families import FULL, stripes_of, with_stripes
-from zebra.model.load import device_name, load, read_device, read_dtype
-from zebra.model.rope import as_rope, refuse_changing_rope
+from zebra.model.load import read_device
+from zebra.model.rope import as_rope
 from zebra.plan.budget import Budget
 from zebra.plan.cost import BYTES, Run
 from zebra.plan.decoder import decoder_from_config
@@ -102,15 +103,20 @@ def select(
     """
     local = Stripes.parse(f"L:{window}")
     _check(order, local.window, length, text, tasks, samples)
-    device = read_device(device)
-    kwargs: dict[str, Any] = {} if dtype is None else {"dtype": read_dtype(dtype)}
-    config = as_rope(rope).apply(read_config(checkpoint))
+    target = EvalTarget(checkpoint, purpose="converting", rope=rope, dtype=dtype, device=device)
+    config, tokenizer = target.config, target.tokenizer
     stripes = stripes_of(config)
     types = stripes.layer_types(config.num_hidden_layers) if stripes else [GLOBAL] * config.num_hidden_layers
     source = "".join("G" if kind == GLOBAL else "L" for kind in types)
-    _check_model(config, source, local, length, rope)
-    count = _count(config, source, str(budget), local, length, kwargs.get("dtype") or config.dtype)
-    tokenizer = load_tokenizer(checkpoint, config)
+    which = global_layers(source)
+    if len(which) < 2:
+        raise ZebraError(
+            f"this model has {len(which)} global layers, so there is nothing to choose. Take another source."
+        )
+    for layer in which[0], which[-1]:  # a model whose layers have fixed kinds cannot have one of these
+        with_stripes(config, replace(local, pattern=None, global_layers=(layer,)))
+    target.check_length(length)
+    count = _count(config, source, str(budget), local, length, dtype or config.dtype)
     corpus = read_corpus(text, Encoder.of(tokenizer), separator=separator) if text else None
     if tasks:
         needles = SampleGenerator(tokenizer, corpus)
@@ -120,12 +126,11 @@ def select(
         sequences = text_sequences(corpus, length, samples)
     batches = batches_of(sequences, seed)
     cost = SearchCost.of(source, count, order, batches)
-    columns: dict[str, Any] = {"run": run, "model": str(checkpoint), "length": length}
     if check_only:
-        layout = replace(local, pattern=None, global_layers=tuple(global_layers(source)[:count]))
+        layout = replace(local, pattern=None, global_layers=tuple(which[:count]))
+        columns = target.columns() | {"layout": str(layout), "task": "selection-cost", "metric": "tokens"}
         tokens = cost.passes * cost.sequences * length
-        columns |= {"task": "selection-cost", "metric": "tokens", "layout": str(layout)}
-        return Selection(layout, [Result(value=tokens, **columns)])
+        return Selection(layout, [Result(run=run, length=length, value=tokens, **columns)])
     with ExitStack() as stack:
         folder = None
         if work is not None:
@@ -135,19 +140,19 @@ def select(
                 "window": str(window),
                 "seed": seed,
                 "dtype": str(dtype),
-                "device": device,
+                "device": read_device(device),
                 "sequences": _digest(batches),
                 "versions": versions(),
             }
             folder = stack.enter_context(selection_folder(Path(work), inputs))
-        console.print(f"{count} of {source.count('G')} layers stay global, {order}: {cost}", soft_wrap=True)
-        model = load(checkpoint, rope=rope, **kwargs).to(device)
+        console.print(f"{count} of {len(which)} layers stay global, {order}: {cost}", soft_wrap=True)
+        model = target.load()
         stack.enter_context(evaluating(model))
         if not tasks:
             _score_long_range(model, batches, local.window, folder)
         losses = Losses(model, batches, local.window, local.sinks, folder)
         layouts = _search(losses, source, count, order, cost)
-        columns |= {"seed": seed, "device": device_name(model.device)}
+        columns = {"run": run, "length": length, "seed": seed} | target.columns(model)
         data = "+".join(dict.fromkeys(tasks)) or "text"
         results = [*_results(losses, layouts, source, local, data, columns)]
         if folder is not None:
@@ -170,24 +175,6 @@ def _check(order: str, window: int, length: int, text: Sequence[str], tasks: Seq
         raise ZebraError(
             f"in a length of {length:,} tokens nothing is beyond a window of {window:,}, so that no layer is needed. "
             "Take a longer length, several times the window."
-        )
-
-
-def _check_model(config: PreTrainedConfig, source: str, local: Stripes, length: int, rope: str | None) -> None:
-    """Reject a model that cannot be converted, before anything is measured."""
-    refuse_changing_rope(config, "converting")
-    which = global_layers(source)
-    if len(which) < 2:
-        raise ZebraError(
-            f"this model has {len(which)} global layers, so there is nothing to choose. Take another source."
-        )
-    for layer in which[0], which[-1]:  # a model whose layers have fixed kinds cannot have one of these
-        with_stripes(config, replace(local, pattern=None, global_layers=(layer,)))
-    trained = getattr(config, "max_position_embeddings", None)
-    if trained is not None and length > trained and as_rope(rope).kind != "base":
-        raise ZebraError(
-            f"a length of {length:,} tokens passes the {trained:,} positions that this model was trained for. "
-            "Take a shorter one, a rope such as yarn:8, or a checkpoint that was adapted."
         )
 
 
@@ -296,9 +283,8 @@ def _results(
     def result(kind: str, kinds: str, metric: str, sums: Any, **more: Any) -> Result:
         mean = bootstrap(sums, counts, columns["seed"])
         layout = FULL if "L" not in kinds else str(_stripes(kinds, local))
-        task = f"selection-{kind}-{data}"
-        values = {"n": int(counts.sum()), **mean._asdict(), **columns} | more
-        return Result(layout=layout, task=task, metric=metric, **values)
+        values = columns | mean._asdict() | {"layout": layout, "n": int(counts.sum())} | more
+        return Result(task=f"selection-{kind}-{data}", metric=metric, **values)
 
     base, counts = losses.sums(source)
     yield result("source", source, "layers", base, value=len(source), n=None, low=None, high=None)

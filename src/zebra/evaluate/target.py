@@ -21,7 +21,7 @@ class EvalTarget:
     """A checkpoint and how it is loaded. Everything that can fail without the weights fails here.
 
     Args:
-        needs_cache: whether the measurement reads a prompt into a cache.
+        purpose: what needs a rope that does not change with length, such as "generating"; None allows every rope.
         loading: the fields of `LoadOptions`.
 
     Attributes:
@@ -31,23 +31,23 @@ class EvalTarget:
         reach: the longest text that the model is made for; None where it is unknown, as with another base of the rope.
 
     Raises:
-        ZebraError: options that do not fit the checkpoint; with a cache, a rope that changes with length.
+        ZebraError: options that do not fit the checkpoint; a rope that changes with length, with a purpose.
     """
 
-    def __init__(self, checkpoint: str | os.PathLike[str], *, needs_cache: bool = True, **loading: Any):
+    def __init__(self, checkpoint: str | os.PathLike[str], *, purpose: str | None = "generating", **loading: Any):
         self._options = LoadOptions(**loading)
         self._options.check()
         self.checkpoint = str(checkpoint)
         self.config = self._options.config(checkpoint)
-        if needs_cache:
-            refuse_changing_rope(self.config, "generating")
+        if purpose is not None:
+            refuse_changing_rope(self.config, purpose)
         self.self_extend = self._options.self_extend_setting(self.config)
         self.tokenizer = load_tokenizer(checkpoint, self.config)
         other_base = as_rope(self._options.rope).kind == "base"
         self.reach = None if other_base else longest_text(self.config, self.self_extend)
 
-    def check_length(self, length: int, beyond: bool) -> None:
-        """Reject a length beyond `reach`, or warn of it with `beyond`.
+    def check_length(self, length: int, beyond: bool | None = None) -> None:
+        """Reject a length beyond `reach`, or warn of it with `beyond`; None is for callers without this option.
 
         Raises:
             ZebraError: a length beyond `reach` without `beyond`; one beyond learned positions.
@@ -58,10 +58,8 @@ class EvalTarget:
         passes = f"a length of {length:,} tokens passes the {self.reach:,} positions that this model "
         passes += f"reaches with Self-Extend {self.self_extend}" if self.self_extend else "was trained for"
         if not beyond:
-            raise ZebraError(
-                f"{passes}. Take a shorter one, a rope such as yarn:8, Self-Extend or an adapted checkpoint, or "
-                "measure there all the same with beyond (--beyond)."
-            )
+            remedy = "" if beyond is None else "; or Self-Extend, or measure there all the same with beyond (--beyond)"
+            raise ZebraError(f"{passes}. Take a shorter one, a rope such as yarn:8, or an adapted checkpoint{remedy}.")
         warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)
 
     def load(self) -> PreTrainedModel:
