@@ -1,4 +1,4 @@
-"""Several verbs as one recipe: each stage once, again when what it depends on changed, the same after any kill."""
+"""Several verbs as one recipe: each stage once, none with changed inputs, the same results after any kill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zebra import ZebraError
 from zebra.files import directory_lock
 from zebra.pipeline.recipe import read_pipeline
 from zebra.pipeline.run import digest_of, inputs_of, plan, run
-from zebra.pipeline.stages import results_in
+from zebra.results import Result, read_results
 
 SEPARATOR = "<|endoftext|>"
 EVALUATION = {
@@ -77,7 +77,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         done = run(read_pipeline(recipe(data, folder)))
-    assert [one.why for one in done] == ["new"] * 6
+    assert [stage["state"] for stage in done] == ["new"] * 6
     return folder / "run"
 
 
@@ -87,36 +87,44 @@ def copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+def results_in(folder: Path) -> list[Result]:
+    file = folder / "results.jsonl"
+    return read_results(file) if file.exists() else []
+
+
 def results(folder: Path) -> list[tuple[Any, ...]]:
-    """What the rows of a pipeline's stages say, but for where things lie and how fast it went."""
-    rows = [row for name in STAGES for row in results_in(folder / name)]
+    """The results of a pipeline's stages, but for where things lie and how fast it went."""
     return [
-        (row.run, row.layout, row.task, row.metric, row.value, row.length, row.position_from, row.low, row.n)
-        for row in rows
-        if row.task != "speed"
+        (one.run, one.layout, one.task, one.metric, one.value, one.length, one.position_from, one.low, one.n)
+        for name in STAGES
+        for one in results_in(folder / name)
+        if one.task != "speed"
     ]
 
 
-def why(path: Path, *overrides: str) -> dict[str, str | None]:
-    return {one.stage.name: one.why for one in plan(read_pipeline(path, overrides))}
+def states(path: Path, *overrides: str) -> dict[str, str]:
+    return {stage["stage"]: stage["state"] for stage in plan(read_pipeline(path, overrides))}
+
+
+DONE = dict.fromkeys(STAGES, "done") | {"report": "new"}
 
 
 # Going through
 
 
 def test_each_stage_hands_its_checkpoint_on(finished: Path) -> None:
-    rows = {name: results_in(finished / name) for name in STAGES}
-    assert [row.layout for row in rows["before"]] == ["full"] * len(rows["before"])
-    models = {name: {row.model for row in rows[name] if row.metric != "loss"} for name in rows}
+    by_stage = {name: results_in(finished / name) for name in STAGES}
+    assert {result.layout for result in by_stage["before"]} == {"full"}
+    models = {name: {one.model for one in by_stage[name] if one.metric != "loss"} for name in by_stage}
     trained = {name: f"{finished}/{name}/model" for name in ("adapt", "tune")}
     assert models["before"] == {str(STORIES)}
     assert models["adapt"] == {f"{finished}/convert/striped", trained["adapt"]}
     assert models["tune"] == {trained["adapt"], trained["tune"]}
     assert models["evaluate"] == {trained["tune"]}
-    assert {row.layout for name in ("adapt", "evaluate") for row in rows[name] if row.task != "cost"} == {"GLLL:33"}
-    assert {row.run for row in rows["evaluate"]} == {"evaluate"}
-    words = AutoTokenizer.from_pretrained(finished / "tune" / "model")
-    assert "Assistant" in words.chat_template
+    assert {one.layout for name in ("adapt", "evaluate") for one in by_stage[name] if one.task != "cost"} == {"GLLL:33"}
+    assert {result.run for result in by_stage["evaluate"]} == {"evaluate"}
+    tokenizer = AutoTokenizer.from_pretrained(finished / "tune" / "model")
+    assert "Assistant" in tokenizer.chat_template
     page = (finished / "report" / "report.html").read_text()
     assert page.count("GLLL:33") > 3
     for name in ("before", "adapt", "tune", "evaluate"):
@@ -129,70 +137,75 @@ def test_an_evaluation_is_that_of_the_verb(finished: Path, data: Path) -> None:
     expected = evaluate_perplexity(
         finished / "tune" / "model", [str(data / "few.txt")], lengths=[256], separator=SEPARATOR
     )
-    results = [row for row in results_in(finished / "evaluate") if row.metric == "perplexity"]
-    assert [row.value for row in results] == [row.value for row in expected]
+    measured = [result for result in results_in(finished / "evaluate") if result.metric == "perplexity"]
+    assert [result.value for result in measured] == [result.value for result in expected]
 
 
 def test_what_is_done_is_not_done_again(finished: Path, data: Path, copy: Path) -> None:
-    before = {file: file.stat().st_mtime_ns for file in copy.rglob("*")}
+    before = {file: file.stat().st_mtime_ns for file in copy.rglob("*") if "report" not in file.parts[-2:]}
     done = run(read_pipeline(recipe(data, copy.parent)))  # in another place, too
-    assert [one.why for one in done] == [None] * 6
-    assert {file: file.stat().st_mtime_ns for file in copy.rglob("*")} == before
+    assert {stage["stage"]: stage["state"] for stage in done} == DONE
+    assert {file: file.stat().st_mtime_ns for file in before} == before
     assert results(copy) == results(finished)
 
 
-def test_a_changed_input_is_named_and_reruns_what_depends_on_it(data: Path, copy: Path, tmp_path: Path) -> None:
+def test_a_changed_input_is_named_and_refused(data: Path, copy: Path, tmp_path: Path) -> None:
     path = recipe(data, tmp_path)
-    assert why(path, "stages.tune.train.max_steps=6") == dict.fromkeys(STAGES) | {
-        "tune": "train.max_steps changed",
-        "evaluate": "after tune",
-        "report": "after tune",
-    }
-    assert why(path, "stages.convert.stripes=GL:33")["convert"] == "stripes changed"
+
+    def refusal(*overrides: str) -> str:
+        with pytest.raises(ZebraError) as error:
+            run(read_pipeline(path, overrides))
+        return str(error.value)
+
+    before = {file: file.stat().st_mtime_ns for file in copy.rglob("*")}
+    assert refusal("stages.tune.train.max_steps=6") == (
+        f"stage tune: {copy}/tune began with other inputs: train.max_steps changed since. "
+        "Restore them to go on with it, or rename that folder."
+    )
+    assert "stripes changed" in refusal("stages.convert.stripes=GL:33")
+    assert "perplexity.lengths changed" in refusal("stages.evaluate.perplexity.lengths=[128]")
     file = data / "long.jsonl"
     text = file.read_text()
     file.write_text(text + "\n")
-    states = why(path)
+    assert f"stage tune: {copy}/tune began with other inputs: {file} changed" in refusal()
     file.write_text(text)
-    assert (states["adapt"], states["tune"], states["report"]) == (None, f"{file} changed", "after tune")
+    assert {file: file.stat().st_mtime_ns for file in copy.rglob("*")} == before
 
-    before = {name: (copy / name / "results.jsonl").read_text() for name in ("tune", "evaluate")}
-    stages = read_pipeline(recipe(data, tmp_path), ["stages.evaluate.perplexity.lengths=[128]"])
-    done = run(stages)
-    assert [one.why for one in done] == [None] * 4 + ["perplexity.lengths changed", "the results of evaluate changed"]
-    assert (copy / "tune" / "results.jsonl").read_text() == before["tune"]
-    assert (copy / "evaluate.1" / "results.jsonl").read_text() == before["evaluate"]
-    assert {row.length for row in results_in(copy / "evaluate")} == {128}
-    assert all(one is None for one in why(path, "stages.evaluate.perplexity.lengths=[128]").values())
+    (copy / "evaluate").rename(copy / "evaluate.128")
+    stages = read_pipeline(path, ["stages.evaluate.perplexity.lengths=[128]"])
+    assert {stage["stage"]: stage["state"] for stage in run(stages)} == DONE | {"evaluate": "new"}
+    assert {result.length for result in results_in(copy / "evaluate")} == {128}
+    assert states(path, "stages.evaluate.perplexity.lengths=[128]") == DONE
+
+
+def test_a_stage_after_one_that_is_to_run_is_refused(data: Path, copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copy / "adapt")
+    with pytest.raises(ZebraError, match=r"stage tune: .*/tune was made from the stage adapt, which is not done"):
+        plan(read_pipeline(recipe(data, tmp_path)))
 
 
 def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_path: Path) -> None:
     path = recipe(data, tmp_path)
     config = copy / "adapt" / "model" / "generation_config.json"
     config.write_text(config.read_text().replace("}", " }"))
-    assert why(path) == dict.fromkeys(STAGES) | {
-        "tune": "its checkpoint changed",
-        "evaluate": "after tune",
-        "report": "after tune",
-    }
+    with pytest.raises(ZebraError, match=r"stage tune: .*its checkpoint changed"):
+        plan(read_pipeline(path))
     shutil.rmtree(copy / "adapt" / "model")
-    assert why(path)["adapt"] == "gone"
-    (copy / "convert.json").unlink()
-    with pytest.raises(ZebraError, match=r"convert exists without its record .*convert\.json\. Move it away"):
+    with pytest.raises(ZebraError, match=r"stage tune: the checkpoint .*adapt/model is gone"):
+        plan(read_pipeline(path))
+    (copy / "convert" / ".inputs.json").unlink()
+    with pytest.raises(ZebraError, match=r"convert exists without the record .*\.inputs\.json\. Rename"):
         plan(read_pipeline(path))
 
 
-def test_a_damaged_record_is_refused_behind_stages_that_are_to_run(data: Path, copy: Path, tmp_path: Path) -> None:
-    path, record = recipe(data, tmp_path), copy / "tune.json"
-    tree = json.loads(record.read_text())
-    for damaged in ("", "[]", json.dumps({"inputs": {}}), json.dumps(tree | {"inputs": 1})):
-        record.write_text(damaged)
-        for more in ([], ["stages.adapt.train.max_steps=6"]):
-            with pytest.raises(ZebraError, match=r"stage tune: .*tune\.json is damaged"):
-                plan(read_pipeline(path, more))
+def test_a_damaged_record_is_refused(data: Path, copy: Path, tmp_path: Path) -> None:
+    for damaged in ("", "1", "[1]"):
+        (copy / "tune" / ".inputs.json").write_text(damaged)
+        with pytest.raises(ZebraError, match=r"stage tune: .*inputs\.json is damaged"):
+            plan(read_pipeline(recipe(data, tmp_path)))
 
 
-def test_a_checkpoint_is_known_by_its_digest_of(finished: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_known_by_its_digest(finished: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(finished / "tune" / "model", tmp_path / "model"))
     whole = digest_of(model)
     assert whole == digest_of(finished / "tune" / "model")
@@ -219,16 +232,9 @@ def test_another_process_at_work_is_refused(data: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_says_what_would_run_and_does_nothing(data: Path, tmp_path: Path, zebra: Zebra) -> None:
     arguments = ("run", recipe(data, tmp_path), "--dry-run")
-    states = {one["stage"]: one["state"] for one in json.loads(zebra(*arguments, "--json").stdout)["stages"]}
-    assert states == {
-        "before": "new",
-        "convert": "new",
-        "adapt": "after convert",
-        "tune": "after adapt",
-        "evaluate": "after tune",
-        "report": "after before",
-    }
-    assert "after convert" in zebra(*arguments).stdout
+    stages = json.loads(zebra(*arguments, "--json").stdout)["stages"]
+    assert [(stage["stage"], stage["state"]) for stage in stages] == [(name, "new") for name in STAGES]
+    assert "convert" in zebra(*arguments).stdout
     assert not (tmp_path / "run").exists()
 
 
@@ -295,8 +301,17 @@ def test_a_report_stands_at_the_end_and_a_launcher_is_refused(
 
 # Kills
 
+BEFORE_RETRIEVAL = """
+from zebra.pipeline import run
+measured = run._measured
+def _measured(name, arguments, checkpoint, **more):
+    if name == "retrieval" and more.get("run") == "{stage}":
+        die()
+    return measured(name, arguments, checkpoint, **more)
+run._measured = _measured
+"""
 KILLS = {
-    "convert": "before the record",
+    "before": BEFORE_RETRIEVAL.format(stage="before"),
     "adapt": """
 from zebra.train import trainer
 shown = trainer._ShowProgress.on_log
@@ -315,34 +330,26 @@ def write_config(config, where):
     written(config, where)
 export.write_config = write_config
 """,
-    "evaluate": """
-from zebra.pipeline import stages
-measured = stages._measured
-def _measured(name, arguments, checkpoint, **more):
-    if name == "retrieval" and more.get("run") == "evaluate":
-        die()
-    return measured(name, arguments, checkpoint, **more)
-stages._measured = _measured
-""",
+    "evaluate": BEFORE_RETRIEVAL.format(stage="evaluate"),
     "report": """
-from zebra.pipeline import stages
+from zebra.pipeline import run
 from zebra.report import page
-written = stages.write_report
-def write_report(rows, html, **more):
+written = run.write_report
+def write_report(results, html, **more):
     if html.parent.name == "report":
         page.html = lambda *_: die()
-    written(rows, html, **more)
-stages.write_report = write_report
+    written(results, html, **more)
+run.write_report = write_report
 """,
 }
-BEFORE_THE_RECORD = """
+BEFORE_A_STAGE = """
 from zebra.pipeline import run
-written = run._write_record
-def _write_record(stage, inputs, *, done):
-    if done and stage.name == "{stage}":
+perform = run._perform
+def _perform(stage, before):
+    if stage.name == "{stage}":
         die()
-    written(stage, inputs, done=done)
-run._write_record = _write_record
+    perform(stage, before)
+run._perform = _perform
 """
 
 
@@ -360,26 +367,26 @@ def killed(path: Path, hook: str) -> None:
 def test_a_kill_in_the_adaptation_changes_nothing(finished: Path, data: Path, tmp_path: Path) -> None:
     path = recipe(data, tmp_path, "convert", "adapt")
     killed(path, KILLS["adapt"])
-    assert json.loads((tmp_path / "run" / "adapt.json").read_text())["done"] is False
-    assert [one.why for one in run(read_pipeline(path))] == [None, "begun"]
-    expected = [row for row in results(finished) if row[0] == "adapt"]
+    assert [stage["state"] for stage in run(read_pipeline(path))] == ["done", "begun"]
+    expected = [result for result in results(finished) if result[0] == "adapt"]
     assert results(tmp_path / "run") == expected
     assert digest_of(tmp_path / "run" / "adapt" / "model") == digest_of(finished / "adapt" / "model")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("when", ["within", "before the record"])
-@pytest.mark.parametrize("stage", KILLS)
+@pytest.mark.parametrize("when", ["within", "before"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_kill_in_each_stage_changes_nothing(
     stage: str, when: str, finished: Path, data: Path, tmp_path: Path
 ) -> None:
     if (stage, when) == ("convert", "within"):
         pytest.skip("a conversion is one rename")
     path = recipe(data, tmp_path)
-    killed(path, KILLS[stage] if when == "within" else BEFORE_THE_RECORD.format(stage=stage))
-    done = {one.stage.name: one.why for one in run(read_pipeline(path))}
+    killed(path, KILLS[stage] if when == "within" else BEFORE_A_STAGE.format(stage=stage))
+    done = [one["state"] for one in run(read_pipeline(path))]
     at = list(STAGES).index(stage)
-    assert list(done.values()) == [None] * at + ["begun"] + ["new"] * (len(STAGES) - at - 1)
+    begun = "begun" if when == "within" and stage != "report" else "new"
+    assert done == ["done"] * at + [begun] + ["new"] * (len(STAGES) - at - 1)
     assert results(tmp_path / "run") == results(finished)
     for name in ("adapt", "tune"):
         assert digest_of(tmp_path / "run" / name / "model") == digest_of(finished / name / "model")
@@ -399,7 +406,7 @@ def test_a_pipeline_from_scratch(data: Path, tmp_path: Path) -> None:
     path.write_text(
         yaml.safe_dump({"run": tree["run"], "stages": {"pretrain": pretrain, **tree["stages"]}}, sort_keys=False)
     )
-    assert [one.why for one in run(read_pipeline(path))] == ["new"] * 3
+    assert [stage["state"] for stage in run(read_pipeline(path))] == ["new"] * 3
     assert zebra.load(tmp_path / "run" / "adapt" / "model").config.vocab_size == 300
     assert "train.max_steps" in inputs_of(read_pipeline(path)[0])
     assert "hidden_size" in json.dumps(inputs_of(read_pipeline(path)[0]))

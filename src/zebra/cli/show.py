@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from zebra.evaluate.selection import Selection
     from zebra.generation import Generated
     from zebra.model.verify import Check
-    from zebra.pipeline.run import StageState
     from zebra.results import Result
     from zebra.study.grid import CellEstimate
     from zebra.train.dry_run import DryRun
@@ -87,16 +86,15 @@ def selection(selection: Selection, converted: dict[str, str] | None, as_json: b
         conversion(converted, as_json)
 
 
-def stages(states: Sequence[StageState], results: Sequence[Result], as_json: bool) -> None:
+def stages(states: Sequence[dict[str, Any]], results: Sequence[Result], as_json: bool) -> None:
     """The stages of a pipeline, and their results."""
-    columns = [state.columns() for state in states]
     if as_json:
-        json({"stages": columns, "results": [result.columns() for result in results]})
+        json({"stages": states, "results": [result.columns() for result in results]})
         return
     _result_tables(results)
     rows = [
         (row["stage"], row["kind"], row["from"], row["state"], f"{row['seconds']:,.1f}" if row["seconds"] else "")
-        for row in columns
+        for row in states
     ]
     _table(["stage", "kind", "from", "state", "seconds"], rows, numbers=slice(4, None))
 

@@ -116,10 +116,7 @@ def run(
     stages = read_pipeline(recipe, set_ or [])
     with show.working():
         from zebra.pipeline import run as pipeline
-        from zebra.pipeline.stages import results_in
 
-        if dry_run:
-            show.stages(pipeline.plan(stages), [], as_json)
-            return
-        states = pipeline.run(stages)
-    show.stages(states, [result for stage in stages for result in results_in(stage.folder)], as_json)
+        states = pipeline.plan(stages) if dry_run else pipeline.run(stages)
+    results = [] if dry_run else [result for stage in stages for result in pipeline.results_in(stage)]
+    show.stages(states, results, as_json)

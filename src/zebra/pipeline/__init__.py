@@ -1,1 +1,1 @@
-"""Several verbs as one recipe: `recipe` reads its stages, `stages` says what each does, `run` goes through them."""
+"""Several verbs as one recipe: `recipe` reads its stages, `run` checks them and goes through them."""

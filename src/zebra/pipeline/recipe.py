@@ -68,6 +68,8 @@ KINDS: dict[str, type[RecipeSection]] = {
 }
 _CHECKPOINTS = {"convert": "striped", "adapt": "model", "tune": "model", "pretrain": "model"}
 """Where in its folder a stage writes a checkpoint."""
+_WRITTEN_LAST = {"convert": "striped", "evaluate": "results.jsonl"}
+"""What a stage writes last; where it is not here, its page."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,6 @@ class Stage:
     Attributes:
         folder: where everything is that it writes.
         source: the checkpoint that it begins with, and `after` the stage that writes it; None where there is none.
-        before: the folders of the stages whose results a report shows, by stage.
     """
 
     name: str
@@ -86,12 +87,19 @@ class Stage:
     recipe: Any
     source: Path | None
     after: str | None
-    before: dict[str, Path]
 
     @property
     def checkpoint(self) -> Path | None:
         """The checkpoint that it writes."""
         return self.folder / _CHECKPOINTS[self.kind] if self.kind in _CHECKPOINTS else None
+
+    @property
+    def state(self) -> str:
+        """new, begun or done, by what it wrote, hidden files aside; a report is new each time."""
+        names = [file.name for file in self.folder.glob("[!.]*")]
+        if self.kind == "report" or not names:
+            return "new"
+        return "done" if _WRITTEN_LAST.get(self.kind, "report.html") in names else "begun"
 
 
 class Pipeline(RecipeSection):
@@ -127,15 +135,14 @@ def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], b
         remedy = f"did you mean {near[0]}?" if near else f"name it so, or write kind: one of {', '.join(KINDS)}."
         raise ZebraError(f"{where}: there is no stage of the kind {kind}; {remedy}")
     source, after = _source(where, kind, section, pipeline.model, before)
-    folders = {name: other.folder for name, other in before.items() if kind == "report" and other.kind != "report"}
-    if kind == "report" and not folders:
+    if kind == "report" and all(other.kind == "report" for other in before.values()):
         raise ZebraError(f"{where}: a report is of the stages before it, and there is none. Move it to the end.")
     if issubclass(KINDS[kind], CheckpointRecipe) or kind == "pretrain":
         keys = {"run": str(folder)} | ({} if kind == "pretrain" else {"model": str(source)})
         if twice := sorted(keys.keys() & section.keys()):
             raise ZebraError(f"{where}: the pipeline sets {' and '.join(twice)} of a stage. Remove it here.")
         section |= keys
-    return Stage(name, kind, folder, checked(section, KINDS[kind], where), source, after, folders)
+    return Stage(name, kind, folder, checked(section, KINDS[kind], where), source, after)
 
 
 def _source(

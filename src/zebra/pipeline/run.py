@@ -1,91 +1,96 @@
-"""A pipeline: stages in their order, each performed once, and again when its inputs have changed.
+"""A pipeline: stages in their order, each performed once.
 
-    <run>/<stage>/        what the stage wrote: a checkpoint, results.jsonl, report.html
-    <run>/<stage>.json    its inputs: its section of the recipe, digests of its checkpoint and its files, zebra's
-                          version; and whether it is done
+    <run>/<stage>/                what the stage wrote: a checkpoint, results.jsonl, report.html
+    <run>/<stage>/.inputs.json    its section of the recipe, digests of its checkpoint and of its files
 
-A finished stage with the same inputs is skipped. One that was killed goes on where its verb can. One whose inputs
-changed begins anew, in an empty folder; its earlier folder is renamed to <run>/<stage>.1, .2, ...
+A stage that is done is skipped, one that was killed goes on where its verb can, one whose inputs changed is rejected.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
+import importlib
+import inspect
 import json
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pydantic import ConfigDict, create_model
+
+from zebra.data.conversations import read_conversations
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError
-from zebra.files import atomic_write, directory_lock
-from zebra.model.checkpoint import checkpoint_digest, read_local_attention
-from zebra.pipeline.recipe import Stage
-from zebra.pipeline.stages import check, perform
+from zebra.evaluate import documents, harness, perplexity, retrieval
+from zebra.evaluate.selection import Selection, select
+from zebra.files import atomic_write, check_inputs, directory_lock
+from zebra.model.checkpoint import (
+    checkpoint_digest,
+    read_config,
+    read_local_attention,
+    write_config,
+    write_zebra_json,
+)
+from zebra.model.load import convert, converted_config
+from zebra.model.load_options import LoadOptions
+from zebra.model.local import LocalAttention
+from zebra.pipeline.recipe import Convert, Stage
 from zebra.progress import console
-from zebra.provenance import versions
+from zebra.report import write_report
+from zebra.results import Result, read_results, write_results
+from zebra.stripes import Stripes
+from zebra.train.chat import Chat
 from zebra.train.directory import flatten
-from zebra.train.recipe import named_files
+from zebra.train.dry_run import dry_run
+from zebra.train.measuring import local_attention_for
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import CheckpointRecipe, RecipeSection, check_files, checked, named_files
+from zebra.train.source import adapted_config, read_source
+from zebra.train.trainer import check_machine
+from zebra.train.tune_recipe import TuneRecipe
 
+_MEASURES: dict[str, Callable[..., Any]] = {
+    "perplexity": perplexity.evaluate_perplexity,
+    "retrieval": retrieval.evaluate_retrieval,
+    "tasks": harness.evaluate_tasks,
+    "documents": documents.evaluate_documents,
+}
+_RECORD = ".inputs.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
-@dataclass(frozen=True)
-class StageState:
-    """A stage, why it runs (None: it was done), and the seconds that it took."""
+def plan(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Check the stages that are not done, and return the state of each.
 
-    stage: Stage
-    why: str | None
-    seconds: float | None = None
-
-    def columns(self) -> dict[str, Any]:
-        """What is printed of it."""
-        stage = self.stage
-        return {
-            "stage": stage.name,
-            "kind": stage.kind,
-            "from": stage.after or (stage.source.name if stage.source else ""),
-            "state": self.why or "done already",
-            "seconds": self.seconds,
-            "folder": str(stage.folder),
-        }
-
-
-def plan(stages: Sequence[Stage]) -> list[StageState]:
-    """Which stages would run; each of those is checked, on placeholders of checkpoints that do not exist yet.
+    A stage whose checkpoint does not exist yet is checked on a placeholder: the files of its source, linked, under the
+    config that the stages before it will write.
 
     Raises:
-        ZebraError: as `check`, and a folder or a record that is not a pipeline's.
+        ZebraError: what a verb rejects before it works, except texts to train on that are too short; a stage whose
+            inputs changed since it began, or that was made from one that is not done.
     """
-    states: dict[str, StageState] = {}
+    placeholders: dict[str | None, Path] = {}
     with TemporaryDirectory() as folder:
         for stage in stages:
-            with _naming(stage, folder):
-                began = _read_record(stage)
-                waits = [name for name in (stage.after, *stage.before) if name and states[name].why is not None]
-                why = f"after {waits[0]}" if waits else _why(stage, began, inputs_of(stage))
-                if why is not None:
-                    before = states[stage.after] if stage.after else None
-                    source = _placeholder(before.stage, folder) if before and before.why else stage.source
-                    check(stage, source, _placeholder(stage, folder))
-                states[stage.name] = StageState(stage, why)
-    return list(states.values())
+            with _naming(stage, folder), warnings.catch_warnings(action="ignore"):
+                if stage.after in placeholders and stage.state != "new":
+                    raise ZebraError(
+                        f"{stage.folder} was made from the stage {stage.after}, which is not done. Rename the folder."
+                    )
+                if _state(stage) != "done":
+                    target = Path(folder, stage.name, stage.checkpoint.name if stage.checkpoint else "")
+                    _check(stage, placeholders.get(stage.after, stage.source), target)
+                    placeholders[stage.name] = target
+    return [_columns(stage, stage.state) for stage in stages]
 
 
-def _placeholder(stage: Stage, folder: str) -> Path:
-    """Where in a temporary folder the placeholder of a stage's checkpoint is."""
-    return Path(folder, stage.name, stage.checkpoint.name if stage.checkpoint else "")
-
-
-def run(stages: Sequence[Stage]) -> list[StageState]:
-    """Go through a pipeline from where it stands.
+def run(stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Go through a pipeline from where it stands, and return the state in which each stage was, and its seconds.
 
     Raises:
         ZebraError: as `plan`; what a stage rejects while it works; another process at work.
@@ -93,111 +98,225 @@ def run(stages: Sequence[Stage]) -> list[StageState]:
     plan(stages)
     states = []
     with directory_lock(stages[0].folder.parent):
-        for at, stage in enumerate(stages, start=1):
+        for i, stage in enumerate(stages):
             with _naming(stage):
-                start, inputs = time.perf_counter(), inputs_of(stage)
-                why = _why(stage, _read_record(stage), inputs)
-                console.print(f"{at} of {len(stages)}, {stage.name}: {why or 'done already'}", soft_wrap=True)
-                if why is not None:
-                    _begin(stage, inputs, why)
-                    perform(stage)
+                start, state = time.perf_counter(), _state(stage)
+                console.print(f"{i + 1} of {len(stages)}, {stage.name}: {state}", soft_wrap=True)
+                if state != "done":
+                    atomic_write(stage.folder / _RECORD, json.dumps(inputs_of(stage), indent=2) + "\n")
+                    _perform(stage, stages[:i])
                     gc.collect()  # the Trainer's cycles hold its model, whose memory the next stage needs
-                    _write_record(stage, inputs, done=True)
-            states.append(StageState(stage, why, time.perf_counter() - start))
+            states.append(_columns(stage, state, time.perf_counter() - start))
     return states
 
 
+def _columns(stage: Stage, state: str, seconds: float | None = None) -> dict[str, Any]:
+    """What is printed of a stage."""
+    source = stage.after or (stage.source.name if stage.source else "")
+    columns = {"stage": stage.name, "kind": stage.kind, "from": source, "state": state}
+    return columns | {"seconds": seconds, "folder": str(stage.folder)}
+
+
 @contextmanager
-def _naming(stage: Stage, folder: str | None = None) -> Iterator[None]:
-    """Errors name the stage, and the checkpoint that a placeholder in `folder` stands for."""
+def _naming(stage: Stage, placeholders: str | None = None) -> Iterator[None]:
+    """Errors name the stage, and the checkpoint that a placeholder in that folder stands for."""
     try:
-        with warnings.catch_warnings(action="ignore") if folder else nullcontext():
-            yield
+        yield
     except ZebraError as error:
-        text = str(error).replace(f"{folder}/", f"{stage.folder.parent}/") if folder else str(error)
+        text = str(error).replace(f"{placeholders}/", f"{stage.folder.parent}/") if placeholders else str(error)
         raise ZebraError(f"stage {stage.name}: {text}") from None
 
 
 # What a stage depends on
 
 
+def _state(stage: Stage) -> str:
+    """The state of a stage, whose inputs are those that it began with."""
+    if stage.state != "new":
+        record = stage.folder / _RECORD
+        if not record.exists():
+            raise ZebraError(f"{stage.folder} exists without the record {record}. Rename the folder.")
+        check_inputs(record, inputs_of(stage), instead="rename that folder")
+    return stage.state
+
+
 def inputs_of(stage: Stage) -> dict[str, str]:
     """All that a stage's results depend on: names to values, or to digests; where the pipeline lies is not among them.
 
     Raises:
-        ZebraError: files that do not exist.
+        ZebraError: files, or a checkpoint, that do not exist.
     """
     section = stage.recipe.model_dump(mode="json", exclude={"run"} | ({"model"} if stage.source else set()))
-    inputs = {"zebra": versions().get("zebra", ""), "kind": stage.kind} | flatten(section)
+    inputs = {"kind": stage.kind} | flatten(section)
     inputs |= {str(file): _digest(file) for file in find_files(named_files(section))}
-    inputs |= {f"the results of {name}": _digest(folder / "results.jsonl") for name, folder in stage.before.items()}
     return inputs | ({"its checkpoint": digest_of(stage.source)} if stage.source else {})
 
 
 def digest_of(checkpoint: Path) -> str:
-    """A digest of a checkpoint: its weights by samples, its other files whole, of zebra.json what it adds to them."""
-    files = [file for file in sorted(checkpoint.iterdir()) if file.is_file()]
-    whole = [file for file in files if file.name != "zebra.json" and not file.name.endswith(_WEIGHTS)]
+    """A digest of a checkpoint: its weights by samples, its other files whole, of zebra.json what it adds to them.
+
+    Raises:
+        ZebraError: there is none.
+    """
+    if not checkpoint.is_dir():
+        raise ZebraError(f"the checkpoint {checkpoint} is gone. Restore it, or rename the folder of its stage.")
     parts = [checkpoint_digest(checkpoint), repr(read_local_attention(checkpoint))]
-    parts += [f"{file.name} {_digest(file)}" for file in whole]
+    for file in sorted(checkpoint.iterdir()):
+        if file.is_file() and file.name != "zebra.json" and not file.name.endswith(_WEIGHTS):
+            parts.append(f"{file.name} {_digest(file)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:
-    if not file.is_file():
-        return ""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-# The record next to a stage
+# What a stage does
 
 
-def _record(stage: Stage) -> Path:
-    return stage.folder.with_name(f"{stage.name}.json")
+def _perform(stage: Stage, before: Sequence[Stage]) -> None:
+    """Run a stage from where it stands."""
+    recipe, page = stage.recipe, stage.folder / "report.html"
+    if stage.kind == "convert" and stage.source and stage.checkpoint:
+        _convert(stage, stage.source, stage.checkpoint)
+    elif stage.kind == "evaluate" and stage.source:
+        results: list[Result] = []
+        for name, arguments in recipe.measures().items():
+            file = stage.folder / f"{name}.jsonl"
+            if not file.exists():
+                write_results(file, _measured(name, arguments, stage.source, run=stage.name))
+            results += read_results(file)
+        write_results(stage.folder / "results.jsonl", results)
+    elif stage.kind == "report":
+        write_report([result for other in before for result in results_in(other)], page, title=recipe.title)
+    else:
+        getattr(importlib.import_module(f"zebra.train.{stage.kind}"), stage.kind)(recipe)
+        write_report(results_in(stage), page)
 
 
-def _read_record(stage: Stage) -> dict[str, Any] | None:
-    """A stage's inputs when it began and whether it is done; None where it never began.
+def results_in(stage: Stage) -> list[Result]:
+    """The results that a stage wrote; none where it wrote none."""
+    file = stage.folder / "results.jsonl"
+    return read_results(file) if file.exists() else []
+
+
+def _convert(stage: Stage, source: Path, target: Path) -> None:
+    recipe = stage.recipe
+    stripes = recipe.stripes
+    if recipe.select is not None:
+        selection = _selected(recipe, source, work=stage.folder / "selection", run=stage.name)
+        write_results(stage.folder / "results.jsonl", selection.results)
+        stripes = selection.stripes
+    convert(source, target, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
+
+
+def _selected(recipe: Convert, source: Path, **more: Any) -> Selection:
+    """The layout that a conversion selects."""
+    kwargs = _keyword_arguments("select", recipe.select or {}, select, without=("rope",))
+    return select(source, **kwargs, rope=recipe.rope, **more)
+
+
+def _measured(name: str, arguments: dict[str, Any], checkpoint: Path, **more: Any) -> list[Result]:
+    """The results of a measurement."""
+    kwargs = _keyword_arguments(name, arguments, _MEASURES[name], LoadOptions)
+    results = _MEASURES[name](checkpoint, **kwargs, **more)
+    return results[0] if name == "documents" else results
+
+
+class _Arguments(RecipeSection):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+def _keyword_arguments(
+    name: str, section: dict[str, Any], *functions: Callable[..., Any], without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A section as keyword arguments of functions, but for those that the pipeline sets.
 
     Raises:
-        ZebraError: a folder without a record; a damaged record.
+        ZebraError: as `checked`.
     """
-    record, folder = _record(stage), stage.folder
-    if not record.exists():
-        if folder.exists():
-            raise ZebraError(f"{folder} exists without its record {record}. Move it away to begin the stage anew.")
-        return None
-    try:
-        tree = json.loads(record.read_text(encoding="utf-8"))
-        return {"inputs": dict(tree["inputs"]), "done": bool(tree["done"])}
-    except (ValueError, TypeError, KeyError):
-        raise ZebraError(f"{record} is damaged. Move it and {folder} away to begin the stage anew.") from None
+    excluded = {"checkpoint", "run", "check_only", "work", *without}
+    parameters = [p for function in functions for p in inspect.signature(function, eval_str=True).parameters.values()]
+    fields: dict[str, Any] = {
+        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is not p.VAR_KEYWORD and p.name not in excluded
+    }
+    return dict(checked(section, create_model(name, __base__=_Arguments, **fields), f"its {name}"))
 
 
-def _why(stage: Stage, began: dict[str, Any] | None, inputs: dict[str, str]) -> str | None:
-    """Why a stage runs; None where it is done."""
-    if began is None:
-        return "new"
-    before = began["inputs"]
-    changed = sorted(name for name in {*inputs, *before} if inputs.get(name) != before.get(name))
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        return f"{', '.join(changed[:3])}{more} changed"
-    if not began["done"]:
-        return "begun"
-    outputs = stage.checkpoint or stage.folder
-    return None if outputs.exists() else "gone"
+# Checked before the first stage works
 
 
-def _begin(stage: Stage, inputs: dict[str, str], why: str) -> None:
-    """Record a stage's inputs; what was written from other inputs is renamed."""
-    if why != "begun" and stage.folder.exists():
-        aside = next(n for n in itertools.count(1) if not stage.folder.with_name(f"{stage.name}.{n}").exists())
-        console.print(f"the earlier {stage.name} is now {stage.folder}.{aside}", soft_wrap=True)
-        stage.folder.rename(stage.folder.with_name(f"{stage.name}.{aside}"))
-    _write_record(stage, inputs, done=False)
+def _check(stage: Stage, source: Path | None, target: Path) -> None:
+    """Check a stage on a checkpoint or its placeholder, and write the placeholder of the one that it will write."""
+    if stage.kind == "convert" and source is not None:
+        _check_conversion(stage.recipe, source, target)
+    elif stage.kind == "evaluate" and source is not None:
+        for name, arguments in stage.recipe.measures().items():
+            if _has_tokenizer(source):
+                _measured(name, arguments, source, check_only=True)
+    elif stage.kind != "report":
+        _check_training(stage.recipe, source, target)
 
 
-def _write_record(stage: Stage, inputs: dict[str, str], *, done: bool) -> None:
-    atomic_write(_record(stage), json.dumps({"inputs": inputs, "done": done}, indent=2) + "\n")
+def _check_conversion(recipe: Convert, source: Path, target: Path) -> None:
+    if recipe.select is None:
+        stripes = Stripes.parse(recipe.stripes or "")
+    elif _has_tokenizer(source):
+        stripes = _selected(recipe, source, check_only=True).stripes
+    else:
+        stripes = Stripes.parse(f"0:{recipe.select.get('window')}")
+    _write_placeholder(target, source, *converted_config(source, stripes, recipe.rope, recipe.full_decode))
+
+
+def _check_training(recipe: Any, source: Path | None, target: Path) -> None:
+    templates: dict[str, str] = {}
+    check_files(recipe)
+    if source is None:
+        check_machine(recipe.train)
+        config = config_of(recipe)
+    else:
+        recipe = recipe.model_copy(update={"model": str(source)})
+        if _has_tokenizer(source):
+            config, tokenizer = read_source(recipe)
+            templates = _check_conversations(recipe, tokenizer) if isinstance(recipe, TuneRecipe) else {}
+        else:
+            config = adapted_config(recipe, read_config(source))
+    dry_run(recipe)
+    if isinstance(recipe, CheckpointRecipe) and recipe.lora is not None and not recipe.lora.merge:
+        target.mkdir(parents=True)
+        (target / "adapter_config.json").touch()  # no whole checkpoint
+    else:
+        _write_placeholder(target, source, config, local_attention_for(recipe), templates)
+
+
+def _check_conversations(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
+    """Read the conversations, and return the template that tuning will write."""
+    importlib.import_module("zebra.train.tune")  # it rejects a machine without trl
+    chat = Chat(tokenizer, recipe.chat_template, recipe.model)
+    data, suites = recipe.data, (recipe.evaluate and recipe.evaluate.suites) or []
+    for files in (data.files, *(one.files for one in data.sources or []), *(suite.files for suite in suites)):
+        if files:
+            read_conversations(files)
+    return {"chat_template.jinja": chat.template} if recipe.chat_template else {}
+
+
+def _has_tokenizer(checkpoint: Path) -> bool:
+    """A placeholder of a model that is trained from scratch has neither tokenizer nor weights."""
+    return any(checkpoint.glob("tokenizer*"))
+
+
+def _write_placeholder(
+    target: Path, source: Path | None, config: Any, local: LocalAttention, templates: dict[str, str] | None = None
+) -> None:
+    """A directory that reads like a checkpoint: the source's files, linked, but for its config and its templates."""
+    target.mkdir(parents=True)
+    for file in source.iterdir() if source is not None else ():
+        if file.name not in ("config.json", "zebra.json", *(templates or {})):
+            (target / file.name).symlink_to(file.resolve())
+    for name, text in (templates or {}).items():
+        (target / name).write_text(text, encoding="utf-8")
+    write_config(config, target)
+    write_zebra_json(target, config, local, source=source)
