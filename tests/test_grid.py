@@ -314,10 +314,11 @@ def test_rows_that_are_damaged_are_said_before_any_cell_runs(
     assert not list((tmp_path / "run" / "cells").glob("*.log"))
 
 
-def test_why_a_cell_failed(few: Path, tmp_path: Path) -> None:
-    (recipe,) = recipes_of(of(tmp_path / "run", few))
-    assert grid._reason(recipe, -9) == "killed by signal 9"
-    assert grid._reason(recipe, 2) == "and its log is gone"
+def test_why_a_cell_failed(tmp_path: Path) -> None:
+    assert grid._reason(tmp_path / "cell", -9) == "killed by signal 9"
+    assert grid._reason(tmp_path / "cell", 2) == "and its log is empty"
+    (tmp_path / "cell.log").write_text("a warning\nzebra: the disk is full\n\n")
+    assert grid._reason(tmp_path / "cell", 2) == "the disk is full"
 
 
 def test_workers_take_the_gpus_that_may_be_used(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,9 +348,10 @@ def points(n: int) -> list[Point]:
         StudyCell(layout, position, 512) for layout in LAYOUTS for position in ("rotary", "alibi", "absolute", "none")
     ]
     cells += [StudyCell(f"GL:{window}", "rotary", 512) for window in (8, 16, 64, 128)]
+    means = [17 + drawn.random() for _ in range(n)]
     return [
-        Point(cell, pairs(cell.layout, 512) / 512, Spread(17 + drawn.random(), 0.02 if i % 2 else None))
-        for i, cell in enumerate(cells[:n])
+        Point(cell, pairs(cell.layout, 512) / 512, Spread(mean, 0.02 if i % 2 else None), mean)
+        for i, (cell, mean) in enumerate(zip(cells, means, strict=False))
     ]
 
 
@@ -374,7 +375,7 @@ def test_no_label_lies_on_another() -> None:
     canvas = matplotlib.figure.Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = canvas.subplots()
     some = points(20)
-    plot_scatter(axes, some, "cost")
+    plot_scatter(axes, some)
     canvas.draw_without_rendering()
     boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}  # without the line to the point
     assert set(boxes) == {point.cell.name for point in some}

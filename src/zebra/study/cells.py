@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zebra.errors import ZebraError
 from zebra.study.model import StudyConfig, attention_kinds
@@ -20,8 +19,7 @@ CELL_KEYS = ("run", "model.attention_kinds", "model.position_embedding", "model.
 """The keys of a recipe that the cells of a grid differ in."""
 
 
-@dataclass(frozen=True)
-class GridCell:
+class GridCell(NamedTuple):
     """One model of a grid; None for an axis that does not concern it."""
 
     attention: str
@@ -46,8 +44,7 @@ def cells_of(grid: StudyRecipe) -> list[GridCell]:
     Raises:
         ZebraError: a recipe without a length or a window that an axis leaves to it.
     """
-
-    model, train = dict(grid.recipe["model"]), dict(grid.recipe.get("train") or {})
+    model, train = grid.recipe["model"], grid.recipe.get("train") or {}
     cells: dict[GridCell, None] = {}
     for axes in grid.cells:
         windows = axes.window or (model.get("sliding_window"),)
@@ -62,16 +59,10 @@ def cells_of(grid: StudyRecipe) -> list[GridCell]:
                 raise ZebraError(
                     f"{attention} layers have a window: give recipe.model.sliding_window, or the axis window."
                 )
-            cell = GridCell(
-                attention=attention,
-                position=position,
-                group=group if attention == "grouped" else None,
-                window=window if attention != "global" else None,
-                block=block if attention == "summary" else None,
-                length=length,
-                seed=seed,
-            )
-            cells[cell] = None
+            of_group = group if attention == "grouped" else None
+            of_window = window if attention != "global" else None
+            of_block = block if attention == "summary" else None
+            cells[GridCell(attention, position, of_group, of_window, of_block, length, seed)] = None
     return list(cells)
 
 
@@ -81,7 +72,6 @@ def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
     Raises:
         ZebraError: a recipe or a model that cannot be built, with the cell's name.
     """
-
     recipes = []
     for cell in cells_of(grid):
         try:
@@ -94,7 +84,6 @@ def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
 
 
 def _recipe_tree(grid: StudyRecipe, cell: GridCell) -> dict[str, Any]:
-
     tree = copy.deepcopy(grid.recipe)
     model, train, evaluate = tree["model"], tree.get("train") or {}, tree.get("evaluate")
     layers = model.get("num_hidden_layers", StudyConfig.num_hidden_layers)

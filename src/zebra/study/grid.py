@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
     with directory_lock(run):
         _check_run(run, recipes)
         recipes = _with_tokenizer(run, recipes)
-        todo = [recipe for recipe in recipes if not _is_finished(recipe)]
+        todo = [recipe for recipe in recipes if not _is_finished(Path(recipe.run))]
         _gather(run, recipes)  # raises for damaged results, before any work
         if len(todo) < len(recipes):
             console.print(f"{len(recipes) - len(todo)} of {len(recipes)} cells are done already", highlight=False)
@@ -75,10 +76,9 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
     if failed:
         (name, reason), more = failed[0], len(failed) - 1
         raise ZebraError(
-            f"{name} failed, {reason.rstrip('.')}"
-            + (f"; and {more} more" if more else "")
-            + f". Every log is {run / 'cells'}/<name>.log, the results of the others are {run / 'results.jsonl'}; "
-            "the same command tries again."
+            f"{name} failed, {reason.rstrip('.')}{f'; and {more} more' if more else ''}. Every log is "
+            f"{run / 'cells'}/<name>.log, the results of the others are {run / 'results.jsonl'}; the same command "
+            "tries again."
         )
     return results
 
@@ -103,19 +103,20 @@ def estimate(grid: StudyRecipe) -> list[CellEstimate]:
     """
     recipes = recipes_of(grid)
     _check_run(Path(grid.run), recipes)
-    return [_estimate(recipe) for recipe in recipes]
-
-
-def _estimate(recipe: PretrainRecipe) -> CellEstimate:
-    config, length = config_of(recipe), recipe.train.length
-    return CellEstimate(
-        cell=Path(recipe.run).name,
-        layout=f"{layout(config)} {config.position_embedding}",
-        parameters=decoder_from_config(config.to_dict(), name=NAME).num_parameters,
-        tokens=recipe.train.max_steps * tokens_per_step(recipe),
-        attention=attention_pairs(config, length) / (config.num_hidden_layers * visible_pairs(length)),
-        done=_is_finished(recipe),
-    )
+    cells = []
+    for recipe in recipes:
+        config, length = config_of(recipe), recipe.train.length
+        full_pairs = config.num_hidden_layers * visible_pairs(length)
+        cell = CellEstimate(
+            cell=Path(recipe.run).name,
+            layout=f"{layout(config)} {config.position_embedding}",
+            parameters=decoder_from_config(config.to_dict(), name=NAME).num_parameters,
+            tokens=recipe.train.max_steps * tokens_per_step(recipe),
+            attention=attention_pairs(config, length) / full_pairs,
+            done=_is_finished(Path(recipe.run)),
+        )
+        cells.append(cell)
+    return cells
 
 
 # The run
@@ -168,20 +169,19 @@ def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Pretra
     return recipes
 
 
-def _is_finished(recipe: PretrainRecipe) -> bool:
-    results = Path(recipe.run) / "results.jsonl"
+def _is_finished(cell: Path) -> bool:
+    results = cell / "results.jsonl"
     return results.exists() and results.stat().st_size > 0
 
 
 def _other_cells(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Path]:
     """Finished cells of the run that are not in the grid."""
-    names = {Path(recipe.run).name for recipe in recipes}
-    finished = sorted(file.parent for file in (run / "cells").glob("*/results.jsonl") if file.stat().st_size)
-    return [cell for cell in finished if cell.name not in names]
+    of_grid = {Path(recipe.run) for recipe in recipes}
+    return [cell for cell in sorted((run / "cells").glob("*/")) if cell not in of_grid and _is_finished(cell)]
 
 
 def _gather(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Result]:
-    cells = [*(Path(recipe.run) for recipe in recipes if _is_finished(recipe)), *_other_cells(run, recipes)]
+    cells = [*filter(_is_finished, (Path(recipe.run) for recipe in recipes)), *_other_cells(run, recipes)]
     results = [one for cell in cells for one in read_results(cell / "results.jsonl")]
     if results:
         write_results(run / "results.jsonl", results)
@@ -213,28 +213,26 @@ def _run(
     """Run cells, `workers` at a time; the names of those that failed, with their reasons."""
     failed: list[tuple[str, str]] = []
     waiting, free = list(todo), list(range(workers))
-    running: dict[int, tuple[PretrainRecipe, subprocess.Popen[bytes]]] = {}
+    running: dict[int, tuple[Path, subprocess.Popen[bytes]]] = {}
     with _signals_collected() as received, bar("cells", len(todo), "cells") as advance:
         try:
             while waiting or running:
                 while waiting and free:
                     worker, recipe = free.pop(0), waiting.pop(0)
-                    running[worker] = recipe, _start(recipe, worker, workers)
+                    running[worker] = Path(recipe.run), _start(recipe, worker, workers)
                 time.sleep(0.2)
                 if received:
                     raise SystemExit(128 + received[0])
-                for worker, (recipe, process) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[worker]
+                ended = [worker for worker, (_, process) in running.items() if process.poll() is not None]
+                for worker in ended:
+                    cell, process = running.pop(worker)
                     free.append(worker)
-                    name = Path(recipe.run).name
                     if process.returncode:
-                        failed.append((name, _reason(recipe, process.returncode)))
+                        failed.append((cell.name, _reason(cell, process.returncode)))
                     _gather(run, recipes)
-                    advance(1, note=name)
+                    advance(1, note=cell.name)
                     if not console.is_terminal:
-                        console.print(f"{name}: {'failed' if process.returncode else 'done'}", highlight=False)
+                        console.print(f"{cell.name}: {'failed' if process.returncode else 'done'}", highlight=False)
         finally:
             for _, process in running.values():
                 process.terminate()
@@ -244,29 +242,23 @@ def _run(
 
 
 def _start(recipe: PretrainRecipe, worker: int, workers: int) -> subprocess.Popen[bytes]:
-    run = Path(recipe.run)
-    path = run.with_name(f"{run.name}.yaml")
+    path = f"{recipe.run}.yaml"
     atomic_write(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     environment = dict(os.environ)
     if gpus := torch.cuda.device_count():
-        visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        named = len(visible) >= gpus and all(visible)
-        environment["CUDA_VISIBLE_DEVICES"] = visible[worker % gpus] if named else str(worker % gpus)
+        visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[worker % gpus]
     else:
         environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // workers))
-    command = [sys.executable, "-m", "zebra", "pretrain", str(path), "--json"]
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    with run.with_name(f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(command, **streams, stderr=log, env=environment)
+    command = [sys.executable, "-m", "zebra", "pretrain", path, "--json"]
+    with Path(f"{recipe.run}.log").open("ab") as log:
+        return subprocess.Popen(command, stdin=DEVNULL, stdout=DEVNULL, stderr=log, env=environment)
 
 
-def _reason(recipe: PretrainRecipe, code: int) -> str:
+def _reason(cell: Path, code: int) -> str:
     """Why a cell failed: the last line of its log, unless it was killed; then the log is older."""
     if code < 0:
         return f"killed by signal {-code}"
-    run = Path(recipe.run)
-    try:
-        lines = run.with_name(f"{run.name}.log").read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return "and its log is gone"
-    return next((line.removeprefix("zebra: ") for line in reversed(lines) if line.strip()), "and its log is empty.")
+    log = Path(f"{cell}.log")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+    return next((line.removeprefix("zebra: ") for line in reversed(lines) if line.strip()), "and its log is empty")

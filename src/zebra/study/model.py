@@ -80,8 +80,8 @@ class StudyConfig(LlamaConfig):
     """The config of a Llama with a kind of attention for each layer, and a position embedding.
 
     Attributes:
-        attention_kinds: of each layer, `global`, `local` or `summary`; by default those of `layer_types`. The caches of
-            transformers read `layer_types`, where a summary layer counts as a full one: it keeps all keys.
+        attention_kinds: of each layer, `global`, `local` or `summary`; by default those of `layer_types`, in which a
+            summary layer is a full one: it keeps all keys.
         position_embedding: `absolute`, `alibi`, `rotary` or `none`.
         window: keys that a local or summary layer sees, the query's own included; another name of `sliding_window`.
         summary_block: tokens of a block.
@@ -127,21 +127,20 @@ class StudyConfig(LlamaConfig):
 
     def validate_study(self) -> None:
         """The fields fit together."""
-        kinds = self.attention_kinds or []
+        kinds, longest = self.attention_kinds or [], self.max_position_embeddings
         if unknown := {*kinds} - {*KINDS}:
             raise ValueError(f"attention_kinds are of {', '.join(KINDS)}; got {', '.join(sorted(unknown))}.")
         if self.position_embedding not in POSITIONS:
             raise ValueError(f"position_embedding is one of {', '.join(POSITIONS)}; got {self.position_embedding!r}.")
         if {*kinds} != {"global"}:
-            window, longest = self.sliding_window, self.max_position_embeddings
+            window = self.sliding_window
             if window is None or not 1 <= window <= longest:
                 raise ValueError(f"local layers have a window from 1 to the {longest} positions; got {window}.")
-        if SUMMARY in kinds and not 1 <= self.summary_block <= self.max_position_embeddings:
-            raise ValueError(f"summary_block is from 1 to {self.max_position_embeddings}; got {self.summary_block}.")
-        if self.num_attention_heads % (self.num_key_value_heads or 1):
-            raise ValueError(
-                f"key-value heads divide the heads; got {self.num_key_value_heads} of {self.num_attention_heads}."
-            )
+        if SUMMARY in kinds and not 1 <= self.summary_block <= longest:
+            raise ValueError(f"summary_block is from 1 to {longest}; got {self.summary_block}.")
+        heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % (key_value_heads or 1):
+            raise ValueError(f"key-value heads divide the heads; got {key_value_heads} of {heads}.")
 
     @property
     def stripes(self) -> SummaryStripes | None:

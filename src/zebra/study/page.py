@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 
 from zebra.report.figures import Figure, plot_loss
 from zebra.report.page import Cell, Chapter, Line, Section, Table
-from zebra.report.series import count, interval, number, span_name
+from zebra.report.series import Span, count, interval, number, span_name
 from zebra.results import Result
 from zebra.study.claims import FAILS, HOLDS, METHOD, UNTESTED, Claim, claims, mean_text
-from zebra.study.pictures import COLOURS, Point, clip, plot_beyond, plot_scatter
+from zebra.study.pictures import COLOURS, Point, plot_beyond, plot_scatter
 from zebra.study.results import ATTENTIONS, POSITIONS, Study, StudyCell, studies_in
-from zebra.study.spread import Scores, spread
+from zebra.study.spread import Scores, Spread, spread
 
 Blocks = list[str | Table | Figure]
 _NAMES = (
@@ -28,6 +29,8 @@ _COUNTS = {
 }
 """Each verdict of one claim, and of several."""
 _DRAWABLE = 1e6
+_FAR = 1.25
+"""Worse perplexities than this many times the best stand at the upper edge: they would press the others together."""
 
 
 def chapters(results: Sequence[Result]) -> list[Chapter]:
@@ -94,28 +97,25 @@ def _ordered(cells: Iterable[StudyCell]) -> list[StudyCell]:
 
 
 def _by_position(study: Study) -> Blocks:
-    lengths = sorted({cell.length for cell in study.runs}, key=lambda length: (length != study.length, length))
-    prose = (
+    blocks: Blocks = [
         "Each cell is read at the length that it was trained at. Beside a mean stands the standard deviation over "
         "seeds; lower is better."
-    )
-    cells = {length: [cell for cell in study.runs if cell.length == length] for length in lengths}
-    return [prose, *(_table(study, cells[length], length, f"trained at {length:,}") for length in lengths)]
+    ]
+    for length in sorted({cell.length for cell in study.runs}, key=lambda length: (length != study.length, length)):
+        cells = [cell for cell in study.runs if cell.length == length]
+        blocks.append(_table(study, cells, length, f"trained at {length:,}"))
+    return blocks
 
 
 def _table(study: Study, cells: Sequence[StudyCell], context: int, title: str) -> Table:
     spans = study.spans(context, cells)
     several = len({cell.length for cell in cells}) > 1
-    names = [Cell("all" if span == (0, context) else span_name(span)) for span in spans]
-    body = [
-        [
-            Cell(study.title(cell) if several else cell.name, cell.attention),
-            Cell(str(len(study.runs[cell]))),
-            *(_mean(study.scores(cell, context, span)) for span in spans),
-        ]
-        for cell in _ordered(cells)
-    ]
-    return Table(f"{title}, contexts of {context:,} tokens", [Cell("cell"), Cell("seeds"), *names], body)
+    head = ["cell", "seeds", *("all" if span == (0, context) else span_name(span) for span in spans)]
+    body = []
+    for cell in _ordered(cells):
+        line = [Cell(study.title(cell) if several else cell.name, cell.attention), Cell(str(len(study.runs[cell])))]
+        body.append([*line, *(_mean(study.scores(cell, context, span)) for span in spans)])
+    return Table(f"{title}, contexts of {context:,} tokens", [*map(Cell, head)], body)
 
 
 def _mean(scores: Scores) -> Cell:
@@ -127,47 +127,48 @@ def _mean(scores: Scores) -> Cell:
 
 
 def _scatter(study: Study, prefix: str) -> Blocks:
-    points: list[Point] = []
+    cells: list[tuple[StudyCell, float, Spread]] = []
     results: list[Result] = []
     for cell in _ordered(cell for cell in study.runs if cell.length == study.length):
         scores, cost = study.scores(cell, cell.length), study.cost(cell, "attention_pairs")
         if scores and cost and 0 < spread(scores).mean < _DRAWABLE:
-            points.append(Point(cell, cost.value / cell.length, spread(scores)))
+            cells.append((cell, cost.value / cell.length, spread(scores)))
             results += [*scores.values(), cost]
-    if len(points) < 2:
+    if len(cells) < 2:
         return []
-    points, axis = clip(points), "attention pairs for each token, all layers"
+    highest = _FAR * min(quality.mean for _, _, quality in cells)
+    points = [Point(cell, cost, quality, min(quality.mean, highest)) for cell, cost, quality in cells]
     caption = (
         f"Perplexity over contexts of {study.length:,} tokens against the cost of attention; bars are the standard "
         "deviation over seeds, cells on the dotted line are beaten by none that is as cheap"
     )
     if any(point.clipped for point in points):
         caption += "; far worse cells stand at the upper edge, with their numbers"
-    return [Figure(f"{prefix}-scatter", [lambda axes: plot_scatter(axes, points, axis)], caption, results, height=4.6)]
+    return [Figure(f"{prefix}-scatter", [partial(plot_scatter, points=points)], caption, results, height=4.6)]
 
 
 def _beyond(study: Study, prefix: str) -> Blocks:
     context = max((c for cell in study.runs if cell.length == study.length for c in study.contexts(cell)), default=0)
     if context <= study.length:
         return []
-    table = _table(study, [cell for cell in study.runs if study.spans(context, [cell])], context, "read farther")
-    ends = (
-        "A table of learned positions ends where training did: absolute cells cannot be read farther and have no line."
-    )
-    prose = [ends] if any(cell.position == "absolute" for cell in study.runs) else []
-    panels: dict[str, dict[StudyCell, dict[tuple[int, int], float]]] = {}
+    blocks: Blocks = []
+    if any(cell.position == "absolute" for cell in study.runs):
+        blocks.append("A table of learned positions ends where training did: absolute cells cannot be read farther and "
+                      "have no line.")  # fmt: skip
+    blocks.append(_table(study, [cell for cell in study.runs if study.spans(context, [cell])], context, "read farther"))
+    panels: dict[str, dict[StudyCell, dict[Span, float]]] = defaultdict(dict)
     results: list[Result] = []
-    for position in POSITIONS:
-        for cell in filter(None, (study.cell(kind, position) for kind in ATTENTIONS)):
-            scores = {span: study.scores(cell, context, span) for span in study.spans(context, [cell])[:-1]}
-            means = {span: spread(of).mean for span, of in scores.items() if of}
-            line = {span: mean for span, mean in means.items() if 0 < mean < _DRAWABLE}
-            if line:
-                panels.setdefault(position, {})[cell] = line
-            results += [result for span in line for result in scores[span].values()]
+    for position, kind in itertools.product(POSITIONS, ATTENTIONS):
+        if (cell := study.cell(kind, position)) is None:
+            continue
+        scores = {span: of for span in study.spans(context, [cell])[:-1] if (of := study.scores(cell, context, span))}
+        line = {span: mean for span, of in scores.items() if 0 < (mean := spread(of).mean) < _DRAWABLE}
+        if line:
+            panels[position][cell] = line
+        results += [result for span in line for result in scores[span].values()]
     values = [value for lines in panels.values() for line in lines.values() for value in line.values()]
     if not values:
-        return [*prose, table]
+        return blocks
     limits = 0.95 * min(values), 1.05 * max(values)
     plots = [
         partial(plot_beyond, lines=lines, trained=study.length, position=position, limits=limits)
@@ -177,8 +178,7 @@ def _beyond(study: Study, prefix: str) -> Blocks:
         f"Perplexity by position in contexts of {context:,} tokens, trained at {study.length:,} (dashed), a panel "
         "for each position embedding, the mean over seeds"
     )
-    figure = Figure(f"{prefix}-beyond", plots, caption, results, height=3.2)
-    return [figure, *prose, table]
+    return [Figure(f"{prefix}-beyond", plots, caption, results, height=3.2), *blocks]
 
 
 _COSTS = {
@@ -199,9 +199,9 @@ def _costs(study: Study) -> Blocks:
     metrics = [metric for metric in _COSTS if any(study.cost(cell, metric) for cell in cells)]
     if not metrics:
         return []
+    names = [Cell(cell.name, f"trained at {cell.length:,}") for cell in cells]
     body = [
-        [Cell(cell.name, f"trained at {cell.length:,}"), *(_cost(study, cell, metric) for metric in metrics)]
-        for cell in cells
+        [name, *(_cost(study, cell, metric) for metric in metrics)] for name, cell in zip(names, cells, strict=True)
     ]
     prose = "Attention pairs and cached tokens are exact counts over one text of the training length."
     timed = (
@@ -237,8 +237,6 @@ def _training(study: Study, prefix: str) -> Blocks:
         names |= {one.run: (cell.name, COLOURS[cell.attention]) for one in losses}
     if not results:
         return []
-    plot, caption = (
-        partial(plot_loss, losses=results, named=names),
-        "Training loss (nats per token) against the tokens trained on",
-    )
+    plot = partial(plot_loss, losses=results, named=names)
+    caption = "Training loss (nats per token) against the tokens trained on"
     return [Figure(f"{prefix}-loss", [plot], caption, results, height=2.6)]

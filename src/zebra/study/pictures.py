@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -17,34 +17,20 @@ from zebra.study.spread import Spread
 
 COLOURS = dict(zip(ATTENTIONS, (INK, *HUES), strict=False))
 SHAPES = dict(zip(POSITIONS, "o^sD", strict=True))
-_FAR = 1.25
-"""Worse perplexities than this many times the best stand at the upper edge: they would press the others together."""
-_REACH = 14
-"""Label heights that a label may stand away from its point."""
 
 
 class Point(NamedTuple):
-    """A cell in the scatter: its cost, its perplexity over seeds, and where it stands if not at its perplexity."""
+    """A cell in the scatter: its cost, its perplexity over seeds, and where it stands; a far worse one, lower."""
 
     cell: StudyCell
     cost: float
     quality: Spread
-    clipped: float | None = None
+    height: float
 
     @property
-    def height(self) -> float:
-        """Where it stands."""
-        return self.quality.mean if self.clipped is None else self.clipped
-
-    @property
-    def bar(self) -> float:
-        """The deviation, 0 where none is drawn."""
-        return (self.clipped is None and self.quality.deviation) or 0.0
-
-    @property
-    def label(self) -> str:
-        """Its name, and its perplexity where it does not stand there."""
-        return self.cell.name + ("" if self.clipped is None else f", {number(self.quality.mean)}")
+    def clipped(self) -> bool:
+        """Whether it does not stand at its perplexity."""
+        return self.height < self.quality.mean
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -56,21 +42,13 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def clip(points: Sequence[Point]) -> list[Point]:
-    """The points, those that are far worse than the best at the upper edge."""
-    limit = _FAR * min(point.quality.mean for point in points)
-    return [point._replace(clipped=limit) if point.quality.mean > limit else point for point in points]
-
-
-def plot_scatter(axes: Axes, points: Sequence[Point], cost: str) -> None:
+def plot_scatter(axes: Axes, points: Sequence[Point]) -> None:
     """Colour by attention, shape by position embedding, the frontier as a staircase, a label for each point."""
-    best = frontier(points)
-    x = [point.cost for point in best]
-    y = [point.quality.mean for point in best]
+    x, y = zip(*((point.cost, point.quality.mean) for point in frontier(points)), strict=True)
     for point in points:
         axes.errorbar(
-            point.cost, point.height, point.bar or None, fmt=SHAPES[point.cell.position], markersize=5, elinewidth=0.9,
-            color=COLOURS[point.cell.attention],
+            point.cost, point.height, None if point.clipped else point.quality.deviation, elinewidth=0.9, markersize=5,
+            fmt=SHAPES[point.cell.position], color=COLOURS[point.cell.attention],
         )  # fmt: skip
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.08)
@@ -80,13 +58,7 @@ def plot_scatter(axes: Axes, points: Sequence[Point], cost: str) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.set_xlabel(cost)
-    axes.set_ylabel("perplexity")
-    _legend(axes, points)
-    _label(axes, points)
-
-
-def _legend(axes: Axes, points: Sequence[Point]) -> None:
+    axes.set(xlabel="attention pairs for each token, all layers", ylabel="perplexity")
     kinds = [kind for kind in ATTENTIONS if any(point.cell.attention == kind for point in points)]
     positions = [name for name in POSITIONS if any(point.cell.position == name for point in points)]
     handles = [Line2D([], [], color=COLOURS[kind], marker="o", linestyle="", label=kind) for kind in kinds]
@@ -96,6 +68,7 @@ def _legend(axes: Axes, points: Sequence[Point]) -> None:
     ]
     handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=":", label="frontier"))
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=5, frameon=False, borderaxespad=0)
+    _label(axes, points)
 
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:
@@ -103,35 +76,30 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
     for i, point in enumerate(sorted(points, key=lambda point: (point.height, -point.cost))):
         color = COLOURS[point.cell.attention]
         line = {"arrowstyle": "-", "linewidth": 0.4, "color": color, "relpos": (0, 0.5), "shrinkB": 3}
+        label = f"{point.cell.name}, {number(point.quality.mean)}" if point.clipped else point.cell.name
         axes.annotate(
-            point.label, (point.cost, point.height), (1.03, (i + 0.5) / len(points)), textcoords="axes fraction",
+            label, (point.cost, point.height), (1.03, (i + 0.5) / len(points)), textcoords="axes fraction",
             arrowprops=line, color=color, fontsize=6.5, va="center", annotation_clip=False,
         )  # fmt: skip
 
 
-Lines = dict[StudyCell, dict[Span, float]]
-
-
-def plot_beyond(axes: Axes, lines: Lines, trained: int, position: str, limits: tuple[float, float]) -> None:
+def plot_beyond(
+    axes: Axes, lines: dict[StudyCell, dict[Span, float]], trained: int, position: str, limits: tuple[float, float]
+) -> None:
     """Perplexity over positions for each attention under one position embedding; dashed, the trained length."""
     edges = sorted({edge for scores in lines.values() for span in scores for edge in span if edge})
     for cell, scores in lines.items():
         x = [math.sqrt(max(a, edges[0] / 2) * b) for a, b in scores]
-        axes.plot(
-            x, [*scores.values()], color=COLOURS[cell.attention], marker=SHAPES[position], markersize=4,
-            label=cell.attention,
-        )  # fmt: skip
+        style: dict[str, Any] = {"color": COLOURS[cell.attention], "marker": SHAPES[position], "markersize": 4}
+        axes.plot(x, [*scores.values()], label=cell.attention, **style)
     axes.axvline(trained, color=INK, linestyle="--", linewidth=0.8, alpha=0.6)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(edges[0] / 2, edges[-1])
+    axes.set(xlim=(edges[0] / 2, edges[-1]), yscale="log", ylim=limits, xlabel="position")
     axes.xaxis.set_major_locator(FixedLocator(edges[:: 1 + len(edges) // 6]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}K" if value >= 1024 else f"{value:g}")
-    axes.set_yscale("log")
-    axes.set_ylim(*limits)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if limits[1] > 3 * limits[0] else range(1, 10)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_title(position, fontsize=9, loc="left")
     axes.set_ylabel("perplexity" if axes.get_subplotspec().is_first_col() else "")  # type: ignore[union-attr]
-    axes.set_xlabel("position")

@@ -108,14 +108,8 @@ class Study:
         """What a text of the training length costs, or a training step: the first result of the cell's own layout."""
         layout = f"{cell.layout} {cell.position}"
         costs = (one for seed in self.runs[cell].values() for one in seed if one.task == "cost")
-        return next(
-            (
-                one
-                for one in (*self.measured, *costs)
-                if (one.metric, one.length) == (metric, cell.length) and one.layout == layout
-            ),
-            None,
-        )
+        expected = metric, cell.length, layout
+        return next((one for one in (*self.measured, *costs) if (one.metric, one.length, one.layout) == expected), None)
 
 
 def studies_in(results: Sequence[Result]) -> list[Study]:

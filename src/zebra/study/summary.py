@@ -27,19 +27,12 @@ from zebra.study import layout
 
 
 class _Blocks(NamedTuple):
-    """The M blocks of all texts of a batch entry, one after another; M is that of the entry with the most.
+    """The M blocks of all texts of a batch entry, one after another; M is that of the entry with the most."""
 
-    Attributes:
-        of_key: (1 or B, S), the block of each key; M for padding.
-        size: (1 or B, M), tokens of each block so far.
-        last: (1 or B, M), the index of the last key of each block.
-        document: (1 or B, M), the index of the first token of the block's text.
-    """
-
-    of_key: Tensor
-    size: Tensor
-    last: Tensor
-    document: Tensor
+    of_key: Tensor  # (1 or B, S), the block of each key; M for padding
+    size: Tensor  # (1 or B, M), tokens of each block so far
+    last: Tensor  # (1 or B, M), the index of the last key of each block
+    document: Tensor  # (1 or B, M), the index of the first token of the block's text
 
 
 def summary_attention(
@@ -87,12 +80,7 @@ def summary_attention(
 
 
 class SummaryAttention:
-    """The attention override of a summary layer (`zebra.model.override.AttentionOverride`).
-
-    Args:
-        block: tokens of a block.
-        compute: the function that attends; an oracle computes with `naive_summary_attention`.
-    """
+    """The attention override of a summary layer: of `block` tokens, by `compute` (an oracle, by the naive formula)."""
 
     def __init__(self, block: int, compute: Callable[..., tuple[Tensor, Tensor | None]] = summary_attention):
         self.block, self.compute = block, compute
@@ -175,9 +163,7 @@ def naive_summary_attention(
 ) -> tuple[Tensor, None]:
     """The formula as it reads, one query at a time, in the dtype of the inputs: the oracle of `summary_attention`.
 
-    Args:
-        q, k, v, mask, block, scale, slopes: as `summary_attention` has them.
-        kwargs: ignored; an override is called with them.
+    The arguments are those of `summary_attention`; any other is ignored.
 
     Returns:
         out: (B, H, T, D); 0 for a query that is padding. And None for the log-sum-exp.
