@@ -107,7 +107,7 @@ def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest
     assert len(texts_read.sequences) == 120
     assert [line.share for line in texts_read.stats] == pytest.approx([0.5, 0.2, 0.3], abs=0.001)
     assert texts_read.held_out is not None
-    assert len(texts_read.held_out) == sum(line.held_out for line in texts_read.stats)
+    assert len(texts_read.held_out) == sum(len(line.split.held_out) for line in texts_read.stats)
     printed = capsys.readouterr().err
     assert "120 sequences of 256, 30,720 tokens" in printed
     assert "[400, ∞)" in printed
@@ -120,7 +120,7 @@ def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest
     assert values["data-records", "share"] == pytest.approx(0.3, abs=0.001)
     assert sum(values[f"data-{name}", "tokens_drawn"] for name in ("long", "short", "records")) == 30_720
     assert {row.length for row in rows} == {256}
-    assert [line.documents for line in texts_read.stats] == list(dict.fromkeys(row.n for row in rows))
+    assert [len(line.split.train) for line in texts_read.stats] == list(dict.fromkeys(row.n for row in rows))
 
 
 def test_the_digest_is_that_of_the_texts(tmp_path: Path) -> None:

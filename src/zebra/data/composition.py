@@ -12,22 +12,24 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from zebra.data.mixture import Mixture, SourceSplit
+from zebra.data.mixture import Mixture
 
 _FIRST_EDGE = 256
 
 
-def mixture_tables(splits: Sequence[SourceSplit], mixture: Mixture) -> Group:
+def mixture_tables(mixture: Mixture) -> Group:
     """What each source has, what is drawn of it, and the share of the tokens by document length in both."""
     sequences, selection = mixture.sequences, mixture.drawn
     title = f"{len(sequences):,} sequences of {sequences.length:,}, {sequences.tokens:,} tokens"
     available = _table("the text", "source", "length", "documents", "tokens", "duplicates", "held out")
     drawn = _table(title, "source", "drawn", "asked", "share", "epochs")
-    for stats in mixture.stats:
-        counts = (stats.documents, stats.tokens, stats.duplicates, stats.held_out)
-        available.add_row(stats.source.name, stats.source.bucket, *(f"{count:,}" for count in counts))
-        shares = (f"{stats.source.share:.2%}", f"{stats.share:.2%}", f"{stats.epochs:,.2f}")
-        drawn.add_row(stats.source.name, f"{stats.drawn:,}", *shares)
+    splits = [stats.split for stats in mixture.stats]
+    for split, tokens, share in mixture.stats:
+        source, counts = split.source, (len(split.train), split.tokens, split.duplicates, len(split.held_out))
+        available.add_row(source.name, source.bucket, *(f"{count:,}" for count in counts))
+        drawn.add_row(
+            source.name, f"{tokens:,}", f"{source.share:.2%}", f"{share:.2%}", f"{tokens / split.tokens:,.2f}"
+        )
     in_text = np.concatenate([split.lengths for split in splits])
     # By the length of the whole document, even where it is cut.
     whole = np.concatenate(

@@ -55,6 +55,11 @@ class SourceSplit(NamedTuple):
         """Tokens of each document to train on, (train,)."""
         return self.source.corpus.lengths[self.train]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens to train on."""
+        return int(self.lengths.sum())
+
 
 @dataclass(frozen=True)
 class SelectedDocuments:
@@ -78,22 +83,11 @@ class SelectedDocuments:
 
 
 class SourceStats(NamedTuple):
-    """What a mixture takes of a source: tokens are counted in the packed sequences, without padding.
+    """What a mixture takes of a source: `drawn` tokens, without padding, which are `share` of the mixture."""
 
-    Attributes:
-        documents, tokens: what the source has to train on.
-        drawn: tokens drawn from it, which are `share` of the mixture and `epochs` times `tokens`.
-        duplicates, held_out: documents that are not trained on.
-    """
-
-    source: Source
-    documents: int
-    tokens: int
+    split: SourceSplit
     drawn: int
     share: float
-    epochs: float
-    duplicates: int
-    held_out: int
 
 
 class Mixture(NamedTuple):
@@ -167,7 +161,10 @@ def mix(
         drawn = _draw(splits, tokens, seed, whole)
         sequences = pack_whole(drawn, length) if whole else pack(drawn, length, join=join, seed=seed)
         if len(sequences) <= count:
-            return Mixture(sequences, drawn, _stats(splits, drawn, sequences))
+            source_of_piece, counts = drawn.sources[sequences.pieces[:, 0]], sequences.pieces[:, 2]
+            packed = [int(counts[source_of_piece == i].sum()) for i in range(len(splits))]
+            stats = [SourceStats(*each, each[1] / sequences.tokens) for each in zip(splits, packed, strict=True)]
+            return Mixture(sequences, drawn, stats)
         if whole and tokens <= 1:
             raise ZebraError(
                 f"{count:,} sequences of {length:,} tokens do not hold one whole document of each of {len(splits)} "
@@ -184,7 +181,7 @@ def _draw(splits: Sequence[SourceSplit], tokens: int, seed: int, whole: bool) ->
         lengths = split.lengths
         # By name, so that one source is drawn alike whatever other sources there are.
         rng = np.random.default_rng([seed, zlib.crc32(split.source.name.encode())])
-        epochs = -(-budget // int(lengths.sum()))
+        epochs = -(-budget // split.tokens)
         order = np.concatenate([rng.permutation(len(lengths)) for _ in range(max(1, epochs))])
         sums = np.cumsum(lengths[order])
         last = int(np.searchsorted(sums, budget))
@@ -204,21 +201,3 @@ def _selected(splits: Sequence[SourceSplit], documents: Sequence[Ints], lengths:
     sources = np.repeat(np.arange(len(splits)), [len(i) for i in documents])
     corpora = [split.source.corpus for split in splits]
     return SelectedDocuments(corpora, sources, np.concatenate(documents), np.concatenate(lengths))
-
-
-def _stats(splits: Sequence[SourceSplit], drawn: SelectedDocuments, sequences: PackedSequences) -> list[SourceStats]:
-    source_of_piece = drawn.sources[sequences.pieces[:, 0]]
-    packed = np.bincount(source_of_piece, weights=sequences.pieces[:, 2], minlength=len(splits)).astype(np.int64)
-    return [
-        SourceStats(
-            split.source,
-            documents=len(split.train),
-            tokens=int(split.lengths.sum()),
-            drawn=tokens,
-            share=tokens / sequences.tokens,
-            epochs=tokens / int(split.lengths.sum()),
-            duplicates=split.duplicates,
-            held_out=len(split.held_out),
-        )
-        for split, tokens in zip(splits, packed.tolist(), strict=True)
-    ]

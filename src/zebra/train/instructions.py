@@ -133,7 +133,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
         mixture = mix(splits, count, length, join=False, seed=recipe.train.seed, whole=True)
         sequences, stats = AnswerSequences(mixture.sequences, tokenized), mixture.stats
         if is_first_process():
-            console.print(mixture_tables(splits, mixture))
+            console.print(mixture_tables(mixture))
     if is_first_process():
         console.print(kind_table(sequences.kind_stats()))
         if faults := _listed(gate.counts):

@@ -61,16 +61,16 @@ def training_results(
 def source_results(stats: Sequence[SourceStats], **columns: Any) -> list[Result]:
     """What a mixture took of each source, as results of the task `data-<source>`."""
     return [
-        Result(task=f"data-{one.source.name}", metric=metric, value=value, n=one.documents, **columns)
-        for one in stats
+        Result(task=f"data-{split.source.name}", metric=metric, value=value, n=len(split.train), **columns)
+        for split, drawn, share in stats
         for metric, value in {
-            "share_asked": one.source.share,
-            "share": one.share,
-            "tokens": one.tokens,
-            "tokens_drawn": one.drawn,
-            "epochs": one.epochs,
-            "duplicates": one.duplicates,
-            "held_out": one.held_out,
+            "share_asked": split.source.share,
+            "share": share,
+            "tokens": split.tokens,
+            "tokens_drawn": drawn,
+            "epochs": drawn / split.tokens,
+            "duplicates": split.duplicates,
+            "held_out": len(split.held_out),
         }.items()
     ]
 

@@ -216,7 +216,7 @@ def check_step(recipe: PretrainRecipe, texts: TrainingTexts) -> None:
     sequences = texts.sequences.text if isinstance(texts.sequences, RecallDataset) else texts.sequences
     count = len(sequences)
     if texts.stats:  # a mixture repeats its sources until its sequences are full
-        count = min(count, sum(one.tokens for one in texts.stats) // length)
+        count = min(count, sum(one.split.tokens for one in texts.stats) // length)
     if count < step:
         raise ZebraError(
             f"the text has {count:,} sequences of {length:,} tokens, fewer than the {step:,} of one step. "

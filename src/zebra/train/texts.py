@@ -56,7 +56,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Traini
         mixture = mix(splits, _sequences_of_training(recipe), train.length, join=data.join, seed=train.seed)
         sequences, stats = mixture.sequences, mixture.stats
         if is_first_process():
-            console.print(mixture_tables(splits, mixture))
+            console.print(mixture_tables(mixture))
     held_out = None
     corpora = [source.corpus for source in sources]
     if evaluation is not None:
