@@ -2,9 +2,8 @@
 
     files -> documents -> tokens.npy, offsets.npy, hashes.npy
 
-The cache key is a hash of the texts, the tokenizer and the options, so a changed file or tokenizer never meets stale
-tokens. An entry is written to another name and renamed: it is complete or absent, whenever the process is killed. An
-entry of another version of the format, or a damaged one, is rebuilt.
+The cache key is a hash of the texts, the tokenizer and the options. An entry is complete or absent, whenever the
+process is killed; one of another version of the format, or a damaged one, is rebuilt.
 """
 
 from __future__ import annotations

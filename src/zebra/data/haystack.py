@@ -1,13 +1,12 @@
 """Prompts as tokens, piece by piece: needles, the haystack around them, and their positions, exact to the token.
 
-Joining strings changes their tokens, so no strings are joined. Each piece is tokenised once, as it would be after a
-full stop, and all that follows is arithmetic on lists of tokens:
+Joining strings changes their tokens, so each piece is tokenised once, as it would be after a full stop, and the rest is
+arithmetic on lists of tokens:
 
     haystack  ....|......|.....|....           | where a sentence begins
     body      ..|......[needle].....|[distractor]....    cut to size at both ends, pieces put in between sentences
 
-Exact are the tokens and their positions. Not exact: the tokens that the same text would get if it were encoded anew,
-which may be merged across the joints.
+The tokens and their positions are exact; the same text encoded anew may have tokens that are merged across the joints.
 """
 
 from __future__ import annotations

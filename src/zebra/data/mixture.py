@@ -163,7 +163,8 @@ def mix(
         if len(sequences) <= count:
             source_of_piece, counts = drawn.sources[sequences.pieces[:, 0]], sequences.pieces[:, 2]
             packed = [int(counts[source_of_piece == i].sum()) for i in range(len(splits))]
-            stats = [SourceStats(*each, each[1] / sequences.tokens) for each in zip(splits, packed, strict=True)]
+            sources = zip(splits, packed, strict=True)
+            stats = [SourceStats(split, tokens, tokens / sequences.tokens) for split, tokens in sources]
             return Mixture(sequences, drawn, stats)
         if whole and tokens <= 1:
             raise ZebraError(

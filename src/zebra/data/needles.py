@@ -101,17 +101,15 @@ class SampleGenerator:
     def _sample(
         self, task: str, context: SampleContext, parts: SampleParts, length: int, depth: float | None
     ) -> Sample:
-        instruction, query = self._ends(parts)
+        instruction, query, needles, distractors = self._encode(parts)
         size = length - len(instruction) - len(query)
         starts: list[int] = []
         if depth is None:
             body = _word_list(context, parts, size)
         else:
-            if parts.entry_haystack:
-                haystack = _entries(context, size)
-            else:
-                haystack = self._haystack or Haystack.of_noise(self._tokenizer, size)
-            body, starts = place_needles(context.rng, haystack, size, depth, *self._needles(parts))
+            own = _entries(context, size) if parts.entry_haystack else self._haystack
+            haystack = own or Haystack.of_noise(self._tokenizer, size)
+            body, starts = place_needles(context.rng, haystack, size, depth, needles, distractors)
         return Sample(
             task,
             (*instruction, *body, *query),
@@ -121,17 +119,16 @@ class SampleGenerator:
             depth,
         )
 
-    def _ends(self, parts: SampleParts) -> tuple[TokenIds, TokenIds]:
-        instruction = self._tokenizer.prefix + self._tokenizer.encode_first(parts.instruction)
-        return instruction, self._tokenizer.encode(parts.query)
-
-    def _needles(self, parts: SampleParts) -> tuple[list[TokenIds], list[TokenIds]]:
+    def _encode(self, parts: SampleParts) -> tuple[TokenIds, TokenIds, list[TokenIds], list[TokenIds]]:
+        """The instruction, the query, the needles and the distractors."""
         encode = self._tokenizer.encode
-        return [*map(encode, parts.needles)], [*map(encode, parts.distractor_needles)]
+        instruction = self._tokenizer.prefix + self._tokenizer.encode_first(parts.instruction)
+        return instruction, encode(parts.query), [*map(encode, parts.needles)], [*map(encode, parts.distractor_needles)]
 
     def _min_tokens(self, parts: SampleParts) -> int:
+        instruction, query, needles, distractors = self._encode(parts)
         word_list = MIN_WORDS * len(parts.answers[0].ids) if parts.word_counts else 0
-        return sum(map(len, self._ends(parts))) + (word_list or min_body_tokens(*self._needles(parts)))
+        return len(instruction) + len(query) + (word_list or min_body_tokens(needles, distractors))
 
 
 def _entries(context: SampleContext, size: int) -> Haystack:

@@ -3,10 +3,9 @@
     [prefix] instruction | .. needle ... needle .. needle .. | query answer. query answer. query answer.
                          '------ text, noise or entries -----'  '------------- the labels ------------'
 
-The wording is that of `zebra.data.questions`, so what is learned is what `zebra.data.needles` asks. Documents are
-packed side by side and do not attend to each other. At first they are short, and repeat a few symbols: there the heads
-form that find where a token was and copy what followed. Then the number of symbols grows, and then the length of the
-documents, with needles and queries in words.
+The wording is that of `zebra.data.needles`. Documents are packed side by side and do not attend to each other. At first
+they are short, and repeat a few symbols: there the heads form that find where a token was and copy what followed. Then
+the number of symbols grows, and then the length of the documents, with needles and queries in words.
 """
 
 from __future__ import annotations
