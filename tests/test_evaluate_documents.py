@@ -128,15 +128,15 @@ def f(common: int, one: int, two: int) -> float:
 )
 def test_overlap_is_the_formula(text: str, reference: str) -> None:
     """F1 = 2 common / (words + words); ROUGE's words are letters and digits, SQuAD's have no articles."""
-    found = Overlap()(text, [reference, "zzz"])
+    scores = Overlap()(text, [reference, "zzz"])
     one, two = words(text), words(reference)
-    assert found["f1"] == pytest.approx(f(sum((Counter(one) & Counter(two)).values()), len(one), len(two)))
+    assert scores["f1"] == pytest.approx(f(sum((Counter(one) & Counter(two)).values()), len(one), len(two)))
     clean = ["".join(c if c.isalnum() else " " for c in part.lower()).split() for part in (text, reference)]
     for n in (1, 2):
         grams = [list(zip(*(part[i:] for i in range(n)), strict=False)) for part in clean]
         common = sum((Counter(grams[0]) & Counter(grams[1])).values())
-        assert found[f"rouge{n}"] == pytest.approx(f(common, len(grams[0]), len(grams[1])))
-    assert found["rougeL"] == pytest.approx(f(lcs(*clean), len(clean[0]), len(clean[1])))
+        assert scores[f"rouge{n}"] == pytest.approx(f(common, len(grams[0]), len(grams[1])))
+    assert scores["rougeL"] == pytest.approx(f(lcs(*clean), len(clean[0]), len(clean[1])))
 
 
 @pytest.fixture(scope="module", params=[None, "4:32"], ids=["striped", "self-extend"])
@@ -160,8 +160,8 @@ def test_a_batch_of_several_lengths_answers_as_each_alone(model: Any, tokenizer:
 def test_the_likelihood_is_per_token_and_over_the_references(model: Any, tokenizer: Any) -> None:
     prompts = [tokenizer(tale)["input_ids"][:n] for tale, n in zip(TALES, (150, 90), strict=False)]
     references = [[(403, 407), (403, 407, 261)], [(432,)]]
-    found = per_token(model, prompts, references, batch_tokens=100)
-    for prompt, own, value in zip(prompts, references, found, strict=True):
+    log_likelihoods = per_token(model, prompts, references, batch_tokens=100)
+    for prompt, own, value in zip(prompts, references, log_likelihoods, strict=True):
         with torch.no_grad():
             each = [
                 sum(
@@ -258,11 +258,11 @@ def test_a_model_that_says_the_answer_scores_all(file: Path, tokenizer: Any, mon
     monkeypatch.setattr(EvalTarget, "load", lambda self: Deaf(tokenizer).eval())
     with pytest.warns(UserWarning, match="a length of .* passes the 512 positions"):
         rows, outcomes = evaluate_documents(STORIES, file, beyond=True, answer_tokens=300)
-    found = {row.metric: row for row in rows}
-    assert found["f1"].value == pytest.approx(4 / 5)
-    assert found["f1"].n == 5
-    assert found["f1"].low is not None
-    assert found["document cut"].value == 0
+    by_metric = {row.metric: row for row in rows}
+    assert by_metric["f1"].value == pytest.approx(4 / 5)
+    assert by_metric["f1"].n == 5
+    assert by_metric["f1"].low is not None
+    assert by_metric["document cut"].value == 0
     assert [one.prediction for one in outcomes] == ["Dog!", "a dog", "cow", None, "cat", "giraffe"]
 
 
@@ -294,14 +294,14 @@ def test_a_file_without_a_reference_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_verb_its_items_and_its_page(file: Path, tmp_path: Path, zebra: Zebra) -> None:
-    given = ("evaluate", "documents", STORIES, file, "--length", "256,300", "--answer-tokens", 8, "--limit", 4)
-    given += ("--json", "--items", tmp_path / "items.jsonl", "--out", tmp_path / "results.jsonl")
-    done = zebra(*given)
+    arguments = ("evaluate", "documents", STORIES, file, "--length", "256,300", "--answer-tokens", 8, "--limit", 4)
+    arguments += ("--json", "--items", tmp_path / "items.jsonl", "--out", tmp_path / "results.jsonl")
+    done = zebra(*arguments)
     assert done.returncode == 0, done.stderr
     assert "zebra: at 256 tokens" in done.stderr
-    found = json.loads(done.stdout)["results"]
-    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == found
-    scores = [row for row in found if row["task"] == "documents-generate-tales"]
+    results = json.loads(done.stdout)["results"]
+    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == results
+    scores = [row for row in results if row["task"] == "documents-generate-tales"]
     assert {(row["metric"], row["length"], row["n"]) for row in scores} == {
         (metric, length, 3) for metric in ("rouge1", "rouge2", "rougeL", "f1") for length in (256, 300)
     }

@@ -123,8 +123,8 @@ def test_a_task_gives_what_the_model_prefers(folder: Path, tokenizer: Any, loadi
 
 def test_lengths_are_a_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = evaluate_tasks(STORIES, tasks=["tiny_lengths", "tiny_ends"], include=folder, lengths=[90, 60], limit=2)
-    found = [(row.task, row.metric, row.length, row.value, row.n) for row in rows if row.task != "harness-tiny_ends"]
-    assert found == [
+    results = [(row.task, row.metric, row.length, row.value, row.n) for row in rows if row.task != "harness-tiny_ends"]
+    assert results == [
         ("harness-tiny_lengths", "accuracy", 60, 0.0, 2),
         ("harness-tiny_lengths", "accuracy", 90, 1.0, 2),
     ]
@@ -257,21 +257,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "why"), REFUSED)
+@pytest.mark.parametrize(("changes", "why"), REFUSED)
 def test_bad_input_is_refused_before_the_model_is_loaded(
-    given: dict[str, Any], why: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], why: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EvalTarget, "load", None)
     with pytest.raises(ZebraError, match=why):
-        evaluate_tasks(STORIES, **{"include": folder} | given)
+        evaluate_tasks(STORIES, **{"include": folder} | changes)
 
 
 def test_too_long_is_cut_or_run_when_told() -> None:
-    given: dict[str, Any] = {"tasks": ["zebra-passkey"], "lengths": [520], "limit": 1}
+    kwargs: dict[str, Any] = {"tasks": ["zebra-passkey"], "lengths": [520], "limit": 1}
     with pytest.warns(UserWarning, match=r"pass the 512 positions .* lose their beginnings: 1 of 1"):
-        (cut,) = evaluate_tasks(STORIES, cut=True, **given)
+        (cut,) = evaluate_tasks(STORIES, cut=True, **kwargs)
     with pytest.warns(UserWarning, match="what is measured there is how it fails"):
-        (whole,) = evaluate_tasks(STORIES, beyond=True, **given)
+        (whole,) = evaluate_tasks(STORIES, beyond=True, **kwargs)
     assert cut.length == whole.length == 520
 
 
@@ -314,9 +314,9 @@ def test_without_the_extra_it_is_said_which(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_verb_and_its_page(folder: Path, tmp_path: Path, zebra: Zebra) -> None:
-    given = ("evaluate", "tasks", STORIES, "--tasks", "tiny_ends,zebra-lookup-likelihood", "--length", "300")
-    given += ("--include", folder, "--limit", 2, "--out", tmp_path / "results.jsonl", "--json")
-    done = zebra(*given)
+    arguments = ("evaluate", "tasks", STORIES, "--tasks", "tiny_ends,zebra-lookup-likelihood", "--length", "300")
+    arguments += ("--include", folder, "--limit", 2, "--out", tmp_path / "results.jsonl", "--json")
+    done = zebra(*arguments)
     assert done.returncode == 0, done.stderr
     assert [row["task"] for row in json.loads(done.stdout)["results"]] == [
         "harness-tiny_ends",

@@ -66,8 +66,8 @@ class Scripted(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             seen, _ = past_key_values.update(seen, seen, 0)
         tokens = seen[:, 0, :, 0].long().tolist()
-        kept = logits_to_keep or input_ids.shape[1]
-        logits = [[self.next(row[: len(row) - i]) for i in reversed(range(kept))] for row in tokens]
+        count = logits_to_keep or input_ids.shape[1]
+        logits = [[self.next(row[: len(row) - i]) for i in reversed(range(count))] for row in tokens]
         return CausalLMOutputWithPast(
             logits=torch.stack([torch.stack(row) for row in logits]), past_key_values=past_key_values
         )
@@ -84,13 +84,13 @@ class Oracle(Scripted):
             return logits
         writer = PromptTokenizer(self.tokenizer)
         left = [list(writer.encode(answer)) for answer in solved(self.task, writer.decode(tokens[:LENGTH]))]
-        said = tokens[LENGTH:]
-        while whole := [answer for answer in left if answer == said[: len(answer)]]:
-            said = said[len(whole[0]) :]
+        answered = tokens[LENGTH:]
+        while whole := [answer for answer in left if answer == answered[: len(answer)]]:
+            answered = answered[len(whole[0]) :]
             left.remove(whole[0])
         for answer in left:
-            if answer[: len(said)] == said:
-                logits[answer[len(said)]] = 9.0
+            if answer[: len(answered)] == answered:
+                logits[answer[len(answered)]] = 9.0
         if not left:
             logits[2] = 9.0
         return logits
@@ -103,8 +103,14 @@ class Guesser(Scripted):
         return torch.randn(len(self.tokenizer), generator=torch.Generator().manual_seed(hash(tuple(tokens)) % 2**40))
 
 
-@pytest.mark.parametrize("score", scoring.SCORES)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("task", "score"),
+    [
+        *((task, "generate") for task in TASKS),
+        ("multivalue", "likelihood"),
+        *(pytest.param(task, "likelihood", marks=pytest.mark.full) for task in TASKS if task != "multivalue"),
+    ],
+)
 def test_a_script_that_reads_the_prompt_finds_every_answer(
     task: str, score: str, tokenizer: Any, needles: SampleGenerator
 ) -> None:
@@ -130,7 +136,7 @@ def striped() -> Any:
     return zebra.load(STORIES, stripes="GLLL:65")
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 64, 300, 10_000])
+@pytest.mark.parametrize("batch_tokens", [64, 10_000, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 300))])
 def test_likelihoods_are_those_of_whole_texts(striped: Any, needles: SampleGenerator, batch_tokens: int) -> None:
     """Chunks, cache, padding on both sides and copies against one plain forward for each candidate."""
     _equal_whole_texts(striped, needles.samples("multikey", length=300, depth=0.5, count=3), batch_tokens)
@@ -146,8 +152,8 @@ def _equal_whole_texts(model: Any, samples: list[Sample], batch_tokens: int) -> 
         prompts = [sample.ids[7 * i :] for i, sample in enumerate(samples)]
         answers = [[one.ids for one in (*s.answers, *s.distractors)][: 10 - i] for i, s in enumerate(samples)]
         answers[-1][0] += answers[-1][0]
-        found = log_likelihoods(model, prompts, answers, batch_tokens=batch_tokens)
-        for prompt, own, row in zip(prompts, answers, found, strict=True):
+        sums = log_likelihoods(model, prompts, answers, batch_tokens=batch_tokens)
+        for prompt, own, row in zip(prompts, answers, sums, strict=True):
             for ids, value in zip(own, row, strict=True):
                 logits = model(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0].double()
                 chances = logits.log_softmax(-1)[len(prompt) - 1 : -1]
@@ -254,14 +260,14 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(stories: Path) -> None:
 
 
 def test_beyond_the_model_only_when_told() -> None:
-    given: dict[str, Any] = {"tasks": ["passkey"], "lengths": [530], "depths": [0.5], "samples": 1}
+    kwargs: dict[str, Any] = {"tasks": ["passkey"], "lengths": [530], "depths": [0.5], "samples": 1}
     with pytest.warns(UserWarning, match="530 tokens passes the 512 positions"):
-        (row,) = evaluate_retrieval(STORIES, beyond=True, **given)
+        (row,) = evaluate_retrieval(STORIES, beyond=True, **kwargs)
     assert row.length == 530
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (row,) = evaluate_retrieval(STORIES, rope="yarn:2", **given)
-        (other,) = evaluate_retrieval(STORIES, self_extend="4:128", **given)
+        (row,) = evaluate_retrieval(STORIES, rope="yarn:2", **kwargs)
+        (other,) = evaluate_retrieval(STORIES, self_extend="4:128", **kwargs)
     assert row.layout == "full yarn:2"
     assert other.layout == "full, self-extend 4:128"
 
@@ -270,15 +276,15 @@ COMMON = ("evaluate", "retrieval", STORIES, "--samples", 2, "--score", "likeliho
 
 
 def test_the_verb_and_its_page(zebra: Zebra, tmp_path: Path) -> None:
-    given = (*COMMON, "--task", "passkey,common-words", "--length", "300,360", "--depth", "0,1")
-    done = zebra(*given, "--json", "--out", tmp_path / "results.jsonl")
+    arguments = (*COMMON, "--task", "passkey,common-words", "--length", "300,360", "--depth", "0,1")
+    done = zebra(*arguments, "--json", "--out", tmp_path / "results.jsonl")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["results"]
-    assert [(row["length"], row["depth"]) for row in found] == [
+    results = json.loads(done.stdout)["results"]
+    assert [(row["length"], row["depth"]) for row in results] == [
         *((length, depth) for length in (300, 360) for depth in (0, 1)),
         *((length, None) for length in (300, 360)),
     ]
-    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == found
+    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == results
     write_report(read_results(tmp_path / "results.jsonl"), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "passkey, by likelihood: answers found, by length and depth" in page
@@ -346,7 +352,7 @@ def _laid_out(bench: ModuleType) -> list[Result]:
     for layout, far in {"GL": 0.5, "LG": 0.8, "GLLL": 0.05, "1": 0.2, "2": 0.7, "3": 0.3, "L": 0.0, "0,3": 0.9}.items():
         rows += _cells(bench, "layouts", f"{layout}:{bench.WINDOW}", far)
     selected = {"run": "layouts", "model": "x", "task": "selection-greedy-lookup", "metric": "held_out_rise"}
-    return rows + [Result(layout=f"{kept}:{bench.WINDOW}", value=0.1, **selected) for kept in ("0,3", "2")]
+    return rows + [Result(layout=f"{chosen}:{bench.WINDOW}", value=0.1, **selected) for chosen in ("0,3", "2")]
 
 
 def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> None:

@@ -36,7 +36,7 @@ from zebra.results import read_results
 from zebra.stripes import Stripes
 
 WINDOW, LENGTH, VALUES = 8, 48, 8
-ASKED, FIRST_VALUE = 12, 13
+QUESTION, FIRST_VALUE = 12, 13
 
 
 def planted(tmp_path: Path, layers: tuple[int, ...], depth: int = 6) -> Any:
@@ -56,8 +56,8 @@ def planted(tmp_path: Path, layers: tuple[int, ...], depth: int = 6) -> Any:
             embedding[FIRST_VALUE + v, [0, 1 + v]] = 2.0
             head[FIRST_VALUE + v] = 0
             head[FIRST_VALUE + v, 10 + v] = 1.0
-        embedding[ASKED] = 0
-        embedding[ASKED, 9] = 2.0
+        embedding[QUESTION] = 0
+        embedding[QUESTION, 9] = 2.0
         for i in layers:
             attention = model.model.layers[i].self_attn
             for map_ in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
@@ -72,10 +72,10 @@ def planted(tmp_path: Path, layers: tuple[int, ...], depth: int = 6) -> Any:
 def questions(rows: int = 12) -> list[CalibrationBatch]:
     """A value early, noise, the question and its answer, which is what is scored."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(3, ASKED, (rows, LENGTH))
+    ids = rng.integers(3, QUESTION, (rows, LENGTH))
     value = FIRST_VALUE + rng.integers(0, VALUES, rows)
     ids[np.arange(rows), rng.integers(1, LENGTH - 3 * WINDOW, rows)] = value
-    ids[:, -2], ids[:, -1] = ASKED, value
+    ids[:, -2], ids[:, -1] = QUESTION, value
     at = np.zeros(ids.shape, dtype=bool)
     at[:, -1] = True
     return batches_of(list(zip(ids, at, strict=True)), seed=0)
@@ -85,18 +85,18 @@ def questions(rows: int = 12) -> list[CalibrationBatch]:
 @pytest.mark.parametrize("order", [greedy, once])
 def test_the_one_planted_layer_is_found(order: Any, layer: int, tmp_path: Path) -> None:
     losses = Losses(planted(tmp_path, (layer,)), questions(), WINDOW)
-    wanted = "L" * layer + "G" + "L" * (5 - layer)
-    assert order(losses, "GGGGGG", 1) == wanted
-    losses.measure("GGGGGG", ["GGGGGG", wanted, "LLLLLL"], held_out=True)
-    source, kept, none = (losses.sums(kinds, held_out=True)[0].mean() for kinds in ("GGGGGG", wanted, "LLLLLL"))
-    assert kept < source + 0.1 < none - 1
+    expected = "L" * layer + "G" + "L" * (5 - layer)
+    assert order(losses, "GGGGGG", 1) == expected
+    losses.measure("GGGGGG", ["GGGGGG", expected, "LLLLLL"], held_out=True)
+    source, chosen, none = (losses.sums(kinds, held_out=True)[0].mean() for kinds in ("GGGGGG", expected, "LLLLLL"))
+    assert chosen < source + 0.1 < none - 1
 
 
 def test_of_two_layers_that_do_the_same_greedy_keeps_one(tmp_path: Path) -> None:
     losses = Losses(planted(tmp_path, (1, 4)), questions(), WINDOW)
-    kept = greedy(losses, "GGGGGG", 1)
-    assert kept in ("LGLLLL", "LLLLGL")
-    losses.measure("GGGGGG", ["GGGGGG", "LLLLLL"], held_out=False)
+    chosen = greedy(losses, "GGGGGG", 1)
+    assert chosen in ("LGLLLL", "LLLLGL")
+    losses.measure("GGGGGG", ["GGGGGG", "LLLLLL"])
     alone = [losses.mean("GLGGGG"), losses.mean("GGGGLG")]
     assert max(alone) < losses.mean("GGGGGG") + 0.5 < losses.mean("LLLLLL") - 0.5
 
@@ -110,29 +110,29 @@ def test_losses_are_those_of_whole_forwards(tmp_path: Path) -> None:
     for kinds in losses.candidates:
         stripes = Stripes(WINDOW, global_layers=tuple(i for i, kind in enumerate(kinds) if kind == "G"))
         striped = zebra.load(tmp_path / "planted", stripes=stripes)
-        found = []
+        sums = []
         for part in (part for part in parts if not part.held_out):
             for ids, at in zip(*part.tensors("cpu"), strict=True):
                 with torch.no_grad():
                     hidden = striped.get_decoder()(ids[None], use_cache=False).last_hidden_state
-                found.append(token_losses(hidden, head, ids[None])[0, at].sum().item())
-        assert losses.sums(kinds, held_out=False)[0] == pytest.approx(found, rel=1e-5)
+                sums.append(token_losses(hidden, head, ids[None])[0, at].sum().item())
+        assert losses.sums(kinds)[0] == pytest.approx(sums, rel=1e-5)
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, parts = planted(tmp_path, (2,)), questions()
     whole = Losses(model, parts, WINDOW, folder=tmp_path)
-    wanted = greedy(whole, "GGGGGG", 2)
+    chosen = greedy(whole, "GGGGGG", 2)
     lines = (tmp_path / "losses.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "losses.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:20])  # killed while it wrote
     again = Losses(model, parts, WINDOW, folder=tmp_path)
-    assert greedy(again, "GGGGGG", 2) == wanted
+    assert greedy(again, "GGGGGG", 2) == chosen
     assert (tmp_path / "losses.jsonl").read_bytes().splitlines(keepends=True) == lines
     for name in ("states", "resume"):
         monkeypatch.setattr(Layerwise, name, lambda *_: 1 / 0)
     known = Losses(model, parts, WINDOW, folder=tmp_path)
     assert greedy(known, "GGGGGG", 3).count("G") == 3
-    assert known.mean(wanted) == whole.mean(wanted)
+    assert known.mean(chosen) == whole.mean(chosen)
     (tmp_path / "losses.jsonl").write_bytes(b"{}\n")
     with pytest.raises(ZebraError, match="line 1 is no loss"):
         Losses(model, parts, WINDOW, folder=tmp_path)
@@ -152,15 +152,15 @@ def test_long_range_tokens_are_those_that_gain_most() -> None:
     model, window, length = zebra.load(STORIES), 16, 60
     ids = torch.tensor([AutoTokenizer.from_pretrained(STORIES).encode("Once there was a dog. " * 20)[:length]])
     ids = torch.cat([ids, ids.flip(1)])
-    found = long_range(model, ids, window)
-    assert found.sum(dim=1).tolist() == [int(SHARE * (length - window))] * 2
-    assert not found[:, :window].any()
+    scored = long_range(model, ids, window)
+    assert scored.sum(dim=1).tolist() == [int(SHARE * (length - window))] * 2
+    assert not scored[:, :window].any()
 
     def loss(row: torch.Tensor, t: int, start: int) -> float:
         with torch.no_grad():
             return torch.nn.functional.cross_entropy(model(row[None, start:t]).logits[0, -1:], row[t : t + 1]).item()
 
-    for row, at in zip(ids, found, strict=True):
+    for row, at in zip(ids, scored, strict=True):
         starts = {t: min((t - window // 2) // 8 * 8, length - window) for t in range(window, length)}
         starts |= dict.fromkeys(range(length - window // 2, length), length - window)
         gain = {t: loss(row, t, start) - loss(row, t, 0) for t, start in starts.items()}
@@ -228,13 +228,13 @@ def test_a_budget_that_leaves_no_choice_is_refused(budget: str, why: str) -> Non
 
 
 TEXTS = [str(TEXT / "tinystories_test.txt")]
-GIVEN: dict[str, Any] = {"window": 32, "length": 160, "samples": 4, "text": TEXTS}
+ARGUMENTS: dict[str, Any] = {"window": 32, "length": 160, "samples": 4, "text": TEXTS}
 
 
 def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = GIVEN | {"samples": 12, "length": 300}
+    kwargs = ARGUMENTS | {"samples": 12, "length": 300}
     code = "import torch\nfrom zebra.evaluate.selection import select\ntorch.set_num_threads(1)\n"  # as here
-    code += f"select({str(STORIES)!r}, 2, work='work', **{given!r})"
+    code += f"select({str(STORIES)!r}, 2, work='work', **{kwargs!r})"
     losses = tmp_path / "work" / "losses.jsonl"
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None and (not losses.exists() or losses.read_bytes().count(b"\n") < 3):
@@ -244,8 +244,8 @@ def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
     before = before[: before.rfind(b"\n") + 1]
     assert before.count(b"\n") >= 3
     assert not (tmp_path / "work" / "results.jsonl").exists()
-    resumed = select(STORIES, 2, work=tmp_path / "work", **given)
-    whole = select(STORIES, 2, **given)
+    resumed = select(STORIES, 2, work=tmp_path / "work", **kwargs)
+    whole = select(STORIES, 2, **kwargs)
     assert resumed == whole
     assert read_results(tmp_path / "work" / "results.jsonl") == whole.results
     after = losses.read_bytes()
@@ -253,19 +253,21 @@ def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
     lines = [json.loads(line) for line in after.splitlines()]
     assert len({(line["layout"], line["batch"]) for line in lines}) == len(lines)
     monkeypatch.setattr(Layerwise, "states", lambda *_: 1 / 0)  # another order needs nothing new
-    assert select(STORIES, 2, work=tmp_path / "work", order="once", **given).stripes.window == 32
+    assert select(STORIES, 2, work=tmp_path / "work", order="once", **kwargs).stripes.window == 32
 
 
 def test_rows_and_page_of_a_selection(tmp_path: Path) -> None:
-    found = select(STORIES, "0.4", seed=3, run="a", **GIVEN)
-    by_task = {name: [row for row in found.results if row.task == f"selection-{name}-text"] for name in KINDS}
+    selection = select(STORIES, "0.4", seed=3, run="a", **ARGUMENTS)
+    by_task = {name: [row for row in selection.results if row.task == f"selection-{name}-text"] for name in KINDS}
     assert {name: len(rows) for name, rows in by_task.items()} == KINDS
-    assert {row.length for row in found.results} == {160}
+    assert {row.length for row in selection.results} == {160}
     assert {row.n for row in by_task["candidate"]} == {3 * int(SHARE * 128)}
     (chosen,) = by_task["greedy"]
-    assert chosen.layout == str(found.stripes)
+    assert chosen.layout == str(selection.stripes)
     assert str(Stripes.parse(chosen.layout).layer_types(5)).count("full") == 2
-    write_report([*found.results, *select(STORIES, 1, order="once", run="b", **GIVEN).results], tmp_path / "page.html")
+    write_report(
+        [*selection.results, *select(STORIES, 1, order="once", run="b", **ARGUMENTS).results], tmp_path / "page.html"
+    )
     page = (tmp_path / "page.html").read_text()
     assert page.count("sequences that took no part in the choice") == 2 + 1  # twice as a title, once in the prose
     assert (tmp_path / "page-selection-2.svg").is_file()
@@ -300,35 +302,35 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     changes: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EvalTarget, "load", None)
-    given = GIVEN | changes
+    kwargs = ARGUMENTS | changes
     with pytest.raises(ZebraError, match=why):
-        select(STORIES, given.pop("budget", 2), work=tmp_path / "work", **given)
+        select(STORIES, kwargs.pop("budget", 2), work=tmp_path / "work", **kwargs)
     assert not (tmp_path / "work").exists()
 
 
 def test_a_host_whose_layers_keep_their_kind_is_refused(checkpoints: Any) -> None:
     with pytest.raises(ZebraError, match="each layer keeps its kind"):
-        select(checkpoints("gemma3_text"), 1, **GIVEN)
+        select(checkpoints("gemma3_text"), 1, **ARGUMENTS)
     with pytest.raises(ZebraError, match="this model has 1 global layers"):
-        select(checkpoints("gemma2", layer_types=["full_attention"] + ["sliding_attention"] * 4), 1, **GIVEN)
+        select(checkpoints("gemma2", layer_types=["full_attention"] + ["sliding_attention"] * 4), 1, **ARGUMENTS)
 
 
 def test_a_folder_keeps_to_its_inputs(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    select(STORIES, 4, work=work, order="once", **GIVEN)
+    select(STORIES, 4, work=work, order="once", **ARGUMENTS)
     with pytest.raises(ZebraError, match="began with other inputs: sequences and window changed since"):
-        select(STORIES, 4, work=work, order="once", **GIVEN | {"window": 40, "length": 161})
+        select(STORIES, 4, work=work, order="once", **ARGUMENTS | {"window": 40, "length": 161})
     with (
         selection_folder(work, json.loads((work / "inputs.json").read_text())),
         pytest.raises(ZebraError, match="at work in"),
     ):
-        select(STORIES, 4, work=work, **GIVEN)
+        select(STORIES, 4, work=work, **ARGUMENTS)
     (work / "inputs.json").write_text("[")
     with pytest.raises(ZebraError, match="is damaged"):
-        select(STORIES, 4, work=work, **GIVEN)
+        select(STORIES, 4, work=work, **ARGUMENTS)
     (work / "inputs.json").unlink()
     with pytest.raises(ZebraError, match="holds no selection"):
-        select(STORIES, 4, work=work, **GIVEN)
+        select(STORIES, 4, work=work, **ARGUMENTS)
 
 
 COMMON = ("--window", 32, "--length", 160, "--samples", 4, "--text", TEXTS[0])
@@ -375,17 +377,17 @@ def test_a_refusal_is_one_line(
 
 def test_local_layers_have_their_window_and_sinks_and_stay_local(tmp_path: Path) -> None:
     zebra.convert(STORIES, tmp_path / "striped", "GL:40")
-    found = select(tmp_path / "striped", 2, **GIVEN)
-    kinds = found.stripes.layer_types(5)
+    selection = select(tmp_path / "striped", 2, **ARGUMENTS)
+    kinds = selection.stripes.layer_types(5)
     assert kinds.count("full_attention") == 2
     assert {kinds[1], kinds[3]} == {"sliding_attention"}
-    assert found.stripes.window == 32
-    candidates = [row for row in found.results if row.metric == "rise"]
+    assert selection.stripes.window == 32
+    candidates = [row for row in selection.results if row.metric == "rise"]
     assert {row.layout for row in candidates} == {"2,4:32", "GLLL:32", "0,2:32"}
-    (source,) = [row for row in found.results if row.metric == "loss"]
+    (source,) = [row for row in selection.results if row.metric == "loss"]
     assert source.layout == "GL:32"
-    with_sinks = select(STORIES, 2, order="once", **GIVEN | {"window": "32+4"})
+    with_sinks = select(STORIES, 2, order="once", **ARGUMENTS | {"window": "32+4"})
     assert (with_sinks.stripes.window, with_sinks.stripes.sinks) == (32, 4)
     assert all(row.layout.endswith(":32+4") for row in with_sinks.results if row.metric == "rise")
     with pytest.raises(ZebraError, match="keeps 1 to 2; a budget of 3"):
-        select(tmp_path / "striped", 3, **GIVEN)
+        select(tmp_path / "striped", 3, **ARGUMENTS)
