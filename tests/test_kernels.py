@@ -144,7 +144,7 @@ def agree(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> set[
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, block: int, part: int, span: int) -> None:
     """One head at a time, in tiles of `block` queries by `part` keys, `span` queries gathered at once."""
-    sizes = {"_BLOCKS": dict.fromkeys(banded._BLOCKS, block), "_PART": part, "_SPAN": span, "_SCORES_AT_ONCE": 1}
+    sizes = {"_BLOCKS": (block,) * len(banded._BLOCKS), "_PART": part, "_SPAN": span, "_SCORES_AT_ONCE": 1}
     for name, size in sizes.items():
         monkeypatch.setattr(banded, name, size)
 
@@ -912,14 +912,13 @@ def test_a_window_below_one_is_an_error(window: int) -> None:
 
 def test_parts_of_a_mask() -> None:
     mask = Mask(5, torch.ones(2, 8).bool(), torch.arange(16).view(2, 8))
-    later = mask.after(3)
+    later = mask.sliced(3)
     assert later.window == 5
     assert later.keys is not None
     assert later.documents is not None
     assert later.keys.shape == (2, 5)
     assert later.documents.tolist() == [[3, 4, 5, 6, 7], [11, 12, 13, 14, 15]]
-    assert mask.without_window() == Mask(None, mask.keys, mask.documents)
-    assert Mask(5).after(3) == Mask(5)
+    assert Mask(5).sliced(3) == Mask(5)
 
 
 def test_key_ranges_are_the_runs_of_the_mask() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 from collections.abc import Sequence
@@ -28,16 +29,12 @@ def machine() -> dict[str, str]:
     """Versions and devices."""
     facts = dict(versions())
     facts["platform"] = platform.platform()
-    facts["cpu"] = (
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(i)
-            facts[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    else:
-        facts["cuda"] = "none"
-    return facts
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    facts["cpu"] = f"{os.cpu_count()} cores, {threads} threads, {capability}"
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        facts[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return facts if torch.cuda.is_available() else facts | {"cuda": "none"}
 
 
 LENGTH, WINDOW = 2048, 512
@@ -65,27 +62,17 @@ def kernels() -> list[Serving]:
         "packed documents, training": (LENGTH, Mask(documents=documents), {}),
         "softcap": (LENGTH, Mask(), {"softcap": 30.0}),
     }
-    return [
-        _serving(name, dtype, queries, mask, {"with_lse": False, **options}, device)
-        for name, (queries, mask, options) in cases.items()
-        for dtype in DTYPES
-    ]
-
-
-def _serving(name: str, dtype: torch.dtype, queries: int, mask: Mask, options: dict[str, Any], device: str) -> Serving:
-    keys = queries if name.endswith(" tokens") else LENGTH
-    q = torch.zeros(1, 4, queries, 64, dtype=dtype, device=device, requires_grad="training" in name)
-    k = torch.zeros(1, 2, keys, 64, dtype=dtype, device=device)
-    request = Request(q=q, k=k, v=k, mask=mask, scale=0.125, **options)
-    kernel, _ = find(request)
-    assert kernel is not None  # the reference serves them all
-    reasons = {one.name: one.declines(request) for one in KERNELS}
-    return Serving(
-        name,
-        str(dtype).removeprefix("torch."),
-        kernel.name,
-        {other: reason for other, reason in reasons.items() if reason is not None},
-    )
+    servings = []
+    for (name, (queries, mask, options)), dtype in itertools.product(cases.items(), DTYPES):
+        keys = queries if name.endswith(" tokens") else LENGTH
+        q = torch.zeros(1, 4, queries, 64, dtype=dtype, device=device, requires_grad="training" in name)
+        k = torch.zeros(1, 2, keys, 64, dtype=dtype, device=device)
+        request = Request(q=q, k=k, v=k, mask=mask, scale=0.125, **{"with_lse": False, **options})
+        kernel, _ = find(request)
+        assert kernel is not None  # the reference serves them all
+        reasons = {one.name: reason for one in KERNELS if (reason := one.declines(request)) is not None}
+        servings.append(Serving(name, str(dtype).removeprefix("torch."), kernel.name, reasons))
+    return servings
 
 
 def reasons_by_kernel(servings: Sequence[Serving]) -> dict[str, list[str]]:

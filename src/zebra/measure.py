@@ -15,7 +15,7 @@ import os
 import statistics
 import timeit
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -60,20 +60,21 @@ def measure(device: str | None = None, *, size: int | None = None, repeats: int 
     """
     device = read_device(device)
     size = size or _size(device)
-    with bar("measuring", 4 + repeats + 1, "steps") as advance, _on(device):
-        ceilings = measure_ceilings(device, size=size, repeats=repeats, done=lambda: advance(1))
-        results = ceiling_results(ceilings, run="doctor")
+    # torch's clock waits for the current GPU.
+    current = torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
+    with bar("measuring", 2, "steps") as advance, current:
+        ceilings = measure_ceilings(device, size=size, repeats=repeats)
+        advance(1)
         dtype = "bfloat16" if device.startswith("cuda") and "bfloat16" in ceilings.flops else "float32"
-        return ceilings, results + local_layer(device, dtype, size=size, repeats=repeats, done=lambda: advance(1))
+        layer = local_layer(device, dtype, size=size, repeats=repeats)
+        advance(1)
+    return ceilings, ceiling_results(ceilings, run="doctor") + layer
 
 
-def measure_ceilings(
-    device: str, *, size: int | None = None, repeats: int = 5, done: Callable[[], object] = lambda: None
-) -> Device:
+def measure_ceilings(device: str, *, size: int | None = None, repeats: int = 5) -> Device:
     """The ceilings of a device: FLOP/s of products and of attention by dtype, bytes/s, memory. About two seconds."""
     size = size or _size(device)
     flops = dict(_products(device, size, repeats))
-    done()
     attention = {}
     for kind, window in ((GLOBAL, None), (LOCAL, max(1, size // 4))):
         pairs = visible_pairs(size, window)
@@ -81,17 +82,13 @@ def measure_ceilings(
             dtype: 14 * HEAD_DIM * HEADS * pairs / _least(_layer(device, dtype, size, partial(_ours, window)), repeats)
             for dtype in flops
         }
-        done()
     source = torch.empty(min(1 << 30, 64 * size * size), dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _least(lambda: target.copy_(source), repeats)
-    done()
     return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED, attention)
 
 
-def local_layer(
-    device: str, dtype: str, *, size: int, repeats: int, done: Callable[[], object] = lambda: None
-) -> list[Result]:
+def local_layer(device: str, dtype: str, *, size: int, repeats: int) -> list[Result]:
     """Milliseconds of a local layer's forward and backward pass: ours, and torch's sdpa under a band mask.
 
     Raises:
@@ -100,29 +97,22 @@ def local_layer(
     window = max(1, size // 4)
     position = torch.arange(size, device=device)
     band = Mask(window).visible(position, position)
-    sdpa = partial(scaled_dot_product_attention, attn_mask=band)
-    calls = {
-        "zebra": _layer(device, dtype, size, partial(_ours, window)),
-        "sdpa, dense mask": _layer(device, dtype, size, sdpa),
+    attentions = {
+        "zebra": partial(_ours, window),
+        "sdpa, dense mask": partial(scaled_dot_product_attention, attn_mask=band),
     }
+    calls = {name: _layer(device, dtype, size, attention) for name, attention in attentions.items()}
     error = relative_error(*(call() for call in calls.values()))
     if not error <= TOLERANCE[dtype]:
         raise ZebraError(f"our local layer differs from sdpa by {error:.1e}, more than {TOLERANCE[dtype]:.0e}.")
     task = f"bench attention: window {window}, {HEADS} heads of {HEAD_DIM}, {dtype}"
-    common: Any = {"run": "doctor", "layout": f"L:{window}", "task": task, "length": size}
-    return [
-        Result(
-            model=name,
-            metric="milliseconds_forward_backward",
-            value=1000 * statistics.median(seconds),
-            low=1000 * min(seconds),
-            high=1000 * max(seconds),
-            n=repeats,
-            device=device_name(device),
-            **common,
-        )
-        for name, seconds in paired_seconds(calls, repeats, done).items()
-    ]
+    common: Any = {"run": "doctor", "layout": f"L:{window}", "task": task, "length": size, "n": repeats}
+    common |= {"device": device_name(device), "metric": "milliseconds_forward_backward"}
+    results = []
+    for name, seconds in paired_seconds(calls, repeats).items():
+        low, median, high = (1000 * f(seconds) for f in (min, statistics.median, max))
+        results.append(Result(model=name, value=median, low=low, high=high, **common))
+    return results
 
 
 def paired_seconds(
@@ -154,15 +144,12 @@ def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
 
 def ceiling_results(ceilings: Device, *, run: str) -> list[Result]:
     """The ceilings of a device as results."""
-    numbers: list[tuple[str, str, float]] = [
-        *((f"{dtype} products", "flops_per_second", rate) for dtype, rate in ceilings.flops.items()),
-        *(
-            (f"{dtype} attention, {'global' if kind == GLOBAL else 'local'} layer", "flops_per_second", rate)
-            for kind, rates in ceilings.attention.items()
-            for dtype, rate in rates.items()
-        ),
-        ("copy", "bytes_per_second", ceilings.bandwidth),
-    ]
+    rates = {f"{dtype} products": rate for dtype, rate in ceilings.flops.items()}
+    for kind, by_dtype in ceilings.attention.items():
+        name = "global" if kind == GLOBAL else "local"
+        rates |= {f"{dtype} attention, {name} layer": rate for dtype, rate in by_dtype.items()}
+    numbers: list[tuple[str, str, float]] = [(name, "flops_per_second", rate) for name, rate in rates.items()]
+    numbers.append(("copy", "bytes_per_second", ceilings.bandwidth))
     if ceilings.memory is not None:
         numbers.append(("memory", "bytes", ceilings.memory))
     common: Any = {"run": run, "layout": "", "task": "bench ceilings", "device": ceilings.name}
@@ -176,11 +163,6 @@ def write_ceilings(path: Path, ceilings: Device) -> None:
 
 def _size(device: str) -> int:
     return 8192 if device.startswith("cuda") else 2048
-
-
-def _on(device: str) -> AbstractContextManager[object]:
-    """Makes a GPU the current one, which is the one that torch's clock waits for."""
-    return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
 
 
 def _products(device: str, size: int, repeats: int) -> Iterator[tuple[str, float]]:

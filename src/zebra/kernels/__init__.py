@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,14 +25,7 @@ from zebra.kernels.request import Kernel, Mask, Request
 
 __all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "choose", "find", "only"]
 
-KERNELS: tuple[Kernel, ...] = (
-    fused.KERNEL,
-    varlen.KERNEL,
-    flex.KERNEL,
-    native.KERNEL,
-    banded.KERNEL,
-    reference.KERNEL,
-)
+KERNELS: tuple[Kernel, ...] = tuple(module.KERNEL for module in (fused, varlen, flex, native, banded, reference))
 """Fastest first."""
 
 _log = logging.getLogger(__name__)
@@ -82,12 +76,9 @@ def choose(request: Request) -> Kernel:
     if kernel is reference.KERNEL and _only.get() is None:
         _warn_once(f"attention runs by the dense formula, slow and large, because {'; '.join(lines.values())}")
         return kernel
-    device, queries = request.q.device.type, request.queries
-    missed = [
-        lines[other.name]
-        for other in KERNELS
-        if other.name in lines and device in (other.devices or ()) and queries >= other.min_queries
-    ]
+    device = request.q.device.type
+    declined = [one for one in KERNELS if one.name in lines and request.queries >= one.min_queries]
+    missed = [lines[one.name] for one in declined if device in (one.devices or ())]
     if missed:
         _warn_once(f"attention runs by the kernel {kernel.name}, because {'; '.join(missed)}")
     return kernel
@@ -169,10 +160,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
         )
     for name, tensor in (("keys", mask.keys), ("documents", mask.documents)):
         if tensor is not None and tuple(tensor.shape) != (k.shape[0], k.shape[2]):
-            raise ValueError(
-                f"mask.{name} has one entry for each key, (B, S) = {(k.shape[0], k.shape[2])}; "
-                f"got {tuple(tensor.shape)}."
-            )
+            expected = k.shape[0], k.shape[2]
+            raise ValueError(f"mask.{name} has one entry for each key, (B, S) = {expected}; got {tuple(tensor.shape)}.")
 
 
 def _trim(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Mask]:
@@ -181,8 +170,8 @@ def _trim(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, 
         return k, v, mask
     unseen = k.shape[2] - (q.shape[2] + mask.window - 1)
     if unseen > 0:
-        k, v, mask = k[:, :, unseen:], v[:, :, unseen:], mask.after(unseen)
-    return k, v, mask if mask.window is not None and mask.window < k.shape[2] else mask.without_window()
+        k, v, mask = k[:, :, unseen:], v[:, :, unseen:], mask.sliced(unseen)
+    return k, v, mask if mask.window is not None and mask.window < k.shape[2] else replace(mask, window=None)
 
 
 def _warn_once(message: str) -> None:

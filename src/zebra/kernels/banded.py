@@ -27,7 +27,7 @@ from zebra.kernels.request import Kernel, Mask, Request
 from zebra.kernels.tiles import COLUMNS, Tile, Tiles
 
 _LOG2E = math.log2(math.e)
-_BLOCKS = {"small": 64, "middle": 128, "large": 256}
+_BLOCKS = (64, 128, 256)
 """Queries of a tile: fewer compute fewer hidden keys, more make faster products."""
 _PART = 2048
 """Keys of a tile at a time."""
@@ -44,15 +44,19 @@ class _Walk:
         self.q, self.wide = q, torch.promote_types(q.dtype, torch.float32)
         self.heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.slopes = None if slopes is None else slopes.to(self.wide).view(-1, self.group, 1, 1) * _LOG2E
-        block = _BLOCKS[_block(mask, wide=self.wide == q.dtype)]
+        small, middle, large = _BLOCKS
+        if mask.window is None:
+            block = large if mask.documents is None else middle
+        else:
+            block = small if self.wide == q.dtype or mask.window <= 128 else middle
         self.tiles = Tiles(mask, q.shape[0], q.shape[2], k.shape[2], block=block, part=_PART, group=self.group)
         reach = min(k.shape[2], _PART, k.shape[2] if mask.window is None else mask.window - 1 + block + COLUMNS)
         at_once = _SCORES_AT_ONCE if q.device.type == "cpu" else _SCORES_AT_ONCE << 8
         self.head_groups = -(-self.heads // max(1, at_once // (self.group * block * reach)))
         self.span = max(1, _SPAN // block)
-        self.longest = (
-            k.shape[2] if mask.window is None else min(k.shape[2], mask.window - 1 + self.span * block + COLUMNS)
-        )
+        self.longest = k.shape[2]
+        if mask.window is not None:
+            self.longest = min(k.shape[2], mask.window - 1 + self.span * block + COLUMNS)
         self.compact = q.dtype != self.wide or _reduced_float32()
         self._room = -(-self.heads // self.head_groups) * self.group * block * reach
         self._buffers: dict[str, Tensor] = {}
@@ -136,12 +140,6 @@ def _reduced_float32() -> bool:
         return True
 
 
-def _block(mask: Mask, *, wide: bool) -> str:
-    if mask.window is None:
-        return "large" if mask.documents is None else "middle"
-    return "small" if wide or mask.window <= 128 else "middle"
-
-
 _SCORES = ("scores", "narrow", "ds", "wide ds")
 
 
@@ -163,17 +161,14 @@ class _Sum:
     def keys(self, lo: int, hi: int) -> Tensor:
         """The sum for the keys [lo, hi), (heads, hi - lo, D), to be added to."""
         if hi > self.start + self.sums.shape[1]:
-            self._write(lo)
+            self.write(lo)
             rest = self.sums[:, lo - self.start :].clone()
             self.sums[:, : rest.shape[1]] = rest
             self.sums[:, rest.shape[1] :] = 0
             self.start = lo
         return self.sums[:, lo - self.start : hi - self.start]
 
-    def finish(self) -> None:
-        self._write(self.into.shape[1])
-
-    def _write(self, end: int) -> None:
+    def write(self, end: int) -> None:
         """Write the sums of the keys before `end`; 0 where no tile saw a key."""
         last = min(end, self.start + self.sums.shape[1])
         self.into[:, self.start : last] = self.sums[:, : last - self.start]
@@ -183,15 +178,9 @@ class _Sum:
 class _Banded(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        scale: float,
-        softcap: float | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None,
         slopes: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         walk = _Walk(q, k, mask, slopes)
         out = torch.empty_like(q)
         lse = torch.empty(*q.shape[:3], 1, dtype=walk.wide, device=q.device)
@@ -226,9 +215,8 @@ class _Banded(torch.autograd.Function):
                     tiles, queries = len(span.tiles), slice(span.s, span.e)
                     rows = walk.gather("q", q[entry, heads, queries], tiles, q.dtype)
                     do = walk.gather("do", grad_out[entry, heads, queries], tiles, q.dtype)
-                    delta = (
-                        walk.gather("out", out[entry, heads, queries], tiles, walk.wide).mul_(do).sum(-1, keepdim=True)
-                    )
+                    weighted = walk.gather("out", out[entry, heads, queries], tiles, walk.wide).mul_(do)
+                    delta = weighted.sum(-1, keepdim=True)
                     delta -= walk.gather("dlse", grad_lse[entry, heads, queries, None], tiles, walk.wide)
                     peak = walk.gather("lse", lse[entry, heads, queries, None], tiles, walk.wide).mul_(_LOG2E)
                     peak.masked_fill_(peak.isneginf(), 0.0)
@@ -239,7 +227,7 @@ class _Banded(torch.autograd.Function):
                         _tile_backward(walk, tile, kv_heads, span.lo, sides, columns, ctx)
                     walk.scatter(span_dq.mul_(ctx.scale), dq[entry, heads, queries])
                 for total in sums:
-                    total.finish()
+                    total.write(k.shape[2])
         return dq, dk, dv, None, None, None, None
 
 
@@ -307,7 +295,7 @@ def banded(request: Request) -> tuple[Tensor, Tensor | None]:
     r = request
     with torch.autocast(r.q.device.type, enabled=False):
         out, lse = _Banded.apply(r.q, r.k, r.v, r.mask, r.scale, r.softcap, r.slopes)
-    return out, lse if request.with_lse else None
+    return out, lse if r.with_lse else None
 
 
 KERNEL = Kernel(

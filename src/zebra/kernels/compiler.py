@@ -57,7 +57,12 @@ def library(source: Path) -> ctypes.CDLL:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 output = Path(temporary) / path.name
-                _compile([*command, str(source), "-o", str(output)])
+                command += [str(source), "-o", str(output)]
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+                if done.returncode:
+                    errors = (line for line in done.stderr.splitlines() if "error" in line)
+                    reason = next(errors, f"exit code {done.returncode}")
+                    raise Unbuilt(f"the compiler {command[0]} failed: {reason}")
                 output.replace(path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
@@ -72,10 +77,3 @@ def _compiler() -> list[str]:
     if path is None:
         raise Unbuilt("there is no C++ compiler, g++ or clang++ or what CXX names")
     return [path]
-
-
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
-    if done.returncode:
-        error = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-        raise Unbuilt(f"the compiler {command[0]} failed: {error}")

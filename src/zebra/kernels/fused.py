@@ -33,7 +33,11 @@ def fused(request: Request) -> tuple[Tensor, Tensor | None]:
     """`scaled_dot_product_attention`, with a group's heads as rows in decode: out (B, H, T, D), lse (B, H, T)."""
     q, k, v = request.q, request.k, request.v
     if 1 < request.queries < request.keys:
-        return _chunk(request)
+        past = request.keys - request.queries
+        rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        out, lse = _LSE(rows, k[:, :, :past], v[:, :, :past], 0.0, False, scale=request.scale)
+        new, new_lse = _LSE(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=request.scale)
+        return merge(new, new_lse, out.reshape(q.shape), lse.reshape(q.shape[:3]), with_lse=request.with_lse)
     if request.queries > 1:
         if request.with_lse:
             out, lse = _LSE(q, k, v, 0.0, True, scale=request.scale)
@@ -49,15 +53,6 @@ def fused(request: Request) -> tuple[Tensor, Tensor | None]:
         return out.reshape(q.shape), lse.reshape(q.shape[:3])
     out = scaled_dot_product_attention(rows, k, v, attn_mask=visible, scale=request.scale)
     return out.view_as(q), None
-
-
-def _chunk(request: Request) -> tuple[Tensor, Tensor | None]:
-    q, k, v = request.q, request.k, request.v
-    past = request.keys - request.queries
-    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    out, lse = _LSE(rows, k[:, :, :past], v[:, :, :past], 0.0, False, scale=request.scale)
-    new, new_lse = _LSE(q, k[:, :, past:], v[:, :, past:], 0.0, True, scale=request.scale)
-    return merge(new, new_lse, out.reshape(q.shape), lse.reshape(q.shape[:3]), with_lse=request.with_lse)
 
 
 def _unsupported_reason(request: Request) -> str | None:
@@ -79,10 +74,6 @@ def _unsupported_reason(request: Request) -> str | None:
     if request.mask.keys is not None and not bool(request.mask.keys.any(dim=-1).all()):
         return "a query that sees no key gives NaN in it"
     return None
-
-
-def _slower_than(request: Request) -> str | None:
-    return "native" if _is_long(request) and request.q.dtype == torch.float32 else None
 
 
 def _is_long(request: Request) -> bool:
@@ -112,7 +103,6 @@ KERNEL = Kernel(
     name="fused",
     summary="torch's scaled_dot_product_attention: plain causal, chunks and decode",
     run=fused,
-    dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
     unsupported_reason=_unsupported_reason,
-    slower_than=_slower_than,
+    slower_than=lambda request: "native" if _is_long(request) and request.q.dtype == torch.float32 else None,
 )

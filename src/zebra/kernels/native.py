@@ -33,10 +33,6 @@ class _View(ctypes.Structure):
 
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row"))]
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> _View:
-        return cls(tensor.data_ptr(), *tensor.stride()[:3])
-
 
 _VIEWS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
 _FLAT = ("lse", "dlse", "lo", "hi")
@@ -56,17 +52,11 @@ class _Call(ctypes.Structure):
 def _run(direction: str, tensors: dict[str, Tensor], scale: float) -> None:
     """Call native.cpp, which fills in the outputs among the tensors."""
     q, k = tensors["q"], tensors["k"]
-    call = _Call(
-        **{name: _View.of(tensors[name]) for name in _VIEWS if name in tensors},
-        **{name: tensors[name].data_ptr() for name in _FLAT if name in tensors},
-        batch=q.shape[0],
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        queries=q.shape[2],
-        keys=k.shape[2],
-        threads=torch.get_num_threads(),
-        scale=scale,
-    )
+    fields: dict[str, Any] = dict(zip(("batch", "heads", "queries"), q.shape, strict=False))
+    fields |= {"kv_heads": k.shape[1], "keys": k.shape[2], "threads": torch.get_num_threads(), "scale": scale}
+    for name, tensor in tensors.items():
+        fields[name] = _View(tensor.data_ptr(), *tensor.stride()[:3]) if name in _VIEWS else tensor.data_ptr()
+    call = _Call(**fields)
     library = _library()
     assert not isinstance(library, str)
     function = library[f"{direction}_{str(q.dtype).removeprefix('torch.')}_{q.shape[3]}"]
@@ -128,8 +118,7 @@ def _unsupported_reason(request: Request) -> str | None:
         return "it takes positive scales only"
     if request.mask.has_padding_holes():
         return "padding stands between the tokens of a sequence"
-    missing = _CPU[request.q.dtype] - compiler.cpu_flags()
-    if missing:
+    if missing := _CPU[request.q.dtype] - compiler.cpu_flags():
         return f"this CPU does not say that it has {', '.join(sorted(missing))}"
     library = _library()
     return library if isinstance(library, str) else None

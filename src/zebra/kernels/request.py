@@ -33,7 +33,7 @@ class Mask:
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(
-                f"a window counts the keys that a query sees, its own included: at least 1; got {self.window}."
+                f"a window counts the keys that a query sees, its own included; got {self.window}, not 1 or more."
             )
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
@@ -103,44 +103,23 @@ class Mask:
         runs.scatter_add_(1, starts.expand(real.shape), (real & ~follows).int())
         return bool((runs > 1).any())
 
-    def after(self, start: int) -> Mask:
-        """The same mask for the keys from `start` on."""
-        return self._sliced(slice(start, None))
-
-    def before(self, end: int) -> Mask:
-        """The same mask for the keys before `end`."""
-        return self._sliced(slice(end))
-
-    def _sliced(self, part: slice) -> Mask:
-        return replace(
-            self,
-            keys=None if self.keys is None else self.keys[:, part],
-            documents=None if self.documents is None else self.documents[:, part],
-        )
-
-    def without_window(self) -> Mask:
-        """The same mask with a global reach."""
-        return replace(self, window=None)
+    def sliced(self, start: int = 0, end: int | None = None) -> Mask:
+        """The same mask for the keys [start, end)."""
+        keys, documents = (None if x is None else x[:, start:end] for x in (self.keys, self.documents))
+        return replace(self, keys=keys, documents=documents)
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `attend`, checked and completed; `arguments` holds those that `attend` does not know.
+    """The arguments of `attend`, checked and completed; `arguments` holds those that `attend` does not know."""
 
-    Attributes:
-        q: (B, H, T, D).
-        k: (B, K, S, D).
-        v: (B, K, S, D).
-        slopes: (H,), of ALiBi.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    q: Tensor  # (B, H, T, D)
+    k: Tensor  # (B, K, S, D)
+    v: Tensor  # (B, K, S, D)
     mask: Mask
     scale: float
     softcap: float | None = None
-    slopes: Tensor | None = None
+    slopes: Tensor | None = None  # (H,), of ALiBi
     with_lse: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -197,13 +176,10 @@ class Kernel:
             return f"it does not know the argument {', '.join(sorted(request.arguments))}"
         if request.queries < self.min_queries:
             return f"it does not pay for fewer than {self.min_queries} queries"
-        return self._lacks(request) or self.unsupported_reason(request)
-
-    def _lacks(self, request: Request) -> str | None:
         if request.softcap is not None and not self.softcap:
             return "it has no softcap"
         if request.slopes is not None and not self.slopes:
             return "it has no ALiBi"
         if request.mask.sinks and request.mask.window is not None and not self.sinks:
             return "it has no sinks, which zebra.kernels.sinks merges"
-        return None
+        return self.unsupported_reason(request)

@@ -48,13 +48,13 @@ def self_extend_attention(
     """
     queries, keys = q.shape[2], v.shape[2]
     dropped, far_keys = keys - k.shape[2], keys - window
-    near = replace(mask.after(dropped), window=window)
+    near = replace(mask.sliced(dropped), window=window)
     if far_keys <= 0:
         return attend(q, k, v[:, :, dropped:], near, with_lse=with_lse, **arguments)
     out, lse = attend(q, k, v[:, :, dropped:], near, **arguments)
     first = max(0, queries - far_keys)  # of the queries that have far keys
     far_out, far_lse = attend(
-        far_q[:, :, first:], far_k[:, :, :far_keys], v[:, :, :far_keys], mask.before(far_keys), **arguments
+        far_q[:, :, first:], far_k[:, :, :far_keys], v[:, :, :far_keys], mask.sliced(end=far_keys), **arguments
     )
     assert lse is not None
     assert far_lse is not None

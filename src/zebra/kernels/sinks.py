@@ -30,16 +30,11 @@ NO_POSITION = 1 << 40
 
 
 class Sinks(NamedTuple):
-    """Sinks for n blocks of queries, one after another.
+    """Sinks for n blocks of queries, one after another."""
 
-    Attributes:
-        keys, values: (B, K, n, sinks, D).
-        positions: (1 or B, n, sinks), indices in the sequence, padding counted; `NO_POSITION` where none is.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
+    keys: Tensor  # (B, K, n, sinks, D)
+    values: Tensor  # (B, K, n, sinks, D)
+    positions: Tensor  # (1 or B, n, sinks), indices in the sequence, padding counted; `NO_POSITION` where none is
 
 
 def sink_attention(

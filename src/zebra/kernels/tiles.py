@@ -8,6 +8,7 @@ queries  [\ . . . . . \   ]         any of them sees, in parts that stay in a co
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Tiles:
         self._triangles: dict[tuple[int, int, int], Tensor] = {}
         device = next((x.device for x in (mask.keys, mask.documents) if x is not None), torch.device("cpu"))
         # The first key of each tile's top and bottom query, by documents and padding alone.
-        first = mask.without_window().key_ranges(queries, keys, device)[0].expand(batch, -1)
+        first = replace(mask, window=None).key_ranges(queries, keys, device)[0].expand(batch, -1)
         edges = torch.arange(0, queries, block, device=device)
         self._top = first[:, edges].tolist()
         self._bottom = first[:, (edges + block).clamp(max=queries) - 1].tolist()
@@ -69,13 +70,9 @@ class Tiles:
         for s, lo in zip(range(0, self.queries, self.block), self._top[entry], strict=True):
             e = min(self.queries, s + self.block)
             if window is not None:
-                lo = max(lo, self._rounded(self.offset + s - window + 1, e))
+                edge = self.offset + s - window + 1
+                lo = max(lo, edge - -(self.offset + e - edge) % COLUMNS)  # or a little before, in whole `COLUMNS`
             yield Tile(entry, s, e, min(lo, self.offset + e), self.offset + e)
-
-    def _rounded(self, lo: int, e: int) -> int:
-        """`lo`, or a little before it, so that the keys up to the tile's last query are whole `COLUMNS`."""
-        keys = self.offset + e - lo
-        return lo - -keys % COLUMNS
 
     def spans(self, entry: int, most: int) -> Iterator[Span]:
         """The tiles of a batch entry, at most `most` at a time; a shorter last one alone."""

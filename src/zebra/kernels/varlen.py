@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,29 +24,17 @@ from torch.nn.functional import pad
 from zebra.kernels.request import Kernel, Mask, Request
 
 
-@dataclass(frozen=True)
-class Packing:
-    """The sequences of one call, end to end.
+class Packing(NamedTuple):
+    """The sequences of one call, end to end."""
 
-    Attributes:
-        queries: (n,), indices into the B * T queries, None for all in order.
-        keys: (m,), indices into the B * S keys, None for all in order.
-        query_bounds: (sequences + 1,) int32, where each sequence's queries begin and end.
-        key_bounds: (sequences + 1,) int32, the same of its keys.
-        max_queries: at least the queries of any sequence.
-        max_keys: at least its keys.
-        window: (left, right) of the last query: how many keys before and after its own it sees, -1 for all.
-        valid: (n,) bool, which results count; None for all.
-    """
-
-    queries: Tensor | None
-    keys: Tensor | None
-    query_bounds: Tensor
-    key_bounds: Tensor
-    max_queries: int
-    max_keys: int
-    window: tuple[int, int]
-    valid: Tensor | None = None
+    queries: Tensor | None  # (n,), indices into the B * T queries, None for all in order
+    keys: Tensor | None  # (m,), indices into the B * S keys, None for all in order
+    query_bounds: Tensor  # (sequences + 1,) int32, where each sequence's queries begin and end
+    key_bounds: Tensor  # (sequences + 1,) int32, the same of its keys
+    max_queries: int  # at least the queries of any sequence
+    max_keys: int  # at least its keys
+    window: tuple[int, int]  # of the last query: how many keys before and after its own it sees, -1 for all
+    valid: Tensor | None = None  # (n,) bool, which results count; None for all
 
 
 def packings(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> list[Packing]:

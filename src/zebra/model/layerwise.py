@@ -122,7 +122,7 @@ class _KindOfEachLayer:
     ) -> tuple[Tensor, Tensor | None]:
         self.layers.append(module.layer_idx)
         if self._kinds[module.layer_idx] == "G":
-            return attend(q, k, v, mask.without_window(), **kwargs)
+            return attend(q, k, v, replace(mask, window=None), **kwargs)
         mask = replace(mask, window=self._window)
         if self._local:
             return self._local.attend(module, positions, q, k, v, mask, **kwargs)

@@ -78,12 +78,12 @@ class LocalAttention:
         with_sinks = replace(mask, sinks=self.sinks)
         if prompt == new:
             return sink_attention(query, key, value, with_sinks, cached=sinks, start=start, **kwargs)
-        decoded_out, decoded_lse = attend(query[:, :, prompt:], key, value, mask.without_window(), **kwargs)
+        decoded_out, decoded_lse = attend(query[:, :, prompt:], key, value, replace(mask, window=None), **kwargs)
         if prompt == 0:
             return decoded_out, decoded_lse
         end = value.shape[2] - new + prompt
         out, lse = sink_attention(
-            query[:, :, :prompt], key[:, :, :end], value[:, :, :end], with_sinks.before(end), **kwargs
+            query[:, :, :prompt], key[:, :, :end], value[:, :, :end], with_sinks.sliced(end=end), **kwargs
         )
         whole_lse = None if lse is None or decoded_lse is None else torch.cat([lse, decoded_lse], dim=2)
         return torch.cat([out, decoded_out], dim=2), whole_lse
