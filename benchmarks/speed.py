@@ -24,7 +24,8 @@ from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.measure import ceiling_results, measure_ceilings
 from zebra.model.load import read_device
-from zebra.report import benches, page
+from zebra.report import page
+from zebra.report.benches import benches
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
 from zebra.report.series import interval, number, percent
@@ -309,9 +310,7 @@ def write_page(folder: Path, target: Path) -> None:
         raise ZebraError(f"there are no results in {folder}. Measure first: python benchmarks/speed.py")
     sections = []
     for kind, results in by_kind.items():
-        runs = dict.fromkeys(result.run for result in results)
-        tables = [block for run in runs for block in benches.benches([r for r in results if r.run == run]).blocks[1:]]
-        parts = [plan(results), Section("All measurements", [benches.HOW, *tables]), method(results)]
+        parts = [plan(results), benches(results), method(results)]
         if kind == "cpu":
             parts.insert(0, goals(results))
         title = "" if kind == "cpu" else "GPU: "

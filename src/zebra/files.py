@@ -118,7 +118,11 @@ def directory_lock(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        _lock(descriptor, directory)
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ZebraError(f"another process is at work in {directory}. Wait for it, or name another.") from None
         try:
             yield
         finally:
@@ -126,12 +130,3 @@ def directory_lock(directory: Path) -> Iterator[None]:
                 directory.rmdir()
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, directory: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ZebraError(f"another process is at work in {directory}. Wait for it, or name another.") from None
-    except OSError:  # a file system without locks
-        return

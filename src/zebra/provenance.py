@@ -35,16 +35,11 @@ def git_commit() -> str | None:
 
     None where the package is installed, or where git is not.
     """
+    describe = "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"
     try:
-        tracked = _git("ls-files", "--error-unmatch", __file__)
-        commit = _git("rev-parse", "--short=12", "HEAD")
-        changes = _git("diff", "--quiet", "HEAD")
-    except (OSError, subprocess.TimeoutExpired):
+        for arguments in (("ls-files", "--error-unmatch", __file__), describe):
+            git = ["git", "-C", str(Path(__file__).parent), *arguments]
+            text = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
         return None
-    if tracked.returncode or commit.returncode:
-        return None
-    return commit.stdout.decode().strip() + ("+" if changes.returncode else "")
-
-
-def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, timeout=10)
+    return text.strip()

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from zebra.report import tasks
-from zebra.report.benches import CEILINGS
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, split, table, where
 from zebra.report.series import overlap, percent, series_of, task_name
@@ -47,7 +46,7 @@ def compare(results: Iterable[Result]) -> Section:
         for one in results
         if one.position_from in (None, 0) and one.position_to in (None, one.length)  # the whole context
         if "@" not in one.model  # not during training
-        if one.task != CEILINGS  # one table has those of all runs
+        if one.task != "bench ceilings"
     ]
     runs = split(compared, lambda one: (one.task, one.metric, one.length))
     shared = {task for (task, *_), same in runs.items() if len({one.run for one in same}) > 1}

@@ -136,7 +136,8 @@ def _linked_svg(figure: Figure, links: Links) -> Markup:
 
 def markdown(stem: str, title: str, summary: Sequence[Line], sections: list[Section]) -> str:
     """The page as Markdown without its list of results, its figures the files `<stem>-<name>.svg`."""
-    blocks = [f"# {_escaped(title)}", *(f"**{_escaped(''.join(cell.text for cell in line))}**" for line in summary)]
+    lines = ["".join(cell.text for cell in line).strip() for line in summary]
+    blocks = [f"# {_escaped(title)}", *(f"**{_escaped(line)}**" for line in lines)]
     for section in sections:
         blocks.append(f"## {section.title}")
         for block in section.blocks:
