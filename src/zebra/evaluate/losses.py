@@ -77,7 +77,7 @@ class Losses:
             ids, scored = batch.tensors(self._device)
             states = self._layers.states(ids, base)
             for kinds in missing:
-                start = first_difference(kinds, base)
+                start = next((i for i, kind in enumerate(kinds) if kind != base[i]), 0)
                 hidden = states[-1] if kinds == base else self._layers.resume(ids, kinds, start, states[start])
                 losses = losses_at(hidden, self._head, ids, scored).double()
                 if not bool(losses.isfinite().all()):
@@ -113,11 +113,6 @@ def _counts(batch: CalibrationBatch) -> list[int]:
     return batch.scored.sum(axis=1).tolist()
 
 
-def first_difference(kinds: str, base: str) -> int:
-    """The first layer in which two layouts differ; 0 where they are the same."""
-    return next((i for i, (a, b) in enumerate(zip(kinds, base, strict=True)) if a != b), 0)
-
-
 def _read(file: Path) -> dict[tuple[str, int], list[float]]:
     losses: dict[tuple[str, int], list[float]] = {}
     text = file.read_bytes() if file.exists() else b""
@@ -144,9 +139,9 @@ def selection_folder(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """
     file = folder / "inputs.json"
     if folder.exists() and not file.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ZebraError(f"{folder} exists and holds no selection: it has no inputs.json. Name another with --work.")
+        raise ZebraError(f"{folder} exists and holds no selection: it has no inputs.json. Name another with --out.")
     with directory_lock(folder):
-        check_inputs(file, inputs, instead="name another folder with --work")
+        check_inputs(file, inputs, instead="name another folder with --out")
         if not file.exists():
             atomic_write(file, json.dumps(inputs, indent=2) + "\n")
         yield folder

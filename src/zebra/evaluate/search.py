@@ -12,21 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zebra.evaluate.losses import Advance, Losses, first_difference
+from zebra.evaluate.losses import Advance, Losses
 from zebra.evaluate.scoring import no_progress
 
 
-def _toggled(kinds: str) -> list[str]:
-    """Each layout with one global layer less, from the first layer on."""
-    return [kinds[:i] + "L" + kinds[i + 1 :] for i, kind in enumerate(kinds) if kind == "G"]
+def _candidates(kinds: str) -> dict[str, int]:
+    """The layouts with one global layer less, from the first layer on, each with the layer that becomes local."""
+    return {kinds[:i] + "L" + kinds[i + 1 :]: i for i in global_layers(kinds)}
 
 
 def once(losses: Losses, source: str, count: int, advance: Advance = no_progress) -> str:
     """The layout with the `count` global layers whose loss as local layers is highest; of equals, the earlier ones."""
-    candidates = _toggled(source)
-    losses.measure(source, candidates, advance=advance)
+    candidates = _candidates(source)
+    losses.measure(source, [*candidates], advance=advance)
     needed = sorted(candidates, key=losses.mean, reverse=True)[:count]
-    return layout_of([first_difference(kinds, source) for kinds in needed], len(source))
+    return layout_of([candidates[kinds] for kinds in needed], len(source))
 
 
 def greedy(losses: Losses, source: str, count: int, advance: Advance = no_progress) -> str:
@@ -36,7 +36,7 @@ def greedy(losses: Losses, source: str, count: int, advance: Advance = no_progre
     """
     kinds = source
     while kinds.count("G") > count:
-        candidates = _toggled(kinds)
+        candidates = [*_candidates(kinds)]
         losses.measure(kinds, candidates, advance=advance)
         kinds = min(reversed(candidates), key=losses.mean)
     return kinds
