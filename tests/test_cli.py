@@ -276,7 +276,11 @@ def test_an_interrupt_ends_with_130_and_nothing_half_written(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
-    done = zebra("adapt", endless, cwd=tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        done = zebra("adapt", endless, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     interrupted(tmp_path, done.returncode, done.stderr)
 
 
