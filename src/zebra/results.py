@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
@@ -63,14 +63,8 @@ class Result:
 COLUMNS = tuple(f.name for f in fields(Result) if f.name != "origin")
 """The columns of a result in their order."""
 _REQUIRED = ("run", "model", "layout", "task", "metric", "value")
-_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("run", "model", "layout", "task", "metric", "device"), str),
-    "value": (int, float),
-    **dict.fromkeys(("length", "position_from", "position_to", "n", "seed"), (int, type(None))),
-    **dict.fromkeys(("depth", "low", "high"), (int, float, type(None))),
-    "versions": dict,
-    "commit": (str, type(None)),
-}
+_TYPES: dict[str, Any] = get_type_hints(Result) | {"versions": dict, "value": int | float}
+_TYPES |= dict.fromkeys(("depth", "low", "high"), int | float | None)
 """The type of each column, checked in results that come from a file."""
 
 
@@ -141,8 +135,8 @@ def _parse(line: str, origin: str) -> Result:
     if columns["value"] is None:  # it was not finite
         columns["value"] = math.nan
     result = Result(**columns, origin=origin)
-    for column, kind in _TYPES.items():
+    for column in COLUMNS:
         value = getattr(result, column)
-        if isinstance(value, bool) or not isinstance(value, kind):
+        if isinstance(value, bool) or not isinstance(value, _TYPES[column]):
             raise ValueError(f"the column {column} holds {value!r}")
     return result

@@ -177,7 +177,7 @@ def plot_during_training(axes: Axes, points: Mapping[float, Sequence[Result]], s
 
 def _scale_trained(axes: Axes, unit: str) -> None:
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(lambda value, _: EngFormatter(sep="").format_eng(value).replace("G", "B"))
     axes.set_xlabel(f"{unit} trained on")
 
 

@@ -93,10 +93,10 @@ def _table(by_label: dict[str, ByLength]) -> Table:
         needed = [one for length, here in by_length.items() if length <= max(reached, ended) for one in here]
         names = [Cell(label), Cell(f"{reached:,}" if reached else "none", results=needed)]
         lines.append((names, [one for here in by_length.values() for one in here]))
+
+    def mean(results: Results) -> Cell:
+        return Cell(percent(score(results)), results=results) if results else Cell("–")
+
     every = sorted({length for by_length in by_label.values() for length in by_length})
-    columns = [(Cell(f"{length:,}", "tokens"), where(_score_cell, length=length)) for length in every]
+    columns = [(Cell(f"{length:,}", "tokens"), where(mean, length=length)) for length in every]
     return table("", [Cell(""), Cell("effective", "tokens")], lines, columns)
-
-
-def _score_cell(results: Results) -> Cell:
-    return Cell(percent(score(results)), results=results) if results else Cell("–")
