@@ -10,6 +10,7 @@ times are medians.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -75,13 +76,11 @@ def measure_ceilings(device: str, *, size: int | None = None, repeats: int = 5) 
     """The ceilings of a device: FLOP/s of products and of attention by dtype, bytes/s, memory. About two seconds."""
     size = size or _size(device)
     flops = dict(_products(device, size, repeats))
-    attention = {}
-    for kind, window in ((GLOBAL, None), (LOCAL, max(1, size // 4))):
-        pairs = visible_pairs(size, window)
-        attention[kind] = {
-            dtype: 14 * HEAD_DIM * HEADS * pairs / _least(_layer(device, dtype, size, partial(_ours, window)), repeats)
-            for dtype in flops
-        }
+    attention: dict[str, dict[str, float]] = {GLOBAL: {}, LOCAL: {}}
+    for kind, dtype in itertools.product(attention, flops):
+        window = max(1, size // 4) if kind == LOCAL else None
+        seconds = _least(_layer(device, dtype, size, partial(_ours, window)), repeats)
+        attention[kind][dtype] = 14 * HEAD_DIM * HEADS * visible_pairs(size, window) / seconds
     source = torch.empty(min(1 << 30, 64 * size * size), dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _least(lambda: target.copy_(source), repeats)
@@ -124,15 +123,12 @@ def paired_seconds(
     turn 1: a b c   each call once; torch's clock waits for the accelerator
     turn 2: a b c   ... `repeats` turns
     """
-    timers = {name: timeit.Timer(call, timer=benchmark.timer) for name, call in calls.items()}
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, timer in timers.items():
-            elapsed = timer.timeit(number=1)
-            if turn:
-                seconds[name].append(elapsed)
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            seconds[name].append(timeit.Timer(call, timer=benchmark.timer).timeit(number=1))
         done()
-    return seconds
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

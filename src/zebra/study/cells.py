@@ -56,9 +56,8 @@ def cells_of(grid: StudyRecipe) -> list[GridCell]:
             if not isinstance(length, int):
                 raise ZebraError("a cell has a length: give recipe.train.length, or the axis length.")
             if attention != "global" and not isinstance(window, int):
-                raise ZebraError(
-                    f"{attention} layers have a window: give recipe.model.sliding_window, or the axis window."
-                )
+                remedy = "give recipe.model.sliding_window, or the axis window"
+                raise ZebraError(f"{attention} layers have a window: {remedy}.")
             of_group = group if attention == "grouped" else None
             of_window = window if attention != "global" else None
             of_block = block if attention == "summary" else None

@@ -59,7 +59,7 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
         ZebraError: before any work, a contradiction in any cell, no text or no such machine, a cell's directory of
             another recipe; at the end, cells that failed, when all others are finished.
     """
-    recipes = recipes_of(grid)
+    recipes: Sequence[PretrainRecipe] = recipes_of(grid)
     if workers < 1:
         raise ZebraError(f"--workers is at least 1; got {workers}.")
     check_machine(recipes[0].train)
@@ -134,12 +134,12 @@ def _check_run(run: Path, recipes: Sequence[PretrainRecipe]) -> None:
             f"{origin.parent} was trained by another recipe: its tokenizer or its data differ. "
             f"Name another run, or remove {run}."
         )
-    with_tokenizer = [_sharing_tokenizer(run, recipe) for recipe in recipes]
-    for recipe in with_tokenizer:
+    recipes = _sharing_tokenizer(run, recipes)
+    for recipe in recipes:
         directory.check_recipe(Path(recipe.run), recipe)
     for cell in _other_cells(run, recipes):
         other = read_recipe(cell / "recipe.yaml", PretrainRecipe)
-        if different := [name for name in directory.differing_keys(with_tokenizer[0], other) if name not in CELL_KEYS]:
+        if different := [name for name in directory.differing_keys(recipes[0], other) if name not in CELL_KEYS]:
             raise ZebraError(
                 f"{cell} is a cell of another recipe: {', '.join(different)} differ. Name another run, or remove it."
             )
@@ -149,13 +149,14 @@ def _origin(recipe: PretrainRecipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", include={"tokenizer", "data"}, exclude={"data": {"num_proc", "cache_dir"}})
 
 
-def _sharing_tokenizer(run: Path, recipe: PretrainRecipe) -> PretrainRecipe:
-    """A cell's recipe with the grid's tokenizer, where that is trained."""
-    trains = isinstance(recipe.tokenizer, NewTokenizer)
-    return recipe.model_copy(update={"tokenizer": str(run / "tokenizer")}) if trains else recipe
+def _sharing_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> Sequence[PretrainRecipe]:
+    """The cells' recipes with the grid's tokenizer, where that is trained."""
+    if not isinstance(recipes[0].tokenizer, NewTokenizer):
+        return recipes
+    return [recipe.model_copy(update={"tokenizer": str(run / "tokenizer")}) for recipe in recipes]
 
 
-def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> list[PretrainRecipe]:
+def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> Sequence[PretrainRecipe]:
     """The recipes with one tokenizer, which is trained where it is not there yet."""
     settings, path = recipes[0].tokenizer, run / "tokenizer"
     if isinstance(settings, NewTokenizer) and not path.is_dir():
@@ -163,7 +164,7 @@ def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Pretra
         with atomic_directory(path) as aside:
             tokenizer.save_pretrained(aside)
             atomic_write(aside / ORIGIN, yaml.safe_dump(_origin(recipes[0])))
-    recipes = [_sharing_tokenizer(run, recipe) for recipe in recipes]
+    recipes = _sharing_tokenizer(run, recipes)
     tokenizer = load_tokenizer(str(recipes[0].tokenizer))
     check_step(recipes[0], read_texts(recipes[0], tokenizer))  # and the text is in the cache, for all cells
     return recipes

@@ -23,11 +23,9 @@ QUERIES = 1024
 
 @dataclass(frozen=True)
 class SummaryStripes(Stripes):
-    """A layout some of whose layers are summary layers; its pattern has a letter for each layer: `GSSL:32/16`.
+    """A layout some of whose layers are summary layers, with blocks of `block` tokens: `GSSL:32/16`.
 
-    Attributes:
-        block: tokens of a block.
-        summaries: the indices of the summary layers; to transformers they are global layers, and so in `pattern`.
+    `summaries` are their indices; to transformers they are global layers, and so in `pattern`, a letter for each layer.
 
     Raises:
         ZebraError: a block below 1, and what `Stripes` raises.

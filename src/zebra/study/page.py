@@ -9,7 +9,8 @@ from functools import partial
 
 from zebra.report.figures import Figure, plot_loss
 from zebra.report.page import Cell, Chapter, Line, Section, Table
-from zebra.report.series import Span, count, interval, number, span_name
+from zebra.report.pivot import interval_cell, value_cell
+from zebra.report.series import Span, count, number, span_name
 from zebra.results import Result
 from zebra.study.claims import FAILS, HOLDS, METHOD, UNTESTED, Claim, claims, mean_text
 from zebra.study.pictures import COLOURS, Point, plot_beyond, plot_scatter
@@ -215,15 +216,13 @@ def _costs(study: Study) -> Blocks:
 
 def _cost(study: Study, cell: StudyCell, metric: str) -> Cell:
     cost, unit = study.cost(cell, metric), _COSTS[metric][1]
-    if cost is None:
-        return Cell("–")
+    results = [] if cost is None else [cost]
     if unit not in ("µs a token", "MiB"):
-        return Cell(count(cost.value), results=[cost])
+        return value_cell(results, count)
     time, speed = study.cost(cell, "milliseconds"), study.cost(cell, "tokens_per_second")
     tokens = round(time.value * speed.value / 1000) if time and speed else 1  # of a step
     scale = 2**-20 if unit == "MiB" else 1000 / tokens
-    bounds = "–".join(number(bound * scale) for bound in interval(cost) or ())
-    return Cell(number(cost.value * scale), bounds, results=[cost])
+    return interval_cell(results, lambda value: number(value * scale))
 
 
 def _training(study: Study, prefix: str) -> Blocks:

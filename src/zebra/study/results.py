@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import NamedTuple
 
+from zebra.report.pivot import split
 from zebra.report.series import FULL, Span, step
 from zebra.results import Result
 from zebra.study.spread import Scores
@@ -117,13 +118,10 @@ def studies_in(results: Sequence[Result]) -> list[Study]:
 
     A second run of the same cell and seed belongs to none.
     """
-    runs: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for one in results:
-        if (directory := _run_directory(one)) is not None:
-            runs[one.run, directory].append(one)
+    runs = split(results, lambda one: (one.run, _run_directory(one)))
     grids: dict[str, dict[StudyCell, dict[int | None, list[Result]]]] = defaultdict(lambda: defaultdict(dict))
     for (_, directory), of_run in runs.items():
-        if (cell := _cell(of_run)) is not None:
+        if directory is not None and (cell := _cell(of_run)) is not None:
             path = PurePath(directory)
             name = path.parent.parent.name if path.parent.name == "cells" else ""
             grids[name][cell].setdefault(of_run[0].seed, of_run)
