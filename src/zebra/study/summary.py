@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zebra.kernels import Mask, attend
 from zebra.kernels.merging import merge
+from zebra.kernels.reference import masked_softmax
 from zebra.study import layout
 
 
@@ -142,9 +143,7 @@ def _attend_means(
             position = blocks.last[:, None, :reach] - (block - 1) / 2
             by_head = slopes.to(dtype).view(k.shape[1], -1, 1, 1)
             scores = scores - by_head * (i[:, None] - position)[:, None, None].to(dtype)
-        scores = scores.masked_fill(~visible, float("-inf"))
-        lse = torch.logsumexp(scores, dim=-1) if reach else scores.new_full(scores.shape[:-1], float("-inf"))
-        weights = torch.exp(scores - lse.unsqueeze(-1).where(visible.any(dim=-1, keepdim=True), 0.0))
+        weights, lse = masked_softmax(scores, visible)
         outs.append((weights @ mean_v[:, :, None, :reach]).flatten(1, 2))
         lses.append(lse.flatten(1, 2))
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
