@@ -66,8 +66,8 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
     assert not context.args
 
 
-QUICK = ("generating", "planning", "selecting")
-SLOW = ("adapting", "evaluating", "families", "pipeline", "pretraining", "self-extend", "tuning", "untrained")
+QUICK = ("generating", "pipeline", "planning", "selecting")
+SLOW = ("adapting", "evaluating", "families", "pretraining", "self-extend", "tuning", "untrained")
 """Guides that train, or measure for several seconds."""
 
 

@@ -246,6 +246,10 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["stages.evaluate.perplexity.texts=[a]"],
         "stage evaluate: its perplexity: unknown key texts",
     ),
+    "a wrong value of an evaluation": (
+        ["stages.evaluate.perplexity.lengths=300"],
+        r"stage evaluate: its perplexity: lengths: .*\(got 300\)",
+    ),
     "a contradiction": (["stages.tune.train.warmup_steps=99"], "stage tune: .*warmup_steps"),
     "no such kind": (["stages.before.kind=reports"], "no stage of the kind reports; did you mean report"),
     "no such name": (["stages.train={}"], "no stage of the kind train"),

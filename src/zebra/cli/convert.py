@@ -7,19 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from zebra.cli import show
-from zebra.cli.options import (
-    Checkpoint,
-    Device,
-    Dtype,
-    Json,
-    RopeOption,
-    Seed,
-    Separator,
-    names,
-    rope_notation,
-    self_extend_notation,
-)
+from zebra.cli import options, show
 from zebra.data.documents import find_files
 from zebra.model.checkpoint_files import check_checkpoint, check_conversion
 from zebra.stripes import Stripes
@@ -29,19 +17,18 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Checkpoint,
+    source: options.Checkpoint,
     target: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
     stripes: Annotated[
         str,
         typer.Option(help="Layout: PATTERN:WINDOW or LAYERS:WINDOW, such as GLLL:4096 or 0,4:4096; +4 adds 4 sinks."),
     ],
     rope: Annotated[
-        str | None, typer.Option(callback=rope_notation, help="Change of the rope: linear:8, yarn:8. Default: none.")
+        str | None,
+        typer.Option(callback=options.rope_notation, help="Change of the rope: linear:8, yarn:8. Default: none."),
     ] = None,
-    full_decode: Annotated[
-        bool, typer.Option("--full-decode", help="Let local layers keep all keys, for the tokens that are generated.")
-    ] = False,
-    as_json: Json = False,
+    full_decode: options.FullDecodeFlag = False,
+    as_json: options.Json = False,
 ) -> None:
     """Copy a checkpoint and give the copy stripes; plain transformers loads it."""
     check_conversion(source, target, stripes, rope)
@@ -68,16 +55,20 @@ def _converted(
 
 
 def select(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     budget: Annotated[
         str, typer.Option(help="Global layers to keep: 8, a share such as 0.25, flops:0.5, or cache:4GiB@131072.")
     ],
     window: Annotated[str, typer.Option(help="Window of the layers that become local, in tokens; 512+4 adds 4 sinks.")],
     length: Annotated[int, typer.Option(help="Tokens of each measured text or prompt.")],
     text: Annotated[list[str] | None, typer.Option(help="File, folder or glob to measure on; repeatable.")] = None,
-    task: Annotated[
+    tasks: Annotated[
         str | None,
-        typer.Option(help="Retrieval tasks to measure on, several with commas; --text is then their haystack."),
+        typer.Option(
+            "--task",
+            callback=options.names,
+            help="Retrieval tasks to measure on, several with commas; --text is then their haystack.",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Texts or prompts to measure; one in four is held out.")] = 16,
     order: Annotated[
@@ -86,52 +77,36 @@ def select(
             metavar="NAME", help="greedy: measure again after each choice; once: choose after the first round."
         ),
     ] = "greedy",
-    separator: Separator = None,
-    rope: RopeOption = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    seed: Seed = 0,
-    out: Annotated[
+    separator: options.Separator = None,
+    rope: options.RopeNotation = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    work: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the measurements, results and page; resumes from it.")
     ] = Path("selection"),
     target: Annotated[
         Path | None, typer.Option("--convert", help="Also convert the checkpoint to the layout, into this directory.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Choose by measurement which layers stay global, within a budget."""
     check_conversion(checkpoint, target, f"L:{window}", rope)
     find_files(text or ())
-    tasks = names(task) if task else []
-    if tasks:
+    arguments = options.call_arguments(locals(), "target")
+    if tasks is not None:
         from zebra.data.needles import check_task
 
-        for name in tasks:
+        for name in arguments["tasks"]:
             check_task(name, 0.5, samples)
     with show.working():
         from zebra.evaluate.selection import select as run
 
-        selection = run(
-            checkpoint,
-            budget,
-            window=window,
-            length=length,
-            text=text or (),
-            tasks=tasks,
-            samples=samples,
-            order=order,
-            separator=separator,
-            rope=rope,
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            work=out,
-            run=str(out),
-        )
-        _write_page(selection, out)
+        selection = run(**arguments, run=str(work))
+        _write_page(selection, work)
     written = None if target is None else _converted(checkpoint, target, selection.stripes, rope, False)
     show.selection(selection, written, as_json)
-    show.note(f"results {out}/results.jsonl, page {out}/report.html")
+    show.note(f"results {work}/results.jsonl, page {work}/report.html")
 
 
 def _write_page(selection: Selection, folder: Path) -> None:
@@ -152,30 +127,29 @@ def verify(
     self_extend: Annotated[
         str | None,
         typer.Option(
-            callback=self_extend_notation,
+            callback=options.self_extend_notation,
             help="Also compare this Self-Extend with its formula: GROUP:WINDOW or auto:LENGTH.",
         ),
     ] = None,
     rope: Annotated[
-        str | None, typer.Option(callback=rope_notation, help="Change of the rope that it was converted with.")
+        str | None, typer.Option(callback=options.rope_notation, help="Change of the rope that it was converted with.")
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of the long checks. Default: somewhat over one and a half windows.")
     ] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1.")] = "cpu",
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Check that a conversion, or Self-Extend, computes what its definition says; exit code 1 if a check fails."""
+    arguments = options.call_arguments(locals())
     for checkpoint in filter(None, (target, against)):
         check_checkpoint(checkpoint)
     with show.working():
         from zebra.model.verify import verify as run
 
-        checks = run(
-            target, against, rope=rope, self_extend=self_extend, length=length, seed=seed, dtype=dtype, device=device
-        )
+        checks = run(**arguments)
     show.checks(checks, as_json)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)

@@ -8,21 +8,29 @@ from typing import Annotated
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import Json, Seed, Separator, names, numbers
+from zebra.cli.options import Json, Seed, Separator, call_arguments, names, numbers
 from zebra.errors import ZebraError
 
 
 def instructions(
     documents: Annotated[list[str], typer.Argument(help="Text files, or JSON Lines with document, qa, summary.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file to write.")],
-    kind: Annotated[
-        str, typer.Option(help="Kinds of instructions: qa, summary, writing; several with commas.")
+    kinds: Annotated[
+        str,
+        typer.Option(
+            "--kind", callback=names, help="Kinds of instructions: qa, summary, writing; several with commas."
+        ),
     ] = "qa,summary,writing",
     words: Annotated[
         int | None, typer.Option(help="Fill each prompt with other documents up to this many words. Default: no.")
     ] = None,
-    depth: Annotated[
-        str, typer.Option(help="Depths of the document asked about, 0 (start) to 1 (end), used in turn.")
+    depths: Annotated[
+        str,
+        typer.Option(
+            "--depth",
+            callback=numbers("--depth", float, "0,0.5,1"),
+            help="Depths of the document asked about, 0 (start) to 1 (end), used in turn.",
+        ),
     ] = "0,0.5,1",
     writing: Annotated[int, typer.Option(min=0, metavar="INT", help="Writing tasks made of each document.")] = 3,
     separator: Separator = None,
@@ -30,25 +38,17 @@ def instructions(
     as_json: Json = False,
 ) -> None:
     """Turn long documents into long instructions: questions, summaries, writing. No network, no model."""
+    options = call_arguments(locals(), "out")
     from zebra.data.instructions import instruction_stats, make_instructions, read_annotated
     from zebra.files import atomic_write
     from zebra.results import to_json
 
-    kinds = tuple(names(kind))
-    examples = list(
-        make_instructions(
-            read_annotated(documents, separator=separator),
-            kinds=kinds,
-            words=words,
-            depths=numbers("--depth", depth, float, "0,0.5,1"),
-            writing=writing,
-            seed=seed,
-        )
-    )
+    documents_read = read_annotated(options.pop("documents"), separator=options.pop("separator", None))
+    examples = list(make_instructions(documents_read, **options))
     if not examples:
         raise ZebraError(
-            f"these documents have nothing for {', '.join(kinds)}: no questions, no summaries, or no two passages of "
-            "sentences to write. Give others, or other kinds."
+            f"these documents have nothing for {', '.join(options['kinds'])}: no questions, no summaries, or no two "
+            "passages of sentences to write. Give others, or other kinds."
         )
     atomic_write(out, "".join(to_json(example) + "\n" for example in examples))
     show.instructions(instruction_stats(examples), as_json)

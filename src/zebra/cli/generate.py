@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from zebra.cli import show
-from zebra.cli.options import (
-    Checkpoint,
-    Device,
-    Dtype,
-    FullDecode,
-    Json,
-    RopeOption,
-    Seed,
-    SelfExtendOption,
-    StripesOption,
-    Window,
-    load_arguments,
-)
+from zebra.cli import options, show
 from zebra.errors import ZebraError
+from zebra.model.checkpoint_files import check_checkpoint
 
 
 def generate(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     file: Annotated[Path | None, typer.Option(help="UTF-8 file with the text to continue; - reads stdin.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
@@ -39,43 +28,27 @@ def generate(
     num_beams: Annotated[int, typer.Option(help="Beams of beam search; the text is printed at the end.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="Stop after this string; repeatable.")] = None,
     prefill_chunk: Annotated[int | None, typer.Option(help="Tokens of a chunk of the prompt. Default: all.")] = None,
-    seed: Seed = 0,
-    stripes: StripesOption = None,
-    rope: RopeOption = None,
-    self_extend: SelfExtendOption = None,
-    window: Window = None,
-    full_decode: FullDecode = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    as_json: Json = False,
+    seed: options.Seed = 0,
+    stripes: options.StripesNotation = None,
+    rope: options.RopeNotation = None,
+    self_extend: options.SelfExtendNotation = None,
+    window: options.Window = None,
+    full_decode: options.FullDecode = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    as_json: options.Json = False,
 ) -> None:
     """Continue a text, greedily unless a temperature is given. The text streams to stdout, timings go to stderr."""
-    decoding: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "num_beams": num_beams,
-        "stop": tuple(stop or ()),
-        "seed": seed,
-        "prefill_chunk": prefill_chunk,
-    }
-    loading = load_arguments(checkpoint, stripes, rope, self_extend, window, full_decode, dtype, device)
+    arguments = options.call_arguments(locals(), "prompt", "file")
+    check_checkpoint(checkpoint)
     text = _prompt(prompt, file)
     with show.working():
+        from zebra.generation import Decoding
         from zebra.generation import generate as run
 
         with show.writing(not as_json) as write:
-            generated = run(
-                checkpoint,
-                text,
-                chat=chat,
-                on_text=write,
-                **loading,
-                **decoding,
-            )
+            generated = run(arguments.pop("checkpoint"), text, on_text=write, **arguments)
+        decoding = {field.name: arguments.get(field.name, field.default) for field in fields(Decoding)}
     show.generated(generated, decoding, as_json)
 
 

@@ -4,58 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
 
 from zebra.errors import ZebraError
-from zebra.model.checkpoint_files import check_checkpoint, check_dtype
+from zebra.model.checkpoint_files import check_dtype
 from zebra.model.rope import Rope
 from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
 
-Number = TypeVar("Number", int, float)
+
+def numbers(option: str, kind: Callable[[str], float], example: str) -> Callable[[str | None], list[Any] | None]:
+    """A callback that reads an option's numbers, with commas between them, and raises a ZebraError for others."""
+
+    def callback(value: str | None) -> list[Any] | None:
+        try:
+            return None if value is None else [kind(part) for part in value.split(",")]
+        except ValueError:
+            raise ZebraError(f"{option} takes numbers, several with commas; got {value!r}. Write {example}.") from None
+
+    return callback
 
 
-def numbers(option: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:
-    """Numbers of an option, with commas between them.
+def names(value: str | None) -> list[str] | None:
+    """A callback that reads names with commas between them."""
+    return None if value is None else [name.strip() for name in value.split(",")]
 
-    Raises:
-        ZebraError: anything else.
+
+def call_arguments(arguments: dict[str, Any], *without: str) -> dict[str, Any]:
+    """A verb's arguments as those of the function that it calls, whose defaults stand for what is not given.
+
+    Args:
+        without: names of arguments that the verb keeps for itself, beside `as_json`.
     """
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ZebraError(f"{option} takes numbers, several with commas; got {text!r}. Write {example}.") from None
+    excluded = ("as_json", *without)
+    return {name: value for name, value in arguments.items() if name not in excluded and value not in (None, [])}
 
 
-def names(text: str) -> list[str]:
-    """Names with commas between them."""
-    return [name.strip() for name in text.split(",")]
+def _checked_by(parse: Callable[[str], object]) -> Callable[[str | None], str | None]:
+    """A callback that leaves a value as it is, and raises what `parse` raises for it."""
+
+    def callback(value: str | None) -> str | None:
+        if value is not None:
+            parse(value)
+        return value
+
+    return callback
 
 
-def stripes_notation(value: str | None) -> str | None:
-    """Check a layout; raises as `Stripes.parse`."""
-    return value if value is None else str(Stripes.parse(value))
-
-
-def rope_notation(value: str | None) -> str | None:
-    """Check a change of the rope; raises as `Rope.parse`."""
-    return value if value is None else str(Rope.parse(value))
-
-
-def self_extend_notation(value: str | None) -> str | None:
-    """Check a setting of Self-Extend; raises as `SelfExtend.parse`."""
-    if value is not None and not value.strip().startswith("auto:"):  # a target needs the model's trained length
+def _check_self_extend(value: str) -> None:
+    if not value.strip().startswith("auto:"):  # a target needs the model's trained length
         SelfExtend.parse(value)
-    return value
 
 
-def dtype_name(value: str | None) -> str | None:
-    """Check the name of a dtype; raises as `check_dtype`."""
-    if value is not None:
-        check_dtype(value)
-    return value
+stripes_notation = _checked_by(Stripes.parse)
+rope_notation = _checked_by(Rope.parse)
+self_extend_notation = _checked_by(_check_self_extend)
 
 
 # Checkpoints, and how they are loaded
@@ -73,7 +78,7 @@ def _plain_path(value: str) -> str:
 Checkpoint = Annotated[
     str, typer.Argument(callback=_plain_path, help="Checkpoint: a directory that transformers saved.")
 ]
-StripesOption = Annotated[
+StripesNotation = Annotated[
     str | None,
     _loading(
         "--stripes",
@@ -82,11 +87,11 @@ StripesOption = Annotated[
         stripes_notation,
     ),
 ]
-RopeOption = Annotated[
+RopeNotation = Annotated[
     str | None,
     _loading("--rope", "Change of the rope: linear:8, yarn:8, llama3:8, base:5000000. Default: none.", rope_notation),
 ]
-SelfExtendOption = Annotated[
+SelfExtendNotation = Annotated[
     str | None,
     _loading(
         "--self-extend",
@@ -102,43 +107,25 @@ FullDecode = Annotated[
         "Let local layers keep all keys, for the tokens that are generated. Default: as the checkpoint says.",
     ),
 ]
+FullDecodeFlag = Annotated[
+    bool, typer.Option("--full-decode", help="Let local layers keep all keys, for the tokens that are generated.")
+]
 Dtype = Annotated[
     str | None,
-    _loading("--dtype", "float64, float32, bfloat16 or float16. Default: the checkpoint's own.", dtype_name),
+    _loading(
+        "--dtype", "float64, float32, bfloat16 or float16. Default: the checkpoint's own.", _checked_by(check_dtype)
+    ),
 ]
 Device = Annotated[str | None, _loading("--device", "cpu, cuda, cuda:1. Default: a GPU if there is one.")]
 
 
-def load_arguments(
-    checkpoint: str,
-    stripes: str | None,
-    rope: str | None,
-    self_extend: str | None,
-    window: int | None,
-    full_decode: bool | None,
-    dtype: str | None,
-    device: str | None,
-) -> dict[str, Any]:
-    """The fields of `zebra.model.load_options.LoadOptions`, for a checkpoint that is there.
-
-    Raises:
-        ZebraError: as `check_checkpoint`.
-    """
-    check_checkpoint(checkpoint)
-    return {
-        "stripes": stripes,
-        "rope": rope,
-        "self_extend": self_extend,
-        "window": window,
-        "full_decode": full_decode,
-        "dtype": dtype,
-        "device": device,
-    }
-
-
 # Measurements
 
-Lengths = Annotated[str, typer.Option("--length", help="Context lengths in tokens, several with commas.")]
+length_list = numbers("--length", int, "4096 or 512,4096")
+Lengths = Annotated[
+    str, typer.Option("--length", callback=length_list, help="Context lengths in tokens, several with commas.")
+]
+Score = Literal["generate", "likelihood"]
 Beyond = Annotated[bool, typer.Option("--beyond", help="Allow lengths beyond those that the model was trained for.")]
 Separator = Annotated[
     str | None, typer.Option(help="String that separates documents in a text file. Default: a file is one document.")

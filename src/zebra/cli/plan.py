@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import Json, stripes_notation
+from zebra.cli.options import FullDecodeFlag, Json, stripes_notation
 
 
 def plan(
@@ -29,9 +29,7 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 80GiB: find what fits.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time budget in seconds: find a layout that meets it.")] = None,
     self_extend: Annotated[str | None, typer.Option(help="Also Self-Extend: GROUP:WINDOW or auto:LENGTH.")] = None,
-    full_decode: Annotated[
-        bool, typer.Option("--full-decode", help="Let local layers keep all keys, for the tokens that are generated.")
-    ] = False,
+    full_decode: FullDecodeFlag = False,
     picture: Annotated[Path | None, typer.Option(help="SVG file to draw the costs from 1K to 1M tokens into.")] = None,
     as_json: Json = False,
 ) -> None:

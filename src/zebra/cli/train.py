@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,39 +13,32 @@ from zebra.cli import show
 from zebra.cli.options import Json, RecipeFile, Set
 from zebra.model.checkpoint_files import check_checkpoint
 
-if TYPE_CHECKING:
-    from zebra.train.recipe import AdaptRecipe, PretrainRecipe
-    from zebra.train.tune_recipe import TuneRecipe
-
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")]
 
 
 def adapt(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
     """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
-    from zebra.train.recipe import AdaptRecipe, read_recipe
-
-    _train("adapt", read_recipe(recipe, AdaptRecipe, set_ or []), dry_run, as_json)
+    _train("adapt", recipe, set_, dry_run, as_json)
 
 
 def tune(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
     """Tune a checkpoint on short and long instructions (LIT), measure it before and after, and write a report."""
-    from zebra.train.recipe import read_recipe
-    from zebra.train.tune_recipe import TuneRecipe
-
-    _train("tune", read_recipe(recipe, TuneRecipe, set_ or []), dry_run, as_json)
+    _train("tune", recipe, set_, dry_run, as_json)
 
 
 def pretrain(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
     """Train a model from scratch, and its tokenizer if the recipe asks for one; measure it and write a report."""
-    from zebra.train.recipe import PretrainRecipe, read_recipe
-
-    _train("pretrain", read_recipe(recipe, PretrainRecipe, set_ or []), dry_run, as_json)
+    _train("pretrain", recipe, set_, dry_run, as_json)
 
 
-def _train(verb: str, recipe: AdaptRecipe | TuneRecipe | PretrainRecipe, dry_run: bool, as_json: bool) -> None:
+def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool) -> None:
     """Estimate a recipe's cost, or train by it, write its page and print its results."""
-    from zebra.train.recipe import CheckpointRecipe, check_files
+    from zebra.train.recipe import AdaptRecipe, CheckpointRecipe, PretrainRecipe, check_files, read_recipe
+    from zebra.train.tune_recipe import TuneRecipe
 
+    kinds: dict[str, type[AdaptRecipe | TuneRecipe | PretrainRecipe]]
+    kinds = {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
+    recipe = read_recipe(file, kinds[verb], overrides or ())
     page = Path(recipe.run) / "report.html"
     if not dry_run and not page.with_name("results.jsonl").exists():  # a finished run needs no texts
         if isinstance(recipe, CheckpointRecipe):
