@@ -6,7 +6,7 @@ renderings of them. Results that no section understands stand in a plain table a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich import table as terminal
@@ -29,11 +29,21 @@ from zebra.report import (
 )
 from zebra.report.compare import merge_sources
 from zebra.report.figures import Figure
-from zebra.report.page import Cell, Chapter, Table
+from zebra.report.page import Cell, Chapter, Section, Table
 from zebra.report.series import by_kind
 from zebra.results import Result
 
-__all__ = ["merge_sources", "terminal_tables", "write_report"]
+__all__ = ["SECTIONS", "merge_sources", "terminal_tables", "write_report"]
+
+SECTIONS: dict[str, Callable[[list[Result]], Section]] = {
+    "position": perplexity.positions,
+    "retrieval": retrieval.retrieval,
+    "task": tasks.tasks,
+    "selection": selection.selection,
+    "answers": answers.answers,
+    "bench": benches.benches,
+}
+"""The section of each kind of measurement (`zebra.report.series.by_kind`), on the page and in the terminal."""
 
 
 def write_report(
@@ -71,16 +81,11 @@ def write_report(
         *(section for chapter in chapters for section in chapter.sections),
         compare.compare(rest),
         layouts.layouts(kinds["cost"]),
-        perplexity.positions(kinds["position"]),
         lengths.lengths([*kinds["retrieval"], *kinds["task"]]),
-        retrieval.retrieval(kinds["retrieval"]),
-        tasks.tasks(kinds["task"]),
-        selection.selection(kinds["selection"]),
-        answers.answers(kinds["answers"]),
+        *(section(kinds[kind]) for kind, section in SECTIONS.items()),
         answers.composition(kinds["instructions"]),
         perplexity.training(kinds["loss"], kinds["position during training"], kinds["position"]),
         layouts.cost(kinds["cost"], kinds["speed"]),
-        benches.benches(kinds["bench"]),
         method.method(results),
         method.others([*kinds["other"], *selection.incomplete(kinds["selection"])]),
     ]
@@ -92,19 +97,9 @@ def write_report(
 
 
 def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:
-    """The tables of results for a terminal: perplexity by position, retrieval, tasks, selections, answers, benchmarks.
-
-    Each is that of the page; what has no table of its own there has none here.
-    """
+    """The tables of `SECTIONS` for a terminal."""
     kinds = by_kind(results)
-    sections = [
-        perplexity.positions(kinds["position"]),
-        retrieval.retrieval(kinds["retrieval"]),
-        tasks.tasks(kinds["task"]),
-        selection.selection(kinds["selection"]),
-        answers.answers(kinds["answers"]),
-        benches.benches(kinds["bench"]),
-    ]
+    sections = [section(kinds[kind]) for kind, section in SECTIONS.items()]
     tables = []
     for table in (block for section in sections for block in section.blocks if isinstance(block, Table)):
         shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
