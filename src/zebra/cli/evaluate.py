@@ -150,7 +150,7 @@ def tasks(
 ) -> None:
     """Run tasks of the lm-evaluation-harness on data that is on this machine; nothing is downloaded."""
     arguments = _checked(locals())
-    from zebra.evaluate.tasks import PREFIX, check_retrieval_task
+    from zebra.evaluate.harness_retrieval import PREFIX, check_retrieval_task
 
     for name in arguments["tasks"]:
         if name.startswith(PREFIX):

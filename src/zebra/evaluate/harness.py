@@ -18,17 +18,18 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.errors import ZebraError
+from zebra.evaluate.harness_retrieval import PREFIX, check_retrieval_task, configuration, retrieval_tasks
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.lm_eval_compat import isolated, task_errors
 from zebra.evaluate.scoring import BATCH_TOKENS
 from zebra.evaluate.target import EvalTarget
-from zebra.evaluate.tasks import PREFIX, check_retrieval_task, configuration, retrieval_tasks
 from zebra.model.local import local_attention_of
 from zebra.progress import console
 from zebra.provenance import versions
 from zebra.results import Result
 
-_SHARES = ("acc", "acc_norm", "accuracy", "exact_match", "em")
+_BERNOULLI_METRICS = ("acc", "acc_norm", "accuracy", "exact_match", "em")
+"""Metrics that are 0 or 1 for each item: Wilson's interval holds for their mean."""
 _MAX_NEW_TOKENS = 256
 """Tokens that the harness generates where a task does not say how many."""
 
@@ -287,7 +288,7 @@ def _results(
             n = n if int(metric) == length else None
             metric, context = "accuracy", int(metric)
         low = high = None
-        if metric in _SHARES and n and sizes:
+        if metric in _BERNOULLI_METRICS and n and sizes:
             low, high = wilson(float(value), n)
         elif isinstance(error, int | float):
             low, high = value - 1.96 * error, value + 1.96 * error

@@ -175,7 +175,7 @@ def number(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A whole number."""
+    """A whole number with separators of thousands."""
     return f"{value:,.0f}" if math.isfinite(value) else str(value)
 
 

@@ -8,7 +8,7 @@ from zebra.report.series import number, percent, series_of, task_name
 from zebra.results import Result
 
 _CHECK = "documents-check-"
-_SHARES = ("acc", "acc_norm", "accuracy", "exact_match", "em", "f1", "rouge1", "rouge2", "rougeL")
+_PERCENT_METRICS = ("acc", "acc_norm", "accuracy", "exact_match", "em", "f1", "rouge1", "rouge2", "rougeL")
 HOW = (
     "Tasks of the lm-evaluation-harness, and questions about documents, by the tokens that the model read. ROUGE and "
     "F1 are against the best reference answer; a log-likelihood is in nats per token of the reference answers. A check "
@@ -39,7 +39,7 @@ def _table(results: list[Result]) -> Table:
 
 def is_share(result: Result) -> bool:
     """Whether a result's value is a share, which is shown in percent."""
-    return result.task.startswith(_CHECK) or result.metric.partition(" ")[0] in _SHARES
+    return result.task.startswith(_CHECK) or result.metric.partition(" ")[0] in _PERCENT_METRICS
 
 
 def mean(results: Results) -> float:

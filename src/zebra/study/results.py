@@ -85,7 +85,7 @@ class Study:
 
     @property
     def results(self) -> list[Result]:
-        """All of them."""
+        """All results of the study."""
         return [*(one for seeds in self.runs.values() for run in seeds.values() for one in run), *self.measured]
 
     @property

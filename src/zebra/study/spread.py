@@ -44,7 +44,7 @@ class Difference(NamedTuple):
 
 
 def spread(scores: Scores) -> Spread:
-    """Of perplexities."""
+    """Mean and standard deviation of perplexities over seeds."""
     values = [one.value for one in scores.values()]
     several = len(values) > 1 and all(map(math.isfinite, values))
     return Spread(math.fsum(values) / len(values), statistics.stdev(values) if several else None)

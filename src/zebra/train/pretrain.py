@@ -72,7 +72,7 @@ class RandomStart:
         self.rope: str | None = None
 
     def digests(self) -> dict[str, str]:
-        """Of the tokenizer."""
+        """A digest of the tokenizer."""
         return {"tokenizer": tokenizer_digest(self.tokenizer)}
 
     def untrained(self) -> Iterator[tuple[PreTrainedModel, str | None]]:
