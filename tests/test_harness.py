@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import zebra
 from zebra import ZebraError
 from zebra.data.questions import TASKS
-from zebra.evaluate import harness, tasks
+from zebra.evaluate import harness, harness_retrieval
 from zebra.evaluate.harness import evaluate_tasks
 from zebra.evaluate.lm_eval_compat import isolated, task_errors
 from zebra.evaluate.scoring import log_likelihoods
@@ -155,7 +155,7 @@ def test_our_tasks_are_solved_by_a_model_that_knows_the_answers(
     names = ["zebra-passkey", "zebra-lookup-likelihood", "zebra-multivalue", "zebra-common-words-likelihood"]
     knows = Knows(tokenizer).eval()
     for name in names:
-        config = tasks.configuration(name, tokenizer, 300, 2, 0)
+        config = harness_retrieval.configuration(name, tokenizer, 300, 2, 0)
         for item in config["custom_dataset"]()["test"]:
             count = len(item["answers"])
             assert abs(len(tokenizer(item["prompt"])["input_ids"]) - 300) < 15
@@ -327,5 +327,5 @@ def test_the_verb_and_its_page(folder: Path, tmp_path: Path, zebra: Zebra) -> No
 
 
 def test_every_task_has_two_names() -> None:
-    assert len(tasks.retrieval_tasks()) == 2 * len(TASKS)
+    assert len(harness_retrieval.retrieval_tasks()) == 2 * len(TASKS)
     assert harness.PREFIX == "zebra-"
