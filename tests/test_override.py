@@ -98,7 +98,7 @@ def test_the_attention_function_calls_the_override_with_all_it_was_given() -> No
 
 def test_modules_get_their_previous_override_back() -> None:
     model = nn.Sequential(nn.Identity(), nn.Identity())
-    local, probe = LocalAttention(2), ProbeAttention()
+    local, probe = LocalAttention(2), ProbeAttention(nn.Identity(), {}, local=False)
     set_override(model[0], local)
     with overriding_attention(model.modules(), probe):
         assert list(overrides_of(model, ProbeAttention)) == [probe] * 3

@@ -151,7 +151,7 @@ def test_a_rope_that_is_scaled_already(checkpoints: Callable[..., Path], tmp_pat
 
 
 def test_a_base_that_is_not_larger(checkpoints: Callable[..., Path]) -> None:
-    with refused("a larger base is above the 10,000 that it is; got base:10000"):
+    with refused("cannot become base:10000: a larger base is above the 10,000 that it is"):
         zebra.load(checkpoints("llama"), rope="base:1e4")
 
 
@@ -162,7 +162,7 @@ def test_a_family_whose_global_layers_have_no_rope(checkpoints: Callable[..., Pa
 
 def test_a_base_for_each_layer(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     source = checkpoints("granite_swa")
-    with refused("has a base for each layer .layer_rope_theta., which base:50000 would not reach"):
+    with refused("cannot become base:50000: each layer has a base of its own .layer_rope_theta."):
         zebra.load(source, rope="base:50000")
     converted = zebra.convert(source, tmp_path / "out", "GL:16", rope="yarn:8")
     assert all(check.passed for check in zebra.verify(converted, against=source, rope="yarn:8"))
@@ -234,5 +234,5 @@ def test_a_dynamic_rope_of_the_global_layers_alone_needs_no_history_either(tmp_p
 def test_convert_refuses_dynamic(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     with refused("of type dynamic changes its frequencies"):
         zebra.convert(checkpoints("llama"), tmp_path / "out", "GL:9", rope="dynamic:4")
-    with refused("dynamic NTK is offered for one rope only"):
+    with refused("dynamic NTK serves one rope only"):
         zebra.load(checkpoints("olmo2"), stripes="GL:9", rope="dynamic:4")

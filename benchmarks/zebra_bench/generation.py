@@ -100,7 +100,7 @@ def filled(config: ModelConfig, cache: Any) -> Any:
         for layer in range(config.layers):
             keys, _ = cache.update(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)), layer)
             if isinstance(keys, PendingKeys):
-                keys.write(keys.states)
+                keys.layer.write(keys.states, keys.states)
     return cache
 
 

@@ -33,7 +33,7 @@ from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.load_options import LoadOptions
 from zebra.model.rope import as_rope, refuse_changing_rope
-from zebra.model.self_extend import check_learned_positions, self_extend_of
+from zebra.model.self_extend import check_learned_positions, longest_text, self_extend_of
 from zebra.positions import SelfExtend
 from zebra.progress import bar
 
@@ -80,31 +80,26 @@ class Decoding:
             raise ZebraError(
                 f"{names} filter what is drawn, and temperature 0 draws nothing. Raise it, for example to 0.8."
             )
-        processors = (
-            (TemperatureLogitsWarper, float(self.temperature) or None),
-            (TopPLogitsWarper, self.top_p),
-            (TopKLogitsWarper, self.top_k),
-            (MinPLogitsWarper, self.min_p),
-            (RepetitionPenaltyLogitsProcessor, float(self.repetition_penalty)),
-        )
         try:
-            self._config()
-            for processor, value in processors:
+            self.to_generation_config()
+            TemperatureLogitsWarper(float(self.temperature) or 1.0)
+            RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
+            for kind, value in (
+                (TopPLogitsWarper, self.top_p),
+                (TopKLogitsWarper, self.top_k),
+                (MinPLogitsWarper, self.min_p),
+            ):
                 if value is not None:
-                    processor(value)
+                    kind(value)
         except ValueError as error:
             raise ZebraError(f"these options of decoding cannot be used: {first_line(error)}") from None
 
-    def to_generation_config(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-        """transformers' config, with the tokens that end and pad the texts of a model."""
-        ends = _end_tokens(model, tokenizer)
-        padding = (getattr(model.generation_config, "pad_token_id", None), tokenizer.pad_token_id, *ends)
-        return self._config(
-            eos_token_id=ends or None, pad_token_id=next((token for token in padding if token is not None), 0)
-        )
+    def to_generation_config(self, **tokens: Any) -> GenerationConfig:
+        """transformers' config: every field that the checkpoint's own would fill is set, to a neutral value by default.
 
-    def _config(self, **tokens: Any) -> GenerationConfig:
-        """Every field that the checkpoint's generation_config.json would fill is set, to a neutral value by default."""
+        Args:
+            tokens: further fields: the tokens that end and pad a text.
+        """
         draws = self.temperature != 0
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
@@ -259,7 +254,10 @@ def _generate(
     **kwargs: Any,
 ) -> Any:
     """What `model.generate` returns, drawn by the seed; the caller's random state comes back."""
-    config = decoding.to_generation_config(model, tokenizer)
+    ends = _end_tokens(model, tokenizer)
+    padding = (getattr(model.generation_config, "pad_token_id", None), tokenizer.pad_token_id, *ends, 0)
+    pad_token_id = next(token for token in padding if token is not None)
+    config = decoding.to_generation_config(eos_token_id=ends or None, pad_token_id=pad_token_id)
     kind = model.device.type
     devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
     quiet = _only_errors("transformers.generation.stopping_criteria")
@@ -292,8 +290,8 @@ def _run(
         tokens = output.sequences[0, ids.shape[1] :].tolist()
         seconds = time.perf_counter() - start
     if not streams:
-        for part in (ids.cpu(), torch.tensor(tokens)):
-            writer.put(part)
+        writer.put(ids)
+        writer.put(torch.tensor(tokens))
         writer.end()
     stopped = any(string in writer.text for string in decoding.stop) or len(tokens) < decoding.max_new_tokens
     cache = output.past_key_values
@@ -321,36 +319,30 @@ class _Writer(BaseStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None):
         self._tokenizer, self._on_text = tokenizer, on_text
-        self._ids: list[int] | None = None
-        self._pending = 0
+        self._before: list[int] = []
+        self._new: list[int] = []
         self.text = ""
 
     def put(self, value: Tensor) -> None:
         """The prompt first, then new tokens."""
-        new = value.flatten().tolist()
-        if self._ids is None:
-            self._ids = new[-self._BEFORE :]
+        if not self._before:
+            self._before = value.flatten().tolist()[-self._BEFORE :]
             return
-        for token in new:
-            self._ids.append(token)
-            self._pending += 1
-            if self._pending >= self._BYTES or not self._decoded(self._ids).endswith("\ufffd"):
+        for token in value.flatten().tolist():
+            self._new.append(token)
+            if len(self._new) >= self._BYTES or not self._decoded(self._before + self._new).endswith("\ufffd"):
                 self.end()
 
     def end(self) -> None:
         """Write what is held back."""
-        if self._ids is None or not self._pending:
-            return
-        before = self._ids[: -self._pending]
-        piece = self._decoded(self._ids)[len(self._decoded(before)) :]
-        self._ids, self._pending = self._ids[-self._BEFORE :], 0
+        piece = self._decoded(self._before + self._new)[len(self._decoded(self._before)) :]
+        self._before, self._new = (self._before + self._new)[-self._BEFORE :], []
         self.text += piece
         if piece and self._on_text is not None:
             self._on_text(piece)
 
     def _decoded(self, ids: list[int]) -> str:
-        text: Any = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class _Clock(StoppingCriteria):
@@ -404,17 +396,16 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def _warn_beyond(config: PreTrainedConfig, setting: SelfExtend | None, prompt: int, new: int) -> None:
-    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if trained is None or prompt + new <= (trained if setting is None else setting.reach(trained)):
+    longest = longest_text(config, setting)
+    if longest is None or prompt + new <= longest:
         return
-    if setting is None:
-        passed = f"{trained:,} positions that this model was trained for"
-        remedy = "Shorten them, or give self_extend, a rope such as yarn:8, or a checkpoint that was adapted."
-    else:
-        passed = f"{setting.reach(trained):,} that Self-Extend {setting} takes this model to"
-        remedy = f"Shorten them, raise the group, or write auto:{prompt + new}."
+    limit = "positions that this model was trained for"
+    remedy = "give self_extend, a rope such as yarn:8, or a checkpoint that was adapted"
+    if setting is not None:
+        limit = f"that Self-Extend {setting} takes this model to"
+        remedy = f"raise the group, or write auto:{prompt + new}"
     warnings.warn(
-        f"{prompt:,} tokens of prompt and up to {new:,} new ones pass the {passed}: the text may become noise. "
-        + remedy,
+        f"{prompt:,} tokens of prompt and up to {new:,} new ones pass the {longest:,} {limit}: the text may become "
+        f"noise. Shorten them, {remedy}.",
         stacklevel=3,
     )

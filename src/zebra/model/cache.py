@@ -181,27 +181,15 @@ class OpaqueKeys:
 class PendingKeys(OpaqueKeys):
     """New keys on their way into a layer of Self-Extend.
 
-    The cache knows no positions, so it hands them through transformers to the attention function, which rotates them,
-    calls `write` and gets all keys back.
+    The cache knows no positions, so it hands them through transformers to the attention function, which rotates them
+    and calls `layer.write`.
 
     Attributes:
         states: the new keys, (B, K, T, D).
     """
 
     def __init__(self, layer: SelfExtendLayer, states: Tensor):
-        self._layer, self.states = layer, states
-
-    def write(self, far: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new keys, `far` (B, K, T, D) being the same at grouped positions.
-
-        Returns:
-            The near keys and all far ones, as `self_extend_attention` takes them.
-        """
-        return self._layer.write(self.states, far)
-
-    def continues(self, offset: Tensor) -> bool:
-        """Whether the new tokens go on where those of the layer end; see `SelfExtendLayer.continues`."""
-        return self._layer.continues(offset.expand(len(self.states), 1))
+        self.layer, self.states = layer, states
 
 
 class SelfExtendLayer(_PerSequenceStates, GrowingLayer):
@@ -243,8 +231,8 @@ class SelfExtendLayer(_PerSequenceStates, GrowingLayer):
 
     def continues(self, offset: Tensor) -> bool:
         """Whether `offset` of new tokens, (B, 1), is that of the ones before; `NO_POSITION` is any."""
-        before, self.offset = self.offset, offset
-        if before is None or torch.equal(before, offset):  # one call for each token
+        before, self.offset = self.offset, offset.expand(len(self.values), 1)
+        if before is None or torch.equal(before, self.offset):  # one call for each token
             return True
         self.offset = torch.where(offset == NO_POSITION, before, offset)
         return bool(((before == offset) | (before == NO_POSITION) | (offset == NO_POSITION)).all())
@@ -280,21 +268,11 @@ class SinkKeys(OpaqueKeys):
         states: the keys that the new queries may see by the window, (B, K, n, D); all of them under full decoding.
         start: the index of the first of them in its sequence.
         prompt_length: tokens of a sequence that are read before decoding begins; None where nobody has set it.
+        layer: the one whose `store` takes and gives the sinks; None under full decoding.
     """
 
     def __init__(self, states: Tensor, start: int, *, prompt_length: int | None = None, layer: SinkLayer | None = None):
-        self.states, self.start, self.prompt_length, self._layer = states, start, prompt_length, layer
-
-    def sinks(self, real: Tensor | None) -> Sinks | None:
-        """The sinks, those of the new tokens included; None where `states` begin with the sequence.
-
-        Args:
-            real: (B, T) bool, which of the new tokens are no padding; None where all are.
-        """
-        if self._layer is None:
-            return None
-        sinks = self._layer.store(real)
-        return sinks if self.start > 0 else None
+        self.states, self.start, self.prompt_length, self.layer = states, start, prompt_length, layer
 
 
 class FullDecodeLayer(GrowingLayer):
@@ -342,7 +320,11 @@ class SinkLayer(_PerSequenceStates, TrimmedSlidingLayer):
         return SinkKeys(keys, self.cumulative_length - keys.shape[-2], layer=self), values
 
     def store(self, real: Tensor | None) -> Sinks:
-        """Put those of the new tokens that are sinks into the store, and return it. `real` as in `SinkKeys.sinks`."""
+        """Put those of the new tokens that are sinks into the store, and return it.
+
+        Args:
+            real: (B, T) bool, which of the new tokens are no padding; None where all are.
+        """
         if self._unstored is not None:
             self._write(*self._unstored, real)
             self._unstored = None
@@ -407,9 +389,15 @@ class StripedCache(DynamicCache):
         full_decode: bool = False,
     ):
         super().__init__(config=config)
-        self.layers = [_bounded(layer, sinks, full_decode) for layer in self.layers]
-        for i, window in (windows or {}).items():
-            self.layers[i] = SelfExtendLayer(window)
+        for i, layer in enumerate(self.layers):
+            if windows and i in windows:
+                self.layers[i] = SelfExtendLayer(windows[i])
+            elif type(layer) is DynamicSlidingWindowLayer:
+                window = layer.sliding_window
+                bounded = SinkLayer(window, sinks) if sinks else TrimmedSlidingLayer(window)
+                self.layers[i] = FullDecodeLayer() if full_decode else bounded
+            elif type(layer) is DynamicLayer:
+                self.layers[i] = GrowingLayer()
 
     def set_prompt_length(self, tokens: int) -> None:
         """Set how many tokens of each sequence, padding counted, are the prompt; those behind them are decoded."""
@@ -426,13 +414,3 @@ class StripedCache(DynamicCache):
             for name in ("keys", "values", "near", "sink_keys", "sink_values")
             if (states := getattr(layer, name, None)) is not None
         )
-
-
-def _bounded(layer: Any, sinks: int, full_decode: bool) -> Any:
-    """Our layer in place of one of transformers'."""
-    if type(layer) is DynamicSlidingWindowLayer:
-        if full_decode:
-            return FullDecodeLayer()
-        window = layer.sliding_window
-        return SinkLayer(window, sinks) if sinks else TrimmedSlidingLayer(window)
-    return GrowingLayer() if type(layer) is DynamicLayer else layer

@@ -7,8 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from zebra.errors import ZebraError
 from zebra.model.attention import NAME
 from zebra.model.cache import StripedCache
@@ -80,17 +78,13 @@ def _cache_kwargs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if config.is_assistant:  # the draft of assisted decoding takes tokens back
             cache.activate_past_recording()
     if not isinstance(cache, StripedCache):
-        _check_local_attention_without_cache(model, uses_cache=uses_cache)
+        local = local_attention_of(model)
+        if local and model.config._attn_implementation == NAME and (uses_cache or local.full_decode):
+            raise ZebraError(
+                f"this model has {local} in its local layers, which rest on the cache that its generate makes; got "
+                f"{'another cache' if uses_cache else 'use_cache=False'}. Leave that out, or load without them."
+            )
         return {}
     prompts = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
     cache.set_prompt_length(max((prompt.shape[1] for prompt in prompts if prompt is not None), default=1))
     return {"past_key_values": cache}
-
-
-def _check_local_attention_without_cache(model: PreTrainedModel, *, uses_cache: bool) -> None:
-    local = local_attention_of(model)
-    if local and model.config._attn_implementation == NAME and (uses_cache or local.full_decode):
-        raise ZebraError(
-            f"this model has {local} in its local layers, which rest on the cache that its generate makes; got "
-            f"{'another cache' if uses_cache else 'use_cache=False'}. Leave that out, or load without them."
-        )

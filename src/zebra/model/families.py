@@ -34,13 +34,10 @@ def route_of(config: PreTrainedConfig) -> Route:
             f"{', '.join(dict.fromkeys(route.family for route in ROUTES if route.target))}. "
             "See CONTRIBUTING.md, how to add a model family."
         )
-    reasons = []
-    for route in routes:
-        reason = _reason_against(route, config)
-        if reason is None:
-            return route
-        reasons.append(reason)
-    raise no_route(config.model_type, reasons)
+    reasons = [_reason_against(route, config) for route in routes]
+    if None in reasons:
+        return routes[reasons.index(None)]
+    raise no_route(config.model_type, [str(reason) for reason in reasons])
 
 
 def _reason_against(route: Route, config: PreTrainedConfig) -> str | None:
@@ -74,29 +71,21 @@ def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig
             f"{layout(config)}: it was trained with them and would be another. Leave the stripes out."
         )
     layer_types = stripes.layer_types(config.num_hidden_layers)
-    _check_kinds(route, config, stripes, layer_types)
+    fixed = route.fixed_kinds
+    if fixed is not None and fixed.holds(config) and list(layer_types) != list(config.layer_types):
+        raise ZebraError(
+            f"in this {config.model_type} checkpoint {fixed.description}, so each layer keeps its kind and only the "
+            f"window may change; {stripes} moves layers. Use {Stripes.of(config.layer_types, stripes.window)}."
+        )
     target_class = type(AutoConfig.for_model(route.target))
     source_only = {f.name for f in fields(type(config))} - {f.name for f in fields(target_class)}
-    values = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in source_only | {"model_type", "architectures", "transformers_version"}
-    }
+    dropped = source_only | {"model_type", "architectures", "transformers_version"}
+    values = {name: value for name, value in config.to_dict().items() if name not in dropped}
     values |= route.fields(config) | {"layer_types": list(layer_types), "sliding_window": stripes.window}
     values["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     target = target_class(**values)
     target.architectures = [model_class(target).__name__]
     return target
-
-
-def _check_kinds(route: Route, config: PreTrainedConfig, stripes: Stripes, layer_types: tuple[str, ...]) -> None:
-    fixed = route.fixed_kinds
-    if fixed is None or not fixed.holds(config) or list(layer_types) == list(config.layer_types):
-        return
-    raise ZebraError(
-        f"in this {config.model_type} checkpoint {fixed.description}, so each layer keeps its kind and only the window "
-        f"may change; {stripes} moves layers. Use {Stripes.of(config.layer_types, stripes.window)}."
-    )
 
 
 def stripes_of(config: PreTrainedConfig) -> Stripes | None:

@@ -70,14 +70,20 @@ class LocalAttention:
         """
         new, start, sinks, prompt = query.shape[2], 0, None, query.shape[2]
         if isinstance(key, SinkKeys):
-            start, sinks = key.start, key.sinks(None if mask.keys is None else mask.keys[:, -new:])
+            if key.layer is not None:
+                sinks = key.layer.store(None if mask.keys is None else mask.keys[:, -new:])
             prompt = self._prompt_tokens(key, new) if self.full_decode else new
-            key = key.states
-        else:
-            self._check_past(mask, value.shape[2] - new)
+            start, key = key.start, key.states
+        elif (past := value.shape[2] - new) > 0 and mask.window and (self.full_decode or past >= mask.window - 1):
+            raise ZebraError(
+                f"this model has {self} in its local layers, which keep them in the cache of zebra.load alone; got "
+                "another cache with tokens in it. Leave cache_implementation out, or pass "
+                "zebra.model.self_extend.bounded_cache(model)."
+            )
         with_sinks = replace(mask, sinks=self.sinks)
         if prompt == new:
-            return sink_attention(query, key, value, with_sinks, cached=sinks, start=start, **kwargs)
+            cached = sinks if start > 0 else None  # from its first token on the keys hold them
+            return sink_attention(query, key, value, with_sinks, cached=cached, start=start, **kwargs)
         decoded_out, decoded_lse = attend(query[:, :, prompt:], key, value, replace(mask, window=None), **kwargs)
         if prompt == 0:
             return decoded_out, decoded_lse
@@ -94,14 +100,6 @@ class LocalAttention:
         if keys.prompt_length is None:
             return 0 if new == 1 and past > 0 else new
         return min(max(keys.prompt_length - past, 0), new)
-
-    def _check_past(self, mask: Mask, past: int) -> None:
-        if past > 0 and mask.window is not None and (self.full_decode or past >= mask.window - 1):
-            raise ZebraError(
-                f"this model has {self} in its local layers, which keep them in the cache of zebra.load alone; got "
-                "another cache with tokens in it. Leave cache_implementation out, or pass "
-                "zebra.model.self_extend.bounded_cache(model)."
-            )
 
 
 def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 IGNORE = -100
+"""The label of a token that is not to be predicted: what torch's cross-entropy ignores by default."""
 CHUNK = 512
 """Tokens whose logits are held at a time."""
 _FUSED = hasattr(functional, "linear_cross_entropy")
@@ -83,25 +84,18 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
             states, targets = states[predicted], targets[predicted]
         if not len(targets):
             return hidden.float().sum() * 0 + head.weight.float().sum() * 0
-        return _summed(states.float(), replace(head, weight=head.weight.float()), targets)
-
-
-def _summed(states: Tensor, head: Head, targets: Tensor) -> Tensor:
-    if _FUSED and head.softcap is None and head.bias is None:
-        options = None
-        if head.weight.shape[0] > head.weight.shape[1]:  # chunks pay where V exceeds the hidden size
-            # On a CPU torch takes so few tokens at a time that its products are narrow: 32 of 2,048.
-            chunk_size = CHUNK if states.device.type == "cpu" else None
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size)
-        scaled = states if head.scale == 1 else states * head.scale
-        return functional.linear_cross_entropy(
-            scaled, head.weight, targets, reduction="sum", ignore_index=IGNORE, options=options
-        )
-    total = states.sum() * 0
-    for start in range(0, len(targets), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        total = total + checkpoint(_chunk_loss, states[chunk], head, targets[chunk], use_reentrant=False)
-    return total
+        states, head = states.float(), replace(head, weight=head.weight.float())
+        if _FUSED and head.softcap is None and head.bias is None:
+            options = None
+            if head.weight.shape[0] > head.weight.shape[1]:  # chunks pay where V exceeds the hidden size
+                # On a CPU torch takes so few tokens at a time that its products are narrow: 32 of 2,048.
+                chunk_size = CHUNK if states.device.type == "cpu" else None
+                options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size)
+            scaled = states if head.scale == 1 else states * head.scale
+            return functional.linear_cross_entropy(scaled, head.weight, targets, reduction="sum", options=options)
+        chunks = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+        total: Tensor = sum(checkpoint(_chunk_loss, *chunk, head, use_reentrant=False) for chunk in chunks)
+        return total
 
 
 @torch.no_grad()
@@ -131,14 +125,9 @@ def losses_at(hidden: Tensor, head: Head, labels: Tensor, at: Tensor) -> Tensor:
 
 
 def _each(states: Tensor, head: Head, targets: Tensor) -> Tensor:
-    losses = torch.full(targets.shape, float("nan"), device=states.device)
+    chunks = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
     with torch.autocast(states.device.type, enabled=False):
-        for start in range(0, len(targets), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            losses[chunk] = functional.cross_entropy(
-                head.logits(states[chunk]), targets[chunk], reduction="none", ignore_index=IGNORE
-            )
-    return losses
+        return torch.cat([functional.cross_entropy(head.logits(x), y, reduction="none") for x, y in chunks])
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,5 +135,5 @@ def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, :-1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
 
 
-def _chunk_loss(states: Tensor, head: Head, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(head.logits(states), targets, reduction="sum", ignore_index=IGNORE)
+def _chunk_loss(states: Tensor, targets: Tensor, head: Head) -> Tensor:
+    return functional.cross_entropy(head.logits(states), targets, reduction="sum")

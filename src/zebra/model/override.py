@@ -11,7 +11,7 @@ overrides. An override is set on the attention module of a layer; nothing is pat
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -75,11 +75,8 @@ def names_of_other_overrides(model: nn.Module, *kinds: type[AttentionOverride]) 
 @contextmanager
 def overriding_attention(modules: Iterable[nn.Module], override: AttentionOverride | None) -> Iterator[None]:
     """Within this context the modules have this override; afterwards each has its previous one again."""
-    before = [(module, get_override(module)) for module in modules]
-    try:
-        for module, _ in before:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(set_override, module, get_override(module))
             set_override(module, override)
         yield
-    finally:
-        for module, previous in before:
-            set_override(module, previous)

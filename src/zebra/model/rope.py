@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _FACTORS = ("linear", "yarn", "llama3", "dynamic")
 _UNCHANGED = ("rope_theta", "partial_rotary_factor")
 _LARGEST = 1e12
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @dataclass(frozen=True)
@@ -83,52 +82,40 @@ class Rope:
         """
         if self.kind == "none":
             return config
-        if getattr(config, "position_embedding", "rotary") != "rotary":
-            raise ZebraError(
-                f"there is no rope to become {self}: the positions of this {config.model_type} are "
-                f"{config.position_embedding}. Leave the rope out."
-            )
-        if config.model_type == "cohere2":
-            raise ZebraError(
-                f"the rope of a cohere2 cannot become {self}: only its local layers have one, and they never look "
-                "beyond their window. Leave the rope as it is."
-            )
-        if self.kind == "base" and getattr(config, "layer_rope_theta", None):
-            raise ZebraError(
-                f"a {config.model_type} has a base for each layer (layer_rope_theta), which {self} would not reach. "
-                "Take yarn, linear or llama3."
-            )
-        by_kind = GLOBAL in config.rope_parameters
-        if by_kind and self.kind == "dynamic":
-            raise ZebraError(
-                f"a {config.model_type} has a rope for each kind of layer, and dynamic NTK is offered for one rope "
-                "only. Take yarn, linear or llama3."
-            )
+        by_kind = GLOBAL in (config.rope_parameters or {})
         old = config.rope_parameters[GLOBAL] if by_kind else config.rope_parameters
-        new = self._parameters(old, config)
+        if reason := self._reason_against(config, old, by_kind):
+            raise ZebraError(f"the rope of this {config.model_type} cannot become {self}: {reason}.")
+        new = {name: old[name] for name in _UNCHANGED if name in old}
+        if self.kind == "base":
+            new |= {"rope_type": "default", "rope_theta": self.amount}
+        else:
+            new |= {"rope_type": self.kind, "factor": self.amount}
+        if self.kind in ("yarn", "llama3"):
+            new["original_max_position_embeddings"] = config.max_position_embeddings
+        if self.kind == "llama3":
+            new |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
         result = copy.deepcopy(config)
         result.rope_parameters = {**config.rope_parameters, GLOBAL: new} if by_kind else new
         result.max_position_embeddings = self.reaches(config) or config.max_position_embeddings
         return result
 
-    def _parameters(self, old: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    def _reason_against(self, config: PreTrainedConfig, old: dict[str, Any], by_kind: bool) -> str | None:
+        """Why the rope `old` of a model cannot change into this one, with the remedy, or None."""
+        if (positions := getattr(config, "position_embedding", "rotary")) != "rotary":
+            return f"its positions are {positions}. Leave the rope out"
+        if config.model_type == "cohere2":
+            return "only its local layers have one, and they never look beyond their window. Leave the rope as it is"
+        if self.kind == "base" and getattr(config, "layer_rope_theta", None):
+            return "each layer has a base of its own (layer_rope_theta). Take yarn, linear or llama3"
+        if self.kind == "dynamic" and by_kind:
+            return "each kind of layer has its own, and dynamic NTK serves one rope only. Take yarn, linear or llama3"
         if old.get("rope_type", "default") != "default":
             has = ", ".join(f"{name} {value}" for name, value in old.items() if not isinstance(value, list))
-            raise ZebraError(
-                f"the rope of this {config.model_type} is scaled already ({has}); scaling it again to {self} would not "
-                "mean what either says. Start from the checkpoint before, or leave the rope as it is."
-            )
-        unchanged = {name: old[name] for name in _UNCHANGED if name in old}
-        if self.kind == "base":
-            if self.amount <= old["rope_theta"]:
-                raise ZebraError(
-                    f"a larger base is above the {old['rope_theta']:,.0f} that it is; got {self}. Raise it."
-                )
-            return unchanged | {"rope_type": "default", "rope_theta": self.amount}
-        new = unchanged | {"rope_type": self.kind, "factor": self.amount}
-        if self.kind in ("yarn", "llama3"):
-            new["original_max_position_embeddings"] = config.max_position_embeddings
-        return new | (_LLAMA3 if self.kind == "llama3" else {})
+            return f"it is scaled already ({has}). Start from the checkpoint before, or leave the rope as it is"
+        if self.kind == "base" and self.amount <= old["rope_theta"]:
+            return f"a larger base is above the {old['rope_theta']:,.0f} that it is. Raise it"
+        return None
 
 
 def as_rope(rope: Rope | str | None) -> Rope:

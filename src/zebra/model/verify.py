@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zebra import masks
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, first_line
 from zebra.model.checkpoint import read_config, read_local_attention
 from zebra.model.families import model_class, stripes_of
 from zebra.model.load import load, read_device, read_dtype
-from zebra.model.local import local_attention_of
 from zebra.model.rope import Rope, as_rope
 from zebra.model.self_extend import bounded_cache, resolve_self_extend
 from zebra.model.self_extend.formula import formula_logits
@@ -31,6 +30,8 @@ from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 _CHUNK = 7
+_Comparison = tuple[str, str, Tensor, Tensor]
+"""The name of a check, what it compares with, the logits and those that are expected."""
 
 
 @dataclass(frozen=True)
@@ -82,178 +83,142 @@ def verify(
         ZebraError: a checkpoint that cannot be loaded, a target without stripes, two different models, neither a source
             nor Self-Extend, a model that plain transformers cannot compute.
     """
-    dtype, device = read_dtype(dtype), read_device(device)
-    if self_extend is not None:
-        checks = _self_extend_checks(target, self_extend, length, seed, dtype, device)
-        if against is None:
-            return checks
-        return verify(target, against, rope=rope, length=length, seed=seed, dtype=dtype, device=device) + checks
-    if against is None:
+    if self_extend is None and against is None:
         raise ZebraError("a conversion is verified against its source. Name the source, or Self-Extend to verify that.")
-    config, source_config = read_config(target), read_config(against)
-    stripes = stripes_of(config)
+    placement = {"dtype": read_dtype(dtype), "device_map": read_device(device)}
+    own = [] if self_extend is None else _self_extend_checks(target, self_extend, length, seed, placement)
+    return ([] if against is None else _conversion_checks(target, against, rope, length, seed, placement)) + own
+
+
+def _conversion_checks(
+    target: Any, against: Any, rope: Rope | str | None, length: int | None, seed: int, placement: dict[str, Any]
+) -> list[Check]:
+    config, source_config = read_config(target), as_rope(rope).apply(read_config(against))
+    stripes, source_stripes = stripes_of(config), stripes_of(source_config)
     if stripes is None:
         raise ZebraError(
             f"{target} has no stripes to verify: its layout is full. Convert it first with `zebra convert`."
         )
-    _check_same_model(target, against, config, source_config)
-    source_stripes = stripes_of(source_config)
-    short = min([s.window for s in (stripes, source_stripes) if s is not None])
+    for name in ("vocab_size", "num_hidden_layers", "hidden_size"):
+        if getattr(config, name) != getattr(source_config, name):
+            raise ZebraError(
+                f"{target} and {against} are different models: {name} is {getattr(config, name)} and "
+                f"{getattr(source_config, name)}. Name the checkpoint that the target was converted from."
+            )
+    if (
+        as_rope(rope).kind != "none"
+        and GLOBAL in config.rope_parameters
+        and GLOBAL not in source_config.rope_parameters
+    ):
+        raise ZebraError(
+            f"{rope} changed the rope of the target's global layers alone, which the source's class "
+            f"{source_config.model_type} cannot do, so there is nothing to compare it with. Verify it without the rope."
+        )
     n = length or stripes.window + stripes.window // 2 + 2 * _CHUNK + 3
     if n <= stripes.window:
         raise ZebraError(
             f"a long check goes beyond the window of {stripes.window}; got length {n}. Give a larger length."
         )
-    ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
-    placement: dict[str, Any] = {"dtype": dtype, "device_map": device}
-
-    local = read_local_attention(target)
+    ids, local = _random_tokens(config, n, seed, placement), read_local_attention(target)
+    short = ids[:, : min(each.window for each in (stripes, source_stripes) if each is not None)]
     plain, whole = (stripes, n), (replace(stripes, sinks=local.sinks), n)
-    decoded = [(whole[0], n - _one_by_one(n))] if local.full_decode else []
-    source = _with_rope(source_config, rope, config)
-    expected_short, oracle = _source_logits(against, source, ids, short, [plain, whole, *decoded], placement)
-    plain_short, plain_long = _plain_logits(target, ids, short, placement)
-    whole_logits, decoded_logits, own_checks = _zebra_checks(load(target, **placement), ids, dtype)
-    masks_on = "mask oracle on the source"
-    checks = [
-        _check("short", "source, plain transformers", plain_short, expected_short, dtype),
-        _check("long, plain", masks_on + ", no sinks" * bool(local.sinks), plain_long, oracle[plain], dtype),
-        _check("long, zebra", masks_on, whole_logits, oracle[whole], dtype),
-        *own_checks,
+    decoded = (whole[0], _steps(n)[0])
+
+    # One model at a time, as a checkpoint may fill the memory.
+    model = _plain_model(against, source_config, placement)
+    expected_short, oracle = _logits(model, short), {}
+    for layout, prompt in {plain, whole, *[decoded] * local.full_decode}:
+        with _mask_in_each_layer(model, layout, prompt):
+            oracle[layout, prompt] = _logits(model, ids)
+    del model
+    model = _plain_model(target, AutoConfig.from_pretrained(target), placement)
+    plain_short, plain_logits = _logits(model, short), _logits(model, ids)
+    del model
+    model = load(target, **placement)
+    whole_logits, masks_on = _logits(model, ids), "mask oracle on the source"
+    comparisons: list[_Comparison] = [
+        ("short", "source, plain transformers", plain_short, expected_short),
+        ("long, plain", masks_on + ", no sinks" * bool(local.sinks), plain_logits, oracle[plain]),
+        ("long, zebra", masks_on, whole_logits, oracle[whole]),
+        *_compared_with_itself(model, ids, whole_logits),
     ]
-    if decoded_logits is not None:
-        checks.append(_check("decoded", masks_on, decoded_logits, oracle[decoded[0]], dtype))
-    return checks
-
-
-def _check_same_model(target: Any, against: Any, config: PreTrainedConfig, source: PreTrainedConfig) -> None:
-    for name in ("vocab_size", "num_hidden_layers", "hidden_size"):
-        if getattr(config, name) != getattr(source, name):
-            raise ZebraError(
-                f"{target} and {against} are different models: {name} is {getattr(config, name)} and "
-                f"{getattr(source, name)}. Name the checkpoint that the target was converted from."
-            )
-    if getattr(config, "needs_zebra", False):
-        raise ZebraError(
-            f"plain transformers does not compute the attention of {target}, so there is nothing to hold it against. "
-            "Verify a model with other positions."
-        )
-
-
-def _check(
-    name: str, compared: str, logits: Tensor, expected: Tensor, dtype: torch.dtype, tolerance: float | None = None
-) -> Check:
-    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
-    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
-    return Check(name, compared, difference, tolerance, logits.shape[:-1].numel())
+    if local.full_decode:
+        decoded_logits = _logits_in_parts(model, ids, _steps(n), prompt=decoded[1])
+        comparisons.append(("decoded", masks_on, decoded_logits, oracle[decoded]))
+    return [_check(placement["dtype"], *comparison) for comparison in comparisons]
 
 
 def _self_extend_checks(
-    path: Any, self_extend: SelfExtend | str, length: int | None, seed: int, dtype: torch.dtype, device: str
+    path: Any, self_extend: SelfExtend | str, length: int | None, seed: int, placement: dict[str, Any]
 ) -> list[Check]:
-    """The checks of Self-Extend. The plain short text is that of transformers; the rest shares one model."""
-    config = read_config(path, routed=False)
+    config, dtype = read_config(path, routed=False), placement["dtype"]
     setting = resolve_self_extend(self_extend, config)
     n = length or setting.window + max(setting.window // 2, 4 * setting.group) + 2 * _CHUNK + 3
     if n <= setting.window:
         raise ZebraError(
             f"Self-Extend {setting} acts beyond {setting.window} tokens; got length {n}. Give a larger one."
         )
-    ids = torch.randint(0, config.vocab_size, (2, n), generator=torch.Generator().manual_seed(seed)).to(device)
-    placement: dict[str, Any] = {"dtype": dtype, "device_map": device}
-    plain = _logits(_plain_model(path, placement | {"config": config}), ids[:, : setting.window])
+    ids = _random_tokens(config, n, seed, placement)
+    plain = _logits(_plain_model(path, config, placement), ids[:, : setting.window])
     model = load(path, self_extend=setting, **placement)
-    short = _logits(model, ids[:, : setting.window])
-    whole, _, own_checks = _zebra_checks(model, ids, dtype)
+    short, whole = _logits(model, ids[:, : setting.window]), _logits(model, ids)
     with formula_logits(model, setting) as formula:
-        oracle = formula(ids, logits_to_keep=_sampled(n).to(device))
+        oracle = formula(ids, logits_to_keep=_sampled(n).to(ids.device))
+    # The formula rounds angles as transformers does, which takes their cosines in float32 in any dtype. The rounding of
+    # sums in float32 grows with the text.
+    of_formula = {torch.float64: 5e-6, torch.float32: min(1e-5 * max(1.0, n / 512), TOLERANCE[dtype])}
     cut = n // 3
-    positions = torch.cat([torch.arange(cut), torch.arange(n - cut)])[None].to(device)
+    positions = torch.cat([torch.arange(cut), torch.arange(n - cut)])[None].to(ids.device)
     packed = _logits(model, ids[:1], torch.cat([_sampled(cut), _sampled(n - cut) + cut]), position_ids=positions)
     apart = torch.cat([_logits(model, ids[:1, :cut]), _logits(model, ids[:1, cut:])], dim=1)
     return [
-        _check(f"short, self-extend {setting}", "plain transformers", short, plain, dtype),
-        _check("long", "dense formula", whole, oracle, dtype, _formula_tolerance(dtype, n)),
-        *own_checks,
-        _check("packed", "documents alone", packed, apart, dtype),
+        _check(dtype, f"short, self-extend {setting}", "plain transformers", short, plain),
+        _check(dtype, "long", "dense formula", whole, oracle, of_formula.get(dtype)),
+        *(_check(dtype, *comparison) for comparison in _compared_with_itself(model, ids, whole)),
+        _check(dtype, "packed", "documents alone", packed, apart),
     ]
 
 
-def _formula_tolerance(dtype: torch.dtype, n: int) -> float:
-    """The formula rounds angles as transformers does, which takes their cosines in float32 in any dtype. The rounding
-    of sums in float32 grows with the text.
-    """
-    if dtype == torch.float64:
-        return 5e-6
-    return min(1e-5 * max(1.0, n / 512), TOLERANCE[dtype]) if dtype == torch.float32 else TOLERANCE[dtype]
-
-
-# Each function that loads a model releases it at its end: a checkpoint may fill the memory.
-
-
-def _source_logits(
-    path: Any,
-    config: PreTrainedConfig,
-    ids: Tensor,
-    short: int,
-    layouts: list[tuple[Stripes, int]],
-    placement: dict[str, Any],
-) -> tuple[Tensor, dict[tuple[Stripes, int], Tensor]]:
-    """The logits of the short text, and of the long one under each layout with a prompt of so many tokens."""
-    model = _plain_model(path, placement | {"config": config})
-    short_logits, long_logits = _logits(model, ids[:, :short]), {}
-    for stripes, prompt in dict.fromkeys(layouts):
-        with _mask_in_each_layer(model, stripes, prompt):
-            long_logits[stripes, prompt] = _logits(model, ids)
-    return short_logits, long_logits
-
-
-def _plain_logits(path: Any, ids: Tensor, short: int, placement: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The target's logits of the short and the long text in plain transformers, without anything of ours."""
-    model = _plain_model(path, placement | {"config": AutoConfig.from_pretrained(path)})
-    return _logits(model, ids[:, :short]), _logits(model, ids)
-
-
-def _plain_model(path: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A checkpoint in plain transformers: by sdpa, unless its class has none, or a softcap, which sdpa leaves out."""
-    config = kwargs["config"]
-    eager = getattr(config, "attn_logit_softcapping", None) or not model_class(config)._supports_sdpa
-    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager" if eager else "sdpa", **kwargs)
-
-
-def _with_rope(source: PreTrainedConfig, rope: Rope | str | None, target: PreTrainedConfig) -> PreTrainedConfig:
-    config = as_rope(rope).apply(source)
-    if config is not source and GLOBAL in target.rope_parameters and GLOBAL not in config.rope_parameters:
-        raise ZebraError(
-            f"{rope} changed the rope of the target's global layers alone, which the source's class "
-            f"{source.model_type} cannot do, so there is nothing to compare it with. Verify the conversion without it."
-        )
-    return config
-
-
-def _zebra_checks(model: PreTrainedModel, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, list[Check]]:
-    """The logits of whole texts, those of decoded tokens under full decoding, and the checks of the model by itself."""
+def _compared_with_itself(model: PreTrainedModel, ids: Tensor, whole: Tensor) -> list[_Comparison]:
     n = ids.shape[1]
-    shorter, steps = n * 2 // 3, _one_by_one(n)
-    parts = [n - steps] + [1] * steps
-    whole = _logits(model, ids)
-    cached = _logits_in_parts(model, ids, parts)
-    decoded = _logits_in_parts(model, ids, parts, n - steps) if local_attention_of(model).full_decode else None
-    chunked = _logits_in_parts(model, ids, [max(_CHUNK, n // 11)] * n)
-    left, right = (_padded_logits(model, ids, shorter, side) for side in ("left", "right"))
+    shorter = n * 2 // 3
     alone = torch.cat([_logits(model, ids[:1])[0], _logits(model, ids[1:, :shorter])[0]])
-    checks = [
-        _check("cached", "uncached", cached, whole, dtype),
-        _check("chunked", "whole", chunked, whole, dtype),
-        _check("padded left", "sequences alone", left, alone, dtype),
-        _check("padded right", "sequences alone", right, alone, dtype),
+    return [
+        ("cached", "uncached", _logits_in_parts(model, ids, _steps(n)), whole),
+        ("chunked", "whole", _logits_in_parts(model, ids, max(_CHUNK, n // 11)), whole),
+        ("padded left", "sequences alone", _padded_logits(model, ids, shorter, "left"), alone),
+        ("padded right", "sequences alone", _padded_logits(model, ids, shorter, "right"), alone),
     ]
-    return whole, decoded, checks
 
 
-def _one_by_one(n: int) -> int:
-    """Tokens of the long text that come one by one."""
-    return min(n - 1, 64)
+def _check(
+    dtype: torch.dtype, name: str, compared: str, logits: Tensor, expected: Tensor, tolerance: float | None = None
+) -> Check:
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+    return Check(name, compared, difference, tolerance or TOLERANCE[dtype], logits.shape[:-1].numel())
+
+
+def _plain_model(path: Any, config: PreTrainedConfig, placement: dict[str, Any]) -> PreTrainedModel:
+    """A checkpoint in plain transformers: by sdpa, unless its class has none, or a softcap, which sdpa leaves out."""
+    eager = getattr(config, "attn_logit_softcapping", None) or not model_class(config)._supports_sdpa
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, config=config, attn_implementation="eager" if eager else "sdpa", **placement
+        )
+    except ValueError as error:
+        raise ZebraError(
+            f"plain transformers does not compute {path}, so there is nothing to hold it against: {first_line(error)}"
+        ) from None
+
+
+def _random_tokens(config: PreTrainedConfig, n: int, seed: int, placement: dict[str, Any]) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.vocab_size, (2, n), generator=generator).to(placement["device_map"])
+
+
+def _steps(n: int) -> list[int]:
+    """The parts of n tokens of which the last, at most 64, come one by one."""
+    return [n - min(n - 1, 64)] + [1] * min(n - 1, 64)
 
 
 def _sampled(n: int) -> Tensor:
@@ -268,17 +233,15 @@ def _logits(model: PreTrainedModel, ids: Tensor, at: Tensor | None = None, **kwa
 
 
 @torch.no_grad()
-def _logits_in_parts(model: PreTrainedModel, ids: Tensor, sizes: list[int], prompt: int | None = None) -> Tensor:
+def _logits_in_parts(model: PreTrainedModel, ids: Tensor, sizes: int | list[int], prompt: int | None = None) -> Tensor:
     """The logits of the text, read into the bounded cache part by part; without a length all of it is the prompt."""
     cache, parts, start, at = bounded_cache(model), [], 0, _sampled(ids.shape[1])
     cache.set_prompt_length(prompt or ids.shape[1])
-    for size in sizes:
-        part = ids[:, start : start + size]
-        if part.shape[1] == 0:
-            break
-        inside = at[(at >= start) & (at < start + size)] - start
+    for part in ids.split(sizes, dim=1):
+        end = start + part.shape[1]
+        inside = at[(at >= start) & (at < end)] - start
         parts.append(model(part, past_key_values=cache, use_cache=True, logits_to_keep=inside.to(ids.device)).logits)
-        start += size
+        start = end
     return torch.cat(parts, dim=1)
 
 
@@ -306,28 +269,20 @@ def _mask_in_each_layer(model: PreTrainedModel, stripes: Stripes, prompt: int) -
     layers = model.model.layers
     kinds = stripes.layer_types(len(layers))
 
-    def mask_of(kind: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            states = kwargs["hidden_states"]
-            n = states.shape[1]
-            j = torch.arange(n, device=states.device)
-            visible = masks.causal(j[:, None], j[None, :])
-            if kind == LOCAL:
-                local = masks.within(j[:, None], j[None, :], stripes.window) | masks.sink(j[None, :], 0, stripes.sinks)
-                visible &= local | (j[:, None] >= prompt)
-            # Added to the scores: the eager attention of transformers takes no booleans.
-            added = torch.zeros(n, n, dtype=states.dtype, device=states.device)
-            added.masked_fill_(~visible, torch.finfo(states.dtype).min)
-            return args, kwargs | {"attention_mask": added[None, None]}
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        states = kwargs["hidden_states"]
+        n = states.shape[1]
+        j = torch.arange(n, device=states.device)
+        visible = masks.causal(j[:, None], j[None, :])
+        if kinds[module.layer_idx] == LOCAL:
+            local = masks.within(j[:, None], j[None, :], stripes.window) | masks.sink(j[None, :], 0, stripes.sinks)
+            visible &= local | (j[:, None] >= prompt)
+        # Added to the scores: the eager attention of transformers takes no booleans.
+        added = torch.zeros(n, n, dtype=states.dtype, device=states.device)
+        added.masked_fill_(~visible, torch.finfo(states.dtype).min)
+        return args, kwargs | {"attention_mask": added[None, None]}
 
-        return hook
-
-    hooks = [
-        layer.self_attn.register_forward_pre_hook(mask_of(kind), with_kwargs=True)
-        for layer, kind in zip(layers, kinds, strict=True)
-    ]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -78,12 +78,18 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
         rotation = rotations.setdefault(layer.rope, GroupedRotation(layer.frequencies, setting, trained))
         set_override(layer.module, SelfExtendAttention(rotation, layer.module.layer_idx, first=first))
     if not rotations:
-        one_window = getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")
-        remedy = ", or with sliding_window=None, as the window is the checkpoint's own for all layers" * bool(
-            one_window
-        )
-        refuse_no_global(model.config.model_type, f"Load it without Self-Extend{remedy}.")
-    _try_cache(model)
+        remedy = "Load it without Self-Extend."
+        if getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types"):
+            remedy += " Or with sliding_window=None: the window is the checkpoint's own for all layers."
+        refuse_no_global(model.config.model_type, remedy)
+    try:
+        with torch.no_grad():
+            ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            model(ids, past_key_values=bounded_cache(model), use_cache=True)
+    except CANNOT_RUN as error:
+        raise ZebraError(
+            f"a {model.config.model_type} cannot run with the cache of Self-Extend: {first_line(error)}"
+        ) from None
 
 
 def self_extend_of(model: nn.Module) -> SelfExtend | None:
@@ -97,15 +103,3 @@ def bounded_cache(model: PreTrainedModel) -> StripedCache:
     windows = {override.layer_idx: override.rotation.setting.window for override in extended}
     local = local_attention_of(model)
     return StripedCache(model.config, windows, sinks=local.sinks, full_decode=local.full_decode)
-
-
-@torch.no_grad()
-def _try_cache(model: PreTrainedModel) -> None:
-    """Reject a model that cannot run on our cache, whose layers of Self-Extend hand keys through it unread."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    try:
-        model(ids, past_key_values=bounded_cache(model), use_cache=True)
-    except CANNOT_RUN as error:
-        raise ZebraError(
-            f"a {model.config.model_type} cannot run with the cache of Self-Extend: {first_line(error)}"
-        ) from None

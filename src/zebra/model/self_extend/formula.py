@@ -78,40 +78,28 @@ class FormulaAttention:
             lses.append(scores.logsumexp(dim=-1))
         return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
-    def _distance(self, i: Tensor, j: Tensor) -> Tensor:
-        """The distance that each query sees to each key, (T, N); 0 to hidden keys."""
-        if self.setting is None:
-            return (i - j).clamp(min=0)
-        distance: Tensor = relative(i, j, self.setting.group, self.setting.window)
-        return distance.clamp(min=0)
-
-    def _positions(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-        """The positions of each query and key for each other: their difference is the distance."""
-        if self.setting is None:
-            return i, j
-        group, window = self.setting.group, self.setting.window
-        near = i - j < window
-        return torch.where(near, i, grouped_query(i, group, window)), torch.where(near, j, grouped_key(j, group))
-
     def _products(self, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """In the plane of a frequency f:  (q1 k1 + q2 k2) cos(d f) + (q1 k2 - q2 k1) sin(d f)."""
         if self.layer.frequencies is None:
             return q @ k.mT
+        distance, positions = i - j, (i, j)
+        if self.setting is not None:
+            group, window = self.setting.group, self.setting.window
+            distance, near = relative(i, j, group, window), i - j < window
+            positions = (
+                torch.where(near, i, grouped_query(i, group, window)),
+                torch.where(near, j, grouped_key(j, group)),
+            )
         size = len(self.layer.frequencies)
         products = q[..., 2 * size :] @ k[..., 2 * size :].mT
-        distance, positions = self._distance(i, j), self._positions(i, j)
         for r, frequency in enumerate(self.layer.frequencies.float()):
-            at_query, at_key = (_rounding_error(position, frequency) for position in positions)
-            angle = distance * frequency.double() + at_query - at_key
+            # What the angles of transformers, which are float32 in any dtype, differ by from p f.
+            at_query, at_key = ((p.float() * frequency).double() - p * frequency.double() for p in positions)
+            angle = distance.clamp(min=0) * frequency.double() + at_query - at_key
             q1, q2 = q[..., r, None], q[..., r + size, None]
             k1, k2 = k[..., None, :, r], k[..., None, :, r + size]
             products += (q1 * k1 + q2 * k2) * angle.cos() + (q1 * k2 - q2 * k1) * angle.sin()
         return products
-
-
-def _rounding_error(position: Tensor, frequency: Tensor) -> Tensor:
-    """What the angles of transformers, which are float32 in any dtype, differ by from p f."""
-    return (position.float() * frequency).double() - position * frequency.double()
 
 
 @contextmanager

@@ -12,7 +12,6 @@ another position, gives any position, so that no forward is touched.
 from __future__ import annotations
 
 import logging
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +71,7 @@ class _Positions:
 
     Attributes:
         original: as transformers numbers them, (1 or B, T).
+        padding: the mask of the keys, (B, S), or None. size: S, and the dtype of the rotations.
         offset: `original` less the index in the sequence, padding counted, (1 or B, 1); see `_offset`.
         document_start: the original position of the first real token of each one's document, (1 or B, 1 or T).
         query_rotation, key_rotation: the rotations to their grouped positions.
@@ -79,6 +79,8 @@ class _Positions:
     """
 
     original: Tensor
+    padding: Tensor | None
+    size: tuple[int, torch.dtype]
     offset: Tensor
     document_start: Tensor
     query_rotation: Rotation
@@ -92,7 +94,7 @@ class GroupedRotation:
     def __init__(self, frequencies: Tensor, setting: SelfExtend, trained: int):
         self.frequencies, self.setting, self.trained = frequencies.detach().float().clone(), setting, trained
         self._has_warned = False
-        self._latest: tuple[Any, ...] | None = None
+        self._latest: _Positions | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_latest": None}
@@ -101,18 +103,10 @@ class GroupedRotation:
         self, position_ids: Tensor, mask: Mask, total: int, dtype: torch.dtype, *, recompute: bool
     ) -> _Positions:
         """Of the last T of `total` tokens; those of the layer before unless `recompute`, or the inputs are others."""
-        keys = mask.keys
-        if not recompute and self._latest is not None:
-            ids, padding, inputs, positions = self._latest
-            same = ids() is position_ids and (keys is None if padding is None else padding() is keys)
-            if same and inputs == (total, dtype):
-                return positions
-        positions = self._compute(position_ids, mask, total, dtype)
-        padding = None if keys is None else weakref.ref(keys)
-        self._latest = (weakref.ref(position_ids), padding, (total, dtype), positions)
-        return positions
-
-    def _compute(self, position_ids: Tensor, mask: Mask, total: int, dtype: torch.dtype) -> _Positions:
+        latest, size = self._latest, (total, dtype)
+        same = latest and latest.original is position_ids and latest.padding is mask.keys and latest.size == size
+        if latest is not None and same and not recompute:
+            return latest
         if self.frequencies.device != position_ids.device:
             self.frequencies = self.frequencies.to(position_ids.device)
         offset = _offset(position_ids, mask.keys, total)
@@ -120,15 +114,23 @@ class GroupedRotation:
             raise self._error(invalid)
         start = _document_start(position_ids, mask, total, offset)
         true = (position_ids - start).clamp(min=0)
-        if not self._has_warned and total > self.setting.reach(self.trained):
-            self._warn(int(true.max()) + 1)
+        reach = self.setting.reach(self.trained)
+        if not self._has_warned and total > reach and (length := int(true.max()) + 1) > reach:
+            self._has_warned = True
+            _log.warning(
+                "a text of %s tokens is beyond the reach of Self-Extend %s, which takes this model to %s: distances "
+                "from there on are ones that it was not trained for. Raise the group, or write auto:%d.",
+                *(f"{length:,}", self.setting, f"{reach:,}", length),
+            )
         group, window = self.setting.group, self.setting.window
         scale = None
         if self.setting.log_scale:
             scale = self.setting.query_scale(true, self.trained).to(dtype)[:, None, :, None]
         grouped = torch.stack([grouped_query(true, group, window), grouped_key(true, group)])
         cos, sin = rotation_between(self.frequencies, position_ids, grouped, dtype)
-        return _Positions(position_ids, offset, start, (cos[0], sin[0]), (cos[1], sin[1]), scale)
+        rotations = (cos[0], sin[0]), (cos[1], sin[1])
+        self._latest = _Positions(position_ids, mask.keys, size, offset, start, *rotations, scale)
+        return self._latest
 
     def rotation_of_all_keys(self, positions: _Positions, total: int, dtype: torch.dtype) -> Rotation:
         """The rotation of all `total` keys, those before this forward's tokens too."""
@@ -146,12 +148,10 @@ class GroupedRotation:
         Our cache remembers where its sequences begin; in another one they begin at 0, or with padding that is counted.
         """
         if isinstance(key, PendingKeys):
-            continues = key.continues(positions.offset)
+            continues = key.layer.continues(positions.offset)
         else:
-            offset = positions.offset
-            continues = past == 0 or bool(
-                ((offset == 0) | (positions.document_start == 0) | (offset == NO_POSITION)).all()
-            )
+            offset, start = positions.offset, positions.document_start
+            continues = past == 0 or bool(((offset == 0) | (start == 0) | (offset == NO_POSITION)).all())
         if not continues:
             at = positions.original[:4, 0].tolist()
             raise self._error(f"tokens that begin at the positions {at} behind {past} cached ones")
@@ -162,16 +162,6 @@ class GroupedRotation:
             f"only where a packed document does; got {got}. Leave position_ids out: grouping is done here, not by "
             f"them, and {self.setting} takes this model to {self.setting.reach(self.trained):,} tokens."
         )
-
-    def _warn(self, length: int) -> None:
-        reach = self.setting.reach(self.trained)
-        if length > reach:
-            self._has_warned = True
-            _log.warning(
-                "a text of %s tokens is beyond the reach of Self-Extend %s, which takes this model to %s: distances "
-                "from there on are ones that it was not trained for. Raise the group, or write auto:%d.",
-                *(f"{length:,}", self.setting, f"{reach:,}", length),
-            )
 
 
 _MIXED = -NO_POSITION
@@ -272,7 +262,7 @@ class SelfExtendAttention:
         if self.first:
             self.rotation.check_continues(key, current, total - query.shape[2])
         if isinstance(key, PendingKeys):
-            near, far = key.write(rotate(key.states, current.key_rotation))
+            near, far = key.layer.write(key.states, rotate(key.states, current.key_rotation))
         else:
             near = far = key
             if total > window:

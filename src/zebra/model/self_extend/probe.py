@@ -6,6 +6,7 @@ only the rope distinguishes its positions, and each layer shows which frequencie
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from zebra.model.override import overriding_attention
 from zebra.model.self_extend.layer import NO_POSITION_IDS, rotate, rotation_between
 from zebra.positions import refuse_rope
 
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CANNOT_RUN = (AttributeError, RuntimeError, TypeError, ValueError)
 """The errors by which a model of transformers shows that it cannot run."""
 
@@ -47,36 +49,44 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Att
         ZebraError: no rotary embedding; attention that is not reached by a registered function, or gets no positions;
             values of another size than keys; a layer whose queries and keys are rotated in another way.
     """
-    ropes, sinks = _frequencies(model), local_attention_of(model).sinks
-    layers = []
-    for call in _probe(model):
-        if local or call.window is None:
-            rope = _rope_of(call, ropes, model)
-            own_sinks = 0 if call.window is None else sinks
-            layers.append(AttentionLayer(call.module, call.window, own_sinks, rope, ropes[rope] if rope else None))
-    return layers
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What one attention module was given: the same token at each of N positions.
-
-    Attributes:
-        query: (N, H, 1, D). key: (N, K, 1, D). positions: (N, 1).
-    """
-
-    module: Any
-    query: Tensor
-    key: Tensor
-    positions: Tensor
-    window: int | None
+    ropes = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    }
+    text, family = model.config.get_text_config(), model.config.model_type
+    refuse_rope(family, "default" if ropes else None)
+    probe, trained = ProbeAttention(model, ropes, local), text.max_position_embeddings
+    positions = torch.tensor([0, 1, 17, trained - 1, 3 * trained + 5], device=model.device)[:, None]
+    with overriding_attention(model.modules(), probe), torch.no_grad():
+        try:
+            model(torch.full_like(positions, text.vocab_size // 3), position_ids=positions, use_cache=False)
+        except ZebraError:
+            raise
+        except CANNOT_RUN as error:
+            raise ZebraError(
+                f"a {family} cannot be tried for Self-Extend, one token at several positions: {first_line(error)}. "
+                "Load it without, or in another dtype."
+            ) from None
+    if not probe.is_reached:
+        raise ZebraError(f"the attention of a {family} is not one of transformers' registered functions.")
+    return probe.layers
 
 
 class ProbeAttention:
-    """An attention override that records its calls and then attends as without it."""
+    """An attention override that notes what rotates each layer, for one token alone at each of several positions.
 
-    def __init__(self) -> None:
-        self.calls: list[_Call] = []
+    Attributes:
+        ropes: the frequencies (R) of each rope of the model, by the name of the buffer.
+        local: whether to note local layers too.
+        is_reached: whether any layer attended.
+    """
+
+    def __init__(self, model: PreTrainedModel, ropes: dict[str, Tensor], local: bool) -> None:
+        self.model, self.ropes, self.local = model, ropes, local
+        self.sinks = local_attention_of(model).sinks
+        self.layers: list[AttentionLayer] = []
+        self.is_reached = False
 
     def attend(
         self,
@@ -89,85 +99,46 @@ class ProbeAttention:
         /,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `AttentionOverride.attend`, of query (B, H, T, D), key and value (B, K, S, D)."""
+        """As `AttentionOverride.attend`, of query (B, H, 1, D), key and value (B, K, 1, D)."""
         if positions is None:
             raise ZebraError(NO_POSITION_IDS)
         if value.shape[-1] != query.shape[-1]:
             raise ZebraError(
                 f"Self-Extend takes heads of one size; here keys have {query.shape[-1]} and values {value.shape[-1]}."
             )
-        self.calls.append(_Call(module, query, key, positions, mask.window))
+        self.is_reached = True
+        if self.local or mask.window is None:
+            rope = self._rope_of(module, positions, (query, key))
+            sinks = 0 if mask.window is None else self.sinks
+            self.layers.append(AttentionLayer(module, mask.window, sinks, rope, self.ropes[rope] if rope else None))
         return attend(query, key, value, mask, **kwargs)
 
+    def _rope_of(self, module: Any, positions: Tensor, vectors: tuple[Tensor, Tensor]) -> str | None:
+        """Which frequencies rotate the queries and keys of a module; None where nothing rotates them.
 
-@torch.no_grad()
-def _probe(model: PreTrainedModel) -> list[_Call]:
-    """The call of each attention module for one token, alone, at several positions, beyond the trained length too."""
-    probe, text = ProbeAttention(), model.config.get_text_config()
-    trained = text.max_position_embeddings
-    positions = torch.tensor([0, 1, 17, trained - 1, 3 * trained + 5], device=model.device)[:, None]
-    with overriding_attention(model.modules(), probe):
-        try:
-            model(torch.full_like(positions, text.vocab_size // 3), position_ids=positions, use_cache=False)
-        except ZebraError:
-            raise
-        except CANNOT_RUN as error:
+        Raises:
+            ZebraError: none of the model's, by half-split pairs.
+        """
+        vectors_at_0 = [states[:1].expand_as(states).float() for states in vectors]
+        tolerance = _TOLERANCE[vectors[0].dtype]
+        if _largest_error(vectors_at_0, vectors) <= tolerance:
+            return None
+        errors = {}
+        for name, frequencies in self.ropes.items():
+            if 2 * frequencies.numel() <= vectors[0].shape[-1] and frequencies.ndim == 1:
+                frequencies = frequencies.to(positions.device).float()
+                rotation = rotation_between(frequencies, torch.zeros_like(positions), positions, torch.float32)
+                errors[name] = _largest_error([rotate(states, rotation) for states in vectors_at_0], vectors)
+        best = min(errors, key=errors.__getitem__, default=None)
+        if best is None or errors[best] > tolerance:
             raise ZebraError(
-                f"a {model.config.model_type} cannot be tried for Self-Extend, one token at several positions: "
-                f"{first_line(error)}. Load it without, or in another dtype."
-            ) from None
-    if not probe.calls:
-        raise ZebraError(
-            f"the attention of a {model.config.model_type} is not one of transformers' registered functions."
-        )
-    return probe.calls
-
-
-def _frequencies(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The frequencies (R) of each rope of a model, by the name of the buffer.
-
-    Raises:
-        ZebraError: there are none.
-    """
-    ropes = {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
-    }
-    refuse_rope(model.config.model_type, "default" if ropes else None)
-    return ropes
-
-
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-def _rope_of(call: _Call, ropes: dict[str, Tensor], model: PreTrainedModel) -> str | None:
-    """Which frequencies rotate the queries and keys of a module; None where nothing rotates them.
-
-    Raises:
-        ZebraError: none of the model's, by half-split pairs.
-    """
-    start = torch.zeros_like(call.positions)
-    errors = {}
-    for name, frequencies in ropes.items():
-        if 2 * frequencies.numel() <= call.query.shape[-1] and frequencies.ndim == 1:
-            rotation = rotation_between(frequencies.to(call.query.device).float(), start, call.positions, torch.float32)
-            errors[name] = max(
-                _relative_error(rotate(states[:1].expand_as(states).float(), rotation), states)
-                for states in (call.query, call.key)
+                f"layer {module.layer_idx} of this {self.model.config.model_type} does not rotate queries and keys in "
+                "the planes of the dimensions (r, r + R) by its rope's frequencies: its rope is interleaved, or "
+                "positions enter in another way too. Self-Extend could not rotate them again."
             )
-    best = min(errors, key=errors.__getitem__, default=None)
-    tolerance = _TOLERANCE[call.query.dtype]
-    if max(_relative_error(states[:1].expand_as(states), states) for states in (call.query, call.key)) <= tolerance:
-        return None
-    if best is None or errors[best] > tolerance:
-        raise ZebraError(
-            f"layer {call.module.layer_idx} of this {model.config.model_type} does not rotate queries and keys in the "
-            "planes of the dimensions (r, r + R) by its rope's frequencies: its rope is interleaved, or positions "
-            "enter in another way too. Self-Extend could not rotate them again."
-        )
-    return best
+        return best
 
 
-def _relative_error(states: Tensor, expected: Tensor) -> float:
-    return ((states.float() - expected.float()).norm() / expected.float().norm()).item()
+def _largest_error(outputs: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    errors = ((x - y.float()).norm() / y.float().norm() for x, y in zip(outputs, expected, strict=True))
+    return max(error.item() for error in errors)
