@@ -80,7 +80,7 @@ def test_slack_is_a_quarter_of_what_is_kept(window: int) -> None:
     for _ in range(3 * window):
         states = torch.randn(1, 2, 1, 8)
         local.update(states, states)
-        near.update(states, states)[0].write(states)
+        near.update(states, states)[0].layer.write(states, states)
         for held in (local.keys, local.values, near.near):
             tokens = held.untyped_storage().nbytes() // (2 * 8 * 4)
             assert held.shape[2] <= tokens <= max(held.shape[2] + 1, 1.25 * held.shape[2])

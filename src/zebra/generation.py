@@ -376,16 +376,15 @@ def _prompt_bar(model: PreTrainedModel, tokens: int, chunk: int | None) -> Itera
 
 
 @contextmanager
-def _only_errors(*names: str) -> Iterator[None]:
-    """These loggers log errors alone: our warning of the length comes before any work, and later ones are left out."""
-    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
+def _only_errors(name: str) -> Iterator[None]:
+    """A logger logs errors alone: our warning of the length comes before any work, and later ones are left out."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
+        logger.setLevel(level)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -70,17 +70,6 @@ def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def check_target(source: Path, target: Path) -> None:
-    """Check that a conversion may write its target.
-
-    Raises:
-        ZebraError: the target exists, or is the source.
-    """
-    if target.exists() and source.exists() and source.samefile(target):
-        raise ZebraError(f"source and target are the same directory, {source}. Name another target.")
-    refuse_existing(Path(os.path.abspath(target)))
-
-
 def check_conversion(
     source: str | os.PathLike[str],
     target: Path | None,
@@ -93,7 +82,7 @@ def check_conversion(
         target: None where nothing is written.
 
     Raises:
-        ZebraError: as `check_checkpoint`, `check_family`, `check_target`, `Stripes.parse` and `Rope.parse`.
+        ZebraError: as `check_checkpoint`, `check_family`, `Stripes.parse` and `Rope.parse`; a target that exists.
     """
     if isinstance(stripes, str):
         Stripes.parse(stripes)
@@ -103,4 +92,6 @@ def check_conversion(
     if config.is_file():
         check_family(str(read_json_object(config, "Copy it from the source again.").get("model_type")))
     if target is not None:
-        check_target(Path(source), target)
+        if target.exists() and Path(source).exists() and target.samefile(source):
+            raise ZebraError(f"source and target are the same directory, {source}. Name another target.")
+        refuse_existing(Path(os.path.abspath(target)))

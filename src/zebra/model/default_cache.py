@@ -24,44 +24,40 @@ def with_default_cache(cls: Any) -> Any:
     Two more methods warn before Self-Extend, sinks and full decoding would be lost.
     """
 
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with the bounded cache of `zebra.model.cache` as its default."""
-        return cls.generate(self, *args, **kwargs | _cache_kwargs(self, args, kwargs))
+    class Model(cls):
+        __doc__, __module__, __qualname__ = cls.__doc__, cls.__module__, cls.__qualname__
 
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `save_pretrained`."""
-        local = local_attention_of(self)
-        if (setting := self_extend_of(self)) is not None:
-            _log.warning(
-                "config.json has no field for Self-Extend: load what is saved with self_extend=%r.", str(setting)
-            )
-        warn_settings_outside_config(local)
-        result = cls.save_pretrained(self, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            update_zebra_json(Path(args[0] if args else kwargs["save_directory"]), self.config, local)
-        return result
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            """transformers' `generate`, with the bounded cache of `zebra.model.cache` as its default."""
+            return super().generate(*args, **kwargs | _cache_kwargs(self, args, kwargs))
 
-    def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `set_attn_implementation`."""
-        if (setting := self_extend_of(self)) is not None:
-            _log.warning('Self-Extend %s lives in attention "%s" and is dropped under any other.', setting, NAME)
-        if (local := local_attention_of(self)) and [*args, *kwargs.values()][:1] != [NAME]:
-            _log.warning('%s of local layers live in attention "%s" and are lost under any other.', local, NAME)
-        return cls.set_attn_implementation(self, *args, **kwargs)
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+            """transformers' `save_pretrained`."""
+            local = local_attention_of(self)
+            if (setting := self_extend_of(self)) is not None:
+                _log.warning(
+                    "config.json has no field for Self-Extend: load what is saved with self_extend=%r.", str(setting)
+                )
+            warn_settings_outside_config(local)
+            result = super().save_pretrained(*args, **kwargs)
+            if kwargs.get("is_main_process", True):
+                update_zebra_json(Path(args[0] if args else kwargs["save_directory"]), self.config, local)
+            return result
 
-    def reduce(self: Any) -> Any:
-        """Pickled by the class of transformers: pickle could not find this one by a name."""
-        return _empty_instance, (cls,), self.__dict__
+        def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
+            """transformers' `set_attn_implementation`."""
+            if (setting := self_extend_of(self)) is not None:
+                _log.warning('Self-Extend %s lives in attention "%s" and is dropped under any other.', setting, NAME)
+            if (local := local_attention_of(self)) and [*args, *kwargs.values()][:1] != [NAME]:
+                _log.warning('%s of local layers live in attention "%s" and are lost under any other.', local, NAME)
+            return super().set_attn_implementation(*args, **kwargs)
 
-    methods = {
-        "generate": generate,
-        "save_pretrained": save_pretrained,
-        "set_attn_implementation": set_attn_implementation,
-        "__reduce__": reduce,
-    }
-    # The same name: it is saved as the checkpoint's architecture.
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (cls,), methods | names)
+        def __reduce__(self) -> Any:
+            """Pickled by the class of transformers: pickle could not find this one by a name."""
+            return _empty_instance, (cls,), self.__dict__
+
+    Model.__name__ = cls.__name__  # it is saved as the checkpoint's architecture
+    return Model
 
 
 def _empty_instance(cls: Any) -> Any:

@@ -123,11 +123,15 @@ def as_rope(rope: Rope | str | None) -> Rope:
     return rope if isinstance(rope, Rope) else Rope.parse(rope or "none")
 
 
+def _parameters_of(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The parameters of each rope of a model: one, or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [parameters for parameters in (rope, *rope.values()) if isinstance(parameters, dict)]
+
+
 def changes_with_length(config: PreTrainedConfig) -> str | None:
     """The type of a rope whose frequencies depend on the text's length, so that a cache would mix several; or None."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_kind = [parameters for parameters in (rope, *rope.values()) if isinstance(parameters, dict)]
-    types = (parameters.get("rope_type") for parameters in by_kind)
+    types = (parameters.get("rope_type") for parameters in _parameters_of(config))
     return next((rope_type for rope_type in types if rope_type in LENGTH_DEPENDENT), None)
 
 
@@ -138,8 +142,8 @@ def with_explicit_yarn_factor(config: PreTrainedConfig) -> PreTrainedConfig:
     come back with another rope.
     """
     result = copy.deepcopy(config)
-    for rope in (result.rope_parameters or {}, *(result.rope_parameters or {}).values()):
-        if isinstance(rope, dict) and rope.get("rope_type") == "yarn" and rope.get("factor") is None:
+    for rope in _parameters_of(result):
+        if rope.get("rope_type") == "yarn" and rope.get("factor") is None:
             rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
     return result
 
