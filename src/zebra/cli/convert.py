@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,9 +11,6 @@ from zebra.cli import options, show
 from zebra.data.documents import find_files
 from zebra.model.checkpoint_files import check_checkpoint, check_conversion
 from zebra.stripes import Stripes
-
-if TYPE_CHECKING:
-    from zebra.evaluate.selection import Selection
 
 
 def convert(
@@ -101,22 +98,17 @@ def select(
             check_task(name, 0.5, samples)
     with show.working():
         from zebra.evaluate.selection import select as run
+        from zebra.report import write_report
+        from zebra.report.selection import better_strides
+        from zebra.results import read_results
 
         selection = run(**arguments, run=str(work))
-        _write_page(selection, work)
+        write_report(read_results(work / "results.jsonl"), work / "report.html")
+        for line in better_strides(selection.results):
+            show.note(line)
     written = None if target is None else _converted(checkpoint, target, selection.stripes, rope, False)
     show.selection(selection, written, as_json)
     show.note(f"results {work}/results.jsonl, page {work}/report.html")
-
-
-def _write_page(selection: Selection, folder: Path) -> None:
-    from zebra.report import write_report
-    from zebra.report.selection import better_strides
-    from zebra.results import read_results
-
-    write_report(read_results(folder / "results.jsonl"), folder / "report.html")
-    for line in better_strides(selection.results):
-        show.note(line)
 
 
 def verify(

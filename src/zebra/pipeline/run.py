@@ -251,24 +251,21 @@ def _keyword_arguments(
 
 def _check(stage: Stage, source: Path | None, target: Path) -> None:
     """Check a stage on a checkpoint or its placeholder, and write the placeholder of the one that it will write."""
+    recipe = stage.recipe
     if stage.kind == "convert" and source is not None:
-        _check_conversion(stage.recipe, source, target)
+        if recipe.select is None:
+            stripes = Stripes.parse(recipe.stripes)
+        elif _has_tokenizer(source):
+            stripes = _selected(recipe, source, check_only=True).stripes
+        else:
+            stripes = Stripes.parse(f"0:{recipe.select.get('window')}")
+        _write_placeholder(target, source, *converted_config(source, stripes, recipe.rope, recipe.full_decode))
     elif stage.kind == "evaluate" and source is not None:
-        for name, arguments in stage.recipe.measures().items():
+        for name, arguments in recipe.measures().items():
             if _has_tokenizer(source):
                 _measured(name, arguments, source, check_only=True)
     elif stage.kind != "report":
-        _check_training(stage.recipe, source, target)
-
-
-def _check_conversion(recipe: Convert, source: Path, target: Path) -> None:
-    if recipe.select is None:
-        stripes = Stripes.parse(recipe.stripes or "")
-    elif _has_tokenizer(source):
-        stripes = _selected(recipe, source, check_only=True).stripes
-    else:
-        stripes = Stripes.parse(f"0:{recipe.select.get('window')}")
-    _write_placeholder(target, source, *converted_config(source, stripes, recipe.rope, recipe.full_decode))
+        _check_training(recipe, source, target)
 
 
 def _check_training(recipe: Any, source: Path | None, target: Path) -> None:
