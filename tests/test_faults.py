@@ -91,10 +91,10 @@ def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(ZebraError, match="began with other inputs: source changed since"):
         adapt(asked)
     text.write_text(text.read_text().replace("Once", "Twice", 1))
-    with pytest.raises(ZebraError, match="source and text changed since"):
+    with pytest.raises(ZebraError, match="files and source changed since"):
         adapt(asked)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ZebraError, match="processes and source and text changed since"):
+    with pytest.raises(ZebraError, match="files and processes and source changed since"):
         adapt(asked)
 
 
@@ -174,10 +174,17 @@ def test_a_history_that_is_gone_is_refused_with_the_remedy(adapt_run: FinishedRu
     assert losses(adapt(adapt_recipe(run))) == losses(adapt_run.results)
 
 
-def test_a_run_keeps_to_its_tokenizer(stories: Path, tmp_path: Path) -> None:
-    recipe = adapt_recipe(tmp_path / "run", model=str(stories), train__max_steps=1, **SHORT)
-    adapt(recipe)
-    (tmp_path / "run" / "results.jsonl").unlink()
+def test_a_finished_run_keeps_to_its_inputs(stories: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((TEXT / "tinystories_test.txt").read_text())
+    changes = {"model": str(stories), "data__files": [str(text)], "train__max_steps": 1}
+    recipe = adapt_recipe(tmp_path / "run", **changes, **SHORT)
+    results = adapt(recipe)
+    text.write_text(text.read_text().replace("Once", "Twice", 1))
+    with pytest.raises(ZebraError, match="files changed since"):
+        adapt(recipe)
+    text.unlink()
+    assert adapt(recipe) == results  # it needs no text
     tree = json.loads((stories / "tokenizer.json").read_text())
     words = tree["model"]["vocab"]
     one, two = sorted(words, key=words.get)[-2:]

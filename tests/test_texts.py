@@ -12,6 +12,7 @@ from conftest import STORIES, TEXT
 from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.train.adapt import adapt
+from zebra.train.directory import inputs_of
 from zebra.train.measuring import source_results
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.texts import TrainingTexts, read_texts
@@ -123,14 +124,18 @@ def test_a_mixture_fills_the_rows_of_the_training(tmp_path: Path, capsys: pytest
     assert [len(line.split.train) for line in texts_read.stats] == list(dict.fromkeys(row.n for row in rows))
 
 
-def test_the_digest_is_that_of_the_texts(tmp_path: Path) -> None:
+def test_the_digest_of_files_is_that_of_their_texts(tmp_path: Path) -> None:
     copy = tmp_path / "copy.txt"
     copy.write_text(Path(STORY).read_text())
-    measured = {"files": [str(copy)], "separator": SEPARATOR, "length": 32}
-    first = texts(evaluate=measured).digest
-    assert texts(evaluate=measured).digest == first != texts().digest
+    alone, measured = recipe(), recipe(evaluate={"files": [str(copy)], "separator": SEPARATOR, "length": 32})
+
+    def digest(read: AdaptRecipe) -> str:
+        return str(inputs_of(read, {}, finished=False)["files"])
+
+    first = digest(measured)
+    assert digest(measured) == first != digest(alone)
     copy.write_text(copy.read_text().replace("Once", "Twice", 1))
-    assert texts(evaluate=measured).digest != first
+    assert digest(measured) != first
 
 
 def test_a_run_on_a_mixture_measures_on_what_it_holds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +156,7 @@ def test_a_run_on_a_mixture_measures_on_what_it_holds_out(tmp_path: Path, monkey
         adapt(tuned)
     monkeypatch.undo()
     files.write_text(Path(STORY).read_text().replace("Once", "Twice", 1))
-    with pytest.raises(ZebraError, match="text changed since"):
+    with pytest.raises(ZebraError, match="files changed since"):
         adapt(tuned)
     files.write_text(Path(STORY).read_text())
     rows = adapt(tuned)

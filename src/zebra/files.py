@@ -51,11 +51,12 @@ def atomic_write(path: str | os.PathLike[str], text: str) -> None:
     os.replace(partial, path)
 
 
-def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str) -> None:
+def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, partly: bool = False) -> None:
     """Compare the inputs that a directory's results depend on with those in its `inputs.json`, where that exists.
 
     Args:
         instead: the remedy beside restoring the inputs, such as "name another run".
+        partly: compare these inputs alone; else one that the file has and they lack has changed.
 
     Raises:
         ZebraError: the file is damaged; the directory began with other inputs.
@@ -66,7 +67,8 @@ def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str) -> N
         first = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise ZebraError(f"{file} is damaged. Remove {file.parent}, or {instead}.") from None
-    changed = sorted(name for name in {*inputs, *first} if inputs.get(name) != first.get(name))
+    names = {*inputs} if partly else {*inputs, *first}
+    changed = sorted(name for name in names if inputs.get(name) != first.get(name))
     if changed:
         raise ZebraError(
             f"{file.parent} began with other inputs: {' and '.join(changed)} changed since. "

@@ -17,8 +17,5 @@ def adapt(recipe: AdaptRecipe) -> list[Result]:
         ZebraError: before any training, a checkpoint, a layout or texts that cannot be used, or a run directory of
             another recipe; during it, a loss that is not finite.
     """
-    config, tokenizer = read_source(recipe)
-    return run_recipe(
-        recipe,
-        lambda run: (CheckpointStart(recipe, config, tokenizer), TextTraining(recipe, read_texts(recipe, tokenizer))),
-    )
+    start = CheckpointStart(recipe, *read_source(recipe))
+    return run_recipe(recipe, lambda run: start, lambda _: TextTraining(recipe, read_texts(recipe, start.tokenizer)))

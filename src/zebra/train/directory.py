@@ -1,11 +1,12 @@
 """A run's directory: it belongs to one recipe with one set of inputs, and to one process at a time.
 
 run/recipe.yaml     the resolved recipe; a second start of the same recipe resumes, of another is refused
-run/inputs.json     what the recipe's names stood for: digests of the text and of the source, the number of processes
+run/inputs.json     what the recipe's names stood for: digests of files and of the source, the number of processes
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
+from zebra.data.documents import find_files
 from zebra.errors import ZebraError, first_line
-from zebra.files import atomic_write, check_inputs, directory_lock
-from zebra.train.recipe import Recipe
+from zebra.files import atomic_write, directory_lock
+from zebra.train.recipe import Recipe, named_files
 
 
 def is_first_process() -> bool:
@@ -45,13 +47,29 @@ def locked_run(recipe: Recipe) -> Iterator[Path]:
         yield run
 
 
-def record_inputs(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
-    """Write down the recipe and what its names stand for.
+def inputs_of(recipe: Recipe, digests: dict[str, str], *, finished: bool) -> dict[str, Any]:
+    """What a run's results depend on: the digests of its start, one of its files, and the number of processes.
+
+    A finished run may have lost its files, and may be read again by any number of processes.
 
     Raises:
-        ZebraError: a run that began with other inputs, and would go on with these.
+        ZebraError: files that do not exist.
     """
-    check_inputs(run / "inputs.json", inputs, instead="name another run")
+    inputs: dict[str, Any] = dict(digests)
+    digest = hashlib.sha256()
+    try:
+        for path in find_files(named_files(recipe.model_dump())):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        inputs["files"] = digest.hexdigest()
+    except ZebraError:
+        if not finished:
+            raise
+    return inputs if finished else inputs | {"processes": processes()}
+
+
+def record_inputs(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
+    """Write down the recipe and what its names stand for."""
     atomic_write(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     atomic_write(run / "inputs.json", json.dumps(inputs, indent=2) + "\n")
 

@@ -17,7 +17,6 @@ from zebra.model.checkpoint import copy_other_files, read_config, write_config, 
 from zebra.model.load import load, write_converted
 from zebra.model.local import local_attention_of
 from zebra.model.verify import TOLERANCE
-from zebra.train import lora
 from zebra.train.recipe import CheckpointRecipe
 
 
@@ -64,15 +63,6 @@ def export(recipe: CheckpointRecipe, model: Any, files: Mapping[str, str], **fie
 def _write_files(folder: Path, files: Mapping[str, str]) -> None:
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def load_exported(recipe: CheckpointRecipe) -> PreTrainedModel:
-    """The model that `export` wrote, ready to be measured."""
-    run = Path(recipe.run)
-    if recipe.lora is not None and not recipe.lora.merge:
-        merged: PreTrainedModel = lora.reload(load(run / "base"), run / "model").merge_and_unload()
-        return merged
-    return load(run / "model")
 
 
 def _write(recipe: CheckpointRecipe, model: PreTrainedModel, staging: Path, **fields: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,14 +85,12 @@ class TrainingConversations(NamedTuple):
         suites: to measure on.
         stats: what a mixture took of each source.
         counts: conversations with each fault, and what was cut.
-        digest: of all conversations.
     """
 
     sequences: AnswerSequences
     suites: Suites
     stats: list[SourceStats]
     counts: dict[str, int]
-    digest: str
 
 
 def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrainedModel]) -> TrainingConversations:
@@ -147,7 +144,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
             for split, source in zip(splits, tokenized, strict=True)
             if len(split.held_out)
         }
-    return TrainingConversations(sequences, measured, stats, dict(gate.counts), _digest(tokenized, measured))
+    return TrainingConversations(sequences, measured, stats, dict(gate.counts))
 
 
 def _tokenize(
@@ -201,13 +198,3 @@ def _fitting(
 
 def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-
-
-def _digest(sources: Sequence[TokenizedSource], suites: Suites) -> str:
-    digest = hashlib.sha256()
-    arrays: list[NDArray[np.generic]] = [source.corpus.tokens for source in sources]
-    arrays += [source.answers for source in sources]
-    arrays += [np.array(one.input_ids) for conversations in suites.values() for one in conversations]
-    for array in arrays:
-        digest.update(len(array).to_bytes(8, "big") + array.tobytes())
-    return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,27 +34,15 @@ def local_attention_for(recipe: Recipe) -> LocalAttention:
     return local if recipe.stripes is None else replace(local, sinks=Stripes.parse(recipe.stripes).sinks)
 
 
-def training_results(
-    recipe: Recipe,
-    config: PreTrainedConfig,
-    history: list[dict[str, Any]],
-    logged_results: Callable[[dict[str, Any], dict[str, Any]], list[Result]],
-    rope: str | None = None,
-) -> list[Result]:
-    """The loss against tokens, and the evaluations during training.
-
-    Args:
-        history: the Trainer's.
-        logged_results: results of one of its entries, under the columns that they share.
-    """
-    shared = common_columns(recipe) | {"layout": layout_name(config, local_attention_for(recipe), rope)}
+def training_results(recipe: Recipe, history: list[dict[str, Any]], columns: dict[str, Any]) -> list[Result]:
+    """The loss against tokens, and the evaluations during training, from the Trainer's history."""
     results: list[Result] = []
     for entry in history:
-        columns = shared | {"model": f"{recipe.run}@{entry['step']}"}
         if "loss" in entry:
-            tokens, length = entry["num_input_tokens_seen"], recipe.train.length
-            results.append(Result(task="train", metric="loss", value=entry["loss"], length=length, n=tokens, **columns))
-        results += logged_results(entry, columns)
+            tokens, length, model = entry["num_input_tokens_seen"], recipe.train.length, f"{recipe.run}@{entry['step']}"
+            loss = {"task": "train", "metric": "loss", "value": entry["loss"], "length": length, "n": tokens}
+            results.append(Result(model=model, **loss, **columns))
+        results += [Result(**result) for result in entry.get("results", ())]
     return results
 
 

@@ -6,7 +6,6 @@ run/tokenizer/    the tokenizer, where the recipe trains one
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra.data.encoding import tokenizer_digest
 from zebra.data.recall import RecallDataset
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory
@@ -23,7 +21,6 @@ from zebra.model.attention import NAME
 from zebra.model.checkpoint import load_tokenizer, write_config, write_zebra_json
 from zebra.model.default_cache import with_default_cache
 from zebra.model.families import layer_kinds, model_class, route_of, with_stripes
-from zebra.model.load import load
 from zebra.model.local import LocalAttention, local_attention_of, set_local_attention
 from zebra.model.self_extend import check_learned_positions
 from zebra.results import Result
@@ -31,7 +28,7 @@ from zebra.stripes import GLOBAL, Stripes
 from zebra.train.directory import is_first_process
 from zebra.train.measuring import local_attention_for
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
-from zebra.train.run import run_recipe
+from zebra.train.run import Start, run_recipe
 from zebra.train.text_training import TextTraining
 from zebra.train.texts import TrainingTexts, read_texts
 from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
@@ -48,52 +45,39 @@ def pretrain(recipe: PretrainRecipe) -> list[Result]:
     check_machine(recipe.train)
     config_of(recipe)
 
-    def prepare(run: Path) -> tuple[RandomStart, TextTraining]:
-        tokenizer = _tokenizer(run, recipe)
-        start = RandomStart(recipe, config_of(recipe, tokenizer), tokenizer)
-        texts = read_texts(recipe, tokenizer)
-        check_step(recipe, texts)
-        return start, TextTraining(recipe, texts)
+    def start_of(run: Path) -> RandomStart:
+        if isinstance(recipe.tokenizer, str) or (run / "tokenizer").is_dir():
+            tokenizer = load_tokenizer(recipe.tokenizer if isinstance(recipe.tokenizer, str) else run / "tokenizer")
+        else:
+            tokenizer = train_tokenizer(tokenizer_texts(recipe), recipe.tokenizer)
+        return RandomStart(recipe, config_of(recipe, tokenizer), tokenizer)
 
-    return run_recipe(recipe, prepare)
+    def read(start: Start) -> TextTraining:
+        texts = read_texts(recipe, start.tokenizer)
+        check_step(recipe, texts)
+        return TextTraining(recipe, texts)
+
+    return run_recipe(recipe, start_of, read)
 
 
 @dataclass
-class RandomStart:
-    """A training of random weights, drawn by the recipe's seed: a `zebra.train.run.Start`."""
+class RandomStart(Start):
+    """A training of random weights, drawn by the recipe's seed."""
 
     recipe: PretrainRecipe
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-
-    def __post_init__(self) -> None:
-        self.run = Path(self.recipe.run)
-        self.name = str(self.run / "model")
-        self.rope: str | None = None
-
-    def digests(self) -> dict[str, str]:
-        """A digest of the tokenizer."""
-        return {"tokenizer": tokenizer_digest(self.tokenizer)}
-
-    def untrained(self) -> Iterator[tuple[PreTrainedModel, str | None]]:
-        """None: random weights are not measured."""
-        return iter(())
 
     def build(self) -> PreTrainedModel:
         """The model with random weights; the tokenizer is kept, so that a resumed run does not train it again."""
-        if not (self.run / "tokenizer").exists() and is_first_process():
-            with atomic_directory(self.run / "tokenizer") as staging:
+        tokenizer = Path(self.recipe.run) / "tokenizer"
+        if not tokenizer.exists() and is_first_process():
+            with atomic_directory(tokenizer) as staging:
                 self.tokenizer.save_pretrained(staging)
         return random_model(self.config, seed=self.recipe.train.seed, local=local_attention_for(self.recipe))
-
-    def restore(self, checkpoint: Path) -> PreTrainedModel:
-        """The model of a checkpoint."""
-        return load(checkpoint)
 
     def export(self, model: PreTrainedModel, tokens: int) -> None:
         """Write `run/model` in the recipe's dtype."""
         steps = self.recipe.train.max_steps
-        with atomic_directory(self.run / "model") as staging:
+        with atomic_directory(Path(self.recipe.run) / "model") as staging:
             model.to(getattr(torch, self.recipe.dtype))
             model.config.use_cache = True  # the Trainer turns it off for itself
             model.save_pretrained(staging)
@@ -101,10 +85,6 @@ class RandomStart:
             write_config(model.config, staging)
             local = local_attention_of(model)
             write_zebra_json(staging, model.config, local, source=None, steps=steps, tokens=tokens)
-
-    def exported(self) -> PreTrainedModel:
-        """The model of `run/model`."""
-        return load(self.run / "model")
 
 
 def random_model(
@@ -196,14 +176,6 @@ def _vocabulary(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | Non
         )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     return {"vocab_size": size} | ids
-
-
-def _tokenizer(run: Path, recipe: PretrainRecipe) -> PreTrainedTokenizerBase:
-    if isinstance(recipe.tokenizer, str):
-        return load_tokenizer(recipe.tokenizer)
-    if (run / "tokenizer").is_dir():
-        return load_tokenizer(run / "tokenizer")
-    return train_tokenizer(tokenizer_texts(recipe), recipe.tokenizer)
 
 
 def check_step(recipe: PretrainRecipe, texts: TrainingTexts) -> None:

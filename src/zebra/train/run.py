@@ -11,102 +11,127 @@ run/results.jsonl    all results, written last: a run that has it is done
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from zebra.data.encoding import tokenizer_digest
+from zebra.files import check_inputs
+from zebra.model.load import best_device, load
+from zebra.model.load_options import loaded_layout_name
 from zebra.model.local import layout_name
 from zebra.results import Result, read_results, write_results
 from zebra.train import directory
 from zebra.train.measuring import common_columns, cost_results, local_attention_for, trainer_state, training_results
 from zebra.train.recipe import Recipe
-from zebra.train.trainer import is_complete, run_trainer
+from zebra.train.trainer import Evaluation, is_complete, run_trainer
 
 
-class Start(Protocol):
-    """What a training starts from: a checkpoint (`zebra.train.source`) or random weights (`zebra.train.pretrain`).
+@dataclass
+class Start(ABC):
+    """What a training starts from: a checkpoint (`zebra.train.source`) or random weights (`zebra.train.pretrain`)."""
 
-    Attributes:
-        config: of the model that is trained.
-        name: the model in results.
-        rope: the change of rope that results name beside the layout.
-    """
-
+    recipe: Recipe
     config: PreTrainedConfig
-    name: str
-    rope: str | None
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def name(self) -> str:
+        """The model in results."""
+        return f"{self.recipe.run}/model"
+
+    @property
+    def rope(self) -> str | None:
+        """The change of rope that results name beside the layout."""
+        return None
 
     def digests(self) -> dict[str, str]:
-        """Digests of the files that it reads, by name."""
+        """Digests of what it reads besides the recipe's files, by name."""
+        return {"tokenizer": tokenizer_digest(self.tokenizer)}
 
     def untrained(self) -> Iterator[tuple[PreTrainedModel, str | None]]:
         """The models that are measured before training, each with its change of rope."""
+        return iter(())
 
+    @abstractmethod
     def build(self) -> PreTrainedModel:
         """The model at the first step."""
 
     def restore(self, checkpoint: Path) -> PreTrainedModel:
         """The model of one of the Trainer's checkpoints."""
+        return load(checkpoint)
 
+    @abstractmethod
     def export(self, model: PreTrainedModel, tokens: int) -> None:
         """Write `run/model`, whole or not at all, of a model that was trained on so many tokens."""
 
     def exported(self) -> PreTrainedModel:
         """The model of `run/model`."""
+        return load(Path(self.recipe.run) / "model")
 
 
-class TrainingData(Protocol):
-    """What is trained and measured on: texts (`zebra.train.text_training`) or conversations (`zebra.train.sft`).
+@dataclass
+class TrainingData(ABC):
+    """What is trained and measured on: texts (`zebra.train.text_training`) or conversations (`zebra.train.sft`)."""
 
-    Attributes:
-        digests: of all that is read, by name.
-    """
+    recipe: Recipe
 
-    digests: dict[str, str]
-
+    @abstractmethod
     def trainer(self, model: PreTrainedModel, checkpoints: Path) -> Trainer:
         """The Trainer that trains the model on it."""
 
-    def measure(self, checkpoint: Path, model: PreTrainedModel, rope: str | None) -> list[Result]:
-        """Results of a model under the name of its checkpoint."""
+    @abstractmethod
+    def evaluate(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
+        """Results of a model, during training or at other times."""
 
-    def logged_results(self, entry: dict[str, Any], columns: dict[str, Any]) -> list[Result]:
-        """Results of an evaluation during training, from one entry of the Trainer's history."""
+    def measure(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
+        """Results of a model before and after training."""
+        return self.evaluate(model, columns)
 
+    @abstractmethod
     def composition(self, columns: dict[str, Any]) -> list[Result]:
         """What the training data consist of."""
 
 
-def run_recipe(recipe: Recipe, prepare: Callable[[Path], tuple[Start, TrainingData]]) -> list[Result]:
+def run_recipe(
+    recipe: Recipe, start_of: Callable[[Path], Start], read: Callable[[Start], TrainingData]
+) -> list[Result]:
     """Run a recipe from where it stands, and return its results; none in any but the first process.
 
     Args:
-        prepare: opens what the training starts from and reads its data, once this process holds the directory.
+        start_of: what the training starts from, given the directory of the run, which this process holds.
+        read: reads the data; a finished run needs none.
 
     Raises:
         ZebraError: a directory of another recipe or of other inputs; another process at work in it; a loss that is
-            not finite; whatever `prepare` raises.
+            not finite; what the arguments raise.
     """
     with directory.locked_run(recipe) as run:
-        if (run / "results.jsonl").exists() and (results := read_results(run / "results.jsonl")):
+        start = start_of(run)
+        results = read_results(run / "results.jsonl") if (run / "results.jsonl").exists() else []
+        inputs = directory.inputs_of(recipe, start.digests(), finished=bool(results))
+        check_inputs(run / "inputs.json", inputs, instead="name another run", partly=bool(results))
+        if results:
             return results
-        start, data = prepare(run)
-        inputs = start.digests() | data.digests | {"processes": directory.processes()}
+        data = read(start)
         directory.record_inputs(run, recipe, inputs)
         before = _before(run, recipe, start, data)
+        shared, local = common_columns(recipe), local_attention_for(recipe)
+        columns = shared | {"layout": layout_name(start.config, local, start.rope)}
         if not (run / "model").exists():
-            _train(run, recipe, start, data)
+            _train(run, start, data, columns)
         if not directory.is_first_process():
             return []
         history = trainer_state(run, recipe)["log_history"]
-        after = data.measure(run / "model", start.exported(), start.rope) if recipe.evaluate else []
-        layout = layout_name(start.config, local_attention_for(recipe))
+        after = _measured(str(run / "model"), start.exported(), start.rope, data) if recipe.evaluate else []
         results = [
-            *data.composition(common_columns(recipe) | {"model": start.name, "layout": layout}),
+            *data.composition(shared | {"model": start.name, "layout": layout_name(start.config, local)}),
             *before,
-            *training_results(recipe, start.config, history, data.logged_results, start.rope),
+            *training_results(recipe, history, columns),
             *after,
             *cost_results(recipe, start.config, start.name),
         ]
@@ -121,21 +146,34 @@ def _before(run: Path, recipe: Recipe, start: Start, data: TrainingData) -> list
         return []
     if file.exists():
         return read_results(file)
-    results = [result for model, rope in start.untrained() for result in data.measure(Path(start.name), model, rope)]
+    results = [one for model, rope in start.untrained() for one in _measured(start.name, model, rope, data)]
     if results:
         write_results(file, results)
     return results
 
 
-def _train(run: Path, recipe: Recipe, start: Start, data: TrainingData) -> None:
+def _measured(name: str, model: PreTrainedModel, rope: str | None, data: TrainingData) -> list[Result]:
+    model.to(best_device())
+    columns = common_columns(data.recipe) | {"model": name, "layout": loaded_layout_name(model, rope)}
+    return data.measure(model, columns)
+
+
+def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any]) -> None:
     """Train, unless the last step is there already, and write the trained checkpoint."""
-    last = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}"
+    recipe, last = start.recipe, run / "checkpoints" / f"checkpoint-{start.recipe.train.max_steps}"
     if is_complete(last):  # a kill came between the last step and the export
         model = start.restore(last)
     else:
         model = start.build()
+        trainer = data.trainer(model, run / "checkpoints")
+        if recipe.evaluate and recipe.evaluate.eval_steps:
+
+            def evaluate(model: PreTrainedModel, step: int) -> list[Result]:
+                return data.evaluate(model, columns | {"model": f"{recipe.run}@{step}"})
+
+            trainer.add_callback(Evaluation(recipe.evaluate.eval_steps, evaluate))
         with directory.writing(run):
-            run_trainer(data.trainer(model, run / "checkpoints"), recipe, model)
+            run_trainer(trainer, recipe, model)
     if directory.is_first_process():
         with directory.writing(run):
             start.export(model, trainer_state(run, recipe)["num_input_tokens_seen"])

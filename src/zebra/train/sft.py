@@ -8,42 +8,37 @@ and as exact (docs/log.md); both read the states of answers alone on a GPU.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from zebra.data.packing import IGNORE
-from zebra.evaluate.answers import AnswerScore, answer_score
-from zebra.model.load import best_device
-from zebra.model.load_options import loaded_layout_name
+from zebra.evaluate.answers import answer_score
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.results import Result
 from zebra.train.instructions import AnswerSequences, TrainingConversations
-from zebra.train.measuring import common_columns, source_results
-from zebra.train.trainer import log_evaluation, optimizer_of, refuse_diverged, training_arguments
+from zebra.train.measuring import source_results
+from zebra.train.run import TrainingData
+from zebra.train.trainer import optimizer_of, refuse_diverged, training_arguments
 from zebra.train.tune_recipe import TuneRecipe
 
 
 @dataclass
-class ConversationTraining:
-    """A recipe's conversations as what a training trains and is measured on: a `zebra.train.run.TrainingData`."""
+class ConversationTraining(TrainingData):
+    """A recipe's conversations as what a training trains and is measured on."""
 
     recipe: TuneRecipe
     tokenizer: PreTrainedTokenizerBase
     conversations: TrainingConversations
 
-    def __post_init__(self) -> None:
-        self.digests = {"conversations": self.conversations.digest}
-
     def trainer(self, model: PreTrainedModel, checkpoints: Path) -> SFTTrainer:
         """trl's trainer, which trains on answers alone."""
-        suites = self.conversations.suites
         arguments = SFTConfig(
             **training_arguments(self.recipe, checkpoints),
             packing=True,
@@ -53,30 +48,32 @@ class ConversationTraining:
             router_aux_loss_coef=0.0,  # a router's loss is no part of ours
         )
         return _AnswerTrainer(
-            evaluation=self,
             model=model,
             args=arguments,
             train_dataset=as_dataset(self.conversations.sequences),
-            eval_dataset=Dataset.from_dict({"suite": list(suites)}) if suites else None,  # only our `evaluate` reads it
             processing_class=self.tokenizer,
             optimizer_cls_and_kwargs=optimizer_of(self.recipe.train),
         )
 
-    def scores(self, model: PreTrainedModel) -> list[AnswerScore]:
+    def evaluate(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
         """The loss on the answers of each suite."""
-        suites, seed = self.conversations.suites, self.recipe.train.seed
-        return [answer_score(name, model, conversations, seed=seed) for name, conversations in suites.items()]
-
-    def measure(self, checkpoint: Path, model: PreTrainedModel, rope: str | None) -> list[Result]:
-        """The loss on the answers of each suite; `rope` stands beside the layout."""
-        model.to(best_device())
-        columns = common_columns(self.recipe)
-        columns |= {"model": str(checkpoint), "layout": loaded_layout_name(model, rope)}
-        return [self._answer_result(score, columns) for score in self.scores(model)]
-
-    def logged_results(self, entry: dict[str, Any], columns: dict[str, Any]) -> list[Result]:
-        """The losses of an entry of the Trainer's history, where it has them."""
-        return [self._answer_result(AnswerScore(**score), columns) for score in entry.get("answers", [])]
+        train = self.recipe.train
+        results = []
+        for name, conversations in self.conversations.suites.items():
+            score = answer_score(name, model, conversations, seed=train.seed)
+            results.append(
+                Result(
+                    task=f"answers-{name}",
+                    metric="answer_loss",
+                    value=score.loss,
+                    low=score.low,
+                    high=score.high,
+                    n=score.tokens,
+                    length=train.length,
+                    **columns,
+                )
+            )
+        return results
 
     def composition(self, columns: dict[str, Any]) -> list[Result]:
         """What a mixture took of each source, what is trained on by kind and length, and what the gate found.
@@ -105,18 +102,6 @@ class ConversationTraining:
         quality = [Result(task="quality", metric=name, value=count, **columns) for name, count in counts]
         return [*source_results(self.conversations.stats, **columns), *by_kind, *quality]
 
-    def _answer_result(self, score: AnswerScore, columns: dict[str, Any]) -> Result:
-        return Result(
-            task=f"answers-{score.suite}",
-            metric="answer_loss",
-            value=score.loss,
-            low=score.low,
-            high=score.high,
-            n=score.tokens,
-            length=self.recipe.train.length,
-            **columns,
-        )
-
 
 def as_dataset(sequences: AnswerSequences) -> Dataset:
     """The sequences as trl takes them, each built when it is read."""
@@ -129,13 +114,7 @@ def as_dataset(sequences: AnswerSequences) -> Dataset:
 
 
 class _AnswerTrainer(SFTTrainer):
-    """trl's trainer with our loss, and our evaluation: the loss on the answers of each suite."""
-
-    control: TrainerControl
-
-    def __init__(self, *, evaluation: ConversationTraining, **arguments: Any):
-        super().__init__(**arguments)
-        self.evaluation = evaluation
+    """trl's trainer with our loss."""
 
     def compute_loss(
         self,
@@ -161,13 +140,6 @@ class _AnswerTrainer(SFTTrainer):
         count = torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
         shares = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # DDP takes the mean
         return total * shares / count
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the suites."""
-        scores = self.evaluation.scores(self.model)
-        entry = {"answers": [asdict(score) for score in scores]}
-        message = "loss on answers: " + ", ".join(f"{score.suite} {score.loss:.4f}" for score in scores)
-        return log_evaluation(self, entry, {f"eval_{score.suite}_loss": score.loss for score in scores}, message)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the checkpoint keeps its own card."""

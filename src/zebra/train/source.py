@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra.data.encoding import tokenizer_digest
 from zebra.errors import ZebraError
 from zebra.model.checkpoint import check_weights, checkpoint_digest, load_tokenizer, read_config
 from zebra.model.families import with_stripes
@@ -18,8 +17,9 @@ from zebra.model.load import load
 from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
 from zebra.stripes import Stripes
 from zebra.train import lora
-from zebra.train.export import export, load_exported
+from zebra.train.export import export
 from zebra.train.recipe import CheckpointRecipe
+from zebra.train.run import Start
 from zebra.train.trainer import check_machine, trainable_config
 
 
@@ -67,7 +67,7 @@ def _with_rope(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTrained
 
 
 @dataclass
-class CheckpointStart:
+class CheckpointStart(Start):
     """A training of `recipe.model`, all of it or low-rank updates.
 
     Attributes:
@@ -75,17 +75,21 @@ class CheckpointStart:
     """
 
     recipe: CheckpointRecipe
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
     finish: Callable[[PreTrainedModel], Mapping[str, str]] = lambda model: {}
 
-    def __post_init__(self) -> None:
-        self.name = self.recipe.model
-        self.rope = self.recipe.rope
+    @property
+    def name(self) -> str:
+        """The checkpoint."""
+        return self.recipe.model
+
+    @property
+    def rope(self) -> str | None:
+        """The recipe's."""
+        return self.recipe.rope
 
     def digests(self) -> dict[str, str]:
         """Of the source and its tokenizer."""
-        return {"source": checkpoint_digest(self.recipe.model), "tokenizer": tokenizer_digest(self.tokenizer)}
+        return super().digests() | {"source": checkpoint_digest(self.recipe.model)}
 
     def untrained(self) -> Iterator[tuple[PreTrainedModel, str | None]]:
         """The source as it was, and with its new stripes and rope."""
@@ -100,7 +104,7 @@ class CheckpointStart:
 
     def restore(self, checkpoint: Path) -> PreTrainedModel:
         """The model of a checkpoint; of low-rank updates the source with those."""
-        return load(checkpoint) if self.recipe.lora is None else lora.reload(self._source(), checkpoint)
+        return super().restore(checkpoint) if self.recipe.lora is None else lora.reload(self._source(), checkpoint)
 
     def export(self, model: PreTrainedModel, tokens: int) -> None:
         """Write `run/model`, and `run/base` under an adapter."""
@@ -109,7 +113,10 @@ class CheckpointStart:
 
     def exported(self) -> PreTrainedModel:
         """The model of `run/model`, with an adapter merged."""
-        return load_exported(self.recipe)
+        if self.recipe.lora is None or self.recipe.lora.merge:
+            return super().exported()
+        run = Path(self.recipe.run)
+        return lora.reload(load(run / "base"), run / "model").merge_and_unload()
 
     def _source(self) -> PreTrainedModel:
         model = load(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,13 +27,11 @@ class TrainingTexts(NamedTuple):
         sequences: to train on.
         held_out: documents to measure on; None where nothing is measured.
         stats: what a mixture took of each source.
-        digest: of all texts.
     """
 
     sequences: PackedSequences | RecallDataset
     held_out: Corpus | None
     stats: list[SourceStats]
-    digest: str
 
 
 def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TrainingTexts:
@@ -58,17 +55,15 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Traini
         if is_first_process():
             console.print(mixture_tables(mixture))
     held_out = None
-    corpora = [source.corpus for source in sources]
     if evaluation is not None:
         if evaluation.files is None:
             held_out = select(splits, held_out=True).gathered()
         else:
             held_out = _corpus(evaluation, evaluation.files, recipe, tokenizer, evaluation.append_eos)
-            corpora.append(held_out)
         if evaluation.join:
             held_out = held_out.joined(evaluation.beyond or evaluation.length)
     with_recall = sequences if data.recall is None else _with_recall(recipe, data.recall, tokenizer, sequences)
-    return TrainingTexts(with_recall, held_out, stats, _digest(corpora))
+    return TrainingTexts(with_recall, held_out, stats)
 
 
 def _sequences_of_training(recipe: TextRecipe) -> int:
@@ -135,10 +130,3 @@ def _print_losses(split: SourceSplit) -> None:
     lost = [f"{count:,} {what}" for what, count in counts.items() if count]
     if lost and is_first_process():
         console.print(f"{len(split.train):,} documents to train on; {', '.join(lost)}.", highlight=False)
-
-
-def _digest(corpora: Sequence[Corpus]) -> str:
-    digest = hashlib.sha256()
-    for corpus in corpora:
-        digest.update(len(corpus).to_bytes(8, "big") + corpus.hashes.tobytes())
-    return digest.hexdigest()

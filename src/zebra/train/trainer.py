@@ -33,6 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zebra.errors import ZebraError
 from zebra.progress import bar, console
+from zebra.results import Result
 from zebra.train.directory import processes
 from zebra.train.muon import muon
 from zebra.train.recipe import Recipe, Training
@@ -84,10 +85,13 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> Non
         trainer.add_callback(_ShowProgress(advance))
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
-            _remove_broken(checkpoints)
+            for checkpoint in checkpoints.glob("checkpoint-*"):
+                if checkpoint.is_dir() and not is_complete(checkpoint):  # a kill inside a save, or damage since
+                    shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
+        newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
         with _tied_weights_expected(model):
-            trainer.train(resume_from_checkpoint=_newest(checkpoints))
+            trainer.train(resume_from_checkpoint=newest)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
 
@@ -111,11 +115,11 @@ def _diverged(what: str, step: int, rate: float, checkpoints: Path) -> str:
 @contextmanager
 def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
     """Keep the Trainer from warning that a tied weight, which is saved once, is missing from its checkpoint."""
-    tied = f"{sorted(model.all_tied_weights_keys)}."
+    expected = f"{sorted(model.all_tied_weights_keys)}."
 
     def is_other(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        return not ("missing keys in the checkpoint" in message and message.endswith(tied))
+        return "missing keys in the checkpoint" not in message or not message.endswith(expected)
 
     log = logging.getLogger("transformers.trainer")
     log.addFilter(is_other)
@@ -134,7 +138,6 @@ def tokens_per_step(recipe: Recipe) -> int:
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
     """The `TrainingArguments` of a recipe: those keys of `train` that have its names, and what follows from others."""
     train, known = recipe.train, {field.name for field in fields(TrainingArguments)}
-    eval_steps = recipe.evaluate.eval_steps if recipe.evaluate else None
     arguments = {name: value for name, value in train.model_dump().items() if name in known}
     checkpointing = "activation_checkpointing"
     if checkpointing not in known:  # its name up to transformers 5.17
@@ -146,8 +149,6 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "output_dir": str(checkpoints),
         "use_cpu": not torch.cuda.is_available(),
         "data_seed": train.seed,
-        "eval_strategy": "steps" if eval_steps else "no",
-        "eval_steps": eval_steps,
         "include_num_input_tokens_seen": "all",
         "train_sampling_strategy": "random",
         "report_to": "none",
@@ -168,15 +169,22 @@ def optimizer_of(train: Training) -> tuple[Any, dict[str, Any]] | None:
     }
 
 
-def log_evaluation(
-    trainer: Trainer, entry: dict[str, Any], metrics: dict[str, float], message: str
-) -> dict[str, float]:
-    """End an evaluation as the Trainer does; the entry goes into its history, and so into its checkpoints."""
-    trainer.log(entry)
-    if trainer.is_world_process_zero():
-        console.print(f"step {trainer.state.global_step}: {message}", highlight=False)
-    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
-    return metrics
+class Evaluation(TrainerCallback):
+    """Measures the model every so many steps and after the last; the Trainer's history, and so checkpoints, has it."""
+
+    def __init__(self, steps: int, evaluate: Callable[[PreTrainedModel, int], list[Result]]):
+        self.steps, self.evaluate = steps, evaluate
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Measure and print."""
+        if state.global_step % self.steps and state.global_step < state.max_steps:
+            return
+        results = self.evaluate(kwargs["model"], state.global_step)
+        state.log_history.append({"step": state.global_step, "results": [result.columns() for result in results]})
+        if state.is_world_process_zero:
+            names = [f"to {one.position_to}" if one.position_to else one.task for one in results]
+            values = ", ".join(f"{name} {one.value:.4f}" for name, one in zip(names, results, strict=True))
+            console.print(f"step {state.global_step}: {results[0].metric} {values}", highlight=False)
 
 
 class _MarkComplete(TrainerCallback):
@@ -249,14 +257,3 @@ def is_complete(checkpoint: Path) -> bool:
 def _sizes(checkpoint: Path) -> dict[str, int]:
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != COMPLETE]
     return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}
-
-
-def _remove_broken(checkpoints: Path) -> None:
-    """Remove checkpoints that a kill inside a save left, or that were damaged since."""
-    for checkpoint in checkpoints.glob("checkpoint-*"):
-        if checkpoint.is_dir() and not is_complete(checkpoint):
-            shutil.rmtree(checkpoint)
-
-
-def _newest(checkpoints: Path) -> str | None:
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None

@@ -5,8 +5,6 @@ The checkpoint that is written has its chat template.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from zebra.errors import ZebraError
@@ -14,7 +12,7 @@ from zebra.model.load import best_device, load
 from zebra.results import Result
 from zebra.train.chat import Chat
 from zebra.train.instructions import read_instructions
-from zebra.train.run import run_recipe
+from zebra.train.run import Start, run_recipe
 from zebra.train.source import CheckpointStart, read_source
 from zebra.train.tune_recipe import TuneRecipe
 
@@ -33,13 +31,13 @@ def tune(recipe: TuneRecipe) -> list[Result]:
     """
     config, tokenizer = read_source(recipe)
     chat = Chat(tokenizer, recipe.chat_template, recipe.model)
+    start = CheckpointStart(recipe, config, tokenizer, lambda model: _finish(recipe, model, config, chat))
 
-    def prepare(run: Path) -> tuple[CheckpointStart, ConversationTraining]:
+    def read(_: Start) -> ConversationTraining:
         conversations = read_instructions(recipe, chat, lambda: load(recipe.model).to(best_device()))
-        start = CheckpointStart(recipe, config, tokenizer, lambda model: _finish(recipe, model, config, chat))
-        return start, ConversationTraining(recipe, tokenizer, conversations)
+        return ConversationTraining(recipe, tokenizer, conversations)
 
-    return run_recipe(recipe, prepare)
+    return run_recipe(recipe, lambda run: start, read)
 
 
 _CHANGED_BY_TRL = ("pad_token_id", "bos_token_id", "eos_token_id", "router_aux_loss_coef", "output_router_logits")
