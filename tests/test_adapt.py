@@ -136,8 +136,8 @@ Trainer._save_optimizer_and_scheduler = die
 """
 KILL_IN_THE_EXPORT = """
 import os, signal
-from zebra.train import export
-export.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from zebra.train import source
+source.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 KILLS = {
     "between saves": (KILL_AT_A_LOG, {"checkpoint-2"}, {"checkpoint-2"}),

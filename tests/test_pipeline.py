@@ -326,13 +326,13 @@ def on_log(self, args, state, control, logs, **kwargs):
 trainer._ShowProgress.on_log = on_log
 """,
     "tune": """
-from zebra.train import export
-written = export.write_config
+from zebra.train import source
+written = source.write_config
 def write_config(config, where):
     if "tune" in str(where):
         die()
     written(config, where)
-export.write_config = write_config
+source.write_config = write_config
 """,
     "evaluate": BEFORE_RETRIEVAL.format(stage="evaluate"),
     "report": """

@@ -22,7 +22,7 @@ from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_local_attention
 from zebra.model.local import LocalAttention
 from zebra.results import Result, read_results
-from zebra.train import text_training, trainer
+from zebra.train import texts, trainer
 from zebra.train.dry_run import dry_run
 from zebra.train.muon import MuonWithAdamW
 from zebra.train.pretrain import config_of, pretrain, random_model
@@ -226,14 +226,14 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_left(what: str, few: P
 def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = text_training.summed_loss
+    real = texts.summed_loss
     calls: list[int] = []
 
     def spoilt(*arguments: Any) -> Any:
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(text_training, "summed_loss", spoilt)
+    monkeypatch.setattr(texts, "summed_loss", spoilt)
     with pytest.raises(
         ZebraError, match=r"not finite at step 4, at a learning rate of .*finite checkpoint is .*step 2"
     ):

@@ -15,7 +15,7 @@ from zebra.train.adapt import adapt
 from zebra.train.directory import inputs_of
 from zebra.train.measuring import source_results
 from zebra.train.recipe import AdaptRecipe
-from zebra.train.texts import TrainingTexts, read_texts
+from zebra.train.texts import TextTraining, read_texts
 
 SEPARATOR = "<|endoftext|>"
 STORY = str(TEXT / "tinystories_validation.txt")
@@ -37,7 +37,7 @@ def recipe(**sections: Any) -> AdaptRecipe:
     return AdaptRecipe.model_validate(TREE | sections)
 
 
-def texts(**sections: Any) -> TrainingTexts:
+def texts(**sections: Any) -> TextTraining:
     return read_texts(recipe(**sections), load_tokenizer(STORIES, read_config(STORIES)))
 
 
@@ -49,7 +49,7 @@ def source(name: str, share: float, files: list[Path | str], **options: Any) -> 
     return {"name": name, "share": share, "files": list(map(str, files)), "separator": SEPARATOR, **options}
 
 
-def trained_on(texts_read: TrainingTexts) -> set[int]:
+def trained_on(texts_read: TextTraining) -> set[int]:
     """The hash of every document with a token in a row."""
     drawn = texts_read.sequences.documents
     return {int(drawn.corpora[drawn.sources[d]].hashes[drawn.documents[d]]) for d in texts_read.sequences.pieces[:, 0]}
@@ -87,7 +87,7 @@ def test_what_is_held_out_is_measured_on_and_not_trained_on(capsys: pytest.Captu
     assert joined.tokens.tolist() == texts_read.held_out.tokens.tolist()
 
 
-def held(texts_read: TrainingTexts) -> set[int]:
+def held(texts_read: TextTraining) -> set[int]:
     """The places of the documents that are held out."""
     return set(range(200)) - set(texts_read.sequences.documents.documents.tolist())
 
@@ -151,7 +151,7 @@ def test_a_run_on_a_mixture_measures_on_what_it_holds_out(tmp_path: Path, monkey
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zebra.train.source.export", interrupt)
+    monkeypatch.setattr("zebra.train.source.CheckpointStart.export", interrupt)
     with pytest.raises(KeyboardInterrupt):
         adapt(tuned)
     monkeypatch.undo()

@@ -254,8 +254,8 @@ trainer._ShowProgress.on_log = on_log
 """
 KILL_IN_THE_EXPORT = """
 import os, signal
-from zebra.train import export
-export.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from zebra.train import source
+source.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 

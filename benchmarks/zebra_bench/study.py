@@ -74,7 +74,7 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
     batches: dict[tuple[int, str, int], dict[str, PretrainRecipe]] = defaultdict(dict)
     for recipe in recipes:
         train = recipe.train
-        batch = train.length, train.compute_dtype, train.per_device_train_batch_size
+        batch = train.length, _dtype(train), train.per_device_train_batch_size
         batches[batch].setdefault(_layout(recipe), recipe)
     results: list[Result] = []
     left_out: list[str] = []
@@ -130,6 +130,10 @@ def _decoder(recipe: PretrainRecipe) -> Decoder:
     return decoder_from_config(config_of(recipe).to_dict(), name=recipe.run)
 
 
+def _dtype(train: Training) -> str:
+    return "bfloat16" if train.bf16 else "float32"
+
+
 def _planned(recipe: PretrainRecipe) -> Run:
     d, train = _decoder(recipe), recipe.train
     return Run(
@@ -137,7 +141,7 @@ def _planned(recipe: PretrainRecipe) -> Run:
         stripes=d.stripes,
         length=train.length,
         batch=train.per_device_train_batch_size,
-        dtype=train.compute_dtype,
+        dtype=_dtype(train),
         phase="train",
         checkpointing=train.activation_checkpointing,
     )

@@ -56,7 +56,7 @@ def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, part
 
     Args:
         instead: the remedy beside restoring the inputs, such as "name another run".
-        partly: compare these inputs alone; else one that the file has and they lack has changed.
+        partly: compare the inputs that both have; else one that either lacks has changed.
 
     Raises:
         ZebraError: the file is damaged; the directory began with other inputs.
@@ -67,7 +67,7 @@ def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, part
         first = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise ZebraError(f"{file} is damaged. Remove {file.parent}, or {instead}.") from None
-    names = {*inputs} if partly else {*inputs, *first}
+    names = {*inputs} & {*first} if partly else {*inputs, *first}
     changed = sorted(name for name in names if inputs.get(name) != first.get(name))
     if changed:
         raise ZebraError(

@@ -6,7 +6,6 @@ from zebra.results import Result
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.run import run_recipe
 from zebra.train.source import CheckpointStart, read_source
-from zebra.train.text_training import TextTraining
 from zebra.train.texts import read_texts
 
 
@@ -18,4 +17,4 @@ def adapt(recipe: AdaptRecipe) -> list[Result]:
             another recipe; during it, a loss that is not finite.
     """
     start = CheckpointStart(recipe, *read_source(recipe))
-    return run_recipe(recipe, lambda run: start, lambda _: TextTraining(recipe, read_texts(recipe, start.tokenizer)))
+    return run_recipe(recipe, lambda run: start, lambda _: read_texts(recipe, start.tokenizer))

@@ -22,27 +22,8 @@ from zebra.data.conversations import GAP, Conversation, Message, TokenizedConver
 from zebra.errors import ZebraError
 
 _MARK = r"\{%-?\s*(?:end)?generation\s*-?%\}"
-_TURNS = "{{{{- bos_token -}}}}{{%- for message in messages -%}}{}{{%- endfor -%}}"
-_ASSISTANT = (
-    "{{%- if message['role'] == 'assistant' -%}}{{{{- '{0}' -}}}}"
-    "{{%- generation -%}}{{{{- message['content'] | trim + {1} -}}}}{{%- endgeneration -%}}{{{{- '{2}' -}}}}"
-)
-_PROMPT = "{{%- if add_generation_prompt -%}}{{{{- '{}' -}}}}{{%- endif -%}}"
 
-NAMED = {
-    "plain": _TURNS.format(
-        _ASSISTANT.format("Assistant:\\n", "eos_token", "\\n")
-        + "{%- elif message['role'] == 'user' -%}{{- 'User:\\n' + message['content'] | trim + '\\n\\n' -}}"
-        "{%- else -%}{{- message['content'] | trim + '\\n\\n' -}}{%- endif -%}"
-    )
-    + _PROMPT.format("Assistant:\\n"),
-    "chatml": _TURNS.format(
-        _ASSISTANT.format("<|im_start|>assistant\\n", "'<|im_end|>'", "\\n")
-        + "{%- else -%}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' -}}"
-        "{%- endif -%}"
-    ).removeprefix("{{- bos_token -}}")
-    + _PROMPT.format("<|im_start|>assistant\\n"),
-}
+NAMED = {name: Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8") for name in ("plain", "chatml")}
 """Templates for a checkpoint that has none: `plain` for any tokenizer with an end-of-text token, `chatml` for one that
 has its two tokens."""
 
@@ -75,7 +56,11 @@ class Chat:
         self.template = re.sub(_MARK, "", template) if named in NAMED else template
         self._template = template
         probe = Conversation((Message("user", "a"), Message("assistant", "b")), f"the chat template of {source}")
-        self.stop = self._end_of_answer(self.encode(probe))
+        answer = [token for token, is_answer in zip(*self.encode(probe), strict=True) if is_answer]
+        while answer and not tokenizer.decode([answer[-1]]).strip():
+            answer.pop()
+        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        self.stop = answer[-1] if answer and answer[-1] in special else None
 
     def encode(self, conversation: Conversation) -> TokenizedConversation:
         """The tokens of a conversation, and which are the assistant's.
@@ -84,14 +69,18 @@ class Chat:
             ZebraError: a message that the template rejects, such as a system message; answers that it does not set
                 apart.
         """
-        messages = [message._asdict() for message in conversation.messages]
-        encode = self._by_marks if self._marked else self._by_prefixes
-        tokens = encode(messages, conversation.where)
+        messages, where = [message._asdict() for message in conversation.messages], conversation.where
+        if self._marked:
+            encoding = self._render(messages, where, chat_template=self._marked, return_assistant_tokens_mask=True)
+            mask = [bool(one) for one in encoding["assistant_masks"]]
+            tokens = TokenizedConversation(list(encoding["input_ids"]), mask)
+        else:
+            tokens = self._by_prefixes(messages, where)
         spans = sum(answer for answer, _ in itertools.groupby(tokens.assistant_mask))
         answers = sum(message["role"] == "assistant" for message in messages)
         if spans != answers:
             raise ZebraError(
-                f"{conversation.where}: the chat template of {self._source} sets {spans} of {answers} answers apart. "
+                f"{where}: the chat template of {self._source} sets {spans} of {answers} answers apart. "
                 "Name another with chat_template, or drop the conversation."
             )
         return tokens
@@ -128,10 +117,6 @@ class Chat:
             keep -= len(tokens.input_ids) - length
         return None
 
-    def _by_marks(self, messages: list[dict[str, Any]], where: str) -> TokenizedConversation:
-        encoding = self._render(messages, where, chat_template=self._marked, return_assistant_tokens_mask=True)
-        return TokenizedConversation(list(encoding["input_ids"]), [bool(mask) for mask in encoding["assistant_masks"]])
-
     def _by_prefixes(self, messages: list[dict[str, Any]], where: str) -> TokenizedConversation:
         ids = self._ids(messages, where)
         answers = [False] * len(ids)
@@ -160,13 +145,6 @@ class Chat:
                 "Correct or drop the conversation, or name another template."
             ) from None
 
-    def _end_of_answer(self, probe: TokenizedConversation) -> int | None:
-        answer = [token for token, is_answer in zip(*probe, strict=True) if is_answer]
-        while answer and not self.tokenizer.decode([answer[-1]]).strip():
-            answer.pop()
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        return answer[-1] if answer and answer[-1] in special else None
-
 
 def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     if named not in NAMED:
@@ -189,10 +167,8 @@ def _marked_by_trl(tokenizer: PreTrainedTokenizerBase, template: str) -> str | N
     """Trl's copy of a template with marks, for those that it knows."""
     if tokenizer.chat_template != template:  # it compares what the tokenizer has
         return None
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-    except ImportError:
-        raise ZebraError("tuning needs trl, which is not installed. Run pip install 'zebra-llm[tune]'.") from None
+    from trl.chat_template_utils import get_training_chat_template
+
     try:
         return get_training_chat_template(tokenizer)
     except ValueError:

@@ -74,18 +74,14 @@ def dry_run(recipe: _Known) -> DryRun:
 def _config(recipe: _Known) -> PreTrainedConfig:
     if isinstance(recipe, PretrainRecipe):
         return config_of(recipe)
-    return adapted_config(recipe, _source_config(recipe))
-
-
-def _source_config(recipe: CheckpointRecipe) -> PreTrainedConfig:
     if Path(recipe.model).is_dir():
-        return read_config(recipe.model)
+        return adapted_config(recipe, read_config(recipe.model))
     if recipe.shape is None:
         raise ZebraError(
             f"there is no checkpoint at {recipe.model}, and the recipe names no built-in shape to estimate by. "
             "Download the checkpoint, or add a shape."
         )
-    return AutoConfig.for_model(**shape(recipe.shape))
+    return adapted_config(recipe, AutoConfig.for_model(**shape(recipe.shape)))
 
 
 def _weights(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, dict[str, int]]:
@@ -112,12 +108,14 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     keeps a bfloat16 copy of each float32 weight that it met.
     """
     tokens = recipe.train.length * recipe.train.per_device_train_batch_size
-    kinds = layer_kinds(config)
+    kinds, low = layer_kinds(config), _lora(recipe)
+    # The residual stream is as wide as the embeddings, which autocast leaves alone.
+    half = low is not None and low.base_dtype == "bfloat16" and "embeddings" not in low.modules_to_save
     saved = {kind: _saved_by_a_layer(recipe, config, kind if kind == GLOBAL else LOCAL) for kind in set(kinds)}
     extra = {kind: _extra_saved(recipe, config, kind) for kind in saved}
     return activation_memory(
         [tokens * saved[kind][0] + extra[kind] for kind in kinds],
-        layer_input=tokens * config.hidden_size * _stream(recipe),
+        layer_input=tokens * config.hidden_size * (2 if half else 4),
         weights_cast=sum(saved[kind][1] for kind in kinds),
         vocab_size=config.vocab_size,
         checkpointing=recipe.train.activation_checkpointing,
@@ -131,7 +129,7 @@ def _extra_saved(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
         return 0
     heads, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     sizes = {"heads": heads, "query_width": heads * size, "kv_width": keys * size}
-    saved = stripes.extra_saved_bytes(kind, recipe.train.length, half=_half(recipe), **sizes)
+    saved = stripes.extra_saved_bytes(kind, recipe.train.length, half=recipe.train.bf16, **sizes)
     return recipe.train.per_device_train_batch_size * saved
 
 
@@ -153,16 +151,13 @@ def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tu
         model = model.to_empty(device="cpu").train()
         if low is not None:
             model = lora.wrap(model, low, seed=0)
-        totals.append([_saved(model, tokens, _half(recipe)) for tokens in (_PROBE, 2 * _PROBE)])
-    short, long = (two - one for one, two in zip(*totals, strict=True))
+        for tokens in (_PROBE, 2 * _PROBE):
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.bf16), saved_storages(model) as saved:
+                model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+            totals.append(sum(saved.values()))
+    short, long = totals[2] - totals[0], totals[3] - totals[1]
     grows = (long - short) // _PROBE
     return grows, max(0, short - grows * _PROBE)
-
-
-def _saved(model: Any, tokens: int, half: bool) -> int:
-    with torch.autocast("cpu", torch.bfloat16, enabled=half), saved_storages(model) as saved:
-        model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-    return sum(saved.values())
 
 
 @contextmanager
@@ -183,18 +178,8 @@ def saved_storages(model: torch.nn.Module) -> Iterator[dict[int, int]]:
         yield saved
 
 
-def _stream(recipe: Recipe) -> int:
-    """Bytes of a number between layers: as wide as the embeddings, which autocast leaves alone."""
-    low = _lora(recipe)
-    return 2 if low and low.base_dtype == "bfloat16" and "embeddings" not in low.modules_to_save else 4
-
-
 def _lora(recipe: Recipe) -> Lora | None:
     return recipe.lora if isinstance(recipe, CheckpointRecipe) else None
-
-
-def _half(recipe: Recipe) -> bool:
-    return recipe.train.bf16
 
 
 def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: int) -> dict[str, str]:
@@ -204,11 +189,16 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
     local = local_attention_for(recipe)
     pairs = attention_pairs(config, train.length, local.sinks)
     step = tokens_per_step(recipe)
+    names = {GLOBAL: "global", LOCAL: "local"} | {kind: kind for kind in sorted({*kinds} - {GLOBAL, LOCAL})}
+    *counts, last = [f"{kinds.count(kind)} {name}" for kind, name in names.items()]
+    positions = {"positions": getattr(config, "position_embedding", "rotary")}
+    if positions["positions"] == "rotary":
+        positions = {"rope": ", ".join(f"{k} {v}" for k, v in config.rope_parameters.items())}
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads"
     return {
         "model": f"{model_class(config).__name__}, {n} layers of {config.hidden_size:,}, {heads}",
-        "layout": f"{layout_name(config, local)}, {_counted(kinds)} layers",
-        **_positions(config),
+        "layout": f"{layout_name(config, local)}, {', '.join(counts)} and {last} layers",
+        **positions,
         "parameters": f"{parameters:,}, trained {trained:,} ({trained / parameters:.1%})",
         "a step": f"{step:,} tokens: {train.per_device_train_batch_size} sequences of {train.length:,} "
         f"x {train.gradient_accumulation_steps} passes x {processes()} processes",
@@ -216,18 +206,6 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
         "attention": f"{pairs:,} pairs a sequence, {pairs / full:.0%} of full",
         "text": _text(recipe),
     }
-
-
-def _counted(kinds: tuple[str, ...]) -> str:
-    names = {GLOBAL: "global", LOCAL: "local"} | {kind: kind for kind in sorted({*kinds} - {GLOBAL, LOCAL})}
-    counts = [f"{kinds.count(kind)} {name}" for kind, name in names.items()]
-    return f"{', '.join(counts[:-1])} and {counts[-1]}"
-
-
-def _positions(config: PreTrainedConfig) -> dict[str, str]:
-    if (kind := getattr(config, "position_embedding", "rotary")) != "rotary":
-        return {"positions": kind}
-    return {"rope": ", ".join(f"{k} {v}" for k, v in config.rope_parameters.items())}
 
 
 def _text(recipe: _Known) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,16 +81,15 @@ class Gate:
         return [i for i, gain in zip(with_document, gains, strict=True) if gain < (self._checks.independent or 0.0)]
 
 
-def _texts(file: Path) -> Iterator[str]:
-    """The texts of a file that must not be trained on: of each record its longest one."""
+def _texts(file: Path) -> Iterable[str]:
+    """The texts of a file that must not be trained on: of each record its longest string."""
     if record_suffix(file) is None:
-        yield from (document.text for document in read_documents([file]))
-    else:
-        yield from parse_records(file, _longest_string, "A record is a JSON object.")
+        return (document.text for document in read_documents([file]))
 
+    def longest(record: Record) -> list[str]:
+        return [max((value for value in record.fields.values() if isinstance(value, str)), key=len, default="")]
 
-def _longest_string(record: Record) -> list[str]:
-    return [max((value for value in record.fields.values() if isinstance(value, str)), key=len, default="")]
+    return parse_records(file, longest, "A record is a JSON object.")
 
 
 def conversation_hash(one: Conversation) -> int:

@@ -55,7 +55,8 @@ class AnswerSequences:
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         sequence: dict[str, list[int]] = {"input_ids": [], "labels": [], "seq_lengths": []}
         for document, _, count in self.packed.pieces[self.packed.firsts[i] : self.packed.firsts[i + 1]]:
-            ids, answers = self._conversation(document)
+            source, conversation = self._locate(document)
+            ids, answers = source[conversation]
             sequence["input_ids"] += ids
             sequence["labels"] += [token if answer else IGNORE for token, answer in zip(ids, answers, strict=True)]
             sequence["seq_lengths"].append(int(count))
@@ -63,18 +64,16 @@ class AnswerSequences:
 
     def kind_stats(self) -> list[KindStats]:
         """What the sequences consist of, by kind and length."""
-        documents, selected = self.packed.pieces[:, 0], self._selected
-        kinds = [self.sources[selected.sources[d]].kinds[selected.documents[d]] for d in documents]
-        answers = np.array([sum(self._conversation(d).assistant_mask) for d in documents])
+        located = [self._locate(document) for document in self.packed.pieces[:, 0]]
+        kinds = [source.kinds[i] for source, i in located]
+        answers = np.array([sum(source[i].assistant_mask) for source, i in located])
         return kind_stats(kinds, self.packed.pieces[:, 2], answers)
 
-    @property
-    def _selected(self) -> SelectedDocuments:
-        assert isinstance(self.packed.documents, SelectedDocuments)
-        return self.packed.documents
-
-    def _conversation(self, document: int) -> TokenizedConversation:
-        return self.sources[self._selected.sources[document]][self._selected.documents[document]]
+    def _locate(self, document: int) -> tuple[TokenizedSource, int]:
+        """The source of a packed document, and which of its conversations it is."""
+        selected = self.packed.documents
+        assert isinstance(selected, SelectedDocuments)
+        return self.sources[selected.sources[document]], int(selected.documents[document])
 
 
 class TrainingConversations(NamedTuple):
@@ -137,7 +136,14 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
             console.print(f"{faults}.", highlight=False)
     measured: Suites
     if data.held_out is None:
-        measured = _tokenize_suites(by_suite, recipe, chat)
+        measured = {
+            name: [tokens for tokens, _, _ in _fitting(conversations, recipe, chat)]
+            for name, conversations in by_suite.items()
+        }
+        if empty := [name for name, conversations in measured.items() if not conversations]:
+            raise ZebraError(
+                f"all conversations of the suite {empty[0]} are too long. Raise train.length, or give others."
+            )
     else:
         measured = {
             split.source.name: [source[i] for i in split.held_out]
@@ -170,16 +176,6 @@ def _tokenize(
     offsets = np.concatenate([[0], np.cumsum([len(one.input_ids) for one in tokenized])]).astype(np.int64)
     answers = np.concatenate([np.array(one.assistant_mask, np.bool_) for one in tokenized])
     return TokenizedSource(Corpus(ids, offsets, np.array(hashes, np.uint64)), answers, kinds)
-
-
-def _tokenize_suites(by_suite: dict[str, list[Conversation]], recipe: TuneRecipe, chat: Chat) -> Suites:
-    suites = {
-        name: [tokens for tokens, _, _ in _fitting(conversations, recipe, chat)]
-        for name, conversations in by_suite.items()
-    }
-    if empty := [name for name, conversations in suites.items() if not conversations]:
-        raise ZebraError(f"all conversations of the suite {empty[0]} are too long. Raise train.length, or give others.")
-    return suites
 
 
 def _fitting(

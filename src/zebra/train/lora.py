@@ -40,12 +40,19 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
             f"lora.target_modules names {', '.join(absent)}, which this model does not have or ties to its embeddings; "
             f"its own linear modules are {', '.join(sorted(linear))}. Name some of those."
         )
+    saved, embeddings = lora.modules_to_save, model.get_input_embeddings()
+    whole = [
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if ("embeddings" in saved and module is embeddings)
+        or ("norms" in saved and type(module).__name__.endswith("Norm"))
+    ]
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=2 * lora.r if lora.lora_alpha is None else lora.lora_alpha,
         target_modules=list(lora.target_modules),
-        modules_to_save=_modules_to_save(model, lora),
-        ensure_weight_tying=bool(model.config.tie_word_embeddings and "embeddings" in lora.modules_to_save),
+        modules_to_save=list(dict.fromkeys(whole)),
+        ensure_weight_tying=bool(model.config.tie_word_embeddings and "embeddings" in saved),
         task_type="CAUSAL_LM",
     )
     model.name_or_path = ""  # at each save peft would read the source's config, which may be of another class
@@ -61,19 +68,6 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
 def reload(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
     """The model with the updates that were saved in a directory."""
     return _peft().PeftModel.from_pretrained(model, adapter)
-
-
-def _modules_to_save(model: PreTrainedModel, lora: Lora) -> list[str]:
-    """The names, without their path, of the modules that are trained in full."""
-    names: list[str] = []
-    for path, module in model.named_modules():
-        name = path.rpartition(".")[2]
-        trained = ("embeddings" in lora.modules_to_save and module is model.get_input_embeddings()) or (
-            "norms" in lora.modules_to_save and type(module).__name__.endswith("Norm")
-        )
-        if trained and name not in names:
-            names.append(name)
-    return names
 
 
 def _peft() -> Any:

@@ -37,7 +37,7 @@ def local_attention_for(recipe: Recipe) -> LocalAttention:
 def training_results(recipe: Recipe, history: list[dict[str, Any]], columns: dict[str, Any]) -> list[Result]:
     """The loss against tokens, and the evaluations during training, from the Trainer's history."""
     results: list[Result] = []
-    for entry in history:
+    for entry in sorted(history, key=lambda entry: (entry["step"], "results" in entry)):  # losses of a step first
         if "loss" in entry:
             tokens, length, model = entry["num_input_tokens_seen"], recipe.train.length, f"{recipe.run}@{entry['step']}"
             loss = {"task": "train", "metric": "loss", "value": entry["loss"], "length": length, "n": tokens}

@@ -6,6 +6,7 @@ run/tokenizer/    the tokenizer, where the recipe trains one
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ from zebra.train.directory import is_first_process
 from zebra.train.measuring import local_attention_for
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.run import Start, run_recipe
-from zebra.train.text_training import TextTraining
-from zebra.train.texts import TrainingTexts, read_texts
+from zebra.train.texts import TextTraining, read_texts
 from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
 from zebra.train.trainer import check_machine, tokens_per_step, trainable_config
 
@@ -55,7 +55,7 @@ def pretrain(recipe: PretrainRecipe) -> list[Result]:
     def read(start: Start) -> TextTraining:
         texts = read_texts(recipe, start.tokenizer)
         check_step(recipe, texts)
-        return TextTraining(recipe, texts)
+        return texts
 
     return run_recipe(recipe, start_of, read)
 
@@ -114,14 +114,10 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     sizes = dict(recipe.model)
     kind = sizes.pop("model_type")
     if kind not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=1)
-        raise ZebraError(f"transformers has no model_type {kind!r}" + (f"; did you mean {near[0]}?" if near else "."))
-    known = {f.name for f in fields(CONFIG_MAPPING[kind])}
-    if unknown := sorted(set(sizes) - known):
-        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
-        raise ZebraError(
-            f"a config of {kind} has no field {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ".")
-        )
+        raise ZebraError(f"transformers has no model_type {kind!r}{_nearest(kind, CONFIG_MAPPING)}")
+    known = [field.name for field in fields(CONFIG_MAPPING[kind])]
+    if unknown := sorted({*sizes} - {*known}):
+        raise ZebraError(f"a config of {kind} has no field {unknown[0]}{_nearest(unknown[0], known)}")
     if recipe.stripes is not None and sizes.get("attention_kinds") is not None:
         raise ZebraError("model.attention_kinds and stripes both name the layers' kinds. Leave one of them out.")
     if tokenizer is None and isinstance(recipe.tokenizer, str):
@@ -144,6 +140,11 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     check_learned_positions(config, max(recipe.longest, (recipe.evaluate and recipe.evaluate.beyond) or 0))
     _check_layout(recipe, config)
     return trainable_config(config, "model")
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), sorted(known), n=1)
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:
@@ -178,7 +179,7 @@ def _vocabulary(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | Non
     return {"vocab_size": size} | ids
 
 
-def check_step(recipe: PretrainRecipe, texts: TrainingTexts) -> None:
+def check_step(recipe: PretrainRecipe, texts: TextTraining) -> None:
     """Check that the text fills one step: fewer sequences teach no language.
 
     Raises:

@@ -31,12 +31,8 @@ class RecipeSection(BaseModel):
 class TextSource(RecipeSection):
     """Text files and how they become documents."""
 
-    files: list[str] | None = Field(
-        None, min_length=1, description="files, folders and globs, relative to the working directory"
-    )
-    separator: str | None = Field(
-        None, description="splits a text file into documents; a file is one document without it"
-    )
+    files: list[str] | None = Field(None, min_length=1, description="files, folders, globs, from the working directory")
+    separator: str | None = Field(None, description="splits a text file into documents; without it a file is one")
     field: str = Field("text", description="the field of a record, or column of a parquet file, that has the text")
     join: bool = Field(False, description="join documents into long ones; otherwise packed documents are kept apart")
     append_eos: bool = Field(False, description="put the end-of-text token after each document")
@@ -72,12 +68,8 @@ class RecallSource(RecipeSection):
 
     share: float = Field(gt=0, le=1, description="of the training's sequences after hold; the others are text")
     first: int = Field(64, ge=2, description="tokens of a document at the beginning")
-    hold: float = Field(
-        0.25, ge=0, lt=1, description="the part of the training with documents of first tokens, and without text"
-    )
-    until: float = Field(
-        0.75, gt=0, le=1, description="the part of the training at which documents have grown to train.length"
-    )
+    hold: float = Field(0.25, ge=0, lt=1, description="part of the training with documents of first tokens, no text")
+    until: float = Field(0.75, gt=0, le=1, description="part of the training when documents reach train.length")
 
     @model_validator(mode="after")
     def _consistent(self) -> RecallSource:
@@ -139,9 +131,7 @@ class Training(RecipeSection):
     max_steps: int = Field(ge=1, description="optimiser steps")
     per_device_train_batch_size: int = Field(1, ge=1, description="sequences of one forward pass on one device")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimiser step")
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon is for the matrices inside the layers, with AdamW for the rest (zebra.train.muon)"
-    )
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: the layers' matrices, AdamW the rest")
     learning_rate: float = Field(gt=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
@@ -149,20 +139,13 @@ class Training(RecipeSection):
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    device: Literal["best", "cuda"] = Field(
-        "best", description="cuda refuses a machine without a GPU; best takes what there is"
-    )
+    device: Literal["best", "cuda"] = Field("best", description="cuda refuses a machine without a GPU")
     bf16: bool = Field(False, description="bfloat16 autocast; weights stay float32")
     activation_checkpointing: bool = Field(False, description="compute activations again in the backward")
     seed: int = Field(0, ge=0, lt=2**32)
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(100, ge=1)
     save_total_limit: int = Field(2, ge=2, description="at least 2, so that a kill inside a save leaves a whole one")
-
-    @property
-    def compute_dtype(self) -> str:
-        """The dtype of the forward pass."""
-        return "bfloat16" if self.bf16 else "float32"
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -231,7 +214,7 @@ class Recipe(RecipeSection):
     @property
     def longest(self) -> int:
         """Tokens of the longest text that is trained or measured on."""
-        return self.train.length
+        return max(self.train.length, getattr(self.evaluate, "length", 0))
 
 
 class TextRecipe(Recipe):
@@ -257,22 +240,13 @@ class TextRecipe(Recipe):
                 raise ValueError(f"evaluate.{key} belongs to evaluate.files; data says how its documents are read")
         return self
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text that is trained or measured on."""
-        return max(self.train.length, self.evaluate.length if self.evaluate else 0)
-
 
 class CheckpointRecipe(Recipe):
     """A training that starts from a checkpoint."""
 
     model: str = Field(description="the checkpoint to train")
-    shape: str | None = Field(
-        None, description="built-in shape that --dry-run estimates by where there is no checkpoint"
-    )
-    rope: str | None = Field(
-        None, description="a change of the rope: linear:8, yarn:8, llama3:8, base:5000000; unchanged without it"
-    )
+    shape: str | None = Field(None, description="built-in shape that --dry-run takes where the checkpoint is absent")
+    rope: str | None = Field(None, description="a change of the rope: linear:8, yarn:8, llama3:8 or base:5000000")
     lora: Lora | None = Field(None, description="train low-rank updates; all weights without it")
 
     @field_validator("rope")
@@ -413,22 +387,13 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def _message(problem: Any, kind: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), _known(kind), n=1)
+        schema = kind.model_json_schema()
+        sections = [schema, *schema.get("$defs", {}).values()]
+        known = [name for section in sections for name in section.get("properties", ())]
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "; see recipes/ for the known keys.")
     if problem["type"] == "missing":
         return f"the key {where} is missing; add it."
     value = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
     return f"{where}: {message}{value}." if where else f"{message}."
-
-
-def _known(kind: type[BaseModel]) -> list[str]:
-    names: list[str] = []
-    for name, info in kind.model_fields.items():
-        names.append(name)
-        inner = [info.annotation]
-        for part in inner:
-            inner += getattr(part, "__args__", ())  # list[RecipeSection] | None: down to the section
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                names += _known(part)
-    return names

@@ -76,7 +76,7 @@ class Start(ABC):
 
 @dataclass
 class TrainingData(ABC):
-    """What is trained and measured on: texts (`zebra.train.text_training`) or conversations (`zebra.train.sft`)."""
+    """What is trained and measured on: texts (`zebra.train.texts`) or conversations (`zebra.train.sft`)."""
 
     recipe: Recipe
 
@@ -166,14 +166,15 @@ def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any])
     else:
         model = start.build()
         trainer = data.trainer(model, run / "checkpoints")
+        callbacks = []
         if recipe.evaluate and recipe.evaluate.eval_steps:
 
             def evaluate(model: PreTrainedModel, step: int) -> list[Result]:
                 return data.evaluate(model, columns | {"model": f"{recipe.run}@{step}"})
 
-            trainer.add_callback(Evaluation(recipe.evaluate.eval_steps, evaluate))
+            callbacks.append(Evaluation(recipe.evaluate.eval_steps, evaluate))
         with directory.writing(run):
-            run_trainer(trainer, recipe, model)
+            run_trainer(trainer, recipe, model, *callbacks)
     if directory.is_first_process():
         with directory.writing(run):
             start.export(model, trainer_state(run, recipe)["num_input_tokens_seen"])

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.errors import ZebraError
-from zebra.model.checkpoint import check_weights, checkpoint_digest, load_tokenizer, read_config
+from zebra.files import atomic_directory
+from zebra.model.checkpoint import (
+    check_weights,
+    checkpoint_digest,
+    copy_other_files,
+    load_tokenizer,
+    read_config,
+    write_config,
+    write_zebra_json,
+)
 from zebra.model.families import with_stripes
-from zebra.model.load import load
+from zebra.model.load import load, write_converted
+from zebra.model.local import local_attention_of
 from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
+from zebra.model.verify import TOLERANCE
 from zebra.stripes import Stripes
 from zebra.train import lora
-from zebra.train.export import export
 from zebra.train.recipe import CheckpointRecipe
 from zebra.train.run import Start
 from zebra.train.trainer import check_machine, trainable_config
@@ -47,12 +60,6 @@ def adapted_config(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTra
     """
     if recipe.stripes is not None:
         config = with_stripes(config, Stripes.parse(recipe.stripes))
-    config = _with_rope(recipe, config)
-    config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
-    return trainable_config(config, recipe.model)
-
-
-def _with_rope(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTrainedConfig:
     rope = as_rope(recipe.rope)
     reach = rope.reaches(config)
     if reach is not None and reach < recipe.train.length:
@@ -63,7 +70,8 @@ def _with_rope(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTrained
         )
     config = with_explicit_yarn_factor(rope.apply(config))
     refuse_changing_rope(config, "training")
-    return config
+    config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
+    return trainable_config(config, recipe.model)
 
 
 @dataclass
@@ -106,10 +114,44 @@ class CheckpointStart(Start):
         """The model of a checkpoint; of low-rank updates the source with those."""
         return super().restore(checkpoint) if self.recipe.lora is None else lora.reload(self._source(), checkpoint)
 
-    def export(self, model: PreTrainedModel, tokens: int) -> None:
-        """Write `run/model`, and `run/base` under an adapter."""
-        steps, rope = self.recipe.train.max_steps, self.rope or "none"
-        export(self.recipe, model, self.finish(model), steps=steps, tokens=tokens, rope=rope)
+    def export(self, model: Any, tokens: int) -> None:
+        """Write `run/model`, whole or not at all, in the source's dtype.
+
+        A LoRA is merged into a whole checkpoint where the recipe says so, and what was written is read again and
+        compared with the adapter; else it stays an adapter, over the converted source in `run/base`.
+
+        Raises:
+            ZebraError: a merged checkpoint that differs from its adapter.
+        """
+        run, source, low_rank = Path(self.recipe.run), Path(self.recipe.model), self.recipe.lora
+        files, original = self.finish(model), read_config(source)
+        dtype = (
+            original.dtype if isinstance(original.dtype, torch.dtype) else getattr(torch, original.dtype or "float32")
+        )
+        config, local = (model.get_base_model() if low_rank else model).config, local_attention_of(model)
+        config.use_cache = original.use_cache  # the Trainer turns it off for itself
+        merge = low_rank is not None and low_rank.merge
+        expected = _logits(model.float()) if merge else None
+        if low_rank is not None and not merge:
+            shutil.rmtree(run / "base", ignore_errors=True)  # of a killed export
+            write_converted(source, run / "base", config, local)
+            model.peft_config["default"].base_model_name_or_path = str((run / "base").resolve())
+        with atomic_directory(run / "model") as staging:
+            if low_rank is None or merge:
+                _write_whole(model.merge_and_unload(safe_merge=True) if merge else model, dtype, source, staging)
+            else:
+                model.save_pretrained(staging)
+            steps, rope = self.recipe.train.max_steps, self.rope or "none"
+            write_zebra_json(staging, config, local, source=source, steps=steps, tokens=tokens, rope=rope)
+            for name, text in files.items():
+                (staging / name).write_text(text, encoding="utf-8")
+            if expected is not None:
+                merged = _logits(load(staging, dtype=torch.float32).to(expected.device))
+                difference = ((merged - expected).abs().max() / expected.abs().max()).item()
+                if not difference <= TOLERANCE[dtype]:
+                    raise ZebraError(
+                        f"the merged checkpoint differs from its adapter by {difference:.1e} of the logits."
+                    )
 
     def exported(self) -> PreTrainedModel:
         """The model of `run/model`, with an adapter merged."""
@@ -130,3 +172,20 @@ class CheckpointStart(Start):
         model.config.max_position_embeddings = self.config.max_position_embeddings
         model.config.rope_parameters = self.config.rope_parameters
         return model
+
+
+def _write_whole(model: PreTrainedModel, dtype: torch.dtype, source: Path, target: Path) -> None:
+    model.to(dtype)
+    model.save_pretrained(target)
+    written = {file.name for file in target.iterdir()}
+    stale = [file for file in source.iterdir() if file.name in written or file.name.endswith(".index.json")]
+    copy_other_files(source, target, stale)
+    write_config(model.config, target)
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, 256), generator=generator).to(model.device)
+    return model(ids, use_cache=False).logits.float()

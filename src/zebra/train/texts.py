@@ -1,27 +1,46 @@
-"""A recipe's texts: tokenised, without duplicates, mixed or whole, packed into sequences; and what is held out."""
+"""Training on texts: the Trainer with the language loss, measured by perplexity by position.
+
+The texts are tokenised, deduplicated, mixed or taken whole, and packed into sequences; some are held out.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from zebra.data.composition import mixture_tables
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder
-from zebra.data.mixture import Source, SourceSplit, SourceStats, mix, select, split_sources
+from zebra.data.mixture import Source, SourceStats, mix, select, split_sources
 from zebra.data.packing import PackedSequences, pack
 from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
+from zebra.evaluate.perplexity import perplexity, results_of
+from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import console
+from zebra.results import Result
 from zebra.train.directory import is_first_process
+from zebra.train.measuring import source_results
 from zebra.train.recipe import RecallSource, TextMixtureSource, TextRecipe, TextSource
-from zebra.train.trainer import tokens_per_step
+from zebra.train.run import TrainingData
+from zebra.train.trainer import optimizer_of, refuse_diverged, tokens_per_step, training_arguments
 
 
-class TrainingTexts(NamedTuple):
-    """What is trained and measured on.
+@dataclass
+class TextTraining(TrainingData):
+    """A recipe's texts as what a training trains and is measured on.
 
     Attributes:
         sequences: to train on.
@@ -29,12 +48,67 @@ class TrainingTexts(NamedTuple):
         stats: what a mixture took of each source.
     """
 
+    recipe: TextRecipe
     sequences: PackedSequences | RecallDataset
     held_out: Corpus | None
     stats: list[SourceStats]
 
+    def trainer(self, model: PreTrainedModel, checkpoints: Path) -> Trainer:
+        """The Trainer; sequences come in random order, but those that grow over the training in theirs."""
+        arguments = training_arguments(self.recipe, checkpoints)
+        if isinstance(self.sequences, RecallDataset):
+            arguments["train_sampling_strategy"] = "sequential"
 
-def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TrainingTexts:
+        def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+            total = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
+            refuse_diverged(total, trainer)
+            return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
+
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**arguments),
+            train_dataset=self.sequences,
+            data_collator=lambda sequences: default_data_collator(sequences) | without_logits(),
+            compute_loss_func=loss,
+            optimizer_cls_and_kwargs=optimizer_of(self.recipe.train),
+        )
+        return trainer
+
+    def evaluate(self, model: PreTrainedModel, columns: dict[str, Any], length: int | None = None) -> list[Result]:
+        """The perplexity of the held-out text by position, in contexts of `evaluate.length` or another length."""
+        evaluation = self.recipe.evaluate
+        assert evaluation is not None
+        assert self.held_out is not None
+        length = length or evaluation.length
+        scores = perplexity(
+            model,
+            self.held_out,
+            length=length,
+            convention=evaluation.convention,
+            first_bucket=evaluation.first_bucket,
+            seed=self.recipe.train.seed,
+        )
+        return results_of(scores, length, evaluation.convention, **columns)
+
+    def measure(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
+        """The perplexity by position, how fast the model read, and the perplexity beyond."""
+        evaluation = self.recipe.evaluate
+        assert evaluation is not None
+        start = time.perf_counter()
+        results = self.evaluate(model, columns)
+        seconds, tokens = time.perf_counter() - start, results[-1].n
+        if evaluation.beyond:
+            results += self.evaluate(model, columns, evaluation.beyond)
+        speed = tokens / seconds if tokens else 0.0
+        columns = columns | {"length": evaluation.length, "n": tokens}
+        return [*results, Result(task="speed", metric="evaluation_tokens_per_second", value=speed, **columns)]
+
+    def composition(self, columns: dict[str, Any]) -> list[Result]:
+        """What a mixture took of each source."""
+        return source_results(self.stats, length=self.recipe.train.length, **columns)
+
+
+def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTraining:
     """Read, choose and pack the texts of a recipe, and print what a mixture consists of.
 
     Raises:
@@ -43,12 +117,29 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Traini
     data, train, evaluation = recipe.data, recipe.train, recipe.evaluate
     if data.append_eos and tokenizer.eos_token_id is None:
         raise ZebraError("data.append_eos is set, but the tokenizer has no end-of-text token. Unset it.")
-    sources = _sources(recipe, tokenizer)
+    mixed = data.sources or [
+        TextMixtureSource(
+            name="data.files", files=data.files or [], share=1.0, separator=data.separator, field=data.field
+        )
+    ]
+    sources = [
+        Source(
+            source.name,
+            _corpus(source, source.files, recipe, tokenizer, data.append_eos),
+            source.share,
+            source.min_tokens,
+            source.max_tokens,
+        )
+        for source in mixed
+    ]
     splits = split_sources(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
     stats: list[SourceStats] = []
     if data.sources is None:
         sequences = pack(select(splits), train.length, join=data.join, seed=train.seed)
-        _print_losses(splits[0])
+        counts = {"dropped as duplicates": splits[0].duplicates, "held out": len(splits[0].held_out)}
+        lost = [f"{count:,} {what}" for what, count in counts.items() if count]
+        if lost and is_first_process():
+            console.print(f"{len(splits[0].train):,} documents to train on; {', '.join(lost)}.", highlight=False)
     else:
         mixture = mix(splits, _sequences_of_training(recipe), train.length, join=data.join, seed=train.seed)
         sequences, stats = mixture.sequences, mixture.stats
@@ -63,7 +154,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> Traini
         if evaluation.join:
             held_out = held_out.joined(evaluation.beyond or evaluation.length)
     with_recall = sequences if data.recall is None else _with_recall(recipe, data.recall, tokenizer, sequences)
-    return TrainingTexts(with_recall, held_out, stats)
+    return TextTraining(recipe, with_recall, held_out, stats)
 
 
 def _sequences_of_training(recipe: TextRecipe) -> int:
@@ -91,22 +182,6 @@ def _with_recall(
     )
 
 
-def _sources(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Source]:
-    data = recipe.data
-    if data.files is not None:
-        return [Source("data.files", _corpus(data, data.files, recipe, tokenizer, data.append_eos))]
-    return [
-        Source(
-            source.name,
-            _corpus(source, source.files, recipe, tokenizer, data.append_eos),
-            source.share,
-            source.min_tokens,
-            source.max_tokens,
-        )
-        for source in data.sources or []
-    ]
-
-
 def _corpus(
     source: TextSource | TextMixtureSource,
     files: Sequence[str],
@@ -122,11 +197,3 @@ def _corpus(
         num_proc=recipe.data.num_proc,
         cache=recipe.data.cache_dir,
     )
-
-
-def _print_losses(split: SourceSplit) -> None:
-    """Print what files that are no mixture lost, where they lost something."""
-    counts = {"dropped as duplicates": split.duplicates, "held out": len(split.held_out)}
-    lost = [f"{count:,} {what}" for what, count in counts.items() if count]
-    if lost and is_first_process():
-        console.print(f"{len(split.train):,} documents to train on; {', '.join(lost)}.", highlight=False)

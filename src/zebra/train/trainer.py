@@ -1,6 +1,6 @@
 """The Hugging Face Trainer, as every training uses it: its arguments, its checkpoints, its progress bar.
 
-Nothing of the Trainer is replaced but its loss and its evaluation (`zebra.train.text_training`, `zebra.train.sft`);
+Nothing of the Trainer is replaced but its loss and its evaluation (`zebra.train.texts`, `zebra.train.sft`);
 accumulation, DDP and token counting stay the Trainer's.
 """
 
@@ -68,7 +68,7 @@ def trainable_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     return config
 
 
-def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> None:
+def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callbacks: TrainerCallback) -> None:
     """Train from the newest whole checkpoint of the Trainer's directory, with a progress bar.
 
     Raises:
@@ -81,8 +81,8 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel) -> Non
             "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
     with bar("training", recipe.train.max_steps * tokens_per_step(recipe), "tokens") as advance:
-        trainer.add_callback(_MarkComplete())
-        trainer.add_callback(_ShowProgress(advance))
+        for callback in (_MarkComplete(), _ShowProgress(advance), *callbacks):  # an evaluation is no time of a step
+            trainer.add_callback(callback)
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
             for checkpoint in checkpoints.glob("checkpoint-*"):

@@ -20,17 +20,10 @@ from zebra.train.recipe import (
 class QualityChecks(RecipeSection):
     """The gate that conversations pass before they are trained on; see `zebra.data.quality`."""
 
-    act: Literal["drop", "flag", "off"] = Field(
-        default="drop", description="what happens to a conversation with a fault"
-    )
-    leaks: list[str] | None = Field(
-        default=None,
-        min_length=1,
-        description="files of evaluation documents that must not be trained on, besides the suites",
-    )
+    act: Literal["drop", "flag", "off"] = Field(default="drop", description="what becomes of one with a fault")
+    leaks: list[str] | None = Field(default=None, min_length=1, description="files not to be trained on, as the suites")
     independent: float | None = Field(
-        default=None,
-        description="nats a token by which the document must make the answer likelier under the model",
+        default=None, description="nats a token by which the document must make the answer likelier under the model"
     )
 
 
