@@ -42,7 +42,7 @@ class Start(ABC):
     @property
     def name(self) -> str:
         """The model in results."""
-        return f"{self.recipe.run}/model"
+        return str(Path(self.recipe.run) / "model")
 
     @property
     def rope(self) -> str | None:
