@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -16,6 +17,8 @@ import pytest
 import torch
 import transformers
 from conftest import STORIES, TEXT, Zebra, refused
+
+from zebra import doctor
 
 SEPARATOR = "<|endoftext|>"
 
@@ -131,7 +134,8 @@ def test_a_layout_of_the_command_line_equals_a_converted_checkpoint(zebra: Zebra
     assert {row["model"] for row in json.loads(one.stdout)["results"]} == {"out"}
 
 
-def test_doctor_shows_the_kernels_and_why_they_decline(zebra: Zebra) -> None:
+def test_doctor_shows_the_kernels_and_why_they_decline(zebra: Zebra, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "kernels", functools.cache(doctor.kernels))  # some seconds
     done = zebra("doctor", "--json")
     report = json.loads(done.stdout)
     served = {(case["request"], case["dtype"]): case["kernel"] for case in report["kernels"]}

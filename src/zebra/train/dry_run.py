@@ -203,7 +203,7 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
         "a step": f"{step:,} tokens: {train.per_device_train_batch_size} sequences of {train.length:,} "
         f"x {train.gradient_accumulation_steps} passes x {processes()} processes",
         "training": f"{train.max_steps:,} steps, {train.max_steps * step:,} tokens",
-        "attention": f"{pairs:,} pairs a sequence, {pairs / full:.0%} of full",
+        "attention": f"{pairs:,} pairs per sequence, {pairs / full:.0%} of full attention",
         "text": _text(recipe),
     }
 
