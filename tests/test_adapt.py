@@ -182,11 +182,11 @@ def test_a_killed_run_resumes_to_the_same_losses(when: str, adapt_run: FinishedR
     "changes",
     [
         {"data__join": False, "data__append_eos": True},
-        {"train__activation_checkpointing": True},
+        pytest.param({"train__activation_checkpointing": True}, marks=pytest.mark.full),
         {"train__bf16": True},
         {"stripes": None},
     ],
-    ids=str,
+    ids=("documents apart", "checkpointing", "bf16", "no stripes"),
 )
 def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], tmp_path: Path) -> None:
     rows = adapt(adapt_recipe(tmp_path / "run", evaluate=None, train__max_steps=2, **changes))
@@ -320,6 +320,7 @@ def test_a_run_with_another_rope(tmp_path: Path) -> None:
     assert json.loads((run / "model" / "zebra.json").read_text())["rope"] == "yarn:2"
 
 
+@pytest.mark.full
 def test_a_rope_alone_is_measured_too(tmp_path: Path) -> None:
     rows = adapt(
         adapt_recipe(tmp_path / "run", stripes=None, rope="base:50000", train__max_steps=2, evaluate__eval_steps=2)
