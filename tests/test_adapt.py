@@ -146,8 +146,8 @@ KILLS = {
 }
 
 
-def kill_while_adapting(asked: AdaptRecipe, kill: str, where: Path) -> None:
-    (where / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+def kill_while_adapting(training_recipe: AdaptRecipe, kill: str, where: Path) -> None:
+    (where / "recipe.yaml").write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
     done = subprocess.run(
         [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "adapt", str(where / "recipe.yaml")],
         capture_output=True,
@@ -171,9 +171,9 @@ def test_a_killed_run_resumes_to_the_same_losses(when: str, adapt_run: FinishedR
     assert not (run / "results.jsonl").exists()
 
     rows = adapt(adapt_recipe(run))
-    _, wanted = adapt_run
-    assert losses(rows) == losses(wanted)
-    values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, wanted)]
+    _, expected = adapt_run
+    assert losses(rows) == losses(expected)
+    values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, expected)]
     assert values[0] == values[1]
     assert names(run) == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "results.jsonl"}
 
@@ -265,10 +265,10 @@ adapt(read_recipe(sys.argv[-1], AdaptRecipe))
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """DDP over gloo: half the rows in each, one writer; the gradients are synchronised through our loss."""
     (tmp_path / "train.py").write_text(KEEP_GRADIENTS)
-    found = []
+    runs_by_processes = []
     for processes, per_device_train_batch_size in ((1, 2), (2, 1)):
         # An odd packing: the two halves have not the same number of predicted tokens.
-        asked = adapt_recipe(
+        training_recipe = adapt_recipe(
             tmp_path / f"of-{processes}",
             evaluate=None,
             data__join=False,
@@ -276,7 +276,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             train__per_device_train_batch_size=per_device_train_batch_size,
         )
         path = tmp_path / f"{processes}.yaml"
-        path.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+        path.write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         done = subprocess.run(
             [sys.executable, *launcher * (processes > 1), str(tmp_path / "train.py"), str(path)],
@@ -286,12 +286,12 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         rows = read_results(tmp_path / f"of-{processes}" / "results.jsonl")
-        found.append((losses(rows), torch.load(f"{path}.gradients")))
-    (one, wanted), (two, gradients) = found
+        runs_by_processes.append((losses(rows), torch.load(f"{path}.gradients")))
+    (one, expected), (two, gradients) = runs_by_processes
     assert two == pytest.approx(one, rel=1e-6)
-    assert gradients.keys() == wanted.keys()
-    error = sum((gradients[name] - wanted[name]).square().sum() for name in wanted).sqrt()
-    assert error <= 1e-6 * sum(wanted[name].square().sum() for name in wanted).sqrt()
+    assert gradients.keys() == expected.keys()
+    error = sum((gradients[name] - expected[name]).square().sum() for name in expected).sqrt()
+    assert error <= 1e-6 * sum(expected[name].square().sum() for name in expected).sqrt()
 
 
 def test_text_shorter_than_a_row_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -372,8 +372,8 @@ def test_other_families_are_adapted(member: str, tmp_path: Path) -> None:
 def test_sinks_are_trained_with_and_kept(lora: dict[str, Any] | None, tmp_path: Path) -> None:
     """In the rows, the Trainer's checkpoints, and the checkpoint that is left."""
     train = {"length": 300, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 1}
-    made = adapt_recipe(tmp_path / "run", stripes="GLLL:33+2", train=train, evaluate=None, lora=lora)
-    rows = adapt(made)
+    adapted_recipe = adapt_recipe(tmp_path / "run", stripes="GLLL:33+2", train=train, evaluate=None, lora=lora)
+    rows = adapt(adapted_recipe)
     assert {row.layout for row in rows} == {"GLLL:33+2", "full"}
     pairs = {row.layout: row.value for row in rows if row.metric == "attention_pairs"}
     local = sum(min(i + 1, 33) + min(2, max(0, i - 32)) for i in range(300))
@@ -387,13 +387,13 @@ def test_sinks_are_trained_with_and_kept(lora: dict[str, Any] | None, tmp_path: 
 
 
 def test_recall_may_be_adapted_to(tmp_path: Path) -> None:
-    asked = adapt_recipe(
+    training_recipe = adapt_recipe(
         tmp_path / "run",
         evaluate=None,
         train__max_steps=3,
         data__recall={"share": 1.0, "first": 200, "hold": 0.0, "until": 0.1},
     )
-    rows = adapt(asked)
+    rows = adapt(training_recipe)
     assert len(losses(rows)) == 3
     # Words and numbers that the checkpoint never asked for are harder than its stories.
     plain = adapt(adapt_recipe(tmp_path / "plain", evaluate=None, train__max_steps=3))

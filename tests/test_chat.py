@@ -32,11 +32,11 @@ TURNS = Conversation(
 
 
 def tokenizer(template: str | None = None, *extra: str) -> Any:
-    made = AutoTokenizer.from_pretrained(STORIES)
+    stories_tokenizer = AutoTokenizer.from_pretrained(STORIES)
     if extra:
-        made.add_special_tokens({"additional_special_tokens": list(extra)})
-    made.chat_template = template
-    return made
+        stories_tokenizer.add_special_tokens({"additional_special_tokens": list(extra)})
+    stories_tokenizer.chat_template = template
+    return stories_tokenizer
 
 
 def llama_3() -> tuple[Any, None]:
@@ -80,20 +80,22 @@ MASKS: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_the_mask_token_by_token(name: str) -> None:
-    make, wanted, stop = MASKS[name]
+    make, expected, stop = MASKS[name]
     words, named = make()
     chat = Chat(words, named, "here")
-    found = chat.encode(TURNS)
+    tokenized = chat.encode(TURNS)
     pieces = [
-        piece.replace("▁", "_").replace("<0x0A>", "\\n") for piece in words.convert_ids_to_tokens(found.input_ids)
+        piece.replace("▁", "_").replace("<0x0A>", "\\n") for piece in words.convert_ids_to_tokens(tokenized.input_ids)
     ]
-    shown = [f"{{{piece}}}" if answer else piece for piece, answer in zip(pieces, found.assistant_mask, strict=True)]
-    assert " ".join(shown) == wanted
+    shown = [
+        f"{{{piece}}}" if answer else piece for piece, answer in zip(pieces, tokenized.assistant_mask, strict=True)
+    ]
+    assert " ".join(shown) == expected
     assert words.convert_ids_to_tokens([chat.stop]) == [stop]
     # What is trained on is what the template renders, to the token.
     own = chat.template
     assert (
-        found.input_ids
+        tokenized.input_ids
         == words.apply_chat_template([m._asdict() for m in TURNS.messages], chat_template=own)["input_ids"]
     )
 
@@ -115,10 +117,11 @@ def test_the_written_template_has_no_marks_and_says_the_same() -> None:
     for name, marked in NAMED.items():
         plain = Chat(words, name, "here").template
         assert "generation %}" not in plain.replace("add_generation_prompt", "")
-        said = [Message("system", "Be kind.")._asdict(), *(m._asdict() for m in TURNS.messages)]
+        dialogue = [Message("system", "Be kind.")._asdict(), *(m._asdict() for m in TURNS.messages)]
         for options in ({}, {"add_generation_prompt": True}):
             texts = {
-                words.apply_chat_template(said, chat_template=of, tokenize=False, **options) for of in (plain, marked)
+                words.apply_chat_template(dialogue, chat_template=of, tokenize=False, **options)
+                for of in (plain, marked)
             }
             assert len(texts) == 1
 
@@ -144,9 +147,9 @@ def test_what_a_template_does_not_take_is_refused_with_its_line() -> None:
     strict = tokenizer(
         LLAMA_2.replace("{% else %}", "{% elif m['role'] == 'system' %}{{ raise_exception('no system') }}{% else %}")
     )
-    said = Conversation((Message("system", "x"), *TURNS.messages), "file, line 3")
+    dialogue = Conversation((Message("system", "x"), *TURNS.messages), "file, line 3")
     with pytest.raises(ZebraError, match="file, line 3: the chat template of here does not take it: no system"):
-        Chat(strict, None, "here").encode(said)
+        Chat(strict, None, "here").encode(dialogue)
 
 
 STORY = " ".join(f"Then number {i} came and sat with the little dog." for i in range(60))
@@ -160,15 +163,15 @@ def test_a_long_document_is_cut_in_its_middle_and_nothing_else(length: int) -> N
         conversations_of({"document": STORY, "question": "Who came first?", "answer": "Number 0 came."}, "here")
     )
     whole = chat.encode(long)
-    found, cut = chat.fitted(long, length)
-    assert length - 24 < len(found.input_ids) <= length
-    assert 0 <= len(whole.input_ids) - len(found.input_ids) <= cut
-    text = words.decode(found.input_ids)
+    tokenized, cut = chat.fitted(long, length)
+    assert length - 24 < len(tokenized.input_ids) <= length
+    assert 0 <= len(whole.input_ids) - len(tokenized.input_ids) <= cut
+    text = words.decode(tokenized.input_ids)
     before, behind = text.split("[...]")
     assert text.endswith("Who came first?\n\nAssistant:\nNumber 0 came.</s> \n")
     assert before.removeprefix("<s> User:\n").strip() in STORY
     assert behind.split("\n\nWho")[0].strip() in STORY
-    assert [t for t, a in zip(*found, strict=True) if a] == [t for t, a in zip(*whole, strict=True) if a]
+    assert [t for t, a in zip(*tokenized, strict=True) if a] == [t for t, a in zip(*whole, strict=True) if a]
     assert chat.fitted(long, len(whole.input_ids)) == (whole, 0)
 
 
@@ -178,6 +181,6 @@ def test_what_no_cut_makes_short_enough_is_refused() -> None:
         ZebraError, match=r"file, line 9 is too long: \d+ tokens, where train.length is 32, and it has no"
     ):
         chat.fitted(next(conversations_of({"prompt": "a dog " * 40, "completion": "x"}, "file, line 9")), 32)
-    asked = {"document": "a dog ran " * 40, "question": "Who? " * 30, "answer": "x"}
+    record = {"document": "a dog ran " * 40, "question": "Who? " * 30, "answer": "x"}
     with pytest.raises(ZebraError, match="is so without its document too"):
-        chat.fitted(next(conversations_of(asked, "here")), 32)
+        chat.fitted(next(conversations_of(record, "here")), 32)

@@ -59,30 +59,35 @@ _SLOW = ("lcat-llama2-7b-16k", "lit-7b-16k", "lcat-llama3-8b-64k", "lcat-qwen3-4
 )
 def test_every_recipe_can_be_reckoned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    asked = read_recipe(path, kind_of(path))
-    found = dry_run(asked)
-    assert found.total == sum(found.memory.values()) > 0
-    layers, layout = int(found.facts["model"].split(", ")[1].split()[0]), found.facts["layout"].rpartition(", ")[0]
-    wanted, reckoned = (None if name in (None, "full") else Stripes.parse(name) for name in (asked.stripes, layout))
-    assert (wanted and wanted.layer_types(layers)) == (reckoned and reckoned.layer_types(layers))
-    assert (wanted and wanted.window) == (reckoned and reckoned.window)
+    training_recipe = read_recipe(path, kind_of(path))
+    estimate = dry_run(training_recipe)
+    assert estimate.total == sum(estimate.memory.values()) > 0
+    layers, layout = (
+        int(estimate.facts["model"].split(", ")[1].split()[0]),
+        estimate.facts["layout"].rpartition(", ")[0],
+    )
+    expected, estimated = (
+        None if name in (None, "full") else Stripes.parse(name) for name in (training_recipe.stripes, layout)
+    )
+    assert (expected and expected.layer_types(layers)) == (estimated and estimated.layer_types(layers))
+    assert (expected and expected.window) == (estimated and estimated.window)
     # In these the head and the attention dominate; a layer's activations stay far below the weights of a big model.
     if path in BIG:
-        assert 2**30 < found.total < 200 * 2**30
-        assert "not here" in found.facts["text"]
+        assert 2**30 < estimate.total < 200 * 2**30
+        assert "not here" in estimate.facts["text"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("length", [300, 900])
 def test_activations_are_what_autograd_keeps(precision: str, length: int, tmp_path: Path) -> None:
     """Over all layers of the real model and at the real length, where the dry run saw two layers and 128 tokens."""
-    asked = adapt_recipe(tmp_path, train__length=length, train__bf16=precision == "bfloat16")
-    model = zebra.load(STORIES, stripes=asked.stripes, dtype=torch.float32).train()
+    training_recipe = adapt_recipe(tmp_path, train__length=length, train__bf16=precision == "bfloat16")
+    model = zebra.load(STORIES, stripes=training_recipe.stripes, dtype=torch.float32).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"), saved_storages(model) as saved:
         model.model(torch.zeros(1, length, dtype=torch.long), use_cache=False)
-    memory = dry_run(asked).memory
-    reckoned = memory["activations"] + memory.get("weights cast to bfloat16", 0)
-    assert reckoned == pytest.approx(sum(saved.values()), rel=0.1)
+    memory = dry_run(training_recipe).memory
+    estimated = memory["activations"] + memory.get("weights cast to bfloat16", 0)
+    assert estimated == pytest.approx(sum(saved.values()), rel=0.1)
 
 
 def test_checkpointing_and_low_rank_need_less(tmp_path: Path) -> None:
@@ -98,9 +103,9 @@ def test_a_dry_run_leaves_nothing(zebra: Zebra, tmp_path: Path) -> None:
     arguments = ("adapt", ROOT / "recipes" / "demo.yaml", "--set", f"run={tmp_path / 'run'}", "--dry-run")
     done = zebra(*arguments, "--json", cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["memory"]["total"] == sum(v for k, v in found["memory"].items() if k != "total")
-    assert "600 steps, 2,457,600 tokens" in found["facts"]["training"]
+    estimate = json.loads(done.stdout)
+    assert estimate["memory"]["total"] == sum(v for k, v in estimate["memory"].items() if k != "total")
+    assert "600 steps, 2,457,600 tokens" in estimate["facts"]["training"]
     assert "total" in zebra(*arguments, cwd=ROOT).stdout
     assert not list(tmp_path.glob("run*"))
     refused(zebra(*arguments, "--set", "model=nowhere", cwd=ROOT), "no checkpoint at nowhere")
@@ -110,9 +115,13 @@ def test_a_dry_run_leaves_nothing(zebra: Zebra, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", BIG, ids=lambda path: path.stem)
 def test_a_big_recipe_takes_a_step_with_two_layers_of_its_real_width(path: Path, tmp_path: Path) -> None:
     """Random weights, the example's tokenizer and so its vocabulary, short rows; the rest as the recipe says."""
-    asked = read_recipe(path, AdaptRecipe)
-    assert asked.shape is not None
-    fields: dict[str, Any] = shape(asked.shape) | {"num_hidden_layers": 2, "vocab_size": 512, "dtype": "bfloat16"}
+    training_recipe = read_recipe(path, AdaptRecipe)
+    assert training_recipe.shape is not None
+    fields: dict[str, Any] = shape(training_recipe.shape) | {
+        "num_hidden_layers": 2,
+        "vocab_size": 512,
+        "dtype": "bfloat16",
+    }
     fields |= {"bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model(**fields)
     model = model_class(config)._from_config(config, dtype=torch.bfloat16)
@@ -121,7 +130,11 @@ def test_a_big_recipe_takes_a_step_with_two_layers_of_its_real_width(path: Path,
         if (STORIES / name).exists():
             (tmp_path / "model" / name).write_bytes((STORIES / name).read_bytes())
     del model
-    tree = asked.model_dump() | {"run": str(tmp_path / "run"), "model": str(tmp_path / "model"), "evaluate": None}
+    tree = training_recipe.model_dump() | {
+        "run": str(tmp_path / "run"),
+        "model": str(tmp_path / "model"),
+        "evaluate": None,
+    }
     tree["data"] = {"files": [str(TEXT / "tinystories_test.txt")], "separator": "<|endoftext|>", "append_eos": True}
     tree["train"] |= {
         "length": 256,

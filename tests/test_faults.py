@@ -26,16 +26,16 @@ from zebra.train.trainer import COMPLETE
 SHORT = {"evaluate": None}
 
 
-def command(where: Path, asked: AdaptRecipe) -> list[str]:
-    (where / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+def command(where: Path, training_recipe: AdaptRecipe) -> list[str]:
+    (where / "recipe.yaml").write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
     return [sys.executable, "-m", "zebra", "adapt", str(where / "recipe.yaml")]
 
 
 def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(adapt_run: FinishedRun, tmp_path: Path) -> None:
     """A limit on the size of files fails the write as a full disk does."""
-    asked = adapt_recipe(tmp_path / "run", **SHORT)
+    training_recipe = adapt_recipe(tmp_path / "run", **SHORT)
     done = subprocess.run(
-        command(tmp_path, asked),
+        command(tmp_path, training_recipe),
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
@@ -46,7 +46,7 @@ def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(adapt_run: 
     assert last.startswith(f"zebra: {tmp_path / 'run'} cannot be written, is the disk full?")
     assert not (tmp_path / "run" / "model").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob(f"*/{COMPLETE}"))
-    assert losses(adapt(asked)) == losses(adapt_run.results)
+    assert losses(adapt(training_recipe)) == losses(adapt_run.results)
 
 
 @pytest.mark.parametrize(
@@ -65,17 +65,20 @@ def test_a_target_that_cannot_be_written(zebra: Zebra, tmp_path: Path, arguments
 
 
 def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
-    asked = adapt_recipe(tmp_path / "run", **SHORT)
-    with directory.locked_run(asked), pytest.raises(ZebraError, match=r"another process is at work in .*run\. Wait"):
-        adapt(asked)
+    training_recipe = adapt_recipe(tmp_path / "run", **SHORT)
+    with (
+        directory.locked_run(training_recipe),
+        pytest.raises(ZebraError, match=r"another process is at work in .*run\. Wait"),
+    ):
+        adapt(training_recipe)
     assert not (tmp_path / "run").exists()  # nothing came of either
-    assert len(losses(adapt(asked))) == 6
+    assert len(losses(adapt(training_recipe))) == 6
 
 
 def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text((TEXT / "tinystories_test.txt").read_text())
-    asked = adapt_recipe(tmp_path / "run", model=str(stories), data__files=[str(text)], **SHORT)
+    training_recipe = adapt_recipe(tmp_path / "run", model=str(stories), data__files=[str(text)], **SHORT)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -83,19 +86,19 @@ def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr("zebra.train.run.run_trainer", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            adapt(asked)
+            adapt(training_recipe)
     weights = stories / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"] *= 1.5
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(ZebraError, match="began with other inputs: source changed since"):
-        adapt(asked)
+        adapt(training_recipe)
     text.write_text(text.read_text().replace("Once", "Twice", 1))
     with pytest.raises(ZebraError, match="files and source changed since"):
-        adapt(asked)
+        adapt(training_recipe)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ZebraError, match="files and processes and source changed since"):
-        adapt(asked)
+        adapt(training_recipe)
 
 
 def test_a_recipe_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +130,10 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, steps: int, 
     changes = {"train__max_steps": steps, "train__save_steps": 1, "train__learning_rate": 3e38, "evaluate": None}
     schedule = {"train__lr_scheduler_type": "constant_with_warmup", "train__warmup_steps": warm}
     run = tmp_path / "run"
-    kept = "No checkpoint was saved yet" if good is None else f"newest finite checkpoint is that of step {good}"
-    with pytest.raises(ZebraError, match=rf"weights are not finite at step \d, .* {kept}"):
+    remedy = "No checkpoint was saved yet" if good is None else f"newest finite checkpoint is that of step {good}"
+    with pytest.raises(ZebraError, match=rf"weights are not finite at step \d, .* {remedy}"):
         adapt(adapt_recipe(run, **changes, **schedule))
-    marked = {found.parent.name for found in (run / "checkpoints").glob(f"*/{COMPLETE}")}
+    marked = {complete.parent.name for complete in (run / "checkpoints").glob(f"*/{COMPLETE}")}
     assert marked == (set() if good is None else {f"checkpoint-{good}"})
     assert not (run / "model").exists()
 

@@ -56,8 +56,8 @@ def test_the_update_is_the_formula(checkpoints: Callable[..., Path]) -> None:
     layer = wrapped.get_base_model().model.layers[1].self_attn.q_proj
     b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
     torch.nn.init.normal_(b)
-    wanted = w + 3.0 * (b @ a).detach()
-    torch.testing.assert_close(wrapped.merge_and_unload().model.layers[1].self_attn.q_proj.weight, wanted)
+    expected = w + 3.0 * (b @ a).detach()
+    torch.testing.assert_close(wrapped.merge_and_unload().model.layers[1].self_attn.q_proj.weight, expected)
 
 
 def test_an_adaptation_is_merged_into_a_plain_checkpoint(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_the_frozen_weights_may_be_bfloat16(tmp_path: Path) -> None:
 def test_a_killed_low_rank_run_resumes_to_the_same_losses(when: str, tmp_path: Path) -> None:
     kill, _, _ = KILLS[when]
     changes = {"lora": {"r": 4}, "evaluate": None}
-    wanted = adapt(adapt_recipe(tmp_path / "whole", **changes))
+    expected = adapt(adapt_recipe(tmp_path / "whole", **changes))
     killed = adapt_recipe(tmp_path / "run", **changes)
     kill_while_adapting(killed, kill, tmp_path)
-    assert losses(adapt(killed)) == losses(wanted)
+    assert losses(adapt(killed)) == losses(expected)
 
 
 def test_modules_that_the_model_has_not_are_refused(tmp_path: Path) -> None:

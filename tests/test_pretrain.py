@@ -111,10 +111,10 @@ def test_a_finished_run_is_not_run_again(
 def test_an_interrupted_run_resumes_to_the_same_weights(
     optimizer: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(name: str) -> PretrainRecipe:
+    def training_recipe(name: str) -> PretrainRecipe:
         return recipe(tmp_path / name, few, train__optimizer=optimizer, evaluate=None, data__held_out=None)
 
-    whole = pretrain(asked("whole"))
+    whole = pretrain(training_recipe("whole"))
     shown = trainer._ShowProgress.on_log
 
     def interrupt(self: Any, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
@@ -125,16 +125,16 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     with monkeypatch.context() as patched:
         patched.setattr(trainer._ShowProgress, "on_log", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(asked("cut"))
+            pretrain(training_recipe("cut"))
     assert not (tmp_path / "cut" / "model").exists()
-    resumed = pretrain(asked("cut"))
+    resumed = pretrain(training_recipe("cut"))
     assert losses(resumed) == losses(whole)
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
 
 
 def test_stripes_a_given_tokenizer_and_a_narrow_dtype(few: Path, tmp_path: Path) -> None:
-    asked = recipe(
+    training_recipe = recipe(
         tmp_path / "run",
         few,
         model={"model_type": "qwen3", "head_dim": 16, **TINY},
@@ -146,7 +146,7 @@ def test_stripes_a_given_tokenizer_and_a_narrow_dtype(few: Path, tmp_path: Path)
         data__held_out=None,
         evaluate=None,
     )
-    rows = pretrain(asked)
+    rows = pretrain(training_recipe)
     assert {row.layout for row in rows if row.task == "train"} == {"GL:33"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.layer_types == ["full_attention", "sliding_attention"]
@@ -268,9 +268,9 @@ def test_the_example_finds_what_it_was_taught_to_find() -> None:
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
 def test_a_tokenizer_writes_equal_numbers_equally(digits: int, few: Path, tmp_path: Path) -> None:
-    asked = recipe(tmp_path, few, tokenizer={"vocab_size": 600, "digits": digits})
-    assert isinstance(asked.tokenizer, NewTokenizer)
-    tokenizer = train_tokenizer(tokenizer_texts(asked), asked.tokenizer)
+    training_recipe = recipe(tmp_path, few, tokenizer={"vocab_size": 600, "digits": digits})
+    assert isinstance(training_recipe.tokenizer, NewTokenizer)
+    tokenizer = train_tokenizer(tokenizer_texts(training_recipe), training_recipe.tokenizer)
     assert len(tokenizer) == 600
     text = "The key 12345 is 98765: 12345.\n\n  Naïve “quotes”, 7 tabs\tand € too."
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -315,15 +315,15 @@ def test_a_step_of_muon_is_its_formula() -> None:
 def test_a_dry_run_counts_what_is_trained(finished: tuple[Path, list[Result]], few: Path) -> None:
     run, _ = finished
     plain = AutoModelForCausalLM.from_pretrained(run / "model")
-    found = dry_run(recipe(run, few))
-    assert found.memory["weights"] == 4 * sum(p.numel() for p in plain.parameters())
-    assert found.memory["AdamW"] == 2 * found.memory["weights"]
+    estimate = dry_run(recipe(run, few))
+    assert estimate.memory["weights"] == 4 * sum(p.numel() for p in plain.parameters())
+    assert estimate.memory["AdamW"] == 2 * estimate.memory["weights"]
     state = MuonWithAdamW(plain, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
     plain(torch.arange(40)[None], labels=torch.arange(40)[None]).loss.backward()
     state.step()
-    kept = [moment for part in state.parts for one in part.state.values() for moment in one.values() if moment.ndim]
+    moments = [moment for part in state.parts for one in part.state.values() for moment in one.values() if moment.ndim]
     with_muon = dry_run(recipe(run, few, train__optimizer="muon"))
-    assert with_muon.memory["Muon and AdamW"] == sum(moment.numel() * 4 for moment in kept)
+    assert with_muon.memory["Muon and AdamW"] == sum(moment.numel() * 4 for moment in moments)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -338,20 +338,20 @@ def test_a_model_of_the_study_is_trained(optimizer: str, few: Path, tmp_path: Pa
         "summary_block": 16,
     }
     train = {"max_steps": 2, "optimizer": optimizer}
-    asked = recipe(tmp_path / "run", few, **{f"train__{name}": value for name, value in train.items()})
-    asked = asked.model_copy(update={"model": study})
-    rows = pretrain(asked)
+    training_recipe = recipe(tmp_path / "run", few, **{f"train__{name}": value for name, value in train.items()})
+    training_recipe = training_recipe.model_copy(update={"model": study})
+    rows = pretrain(training_recipe)
     assert {row.layout for row in rows} == {"GS:32/16 absolute", "full"}
     pairs = {row.layout: row.value for row in rows if row.metric == "attention_pairs"}
     seen = sum(min(i + 1, 32) + max(0, i + 1 - 32) // 16 for i in range(256))
     assert pairs == {"full": 256 * 257, "GS:32/16 absolute": 256 * 257 // 2 + seen}
     model = zebra.load(tmp_path / "run" / "model")
     assert model.config.attention_kinds == study["attention_kinds"]
-    first = random_model(model.config, seed=asked.train.seed).state_dict()
+    first = random_model(model.config, seed=training_recipe.train.seed).state_dict()
     assert all(not torch.equal(first[name], tensor) for name, tensor in model.state_dict().items() if "proj" in name)
-    found = dry_run(asked).facts
-    assert found["positions"] == "absolute"
-    assert found["layout"] == "GS:32/16 absolute, 1 global, 0 local and 1 summary layers"
+    estimate = dry_run(training_recipe).facts
+    assert estimate["positions"] == "absolute"
+    assert estimate["layout"] == "GS:32/16 absolute, 1 global, 0 local and 1 summary layers"
 
 
 def test_sinks_are_trained_with_from_the_first_step(few: Path, tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def changed(**parts: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_recipes_of_the_repository_are_read(path: Path) -> None:
     kind = kind_of(path)
-    found = read_recipe(path, kind)
-    assert found.run.startswith("runs/")
-    assert kind.model_validate(found.model_dump()) == found
+    parsed = read_recipe(path, kind)
+    assert parsed.run.startswith("runs/")
+    assert kind.model_validate(parsed.model_dump()) == parsed
 
 
 def test_there_are_recipes() -> None:
@@ -56,9 +56,9 @@ def test_there_are_recipes() -> None:
 
 
 def test_what_is_left_out_has_its_default(recipe: Any) -> None:
-    found = recipe()
-    assert (found.run, found.model, found.stripes, found.evaluate) == ("runs/x", "some/where", None, None)
-    assert found.data.model_dump() == {
+    parsed = recipe()
+    assert (parsed.run, parsed.model, parsed.stripes, parsed.evaluate) == ("runs/x", "some/where", None, None)
+    assert parsed.data.model_dump() == {
         "files": ["a.txt"],
         "separator": None,
         "field": "text",
@@ -71,7 +71,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "num_proc": 1,
         "cache_dir": None,
     }
-    assert found.train.model_dump() == {
+    assert parsed.train.model_dump() == {
         "length": 64,
         "max_steps": 200,
         "per_device_train_batch_size": 1,
@@ -95,7 +95,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
 
 
 def test_what_is_given_is_read(recipe: Any) -> None:
-    found = recipe(
+    parsed = recipe(
         changed(
             stripes="glll : 512",
             data={"files": ["a", "b/*"], "separator": "--", "join": True, "append_eos": True, "cache_dir": "here"},
@@ -103,17 +103,17 @@ def test_what_is_given_is_read(recipe: Any) -> None:
             evaluate={"files": ["c"], "length": 2, "convention": "strided", "eval_steps": 200},
         )
     )
-    assert found.stripes == "GLLL:512"
-    assert found.data.files == ["a", "b/*"]
-    assert (found.data.separator, found.data.join, found.data.append_eos, found.data.cache_dir) == (
+    assert parsed.stripes == "GLLL:512"
+    assert parsed.data.files == ["a", "b/*"]
+    assert (parsed.data.separator, parsed.data.join, parsed.data.append_eos, parsed.data.cache_dir) == (
         "--",
         True,
         True,
         "here",
     )
-    assert (found.train.adam_beta1, found.train.adam_beta2) == (0.8, 0.95)
-    assert (found.train.bf16, found.train.lr_scheduler_type, found.train.warmup_steps) == (True, "linear", 200)
-    assert (found.evaluate.length, found.evaluate.convention, found.evaluate.eval_steps) == (2, "strided", 200)
+    assert (parsed.train.adam_beta1, parsed.train.adam_beta2) == (0.8, 0.95)
+    assert (parsed.train.bf16, parsed.train.lr_scheduler_type, parsed.train.warmup_steps) == (True, "linear", 200)
+    assert (parsed.evaluate.length, parsed.evaluate.convention, parsed.evaluate.eval_steps) == (2, "strided", 200)
 
 
 def mixed(*changes: dict[str, Any], **data: Any) -> dict[str, Any]:
@@ -124,20 +124,22 @@ def mixed(*changes: dict[str, Any], **data: Any) -> dict[str, Any]:
 
 
 def test_a_mixture_is_read(recipe: Any) -> None:
-    found = recipe(mixed({"min_tokens": 4096, "field": "body"}, {"max_tokens": 4096, "separator": "--"}, held_out=0.01))
-    long, short = found.data.sources
+    parsed = recipe(
+        mixed({"min_tokens": 4096, "field": "body"}, {"max_tokens": 4096, "separator": "--"}, held_out=0.01)
+    )
+    long, short = parsed.data.sources
     assert (long.name, long.files, long.share) == ("long", ["a"], 0.6)
     assert (long.field, long.separator, long.min_tokens, long.max_tokens) == ("body", None, 4096, None)
     assert (short.field, short.separator, short.min_tokens, short.max_tokens) == ("text", "--", 0, 4096)
-    assert (found.data.files, found.data.held_out, found.data.deduplicate) == (None, 0.01, True)
+    assert (parsed.data.files, parsed.data.held_out, parsed.data.deduplicate) == (None, 0.01, True)
     thirds = [{"name": name, "files": ["a"], "share": 1 / 3} for name in "abc"]
     assert len(recipe(PLAIN | {"data": {"sources": thirds}}).data.sources) == 3
 
 
 def test_held_out_documents_need_no_files(recipe: Any) -> None:
-    found = recipe(changed(data={"held_out": 0.05}, evaluate={"length": 4, "join": True}))
-    assert (found.evaluate.files, found.data.held_out, found.evaluate.join) == (None, 0.05, True)
-    assert AdaptRecipe.model_validate(found.model_dump()) == found
+    parsed = recipe(changed(data={"held_out": 0.05}, evaluate={"length": 4, "join": True}))
+    assert (parsed.evaluate.files, parsed.data.held_out, parsed.evaluate.join) == (None, 0.05, True)
+    assert AdaptRecipe.model_validate(parsed.model_dump()) == parsed
     assert recipe(changed(data={"held_out": 0.05})).evaluate is None  # so that two runs train on the same documents
 
 
@@ -180,9 +182,9 @@ def test_refused_texts(recipe: Any, content: Any, message: str) -> None:
 
 
 def test_a_recipe_does_not_change(recipe: Any) -> None:
-    found = recipe()
+    parsed = recipe()
     with pytest.raises(ValidationError, match="frozen"):
-        found.train.max_steps = 5
+        parsed.train.max_steps = 5
 
 
 @pytest.mark.parametrize("number", ["1e-3", "1.0e-3", "0.001"])
@@ -194,7 +196,7 @@ def test_every_way_to_write_a_rate(recipe: Any, number: str) -> None:
 
 
 def test_overrides(recipe: Any) -> None:
-    found = recipe(
+    parsed = recipe(
         PLAIN,
         "train.max_steps=400",
         " train.lr_scheduler_type =constant",
@@ -207,11 +209,11 @@ def test_overrides(recipe: Any) -> None:
         "evaluate.length=32",
         "evaluate.files=[d.txt]",
     )
-    assert (found.train.max_steps, found.train.lr_scheduler_type, found.train.length) == (400, "constant", 64)
-    assert found.data.files == ["b.txt", "c.txt"]
-    assert (found.data.separator, found.data.join) == ("a=b", True)
-    assert (found.stripes, found.run) == ("GL:8", "two")
-    assert (found.evaluate.length, found.evaluate.files) == (32, ["d.txt"])
+    assert (parsed.train.max_steps, parsed.train.lr_scheduler_type, parsed.train.length) == (400, "constant", 64)
+    assert parsed.data.files == ["b.txt", "c.txt"]
+    assert (parsed.data.separator, parsed.data.join) == ("a=b", True)
+    assert (parsed.stripes, parsed.run) == ("GL:8", "two")
+    assert (parsed.evaluate.length, parsed.evaluate.files) == (32, ["d.txt"])
 
 
 def test_an_override_of_an_alias_leaves_what_it_stands_for(tmp_path: Path) -> None:
@@ -220,8 +222,8 @@ def test_an_override_of_an_alias_leaves_what_it_stands_for(tmp_path: Path) -> No
         two: dict[str, dict[str, int]]
 
     (tmp_path / "recipe.yaml").write_text("one: &same {inner: {a: 1}}\ntwo: *same\n")
-    found = read_recipe(tmp_path / "recipe.yaml", Texts, ["two.inner.a=2", "two.inner.b=3"])
-    assert (found.one, found.two) == ({"inner": {"a": 1}}, {"inner": {"a": 2, "b": 3}})
+    parsed = read_recipe(tmp_path / "recipe.yaml", Texts, ["two.inner.a=2", "two.inner.b=3"])
+    assert (parsed.one, parsed.two) == ({"inner": {"a": 1}}, {"inner": {"a": 2, "b": 3}})
 
 
 def test_an_empty_override_takes_a_value_away(recipe: Any) -> None:

@@ -163,8 +163,8 @@ def packed(lengths: list[int], row: int) -> tuple[AnswerSequences, TokenizedSour
     hashes = np.arange(len(lengths), dtype=np.uint64)
     corpus = Corpus(np.concatenate(ids).astype(np.uint32), offsets.astype(np.int64), hashes)
     tokens = TokenizedSource(corpus, np.concatenate(answers), ["a"] * len(lengths))
-    kept = split_sources([Source("a", corpus)], deduplicate=True)
-    return AnswerSequences(mix(kept, 2, row, join=False, seed=0, whole=True).sequences, [tokens]), tokens
+    splits = split_sources([Source("a", corpus)], deduplicate=True)
+    return AnswerSequences(mix(splits, 2, row, join=False, seed=0, whole=True).sequences, [tokens]), tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -187,8 +187,8 @@ def test_packed_conversations_equal_single_ones(family: str) -> None:
             with torch.no_grad():
                 alone = model(torch.tensor([one.input_ids]), use_cache=False).logits[0]
             torch.testing.assert_close(together[at : at + count], alone, atol=1e-10, rtol=1e-10)
-            wanted = [token if answer else IGNORE for token, answer in zip(*one, strict=True)]
-            assert batch["labels"][0, at : at + count].tolist() == [IGNORE, *wanted[1:]]
+            expected = [token if answer else IGNORE for token, answer in zip(*one, strict=True)]
+            assert batch["labels"][0, at : at + count].tolist() == [IGNORE, *expected[1:]]
             at += count
     assert at == batch["input_ids"].shape[1]
 
@@ -198,11 +198,11 @@ def test_the_loss_is_that_of_the_answers_one_by_one(finished: tuple[Path, list[R
     _, rows = finished
     run = recipe(data / "unused", data)
     chat = Chat(AutoTokenizer.from_pretrained(STORIES), "plain", "stories")
-    found = read_instructions(run, chat, lambda: pytest.fail("no model is asked")).sequences
+    scored = read_instructions(run, chat, lambda: pytest.fail("no model is asked")).sequences
     model = AutoModelForCausalLM.from_pretrained(zebra.convert(STORIES, data / "striped", "GLLL:33"))
     sums, counts = [], []
-    for i in range(len(found)):
-        one, at = found[i], 0
+    for i in range(len(scored)):
+        one, at = scored[i], 0
         total, answers = 0.0, 0
         for length in one["seq_lengths"]:
             ids = torch.tensor([one["input_ids"][at : at + length]])
@@ -229,13 +229,13 @@ def test_the_loss_of_answers_is_the_hosts() -> None:
         for n in (7, 30, 12)
     ]
     model = model.__class__._from_config(model.config, attn_implementation=NAME)
-    found, counts = answer_losses(model, conversations, batch_tokens=40)
-    for one, total, count in zip(conversations, found, counts, strict=True):
+    scored, counts = answer_losses(model, conversations, batch_tokens=40)
+    for one, total, count in zip(conversations, scored, counts, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([one.input_ids]), use_cache=False).logits[0]
         labels = torch.tensor([t if a else IGNORE for t, a in zip(*one, strict=True)])
-        wanted = cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=IGNORE)
-        assert total == pytest.approx(wanted.item(), rel=1e-5)
+        expected = cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=IGNORE)
+        assert total == pytest.approx(expected.item(), rel=1e-5)
         assert count == sum(one.assistant_mask)
 
 
@@ -264,8 +264,8 @@ source.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 def test_a_killed_run_resumes_to_the_same_losses(
     kill: str, finished: tuple[Path, list[Result]], data: Path, tmp_path: Path
 ) -> None:
-    asked = recipe(tmp_path / "run", data)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    training_recipe = recipe(tmp_path / "run", data)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
     done = subprocess.run(
         [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "tune", str(tmp_path / "recipe.yaml")],
         capture_output=True,
@@ -274,10 +274,10 @@ def test_a_killed_run_resumes_to_the_same_losses(
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "run" / "model").exists()
-    rows = tune(asked)
-    _, wanted = finished
+    rows = tune(training_recipe)
+    _, expected = finished
     for metric in ("loss", "answer_loss"):
-        assert values(rows, metric) == values(wanted, metric)
+        assert values(rows, metric) == values(expected, metric)
 
 
 @pytest.mark.parametrize(
@@ -323,18 +323,18 @@ def test_bad_input_is_one_line_before_any_training(data: Path, tmp_path: Path) -
 
 
 def test_a_refusal_is_one_line_on_the_command_line(data: Path, tmp_path: Path, zebra: Zebra) -> None:
-    asked = recipe(tmp_path / "run", data, chat_template=None)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    training_recipe = recipe(tmp_path / "run", data, chat_template=None)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
     refused(zebra("tune", tmp_path / "recipe.yaml"), "zebra: the tokenizer of ", " has no chat template. ")
     with pytest.raises(ZebraError, match=r"unknown key data\.held"):
         read_recipe(tmp_path / "recipe.yaml", TuneRecipe, ["data.held=1"])
-    assert dry_run(asked).total > 0
+    assert dry_run(training_recipe).total > 0
 
 
 def test_a_mixture_of_whole_conversations_ends_nearest_to_its_shares(data: Path) -> None:
     rows, tokens = packed([60, 60, 60, 60, 60], 100)
     assert [len(rows[i]["input_ids"]) for i in range(len(rows))] == [60, 60]
     assert all(len(tokens[i].input_ids) == 60 for i in range(5))
-    kept = split_sources([Source(name, tokens.corpus, 0.5) for name in ("a", "b")], deduplicate=False)
+    splits = split_sources([Source(name, tokens.corpus, 0.5) for name in ("a", "b")], deduplicate=False)
     with pytest.raises(ZebraError, match="do not hold one whole document of each of 2 sources"):
-        mix(kept, 1, 100, join=False, seed=0, whole=True)
+        mix(splits, 1, 100, join=False, seed=0, whole=True)
