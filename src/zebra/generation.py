@@ -31,9 +31,10 @@ from transformers.generation import (
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
+from zebra.model.context import check_learned_positions, longest_text
 from zebra.model.load_options import LoadOptions
 from zebra.model.rope import as_rope, refuse_changing_rope
-from zebra.model.self_extend import check_learned_positions, longest_text, self_extend_of
+from zebra.model.self_extend import self_extend_of
 from zebra.positions import SelfExtend
 from zebra.progress import bar
 

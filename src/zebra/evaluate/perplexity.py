@@ -29,9 +29,10 @@ from zebra.data.encoding import Encoder
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.target import EvalTarget
+from zebra.model.context import check_learned_positions
 from zebra.model.local import local_attention_of
 from zebra.model.loss import head_of, token_losses, without_logits
-from zebra.model.self_extend import bounded_cache, check_learned_positions
+from zebra.model.self_extend import bounded_cache
 from zebra.progress import bar
 from zebra.results import Result
 

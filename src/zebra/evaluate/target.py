@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer
+from zebra.model.context import check_learned_positions, longest_text
 from zebra.model.families import layout
 from zebra.model.load import device_name
 from zebra.model.load_options import LoadOptions, loaded_layout_name
 from zebra.model.rope import as_rope, refuse_changing_rope
-from zebra.model.self_extend import check_learned_positions, longest_text
 
 
 class EvalTarget:

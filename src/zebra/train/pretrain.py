@@ -20,10 +20,10 @@ from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import load_tokenizer, write_config, write_zebra_json
+from zebra.model.context import check_learned_positions
 from zebra.model.default_cache import with_default_cache
 from zebra.model.families import layer_kinds, model_class, route_of, with_stripes
 from zebra.model.local import LocalAttention, local_attention_of, set_local_attention
-from zebra.model.self_extend import check_learned_positions
 from zebra.results import Result
 from zebra.stripes import GLOBAL, Stripes
 from zebra.train.directory import is_first_process

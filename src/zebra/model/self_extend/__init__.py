@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from zebra.model.self_extend.apply import (
     bounded_cache,
-    check_learned_positions,
-    longest_text,
     resolve_self_extend,
     self_extend_of,
     set_self_extend,
@@ -21,8 +19,6 @@ __all__ = [
     "SelfExtendAttention",
     "attention_layers",
     "bounded_cache",
-    "check_learned_positions",
-    "longest_text",
     "resolve_self_extend",
     "rotate",
     "rotation_between",

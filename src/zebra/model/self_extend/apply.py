@@ -1,4 +1,4 @@
-"""Self-Extend set on a loaded model, and what a model with it reads.
+"""Self-Extend set on a loaded model.
 
 Each global layer with a rope gets an attention override. Local layers never look beyond their window and stay as they
 are, and so do layers without a rope. config.json has no field for it, so a saved checkpoint is without it.
@@ -37,26 +37,6 @@ def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig)
     setting = SelfExtend.parse(self_extend, trained) if isinstance(self_extend, str) else self_extend
     setting.check(trained)
     return setting
-
-
-def longest_text(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | None:
-    """The longest text that a model was trained for, or reaches with Self-Extend; None without a limit."""
-    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return trained if setting is None or trained is None else setting.reach(trained)
-
-
-def check_learned_positions(config: PreTrainedConfig, length: int) -> None:
-    """Refuse a text that is longer than a table of learned positions, which nothing can be read beyond.
-
-    Raises:
-        ZebraError: it is.
-    """
-    rows = config.max_position_embeddings if getattr(config, "position_embedding", None) == "absolute" else length
-    if length > rows:
-        raise ZebraError(
-            f"this model has {rows:,} learned positions, and {length:,} tokens are to be read. Take fewer, or a model "
-            "with other positions."
-        )
 
 
 def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
