@@ -14,15 +14,18 @@ from zebra.cli import convert, data, evaluate, generate, plan, report, train
 from zebra.errors import ZebraError
 
 app = typer.Typer(
-    help="Longer and cheaper context for decoder language models: sliding-window attention in most layers.",
+    help="Longer and cheaper context for decoder language models. Stripes are a layout of layers: G attends to all "
+    "earlier tokens (global), L to a window of them (sliding-window attention).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _GROUPS = {
-    "evaluate": typer.Typer(help="Measure a checkpoint.", no_args_is_help=True),
-    "data": typer.Typer(help="Make and check training data.", no_args_is_help=True),
+    "evaluate": typer.Typer(
+        help="Measure a checkpoint: perplexity, retrieval, tasks, documents.", no_args_is_help=True
+    ),
+    "data": typer.Typer(help="Training data: instructions (make them), check.", no_args_is_help=True),
 }
 _VERBS: dict[str, Callable[..., None]] = {
     "zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB": plan.plan,
@@ -47,7 +50,7 @@ _VERBS: dict[str, Callable[..., None]] = {
 """An example of each verb, and its function, which has the verb's name; in the order of the help."""
 
 for _example, _verb in _VERBS.items():
-    _GROUPS.get(_example.split()[1], app).command(epilog=_example)(_verb)
+    _GROUPS.get(_example.split()[1], app).command(epilog=f"Example: {_example}")(_verb)
 for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 

@@ -18,11 +18,16 @@ def convert(
     target: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
     stripes: Annotated[
         str,
-        typer.Option(help="Layout: PATTERN:WINDOW or LAYERS:WINDOW, such as GLLL:4096 or 0,4:4096; +4 adds 4 sinks."),
+        typer.Option(
+            help="Layout: G and L by layer and a window (GLLL:4096), or global layers from 0 (0,4:4096); +4: 4 sinks."
+        ),
     ],
     rope: Annotated[
         str | None,
-        typer.Option(callback=options.rope_notation, help="Change of the rope: linear:8, yarn:8. Default: none."),
+        typer.Option(
+            callback=options.rope_notation,
+            help="Change of the rope: linear:8, yarn:8, llama3:8, base:5000000. Default: none.",
+        ),
     ] = None,
     full_decode: options.FullDecodeFlag = False,
     as_json: options.Json = False,
@@ -54,11 +59,16 @@ def _converted(
 def select(
     checkpoint: options.Checkpoint,
     budget: Annotated[
-        str, typer.Option(help="Global layers to keep: 8, a share such as 0.25, flops:0.5, or cache:4GiB@131072.")
+        str,
+        typer.Option(
+            help="Global layers to keep: 8, or 0.25 of all; flops:0.5 of the prefill; cache:4GiB@131072 tokens."
+        ),
     ],
     window: Annotated[str, typer.Option(help="Window of the layers that become local, in tokens; 512+4 adds 4 sinks.")],
     length: Annotated[int, typer.Option(help="Tokens of each measured text or prompt.")],
-    text: Annotated[list[str] | None, typer.Option(help="File, folder or glob to measure on; repeatable.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="File, folder or glob to measure on; repeatable. Needed without --task.")
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(

@@ -21,18 +21,20 @@ def perplexity(
     lengths: options.Lengths,
     convention: Annotated[
         Literal["disjoint", "strided", "truncated"],
-        typer.Option(metavar="NAME", help="How windows lie on a text: disjoint, strided or truncated."),
+        typer.Option(metavar="NAME", help="How the scored chunks lie on a text: disjoint, strided or truncated."),
     ] = "disjoint",
     stride: Annotated[
-        int | None, typer.Option(help="Tokens that each strided window scores. Default: a quarter of the length.")
+        int | None, typer.Option(help="Tokens that each strided chunk scores. Default: a quarter of the length.")
     ] = None,
     separator: options.Separator = None,
     field: Annotated[str, typer.Option(help="Field of .jsonl or .parquet records that holds the text.")] = "text",
     num_proc: Annotated[int, typer.Option(min=1, metavar="INT", help="Processes that tokenise.")] = 1,
-    join: Annotated[bool, typer.Option("--join", help="Join documents up to the length or longer.")] = False,
+    join: Annotated[
+        bool, typer.Option("--join", help="Join documents into texts of at least --length tokens.")
+    ] = False,
     prompt: Annotated[
         int | None,
-        typer.Option(help="Read this many tokens of each window as a prompt; score the others as decoded after it."),
+        typer.Option(help="Read this many tokens of each chunk as a prompt; score the others as decoded after it."),
     ] = None,
     stripes: options.StripesNotation = None,
     rope: options.RopeNotation = None,

@@ -108,7 +108,7 @@ FullDecode = Annotated[
     ),
 ]
 FullDecodeFlag = Annotated[
-    bool, typer.Option("--full-decode", help="Let local layers keep all keys, for the tokens that are generated.")
+    bool, typer.Option("--full-decode", help="Let local layers keep all keys: decoded tokens attend to all of them.")
 ]
 Dtype = Annotated[
     str | None,

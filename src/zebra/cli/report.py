@@ -34,13 +34,18 @@ def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure FLOP/s, bandwidth and one local layer, in some ten seconds.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="Device to measure. Default: a GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --measure: the device. Default: a GPU if there is one.")
+    ] = None,
     size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="INT", help="Size of the matrices. Default: 2048 on a CPU, 8192 on a GPU."),
+        typer.Option(
+            min=1, metavar="INT", help="With --measure: size of the matrices. Default: 2048 on a CPU, else 8192."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File to write the measured ceilings to, for `plan --device`.")
+        Path | None,
+        typer.Option("--out", "-o", help="With --measure: file for the measured peaks, which `plan --device` reads."),
     ] = None,
     as_json: Json = False,
 ) -> None:
