@@ -23,7 +23,7 @@ from zebra.model.families import model_class, stripes_of, with_stripes
 from zebra.plan import comparison, cost, decoder, devices, fit, memory
 from zebra.plan.cost import Run
 from zebra.plan.shapes import SHAPES, shape
-from zebra.stripes import GLOBAL, LOCAL
+from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import dry_run
 
 LLAMA = decoder.read_decoder("llama-2-7b")
@@ -69,10 +69,12 @@ def test_pairs_are_the_masks(n: int, layout: str | None) -> None:
 @pytest.mark.parametrize("window", [1, 4, 12, 30])
 def test_self_extend_is_one_causal_attention(n: int, window: int) -> None:
     cells = [(i, j) for i in range(n) for j in range(n) if causal(i, j)]
-    near, far = cost.self_extend_pairs(n, window)
-    assert near == sum(within(i, j, window) for i, j in cells)
-    assert far == sum(beyond(i, j, window) for i, j in cells)
-    assert near + far == n * (n + 1) // 2
+    near = sum(within(i, j, window) for i, j in cells)
+    far = sum(beyond(i, j, window) for i, j in cells)
+    assert (near, far) == (visible_pairs(n, window), visible_pairs(max(0, n - window)))
+    assert near + far == visible_pairs(n) == n * (n + 1) // 2
+    run = planned_run(stripes=None, length=n)
+    assert cost.pairs(replace(run, self_extend=SelfExtend(8, window))) == cost.pairs(run) == 32 * (near + far)
 
 
 # Sizes

@@ -172,8 +172,8 @@ def plan(tree: dict[str, Any], as_json: bool) -> None:
     from zebra.plan import comparison
 
     print(comparison.headline(tree))
-    for table in comparison.tables(tree):
-        _table(table.head, table.body, numbers=slice(1, None))
+    for head, body in comparison.tables(tree):
+        _table(head, body, numbers=slice(1, None))
     if "suggested_layout" in tree:
         layout = tree["suggested_layout"] or "none of ours"
         print(f"the layout that meets the budget and keeps the most pairs: {layout}")

@@ -66,7 +66,7 @@ class Budget:
         """How many of the model's global layers, the candidates, may stay global.
 
         Args:
-            local: its window and sinks are those of the layers that become local.
+            local: the layout that gives the window and sinks of the layers that become local.
             run: a prefill of the unchanged model at a length; called only for a budget of cost.
 
         Raises:
@@ -82,21 +82,17 @@ class Budget:
                 )
             return count
         unchanged = run(self.length)
-        limit = self.amount * _cost(unchanged, "flops") if self.unit == "flops" else self.amount
         layouts = (replace(local, pattern=None, global_layers=tuple(candidates[:k])) for k in range(1, most + 1))
-        costs = [_cost(replace(unchanged, stripes=stripes), self.unit) for stripes in layouts]
+        runs = [replace(unchanged, stripes=stripes) for stripes in layouts]
+        if self.unit == "flops":
+            costs, limit = [sum(flops(one).values()) for one in runs], self.amount * sum(flops(unchanged).values())
+        else:
+            costs, limit = [kv_bytes(one) for one in runs], self.amount
         if costs[0] > limit or costs[-1] <= limit:
+            scale, unit = (1, "FLOPs") if self.unit == "flops" else (2**20, "MiB")
+            one, every, budget = (f"{cost / scale:,.4g} {unit}" for cost in (costs[0], costs[-1], limit))
             raise ZebraError(
-                f"at {unchanged.length:,} tokens one global layer costs {_shown(costs[0], self.unit)} and all {most} "
-                f"cost {_shown(costs[-1], self.unit)}; a budget of {_shown(limit, self.unit)} leaves no choice. "
-                "Give one between."
+                f"at {unchanged.length:,} tokens one global layer costs {one} and all {most} cost {every}; "
+                f"a budget of {budget} leaves no choice. Give one between."
             )
         return sum(cost <= limit for cost in costs)
-
-
-def _cost(run: Run, unit: str) -> int:
-    return sum(flops(run).values()) if unit == "flops" else kv_bytes(run)
-
-
-def _shown(cost: float, unit: str) -> str:
-    return f"{cost:.3g} FLOPs" if unit == "flops" else f"{cost / 2**20:,.4g} MiB"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from zebra.plan import fit
-from zebra.plan.cost import Run, bytes_moved, flops, pairs, self_extend_pairs, trained_parameters
+from zebra.plan.cost import Run, bytes_moved, flops, pairs, trained_parameters
 from zebra.plan.decoder import FAMILIES
 from zebra.plan.devices import MEASURED, Device
 from zebra.plan.memory import cached_tokens, kv_bytes, memory
@@ -15,13 +15,10 @@ from zebra.stripes import GLOBAL, visible_pairs
 
 LENGTHS = tuple(2**i for i in range(10, 21))
 """1K to 1M, the lengths of the picture."""
-
-
-class TextTable(NamedTuple):
-    """A table of strings: the head, then the lines of the body."""
-
-    head: tuple[str, ...]
-    body: list[tuple[str, ...]]
+_COUNT = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
+_BYTES = {"TiB": 2.0**40, "GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
+_TIME = {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
+"""Units in which the tables print, from the largest."""
 
 
 def variants(run: Run) -> dict[str, Run]:
@@ -112,9 +109,8 @@ def complexity(run: Run) -> list[dict[str, Any]]:
         if others := run.stripes.orders:
             kinds[-1:] = [(kind, *order, float(run.stripes.pairs(kind, n)), float(n)) for kind, order in others.items()]
     if run.self_extend:
-        both = sum(self_extend_pairs(n, run.self_extend.window))
         near_keys = min(n, run.self_extend.window - 1)  # cached without values: half a token each
-        kinds.append(("Self-Extend", "N²", "N + W/2", float(both), n + near_keys / 2))
+        kinds.append(("Self-Extend", "N²", "N + W/2", float(visible_pairs(n)), n + near_keys / 2))
     return [
         {"kind": kind, "time": f"O({time})", "memory": f"O({space})", "pairs": count, "cached_tokens": cached}
         | {"pairs_of_global": count / visible_pairs(n), "cached_of_global": cached / n}
@@ -154,79 +150,49 @@ def headline(plan: dict[str, Any]) -> str:
     return f"{first}\n{', '.join([second, *training])}; {device['name']}, {ceilings}"
 
 
-def tables(plan: dict[str, Any]) -> list[TextTable]:
-    """The tables of a plan: costs by part, memory and what fits, and the kinds of attention."""
+def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Head and body of each table of a plan: costs by part, memory and what fits, and the kinds of attention."""
     columns = plan["layouts"]
     names = tuple(column["layout"] for column in columns)
-    cost = [_line("visible pairs", columns, lambda c: c["pairs"], format_count)]
-    by_part = (
-        ("FLOPs", "flops", format_count),
-        ("bytes moved", "bytes", format_bytes),
-        ("time", "seconds", format_seconds),
-    )
-    for title, key, show in by_part:
-        cost += [
-            _line(f"{title}, {part}" if part != "total" else f"[bold]{title}[/]", columns, _item(key, part), show)
-            for part in columns[0][key]
-        ]
+    cost = [_line("visible pairs", [column["pairs"] for column in columns], _COUNT)]
+    for title, key, units in (("FLOPs", "flops", _COUNT), ("bytes moved", "bytes", _BYTES), ("time", "seconds", _TIME)):
+        for part in columns[0][key]:
+            name = f"[bold]{title}[/]" if part == "total" else f"{title}, {part}"
+            cost.append(_line(name, [column[key][part] for column in columns], units))
     cost.append(("FLOPs for a byte", *(f"{column['intensity']:,.1f}" for column in columns)))
-    space = [
-        _line(f"[bold]{part}[/]" if part == "total" else part, columns, _item("memory", part), format_bytes)
-        for part in columns[0]["memory"]
-    ]
+    space = []
+    for part in columns[0]["memory"]:
+        name = f"[bold]{part}[/]" if part == "total" else part
+        space.append(_line(name, [column["memory"][part] for column in columns], _BYTES))
     if "largest_length" in columns[0]:
-        budget = format_bytes(plan["settings"]["memory"])
+        budget = _with_unit(plan["settings"]["memory"], _BYTES)
         for size in ("length", "batch"):
             space.append((f"largest {size} in {budget}", *(f"{column[f'largest_{size}']:,}" for column in columns)))
     kinds: list[tuple[str, ...]] = []
     for kind in plan["complexity"]:
-        computed = _with_share(format_count(kind["pairs"]), kind["pairs_of_global"])
+        computed = _with_share(_with_unit(kind["pairs"], _COUNT), kind["pairs_of_global"])
         cached = _with_share(f"{kind['cached_tokens']:,.0f}", kind["cached_of_global"])
         kinds.append((kind["kind"], kind["time"], computed, kind["memory"], cached))
     return [
-        TextTable(("cost", *names), cost),
-        TextTable(("memory of one device", *names), space),
-        TextTable(("attention, a layer's mean", "time", "pairs", "memory", "tokens cached"), kinds),
+        (("cost", *names), cost),
+        (("memory of one device", *names), space),
+        (("attention, a layer's mean", "time", "pairs", "memory", "tokens cached"), kinds),
     ]
 
 
-def _item(key: str, part: str) -> Callable[[dict[str, Any]], float]:
-    return lambda column: column[key][part]
-
-
-def _line(
-    title: str, columns: Sequence[dict[str, Any]], value: Callable[[Any], float], show: Callable[[float], str]
-) -> tuple[str, ...]:
+def _line(title: str, values: Sequence[float], units: Mapping[str, float]) -> tuple[str, ...]:
     """A line of a table; each number is followed by its share of the first column's, where it differs."""
-    first = value(columns[0])
-    cells = [show(value(column)) for column in columns]
-    shares = [value(column) / first if first else 1.0 for column in columns]
-    return (title, *(_with_share(cell, share) for cell, share in zip(cells, shares, strict=True)))
+    first = values[0]
+    return (title, *(_with_share(_with_unit(value, units), value / first if first else 1.0) for value in values))
 
 
 def _with_share(cell: str, share: float) -> str:
     return cell if abs(share - 1) < 0.005 else f"{cell} [dim]{share:.2f}[/]"
 
 
-def format_count(value: float) -> str:
-    """A count with a letter for its thousands: 1.41 T."""
-    for unit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:,.2f} {letter}"
-    return f"{value:,.0f}"
-
-
-def format_bytes(value: float) -> str:
-    """Bytes with their unit: 13.50 GiB."""
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= unit:
+def _with_unit(value: float, units: Mapping[str, float]) -> str:
+    """A number in the largest unit that it reaches: 1.41 T, 13.50 GiB, 3.20 ms; whole in the last one."""
+    for name, unit in units.items():
+        if value >= unit > min(units.values()):
             return f"{value / unit:,.2f} {name}"
-    return f"{value:,.0f} B"
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds with their unit: 3.20 ms."""
-    for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if seconds >= unit:
-            return f"{seconds / unit:,.2f} {name}"
-    return f"{seconds * 1e6:,.1f} µs"
+    return f"{value / unit:,.0f} {name}".rstrip()

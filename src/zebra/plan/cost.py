@@ -4,14 +4,12 @@
     linear      2 FLOPs for each weight and token
     attention   4 D FLOPs for each head and pair: 2 D for the score, 2 D for the value
 
-A training step costs three forward passes in its linear maps (one, and two products in the backward) and 7/2 in
-attention, whose backward computes the scores again: five products to the forward's two. Activation checkpointing adds a
-forward pass of the layers. Under LoRA a frozen weight needs no gradient: two forward passes instead of three.
+A training step costs three forward passes in linear maps, two under LoRA where the weight is frozen, and 7/2 in
+attention, whose backward computes the scores again. Activation checkpointing adds a forward pass of the layers.
 
-Bytes are the least that must move: weights once for each pass, inputs and outputs of each map, queries, keys, values
-and outputs of attention (never the scores), and in decode the cache. Elementwise operations are counted one by one, as
-transformers runs them: two norms of 7 h, two sums of 3 h, rotation 10 (HD + KD), the activation 5 i, and two passes
-over the logits.
+Bytes are the least that must move: weights once a pass, inputs and outputs of each map and of attention (never the
+scores), and in decode the cache. Elementwise operations count as transformers runs them: two norms of 7 h, two sums of
+3 h, rotation 10 (HD + KD), the activation 5 i, and two passes over the logits.
 """
 
 from __future__ import annotations
@@ -107,17 +105,11 @@ def _check_self_extend(run: Run, setting: SelfExtend) -> None:
         )
 
 
-def self_extend_pairs(length: int, window: int) -> tuple[int, int]:
-    """Near pairs, a band of W, and far pairs, of the queries from W on and the keys before N - W (plain causal).
-
-    Their sum is N (N + 1) / 2, that of one full causal attention.
-    """
-    near = min(window, length)
-    return visible_pairs(length, near), visible_pairs(length - near)
-
-
 def pairs_by_kind(run: Run) -> dict[str, int]:
-    """Visible (query, key) pairs of all layers of each kind, and sequences, for each head."""
+    """Visible (query, key) pairs of all layers of each kind, and sequences, for each head.
+
+    Self-Extend changes nothing: a band of W near and a causal attention of N - W far are N (N + 1) / 2 pairs together.
+    """
     past, new = (run.length, 1) if run.phase == "decode" else (0, run.length)
     counts = {GLOBAL: 0, LOCAL: 0} | Counter(run.decoder.kinds(run.stripes))
 

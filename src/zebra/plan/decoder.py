@@ -28,8 +28,8 @@ class FamilyTraits:
     Attributes:
         norms: weights of a layer's norms in multiples of h, without the norms of queries and keys.
         query_norm: the width of the norms of queries and keys: one `head`, or `all` heads together.
-        biases: biases of the `qkv` projections, of all `attention`, or of `all` linear maps and norms; None follows
-            `attention_bias` and `mlp_bias` of the config.
+        biases: biases of the `qkv` projections, or of `all` linear maps and norms; None follows `attention_bias` and
+            `mlp_bias` of the config.
         pattern: the layout, tiled, of a config with a window and no layer_types; None where transformers has none then.
         opt_in_window: whether a window counts only with `use_sliding_window: true`.
         rotated: the kinds of layer whose queries and keys have a rotary embedding.
@@ -170,13 +170,7 @@ def read_decoder(model: str | os.PathLike[str]) -> Decoder:
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
         try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ZebraError(f"{file} is not JSON: {error}. Give a checkpoint's config.json.") from None
-        if not isinstance(fields, dict):
-            raise ZebraError(f"{file} is not a config: it holds no JSON object. Give a checkpoint's config.json.")
-        try:
-            return decoder_from_config(fields, name=str(model))
+            return decoder_from_config(json.loads(file.read_text(encoding="utf-8")), name=str(model))
         except ZebraError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
@@ -211,7 +205,7 @@ def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
     tied = fields.get("tie_word_embeddings", traits.tied)
     if not isinstance(tied, bool):
         raise ZebraError(f"{name}: tie_word_embeddings is true or false; got {tied!r}. Fix its config.json.")
-    attention_bias = traits.biases in ("attention", "all") or bool(fields.get("attention_bias"))
+    attention_bias = traits.biases == "all" or bool(fields.get("attention_bias"))
     sizes = Decoder(
         name=name,
         family=family,

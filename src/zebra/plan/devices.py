@@ -48,41 +48,32 @@ class Device:
             raise ZebraError(
                 f"{self.name} has no ceiling for {run.dtype}; it has {', '.join(self.flops)}. Choose another dtype."
             )
-        computed = flops(run)
-        computing = {part: count / self._peak(run, part) for part, count in computed.items()}
-        visible = pairs_by_kind(run)
-        computing["attention"] = sum(
-            computed["attention"] * count / sum(visible.values()) / self._attention(run, kind)
-            for kind, count in visible.items()
-        )
+        peak, computed, visible = self.flops[run.dtype], flops(run), pairs_by_kind(run)
+        computing = {part: count / peak for part, count in computed.items()}
+        if run.phase == "train":  # head and loss are in float32 (`zebra.model.loss`)
+            computing["head"] = computed["head"] / self.flops.get("float32", peak)
+        computing["attention"] = 0.0
+        for kind, count in visible.items():
+            rates = self.attention.get(kind if kind == GLOBAL else LOCAL, {})
+            computing["attention"] += computed["attention"] * count / sum(visible.values()) / rates.get(run.dtype, peak)
         return {part: max(computing.get(part, 0.0), moved / self.bandwidth) for part, moved in bytes_moved(run).items()}
-
-    def _attention(self, run: Run, kind: str) -> float:
-        rates = self.attention.get(kind if kind == GLOBAL else LOCAL, {})
-        return rates.get(run.dtype, self.flops[run.dtype])
-
-    def _peak(self, run: Run, part: str) -> float:
-        """In training, head and loss are in float32 (`zebra.model.loss`)."""
-        single = run.phase == "train" and part == "head"
-        return self.flops.get("float32" if single else run.dtype, self.flops[run.dtype])
-
-
-def _gpu(name: str, half: float, single: float, bandwidth: float, memory: int) -> Device:
-    """An entry of the table: TFLOP/s, GB/s, GB."""
-    peaks = {"float32": single * 1e12, "bfloat16": half * 1e12, "float16": half * 1e12}
-    return Device(name, peaks, bandwidth * 1e9, memory * 10**9)
 
 
 DEVICES: dict[str, Device] = {
-    device.name: device
-    for device in (
-        _gpu("h100-sxm", 989.4, 66.9, 3350, 80),
-        _gpu("h200", 989.4, 66.9, 4800, 141),
-        _gpu("a100-80gb", 312, 19.5, 2039, 80),
-        _gpu("l40s", 362, 91.6, 864, 48),
-        _gpu("rtx-4090", 165.2, 82.6, 1008, 24),
-        _gpu("rtx-3090", 71, 35.6, 936, 24),
-        _gpu("mi300x", 1307, 163.4, 5300, 192),
+    name: Device(
+        name,
+        {"float32": single * 1e12} | dict.fromkeys(("bfloat16", "float16"), half * 1e12),
+        bandwidth * 1e9,
+        memory * 10**9,
+    )
+    for name, half, single, bandwidth, memory in (  # TFLOP/s, GB/s, GB
+        ("h100-sxm", 989.4, 66.9, 3350, 80),
+        ("h200", 989.4, 66.9, 4800, 141),
+        ("a100-80gb", 312, 19.5, 2039, 80),
+        ("l40s", 362, 91.6, 864, 48),
+        ("rtx-4090", 165.2, 82.6, 1008, 24),
+        ("rtx-3090", 71, 35.6, 936, 24),
+        ("mi300x", 1307, 163.4, 5300, 192),
     )
 }
 """Peaks of the vendors' data sheets, none measured: without sparsity, sums in float32, float32 without TF32."""
@@ -107,8 +98,11 @@ def find_device(device: str | os.PathLike[str]) -> Device:
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        peaks = _rates(tree["flops"])
-        attention = {str(kind): _rates(rates) for kind, rates in (tree.get("attention") or {}).items()}
+        peaks = {dtype: float(rate) for dtype, rate in tree["flops"].items()}
+        attention = {
+            kind: {dtype: float(rate) for dtype, rate in rates.items()}
+            for kind, rates in (tree.get("attention") or {}).items()
+        }
         memory = None if tree.get("memory") is None else int(tree["memory"])
         measured = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -118,14 +112,10 @@ def find_device(device: str | os.PathLike[str]) -> Device:
         ) from None
     everywhere = [peaks, *attention.values()]
     rates = [measured.bandwidth, *(rate for rates in everywhere for rate in rates.values())]
-    unknown = {dtype for rates in everywhere for dtype in rates} - set(BYTES) or set(attention) - {GLOBAL, LOCAL}
+    unknown = set().union(*everywhere) - set(BYTES) or set(attention) - {GLOBAL, LOCAL}
     if not peaks or unknown or not all(0 < rate < float("inf") for rate in rates):
         raise ZebraError(
             f"{path}: ceilings are positive rates for {', '.join(BYTES)}; got flops {peaks} and bandwidth "
             f"{measured.bandwidth:g}. Measure again."
         )
     return measured
-
-
-def _rates(tree: Mapping[str, float]) -> dict[str, float]:
-    return {str(dtype): float(rate) for dtype, rate in tree.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from bisect import bisect_right
 from dataclasses import replace
 
 from zebra.errors import ZebraError
@@ -36,22 +36,13 @@ def largest_length(run: Run, budget: int) -> int:
     """
     most = _MOST
     if run.self_extend:
-        most = run.self_extend.reach(run.decoder.trained_length) - (run.phase == "decode")
-    return _largest(lambda n: sum(memory(replace(run, length=n)).values()) <= budget, most)
+        most = min(most, run.self_extend.reach(run.decoder.trained_length) - (run.phase == "decode"))
+    return bisect_right(range(1, most + 1), budget, key=lambda n: sum(memory(replace(run, length=n)).values()))
 
 
 def largest_batch(run: Run, budget: int) -> int:
     """The most sequences whose memory is at most `budget` bytes, the rest as in `run`; 0 where not even one fits."""
-    return _largest(lambda n: sum(memory(replace(run, batch=n)).values()) <= budget, _MOST)
-
-
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number in [0, most] that fits, by bisection: whatever is smaller than a fitting one fits."""
-    low, high = 0, most + 1  # low fits (nothing always does), high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect_right(range(1, _MOST + 1), budget, key=lambda n: sum(memory(replace(run, batch=n)).values()))
 
 
 def suggest_layout(run: Run, *, budget: int | None = None, seconds: float | None = None, device: Device) -> Run | None:

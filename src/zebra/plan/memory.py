@@ -66,31 +66,38 @@ def saved_bytes_per_token(run: Run) -> int:
     return 2 * half + 4 * ((2 + norms) * h + d.heads + 2 + query_norm * (hd + kd + d.heads + d.kv_heads))
 
 
-def _extra_saved(run: Run) -> dict[str, int]:
-    """Bytes that autograd saves in one layer beyond `saved_bytes_per_token`, for each kind of layer."""
-    d, stripes = run.decoder, run.stripes
-    sizes = {"heads": d.heads, "query_width": d.query_width, "kv_width": d.kv_width}
-    half = run.dtype == "bfloat16"
+def memory(run: Run) -> dict[str, int]:
+    """Bytes by part on one device.
+
+    Outside training: weights, the cache, and the tensors of one layer, the residual and the wider of attention and MLP.
+    """
+    if run.phase == "train":
+        return _training(run)
+    d, size = run.decoder, BYTES[run.dtype]
+    mlp = d.mlp_matrices * max(d.intermediate_size, d.experts_per_token * d.expert_intermediate_size)
+    copies = 3 if run.self_extend else 2  # of queries and keys: as rotated for the far part too
+    working = 2 * d.hidden_size + max(copies * (d.query_width + d.kv_width), mlp)
     return {
-        kind: run.batch * stripes.extra_saved_bytes(kind, run.length, half=half, **sizes) if stripes else 0
-        for kind in {*d.kinds(stripes)}
+        "weights": size * d.num_parameters,
+        "keys and values": kv_bytes(run),
+        "one layer's work": size * run.tokens * working,
+        "logits": 4 * run.batch * d.vocab_size,
     }
 
 
-def memory(run: Run) -> dict[str, int]:
-    """Bytes by part on one device."""
-    return _training(run) if run.phase == "train" else _inference(run)
-
-
 def _training(run: Run) -> dict[str, int]:
-    d = run.decoder
+    d, stripes = run.decoder, run.stripes
     trained, half = trained_parameters(run), run.dtype == "bfloat16"
-    layer, extra = run.tokens * saved_bytes_per_token(run), _extra_saved(run)
+    kinds, sizes = d.kinds(stripes), {"heads": d.heads, "query_width": d.query_width, "kv_width": d.kv_width}
+    saved = dict.fromkeys(kinds, run.tokens * saved_bytes_per_token(run))
+    if stripes:
+        for kind in saved:
+            saved[kind] += run.batch * stripes.extra_saved_bytes(kind, run.length, half=half, **sizes)
     weights = 4 * d.num_parameters if not run.lora else BYTES[run.dtype] * d.num_parameters + 4 * trained
     by_part = d.parameters_by_part()
     cast = lora_parameters(run) if run.lora else by_part["projections"] + by_part["MLP"]
     parts = {"weights": weights, "gradients": 4 * trained, "AdamW": 8 * trained} | activation_memory(
-        [layer + extra[kind] for kind in d.kinds(run.stripes)],
+        [saved[kind] for kind in kinds],
         layer_input=4 * run.tokens * d.hidden_size,  # the residual stream is float32
         weights_cast=2 * cast if half else 0,
         vocab_size=d.vocab_size,
@@ -119,17 +126,3 @@ def activation_memory(
     if weights_cast:
         parts["weights cast to bfloat16"] = weights_cast
     return parts | {"a chunk of logits": 2 * 4 * CHUNK * vocab_size}
-
-
-def _inference(run: Run) -> dict[str, int]:
-    """Weights, the cache, and the tensors of one layer: the residual and the wider of attention and MLP."""
-    d, size = run.decoder, BYTES[run.dtype]
-    mlp = d.mlp_matrices * max(d.intermediate_size, d.experts_per_token * d.expert_intermediate_size)
-    copies = 3 if run.self_extend else 2  # of queries and keys: as rotated for the far part too
-    working = 2 * d.hidden_size + max(copies * (d.query_width + d.kv_width), mlp)
-    return {
-        "weights": size * d.num_parameters,
-        "keys and values": kv_bytes(run),
-        "one layer's work": size * run.tokens * working,
-        "logits": 4 * run.batch * d.vocab_size,
-    }
