@@ -179,7 +179,12 @@ def _perform(stage: Stage, before: Sequence[Stage]) -> None:
     """Run a stage from where it stands."""
     recipe, page = stage.recipe, stage.folder / "report.html"
     if stage.kind == "convert" and stage.source and stage.checkpoint:
-        _convert(stage, stage.source, stage.checkpoint)
+        stripes = recipe.stripes
+        if recipe.select is not None:
+            selection = _selected(recipe, stage.source, work=stage.folder / "selection", run=stage.name)
+            write_results(stage.folder / "results.jsonl", selection.results)
+            stripes = selection.stripes
+        convert(stage.source, stage.checkpoint, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
     elif stage.kind == "evaluate" and stage.source:
         results: list[Result] = []
         for name, arguments in recipe.measures().items():
@@ -201,16 +206,6 @@ def results_in(stage: Stage) -> list[Result]:
     return read_results(file) if file.exists() else []
 
 
-def _convert(stage: Stage, source: Path, target: Path) -> None:
-    recipe = stage.recipe
-    stripes = recipe.stripes
-    if recipe.select is not None:
-        selection = _selected(recipe, source, work=stage.folder / "selection", run=stage.name)
-        write_results(stage.folder / "results.jsonl", selection.results)
-        stripes = selection.stripes
-    convert(source, target, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
-
-
 def _selected(recipe: Convert, source: Path, **more: Any) -> Selection:
     """The layout that a conversion selects."""
     kwargs = _keyword_arguments("select", recipe.select or {}, select, without=("rope",))
@@ -222,10 +217,6 @@ def _measured(name: str, arguments: dict[str, Any], checkpoint: Path, **more: An
     kwargs = _keyword_arguments(name, arguments, _MEASURES[name], LoadOptions)
     results = _MEASURES[name](checkpoint, **kwargs, **more)
     return results[0] if name == "documents" else results
-
-
-class _Arguments(RecipeSection):
-    model_config = ConfigDict(arbitrary_types_allowed=True)
 
 
 def _keyword_arguments(
@@ -243,7 +234,8 @@ def _keyword_arguments(
         for p in parameters
         if p.kind is not p.VAR_KEYWORD and p.name not in excluded
     }
-    return dict(checked(section, create_model(name, __base__=_Arguments, **fields), f"its {name}"))
+    config = RecipeSection.model_config | ConfigDict(arbitrary_types_allowed=True)
+    return dict(checked(section, create_model(name, __config__=config, **fields), f"its {name}"))
 
 
 # Checked before the first stage works
@@ -259,7 +251,7 @@ def _check(stage: Stage, source: Path | None, target: Path) -> None:
             stripes = _selected(recipe, source, check_only=True).stripes
         else:
             stripes = Stripes.parse(f"0:{recipe.select.get('window')}")
-        _write_placeholder(target, source, *converted_config(source, stripes, recipe.rope, recipe.full_decode))
+        _write_placeholder(target, source, *converted_config(source, stripes, recipe.rope, recipe.full_decode), {})
     elif stage.kind == "evaluate" and source is not None:
         for name, arguments in recipe.measures().items():
             if _has_tokenizer(source):
@@ -269,8 +261,8 @@ def _check(stage: Stage, source: Path | None, target: Path) -> None:
 
 
 def _check_training(recipe: Any, source: Path | None, target: Path) -> None:
-    templates: dict[str, str] = {}
     check_files(recipe)
+    templates: dict[str, str] = {}
     if source is None:
         check_machine(recipe.train)
         config = config_of(recipe)
@@ -306,14 +298,14 @@ def _has_tokenizer(checkpoint: Path) -> bool:
 
 
 def _write_placeholder(
-    target: Path, source: Path | None, config: Any, local: LocalAttention, templates: dict[str, str] | None = None
+    target: Path, source: Path | None, config: Any, local: LocalAttention, templates: dict[str, str]
 ) -> None:
     """A directory that reads like a checkpoint: the source's files, linked, but for its config and its templates."""
     target.mkdir(parents=True)
     for file in source.iterdir() if source is not None else ():
-        if file.name not in ("config.json", "zebra.json", *(templates or {})):
+        if file.name not in ("config.json", "zebra.json", *templates):
             (target / file.name).symlink_to(file.resolve())
-    for name, text in (templates or {}).items():
+    for name, text in templates.items():
         (target / name).write_text(text, encoding="utf-8")
     write_config(config, target)
     write_zebra_json(target, config, local, source=source)
