@@ -32,9 +32,9 @@ from zebra.results import Result, read_results
 from zebra.stripes import Stripes
 from zebra.train.chat import Chat
 from zebra.train.dry_run import dry_run
-from zebra.train.instructions import AnswerSequences, TokenizedSource, read_instructions
+from zebra.train.instructions import read_instructions
 from zebra.train.recipe import read_recipe
-from zebra.train.sft import as_dataset
+from zebra.train.sft import AnswerSequences, TokenizedSource, as_dataset
 from zebra.train.tune import tune
 from zebra.train.tune_recipe import TuneRecipe
 

@@ -4,95 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from zebra.data.composition import KindStats, kind_stats, kind_table, mixture_tables
+from zebra.data.composition import kind_table, mixture_tables
 from zebra.data.conversations import Conversation, TokenizedConversation, read_conversations
 from zebra.data.corpus import Corpus
-from zebra.data.mixture import SelectedDocuments, Source, SourceStats, mix, select, split_sources
-from zebra.data.packing import IGNORE, PackedSequences, pack_whole
+from zebra.data.mixture import Source, SourceStats, mix, select, split_sources
+from zebra.data.packing import pack_whole
 from zebra.errors import ZebraError
 from zebra.progress import bar, console
 from zebra.train.chat import Chat
 from zebra.train.directory import is_first_process
 from zebra.train.gate import Gate, conversation_hash, is_held_out
 from zebra.train.recipe import MixtureSource
+from zebra.train.sft import AnswerSequences, ConversationTraining, TokenizedSource
 from zebra.train.trainer import tokens_per_step
 from zebra.train.tune_recipe import TuneRecipe
 
-Suites = dict[str, list[TokenizedConversation]]
-"""Conversations to measure on, by the name of their suite."""
 
-
-@dataclass(frozen=True)
-class TokenizedSource:
-    """The conversations of a source as tokens; `answers` says of each token whether the assistant says it."""
-
-    corpus: Corpus
-    answers: NDArray[np.bool_]
-    kinds: list[str]
-
-    def __getitem__(self, i: int) -> TokenizedConversation:
-        start, end = self.corpus.offsets[i : i + 2]
-        return TokenizedConversation(self.corpus.tokens[start:end].tolist(), self.answers[start:end].tolist())
-
-
-@dataclass(frozen=True)
-class AnswerSequences:
-    """Packed sequences as trl's collator reads them: tokens, labels on answers alone, lengths of the conversations."""
-
-    packed: PackedSequences
-    sources: Sequence[TokenizedSource]
-
-    def __len__(self) -> int:
-        return len(self.packed)
-
-    def __getitem__(self, i: int) -> dict[str, list[int]]:
-        sequence: dict[str, list[int]] = {"input_ids": [], "labels": [], "seq_lengths": []}
-        for document, _, count in self.packed.pieces[self.packed.firsts[i] : self.packed.firsts[i + 1]]:
-            source, conversation = self._locate(document)
-            ids, answers = source[conversation]
-            sequence["input_ids"] += ids
-            sequence["labels"] += [token if answer else IGNORE for token, answer in zip(ids, answers, strict=True)]
-            sequence["seq_lengths"].append(int(count))
-        return sequence
-
-    def kind_stats(self) -> list[KindStats]:
-        """What the sequences consist of, by kind and length."""
-        located = [self._locate(document) for document in self.packed.pieces[:, 0]]
-        kinds = [source.kinds[i] for source, i in located]
-        answers = np.array([sum(source[i].assistant_mask) for source, i in located])
-        return kind_stats(kinds, self.packed.pieces[:, 2], answers)
-
-    def _locate(self, document: int) -> tuple[TokenizedSource, int]:
-        """The source of a packed document, and which of its conversations it is."""
-        selected = self.packed.documents
-        assert isinstance(selected, SelectedDocuments)
-        return self.sources[selected.sources[document]], int(selected.documents[document])
-
-
-class TrainingConversations(NamedTuple):
-    """What is trained and measured on.
-
-    Attributes:
-        sequences: to train on.
-        suites: to measure on.
-        stats: what a mixture took of each source.
-        counts: conversations with each fault, and what was cut.
-    """
-
-    sequences: AnswerSequences
-    suites: Suites
-    stats: list[SourceStats]
-    counts: dict[str, int]
-
-
-def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrainedModel]) -> TrainingConversations:
+def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrainedModel]) -> ConversationTraining:
     """Read, check, choose and pack the conversations of a recipe, and print what they consist of.
 
     Args:
@@ -123,18 +55,18 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
     )
     stats: list[SourceStats] = []
     if data.sources is None:
-        sequences = AnswerSequences(pack_whole(select(splits), length), tokenized)
+        packed = pack_whole(select(splits), length)
     else:
         count = recipe.train.max_steps * tokens_per_step(recipe) // length
         mixture = mix(splits, count, length, join=False, seed=recipe.train.seed, whole=True)
-        sequences, stats = AnswerSequences(mixture.sequences, tokenized), mixture.stats
+        packed, stats = mixture.sequences, mixture.stats
         if is_first_process():
             console.print(mixture_tables(mixture))
+    sequences = AnswerSequences(packed, tokenized)
     if is_first_process():
         console.print(kind_table(sequences.kind_stats()))
         if faults := _listed(gate.counts):
             console.print(f"{faults}.", highlight=False)
-    measured: Suites
     if data.held_out is None:
         measured = {
             name: [tokens for tokens, _, _ in _fitting(conversations, recipe, chat)]
@@ -150,7 +82,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
             for split, source in zip(splits, tokenized, strict=True)
             if len(split.held_out)
         }
-    return TrainingConversations(sequences, measured, stats, dict(gate.counts))
+    return ConversationTraining(recipe, chat.tokenizer, sequences, measured, stats, dict(gate.counts))
 
 
 def _tokenize(

@@ -8,34 +8,97 @@ and as exact (docs/log.md); both read the states of answers alone on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from zebra.data.packing import IGNORE
+from zebra.data.composition import KindStats, kind_stats
+from zebra.data.conversations import TokenizedConversation
+from zebra.data.corpus import Corpus
+from zebra.data.mixture import SelectedDocuments, SourceStats
+from zebra.data.packing import IGNORE, PackedSequences
 from zebra.evaluate.answers import answer_score
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.results import Result
-from zebra.train.instructions import AnswerSequences, TrainingConversations
 from zebra.train.measuring import source_results
 from zebra.train.run import TrainingData
 from zebra.train.trainer import optimizer_of, refuse_diverged, training_arguments
 from zebra.train.tune_recipe import TuneRecipe
 
 
+@dataclass(frozen=True)
+class TokenizedSource:
+    """The conversations of a source as tokens; `answers` says of each token whether the assistant says it."""
+
+    corpus: Corpus
+    answers: NDArray[np.bool_]
+    kinds: list[str]
+
+    def __getitem__(self, i: int) -> TokenizedConversation:
+        start, end = self.corpus.offsets[i : i + 2]
+        return TokenizedConversation(self.corpus.tokens[start:end].tolist(), self.answers[start:end].tolist())
+
+
+@dataclass(frozen=True)
+class AnswerSequences:
+    """Packed sequences as trl's collator reads them: tokens, labels on answers alone, lengths of the conversations."""
+
+    packed: PackedSequences
+    sources: Sequence[TokenizedSource]
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        sequence: dict[str, list[int]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+        for document, _, count in self.packed.pieces[self.packed.firsts[i] : self.packed.firsts[i + 1]]:
+            source, conversation = self._locate(document)
+            ids, answers = source[conversation]
+            sequence["input_ids"] += ids
+            sequence["labels"] += [token if answer else IGNORE for token, answer in zip(ids, answers, strict=True)]
+            sequence["seq_lengths"].append(int(count))
+        return sequence
+
+    def kind_stats(self) -> list[KindStats]:
+        """What the sequences consist of, by kind and length."""
+        located = [self._locate(document) for document in self.packed.pieces[:, 0]]
+        kinds = [source.kinds[i] for source, i in located]
+        answers = np.array([sum(source[i].assistant_mask) for source, i in located])
+        return kind_stats(kinds, self.packed.pieces[:, 2], answers)
+
+    def _locate(self, document: int) -> tuple[TokenizedSource, int]:
+        """The source of a packed document, and which of its conversations it is."""
+        selected = self.packed.documents
+        assert isinstance(selected, SelectedDocuments)
+        return self.sources[selected.sources[document]], int(selected.documents[document])
+
+
 @dataclass
 class ConversationTraining(TrainingData):
-    """A recipe's conversations as what a training trains and is measured on."""
+    """A recipe's conversations as what a training trains and is measured on.
+
+    Attributes:
+        sequences: to train on.
+        suites: conversations to measure on, by the name of their suite.
+        stats: what a mixture took of each source.
+        counts: conversations with each fault, and what was cut.
+    """
 
     recipe: TuneRecipe
     tokenizer: PreTrainedTokenizerBase
-    conversations: TrainingConversations
+    sequences: AnswerSequences
+    suites: dict[str, list[TokenizedConversation]]
+    stats: list[SourceStats]
+    counts: dict[str, int]
 
     def trainer(self, model: PreTrainedModel, checkpoints: Path) -> SFTTrainer:
         """trl's trainer, which trains on answers alone."""
@@ -50,7 +113,7 @@ class ConversationTraining(TrainingData):
         return _AnswerTrainer(
             model=model,
             args=arguments,
-            train_dataset=as_dataset(self.conversations.sequences),
+            train_dataset=as_dataset(self.sequences),
             processing_class=self.tokenizer,
             optimizer_cls_and_kwargs=optimizer_of(self.recipe.train),
         )
@@ -59,7 +122,7 @@ class ConversationTraining(TrainingData):
         """The loss on the answers of each suite."""
         train = self.recipe.train
         results = []
-        for name, conversations in self.conversations.suites.items():
+        for name, conversations in self.suites.items():
             score = answer_score(name, model, conversations, seed=train.seed)
             results.append(
                 Result(
@@ -91,16 +154,16 @@ class ConversationTraining(TrainingData):
                 position_to=stats.high,
                 **columns,
             )
-            for stats in self.conversations.sequences.kind_stats()
+            for stats in self.sequences.kind_stats()
             for metric, value in (
                 ("samples", stats.samples),
                 ("tokens", stats.tokens),
                 ("answer_tokens", stats.answer_tokens),
             )
         ]
-        counts = self.conversations.counts.items()
+        counts = self.counts.items()
         quality = [Result(task="quality", metric=name, value=count, **columns) for name, count in counts]
-        return [*source_results(self.conversations.stats, **columns), *by_kind, *quality]
+        return [*source_results(self.stats, **columns), *by_kind, *quality]
 
 
 def as_dataset(sequences: AnswerSequences) -> Dataset:

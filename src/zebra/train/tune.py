@@ -11,13 +11,12 @@ from zebra.errors import ZebraError
 from zebra.model.load import best_device, load
 from zebra.results import Result
 from zebra.train.chat import Chat
-from zebra.train.instructions import read_instructions
-from zebra.train.run import Start, run_recipe
+from zebra.train.run import run_recipe
 from zebra.train.source import CheckpointStart, read_source
 from zebra.train.tune_recipe import TuneRecipe
 
 try:
-    from zebra.train.sft import ConversationTraining
+    from zebra.train.instructions import read_instructions
 except ImportError as error:
     raise ZebraError(f"tuning needs trl and datasets ({error}). Run pip install 'zebra-llm[tune]'.") from None
 
@@ -32,12 +31,11 @@ def tune(recipe: TuneRecipe) -> list[Result]:
     config, tokenizer = read_source(recipe)
     chat = Chat(tokenizer, recipe.chat_template, recipe.model)
     start = CheckpointStart(recipe, config, tokenizer, lambda model: _finish(recipe, model, config, chat))
-
-    def read(_: Start) -> ConversationTraining:
-        conversations = read_instructions(recipe, chat, lambda: load(recipe.model).to(best_device()))
-        return ConversationTraining(recipe, tokenizer, conversations)
-
-    return run_recipe(recipe, lambda run: start, read)
+    return run_recipe(
+        recipe,
+        lambda run: start,
+        lambda _: read_instructions(recipe, chat, lambda: load(recipe.model).to(best_device())),
+    )
 
 
 _CHANGED_BY_TRL = ("pad_token_id", "bos_token_id", "eos_token_id", "router_aux_loss_coef", "output_router_logits")
