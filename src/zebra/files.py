@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -74,6 +75,12 @@ def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, part
             f"{file.parent} began with other inputs: {' and '.join(changed)} changed since. "
             f"Restore them to go on with it, or {instead}."
         )
+
+
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def user_cache_dir(kind: str) -> Path:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from zebra.data.documents import Document, document_format, find_files, read_documents
 from zebra.data.encoding import Encoder, encode_batches
 from zebra.errors import ZebraError
-from zebra.files import atomic_directory, user_cache_dir
+from zebra.files import atomic_directory, file_digest, user_cache_dir
 from zebra.progress import bar, console
 
 _BATCH_CHARACTERS = 1 << 20
@@ -101,7 +101,7 @@ def read_corpus(
         ZebraError: what `read_documents` raises, and a text that changes meanwhile.
     """
     files = find_files(patterns)
-    digests = [_digest(file) for file in files]
+    digests = [file_digest(file) for file in files]
     key = hashlib.sha256(json.dumps([encoder.digest, encoder.append]).encode())
     for file, digest in zip(files, digests, strict=True):
         key.update(json.dumps([*document_format(file, separator, field), digest]).encode())
@@ -128,14 +128,9 @@ def read_corpus(
     return _open(entry)
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _check_unchanged(files: Sequence[Path], digests: Sequence[str]) -> None:
     for file, digest in zip(files, digests, strict=True):
-        if not file.exists() or _digest(file) != digest:
+        if not file.exists() or file_digest(file) != digest:
             raise ZebraError(f"{file} changed while it was tokenised. Start again when nothing writes it.") from None
 
 

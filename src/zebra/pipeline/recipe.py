@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint
-from zebra.train.recipe import AdaptRecipe, CheckpointRecipe, PretrainRecipe, RecipeSection, checked, read_recipe
+from zebra.train.recipe import AdaptRecipe, PretrainRecipe, Recipe, RecipeSection, checked, read_recipe
 from zebra.train.tune_recipe import TuneRecipe
 
 
@@ -137,8 +137,8 @@ def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], b
     source, after = _source(where, kind, section, pipeline.model, before)
     if kind == "report" and all(other.kind == "report" for other in before.values()):
         raise ZebraError(f"{where}: a report is of the stages before it, and there is none. Move it to the end.")
-    if issubclass(KINDS[kind], CheckpointRecipe) or kind == "pretrain":
-        keys = {"run": str(folder)} | ({} if kind == "pretrain" else {"model": str(source)})
+    if issubclass(KINDS[kind], Recipe):
+        keys = {"run": str(folder)} | ({"model": str(source)} if source else {})
         if twice := sorted(keys.keys() & section.keys()):
             raise ZebraError(f"{where}: the pipeline sets {' and '.join(twice)} of a stage. Remove it here.")
         section |= keys

@@ -28,7 +28,7 @@ from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.evaluate import documents, harness, perplexity, retrieval
 from zebra.evaluate.selection import Selection, select
-from zebra.files import atomic_write, check_inputs, directory_lock
+from zebra.files import atomic_write, check_inputs, directory_lock, file_digest
 from zebra.model.checkpoint import (
     checkpoint_digest,
     read_config,
@@ -143,12 +143,15 @@ def _state(stage: Stage) -> str:
 def inputs_of(stage: Stage) -> dict[str, str]:
     """All that a stage's results depend on: names to values, or to digests; where the pipeline lies is not among them.
 
+    A training compares less when it is started again: no generation config, no template, no sinks, and it rejects a
+    directory that was moved. So the record is the pipeline's for every kind of stage.
+
     Raises:
         ZebraError: files, or a checkpoint, that do not exist.
     """
     section = stage.recipe.model_dump(mode="json", exclude={"run"} | ({"model"} if stage.source else set()))
     inputs = {"kind": stage.kind} | flatten(section)
-    inputs |= {str(file): _digest(file) for file in find_files(named_files(section))}
+    inputs |= {str(file): file_digest(file) for file in find_files(named_files(section))}
     return inputs | ({"its checkpoint": digest_of(stage.source)} if stage.source else {})
 
 
@@ -163,13 +166,8 @@ def digest_of(checkpoint: Path) -> str:
     parts = [checkpoint_digest(checkpoint), repr(read_local_attention(checkpoint))]
     for file in sorted(checkpoint.iterdir()):
         if file.is_file() and file.name != "zebra.json" and not file.name.endswith(_WEIGHTS):
-            parts.append(f"{file.name} {_digest(file)}")
+            parts.append(f"{file.name} {file_digest(file)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # What a stage does
