@@ -9,7 +9,7 @@ import torch
 
 from zebra import SelfExtend, ZebraError
 from zebra.masks import beyond, within
-from zebra.positions import grouped_key, grouped_query, reach, relative, suggest
+from zebra.positions import grouped_key, grouped_query, relative, suggest
 
 SETTINGS = [(1, 4), (2, 4), (3, 4), (4, 4), (8, 4), (3, 1), (5, 16), (16, 5)]
 
@@ -31,8 +31,8 @@ def test_the_papers_figure() -> None:
     """A model trained at 7 tokens reads 10 with a window of 4 and groups of 2: the largest distance is 6."""
     rows = [[relative(i, j, 2, 4) for j in range(i + 1)] for i in range(10)]
     assert rows == [[int(d) for d in line.split()] for line in FIGURE.strip().splitlines()]
-    assert reach(7, 2, 4) == 10
-    assert SelfExtend(2, 4).farthest(10) == 6
+    assert SelfExtend(2, 4).reach(7) == 10
+    assert relative(9, 0, 2, 4) == 6
 
 
 @pytest.mark.parametrize(("group", "window"), SETTINGS)
@@ -65,9 +65,9 @@ def test_reach_is_the_longest_text_whose_distances_the_model_knows(trained: int,
     def largest(n: int) -> int:
         return max(relative(i, 0, group, window) for i in range(n))
 
-    n = reach(trained, group, window)
+    n = SelfExtend(group, window).reach(trained)
     assert largest(n) < trained <= largest(n + 1)
-    assert largest(n) == SelfExtend(group, window).farthest(n)
+    assert largest(n) == relative(n - 1, 0, group, window)
     if window % group == 0:
         assert n == (trained - window) * group + window
 

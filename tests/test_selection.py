@@ -27,7 +27,7 @@ from zebra.evaluate.selection import select
 from zebra.evaluate.target import EvalTarget
 from zebra.model.layerwise import Layerwise
 from zebra.model.loss import head_of, token_losses
-from zebra.plan.budget import Budget
+from zebra.plan.budget import layers_within
 from zebra.plan.cost import Run, flops
 from zebra.plan.decoder import read_decoder
 from zebra.plan.memory import kv_bytes
@@ -197,17 +197,17 @@ def test_a_budget_of_cost_is_the_most_layers_that_meet_it() -> None:
         ("flops:0.95", 8192, lambda r: sum(flops(r).values()), 0.95 * sum(flops(run(None)).values())),
         ("cache:4GiB@131072", 131072, kv_bytes, 4 * 2**30),
     ):
-        count = Budget.parse(text).layers(which, Stripes(1024, pattern="L"), run)
+        count = layers_within(text, which, Stripes(1024, pattern="L"), run)
         assert cost(striped(count, at)) <= limit < cost(striped(count + 1, at))
-    assert Budget.parse("8").layers(which, Stripes(1024, pattern="L"), run) == 8
-    assert Budget.parse("0.25").layers(which, Stripes(1024, pattern="L"), run) == 8
-    assert Budget.parse("0.3").layers(range(5), Stripes(1024, pattern="L"), run) == 1
+    assert layers_within("8", which, Stripes(1024, pattern="L"), run) == 8
+    assert layers_within("0.25", which, Stripes(1024, pattern="L"), run) == 8
+    assert layers_within("0.3", range(5), Stripes(1024, pattern="L"), run) == 1
 
 
 @pytest.mark.parametrize(
     ("budget", "why"),
     [
-        ("0", "at least 1 layer"),
+        ("0", "a budget of 0 keeps 0"),
         ("-1", "a budget is a number"),
         ("32", "keeps 1 to 31; a budget of 32"),
         ("40", "keeps 1 to 31; a budget of 40"),
@@ -224,7 +224,7 @@ def test_a_budget_of_cost_is_the_most_layers_that_meet_it() -> None:
 )
 def test_a_budget_that_leaves_no_choice_is_refused(budget: str, why: str) -> None:
     with pytest.raises(ZebraError, match=why):
-        Budget.parse(budget).layers(range(32), Stripes(1024, pattern="L"), run)
+        layers_within(budget, range(32), Stripes(1024, pattern="L"), run)
 
 
 TEXTS = [str(TEXT / "tinystories_test.txt")]
@@ -279,7 +279,7 @@ def test_rows_and_page_of_a_selection(tmp_path: Path) -> None:
 KINDS = {"source": 3, "candidate": 5 + 4 + 3, "greedy": 1, "once": 1, "stride": 4, "local": 1}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"budget": "0"}, "at least 1 layer"),
+    ({"budget": "0"}, "a budget of 0 keeps 0"),
     ({"budget": "5"}, "keeps 1 to 4; a budget of 5"),
     ({"budget": "cache:1GiB"}, "leaves no choice"),
     ({"order": "best"}, "the orders are greedy and once; got 'best'"),
@@ -360,7 +360,7 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
     ("arguments", "words"),
     [
         (COMMON, ("Missing option '--budget'",)),
-        (("--budget", 0, *COMMON), ("at least 1 layer",)),
+        (("--budget", 0, *COMMON), ("a budget of 0 keeps 0",)),
         (("--budget", 9, *COMMON), ("keeps 1 to 4", "9")),
         (("--budget", 2, *COMMON, "--task", "lookups"), ("'lookups'", "multikey")),
         (("--budget", 2, *COMMON, "--text", "nothing.txt"), ("no text at nothing.txt",)),

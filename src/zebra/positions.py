@@ -52,14 +52,6 @@ def grouped_key(j: Position, group: int) -> Position:
     return j // group
 
 
-def reach(trained: int, group: int, window: int) -> int:
-    """The longest text of a model trained at L tokens: the largest whose every mapped distance is below L.
-
-    G (L - W + floor(W / G)), which is (L - W) G + W where G divides W.
-    """
-    return trained if group == 1 else group * (trained - window + window // group)
-
-
 @dataclass(frozen=True)
 class SelfExtend:
     """Self-Extend's setting: groups of `group` tokens share a position beyond a neighbour window of `window`.
@@ -110,12 +102,11 @@ class SelfExtend:
         return f"{self.group}:{self.window}" + (":log" if self.log_scale else "")
 
     def reach(self, trained: int) -> int:
-        """The longest text of a model trained at `trained` tokens."""
-        return reach(trained, self.group, self.window)
+        """The longest text of a model trained at L tokens: the largest whose every mapped distance is below L.
 
-    def farthest(self, length: int) -> int:
-        """The largest distance that a text of `length` tokens shows to the model."""
-        return int(relative(length - 1, 0, self.group, self.window))
+        G (L - W + floor(W / G)), which is (L - W) G + W where G divides W.
+        """
+        return trained if self.group == 1 else self.group * (trained - self.window + self.window // self.group)
 
     def check(self, trained: int) -> None:
         """Check that the window leaves a model trained at `trained` tokens something for the far part.

@@ -45,7 +45,7 @@ from zebra.model.checkpoint import checkpoint_digest
 from zebra.model.families import FULL, stripes_of, with_stripes
 from zebra.model.load import read_device
 from zebra.model.rope import as_rope
-from zebra.plan.budget import Budget
+from zebra.plan.budget import layers_within
 from zebra.plan.cost import BYTES, Run
 from zebra.plan.decoder import decoder_from_config
 from zebra.progress import bar, console
@@ -190,7 +190,7 @@ def _count(config: PreTrainedConfig, source: str, budget: str, local: Stripes, l
             dtype=kind if kind in BYTES else "float32",
         )
 
-    return Budget.parse(budget).layers(global_layers(source), local, run)
+    return layers_within(budget, global_layers(source), local, run)
 
 
 def _stripes(kinds: str, local: Stripes) -> Stripes:

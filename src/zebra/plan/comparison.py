@@ -25,14 +25,14 @@ def variants(run: Run) -> dict[str, Run]:
     """The run with full attention and with its stripes, and with Self-Extend added to each where it has a setting."""
     plain = replace(run, self_extend=None)
     by_name = {"full": replace(plain, stripes=None)}
+    striped = str(run.stripes) + ", full decode" * run.full_decode
     if run.stripes:
-        by_name[str(run.stripes) + ", full decode" * run.full_decode] = plain
+        by_name[striped] = plain
     if run.self_extend:
         extended = f"Self-Extend {run.self_extend}"
-        by_name |= {
-            extended if one.stripes is None else f"{name} + {extended}": replace(one, self_extend=run.self_extend)
-            for name, one in list(by_name.items())
-        }
+        by_name[extended] = replace(run, stripes=None)
+        if run.stripes:
+            by_name[f"{striped} + {extended}"] = run
     return by_name
 
 
@@ -44,8 +44,7 @@ def compare(run: Run, device: Device, *, budget: int | None = None, seconds: flo
         seconds: with it, or with `budget`, the tree suggests a layout that meets both.
     """
     d = run.decoder
-    settings = {"length": run.length, "batch": run.batch, "dtype": run.dtype, "phase": run.phase}
-    settings |= {"checkpointing": run.checkpointing, "lora": run.lora, "memory": budget, "seconds": seconds}
+    recorded = ("length", "batch", "dtype", "phase", "checkpointing", "lora")
     plan: dict[str, Any] = {
         "model": {
             "name": d.name,
@@ -53,15 +52,13 @@ def compare(run: Run, device: Device, *, budget: int | None = None, seconds: flo
             "by_part": d.parameters_by_part(),
             "exact": d.family in FAMILIES,
         },
-        "settings": settings,
-        "device": {"name": device.name, "source": device.source, "bandwidth": device.bandwidth}
-        | {"flops": dict(device.flops), "memory": device.memory},
+        "settings": {name: getattr(run, name) for name in recorded} | {"memory": budget, "seconds": seconds},
+        "device": {name: getattr(device, name) for name in ("name", "source", "bandwidth", "flops", "memory")},
         "layouts": [_costs(name, one, device, budget) for name, one in variants(run).items()],
         "complexity": complexity(run),
     }
     if budget is not None or seconds is not None:
-        plain = replace(run, self_extend=None)
-        suggested = fit.suggest_layout(plain, budget=budget, seconds=seconds, device=device)
+        suggested = fit.suggest_layout(replace(run, self_extend=None), budget=budget, seconds=seconds, device=device)
         plan["suggested_layout"] = suggested and str(suggested.stripes or "full")
     return plan
 
@@ -139,15 +136,14 @@ def curves(run: Run, device: Device) -> dict[str, dict[str, list[float]]]:
 def headline(plan: dict[str, Any]) -> str:
     """What the tables are about, in two lines."""
     model, settings, device = plan["model"], plan["settings"], plan["device"]
-    training = [f"LoRA of rank {settings['lora']}"] if settings["lora"] else []
-    training += ["activation checkpointing"] if settings["checkpointing"] else []
     phase = {"train": "a training step over", "prefill": "reading", "decode": "one token after"}[settings["phase"]]
     note = "" if model["exact"] else ", estimated as a Llama: its family is not in the table"
     ceilings = "ceilings measured" if device["source"] == MEASURED else "the vendor's peaks, which no run reaches"
-    first = f"{model['name']}: {model['parameters']:,} parameters{note}"
     batch = f" x {settings['batch']:,} sequences" if settings["batch"] > 1 else ""
-    second = f"{phase} {settings['length']:,} tokens{batch}, {settings['dtype']}"
-    return f"{first}\n{', '.join([second, *training])}; {device['name']}, {ceilings}"
+    what = f"{phase} {settings['length']:,} tokens{batch}, {settings['dtype']}"
+    what += f", LoRA of rank {settings['lora']}" if settings["lora"] else ""
+    what += ", activation checkpointing" if settings["checkpointing"] else ""
+    return f"{model['name']}: {model['parameters']:,} parameters{note}\n{what}; {device['name']}, {ceilings}"
 
 
 def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:

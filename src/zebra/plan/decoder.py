@@ -185,8 +185,7 @@ def read_decoder(model: str | os.PathLike[str]) -> Decoder:
 
 def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
     """The decoder of a config's fields, or of its `text_config`; raises what `read_decoder` raises."""
-    inner = fields.get("text_config")
-    fields = inner if isinstance(inner, Mapping) and inner else fields
+    fields = fields.get("text_config") or fields
     unknown = ("kv_lora_rank", "shared_expert_intermediate_size", "n_shared_experts")
     if unsupported := [key for key in unknown if fields.get(key)]:
         raise ZebraError(
