@@ -98,8 +98,7 @@ def complexity(run: Run) -> list[dict[str, Any]]:
     kinds = [("global", "N²", "N", float(visible_pairs(n)), float(n))]
     if run.stripes:
         w, sinks = run.stripes.window, run.stripes.sinks
-        plain = replace(run, self_extend=None, full_decode=False)
-        one = replace(plain, phase="prefill", batch=1, checkpointing=False, lora=None)
+        one = Run(decoder=d, stripes=run.stripes, length=n)
         kinds.append(("local", "N w", "w", float(visible_pairs(n, w, sinks)), float(min(n, w - 1) + sinks)))
         grouped = (pairs(one) / d.layers, cached_tokens(one) / d.layers)
         kinds.append(("grouped", "N²/g + (1 − 1/g) N w", "N/g + (1 − 1/g) w", *grouped))
@@ -118,7 +117,7 @@ def complexity(run: Run) -> list[dict[str, Any]]:
 def curves(run: Run, device: Device) -> dict[str, dict[str, list[float]]]:
     """Attention FLOPs, KV bytes and seconds over LENGTHS for each variant; Self-Extend ends where its reach ends."""
     by_name: dict[str, dict[str, list[float]]] = {}
-    for name, one in variants(replace(run, length=1)).items():
+    for name, one in variants(run).items():
         reach = fit.largest_length(one, 2**80)
         runs = [replace(one, length=n) for n in LENGTHS if n <= reach]
         by_name[name] = {

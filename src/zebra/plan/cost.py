@@ -61,16 +61,13 @@ class Run:
         training = self.phase == "train"
         allowed = ("float32", "bfloat16") if training else tuple(BYTES)
         if self.dtype not in allowed:
-            raise ZebraError(
-                f"the dtype in {self.phase} is one of {', '.join(allowed)}; got {self.dtype!r}. Choose one."
-            )
+            names = ", ".join(allowed)
+            raise ZebraError(f"the dtype in {self.phase} is one of {names}; got {self.dtype!r}. Choose one.")
         for name, value in (("length", self.length), ("batch", self.batch), ("LoRA's rank", self.lora)):
             if value is not None and not 1 <= value <= LARGEST:
                 raise ZebraError(f"the {name} is a whole number from 1 to 10^12; got {str(value)[:20]}. Change it.")
         if not training and (self.checkpointing or self.lora):
-            raise ZebraError(
-                f"checkpointing and LoRA belong to the phase train; got the phase {self.phase}. Drop them."
-            )
+            raise ZebraError(f"checkpointing and LoRA belong to the phase train; got {self.phase}. Drop them.")
         self.decoder.kinds(self.stripes)  # raises for a layer beyond the model
         if self.self_extend is not None:
             _check_self_extend(self, self.self_extend)
