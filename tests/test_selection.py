@@ -355,6 +355,11 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
     assert "measured, greedy" in done.stdout
     assert f"layout {layout}" in done.stdout
 
+    again = tmp_path / "full-decode"
+    done = zebra("select", STORIES, "--budget", 2, *COMMON, "-o", work, "--convert", again, "--full-decode")
+    assert f"{layout}, full decode" in done.stdout
+    assert json.loads((again / "zebra.json").read_text())["full_decode"] is True
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -366,6 +371,8 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
         (("--budget", 2, *COMMON, "--text", "nothing.txt"), ("no text at nothing.txt",)),
         (("--budget", 2, *COMMON, "--window", "many"), ("got 'L:many'",)),
         (("--budget", 2, *COMMON, "--convert", STORIES), ("same directory",)),
+        (("--budget", 2, *COMMON[:-2]), ("by a text or by retrieval tasks",)),
+        (("--budget", 2, *COMMON, "--full-decode"), ("--full-decode belongs to the conversion",)),
     ],
 )
 def test_a_refusal_is_one_line(

@@ -132,7 +132,7 @@ def paired_seconds(
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest of the tensors' errors, each in the Frobenius norm relative to the expected; NaN if one is."""
+    """The largest error of pairs of tensors of one shape, each relative to the norm of the expected; NaN if one is."""
     pairs = zip(results, expected, strict=True)
     errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
     return max(errors, key=lambda error: (math.isnan(error), error))  # `max` alone passes over NaN

@@ -9,13 +9,14 @@ import typer
 
 from zebra.cli import options, show
 from zebra.data.documents import find_files
+from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint, check_conversion
 from zebra.stripes import Stripes
 
 
 def convert(
     source: options.Checkpoint,
-    target: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
+    target: Annotated[Path, typer.Argument(help="Directory to write; it must not exist, or be empty.")],
     stripes: Annotated[
         str,
         typer.Option(
@@ -95,12 +96,17 @@ def select(
     target: Annotated[
         Path | None, typer.Option("--convert", help="Also convert the checkpoint to the layout, into this directory.")
     ] = None,
+    full_decode: options.FullDecodeFlag = False,
     as_json: options.Json = False,
 ) -> None:
     """Choose by measurement which layers stay global, within a budget."""
     check_conversion(checkpoint, target, f"L:{window}", rope)
+    if not text and not tasks:
+        raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
+    if full_decode and target is None:
+        raise ZebraError("--full-decode belongs to the conversion; got no --convert. Add it, or leave both out.")
     find_files(text or ())
-    arguments = options.call_arguments(locals(), "target")
+    arguments = options.call_arguments(locals(), "target", "full_decode")
     if tasks is not None:
         from zebra.data.needles import check_task
 
@@ -116,7 +122,7 @@ def select(
         write_report(read_results(work / "results.jsonl"), work / "report.html")
         for line in better_strides(selection.results):
             show.note(line)
-    written = None if target is None else _converted(checkpoint, target, selection.stripes, rope, False)
+    written = None if target is None else _converted(checkpoint, target, selection.stripes, rope, full_decode)
     show.selection(selection, written, as_json)
     show.note(f"results {work}/results.jsonl, page {work}/report.html")
 

@@ -229,8 +229,8 @@ def machine(facts: dict[str, str], servings: Sequence[Serving], as_json: bool) -
         by_request.setdefault(serving.request, {})[serving.dtype] = serving.kernel
     dtypes = dict.fromkeys(serving.dtype for serving in servings)
     _table(["kernel by request", *dtypes], [(request, *kernels.values()) for request, kernels in by_request.items()])
-    declines = [(kernel, "; ".join(why) or "it serves every request") for kernel, why in reasons.items()]
-    _table(["kernel", "declines because"], declines)
+    declines = [(kernel, "; ".join(why)) for kernel, why in reasons.items() if why]
+    _table(["kernel", "declines some of these requests because"], declines)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: slice = slice(0)) -> None:

@@ -2,7 +2,8 @@
 
     loss = - sum over the answers' tokens of log p(token | all before it) / number of these tokens
 
-Conversations lie side by side in one row and never see each other; intervals are 95 % bootstraps over conversations.
+Conversations lie side by side in one sequence and never see each other. Intervals are 95 % bootstraps over
+conversations.
 """
 
 from __future__ import annotations

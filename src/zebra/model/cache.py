@@ -215,7 +215,7 @@ class SelfExtendLayer(_PerSequenceStates, GrowingLayer):
         self.record_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Append the values; the keys wait for the attention function."""
+        """Append values (B, K, T, D) and return all (B, K, S, D); the keys wait for the attention function."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.values = self._value_buffer.append(self.values, value_states)
@@ -314,7 +314,7 @@ class SinkLayer(_PerSequenceStates, TrimmedSlidingLayer):
         self._unstored: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Append new keys and values; return those that the new queries may see. `store` then takes the sinks."""
+        """Append keys and values (B, K, T, D); return those that the new queries may see. `store` takes the sinks."""
         keys, values = super().update(key_states, value_states)
         self._unstored = None if self._is_complete else (key_states, value_states)
         return SinkKeys(keys, self.cumulative_length - keys.shape[-2], layer=self), values

@@ -90,7 +90,7 @@ class SummaryAttention:
         self, module: nn.Module, positions: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Mask, /,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """`summary_attention` of the layer's keys."""
+        """`summary_attention` of a query (B, H, T, D) and the keys and values (B, K, S, D) of the layer."""
         return self.compute(query, key, value, mask, block=self.block, **kwargs)
 
 

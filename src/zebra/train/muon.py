@@ -46,7 +46,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def split(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
-    """What is trained: the matrices inside the layers, and the rest."""
+    """What is trained: the matrices (m, n) inside the layers, and the rest, of any shape."""
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     ends = {*map(id, tables), id(model.get_output_embeddings().weight)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

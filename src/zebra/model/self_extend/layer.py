@@ -143,7 +143,7 @@ class GroupedRotation:
         return rotation_between(self.frequencies, original, grouped_key(true, self.setting.group), dtype)
 
     def check_continues(self, key: Tensor | PendingKeys, positions: _Positions, past: int) -> None:
-        """Reject new tokens whose positions do not continue those of the `past` cached ones.
+        """Reject new tokens whose positions do not continue those of the `past` cached ones; `key` is (B, K, S, D).
 
         Our cache remembers where its sequences begin; in another one they begin at 0, or with padding that is counted.
         """
