@@ -182,7 +182,7 @@ class Evaluation(TrainerCallback):
         results = self.evaluate(kwargs["model"], state.global_step)
         state.log_history.append({"step": state.global_step, "results": [result.columns() for result in results]})
         if state.is_world_process_zero:
-            names = [f"to {one.position_to}" if one.position_to else one.task for one in results]
+            names = [f"{one.position_from}–{one.position_to}" if one.position_to else one.task for one in results]
             values = ", ".join(f"{name} {one.value:.4f}" for name, one in zip(names, results, strict=True))
             console.print(f"step {state.global_step}: {results[0].metric} {values}", highlight=False)
 
