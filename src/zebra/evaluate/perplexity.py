@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from zebra.data.corpus import Corpus, read_corpus
@@ -108,16 +109,15 @@ def perplexity(
     bounds = edges(length, prompt or 0, first_bucket)
     sums = np.zeros((len(bounds) - 1, len(corpus)))
     counts = np.zeros_like(sums)
-    head = head_of(model)
     with evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
         for batch in _batches(windows, batch_tokens):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
-            kwargs = without_logits(model.device)
+            kwargs: dict[str, Any] = {}
             if prompt is not None:
                 cache = bounded_cache(model)
                 cache.set_prompt_length(prompt)
-                kwargs |= {"past_key_values": cache, "use_cache": True}
-            losses = token_losses(model(ids, **kwargs).hidden_states[-1], head, ids).double().cpu().numpy()
+                kwargs = {"past_key_values": cache, "use_cache": True}
+            losses = sequence_losses(model, ids, **kwargs)
             for window, token_loss in zip(batch, losses, strict=True):
                 for i, (start, end) in enumerate(itertools.pairwise(bounds)):
                     inside = token_loss[max(start, window.scored_from) : end]
@@ -128,6 +128,20 @@ def perplexity(
     if len(bounds) > 2 and prompt is None:
         buckets.append((0, length, sums.sum(axis=0), counts.sum(axis=0)))
     return [_score(*bucket, seed) for bucket in buckets if bucket[3].any()]
+
+
+def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArray[np.float64]:
+    """The loss of each token of sequences, given the tokens before it, in nats; of a first token 0.
+
+    Args:
+        ids: (B, T).
+        kwargs: of the model's forward, such as a cache.
+
+    Returns:
+        (B, T).
+    """
+    states = model(ids, **(without_logits(model.device) | kwargs)).hidden_states[-1]
+    return token_losses(states, head_of(model), ids).double().cpu().numpy()
 
 
 def _score(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
