@@ -5,18 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-import re
-import shutil
-import zipfile
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -24,13 +17,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write
 from zebra.model.checkpoint_files import check_checkpoint, read_json_object
-from zebra.model.families import ignores_layer_types, model_class, route_of, stripes_of
+from zebra.model.families import ignores_layer_types, route_of, stripes_of
 from zebra.model.local import LocalAttention, layout_name
 from zebra.provenance import git_commit, versions
 
@@ -99,135 +91,13 @@ def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig | None
     return tokenizer
 
 
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
-
-
-def checkpoint_digest(path: str | os.PathLike[str]) -> str:
-    """A hash that distinguishes checkpoints: of config.json, and of 64 evenly spread samples of each weight file."""
-    directory = Path(path)
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for file in _weight_files(directory):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            for i in range(_SAMPLES):
-                opened.seek(size * i // _SAMPLES)
-                digest.update(opened.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> list[Path]:
-    """The weight files that transformers would load from a checkpoint on disk, after reading their headers.
-
-    Raises:
-        ZebraError: no weights, a missing, corrupt or truncated shard, tensors that are missing or of another shape than
-            the config says.
-    """
-    files = _weight_files(Path(path))
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        raise ZebraError(f"{path} lacks the shards {', '.join(absent)} that its index names. Copy them there.")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            shapes |= _shapes(file)
-        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise ZebraError(f"{file} is corrupt or truncated: {first_line(error)}. Copy it again.") from None
-    _check_shapes(path, config, shapes)
-    return files
-
-
-def _weight_files(where: Path) -> list[Path]:
-    """In transformers' order of preference; it reads no other index, such as one of the original format."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (where / single).is_file():
-            return [where / single]
-        index = where / f"{single}.index.json"
-        if index.is_file():
-            try:
-                return [where / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise ZebraError(f"{index} is not an index of shards. Copy it from the source again.") from None
-    raise ZebraError(f"{where} has no weights: neither model.safetensors nor an index of shards. Copy them there.")
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Each tensor's shape, without reading the tensor."""
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    mapped = zipfile.is_zipfile(file)  # torch's older format cannot be mapped
-    tensors = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-_ROTARY = r"rotary_emb\.inv_freq$"
-"""A buffer that older versions saved."""
-
-
-def _check_shapes(path: str | os.PathLike[str], config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    try:
-        with torch.device("meta"):
-            model = model_class(config)(config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError) as error:
-        raise ZebraError(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
-    # Of two tied tensors either may be the one that was saved.
-    tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
-    tied |= {second: first for first, second in tied.items()}
-    # Experts lie one by one in the files, and together in the model.
-    expected = revert_weight_conversion(model, model.state_dict())
-    ignored = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), _ROTARY])
-    unused = [name for name in shapes if name not in expected and name not in tied and not re.search(ignored, name)]
-    if unused:
-        raise ZebraError(
-            f"{path}: the weights have {unused[0]} and {len(unused) - 1} more tensors that config.json does not ask "
-            "for, which would be dropped in silence. Config and weights are of different models."
-        )
-    for name, tensor in expected.items():
-        if name in shapes and shapes[name] != tuple(tensor.shape):
-            raise ZebraError(
-                f"{path}: config.json asks for {name} of shape {tuple(tensor.shape)}, the weights have {shapes[name]}. "
-                "Config and weights are of different models."
-            )
-        if name not in shapes and tied.get(name) not in shapes:
-            raise ZebraError(
-                f"{path}: the weights lack {name}, which config.json asks for. "
-                "Config and weights are of different models, or a shard is gone."
-            )
-
-
-def copy_other_files(source: Path, target: Path, weights: Sequence[Path]) -> None:
-    """Copy the files beside a checkpoint's weights: the tokenizer, the generation config, the index of shards.
-
-    Weights in other formats are left out.
-    """
-    leave = {"config.json", "zebra.json", *(file.name for file in weights)}
-    for file in sorted(source.iterdir()):
-        if file.is_dir() and file.name == "additional_chat_templates":
-            shutil.copytree(file, target / file.name)
-        elif file.is_file() and file.name not in leave and file.suffix not in _WEIGHTS:
-            shutil.copyfile(file, target / file.name)
-
-
-_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx"}
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make a hard link where the file system allows one, a copy elsewhere."""
-    real = source.resolve()  # the hub's cache holds symbolic links
-    try:
-        os.link(real, target)
-    except OSError:
-        shutil.copyfile(real, target)
-
-
 def write_config(config: PreTrainedConfig, directory: Path) -> None:
     """Write config.json with every field of its class, defaults too: another version's defaults may differ."""
     whole = config.to_dict()
     values = config.to_diff_dict() | {name: whole[name] for name in own_fields(config) if name in whole}
     values.pop("_name_or_path", None)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    (directory / "config.json").write_text(text, encoding="utf-8")
+    atomic_write(directory / "config.json", text)
 
 
 def write_zebra_json(

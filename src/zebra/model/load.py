@@ -15,9 +15,6 @@ from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import (
-    check_weights,
-    copy_other_files,
-    link_or_copy,
     own_fields,
     read_config,
     read_local_attention,
@@ -30,6 +27,7 @@ from zebra.model.families import FULL, model_class, stripes_of, with_stripes
 from zebra.model.local import LocalAttention, set_local_attention, warn_settings_outside_config
 from zebra.model.rope import Rope, as_rope, changes_with_length, length_dependent_rope_hook, refuse_changing_rope
 from zebra.model.self_extend import resolve_self_extend, set_self_extend
+from zebra.model.weights import check_weights, copy_other_files, share_files
 from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
 
@@ -238,8 +236,7 @@ def write_converted(source: Path, target: Path, config: PreTrainedConfig, local:
     """
     weights = check_weights(source, config)
     with atomic_directory(target) as aside:
-        for file in weights:
-            link_or_copy(file, aside / file.name)
+        share_files(source, aside, weights)
         copy_other_files(source, aside, weights)
         write_config(config, aside)
         write_zebra_json(aside, config, local, source=source, **more)

@@ -30,7 +30,6 @@ from zebra.evaluate import documents, harness, perplexity, retrieval
 from zebra.evaluate.selection import Selection, select
 from zebra.files import atomic_write, check_inputs, directory_lock, file_digest
 from zebra.model.checkpoint import (
-    checkpoint_digest,
     read_config,
     read_local_attention,
     write_config,
@@ -39,6 +38,7 @@ from zebra.model.checkpoint import (
 from zebra.model.load import convert, converted_config
 from zebra.model.load_options import LoadOptions
 from zebra.model.local import LocalAttention
+from zebra.model.weights import checkpoint_digest
 from zebra.pipeline.recipe import Convert, Stage
 from zebra.progress import console
 from zebra.report import write_report

@@ -16,9 +16,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory
 from zebra.model.checkpoint import (
-    check_weights,
-    checkpoint_digest,
-    copy_other_files,
     load_tokenizer,
     read_config,
     write_config,
@@ -29,6 +26,7 @@ from zebra.model.load import load, write_converted
 from zebra.model.local import local_attention_of
 from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
 from zebra.model.verify import TOLERANCE
+from zebra.model.weights import check_weights, checkpoint_digest, copy_other_files
 from zebra.stripes import Stripes
 from zebra.train import lora
 from zebra.train.recipe import CheckpointRecipe
@@ -178,7 +176,7 @@ def _write_whole(model: PreTrainedModel, dtype: torch.dtype, source: Path, targe
     model.to(dtype)
     model.save_pretrained(target)
     written = {file.name for file in target.iterdir()}
-    stale = [file for file in source.iterdir() if file.name in written or file.name.endswith(".index.json")]
+    stale = [file.name for file in source.iterdir() if file.name in written or file.name.endswith(".index.json")]
     copy_other_files(source, target, stale)
     write_config(model.config, target)
 

@@ -1,0 +1,184 @@
+"""The weight files of a checkpoint: which they are, whether they hold the model of a config, and shared copies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from zebra.errors import ZebraError, first_line
+from zebra.model.families import model_class
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+def checkpoint_digest(path: str | os.PathLike[str]) -> str:
+    """A hash that distinguishes checkpoints: of config.json, and of 64 evenly spread samples of each weight file."""
+    directory = Path(path)
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for name in _weight_files(directory):
+        file = directory / name
+        size = file.stat().st_size
+        digest.update(f"{name} {size}".encode())
+        with file.open("rb") as opened:
+            for i in range(_SAMPLES):
+                opened.seek(size * i // _SAMPLES)
+                digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> list[str]:
+    """The weight files that transformers would load from a checkpoint on disk, relative to it, by their headers alone.
+
+    Raises:
+        ZebraError: no weights, a missing, corrupt or truncated shard, or one outside the directory; tensors that are
+            missing, of another shape than the config says, or of integers.
+    """
+    directory = Path(path)
+    files = _weight_files(directory)
+    if absent := [name for name in files if not (directory / name).is_file()]:
+        raise ZebraError(f"{path} lacks the shards {', '.join(absent)} that its index names. Copy them there.")
+    headers: dict[str, _Header] = {}
+    for name in files:
+        try:
+            headers |= _headers(directory / name)
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            text = f"{directory / name} is corrupt or truncated: {first_line(error)}. Copy it again."
+            raise ZebraError(text) from None
+    _check_tensors(path, config, headers)
+    return files
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """In transformers' order of preference; it reads no other index, such as one of the original format."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / single).is_file():
+            return [single]
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            try:
+                names = sorted({str(Path(name)) for name in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise ZebraError(f"{index} is not an index of shards. Copy it from the source again.") from None
+            for name in map(Path, names):
+                if name.is_absolute() or ".." in name.parts or name.suffix != Path(single).suffix:
+                    raise ZebraError(
+                        f"{index}: a shard is a {Path(single).suffix} file within the checkpoint's directory; got "
+                        f"{str(name)!r}. Move the shards there, and correct the index."
+                    )
+            return names
+    raise ZebraError(f"{directory} has no weights: neither model.safetensors nor an index of shards. Copy them there.")
+
+
+class _Header(NamedTuple):
+    """What a file says of a tensor; no dtype where weights are not computed in it: integers, 8 bits."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _headers(file: Path) -> dict[str, _Header]:
+    """Each tensor's header, without reading the tensor."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {name: _Header(tuple(s.get_shape()), _DTYPES.get(s.get_dtype())) for name, s in slices.items()}
+    mapped = zipfile.is_zipfile(file)  # torch's older format cannot be mapped
+    tensors = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError("it holds no table of tensors")
+    computed = _DTYPES.values()
+    return {name: _Header(tuple(t.shape), t.dtype if t.dtype in computed else None) for name, t in tensors.items()}
+
+
+_ROTARY = r"rotary_emb\.inv_freq$"
+"""A buffer that older versions saved."""
+
+
+def _check_tensors(path: str | os.PathLike[str], config: PreTrainedConfig, headers: dict[str, _Header]) -> None:
+    try:
+        with torch.device("meta"):
+            model = model_class(config)(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError) as error:
+        raise ZebraError(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
+    # Of two tied tensors either may be the one that was saved.
+    tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
+    tied |= {second: first for first, second in tied.items()}
+    # Experts lie one by one in the files, and together in the model.
+    expected = revert_weight_conversion(model, model.state_dict())
+    ignored = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), _ROTARY])
+    unused = [name for name in headers if name not in expected and name not in tied and not re.search(ignored, name)]
+    if unused:
+        raise ZebraError(
+            f"{path}: the weights have {unused[0]} and {len(unused) - 1} more tensors that config.json does not ask "
+            "for, which would be dropped in silence. Config and weights are of different models."
+        )
+    for name, tensor in expected.items():
+        header = headers.get(name)
+        if header is not None and header.shape != tuple(tensor.shape):
+            raise ZebraError(
+                f"{path}: config.json asks for {name} of shape {tuple(tensor.shape)}, the weights have {header.shape}. "
+                "Config and weights are of different models."
+            )
+        if header is not None and header.dtype is None and tensor.is_floating_point():
+            raise ZebraError(
+                f"{path}: {name} holds integers or 8-bit numbers, and config.json has no quantization_config that says "
+                "how to read them. Copy it from the source again, or take the checkpoint before quantisation."
+            )
+        if header is None and tied.get(name) not in headers:
+            raise ZebraError(
+                f"{path}: the weights lack {name}, which config.json asks for. "
+                "Config and weights are of different models, or a shard is gone."
+            )
+
+
+def share_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Give files of a checkpoint, by their paths relative to it, to another: hard links where possible, else copies."""
+    for name in names:
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        real = (source / name).resolve()  # the hub's cache holds symbolic links
+        try:
+            os.link(real, copy)
+        except FileExistsError:
+            raise
+        except OSError:
+            _copy_new(real, copy)
+
+
+def copy_other_files(source: Path, target: Path, weights: Sequence[str]) -> None:
+    """Copy the files beside a checkpoint's weights: the tokenizer, the generation config, the index of shards.
+
+    Weights in other formats are left out.
+    """
+    leave = {"config.json", "zebra.json", *weights}
+    for file in sorted(source.iterdir()):
+        if file.is_dir() and file.name == "additional_chat_templates":
+            shutil.copytree(file, target / file.name)
+        elif file.is_file() and file.name not in leave and file.suffix not in _WEIGHTS:
+            _copy_new(file, target / file.name)
+
+
+_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+def _copy_new(source: Path, target: Path) -> None:
+    """Copy a file's content to a name that is free: one that is not may be a link to the source."""
+    with source.open("rb") as read, target.open("xb") as written:
+        shutil.copyfileobj(read, written, 1 << 24)
