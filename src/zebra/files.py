@@ -1,18 +1,21 @@
-"""Files and directories that are complete or absent even if the process is killed, and locks.
+"""Files and directories that are complete or absent even if the process is killed or the power fails, and locks.
 
 And what a directory depends on, and the user's cache.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
-import platform
+import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,33 +26,172 @@ from zebra.errors import ZebraError
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to `target` when the body succeeds, and removed otherwise.
 
-    Temporary directories of the same target that killed processes of this machine left behind are removed first.
-
     Raises:
         ZebraError: the target exists and is not an empty directory.
     """
     target = Path(os.path.abspath(target))  # `.` has no name
     refuse_existing(target)
-    prefix = f".{target.name}.{platform.node()}"
-    for leftover in target.parent.glob(f"{glob.escape(prefix)}.*.partial"):
-        if not _is_running(leftover.name.split(".")[-2]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = target.with_name(f"{prefix}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with _partial(target, Path.mkdir) as partial:
         yield partial
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _rename(partial, target)
+        except OSError:
+            refuse_existing(target)  # another process was first
+            raise
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary file that is renamed to `path` when the body succeeds, and removed otherwise.
+
+    Whatever happens, the file at `path` is the new one, complete, or the old one, or absent. The body writes into the
+    file and does not replace it.
+
+    Raises:
+        ZebraError: the path is a folder or a device.
+    """
+    path = Path(os.path.abspath(path))
+    _refuse_other_kinds(path)
+    with _partial(path, Path.touch) as partial:
+        yield partial
+        _rename(partial, path)
 
 
 def atomic_write(path: str | os.PathLike[str], text: str) -> None:
-    """Write a temporary file and rename it: the file at `path` is complete, the old one, or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a text as an `atomic_file`."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def append_lines(path: str | os.PathLike[str], text: str) -> None:
+    """Append lines to a file, all or none; they start a new line even if the file's last line has no end."""
+    path = Path(os.path.abspath(path))
+    _refuse_other_kinds(path)
+    make_folder(path.parent)
+    with path.open("a+b", buffering=0) as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        lines = (b"" if file.read(1) in (b"", b"\n") else b"\n") + text.encode()
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(end)
+            raise
+    _sync(path.parent)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check that a file can be written, as far as that shows before it is; nothing is left behind.
+
+    Raises:
+        ZebraError: it cannot.
+    """
+    path = Path(os.path.abspath(path))
+    try:
+        _refuse_other_kinds(path)
+        if path.exists():
+            path.open("ab").close()
+        folder = next(parent for parent in path.parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\n")
+    except OSError as error:
+        raise ZebraError(f"{path} cannot be written: {error.strerror}. Name another file.") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents where they are absent, and sync the folders that hold them."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def sync(top: Path) -> None:
+    """Force a file, or a folder with all files in it, to the disk: after a rename only they survive a loss of power."""
+    for path in (top, *top.rglob("*")):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            _sync(path)
+
+
+def _rename(partial: Path, target: Path) -> None:
+    sync(partial)
+    os.replace(partial, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise ZebraError(f"{path} is a folder or a device. Name a file.")
+
+
+@contextmanager
+def _partial(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """A temporary path beside the target, removed at the end if it is still there.
+
+    It is locked while this process lives, and the next writer of the target removes those that are not. Locks hold
+    between containers too, where each process may have the same number. Errors name the target instead.
+    """
+    try:
+        make_folder(target.parent)
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
+            _remove_unlocked(leftover)
+        partial, lock = _create_locked(target, create)
+        try:
+            yield partial
+        finally:
+            _remove(partial)
+            os.close(lock)
+    except Exception as error:
+        private = re.compile(rf"\.({re.escape(target.name)})\.[0-9a-f]{{8}}\.partial")
+        error.args = tuple(private.sub(r"\1", one) if isinstance(one, str) else one for one in error.args)
+        if isinstance(error, OSError) and error.filename is not None:
+            error.filename = private.sub(r"\1", str(error.filename))
+        raise
+
+
+def _create_locked(target: Path, create: Callable[[Path], None]) -> tuple[Path, int]:
+    while True:
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        create(partial)
+        with suppress(FileNotFoundError):  # another writer removed it before the lock
+            lock = os.open(partial, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if partial.exists():
+                return partial, lock
+            os.close(lock)
+
+
+def _remove_unlocked(partial: Path) -> None:
+    with suppress(OSError):  # it is locked, or gone, or the file system has no locks
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(partial)
+        finally:
+            os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, partly: bool = False) -> None:
@@ -100,19 +242,6 @@ def refuse_existing(target: Path) -> None:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ZebraError(f"the target {target} exists already. Name another, or remove it first.")
-
-
-def _is_running(pid: str) -> bool:
-    """Whether a process other than this one has the number; in a container each may be number 1."""
-    if pid == str(os.getpid()):
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, ValueError):
-        return False
-    return True
 
 
 @contextmanager

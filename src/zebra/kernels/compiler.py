@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from zebra.files import user_cache_dir
+from zebra.files import atomic_file, user_cache_dir
 
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _PATIENCE = 300
@@ -50,12 +50,10 @@ def library(source: Path) -> ctypes.CDLL:
         version = subprocess.run([*_compiler(), "--version"], capture_output=True, timeout=_PATIENCE).stdout
         target = repr((command, version, sorted(cpu_flags()))).encode()
         name = hashlib.sha256(source.read_bytes() + target).hexdigest()[:32]
-        folder = user_cache_dir("kernels")
-        path = folder / f"{source.stem}-{name}.so"
+        path = user_cache_dir("kernels") / f"{source.stem}-{name}.so"
         if not path.exists():
             _log.warning("compiling %s for this CPU, once: some seconds", source.name)
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            with tempfile.TemporaryDirectory() as temporary, atomic_file(path) as partial:
                 output = Path(temporary) / path.name
                 command += [str(source), "-o", str(output)]
                 done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
@@ -63,7 +61,7 @@ def library(source: Path) -> ctypes.CDLL:
                     errors = (line for line in done.stderr.splitlines() if "error" in line)
                     reason = next(errors, f"exit code {done.returncode}")
                     raise Unbuilt(f"the compiler {command[0]} failed: {reason}")
-                output.replace(path)
+                shutil.copyfile(output, partial)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         raise Unbuilt(f"{source.name} could not be compiled and loaded: {error}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from zebra.errors import ZebraError
+from zebra.files import atomic_write, sync
 from zebra.progress import bar, console
 from zebra.results import Result
 from zebra.train.directory import processes
@@ -206,10 +206,8 @@ class _MarkComplete(TrainerCallback):
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             where = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for file in filter(Path.is_file, where.rglob("*")):  # sharded saves have folders
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            (where / COMPLETE).write_text(json.dumps(_sizes(where)), encoding="utf-8")
+            sync(where.parent)  # its entry there too
+            atomic_write(where / COMPLETE, json.dumps(_sizes(where)))
 
 
 class _ShowProgress(TrainerCallback):
