@@ -12,6 +12,7 @@ os.environ["COLUMNS"] = "200"  # the width of rich's tables
 import atexit
 import contextlib
 import io
+import json
 import logging
 import shutil
 import subprocess
@@ -216,6 +217,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def stories(tmp_path: Path) -> Path:
     """A copy of the real checkpoint that may be broken."""
     return Path(shutil.copytree(STORIES, tmp_path / "stories260K"))
+
+
+@pytest.fixture
+def ending_stories(stories: Path) -> Path:
+    """The real checkpoint with a tokenizer that puts its end of text behind every text: <s> A </s>."""
+    definition = json.loads((stories / "tokenizer.json").read_text())
+    template = definition["post_processor"]
+    template["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    template["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    (stories / "tokenizer.json").write_text(json.dumps(definition))
+    return stories
 
 
 @pytest.fixture

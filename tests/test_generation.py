@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,6 +22,10 @@ from conftest import STORIES, TEXT, Zebra, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import zebra
+from zebra.data.encoding import Encoder, encode_batches
+from zebra.data.haystack import Haystack, PromptTokenizer
+from zebra.data.qa import QAExample
+from zebra.evaluate.prompts import Prompts
 from zebra.generation import Decoding, Generated, _Writer
 
 ONCE = "Once upon a time, there was"
@@ -68,6 +73,24 @@ def test_greedy_tokens_equal_transformers(
     assert generated.prompt_tokens > 129
     assert 0 < generated.seconds_to_first_token < generated.seconds
     assert generated.tokens_per_second is not None
+
+
+def test_a_prompt_has_no_end_of_text_behind_it(ending_stories: Path, tokenizer: Any) -> None:
+    """A tokenizer that ends every text: prompts, haystacks and documents as without, and one end of each document."""
+    ending, texts = AutoTokenizer.from_pretrained(ending_stories), [ONCE, f"{ONCE}</s>"]
+    assert ending(ONCE)["input_ids"] == [*tokenizer(ONCE)["input_ids"], 2]
+    options: dict[str, Any] = {"max_new_tokens": 8}
+    assert zebra.generate(ending_stories, ONCE, **options).tokens == zebra.generate(STORIES, ONCE, **options).tokens
+    example = QAExample("one", 1, ONCE, "Who ran?", ("the dog",))
+    assert Prompts(ending).fitting(example, None).ids == Prompts(tokenizer).fitting(example, None).ids
+    documents = [np.array(ids) for ids in ending(texts)["input_ids"]]
+    with_end, without = (Haystack.of_documents(documents, PromptTokenizer(one)) for one in (ending, tokenizer))
+    assert with_end.tokens.tolist().count(2) == 1  # that of the text itself
+    assert without.tokens.tolist().count(2) == 3
+    for one, appended in ((ending, True), (tokenizer, True), (ending, False)):
+        (batch,) = encode_batches([texts], Encoder.of(one, append_eos=appended), 1)
+        ends = [np.count_nonzero(part == 2) for part in np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])]
+        assert ends == ([1, 1] if one is tokenizer else [1, 2])
 
 
 @pytest.mark.parametrize("chunk", [None, 7])

@@ -121,6 +121,16 @@ def test_a_task_gives_what_the_model_prefers(folder: Path, tokenizer: Any, loadi
     assert task.layout == ("GLLL:5" if "stripes" in loading else "full, self-extend 4:6")
 
 
+def test_the_harness_reads_no_end_of_text_behind_a_prompt(ending_stories: Path, tokenizer: Any) -> None:
+    ending, seen = AutoTokenizer.from_pretrained(ending_stories), {}
+    for name, one in (("ending", ending), ("plain", tokenizer)):
+        lm = harness._language_model(zebra.load(STORIES), one, 64, 2)
+        ids, mask = lm.tok_batch_encode(["Once upon", "One"], left_truncate_len=64)
+        shorter, _ = lm.tok_batch_encode(["Once upon a time"], left_truncate_len=2)
+        seen[name] = [lm._encode_pair("Once upon a time", " there was"), ids[mask > 0].tolist(), shorter.tolist()]
+    assert seen["ending"] == seen["plain"]
+
+
 def test_lengths_are_a_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = evaluate_tasks(STORIES, tasks=["tiny_lengths", "tiny_ends"], include=folder, lengths=[90, 60], limit=2)
     results = [(row.task, row.metric, row.length, row.value, row.n) for row in rows if row.task != "harness-tiny_ends"]

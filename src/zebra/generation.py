@@ -28,6 +28,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from zebra.data.encoding import prompt_tokens
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
@@ -206,6 +207,8 @@ def generate(
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
     """A prompt as tokens (1, T): `input_ids` and `attention_mask`, in the chat template with `chat`.
 
+    What the tokenizer puts behind every text, such as its end of text, is left out.
+
     Raises:
         ZebraError: no chat template, a prompt without tokens.
     """
@@ -219,7 +222,8 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -
             message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
     else:
-        encoding = tokenizer(prompt, return_tensors="pt")
+        ids = torch.tensor([prompt_tokens(tokenizer, prompt)])
+        encoding = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if encoding["input_ids"].numel() == 0:
         raise ZebraError(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
     return {name: encoding[name] for name in ("input_ids", "attention_mask")}

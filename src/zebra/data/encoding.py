@@ -1,4 +1,8 @@
-"""Documents to tokens and hashes, batch by batch, here or in worker processes; the order is that of the documents."""
+"""Text to tokens: a prompt, which is to be continued, and documents, which end where they end.
+
+document    <s> A </s>      as the tokenizer encodes a text, batch by batch, here or in worker processes
+prompt      <s> A           without what it puts behind every text: nothing follows an end
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,35 @@ def tokenizer_digest(tokenizer: FastTokenizer) -> str:
     return hashlib.sha256("\0".join(definition).encode()).hexdigest()
 
 
+class PromptEncoding(Protocol):
+    """What a prompt needs of a tokenizer; those of transformers have it."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Text to tokens."""
+        ...
+
+
+class Affixes(NamedTuple):
+    """The tokens that a tokenizer puts before and behind every text."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PromptEncoding) -> Affixes:
+        """Those of a tokenizer, by a text of one letter."""
+        bare, full = (tokenizer.encode("x", add_special_tokens=added) for added in (False, True))
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return cls(tuple(full[:start]), tuple(full[start + len(bare) :]))
+        return cls((), ())
+
+
+def prompt_tokens(tokenizer: PromptEncoding, text: str) -> list[int]:
+    """The tokens of a text that is to be continued."""
+    return [*Affixes.of(tokenizer).prefix, *tokenizer.encode(text, add_special_tokens=False)]
+
+
 @dataclass(frozen=True)
 class Encoder:
     """How documents become tokens; picklable where worker processes encode.
@@ -44,7 +77,7 @@ class Encoder:
     Attributes:
         encode: texts to the tokens of each, special tokens included.
         digest: identifies `encode`: a hash of all that decides which tokens a text becomes.
-        append: a token to put after each document (end of text), or None.
+        append: a token that each document ends in (end of text), put there where the encoding has none; or None.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -53,10 +86,10 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: FastTokenizer, *, append_eos: bool = False) -> Encoder:
-        """A checkpoint's tokenizer, without truncation or padding; `append_eos` appends its end-of-text token."""
+        """A checkpoint's tokenizer, without truncation or padding; `append_eos` ends each text by its end of text."""
         specials_as_text = tokenizer.split_special_tokens
         encode = functools.partial(_encode, tokenizer.backend_tokenizer.to_str(), specials_as_text)
-        digest = f"{tokenizer_digest(tokenizer)} {specials_as_text}"
+        digest = f"{tokenizer_digest(tokenizer)} {specials_as_text}" + " one end" * append_eos
         return cls(encode, digest, tokenizer.eos_token_id if append_eos else None)
 
 
@@ -112,7 +145,8 @@ def encode_batches(batches: Iterable[list[str]], encoder: Encoder, num_proc: int
 
 def _encode_batch(batch: list[str], encoder: Encoder) -> EncodedBatch:
     end = encoder.append
-    documents = [np.array(ids if end is None else [*ids, end], dtype=np.uint32) for ids in encoder.encode(batch)]
+    ended = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in encoder.encode(batch)]
+    documents = [np.array(ids, dtype=np.uint32) for ids in ended]
     hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") for text in batch]
     return EncodedBatch(np.concatenate(documents), [len(d) for d in documents], np.array(hashes, dtype=np.uint64))
 

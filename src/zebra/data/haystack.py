@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from zebra.data.encoding import Affixes
 from zebra.errors import ZebraError
 
 TokenIds = Sequence[int]
@@ -61,7 +62,7 @@ class PromptTokenizer:
     """Tokenises the pieces of a prompt as they are after a full stop and a space.
 
     Attributes:
-        prefix: what the tokenizer puts before every text, such as its token of the beginning.
+        prefix, suffix: what the tokenizer puts before and behind every text, such as its token of the beginning.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -69,9 +70,7 @@ class PromptTokenizer:
         self._encoded: dict[str, tuple[int, ...]] = {}
         self._usual_sizes: dict[str, int] = {}
         self._anchor = self.encode_first(_ANCHOR)
-        bare, full = self.encode_first("x"), tokenizer.encode("x", add_special_tokens=True)
-        starts = (i for i in range(len(full)) if tuple(full[i : i + len(bare)]) == bare)
-        self.prefix = tuple(full[: next(starts, 0)])
+        self.prefix, self.suffix = Affixes.of(tokenizer)
 
     def encode_first(self, text: str) -> tuple[int, ...]:
         """The tokens of a text that comes first, without special ones."""
@@ -149,10 +148,11 @@ class Haystack:
 
     @classmethod
     def of_documents(cls, documents: Iterable[NDArray[np.integer[Any]]], tokenizer: PromptTokenizer) -> Haystack:
-        """Tokenised documents one after another, without what the tokenizer puts before each."""
-        n, texts = len(tokenizer.prefix), []
+        """Tokenised documents one after another, without what the tokenizer puts before and behind each."""
+        n, m, texts = len(tokenizer.prefix), len(tokenizer.suffix), []
         for document in documents:
-            texts.append(document[n:] if n and tuple(document[:n].tolist()) == tokenizer.prefix else document)
+            text = document[n:] if n and tuple(document[:n].tolist()) == tokenizer.prefix else document
+            texts.append(text[:-m] if m and tuple(text[-m:].tolist()) == tokenizer.suffix else text)
         tokens = np.concatenate([np.zeros(0, np.int64), *texts])
         sentence_end = re.compile(r"[.!?][\"')\]”’]*\s*$|\n$")
         ends = [token for token in np.unique(tokens).tolist() if sentence_end.search(tokenizer.decode([token]))]

@@ -15,13 +15,15 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.data.encoding import Affixes, prompt_tokens
 from zebra.errors import ZebraError
 from zebra.evaluate.harness_retrieval import PREFIX, check_retrieval_task, configuration, retrieval_tasks
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.lm_eval_compat import isolated, task_errors
-from zebra.evaluate.scoring import BATCH_TOKENS
+from zebra.evaluate.scoring import BATCH_TOKENS, padded
 from zebra.evaluate.target import EvalTarget
 from zebra.model.local import local_attention_of
 from zebra.progress import console
@@ -233,10 +235,9 @@ def _prepare(
         for request in task.instances:
             if request.request_type == "generate_until":
                 prompt, options = request.args
-                size = len(tokenizer(prompt, verbose=False)["input_ids"])
-                sizes.append(size + options.get("max_gen_toks", _MAX_NEW_TOKENS))
+                sizes.append(len(prompt_tokens(tokenizer, prompt)) + options.get("max_gen_toks", _MAX_NEW_TOKENS))
             elif request.request_type == "loglikelihood":
-                sizes.append(len(tokenizer("".join(request.args), verbose=False)["input_ids"]))
+                sizes.append(len(prompt_tokens(tokenizer, "".join(request.args))))
     return sizes or [0]
 
 
@@ -308,10 +309,30 @@ def _results(
 def _language_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None, batch_size: int
 ) -> Any:
-    """The harness's class for transformers' models, without its bars where there is no terminal."""
+    """The harness's class for transformers' models, without its bars where there is no terminal.
+
+    It takes what the tokenizer puts behind every text for a part of the prompt, and loses as many tokens of the answer.
+    """
     from lm_eval.models.huggingface import HFLM
 
+    suffix = [*Affixes.of(tokenizer).suffix]
+
     class LanguageModel(HFLM):
+        def tok_encode(self, string: str, *args: Any, left_truncate_len: int | None = None, **kwargs: Any) -> Any:
+            ids = super().tok_encode(string, *args, **kwargs)
+            ids = ids[: -len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        def tok_batch_encode(
+            self,
+            strings: Sequence[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            **kwargs: Any,
+        ) -> tuple[Tensor, Tensor]:
+            rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+            return padded(rows, self.device, side=padding_side)
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm or not console.is_terminal)
 

@@ -56,7 +56,7 @@ def greedy_answers(
     """
     answers = [""] * len(prompts)
     for batch in _batches(prompts, batch_tokens):
-        ids, mask = _padded([prompts[i] for i in batch], model.device, side="left")
+        ids, mask = padded([prompts[i] for i in batch], model.device, side="left")
         options: dict[str, Any] = {"max_new_tokens": max(max_new_tokens[i] for i in batch), "stop": tuple(stop)}
         if ids.shape[1] > batch_tokens:
             options["prefill_chunk"] = batch_tokens
@@ -99,7 +99,7 @@ def log_likelihoods(
 def _of_batch(
     model: PreTrainedModel, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], chunk: int
 ) -> list[list[float]]:
-    ids, mask = _padded(prompts, model.device, side="left")
+    ids, mask = padded(prompts, model.device, side="left")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     before, cache = ids.shape[1] - 1, bounded_cache(model)
     cache.set_prompt_length(ids.shape[1])
@@ -116,7 +116,7 @@ def _of_batch(
     sums: list[list[float]] = [[] for _ in prompts]
     for i in range(max(map(len, answers))):
         # the i-th answer of each prompt; a prompt with fewer answers repeats its last one, which is not counted
-        answer, real = _padded([some[min(i, len(some) - 1)] for some in answers], model.device, side="right")
+        answer, real = padded([some[min(i, len(some) - 1)] for some in answers], model.device, side="right")
         steps = torch.arange(answer.shape[1], device=model.device)
         logits = model(
             torch.cat([ids[:, -1:], answer[:, :-1]], dim=1),
@@ -132,8 +132,8 @@ def _of_batch(
     return sums
 
 
-def _padded(sequences: Sequence[Ids], device: torch.device, *, side: str) -> tuple[Tensor, Tensor]:
-    """Sequences of several lengths as one tensor, and its mask, both (B, T)."""
+def padded(sequences: Sequence[Ids], device: torch.device, *, side: str) -> tuple[Tensor, Tensor]:
+    """Sequences of several lengths as one tensor, padded on a side, and its mask, both (B, T)."""
     ids = [torch.tensor(sequence) for sequence in sequences]
     padded, mask = (
         pad_sequence(tensors, batch_first=True, padding_side=side)
