@@ -28,6 +28,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from zebra.data.chat_template import apply_chat_template
 from zebra.data.encoding import prompt_tokens
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
@@ -210,16 +211,17 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -
     What the tokenizer puts behind every text, such as its end of text, is left out.
 
     Raises:
-        ZebraError: no chat template, a prompt without tokens.
+        ZebraError: no chat template, or one that fails; a prompt without tokens.
     """
-    if chat and not tokenizer.chat_template:
-        raise ZebraError(
-            "this checkpoint's tokenizer has no chat template. Leave chat out and write the prompt in full."
-        )
     if chat:
-        message = [{"role": "user", "content": prompt}]
-        encoding: Any = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        encoding: Any = apply_chat_template(
+            tokenizer,
+            [{"role": "user", "content": prompt}],
+            source=tokenizer.name_or_path or "this model",
+            remedy="Leave chat out and write the prompt in full.",
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
         )
     else:
         ids = torch.tensor([prompt_tokens(tokenizer, prompt)])

@@ -9,6 +9,7 @@ are an error. Only this module imports lm-eval, which the extra `tasks` installs
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.metadata
 import os
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.data.chat_template import apply_chat_template
 from zebra.data.encoding import Affixes, prompt_tokens
 from zebra.errors import ZebraError
 from zebra.evaluate.harness_retrieval import PREFIX, check_retrieval_task, configuration, retrieval_tasks
@@ -212,24 +214,16 @@ def _prepare(
     Returns:
         The tokens of each request with its answer; without rolling requests, which come in windows that fit.
     """
-
-    def templated(history: list[dict[str, str]], add_generation_prompt: bool = True) -> Any:
-        return tokenizer.apply_chat_template(
-            history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-
     default = task.get_config("num_fewshot")
     if shots is not None and default != 0:  # a task that sets 0 keeps it
         task.set_config(key="num_fewshot", value=shots)
     elif default is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=seed)
+    templated = functools.partial(_templated, tokenizer) if chat else None
     with task_errors(task.config.task):
         task.build_all_requests(
-            limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat, chat_template=templated if chat else None
+            limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat, chat_template=templated
         )
         sizes = []
         for request in task.instances:
@@ -239,6 +233,21 @@ def _prepare(
             elif request.request_type == "loglikelihood":
                 sizes.append(len(prompt_tokens(tokenizer, "".join(request.args))))
     return sizes or [0]
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, history: Sequence[dict[str, str]], add_generation_prompt: bool = True
+) -> Any:
+    """A history as text; where the last message is to be continued, without its end."""
+    return apply_chat_template(
+        tokenizer,
+        history,
+        source=tokenizer.name_or_path,
+        remedy="Leave chat out.",
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=not add_generation_prompt,
+    )
 
 
 def _max_length(
@@ -341,6 +350,9 @@ def _language_model(
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().generate_until(requests, disable_tqdm or not console.is_terminal)
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
+            return _templated(tokenizer, chat_history, add_generation_prompt)
 
     model.generation_config.prefill_chunk_size = BATCH_TOKENS
     return LanguageModel(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)

@@ -15,12 +15,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from zebra.data.chat_template import apply_chat_template, rendering
 from zebra.data.conversations import GAP, Conversation, Message, TokenizedConversation, without_middle
 from zebra.errors import ZebraError
 
+_REMEDY = "Correct or drop the conversation, or name another template with chat_template."
 _MARK = r"\{%-?\s*(?:end)?generation\s*-?%\}"
 
 NAMED = {name: Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8") for name in ("plain", "chatml")}
@@ -52,10 +53,10 @@ class Chat:
             )
         if named is not None:
             template = _named(named, tokenizer, source)
-        self._marked = template if re.search(_MARK, template) else _marked_by_trl(tokenizer, template)
+        self._marked = template if re.search(_MARK, template) else _marked_by_trl(tokenizer, template, source)
         self.template = re.sub(_MARK, "", template) if named in NAMED else template
         self._template = template
-        probe = Conversation((Message("user", "a"), Message("assistant", "b")), f"the chat template of {source}")
+        probe = Conversation((Message("user", "a"), Message("assistant", "b")), "a question and its answer")
         answer = [token for token, is_answer in zip(*self.encode(probe), strict=True) if is_answer]
         while answer and not tokenizer.decode([answer[-1]]).strip():
             answer.pop()
@@ -137,13 +138,15 @@ class Chat:
         return list(encoding["input_ids"])
 
     def _render(self, messages: list[dict[str, Any]], where: str, **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ZebraError(
-                f"{where}: the chat template of {self._source} does not take it: {' '.join(str(error).split())}. "
-                "Correct or drop the conversation, or name another template."
-            ) from None
+        return apply_chat_template(
+            self.tokenizer,
+            messages,
+            source=self._source,
+            remedy=_REMEDY,
+            where=where,
+            return_dict=True,
+            **options,
+        )
 
 
 def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
@@ -163,13 +166,14 @@ def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     return NAMED[named]
 
 
-def _marked_by_trl(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+def _marked_by_trl(tokenizer: PreTrainedTokenizerBase, template: str, source: str) -> str | None:
     """Trl's copy of a template with marks, for those that it knows."""
     if tokenizer.chat_template != template:  # it compares what the tokenizer has
         return None
     from trl.chat_template_utils import get_training_chat_template
 
-    try:
-        return get_training_chat_template(tokenizer)
-    except ValueError:
-        return None
+    with rendering(source, _REMEDY):  # it tries the template
+        try:
+            return get_training_chat_template(tokenizer)
+        except ValueError:
+            return None

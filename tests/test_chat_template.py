@@ -1,0 +1,105 @@
+"""Templates of checkpoints are programs of others: whatever they do becomes one clear error, in a bounded time."""
+
+from __future__ import annotations
+
+import ast
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, STORIES
+from transformers import AutoTokenizer
+
+from zebra.data import chat_template
+from zebra.data.chat_template import apply_chat_template
+from zebra.errors import ZebraError
+from zebra.generation import encode_prompt
+from zebra.train.chat import Chat
+
+FAILING = {
+    "{% for %}": "does not take it: Expected an expression",
+    "{{ x.y.z }}": "does not take it: 'x' is undefined",
+    "{{ 1 // 0 }}": "does not take it: ZeroDivisionError: integer division or modulo by zero",
+    "{{ messages[0].content + 1 }}": "does not take it: TypeError: can only concatenate str",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "does not take it: RecursionError: ",
+    "{{ 'x' * 10**15 }}": "does not take it: MemoryError. ",
+    "{{ raise_exception('no user') }}": "does not take it: no user. ",
+    # What the sandbox of transformers forbids.
+    "{{ ''.__class__.__mro__ }}": "does not take it: access to attribute '__class__' of 'str' object is unsafe",
+    "{% set _ = messages.append(1) %}": "does not take it: access to attribute 'append' of 'list' object is unsafe",
+    "{% for i in range(10**9) %}{% endfor %}": "does not take it: OverflowError: Range too big",
+}
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+LONG_POWER = "{% set n = messages | length + 8 %}{{ (n ** (n ** n)) is none }}"
+MESSAGES = [{"role": "user", "content": "Who ran?"}]
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(STORIES)
+
+
+def render(tokenizer: Any, template: str | None) -> Any:
+    tokenizer.chat_template = template
+    return apply_chat_template(tokenizer, MESSAGES, source="here", remedy="Name another.", tokenize=False)
+
+
+def message(tokenizer: Any, template: str | None) -> str:
+    with pytest.raises(ZebraError) as error:
+        render(tokenizer, template)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("template", FAILING)
+def test_whatever_a_template_raises_is_one_clear_line(tokenizer: Any, template: str) -> None:
+    text = message(tokenizer, template)
+    assert text.startswith(f"the chat template of here {FAILING[template]}")
+    assert text.endswith(" Name another.")
+    assert "\n" not in text
+
+
+def test_no_template_at_all(tokenizer: Any) -> None:
+    assert message(tokenizer, None) == "the tokenizer of here has no chat template. Name another."
+
+
+@pytest.mark.parametrize("template", [ENDLESS, LONG_POWER])
+def test_a_template_that_does_not_end_is_stopped(
+    tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "_MAX_SECONDS", 0.2)
+    handler = signal.getsignal(signal.SIGVTALRM)
+    assert "does not end: it was stopped after 0.2 s. Name another." in message(tokenizer, template)
+    assert signal.getsignal(signal.SIGVTALRM) == handler
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert render(tokenizer, "{{ messages[0].content }}") == "Who ran?"
+
+
+def test_so_it_is_in_another_thread(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_MAX_SECONDS", 0.2)
+    texts: list[str] = []
+    thread = threading.Thread(target=lambda: texts.append(message(tokenizer, ENDLESS)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert "does not end" in texts[0]
+
+
+def test_every_caller_has_the_bound(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_MAX_SECONDS", 0.2)
+    tokenizer.chat_template = ENDLESS
+    with pytest.raises(ZebraError, match="does not end"):
+        encode_prompt("Who ran?", tokenizer, chat=True)
+    with pytest.raises(ZebraError, match="does not end"):
+        Chat(tokenizer, None, "here")
+
+
+def test_nothing_else_renders_a_template() -> None:
+    """Neither by the tokenizer's method, nor by a function of trl outside of `rendering`."""
+    callers = [
+        str(module.relative_to(ROOT / "src"))
+        for module in sorted(Path(ROOT / "src").rglob("*.py"))
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "apply_chat_template"
+    ]
+    assert callers == ["zebra/data/chat_template.py"]
