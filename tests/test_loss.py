@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import EVERY_MEMBER, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
+from zebra import ZebraError
+from zebra.evaluate.perplexity import sequence_losses
 from zebra.model import loss as module
 from zebra.model.loss import IGNORE, Head, head_of, summed_loss, token_losses, without_logits
 
@@ -37,6 +40,12 @@ def drawn(batch: int, length: int, hidden: int, vocabulary: int, ignored: float 
     return states, head, labels
 
 
+def head_with(weight: Tensor, **kwargs: Any) -> Head:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    module.weight = nn.Parameter(weight.detach())
+    return Head(module, **kwargs)
+
+
 def full_logits(states: Tensor, head: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
     logits = states.double() @ head.double().T
     return functional.cross_entropy(
@@ -60,8 +69,9 @@ def test_value_and_gradients_equal_full_logits(fused: bool, shape: Any, ignored:
     states.requires_grad_(), head.requires_grad_()
     expected = full_logits(states, head, labels)
     expected_gradients = torch.autograd.grad(expected, [states, head])
-    output = summed_loss(states, Head(head), labels)
-    gradients = torch.autograd.grad(output, [states, head])
+    whole = head_with(head)
+    output = summed_loss(states, whole, labels)
+    gradients = torch.autograd.grad(output, [states, *whole.module.parameters()])
     assert output.dtype == torch.float32
     assert output.shape == ()
     torch.testing.assert_close(output.double(), expected, rtol=2e-6, atol=1e-5)
@@ -74,8 +84,8 @@ def test_the_chunk_does_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
     monkeypatch.setattr(module, "_FUSED", False)
     monkeypatch.setattr(module, "CHUNK", chunk)
     states, head, labels = drawn(2, 9, 8, 30)
-    torch.testing.assert_close(summed_loss(states, Head(head), labels).double(), full_logits(states, head, labels))
-    losses = token_losses(states, Head(head), labels)
+    torch.testing.assert_close(summed_loss(states, head_with(head), labels).double(), full_logits(states, head, labels))
+    losses = token_losses(states, head_with(head), labels)
     torch.testing.assert_close(losses[:, 1:].double().sum(), full_logits(states, head, labels), rtol=1e-6, atol=1e-5)
 
 
@@ -86,7 +96,7 @@ def test_the_fallback_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch)
     linear = functional.linear
     monkeypatch.setattr(functional, "linear", lambda x, *a: rows.append(len(x)) or linear(x, *a))
     states, head, labels = drawn(1, 36, 8, 30)
-    summed_loss(states.requires_grad_(), Head(head), labels).backward()
+    summed_loss(states.requires_grad_(), head_with(head), labels).backward()
     assert sorted(rows) == [5, 5] + [10] * 6  # each chunk once, and once again in the backward
 
 
@@ -94,11 +104,11 @@ def test_the_fallback_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch)
 def test_bfloat16_states_give_a_float32_accurate_value(fused: bool, shape: Any) -> None:
     states, head, labels = drawn(*shape)
     states, head = states.bfloat16(), head.bfloat16()
-    output = summed_loss(states, Head(head), labels)
+    output = summed_loss(states, head_with(head), labels)
     assert output.dtype == torch.float32
     torch.testing.assert_close(output.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
     torch.testing.assert_close(
-        token_losses(states, Head(head), labels).nansum().double(),
+        token_losses(states, head_with(head), labels).nansum().double(),
         full_logits(states, head, labels),
         rtol=2e-6,
         atol=1e-5,
@@ -108,7 +118,8 @@ def test_bfloat16_states_give_a_float32_accurate_value(fused: bool, shape: Any) 
 def test_bfloat16_states_get_bfloat16_gradients(fused: bool) -> None:
     states, head, labels = drawn(2, 21, 16, 97)
     states, head = states.bfloat16().requires_grad_(), head.bfloat16().requires_grad_()
-    output = torch.autograd.grad(summed_loss(states, Head(head), labels), [states, head])
+    whole = head_with(head)
+    output = torch.autograd.grad(summed_loss(states, whole, labels), [states, *whole.module.parameters()])
     expected = torch.autograd.grad(full_logits(states, head, labels), [states, head])
     for one, other in zip(output, expected, strict=True):
         assert one.dtype == torch.bfloat16
@@ -120,7 +131,7 @@ def test_bfloat16_states_get_bfloat16_gradients(fused: bool) -> None:
 def test_autocast_does_not_reach_the_kernel(vocabulary: int) -> None:
     states, head, labels = drawn(2, 50, 64, vocabulary)
     with torch.autocast("cpu", torch.bfloat16):
-        output = summed_loss(states, Head(head), labels)
+        output = summed_loss(states, head_with(head), labels)
     torch.testing.assert_close(output.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
 
 
@@ -129,14 +140,14 @@ def test_autocast_does_not_reach_the_products(function: Any, monkeypatch: pytest
     monkeypatch.setattr(module, "_FUSED", False)
     states, head, labels = drawn(2, 50, 64, 200)
     with torch.autocast("cpu", torch.bfloat16):
-        output = function(states, Head(head), labels).nansum()
+        output = function(states, head_with(head), labels).nansum()
     torch.testing.assert_close(output.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
 
 
 def test_only_ignored_labels_give_zero(fused: bool) -> None:
     states, head, _ = drawn(2, 9, 8, 30)
     states.requires_grad_()
-    output = summed_loss(states, Head(head), torch.full((2, 9), IGNORE))
+    output = summed_loss(states, head_with(head), torch.full((2, 9), IGNORE))
     (gradient,) = torch.autograd.grad(output, states)
     assert output.item() == 0
     assert not gradient.any()
@@ -144,15 +155,15 @@ def test_only_ignored_labels_give_zero(fused: bool) -> None:
 
 def test_the_last_state_and_the_first_label_do_not_count(fused: bool) -> None:
     states, head, labels = drawn(2, 9, 8, 30)
-    before = summed_loss(states, Head(head), labels)
+    before = summed_loss(states, head_with(head), labels)
     states[:, -1] = float("nan")
     labels[:, 0] = IGNORE
-    assert torch.equal(summed_loss(states, Head(head), labels), before)
+    assert torch.equal(summed_loss(states, head_with(head), labels), before)
 
 
 def test_token_losses_say_where_nothing_is_predicted() -> None:
     states, head, labels = drawn(3, 21, 16, 97, ignored=0.3)
-    output = token_losses(states, Head(head), labels)
+    output = token_losses(states, head_with(head), labels)
     assert output.shape == labels.shape
     assert output.dtype == torch.float32
     unpredicted = labels == IGNORE
@@ -167,14 +178,14 @@ def test_token_losses_of_one_token_predict_where_it_stands() -> None:
     """A head that sees the state itself: entry t is the loss of token t given state t - 1."""
     head = torch.eye(4) * 10
     states = torch.eye(4)[[1, 2, 3, 0]][None]
-    output = token_losses(states, Head(head), torch.tensor([[0, 1, 2, 0]]))
+    output = token_losses(states, head_with(head), torch.tensor([[0, 1, 2, 0]]))
     assert output[0, 0].isnan()
     assert output[0, 1:].tolist() == pytest.approx([1.361906e-4, 1.361906e-4, 10.000136], rel=1e-3)
 
 
 def test_token_losses_keep_no_graph() -> None:
     states, head, labels = drawn(1, 5, 8, 30)
-    assert not token_losses(states.requires_grad_(), Head(head.requires_grad_()), labels).requires_grad
+    assert not token_losses(states.requires_grad_(), head_with(head.requires_grad_()), labels).requires_grad
 
 
 def test_without_logits_asks_a_model_for_states_only() -> None:
@@ -191,7 +202,7 @@ def test_without_logits_asks_a_model_for_states_only() -> None:
         assert lean.logits.numel() == 0
         assert lean.past_key_values is None
         head = head_of(model)
-        torch.testing.assert_close(lean.hidden_states[-1] @ head.weight.T, full.logits)
+        torch.testing.assert_close(head.logits(lean.hidden_states[-1]), full.logits)
         expected = functional.cross_entropy(full.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
         torch.testing.assert_close(summed_loss(lean.hidden_states[-1], head, ids), expected)
 
@@ -207,10 +218,12 @@ def test_a_scaled_and_capped_head_equals_the_formula(fused: bool, scale: float, 
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     expected_gradients = torch.autograd.grad(expected, [states, weight])
-    head = Head(weight, scale=scale, softcap=softcap)
+    head = head_with(weight, scale=scale, softcap=softcap)
     output = summed_loss(states, head, labels)
     torch.testing.assert_close(output.double(), expected, rtol=2e-6, atol=1e-5)
-    for one, other in zip(torch.autograd.grad(output, [states, weight]), expected_gradients, strict=True):
+    for one, other in zip(
+        torch.autograd.grad(output, [states, *head.module.parameters()]), expected_gradients, strict=True
+    ):
         assert (one - other).norm() <= 2e-6 * other.norm()
     torch.testing.assert_close(token_losses(states, head, labels).nansum().double(), expected, rtol=2e-6, atol=1e-5)
 
@@ -233,3 +246,72 @@ def test_the_loss_and_its_gradients_equal_transformers(member: str) -> None:
         assert one is None or (one - other).norm() <= 1e-5 * total
     each = token_losses(hidden, head_of(model), ids)[:, 1:]
     torch.testing.assert_close(each.mean(), expected, rtol=1e-6, atol=1e-6)
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _adapted(model: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def _hooked(model: Any) -> Any:
+    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+def _parametrized(model: Any) -> Any:
+    parametrize.register_parametrization(model.lm_head, "weight", _Doubled())
+    return model
+
+
+def _with_bias(model: Any) -> Any:
+    model.lm_head.bias = nn.Parameter(torch.randn(97))
+    return model
+
+
+def _replaced(model: Any) -> Any:
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda states: 2 * forward(states)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [_adapted, _hooked, _parametrized, _with_bias, _replaced])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrapped_head_is_called_and_trained(wrap: Any, dtype: torch.dtype) -> None:
+    """Whatever wraps the head is part of the loss, to float32's accuracy."""
+    model = wrap(tiny_model("llama", tie_word_embeddings=False)).to(dtype)
+    ids = torch.randint(3, 97, (2, 21), generator=torch.Generator().manual_seed(1))
+    hidden = model(ids, **without_logits()).hidden_states[-1].detach()
+    logits = model.get_output_embeddings().float()(hidden.float())
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    trained = [one for one in model.get_output_embeddings().parameters() if one.requires_grad]
+    gradients = torch.autograd.grad(expected, trained)
+    model.get_output_embeddings().to(dtype)  # what was bfloat16 is no other number in float32
+    output = summed_loss(hidden, head_of(model), ids)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(torch.autograd.grad(output, trained), gradients, strict=True):
+        assert (one - other).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * other.norm()
+    torch.testing.assert_close(token_losses(hidden, head_of(model), ids).nansum(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_its_class_treats_otherwise_is_rejected() -> None:
+    """A class may scale its logits by a field that no other has: perplexity then is no number of the model's."""
+    model = tiny_model("llama").eval()
+    ids = torch.randint(3, 97, (2, 21))
+    losses = sequence_losses(model, ids)
+    forward = model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 0.5
+        return outputs
+
+    model.forward = scaled
+    with torch.no_grad(), pytest.raises(ZebraError, match="does more than scale and cap its logits"):
+        sequence_losses(model, ids)
+    assert losses[:, 1:].all()

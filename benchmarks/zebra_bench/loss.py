@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from zebra.measure import relative_error
@@ -18,7 +18,7 @@ from zebra_bench.configs import LossConfig
 from zebra_bench.models import planned_seconds
 from zebra_bench.runner import Benchmark, Variant, Workload
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, nn.Parameter, Tensor], Tensor]
 
 
 def benchmark(config: LossConfig) -> Benchmark:
@@ -73,8 +73,10 @@ def _inputs(config: LossConfig, length: int) -> list[Tensor]:
     return [hidden, weight, torch.randint(config.vocab_size, (config.batch_size, length), device=device)]
 
 
-def _own_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return summed_loss(hidden, Head(weight), labels) / labels[:, 1:].numel()
+def _own_loss(hidden: Tensor, weight: nn.Parameter, labels: Tensor) -> Tensor:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module.weight = weight
+    return summed_loss(hidden, Head(module), labels) / labels[:, 1:].numel()
 
 
 def _loss_of_full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def _loss_of_full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
 
 def _forward_backward(loss: Loss, tensors: list[Tensor]) -> list[Tensor]:
-    hidden, weight = (tensor.detach().requires_grad_() for tensor in tensors[:2])
+    hidden, weight = tensors[0].detach().requires_grad_(), nn.Parameter(tensors[1])
     total = loss(hidden, weight, tensors[2])
     return [total.detach(), *torch.autograd.grad(total, (hidden, weight))]
 

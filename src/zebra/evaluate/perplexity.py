@@ -139,9 +139,15 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
 
     Returns:
         (B, T).
+
+    Raises:
+        ZebraError: as `Head.check`.
     """
-    states = model(ids, **(without_logits(model.device) | kwargs)).hidden_states[-1]
-    return token_losses(states, head_of(model), ids).double().cpu().numpy()
+    last = torch.tensor([ids.shape[1] - 1], device=model.device)  # its logits alone show whether the head is known
+    outputs = model(ids, **(without_logits(model.device) | {"logits_to_keep": last} | kwargs))
+    states, head = outputs.hidden_states[-1], head_of(model)
+    head.check(states[:, -1:], outputs.logits[:, -1:])
+    return token_losses(states, head, ids).double().cpu().numpy()
 
 
 def _score(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:

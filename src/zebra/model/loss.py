@@ -8,14 +8,17 @@ states, and the head is applied here, a chunk of tokens at a time. The auxiliary
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from zebra.errors import ZebraError
 
 IGNORE = -100
 """The label of a token that is not to be predicted: what torch's cross-entropy ignores by default."""
@@ -28,35 +31,82 @@ _FUSED = hasattr(functional, "linear_cross_entropy")
 class Head:
     """The output head: logits over V tokens from hidden states.
 
-        z = scale * W h + b,    logits = softcap * tanh(z / softcap) where there is a softcap
+        z = scale * module(h),    logits = softcap * tanh(z / softcap) where there is a softcap
+
+    The module is called as the model calls it, with what peft, a quantiser, hooks or torch's parametrizations made of
+    it. Only a linear module that nothing changed is read as its weight, by torch's kernel.
 
     Attributes:
-        weight: W, (V, hidden).
+        module: hidden to V, such as W h or, in Phi, W h + b.
         scale: Cohere 2 multiplies its logits, Granite divides them.
         softcap: Gemma 2 bounds them.
-        bias: b, (V): Phi has one.
     """
 
-    weight: Tensor
+    module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
-    bias: Tensor | None = None
 
     def logits(self, states: Tensor) -> Tensor:
         """The logits (..., V) in float32 of `states` (..., hidden)."""
-        logits = functional.linear(states.float(), self.weight.float()) * self.scale
-        logits = logits if self.bias is None else logits + self.bias.float()
+        return self._logits(states, self._float32_parameters())
+
+    def check(self, states: Tensor, logits: Tensor) -> None:
+        """Check that it gives the logits (..., V) of its own model for the same states (..., hidden).
+
+        Raises:
+            ZebraError: it does not: the model's class does something else to its logits.
+        """
+        expected, scale = logits.float(), logits.abs().max().float()
+        if (self.logits(states) - expected).abs().max() > (1e-3 if logits.dtype == torch.float32 else 0.05) * scale:
+            raise ZebraError(
+                "the head of this model's class does more than scale and cap its logits, so that a loss without them "
+                "would be wrong. Measure it with `zebra evaluate tasks`."
+            )
+
+    def summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the losses, (), of states (n, hidden) that predict the tokens `targets` (n)."""
+        states, weight = states.float(), self._plain_weight()
+        if _FUSED and weight is not None and self.softcap is None:
+            options = None
+            if weight.shape[0] > weight.shape[1]:  # chunks pay where V exceeds the hidden size
+                # On a CPU torch takes so few tokens at a time that its products are narrow: 32 of 2,048.
+                chunk_size = CHUNK if states.device.type == "cpu" else None
+                options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size)
+            scaled = states if self.scale == 1 else states * self.scale
+            return functional.linear_cross_entropy(scaled, weight.float(), targets, reduction="sum", options=options)
+        parameters = self._float32_parameters()
+
+        def chunk_loss(states: Tensor, targets: Tensor) -> Tensor:
+            return functional.cross_entropy(self._logits(states, parameters), targets, reduction="sum")
+
+        chunks = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+        total: Tensor = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+        return total
+
+    def _logits(self, states: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        logits = functional_call(self.module, parameters, (states.float(),)).float() * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _float32_parameters(self) -> dict[str, Tensor]:
+        """Its parameters of other floating-point dtypes, by name; quantised ones stay what their module reads."""
+        others = (torch.float64, torch.bfloat16, torch.float16)
+        return {name: one.float() for name, one in self.module.named_parameters() if one.dtype in others}
+
+    def _plain_weight(self) -> Tensor | None:
+        """W, (V, hidden), where W h is all that the module computes."""
+        module = self.module
+        changed = "forward" in vars(module) or any(hooks for name, hooks in vars(module).items() if "_hooks" in name)
+        is_plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.bias is None
+        return module.weight if is_plain and not changed else None  # type: ignore[return-value]
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a model of any supported family. A test compares it with the logits of transformers."""
-    config, linear = model.config, model.get_output_embeddings()
+    """The head of a model of any supported family, with what wraps it. A test compares it with transformers' logits."""
+    config = model.config
     return Head(
-        linear.weight,
-        scale=getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
+        model.get_output_embeddings(),
+        scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
-        bias=getattr(linear, "bias", None),
     )
 
 
@@ -83,19 +133,10 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
         if not bool(predicted.all()):  # the answer is a small part of an instruction: the head reads it alone
             states, targets = states[predicted], targets[predicted]
         if not len(targets):
-            return hidden.float().sum() * 0 + head.weight.float().sum() * 0
-        states, head = states.float(), replace(head, weight=head.weight.float())
-        if _FUSED and head.softcap is None and head.bias is None:
-            options = None
-            if head.weight.shape[0] > head.weight.shape[1]:  # chunks pay where V exceeds the hidden size
-                # On a CPU torch takes so few tokens at a time that its products are narrow: 32 of 2,048.
-                chunk_size = CHUNK if states.device.type == "cpu" else None
-                options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size)
-            scaled = states if head.scale == 1 else states * head.scale
-            return functional.linear_cross_entropy(scaled, head.weight, targets, reduction="sum", options=options)
-        chunks = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
-        total: Tensor = sum(checkpoint(_chunk_loss, *chunk, head, use_reentrant=False) for chunk in chunks)
-        return total
+            return hidden.float().sum() * 0 + sum(
+                one.float().sum() * 0 for one in head.module.parameters() if one.requires_grad
+            )
+        return head.summed_loss(states, targets)
 
 
 @torch.no_grad()
@@ -133,7 +174,3 @@ def _each(states: Tensor, head: Head, targets: Tensor) -> Tensor:
 def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """States at t with the labels at t + 1, flat: (B (T - 1), hidden) and (B (T - 1))."""
     return hidden[:, :-1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
-
-
-def _chunk_loss(states: Tensor, targets: Tensor, head: Head) -> Tensor:
-    return functional.cross_entropy(head.logits(states), targets, reduction="sum")

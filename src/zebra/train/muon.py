@@ -47,8 +47,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def split(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
     """What is trained: the matrices (m, n) inside the layers, and the rest, of any shape."""
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    ends = {*map(id, tables), id(model.get_output_embeddings().weight)}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends = {id(parameter) for end in (*tables, model.get_output_embeddings()) for parameter in end.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim == 2 and id(parameter) not in ends]
     chosen = set(map(id, matrices))
