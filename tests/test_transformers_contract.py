@@ -23,6 +23,7 @@ from zebra.kernels import attend
 from zebra.model import attention
 from zebra.model.attention import IGNORED_KWARGS, NAME, zebra_attention
 from zebra.model.cache import SelfExtendLayer
+from zebra.model.documents import PACKING_KWARGS
 from zebra.model.families import model_class, route_of, with_stripes
 from zebra.model.loss import head_of, without_logits
 from zebra.model.routes import ROUTES
@@ -47,7 +48,7 @@ KNOWN = {
     name
     for name, parameter in inspect.signature(zebra_attention).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
-} | IGNORED_KWARGS
+} | IGNORED_KWARGS.union(PACKING_KWARGS)
 
 
 @pytest.fixture
@@ -75,9 +76,9 @@ def test_no_unknown_argument_reaches_attention(family: str, calls: list[dict[str
 
 @pytest.mark.parametrize("family", EVERY_MEMBER)
 def test_an_unknown_argument_is_refused_by_name(family: str) -> None:
-    with pytest.raises(NotImplementedError, match="does not know the argument cu_seq_lens_q"):
-        tiny(family)(IDS, cu_seq_lens_q=torch.zeros(4))
-    tiny(family)(IDS, cu_seq_lens_q=None)
+    with pytest.raises(NotImplementedError, match="does not know the argument block_table"):
+        tiny(family)(IDS, block_table=torch.zeros(4))
+    tiny(family)(IDS, block_table=None)
 
 
 @pytest.mark.parametrize("family", EVERY_MEMBER)

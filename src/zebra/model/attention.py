@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from zebra.kernels import Mask, attend
+from zebra.model.documents import PACKING_KWARGS, documents_of
 from zebra.model.override import get_override
 
 NAME = "zebra"
@@ -60,13 +61,15 @@ def zebra_attention(
         sliding_window: the layer's window, counted as we do; None in a global layer. Where a model keeps it on the
             layer and hands none down (Qwen 2 MoE), it is read there.
         s_aux: (H) a learned score in each head's softmax that no value stands behind (Granite SWA, gpt-oss).
-        position_ids: (1 or B, T). A step other than 1 starts a new document, where there is no past.
+        position_ids: (1 or B, T).
+        kwargs: those that name packed documents, as positions do (`zebra.model.documents`); others go to the kernels.
 
     Returns:
         (B, T, H, D), and None for the weights, which no fast kernel has.
 
     Raises:
-        ValueError: a 4-D mask, which would replace the layout of every layer; a layer that is not causal.
+        ValueError: a 4-D mask, which would replace the layout of every layer; a layer that is not causal; packed
+            documents that contradict each other.
         NotImplementedError: an argument that no kernel knows, attention dropout and weights among them.
     """
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -80,10 +83,12 @@ def zebra_attention(
     if attention_mask is not None and attention_mask.shape[1] < value.shape[2]:
         # A static cache hands over its whole buffer; the mask ends where the real keys end.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+    packing = {name: kwargs.pop(name, None) for name in PACKING_KWARGS}
+    batch, queries, past = query.shape[0], query.shape[2], value.shape[2] - query.shape[2]
     mask = Mask(
         window=sliding_window or getattr(module, "sliding_window", None),
         keys=attention_mask,
-        documents=documents(position_ids, query.shape[0]) if query.shape[2] == value.shape[2] else None,
+        documents=documents_of(position_ids, attention_mask, (batch, queries), past=past, **packing),
     )
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
@@ -108,22 +113,6 @@ def zebra_attention(
         # exp(lse) / (exp(lse) + exp(s)): what the sink leaves to the keys.
         out = (out * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1)).to(out.dtype)
     return out.transpose(1, 2), None
-
-
-def documents(position_ids: Tensor | None, batch: int) -> Tensor | None:
-    """The document of each token, (batch, T), from positions that start again; None where there is only one.
-
-    positions 0 1 2 0 1 0 1 2 3  ->  documents 0 0 0 1 1 2 2 2 2. As in transformers, any step but 1 starts one.
-
-    Args:
-        position_ids: (1 or B, T).
-    """
-    if position_ids is None or position_ids.shape[-1] < 2:
-        return None
-    starts = position_ids.diff(dim=-1) != 1
-    if not bool(starts.any()):
-        return None
-    return nn.functional.pad(starts.cumsum(dim=-1), (1, 0)).expand(batch, -1)
 
 
 @torch.compiler.disable
