@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -330,7 +332,7 @@ def test_a_rename_that_fails_is_an_error(text: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "rename", failing)
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(PermissionError):
+    with pytest.raises(ZebraError, match=r"the token cache .* cannot be used: no\."):
         run(text / "b.txt", tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == []
 
@@ -401,3 +403,61 @@ def test_neighbours_are_joined_whole(lengths: list[int], length: int, expected: 
 def test_less_text_than_one_is_refused(lengths: list[int]) -> None:
     with pytest.raises(ZebraError, match=f"all documents joined have {sum(lengths)} tokens, fewer than one of 5"):
         corpus_of(*lengths).joined(5)
+
+
+# -- a cache that cannot be used
+
+
+@pytest.mark.parametrize("entry_first", [False, True])
+def test_a_full_disk_is_one_line_that_names_the_remedy(text: Path, tmp_path: Path, entry_first: bool) -> None:
+    cache = tmp_path / "c"
+    if entry_first:  # of another text
+        run(text / "b.txt", cache)
+    before = sorted(cache.rglob("*"))
+    (text / "long.txt").write_text("a" * 5000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ZebraError, match=r"the token cache .* cannot be used: File too large\. .* XDG_CACHE_HOME"):
+            run(text / "long.txt", cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(cache.rglob("*")) == before
+
+
+def test_nothing_is_mapped_to_be_written(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store to a mapped file on a full disk kills the process."""
+    accesses: list[int] = []
+    mapped = mmap.mmap
+
+    def recording(*arguments: Any, access: int, **options: Any) -> mmap.mmap:
+        accesses.append(access)
+        return mapped(*arguments, access=access, **options)
+
+    monkeypatch.setattr(mmap, "mmap", recording)
+    assert texts(run(text / "b.txt", tmp_path / "c")) == ["bee"]
+    assert accesses == [mmap.ACCESS_READ]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_that_names_the_remedy(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ZebraError, match=r"the token cache .* cannot be used: .*\. .* XDG_CACHE_HOME"):
+        run(text / "b.txt", tmp_path / "file" / "c")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ZebraError, match=r"no home folder, and so no token cache\. .* XDG_CACHE_HOME"):
+        read_corpus([str(text / "b.txt")], Encoder(Characters(), "characters"))
+
+
+def test_a_damaged_entry_that_cannot_be_removed(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, entry = entry_of(text, tmp_path)
+    (entry / "tokens.npy").write_bytes((entry / "tokens.npy").read_bytes()[:-2])
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **options: None)
+    with pytest.raises(ZebraError, match=r"the token cache .* cannot be used: it is damaged"):
+        run(text / "b.txt", cache)

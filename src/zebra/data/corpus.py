@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,14 @@ from numpy.typing import NDArray
 
 from zebra.data.documents import Document, document_format, find_files, read_documents
 from zebra.data.encoding import Encoder, encode_batches
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory, file_digest, user_cache_dir
 from zebra.progress import bar, console
 
 _BATCH_CHARACTERS = 1 << 20
-_VERSION = 2
+_COPY_BYTES = 1 << 24
+_REMEDY = "Name a folder with room that can be written: XDG_CACHE_HOME, or data.cache_dir in a recipe."
+_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,27 +108,58 @@ def read_corpus(
     key = hashlib.sha256(json.dumps([encoder.digest, encoder.append]).encode())
     for file, digest in zip(files, digests, strict=True):
         key.update(json.dumps([*document_format(file, separator, field), digest]).encode())
-    entry = Path(cache or user_cache_dir("tokens")) / key.hexdigest()[:32]
-    if entry.exists():
-        try:
-            return _open(entry)
-        except (OSError, ValueError, EOFError):
-            message = f"the cache entry {entry} is damaged or of another version; tokenising again."
-            console.print(message, markup=False, highlight=False, soft_wrap=True)
-            shutil.rmtree(entry, ignore_errors=True)
+    entry = _cache_folder(cache) / key.hexdigest()[:32]
     try:
-        with atomic_directory(entry) as directory:
-            try:
+        if entry.exists() and (corpus := _open_whole(entry)):
+            return corpus
+        try:
+            with atomic_directory(entry) as directory, _unchanged(files, digests):
                 size = sum(file.stat().st_size for file in files)
                 _write_entry(directory, read_documents(files, separator, field), encoder, num_proc, size)
-            except (OSError, ZebraError):
-                _check_unchanged(files, digests)  # a change of a file explains the error
+        except (OSError, ZebraError):
+            if not entry.exists():  # else another process was first, with the same tokens
                 raise
-            _check_unchanged(files, digests)
+        return _open(entry)
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ZebraError(f"the token cache {entry} cannot be used: {reason}. {_REMEDY}") from None
+
+
+def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
+    try:
+        return Path(cache or user_cache_dir("tokens"))
+    except RuntimeError:
+        raise ZebraError(f"this user has no home folder, and so no token cache. {_REMEDY}") from None
+
+
+@contextmanager
+def _unchanged(files: Sequence[Path], digests: Sequence[str]) -> Iterator[None]:
+    """Check that files are the same after the body, also where it fails: a change of a file explains the error."""
+
+    def check() -> None:
+        for file, digest in zip(files, digests, strict=True):
+            if not file.exists() or file_digest(file) != digest:
+                raise ZebraError(
+                    f"{file} changed while it was tokenised. Start again when nothing writes it."
+                ) from None
+
+    try:
+        yield
     except (OSError, ZebraError):
-        if not entry.exists():  # else another process was first, with the same tokens
-            raise
-    return _open(entry)
+        check()
+        raise
+    check()
+
+
+def _open_whole(entry: Path) -> Corpus | None:
+    """The corpus of an entry; a damaged one is removed."""
+    try:
+        return _open(entry)
+    except (EOFError, OSError):
+        message = f"the cache entry {entry} is damaged or of another version; tokenising again."
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
 
 
 def _check_unchanged(files: Sequence[Path], digests: Sequence[str]) -> None:
@@ -135,12 +169,19 @@ def _check_unchanged(files: Sequence[Path], digests: Sequence[str]) -> None:
 
 
 def _open(entry: Path) -> Corpus:
-    version = json.loads((entry / "version.json").read_text())
-    corpus = Corpus(
-        np.load(entry / "tokens.npy", mmap_mode="r"), np.load(entry / "offsets.npy"), np.load(entry / "hashes.npy")
-    )
+    """The corpus of an entry.
+
+    Raises:
+        OSError, EOFError: it cannot be read, is of another version, or not whole.
+    """
+    try:
+        version = json.loads((entry / "version.json").read_text())
+        tokens = np.load(entry / "tokens.npy", mmap_mode="r")
+        corpus = Corpus(tokens, np.load(entry / "offsets.npy"), np.load(entry / "hashes.npy"))
+    except ValueError as error:
+        raise EOFError(f"it is damaged: {error}") from None
     if version != _VERSION or len(corpus.tokens) != corpus.offsets[-1] or len(corpus) != len(corpus.hashes):
-        raise ValueError(f"{entry} is of version {version}, or cut")
+        raise EOFError(f"it is of version {version}, or cut")
     return corpus
 
 
@@ -151,7 +192,7 @@ def _write_entry(directory: Path, documents: Iterator[Document], encoder: Encode
     start = time.perf_counter()
     with bar("tokenising", size, "B") as advance, (directory / "tokens.raw").open("wb") as raw:
         for batch in encode_batches(_batches(documents, advance), encoder, num_proc):
-            batch.tokens.tofile(raw)
+            raw.write(batch.tokens.data)
             lengths += batch.lengths
             hashes.append(batch.hashes)
             largest = max(largest, int(batch.tokens.max(initial=0)))
@@ -159,9 +200,13 @@ def _write_entry(directory: Path, documents: Iterator[Document], encoder: Encode
             advance(note=f"{total:,} tokens, {total / (time.perf_counter() - start):,.0f} tokens/s")
     if not total:
         raise ZebraError(f"the tokenizer makes no token of the {len(lengths):,} documents. Give other text.")
-    wide = np.memmap(directory / "tokens.raw", dtype=np.uint32, mode="r")
     dtype = np.uint16 if largest < 1 << 16 else np.uint32
-    np.lib.format.open_memmap(directory / "tokens.npy", mode="w+", dtype=dtype, shape=wide.shape)[:] = wide
+    # Written and not mapped: on a full disk a write fails, and a store to mapped memory kills the process.
+    with (directory / "tokens.raw").open("rb") as raw, (directory / "tokens.npy").open("wb") as narrow:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (total,)}
+        np.lib.format.write_array_header_1_0(narrow, header)
+        while chunk := raw.read(_COPY_BYTES):
+            narrow.write(np.frombuffer(chunk, np.uint32).astype(dtype).data)
     (directory / "tokens.raw").unlink()
     np.save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     np.save(directory / "hashes.npy", np.concatenate(hashes))
