@@ -652,14 +652,14 @@ def test_a_double_backward_is_an_error() -> None:
         (8, Mask(window=7), False, "banded"),
         (8, Mask(), True, "banded"),
         (8, Mask(keys=torch.ones(2, 8, dtype=torch.bool)), False, "banded"),
-        (8, Mask(documents=torch.zeros(2, 8)), False, "banded"),
+        (8, Mask(documents=torch.zeros(2, 8, dtype=torch.int64)), False, "banded"),
         (3, Mask(), False, "banded"),
         (3, Mask(window=2), False, "banded"),
         (1, Mask(), False, "fused"),
         (1, Mask(window=3), False, "fused"),
         (1, Mask(keys=torch.tensor([[True] * 8, [False] * 7 + [True]])), False, "fused"),
         (1, Mask(keys=torch.tensor([[True] * 8, [False] * 8])), False, "banded"),
-        (1, Mask(documents=torch.zeros(2, 8)), False, "banded"),
+        (1, Mask(documents=torch.zeros(2, 8, dtype=torch.int64)), False, "banded"),
         (1, Mask(), True, "banded"),  # its inputs want a gradient
     ],
 )
@@ -837,7 +837,11 @@ def test_the_formula_on_demand_warns_of_nothing(silent: None, caplog: pytest.Log
     [
         ("fused", {"softcap": 2.0, "with_lse": False}, "fused: it has no softcap"),
         ("fused", {"with_lse": False, "mask": Mask(window=2)}, "fused: it has no window"),
-        ("fused", {"with_lse": False, "mask": Mask(documents=torch.zeros(2, 4))}, "fused: .* documents apart"),
+        (
+            "fused",
+            {"with_lse": False, "mask": Mask(documents=torch.zeros(2, 4, dtype=torch.int64))},
+            "fused: .* documents apart",
+        ),
         ("fused", {"with_lse": False, "mask": Mask(keys=torch.ones(2, 4).bool())}, "fused: .* mask for padding"),
     ],
 )

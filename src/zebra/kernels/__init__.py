@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from zebra.kernels import banded, flex, fused, native, reference, varlen
-from zebra.kernels.request import Kernel, Mask, Request
+from zebra.kernels.request import Kernel, Mask, Request, unit_stride
 
 __all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "choose", "find", "only"]
 
@@ -31,6 +32,7 @@ KERNELS: tuple[Kernel, ...] = tuple(module.KERNEL for module in (fused, varlen, 
 _log = logging.getLogger(__name__)
 _only: contextvars.ContextVar[str | None] = contextvars.ContextVar("only", default=None)
 _warned: set[str] = set()
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 @contextlib.contextmanager
@@ -105,37 +107,40 @@ def attend(
     Args:
         q: (B, H, T, D), the queries.
         k: (B, K, S, D), the keys.
-        v: (B, K, S, D), the values.
+        v: (B, K, S, D), the values; another head size than that of the keys is left as it is.
         mask: which keys a query sees besides being causal; None is plain causal.
         scale: D ** -0.5 where None.
-        slopes: (H,), of ALiBi; they get no gradient.
+        slopes: (H,), of ALiBi.
         with_lse: return the log-sum-exp; without it kernels that give none may serve.
         arguments: any others. A kernel declines what it does not know; None asks for nothing.
 
     Returns:
-        out: (B, H, T, D) in the dtype of the inputs. lse: (B, H, T), natural logarithm, in at least float32, None
-        without `with_lse`. A query that sees no key has out 0 and lse -inf.
+        out: (B, H, T, D) in the dtype of the inputs, D that of the values. lse: (B, H, T), natural logarithm, in at
+        least float32, None without `with_lse`. A query that sees no key has out 0 and lse -inf.
 
         What a query does not see changes neither its output nor its gradient, as long as it is finite. NaN and infinity
         may reach every query, hidden or not: the formula gives what is hidden the weight 0, and 0 * NaN is NaN. Only
         keys that lie beyond the window of all queries are never read.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes, dtypes or devices that do not fit together; a scale or softcap that is no such number.
         NotImplementedError: no kernel can serve the request.
     """
     mask = mask or Mask()
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check(q, k, v, mask)
+    _check(q, k, v, mask, slopes)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not math.isfinite(scale) or not (softcap is None or 0 < softcap < math.inf):
+        raise ValueError(f"scale is a finite number and softcap a positive one, or None; got {scale} and {softcap}.")
     k, v, mask = _trim(q, k, v, mask)
     request = Request(
-        q=q,
-        k=k,
-        v=v,
+        q=unit_stride(q),
+        k=unit_stride(k),
+        v=unit_stride(v),
         mask=mask,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         softcap=softcap,
         slopes=slopes,
         with_lse=with_lse,
@@ -144,24 +149,35 @@ def attend(
     return choose(request).run(request)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, slopes: Tensor | None) -> None:
     fits = (
         q.ndim == k.ndim == v.ndim == 4
+        and min(*q.shape, *k.shape, *v.shape) >= 1
         and k.shape[:3] == v.shape[:3]
         and q.shape[0] == k.shape[0]
         and q.shape[3] == k.shape[3]
         and q.shape[1] % k.shape[1] == 0
-        and 1 <= q.shape[2] <= k.shape[2]
+        and q.shape[2] <= k.shape[2]
     )
     if not fits:
         raise ValueError(
-            "attention takes q (B, H, T, D) and k, v (B, K, S, D) with H a multiple of K and 1 <= T <= S; "
+            "attention takes q (B, H, T, D) and k, v (B, K, S, D), none empty, with H a multiple of K and 1 <= T <= S; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
         )
-    for name, tensor in (("keys", mask.keys), ("documents", mask.documents)):
-        if tensor is not None and tuple(tensor.shape) != (k.shape[0], k.shape[2]):
-            expected = k.shape[0], k.shape[2]
-            raise ValueError(f"mask.{name} has one entry for each key, (B, S) = {expected}; got {tuple(tensor.shape)}.")
+    of_keys = "key, (B, S)", (k.shape[0], k.shape[2])
+    others = ("mask.keys", mask.keys, *of_keys), ("mask.documents", mask.documents, *of_keys)
+    for name, tensor, entry, shape in (*others, ("slopes", slopes, "head, (H,)", q.shape[1:2])):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has one entry for each {entry} = {tuple(shape)}; got {tuple(tensor.shape)}.")
+    devices = {x.device for x in (q, k, v, mask.keys, mask.documents, slopes) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"q, k, v, the mask and slopes are on one device; got {', '.join(sorted(map(str, devices)))}.")
+    if mask.keys is not None and mask.keys.dtype != torch.bool:
+        raise ValueError(f"mask.keys is bool, True for real tokens; got {mask.keys.dtype}.")
+    if mask.documents is not None and mask.documents.dtype not in _INTEGERS:
+        raise ValueError(f"mask.documents holds integers; got {mask.documents.dtype}.")
+    if mask.documents is not None and bool((mask.documents[:, 1:] < mask.documents[:, :-1]).any()):
+        raise ValueError("mask.documents never falls along a sequence: number its documents in their order.")
 
 
 def _trim(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Mask]:

@@ -182,7 +182,7 @@ class _Banded(torch.autograd.Function):
         slopes: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         walk = _Walk(q, k, mask, slopes)
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if v.shape[3] == q.shape[3] else q.new_empty(*q.shape[:3], v.shape[3])
         lse = torch.empty(*q.shape[:3], 1, dtype=walk.wide, device=q.device)
         for entry, kv_heads, heads in walk.head_slices():
             for span in walk.tiles.spans(entry, walk.span):
@@ -190,7 +190,7 @@ class _Banded(torch.autograd.Function):
                 rows = walk.gather("q", q[entry, heads, queries], tiles, walk.wide).mul_(scale * _LOG2E)
                 mixed, total, peak = (
                     walk.buffer(name, *rows.shape[:3], size)
-                    for name, size in (("mixed", q.shape[3]), ("total", 1), ("peak", 1))
+                    for name, size in (("mixed", v.shape[3]), ("total", 1), ("peak", 1))
                 )
                 for tile, *columns in zip(span.tiles, rows, mixed, total, peak, strict=True):
                     _tile(walk, tile, kv_heads, k[entry, kv_heads], v[entry, kv_heads], columns, softcap)
@@ -298,10 +298,18 @@ def banded(request: Request) -> tuple[Tensor, Tensor | None]:
     return out, lse if r.with_lse else None
 
 
+def _unsupported_reason(request: Request) -> str | None:
+    if request.slopes is not None and request.slopes.requires_grad and torch.is_grad_enabled():
+        return "it gives ALiBi's slopes no gradient"
+    return None
+
+
 KERNEL = Kernel(
     name="banded",
     summary="tiles of queries, O(N * window): windows, documents, padding, chunks, softcap, ALiBi",
     run=banded,
     softcap=True,
     slopes=True,
+    value_sizes=True,
+    unsupported_reason=_unsupported_reason,
 )

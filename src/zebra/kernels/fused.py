@@ -52,7 +52,7 @@ def fused(request: Request) -> tuple[Tensor, Tensor | None]:
         out, lse = _LSE(rows, k, v, 0.0, False, attn_mask=hidden, scale=request.scale)
         return out.reshape(q.shape), lse.reshape(q.shape[:3])
     out = scaled_dot_product_attention(rows, k, v, attn_mask=visible, scale=request.scale)
-    return out.view_as(q), None
+    return out.view(*q.shape[:3], v.shape[3]), None
 
 
 def _unsupported_reason(request: Request) -> str | None:
@@ -60,6 +60,8 @@ def _unsupported_reason(request: Request) -> str | None:
         return "it has no window"
     if request.scale <= 0:
         return "torch's causal kernel gives NaN for a scale that is not positive"
+    if request.v.shape[3] != request.q.shape[3] and (request.queries > 1 or request.with_lse):
+        return "it takes values of another head size in decode without log-sum-exp alone"
     if request.mask.documents is not None:
         return "it does not keep packed documents apart"
     if request.queries > 1 and request.mask.keys is not None:
@@ -103,6 +105,7 @@ KERNEL = Kernel(
     name="fused",
     summary="torch's scaled_dot_product_attention: plain causal, chunks and decode",
     run=fused,
+    value_sizes=True,
     unsupported_reason=_unsupported_reason,
     slower_than=lambda request: "native" if _is_long(request) and request.q.dtype == torch.float32 else None,
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zebra.kernels import compiler
-from zebra.kernels.request import Kernel, Request
+from zebra.kernels.request import Kernel, Request, unit_stride
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _SIZES = (64, 128)
@@ -73,18 +73,13 @@ def _library() -> ctypes.CDLL | str:
         return str(reason)
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor with a last stride of 1."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (_unit_stride(x) for x in (q, k, v))
-        out = _unit_stride(torch.empty_like(q))
+        q, k, v = (unit_stride(x) for x in (q, k, v))
+        out = unit_stride(torch.empty_like(q))
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
         _run("forward", {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lo": lo, "hi": hi}, scale)
         ctx.save_for_backward(q, k, v, out, lse, lo, hi)
@@ -95,8 +90,8 @@ class _Native(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         saved = dict(zip(("q", "k", "v", "out", "lse", "lo", "hi"), ctx.saved_tensors, strict=True))
-        gradients = {f"d{name}": _unit_stride(torch.empty_like(saved[name])) for name in ("q", "k", "v")}
-        incoming = {"grad": _unit_stride(grad_out), "dlse": grad_lse.contiguous()}
+        gradients = {f"d{name}": unit_stride(torch.empty_like(saved[name])) for name in ("q", "k", "v")}
+        incoming = {"grad": unit_stride(grad_out), "dlse": grad_lse.contiguous()}
         _run("backward", saved | gradients | incoming, ctx.scale)
         return *gradients.values(), None, None, None
 

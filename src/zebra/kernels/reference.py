@@ -52,4 +52,5 @@ KERNEL = Kernel(
     softcap=True,
     sinks=True,
     slopes=True,
+    value_sizes=True,
 )

@@ -109,13 +109,19 @@ class Mask:
         return replace(self, keys=keys, documents=documents)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """The same numbers, those of a head (..., D) adjacent in memory: kernels and torch's operators read them there."""
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @dataclass(frozen=True)
 class Request:
     """The arguments of `attend`, checked and completed; `arguments` holds those that `attend` does not know."""
 
     q: Tensor  # (B, H, T, D)
     k: Tensor  # (B, K, S, D)
-    v: Tensor  # (B, K, S, D)
+    v: Tensor  # (B, K, S, D), or of another head size
     mask: Mask
     scale: float
     softcap: float | None = None
@@ -145,6 +151,7 @@ class Kernel:
 
     Attributes:
         run: gives the output (B, H, T, D), and the log-sum-exp (B, H, T) or None.
+        value_sizes: whether values may have another head size than keys.
         min_queries: T, below which it does not pay.
         unsupported_reason: why it cannot serve a request that the other fields allow, or None.
         slower_than: the name of a kernel further down the table that is faster for this request, or None. That one
@@ -159,6 +166,7 @@ class Kernel:
     softcap: bool = False
     sinks: bool = False
     slopes: bool = False
+    value_sizes: bool = False
     min_queries: int = 1
     unsupported_reason: Callable[[Request], str | None] = lambda request: None
     slower_than: Callable[[Request], str | None] = lambda request: None
@@ -172,6 +180,8 @@ class Kernel:
             return f"q, k and v have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
         if q.dtype not in self.dtypes:
             return f"it does not take {q.dtype}"
+        if k.shape[3] != v.shape[3] and not self.value_sizes:
+            return f"it takes values of the keys' head size, {k.shape[3]}, not {v.shape[3]}"
         if request.arguments:
             return f"it does not know the argument {', '.join(sorted(request.arguments))}"
         if request.queries < self.min_queries:

@@ -69,7 +69,7 @@ def zebra_attention(
 
     Raises:
         ValueError: a 4-D mask, which would replace the layout of every layer; a layer that is not causal; packed
-            documents that contradict each other.
+            documents that contradict each other; `s_aux` of another number of heads.
         NotImplementedError: an argument that no kernel knows, attention dropout and weights among them.
     """
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -110,6 +110,8 @@ def zebra_attention(
         **others,
     )
     if s_aux is not None and lse is not None:
+        if s_aux.shape != query.shape[1:2]:
+            raise ValueError(f"s_aux has one score for each head, {query.shape[1]}; got the shape {tuple(s_aux.shape)}.")
         # exp(lse) / (exp(lse) + exp(s)): what the sink leaves to the keys.
         out = (out * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1)).to(out.dtype)
     return out.transpose(1, 2), None
