@@ -111,7 +111,9 @@ def zebra_attention(
     )
     if s_aux is not None and lse is not None:
         if s_aux.shape != query.shape[1:2]:
-            raise ValueError(f"s_aux has one score for each head, {query.shape[1]}; got the shape {tuple(s_aux.shape)}.")
+            raise ValueError(
+                f"s_aux has one score for each head, {query.shape[1]}; got the shape {tuple(s_aux.shape)}."
+            )
         # exp(lse) / (exp(lse) + exp(s)): what the sink leaves to the keys.
         out = (out * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1)).to(out.dtype)
     return out.transpose(1, 2), None
