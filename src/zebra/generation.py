@@ -33,9 +33,9 @@ from zebra.data.encoding import prompt_tokens
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer
-from zebra.model.context import check_learned_positions, longest_text
+from zebra.model.context import check_learned_positions, longest_text, ways_beyond
 from zebra.model.load_options import LoadOptions
-from zebra.model.rope import as_rope, refuse_changing_rope
+from zebra.model.rope import Rope, as_rope, refuse_changing_rope
 from zebra.model.self_extend import self_extend_of
 from zebra.positions import SelfExtend
 from zebra.progress import bar
@@ -199,8 +199,9 @@ def generate(
     inputs = encode_prompt(prompt, tokenizer, chat)
     length = inputs["input_ids"].shape[1]
     check_learned_positions(config, length + decoding.max_new_tokens - 1)
-    if setting is not None or as_rope(loading.rope).kind != "base":
-        _warn_beyond(config, setting, length, decoding.max_new_tokens)
+    rope = as_rope(loading.rope)
+    if setting is not None or rope.kind != "base":
+        _warn_beyond(config, setting, rope, length, decoding.max_new_tokens)
     loaded = model if isinstance(model, PreTrainedModel) else loading.model(source)
     return _run(loaded, tokenizer, inputs, decoding, on_text)
 
@@ -401,12 +402,12 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return [] if tokens is None else tokens if isinstance(tokens, list) else [tokens]
 
 
-def _warn_beyond(config: PreTrainedConfig, setting: SelfExtend | None, prompt: int, new: int) -> None:
+def _warn_beyond(config: PreTrainedConfig, setting: SelfExtend | None, rope: Rope, prompt: int, new: int) -> None:
     longest = longest_text(config, setting)
     if longest is None or prompt + new <= longest:
         return
     limit = "positions that this model was trained for"
-    remedy = "give self_extend, a rope such as yarn:8, or a checkpoint that was adapted"
+    remedy = f"or take {ways_beyond(config, setting, rope)}"
     if setting is not None:
         limit = f"that Self-Extend {setting} takes this model to"
         remedy = f"raise the group, or write auto:{prompt + new}"

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zebra.errors import ZebraError
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Types of rope whose frequencies change with the text's length."""
+
+LARGEST_FACTOR = 1e12
+"""Of a rope; a larger one is a mistake."""
 
 Position = TypeVar("Position", int, "Tensor")
 """An int, or an integer tensor that broadcasts against the other positions."""
@@ -147,6 +151,45 @@ def suggest(trained: int, target: int) -> SelfExtend:
     window = trained // 4
     smallest = (target - window) / (trained / 2 - window)
     return SelfExtend(1 << max(1, math.ceil(math.log2(smallest))), window)
+
+
+def ropes_of(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parameters of each rope of a config's fields: one, or one for each kind of layer; older configs' too."""
+    parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    return [one for one in parameters.values() if isinstance(one, Mapping)] or [parameters]
+
+
+def rope_type(parameters: Mapping[str, Any]) -> str:
+    """The type of a rope, by its name of today."""
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    return "longrope" if kind == "su" else kind
+
+
+def reach_of(longest: int, fields: Mapping[str, Any]) -> int:
+    """The longest text that a model was made for, by all fields of its config that say so.
+
+    With M = max_position_embeddings, and a rope's factor f and original_max_position_embeddings L, M where absent:
+
+        yarn                max(M, f L)         Qwen's instruction leaves M at L; of DeepSeek and gpt-oss M = f L
+        llama3, longrope    M if M > L else f L     of Llama 3.2 and Phi-3 M is the length, and f is no ratio of lengths
+        dynamic             f M
+        any other           M, or Vicuna's max_sequence_length    of Gemma 3 M holds the linear factor already
+
+    Several ropes, one for each kind of layer, reach as far as the one that reaches farthest.
+
+    Args:
+        longest: M.
+        fields: of the config, which may have older names.
+    """
+    reaches = [longest, fields.get("max_sequence_length") or 0]
+    for rope in ropes_of(fields):
+        kind, factor = rope_type(rope), rope.get("factor")
+        scale = factor if isinstance(factor, int | float) and 1 <= factor <= LARGEST_FACTOR else 1
+        name = "original_max_position_embeddings"
+        before = longest if kind == "dynamic" else fields.get(name) or rope.get(name) or longest
+        if kind in ("yarn", "dynamic") or (kind in ("llama3", "longrope") and longest <= before):
+            reaches.append(round(scale * before))
+    return max(reaches)
 
 
 def refuse_rope(family: str, kind: str | None) -> None:

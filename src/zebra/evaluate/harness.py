@@ -270,8 +270,8 @@ def _max_length(
     passes = f"requests of up to {most:,} tokens, answer included, pass the {reach:,} positions that this model reads"
     if not cut:
         raise ZebraError(
-            f"{passes}: {counts}. Take Self-Extend, a rope such as yarn:8 or fewer shots, cut their beginnings "
-            "(--cut), or run them all the same (--beyond)."
+            f"{passes}: {counts}. Take fewer shots, {target.ways_beyond()}; or cut their beginnings (--cut), or run "
+            "them all the same (--beyond)."
         )
     warnings.warn(f"{passes}, and lose their beginnings: {counts}.", stacklevel=3)
     return reach

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer
-from zebra.model.context import check_learned_positions, longest_text
+from zebra.model.context import check_learned_positions, longest_text, ways_beyond
 from zebra.model.families import layout
 from zebra.model.load import device_name
 from zebra.model.load_options import LoadOptions, loaded_layout_name
@@ -58,9 +58,13 @@ class EvalTarget:
         passes = f"a length of {length:,} tokens passes the {self.reach:,} positions that this model "
         passes += f"reaches with Self-Extend {self.self_extend}" if self.self_extend else "was trained for"
         if not beyond:
-            remedy = "" if beyond is None else "; or Self-Extend, or measure there all the same with beyond (--beyond)"
-            raise ZebraError(f"{passes}. Take a shorter one, a rope such as yarn:8, or an adapted checkpoint{remedy}.")
+            remedy = "" if beyond is None else "; or measure there all the same with beyond (--beyond)"
+            raise ZebraError(f"{passes}. Take a shorter one, {self.ways_beyond()}{remedy}.")
         warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)
+
+    def ways_beyond(self) -> str:
+        """What takes the model beyond `reach`, for a message."""
+        return ways_beyond(self.config, self.self_extend, as_rope(self._options.rope))
 
     def load(self) -> PreTrainedModel:
         """The model on its device.

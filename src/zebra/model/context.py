@@ -5,13 +5,36 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from zebra.errors import ZebraError
-from zebra.positions import SelfExtend
+from zebra.model.rope import Rope, changes_with_length
+from zebra.positions import SelfExtend, reach_of
 
 
 def longest_text(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | None:
-    """The longest text that a model was trained for, or reaches with Self-Extend; None without a limit."""
-    trained = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return trained if setting is None or trained is None else setting.reach(trained)
+    """The longest text that a model was made for, with its rope, or reaches with Self-Extend; None without a limit."""
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is None:
+        return None
+    trained = reach_of(longest, vars(text))
+    return trained if setting is None else setting.reach(trained)
+
+
+def ways_beyond(config: PreTrainedConfig, setting: SelfExtend | None, rope: Rope) -> str:
+    """What takes a model beyond its longest text; for a message, which offers nothing that would be refused.
+
+    Args:
+        setting, rope: those that it has been loaded with.
+    """
+    ways = []
+    if rope.amount is not None:
+        ways.append("a larger factor of the rope")
+    elif Rope("yarn", 8.0).reason_against(config) is None:
+        ways.append("a rope such as yarn:8")
+    if setting is not None:
+        ways.append("a larger group of Self-Extend")
+    elif getattr(config, "rope_parameters", None) and not changes_with_length(config):
+        ways.append("Self-Extend")
+    return ", ".join([*ways, "or a checkpoint that was adapted"])
 
 
 def check_learned_positions(config: PreTrainedConfig, length: int) -> None:

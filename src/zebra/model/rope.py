@@ -26,7 +26,8 @@ from zebra.stripes import GLOBAL, LOCAL
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_FACTORS = ("linear", "yarn", "llama3", "dynamic")
+_STRETCHING = ("linear", "yarn", "llama3")
+_FACTORS = (*_STRETCHING, "dynamic")
 _UNCHANGED = ("rope_theta", "partial_rotary_factor")
 _LARGEST = 1e12
 
@@ -68,24 +69,18 @@ class Rope:
     def __str__(self) -> str:
         return self.kind if self.amount is None else f"{self.kind}:{self.amount:.15g}"
 
-    def reaches(self, config: PreTrainedConfig) -> int | None:
-        """The number of positions that the changed model is meant for, where the kind determines it."""
-        if self.kind not in ("linear", "yarn", "llama3") or self.amount is None:
-            return None
-        return round(config.max_position_embeddings * self.amount)
-
     def apply(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The config with this rope, and as many positions as it reaches.
+        """The config with this rope, and as many positions as it reaches where its kind determines them.
 
         Raises:
             ZebraError: a rope that is scaled already, a base that is not larger, a model where no global layer has one.
         """
         if self.kind == "none":
             return config
-        by_kind = GLOBAL in (config.rope_parameters or {})
-        old = config.rope_parameters[GLOBAL] if by_kind else config.rope_parameters
-        if reason := self._reason_against(config, old, by_kind):
+        if reason := self.reason_against(config):
             raise ZebraError(f"the rope of this {config.model_type} cannot become {self}: {reason}.")
+        by_kind = GLOBAL in config.rope_parameters
+        old = config.rope_parameters[GLOBAL] if by_kind else config.rope_parameters
         new = {name: old[name] for name in _UNCHANGED if name in old}
         if self.kind == "base":
             new |= {"rope_type": "default", "rope_theta": self.amount}
@@ -97,11 +92,15 @@ class Rope:
             new |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
         result = copy.deepcopy(config)
         result.rope_parameters = {**config.rope_parameters, GLOBAL: new} if by_kind else new
-        result.max_position_embeddings = self.reaches(config) or config.max_position_embeddings
+        if self.kind in _STRETCHING:
+            result.max_position_embeddings = round(config.max_position_embeddings * self.amount)
         return result
 
-    def _reason_against(self, config: PreTrainedConfig, old: dict[str, Any], by_kind: bool) -> str | None:
-        """Why the rope `old` of a model cannot change into this one, with the remedy, or None."""
+    def reason_against(self, config: PreTrainedConfig) -> str | None:
+        """Why the rope of a model cannot change into this one, with the remedy, or None."""
+        parameters = getattr(config, "rope_parameters", None) or {}
+        by_kind = GLOBAL in parameters
+        old = parameters[GLOBAL] if by_kind else parameters
         if (positions := getattr(config, "position_embedding", "rotary")) != "rotary":
             return f"its positions are {positions}. Leave the rope out"
         if config.model_type == "cohere2":
@@ -110,6 +109,8 @@ class Rope:
             return "each layer has a base of its own (layer_rope_theta). Take yarn, linear or llama3"
         if self.kind == "dynamic" and by_kind:
             return "each kind of layer has its own, and dynamic NTK serves one rope only. Take yarn, linear or llama3"
+        if not old:
+            return "it has none. Leave the rope out"
         if old.get("rope_type", "default") != "default":
             has = ", ".join(f"{name} {value}" for name, value in old.items() if not isinstance(value, list))
             return f"it is scaled already ({has}). Start from the checkpoint before, or leave the rope as it is"

@@ -17,7 +17,7 @@ from typing import Any
 
 from zebra.errors import ZebraError
 from zebra.plan.shapes import SHAPES, shape
-from zebra.positions import LENGTH_DEPENDENT
+from zebra.positions import LENGTH_DEPENDENT, reach_of, rope_type, ropes_of
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 
@@ -84,7 +84,7 @@ class Decoder:
     Attributes:
         experts, experts_per_token: of the MLPs of `expert_layers` layers, each expert `expert_intermediate_size` wide;
             0 without experts.
-        trained_length: tokens of context that its positions were trained for, by its config.
+        trained_length: tokens of context that its positions reach, see `zebra.positions.reach_of`.
         rope: the type of its rotary embedding; None without one.
         learned_positions: entries of the table of positions that is added to the embedding.
         stripes: the layout of the config itself; None where every layer is global.
@@ -216,7 +216,7 @@ def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
         intermediate_size=_integer(fields, "intermediate_size", name, None if traits.gated else 4 * hidden),
         vocab_size=_integer(fields, "vocab_size", name),
         tied=tied,
-        trained_length=(longest := _integer(fields, "max_position_embeddings", name)),
+        trained_length=reach_of(longest := _integer(fields, "max_position_embeddings", name), fields),
         learned_positions=longest if traits.biases == "all" else 0,
         qkv_bias=attention_bias or traits.biases == "qkv",
         out_bias=attention_bias,
@@ -257,13 +257,10 @@ def _experts(fields: Mapping[str, Any], key: str, layers: int, name: str) -> dic
 
 
 def _rope(fields: Mapping[str, Any], traits: FamilyTraits) -> str | None:
-    """The type of the rope; of several, one that changes with length. Older configs name it otherwise."""
+    """The type of the rope; of several, one that changes with length."""
     if not traits.rotated or fields.get("alibi"):
         return None
-    parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    ropes = [one for one in (parameters, *parameters.values()) if isinstance(one, Mapping)]
-    types = [str(one.get("rope_type") or one.get("type") or "default") for one in ropes]
-    types = ["longrope" if kind == "su" else kind for kind in types]
+    types = [rope_type(rope) for rope in ropes_of(fields)]
     return next((kind for kind in types if kind in LENGTH_DEPENDENT), types[0])
 
 

@@ -21,6 +21,7 @@ from zebra.model.checkpoint import (
     write_config,
     write_zebra_json,
 )
+from zebra.model.context import longest_text
 from zebra.model.families import with_stripes
 from zebra.model.load import load, write_converted
 from zebra.model.local import local_attention_of
@@ -58,17 +59,17 @@ def adapted_config(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTra
     """
     if recipe.stripes is not None:
         config = with_stripes(config, Stripes.parse(recipe.stripes))
-    rope = as_rope(recipe.rope)
-    reach = rope.reaches(config)
-    if reach is not None and reach < recipe.train.length:
-        raise ZebraError(
-            f"the rope {rope} reaches {reach:,} positions of a model of {config.max_position_embeddings:,}, and "
-            f"train.length is {recipe.train.length:,}. Take a factor of at least "
-            f"{math.ceil(recipe.train.length / config.max_position_embeddings)}."
-        )
+    rope, trained = as_rope(recipe.rope), config.max_position_embeddings
     config = with_explicit_yarn_factor(rope.apply(config))
     refuse_changing_rope(config, "training")
-    config.max_position_embeddings = max(config.max_position_embeddings, recipe.train.length)
+    reach, length = longest_text(config) or 0, recipe.train.length
+    if rope.kind not in ("none", "base") and reach < length:
+        raise ZebraError(
+            f"the rope {rope} reaches {reach:,} positions of a model of {trained:,}, and train.length is {length:,}. "
+            f"Take a factor of at least {math.ceil(length / trained)}."
+        )
+    if length > config.max_position_embeddings:
+        config.max_position_embeddings = max(reach, length)
     return trainable_config(config, recipe.model)
 
 

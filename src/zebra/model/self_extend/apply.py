@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
+from zebra.model.context import longest_text
 from zebra.model.local import LocalAttention, local_attention_of
 from zebra.model.override import names_of_other_overrides, overrides_of, set_override
 from zebra.model.rope import changes_with_length
@@ -21,13 +22,13 @@ from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
 
 
 def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig) -> SelfExtend:
-    """The setting for a model, with `auto:TARGET` computed from its trained length.
+    """The setting for a model, with `auto:TARGET` computed from the length that it reaches.
 
     Raises:
         ZebraError: a window at or beyond the trained length, a rope that changes with length, no trained length.
     """
     text = config.get_text_config()
-    trained = getattr(text, "max_position_embeddings", None)
+    trained = longest_text(config)
     if not trained:
         raise ZebraError(
             f"Self-Extend starts from the length that a model was trained at, and the config of this {text.model_type} "
@@ -45,7 +46,8 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     Raises:
         ZebraError: no global layer with a rope, a model that cannot run on our cache, and as `attention_layers`.
     """
-    trained = model.config.get_text_config().max_position_embeddings
+    trained = longest_text(model.config)
+    assert trained is not None  # as the setting was resolved
     if others := names_of_other_overrides(model, LocalAttention, SelfExtendAttention):
         raise ZebraError(
             f"Self-Extend maps the positions of tokens, and this model has layers with {others}. Load it without."
