@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from conftest import tiny_model
+import yaml
+from conftest import STORIES, TEXT, Zebra, adapt_recipe, refused, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-import zebra
-from zebra import ZebraError
+from zebra import ZebraError, convert, load
+from zebra.train.pretrain import config_of
+from zebra.train.recipe import PretrainRecipe
 
 IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
 
@@ -51,13 +56,13 @@ def test_shards_in_subfolders_are_shared_and_never_written(
     names: tuple[str, ...], links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = sharded(tmp_path / "source", *names)
-    before, expected = digests(source), zebra.load(source)(IDS).logits
+    before, expected = digests(source), load(source)(IDS).logits
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
-    converted = zebra.convert(source, tmp_path / "out", "GL:64")
+    converted = convert(source, tmp_path / "out", "GL:64")
     assert digests(source) == before
     assert all((converted / name).samefile(source / name) == links for name in names)
-    assert torch.equal(zebra.load(converted)(IDS).logits, expected)
+    assert torch.equal(load(converted)(IDS).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["../w.safetensors", "{}/w.safetensors", "a/../../w.safetensors", "config.json"])
@@ -70,7 +75,7 @@ def test_an_index_names_shards_within_the_checkpoint(name: str, tmp_path: Path) 
     index = source / "model.safetensors.index.json"
     index.write_text(index.read_text().replace('"w.safetensors"', json.dumps(name.format(outside))))
     before = digests(tmp_path)
-    for act in (lambda: zebra.load(source), lambda: zebra.convert(source, tmp_path / "out", "GL:9")):
+    for act in (lambda: load(source), lambda: convert(source, tmp_path / "out", "GL:9")):
         with rejected(r"a shard is a \.safetensors file within the checkpoint's directory; got"):
             act()
     assert digests(tmp_path) == before
@@ -89,4 +94,172 @@ def test_weights_of_integers(kind: torch.dtype, file: str, tmp_path: Path) -> No
     else:
         save_file(tensors, tmp_path / file, metadata={"format": "pt"})
     with rejected(rf"{name} holds integers or 8-bit numbers, and config\.json has no quantization_config"):
-        zebra.load(tmp_path)
+        load(tmp_path)
+
+
+# Numbers that no tensor's shape shows
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+WRONG_NUMBERS: list[dict[str, object]] = [
+    {"rope_theta": 0},
+    {"rope_theta": -1e4},
+    {"rope_theta": math.nan, "rope_parameters": None},
+    {"rope_parameters": ROPE | {"rope_theta": math.inf}},
+    {"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 0.0}},
+    {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 0.0}}},
+    {"head_dim": 0},
+    {"max_position_embeddings": 0},
+    {"rms_norm_eps": math.nan},
+    {"initializer_range": math.nan},
+]
+
+
+@pytest.mark.parametrize("fields", WRONG_NUMBERS, ids=str)
+def test_a_number_of_a_config_that_computes_nonsense(fields: dict[str, object], stories: Path, zebra: Zebra) -> None:
+    set_fields(stories, **fields)
+    with rejected(r" is a finite number( above 0)?; got .*\. Correct its config\.json"):
+        load(stories)
+    target = stories.parent / "out"
+    for verb in (("convert", stories, target, "--stripes", "GL:9"), ("plan", stories, "--length", 512)):
+        refused(zebra(*verb), "is a finite number", "Correct its config.json")
+    assert not target.exists()
+
+
+def test_a_number_that_is_passed_to_load_or_written_in_a_recipe() -> None:
+    with rejected("head_dim is a finite number above 0; got 0"):
+        load(STORIES, head_dim=0)
+    model = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "rope_parameters": ROPE}
+    tree = {"run": "x", "model": model | {"rope_parameters": ROPE | {"rope_theta": -1.0}}, "tokenizer": str(STORIES)}
+    tree |= {"data": {"files": ["x"]}, "train": {"length": 8, "max_steps": 1, "learning_rate": 1.0}}
+    with rejected("model: rope_theta is a finite number above 0; got -1"):
+        config_of(PretrainRecipe.model_validate(tree))
+
+
+def test_weights_under_other_names(stories: Path) -> None:
+    set_fields(stories, transformers_weights="other.safetensors")
+    with rejected(r"its weights lie in 'other\.safetensors' \(transformers_weights\)"):
+        load(stories)
+
+
+# An adapter beside its base
+
+
+def test_an_adapter_beside_its_base_is_rejected_by_every_verb(stories: Path, tmp_path: Path, zebra: Zebra) -> None:
+    before = load(STORIES)(IDS).logits
+    base = AutoModelForCausalLM.from_pretrained(STORIES)
+    peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(stories)
+    text, out = TEXT / "tinystories_test.txt", tmp_path / "out"
+    recipe = tmp_path / "adapt.yaml"
+    recipe.write_text(yaml.safe_dump(adapt_recipe(tmp_path / "run", model=str(stories)).model_dump(mode="json")))
+    for verb in (
+        ("convert", stories, out, "--stripes", "GL:9"),
+        ("verify", stories, "--against", STORIES),
+        ("verify", STORIES, "--against", stories),
+        ("plan", stories, "--length", 512),
+        ("generate", stories, "--prompt", "Once"),
+        ("evaluate", "perplexity", stories, text, "--length", 64),
+        ("select", stories, "--budget", 2, "--window", 16, "--length", 64, "--text", text),
+        ("adapt", recipe),
+        ("adapt", recipe, "--dry-run"),
+    ):
+        refused(zebra(*verb), "with a peft adapter beside it", "merge_and_unload")
+    assert not out.exists()
+    with rejected("with a peft adapter beside it"):
+        load(stories)
+    (stories / "adapter_config.json").unlink()  # the remedy
+    assert torch.equal(load(stories)(IDS).logits, before)
+
+
+# Code of others
+
+
+def with_code(checkpoint: Path, *, config: bool = False, tokenizer: bool = False) -> Path:
+    """The checkpoint with Python code beside it that leaves a file where it runs; returns that file."""
+    witness = checkpoint.parent / "it_ran"
+    (checkpoint / "custom.py").write_text(
+        f"open({str(witness)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, PreTrainedTokenizerFast\n"
+        "class Config(LlamaConfig): model_type = 'custom'\n"
+        "class Tokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+    if config:
+        set_fields(checkpoint, model_type="custom", auto_map={"AutoConfig": "custom.Config"})
+    if tokenizer:
+        file = checkpoint / "tokenizer_config.json"
+        fields = json.loads(file.read_text()) if file.exists() else {}
+        own = {"auto_map": {"AutoTokenizer": [None, "custom.Tokenizer"]}, "tokenizer_class": "CustomTokenizer"}
+        file.write_text(json.dumps(fields | own))
+        set_fields(checkpoint, model_type="smollm3")  # a family for which transformers knows no class of tokenizer
+    return witness
+
+
+def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(
+    stories: Path, tmp_path: Path, zebra: Zebra, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stands on standard input: transformers would ask there, and take a y of a pipe."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    witness = with_code(stories, tokenizer=True)
+    text, recipe = TEXT / "tinystories_test.txt", tmp_path / "adapt.yaml"
+    adapted = adapt_recipe(tmp_path / "run", model=str(stories), evaluate=None).model_dump(mode="json")
+    recipe.write_text(yaml.safe_dump(adapted))
+    pipeline = tmp_path / "run.yaml"
+    stages = {"evaluate": {"perplexity": {"text": [str(text)], "lengths": [64]}}}
+    pipeline.write_text(yaml.safe_dump({"run": str(tmp_path / "pipeline"), "model": str(stories), "stages": stages}))
+    document = tmp_path / "qa.jsonl"
+    document.write_text('{"document": "a", "question": "b", "answers": ["c"]}\n')
+    verbs: tuple[tuple[object, ...], ...] = (
+        ("generate", stories, "--prompt", "Once", "--max-new-tokens", 2),
+        ("evaluate", "perplexity", stories, text, "--length", 64),
+        ("evaluate", "retrieval", stories, "--task", "passkey", "--length", 256),
+        ("evaluate", "documents", stories, document),
+        ("select", stories, "--budget", 2, "--window", 16, "--length", 64, "--text", text, "--out", tmp_path / "s"),
+        ("adapt", recipe),
+        ("run", pipeline),
+    )
+    for verb in verbs:
+        refused(zebra(*verb, input="y\n" * 9), "is Python code of its own", "--trust-remote-code")
+    assert not witness.exists()
+    done = zebra("generate", stories, "--prompt", "Once", "--max-new-tokens", 2, "--trust-remote-code")
+    assert done.returncode == 0, done.stderr
+    assert witness.exists()
+
+
+def test_a_model_that_is_code_of_a_checkpoint_is_never_run(stories: Path, zebra: Zebra) -> None:
+    witness = with_code(stories, config=True)
+    with rejected("its model is Python code of its own, and zebra runs classes of transformers only"):
+        load(stories)
+    with rejected("zebra.load takes no trust_remote_code: models run as classes of transformers"):
+        load(STORIES, trust_remote_code=True)
+    load(STORIES, trust_remote_code=False)
+    done = zebra("generate", stories, "--prompt", "Once", "--trust-remote-code", input="y\n")
+    refused(done, "its model is Python code of its own")
+    assert not witness.exists()
+
+
+class _Code:
+    def __init__(self, witness: Path):
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.witness,)
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_pickle_runs_nothing(older: bool, stories: Path, tmp_path: Path) -> None:
+    tensors = load_file(stories / "model.safetensors")
+    (stories / "model.safetensors").unlink()
+    code = tensors | {"x": _Code(tmp_path / "it_ran")}
+    torch.save(code, stories / "pytorch_model.bin", _use_new_zipfile_serialization=not older)
+    with rejected(r"pytorch_model\.bin is corrupt or truncated: Weights only load failed"):
+        load(stories)
+    assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.parametrize("content", [[torch.ones(3)], {"model": {"a": torch.ones(3)}}, "text"], ids=str)
+def test_a_pickle_of_something_else(content: object, stories: Path) -> None:
+    (stories / "model.safetensors").unlink()
+    torch.save(content, stories / "pytorch_model.bin")
+    with rejected(r"pytorch_model\.bin is corrupt or truncated: it holds no table of tensors"):
+        load(stories)

@@ -32,7 +32,6 @@ from zebra.data.chat_template import apply_chat_template
 from zebra.data.encoding import prompt_tokens
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
-from zebra.model.checkpoint import load_tokenizer
 from zebra.model.context import check_learned_positions, longest_text, ways_beyond
 from zebra.model.load_options import LoadOptions
 from zebra.model.rope import Rope, as_rope, refuse_changing_rope
@@ -170,7 +169,7 @@ def generate(
         on_text: called with each piece of text as it comes, whole characters only; with beams once, at the end.
         options: the fields of `Decoding`: max_new_tokens, temperature, top_p, stop, seed, prefill_chunk, ...; and for a
             checkpoint those of `zebra.model.load_options.LoadOptions`: stripes, rope, self_extend, window,
-            full_decode, dtype, device.
+            full_decode, dtype, device, trust_remote_code.
 
     Raises:
         ZebraError: an empty prompt; no tokenizer, or no chat template with `chat`; a rope that changes with length;
@@ -195,7 +194,7 @@ def generate(
         source, config = model, loading.config(model)
         setting = loading.self_extend_setting(config)
     refuse_changing_rope(config, "generating")
-    tokenizer = tokenizer or load_tokenizer(source, config)
+    tokenizer = tokenizer or loading.tokenizer(source, config)
     inputs = encode_prompt(prompt, tokenizer, chat)
     length = inputs["input_ids"].shape[1]
     check_learned_positions(config, length + decoding.max_new_tokens - 1)

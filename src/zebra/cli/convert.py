@@ -89,6 +89,7 @@ def select(
     rope: options.RopeNotation = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     work: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the measurements, results and page; resumes from it.")

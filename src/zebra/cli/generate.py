@@ -36,6 +36,7 @@ def generate(
     full_decode: options.FullDecode = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Continue a text, greedily unless a temperature is given. The text streams to stdout, timings go to stderr."""

@@ -117,6 +117,12 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str | None, _loading("--device", "cpu, cuda, cuda:1. Default: a GPU if there is one.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run a tokenizer that is Python code of the checkpoint. Models are never run so."
+    ),
+]
 
 
 # Measurements

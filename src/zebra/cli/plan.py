@@ -9,6 +9,7 @@ import typer
 
 from zebra.cli import show
 from zebra.cli.options import FullDecodeFlag, Json, stripes_notation
+from zebra.model.checkpoint_files import check_checkpoint
 
 
 def plan(
@@ -40,6 +41,8 @@ def plan(
     from zebra.positions import SelfExtend
     from zebra.stripes import Stripes
 
+    if Path(model).is_dir():
+        check_checkpoint(model)
     sizes, ceilings = decoder.read_decoder(model), devices.find_device(device)
     default = sizes.stripes or Stripes.grouped(stride=4, window=512)
     run = Run(

@@ -10,20 +10,32 @@ from typing import Annotated
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import Json, RecipeFile, Set
+from zebra.cli.options import Json, RecipeFile, Set, TrustRemoteCode
 from zebra.model.checkpoint_files import check_checkpoint
 
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")]
 
 
-def adapt(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
+def adapt(
+    recipe: RecipeFile,
+    set_: Set = None,
+    dry_run: _DryRun = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
     """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
-    _train("adapt", recipe, set_, dry_run, as_json)
+    _train("adapt", recipe, set_, dry_run, as_json, trust_remote_code=trust_remote_code)
 
 
-def tune(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
+def tune(
+    recipe: RecipeFile,
+    set_: Set = None,
+    dry_run: _DryRun = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
     """Tune a checkpoint on short and long instructions (LIT), measure it before and after, and write a report."""
-    _train("tune", recipe, set_, dry_run, as_json)
+    _train("tune", recipe, set_, dry_run, as_json, trust_remote_code=trust_remote_code)
 
 
 def pretrain(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
@@ -31,7 +43,7 @@ def pretrain(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_
     _train("pretrain", recipe, set_, dry_run, as_json)
 
 
-def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool) -> None:
+def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, **options: bool) -> None:
     """Estimate a recipe's cost, or train by it, write its page and print its results."""
     from zebra.train.recipe import AdaptRecipe, CheckpointRecipe, PretrainRecipe, check_files, read_recipe
     from zebra.train.tune_recipe import TuneRecipe
@@ -50,7 +62,7 @@ def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as
 
             show.dry_run(estimate.dry_run(recipe), as_json)
             return
-        getattr(importlib.import_module(f"zebra.train.{verb}"), verb)(recipe)
+        getattr(importlib.import_module(f"zebra.train.{verb}"), verb)(recipe, **options)
         from zebra.report import write_report
         from zebra.results import read_results
         from zebra.train.directory import is_first_process
@@ -100,13 +112,14 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all stages and print which would run; do nothing.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Convert, adapt, tune, evaluate and report by one recipe; finished stages are skipped."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from zebra.pipeline.recipe import read_pipeline
 
-    stages = read_pipeline(recipe, set_ or [])
+    stages = read_pipeline(recipe, set_ or [], trust_remote_code=trust_remote_code)
     with show.working():
         from zebra.pipeline import run as pipeline
 

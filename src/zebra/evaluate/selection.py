@@ -78,6 +78,7 @@ def select(
     rope: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     seed: int = 0,
     work: str | os.PathLike[str] | None = None,
     check_only: bool = False,
@@ -94,6 +95,7 @@ def select(
         samples: sequences; one in four is held out.
         order: greedy, or once.
         work: a folder for the losses: the same call continues after a kill, another budget reuses them.
+        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
         check_only: load no model; the result is the tokens that it would read, the layout one of as many global layers.
 
     Raises:
@@ -103,7 +105,8 @@ def select(
     """
     local = Stripes.parse(f"L:{window}")
     _check(order, local.window, length, text, tasks, samples)
-    target = EvalTarget(checkpoint, purpose="converting", rope=rope, dtype=dtype, device=device)
+    loading = {"rope": rope, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    target = EvalTarget(checkpoint, purpose="converting", **loading)
     config, tokenizer = target.config, target.tokenizer
     stripes = stripes_of(config)
     types = stripes.layer_types(config.num_hidden_layers) if stripes else [GLOBAL] * config.num_hidden_layers

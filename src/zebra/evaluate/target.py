@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError
-from zebra.model.checkpoint import load_tokenizer
 from zebra.model.context import check_learned_positions, longest_text, ways_beyond
 from zebra.model.families import layout
 from zebra.model.load import device_name
@@ -42,7 +41,7 @@ class EvalTarget:
         if purpose is not None:
             refuse_changing_rope(self.config, purpose)
         self.self_extend = self._options.self_extend_setting(self.config)
-        self.tokenizer = load_tokenizer(checkpoint, self.config)
+        self.tokenizer = self._options.tokenizer(checkpoint, self.config)
         other_base = as_rope(self._options.rope).kind == "base"
         self.reach = None if other_base else longest_text(self.config, self.self_extend)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.utils import cached_file
 
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write
-from zebra.model.checkpoint_files import check_checkpoint, read_json_object
+from zebra.model.checkpoint_files import adapter_beside_base, check_checkpoint, check_fields, read_json_object
 from zebra.model.families import ignores_layer_types, route_of, stripes_of
 from zebra.model.local import LocalAttention, layout_name
 from zebra.provenance import git_commit, versions
@@ -35,11 +36,14 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
         kwargs: keyword arguments of `from_pretrained`, fields of the config among them.
 
     Raises:
-        ZebraError: no checkpoint there, a broken config.json, a family without a route, or a config whose stripes its
-            own class would ignore while its cache obeys them (`generate` would be silently wrong).
+        ZebraError: no checkpoint there, a broken config.json, Python code of its own, a family without a route, or a
+            config whose stripes its own class would ignore while its cache obeys them (`generate` would be silently
+            wrong); as `check_checkpoint` and `check_fields`.
     """
     check_checkpoint(path, kwargs.get("subfolder", ""))
-    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs} | {"trust_remote_code": False}
+    if not Path(path).exists() and _hub_file(path, "adapter_config.json", kwargs) is not None:
+        raise adapter_beside_base(path)
     try:
         config = AutoConfig.from_pretrained(path, **hub)
         changes = {name: kwargs[name] for name in own_fields(config) if name in kwargs}
@@ -47,7 +51,10 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
             config = AutoConfig.from_pretrained(path, **hub, **changes)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         text = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        if _CODE in str(error):
+            text = "its model is Python code of its own, and zebra runs classes of transformers only. Take another"
         raise ZebraError(f"the config of {path} cannot be read: {text}") from None
+    check_fields(config.to_dict(), str(path))
     if routed:
         route_of(config)
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -64,24 +71,47 @@ _HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "forc
 """Keyword arguments of `from_pretrained` that locate a file in the hub."""
 
 
+def _hub_file(path: str | os.PathLike[str], name: str, kwargs: Mapping[str, Any]) -> str | None:
+    """A file of a checkpoint on disk or in the hub's cache, or None."""
+    absent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    return cached_file(str(path), name, **{name: kwargs[name] for name in _HUB if name in kwargs}, **absent)
+
+
 def own_fields(config: PreTrainedConfig) -> set[str]:
     """The fields that a config's class has besides those of every config."""
     return {f.name for f in fields(type(config))} - {f.name for f in fields(PreTrainedConfig)}
 
 
-def load_tokenizer(path: str | os.PathLike[str], config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+_CODE = "trust_remote_code"
+"""What transformers' error for a checkpoint with code of its own names."""
+
+
+def load_tokenizer(
+    path: str | os.PathLike[str], config: PreTrainedConfig | None = None, *, trust_remote_code: bool | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory.
 
     Args:
         config: of the model whose tokens it makes.
+        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own; None where the caller has no
+            such option.
 
     Raises:
-        ZebraError: there is none that can be read, or it makes ids that the model has no embedding for.
+        ZebraError: there is none that can be read, one with code of its own that is not trusted, or it makes ids that
+            the model has no embedding for.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=bool(trust_remote_code)
+        )
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
+        if _CODE in str(error) and not trust_remote_code:
+            remedy = "Read that code, then pass trust_remote_code (--trust-remote-code)"
+            raise ZebraError(
+                f"the tokenizer of {path} is Python code of its own, which is not run unasked. "
+                f"{'Take another' if trust_remote_code is None else remedy}."
+            ) from None
         raise ZebraError(f"the tokenizer of {path} cannot be read: {first_line(error)}") from None
     if config is not None and largest >= config.vocab_size:
         raise ZebraError(
@@ -133,9 +163,7 @@ def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAt
     Raises:
         ZebraError: a zebra.json that is broken.
     """
-    absent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-    file = cached_file(str(path), "zebra.json", **hub, **absent)
+    file = _hub_file(path, "zebra.json", kwargs)
     values = {} if file is None else read_json_object(Path(file), _MEND)
     sinks, full_decode = values.get("sinks", 0), values.get("full_decode", False)
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):

@@ -6,7 +6,9 @@ The command line calls these checks first, and `zebra.load` and `zebra.convert` 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from zebra.errors import ZebraError
 from zebra.files import refuse_existing
 from zebra.model.rope import Rope, as_rope
 from zebra.model.routes import check_family
-from zebra.stripes import Stripes
+from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -33,7 +35,7 @@ def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
     """Check that a path may be a checkpoint: a directory with a config.json, or a name in the hub.
 
     Raises:
-        ZebraError: no such directory, a peft adapter, no config.json, or one that is not a JSON object.
+        ZebraError: no such directory, a peft adapter, no config.json, one that is not a JSON object; as `check_fields`.
     """
     directory = Path(path)
     config = directory / subfolder / "config.json"
@@ -41,7 +43,9 @@ def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
         if directory.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
             raise ZebraError(f"there is no checkpoint at {path}. Give the path of a directory that transformers saved.")
         return  # OWNER/NAME, in the hub's cache
-    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+    if config.with_name("adapter_config.json").is_file():
+        if config.is_file():
+            raise adapter_beside_base(path)
         raise ZebraError(
             f"{path} is a peft adapter, not a whole checkpoint. Load it with peft, or adapt with lora.merge: true."
         )
@@ -49,7 +53,44 @@ def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
         raise ZebraError(
             f"{path} is not a checkpoint: it has no config.json. Give a directory that transformers saved."
         )
-    read_json_object(config, "Copy it from the source again.")
+    check_fields(read_json_object(config, "Copy it from the source again."), str(path))
+
+
+def adapter_beside_base(path: str | os.PathLike[str]) -> ZebraError:
+    """The error for a checkpoint that holds a peft adapter too, which transformers would apply in silence."""
+    return ZebraError(
+        f"{path} is a whole checkpoint with a peft adapter beside it, so that it names two models. Merge them with "
+        "peft (merge_and_unload, save_pretrained), or move adapter_config.json away to take the base alone."
+    )
+
+
+_POSITIVE = {"rope_theta", "rope_local_base_freq", "partial_rotary_factor", "factor", "attention_factor"}
+_POSITIVE |= {"low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"}
+_POSITIVE |= {"max_position_embeddings", "head_dim", "query_pre_attn_scalar", "rms_norm_eps", "layer_norm_eps"}
+_POSITIVE |= {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"}
+
+
+def check_fields(fields: Mapping[str, Any], name: str) -> None:
+    """Check the numbers of a config whose faults no tensor's shape shows.
+
+    Args:
+        name: whose they are, for the error.
+
+    Raises:
+        ZebraError: a number that is not finite, or not above 0 where it divides, scales or counts; weights that lie in
+            files of other names than transformers' own.
+    """
+    for key, value in fields.items():
+        if isinstance(value, Mapping) and (key.startswith("rope_") or key in (GLOBAL, LOCAL)):
+            check_fields(value, name)
+        elif isinstance(value, int | float) and not (math.isfinite(value) and (key not in _POSITIVE or value > 0)):
+            rule = "a finite number above 0" if key in _POSITIVE else "a finite number"
+            raise ZebraError(f"{name}: {key} is {rule}; got {value}. Correct its config.json.")
+    if (file := fields.get("transformers_weights")) is not None:
+        raise ZebraError(
+            f"{name}: its weights lie in {file!r} (transformers_weights), and zebra reads model.safetensors and its "
+            "shards. Rename the files, and remove that field."
+        )
 
 
 def read_json_object(file: Path, remedy: str) -> dict[str, Any]:

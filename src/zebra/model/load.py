@@ -77,6 +77,7 @@ _REJECTED = {
     "attn_implementation": f'it runs attention "{NAME}"; for another use from_pretrained of transformers',
     "config": "it reads and stripes the checkpoint's own; give stripes, and fields of the config by name",
     "output_loading_info": "it reads that itself and refuses a checkpoint that lacks tensors",
+    "trust_remote_code": "models run as classes of transformers, never as a checkpoint's own code; leave it out",
 }
 
 
@@ -117,11 +118,12 @@ def load(
             Self-Extend, as `resolve_self_extend` and `set_self_extend`.
     """
     for name, why in _REJECTED.items():
-        if name in from_pretrained_arguments:
+        if from_pretrained_arguments.get(name, False) is not False:
             raise ZebraError(f"zebra.load takes no {name}: {why}.")
     routed = self_extend is None or stripes is not None or window is not None
     config = read_config(path, routed=routed, **from_pretrained_arguments)
-    rest = {name: value for name, value in from_pretrained_arguments.items() if name not in own_fields(config)}
+    ours = {*own_fields(config), *_REJECTED}
+    rest = {name: value for name, value in from_pretrained_arguments.items() if name not in ours}
     config, local = _layout(
         config, read_local_attention(path, **from_pretrained_arguments), stripes, window, full_decode
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra.model.checkpoint import read_config
+from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.load import load, read_device, read_dtype
 from zebra.model.local import layout_name, local_attention_of
 from zebra.model.rope import Rope, as_rope
@@ -26,6 +26,8 @@ class LoadOptions:
         stripes, rope, self_extend, window, full_decode: as `zebra.load` has them.
         dtype: None takes the checkpoint's own.
         device: None takes a GPU if there is one.
+        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own. Models are classes of
+            transformers in any case.
     """
 
     stripes: Stripes | str | None = None
@@ -35,10 +37,11 @@ class LoadOptions:
     full_decode: bool | None = None
     dtype: torch.dtype | str | None = None
     device: str | None = None
+    trust_remote_code: bool = False
 
     def names(self) -> list[str]:
         """The names of the options that are set."""
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
     def check(self) -> None:
         """Check that the device and the dtype exist here, before any work.
@@ -67,6 +70,14 @@ class LoadOptions:
         """
         return None if self.self_extend is None else resolve_self_extend(self.self_extend, config)
 
+    def tokenizer(self, checkpoint: str | os.PathLike[str], config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            ZebraError: as `load_tokenizer`.
+        """
+        return load_tokenizer(checkpoint, config, trust_remote_code=self.trust_remote_code)
+
     def model(self, checkpoint: str | os.PathLike[str]) -> PreTrainedModel:
         """The loaded model on its device.
 
@@ -74,10 +85,13 @@ class LoadOptions:
             ZebraError: as `read_device` and `load`.
         """
         device = read_device(self.device)
-        options: dict[str, Any] = {name: getattr(self, name) for name in self.names() if name != "device"}
+        options: dict[str, Any] = {name: getattr(self, name) for name in self.names() if name not in _NOT_THE_MODEL}
         if self.dtype is not None:
             options["dtype"] = read_dtype(self.dtype)
         return load(checkpoint, **options).to(device)
+
+
+_NOT_THE_MODEL = ("device", "trust_remote_code")
 
 
 def loaded_layout_name(model: PreTrainedModel, rope: Rope | str | None = None) -> str:

@@ -131,7 +131,7 @@ def _conversion_checks(
         with _mask_in_each_layer(model, layout, prompt):
             oracle[layout, prompt] = _logits(model, ids)
     del model
-    model = _plain_model(target, AutoConfig.from_pretrained(target), placement)
+    model = _plain_model(target, AutoConfig.from_pretrained(target, trust_remote_code=False), placement)
     plain_short, plain_logits = _logits(model, short), _logits(model, ids)
     del model
     model = load(target, **placement)
@@ -203,7 +203,11 @@ def _plain_model(path: Any, config: PreTrainedConfig, placement: dict[str, Any])
     eager = getattr(config, "attn_logit_softcapping", None) or not model_class(config)._supports_sdpa
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, config=config, attn_implementation="eager" if eager else "sdpa", **placement
+            path,
+            config=config,
+            attn_implementation="eager" if eager else "sdpa",
+            trust_remote_code=False,
+            **placement,
         )
     except ValueError as error:
         raise ZebraError(

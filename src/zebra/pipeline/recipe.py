@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Stage:
     Attributes:
         folder: where everything is that it writes.
         source: the checkpoint that it begins with, and `after` the stage that writes it; None where there is none.
+        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Stage:
     recipe: Any
     source: Path | None
     after: str | None
+    trust_remote_code: bool
 
     @property
     def checkpoint(self) -> Path | None:
@@ -110,7 +112,9 @@ class Pipeline(RecipeSection):
     stages: dict[str, dict[str, Any] | None] = Field(min_length=1)
 
 
-def read_pipeline(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Stage]:
+def read_pipeline(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_remote_code: bool = False
+) -> list[Stage]:
     """The stages of a pipeline's recipe.
 
     Raises:
@@ -122,7 +126,8 @@ def read_pipeline(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         raise ZebraError("a pipeline is one process. Start a launcher on the verb of a stage, with the stage's recipe.")
     stages: dict[str, Stage] = {}
     for name, section in pipeline.stages.items():
-        stages[name] = _stage(f"{path}, stage {name}", pipeline, name, dict(section or {}), stages)
+        stage = _stage(f"{path}, stage {name}", pipeline, name, dict(section or {}), stages)
+        stages[name] = replace(stage, trust_remote_code=trust_remote_code)
     return list(stages.values())
 
 
@@ -142,7 +147,7 @@ def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], b
         if twice := sorted(keys.keys() & section.keys()):
             raise ZebraError(f"{where}: the pipeline sets {' and '.join(twice)} of a stage. Remove it here.")
         section |= keys
-    return Stage(name, kind, folder, checked(section, KINDS[kind], where), source, after)
+    return Stage(name, kind, folder, checked(section, KINDS[kind], where), source, after, trust_remote_code=False)
 
 
 def _source(

@@ -179,22 +179,23 @@ def _perform(stage: Stage, before: Sequence[Stage]) -> None:
     if stage.kind == "convert" and stage.source and stage.checkpoint:
         stripes = recipe.stripes
         if recipe.select is not None:
-            selection = _selected(recipe, stage.source, work=stage.folder / "selection", run=stage.name)
+            selection = _selected(stage, stage.source, work=stage.folder / "selection", run=stage.name)
             write_results(stage.folder / "results.jsonl", selection.results)
             stripes = selection.stripes
         convert(stage.source, stage.checkpoint, stripes, rope=recipe.rope, full_decode=recipe.full_decode)
     elif stage.kind == "evaluate" and stage.source:
         results: list[Result] = []
-        for name, arguments in recipe.measures().items():
+        for name in recipe.measures():
             file = stage.folder / f"{name}.jsonl"
             if not file.exists():
-                write_results(file, _measured(name, arguments, stage.source, run=stage.name))
+                write_results(file, _measured(stage, name, stage.source, run=stage.name))
             results += read_results(file)
         write_results(stage.folder / "results.jsonl", results)
     elif stage.kind == "report":
         write_report([result for other in before for result in results_in(other)], page, title=recipe.title)
     else:
-        getattr(importlib.import_module(f"zebra.train.{stage.kind}"), stage.kind)(recipe)
+        trust = {} if stage.kind == "pretrain" else {"trust_remote_code": stage.trust_remote_code}
+        getattr(importlib.import_module(f"zebra.train.{stage.kind}"), stage.kind)(recipe, **trust)
         write_report(results_in(stage), page)
 
 
@@ -204,16 +205,17 @@ def results_in(stage: Stage) -> list[Result]:
     return read_results(file) if file.exists() else []
 
 
-def _selected(recipe: Convert, source: Path, **more: Any) -> Selection:
+def _selected(stage: Stage, source: Path, **more: Any) -> Selection:
     """The layout that a conversion selects."""
+    recipe: Convert = stage.recipe
     kwargs = _keyword_arguments("select", recipe.select or {}, select, without=("rope",))
-    return select(source, **kwargs, rope=recipe.rope, **more)
+    return select(source, **kwargs, rope=recipe.rope, trust_remote_code=stage.trust_remote_code, **more)
 
 
-def _measured(name: str, arguments: dict[str, Any], checkpoint: Path, **more: Any) -> list[Result]:
+def _measured(stage: Stage, name: str, checkpoint: Path, **more: Any) -> list[Result]:
     """The results of a measurement."""
-    kwargs = _keyword_arguments(name, arguments, _MEASURES[name], LoadOptions)
-    results = _MEASURES[name](checkpoint, **kwargs, **more)
+    kwargs = _keyword_arguments(name, stage.recipe.measures()[name], _MEASURES[name], LoadOptions)
+    results = _MEASURES[name](checkpoint, **kwargs, trust_remote_code=stage.trust_remote_code, **more)
     return results[0] if name == "documents" else results
 
 
@@ -225,7 +227,7 @@ def _keyword_arguments(
     Raises:
         ZebraError: as `checked`.
     """
-    excluded = {"checkpoint", "run", "check_only", "work", *without}
+    excluded = {"checkpoint", "run", "check_only", "work", "trust_remote_code", *without}
     parameters = [p for function in functions for p in inspect.signature(function, eval_str=True).parameters.values()]
     fields: dict[str, Any] = {
         p.name: (p.annotation, ... if p.default is p.empty else p.default)
@@ -246,19 +248,20 @@ def _check(stage: Stage, source: Path | None, target: Path) -> None:
         if recipe.select is None:
             stripes = Stripes.parse(recipe.stripes)
         elif _has_tokenizer(source):
-            stripes = _selected(recipe, source, check_only=True).stripes
+            stripes = _selected(stage, source, check_only=True).stripes
         else:
             stripes = Stripes.parse(f"0:{recipe.select.get('window')}")
         _write_placeholder(target, source, *converted_config(source, stripes, recipe.rope, recipe.full_decode), {})
     elif stage.kind == "evaluate" and source is not None:
-        for name, arguments in recipe.measures().items():
+        for name in recipe.measures():
             if _has_tokenizer(source):
-                _measured(name, arguments, source, check_only=True)
+                _measured(stage, name, source, check_only=True)
     elif stage.kind != "report":
-        _check_training(recipe, source, target)
+        _check_training(stage, source, target)
 
 
-def _check_training(recipe: Any, source: Path | None, target: Path) -> None:
+def _check_training(stage: Stage, source: Path | None, target: Path) -> None:
+    recipe = stage.recipe
     check_files(recipe)
     templates: dict[str, str] = {}
     if source is None:
@@ -267,7 +270,7 @@ def _check_training(recipe: Any, source: Path | None, target: Path) -> None:
     else:
         recipe = recipe.model_copy(update={"model": str(source)})
         if _has_tokenizer(source):
-            config, tokenizer = read_source(recipe)
+            config, tokenizer = read_source(recipe, stage.trust_remote_code)
             templates = _check_conversations(recipe, tokenizer) if isinstance(recipe, TuneRecipe) else {}
         else:
             config = adapted_config(recipe, read_config(source))

@@ -9,12 +9,15 @@ from zebra.train.source import CheckpointStart, read_source
 from zebra.train.texts import read_texts
 
 
-def adapt(recipe: AdaptRecipe) -> list[Result]:
+def adapt(recipe: AdaptRecipe, *, trust_remote_code: bool = False) -> list[Result]:
     """Run a recipe from where it stands, and return its results.
+
+    Args:
+        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
 
     Raises:
         ZebraError: before any training, a checkpoint, a layout or texts that cannot be used, or a run directory of
             another recipe; during it, a loss that is not finite.
     """
-    start = CheckpointStart(recipe, *read_source(recipe))
+    start = CheckpointStart(recipe, *read_source(recipe, trust_remote_code))
     return run_recipe(recipe, lambda run: start, lambda _: read_texts(recipe, start.tokenizer))

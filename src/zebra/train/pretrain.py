@@ -20,6 +20,7 @@ from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import load_tokenizer, write_config, write_zebra_json
+from zebra.model.checkpoint_files import check_fields
 from zebra.model.context import check_learned_positions
 from zebra.model.default_cache import with_default_cache
 from zebra.model.families import layer_kinds, model_class, route_of, with_stripes
@@ -125,6 +126,7 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     sizes = {"max_position_embeddings": recipe.train.length} | _vocabulary(recipe, tokenizer) | sizes
     try:
         config = AutoConfig.for_model(kind, **sizes)
+        check_fields(config.to_dict(), "model")
         route_of(config)
         if recipe.stripes is not None:
             config = with_stripes(config, Stripes.parse(recipe.stripes))

@@ -35,8 +35,13 @@ from zebra.train.run import Start
 from zebra.train.trainer import check_machine, trainable_config
 
 
-def read_source(recipe: CheckpointRecipe) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+def read_source(
+    recipe: CheckpointRecipe, trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """The config to train, with its stripes, its rope and a sufficient length, and the tokenizer.
+
+    Args:
+        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
 
     Raises:
         ZebraError: no GPU where the recipe needs one; no checkpoint, a damaged one; what `adapted_config` raises.
@@ -45,7 +50,7 @@ def read_source(recipe: CheckpointRecipe) -> tuple[PreTrainedConfig, PreTrainedT
     config = read_config(recipe.model)
     if not Path(recipe.model).is_dir():
         raise ZebraError(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
-    tokenizer = load_tokenizer(recipe.model, config)
+    tokenizer = load_tokenizer(recipe.model, config, trust_remote_code=trust_remote_code)
     config = adapted_config(recipe, config)
     check_weights(recipe.model, config)
     return config, tokenizer

@@ -21,14 +21,17 @@ except ImportError as error:
     raise ZebraError(f"tuning needs trl and datasets ({error}). Run pip install 'zebra-llm[tune]'.") from None
 
 
-def tune(recipe: TuneRecipe) -> list[Result]:
+def tune(recipe: TuneRecipe, *, trust_remote_code: bool = False) -> list[Result]:
     """Run a recipe from where it stands, and return its results.
+
+    Args:
+        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
 
     Raises:
         ZebraError: before any training, a checkpoint, a chat template or conversations that cannot be used, or a run
             directory of another recipe; during it, a loss that is not finite.
     """
-    config, tokenizer = read_source(recipe)
+    config, tokenizer = read_source(recipe, trust_remote_code)
     chat = Chat(tokenizer, recipe.chat_template, recipe.model)
     start = CheckpointStart(recipe, config, tokenizer, lambda model: _finish(recipe, model, config, chat))
     return run_recipe(
