@@ -154,7 +154,6 @@ def test_a_field_and_a_kind_of_file_are_part_of_the_key(text: Path, tmp_path: Pa
     assert texts(run(text / "r.jsonl", cache, field="title")) == ["bees"]
     assert texts(run(text / "r.txt", cache)) == [raw.strip()]
     assert len(list(cache.iterdir())) == 3
-    run(text / "r.txt", cache, Never(), field="title")  # which text has none of
 
 
 def test_changed_text_is_another_entry(text: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import zstandard
 from pyarrow import parquet
 
 from zebra.data import records
-from zebra.data.documents import find_files, read_documents
+from zebra.data.documents import check_texts, find_files, read_documents
 from zebra.errors import ZebraError
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
@@ -24,7 +24,7 @@ def names(paths: list[Path], folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in paths]
 
 
-def read(*files: Path, separator: str | None = None, field: str = "text") -> list[str]:
+def read(*files: Path, separator: str | None = None, field: str | None = None) -> list[str]:
     return [document.text for document in read_documents(files, separator, field)]
 
 
@@ -103,9 +103,10 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_place(text: Path, raw: b
 @pytest.mark.parametrize("content", ["", " \n\t\n", "--\n--"])
 def test_files_without_text_are_refused(text: Path, content: str) -> None:
     (text / "blank.txt").write_text(content)
+    separator = "--" if "--" in content else None
     with pytest.raises(ZebraError, match=r"no text in .*blank\.txt: only blanks"):
-        read(text / "blank.txt", separator="--")
-    assert read(text / "blank.txt", text / "b.txt", separator="--") == ["bee"]
+        read(text / "blank.txt", separator=separator)
+    assert read(text / "blank.txt", text / "b.txt", separator=separator) == ["bee"]
 
 
 # -- records
@@ -238,3 +239,111 @@ def test_a_missing_extra_is_named(tmp_path: Path, kind: str, module: str, monkey
     with pytest.raises(ZebraError, match=rf"is read by {module}, which is not installed\. Run pip install 'zebra-llm"):
         read(file)
     assert read(write(tmp_path / "r.jsonl.gz", RECORDS[:1])) == ["número 1"]
+
+
+# -- other kinds of records, and what would be read as prose
+
+
+@pytest.mark.parametrize("codec", ["", ".gz", ".zst"])
+def test_lists_tables_and_lines_are_read_as_datasets_reads_them(tmp_path: Path, codec: str) -> None:
+    from datasets import Dataset
+
+    texts = ["one", 'two, "quoted"', "é\nwith a line break", "tab\tinside", "x" * 200_000]
+    columns = {"n": [str(i) for i in range(len(texts))], "text": texts}
+    data = Dataset.from_dict(columns)
+    data.to_csv(tmp_path / "a.csv", index=False)
+    data.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    data.to_json(tmp_path / "a.ndjson")
+    data.to_json(tmp_path / "lines.json")
+    data.to_json(tmp_path / "list.json", lines=False)
+    for file in sorted(tmp_path.glob("*")):
+        raw = file.read_bytes()
+        compressed = {"": raw, ".gz": gzip.compress(raw), ".zst": zstandard.compress(raw)}[codec]
+        (target := file.with_name(file.name + codec)).write_bytes(compressed)
+        options: dict[str, Any] = {"sep": "\t"} if file.suffix == ".tsv" else {}
+        reader = Dataset.from_csv if file.suffix in (".csv", ".tsv") else Dataset.from_json
+        theirs_as_data = reader(str(file), cache_dir=str(tmp_path / "cache"), keep_in_memory=True, **options)
+        assert read(target) == list(theirs_as_data["text"]) == texts, file.name
+
+
+def test_values_of_tables_are_text_as_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text('\ufefftext,n\r\nNA,1\r\n"12\nof it",2\r\n\r\nnull,\r\n', newline="")
+    assert read(tmp_path / "r.csv") == ["NA", "12\nof it", "null"]
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("r.csv", "text,n\na,1\nb\n", r"r\.csv, row 2 has 1 values for the 2 columns of the first row"),
+        ("r.csv", 'text\na\n"b\n', r"r\.csv is not a complete CSV file: unexpected end of data"),
+        ("r.tsv", 'text\n"a" b\n', r"r\.tsv is not a complete TSV file: "),
+        ("r.csv", "text,text\na,b\n", r"r\.csv has two columns of one name: text, text\. Rename one"),
+        ("r.csv", "id;text\n1;a\n", r"row 1 has no field 'text': its fields are id;text"),
+        ("r.json", '[{"text": "a"}, {"text": 5}]', r"row 2 has int instead of a string in the field 'text'"),
+        ("r.json", '[{"text": "a"}, "b"]', r"row 2 is a JSON str, not an object"),
+        ("r.json", '[{"text": "a"}, {"te', r"r\.json is neither a JSON list of records nor JSON Lines: Unterminated"),
+        ("r.json", '{\n "data": [{"text": "a"}]\n}', r"neither a JSON list of records nor JSON Lines: Expecting"),
+        ("r.json", '{"data": [{"text": "a"}]}', r"line 1 has no field 'text': its fields are data"),
+        ("r.json", " \n", "only blanks"),
+        ("r.csv", "", "only blanks"),
+    ],
+)
+def test_broken_lists_and_tables_are_refused(tmp_path: Path, name: str, raw: str, message: str) -> None:
+    (tmp_path / name).write_text(raw)
+    with pytest.raises(ZebraError, match=message):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("separator", ["\n--\n", "\r\n--\r\n"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_line_ends_are_those_of_python_and_said(
+    tmp_path: Path, ends: str, separator: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("one\nmore\n--\ntwo\n", newline=ends)
+    assert read(tmp_path / "a.txt", separator=separator) == ["one\nmore", "two"]
+    with (tmp_path / "a.txt").open() as universal:  # as datasets opens it
+        assert read(tmp_path / "a.txt") == [universal.read().strip()]
+    error = capsys.readouterr().err
+    assert error.count("a.txt are not \\n, and are read as \\n.\n") == (0 if ends == "\n" else 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"separator": "<|end|>"}, r"the separator '<\|end\|>' occurs nowhere in .*a\.txt, .*b\.txt\. Correct it"),
+        ({"separator": ""}, "a separator has at least one character"),
+        ({"field": "text"}, r"a field belongs to files of records, .*; got the field 'text' for .*a\.txt"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(text: Path, options: dict[str, str], message: str) -> None:
+    files = [text / "a.txt", text / "b.txt"]
+    with pytest.raises(ZebraError, match=message):
+        read(*files, **options)
+    with pytest.raises(ZebraError, match=message):
+        check_texts(list(map(str, files)), **options)
+
+
+def test_each_option_has_its_files_in_a_mixed_list(text: Path) -> None:
+    (text / "r.csv").write_text("body\nsea\n")
+    assert read(text / "a.txt", text / "b.txt", text / "r.csv", separator="--", field="body") == [
+        *("ay", "ayay"),
+        *("bee", "sea"),
+    ]
+
+
+def test_utf_16_without_its_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("Once".encode("utf-16-le"))
+    with pytest.raises(ZebraError, match=r"a\.txt is not UTF-8 text: character 1 is NUL"):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.csv"])
+def test_a_check_reads_the_first_document_of_each_file(text: Path, name: str) -> None:
+    check_texts([str(text)])
+    (text / name).write_bytes(b"\xff")
+    with pytest.raises(ZebraError, match=rf"{name}(, line 1)? is not"):
+        check_texts([str(text)])
+    (text / name).write_bytes(b"")
+    check_texts([str(text)])
+    with pytest.raises(ZebraError, match="only blanks"):
+        check_texts([str(text / name)])

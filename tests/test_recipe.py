@@ -61,7 +61,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
     assert parsed.data.model_dump() == {
         "files": ["a.txt"],
         "separator": None,
-        "field": "text",
+        "field": None,
         "join": False,
         "append_eos": False,
         "sources": None,
@@ -130,7 +130,7 @@ def test_a_mixture_is_read(recipe: Any) -> None:
     long, short = parsed.data.sources
     assert (long.name, long.files, long.share) == ("long", ["a"], 0.6)
     assert (long.field, long.separator, long.min_tokens, long.max_tokens) == ("body", None, 4096, None)
-    assert (short.field, short.separator, short.min_tokens, short.max_tokens) == ("text", "--", 0, 4096)
+    assert (short.field, short.separator, short.min_tokens, short.max_tokens) == (None, "--", 0, 4096)
     assert (parsed.data.files, parsed.data.held_out, parsed.data.deduplicate) == (None, 0.01, True)
     thirds = [{"name": name, "files": ["a"], "share": 1 / 3} for name in "abc"]
     assert len(recipe(PLAIN | {"data": {"sources": thirds}}).data.sources) == 3

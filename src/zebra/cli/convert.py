@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from zebra.cli import options, show
-from zebra.data.documents import find_files
+from zebra.data.documents import check_texts
 from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint, check_conversion
 from zebra.stripes import Stripes
@@ -106,7 +106,9 @@ def select(
         raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
     if full_decode and target is None:
         raise ZebraError("--full-decode belongs to the conversion; got no --convert. Add it, or leave both out.")
-    find_files(text or ())
+    if separator is not None and not text:
+        raise ZebraError("--separator splits the text of --text; got none. Add it, or leave both out.")
+    check_texts(text or (), separator=separator)
     arguments = options.call_arguments(locals(), "target", "full_decode")
     if tasks is not None:
         from zebra.data.needles import check_task

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from zebra.cli import options, show
-from zebra.data.documents import find_files
+from zebra.data.documents import check_texts
+from zebra.data.qa import read_examples
 from zebra.model.checkpoint_files import check_checkpoint
 
 
@@ -27,7 +27,9 @@ def perplexity(
         int | None, typer.Option(help="Tokens that each strided chunk scores. Default: a quarter of the length.")
     ] = None,
     separator: options.Separator = None,
-    field: Annotated[str, typer.Option(help="Field of .jsonl or .parquet records that holds the text.")] = "text",
+    field: Annotated[
+        str | None, typer.Option(help="Field of .jsonl, .json, .csv or .parquet records with the text. Default: text.")
+    ] = None,
     num_proc: Annotated[int, typer.Option(min=1, metavar="INT", help="Processes that tokenise.")] = 1,
     join: Annotated[
         bool, typer.Option("--join", help="Join documents into texts of at least --length tokens.")
@@ -50,7 +52,8 @@ def perplexity(
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity by position, at one or more context lengths."""
-    arguments = _checked(locals(), text)
+    arguments = _checked(locals())
+    check_texts(text, separator=separator, field=field)
     with show.working():
         from zebra.evaluate.perplexity import evaluate_perplexity
 
@@ -105,7 +108,8 @@ def retrieval(
     as_json: options.Json = False,
 ) -> None:
     """Measure retrieval from long texts: accuracy by length and depth, with 95 % intervals."""
-    arguments = _checked(locals(), haystack or ())
+    arguments = _checked(locals())
+    check_texts(haystack or ())
     from zebra.data.needles import check_task
 
     for name in arguments["tasks"]:
@@ -207,7 +211,8 @@ def documents(
     as_json: options.Json = False,
 ) -> None:
     """Answer questions about long documents: ROUGE and F1, or the likelihood of the reference, with a data check."""
-    arguments = _checked(locals(), [str(file)])
+    arguments = _checked(locals())
+    read_examples(file)
     with show.working():
         from zebra.evaluate.documents import evaluate_documents
 
@@ -220,8 +225,7 @@ def documents(
     show.results(results, as_json, out)
 
 
-def _checked(arguments: dict[str, Any], files: Sequence[str] = ()) -> dict[str, Any]:
-    """The arguments of a measurement of a checkpoint and of files that are there."""
+def _checked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a measurement of a checkpoint that is there."""
     check_checkpoint(arguments["checkpoint"])
-    find_files(files)
     return options.call_arguments(arguments, "out", "items")

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from zebra.data.documents import Document, document_format, find_files, read_documents
+from zebra.data.documents import Document, check_formats, document_format, find_files, read_documents
 from zebra.data.encoding import Encoder, encode_batches
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory, file_digest, user_cache_dir
@@ -88,7 +88,7 @@ def read_corpus(
     encoder: Encoder,
     *,
     separator: str | None = None,
-    field: str = "text",
+    field: str | None = None,
     num_proc: int = 1,
     cache: str | os.PathLike[str] | None = None,
 ) -> Corpus:
@@ -104,6 +104,7 @@ def read_corpus(
         ZebraError: what `read_documents` raises, and a text that changes meanwhile.
     """
     files = find_files(patterns)
+    check_formats(files, separator, field)
     digests = [file_digest(file) for file in files]
     key = hashlib.sha256(json.dumps([encoder.digest, encoder.append]).encode())
     for file, digest in zip(files, digests, strict=True):

@@ -1,7 +1,9 @@
 """Files to documents. A file's suffix says how it holds them:
 
-.jsonl  .jsonl.gz  .jsonl.zst  .parquet    records; a document is the string in a field of each
-anything else                              UTF-8 text: one document, or split at each separator
+a suffix of zebra.data.records    records; a document is the string in a field of each
+anything else                     UTF-8 text: one document, or split at each separator
+
+The line ends of text are read as \\n, whatever they are: \\r\\n is two tokens that no model expects.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from zebra.data.records import RecordError, read_records, record_suffix, string_field
+from zebra.data.records import RECORD_FILES, RecordError, read_records, record_suffix, string_field
 from zebra.errors import ZebraError
+from zebra.progress import console
+
+_FIELD = "text"
 
 
 class Document(NamedTuple):
-    """A document without whitespace at its ends, and how many bytes of its file were read to get it."""
+    """A document without whitespace at its ends, its file, and how many bytes of that were read to get it."""
 
     text: str
+    file: Path
     bytes_read: int
 
 
@@ -44,62 +50,130 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return list(paths)
 
 
-def document_format(file: Path, separator: str | None, field: str) -> tuple[str, str]:
-    """How a file becomes documents: `("text", separator)` or `(suffix of records, field)`.
+def document_format(file: Path, separator: str | None, field: str | None) -> tuple[str, str]:
+    """How a file becomes documents: `("text", separator)` or `(suffix of records, field)`."""
+    suffix = record_suffix(file)
+    return ("text", separator or "") if suffix is None else (suffix, field or _FIELD)
+
+
+def check_formats(files: Sequence[Path], separator: str | None, field: str | None) -> None:
+    """Check that the options of reading have something to do.
 
     Raises:
-        ZebraError: a separator for a file of records.
+        ZebraError: a separator without a file of text, or an empty one; a field without a file of records.
     """
-    suffix = record_suffix(file)
-    if suffix is None:
-        return ("text", separator or "")
-    if separator:
+    if separator == "":
+        raise ZebraError("a separator has at least one character; got an empty one. Leave it out.")
+    if separator and not _texts(files):
         raise ZebraError(
-            f"a separator splits text, but {file} holds records, a document each; got the separator {separator!r}. "
-            "Leave it out, and name the field that has the text."
+            f"a separator splits text, but {_listed(files)} holds records, a document each; got the separator "
+            f"{separator!r}. Leave it out, and name the field that has the text."
         )
-    return (suffix, field)
+    if field is not None and len(_texts(files)) == len(files):
+        raise ZebraError(
+            f"a field belongs to files of records, which end in {RECORD_FILES}; got the field {field!r} for "
+            f"{_listed(files)}. Leave it out, or name such files."
+        )
 
 
-def read_documents(files: Sequence[Path], separator: str | None = None, field: str = "text") -> Iterator[Document]:
+def check_texts(patterns: Sequence[str], *, separator: str | None = None, field: str | None = None) -> None:
+    """Check texts before any work: the options, and each file as far as its first document.
+
+    Raises:
+        ZebraError: as `read_documents`.
+    """
+    files = find_files(patterns)
+    _check_options(files, separator, field)
+    first = [next(_documents(file, separator, field, []), None) for file in files]
+    if files and not any(first):
+        raise _no_text(files)
+
+
+def read_documents(files: Sequence[Path], separator: str | None = None, field: str | None = None) -> Iterator[Document]:
     """The documents of the files in their order, without whitespace at both ends; blank ones are left out.
 
     Args:
         separator: splits a text file into documents; None makes each text file one document.
-        field: the field of a record, or the column of a parquet file, that has the text.
+        field: the field of a record, or the column of a table, that has the text: `text` where None.
 
     Raises:
-        ZebraError: a file that is not what its suffix says, with the place; a record without text in the field; files
-            without any text; a separator for a file of records; an extra that is not installed.
+        ZebraError: as `check_formats`; a file that is not what its suffix says, with the place; a record without text
+            in the field; a separator that never occurs; files without any text; an extra that is not installed.
     """
-    empty = True
+    _check_options(files, separator, field)
+    empty, converted = True, list[Path]()
     for file in files:
-        kind, _ = document_format(file, separator, field)
-        for document in _read_text(file, separator) if kind == "text" else _read_fields(file, field):
-            if text := document.text.strip():
-                empty = False
-                yield Document(text, document.bytes_read)
+        for document in _documents(file, separator, field, converted):
+            empty = False
+            yield document
     if empty:
-        raise ZebraError(f"there is no text in {', '.join(map(str, files))}: only blanks. Give files with text.")
+        raise _no_text(files)
+    if converted:
+        message = f"line ends of {_listed(converted)} are not \\n, and are read as \\n."
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
-def _read_text(file: Path, separator: str | None) -> Iterator[Document]:
+def _check_options(files: Sequence[Path], separator: str | None, field: str | None) -> None:
+    check_formats(files, separator, field)
+    texts = _texts(files)
+    if separator and not any(_with_line_feeds(separator) in _with_line_feeds(_read_text(file)) for file in texts):
+        raise ZebraError(
+            f"the separator {separator!r} occurs nowhere in {_listed(texts)}. Correct it, or leave it out: a file is "
+            "then one document."
+        )
+
+
+def _texts(files: Sequence[Path]) -> list[Path]:
+    return [file for file in files if record_suffix(file) is None]
+
+
+def _documents(file: Path, separator: str | None, field: str | None, converted: list[Path]) -> Iterator[Document]:
+    """The documents of a file that are not blank; a file whose line ends are converted is appended to `converted`."""
+    if record_suffix(file):
+        documents = _read_fields(file, field or _FIELD)
+    else:
+        raw = _read_text(file)
+        text = _with_line_feeds(raw)
+        converted += [file] if text != raw else []
+        pieces = text.split(_with_line_feeds(separator)) if separator else [text]
+        documents = (Document(piece, file, len(piece.encode())) for piece in pieces)
+    for document in documents:
+        if text := document.text.strip():
+            yield document._replace(text=text)
+
+
+def _read_text(file: Path) -> str:
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ZebraError(
-            f"{file} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}. Convert it to UTF-8."
+            f"{file} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}. Convert it to UTF-8, or unpack "
+            "it."
         ) from None
-    for document in text.split(separator) if separator else [text]:
-        yield Document(document, len(document.encode()))
+    if "\0" in text:  # UTF-16 without its mark, or no text
+        raise ZebraError(f"{file} is not UTF-8 text: character {text.index(chr(0))} is NUL. Convert it to UTF-8.")
+    return text
+
+
+def _with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _listed(files: Sequence[Path]) -> str:
+    more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+    return ", ".join(map(str, files[:3])) + more
+
+
+def _no_text(files: Sequence[Path]) -> ZebraError:
+    return ZebraError(f"there is no text in {_listed(files)}: only blanks. Give files with text.")
 
 
 def _read_fields(file: Path, field: str) -> Iterator[Document]:
     position = 0
     for record in read_records(file, field):
         try:
-            yield Document(string_field(record.fields, field), record.bytes_read - position)
+            yield Document(string_field(record.fields, field), file, record.bytes_read - position)
         except RecordError as error:
             raise ZebraError(
                 f"{record.where} {error}. Name the field that has the text, or correct the file."

@@ -18,11 +18,12 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any, NamedTuple
 
-from zebra.data.documents import find_files, read_documents
+from zebra.data.documents import check_formats, find_files, read_documents
 from zebra.data.qa import questions_of
 from zebra.data.records import Record, RecordError, parse_records, record_suffix, string_field
 from zebra.errors import ZebraError
@@ -48,12 +49,15 @@ def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> 
         ZebraError: as `read_documents` and `parse_records`; no documents.
     """
     expected = "A record has a document, and may have qa or question and answer, and summary."
-    documents: list[AnnotatedDocument] = []
-    for file in find_files(patterns):
-        if record_suffix(file):
-            documents += parse_records(file, _annotated, expected)
-        else:
-            documents += [AnnotatedDocument(one.text, str(file)) for one in read_documents([file], separator)]
+    files = find_files(patterns)
+    check_formats(files, separator, None)
+    by_file: dict[Path, list[AnnotatedDocument]] = {
+        file: parse_records(file, _annotated, expected) if record_suffix(file) else [] for file in files
+    }
+    if texts := [file for file in files if record_suffix(file) is None]:
+        for one in read_documents(texts, separator):
+            by_file[one.file].append(AnnotatedDocument(one.text, str(one.file)))
+    documents = list(itertools.chain(*by_file.values()))
     if not documents:
         raise ZebraError(f"there is no document in {', '.join(patterns)}. Give files with at least one.")
     return documents

@@ -1,15 +1,23 @@
-"""Records of files: JSON Lines (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), an object a line, and parquet, an object a row.
+"""Records of files, by their suffix:
 
-Records are streamed, and all errors name the line or the row. zstandard and pyarrow, the extra `data`, are imported
-when a file needs them.
+    .jsonl  .ndjson    an object a line
+    .json              a list of objects, which is read as a whole, or an object a line
+    .csv  .tsv         a first row of names, then an object a row; its values are strings
+    .parquet           an object a row
+
+All but parquet may be compressed: `.jsonl.gz`, `.csv.zst`. Records are streamed, and all errors name the line or the
+row. zstandard and pyarrow, the extra `data`, are imported when a file needs them.
 """
 
 from __future__ import annotations
 
+import csv
 import functools
 import gzip
 import importlib
+import itertools
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +38,7 @@ class RecordError(ZebraError):
 
 @dataclass(frozen=True)
 class Record:
-    """A line of JSON Lines, or a row of a parquet file by column; `number` is its place among them, from 1 on.
+    """A line of JSON Lines, or a row by its columns; `number` is its place among them, from 1 on.
 
     Attributes:
         bytes_read: bytes of the file that were read up to its end.
@@ -38,7 +46,7 @@ class Record:
 
     file: Path
     number: int
-    content: bytes | dict[str, Any]
+    content: Any
     bytes_read: int
 
     @property
@@ -58,10 +66,8 @@ class Record:
         Raises:
             RecordError: the line is not JSON, or not an object.
         """
-        if isinstance(self.content, dict):
-            return self.content
         try:
-            fields = json.loads(self.content)
+            fields = json.loads(self.content) if isinstance(self.content, bytes) else self.content
         except (ValueError, RecursionError) as error:
             raise RecordError(f"is not JSON: {error}") from None
         if not isinstance(fields, dict):
@@ -105,14 +111,14 @@ def read_records(file: Path, column: str | None = None) -> Iterator[Record]:
         raise ZebraError(f"there is no file at {file}. Give a file of records.")
     suffix = record_suffix(file)
     if suffix is None:
-        raise ZebraError(f"a file of records ends in {', '.join(_SUFFIXES)}; got {file}. Rename or convert it.")
+        raise ZebraError(f"a file of records ends in {RECORD_FILES}; got {file}. Rename or convert it.")
     with file.open("rb") as raw:
         if suffix == ".parquet":
             yield from _parquet_rows(file, raw, column)
             return
-        for number, line in enumerate(_LINES[suffix](file, raw), start=1):
-            if line.strip():
-                yield Record(file, number, line.rstrip(b"\n"), raw.tell())
+        format, codec = next((format, codec) for format in _FORMATS for codec in _CODECS if suffix == format + codec)
+        for number, content in _FORMATS[format](file, _CODECS[codec](file, raw)):
+            yield Record(file, number, content, raw.tell())
 
 
 def parse_records(file: Path, parse: Callable[[Record], Iterable[T]], expected: str) -> list[T]:
@@ -154,6 +160,53 @@ def _parquet_rows(file: Path, raw: BinaryIO, column: str | None) -> Iterator[Rec
         raise _damaged(file, "parquet", error) from None
 
 
+def _json_lines(_: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield number, line.rstrip(b"\n")
+
+
+def _json(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """A list of records, or JSON Lines, which many files of this suffix hold."""
+    start: list[bytes] = []
+    for line in (lines := iter(lines)):
+        start.append(line)
+        if line.strip():
+            break
+    beginning = b"".join(start)
+    if not beginning.strip():
+        return
+    is_list = beginning.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    whole = beginning + b"".join(lines) if is_list else beginning
+    try:
+        records = json.loads(whole)
+    except (ValueError, RecursionError) as error:
+        raise ZebraError(
+            f"{file} is neither a JSON list of records nor JSON Lines: {error}. Write it as one of them."
+        ) from None
+    yield from enumerate(records, start=1) if is_list else _json_lines(file, itertools.chain(start, lines))
+
+
+def _table(file: Path, lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows behind the first by its names; a value in quotes may have line breaks."""
+    csv.field_size_limit(sys.maxsize)  # a value may be a whole book
+    rows = csv.reader((line.decode() for line in lines), delimiter=delimiter, strict=True)
+    try:
+        names = [name.removeprefix("\ufeff") for name in next(rows, [])]
+        if len(set(names)) < len(names):
+            raise ZebraError(f"{file} has two columns of one name: {', '.join(names)}. Rename one.")
+        for number, row in enumerate(rows, start=1):
+            if len(row) not in (0, len(names)):
+                raise ZebraError(
+                    f"{file}, row {number} has {len(row)} values for the {len(names)} columns of the first row. "
+                    "Correct it: a value with commas, quotes or line breaks stands in quotes."
+                )
+            if row:
+                yield number, dict(zip(names, row, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise _damaged(file, "CSV" if delimiter == "," else "TSV", error) from None
+
+
 def _gzip_lines(file: Path, raw: BinaryIO) -> Iterator[bytes]:
     try:
         yield from gzip.GzipFile(fileobj=raw)
@@ -167,7 +220,7 @@ def _zstd_lines(file: Path, raw: BinaryIO) -> Iterator[bytes]:
         first, *others = chunk.split(b"\n")
         pieces.append(first)
         for other in others:
-            yield b"".join(pieces)
+            yield b"".join(pieces) + b"\n"
             pieces = [other]
     yield b"".join(pieces)
 
@@ -203,9 +256,19 @@ def _damaged(file: Path, format: str, error: object) -> ZebraError:
     return ZebraError(f"{file} is not a complete {format} file: {message}. Copy or write it again.")
 
 
-_LINES: dict[str, Callable[[Path, BinaryIO], Iterable[bytes]]] = {
-    ".jsonl": lambda file, raw: raw,
-    ".jsonl.gz": _gzip_lines,
-    ".jsonl.zst": _zstd_lines,
+_FORMATS: dict[str, Callable[[Path, Iterable[bytes]], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": functools.partial(_table, delimiter=","),
+    ".tsv": functools.partial(_table, delimiter="\t"),
 }
-_SUFFIXES = (*_LINES, ".parquet")
+"""A file's lines, with their ends, to the number and content of each record."""
+_CODECS: dict[str, Callable[[Path, BinaryIO], Iterable[bytes]]] = {
+    "": lambda file, raw: raw,
+    ".gz": _gzip_lines,
+    ".zst": _zstd_lines,
+}
+_SUFFIXES = (*(format + codec for format in _FORMATS for codec in _CODECS), ".parquet")
+RECORD_FILES = f"{', '.join(_FORMATS)} (these also with .gz or .zst) or .parquet"
+"""The suffixes, for errors."""

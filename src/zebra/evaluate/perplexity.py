@@ -165,7 +165,7 @@ def evaluate_perplexity(
     convention: str = "disjoint",
     stride: int | None = None,
     separator: str | None = None,
-    field: str = "text",
+    field: str | None = None,
     num_proc: int = 1,
     join: bool = False,
     prompt: int | None = None,

@@ -33,7 +33,9 @@ class TextSource(RecipeSection):
 
     files: list[str] | None = Field(None, min_length=1, description="files, folders, globs, from the working directory")
     separator: str | None = Field(None, description="splits a text file into documents; without it a file is one")
-    field: str = Field("text", description="the field of a record, or column of a parquet file, that has the text")
+    field: str | None = Field(
+        None, description="the field of a record, or column of a table, with the text; text where absent"
+    )
     join: bool = Field(False, description="join documents into long ones; otherwise packed documents are kept apart")
     append_eos: bool = Field(False, description="put the end-of-text token after each document")
 
@@ -60,7 +62,7 @@ class TextMixtureSource(MixtureSource):
     """A source of texts."""
 
     separator: str | None = None
-    field: str = "text"
+    field: str | None = None
 
 
 class RecallSource(RecipeSection):
