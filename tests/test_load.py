@@ -253,6 +253,27 @@ def as_bin(checkpoint: Path, *, without: str | None = None) -> Path:
     return checkpoint / "pytorch_model.bin"
 
 
+@pytest.mark.parametrize("older", [True, False])
+def test_ties_are_read_from_the_tensors(older: bool, stories: Path, tmp_path: Path) -> None:
+    """A file may hold the embeddings twice, or a head of its own, under tie_word_embeddings: true."""
+    file = stories / "model.safetensors"
+    tensors = load_file(file)
+    for own in (0.0, 1e-3):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + own
+        (stories / "pytorch_model.bin").unlink(missing_ok=True)
+        save_file(tensors, file, {"format": "pt"})
+        if older:
+            as_bin(stories)
+        written = zebra.convert(stories, tmp_path / str(own), "GLLL:129")
+        assert (
+            read_config(stories).tie_word_embeddings
+            == json.loads((written / "config.json").read_text())["tie_word_embeddings"]
+        )
+        model = zebra.load(written)
+        assert model.config.tie_word_embeddings == (own == 0)
+        assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+
+
 def test_weights_in_the_older_format_are_read_and_checked(stories: Path, tmp_path: Path) -> None:
     expected = zebra.load(stories)(IDS).logits
     weights = as_bin(stories)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import STORIES, adapt_recipe, losses
+from safetensors.torch import load_file, save_file
 from test_adapt import KILLS, kill_while_adapting, names
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
@@ -75,6 +77,7 @@ def test_an_adaptation_is_merged_into_a_plain_checkpoint(tmp_path: Path) -> None
         assert same != trained, name
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # of the test's own call
 def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
     run = tmp_path / "run"
     results = adapt(
@@ -98,21 +101,89 @@ def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
     assert values[f"{run}@8"] == pytest.approx(values[str(run / "model")], rel=1e-4)
 
 
-def test_a_merge_that_is_wrong_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft.tuners.lora import LoraModel
+@pytest.mark.parametrize("merge", [True, False])
+def test_what_differs_from_what_was_trained_is_never_written(
+    merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
 
-    merge = LoraModel.merge_and_unload
+    add, save = lora.add_updates, PeftModel.save_pretrained
 
-    def half(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for name, parameter in self.named_parameters():
+    def halve(model: Any) -> None:
+        for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data *= 0.5
-        return merge(self, *args, **kwargs)
 
-    monkeypatch.setattr(LoraModel, "merge_and_unload", half)
+    monkeypatch.setattr(lora, "add_updates", lambda model, trained: (halve(trained), add(model, trained)))
+
+    def save_half(self: Any, folder: Path, *args: Any, **kwargs: Any) -> None:
+        if "partial" in str(folder):
+            halve(self)
+        save(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_half)
     with pytest.raises(ZebraError, match="differs from its adapter"):
-        adapt(adapt_recipe(tmp_path / "run", lora={"r": 4}, evaluate=None, **STEPS))
+        adapt(adapt_recipe(tmp_path / "run", lora={"r": 4, "merge": merge}, evaluate=None, **STEPS))
     assert not (tmp_path / "run" / "model").exists()
+
+
+def with_own_head(checkpoint: Path, *, tied: bool) -> Tensor:
+    """Give a checkpoint a head beside its embeddings, whatever its config says of ties."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = table + 0.3 * torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    config = checkpoint / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": tied}))
+    return tensors["lm_head.weight"]
+
+
+@pytest.mark.parametrize("lying", [True, False])
+def test_a_head_of_its_own_is_neither_tied_nor_lost(lying: bool, stories: Path, tmp_path: Path) -> None:
+    """Whether the head is tied is read from the tensors; config.json may be wrong."""
+    head = with_own_head(stories, tied=lying)
+    adapt(adapt_recipe(tmp_path / "run", model=str(stories), lora={"r": 4}, evaluate=None, **STEPS))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, head)
+    assert not torch.equal(model.model.embed_tokens.weight, zebra.load(stories).model.embed_tokens.weight)
+
+
+def test_a_merge_ties_nothing_that_its_source_does_not(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft ties by the flag; the source's own tensors show it."""
+    with_own_head(stories, tied=True)
+    monkeypatch.setattr("zebra.model.checkpoint.has_own_head", lambda path, config: False)
+
+    def believe(model: Any) -> bool:
+        model.config.tie_word_embeddings = True
+        return True
+
+    monkeypatch.setattr(lora, "has_tied_head", believe)
+    with pytest.raises(ZebraError, match="differs from its adapter"):
+        adapt(adapt_recipe(tmp_path / "run", model=str(stories), lora={"r": 4}, evaluate=None, **STEPS))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # peft saves the frozen head beside its update
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
+def test_updates_of_the_head_are_trained(targets: list[str], stories: Path, tmp_path: Path) -> None:
+    with_own_head(stories, tied=False)
+    run, low_rank = tmp_path / "run", {"r": 4, "target_modules": targets, "modules_to_save": []}
+    rows = adapt(adapt_recipe(run, model=str(stories), lora=low_rank, evaluate=None, **STEPS))
+    assert losses(rows)[-1] < losses(rows)[0]
+    heads = [load_file(folder / "model.safetensors")["lm_head.weight"] for folder in (run / "model", stories)]
+    assert not torch.equal(*heads)
+
+
+def test_the_dtype_of_weights_is_read_from_them(stories: Path, tmp_path: Path) -> None:
+    file, config = stories / "model.safetensors", stories / "config.json"
+    save_file({name: one.bfloat16() for name, one in load_file(file).items()}, file, {"format": "pt"})
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in fields.items() if name != "dtype"}))
+    adapt(adapt_recipe(tmp_path / "run", model=str(stories), evaluate=None, train__max_steps=1))
+    written = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {one.dtype for one in written.values()} == {torch.bfloat16}
 
 
 def test_the_frozen_weights_may_be_bfloat16(tmp_path: Path) -> None:
@@ -133,14 +204,12 @@ def test_a_killed_low_rank_run_resumes_to_the_same_losses(when: str, tmp_path: P
     assert losses(adapt(killed)) == losses(expected)
 
 
-def test_modules_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ZebraError, match=r"names qkv_proj, which this model does not have.*its own linear modules"):
-        adapt(adapt_recipe(tmp_path / "run", lora={"target_modules": ["q_proj", "qkv_proj"]}, evaluate=None))
-
-
-def test_a_tied_head_is_no_target(tmp_path: Path) -> None:
-    with pytest.raises(ZebraError, match="names lm_head, which this model does not have or ties"):
-        adapt(adapt_recipe(tmp_path / "run", lora={"target_modules": ["lm_head"]}, evaluate=None))
+@pytest.mark.parametrize("name", ["qkv_proj", "lm_head"])
+def test_modules_that_the_model_has_not_or_ties_are_refused_before_work(name: str, tmp_path: Path) -> None:
+    recipe = adapt_recipe(tmp_path / "run", lora={"target_modules": ["q_proj", name]})
+    with pytest.raises(ZebraError, match=rf"names {name}, which this model does not have or ties.*its own linear mod"):
+        adapt(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[..., Path]) -> None:

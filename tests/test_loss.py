@@ -15,6 +15,8 @@ from zebra import ZebraError
 from zebra.evaluate.perplexity import sequence_losses
 from zebra.model import loss as module
 from zebra.model.loss import IGNORE, Head, head_of, summed_loss, token_losses, without_logits
+from zebra.train import lora
+from zebra.train.recipe import Lora
 
 HAS_KERNEL = hasattr(functional, "linear_cross_entropy")
 BOTH = [pytest.param(True, marks=pytest.mark.skipif(not HAS_KERNEL, reason="torch below 2.13")), False]
@@ -254,9 +256,10 @@ class _Doubled(nn.Module):
 
 
 def _adapted(model: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
-    return peft.get_peft_model(model, config)
+    pytest.importorskip("peft")
+    wrapped = lora.wrap(model, Lora(r=2, target_modules=("lm_head",), modules_to_save=()), seed=0)
+    nn.init.normal_(wrapped.get_output_embeddings().lora_B["default"].weight)
+    return wrapped
 
 
 def _hooked(model: Any) -> Any:

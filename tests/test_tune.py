@@ -338,3 +338,8 @@ def test_a_mixture_of_whole_conversations_ends_nearest_to_its_shares(data: Path)
     splits = split_sources([Source(name, tokens.corpus, 0.5) for name in ("a", "b")], deduplicate=False)
     with pytest.raises(ZebraError, match="do not hold one whole document of each of 2 sources"):
         mix(splits, 1, 100, join=False, seed=0, whole=True)
+
+
+def test_updates_of_the_head_are_rejected_by_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="trl trains no low-rank updates of lm_head; leave it out"):
+        recipe(tmp_path / "run", tmp_path, lora={"target_modules": ["q_proj", "lm_head"]})

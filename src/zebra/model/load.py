@@ -185,6 +185,8 @@ def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[s
         raise ZebraError(
             f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ."
         )
+    if not model.all_tied_weights_keys:  # of a name in the hub, whose files `read_config` does not see
+        model.config.tie_word_embeddings = False
     return model
 
 

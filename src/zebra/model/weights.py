@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from zebra.errors import ZebraError, first_line
 from zebra.model.families import model_class
 
+_UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -55,7 +58,7 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
     for name in files:
         try:
             headers |= _headers(directory / name)
-        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except _UNREADABLE as error:
             text = f"{directory / name} is corrupt or truncated: {first_line(error)}. Copy it again."
             raise ZebraError(text) from None
     _check_tensors(path, config, headers)
@@ -105,6 +108,41 @@ def _headers(file: Path) -> dict[str, _Header]:
         raise ValueError("it holds no table of tensors")
     computed = _DTYPES.values()
     return {name: _Header(tuple(t.shape), t.dtype if t.dtype in computed else None) for name, t in tensors.items()}
+
+
+def has_own_head(path: str | os.PathLike[str], config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint holds a head beside its embeddings, with other values, whatever its config says of ties.
+
+    False where its weights cannot be read: `check_weights` says why.
+    """
+    try:
+        return _has_own_head(Path(path), model_class(config)._tied_weights_keys or {})
+    except (ZebraError, *_UNREADABLE):
+        return False
+
+
+def _has_own_head(directory: Path, ties: dict[str, str]) -> bool:
+    tables: dict[str, Tensor] = {}
+    for file in (directory / name for name in _weight_files(directory)):
+        names = {*ties, *ties.values()} & {*_headers(file)}
+        if file.suffix == ".safetensors" and names:
+            with safe_open(file, framework="pt") as opened:
+                tables |= {name: opened.get_tensor(name) for name in names}
+        elif names:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            tables |= {name: tensors[name] for name in names}
+    pairs = [(tables[head], tables[table]) for head, table in ties.items() if head in tables and table in tables]
+    return any(head.shape != table.shape or bool((head != table).any()) for head, table in pairs)
+
+
+def stored_dtype(path: str | os.PathLike[str]) -> torch.dtype:
+    """The dtype of most of a checkpoint's numbers, whatever its config says; float32 where no tensor is of floats."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name in _weight_files(Path(path)):
+        for header in _headers(Path(path) / name).values():
+            if header.dtype is not None:
+                sizes[header.dtype] += math.prod(header.shape)
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
 _ROTARY = r"rotary_emb\.inv_freq$"

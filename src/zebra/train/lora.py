@@ -7,6 +7,9 @@ itself; with the embeddings and the norms trained as well, which are few paramet
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,19 +30,8 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
     Raises:
         ZebraError: peft is not installed, no module of these names.
     """
-    peft = _peft()
-    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not tied
-    }
-    absent = sorted(set(lora.target_modules) - linear)
-    if absent:
-        raise ZebraError(
-            f"lora.target_modules names {', '.join(absent)}, which this model does not have or ties to its embeddings; "
-            f"its own linear modules are {', '.join(sorted(linear))}. Name some of those."
-        )
+    peft, tied = _peft(), has_tied_head(model)
+    check_targets(model, lora)
     saved, embeddings = lora.modules_to_save, model.get_input_embeddings()
     whole = [
         name.rpartition(".")[2]
@@ -52,11 +44,11 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
         lora_alpha=2 * lora.r if lora.lora_alpha is None else lora.lora_alpha,
         target_modules=list(lora.target_modules),
         modules_to_save=list(dict.fromkeys(whole)),
-        ensure_weight_tying=bool(model.config.tie_word_embeddings and "embeddings" in saved),
+        ensure_weight_tying=tied and "embeddings" in saved,
         task_type="CAUSAL_LM",
     )
     model.name_or_path = ""  # at each save peft would read the source's config, which may be of another class
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _older_name_read():
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, config)
     for parameter in wrapped.parameters():
@@ -67,7 +59,63 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
 
 def reload(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
     """The model with the updates that were saved in a directory."""
-    return _peft().PeftModel.from_pretrained(model, adapter)
+    with _older_name_read():
+        return _peft().PeftModel.from_pretrained(model, adapter)
+
+
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Whether the head and the embeddings are one tensor."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def check_targets(model: PreTrainedModel, lora: Lora) -> None:
+    """Check that a model, on the meta device or any other, has the modules to update.
+
+    Raises:
+        ZebraError: peft is not installed; a name that no linear module has, or that of a head that is tied to the
+            embeddings.
+    """
+    _peft()
+    tied = model.get_output_embeddings() if has_tied_head(model) else None
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not tied
+    }
+    absent = sorted(set(lora.target_modules) - linear)
+    if absent:
+        raise ZebraError(
+            f"lora.target_modules names {', '.join(absent)}, which this model does not have or ties to its embeddings; "
+            f"its own linear modules are {', '.join(sorted(linear))}. Name some of those."
+        )
+
+
+@torch.no_grad()
+def add_updates(model: PreTrainedModel, trained: PeftModel) -> None:
+    """Add to a model what was trained over it: to each W its alpha / r * B A, and what was trained whole in its place.
+
+    The twin of peft's own merge. A head that is tied to the embeddings follows them because the model has one tensor
+    for both, whatever peft ties.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    head = trained.get_output_embeddings()
+    for name, module in trained.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            weight = model.get_submodule(name).weight
+            weight += module.scaling["default"] * (b @ a).to(weight)
+        elif isinstance(module, ModulesToSaveWrapper) and module is not head:
+            model.get_submodule(name).load_state_dict(module.modules_to_save["default"].state_dict())
+
+
+@contextmanager
+def _older_name_read() -> Iterator[None]:
+    """peft asks a model for `is_gradient_checkpointing`, which transformers has under a newer name too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _peft() -> Any:

@@ -22,12 +22,12 @@ from zebra.model.checkpoint import (
     write_zebra_json,
 )
 from zebra.model.context import longest_text
-from zebra.model.families import with_stripes
+from zebra.model.families import model_class, with_stripes
 from zebra.model.load import load, write_converted
 from zebra.model.local import local_attention_of
 from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
 from zebra.model.verify import TOLERANCE
-from zebra.model.weights import check_weights, checkpoint_digest, copy_other_files
+from zebra.model.weights import check_weights, checkpoint_digest, copy_other_files, stored_dtype
 from zebra.stripes import Stripes
 from zebra.train import lora
 from zebra.train.recipe import CheckpointRecipe
@@ -44,7 +44,8 @@ def read_source(
         trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
 
     Raises:
-        ZebraError: no GPU where the recipe needs one; no checkpoint, a damaged one; what `adapted_config` raises.
+        ZebraError: no GPU where the recipe needs one; no checkpoint, a damaged one; what `adapted_config` and
+            `lora.check_targets` raise.
     """
     check_machine(recipe.train)
     config = read_config(recipe.model)
@@ -53,6 +54,9 @@ def read_source(
     tokenizer = load_tokenizer(recipe.model, config, trust_remote_code=trust_remote_code)
     config = adapted_config(recipe, config)
     check_weights(recipe.model, config)
+    if recipe.lora is not None:
+        with torch.device("meta"):
+            lora.check_targets(model_class(config)(config), recipe.lora)
     return config, tokenizer
 
 
@@ -121,41 +125,45 @@ class CheckpointStart(Start):
     def export(self, model: Any, tokens: int) -> None:
         """Write `run/model`, whole or not at all, in the source's dtype.
 
-        A LoRA is merged into a whole checkpoint where the recipe says so, and what was written is read again and
-        compared with the adapter; else it stays an adapter, over the converted source in `run/base`.
+        Low-rank updates are added to the source where the recipe says so, which makes a whole checkpoint; else they
+        stay an adapter, over the converted source in `run/base`. Either is read again and compared with what was
+        trained.
 
         Raises:
-            ZebraError: a merged checkpoint that differs from its adapter.
+            ZebraError: what was written differs from what was trained.
         """
         run, source, low_rank = Path(self.recipe.run), Path(self.recipe.model), self.recipe.lora
-        files, original = self.finish(model), read_config(source)
-        dtype = (
-            original.dtype if isinstance(original.dtype, torch.dtype) else getattr(torch, original.dtype or "float32")
-        )
-        config, local = (model.get_base_model() if low_rank else model).config, local_attention_of(model)
-        config.use_cache = original.use_cache  # the Trainer turns it off for itself
-        merge = low_rank is not None and low_rank.merge
-        expected = _logits(model.float()) if merge else None
-        if low_rank is not None and not merge:
-            shutil.rmtree(run / "base", ignore_errors=True)  # of a killed export
-            write_converted(source, run / "base", config, local)
-            model.peft_config["default"].base_model_name_or_path = str((run / "base").resolve())
+        dtype, trained = stored_dtype(source), model
+        base = run / "base" if low_rank is not None and not low_rank.merge else None
+        expected = None if low_rank is None else _logits(trained.float())
+        if base is not None:
+            model = trained.get_base_model()
+        elif low_rank is not None:
+            model = self._source(torch.float32)
+            lora.add_updates(model, trained)
+        files, config, local = self.finish(model), model.config, local_attention_of(model)
+        config.use_cache = read_config(source).use_cache  # the Trainer turns it off for itself
+        if base is not None:
+            shutil.rmtree(base, ignore_errors=True)  # of a killed export
+            write_converted(source, base, config, local)
+            # As the recipe names it, so that a project can move; "./", or it could be a name in the hub.
+            name = str(base) if base.is_absolute() else f"./{base}"
+            trained.peft_config["default"].base_model_name_or_path = name
         with atomic_directory(run / "model") as staging:
-            if low_rank is None or merge:
-                _write_whole(model.merge_and_unload(safe_merge=True) if merge else model, dtype, source, staging)
+            if base is None:
+                _write_whole(model, dtype, source, staging)
             else:
-                model.save_pretrained(staging)
+                trained.save_pretrained(staging)
             steps, rope = self.recipe.train.max_steps, self.rope or "none"
             write_zebra_json(staging, config, local, source=source, steps=steps, tokens=tokens, rope=rope)
             for name, text in files.items():
                 (staging / name).write_text(text, encoding="utf-8")
-            if expected is not None:
-                merged = _logits(load(staging, dtype=torch.float32).to(expected.device))
-                difference = ((merged - expected).abs().max() / expected.abs().max()).item()
-                if not difference <= TOLERANCE[dtype]:
-                    raise ZebraError(
-                        f"the merged checkpoint differs from its adapter by {difference:.1e} of the logits."
-                    )
+            if low_rank is not None and expected is not None:
+                del model
+                tolerance = max(TOLERANCE[dtype], TOLERANCE[getattr(torch, low_rank.base_dtype)])
+                written = load(base or staging, dtype=torch.float32)
+                written = written if base is None else lora.reload(written, staging)
+                _check_written(written.to(expected.device), expected, tolerance)
 
     def exported(self) -> PreTrainedModel:
         """The model of `run/model`, with an adapter merged."""
@@ -164,12 +172,13 @@ class CheckpointStart(Start):
         run = Path(self.recipe.run)
         return lora.reload(load(run / "base"), run / "model").merge_and_unload()
 
-    def _source(self) -> PreTrainedModel:
+    def _source(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The source with its new config; in the dtype in which it is trained without another."""
         model = load(
             self.recipe.model,
             stripes=self.recipe.stripes,
             rope=self.rope,
-            dtype=getattr(torch, self.recipe.lora.base_dtype) if self.recipe.lora else torch.float32,
+            dtype=dtype or getattr(torch, self.recipe.lora.base_dtype if self.recipe.lora else "float32"),
             attention_dropout=self.config.attention_dropout,
         )
         # Only now: the rope was computed from what they were.
@@ -185,6 +194,12 @@ def _write_whole(model: PreTrainedModel, dtype: torch.dtype, source: Path, targe
     stale = [file.name for file in source.iterdir() if file.name in written or file.name.endswith(".index.json")]
     copy_other_files(source, target, stale)
     write_config(model.config, target)
+
+
+def _check_written(model: PreTrainedModel, expected: Tensor, tolerance: float) -> None:
+    difference = ((_logits(model) - expected).abs().max() / expected.abs().max()).item()
+    if not difference <= tolerance:
+        raise ZebraError(f"the checkpoint that was written differs from its adapter by {difference:.1e} of the logits.")
 
 
 @torch.no_grad()

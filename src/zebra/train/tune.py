@@ -46,7 +46,6 @@ _CHANGED_BY_TRL = ("pad_token_id", "bos_token_id", "eos_token_id", "router_aux_l
 
 def _finish(recipe: TuneRecipe, model: PreTrainedModel, config: PreTrainedConfig, chat: Chat) -> dict[str, str]:
     """Undo what trl wrote into the configs, stop generation where answers end, and return the template's file."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # under low-rank updates
     for name in _CHANGED_BY_TRL:
         if hasattr(config, name):
             setattr(model.config, name, getattr(config, name))

@@ -77,3 +77,9 @@ class TuneRecipe(CheckpointRecipe):
             keys = {"evaluate.suites": self.evaluate.suites, "data.held_out": self.data.held_out}
             check_one_of("what to measure on is given", keys)
         return self
+
+    @model_validator(mode="after")
+    def _head_stays(self) -> TuneRecipe:
+        if self.lora and "lm_head" in self.lora.target_modules:
+            raise ValueError("lora.target_modules: trl trains no low-rank updates of lm_head; leave it out")
+        return self
