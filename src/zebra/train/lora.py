@@ -103,8 +103,8 @@ def add_updates(model: PreTrainedModel, trained: PeftModel) -> None:
     head = trained.get_output_embeddings()
     for name, module in trained.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            weight = model.get_submodule(name).weight
+            a, b = (one["default"].get_parameter("weight") for one in (module.lora_A, module.lora_B))
+            weight = model.get_parameter(f"{name}.weight")
             weight += module.scaling["default"] * (b @ a).to(weight)
         elif isinstance(module, ModulesToSaveWrapper) and module is not head:
             model.get_submodule(name).load_state_dict(module.modules_to_save["default"].state_dict())
