@@ -33,6 +33,7 @@ from zebra.data.encoding import prompt_tokens
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
 from zebra.model.context import check_learned_positions, longest_text, ways_beyond
+from zebra.model.finite import checking_logits
 from zebra.model.load_options import LoadOptions
 from zebra.model.rope import Rope, as_rope, refuse_changing_rope
 from zebra.model.self_extend import self_extend_of
@@ -173,8 +174,8 @@ def generate(
 
     Raises:
         ZebraError: an empty prompt; no tokenizer, or no chat template with `chat`; a rope that changes with length;
-            more tokens than there are learned positions; options for loading with a loaded model; and as `Decoding`
-            and `zebra.load`.
+            more tokens than there are learned positions; options for loading with a loaded model; logits that are not
+            finite; and as `Decoding` and `zebra.load`.
 
     Example:
         >>> zebra.generate("./Llama-3.1-8B", "Once upon a time", stripes="GLLL:4096", max_new_tokens=20).text
@@ -268,7 +269,7 @@ def _generate(
     kind = model.device.type
     devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
     quiet = _only_errors("transformers.generation.stopping_criteria")
-    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"), quiet:
+    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"), quiet, checking_logits(model):
         # torch.manual_seed seeds every device there is; a model on the CPU draws by one generator alone.
         (torch.manual_seed if devices else torch.default_generator.manual_seed)(decoding.seed)
         return model.generate(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from zebra.data.conversations import TokenizedConversation
 from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.perplexity import evaluating
+from zebra.model.finite import check_finite
 from zebra.model.loss import IGNORE, head_of, token_losses, without_logits
 from zebra.progress import bar
 
@@ -60,8 +61,9 @@ def answer_losses(
             answers = torch.tensor([[answer for one in batch for answer in one.assistant_mask]], device=model.device)
             labels = ids.masked_fill(~answers | (positions == 0), IGNORE)
             hidden = model(ids, position_ids=positions, **without_logits(model.device)).hidden_states[-1]
-            losses = token_losses(hidden, head, labels)[0].double().cpu()
-            for i, part in enumerate(losses.split([len(one.input_ids) for one in batch]), start=first):
+            losses = token_losses(hidden, head, labels)[0]
+            check_finite(losses[labels[0] != IGNORE], model)
+            for i, part in enumerate(losses.double().cpu().split([len(one.input_ids) for one in batch]), start=first):
                 scored = part[~part.isnan()]
                 sums[i], counts[i] = scored.sum().item(), len(scored)
             advance(ids.numel())

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from zebra.data.corpus import Corpus
 from zebra.data.needles import SampleGenerator
 from zebra.errors import ZebraError
+from zebra.model.finite import check_finite
 from zebra.model.loss import head_of, token_losses
 
 SHARE = 0.25
@@ -125,7 +126,9 @@ def long_range(model: PreTrainedModel, ids: Tensor, window: int) -> Tensor:
     decoder: Any = model.get_decoder()
 
     def losses(ids: Tensor) -> Tensor:
-        return token_losses(decoder(input_ids=ids, use_cache=False).last_hidden_state, head, ids)
+        of_tokens = token_losses(decoder(input_ids=ids, use_cache=False).last_hidden_state, head, ids)
+        check_finite(of_tokens[:, 1:], model)
+        return of_tokens
 
     batch, length = ids.shape
     near = torch.zeros(ids.shape, device=ids.device)

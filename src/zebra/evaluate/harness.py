@@ -27,6 +27,7 @@ from zebra.evaluate.intervals import wilson
 from zebra.evaluate.lm_eval_compat import isolated, task_errors
 from zebra.evaluate.scoring import BATCH_TOKENS, padded
 from zebra.evaluate.target import EvalTarget
+from zebra.model.finite import checking_logits
 from zebra.model.local import local_attention_of
 from zebra.progress import console
 from zebra.provenance import versions
@@ -123,7 +124,7 @@ def evaluate_tasks(
         columns = {"run": run, "seed": seed} | target.columns(model)
         results: list[Result] = []
         for length, some in loaded.items():
-            with task_errors(" and ".join(some["tasks"])):
+            with task_errors(" and ".join(some["tasks"])), checking_logits(model):
                 measured = lm_eval.evaluate(
                     lm=lm,
                     task_dict=some,

@@ -25,6 +25,7 @@ from zebra.errors import ZebraError
 from zebra.evaluate.calibration import CalibrationBatch
 from zebra.evaluate.scoring import no_progress
 from zebra.files import atomic_write, check_inputs, directory_lock
+from zebra.model.finite import check_finite
 from zebra.model.layerwise import Layerwise
 from zebra.model.loss import head_of, losses_at
 
@@ -54,7 +55,7 @@ class Losses:
         sinks: int = 0,
         folder: Path | None = None,
     ):
-        self._layers, self._head, self._device = Layerwise(model, window, sinks), head_of(model), model.device
+        self._layers, self._head, self._model = Layerwise(model, window, sinks), head_of(model), model
         self._batches = batches
         self._file = None if folder is None else folder / "losses.jsonl"
         self._sums = {} if self._file is None else _read(self._file)
@@ -74,14 +75,13 @@ class Losses:
             if not missing:
                 continue
             new = True
-            ids, scored = batch.tensors(self._device)
+            ids, scored = batch.tensors(self._model.device)
             states = self._layers.states(ids, base)
             for kinds in missing:
                 start = next((i for i, kind in enumerate(kinds) if kind != base[i]), 0)
                 hidden = states[-1] if kinds == base else self._layers.resume(ids, kinds, start, states[start])
                 losses = losses_at(hidden, self._head, ids, scored).double()
-                if not bool(losses.isfinite().all()):
-                    raise ZebraError(f"the loss of the layout {kinds} is not finite. Measure in float32 or bfloat16.")
+                check_finite(losses, self._model)
                 self._add(kinds, i, [sequence.sum().item() for sequence in losses.split(_counts(batch))])
                 advance(1)
         return new

@@ -31,6 +31,7 @@ from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.target import EvalTarget
 from zebra.model.context import check_learned_positions
+from zebra.model.finite import check_finite
 from zebra.model.local import local_attention_of
 from zebra.model.loss import head_of, token_losses, without_logits
 from zebra.model.self_extend import bounded_cache
@@ -141,13 +142,15 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
         (B, T).
 
     Raises:
-        ZebraError: as `Head.check`.
+        ZebraError: as `Head.check` and `check_finite`.
     """
     last = torch.tensor([ids.shape[1] - 1], device=model.device)  # its logits alone show whether the head is known
     outputs = model(ids, **(without_logits(model.device) | {"logits_to_keep": last} | kwargs))
     states, head = outputs.hidden_states[-1], head_of(model)
     head.check(states[:, -1:], outputs.logits[:, -1:])
-    return token_losses(states, head, ids).double().cpu().numpy()
+    losses = token_losses(states, head, ids)
+    check_finite(losses[:, 1:], model)
+    return losses.double().cpu().numpy()
 
 
 def _score(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import evaluating
 from zebra.generation import generate_tokens
+from zebra.model.finite import checking_logits
 from zebra.model.self_extend import bounded_cache
 
 SCORES = ("generate", "likelihood")
@@ -88,7 +89,7 @@ def log_likelihoods(
     """
     sums: list[list[float]] = [[] for _ in prompts]
     for batch in _batches(prompts, batch_tokens):
-        with evaluating(model):
+        with evaluating(model), checking_logits(model):
             of_batch = _of_batch(model, [prompts[i] for i in batch], [answers[i] for i in batch], batch_tokens)
         for i, of_prompt in zip(batch, of_batch, strict=True):
             sums[i] = of_prompt

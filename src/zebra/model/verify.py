@@ -21,6 +21,7 @@ from zebra import masks
 from zebra.errors import ZebraError, first_line
 from zebra.model.checkpoint import read_config, read_local_attention
 from zebra.model.families import model_class, stripes_of
+from zebra.model.finite import check_finite
 from zebra.model.load import load, read_device, read_dtype
 from zebra.model.rope import Rope, as_rope
 from zebra.model.self_extend import bounded_cache, resolve_self_extend
@@ -81,7 +82,7 @@ def verify(
 
     Raises:
         ZebraError: a checkpoint that cannot be loaded, a target without stripes, two different models, neither a source
-            nor Self-Extend, a model that plain transformers cannot compute.
+            nor Self-Extend, a model that plain transformers cannot compute, or whose logits are not finite there.
     """
     if self_extend is None and against is None:
         raise ZebraError("a conversion is verified against its source. Name the source, or Self-Extend to verify that.")
@@ -126,13 +127,13 @@ def _conversion_checks(
 
     # One model at a time, as a checkpoint may fill the memory.
     model = _plain_model(against, source_config, placement)
-    expected_short, oracle = _logits(model, short), {}
+    expected_short, oracle = _finite_logits(model, short), {}
     for layout, prompt in {plain, whole, *[decoded] * local.full_decode}:
         with _mask_in_each_layer(model, layout, prompt):
             oracle[layout, prompt] = _logits(model, ids)
     del model
     model = _plain_model(target, AutoConfig.from_pretrained(target, trust_remote_code=False), placement)
-    plain_short, plain_logits = _logits(model, short), _logits(model, ids)
+    plain_short, plain_logits = _finite_logits(model, short), _logits(model, ids)
     del model
     model = load(target, **placement)
     whole_logits, masks_on = _logits(model, ids), "mask oracle on the source"
@@ -159,7 +160,7 @@ def _self_extend_checks(
             f"Self-Extend {setting} acts beyond {setting.window} tokens; got length {n}. Give a larger one."
         )
     ids = _random_tokens(config, n, seed, placement)
-    plain = _logits(_plain_model(path, config, placement), ids[:, : setting.window])
+    plain = _finite_logits(_plain_model(path, config, placement), ids[:, : setting.window])
     model = load(path, self_extend=setting, **placement)
     short, whole = _logits(model, ids[:, : setting.window]), _logits(model, ids)
     with formula_logits(model, setting) as formula:
@@ -234,6 +235,13 @@ def _sampled(n: int) -> Tensor:
 def _logits(model: PreTrainedModel, ids: Tensor, at: Tensor | None = None, **kwargs: Any) -> Tensor:
     at = _sampled(ids.shape[1]) if at is None else at
     return model(ids, use_cache=False, logits_to_keep=at.to(ids.device), **kwargs).logits
+
+
+def _finite_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The logits of plain transformers; where they are not finite, nothing can be compared."""
+    logits = _logits(model, ids)
+    check_finite(logits, model)
+    return logits
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write, sync
+from zebra.model.finite import check_finite
 from zebra.progress import bar, console
 from zebra.results import Result
 from zebra.train.directory import processes
@@ -97,7 +98,9 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
 
 
 def refuse_diverged(loss: Tensor, trainer: Trainer) -> None:
-    """Refuse a loss that is not finite, before the step that would spoil the weights."""
+    """Refuse a loss that is not finite, before the step that would spoil the weights; at step 1 name the source."""
+    if not trainer.state.global_step:
+        check_finite(loss, trainer.accelerator.unwrap_model(trainer.model))
     if not bool(loss.isfinite()):
         step, where = trainer.state.global_step + 1, Path(trainer.args.output_dir)
         raise ZebraError(_diverged("the loss is", step, trainer.optimizer.param_groups[0]["lr"], where))

@@ -1,0 +1,55 @@
+"""Numbers that are not finite: noticed where logits or losses are first formed, and traced to the weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from zebra.errors import ZebraError
+
+
+def check_finite(values: Tensor, model: PreTrainedModel) -> None:
+    """Reject logits or losses of a model that are NaN or infinite, in any shape.
+
+    Only then are the weights read, for the first of them that is not finite.
+
+    Raises:
+        ZebraError: they are; it names the checkpoint and the tensor, or the dtype in which its activations overflow.
+    """
+    if bool(values.isfinite().all()):
+        return
+    name = model.name_or_path or "this model"
+    for tensor_name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        finite = (tensor if tensor.itemsize > 1 else tensor.float()).isfinite()
+        if not bool(finite.all()):
+            count = finite.numel() - int(finite.sum())
+            raise ZebraError(
+                f"the weights of {name} are not finite: {count:,} of the {finite.numel():,} numbers of {tensor_name} "
+                "are NaN or infinite. Take another copy or an earlier checkpoint."
+            )
+    raise ZebraError(
+        f"the logits of {name} are not finite, though its weights are: its activations overflow in {model.dtype}. "
+        f"Take another dtype, such as {'float64' if model.dtype == torch.float32 else 'float32'}."
+    )
+
+
+@contextmanager
+def checking_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context `check_finite` reads the logits that a model returns, in every forward."""
+
+    def check(module: Any, args: Any, output: Any) -> None:
+        check_finite(output.logits, module)
+
+    hook = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
