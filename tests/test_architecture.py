@@ -31,6 +31,7 @@ RANKS = {
     "doctor": 6,
     "measure": 6,
     "report": 6,
+    "compare": 7,
     "pipeline": 7,
     "study": 8,
     "cli": 9,
@@ -38,7 +39,7 @@ RANKS = {
     "__init__": 10,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "files", "stripes", "masks", "positions", "provenance", "results", "plan"}
-MAY_IMPORT_TRANSFORMERS = {"model", "train", "evaluate", "generation", "study"}
+MAY_IMPORT_TRANSFORMERS = {"compare", "model", "train", "evaluate", "generation", "study"}
 
 
 def room(module: Path) -> str:

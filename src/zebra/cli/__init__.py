@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from zebra import __version__
-from zebra.cli import convert, data, evaluate, generate, plan, report, train
+from zebra.cli import compare, convert, data, evaluate, generate, plan, report, train
 from zebra.errors import ZebraError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB": plan.plan,
     "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096": convert.convert,
     "zebra select ./Llama-3.1-8B --budget 0.5 --window 4096 --length 32768 --text book.txt": convert.select,
+    "zebra compare ./Llama-3.1-8B book.txt --length 32768 --budget-minutes 30": compare.compare,
     "zebra verify ./Llama-3.1-8B-GLLL --against ./Llama-3.1-8B": convert.verify,
     "zebra adapt recipes/demo.yaml --set train.max_steps=100": train.adapt,
     "zebra tune recipes/tiny-lit-cpu.yaml --set train.max_steps=100": train.tune,

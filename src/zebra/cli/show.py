@@ -66,6 +66,22 @@ def _result_tables(results: Sequence[Result]) -> None:
         _print(table)
 
 
+def comparison(results: Sequence[Result], out: Path, as_json: bool) -> None:
+    """Methods side by side: their tables, what failed, and the advice."""
+    if as_json:
+        json({"results": [result.columns() for result in results]})
+        return
+    from zebra.report import terminal_table
+    from zebra.report.methods import method_tables
+
+    tables, lines = method_tables(results)
+    for table in tables:
+        _print(terminal_table(table))
+    for line in lines:
+        print(line)
+    print(f"page {out / 'report.html'}")
+
+
 def conversion(converted: dict[str, str], as_json: bool) -> None:
     """What a conversion wrote: its target, class, layout and layers."""
     if as_json:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from zebra.data.corpus import read_corpus
+from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder
 from zebra.data.needles import SampleGenerator, check_task
 from zebra.errors import ZebraError
@@ -70,7 +70,7 @@ def select(
     *,
     window: int | str,
     length: int,
-    text: Sequence[str] = (),
+    text: Sequence[str] | Corpus = (),
     tasks: Sequence[str] = (),
     samples: int = 16,
     order: str = "greedy",
@@ -90,7 +90,7 @@ def select(
         budget: how many: 8, a share such as 0.25, or a cost such as "cache:4GiB@131072"; see `zebra.plan.budget`.
         window: of the layers that become local, "512+4" with 4 sinks; local layers of the source get it too.
         length: tokens of each sequence of text, or of each task's prompt.
-        text: files of text to read, or, with tasks, to hide their evidence in.
+        text: files of text to read, or their tokens; with tasks, to hide their evidence in.
         tasks: retrieval tasks, see `zebra.data.questions`; the loss is that of their answers.
         samples: sequences; one in four is held out.
         order: greedy, or once.
@@ -120,7 +120,10 @@ def select(
         with_stripes(config, replace(local, pattern=None, global_layers=(layer,)))
     target.check_length(length)
     count = _count(config, source, str(budget), local, length, dtype or config.dtype)
-    corpus = read_corpus(text, Encoder.of(tokenizer), separator=separator) if text else None
+    if isinstance(text, Corpus):
+        corpus: Corpus | None = text
+    else:
+        corpus = read_corpus(text, Encoder.of(tokenizer), separator=separator) if text else None
     if tasks:
         needles = SampleGenerator(tokenizer, corpus)
         sequences = task_sequences(needles, tasks, length=length, window=local.window, samples=samples, seed=seed)
@@ -163,7 +166,9 @@ def select(
     return Selection(_stripes(layouts[order][0], local), results)
 
 
-def _check(order: str, window: int, length: int, text: Sequence[str], tasks: Sequence[str], samples: int) -> None:
+def _check(
+    order: str, window: int, length: int, text: Sequence[str] | Corpus, tasks: Sequence[str], samples: int
+) -> None:
     if order not in ORDERS:
         raise ZebraError(f"the orders are {' and '.join(ORDERS)}; got {order!r}. Choose one.")
     if not text and not tasks:

@@ -21,6 +21,7 @@ from zebra.report import (
     layouts,
     lengths,
     method,
+    methods,
     page,
     perplexity,
     retrieval,
@@ -33,7 +34,7 @@ from zebra.report.page import Cell, Chapter, Section, Table
 from zebra.report.series import by_kind
 from zebra.results import Result
 
-__all__ = ["SECTIONS", "merge_sources", "terminal_tables", "write_report"]
+__all__ = ["SECTIONS", "merge_sources", "terminal_table", "terminal_tables", "write_report"]
 
 SECTIONS: dict[str, Callable[[list[Result]], Section]] = {
     "position": perplexity.positions,
@@ -75,10 +76,12 @@ def write_report(
         line = answers.answer_summary(run, kinds["answers"])
         line += perplexity.position_summary(run, kinds["position"], kinds["cost"])
         summary += [[Cell(f"{run}: " if len(runs) > 1 else ""), *line]] if line else []
+    summary = methods.method_summaries(rest) or summary
     summary += selection.selection_summaries(kinds["selection"])
     summary = summary or [[Cell(f"{len(results):,}", results=results), Cell(" results.")]]
     parts = [
         *(section for chapter in chapters for section in chapter.sections),
+        methods.methods(rest),
         compare.compare(rest),
         layouts.layouts(kinds["cost"]),
         lengths.lengths([*kinds["retrieval"], *kinds["task"]]),
@@ -100,12 +103,14 @@ def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:
     """The tables of `SECTIONS` for a terminal."""
     kinds = by_kind(results)
     sections = [section(kinds[kind]) for kind, section in SECTIONS.items()]
-    tables = []
-    for table in (block for section in sections for block in section.blocks if isinstance(block, Table)):
-        shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
-        for i, cell in enumerate(table.head):
-            shown.add_column(Text.assemble(cell.text, ("\n" + cell.dim, "dim")), justify="right" if i else "left")
-        for line in table.body:
-            shown.add_row(*(Text.assemble(cell.text, (f" {cell.dim}" if cell.dim else "", "dim")) for cell in line))
-        tables.append(shown)
-    return tables
+    return [terminal_table(block) for section in sections for block in section.blocks if isinstance(block, Table)]
+
+
+def terminal_table(table: Table) -> terminal.Table:
+    """A table for a terminal."""
+    shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
+    for i, cell in enumerate(table.head):
+        shown.add_column(Text.assemble(cell.text, ("\n" + cell.dim, "dim")), justify="right" if i else "left")
+    for line in table.body:
+        shown.add_row(*(Text.assemble(cell.text, (f" {cell.dim}" if cell.dim else "", "dim")) for cell in line))
+    return shown

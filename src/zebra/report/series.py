@@ -11,6 +11,8 @@ from typing import NamedTuple
 from zebra.results import Result
 
 FULL = "full"
+_KINDS = {"bench ": "bench", "compare-": "comparison", "harness-": "task", "documents-": "task"}
+"""Of tasks that begin so, whatever their metric."""
 Span = tuple[int, int]
 
 
@@ -99,10 +101,9 @@ def _kind(one: Result) -> str:
         return "answers"
     if one.task.startswith("instructions-") and one.position_from is not None and math.isfinite(one.value):
         return "instructions"
-    if one.task.startswith("bench "):
-        return "bench"
-    if one.task.startswith(("harness-", "documents-")):
-        return "task"
+    for prefix, kind in _KINDS.items():
+        if one.task.startswith(prefix):
+            return kind
     if one.task.count("-") > 1 and one.task.startswith("selection-"):
         return "selection"
     if one.task.startswith("retrieval-") and one.metric == "accuracy" and one.length is not None:

@@ -1,0 +1,75 @@
+"""The verb `compare`: ways to read long texts, side by side on the user's own text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zebra.cli import options, show
+
+
+def compare(
+    checkpoint: options.Checkpoint,
+    text: Annotated[list[str], typer.Argument(help="Your text: files, folders or globs. One window at least.")],
+    length: Annotated[int, typer.Option(min=2, help="Tokens of context that you need.")],
+    stripes: Annotated[
+        str | None,
+        typer.Option(
+            callback=options.stripes_notation,
+            help="Layout of the methods with stripes. Default: GL and an eighth of the trained length.",
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            callback=options.names,
+            help='Methods, several with commas: "as it is", linear, yarn, dynamic, self-extend, stripes, selected, '
+            "stripes+self-extend, selected+self-extend. Default: all.",
+        ),
+    ] = None,
+    additional: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="OPTIONS",
+            help='A further method, such as "rope=yarn:4 stripes=GLLL:1024" or "checkpoint=runs/adapted/model"; '
+            "repeatable.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option("--task", callback=options.names, help="Retrieval tasks, several with commas.")
+    ] = "passkey,multikey",
+    depths: Annotated[
+        str,
+        typer.Option("--depth", callback=options.numbers("--depth", float, "0.1,0.9"), help="Depths of the evidence."),
+    ] = "0.1,0.5,0.9",
+    windows: Annotated[int, typer.Option(min=1, help="At most so many windows of the text.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="At most so many samples of each task and depth.")] = 10,
+    budget_minutes: Annotated[
+        float, typer.Option(min=0, help="Time for the measurements; a rerun with a larger one adds to them.")
+    ] = 30.0,
+    separator: options.Separator = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for measurements, results and page.")] = Path(
+        "runs/compare"
+    ),
+    as_json: options.Json = False,
+) -> None:
+    """Measure the ways of reading a longer text side by side: quality, cost, and a sentence of advice."""
+    from zebra.compare.methods import Method
+    from zebra.data.documents import find_files
+    from zebra.model.checkpoint_files import check_checkpoint
+
+    arguments = options.call_arguments(locals(), "Method", "find_files", "check_checkpoint", "out", "additional")
+    check_checkpoint(checkpoint)
+    find_files(text)
+    more = [Method.parse(notation) for notation in additional or ()]
+    with show.working():
+        from zebra.compare.run import compare as measure_methods
+
+        results = measure_methods(out=out, additional=more, **arguments)
+    show.comparison(results, out, as_json)

@@ -1,0 +1,106 @@
+"""The ways that are compared: options of loading under a name. It needs no torch.
+
+as it is                       the checkpoint; beyond its trained length where the texts are longer
+linear, dynamic, yarn          the rope scaled to the length, untrained
+self-extend                    far tokens share positions
+stripes                        the given layout, untrained
+selected                       as many global layers as it has, chosen by measurement
+stripes+self-extend, selected+self-extend
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from zebra.errors import ZebraError
+from zebra.model.rope import Rope
+from zebra.positions import SelfExtend
+from zebra.stripes import Stripes
+
+AS_IT_IS = "as it is"
+SELECTED = "selected"
+"""In place of a layout: the one that is chosen by measurement."""
+_OPTIONS = ("checkpoint", "stripes", "rope", "self_extend", "window", "full_decode")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to read a text.
+
+    Attributes:
+        options: fields of `zebra.model.load_options.LoadOptions` as text; `checkpoint` names another checkpoint.
+    """
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Read options of loading: `rope=yarn:4 stripes=GLLL:1024`, `checkpoint=runs/adapted/model`.
+
+        Raises:
+            ZebraError: another form, an unknown option, or a value that is none.
+        """
+        pairs = [part.partition("=") for part in text.split()]
+        options = {name: value for name, _, value in pairs}
+        if not pairs or not all(name in _OPTIONS and value for name, _, value in pairs) or len(options) < len(pairs):
+            raise ZebraError(
+                f"a method is OPTION=VALUE, several with spaces, of {', '.join(_OPTIONS)}; got {text!r}. "
+                'Write for example "rope=yarn:4 stripes=GLLL:1024".'
+            )
+        if "stripes" in options and options["stripes"] != SELECTED:
+            Stripes.parse(options["stripes"])
+        if "rope" in options:
+            Rope.parse(options["rope"])
+        if not options.get("self_extend", "auto:").startswith("auto:"):
+            SelfExtend.parse(options["self_extend"])
+        if not options.get("window", "1").isdecimal() or options.get("full_decode", "true") != "true":
+            raise ZebraError(f"a window is a whole number, and full_decode is true; got {text!r}.")
+        return cls(text, options)
+
+    @property
+    def selects(self) -> bool:
+        """Whether its layout is chosen by measurement first."""
+        return self.options.get("stripes") == SELECTED
+
+    def arguments(self, selected: Stripes | None) -> dict[str, object]:
+        """The fields of `LoadOptions`, without `checkpoint`."""
+        arguments: dict[str, object] = {name: value for name, value in self.options.items() if name != "checkpoint"}
+        if self.selects:
+            arguments["stripes"] = selected
+        if "window" in arguments:
+            arguments["window"] = int(self.options["window"])
+        if "full_decode" in arguments:
+            arguments["full_decode"] = True
+        return arguments
+
+
+def standard_methods(trained: int | None, length: int, stripes: str) -> dict[str, Method]:
+    """The methods of the table above by name; those that extend only where the length passes the trained one."""
+    extending = {"self_extend": f"auto:{length}"}
+    options: dict[str, dict[str, str]] = {AS_IT_IS: {}}
+    beyond = trained is not None and length > trained
+    if trained is not None and beyond:
+        factor = -(-length // trained)
+        options |= {name: {"rope": f"{name}:{factor}"} for name in ("linear", "yarn")}
+        options |= {"dynamic": {"rope": "dynamic:1"}, "self-extend": extending}
+    for name, layout in (("stripes", stripes), (SELECTED, SELECTED)):
+        options[name] = {"stripes": layout}
+        if beyond:
+            options[f"{name}+self-extend"] = {"stripes": layout} | extending
+    return {name: Method(name, chosen) for name, chosen in options.items()}
+
+
+def choose_methods(methods: Mapping[str, Method], names: Sequence[str] | None) -> list[Method]:
+    """The checkpoint as it is, and the methods of these names; all of them where None.
+
+    Raises:
+        ZebraError: no such method at this length.
+    """
+    unknown = [name for name in names or () if name not in methods]
+    if unknown:
+        raise ZebraError(
+            f"the methods at this length are {', '.join(methods)}; got {', '.join(unknown)}. Choose among them."
+        )
+    return [methods[name] for name in dict.fromkeys([AS_IT_IS, *(methods if names is None else names)])]

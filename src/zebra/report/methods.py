@@ -1,0 +1,276 @@
+"""Ways to read long texts side by side (`zebra compare`): a table, a picture, and the advice that follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from matplotlib.axes import Axes
+
+from zebra.report.figures import ACCENT, Figure, drawable
+from zebra.report.page import Cell, Line, Section, Table
+from zebra.report.pivot import Results, Show, split, table, value_cell
+from zebra.report.series import Series, Span, buckets, labels, number, percent, series_of, span_name, span_of, task_name
+from zebra.results import Result
+
+HOW = (
+    "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity: how "
+    "far it is above the best method at these positions, on the same tokens. Answers: the share of retrieval samples "
+    "that were answered, over all depths. Reading: seconds from an empty cache to the first token, one timing; in "
+    "brackets what the plan says for this machine. Cache: the keys and values that it then holds."
+)
+_CLOSE = math.log(1.05)
+"""A perplexity that is less than 5 % above the best is as good."""
+_COSTS = (
+    ("read", "s", "prefill_seconds", 1.0),
+    ("a token", "ms", "decode_seconds", 1e-3),
+    ("cache", "MiB", "kv_bytes", 2.0**20),
+)
+_READS = 1.25
+"""A method reads the text whose perplexity is at most so many times that within the trained length."""
+_CHEAP = 0.75
+"""A cache that is smaller than this share of another is cheap."""
+
+
+class Methods:
+    """The methods of one comparison, the checkpoint as it is first."""
+
+    def __init__(self, results: Sequence[Result]):
+        by_series = split((one for one in results if not one.task.startswith("compare-failed")), series_of)
+        self.by_series = by_series
+        self.baseline = next(iter(by_series))
+        self.names = labels(by_series)
+        self.length = results[0].length or 0
+        trained = [one.value for one in results if one.task == "compare-trained"]
+        self.trained = trained[0] if trained else math.inf
+        spans = buckets(one for one in results if one.metric == "perplexity")
+        inside = [span for span in spans if span[1] <= self.trained]
+        self.near = inside[-1] if inside and inside[-1] != spans[-1] else spans[max(0, len(spans) - 2)]
+        """The last positions that the checkpoint was trained for; where all are, those before the last."""
+        self.spans = [span for span in spans if span[0] >= self.near[0]]
+        self.far = spans[-1]
+        self.device = results[0].device
+
+    def one(self, series: Series, metric: str, span: Span | None = None) -> Result | None:
+        """The result of a metric, at a span of positions where one is given."""
+        same = (one for one in self.by_series[series] if one.metric == metric)
+        return next((one for one in same if span is None or span_of(one) == span), None)
+
+    def value(self, series: Series, metric: str, span: Span | None = None) -> float:
+        """Its value; NaN where the method has none."""
+        one = self.one(series, metric, span)
+        return math.nan if one is None else one.value
+
+    def answers(self, series: Series, task: str | None = None) -> list[Result]:
+        """The retrieval results of a task, or of all."""
+        scored = [one for one in self.by_series[series] if one.task.startswith("retrieval-")]
+        return [one for one in scored if task in (None, one.task)]
+
+    def share(self, series: Series) -> float:
+        """The share of answers over all tasks and depths; NaN without any."""
+        scores = [one.value for one in self.answers(series)]
+        return sum(scores) / len(scores) if scores else math.nan
+
+
+def methods(results: Iterable[Result]) -> Section:
+    """The table and the picture of each comparison."""
+    blocks: list[str | Table | Figure] = []
+    for i, here in enumerate(_comparisons(results), start=1):
+        compared = Methods(here)
+        words = "".join(cell.text for cell in _advice(compared))
+        caption = f"Ways to read {compared.length:,} tokens: quality and cost"
+        panels = [*_panels(compared)]
+        figure = Figure(f"methods-{i}", panels, caption, height=0.7 + 0.26 * len(compared.by_series))
+        blocks += [HOW, words, _table(compared), figure, _cost_table(compared), *_failures(here)]
+    return Section("Methods side by side", blocks)
+
+
+def method_summaries(results: Iterable[Result]) -> list[Line]:
+    """The advice of each comparison."""
+    return [_advice(Methods(here)) for here in _comparisons(results)]
+
+
+def method_tables(results: Iterable[Result]) -> tuple[list[Table], list[str]]:
+    """The tables of one comparison, and the lines below them: what failed, and the advice."""
+    (here,) = _comparisons(results)
+    compared = Methods(here)
+    return [_table(compared), _cost_table(compared)], [
+        *_failures(here),
+        "".join(cell.text for cell in _advice(compared)),
+    ]
+
+
+def _comparisons(results: Iterable[Result]) -> list[list[Result]]:
+    """The results of each run that compares methods."""
+    runs = split(results, lambda one: (one.run, one.length))
+    return [here for here in runs.values() if any(one.task == "compare-paired" for one in here)]
+
+
+def _failures(results: Iterable[Result]) -> list[str]:
+    """A line for each method and reason: what it cannot do, and why."""
+    failed = [one for one in results if one.task.startswith("compare-failed-")]
+    lines = []
+    for (method, reason), here in split(failed, lambda one: (one.layout, one.metric)).items():
+        parts = ", ".join(one.task.removeprefix("compare-failed-") for one in here)
+        lines.append(f"{method} failed ({parts}): {reason}")
+    return lines
+
+
+def _table(compared: Methods) -> Table:
+    columns: list[tuple[Cell, Show]] = []
+    for span in compared.spans:
+        columns.append((Cell("perplexity", _short(span)), partial(_perplexity, span=span)))
+    tasks = dict.fromkeys(one.task for series in compared.by_series for one in compared.answers(series))
+    for task in tasks:
+        name = task_name(task).partition(" ")[0].rstrip(",")
+        columns.append((Cell(name), partial(_answers, task=task)))
+    for head, metric in (("read", "prefill_seconds"), ("cache", "kv_bytes")):
+        base = compared.value(compared.baseline, metric)
+        columns.append((Cell(head), partial(_ratio, metric=metric, base=base)))
+    lines = [([Cell(compared.names[series])], here) for series, here in compared.by_series.items()]
+    return table(f"{compared.length:,} tokens, {_counts(compared)}", [Cell("method")], lines, columns)
+
+
+def _cost_table(compared: Methods) -> Table:
+    """What was measured, and beside it the plan for this machine."""
+    columns = []
+    for head, unit, metric, size in _COSTS:
+        columns.append((Cell(head, unit), partial(_value, metric=metric, size=size)))
+        columns.append((Cell("planned", unit), partial(_value, metric=f"{metric}_planned", size=size)))
+    lines = [([Cell(compared.names[series])], here) for series, here in compared.by_series.items()]
+    return table(f"Cost of {compared.length:,} tokens, {compared.device}", [Cell("method")], lines, columns)
+
+
+def _counts(compared: Methods) -> str:
+    """How much was measured."""
+    scored = compared.one(compared.baseline, "perplexity", compared.far)
+    windows = round((scored.n or 0) / (compared.far[1] - compared.far[0])) if scored else 0
+    samples = sum(one.n or 0 for one in compared.answers(compared.baseline))
+    return f"{windows} window{'s' * (windows != 1)}, {samples} question{'s' * (samples != 1)}"
+
+
+def _perplexity(results: Results, span: Span) -> Cell:
+    here = [one for one in results if one.metric == "perplexity" and span_of(one) == span]
+    above = [one for one in results if one.metric == "loss_above_best" and span_of(one) == span]
+    cell = value_cell(here)
+    if above and above[0].value > 0:
+        share = percent(math.expm1(above[0].value), sign="+")
+        return cell._replace(dim=share, dim_results=above)
+    return cell
+
+
+def _answers(results: Results, task: str) -> Cell:
+    here = [one for one in results if one.task == task]
+    if not here:
+        return Cell("–")
+    return Cell(percent(sum(one.value for one in here) / len(here), decimals=0), results=here)
+
+
+def _ratio(results: Results, metric: str, base: float) -> Cell:
+    here = [one for one in results if one.metric == metric]
+    return value_cell(here, lambda value: f"×{value / base:.2f}") if base > 0 else value_cell(here)
+
+
+def _value(results: Results, metric: str, size: float) -> Cell:
+    return value_cell([one for one in results if one.metric == metric], lambda value: number(value / size))
+
+
+def _panels(compared: Methods) -> Iterable[Callable[[Axes], None]]:
+    """Horizontal bars, a line for each method: perplexity at the far positions, answers, reading, cache."""
+    series = [*compared.by_series]
+    names = [compared.names[one] for one in series]
+    shares = [100 * compared.share(one) for one in series]
+    far = [compared.value(one, "perplexity", compared.far) for one in series]
+    yield partial(_plot_bars, values=far, names=names, title=f"perplexity, {_short(compared.far)}", log=True)
+    if not all(map(math.isnan, shares)):
+        yield partial(_plot_bars, values=shares, title="answers, %")
+    for metric, unit, title in (("prefill_seconds", 1.0, "reading, s"), ("kv_bytes", 2.0**20, "cache, MiB")):
+        yield partial(_plot_bars, values=[compared.value(one, metric) / unit for one in series], title=title)
+
+
+def _short(span: Span) -> str:
+    """Positions in thousands where both are whole ones: 8K–16K."""
+    texts = [f"{at // 1024}K" if at % 1024 == 0 else f"{at:,}" for at in span]
+    return "–".join(texts)
+
+
+def _plot_bars(
+    axes: Axes, values: Sequence[float], title: str, names: Sequence[str] | None = None, log: bool = False
+) -> None:
+    drawn = [drawable(value) for value in values]
+    axes.barh(range(len(drawn)), [0 if math.isnan(value) else value for value in drawn], color=ACCENT, height=0.62)
+    known = [value for value in drawn if value > 0]
+    if log and known and max(known) > 4 * min(known):
+        axes.set_xscale("log")
+        axes.set_xlim(left=min(known) / 2)
+    for i, value in enumerate(drawn):
+        text = "–" if math.isnan(value) else number(value) if value < 10 else f"{value:,.0f}"
+        axes.annotate(
+            text, (0 if math.isnan(value) else value, i), (3, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    axes.set_yticks(range(len(drawn)), names or [""] * len(drawn))
+    axes.set(ylim=(len(drawn) - 0.4, -0.6), xticks=[])
+    axes.margins(x=0.3)
+    axes.minorticks_off()
+    axes.grid(False)
+    axes.spines[["bottom", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_title(title, loc="left", fontsize=8)
+
+
+def _advice(compared: Methods) -> Line:
+    """One sentence: the method that reads the text best, with its reason, and a cheaper one where there is one."""
+    scored = [one for one in compared.by_series if compared.one(one, "loss_above_best", compared.far)]
+    if not scored:
+        return [Cell("No method could be measured on a window.")]
+    as_good = [one for one in scored if compared.value(one, "loss_above_best", compared.far) <= _CLOSE]
+
+    def rank(series: Series) -> tuple[float, float]:
+        share, seconds = compared.share(series), compared.value(series, "prefill_seconds")
+        return (-share if share == share else 0.0, seconds if seconds == seconds else math.inf)
+
+    best = min(as_good, key=rank)
+    words = [*_described(compared, best)]
+    reference = compared.value(compared.baseline, "perplexity", compared.near)
+    if compared.value(best, "perplexity", compared.far) > _READS * reference:
+        words.insert(0, Cell("No method reads this length as well as the trained one; adapt the checkpoint. Best is "))
+    cache = compared.value(best, "kv_bytes")
+    cheaper = [one for one in scored if compared.value(one, "kv_bytes") < _CHEAP * cache]
+    if cheaper:
+        cheap = min(cheaper, key=lambda one: compared.value(one, "perplexity", compared.far))
+        rise = compared.value(cheap, "perplexity", compared.far) / compared.value(best, "perplexity", compared.far)
+        words += [
+            Cell(f" If the cache must be smaller, {compared.names[cheap]} holds "),
+            Cell(
+                percent(compared.value(cheap, "kv_bytes") / cache, 0), results=_known(compared.one(cheap, "kv_bytes"))
+            ),
+            Cell(" of it at a perplexity of "),
+            value_cell(_known(compared.one(cheap, "perplexity", compared.far))),
+            Cell(", untrained; adapt it first." if rise > 1 + math.expm1(_CLOSE) else "."),
+        ]
+    return words
+
+
+def _described(compared: Methods, best: Series) -> Line:
+    """The best method and what speaks for it."""
+    baseline = compared.baseline
+    words = [
+        Cell(f"{compared.names[best]}: perplexity "),
+        value_cell(_known(compared.one(best, "perplexity", compared.far))),
+        Cell(f" at positions {span_name(compared.far, ' to ')}"),
+    ]
+    if best != baseline and (plain := compared.one(baseline, "perplexity", compared.far)):
+        words += [Cell(" ("), value_cell([plain]), Cell(" as it is)")]
+    if near := compared.one(baseline, "perplexity", compared.near):
+        words += [Cell(", beside "), value_cell([near]), Cell(f" at {span_name(compared.near, ' to ')} as it is")]
+    if answers := compared.answers(best):
+        words += [Cell(", "), Cell(percent(compared.share(best), 0), results=answers), Cell(" of the answers")]
+    ratio = compared.value(best, "prefill_seconds") / compared.value(baseline, "prefill_seconds")
+    if best != baseline and ratio == ratio:
+        words += [Cell(f", at {ratio:.2f} times the reading time")]
+    return [*words, Cell(".")]
+
+
+def _known(one: Result | None) -> list[Result]:
+    return [] if one is None else [one]
