@@ -20,7 +20,8 @@ from zebra.masks import beyond, causal, within
 from zebra.model import loss
 from zebra.model.cache import StripedCache
 from zebra.model.families import model_class, stripes_of, with_stripes
-from zebra.plan import comparison, cost, decoder, devices, fit, memory
+from zebra.model.routes import ROUTES
+from zebra.plan import comparison, cost, decoder, devices, families, fit, memory
 from zebra.plan.cost import Run
 from zebra.plan.shapes import SHAPES, shape
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
@@ -28,7 +29,8 @@ from zebra.train import dry_run
 
 LLAMA = decoder.read_decoder("llama-2-7b")
 COUNTED = (
-    "llama llama-biased mistral ministral cwm smollm3 qwen2 qwen3 qwen3_moe mellum gemma2 gemma3_text cohere2 olmo2"
+    "llama llama-biased mistral ministral cwm smollm3 qwen2 qwen3 qwen3_moe mellum gemma2 gemma3_text cohere2 olmo2 "
+    "qwen2_moe olmo3 granite_swa gpt_oss"
 )
 DEVICE = devices.DEVICES["h100-sxm"]
 
@@ -93,7 +95,23 @@ def test_parameters_and_layout_are_those_of_transformers(member: str, tied: bool
         model = model_class(config)(config)
     assert sizes.num_parameters == sum(p.numel() for p in model.parameters())
     assert sizes.stripes == stripes_of(config)
-    assert sizes.family in decoder.FAMILIES
+    assert sizes.family in families.FAMILIES
+
+
+def test_every_family_that_runs_with_stripes_is_counted_exactly() -> None:
+    served = {target for route in ROUTES for target in (route.family, route.target) if route.target}
+    assert served - {"zebra_study"} <= {*families.FAMILIES}
+
+
+def test_the_shared_expert_is_counted() -> None:
+    """All tokens use it: a forward pass multiplies by its matrices and its gate."""
+    _, sizes = tiny("qwen2_moe")
+    without = replace(sizes, shared_expert_intermediate_size=0)
+    matrices = sizes.expert_layers * (3 * 24 * sizes.hidden_size + sizes.hidden_size)
+    runs = [Run(decoder=one, stripes=None, length=9) for one in (sizes, without)]
+    assert sizes.num_parameters - without.num_parameters == matrices
+    assert cost.flops(runs[0])["MLP"] - cost.flops(runs[1])["MLP"] == 2 * 9 * matrices
+    assert cost.bytes_moved(runs[0])["MLP"] - cost.bytes_moved(runs[1])["MLP"] >= 2 * matrices
 
 
 def test_a_layout_without_layer_types_is_that_of_transformers() -> None:
@@ -107,7 +125,7 @@ def test_a_layout_without_layer_types_is_that_of_transformers() -> None:
         assert decoder.decoder_from_config(shape("llama-2-7b") | unused, name=family).stripes is None
     third = shape("llama-2-7b") | {"model_type": "gemma3_text", "sliding_window": 64, "sliding_window_pattern": 3}
     assert str(decoder.decoder_from_config(third, name="g").stripes) == "LLG:64"
-    for family in ("gemma2", "gemma3_text", "cohere2", "mistral", "cwm"):
+    for family in ("gemma2", "gemma3_text", "cohere2", "mistral", "cwm", "granite_swa", "gpt_oss"):
         config = tiny_config(family, num_hidden_layers=12, sliding_window=64, layer_types=None)
         fields = config.to_dict()
         fields.pop("layer_types", None)

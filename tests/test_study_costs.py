@@ -14,7 +14,7 @@ from test_study import ATTENTIONS, CELLS, LENGTH, SOME_CELLS, config, drawn, tok
 
 from zebra import ZebraError
 from zebra.model.families import attention_pairs, layout
-from zebra.plan import comparison, cost, decoder, memory
+from zebra.plan import comparison, cost, decoder, families, memory
 from zebra.plan.cost import Run
 from zebra.plan.devices import DEVICES, Device
 from zebra.stripes import GLOBAL, LOCAL
@@ -45,7 +45,7 @@ def test_parameters_and_layout_are_the_models(attention: str, positions: str) ->
             assert sizes.num_parameters == study.StudyForCausalLM(study_config).num_parameters()
         assert (sizes.rope is None) == (positions != "rotary")
         assert str(sizes.stripes or "full") == layout(study_config)
-    assert "zebra_study" in decoder.FAMILIES
+    assert "zebra_study" in families.FAMILIES
 
 
 @pytest.mark.parametrize(("length", "window", "block"), [*itertools.product((1, 7, 29), (1, 6, 40), (1, 3, 8))])

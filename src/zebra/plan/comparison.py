@@ -8,8 +8,8 @@ from typing import Any
 
 from zebra.plan import fit
 from zebra.plan.cost import Run, bytes_moved, flops, pairs, trained_parameters
-from zebra.plan.decoder import FAMILIES
 from zebra.plan.devices import MEASURED, Device
+from zebra.plan.families import FAMILIES
 from zebra.plan.memory import cached_tokens, kv_bytes, memory
 from zebra.stripes import GLOBAL, visible_pairs
 

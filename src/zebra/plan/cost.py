@@ -128,7 +128,8 @@ def forward_flops(run: Run) -> dict[str, int]:
     d, tokens = run.decoder, run.tokens
     heads = tokens if run.phase == "train" else run.batch
     dense = (d.layers - d.expert_layers) * d.mlp_matrices * d.hidden_size * d.intermediate_size
-    routed = d.hidden_size * (d.experts_per_token * d.mlp_matrices * d.expert_intermediate_size + d.experts)
+    gates = d.experts + (d.shared_expert_intermediate_size > 0)
+    routed = d.hidden_size * (d.mlp_matrices * d.active_expert_width + gates)
     return {
         "projections": 2 * tokens * d.layers * d.hidden_size * 2 * (d.query_width + d.kv_width),
         "attention": 4 * d.head_dim * d.heads * pairs(run),
@@ -166,7 +167,7 @@ def bytes_moved(run: Run) -> dict[str, int]:
     passes = 3 + run.checkpointing if run.phase == "train" else 1
     weights = d.parameters_by_part()
     h, hd, kd, i = d.hidden_size, d.query_width, d.kv_width, d.intermediate_size
-    active = d.expert_layers * d.experts_per_token * d.expert_intermediate_size + (d.layers - d.expert_layers) * i
+    active = d.expert_layers * d.active_expert_width + (d.layers - d.expert_layers) * i
     if d.expert_layers:  # few tokens use few experts
         used = min(1.0, tokens * d.experts_per_token / d.experts)
         routed = d.expert_layers * d.experts * d.mlp_matrices * h * d.expert_intermediate_size

@@ -10,60 +10,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zebra.errors import ZebraError
+from zebra.plan.families import FAMILIES, FamilyTraits
 from zebra.plan.shapes import SHAPES, shape
 from zebra.positions import LENGTH_DEPENDENT, reach_of, rope_type, ropes_of
 from zebra.stripes import GLOBAL, LOCAL, Stripes
-
-
-@dataclass(frozen=True)
-class FamilyTraits:
-    """How families differ apart from their sizes.
-
-    Attributes:
-        norms: weights of a layer's norms in multiples of h, without the norms of queries and keys.
-        query_norm: the width of the norms of queries and keys: one `head`, or `all` heads together.
-        biases: biases of the `qkv` projections, or of `all` linear maps and norms; None follows `attention_bias` and
-            `mlp_bias` of the config.
-        pattern: the layout, tiled, of a config with a window and no layer_types; None where transformers has none then.
-        opt_in_window: whether a window counts only with `use_sliding_window: true`.
-        rotated: the kinds of layer whose queries and keys have a rotary embedding.
-        tied: whether embedding and head share their weights where the config does not say.
-        complete: adds to a decoder what only configs of this family say.
-    """
-
-    norms: int = 2
-    query_norm: str | None = None
-    biases: str | None = None
-    gated: bool = True
-    pattern: str | None = "L"
-    opt_in_window: bool = False
-    rotated: str = "GL"
-    tied: bool = False
-    complete: Callable[[Decoder, Mapping[str, Any]], Decoder] | None = None
-
-
-FAMILIES: dict[str, FamilyTraits] = {
-    **dict.fromkeys(("mistral", "ministral", "mixtral", "phi3"), FamilyTraits()),
-    "llama": FamilyTraits(pattern=None),
-    "cwm": FamilyTraits(pattern="GLLL"),
-    "smollm3": FamilyTraits(opt_in_window=True, tied=True),
-    "qwen2": FamilyTraits(biases="qkv", opt_in_window=True),
-    **dict.fromkeys(("qwen3", "qwen3_moe"), FamilyTraits(query_norm="head", opt_in_window=True)),
-    "mellum": FamilyTraits(query_norm="head"),
-    "gemma2": FamilyTraits(norms=4, pattern="LG", tied=True),
-    "gemma3_text": FamilyTraits(norms=4, query_norm="head", pattern="LLLLLG", tied=True),
-    "cohere2": FamilyTraits(norms=1, pattern="LLLG", rotated="L", tied=True),
-    "olmo2": FamilyTraits(query_norm="all", pattern=None),
-    "olmo3": FamilyTraits(query_norm="all", pattern="LLLG"),
-    "gpt2": FamilyTraits(biases="all", gated=False, rotated="", tied=True, pattern=None),
-}
-"""The families whose parameters are counted exactly, by `model_type`. Any other counts as a Llama of its sizes."""
 
 LARGEST = 10**12
 """The largest size of a config, length or batch: products of a few of them are still floats."""
@@ -84,6 +40,7 @@ class Decoder:
     Attributes:
         experts, experts_per_token: of the MLPs of `expert_layers` layers, each expert `expert_intermediate_size` wide;
             0 without experts.
+        shared_expert_intermediate_size: the width of the expert that all tokens use; 0 without one.
         trained_length: tokens of context that its positions reach, see `zebra.positions.reach_of`.
         rope: the type of its rotary embedding; None without one.
         learned_positions: entries of the table of positions that is added to the embedding.
@@ -107,6 +64,7 @@ class Decoder:
     experts: int = 0
     experts_per_token: int = 0
     expert_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
     expert_layers: int = 0
     rope: str | None = "default"
     learned_positions: int = 0
@@ -121,6 +79,11 @@ class Decoder:
     def mlp_matrices(self) -> int:
         """Matrices of an MLP: gate, up and down, or up and down."""
         return 3 if self.traits.gated else 2
+
+    @property
+    def active_expert_width(self) -> int:
+        """The widths of all experts that a token uses, added up."""
+        return self.experts_per_token * self.expert_intermediate_size + self.shared_expert_intermediate_size
 
     @property
     def query_width(self) -> int:
@@ -140,9 +103,12 @@ class Decoder:
         """Parameters by part; a tied head has none of its own."""
         h, hd, kd = self.hidden_size, self.query_width, self.kv_width
         projections = 2 * h * hd + 2 * h * kd + self.qkv_bias * (hd + 2 * kd) + self.out_bias * h
+        projections += self.traits.sinks * self.heads
         dense = self.mlp_matrices * h * self.intermediate_size
         dense += self.mlp_bias * ((self.mlp_matrices - 1) * self.intermediate_size + h)
-        sparse = self.experts * (self.mlp_matrices * h * self.expert_intermediate_size + h)
+        i, shared = self.expert_intermediate_size, self.shared_expert_intermediate_size
+        sparse = self.experts * (self.mlp_matrices * h * i + h) + (self.mlp_matrices * h * shared + h) * (shared > 0)
+        sparse += self.traits.expert_biases * self.experts * ((self.mlp_matrices - 1) * i + h + 1)
         queries = {"head": 2 * self.head_dim, "all": hd + kd, None: 0}[self.traits.query_norm]
         every = self.traits.biases == "all"  # of the norms too
         return {
@@ -186,13 +152,15 @@ def read_decoder(model: str | os.PathLike[str]) -> Decoder:
 def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
     """The decoder of a config's fields, or of its `text_config`; raises what `read_decoder` raises."""
     fields = fields.get("text_config") or fields
-    unknown = ("kv_lora_rank", "shared_expert_intermediate_size", "n_shared_experts")
-    if unsupported := [key for key in unknown if fields.get(key)]:
-        raise ZebraError(
-            f"{name} has {unsupported[0]}: latent attention and shared experts cannot be estimated. Plan another model."
-        )
     family = str(fields.get("model_type", "llama"))
     traits = FAMILIES.get(family, FamilyTraits())
+    unknown = ["kv_lora_rank", "n_shared_experts", "n_routed_experts", "moe_num_experts"]
+    unknown += ["shared_expert_intermediate_size"] * (not traits.shared_expert)
+    if unsupported := [key for key in unknown if fields.get(key)]:
+        raise ZebraError(
+            f"{name} has {unsupported[0]}: latent attention and shared experts of such families cannot be estimated. "
+            "Plan another model."
+        )
     layers, hidden, heads = (_integer(fields, key, name) for key in list(_NAMES)[:3])
     experts = next((key for key in ("num_experts", "num_local_experts") if fields.get(key)), None)
     kv_heads = _integer(fields, "num_key_value_heads", name, heads)
@@ -218,12 +186,12 @@ def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
         tied=tied,
         trained_length=reach_of(longest := _integer(fields, "max_position_embeddings", name), fields),
         learned_positions=longest if traits.biases == "all" else 0,
-        qkv_bias=attention_bias or traits.biases == "qkv",
+        qkv_bias=attention_bias or (traits.biases == "qkv" and fields.get("qkv_bias", True)),
         out_bias=attention_bias,
         mlp_bias=traits.biases == "all" or bool(fields.get("mlp_bias")),
         rope=_rope(fields, traits),
         stripes=_stripes(fields, traits, layers, name),
-        **(_experts(fields, experts, layers, name) if experts else {}),
+        **(_experts(fields, experts, layers, traits, name) if experts else {}),
     )
     return traits.complete(sizes, fields) if traits.complete else sizes
 
@@ -240,18 +208,20 @@ def _integer(fields: Mapping[str, Any], key: str, name: str, default: int | None
     return value
 
 
-def _experts(fields: Mapping[str, Any], key: str, layers: int, name: str) -> dict[str, int]:
+def _experts(fields: Mapping[str, Any], key: str, layers: int, traits: FamilyTraits, name: str) -> dict[str, int]:
     experts, each = _integer(fields, key, name), _integer(fields, "num_experts_per_tok", name)
     if each > experts:
         raise ZebraError(f"{name}: a token uses at most all {experts} experts; got {each}. Fix its config.json.")
     kinds = fields.get("mlp_layer_types")
     only, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
     sparse = kinds.count("sparse") if kinds else sum(i not in only and (i + 1) % step == 0 for i in range(layers))
+    shared = "shared_expert_intermediate_size"
     width = "moe_intermediate_size" if fields.get("moe_intermediate_size") else "intermediate_size"
     return {
         "experts": experts,
         "experts_per_token": each,
         "expert_intermediate_size": _integer(fields, width, name),
+        "shared_expert_intermediate_size": _integer(fields, shared, name) if traits.shared_expert else 0,
         "expert_layers": sparse,
     }
 

@@ -53,7 +53,7 @@ def saved_bytes_per_token(run: Run) -> int:
     i = d.intermediate_size
     if d.expert_layers:
         share = d.expert_layers / d.layers
-        i = round(share * d.experts_per_token * d.expert_intermediate_size + (1 - share) * i)
+        i = round(share * d.active_expert_width + (1 - share) * i)
     mlp = (4 if d.traits.gated else 2) * i - (i if r else 0)
     norms = 2 if d.traits.biases != "all" else 0  # a LayerNorm saves its input alone
     query_norm = bool(d.traits.query_norm)
@@ -74,7 +74,7 @@ def memory(run: Run) -> dict[str, int]:
     if run.phase == "train":
         return _training(run)
     d, size = run.decoder, BYTES[run.dtype]
-    mlp = d.mlp_matrices * max(d.intermediate_size, d.experts_per_token * d.expert_intermediate_size)
+    mlp = d.mlp_matrices * max(d.intermediate_size, d.active_expert_width)
     copies = 3 if run.self_extend else 2  # of queries and keys: as rotated for the far part too
     working = 2 * d.hidden_size + max(copies * (d.query_width + d.kv_width), mlp)
     return {

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from zebra.errors import ZebraError
-from zebra.plan.decoder import FAMILIES, Decoder, FamilyTraits
+from zebra.plan.decoder import Decoder
+from zebra.plan.families import FAMILIES, FamilyTraits
 from zebra.stripes import Stripes, visible_pairs
 
 NAME = "zebra_study"
