@@ -21,8 +21,9 @@ from transformers import AutoTokenizer
 import zebra
 from zebra import ZebraError
 from zebra.files import directory_lock
+from zebra.model.checkpoint import checkpoint_digests
 from zebra.pipeline.recipe import read_pipeline
-from zebra.pipeline.run import digest_of, inputs_of, plan, run
+from zebra.pipeline.run import inputs_of, plan, run
 from zebra.results import Result, read_results
 
 SEPARATOR = "<|endoftext|>"
@@ -167,7 +168,7 @@ def test_a_changed_input_is_named_and_refused(data: Path, copy: Path, tmp_path: 
     file = data / "long.jsonl"
     text = file.read_text()
     file.write_text(text + "\n")
-    assert f"stage tune: {copy}/tune began with other inputs: {file} changed" in refusal()
+    assert f"stage tune: {copy}/tune began with other inputs: its files ({file}) changed" in refusal()
     file.write_text(text)
     assert {file: file.stat().st_mtime_ns for file in copy.rglob("*")} == before
 
@@ -188,7 +189,7 @@ def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_p
     path = recipe(data, tmp_path)
     config = copy / "adapt" / "model" / "generation_config.json"
     config.write_text(config.read_text().replace("}", " }"))
-    with pytest.raises(ZebraError, match=r"stage tune: .*its checkpoint changed"):
+    with pytest.raises(ZebraError, match=r"stage tune: .*its checkpoint .*changed"):
         plan(read_pipeline(path))
     shutil.rmtree(copy / "adapt" / "model")
     with pytest.raises(ZebraError, match=r"stage tune: the checkpoint .*adapt/model is gone"):
@@ -207,20 +208,22 @@ def test_a_damaged_record_is_refused(data: Path, copy: Path, tmp_path: Path) -> 
 
 def test_a_checkpoint_is_known_by_its_digest(finished: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(finished / "tune" / "model", tmp_path / "model"))
-    whole = digest_of(model)
-    assert whole == digest_of(finished / "tune" / "model")
-    seen = {whole}
+    whole = checkpoint_digests(model)
+    assert whole == checkpoint_digests(finished / "tune" / "model")
+    seen = {str(whole)}
     for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
         file = model / name
         was = file.read_bytes()
         file.write_bytes(was[:-2] + b" " + was[-2:-1])
-        seen.add(digest_of(model))
+        seen.add(str(checkpoint_digests(model)))
         file.write_bytes(was)
     card = json.loads((model / "zebra.json").read_text())
     (model / "zebra.json").write_text(json.dumps(card | {"commit": "another"}))
-    assert digest_of(model) == whole
+    assert checkpoint_digests(model) == whole
     (model / "zebra.json").write_text(json.dumps(card | {"sinks": 4}))
-    assert len({*seen, digest_of(model)}) == 6
+    assert len({*seen, str(checkpoint_digests(model))}) == 6
+    (model / "README.md").write_text("about it")
+    assert len({*seen, str(checkpoint_digests(model))}) == 6
 
 
 def test_another_process_at_work_is_refused(data: Path, tmp_path: Path) -> None:
@@ -374,7 +377,7 @@ def test_a_kill_in_the_adaptation_changes_nothing(finished: Path, data: Path, tm
     assert [stage["state"] for stage in run(read_pipeline(path))] == ["done", "begun"]
     expected = [result for result in results(finished) if result[0] == "adapt"]
     assert results(tmp_path / "run") == expected
-    assert digest_of(tmp_path / "run" / "adapt" / "model") == digest_of(finished / "adapt" / "model")
+    assert checkpoint_digests(tmp_path / "run" / "adapt" / "model") == checkpoint_digests(finished / "adapt" / "model")
 
 
 @pytest.mark.full
@@ -393,7 +396,7 @@ def test_a_kill_in_each_stage_changes_nothing(
     assert done == ["done"] * at + [begun] + ["new"] * (len(STAGES) - at - 1)
     assert results(tmp_path / "run") == results(finished)
     for name in ("adapt", "tune"):
-        assert digest_of(tmp_path / "run" / name / "model") == digest_of(finished / name / "model")
+        assert checkpoint_digests(tmp_path / "run" / name / "model") == checkpoint_digests(finished / name / "model")
 
 
 @pytest.mark.full

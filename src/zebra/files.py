@@ -211,12 +211,21 @@ def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, part
     except (ValueError, TypeError):
         raise ZebraError(f"{file} is damaged. Remove {file.parent}, or {instead}.") from None
     names = {*inputs} & {*first} if partly else {*inputs, *first}
-    changed = sorted(name for name in names if inputs.get(name) != first.get(name))
+    changed = [_changed(name, inputs.get(name), first.get(name)) for name in sorted(names)]
+    changed = [name for name in changed if name]
     if changed:
         raise ZebraError(
             f"{file.parent} began with other inputs: {' and '.join(changed)} changed since. "
             f"Restore them to go on with it, or {instead}."
         )
+
+
+def _changed(name: str, one: object, other: object) -> str:
+    """What of an input changed: its name, or those of the entries of a table that did; nothing where they are equal."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        entries = sorted(entry for entry in {*one, *other} if one.get(entry) != other.get(entry))
+        return f"{name} ({', '.join(entries)})" if entries else ""
+    return name if one != other else ""
 
 
 def file_digest(file: Path) -> str:

@@ -41,10 +41,10 @@ from zebra.evaluate.perplexity import evaluating
 from zebra.evaluate.search import global_layers, greedy, once, strides
 from zebra.evaluate.target import EvalTarget
 from zebra.files import atomic_write
+from zebra.model.checkpoint import checkpoint_digests
 from zebra.model.families import FULL, stripes_of, with_stripes
 from zebra.model.load import read_device
 from zebra.model.rope import as_rope
-from zebra.model.weights import checkpoint_digest
 from zebra.plan.budget import layers_within
 from zebra.plan.cost import BYTES, Run
 from zebra.plan.decoder import decoder_from_config
@@ -141,7 +141,7 @@ def select(
         folder = None
         if work is not None:
             inputs = {
-                "source": checkpoint_digest(checkpoint) if Path(checkpoint).exists() else str(checkpoint),
+                "source": checkpoint_digests(checkpoint) if Path(checkpoint).exists() else str(checkpoint),
                 "rope": str(as_rope(rope)),
                 "window": str(window),
                 "seed": seed,

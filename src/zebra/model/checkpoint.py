@@ -21,11 +21,11 @@ from transformers import (
 from transformers.utils import cached_file
 
 from zebra.errors import ZebraError, first_line
-from zebra.files import atomic_write
+from zebra.files import atomic_write, file_digest
 from zebra.model.checkpoint_files import adapter_beside_base, check_checkpoint, check_fields, read_json_object
 from zebra.model.families import ignores_layer_types, route_of, stripes_of
 from zebra.model.local import LocalAttention, layout_name
-from zebra.model.weights import has_own_head
+from zebra.model.weights import WEIGHT_SUFFIXES, digest_of_weights, has_own_head
 from zebra.provenance import git_commit, versions
 
 
@@ -124,6 +124,22 @@ def load_tokenizer(
             "Use the tokenizer that the model was trained with."
         )
     return tokenizer
+
+
+def checkpoint_digests(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What distinguishes checkpoints: a digest of each file but texts about it, of zebra.json its settings.
+
+    Weights are read by samples.
+
+    Raises:
+        ZebraError: no weights.
+    """
+    digests = digest_of_weights(path) | {"zebra.json": repr(read_local_attention(path))}
+    for file in sorted((*Path(path).iterdir(), *Path(path).glob("additional_chat_templates/*"))):
+        about = file.name.startswith(".") or file.suffix == ".md" or file.name == "zebra.json"
+        if file.is_file() and not about and file.suffix not in WEIGHT_SUFFIXES:
+            digests[str(file.relative_to(path))] = file_digest(file)
+    return digests
 
 
 def write_config(config: PreTrainedConfig, directory: Path) -> None:

@@ -28,19 +28,19 @@ _UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pic
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
-def checkpoint_digest(path: str | os.PathLike[str]) -> str:
-    """A hash that distinguishes checkpoints: of config.json, and of 64 evenly spread samples of each weight file."""
-    directory = Path(path)
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for name in _weight_files(directory):
-        file = directory / name
+def digest_of_weights(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Of each weight file of a checkpoint, by its path in it, a hash of its size and of 64 evenly spread samples."""
+    digests = {}
+    for name in _weight_files(Path(path)):
+        file = Path(path) / name
         size = file.stat().st_size
-        digest.update(f"{name} {size}".encode())
+        digest = hashlib.sha256(str(size).encode())
         with file.open("rb") as opened:
             for i in range(_SAMPLES):
                 opened.seek(size * i // _SAMPLES)
                 digest.update(opened.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+        digests[name] = digest.hexdigest()
+    return digests
 
 
 def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> list[str]:
@@ -209,11 +209,11 @@ def copy_other_files(source: Path, target: Path, weights: Sequence[str]) -> None
     for file in sorted(source.iterdir()):
         if file.is_dir() and file.name == "additional_chat_templates":
             shutil.copytree(file, target / file.name)
-        elif file.is_file() and file.name not in leave and file.suffix not in _WEIGHTS:
+        elif file.is_file() and file.name not in leave and file.suffix not in WEIGHT_SUFFIXES:
             _copy_new(file, target / file.name)
 
 
-_WEIGHTS = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx"}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
 def _copy_new(source: Path, target: Path) -> None:

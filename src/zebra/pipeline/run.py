@@ -9,7 +9,6 @@ A stage that is done is skipped, one that was killed goes on where its verb can,
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib
 import inspect
 import json
@@ -24,32 +23,30 @@ from typing import Any
 from pydantic import ConfigDict, create_model
 
 from zebra.data.conversations import read_conversations
-from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.evaluate import documents, harness, perplexity, retrieval
 from zebra.evaluate.selection import Selection, select
-from zebra.files import atomic_write, check_inputs, directory_lock, file_digest
+from zebra.files import atomic_write, check_inputs, directory_lock
 from zebra.model.checkpoint import (
+    checkpoint_digests,
     read_config,
-    read_local_attention,
     write_config,
     write_zebra_json,
 )
 from zebra.model.load import convert, converted_config
 from zebra.model.load_options import LoadOptions
 from zebra.model.local import LocalAttention
-from zebra.model.weights import checkpoint_digest
 from zebra.pipeline.recipe import Convert, Stage
 from zebra.progress import console
 from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import Stripes
 from zebra.train.chat import Chat
-from zebra.train.directory import flatten
+from zebra.train.directory import digests_of_files, flatten
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_attention_for
 from zebra.train.pretrain import config_of
-from zebra.train.recipe import CheckpointRecipe, RecipeSection, check_files, checked, named_files
+from zebra.train.recipe import CheckpointRecipe, RecipeSection, check_files, checked
 from zebra.train.source import adapted_config, read_source
 from zebra.train.trainer import check_machine
 from zebra.train.tune_recipe import TuneRecipe
@@ -61,7 +58,6 @@ _MEASURES: dict[str, Callable[..., Any]] = {
     "documents": documents.evaluate_documents,
 }
 _RECORD = ".inputs.json"
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
 def plan(stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -140,34 +136,19 @@ def _state(stage: Stage) -> str:
     return stage.state
 
 
-def inputs_of(stage: Stage) -> dict[str, str]:
+def inputs_of(stage: Stage) -> dict[str, Any]:
     """All that a stage's results depend on: names to values, or to digests; where the pipeline lies is not among them.
-
-    A training compares less when it is started again: no generation config, no template, no sinks, and it rejects a
-    directory that was moved. So the record is the pipeline's for every kind of stage.
 
     Raises:
         ZebraError: files, or a checkpoint, that do not exist.
     """
     section = stage.recipe.model_dump(mode="json", exclude={"run"} | ({"model"} if stage.source else set()))
-    inputs = {"kind": stage.kind} | flatten(section)
-    inputs |= {str(file): file_digest(file) for file in find_files(named_files(section))}
-    return inputs | ({"its checkpoint": digest_of(stage.source)} if stage.source else {})
-
-
-def digest_of(checkpoint: Path) -> str:
-    """A digest of a checkpoint: its weights by samples, its other files whole, of zebra.json what it adds to them.
-
-    Raises:
-        ZebraError: there is none.
-    """
-    if not checkpoint.is_dir():
-        raise ZebraError(f"the checkpoint {checkpoint} is gone. Restore it, or rename the folder of its stage.")
-    parts = [checkpoint_digest(checkpoint), repr(read_local_attention(checkpoint))]
-    for file in sorted(checkpoint.iterdir()):
-        if file.is_file() and file.name != "zebra.json" and not file.name.endswith(_WEIGHTS):
-            parts.append(f"{file.name} {file_digest(file)}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    inputs = {"kind": stage.kind} | flatten(section) | {"its files": digests_of_files(section)}
+    if stage.source is None:
+        return inputs
+    if not stage.source.is_dir():
+        raise ZebraError(f"the checkpoint {stage.source} is gone. Restore it, or rename the folder of its stage.")
+    return inputs | {"its checkpoint": checkpoint_digests(stage.source)}
 
 
 # What a stage does

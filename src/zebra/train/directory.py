@@ -6,7 +6,6 @@ run/inputs.json     what the recipe's names stood for: digests of files and of t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError, first_line
-from zebra.files import atomic_write, directory_lock
+from zebra.files import atomic_write, directory_lock, file_digest
 from zebra.train.recipe import Recipe, named_files
 
 
@@ -47,25 +46,30 @@ def locked_run(recipe: Recipe) -> Iterator[Path]:
         yield run
 
 
-def inputs_of(recipe: Recipe, digests: dict[str, str], *, finished: bool) -> dict[str, Any]:
-    """What a run's results depend on: the digests of its start, one of its files, and the number of processes.
+def inputs_of(recipe: Recipe, digests: dict[str, object], *, finished: bool) -> dict[str, object]:
+    """What a run's results depend on: the digests of its start and of its files, and the number of processes.
 
     A finished run may have lost its files, and may be read again by any number of processes.
 
     Raises:
         ZebraError: files that do not exist.
     """
-    inputs: dict[str, Any] = dict(digests)
-    digest = hashlib.sha256()
+    inputs = dict(digests)
     try:
-        for path in find_files(named_files(recipe.model_dump())):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        inputs["files"] = digest.hexdigest()
+        inputs["files"] = digests_of_files(recipe.model_dump())
     except ZebraError:
         if not finished:
             raise
     return inputs if finished else inputs | {"processes": processes()}
+
+
+def digests_of_files(tree: dict[str, Any]) -> dict[str, str]:
+    """Of each file that a recipe's section names, its digest.
+
+    Raises:
+        ZebraError: files that do not exist.
+    """
+    return {str(file): file_digest(file) for file in find_files(named_files(tree))}
 
 
 def record_inputs(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
@@ -110,9 +114,9 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """The keys that two recipes differ in, but for those that change no number."""
+    """The keys that two recipes differ in, but for those that change no number: a directory may be moved."""
     items = flatten(one.model_dump()).items() ^ flatten(other.model_dump()).items()
-    return sorted({name for name, _ in items} - {"data.num_proc", "data.cache_dir"})
+    return sorted({name for name, _ in items} - {"run", "data.num_proc", "data.cache_dir"})
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

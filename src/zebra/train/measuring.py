@@ -42,7 +42,8 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], columns: dic
             tokens, length, model = entry["num_input_tokens_seen"], recipe.train.length, f"{recipe.run}@{entry['step']}"
             loss = {"task": "train", "metric": "loss", "value": entry["loss"], "length": length, "n": tokens}
             results.append(Result(model=model, **loss, **columns))
-        results += [Result(**result) for result in entry.get("results", ())]
+        now = {"run": columns["run"], "model": f"{recipe.run}@{entry['step']}"}  # it may have been moved
+        results += [Result(**result | now) for result in entry.get("results", ())]
     return results
 
 

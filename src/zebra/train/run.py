@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Start(ABC):
         """The change of rope that results name beside the layout."""
         return None
 
-    def digests(self) -> dict[str, str]:
+    def digests(self) -> dict[str, object]:
         """Digests of what it reads besides the recipe's files, by name."""
         return {"tokenizer": tokenizer_digest(self.tokenizer)}
 
@@ -145,7 +145,7 @@ def _before(run: Path, recipe: Recipe, start: Start, data: TrainingData) -> list
     if recipe.evaluate is None:
         return []
     if file.exists():
-        return read_results(file)
+        return [replace(one, run=run.name) for one in read_results(file)]  # the directory may have been moved
     results = [one for model, rope in start.untrained() for one in _measured(start.name, model, rope, data)]
     if results:
         write_results(file, results)

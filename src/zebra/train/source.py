@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from zebra.errors import ZebraError
 from zebra.files import atomic_directory
 from zebra.model.checkpoint import (
+    checkpoint_digests,
     load_tokenizer,
     read_config,
     write_config,
@@ -27,7 +28,7 @@ from zebra.model.load import load, write_converted
 from zebra.model.local import local_attention_of
 from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
 from zebra.model.verify import TOLERANCE
-from zebra.model.weights import check_weights, checkpoint_digest, copy_other_files, stored_dtype
+from zebra.model.weights import check_weights, copy_other_files, stored_dtype
 from zebra.stripes import Stripes
 from zebra.train import lora
 from zebra.train.recipe import CheckpointRecipe
@@ -103,9 +104,9 @@ class CheckpointStart(Start):
         """The recipe's."""
         return self.recipe.rope
 
-    def digests(self) -> dict[str, str]:
-        """Of the source and its tokenizer."""
-        return super().digests() | {"source": checkpoint_digest(self.recipe.model)}
+    def digests(self) -> dict[str, object]:
+        """Of the source's files, its tokenizer's among them."""
+        return {"source": checkpoint_digests(self.recipe.model)}
 
     def untrained(self) -> Iterator[tuple[PreTrainedModel, str | None]]:
         """The source as it was, and with its new stripes and rope."""
