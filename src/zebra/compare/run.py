@@ -46,11 +46,11 @@ from zebra.evaluate.perplexity import edges
 from zebra.evaluate.selection import select
 from zebra.evaluate.target import EvalTarget
 from zebra.measure import measure_ceilings
+from zebra.model.checkpoint import checkpoint_digests
 from zebra.model.families import stripes_of
 from zebra.model.load import device_name, read_device
 from zebra.model.load_options import loaded_layout_name
 from zebra.model.self_extend import self_extend_of
-from zebra.model.weights import checkpoint_digest
 from zebra.plan.cost import BYTES, Run
 from zebra.plan.decoder import decoder_from_config
 from zebra.plan.devices import Device
@@ -177,7 +177,7 @@ class _Data:
         """What the measurements depend on, apart from the methods and how much of each is measured."""
         settings = self._settings
         return {
-            "checkpoint": checkpoint_digest(settings.checkpoint),
+            "checkpoint": checkpoint_digests(settings.checkpoint),
             "text": self.digest,
             "stripes": str(settings.stripes),
             "length": settings.length,
@@ -224,7 +224,8 @@ class _Comparison:
         options = {name: str(value) for name, value in method.arguments(self._selected).items()}
         if "checkpoint" in method.options:
             checkpoint = method.options["checkpoint"]
-            options["checkpoint"] = f"{checkpoint}@{checkpoint_digest(checkpoint)[:8]}"
+            digest = hashlib.sha256(repr(checkpoint_digests(checkpoint)).encode()).hexdigest()
+            options["checkpoint"] = f"{checkpoint}@{digest[:8]}"
         return " ".join(f"{name}={value}" for name, value in options.items()) or method.name
 
     def results(self, run: str) -> list[Result]:
