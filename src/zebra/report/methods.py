@@ -20,8 +20,8 @@ HOW = (
     "that were answered, over all depths. Read: the time from an empty cache to the first token; cache: the keys and "
     "values that it then holds; both as multiples of the checkpoint's as it is. Each time is one timing."
 )
-_CLOSE = math.log(1.05)
-"""A perplexity that is less than 5 % above the best is as good."""
+_CLOSE = math.log(1.02)
+"""A perplexity that is less than 2 % above the best is as good."""
 _COSTS = (
     ("read", "s", "prefill_seconds", 1.0),
     ("a token", "ms", "decode_seconds", 1e-3),
