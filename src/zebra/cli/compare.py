@@ -53,6 +53,7 @@ def compare(
     separator: options.Separator = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for measurements, results and page.")] = Path(
         "runs/compare"

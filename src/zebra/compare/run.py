@@ -62,6 +62,7 @@ from zebra.results import Result, write_results
 from zebra.stripes import GLOBAL, Stripes
 
 FIRST_WINDOW = Unit("window")
+LOADING = ("dtype", "device", "trust_remote_code")
 _ANSWER_TOKENS = 32
 """Tokens that a retrieval task decodes, for the estimate of its time."""
 _SELECTION_SAMPLES = 8
@@ -95,7 +96,13 @@ class Settings:
     separator: str | None = None
     dtype: str | None = None
     device: str | None = None
+    trust_remote_code: bool = False
     seed: int = 0
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The fields of `LoadOptions` that all methods share."""
+        return {name: getattr(self, name) for name in LOADING}
 
 
 def compare(
@@ -126,7 +133,7 @@ def compare(
             method cannot do, which is a result of the task `compare-failed`.
     """
     end = time.monotonic() + 60 * budget_minutes
-    loading = {name: options.get(name) for name in ("dtype", "device")}
+    loading = {name: options[name] for name in LOADING if name in options}
     trained = EvalTarget(checkpoint, purpose=None, **loading).reach
     layout = Stripes.parse(stripes) if stripes else Stripes.grouped(stride=2, window=max(1, (trained or length) // 8))
     chosen = choose_methods(standard_methods(trained, length, str(layout)), methods)
@@ -154,7 +161,7 @@ class _Data:
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        target = EvalTarget(settings.checkpoint, purpose=None, dtype=settings.dtype, device=settings.device)
+        target = EvalTarget(settings.checkpoint, purpose=None, **settings.loading)
         self.tokenizer, self.config, self.trained = target.tokenizer, target.config, target.reach
         text = read_corpus(settings.text, Encoder.of(self.tokenizer), separator=settings.separator)
         self.digest = hashlib.sha256(text.tokens.tobytes()).hexdigest()
@@ -278,7 +285,7 @@ class _Comparison:
         if not units:
             return
         key, settings = self.key(method), self.settings
-        options = {"dtype": settings.dtype, "device": settings.device} | method.arguments(self._selected)
+        options = settings.loading | method.arguments(self._selected)
         model: PreTrainedModel | None = None
         try:
             checkpoint = method.options.get("checkpoint", settings.checkpoint)
@@ -344,9 +351,8 @@ class _Comparison:
             text=self.data.selection_text,
             samples=samples,
             order="once",
-            dtype=settings.dtype,
-            device=settings.device,
             seed=settings.seed,
+            **settings.loading,
             work=self._out / "selection",
         ).stripes
 
