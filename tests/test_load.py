@@ -274,6 +274,15 @@ def test_ties_are_read_from_the_tensors(older: bool, stories: Path, tmp_path: Pa
         assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
 
 
+def test_a_config_without_a_dtype_has_that_of_its_tensors(stories: Path, tmp_path: Path) -> None:
+    file, config = stories / "model.safetensors", stories / "config.json"
+    save_file({name: one.bfloat16() for name, one in load_file(file).items()}, file, {"format": "pt"})
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "dtype"}))
+    assert read_config(stories).dtype == torch.bfloat16  # a budget in bytes rests on it
+    written = zebra.convert(stories, tmp_path / "out", "GLLL:129")
+    assert json.loads((written / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_weights_in_the_older_format_are_read_and_checked(stories: Path, tmp_path: Path) -> None:
     expected = zebra.load(stories)(IDS).logits
     weights = as_bin(stories)

@@ -25,14 +25,15 @@ from zebra.files import atomic_write, file_digest
 from zebra.model.checkpoint_files import adapter_beside_base, check_checkpoint, check_fields, read_json_object
 from zebra.model.families import ignores_layer_types, route_of, stripes_of
 from zebra.model.local import LocalAttention, layout_name
-from zebra.model.weights import WEIGHT_SUFFIXES, digest_of_weights, has_own_head
+from zebra.model.weights import WEIGHT_SUFFIXES, correct_by_weights, digest_of_weights
 from zebra.provenance import git_commit, versions
 
 
 def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: Any) -> PreTrainedConfig:
     """The config of a checkpoint on disk or in the hub's cache.
 
-    `tie_word_embeddings` is by the tensors on disk: merged adapters of tied models commonly have a head of their own.
+    Its ties, and a dtype where it has none, are those of the tensors on disk: merged adapters of tied models commonly
+    have a head of their own.
 
     Args:
         routed: whether the family needs a route, as it does for stripes; else its own class serves it as it is.
@@ -67,8 +68,7 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
             "Remove layer_types from its config.json, then run `zebra convert`."
         )
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = not has_own_head(Path(path) / kwargs.get("subfolder", ""), config)
+    correct_by_weights(config, Path(path) / kwargs.get("subfolder", ""))
     return config
 
 

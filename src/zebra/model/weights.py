@@ -12,6 +12,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,29 +111,32 @@ def _headers(file: Path) -> dict[str, _Header]:
     return {name: _Header(tuple(t.shape), t.dtype if t.dtype in computed else None) for name, t in tensors.items()}
 
 
-def has_own_head(path: str | os.PathLike[str], config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint holds a head beside its embeddings, with other values, whatever its config says of ties.
+def correct_by_weights(config: PreTrainedConfig, path: str | os.PathLike[str]) -> None:
+    """Set what tensors on disk say and a config may not: whether the head is tied, and a dtype where it has none.
 
-    False where its weights cannot be read: `check_weights` says why.
+    Nothing where the weights cannot be read: `check_weights` says why.
     """
-    try:
-        return _has_own_head(Path(path), model_class(config)._tied_weights_keys or {})
-    except (ZebraError, *_UNREADABLE):
-        return False
+    with suppress(ZebraError, *_UNREADABLE):
+        if config.dtype is None:
+            config.dtype = stored_dtype(path)
+        if getattr(config, "tie_word_embeddings", False):
+            ties = model_class(config)._tied_weights_keys or {}
+            config.tie_word_embeddings = not _has_own_head(Path(path), ties)
 
 
 def _has_own_head(directory: Path, ties: dict[str, str]) -> bool:
-    tables: dict[str, Tensor] = {}
-    for file in (directory / name for name in _weight_files(directory)):
-        names = {*ties, *ties.values()} & {*_headers(file)}
-        if file.suffix == ".safetensors" and names:
-            with safe_open(file, framework="pt") as opened:
-                tables |= {name: opened.get_tensor(name) for name in names}
-        elif names:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            tables |= {name: tensors[name] for name in names}
-    pairs = [(tables[head], tables[table]) for head, table in ties.items() if head in tables and table in tables]
+    """Whether a checkpoint holds a head beside its embeddings, with other values."""
+    where = {name: directory / file for file in _weight_files(directory) for name in _headers(directory / file)}
+    both = [pair for pair in ties.items() if {*pair} <= {*where}]
+    pairs = [[_tensor(where[name], name) for name in names] for names in both]
     return any(head.shape != table.shape or bool((head != table).any()) for head, table in pairs)
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))[name]
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> torch.dtype:
