@@ -50,19 +50,8 @@ def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(adapt_run: 
     assert losses(adapt(training_recipe)) == losses(adapt_run.results)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("convert", STORIES, "/proc/striped", "--stripes", "GL:9"),
-        ("evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--out", "/dev/full"),
-    ],
-    ids=["convert", "rows"],
-)
-def test_a_target_that_cannot_be_written(zebra: Zebra, tmp_path: Path, arguments: tuple[object, ...]) -> None:
-    (tmp_path / "short.txt").write_text("Once upon a time there was a boy.")
-    done = zebra(*arguments, cwd=tmp_path)
-    done.stdout = ""  # what was measured is shown before it is written
-    refused(done, "Nothing half-written was left")
+def test_a_target_that_cannot_be_written(zebra: Zebra) -> None:
+    refused(zebra("convert", STORIES, "/proc/striped", "--stripes", "GL:9"), "/proc", "Nothing half-written was left")
 
 
 def test_a_run_may_be_moved(adapt_run: FinishedRun, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+
 
 class ZebraError(ValueError):
     """Bad input, rejected before any work is lost. The message states the rule, the value seen and the remedy.
@@ -14,3 +18,37 @@ def first_line(error: Exception) -> str:
     """The first line of a library's error, without the advice behind it; all lines where the first ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines)[:300] if lines[0].endswith(":") else lines[0]
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space.",
+    errno.EDQUOT: "Free some of the quota.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name a path that this user can write."),
+}
+_DISK = re.compile(r"PytorchStreamWriter|unexpected pos \d|iostream error|I/O error|\d requested and \d+ written")
+"""What torch, safetensors and numpy say where a file cannot be written."""
+_MEMORY = re.compile(r"out of memory|[Cc]annot allocate memory|can't allocate memory|bad_alloc|ALLOC_FAILED")
+
+
+def machine_fault(error: Exception) -> str | None:
+    """What is wrong with the machine and not with the command, with the remedy; None for any other error.
+
+    A full disk, a file that cannot be written, and too little memory, as Python, torch, numpy and safetensors raise it.
+    """
+    text = str(error)
+    if isinstance(error, MemoryError) or _MEMORY.search(text):
+        amount = re.search(r"allocate ([\d.,]+ \w+)", text)
+        return (
+            f"out of memory{f', at {amount[1]} more' if amount else ''}. Take a shorter length, a smaller batch, "
+            "--dtype bfloat16 or a device with more; for a recipe, --dry-run estimates what it needs."
+        )
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (of_rust := re.search(r"\(os error (\d+)\)", text)):
+        number = int(of_rust[1])
+    if number is not None:
+        where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        remedy = _REMEDIES.get(number, "")
+        return f"{os.strerror(number)}{where}. {remedy} Nothing half-written was left."
+    if _DISK.search(text):
+        return f"a file cannot be written, is the disk full? ({first_line(error)}) Nothing half-written was left."
+    return None

@@ -1,15 +1,44 @@
-"""The console for messages, and progress bars on it; where stderr is no terminal there are no bars."""
+"""The console for messages, and progress bars on it; where stderr is no terminal there are no bars.
+
+Names come from files of others. What they hold is shown and not obeyed: no markup, no control characters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
-console = Console(stderr=True)
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+"""Characters that a terminal obeys, or that UTF-8 or XML do not allow."""
+
+
+def printable(text: str) -> str:
+    """Text with a picture in place of each control character but line breaks and tabs, `\N{SYMBOL FOR ESCAPE}[31m`."""
+    return _CONTROL.sub(
+        lambda match: chr(0x2400 + ord(match[0])) if match[0] < " " else "\N{REPLACEMENT CHARACTER}", text
+    )
+
+
+class TextConsole(Console):
+    """A console that shows `printable` text, and no markup but that of `rich.text.Text`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, highlight=False, emoji=False, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render an object to pieces of text with their styles."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+console = TextConsole(stderr=True)
 """Stderr, for everything that is not output."""
 
 
@@ -29,13 +58,13 @@ def bar(description: str, total: float, unit: str) -> Iterator[Callable[..., Non
         A function that takes the units done since its last call, and as `note` a text for the end of the bar.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total, unit=unit, note="")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from zebra.errors import ZebraError
-from zebra.files import atomic_write
+from zebra.files import append_lines, atomic_write, check_writable
 from zebra.provenance import git_commit, versions
 
 
@@ -69,7 +70,10 @@ _TYPES |= dict.fromkeys(("depth", "low", "high"), int | float | None)
 
 
 def to_json(tree: Any, indent: int | None = None) -> str:
-    """Standard JSON, which has no NaN and no infinity: such numbers become null."""
+    """Standard JSON, which has no NaN and no infinity: such numbers become null.
+
+    Control characters, and surrogates such as those of file names that are not UTF-8, are escaped.
+    """
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -78,7 +82,8 @@ def to_json(tree: Any, indent: int | None = None) -> str:
             return [finite(inner) for inner in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(tree), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(tree), indent=indent, ensure_ascii=False, allow_nan=False)
+    return re.sub("[\x7f-\x9f\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def write_results(path: str | os.PathLike[str], results: Iterable[Result]) -> None:
@@ -87,11 +92,19 @@ def write_results(path: str | os.PathLike[str], results: Iterable[Result]) -> No
 
 
 def append_results(path: str | os.PathLike[str], results: Iterable[Result]) -> None:
-    """Append results to a file in one write."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(result.json() + "\n" for result in results))
+    """Append results to a file, all or none."""
+    append_lines(path, "".join(result.json() + "\n" for result in results))
+
+
+def check_results_file(path: str | os.PathLike[str]) -> None:
+    """Check that results can be appended to a file, which is absent or holds results.
+
+    Raises:
+        ZebraError: it cannot be written, or some lines are not results.
+    """
+    check_writable(path)
+    if Path(path).exists():
+        read_results(path)
 
 
 def read_results(path: str | os.PathLike[str]) -> list[Result]:
@@ -115,12 +128,17 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
             continue
         try:
             results.append(_parse(line, f"{path}:{number}"))
+        except json.JSONDecodeError as error:
+            faults[number] = (
+                "it was cut off" if number == len(lines) else str(error)
+            )  # a whole file ends in a line break
         except (ValueError, TypeError) as error:
             faults[number] = str(error)
     if faults:
         first, *others = faults
         more = f" Nor are {len(others):,} others: lines {', '.join(map(str, others[:9]))}." if others else ""
-        raise ZebraError(f"{path}, line {first} is not a result: {faults[first]}.{more}")
+        remedy = f"Remove {'those lines' if others else 'that line'}, or give another file."
+        raise ZebraError(f"{path}, line {first} is not a result: {faults[first]}.{more} {remedy}")
     return results
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
 from zebra import __version__
-from zebra.cli import compare, convert, data, evaluate, generate, plan, report, train
-from zebra.errors import ZebraError
+from zebra.cli import compare, convert, data, evaluate, generate, plan, report, show, train
+from zebra.errors import ZebraError, machine_fault
 
 app = typer.Typer(
     help="Longer and cheaper context for decoder language models. Stripes are a layout of layers: G attends to all "
@@ -62,31 +65,50 @@ _UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """The command `zebra`: an error is one line and exit code 2, a failed check 1, an interrupt 130."""
     interrupted = "interrupted. Nothing half-written was left; the same command goes on where it can."
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name must not lose the results beside it, as on stderr
     try:
         code = app(standalone_mode=False)
+        _flush()
         if code == 130:  # typer catches the interrupt first, and prints nothing
             _fail(interrupted, 130)
         raise SystemExit(code or 0)
     except _UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            if page := error.format_message():  # typer with rich has printed it
-                print(page)
-            raise SystemExit(2) from None
-        more = f" `{error.ctx.command_path} --help` lists what there is." if error.ctx else ""
-        _fail(error.format_message().replace("Value error, ", "").rstrip(".") + "." + more, 2)
+        _fail_usage(error)
     except ZebraError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail(interrupted, 130)
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        if (fault := machine_fault(error)) is None:
             raise
-        where = f": {error.filename}" if error.filename else ""
-        _fail(f"{os.strerror(error.errno)}{where}. Nothing half-written was left.", 2)
+        _fail(fault, 2)
+
+
+def _flush() -> None:
+    """Write what stdout has in its buffer; where that fails, the interpreter would fail on it once more at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError):  # it is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            raise SystemExit(1) from None
+        raise
+
+
+def _fail_usage(error: Any) -> None:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        if page := error.format_message():  # typer with rich has printed it
+            print(page)
+        raise SystemExit(2)
+    more = f" `{error.ctx.command_path} --help` lists what there is." if error.ctx else ""
+    _fail(error.format_message().replace("Value error, ", "").rstrip(".") + "." + more, 2)
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"zebra: {' '.join(message.split())}", file=sys.stderr)
+    show.note(f"zebra: {' '.join(message.split())}")
     raise SystemExit(code)
 
 

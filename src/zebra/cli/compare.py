@@ -55,9 +55,10 @@ def compare(
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for measurements, results and page.")] = Path(
-        "runs/compare"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", callback=options.output_folder, help="Folder for measurements, results and page."),
+    ] = Path("runs/compare"),
     as_json: options.Json = False,
 ) -> None:
     """Measure the ways of reading a longer text side by side: quality, cost, and a sentence of advice."""

@@ -92,7 +92,13 @@ def select(
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     work: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for the measurements, results and page; resumes from it.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            callback=options.output_folder,
+            help="Folder for the measurements, results and page; resumes from it.",
+        ),
     ] = Path("selection"),
     target: Annotated[
         Path | None, typer.Option("--convert", help="Also convert the checkpoint to the layout, into this directory.")

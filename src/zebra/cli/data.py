@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import Json, Seed, Separator, call_arguments, names, numbers
+from zebra.cli.options import Json, Seed, Separator, call_arguments, names, numbers, output_file
 from zebra.errors import ZebraError
 
 
 def instructions(
     documents: Annotated[list[str], typer.Argument(help="Text files, or JSON Lines with document, qa, summary.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON Lines file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", callback=output_file, help="JSON Lines file to write.")],
     kinds: Annotated[
         str,
         typer.Option(

@@ -195,7 +195,10 @@ def documents(
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End a generated answer at this string; repeatable.")] = None,
     check_only: Annotated[bool, typer.Option("--check-only", help="Check the data; load no model.")] = False,
-    items: Annotated[Path | None, typer.Option(help="JSON Lines file for each item's answer and scores.")] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(callback=options.output_file, help="JSON Lines file for each item's answer and scores."),
+    ] = None,
     beyond: options.Beyond = False,
     stripes: options.StripesNotation = None,
     rope: options.RopeNotation = None,
@@ -217,12 +220,14 @@ def documents(
         from zebra.evaluate.documents import evaluate_documents
 
         results, outcomes = evaluate_documents(**arguments)
-    if items is not None:
-        from zebra.files import atomic_write
-        from zebra.results import to_json
+    try:
+        if items is not None:
+            from zebra.files import atomic_write
+            from zebra.results import to_json
 
-        atomic_write(items, "".join(to_json(outcome.record()) + "\n" for outcome in outcomes))
-    show.results(results, as_json, out)
+            atomic_write(items, "".join(to_json(outcome.record()) + "\n" for outcome in outcomes))
+    finally:
+        show.results(results, as_json, out)
 
 
 def _checked(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
 from zebra.errors import ZebraError
+from zebra.files import check_writable
 from zebra.model.checkpoint_files import check_dtype
 from zebra.model.rope import Rope
 from zebra.positions import SelfExtend
+from zebra.results import check_results_file
 from zebra.stripes import Stripes
+
+Value = TypeVar("Value")
 
 
 def numbers(option: str, kind: Callable[[str], float], example: str) -> Callable[[str | None], list[Any] | None]:
@@ -42,10 +46,10 @@ def call_arguments(arguments: dict[str, Any], *without: str) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in excluded and value not in (None, [])}
 
 
-def _checked_by(parse: Callable[[str], object]) -> Callable[[str | None], str | None]:
+def _checked_by(parse: Callable[[Value], object]) -> Callable[[Value | None], Value | None]:
     """A callback that leaves a value as it is, and raises what `parse` raises for it."""
 
-    def callback(value: str | None) -> str | None:
+    def callback(value: Value | None) -> Value | None:
         if value is not None:
             parse(value)
         return value
@@ -58,9 +62,15 @@ def _check_self_extend(value: str) -> None:
         SelfExtend.parse(value)
 
 
+def _check_folder(folder: Path) -> None:
+    check_writable(folder / "results.jsonl")
+
+
 stripes_notation = _checked_by(Stripes.parse)
 rope_notation = _checked_by(Rope.parse)
 self_extend_notation = _checked_by(_check_self_extend)
+output_file = _checked_by(check_writable)
+output_folder = _checked_by(_check_folder)
 
 
 # Checkpoints, and how they are loaded
@@ -138,7 +148,10 @@ Separator = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
 RunName = Annotated[str, typer.Option("--run", help="Name of the run in the results.")]
-Out = Annotated[Path | None, typer.Option(help="JSON Lines file to append the results to.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(callback=_checked_by(check_results_file), help="JSON Lines file to append the results to."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 # Recipes

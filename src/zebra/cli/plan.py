@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import FullDecodeFlag, Json, stripes_notation
+from zebra.cli.options import FullDecodeFlag, Json, output_file, stripes_notation
 from zebra.model.checkpoint_files import check_checkpoint
 
 
@@ -31,7 +31,9 @@ def plan(
     seconds: Annotated[float | None, typer.Option(help="Time budget in seconds: find a layout that meets it.")] = None,
     self_extend: Annotated[str | None, typer.Option(help="Also Self-Extend: GROUP:WINDOW or auto:LENGTH.")] = None,
     full_decode: FullDecodeFlag = False,
-    picture: Annotated[Path | None, typer.Option(help="SVG file to draw the costs from 1K to 1M tokens into.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(callback=output_file, help="SVG file to draw the costs from 1K to 1M tokens into.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate what a layout costs before it runs: FLOPs, bytes, memory, time, and what fits."""

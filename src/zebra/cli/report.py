@@ -8,15 +8,15 @@ from typing import Annotated
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import Json
+from zebra.cli.options import Json, output_file
 from zebra.errors import ZebraError
 
 
 def report(
     sources: Annotated[list[Path], typer.Argument(help="Run directories, or files of results.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Page to write; Markdown goes next to it.")] = Path(
-        "report.html"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=output_file, help="Page to write; Markdown goes next to it.")
+    ] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Title of the page. Default: made from the runs.")] = None,
 ) -> None:
     """Turn results into one page; several runs stand side by side."""
@@ -27,7 +27,7 @@ def report(
     files = {str(source): source / "results.jsonl" if source.is_dir() else source for source in sources}
     results = merge_sources({name: read_results(file) for name, file in files.items()})
     write_report(results, out, title=title, chapters=chapters(results))
-    print(f"{out}: {len(results)} results")
+    show.line(f"{out}: {len(results)} results")
 
 
 def doctor(
@@ -45,7 +45,12 @@ def doctor(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="With --measure: file for the measured peaks, which `plan --device` reads."),
+        typer.Option(
+            "--out",
+            "-o",
+            callback=output_file,
+            help="With --measure: file for the measured peaks, which `plan --device` reads.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -59,9 +64,9 @@ def doctor(
         return
     from zebra import measure as measuring
 
-    if out is not None and out.is_dir():
-        raise ZebraError(f"--out is a file; got the folder {out}. Name a file.")
     ceilings, results = measuring.measure(device, size=size)
-    if out is not None:
-        measuring.write_ceilings(out, ceilings)
-    show.results(results, as_json)
+    try:
+        if out is not None:
+            measuring.write_ceilings(out, ceilings)
+    finally:
+        show.results(results, as_json)

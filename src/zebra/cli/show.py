@@ -1,4 +1,7 @@
-"""What the verbs print: one JSON document, or tables. Imports are lazy: help needs no torch."""
+"""What the verbs print: one JSON document, or tables. Imports are lazy: help needs no torch.
+
+Text goes to a terminal as `zebra.progress.printable`. A stdout that is not UTF-8 gets escapes, and JSON in ASCII.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from json import dumps, loads
 from typing import TYPE_CHECKING, Any
+
+from zebra.progress import TextConsole, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from rich.text import Text
 
     from zebra.data.instructions import InstructionStats
     from zebra.doctor import Serving
@@ -39,24 +47,34 @@ def json(tree: Any) -> None:
     """One JSON document on stdout."""
     from zebra.results import to_json
 
-    print(to_json(tree, indent=2))
+    text = to_json(tree, indent=2)
+    if sys.stdout and sys.stdout.encoding.lower() != "utf-8":
+        text = dumps(loads(text), indent=2)
+    print(text)
+
+
+def line(text: str) -> None:
+    """Text on stdout."""
+    print(printable(text))
 
 
 def note(message: str) -> None:
     """A line on stderr, which is no result."""
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
 
 
 def results(results: Sequence[Result], as_json: bool, out: Path | None = None) -> None:
-    """A table of each kind of result; `out`: a file that they are appended to."""
-    if as_json:
-        json({"results": [result.columns() for result in results]})
-    else:
-        _result_tables(results)
-    if out is not None:
-        from zebra.results import append_results
+    """A table of each kind of result; `out`: a file that they are appended to, before they are printed."""
+    try:
+        if out is not None:
+            from zebra.results import append_results
 
-        append_results(out, results)
+            append_results(out, results)
+    finally:
+        if as_json:
+            json({"results": [result.columns() for result in results]})
+        else:
+            _result_tables(results)
 
 
 def _result_tables(results: Sequence[Result]) -> None:
@@ -77,9 +95,9 @@ def comparison(results: Sequence[Result], out: Path, as_json: bool) -> None:
     tables, lines = method_tables(results)
     for table in tables:
         _print(terminal_table(table))
-    for line in lines:
-        print(line)
-    print(f"page {out / 'report.html'}")
+    for words in lines:
+        line(words)
+    line(f"page {out / 'report.html'}")
 
 
 def conversion(converted: dict[str, str], as_json: bool) -> None:
@@ -87,7 +105,7 @@ def conversion(converted: dict[str, str], as_json: bool) -> None:
     if as_json:
         json(converted)
         return
-    print("{target}: {class}, {layout}, layers {layers}".format_map(converted))
+    line("{target}: {class}, {layout}, layers {layers}".format_map(converted))
 
 
 def selection(selection: Selection, converted: dict[str, str] | None, as_json: bool) -> None:
@@ -97,7 +115,7 @@ def selection(selection: Selection, converted: dict[str, str] | None, as_json: b
         json({"layout": str(selection.stripes), "converted": converted, "results": columns})
         return
     _result_tables(selection.results)
-    print(f"layout {selection.stripes}")
+    line(f"layout {selection.stripes}")
     if converted is not None:
         conversion(converted, as_json)
 
@@ -120,7 +138,7 @@ def checks(checks: Sequence[Check], as_json: bool) -> None:
     if as_json:
         json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
         return
-    verdict = {True: "[green]equal[/]", False: "[red bold]DIFFERENT[/]"}
+    verdict = {True: _styled("[green]equal[/]"), False: _styled("[red bold]DIFFERENT[/]")}
     _table(
         ["check", "against", "difference", "allowed", "logits of", ""],
         [
@@ -149,7 +167,7 @@ def faults(faults: Sequence[tuple[str, str]], of: int, as_json: bool) -> None:
     for name, where in faults:
         lines.setdefault(name, []).append(where)
     if not lines:
-        print(f"{of:,} conversations, no fault")
+        line(f"{of:,} conversations, no fault")
         return
     _table(["fault", f"of {of:,}", "first of them"], [(name, f"{len(at):,}", at[0]) for name, at in lines.items()])
 
@@ -161,8 +179,8 @@ def dry_run(estimate: DryRun, as_json: bool) -> None:
         return
     _table(["recipe", ""], estimate.facts.items())
     size, unit = (2**30, "GiB") if estimate.total >= 2**30 else (2**20, "MiB")
-    rows = [(part, f"{count / size:,.2f}") for part, count in estimate.memory.items()]
-    rows.append(("[bold]total[/]", f"[bold]{estimate.total / size:,.2f}[/]"))
+    rows: list[tuple[Any, Any]] = [(part, f"{count / size:,.2f}") for part, count in estimate.memory.items()]
+    rows.append((_styled("[bold]total[/]"), _styled(f"[bold]{estimate.total / size:,.2f}[/]")))
     _table(["memory of one device", unit], rows, numbers=slice(1, None))
 
 
@@ -171,13 +189,13 @@ def cells(cells: Sequence[CellEstimate], as_json: bool) -> None:
     if as_json:
         json({"cells": [asdict(cell) for cell in cells]})
         return
-    state = {True: "[green]done[/]", False: ""}
+    state = {True: _styled("[green]done[/]"), False: _styled("")}
     rows = [
         (c.cell, c.layout, f"{c.parameters:,}", f"{c.tokens:,}", f"{c.attention:.1%}", state[c.done]) for c in cells
     ]
     _table(["cell", "layout", "parameters", "tokens", "attention", ""], rows, numbers=slice(2, 5))
     todo = [cell for cell in cells if not cell.done]
-    print(f"{len(cells):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens")
+    line(f"{len(cells):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens")
 
 
 def plan(tree: dict[str, Any], as_json: bool) -> None:
@@ -187,23 +205,23 @@ def plan(tree: dict[str, Any], as_json: bool) -> None:
         return
     from zebra.plan import comparison
 
-    print(comparison.headline(tree))
+    line(comparison.headline(tree))
     for head, body in comparison.tables(tree):
-        _table(head, body, numbers=slice(1, None))
+        _table(head, [[*map(_styled, cells)] for cells in body], numbers=slice(1, None))
     if "suggested_layout" in tree:
         layout = tree["suggested_layout"] or "none of ours"
-        print(f"the layout that meets the budget and keeps the most pairs: {layout}")
+        line(f"the layout that meets the budget and keeps the most pairs: {layout}")
 
 
 @contextmanager
 def writing(enabled: bool) -> Iterator[Callable[[str], None] | None]:
-    """Text to stdout as it comes, and nothing else; on a terminal a line break follows the last of it."""
+    """Text to stdout as it comes, and nothing else; on a terminal, printable text and a line break behind it."""
     if not enabled:
         yield None
         return
 
     def write(piece: str) -> None:
-        sys.stdout.write(piece)
+        sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
 
     try:
@@ -249,8 +267,15 @@ def machine(facts: dict[str, str], servings: Sequence[Serving], as_json: bool) -
     _table(["kernel", "declines some of these requests because"], declines)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: slice = slice(0)) -> None:
-    """Print a table; the columns `numbers` are right-aligned, and a row in bold ends a section."""
+def _styled(markup: str) -> Text:
+    """Text of ours with its styles; other text is printed as it is."""
+    from rich.text import Text
+
+    return Text.from_markup(markup)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str | Text]], numbers: slice = slice(0)) -> None:
+    """Print a table; the columns `numbers` are right-aligned, and a row whose name has a style ends a section."""
     from rich import box
     from rich.table import Table
 
@@ -260,11 +285,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: slice = 
     for column in table.columns[numbers]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*row, end_section=row[0].startswith("[bold]"))
+        table.add_row(*row, end_section=bool(getattr(row[0], "spans", ())))
     _print(table)
 
 
 def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console().print(table)
+    TextConsole().print(table)

@@ -158,7 +158,7 @@ def _open_whole(entry: Path) -> Corpus | None:
         return _open(entry)
     except (EOFError, OSError):
         message = f"the cache entry {entry} is damaged or of another version; tokenising again."
-        console.print(message, markup=False, highlight=False, soft_wrap=True)
+        console.print(message, soft_wrap=True)
         shutil.rmtree(entry, ignore_errors=True)
         return None
 

@@ -110,7 +110,7 @@ def read_documents(files: Sequence[Path], separator: str | None = None, field: s
         raise _no_text(files)
     if converted:
         message = f"line ends of {_listed(converted)} are not \\n, and are read as \\n."
-        console.print(message, markup=False, highlight=False, soft_wrap=True)
+        console.print(message, soft_wrap=True)
 
 
 def _check_options(files: Sequence[Path], separator: str | None, field: str | None) -> None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from zebra.errors import ZebraError
+from zebra.files import atomic_write
 from zebra.report.figures import HUES, INK, Figure
 
 Curves = Mapping[str, Mapping[str, list[float]]]
@@ -35,7 +36,7 @@ def write_picture(path: Path, curves: Curves, *, phase: str, device: str) -> Non
         ("seconds", f"time of {phase}, {device}", "s"),
     ]
     plots = [partial(_plot, curves=curves, name=name, title=title, unit=unit) for name, title, unit in panels]
-    path.write_text(Figure("plan", plots, height=2.9).standalone, encoding="utf-8")
+    atomic_write(path, Figure("plan", plots, height=2.9).standalone)
 
 
 def _plot(axes: Axes, curves: Curves, name: str, title: str, unit: str) -> None:

@@ -70,7 +70,7 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
         todo = [recipe for recipe in recipes if not _is_finished(Path(recipe.run))]
         _gather(run, recipes)  # raises for damaged results, before any work
         if len(todo) < len(recipes):
-            console.print(f"{len(recipes) - len(todo)} of {len(recipes)} cells are done already", highlight=False)
+            console.print(f"{len(recipes) - len(todo)} of {len(recipes)} cells are done already")
         failed = _run(run, recipes, todo, workers)
         results = _gather(run, recipes)
     if failed:
@@ -233,7 +233,7 @@ def _run(
                     _gather(run, recipes)
                     advance(1, note=cell.name)
                     if not console.is_terminal:
-                        console.print(f"{cell.name}: {'failed' if process.returncode else 'done'}", highlight=False)
+                        console.print(f"{cell.name}: {'failed' if process.returncode else 'done'}")
         finally:
             for _, process in running.values():
                 process.terminate()

@@ -66,7 +66,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
     if is_first_process():
         console.print(kind_table(sequences.kind_stats()))
         if faults := _listed(gate.counts):
-            console.print(f"{faults}.", highlight=False)
+            console.print(f"{faults}.")
     if data.held_out is None:
         measured = {
             name: [tokens for tokens, _, _ in _fitting(conversations, recipe, chat)]

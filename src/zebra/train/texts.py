@@ -139,7 +139,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
         counts = {"dropped as duplicates": splits[0].duplicates, "held out": len(splits[0].held_out)}
         lost = [f"{count:,} {what}" for what, count in counts.items() if count]
         if lost and is_first_process():
-            console.print(f"{len(splits[0].train):,} documents to train on; {', '.join(lost)}.", highlight=False)
+            console.print(f"{len(splits[0].train):,} documents to train on; {', '.join(lost)}.")
     else:
         mixture = mix(splits, _sequences_of_training(recipe), train.length, join=data.join, seed=train.seed)
         sequences, stats = mixture.sequences, mixture.stats

@@ -71,7 +71,7 @@ def tokenizer_texts(recipe: PretrainRecipe) -> Iterator[str]:
     share = data.recall.share
     count = _MOST_CHARACTERS if share == 1 else min(_MOST_CHARACTERS, int(characters * share / (1 - share)))
     if is_first_process():
-        console.print(f"with {count:,} characters of recall beside {characters:,} of text", highlight=False)
+        console.print(f"with {count:,} characters of recall beside {characters:,} of text")
     letters = Letters()
     generator, rng = RecallGenerator(letters), Random(recipe.train.seed)
     for _ in range(0, count, _LETTERS):

@@ -187,7 +187,7 @@ class Evaluation(TrainerCallback):
         if state.is_world_process_zero:
             names = [f"{one.position_from}–{one.position_to}" if one.position_to else one.task for one in results]
             values = ", ".join(f"{name} {one.value:.4f}" for name, one in zip(names, results, strict=True))
-            console.print(f"step {state.global_step}: {results[0].metric} {values}", highlight=False)
+            console.print(f"step {state.global_step}: {results[0].metric} {values}")
 
 
 class _MarkComplete(TrainerCallback):
