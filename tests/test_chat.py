@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_the_mask_token_by_token(name: str) -> None:
     own = chat.template
     assert (
         tokenized.input_ids
-        == words.apply_chat_template([m._asdict() for m in TURNS.messages], chat_template=own)["input_ids"]
+        == words.apply_chat_template([m.for_template() for m in TURNS.messages], chat_template=own)["input_ids"]
     )
 
 
@@ -106,7 +107,7 @@ def test_prompts_at_inference_are_the_beginning_of_what_was_trained_on() -> None
         chat = Chat(words, named, "here")
         whole = chat.encode(TURNS)
         prompt = words.apply_chat_template(
-            [TURNS.messages[0]._asdict()], chat_template=chat.template, add_generation_prompt=True
+            [TURNS.messages[0].for_template()], chat_template=chat.template, add_generation_prompt=True
         )["input_ids"]
         assert whole.input_ids[: len(prompt)] == prompt
         assert whole.assistant_mask[: len(prompt) + 1] == [False] * len(prompt) + [True]
@@ -117,7 +118,7 @@ def test_the_written_template_has_no_marks_and_says_the_same() -> None:
     for name, marked in NAMED.items():
         plain = Chat(words, name, "here").template
         assert "generation %}" not in plain.replace("add_generation_prompt", "")
-        dialogue = [Message("system", "Be kind.")._asdict(), *(m._asdict() for m in TURNS.messages)]
+        dialogue = [Message("system", "Be kind.").for_template(), *(m.for_template() for m in TURNS.messages)]
         for options in ({}, {"add_generation_prompt": True}):
             texts = {
                 words.apply_chat_template(dialogue, chat_template=of, tokenize=False, **options)
@@ -184,3 +185,46 @@ def test_what_no_cut_makes_short_enough_is_refused() -> None:
     record = {"document": "a dog ran " * 40, "question": "Who? " * 30, "answer": "x"}
     with pytest.raises(ZebraError, match="is so without its document too"):
         chat.fitted(next(conversations_of(record, "here")), 32)
+
+
+CALL: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1, "b": 1}'}}]},
+        {"role": "tool", "name": "add", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ],
+    "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}],
+}
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_tools_and_calls_are_written_and_calls_are_trained_on(marked: bool) -> None:
+    from trl.chat_template_utils import qwen3_chat_template, qwen3_training_chat_template
+
+    words = tokenizer(qwen3_training_chat_template if marked else qwen3_chat_template, "<|im_start|>", "<|im_end|>")
+    (conversation,) = conversations_of(CALL, "here")
+    tokenized = Chat(words, None, "here").encode(conversation)
+    answers = [
+        words.decode([token for token, _ in group])
+        for answer, group in itertools.groupby(zip(*tokenized, strict=True), key=lambda pair: pair[1])
+        if answer
+    ]
+    assert '{"name": "add", "arguments": {"a": 1, "b": 1}}' in answers[0]  # an object, not a quoted string
+    assert "It is 2." in answers[1]
+    text = words.decode(tokenized.input_ids)
+    assert '"parameters": {}' in text
+    assert "<tool_response>\n2\n" in text.replace("\n ", "\n")
+
+
+def test_a_template_that_drops_the_tools_is_refused() -> None:
+    """The call would be an empty answer."""
+    (conversation,) = conversations_of(CALL, "file, line 4")
+    with pytest.raises(ZebraError, match="file, line 4: the chat template of here writes nothing of the tools add"):
+        Chat(tokenizer(), "plain", "here").encode(conversation)
+
+
+def test_a_template_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_bytes(b"\xff")
+    with pytest.raises(ZebraError, match=r"own\.jinja is not UTF-8"):
+        Chat(tokenizer(), str(tmp_path / "own.jinja"), "here")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from zebra.data.conversations import GAP, Message, conversations_of, read_conversations, without_middle
+from zebra.data.quality import faults
 from zebra.errors import ZebraError
 
 ASKED, SAID = Message("user", "Who ran?"), Message("assistant", "The dog.")
@@ -26,6 +27,14 @@ ASKED, SAID = Message("user", "Who ran?"), Message("assistant", "The dog.")
         },
         {"instruction": "Who ran?", "input": "", "output": "The dog."},
         {"instruction": "Who ran?", "output": "The dog.", "id": 7},
+        {"conversations": [{"from": "human", "value": "Who ran?"}, {"from": "gpt", "value": "The dog."}]},
+        {"conversations": [{"role": "user", "content": "Who ran?"}, {"role": "assistant", "content": "The dog."}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "ran?"}]},
+                {"role": "assistant", "content": "The dog.", "tool_calls": None, "name": None},
+            ]
+        },
     ],
 )
 def test_every_shape_says_the_same(record: dict[str, Any]) -> None:
@@ -37,6 +46,59 @@ def test_every_shape_says_the_same(record: dict[str, Any]) -> None:
         "Who ran?",
         "The dog.",
     )
+
+
+ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{**ADD, "id": "7"}]},
+            {"role": "tool", "content": "2", "name": "add", "tool_call_id": "7"},
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}, "id": "7"}]},
+            {"role": "tool", "content": [{"type": "text", "text": "2"}], "name": "add", "tool_call_id": "7"},
+        ),
+        (
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "2"},
+        ),
+        (
+            {"from": "gpt", "value": "", "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]},
+            {"from": "tool", "value": "2"},
+        ),
+    ],
+)
+def test_tool_turns_are_read_as_templates_take_them(call: dict[str, Any], result: dict[str, Any]) -> None:
+    record = {
+        "conversations": [{"from": "human", "value": "1 + 1?"}, call, result, {"from": "gpt", "value": "2."}],
+        "system": "Add.",
+        "tools": '[{"type": "function", "function": {"name": "add"}}]',
+    }
+    (conversation,) = conversations_of(record, "here")
+    with_id = {"id": "7"} if "id" in str(call) else {}
+    names = {"name": "add", "tool_call_id": "7"} if with_id else {}
+    assert [message.for_template() for message in conversation.messages] == [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": (ADD | with_id,)},
+        {"role": "tool", "content": "2"} | names,
+        {"role": "assistant", "content": "2."},
+    ]
+    assert conversation.tools == ({"type": "function", "function": {"name": "add"}},)
+    assert conversation.tool_names == {"add"}
+    other = next(conversations_of(json.loads(json.dumps(record).replace("add", "sum")), "here"))
+    assert other.text != conversation.text  # no duplicates of each other
+
+
+def test_an_answer_may_be_a_call_and_nothing_else() -> None:
+    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "tool_calls": [ADD]}]
+    (conversation,) = conversations_of({"messages": messages}, "here")
+    assert "add" in conversation.answer
+    assert faults([conversation]) == {}
 
 
 def test_an_input_and_a_document_stand_before_what_is_asked() -> None:
@@ -76,7 +138,7 @@ def test_files_plain_and_packed_are_read_in_order(tmp_path: Path) -> None:
 BAD = {
     "{": "line 2 is not JSON",
     "[1]": "line 2 is a JSON list, not an object",
-    '{"text": "x"}': "line 2 has text, and none of the known sets of fields: messages; document and qa; ",
+    '{"text": "x"}': "line 2 has text, and none of the known sets of fields: messages; conversations; ",
     "{}": "has no fields, and none",
     '{"prompt": "x", "completion": 3}': "has int instead of a string in the field 'completion'",
     '{"messages": []}': "has messages that is not a list of messages",
@@ -87,6 +149,16 @@ BAD = {
     '{"messages": [{"role": "user"}]}': "has no field 'content': its fields are role",
     '{"instruction": "x", "input": 1, "output": "y"}': "has int instead of a string in the field 'input'",
     r'{"prompt": "\ud800", "completion": "x"}': "half a surrogate pair at character 0 of the field 'prompt'",
+    '{"conversations": [{"from": "bard", "value": "x"}]}': "has the role 'bard', which is none of system, user, assi",
+    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "with a part of the type image_url: a mod",
+    '{"messages": [{"role": "user", "content": ["x"]}]}': "has a content with a part of the type str",
+    '{"messages": [{"role": "assistant", "tool_calls": ["add"]}]}': "has tool_calls that is not a list of objects",
+    '{"messages": [{"role": "assistant", "tool_calls": [{"function": "add"}]}]}': "without a function's name and arg",
+    '{"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}': "has no field 'name'",
+    '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}': "call that is not JSON: ",
+    '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "3"}]}]}': "that are no object: 3",
+    '{"conversations": [{"from": "function_call", "value": "add"}]}': "has value that is not JSON",
+    '{"prompt": "x", "completion": "y", "tools": "add"}': "has tools that is not JSON",
     '{"prompt": "x", "completion": "y", "kind": 3}': "has 3 as its kind, which is a word",
 }
 
@@ -99,6 +171,18 @@ def test_a_bad_line_is_refused_with_its_number(line: str, tmp_path: Path) -> Non
         read_conversations([str(path)])
     assert BAD[line] in str(refused.value)
     assert "line 2" in str(refused.value)
+
+
+def test_a_list_of_sharegpt_is_read_from_its_file(tmp_path: Path) -> None:
+    """As such sets are published."""
+    records = [
+        {"id": str(i), "conversations": [{"from": "human", "value": f"Q{i}"}, {"from": "gpt", "value": f"A{i}"}]}
+        for i in range(3)
+    ]
+    (tmp_path / "set.json").write_text(json.dumps(records, indent=2))
+    conversations = read_conversations([str(tmp_path / "set.json")])
+    assert [one.text for one in conversations] == [f"user: Q{i}\nassistant: A{i}" for i in range(3)]
+    assert conversations[2].where.endswith("set.json, row 3")
 
 
 def test_an_empty_set_and_another_kind_of_file_are_refused(tmp_path: Path) -> None:

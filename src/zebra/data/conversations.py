@@ -1,16 +1,23 @@
 """Conversations from records, in the formats that instruction sets have:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}     ShareGPT
     {"document": "...", "qa": [{"question": "...", "answers": ["...", ...]}]}      a conversation for each question
     {"prompt": "..." or messages, "completion": "..." or messages}
     {"instruction": "...", "input": "...", "output": "..."}            the input may be empty or absent
     {"document": "...", "question": "...", "answer": "..."}            only the document may be cut
+
+A content may be a list of parts of text. The assistant may call `tools`, and a message of the role tool answers:
+
+    {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}     or {...} as a string
+    {"role": "tool", "name": "add", "content": "2"}
 
 Of several answers the first is taken. A record may name its `kind`, which the tables show; other fields are ignored.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,17 +28,36 @@ from zebra.data.qa import questions_of
 from zebra.data.records import RecordError, parse_records, string_field
 from zebra.errors import ZebraError
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 GAP = "\n\n[...]\n\n"
 """What stands where a document was cut."""
 _MAX_WORD = 40
 
 
 class Message(NamedTuple):
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    Attributes:
+        tool_calls: of the assistant, as chat templates take them: a function's name and its arguments by name.
+        name, tool_call_id: of a tool's message, which function and which call it answers.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content and the calls."""
+        calls = [json.dumps(call["function"], sort_keys=True, ensure_ascii=False) for call in self.tool_calls]
+        return "\n".join([self.content, *calls])
+
+    def for_template(self) -> dict[str, Any]:
+        """As transformers' chat templates take it."""
+        return {name: value for name, value in self._asdict().items() if value or name == "content"}
 
 
 @dataclass(frozen=True)
@@ -41,22 +67,31 @@ class Conversation:
     Attributes:
         where: the file and line it was read from.
         document: the beginning of the first message of the user that may be cut, where there is one.
+        tools: that the assistant may call, as JSON schemas.
     """
 
     messages: tuple[Message, ...]
     where: str
     kind: str | None = None
     document: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def answer(self) -> str:
         """The last message, the assistant's."""
-        return self.messages[-1].content
+        return self.messages[-1].text
 
     @property
     def text(self) -> str:
-        """All messages with their roles: what makes two conversations the same."""
-        return "\n".join(f"{role}: {content.strip()}" for role, content in self.messages)
+        """All messages with their roles, and the tools: what makes two conversations the same."""
+        tools = [json.dumps(tool, sort_keys=True, ensure_ascii=False) for tool in self.tools]
+        return "\n".join([*tools, *(f"{message.role}: {message.text.strip()}" for message in self.messages)])
+
+    @property
+    def tool_names(self) -> set[str]:
+        """The tools by name, those that are called and those that may be."""
+        called = [call for message in self.messages for call in message.tool_calls]
+        return {str(tool.get("function", tool).get("name")) for tool in (*self.tools, *called)}
 
     @property
     def question(self) -> str:
@@ -68,7 +103,7 @@ class Conversation:
         """The same with another text in place of the document."""
         i = next(i for i, message in enumerate(self.messages) if message.role == "user")
         content = document + self.messages[i].content[len(self.document or "") :]
-        messages = (*self.messages[:i], Message("user", content), *self.messages[i + 1 :])
+        messages = (*self.messages[:i], self.messages[i]._replace(content=content), *self.messages[i + 1 :])
         return replace(self, messages=messages, document=document)
 
 
@@ -127,11 +162,12 @@ def conversations_of(fields: dict[str, Any], where: str) -> Iterator[Conversatio
     kind = fields.get("kind")
     if kind is not None and (not isinstance(kind, str) or not kind.strip()):
         raise RecordError(f"has {kind!r} as its kind, which is a word")
+    tools = tuple(_objects(fields.get("tools"), "tools"))
     for document, messages in _messages_of(fields):
         roles = [message.role for message in messages]
         if roles[-1] != "assistant" or "user" not in roles:
             raise RecordError(f"needs a user, and the assistant at the end; its roles are {', '.join(roles)}")
-        yield Conversation(tuple(messages), where, kind, document)
+        yield Conversation(tuple(messages), where, kind, document, tools)
 
 
 def _messages_of(fields: dict[str, Any]) -> Iterator[tuple[str | None, list[Message]]]:
@@ -139,6 +175,9 @@ def _messages_of(fields: dict[str, Any]) -> Iterator[tuple[str | None, list[Mess
     match fields:
         case {"messages": _}:
             yield None, _message_list(fields, "messages")
+        case {"conversations": _}:
+            system = [] if fields.get("system") in (None, "") else [Message("system", string_field(fields, "system"))]
+            yield None, [*system, *_message_list(fields, "conversations")]
         case {"document": _, "qa": _}:
             yield from _document_messages(fields)
         case {"prompt": _, "completion": _}:
@@ -152,8 +191,8 @@ def _messages_of(fields: dict[str, Any]) -> Iterator[tuple[str | None, list[Mess
             yield from _document_messages(fields)
         case _:
             raise RecordError(
-                f"has {', '.join(fields) or 'no fields'}, and none of the known sets of fields: messages; document and "
-                "qa; prompt and completion; instruction and output; document and question"
+                f"has {', '.join(fields) or 'no fields'}, and none of the known sets of fields: messages; "
+                "conversations; document and qa; prompt and completion; instruction and output; document and question"
             )
 
 
@@ -172,7 +211,62 @@ def _message_list(fields: dict[str, Any], name: str, role: str | None = None) ->
         return [Message(role, string_field(fields, name))]
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise RecordError(f"has {name} that is not a list of messages with role and content")
-    for message in value:
-        if message.get("role") not in ROLES:
-            raise RecordError(f"has the role {message.get('role')!r}, which is none of {', '.join(ROLES)}")
-    return [Message(message["role"], string_field(message, "content")) for message in value]
+    return [_message(message) for message in value]
+
+
+def _message(fields: dict[str, Any]) -> Message:
+    """A message, by the names of its fields that transformers has or by those of ShareGPT."""
+    name = fields.get("role", fields.get("from"))
+    role = _SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name
+    if role not in ROLES:
+        raise RecordError(f"has the role {role!r}, which is none of {', '.join(ROLES)}")
+    content = "value" if "value" in fields and "content" not in fields else "content"
+    value = fields.get(content)
+    if name == "function_call":
+        return Message(role, "", _tool_calls(value, content))
+    calls = _tool_calls(fields.get("tool_calls"), "tool_calls")
+    if isinstance(value, list):
+        text = "".join(map(_part, value))
+    else:
+        text = "" if value is None and calls else string_field(fields, content)
+    names = (string_field(fields, key) if fields.get(key) is not None else None for key in ("name", "tool_call_id"))
+    return Message(role, text, calls, *names)
+
+
+def _part(part: Any) -> str:
+    """The text of a part of a content."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text":
+        raise RecordError(f"has a content with a part of the type {kind}: a model of text reads parts of text alone")
+    return string_field(part, "text")
+
+
+def _tool_calls(value: Any, field: str) -> tuple[dict[str, Any], ...]:
+    """Calls as templates take them, with arguments by name: a template would quote those in a string once more."""
+    calls = []
+    for call in _objects(value, field):
+        function = call.get("function", call)
+        if not isinstance(function, dict):
+            raise RecordError(f"has {field} without a function's name and arguments")
+        arguments = _parsed(function.get("arguments") or {}, "arguments of a tool call")
+        if not isinstance(arguments, dict):
+            raise RecordError(f"has arguments of a tool call that are no object: {arguments!r}")
+        by_name = {"name": string_field(function, "name"), "arguments": arguments}
+        calls.append({"type": "function", "function": by_name} | ({"id": call["id"]} if call.get("id") else {}))
+    return tuple(calls)
+
+
+def _objects(value: Any, field: str) -> list[dict[str, Any]]:
+    """The objects of a field, which has none, one, or a list of them, perhaps as a string of JSON."""
+    value = _parsed(value or [], field)
+    objects = [value] if isinstance(value, dict) else value
+    if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):
+        raise RecordError(f"has {field} that is not a list of objects")
+    return objects
+
+
+def _parsed(value: Any, field: str) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"has {field} that is not JSON: {error}") from None

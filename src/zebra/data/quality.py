@@ -62,11 +62,11 @@ def _fault(conversation: Conversation, script: str | None, duplicate: bool, eval
     answer = _words(conversation.answer)
     if not answer:
         return "empty answer"
-    if any(_BROKEN.search(message.content) for message in conversation.messages):
+    if any(_BROKEN.search(message.text) for message in conversation.messages):
         return "encoding"
     if script is not None and _script(conversation.answer) not in (None, script):
         return "language"
-    prompt = [word for role, content in conversation.messages if role == "user" for word in _words(content)]
+    prompt = [word for one in conversation.messages if one.role == "user" for word in _words(one.content)]
     repeated = len(answer) >= _COPIED_WORDS and f" {' '.join(answer)} " in f" {' '.join(prompt)} "
     if repeated or answer == _words(conversation.question):
         return "copied answer"
@@ -78,7 +78,7 @@ def _fault(conversation: Conversation, script: str | None, duplicate: bool, eval
 
 
 def _contents(conversation: Conversation) -> str:
-    return " ".join(message.content for message in conversation.messages)
+    return " ".join(message.text for message in conversation.messages)
 
 
 def _words(text: str) -> list[str]:

@@ -68,17 +68,24 @@ class Chat:
 
         Raises:
             ZebraError: a message that the template rejects, such as a system message; answers that it does not set
-                apart.
+                apart; tools that it does not write.
         """
-        messages, where = [message._asdict() for message in conversation.messages], conversation.where
+        where = conversation.where
         if self._marked:
-            encoding = self._render(messages, where, chat_template=self._marked, return_assistant_tokens_mask=True)
+            encoding = self._render(conversation, chat_template=self._marked, return_assistant_tokens_mask=True)
             mask = [bool(one) for one in encoding["assistant_masks"]]
             tokens = TokenizedConversation(list(encoding["input_ids"]), mask)
         else:
-            tokens = self._by_prefixes(messages, where)
+            tokens = self._by_prefixes(conversation)
+        if names := conversation.tool_names:
+            text = self._render(conversation, chat_template=self._template, tokenize=False)
+            if absent := sorted(name for name in names if name not in text):
+                raise ZebraError(
+                    f"{where}: the chat template of {self._source} writes nothing of the tools {', '.join(absent)}. "
+                    "Name one that knows tools with chat_template, or drop the conversation."
+                )
         spans = sum(answer for answer, _ in itertools.groupby(tokens.assistant_mask))
-        answers = sum(message["role"] == "assistant" for message in messages)
+        answers = sum(message.role == "assistant" for message in conversation.messages)
         if spans != answers:
             raise ZebraError(
                 f"{where}: the chat template of {self._source} sets {spans} of {answers} answers apart. "
@@ -118,32 +125,34 @@ class Chat:
             keep -= len(tokens.input_ids) - length
         return None
 
-    def _by_prefixes(self, messages: list[dict[str, Any]], where: str) -> TokenizedConversation:
-        ids = self._ids(messages, where)
+    def _by_prefixes(self, conversation: Conversation) -> TokenizedConversation:
+        ids = self._ids(conversation)
         answers = [False] * len(ids)
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt, through = self._ids(messages[:i], where, True), self._ids(messages[: i + 1], where)
+        for i, message in enumerate(conversation.messages):
+            if message.role == "assistant":
+                prompt, through = self._ids(conversation, i, prompt=True), self._ids(conversation, i + 1)
                 if through[: len(prompt)] != prompt or ids[: len(through)] != through:
                     raise ZebraError(
-                        f"{where}: the chat template of {self._source} has no {{% generation %}} marks, and writes a "
-                        "prompt otherwise once it is answered, so that answers cannot be told apart. Name another "
-                        "with chat_template, or give a .jinja file with the marks."
+                        f"{conversation.where}: the chat template of {self._source} has no {{% generation %}} marks, "
+                        "and writes a prompt otherwise once it is answered, so that answers cannot be told apart. Name "
+                        "another with chat_template, or give a .jinja file with the marks."
                     )
                 answers[len(prompt) : len(through)] = [True] * (len(through) - len(prompt))
         return TokenizedConversation(ids, answers)
 
-    def _ids(self, messages: list[dict[str, Any]], where: str, prompt: bool = False) -> list[int]:
-        encoding = self._render(messages, where, chat_template=self._template, add_generation_prompt=prompt)
+    def _ids(self, conversation: Conversation, count: int | None = None, *, prompt: bool = False) -> list[int]:
+        encoding = self._render(conversation, count, chat_template=self._template, add_generation_prompt=prompt)
         return list(encoding["input_ids"])
 
-    def _render(self, messages: list[dict[str, Any]], where: str, **options: Any) -> Any:
+    def _render(self, conversation: Conversation, count: int | None = None, **options: Any) -> Any:
+        """The first `count` messages in a template, all of them where None."""
         return apply_chat_template(
             self.tokenizer,
-            messages,
+            [message.for_template() for message in conversation.messages[:count]],
             source=self._source,
             remedy=_REMEDY,
-            where=where,
+            where=conversation.where,
+            tools=list(conversation.tools) or None,
             return_dict=True,
             **options,
         )
@@ -155,7 +164,10 @@ def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
             raise ZebraError(
                 f"chat_template is {', '.join(NAMED)} or the path of a .jinja file; got {named!r}. Choose one of them."
             )
-        return Path(named).read_text(encoding="utf-8")
+        try:
+            return Path(named).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ZebraError(f"the chat template {named} is not UTF-8: {error.reason}. Convert it.") from None
     needs = ["<|im_start|>", "<|im_end|>"] if named == "chatml" else []
     absent = [token for token in needs if token not in tokenizer.get_vocab()]
     if absent or (named == "plain" and tokenizer.eos_token is None):
