@@ -132,6 +132,7 @@ LIGHT = {
     "evaluate retrieval examples/stories260K --task passkey --length 64 --haystack examples/stories260K/config.json": 2,
     "evaluate documents examples/stories260K README.md": 2,
     "evaluate documents examples/stories260K examples/instructions/short_test.jsonl": 2,
+    "compare examples/stories260K README.md --length 64 --separator <nowhere>": 2,
     "select examples/stories260K --budget 2 --window 8 --length 64 --task passkey --separator x": 2,
     "evaluate perplexity examples/stories260K README.md --length 64 --rope yarn:1": 2,
     "generate examples/stories260K --prompt Once --dtype int8": 2,

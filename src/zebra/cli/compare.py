@@ -63,12 +63,12 @@ def compare(
 ) -> None:
     """Measure the ways of reading a longer text side by side: quality, cost, and a sentence of advice."""
     from zebra.compare.methods import Method
-    from zebra.data.documents import find_files
+    from zebra.data.documents import check_texts
     from zebra.model.checkpoint_files import check_checkpoint
 
-    arguments = options.call_arguments(locals(), "Method", "find_files", "check_checkpoint", "out", "additional")
+    arguments = options.call_arguments(locals(), "Method", "check_texts", "check_checkpoint", "out", "additional")
     check_checkpoint(checkpoint)
-    find_files(text)
+    check_texts(text, separator=separator)
     more = [Method.parse(notation) for notation in additional or ()]
     with show.working():
         from zebra.compare.run import compare as measure_methods
