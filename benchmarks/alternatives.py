@@ -48,6 +48,7 @@ def measured(checkpoint: Path, length: int, variant: dict[str, Any]) -> list[Res
         convention=evaluation.convention,
         separator=evaluation.separator,
         join=evaluation.join,
+        bos=evaluation.bos,
         run="alternatives",
         **variant,
     )

@@ -58,6 +58,7 @@ def main() -> None:
             [str(TEXT)],
             separator="<|endoftext|>",
             join=True,
+            bos=False,
             run="untrained",
             device="cpu",
             **variant,

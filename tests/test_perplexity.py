@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zebra
 from zebra.data.corpus import Corpus, read_corpus
-from zebra.data.encoding import Encoder
+from zebra.data.encoding import Encoder, window_prefix
 from zebra.errors import ZebraError
 from zebra.evaluate import perplexity as module
 from zebra.evaluate.perplexity import CONVENTIONS, Score, edges, evaluate_perplexity, perplexity, results_of
@@ -161,6 +161,61 @@ def test_every_token_is_scored_once(n: int, convention: str, stride: int | None)
         if convention == "strided" and i:  # nearly a full context before each token
             assert len(window.tokens) == length
             assert len(window.tokens) - window.scored_from <= (stride or length // 4)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["begins with it", "without"])
+@pytest.mark.parametrize("prefix", [(99,), (98, 99)], ids=str)
+@pytest.mark.parametrize(("convention", "stride"), CASES)
+def test_each_window_begins_with_the_prefix(
+    convention: str, stride: int | None, prefix: tuple[int, ...], own: bool
+) -> None:
+    """Every token of the text is scored once, within `length` tokens; none of the prefix is, where windows put it."""
+    length, text = 16, np.arange(50)
+    document = np.concatenate([np.array(prefix), text]) if own else text
+    windows = module._windows(Corpus(document, np.array([0, len(document)])), length, convention, stride, None, prefix)
+    assert all(tuple(window.tokens[: len(prefix)]) == prefix for window in windows)
+    assert all(len(window.tokens) == length for window in windows[:-1])
+    scored = [int(token) for window in windows for token in window.tokens[window.scored_from :]]
+    assert scored == list(range(length - len(prefix) if convention == "truncated" else 50))
+
+
+def test_a_document_within_joined_ones_does_not_get_its_beginning_twice() -> None:
+    text = np.array([99, 1, 2, 3, 99, 4, 5, 6, 7, 8, 99, 9])
+    windows = module._windows(Corpus(text, np.array([0, len(text)])), 4, "disjoint", None, None, (99,))
+    assert [window.tokens.tolist() for window in windows] == [[99, 1, 2, 3], [99, 4, 5, 6], [99, 7, 8, 99], [99, 9]]
+
+
+def test_the_beginning_is_the_tokenizers_habit_and_named(tmp_path: Path) -> None:
+    """Against full logits of the window that a model with such a tokenizer reads: <s>, then a part of the text."""
+    (tmp_path / "a.txt").write_text(
+        (STORIES.parent / "text" / "tinystories_test.txt").read_text()[:900].replace("<|endoftext|>", " ")
+    )
+    tokenizer, model = load_tokenizer(STORIES), zebra.load(STORIES)
+    ids = tokenizer((tmp_path / "a.txt").read_text().strip())["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+
+    def losses(start: int, end: int, first: int, before: list[int]) -> list[float]:
+        window = torch.tensor([[*before, *ids[start:end]]])
+        with torch.no_grad():
+            chances = model(window, use_cache=False).logits[0].double().log_softmax(-1)
+        return [-float(chances[t - 1, window[0, t]]) for t in range(first, window.shape[1])]
+
+    def measured(**options: Any) -> dict[str, float]:
+        rows = evaluate_perplexity(STORIES, [str(tmp_path / "a.txt")], lengths=[64], **options)
+        return {row.task: math.log(row.value) * (row.n or 0) for row in rows}
+
+    spans = [(0, 64), *((start, start + 63) for start in range(64, len(ids), 63))]
+    with_bos = [*losses(0, 64, 1, []), *(loss for start, end in spans[1:] for loss in losses(start, end, 1, [1]))]
+    without = [loss for start in range(0, len(ids), 64) for loss in losses(start, start + 64, 1, [])]
+    assert measured() == pytest.approx({"perplexity-disjoint-bos": sum(with_bos)}, rel=1e-5)
+    assert measured(bos=False) == pytest.approx({"perplexity-disjoint": sum(without)}, rel=1e-5)
+    assert measured(prompt=32).keys() == {"perplexity-disjoint-bos-decoded"}
+    assert (window_prefix(tokenizer), window_prefix(tokenizer, False)) == ((1,), ())
+    bare = load_tokenizer(STORIES.parent / "retrieval-2.2M")
+    assert (window_prefix(bare), window_prefix(bare, True)) == ((), (bare.bos_token_id,))
+    bare.bos_token = None
+    with pytest.raises(ZebraError, match="no token of the beginning"):
+        window_prefix(bare, True)
 
 
 def test_truncated_takes_long_documents_only() -> None:
@@ -328,7 +383,7 @@ def test_a_token_without_an_embedding_is_refused(model: Any) -> None:
 
 def test_scores_become_rows() -> None:
     scores = [Score(0, 256, 9.0, 8.0, 10.0, 100, 4), Score(0, 512, 7.0, None, None, 300, 1)]
-    first, second = results_of(scores, 512, "strided", run="r", model="m", layout="GL:8", seed=5, device="d")
+    first, second = results_of(scores, 512, "perplexity-strided", run="r", model="m", layout="GL:8", seed=5, device="d")
     assert (first.task, first.metric, first.value, first.length) == ("perplexity-strided", "perplexity", 9.0, 512)
     assert (first.position_from, first.position_to, first.n, first.low, first.high) == (0, 256, 100, 8.0, 10.0)
     assert (first.run, first.model, first.layout, first.seed, first.device) == ("r", "m", "GL:8", 5, "d")
@@ -336,9 +391,8 @@ def test_scores_become_rows() -> None:
 
 
 def test_texts_under_a_real_tokenizer(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    tokenizer = load_tokenizer(STORIES)
     (tmp_path / "a.txt").write_text("Once upon a time--there was a cat.")
     files = [str(tmp_path / "a.txt")]
     plain = read_corpus(files, Encoder.of(tokenizer), separator="--", cache=str(tmp_path / "c"))
@@ -364,7 +418,7 @@ def test_rows_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (joined,) = evaluate_perplexity(
         STORIES, [str(text)], lengths=[40], separator="--", join=True, device="cpu", convention="strided"
     )
-    assert (joined.task, joined.seed) == ("perplexity-strided", 0)
+    assert (joined.task, joined.seed) == ("perplexity-strided-bos", 0)
     assert joined.n is not None
     assert rows[1].n is not None
     assert joined.n > rows[1].n
@@ -386,7 +440,7 @@ def test_perplexity_behind_a_prompt_is_that_of_decoding_token_by_token(text: Pat
     long.write_text("Once upon a time there was a zebra with stripes, local and global. " * 9)
     arguments: dict[str, Any] = {"lengths": [60], "convention": "truncated", "stripes": "GL:5+2", "device": "cpu"}
     (row,) = evaluate_perplexity(STORIES, [str(long)], **arguments, prompt=40, full_decode=True)
-    assert (row.task, row.layout) == ("perplexity-truncated-decoded", "GL:5+2, full decode")
+    assert (row.task, row.layout) == ("perplexity-truncated-bos-decoded", "GL:5+2, full decode")
     assert (row.position_from, row.position_to, row.n) == (40, 60, 20)
     expected = {}
     for full_decode in (True, False):

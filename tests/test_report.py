@@ -15,6 +15,8 @@ from rich.console import Console
 
 from zebra import ZebraError
 from zebra.report import terminal_tables, write_report
+from zebra.report.method import method
+from zebra.report.page import Table
 from zebra.results import Result
 
 COMMON: dict[str, Any] = {
@@ -112,6 +114,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo")
     page(a_run(), directory)
     return directory
+
+
+def test_the_method_says_what_begins_the_windows() -> None:
+    common: dict[str, Any] = {"run": "r", "model": "m", "layout": "full", "metric": "perplexity", "value": 2.0}
+    for task, begins in (("perplexity-strided", False), ("perplexity-strided-bos-decoded", True)):
+        (table,) = method([Result(task=task, **common)]).blocks
+        assert isinstance(table, Table)
+        (convention,) = [line[1].text for line in table.body if line[0].text == "convention"]
+        assert convention.startswith(task.removeprefix("perplexity-") + ": overlapping windows")
+        assert ("token of the beginning" in convention) == begins
 
 
 def test_the_numbers_of_the_results_stand_on_the_page(demo: Path) -> None:

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 import zebra
 from zebra import ZebraError
+from zebra.data.corpus import Corpus
 from zebra.data.needles import SampleGenerator
-from zebra.evaluate.calibration import SHARE, CalibrationBatch, batches_of, long_range, task_sequences
+from zebra.evaluate.calibration import SHARE, CalibrationBatch, batches_of, long_range, task_sequences, text_sequences
 from zebra.evaluate.losses import Losses, selection_folder
 from zebra.evaluate.search import greedy, once, strides
 from zebra.evaluate.selection import select
@@ -256,9 +257,24 @@ def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
     assert select(STORIES, 2, work=tmp_path / "work", order="once", **kwargs).stripes.window == 32
 
 
+def test_sequences_of_text_begin_as_the_tokenizer_begins_texts() -> None:
+    """One document whose own beginning counts, and windows within it; without a prefix they are those of the text."""
+    document = np.array([99, *range(23)])
+    corpus = Corpus(document, np.array([0, len(document)]))
+    (first, _), (second, _), (third, _) = text_sequences(corpus, 8, 3, (99,))
+    assert [ids.tolist() for ids in (first, second, third)] == [
+        [99, *range(7)],
+        [99, *range(7, 14)],
+        [99, *range(14, 21)],
+    ]
+    assert [ids.tolist() for ids, _ in text_sequences(corpus, 8, 3)] == [*document.reshape(3, 8).tolist()]
+    plain = select(STORIES, "0.4", seed=3, bos=False, **ARGUMENTS)
+    assert {row.task for row in plain.results if row.task.startswith("selection-greedy")} == {"selection-greedy-text"}
+
+
 def test_rows_and_page_of_a_selection(tmp_path: Path) -> None:
     selection = select(STORIES, "0.4", seed=3, run="a", **ARGUMENTS)
-    by_task = {name: [row for row in selection.results if row.task == f"selection-{name}-text"] for name in KINDS}
+    by_task = {name: [row for row in selection.results if row.task == f"selection-{name}-text-bos"] for name in KINDS}
     assert {name: len(rows) for name, rows in by_task.items()} == KINDS
     assert {row.length for row in selection.results} == {160}
     assert {row.n for row in by_task["candidate"]} == {3 * int(SHARE * 128)}

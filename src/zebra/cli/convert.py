@@ -86,6 +86,7 @@ def select(
         ),
     ] = "greedy",
     separator: options.Separator = None,
+    bos: options.Bos = None,
     rope: options.RopeNotation = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -114,6 +115,8 @@ def select(
         raise ZebraError("--full-decode belongs to the conversion; got no --convert. Add it, or leave both out.")
     if separator is not None and not text:
         raise ZebraError("--separator splits the text of --text; got none. Add it, or leave both out.")
+    if bos is not None and tasks:
+        raise ZebraError("--bos and --no-bos are for sequences of text, and --task has prompts. Leave them out.")
     check_texts(text or (), separator=separator)
     arguments = options.call_arguments(locals(), "target", "full_decode")
     if tasks is not None:

@@ -38,6 +38,7 @@ def perplexity(
         int | None,
         typer.Option(help="Read this many tokens of each chunk as a prompt; score the others as decoded after it."),
     ] = None,
+    bos: options.Bos = None,
     stripes: options.StripesNotation = None,
     rope: options.RopeNotation = None,
     self_extend: options.SelfExtendNotation = None,

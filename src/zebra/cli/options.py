@@ -146,6 +146,13 @@ Beyond = Annotated[bool, typer.Option("--beyond", help="Allow lengths beyond tho
 Separator = Annotated[
     str | None, typer.Option(help="String that separates documents in a text file. Default: a file is one document.")
 ]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Begin each chunk with the token of the beginning, or as the text does. Default: as the tokenizer does.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
 RunName = Annotated[str, typer.Option("--run", help="Name of the run in the results.")]
 Out = Annotated[

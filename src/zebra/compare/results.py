@@ -1,6 +1,6 @@
 """The measurements of a comparison as results.
 
-    perplexity-disjoint, retrieval-generate-TASK-in-text      as `zebra evaluate` names them
+    perplexity-disjoint[-bos], retrieval-generate-TASK-in-text      as `zebra evaluate` names them
     compare-paired     loss_above_best: mean loss minus that of the best method on the same tokens, in nats
     compare-cost       prefill_seconds, decode_seconds of a token, kv_bytes, and the same with _planned
     compare-trained    tokens that the checkpoint was trained to read; on the result of the checkpoint as it is
@@ -29,12 +29,13 @@ _COSTS = ("prefill_seconds", "decode_seconds", "kv_bytes")
 
 
 def comparison_results(
-    methods: Sequence[MethodUnits], *, bounds: Sequence[int], trained: int | None, run: str, seed: int
+    methods: Sequence[MethodUnits], *, task: str, bounds: Sequence[int], trained: int | None, run: str, seed: int
 ) -> Iterator[Result]:
     """The results of all methods, the checkpoint as it is first.
 
     Args:
         methods: each with a measurement or more, which hold its layout, model and device.
+        task: of perplexity, as `zebra evaluate` names it.
         bounds: of the buckets of positions, from 0 to the length.
         trained: the longest text that the checkpoint was trained for, None where it is unknown.
     """
@@ -49,7 +50,7 @@ def comparison_results(
         if i == 0 and trained is not None:
             yield Result(task="compare-trained", metric="tokens", value=trained, **columns)
         if (of_method := losses[i]) is not None:
-            yield from _perplexities(of_method, losses, spans, columns)
+            yield from _perplexities(of_method, losses, spans, task, columns)
         yield from _retrieval({unit: one for unit, one in units.items() if unit in samples}, columns)
         yield from _costs(units, columns)
 
@@ -88,7 +89,7 @@ def _losses(units: MethodUnits, windows: set[Unit]) -> Losses | None:
 
 
 def _perplexities(
-    own: Losses, every: Sequence[Losses | None], spans: Sequence[tuple[int, int]], columns: dict[str, Any]
+    own: Losses, every: Sequence[Losses | None], spans: Sequence[tuple[int, int]], task: str, columns: dict[str, Any]
 ) -> Iterator[Result]:
     """Perplexity by position, and what the loss is above the best method's on the same tokens."""
     sums, counts = own
@@ -98,7 +99,7 @@ def _perplexities(
         loss = bootstrap(sums[:, i], counts[:, i], columns["seed"])
         value, low, high = (None if nats is None else float(np.exp(nats)) for nats in loss)
         where = columns | {"position_from": start, "position_to": end, "n": int(counts[:, i].sum())}
-        yield Result(task="perplexity-disjoint", metric="perplexity", value=value or 0.0, low=low, high=high, **where)
+        yield Result(task=task, metric="perplexity", value=value or 0.0, low=low, high=high, **where)
         yield Result(task="compare-paired", metric="loss_above_best", **above._asdict(), **where)
 
 

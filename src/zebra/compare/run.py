@@ -37,12 +37,12 @@ from zebra.compare.measurements import (
 from zebra.compare.methods import Method, choose_methods, standard_methods
 from zebra.compare.results import comparison_results, failure_results
 from zebra.data.corpus import Corpus, read_corpus
-from zebra.data.encoding import Encoder
+from zebra.data.encoding import Encoder, window_prefix, windows_of
 from zebra.data.needles import Sample, SampleGenerator
 from zebra.errors import ZebraError, first_line
 from zebra.evaluate.calibration import MIN_SAMPLES
 from zebra.evaluate.losses import selection_folder
-from zebra.evaluate.perplexity import edges
+from zebra.evaluate.perplexity import edges, task_name
 from zebra.evaluate.selection import select
 from zebra.evaluate.target import EvalTarget
 from zebra.measure import measure_ceilings
@@ -170,10 +170,12 @@ class _Data:
         self.selection_samples = min(_SELECTION_SAMPLES, len(text.tokens) // 4 // self.selection_length)
         self.selection_text, text = _split(text, self.selection_samples * self.selection_length)
         text = text if (text.lengths >= length).any() else text.joined(length)
+        self.prefix = window_prefix(self.tokenizer)
         self.windows: list[NDArray[np.integer[Any]]] = [
-            document[start : start + length]
+            window.tokens(document)
             for document in text
-            for start in range(0, len(document) - length + 1, length)
+            for window in windows_of(document, length, self.prefix)
+            if len(window) == length
         ][: settings.windows]
         self._needles = SampleGenerator(self.tokenizer, text)
         for task in settings.tasks:
@@ -186,6 +188,7 @@ class _Data:
         return {
             "checkpoint": checkpoint_digests(settings.checkpoint),
             "text": self.digest,
+            "prefix": [*self.prefix],
             "stripes": str(settings.stripes),
             "length": settings.length,
             "seed": settings.seed,
@@ -241,6 +244,7 @@ class _Comparison:
         measured = [self.measurements.of(self.key(method)) for method in self.methods]
         results = comparison_results(
             [*filter(None, measured)],
+            task=task_name("disjoint", self.data.prefix),
             bounds=edges(settings.length),
             trained=self.data.trained,
             run=run,

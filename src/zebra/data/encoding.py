@@ -41,7 +41,7 @@ def tokenizer_digest(tokenizer: FastTokenizer) -> str:
     return hashlib.sha256("\0".join(definition).encode()).hexdigest()
 
 
-class PromptEncoding(Protocol):
+class TextEncoding(Protocol):
     """What a prompt needs of a tokenizer; those of transformers have it."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -56,7 +56,7 @@ class Affixes(NamedTuple):
     suffix: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: PromptEncoding) -> Affixes:
+    def of(cls, tokenizer: TextEncoding) -> Affixes:
         """Those of a tokenizer, by a text of one letter."""
         bare, full = (tokenizer.encode("x", add_special_tokens=added) for added in (False, True))
         for start in range(len(full) - len(bare) + 1):
@@ -65,9 +65,60 @@ class Affixes(NamedTuple):
         return cls((), ())
 
 
-def prompt_tokens(tokenizer: PromptEncoding, text: str) -> list[int]:
+def prompt_tokens(tokenizer: TextEncoding, text: str) -> list[int]:
     """The tokens of a text that is to be continued."""
     return [*Affixes.of(tokenizer).prefix, *tokenizer.encode(text, add_special_tokens=False)]
+
+
+def window_prefix(tokenizer: TextEncoding, bos: bool | None = None) -> tuple[int, ...]:
+    """The tokens that begin each window of a text.
+
+    Args:
+        bos: what the tokenizer puts before every text, by its own habit, where None; with True at least its token of
+            the beginning; with False nothing, so that a window begins as the text does there.
+
+    Raises:
+        ZebraError: True for a tokenizer without such a token.
+    """
+    prefix = () if bos is False else Affixes.of(tokenizer).prefix
+    if prefix or not bos:
+        return prefix
+    token: int | None = getattr(tokenizer, "bos_token_id", None)
+    if token is None:
+        raise ZebraError("this tokenizer has no token of the beginning (bos_token). Leave bos out (--no-bos).")
+    return (token,)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The tokens [start, end) of a text, with others before them."""
+
+    prefix: tuple[int, ...]
+    start: int
+    end: int
+
+    def tokens(self, text: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+        """Its tokens, from those of the text."""
+        inside = text[self.start : self.end]
+        return np.concatenate([np.array(self.prefix, inside.dtype), inside]) if self.prefix else inside
+
+    def __len__(self) -> int:
+        return len(self.prefix) + self.end - self.start
+
+
+def window_at(text: NDArray[np.integer[Any]], start: int, length: int, prefix: tuple[int, ...]) -> Window:
+    """The window of `length` tokens at most from `start` on, its prefix included, which may be the text's own."""
+    own = tuple(text[start : start + len(prefix)].tolist()) == prefix
+    before = () if own else prefix
+    return Window(before, start, min(len(text), start + length - len(before)))
+
+
+def windows_of(text: NDArray[np.integer[Any]], length: int, prefix: tuple[int, ...] = ()) -> Iterator[Window]:
+    """Windows side by side, the last one shorter: [prefix, tokens][prefix, tokens][prefix, to]."""
+    start = 0
+    while start < len(text):
+        yield (window := window_at(text, start, length, prefix))
+        start = window.end
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zebra.data.corpus import Corpus
+from zebra.data.encoding import windows_of
 from zebra.data.needles import SampleGenerator
 from zebra.errors import ZebraError
 from zebra.model.finite import check_finite
@@ -52,16 +53,17 @@ ScoredSequence = tuple[NDArray[np.int64], NDArray[np.bool_]]
 """The tokens of a sequence (T,), and which of them are scored (T,)."""
 
 
-def text_sequences(corpus: Corpus, length: int, samples: int) -> list[ScoredSequence]:
+def text_sequences(corpus: Corpus, length: int, samples: int, prefix: tuple[int, ...] = ()) -> list[ScoredSequence]:
     """Sequences of `length` tokens from documents that have as many, evenly over the text; no token is scored yet.
+
+    Args:
+        prefix: tokens that begin each, see `zebra.data.encoding.window_prefix`.
 
     Raises:
         ZebraError: fewer such sequences than samples.
     """
     starts = [
-        (i, start)
-        for i, tokens in enumerate(corpus.lengths.tolist())
-        for start in range(0, tokens - length + 1, length)
+        (tokens, window) for tokens in corpus for window in windows_of(tokens, length, prefix) if len(window) == length
     ]
     if len(starts) < samples:
         raise ZebraError(
@@ -70,7 +72,7 @@ def text_sequences(corpus: Corpus, length: int, samples: int) -> list[ScoredSequ
             f"length, or --samples of at least {MIN_SAMPLES}."
         )
     chosen = [starts[round(k)] for k in np.linspace(0, len(starts) - 1, samples)]
-    sequences = [corpus[i][start : start + length].astype(np.int64) for i, start in chosen]
+    sequences = [window.tokens(tokens).astype(np.int64) for tokens, window in chosen]
     return [(ids, np.zeros(length, dtype=bool)) for ids in sequences]
 
 

@@ -7,6 +7,10 @@ Three conventions, which give different numbers and stand in every result:
                   [-----==]               other one its last `stride`: nearly a full context before each token
     truncated   [-------].......          the first `length` tokens of each document that has as many
 
+A model may need its token of the beginning (BOS) in front of every text, as Gemma does. By default each window begins
+with what the tokenizer puts before texts by its own habit, one of the `length` tokens, and the results' task then ends
+in `-bos`. Without, all windows but a document's first begin in the middle of a text.
+
 Intervals are 95 % bootstraps over documents, which are independent of each other.
 """
 
@@ -16,7 +20,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zebra.data.corpus import Corpus, read_corpus
-from zebra.data.encoding import Encoder
+from zebra.data.encoding import Encoder, window_at, window_prefix, windows_of
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.target import EvalTarget
@@ -82,6 +86,7 @@ def perplexity(
     stride: int | None = None,
     prompt: int | None = None,
     first_bucket: int | None = None,
+    prefix: tuple[int, ...] = (),
     seed: int = 0,
     batch_tokens: int = 8192,
 ) -> list[Score]:
@@ -95,12 +100,13 @@ def perplexity(
         prompt: tokens of each window that are read and not scored; those behind them are decoded, teacher-forced. It
             matters for models with full decoding, and gives the numbers of decoding token by token.
         first_bucket: positions of the first bucket, 256 where None; each next ends at twice as many.
+        prefix: tokens that begin each window, see `zebra.data.encoding.window_prefix`.
         batch_tokens: how many tokens are run at once; a window is never split.
 
     Raises:
         ZebraError: a contradiction between the options, a text too short, tokens the model has no embedding for.
     """
-    windows = _windows(corpus, length, convention, stride, prompt)
+    windows = _windows(corpus, length, convention, stride, prompt, prefix)
     largest = int(corpus.tokens.max())
     if largest >= model.config.vocab_size:
         raise ZebraError(
@@ -172,6 +178,7 @@ def evaluate_perplexity(
     num_proc: int = 1,
     join: bool = False,
     prompt: int | None = None,
+    bos: bool | None = None,
     check_only: bool = False,
     seed: int = 0,
     run: str = "evaluate",
@@ -181,6 +188,7 @@ def evaluate_perplexity(
 
     Args:
         prompt: see `perplexity`; the results' task then ends in `-decoded`.
+        bos: see `zebra.data.encoding.window_prefix`.
         check_only: load no model; the results are the tokens that it would read.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
     """
@@ -188,9 +196,11 @@ def evaluate_perplexity(
     check_learned_positions(target.config, max(lengths))
     corpus = read_corpus(text, Encoder.of(target.tokenizer), separator=separator, field=field, num_proc=num_proc)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
-    windows = {length: _windows(texts[length], length, convention, stride, prompt) for length in lengths}
+    prefix = window_prefix(target.tokenizer, bos)
+    windows = {length: _windows(texts[length], length, convention, stride, prompt, prefix) for length in lengths}
+    task = task_name(convention, prefix) + "-decoded" * (prompt is not None)
     if check_only:
-        columns = {"run": run, "task": f"perplexity-{convention}", "metric": "tokens"} | target.columns()
+        columns = {"run": run, "task": task, "metric": "tokens"} | target.columns()
         return [Result(value=sum(len(w.tokens) for w in windows[n]), length=n, **columns) for n in windows]
     model = target.load()
     if local_attention_of(model).full_decode and prompt is None:
@@ -199,19 +209,24 @@ def evaluate_perplexity(
             f"{min(lengths) // 2}, or --no-full-decode."
         )
     columns = {"run": run, "seed": seed} | target.columns(model)
-    task = convention if prompt is None else f"{convention}-decoded"
+    settings: dict[str, Any] = {"convention": convention, "stride": stride, "prompt": prompt, "prefix": prefix}
     results = []
     for n in lengths:
-        scores = perplexity(model, texts[n], length=n, convention=convention, stride=stride, prompt=prompt, seed=seed)
+        scores = perplexity(model, texts[n], length=n, seed=seed, **settings)
         results += results_of(scores, n, task, **columns)
     return results
 
 
-def results_of(scores: Sequence[Score], length: int, convention: str, **columns: Any) -> list[Result]:
-    """Scores as results of the task `perplexity-<convention>`; `columns` are those that all share."""
+def task_name(convention: str, prefix: tuple[int, ...]) -> str:
+    """The task of results that were measured so."""
+    return f"perplexity-{convention}" + "-bos" * bool(prefix)
+
+
+def results_of(scores: Sequence[Score], length: int, task: str, **columns: Any) -> list[Result]:
+    """Scores as results of a task; `columns` are those that all share."""
     return [
         Result(
-            task=f"perplexity-{convention}",
+            task=task,
             metric="perplexity",
             value=score.perplexity,
             length=length,
@@ -239,26 +254,27 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _windows(
-    corpus: Corpus, length: int, convention: str, stride: int | None, prompt: int | None = None
+    corpus: Corpus,
+    length: int,
+    convention: str,
+    stride: int | None,
+    prompt: int | None = None,
+    prefix: tuple[int, ...] = (),
 ) -> list[_Window]:
-    _check_options(length, convention, stride, prompt)
-    windows = []
-    for i in range(len(corpus)):
-        tokens = corpus[i]
-        if convention == "truncated":
-            spans = [(0, length, 1)] if len(tokens) >= length else []
-        elif convention == "disjoint":
-            spans = [(start, min(start + length, len(tokens)), 1) for start in range(0, len(tokens), length)]
+    _check_options(length, convention, stride, prompt, prefix)
+    step, first, windows = stride or max(1, length // 4), max(1, len(prefix), prompt or 0), []
+    for i, tokens in enumerate(corpus):
+        if convention == "disjoint":
+            scored = [(window, first) for window in windows_of(tokens, length, prefix)]
         else:
-            step = stride or max(1, length // 4)
-            spans = [(0, min(length, len(tokens)), 1)]
-            for last in range(length + step, len(tokens) + step, step):
+            start = window_at(tokens, 0, length, prefix)
+            scored = [(start, first)] if convention == "strided" or len(start) == length else []
+        if convention == "strided":
+            for last in range(start.end + step, len(tokens) + step, step):
                 stop = min(last, len(tokens))
-                spans.append((stop - length, stop, length - (stop - (last - step))))
-        for start, end, scored_from in spans:
-            scored_from = max(scored_from, prompt or 0)
-            if end - start > scored_from:
-                windows.append(_Window(i, tokens[start:end], scored_from))
+                window = replace(window_at(tokens, stop - length + len(prefix), length, prefix), end=stop)
+                scored.append((window, max(first, len(window) - (stop - (last - step)))))
+        windows += [_Window(i, one.tokens(tokens), after) for one, after in scored if len(one) > after]
     if not windows:
         raise ZebraError(
             f"no document has enough tokens for the {convention} convention at length {length:,}; the longest has "
@@ -267,11 +283,15 @@ def _windows(
     return windows
 
 
-def _check_options(length: int, convention: str, stride: int | None, prompt: int | None) -> None:
+def _check_options(
+    length: int, convention: str, stride: int | None, prompt: int | None, prefix: tuple[int, ...]
+) -> None:
     if convention not in CONVENTIONS:
         raise ZebraError(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
-    if length < 2:
-        raise ZebraError(f"a context has at least 2 tokens, one to see and one to predict; got a length of {length}.")
+    if length <= (least := max(1, len(prefix))):
+        raise ZebraError(
+            f"a context has at least {least + 1} tokens, {least} to see and one to predict; got a length of {length}."
+        )
     if stride is not None and (convention != "strided" or not 1 <= stride < length):
         raise ZebraError(
             f"a stride belongs to the strided convention and lies between 1 and length - 1; got {stride} "

@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.data.corpus import Corpus, read_corpus
-from zebra.data.encoding import Encoder
+from zebra.data.encoding import Encoder, window_prefix
 from zebra.data.needles import SampleGenerator, check_task
 from zebra.errors import ZebraError
 from zebra.evaluate.calibration import (
@@ -75,6 +75,7 @@ def select(
     samples: int = 16,
     order: str = "greedy",
     separator: str | None = None,
+    bos: bool | None = None,
     rope: str | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
@@ -94,6 +95,7 @@ def select(
         tasks: retrieval tasks, see `zebra.data.questions`; the loss is that of their answers.
         samples: sequences; one in four is held out.
         order: greedy, or once.
+        bos: of the sequences of text, see `zebra.data.encoding.window_prefix`; the results' task then ends in `-bos`.
         work: a folder for the losses: the same call continues after a kill, another budget reuses them.
         trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
         check_only: load no model; the result is the tokens that it would read, the layout one of as many global layers.
@@ -124,12 +126,13 @@ def select(
         corpus: Corpus | None = text
     else:
         corpus = read_corpus(text, Encoder.of(tokenizer), separator=separator) if text else None
+    prefix = window_prefix(tokenizer, bos)
     if tasks:
         needles = SampleGenerator(tokenizer, corpus)
         sequences = task_sequences(needles, tasks, length=length, window=local.window, samples=samples, seed=seed)
     else:
         assert corpus is not None
-        sequences = text_sequences(corpus, length, samples)
+        sequences = text_sequences(corpus, length, samples, prefix)
     batches = batches_of(sequences, seed)
     cost = SearchCost.of(source, count, order, batches)
     if check_only:
@@ -159,7 +162,7 @@ def select(
         losses = Losses(model, batches, local.window, local.sinks, folder)
         layouts = _search(losses, source, count, order, cost)
         columns = {"run": run, "length": length, "seed": seed} | target.columns(model)
-        data = "+".join(dict.fromkeys(tasks)) or "text"
+        data = "+".join(dict.fromkeys(tasks)) or "text" + "-bos" * bool(prefix)
         results = [*_results(losses, layouts, source, local, data, columns)]
         if folder is not None:
             write_results(folder / "results.jsonl", results)

@@ -15,6 +15,7 @@ _CONVENTIONS = {
     "strided": "overlapping windows; each scores only its last tokens, those that no window before it has scored",
     "truncated": "only the beginning of each document that is long enough to fill the context",
 }
+_BOS = "; each window begins with the tokenizer's token of the beginning"
 _INTERVALS = {
     "perplexity-": "95 %, bootstrap over documents",
     "retrieval-": "of retrieval: 95 %, Wilson's over samples",
@@ -46,7 +47,9 @@ def method(results: Sequence[Result]) -> Section:
     for one in results:
         how = convention(one.task)
         if one.task != how:
-            facts["convention"][f"{how}: {_CONVENTIONS.get(how, 'as its evaluation defines it')}"] = None
+            name, _, rest = how.partition("-")
+            begins = _BOS * ("bos" in rest.split("-"))
+            facts["convention"][f"{how}: {_CONVENTIONS.get(name, 'as its evaluation defines it')}{begins}"] = None
         for kind, text in _INTERVALS.items():
             if one.low is not None and one.task.startswith(kind):
                 facts["intervals"][text] = None

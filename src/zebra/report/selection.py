@@ -53,7 +53,7 @@ class LayerSelection(NamedTuple):
     def title(self) -> str:
         """What was measured, and how many layers stay global."""
         measured = self.source.task.split("-", 2)[2]
-        by = "long-range tokens" if measured == "text" else f"answers of {measured.replace('+', ', ')}"
+        by = "long-range tokens" if measured in ("text", "text-bos") else f"answers of {measured.replace('+', ', ')}"
         model = f"{series_of(self.source).name}, by {by} in sequences of {self.source.length:,} tokens"
         return f"{model}; {self.budget} of {self.depth} layers stay global"
 

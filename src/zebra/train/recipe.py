@@ -188,6 +188,10 @@ class PerplexityEvaluation(TextSource, EvaluationSchedule):
         None, description="a longer context that is measured before and after too, beyond the trained length or not"
     )
     convention: Literal["disjoint", "strided", "truncated"] = "disjoint"
+    bos: bool | None = Field(
+        None,
+        description="begin each window with the tokenizer's token of the beginning; as the tokenizer does without it",
+    )
     first_bucket: int = Field(256, ge=1, description="positions of the first bucket; each next ends at twice as many")
 
 

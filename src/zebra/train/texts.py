@@ -22,12 +22,12 @@ from transformers import (
 
 from zebra.data.composition import mixture_tables
 from zebra.data.corpus import Corpus, read_corpus
-from zebra.data.encoding import Encoder
+from zebra.data.encoding import Encoder, window_prefix
 from zebra.data.mixture import Source, SourceStats, mix, select, split_sources
 from zebra.data.packing import PackedSequences, pack
 from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
-from zebra.evaluate.perplexity import perplexity, results_of
+from zebra.evaluate.perplexity import perplexity, results_of, task_name
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import console
 from zebra.results import Result
@@ -45,12 +45,14 @@ class TextTraining(TrainingData):
     Attributes:
         sequences: to train on.
         held_out: documents to measure on; None where nothing is measured.
+        prefix: tokens that begin each window of them.
         stats: what a mixture took of each source.
     """
 
     recipe: TextRecipe
     sequences: PackedSequences | RecallDataset
     held_out: Corpus | None
+    prefix: tuple[int, ...]
     stats: list[SourceStats]
 
     def trainer(self, model: PreTrainedModel, checkpoints: Path) -> Trainer:
@@ -86,9 +88,10 @@ class TextTraining(TrainingData):
             length=length,
             convention=evaluation.convention,
             first_bucket=evaluation.first_bucket,
+            prefix=self.prefix,
             seed=self.recipe.train.seed,
         )
-        return results_of(scores, length, evaluation.convention, **columns)
+        return results_of(scores, length, task_name(evaluation.convention, self.prefix), **columns)
 
     def measure(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
         """The perplexity by position, how fast the model read, and the perplexity beyond."""
@@ -154,7 +157,8 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
         if evaluation.join:
             held_out = held_out.joined(evaluation.beyond or evaluation.length)
     with_recall = sequences if data.recall is None else _with_recall(recipe, data.recall, tokenizer, sequences)
-    return TextTraining(recipe, with_recall, held_out, stats)
+    prefix = () if evaluation is None else window_prefix(tokenizer, evaluation.bos)
+    return TextTraining(recipe, with_recall, held_out, prefix, stats)
 
 
 def _sequences_of_training(recipe: TextRecipe) -> int:
