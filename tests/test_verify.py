@@ -179,7 +179,7 @@ def a_little_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "documents", lambda positions, batch: None)
+    monkeypatch.setattr(attention, "documents_of", lambda *arguments, **options: None)
 
 
 def padding_counted(monkeypatch: pytest.MonkeyPatch) -> None:
