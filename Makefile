@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOWEST := .venv-lowest
+OLDER := .venv-transformers4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check test-full bench clean
@@ -34,7 +35,12 @@ $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev]'
 	@touch $@
 
-test-full: check $(LOWEST)/.ready ## The whole law matrix, then the tests with the lowest supported transformers.
+$(OLDER)/.ready: constraints-transformers4.txt
+	$(PYTHON) -m venv --clear $(OLDER)
+	$(OLDER)/bin/python -m pip install --quiet --requirement constraints-transformers4.txt
+	@touch $@
+
+test-full: check $(LOWEST)/.ready $(OLDER)/.ready ## The whole law matrix, then the tests with the lowest supported transformers.
 	$(BIN)/pytest -n 2 -m "not gpu"
 	$(LOWEST)/bin/pytest -n 2 -m "not full and not gpu"
 
@@ -42,4 +48,4 @@ bench: $(READY) ## Measure time and memory on this machine, an hour: benchmarks/
 	$(BIN)/python benchmarks/speed.py
 
 clean: ## Remove the environments and the runs.
-	rm -rf $(VENV) $(LOWEST) runs
+	rm -rf $(VENV) $(LOWEST) $(OLDER) runs

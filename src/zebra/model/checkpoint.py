@@ -25,6 +25,7 @@ from zebra.files import atomic_write, file_digest
 from zebra.model.checkpoint_files import adapter_beside_base, check_checkpoint, check_fields, read_json_object
 from zebra.model.families import ignores_layer_types, route_of, stripes_of
 from zebra.model.local import LocalAttention, layout_name
+from zebra.model.rope import older_fields
 from zebra.model.weights import WEIGHT_SUFFIXES, correct_by_weights, digest_of_weights
 from zebra.provenance import git_commit, versions
 
@@ -143,9 +144,13 @@ def checkpoint_digests(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def write_config(config: PreTrainedConfig, directory: Path) -> None:
-    """Write config.json with every field of its class, defaults too: another version's defaults may differ."""
+    """Write config.json with every field of its class, defaults too: another version's defaults may differ.
+
+    The rope is written for transformers 4 too.
+    """
     whole = config.to_dict()
     values = config.to_diff_dict() | {name: whole[name] for name in own_fields(config) if name in whole}
+    values |= older_fields(config)
     values.pop("_name_or_path", None)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     atomic_write(directory / "config.json", text)

@@ -149,6 +149,32 @@ def with_explicit_yarn_factor(config: PreTrainedConfig) -> PreTrainedConfig:
     return result
 
 
+_LOCAL_BASE = {"gemma3_text": "rope_local_base_freq", "olmo3": None}
+"""Families of transformers 4 with a rope for each kind of layer, and its field for the base of local layers."""
+
+
+def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config's rope in the fields of transformers 4, which knows no `rope_parameters` and would take its defaults.
+
+    Where those cannot say the same, or its class ignores `layer_types`, `rope_theta` is a text at which it stops.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_kind = GLOBAL in rope
+    if not rope or (by_kind and config.model_type not in _LOCAL_BASE):
+        return {}  # no class of transformers 4 reads it
+    old = rope[GLOBAL] if by_kind else rope
+    fields = {name: old[name] for name in _UNCHANGED if name in old} | {"rope_scaling": None}
+    if old.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = {name: value for name, value in old.items() if name not in _UNCHANGED}
+    same = config.model_type != "qwen2_moe" or LOCAL not in (config.layer_types or ())
+    if by_kind:
+        local, own_base = rope[LOCAL], _LOCAL_BASE[config.model_type]
+        base = old["rope_theta"] if own_base is None else local["rope_theta"]
+        same = local == {"rope_type": "default", "rope_theta": base}
+        fields |= {} if own_base is None else {own_base: base}
+    return fields if same else {"rope_theta": "transformers 4 would compute another model; see rope_parameters"}
+
+
 def refuse_changing_rope(config: PreTrainedConfig, purpose: str) -> None:
     """Reject a use of a model whose frequencies depend on the text's length.
 
