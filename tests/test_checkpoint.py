@@ -145,6 +145,7 @@ def test_weights_under_other_names(stories: Path) -> None:
 # An adapter beside its base
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # of the test's own call
 def test_an_adapter_beside_its_base_is_rejected_by_every_verb(stories: Path, tmp_path: Path, zebra: Zebra) -> None:
     before = load(STORIES)(IDS).logits
     base = AutoModelForCausalLM.from_pretrained(STORIES)
