@@ -85,13 +85,14 @@ def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
 def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text((TEXT / "tinystories_test.txt").read_text())
-    training_recipe = adapt_recipe(tmp_path / "run", model=str(stories), data__files=[str(text)], **SHORT)
+    changes = {"model": str(stories), "data__files": [str(text)], "train__max_steps": 1}
+    training_recipe = adapt_recipe(tmp_path / "run", **changes, **SHORT)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("zebra.train.run.run_trainer", interrupt)
+        patch.setattr("zebra.train.source.CheckpointStart.export", interrupt)
         with pytest.raises(KeyboardInterrupt):
             adapt(training_recipe)
     for name, part in (

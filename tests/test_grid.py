@@ -189,7 +189,10 @@ def test_a_grid_runs_each_cell_once(few: Path, tmp_path: Path) -> None:
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "cells").glob("*.log")}
     assert len(logs) == 2
     assert [cell.done for cell in estimate(grid)] == [True, True]
+    page = tmp_path / "run" / "cells" / "global-rotary-64-seed0" / "report.html"
+    page.unlink()  # a kill came between the cell's results and its page
     assert study(grid) == results
+    assert page.exists()
     assert all(path.stat().st_mtime_ns == time for path, time in logs.items())
 
 
@@ -349,3 +352,41 @@ def test_a_grid_that_is_told_to_end_takes_its_cells_along(
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_killed_grid_leaves_no_cell_behind(few: Path, tmp_path: Path) -> None:
+    """The cells of a killed process went on, and held the locks of their directories."""
+    (tmp_path / "cells").mkdir()
+    cell = of(tmp_path, few).model_dump_json()
+    starter = f"""
+import sys
+from zebra.study import grid
+from zebra.study.cells import recipes_of
+from zebra.study.recipe import StudyRecipe
+
+(recipe,) = recipes_of(StudyRecipe.model_validate_json({cell!r}))
+command = grid.subprocess.Popen
+grid.subprocess.Popen = lambda arguments, **options: command(["/bin/sleep", "60"], **options)
+print(grid._start(recipe, 0, 1).pid, flush=True)
+sys.stdin.read()
+"""
+    arguments = [sys.executable, "-c", starter]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        os.kill(pid, 0)
+        parent.kill()
+    for _ in range(100):
+        if not is_running(pid):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the cell outlived its grid")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; one that ended may wait for a parent to read its exit code."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False

@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
 def test_weights_that_are_not_finite_are_not_saved_as_good_and_the_rate_is_that_of_their_step(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    mark, state = trainer._MarkComplete(), SimpleNamespace(global_step=3)
+    mark, state = trainer._Saves(2), SimpleNamespace(global_step=3)
     mark.on_pre_optimizer_step(None, state, None, optimizer=optimizer)  # type: ignore[arg-type]
     optimizer.param_groups[0]["lr"] = 0.125  # the schedule goes on before the save
     with torch.no_grad():

@@ -12,6 +12,8 @@ the others alone.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -34,6 +36,7 @@ from zebra.model.checkpoint import load_tokenizer
 from zebra.model.families import attention_pairs, layout
 from zebra.plan.decoder import decoder_from_config
 from zebra.progress import bar, console
+from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
 from zebra.study.cells import CELL_KEYS, recipes_of
@@ -73,6 +76,7 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
             console.print(f"{len(recipes) - len(todo)} of {len(recipes)} cells are done already")
         failed = _run(run, recipes, todo, workers)
         results = _gather(run, recipes)
+        _write_missing_pages(recipes)
     if failed:
         (name, reason), more = failed[0], len(failed) - 1
         raise ZebraError(
@@ -189,6 +193,13 @@ def _gather(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Result]:
     return results
 
 
+def _write_missing_pages(recipes: Sequence[PretrainRecipe]) -> None:
+    """The pages of cells that were killed between their results and their page."""
+    for cell in (Path(recipe.run) for recipe in recipes):
+        if _is_finished(cell) and not (cell / "report.html").exists():
+            write_report(read_results(cell / "results.jsonl"), cell / "report.html")
+
+
 # Processes
 
 
@@ -252,8 +263,22 @@ def _start(recipe: PretrainRecipe, worker: int, workers: int) -> subprocess.Pope
     else:
         environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // workers))
     command = [sys.executable, "-m", "zebra", "pretrain", path, "--json"]
+    end_with = functools.partial(_end_with, os.getpid())
     with Path(f"{recipe.run}.log").open("ab") as log:
-        return subprocess.Popen(command, stdin=DEVNULL, stdout=DEVNULL, stderr=log, env=environment)
+        return subprocess.Popen(
+            command, stdin=DEVNULL, stdout=DEVNULL, stderr=log, env=environment, preexec_fn=end_with
+        )
+
+
+_PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent ends, even by SIGKILL: a cell would go on alone (Linux, prctl(2))."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
 
 
 def _reason(cell: Path, code: int) -> str:

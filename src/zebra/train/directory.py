@@ -2,17 +2,23 @@
 
 run/recipe.yaml     the resolved recipe; a second start of the same recipe resumes, of another is refused
 run/inputs.json     what the recipe's names stood for: digests of files and of the source, the number of processes
+
+Until its first whole checkpoint a run has nothing that is worth keeping: its recipe and its inputs may be mended.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError
 
@@ -20,6 +26,10 @@ from zebra.data.documents import find_files
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write, directory_lock, file_digest
 from zebra.train.recipe import Recipe, named_files
+
+COMPLETE = "COMPLETE"
+"""The mark that a checkpoint is whole, written last."""
+_SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
 
 def is_first_process() -> bool:
@@ -40,10 +50,17 @@ def locked_run(recipe: Recipe) -> Iterator[Path]:
         ZebraError: the directory is of another recipe or of no run; another process is at work in it.
     """
     run = Path(recipe.run)
-    check_recipe(run, recipe)
+    check_recipe(run, recipe, may_be_longer=True)
     with directory_lock(run) if is_first_process() else nullcontext():
-        check_recipe(run, recipe)  # another process may have been here first
+        check_recipe(run, recipe, may_be_longer=True)  # another process may have been here first
         yield run
+
+
+def has_trained(run: Path) -> bool:
+    """Whether a run has a whole checkpoint, or what comes after it."""
+    return any((run / name).exists() for name in ("model", "results.jsonl")) or any(
+        run.glob(f"checkpoints/checkpoint-*/{COMPLETE}")
+    )
 
 
 def inputs_of(recipe: Recipe, digests: dict[str, object], *, finished: bool) -> dict[str, object]:
@@ -73,18 +90,62 @@ def digests_of_files(tree: dict[str, Any]) -> dict[str, str]:
 
 
 def record_inputs(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
-    """Write down the recipe and what its names stand for."""
-    atomic_write(run / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    atomic_write(run / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+    """Write down the recipe and what its names stand for; results of a start that had others are removed."""
+    texts = {
+        "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        "inputs.json": json.dumps(inputs, indent=2) + "\n",
+    }
+    if not has_trained(run) and any((run / name).exists() and _read(run / name) != texts[name] for name in texts):
+        (run / "before.jsonl").unlink(missing_ok=True)
+    for name, text in texts.items():
+        atomic_write(run / name, text)
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def reopen(run: Path) -> None:
+    """Make a finished run one that goes on behind its last step: remove its results, its page and its model.
+
+    Raises:
+        ZebraError: there is no whole checkpoint of its last step.
+    """
+    model, removed = run / "model", run / ".model.removed"
+    if model.exists():
+        steps = _first_recipe(run)["train"]["max_steps"]
+        if not (run / "checkpoints" / f"checkpoint-{steps}" / COMPLETE).exists():
+            raise ZebraError(
+                f"{run} is trained, and its checkpoint of step {steps} is gone: a longer training has nothing to go on "
+                f"from. Start another run with {model} as its model."
+            )
+    for name in ("results.jsonl", "report.html"):
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(removed, ignore_errors=True)
+    if model.exists():
+        os.replace(model, removed)
+        shutil.rmtree(removed)
+
+
+def is_longer(run: Path, recipe: Recipe) -> bool:
+    """Whether a recipe that may have the run has more steps than it began with."""
+    return has_trained(run) and _first_recipe(run)["train"]["max_steps"] < recipe.train.max_steps
+
+
+def _first_recipe(run: Path) -> Any:
+    return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
 
 
 @contextmanager
 def writing(run: Path) -> Iterator[None]:
-    """Turn the errors of torch and safetensors on a full disk into one line."""
+    """Turn the errors of a full disk, those of torch and safetensors too, into one line."""
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:
-        if "I/O error" not in str(error) and "inline_container" not in str(error):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        in_save = any(code.co_name == "save" and code.co_filename == torch.serialization.__file__ for code in frames)
+        if not is_full and not in_save and "I/O error" not in str(error):
             raise
         raise ZebraError(
             f"{run} cannot be written, is the disk full? ({first_line(error)}) Free some space; "
@@ -92,25 +153,50 @@ def writing(run: Path) -> Iterator[None]:
         ) from None
 
 
-def check_recipe(run: Path, recipe: Recipe) -> None:
-    """Check that a directory is absent, or that of this recipe.
+def check_recipe(run: Path, recipe: Recipe, *, may_be_longer: bool = False) -> None:
+    """Check that a directory is absent, or that of this recipe, or of one that trained nothing yet.
+
+    Args:
+        may_be_longer: accept a recipe that differs in having more steps, where that is the same training.
 
     Raises:
         ZebraError: a directory of another recipe, or of no run; a damaged recipe.
     """
     file = run / "recipe.yaml"
     if file.exists():
+        if (run / "inputs.json").exists() and not has_trained(run):
+            return
         try:
-            first = type(recipe).model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+            first = type(recipe).model_validate(_first_recipe(run))
         except (yaml.YAMLError, ValueError):
             raise ZebraError(f"{file} is damaged: it is no recipe. Name another run, or remove {run}.") from None
-        if different := differing_keys(recipe, first):
+        different = differing_keys(recipe, first)
+        if may_be_longer and different == ["train.max_steps"] and recipe.train.max_steps > first.train.max_steps:
+            _check_longer(run, recipe)
+        elif different:
             raise ZebraError(
                 f"{run} holds a run of another recipe: {', '.join(different)} differ. "
                 "Name another run, or remove the directory."
             )
     elif run.exists() and (not run.is_dir() or any(not file.name.startswith(".") for file in run.iterdir())):
         raise ZebraError(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
+
+
+def _check_longer(run: Path, recipe: Recipe) -> None:
+    """Check that nothing in a training before its last step depends on how many steps it has."""
+    schedule, data = recipe.train.lr_scheduler_type, getattr(recipe, "data", None)
+    drawn = [f"data.{name}" for name in ("sources", "recall") if getattr(data, name, None) is not None]
+    if schedule not in _SCHEDULES_WITHOUT_END:
+        reason = f"the learning rate of train.lr_scheduler_type {schedule} falls until the last step"
+    elif drawn:
+        reason = f"{' and '.join(drawn)} are drawn for all steps of a training"
+    else:
+        return
+    model = run / "model"
+    raise ZebraError(
+        f"{run} holds a run of fewer steps, and with more train.max_steps it is another training: {reason}. "
+        f"Name another run{f', with {model} as its model' if model.exists() else ''}."
+    )
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:

@@ -6,6 +6,7 @@ run/tokenizer/    the tokenizer, where the recipe trains one
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ from zebra.model.families import layer_kinds, model_class, route_of, with_stripe
 from zebra.model.local import LocalAttention, local_attention_of, set_local_attention
 from zebra.results import Result
 from zebra.stripes import GLOBAL, Stripes
-from zebra.train.directory import is_first_process
+from zebra.train.directory import has_trained, is_first_process
 from zebra.train.measuring import local_attention_for
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.run import Start, run_recipe
@@ -47,7 +48,7 @@ def pretrain(recipe: PretrainRecipe) -> list[Result]:
     config_of(recipe)
 
     def start_of(run: Path) -> RandomStart:
-        if isinstance(recipe.tokenizer, str) or (run / "tokenizer").is_dir():
+        if isinstance(recipe.tokenizer, str) or (has_trained(run) and (run / "tokenizer").is_dir()):
             tokenizer = load_tokenizer(recipe.tokenizer if isinstance(recipe.tokenizer, str) else run / "tokenizer")
         else:
             tokenizer = train_tokenizer(tokenizer_texts(recipe), recipe.tokenizer)
@@ -69,8 +70,10 @@ class RandomStart(Start):
 
     def build(self) -> PreTrainedModel:
         """The model with random weights; the tokenizer is kept, so that a resumed run does not train it again."""
-        tokenizer = Path(self.recipe.run) / "tokenizer"
-        if not tokenizer.exists() and is_first_process():
+        run = Path(self.recipe.run)
+        tokenizer = run / "tokenizer"
+        if not has_trained(run) and is_first_process():
+            shutil.rmtree(tokenizer, ignore_errors=True)  # of a start that came to no checkpoint
             with atomic_directory(tokenizer) as staging:
                 self.tokenizer.save_pretrained(staging)
         return random_model(self.config, seed=self.recipe.train.seed, local=local_attention_for(self.recipe))

@@ -102,6 +102,8 @@ def run_recipe(
 ) -> list[Result]:
     """Run a recipe from where it stands, and return its results; none in any but the first process.
 
+    A recipe with more steps than the run began with goes on behind its last step, where its schedule has no end.
+
     Args:
         start_of: what the training starts from, given the directory of the run, which this process holds.
         read: reads the data; a finished run needs none.
@@ -111,18 +113,22 @@ def run_recipe(
             not finite; what the arguments raise.
     """
     with directory.locked_run(recipe) as run:
-        start = start_of(run)
-        results = read_results(run / "results.jsonl") if (run / "results.jsonl").exists() else []
+        start, longer = start_of(run), directory.is_longer(run, recipe)
+        is_finished = (run / "results.jsonl").exists() and not longer
+        results = read_results(run / "results.jsonl") if is_finished else []
         inputs = directory.inputs_of(recipe, start.digests(), finished=bool(results))
-        check_inputs(run / "inputs.json", inputs, instead="name another run", partly=bool(results))
+        if directory.has_trained(run):
+            check_inputs(run / "inputs.json", inputs, instead="name another run", partly=bool(results))
         if results:
             return results
         data = read(start)
+        if longer and directory.is_first_process():
+            directory.reopen(run)
         directory.record_inputs(run, recipe, inputs)
         before = _before(run, recipe, start, data)
         shared, local = common_columns(recipe), local_attention_for(recipe)
         columns = shared | {"layout": layout_name(start.config, local, start.rope)}
-        if not (run / "model").exists():
+        if longer or not (run / "model").exists():
             _train(run, start, data, columns)
         if not directory.is_first_process():
             return []

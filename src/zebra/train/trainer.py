@@ -30,17 +30,14 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write, sync
 from zebra.model.finite import check_finite
 from zebra.progress import bar, console
 from zebra.results import Result
-from zebra.train.directory import processes
+from zebra.train.directory import COMPLETE, processes
 from zebra.train.muon import muon
 from zebra.train.recipe import Recipe, Training
-
-COMPLETE = "COMPLETE"
-"""The mark that a checkpoint is whole, written last."""
 
 
 def check_machine(train: Training) -> None:
@@ -73,7 +70,8 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
     """Train from the newest whole checkpoint of the Trainer's directory, with a progress bar.
 
     Raises:
-        ZebraError: one process that sees several GPUs; a loss or weights that are not finite.
+        ZebraError: one process that sees several GPUs; a loss or weights that are not finite; a step that does not fit
+            into memory.
     """
     checkpoints = Path(trainer.args.output_dir)
     if trainer.args.n_gpu > 1:
@@ -82,7 +80,8 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
             "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
     with bar("training", recipe.train.max_steps * tokens_per_step(recipe), "tokens") as advance:
-        for callback in (_MarkComplete(), _ShowProgress(advance), *callbacks):  # an evaluation is no time of a step
+        own = _Saves(recipe.train.save_total_limit), _ShowProgress(advance)
+        for callback in (*own, *callbacks):  # an evaluation is no time of a step
             trainer.add_callback(callback)
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
@@ -91,7 +90,7 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
                     shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
         newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        with _tied_weights_expected(model):
+        with _tied_weights_expected(model), _memory_errors(recipe):
             trainer.train(resume_from_checkpoint=newest)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
@@ -107,12 +106,35 @@ def refuse_diverged(loss: Tensor, trainer: Trainer) -> None:
 
 
 def _diverged(what: str, step: int, rate: float, checkpoints: Path) -> str:
-    steps = [int(path.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*") if is_complete(path)]
+    steps = _whole_steps(checkpoints)
     newest = f"The newest finite checkpoint is that of step {max(steps)}." if steps else "No checkpoint was saved yet."
     return (
         f"{what} not finite at step {step}, at a learning rate of {rate:.3g}. {newest} "
         "Start another run with a lower train.learning_rate or a longer train.warmup_steps."
     )
+
+
+@contextmanager
+def _memory_errors(recipe: Recipe) -> Iterator[None]:
+    """Turn what torch raises when a step does not fit into memory into one line with the remedies."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = ("out of memory", "can't allocate memory", "alloc_failed")
+        if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in words):
+            raise
+        train = recipe.train
+        remedies = {
+            "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps, which is the same "
+            "step": train.per_device_train_batch_size > 1,
+            "set train.activation_checkpointing": not train.activation_checkpointing,
+            "lower train.length": True,
+        }
+        raise ZebraError(
+            f"a forward and backward pass of {train.per_device_train_batch_size:,} x {train.length:,} tokens does not "
+            f"fit into memory ({first_line(error)}). One of: "
+            f"{'; '.join(remedy for remedy, helps in remedies.items() if helps)}. --dry-run estimates what fits."
+        ) from None
 
 
 @contextmanager
@@ -152,6 +174,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "output_dir": str(checkpoints),
         "use_cpu": not torch.cuda.is_available(),
         "data_seed": train.seed,
+        "save_total_limit": None,  # the Trainer removes the oldest by the clock, which may be set back: `_Saves` does
         "include_num_input_tokens_seen": "all",
         "train_sampling_strategy": "random",
         "report_to": "none",
@@ -190,13 +213,14 @@ class Evaluation(TrainerCallback):
             console.print(f"step {state.global_step}: {results[0].metric} {values}")
 
 
-class _MarkComplete(TrainerCallback):
-    """Marks a finite checkpoint when all of it is written: the Trainer writes in place, so a kill leaves broken ones.
+class _Saves(TrainerCallback):
+    """Marks a finite checkpoint when all of it is written, and removes those of the fewest steps beyond a limit.
 
-    The mark holds the size of each file, so that damage shows later.
+    The Trainer writes in place, so a kill leaves broken ones. The mark holds the size of each file: damage shows later.
     """
 
-    rate = 0.0
+    def __init__(self, limit: int):
+        self.limit, self.rate = limit, 0.0
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.rate = kwargs["optimizer"].param_groups[0]["lr"]  # the schedule has moved on when it is saved
@@ -211,6 +235,8 @@ class _MarkComplete(TrainerCallback):
             where = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             sync(where.parent)  # its entry there too
             atomic_write(where / COMPLETE, json.dumps(_sizes(where)))
+            for step in sorted(_whole_steps(where.parent))[: -self.limit]:
+                shutil.rmtree(where.with_name(f"checkpoint-{step}"), ignore_errors=True)
 
 
 class _ShowProgress(TrainerCallback):
@@ -253,6 +279,10 @@ def is_complete(checkpoint: Path) -> bool:
         return json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")) == _sizes(checkpoint)
     except (OSError, ValueError):
         return False
+
+
+def _whole_steps(checkpoints: Path) -> list[int]:
+    return [int(path.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*") if is_complete(path)]
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
