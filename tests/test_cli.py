@@ -218,7 +218,7 @@ BAD = {
         ["no device 'cuda:77' here"],
     ),
     "verify elsewhere": (["verify", STORIES, "--against", STORIES, "--device", "tape"], ["no device 'tape'"]),
-    "verify in integers": (["verify", STORIES, "--against", STORIES, "--dtype", "int8"], ["float64, float32"]),
+    "verify in integers": (["verify", STORIES, "--against", STORIES, "--dtype", "int8"], ["float64', 'float32"]),
     "target without a name": (["convert", STORIES, ".", "--stripes", "GL:9"], ["exists already"]),
     "a length in words": (["plan", "llama-2-7b", "--length", "4k"], ["'--length'", "valid integer", "plan --help"]),
     "plan no layout": (["plan", "llama-2-7b", "--length", "64", "--stripes", ""], ["PATTERN:WINDOW", "got ''"]),

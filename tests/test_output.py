@@ -20,8 +20,8 @@ from conftest import STORIES, Zebra, refused
 from safetensors.torch import save_file
 
 from zebra.cli import show
-from zebra.errors import machine_fault
-from zebra.progress import TextConsole, bar, printable
+from zebra.errors import machine_fault, printable
+from zebra.progress import TextConsole, bar
 from zebra.results import Result, append_results, read_results, to_json
 
 HOSTILE = "\x1b]0;title\x07\x1b[31mred\r\x9b2J [/bold] [red] :smile: \udcff"
@@ -31,6 +31,10 @@ def result(**columns: Any) -> Result:
     return Result(
         **{"run": "r", "model": "m", "layout": "full", "task": "bench t", "metric": "loss", "value": 1.5} | columns
     )
+
+
+def work() -> None:
+    raise AssertionError("it came to its work")
 
 
 class Failing(io.TextIOBase):
@@ -78,12 +82,56 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_work(
     zebra: Zebra, tmp_path: Path, verb: tuple[object, ...], option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text").write_text("Once upon a time.")
-
-    def work() -> None:
-        raise AssertionError("it came to its work")
-
     monkeypatch.setattr("zebra.cli.show.working", work)
     refused(zebra(*verb, option, "text/out.svg", cwd=tmp_path), "text/out.svg", "cannot be written: Not a directory")
+
+
+BAD_VALUES = {
+    "select": [
+        *(("--budget", value) for value in ("foo", "0", "1.5", "flops:2", "cache:x", "8@9")),
+        *(("--length", "0"), ("--samples", "3"), ("--seed", "-1"), ("--window", "0")),
+    ],
+    "perplexity": [
+        ("--length", "0"),
+        ("--length", "512,-1"),
+        ("--stride", "0"),
+        ("--prompt", "0"),
+        ("--num-proc", "0"),
+    ],
+    "retrieval": [("--length", "1"), ("--depth", "0,2"), ("--depth", "nan"), ("--samples", "0")],
+    "tasks": [("--limit", "0"), ("--shots", "-1"), ("--batch-size", "0"), ("--length", "0")],
+    "documents": [("--limit", "0"), ("--answer-tokens", "0"), ("--length", "0")],
+    "generate": [
+        *((option, "0") for option in ("--max-new-tokens", "--num-beams", "--top-k", "--prefill-chunk")),
+        *(
+            ("--temperature", "-1"),
+            ("--top-p", "2"),
+            ("--min-p", "-1"),
+            ("--repetition-penalty", "-1"),
+            ("--seed", "-1"),
+        ),
+    ],
+    "verify": [("--length", "0"), ("--dtype", "int8")],
+}
+VERBS: dict[str, tuple[object, ...]] = {
+    "select": ("select", STORIES, "--budget", 2, "--window", 8, "--length", 32, "--text", "text"),
+    "perplexity": ("evaluate", "perplexity", STORIES, "text", "--length", 16),
+    "retrieval": ("evaluate", "retrieval", STORIES, "--task", "passkey", "--length", 99),
+    "tasks": ("evaluate", "tasks", STORIES, "--tasks", "zebra-passkey", "--length", 99),
+    "documents": ("evaluate", "documents", STORIES, "text"),
+    "generate": ("generate", STORIES, "--prompt", "Once"),
+    "verify": ("verify", STORIES, "--against", STORIES),
+}
+
+
+@pytest.mark.parametrize(("verb", "option"), [(verb, option) for verb in VERBS for option in BAD_VALUES[verb]])
+def test_a_bad_value_is_refused_before_any_work(
+    zebra: Zebra, tmp_path: Path, verb: str, option: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows is `show.working`, in which alone torch is imported."""
+    (tmp_path / "text").write_text("Once upon a time.")
+    monkeypatch.setattr("zebra.cli.show.working", work)
+    refused(zebra(*VERBS[verb], *option, cwd=tmp_path))
 
 
 def test_a_torn_file_is_refused_with_the_line_and_never_joined(zebra: Zebra, tmp_path: Path) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
 from zebra import ZebraError
-from zebra.report import terminal_tables, write_report
+from zebra.errors import printable
+from zebra.report import merge_sources, terminal_tables, write_report
 from zebra.report.method import method
-from zebra.report.page import Table
-from zebra.results import Result
+from zebra.report.page import Section, Table
+from zebra.report.page import markdown as markdown_of
+from zebra.results import Result, read_results
 
 COMMON: dict[str, Any] = {
     "seed": 3,
@@ -209,6 +213,55 @@ def test_odd_values_make_a_page(tmp_path: Path, value: float) -> None:
 def test_results_that_are_all_odd_make_a_page(tmp_path: Path, value: float) -> None:
     write_report([replace(result, value=value, low=value, high=value) for result in a_run()], tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+HOSTILE = "\x1b[31m\r\x00\udcff <script>alert(1)</script> [x](javascript:alert(1)) 模型"
+
+
+def test_text_of_results_is_shown_and_does_nothing(tmp_path: Path) -> None:
+    """No target of a link, no element, no control character comes from the text of a file."""
+    columns = ("run", "model", "device", "commit")
+    results = [replace(one, **{name: f"{HOSTILE}{getattr(one, name)}" for name in columns}) for one in a_run()]
+    html, markdown = page(merge_sources({"a": results}), tmp_path, title=HOSTILE)
+    assert set(re.findall(r'href="(.)', html)) == {"#"}
+    assert "<script" not in html + markdown
+    assert "](javascript" not in re.sub(r"\\.", "", markdown)
+    assert printable(html + markdown) == html + markdown
+    assert "模型" in html
+    figures = [*tmp_path.glob("*.svg")]
+    assert figures
+    for figure in figures:
+        ElementTree.parse(figure)
+    section = Section(HOSTILE, ["text"])
+    assert "\\[x\\](javascript" in markdown_of("stem", "title", [], [section])
+
+
+def measured_selection(**changes: Any) -> list[Result]:
+    kinds = ("source-layers", "source-loss", "source-held_out_loss", "candidate-rise", "stride-held_out_rise")
+    results = []
+    for kind in (*kinds, "once-held_out_rise"):
+        part, metric = kind.split("-")
+        columns: dict[str, Any] = {"run": "r", "model": "m", "task": f"selection-{part}-text", "metric": metric}
+        columns |= {"layout": "full" if part == "source" else "0:8", "length": 64, "seed": 0, "n": 9, "value": 2.0}
+        results.append(Result(**columns | changes))
+    return results
+
+
+@pytest.mark.parametrize("value", [0, -1, 1e308, float("nan"), float("inf"), 10**300])
+def test_odd_values_of_a_selection_make_a_page(tmp_path: Path, value: float) -> None:
+    write_report(measured_selection(value=value, low=value, high=value), tmp_path / "page.html")
+    write_report(measured_selection(layout="no layout"), tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("value", 10**400), ("low", -(10**400)), ("length", -1), ("n", 2**63), ("position_from", -1), ("depth", 2)],
+)
+def test_numbers_that_no_column_can_have_are_refused_with_their_line(tmp_path: Path, column: str, value: int) -> None:
+    line = json.loads(a_run()[0].json()) | {column: value}
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ZebraError, match=f"line 1 is not a result: the column {column} holds"):
+        read_results(tmp_path / "results.jsonl")
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The one error for input that cannot be served, and what to quote of another library's."""
+"""The one error for input that cannot be served, what to quote of another library's, and text that is safe to show."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ def first_line(error: Exception) -> str:
     """The first line of a library's error, without the advice behind it; all lines where the first ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines)[:300] if lines[0].endswith(":") else lines[0]
+
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+"""Characters that a terminal obeys, or that UTF-8 or XML do not allow."""
+
+
+def printable(text: str) -> str:
+    """Text with a picture in place of each control character but line breaks and tabs, `\N{SYMBOL FOR ESCAPE}[31m`."""
+    return _CONTROL.sub(
+        lambda match: chr(0x2400 + ord(match[0])) if match[0] < " " else "\N{REPLACEMENT CHARACTER}", text
+    )
 
 
 _REMEDIES = {

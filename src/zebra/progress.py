@@ -5,7 +5,6 @@ Names come from files of others. What they hold is shown and not obeyed: no mark
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,15 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.segment import Segment
 from rich.text import Text
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""Characters that a terminal obeys, or that UTF-8 or XML do not allow."""
-
-
-def printable(text: str) -> str:
-    """Text with a picture in place of each control character but line breaks and tabs, `\N{SYMBOL FOR ESCAPE}[31m`."""
-    return _CONTROL.sub(
-        lambda match: chr(0x2400 + ord(match[0])) if match[0] < " " else "\N{REPLACEMENT CHARACTER}", text
-    )
+from zebra.errors import printable
 
 
 class TextConsole(Console):

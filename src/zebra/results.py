@@ -155,6 +155,15 @@ def _parse(line: str, origin: str) -> Result:
     result = Result(**columns, origin=origin)
     for column in COLUMNS:
         value = getattr(result, column)
-        if isinstance(value, bool) or not isinstance(value, _TYPES[column]):
-            raise ValueError(f"the column {column} holds {value!r}")
+        if isinstance(value, bool) or not isinstance(value, _TYPES[column]) or not _in_range(column, value):
+            raise ValueError(f"the column {column} holds {str(value)[:40]!r}")
     return result
+
+
+def _in_range(column: str, value: Any) -> bool:
+    """Whether a number can be one of its column: a count of 63 bits, a share, or what a float holds."""
+    if column in ("length", "position_from", "position_to", "n"):
+        return value is None or 0 <= value < 2**63
+    if column == "depth":
+        return value is None or 0 <= value <= 1
+    return not isinstance(value, int) or abs(value) < 2**1023

@@ -43,7 +43,11 @@ def compare(
     ] = "passkey,multikey",
     depths: Annotated[
         str,
-        typer.Option("--depth", callback=options.numbers("--depth", float, "0.1,0.9"), help="Depths of the evidence."),
+        typer.Option(
+            "--depth",
+            callback=options.numbers("--depth", float, "0.1,0.9", least=0, most=1),
+            help="Depths of the evidence.",
+        ),
     ] = "0.1,0.5,0.9",
     windows: Annotated[int, typer.Option(min=1, help="At most so many windows of the text.")] = 16,
     samples: Annotated[int, typer.Option(min=1, help="At most so many samples of each task and depth.")] = 10,

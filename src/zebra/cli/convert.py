@@ -62,11 +62,12 @@ def select(
     budget: Annotated[
         str,
         typer.Option(
-            help="Global layers to keep: 8, or 0.25 of all; flops:0.5 of the prefill; cache:4GiB@131072 tokens."
+            callback=options.budget_notation,
+            help="Global layers to keep: 8, or 0.25 of all; flops:0.5 of the prefill; cache:4GiB@131072 tokens.",
         ),
     ],
     window: Annotated[str, typer.Option(help="Window of the layers that become local, in tokens; 512+4 adds 4 sinks.")],
-    length: Annotated[int, typer.Option(help="Tokens of each measured text or prompt.")],
+    length: Annotated[int, typer.Option(min=2, metavar="INT", help="Tokens of each measured text or prompt.")],
     text: Annotated[
         list[str] | None, typer.Option(help="File, folder or glob to measure on; repeatable. Needed without --task.")
     ] = None,
@@ -78,7 +79,9 @@ def select(
             help="Retrieval tasks to measure on, several with commas; --text is then their haystack.",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Texts or prompts to measure; one in four is held out.")] = 16,
+    samples: Annotated[
+        int, typer.Option(min=4, metavar="INT", help="Texts or prompts to measure; one in four is held out.")
+    ] = 16,
     order: Annotated[
         Literal["greedy", "once"],
         typer.Option(
@@ -155,10 +158,16 @@ def verify(
         str | None, typer.Option(callback=options.rope_notation, help="Change of the rope that it was converted with.")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens of the long checks. Default: somewhat over one and a half windows.")
+        int | None,
+        typer.Option(
+            min=2, metavar="INT", help="Tokens of the long checks. Default: somewhat over one and a half windows."
+        ),
     ] = None,
     seed: options.Seed = 0,
-    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        Literal["float64", "float32", "bfloat16"],
+        typer.Option(metavar="NAME", help="float64, float32 or bfloat16."),
+    ] = "float32",
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1.")] = "cpu",
     as_json: options.Json = False,
 ) -> None:

@@ -28,7 +28,7 @@ def instructions(
         str,
         typer.Option(
             "--depth",
-            callback=numbers("--depth", float, "0,0.5,1"),
+            callback=numbers("--depth", float, "0,0.5,1", least=0, most=1),
             help="Depths of the document asked about, 0 (start) to 1 (end), used in turn.",
         ),
     ] = "0,0.5,1",

@@ -24,7 +24,10 @@ def perplexity(
         typer.Option(metavar="NAME", help="How the scored chunks lie on a text: disjoint, strided or truncated."),
     ] = "disjoint",
     stride: Annotated[
-        int | None, typer.Option(help="Tokens that each strided chunk scores. Default: a quarter of the length.")
+        int | None,
+        typer.Option(
+            min=1, metavar="INT", help="Tokens that each strided chunk scores. Default: a quarter of the length."
+        ),
     ] = None,
     separator: options.Separator = None,
     field: Annotated[
@@ -36,7 +39,11 @@ def perplexity(
     ] = False,
     prompt: Annotated[
         int | None,
-        typer.Option(help="Read this many tokens of each chunk as a prompt; score the others as decoded after it."),
+        typer.Option(
+            min=1,
+            metavar="INT",
+            help="Read this many tokens of each chunk as a prompt; score the others as decoded after it.",
+        ),
     ] = None,
     bos: options.Bos = None,
     stripes: options.StripesNotation = None,
@@ -78,11 +85,11 @@ def retrieval(
         str,
         typer.Option(
             "--depth",
-            callback=options.numbers("--depth", float, "0,0.5,1"),
+            callback=options.numbers("--depth", float, "0,0.5,1", least=0, most=1),
             help="Depths of the evidence, from 0 (start) to 1 (end), several with commas.",
         ),
     ] = "0,0.25,0.5,0.75,1",
-    samples: Annotated[int, typer.Option(help="Samples of each task, length and depth.")] = 20,
+    samples: Annotated[int, typer.Option(min=1, metavar="INT", help="Samples of each task, length and depth.")] = 20,
     score: Annotated[
         options.Score,
         typer.Option(
@@ -138,9 +145,13 @@ def tasks(
             "--length", callback=options.length_list, help="Context lengths of zebra-TASK, several with commas."
         ),
     ] = None,
-    shots: Annotated[int | None, typer.Option(help="Examples before each question. Default: as the task says.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first items of each task. Default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Requests in one batch.")] = 8,
+    shots: Annotated[
+        int | None, typer.Option(min=0, metavar="INT", help="Examples before each question. Default: as the task says.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="INT", help="Use only the first items of each task. Default: all.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="INT", help="Requests in one batch.")] = 8,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     include: Annotated[Path | None, typer.Option(help="Folder with your own YAML tasks.")] = None,
     cut: Annotated[bool, typer.Option("--cut", help="Cut the start of requests longer than the model.")] = False,
@@ -190,8 +201,12 @@ def documents(
             help="Tokens of prompt and answer, several with commas. Default: the model's own length.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first items. Default: all.")] = None,
-    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer to generate, or to score, at most.")] = 128,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="INT", help="Use only the first items. Default: all.")
+    ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, metavar="INT", help="Tokens of an answer to generate, or to score, at most.")
+    ] = 128,
     template: Annotated[str | None, typer.Option(help="Prompt with {document} and {question}. Default: plain.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End a generated answer at this string; repeatable.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,6 +13,7 @@ from zebra.errors import ZebraError
 from zebra.files import check_writable
 from zebra.model.checkpoint_files import check_dtype
 from zebra.model.rope import Rope
+from zebra.plan.budget import parse_budget
 from zebra.positions import SelfExtend
 from zebra.results import check_results_file
 from zebra.stripes import Stripes
@@ -19,14 +21,20 @@ from zebra.stripes import Stripes
 Value = TypeVar("Value")
 
 
-def numbers(option: str, kind: Callable[[str], float], example: str) -> Callable[[str | None], list[Any] | None]:
+def numbers(
+    option: str, kind: Callable[[str], float], example: str, least: float, most: float = math.inf
+) -> Callable[[str | None], list[Any] | None]:
     """A callback that reads an option's numbers, with commas between them, and raises a ZebraError for others."""
 
     def callback(value: str | None) -> list[Any] | None:
         try:
-            return None if value is None else [kind(part) for part in value.split(",")]
+            values = None if value is None else [kind(part) for part in value.split(",")]
         except ValueError:
             raise ZebraError(f"{option} takes numbers, several with commas; got {value!r}. Write {example}.") from None
+        if not all(least <= one <= most for one in values or ()):
+            ends = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ZebraError(f"{option} takes numbers {ends}; got {value!r}. Write {example}.")
+        return values
 
     return callback
 
@@ -67,6 +75,7 @@ def _check_folder(folder: Path) -> None:
 
 
 stripes_notation = _checked_by(Stripes.parse)
+budget_notation = _checked_by(parse_budget)
 rope_notation = _checked_by(Rope.parse)
 self_extend_notation = _checked_by(_check_self_extend)
 output_file = _checked_by(check_writable)
@@ -137,7 +146,7 @@ TrustRemoteCode = Annotated[
 
 # Measurements
 
-length_list = numbers("--length", int, "4096 or 512,4096")
+length_list = numbers("--length", int, "4096 or 512,4096", least=2)
 Lengths = Annotated[
     str, typer.Option("--length", callback=length_list, help="Context lengths in tokens, several with commas.")
 ]
@@ -153,7 +162,7 @@ Bos = Annotated[
         help="Begin each chunk with the token of the beginning, or as the text does. Default: as the tokenizer does.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of all random draws.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="INT", help="Seed of all random draws.")]
 RunName = Annotated[str, typer.Option("--run", help="Name of the run in the results.")]
 Out = Annotated[
     Path | None,

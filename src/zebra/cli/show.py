@@ -13,7 +13,8 @@ from dataclasses import asdict
 from json import dumps, loads
 from typing import TYPE_CHECKING, Any
 
-from zebra.progress import TextConsole, printable
+from zebra.errors import printable
+from zebra.progress import TextConsole
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -78,7 +78,10 @@ def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as
 def study(
     recipe: Annotated[Path, typer.Argument(help="YAML grid; see recipes/study-*.yaml.")],
     set_: Set = None,
-    workers: Annotated[int, typer.Option(help="Cells to train at a time, one for each GPU, or sharing the cores.")] = 1,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, metavar="INT", help="Cells to train at a time, one for each GPU, or sharing the cores."),
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells and which are done; train nothing.")
     ] = False,

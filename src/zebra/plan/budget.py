@@ -33,21 +33,17 @@ def layers_within(budget: str, candidates: Sequence[int], local: Stripes, run: C
     Raises:
         ZebraError: another notation, a share that is not between 0 and 1, a budget that leaves none or all of them.
     """
-    match = re.fullmatch(r"(?:(flops|cache):)?([0-9.]+[A-Za-z]*)(?:@([0-9_]+))?", budget.strip())
-    if match is None or (match[3] and not match[1]):
-        raise ZebraError(f"a budget is a number of global layers, a share or a cost; got {budget!r}. {_NOTATION}")
-    unit, amount, length = match.groups()
+    unit, size, length = parse_budget(budget)
     most = len(candidates)
     if unit is None:
-        count = int(amount) if amount.isdecimal() else int(_share(amount) * most + 1e-9)
+        count = size if isinstance(size, int) else int(size * most + 1e-9)
         if not 1 <= count < most:
             raise ZebraError(
                 f"of this model's {most} global layers a selection keeps 1 to {most - 1}; "
-                f"a budget of {amount} keeps {count}. Give another number."
+                f"a budget of {size} keeps {count}. Give another number."
             )
         return count
-    size = _share(amount) if unit == "flops" else parse_bytes(amount)
-    unchanged = run(int(length) if length else None)
+    unchanged = run(length)
     layouts = (replace(local, pattern=None, global_layers=tuple(candidates[:k])) for k in range(1, most + 1))
     runs = [replace(unchanged, stripes=stripes) for stripes in layouts]
     if unit == "flops":
@@ -62,6 +58,23 @@ def layers_within(budget: str, candidates: Sequence[int], local: Stripes, run: C
             f"a budget of {allowed} leaves no choice. Give one between."
         )
     return sum(cost <= limit for cost in costs)
+
+
+def parse_budget(budget: str) -> tuple[str | None, float, int | None]:
+    """The unit of a budget ("flops", "cache", or None for layers), its size, and the length that it holds for.
+
+    Raises:
+        ZebraError: another notation, a share that is not between 0 and 1.
+    """
+    match = re.fullmatch(r"(?:(flops|cache):)?([0-9.]+[A-Za-z]*)(?:@([0-9_]+))?", budget.strip())
+    if match is None or (match[3] and not match[1]):
+        raise ZebraError(f"a budget is a number of global layers, a share or a cost; got {budget!r}. {_NOTATION}")
+    unit, amount, length = match.groups()
+    if unit == "cache":
+        size: float = parse_bytes(amount)
+    else:
+        size = int(amount) if unit is None and amount.isdecimal() and int(amount) else _share(amount)
+    return unit, size, int(length) if length else None
 
 
 def _share(text: str) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich import table as terminal
 from rich.text import Text
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, printable
 from zebra.files import atomic_write
 from zebra.report import (
     answers,
@@ -94,9 +94,9 @@ def write_report(
     ]
     parts = [section for section in parts if section.blocks]
     for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
-        atomic_write(html.with_name(f"{html.stem}-{figure.name}.svg"), figure.standalone)
-    atomic_write(html.with_suffix(".md"), page.markdown(html.stem, title, summary, parts))
-    atomic_write(html, page.html(title, summary, parts, results))
+        atomic_write(html.with_name(f"{html.stem}-{figure.name}.svg"), printable(figure.standalone))
+    atomic_write(html.with_suffix(".md"), printable(page.markdown(html.stem, title, summary, parts)))
+    atomic_write(html, printable(page.html(title, summary, parts, results)))
 
 
 def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:

@@ -6,7 +6,7 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
-from zebra.report.figures import Figure
+from zebra.report.figures import Figure, drawable
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, change_words, interval_cell, split, table, where
 from zebra.report.series import percent, series_of, step, trained_series
@@ -67,7 +67,7 @@ def _plot_losses(axes: Axes, results: list[Result]) -> None:
         at = step(one)
         if at is not None or (not series_of(one).is_output and (one.run, one.layout) in trained):
             name = f"{one.run}: {_suite(one)}" if several else _suite(one)
-            points.setdefault(name, []).append((at or 0, one.value))
+            points.setdefault(name, []).append((at or 0, drawable(one.value)))
     for name, line in points.items():
         axes.plot(*zip(*sorted(line), strict=True), label=name)
     axes.set_xlim(left=0)

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from zebra.errors import printable
 from zebra.report import tasks
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, split, table, where
@@ -21,7 +23,7 @@ HOW = (
 
 
 def merge_sources(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
-    """The results of several sources.
+    """The results of several sources, their text as a page can show it.
 
     Where two sources have a run of one name, the source's name is added to the run's.
     """
@@ -32,11 +34,15 @@ def merge_sources(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
     for source, results in sources.items():
         for result in results:
             sources_of_run[result.run].add(source)
-    return [
+    merged = [
         replace(result, run=f"{result.run} ({short[source]})") if len(sources_of_run[result.run]) > 1 else result
         for source, results in sources.items()
         for result in results
     ]
+    texts: list[dict[str, Any]] = [
+        {name: printable(text) for name, text in vars(one).items() if isinstance(text, str)} for one in merged
+    ]
+    return [replace(one, **columns) for one, columns in zip(merged, texts, strict=True)]
 
 
 def compare(results: Iterable[Result]) -> Section:

@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,7 +73,8 @@ class Figure:
         """The element for a page."""
         columns = self.columns or len(self.plots)
         lines = math.ceil(len(self.plots) / columns)
-        with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": self.name}]):
+        with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": self.name}]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # glyphs, which are the reader's fonts' matter, and values beyond the axes
             figure = Canvas(figsize=(_WIDTH, lines * self.height), layout="constrained")
             panels = list(figure.subplots(lines, columns, squeeze=False, width_ratios=self.widths).flat)
             for axes, plot in itertools.zip_longest(panels, self.plots):

@@ -16,7 +16,7 @@ from zebra.report.series import FULL, count, percent, series_of
 from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
-_MOST_LAYERS = 1_000
+MOST_LAYERS = 1_000
 _TOKENS = 10
 """Tokens of the schematic masks."""
 LAYERS = (
@@ -40,7 +40,7 @@ def layouts(costs: list[Result]) -> Section:
     results = []
     windows = set()
     for cost in costs:
-        key = cost.layout, int(cost.value) if 1 <= cost.value <= _MOST_LAYERS else 0
+        key = cost.layout, int(cost.value) if 1 <= cost.value <= MOST_LAYERS else 0
         if cost.metric != "layers" or not key[1] or key in kinds:
             continue
         try:

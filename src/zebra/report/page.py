@@ -139,7 +139,7 @@ def markdown(stem: str, title: str, summary: Sequence[Line], sections: list[Sect
     lines = ["".join(cell.text for cell in line).strip() for line in summary]
     blocks = [f"# {_escaped(title)}", *(f"**{_escaped(line)}**" for line in lines)]
     for section in sections:
-        blocks.append(f"## {section.title}")
+        blocks.append(f"## {_escaped(section.title)}")
         for block in section.blocks:
             if isinstance(block, Table):
                 head = [_escaped(f"{cell.text} {cell.dim}".strip()) for cell in block.head]

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from zebra.errors import ZebraError
 from zebra.report.figures import ACCENT, INK, Figure, drawable
+from zebra.report.layouts import MOST_LAYERS
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import interval_cell, split, value_cell
 from zebra.report.series import FULL, interval, number, series_of
@@ -100,8 +102,14 @@ def _selections(results: list[Result]) -> list[LayerSelection]:
         parts = split(group, lambda one: (one.task.split("-", 2)[1], one.metric))
         if not parts.keys() >= _REQUIRED:
             continue
-        depth = int(parts["source", "layers"][0].value)
-        counts = {id(one): _letters(one.layout, depth).count("G") for one in group}
+        layers = parts["source", "layers"][0].value
+        if not 1 <= layers <= MOST_LAYERS:
+            continue
+        depth = int(layers)
+        try:
+            counts = {id(one): _letters(one.layout, depth).count("G") for one in group}
+        except ZebraError:  # a layout of another notation
+            continue
         measured = [one for order in ("greedy", "once") for one in parts.get((order, "held_out_rise"), ())]
         budgets = list(dict.fromkeys(counts[id(one)] for one in measured))
         for one in parts["stride", "held_out_rise"]:
@@ -165,7 +173,8 @@ def _plot_needs(axes: Axes, selection: LayerSelection) -> None:
         axes.bar(list(rises), list(rises.values()), color=color, label=label, width=0.8)
     bounds = {i: bounds for i, one in needs.items() if (bounds := interval(one))}
     if bounds:
-        axes.vlines(list(bounds), *zip(*bounds.values(), strict=True), color="#888", linewidth=1.2)
+        low, high = ([*map(drawable, side)] for side in zip(*bounds.values(), strict=True))
+        axes.vlines(list(bounds), low, high, color="#888", linewidth=1.2)
     axes.axhline(0, color=INK, linewidth=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.set(xlim=(-0.6, selection.depth - 0.4), xlabel="layer", ylabel="rise of the loss, nats a token")
