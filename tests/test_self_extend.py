@@ -556,6 +556,17 @@ def test_a_model_is_copied_and_pickled_with_it(model: Any) -> None:
         assert off(logits(twin, ids), expected) < 1e-6
 
 
+def test_frequencies_that_a_conversion_rounds_are_rounded_in_both_parts(checkpoints: MakeCheckpoint) -> None:
+    """Near and far tokens are rotated by one set of frequencies: the model's, whatever happens to it."""
+    model, ids = zebra.load(checkpoints("llama"), self_extend="3:16"), tokens(1, 300)
+    before = logits(model, ids)
+    model.to(torch.bfloat16).to(torch.float32)
+    with formula_logits(model, self_extend_of(model)) as formula:
+        expected = formula(ids)
+    assert off(expected, before) > 1e-3  # the rounding shows
+    assert off(logits(model, ids), expected) < 1e-5
+
+
 def test_a_group_of_one_changes_nothing(checkpoints: MakeCheckpoint) -> None:
     plain = zebra.load(checkpoints("llama"))
     same = zebra.load(checkpoints("llama"), self_extend=SelfExtend(1, 7))

@@ -54,10 +54,11 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
         )
     rotations: dict[str, GroupedRotation] = {}
     for layer in attention_layers(model):
-        if layer.rope is None or layer.frequencies is None:
+        if layer.rope is None:
             continue
-        first = layer.rope not in rotations
-        rotation = rotations.setdefault(layer.rope, GroupedRotation(layer.frequencies, setting, trained))
+        first, (rope, _, buffer) = layer.rope not in rotations, layer.rope.rpartition(".")
+        rotation = GroupedRotation(model.get_submodule(rope), buffer, setting, trained)
+        rotation = rotations.setdefault(layer.rope, rotation)
         set_override(layer.module, SelfExtendAttention(rotation, layer.module.layer_idx, first=first))
     if not rotations:
         remedy = "Load it without Self-Extend."

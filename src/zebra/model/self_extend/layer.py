@@ -89,15 +89,30 @@ class _Positions:
 
 
 class GroupedRotation:
-    """The frequencies that layers share, and the positions of the current forward, computed in its first layer only."""
+    """A rope that layers share, and the positions of the current forward, computed in its first layer only.
 
-    def __init__(self, frequencies: Tensor, setting: SelfExtend, trained: int):
-        self.frequencies, self.setting, self.trained = frequencies.detach().float().clone(), setting, trained
+    The frequencies are always those that the model rotates by, read where it reads them: a conversion of the model
+    (`.to(torch.bfloat16)`) rounds them.
+
+    Args:
+        rope: the model's rotary embedding.
+        buffer: the name in it of the frequencies (R).
+        setting: the group and the window.
+        trained: the length that the model was trained at.
+    """
+
+    def __init__(self, rope: nn.Module, buffer: str, setting: SelfExtend, trained: int):
+        self.rope, self.buffer, self.setting, self.trained = rope, buffer, setting, trained
         self._has_warned = False
         self._latest: _Positions | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_latest": None}
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """The model's frequencies (R), in float32 as transformers takes them whatever their dtype."""
+        frequencies: Tensor = getattr(self.rope, self.buffer)
+        return frequencies.to(device).float()
 
     def positions(
         self, position_ids: Tensor, mask: Mask, total: int, dtype: torch.dtype, *, recompute: bool
@@ -107,8 +122,6 @@ class GroupedRotation:
         same = latest and latest.original is position_ids and latest.padding is mask.keys and latest.size == size
         if latest is not None and same and not recompute:
             return latest
-        if self.frequencies.device != position_ids.device:
-            self.frequencies = self.frequencies.to(position_ids.device)
         offset = _offset(position_ids, mask.keys, total)
         if invalid := _invalid_step(position_ids, mask, total, offset):
             raise self._error(invalid)
@@ -127,7 +140,7 @@ class GroupedRotation:
         if self.setting.log_scale:
             scale = self.setting.query_scale(true, self.trained).to(dtype)[:, None, :, None]
         grouped = torch.stack([grouped_query(true, group, window), grouped_key(true, group)])
-        cos, sin = rotation_between(self.frequencies, position_ids, grouped, dtype)
+        cos, sin = rotation_between(self.frequencies(position_ids.device), position_ids, grouped, dtype)
         rotations = (cos[0], sin[0]), (cos[1], sin[1])
         self._latest = _Positions(position_ids, mask.keys, size, offset, start, *rotations, scale)
         return self._latest
@@ -140,7 +153,8 @@ class GroupedRotation:
         earlier = positions.original[:, :1] - past + torch.arange(past, device=positions.original.device)
         original = torch.cat([earlier, positions.original], dim=1)
         true = (original - positions.document_start).clamp(min=0)
-        return rotation_between(self.frequencies, original, grouped_key(true, self.setting.group), dtype)
+        frequencies = self.frequencies(original.device)
+        return rotation_between(frequencies, original, grouped_key(true, self.setting.group), dtype)
 
     def check_continues(self, key: Tensor | PendingKeys, positions: _Positions, past: int) -> None:
         """Reject new tokens whose positions do not continue those of the `past` cached ones; `key` is (B, K, S, D).
