@@ -123,7 +123,9 @@ def _module(config: SelfExtendConfig, setting: SelfExtend | None) -> Any:
     """A placeholder for a layer's attention module, overridden by Self-Extend."""
     module: Any = nn.Module()
     if setting is not None:
-        rotation = GroupedRotation(frequencies(config), setting, config.length)
+        rope = nn.Module()
+        rope.register_buffer("inv_freq", frequencies(config))
+        rotation = GroupedRotation(rope, "inv_freq", setting, config.length)
         set_override(module, SelfExtendAttention(rotation, 0, first=True))
     return module
 
