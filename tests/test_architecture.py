@@ -18,6 +18,7 @@ RANKS = {
     "files": -1,
     "provenance": -1,
     "stripes": 0,
+    "gguf": 0,
     "masks": 0,
     "positions": 0,
     "results": 0,
@@ -38,7 +39,7 @@ RANKS = {
     "__main__": 10,
     "__init__": 10,
 }
-STANDARD_LIBRARY_ONLY = {"errors", "files", "stripes", "masks", "positions", "provenance", "results", "plan"}
+STANDARD_LIBRARY_ONLY = {"errors", "files", "gguf", "stripes", "masks", "positions", "provenance", "results", "plan"}
 MAY_IMPORT_TRANSFORMERS = {"compare", "model", "train", "evaluate", "generation", "study"}
 
 

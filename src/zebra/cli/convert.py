@@ -18,11 +18,12 @@ def convert(
     source: options.Checkpoint,
     target: Annotated[Path, typer.Argument(help="Directory to write; it must not exist, or be empty.")],
     stripes: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Layout: G and L by layer and a window (GLLL:4096), or global layers from 0 (0,4:4096); +4: 4 sinks."
+            help="Layout: G and L by layer and a window (GLLL:4096), or global layers from 0 (0,4:4096); +4: 4 sinks. "
+            "Default: the checkpoint's own."
         ),
-    ],
+    ] = None,
     rope: Annotated[
         str | None,
         typer.Option(
@@ -33,27 +34,28 @@ def convert(
     full_decode: options.FullDecodeFlag = False,
     as_json: options.Json = False,
 ) -> None:
-    """Copy a checkpoint and give the copy stripes; plain transformers loads it."""
+    """Copy a checkpoint and give the copy stripes or another rope; plain transformers loads it. A GGUF file too."""
     check_conversion(source, target, stripes, rope)
     show.conversion(_converted(source, target, stripes, rope, full_decode), as_json)
 
 
 def _converted(
-    source: str, target: Path, stripes: Stripes | str, rope: str | None, full_decode: bool
+    source: str, target: Path, stripes: Stripes | str | None, rope: str | None, full_decode: bool
 ) -> dict[str, str]:
     """Convert, and return what was written."""
     with show.working():
         from zebra.model.checkpoint import read_config, read_local_attention
+        from zebra.model.families import layer_kinds
         from zebra.model.load import convert
         from zebra.model.local import layout_name
 
         convert(source, target, stripes, rope=rope, full_decode=full_decode)
-        config = read_config(target)
+        config = read_config(target, routed=False)
         return {
             "target": str(target),
             "class": config.architectures[0],
             "layout": layout_name(config, read_local_attention(target)),
-            "layers": "".join("G" if kind == "full_attention" else "L" for kind in config.layer_types),
+            "layers": "".join("G" if kind == "full_attention" else "L" for kind in layer_kinds(config)),
         }
 
 

@@ -95,7 +95,7 @@ def _plain_path(value: str) -> str:
 
 
 Checkpoint = Annotated[
-    str, typer.Argument(callback=_plain_path, help="Checkpoint: a directory that transformers saved.")
+    str, typer.Argument(callback=_plain_path, help="Checkpoint: a directory that transformers saved, or a GGUF file.")
 ]
 StripesNotation = Annotated[
     str | None,

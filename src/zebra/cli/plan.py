@@ -13,7 +13,9 @@ from zebra.model.checkpoint_files import check_checkpoint
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory, config.json, or a built-in name: llama-2-7b.")],
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint directory, GGUF file, config.json, or a built-in name: llama-2-7b.")
+    ],
     length: Annotated[int, typer.Option(help="Tokens of context; in decode, those before the new token.")],
     stripes: Annotated[
         str | None,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from transformers.utils import cached_file
 
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write, file_digest
+from zebra.gguf import is_gguf
 from zebra.model.checkpoint_files import adapter_beside_base, check_checkpoint, check_fields, read_json_object
 from zebra.model.families import ignores_layer_types, route_of, stripes_of
+from zebra.model.gguf import as_directory, gguf_config
 from zebra.model.local import LocalAttention, layout_name
 from zebra.model.rope import older_fields
 from zebra.model.weights import WEIGHT_SUFFIXES, correct_by_weights, digest_of_weights
@@ -49,11 +51,14 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
     hub = {name: kwargs[name] for name in _HUB if name in kwargs} | {"trust_remote_code": False}
     if not Path(path).exists() and _hub_file(path, "adapter_config.json", kwargs) is not None:
         raise adapter_beside_base(path)
+    read: Callable[..., PreTrainedConfig] = partial(AutoConfig.from_pretrained, path, **hub)
+    if is_gguf(path):
+        read = partial(gguf_config, path)
     try:
-        config = AutoConfig.from_pretrained(path, **hub)
+        config = read()
         changes = {name: kwargs[name] for name in own_fields(config) if name in kwargs}
         if changes:
-            config = AutoConfig.from_pretrained(path, **hub, **changes)
+            config = read(**changes)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         text = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         if _CODE in str(error):
@@ -69,7 +74,8 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
             "Remove layer_types from its config.json, then run `zebra convert`."
         )
-    correct_by_weights(config, Path(path) / kwargs.get("subfolder", ""))
+    if not is_gguf(path):
+        correct_by_weights(config, Path(path) / kwargs.get("subfolder", ""))
     return config
 
 
@@ -95,7 +101,7 @@ _CODE = "trust_remote_code"
 def load_tokenizer(
     path: str | os.PathLike[str], config: PreTrainedConfig | None = None, *, trust_remote_code: bool | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory.
+    """The tokenizer of a directory or a GGUF file.
 
     Args:
         config: of the model whose tokens it makes.
@@ -106,9 +112,10 @@ def load_tokenizer(
         ZebraError: there is none that can be read, one with code of its own that is not trusted, or it makes ids that
             the model has no embedding for.
     """
+    directory = as_directory(path)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=bool(trust_remote_code)
+            directory, trust_remote_code=bool(trust_remote_code)
         )
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
@@ -135,6 +142,7 @@ def checkpoint_digests(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         ZebraError: no weights.
     """
+    path = as_directory(path)
     digests = digest_of_weights(path) | {"zebra.json": repr(read_local_attention(path))}
     for file in sorted((*Path(path).iterdir(), *Path(path).glob("additional_chat_templates/*"))):
         about = file.name.startswith(".") or file.suffix == ".md" or file.name == "zebra.json"
@@ -167,7 +175,7 @@ def write_zebra_json(
     """
     origin = {
         "source": source and str(source),
-        "source_config_sha256": source and hashlib.sha256((source / "config.json").read_bytes()).hexdigest(),
+        "source_config_sha256": source and file_digest(Path(as_directory(source)) / "config.json"),
     }
     _write_json(directory / "zebra.json", _layout_fields(config, local) | origin | more)
 
@@ -189,7 +197,7 @@ def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAt
     Raises:
         ZebraError: a zebra.json that is broken.
     """
-    file = _hub_file(path, "zebra.json", kwargs)
+    file = None if is_gguf(path) else _hub_file(path, "zebra.json", kwargs)
     values = {} if file is None else read_json_object(Path(file), _MEND)
     sinks, full_decode = values.get("sinks", 0), values.get("full_decode", False)
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):

@@ -5,6 +5,7 @@ The command line calls these checks first, and `zebra.load` and `zebra.convert` 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from zebra.errors import ZebraError
 from zebra.files import refuse_existing
+from zebra.gguf import config_fields, is_gguf, read_header
 from zebra.model.rope import Rope, as_rope
 from zebra.model.routes import check_family
 from zebra.stripes import GLOBAL, LOCAL, Stripes
@@ -32,11 +34,14 @@ def check_dtype(name: str) -> None:
 
 
 def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
-    """Check that a path may be a checkpoint: a directory with a config.json, or a name in the hub.
+    """Check that a path may be a checkpoint: a directory with a config.json, a GGUF file, or a name in the hub.
 
     Raises:
-        ZebraError: no such directory, a peft adapter, no config.json, one that is not a JSON object; as `check_fields`.
+        ZebraError: no such directory, a peft adapter, no config.json, one that is not a JSON object; as `check_fields`
+            and `check_gguf`.
     """
+    if is_gguf(path):
+        return check_gguf(Path(path))
     directory = Path(path)
     config = directory / subfolder / "config.json"
     if not directory.exists():
@@ -50,10 +55,34 @@ def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
             f"{path} is a peft adapter, not a whole checkpoint. Load it with peft, or adapt with lora.merge: true."
         )
     if not config.is_file():
-        raise ZebraError(
-            f"{path} is not a checkpoint: it has no config.json. Give a directory that transformers saved."
-        )
+        files = sorted(file.name for file in directory.glob("*.gguf"))
+        remedy = f"the GGUF file itself: {directory / files[0]}" if files else "a directory that transformers saved"
+        raise ZebraError(f"{path} is not a checkpoint: it has no config.json. Give {remedy}.")
     check_fields(read_json_object(config, "Copy it from the source again."), str(path))
+
+
+def check_gguf(path: Path) -> None:
+    """Check that a GGUF file can be read: its header describes a model that is known, and no weight is cut off.
+
+    Raises:
+        ZebraError: as `read_header`, `config_fields` and `check_fields`; no package gguf; a type of tensor that it
+            does not know, or a truncated file.
+    """
+    header = read_header(path)
+    check_fields(config_fields(header), str(path))
+    if importlib.util.find_spec("gguf") is None:
+        raise ZebraError(f"{path} is read with the package gguf, which is not installed. Run `pip install gguf`.")
+    from gguf import GGML_QUANT_SIZES
+
+    size = path.stat().st_size
+    for name, (shape, kind, start) in header.tensors.items():
+        if kind not in GGML_QUANT_SIZES:
+            raise ZebraError(
+                f"{path}: {name} has the type {kind}, which the installed gguf does not know. Install a newer one."
+            )
+        elements, width = GGML_QUANT_SIZES[kind]
+        if start + math.prod(shape) // elements * width > size:
+            raise ZebraError(f"{path} is truncated: it has {size:,} bytes, and {name} lies beyond. Copy it again.")
 
 
 def adapter_beside_base(path: str | os.PathLike[str]) -> ZebraError:
@@ -114,7 +143,7 @@ def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
 def check_conversion(
     source: str | os.PathLike[str],
     target: Path | None,
-    stripes: Stripes | str,
+    stripes: Stripes | str | None,
     rope: Rope | str | None = None,
 ) -> None:
     """Check what `zebra.convert` is given, as far as that needs no torch.
@@ -123,12 +152,17 @@ def check_conversion(
         target: None where nothing is written.
 
     Raises:
-        ZebraError: as `check_checkpoint`, `check_family`, `Stripes.parse` and `Rope.parse`; a target that exists.
+        ZebraError: as `check_checkpoint`, `check_family`, `Stripes.parse` and `Rope.parse`; a target that exists;
+            nothing that would change.
     """
     if isinstance(stripes, str):
         Stripes.parse(stripes)
     as_rope(rope)
     check_checkpoint(source)
+    if stripes is None and as_rope(rope).kind == "none" and not is_gguf(source):
+        raise ZebraError(
+            f"a conversion of {source} changes its layout or its rope; got neither. Give stripes or a rope."
+        )
     config = Path(source) / "config.json"
     if config.is_file():
         check_family(str(read_json_object(config, "Copy it from the source again.").get("model_type")))

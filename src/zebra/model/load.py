@@ -23,7 +23,8 @@ from zebra.model.checkpoint import (
 )
 from zebra.model.checkpoint_files import check_conversion, check_dtype
 from zebra.model.default_cache import with_default_cache
-from zebra.model.families import FULL, model_class, stripes_of, with_stripes
+from zebra.model.families import FULL, layout, model_class, stripes_of, with_stripes
+from zebra.model.gguf import as_directory
 from zebra.model.local import LocalAttention, set_local_attention, warn_settings_outside_config
 from zebra.model.rope import Rope, as_rope, changes_with_length, length_dependent_rope_hook, refuse_changing_rope
 from zebra.model.self_extend import resolve_self_extend, set_self_extend
@@ -98,7 +99,7 @@ def load(
     cost, and sinks, full decoding and Self-Extend would be lost.
 
     Args:
-        path: a directory that transformers saved, or a name in the hub.
+        path: a directory that transformers saved, a GGUF file, or a name in the hub.
         stripes: a layout, or its notation such as "GLLL:512", "GLLL:512+4" with sinks; None keeps what the checkpoint
             has, and the sinks of its zebra.json.
         rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
@@ -129,6 +130,7 @@ def load(
     )
     config = as_rope(rope).apply(config)
     setting = None if self_extend is None else resolve_self_extend(self_extend, config)
+    path = as_directory(path)
     if Path(path).exists() and "variant" not in rest:
         check_weights(Path(path) / rest.get("subfolder", ""), config)
     model = _loaded(path, config, rest)
@@ -193,12 +195,14 @@ def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[s
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    stripes: Stripes | str,
+    stripes: Stripes | str | None = None,
     *,
     rope: Rope | str | None = None,
     full_decode: bool = False,
 ) -> Path:
     """A copy of a checkpoint with stripes, which plain transformers loads: only its config.json differs.
+
+    Without stripes its layout stays, and its rope changes, or a GGUF file becomes such a checkpoint.
 
     Weight files are hard links where the file system allows, copies elsewhere; never rewritten. `zebra.json` beside
     them keeps layout, source and versions, and what config.json has no field for: sinks and full decoding, with a
@@ -216,19 +220,20 @@ def convert(
 
 
 def converted_config(
-    source: Path, stripes: Stripes | str, rope: Rope | str | None = None, full_decode: bool = False
+    source: Path, stripes: Stripes | str | None, rope: Rope | str | None = None, full_decode: bool = False
 ) -> tuple[PreTrainedConfig, LocalAttention]:
     """The config that `convert` writes for a checkpoint, and the attention of its local layers.
 
     Raises:
         ZebraError: as `load`; a rope that changes with length; sinks or full decoding without local layers.
     """
-    stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
-    config = as_rope(rope).apply(with_stripes(read_config(source), stripes))
+    config, own = read_config(source, routed=stripes is not None), read_local_attention(source)
+    own = own if stripes is None else LocalAttention()
+    config, local = _layout(config, own, stripes, None, full_decode or None)
+    config = as_rope(rope).apply(config)
     refuse_changing_rope(config, "converting")
-    local = LocalAttention(stripes.sinks, full_decode)
     if local and stripes_of(config) is None:
-        raise ZebraError(f"{local} belong to local layers, and {stripes} has none. Leave them out.")
+        raise ZebraError(f"{local} belong to local layers, and the layout {layout(config)} has none. Leave them out.")
     return config, local
 
 
@@ -238,9 +243,9 @@ def write_converted(source: Path, target: Path, config: PreTrainedConfig, local:
     Args:
         local, more: for its zebra.json.
     """
-    weights = check_weights(source, config)
+    weights, files = check_weights(source, config), Path(as_directory(source))
     with atomic_directory(target) as aside:
-        share_files(source, aside, weights)
-        copy_other_files(source, aside, weights)
+        share_files(files, aside, weights)
+        copy_other_files(files, aside, weights)
         write_config(config, aside)
         write_zebra_json(aside, config, local, source=source, **more)

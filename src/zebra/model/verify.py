@@ -22,6 +22,7 @@ from zebra.errors import ZebraError, first_line
 from zebra.model.checkpoint import read_config, read_local_attention
 from zebra.model.families import model_class, stripes_of
 from zebra.model.finite import check_finite
+from zebra.model.gguf import as_directory
 from zebra.model.load import load, read_device, read_dtype
 from zebra.model.rope import Rope, as_rope
 from zebra.model.self_extend import bounded_cache, resolve_self_extend
@@ -204,7 +205,7 @@ def _plain_model(path: Any, config: PreTrainedConfig, placement: dict[str, Any])
     eager = getattr(config, "attn_logit_softcapping", None) or not model_class(config)._supports_sdpa
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path,
+            as_directory(path),
             config=config,
             attn_implementation="eager" if eager else "sdpa",
             trust_remote_code=False,

@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from zebra.errors import ZebraError, first_line
 from zebra.model.families import model_class
+from zebra.model.gguf import as_directory
 
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
@@ -51,7 +52,7 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
         ZebraError: no weights, a missing, corrupt or truncated shard, or one outside the directory; tensors that are
             missing, of another shape than the config says, or of integers.
     """
-    directory = Path(path)
+    directory = Path(as_directory(path))
     files = _weight_files(directory)
     if absent := [name for name in files if not (directory / name).is_file()]:
         raise ZebraError(f"{path} lacks the shards {', '.join(absent)} that its index names. Copy them there.")

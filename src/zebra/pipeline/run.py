@@ -33,6 +33,7 @@ from zebra.model.checkpoint import (
     write_config,
     write_zebra_json,
 )
+from zebra.model.gguf import as_directory
 from zebra.model.load import convert, converted_config
 from zebra.model.load_options import LoadOptions
 from zebra.model.local import LocalAttention
@@ -146,7 +147,7 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     inputs = {"kind": stage.kind} | flatten(section) | {"its files": digests_of_files(section)}
     if stage.source is None:
         return inputs
-    if not stage.source.is_dir():
+    if not stage.source.exists():
         raise ZebraError(f"the checkpoint {stage.source} is gone. Restore it, or rename the folder of its stage.")
     return inputs | {"its checkpoint": checkpoint_digests(stage.source)}
 
@@ -276,7 +277,7 @@ def _check_conversations(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
 
 def _has_tokenizer(checkpoint: Path) -> bool:
     """A placeholder of a model that is trained from scratch has neither tokenizer nor weights."""
-    return any(checkpoint.glob("tokenizer*"))
+    return any(Path(as_directory(checkpoint)).glob("tokenizer*"))
 
 
 def _write_placeholder(
@@ -284,7 +285,7 @@ def _write_placeholder(
 ) -> None:
     """A directory that reads like a checkpoint: the source's files, linked, but for its config and its templates."""
     target.mkdir(parents=True)
-    for file in source.iterdir() if source is not None else ():
+    for file in Path(as_directory(source)).iterdir() if source is not None else ():
         if file.name not in ("config.json", "zebra.json", *templates):
             (target / file.name).symlink_to(file.resolve())
     for name, text in templates.items():

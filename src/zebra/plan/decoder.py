@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zebra.errors import ZebraError
+from zebra.gguf import config_fields, is_gguf, read_header
 from zebra.plan.families import FAMILIES, FamilyTraits
 from zebra.plan.shapes import SHAPES, shape
 from zebra.positions import LENGTH_DEPENDENT, reach_of, rope_type, ropes_of
@@ -126,12 +127,14 @@ class Decoder:
 
 
 def read_decoder(model: str | os.PathLike[str]) -> Decoder:
-    """The decoder of a checkpoint's directory, a config.json, or a built-in name.
+    """The decoder of a checkpoint's directory, a GGUF file, a config.json, or a built-in name.
 
     Raises:
         ZebraError: no such file or name, no JSON object, a size that is missing or not a whole number, latent attention
             or shared experts, layers that are neither global nor local.
     """
+    if is_gguf(model):
+        return decoder_from_config(config_fields(read_header(model)), name=str(model))
     path = Path(model)
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():

@@ -74,7 +74,7 @@ def dry_run(recipe: _Known) -> DryRun:
 def _config(recipe: _Known) -> PreTrainedConfig:
     if isinstance(recipe, PretrainRecipe):
         return config_of(recipe)
-    if Path(recipe.model).is_dir():
+    if Path(recipe.model).exists():
         return adapted_config(recipe, read_config(recipe.model))
     if recipe.shape is None:
         raise ZebraError(

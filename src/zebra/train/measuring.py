@@ -29,7 +29,7 @@ def common_columns(recipe: Recipe) -> dict[str, Any]:
 def local_attention_for(recipe: Recipe) -> LocalAttention:
     """What local layers are trained with: the sinks of the recipe's layout, else what a source's zebra.json says."""
     local = LocalAttention()
-    if isinstance(recipe, CheckpointRecipe) and Path(recipe.model).is_dir():
+    if isinstance(recipe, CheckpointRecipe) and Path(recipe.model).exists():
         local = read_local_attention(recipe.model)
     return local if recipe.stripes is None else replace(local, sinks=Stripes.parse(recipe.stripes).sinks)
 

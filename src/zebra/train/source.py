@@ -24,6 +24,7 @@ from zebra.model.checkpoint import (
 )
 from zebra.model.context import longest_text
 from zebra.model.families import model_class, with_stripes
+from zebra.model.gguf import as_directory
 from zebra.model.load import load, write_converted
 from zebra.model.local import local_attention_of
 from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
@@ -50,8 +51,10 @@ def read_source(
     """
     check_machine(recipe.train)
     config = read_config(recipe.model)
-    if not Path(recipe.model).is_dir():
-        raise ZebraError(f"the model of a recipe is a directory; got {recipe.model}. Download the checkpoint first.")
+    if not Path(recipe.model).exists():
+        raise ZebraError(
+            f"the model of a recipe is a directory or a GGUF file; got {recipe.model}. Download the checkpoint first."
+        )
     tokenizer = load_tokenizer(recipe.model, config, trust_remote_code=trust_remote_code)
     config = adapted_config(recipe, config)
     check_weights(recipe.model, config)
@@ -134,7 +137,8 @@ class CheckpointStart(Start):
             ZebraError: what was written differs from what was trained.
         """
         run, source, low_rank = Path(self.recipe.run), Path(self.recipe.model), self.recipe.lora
-        dtype, trained = stored_dtype(source), model
+        files_of_source = Path(as_directory(source))
+        dtype, trained = stored_dtype(files_of_source), model
         base = run / "base" if low_rank is not None and not low_rank.merge else None
         expected = None if low_rank is None else _logits(trained.float())
         if base is not None:
@@ -152,7 +156,7 @@ class CheckpointStart(Start):
             trained.peft_config["default"].base_model_name_or_path = name
         with atomic_directory(run / "model") as staging:
             if base is None:
-                _write_whole(model, dtype, source, staging)
+                _write_whole(model, dtype, files_of_source, staging)
             else:
                 trained.save_pretrained(staging)
             steps, rope = self.recipe.train.max_steps, self.rope or "none"

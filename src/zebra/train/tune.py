@@ -8,6 +8,7 @@ from __future__ import annotations
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from zebra.errors import ZebraError
+from zebra.model.gguf import as_directory
 from zebra.model.load import best_device, load
 from zebra.results import Result
 from zebra.train.chat import Chat
@@ -50,7 +51,7 @@ def _finish(recipe: TuneRecipe, model: PreTrainedModel, config: PreTrainedConfig
         if hasattr(config, name):
             setattr(model.config, name, getattr(config, name))
     try:
-        generation = GenerationConfig.from_pretrained(recipe.model)
+        generation = GenerationConfig.from_pretrained(as_directory(recipe.model))
     except OSError:  # the source has none: its class makes one of the config
         generation = GenerationConfig.from_model_config(config)
     ends = generation.eos_token_id

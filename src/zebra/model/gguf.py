@@ -1,0 +1,199 @@
+"""A GGUF file as a checkpoint: its config, its tokenizer, and its weights in a directory that transformers loads.
+
+transformers reads tensors and tokenizer. Quantised tensors become what their blocks stand for, once, in the user's
+cache, in the dtype of the file: float32 or float16 where all matrices have it, else bfloat16. That is half the size of
+float32, has its range, and rounds by 2⁻⁹, which is no more than the steps of 8 bits and far less than those of 4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+
+from zebra.errors import ZebraError, first_line
+from zebra.files import atomic_directory, user_cache_dir
+from zebra.gguf import ORIGINAL, ROPE_FACTORS, GgufHeader, config_fields, is_gguf, read_header
+from zebra.model.checkpoint_files import check_checkpoint
+from zebra.progress import console
+
+_log = logging.getLogger(__name__)
+
+
+def gguf_config(path: str | os.PathLike[str], **changes: Any) -> PreTrainedConfig:
+    """The config of a GGUF file.
+
+    Args:
+        changes: fields that replace its own.
+
+    Raises:
+        ZebraError: as `read_header` and `config_fields`.
+    """
+    header = read_header(path)
+    fields = config_fields(header)
+    config = AutoConfig.for_model(**(fields | {"dtype": _dtype(header)} | changes))
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    return config
+
+
+def _dtype(header: GgufHeader) -> str:
+    kinds = {kind for shape, kind, _ in header.tensors.values() if len(shape) > 1}  # norms are float32 in every file
+    return {frozenset({0}): "float32", frozenset({1}): "float16"}.get(frozenset(kinds), "bfloat16")
+
+
+_BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_GPT2 = _BYTES | {"use_regex": True}
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def _by_regex(number: str) -> dict[str, Any]:
+    regex = {"Regex": _CL100K.replace("NUMBER", number)}
+    return _sequence({"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}, _BYTES)
+
+
+_DIGITS = _sequence({"type": "Digits", "individual_digits": True}, _GPT2)
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_PRE_TOKENIZERS = {
+    **dict.fromkeys(("gpt-2", "olmo", "mpt"), _GPT2),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(_LLAMA3, _by_regex(r"\p{N}{1,3}")),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _by_regex(r"\p{N}")),
+}
+"""How text is split before merges, by `tokenizer.ggml.pre`. transformers follows some of these, by its version."""
+
+
+def _write_tokenizer(path: Path, header: GgufHeader, directory: Path) -> None:
+    """Write the tokenizer of a GGUF file, with its chat template, and what transformers does not read of it."""
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
+    file, kind = directory / "tokenizer.json", header.metadata.get("tokenizer.ggml.model")
+    state = json.loads(file.read_text(encoding="utf-8"))
+    if kind == "gpt2":
+        _mend_byte_level(state, header)
+    elif kind == "llama" and header.architecture == "llama":
+        _mend_sentencepiece(state, header)
+    file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+
+
+def _mend_byte_level(state: dict[str, Any], header: GgufHeader) -> None:
+    # transformers' GPT-2 brings its <|endoftext|>, for which the model may have no embedding.
+    tokens, name = header.metadata["tokenizer.ggml.tokens"], str(header.metadata.get("tokenizer.ggml.pre"))
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < tokens]
+    # A piece of text that is a token is that token, even if merges would not lead to it.
+    state["model"]["ignore_merges"] = name in (*_LLAMA3, "tekken")
+    if name in _PRE_TOKENIZERS:
+        state["pre_tokenizer"] = _PRE_TOKENIZERS[name]
+    elif state["pre_tokenizer"] == _GPT2:
+        _log.warning(
+            "%s splits text by %r, which neither zebra nor this transformers knows: some tokens will not be the "
+            "model's own. Put the original tokenizer.json into the converted directory.",
+            header.path,
+            name,
+        )
+
+
+def _mend_sentencepiece(state: dict[str, Any], header: GgufHeader) -> None:
+    """A space before every text, as sentencepiece has it; transformers adds none before a text that begins with one."""
+    prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    steps = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    state["normalizer"], state["pre_tokenizer"] = {"type": "Sequence", "normalizers": steps}, None
+    if not prefix:
+        decoders = state["decoder"]["decoders"]
+        state["decoder"]["decoders"] = [decoder for decoder in decoders if decoder["type"] != "Strip"]
+
+
+def as_directory(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """A checkpoint that transformers loads: of a GGUF file a directory in the user's cache, any other as it is.
+
+    The directory is written once for a file of this size and date; it appears whole or not at all.
+
+    Raises:
+        ZebraError: as `check_checkpoint` and `gguf_config`; weights that do not fit the config.
+    """
+    if not is_gguf(path):
+        return path
+    check_checkpoint(path)
+    path, status = Path(os.path.abspath(path)), os.stat(path)
+    identity = f"1 {transformers.__version__} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    target = user_cache_dir("gguf") / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if not target.is_dir():
+        try:
+            _write(path, target)
+        except (OSError, ZebraError):
+            if not target.is_dir():  # else another process was faster
+                raise
+    return target
+
+
+def _write(path: Path, target: Path) -> None:
+    from gguf import GGMLQuantizationType
+
+    header, config = read_header(path), gguf_config(path)
+    counts = Counter(GGMLQuantizationType(kind).name for _, kind, _ in header.tensors.values())
+    types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    for key in header.unread_keys():
+        _log.warning("%s: %s = %s is not read; a model that needs it will be worse.", path, key, header.metadata[key])
+    stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        model = stock_class(config)
+    shapes = [shape for name, (shape, _, _) in header.tensors.items() if name != ROPE_FACTORS]
+    weights, expected = sum(map(torch.Size.numel, map(torch.Size, shapes))), model.num_parameters()
+    if weights != expected:
+        raise ZebraError(
+            f"{path} has {weights:,} weights, and a {config.model_type} of its sizes {expected:,}: what it has more or "
+            f"less is not known. {ORIGINAL}"
+        )
+    dtype = str(config.dtype).removeprefix("torch.")
+    console.print(f"{path.name}: tensors of {types}, written as {dtype} into {target}", soft_wrap=True, highlight=False)
+    with _quiet():
+        try:
+            loaded, info = stock_class.from_pretrained(
+                path.parent, gguf_file=path.name, config=config, dtype=config.dtype, output_loading_info=True
+            )
+        except (ValueError, RuntimeError, KeyError, NotImplementedError, TypeError) as error:
+            raise ZebraError(f"the weights of {path} cannot be read: {first_line(error)}. Copy it again.") from None
+    if info["missing_keys"]:
+        raise ZebraError(f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. {ORIGINAL}")
+    # Another model around the same tensors: transformers saves none that it believes to be quantised.
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.tie_weights()
+    end_of_turn = header.metadata.get("tokenizer.ggml.eot_token_id", config.eos_token_id)
+    if end_of_turn != config.eos_token_id:
+        model.generation_config.eos_token_id = [config.eos_token_id, end_of_turn]
+    with atomic_directory(target) as aside:
+        model.save_pretrained(aside)
+        _write_tokenizer(path, header, aside)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' advice on quantised models, and its bar where stderr is no terminal."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with nullcontext() if console.is_terminal else redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
