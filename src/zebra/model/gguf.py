@@ -116,7 +116,7 @@ def _mend_byte_level(state: dict[str, Any], header: GgufHeader) -> None:
 def _mend_sentencepiece(state: dict[str, Any], header: GgufHeader) -> None:
     """A space before every text, as sentencepiece has it; transformers adds none before a text that begins with one."""
     prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
-    steps = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
     state["normalizer"], state["pre_tokenizer"] = {"type": "Sequence", "normalizers": steps}, None
     if not prefix:
