@@ -208,7 +208,7 @@ def test_a_budget_of_cost_is_the_most_layers_that_meet_it() -> None:
 @pytest.mark.parametrize(
     ("budget", "why"),
     [
-        ("0", "a budget of 0 keeps 0"),
+        ("0", "a share lies between 0 and 1"),
         ("-1", "a budget is a number"),
         ("32", "keeps 1 to 31; a budget of 32"),
         ("40", "keeps 1 to 31; a budget of 40"),
@@ -295,7 +295,7 @@ def test_rows_and_page_of_a_selection(tmp_path: Path) -> None:
 KINDS = {"source": 3, "candidate": 5 + 4 + 3, "greedy": 1, "once": 1, "stride": 4, "local": 1}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"budget": "0"}, "a budget of 0 keeps 0"),
+    ({"budget": "0"}, "a share lies between 0 and 1"),
     ({"budget": "5"}, "keeps 1 to 4; a budget of 5"),
     ({"budget": "cache:1GiB"}, "leaves no choice"),
     ({"order": "best"}, "the orders are greedy and once; got 'best'"),
@@ -381,7 +381,7 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
     ("arguments", "words"),
     [
         (COMMON, ("Missing option '--budget'",)),
-        (("--budget", 0, *COMMON), ("a budget of 0 keeps 0",)),
+        (("--budget", 0, *COMMON), ("a share lies between 0 and 1",)),
         (("--budget", 9, *COMMON), ("keeps 1 to 4", "9")),
         (("--budget", 2, *COMMON, "--task", "lookups"), ("'lookups'", "multikey")),
         (("--budget", 2, *COMMON, "--text", "nothing.txt"), ("no text at nothing.txt",)),
