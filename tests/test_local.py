@@ -423,7 +423,7 @@ def test_a_broken_zebra_json_is_refused(card: str, stories: Path) -> None:
 
 
 def test_converting_without_local_layers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ZebraError, match="G:9 has none"):
+    with pytest.raises(ZebraError, match="the layout full has none"):
         zebra.convert(STORIES, tmp_path / "out", "G:9", full_decode=True)
     assert not (tmp_path / "out").exists()
 

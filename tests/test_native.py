@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -339,3 +340,46 @@ def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(compiler.Unbuilt, match="no C\\+\\+ compiler"):
         compiler.library(native.SOURCE)
+
+
+SMALL = 'extern "C" int answer() { return 42; }'
+
+
+@pytest.fixture
+def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The source of a library of one function, whose cache is in the same folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "small.cpp"
+    source.write_text(SMALL)
+    return source
+
+
+@needs_native
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_library_is_compiled_again_and_never_loaded(damage: str, small_library: Path) -> None:
+    """Loading a truncated library kills the process."""
+    assert compiler.library(small_library).answer() == 42
+    (path,) = (small_library.parent / "cache").rglob("*.so")
+    content = path.read_bytes()
+    flipped = content[:-200] + bytes([content[-200] ^ 1]) + content[-199:]
+    path.unlink()  # the one that is loaded stays whole
+    path.write_bytes({"truncated": content[:4096], "flipped": flipped, "empty": b""}[damage])
+    assert compiler.library(small_library).answer() == 42
+    assert path.read_bytes()[-32:] == hashlib.sha256(path.read_bytes()[:-32]).digest()
+
+
+@needs_native
+def test_a_library_that_others_could_have_written_is_not_loaded(
+    small_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where others can write, anything may stand in the cache, its checksum included."""
+    cache = small_library.parent / "cache"
+    compiler.library(small_library)
+    monkeypatch.setattr(compiler.ctypes, "CDLL", Path)
+    assert cache in compiler.library(small_library).parents
+    cache.chmod(0o777)
+    private = compiler.library(small_library)
+    assert cache not in private.parents
+    assert private.parent.stat().st_mode & 0o077 == 0
+    cache.chmod(0o1777)  # others can add to it, and not replace what is this user's
+    assert cache in compiler.library(small_library).parents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import logging
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,6 +20,8 @@ from zebra.files import atomic_file, user_cache_dir
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _PATIENCE = 300
 """Timeout of the compiler in seconds."""
+_DIGEST = 32
+"""Bytes of a SHA-256."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,8 +43,10 @@ def cpu_flags() -> frozenset[str]:
 def library(source: Path) -> ctypes.CDLL:
     """The source as a library, from the cache or compiled into it.
 
-    Its name there is a hash of source, compiler, options and CPU: home folders are shared between machines. It is
-    written elsewhere and renamed, so that processes which compile at once never load a half-written file.
+    Its name there is a hash of source, compiler, options and CPU: home folders are shared between machines. At its end
+    stands the SHA-256 of what precedes it, so that a damaged file is compiled again and never loaded. What others could
+    have written is not loaded either: where the cache is not this user's alone, the library lives in a private
+    temporary folder for as long as the process.
 
     Raises:
         Unbuilt: no compiler, a failed compilation, or a library that cannot be stored or loaded.
@@ -50,21 +56,59 @@ def library(source: Path) -> ctypes.CDLL:
         version = subprocess.run([*_compiler(), "--version"], capture_output=True, timeout=_PATIENCE).stdout
         target = repr((command, version, sorted(cpu_flags()))).encode()
         name = hashlib.sha256(source.read_bytes() + target).hexdigest()[:32]
-        path = user_cache_dir("kernels") / f"{source.stem}-{name}.so"
-        if not path.exists():
-            _log.warning("compiling %s for this CPU, once: some seconds", source.name)
-            with tempfile.TemporaryDirectory() as temporary, atomic_file(path) as partial:
-                output = Path(temporary) / path.name
-                command += [str(source), "-o", str(output)]
-                done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
-                if done.returncode:
-                    errors = (line for line in done.stderr.splitlines() if "error" in line)
-                    reason = next(errors, f"exit code {done.returncode}")
-                    raise Unbuilt(f"the compiler {command[0]} failed: {reason}")
-                shutil.copyfile(output, partial)
+        path = _private_folder() / f"{source.stem}-{name}.so"
+        if not _is_intact(path):
+            _compile(source, path, command)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         raise Unbuilt(f"{source.name} could not be compiled and loaded: {error}") from error
+
+
+def _compile(source: Path, path: Path, command: list[str]) -> None:
+    _log.warning("compiling %s for this CPU, once: some seconds", source.name)
+    with tempfile.TemporaryDirectory() as temporary, atomic_file(path) as partial:
+        output = Path(temporary) / path.name
+        command = [*command, str(source), "-o", str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+        if done.returncode:
+            errors = (line for line in done.stderr.splitlines() if "error" in line)
+            raise Unbuilt(f"the compiler {command[0]} failed: {next(errors, f'exit code {done.returncode}')}")
+        code = output.read_bytes()
+        partial.write_bytes(code + hashlib.sha256(code).digest())
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a file is this user's, and ends in the SHA-256 of what precedes it."""
+    if not path.is_file() or path.is_symlink() or path.stat().st_uid != os.getuid():
+        return False
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
+
+
+def _private_folder() -> Path:
+    """The user's cache, where nobody else can write into it or replace it, else a temporary folder of this process."""
+    folder = user_cache_dir("kernels")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    resolved = folder.resolve()
+    return folder if all(map(_is_private, (resolved, *resolved.parents))) else _temporary_folder()
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is this user's or root's, and others cannot write into it, or only add to it (the sticky bit).
+
+    A group with the user's own number is the user's alone, by convention.
+    """
+    status = folder.stat()
+    by_others = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid != status.st_uid)
+    return status.st_uid in (os.getuid(), 0) and not (by_others and not status.st_mode & stat.S_ISVTX)
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    _log.warning("the cache of compiled kernels can be written by others, so it is not used")
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def _compiler() -> list[str]:
