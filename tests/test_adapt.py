@@ -35,7 +35,15 @@ def names(where: Path) -> set[str]:
 
 def test_a_run_leaves_a_checkpoint_and_its_rows(adapt_run: FinishedRun) -> None:
     run, rows = adapt_run
-    assert names(run) == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "results.jsonl"}
+    assert names(run) == {
+        "recipe.yaml",
+        "inputs.json",
+        "before.jsonl",
+        "checkpoints",
+        "model",
+        "model.json",
+        "results.jsonl",
+    }
     assert read_results(run / "results.jsonl") == rows
     assert AdaptRecipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text())) == adapt_recipe(run)
     assert len(losses(rows)) == STEPS
@@ -175,7 +183,15 @@ def test_a_killed_run_resumes_to_the_same_losses(when: str, adapt_run: FinishedR
     assert losses(rows) == losses(expected)
     values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, expected)]
     assert values[0] == values[1]
-    assert names(run) == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "results.jsonl"}
+    assert names(run) == {
+        "recipe.yaml",
+        "inputs.json",
+        "before.jsonl",
+        "checkpoints",
+        "model",
+        "model.json",
+        "results.jsonl",
+    }
 
 
 @pytest.mark.parametrize(

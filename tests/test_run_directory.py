@@ -144,3 +144,22 @@ def test_a_step_that_does_not_fit_into_memory_is_one_line(tmp_path: Path, monkey
             adapt(recipe)
     mended = recipe.train.model_copy(update={"per_device_train_batch_size": 1})
     assert len(losses(adapt(recipe.model_copy(update={"train": mended})))) == 1
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_trained_checkpoint_that_is_not_what_was_written_is_never_measured(
+    finished: bool, adapt_run: FinishedRun, tmp_path: Path
+) -> None:
+    """A fault of the disk or a hand changed it: what is measured again would be of another model."""
+    run = copy_of(adapt_run, tmp_path / "run")
+    weights = run / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    if not finished:
+        (run / "results.jsonl").unlink()
+    with pytest.raises(ZebraError, match=r"is not what this run wrote: model.safetensors changed"):
+        adapt(adapt_recipe(run))
+    shutil.rmtree(run / "model")
+    (run / "results.jsonl").unlink(missing_ok=True)
+    adapt(adapt_recipe(run))
+    assert weights.read_bytes() == content

@@ -109,7 +109,15 @@ def values(rows: list[Result], metric: str) -> list[float]:
 def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[Result]], data: Path) -> None:
     run, rows = finished
     names = {p.name for p in run.iterdir()}
-    assert names == {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "results.jsonl"}
+    assert names == {
+        "recipe.yaml",
+        "inputs.json",
+        "before.jsonl",
+        "checkpoints",
+        "model",
+        "model.json",
+        "results.jsonl",
+    }
     assert read_results(run / "results.jsonl") == rows
     assert len(values(rows, "loss")) == STEPS
     measured = [(row.task, row.model, row.layout) for row in rows if row.metric == "answer_loss"]

@@ -119,7 +119,7 @@ def reopen(run: Path) -> None:
                 f"{run} is trained, and its checkpoint of step {steps} is gone: a longer training has nothing to go on "
                 f"from. Start another run with {model} as its model."
             )
-    for name in ("results.jsonl", "report.html"):
+    for name in ("results.jsonl", "report.html", "model.json"):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(removed, ignore_errors=True)
     if model.exists():
@@ -134,6 +134,34 @@ def is_longer(run: Path, recipe: Recipe) -> bool:
 
 def _first_recipe(run: Path) -> Any:
     return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+
+
+def record_export(run: Path) -> None:
+    """Write `run/model.json`: a digest of each file of the trained checkpoint."""
+    atomic_write(run / "model.json", json.dumps(_export_digests(run), indent=2) + "\n")
+
+
+def check_export(run: Path) -> None:
+    """Check that the trained checkpoint, where there is one, is what the training wrote.
+
+    Raises:
+        ZebraError: a file that is missing, added or changed, by hand or by a fault of the disk.
+    """
+    file = run / "model.json"
+    if not (run / "model").exists() or not file.exists():
+        return
+    written, present = json.loads(file.read_text(encoding="utf-8")), _export_digests(run)
+    changed = sorted(name for name in {*written, *present} if written.get(name) != present.get(name))
+    if changed:
+        raise ZebraError(
+            f"{run / 'model'} is not what this run wrote: {', '.join(changed)} changed since. Remove that folder and "
+            "results.jsonl to have it written again, or move it elsewhere."
+        )
+
+
+def _export_digests(run: Path) -> dict[str, str]:
+    files = sorted(file for file in (run / "model").rglob("*") if file.is_file() and file.suffix != ".md")
+    return {str(file.relative_to(run / "model")): file_digest(file) for file in files}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 run/recipe.yaml      the resolved recipe, and run/inputs.json beside it (zebra.train.directory)
 run/before.jsonl     results of the source, as it was and with its new stripes and rope, before any training
 run/checkpoints/     the Trainer's; only those with the mark COMPLETE are resumed from
-run/model/           the trained checkpoint, loadable by plain transformers
+run/model/           the trained checkpoint, loadable by plain transformers; run/model.json, digests of its files
 run/results.jsonl    all results, written last: a run that has it is done
 
 `adapt`, `tune` and `pretrain` say what differs: what the training starts from, and what it trains and is measured on.
@@ -119,6 +119,7 @@ def run_recipe(
         inputs = directory.inputs_of(recipe, start.digests(), finished=bool(results))
         if directory.has_trained(run):
             check_inputs(run / "inputs.json", inputs, instead="name another run", partly=bool(results))
+            directory.check_export(run)
         if results:
             return results
         data = read(start)
@@ -183,4 +184,6 @@ def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any])
             run_trainer(trainer, recipe, model, *callbacks)
     if directory.is_first_process():
         with directory.writing(run):
+            (run / "model.json").unlink(missing_ok=True)
             start.export(model, trainer_state(run, recipe)["num_input_tokens_seen"])
+            directory.record_export(run)
