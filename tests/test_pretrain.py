@@ -80,6 +80,7 @@ def test_a_run_leaves_a_checkpoint_for_plain_transformers(finished: tuple[Path, 
         "tokenizer",
         "checkpoints",
         "model",
+        "model.json",
         "results.jsonl",
     }
     plain, ours = AutoModelForCausalLM.from_pretrained(run / "model"), zebra.load(run / "model")
