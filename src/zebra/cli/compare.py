@@ -40,7 +40,7 @@ def compare(
     ] = None,
     tasks: Annotated[
         str, typer.Option("--task", callback=options.names, help="Retrieval tasks, several with commas.")
-    ] = "passkey,multikey",
+    ] = "passkey,needle",
     depths: Annotated[
         str,
         typer.Option(

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.needles import Sample
+from zebra.data.questions import IN_HAYSTACK
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import evaluating, sequence_losses
 from zebra.evaluate.retrieval import retrieval
@@ -55,6 +56,15 @@ class Unit(NamedTuple):
 COST = Unit("cost")
 
 
+def hides_in_text(task: str) -> bool:
+    """Whether a task's evidence stands in the user's text; a pass key stands in a few sentences, over and over.
+
+    The first says what the model does with this text, the second whether the method reaches so far at all: a small
+    model may fail in any text.
+    """
+    return task in IN_HAYSTACK and task != "passkey"
+
+
 def schedule(tasks: Sequence[str], depths: Sequence[float], windows: int, samples: int) -> Iterator[Unit]:
     """The units in the order in which they are measured, so that any beginning of it is balanced.
 
@@ -81,6 +91,7 @@ def measure_cost(model: PreTrainedModel, window: NDArray[np.integer[Any]]) -> Me
     cache = bounded_cache(model)
     cache.set_prompt_length(ids.shape[1])
     with evaluating(model):
+        model(ids[:, :PREFILL_CHUNK], use_cache=False, logits_to_keep=1)  # compiles kernels, warms up
         start = time.perf_counter()
         for chunk in ids.split(PREFILL_CHUNK, dim=1):
             logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

@@ -1,6 +1,6 @@
 """The measurements of a comparison as results.
 
-    perplexity-disjoint[-bos], retrieval-generate-TASK-in-text      as `zebra evaluate` names them
+    perplexity-disjoint[-bos], retrieval-generate-TASK              as `zebra evaluate` names them
     compare-paired     loss_above_best: mean loss minus that of the best method on the same tokens, in nats
     compare-cost       prefill_seconds, decode_seconds of a token, kv_bytes, and the same with _planned
     compare-trained    tokens that the checkpoint was trained to read; on the result of the checkpoint as it is
@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zebra.compare.measurements import COST, Measurement, Unit
-from zebra.data.questions import IN_HAYSTACK
+from zebra.compare.measurements import COST, Measurement, Unit, hides_in_text
 from zebra.evaluate.intervals import bootstrap, wilson
 from zebra.results import Result
 
@@ -108,7 +107,7 @@ def _retrieval(units: MethodUnits, columns: dict[str, Any]) -> Iterator[Result]:
         scores = [units[unit]["score"] for unit in units if (unit.kind, unit.depth) == (task, depth)]
         mean = sum(scores) / len(scores)
         low, high = wilson(mean, len(scores))
-        name = f"retrieval-generate-{task}" + "-in-text" * (task in IN_HAYSTACK)
+        name = f"retrieval-generate-{task}" + "-in-text" * hides_in_text(task)
         counted = {"value": mean, "low": low, "high": high, "n": len(scores), "depth": depth}
         yield Result(task=name, metric="accuracy", **counted, **columns)
 

@@ -29,6 +29,7 @@ from zebra.compare.measurements import (
     Measurement,
     Measurements,
     Unit,
+    hides_in_text,
     measure_cost,
     measure_sample,
     measure_window,
@@ -89,7 +90,7 @@ class Settings:
     length: int
     methods: Sequence[Method]
     stripes: Stripes
-    tasks: Sequence[str] = ("passkey", "multikey")
+    tasks: Sequence[str] = ("passkey", "needle")
     depths: Sequence[float] = (0.1, 0.5, 0.9)
     windows: int = 16
     samples: int = 10
@@ -177,10 +178,12 @@ class _Data:
             for window in windows_of(document, length, self.prefix)
             if len(window) == length
         ][: settings.windows]
-        self._needles = SampleGenerator(self.tokenizer, text)
-        for task in settings.tasks:
+        self._generators = {
+            task: SampleGenerator(self.tokenizer, text if hides_in_text(task) else None) for task in settings.tasks
+        }
+        for task, generator in self._generators.items():
             for depth in settings.depths:
-                self._needles.check(task, length=length, depth=depth, count=settings.samples, seed=settings.seed)
+                generator.check(task, length=length, depth=depth, count=settings.samples, seed=settings.seed)
 
     def inputs(self) -> dict[str, Any]:
         """What the measurements depend on, apart from the methods and how much of each is measured."""
@@ -200,7 +203,7 @@ class _Data:
     def sample(self, unit: Unit) -> Sample:
         """The sample of a unit; the same whatever else is drawn."""
         settings = self._settings
-        drawn = self._needles.samples(
+        drawn = self._generators[unit.kind].samples(
             unit.kind, length=settings.length, depth=unit.depth, count=unit.number + 1, seed=settings.seed
         )
         return drawn[-1]

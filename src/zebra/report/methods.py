@@ -15,10 +15,10 @@ from zebra.report.series import Series, Span, buckets, labels, number, percent, 
 from zebra.results import Result
 
 HOW = (
-    "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity: how "
-    "far it is above the best method at these positions, on the same tokens. passkey, multikey: the share of samples "
-    "that were answered, over all depths. Read: the time from an empty cache to the first token; cache: the keys and "
-    "values that it then holds; both as multiples of the checkpoint's as it is. Each time is one timing."
+    "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity: "
+    "how far it is above the best method at these positions, on the same tokens. Tasks such as passkey: the share of "
+    "samples that were answered, over all depths. Read: the time from an empty cache to the first token; cache: the "
+    "keys and values that it then holds; both as multiples of the checkpoint's as it is. Each time is one timing."
 )
 _CLOSE = math.log(1.02)
 """A perplexity that is less than 2 % above the best is as good."""
