@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from conftest import EVERY_MEMBER, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -318,3 +319,17 @@ def test_a_head_that_its_class_treats_otherwise_is_rejected() -> None:
     with torch.no_grad(), pytest.raises(ZebraError, match="does more than scale and cap its logits"):
         sequence_losses(model, ids)
     assert losses[:, 1:].all()
+
+
+def test_logits_of_a_mixed_precision_training_are_rounded_logits() -> None:
+    """accelerate computes in bfloat16 and returns float32: an evaluation during training is not rejected for that."""
+    model = tiny_model("llama").eval()
+    for name, parameter in model.named_parameters():
+        if "lm_head" in name or "embed_tokens" in name:
+            parameter.data *= 30  # larger logits, so that their rounding passes the bound of float32
+    model.to(torch.bfloat16)
+    ids = torch.randint(3, 97, (2, 21))
+    expected = sequence_losses(model, ids)
+    model.forward = convert_outputs_to_fp32(model.forward)
+    with torch.no_grad():
+        torch.testing.assert_close(sequence_losses(model, ids), expected, rtol=0.02, atol=0.02, equal_nan=True)
