@@ -15,51 +15,188 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
-from zebra.report import methods, page, retrieval, selection
+from zebra.report import methods, page, perplexity, retrieval, selection
+from zebra.report.answers import answers
 from zebra.report.figures import Figure
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
-from zebra.report.pivot import split
-from zebra.report.series import by_kind, number, percent, span_name, span_of
+from zebra.report.pivot import interval_cell, split, table
+from zebra.report.series import Span, buckets, by_kind, percent, span_name, span_of
 from zebra.results import Result, read_results, write_results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results" / "smollm2.md"
-PICTURES = "../images/smollm2"
+PICTURES = ROOT / "docs" / "images" / "smollm2"
 
-MODEL, NAME = "runs/demo-llm/smollm2", "SmolLM2-135M"
-TEXT = "examples/books/validation"
+MODEL = "runs/demo-llm/smollm2"
 CHOSEN = "7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024"
 """What the part `selection` chose."""
-LCAT = "adapt recipes/lcat-smollm2-cpu.yaml"
-COMPARE = f"compare {MODEL} {TEXT} --budget-minutes 100000"
-EXTENDED = f"--with stripes={CHOSEN} --with 'stripes={CHOSEN} self_extend=auto"
-ALL = "--methods linear,yarn,dynamic,self-extend,stripes,stripes+self-extend"
 GROUPS = ("4:1024", "4:2048", "8:1024", "8:4096", "16:2048")
+TRAINED = ("lcat-smollm2", "lcat-smollm2-offset", "lcat-smollm2-full")
+
+_LCAT = "adapt recipes/lcat-smollm2-cpu.yaml"
+_COMPARE = f"compare {MODEL} examples/books/validation --budget-minutes 100000"
+_ALL = f"--methods linear,yarn,dynamic,self-extend,stripes,stripes+self-extend --with stripes={CHOSEN} --with "
+_EXTENDED = f"'stripes={CHOSEN} self_extend=auto:"
 
 PARTS = {
-    "selection": f"select {MODEL} --budget 15 --window 1024 --length 8192 --samples 8 "
-    "--text examples/books/train/great_expectations.txt --text examples/books/train/walden.txt",
-    "chosen": LCAT,
-    "offset": f"{LCAT} --set stripes=GL:1024",
-    "full": f"{LCAT} --set stripes=null",
-    "chosen-16k": f"{LCAT} --set model=runs/smollm2-chosen/model --set rope=yarn:2 --set train.length=16384 "
-    "--set evaluate.length=16384 --set train.max_steps=25",
-    "16k": f"{COMPARE} --length 16384 {ALL} {EXTENDED}:16384' --windows 16 --samples 10",
-    "32k": f"{COMPARE} --length 32768 {ALL} {EXTENDED}:32768' --windows 6 --samples 4",
-    "groups": f"{COMPARE} --length 16384 --methods self-extend "
-    + " ".join(f"--with self_extend={one}" for one in GROUPS)
-    + " --windows 16 --samples 10 --task passkey",
-    "8k": f"{COMPARE} --length 8192 --methods stripes --with stripes={CHOSEN} "
-    + " ".join(f"--with checkpoint=runs/smollm2-{one}/model" for one in ("chosen", "offset", "full"))
-    + " --windows 16 --samples 10",
-    "lit": "tune recipes/lit-smollm2-cpu.yaml --set model=runs/smollm2-chosen/model",
+    "selection": (
+        "runs/smollm2-selection",
+        f"select {MODEL} --budget 15 --window 1024 --length 8192 --samples 8 --order once "
+        "--text examples/books/train/moby_dick.txt --text examples/books/train/pride_and_prejudice.txt",
+    ),
+    "chosen": ("runs/lcat-smollm2", _LCAT),
+    "offset": ("runs/lcat-smollm2-offset", f"{_LCAT} --set stripes=GL:1024"),
+    "full": ("runs/lcat-smollm2-full", f"{_LCAT} --set stripes=null"),
+    "chosen-16k": (
+        "runs/lcat-smollm2-16k",
+        f"{_LCAT} --set model=runs/lcat-smollm2/model --set rope=yarn:2 --set train.length=16384 "
+        "--set evaluate.length=16384 --set train.max_steps=25",
+    ),
+    "lit": ("runs/lit-smollm2", "tune recipes/lit-smollm2-cpu.yaml"),
+    "16k": ("runs/smollm2-16k", f"{_COMPARE} --length 16384 {_ALL}{_EXTENDED}16384' --windows 16 --samples 10"),
+    "32k": ("runs/smollm2-32k", f"{_COMPARE} --length 32768 {_ALL}{_EXTENDED}32768' --windows 6 --samples 4"),
+    "groups": (
+        "runs/smollm2-groups",
+        f"{_COMPARE} --length 16384 --windows 16 --samples 10 --task passkey --methods self-extend "
+        + " ".join(f"--with self_extend={one}" for one in GROUPS),
+    ),
+    "8k": (
+        "runs/smollm2-8k",
+        f"{_COMPARE} --length 8192 --windows 16 --samples 10 --methods stripes --with stripes={CHOSEN} "
+        + " ".join(f"--with checkpoint=runs/{run}/model" for run in TRAINED),
+    ),
 }
-"""The command of each part, without the folder that it writes to."""
+"""Of each part the folder that its command writes, and the command without it."""
+
+
+def measure(part: str) -> None:
+    """Run the command of a part, and copy its results."""
+    folder, command = PARTS[part]
+    arguments = [*shlex.split(command), *(["--set", f"run={folder}"] if "recipes/" in command else ["--out", folder])]
+    print(f"zebra {shlex.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, "-m", "zebra", *arguments], check=True, cwd=ROOT)
+    write_results(RESULTS / f"smollm2-{part}.jsonl", read_results(ROOT / folder / "results.jsonl"))
+
+
+# The page, from the results
+
+
+def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
+    """Perplexity by position before and after, and the share of the gap to the full model that training closed."""
+    here = [one for part in ("chosen", "offset", "full") for one in parts.get(part, ()) if "perplexity" in one.task]
+    here = [one for one in here if one.metric == "perplexity" and "@" not in one.model]
+    if not here:
+        return Section("Adapted to stripes", [])
+    source = [one for one in here if one.layout == "full" and one.model == MODEL]
+    spans = [*buckets(source), (0, source[0].length or 0)]
+    names = {
+        (MODEL, "full"): "the source",
+        **{
+            (model, layout): f"{layout}, {'untrained' if model == MODEL else 'adapted'}"
+            for model, layout in split(here, lambda one: (one.model, one.layout))
+            if (model, layout) != (MODEL, "full")
+        },
+    }
+    lines = [([Cell(name)], [one for one in here if (one.model, one.layout) == key]) for key, name in names.items()]
+    shown = [(Cell(span_name(span)), _at(span, interval_cell)) for span in spans]
+    closed = [*_closed(here, source, spans)]
+    prose = (
+        "40 steps of 8,192 tokens of low-rank updates, the same for each layout, on six novels and two programs; "
+        "measured on two novels that are not among them. Closed: of what the untrained layout adds to the source's "
+        "loss, the part that training took away; above 100 % the adapted model is better than the source."
+    )
+    blocks: list[str | Table | Figure] = [prose, table("Perplexity by position", [Cell("model")], lines, shown)]
+    if closed:
+        blocks.append(Table("Closed", [Cell("layout"), *(Cell(span_name(span)) for span in spans)], closed))
+    return Section("Adapted to stripes", blocks)
+
+
+def _at(span: Span, show: Callable[..., Cell]) -> Callable[[Sequence[Result]], Cell]:
+    return lambda results: show([one for one in results if span_of(one) == span])
+
+
+def _closed(here: Sequence[Result], source: Sequence[Result], spans: Sequence[Span]) -> list[list[Cell]]:
+    """A line for each layout that was trained: by span, (before - after) / (before - source) in nats."""
+    lines = []
+    for (run, layout), ones in split(here, lambda one: (one.run, one.layout)).items():
+        if layout == "full" or all(one.model == MODEL for one in ones):
+            continue
+        cells = [Cell(layout)]
+        for span in spans:
+            before, after = (
+                next(one for one in ones if span_of(one) == span and (one.model == MODEL) == untrained)
+                for untrained in (True, False)
+            )
+            base = next(one for one in source if span_of(one) == span and one.run == run)
+            gap = math.log(before.value / base.value)
+            closed = math.log(before.value / after.value) / gap if gap > 1e-3 else math.nan
+            cells.append(Cell("–" if math.isnan(closed) else percent(closed, 0), results=[before, after, base]))
+        lines.append(cells)
+    return lines
+
+
+def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
+    """What each part shows, under a title of its own."""
+    titles = {
+        "16k": "16,384 tokens, twice the trained length",
+        "32k": "32,768 tokens, four times the trained length",
+        "groups": "Self-Extend by group and window",
+        "8k": "8,192 tokens, before and after adaptation",
+    }
+    shown = []
+    for part, title in titles.items():
+        results = parts.get(part, [])
+        kinds = by_kind(results)
+        blocks = [
+            *methods.methods(results).blocks,
+            *perplexity.positions(kinds["position"]).blocks,
+            *retrieval.retrieval(kinds["retrieval"]).blocks,
+        ]
+        named = [
+            replace(block, name=f"{part}-{block.name}") if isinstance(block, Figure) else block for block in blocks
+        ]
+        shown.append(Section(title, named))
+    chosen = selection.selection(parts.get("selection", []))
+    tuned = answers(by_kind(parts.get("lit", []))["answers"])
+    return [shown[0], shown[1], shown[2], chosen, adaptation(parts), shown[3], tuned]
+
+
+def write_page() -> None:
+    """The page and its pictures.
+
+    Raises:
+        ZebraError: no results.
+    """
+    files = {part: RESULTS / f"smollm2-{part}.jsonl" for part in PARTS}
+    parts = {part: read_results(file) for part, file in files.items() if file.is_file()}
+    results = [one for part in parts.values() for one in part]
+    if not results:
+        raise ZebraError("there are no results of SmolLM2. Measure first: python benchmarks/smollm2.py")
+    shown = [section for section in [*sections(parts), method(results)] if section.blocks]
+    for figure in (block for section in shown for block in section.blocks if isinstance(block, Figure)):
+        atomic_write(PICTURES.with_name(f"{PICTURES.name}-{figure.name}.svg"), figure.standalone)
+    advice = [line for part in ("16k", "32k") for line in methods.method_summaries(parts.get(part, []))]
+    atomic_write(PAGE, page.markdown("../images/smollm2", "SmolLM2-135M-Instruct", advice, shown))
+
+
+def main(arguments: list[str]) -> None:
+    if unknown := [one for one in arguments if one not in (*PARTS, "--page")]:
+        raise ZebraError(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
+    for part in [] if "--page" in arguments else arguments or PARTS:
+        measure(part)
+    write_page()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ZebraError as error:
+        sys.exit(str(error))
