@@ -28,6 +28,8 @@ RANKS = {
     "model": 2,
     "generation": 3,
     "evaluate": 4,
+    "streaming": 4,
+    "conversation": 5,
     "train": 5,
     "doctor": 6,
     "measure": 6,
@@ -40,7 +42,7 @@ RANKS = {
     "__init__": 10,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "files", "gguf", "stripes", "masks", "positions", "provenance", "results", "plan"}
-MAY_IMPORT_TRANSFORMERS = {"compare", "model", "train", "evaluate", "generation", "study"}
+MAY_IMPORT_TRANSFORMERS = {"compare", "model", "train", "evaluate", "generation", "streaming", "conversation", "study"}
 
 
 def room(module: Path) -> str:

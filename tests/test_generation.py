@@ -26,7 +26,7 @@ from zebra.data.encoding import Encoder, encode_batches
 from zebra.data.haystack import Haystack, PromptTokenizer
 from zebra.data.qa import QAExample
 from zebra.evaluate.prompts import Prompts
-from zebra.generation import Decoding, Generated, _Writer
+from zebra.generation import Decoding, Generated, TextWriter
 
 ONCE = "Once upon a time, there was"
 ASSISTS_ITSELF_IN_CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
@@ -167,7 +167,7 @@ def test_characters_come_whole(tokenizer: Any, text: str) -> None:
     prompt, both = (tokenizer(part).input_ids for part in (ONCE, ONCE + text))
     assert both[: len(prompt)] == prompt
     pieces: list[str] = []
-    writer = _Writer(tokenizer, pieces.append)
+    writer = TextWriter(tokenizer, pieces.append)
     writer.put(torch.tensor([prompt]))
     for token in both[len(prompt) :]:
         writer.put(torch.tensor([token]))
@@ -179,7 +179,7 @@ def test_characters_come_whole(tokenizer: Any, text: str) -> None:
 def test_bytes_that_are_no_characters_end_in_no_error(tokenizer: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        writer = _Writer(tokenizer, None)
+        writer = TextWriter(tokenizer, None)
         for size in (5, 1, 1, 3, 20):
             writer.put(torch.randint(0, 512, (size,), generator=generator))
         writer.end()
@@ -187,7 +187,7 @@ def test_bytes_that_are_no_characters_end_in_no_error(tokenizer: Any) -> None:
 
 
 def test_half_a_character_is_written_at_the_end(tokenizer: Any) -> None:
-    writer = _Writer(tokenizer, None)
+    writer = TextWriter(tokenizer, None)
     writer.put(torch.tensor([tokenizer(ONCE).input_ids]))
     for token in tokenizer("\u732b").input_ids[-3:-1]:
         writer.put(torch.tensor([token]))

@@ -13,6 +13,7 @@ from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
 
 if TYPE_CHECKING:
+    from zebra.conversation import Conversation
     from zebra.evaluate.selection import select
     from zebra.generation import generate
     from zebra.model.load import convert, load
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Conversation": "zebra.conversation",
     "load": "zebra.model.load",
     "convert": "zebra.model.load",
     "verify": "zebra.model.verify",
@@ -31,6 +33,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Conversation",
     "SelfExtend",
     "Stripes",
     "ZebraError",

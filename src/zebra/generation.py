@@ -11,7 +11,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -129,10 +129,13 @@ class Generated:
         text: the new text alone, so that prompt + text is the whole; tokens that are no text left out.
         tokens: the new tokens, the one that ended the text included.
         prompt_tokens: tokens of the prompt, with those that the tokenizer or the chat template adds.
-        ended: by "end" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens).
-        seconds_to_first_token: reading the prompt and choosing one token; loading and tokenising are not counted.
+        ended: by "end" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens); an answer of
+            `zebra.streaming` also by "context" (all that the model reads) or "cancel".
+        seconds_to_first_token: reading the prompt and choosing one token, NaN where there is none. Loading and
+            tokenising are not counted.
         seconds: all of it, to the last token.
         cache_bytes: what the bounded cache held at the end, all beams together; None where another cache served.
+        cached_tokens: tokens of the prompt that a cache of an earlier text held, so that they were not read again.
     """
 
     text: str
@@ -142,6 +145,7 @@ class Generated:
     seconds_to_first_token: float
     seconds: float
     cache_bytes: int | None
+    cached_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -185,25 +189,17 @@ def generate(
     decoding = Decoding(**{name: value for name, value in options.items() if name not in of_loading})
     if not prompt:
         raise ZebraError("the prompt is empty. Give at least one character.")
-    if isinstance(model, PreTrainedModel):
-        if names := loading.names():
-            raise ZebraError(f"{', '.join(names)} are for loading, and this model is loaded. Give them to zebra.load.")
-        if tokenizer is None and not model.name_or_path:
-            raise ZebraError("this model has no checkpoint, and so no tokenizer. Pass tokenizer=.")
-        source, config, setting = model.name_or_path, model.config, self_extend_of(model)
-    else:
-        source, config = model, loading.config(model)
-        setting = loading.self_extend_setting(config)
+    config, tokenizer = loading.config_and_tokenizer(model, tokenizer)
+    loaded = model if isinstance(model, PreTrainedModel) else None
+    setting = loading.self_extend_setting(config) if loaded is None else self_extend_of(loaded)
     refuse_changing_rope(config, "generating")
-    tokenizer = tokenizer or loading.tokenizer(source, config)
     inputs = encode_prompt(prompt, tokenizer, chat)
     length = inputs["input_ids"].shape[1]
     check_learned_positions(config, length + decoding.max_new_tokens - 1)
     rope = as_rope(loading.rope)
     if setting is not None or rope.kind != "base":
         _warn_beyond(config, setting, rope, length, decoding.max_new_tokens)
-    loaded = model if isinstance(model, PreTrainedModel) else loading.model(source)
-    return _run(loaded, tokenizer, inputs, decoding, on_text)
+    return _run(loaded or loading.model(model), tokenizer, inputs, decoding, on_text)
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
@@ -215,21 +211,32 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -
         ZebraError: no chat template, or one that fails; a prompt without tokens.
     """
     if chat:
-        encoding: Any = apply_chat_template(
-            tokenizer,
-            [{"role": "user", "content": prompt}],
-            source=tokenizer.name_or_path or "this model",
-            remedy="Leave chat out and write the prompt in full.",
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        remedy = "Leave chat out and write the prompt in full."
+        ids = encode_messages([{"role": "user", "content": prompt}], tokenizer, remedy=remedy)[None]
     else:
         ids = torch.tensor([prompt_tokens(tokenizer, prompt)])
-        encoding = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if encoding["input_ids"].numel() == 0:
+    if ids.numel() == 0:
         raise ZebraError(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
-    return {name: encoding[name] for name in ("input_ids", "attention_mask")}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def encode_messages(
+    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, remedy: str, **options: Any
+) -> Tensor:
+    """A conversation in the tokenizer's chat template, as tokens (N) behind which the answer comes.
+
+    Args:
+        messages: each with its role and content.
+        remedy: a sentence that says what to do where there is no template, or where it fails.
+        options: others of transformers' `apply_chat_template`, such as `tools` or `add_generation_prompt`.
+
+    Raises:
+        ZebraError: no chat template, or one that fails.
+    """
+    defaults: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    source = tokenizer.name_or_path or "this model"
+    encoding = apply_chat_template(tokenizer, messages, source=source, remedy=remedy, **defaults | options)
+    return encoding["input_ids"][0]
 
 
 def generate_tokens(
@@ -250,10 +257,10 @@ def generate_tokens(
         ZebraError: as `Decoding`.
     """
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    return _generate(model, tokenizer, ids, mask, Decoding(**options)).sequences[:, ids.shape[1] :].tolist()
+    return generate_with(model, tokenizer, ids, mask, Decoding(**options)).sequences[:, ids.shape[1] :].tolist()
 
 
-def _generate(
+def generate_with(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
@@ -261,14 +268,19 @@ def _generate(
     decoding: Decoding,
     **kwargs: Any,
 ) -> Any:
-    """What `model.generate` returns, drawn by the seed; the caller's random state comes back."""
-    ends = _end_tokens(model, tokenizer)
+    """What `model.generate` returns, drawn by the seed; the caller's random state comes back.
+
+    Args:
+        ids, attention_mask: (B, T), as `generate_tokens` has them.
+        kwargs: others of `model.generate`, such as `streamer` and `past_key_values`.
+    """
+    ends = end_tokens(model, tokenizer)
     padding = (getattr(model.generation_config, "pad_token_id", None), tokenizer.pad_token_id, *ends, 0)
     pad_token_id = next(token for token in padding if token is not None)
     config = decoding.to_generation_config(eos_token_id=ends or None, pad_token_id=pad_token_id)
     kind = model.device.type
     devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
-    quiet = _only_errors("transformers.generation.stopping_criteria")
+    quiet = only_errors("transformers.generation.stopping_criteria")
     with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"), quiet, checking_logits(model):
         # torch.manual_seed seeds every device there is; a model on the CPU draws by one generator alone.
         (torch.manual_seed if devices else torch.default_generator.manual_seed)(decoding.seed)
@@ -285,13 +297,13 @@ def _run(
     on_text: Callable[[str], None] | None,
 ) -> Generated:
     ids = inputs["input_ids"].to(model.device)
-    writer, clock = _Writer(tokenizer, on_text), _Clock()
+    writer, clock = TextWriter(tokenizer, on_text), _Clock()
     streams = decoding.num_beams == 1  # transformers has no stream of beams: the best is known at the end
-    with _prompt_bar(model, ids.shape[1], decoding.prefill_chunk), _only_errors("zebra.model.self_extend"):
+    with _prompt_bar(model, ids.shape[1], decoding.prefill_chunk), only_errors("zebra.model.self_extend"):
         start = time.perf_counter()
         try:
             mask, streamer = inputs["attention_mask"].to(model.device), writer if streams else None
-            output = _generate(model, tokenizer, ids, mask, decoding, streamer=streamer, stopping_criteria=[clock])
+            output = generate_with(model, tokenizer, ids, mask, decoding, streamer=streamer, stopping_criteria=[clock])
         except BaseException:
             writer.end()  # an interrupt leaves the text so far
             raise
@@ -301,20 +313,19 @@ def _run(
         writer.put(ids)
         writer.put(torch.tensor(tokens))
         writer.end()
-    stopped = any(string in writer.text for string in decoding.stop) or len(tokens) < decoding.max_new_tokens
     cache = output.past_key_values
     return Generated(
         text=writer.text,
         tokens=tuple(tokens),
         prompt_tokens=ids.shape[1],
-        ended="end" if tokens[-1] in _end_tokens(model, tokenizer) else "stop" if stopped else "length",
+        ended=reason_of_end(tokens, writer.text, decoding, end_tokens(model, tokenizer)),
         seconds_to_first_token=clock.first - start,
         seconds=seconds,
         cache_bytes=cache.kv_bytes() if isinstance(cache, StripedCache) else None,
     )
 
 
-class _Writer(BaseStreamer):
+class TextWriter(BaseStreamer):
     """Tokens to text as they come: whole characters, with the space that the tokenizer puts behind what is before.
 
     A token's text depends on its neighbours (a leading space, bytes of one character), so a few tokens before the new
@@ -384,7 +395,7 @@ def _prompt_bar(model: PreTrainedModel, tokens: int, chunk: int | None) -> Itera
 
 
 @contextmanager
-def _only_errors(name: str) -> Iterator[None]:
+def only_errors(name: str) -> Iterator[None]:
     """A logger logs errors alone: our warning of the length comes before any work, and later ones are left out."""
     logger = logging.getLogger(name)
     level = logger.level
@@ -395,11 +406,19 @@ def _only_errors(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: the checkpoint's, else the tokenizer's."""
     tokens = getattr(model.generation_config, "eos_token_id", None)
     tokens = tokenizer.eos_token_id if tokens is None else tokens
     return [] if tokens is None else tokens if isinstance(tokens, list) else [tokens]
+
+
+def reason_of_end(tokens: list[int], text: str, decoding: Decoding, ends: list[int]) -> str:
+    """Why a text ended: "end", "stop" or "length", as `Generated` has them."""
+    if tokens and tokens[-1] in ends:
+        return "end"
+    stopped = any(string in text for string in decoding.stop) or len(tokens) < decoding.max_new_tokens
+    return "stop" if stopped else "length"
 
 
 def _warn_beyond(config: PreTrainedConfig, setting: SelfExtend | None, rope: Rope, prompt: int, new: int) -> None:

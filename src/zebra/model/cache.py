@@ -16,9 +16,10 @@ All keys and values are (B, K, tokens, D).
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -82,11 +83,51 @@ class _GrowingBuffer:
         return states
 
 
-class GrowingLayer(DynamicLayer):
-    """transformers' global layer, grown with slack."""
+Tail = dict[str, Any]
+"""What a cache layer holds of the end of a text alone, by the names of its attributes."""
+
+
+class _CuttableLayer(DynamicLayer):
+    """A layer that goes back to an earlier length without reading again: what it holds of all tokens is sliced.
+
+    What it holds of the last tokens alone (`_TAIL`) comes from a copy that was taken at that length.
+    """
 
     keys: Tensor
     values: Tensor
+    _TAIL: ClassVar[tuple[str, ...]] = ()
+
+    def tail(self) -> Tail:
+        """Copies of what `cut` needs to come back to the length that the layer has now."""
+        states = {name: getattr(self, name) for name in self._TAIL}
+        return {name: state.clone() if isinstance(state, Tensor) else state for name, state in states.items()}
+
+    def cut(self, length: int, tail: Tail | None = None) -> Self | None:
+        """A layer with the first `length` tokens, which appends to storage of its own; this one stays as it is.
+
+        Returns:
+            None where tokens before `length` that it needs are gone, and no tail of that length brings them back.
+        """
+        if not self.is_initialized or length == self.get_seq_length():
+            tail = {}
+        elif tail is None and (tail := self._sliced_tail(length)) is None:
+            return None
+        layer = copy.copy(self)
+        buffers = {name: _GrowingBuffer() for name, one in vars(self).items() if isinstance(one, _GrowingBuffer)}
+        layer._set(buffers | tail)
+        return layer
+
+    def _set(self, attributes: Tail) -> None:
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def _sliced_tail(self, length: int) -> Tail | None:
+        """The tail at an earlier length, of what the layer holds now; None where that is not enough."""
+        raise NotImplementedError
+
+
+class GrowingLayer(_CuttableLayer):
+    """transformers' global layer, grown with slack."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,15 +141,24 @@ class GrowingLayer(DynamicLayer):
         self.values = self._value_buffer.append(self.values, value_states)
         return self.keys, self.values
 
+    def cut(self, length: int, tail: Tail | None = None) -> Self | None:
+        """As `_CuttableLayer.cut`, over the same tensors."""
+        layer = super().cut(length, tail)
+        if layer is not None and layer.is_initialized:
+            layer.keys, layer.values = self.keys[:, :, :length], self.values[:, :, :length]
+        return layer
 
-class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
+    def _sliced_tail(self, length: int) -> Tail | None:
+        return {}
+
+
+class TrimmedSlidingLayer(DynamicSlidingWindowLayer, _CuttableLayer):
     """transformers' local layer, which lets go of the storage behind what it still needs.
 
     While past states are recorded (assisted decoding), everything stays until transformers crops it, as in its own.
     """
 
-    keys: Tensor
-    values: Tensor
+    _TAIL: ClassVar[tuple[str, ...]] = ("keys", "values", "cumulative_length")
 
     def __init__(self, sliding_window: int) -> None:
         super().__init__(sliding_window)
@@ -134,6 +184,11 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer):
         super().crop(tokens_to_remove)
         if self.is_initialized:
             self._trim(self.keys, self.values)
+
+    def _sliced_tail(self, length: int) -> Tail | None:
+        if self.keys.shape[-2] < self.cumulative_length:
+            return None
+        return {"keys": self.keys[:, :, :length], "values": self.values[:, :, :length], "cumulative_length": length}
 
     def _trim(self, keys: Tensor, values: Tensor) -> None:
         # transformers slices by -(window - 1), which for a window of 1 is everything.
@@ -200,7 +255,7 @@ class SelfExtendLayer(_PerSequenceStates, GrowingLayer):
         offset: in the model's first such layer, the position of each sequence's tokens less their index, (B, 1).
     """
 
-    _STATES = ("near", "offset")
+    _STATES = _TAIL = ("near", "offset")
 
     def __init__(self, window: int) -> None:
         super().__init__()
@@ -253,6 +308,11 @@ class SelfExtendLayer(_PerSequenceStates, GrowingLayer):
             )
         self.near = self._near_buffer.last(self.near[:, :, : max(0, near)], self.window - 1)
 
+    def _sliced_tail(self, length: int) -> Tail | None:
+        if self.near.shape[-2] < self.get_seq_length():
+            return None
+        return {"near": self.near[:, :, :length], "offset": self.offset if length else None}
+
     def reset(self) -> None:
         """Empty it. Transformers 5.17 would keep zeros in place of the tokens."""
         self.is_initialized = False
@@ -299,6 +359,7 @@ class SinkLayer(_PerSequenceStates, TrimmedSlidingLayer):
     """
 
     _STATES = ("sink_keys", "sink_values", "positions", "_first_real")
+    _TAIL = (*TrimmedSlidingLayer._TAIL, *_STATES, "_is_complete")
 
     def __init__(self, sliding_window: int, sinks: int) -> None:
         super().__init__(sliding_window)
@@ -356,11 +417,21 @@ class SinkLayer(_PerSequenceStates, TrimmedSlidingLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, sinks among them too."""
         super().crop(tokens_to_remove)
-        if self.positions is not None:
-            end = self.cumulative_length
-            self.positions = self.positions.masked_fill(self.positions >= end, NO_POSITION)
-            self._first_real = self._first_real.masked_fill(self._first_real >= end, NO_POSITION)
-            self._is_complete = self._is_complete and bool((self._first_real + self.sinks <= end).all())
+        self._set(self._sinks_before(self.cumulative_length))
+
+    def _sliced_tail(self, length: int) -> Tail | None:
+        tail = super()._sliced_tail(length)
+        return None if tail is None else tail | self._sinks_before(length)
+
+    def _sinks_before(self, end: int) -> Tail:
+        if self.positions is None:
+            return {}
+        first = self._first_real.masked_fill(self._first_real >= end, NO_POSITION)
+        return {
+            "positions": self.positions.masked_fill(self.positions >= end, NO_POSITION),
+            "_first_real": first,
+            "_is_complete": self._is_complete and bool((first + self.sinks <= end).all()),
+        }
 
     def reset(self) -> None:
         """Empty it."""
@@ -405,12 +476,41 @@ class StripedCache(DynamicCache):
             if isinstance(layer, FullDecodeLayer):
                 layer.prompt_length = tokens
 
+    def tails(self) -> list[Tail] | None:
+        """Copies of what local layers and Self-Extend's near keys hold now, for `cut` to come back to this length.
+
+        None where a layer is none of ours.
+        """
+        return [layer.tail() for layer in self.layers] if self._is_cuttable() else None
+
+    def cut(self, length: int, tails: Sequence[Tail | None] | None = None) -> StripedCache | None:
+        """A cache of the first `length` tokens, which shares storage until it appends; this one stays as it is.
+
+        Args:
+            tails: those that were taken at this length; without them layers are cut as far as they hold it all.
+
+        Returns:
+            None where a layer has let go of what it needs.
+        """
+        if not self._is_cuttable():
+            return None
+        layers = [layer.cut(length, tail) for layer, tail in zip(self.layers, tails or [None] * len(self), strict=True)]
+        if any(layer is None for layer in layers):
+            return None
+        cache = copy.copy(self)
+        cache.layers = layers
+        return cache
+
+    def _is_cuttable(self) -> bool:
+        return all(isinstance(layer, _CuttableLayer) for layer in self.layers)
+
     def kv_bytes(self) -> int:
         """Bytes of storage that the cache holds now, in all layers."""
-        return sum(
-            states.untyped_storage().nbytes()
-            for layer in self.layers
-            if layer.is_initialized
-            for name in ("keys", "values", "near", "sink_keys", "sink_values")
-            if (states := getattr(layer, name, None)) is not None
-        )
+        return kv_bytes(vars(layer) for layer in self.layers if layer.is_initialized)
+
+
+def kv_bytes(layers: Iterable[Mapping[str, Any]]) -> int:
+    """Bytes of storage behind the keys and values of cache layers, or of their tails; what they share counts once."""
+    names = ("keys", "values", "near", "sink_keys", "sink_values")
+    states = (layer[name] for layer in layers for name in names if isinstance(layer.get(name), Tensor))
+    return sum({one.data_ptr(): one.nbytes() for one in (state.untyped_storage() for state in states)}.values())

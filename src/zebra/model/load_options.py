@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.load import load, read_device, read_dtype
 from zebra.model.local import layout_name, local_attention_of
@@ -77,6 +78,26 @@ class LoadOptions:
             ZebraError: as `load_tokenizer`.
         """
         return load_tokenizer(checkpoint, config, trust_remote_code=self.trust_remote_code)
+
+    def config_and_tokenizer(
+        self, model: PreTrainedModel | str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+        """What is known before the weights are read: of a checkpoint, or of a model that is loaded.
+
+        Args:
+            tokenizer: the checkpoint's own where None.
+
+        Raises:
+            ZebraError: options for loading with a loaded model, or that has no tokenizer; as `config` and `tokenizer`.
+        """
+        if not isinstance(model, PreTrainedModel):
+            config = self.config(model)
+            return config, tokenizer or self.tokenizer(model, config)
+        if names := self.names():
+            raise ZebraError(f"{', '.join(names)} are for loading, and this model is loaded. Give them to zebra.load.")
+        if tokenizer is None and not model.name_or_path:
+            raise ZebraError("this model has no checkpoint, and so no tokenizer. Pass tokenizer=.")
+        return model.config, tokenizer or self.tokenizer(model.name_or_path, model.config)
 
     def model(self, checkpoint: str | os.PathLike[str]) -> PreTrainedModel:
         """The loaded model on its device.

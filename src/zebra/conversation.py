@@ -1,0 +1,232 @@
+"""A conversation with a checkpoint: messages in its chat template, answers as they come, one cache across turns.
+
+    turn 1    [ system | document, question 1 ] answer 1
+    turn 2    [        read before                     | question 2 ] answer 2
+    again     [        read before      | question 1, edited ] answer 1
+
+Each prompt is the whole conversation as the template writes it. What it shares with the turns before is not read again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from zebra.errors import ZebraError
+from zebra.generation import Decoding, Generated, encode_messages
+from zebra.model.context import longest_text
+from zebra.model.load_options import LoadOptions
+from zebra.model.prefix_cache import PrefixCache
+from zebra.model.rope import refuse_changing_rope
+from zebra.model.self_extend import self_extend_of
+from zebra.streaming import AnswerStream, context_room, read
+
+Message = dict[str, Any]
+
+
+class Conversation:
+    """Messages, and answers to them that equal a fresh `generate` of the whole conversation.
+
+    Args:
+        model: a checkpoint, or a model of `zebra.load`.
+        tokenizer: the checkpoint's own where None.
+        messages: a beginning, each with its role (system, user, assistant) and content, one of the user also with
+            `documents`, texts that stand before its content.
+        prefixes: a store to share with other conversations of the model; one of its own where None.
+        on_prefill: called with the tokens of a prompt that have been read and of all that must be, while an answer or a
+            document is read; in another thread.
+        options: fields of `zebra.generation.Decoding`, of which max_new_tokens is 1,024 by default; for a checkpoint
+            those of `zebra.model.load_options.LoadOptions` too.
+
+    Attributes:
+        messages: all so far; may be edited between answers.
+        documents: texts that stand before the next message of the user.
+        last: the tokens, counts and times of the last answer; None before it.
+
+    Raises:
+        ZebraError: as `zebra.load` and `Decoding`; no chat template; a rope that changes with length; beams.
+
+    Example:
+        >>> chat = zebra.Conversation("./SmolLM2-135M-Instruct", self_extend="auto:32768")
+        >>> chat.add_document(Path("book.txt").read_text())
+        >>> for piece in chat.reply("Who is the narrator?"):
+        ...     print(piece, end="")
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | os.PathLike[str],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        messages: Sequence[Message] = (),
+        prefixes: PrefixCache | None = None,
+        on_prefill: Callable[[int, int], None] = lambda read, total: None,
+        **options: Any,
+    ) -> None:
+        of_loading = {field.name for field in fields(LoadOptions)}
+        loading = LoadOptions(**{name: value for name, value in options.items() if name in of_loading})
+        rest = {name: value for name, value in options.items() if name not in of_loading}
+        self.decoding = Decoding(**{"max_new_tokens": 1024} | rest)
+        if self.decoding.num_beams != 1:
+            raise ZebraError(
+                f"an answer comes token by token, and beams are chosen at its end; got num_beams="
+                f"{self.decoding.num_beams}. Leave it out."
+            )
+        config, self.tokenizer = loading.config_and_tokenizer(model, tokenizer)
+        refuse_changing_rope(config, "a conversation")
+        self._encode([{"role": "user", "content": "?"}])  # raises without a template
+        self.model = model if isinstance(model, PreTrainedModel) else loading.model(model)
+        self.messages: list[Message] = [dict(message) for message in messages]
+        self.documents: list[str] = []
+        self.last: Generated | None = None
+        self.on_prefill = on_prefill
+        self._prefixes = PrefixCache(self.model) if prefixes is None else prefixes
+        self._attempt = 0
+
+    @property
+    def reach(self) -> int | None:
+        """The longest text that the model reads, with Self-Extend; None without a limit."""
+        return longest_text(self.model.config, self_extend_of(self.model))
+
+    @property
+    def context_used(self) -> int:
+        """Tokens of the last prompt and its answer."""
+        return self.last.prompt_tokens + len(self.last.tokens) if self.last else 0
+
+    @property
+    def system(self) -> str | None:
+        """The message of the system; setting it keeps all others."""
+        return self.messages[0]["content"] if self._has_system() else None
+
+    @system.setter
+    def system(self, content: str | None) -> None:
+        del self.messages[: self._has_system()]
+        if content:
+            self.messages.insert(0, {"role": "system", "content": content})
+
+    def add_document(self, text: str, cancelled: Callable[[], bool] = lambda: False) -> int:
+        """Put a document before the next message of the user, and read it now.
+
+        Args:
+            cancelled: asked between chunks; what was read until then stays in the cache.
+
+        Returns:
+            The tokens of the conversation up to the document's end.
+
+        Raises:
+            ZebraError: an empty document.
+            ContextLengthError: the conversation with it is longer than the model reads; it is not added.
+        """
+        if not text.strip():
+            raise ZebraError("the document has no text. Give another.")
+        documents = [*self.documents, text]
+        # The question behind it is not known yet: two of them show what comes before any.
+        one, other = (self._encode([*self.messages, _question(letter, documents)]) for letter in "a1")
+        context_room(self.model, len(one))
+        shorter = min(len(one), len(other))
+        ids = one[: int((one[:shorter] == other[:shorter]).cumprod(0).sum())]
+        self.documents = documents
+        if len(ids):
+            chunk = self.decoding.prefill_chunk
+            read(self.model, ids, self._prefixes, chunk=chunk, on_prefill=self.on_prefill, cancelled=cancelled)
+        return len(ids)
+
+    def reply(self, content: str, **options: Any) -> Iterator[str]:
+        """The answer to a message of the user, in pieces of text as they come.
+
+        Closing the iterator ends the answer, which stays in the conversation as far as it came; before its first
+        piece the conversation is as it was.
+
+        Args:
+            options: fields of `Decoding` for this answer alone.
+
+        Raises:
+            ZebraError: an empty message; the chat template rejects the messages.
+            ContextLengthError: the conversation is longer than the model reads; nothing is read.
+        """
+        if not content:
+            raise ZebraError("the message is empty. Write at least one character.")
+        self._attempt = 0
+        return self._answer([*self.messages, _question(content, self.documents)], [], options)
+
+    def regenerate(self, **options: Any) -> Iterator[str]:
+        """Another answer to the last message of the user, in place of the last; draws go by another seed.
+
+        Args:
+            options: as `reply` has them.
+
+        Raises:
+            ZebraError: there is no message of the user; as `reply`.
+        """
+        last = self._last_question()
+        if last is None:
+            raise ZebraError("there is no message to answer again. Write one first.")
+        self._attempt += 1
+        return self._answer(self.messages[: last + 1], self.documents, options)
+
+    def undo(self) -> str | None:
+        """Take back the last message of the user and its answer; its documents stand before the next one again.
+
+        Returns:
+            The content of that message, None where there is none.
+        """
+        last = self._last_question()
+        if last is None:
+            return None
+        question = self.messages[last]
+        self.documents = [*question.get("documents", []), *self.documents]
+        del self.messages[last:]
+        return question["content"]
+
+    def _answer(self, messages: list[Message], documents: list[str], options: dict[str, Any]) -> Iterator[str]:
+        """Checks at once; answers as the iterator is advanced.
+
+        Args:
+            documents: those that stand before the message after this one.
+        """
+        decoding = replace(self.decoding, **options)
+        decoding = replace(decoding, seed=decoding.seed + self._attempt)
+        ids = self._encode(messages)
+        context_room(self.model, len(ids))
+
+        def pieces() -> Iterator[str]:
+            text = ""
+            steps = AnswerStream(self.model, self.tokenizer, ids, decoding, self._prefixes, on_prefill=self.on_prefill)
+            try:
+                for step in steps:
+                    text += step.text
+                    if step.text:
+                        yield step.text
+            finally:
+                steps.close()
+                self.last = steps.result or self.last
+                if text or (steps.result and steps.result.ended != "cancel"):
+                    text = steps.result.text if steps.result else text
+                    self.messages = [*messages, {"role": "assistant", "content": text}]
+                    self.documents = documents
+
+        return pieces()
+
+    def _encode(self, messages: list[Message]) -> Tensor:
+        """All messages as tokens (N), documents before the contents of theirs."""
+        contents = ("\n\n".join([*message.get("documents", []), message["content"]]) for message in messages)
+        rendered = [
+            {"role": message["role"], "content": content} for message, content in zip(messages, contents, strict=True)
+        ]
+        return encode_messages(rendered, self.tokenizer, remedy="Take a checkpoint that was tuned to converse.")
+
+    def _has_system(self) -> bool:
+        return bool(self.messages) and self.messages[0]["role"] == "system"
+
+    def _last_question(self) -> int | None:
+        questions = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        return questions[-1] if questions else None
+
+
+def _question(content: str, documents: list[str]) -> Message:
+    return {"role": "user", "content": content} | ({"documents": list(documents)} if documents else {})

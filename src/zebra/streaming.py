@@ -1,0 +1,335 @@
+"""An answer token by token, read from where an earlier text ends to be the same as its prompt.
+
+    prompt     [ cached | chunk | chunk | rest ]  ->  token -> token -> ...
+                 PrefixCache.take                                        PrefixCache.put
+
+A prompt is read in chunks, between which it can be cancelled, and each leaves a snapshot. The rest and the answer are
+transformers' own `generate`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation import BaseStreamer
+
+from zebra.errors import ZebraError
+from zebra.generation import Decoding, Generated, TextWriter, end_tokens, generate_with, reason_of_end
+from zebra.model.context import longest_text, ways_beyond
+from zebra.model.local import local_attention_of
+from zebra.model.prefix_cache import CachedText, PrefixCache
+from zebra.model.rope import as_rope
+from zebra.model.self_extend import self_extend_of
+
+_CHUNK = 1024
+"""Tokens of a prompt that are read at a time, where `Decoding` names no other number."""
+_REST = 32
+"""Tokens of a prompt that `generate` reads: few to read again for another answer, and one pass for a short question."""
+
+
+class ContextLengthError(ZebraError):
+    """A prompt that is longer than the model reads."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A token of an answer.
+
+    Attributes:
+        token: None in a last step, for text that was held back: bytes that are no whole character.
+        text: what it adds, whole characters; empty for a token that is no text or not yet a character.
+        logprob: log softmax of the model's logits, before any temperature or filter; None unless it was requested.
+        top: the likeliest tokens and their log-probabilities, as many as were requested.
+    """
+
+    token: int | None
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def context_room(model: PreTrainedModel, tokens: int) -> int | None:
+    """How many tokens a model reads beyond a prompt of so many, at least 1; None without a limit.
+
+    Raises:
+        ContextLengthError: the prompt is longer than the model reaches, with Self-Extend and its rope.
+    """
+    setting = self_extend_of(model)
+    reach = longest_text(model.config, setting)
+    if reach is None or tokens < reach:
+        return None if reach is None else reach - tokens
+    ways = ways_beyond(model.config, setting, as_rope(None))
+    target = 1 << tokens.bit_length()
+    raise ContextLengthError(
+        f"the conversation has {tokens:,} tokens, and this model reads {reach:,}, with the answer. Shorten it, or "
+        f"load the model with {ways.replace('Self-Extend', f'Self-Extend (--self-extend auto:{target})', 1)}."
+    )
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    decoding: Decoding,
+    prefixes: PrefixCache,
+    *,
+    logprobs: int | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
+    on_prefill: Callable[[int, int], None] = lambda read, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Generated:
+    """Continue a prompt, from the cache of the text that shares most of it, which then holds the answer too.
+
+    The answer is the one of `generate` for the whole prompt, in float32 token for token. Calls with one store wait for
+    each other.
+
+    Args:
+        ids: (N).
+        logprobs: also the log-probability of each token, and of this many of the likeliest.
+        on_step: called with each token as it comes.
+        on_prefill: called with the tokens of the prompt that have been read, and of all that must be.
+        cancelled: asked between chunks of the prompt and after each token; True ends the answer.
+
+    Raises:
+        ContextLengthError: as `context_room`, before anything is read.
+        ZebraError: beams, which have no stream; logits that are not finite.
+    """
+    if decoding.num_beams != 1:
+        raise ZebraError(
+            f"an answer is streamed, and beams are chosen at the end; got num_beams={decoding.num_beams}. Leave it out."
+        )
+    room = context_room(model, len(ids))
+    limit = decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens)
+    limited = replace(decoding, max_new_tokens=limit, prefill_chunk=None)
+    streamer = _Steps(model, tokenizer, logprobs, on_step)
+    with prefixes.lock, streamer.watching_logits():
+        start, text, sequence = time.perf_counter(), prefixes.take(ids), ids
+        cached = len(text)
+        if _read(model, text, ids, len(ids) - _REST, decoding.prefill_chunk, on_prefill, cancelled):
+            output = generate_with(
+                model,
+                tokenizer,
+                ids.to(model.device)[None],
+                torch.ones_like(ids, device=model.device)[None],
+                limited,
+                past_key_values=text.cache,
+                streamer=streamer,
+                stopping_criteria=[_Cancel(cancelled)],
+            )
+            sequence = output.sequences[0].cpu()
+        seconds = time.perf_counter() - start
+        # Under full decoding a later prompt reads the answer by the window.
+        whole = local_attention_of(model).full_decode and text.cut(len(ids))
+        prefixes.put(sequence, whole or text)
+    tokens = sequence[len(ids) :].tolist()
+    ended = reason_of_end(tokens, streamer.text, limited, end_tokens(model, tokenizer))
+    if ended == "length" and limit < decoding.max_new_tokens:
+        ended = "context"
+    return Generated(
+        text=streamer.text,
+        tokens=tuple(tokens),
+        prompt_tokens=len(ids),
+        ended="cancel" if cancelled() and ended == "stop" else ended,
+        seconds_to_first_token=streamer.first - start,
+        seconds=seconds,
+        cache_bytes=text.cache.kv_bytes(),
+        cached_tokens=cached,
+    )
+
+
+def read(
+    model: PreTrainedModel,
+    ids: Tensor,
+    prefixes: PrefixCache,
+    *,
+    chunk: int | None = None,
+    on_prefill: Callable[[int, int], None] = lambda read, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> int:
+    """Read the beginning of a prompt, (N), into the store, and return how many of its tokens it holds afterwards.
+
+    Args:
+        chunk: tokens at a time.
+        on_prefill, cancelled: as `answer` has them.
+
+    Raises:
+        ContextLengthError: as `context_room`.
+    """
+    context_room(model, len(ids))
+    with prefixes.lock:
+        text = prefixes.take(ids)
+        _read(model, text, ids, len(ids), chunk, on_prefill, cancelled)
+        prefixes.put(ids, text)
+    return len(text)
+
+
+def _read(
+    model: PreTrainedModel,
+    text: CachedText,
+    ids: Tensor,
+    end: int,
+    chunk: int | None,
+    on_prefill: Callable[[int, int], None],
+    cancelled: Callable[[], bool],
+) -> bool:
+    """Read tokens up to `end` in chunks, a snapshot behind each; False where it was cancelled."""
+    cached = len(text)
+    text.cache.set_prompt_length(len(ids))
+    on_prefill(0, len(ids) - cached)
+    while not cancelled():
+        if (start := len(text)) >= end:
+            return True
+        stop = min(start + (chunk or _CHUNK), end)
+        with torch.no_grad():
+            model(ids[None, start:stop].to(model.device), past_key_values=text.cache, use_cache=True, logits_to_keep=1)
+        text.snapshot()
+        on_prefill(stop - cached, len(ids) - cached)
+    return False
+
+
+class AnswerStream(Iterator[Step]):
+    """`answer` as an iterator of its steps.
+
+    The model runs in a thread of its own, so that an interrupt of the caller never meets it within a forward pass.
+
+    Args:
+        options: those of `answer` but `on_step` and `cancelled`. Its `on_prefill` is called in that thread.
+
+    Attributes:
+        result: what `answer` returns, at the end and after `close`; None before, and where it failed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        ids: Tensor,
+        decoding: Decoding,
+        prefixes: PrefixCache,
+        **options: Any,
+    ) -> None:
+        self.result: Generated | None = None
+        self._error: BaseException | None = None
+        self._cancel, self._steps = threading.Event(), SimpleQueue[Step | None]()
+        callbacks: dict[str, Any] = {"on_step": self._steps.put, "cancelled": self._cancel.is_set}
+
+        def run() -> None:
+            try:
+                self.result = answer(model, tokenizer, ids, decoding, prefixes, **options, **callbacks)
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._steps.put(None)
+
+        self._thread = threading.Thread(target=run, name="zebra answer", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Step:
+        """The next step.
+
+        Raises:
+            ZebraError: as `answer`.
+        """
+        step = self._steps.get()
+        if step is not None:
+            return step
+        self._steps.put(None)
+        if self._error is not None:
+            raise self._error
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the answer behind the token or the chunk that is computed, and wait for that."""
+        self._cancel.set()
+        self._thread.join()
+
+
+class _Cancel(StoppingCriteria):
+    """Stops `generate` behind a token."""
+
+    def __init__(self, cancelled: Callable[[], bool]):
+        self._cancelled = cancelled
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._cancelled(), device=input_ids.device)
+
+
+class _Steps(BaseStreamer):
+    """The tokens that `generate` chooses as steps.
+
+    Attributes:
+        first: the time of the first token.
+        text: all of it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        logprobs: int | None,
+        on_step: Callable[[Step], None],
+    ):
+        self._model, self._logprobs, self._on_step = model, logprobs, on_step
+        self._pieces: list[str] = []
+        self._writer = TextWriter(tokenizer, self._pieces.append)
+        self._logits: Tensor | None = None
+        self._has_prompt = False
+        self.first = math.nan
+
+    @property
+    def text(self) -> str:
+        return self._writer.text
+
+    @contextmanager
+    def watching_logits(self) -> Iterator[None]:
+        """Within this context the logits of each forward pass are noted, where log-probabilities were requested."""
+
+        def note(module: Any, args: Any, output: Any) -> None:
+            self._logits = output.logits[0, -1]
+
+        hook = None if self._logprobs is None else self._model.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def put(self, value: Tensor) -> None:
+        """The prompt first, then each token."""
+        self._writer.put(value)
+        if not self._has_prompt:
+            self._has_prompt = True
+            return
+        if math.isnan(self.first):
+            self.first = time.perf_counter()
+        token = int(value.flatten()[0])
+        self._on_step(Step(token, self._new_text(), *self._probabilities(token)))
+
+    def end(self) -> None:
+        """Hand on the text that was held back."""
+        self._writer.end()
+        if text := self._new_text():
+            self._on_step(Step(None, text))
+
+    def _new_text(self) -> str:
+        text = "".join(self._pieces)
+        self._pieces.clear()
+        return text
+
+    def _probabilities(self, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+        if self._logits is None or self._logprobs is None:
+            return None, ()
+        logprobs = self._logits.float().log_softmax(dim=-1)
+        likeliest = logprobs.topk(self._logprobs)
+        top = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        return float(logprobs[token]), tuple(top)
