@@ -1,23 +1,17 @@
-"""A conversation: each answer is the one of a fresh `generate` of the whole of it, and what was read is not read again."""
+"""A conversation: each answer is that of a fresh `generate` of the whole of it; what was read is not read again."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import STORIES, TEXT
 from transformers import AutoTokenizer
 
 import zebra
 from zebra.conversation import Conversation
-from zebra.generation import Decoding, encode_messages, generate_tokens
-from zebra.model.prefix_cache import PrefixCache
-from zebra.model.self_extend import bounded_cache
-from zebra.streaming import AnswerStream, ContextLengthError, Step, answer
+from zebra.generation import encode_messages, generate_tokens
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
