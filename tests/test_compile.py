@@ -1,4 +1,4 @@
-"""torch.compile of the surrounding model breaks nothing: the same losses, gradients and tokens as without."""
+"""torch.compile and torch.export of a model: the losses, gradients and tokens of eager runs, in one graph on a CPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import zebra
+from zebra.errors import ZebraError
+from zebra.kernels import Mask, attend, gradients, only
+from zebra.model.operator import attention
 
 # The compiler looks at .grad of every tensor after a break, and hides torch's warning only where it is not an error.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -70,7 +73,7 @@ def test_packed_documents_stay_apart(model: Any, how: dict[str, Any]) -> None:
 def test_a_step_under_autocast_is_the_same(model: Any, how: dict[str, Any]) -> None:
     compiled = torch.compile(model, **how)
     with torch.autocast("cpu", torch.bfloat16):
-        equal(step(model, compiled, IDS), step(model, model, IDS), 1e-5 if how["backend"] == "eager" else 2e-2)
+        equal(step(model, compiled, IDS), step(model, model, IDS), 2e-2)
 
 
 @pytest.mark.full
@@ -84,3 +87,75 @@ def test_decode_is_the_same(model: Any, how: dict[str, Any]) -> None:
         return torch.cat([run(input_ids=ids, past_key_values=cache, use_cache=True).logits for ids in parts], dim=1)
 
     torch.testing.assert_close(tokens(torch.compile(model, **how)), tokens(model))
+
+
+PADDING = torch.ones_like(IDS)
+PADDING[1, :6] = 0
+INPUTS: dict[str, dict[str, Tensor]] = {
+    "plain": {},
+    "a mask of ones": {"attention_mask": torch.ones_like(IDS)},
+    "padding": {"attention_mask": PADDING},
+    "packed documents": {"position_ids": torch.cat([torch.arange(15), torch.arange(25)]).expand(2, -1)},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("granite_swa", marks=pytest.mark.full)])
+def test_a_step_is_one_graph_and_equals_the_eager_one(family: str, checkpoints: Callable[..., Path]) -> None:
+    """Granite's learned sinks take the log-sum-exp, so that its gradient is in it."""
+    torch.compiler.reset()
+    changes = {} if family != "granite_swa" else {"layer_rope_theta": [1e4, 0]}
+    model = zebra.load(checkpoints(family, num_hidden_layers=2, **changes), stripes="GL:9")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for arguments in INPUTS.values():
+        equal(step(model, compiled, IDS, **arguments), step(model, model, IDS, **arguments), 3e-6)
+    torch.compiler.reset()
+
+
+def test_an_exported_program_equals_the_model_at_any_length(model: Any, tmp_path: Path) -> None:
+    lengths = {"input_ids": {1: torch.export.Dim.AUTO}, "attention_mask": {1: torch.export.Dim.AUTO}, "use_cache": None}
+    arguments = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), arguments, dynamic_shapes=lengths)
+        torch.export.save(exported, tmp_path / "striped.pt2")
+        program = torch.export.load(tmp_path / "striped.pt2").module()
+        nodes = [node.target for node in program.graph.nodes]
+        assert nodes.count(torch.ops.zebra.attention.default) == 2
+        for ids, mask in ((IDS, PADDING), (IDS.repeat(1, 2), torch.ones_like(IDS).repeat(1, 2))):
+            actual = program(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            expected = model(input_ids=ids, attention_mask=mask).logits
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_only_values_show_is_an_error_when_a_program_runs() -> None:
+    """Packed documents behind cached tokens: no graph could know."""
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 7, 8)
+    with pytest.raises(ZebraError, match="behind 3 of them"):
+        attention(q, k, k, None, torch.tensor([[0, 1, 0, 1]]), None, 1.0, None, False)
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_the_operator_has_the_contract_of_torch(with_lse: bool) -> None:
+    """Shapes and dtypes without values, no aliasing, a backward that can be traced."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 20, 4, 8).transpose(1, 2).requires_grad_(with_lse)
+    k, v = (torch.randn(2, 2, 25, 8, requires_grad=with_lse) for _ in range(2))
+    torch.library.opcheck(attention, (q, k, v, None, torch.arange(5, 25)[None], 6, 0.3, 4.0, with_lse))
+
+
+@pytest.mark.parametrize("kernel", ["banded", "native"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_gradients_outside_of_autograd_equal_those_inside(kernel: str, window: int | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, length, 64, requires_grad=True) for heads, length in ((4, 256), (2, 400), (2, 400))
+    )
+    with only(kernel):
+        try:
+            out, lse = attend(q, k, v, Mask(window=window), scale=0.2)
+        except NotImplementedError as reason:
+            pytest.skip(str(reason))
+        assert lse is not None
+        seeds = torch.randn_like(out), torch.randn_like(lse)
+        expected = torch.autograd.grad((out, lse), (q, k, v), seeds)
+        actual = gradients(q, k, v, Mask(window=window), out.detach(), lse.detach(), *seeds, scale=0.2)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

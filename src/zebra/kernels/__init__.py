@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from zebra.kernels import banded, flex, fused, native, reference, varlen
 from zebra.kernels.request import Kernel, Mask, Request, unit_stride
 
-__all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "choose", "find", "only"]
+__all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "autocast", "choose", "find", "gradients", "only"]
 
 KERNELS: tuple[Kernel, ...] = tuple(module.KERNEL for module in (fused, varlen, flex, native, banded, reference))
 """Fastest first."""
@@ -127,9 +128,7 @@ def attend(
         NotImplementedError: no kernel can serve the request.
     """
     mask = mask or Mask()
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = autocast(q, k, v)
     _check(q, k, v, mask, slopes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not math.isfinite(scale) or not (softcap is None or 0 < softcap < math.inf):
@@ -147,6 +146,52 @@ def attend(
         arguments={name: value for name, value in arguments.items() if value is not None},
     )
     return choose(request).run(request)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as torch's autocast would cast them for attention, if it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+@torch.no_grad()
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from what `attend` returned, by whichever kernel: its backward outside of autograd.
+
+    Args:
+        q, k, v, mask, scale, softcap: as `attend` had them.
+        out, lse: as it returned them.
+        grad_out, grad_lse: their gradients.
+
+    Raises:
+        NotImplementedError: all kernels that have a backward of their own decline the request.
+    """
+    keys = k.shape[2]
+    k, v, mask = _trim(q, k, v, mask)
+    request = Request(unit_stride(q), unit_stride(k), unit_stride(v), mask, scale, softcap)
+    forced, reasons, unseen = _only.get(), [], (0, 0, keys - k.shape[2], 0)
+    for kernel in KERNELS:
+        if kernel.gradients is None or forced not in (None, kernel.name):
+            continue
+        if (reason := kernel.declines(request)) is None:
+            dq, dk, dv = kernel.gradients(request, out, lse, grad_out, grad_lse)
+            return dq, pad(dk, unseen), pad(dv, unseen)
+        reasons.append(f"{kernel.name}: {reason}")
+    raise NotImplementedError(f"no attention kernel has the gradients of this request. {'; '.join(reasons)}.")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, slopes: Tensor | None) -> None:

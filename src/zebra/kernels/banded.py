@@ -204,31 +204,39 @@ class _Banded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        """Under a softcap c, ds takes the factor 1 - (s / c)^2, as s = c tanh(scale q k^T / c)."""
         q, k, v, out, lse = ctx.saved_tensors
-        walk = _Walk(q, k, ctx.mask, ctx.slopes)
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        with torch.autocast(q.device.type, enabled=False):
-            for entry, kv_heads, heads in walk.head_slices():
-                sums = [_Sum(walk, name, grad[entry, kv_heads]) for name, grad in (("dk", dk), ("dv", dv))]
-                for span in walk.tiles.spans(entry, walk.span):
-                    tiles, queries = len(span.tiles), slice(span.s, span.e)
-                    rows = walk.gather("q", q[entry, heads, queries], tiles, q.dtype)
-                    do = walk.gather("do", grad_out[entry, heads, queries], tiles, q.dtype)
-                    weighted = walk.gather("out", out[entry, heads, queries], tiles, walk.wide).mul_(do)
-                    delta = weighted.sum(-1, keepdim=True)
-                    delta -= walk.gather("dlse", grad_lse[entry, heads, queries, None], tiles, walk.wide)
-                    peak = walk.gather("lse", lse[entry, heads, queries, None], tiles, walk.wide).mul_(_LOG2E)
-                    peak.masked_fill_(peak.isneginf(), 0.0)
-                    span_dq = walk.buffer("dq", *rows.shape)
-                    sides = [x[entry, kv_heads, span.lo : span.hi] for x in (k, v)]
-                    sides += [total.keys(span.lo, span.hi) for total in sums]
-                    for tile, *columns in zip(span.tiles, rows, do, delta, peak, span_dq, strict=True):
-                        _tile_backward(walk, tile, kv_heads, span.lo, sides, columns, ctx)
-                    walk.scatter(span_dq.mul_(ctx.scale), dq[entry, heads, queries])
-                for total in sums:
-                    total.write(k.shape[2])
-        return dq, dk, dv, None, None, None, None
+        request = Request(q, k, v, ctx.mask, ctx.scale, ctx.softcap, ctx.slopes)
+        return *_gradients(request, out, lse, grad_out, grad_lse), None, None, None, None
+
+
+def _gradients(
+    request: Request, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Under a softcap c, ds takes the factor 1 - (s / c)^2, as s = c tanh(scale q k^T / c)."""
+    q, k, v = request.q, request.k, request.v
+    walk = _Walk(q, k, request.mask, request.slopes)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        for entry, kv_heads, heads in walk.head_slices():
+            sums = [_Sum(walk, name, grad[entry, kv_heads]) for name, grad in (("dk", dk), ("dv", dv))]
+            for span in walk.tiles.spans(entry, walk.span):
+                tiles, queries = len(span.tiles), slice(span.s, span.e)
+                rows = walk.gather("q", q[entry, heads, queries], tiles, q.dtype)
+                do = walk.gather("do", grad_out[entry, heads, queries], tiles, q.dtype)
+                weighted = walk.gather("out", out[entry, heads, queries], tiles, walk.wide).mul_(do)
+                delta = weighted.sum(-1, keepdim=True)
+                delta -= walk.gather("dlse", grad_lse[entry, heads, queries, None], tiles, walk.wide)
+                peak = walk.gather("lse", lse[entry, heads, queries, None], tiles, walk.wide).mul_(_LOG2E)
+                peak.masked_fill_(peak.isneginf(), 0.0)
+                span_dq = walk.buffer("dq", *rows.shape)
+                sides = [x[entry, kv_heads, span.lo : span.hi] for x in (k, v)]
+                sides += [total.keys(span.lo, span.hi) for total in sums]
+                for tile, *columns in zip(span.tiles, rows, do, delta, peak, span_dq, strict=True):
+                    _tile_backward(walk, tile, kv_heads, span.lo, sides, columns, request)
+                walk.scatter(span_dq.mul_(request.scale), dq[entry, heads, queries])
+            for total in sums:
+                total.write(k.shape[2])
+    return dq, dk, dv
 
 
 def _tile(
@@ -262,7 +270,7 @@ def _tile(
 
 
 def _tile_backward(
-    walk: _Walk, tile: Tile, heads: slice, start: int, sides: list[Tensor], columns: list[Tensor], ctx: Any
+    walk: _Walk, tile: Tile, heads: slice, start: int, sides: list[Tensor], columns: list[Tensor], request: Request
 ) -> None:
     """Fill in dq of a tile, wide and before the scale; add dk and dv to their sums.
 
@@ -270,13 +278,13 @@ def _tile_backward(
     columns: q, do and dq (heads, g * n, D), delta and peak (heads, g * n, 1).
     """
     queries, do, delta, peak, dq = columns
-    rows = walk.buffer("rows", *queries.shape).copy_(queries).mul_(ctx.scale * _LOG2E)
+    rows = walk.buffer("rows", *queries.shape).copy_(queries).mul_(request.scale * _LOG2E)
     if tile.lo == tile.hi:
         dq.zero_()
     for part in walk.tiles.parts(tile):
         k, v, dk, dv = (side[:, part.lo - start : part.hi - start] for side in sides)
-        weights = walk.scores(rows, k, ctx.softcap)
-        slope = None if ctx.softcap is None else weights.div(ctx.softcap * _LOG2E).square_().neg_().add_(1)
+        weights = walk.scores(rows, k, request.softcap)
+        slope = None if request.softcap is None else weights.div(request.softcap * _LOG2E).square_().neg_().add_(1)
         walk.hide(weights, part, heads)
         weights.sub_(peak).exp2_()
         walk.product(dv, walk.narrowed(weights).mT, do)
@@ -287,7 +295,7 @@ def _tile_backward(
             ds.mul_(slope)
         ds = walk.narrowed(ds)
         walk.product(dq, ds, k, add=part.lo > tile.lo)
-        walk.product(dk, ds.mT, queries, scale=ctx.scale)
+        walk.product(dk, ds.mT, queries, scale=request.scale)
 
 
 def banded(request: Request) -> tuple[Tensor, Tensor | None]:
@@ -312,4 +320,5 @@ KERNEL = Kernel(
     slopes=True,
     value_sizes=True,
     unsupported_reason=_unsupported_reason,
+    gradients=_gradients,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +91,34 @@ class _Native(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         saved = dict(zip(("q", "k", "v", "out", "lse", "lo", "hi"), ctx.saved_tensors, strict=True))
-        gradients = {f"d{name}": unit_stride(torch.empty_like(saved[name])) for name in ("q", "k", "v")}
-        incoming = {"grad": unit_stride(grad_out), "dlse": grad_lse.contiguous()}
-        _run("backward", saved | gradients | incoming, ctx.scale)
-        return *gradients.values(), None, None, None
+        return *_backward(saved, grad_out, grad_lse, ctx.scale), None, None, None
+
+
+def _backward(saved: dict[str, Tensor], grad_out: Tensor, grad_lse: Tensor, scale: float) -> Iterable[Tensor]:
+    gradients = {f"d{name}": unit_stride(torch.empty_like(saved[name])) for name in ("q", "k", "v")}
+    incoming = {"grad": unit_stride(grad_out), "dlse": grad_lse.contiguous()}
+    _run("backward", saved | gradients | incoming, scale)
+    return gradients.values()
 
 
 def native(request: Request) -> tuple[Tensor, Tensor | None]:
     """The kernel over the run of keys that each query sees: out (B, H, T, D), lse (B, H, T)."""
-    q, k, v = request.q, request.k, request.v
-    ranges = request.mask.key_ranges(request.queries, request.keys, q.device)
-    lo, hi = (x.expand(q.shape[0], -1).to(torch.int32).contiguous() for x in ranges)
-    out, lse = _Native.apply(q, k, v, lo, hi, request.scale)
+    out, lse = _Native.apply(request.q, request.k, request.v, *_key_ranges(request), request.scale)
     return out, lse if request.with_lse else None
+
+
+def _gradients(
+    request: Request, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    lo, hi = _key_ranges(request)
+    saved = {"q": request.q, "k": request.k, "v": request.v, "out": unit_stride(out), "lse": lse, "lo": lo, "hi": hi}
+    dq, dk, dv = _backward(saved, grad_out, grad_lse, request.scale)
+    return dq, dk, dv
+
+
+def _key_ranges(request: Request) -> list[Tensor]:
+    ranges = request.mask.key_ranges(request.queries, request.keys, request.q.device)
+    return [x.expand(request.q.shape[0], -1).to(torch.int32).contiguous() for x in ranges]
 
 
 def _unsupported_reason(request: Request) -> str | None:
@@ -127,4 +143,5 @@ KERNEL = Kernel(
     dtypes=frozenset(_CPU),
     min_queries=256,
     unsupported_reason=_unsupported_reason,
+    gradients=_gradients,
 )

@@ -151,6 +151,8 @@ class Kernel:
 
     Attributes:
         run: gives the output (B, H, T, D), and the log-sum-exp (B, H, T) or None.
+        gradients: those of q, k and v, from a request, its output, its log-sum-exp and the gradients of both: the
+            backward outside of autograd. None where the kernel has none of its own.
         value_sizes: whether values may have another head size than keys.
         min_queries: T, below which it does not pay.
         unsupported_reason: why it cannot serve a request that the other fields allow, or None.
@@ -169,6 +171,7 @@ class Kernel:
     value_sizes: bool = False
     min_queries: int = 1
     unsupported_reason: Callable[[Request], str | None] = lambda request: None
+    gradients: Callable[[Request, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     slower_than: Callable[[Request], str | None] = lambda request: None
 
     def declines(self, request: Request) -> str | None:

@@ -5,8 +5,8 @@
 The function and its mask function stand under one name: a function registered alone would silently lose the window
 and the padding. The mask function never builds an N x N tensor; it hands down the 2-D mask of the keys, or None.
 
-Under `torch.compile` of the model each of the two is one break of the graph: kernels are chosen by what the masks
-hold, and a compiler would unroll their walk over tiles, once for each length.
+`torch.compile` and `torch.export` see attention on a CPU as one operator (`zebra.model.operator`). What it does not
+take is a break of the graph: an override, arguments that name packed documents, another device.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from zebra.kernels import Mask, attend
+from zebra.kernels import Mask, attend, autocast
 from zebra.model.documents import PACKING_KWARGS, documents_of
+from zebra.model.operator import attention
 from zebra.model.override import get_override
 
 NAME = "zebra"
@@ -32,7 +33,6 @@ IGNORED_KWARGS = frozenset(
 goes to the kernels, which decline what they do not know: an argument is never ignored in silence."""
 
 
-@torch.compiler.disable
 def zebra_attention(
     module: nn.Module,
     query: Tensor,
@@ -83,43 +83,64 @@ def zebra_attention(
     if attention_mask is not None and attention_mask.shape[1] < value.shape[2]:
         # A static cache hands over its whole buffer; the mask ends where the real keys end.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
-    packing = {name: kwargs.pop(name, None) for name in PACKING_KWARGS}
-    batch, queries, past = query.shape[0], query.shape[2], value.shape[2] - query.shape[2]
-    mask = Mask(
-        window=sliding_window or getattr(module, "sliding_window", None),
-        keys=attention_mask,
-        documents=documents_of(position_ids, attention_mask, (batch, queries), past=past, **packing),
-    )
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
             'output_attentions: no kernel of attention "zebra" forms the weights. '
             'Load with attn_implementation="eager" to look at them.'
         )
-    others = {name: value for name, value in kwargs.items() if name not in IGNORED_KWARGS and value is not False}
-    override = get_override(module)
-    run = attend if override is None else functools.partial(override.attend, module, position_ids)
-    out, lse = run(
-        query,
-        key,
-        value,
-        mask,
-        scale=scaling,
-        softcap=softcap,
-        with_lse=s_aux is not None,
-        dropout=dropout or None,
-        **others,
-    )
+    others = {
+        name: value
+        for name, value in (kwargs | {"dropout": dropout or None}).items()
+        if name not in IGNORED_KWARGS and value is not None and value is not False
+    }
+    window = sliding_window or getattr(module, "sliding_window", None)
+    if torch.compiler.is_compiling() and query.device.type == "cpu" and not others and get_override(module) is None:
+        query, key, value = autocast(query, key, value)
+        gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out, lse = attention(
+            query, key, value, attention_mask, position_ids, window, scaling, softcap, gradient or s_aux is not None
+        )
+    else:
+        out, lse = _attend(
+            module, query, key, value, attention_mask, position_ids, window, scaling, softcap, s_aux is not None, others
+        )
     if s_aux is not None and lse is not None:
         if s_aux.shape != query.shape[1:2]:
             raise ValueError(
                 f"s_aux has one score for each head, {query.shape[1]}; got the shape {tuple(s_aux.shape)}."
             )
         # exp(lse) / (exp(lse) + exp(s)): what the sink leaves to the keys.
-        out = (out * torch.sigmoid(lse - s_aux[:, None]).unsqueeze(-1)).to(out.dtype)
-    return out.transpose(1, 2), None
+        share = torch.sigmoid(lse - s_aux[:, None]).transpose(1, 2).unsqueeze(-1)
+        out = (out * share).to(out.dtype)
+    return out, None
 
 
 @torch.compiler.disable
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+    with_lse: bool,
+    others: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's override or `attend`: (B, T, H, D) and (B, H, T)."""
+    packing = {name: others.pop(name, None) for name in PACKING_KWARGS}
+    batch, queries, past = query.shape[0], query.shape[2], value.shape[2] - query.shape[2]
+    documents = documents_of(position_ids, attention_mask, (batch, queries), past=past, **packing)
+    mask = Mask(window=window, keys=attention_mask, documents=documents)
+    override = get_override(module)
+    run = attend if override is None else functools.partial(override.attend, module, position_ids)
+    out, lse = run(query, key, value, mask, scale=scaling, softcap=softcap, with_lse=with_lse, **others)
+    return out.transpose(1, 2), lse
+
+
 def zebra_mask(
     batch_size: int,
     q_length: int,
@@ -147,7 +168,8 @@ def zebra_mask(
             return None
         return torch.ones(batch_size, real, dtype=torch.bool, device=device)
     attention_mask = attention_mask[:, kv_offset : kv_offset + min(kv_length, real)].expand(batch_size, -1)
-    if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
+    traced = torch.compiler.is_compiling()  # whether all keys are real then shows when the program runs
+    if attention_mask.shape[1] == kv_length and not traced and bool(attention_mask.all()):
         return None
     return attention_mask
 
