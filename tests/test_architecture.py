@@ -34,6 +34,7 @@ RANKS = {
     "doctor": 6,
     "measure": 6,
     "report": 6,
+    "integrations": 6,
     "compare": 7,
     "pipeline": 7,
     "study": 8,

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from zebra import __version__
-from zebra.cli import compare, convert, data, evaluate, generate, plan, report, show, train
+from zebra.cli import command, compare, convert, data, evaluate, generate, plan, report, show, train
 from zebra.errors import ZebraError, machine_fault
 
 app = typer.Typer(
@@ -46,15 +46,21 @@ _VERBS: dict[str, Callable[..., None]] = {
     "zebra evaluate retrieval ./Llama-3.1-8B-GLLL --task passkey,lookup --length 4096,16384": evaluate.retrieval,
     "zebra evaluate tasks ./Llama-3.1-8B-GLLL --tasks hellaswag,zebra-lookup --length 4096": evaluate.tasks,
     "zebra evaluate documents ./Llama-3.1-8B-GLLL questions.jsonl --length 8192,32768": evaluate.documents,
+    "zebra with -- lm_eval run --model hf --model_args pretrained=./Llama-3.1-8B-GLLL,attn_implementation=zebra "
+    "--tasks hellaswag": command.with_,
     "zebra report runs/before runs/after -o report.html": report.report,
     "zebra doctor --measure --out ceilings.json": report.doctor,
     "zebra data instructions squality.jsonl books/ --kind qa,writing --words 8000 -o long.jsonl": data.instructions,
     "zebra data check long.jsonl short.jsonl --against evaluation.jsonl": data.check,
 }
-"""An example of each verb, and its function, which has the verb's name; in the order of the help."""
+"""An example of each verb, and its function; in the order of the help."""
+_SETTINGS = {"with": {"allow_interspersed_args": False}}
+"""Of click: all options behind a command are the command's own."""
 
 for _example, _verb in _VERBS.items():
-    _GROUPS.get(_example.split()[1], app).command(epilog=f"Example: {_example}")(_verb)
+    _first, _second = _example.split()[1:3]
+    _name = _second if _first in _GROUPS else _first
+    _GROUPS.get(_first, app).command(_name, epilog=f"Example: {_example}", context_settings=_SETTINGS.get(_name))(_verb)
 for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 
@@ -120,10 +126,13 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    if context.invoked_subcommand == "with":  # whose environment is the user's
+        return
     # Read by libraries when they are imported; progress bars of theirs would break ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

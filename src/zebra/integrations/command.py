@@ -1,0 +1,78 @@
+"""A command of another tool, in whose processes attention "zebra" is registered. Standard library only.
+
+    zebra with -- lm_eval ...
+       │  PYTHONPATH = entry_point/ : what it was        a folder with one entry point, and no module
+       └─ exec lm_eval ...                               this process becomes the command
+            └─ import torch                              loads the entry points of its group "torch.backends"
+                 └─ zebra.integrations.autoload          registers before the first model's module is imported
+            └─ accelerate's, torchrun's processes        have the same environment
+
+Nothing is installed or patched, and no sitecustomize is needed. The loading of entry points is torch's, for extensions
+that are not named in a script: https://docs.pytorch.org/tutorials/unstable/python_extension_autoload.html
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from zebra.errors import ZebraError
+
+ENTRY_POINT = Path(__file__).with_name("entry_point")
+_SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+
+def resolved(command: Sequence[str]) -> list[str]:
+    """The command as it is executed: a program of this Python's environment before those on the PATH.
+
+    A file that ends in .py, and -m with a module, are run by this Python.
+
+    Raises:
+        ZebraError: there is no such program or file.
+    """
+    program = command[0]
+    if program == "-m" or program.endswith(".py"):
+        if program != "-m" and not Path(program).is_file():
+            raise ZebraError(f"zebra with runs a command or a file; got {program}, which is no file. Check its path.")
+        return [sys.executable, *command]
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    if (where := shutil.which(program, path=path)) is None:
+        raise ZebraError(
+            f"zebra with runs a command of this environment or on the PATH; got {program!r}, which is neither. "
+            f"Install it beside zebra, into {sys.prefix}."
+        )
+    return [where, *command[1:]]
+
+
+def environment(before: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the command: as it was, with our entry point first on PYTHONPATH.
+
+    Raises:
+        ZebraError: torch was told to load no entry points.
+    """
+    if before.get(_SWITCH, "1") != "1":
+        raise ZebraError(
+            f"zebra with rests on the entry points that torch loads; got {_SWITCH}={before[_SWITCH]}, which switches "
+            "them off. Unset it."
+        )
+    paths = [str(ENTRY_POINT), *filter(None, [before.get("PYTHONPATH")])]
+    return {**before, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def execute(command: Sequence[str]) -> None:
+    """Become the command: its arguments, stdin, signals and exit code are its own. It does not return.
+
+    Raises:
+        ZebraError: as `resolved` and `environment`; a file that the system cannot execute.
+    """
+    words, variables = resolved(command), environment(os.environ)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(words[0], words, variables)
+    except OSError as error:
+        raise ZebraError(f"{words[0]} cannot be executed: {error.strerror}. Name a program or a .py file.") from None
