@@ -15,7 +15,7 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +38,9 @@ PICTURES = ROOT / "docs" / "images" / "smollm2"
 MODEL = "runs/demo-llm/smollm2"
 CHOSEN = "7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024"
 """What the part `selection` chose."""
+LIMIT, WINDOW = 8192, 1024
+AUTO = "8:2048"
+"""What `auto:16384` takes."""
 GROUPS = ("4:1024", "4:2048", "8:1024", "8:4096", "16:2048")
 TRAINED = ("lcat-smollm2", "lcat-smollm2-offset", "lcat-smollm2-full")
 
@@ -143,6 +146,110 @@ def _closed(here: Sequence[Result], source: Sequence[Result], spans: Sequence[Sp
     return lines
 
 
+class Compared:
+    """One comparison's values, by layout, for the checklist."""
+
+    def __init__(self, results: Sequence[Result]):
+        self.results = results
+
+    def perplexity(self, layout: str, span: Span) -> float:
+        """The perplexity of a layout at some positions; NaN without a result."""
+        here = [one for one in self.results if one.metric == "perplexity" and span_of(one) == span]
+        return next((one.value for one in here if one.layout == layout), math.nan)
+
+    def answers(self, layout: str, task: str) -> list[float]:
+        """The shares of answers by depth."""
+        name = f"retrieval-generate-{task}"
+        here = [one for one in self.results if one.task == name and one.layout == layout]
+        return [one.value for one in sorted(here, key=lambda one: one.depth or 0)]
+
+
+def checklist(parts: Mapping[str, Sequence[Result]]) -> Section:
+    """What the two papers claim, beside what was measured here."""
+    body = [
+        [Cell(claim), Cell(measured), Cell(verdict)]
+        for claim, measured, verdict in (*_self_extend_claims(parts), *_adaptation_claims(parts))
+    ]
+    prose = (
+        "Claims of Self-Extend (arXiv 2401.01325, sections 4, 5) and of Zebra's adaptation (arXiv 2312.08618, section "
+        "4), in our words, about this one model and these texts."
+    )
+    return Section(
+        "Checklist", [prose, Table("", [Cell("claim"), Cell("measured here"), Cell("verdict")], body, False)]
+    )
+
+
+def _verdict(holds: bool) -> str:
+    return "holds" if holds else "does not hold"
+
+
+def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
+    near, inside, beyond = (2048, 4096), (4096, 8192), (8192, 16384)
+    compared, extended = Compared(parts.get("16k", ())), f"full, self-extend {AUTO}"
+    plain, kept, far = (
+        compared.perplexity("full", inside),
+        compared.perplexity(extended, inside),
+        compared.perplexity(extended, beyond),
+    )
+    if not math.isnan(far):
+        lost = compared.perplexity("full", beyond)
+        yield (
+            "Without training, perplexity does not rise beyond the trained length.",
+            f"{far:.2f} at 8K to 16K, {kept:.2f} at 4K to 8K; {lost:.1f} as it is",
+            _verdict(far < 1.03 * kept),
+        )
+        short = compared.perplexity("full", near), compared.perplexity(extended, near)
+        yield (
+            "Within the trained length nothing is lost.",
+            f"{kept:.2f} and {plain:.2f} at 4K to 8K, {short[1]:.2f} and {short[0]:.2f} at 2K to 4K",
+            _verdict(kept < 1.01 * plain and short[1] < 1.01 * short[0]),
+        )
+    for task in ("passkey", "needle-in-text"):
+        if answered := compared.answers(extended, task):
+            before = compared.answers("full", task)
+            yield (
+                f"At twice the trained length a {task.replace('-', ' ')} is answered at any depth.",
+                f"{_shares(answered)}; {_shares(before)} as it is",
+                _verdict(min(answered) >= 0.9),
+            )
+    grouped = Compared(parts.get("groups", ()))
+    values = {one: grouped.perplexity(f"full, self-extend {one}", beyond) for one in (AUTO, *GROUPS)}
+    values = {one: value for one, value in values.items() if not math.isnan(value)}
+    if len(values) > 1:
+        within = [one for one in values if 0.5 <= _largest(one) / LIMIT <= 2 / 3]
+        best = min(values.values())
+        yield (
+            "The choice is not a fine one; the largest distance is best at a half to two thirds of the trained length.",
+            ", ".join(f"{one} ({_largest(one) / LIMIT:.0%}) {value:.2f}" for one, value in values.items()),
+            _verdict(all(values[one] < 1.01 * best for one in within) and max(values.values()) < 1.05 * best),
+        )
+
+
+def _adaptation_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
+    for part, layout in (("chosen", "the chosen layout"), ("offset", "the paper's order, GL:1024")):
+        here = [one for one in parts.get(part, ()) if one.metric == "perplexity" and "@" not in one.model]
+        if not here:
+            continue
+        source = [one for one in here if one.layout == "full"]
+        ((_, *cells),) = _closed(here, source, [span for span in buckets(source) if span[0] >= WINDOW])
+        shares = [cell.text for cell in cells]
+        yield (
+            f"A short adaptation brings {layout} back to the source at every position.",
+            f"of the gap closed, from 1K to 8K: {', '.join(shares)}",
+            _verdict(all(float(share.rstrip(" %")) >= 80 for share in shares)),
+        )
+
+
+def _shares(shares: Sequence[float]) -> str:
+    return ", ".join(percent(one, 0) for one in shares)
+
+
+def _largest(setting: str) -> float:
+    """The largest distance of Self-Extend G:W at 16,384 tokens: W + (N - W) / G."""
+    group, window = map(int, setting.split(":"))
+    return window + (16384 - window) / group
+
+
 def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
     """What each part shows, under a title of its own."""
     titles = {
@@ -180,7 +287,7 @@ def write_page() -> None:
     results = [one for part in parts.values() for one in part]
     if not results:
         raise ZebraError("there are no results of SmolLM2. Measure first: python benchmarks/smollm2.py")
-    shown = [section for section in [*sections(parts), method(results)] if section.blocks]
+    shown = [section for section in [checklist(parts), *sections(parts), method(results)] if section.blocks]
     for figure in (block for section in shown for block in section.blocks if isinstance(block, Figure)):
         atomic_write(PICTURES.with_name(f"{PICTURES.name}-{figure.name}.svg"), figure.standalone)
     advice = [line for part in ("16k", "32k") for line in methods.method_summaries(parts.get(part, []))]
