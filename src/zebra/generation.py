@@ -29,7 +29,7 @@ from transformers.generation import (
 )
 
 from zebra.data.chat_template import apply_chat_template
-from zebra.data.encoding import prompt_tokens
+from zebra.data.encoding import decode, prompt_tokens
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
 from zebra.model.context import check_learned_positions, longest_text, ways_beyond
@@ -349,19 +349,16 @@ class TextWriter(BaseStreamer):
             return
         for token in value.flatten().tolist():
             self._new.append(token)
-            if len(self._new) >= self._BYTES or not self._decoded(self._before + self._new).endswith("\ufffd"):
+            if len(self._new) >= self._BYTES or not decode(self._tokenizer, self._before + self._new).endswith("\ufffd"):
                 self.end()
 
     def end(self) -> None:
         """Write what is held back."""
-        piece = self._decoded(self._before + self._new)[len(self._decoded(self._before)) :]
+        piece = decode(self._tokenizer, self._before + self._new)[len(decode(self._tokenizer, self._before)) :]
         self._before, self._new = (self._before + self._new)[-self._BEFORE :], []
         self.text += piece
         if piece and self._on_text is not None:
             self._on_text(piece)
-
-    def _decoded(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class _Clock(StoppingCriteria):

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import multiprocessing
 import os
+import re
 import signal
+import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -26,19 +30,61 @@ from tokenizers import Tokenizer
 from zebra.errors import ZebraError
 
 
-class FastTokenizer(Protocol):
-    """What encoding needs of a tokenizer; the fast ones of transformers have it."""
+class DocumentTokenizer(Protocol):
+    """What encoding needs of a tokenizer; those of transformers have it, and the fast ones a `backend_tokenizer`."""
 
-    backend_tokenizer: Tokenizer
     split_special_tokens: bool
     eos_token_id: int | None
     special_tokens_map: Any
 
+    def __call__(self, text: Any, **options: Any) -> Any: ...  # noqa: D102
 
-def tokenizer_digest(tokenizer: FastTokenizer) -> str:
+    def save_pretrained(self, save_directory: str) -> Any: ...  # noqa: D102
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Tokens to text, without special ones and without ids that the tokenizer has no text for (padded embeddings).
+
+    Fast tokenizers of transformers leave those out themselves; others raise all kinds of errors.
+    """
+    if not getattr(tokenizer, "is_fast", True):
+        ids = [token for token in ids if token < len(tokenizer)]
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _definition(tokenizer: DocumentTokenizer) -> str | None:
+    """That of a fast tokenizer; None where a text is encoded in Python (ByT5, sentencepiece)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else str(backend.to_str())
+
+
+def tokenizer_digest(tokenizer: DocumentTokenizer) -> str:
     """A hash of all that decides which tokens a text becomes."""
-    definition = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
-    return hashlib.sha256("\0".join(definition).encode()).hexdigest()
+    definition = _definition(tokenizer)
+    if definition is None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+            definition = "".join(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()} " for file in files)
+    parts = [definition, str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def token_spans(tokenizer: DocumentTokenizer, text: str) -> list[tuple[int, int]]:
+    """Where each token of a text begins and ends in it, in characters.
+
+    A tokenizer that encodes in Python does not say: there the tokens of a word share its characters evenly.
+    """
+    if _definition(tokenizer) is not None:
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        return list(tokenizer(text, **options)["offset_mapping"])
+    words = list(re.finditer(r"\s*\S+|\s+", text))
+    tokens = [tokenizer(word[0], add_special_tokens=False, verbose=False)["input_ids"] for word in words]
+    spans = []
+    for word, n in zip(words, map(len, tokens), strict=True):
+        ends = [word.start() + (word.end() - word.start()) * i // n for i in range(n + 1)] if n else []
+        spans += list(itertools.pairwise(ends))
+    return spans
 
 
 class TextEncoding(Protocol):
@@ -136,16 +182,22 @@ class Encoder:
     append: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: FastTokenizer, *, append_eos: bool = False) -> Encoder:
+    def of(cls, tokenizer: DocumentTokenizer, *, append_eos: bool = False) -> Encoder:
         """A checkpoint's tokenizer, without truncation or padding; `append_eos` ends each text by its end of text."""
-        specials_as_text = tokenizer.split_special_tokens
-        encode = functools.partial(_encode, tokenizer.backend_tokenizer.to_str(), specials_as_text)
+        specials_as_text, definition = tokenizer.split_special_tokens, _definition(tokenizer)
+        encode = functools.partial(_encode_in_python, tokenizer)
+        if definition is not None:
+            encode = functools.partial(_encode, definition, specials_as_text)
         digest = f"{tokenizer_digest(tokenizer)} {specials_as_text}" + " one end" * append_eos
         return cls(encode, digest, tokenizer.eos_token_id if append_eos else None)
 
 
 def _encode(definition: str, specials_as_text: bool, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in _tokenizer(definition, specials_as_text).encode_batch(texts)]
+
+
+def _encode_in_python(tokenizer: DocumentTokenizer, texts: list[str]) -> list[list[int]]:
+    return list(tokenizer(texts, verbose=False)["input_ids"])
 
 
 @functools.lru_cache(maxsize=1)

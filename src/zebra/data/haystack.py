@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from zebra.data.encoding import Affixes
+from zebra.data.encoding import Affixes, decode
 from zebra.errors import ZebraError
 
 TokenIds = Sequence[int]
@@ -91,7 +91,7 @@ class PromptTokenizer:
 
     def decode(self, ids: TokenIds) -> str:
         """Tokens to text, without special ones."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decode(self._tokenizer, ids)
 
     def round_trip(self, text: str) -> TokenizedText | None:
         """A key or value, or None if the tokenizer does not decode its tokens to it."""

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+from zebra.data.encoding import token_spans
 from zebra.data.haystack import PromptTokenizer
 from zebra.data.qa import QAExample
 from zebra.errors import ZebraError
@@ -60,7 +61,8 @@ class Prompts:
         self.tokenizer, self._chat = tokenizer, chat
         self._pieces = PromptTokenizer(tokenizer)
         self._parts = re.split(r"(\{document\}|\{question\})", template)
-        self._offsets = lru_cache(maxsize=1)(self._tokenize)  # examples of one document come one after another
+        # Examples of one document come one after another.
+        self._spans = functools.lru_cache(maxsize=1)(functools.partial(token_spans, tokenizer))
 
     def ids(self, example: QAExample, document: str) -> tuple[int, ...]:
         """The prompt's tokens with this text in place of the document."""
@@ -78,8 +80,8 @@ class Prompts:
         Raises:
             ZebraError: the template and the question leave no room for the document.
         """
-        offsets = self._offsets(example.document)
-        n, around = len(offsets), len(self.ids(example, WITHOUT_DOCUMENT))
+        spans = self._spans(example.document)
+        n, around = len(spans), len(self.ids(example, WITHOUT_DOCUMENT))
         if length is None or n + around <= length + _JOINTS:
             ids = self.ids(example, example.document)
             if length is None or len(ids) <= length:
@@ -87,7 +89,7 @@ class Prompts:
         room = min(n - 1, length - around)
         while room >= 2:
             first, last = (room + 1) // 2, room // 2
-            text = example.document[: offsets[first - 1][1]] + _GAP + example.document[offsets[n - last][0] :]
+            text = example.document[: spans[first - 1][1]] + _GAP + example.document[spans[n - last][0] :]
             ids = self.ids(example, text)
             if len(ids) <= length:
                 return Prompt(ids, text, n, (first, n - last))
@@ -96,8 +98,3 @@ class Prompts:
             f"the question of {example.name} takes {around:,} tokens without its document, and there is room for "
             f"{length:,} in all. Take a longer --length, or fewer --answer-tokens."
         )
-
-    def _tokenize(self, document: str) -> list[tuple[int, int]]:
-        """Start and end of each token in the text of a document."""
-        encoding = self.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return encoding["offset_mapping"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.data.encoding import decode
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import evaluating
 from zebra.generation import generate_tokens
@@ -63,8 +64,7 @@ def greedy_answers(
             options["prefill_chunk"] = batch_tokens
         with evaluating(model):
             new = generate_tokens(model, tokenizer, ids, mask, **options)
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for i, text in zip(batch, texts, strict=True):
+        for i, text in zip(batch, (decode(tokenizer, tokens) for tokens in new), strict=True):
             answers[i] = min((text.partition(string)[0] for string in stop), key=len, default=text).strip()
         advance(int(mask.sum()))
     return answers

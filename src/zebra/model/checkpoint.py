@@ -118,6 +118,9 @@ def load_tokenizer(
             directory, trust_remote_code=bool(trust_remote_code)
         )
         largest = max(tokenizer.get_vocab().values())
+    except ImportError as error:  # several lines of advice follow what it needs
+        needs = first_line(error).partition(". ")[0]
+        raise ZebraError(f"the tokenizer of {path} cannot be read: {needs}. Install that package by pip.") from None
     except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
         if _CODE in str(error) and not trust_remote_code:
             remedy = "Read that code, then pass trust_remote_code (--trust-remote-code)"

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zebra.data.chat_template import apply_chat_template, rendering
 from zebra.data.conversations import GAP, Conversation, Message, TokenizedConversation, without_middle
+from zebra.data.encoding import token_spans
 from zebra.errors import ZebraError
 
 _REMEDY = "Correct or drop the conversation, or name another template with chat_template."
@@ -53,7 +54,9 @@ class Chat:
             )
         if named is not None:
             template = _named(named, tokenizer, source)
-        self._marked = template if re.search(_MARK, template) else _marked_by_trl(tokenizer, template, source)
+        self._marked = None
+        if tokenizer.is_fast:  # only those say which characters a token is of
+            self._marked = template if re.search(_MARK, template) else _marked_by_trl(tokenizer, template, source)
         self.template = re.sub(_MARK, "", template) if named in NAMED else template
         self._template = template
         probe = Conversation((Message("user", "a"), Message("assistant", "b")), "a question and its answer")
@@ -116,7 +119,7 @@ class Chat:
             return tokens, 0
         if document is None:
             return None
-        spans = self.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = token_spans(self.tokenizer, document)
         keep = len(spans) - over - len(self.tokenizer(GAP, add_special_tokens=False)["input_ids"])
         while keep >= 2:
             tokens = self.encode(conversation.with_document(without_middle(document, spans, keep)))
