@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_documents_are_encoded_as_the_tokenizer_does_here_and_in_workers(checkpo
     expected = [tokenizer.encode(text) for text in texts]
     assert encoder.encode(texts) == expected
     (batch,) = encode_batches([texts], pickle.loads(pickle.dumps(encoder)), 1)
-    assert batch.tokens.tolist() == sum(expected, [])
+    assert batch.tokens.tolist() == [token for ids in expected for token in ids]
     assert tokenizer.eos_token_id not in prompt_tokens(tokenizer, SHORT)
 
 
@@ -69,7 +70,7 @@ def test_token_spans_cover_the_text_in_order(checkpoint: Path) -> None:
         spans = token_spans(tokenizer, text)
         assert spans[0][0] == 0
         assert len(text.rstrip()) <= spans[-1][1] <= len(text)
-        assert all(one[1] == next_one[0] for one, next_one in zip(spans, spans[1:], strict=False))
+        assert all(one[1] == following[0] for one, following in itertools.pairwise(spans))
     assert len(token_spans(tokenizer, SHORT)) == len(tokenizer.encode(SHORT, add_special_tokens=False))
     assert token_spans(tokenizer, "") == []
 
@@ -108,7 +109,9 @@ def test_every_verb_serves_them(zebra: Zebra, checkpoint: Path, tmp_path: Path) 
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     for verb, recipe in recipes.items():
         file = tmp_path / f"{verb}.yaml"
-        file.write_text(yaml.safe_dump(recipe | {"run": str(tmp_path / verb), "model": str(checkpoint), "train": train}))
+        file.write_text(
+            yaml.safe_dump(recipe | {"run": str(tmp_path / verb), "model": str(checkpoint), "train": train})
+        )
     lines = [
         f"generate {checkpoint} --prompt Once --max-new-tokens 12 --temperature 1 --seed 3",
         f"evaluate perplexity {checkpoint} {text} --length 64",

@@ -349,7 +349,9 @@ class TextWriter(BaseStreamer):
             return
         for token in value.flatten().tolist():
             self._new.append(token)
-            if len(self._new) >= self._BYTES or not decode(self._tokenizer, self._before + self._new).endswith("\ufffd"):
+            if len(self._new) >= self._BYTES or not decode(self._tokenizer, self._before + self._new).endswith(
+                "\ufffd"
+            ):
                 self.end()
 
     def end(self) -> None:
