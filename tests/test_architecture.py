@@ -141,6 +141,8 @@ LIGHT = {
     "evaluate perplexity examples/stories260K README.md --length 64 --rope yarn:1": 2,
     "generate examples/stories260K --prompt Once --dtype int8": 2,
     "generate examples/stories260K --prompt Once --self-extend x": 2,
+    "chat nowhere": 2,
+    "chat examples/stories260K --file nothing.txt": 2,
     "adapt nothing.yaml": 2,
     "adapt recipes/demo.yaml --set train.lenght=9": 2,
     "adapt recipes/demo.yaml --set model=nowhere": 2,

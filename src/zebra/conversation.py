@@ -99,6 +99,11 @@ class Conversation:
         return self.last.prompt_tokens + len(self.last.tokens) if self.last else 0
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cached keys and values, with their snapshots."""
+        return self._prefixes.kv_bytes()
+
+    @property
     def system(self) -> str | None:
         """The message of the system; setting it keeps all others."""
         return self.messages[0]["content"] if self._has_system() else None
@@ -109,14 +114,19 @@ class Conversation:
         if content:
             self.messages.insert(0, {"role": "system", "content": content})
 
-    def add_document(self, text: str, cancelled: Callable[[], bool] = lambda: False) -> int:
+    def transcript(self) -> list[Message]:
+        """The messages as the template takes them, documents within their contents."""
+        return [_with_documents(message) for message in self.messages]
+
+    def add_document(self, text: str, cancelled: Callable[[], bool] = lambda: False) -> int | None:
         """Put a document before the next message of the user, and read it now.
 
         Args:
-            cancelled: asked between chunks; what was read until then stays in the cache.
+            cancelled: asked between chunks. Where it ends the reading, the document is not added, and what was read of
+                it stays in the cache.
 
         Returns:
-            The tokens of the conversation up to the document's end.
+            The tokens of the conversation up to the document's end; None where it was cancelled.
 
         Raises:
             ZebraError: an empty document.
@@ -130,10 +140,12 @@ class Conversation:
         context_room(self.model, len(one))
         shorter = min(len(one), len(other))
         ids = one[: int((one[:shorter] == other[:shorter]).cumprod(0).sum())]
-        self.documents = documents
         if len(ids):
             chunk = self.decoding.prefill_chunk
             read(self.model, ids, self._prefixes, chunk=chunk, on_prefill=self.on_prefill, cancelled=cancelled)
+        if cancelled():
+            return None
+        self.documents = documents
         return len(ids)
 
     def reply(self, content: str, **options: Any) -> Iterator[str]:
@@ -213,12 +225,9 @@ class Conversation:
         return pieces()
 
     def _encode(self, messages: list[Message]) -> Tensor:
-        """All messages as tokens (N), documents before the contents of theirs."""
-        contents = ("\n\n".join([*message.get("documents", []), message["content"]]) for message in messages)
-        rendered = [
-            {"role": message["role"], "content": content} for message, content in zip(messages, contents, strict=True)
-        ]
-        return encode_messages(rendered, self.tokenizer, remedy="Take a checkpoint that was tuned to converse.")
+        """All messages as tokens (N)."""
+        remedy = "Take a checkpoint that was tuned to converse."
+        return encode_messages(list(map(_with_documents, messages)), self.tokenizer, remedy=remedy)
 
     def _has_system(self) -> bool:
         return bool(self.messages) and self.messages[0]["role"] == "system"
@@ -226,6 +235,12 @@ class Conversation:
     def _last_question(self) -> int | None:
         questions = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         return questions[-1] if questions else None
+
+
+def _with_documents(message: Message) -> Message:
+    """A message as the template takes it, documents before its content."""
+    content = "\n\n".join([*message.get("documents", []), message["content"]])
+    return {"role": message["role"], "content": content}
 
 
 def _question(content: str, documents: list[str]) -> Message:

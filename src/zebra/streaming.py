@@ -111,21 +111,15 @@ def answer(
     room = context_room(model, len(ids))
     limit = decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens)
     limited = replace(decoding, max_new_tokens=limit, prefill_chunk=None)
-    streamer = _Steps(model, tokenizer, logprobs, on_step)
-    with prefixes.lock, streamer.watching_logits():
+    with prefixes.lock:
         start, text, sequence = time.perf_counter(), prefixes.take(ids), ids
         cached = len(text)
+        streamer = _Steps(model, tokenizer, logprobs, on_step, lambda: on_prefill(len(ids) - cached, len(ids) - cached))
         if _read(model, text, ids, len(ids) - _REST, decoding.prefill_chunk, on_prefill, cancelled):
-            output = generate_with(
-                model,
-                tokenizer,
-                ids.to(model.device)[None],
-                torch.ones_like(ids, device=model.device)[None],
-                limited,
-                past_key_values=text.cache,
-                streamer=streamer,
-                stopping_criteria=[_Cancel(cancelled)],
-            )
+            prompt, cancel = ids.to(model.device)[None], [_Cancel(cancelled)]
+            arguments = {"past_key_values": text.cache, "streamer": streamer, "stopping_criteria": cancel}
+            with streamer.watching_logits():
+                output = generate_with(model, tokenizer, prompt, torch.ones_like(prompt), limited, **arguments)
             sequence = output.sequences[0].cpu()
         seconds = time.perf_counter() - start
         # Under full decoding a later prompt reads the answer by the window.
@@ -278,8 +272,9 @@ class _Steps(BaseStreamer):
         tokenizer: PreTrainedTokenizerBase,
         logprobs: int | None,
         on_step: Callable[[Step], None],
+        on_first: Callable[[], None],
     ):
-        self._model, self._logprobs, self._on_step = model, logprobs, on_step
+        self._model, self._logprobs, self._on_step, self._on_first = model, logprobs, on_step, on_first
         self._pieces: list[str] = []
         self._writer = TextWriter(tokenizer, self._pieces.append)
         self._logits: Tensor | None = None
@@ -312,6 +307,7 @@ class _Steps(BaseStreamer):
             return
         if math.isnan(self.first):
             self.first = time.perf_counter()
+            self._on_first()
         token = int(value.flatten()[0])
         self._on_step(Step(token, self._new_text(), *self._probabilities(token)))
 

@@ -20,27 +20,15 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="UTF-8 file with the text to continue; - reads stdin.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="INT", help="Generate at most this many tokens.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(min=0, metavar="FLOAT", help="0 takes the likeliest token; above 0 draws tokens.")
-    ] = 0.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, metavar="FLOAT", help="Draw from the likeliest tokens, up to this probability."),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, metavar="INT", help="Draw from this many of the likeliest tokens.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, metavar="FLOAT", help="Drop tokens below this share of the top probability."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option(min=0, metavar="FLOAT", help="Above 1: avoid tokens that occurred already.")
-    ] = 1.0,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
     num_beams: Annotated[
         int, typer.Option(min=1, metavar="INT", help="Beams of beam search; the text is printed at the end.")
     ] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop after this string; repeatable.")] = None,
+    stop: options.Stop = None,
     prefill_chunk: Annotated[
         int | None, typer.Option(min=1, metavar="INT", help="Tokens of a chunk of the prompt. Default: all.")
     ] = None,

@@ -144,6 +144,26 @@ TrustRemoteCode = Annotated[
 ]
 
 
+# How tokens are chosen
+
+Temperature = Annotated[
+    float, typer.Option(min=0, metavar="FLOAT", help="0 takes the likeliest token; above 0 draws tokens.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, metavar="FLOAT", help="Draw from the likeliest tokens, up to this probability."),
+]
+TopK = Annotated[int | None, typer.Option(min=1, metavar="INT", help="Draw from this many of the likeliest tokens.")]
+MinP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, metavar="FLOAT", help="Drop tokens below this share of the top probability."),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(min=0, metavar="FLOAT", help="Above 1: avoid tokens that occurred already.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop after this string; repeatable.")]
+
+
 # Measurements
 
 length_list = numbers("--length", int, "4096 or 512,4096", least=2)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zebra.data.records import RECORD_FILES, RecordError, read_records, record_suffix, string_field
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, first_line
 from zebra.progress import console
 
 _FIELD = "text"
@@ -111,6 +111,34 @@ def read_documents(files: Sequence[Path], separator: str | None = None, field: s
     if converted:
         message = f"line ends of {_listed(converted)} are not \\n, and are read as \\n."
         console.print(message, soft_wrap=True)
+
+
+def document_text(file: Path) -> str:
+    """All text of one file: a PDF's pages with blank lines between, else its documents.
+
+    Raises:
+        ZebraError: no such file; a PDF that is damaged, locked, or pictures alone, or without the extra `chat`; as
+            `read_documents`.
+    """
+    (file,) = find_files([glob.escape(str(file))])[:1]
+    if file.suffix.lower() == ".pdf":
+        return _pdf_text(file)
+    return "\n\n".join(document.text for document in read_documents([file]))
+
+
+def _pdf_text(file: Path) -> str:
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    except ImportError:
+        raise ZebraError(f"{file} is read by pypdf. Install the extra chat: pip install 'zebra-llm[chat]'.") from None
+    try:
+        text = "\n\n".join(filter(None, (page.extract_text().strip() for page in PdfReader(file).pages)))
+    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ZebraError(f"{file} cannot be read as a PDF: {first_line(error)}. Save it as text.") from None
+    if not text:
+        raise ZebraError(f"{file} has no text, its pages may be pictures. Recognise it first, or give text.")
+    return text
 
 
 def _check_options(files: Sequence[Path], separator: str | None, field: str | None) -> None:
