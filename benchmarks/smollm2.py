@@ -12,18 +12,20 @@ are copied to benchmarks/results/smollm2-PART.jsonl.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.report import methods, page, perplexity, retrieval, selection
 from zebra.report.answers import answers
-from zebra.report.figures import Figure
+from zebra.report.figures import Figure, plot_positions
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import interval_cell, split, table
@@ -276,6 +278,16 @@ def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
     return [shown[0], shown[1], shown[2], chosen, adaptation(parts), shown[3], tuned]
 
 
+def picture(results: Sequence[Result]) -> Figure:
+    """Perplexity by position of the methods that keep all layers global."""
+    names = ("full, self-extend", "full", "full yarn")  # ours gets the first hue
+    here = [
+        one for one in results if one.metric == "perplexity" and (one.position_from, one.position_to) != (0, one.length)
+    ]
+    shown = [one for name in names for one in here if re.split(r":|(?<=extend) ", one.layout)[0] == name]
+    return Figure("smollm2", [partial(plot_positions, results=shown)], height=2.9)
+
+
 def write_page() -> None:
     """The page and its pictures.
 
@@ -290,6 +302,8 @@ def write_page() -> None:
     shown = [section for section in [checklist(parts), *sections(parts), method(results)] if section.blocks]
     for figure in (block for section in shown for block in section.blocks if isinstance(block, Figure)):
         atomic_write(PICTURES.with_name(f"{PICTURES.name}-{figure.name}.svg"), figure.standalone)
+    if longest := parts.get("32k") or parts.get("16k"):
+        atomic_write(PICTURES.with_suffix(".svg"), picture(longest).standalone)
     advice = [line for part in ("16k", "32k") for line in methods.method_summaries(parts.get(part, []))]
     atomic_write(PAGE, page.markdown("../images/smollm2", "SmolLM2-135M-Instruct", advice, shown))
 
