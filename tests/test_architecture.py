@@ -30,6 +30,7 @@ RANKS = {
     "evaluate": 4,
     "streaming": 4,
     "conversation": 5,
+    "serve": 5,
     "train": 5,
     "doctor": 6,
     "measure": 6,
@@ -43,7 +44,9 @@ RANKS = {
     "__init__": 10,
 }
 STANDARD_LIBRARY_ONLY = {"errors", "files", "gguf", "stripes", "masks", "positions", "provenance", "results", "plan"}
-MAY_IMPORT_TRANSFORMERS = {"compare", "model", "train", "evaluate", "generation", "streaming", "conversation", "study"}
+MAY_IMPORT_TRANSFORMERS = {
+    *("compare", "model", "train", "evaluate", "generation", "streaming", "conversation", "serve", "study"),
+}
 
 
 def room(module: Path) -> str:
@@ -89,6 +92,10 @@ ONLY_IN = {
     "datasets": {"evaluate/harness_retrieval.py", "train/sft.py"},
     "rouge_score": {"evaluate/overlap.py"},
     "peft": {"train/lora.py"},
+    "gradio": {"serve/page.py"},
+    "prometheus_client": {"serve/metrics.py"},
+    "uvicorn": {"serve/server.py"},
+    "openai": {"serve/answers.py", "serve/page.py"},
 }
 
 
@@ -116,7 +123,7 @@ def test_only_the_command_line_knows_the_study() -> None:
     assert users <= {"study", "cli"}
 
 
-HEAVY = ("torch", "transformers", "numpy", "matplotlib", "accelerate", "lm_eval", "datasets", "rouge_score")
+HEAVY = ("torch", "transformers", "numpy", "matplotlib", "accelerate", "lm_eval", "datasets", "rouge_score", "fastapi")
 LIGHT = {
     "--help": 0,
     "adapt --help": 0,
@@ -143,6 +150,9 @@ LIGHT = {
     "generate examples/stories260K --prompt Once --self-extend x": 2,
     "chat nowhere": 2,
     "chat examples/stories260K --file nothing.txt": 2,
+    "serve nowhere": 2,
+    "serve examples/stories260K --host 0.0.0.0": 2,
+    "serve examples/stories260K --cache-memory many": 2,
     "adapt nothing.yaml": 2,
     "adapt recipes/demo.yaml --set train.lenght=9": 2,
     "adapt recipes/demo.yaml --set model=nowhere": 2,

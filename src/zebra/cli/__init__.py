@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from zebra import __version__
-from zebra.cli import chat, command, compare, convert, data, evaluate, generate, plan, report, show, train
+from zebra.cli import chat, command, compare, convert, data, evaluate, generate, plan, report, serve, show, train
 from zebra.errors import ZebraError, machine_fault
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "zebra study recipes/study-tiny-cpu.yaml --workers 2": train.study,
     'zebra generate ./Llama-3.1-8B-GLLL --prompt "Once upon a time" --max-new-tokens 100': generate.generate,
     "zebra chat ./SmolLM2-135M-Instruct --file book.txt --self-extend auto:32768": chat.chat,
+    "zebra serve ./Llama-3.1-8B-GLLL --cache-memory 4GiB": serve.serve,
     "zebra evaluate perplexity ./Llama-3.1-8B book.txt --length 32768 --stripes GLLL:4096": evaluate.perplexity,
     "zebra evaluate retrieval ./Llama-3.1-8B-GLLL --task passkey,lookup --length 4096,16384": evaluate.retrieval,
     "zebra evaluate tasks ./Llama-3.1-8B-GLLL --tasks hellaswag,zebra-lookup --length 4096": evaluate.tasks,

@@ -42,14 +42,14 @@ class DocumentTokenizer(Protocol):
     def save_pretrained(self, save_directory: str) -> Any: ...  # noqa: D102
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Tokens to text, without special ones and without ids that the tokenizer has no text for (padded embeddings).
+def decode(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:
+    """Tokens to text, without special ones unless `special`, and without ids that the tokenizer has no text for (padded embeddings).
 
     Fast tokenizers of transformers leave those out themselves; others raise all kinds of errors.
     """
     if not getattr(tokenizer, "is_fast", True):
         ids = [token for token in ids if token < len(tokenizer)]
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
 
 def _definition(tokenizer: DocumentTokenizer) -> str | None:

@@ -1,0 +1,90 @@
+"""The verb `serve`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from zebra.cli import options, show
+from zebra.errors import ZebraError
+from zebra.model.checkpoint_files import check_checkpoint
+from zebra.plan.fit import parse_bytes
+from zebra.serve.settings import ServeSettings
+
+_NEEDED = ("fastapi", "openai", "prometheus_client", "uvicorn")
+
+
+def serve(
+    checkpoint: options.Checkpoint,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any that others reach wants a token.")
+    ] = ServeSettings.host,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="INT", help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ZEBRA_API_KEY", help="Bearer token of the clients; better in the environment. Default: none."
+        ),
+    ] = None,
+    page: Annotated[
+        bool | None,
+        typer.Option("--page/--no-page", help="Serve the chat page. Default: on loopback, where gradio is installed."),
+    ] = None,
+    cache_memory: Annotated[
+        str, typer.Option(help="Caches of conversations that are kept for their next turn, least recently used out.")
+    ] = "1GiB",
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="INT", help="Tokens of an answer whose request names no number.")
+    ] = ServeSettings.max_tokens,
+    max_queue: Annotated[
+        int, typer.Option(min=1, metavar="INT", help="Requests that wait; one more gets status 429.")
+    ] = ServeSettings.max_queue,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Of one request, waiting included; then status 504.")
+    ] = ServeSettings.max_seconds,
+    max_body: Annotated[str, typer.Option(help="Size of a request; a larger one gets status 413.")] = "32MiB",
+    stripes: options.StripesNotation = None,
+    rope: options.RopeNotation = None,
+    self_extend: options.SelfExtendNotation = None,
+    window: options.Window = None,
+    full_decode: options.FullDecode = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Serve a checkpoint by OpenAI's API, with a chat page: one machine, one model, requests one after another."""
+    settings = ServeSettings(
+        host=host,
+        port=port,
+        api_key=api_key,
+        page=page,
+        cache_memory=parse_bytes(cache_memory),
+        max_tokens=max_tokens,
+        max_queue=max_queue,
+        max_seconds=timeout,
+        max_body=parse_bytes(max_body),
+    )
+    loading = {
+        "stripes": stripes,
+        "rope": rope,
+        "self_extend": self_extend,
+        "window": window,
+        "full_decode": full_decode,
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+    check_checkpoint(checkpoint)
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise ZebraError(f"serving needs {', '.join(missing)}, not installed here. pip install 'zebra-llm[serve]'.")
+    with show.working():
+        from zebra.serve.start import make_server
+
+        make_server(checkpoint, settings, on_start=_say, **loading).run()
+
+
+def _say(address: str, page: bool) -> None:
+    where = f"the chat page {address}/, the API {address}/v1" if page else f"the API {address}/v1"
+    show.note(f"serving: {where}. Ctrl-C ends it, once running requests are answered.")

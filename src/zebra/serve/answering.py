@@ -1,0 +1,130 @@
+"""A job to pieces: tokens of `zebra.streaming` to text, reasoning, calls of tools and scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
+
+from zebra.data.encoding import decode
+from zebra.generation import TextWriter
+from zebra.model.prefix_cache import PrefixCache
+from zebra.serve.engine import Ticket
+from zebra.serve.events import Finish, Piece, ScoredToken
+from zebra.serve.jobs import Job
+from zebra.serve.metrics import Metrics
+from zebra.serve.stops import StopFilter
+from zebra.streaming import Step, answer
+
+_MAX_TEXTS = 256
+"""Conversations whose caches are kept, where their bytes allow it."""
+
+
+class Answerer:
+    """Answers jobs with one model, one after another, and keeps the caches of their conversations.
+
+    Args:
+        tokenizer: used by the engine's thread alone; tokenizers do not bear two threads.
+        cache_memory: bytes of caches; the least recently used go first.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache_memory: int, metrics: Metrics
+    ) -> None:
+        self._model, self._tokenizer, self._metrics = model, tokenizer, metrics
+        self._prefixes = PrefixCache(model, max_texts=_MAX_TEXTS, max_bytes=cache_memory)
+
+    def __call__(self, ticket: Ticket[Job]) -> Finish | None:
+        """Send the pieces of a job; None where its client left."""
+        job, pieces = ticket.job, _Pieces(ticket, self._tokenizer)
+        generated = answer(
+            self._model,
+            self._tokenizer,
+            torch.tensor(job.ids),
+            job.decoding,
+            self._prefixes,
+            logprobs=job.scores,
+            on_step=pieces.put,
+            cancelled=lambda: ticket.cancelled or pieces.stopped,
+        )
+        self._metrics.cache_bytes.set(self._prefixes.kv_bytes())
+        self._metrics.caches.set(len(self._prefixes))
+        if ticket.cancelled:
+            return None
+        pieces.end()
+        return Finish(
+            reason="stop" if pieces.stopped or generated.ended in ("end", "stop") else "length",
+            prompt_tokens=generated.prompt_tokens,
+            cached_tokens=generated.cached_tokens,
+            new_tokens=len(generated.tokens),
+            prompt_seconds=generated.seconds_to_first_token,
+            seconds=generated.seconds - generated.seconds_to_first_token,
+        )
+
+
+class _Pieces:
+    """Steps to pieces.
+
+    Without a grammar of the family the text is the steps'. With one it is decoded anew, special tokens and all, because
+    the grammar reads them. Scores go with the piece that their tokens are in.
+    """
+
+    def __init__(self, ticket: Ticket[Job], tokenizer: PreTrainedTokenizerBase) -> None:
+        self._ticket, self._tokenizer, self._parser = ticket, tokenizer, ticket.job.parser
+        self._stops, self._scored = StopFilter(ticket.job.stop), list[ScoredToken]()
+        self._writer: TextWriter | None = None
+        if self._parser is not None:
+            self._writer = TextWriter(tokenizer, self._text, special=True)
+            self._writer.put(torch.tensor(ticket.job.ids))
+            self._send(response_events_to_chunks(self._parser.initial_events))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came."""
+        return self._stops.stopped
+
+    def put(self, step: Step) -> None:
+        """One step of the answer."""
+        if self.stopped:
+            return
+        if step.logprob is not None and step.token is not None:
+            top = tuple((self._decoded(token), logprob) for token, logprob in step.top)
+            self._scored.append(ScoredToken(self._decoded(step.token), step.logprob, top))
+        if self._writer is None:
+            self._text(step.text)
+        elif step.token is not None:
+            self._writer.put(torch.tensor([step.token]))
+
+    def end(self) -> None:
+        """What is held back."""
+        if self._writer is not None:
+            self._writer.end()
+        if not self.stopped:
+            self._parsed(self._stops.end())
+        if self._parser is not None:
+            try:
+                events = self._parser.finalize()[1]
+            except (ValueError, RuntimeError):  # it ended within a call of a tool
+                events = []
+            self._send(response_events_to_chunks(events))
+
+    def _text(self, text: str) -> None:
+        self._parsed(self._stops.put(text))
+
+    def _parsed(self, text: str) -> None:
+        self._send([text] if self._parser is None else response_events_to_chunks(self._parser.feed(text)))
+
+    def _send(self, chunks: list[Any]) -> None:
+        for chunk in chunks:
+            scored, self._scored = tuple(self._scored), []
+            if isinstance(chunk, ToolCall):
+                self._ticket.send(Piece(tool=chunk, tokens=scored))
+            elif isinstance(chunk, ReasoningText):
+                self._ticket.send(Piece(reasoning=chunk, tokens=scored))
+            elif chunk or scored:
+                self._ticket.send(Piece(chunk, tokens=scored))
+
+    def _decoded(self, token: int) -> str:
+        return decode(self._tokenizer, [token], special=True)

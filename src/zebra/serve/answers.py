@@ -1,0 +1,265 @@
+"""What the model answers as objects of the API: whole, or as a stream of server-sent events.
+
+The types are those of the package openai, and the events of `/v1/responses` come from transformers' own server.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+from uuid import uuid4
+
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import ResponseIncompleteEvent
+from transformers.cli.serving.response import _ResponseStreamBuilder, compute_usage
+from transformers.cli.serving.utils import BaseHandler
+
+from zebra.serve.errors import ApiError
+from zebra.serve.events import Finish, Piece, ScoredToken
+
+event = BaseHandler.chunk_to_sse
+"""An object as one server-sent event."""
+DONE = event("[DONE]")
+
+
+class AnswerFormat(Protocol):
+    """How one endpoint writes an answer."""
+
+    def start(self) -> str:
+        """The events before the first token."""
+
+    def piece(self, piece: Piece) -> str:
+        """The events of one piece."""
+
+    def end(self, finish: Finish) -> str:
+        """The events behind the last token."""
+
+    def error(self, error: ApiError) -> str:
+        """The events of an error in mid-stream."""
+
+    def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
+        """The answer as one object."""
+
+
+class ChatFormat:
+    """`/v1/chat/completions`."""
+
+    def __init__(self, model: str, *, include_usage: bool) -> None:
+        self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
+        self._include_usage, self._calls = include_usage, 0
+
+    def start(self) -> str:
+        """The role, before the first token."""
+        return self._chunk([{"delta": {"role": "assistant", "content": ""}}])
+
+    def piece(self, piece: Piece) -> str:
+        """Text, reasoning or a call of a tool."""
+        delta: dict[str, Any] = {}
+        if piece.text:
+            delta["content"] = piece.text
+        if piece.reasoning:
+            delta["reasoning_content"] = piece.reasoning
+        if piece.tool is not None:
+            delta["tool_calls"] = [{"index": self._calls, **self._call(piece, self._calls)}]
+            self._calls += 1
+        return self._chunk([{"delta": delta, "logprobs": _chat_logprobs(piece.tokens)}])
+
+    def end(self, finish: Finish) -> str:
+        """Why it ended, the timings, and the usage where the client wants it."""
+        timings = finish.timings()
+        reason = "tool_calls" if self._calls else finish.reason
+        parts = [self._chunk([{"delta": {}, "finish_reason": reason}], timings=timings)]
+        if self._include_usage:
+            parts.append(self._chunk([], usage=_usage(finish), timings=timings))
+        return "".join([*parts, DONE])
+
+    def error(self, error: ApiError) -> str:
+        """The error as OpenAI's clients read it."""
+        return f"data: {json.dumps(error.body())}\n\n"
+
+    def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
+        """A `ChatCompletion`."""
+        tools = [piece for piece in pieces if piece.tool is not None]
+        calls = [self._call(piece, number) for number, piece in enumerate(tools)]
+        message = {
+            "role": "assistant",
+            "content": "".join(piece.text for piece in pieces),
+            "reasoning_content": "".join(piece.reasoning for piece in pieces) or None,
+            "tool_calls": calls or None,
+        }
+        choice = {
+            "index": 0,
+            "message": message,
+            "finish_reason": "tool_calls" if calls else finish.reason,
+            "logprobs": _chat_logprobs([token for piece in pieces for token in piece.tokens]),
+        }
+        body = {"object": "chat.completion", "choices": [choice], "usage": _usage(finish), "timings": finish.timings()}
+        return ChatCompletion.model_validate(self._head | body).model_dump(exclude_none=True)
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        choices = [{"index": 0, "finish_reason": None, **choice} for choice in choices]
+        chunk = {"object": "chat.completion.chunk", "choices": choices, **more}
+        return event(ChatCompletionChunk.model_validate(self._head | chunk))
+
+    def _call(self, piece: Piece, number: int) -> dict[str, Any]:
+        assert piece.tool is not None
+        function = {"name": piece.tool.name, "arguments": piece.tool.arguments}
+        return {"id": f"call_{self._head['id']}_{number}", "type": "function", "function": function}
+
+
+class CompletionFormat:
+    """`/v1/completions`."""
+
+    def __init__(self, model: str, *, include_usage: bool) -> None:
+        self._head = {"id": f"cmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
+        self._include_usage, self._offset = include_usage, 0
+
+    def start(self) -> str:
+        """Nothing."""
+        return ""
+
+    def piece(self, piece: Piece) -> str:
+        """Text."""
+        return self._chunk([self._choice([piece])])
+
+    def end(self, finish: Finish) -> str:
+        """Why it ended, the timings, and the usage where the client wants it."""
+        timings = finish.timings()
+        parts = [self._chunk([{"text": "", "finish_reason": finish.reason}], timings=timings)]
+        if self._include_usage:
+            parts.append(self._chunk([], usage=_usage(finish), timings=timings))
+        return "".join([*parts, DONE])
+
+    def error(self, error: ApiError) -> str:
+        """The error as OpenAI's clients read it."""
+        return f"data: {json.dumps(error.body())}\n\n"
+
+    def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
+        """A `Completion`."""
+        choice = self._choice(pieces) | {"index": 0, "finish_reason": finish.reason}
+        body = {"object": "text_completion", "choices": [choice], "usage": _usage(finish), "timings": finish.timings()}
+        return Completion.model_validate(self._head | body).model_dump(exclude_none=True)
+
+    def _choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        tokens = [token for piece in pieces for token in piece.tokens]
+        text = "".join(piece.text for piece in pieces)
+        if not tokens:
+            return {"text": text}
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token.text)
+        logprobs = {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [dict(token.top) for token in tokens],
+            "text_offset": offsets,
+        }
+        return {"text": text, "logprobs": logprobs}
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        choices = [{"index": 0, "finish_reason": None, **choice} for choice in choices]
+        chunk = {"object": "text_completion", "choices": choices, **more}
+        # A chunk has no reason to finish yet, which the type does not allow: it is that of the whole answer.
+        return f"data: {json.dumps(self._head | chunk)}\n\n"
+
+
+class _ResponseEvents(_ResponseStreamBuilder):
+    """transformers' builder of events, with an answer that ended at its length."""
+
+    def ended(self, finish: Finish) -> list[str]:
+        """The last event: completed, or incomplete at the most tokens that the client wanted."""
+        usage = compute_usage(finish.prompt_tokens, finish.new_tokens)
+        usage.input_tokens_details.cached_tokens = finish.cached_tokens
+        self._response_defaults |= {"timings": finish.timings()}
+        if finish.reason != "length":
+            return self.completed(usage)
+        items = [item for item in (self.reasoning_item, self.message_item, *self.tool_calls) if item is not None]
+        response = self._response(
+            "incomplete", output=items, usage=usage, incomplete_details={"reason": "max_output_tokens"}
+        )
+        last = ResponseIncompleteEvent(type="response.incomplete", sequence_number=self.seq, response=response)
+        return [self._emit(last)]
+
+
+class ResponsesFormat:
+    """`/v1/responses`."""
+
+    def __init__(self, model: str) -> None:
+        request = uuid4().hex
+        defaults = {
+            "id": f"resp_{request}",
+            "created_at": time.time(),
+            "model": model,
+            "object": "response",
+            "tools": [],
+            "parallel_tool_calls": False,
+            "tool_choice": "auto",
+        }
+        self._events, self._request = _ResponseEvents(request_id=request, response_defaults=defaults), request
+
+    def start(self) -> str:
+        """The response is in progress."""
+        return "".join(self._events.start_response())
+
+    def piece(self, piece: Piece) -> str:
+        """Text, reasoning or a call of a tool, in items that open and close."""
+        events, parts = self._events, list[str]()
+        if piece.reasoning:
+            parts += [] if events.reasoning_open else events.start_reasoning()
+            parts += events.reasoning_delta(piece.reasoning)
+        if (piece.text or piece.tool) and events.reasoning_open:
+            parts += events.finish_reasoning()
+        if piece.text:
+            parts += [] if events.message_open else events.start_message()
+            parts += events.text_delta(piece.text)
+        if piece.tool is not None:
+            parts += events.finish_message() if events.message_open else []
+            name = f"call_{self._request}_{len(events.tool_calls)}"
+            parts += events.tool_call(name, piece.tool.name, piece.tool.arguments)
+        return "".join(parts)
+
+    def end(self, finish: Finish) -> str:
+        """Close what is open, then the whole response."""
+        events = self._events
+        parts = events.finish_reasoning() if events.reasoning_open else []
+        if not events.message_open and events.message_item is None:
+            parts += events.start_message()
+        parts += events.finish_message() if events.message_open else []
+        return "".join(parts + events.ended(finish))
+
+    def error(self, error: ApiError) -> str:
+        """The response failed."""
+        return "".join(self._events.error(error.message))
+
+    def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
+        """A `Response`: what the last event of the stream holds."""
+        for piece in pieces:
+            self.piece(piece)
+        last = self.end(finish).strip().splitlines()[-1]
+        whole: dict[str, Any] = json.loads(last.removeprefix("data: "))["response"]
+        return whole
+
+
+def _usage(finish: Finish) -> dict[str, Any]:
+    return {
+        "prompt_tokens": finish.prompt_tokens,
+        "completion_tokens": finish.new_tokens,
+        "total_tokens": finish.prompt_tokens + finish.new_tokens,
+        "prompt_tokens_details": {"cached_tokens": finish.cached_tokens},
+    }
+
+
+def _chat_logprobs(tokens: Iterable[ScoredToken]) -> dict[str, Any] | None:
+    content = [
+        _scored(token.text, token.logprob) | {"top_logprobs": [_scored(text, value) for text, value in token.top]}
+        for token in tokens
+    ]
+    return {"content": content} if content else None
+
+
+def _scored(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

@@ -1,0 +1,184 @@
+"""One thread that answers requests one after another, and the queue before it.
+
+submit ─► waiting (bounded) ─► the thread: cached prefix, prefill, tokens ─► pieces to the event loop of the request
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Generic, TypeVar
+
+from zebra.errors import ZebraError, machine_fault
+from zebra.serve.errors import ApiError
+from zebra.serve.events import Finish, Piece
+from zebra.serve.metrics import Metrics
+
+Job = TypeVar("Job")
+_log = logging.getLogger(__name__)
+RETRY_AFTER = 5
+"""Seconds after which a client may try again."""
+
+
+class Ticket(Generic[Job]):
+    """One request in the engine. Its pieces are read in the event loop in which it was submitted."""
+
+    def __init__(self, job: Job, max_seconds: float) -> None:
+        self.job, self.arrival = job, time.monotonic()
+        self._deadline, self._max_seconds = self.arrival + max_seconds, max_seconds
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Piece | Finish | ApiError]()
+        self._cancelled = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more; the thread looks before each token and each chunk."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """Stop answering at the next token."""
+        self._cancelled.set()
+
+    def send(self, item: Piece | Finish | ApiError) -> None:
+        """Called by the engine's thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, item)
+
+    async def items(self) -> AsyncIterator[Piece | Finish]:
+        """The pieces, and last of all how it ended. Who leaves off early cancels the request.
+
+        Raises:
+            ApiError: the time is over; what the model raised.
+        """
+        try:
+            while True:
+                left = self._deadline - time.monotonic()
+                try:
+                    item = await asyncio.wait_for(self._events.get(), left)
+                except TimeoutError:
+                    raise ApiError(
+                        504,
+                        f"this request took longer than the {self._max_seconds:g} s that the server allows. Ask for "
+                        "fewer tokens, or start it with a larger --timeout.",
+                        code="timeout",
+                    ) from None
+                if isinstance(item, ApiError):
+                    raise item
+                yield item
+                if isinstance(item, Finish):
+                    return
+        finally:
+            self.cancel()
+
+
+class Engine(Generic[Job]):
+    """Answers requests in the order of their arrival.
+
+    Args:
+        answer: sends the pieces of a ticket's job and returns how it ended; None where the ticket was cancelled.
+        max_queue: requests that wait, at most.
+        max_seconds: of one request, waiting included.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Ticket[Job]], Finish | None],
+        metrics: Metrics,
+        *,
+        max_queue: int,
+        max_seconds: float,
+    ) -> None:
+        self._answer, self._metrics = answer, metrics
+        self._max_queue, self._max_seconds = max_queue, max_seconds
+        self._waiting: deque[Ticket[Job]] = deque()
+        self._change = threading.Condition()
+        self._running, self.draining = False, False
+        threading.Thread(target=self._run, name="zebra-engine", daemon=True).start()
+
+    def submit(self, job: Job) -> Ticket[Job]:
+        """Put a job into the queue, from the event loop.
+
+        Raises:
+            ApiError: 429 where the queue is full, 503 where the server stops.
+        """
+        with self._change:
+            if self.draining:
+                raise stopping()
+            self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+            if len(self._waiting) >= self._max_queue:
+                raise ApiError(
+                    429,
+                    f"{len(self._waiting)} requests wait for the model already. Try again in some seconds.",
+                    code="queue_full",
+                    retry_after=RETRY_AFTER,
+                )
+            ticket = Ticket(job, self._max_seconds)
+            self._waiting.append(ticket)
+            self._metrics.waiting.set(len(self._waiting))
+            self._change.notify_all()
+            return ticket
+
+    def drain(self) -> None:
+        """Take no more requests; those that were taken are answered."""
+        with self._change:
+            self.draining = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or is answered."""
+        with self._change:
+            return not self._running and not any(not ticket.cancelled for ticket in self._waiting)
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                while not self._waiting:
+                    self._change.wait()
+                ticket = self._waiting.popleft()
+                self._running = True
+                self._metrics.waiting.set(len(self._waiting))
+            self._metrics.running.set(1)
+            try:
+                self._serve(ticket)
+            finally:
+                self._metrics.running.set(0)
+                with self._change:
+                    self._running = False
+                del ticket  # its job may hold a long prompt
+
+    def _serve(self, ticket: Ticket[Job]) -> None:
+        ending = "cancelled"
+        try:
+            finish = None if ticket.cancelled else self._answer(ticket)
+            if finish is not None:
+                ending = finish.reason
+                self._count(finish, time.monotonic() - ticket.arrival)
+                ticket.send(finish)
+        except Exception as error:
+            ending = "error"
+            ticket.send(_as_api_error(error))
+        self._metrics.endings.labels(ending).inc()
+
+    def _count(self, finish: Finish, seconds: float) -> None:
+        metrics = self._metrics
+        metrics.prompt_tokens.inc(finish.prompt_tokens)
+        metrics.cached_tokens.inc(finish.cached_tokens)
+        metrics.completion_tokens.inc(finish.new_tokens)
+        metrics.duration.observe(seconds)
+        metrics.first_token.observe(seconds - finish.seconds)
+
+
+def stopping() -> ApiError:
+    """The answer to a request that comes while the server stops."""
+    return ApiError(503, "this server stops. Try another, or again later.", code="stopping", retry_after=RETRY_AFTER)
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ZebraError):
+        return ApiError(400, str(error))
+    if (fault := machine_fault(error)) is not None:
+        return ApiError(503, fault, code="machine", retry_after=RETRY_AFTER)
+    _log.exception("a request failed", exc_info=error)
+    return ApiError(500, "the server failed on this request; its log says why.", code="internal_error")

@@ -1,0 +1,196 @@
+"""The chat page: gradio's chat over the same API, by its own HTTP address.
+
+Texts of documents and of the model are shown as they are, without Markdown or markup. Nothing loads from elsewhere.
+"""
+
+from __future__ import annotations
+
+import hmac
+import html
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio
+import openai
+from fastapi.responses import RedirectResponse
+
+from zebra.data.documents import document_text
+from zebra.errors import ZebraError
+from zebra.serve.settings import ServeSettings
+
+_KINDS = [".txt", ".md", ".pdf", "text"]
+_CSS = """
+footer { display: none !important; }
+.zebra-facts { font-size: 0.85rem; }
+.zebra-facts b { font-weight: 600; }
+.zebra-facts[role=alert] { color: #b00020; }
+.zebra-stripes { font-family: ui-monospace, monospace; letter-spacing: 0.15em; overflow-wrap: anywhere; }
+.message .md { white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 600px) { .gradio-container main { padding: 8px !important; } }
+"""
+_HINT = "Ask something. Add a document with the clip, or paste it."
+Messages = list[dict[str, str]]
+
+
+def add_page(
+    app: Any, path: str, *, address: Callable[[], str], card: dict[str, Any], layers: str, settings: ServeSettings
+) -> Any:
+    """Mount the page on an application.
+
+    Args:
+        address: of this server.
+        card: the model as `/v1/models` lists it.
+        layers: the model's layers, a letter each: G global, L local.
+    """
+    page = _Page(address, card, settings.api_key)
+    app.add_api_route("/", lambda: RedirectResponse(f"{path}/"), include_in_schema=False)
+    return gradio.mount_gradio_app(
+        app,
+        _blocks(page, card, layers),
+        path,
+        footer_links=[],
+        run_history=False,
+        auth=page.login if settings.api_key else None,
+        auth_message="Any name, and the server's token as the password." if settings.api_key else None,
+        max_file_size=settings.max_body,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_CSS,
+    )
+
+
+def _blocks(page: _Page, card: dict[str, Any], layers: str) -> Any:
+    """What is on the page, and what happens on it."""
+    with gradio.Blocks(analytics_enabled=False, title=f"zebra: {card['id']}", fill_height=True) as blocks:
+        messages = gradio.State([])
+        gradio.HTML(_facts(card, layers))
+        chat = gradio.Chatbot(
+            label=card["id"],
+            show_label=False,
+            render_markdown=False,
+            feedback_options=None,
+            buttons=[],
+            scale=1,
+            min_height=240,
+            placeholder="No messages yet",
+        )
+        box = gradio.MultimodalTextbox(
+            placeholder="Message, or a long text to paste",
+            show_label=False,
+            file_types=_KINDS,
+            file_count="multiple",
+            sources=["upload"],
+            max_plain_text_length=4000,
+            autofocus=True,
+        )
+        status = gradio.HTML(_status(_HINT))
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        asking = box.submit(page.answer, [box, chat, messages], [box, chat, messages, status], **private)
+        box.stop(page.stopped, None, [box, status], cancels=[asking], **private)
+        chat.clear(lambda: ([], _status(_HINT)), None, [messages, status], **private)
+    return blocks
+
+
+class _Page:
+    """The page's side of the chat."""
+
+    def __init__(self, address: Callable[[], str], card: dict[str, Any], api_key: str | None) -> None:
+        self._address, self._card, self._key = address, card, api_key
+
+    def login(self, user: str, password: str) -> bool:
+        """Whether the password is the token."""
+        return hmac.compare_digest(password.encode(), (self._key or "").encode())
+
+    def stopped(self) -> tuple[Any, str]:
+        """The box takes the next message."""
+        return _ready(), _status("Stopped")
+
+    async def answer(
+        self, message: dict[str, Any], shown: list[Any], messages: Messages
+    ) -> AsyncIterator[tuple[Any, list[Any], Messages, str]]:
+        """The box, what the chat shows, the conversation as the API has it, and the line below, with each piece."""
+        text, files = message["text"], [Path(file) for file in message["files"]]
+        if not text.strip() and not files:
+            yield _ready(), shown, messages, _status(_HINT)
+            return
+        try:
+            documents = [document_text(file) for file in files]
+        except ZebraError as error:
+            name = str(error).replace(f"{files[0].parent}{os.sep}", "")
+            yield _ready(text), shown, messages, _status(name, "alert")
+            return
+        before, titles = (
+            shown,
+            [f"{file.name}, {len(one):,} characters" for file, one in zip(files, documents, strict=True)],
+        )
+        question = {"role": "user", "content": "\n\n".join([*documents, *([text] if text else [])])}
+        shown = [*shown, *(_entry("user", line) for line in [*titles, *([text] if text else [])])]
+        busy = gradio.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
+        yield busy, shown, messages, _status("Reading")
+        try:
+            async for piece, line in self._pieces([*messages, question]):
+                so_far = [*messages, question, {"role": "assistant", "content": piece}]
+                yield gradio.skip(), [*shown, _entry("assistant", piece)], so_far, _status(line)
+        except openai.APIError as error:
+            body = error.body if isinstance(error.body, dict) else {}
+            yield _ready(text), before, messages, _status(str(body.get("message", error)), "alert")
+        else:
+            yield _ready(), gradio.skip(), gradio.skip(), gradio.skip()
+
+    async def _pieces(self, messages: Messages) -> AsyncIterator[tuple[str, str]]:
+        """The answer so far, and what to say of it."""
+        text, usage, timings = "", None, None
+        base = f"{self._address()}/v1"
+        async with (
+            openai.AsyncOpenAI(base_url=base, api_key=self._key or "none", max_retries=0, timeout=None) as client,
+            await client.chat.completions.create(
+                model=self._card["id"], messages=messages, stream=True, stream_options={"include_usage": True}
+            ) as stream,
+        ):
+            async for chunk in stream:
+                usage, timings = chunk.usage or usage, getattr(chunk, "timings", timings)
+                if chunk.choices and (piece := chunk.choices[0].delta.content):
+                    text += piece
+                    yield text, "Answering"
+        if usage is not None and timings is not None:
+            yield text, _numbers(usage, timings, self._card["max_model_len"])
+
+
+def _ready(text: str = "") -> Any:
+    return gradio.MultimodalTextbox(value={"text": text, "files": []}, submit_btn=True, stop_btn=False)
+
+
+def _entry(role: str, text: str) -> dict[str, str]:
+    """A message of the chat: gradio takes a text for HTML, so each character of markup is written as an entity."""
+    return {"role": role, "content": html.escape(text, quote=False)}
+
+
+def _facts(card: dict[str, Any], layers: str) -> str:
+    reach = f", reaches {card['max_model_len']:,} tokens" if card["max_model_len"] else ""
+    return (
+        f'<div class="zebra-facts"><b>{html.escape(card["id"])}</b> {html.escape(card["layout"])}{reach}<br>'
+        f'<span class="zebra-stripes" title="G: a global layer, L: a local one">{html.escape(layers)}</span></div>'
+    )
+
+
+def _status(text: str, role: str = "status") -> str:
+    return f'<div class="zebra-facts" role="{role}">{html.escape(text)}</div>'
+
+
+def _numbers(usage: Any, timings: dict[str, Any], reach: int | None) -> str:
+    total, cached = usage.total_tokens, usage.prompt_tokens_details.cached_tokens
+    of = f" of {reach:,} ({total / reach:.0%})" if reach else ""
+    rate = timings["predicted_per_second"]
+    parts = [
+        f"context {total:,}{of} tokens",
+        f"{cached:,} of {usage.prompt_tokens:,} tokens of the prompt cached",
+        f"first token after {timings['prompt_ms'] / 1000:.2f} s",
+        *([f"{rate:.1f} tokens/s"] if rate else []),
+    ]
+    return " · ".join(parts)

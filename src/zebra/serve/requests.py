@@ -1,0 +1,194 @@
+"""The bodies of the API: which fields are served, which change nothing, and which are rejected.
+
+OpenAI's fields are many. A field that would change the answer and is not served is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from zebra.serve.errors import ApiError
+
+IGNORED = frozenset({
+    "metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
+})  # fmt: skip
+"""Fields that leave the answer as it is."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "access_programs": ([],),
+    "background": (False,),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "include": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "text": ({"format": {"type": "text"}}, {}),
+    "tool_choice": ("auto",),
+    "truncation": ("disabled",),
+}
+"""Values of fields that are not served, and that ask for nothing."""
+
+_MAX_STOPS, _MAX_STOP, _MAX_TOP_LOGPROBS = 16, 1000, 20
+Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
+
+
+class StreamOptions(BaseModel):
+    """How a stream ends."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = False
+
+
+class Sampling(BaseModel):
+    """What all requests share; a field that is null is as one that is not there."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    seed: int = Field(0, ge=0, lt=2**63)
+    stop: list[Stop] = Field([], max_length=_MAX_STOPS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        fields = {name: value for name, value in body.items() if value is not None and name not in IGNORED}
+        served = set(cls.model_fields)
+        fields = {n: value for n, value in fields.items() if n in served or value not in NEUTRAL.get(n, ())}
+        return _with_generation_config(fields, served)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_list(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    def decoding(self) -> dict[str, Any]:
+        """Fields of `zebra.generation.Decoding`.
+
+        Greedy where no temperature is named; a filter without one draws at OpenAI's default of 1.
+        """
+        top_p = None if self.top_p == 1 else self.top_p
+        filters = {"top_p": top_p, "top_k": self.top_k, "min_p": self.min_p}
+        filters = {name: value for name, value in filters.items() if value is not None}
+        temperature = (1.0 if filters else 0.0) if self.temperature is None else self.temperature
+        drawn = {"temperature": temperature} | (filters if temperature else {})
+        return {**drawn, "repetition_penalty": self.repetition_penalty, "seed": self.seed}
+
+
+def _with_generation_config(fields: dict[str, Any], served: set[str]) -> dict[str, Any]:
+    """The fields with those of `generation_config`, JSON that `transformers chat` sends, where they name none."""
+    text = fields.pop("generation_config", None)
+    if text is None:
+        return fields
+    try:
+        config = json.loads(text)
+        config = {name: value for name, value in config.items() if value is not None}
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError("generation_config is a JSON object, as a string") from None
+    draws = config.pop("do_sample", False)
+    config.pop("transformers_version", None)
+    if "max_new_tokens" in config:
+        config["max_tokens" if "max_tokens" in served else "max_output_tokens"] = config.pop("max_new_tokens")
+    config.setdefault("temperature", 1.0 if draws else 0.0)
+    if not draws:
+        config["temperature"] = 0.0
+    return config | fields
+
+
+class Message(BaseModel):
+    """One message: a text, or parts that are texts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _only_text(self) -> Message:
+        for part in self.content if isinstance(self.content, list) else ():
+            kind, text = part.get("type"), part.get("text")
+            if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+                raise ValueError(f"a part of a message is a text; got one of type {kind!r}")
+        for call in self.tool_calls or ():
+            function = call.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError("a tool call has a function with a name")
+            arguments = function.get("arguments", "{}")
+            try:
+                function["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
+            except ValueError:
+                raise ValueError("the arguments of a tool call are JSON") from None
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message has content or tool_calls")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as `transformers` wants it, before its parts are joined."""
+        role = "system" if self.role == "developer" else self.role
+        return self.model_dump(exclude_none=True) | {"role": role}
+
+
+class ChatRequest(Sampling):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=_MAX_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] = []
+    chat_template_kwargs: dict[str, Any] = {}
+
+    def new_tokens(self) -> int | None:
+        """Tokens of the answer, at most; None where the client leaves it open."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def scores(self) -> int | None:
+        """Likeliest tokens whose log-probabilities are listed beside each token's own; None for none at all."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs wants logprobs to be true.", param="top_logprobs")
+        return self.top_logprobs if self.logprobs else None
+
+
+class CompletionRequest(Sampling):
+    """The body of `/v1/completions`."""
+
+    prompt: str | list[int]
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_prompt(cls, prompt: Any) -> Any:
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+            prompt = prompt[0]
+        if isinstance(prompt, list) and any(not isinstance(token, int) or isinstance(token, bool) for token in prompt):
+            raise ValueError("one prompt a request: a string, or a list of tokens")
+        return prompt
+
+
+class ResponsesRequest(Sampling):
+    """The body of `/v1/responses`."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    tools: list[dict[str, Any]] = []
+    chat_template_kwargs: dict[str, Any] = {}

@@ -1,0 +1,90 @@
+"""The server's process: uvicorn, with an end that lets running requests finish, and a clock for slow clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from zebra.serve.settings import ServeSettings
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which ends once no request is left; a second signal ends it at once.
+
+    Args:
+        drain: take no more requests.
+        idle: whether none is left.
+        on_start: called with the address when it listens.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        drain: Callable[[], None],
+        idle: Callable[[], bool],
+        on_start: Callable[[str], None],
+    ) -> None:
+        super().__init__(config)
+        self._drain, self._idle, self._on_start, self._ending = drain, idle, on_start, False
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets=sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self._on_start(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """The first signal drains; uvicorn's own way of ending comes with the second."""
+        if self._ending:
+            super().handle_exit(sig, frame)
+            self.force_exit = True
+            return
+        self._ending = True
+        self._drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if self._ending and self._idle():
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def protocol(read_seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes a connection that sends no whole head of a request in time."""
+
+    class TimedProtocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._expect_request()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._expect_request()
+
+        def _expect_request(self) -> None:
+            self.loop.call_later(read_seconds, self._close_without_request, self.cycle)
+
+        def _close_without_request(self, before: Any) -> None:
+            if self.cycle is before and not self.transport.is_closing():
+                self.transport.close()
+
+    return TimedProtocol
+
+
+def config(app: Any, settings: ServeSettings) -> uvicorn.Config:
+    """uvicorn's options."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=protocol(settings.read_seconds),
+        ws="none",
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )

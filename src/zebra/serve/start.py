@@ -1,0 +1,72 @@
+"""From a checkpoint to a running server."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from zebra.errors import ZebraError
+from zebra.evaluate.target import EvalTarget
+from zebra.model.families import layer_kinds
+from zebra.serve.answering import Answerer
+from zebra.serve.app import PAGE, build_app
+from zebra.serve.engine import Engine
+from zebra.serve.jobs import Prompts
+from zebra.serve.metrics import Metrics
+from zebra.serve.server import Server, config
+from zebra.serve.settings import ServeSettings
+from zebra.stripes import GLOBAL
+
+
+def make_server(
+    checkpoint: str | os.PathLike[str],
+    settings: ServeSettings,
+    *,
+    on_start: Callable[[str, bool], None] = lambda address, page: None,
+    **loading: Any,
+) -> Server:
+    """A server of a checkpoint, loaded; its `run` serves until a signal ends it.
+
+    Args:
+        on_start: called when it listens, with the address and whether the page is served.
+        loading: the fields of `zebra.model.load_options.LoadOptions`.
+
+    Raises:
+        ZebraError: as `EvalTarget`; a page without gradio.
+    """
+    with_page = _serves_page(settings)
+    target = EvalTarget(checkpoint, purpose="serving", **loading)
+    model, metrics = target.load(), Metrics()
+    prompts = Prompts(
+        Path(os.path.abspath(checkpoint)).name,
+        model,
+        target.tokenizer,
+        layout=target.columns(model)["layout"],
+        max_tokens=settings.max_tokens,
+    )
+    answerer = Answerer(model, copy.deepcopy(target.tokenizer), settings.cache_memory, metrics)
+    engine = Engine(answerer, metrics, max_queue=settings.max_queue, max_seconds=settings.max_seconds)
+    app, address = build_app(prompts, engine, metrics, settings), ""
+    if with_page:
+        from zebra.serve.page import add_page
+
+        layers = "".join("G" if kind == GLOBAL else "L" for kind in layer_kinds(model.config))
+        app = add_page(app, PAGE, address=lambda: address, card=prompts.card(), layers=layers, settings=settings)
+
+    def listening(at: str) -> None:
+        nonlocal address
+        address = at
+        on_start(at, with_page)
+
+    return Server(config(app, settings), drain=engine.drain, idle=lambda: engine.idle, on_start=listening)
+
+
+def _serves_page(settings: ServeSettings) -> bool:
+    installed = find_spec("gradio") is not None
+    if settings.page and not installed:
+        raise ZebraError("the chat page needs gradio, which is not installed. pip install 'zebra-llm[page]'.")
+    return installed and (settings.on_loopback if settings.page is None else settings.page)

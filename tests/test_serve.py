@@ -1,0 +1,464 @@
+"""`zebra serve` in its own process, by OpenAI's client and by raw sockets."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+from conftest import STORIES, refused, run_zebra
+from transformers import AutoTokenizer
+
+import zebra
+from zebra.serve.settings import ServeSettings
+
+openai = pytest.importorskip("openai", reason="the extra serve is not installed")
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
+
+ONCE = "Once upon a time, there was a little girl"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+)
+KEY = "a-token"
+
+
+class Served:
+    """A server in a thread of this process."""
+
+    def __init__(self, checkpoint: Path, key: str | None = None, **settings: Any) -> None:
+        from zebra.serve.start import make_server
+
+        self.key, listens = key, threading.Event()
+
+        def on_start(address: str, page: bool) -> None:
+            self.address = address
+            listens.set()
+
+        every = ServeSettings(port=0, api_key=key, page=False, **settings)
+        self.server = make_server(checkpoint, every, on_start=on_start)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        assert listens.wait(60)
+        self.port = int(self.address.rpartition(":")[2])
+
+    def client(self, **options: Any) -> Any:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=self.key or "none", max_retries=0, **options)
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+        """Status, JSON and headers."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": "application/json", "authorization": f"Bearer {self.key}"} | headers
+        return self._open(Request(self.address + path, data, headers))
+
+    def get(self, path: str, **headers: str) -> tuple[int, Any, Any]:
+        return self._open(Request(self.address + path, headers={"authorization": f"Bearer {self.key}"} | headers))
+
+    def _open(self, request: Request) -> tuple[int, Any, Any]:
+        try:
+            answer = urlopen(request, timeout=60)
+        except HTTPError as error:
+            answer = error
+        with closing(answer):
+            text = answer.read()
+            is_json = answer.headers.get_content_type() == "application/json"
+            return answer.status, json.loads(text) if is_json else text.decode(), answer.headers
+
+    def metric(self, name: str) -> float:
+        lines = [line.split() for line in self.get("/metrics")[1].splitlines() if not line.startswith("#")]
+        return sum(float(line[-1]) for line in lines if line[0] == name or line[0].startswith(name + "{"))
+
+    def until_idle(self, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while self.metric("zebra_requests_running") + self.metric("zebra_requests_waiting"):
+            assert time.monotonic() < deadline, "the model is not free"
+            time.sleep(0.02)
+
+    def raw(self, data: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection.sendall(data)
+        return connection
+
+    def end(self) -> None:
+        self.server.handle_exit(signal.SIGTERM, None)
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+def with_template(checkpoint: Path, folder: Path, template: str = TEMPLATE) -> Path:
+    """A striped checkpoint with a chat template, whose answers end at their length alone."""
+    zebra.convert(checkpoint, folder, "GLLL:64")
+    generation = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": 0}
+    (folder / "generation_config.json").unlink()  # it may be a link to the source's
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_template(STORIES, tmp_path_factory.mktemp("served") / "stories")
+
+
+@pytest.fixture(scope="module")
+def served(checkpoint: Path) -> Iterator[Served]:
+    server = Served(checkpoint, max_body=100_000, max_queue=12)
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="module")
+def guarded(checkpoint: Path) -> Iterator[Served]:
+    server = Served(checkpoint, KEY)
+    yield server
+    server.end()
+
+
+def user(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def expected(checkpoint: Path, prompt: str, **options: Any) -> Any:
+    return zebra.generate(checkpoint, prompt, **options)
+
+
+# Answers
+
+
+def test_a_chat_is_what_generate_says_whole_and_streamed(served: Served, checkpoint: Path) -> None:
+    client, text = served.client(), expected(checkpoint, ONCE + "\n", max_new_tokens=30).text
+    options: Any = {"model": "stories", "messages": user(ONCE), "max_tokens": 30}
+    whole = client.chat.completions.create(**options)
+    assert whole.choices[0].message.content == text
+    assert whole.choices[0].finish_reason == "length"
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+    assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 10
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 30
+    assert chunks[-1].timings["predicted_n"] == 30
+
+
+def test_the_next_turn_reads_only_what_is_new(served: Served, checkpoint: Path) -> None:
+    client = served.client()
+    turn = [{"role": "user", "content": "One day Tim went to the park. " * 5}]
+    first = client.chat.completions.create(model="stories", messages=turn, max_tokens=40)
+    turn += [{"role": "assistant", "content": first.choices[0].message.content}, *user("Then he")]
+    second = client.chat.completions.create(model="stories", messages=turn, max_tokens=20)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens <= cached < second.usage.prompt_tokens
+    assert second.timings["prompt_n"] == second.usage.prompt_tokens - cached
+    prompt = "".join(message["content"] + ("</s>\n", "\n")[message["role"] == "user"] for message in turn)
+    assert second.choices[0].message.content == expected(checkpoint, prompt, max_new_tokens=20).text
+
+
+def test_completions_and_responses_say_the_same(served: Served, checkpoint: Path) -> None:
+    client, text = served.client(), expected(checkpoint, ONCE, max_new_tokens=12).text
+    assert client.completions.create(model="stories", prompt=ONCE, max_tokens=12).choices[0].text == text
+    chunks = client.completions.create(model="stories", prompt=ONCE, max_tokens=12, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text
+    answer = expected(checkpoint, ONCE + "\n", max_new_tokens=12).text
+    response = client.responses.create(model="stories", input=ONCE, max_output_tokens=12)
+    assert response.output_text == answer
+    assert response.status == "incomplete"
+    assert response.usage.output_tokens == 12
+    events = list(client.responses.create(model="stories", input=user(ONCE), max_output_tokens=12, stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == answer
+    assert [events[0].type, events[-1].type] == ["response.created", "response.incomplete"]
+
+
+def test_a_stop_string_ends_and_is_left_out(served: Served, checkpoint: Path) -> None:
+    text = expected(checkpoint, ONCE + "\n", max_new_tokens=40).text
+    stop = text[20:26]
+    options: Any = {"model": "stories", "messages": user(ONCE), "max_tokens": 40, "stop": ["not in it", stop]}
+    whole = served.client().chat.completions.create(**options)
+    assert whole.choices[0].message.content == text[: text.index(stop)]
+    assert whole.choices[0].finish_reason == "stop"
+    chunks = served.client().chat.completions.create(**options, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text[: text.index(stop)]
+
+
+def test_a_seed_repeats_and_another_differs(served: Served) -> None:
+    def drawn(seed: int) -> str:
+        answer = served.client().chat.completions.create(
+            model="stories", messages=user(ONCE), max_tokens=30, temperature=1.2, top_p=0.95, seed=seed
+        )
+        return str(answer.choices[0].message.content)
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_logprobs_are_the_models(served: Served, checkpoint: Path) -> None:
+    answer = served.client().chat.completions.create(
+        model="stories", messages=user(ONCE), max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    tokenizer, model = AutoTokenizer.from_pretrained(checkpoint), zebra.load(checkpoint)
+    ids = tokenizer(ONCE + "\n", return_tensors="pt")["input_ids"]
+    for scored in answer.choices[0].logprobs.content:
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, -1].log_softmax(-1)
+        top = logprobs.topk(3)
+        assert scored.logprob == pytest.approx(float(top.values[0]), abs=1e-4)
+        assert [one.logprob for one in scored.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-4)
+        assert scored.token == tokenizer.decode(top.indices[:1])
+        ids = torch.cat([ids, top.indices[None, :1]], 1)
+    legacy = served.client().completions.create(model="stories", prompt=ONCE + "\n", max_tokens=5, logprobs=2)
+    assert legacy.choices[0].logprobs.token_logprobs == pytest.approx(
+        [one.logprob for one in answer.choices[0].logprobs.content], abs=1e-4
+    )
+
+
+def test_parallel_answers_equal_single_ones(served: Served) -> None:
+    client = served.client()
+
+    def text(i: int) -> str:
+        stream = client.chat.completions.create(
+            model="stories", messages=user(f"{ONCE} {i}"), max_tokens=15, stream=True
+        )
+        return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    single = [text(i) for i in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(text, [*range(4), *range(4)])) == single * 2
+
+
+# Clients that leave, and limits
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_the_model(served: Served, stream: bool) -> None:
+    body = {"messages": user(ONCE), "max_tokens": 450, "stream": stream}
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n"
+    before, left = served.metric("zebra_answers_total"), served.metric('zebra_answers_total{finish="cancelled"}')
+    connection = served.raw(head.encode() + b"content-type: application/json\r\n\r\n" + data)
+    if stream:
+        connection.recv(2000)
+    while not served.metric("zebra_requests_running"):
+        time.sleep(0.01)
+    connection.close()
+    served.until_idle()
+    assert served.metric("zebra_answers_total") == before + 1
+    assert served.metric('zebra_answers_total{finish="cancelled"}') == left + 1
+
+
+def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
+    body = json.dumps({"prompt": ONCE, "max_tokens": 400, "stream": True, "temperature": 1, "seed": 3}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
+    open_ones = [served.raw(head.encode() + b"content-type: application/json\r\n\r\n" + body) for _ in range(13)]
+    deadline = time.monotonic() + 10
+    while served.metric("zebra_requests_waiting") < 12:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    status, error, headers = served.post("/v1/completions", {"prompt": ONCE})
+    assert (status, error["error"]["code"]) == (429, "queue_full")
+    assert int(headers["retry-after"]) > 0
+    for connection in open_ones:
+        connection.close()
+    served.until_idle()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/chat/completions", b"{", 400, ["no JSON"]),
+        ("/v1/chat/completions", b"[]", 400, []),
+        ("/v1/chat/completions", b"\xff\xfe", 400, []),
+        ("/v1/chat/completions", {}, 400, ["messages"]),
+        ("/v1/chat/completions", {"messages": []}, 400, ["messages"]),
+        ("/v1/chat/completions", {"messages": "hello"}, 400, ["messages"]),
+        ("/v1/chat/completions", {"messages": [{"role": "king", "content": "x"}]}, 400, ["messages.0.role"]),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, ["content"]),
+        ("/v1/chat/completions", {"messages": user("x"), "n": 2}, 400, ["n:", "'2'"]),
+        ("/v1/chat/completions", {"messages": user("x"), "nothing": 2}, 400, ["nothing"]),
+        ("/v1/chat/completions", {"messages": user("x"), "temperature": -1}, 400, ["temperature"]),
+        ("/v1/chat/completions", {"messages": user("x"), "max_tokens": 0}, 400, ["max_tokens"]),
+        ("/v1/chat/completions", {"messages": user("x"), "top_logprobs": 3}, 400, ["logprobs"]),
+        ("/v1/chat/completions", {"messages": user("x"), "stop": [""]}, 400, ["stop"]),
+        ("/v1/chat/completions", {"messages": user("x"), "model": "gpt-4"}, 404, ["stories", "gpt-4"]),
+        ("/v1/chat/completions", {"messages": user("x " * 2000)}, 400, ["512", "tokens"]),
+        ("/v1/chat/completions", {"messages": user("x " * 200_000)}, 413, ["100,000", "--max-body"]),
+        ("/v1/completions", {"prompt": ["a", "b"]}, 400, ["prompt"]),
+        ("/v1/completions", {"prompt": [1, 70_000]}, 400, ["prompt"]),
+        ("/v1/responses", {"input": [{"type": "nonsense"}]}, 400, ["input"]),
+        ("/v1/responses", {"input": 3}, 400, ["input"]),
+        ("/v1/nothing", {}, 404, []),
+        ("/v1/../../etc/passwd", {}, 404, []),
+        ("//v1/chat/completions", {"messages": user("x")}, 404, []),
+    ],
+)
+def test_bad_input_is_one_clear_error(served: Served, path: str, body: Any, status: int, words: list[str]) -> None:
+    got, error, _ = served.post(path, body)
+    assert got == status
+    assert set(error["error"]) == {"message", "type", "param", "code"}
+    for word in words:
+        assert word in error["error"]["message"]
+
+
+def test_a_part_that_is_an_image_is_rejected(served: Served) -> None:
+    image = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]
+    status, error, _ = served.post("/v1/chat/completions", {"messages": [{"role": "user", "content": image}]})
+    assert status == 400
+    assert "image_url" in error["error"]["message"]
+
+
+def test_fields_that_ask_for_nothing_are_taken(served: Served) -> None:
+    body = {"messages": user(ONCE), "max_tokens": 2, "n": 1, "user": "me", "presence_penalty": 0, "logit_bias": {}}
+    assert served.post("/v1/chat/completions", body | {"tools": [], "seed": None, "top_p": 1})[0] == 200
+
+
+def test_models_and_metrics_are_listed(served: Served) -> None:
+    card = served.get("/v1/models")[1]["data"][0]
+    assert (card["id"], card["layout"], card["max_model_len"]) == ("stories", "GLLL:64", 512)
+    assert served.get("/v1/models/stories")[1] == card
+    assert served.get("/v1/models/other")[0] == 404
+    assert served.get("/health")[:2] == (200, {"status": "ok"})
+    assert served.metric("zebra_prompt_tokens_total") > 0
+    assert served.get("/metrics")[2]["content-type"].startswith("text/plain")
+
+
+def test_other_sites_and_other_bodies_are_rejected(served: Served) -> None:
+    """A page of another site can send text without a preflight, or a name of its own that leads to this machine."""
+    assert served.post("/v1/completions", {"prompt": "x"}, **{"content-type": "text/plain"})[0] == 415
+    assert served.get("/v1/models", host="attacker.example")[0] == 403
+    assert served.get("/v1/models", host=f"localhost:{served.port}")[0] == 200
+
+
+def test_the_token_opens_and_another_does_not(guarded: Served) -> None:
+    assert guarded.client().models.list().data[0].id == "stories"
+    for header in ("", "Bearer", "Bearer a-toke", "Bearer a-token-", "Basic a-token", "Bearer \xe4"):
+        status, error, headers = guarded.get("/v1/models", authorization=header)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        assert KEY not in error["error"]["message"]
+    assert guarded.post("/v1/completions", {"prompt": "x"}, authorization="Bearer no")[0] == 401
+    assert guarded.get("/metrics", authorization="")[0] == 401
+    assert guarded.get("/health", authorization="")[0] == 200
+    assert guarded.get("//v1/models", authorization="")[0] == 401
+
+
+# The connection
+
+
+def answer_of(connection: socket.socket, seconds: float) -> bytes:
+    connection.settimeout(seconds)
+    with connection:
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+        return b"".join(parts)
+
+
+def test_broken_and_half_closed_requests_leave_the_server_well(served: Served) -> None:
+    for data in (b"\x16\x03\x01\x00", b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n"):
+        assert b"400" in answer_of(served.raw(data), 10)[:20]
+    connection = served.raw(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{")
+    connection.shutdown(socket.SHUT_WR)
+    answer_of(connection, 10)
+    huge = served.raw(b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 100_000)
+    assert b"400" in answer_of(huge, 10)[:20]
+    assert served.get("/health")[0] == 200
+
+
+def test_a_slow_client_is_cut_off(checkpoint: Path) -> None:
+    server = Served(checkpoint, read_seconds=1.0)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    slow_head, slow_body = server.raw(head), server.raw(head + b"content-length: 50\r\n\r\n{")
+    second = server.raw(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    received = b""
+    while b"ok" not in received:
+        received += second.recv(1000)
+    second.sendall(b"GET /hea")
+    assert answer_of(slow_head, 10) == b""
+    assert b"408" in answer_of(slow_body, 10)[:20]
+    assert answer_of(second, 10) == b""
+    server.end()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_takes_too_long_ends(checkpoint: Path, stream: bool) -> None:
+    server = Served(checkpoint, max_seconds=0.2)
+    body = {"prompt": ONCE, "max_tokens": 500, "temperature": 1, "seed": 5, "stream": stream}
+    status, answer, _ = server.post("/v1/completions", body)
+    assert status == (200 if stream else 504)
+    assert "--timeout" in (answer.splitlines()[-2] if stream else answer["error"]["message"])
+    server.until_idle()
+    server.end()
+
+
+def status_of(url: str) -> int:
+    try:
+        with urlopen(url) as answer:
+            return answer.status
+    except HTTPError as error:
+        with error:
+            return error.code
+
+
+def test_sigterm_lets_running_requests_end_and_takes_no_more(checkpoint: Path) -> None:
+    """The command in its own process."""
+    command = [sys.executable, "-m", "zebra", "serve", str(checkpoint), "--port", "0", "--no-page"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    address = process.stderr.readline().partition("API ")[2].split("/v1")[0]
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    stream = iter(
+        client.chat.completions.create(
+            model="stories", messages=user(ONCE), max_tokens=400, stream=True, temperature=1, seed=5
+        )
+    )
+    next(stream)
+    process.send_signal(signal.SIGTERM)
+    for _ in range(500):
+        if status_of(f"{address}/health") == 503:
+            break
+    with pytest.raises(openai.InternalServerError) as stopping:
+        client.completions.create(model="stories", prompt=ONCE, max_tokens=1)
+    assert stopping.value.status_code == 503
+    assert stopping.value.code == "stopping"
+    assert stopping.value.response.headers["retry-after"]
+    assert [*stream][-1].choices[0].finish_reason in ("stop", "length")
+    assert process.wait(20) == 0
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--host", "0.0.0.0"), ("0.0.0.0", "token", "ZEBRA_API_KEY")),
+        (("--host", "example.org"), ("token",)),
+        (("--api-key", " x"), ("space",)),
+        (("--cache-memory", "much"), ("much",)),
+        (("--timeout", "0"), ("max_seconds",)),
+        (("--timeout", "nan"), ("max_seconds",)),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(options: tuple[str, ...], words: tuple[str, ...]) -> None:
+    refused(run_zebra("serve", STORIES, *options), *words)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.9.9.9", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback_is_this_machine_alone(host: str, loopback: bool) -> None:
+    assert ServeSettings(host=host, api_key="x").on_loopback == loopback
