@@ -43,7 +43,7 @@ class DocumentTokenizer(Protocol):
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:
-    """Tokens to text, without special ones unless `special`, and without ids that the tokenizer has no text for (padded embeddings).
+    """Tokens to text, without ids that the tokenizer has no text for (padded embeddings); special ones with `special`.
 
     Fast tokenizers of transformers leave those out themselves; others raise all kinds of errors.
     """
