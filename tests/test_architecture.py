@@ -45,7 +45,18 @@ RANKS = {
 }
 STANDARD_LIBRARY_ONLY = {"errors", "files", "gguf", "stripes", "masks", "positions", "provenance", "results", "plan"}
 MAY_IMPORT_TRANSFORMERS = {
-    *("compare", "model", "train", "evaluate", "generation", "streaming", "conversation", "serve", "study"),
+    *(
+        "compare",
+        "model",
+        "train",
+        "evaluate",
+        "generation",
+        "integrations",
+        "streaming",
+        "conversation",
+        "serve",
+        "study",
+    ),
 }
 
 
@@ -96,6 +107,7 @@ ONLY_IN = {
     "prometheus_client": {"serve/metrics.py"},
     "uvicorn": {"serve/server.py"},
     "openai": {"serve/answers.py", "serve/page.py"},
+    "axolotl": {"integrations/axolotl.py"},
 }
 
 
@@ -160,6 +172,7 @@ LIGHT = {
     "tune recipes/tiny-lit-cpu.yaml --set train.lenght=9": 2,
     "pretrain recipes/retrieval-cpu.yaml --set train.lenght=9": 2,
     "study recipes/study-tiny-cpu.yaml --set nothing=9": 2,
+    "with -- no-such-tool --help": 2,
     "run examples/pipeline-tiny.yaml --set stages.tune.train.lenght=9": 2,
 }
 """Command lines that answer without anything heavy, and their exit codes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 import zebra
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend, gradients, only
+from zebra.model.compiled import compile_layers
 from zebra.model.operator import attention
 
 # The compiler looks at .grad of every tensor after a break, and hides torch's warning only where it is not an error.
@@ -159,3 +162,22 @@ def test_gradients_outside_of_autograd_equal_those_inside(kernel: str, window: i
         expected = torch.autograd.grad((out, lse), (q, k, v), seeds)
         actual = gradients(q, k, v, Mask(window=window), out.detach(), lse.detach(), *seeds, scale=0.2)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_compiled_layers_are_the_eager_ones_and_share_their_code(
+    checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five layers of two kinds are two graphs; names stay as they are."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    torch.compiler.reset()
+    counters.clear()
+    model = zebra.load(checkpoints("llama"), stripes="GLLLG:9")
+    names = list(model.state_dict())
+    expected = step(model, model, IDS)
+    compile_layers(model)
+    equal(step(model, model, IDS), expected, 3e-6)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert list(model.state_dict()) == names
+    with pytest.raises(ZebraError, match="Linear has none"):
+        compile_layers(torch.nn.Linear(2, 2))
+    torch.compiler.reset()

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from zebra.data.encoding import tokenizer_digest
 from zebra.files import check_inputs
+from zebra.model.compiled import compile_layers
 from zebra.model.load import best_device, load
 from zebra.model.load_options import loaded_layout_name
 from zebra.model.local import layout_name
@@ -172,6 +173,8 @@ def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any])
         model = start.restore(last)
     else:
         model = start.build()
+        if recipe.train.compile:
+            compile_layers(model)
         trainer = data.trainer(model, run / "checkpoints")
         callbacks = []
         if recipe.evaluate and recipe.evaluate.eval_steps:

@@ -1,0 +1,129 @@
+"""A plug-in of axolotl: stripes, Self-Extend and attention "zebra" in its trainings, by one key of its recipe.
+
+    base_model: ./Llama-3.1-8B
+    zebra: {stripes: "GLLL:4096", self_extend: null}
+
+axolotl finds it by the entry point `axolotl.plugins`. Without the key it does nothing.
+
+    register           base_model becomes a copy with stripes, in the recipe's output_dir, whose weights are hard links
+                       where the file system allows. All that reads the recipe after that sees the copy.
+    axolotl's checks   the key, by `ZebraArgs`
+    post_model_build   attention "zebra", the sinks of the checkpoint, Self-Extend
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from transformers import PreTrainedModel
+
+from zebra.errors import ZebraError
+from zebra.model.attention import NAME
+from zebra.model.checkpoint import read_local_attention
+from zebra.model.load import convert, converted_config
+from zebra.model.local import layout_name, set_local_attention
+from zebra.model.self_extend import resolve_self_extend, set_self_extend
+from zebra.positions import SelfExtend
+from zebra.stripes import Stripes
+from zebra.train.recipe import RecipeSection
+
+
+class ZebraKeys(RecipeSection):
+    """What stands under `zebra`; nothing but the attention where it is empty."""
+
+    stripes: str | None = Field(None, description="the layout, such as GLLL:512; the checkpoint's own without it")
+    self_extend: str | None = Field(None, description="GROUP:WINDOW such as 8:1024, or auto:LENGTH; off without it")
+
+    @field_validator("stripes")
+    @classmethod
+    def _layout(cls, stripes: str | None) -> str | None:
+        return None if stripes is None else str(Stripes.parse(stripes))
+
+    @field_validator("self_extend")
+    @classmethod
+    def _setting(cls, self_extend: str | None) -> str | None:
+        if self_extend is not None and not self_extend.startswith("auto:"):  # which needs the trained length
+            SelfExtend.parse(self_extend)
+        return self_extend
+
+
+class ZebraArgs(BaseModel):
+    """The key that axolotl adds to its recipes."""
+
+    zebra: ZebraKeys | None = None
+
+
+class ZebraPlugin(BasePlugin):
+    """What axolotl calls, in the order of the drawing above."""
+
+    def get_input_args(self) -> str:
+        """The name of the class by which axolotl checks the key."""
+        return f"{__name__}.{ZebraArgs.__name__}"
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Put the checkpoint with stripes in the place of `base_model`.
+
+        Args:
+            cfg: the recipe, which axolotl checks after this.
+
+        Raises:
+            ZebraError: as `zebra.convert`; a recipe that names a config beside its model; another conversion in its
+                place.
+        """
+        try:
+            keys = _keys(cfg)
+        except ValidationError:  # axolotl's checks say what is wrong
+            return
+        if keys is None or keys.stripes is None:
+            return
+        source, config = str(cfg["base_model"]), cfg.get("base_model_config")
+        if config not in (None, source):
+            raise ZebraError(
+                f"zebra.stripes changes the config of base_model; got base_model_config: {config}. Leave it out."
+            )
+        target = Path(cfg.get("output_dir") or "model-out") / "striped-base"
+        if source != str(target):
+            cfg["base_model"] = str(_converted(source, target, keys.stripes))
+        cfg["base_model_config"] = None
+
+    def post_model_build(self, cfg: Mapping[str, Any], model: PreTrainedModel) -> None:
+        """Set the attention on the model, before adapters are put into it.
+
+        Raises:
+            ZebraError: as `set_local_attention`, `resolve_self_extend` and `set_self_extend`.
+        """
+        keys = _keys(cfg)
+        if keys is None:
+            return
+        model.set_attn_implementation(NAME)
+        if local := read_local_attention(cfg["base_model"]):
+            set_local_attention(model, local)
+        if keys.self_extend is not None:
+            set_self_extend(model, resolve_self_extend(keys.self_extend, model.config))
+
+
+def _keys(cfg: Mapping[str, Any]) -> ZebraKeys | None:
+    value = cfg.get("zebra")
+    return None if value is None else ZebraKeys.model_validate(dict(value))
+
+
+def _converted(source: str, target: Path, stripes: str) -> Path:
+    """The checkpoint with stripes; that of an earlier process or run where it is the same."""
+    try:
+        return convert(source, target, stripes)
+    except ZebraError:
+        if not (target / "zebra.json").is_file():
+            raise
+    layout = layout_name(*converted_config(Path(source), stripes))
+    earlier = json.loads((target / "zebra.json").read_text(encoding="utf-8"))
+    if (earlier["source"], earlier["layout"]) != (str(Path(source)), layout):
+        raise ZebraError(
+            f"{target} holds {earlier['source']} as {earlier['layout']}, and the recipe names {source} as {layout}. "
+            "Name another output_dir, or remove it."
+        )
+    return target

@@ -1,0 +1,28 @@
+"""The layers of a model compiled by torch, one by one: elementwise work between the products becomes a few loops.
+
+Layers of one kind share their compiled code, so that two compilations serve a model with stripes, however deep it is.
+The code lies in torch's own cache (TORCHINDUCTOR_CACHE_DIR), which outlives the process.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from zebra.errors import ZebraError
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each decoder layer in place, at its first call; names and weights stay as they are.
+
+    Raises:
+        ZebraError: a model whose layers are not of the class that transformers has for them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ZebraError(
+            "layers are compiled one by one, as GradientCheckpointingLayer of transformers; a "
+            f"{type(model).__name__} has none. Leave out compile."
+        )
+    for layer in layers:
+        layer.compile()
