@@ -188,7 +188,7 @@ def _verdict(holds: bool) -> str:
 def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
     near, inside, beyond = (2048, 4096), (4096, 8192), (8192, 16384)
     compared, extended = Compared(parts.get("16k", ())), f"full, self-extend {AUTO}"
-    plain, kept, far = (
+    plain, grouped, far = (
         compared.perplexity("full", inside),
         compared.perplexity(extended, inside),
         compared.perplexity(extended, beyond),
@@ -197,14 +197,14 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
         lost = compared.perplexity("full", beyond)
         yield (
             "Without training, perplexity does not rise beyond the trained length.",
-            f"{far:.2f} at 8K to 16K, {kept:.2f} at 4K to 8K; {lost:.1f} as it is",
-            _verdict(far < 1.03 * kept),
+            f"{far:.2f} at 8K to 16K, {grouped:.2f} at 4K to 8K; {lost:.1f} as it is",
+            _verdict(far < 1.03 * grouped),
         )
         short = compared.perplexity("full", near), compared.perplexity(extended, near)
         yield (
             "Within the trained length nothing is lost.",
-            f"{kept:.2f} and {plain:.2f} at 4K to 8K, {short[1]:.2f} and {short[0]:.2f} at 2K to 4K",
-            _verdict(kept < 1.01 * plain and short[1] < 1.01 * short[0]),
+            f"{grouped:.2f} and {plain:.2f} at 4K to 8K, {short[1]:.2f} and {short[0]:.2f} at 2K to 4K",
+            _verdict(grouped < 1.01 * plain and short[1] < 1.01 * short[0]),
         )
     for task in ("passkey", "needle-in-text"):
         if answered := compared.answers(extended, task):

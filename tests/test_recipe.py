@@ -87,6 +87,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "device": "best",
         "bf16": False,
         "activation_checkpointing": False,
+        "compile": False,
         "seed": 0,
         "logging_steps": 10,
         "save_steps": 100,
