@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from conftest import STORIES, TEXT
 from transformers import AutoTokenizer
 
 import zebra
 from zebra.conversation import Conversation
-from zebra.generation import encode_messages, generate_tokens
+from zebra.errors import ZebraError
+from zebra.generation import Decoding, encode_messages, generate_tokens
+from zebra.model.prefix_cache import PrefixCache
+from zebra.streaming import AnswerStream, ContextLengthError, Step, answer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
@@ -57,7 +62,7 @@ def fresh(chat: Conversation, answered: list[dict[str, Any]], new: int, **option
     return tuple(generate_tokens(chat.model, chat.tokenizer, ids[None], max_new_tokens=new, **options)[0])
 
 
-def checked(chat: Conversation, pieces: Iterator[str], new: int = 24, **options: Any) -> int:
+def checked(chat: Conversation, pieces: Iterator[str], new: int = 12, **options: Any) -> int:
     """Exhaust an answer, compare it with a fresh one; returns the cached tokens."""
     text = "".join(pieces)
     assert chat.last is not None
@@ -67,32 +72,202 @@ def checked(chat: Conversation, pieces: Iterator[str], new: int = 24, **options:
     return chat.last.cached_tokens
 
 
-@pytest.mark.parametrize("chunk", [None, pytest.param(7, marks=pytest.mark.full), 100])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "chunk", [100, pytest.param(7, marks=pytest.mark.full), pytest.param(None, marks=pytest.mark.full)]
+)
 def test_every_answer_equals_a_fresh_one(models: Any, tokenizer: Any, way: str, chunk: int | None) -> None:
-    chat = Conversation(models(way), tokenizer=tokenizer, max_new_tokens=24, prefill_chunk=chunk)
+    chat = Conversation(models(way), tokenizer=tokenizer, max_new_tokens=12, prefill_chunk=chunk)
     chat.system = "You tell stories."
     chat.add_document(DOCUMENT)
-    read = checked(chat, chat.reply("Who ran away?"))
-    assert read > 60, "the document was read twice"
-    first = chat.last
-    assert first is not None
-    prompt = first.prompt_tokens
-    assert checked(chat, chat.reply("And then?")) >= prompt - 40
-    assert checked(chat, chat.reply("Why?")) >= prompt - 40
-    assert checked(chat, chat.regenerate()) >= prompt - 40
-    assert chat.undo() == "Why?"
-    assert checked(chat, chat.reply("What did the dog say to the cat?")) >= prompt - 40
-    chat.messages[-4]["content"] = "And what did they do after that?"
-    del chat.messages[-2:]
+    assert checked(chat, chat.reply("Who ran away?")) > 60, "the document was read twice"
+    assert chat.last is not None
+    # The last 32 tokens of a prompt may be read again, and under full decoding the answer.
+    before = chat.last.prompt_tokens - 32
+    assert checked(chat, chat.reply("And then?")) >= before
+    assert checked(chat, chat.regenerate()) >= before
+    assert chat.undo() == "And then?"
+    assert checked(chat, chat.reply("What did the dog say to the cat?")) >= before
+    chat.messages[-4]["content"] = "Who was it that ran away?"
+    del chat.messages[-3:]
     assert checked(chat, chat.regenerate()) > 60
     pieces = chat.reply("Tell me more.", max_new_tokens=60)
     some = [next(pieces) for _ in range(5)]
     pieces.close()
     assert chat.messages[-1]["content"].startswith("".join(some))
-    assert chat.last is not None
     assert chat.last.ended == "cancel"
     assert 5 <= len(chat.last.tokens) < 60
     assert chat.last.tokens == fresh(chat, chat.messages[:-1], 60)[: len(chat.last.tokens)]
-    assert checked(chat, chat.reply("Yes?")) > prompt - 40
-    assert len(chat.messages) == 9
+    assert checked(chat, chat.reply("Yes?")) >= chat.context_used // 2
+    assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 3]
+
+
+def test_draws_are_those_of_a_fresh_generate_and_another_seed_each_time(models: Any, tokenizer: Any) -> None:
+    chat = Conversation(models("striped"), tokenizer=tokenizer, temperature=0.9, top_p=0.9, seed=5, max_new_tokens=20)
+    options = {"temperature": 0.9, "top_p": 0.9}
+    before, texts = torch.get_rng_state(), set()
+    for seed in (5, 6, 7):
+        pieces = chat.regenerate() if chat.messages else chat.reply("Once upon a time")
+        checked(chat, pieces, 20, seed=seed, **options)
+        texts.add(chat.messages[-1]["content"])
+    assert len(texts) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+    checked(chat, chat.reply("Stop.", temperature=0.0, top_p=None), 20)
+
+
+def test_conversations_that_share_a_store_do_not_disturb_each_other(models: Any, tokenizer: Any) -> None:
+    """Each goes on from the document that one of them read."""
+    prefixes = PrefixCache(models("striped"), max_texts=3)
+    options = {"tokenizer": tokenizer, "prefixes": prefixes, "max_new_tokens": 10}
+    chats = [Conversation(models("striped"), **options) for _ in range(2)]
+    chats[0].add_document(DOCUMENT)
+    chats[1].documents = [DOCUMENT]
+    for question in ("Who ran?", "Why?"):
+        for chat in chats:
+            assert checked(chat, chat.reply(question + " Tell me." * chats.index(chat)), 10) > 60
+    assert len(prefixes) == 2
+
+
+def test_what_is_longer_than_the_model_reaches_is_refused_before_it_is_read(models: Any, tokenizer: Any) -> None:
+    model = models("full")
+    chat = Conversation(model, tokenizer=tokenizer, max_new_tokens=5)
+    checked(chat, chat.reply("Hello"), 5)
+    before, forwards = list(chat.messages), []
+    hook = model.register_forward_hook(lambda *_: forwards.append(1))
+    remedy = r"has 1,\d{3} tokens, and this model reads 512.*Self-Extend \(--self-extend auto:2048\)"
+    with pytest.raises(ContextLengthError, match=remedy):
+        chat.reply("word " * 600)
+    with pytest.raises(ContextLengthError, match=remedy):
+        chat.add_document("word " * 600)
+    hook.remove()
+    assert (chat.messages, chat.documents, forwards) == (before, [], [])
+    extended = Conversation(models("auto"), tokenizer=tokenizer, max_new_tokens=5)
+    assert extended.reach == zebra.SelfExtend.parse("auto:4096", 512).reach(512)
+    checked(extended, extended.reply("word " * 600), 5)
+
+
+def test_an_answer_ends_where_the_model_reads_no_more(models: Any, tokenizer: Any) -> None:
+    chat = Conversation(models("full"), tokenizer=tokenizer)
+    text = "word " * 155
+    "".join(chat.reply(text))
+    assert chat.last is not None
+    assert (chat.last.ended, chat.context_used) == ("context", 512)
+    with pytest.raises(ContextLengthError):
+        chat.reply("And?")
+
+
+def test_an_answer_that_is_stopped_before_it_begins_leaves_all_as_it_was(models: Any, tokenizer: Any) -> None:
+    chat = Conversation(models("striped"), tokenizer=tokenizer, prefill_chunk=10, max_new_tokens=5)
+    read: list[int] = []
+
+    def stop_at_50(done: int, total: int) -> None:
+        read.append(done)
+        if done >= 50:
+            stopped.set()
+
+    stopped = threading.Event()
+    chat.on_prefill = stop_at_50
+    assert chat.add_document(DOCUMENT, stopped.is_set) is None
+    assert (chat.messages, chat.documents, read) == ([], [], [0, 10, 20, 30, 40, 50])
+    chat.on_prefill = lambda done, total: None
+    tokens = chat.add_document(DOCUMENT)
+    assert tokens is not None
+    pieces = chat.reply("Who ran?")
+    del pieces  # it was never begun
+    assert (chat.messages, chat.documents, chat.last) == ([], [DOCUMENT], None)
+    assert checked(chat, chat.reply("Who ran?"), 5) == tokens
+    assert chat.documents == []
+
+
+def test_text_comes_in_whole_characters(models: Any, tokenizer: Any) -> None:
+    """Byte tokens of a character are held back until it is whole, and at the end as they are."""
+    forced = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "né☃".encode() + b"\xe2\x98"]
+    model = models("full")
+
+    def force(module: Any, args: Any, output: Any) -> None:
+        output.logits[0, -1, forced[len(steps)]] = 1e4
+
+    hook = model.register_forward_hook(force)
+    steps: list[Step] = []
+    ids = torch.tensor(tokenizer("Once upon a time")["input_ids"] * 3)
+    try:
+        done = answer(
+            model, tokenizer, ids, Decoding(max_new_tokens=len(forced)), PrefixCache(model), on_step=steps.append
+        )
+    finally:
+        hook.remove()
+    assert [step.token for step in steps] == [*forced, None]
+    assert [step.text for step in steps] == ["n", "", "é", "", "", "☃", "", "", "\ufffd" * 2]
+    assert done.text == "né☃\ufffd\ufffd"
+
+
+def test_steps_carry_the_models_log_probabilities(models: Any, tokenizer: Any) -> None:
+    model, ids = models("striped"), torch.tensor(tokenizer("Once upon a time, there was")["input_ids"])
+    options: dict[str, Any] = {"temperature": 0.7, "repetition_penalty": 1.3, "max_new_tokens": 8}
+    stream = AnswerStream(model, tokenizer, ids, Decoding(**options), PrefixCache(model), logprobs=3)
+    steps = list(stream)
+    assert stream.result is not None
+    assert tuple(step.token for step in steps) == stream.result.tokens
+    whole = torch.cat([ids, torch.tensor(stream.result.tokens)])
+    with torch.no_grad():
+        expected = model(whole[None]).logits[0].log_softmax(-1)[len(ids) - 1 : -1]
+    for step, logprobs in zip(steps, expected, strict=True):
+        assert step.logprob == pytest.approx(float(logprobs[step.token]), abs=1e-4)
+        likeliest = logprobs.topk(3)
+        assert [token for token, _ in step.top] == likeliest.indices.tolist()
+        assert [value for _, value in step.top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
+
+
+def test_an_error_within_an_answer_is_raised_and_the_conversation_goes_on(models: Any, tokenizer: Any) -> None:
+    model = models("striped")
+    chat = Conversation(model, tokenizer=tokenizer, max_new_tokens=6)
+    checked(chat, chat.reply("Hello"), 6)
+    before = list(chat.messages)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = model.model.layers[2].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(chat.reply("And?"))
+    hook.remove()
+    assert chat.messages == before
+    checked(chat, chat.reply("And?"), 6)
+
+
+def test_sixteen_bits_differ_by_rounding(tokenizer: Any) -> None:
+    """Of a text that is read in parts; the logits of the parts and of the whole, in bfloat16."""
+    model = zebra.load(STORIES, stripes="GLLL:33", dtype="bfloat16")
+    ids = torch.tensor(tokenizer(DOCUMENT)["input_ids"])
+    exact = zebra.load(STORIES, stripes="GLLL:33")
+    with torch.no_grad():
+        whole, expected = (one(ids[None]).logits[0, -1].float() for one in (model, exact))
+        text = PrefixCache(model).take(ids)
+        for end in (50, 90, len(ids)):
+            parts = model(ids[None, len(text) : end], past_key_values=text.cache, use_cache=True).logits[0, -1]
+    rounding = (whole - expected).norm() / expected.norm()
+    assert (parts.float() - expected).norm() / expected.norm() < 2 * rounding
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"num_beams": 2}, "token by token"), ({"top_p": 0.5}, "temperature 0 draws nothing")],
+)
+def test_options_that_no_conversation_can_have(models: Any, tokenizer: Any, options: Any, says: str) -> None:
+    with pytest.raises(ZebraError, match=says):
+        Conversation(models("full"), tokenizer=tokenizer, **options)
+
+
+def test_messages_that_are_none(models: Any, tokenizer: Any) -> None:
+    chat = Conversation(models("full"), tokenizer=tokenizer)
+    for call, says in (
+        (lambda: chat.reply(""), "empty"),
+        (lambda: chat.add_document(" \n"), "no text"),
+        (chat.regenerate, "no message"),
+    ):
+        with pytest.raises(ZebraError, match=says):
+            call()
+    assert chat.undo() is None
+    chat.system = None
+    assert chat.system is None
+    assert chat.transcript() == []

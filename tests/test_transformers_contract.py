@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import EVERY_MEMBER, FIXED, MEMBERS, ROOT, SHAPE, UNROUTED, fitting, tiny_config, tiny_model
 from transformers import AttentionInterface, AutoConfig, DynamicCache, Trainer, TrainingArguments
+from transformers.generation import BaseStreamer
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask
 
 import zebra
@@ -368,3 +369,41 @@ def test_the_documentation_names_the_families_that_are_tried_with_self_extend() 
 
 def route_or_own(member: str) -> str:
     return str(tiny_config(member).model_type)
+
+
+@pytest.mark.parametrize("stripes", [None, "GLLL:9"])
+def test_generate_reads_behind_a_cache_and_leaves_all_but_the_last_token_in_it(
+    checkpoints: Any, stripes: str | None
+) -> None:
+    """What `zebra.streaming` rests on: the whole prompt is handed in, and what the cache holds of it is not read."""
+    model, ids = zebra.load(checkpoints("llama"), stripes=stripes), torch.arange(3, 43)[None]
+    whole = model.generate(ids, max_new_tokens=6, do_sample=False)
+    cache, read, streamed = bounded_cache(model), list[int](), list[Any]()
+
+    class Streamer(BaseStreamer):
+        def put(self, value: Any) -> None:
+            streamed.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            streamed.append("end")
+
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache, use_cache=True)
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        past_key_values=cache,
+        streamer=Streamer(),
+        return_dict_in_generate=True,
+    )
+    hook.remove()
+    assert torch.equal(output.sequences, whole)
+    assert read == [10, *[1] * 5]
+    assert output.past_key_values is cache
+    assert {layer.get_seq_length() for layer in cache.layers} == {whole.shape[1] - 1}
+    assert streamed == [ids[0].tolist(), *([token] for token in whole[0, 40:].tolist()), "end"]

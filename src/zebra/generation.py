@@ -365,7 +365,9 @@ class TextWriter(BaseStreamer):
 
     def end(self) -> None:
         """Write what is held back."""
-        piece = self._decoded(self._before + self._new)[len(self._decoded(self._before)) :]
+        before, whole = self._decoded(self._before), self._decoded(self._before + self._new)
+        # Behind bytes that are no character a decoder may drop the characters that were whole before them.
+        piece = whole[len(before) :] if whole.startswith(before) else self._decoded(self._new)
         self._before, self._new = (self._before + self._new)[-self._BEFORE :], []
         self.text += piece
         if piece and self._on_text is not None:

@@ -10,7 +10,7 @@ from zebra.plan import fit
 from zebra.plan.cost import Run, bytes_moved, flops, pairs, trained_parameters
 from zebra.plan.devices import MEASURED, Device
 from zebra.plan.families import FAMILIES
-from zebra.plan.memory import cached_tokens, kv_bytes, memory
+from zebra.plan.memory import cached_tokens, kv_bytes, memory, snapshot_bytes
 from zebra.stripes import GLOBAL, visible_pairs
 
 LENGTHS = tuple(2**i for i in range(10, 21))
@@ -75,7 +75,10 @@ def _costs(name: str, run: Run, device: Device, budget: int | None) -> dict[str,
         "intensity": sum(computed.values()) / sum(moved.values()),
         "memory": _with_total(memory(run)),
     }
-    costs |= {"trained": trained_parameters(run)} if run.phase == "train" else {"kv_bytes": kv_bytes(run)}
+    if run.phase == "train":
+        costs["trained"] = trained_parameters(run)
+    else:
+        costs |= {"kv_bytes": kv_bytes(run), "snapshot_bytes": snapshot_bytes(run)}
     if budget is not None:
         costs |= {"largest_length": fit.largest_length(run, budget), "largest_batch": fit.largest_batch(run, budget)}
     return costs
@@ -159,6 +162,8 @@ def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, 
     for part in columns[0]["memory"]:
         name = f"[bold]{part}[/]" if part == "total" else part
         space.append(_line(name, [column["memory"][part] for column in columns], _BYTES))
+    if "snapshot_bytes" in columns[0]:
+        space.append(_line("besides, a snapshot", [column["snapshot_bytes"] for column in columns], _BYTES))
     if "largest_length" in columns[0]:
         budget = _with_unit(plan["settings"]["memory"], _BYTES)
         for size in ("length", "batch"):

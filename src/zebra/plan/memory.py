@@ -46,6 +46,20 @@ def kv_bytes(run: Run) -> int:
     return numbers * run.decoder.kv_width * BYTES[run.dtype]
 
 
+def snapshot_bytes(run: Run) -> int:
+    """Bytes of a snapshot, which brings a longer cache back to `length` tokens: the local layers', and the near keys.
+
+    None where they hold the whole text, or where every layer does.
+    """
+    local = 0 if run.full_decode or run.stripes is None else run.count(LOCAL)
+    window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes else (1, 0)
+    near = min(run.self_extend.window - 1, run.length) if run.self_extend else run.length
+    if min(near, window - 1 if local else near) >= run.length:
+        return 0
+    numbers = 2 * local * (min(run.length, window - 1) + sinks) + run.count(GLOBAL) * (near if run.self_extend else 0)
+    return run.batch * numbers * run.decoder.kv_width * BYTES[run.dtype]
+
+
 def saved_bytes_per_token(run: Run) -> int:
     """Bytes that autograd saves for each token in one layer of either kind, by the table above."""
     d, r = run.decoder, run.lora or 0
