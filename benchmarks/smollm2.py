@@ -219,8 +219,8 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
                 f"{_shares(answered)}; {_shares(before)} as it is",
                 _verdict(min(answered) >= 0.9),
             )
-    grouped = Compared(parts.get("groups", ()))
-    every = {one: grouped.perplexity(f"full, self-extend {one}", beyond) for one in (AUTO, *GROUPS)}
+    by_setting = Compared(parts.get("groups", ()))
+    every = {one: by_setting.perplexity(f"full, self-extend {one}", beyond) for one in (AUTO, *GROUPS)}
     values = {one: value for one, value in every.items() if not math.isnan(value)}
     if len(values) > 1:
         within = [one for one in values if 0.5 <= _largest(one) / LIMIT <= 2 / 3]
