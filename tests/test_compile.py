@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import FinishedRun, adapt_recipe, losses
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
@@ -19,6 +20,7 @@ from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend, gradients, only
 from zebra.model.compiled import compile_layers
 from zebra.model.operator import attention
+from zebra.train.adapt import adapt
 
 # The compiler looks at .grad of every tensor after a break, and hides torch's warning only where it is not an error.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -180,4 +182,14 @@ def test_compiled_layers_are_the_eager_ones_and_share_their_code(
     assert list(model.state_dict()) == names
     with pytest.raises(ZebraError, match="Linear has none"):
         compile_layers(torch.nn.Linear(2, 2))
+    torch.compiler.reset()
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")  # torch's compiler is not free of warnings
+def test_a_training_with_compiled_layers_has_the_losses_of_an_eager_one(adapt_run: FinishedRun, tmp_path: Path) -> None:
+    """By torch's own compiler, with evaluations of another length in between."""
+    torch.compiler.reset()
+    results = adapt(adapt_recipe(tmp_path / "run", train__compile=True))
+    assert losses(results) == pytest.approx(losses(adapt_run.results), rel=1e-4)
     torch.compiler.reset()
