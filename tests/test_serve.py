@@ -49,7 +49,7 @@ class Served:
             self.address = address
             listens.set()
 
-        every = ServeSettings(port=0, api_key=key, page=False, **settings)
+        every = ServeSettings(port=0, api_key=key, **{"page": False} | settings)
         self.server = make_server(checkpoint, every, on_start=on_start)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -329,6 +329,7 @@ def test_models_and_metrics_are_listed(served: Served) -> None:
     assert served.get("/v1/models/stories")[1] == card
     assert served.get("/v1/models/other")[0] == 404
     assert served.get("/health")[:2] == (200, {"status": "ok"})
+    assert served.post("/load_model", {"model": "stories"})[1].startswith('data: {"status": "ready"')
     assert served.metric("zebra_prompt_tokens_total") > 0
     assert served.get("/metrics")[2]["content-type"].startswith("text/plain")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
@@ -84,6 +85,12 @@ def _add_facts(app: FastAPI, prompts: Prompts, engine: Engine[Job], metrics: Met
     async def model(name: str) -> Any:
         prompts.check_model(name)
         return card
+
+    @app.post("/load_model")
+    async def load_model() -> Any:
+        """`transformers chat` waits for it: the model is there."""
+        ready = {"status": "ready", "model": prompts.name, "cached": True}
+        return Response(f"data: {json.dumps(ready)}\n\n", media_type="text/event-stream")
 
     @app.get("/health")
     async def health() -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import html
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ def _blocks(page: _Page, card: dict[str, Any], layers: str) -> Any:
         status = gradio.HTML(_status(_HINT))
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asking = box.submit(page.answer, [box, chat, messages], [box, chat, messages, status], **private)
-        box.stop(page.stopped, None, [box, status], cancels=[asking], **private)
+        stopping = box.stop(None, None, None, cancels=[asking], **private)
+        stopping.then(page.stopped, None, [box, status], **private)  # behind the last piece
         chat.clear(lambda: ([], _status(_HINT)), None, [messages, status], **private)
     return blocks
 
@@ -123,7 +124,7 @@ class _Page:
             documents = [document_text(file) for file in files]
         except ZebraError as error:
             name = str(error).replace(f"{files[0].parent}{os.sep}", "")
-            yield _ready(text), shown, messages, _status(name, "alert")
+            yield _ready(text, files), shown, messages, _status(name, "alert")
             return
         before, titles = (
             shown,
@@ -139,7 +140,7 @@ class _Page:
                 yield gradio.skip(), [*shown, _entry("assistant", piece)], so_far, _status(line)
         except openai.APIError as error:
             body = error.body if isinstance(error.body, dict) else {}
-            yield _ready(text), before, messages, _status(str(body.get("message", error)), "alert")
+            yield _ready(text, files), before, messages, _status(str(body.get("message", error)), "alert")
         else:
             yield _ready(), gradio.skip(), gradio.skip(), gradio.skip()
 
@@ -162,8 +163,9 @@ class _Page:
             yield text, _numbers(usage, timings, self._card["max_model_len"])
 
 
-def _ready(text: str = "") -> Any:
-    return gradio.MultimodalTextbox(value={"text": text, "files": []}, submit_btn=True, stop_btn=False)
+def _ready(text: str = "", files: Sequence[Path] = ()) -> Any:
+    value = {"text": text, "files": [str(file) for file in files]}
+    return gradio.MultimodalTextbox(value=value, submit_btn=True, stop_btn=False)
 
 
 def _entry(role: str, text: str) -> dict[str, str]:

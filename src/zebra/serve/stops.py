@@ -19,6 +19,8 @@ class StopFilter:
 
     def put(self, text: str) -> str:
         """The part of the text so far that is certain, and was not returned before."""
+        if self.stopped:
+            return ""
         text = self._back + text
         hits = [at for string in self._stop if (at := text.find(string)) >= 0]
         if hits:
