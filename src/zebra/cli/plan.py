@@ -33,6 +33,9 @@ def plan(
     seconds: Annotated[float | None, typer.Option(help="Time budget in seconds: find a layout that meets it.")] = None,
     self_extend: Annotated[str | None, typer.Option(help="Also Self-Extend: GROUP:WINDOW or auto:LENGTH.")] = None,
     full_decode: FullDecodeFlag = False,
+    parallel: Annotated[
+        str | None, typer.Option(help="How devices share it, such as shard=4,sequence=2: what one of them needs.")
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(callback=output_file, help="SVG file to draw the costs from 1K to 1M tokens into.")
     ] = None,
@@ -42,6 +45,7 @@ def plan(
     import zebra.study.layout  # noqa: F401  # the plan knows the models of the study
     from zebra.plan import comparison, decoder, devices, fit
     from zebra.plan.cost import Run
+    from zebra.plan.parallel import Parallel
     from zebra.positions import SelfExtend
     from zebra.stripes import Stripes
 
@@ -61,8 +65,9 @@ def plan(
         self_extend=None if self_extend is None else SelfExtend.parse(self_extend, sizes.trained_length),
         full_decode=full_decode,
     )
+    shared = None if parallel is None else Parallel.parse(parallel)
     budget = None if memory is None else fit.parse_bytes(memory)
-    tree = comparison.compare(run, ceilings, budget=budget, seconds=seconds)
+    tree = comparison.compare(run, ceilings, budget=budget, seconds=seconds, parallel=shared)
     if picture is not None:
         from zebra.report.plan_picture import write_picture
 

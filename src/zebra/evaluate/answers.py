@@ -21,6 +21,7 @@ from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.perplexity import evaluating
 from zebra.model.finite import check_finite
 from zebra.model.loss import IGNORE, head_of, token_losses, without_logits
+from zebra.model.sequence_parallel import shard_for, whole_losses
 from zebra.progress import bar
 
 
@@ -60,8 +61,10 @@ def answer_losses(
             positions = torch.cat([torch.arange(len(one.input_ids)) for one in batch])[None].to(model.device)
             answers = torch.tensor([[answer for one in batch for answer in one.assistant_mask]], device=model.device)
             labels = ids.masked_fill(~answers | (positions == 0), IGNORE)
-            hidden = model(ids, position_ids=positions, **without_logits(model.device)).hidden_states[-1]
-            losses = token_losses(hidden, head, labels)[0]
+            inputs = shard_for(model, {"input_ids": ids, "position_ids": positions, "labels": labels})
+            shard = inputs.pop("labels")
+            hidden = model(**inputs, **without_logits(model.device)).hidden_states[-1]
+            losses = whole_losses(model, token_losses(hidden, head, shard), ids.shape[1])[0]
             check_finite(losses[labels[0] != IGNORE], model)
             for i, part in enumerate(losses.double().cpu().split([len(one.input_ids) for one in batch]), start=first):
                 scored = part[~part.isnan()]

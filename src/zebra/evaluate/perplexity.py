@@ -39,6 +39,7 @@ from zebra.model.finite import check_finite
 from zebra.model.local import local_attention_of
 from zebra.model.loss import head_of, token_losses, without_logits
 from zebra.model.self_extend import bounded_cache
+from zebra.model.sequence_parallel import shard_for, whole_losses
 from zebra.progress import bar
 from zebra.results import Result
 
@@ -150,11 +151,14 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
     Raises:
         ZebraError: as `Head.check` and `check_finite`.
     """
-    last = torch.tensor([ids.shape[1] - 1], device=model.device)  # its logits alone show whether the head is known
-    outputs = model(ids, **(without_logits(model.device) | {"logits_to_keep": last} | kwargs))
+    inputs = shard_for(model, {"input_ids": ids, "labels": ids})
+    labels = inputs.pop("labels")
+    # The last token's logits alone show whether the head is known.
+    last = torch.tensor([inputs["input_ids"].shape[1] - 1], device=model.device)
+    outputs = model(**inputs, **(without_logits(model.device) | {"logits_to_keep": last} | kwargs))
     states, head = outputs.hidden_states[-1], head_of(model)
     head.check(states[:, -1:], outputs.logits[:, -1:])
-    losses = token_losses(states, head, ids)
+    losses = whole_losses(model, token_losses(states, head, labels), ids.shape[1])
     check_finite(losses[:, 1:], model)
     return losses.double().cpu().numpy()
 

@@ -123,7 +123,8 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
     Args:
         hidden: (B, T, hidden) states before the head.
-        labels: (B, T), the tokens themselves; `IGNORE` where a token is not to be predicted.
+        labels: (B, T), the tokens themselves; `IGNORE` where a token is not to be predicted. Or (B, T + 1), the
+            token behind the T among them, which then is predicted too.
 
     Returns:
         A scalar, ().
@@ -143,10 +144,10 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """The loss of each token, (B, T): entry `t` is that of predicting token `t`, NaN where it is not predicted.
+    """The loss of each token, as `labels`: entry `t` is that of predicting token `t`, NaN where it is not predicted.
 
     Args:
-        hidden: (B, T, hidden). labels: (B, T).
+        hidden: (B, T, hidden). labels: (B, T), or (B, T + 1) as in `summed_loss`.
     """
     states, targets = _shifted(hidden, labels)
     losses = _each(states, head, targets).masked_fill_(targets == IGNORE, float("nan"))
@@ -174,5 +175,5 @@ def _each(states: Tensor, head: Head, targets: Tensor) -> Tensor:
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """States at t with the labels at t + 1, flat: (B (T - 1), hidden) and (B (T - 1))."""
-    return hidden[:, :-1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)
+    """States at t with the labels at t + 1, flat: (B (L - 1), hidden) and (B (L - 1)) of L labels."""
+    return hidden[:, : labels.shape[1] - 1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)

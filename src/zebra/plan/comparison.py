@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+from zebra.errors import ZebraError
 from zebra.plan import fit
 from zebra.plan.cost import Run, bytes_moved, flops, pairs, trained_parameters
 from zebra.plan.devices import MEASURED, Device
 from zebra.plan.families import FAMILIES
 from zebra.plan.memory import cached_tokens, kv_bytes, memory, snapshot_bytes
+from zebra.plan.parallel import Parallel, check_parallel, device_memory, received_bytes
 from zebra.stripes import GLOBAL, visible_pairs
 
 LENGTHS = tuple(2**i for i in range(10, 21))
@@ -36,13 +38,28 @@ def variants(run: Run) -> dict[str, Run]:
     return by_name
 
 
-def compare(run: Run, device: Device, *, budget: int | None = None, seconds: float | None = None) -> dict[str, Any]:
+def compare(
+    run: Run,
+    device: Device,
+    *,
+    budget: int | None = None,
+    seconds: float | None = None,
+    parallel: Parallel | None = None,
+) -> dict[str, Any]:
     """The plan as a JSON tree, in bytes, FLOPs and seconds.
 
     Args:
         budget: bytes; adds the largest length and batch that fit.
         seconds: with it, or with `budget`, the tree suggests a layout that meets both.
+        parallel: how devices share the run; the memory is that of one of them, and the tree has what it receives.
+
+    Raises:
+        ZebraError: a budget of one device beside several; what `check_parallel` raises.
     """
+    if parallel is not None:
+        check_parallel(run)
+        if budget is not None or seconds is not None:
+            raise ZebraError("--memory and --seconds find what fits one device. Leave them out, or --parallel.")
     d = run.decoder
     recorded = ("length", "batch", "dtype", "phase", "checkpointing", "lora")
     plan: dict[str, Any] = {
@@ -54,16 +71,18 @@ def compare(run: Run, device: Device, *, budget: int | None = None, seconds: flo
         },
         "settings": {name: getattr(run, name) for name in recorded} | {"memory": budget, "seconds": seconds},
         "device": {name: getattr(device, name) for name in ("name", "source", "bandwidth", "flops", "memory")},
-        "layouts": [_costs(name, one, device, budget) for name, one in variants(run).items()],
+        "layouts": [_costs(name, one, device, budget, parallel) for name, one in variants(run).items()],
         "complexity": complexity(run),
     }
+    if parallel is not None:
+        plan["parallel"] = asdict(parallel) | {"devices": parallel.devices}
     if budget is not None or seconds is not None:
         suggested = fit.suggest_layout(replace(run, self_extend=None), budget=budget, seconds=seconds, device=device)
         plan["suggested_layout"] = suggested and str(suggested.stripes or "full")
     return plan
 
 
-def _costs(name: str, run: Run, device: Device, budget: int | None) -> dict[str, Any]:
+def _costs(name: str, run: Run, device: Device, budget: int | None, parallel: Parallel | None) -> dict[str, Any]:
     computed, moved = flops(run), bytes_moved(run)
     costs: dict[str, Any] = {
         "layout": name,
@@ -79,6 +98,9 @@ def _costs(name: str, run: Run, device: Device, budget: int | None) -> dict[str,
         costs["trained"] = trained_parameters(run)
     else:
         costs |= {"kv_bytes": kv_bytes(run), "snapshot_bytes": snapshot_bytes(run)}
+    if parallel is not None:
+        costs["memory"] = _with_total(device_memory(run, parallel))
+        costs["received"] = _with_total(received_bytes(run, parallel))
     if budget is not None:
         costs |= {"largest_length": fit.largest_length(run, budget), "largest_batch": fit.largest_batch(run, budget)}
     return costs
@@ -145,6 +167,9 @@ def headline(plan: dict[str, Any]) -> str:
     what = f"{phase} {settings['length']:,} tokens{batch}, {settings['dtype']}"
     what += f", LoRA of rank {settings['lora']}" if settings["lora"] else ""
     what += ", activation checkpointing" if settings["checkpointing"] else ""
+    if shared := plan.get("parallel"):
+        sizes = " x ".join(f"{name} {shared[name]}" for name in ("data", "shard", "sequence"))
+        what += f"; shared by {shared['devices']:,} devices ({sizes}), costs of all that one sequence has"
     return f"{model['name']}: {model['parameters']:,} parameters{note}\n{what}; {device['name']}, {ceilings}"
 
 
@@ -164,6 +189,10 @@ def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, 
         space.append(_line(name, [column["memory"][part] for column in columns], _BYTES))
     if "snapshot_bytes" in columns[0]:
         space.append(_line("besides, a snapshot", [column["snapshot_bytes"] for column in columns], _BYTES))
+    received = dict.fromkeys(part for column in reversed(columns) for part in column.get("received", ()))
+    for part in received:
+        name = "[bold]received[/]" if part == "total" else f"received, {part}"
+        space.append(_line(name, [column["received"].get(part, 0) for column in columns], _BYTES))
     if "largest_length" in columns[0]:
         budget = _with_unit(plan["settings"]["memory"], _BYTES)
         for size in ("length", "batch"):

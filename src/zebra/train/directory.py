@@ -42,6 +42,28 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_processes(recipe: Recipe) -> None:
+    """Check that the processes that the launcher started can share the recipe's work.
+
+    Raises:
+        ZebraError: their number is no multiple of `parallel.sequence`, or not data x sequence.
+    """
+    parallel, count = recipe.parallel, processes()
+    planned = parallel.sequence * (parallel.data or max(1, count // parallel.sequence))
+    if count != planned:
+        sizes = f"parallel.sequence {parallel.sequence}" + f" x parallel.data {parallel.data}" * bool(parallel.data)
+        raise ZebraError(
+            f"{sizes} takes {'' if parallel.data else 'a multiple of '}{parallel.sequence * (parallel.data or 1)} "
+            f"processes, and {count} {'was' if count == 1 else 'were'} started. Start it as "
+            f"`torchrun --nproc-per-node {planned} -m zebra ...`, or change parallel."
+        )
+
+
+def data_groups(recipe: Recipe) -> int:
+    """How many groups of processes train on sequences of their own; a dry run needs no launcher."""
+    return max(1, processes() // recipe.parallel.sequence)
+
+
 @contextmanager
 def locked_run(recipe: Recipe) -> Iterator[Path]:
     """Lock the run's directory for this process; of several processes of a training the first one does.
@@ -64,7 +86,7 @@ def has_trained(run: Path) -> bool:
 
 
 def inputs_of(recipe: Recipe, digests: dict[str, object], *, finished: bool) -> dict[str, object]:
-    """What a run's results depend on: the digests of its start and of its files, and the number of processes.
+    """What a run's results depend on: the digests of its start and of its files, and how many processes share a step.
 
     A finished run may have lost its files, and may be read again by any number of processes.
 
@@ -77,7 +99,7 @@ def inputs_of(recipe: Recipe, digests: dict[str, object], *, finished: bool) -> 
     except ZebraError:
         if not finished:
             raise
-    return inputs if finished else inputs | {"processes": processes()}
+    return inputs if finished else inputs | {"processes": data_groups(recipe)}
 
 
 def digests_of_files(tree: dict[str, Any]) -> dict[str, str]:
@@ -230,7 +252,8 @@ def _check_longer(run: Path, recipe: Recipe) -> None:
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """The keys that two recipes differ in, but for those that change no number: a directory may be moved."""
     items = flatten(one.model_dump()).items() ^ flatten(other.model_dump()).items()
-    return sorted({name for name, _ in items} - {"run", "data.num_proc", "data.cache_dir"})
+    changed = {name for name, _ in items if not name.startswith("parallel.")}
+    return sorted(changed - {"run", "data.num_proc", "data.cache_dir"})
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,15 @@ from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_config
 from zebra.model.families import attention_pairs, layer_kinds, model_class, stripes_of
 from zebra.model.local import layout_name
+from zebra.model.sequence_parallel import shard_length
+from zebra.plan.cost import Run
+from zebra.plan.decoder import decoder_from_config
 from zebra.plan.memory import activation_memory
+from zebra.plan.parallel import fetched_bytes
 from zebra.plan.shapes import shape
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import lora
-from zebra.train.directory import processes
+from zebra.train.directory import data_groups
 from zebra.train.measuring import local_attention_for
 from zebra.train.muon import split
 from zebra.train.pretrain import config_of
@@ -107,12 +111,13 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     With activation checkpointing that is each layer's input, and one layer's own while it is run again. Autocast
     keeps a bfloat16 copy of each float32 weight that it met.
     """
-    tokens = recipe.train.length * recipe.train.per_device_train_batch_size
+    length = shard_length(recipe.train.length, recipe.parallel.sequence)
+    tokens = length * recipe.train.per_device_train_batch_size
     kinds, low = layer_kinds(config), _lora(recipe)
     # The residual stream is as wide as the embeddings, which autocast leaves alone.
     half = low is not None and low.base_dtype == "bfloat16" and "embeddings" not in low.modules_to_save
     saved = {kind: _saved_by_a_layer(recipe, config, kind if kind == GLOBAL else LOCAL) for kind in set(kinds)}
-    extra = {kind: _extra_saved(recipe, config, kind) for kind in saved}
+    extra = {kind: _extra_saved(recipe, config, kind) + _fetched(recipe, config, kind) for kind in saved}
     return activation_memory(
         [tokens * saved[kind][0] + extra[kind] for kind in kinds],
         layer_input=tokens * config.hidden_size * (2 if half else 4),
@@ -131,6 +136,25 @@ def _extra_saved(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
     sizes = {"heads": heads, "query_width": heads * size, "kv_width": keys * size}
     saved = stripes.extra_saved_bytes(kind, recipe.train.length, half=recipe.train.bf16, **sizes)
     return recipe.train.per_device_train_batch_size * saved
+
+
+def _fetched(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
+    """Bytes of keys and values that the last process of a split sequence fetches in a layer, and saves."""
+    processes, train = recipe.parallel.sequence, recipe.train
+    if processes == 1:
+        return 0
+    decoder = decoder_from_config(config.to_dict(), name="model")
+    stripes = stripes_of(config)
+    stripes = stripes and replace(stripes, sinks=local_attention_for(recipe).sinks)
+    run = Run(
+        decoder=decoder,
+        stripes=stripes,
+        length=train.length,
+        batch=train.per_device_train_batch_size,
+        dtype="bfloat16" if train.bf16 else "float32",
+        phase="train",
+    )
+    return fetched_bytes(run, kind, processes)[-1]
 
 
 def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
@@ -188,7 +212,8 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
     full = n * visible_pairs(train.length)
     local = local_attention_for(recipe)
     pairs = attention_pairs(config, train.length, local.sinks)
-    step = tokens_per_step(recipe)
+    step, sharing = tokens_per_step(recipe), recipe.parallel.sequence
+    groups = "processes" if sharing == 1 else f"groups of {sharing} processes, which split sequences"
     names = {GLOBAL: "global", LOCAL: "local"} | {kind: kind for kind in sorted({*kinds} - {GLOBAL, LOCAL})}
     *counts, last = [f"{kinds.count(kind)} {name}" for kind, name in names.items()]
     positions = {"positions": getattr(config, "position_embedding", "rotary")}
@@ -201,7 +226,7 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
         **positions,
         "parameters": f"{parameters:,}, trained {trained:,} ({trained / parameters:.1%})",
         "a step": f"{step:,} tokens: {train.per_device_train_batch_size} sequences of {train.length:,} "
-        f"x {train.gradient_accumulation_steps} passes x {processes()} processes",
+        f"x {train.gradient_accumulation_steps} passes x {data_groups(recipe)} {groups}",
         "training": f"{train.max_steps:,} steps, {train.max_steps * step:,} tokens",
         "attention": f"{pairs:,} pairs per sequence, {pairs / full:.0%} of full attention",
         "text": _text(recipe),

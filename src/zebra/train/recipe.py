@@ -175,6 +175,17 @@ class Lora(RecipeSection):
     merge: bool = Field(True, description="write a whole checkpoint; else the adapter, over run/base")
 
 
+class Parallel(RecipeSection):
+    """How the processes of a launcher share the work: their number is data x sequence."""
+
+    data: int | None = Field(
+        default=None, ge=1, description="groups of processes with sequences of their own; as many as fit without it"
+    )
+    sequence: int = Field(
+        default=1, ge=1, description="processes that split each sequence (zebra.model.sequence_parallel)"
+    )
+
+
 class EvaluationSchedule(RecipeSection):
     """When a model is measured during training; each kind of training says by what."""
 
@@ -202,6 +213,7 @@ class Recipe(RecipeSection):
     run: str = Field(description="the run's directory")
     stripes: str | None = Field(None, description="the layout to train, such as GLLL:512; the model's own without it")
     train: Training
+    parallel: Parallel = Parallel()
     evaluate: EvaluationSchedule | None = None
 
     @field_validator("stripes")

@@ -113,6 +113,7 @@ def run_recipe(
         ZebraError: a directory of another recipe or of other inputs; another process at work in it; a loss that is
             not finite; what the arguments raise.
     """
+    directory.check_processes(recipe)
     with directory.locked_run(recipe) as run:
         start, longer = start_of(run), directory.is_longer(run, recipe)
         is_finished = (run / "results.jsonl").exists() and not longer

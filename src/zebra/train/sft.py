@@ -28,9 +28,11 @@ from zebra.data.mixture import SelectedDocuments, SourceStats
 from zebra.data.packing import IGNORE, PackedSequences
 from zebra.evaluate.answers import answer_score
 from zebra.model.loss import head_of, summed_loss, without_logits
+from zebra.model.sequence_parallel import WHOLE_DOCUMENTS, WHOLE_KEYS
 from zebra.results import Result
 from zebra.train.measuring import source_results
 from zebra.train.run import TrainingData
+from zebra.train.sequences import SharedBatches, shard
 from zebra.train.trainer import optimizer_of, refuse_diverged, training_arguments
 from zebra.train.tune_recipe import TuneRecipe
 
@@ -110,13 +112,17 @@ class ConversationTraining(TrainingData):
             dataset_kwargs={"skip_prepare_dataset": True},
             router_aux_loss_coef=0.0,  # a router's loss is no part of ours
         )
-        return _AnswerTrainer(
+        trainer = _AnswerTrainer(
+            sequence=self.recipe.parallel.sequence,
             model=model,
             args=arguments,
             train_dataset=as_dataset(self.sequences),
             processing_class=self.tokenizer,
             optimizer_cls_and_kwargs=optimizer_of(self.recipe.train),
         )
+        whole = trainer.data_collator
+        trainer.data_collator = lambda sequences: shard(whole(sequences), self.recipe)
+        return trainer
 
     def evaluate(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
         """The loss on the answers of each suite."""
@@ -176,7 +182,7 @@ def as_dataset(sequences: AnswerSequences) -> Dataset:
     return Dataset.from_dict({"sequence": list(range(len(sequences)))}).with_transform(build)
 
 
-class _AnswerTrainer(SFTTrainer):
+class _AnswerTrainer(SharedBatches, SFTTrainer):
     """trl's trainer with our loss."""
 
     def compute_loss(
@@ -190,12 +196,14 @@ class _AnswerTrainer(SFTTrainer):
 
         Args:
             inputs: `input_ids`, `labels` and `position_ids`, (B, T) each; tokens outside answers have the label -100.
+                Of shards also what `shard_batch` adds.
 
         Returns:
             A scalar.
         """
-        ids, labels = inputs["input_ids"], inputs["labels"]
-        outputs = model(ids, position_ids=inputs["position_ids"], **without_logits(ids.device))
+        labels = inputs["labels"]
+        names = {"input_ids", "position_ids", WHOLE_DOCUMENTS, WHOLE_KEYS} & inputs.keys()
+        outputs = model(**{name: inputs[name] for name in names}, **without_logits(labels.device))
         total = summed_loss(outputs.hidden_states[-1], head_of(self.accelerator.unwrap_model(model)), labels)
         refuse_diverged(total, self)
         if num_items_in_batch is None:

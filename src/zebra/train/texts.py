@@ -35,6 +35,7 @@ from zebra.train.directory import is_first_process
 from zebra.train.measuring import source_results
 from zebra.train.recipe import RecallSource, TextMixtureSource, TextRecipe, TextSource
 from zebra.train.run import TrainingData
+from zebra.train.sequences import SharedBatches, shard
 from zebra.train.trainer import optimizer_of, refuse_diverged, tokens_per_step, training_arguments
 
 
@@ -66,11 +67,12 @@ class TextTraining(TrainingData):
             refuse_diverged(total, trainer)
             return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
-        trainer = Trainer(
+        trainer = SharedBatches(
+            sequence=self.recipe.parallel.sequence,
             model=model,
             args=TrainingArguments(**arguments),
             train_dataset=self.sequences,
-            data_collator=lambda sequences: default_data_collator(sequences) | without_logits(),
+            data_collator=lambda sequences: shard(default_data_collator(sequences), self.recipe) | without_logits(),
             compute_loss_func=loss,
             optimizer_cls_and_kwargs=optimizer_of(self.recipe.train),
         )

@@ -35,9 +35,10 @@ from zebra.files import atomic_write, sync
 from zebra.model.finite import check_finite
 from zebra.progress import bar, console
 from zebra.results import Result
-from zebra.train.directory import COMPLETE, processes
+from zebra.train.directory import COMPLETE, data_groups
 from zebra.train.muon import muon
 from zebra.train.recipe import Recipe, Training
+from zebra.train.sequences import splitting_sequences
 
 
 def check_machine(train: Training) -> None:
@@ -90,7 +91,7 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
                     shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
         newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        with _tied_weights_expected(model), _memory_errors(recipe):
+        with _tied_weights_expected(model), _memory_errors(recipe), splitting_sequences(model, recipe):
             trainer.train(resume_from_checkpoint=newest)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
@@ -157,7 +158,7 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
 def tokens_per_step(recipe: Recipe) -> int:
     """Tokens of one full optimiser step, over all processes. The last one of a pass over the data may have fewer."""
     train = recipe.train
-    return train.length * train.per_device_train_batch_size * train.gradient_accumulation_steps * processes()
+    return train.length * train.per_device_train_batch_size * train.gradient_accumulation_steps * data_groups(recipe)
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""Trainings whose processes split sequences: the losses, the evaluations and the checkpoint of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import FinishedRun, Zebra, adapt_recipe, losses, refused
+from safetensors.torch import load_file
+
+from zebra import ZebraError
+from zebra.results import read_results
+from zebra.train.adapt import adapt
+from zebra.train.directory import check_processes, data_groups
+from zebra.train.dry_run import dry_run
+from zebra.train.recipe import AdaptRecipe, Parallel
+
+
+def launch(processes: int, recipe: Any, file: Path, verb: str = "adapt") -> subprocess.CompletedProcess[str]:
+    """The command under torchrun, as a user starts it."""
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "zebra"]
+    return subprocess.run(
+        [sys.executable, *launcher, verb, str(file)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def perplexities(rows: list[Any]) -> list[float]:
+    return [row.value for row in rows if row.metric == "perplexity"]
+
+
+def test_two_processes_that_split_sequences_train_as_one(adapt_run: FinishedRun, tmp_path: Path) -> None:
+    """Losses, evaluations by position before, during and after, and a checkpoint of the same files."""
+    run = tmp_path / "run"
+    done = launch(2, adapt_recipe(run, parallel={"sequence": 2}), tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    rows = read_results(run / "results.jsonl")
+    assert losses(rows) == pytest.approx(losses(adapt_run.results), rel=1e-5)
+    assert perplexities(rows) == pytest.approx(perplexities(adapt_run.results), rel=1e-4)
+    counted = [[row.n for row in one if row.metric == "loss"] for one in (rows, adapt_run.results)]
+    assert counted[0] == counted[1]
+    files = [sorted(file.name for file in (path / "model").iterdir()) for path in (run, adapt_run.path)]
+    assert files[0] == files[1]
+    weights, expected = (load_file(path / "model" / "model.safetensors") for path in (run, adapt_run.path))
+    for name, weight in expected.items():
+        assert (weights[name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": {"r": 2}},
+        {"train__activation_checkpointing": True, "train__gradient_accumulation_steps": 2},
+        {"train__length": 601, "data__join": False},
+    ],
+    ids=["lora", "checkpointing", "odd"],
+)
+def test_four_processes_train_as_two_groups(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Two groups that split sequences take the steps of two sequences at once."""
+    two = adapt_recipe(tmp_path / "two", evaluate=None, parallel={"data": 2, "sequence": 2}, **changes)
+    done = launch(4, two, tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    one = adapt(adapt_recipe(tmp_path / "one", evaluate=None, train__per_device_train_batch_size=2, **changes))
+    assert losses(read_results(tmp_path / "two" / "results.jsonl")) == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.mark.full
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    schedule = {"evaluate": None, "train__lr_scheduler_type": "constant"}
+    shared = adapt_recipe(tmp_path / "run", train__max_steps=4, parallel={"sequence": 2}, **schedule)
+    assert launch(2, shared, tmp_path / "recipe.yaml").returncode == 0
+    rows = adapt(adapt_recipe(tmp_path / "run", **schedule))
+    assert losses(rows) == pytest.approx(losses(adapt(adapt_recipe(tmp_path / "one", **schedule))), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "processes", "message"),
+    [
+        ({"sequence": 2}, 1, "sequence 2 takes a multiple of 2 processes, and 1 was started.*--nproc-per-node 2"),
+        ({"sequence": 2}, 3, "sequence 2 takes a multiple of 2 processes, and 3 were started"),
+        ({"sequence": 2, "data": 3}, 4, "sequence 2 x parallel.data 3 takes 6 processes, and 4 were started"),
+    ],
+)
+def test_processes_that_do_not_divide_are_rejected(
+    parallel: dict[str, int], processes: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ZebraError, match=message):
+        adapt(adapt_recipe(tmp_path / "run", parallel=parallel))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_how_to_start_it(tmp_path: Path, zebra: Zebra) -> None:
+    recipe = adapt_recipe(tmp_path / "run", parallel={"sequence": 2})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    refused(zebra("adapt", tmp_path / "recipe.yaml"), "torchrun --nproc-per-node 2 -m zebra")
+
+
+def test_a_dry_run_counts_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, shared = (dry_run(adapt_recipe(tmp_path, parallel={"sequence": size})) for size in (1, 2))
+    assert whole.memory["weights"] == shared.memory["weights"]
+    assert whole.memory["activations"] / 2 < shared.memory["activations"] < 0.6 * whole.memory["activations"]
+    assert "1 groups of 2 processes" in shared.facts["a step"]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    recipe: AdaptRecipe = adapt_recipe(tmp_path, parallel={"sequence": 2})
+    check_processes(recipe)
+    assert data_groups(recipe) == 4
+    assert recipe.parallel == Parallel(sequence=2)

@@ -1,0 +1,303 @@
+"""A sequence that is split over processes has the loss and the gradients of one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from conftest import EVERY_MEMBER, fitting
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zebra
+import zebra.study.model  # registers its family
+from zebra import Stripes, ZebraError
+from zebra.model.loss import head_of, summed_loss, token_losses, without_logits
+from zebra.model.sequence_parallel import set_sequence_parallel, shard_batch, shard_length
+from zebra.plan.cost import Run
+from zebra.plan.decoder import read_decoder
+from zebra.plan.parallel import Parallel, device_memory, fetched_bytes, received_bytes
+from zebra.stripes import GLOBAL
+from zebra.train.dry_run import saved_storages
+
+PROCESSES = 4
+SMALL = {"num_hidden_layers": 3, "initializer_range": 0.1}
+"""Random weights of deep models turn float32's rounding into more than 1e-6."""
+
+
+class Case(NamedTuple):
+    """A model, and the batch that it reads."""
+
+    stripes: str
+    tokens: int
+    member: str = "llama"
+    batch: str = "plain"
+    how: str = ""
+    self_extend: str | None = None
+
+
+CASES = {
+    "a length that divides": Case("GLL:5", 32),
+    "an odd length": Case("GL:5", 31, "qwen3"),
+    "a window over several shards": Case("GL:13", 29),
+    "a window of one": Case("GL:1", 18),
+    "fewer tokens than processes": Case("GL:5", 3),
+    "packed": Case("GL:9", 30, batch="packed"),
+    "packed by offsets": Case("GL:9", 30, batch="offsets"),
+    "padding on the left": Case("GL:9", 30, batch="left"),
+    "padding on the right": Case("GL:9", 30, batch="right"),
+    "sinks": Case("GL:3+2", 31),
+    "sinks that begin next door": Case("GL:4+6", 22),
+    "sinks of packed documents": Case("GL:3+3", 40, batch="packed"),
+    "sinks behind padding": Case("GL:3+2", 30, batch="left"),
+    "checkpointing": Case("GL:5", 30, how="checkpointing"),
+    "low-rank updates": Case("GL:5", 30, how="lora"),
+    "ALiBi": Case("GL:5", 30, "zebra_study", how="alibi"),
+    "Self-Extend": Case("GL:5", 30, self_extend="2:6"),
+    "Self-Extend behind padding": Case("GL:5", 30, batch="left", self_extend="2:6"),
+}
+FULL = {
+    f"{member}, {batch}": Case(fitting(member, "GL:7"), 37, member, batch)
+    for member in EVERY_MEMBER
+    for batch in ("plain", "packed")
+}
+
+
+def batch_of(case: Case) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(case.tokens)
+    ids = torch.randint(3, 97, (2, case.tokens), generator=generator)
+    batch, index = {"input_ids": ids, "labels": ids.clone()}, torch.arange(case.tokens)
+    if case.batch == "packed":  # documents begin elsewhere in each sequence, one of them on a shard's border
+        starts = torch.tensor([[7, 8, 20], [10, 15, 28]])
+        batch["position_ids"] = torch.stack([index - _last_start(index, row) for row in starts])
+    elif case.batch == "offsets":
+        ends = torch.tensor([0, 11, 14, 30, 33, 60], dtype=torch.int32)
+        batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        batch["position_ids"] = torch.stack([index, index])
+    elif case.batch in ("left", "right"):
+        real = index < case.tokens - torch.tensor([[0], [11]])
+        batch["attention_mask"] = (real.flip(1) if case.batch == "left" else real).long()
+        batch["labels"] = ids.masked_fill(batch["attention_mask"] == 0, -100)
+    return batch
+
+
+def _last_start(index: Tensor, starts: Tensor) -> Tensor:
+    return torch.where(index[:, None] >= starts, starts, 0).amax(dim=1)
+
+
+def model_of(case: Case, folders: dict[tuple[str, bool], str]) -> Any:
+    path = folders[case.member, case.how == "alibi"]
+    model = zebra.load(path, stripes=case.stripes, self_extend=case.self_extend, dtype=torch.float32)
+    if case.how == "checkpointing":
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+        model.train()
+    return model
+
+
+def trained_model_of(model: Any, case: Case) -> Any:
+    if case.how != "lora":
+        return model
+    from zebra.train import lora
+    from zebra.train.recipe import Lora
+
+    wrapped = lora.wrap(model, Lora(r=2), seed=0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:  # zero at first, and so would be the gradients of A
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    return wrapped
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    labels = batch.pop("labels")
+    outputs = model(**batch, **without_logits())
+    loss = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
+    loss.backward()
+    of_tokens = token_losses(outputs.hidden_states[-1].detach(), head_of(model), labels)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "of tokens": of_tokens} | gradients
+
+
+class Received(TorchDispatchMode):
+    """The bytes that each all-to-all brings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "all_to_all_single" in str(function):
+            states, incoming = args[:2]
+            self.bytes.append(sum(incoming) * math.prod(states.shape[1:]) * states.element_size())
+        return function(*args, **kwargs or {})
+
+
+def share(rank: int, folder: str, folders: dict[tuple[str, bool], str], cases: dict[str, Case]) -> None:
+    """One of the processes: each case by all of them, and by each half of them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    results: dict[tuple[str, int], Any] = {}
+    for name, case in cases.items():
+        for group in (dist.group.WORLD, halves[rank // 2]):
+            assert group is not None
+            size = dist.get_world_size(group)
+            model = model_of(case, folders)
+            set_sequence_parallel(model, group)
+            with Received() as received, saved_storages(model) as saved:
+                shard = shard_batch(batch_of(case), dist.get_rank(group), size)
+                result: dict[str, Any] = loss_and_gradients(trained_model_of(model, case), shard)
+            of_tokens = result.pop("of tokens")
+            for tensor in result.values():
+                dist.all_reduce(tensor, group=group)
+            results[name, size] = result | {
+                "of tokens": of_tokens,
+                "bytes": received.bytes,
+                "saved": sum(saved.values()),
+            }
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+Outcomes = dict[tuple[str, int], list[dict[str, Any]]]
+
+
+def run_processes(folder: Path, folders: dict[tuple[str, bool], str], cases: dict[str, Case]) -> Outcomes:
+    """By case and number of processes what each process returned."""
+    preloaded = ["zebra.model.sequence_parallel", "transformers.models.llama.modeling_llama", "pytest"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)  # imported once for all of them
+    arguments = (str(folder), folders, cases)
+    multiprocessing.start_processes(share, arguments, nprocs=PROCESSES, start_method="forkserver")
+    of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return {
+        (name, size): [results[name, size] for results in of_ranks[:size]] for name in cases for size in (2, PROCESSES)
+    }
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints: Callable[..., Path]) -> dict[tuple[str, bool], str]:
+    paths = {(member, False): str(checkpoints(member, **SMALL)) for member in ("llama", "qwen3")}
+    return paths | {("zebra_study", True): str(checkpoints("zebra_study", position_embedding="alibi", **SMALL))}
+
+
+@pytest.fixture(scope="module")
+def outcomes(folders: dict[tuple[str, bool], str], tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_processes(tmp_path_factory.mktemp("processes"), folders, CASES)
+
+
+def check(case: Case, folders: dict[tuple[str, bool], str], of_processes: list[dict[str, Any]]) -> None:
+    expected = loss_and_gradients(trained_model_of(model_of(case, folders), case), batch_of(case))
+    of_tokens, size = expected.pop("of tokens"), len(of_processes)
+    length = shard_length(case.tokens, size)
+    whole = math.sqrt(sum(tensor.square().sum().item() for tensor in expected.values()))
+    for rank, result in enumerate(of_processes):
+        assert expected.keys() <= result.keys()
+        errors = {name: (result[name] - tensor).norm().item() for name, tensor in expected.items()}
+        assert math.sqrt(sum(error**2 for error in errors.values())) <= 1e-6 * whole
+        for name, tensor in expected.items():
+            assert errors[name] <= 1e-5 * max(tensor.norm(), 1e-2 * whole), name
+        own, shard = of_tokens[:, rank * length + 1 : (rank + 1) * length + 1], result["of tokens"][:, 1:]
+        torch.testing.assert_close(shard[:, : own.shape[1]], own, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert shard[:, own.shape[1] :].isnan().all()
+
+
+@pytest.mark.parametrize("size", [2, PROCESSES])
+@pytest.mark.parametrize("name", CASES)
+def test_processes_compute_what_one_does(
+    name: str, size: int, folders: dict[tuple[str, bool], str], outcomes: Outcomes
+) -> None:
+    check(CASES[name], folders, outcomes[name, size])
+
+
+@pytest.mark.full
+def test_every_family_computes_what_one_process_does(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    folders = {(member, False): str(checkpoints(member, **_small(member))) for member in EVERY_MEMBER}
+    outcomes = run_processes(tmp_path, folders, FULL)
+    for (name, _), of_processes in outcomes.items():
+        check(FULL[name], folders, of_processes)
+
+
+def _small(member: str) -> dict[str, Any]:
+    """Weights that keep float32's rounding small; families whose fields count layers keep their five."""
+    return {"initializer_range": 0.1}
+
+
+# What crosses
+
+
+@pytest.mark.parametrize("size", [2, PROCESSES])
+@pytest.mark.parametrize("name", CASES)
+def test_collectives_carry_the_bytes_that_are_planned(
+    name: str, size: int, folders: dict[tuple[str, bool], str], outcomes: Outcomes
+) -> None:
+    """Each layer's all-to-all in the forward, then the gradients' in the backward; with checkpointing a third."""
+    case = CASES[name]
+    decoder = read_decoder(folders[case.member, case.how == "alibi"])
+    run = Run(decoder=decoder, stripes=Stripes.parse(case.stripes), length=case.tokens, batch=2, dtype="float32")
+    if case.batch != "plain" and run.stripes and run.stripes.sinks:
+        pytest.skip("what sinks of documents cost depends on where they begin")
+    kinds = decoder.kinds(run.stripes)
+    planned = {kind: fetched_bytes(run, kind, size) for kind in kinds}
+    of_processes = [result["bytes"] for result in outcomes[name, size]]
+    calls = 1 + (run.stripes is not None and run.stripes.sinks > 0)
+    # A layer with sinks has two of them, and takes both back.
+    per_layer = [1 if kind == GLOBAL else calls for kind in kinds]
+    for rank, received in enumerate(of_processes):
+        assert len(received) == sum(per_layer) * (3 if case.how == "checkpointing" else 2)
+        forward = iter(received)
+        for kind, count in zip(kinds, per_layer, strict=True):
+            assert sum(next(forward) for _ in range(count)) == planned[kind][rank]
+    again = 2 if case.how == "checkpointing" else 1
+    assert sum(map(sum, of_processes)) == (1 + again) * sum(sum(planned[kind]) for kind in kinds)
+    training = replace(run, phase="train", checkpointing=case.how == "checkpointing")
+    planned_total = received_bytes(training, Parallel(sequence=size))
+    planned_total.pop("gradients")
+    assert max(map(sum, of_processes)) == sum(planned_total.values())
+
+
+@pytest.mark.parametrize("size", [2, PROCESSES])
+def test_a_process_saves_its_shard_and_what_it_fetches(
+    size: int, folders: dict[tuple[str, bool], str], outcomes: Outcomes
+) -> None:
+    """The activations that the last one keeps are those of n tokens, and the fetched keys and values of each layer."""
+    name = "a length that divides"
+    case = CASES[name]
+    decoder = read_decoder(folders[case.member, False])
+    length, stripes = shard_length(case.tokens, size), Stripes.parse(case.stripes)
+    model = model_of(case, folders)
+    with saved_storages(model) as saved:
+        loss_and_gradients(model, {name: tensor[:, :length] for name, tensor in batch_of(case).items()})
+    run = Run(decoder=decoder, stripes=stripes, length=case.tokens, batch=2, dtype="float32", phase="train")
+    fetched = device_memory(run, Parallel(sequence=size))["keys and values fetched"]
+    assert fetched == sum(fetched_bytes(run, kind, size)[-1] for kind in decoder.kinds(stripes))
+    assert outcomes[name, size][-1]["saved"] == pytest.approx(sum(saved.values()) + fetched, rel=0.02)
+
+
+# What cannot be split
+
+
+def test_what_cannot_be_split_is_rejected(folders: dict[tuple[str, bool], str], tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        path = folders["llama", False]
+        model = zebra.load(path, stripes="GL:5")
+        set_sequence_parallel(model, group)
+        with pytest.raises(ZebraError, match="use_cache=False"):
+            model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
+        extended = zebra.load(path, stripes="GL:5", self_extend="2:6")
+        set_sequence_parallel(extended, group)
+        with pytest.raises(ZebraError, match="got packed ones"):
+            extended(**shard_batch(batch_of(CASES["packed"]), 0, 1), use_cache=False)
+        with pytest.raises(ZebraError, match="changes its frequencies"):
+            set_sequence_parallel(zebra.load(path, rope="dynamic:4"), group)
+    finally:
+        dist.destroy_process_group()
