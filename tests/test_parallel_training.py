@@ -12,6 +12,8 @@ import pytest
 import yaml
 from conftest import FinishedRun, Zebra, adapt_recipe, losses, refused
 from safetensors.torch import load_file
+from test_tune import recipe as tune_recipe
+from test_tune import write
 
 from zebra import ZebraError
 from zebra.results import read_results
@@ -19,6 +21,7 @@ from zebra.train.adapt import adapt
 from zebra.train.directory import check_processes, data_groups
 from zebra.train.dry_run import dry_run
 from zebra.train.recipe import AdaptRecipe, Parallel
+from zebra.train.tune import tune
 
 
 def launch(processes: int, recipe: Any, file: Path, verb: str = "adapt") -> subprocess.CompletedProcess[str]:
@@ -71,6 +74,20 @@ def test_four_processes_train_as_two_groups(changes: dict[str, Any], tmp_path: P
     assert done.returncode == 0, done.stderr
     one = adapt(adapt_recipe(tmp_path / "one", evaluate=None, train__per_device_train_batch_size=2, **changes))
     assert losses(read_results(tmp_path / "two" / "results.jsonl")) == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.mark.full
+def test_packed_conversations_are_split_too(tmp_path: Path) -> None:
+    """trl's collator packs them into one sequence of an odd length; answers are scored where they are."""
+    write(tmp_path)
+    shared = tune_recipe(tmp_path / "two", tmp_path, parallel={"sequence": 2})
+    done = launch(2, shared, tmp_path / "recipe.yaml", "tune")
+    assert done.returncode == 0, done.stderr
+    rows, expected = read_results(tmp_path / "two" / "results.jsonl"), tune(tune_recipe(tmp_path / "one", tmp_path))
+    assert losses(rows) == pytest.approx(losses(expected), rel=1e-5)
+    of_answers, of_one = ([row.value for row in some if row.metric == "answer_loss"] for some in (rows, expected))
+    assert of_answers == pytest.approx(of_one, rel=1e-4)
+    assert of_one
 
 
 @pytest.mark.full

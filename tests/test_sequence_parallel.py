@@ -14,6 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from conftest import EVERY_MEMBER, fitting
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zebra
@@ -47,23 +50,24 @@ CASES = {
     "a length that divides": Case("GLL:5", 32),
     "an odd length": Case("GL:5", 31, "qwen3"),
     "a window over several shards": Case("GL:13", 29),
-    "a window of one": Case("GL:1", 18),
-    "fewer tokens than processes": Case("GL:5", 3),
+    "a window of one, and fewer tokens than processes": Case("GL:1", 3),
     "packed": Case("GL:9", 30, batch="packed"),
-    "packed by offsets": Case("GL:9", 30, batch="offsets"),
     "padding on the left": Case("GL:9", 30, batch="left"),
-    "padding on the right": Case("GL:9", 30, batch="right"),
     "sinks": Case("GL:3+2", 31),
-    "sinks that begin next door": Case("GL:4+6", 22),
     "sinks of packed documents": Case("GL:3+3", 40, batch="packed"),
-    "sinks behind padding": Case("GL:3+2", 30, batch="left"),
     "checkpointing": Case("GL:5", 30, how="checkpointing"),
     "low-rank updates": Case("GL:5", 30, how="lora"),
+    "sharded weights": Case("GL:5", 30, how="sharded"),
+}
+MORE = {
+    "packed by offsets": Case("GL:9", 30, batch="offsets"),
+    "padding on the right": Case("GL:9", 30, batch="right"),
+    "sinks that begin next door": Case("GL:4+6", 22),
+    "sinks behind padding": Case("GL:3+2", 30, batch="left"),
     "ALiBi": Case("GL:5", 30, "zebra_study", how="alibi"),
     "Self-Extend": Case("GL:5", 30, self_extend="2:6"),
     "Self-Extend behind padding": Case("GL:5", 30, batch="left", self_extend="2:6"),
-}
-FULL = {
+} | {
     f"{member}, {batch}": Case(fitting(member, "GL:7"), 37, member, batch)
     for member in EVERY_MEMBER
     for batch in ("plain", "packed")
@@ -103,6 +107,10 @@ def model_of(case: Case, folders: dict[tuple[str, bool], str]) -> Any:
 
 
 def trained_model_of(model: Any, case: Case) -> Any:
+    if case.how == "sharded" and dist.is_initialized():
+        mesh = init_device_mesh("cpu", (PROCESSES,))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
     if case.how != "lora":
         return model
     from zebra.train import lora
@@ -119,10 +127,15 @@ def loss_and_gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor
     labels = batch.pop("labels")
     outputs = model(**batch, **without_logits())
     loss = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
-    loss.backward()
     of_tokens = token_losses(outputs.hidden_states[-1].detach(), head_of(model), labels)
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    gradients = {name: whole_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), "of tokens": of_tokens} | gradients
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """Of FSDP2's gradient all of it: the mean over processes, so that a sum over those of a sequence is the sum."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Received(TorchDispatchMode):
@@ -153,14 +166,17 @@ def share(rank: int, folder: str, folders: dict[tuple[str, bool], str], cases: d
             set_sequence_parallel(model, group)
             with Received() as received, saved_storages(model) as saved:
                 shard = shard_batch(batch_of(case), dist.get_rank(group), size)
-                result: dict[str, Any] = loss_and_gradients(trained_model_of(model, case), shard)
+                trained = trained_model_of(model, case)
+                result: dict[str, Any] = loss_and_gradients(trained, shard)
             of_tokens = result.pop("of tokens")
             for tensor in result.values():
                 dist.all_reduce(tensor, group=group)
+            own = [p.to_local() if isinstance(p, DTensor) else p for p in trained.parameters()]
             results[name, size] = result | {
                 "of tokens": of_tokens,
                 "bytes": received.bytes,
                 "saved": sum(saved.values()),
+                "weights": sum(p.numel() * p.element_size() for p in own),
             }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -183,8 +199,7 @@ def run_processes(folder: Path, folders: dict[tuple[str, bool], str], cases: dic
 
 @pytest.fixture(scope="module")
 def folders(checkpoints: Callable[..., Path]) -> dict[tuple[str, bool], str]:
-    paths = {(member, False): str(checkpoints(member, **SMALL)) for member in ("llama", "qwen3")}
-    return paths | {("zebra_study", True): str(checkpoints("zebra_study", position_embedding="alibi", **SMALL))}
+    return {(member, False): str(checkpoints(member, **SMALL)) for member in ("llama", "qwen3")}
 
 
 @pytest.fixture(scope="module")
@@ -217,16 +232,11 @@ def test_processes_compute_what_one_does(
 
 
 @pytest.mark.full
-def test_every_family_computes_what_one_process_does(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    folders = {(member, False): str(checkpoints(member, **_small(member))) for member in EVERY_MEMBER}
-    outcomes = run_processes(tmp_path, folders, FULL)
-    for (name, _), of_processes in outcomes.items():
-        check(FULL[name], folders, of_processes)
-
-
-def _small(member: str) -> dict[str, Any]:
-    """Weights that keep float32's rounding small; families whose fields count layers keep their five."""
-    return {"initializer_range": 0.1}
+def test_more_cases_and_every_family(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    folders = {(member, False): str(checkpoints(member, initializer_range=0.1)) for member in EVERY_MEMBER}
+    folders["zebra_study", True] = str(checkpoints("zebra_study", position_embedding="alibi", **SMALL))
+    for (name, _), of_processes in run_processes(tmp_path, folders, MORE).items():
+        check(MORE[name], folders, of_processes)
 
 
 # What crosses
@@ -278,6 +288,16 @@ def test_a_process_saves_its_shard_and_what_it_fetches(
     fetched = device_memory(run, Parallel(sequence=size))["keys and values fetched"]
     assert fetched == sum(fetched_bytes(run, kind, size)[-1] for kind in decoder.kinds(stripes))
     assert outcomes[name, size][-1]["saved"] == pytest.approx(sum(saved.values()) + fetched, rel=0.02)
+
+
+def test_sharding_shards(folders: dict[tuple[str, bool], str], outcomes: Outcomes) -> None:
+    """Under FSDP2 a process holds its part of the weights, and together they hold all of them once."""
+    case = CASES["sharded weights"]
+    whole = sum(p.numel() * p.element_size() for p in model_of(case, folders).parameters())
+    of_processes = [result["weights"] for result in outcomes["sharded weights", PROCESSES]]
+    assert sum(of_processes) == whole
+    assert max(of_processes) < 1.1 * whole / PROCESSES
+    assert outcomes["packed", PROCESSES][0]["weights"] == whole
 
 
 # What cannot be split

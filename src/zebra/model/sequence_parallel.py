@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor, all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -131,8 +131,10 @@ def whole_losses(model: nn.Module, losses: Tensor, tokens: int) -> Tensor:
     group = _group_of(model)
     if group is None:
         return losses
-    whole = all_gather_tensor(losses[:, 1:].contiguous(), 1, group)
-    return torch.cat([losses.new_full((len(losses), 1), float("nan")), whole], dim=1)[:, :tokens]
+    own = losses[:, 1:].contiguous()
+    shards = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, own, group)
+    return torch.cat([losses.new_full((len(losses), 1), float("nan")), *shards], dim=1)[:, :tokens]
 
 
 @dataclass(frozen=True)
