@@ -400,7 +400,40 @@ def test_the_command_prints_tables_json_and_a_picture(zebra: Zebra, tmp_path: Pa
     assert "LoRA of rank 4, activation checkpointing" in printed
 
 
+def test_devices_that_share_a_training(zebra: Zebra) -> None:
+    """The parts of one of eight devices, by hand for Llama-2-7B; a sequence costs all of them what it cost one."""
+
+    def tree(*more: object) -> dict[str, Any]:
+        done = zebra("plan", "llama-2-7b", "--length", 16384, "--phase", "train", "--json", *more)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["layouts"][-1]
+
+    one, of_eight = tree(), tree("--parallel", "shard=4,sequence=2")
+    assert of_eight["flops"] == one["flops"]
+    memory, received = of_eight["memory"], of_eight["received"]
+    assert memory["weights"] == one["memory"]["weights"] // 8
+    assert memory["activations"] == one["memory"]["activations"] // 2
+    token = 2 * 4096 * 2  # a key and a value of 4,096 numbers in bfloat16
+    fetched = {"global": 8 * 8192 * token, "local": 24 * 511 * token}
+    assert memory["keys and values fetched"] == sum(fetched.values())
+    for kind, count in fetched.items():
+        assert received[f"keys and values, {kind} layers"] == count
+    assert received["weights"] == 2 * 4 * 6_738_415_616 * 7 // 8
+    assert received["gradients"] == 4 * 6_738_415_616 * 7 // 8
+    copied = tree("--parallel", "data=2,sequence=2")
+    assert copied["memory"]["weights"] == one["memory"]["weights"]
+    assert copied["received"]["gradients"] == 2 * 4 * 6_738_415_616 * 3 // 4
+    printed = zebra("plan", "llama-2-7b", "--length", 16384, "--parallel", "shard=4,sequence=2").stdout
+    assert "shared by 8 devices (data 1 x shard 4 x sequence 2)" in printed
+    assert "received, keys and values, local layers" in printed
+
+
 REFUSED = {
+    "devices": (["llama-2-7b", "--parallel", "shards=4"], "shard=4,sequence=2, by data, shard, sequence; got 'shards"),
+    "no devices": (["llama-2-7b", "--parallel", "shard=0"], "from 1 to 1,000,000; got 0"),
+    "devices twice": (["llama-2-7b", "--parallel", "data=2,data=3"], "got 'data=2,data=3'"),
+    "devices that decode": (["llama-2-7b", "--parallel", "data=2", "--phase", "decode"], "not decoding"),
+    "devices in a budget": (["llama-2-7b", "--parallel", "data=2", "--memory", "9GB"], "fits one device"),
     "no model": (["nowhere"], "no config.json at nowhere"),
     "a text": ([STORIES / "tokenizer_config.json"], "num_hidden_layers"),
     "a phase": (["llama-2-7b", "--phase", "serve"], "'serve' is not one of 'train', 'prefill', 'decode'"),

@@ -33,7 +33,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError
-from zebra.kernels import Mask, attend
+from zebra.kernels import Mask, attend, autocast
 from zebra.kernels.sinks import sink_attention
 from zebra.model.documents import PACKING_KWARGS, documents_of
 from zebra.model.local import LocalAttention
@@ -176,9 +176,8 @@ class SequenceParallelAttention:
         length = query.shape[2]
         if not isinstance(key, Tensor) or key.shape[2] != length:
             raise ZebraError("a sequence that is split over processes is read whole. Pass use_cache=False.")
-        if torch.is_autocast_enabled(query.device.type) and not isinstance(self.own, SelfExtendAttention):
-            dtype = torch.get_autocast_dtype(query.device.type)  # what `attend` would do, before it travels
-            key, value = key.to(dtype), value.to(dtype)
+        if not isinstance(self.own, SelfExtendAttention):
+            key, value = autocast(key, value)  # as `attend` would, before they travel
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         whole = replace(mask, keys=sequence_keys, documents=sequence_documents)
         states, width = torch.cat([key, value], dim=3), key.shape[3]
