@@ -116,6 +116,11 @@ def test_processes_that_do_not_divide_are_rejected(
     assert not (tmp_path / "run").exists()
 
 
+def test_compiled_layers_do_not_exchange_keys(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not go through parallel.sequence"):
+        adapt_recipe(tmp_path / "run", parallel={"sequence": 2}, train__compile=True)
+
+
 def test_the_command_says_how_to_start_it(tmp_path: Path, zebra: Zebra) -> None:
     recipe = adapt_recipe(tmp_path / "run", parallel={"sequence": 2})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))

@@ -230,6 +230,12 @@ class Recipe(RecipeSection):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_graph(self) -> Self:
+        if self.train.compile and self.parallel.sequence > 1:
+            raise ValueError("train.compile does not go through parallel.sequence, whose attention exchanges keys")
+        return self
+
     @property
     def longest(self) -> int:
         """Tokens of the longest text that is trained or measured on."""
