@@ -117,7 +117,7 @@ def test_processes_that_do_not_divide_are_rejected(
 
 
 def test_compiled_layers_do_not_exchange_keys(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not go through parallel.sequence"):
+    with pytest.raises(ValueError, match="does not go through parallel"):
         adapt_recipe(tmp_path / "run", parallel={"sequence": 2}, train__compile=True)
 
 
