@@ -62,9 +62,9 @@ def answer_losses(
             answers = torch.tensor([[answer for one in batch for answer in one.assistant_mask]], device=model.device)
             labels = ids.masked_fill(~answers | (positions == 0), IGNORE)
             inputs = shard_for(model, {"input_ids": ids, "position_ids": positions, "labels": labels})
-            shard = inputs.pop("labels")
-            hidden = model(**inputs, **without_logits(model.device)).hidden_states[-1]
-            losses = whole_losses(model, token_losses(hidden, head, shard), ids.shape[1])[0]
+            shard, targets = inputs.pop("input_ids"), inputs.pop("labels")
+            hidden = model(shard, **inputs, **without_logits(model.device)).hidden_states[-1]
+            losses = whole_losses(model, token_losses(hidden, head, targets), ids.shape[1])[0]
             check_finite(losses[labels[0] != IGNORE], model)
             for i, part in enumerate(losses.double().cpu().split([len(one.input_ids) for one in batch]), start=first):
                 scored = part[~part.isnan()]

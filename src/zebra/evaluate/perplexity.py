@@ -152,10 +152,9 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
         ZebraError: as `Head.check` and `check_finite`.
     """
     inputs = shard_for(model, {"input_ids": ids, "labels": ids})
-    labels = inputs.pop("labels")
-    # The last token's logits alone show whether the head is known.
-    last = torch.tensor([inputs["input_ids"].shape[1] - 1], device=model.device)
-    outputs = model(**inputs, **(without_logits(model.device) | {"logits_to_keep": last} | kwargs))
+    shard, labels = inputs.pop("input_ids"), inputs.pop("labels")
+    last = torch.tensor([shard.shape[1] - 1], device=model.device)  # its logits alone show whether the head is known
+    outputs = model(shard, **inputs, **(without_logits(model.device) | {"logits_to_keep": last} | kwargs))
     states, head = outputs.hidden_states[-1], head_of(model)
     head.check(states[:, -1:], outputs.logits[:, -1:])
     losses = whole_losses(model, token_losses(states, head, labels), ids.shape[1])
