@@ -41,7 +41,7 @@ class CachedText:
     def __len__(self) -> int:
         return self.cache.get_seq_length()
 
-    def snapshot(self, most: int = 8) -> None:
+    def snapshot(self, most: int = 4) -> None:
         """Take a snapshot at the length that the cache has now, where one is needed to come back to it.
 
         Args:
