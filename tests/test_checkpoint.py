@@ -149,7 +149,8 @@ def test_weights_under_other_names(stories: Path) -> None:
 def test_an_adapter_beside_its_base_is_rejected_by_every_verb(stories: Path, tmp_path: Path, zebra: Zebra) -> None:
     before = load(STORIES)(IDS).logits
     base = AutoModelForCausalLM.from_pretrained(STORIES)
-    peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(stories)
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.save_pretrained(stories)
     text, out = TEXT / "tinystories_test.txt", tmp_path / "out"
     recipe = tmp_path / "adapt.yaml"
     recipe.write_text(yaml.safe_dump(adapt_recipe(tmp_path / "run", model=str(stories)).model_dump(mode="json")))
@@ -168,8 +169,15 @@ def test_an_adapter_beside_its_base_is_rejected_by_every_verb(stories: Path, tmp
     assert not out.exists()
     with rejected("with a peft adapter beside it"):
         load(stories)
-    (stories / "adapter_config.json").unlink()  # the remedy
+    both = AutoModelForCausalLM.from_pretrained(stories)(IDS).logits
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # the remedies
+        (stories / name).rename(adapter / name)
     assert torch.equal(load(stories)(IDS).logits, before)
+    merged = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(stories)), adapter)
+    merged.merge_and_unload().save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(load(tmp_path / "merged")(IDS).logits, both)
 
 
 # Code of others

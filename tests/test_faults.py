@@ -176,6 +176,32 @@ def test_a_checkpoint_that_was_damaged_since_gives_way_to_the_one_before(
     assert losses(adapt(adapt_recipe(run))) == losses(adapt_run.results)
 
 
+class Witness:
+    """A pickle that leaves a file where it is read."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.parametrize("state", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_state_that_would_run_code_is_one_line(adapt_run: FinishedRun, tmp_path: Path, state: str) -> None:
+    """Whoever could write it could mark it as whole too."""
+    run = copy_of(adapt_run, tmp_path / "run")
+    for name in ("model", "checkpoints/checkpoint-6"):
+        shutil.rmtree(run / name)
+    (run / "results.jsonl").unlink()
+    checkpoint = run / "checkpoints" / "checkpoint-4"
+    torch.save(Witness(tmp_path / "it_ran"), checkpoint / state)
+    sizes = json.loads((checkpoint / COMPLETE).read_text()) | {state: (checkpoint / state).stat().st_size}
+    (checkpoint / COMPLETE).write_text(json.dumps(sizes))
+    with pytest.raises(ZebraError, match=r"a state in .*checkpoint-4 .* would run code.*Remove that folder"):
+        adapt(adapt_recipe(run))
+    assert not (tmp_path / "it_ran").exists()
+
+
 def test_damaged_inputs_are_refused(adapt_run: FinishedRun, tmp_path: Path) -> None:
     run = copy_of(adapt_run, tmp_path / "run")
     (run / "results.jsonl").unlink()

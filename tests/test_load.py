@@ -26,6 +26,7 @@ from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.families import layout, stripes_of, with_stripes
 from zebra.model.load import read_device, read_dtype
 from zebra.model.routes import Route
+from zebra.plan.decoder import read_decoder
 
 IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
 
@@ -411,10 +412,10 @@ def test_qwen3_moe_becomes_mellum_with_the_same_layers_of_experts(tmp_path: Path
     assert with_stripes(config, Stripes.parse("GL:9")).mlp_layer_types == ["dense", "sparse", "dense", "dense", "dense"]
 
 
-def test_quantised_weights() -> None:
+def test_quantised_weights_of_gpt_oss() -> None:
+    """Its published checkpoints are mxfp4; a layout changes nothing of that."""
     config = tiny_config("gpt_oss", quantization_config={"quant_method": "mxfp4"})
-    with refused("it has quantised weights, which were not tried"):
-        with_stripes(config, Stripes.parse("GL:9"))
+    assert with_stripes(config, Stripes.parse("GL:9")).quantization_config == {"quant_method": "mxfp4"}
 
 
 @pytest.mark.parametrize("member", ["granite_swa", "gpt_oss"])
@@ -506,3 +507,32 @@ def test_a_4d_mask_is_refused(checkpoints: Callable[..., Path]) -> None:
     model = zebra.load(checkpoints("llama"), stripes="GL:9")
     with pytest.raises(ValueError, match="2-D attention_mask"):
         model(IDS, attention_mask=torch.ones(1, 1, 30, 30).tril())
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 5}, {"layer_types": ["full_attention"] * 5}])
+def test_a_config_that_changes_after_loading_is_an_error(
+    checkpoints: Callable[..., Path], change: dict[str, Any]
+) -> None:
+    """It would change the cache and no layer."""
+    model = zebra.load(checkpoints("llama"), stripes="GLLLL:9")
+    ids = torch.arange(3, 30)[None]
+    model(ids)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=r"layer 1 was built with a window of 9, and config\.sliding_window.* Pass"):
+        model(ids)
+
+
+def test_a_plan_believes_the_tensors_of_a_head(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    tied = read_decoder(tmp_path / "tied")
+    tensors = load_file(tmp_path / "tied" / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    for head, is_tied in ((table.clone(), True), (table + 1, False)):
+        shutil.copytree(tmp_path / "tied", tmp_path / "own", dirs_exist_ok=True)
+        save_file(tensors | {"lm_head.weight": head}, tmp_path / "own" / "model.safetensors", {"format": "pt"})
+        own = read_decoder(tmp_path / "own")
+        assert own.tied is is_tied
+        assert own.num_parameters == tied.num_parameters + (0 if is_tied else table.numel())
+        assert own.num_parameters == zebra.load(tmp_path / "own").num_parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +90,22 @@ def test_an_adapter_stays_one_where_it_is_not_merged(tmp_path: Path) -> None:
     written = json.loads((run / "model" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(run / "base")
     assert json.loads((run / "base" / "config.json").read_text())["use_cache"]
-    with pytest.raises(ZebraError, match="is a peft adapter, not a whole checkpoint"):
+    with pytest.raises(ZebraError, match=r"is a peft adapter of .*, not a whole checkpoint"):
         zebra.load(run / "model")
+    moved = run.rename(tmp_path / "moved")
+    config = moved / "model" / "adapter_config.json"
+    with pytest.raises(ZebraError, match=rf"{run}/base, which lies at {moved}/base now.*into {config}"):
+        zebra.load(moved / "model")
+    config.write_text(json.dumps(written | {"base_model_name_or_path": str(moved / "base")}))  # the remedy
+    torch.testing.assert_close(
+        peft.AutoPeftModelForCausalLM.from_pretrained(moved / "model")(IDS).logits,
+        lora.reload(zebra.load(moved / "base"), moved / "model")(IDS).logits,
+    )
+    config.write_text(json.dumps(written))
+    alone = shutil.copytree(moved / "model", tmp_path / "alone" / "model")
+    with pytest.raises(ZebraError, match=f"{run}/base, which is gone"):
+        zebra.load(alone)
+    moved.rename(run)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "model")
     trained = lora.reload(zebra.load(STORIES, stripes="GLLL:33"), run / "checkpoints" / "checkpoint-8")
     torch.testing.assert_close(loaded(IDS).logits, trained(IDS).logits, atol=1e-4, rtol=1e-4)

@@ -10,6 +10,7 @@ import yaml
 from conftest import kind_of
 from pydantic import ValidationError
 
+from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.stripes import Stripes
 from zebra.train.recipe import AdaptRecipe, RecipeSection, read_recipe
@@ -367,3 +368,55 @@ def test_a_rope_is_read_as_it_is_printed(recipe: Any) -> None:
     assert recipe(changed(rope="none")).rope is None
     with pytest.raises(ZebraError, match=r"rope: a rope is none, base:THETA.*got yarn:1"):
         recipe(PLAIN, "rope=yarn:1")
+
+
+_BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]" for i in range(1, 60))])
+_MERGED = "\n".join(
+    ["a0: &a0 {k: 1}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 30))]
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_BOMB, "with its aliases written out it has more than 100,000 values"),
+        (_MERGED, "with its aliases written out it has more than 100,000 values"),
+        ("a: &a [*a]", "with its aliases written out it has more than 100,000 values"),
+        ("a: " + "[" * 3000 + "]" * 3000, "it is nested too deeply"),
+        ("# " + "x" * (1 << 20), "it has more than 1,048,576 characters"),
+    ],
+    ids=["aliases", "merged", "cycle", "deep", "long"],
+)
+def test_a_recipe_that_would_not_end_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(content)
+    with pytest.raises(ZebraError, match=f"is not YAML: {message}"):
+        read_recipe(file, AdaptRecipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps=1000000000000000000", r"train\.max_steps: a whole number is at most 2\^32"),
+        (f"train.per_device_train_batch_size={10**30}", r"batch_size: a whole number is at most 2\^32"),
+        ("train.per_device_train_batch_size=100000000", "less than or equal to 1048576"),
+        ("lora={r: 1000000000}", r"lora\.r: .*less than or equal to 16384"),
+    ],
+)
+def test_a_number_beyond_any_machine_is_refused(recipe: Any, override: str, message: str) -> None:
+    with pytest.raises(ZebraError, match=message):
+        recipe(PLAIN, override)
+
+
+def test_a_pattern_of_everything_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zebra.data.documents._MOST_FILES", 3)
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    assert len(find_files([str(tmp_path)])) == 3
+    (tmp_path / "d").mkdir()
+    for pattern in (f"{tmp_path}/**", str(tmp_path)):
+        with pytest.raises(ZebraError, match=r"names more than 3 files and folders. Name a folder with fewer"):
+            find_files([pattern])
+    for pattern in ("/**", "/", "/**/*.txt"):
+        with pytest.raises(ZebraError, match="names the whole file system"):
+            find_files([pattern])

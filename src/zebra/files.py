@@ -208,7 +208,7 @@ def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, part
         return
     try:
         first = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ZebraError(f"{file} is damaged. Remove {file.parent}, or {instead}.") from None
     names = {*inputs} & {*first} if partly else {*inputs, *first}
     changed = [_changed(name, inputs.get(name), first.get(name)) for name in sorted(names)]

@@ -132,7 +132,7 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
             faults[number] = (
                 "it was cut off" if number == len(lines) else str(error)
             )  # a whole file ends in a line break
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             faults[number] = str(error)
     if faults:
         first, *others = faults

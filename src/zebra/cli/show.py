@@ -264,7 +264,7 @@ def machine(facts: dict[str, str], servings: Sequence[Serving], as_json: bool) -
         by_request.setdefault(serving.request, {})[serving.dtype] = serving.kernel
     dtypes = dict.fromkeys(serving.dtype for serving in servings)
     _table(["kernel by request", *dtypes], [(request, *kernels.values()) for request, kernels in by_request.items()])
-    declines = [(kernel, "; ".join(why)) for kernel, why in reasons.items() if why]
+    declines = [("" if i else kernel, reason) for kernel, why in reasons.items() for i, reason in enumerate(why)]
     _table(["kernel", "declines some of these requests because"], declines)
 
 

@@ -9,16 +9,19 @@ The line ends of text are read as \\n, whatever they are: \\r\\n is two tokens t
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from zebra.data.records import RECORD_FILES, RecordError, read_records, record_suffix, string_field
 from zebra.errors import ZebraError, first_line
 from zebra.progress import console
 
 _FIELD = "text"
+_MOST_FILES = 100_000
+T = TypeVar("T", str, Path)
 
 
 class Document(NamedTuple):
@@ -33,21 +36,31 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """The files that a list of files, folders and globs names, each once, in the order given; folders sorted.
 
     Raises:
-        ZebraError: a pattern that names nothing.
+        ZebraError: a pattern that names nothing, the whole file system, or more than 100,000 files and folders.
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) or [pattern]
+        top = os.path.abspath(os.path.expanduser(pattern).partition("**")[0])
+        if top == os.path.abspath(os.sep) and ("**" in pattern or os.path.isdir(pattern)):
+            raise ZebraError(f"{pattern} names the whole file system. Name a folder in it.")
+        matches = sorted(_bounded(glob.iglob(os.path.expanduser(pattern), recursive=True), pattern)) or [pattern]
         files = [
             file
             for match in map(Path, matches)
-            for file in (sorted(match.rglob("*")) if match.is_dir() else [match])
+            for file in (sorted(_bounded(match.rglob("*"), pattern)) if match.is_dir() else [match])
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(match).parts)
         ]
         if not files:
             raise ZebraError(f"there is no text at {pattern}. Give files, folders or globs that exist.")
         paths |= dict.fromkeys(files)
     return list(paths)
+
+
+def _bounded(matches: Iterator[T], pattern: str) -> list[T]:
+    few = list(itertools.islice(matches, _MOST_FILES + 1))
+    if len(few) > _MOST_FILES:
+        raise ZebraError(f"{pattern} names more than {_MOST_FILES:,} files and folders. Name a folder with fewer.")
+    return few
 
 
 def document_format(file: Path, separator: str | None, field: str | None) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from zebra.kernels import Mask, attend, autocast
 from zebra.model.documents import PACKING_KWARGS, documents_of
 from zebra.model.operator import attention
 from zebra.model.override import get_override
+from zebra.stripes import LOCAL
 
 NAME = "zebra"
 
@@ -68,8 +69,9 @@ def zebra_attention(
         (B, T, H, D), and None for the weights, which no fast kernel has.
 
     Raises:
-        ValueError: a 4-D mask, which would replace the layout of every layer; a layer that is not causal; packed
-            documents that contradict each other; `s_aux` of another number of heads.
+        ValueError: a 4-D mask, which would replace the layout of every layer; a layer that is not causal, or whose
+            config was changed since it was built; packed documents that contradict each other; `s_aux` of another
+            number of heads.
         NotImplementedError: an argument that no kernel knows, attention dropout and weights among them.
     """
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -131,6 +133,7 @@ def _attend(
     others: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The layer's override or `attend`: (B, T, H, D) and (B, H, T)."""
+    _check_layout(module, window)
     packing = {name: others.pop(name, None) for name in PACKING_KWARGS}
     batch, queries, past = query.shape[0], query.shape[2], value.shape[2] - query.shape[2]
     documents = documents_of(position_ids, attention_mask, (batch, queries), past=past, **packing)
@@ -139,6 +142,23 @@ def _attend(
     run = attend if override is None else functools.partial(override.attend, module, position_ids)
     out, lse = run(query, key, value, mask, scale=scaling, softcap=softcap, with_lse=with_lse, **others)
     return out.transpose(1, 2), lse
+
+
+def _check_layout(module: nn.Module, window: int | None) -> None:
+    """Check that a layer's window is the one of its model's config, of which the cache and others read the layout."""
+    config: Any = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or not getattr(config, "use_sliding_window", True):
+        return
+    index: Any = getattr(module, "layer_idx", 0)
+    expected = getattr(config, "sliding_window", None) if kinds[index] == LOCAL else None
+    if window != expected:
+        names = {layer: f"a window of {layer}" if layer else "no window" for layer in (window, expected)}
+        raise ValueError(
+            f"layer {index} was built with {names[window]}, and config.sliding_window and layer_types now say "
+            f"{names[expected]}: a config that changes after loading changes no layer. Pass stripes or window to "
+            "zebra.load."
+        )
 
 
 def zebra_mask(

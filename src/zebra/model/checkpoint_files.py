@@ -51,9 +51,7 @@ def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
     if config.with_name("adapter_config.json").is_file():
         if config.is_file():
             raise adapter_beside_base(path)
-        raise ZebraError(
-            f"{path} is a peft adapter, not a whole checkpoint. Load it with peft, or adapt with lora.merge: true."
-        )
+        raise _adapter_alone(Path(path), config.with_name("adapter_config.json"))
     if not config.is_file():
         files = sorted(file.name for file in directory.glob("*.gguf"))
         remedy = f"the GGUF file itself: {directory / files[0]}" if files else "a directory that transformers saved"
@@ -85,11 +83,30 @@ def check_gguf(path: Path) -> None:
             raise ZebraError(f"{path} is truncated: it has {size:,} bytes, and {name} lies beyond. Copy it again.")
 
 
+def _adapter_alone(path: Path, file: Path) -> ZebraError:
+    base = str(read_json_object(file, "Copy it from the source again.").get("base_model_name_or_path"))
+    moved, is_local = path.resolve().parent / "base", base.startswith((".", "/")) or base.count("/") != 1
+    if is_local and not Path(base).is_dir():
+        remedy = (
+            f"which lies at {moved} now. Write that" if (moved / "config.json").is_file() else "which is gone. Write"
+        )
+        return ZebraError(
+            f"{path} is a peft adapter of {base}, {remedy} path as base_model_name_or_path into {file}, and load it "
+            "with peft (AutoPeftModelForCausalLM)."
+        )
+    return ZebraError(
+        f"{path} is a peft adapter of {base}, not a whole checkpoint. Load it with peft (AutoPeftModelForCausalLM), or "
+        "adapt with lora.merge: true."
+    )
+
+
 def adapter_beside_base(path: str | os.PathLike[str]) -> ZebraError:
     """The error for a checkpoint that holds a peft adapter too, which transformers would apply in silence."""
     return ZebraError(
-        f"{path} is a whole checkpoint with a peft adapter beside it, so that it names two models. Merge them with "
-        "peft (merge_and_unload, save_pretrained), or move adapter_config.json away to take the base alone."
+        f"{path} is a whole checkpoint with a peft adapter beside it, so that it names two models. Move "
+        "adapter_config.json and adapter_model.safetensors into another folder, ADAPTER, to take the base alone. For "
+        f"both: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(path)!r}), ADAPTER)"
+        ".merge_and_unload().save_pretrained(TARGET)."
     )
 
 
@@ -133,7 +150,7 @@ def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ZebraError(f"{file} cannot be read: {error}. {remedy}") from None
     if not isinstance(value, dict):
         raise ZebraError(f"{file} cannot be read: it holds no JSON object. {remedy}")

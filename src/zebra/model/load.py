@@ -26,6 +26,7 @@ from zebra.model.default_cache import with_default_cache
 from zebra.model.families import FULL, layout, model_class, stripes_of, with_stripes
 from zebra.model.gguf import as_directory
 from zebra.model.local import LocalAttention, set_local_attention, warn_settings_outside_config
+from zebra.model.quantization import LOADING_ERRORS, cannot_load, check_quantization, quantization_of
 from zebra.model.rope import Rope, as_rope, changes_with_length, length_dependent_rope_hook, refuse_changing_rope
 from zebra.model.self_extend import resolve_self_extend, set_self_extend
 from zebra.model.weights import check_weights, copy_other_files, share_files
@@ -114,7 +115,8 @@ def load(
             fields of the config by name.
 
     Raises:
-        ZebraError: no or a corrupt checkpoint; a family without a route; a layout or a rope that does not fit the
+        ZebraError: no or a corrupt checkpoint, or quantised weights that transformers cannot load here; a family
+            without a route; a layout or a rope that does not fit the
             model; a window or full decoding without local layers; an argument that `load` sets itself; and, for
             Self-Extend, as `resolve_self_extend` and `set_self_extend`.
     """
@@ -131,6 +133,7 @@ def load(
     config = as_rope(rope).apply(config)
     setting = None if self_extend is None else resolve_self_extend(self_extend, config)
     path = as_directory(path)
+    check_quantization(path, config)
     if Path(path).exists() and "variant" not in rest:
         check_weights(Path(path) / rest.get("subfolder", ""), config)
     model = _loaded(path, config, rest)
@@ -170,14 +173,17 @@ def _layout(
 
 def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[str, Any]) -> PreTrainedModel:
     stock_class: Any = model_class(config)
+    method = quantization_of(config)
     try:
         model, info = with_default_cache(stock_class).from_pretrained(
             path, config=config, attn_implementation=NAME, output_loading_info=True, **rest
         )
     except (OSError, SafetensorError) as error:
         raise ZebraError(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from None
-    except KeyError as error:
-        if error.args != (NAME,):
+    except LOADING_ERRORS as error:
+        if method is not None:
+            raise cannot_load(path, method, first_line(error)) from None
+        if not isinstance(error, KeyError) or error.args != (NAME,):
             raise
         raise ZebraError(
             f"the attention of a {config.model_type} is not one of transformers' registered functions, so Self-Extend "
@@ -187,6 +193,11 @@ def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[s
         raise ZebraError(
             f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ."
         )
+    if method is not None and quantization_of(model.config) is None:
+        dtype = rest.get("dtype", "auto")  # transformers dequantises into bfloat16, whatever it is
+        dtype = model.dtype if dtype in ("auto", None) else read_dtype(dtype)
+        for parameter in model.parameters():  # not `to`, which would round the rope's frequencies
+            parameter.data = parameter.data.to(dtype)
     if not model.all_tied_weights_keys:  # of a name in the hub, whose files `read_config` does not see
         model.config.tie_word_embeddings = False
     return model

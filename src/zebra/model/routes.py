@@ -88,7 +88,6 @@ WITHOUT_END_TOKENS = Condition("no bos_token_id or no eos_token_id: {target} wou
 _BIDIRECTIONAL = Condition("bidirectional attention", lambda c: bool(getattr(c, "use_bidirectional_attention", False)))
 _TWO_ROPES = Condition("global and local layers have different ropes", _rope_differs)
 READS_LAYER_TYPES = "reads layer_types itself"
-_QUANTISED = Condition("quantised weights, which were not tried", lambda c: hasattr(c, "quantization_config"))
 _NO_CLASS = "no stock class with {} reads layer_types"
 
 ROUTES: tuple[Route, ...] = (
@@ -111,7 +110,7 @@ ROUTES: tuple[Route, ...] = (
     Route("olmo2", "olmo3", "olmo2 ignores layer_types; olmo3 has its tensors", _rope_for_each_kind),
     Route("olmo3", "olmo3", READS_LAYER_TYPES, fixed_kinds=_TWO_ROPES),
     Route("granite_swa", "granite_swa", READS_LAYER_TYPES),
-    Route("gpt_oss", "gpt_oss", READS_LAYER_TYPES, unsupported=(_QUANTISED,)),
+    Route("gpt_oss", "gpt_oss", READS_LAYER_TYPES),
     Route("phi3", None, _NO_CLASS.format("its fused projections (qkv_proj, gate_up_proj)")),
     Route("mixtral", None, _NO_CLASS.format("its experts") + "; minimax has them, and one window for all layers"),
     Route("granite", None, "the classes with its tensors lack its multipliers; granite_swa has those, and wants sinks"),

@@ -24,6 +24,7 @@ from zebra.model.families import model_class, stripes_of
 from zebra.model.finite import check_finite
 from zebra.model.gguf import as_directory
 from zebra.model.load import load, read_device, read_dtype
+from zebra.model.quantization import quantization_of
 from zebra.model.rope import Rope, as_rope
 from zebra.model.self_extend import bounded_cache, resolve_self_extend
 from zebra.model.self_extend.formula import formula_logits
@@ -87,6 +88,8 @@ def verify(
     """
     if self_extend is None and against is None:
         raise ZebraError("a conversion is verified against its source. Name the source, or Self-Extend to verify that.")
+    if quantization_of(read_config(target, routed=False)) is not None:
+        dtype = torch.bfloat16  # of dequantised weights; other methods round activations at least as much
     placement = {"dtype": read_dtype(dtype), "device_map": read_device(device)}
     own = [] if self_extend is None else _self_extend_checks(target, self_extend, length, seed, placement)
     return ([] if against is None else _conversion_checks(target, against, rope, length, seed, placement)) + own

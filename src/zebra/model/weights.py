@@ -19,12 +19,13 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from zebra.errors import ZebraError, first_line
 from zebra.model.families import model_class
 from zebra.model.gguf import as_directory
+from zebra.model.quantization import quantization_of
 
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError)
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
@@ -160,6 +161,8 @@ def _check_tensors(path: str | os.PathLike[str], config: PreTrainedConfig, heade
             model = model_class(config)(config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, IndexError) as error:
         raise ZebraError(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
+    if quantization_of(config) is not None:
+        return _check_quantised(path, model, headers)
     # Of two tied tensors either may be the one that was saved.
     tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
     tied |= {second: first for first, second in tied.items()}
@@ -188,6 +191,28 @@ def _check_tensors(path: str | os.PathLike[str], config: PreTrainedConfig, heade
             raise ZebraError(
                 f"{path}: the weights lack {name}, which config.json asks for. "
                 "Config and weights are of different models, or a shard is gone."
+            )
+
+
+def _check_quantised(path: str | os.PathLike[str], model: PreTrainedModel, headers: dict[str, _Header]) -> None:
+    """As `_check_tensors`, by modules: each method has tensors of its own names in place of a module's weight."""
+    modules, parameters = {name for name, _ in model.named_modules() if name}, model.state_dict()
+    owners = {name.rpartition(".")[0] for name in parameters}
+    parents = {name: [name[:i] for i, letter in enumerate(name) if letter == "."] for name in headers}
+    unused = [name for name, above in parents.items() if not owners & {*above} and not modules & {*above[-1:]}]
+    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+    absent = sorted(owners - tied - {module for above in parents.values() for module in above})
+    wrong = [
+        name
+        for name, tensor in parameters.items()
+        if name in headers and headers[name].dtype and headers[name].shape != tuple(tensor.shape)
+        if not any(other.startswith(f"{name}.") for other in headers)  # it is packed, and the others say how
+    ]
+    for what, names in (("no module for", unused), ("no tensor of", absent), ("another shape of", wrong)):
+        if names:
+            raise ZebraError(
+                f"{path} is quantised, and its config and its weights have {what} {names[0]}. They are of different "
+                "models, or a shard is gone."
             )
 
 

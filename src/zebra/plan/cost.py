@@ -165,13 +165,15 @@ def bytes_moved(run: Run) -> dict[str, int]:
     """Bytes that must move by part. In training each pass moves them again; AdamW reads and writes its moments."""
     d, tokens, size = run.decoder, run.tokens, BYTES[run.dtype]
     passes = 3 + run.checkpointing if run.phase == "train" else 1
-    weights = d.parameters_by_part()
+    # A quantised weight counts by its share of an unquantised one.
+    share = (d.linear_bytes or size) / size
+    weights = {part: count * share for part, count in d.parameters_by_part().items()}
     h, hd, kd, i = d.hidden_size, d.query_width, d.kv_width, d.intermediate_size
     active = d.expert_layers * d.active_expert_width + (d.layers - d.expert_layers) * i
     if d.expert_layers:  # few tokens use few experts
         used = min(1.0, tokens * d.experts_per_token / d.experts)
         routed = d.expert_layers * d.experts * d.mlp_matrices * h * d.expert_intermediate_size
-        weights["MLP"] -= int((1 - used) * routed)
+        weights["MLP"] -= int((1 - used) * routed) * share
     # Near and far part each read queries, keys and values; in decode each reads only its own keys.
     rounds = d.layers + (run.count(GLOBAL) if run.self_extend and run.phase == "prefill" else 0) + run.others
     head = tokens if run.phase == "train" else run.batch
@@ -183,7 +185,7 @@ def bytes_moved(run: Run) -> dict[str, int]:
         "elementwise": tokens * (d.layers * (20 * h + 10 * (hd + kd)) + (2 * d.mlp_matrices - 1) * active)
         + 2 * head * d.vocab_size,
     }
-    moved = {part: passes * size * count for part, count in numbers.items()}
+    moved = {part: int(passes * size * count) for part, count in numbers.items()}
     if run.phase == "train":
         moved["AdamW"] = 28 * trained_parameters(run)  # reads weight, gradient, moments; writes all but the gradient
     return moved

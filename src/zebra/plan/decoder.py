@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from zebra.errors import ZebraError
 from zebra.gguf import config_fields, is_gguf, read_header
 from zebra.plan.families import FAMILIES, FamilyTraits
 from zebra.plan.shapes import SHAPES, shape
+from zebra.plan.tensors import has_own_head, layer_bytes, stored_tensors
 from zebra.positions import LENGTH_DEPENDENT, reach_of, rope_type, ropes_of
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
@@ -45,6 +46,7 @@ class Decoder:
         trained_length: tokens of context that its positions reach, see `zebra.positions.reach_of`.
         rope: the type of its rotary embedding; None without one.
         learned_positions: entries of the table of positions that is added to the embedding.
+        linear_bytes: bytes of a weight of projections and MLPs where the checkpoint is quantised; None where not.
         stripes: the layout of the config itself; None where every layer is global.
     """
 
@@ -69,6 +71,7 @@ class Decoder:
     expert_layers: int = 0
     rope: str | None = "default"
     learned_positions: int = 0
+    linear_bytes: float | None = None
     stripes: Stripes | None = None
 
     @property
@@ -125,6 +128,12 @@ class Decoder:
         """The number of parameters."""
         return sum(self.parameters_by_part().values())
 
+    @property
+    def linear_parameters(self) -> int:
+        """The parameters of projections and MLPs, which a quantised checkpoint stores in fewer bytes."""
+        parts = self.parameters_by_part()
+        return parts["projections"] + parts["MLP"]
+
 
 def read_decoder(model: str | os.PathLike[str]) -> Decoder:
     """The decoder of a checkpoint's directory, a GGUF file, a config.json, or a built-in name.
@@ -139,10 +148,11 @@ def read_decoder(model: str | os.PathLike[str]) -> Decoder:
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
         try:
-            return decoder_from_config(json.loads(file.read_text(encoding="utf-8")), name=str(model))
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            return _as_stored(decoder_from_config(fields, name=str(model)), fields, path)
         except ZebraError:
             raise
-        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError) as error:
             raise ZebraError(f"{file} is not a decoder's config: {type(error).__name__}, {error}. Fix it.") from None
     if str(model) in SHAPES:
         return decoder_from_config(shape(str(model)), name=str(model))
@@ -150,6 +160,21 @@ def read_decoder(model: str | os.PathLike[str]) -> Decoder:
         f"there is no config.json at {model}, and no built-in model of that name. Give a checkpoint's directory, "
         f"its config.json, or one of {', '.join(SHAPES)}."
     )
+
+
+def _as_stored(decoder: Decoder, fields: Mapping[str, Any], path: Path) -> Decoder:
+    """The decoder with what its tensors say: whether it has a head of its own, and the bytes of quantised ones."""
+    tensors = stored_tensors(path) if path.is_dir() else {}
+    if decoder.tied and has_own_head(tensors):
+        decoder = replace(decoder, tied=False)
+    if (quantization := fields.get("quantization_config")) is None:
+        return decoder
+    if not tensors:
+        raise ZebraError(
+            f"{path} is quantised ({quantization.get('quant_method')}), and its safetensors files alone say how many "
+            "bytes that takes. Give their directory, or remove quantization_config to plan it in 16 bits."
+        )
+    return replace(decoder, linear_bytes=layer_bytes(tensors) / decoder.linear_parameters)
 
 
 def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:

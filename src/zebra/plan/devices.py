@@ -105,7 +105,7 @@ def find_device(device: str | os.PathLike[str]) -> Device:
         }
         memory = None if tree.get("memory") is None else int(tree["memory"])
         measured = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ZebraError(
             f"{path} is not a file of ceilings: {type(error).__name__} {error}. Give a JSON object with name, "
             "flops (FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes), attention (FLOP/s by kind, dtype)."

@@ -92,7 +92,7 @@ def memory(run: Run) -> dict[str, int]:
     copies = 3 if run.self_extend else 2  # of queries and keys: as rotated for the far part too
     working = 2 * d.hidden_size + max(copies * (d.query_width + d.kv_width), mlp)
     return {
-        "weights": size * d.num_parameters,
+        "weights": size * d.num_parameters + round(((d.linear_bytes or size) - size) * d.linear_parameters),
         "keys and values": kv_bytes(run),
         "one layer's work": size * run.tokens * working,
         "logits": 4 * run.batch * d.vocab_size,

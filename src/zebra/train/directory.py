@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write, directory_lock, file_digest
-from zebra.train.recipe import Recipe, named_files
+from zebra.train.recipe import Recipe, named_files, parse_yaml
 
 COMPLETE = "COMPLETE"
 """The mark that a checkpoint is whole, written last."""
@@ -155,7 +155,7 @@ def is_longer(run: Path, recipe: Recipe) -> bool:
 
 
 def _first_recipe(run: Path) -> Any:
-    return yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    return parse_yaml((run / "recipe.yaml").read_text(encoding="utf-8"))
 
 
 def record_export(run: Path) -> None:

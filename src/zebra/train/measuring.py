@@ -87,7 +87,7 @@ def trainer_state(run: Path, recipe: Recipe) -> dict[str, Any]:
     path = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}" / "trainer_state.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ZebraError(
             f"{path} is gone or damaged, and with it the losses of the run. Remove {run / 'model'} to train on from "
             "the last whole checkpoint, or name another run."

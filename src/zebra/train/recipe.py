@@ -21,11 +21,20 @@ from zebra.errors import ZebraError
 from zebra.model.rope import Rope
 from zebra.stripes import Stripes
 
+_LARGEST = 2**32
+
 
 class RecipeSection(BaseModel):
     """A section of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_huge(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError("a whole number is at most 2^32; lower it")
+        return value
 
 
 class TextSource(RecipeSection):
@@ -131,8 +140,10 @@ class Training(RecipeSection):
 
     length: int = Field(ge=2, description="tokens in a sequence")
     max_steps: int = Field(ge=1, description="optimiser steps")
-    per_device_train_batch_size: int = Field(1, ge=1, description="sequences of one forward pass on one device")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimiser step")
+    per_device_train_batch_size: int = Field(
+        1, ge=1, le=2**20, description="sequences of one forward pass on one device"
+    )
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**20, description="forward passes of one optimiser step")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: the layers' matrices, AdamW the rest")
     learning_rate: float = Field(gt=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -165,7 +176,7 @@ class Training(RecipeSection):
 class Lora(RecipeSection):
     """Low-rank updates instead of full training."""
 
-    r: int = Field(16, ge=1, description="the rank")
+    r: int = Field(16, ge=1, le=2**14, description="the rank")
     lora_alpha: float | None = Field(None, gt=0, description="the update is multiplied by lora_alpha / r; 2 r without")
     target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, strict=False)
     modules_to_save: tuple[Literal["embeddings", "norms"], ...] = Field(
@@ -334,6 +345,38 @@ _Loader.add_implicit_resolver(
 )
 
 R = TypeVar("R", bound=BaseModel)
+_MOST_CHARACTERS, _MOST_VALUES = 1 << 20, 100_000
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, whose size is bounded before any alias is followed.
+
+    Raises:
+        yaml.YAMLError: no YAML; one that is too large, also by its aliases, or too deep.
+    """
+    if len(text) > _MOST_CHARACTERS:
+        raise yaml.YAMLError(f"it has more than {_MOST_CHARACTERS:,} characters")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if _values(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"with its aliases written out it has more than {_MOST_VALUES:,} values")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _values(node: Any, sizes: dict[int, float]) -> float:
+    """Values below a node, one that stands in several places in each of them."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = float("inf")  # for an alias within itself
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [one for pair in node.value for one in pair]
+        sizes[id(node)] = 1 + sum(_values(one, sizes) for one in inner)
+    return sizes[id(node)]
 
 
 def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence[str] = ()) -> R:
@@ -343,7 +386,7 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
         ZebraError: no file, no YAML; an unknown key, a wrong value or a contradiction (see `checked`).
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ZebraError(f"the recipe {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -404,7 +447,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree[parent] = dict(inner)  # an alias of YAML is one table in two places
         tree = tree[parent]
     try:
-        tree[last] = yaml.load(value, _Loader)
+        tree[last] = parse_yaml(value)
     except (yaml.YAMLError, ValueError):
         raise ZebraError(f"the value of the override {override!r} is not YAML. Quote it.") from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write, sync
 from zebra.model.finite import check_finite
+from zebra.model.quantization import quantization_of
 from zebra.progress import bar, console
 from zebra.results import Result
 from zebra.train.directory import COMPLETE, data_groups
@@ -54,8 +56,13 @@ def trainable_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     """The config as it is trained: without dropout of attention weights, which no kernel has.
 
     Raises:
-        ZebraError: a router that needs a loss of its own.
+        ZebraError: quantised weights, or a router that needs a loss of its own.
     """
+    if (method := quantization_of(config)) is not None:
+        raise ZebraError(
+            f"{name} is quantised ({method}), and training changes weights that are numbers. Take the checkpoint "
+            "before quantisation; zebra generate and evaluate serve this one."
+        )
     if getattr(config, "output_router_logits", False):
         raise ZebraError(
             f"{name} asks for its router's auxiliary loss (output_router_logits), and training is on the language loss "
@@ -91,7 +98,12 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
                     shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
         newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        with _tied_weights_expected(model), _memory_errors(recipe), splitting_sequences(model, recipe):
+        with (
+            _tied_weights_expected(model),
+            _memory_errors(recipe),
+            splitting_sequences(model, recipe),
+            _unreadable_states(newest),
+        ):
             trainer.train(resume_from_checkpoint=newest)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
@@ -113,6 +125,20 @@ def _diverged(what: str, step: int, rate: float, checkpoints: Path) -> str:
         f"{what} not finite at step {step}, at a learning rate of {rate:.3g}. {newest} "
         "Start another run with a lower train.learning_rate or a longer train.warmup_steps."
     )
+
+
+@contextmanager
+def _unreadable_states(checkpoint: str | None) -> Iterator[None]:
+    """The error for states of a checkpoint that are no tensors and numbers: transformers runs no code of a pickle."""
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if checkpoint is None or (isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)):
+            raise
+        raise ZebraError(
+            f"a state in {checkpoint} (of the optimizer, the schedule or the random numbers) is damaged, or would run "
+            "code when it is read. Remove that folder, and the same command goes on from the checkpoint before it."
+        ) from None
 
 
 @contextmanager

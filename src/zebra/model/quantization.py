@@ -1,0 +1,61 @@
+"""Quantised checkpoints: what they are, and whether transformers can load them here.
+
+config.json names the method, and transformers' quantiser of that method reads the tensors: as they are, or dequantised
+where the machine has no kernel for them. A conversion reads no tensor, and needs neither.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from zebra.errors import ZebraError, first_line
+
+LOADING_ERRORS = (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
+"""What transformers' quantisers raise where they cannot load a checkpoint."""
+
+
+def quantization_of(config: PreTrainedConfig) -> str | None:
+    """The method of a quantised checkpoint, such as `fp8` or `bitsandbytes_4bit`; None where it is not quantised."""
+    fields = _fields(config)
+    if fields is None:
+        return None
+    method = fields.get("quant_method") or "no quant_method"
+    bits = [width for width in (4, 8) if fields.get(f"load_in_{width}bit")]
+    return f"bitsandbytes_{bits[0]}bit" if bits else str(getattr(method, "value", method))
+
+
+def check_quantization(path: str | os.PathLike[str], config: PreTrainedConfig) -> None:
+    """Check that transformers can load a checkpoint's quantised weights here; nothing where they are not quantised.
+
+    Raises:
+        ZebraError: it does not know the method, or lacks a package or a device for it.
+    """
+    method = quantization_of(config)
+    if method is None:
+        return
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # it would take the weights for numbers
+        raise cannot_load(path, method, "this transformers does not know the method")
+    try:
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(_fields(config)), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except LOADING_ERRORS as error:
+        raise cannot_load(path, method, first_line(error)) from None
+
+
+def cannot_load(path: str | os.PathLike[str], method: str, reason: str) -> ZebraError:
+    """The error for quantised weights that cannot be loaded here."""
+    return ZebraError(
+        f"{path} is quantised ({method}), and transformers cannot load it here: {reason.rstrip('. ')}. "
+        "Mend that, or take the checkpoint before quantisation."
+    )
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any] | None:
+    settings = getattr(config, "quantization_config", None)
+    return settings if isinstance(settings, dict | None) else settings.to_dict()
