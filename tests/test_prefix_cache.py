@@ -88,6 +88,18 @@ def test_a_prompt_takes_the_longest_text_that_it_shares(load: Load, way: str) ->
     torch.testing.assert_close(read(model, again, longer), read(model, PrefixCache(model).take(longer), longer))
 
 
+def test_a_text_within_the_window_is_cut_anywhere(load: Load) -> None:
+    """Between its sinks too."""
+    model, first = load("sinks"), ids(8)
+    for common in (2, 6):
+        prefixes = PrefixCache(model)
+        store(model, prefixes, first)
+        other = ids(30, 1, behind=first[:common])
+        text, fresh = prefixes.take(other), PrefixCache(model).take(other)
+        assert len(text) == common
+        torch.testing.assert_close(read(model, text, other), read(model, fresh, other))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_bytes_are_those_of_storage_and_a_snapshots_are_planned(
     load: Load, way: str, checkpoints: Callable[..., Path]
