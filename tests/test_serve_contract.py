@@ -93,7 +93,7 @@ def test_an_event_is_one_line_of_data() -> None:
 
 def test_the_parser_finds_reasoning_calls_and_text() -> None:
     tokenizer = SimpleNamespace(response_template=QWEN, decode=lambda ids: "<|im_start|>assistant\n")
-    parser = build_response_parser(tokenizer, None, [1, 2], tools=None)
+    parser = build_response_parser(tokenizer, None, [1, 2])
     events = [*parser.initial_events]
     text = '<think>hm</think>yes\n<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call><|im_end|>'
     for character in text:

@@ -108,7 +108,7 @@ def test_stop_ends_the_answer(page: Any, page_server: Served) -> None:
 
 def test_a_document_is_uploaded_and_an_error_is_shown(page: Any, tmp_path: Path) -> None:
     document = tmp_path / "a book.txt"
-    document.write_text(f"{HOSTILE} One day Tim went to the park. " * 2)
+    document.write_text(f"One day Tim went to the park. {HOSTILE}")
     with page.expect_file_chooser() as chooser:
         page.click("button.upload-button")
     chooser.value.set_files(document)

@@ -176,8 +176,8 @@ def stopping() -> ApiError:
 
 
 def _as_api_error(error: Exception) -> ApiError:
-    if isinstance(error, ZebraError):
-        return ApiError(400, str(error))
+    if isinstance(error, ZebraError):  # what the request could be wrong in was checked before
+        return ApiError(500, str(error), code="model_error")
     if (fault := machine_fault(error)) is not None:
         return ApiError(503, fault, code="machine", retry_after=RETRY_AFTER)
     _log.exception("a request failed", exc_info=error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,10 @@ class Prompts:
         return list(ids.tolist())
 
     def _parser(self, ids: list[int], tools: list[Any]) -> Any:
-        return build_response_parser(self._tokenizer, self._model, ids, tools=tools or None)
+        # Transformers 5.17 has no tools here: arguments in XML are texts there, and typed by the tools' schemas later.
+        takes_tools = "tools" in inspect.signature(build_response_parser).parameters
+        options = {"tools": tools} if tools and takes_tools else {}
+        return build_response_parser(self._tokenizer, self._model, ids, **options)
 
     def _job(
         self, ids: list[int], body: Sampling, new_tokens: int | None, scores: int | None, parser: Any = None

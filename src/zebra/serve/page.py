@@ -28,7 +28,8 @@ footer { display: none !important; }
 .zebra-facts { font-size: 0.85rem; }
 .zebra-facts b { font-weight: 600; }
 .zebra-facts[role=alert] { color: #b00020; }
-.zebra-stripes { font-family: ui-monospace, monospace; letter-spacing: 0.15em; overflow-wrap: anywhere; }
+.dark .zebra-facts[role=alert] { color: #ff8a80; }
+.zebra-stripes { font-family: ui-monospace, monospace; letter-spacing: 0.05em; overflow-wrap: anywhere; }
 .message .md { white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 600px) { .gradio-container main { padding: 8px !important; } }
 """
@@ -81,6 +82,7 @@ def _blocks(page: _Page, card: dict[str, Any], layers: str) -> Any:
             placeholder="No messages yet",
         )
         box = gradio.MultimodalTextbox(
+            label="Message",
             placeholder="Message, or a long text to paste",
             show_label=False,
             file_types=_KINDS,
