@@ -171,6 +171,7 @@ def trained(kind: str, model: Any, tokenizer: Any, folder: Path) -> tuple[list[f
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing")  # a default of trl's own
 @pytest.mark.parametrize("kind", ["bfd", "wrapped", "padding_free", "padded", "dpo", "grpo"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # of trl's own call
 def test_a_trainer_of_trl_trains_as_under_sdpa(kind: str, tmp_path: Path) -> None:
     """A reference model is one of a checkpoint: trl reads it by its path, without what `zebra.load` was told."""
     zebra.convert(STORIES, tmp_path / "striped", "GL:33")
