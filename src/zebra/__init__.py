@@ -15,6 +15,7 @@ from zebra.stripes import Stripes
 if TYPE_CHECKING:
     from zebra.conversation import Conversation
     from zebra.evaluate.selection import select
+    from zebra.exports import export
     from zebra.generation import generate
     from zebra.model.load import convert, load
     from zebra.model.verify import verify
@@ -28,6 +29,7 @@ _HOME = {
     "convert": "zebra.model.load",
     "verify": "zebra.model.verify",
     "adapt": "zebra.train.adapt",
+    "export": "zebra.exports",
     "generate": "zebra.generation",
     "select": "zebra.evaluate.selection",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "adapt",
     "convert",
+    "export",
     "generate",
     "load",
     "select",

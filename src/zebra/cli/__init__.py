@@ -33,6 +33,7 @@ _GROUPS = {
 _VERBS: dict[str, Callable[..., None]] = {
     "zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB": plan.plan,
     "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096": convert.convert,
+    "zebra export ./Llama-3.1-8B-GLLL llama.gguf --to gguf --dtype q8_0": convert.export,
     "zebra select ./Llama-3.1-8B --budget 0.5 --window 4096 --length 32768 --text book.txt": convert.select,
     "zebra compare ./Llama-3.1-8B book.txt --length 32768 --budget-minutes 30": compare.compare,
     "zebra verify ./Llama-3.1-8B-GLLL --against ./Llama-3.1-8B": convert.verify,

@@ -1,17 +1,21 @@
-"""The verbs that make checkpoints with stripes: `convert`, `select` and `verify`."""
+"""The verbs that make checkpoints with stripes: `convert`, `export`, `select` and `verify`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from zebra.cli import options, show
 from zebra.data.documents import check_texts
 from zebra.errors import ZebraError
+from zebra.exports import check_export
 from zebra.model.checkpoint_files import check_checkpoint, check_conversion
 from zebra.stripes import Stripes
+
+if TYPE_CHECKING:
+    from zebra.model.verify import Check
 
 
 def convert(
@@ -57,6 +61,31 @@ def _converted(
             "layout": layout_name(config, read_local_attention(target)),
             "layers": "".join("G" if kind == "full_attention" else "L" for kind in layer_kinds(config)),
         }
+
+
+def export(
+    checkpoint: options.Checkpoint,
+    target: Annotated[Path, typer.Argument(help="What is written: a file that ends in .gguf, or a folder.")],
+    to: Annotated[
+        Literal["gguf", "mlx", "vllm", "sglang"],
+        typer.Option(metavar="ENGINE", help="gguf (llama.cpp), mlx, vllm, or sglang (not tried)."),
+    ],
+    stripes: options.StripesNotation = None,
+    dtype: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option(
+            metavar="NAME", help="Matrices of a GGUF file from a folder: f32, f16, bf16 or q8_0. Default: f16."
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a checkpoint with stripes for another engine, and print the command that runs it."""
+    check_export(checkpoint, target, to, stripes, dtype)
+    with show.working():
+        from zebra.exports import export as run
+
+        exported = run(checkpoint, target, to=to, stripes=stripes, dtype=dtype)
+    show.export(exported, as_json)
 
 
 def select(
@@ -171,16 +200,45 @@ def verify(
         typer.Option(metavar="NAME", help="float64, float32 or bfloat16."),
     ] = "float32",
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1.")] = "cpu",
+    engine: Annotated[
+        Literal["gguf", "mlx", "vllm"] | None,
+        typer.Option(metavar="NAME", help="Run an export in its engine instead, and compare: gguf, mlx or vllm."),
+    ] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(help="Python of an environment that has the engine. Default: this one.", metavar="PATH"),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check that a conversion, or Self-Extend, computes what its definition says; exit code 1 if a check fails."""
+    """Check that a conversion, an export or Self-Extend computes what it should; exit code 1 if a check fails."""
     arguments = options.call_arguments(locals())
     for checkpoint in filter(None, (target, against)):
-        check_checkpoint(checkpoint)
-    with show.working():
-        from zebra.model.verify import verify as run
+        if engine is None or checkpoint != target:
+            check_checkpoint(checkpoint)
+    if engine is not None:
+        checks = _checked_in_engine(**arguments)
+    else:
+        if python is not None:
+            raise ZebraError(
+                "--python names the environment of an engine. Name the engine with --engine, or leave it out."
+            )
+        with show.working():
+            from zebra.model.verify import verify as run
 
-        checks = run(**arguments)
+            checks = run(**arguments)
     show.checks(checks, as_json)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
+
+
+def _checked_in_engine(target: str, engine: str, against: str | None = None, **arguments: Any) -> list[Check]:
+    """What an export computes in its engine, beside what it was made of."""
+    if against is None:
+        raise ZebraError("an export is compared with the checkpoint that it was made of. Name it with --against.")
+    if other := sorted({*arguments} - {"python", "length", "seed", "dtype", "device"}):
+        raise ZebraError(f"--{other[0].replace('_', '-')} does not go with --engine. Leave it out.")
+    with show.working():
+        from zebra.exports.verify import verify_export
+
+        used = {name: arguments[name] for name in ("python", "length", "seed") if name in arguments}
+        return verify_export(target, against, engine, **used)

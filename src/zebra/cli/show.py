@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zebra.data.instructions import InstructionStats
     from zebra.doctor import Serving
     from zebra.evaluate.selection import Selection
+    from zebra.exports import Exported
     from zebra.generation import Generated
     from zebra.model.verify import Check
     from zebra.results import Result
@@ -107,6 +108,15 @@ def conversion(converted: dict[str, str], as_json: bool) -> None:
         json(converted)
         return
     line("{target}: {class}, {layout}, layers {layers}".format_map(converted))
+
+
+def export(exported: Exported, as_json: bool) -> None:
+    """What an export wrote, and the command that runs it."""
+    if as_json:
+        json(exported._asdict())
+        return
+    line(f"{exported.target}: {exported.layout}. Run it:")
+    line(f"  {exported.command}")
 
 
 def selection(selection: Selection, converted: dict[str, str] | None, as_json: bool) -> None:

@@ -75,7 +75,7 @@ def _by_regex(number: str) -> dict[str, Any]:
 
 _DIGITS = _sequence({"type": "Digits", "individual_digits": True}, _GPT2)
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     **dict.fromkeys(("gpt-2", "olmo", "mpt"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
     **dict.fromkeys(_LLAMA3, _by_regex(r"\p{N}{1,3}")),
@@ -102,8 +102,8 @@ def _mend_byte_level(state: dict[str, Any], header: GgufHeader) -> None:
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < tokens]
     # A piece of text that is a token is that token, even if merges would not lead to it.
     state["model"]["ignore_merges"] = name in (*_LLAMA3, "tekken")
-    if name in _PRE_TOKENIZERS:
-        state["pre_tokenizer"] = _PRE_TOKENIZERS[name]
+    if name in PRE_TOKENIZERS:
+        state["pre_tokenizer"] = PRE_TOKENIZERS[name]
     elif state["pre_tokenizer"] == _GPT2:
         _log.warning(
             "%s splits text by %r, which neither zebra nor this transformers knows: some tokens will not be the "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from zebra.engines import warning
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
@@ -32,6 +36,8 @@ from zebra.model.self_extend import resolve_self_extend, set_self_extend
 from zebra.model.weights import check_weights, copy_other_files, share_files
 from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
+
+_log = logging.getLogger(__name__)
 
 
 def best_device() -> str:
@@ -226,6 +232,8 @@ def convert(
     check_conversion(source, target, stripes, rope)
     config, local = converted_config(source, stripes, rope, full_decode)
     warn_settings_outside_config(local)
+    if stripes_of(config) is not None and (text := warning(config.model_type)):
+        _log.warning("%s", text)
     write_converted(source, target, config, local, rope=str(as_rope(rope)))
     return target
 
@@ -254,9 +262,19 @@ def write_converted(source: Path, target: Path, config: PreTrainedConfig, local:
     Args:
         local, more: for its zebra.json.
     """
+    with converted_folder(source, target, config, local, **more):
+        pass
+
+
+@contextmanager
+def converted_folder(
+    source: Path, target: Path, config: PreTrainedConfig, local: LocalAttention, **more: Any
+) -> Iterator[Path]:
+    """Yield what `write_converted` writes, aside, before it gets its name."""
     weights, files = check_weights(source, config), Path(as_directory(source))
     with atomic_directory(target) as aside:
         share_files(files, aside, weights)
         copy_other_files(files, aside, weights)
         write_config(config, aside)
         write_zebra_json(aside, config, local, source=source, **more)
+        yield aside

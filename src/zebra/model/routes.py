@@ -57,6 +57,11 @@ def _window_in_use(config: PreTrainedConfig) -> dict[str, Any]:
     return {"use_sliding_window": True}
 
 
+def _window_for_vllm_too(config: PreTrainedConfig) -> dict[str, Any]:
+    """transformers reads layer_types alone; at any other `max_window_layers` than 0 vLLM would run every layer full."""
+    return _window_in_use(config) | {"max_window_layers": 0}
+
+
 def _rope_in_every_layer(config: PreTrainedConfig) -> dict[str, Any]:
     return {"use_sliding_window": True, "no_rope_layers": [1] * config.num_hidden_layers}
 
@@ -97,8 +102,8 @@ ROUTES: tuple[Route, ...] = (
     Route("ministral", "ministral", READS_LAYER_TYPES),
     Route("cwm", "cwm", READS_LAYER_TYPES, unsupported=(WITHOUT_END_TOKENS,)),
     Route("smollm3", "smollm3", READS_LAYER_TYPES + "; layers without rope stay without", _window_in_use),
-    Route("qwen2", "qwen2", READS_LAYER_TYPES, _window_in_use),
-    Route("qwen3", "qwen3", READS_LAYER_TYPES, _window_in_use),
+    Route("qwen2", "qwen2", READS_LAYER_TYPES, _window_for_vllm_too),
+    Route("qwen3", "qwen3", READS_LAYER_TYPES, _window_for_vllm_too),
     Route("qwen2_moe", "qwen2_moe", READS_LAYER_TYPES, _window_in_use),
     Route("qwen3_moe", "mellum", "qwen3_moe ignores layer_types; mellum has its tensors", _experts_for_each_layer),
     Route("mellum", "mellum", READS_LAYER_TYPES, fixed_kinds=_TWO_ROPES),

@@ -1,0 +1,135 @@
+"""The one table of other engines: how each runs a checkpoint with stripes, by the `model_type` that runs it here.
+
+What stands here was run with the versions in docs/results/engines.md, unless it says that it was read in source.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TARGETS = ("gguf", "mlx", "vllm", "sglang")
+"""What `zebra export --to` takes."""
+EXACT, FLAG, REFUSES, WRONG = "exact", "exact with a flag", "refuses", "wrong"
+
+
+class Support(NamedTuple):
+    """How an engine runs a family with stripes.
+
+    Attributes:
+        verdict: exact, exact with a flag, refuses, or wrong.
+        reason: of the verdict, or a condition.
+        flag: that makes it exact.
+        read: whether it was read in the engine's source, and not run.
+        silent: whether it is wrong in silence, where the flag is absent.
+    """
+
+    verdict: str
+    reason: str = ""
+    flag: str = ""
+    read: bool = False
+    silent: bool = False
+
+
+_BY_TRANSFORMERS = "--model-impl transformers"
+_ONE_EXPERT = "as mellum; a dense layer is one expert"
+_PERIOD = "the last layer of each period global (LG, LLLG)"
+_NO_MLX = "no class has its tensors and windows by layer"
+
+ENGINES: dict[str, dict[str, Support]] = {
+    "cwm": {
+        "llama.cpp": Support(EXACT, "as granite_swa"),
+        "MLX": Support(EXACT, "as llama"),
+        "vLLM": Support(EXACT),
+    },
+    "smollm3": {
+        "llama.cpp": Support(EXACT, "as granite_swa"),
+        "MLX": Support(EXACT, "as llama, where all layers have a rope"),
+        "vLLM": Support(EXACT),
+    },
+    "ministral": {
+        "llama.cpp": Support(EXACT, "as granite_swa"),
+        "MLX": Support(EXACT, "as llama"),
+        "vLLM": Support(EXACT),
+    },
+    "qwen2": {
+        "llama.cpp": Support(EXACT, "as granite_swa"),
+        "MLX": Support(REFUSES, _NO_MLX),
+        "vLLM": Support(FLAG, "refuses without", _BY_TRANSFORMERS),
+    },
+    "qwen3": {
+        "llama.cpp": Support(EXACT, _ONE_EXPERT),
+        "MLX": Support(REFUSES, _NO_MLX),
+        "vLLM": Support(FLAG, "refuses without", _BY_TRANSFORMERS),
+    },
+    "qwen2_moe": {
+        "llama.cpp": Support(REFUSES, "no architecture has its gated shared expert and a window for some layers"),
+        "MLX": Support(REFUSES, _NO_MLX),
+        "vLLM": Support(WRONG, "full attention in every layer", read=True, silent=True),
+    },
+    "mellum": {
+        "llama.cpp": Support(EXACT, "where both kinds of layers have one base, and all have experts"),
+        "MLX": Support(EXACT, "where all layers have experts"),
+        "vLLM": Support(EXACT),
+    },
+    "gemma2": {
+        "llama.cpp": Support(EXACT, _PERIOD),
+        "MLX": Support(REFUSES, _NO_MLX),
+        "vLLM": Support(EXACT),
+    },
+    "gemma3_text": {
+        "llama.cpp": Support(EXACT, _PERIOD),
+        "MLX": Support(EXACT, _PERIOD + "; no cap of the logits"),
+        "vLLM": Support(EXACT),
+    },
+    "cohere2": {
+        "llama.cpp": Support(EXACT, _PERIOD),
+        "MLX": Support(EXACT, _PERIOD),
+        "vLLM": Support(FLAG, "one key too many without", _BY_TRANSFORMERS, silent=True),
+    },
+    "olmo3": {
+        "llama.cpp": Support(EXACT, f"as olmo2, {_PERIOD}"),
+        "MLX": Support(EXACT, "with a layer of each kind"),
+        "vLLM": Support(EXACT),
+    },
+    "granite_swa": {
+        "llama.cpp": Support(EXACT, "where all ropes have one base"),
+        "MLX": Support(REFUSES, _NO_MLX),
+        "vLLM": Support(EXACT),
+    },
+    "gpt_oss": {
+        "llama.cpp": Support(EXACT, _PERIOD),
+        "MLX": Support(REFUSES, "it reads experts of 4 bits alone"),
+        "vLLM": Support(FLAG, "windows in every other layer without", _BY_TRANSFORMERS, silent=True),
+    },
+}
+"""By the `model_type` that runs a family with stripes: of llama.cpp and MLX what `zebra export` writes."""
+
+
+def warning(family: str) -> str | None:
+    """What to say of a checkpoint whose stripes an engine would mistake in silence; None where none does.
+
+    Args:
+        family: the `model_type` that runs it.
+    """
+    for engine, support in ENGINES.get(family, {}).items():
+        if support.silent:
+            text = f"{engine} would run this {family} wrongly and in silence: {support.reason}"
+            return f"{text} {support.flag}. Serve it with that." if support.flag else f"{text}. Do not serve it there."
+    return None
+
+
+def table() -> str:
+    """The engines in Markdown, as docs/families.md has them: `python -m zebra.engines`."""
+    lines = ["| runs as | llama.cpp | MLX | vLLM |", "|---|---|---|---|"]
+    for family, row in ENGINES.items():
+        lines.append(f"| `{family}` | {' | '.join(_cell(row[name]) for name in ('llama.cpp', 'MLX', 'vLLM'))} |")
+    return "\n".join(lines)
+
+
+def _cell(support: Support) -> str:
+    more = [f"`{support.flag}`"] * bool(support.flag) + [support.reason] * bool(support.reason)
+    return f"**{support.verdict}**{' (read)' * support.read}{': ' * bool(more)}{'; '.join(more)}"
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,163 @@
+"""A checkpoint's folder as MLX, vLLM and SGLang read it: the same weight files, another config.json, and a README."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
+
+from zebra.engines import ENGINES, FLAG, REFUSES, WRONG
+from zebra.errors import ZebraError
+from zebra.exports.gguf_folder import other_local_rope
+from zebra.exports.llama_cpp import REMEDY, period_of
+from zebra.files import atomic_write
+from zebra.model.families import stripes_of
+from zebra.model.load import converted_folder
+from zebra.model.local import LocalAttention
+from zebra.stripes import GLOBAL, LOCAL
+
+Fields = dict[str, Any]
+
+
+class _MlxFamily(NamedTuple):
+    """A family in mlx-lm.
+
+    Attributes:
+        model_type: the module of mlx_lm.models that runs it.
+        period: whether it reads a period whose last layer is global, else each layer's kind.
+        both: whether it wants a layer of each kind, else a global one.
+        unsupported: what it cannot run of a config, or None.
+    """
+
+    model_type: str
+    period: bool = False
+    both: bool = False
+    unsupported: Callable[[PreTrainedConfig], str | None] = lambda config: None
+
+
+def _layers_without_rope(config: PreTrainedConfig) -> str | None:
+    return "layers without a rope" if not all(config.no_rope_layers) else None
+
+
+def _final_cap(config: PreTrainedConfig) -> str | None:
+    return "a cap of its logits" if config.final_logit_softcapping else None
+
+
+def _experts(config: PreTrainedConfig) -> str | None:
+    return "layers with and without experts" if {*config.mlp_layer_types} != {"sparse"} else None
+
+
+def _experts_of_halves(config: PreTrainedConfig) -> str | None:
+    return "experts in the layout of transformers, and mlx-lm reads those of 4 bits alone"
+
+
+MLX: dict[str, _MlxFamily] = {
+    "cwm": _MlxFamily("llama"),
+    "ministral": _MlxFamily("llama"),
+    "smollm3": _MlxFamily("llama", unsupported=_layers_without_rope),
+    "gemma3_text": _MlxFamily("gemma3_text", period=True, unsupported=_final_cap),
+    "cohere2": _MlxFamily("cohere2", period=True),
+    "olmo3": _MlxFamily("olmo3", both=True, unsupported=other_local_rope),
+    "mellum": _MlxFamily("mellum", unsupported=_experts),
+    "gpt_oss": _MlxFamily("gpt_oss", both=True, unsupported=_experts_of_halves),
+}
+
+
+def _mlx_fields(config: PreTrainedConfig, fields: Fields) -> Fields:
+    """config.json for mlx-lm, which knows no cwm, and takes a rope of base 10,000 where `rope_theta` is absent."""
+    family = MLX.get(config.model_type)
+    if family is None:
+        raise ZebraError(
+            f"mlx-lm has no class with the tensors of {config.model_type} and a window for some layers. {REMEDY}"
+        )
+    if fault := family.unsupported(config) or _unread_rope(config):
+        raise ZebraError(
+            f"this {config.model_type} has {fault}, which mlx-lm's {family.model_type} cannot say. {REMEDY}"
+        )
+    kinds = tuple(config.layer_types)
+    if not {GLOBAL, *([LOCAL] if family.both else [])} <= {*kinds}:
+        raise ZebraError(
+            f"mlx-lm's {family.model_type} wants a global layer{' and a local one' * family.both}; the layout is "
+            f"{stripes_of(config)}. Choose another layout."
+        )
+    changed = {"model_type": family.model_type, "sliding_window": config.sliding_window}
+    if family.model_type == "llama":
+        changed |= {"architectures": ["LlamaForCausalLM"]}
+    if family.model_type == "mellum":
+        changed |= {"num_experts": config.num_experts}
+    if family.period:
+        changed |= {"sliding_window_pattern": period_of(kinds, f"mlx-lm's {family.model_type}")}
+    return fields | changed
+
+
+def _unread_rope(config: PreTrainedConfig) -> str | None:
+    rope = config.rope_parameters
+    rope = rope.get(GLOBAL, rope)
+    unread = [name for name in ("attention_factor", "truncate") if rope.get(name) is not None]
+    return f"a rope with {unread[0]}" if unread else None
+
+
+def _sglang_fields(config: PreTrainedConfig, fields: Fields) -> Fields:
+    """SGLang's Transformers backend lets a query see `sliding_window` keys before it, its own not counted."""
+    return fields | {"sliding_window": config.sliding_window - 1}
+
+
+def _stock(config: PreTrainedConfig, fields: Fields) -> Fields:
+    return fields
+
+
+_FIELDS: dict[str, Callable[[PreTrainedConfig, Fields], Fields]] = {
+    "mlx": _mlx_fields,
+    "vllm": _stock,
+    "sglang": _sglang_fields,
+}
+_NOTES = {
+    "mlx": "Its config.json is for mlx-lm alone: transformers would run every layer with full attention.",
+    "vllm": "It is a stock checkpoint, for transformers too.",
+    "sglang": "Its config.json is for SGLang alone: others would see one key less. Read in SGLang's source, not run.",
+}
+
+
+def command_of(to: str, config: PreTrainedConfig, target: Path) -> str:
+    """The command that serves an exported folder.
+
+    Raises:
+        ZebraError: the engine refuses the family, or would run it wrongly, with any command.
+    """
+    if to == "mlx":
+        return f"mlx_lm.generate --model {target} --prompt 'Once upon a time'"
+    if to == "sglang":
+        return f"python -m sglang.launch_server --model-path {target} --model-impl transformers"
+    support = ENGINES[config.model_type]["vLLM"]
+    if support.verdict in (REFUSES, WRONG):
+        raise ZebraError(f"vLLM does not serve a striped {config.model_type}: {support.reason}. {REMEDY}")
+    return f"vllm serve {target}" + (f" {support.flag}" if support.verdict == FLAG else "")
+
+
+def export_folder(
+    source: str | os.PathLike[str], target: Path, config: PreTrainedConfig, local: LocalAttention, to: str
+) -> str:
+    """Write a folder for an engine, whole or not at all, and return the command that serves it.
+
+    Raises:
+        ZebraError: the engine has no class for it, or would run it wrongly.
+    """
+    command = command_of(to, config, target)
+    _FIELDS[to](config, {})  # before any file
+    with converted_folder(Path(source), target, config, local, engine=to) as aside:
+        file = aside / "config.json"
+        fields = _FIELDS[to](config, json.loads(file.read_text(encoding="utf-8")))
+        atomic_write(file, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        readme = aside / "README.md"
+        card = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+        atomic_write(readme, f"{card}\n\n{_readme(to, config, command)}".lstrip())
+    return command
+
+
+def _readme(to: str, config: PreTrainedConfig, command: str) -> str:
+    layout = stripes_of(config)
+    return f"## Stripes: {layout}\n\nWritten by `zebra export --to {to}`. {_NOTES[to]}\n\n    {command}\n"

@@ -1,0 +1,68 @@
+"""A checkpoint with stripes as one GGUF file: from a GGUF file, whose tensors are copied, or from a folder."""
+
+from __future__ import annotations
+
+import os
+
+from transformers import PreTrainedConfig
+
+from zebra.errors import ZebraError
+from zebra.exports.gguf_folder import check_family, folder_model
+from zebra.exports.gguf_model import GgufModel, read_model, write_model
+from zebra.exports.llama_cpp import check_architecture, with_stripes
+from zebra.model.families import stripes_of
+from zebra.model.families import with_stripes as striped_config
+from zebra.model.gguf import gguf_config
+from zebra.model.load import load
+from zebra.stripes import GLOBAL, LOCAL, Stripes
+
+
+def layout_of(model: GgufModel) -> Stripes | None:
+    """The layout that a file names, None where it names none."""
+    window, pattern = model.own("attention.sliding_window"), model.own("attention.sliding_window_pattern")
+    if not window or pattern is None:
+        return None
+    if not isinstance(pattern, list):
+        period, layers = int(pattern), range(model.own("block_count"))
+        pattern = [not period or i % period < period - 1 for i in layers]
+    return Stripes.of([LOCAL if local else GLOBAL for local in pattern], window)
+
+
+def export_file(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], stripes: Stripes | str | None
+) -> Stripes:
+    """Write a GGUF file with the tensors of another, bit for bit, and stripes.
+
+    Returns:
+        the layout that was written.
+
+    Raises:
+        ZebraError: no layout; as `with_stripes` of a config and of a GGUF file.
+    """
+    model = read_model(source)
+    check_architecture(model.architecture)
+    layout = Stripes.parse(stripes) if isinstance(stripes, str) else stripes or layout_of(model)
+    if layout is None:
+        raise ZebraError(f"{source} names no stripes. Give them, such as GLLL:512; `zebra select` measures which.")
+    striped_config(gguf_config(source), layout)  # as for any checkpoint: layers that the model has, and may change
+    write_model(with_stripes(model, layout), target)
+    return layout
+
+
+def export_folder_as_file(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], config: PreTrainedConfig, dtype: str
+) -> Stripes:
+    """Write a folder's model as a GGUF file with the stripes of a config, which `zebra.load` would run.
+
+    Returns:
+        the layout that was written.
+
+    Raises:
+        ZebraError: as `folder_model` and `with_stripes` of a GGUF file.
+    """
+    check_family(config, source)
+    layout = stripes_of(config)
+    assert layout is not None
+    model = load(source, stripes=layout)
+    write_model(with_stripes(folder_model(source, model, dtype), layout), target)
+    return layout

@@ -1,0 +1,152 @@
+"""A GGUF file in memory: metadata with its types, and tensors that are read when they are written.
+
+Tensors of any type are copied as bytes, so that quantised ones stay what they are. Rows of a matrix lie one behind the
+other, each in blocks of its own: rows can be moved without dequantising.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
+
+from zebra.errors import ZebraError, first_line
+from zebra.files import atomic_file
+
+_ALIGNMENT = "general.alignment"
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor that is read when it is needed.
+
+    Attributes:
+        shape: as torch has it.
+        kind: ggml's type.
+        read: its bytes, as an array whose last dimensions are a row's.
+    """
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> GgufTensor:
+        """A tensor of float32 values."""
+        return cls(values.shape, GGMLQuantizationType.F32, lambda: values.astype(np.float32))
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        elements, width = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // elements * width
+
+    def paired_rows(self, heads: int) -> GgufTensor:
+        """The rows of each head in the order of llama.cpp's rope of neighbours: (r, r + D / 2) side by side."""
+
+        def read() -> np.ndarray:
+            rows = self.read()
+            halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+            return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
+
+        return GgufTensor(self.shape, self.kind, read)
+
+    def as_one_expert(self) -> GgufTensor:
+        """The same bytes with a dimension of one expert before the others."""
+        return GgufTensor((1, *self.shape), self.kind, self.read)
+
+
+@dataclass
+class GgufModel:
+    """A model as llama.cpp reads it.
+
+    Attributes:
+        architecture: llama.cpp's name of its family.
+        metadata: values by key; those of the architecture without its prefix. Types follow from the values where
+            `types` does not have them.
+    """
+
+    architecture: str
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+    types: dict[str, tuple[GGUFValueType, GGUFValueType | None]] = field(default_factory=dict)
+
+    def own(self, key: str) -> Any:
+        """A value of the architecture's own metadata, or None."""
+        return self.metadata.get(f"{self.architecture}.{key}")
+
+    def renamed(self, architecture: str, more: Mapping[str, Any], tensors: dict[str, GgufTensor]) -> GgufModel:
+        """The model as one of another architecture, with more of its metadata."""
+
+        def name(key: str) -> str:
+            own = key.startswith(f"{self.architecture}.")
+            return f"{architecture}.{key.removeprefix(f'{self.architecture}.')}" if own else key
+
+        changed = {f"{architecture}.{key}": value for key, value in more.items()}
+        return GgufModel(
+            architecture,
+            {name(key): value for key, value in self.metadata.items()} | changed,
+            tensors,
+            {name(key): types for key, types in self.types.items() if name(key) not in changed},
+        )
+
+
+def read_model(path: str | os.PathLike[str]) -> GgufModel:
+    """A GGUF file.
+
+    Raises:
+        ZebraError: it cannot be read.
+    """
+    try:
+        reader = GGUFReader(path)
+        fields = {name: value for name, value in reader.fields.items() if not name.startswith("GGUF.")}
+        metadata = {name: value.contents() for name, value in fields.items()}
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise ZebraError(f"{path} cannot be read: {first_line(error)}. Copy it again.") from None
+    types = {name: _types(value.types) for name, value in fields.items()}
+    tensors = {each.name: _mapped(each) for each in reader.tensors}
+    architecture = str(metadata.pop("general.architecture"))
+    metadata.pop(_ALIGNMENT, None)  # ours are aligned by the default
+    return GgufModel(architecture, metadata, tensors, types)
+
+
+def _mapped(tensor: ReaderTensor) -> GgufTensor:
+    return GgufTensor(tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type, lambda: tensor.data)
+
+
+def _types(types: list[GGUFValueType]) -> tuple[GGUFValueType, GGUFValueType | None]:
+    return types[0], types[-1] if types[0] == GGUFValueType.ARRAY else None
+
+
+def _type_of(value: Any) -> GGUFValueType:
+    """The type that llama.cpp expects of a value: whole numbers are unsigned, others of single precision."""
+    for kind, name in ((bool, "BOOL"), (int, "UINT32"), (float, "FLOAT32"), (str, "STRING"), (list, "ARRAY")):
+        if isinstance(value, kind):
+            return GGUFValueType[name]
+    raise TypeError(f"GGUF has no type for {value!r}")
+
+
+def write_model(model: GgufModel, path: str | os.PathLike[str]) -> None:
+    """Write a GGUF file, whole or not at all; one tensor at a time is in memory."""
+    with atomic_file(path) as aside:
+        writer = GGUFWriter(None, model.architecture)
+        for key, value in model.metadata.items():
+            kind, part = model.types.get(key, (_type_of(value), None))
+            if kind == GGUFValueType.ARRAY and part is None:
+                part = GGUFValueType.INT32 if type(value[0]) is int else _type_of(value[0])
+            if kind != GGUFValueType.ARRAY or len(value):  # the package cannot write an empty one
+                writer.add_key_value(key, value, kind, part)
+        for name, tensor in model.tensors.items():
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.size, tensor.kind)
+        writer.write_header_to_file(Path(aside))
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in model.tensors.values():
+            writer.write_tensor_data(np.ascontiguousarray(tensor.read()))
+        writer.close()

@@ -1,0 +1,104 @@
+"""A tokenizer of transformers as llama.cpp's metadata: `tokenizer.ggml.*` and the chat template.
+
+Two kinds can be written: byte-level pairs, whose split before the merges llama.cpp knows by a name, and sentencepiece's
+pairs, whose scores are the order of the merges. Others: llama.cpp's own converter knows some of them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from zebra.errors import ZebraError
+from zebra.model.gguf import PRE_TOKENIZERS
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_LOWEST_SCORE = -1e6
+_BY_LLAMA_CPP = "Write its GGUF file with llama.cpp's convert_hf_to_gguf.py, and export that with --stripes."
+
+
+def tokenizer_metadata(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_tokens: list[int], path: Any
+) -> dict[str, Any]:
+    """The metadata of a tokenizer.
+
+    Args:
+        vocab_size: embeddings of the model; ids beyond the tokenizer's are written as unused.
+        end_tokens: those that end an answer: the text's end first, then that of a turn.
+        path: of the checkpoint, for errors.
+
+    Raises:
+        ZebraError: a tokenizer of another kind, or with a split that llama.cpp has no name for.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
+    model = state.get("model", {})
+    if model.get("type") != "BPE":
+        raise ZebraError(
+            f"the tokenizer of {path} is no table of merged pairs, which alone is exported. {_BY_LLAMA_CPP}"
+        )
+    tokens, kinds = _tokens(tokenizer, state, vocab_size)
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    metadata: dict[str, Any] = {"tokens": tokens, "token_type": kinds}
+    if model.get("byte_fallback"):
+        metadata |= {"model": "llama", "pre": "default", "scores": _scores(tokens, merges)}
+        metadata |= {"add_space_prefix": _prefixes_space(state)}
+    else:
+        metadata |= {"model": "gpt2", "pre": _split_name(state, path), "merges": merges, "add_space_prefix": False}
+    ids = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    ids |= dict(zip(("eos", "eot"), end_tokens or [tokenizer.eos_token_id], strict=False))
+    metadata |= {f"{name}_token_id": token for name, token in ids.items() if token is not None}
+    sample = tokenizer("a").input_ids
+    metadata["add_bos_token"] = bool(sample) and sample[0] == tokenizer.bos_token_id
+    metadata["add_eos_token"] = bool(sample) and sample[-1] == tokenizer.eos_token_id
+    result = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+    if isinstance(template := tokenizer.chat_template, dict):
+        template = template.get("default")
+    return result | ({"tokenizer.chat_template": template} if template else {})
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    tokens, kinds = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
+    fallback = state["model"].get("byte_fallback")
+    for token, i in vocabulary.items():
+        tokens[i] = token
+        kinds[i] = BYTE if fallback and len(token) == 6 and token.startswith("<0x") else NORMAL
+    for added in state["added_tokens"]:
+        kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    if tokenizer.unk_token_id is not None:
+        kinds[tokenizer.unk_token_id] = UNKNOWN
+    return tokens, kinds
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """Minus the rank of the first merge that makes a token: the order in which sentencepiece would make them."""
+    ranks: dict[str, float] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", ""), -float(rank))
+    return [ranks.get(token, _LOWEST_SCORE) for token in tokens]
+
+
+def _prefixes_space(state: dict[str, Any]) -> bool:
+    """Whether a space is put before a text."""
+    steps = [state.get("normalizer") or {}, state.get("pre_tokenizer") or {}]
+    steps += [step for each in steps for step in (*each.get("normalizers", ()), *each.get("pretokenizers", ()))]
+    metaspace = any(step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps)
+    return metaspace or any(step.get("type") == "Prepend" for step in steps)
+
+
+def _split_name(state: dict[str, Any], path: Any) -> str:
+    """llama.cpp's name of how text is split before the merges."""
+
+    def essence(split: Any) -> Any:  # trim_offsets moves no token
+        if isinstance(split, dict):
+            return {name: essence(value) for name, value in split.items() if name != "trim_offsets"}
+        return [essence(each) for each in split] if isinstance(split, list) else split
+
+    split = essence(state["pre_tokenizer"])
+    name = next((name for name, known in PRE_TOKENIZERS.items() if essence(known) == split), None)
+    if name is None:
+        raise ZebraError(f"the tokenizer of {path} splits text in a way that zebra has no name for. {_BY_LLAMA_CPP}")
+    return name

@@ -1,0 +1,159 @@
+"""An export against what it was made of: greedy decoding by the engine, and the same tokens here.
+
+The engine runs in a process of its own, in an environment that may have no zebra. It reads prompts shorter and longer
+than the window, and decodes with its cache. `zebra.load` then gives the log-probabilities of the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from zebra.engines import TARGETS
+from zebra.errors import ZebraError
+from zebra.exports.gguf_file import layout_of
+from zebra.exports.gguf_model import read_model
+from zebra.gguf import is_gguf
+from zebra.model.checkpoint import load_tokenizer, read_config
+from zebra.model.families import stripes_of
+from zebra.model.load import load
+from zebra.model.verify import Check
+from zebra.stripes import Stripes
+
+ENGINES = tuple(name for name in TARGETS if name != "sglang")
+"""Those that can be run here."""
+NEW_TOKENS, TOP = 8, 10
+TOLERANCE = {"F32": 2e-3, "F16": 5e-2, "BF16": 5e-2}
+"""Of a log-probability, by the type of the matrices. In float32, Gemma's 5e-4 are the largest (ggml tabulates GELU)."""
+TOLERANCE_OF_BLOCKS = 0.5
+"""Where weights lie in blocks, llama.cpp rounds what they are multiplied with, too."""
+_SAMPLES = ["Once upon a time, there was a little girl.", "In 1984 there were 12 pages;\n  and (some) code: x = y[0]!"]
+
+
+def verify_export(
+    target: str | os.PathLike[str],
+    against: str | os.PathLike[str],
+    engine: str,
+    *,
+    python: str = sys.executable,
+    length: int | None = None,
+    seed: int = 0,
+) -> list[Check]:
+    """Run an exported checkpoint in its engine, and compare with the one that it was made of.
+
+    1. short, long: the log-probabilities of the likeliest tokens at each decoded one, behind a prompt up to the window
+       and one beyond it; the largest difference, in nats. An engine that ignored the window would fail the second.
+    2. greedy: how much likelier than the engine's token another was here, in nats, at most.
+    3. tokenizer: tokens of two texts that differ.
+
+    Args:
+        target: what `zebra.export` wrote for the engine.
+        against: the checkpoint that it was made of, a folder or a GGUF file, with stripes or without.
+        engine: gguf, mlx or vllm.
+        python: the interpreter of an environment with the engine: xllamacpp, mlx-lm or vllm.
+        length: tokens of the long prompt; somewhat over one and a half windows where None.
+
+    Raises:
+        ZebraError: another engine, one that is not installed or fails; no stripes; a length within the window.
+    """
+    if engine not in ENGINES:
+        raise ZebraError(f"the engines that an export is run in are {', '.join(ENGINES)}; got {engine!r}. Choose one.")
+    layout, kind = _written(target, against)
+    n = length or layout.window + layout.window // 2 + 16
+    if n <= layout.window:
+        raise ZebraError(f"a long prompt goes beyond the window of {layout.window}; got length {n}. Give a larger one.")
+    model = load(against, stripes=layout, dtype="float32")
+    generator = torch.Generator().manual_seed(seed)
+    short = max(2, min(layout.window, 512) - NEW_TOKENS)
+    prompts = [torch.randint(model.config.vocab_size, (size,), generator=generator).tolist() for size in (short, n)]
+    request = {"model": str(target), "prompts": prompts, "new_tokens": NEW_TOKENS, "top": TOP, "texts": _SAMPLES}
+    (answer,) = run_engine(engine, python, [request | {"arguments": _arguments(target, engine)}])
+    if "error" in answer:
+        raise ZebraError(f"{engine} does not run {target}: {' '.join(answer['error'].split())}")
+    own = load_tokenizer(against)
+    texts = [own(text).input_ids for text in _SAMPLES]
+    wrong = sum(one != other for one, other in zip(texts, answer["texts"], strict=True))
+    tolerance = TOLERANCE.get(kind, TOLERANCE_OF_BLOCKS)
+    checks = []
+    for name, prompt, tokens, logprobs in zip(
+        ("short", "long"), prompts, answer["tokens"], answer["logprobs"], strict=True
+    ):
+        difference, behind = compare(model, prompt, tokens, logprobs)
+        checks.append(Check(name, answer["engine"], difference, tolerance, len(prompt)))
+        checks.append(Check(f"{name}, greedy", answer["engine"], behind, tolerance, len(tokens)))
+    return [*checks, Check("tokenizer", answer["engine"], wrong, 0, sum(map(len, texts)))]
+
+
+def _written(target: str | os.PathLike[str], against: str | os.PathLike[str]) -> tuple[Stripes, str]:
+    """The layout of an export, and the type of its matrices."""
+    if is_gguf(target):
+        model = read_model(target)
+        layout, kinds = (
+            layout_of(model),
+            [tensor.kind.name for tensor in model.tensors.values() if len(tensor.shape) > 1],
+        )
+        kind = max(kinds, key=kinds.count, default="F32")
+    else:
+        fields = json.loads((Path(target) / "zebra.json").read_text(encoding="utf-8"))
+        layout, kind = Stripes.parse(fields["layout"]) if fields.get("window") else None, "F32"
+    layout = layout or stripes_of(read_config(against))
+    if layout is None:
+        raise ZebraError(f"neither {target} nor {against} names stripes. Name what `zebra export` wrote.")
+    return layout, kind
+
+
+def _arguments(target: str | os.PathLike[str], engine: str) -> dict[str, Any]:
+    """Of vLLM's LLM: the flags of the command in the folder's README, by their names in Python."""
+    if engine != "vllm":
+        return {}
+    from zebra.exports.folders import command_of
+
+    command = command_of("vllm", read_config(target), Path(target)).split()[3:]
+    return {
+        name.removeprefix("--").replace("-", "_"): value
+        for name, value in zip(command[::2], command[1::2], strict=True)
+    }
+
+
+def run_engine(engine: str, python: str, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Requests to an engine, in a process of its environment; see run_gguf.py.
+
+    Raises:
+        ZebraError: it is not installed there, or its process fails.
+    """
+    script = Path(__file__).with_name(f"run_{engine}.py")
+    try:
+        done = subprocess.run([python, script], input=json.dumps(requests), capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ZebraError(
+            f"there is no Python at {python}: {error.strerror}. Name that of the engine's environment."
+        ) from None
+    if done.returncode != 0:
+        last = next(
+            (line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}"
+        )
+        raise ZebraError(
+            f"{engine} cannot be run by {python}: {last.strip()}. See docs/engines.md for its environment."
+        )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@torch.no_grad()
+def compare(
+    model: PreTrainedModel, prompt: list[int], tokens: list[int], logprobs: list[dict[str, float]]
+) -> tuple[float, float]:
+    """The largest difference of an engine's log-probabilities, and how far its tokens are behind the likeliest."""
+    ids = torch.tensor([prompt + tokens], device=model.device)
+    own = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    differences = [
+        abs(own[i, int(token)].item() - value) for i, row in enumerate(logprobs) for token, value in row.items()
+    ]
+    behind = own.max(-1).values - own.gather(-1, torch.tensor(tokens, device=own.device)[:, None])[:, 0]
+    return max(differences), behind.max().item()

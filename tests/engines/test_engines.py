@@ -1,0 +1,227 @@
+"""Exports run by their engines: tiny random models of each family, and a real small one, as transformers computes them.
+
+`make test-engines` makes one environment for each engine; where one is missing, its tests are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import ROOT, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import zebra
+from zebra.engines import ENGINES, EXACT, FLAG, REFUSES
+from zebra.exports.verify import NEW_TOKENS, TOLERANCE, TOP, compare, run_engine
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(7200)]
+
+SIZES = {"hidden_size": 128, "intermediate_size": 96, "vocab_size": 320, "head_dim": 32, "initializer_range": 0.2}
+"""Heads of 32: vLLM's attention on a CPU has none smaller."""
+PLAIN = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+EXPERTS = {"mlp_only_layers": [], "moe_intermediate_size": 32, "norm_topk_prob": True}
+WITHOUT_WIDTH: dict[str, Any] = {"head_dim": None}
+
+
+class Member(NamedTuple):
+    """A tiny model: its family, what its config has, and its layout; `target` is the model_type that runs it."""
+
+    target: str
+    layout: str = "1,4:12"
+    changes: dict[str, Any] = {}  # noqa: RUF012
+
+
+MEMBERS = {
+    "llama": Member("cwm"),
+    "llama-biased": Member("smollm3"),
+    "llama-llama3": Member(
+        "cwm",
+        changes={
+            "model_type": "llama",
+            "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+            | {"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+        },
+    ),
+    "llama-yarn": Member(
+        "cwm",
+        changes={
+            "model_type": "llama",
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+            | {"original_max_position_embeddings": 32},
+        },
+    ),
+    "ministral": Member("ministral"),
+    "smollm3": Member("smollm3", changes={"no_rope_layers": [1, 1, 1, 0, 1]}),
+    "qwen2": Member("qwen2", changes=WITHOUT_WIDTH),
+    "qwen3": Member("qwen3", changes={"tie_word_embeddings": True}),
+    "qwen3_moe": Member("mellum", changes=EXPERTS),
+    "mellum": Member("mellum", "1,3:12", EXPERTS | {"rope_parameters": PLAIN}),
+    "gemma2": Member("gemma2", "LG:12", {"query_pre_attn_scalar": 32}),
+    "gemma3_text": Member("gemma3_text", "1,3:12", {"query_pre_attn_scalar": 32, "final_logit_softcapping": None}),
+    "cohere2": Member("cohere2", "3:12"),
+    "olmo2": Member("olmo3", "LG:12", WITHOUT_WIDTH),
+    "granite_swa": Member("granite_swa", changes=WITHOUT_WIDTH | {"layer_rope_theta": [1e4, 0, 1e4, 1e4, 1e4]}),
+    "gpt_oss": Member("gpt_oss", "LG:12"),
+}
+NAMES = {"gguf": "llama.cpp", "mlx": "MLX", "vllm": "vLLM"}
+NOT_BY_MLX = {"smollm3": "layers without a rope"}
+"""Members that one engine does not take, though it takes others of the family."""
+RETRIEVAL = ROOT / "examples" / "retrieval-2.2M"
+
+
+def python_of(engine: str) -> str:
+    """The interpreter of an engine's environment."""
+    return os.environ.get(f"ZEBRA_PYTHON_{engine.upper()}", str(ROOT / f".venv-{engine}" / "bin" / "python"))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Pairs over printable characters alone: llama.cpp withholds a token that ends within a character."""
+    tokens = ["<unk>", "<s>", "</s>", "<pad>", *map(chr, range(33, 127)), "Ġ"]
+    merges = [(a, b) for a in "abcdefghijklmnopqrst" for b in "etaoinshrdl"][: 320 - len(tokens)]
+    vocabulary = {token: i for i, token in enumerate(tokens + ["".join(merge) for merge in merges])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = decoders.ByteLevel()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def write_source(member: str, folder: Path) -> None:
+    changes = SIZES | MEMBERS[member].changes
+    if changes["head_dim"] is None:
+        del changes["head_dim"]
+    tiny_model(member, **changes).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+class Case(NamedTuple):
+    """What an engine runs: an export, its source and layout, the request, and the engine's answer."""
+
+    source: Path
+    layout: str
+    request: dict[str, Any]
+
+
+def cases(engine: str, folder: Path) -> dict[str, Case]:
+    """Every member that the engine takes, and the real model; a GGUF file of eight bits and one of a GGUF file too."""
+    result: dict[str, Case] = {}
+    sources = {name: (folder / f"{name}-source", MEMBERS[name].layout) for name in MEMBERS if not refused(engine, name)}
+    for name, (source, _) in sources.items():
+        write_source(name, source)
+    sources["retrieval-2.2M"] = (RETRIEVAL, "LLLG:128")
+    for name, (source, layout) in sources.items():
+        result[name] = exported(engine, source, layout, folder / name, dtype="f32")
+    if engine == "gguf":
+        for dtype in ("f16", "q8_0"):
+            result[f"retrieval-2.2M {dtype}"] = exported(engine, RETRIEVAL, "LLLG:128", folder / dtype, dtype=dtype)
+    return result
+
+
+def exported(engine: str, source: Path, layout: str, target: Path, dtype: str) -> Case:
+    target = target.with_name(f"{target.name}.gguf") if engine == "gguf" else target
+    done = zebra.export(source, target, to=engine, stripes=layout, dtype=dtype if engine == "gguf" else None)
+    window = int(layout.rpartition(":")[2])
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 320, (size,), generator=generator).tolist() for size in (window - 4, 3 * window)]
+    arguments = {"model_impl": "transformers"} if "--model-impl transformers" in done.command else {}
+    request = {
+        "model": str(target),
+        "prompts": ids,
+        "new_tokens": NEW_TOKENS,
+        "top": TOP,
+        "texts": ["a tale of 12 cats!"],
+    }
+    return Case(source, layout, request | {"arguments": arguments})
+
+
+def refused(engine: str, member: str) -> bool:
+    verdict = ENGINES[MEMBERS[member].target][NAMES[engine]].verdict
+    return verdict not in (EXACT, FLAG) or (engine == "mlx" and member in NOT_BY_MLX)
+
+
+Run = Callable[[str], tuple[dict[str, Case], dict[str, dict[str, Any]]]]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """`run(engine)`: all cases of an engine, and its answers, in one process of it."""
+    done: dict[str, tuple[dict[str, Case], dict[str, dict[str, Any]]]] = {}
+
+    def once(engine: str) -> tuple[dict[str, Case], dict[str, dict[str, Any]]]:
+        if not Path(python_of(engine)).exists():
+            pytest.skip(f"no environment with {engine} at {python_of(engine)}: `make test-engines` makes it")
+        if engine not in done:
+            all_cases = cases(engine, tmp_path_factory.mktemp(engine))
+            answers = run_engine(engine, python_of(engine), [case.request for case in all_cases.values()])
+            done[engine] = all_cases, dict(zip(all_cases, answers, strict=True))
+        return done[engine]
+
+    return once
+
+
+ALL = [(engine, name) for engine in NAMES for name in (*MEMBERS, "retrieval-2.2M")]
+ALL += [("gguf", f"retrieval-2.2M {dtype}") for dtype in ("f16", "q8_0")]
+
+
+@pytest.mark.parametrize(("engine", "name"), ALL)
+def test_an_export_computes_what_transformers_does(
+    engine: str, name: str, run: Run, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    if name in MEMBERS and refused(engine, name):
+        write_source(name, tmp_path / "source")
+        target = tmp_path / ("target.gguf" if engine == "gguf" else "target")
+        with pytest.raises(zebra.ZebraError):
+            zebra.export(tmp_path / "source", target, to=engine, stripes=MEMBERS[name].layout)
+        return
+    all_cases, answers = run(engine)
+    case, answer = all_cases[name], answers[name]
+    assert "error" not in answer, answer
+    striped, full = (zebra.load(case.source, stripes=one, dtype="float32") for one in (case.layout, None))
+    kind = name.rpartition(" ")[2].upper()
+    tolerance = TOLERANCE.get(kind if kind in ("F16", "Q8_0") else "F32", 0.5)
+    worst, behind, of_full = 0.0, 0.0, 0.0
+    for prompt, tokens, logprobs in zip(case.request["prompts"], answer["tokens"], answer["logprobs"], strict=True):
+        assert len(tokens) == len(logprobs) == NEW_TOKENS
+        difference, below = compare(striped, prompt, tokens, logprobs)
+        worst, behind = max(worst, difference), max(behind, below)
+        if len(prompt) > 12 and name not in ("cohere2", "gemma3_text", "mellum"):  # their sources have windows
+            of_full = compare(full, prompt, tokens, logprobs)[0]
+    report = f"{answer['engine']}: {name}, {case.layout}: {worst:.1e}, greedy {behind:.1e} behind, full {of_full:.1e}"
+    record_property("report", report)
+    print(report)
+    assert worst < tolerance
+    assert behind < tolerance
+    assert of_full > 10 * worst or of_full == 0.0
+    assert answer["texts"] == [zebra_tokens(case.source, text) for text in case.request["texts"]]
+
+
+def zebra_tokens(source: Path, text: str) -> list[int]:
+    from zebra.model.checkpoint import load_tokenizer
+
+    return list(load_tokenizer(source)(text).input_ids)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_vllm_refuses_a_striped_qwen_without_the_flag(family: str, tmp_path: Path) -> None:
+    """`max_window_layers: 0`, which convert writes; with 28 it would run every layer with full attention."""
+    if not Path(python_of("vllm")).exists():
+        pytest.skip("no environment with vllm")
+    write_source(family, tmp_path / "source")
+    zebra.convert(tmp_path / "source", tmp_path / "striped", "GL:12")
+    request = {"model": str(tmp_path / "striped"), "prompts": [[5, 6]], "new_tokens": 1, "top": 1, "texts": []}
+    (answer,) = run_engine("vllm", python_of("vllm"), [request | {"arguments": {}}])
+    assert "Sliding window for some but all layers is not supported" in answer["error"]
+    assert ENGINES[family]["vLLM"].verdict == FLAG
+
+
+def test_every_family_is_tried_or_refused() -> None:
+    tried = {member.target for member in MEMBERS.values()}
+    rest = {family for family in ENGINES if family not in tried}
+    assert all(support.verdict == REFUSES or support.read for family in rest for support in ENGINES[family].values())

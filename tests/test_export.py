@@ -1,0 +1,352 @@
+"""Exports, without the engines: what is written is what was read, or a reason. tests/engines runs them."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, STORIES, Zebra, refused, tiny_model
+from test_gguf import IDS, ORIGINAL_SPLITS, TEMPLATE, original_tokenizer, source, write
+
+import zebra
+from zebra import ZebraError
+from zebra.engines import ENGINES, REFUSES, WRONG, table
+from zebra.exports import DTYPES, folders, gguf_folder
+from zebra.exports.gguf_file import layout_of
+from zebra.exports.gguf_folder import folder_model
+from zebra.exports.gguf_model import GgufModel, GgufTensor, read_model, write_model
+from zebra.exports.llama_cpp import NO_SINK, TARGETS, period_of, with_stripes
+from zebra.exports.verify import verify_export
+from zebra.gguf import config_fields, read_header
+from zebra.model.routes import ROUTES
+from zebra.stripes import Stripes
+
+Checkpoints = Callable[..., Path]
+Q4 = gguf.GGMLQuantizationType.Q4_1
+
+
+def folder(path: Path, member: str = "llama", pre: str = "smollm", **changes: Any) -> Path:
+    """A checkpoint's folder with a tokenizer."""
+    model = tiny_model(member, vocab_size=320) if member == "olmo2" else source(member, **changes)
+    model.save_pretrained(path)
+    tokenizer = original_tokenizer(pre)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def raw(path: Path) -> dict[str, bytes]:
+    return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
+
+
+def test_a_gguf_file_gets_stripes_and_keeps_every_byte(tmp_path: Path, zebra: Zebra) -> None:
+    file = write(tmp_path / "model.gguf", source(), kind=Q4, metadata={"llama.rope.scaling.factor": 2.0})
+    done = zebra("export", file, tmp_path / "striped.gguf", "--to", "gguf", "--stripes", "0,3:9")
+    assert done.returncode == 0, done.stderr
+    assert "0,3:9. Run it:\n  llama-server --model" in done.stdout
+    before, after = read_model(file), read_model(tmp_path / "striped.gguf")
+    assert after.architecture == "granite_swa"
+    assert after.own("attention.sliding_window_pattern") == [False, True, True, False, True]
+    assert (after.own("attention.sliding_window"), after.own("logit_scale")) == (9, 1.0)
+    assert layout_of(after) == Stripes.parse("GLL:9")
+    ours, own = raw(tmp_path / "striped.gguf"), raw(file)
+    assert own.items() <= ours.items()
+    assert {*ours} - {*own} == {f"blk.{i}.attn_sinks.weight" for i in range(5)}
+    assert np.frombuffer(ours["blk.2.attn_sinks.weight"], np.float32).tolist() == [NO_SINK] * 4
+    for key, value in before.metadata.items():  # tokens, template, rope, all else
+        assert after.metadata[key.replace("llama.", "granite_swa.", 1)] == value
+        assert after.types[key.replace("llama.", "granite_swa.", 1)] == before.types[key]
+
+
+def test_rows_of_a_qwen_2_are_moved_and_not_dequantised(tmp_path: Path) -> None:
+    """Row r of a head's first half goes to 2 r, of its second half to 2 r + 1; 16 rows a head."""
+    model = source("qwen2")
+    model.config.head_dim = 16
+    file = write(tmp_path / "model.gguf", model, "qwen2", kind=Q4)
+    zebra.export(file, tmp_path / "striped.gguf", to="gguf", stripes="GL:9")
+    before, after = read_model(file), read_model(tmp_path / "striped.gguf")
+    assert after.architecture == "granite_swa"
+    for name in ("blk.1.attn_q.weight", "blk.1.attn_k.weight", "blk.1.attn_q.bias"):
+        rows, moved = before.tensors[name].read(), after.tensors[name].read()
+        for row in range(len(rows)):
+            head, r = divmod(row, 16)
+            assert np.array_equal(moved[16 * head + 2 * (r % 8) + r // 8], rows[row])
+    for name in ("blk.1.attn_v.weight", "blk.1.attn_output.weight", "token_embd.weight"):
+        assert np.array_equal(before.tensors[name].read(), after.tensors[name].read())
+
+
+def test_a_dense_qwen_3_is_one_expert(tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf", source("qwen3"), "qwen3", kind=Q4)
+    zebra.export(file, tmp_path / "striped.gguf", to="gguf", stripes="GL:9")
+    before, after = read_model(file), read_model(tmp_path / "striped.gguf")
+    assert after.architecture == "mellum"
+    assert [after.own(f"expert_{name}") for name in ("count", "used_count", "feed_forward_length")] == [1, 1, 96]
+    ours, own = raw(tmp_path / "striped.gguf"), raw(file)
+    for part in ("gate", "up", "down"):
+        assert ours[f"blk.3.ffn_{part}_exps.weight"] == own[f"blk.3.ffn_{part}.weight"]
+        assert f"blk.3.ffn_{part}.weight" not in ours
+    assert after.tensors["blk.3.ffn_up_exps.weight"].shape == (1, *before.tensors["blk.3.ffn_up.weight"].shape)
+    assert ours["output.weight"] == own["token_embd.weight"]  # tied, and mellum reads a head of its own
+    assert not np.frombuffer(ours["blk.3.ffn_gate_inp.weight"], np.float32).any()
+
+
+@pytest.mark.parametrize(
+    ("member", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+        (
+            "llama",
+            {
+                "rope_parameters": {"rope_type": "yarn", "rope_theta": 2e4, "factor": 4.0}
+                | {"original_max_position_embeddings": 128}
+            },
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+                | {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+            },
+        ),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("rope_parameters", {}).get("rope_type", "plain"),
+)
+def test_a_folder_as_a_file_is_the_same_model_to_transformers(
+    member: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Before it gets stripes it is a file of the family's own architecture, which transformers reads."""
+    path = folder(tmp_path / "folder", member, **changes)
+    model = zebra.load(path)
+    written = folder_model(path, model, "f32")
+    if member.startswith("gemma"):
+        written.metadata[f"{written.architecture}.attention.sliding_window"] = model.config.sliding_window
+    write_model(written, tmp_path / "model.gguf")
+    back = zebra.load(tmp_path / "model.gguf")
+    torch.testing.assert_close(back(IDS).logits, model(IDS).logits, rtol=1e-4, atol=2e-4)
+    fields, config = config_fields(read_header(tmp_path / "model.gguf")), model.config
+    assert (fields["bos_token_id"], fields["eos_token_id"]) == (1, 2)
+    assert fields["max_position_embeddings"] == config.max_position_embeddings
+    if "rope_parameters" in changes:
+        assert fields["rope_parameters"]["rope_type"] == changes["rope_parameters"]["rope_type"]
+
+
+@pytest.mark.parametrize("pre", ORIGINAL_SPLITS)
+def test_a_tokenizer_comes_back_as_it_was(pre: str, tmp_path: Path) -> None:
+    from zebra.model.checkpoint import load_tokenizer
+
+    path = folder(tmp_path / "folder", pre=pre)
+    write_model(folder_model(path, zebra.load(path), "f16"), tmp_path / "model.gguf")
+    back, own = load_tokenizer(tmp_path / "model.gguf"), load_tokenizer(path)
+    assert back.chat_template == TEMPLATE
+    for text in ("Chapter 1\n\n12. In 1984,    345 sheep", "don't WE'LL\r\n\r\n7", "½ ² 日本語 12 😀"):
+        assert back(text).input_ids == own(text).input_ids
+
+
+def test_a_sentencepiece_tokenizer_comes_back_as_it_was(tmp_path: Path) -> None:
+    from zebra.model.checkpoint import load_tokenizer
+
+    write_model(folder_model(STORIES, zebra.load(STORIES), "f32"), tmp_path / "model.gguf")
+    back, own = load_tokenizer(tmp_path / "model.gguf"), load_tokenizer(STORIES)
+    for text in ("Once upon a time, Lily & café 😀", "  two  spaces", (ROOT / "README.md").read_text()[:1500]):
+        assert back(text).input_ids == own(text).input_ids
+
+
+def test_matrices_are_written_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    path = folder(tmp_path / "folder")
+    for dtype in DTYPES:
+        zebra.export(path, tmp_path / f"{dtype}.gguf", to="gguf", stripes="GL:9", dtype=dtype)
+        model = read_model(tmp_path / f"{dtype}.gguf")
+        kinds = {tensor.kind.name for name, tensor in model.tensors.items() if len(tensor.shape) > 1}
+        assert kinds == {dtype.upper()}
+        assert {t.kind.name for t in model.tensors.values() if len(t.shape) == 1} == {"F32"}
+    read = read_model(tmp_path / "q8_0.gguf").tensors["blk.0.ffn_up.weight"]
+    values = gguf.dequantize(read.read(), read.kind)
+    expected = zebra.load(path).state_dict()["model.layers.0.mlp.up_proj.weight"].numpy()
+    np.testing.assert_allclose(values, expected, atol=np.abs(expected).max() / 127)
+
+
+def test_periods_have_the_global_layer_last() -> None:
+    def period(layout: str, n: int) -> int:
+        return period_of(Stripes.parse(layout).layer_types(n), "it")
+
+    assert [period(layout, 7) for layout in ("LG:4", "LLG:4", "LLLG:4", "6:4", "G:4", "L:4")] == [2, 3, 4, 7, 1, 0]
+    for layout in ("GL:4", "GLLL:4", "0,6:4"):
+        with pytest.raises(
+            ZebraError, match="a period whose last layer is global, such as LG or LLLG; the layers are GL"
+        ):
+            period(layout, 7)
+
+
+def test_what_llama_cpp_cannot_run_is_refused(zebra: Zebra, tmp_path: Path, checkpoints: Checkpoints) -> None:
+    path, file = folder(tmp_path / "folder"), write(tmp_path / "model.gguf", source())
+
+    def export(checkpoint: Path, *options: str, target: str = "x.gguf") -> Any:
+        return zebra("export", checkpoint, tmp_path / target, *options)
+
+    to = ("--to", "gguf")
+    refused(export(path, *to), "no stripes to export", "Give stripes, such as GLLL:512")
+    refused(export(file, *to), "names no stripes", "zebra select")
+    refused(export(path, *to, "--stripes", "GL:9+4"), "4 sinks: no other engine has them")
+    refused(export(file, *to, "--stripes", "GL:9+4"), "sinks", "+4")
+    refused(export(file, *to, "--stripes", "7:9"), "names layer 7")
+    refused(export(file, *to, "--stripes", "GL:9", "--dtype", "f16"), "copied as they are", "Leave out the dtype")
+    refused(export(path, *to, "--stripes", "GL:9", target="out"), "a file that ends in .gguf", "Name one")
+    refused(export(path, "--to", "mlx", "--stripes", "GL:9"), "writes a folder")
+    (tmp_path / "there.gguf").write_text("x")
+    refused(export(path, *to, "--stripes", "GL:9", target="there.gguf"), "exists already")
+    refused(export(checkpoints("qwen2_moe"), *to, "--stripes", "GL:9"), "no architecture with the tensors of qwen2_moe")
+    for member, words in {
+        "gemma2": "scores scaled by 11, and heads of 8",
+        "mellum": "scaled or has another base",
+        "granite_swa": "several bases",
+    }.items():
+        refused(export(checkpoints(member), *to, "--stripes", "1,3:9" if member == "mellum" else "GL:9"), words)
+    refused(export(folder(tmp_path / "olmo", "olmo2"), *to, "--stripes", "GL:9"), "period whose last layer is global")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["folder", "model.gguf", "olmo", "there.gguf"]
+
+
+def test_a_tokenizer_without_a_name_is_refused_with_the_way(tmp_path: Path) -> None:
+    path = folder(tmp_path / "folder")
+    state = json.loads((path / "tokenizer.json").read_text())
+    state["pre_tokenizer"] = {"type": "Whitespace"}
+    (path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ZebraError, match=r"splits text in a way .* convert_hf_to_gguf.py, and export that"):
+        zebra.export(path, tmp_path / "x.gguf", to="gguf", stripes="GL:9")
+
+
+def test_a_folder_for_mlx_shares_the_weights(tmp_path: Path, zebra: Zebra) -> None:
+    path = folder(tmp_path / "folder")
+    done = zebra("export", path, tmp_path / "mlx", "--to", "mlx", "--stripes", "GL:9")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert (config["sliding_window"], config["rope_theta"], config["rope_scaling"]) == (9, 1e4, None)
+    assert config["layer_types"][:2] == ["full_attention", "sliding_attention"]
+    assert (tmp_path / "mlx" / "model.safetensors").samefile(path / "model.safetensors")
+    readme = (tmp_path / "mlx" / "README.md").read_text()
+    assert "mlx_lm.generate --model" in readme
+    assert "mlx_lm.generate --model" in done.stdout
+    refused(zebra("generate", tmp_path / "mlx", "--prompt", "a"), "layer_types, which its class ignores")
+    refused(zebra("export", path, tmp_path / "all", "--to", "mlx", "--stripes", "L:9"), "wants a global layer")
+
+
+def test_a_folder_for_vllm_says_its_command(tmp_path: Path) -> None:
+    path = folder(tmp_path / "folder", "qwen3")
+    (path / "README.md").write_text("---\nlicense: x\n---\nA card.\n")
+    done = zebra.export(path, tmp_path / "vllm", to="vllm", stripes="GL:9")
+    assert done.command == f"vllm serve {tmp_path / 'vllm'} --model-impl transformers"
+    readme = (tmp_path / "vllm" / "README.md").read_text()
+    assert readme.startswith("---\nlicense: x\n---\nA card.\n")
+    assert done.command in readme
+    assert json.loads((tmp_path / "vllm" / "config.json").read_text())["max_window_layers"] == 0
+    assert zebra.load(tmp_path / "vllm").config.layer_types[1] == "sliding_attention"
+    done = zebra.export(path, tmp_path / "sglang", to="sglang", stripes="GL:9")
+    assert json.loads((tmp_path / "sglang" / "config.json").read_text())["sliding_window"] == 8
+    assert "not run" in (tmp_path / "sglang" / "README.md").read_text()
+
+
+def test_a_conversion_warns_where_an_engine_would_be_wrong(
+    checkpoints: Checkpoints, tmp_path: Path, zebra: Zebra
+) -> None:
+    source = checkpoints("qwen2_moe")
+    done = zebra("convert", source, tmp_path / "striped", "--stripes", "GL:9")
+    assert "vLLM would run this qwen2_moe wrongly and in silence" in done.stderr
+    done = zebra("export", source, tmp_path / "vllm", "--to", "vllm", "--stripes", "GL:9")
+    refused(done, "vLLM does not serve a striped qwen2_moe")
+    assert not (tmp_path / "vllm").exists()
+
+
+def engine(tmp_path: Path, answer: dict[str, Any]) -> str:
+    """An interpreter of an engine's environment, which answers whatever it is asked."""
+    (tmp_path / "answer.json").write_text(json.dumps(answer))
+    file = tmp_path / "python"
+    file.write_text(f"#!/bin/sh\ncat > {tmp_path}/request.json\ncat {tmp_path}/answer.json\n")
+    file.chmod(file.stat().st_mode | stat.S_IEXEC)
+    return str(file)
+
+
+@pytest.mark.parametrize("layout", ["GL:9", None], ids=["striped", "full"])
+def test_an_engine_that_ignores_the_window_fails(layout: str | None, tmp_path: Path, zebra: Zebra) -> None:
+    from zebra import load
+
+    path, target = folder(tmp_path / "folder"), tmp_path / "model.gguf"
+    zebra("export", path, target, "--to", "gguf", "--stripes", "GL:9", "--dtype", "f32")
+    answer: dict[str, Any] = {"engine": "an engine 1.0", "error": "no such architecture"}
+    options = ("--against", path, "--engine", "gguf", "--python", engine(tmp_path, answer))
+    refused(zebra("verify", target, *options), "gguf does not run", "no such architecture")
+    request = json.loads((tmp_path / "request.json").read_text())[0]
+    assert [len(prompt) for prompt in request["prompts"]] == [2, 9 + 4 + 16]
+    model = load(path, stripes=layout)
+    answer = {"engine": "an engine 1.0", "tokens": [], "logprobs": []}
+    for prompt in request["prompts"]:
+        ids = torch.tensor([prompt])
+        for _ in range(request["new_tokens"]):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        rows = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        answer["tokens"].append(ids[0, len(prompt) :].tolist())
+        answer["logprobs"].append([{str(i): row[i].item() for i in row.topk(5).indices.tolist()} for row in rows])
+    answer["texts"] = [original_tokenizer("smollm")(text).input_ids for text in request["texts"]]
+    engine(tmp_path, answer)
+    done = zebra("verify", target, *options, "--json")
+    passed = {check["name"]: check["passed"] for check in json.loads(done.stdout)["checks"]}
+    right = layout is not None
+    assert passed == {"short": True, "short, greedy": True, "long": right, "long, greedy": passed["long, greedy"]} | {
+        "tokenizer": True
+    }
+    assert done.returncode == (0 if right else 1)
+
+
+def test_an_engine_that_is_not_there_is_named(tmp_path: Path, zebra: Zebra) -> None:
+    path, target = folder(tmp_path / "folder"), tmp_path / "model.gguf"
+    zebra("export", path, target, "--to", "gguf", "--stripes", "GL:9")
+    options = ("--against", path, "--engine", "gguf")
+    refused(zebra("verify", target, *options), "No module named 'xllamacpp'", "docs/engines.md")
+    refused(zebra("verify", target, *options, "--python", tmp_path / "no"), "there is no Python at")
+    refused(zebra("verify", target, "--engine", "gguf"), "Name it with --against")
+    refused(zebra("verify", target, *options, "--rope", "yarn:2"), "--rope does not go with --engine")
+    refused(zebra("verify", path, "--against", path, "--python", "x"), "--engine")
+    with pytest.raises(ZebraError, match="beyond the window of 9; got length 5"):
+        verify_export(target, path, "gguf", length=5)
+
+
+def test_the_table_agrees_with_what_is_exported() -> None:
+    targets = {route.target for route in ROUTES if route.target}
+    assert {*ENGINES} == targets
+    for family, row in ENGINES.items():
+        assert {*row} == {"llama.cpp", "MLX", "vLLM"}
+        assert (row["llama.cpp"].verdict == REFUSES) == (family not in gguf_folder.FAMILIES)
+        known = folders.MLX.get(family)
+        assert (row["MLX"].verdict == REFUSES) == (known is None or family == "gpt_oss")
+        assert all(support.reason for support in row.values() if support.verdict in (REFUSES, WRONG))
+    assert {family.architecture for family in gguf_folder.FAMILIES.values()} <= {*TARGETS}
+
+
+def test_the_engine_table_is_the_codes() -> None:
+    """`python -m zebra.engines` prints it."""
+    for page in ("families", "engines"):
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        written = re.search(r"<!-- engines -->\n(.*?)\n<!-- end -->", text, flags=re.DOTALL)
+        assert written is not None
+        assert written.group(1) == table()
+
+
+def test_a_scaled_rope_of_a_qwen_3_is_refused() -> None:
+    """llama.cpp's mellum scales the rope of global layers alone."""
+    tensor = GgufTensor.of(np.zeros((2, 4)))
+    metadata = {"qwen3.block_count": 2, "qwen3.embedding_length": 4, "qwen3.feed_forward_length": 2}
+    model = GgufModel("qwen3", metadata | {"qwen3.rope.scaling.type": "yarn"}, {"token_embd.weight": tensor})
+    with pytest.raises(ZebraError, match="scales that of global layers alone"):
+        with_stripes(model, Stripes.parse("GL:9"))
