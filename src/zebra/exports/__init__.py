@@ -50,8 +50,6 @@ def check_export(
         kind = "a file that ends in .gguf" if to == "gguf" else "a folder"
         raise ZebraError(f"an export to {to} writes {kind}; got {target}. Name one.")
     check_checkpoint(checkpoint)
-    if to == "gguf" and Path(target).exists():
-        raise ZebraError(f"the target {target} exists already. Name another, or remove it first.")
     refuse_existing(Path(os.path.abspath(target)))
 
 

@@ -103,11 +103,15 @@ def _unread_rope(config: PreTrainedConfig) -> str | None:
 
 def _sglang_fields(config: PreTrainedConfig, fields: Fields) -> Fields:
     """SGLang's Transformers backend lets a query see `sliding_window` keys before it, its own not counted."""
+    if config.sliding_window == 1:
+        raise ZebraError(f"SGLang has no window of the query's own key alone. Choose a larger one. {REMEDY}")
     return fields | {"sliding_window": config.sliding_window - 1}
 
 
 def _stock(config: PreTrainedConfig, fields: Fields) -> Fields:
-    return fields
+    """vLLM counts the layers that predict further tokens, and fails where a class has the field and no number."""
+    counted = "num_nextn_predict_layers"
+    return fields | ({counted: 0} if counted in fields and fields[counted] is None else {})
 
 
 _FIELDS: dict[str, Callable[[PreTrainedConfig, Fields], Fields]] = {

@@ -30,8 +30,8 @@ from zebra.stripes import Stripes
 ENGINES = tuple(name for name in TARGETS if name != "sglang")
 """Those that can be run here."""
 NEW_TOKENS, TOP = 8, 10
-TOLERANCE = {"F32": 2e-3, "F16": 5e-2, "BF16": 5e-2}
-"""Of a log-probability, by the type of the matrices. In float32, Gemma's 5e-4 are the largest (ggml tabulates GELU)."""
+TOLERANCE = {"F32": 5e-3, "F16": 5e-2, "BF16": 5e-2}
+"""Of a log-probability, by the type of the matrices. Gemma has the largest: engines approximate its GELU."""
 TOLERANCE_OF_BLOCKS = 0.5
 """Where weights lie in blocks, llama.cpp rounds what they are multiplied with, too."""
 _SAMPLES = ["Once upon a time, there was a little girl.", "In 1984 there were 12 pages;\n  and (some) code: x = y[0]!"]
