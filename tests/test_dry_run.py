@@ -21,13 +21,14 @@ from zebra.train.dry_run import dry_run, saved_storages
 from zebra.train.recipe import AdaptRecipe, read_recipe
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("study-"))  # grids
-BIG = [path for path in RECIPES if path.stem.startswith("lcat-")]
+BIG = [path for path in RECIPES if path.stem.startswith("lcat-") and not path.stem.endswith("-cpu")]
 
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-3-8b": 8_030_261_248,
     "llama-3.1-8b": 8_030_261_248,
     "qwen3-4b": 4_022_468_096,
+    "smollm2-135m": 134_515_008,
     "gpt2-117m": 124_439_808,
     "gpt2-345m": 354_823_168,
 }

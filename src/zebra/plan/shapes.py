@@ -55,6 +55,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
         "tie_word_embeddings": True,
     },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    },
     # GPT-2 small and medium, the two sizes of the from-scratch study; their first names counted 117M and 345M.
     "gpt2-117m": _GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-345m": _GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16},
