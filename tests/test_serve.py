@@ -339,6 +339,8 @@ def test_other_sites_and_other_bodies_are_rejected(served: Served) -> None:
     assert served.post("/v1/completions", {"prompt": "x"}, **{"content-type": "text/plain"})[0] == 415
     assert served.get("/v1/models", host="attacker.example")[0] == 403
     assert served.get("/v1/models", host=f"localhost:{served.port}")[0] == 200
+    assert served.get("/v1/models", origin="http://attacker.example")[0] == 403
+    assert served.get("/v1/models", origin=served.address)[0] == 200
 
 
 def test_the_token_opens_and_another_does_not(guarded: Served) -> None:
@@ -351,6 +353,7 @@ def test_the_token_opens_and_another_does_not(guarded: Served) -> None:
     assert guarded.get("/metrics", authorization="")[0] == 401
     assert guarded.get("/health", authorization="")[0] == 200
     assert guarded.get("//v1/models", authorization="")[0] == 401
+    assert guarded.get("/v1/models", host="behind-a-proxy.example")[0] == 200
 
 
 # The connection

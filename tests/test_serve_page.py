@@ -139,6 +139,15 @@ def test_a_long_paste_becomes_a_document(page: Any) -> None:
     assert "512" in page.inner_text("[role=alert]")
 
 
+def test_files_of_the_machine_are_not_served(page_server: Served) -> None:
+    for path in ("file=/etc/passwd", "file=../../../etc/passwd", "file=/page/../etc/passwd"):
+        status, answer, headers = page_server.get(f"/page/gradio_api/{path}")
+        assert status in (403, 404)
+        assert "root:" not in str(answer)
+        assert "default-src 'self'" in headers["content-security-policy"]
+    assert page_server.post("/page/gradio_api/queue/join", {}, origin="http://attacker.example")[0] == 403
+
+
 def test_a_page_with_a_token_wants_it(browser: Any, tmp_path: Path) -> None:
     server = Served(with_template(STORIES, tmp_path / "stories"), KEY, page=True)
     page = browser.new_page()

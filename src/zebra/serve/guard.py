@@ -6,6 +6,7 @@ import asyncio
 import hmac
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 
@@ -75,10 +76,8 @@ class Guard:
         await self._app(scope, receive, counting)
 
     def _check(self, path: str, of_page: bool, method: str, headers: dict[str, str]) -> None:
-        host = headers.get("host", "")
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if self._settings.on_loopback and name not in _LOOPBACK_NAMES:  # another site's name that leads here
-            raise ApiError(403, f"this server answers to localhost alone; the request's Host is {host!r}.")
+        if self._settings.on_loopback and self._settings.api_key is None:
+            _refuse_other_sites(headers.get("host", ""), headers.get("origin"))
         if path in _OPEN or path == "/" or of_page:
             return
         if (key := self._settings.api_key) is not None:
@@ -133,3 +132,12 @@ class Guard:
             "--max-body.",
             code="body_too_large",
         )
+
+
+def _refuse_other_sites(host: str, origin: str | None) -> None:
+    """Reject what a page of another site makes a browser send: by a name that leads here, or from its own origin."""
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host
+    if name not in _LOOPBACK_NAMES:
+        raise ApiError(403, f"this server answers to localhost alone; the request's Host is {host!r}.")
+    if origin is not None and urlsplit(origin).netloc != host:
+        raise ApiError(403, f"this server answers to its own page alone; the request's Origin is {origin!r}.")
