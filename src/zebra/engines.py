@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 TARGETS = ("gguf", "mlx", "vllm", "sglang")
 """What `zebra export --to` takes."""
-EXACT, FLAG, REFUSES, WRONG = "exact", "exact with a flag", "refuses", "wrong"
+EXACT, FLAG, REFUSES = "exact", "exact with a flag", "refuses"
 
 
 class Support(NamedTuple):
     """How an engine runs a family with stripes.
 
     Attributes:
-        verdict: exact, exact with a flag, refuses, or wrong.
+        verdict: exact, exact with a flag, or refuses.
         reason: of the verdict, or a condition.
         flag: that makes it exact.
         read: whether it was read in the engine's source, and not run.
@@ -64,12 +64,12 @@ ENGINES: dict[str, dict[str, Support]] = {
     "qwen2_moe": {
         "llama.cpp": Support(REFUSES, "no architecture has its gated shared expert and a window for some layers"),
         "MLX": Support(REFUSES, _NO_MLX),
-        "vLLM": Support(WRONG, "full attention in every layer", read=True, silent=True),
+        "vLLM": Support(FLAG, "full attention in every layer without", _BY_TRANSFORMERS, silent=True),
     },
     "mellum": {
         "llama.cpp": Support(EXACT, "where both kinds of layers have one base, and all have experts"),
         "MLX": Support(EXACT, "where all layers have experts"),
-        "vLLM": Support(EXACT),
+        "vLLM": Support(EXACT, "after `zebra export`; fails on a folder of `zebra convert`"),
     },
     "gemma2": {
         "llama.cpp": Support(EXACT, _PERIOD),
@@ -114,7 +114,7 @@ def warning(family: str) -> str | None:
     for engine, support in ENGINES.get(family, {}).items():
         if support.silent:
             text = f"{engine} would run this {family} wrongly and in silence: {support.reason}"
-            return f"{text} {support.flag}. Serve it with that." if support.flag else f"{text}. Do not serve it there."
+            return f"{text} {support.flag}. Serve it with that."
     return None
 
 

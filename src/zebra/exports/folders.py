@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
-from zebra.engines import ENGINES, FLAG, REFUSES, WRONG
+from zebra.engines import ENGINES, FLAG
 from zebra.errors import ZebraError
 from zebra.exports.gguf_folder import other_local_rope
 from zebra.exports.llama_cpp import REMEDY, period_of
@@ -127,18 +127,12 @@ _NOTES = {
 
 
 def command_of(to: str, config: PreTrainedConfig, target: Path) -> str:
-    """The command that serves an exported folder.
-
-    Raises:
-        ZebraError: the engine refuses the family, or would run it wrongly, with any command.
-    """
+    """The command that serves an exported folder."""
     if to == "mlx":
         return f"mlx_lm.generate --model {target} --prompt 'Once upon a time'"
     if to == "sglang":
         return f"python -m sglang.launch_server --model-path {target} --model-impl transformers"
     support = ENGINES[config.model_type]["vLLM"]
-    if support.verdict in (REFUSES, WRONG):
-        raise ZebraError(f"vLLM does not serve a striped {config.model_type}: {support.reason}. {REMEDY}")
     return f"vllm serve {target}" + (f" {support.flag}" if support.verdict == FLAG else "")
 
 
