@@ -307,6 +307,24 @@ def test_line_ends_are_those_of_python_and_said(
     assert error.count("a.txt are not \\n, and are read as \\n.\n") == (0 if ends == "\n" else 2)
 
 
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv"])
+def test_line_ends_within_a_record_are_normalised_too(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "one\r\nmore"}, {"text": "two\rmore"}]
+    lines = "\n".join(map(json.dumps, rows))
+    raw = {"r.jsonl": lines, "r.json": json.dumps(rows), "r.csv": 'text\r\n"one\r\nmore"\r\n"two\rmore"\r\n'}[name]
+    (tmp_path / name).write_bytes(raw.encode())
+    assert read(tmp_path / name) == ["one\nmore", "two\nmore"]
+    assert capsys.readouterr().err.count(f"{name} are not \\n, and are read as \\n.\n") == 1
+
+
+def test_a_pdf_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\n")
+    with pytest.raises(ZebraError, match=r"a\.txt is a PDF and no text\. Extract its text first"):
+        read(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import zebra
 from zebra import ZebraError
+from zebra.compare.run import compare
 from zebra.data.conversations import TokenizedConversation
 from zebra.evaluate.answers import answer_losses
 from zebra.evaluate.documents import evaluate_documents
@@ -52,6 +53,9 @@ VERBS: dict[str, Callable[[Path, Path], Any]] = {
     "documents": documents,
     "tasks": lambda path, folder: evaluate_tasks(path, tasks=["zebra-passkey"], lengths=[300], limit=1),
     "answers": answers,
+    "compare": lambda path, folder: compare(
+        str(path), [str(FEW_STORIES)], length=128, methods=["as it is"], tasks=(), budget_minutes=0, out=folder / "out"
+    ),
     "generate": lambda path, folder: zebra.generate(path, "Once", max_new_tokens=2),
     "generate, drawn": lambda path, folder: zebra.generate(path, "Once", max_new_tokens=2, temperature=1.0),
     "generate by beams": lambda path, folder: zebra.generate(path, "Once", max_new_tokens=2, num_beams=2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from zebra import ZebraError
 from zebra.gguf import ARCHITECTURES, config_fields, read_header
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.gguf import as_directory
+from zebra.model.load import load
 from zebra.plan.decoder import read_decoder
 from zebra.train.adapt import adapt
 
@@ -302,6 +304,28 @@ def test_a_conversion_is_a_plain_checkpoint(zebra: Zebra, tmp_path: Path) -> Non
     refused(zebra("convert", tmp_path / "out", tmp_path / "other"), "got neither", "Give stripes or a rope")
     done = zebra("convert", tmp_path / "out", tmp_path / "other", "--rope", "yarn:2")
     assert "LlamaForCausalLM, full" in done.stdout
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
+def test_what_lies_beside_a_file_is_neither_read_nor_run(zebra: Zebra, tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf", source())
+    alone = load(file).state_dict()
+    (tmp_path / "beside").mkdir()
+    file = Path(shutil.copy(file, tmp_path / "beside"))
+    executed = tmp_path / "executed"
+    (file.parent / "own.py").write_text(f"open({str(executed)!r}, 'w')\nOwn = None\n")
+    fields = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (file.parent / "tokenizer_config.json").write_text(json.dumps(fields))
+    (file.parent / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
+    peft = pytest.importorskip("peft")
+    adapter = peft.get_peft_model(source(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapter.save_pretrained(file.parent)
+    done = zebra("generate", file, "--prompt", "Once", "--max-new-tokens", 2, input="y\ny\ny\n")
+    assert done.returncode == 0, done.stderr
+    assert not executed.exists()
+    beside = load(file).state_dict()
+    assert alone.keys() == beside.keys()
+    assert all(torch.equal(tensor, beside[name]) for name, tensor in alone.items())
 
 
 def test_every_verb_takes_a_file(zebra: Zebra, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
         ({"cu_seq_lens_q": offsets(3, 10)}, "cu_seq_lens_q of"),  # a document in two sequences
         ({"cu_seq_lens_q": offsets(5, 3, 10)}, "cu_seq_lens_q of"),
         ({"cu_seq_lens_q": torch.tensor([3, 5, 10])}, "cu_seq_lens_q of"),
+        ({"cu_seq_lens_q": offsets(5, 10)[None]}, r"cu_seq_lens_q of the shape \(1, 3\)"),
         ({"cu_seq_lens_q": offsets(5, 10), "cu_seq_lens_k": offsets(3, 5, 10)}, "cu_seq_lens_k that differs"),
         ({"cu_seq_lens_q": offsets(5, 10), "max_length_k": 4}, "a document of 5 tokens and a smaller max_length"),
         ({"max_length_q": 5}, "max_length_k without cu_seq_lens_q"),

@@ -17,7 +17,7 @@ class ZebraError(ValueError):
 def first_line(error: Exception) -> str:
     """The first line of a library's error, without the advice behind it; all lines where the first ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines)[:300] if lines[0].endswith(":") else lines[0]
+    return " ".join(line.strip() for line in lines)[:400] if lines[0].rstrip().endswith(":") else lines[0]
 
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

@@ -196,9 +196,12 @@ def verify(
     ] = None,
     seed: options.Seed = 0,
     dtype: Annotated[
-        Literal["float64", "float32", "bfloat16"],
-        typer.Option(metavar="NAME", help="float64, float32 or bfloat16."),
-    ] = "float32",
+        Literal["float64", "float32", "bfloat16"] | None,
+        typer.Option(
+            metavar="NAME",
+            help="float64, float32 or bfloat16. Default: float32, and bfloat16 where weights stay quantised.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1.")] = "cpu",
     engine: Annotated[
         Literal["gguf", "mlx", "vllm"] | None,

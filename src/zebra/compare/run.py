@@ -130,8 +130,8 @@ def compare(
         options: other fields of `Settings`.
 
     Raises:
-        ZebraError: a text too short, a task that this length cannot have, a folder of something else; not what one
-            method cannot do, which is a result of the task `compare-failed`.
+        ZebraError: a text too short, a task that this length cannot have, a folder of something else, a checkpoint that
+            cannot be measured as it is; not what another method cannot do, a result of the task `compare-failed`.
     """
     end = time.monotonic() + 60 * budget_minutes
     loading = {name: options[name] for name in LOADING if name in options}
@@ -150,6 +150,7 @@ def compare(
     with selection_folder(out, data.inputs()):
         comparison = _Comparison(settings, data, out)
         comparison.measure([COST, FIRST_WINDOW])
+        comparison.check_first()
         comparison.measure(comparison.affordable(end - time.monotonic()))
         results = comparison.results(run)
         write_results(out / "results.jsonl", results)
@@ -263,6 +264,17 @@ class _Comparison:
                 advance(note=method.name)
                 for unit in self._measured(method, missing):
                     advance(1, note=f"{method.name}: {unit}")
+
+    def check_first(self) -> None:
+        """Check that the first method, with which the others are compared, can be measured.
+
+        Raises:
+            ZebraError: it cannot.
+        """
+        key = self.key(self.methods[0])
+        if FIRST_WINDOW not in self.measurements.of(key):
+            reason = next(text for (name, _), text in self.failures.items() if name == key)
+            raise ZebraError(f"nothing can be compared with {self.methods[0].name}: {reason}")
 
     def affordable(self, seconds: float) -> list[Unit]:
         """The units from the first on that fit into some seconds, for all methods; those that are measured are free."""

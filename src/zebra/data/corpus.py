@@ -30,7 +30,7 @@ from zebra.progress import bar, console
 _BATCH_CHARACTERS = 1 << 20
 _COPY_BYTES = 1 << 24
 _REMEDY = "Name a folder with room that can be written: XDG_CACHE_HOME, or data.cache_dir in a recipe."
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 a suffix of zebra.data.records    records; a document is the string in a field of each
 anything else                     UTF-8 text: one document, or split at each separator
 
-The line ends of text are read as \\n, whatever they are: \\r\\n is two tokens that no model expects.
+The line ends of both are read as \\n, whatever they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from zebra.data.records import RECORD_FILES, RecordError, read_records, record_suffix, string_field
+from zebra.data.records import RECORD_FILES, RecordError, read_records, record_suffix, string_field, with_line_feeds
 from zebra.errors import ZebraError, first_line
 from zebra.progress import console
 
@@ -157,7 +157,7 @@ def _pdf_text(file: Path) -> str:
 def _check_options(files: Sequence[Path], separator: str | None, field: str | None) -> None:
     check_formats(files, separator, field)
     texts = _texts(files)
-    if separator and not any(_with_line_feeds(separator) in _with_line_feeds(_read_text(file)) for file in texts):
+    if separator and not any(with_line_feeds(separator) in with_line_feeds(_read_text(file)) for file in texts):
         raise ZebraError(
             f"the separator {separator!r} occurs nowhere in {_listed(texts)}. Correct it, or leave it out: a file is "
             "then one document."
@@ -171,12 +171,12 @@ def _texts(files: Sequence[Path]) -> list[Path]:
 def _documents(file: Path, separator: str | None, field: str | None, converted: list[Path]) -> Iterator[Document]:
     """The documents of a file that are not blank; a file whose line ends are converted is appended to `converted`."""
     if record_suffix(file):
-        documents = _read_fields(file, field or _FIELD)
+        documents = _read_fields(file, field or _FIELD, converted)
     else:
         raw = _read_text(file)
-        text = _with_line_feeds(raw)
+        text = with_line_feeds(raw)
         converted += [file] if text != raw else []
-        pieces = text.split(_with_line_feeds(separator)) if separator else [text]
+        pieces = text.split(with_line_feeds(separator)) if separator else [text]
         documents = (Document(piece, file, len(piece.encode())) for piece in pieces)
     for document in documents:
         if text := document.text.strip():
@@ -185,6 +185,8 @@ def _documents(file: Path, separator: str | None, field: str | None, converted: 
 
 def _read_text(file: Path) -> str:
     raw = file.read_bytes()
+    if raw.startswith(b"%PDF-"):  # parts of one may be UTF-8
+        raise ZebraError(f"{file} is a PDF and no text. Extract its text first, for example with pdftotext.")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -197,10 +199,6 @@ def _read_text(file: Path) -> str:
     return text
 
 
-def _with_line_feeds(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _listed(files: Sequence[Path]) -> str:
     more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
     return ", ".join(map(str, files[:3])) + more
@@ -210,11 +208,13 @@ def _no_text(files: Sequence[Path]) -> ZebraError:
     return ZebraError(f"there is no text in {_listed(files)}: only blanks. Give files with text.")
 
 
-def _read_fields(file: Path, field: str) -> Iterator[Document]:
+def _read_fields(file: Path, field: str, converted: list[Path]) -> Iterator[Document]:
     position = 0
     for record in read_records(file, field):
         try:
-            yield Document(string_field(record.fields, field), file, record.bytes_read - position)
+            text = string_field(record.fields, field)
+            converted += [file] if text != record.fields[field] and file not in converted else []
+            yield Document(text, file, record.bytes_read - position)
         except RecordError as error:
             raise ZebraError(
                 f"{record.where} {error}. Name the field that has the text, or correct the file."

@@ -75,8 +75,13 @@ class Record:
         return fields
 
 
+def with_line_feeds(text: str) -> str:
+    """Text with \\n at its line ends, whatever they are: \\r\\n is two tokens that no model expects."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def string_field(fields: dict[str, Any], name: str) -> str:
-    """The string in a field of a record or of an object in it.
+    """The string in a field of a record or of an object in it, its lines ended by \\n.
 
     Raises:
         RecordError: no such field, no string, half a surrogate pair.
@@ -90,7 +95,7 @@ def string_field(fields: dict[str, Any], name: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character
         raise RecordError(f"has half a surrogate pair at character {error.start} of the field {name!r}") from None
-    return value
+    return with_line_feeds(value)
 
 
 def record_suffix(file: Path) -> str | None:

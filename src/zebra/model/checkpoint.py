@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -119,7 +120,7 @@ def load_tokenizer(
         )
         largest = max(tokenizer.get_vocab().values())
     except ImportError as error:  # several lines of advice follow what it needs
-        needs = first_line(error).partition(". ")[0]
+        needs = _tokenizer_fault(directory) or first_line(error).partition(". ")[0]
         raise ZebraError(f"the tokenizer of {path} cannot be read: {needs}. Install that package by pip.") from None
     except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
         if _CODE in str(error) and not trust_remote_code:
@@ -128,13 +129,26 @@ def load_tokenizer(
                 f"the tokenizer of {path} is Python code of its own, which is not run unasked. "
                 f"{'Take another' if trust_remote_code is None else remedy}."
             ) from None
-        raise ZebraError(f"the tokenizer of {path} cannot be read: {first_line(error)}") from None
+        raise ZebraError(
+            f"the tokenizer of {path} cannot be read: {_tokenizer_fault(directory) or first_line(error)}"
+        ) from None
     if config is not None and largest >= config.vocab_size:
         raise ZebraError(
             f"the tokenizer of {path} makes ids up to {largest}, but the model has {config.vocab_size} embeddings. "
             "Use the tokenizer that the model was trained with."
         )
     return tokenizer
+
+
+def _tokenizer_fault(directory: str | os.PathLike[str]) -> str | None:
+    """What a directory or this machine lacks where transformers lists all the ways to build a tokenizer."""
+    names = [file.name for file in Path(directory).glob("*")]
+    models = [name for name in names if name.endswith(".model")]
+    if names and not any(name.startswith(("tokenizer", "vocab")) or name in models for name in names):
+        return "it has none, neither tokenizer.json nor tokenizer.model. Copy it from the source."
+    if models and "tokenizer.json" not in names and importlib.util.find_spec("sentencepiece") is None:
+        return f"{models[0]} is read with the package sentencepiece, which is not installed"
+    return None
 
 
 def checkpoint_digests(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -124,8 +124,12 @@ def check_fields(fields: Mapping[str, Any], name: str) -> None:
 
     Raises:
         ZebraError: a number that is not finite, or not above 0 where it divides, scales or counts; weights that lie in
-            files of other names than transformers' own.
+            files of other names than transformers' own; a quantization_config that is no object.
     """
+    if not isinstance(settings := fields.get("quantization_config"), Mapping | None):
+        raise ZebraError(
+            f"{name}: quantization_config is an object with a quant_method; got {settings!r}. Correct its config.json."
+        )
     for key, value in fields.items():
         if isinstance(value, Mapping) and (key.startswith("rope_") or key in (GLOBAL, LOCAL)):
             check_fields(value, name)

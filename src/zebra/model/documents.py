@@ -91,6 +91,8 @@ def _starts(
         offsets, other: of the queries and of the keys. most: bounds of the longest document.
         of_index: the same by `seq_idx`, or None.
     """
+    if offsets.dim() != 1:
+        raise _error(f"cu_seq_lens_q of the shape {tuple(offsets.shape)}", queries)
     size = math.prod(queries)
     index = torch.arange(size, device=offsets.device)
     document = torch.searchsorted(offsets[1:].contiguous(), index, right=True).view(queries)

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -86,7 +87,8 @@ PRE_TOKENIZERS = {
 
 def _write_tokenizer(path: Path, header: GgufHeader, directory: Path) -> None:
     """Write the tokenizer of a GGUF file, with its chat template, and what transformers does not read of it."""
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    tokenizer.save_pretrained(directory)
     file, kind = directory / "tokenizer.json", header.metadata.get("tokenizer.ggml.model")
     state = json.loads(file.read_text(encoding="utf-8"))
     if kind == "gpt2":
@@ -136,7 +138,7 @@ def as_directory(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
         return path
     check_checkpoint(path)
     path, status = Path(os.path.abspath(path)), os.stat(path)
-    identity = f"1 {transformers.__version__} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    identity = f"2 {transformers.__version__} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     target = user_cache_dir("gguf") / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if not target.is_dir():
         try:
@@ -167,10 +169,10 @@ def _write(path: Path, target: Path) -> None:
         )
     dtype = str(config.dtype).removeprefix("torch.")
     console.print(f"{path.name}: tensors of {types}, written as {dtype} into {target}", soft_wrap=True, highlight=False)
-    with _quiet():
+    with _quiet(), _alone(path) as alone:
         try:
             loaded, info = stock_class.from_pretrained(
-                path.parent, gguf_file=path.name, config=config, dtype=config.dtype, output_loading_info=True
+                alone.parent, gguf_file=alone.name, config=config, dtype=config.dtype, output_loading_info=True
             )
         except (ValueError, RuntimeError, KeyError, NotImplementedError, TypeError) as error:
             raise ZebraError(f"the weights of {path} cannot be read: {first_line(error)}. Copy it again.") from None
@@ -182,9 +184,18 @@ def _write(path: Path, target: Path) -> None:
     end_of_turn = header.metadata.get("tokenizer.ggml.eot_token_id", config.eos_token_id)
     if end_of_turn != config.eos_token_id:
         model.generation_config.eos_token_id = [config.eos_token_id, end_of_turn]
-    with atomic_directory(target) as aside:
+    with atomic_directory(target) as aside, _alone(path) as alone:
         model.save_pretrained(aside)
-        _write_tokenizer(path, header, aside)
+        _write_tokenizer(alone, header, aside)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """A link to a file in a folder of its own: transformers would read what lies beside it, adapters and code too."""
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / path.name
+        link.symlink_to(path.resolve())
+        yield link
 
 
 @contextmanager

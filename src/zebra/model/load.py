@@ -30,7 +30,13 @@ from zebra.model.default_cache import with_default_cache
 from zebra.model.families import FULL, layout, model_class, stripes_of, with_stripes
 from zebra.model.gguf import as_directory
 from zebra.model.local import LocalAttention, set_local_attention, warn_settings_outside_config
-from zebra.model.quantization import LOADING_ERRORS, cannot_load, check_quantization, quantization_of
+from zebra.model.quantization import (
+    LOADING_ERRORS,
+    cannot_load,
+    check_quantization,
+    quantization_of,
+    set_dequantised_dtype,
+)
 from zebra.model.rope import Rope, as_rope, changes_with_length, length_dependent_rope_hook, refuse_changing_rope
 from zebra.model.self_extend import resolve_self_extend, set_self_extend
 from zebra.model.weights import check_weights, copy_other_files, share_files
@@ -199,11 +205,9 @@ def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[s
         raise ZebraError(
             f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ."
         )
-    if method is not None and quantization_of(model.config) is None:
-        dtype = rest.get("dtype", "auto")  # transformers dequantises into bfloat16, whatever it is
-        dtype = model.dtype if dtype in ("auto", None) else read_dtype(dtype)
-        for parameter in model.parameters():  # not `to`, which would round the rope's frequencies
-            parameter.data = parameter.data.to(dtype)
+    if method is not None:
+        dtype = rest.get("dtype", "auto")
+        set_dequantised_dtype(model, model.dtype if dtype in ("auto", None) else read_dtype(dtype))
     if not model.all_tied_weights_keys:  # of a name in the hub, whose files `read_config` does not see
         model.config.tie_word_embeddings = False
     return model

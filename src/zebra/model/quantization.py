@@ -10,7 +10,8 @@ import copy
 import os
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -46,6 +47,44 @@ def check_quantization(path: str | os.PathLike[str], config: PreTrainedConfig) -
         quantizer.validate_environment(device_map=None, weights_only=True)
     except LOADING_ERRORS as error:
         raise cannot_load(path, method, first_line(error)) from None
+
+
+def dtype_of_checks(
+    path: str | os.PathLike[str], config: PreTrainedConfig, dtype: torch.dtype | None = None
+) -> torch.dtype:
+    """The dtype in which a checkpoint is compared with another: float32, and bfloat16 where weights stay quantised.
+
+    Args:
+        dtype: another choice.
+
+    Raises:
+        ZebraError: another dtype than bfloat16 for weights that stay quantised; as `check_quantization`.
+    """
+    check_quantization(path, config)
+    if not _stays_quantised(config):
+        return dtype or torch.float32
+    if dtype not in (None, torch.bfloat16):
+        raise ZebraError(
+            f"{path} is quantised ({quantization_of(config)}), and its checks run in bfloat16; got {dtype}. Leave it "
+            "out."
+        )
+    return torch.bfloat16
+
+
+def _stays_quantised(config: PreTrainedConfig) -> bool:
+    """Whether weights are computed with as they are stored; else transformers has no kernel here and dequantises."""
+    if quantization_of(config) is None:
+        return False
+    quantizer = AutoHfQuantizer.from_config(copy.deepcopy(_fields(config)), pre_quantized=True)
+    quantizer.validate_environment(device_map=None, weights_only=True)
+    return not getattr(quantizer.quantization_config, "dequantize", False)
+
+
+def set_dequantised_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a dequantised model a dtype: transformers dequantises into bfloat16, whatever the argument says."""
+    if quantization_of(model.config) is None:
+        for parameter in model.parameters():  # not `to`, which would round the rope's frequencies
+            parameter.data = parameter.data.to(dtype)
 
 
 def cannot_load(path: str | os.PathLike[str], method: str, reason: str) -> ZebraError:

@@ -24,7 +24,7 @@ from zebra.model.families import model_class, stripes_of
 from zebra.model.finite import check_finite
 from zebra.model.gguf import as_directory
 from zebra.model.load import load, read_device, read_dtype
-from zebra.model.quantization import quantization_of
+from zebra.model.quantization import dtype_of_checks, quantization_of, set_dequantised_dtype
 from zebra.model.rope import Rope, as_rope
 from zebra.model.self_extend import bounded_cache, resolve_self_extend
 from zebra.model.self_extend.formula import formula_logits
@@ -61,7 +61,7 @@ def verify(
     self_extend: SelfExtend | str | None = None,
     length: int | None = None,
     seed: int = 0,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     device: str = "cpu",
 ) -> list[Check]:
     """Compare a converted checkpoint with its source and itself, or any under Self-Extend with the formula; or both.
@@ -81,6 +81,7 @@ def verify(
         rope: the change of rope that the conversion took; the source runs with it.
         self_extend: Self-Extend, or its notation, to be compared with its formula.
         length: tokens of the long checks; the window and half of it again, and some, where None.
+        dtype: of the weights; None is float32, and bfloat16 where they stay quantised.
 
     Raises:
         ZebraError: a checkpoint that cannot be loaded, a target without stripes, two different models, neither a source
@@ -88,9 +89,9 @@ def verify(
     """
     if self_extend is None and against is None:
         raise ZebraError("a conversion is verified against its source. Name the source, or Self-Extend to verify that.")
-    if quantization_of(read_config(target, routed=False)) is not None:
-        dtype = torch.bfloat16  # of dequantised weights; other methods round activations at least as much
-    placement = {"dtype": read_dtype(dtype), "device_map": read_device(device)}
+    chosen = None if dtype is None else read_dtype(dtype)
+    chosen = dtype_of_checks(target, read_config(target, routed=False), chosen)
+    placement = {"dtype": chosen, "device_map": read_device(device)}
     own = [] if self_extend is None else _self_extend_checks(target, self_extend, length, seed, placement)
     return ([] if against is None else _conversion_checks(target, against, rope, length, seed, placement)) + own
 
@@ -206,8 +207,9 @@ def _check(
 def _plain_model(path: Any, config: PreTrainedConfig, placement: dict[str, Any]) -> PreTrainedModel:
     """A checkpoint in plain transformers: by sdpa, unless its class has none, or a softcap, which sdpa leaves out."""
     eager = getattr(config, "attn_logit_softcapping", None) or not model_class(config)._supports_sdpa
+    method = quantization_of(config)  # loading takes it off the config
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             as_directory(path),
             config=config,
             attn_implementation="eager" if eager else "sdpa",
@@ -218,6 +220,9 @@ def _plain_model(path: Any, config: PreTrainedConfig, placement: dict[str, Any])
         raise ZebraError(
             f"plain transformers does not compute {path}, so there is nothing to hold it against: {first_line(error)}"
         ) from None
+    if method is not None:
+        set_dequantised_dtype(model, placement["dtype"])
+    return model
 
 
 def _random_tokens(config: PreTrainedConfig, n: int, seed: int, placement: dict[str, Any]) -> Tensor:

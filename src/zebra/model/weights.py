@@ -62,6 +62,11 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
         try:
             headers |= _headers(directory / name)
         except _UNREADABLE as error:
+            if "unsupported global" in str(error).lower():  # torch advises to load it all the same
+                raise ZebraError(
+                    f"{directory / name} is a pickle of more than tensors, which would run code when it is loaded. "
+                    "Take the checkpoint as model.safetensors."
+                ) from None
             text = f"{directory / name} is corrupt or truncated: {first_line(error)}. Copy it again."
             raise ZebraError(text) from None
     _check_tensors(path, config, headers)
@@ -170,6 +175,7 @@ def _check_tensors(path: str | os.PathLike[str], config: PreTrainedConfig, heade
     expected = revert_weight_conversion(model, model.state_dict())
     ignored = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), _ROTARY])
     unused = [name for name in headers if name not in expected and name not in tied and not re.search(ignored, name)]
+    _check_numbers(path, expected, headers)
     if unused:
         raise ZebraError(
             f"{path}: the weights have {unused[0]} and {len(unused) - 1} more tensors that config.json does not ask "
@@ -182,15 +188,22 @@ def _check_tensors(path: str | os.PathLike[str], config: PreTrainedConfig, heade
                 f"{path}: config.json asks for {name} of shape {tuple(tensor.shape)}, the weights have {header.shape}. "
                 "Config and weights are of different models."
             )
-        if header is not None and header.dtype is None and tensor.is_floating_point():
-            raise ZebraError(
-                f"{path}: {name} holds integers or 8-bit numbers, and config.json has no quantization_config that says "
-                "how to read them. Copy it from the source again, or take the checkpoint before quantisation."
-            )
         if header is None and tied.get(name) not in headers:
             raise ZebraError(
                 f"{path}: the weights lack {name}, which config.json asks for. "
                 "Config and weights are of different models, or a shard is gone."
+            )
+
+
+def _check_numbers(path: str | os.PathLike[str], expected: dict[str, Tensor], headers: dict[str, _Header]) -> None:
+    """Check that no weight is quantised, without a config that says so."""
+    for name, header in headers.items():
+        weight = name if name in expected else f"{name.rpartition('.')[0]}.weight"
+        instead = weight == name or weight not in headers  # GPTQ has a qweight in place of a weight
+        if header.dtype is None and instead and weight in expected and expected[weight].is_floating_point():
+            raise ZebraError(
+                f"{path}: {name} holds integers or 8-bit numbers, and config.json has no quantization_config that says "
+                "how to read them. Copy it from the source again, or take the checkpoint before quantisation."
             )
 
 
