@@ -164,6 +164,11 @@ class Compared:
         here = [one for one in self.results if one.metric == "perplexity" and span_of(one) == span]
         return next((one.value for one in here if one.layout == layout), math.nan)
 
+    def enough(self, span: Span) -> bool:
+        """Whether half of the planned 16 windows were scored."""
+        scored = [one.n or 0 for one in self.results if one.metric == "perplexity" and span_of(one) == span]
+        return max(scored, default=0) >= 8 * (span[1] - span[0])
+
     def answers(self, layout: str, task: str) -> list[float]:
         """The shares of answers by depth."""
         name = f"retrieval-generate-{task}"
@@ -186,8 +191,9 @@ def checklist(parts: Mapping[str, Sequence[Result]]) -> Section:
     )
 
 
-def _verdict(holds: bool) -> str:
-    return "holds" if holds else "does not hold"
+def _verdict(holds: bool, *, enough: bool = True) -> str:
+    """In words; of too few windows or samples none."""
+    return ("holds" if holds else "does not hold") if enough else "undecided yet"
 
 
 def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
@@ -203,13 +209,13 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
         yield (
             "Without training, perplexity does not rise beyond the trained length.",
             f"{far:.2f} at 8K to 16K, {grouped:.2f} at 4K to 8K; {lost:.1f} as it is",
-            _verdict(far < 1.03 * grouped),
+            _verdict(far < 1.03 * grouped, enough=compared.enough(beyond)),
         )
         short = compared.perplexity("full", near), compared.perplexity(extended, near)
         yield (
             "Within the trained length nothing is lost.",
             f"{grouped:.2f} and {plain:.2f} at 4K to 8K, {short[1]:.2f} and {short[0]:.2f} at 2K to 4K",
-            _verdict(grouped < 1.01 * plain and short[1] < 1.01 * short[0]),
+            _verdict(grouped < 1.01 * plain and short[1] < 1.01 * short[0], enough=compared.enough(beyond)),
         )
     for task in ("passkey", "needle-in-text"):
         if answered := compared.answers(extended, task):
@@ -217,7 +223,7 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
             yield (
                 f"At twice the trained length a {task.replace('-', ' ')} is answered at any depth.",
                 f"{_shares(answered)}; {_shares(before)} as it is",
-                _verdict(min(answered) >= 0.9),
+                _verdict(min(answered) >= 0.9, enough=len(answered) > 2),
             )
     by_setting = Compared(parts.get("groups", ()))
     every = {one: by_setting.perplexity(f"full, self-extend {one}", beyond) for one in (AUTO, *GROUPS)}
@@ -228,7 +234,10 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
         yield (
             "The choice is not a fine one; the largest distance is best at a half to two thirds of the trained length.",
             ", ".join(f"{one} ({_largest(one) / LIMIT:.0%}) {value:.2f}" for one, value in values.items()),
-            _verdict(all(values[one] < 1.01 * best for one in within) and max(values.values()) < 1.05 * best),
+            _verdict(
+                all(values[one] < 1.01 * best for one in within) and max(values.values()) < 1.05 * best,
+                enough=by_setting.enough(beyond),
+            ),
         )
 
 

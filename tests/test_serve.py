@@ -111,6 +111,12 @@ def with_template(checkpoint: Path, folder: Path, template: str = TEMPLATE) -> P
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lm-eval's tests, which send their requests to a proxy that is not there."""
+    monkeypatch.setenv("no_proxy", "*")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_template(STORIES, tmp_path_factory.mktemp("served") / "stories")

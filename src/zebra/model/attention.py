@@ -23,7 +23,7 @@ from zebra.kernels import Mask, attend, autocast
 from zebra.model.documents import PACKING_KWARGS, documents_of
 from zebra.model.operator import attention
 from zebra.model.override import get_override
-from zebra.stripes import LOCAL
+from zebra.stripes import GLOBAL
 
 NAME = "zebra"
 
@@ -148,10 +148,11 @@ def _check_layout(module: nn.Module, window: int | None) -> None:
     """Check that a layer's window is the one of its model's config, of which the cache and others read the layout."""
     config: Any = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
-    if kinds is None or not getattr(config, "use_sliding_window", True):
+    beyond_layer_types = getattr(get_override(module), "beyond_layer_types", False)
+    if kinds is None or beyond_layer_types or not getattr(config, "use_sliding_window", True):
         return
     index: Any = getattr(module, "layer_idx", 0)
-    expected = getattr(config, "sliding_window", None) if kinds[index] == LOCAL else None
+    expected = None if kinds[index] == GLOBAL else getattr(config, "sliding_window", None)
     if window != expected:
         names = {layer: f"a window of {layer}" if layer else "no window" for layer in (window, expected)}
         raise ValueError(

@@ -259,7 +259,8 @@ def _check_training(stage: Stage, source: Path | None, target: Path) -> None:
     dry_run(recipe)
     if isinstance(recipe, CheckpointRecipe) and recipe.lora is not None and not recipe.lora.merge:
         target.mkdir(parents=True)
-        (target / "adapter_config.json").touch()  # no whole checkpoint
+        adapter = {"base_model_name_or_path": str(Path(recipe.model).absolute())}  # no whole checkpoint
+        (target / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
     else:
         _write_placeholder(target, source, config, local_attention_for(recipe), templates)
 

@@ -83,6 +83,9 @@ def summary_attention(
 class SummaryAttention:
     """The attention override of a summary layer: of `block` tokens, by `compute` (an oracle, by the naive formula)."""
 
+    beyond_layer_types = True
+    """Its layers have a window, and `layer_types` of transformers has no word for them."""
+
     def __init__(self, block: int, compute: Callable[..., tuple[Tensor, Tensor | None]] = summary_attention):
         self.block, self.compute = block, compute
 
