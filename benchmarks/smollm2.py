@@ -299,7 +299,8 @@ def picture(results: Sequence[Result]) -> Figure:
         one for one in results if one.metric == "perplexity" and (one.position_from, one.position_to) != (0, one.length)
     ]
     shown = [one for name in names for one in here if re.split(r":|(?<=extend) ", one.layout)[0] == name]
-    return Figure("smollm2", [partial(plot_positions, results=shown)], height=2.9)
+    lines = [replace(one, low=None, high=None) for one in shown]  # the page has the intervals
+    return Figure("smollm2", [partial(plot_positions, results=lines)], height=2.9)
 
 
 def write_page() -> None:

@@ -104,7 +104,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
     """Each perplexity in the table of the README stands in a result of benchmarks/results/, at its positions."""
     results = [result for file in (ROOT / "benchmarks" / "results").glob("*.jsonl") for result in read_results(file)]
     lines = re.findall(r"^\| ([\d,]+)–([\d,]+) (\|.*)$", README, flags=re.MULTILINE)
-    assert len(lines) == 5
+    assert len(lines) == 8
     for start, end, cells in lines:
         low, high = int(start.replace(",", "")), int(end.replace(",", ""))
         measured = {
@@ -113,8 +113,23 @@ def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
             if result.metric == "perplexity" and (result.position_from, result.position_to) == (low, high)
         }
         numbers = re.findall(r"[\d.,]+", cells)
-        assert len(numbers) >= 6
+        assert len(numbers) >= 4
         assert set(numbers) <= measured, set(numbers) - measured
+
+
+def test_the_page_of_smollm2_is_that_of_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/smollm2.py writes it; the README's table of methods has its numbers."""
+    import smollm2
+
+    monkeypatch.setattr(smollm2, "PAGE", tmp_path / "smollm2.md")
+    monkeypatch.setattr(smollm2, "PICTURES", tmp_path / "smollm2")
+    smollm2.write_page()
+    page = (ROOT / "docs" / "results" / "smollm2.md").read_text()
+    assert (tmp_path / "smollm2.md").read_text() == page
+    lines = re.findall(r"^\| .+ \| ([*\d.]+) \| ([*\d.]+) \| \d+ MiB \|$", README, flags=re.MULTILINE)
+    assert len(lines) == 6
+    for cells in lines:
+        assert all(cell.strip("*") in page for cell in cells), cells
 
 
 def test_the_numbers_of_stripes_without_training_are_those_of_the_results() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -22,6 +23,8 @@ HOW = (
 )
 _CLOSE = math.log(1.02)
 """A perplexity that is less than 2 % above the best is as good."""
+_SEVERAL = re.compile(r"\b(\d+)(?:,\d+){3,},(\d+)(?=:)")
+"""The layers of a layout that names them; a picture has room for the first and the last."""
 _COSTS = (
     ("read", "s", "prefill_seconds", 1.0),
     ("a token", "ms", "decode_seconds", 1e-3),
@@ -191,7 +194,7 @@ def _value(results: Results, metric: str, size: float) -> Cell:
 def _panels(compared: Methods) -> Iterable[Callable[[Axes], None]]:
     """Horizontal bars, a line for each method: perplexity at the far positions, answers, reading, cache."""
     series = [*compared.by_series]
-    names = [compared.names[one] for one in series]
+    names = [_SEVERAL.sub(r"\1, … \2", compared.names[one]) for one in series]
     shares = [100 * compared.share(one) for one in series]
     far = [compared.value(one, "perplexity", compared.far) for one in series]
     yield partial(_plot_bars, values=far, names=names, title=f"perplexity, {_short(compared.far)}", log=True)
