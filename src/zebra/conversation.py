@@ -10,7 +10,7 @@ Each prompt is the whole conversation as the template writes it. What it shares 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -148,7 +148,7 @@ class Conversation:
         self.documents = documents
         return len(ids)
 
-    def reply(self, content: str, **options: Any) -> Iterator[str]:
+    def reply(self, content: str, **options: Any) -> Generator[str, None, None]:
         """The answer to a message of the user, in pieces of text as they come.
 
         Closing the iterator ends the answer, which stays in the conversation as far as it came; before its first
@@ -166,7 +166,7 @@ class Conversation:
         self._attempt = 0
         return self._answer([*self.messages, _question(content, self.documents)], [], options)
 
-    def regenerate(self, **options: Any) -> Iterator[str]:
+    def regenerate(self, **options: Any) -> Generator[str, None, None]:
         """Another answer to the last message of the user, in place of the last; draws go by another seed.
 
         Args:
@@ -195,7 +195,9 @@ class Conversation:
         del self.messages[last:]
         return question["content"]
 
-    def _answer(self, messages: list[Message], documents: list[str], options: dict[str, Any]) -> Iterator[str]:
+    def _answer(
+        self, messages: list[Message], documents: list[str], options: dict[str, Any]
+    ) -> Generator[str, None, None]:
         """Checks at once; answers as the iterator is advanced.
 
         Args:
@@ -206,7 +208,7 @@ class Conversation:
         ids = self._encode(messages)
         context_room(self.model, len(ids))
 
-        def pieces() -> Iterator[str]:
+        def pieces() -> Generator[str, None, None]:
             text = ""
             steps = AnswerStream(self.model, self.tokenizer, ids, decoding, self._prefixes, on_prefill=self.on_prefill)
             try:

@@ -7,8 +7,8 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from rich.text import Text
@@ -87,8 +87,11 @@ class ChatSession:
                 f"there is no command {name}. /help lists them; a message that begins with / needs a word before it."
             )
 
-    def _answer(self, pieces: Iterator[str]) -> None:
-        with show.writing(True) as write, self._bar:
+    def _answer(self, pieces: Generator[str, None, None]) -> None:
+        if self._is_terminal:  # a shell's background job inherits that it is ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        # An interrupt may come between two pieces, where the answer would not see it.
+        with closing(pieces), show.writing(True) as write, self._bar:
             assert write is not None
             try:
                 for piece in pieces:
