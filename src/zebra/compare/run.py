@@ -376,5 +376,5 @@ class _Comparison:
         ).stripes
 
 
-_FAILURES = (ZebraError, RuntimeError, MemoryError, NotImplementedError)
+_FAILURES = (ZebraError, RuntimeError, MemoryError)
 """What a method may end in: our own errors, and those of torch, out of memory among them."""

@@ -23,7 +23,7 @@ from zebra.kernels import Mask, attend, autocast
 from zebra.model.documents import PACKING_KWARGS, documents_of
 from zebra.model.operator import attention
 from zebra.model.override import get_override
-from zebra.stripes import GLOBAL
+from zebra.stripes import LOCAL
 
 NAME = "zebra"
 
@@ -152,7 +152,7 @@ def _check_layout(module: nn.Module, window: int | None) -> None:
     if kinds is None or beyond_layer_types or not getattr(config, "use_sliding_window", True):
         return
     index: Any = getattr(module, "layer_idx", 0)
-    expected = None if kinds[index] == GLOBAL else getattr(config, "sliding_window", None)
+    expected = getattr(config, "sliding_window", None) if kinds[index] == LOCAL else None
     if window != expected:
         names = {layer: f"a window of {layer}" if layer else "no window" for layer in (window, expected)}
         raise ValueError(
