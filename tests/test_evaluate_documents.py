@@ -174,6 +174,37 @@ def test_the_likelihood_is_per_token_and_over_the_references(model: Any, tokeniz
         assert value == pytest.approx(sum(each) / len(each), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "loading",
+    [
+        {"stripes": "GLLL:33+2"},
+        {"stripes": "GLLL:33", "self_extend": "4:32"},
+        {"stripes": "GLLL:33", "full_decode": True},
+    ],
+    ids=["striped", "self-extend", "full-decode"],
+)
+def test_what_long_prompts_share_is_read_once(loading: dict[str, Any], tokenizer: Any) -> None:
+    """Two documents with several questions, and a prompt that leaves its document in the middle, in mixed order."""
+    model = zebra.load(STORIES, **loading)
+    one, other = (tokenizer(tale)["input_ids"][i:] for i, tale in enumerate(("".join(TALES[:3]), "".join(TALES[3:6]))))
+    documents = [one[:400], other[:430], one[:300] + other[:100]]
+    ends = [(0, (403, 407)), (1, (432,)), (0, (403, 261)), (2, (407,)), (1, (261, 5)), (0, (9,))]
+    prompts = [[*documents[i], *end] for i, end in ends]
+    references = [[(403, 407), (261,)]] * len(prompts)
+    room = {"max_new_tokens": [8] * len(prompts)}
+    alone = [
+        (*greedy_answers(model, tokenizer, [ids], max_new_tokens=[8]), *per_token(model, [ids], references[:1]))
+        for ids in prompts
+    ]
+    read = []
+    hook = model.register_forward_hook(lambda _, args, output: read.append(args[0].numel() if args else 0))
+    answers = greedy_answers(model, tokenizer, prompts, **room, batch_tokens=128)
+    hook.remove()
+    assert answers == [answer for answer, _ in alone]
+    assert per_token(model, prompts, references, batch_tokens=128) == pytest.approx([one for _, one in alone], abs=1e-4)
+    assert sum(read) == len({tuple(ids[:n]) for ids in prompts for n in range(1, len(ids))})
+
+
 class Copier(Scripted):
     """Goes on as the text went on before, behind the same token."""
 

@@ -9,7 +9,7 @@ import warnings
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,7 +174,8 @@ def test_an_answer_counts_where_the_continuation_has_it(
 ) -> None:
     (sample,) = needles.samples("multivalue", length=300, depth=0.5)
     answer = f"{sample.answers[2].text}, {sample.distractors[0].text} and {sample.answers[0].text}."
-    monkeypatch.setattr(scoring, "generate_tokens", lambda *_, **__: [tokenizer.encode(answer)])
+    sequence = torch.tensor([[*sample.ids, *tokenizer.encode(answer)]])
+    monkeypatch.setattr(scoring, "generate_with", lambda *_, **__: SimpleNamespace(sequences=sequence))
     assert retrieval(striped, tokenizer, [sample]) == [0.5]
 
 

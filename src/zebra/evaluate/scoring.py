@@ -1,15 +1,22 @@
-"""What a model answers to prompts, and how likely given answers are; prompts of like length run together.
+"""What a model answers to prompts, and how likely given answers are.
 
-prompts, padded on the left          answers, padded on the right
-[.. .. p0 p1 p2]  ─► cache ─► copy   [p2 a0 a1 ..]
-[p0 p1 p2 p3 p4]             copy    [p4 a0 a1 a2]      for each answer a copy of the cache
+Short prompts of like length are read together. Long ones are read one by one, and what begins like the one before is
+not read again, such as a document with several questions:
+
+    prompts, padded on the left          answers, padded on the right
+    [.. .. p0 p1 p2]  ─► cache ─► copy   [p2 a0 a1 ..]
+    [p0 p1 p2 p3 p4]             copy    [p4 a0 a1 a2]      for each answer a copy of the cache
+
+    [ document | question 1 ]  ─► cache, cut where question 1 begins
+               [ question 2 ]  ─► the rest of the cache
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -19,13 +26,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zebra.data.encoding import decode
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import evaluating
-from zebra.generation import generate_tokens
+from zebra.generation import Decoding, generate_with
+from zebra.model.cache import StripedCache
 from zebra.model.finite import checking_logits
 from zebra.model.self_extend import bounded_cache
 
 SCORES = ("generate", "likelihood")
 BATCH_TOKENS = 8192
 """Tokens of prompts that run at once; a longer prompt is read in chunks of as many."""
+_SHARED = 256
+"""Fewer tokens are read again."""
 
 Ids = Sequence[int]
 
@@ -57,16 +67,15 @@ def greedy_answers(
         advance: takes the tokens of the prompts that are done.
     """
     answers = [""] * len(prompts)
-    for batch in _batches(prompts, batch_tokens):
-        ids, mask = padded([prompts[i] for i in batch], model.device, side="left")
-        options: dict[str, Any] = {"max_new_tokens": max(max_new_tokens[i] for i in batch), "stop": tuple(stop)}
-        if ids.shape[1] > batch_tokens:
-            options["prefill_chunk"] = batch_tokens
+    for batch in _read(model, prompts, batch_tokens):
+        room = max(max_new_tokens[i] for i in batch.indices)
+        decoding = Decoding(max_new_tokens=room, stop=tuple(stop))
         with evaluating(model):
-            new = generate_tokens(model, tokenizer, ids, mask, **options)
-        for i, text in zip(batch, (decode(tokenizer, tokens) for tokens in new), strict=True):
+            output = generate_with(model, tokenizer, batch.ids, batch.mask, decoding, past_key_values=batch.cache)
+        new = output.sequences[:, batch.ids.shape[1] :].tolist()
+        for i, text in zip(batch.indices, (decode(tokenizer, tokens) for tokens in new), strict=True):
             answers[i] = min((text.partition(string)[0] for string in stop), key=len, default=text).strip()
-        advance(int(mask.sum()))
+        advance(int(batch.mask.sum()))
     return answers
 
 
@@ -88,42 +97,93 @@ def log_likelihoods(
         advance: takes the tokens of the prompts that are done.
     """
     sums: list[list[float]] = [[] for _ in prompts]
-    for batch in _batches(prompts, batch_tokens):
+    for batch in _read(model, prompts, batch_tokens):
         with evaluating(model), checking_logits(model):
-            of_batch = _of_batch(model, [prompts[i] for i in batch], [answers[i] for i in batch], batch_tokens)
-        for i, of_prompt in zip(batch, of_batch, strict=True):
+            of_batch = _of_batch(model, batch, [answers[i] for i in batch.indices])
+        for i, of_prompt in zip(batch.indices, of_batch, strict=True):
             sums[i] = of_prompt
-        advance(sum(len(prompts[i]) for i in batch))
+        advance(int(batch.mask.sum()))
     return sums
 
 
-def _of_batch(
-    model: PreTrainedModel, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]], chunk: int
-) -> list[list[float]]:
-    ids, mask = padded(prompts, model.device, side="left")
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    before, cache = ids.shape[1] - 1, bounded_cache(model)
-    cache.set_prompt_length(ids.shape[1])
-    for start in range(0, before, chunk):
-        end = min(start + chunk, before)
-        model(
-            ids[:, start:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    sums: list[list[float]] = [[] for _ in prompts]
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts that have been read but for the last token.
+
+    Attributes:
+        indices: which of the prompts.
+        ids, mask: (B, T), padded on the left.
+        cache: of T - 1 tokens.
+    """
+
+    indices: list[int]
+    ids: Tensor
+    mask: Tensor
+    cache: StripedCache
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, T), 0 under padding."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _read(model: PreTrainedModel, prompts: Sequence[Ids], batch_tokens: int) -> Iterator[_Batch]:
+    """All prompts, in batches of at most `batch_tokens` when padded; a longer one is read in chunks of as many."""
+    short = [i for i, prompt in enumerate(prompts) if 2 * len(prompt) <= batch_tokens]
+    for indices in _batches(short, prompts, batch_tokens):
+        batch = _Batch(indices, *padded([prompts[i] for i in indices], model.device, side="left"), bounded_cache(model))
+        _extend(model, batch, batch.ids.shape[1] - 1, batch_tokens)
+        yield batch
+    long = sorted({*range(len(prompts))} - {*short}, key=lambda i: list(prompts[i]))
+    shared = [_shared(prompts[i], prompts[j]) for i, j in pairwise(long)]
+    beginnings: list[StripedCache] = []  # of the prompt before, each longer than the last
+    for at, i in enumerate(long):
+        while beginnings and beginnings[-1].get_seq_length() > shared[at - 1]:
+            beginnings.pop()
+        cache = (beginnings and beginnings[-1].cut(beginnings[-1].get_seq_length())) or bounded_cache(model)
+        batch = _Batch([i], *padded([prompts[i]], model.device, side="left"), cache)
+        for end in sorted({one for one in accumulate(shared[at:], min) if one > cache.get_seq_length()}):
+            _extend(model, batch, end, batch_tokens)
+            if (beginning := cache.cut(end)) is not None:
+                beginnings.append(beginning)
+        _extend(model, batch, len(prompts[i]) - 1, batch_tokens)
+        yield batch
+
+
+def _shared(one: Ids, other: Ids) -> int:
+    """How many first tokens two prompts share, the last token of each left out; 0 for a few."""
+    shorter = min(len(one), len(other)) - 1
+    common = next((i for i in range(shorter) if one[i] != other[i]), shorter)
+    return common if common >= _SHARED else 0
+
+
+def _extend(model: PreTrainedModel, batch: _Batch, end: int, chunk: int) -> None:
+    """Read the tokens before `end` that the cache does not hold yet."""
+    batch.cache.set_prompt_length(batch.ids.shape[1])
+    for start in range(batch.cache.get_seq_length(), end, chunk):
+        stop = min(start + chunk, end)
+        with evaluating(model), checking_logits(model):
+            model(
+                batch.ids[:, start:stop],
+                attention_mask=batch.mask[:, :stop],
+                position_ids=batch.positions[:, start:stop],
+                past_key_values=batch.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+
+
+def _of_batch(model: PreTrainedModel, batch: _Batch, answers: Sequence[Sequence[Ids]]) -> list[list[float]]:
+    sums: list[list[float]] = [[] for _ in answers]
     for i in range(max(map(len, answers))):
         # the i-th answer of each prompt; a prompt with fewer answers repeats its last one, which is not counted
         answer, real = padded([some[min(i, len(some) - 1)] for some in answers], model.device, side="right")
         steps = torch.arange(answer.shape[1], device=model.device)
         logits = model(
-            torch.cat([ids[:, -1:], answer[:, :-1]], dim=1),
-            attention_mask=torch.cat([mask, real[:, :-1]], dim=1),
-            position_ids=positions[:, -1:] + steps,
-            past_key_values=copy.deepcopy(cache),
+            torch.cat([batch.ids[:, -1:], answer[:, :-1]], dim=1),
+            attention_mask=torch.cat([batch.mask, real[:, :-1]], dim=1),
+            position_ids=batch.positions[:, -1:] + steps,
+            past_key_values=copy.deepcopy(batch.cache),
             use_cache=True,
         ).logits
         of_tokens = logits.float().log_softmax(-1).gather(-1, answer[..., None])[..., 0]
@@ -143,10 +203,10 @@ def padded(sequences: Sequence[Ids], device: torch.device, *, side: str) -> tupl
     return padded.to(device), mask.to(device)
 
 
-def _batches(prompts: Sequence[Ids], batch_tokens: int) -> list[list[int]]:
-    """The indices of prompts, longest first, as many together as fit into `batch_tokens` when padded."""
+def _batches(indices: Sequence[int], prompts: Sequence[Ids], batch_tokens: int) -> list[list[int]]:
+    """The indices, longest prompts first, as many together as fit into `batch_tokens` when padded."""
     batches: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+    for i in sorted(indices, key=lambda i: -len(prompts[i])):
         if batches and (len(batches[-1]) + 1) * len(prompts[batches[-1][0]]) <= batch_tokens:
             batches[-1].append(i)
         else:
