@@ -11,6 +11,8 @@ are copied to benchmarks/results/smollm2-PART.jsonl.
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import re
 import shlex
@@ -23,12 +25,12 @@ from pathlib import Path
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
-from zebra.report import methods, page, perplexity, retrieval, selection
+from zebra.report import methods, page, perplexity, retrieval, selection, tasks
 from zebra.report.answers import answers
 from zebra.report.figures import Figure, plot_positions
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
-from zebra.report.pivot import interval_cell, split, table
+from zebra.report.pivot import interval_cell, split, table, where
 from zebra.report.series import Span, buckets, by_kind, percent, span_name, span_of
 from zebra.results import Result, read_results, write_results
 
@@ -44,6 +46,7 @@ LIMIT, WINDOW = 8192, 1024
 AUTO = "8:2048"
 """What `auto:16384` takes."""
 GROUPS = ("4:1024", "4:2048", "8:1024", "8:4096", "16:2048")
+BESIDE = {"source": "the source", "trained": "the full model trained alike"}
 TRAINED = ("lcat-smollm2", "lcat-smollm2-offset", "lcat-smollm2-full")
 
 _LCAT = "adapt recipes/lcat-smollm2-cpu.yaml"
@@ -79,16 +82,50 @@ PARTS = {
         + " ".join(f"--with checkpoint=runs/{run}/model" for run in TRAINED),
     ),
 }
-"""Of each part the folder that its command writes, and the command without it."""
+"""Of each part the folder that its command writes, and the command without it; beside them the part `documents`."""
+
+TUNED = {"as it was": MODEL, "adapted to stripes": "runs/lcat-smollm2/model", "then tuned": "runs/lit-smollm2/model"}
+_DOCUMENTS = (
+    "evaluate documents {model} examples/instructions/squality_dev.jsonl --length 8192 --chat "
+    "--template '{{document}}\n\n{{question}}' --score {score} --limit {limit} --items {folder}/{stem}-items.jsonl"
+)
+_LIMITS = {"likelihood": 50, "generate": 25}
+ANSWERS = RESULTS.parent / "smollm2-answers.json"
 
 
 def measure(part: str) -> None:
     """Run the command of a part, and copy its results."""
+    if part == "documents":
+        _measure_documents(Path("runs/smollm2-documents"))
+        return
     folder, command = PARTS[part]
-    arguments = [*shlex.split(command), *(["--set", f"run={folder}"] if "recipes/" in command else ["--out", folder])]
-    print(f"zebra {shlex.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "zebra", *arguments], check=True, cwd=ROOT)
+    _zebra(f"{command} {f'--set run={folder}' if 'recipes/' in command else f'--out {folder}'}")
     write_results(RESULTS / f"smollm2-{part}.jsonl", read_results(ROOT / folder / "results.jsonl"))
+
+
+def _zebra(command: str) -> None:
+    print(f"zebra {command}", flush=True)
+    subprocess.run([sys.executable, "-m", "zebra", *shlex.split(command)], check=True, cwd=ROOT)
+
+
+def _measure_documents(folder: Path) -> None:
+    """Questions about stories that nothing was trained on, by each model; the first question of three as a sample."""
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    samples: dict[str, dict[str, str]] = {}
+    for at, (name, model) in enumerate(TUNED.items()):
+        for score, limit in _LIMITS.items():
+            stem = f"{at}-{score}"
+            file = folder / f"{stem}.jsonl"
+            if not (ROOT / file).is_file():
+                command = _DOCUMENTS.format(model=model, score=score, limit=limit, folder=folder, stem=stem)
+                _zebra(f"{command} --out {file}")
+            results += read_results(ROOT / file)
+        items = map(json.loads, (ROOT / folder / f"{stem}-items.jsonl").read_text().splitlines())
+        for item in itertools.islice(items, 0, 15, 5):
+            samples.setdefault(f"{item['group']}: {item['question']}", {})[name] = item["prediction"]
+    write_results(RESULTS / "smollm2-documents.jsonl", results)
+    atomic_write(ANSWERS, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
 # The page, from the results
@@ -112,14 +149,19 @@ def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
     }
     lines = [([Cell(name)], [one for one in here if (one.model, one.layout) == key]) for key, name in names.items()]
     shown = [(Cell(span_name(span)), _at(span, interval_cell)) for span in spans]
-    closed = [[Cell(part), *_closed(parts, part, spans)] for part in ("chosen", "offset") if part in parts]
+    closed = [
+        [Cell(part), Cell(name), *_closed(parts, part, spans, beside)]
+        for part in ("chosen", "offset")
+        if part in parts
+        for beside, name in BESIDE.items()
+    ]
     prose = (
         "40 steps of 8,192 tokens of low-rank updates, the same for each layout, on six novels and two programs; "
         "measured on two novels that are not among them. With two documents an interval says how far apart they are. "
-        "The share of the gap closed compares the adapted model with the full one that was trained the same way, so "
-        "that what both learn of novels does not count."
+        "The share of the gap closed is beside the source as it was; and beside the full model that was trained the "
+        "same way, so that what both learn of novels does not count."
     )
-    head = [Cell("layout"), *(Cell(span_name(span)) for span in spans)]
+    head = [Cell("layout"), Cell("beside"), *(Cell(span_name(span)) for span in spans)]
     blocks: list[str | Table | Figure] = [prose, table("Perplexity by position", [Cell("model")], lines, shown)]
     return Section("Adapted to stripes", [*blocks, Table("Share of the gap that training closed", head, closed)])
 
@@ -128,11 +170,11 @@ def _at(span: Span, show: Callable[..., Cell]) -> Callable[[Sequence[Result]], C
     return lambda results: show([one for one in results if span_of(one) == span])
 
 
-def _closed(parts: Mapping[str, Sequence[Result]], part: str, spans: Sequence[Span]) -> list[Cell]:
+def _closed(parts: Mapping[str, Sequence[Result]], part: str, spans: Sequence[Span], beside: str) -> list[Cell]:
     """By span, the share of a layout's excess loss that training took away: 1 - excess after / excess before.
 
-    An excess is ln(striped / full), before of the untrained model over the source, after of the adapted one over the
-    full model that was trained the same way, so that what both learn of the text does not count.
+    An excess is ln(striped / full): before, of the untrained model over the source; after, of the adapted one over the
+    source as it was or the full model that was trained the same way.
     """
     cells = []
     for span in spans:
@@ -146,7 +188,8 @@ def _closed(parts: Mapping[str, Sequence[Result]], part: str, spans: Sequence[Sp
         four = [ones[-1] for ones in (source, before, after, trained) if ones]
         excess = math.log(before[-1].value / source[-1].value) if before and source else 0.0
         if len(four) == 4 and excess > 1e-3:
-            share = 1 - math.log(after[-1].value / trained[-1].value) / excess
+            reference = (source if beside == "source" else trained)[-1].value
+            share = 1 - math.log(after[-1].value / reference) / excess
             cells.append(Cell(percent(share, 0), results=four))
         else:
             cells.append(Cell("–"))
@@ -246,14 +289,50 @@ def _adaptation_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[
         here = [one for one in parts.get(part, ()) if one.metric == "perplexity" and "@" not in one.model]
         if not here:
             continue
-        cells = _closed(parts, part, [span for span in buckets(here) if span[0] >= WINDOW])
-        shares = [cell.text for cell in cells if cell.results]
-        if shares:
-            yield (
-                f"A short adaptation closes four fifths of the gap of {layout} at every position.",
-                f"from 1K to 8K: {', '.join(shares)}",
-                _verdict(all(float(share.rstrip(" %").replace("−", "-")) >= 80 for share in shares)),
-            )
+        spans = [span for span in buckets(here) if span[0] >= WINDOW]
+        for beside, name in BESIDE.items():
+            shares = [cell.text for cell in _closed(parts, part, spans, beside) if cell.results]
+            if shares:
+                yield (
+                    f"A short adaptation closes four fifths of the gap of {layout} to {name}, at every position.",
+                    f"from 1K to 8K: {', '.join(shares)}",
+                    _verdict(all(float(share.rstrip(" %").replace("−", "-")) >= 80 for share in shares)),
+                )
+
+
+def documents(results: Sequence[Result]) -> Section:
+    """Questions about unseen stories before and after, and samples of the answers."""
+    here = [one for one in results if not one.task.startswith("documents-check")]
+    if not here:
+        return Section("Questions about long stories", [])
+    named = {model: name for name, model in TUNED.items()}
+    lines = [
+        ([Cell(named[model]), Cell(layout)], ones) for (model, layout), ones in split(here, _model_and_layout).items()
+    ]
+    metrics = [
+        (Cell(metric.replace("_", " ")), where(tasks.mean_cell, metric=metric)) for metric in split(here, _metric)
+    ]
+    prose = (
+        "Ten stories of SQuALITY's development set, of at most 7,300 tokens, 50 questions; answers were generated for "
+        "25 of them, greedily, up to 128 tokens. Log-likelihoods are in nats a token of the reference answers (four a "
+        "question), after the story and the question, and after the question alone. ROUGE and F1 are against the best "
+        "of the four."
+    )
+    samples = json.loads(ANSWERS.read_text()) if ANSWERS.is_file() else {}
+    rows = [
+        [Cell(question), *(Cell(answers.get(name, "–")) for name in TUNED)] for question, answers in samples.items()
+    ]
+    head = [Cell("the first question of three stories"), *map(Cell, TUNED)]
+    scores = table("Scores", [Cell("model"), Cell("layout")], lines, metrics)
+    return Section("Questions about long stories", [prose, scores, Table("Samples of answers", head, rows, False)])
+
+
+def _model_and_layout(result: Result) -> tuple[str, str]:
+    return result.model, result.layout
+
+
+def _metric(result: Result) -> str:
+    return result.metric
 
 
 def _shares(shares: Sequence[float]) -> str:
@@ -289,7 +368,16 @@ def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
         shown.append(Section(title, named))
     chosen = selection.selection(parts.get("selection", []))
     tuned = answers(by_kind(parts.get("lit", []))["answers"])
-    return [shown[0], shown[1], shown[2], chosen, adaptation(parts), shown[3], tuned]
+    return [
+        shown[0],
+        shown[1],
+        shown[2],
+        chosen,
+        adaptation(parts),
+        shown[3],
+        tuned,
+        documents(parts.get("documents", [])),
+    ]
 
 
 def picture(results: Sequence[Result]) -> Figure:
@@ -309,7 +397,7 @@ def write_page() -> None:
     Raises:
         ZebraError: no results.
     """
-    files = {part: RESULTS / f"smollm2-{part}.jsonl" for part in PARTS}
+    files = {part: RESULTS / f"smollm2-{part}.jsonl" for part in (*PARTS, "documents")}
     parts = {part: read_results(file) for part, file in files.items() if file.is_file()}
     results = [one for part in parts.values() for one in part]
     if not results:
@@ -324,9 +412,9 @@ def write_page() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    if unknown := [one for one in arguments if one not in (*PARTS, "--page")]:
-        raise ZebraError(f"parts are {', '.join(PARTS)}, or --page alone; got {', '.join(unknown)}.")
-    for part in [] if "--page" in arguments else arguments or PARTS:
+    if unknown := [one for one in arguments if one not in (*PARTS, "documents", "--page")]:
+        raise ZebraError(f"parts are {', '.join(PARTS)}, documents, or --page alone; got {', '.join(unknown)}.")
+    for part in [] if "--page" in arguments else arguments or (*PARTS, "documents"):
         measure(part)
     write_page()
 
