@@ -1,74 +1,173 @@
-"""Turns of a conversation about a document: seconds to the first token and tokens per second, of ours and of servers.
+"""Three turns of a chat about a long document, of zebra and of other servers: docs/results/turns.md.
 
-python benchmarks/turns.py CHECKPOINT                  all subjects, at 4,096 and 16,384 tokens
-python benchmarks/turns.py CHECKPOINT 4096 zebra       this length, and the subjects with this in their names
-python benchmarks/turns.py CHECKPOINT 4096 llama-server --gguf MODEL-F16.gguf
+make demo-llm                                                 first: it makes the checkpoint in runs/demo-llm/smollm2
+python benchmarks/turns.py                                    every subject that can run here; a rerun continues
+python benchmarks/turns.py serve llama-server --length 4096   these subjects alone, at this length
+python benchmarks/turns.py --page                             measure nothing; write the page again
 
-The conversation is a document of the benchmark's books with a question, then two more questions; answers are greedy,
-each of 64 tokens. Subjects are `zebra.Conversation` three ways, `transformers serve` where its extra is installed, and
-`llama-server` where it is on the path and --gguf names the model. Each server runs alone, on a port of its own, and is
-asked through its streaming chat endpoint. The context that a subject cannot hold is left out, with a line on stderr.
+Subjects are `conversation` (`zebra.Conversation`) and `serve` (`zebra serve`), each with full attention, with stripes
+(`conversation-stripes`, `serve-stripes`) and with Self-Extend (`-self-extend`); `transformers` (`transformers serve`)
+and `llama-server`, which need their packages, and the second a GGUF file of the model (--gguf). Beyond the trained
+length a full model takes YaRN in zebra, and a striped one Self-Extend. The others answer beyond it as they are: as
+fast, and without sense.
 
-Results go to benchmarks/results/turns-<name>.jsonl after each subject, in place of earlier ones of it at that length.
+Each subject answers a short message first, then three about the document, greedily, with at most 64 tokens. Its results
+are in --out as soon as it has ended. What is there already is not measured again: delete its lines to measure anew.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zebra.conversation import Conversation
+import turns_page
+from turns_subjects import Chat, in_process, llama_server, transformers_serve, zebra_serve
 from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.context import longest_text
 from zebra.model.load import device_name
+from zebra.model.self_extend import resolve_self_extend
+from zebra.plan.cost import Run
+from zebra.plan.decoder import read_decoder
+from zebra.plan.memory import kv_bytes, snapshot_bytes
+from zebra.provenance import versions
 from zebra.results import Result, read_results, write_results
+from zebra.stripes import Stripes
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "turns.jsonl"
 BOOKS = ROOT / "examples" / "books" / "validation"
-LENGTHS = (4096, 16384)
-QUESTIONS = ("What is this text about?", "Who is named in it?", "How does it end?")
-ANSWER = 64
-"""Tokens of an answer, at most."""
-STRIPES = "GLLL:512"
+QUESTIONS = (
+    "Summarise this text in many words.",
+    "Who is in it? Describe them, one after another.",
+    "What happens at its end? Tell it in your own words.",
+)
+ROOM = 1024
+"""Tokens beside the document: the template, questions and answers."""
+WARM_UP = "Write a sentence about this.\n\n" + "The quick brown fox jumps over the lazy dog. " * 40
+"""Loads what a first answer loads, kernels for long prompts too."""
+STRIPES = "7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024"
+"""What `zebra select` chose for SmolLM2-135M-Instruct (benchmarks/smollm2.py)."""
+SNAPSHOTS = 4
+"""How many the cache of a conversation keeps at most."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What one turn took.
+class Subject:
+    """What is measured.
 
     Attributes:
-        first: seconds from the request to the first piece of text, tokenising and transport included.
-        rate: pieces of text per second after the first; a piece is a token but for rare characters.
-        cached, cache_bytes: tokens of the prompt that were not read, and bytes of the cache; None where unknown.
+        model: in the results.
+        chat: begins a conversation.
+        loading: how zebra loads the checkpoint; None for others.
+        versions: of what it runs besides.
     """
 
-    first: float
-    rate: float | None
-    cached: int | None = None
-    cache_bytes: int | None = None
+    model: str
+    chat: Callable[[], AbstractContextManager[Chat]]
+    loading: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] | None = None
 
 
-Ask = Callable[[str], Iterator[str]]
+def subjects(checkpoint: Path, length: int, stripes: str, gguf: Path | None) -> dict[str, Subject]:
+    """Those that can run here, by the names that choose them."""
+    needed, trained = length + ROOM, longest_text(read_config(str(checkpoint))) or sys.maxsize
+    extended = {"self_extend": f"auto:{max(needed, trained + 1)}"}
+    beyond = needed > trained
+    ways = {
+        "": {"rope": f"yarn:{-(-needed // trained)}"} if beyond else {},
+        "-stripes": {"stripes": stripes, **(extended if beyond else {})},
+        "-self-extend": extended,
+    }
+    table = {
+        f"{name}{way}": Subject(checkpoint.name, partial(chat, checkpoint, loading), loading)
+        for name, chat in (("conversation", in_process), ("serve", zebra_serve))
+        for way, loading in ways.items()
+    }
+    if all(map(find_spec, ("fastapi", "uvicorn", "openai"))):
+        table["transformers"] = Subject(checkpoint.name, partial(transformers_serve, checkpoint))
+    if gguf and shutil.which("llama-server"):
+        lines = subprocess.run(["llama-server", "--version"], capture_output=True, text=True, check=True)
+        version = re.search(r"version: (.*)", lines.stdout + lines.stderr)
+        of = {"llama.cpp": version[1] if version else "unknown"}
+        table["llama-server"] = Subject(gguf.name, partial(llama_server, gguf, needed), versions=of)
+    return table
 
 
-def document(tokenizer: Any, tokens: int) -> str:
+def measure(run: str, subject: Subject, checkpoint: Path, length: int) -> list[Result]:
+    """The results of one subject."""
+    text = document(checkpoint, length)
+    rows: list[Result] = []
+    with subject.chat() as chat:
+        "".join(chat.ask(WARM_UP))
+        chat.clear()
+        for number, question in enumerate(QUESTIONS, 1):
+            pieces, first, rate = timed(chat.ask(question if number > 1 else f"{text}\n\n{question}"))
+            counts = chat.counts()
+            values = {"seconds_to_first_token": first, "tokens_per_second": rate, **counts}
+            if number == len(QUESTIONS):
+                values["cache_bytes"] = chat.cache_bytes()
+                if subject.loading is not None:
+                    whole = int(counts["prompt_tokens"]) + pieces
+                    values["planned_cache_bytes"] = planned_bytes(checkpoint, whole, subject.loading)
+            rows += [
+                Result(
+                    run=run,
+                    model=subject.model,
+                    layout=chat.layout,
+                    task=f"turn {number}",
+                    metric=metric,
+                    value=value,
+                    length=length,
+                    n=pieces if metric == "tokens_per_second" else None,
+                    device=device_name("cpu"),
+                    versions=versions() | dict(subject.versions or {}),
+                )
+                for metric, value in values.items()
+                if value is not None
+            ]
+    return rows
+
+
+def timed(pieces: Iterator[str]) -> tuple[int, float, float | None]:
+    """How many pieces an answer has, the seconds to the first, and pieces per second after that."""
+    start = time.perf_counter()
+    times = [time.perf_counter() for _ in pieces]
+    if not times:
+        raise ZebraError("the subject answered nothing. Ask another question.")
+    return len(times), times[0] - start, (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+
+
+def planned_bytes(checkpoint: Path, tokens: int, loading: Mapping[str, Any]) -> int:
+    """Bytes of the keys and values of so many tokens, and of all snapshots, as the plan has them."""
+    config, decoder = read_config(str(checkpoint)), read_decoder(str(checkpoint))
+    run = Run(
+        decoder=decoder,
+        stripes=Stripes.parse(loading["stripes"]) if "stripes" in loading else decoder.stripes,
+        length=tokens,
+        dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+        self_extend=resolve_self_extend(loading["self_extend"], config) if "self_extend" in loading else None,
+    )
+    return kv_bytes(run) + SNAPSHOTS * snapshot_bytes(run)
+
+
+def document(checkpoint: Path, tokens: int) -> str:
     """The beginning of the books, of so many tokens."""
+    tokenizer = load_tokenizer(str(checkpoint), read_config(str(checkpoint)))
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(BOOKS.glob("*.txt")))
     ids = tokenizer(text[: tokens * 12], add_special_tokens=False)["input_ids"]
     if len(ids) < tokens:
@@ -76,179 +175,36 @@ def document(tokenizer: Any, tokens: int) -> str:
     return str(tokenizer.decode(ids[:tokens]))
 
 
-def timed(pieces: Iterator[str]) -> tuple[str, float, float | None]:
-    """A text, the seconds to its first piece, and pieces per second after that."""
-    start, times, text = time.perf_counter(), list[float](), ""
-    for piece in pieces:
-        times.append(time.perf_counter())
-        text += piece
-    if not times:
-        raise ZebraError("the subject answered nothing. Ask another question.")
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
-    return text, times[0] - start, rate
-
-
-def ours(checkpoint: Path, **options: Any) -> Callable[[str], list[Turn]]:
-    """Three turns of `zebra.Conversation`, loaded with some options."""
-
-    def run(text: str) -> list[Turn]:
-        chat, turns = Conversation(checkpoint, max_new_tokens=ANSWER, **options), []
-        for question in QUESTIONS:
-            message = question if chat.messages else f"{text}\n\n{question}"
-            _, first, rate = timed(chat.reply(message))
-            assert chat.last is not None
-            turns.append(Turn(first, rate, chat.last.cached_tokens, chat.cache_bytes))
-        return turns
-
-    return run
-
-
-def served(command: list[str], port: int, model: str) -> Callable[[str], list[Turn]]:
-    """Three turns through a server's streaming chat endpoint."""
-
-    def run(text: str) -> list[Turn]:
-        turns, messages = list[Turn](), list[dict[str, str]]()
-        with _server(command, port):
-            for question in QUESTIONS:
-                content = question if messages else f"{text}\n\n{question}"
-                messages.append({"role": "user", "content": content})
-                answer, first, rate = timed(_streamed(port, model, messages))
-                messages.append({"role": "assistant", "content": answer})
-                turns.append(Turn(first, rate))
-        return turns
-
-    return run
-
-
-def _streamed(port: int, model: str, messages: list[dict[str, str]]) -> Iterator[str]:
-    body = {"model": model, "messages": messages, "stream": True, "max_tokens": ANSWER, "temperature": 0}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=3600) as response:
-        for line in response:
-            if line.startswith(b"data: {"):
-                delta = json.loads(line[6:])["choices"][0]["delta"]
-                if delta.get("content"):
-                    yield delta["content"]
-
-
-@contextmanager
-def _server(command: list[str], port: int) -> Iterator[None]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, OSError):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise ZebraError(f"{' '.join(command)} does not come up. Run it by hand to see why.") from None
-                time.sleep(0.5)
-        yield
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def subjects(checkpoint: Path, length: int, gguf: Path | None) -> dict[tuple[str, str], Callable[[str], list[Turn]]]:
-    """Those that can hold a document of so many tokens here, by the names of their model and layout in the results."""
-    reach = longest_text(read_config(str(checkpoint)))
-    needed = length + 1024
-    fits = reach is None or needed <= reach
-    one_thread, port = str(torch.get_num_threads()), _free_port()
-    extended = {"self_extend": f"auto:{max(needed, (reach or 0) + 1)}"}
-    rest: dict[str, Any] = {} if fits else extended
-    suffix = "" if fits else ", Self-Extend"
-    table = {
-        ("zebra", "full" + suffix): ours(checkpoint, **rest),
-        ("zebra", STRIPES + suffix): ours(checkpoint, stripes=STRIPES, **rest),
-    }
-    if fits:
-        table["zebra", "full, Self-Extend"] = ours(checkpoint, **extended)
-        command = [str(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1"]
-        command += ["--port", str(port), "--device", "cpu", "--dtype", "auto"]
-        if _has_modules("fastapi", "uvicorn", "openai"):
-            table["transformers serve", "full"] = served(command, port, str(checkpoint.absolute()))
-        else:
-            print("transformers serve is left out: its extra `serving` is not installed", file=sys.stderr)
-        server = shutil.which("llama-server")
-        if server and gguf:
-            command = [server, "-m", str(gguf), "-c", str(needed), "-t", one_thread, "-np", "1", "--port", str(port)]
-            table[f"llama-server {gguf.stem}", "full"] = served(command, port, gguf.stem)
-        else:
-            print("llama-server is left out: it is not on the path, or no --gguf names its model", file=sys.stderr)
-    return table
-
-
-def _has_modules(*names: str) -> bool:
-    from importlib.util import find_spec
-
-    return all(find_spec(name) for name in names)
-
-
-def results(model: str, layout: str, length: int, turns: list[Turn]) -> list[Result]:
-    rows = []
-    for number, turn in enumerate(turns, 1):
-        values = {
-            "seconds to the first token": turn.first,
-            "tokens per second": turn.rate,
-            "cached tokens": turn.cached,
-            "cache bytes": turn.cache_bytes,
-        }
-        rows += [
-            Result(
-                run="turns",
-                model=model,
-                layout=layout,
-                task=f"turn {number} of a chat",
-                metric=metric,
-                value=float(value),
-                length=length,
-                device=device_name("cpu"),
-            )
-            for metric, value in values.items()
-            if value is not None
-        ]
-    return rows
-
-
-def main(arguments: list[str]) -> None:
-    gguf = None
-    if "--gguf" in arguments:
-        at = arguments.index("--gguf")
-        gguf, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
-    if not arguments:
-        raise SystemExit(__doc__)
-    checkpoint, rest = Path(arguments[0]), arguments[1:]
-    lengths = [int(one) for one in rest if one.isdigit()] or list(LENGTHS)
-    names = [one for one in rest if not one.isdigit()]
-    tokenizer = load_tokenizer(str(checkpoint), read_config(str(checkpoint)))
-    path = RESULTS / f"turns-{checkpoint.name.lower()}.jsonl"
-    for length in lengths:
-        text = document(tokenizer, length)
-        for (model, layout), run in subjects(checkpoint, length, gguf).items():
-            if names and not any(name in f"{model} {layout}" for name in names):
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", help="Default: all.")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "runs" / "demo-llm" / "smollm2")
+    parser.add_argument("--length", type=int, action="append", help="Tokens of the document. Default: 4096, 16384.")
+    parser.add_argument("--stripes", default=STRIPES)
+    parser.add_argument("--gguf", type=Path, help="The model for llama-server.")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args(arguments)
+    for length in [] if options.page else options.length or [4096, 16384]:
+        table = subjects(options.checkpoint, length, options.stripes, options.gguf)
+        if absent := [one for one in options.subjects if one not in table]:
+            raise ZebraError(f"subjects are {', '.join(table)} here; got {', '.join(absent)}.")
+        for name in options.subjects or table:
+            results = read_results(options.out) if options.out.exists() else []
+            if any((one.run, one.length) == (name, length) for one in results):
                 continue
-            rows = results(model, layout, length, run(text))
-            before = list(read_results(path)) if path.exists() else []
-            before = [row for row in before if (row.model, row.layout, row.length) != (model, layout, length)]
-            write_results(path, [*before, *rows])
-            for row in rows:
-                print(
-                    f"{length:>6,}  {model:24} {layout:28} {row.task}  {row.metric:28} {row.value:14,.2f}", flush=True
-                )
+            print(f"{name}, {length:,} tokens", flush=True)
+            rows = measure(name, table[name], options.checkpoint, length)
+            write_results(options.out, [*results, *rows])
+            for one in rows:
+                print(f"    {one.task:8} {one.metric:24} {one.value:16,.2f}", flush=True)
+    if options.out == RESULTS:
+        turns_page.write_page(read_results(RESULTS))
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ZebraError as error:
+        sys.exit(str(error))
