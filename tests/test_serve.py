@@ -222,12 +222,35 @@ def test_logprobs_are_the_models(served: Served, checkpoint: Path) -> None:
         top = logprobs.topk(3)
         assert scored.logprob == pytest.approx(float(top.values[0]), abs=1e-4)
         assert [one.logprob for one in scored.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-4)
-        assert scored.token == tokenizer.decode(top.indices[:1])
+        whole = tokenizer.decode(torch.cat([ids[0], top.indices[:1]]))
+        assert scored.token == whole[len(tokenizer.decode(ids[0])) :]
         ids = torch.cat([ids, top.indices[None, :1]], 1)
+    assert "".join(scored.token for scored in answer.choices[0].logprobs.content) == answer.choices[0].message.content
     legacy = served.client().completions.create(model="stories", prompt=ONCE + "\n", max_tokens=5, logprobs=2)
     assert legacy.choices[0].logprobs.token_logprobs == pytest.approx(
         [one.logprob for one in answer.choices[0].logprobs.content], abs=1e-4
     )
+
+
+@pytest.mark.parametrize("tokenizer", ["stories", "byte-level"])
+def test_bytes_of_tokens_are_those_of_the_text(tokenizer: str) -> None:
+    """Also where a character is several tokens, by byte fallback (sentencepiece) and by GPT-2's alphabet."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from zebra.serve.scores import scored_token
+
+    if tokenizer == "stories":
+        one: Any = AutoTokenizer.from_pretrained(STORIES)
+    else:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        bare = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+        bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        one = PreTrainedTokenizerFast(tokenizer_object=bare)
+    text = "The naïve 🐈 said: 日本 \n"
+    tokens = [scored_token(one, token, -1.0) for token in one(" " + text, add_special_tokens=False)["input_ids"]]
+    assert b"".join(token.bytes or b"?" for token in tokens).decode().strip() == text.strip()
+    assert {token.text for token in tokens if len(token.bytes or b"") == 1} >= {"\ufffd"}
 
 
 def test_parallel_answers_equal_single_ones(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -41,8 +42,8 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(min=1, metavar="INT", help="Requests that wait; one more gets status 429.")
     ] = ServeSettings.max_queue,
-    timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Of one request, waiting included; then status 504.")
+    max_seconds: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", help="Of one request, waiting included; then status 504.")
     ] = ServeSettings.max_seconds,
     max_body: Annotated[str, typer.Option(help="Size of a request; a larger one gets status 413.")] = "32MiB",
     stripes: options.StripesNotation = None,
@@ -55,34 +56,17 @@ def serve(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve a checkpoint by OpenAI's API, with a chat page: one machine, one model, requests one after another."""
-    settings = ServeSettings(
-        host=host,
-        port=port,
-        api_key=api_key,
-        page=page,
-        cache_memory=parse_bytes(cache_memory),
-        max_tokens=max_tokens,
-        max_queue=max_queue,
-        max_seconds=timeout,
-        max_body=parse_bytes(max_body),
-    )
-    loading = {
-        "stripes": stripes,
-        "rope": rope,
-        "self_extend": self_extend,
-        "window": window,
-        "full_decode": full_decode,
-        "dtype": dtype,
-        "device": device,
-        "trust_remote_code": trust_remote_code,
-    }
+    arguments = options.call_arguments(locals(), "checkpoint")
+    arguments |= {"cache_memory": parse_bytes(cache_memory), "max_body": parse_bytes(max_body)}
+    of_settings = {field.name for field in fields(ServeSettings)} & arguments.keys()
+    settings = ServeSettings(**{name: arguments.pop(name) for name in of_settings})
     check_checkpoint(checkpoint)
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ZebraError(f"serving needs {', '.join(missing)}, not installed here. pip install 'zebra-llm[serve]'.")
     with show.working():
         from zebra.serve.start import make_server
 
-        make_server(checkpoint, settings, on_start=_say, **loading).run()
+        make_server(checkpoint, settings, on_start=_say, **arguments).run()
 
 
 def _say(address: str, page: bool) -> None:

@@ -8,13 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
 
-from zebra.data.encoding import decode
 from zebra.generation import TextWriter
 from zebra.model.prefix_cache import PrefixCache
 from zebra.serve.engine import Ticket
 from zebra.serve.events import Finish, Piece, ScoredToken
 from zebra.serve.jobs import Job
 from zebra.serve.metrics import Metrics
+from zebra.serve.scores import scored_token
 from zebra.serve.stops import StopFilter
 from zebra.streaming import Step, answer
 
@@ -90,8 +90,8 @@ class _Pieces:
         if self.stopped:
             return
         if step.logprob is not None and step.token is not None:
-            top = tuple((self._decoded(token), logprob) for token, logprob in step.top)
-            self._scored.append(ScoredToken(self._decoded(step.token), step.logprob, top))
+            top = tuple(scored_token(self._tokenizer, token, logprob) for token, logprob in step.top)
+            self._scored.append(scored_token(self._tokenizer, step.token, step.logprob, top))
         if self._writer is None:
             self._text(step.text)
         elif step.token is not None:
@@ -125,6 +125,3 @@ class _Pieces:
                 self._ticket.send(Piece(reasoning=chunk, tokens=scored))
             elif chunk or scored:
                 self._ticket.send(Piece(chunk, tokens=scored))
-
-    def _decoded(self, token: int) -> str:
-        return decode(self._tokenizer, [token], special=True)

@@ -155,7 +155,7 @@ class CompletionFormat:
         logprobs = {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [dict(token.top) for token in tokens],
+            "top_logprobs": [{one.text: one.logprob for one in token.top} for token in tokens],
             "text_offset": offsets,
         }
         return {"text": text, "logprobs": logprobs}
@@ -254,12 +254,9 @@ def _usage(finish: Finish) -> dict[str, Any]:
 
 
 def _chat_logprobs(tokens: Iterable[ScoredToken]) -> dict[str, Any] | None:
-    content = [
-        _scored(token.text, token.logprob) | {"top_logprobs": [_scored(text, value) for text, value in token.top]}
-        for token in tokens
-    ]
+    content = [_scored(token) | {"top_logprobs": [_scored(one) for one in token.top]} for token in tokens]
     return {"content": content} if content else None
 
 
-def _scored(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _scored(token: ScoredToken) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": None if token.bytes is None else list(token.bytes)}

@@ -9,11 +9,19 @@ from transformers.cli.serving.utils import ToolCall
 
 
 class ScoredToken(NamedTuple):
-    """A token, its log-probability under the model, and the likeliest tokens in its place with theirs."""
+    """A token of an answer.
+
+    Attributes:
+        text: what it adds to the answer, `\\ufffd` for bytes that are no whole character.
+        logprob: its log-probability under the model.
+        bytes: of its text; None where the tokenizer does not say.
+        top: the likeliest tokens in its place.
+    """
 
     text: str
     logprob: float
-    top: tuple[tuple[str, float], ...]
+    bytes: bytes | None
+    top: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True)

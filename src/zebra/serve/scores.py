@@ -1,0 +1,52 @@
+"""Tokens as lists of log-probabilities name them: the text that each adds to an answer, and its bytes.
+
+"Zoë 🐈"    tokens  Zo   ë     ·🐈 in part  the rest     (· a space)
+            text    Zo   ë     " " and \\ufffd    \\ufffd
+            bytes   5a6f c3ab  20 f0 9f         90 88
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from zebra.data.encoding import decode
+from zebra.serve.events import ScoredToken
+
+_NO_CHARACTER = "\ufffd"
+
+
+def scored_token(
+    tokenizer: PreTrainedTokenizerBase, token: int, logprob: float, top: tuple[ScoredToken, ...] = ()
+) -> ScoredToken:
+    """A token with its text and bytes."""
+    text = _text_within(tokenizer, token)
+    bare = text.encode() if _NO_CHARACTER not in text else _stored_bytes(str(tokenizer.convert_ids_to_tokens(token)))
+    return ScoredToken(text, logprob, bare, top)
+
+
+def _text_within(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Its text behind other tokens: at the beginning of a text some decoders take its space away."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    head, whole = decode(tokenizer, before, special=True), decode(tokenizer, [*before, token], special=True)
+    return whole[len(head) :] if whole.startswith(head) else decode(tokenizer, [token], special=True)
+
+
+def _stored_bytes(stored: str) -> bytes | None:
+    """The bytes of a token that is no whole character, by its name in the vocabulary; None where that says none.
+
+    Tokenizers name such tokens in one of two ways: `<0xF0>` is a byte (sentencepiece), or each character stands for a
+    byte (GPT-2).
+    """
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", stored):
+        return bytes.fromhex(match[1])
+    alphabet = _alphabet()
+    return bytes(alphabet[one] for one in stored) if all(one in alphabet for one in stored) else None
+
+
+@functools.cache
+def _alphabet() -> dict[str, int]:
+    return {character: byte for byte, character in bytes_to_unicode().items()}
