@@ -35,6 +35,7 @@ TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
 )
 KEY = "a-token"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
 class Served:
@@ -306,7 +307,7 @@ def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
-        ("/v1/chat/completions", b"{", 400, ["no JSON"]),
+        ("/v1/chat/completions", b"{", 400, ["the body is no JSON: "]),
         ("/v1/chat/completions", b"[]", 400, []),
         ("/v1/chat/completions", b"\xff\xfe", 400, []),
         ("/v1/chat/completions", {}, 400, ["messages"]),
@@ -317,12 +318,19 @@ def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
         ("/v1/chat/completions", {"messages": user("x"), "n": 2}, 400, ["n:", "'2'"]),
         ("/v1/chat/completions", {"messages": user("x"), "nothing": 2}, 400, ["nothing"]),
         ("/v1/chat/completions", {"messages": user("x"), "temperature": -1}, 400, ["temperature"]),
-        ("/v1/chat/completions", {"messages": user("x"), "max_tokens": 0}, 400, ["max_tokens"]),
+        ("/v1/chat/completions", {"messages": user("x"), "max_tokens": 0}, 400, ["max_tokens", "'0'"]),
         ("/v1/chat/completions", {"messages": user("x"), "top_logprobs": 3}, 400, ["logprobs"]),
         ("/v1/chat/completions", {"messages": user("x"), "stop": [""]}, 400, ["stop"]),
         ("/v1/chat/completions", {"messages": user("x"), "model": "gpt-4"}, 404, ["stories", "gpt-4"]),
         ("/v1/chat/completions", {"messages": user("x " * 2000)}, 400, ["512", "tokens"]),
         ("/v1/chat/completions", {"messages": user("x " * 200_000)}, 413, ["100,000", "--max-body"]),
+        ("/v1/chat/completions", {"messages": user("x"), "response_format": {"type": "json_object"}}, 400, ["json_ob"]),
+        ("/v1/chat/completions", {"messages": user("x"), "tools": [TOOL]}, 400, ["tools", "stories"]),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", **TOOL["function"]}]}, 400, ["tools"]),
+        ("/v1/chat/completions", {"messages": user("x"), "chat_template_kwargs": {"tokenize": 0}}, 400, ["tokenize"]),
+        ("/v1/chat/completions", {"messages": user("x"), "chat_template_kwargs": {"messages": 0}}, 400, ["messages"]),
+        ("/v1/chat/completions", {"messages": user("\ud83d")}, 400, ["surrogate"]),
+        ("/v1/completions", {"prompt": "\ud83d"}, 400, ["surrogate"]),
         ("/v1/completions", {"prompt": ["a", "b"]}, 400, ["prompt"]),
         ("/v1/completions", {"prompt": [1, 70_000]}, 400, ["prompt"]),
         ("/v1/responses", {"input": [{"type": "nonsense"}]}, 400, ["input"]),

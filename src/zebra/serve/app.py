@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from zebra.serve.answers import AnswerFormat, ChatFormat, CompletionFormat, ResponsesFormat
 from zebra.serve.engine import Engine, Ticket
-from zebra.serve.errors import ApiError
+from zebra.serve.errors import ApiError, internal_error
 from zebra.serve.events import Piece
 from zebra.serve.guard import Guard
 from zebra.serve.jobs import Job, Prompts
@@ -111,12 +111,16 @@ def _add_errors(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Any) -> Any:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return await api_error(
+                request, ApiError(400, f"the body is no JSON: {first['ctx']['error']}. Send a JSON object.")
+            )
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         text = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             text = f"this server does not serve this field with the value {str(first['input'])[:60]!r}; leave it out"
-        elif first["type"] == "json_invalid":
-            text = f"the body is no JSON: {first.get('ctx', {}).get('error', text)}"
+        elif isinstance(first["input"], int | float | str):
+            text += f"; got {str(first['input'])[:60]!r}"
         return await api_error(
             request, ApiError(400, f"{where}: {text}." if where else f"{text}.", param=where or None)
         )
@@ -125,6 +129,10 @@ def _add_errors(app: FastAPI) -> None:
         text = f"{request.method} {request.url.path}: {error.detail}."
         return await api_error(request, ApiError(error.status_code, text))
 
+    async def failed(request: Request, error: Any) -> Any:  # starlette raises it again, for the log
+        return await api_error(request, internal_error())
+
+    app.add_exception_handler(Exception, failed)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)

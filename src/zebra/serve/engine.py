@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 from zebra.errors import ZebraError, machine_fault
-from zebra.serve.errors import ApiError
+from zebra.serve.errors import ApiError, internal_error
 from zebra.serve.events import Finish, Piece
 from zebra.serve.metrics import Metrics
 
@@ -181,4 +181,4 @@ def _as_api_error(error: Exception) -> ApiError:
     if (fault := machine_fault(error)) is not None:
         return ApiError(503, fault, code="machine", retry_after=RETRY_AFTER)
     _log.exception("a request failed", exc_info=error)
-    return ApiError(500, "the server failed on this request; its log says why.", code="internal_error")
+    return internal_error()

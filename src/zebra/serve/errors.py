@@ -39,3 +39,8 @@ class ApiError(Exception):
         """Headers of the answer."""
         headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def internal_error() -> ApiError:
+    """What the server itself did wrong."""
+    return ApiError(500, "the server failed on this request; its log says why.", code="internal_error")

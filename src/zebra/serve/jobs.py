@@ -131,14 +131,18 @@ class Prompts:
 
     def _templated(self, messages: list[Message], tools: list[Any], kwargs: dict[str, Any]) -> list[int]:
         plain = [message.for_template() for message in messages]
-        ids = encode_messages(
-            BaseHandler.get_processor_inputs_from_messages(plain, Modality.LLM),
-            self._tokenizer,
-            remedy="Send messages that it takes, or a whole prompt to /v1/completions.",
-            tools=tools or None,
-            **kwargs,
-        )
-        return list(ids.tolist())
+        inputs = BaseHandler.get_processor_inputs_from_messages(plain, Modality.LLM)
+
+        def encoded(**options: Any) -> list[int]:
+            remedy = "Send messages that it takes, or a whole prompt to /v1/completions."
+            return list(encode_messages(inputs, self._tokenizer, remedy=remedy, **options, **kwargs).tolist())
+
+        ids = encoded(tools=tools or None)
+        if tools and ids == encoded():
+            raise ApiError(
+                400, f"the chat template of {self.name!r} has no place for tools. Leave them out.", param="tools"
+            )
+        return ids
 
     def _parser(self, ids: list[int], tools: list[Any]) -> Any:
         # Transformers 5.17 has no tools here: arguments in XML are texts there, and typed by the tools' schemas later.

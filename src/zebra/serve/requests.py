@@ -5,10 +5,12 @@ OpenAI's fields are many. A field that would change the answer and is not served
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from transformers import PreTrainedTokenizerBase
 
 from zebra.serve.errors import ApiError
 
@@ -38,6 +40,25 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 _MAX_STOPS, _MAX_STOP, _MAX_TOP_LOGPROBS = 16, 1000, 20
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
+_OF_RENDERING = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+
+
+def _unicode(text: str) -> str:
+    """JSON can write half of a surrogate pair, which no tokenizer takes."""
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("it has half of a surrogate pair, which is no character")
+    return text
+
+
+def _variables(names: dict[str, Any]) -> dict[str, Any]:
+    """Those of a template, and not how it is rendered."""
+    if reserved := sorted(_OF_RENDERING & names.keys()):
+        raise ValueError(f"it holds variables of the chat template, and {', '.join(reserved)} are the server's own")
+    return names
+
+
+Unicode = Annotated[str, AfterValidator(_unicode)]
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_variables)]
 
 
 class StreamOptions(BaseModel):
@@ -117,7 +138,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: Unicode | list[dict[str, Any]] | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
@@ -126,6 +147,7 @@ class Message(BaseModel):
             kind, text = part.get("type"), part.get("text")
             if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
                 raise ValueError(f"a part of a message is a text; got one of type {kind!r}")
+            _unicode(text)
         for call in self.tool_calls or ():
             function = call.get("function")
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -154,7 +176,7 @@ class ChatRequest(Sampling):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=_MAX_TOP_LOGPROBS)
     tools: list[dict[str, Any]] = []
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: TemplateVariables = {}
 
     def new_tokens(self) -> int | None:
         """Tokens of the answer, at most; None where the client leaves it open."""
@@ -170,7 +192,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """The body of `/v1/completions`."""
 
-    prompt: str | list[int]
+    prompt: Unicode | list[int]
     max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
 
@@ -187,8 +209,8 @@ class CompletionRequest(Sampling):
 class ResponsesRequest(Sampling):
     """The body of `/v1/responses`."""
 
-    input: str | list[dict[str, Any]]
-    instructions: str | None = None
+    input: Unicode | list[dict[str, Any]]
+    instructions: Unicode | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] = []
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: TemplateVariables = {}
