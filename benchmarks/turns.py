@@ -11,8 +11,11 @@ and `llama-server`, which need their packages, and the second a GGUF file of the
 length a full model takes YaRN in zebra, and a striped one Self-Extend. The others answer beyond it as they are: as
 fast, and without sense.
 
-Each subject answers a short message first, then three about the document, greedily, with at most 64 tokens. Its results
-are in --out as soon as it has ended. What is there already is not measured again: delete its lines to measure anew.
+`rounding` measures no time: how far cached answers in bfloat16 are from those that read everything anew.
+
+Each other subject answers a short message first, then three about the document, greedily, with at most 64 tokens. Its
+results are in --out as soon as it has ended. What is there already is not measured again: delete its lines to measure
+anew.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from typing import Any
 import torch
 
 import turns_page
-from turns_subjects import Chat, in_process, llama_server, transformers_serve, zebra_serve
+from turns_rounding import rounding
+from turns_subjects import ANSWER, Chat, in_process, llama_server, transformers_serve, zebra_serve
 from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.context import longest_text
@@ -143,6 +147,13 @@ def measure(run: str, subject: Subject, checkpoint: Path, length: int) -> list[R
     return rows
 
 
+def measure_rounding(checkpoint: Path, length: int) -> list[Result]:
+    """The results of `rounding`, of a model with full attention."""
+    values = rounding(checkpoint, document(checkpoint, length), QUESTIONS, ANSWER)
+    row = partial(Result, run="rounding", model=checkpoint.name, layout="full", task="turns 1 to 3", length=length)
+    return [row(metric=name, value=value, n=n, device=device_name("cpu")) for name, (value, n) in values.items()]
+
+
 def timed(pieces: Iterator[str]) -> tuple[int, float, float | None]:
     """How many pieces an answer has, the seconds to the first, and pieces per second after that."""
     start = time.perf_counter()
@@ -187,14 +198,17 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     for length in [] if options.page else options.length or [4096, 16384]:
         table = subjects(options.checkpoint, length, options.stripes, options.gguf)
-        if absent := [one for one in options.subjects if one not in table]:
-            raise ZebraError(f"subjects are {', '.join(table)} here; got {', '.join(absent)}.")
+        if absent := [one for one in options.subjects if one not in (*table, "rounding")]:
+            raise ZebraError(f"subjects are {', '.join(table)} and rounding here; got {', '.join(absent)}.")
         for name in options.subjects or table:
             results = read_results(options.out) if options.out.exists() else []
             if any((one.run, one.length) == (name, length) for one in results):
                 continue
             print(f"{name}, {length:,} tokens", flush=True)
-            rows = measure(name, table[name], options.checkpoint, length)
+            if name == "rounding":
+                rows = measure_rounding(options.checkpoint, length)
+            else:
+                rows = measure(name, table[name], options.checkpoint, length)
             write_results(options.out, [*results, *rows])
             for one in rows:
                 print(f"    {one.task:8} {one.metric:24} {one.value:16,.2f}", flush=True)

@@ -11,6 +11,7 @@ from zebra.report import page
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Show, split, table, value_cell, where
+from zebra.report.series import percent
 from zebra.results import Result
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "turns.md"
@@ -21,6 +22,11 @@ CACHE = (
     "Keys and values, with snapshots, behind the third answer, in MiB: planned for so many tokens, and measured. What "
     "grows has room for up to a quarter more. llama-server takes its cells when it starts, for the whole context; "
     "transformers serve keeps nothing."
+)
+ROUNDING = (
+    "In float32 a cached answer equals one that reads the whole conversation anew. In bfloat16 it differs by rounding: "
+    "the mean absolute difference of the log-probabilities of all tokens of three greedy answers, beside what bfloat16 "
+    "differs from float32 in any case; and the share of the tokens that are the likeliest where all is read anew."
 )
 GOAL = 1.2
 """The second answer of zebra serve begins after at most so many times llama-server's seconds."""
@@ -39,12 +45,15 @@ def write_page(results: Sequence[Result]) -> None:
 
 def markdown(results: Sequence[Result]) -> str:
     """The page."""
-    by_length = split(sorted(results, key=lambda one: one.length or 0), lambda one: one.length or 0)
+    timed = [one for one in results if one.run != "rounding"]
+    by_length = split(sorted(timed, key=lambda one: one.length or 0), lambda one: one.length or 0)
     sections = [
         Section(f"A document of {length:,} tokens", [SPEED, _speed(here), CACHE, _cache(here)])
         for length, here in by_length.items()
     ]
-    return page.markdown("", "Turns of a chat about a document", list(_goal(by_length)), [*sections, method(results)])
+    return page.markdown(
+        "", "Turns of a chat about a document", list(_goal(by_length)), [*sections, _rounding(results), method(results)]
+    )
 
 
 def _speed(results: Sequence[Result]) -> Table:
@@ -66,6 +75,18 @@ def _cache(results: Sequence[Result]) -> Table:
     return table("", [Cell("subject"), Cell("layout")], _lines(results), columns)
 
 
+def _rounding(results: Sequence[Result]) -> Section:
+    here = split((one for one in results if one.run == "rounding"), lambda one: one.length or 0)
+    columns: list[tuple[Cell, Show]] = [
+        (Cell("cached beside read anew"), where(_small, metric="cached_difference")),
+        (Cell("bfloat16 beside float32"), where(_small, metric="dtype_difference")),
+        (Cell("likeliest when read anew"), where(_percent, metric="likeliest_share")),
+        (Cell("tokens"), lambda ones: Cell(f"{ones[0].n:,}")),
+    ]
+    lines = [([Cell(f"{length:,} tokens")], ones) for length, ones in here.items()]
+    return Section("Rounding", [ROUNDING, table("", [Cell("document")], lines, columns)] if lines else [])
+
+
 def _lines(results: Sequence[Result]) -> Iterator[tuple[list[Cell], list[Result]]]:
     for run, here in split(results, lambda one: one.run).items():
         name = run if run == "llama-server" else NAMES[run.partition("-")[0]]
@@ -78,6 +99,14 @@ def _short(results: Sequence[Result]) -> Cell:
 
 def _mebibytes(results: Sequence[Result]) -> Cell:
     return value_cell(results, lambda value: f"{value / 2**20:,.1f}")
+
+
+def _small(results: Sequence[Result]) -> Cell:
+    return value_cell(results, lambda value: f"{value:.4f}")
+
+
+def _percent(results: Sequence[Result]) -> Cell:
+    return value_cell(results, percent)
 
 
 def _count(results: Sequence[Result]) -> Cell:

@@ -13,6 +13,7 @@ from conftest import STORIES
 
 import turns
 import turns_page
+import turns_rounding
 import turns_subjects
 from zebra.errors import ZebraError
 from zebra.results import Result, read_results, write_results
@@ -106,6 +107,14 @@ def test_the_page_has_a_line_for_each_subject_and_says_whether_the_goal_is_reach
     assert "| zebra serve | full | 0.5 | 1.0 | – | – |" in page
     with pytest.raises(ZebraError, match="there are no results of turns"):
         turns_page.write_page([])
+
+
+def test_rounding_is_that_of_sixteen_bits(checkpoint: Path) -> None:
+    values = turns_rounding.rounding(checkpoint, "One day Tim went to the park. " * 4, turns.QUESTIONS, 8)
+    differences = [values[name][0] for name in ("cached_difference", "dtype_difference")]
+    assert all(0 < one < 0.1 for one in differences)
+    assert values["likeliest_share"][0] > 0.9
+    assert {n for _, n in values.values()} == {24}
 
 
 def test_a_server_that_ends_at_once_is_one_clear_error() -> None:
