@@ -19,7 +19,9 @@ from transformers import DynamicCache
 
 from zebra import kernels, measure
 from zebra.errors import ZebraError
-from zebra.model.cache import GrowingLayer, SelfExtendLayer, StripedCache
+from zebra.model.cache import StripedCache
+from zebra.model.cache_layers import GrowingLayer
+from zebra.model.opaque_layers import SelfExtendLayer
 from zebra.model.self_extend import GroupedRotation, bounded_cache, set_self_extend
 from zebra.plan import devices
 from zebra.positions import SelfExtend

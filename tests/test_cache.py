@@ -14,7 +14,9 @@ import torch
 from transformers import DynamicCache
 
 import zebra
-from zebra.model.cache import GrowingLayer, SelfExtendLayer, StripedCache, TrimmedSlidingLayer
+from zebra.model.cache import StripedCache
+from zebra.model.cache_layers import GrowingLayer, TrimmedSlidingLayer
+from zebra.model.opaque_layers import SelfExtendLayer
 
 WINDOW = 9
 TOKEN = 2 * 2 * 8 * 4

@@ -20,10 +20,11 @@ from transformers import DynamicCache
 import zebra
 from zebra import SelfExtend, Stripes, ZebraError
 from zebra.kernels import Mask, attend
-from zebra.model.cache import FullDecodeLayer, SinkKeys, SinkLayer, StripedCache
+from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import read_local_attention
 from zebra.model.load_options import loaded_layout_name
 from zebra.model.local import LocalAttention, local_attention_of
+from zebra.model.opaque_layers import FullDecodeLayer, SinkKeys, SinkLayer
 from zebra.model.override import get_override, overriding_attention
 from zebra.model.self_extend import SelfExtendAttention, bounded_cache
 from zebra.model.self_extend.formula import formula_logits

@@ -23,7 +23,8 @@ from zebra.kernels import Mask, attend, only
 from zebra.kernels.merging import merge
 from zebra.kernels.self_extend import self_extend_attention
 from zebra.model import attention
-from zebra.model.cache import PendingKeys, SelfExtendLayer, StripedCache
+from zebra.model.cache import StripedCache
+from zebra.model.opaque_layers import PendingKeys, SelfExtendLayer
 from zebra.model.override import get_override
 from zebra.model.self_extend import (
     SelfExtendAttention,

@@ -23,10 +23,10 @@ from zebra import SelfExtend, ZebraError
 from zebra.kernels import attend
 from zebra.model import attention
 from zebra.model.attention import IGNORED_KWARGS, NAME, zebra_attention
-from zebra.model.cache import SelfExtendLayer
 from zebra.model.documents import PACKING_KWARGS
 from zebra.model.families import model_class, route_of, with_stripes
 from zebra.model.loss import head_of, without_logits
+from zebra.model.opaque_layers import SelfExtendLayer
 from zebra.model.routes import ROUTES
 from zebra.model.self_extend import bounded_cache, set_self_extend
 from zebra.model.self_extend.formula import formula_logits

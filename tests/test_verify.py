@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import zebra
 from zebra import ZebraError
-from zebra.model import attention, cache
+from zebra.model import attention, cache_layers, opaque_layers
 from zebra.model.self_extend import layer as extension
 from zebra.model.verify import Check
 
@@ -121,7 +121,7 @@ def test_a_cache_that_keeps_too_little_fails(converted: Path, monkeypatch: pytes
     def last(self: Any, states: Any, count: int) -> Any:
         return states[:, :, max(0, states.shape[-2] - (count - 1)) :]
 
-    monkeypatch.setattr(cache._GrowingBuffer, "last", last)
+    monkeypatch.setattr(cache_layers.GrowingBuffer, "last", last)
     assert failed(zebra.verify(converted, against=STORIES)) == {"cached", "chunked"}
 
 
@@ -189,13 +189,13 @@ def padding_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def short_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = cache.SelfExtendLayer.write
+    write = opaque_layers.SelfExtendLayer.write
 
     def broken(self: Any, exact: torch.Tensor, far: torch.Tensor) -> Any:
         near, keys = write(self, exact, far)
         return near * 0.5 if near.shape[-2] > exact.shape[-2] else near, keys
 
-    monkeypatch.setattr(cache.SelfExtendLayer, "write", broken)
+    monkeypatch.setattr(opaque_layers.SelfExtendLayer, "write", broken)
 
 
 @pytest.mark.parametrize(

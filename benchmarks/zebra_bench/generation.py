@@ -13,8 +13,9 @@ from transformers import DynamicCache
 
 from zebra.measure import relative_error
 from zebra.model.attention import NAME
-from zebra.model.cache import PendingKeys, StripedCache
+from zebra.model.cache import StripedCache
 from zebra.model.load import read_device, read_dtype
+from zebra.model.opaque_layers import PendingKeys
 from zebra.stripes import Stripes
 from zebra_bench.configs import DecodeConfig, ModelConfig, PrefillConfig
 from zebra_bench.models import llama_config, plan_run, planned_seconds, random_model, random_tokens, sizes_in_words

@@ -22,8 +22,9 @@ from transformers.cache_utils import DynamicLayer
 from zebra.kernels import Mask
 from zebra.measure import relative_error
 from zebra.model.attention import NAME, zebra_attention
-from zebra.model.cache import GrowingLayer, SelfExtendLayer
+from zebra.model.cache_layers import GrowingLayer
 from zebra.model.load import read_device, read_dtype
+from zebra.model.opaque_layers import SelfExtendLayer
 from zebra.model.override import set_override
 from zebra.model.self_extend import (
     AttentionLayer,

@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.kernels.sinks import sink_attention
-from zebra.model.cache import SinkKeys
 from zebra.model.families import layout, stripes_of
+from zebra.model.opaque_layers import SinkKeys
 from zebra.model.override import overrides_of, set_override
 from zebra.stripes import LOCAL
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError
-from zebra.model.cache import StripedCache, Tail, kv_bytes
+from zebra.model.cache import StripedCache, kv_bytes
+from zebra.model.cache_layers import Tail
 from zebra.model.self_extend import bounded_cache
 
 

@@ -22,7 +22,7 @@ from zebra.errors import ZebraError
 from zebra.kernels import Mask
 from zebra.kernels.self_extend import self_extend_attention
 from zebra.kernels.sinks import NO_POSITION
-from zebra.model.cache import PendingKeys
+from zebra.model.opaque_layers import PendingKeys
 from zebra.positions import SelfExtend, grouped_key, grouped_query
 
 _log = logging.getLogger(__name__)
