@@ -220,7 +220,7 @@ def _plot_bars(
         axes.set_xscale("log")
         axes.set_xlim(left=min(known) / 2)
     for i, value in enumerate(drawn):
-        text = "–" if math.isnan(value) else number(value) if value < 10 else f"{value:,.0f}"
+        text = "–" if math.isnan(value) else number(value) if 0 < value < 10 else f"{value:,.0f}"
         axes.annotate(
             text, (0 if math.isnan(value) else value, i), (3, 0), textcoords="offset points", va="center", fontsize=8
         )
