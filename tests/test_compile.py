@@ -116,6 +116,16 @@ def test_a_step_is_one_graph_and_equals_the_eager_one(family: str, checkpoints: 
     torch.compiler.reset()
 
 
+def test_a_changed_config_is_an_error_of_eager_calls_alone(model: Any) -> None:
+    """A graph has the layers as they were built; to check them it would have to hold one guard for each."""
+    expected = model(IDS, use_cache=False).logits
+    model.config.layer_types = ["full_attention", "full_attention"]
+    with pytest.raises(ValueError, match="a config that changes after loading changes no layer"):
+        model(IDS, use_cache=False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_exported_program_equals_the_model_at_any_length(model: Any, tmp_path: Path) -> None:
     lengths = {"input_ids": {1: torch.export.Dim.AUTO}, "attention_mask": {1: torch.export.Dim.AUTO}, "use_cache": None}
     arguments = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "use_cache": False}

@@ -132,6 +132,24 @@ def test_the_page_of_smollm2_is_that_of_its_results(tmp_path: Path, monkeypatch:
         assert all(cell.strip("*") in page for cell in cells), cells
 
 
+def test_the_page_of_engines_is_that_of_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/engines.py writes it, of what `make test-engines` measured."""
+    import engines
+
+    monkeypatch.setattr(engines, "PAGE", tmp_path / "engines.md")
+    engines.write_page()
+    assert (tmp_path / "engines.md").read_text() == (ROOT / "docs" / "results" / "engines.md").read_text()
+
+
+def test_the_table_of_compiled_layers_is_that_of_its_results() -> None:
+    import compiled
+
+    page = (ROOT / "docs" / "tools.md").read_text()
+    written = re.search(r"<!-- compiled -->\n(.*?)\n<!-- end -->", page, flags=re.DOTALL)
+    assert written is not None
+    assert written.group(1) == compiled.table(read_results(compiled.RESULTS))
+
+
 def test_the_numbers_of_stripes_without_training_are_those_of_the_results() -> None:
     results = read_results(ROOT / "benchmarks" / "results" / "untrained.jsonl")
     measured = {

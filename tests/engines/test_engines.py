@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerFast
 import zebra
 from zebra.engines import ENGINES, EXACT, FLAG, REFUSES
 from zebra.exports.verify import NEW_TOKENS, TOLERANCE, TOP, compare, run_engine
+from zebra.provenance import versions
+from zebra.results import Result, read_results, write_results
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(7200)]
 
@@ -75,6 +77,13 @@ MEMBERS = {
 NAMES = {"gguf": "llama.cpp", "mlx": "MLX", "vllm": "vLLM"}
 NOT_BY_MLX = {"smollm3": "layers without a rope"}
 """Members that one engine does not take, though it takes others of the family."""
+WRONG = {
+    "qwen2_moe, without the flag": {},
+    "cohere2, without the flag": {},
+    "gpt_oss, without the flag": {},
+    "granite_swa, with the flag": {"model_impl": "transformers"},
+}
+"""What vLLM computes wrongly: the arguments that our command does not have."""
 RETRIEVAL = ROOT / "examples" / "retrieval-2.2M"
 
 
@@ -135,6 +144,12 @@ def cases(engine: str, folder: Path) -> dict[str, Case]:
     if engine == "gguf":
         for dtype in ("f16", "q8_0"):
             result[f"retrieval-2.2M {dtype}"] = exported(engine, real, "LLLG:128", folder / dtype, dtype=dtype)
+    if engine == "vllm":
+        for name, arguments in WRONG.items():
+            member = name.partition(",")[0]
+            layout = "GL:12" if member == "gpt_oss" else MEMBERS[member].layout  # its own windows are those of LG
+            case = exported(engine, sources[member][0], layout, folder / name.replace(", ", "-"), dtype="f32")
+            result[name] = case._replace(request=case.request | {"arguments": arguments})
     return result
 
 
@@ -158,6 +173,35 @@ def exported(engine: str, source: Path, layout: str, target: Path, dtype: str) -
 def refused(engine: str, member: str) -> bool:
     verdict = ENGINES[MEMBERS[member].target][NAMES[engine]].verdict
     return verdict not in (EXACT, FLAG) or (engine == "mlx" and member in NOT_BY_MLX)
+
+
+@pytest.fixture(scope="session")
+def record() -> Iterator[Callable[..., None]]:
+    """Collect results; where ZEBRA_ENGINE_RESULTS names a file they take the place of earlier ones in it."""
+    rows: list[Result] = []
+
+    def one(engine: str, name: str, layout: str, metric: str, value: float, **columns: Any) -> None:
+        by = {} if (answer := columns.pop("answer", None)) is None else {NAMES[engine]: answer["engine"]}
+        rows.append(
+            Result(
+                run="engines",
+                model=name,
+                layout=layout,
+                task=NAMES[engine],
+                metric=metric,
+                value=value,
+                versions=versions() | by,
+                **columns,
+            )
+        )
+
+    yield one
+    if file := os.environ.get("ZEBRA_ENGINE_RESULTS"):
+        new = {(row.task, row.model) for row in rows}
+        earlier = read_results(file) if Path(file).is_file() else []
+        every = [row for row in earlier if (row.task, row.model) not in new] + rows
+        order = [*MEMBERS, "retrieval-2.2M", "retrieval-2.2M f16", "retrieval-2.2M q8_0", *WRONG]
+        write_results(file, sorted(every, key=lambda row: (order.index(row.model), [*NAMES.values()].index(row.task))))
 
 
 Run = Callable[[str], tuple[dict[str, Case], dict[str, dict[str, Any]]]]
@@ -186,13 +230,14 @@ ALL += [("gguf", f"retrieval-2.2M {dtype}") for dtype in ("f16", "q8_0")]
 
 @pytest.mark.parametrize(("engine", "name"), ALL)
 def test_an_export_computes_what_transformers_does(
-    engine: str, name: str, run: Run, tmp_path: Path, record_property: Callable[[str, object], None]
+    engine: str, name: str, run: Run, tmp_path: Path, record: Callable[..., None]
 ) -> None:
     if name in MEMBERS and refused(engine, name):
         write_source(name, tmp_path / "source")
         target = tmp_path / ("target.gguf" if engine == "gguf" else "target")
         with pytest.raises(zebra.ZebraError):
             zebra.export(tmp_path / "source", target, to=engine, stripes=MEMBERS[name].layout)
+        record(engine, name, MEMBERS[name].layout, "refused", 1)
         return
     all_cases, answers = run(engine)
     case, answer = all_cases[name], answers[name]
@@ -207,13 +252,29 @@ def test_an_export_computes_what_transformers_does(
         worst, behind = max(worst, difference), max(behind, below)
         if len(prompt) > 12 and name not in ("cohere2", "gemma3_text", "mellum"):  # their sources have windows
             of_full = compare(full, prompt, tokens, logprobs)[0]
-    report = f"{answer['engine']}: {name}, {case.layout}: {worst:.1e}, greedy {behind:.1e} behind, full {of_full:.1e}"
-    record_property("report", report)
-    print(report)
+    print(f"{answer['engine']}: {name}, {case.layout}: {worst:.1e}, greedy {behind:.1e} behind, full {of_full:.1e}")
     assert worst < tolerance
     assert behind < tolerance
     assert of_full > (2 if kind == "Q8_0" else 10) * worst or of_full == 0.0
     assert answer["texts"] == [zebra_tokens(case.source, text) for text in case.request["texts"]]
+    values = {"logprob_difference": worst, "greedy_behind": behind} | (
+        {"full_logprob_difference": of_full} if of_full else {}
+    )
+    for metric, value in values.items():
+        counts = {"length": len(case.request["prompts"][-1]), "n": 2 * NEW_TOKENS * TOP, "seed": 0}
+        record(engine, name, case.layout, metric, value, answer=answer, **counts)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_vllm_is_wrong_in_silence_with_the_wrong_flag(name: str, run: Run, record: Callable[..., None]) -> None:
+    """Where this passes no more, the table of engines has a flag too many."""
+    all_cases, answers = run("vllm")
+    case, answer = all_cases[name], answers[name]
+    assert "error" not in answer, answer
+    striped, prompt = zebra.load(case.source, stripes=case.layout, dtype="float32"), case.request["prompts"][-1]
+    difference, _ = compare(striped, prompt, answer["tokens"][-1], answer["logprobs"][-1])
+    record("vllm", name, case.layout, "logprob_difference", difference, answer=answer, length=len(prompt), seed=0)
+    assert difference > 0.1
 
 
 def zebra_tokens(source: Path, text: str) -> list[int]:

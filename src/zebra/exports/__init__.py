@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from zebra.engines import TARGETS
 from zebra.errors import ZebraError
-from zebra.files import refuse_existing
+from zebra.files import check_writable, refuse_existing
 from zebra.gguf import is_gguf
 from zebra.model.checkpoint_files import check_checkpoint
 from zebra.stripes import Stripes
@@ -36,7 +36,7 @@ def check_export(
 
     Raises:
         ZebraError: as `check_checkpoint` and `Stripes.parse`; an unknown engine or dtype, or a dtype where weights are
-            copied as they are; a target that exists, or is no name of a GGUF file.
+            copied as they are; a target that exists or cannot be written, or is no name of a GGUF file.
     """
     if to not in TARGETS:
         raise ZebraError(f"there is no export to {to!r}; there is one to {', '.join(TARGETS)}. Choose one.")
@@ -51,6 +51,7 @@ def check_export(
         raise ZebraError(f"an export to {to} writes {kind}; got {target}. Name one.")
     check_checkpoint(checkpoint)
     refuse_existing(Path(os.path.abspath(target)))
+    check_writable(target)
 
 
 def export(
@@ -71,14 +72,15 @@ def export(
         dtype: of the matrices of a GGUF file from a folder; float16 where None.
 
     Raises:
-        ZebraError: as `check_export` and `zebra.convert`; no stripes; sinks or full decoding; the engine cannot run
-            this family with this layout exactly, with the reason.
+        ZebraError: as `check_export` and `zebra.convert`; no stripes; sinks or full decoding; quantised weights that
+            are not a GGUF file's; the engine cannot run this family with this layout exactly, with the reason.
     """
     check_export(checkpoint, target, to, stripes, dtype)
     from zebra.exports.folders import export_folder
     from zebra.exports.gguf_file import export_file, export_folder_as_file
     from zebra.model.families import stripes_of
     from zebra.model.load import converted_config
+    from zebra.model.quantization import quantization_of
 
     serve = f"llama-server --model {target}"
     if to == "gguf" and is_gguf(checkpoint):
@@ -89,6 +91,8 @@ def export(
         raise ZebraError(f"{checkpoint} has no stripes to export: its layout is full. Give stripes, such as GLLL:512.")
     if local:
         raise ZebraError(f"{local}: no other engine has them. Leave them out, or serve {checkpoint} with zebra.")
+    if (method := quantization_of(config)) and to in ("gguf", "mlx"):
+        raise ZebraError(f"{checkpoint} is quantised ({method}). Export the checkpoint before quantisation.")
     if to == "gguf":
         export_folder_as_file(checkpoint, target, config, dtype or "f16")
         return Exported(str(target), str(layout), serve)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from zebra.engines import ENGINES, FLAG
 from zebra.errors import ZebraError
-from zebra.exports.gguf_folder import other_local_rope
+from zebra.exports.gguf_folder import other_activation, other_local_rope, scaled_local_rope
 from zebra.exports.llama_cpp import REMEDY, period_of
 from zebra.files import atomic_write
 from zebra.model.families import stripes_of
@@ -43,12 +43,14 @@ def _layers_without_rope(config: PreTrainedConfig) -> str | None:
     return "layers without a rope" if not all(config.no_rope_layers) else None
 
 
-def _final_cap(config: PreTrainedConfig) -> str | None:
-    return "a cap of its logits" if config.final_logit_softcapping else None
+def _gemma_faults(config: PreTrainedConfig) -> str | None:
+    return "a cap of its logits" if config.final_logit_softcapping else scaled_local_rope(config)
 
 
-def _experts(config: PreTrainedConfig) -> str | None:
-    return "layers with and without experts" if {*config.mlp_layer_types} != {"sparse"} else None
+def _mellum_faults(config: PreTrainedConfig) -> str | None:
+    if {*config.mlp_layer_types} != {"sparse"}:
+        return "layers with and without experts"
+    return "a linear rope" if "linear" in {rope["rope_type"] for rope in config.rope_parameters.values()} else None
 
 
 def _experts_of_halves(config: PreTrainedConfig) -> str | None:
@@ -59,10 +61,10 @@ MLX: dict[str, _MlxFamily] = {
     "cwm": _MlxFamily("llama"),
     "ministral": _MlxFamily("llama"),
     "smollm3": _MlxFamily("llama", unsupported=_layers_without_rope),
-    "gemma3_text": _MlxFamily("gemma3_text", period=True, unsupported=_final_cap),
+    "gemma3_text": _MlxFamily("gemma3_text", period=True, unsupported=_gemma_faults),
     "cohere2": _MlxFamily("cohere2", period=True),
     "olmo3": _MlxFamily("olmo3", both=True, unsupported=other_local_rope),
-    "mellum": _MlxFamily("mellum", unsupported=_experts),
+    "mellum": _MlxFamily("mellum", unsupported=_mellum_faults),
     "gpt_oss": _MlxFamily("gpt_oss", both=True, unsupported=_experts_of_halves),
 }
 
@@ -74,7 +76,7 @@ def _mlx_fields(config: PreTrainedConfig, fields: Fields) -> Fields:
         raise ZebraError(
             f"mlx-lm has no class with the tensors of {config.model_type} and a window for some layers. {REMEDY}"
         )
-    if fault := family.unsupported(config) or _unread_rope(config):
+    if fault := other_activation(config) or family.unsupported(config) or _unread_rope(config):
         raise ZebraError(
             f"this {config.model_type} has {fault}, which mlx-lm's {family.model_type} cannot say. {REMEDY}"
         )

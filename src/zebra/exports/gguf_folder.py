@@ -80,12 +80,12 @@ def _other_bases(config: PreTrainedConfig) -> str | None:
     return "layers with ropes of several bases" if several else None
 
 
-def _gemma_scale(config: PreTrainedConfig) -> str | None:
+def _gemma_faults(config: PreTrainedConfig) -> str | None:
     if config.query_pre_attn_scalar != config.head_dim:
         return f"scores scaled by {config.query_pre_attn_scalar}, and heads of {config.head_dim}"
     if config.model_type == "gemma2" and not (config.final_logit_softcapping and config.attn_logit_softcapping):
         return "no caps of its scores or logits"
-    return None
+    return scaled_local_rope(config)
 
 
 def _experts(config: PreTrainedConfig) -> str | None:
@@ -94,10 +94,23 @@ def _experts(config: PreTrainedConfig) -> str | None:
     return "layers with and without experts" if {*config.mlp_layer_types} != {"sparse"} else None
 
 
+def other_activation(config: PreTrainedConfig) -> str | None:
+    """An activation that engines do not read of a config, as their code has the family's own; None where it is that."""
+    own = ("gelu_pytorch_tanh",) if config.model_type.startswith("gemma") else ("silu", "swish")
+    used = getattr(config, "hidden_activation", None) or config.hidden_act
+    return None if used in own else f"the activation {used}"
+
+
+def scaled_local_rope(config: PreTrainedConfig) -> str | None:
+    """A scaled rope of local layers, where engines scale that of global ones alone."""
+    local = config.rope_parameters.get(LOCAL, {})
+    return None if local.get("rope_type", "default") == "default" else "a rope of local layers that is scaled"
+
+
 def other_local_rope(config: PreTrainedConfig) -> str | None:
     """What engines with one base, and a scaling of global layers alone, cannot run; None where all is well."""
     local, whole = config.rope_parameters[LOCAL], config.rope_parameters[GLOBAL]
-    plain = local.get("rope_type", "default") == "default" and local["rope_theta"] == whole["rope_theta"]
+    plain = scaled_local_rope(config) is None and local["rope_theta"] == whole["rope_theta"]
     return None if plain else "a rope of local layers that is scaled or has another base"
 
 
@@ -115,8 +128,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("qwen2", "qwen2"),
     "qwen3": Family("qwen3", "qwen3"),
     "mellum": Family("mellum", "qwen3moe", unsupported=_mellum_faults, more=_expert_sizes),
-    "gemma2": Family("gemma2", "gemma2", unsupported=_gemma_scale, more=_softcaps),
-    "gemma3_text": Family("gemma3", "gemma3", unsupported=_gemma_scale, more=_softcaps),
+    "gemma2": Family("gemma2", "gemma2", unsupported=_gemma_faults, more=_softcaps),
+    "gemma3_text": Family("gemma3", "gemma3", unsupported=_gemma_faults, more=_softcaps),
     "cohere2": Family("cohere2", "cohere2", more=lambda config: {"logit_scale": float(config.logit_scale)}),
     "olmo3": Family("olmo2", "olmo2", unsupported=other_local_rope),
     "granite_swa": Family("granite_swa", "granite", True, _other_bases, _granite_scales),
@@ -137,7 +150,7 @@ def check_family(config: PreTrainedConfig, path: Any) -> Family:
             f"llama.cpp has no architecture with the tensors of {config.model_type} and a window for some layers. "
             f"{REMEDY}"
         )
-    if fault := family.unsupported(config):
+    if fault := other_activation(config) or family.unsupported(config):
         raise ZebraError(f"{path} has {fault}, which llama.cpp's {family.architecture} cannot say. {REMEDY}")
     return family
 
@@ -277,6 +290,9 @@ def _stored(tensor: Tensor, name: str, kind: GGMLQuantizationType) -> GgufTensor
         kind = GGMLQuantizationType.F16
 
     def read() -> np.ndarray:
-        return gguf.quantize(tensor.float().contiguous().numpy(), kind)
+        values = tensor.float().contiguous().numpy()
+        if kind == GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+            raise ZebraError(f"{name} has values beyond the range of float16. Choose bf16 or f32.")
+        return gguf.quantize(values, kind)
 
     return GgufTensor(tuple(tensor.shape), kind, read)

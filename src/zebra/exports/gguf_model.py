@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,7 @@ def _type_of(value: Any) -> GGUFValueType:
 
 def write_model(model: GgufModel, path: str | os.PathLike[str]) -> None:
     """Write a GGUF file, whole or not at all; one tensor at a time is in memory."""
-    with atomic_file(path) as aside:
-        writer = GGUFWriter(None, model.architecture)
+    with atomic_file(path) as aside, closing(GGUFWriter(None, model.architecture)) as writer:
         for key, value in model.metadata.items():
             kind, part = model.types.get(key, (_type_of(value), None))
             if kind == GGUFValueType.ARRAY and part is None:
@@ -149,4 +149,3 @@ def write_model(model: GgufModel, path: str | os.PathLike[str]) -> None:
         writer.write_ti_data_to_file()
         for tensor in model.tensors.values():
             writer.write_tensor_data(np.ascontiguousarray(tensor.read()))
-        writer.close()

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from zebra.errors import ZebraError
-from zebra.model.gguf import PRE_TOKENIZERS
+from zebra.model.gguf import PRE_TOKENIZERS, WHOLE_PIECES
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _LOWEST_SCORE = -1e6
@@ -39,6 +39,8 @@ def tokenizer_metadata(
         raise ZebraError(
             f"the tokenizer of {path} is no table of merged pairs, which alone is exported. {_BY_LLAMA_CPP}"
         )
+    if fault := _fault(tokenizer, state):
+        raise ZebraError(f"the tokenizer of {path} {fault}, and llama.cpp has no field for that. {_BY_LLAMA_CPP}")
     tokens, kinds = _tokens(tokenizer, state, vocab_size)
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     metadata: dict[str, Any] = {"tokens": tokens, "token_type": kinds}
@@ -50,13 +52,47 @@ def tokenizer_metadata(
     ids = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     ids |= dict(zip(("eos", "eot"), end_tokens or [tokenizer.eos_token_id], strict=False))
     metadata |= {f"{name}_token_id": token for name, token in ids.items() if token is not None}
-    sample = tokenizer("a").input_ids
-    metadata["add_bos_token"] = bool(sample) and sample[0] == tokenizer.bos_token_id
-    metadata["add_eos_token"] = bool(sample) and sample[-1] == tokenizer.eos_token_id
+    metadata |= dict(zip(("add_bos_token", "add_eos_token"), map(bool, _around(tokenizer)), strict=True))
     result = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
     if isinstance(template := tokenizer.chat_template, dict):
         template = template.get("default")
     return result | ({"tokenizer.chat_template": template} if template else {})
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens that are put before a text, and behind it."""
+    text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer("a").input_ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), len(whole))
+    return whole[:start], whole[start + len(text) :]
+
+
+def _fault(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> str | None:
+    """What llama.cpp would not do with a text, or None."""
+    model, steps = state["model"], _steps(state)
+    before, behind = _around(tokenizer)
+    if before not in ([], [tokenizer.bos_token_id]) or behind not in ([], [tokenizer.eos_token_id]):
+        return "puts more than the tokens of a beginning and an end around a text"
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return "marks parts of words"
+    if model.get("byte_fallback"):
+        spaces = ({"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+        split = {"type": "Split", "pattern": {"String": " "}}  # there is none left
+        other = [
+            each
+            for each in steps
+            if each not in spaces and each["type"] != "Metaspace" and not split.items() <= each.items()
+        ]
+    else:
+        normalizer = state.get("normalizer") or {"type": "NFC"}  # most texts have it already
+        other = [each for each in normalizer.get("normalizers", [normalizer]) if each["type"] != "NFC"]
+    return f"changes a text by {other[0]['type']}" if other else None
+
+
+def _steps(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is done with a text before the merges, step by step."""
+    both = [step for name in ("normalizer", "pre_tokenizer") if (step := state.get(name))]
+    return [each for step in both for each in step.get("normalizers", step.get("pretokenizers", [step]))]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -83,8 +119,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 def _prefixes_space(state: dict[str, Any]) -> bool:
     """Whether a space is put before a text."""
-    steps = [state.get("normalizer") or {}, state.get("pre_tokenizer") or {}]
-    steps += [step for each in steps for step in (*each.get("normalizers", ()), *each.get("pretokenizers", ()))]
+    steps = _steps(state)
     metaspace = any(step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps)
     return metaspace or any(step.get("type") == "Prepend" for step in steps)
 
@@ -97,8 +132,9 @@ def _split_name(state: dict[str, Any], path: Any) -> str:
             return {name: essence(value) for name, value in split.items() if name != "trim_offsets"}
         return [essence(each) for each in split] if isinstance(split, list) else split
 
-    split = essence(state["pre_tokenizer"])
-    name = next((name for name, known in PRE_TOKENIZERS.items() if essence(known) == split), None)
+    split, whole = essence(state["pre_tokenizer"]), bool(state["model"].get("ignore_merges"))
+    names = (name for name, known in PRE_TOKENIZERS.items() if essence(known) == split)
+    name = next((name for name in names if (name in WHOLE_PIECES) == whole), None)
     if name is None:
         raise ZebraError(f"the tokenizer of {path} splits text in a way that zebra has no name for. {_BY_LLAMA_CPP}")
     return name

@@ -50,6 +50,7 @@ def verify_export(
 
     1. short, long: the log-probabilities of the likeliest tokens at each decoded one, behind a prompt up to the window
        and one beyond it; the largest difference, in nats. An engine that ignored the window would fail the second.
+       Their names have the window, and their counts are the tokens of the prompts.
     2. greedy: how much likelier than the engine's token another was here, in nats, at most.
     3. tokenizer: tokens of two texts that differ.
 
@@ -86,7 +87,8 @@ def verify_export(
         ("short", "long"), prompts, answer["tokens"], answer["logprobs"], strict=True
     ):
         difference, behind = compare(model, prompt, tokens, logprobs)
-        checks.append(Check(name, answer["engine"], difference, tolerance, len(prompt)))
+        named = f"{name}, window {layout.window:,}"
+        checks.append(Check(named, answer["engine"], difference, tolerance, len(prompt)))
         checks.append(Check(f"{name}, greedy", answer["engine"], behind, tolerance, len(tokens)))
     return [*checks, Check("tokenizer", answer["engine"], wrong, 0, sum(map(len, texts)))]
 

@@ -89,7 +89,7 @@ class ZebraPlugin(BasePlugin):
         target = Path(cfg.get("output_dir") or "model-out") / "striped-base"
         if source != str(target):
             cfg["base_model"] = str(_converted(source, target, keys.stripes))
-        cfg["base_model_config"] = None
+        cfg.pop("base_model_config", None)  # axolotl's checks take what is there for a text
 
     def post_model_build(self, cfg: Mapping[str, Any], model: PreTrainedModel) -> None:
         """Set the attention on the model, before adapters are put into it.

@@ -83,6 +83,8 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _by_regex(r"\p{N}")),
 }
 """How text is split before merges, by `tokenizer.ggml.pre`. transformers follows some of these, by its version."""
+WHOLE_PIECES = (*_LLAMA3, "tekken")
+"""Those where a piece of text that is a token is that token, even if merges would not lead to it."""
 
 
 def _write_tokenizer(path: Path, header: GgufHeader, directory: Path) -> None:
@@ -102,8 +104,7 @@ def _mend_byte_level(state: dict[str, Any], header: GgufHeader) -> None:
     # transformers' GPT-2 brings its <|endoftext|>, for which the model may have no embedding.
     tokens, name = header.metadata["tokenizer.ggml.tokens"], str(header.metadata.get("tokenizer.ggml.pre"))
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < tokens]
-    # A piece of text that is a token is that token, even if merges would not lead to it.
-    state["model"]["ignore_merges"] = name in (*_LLAMA3, "tekken")
+    state["model"]["ignore_merges"] = name in WHOLE_PIECES
     if name in PRE_TOKENIZERS:
         state["pre_tokenizer"] = PRE_TOKENIZERS[name]
     elif state["pre_tokenizer"] == _GPT2:
