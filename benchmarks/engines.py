@@ -72,13 +72,13 @@ def _read_and_write(file: Path) -> dict[str, Any]:
 
 def _medians(layout: str, turns: dict[str, list[dict[str, Any]]]) -> list[Result]:
     """Of each column the median, with the least and the most; of times also the ratio to the full model's turn."""
-    mine, full = turns[layout], turns["full"]
-    columns = {name: [turn[name] for turn in mine] for name in ("read", "write", "kv_bytes", "peak_bytes")}
+    own, full = turns[layout], turns["full"]
+    columns = {name: [turn[name] for turn in own] for name in ("read", "write", "kv_bytes", "peak_bytes")}
     if layout != "full":
         for name in ("read", "write"):
-            columns[f"{name}_ratio"] = [one[name] / other[name] for one, other in zip(mine, full, strict=True)]
+            columns[f"{name}_ratio"] = [one[name] / other[name] for one, other in zip(own, full, strict=True)]
     return [
-        _row(layout, name, statistics.median(values), mine[0]["engine"], TOKENS, len(values), min(values), max(values))
+        _row(layout, name, statistics.median(values), own[0]["engine"], TOKENS, len(values), min(values), max(values))
         for name, values in columns.items()
     ]
 
