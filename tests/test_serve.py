@@ -23,6 +23,7 @@ from conftest import STORIES, refused, run_zebra
 from transformers import AutoTokenizer
 
 import zebra
+from zebra.errors import ZebraError
 from zebra.serve.settings import ServeSettings
 
 openai = pytest.importorskip("openai", reason="the extra serve is not installed")
@@ -480,6 +481,16 @@ def test_sigterm_lets_running_requests_end_and_takes_no_more(checkpoint: Path) -
 
 
 # Settings
+
+
+@pytest.mark.parametrize(("host", "says"), [("127.0.0.1", "in use"), ("192.0.2.1", "192.0.2.1"), ("a..b", "a..b")])
+def test_an_address_that_cannot_be_had_is_known_before_the_checkpoint_is_read(host: str, says: str) -> None:
+    from zebra.serve.start import make_server
+
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        settings = ServeSettings(host=host, port=busy.getsockname()[1], api_key=KEY, page=False)
+        with pytest.raises(ZebraError, match=says):
+            make_server("no checkpoint", settings)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from zebra.errors import ZebraError
 from zebra.serve.settings import ServeSettings
 
 
@@ -16,6 +18,7 @@ class Server(uvicorn.Server):
     """uvicorn's server, which ends once no request is left; a second signal ends it at once.
 
     Args:
+        listener: a bound socket.
         drain: take no more requests.
         idle: whether none is left.
         on_start: called with the address when it listens.
@@ -24,17 +27,19 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
+        listener: socket.socket,
         *,
         drain: Callable[[], None],
         idle: Callable[[], bool],
         on_start: Callable[[str], None],
     ) -> None:
         super().__init__(config)
-        self._drain, self._idle, self._on_start, self._ending = drain, idle, on_start, False
+        self._listener, self._ending = listener, False
+        self._drain, self._idle, self._on_start = drain, idle, on_start
 
     async def startup(self, sockets: Any = None) -> None:
         """Listen, and say where."""
-        await super().startup(sockets=sockets)
+        await super().startup(sockets=[self._listener])
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         self._on_start(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
@@ -52,6 +57,24 @@ class Server(uvicorn.Server):
         if self._ending and self._idle():
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that has its address and does not listen yet, so that this is certain before a model is loaded.
+
+    Raises:
+        ZebraError: another server has the port; the address is none of this machine.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ZebraError(
+            f"a server cannot listen on {host}, port {port}: {error.strerror}. Choose another --port or --host."
+        ) from None
+    return listener
 
 
 def protocol(read_seconds: float) -> type[H11Protocol]:
@@ -80,8 +103,6 @@ def config(app: Any, settings: ServeSettings) -> uvicorn.Config:
     """uvicorn's options."""
     return uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         http=protocol(settings.read_seconds),
         ws="none",
         log_level="warning",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from zebra.serve.app import PAGE, build_app
 from zebra.serve.engine import Engine
 from zebra.serve.jobs import Prompts
 from zebra.serve.metrics import Metrics
-from zebra.serve.server import Server, config
+from zebra.serve.server import Server, bound_socket, config
 from zebra.serve.settings import ServeSettings
 from zebra.stripes import GLOBAL
 
@@ -36,9 +37,25 @@ def make_server(
         loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        ZebraError: as `EvalTarget`; a page without gradio.
+        ZebraError: as `EvalTarget`; an address that is taken, or none of this machine; a page without gradio.
     """
     with_page = _serves_page(settings)
+    listener = bound_socket(settings.host, settings.port)
+    try:
+        return _loaded_server(checkpoint, settings, listener, with_page, on_start, loading)
+    except BaseException:
+        listener.close()
+        raise
+
+
+def _loaded_server(
+    checkpoint: str | os.PathLike[str],
+    settings: ServeSettings,
+    listener: socket.socket,
+    with_page: bool,
+    on_start: Callable[[str, bool], None],
+    loading: dict[str, Any],
+) -> Server:
     target = EvalTarget(checkpoint, purpose="serving", **loading)
     model, metrics = target.load(), Metrics()
     prompts = Prompts(
@@ -62,7 +79,7 @@ def make_server(
         address = at
         on_start(at, with_page)
 
-    return Server(config(app, settings), drain=engine.drain, idle=lambda: engine.idle, on_start=listening)
+    return Server(config(app, settings), listener, drain=engine.drain, idle=lambda: engine.idle, on_start=listening)
 
 
 def _serves_page(settings: ServeSettings) -> bool:
