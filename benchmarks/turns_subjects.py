@@ -162,8 +162,8 @@ def transformers_serve(checkpoint: Path) -> Iterator[Chat]:
 def llama_server(gguf: Path, context: int) -> Iterator[Chat]:
     port = free_port()
     command = ["llama-server", "-m", str(gguf), "-c", str(context), "-t", str(torch.get_num_threads()), "-np", "1"]
-    # Else it holds a slot to the trained length.
-    command += ["--override-kv", f"llama.context_length=int:{context}", "--port", str(port)]
+    # Else it holds a slot to the trained length; and says what its cache takes at this verbosity alone.
+    command += ["--override-kv", f"llama.context_length=int:{context}", "-lv", "4", "--port", str(port)]
     with running(command, port) as log:
 
         def read_bytes() -> float | None:

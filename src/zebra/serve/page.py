@@ -89,6 +89,7 @@ def _blocks(page: _Page, card: dict[str, Any], layers: str) -> Any:
             file_count="multiple",
             sources=["upload"],
             max_plain_text_length=4000,
+            max_lines=6,
             autofocus=True,
         )
         status = gradio.HTML(_status(_HINT))
