@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from zebra.generation import Decoding, encode_messages
+from zebra.decoding import Decoding
+from zebra.generation import encode_messages
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.load import load
 from zebra.model.prefix_cache import PrefixCache

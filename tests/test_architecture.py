@@ -26,7 +26,9 @@ RANKS = {
     "kernels": 1,
     "data": 1,
     "plan": 1,
+    "decoding": 2,
     "model": 2,
+    "text_writer": 2,
     "exports": 3,
     "generation": 3,
     "evaluate": 4,
@@ -60,6 +62,7 @@ STANDARD_LIBRARY_ONLY = {
 MAY_IMPORT_TRANSFORMERS = {
     *(
         "compare",
+        "decoding",
         "exports",
         "model",
         "train",
@@ -70,6 +73,7 @@ MAY_IMPORT_TRANSFORMERS = {
         "conversation",
         "serve",
         "study",
+        "text_writer",
     ),
 }
 

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 import zebra
 from zebra.conversation import Conversation
+from zebra.decoding import Decoding
 from zebra.errors import ZebraError
-from zebra.generation import Decoding, encode_messages, generate_tokens
+from zebra.generation import encode_messages, generate_tokens
 from zebra.model.prefix_cache import PrefixCache
 from zebra.streaming import AnswerStream, ContextLengthError, Step, answer
 

@@ -25,8 +25,10 @@ import zebra
 from zebra.data.encoding import Encoder, encode_batches
 from zebra.data.haystack import Haystack, PromptTokenizer
 from zebra.data.qa import QAExample
+from zebra.decoding import Decoding
 from zebra.evaluate.prompts import Prompts
-from zebra.generation import Decoding, Generated, TextWriter
+from zebra.generation import Generated
+from zebra.text_writer import TextWriter
 
 ONCE = "Once upon a time, there was"
 ASSISTS_ITSELF_IN_CHUNKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)

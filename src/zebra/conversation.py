@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.decoding import Decoding
 from zebra.errors import ZebraError
-from zebra.generation import Decoding, Generated, encode_messages
+from zebra.generation import Generated, encode_messages
 from zebra.model.context import longest_text
 from zebra.model.load_options import LoadOptions
 from zebra.model.prefix_cache import PrefixCache
@@ -40,7 +41,7 @@ class Conversation:
         prefixes: a store to share with other conversations of the model; one of its own where None.
         on_prefill: called with the tokens of a prompt that have been read and of all that must be, while an answer or a
             document is read; in another thread.
-        options: fields of `zebra.generation.Decoding`, of which max_new_tokens is 1,024 by default; for a checkpoint
+        options: fields of `zebra.decoding.Decoding`, of which max_new_tokens is 1,024 by default; for a checkpoint
             those of `zebra.model.load_options.LoadOptions` too.
 
     Attributes:

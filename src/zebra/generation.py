@@ -18,19 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation import (
-    BaseStreamer,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from zebra.data.chat_template import apply_chat_template
-from zebra.data.encoding import decode, prompt_tokens
-from zebra.errors import ZebraError, first_line
+from zebra.data.encoding import prompt_tokens
+from zebra.decoding import Decoding
+from zebra.errors import ZebraError
 from zebra.model.cache import StripedCache
 from zebra.model.context import check_learned_positions, longest_text, ways_beyond
 from zebra.model.finite import checking_logits
@@ -39,86 +32,7 @@ from zebra.model.rope import Rope, as_rope, refuse_changing_rope
 from zebra.model.self_extend import self_extend_of
 from zebra.positions import SelfExtend
 from zebra.progress import bar
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How the next token is chosen, and when to stop: fields of transformers' `GenerationConfig`, by other defaults.
-
-    Of the checkpoint's generation_config.json nothing is used but the tokens that end a text.
-
-    Args:
-        max_new_tokens: new tokens, at most.
-        temperature: 0 takes the likeliest token; above it tokens are drawn from softmax(logits / temperature).
-        top_p, top_k, min_p, repetition_penalty, num_beams: as in `GenerationConfig`.
-        stop: strings that end the text, which contains them.
-        seed: of the draws.
-        prefill_chunk: tokens of the prompt that are read at a time, None for all at once: the same to rounding, and a
-            long prompt's activations take less memory.
-
-    Raises:
-        ZebraError: what transformers rejects, such as a negative temperature, or top_p without a temperature.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    num_beams: int = 1
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    prefill_chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, count in (("num_beams", self.num_beams), ("prefill_chunk", self.prefill_chunk)):
-            if count is not None and count < 1:
-                raise ZebraError(f"{name} is a whole number of at least 1; got {count}. Raise it or leave it out.")
-        if not all(self.stop):
-            raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
-        filters = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        names = ", ".join(name for name, value in filters.items() if value is not None)
-        if names and self.temperature == 0:
-            raise ZebraError(
-                f"{names} filter what is drawn, and temperature 0 draws nothing. Raise it, for example to 0.8."
-            )
-        try:
-            self.to_generation_config()
-            TemperatureLogitsWarper(float(self.temperature) or 1.0)
-            RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
-            for kind, value in (
-                (TopPLogitsWarper, self.top_p),
-                (TopKLogitsWarper, self.top_k),
-                (MinPLogitsWarper, self.min_p),
-            ):
-                if value is not None:
-                    kind(value)
-        except ValueError as error:
-            raise ZebraError(f"these options of decoding cannot be used: {first_line(error)}") from None
-
-    def to_generation_config(self, **tokens: Any) -> GenerationConfig:
-        """transformers' config: every field that the checkpoint's own would fill is set, to a neutral value by default.
-
-        Args:
-            tokens: further fields: the tokens that end and pad a text.
-        """
-        draws = self.temperature != 0
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=draws,
-            temperature=self.temperature if draws else 1.0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=(0 if draws else 50) if self.top_k is None else self.top_k,  # 50 is neutral where nothing is drawn
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            num_beams=self.num_beams,
-            stop_strings=list(self.stop) or None,
-            prefill_chunk_size=self.prefill_chunk,
-            use_cache=True,
-            return_dict_in_generate=True,
-            **tokens,
-        )
+from zebra.text_writer import TextWriter
 
 
 @dataclass(frozen=True)
@@ -323,58 +237,6 @@ def _run(
         seconds=seconds,
         cache_bytes=cache.kv_bytes() if isinstance(cache, StripedCache) else None,
     )
-
-
-class TextWriter(BaseStreamer):
-    """Tokens to text as they come: whole characters, with the space that the tokenizer puts behind what is before.
-
-    A token's text depends on its neighbours (a leading space, bytes of one character), so a few tokens before the new
-    ones are decoded again, and what is longer is new. transformers' own streamer starts anew behind each line, without
-    the space that may follow; the one of tokenizers ends in an error on bytes that are no UTF-8.
-
-    Args:
-        on_text: called with each piece.
-        special: special tokens are text too.
-    """
-
-    _BEFORE, _BYTES = 8, 4
-    """Tokens decoded again; tokens that one character may take."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        on_text: Callable[[str], None] | None,
-        *,
-        special: bool = False,
-    ):
-        self._tokenizer, self._on_text = tokenizer, on_text
-        self._special = special
-        self._before: list[int] = []
-        self._new: list[int] = []
-        self.text = ""
-
-    def put(self, value: Tensor) -> None:
-        """The prompt first, then new tokens."""
-        if not self._before:
-            self._before = value.flatten().tolist()[-self._BEFORE :]
-            return
-        for token in value.flatten().tolist():
-            self._new.append(token)
-            if len(self._new) >= self._BYTES or not self._decoded(self._before + self._new).endswith("\ufffd"):
-                self.end()
-
-    def end(self) -> None:
-        """Write what is held back."""
-        before, whole = self._decoded(self._before), self._decoded(self._before + self._new)
-        # Behind bytes that are no character a decoder may drop the characters that were whole before them.
-        piece = whole[len(before) :] if whole.startswith(before) else self._decoded(self._new)
-        self._before, self._new = (self._before + self._new)[-self._BEFORE :], []
-        self.text += piece
-        if piece and self._on_text is not None:
-            self._on_text(piece)
-
-    def _decoded(self, ids: list[int]) -> str:
-        return decode(self._tokenizer, ids, special=self._special)
 
 
 class _Clock(StoppingCriteria):

@@ -23,13 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation import BaseStreamer
 
+from zebra.decoding import Decoding
 from zebra.errors import ZebraError
-from zebra.generation import Decoding, Generated, TextWriter, end_tokens, generate_with, reason_of_end
+from zebra.generation import Generated, end_tokens, generate_with, reason_of_end
 from zebra.model.context import longest_text, ways_beyond
 from zebra.model.local import local_attention_of
 from zebra.model.prefix_cache import CachedText, PrefixCache
 from zebra.model.rope import as_rope
 from zebra.model.self_extend import self_extend_of
+from zebra.text_writer import TextWriter
 
 _CHUNK = 1024
 """Tokens of a prompt that are read at a time, where `Decoding` names no other number."""

@@ -48,7 +48,7 @@ def generate(
     check_checkpoint(checkpoint)
     text = _prompt(prompt, file)
     with show.working():
-        from zebra.generation import Decoding
+        from zebra.decoding import Decoding
         from zebra.generation import generate as run
 
         with show.writing(not as_json) as write:

@@ -24,9 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.encoding import decode
+from zebra.decoding import Decoding
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import evaluating
-from zebra.generation import Decoding, generate_with
+from zebra.generation import generate_with
 from zebra.model.cache import StripedCache
 from zebra.model.finite import checking_logits
 from zebra.model.self_extend import bounded_cache

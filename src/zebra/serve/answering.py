@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.utils import ReasoningText, ToolCall, response_events_to_chunks
 
-from zebra.generation import TextWriter
 from zebra.model.prefix_cache import PrefixCache
 from zebra.serve.engine import Ticket
 from zebra.serve.events import Finish, Piece, ScoredToken
@@ -17,6 +16,7 @@ from zebra.serve.metrics import Metrics
 from zebra.serve.scores import scored_token
 from zebra.serve.stops import StopFilter
 from zebra.streaming import Step, answer
+from zebra.text_writer import TextWriter
 
 _MAX_TEXTS = 256
 """Conversations whose caches are kept, where their bytes allow it."""

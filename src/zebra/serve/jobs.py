@@ -14,8 +14,9 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler, build_response_parser
 
 from zebra.data.encoding import prompt_tokens
+from zebra.decoding import Decoding
 from zebra.errors import ZebraError
-from zebra.generation import Decoding, encode_messages
+from zebra.generation import encode_messages
 from zebra.model.context import longest_text
 from zebra.model.self_extend import self_extend_of
 from zebra.serve.errors import ApiError

@@ -100,7 +100,7 @@ class Sampling(BaseModel):
         return [stop] if isinstance(stop, str) else stop
 
     def decoding(self) -> dict[str, Any]:
-        """Fields of `zebra.generation.Decoding`.
+        """Fields of `zebra.decoding.Decoding`.
 
         Greedy where no temperature is named; a filter without one draws at OpenAI's default of 1.
         """

@@ -1,0 +1,97 @@
+"""How the next token is chosen, and when a text ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.generation import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from zebra.errors import ZebraError, first_line
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen, and when to stop: fields of transformers' `GenerationConfig`, by other defaults.
+
+    Of the checkpoint's generation_config.json nothing is used but the tokens that end a text.
+
+    Args:
+        max_new_tokens: new tokens, at most.
+        temperature: 0 takes the likeliest token; above it tokens are drawn from softmax(logits / temperature).
+        top_p, top_k, min_p, repetition_penalty, num_beams: as in `GenerationConfig`.
+        stop: strings that end the text, which contains them.
+        seed: of the draws.
+        prefill_chunk: tokens of the prompt that are read at a time, None for all at once: the same to rounding, and a
+            long prompt's activations take less memory.
+
+    Raises:
+        ZebraError: what transformers rejects, such as a negative temperature, or top_p without a temperature.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    prefill_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, count in (("num_beams", self.num_beams), ("prefill_chunk", self.prefill_chunk)):
+            if count is not None and count < 1:
+                raise ZebraError(f"{name} is a whole number of at least 1; got {count}. Raise it or leave it out.")
+        if not all(self.stop):
+            raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
+        filters = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        names = ", ".join(name for name, value in filters.items() if value is not None)
+        if names and self.temperature == 0:
+            raise ZebraError(
+                f"{names} filter what is drawn, and temperature 0 draws nothing. Raise it, for example to 0.8."
+            )
+        try:
+            self.to_generation_config()
+            TemperatureLogitsWarper(float(self.temperature) or 1.0)
+            RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
+            for kind, value in (
+                (TopPLogitsWarper, self.top_p),
+                (TopKLogitsWarper, self.top_k),
+                (MinPLogitsWarper, self.min_p),
+            ):
+                if value is not None:
+                    kind(value)
+        except ValueError as error:
+            raise ZebraError(f"these options of decoding cannot be used: {first_line(error)}") from None
+
+    def to_generation_config(self, **tokens: Any) -> GenerationConfig:
+        """transformers' config: every field that the checkpoint's own would fill is set, to a neutral value by default.
+
+        Args:
+            tokens: further fields: the tokens that end and pad a text.
+        """
+        draws = self.temperature != 0
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=draws,
+            temperature=self.temperature if draws else 1.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=(0 if draws else 50) if self.top_k is None else self.top_k,  # 50 is neutral where nothing is drawn
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            num_beams=self.num_beams,
+            stop_strings=list(self.stop) or None,
+            prefill_chunk_size=self.prefill_chunk,
+            use_cache=True,
+            return_dict_in_generate=True,
+            **tokens,
+        )

@@ -1,0 +1,63 @@
+"""Tokens to text, as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
+
+from zebra.data.encoding import decode
+
+
+class TextWriter(BaseStreamer):
+    """Tokens to text as they come: whole characters, with the space that the tokenizer puts behind what is before.
+
+    A token's text depends on its neighbours (a leading space, bytes of one character), so a few tokens before the new
+    ones are decoded again, and what is longer is new. transformers' own streamer starts anew behind each line, without
+    the space that may follow; the one of tokenizers ends in an error on bytes that are no UTF-8.
+
+    Args:
+        on_text: called with each piece.
+        special: special tokens are text too.
+    """
+
+    _BEFORE, _BYTES = 8, 4
+    """Tokens decoded again; tokens that one character may take."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        on_text: Callable[[str], None] | None,
+        *,
+        special: bool = False,
+    ):
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._special = special
+        self._before: list[int] = []
+        self._new: list[int] = []
+        self.text = ""
+
+    def put(self, value: Tensor) -> None:
+        """The prompt first, then new tokens."""
+        if not self._before:
+            self._before = value.flatten().tolist()[-self._BEFORE :]
+            return
+        for token in value.flatten().tolist():
+            self._new.append(token)
+            if len(self._new) >= self._BYTES or not self._decoded(self._before + self._new).endswith("\ufffd"):
+                self.end()
+
+    def end(self) -> None:
+        """Write what is held back."""
+        before, whole = self._decoded(self._before), self._decoded(self._before + self._new)
+        # Behind bytes that are no character a decoder may drop the characters that were whole before them.
+        piece = whole[len(before) :] if whole.startswith(before) else self._decoded(self._new)
+        self._before, self._new = (self._before + self._new)[-self._BEFORE :], []
+        self.text += piece
+        if piece and self._on_text is not None:
+            self._on_text(piece)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return decode(self._tokenizer, ids, special=self._special)
