@@ -115,7 +115,7 @@ def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(ZebraError, match=r"files \(.*\) and source \(model\.safetensors\) changed since"):
         adapt(training_recipe)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ZebraError, match=r"files \(.*\) and processes and source \(.*\) changed since"):
+    with pytest.raises(ZebraError, match=r"files \(.*\) and sequences of a step and source \(.*\) changed since"):
         adapt(training_recipe)
 
 
@@ -243,6 +243,6 @@ def test_a_finished_run_keeps_to_its_inputs(stories: Path, tmp_path: Path) -> No
 
 def test_the_inputs_of_a_run_are_written_down(adapt_run: FinishedRun) -> None:
     inputs = json.loads((adapt_run.path / "inputs.json").read_text())
-    assert inputs["processes"] == 1
+    assert inputs["sequences of a step"] == 1
     assert {"config.json", "model.safetensors", "tokenizer.json", "zebra.json"} < set(inputs["source"])
     assert inputs["files"][str(TEXT / "tinystories_test.txt")] == file_digest(TEXT / "tinystories_test.txt")

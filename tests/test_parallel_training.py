@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import FinishedRun, Zebra, adapt_recipe, losses, refused
+from conftest import FEW_STORIES, FinishedRun, Zebra, adapt_recipe, losses, refused
 from safetensors.torch import load_file
+from test_pretrain import recipe as pretrain_recipe
 from test_tune import recipe as tune_recipe
 from test_tune import write
 
@@ -20,16 +21,22 @@ from zebra.results import read_results
 from zebra.train.adapt import adapt
 from zebra.train.directory import check_processes, data_groups
 from zebra.train.dry_run import dry_run
+from zebra.train.pretrain import pretrain
 from zebra.train.recipe import AdaptRecipe, Parallel
 from zebra.train.tune import tune
 
 
-def launch(processes: int, recipe: Any, file: Path, verb: str = "adapt") -> subprocess.CompletedProcess[str]:
-    """The command under torchrun, as a user starts it."""
+def launch(
+    processes: int, recipe: Any, file: Path, verb: str = "adapt", accelerate: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The command under torchrun or accelerate, as a user starts it."""
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "zebra"]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    if accelerate:
+        launcher = ["accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--num_machines=1"]
+        launcher += ["--mixed_precision=no", "--dynamo_backend=no"]
     return subprocess.run(
-        [sys.executable, *launcher, verb, str(file)],
+        [sys.executable, "-m", *launcher, "-m", "zebra", verb, str(file)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -55,6 +62,96 @@ def test_two_processes_that_split_sequences_train_as_one(adapt_run: FinishedRun,
     weights, expected = (load_file(path / "model" / "model.safetensors") for path in (run, adapt_run.path))
     for name, weight in expected.items():
         assert (weights[name] - weight).norm() <= 1e-3 * weight.norm(), name
+
+
+CONSTANT = {"train__lr_scheduler_type": "constant"}
+"""A schedule without an end: a run may go on."""
+
+
+def test_two_processes_that_split_weights_train_as_one(tmp_path: Path) -> None:
+    """Each holds half of the moments, and one process goes on from what they wrote, with the same steps."""
+    two = adapt_recipe(tmp_path / "run", parallel={"shard": 2}, evaluate=None, train__max_steps=4, **CONSTANT)
+    done = launch(2, two, tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    weights = load_file(checkpoint / "model.safetensors")
+    whole = sum(tensor.numel() for tensor in weights.values())
+    for file in sorted((checkpoint / "moments").iterdir()):
+        moments = [tensor for name, tensor in load_file(file).items() if name.endswith("exp_avg")]
+        assert sum(tensor.numel() for tensor in moments) == pytest.approx(whole / 2, rel=0.02), file.name
+    step = {"train__gradient_accumulation_steps": 2, "evaluate": None} | CONSTANT
+    rows, expected = (adapt(adapt_recipe(tmp_path / name, **step)) for name in ("run", "one"))
+    assert losses(rows) == pytest.approx(losses(expected), rel=1e-5)
+    files = [sorted(file.name for file in (tmp_path / name / "model").iterdir()) for name in ("run", "one")]
+    assert files[0] == files[1]
+    for name, weight in load_file(tmp_path / "one" / "model" / "model.safetensors").items():
+        trained = load_file(tmp_path / "run" / "model" / "model.safetensors")[name]
+        assert (trained - weight).norm() <= 1e-3 * weight.norm(), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (2, {"parallel": {"shard": 2}, "lora": {"r": 2}}),
+        (2, {"parallel": {"shard": 2}, "stripes": "GLLL:33+2", "train__activation_checkpointing": True}),
+        (4, {"parallel": {"shard": 2, "sequence": 2}, "train__gradient_accumulation_steps": 2}),
+        (4, {"parallel": {"shard": 2, "sequence": 2}, "lora": {"r": 2}, "train__activation_checkpointing": True}),
+        (4, {"parallel": {"data": 2, "shard": 2}, "train__length": 601, "data__join": False}),
+    ],
+    ids=["lora", "sinks and checkpointing", "sequences too", "everything", "copies"],
+)
+def test_weights_are_split_in_every_setting(processes: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    shared = adapt_recipe(tmp_path / "shared", **changes)
+    done = launch(processes, shared, tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    batch = 4 if "data" in changes["parallel"] else 2
+    whole = {name: change for name, change in changes.items() if name != "parallel"}
+    one = adapt(adapt_recipe(tmp_path / "one", train__per_device_train_batch_size=batch, **whole))
+    rows = read_results(tmp_path / "shared" / "results.jsonl")
+    assert losses(rows) == pytest.approx(losses(one), rel=1e-5)
+    assert perplexities(rows) == pytest.approx(perplexities(one), rel=1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", [1, 2])
+def test_more_processes_go_on_with_what_fewer_began(first: int, tmp_path: Path) -> None:
+    """From 1 to 2, and from 2 to 4; moments of whole weights are split."""
+    began = adapt_recipe(
+        tmp_path / "run",
+        train__max_steps=4,
+        train__gradient_accumulation_steps=2,
+        parallel={"shard": first},
+        evaluate=None,
+        **CONSTANT,
+    )
+    if first == 1:
+        adapt(began)
+    else:
+        assert launch(2, began, tmp_path / "recipe.yaml").returncode == 0
+    goes_on = adapt_recipe(tmp_path / "run", parallel={"shard": 2 * first}, evaluate=None, **CONSTANT)
+    done = launch(2 * first, goes_on, tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    one = adapt(adapt_recipe(tmp_path / "one", train__gradient_accumulation_steps=2 * first, evaluate=None, **CONSTANT))
+    assert losses(read_results(tmp_path / "run" / "results.jsonl")) == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.mark.full
+def test_conversations_and_random_weights_are_trained_on_by_processes_that_split_weights(tmp_path: Path) -> None:
+    write(tmp_path)
+    done = launch(2, tune_recipe(tmp_path / "two", tmp_path, parallel={"shard": 2}), tmp_path / "recipe.yaml", "tune")
+    assert done.returncode == 0, done.stderr
+    rows, one = (
+        read_results(tmp_path / "two" / "results.jsonl"),
+        tune(tune_recipe(tmp_path / "one", tmp_path, train__per_device_train_batch_size=4)),
+    )
+    assert losses(rows) == pytest.approx(losses(one), rel=1e-5)
+    new = pretrain_recipe(tmp_path / "new", FEW_STORIES, parallel={"shard": 2})
+    done = launch(2, new, tmp_path / "recipe.yaml", "pretrain", accelerate=True)
+    assert done.returncode == 0, done.stderr
+    whole = pretrain_recipe(tmp_path / "whole", FEW_STORIES, train__per_device_train_batch_size=2)
+    assert losses(read_results(tmp_path / "new" / "results.jsonl")) == pytest.approx(losses(pretrain(whole)), rel=1e-5)
 
 
 @pytest.mark.full
@@ -105,6 +202,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
         ({"sequence": 2}, 1, "sequence 2 takes a multiple of 2 processes, and 1 was started.*--nproc-per-node 2"),
         ({"sequence": 2}, 3, "sequence 2 takes a multiple of 2 processes, and 3 were started"),
         ({"sequence": 2, "data": 3}, 4, "sequence 2 x parallel.data 3 takes 6 processes, and 4 were started"),
+        ({"shard": 2}, 1, "parallel.shard 2 takes a multiple of 2 processes, and 1 was started"),
+        ({"shard": 4, "sequence": 2}, 12, "shard 4 x parallel.sequence 2 takes a multiple of 8 .* nproc-per-node 8"),
     ],
 )
 def test_processes_that_do_not_divide_are_rejected(
@@ -114,6 +213,17 @@ def test_processes_that_do_not_divide_are_rejected(
     with pytest.raises(ZebraError, match=message):
         adapt(adapt_recipe(tmp_path / "run", parallel=parallel))
     assert not (tmp_path / "run").exists()
+
+
+def test_accelerate_does_not_shard_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ZebraError, match="Leave --use_fsdp out"):
+        adapt(adapt_recipe(tmp_path / "run"))
+
+
+def test_muon_steps_on_whole_matrices(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"take train\.optimizer adamw"):
+        adapt_recipe(tmp_path / "run", parallel={"shard": 2}, train__optimizer="muon")
 
 
 def test_compiled_layers_do_not_exchange_keys(tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from conftest import EVERY_MEMBER, fitting
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,11 +26,15 @@ from zebra.plan.cost import Run
 from zebra.plan.decoder import read_decoder
 from zebra.plan.parallel import Parallel, device_memory, fetched_bytes, received_bytes
 from zebra.stripes import GLOBAL
+from zebra.train import lora
 from zebra.train.dry_run import saved_storages
+from zebra.train.parallel import shard_weights
+from zebra.train.recipe import Lora
+from zebra.train.recipe import Parallel as Weights
 
 PROCESSES = 4
-SMALL = {"num_hidden_layers": 3, "initializer_range": 0.1}
-"""Random weights of deep models turn float32's rounding into more than 1e-6."""
+SMALL = {"num_hidden_layers": 3, "initializer_range": 0.1, "vocab_size": 100}
+"""Random weights of deep models turn float32's rounding into more than 1e-6. 100 rows are even shards."""
 
 
 class Case(NamedTuple):
@@ -58,6 +60,9 @@ CASES = {
     "checkpointing": Case("GL:5", 30, how="checkpointing"),
     "low-rank updates": Case("GL:5", 30, how="lora"),
     "sharded weights": Case("GL:5", 30, how="sharded"),
+    "copies of sharded weights": Case("GL:5", 30, how="sharded in two"),
+    "sharded weights, checkpointing": Case("GL:5", 30, how="sharded, checkpointing"),
+    "sharded low-rank updates": Case("GL:5", 30, how="sharded lora"),
 }
 MORE = {
     "packed by offsets": Case("GL:9", 30, batch="offsets"),
@@ -99,7 +104,7 @@ def _last_start(index: Tensor, starts: Tensor) -> Tensor:
 def model_of(case: Case, folders: dict[tuple[str, bool], str]) -> Any:
     path = folders[case.member, case.how == "alibi"]
     model = zebra.load(path, stripes=case.stripes, self_extend=case.self_extend, dtype=torch.float32)
-    if case.how == "checkpointing":
+    if "checkpointing" in case.how:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
         model.train()
@@ -107,20 +112,18 @@ def model_of(case: Case, folders: dict[tuple[str, bool], str]) -> Any:
 
 
 def trained_model_of(model: Any, case: Case) -> Any:
-    if case.how == "sharded" and dist.is_initialized():
-        mesh = init_device_mesh("cpu", (PROCESSES,))
-        for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh)
-    if case.how != "lora":
-        return model
-    from zebra.train import lora
-    from zebra.train.recipe import Lora
+    if "lora" in case.how:
+        model = lora.wrap(model, Lora(r=2), seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first, and so would be the gradients of A
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    if case.how.startswith("sharded") and dist.is_initialized():
+        shard_weights(model, weights_shared(case), "cpu")
+    return model
 
-    wrapped = lora.wrap(model, Lora(r=2), seed=0)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:  # zero at first, and so would be the gradients of A
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
-    return wrapped
+
+def weights_shared(case: Case) -> Weights:
+    return Weights(shard=2, sequence=1 if case.how == "sharded in two" else 2)
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,16 +142,24 @@ def whole_tensor(tensor: Any) -> Tensor:
 
 
 class Received(TorchDispatchMode):
-    """The bytes that each all-to-all brings."""
+    """The bytes that each all-to-all brings, and those of weights gathered and gradients reduced."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: list[int] = []
+        self.weights = self.gradients = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "all_to_all_single" in str(function):
+        name = str(function)
+        if "all_to_all_single" in name:
             states, incoming = args[:2]
             self.bytes.append(sum(incoming) * math.prod(states.shape[1:]) * states.element_size())
+        elif "allgather_base" in name:
+            self.weights += args[0].nbytes - args[1].nbytes
+        elif "reduce_scatter_base" in name:
+            self.gradients += args[1].nbytes - args[0].nbytes
+        elif "allreduce" in name:  # in a ring of two, one half in and then the other
+            self.gradients += sum(tensor.nbytes for tensor in args[0])
         return function(*args, **kwargs or {})
 
 
@@ -175,6 +186,7 @@ def share(rank: int, folder: str, folders: dict[tuple[str, bool], str], cases: d
             results[name, size] = result | {
                 "of tokens": of_tokens,
                 "bytes": received.bytes,
+                "gathered": {"weights": received.weights, "gradients": received.gradients},
                 "saved": sum(saved.values()),
                 "weights": sum(p.numel() * p.element_size() for p in own),
             }
@@ -260,15 +272,15 @@ def test_collectives_carry_the_bytes_that_are_planned(
     # A layer with sinks has two of them, and takes both back.
     per_layer = [1 if kind == GLOBAL else calls for kind in kinds]
     for rank, received in enumerate(of_processes):
-        assert len(received) == sum(per_layer) * (3 if case.how == "checkpointing" else 2)
+        assert len(received) == sum(per_layer) * (3 if "checkpointing" in case.how else 2)
         forward = iter(received)
         for kind, count in zip(kinds, per_layer, strict=True):
             assert sum(next(forward) for _ in range(count)) == planned[kind][rank]
-    again = 2 if case.how == "checkpointing" else 1
+    again = 2 if "checkpointing" in case.how else 1
     assert sum(map(sum, of_processes)) == (1 + again) * sum(sum(planned[kind]) for kind in kinds)
-    training = replace(run, phase="train", checkpointing=case.how == "checkpointing")
+    training = replace(run, phase="train", checkpointing="checkpointing" in case.how)
     planned_total = received_bytes(training, Parallel(sequence=size))
-    planned_total.pop("gradients")
+    planned_total.pop("gradients, copies")  # the processes of this test reduce none but those of sharded weights
     assert max(map(sum, of_processes)) == sum(planned_total.values())
 
 
@@ -290,14 +302,34 @@ def test_a_process_saves_its_shard_and_what_it_fetches(
     assert outcomes[name, size][-1]["saved"] == pytest.approx(sum(saved.values()) + fetched, rel=0.02)
 
 
-def test_sharding_shards(folders: dict[tuple[str, bool], str], outcomes: Outcomes) -> None:
-    """Under FSDP2 a process holds its part of the weights, and together they hold all of them once."""
-    case = CASES["sharded weights"]
-    whole = sum(p.numel() * p.element_size() for p in model_of(case, folders).parameters())
-    of_processes = [result["weights"] for result in outcomes["sharded weights", PROCESSES]]
-    assert sum(of_processes) == whole
-    assert max(of_processes) < 1.1 * whole / PROCESSES
-    assert outcomes["packed", PROCESSES][0]["weights"] == whole
+SHARDED = [name for name, case in CASES.items() if case.how.startswith("sharded")]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharding_shards(name: str, folders: dict[tuple[str, bool], str], outcomes: Outcomes) -> None:
+    """Under FSDP2 a process holds its part of the weights, and those that share them hold all of them once."""
+    case = CASES[name]
+    shards = 2 * weights_shared(case).sequence
+    whole = sum(p.numel() * p.element_size() for p in trained_model_of(model_of(case, folders), case).parameters())
+    of_processes = [result["weights"] for result in outcomes[name, PROCESSES]]
+    assert sum(of_processes) == whole * PROCESSES // shards
+    assert max(of_processes) < 1.1 * whole / shards
+    assert outcomes["packed", PROCESSES][0]["weights"] >= whole * (case.how != "sharded lora")
+
+
+@pytest.mark.parametrize("name", [name for name in SHARDED if "low-rank" not in name])
+def test_weights_and_gradients_are_the_bytes_that_are_planned(
+    name: str, folders: dict[tuple[str, bool], str], outcomes: Outcomes
+) -> None:
+    """A layer's weights twice in a step, also where it is computed again; embeddings and the head once."""
+    case, shared = CASES[name], weights_shared(CASES[name])
+    decoder = read_decoder(folders[case.member, False])
+    run = Run(decoder=decoder, stripes=None, length=case.tokens, batch=2, dtype="float32", phase="train")
+    data = PROCESSES // (shared.shard * shared.sequence)
+    planned = received_bytes(run, Parallel(data=data, shard=shared.shard, sequence=shared.sequence))
+    for result in outcomes[name, PROCESSES]:
+        assert result["gathered"]["weights"] == planned["weights"]
+        assert result["gathered"]["gradients"] == planned["gradients"] + planned.get("gradients, copies", 0)
 
 
 # What cannot be split

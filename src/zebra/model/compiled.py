@@ -12,17 +12,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from zebra.errors import ZebraError
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer in place, at its first call; names and weights stay as they are.
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model.
 
     Raises:
         ZebraError: a model whose layers are not of the class that transformers has for them.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ZebraError(
-            "layers are compiled one by one, as GradientCheckpointingLayer of transformers; a "
-            f"{type(model).__name__} has none. Leave out compile."
+            "layers are compiled and sharded one by one, as GradientCheckpointingLayer of transformers; a "
+            f"{type(model).__name__} has none. Leave out compile, and parallel.shard."
         )
-    for layer in layers:
+    return layers
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each decoder layer in place, at its first call; names and weights stay as they are.
+
+    Raises:
+        ZebraError: as `decoder_layers` does.
+    """
+    for layer in decoder_layers(model):
         layer.compile()

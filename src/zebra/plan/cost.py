@@ -38,6 +38,7 @@ class Run:
         lora: the rank, in q, k, v and o; embeddings and norms are trained whole, frozen weights held in `dtype`.
         self_extend: of the global layers.
         full_decode: local layers keep all tokens, and decoded tokens see them.
+        past: tokens of the sequence before these, in training, whose keys come from other devices.
 
     Raises:
         ZebraError: an unknown dtype or phase, a number below 1, training options outside training, float16 or
@@ -54,6 +55,7 @@ class Run:
     lora: int | None = None
     self_extend: SelfExtend | None = None
     full_decode: bool = False
+    past: int = 0
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -107,7 +109,7 @@ def pairs_by_kind(run: Run) -> dict[str, int]:
 
     Self-Extend changes nothing: a band of W near and a causal attention of N - W far are N (N + 1) / 2 pairs together.
     """
-    past, new = (run.length, 1) if run.phase == "decode" else (0, run.length)
+    past, new = (run.length, 1) if run.phase == "decode" else (run.past, run.length)
     counts = {GLOBAL: 0, LOCAL: 0} | Counter(run.decoder.kinds(run.stripes))
 
     def visible(kind: str) -> int:

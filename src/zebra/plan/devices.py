@@ -24,11 +24,34 @@ MEASURED = "measured"
 
 
 @dataclass(frozen=True)
+class Link:
+    """What one device receives from others: bytes/s from those of its node, and from other nodes.
+
+    Attributes:
+        inside: between devices of a node.
+        across: of the network, one device's share.
+        node: devices of a node.
+    """
+
+    inside: float
+    across: float
+    node: int = 8
+
+    def gathering(self, group: int) -> float:
+        """Bytes/s of what all devices of a group need: it enters a node once, over the network's links of all."""
+        return self.inside if group <= self.node else min(self.inside, self.node * self.across)
+
+    def exchange(self, group: int) -> float:
+        """Bytes/s of what each device of a group needs for itself."""
+        return self.inside if group <= self.node else min(self.inside, self.across)
+
+
+@dataclass(frozen=True)
 class Device:
     """Ceilings: FLOP/s of dense matrix products by dtype, bytes/s of memory, and bytes of memory where known.
 
     `attention` holds, where they were measured, the FLOP/s of attention by kind of layer and dtype, counted by visible
-    pairs; `source` says whether the ceilings were published by the vendor or measured.
+    pairs; `source` says whether the ceilings were published by the vendor or measured. `link` joins it to others.
     """
 
     name: str
@@ -37,6 +60,7 @@ class Device:
     memory: int | None = None
     source: str = PUBLISHED
     attention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    link: Link | None = None
 
     def seconds(self, run: Run) -> dict[str, float]:
         """The least seconds of each part.
@@ -65,18 +89,23 @@ DEVICES: dict[str, Device] = {
         {"float32": single * 1e12} | dict.fromkeys(("bfloat16", "float16"), half * 1e12),
         bandwidth * 1e9,
         memory * 10**9,
+        link=Link(inside * 1e9, across * 1e9),
     )
-    for name, half, single, bandwidth, memory in (  # TFLOP/s, GB/s, GB
-        ("h100-sxm", 989.4, 66.9, 3350, 80),
-        ("h200", 989.4, 66.9, 4800, 141),
-        ("a100-80gb", 312, 19.5, 2039, 80),
-        ("l40s", 362, 91.6, 864, 48),
-        ("rtx-4090", 165.2, 82.6, 1008, 24),
-        ("rtx-3090", 71, 35.6, 936, 24),
-        ("mi300x", 1307, 163.4, 5300, 192),
+    for name, half, single, bandwidth, memory, inside, across in (  # TFLOP/s, GB/s, GB, GB/s in one direction
+        ("h100-sxm", 989.4, 66.9, 3350, 80, 450, 50),
+        ("h200", 989.4, 66.9, 4800, 141, 450, 50),
+        ("a100-80gb", 312, 19.5, 2039, 80, 300, 25),
+        ("l40s", 362, 91.6, 864, 48, 32, 12.5),
+        ("rtx-4090", 165.2, 82.6, 1008, 24, 32, 1.5625),
+        ("rtx-3090", 71, 35.6, 936, 24, 32, 1.5625),
+        ("mi300x", 1307, 163.4, 5300, 192, 448, 50),
     )
 }
-"""Peaks of the vendors' data sheets, none measured: without sparsity, sums in float32, float32 without TF32."""
+"""Peaks of the vendors' data sheets, none measured: without sparsity, sums in float32, float32 without TF32.
+
+Links: NVLink 4 and 3 and Infinity Fabric, else PCIe 4.0 x16; a network adapter of 400 Gbit/s for each H100, H200 and
+MI300X, of 200 for each A100 and 100 for each L40S, and one of 100 for a node of eight RTX cards.
+"""
 
 
 def find_device(device: str | os.PathLike[str]) -> Device:

@@ -93,8 +93,9 @@ def fetched_bytes(run: Run, kind: str, processes: int) -> list[int]:
 def received_bytes(run: Run, parallel: Parallel) -> dict[str, int]:
     """Bytes that the busiest device receives in one pass or one training step, by part.
 
-    Gradients of keys and values come back to those that sent them. FSDP2 gathers weights for the forward and for the
-    backward, and each device receives the gradients of its shard; whole weights are reduced in a ring.
+    Gradients of keys and values come back to those that sent them. FSDP2 gathers a layer's weights for the forward and
+    for the backward, embeddings and the head once for both; each device receives the gradients of its shard. Gradients
+    of copies of a shard, or of whole weights, are reduced in a ring. Exact where the shards of each weight are even.
     """
     training = run.phase == "train"
     parts: dict[str, int] = {}
@@ -104,11 +105,15 @@ def received_bytes(run: Run, parallel: Parallel) -> dict[str, int]:
         parts |= devices[totals.index(max(totals))]
     shards, size = parallel.weight_shards, 4 if training and not run.lora else BYTES[run.dtype]
     if shards > 1:
-        each = run.decoder.num_parameters * size * (shards - 1) // shards
-        parts["weights"] = (1 + training) * each
+        outside = run.decoder.outside_layers
+        gathered = (1 + training) * (run.decoder.num_parameters - outside) + outside
+        parts["weights"] = gathered * size * (shards - 1) // shards
     if training and parallel.devices > 1:
         gradients, copies = 4 * trained_parameters(run), parallel.devices // shards
-        parts["gradients"] = gradients * (shards - 1) // shards + 2 * gradients // shards * (copies - 1) // copies
+        if shards > 1:
+            parts["gradients"] = gradients * (shards - 1) // shards
+        if copies > 1:
+            parts["gradients, copies"] = 2 * gradients // shards * (copies - 1) // copies
     return parts
 
 
@@ -147,9 +152,9 @@ def device_memory(run: Run, parallel: Parallel) -> dict[str, int]:
     if shards > 1:
         for name in {"weights", "gradients", "AdamW"} & parts.keys():
             parts[name] = -(-parts[name] // shards)
-        by_part, size = run.decoder.parameters_by_part(), 4 if run.phase == "train" else BYTES[run.dtype]
-        layers = 2 * (by_part["projections"] + by_part["MLP"]) // run.decoder.layers
-        parts["weights gathered"] = size * (layers + by_part["embedding"] + by_part["head"])
+        decoder, size = run.decoder, 4 if run.phase == "train" and not run.lora else BYTES[run.dtype]
+        two_layers = 2 * (decoder.num_parameters - decoder.outside_layers) // decoder.layers
+        parts["weights gathered"] = size * (two_layers + decoder.outside_layers)
     if sequence > 1:
         fetched = [fetched_bytes(run, kind, sequence)[-1] for kind in run.decoder.kinds(run.stripes)]
         held = run.phase == "train" and not run.checkpointing

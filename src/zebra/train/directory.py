@@ -1,7 +1,7 @@
 """A run's directory: it belongs to one recipe with one set of inputs, and to one process at a time.
 
 run/recipe.yaml     the resolved recipe; a second start of the same recipe resumes, of another is refused
-run/inputs.json     what the recipe's names stood for: digests of files and of the source, the number of processes
+run/inputs.json     what the recipe's names stood for: digests of files and of the source; the sequences of a step
 
 Until its first whole checkpoint a run has nothing that is worth keeping: its recipe and its inputs may be mended.
 """
@@ -29,6 +29,8 @@ from zebra.train.recipe import Recipe, named_files, parse_yaml
 
 COMPLETE = "COMPLETE"
 """The mark that a checkpoint is whole, written last."""
+_SEQUENCES = "sequences of a step"
+_SHARES_OF_A_STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
 
@@ -46,22 +48,36 @@ def check_processes(recipe: Recipe) -> None:
     """Check that the processes that the launcher started can share the recipe's work.
 
     Raises:
-        ZebraError: their number is no multiple of `parallel.sequence`, or not data x sequence.
+        ZebraError: their number is no multiple of `parallel.shard` x `parallel.sequence`, or not data x shard x
+            sequence; a launcher that would shard weights too.
     """
     parallel, count = recipe.parallel, processes()
-    planned = parallel.sequence * (parallel.data or max(1, count // parallel.sequence))
+    sharing = parallel.shard * parallel.sequence
+    planned = sharing * (parallel.data or max(1, count // sharing))
     if count != planned:
-        sizes = f"parallel.sequence {parallel.sequence}" + f" x parallel.data {parallel.data}" * bool(parallel.data)
+        sizes = {"shard": parallel.shard, "sequence": parallel.sequence, "data": parallel.data or 0}
+        several = [f"parallel.{name} {size}" for name, size in sizes.items() if size > 1 or (name == "data" and size)]
         raise ZebraError(
-            f"{sizes} takes {'' if parallel.data else 'a multiple of '}{parallel.sequence * (parallel.data or 1)} "
+            f"{' x '.join(several)} takes {'' if parallel.data else 'a multiple of '}{sharing * (parallel.data or 1)} "
             f"processes, and {count} {'was' if count == 1 else 'were'} started. Start it as "
             f"`torchrun --nproc-per-node {planned} -m zebra ...`, or change parallel."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ZebraError(
+            "accelerate was started with FSDP, and zebra shards by parallel.shard. Leave --use_fsdp out of the command "
+            "or of accelerate's config."
         )
 
 
 def data_groups(recipe: Recipe) -> int:
     """How many groups of processes train on sequences of their own; a dry run needs no launcher."""
     return max(1, processes() // recipe.parallel.sequence)
+
+
+def sequences_per_step(recipe: Recipe) -> int:
+    """Sequences of one full optimiser step, over all processes."""
+    train = recipe.train
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * data_groups(recipe)
 
 
 @contextmanager
@@ -86,7 +102,7 @@ def has_trained(run: Path) -> bool:
 
 
 def inputs_of(recipe: Recipe, digests: dict[str, object], *, finished: bool) -> dict[str, object]:
-    """What a run's results depend on: the digests of its start and of its files, and how many processes share a step.
+    """What a run's results depend on: the digests of its start and of its files, and the sequences of a step.
 
     A finished run may have lost its files, and may be read again by any number of processes.
 
@@ -99,7 +115,7 @@ def inputs_of(recipe: Recipe, digests: dict[str, object], *, finished: bool) -> 
     except ZebraError:
         if not finished:
             raise
-    return inputs if finished else inputs | {"processes": data_groups(recipe)}
+    return inputs if finished else inputs | {_SEQUENCES: sequences_per_step(recipe)}
 
 
 def digests_of_files(tree: dict[str, Any]) -> dict[str, str]:
@@ -221,6 +237,8 @@ def check_recipe(run: Path, recipe: Recipe, *, may_be_longer: bool = False) -> N
         except (yaml.YAMLError, ValueError):
             raise ZebraError(f"{file} is damaged: it is no recipe. Name another run, or remove {run}.") from None
         different = differing_keys(recipe, first)
+        if _sequences_recorded(run) == sequences_per_step(recipe):  # the same steps, by other processes
+            different = [name for name in different if name not in _SHARES_OF_A_STEP]
         if may_be_longer and different == ["train.max_steps"] and recipe.train.max_steps > first.train.max_steps:
             _check_longer(run, recipe)
         elif different:
@@ -230,6 +248,13 @@ def check_recipe(run: Path, recipe: Recipe, *, may_be_longer: bool = False) -> N
             )
     elif run.exists() and (not run.is_dir() or any(not file.name.startswith(".") for file in run.iterdir())):
         raise ZebraError(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
+
+
+def _sequences_recorded(run: Path) -> int | None:
+    try:
+        return json.loads((run / "inputs.json").read_text(encoding="utf-8")).get(_SEQUENCES)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # the recipe alone is compared
 
 
 def _check_longer(run: Path, recipe: Recipe) -> None:

@@ -187,10 +187,11 @@ class Lora(RecipeSection):
 
 
 class Parallel(RecipeSection):
-    """How the processes of a launcher share the work: their number is data x sequence."""
+    """How the processes of a launcher share the work: their number is data x shard x sequence."""
 
-    data: int | None = Field(
-        default=None, ge=1, description="groups of processes with sequences of their own; as many as fit without it"
+    data: int | None = Field(default=None, ge=1, description="copies of the weights; as many as fit without it")
+    shard: int = Field(
+        default=1, ge=1, description="processes with sequences of their own that split the weights (FSDP2)"
     )
     sequence: int = Field(
         default=1, ge=1, description="processes that split each sequence (zebra.model.sequence_parallel)"
@@ -242,9 +243,11 @@ class Recipe(RecipeSection):
         return self
 
     @model_validator(mode="after")
-    def _one_graph(self) -> Self:
+    def _runs_in_parallel(self) -> Self:
         if self.train.compile and self.parallel.sequence > 1:
             raise ValueError("train.compile does not go through parallel.sequence, whose attention exchanges keys")
+        if self.train.optimizer == "muon" and self.parallel.shard > 1:
+            raise ValueError("muon steps on whole matrices, and parallel.shard splits them; take train.optimizer adamw")
         return self
 
     @property

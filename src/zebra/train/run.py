@@ -24,7 +24,7 @@ from zebra.files import check_inputs
 from zebra.model.compiled import compile_layers
 from zebra.model.load import best_device, load
 from zebra.model.load_options import loaded_layout_name
-from zebra.model.local import layout_name
+from zebra.model.local import layout_name, set_local_attention
 from zebra.results import Result, read_results, write_results
 from zebra.train import directory
 from zebra.train.measuring import common_columns, cost_results, local_attention_for, trainer_state, training_results
@@ -63,8 +63,11 @@ class Start(ABC):
         """The model at the first step."""
 
     def restore(self, checkpoint: Path) -> PreTrainedModel:
-        """The model of one of the Trainer's checkpoints."""
-        return load(checkpoint)
+        """The model of one of the Trainer's checkpoints, which do not have what `config.json` cannot express."""
+        model, local = load(checkpoint), local_attention_for(self.recipe)
+        if local:
+            set_local_attention(model, local)
+        return model
 
     @abstractmethod
     def export(self, model: PreTrainedModel, tokens: int) -> None:
@@ -186,6 +189,9 @@ def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any])
             callbacks.append(Evaluation(recipe.evaluate.eval_steps, evaluate))
         with directory.writing(run):
             run_trainer(trainer, recipe, model, *callbacks)
+        if recipe.parallel.shard > 1 and directory.is_first_process():
+            del model, trainer  # a part of the weights; the checkpoint has all of them
+            model = start.restore(last)
     if directory.is_first_process():
         with directory.writing(run):
             (run / "model.json").unlink(missing_ok=True)

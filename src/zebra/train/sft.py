@@ -31,8 +31,8 @@ from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.model.sequence_parallel import WHOLE_DOCUMENTS, WHOLE_KEYS
 from zebra.results import Result
 from zebra.train.measuring import source_results
+from zebra.train.parallel import ParallelTrainer, shard
 from zebra.train.run import TrainingData
-from zebra.train.sequences import SharedBatches, shard
 from zebra.train.trainer import optimizer_of, refuse_diverged, training_arguments
 from zebra.train.tune_recipe import TuneRecipe
 
@@ -113,7 +113,7 @@ class ConversationTraining(TrainingData):
             router_aux_loss_coef=0.0,  # a router's loss is no part of ours
         )
         trainer = _AnswerTrainer(
-            sequence=self.recipe.parallel.sequence,
+            parallel=self.recipe.parallel,
             model=model,
             args=arguments,
             train_dataset=as_dataset(self.sequences),
@@ -182,7 +182,7 @@ def as_dataset(sequences: AnswerSequences) -> Dataset:
     return Dataset.from_dict({"sequence": list(range(len(sequences)))}).with_transform(build)
 
 
-class _AnswerTrainer(SharedBatches, SFTTrainer):
+class _AnswerTrainer(ParallelTrainer, SFTTrainer):
     """trl's trainer with our loss."""
 
     def compute_loss(

@@ -33,9 +33,9 @@ from zebra.progress import console
 from zebra.results import Result
 from zebra.train.directory import is_first_process
 from zebra.train.measuring import source_results
+from zebra.train.parallel import ParallelTrainer, shard
 from zebra.train.recipe import RecallSource, TextMixtureSource, TextRecipe, TextSource
 from zebra.train.run import TrainingData
-from zebra.train.sequences import SharedBatches, shard
 from zebra.train.trainer import optimizer_of, refuse_diverged, tokens_per_step, training_arguments
 
 
@@ -67,8 +67,8 @@ class TextTraining(TrainingData):
             refuse_diverged(total, trainer)
             return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
-        trainer = SharedBatches(
-            sequence=self.recipe.parallel.sequence,
+        trainer = ParallelTrainer(
+            parallel=self.recipe.parallel,
             model=model,
             args=TrainingArguments(**arguments),
             train_dataset=self.sequences,

@@ -37,10 +37,10 @@ from zebra.model.finite import check_finite
 from zebra.model.quantization import quantization_of
 from zebra.progress import bar, console
 from zebra.results import Result
-from zebra.train.directory import COMPLETE, data_groups
+from zebra.train.directory import COMPLETE, sequences_per_step
 from zebra.train.muon import muon
+from zebra.train.parallel import ShardedStates, sharing
 from zebra.train.recipe import Recipe, Training
-from zebra.train.sequences import splitting_sequences
 
 
 def check_machine(train: Training) -> None:
@@ -88,9 +88,6 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
             "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
     with bar("training", recipe.train.max_steps * tokens_per_step(recipe), "tokens") as advance:
-        own = _Saves(recipe.train.save_total_limit), _ShowProgress(advance)
-        for callback in (*own, *callbacks):  # an evaluation is no time of a step
-            trainer.add_callback(callback)
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
             for checkpoint in checkpoints.glob("checkpoint-*"):
@@ -98,10 +95,13 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
                     shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
         newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        states, saves = ShardedStates(newest, recipe.parallel.shard > 1), _Saves(recipe.train.save_total_limit)
+        for callback in (states, saves, _ShowProgress(advance), *callbacks):  # an evaluation is no time of a step
+            trainer.add_callback(callback)
         with (
             _tied_weights_expected(model),
             _memory_errors(recipe),
-            splitting_sequences(model, recipe),
+            sharing(model, recipe),
             _unreadable_states(newest),
         ):
             trainer.train(resume_from_checkpoint=newest)
@@ -183,8 +183,7 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
 
 def tokens_per_step(recipe: Recipe) -> int:
     """Tokens of one full optimiser step, over all processes. The last one of a pass over the data may have fewer."""
-    train = recipe.train
-    return train.length * train.per_device_train_batch_size * train.gradient_accumulation_steps * data_groups(recipe)
+    return recipe.train.length * sequences_per_step(recipe)
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
@@ -201,6 +200,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "output_dir": str(checkpoints),
         "use_cpu": not torch.cuda.is_available(),
         "data_seed": train.seed,
+        "save_only_model": recipe.parallel.shard > 1,  # the rest is written by `ShardedStates`
         "save_total_limit": None,  # the Trainer removes the oldest by the clock, which may be set back: `_Saves` does
         "include_num_input_tokens_seen": "all",
         "train_sampling_strategy": "random",
