@@ -203,7 +203,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
         ({"sequence": 2}, 3, "sequence 2 takes a multiple of 2 processes, and 3 were started"),
         ({"sequence": 2, "data": 3}, 4, "sequence 2 x parallel.data 3 takes 6 processes, and 4 were started"),
         ({"shard": 2}, 1, "parallel.shard 2 takes a multiple of 2 processes, and 1 was started"),
-        ({"shard": 4, "sequence": 2}, 12, "shard 4 x parallel.sequence 2 takes a multiple of 8 .* nproc-per-node 8"),
+        ({"shard": 4, "sequence": 2}, 12, "shard 4 x parallel.sequence 2 takes a multiple of 8 .*nproc-per-node 8"),
     ],
 )
 def test_processes_that_do_not_divide_are_rejected(
@@ -242,6 +242,12 @@ def test_a_dry_run_counts_one_process(tmp_path: Path, monkeypatch: pytest.Monkey
     assert whole.memory["weights"] == shared.memory["weights"]
     assert whole.memory["activations"] / 2 < shared.memory["activations"] < 0.6 * whole.memory["activations"]
     assert "1 groups of 2 processes" in shared.facts["a step"]
+    sharded = dry_run(adapt_recipe(tmp_path, parallel={"shard": 2, "sequence": 2}))
+    for part in ("weights", "gradients", "AdamW"):
+        assert sharded.memory[part] == -(-whole.memory[part] // 4)
+    assert sharded.memory["activations"] == shared.memory["activations"]
+    assert whole.memory["weights"] / 2 < sharded.memory["weights gathered"] < whole.memory["weights"]
+    assert "4 of them split the weights" in sharded.facts["a step"]
     monkeypatch.setenv("WORLD_SIZE", "8")
     recipe: AdaptRecipe = adapt_recipe(tmp_path, parallel={"sequence": 2})
     check_processes(recipe)

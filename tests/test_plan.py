@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +23,9 @@ from zebra.model import loss
 from zebra.model.cache import StripedCache
 from zebra.model.families import model_class, stripes_of, with_stripes
 from zebra.model.routes import ROUTES
-from zebra.plan import comparison, cost, decoder, devices, families, fit, memory
+from zebra.plan import cluster, comparison, cost, decoder, devices, families, fit, memory
 from zebra.plan.cost import Run
+from zebra.plan.parallel import Parallel, device_memory
 from zebra.plan.shapes import SHAPES, shape
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import dry_run
@@ -418,17 +421,92 @@ def test_devices_that_share_a_training(zebra: Zebra) -> None:
     assert memory["keys and values fetched"] == sum(fetched.values())
     for kind, count in fetched.items():
         assert received[f"keys and values, {kind} layers"] == count
-    assert received["weights"] == 2 * 4 * 6_738_415_616 * 7 // 8
+    outside = 2 * 32000 * 4096 + 4096  # embeddings, head and last norm are gathered once for both passes
+    assert received["weights"] == (2 * 6_738_415_616 - outside) * 4 * 7 // 8
     assert received["gradients"] == 4 * 6_738_415_616 * 7 // 8
     copied = tree("--parallel", "data=2,sequence=2")
     assert copied["memory"]["weights"] == one["memory"]["weights"]
-    assert copied["received"]["gradients"] == 2 * 4 * 6_738_415_616 * 3 // 4
+    assert copied["received"]["gradients, copies"] == 2 * 4 * 6_738_415_616 * 3 // 4
     printed = zebra("plan", "llama-2-7b", "--length", 16384, "--parallel", "shard=4,sequence=2").stdout
     assert "shared by 8 devices (data 1 x shard 4 x sequence 2)" in printed
     assert "received, keys and values, local layers" in printed
 
 
+# A cluster
+
+TRAINING = Run(decoder=LLAMA, stripes=Stripes.parse("GLLL:4096"), length=65536, phase="train", checkpointing=True)
+
+
+def test_shards_of_a_sequence_have_its_pairs() -> None:
+    """What each device of a sequence computes adds up to the whole."""
+    shards = [replace(TRAINING, length=16384, past=rank * 16384) for rank in range(4)]
+    assert sum(map(cost.pairs, shards)) == cost.pairs(TRAINING)
+    assert max(map(cost.pairs, shards)) == cost.pairs(shards[-1])
+
+
+def test_ways_to_share_are_all_there_and_the_quickest_that_fits_is_first() -> None:
+    ways = cluster.predictions(TRAINING, DEVICE, 16)
+    shared = {(one.parallel.data, one.parallel.shard, one.parallel.sequence) for one in ways}
+    powers = (1, 2, 4, 8, 16)
+    assert shared == {sizes for sizes in itertools.product(powers, repeat=3) if math.prod(sizes) == 16}
+    assert [one.fits for one in ways] == sorted((one.fits for one in ways), reverse=True)
+    fitting = [one for one in ways if one.fits]
+    assert fitting
+    assert len(fitting) < len(ways)
+    assert all(one.tokens_per_second <= fitting[0].tokens_per_second for one in fitting)
+    for one in ways:
+        assert one.memory == device_memory(TRAINING, one.parallel)
+        assert one.fits == (sum(one.memory.values()) <= 0.9 * 80e9)
+        assert one.tokens == 65536 * one.parallel.data * one.parallel.shard
+    assert all(one.limit.startswith("memory: ") for one in ways if not one.fits)
+
+
+def test_the_seconds_of_a_step_by_hand() -> None:
+    """Ceilings that bind one thing at a time: the last of two devices, the wire of one node and of more."""
+    link = devices.Link(inside=1e9, across=1e8, node=4)
+    endless = {"flops": {"bfloat16": 1e30, "float32": 1e30}, "bandwidth": 1e40, "memory": 10**15}
+    wired = devices.Device("wired", **endless, source=devices.MEASURED, link=link)
+    by_sizes = {one.parallel: one for count in (2, 8) for one in cluster.predictions(TRAINING, wired, count)}
+    split, sharded = by_sizes[Parallel(sequence=2)], by_sizes[Parallel(shard=2)]
+    exchanged = sum(count for part, count in split.received.items() if part.startswith("keys"))
+    assert split.keys == pytest.approx(exchanged / 0.8e9)
+    assert sharded.keys == 0
+    assert sharded.seconds == pytest.approx((sharded.received["weights"] + sharded.received["gradients"]) / 0.8e9)
+    several = by_sizes[Parallel(data=4, shard=2)]  # copies in two nodes
+    inside = several.received["weights"] + several.received["gradients"]
+    assert several.weights == pytest.approx(inside / 0.8e9 + several.received["gradients, copies"] / 0.8e8)
+    slow = devices.Device("slow", {"bfloat16": 1e12, "float32": 1e12}, 1e40, 10**15, devices.MEASURED, link=link)
+    (half,) = [one for one in cluster.predictions(TRAINING, slow, 2) if one.parallel == Parallel(sequence=2)]
+    last = replace(TRAINING, length=32768, past=32768)
+    assert half.computing == pytest.approx(sum(cost.flops(last).values()) / 1e12)
+
+
+def test_a_step_has_no_more_tokens_than_teach() -> None:
+    tokens = {one.tokens for one in cluster.predictions(replace(TRAINING, length=2**20), DEVICE, 64)}
+    assert max(tokens) == 2**24
+    (one,) = {one.tokens for one in cluster.predictions(replace(TRAINING, length=2**25), DEVICE, 64)}
+    assert one == 2**25
+
+
+def test_the_command_names_the_best_of_each_number_of_devices(zebra: Zebra) -> None:
+    line = ("plan", "llama-2-7b", "--length", 65536, "--phase", "train", "--checkpointing", "--cluster", "8..32")
+    tree = json.loads(zebra(*line, "--json").stdout)
+    counts = [(one["layout"], one["devices"]) for one in tree["clusters"]]
+    assert counts == [(layout, count) for count in (8, 16, 32) for layout in ("full", "GLLL:512")]
+    printed = zebra(*line).stdout
+    assert "450 GB/s in a node of 8, 50 GB/s beyond" in printed
+    assert "assumed: links reach 80% of their data sheets" in printed
+    best = [one["ways"][0] for one in tree["clusters"]]
+    assert all(f"{one['data']} × {one['shard']} × {one['sequence']}" in printed for one in best)
+
+
 REFUSED = {
+    "a cluster": (
+        ["llama-2-7b", "--phase", "train", "--cluster", "9..16"],
+        "powers of two, at most 1,048,576; got '9..16'",
+    ),
+    "a cluster that reads": (["llama-2-7b", "--cluster", "8"], "Add --phase train"),
+    "a cluster of one sharing": (["llama-2-7b", "--cluster", "8", "--parallel", "data=2"], "Leave out --parallel"),
     "devices": (["llama-2-7b", "--parallel", "shards=4"], "shard=4,sequence=2, by data, shard, sequence; got 'shards"),
     "no devices": (["llama-2-7b", "--parallel", "shard=0"], "from 1 to 1,000,000; got 0"),
     "devices twice": (["llama-2-7b", "--parallel", "data=2,data=3"], "got 'data=2,data=3'"),

@@ -9,6 +9,7 @@ import typer
 
 from zebra.cli import show
 from zebra.cli.options import FullDecodeFlag, Json, output_file, stripes_notation
+from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint
 
 
@@ -36,6 +37,9 @@ def plan(
     parallel: Annotated[
         str | None, typer.Option(help="How devices share it, such as shard=4,sequence=2: what one of them needs.")
     ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Numbers of devices, such as 8..1024: the quickest way to share a training.")
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(callback=output_file, help="SVG file to draw the costs from 1K to 1M tokens into.")
     ] = None,
@@ -43,6 +47,7 @@ def plan(
 ) -> None:
     """Estimate what a layout costs before it runs: FLOPs, bytes, memory, time, and what fits."""
     import zebra.study.layout  # noqa: F401  # the plan knows the models of the study
+    from zebra.plan import cluster as clusters
     from zebra.plan import comparison, decoder, devices, fit
     from zebra.plan.cost import Run
     from zebra.plan.parallel import Parallel
@@ -65,6 +70,11 @@ def plan(
         self_extend=None if self_extend is None else SelfExtend.parse(self_extend, sizes.trained_length),
         full_decode=full_decode,
     )
+    if cluster is not None:
+        if any(option is not None for option in (parallel, memory, seconds, picture)):
+            raise ZebraError("--cluster plans many devices. Leave out --parallel, --memory, --seconds and --picture.")
+        show.cluster(clusters.compare(run, ceilings, clusters.parse_cluster(cluster)), as_json)
+        return
     shared = None if parallel is None else Parallel.parse(parallel)
     budget = None if memory is None else fit.parse_bytes(memory)
     tree = comparison.compare(run, ceilings, budget=budget, seconds=seconds, parallel=shared)

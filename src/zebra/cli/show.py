@@ -224,6 +224,20 @@ def plan(tree: dict[str, Any], as_json: bool) -> None:
         line(f"the layout that meets the budget and keeps the most pairs: {layout}")
 
 
+def cluster(tree: dict[str, Any], as_json: bool) -> None:
+    """The quickest ways for many devices to share a training, and what that rests on."""
+    if as_json:
+        json(tree)
+        return
+    from zebra.plan.cluster import headline, table
+
+    line(headline(tree))
+    head, body = table(tree)
+    _table(head, [[*map(_styled, cells)] for cells in body], numbers=slice(3, 8))
+    for assumption in tree["assumptions"]:
+        line(f"assumed: {assumption}")
+
+
 @contextmanager
 def writing(enabled: bool) -> Iterator[Callable[[str], None] | None]:
     """Text to stdout as it comes, and nothing else; on a terminal, printable text and a line break behind it."""

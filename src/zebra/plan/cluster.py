@@ -12,10 +12,12 @@ a sequence, which has the most keys. What is assumed besides is in `ASSUMPTIONS`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from zebra.errors import ZebraError
+from zebra.plan.comparison import BYTES, TIME, variants, with_unit
 from zebra.plan.cost import Run, flops
 from zebra.plan.devices import MEASURED, Device, Link
 from zebra.plan.parallel import Parallel, check_parallel, device_memory, received_bytes
@@ -44,7 +46,7 @@ class Prediction:
         memory, received: bytes by part, of the device that has the most.
         computing, weights, keys: seconds of a step; those of weights count gradients too.
         tokens: of a step, in all sequences.
-        share: of the devices' published or measured peak that the step's FLOPs are.
+        peak_share: of what the devices' peaks compute in the step's time, the FLOPs that it has.
     """
 
     parallel: Parallel
@@ -54,7 +56,7 @@ class Prediction:
     weights: float
     keys: float
     tokens: int
-    share: float
+    peak_share: float
     fits: bool
 
     @property
@@ -103,10 +105,14 @@ def predictions(run: Run, device: Device, devices: int) -> list[Prediction]:
         raise ZebraError(
             f"{device.name} names no memory or no links between devices. Add them, or choose another device."
         )
-    found = [_predict(run, device, device.link, device.memory, parallel) for parallel in _ways(run, devices)]
-    return sorted(
-        found, key=lambda one: (not one.fits, -one.tokens_per_second if one.fits else sum(one.memory.values()))
-    )
+    ways = [_predict(run, device, device.link, device.memory, parallel) for parallel in _ways(run, devices)]
+
+    def order(one: Prediction) -> tuple[bool, float, int]:
+        """Of equally quick ways the one that receives the least."""
+        slowness = -round(one.tokens_per_second, 3) if one.fits else sum(one.memory.values())
+        return not one.fits, slowness, sum(one.received.values())
+
+    return sorted(ways, key=order)
 
 
 def _ways(run: Run, devices: int) -> Iterator[Parallel]:
@@ -116,39 +122,94 @@ def _ways(run: Run, devices: int) -> Iterator[Parallel]:
         tokens = groups * run.batch * run.length
         if sequence > run.length or (groups > 1 and tokens > LARGEST_STEP):
             continue
-        yield from (Parallel(groups // shard, shard, sequence) for shard in _powers(groups))
-        # Weights may be split over the devices of a sequence alone.
-
-
-def _powers(largest: int) -> list[int]:
-    return [1 << exponent for exponent in range(largest.bit_length())]
+        yield from (Parallel(groups >> shard, 1 << shard, sequence) for shard in range(groups.bit_length()))
 
 
 def _predict(run: Run, device: Device, link: Link, memory: int, parallel: Parallel) -> Prediction:
     n = -(-run.length // parallel.sequence)
-    own = replace(run, length=n, past=(parallel.sequence - 1) * n)
+    last = replace(run, length=n, past=(parallel.sequence - 1) * n)
     reached = 1.0 if device.source == MEASURED else EFFICIENCY
     needed, received = device_memory(run, parallel), received_bytes(run, parallel)
-    keys = {name: count for name, count in received.items() if name.startswith("keys and values")}
-    shards = parallel.weight_shards
+    shards, sequences = parallel.weight_shards, parallel.data * parallel.shard
     # Copies of one part are one to a node; whole weights are reduced over all devices of a node together.
     among = link.gathering(parallel.devices) if shards == 1 else link.exchange(parallel.devices)
     weights = (received.get("weights", 0) + received.get("gradients", 0)) / link.gathering(shards)
     weights += received.get("gradients, copies", 0) / among
-    computing, tokens = (
-        sum(device.seconds(own).values()) / reached,
-        run.batch * run.length * parallel.data * parallel.shard,
-    )
+    keys = sum(count for part, count in received.items() if part.startswith("keys and values"))
     prediction = Prediction(
         parallel=parallel,
         memory=needed,
         received=received,
-        computing=computing,
+        computing=sum(device.seconds(last).values()) / reached,
         weights=weights / WIRE,
-        keys=sum(keys.values()) / (WIRE * link.exchange(parallel.sequence)),
-        tokens=tokens,
-        share=0.0,
+        keys=keys / link.exchange(parallel.sequence) / WIRE,
+        tokens=run.batch * run.length * sequences,
+        peak_share=0.0,
         fits=sum(needed.values()) <= ALLOCATOR * memory,
     )
-    whole = sum(flops(run).values()) * parallel.data * parallel.shard
-    return replace(prediction, share=whole / (parallel.devices * device.flops[run.dtype] * prediction.seconds))
+    peak = parallel.devices * device.flops[run.dtype] * prediction.seconds
+    return replace(prediction, peak_share=sum(flops(run).values()) * sequences / peak)
+
+
+def compare(run: Run, device: Device, counts: Sequence[int]) -> dict[str, Any]:
+    """The plan of a cluster as a JSON tree: for each layout and number of devices every way, the best first."""
+    clusters: list[dict[str, Any]] = [
+        {"layout": name, "devices": devices, "ways": [_tree(one) for one in predictions(layout, device, devices)]}
+        for devices in counts
+        for name, layout in variants(run).items()
+    ]
+    assert device.link is not None  # `predictions` has checked
+    recorded = ("length", "batch", "dtype", "checkpointing", "lora")
+    return {
+        "model": {"name": run.decoder.name, "parameters": run.decoder.num_parameters},
+        "settings": {name: getattr(run, name) for name in recorded},
+        "device": {"name": device.name, "source": device.source, "memory": device.memory, "link": asdict(device.link)},
+        "assumptions": ASSUMPTIONS,
+        "clusters": clusters,
+    }
+
+
+def _tree(one: Prediction) -> dict[str, Any]:
+    derived = ("seconds", "tokens_per_second", "limit")
+    tree = {name: value for name, value in vars(one).items() if name != "parallel"}
+    return asdict(one.parallel) | tree | {name: getattr(one, name) for name in derived}
+
+
+def headline(plan: dict[str, Any]) -> str:
+    """What the table is about, in two lines."""
+    model, settings, device = plan["model"], plan["settings"], plan["device"]
+    what = f"training steps of sequences of {settings['length']:,} tokens, {settings['batch']:,} to a group, "
+    what += settings["dtype"] + ", LoRA" * bool(settings["lora"])
+    what += ", activation checkpointing" * settings["checkpointing"]
+    link = device["link"]
+    links = f"{link['inside'] / 1e9:,.0f} GB/s in a node of {link['node']}, {link['across'] / 1e9:,.0f} GB/s beyond"
+    return f"{model['name']}: {model['parameters']:,} parameters, {what}\n{device['name']}, {device['source']}; {links}"
+
+
+def table(plan: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and body: the best way of each number of devices; of one number alone, all ways."""
+    several = len({cluster["devices"] for cluster in plan["clusters"]}) > 1
+    head = (
+        "devices",
+        "layout",
+        "data × shard × sequence",
+        "memory",
+        "received",
+        "step",
+        "tokens/s",
+        "of peak",
+        "limit",
+    )
+    body: list[tuple[str, ...]] = []
+    for cluster in plan["clusters"]:
+        for way in cluster["ways"][:1] if several else cluster["ways"]:
+            cells = (
+                f"{cluster['devices']:,}",
+                cluster["layout"],
+                f"{way['data']} × {way['shard']} × {way['sequence']}",
+                with_unit(sum(way["memory"].values()), BYTES),
+                with_unit(sum(way["received"].values()), BYTES),
+            )
+            speed = (with_unit(way["seconds"], TIME), f"{way['tokens_per_second']:,.0f}", f"{way['peak_share']:.0%}")
+            body.append((*cells, *(speed if way["fits"] else ("–",) * 3), way["limit"]))
+    return head, body

@@ -17,9 +17,9 @@ from zebra.stripes import GLOBAL, visible_pairs
 
 LENGTHS = tuple(2**i for i in range(10, 21))
 """1K to 1M, the lengths of the picture."""
-_COUNT = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
-_BYTES = {"TiB": 2.0**40, "GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
-_TIME = {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
+COUNT = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
+BYTES = {"TiB": 2.0**40, "GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
+TIME = {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
 """Units in which the tables print, from the largest."""
 
 
@@ -177,8 +177,8 @@ def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, 
     """Head and body of each table of a plan: costs by part, memory and what fits, and the kinds of attention."""
     columns = plan["layouts"]
     names = tuple(column["layout"] for column in columns)
-    cost = [_line("visible pairs", [column["pairs"] for column in columns], _COUNT)]
-    for title, key, units in (("FLOPs", "flops", _COUNT), ("bytes moved", "bytes", _BYTES), ("time", "seconds", _TIME)):
+    cost = [_line("visible pairs", [column["pairs"] for column in columns], COUNT)]
+    for title, key, units in (("FLOPs", "flops", COUNT), ("bytes moved", "bytes", BYTES), ("time", "seconds", TIME)):
         for part in columns[0][key]:
             name = f"[bold]{title}[/]" if part == "total" else f"{title}, {part}"
             cost.append(_line(name, [column[key][part] for column in columns], units))
@@ -186,20 +186,20 @@ def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, 
     space = []
     for part in columns[0]["memory"]:
         name = f"[bold]{part}[/]" if part == "total" else part
-        space.append(_line(name, [column["memory"][part] for column in columns], _BYTES))
+        space.append(_line(name, [column["memory"][part] for column in columns], BYTES))
     if "snapshot_bytes" in columns[0]:
-        space.append(_line("besides, a snapshot", [column["snapshot_bytes"] for column in columns], _BYTES))
+        space.append(_line("besides, a snapshot", [column["snapshot_bytes"] for column in columns], BYTES))
     received = dict.fromkeys(part for column in reversed(columns) for part in column.get("received", ()))
     for part in received:
         name = "[bold]received[/]" if part == "total" else f"received, {part}"
-        space.append(_line(name, [column["received"].get(part, 0) for column in columns], _BYTES))
+        space.append(_line(name, [column["received"].get(part, 0) for column in columns], BYTES))
     if "largest_length" in columns[0]:
-        budget = _with_unit(plan["settings"]["memory"], _BYTES)
+        budget = with_unit(plan["settings"]["memory"], BYTES)
         for size in ("length", "batch"):
             space.append((f"largest {size} in {budget}", *(f"{column[f'largest_{size}']:,}" for column in columns)))
     kinds: list[tuple[str, ...]] = []
     for kind in plan["complexity"]:
-        computed = _with_share(_with_unit(kind["pairs"], _COUNT), kind["pairs_of_global"])
+        computed = _with_share(with_unit(kind["pairs"], COUNT), kind["pairs_of_global"])
         cached = _with_share(f"{kind['cached_tokens']:,.0f}", kind["cached_of_global"])
         kinds.append((kind["kind"], kind["time"], computed, kind["memory"], cached))
     return [
@@ -212,14 +212,14 @@ def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, 
 def _line(title: str, values: Sequence[float], units: Mapping[str, float]) -> tuple[str, ...]:
     """A line of a table; each number is followed by its share of the first column's, where it differs."""
     first = values[0]
-    return (title, *(_with_share(_with_unit(value, units), value / first if first else 1.0) for value in values))
+    return (title, *(_with_share(with_unit(value, units), value / first if first else 1.0) for value in values))
 
 
 def _with_share(cell: str, share: float) -> str:
     return cell if abs(share - 1) < 0.005 else f"{cell} [dim]{share:.2f}[/]"
 
 
-def _with_unit(value: float, units: Mapping[str, float]) -> str:
+def with_unit(value: float, units: Mapping[str, float]) -> str:
     """A number in the largest unit that it reaches: 1.41 T, 13.50 GiB, 3.20 ms; whole in the last one."""
     for name, unit in units.items():
         if value >= unit > min(units.values()):

@@ -146,12 +146,15 @@ def device_memory(run: Run, parallel: Parallel) -> dict[str, int]:
     """Bytes by part on the device that needs the most: the last of a sequence.
 
     Under sharding two layers and the embeddings are whole for a while: one is computed, one is fetched ahead.
+    Activation checkpointing then leaves the bfloat16 copies of one layer at a time.
     """
     sequence, shards = parallel.sequence, parallel.weight_shards
     parts = memory(replace(run, length=-(-run.length // sequence)))
     if shards > 1:
         for name in {"weights", "gradients", "AdamW"} & parts.keys():
             parts[name] = -(-parts[name] // shards)
+        if run.checkpointing and "weights cast to bfloat16" in parts:
+            parts["weights cast to bfloat16"] //= run.decoder.layers
         decoder, size = run.decoder, 4 if run.phase == "train" and not run.lora else BYTES[run.dtype]
         two_layers = 2 * (decoder.num_parameters - decoder.outside_layers) // decoder.layers
         parts["weights gathered"] = size * (two_layers + decoder.outside_layers)

@@ -15,6 +15,17 @@ _LLAMA3 = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
+_LLAMA31 = {
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
 _GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "tie_word_embeddings": True}
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -30,18 +41,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 10000.0,
     },
     "llama-3-8b": _LLAMA3 | {"max_position_embeddings": 8192, "rope_theta": 500000.0},
-    "llama-3.1-8b": _LLAMA3
-    | {
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
+    "llama-3.1-8b": _LLAMA3 | _LLAMA31,
+    "llama-3.1-70b": _LLAMA3
+    | _LLAMA31
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "qwen3-4b": {
         "model_type": "qwen3",
         "vocab_size": 151936,

@@ -24,6 +24,7 @@ from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_config
+from zebra.model.compiled import decoder_layers
 from zebra.model.families import attention_pairs, layer_kinds, model_class, stripes_of
 from zebra.model.local import layout_name
 from zebra.model.sequence_parallel import shard_length
@@ -102,7 +103,16 @@ def _weights(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, dict[s
         "gradients": 4 * trained,
         "Muon and AdamW" if one_moment else "AdamW": 8 * trained - 4 * one_moment,
     }
+    if (shards := _weight_shards(recipe)) > 1:  # two layers are whole at a time: one computes, one is fetched
+        layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in decoder_layers(model)]
+        gathered = memory["weights"] - sum(layers) + 2 * max(layers)
+        memory = {name: -(-size // shards) for name, size in memory.items()} | {"weights gathered": gathered}
     return count, trained, memory
+
+
+def _weight_shards(recipe: Recipe) -> int:
+    """Processes over which weights are split."""
+    return recipe.parallel.shard * recipe.parallel.sequence if recipe.parallel.shard > 1 else 1
 
 
 def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
@@ -117,13 +127,14 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     # The residual stream is as wide as the embeddings, which autocast leaves alone.
     half = low is not None and low.base_dtype == "bfloat16" and "embeddings" not in low.modules_to_save
     saved = {kind: _saved_by_a_layer(recipe, config, kind if kind == GLOBAL else LOCAL) for kind in set(kinds)}
+    cast, checkpointing = [saved[kind][1] for kind in kinds], recipe.train.activation_checkpointing
     extra = {kind: _extra_saved(recipe, config, kind) + _fetched(recipe, config, kind) for kind in saved}
     return activation_memory(
         [tokens * saved[kind][0] + extra[kind] for kind in kinds],
         layer_input=tokens * config.hidden_size * (2 if half else 4),
-        weights_cast=sum(saved[kind][1] for kind in kinds),
+        weights_cast=max(cast) if checkpointing and _weight_shards(recipe) > 1 else sum(cast),
         vocab_size=config.vocab_size,
-        checkpointing=recipe.train.activation_checkpointing,
+        checkpointing=checkpointing,
     )
 
 
@@ -214,6 +225,7 @@ def _facts(recipe: _Known, config: PreTrainedConfig, parameters: int, trained: i
     pairs = attention_pairs(config, train.length, local.sinks)
     step, sharing = tokens_per_step(recipe), recipe.parallel.sequence
     groups = "processes" if sharing == 1 else f"groups of {sharing} processes, which split sequences"
+    groups += f"; {_weight_shards(recipe)} of them split the weights" * (recipe.parallel.shard > 1)
     names = {GLOBAL: "global", LOCAL: "local"} | {kind: kind for kind in sorted({*kinds} - {GLOBAL, LOCAL})}
     *counts, last = [f"{kinds.count(kind)} {name}" for kind, name in names.items()]
     positions = {"positions": getattr(config, "position_embedding", "rotary")}

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -77,6 +78,8 @@ class ParallelTrainer(Trainer):
         """As the Trainer's, over this process's part of the weights."""
         if self.parallel.shard > 1:
             shard_weights(self.model, self.parallel, self.accelerator.device.type)
+            # A cache would hold the bfloat16 copies of all gathered weights to the end of the forward pass.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
             # Prepared once, it is not wrapped again: autocast, and no DDP.
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         return super().create_optimizer(*args, **kwargs)
