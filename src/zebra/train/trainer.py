@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -132,7 +133,7 @@ def _unreadable_states(checkpoint: str | None) -> Iterator[None]:
     """The error for states of a checkpoint that are no tensors and numbers: transformers runs no code of a pickle."""
     try:
         yield
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, CheckpointException) as error:
         if checkpoint is None or (isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)):
             raise
         raise ZebraError(
