@@ -141,6 +141,18 @@ def test_the_page_of_engines_is_that_of_its_results(tmp_path: Path, monkeypatch:
     assert (tmp_path / "engines.md").read_text() == (ROOT / "docs" / "results" / "engines.md").read_text()
 
 
+@pytest.mark.full
+def test_the_page_of_scale_is_the_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import scale
+
+    page = scale.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr(scale, "PAGE", tmp_path / "scale.md")
+    monkeypatch.setattr(scale, "PICTURE", tmp_path / "images" / "scale-curves.svg")
+    (tmp_path / "images").mkdir()
+    scale.main()
+    assert (tmp_path / "scale.md").read_text(encoding="utf-8") == page
+
+
 def test_the_table_of_compiled_layers_is_that_of_its_results() -> None:
     import compiled
 

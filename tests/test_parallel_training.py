@@ -221,9 +221,10 @@ def test_processes_that_do_not_divide_are_rejected(
     assert not (tmp_path / "run").exists()
 
 
-def test_accelerate_does_not_shard_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ZebraError, match="Leave --use_fsdp out"):
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_accelerate_does_not_shard_too(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ZebraError, match=f"Leave --use_{engine.lower()} out"):
         adapt(adapt_recipe(tmp_path / "run"))
 
 

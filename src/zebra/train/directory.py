@@ -62,11 +62,13 @@ def check_processes(recipe: Recipe) -> None:
             f"processes, and {count} {'was' if count == 1 else 'were'} started. Start it as "
             f"`torchrun --nproc-per-node {planned} -m zebra ...`, or change parallel."
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise ZebraError(
-            "accelerate was started with FSDP, and zebra shards by parallel.shard. Leave --use_fsdp out of the command "
-            "or of accelerate's config."
-        )
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            option = f"--use_{engine.lower()}"
+            raise ZebraError(
+                f"accelerate was started with {option}, and a recipe shards weights by parallel.shard. Leave {option} "
+                "out of the command, or of accelerate's config."
+            )
 
 
 def data_groups(recipe: Recipe) -> int:
