@@ -72,7 +72,14 @@ MEMBERS = {
     "cohere2": Member("cohere2", "3:12"),
     "olmo2": Member("olmo3", "LG:12", WITHOUT_WIDTH),
     "granite_swa": Member("granite_swa", changes=WITHOUT_WIDTH | {"layer_rope_theta": [1e4, 0, 1e4, 1e4, 1e4]}),
-    "gpt_oss": Member("gpt_oss", "LG:12"),
+    "gpt_oss": Member(
+        "gpt_oss",
+        "LG:12",
+        {
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+            | {"original_max_position_embeddings": 32, "beta_fast": 32.0, "beta_slow": 1.0}
+        },
+    ),
 }
 NAMES = {"gguf": "llama.cpp", "mlx": "MLX", "vllm": "vLLM"}
 NOT_BY_MLX = {"smollm3": "layers without a rope"}
