@@ -99,7 +99,7 @@ ENGINES: dict[str, dict[str, Support]] = {
     "gpt_oss": {
         "llama.cpp": Support(EXACT, _PERIOD),
         "MLX": Support(REFUSES, "it reads experts of 4 bits alone"),
-        "vLLM": Support(FLAG, "windows in every other layer (read) without", _BY_TRANSFORMERS, silent=True),
+        "vLLM": Support(FLAG, "wrong without, also within the window", _BY_TRANSFORMERS, silent=True),
     },
 }
 """By the `model_type` that runs a family with stripes: of llama.cpp and MLX what `zebra export` writes."""
