@@ -61,7 +61,7 @@ test-full: check $(LOWEST)/.ready $(OLDER)/.ready ## The whole law matrix, then 
 	@touch $@
 
 test-engines: $(READY) .venv-gguf/.ready .venv-mlx/.ready .venv-vllm/.ready ## Exports run by llama.cpp, MLX and vLLM: 4 GB of packages.
-	ZEBRA_ENGINE_RESULTS=benchmarks/results/engines.jsonl $(BIN)/pytest -m engines -rP
+	ZEBRA_ENGINE_RESULTS=benchmarks/results/engines.jsonl $(BIN)/pytest -m engines -rP tests/engines
 	$(BIN)/python benchmarks/engines.py --page
 
 bench: $(READY) ## Measure time and memory on this machine, an hour: benchmarks/results/, docs/results/speed.md.

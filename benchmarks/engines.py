@@ -73,7 +73,7 @@ def _read_and_write(file: Path) -> dict[str, Any]:
 def _medians(layout: str, turns: dict[str, list[dict[str, Any]]]) -> list[Result]:
     """Of each column the median, with the least and the most; of times also the ratio to the full model's turn."""
     own, full = turns[layout], turns["full"]
-    columns = {name: [turn[name] for turn in own] for name in ("read", "write", "kv_bytes", "peak_bytes")}
+    columns = {name: [turn[name] for turn in own] for name in ("read", "write", "kv_bytes")}
     if layout != "full":
         for name in ("read", "write"):
             columns[f"{name}_ratio"] = [one[name] / other[name] for one, other in zip(own, full, strict=True)]
@@ -212,15 +212,14 @@ def smollm2(results: Sequence[Result]) -> Section:
 
     body = [
         line("keys and values of 8,192 tokens", "kv_bytes", mib),
-        line("largest resident memory", "peak_bytes", mib),
         line(f"CPU time to read {TOKENS:,} tokens of a book", "read", seconds, "read_ratio"),
         line(f"CPU time for {NEW_TOKENS} tokens behind them", "write", seconds, "write_ratio"),
     ]
     turns = at["full", "read"].n
     prose = (
         f"SmolLM2-135M-Instruct, Q4_1, from its GGUF file, with the layers that zebra select chose, {STRIPES}, not "
-        f"adapted. llama.cpp's defaults, one thread of a machine that was busy with other work; medians of {turns} "
-        "turns, in which the two alternate, and of the ratios of each turn, with the least and the most."
+        f"adapted. llama.cpp's defaults, one thread of a machine that was busy with other work. The two take turns, "
+        f"{turns} of each; medians, also of the ratios of each turn, with the least and the most."
     )
     head = [Cell(""), Cell("as it is"), Cell("striped"), Cell("ratio")]
     checks = [one for one in results if one.high is not None and one.n is None]

@@ -2,8 +2,8 @@
 
     python llama_cpp.py MODEL.gguf TEXT TOKENS NEW_TOKENS
 
-One line of JSON: `engine`, CPU seconds of both (`read`, `write`), `cached` tokens before the second, `peak_bytes`
-of the process, `kv_bytes` as llama.cpp's log has them, and the new `text`. One thread, its own defaults besides.
+One line of JSON: `engine`, CPU seconds of both (`read`, `write`), `cached` tokens before the second, `kv_bytes` as
+llama.cpp's log has them, and the new `text`. One thread, its own defaults besides.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -58,7 +57,6 @@ def main(model: str, text: str, tokens: int, new_tokens: int) -> None:
         "read": times[1] - times[0],
         "write": times[2] - times[1],
         "cached": done["timings"]["cache_n"],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "kv_bytes": sum(float(size) * 2**20 for size in sizes),
         "text": done["content"],
     }

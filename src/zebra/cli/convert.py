@@ -79,7 +79,7 @@ def export(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a checkpoint with stripes for another engine, and print the command that runs it."""
+    """Write a checkpoint with stripes for another engine, and print the command; Self-Extend does not carry over."""
     check_export(checkpoint, target, to, stripes, dtype)
     with show.working():
         from zebra.exports import export as run
