@@ -230,7 +230,9 @@ def test_a_scale_that_is_not_positive_is_not_for_the_fused_kernel() -> None:
     ("dtype", "length", "size", "names"),
     [
         (torch.float32, 1024, 64, ("native", "fused")),
+        (torch.float32, 1024, 32, ("native", "fused")),
         (torch.float32, 1023, 64, ("fused",)),
+        (torch.float16, 1024, 64, ("native", "fused")),
         (torch.bfloat16, 1024, 64, ("native", "banded")),
         (torch.bfloat16, 1023, 64, ("fused",)),
         (torch.bfloat16, 1024, 56, ("fused",)),
@@ -759,7 +761,7 @@ def test_without_torchs_operator_the_tiles_give_the_lse(monkeypatch: pytest.Monk
 
 
 def test_the_table() -> None:
-    assert [kernel.name for kernel in KERNELS] == ["fused", "varlen", "flex", "native", "banded", "reference"]
+    assert [kernel.name for kernel in KERNELS] == ["fused", "varlen", "flex", "native", "decode", "banded", "reference"]
     assert KERNELS[-1] is reference.KERNEL
     for kernel in KERNELS:
         assert kernel.summary
@@ -864,7 +866,9 @@ def test_only_ends_with_its_context() -> None:
 
 
 def test_only_knows_its_kernels() -> None:
-    message = r"no kernel 'flash'. Choose one of \['fused', 'varlen', 'flex', 'native', 'banded', 'reference'\]"
+    message = (
+        r"no kernel 'flash'. Choose one of \['fused', 'varlen', 'flex', 'native', 'decode', 'banded', 'reference'\]"
+    )
     with pytest.raises(ValueError, match=message), only("flash"):
         pass
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +28,15 @@ def request(inputs: list[Tensor], mask: Mask, scale: float = 0.3, **options: Any
 _REQUEST = request([torch.zeros(1, 1, 256, 64)] * 3, Mask())
 _REASON = native.KERNEL.declines(_REQUEST)
 needs_native = pytest.mark.skipif(_REASON is not None, reason=f"native: {_REASON}")
-needs_bfloat16 = pytest.mark.skipif("avx512_bf16" not in compiler.cpu_flags(), reason="no AVX-512 for bfloat16")
 
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)]
+SIZES = (32, 64, 80, 96, 128, 256)
 TOLERANCE = {  # of out, lse and gradients, relative; at most half of it was measured
     torch.float32: (2e-6, 1e-6, 1e-5),
     torch.bfloat16: (6e-3, 1e-6, 2e-2),
+    torch.float16: (1e-3, 1e-6, 4e-3),
 }
+EVERY = [(size, dtype) for size in SIZES for dtype in TOLERANCE]
 KINDS = ("plain", "left", "right", "both", "packed", "packed and padded", "nothing in a row")
 
 
@@ -59,11 +64,11 @@ def masked(window: int | None, keys: int, kind: str) -> Mask:
 
 
 def everything(
-    run: Any, inputs: list[Tensor], mask: Mask, scale: float = 0.3, with_lse: bool = True
+    run: Any, inputs: list[Tensor], mask: Mask, scale: float = 0.3, with_lse: bool = True, **options: Any
 ) -> dict[str, Tensor]:
     """Output, log-sum-exp (-inf as 0), where it was -inf, and gradients of both, by a kernel's own function."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out, lse = run(request(leaves, mask, scale, with_lse=with_lse))
+    out, lse = run(request(leaves, mask, scale, with_lse=with_lse, **options))
     generator = torch.Generator().manual_seed(9)
     roots, seeds = [out], [torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)]
     actual = {"out": out}
@@ -100,11 +105,35 @@ def agree(inputs: list[Tensor], mask: Mask, **options: Any) -> dict[str, Tensor]
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", some(SIZES, 64))
 @pytest.mark.parametrize("window", some([1, 2, 63, 64, 65, 500, None], 65, None))
 def test_windows_and_lengths_equal_the_formula(window: int | None, size: int, dtype: torch.dtype) -> None:
     for queries, keys in [(1, 1), (31, 31), (32, 33), (63, 65), (64, 64), (65, 65), (129, 129), (70, 301), (255, 256)]:
         agree(drawn(queries, keys, size=size, dtype=dtype), Mask(window))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    some(EVERY, (80, torch.bfloat16), (256, torch.float16)),
+)
+def test_head_sizes_equal_the_formula(size: int, dtype: torch.dtype) -> None:
+    agree(drawn(130, 200, size=size, dtype=dtype), Mask(70), scale=size**-0.5)
+    agree(
+        drawn(130, 200, size=size, dtype=dtype), masked(None, 200, "packed and padded"), scale=size**-0.5, softcap=2.0
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_a_softcap_equals_the_formula(softcap: float, dtype: torch.dtype) -> None:
+    """Below, at and far above the scores."""
+    for mask in (Mask(70), masked(None, 200, "packed and padded")):
+        agree(drawn(140, 200, dtype=dtype), mask, softcap=softcap)
+    q, k, v = drawn(100, 100, dtype=dtype)
+    actual = everything(native.native, [q * 300, k, v], Mask(50), softcap=softcap)
+    assert all(tensor.isfinite().all() for tensor in actual.values())
 
 
 @needs_native
@@ -209,7 +238,6 @@ def test_the_number_of_threads_does_not_show(dtype: torch.dtype) -> None:
 
 
 @needs_native
-@needs_bfloat16
 def test_autocast_is_bfloat16_inputs() -> None:
     narrow = drawn(256, 256, dtype=torch.bfloat16)
     leaves, plain = [x.float().requires_grad_() for x in narrow], [x.clone().requires_grad_() for x in narrow]
@@ -240,6 +268,89 @@ def test_gradients_only_of_what_asks_for_them_once_and_none_in_inference() -> No
             assert torch.equal(attend(*(x + 0 for x in inputs), Mask(64))[0], out)
 
 
+# -- decode
+
+
+def decoded(inputs: list[Tensor], mask: Mask, **options: Any) -> list[Tensor]:
+    """The kernel, however few the keys, against the formula in float64: output and log-sum-exp."""
+    actual = native.decode(request(inputs, mask, **options))
+    expected = reference.KERNEL.run(request([x.double() for x in inputs], mask, **options))
+    tensors = []
+    for one, other, limit in zip(actual, expected, TOLERANCE[inputs[0].dtype], strict=False):
+        assert one is not None
+        assert other is not None
+        assert one.shape == other.shape
+        assert torch.equal(one.isneginf(), other.isneginf())
+        truth = other.masked_fill(other.isneginf(), 0.0)
+        error = (one.double().masked_fill(other.isneginf(), 0.0) - truth).norm() / truth.norm().clamp(min=1e-30)
+        assert error <= limit, f"off by {error:.1e}"
+        tensors.append(one)
+    return tensors
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 3, 16])
+def test_decode_equals_the_formula(queries: int, dtype: torch.dtype) -> None:
+    for keys, window in [(queries, None), (64, None), (65, 50), (1030, None), (2100, 1200)]:
+        decoded(drawn(queries, keys, dtype=dtype), Mask(window))
+    for kv_heads, group in [(3, 1), (2, 7)]:
+        decoded(drawn(queries, 300, dtype=dtype, kv_heads=kv_heads, group=group), Mask(), softcap=2.0)
+    for kind in KINDS:
+        decoded(drawn(queries, 1100, dtype=dtype), masked(None, 1100, kind))
+
+
+@needs_native
+@pytest.mark.parametrize(("size", "dtype"), some(EVERY, (80, torch.bfloat16)))
+def test_decode_of_any_head_size_equals_the_formula(size: int, dtype: torch.dtype) -> None:
+    decoded(drawn(2, 1100, size=size, dtype=dtype), Mask(), scale=size**-0.5)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_of_any_layout_by_any_threads_is_the_same(poisoned: None, dtype: torch.dtype) -> None:
+    plain, threads = drawn(2, 1100, dtype=dtype, kv_heads=3), torch.get_num_threads()
+    expected = decoded(plain, Mask(900))
+    layouts = [
+        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain],
+        [torch.cat([x, x], dim=2)[:, :, : x.shape[2]] for x in plain],
+        [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in plain],
+    ]
+    try:
+        for count, inputs in zip((1, 2, 7), layouts, strict=True):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, decoded(inputs, Mask(900)), expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_any_size_do_not_overflow_in_decode(dtype: torch.dtype) -> None:
+    q, k, v = drawn(2, 2000, dtype=dtype)
+    for factor in (300.0, 1e-30):
+        for softcap in (None, 2.0):
+            out, lse = native.decode(request([q * factor, k, v], Mask(), softcap=softcap))
+            assert out.isfinite().all()
+            assert lse is not None
+            assert lse.isfinite().all()
+
+
+@needs_native
+def test_decode_serves_few_queries_over_many_keys(caplog: pytest.LogCaptureFixture) -> None:
+    def chosen(queries: int, keys: int, dtype: torch.dtype, **options: Any) -> str:
+        q, k = torch.zeros(1, 2, queries, 64, dtype=dtype), torch.zeros(1, 1, keys, 64, dtype=dtype)
+        return choose(Request(q, k, k, options.pop("mask", Mask()), 1.0, **options)).name
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert chosen(1, 2048, dtype) == chosen(16, 2048, dtype) == chosen(1, 2048, dtype, softcap=9.0) == "decode"
+        assert chosen(1, 2047, dtype) == "fused"
+    assert chosen(17, 4096, torch.bfloat16) == chosen(2, 300, torch.bfloat16, mask=Mask(9)) == "banded"
+    assert not [message for message in caplog.messages if "attention runs" in message]
+    q, k = torch.zeros(1, 1, 1, 64, requires_grad=True), torch.zeros(1, 1, 4096, 64)
+    assert native.DECODE.declines(Request(q, k, k, Mask(), 1.0)) == "it has no gradient"
+
+
 @needs_native
 def test_memory_grows_with_the_length() -> None:
     """Law 7, of the tensors; the threads' own memory is a copy of a head and its gradients."""
@@ -266,17 +377,18 @@ def test_it_serves_what_it_is_made_for() -> None:
     assert chosen(512, 512, Mask(64)) == chosen(512, 600, Mask(64)) == "native"
     assert chosen(512, 512, Mask(keys=torch.arange(512)[None] < 500)) == "native"
     assert chosen(512, 512, Mask(), with_lse=False) == "fused"
-    assert chosen(255, 512, Mask(64)) == chosen(512, 512, Mask(64), softcap=9.0) == "banded"
+    assert chosen(512, 512, Mask(64), softcap=9.0) == "native"
+    assert chosen(255, 512, Mask(64)) == "banded"
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"size": 96}, "64 and 128, not 96"),
+        ({"size": 72}, "80, 96, 128, 256, not 72"),
         ({"queries": 255}, "fewer than 256"),
         ({"dtype": torch.float64}, "float64"),
         ({"scale": -1.0}, "positive"),
-        ({"softcap": 2.0}, "softcap"),
+        ({"slopes": torch.ones(1)}, "ALiBi"),
         ({"mask": Mask(keys=torch.arange(256)[None] % 100 != 50)}, "between the tokens"),
     ],
 )
@@ -289,11 +401,115 @@ def test_what_it_declines(changes: dict[str, Any], reason: str) -> None:
     assert reason in declined
 
 
-def test_a_cpu_that_has_no_avx_512_declines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "cpu_flags", lambda: frozenset({"avx512f", "avx2"}))
-    assert native.KERNEL.declines(_REQUEST) == "this CPU does not say that it has avx512bw, avx512dq"
+def test_an_x86_that_has_no_avx2_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "IS_ARM", False)
+    monkeypatch.setattr(compiler, "cpu_flags", lambda: frozenset({"avx", "fma"}))
+    assert native.KERNEL.declines(_REQUEST) == "this CPU does not say that it has avx2, f16c"
+    assert native.instructions() == native.KERNEL.declines(_REQUEST)
     assert choose(_REQUEST).name in {"fused", "banded"}
     assert [kernel.name for kernel in KERNELS].index("native") < [kernel.name for kernel in KERNELS].index("banded")
+
+
+# -- other instruction sets
+
+
+def agrees_everywhere(size: int, dtype: torch.dtype) -> None:
+    """Windows, lengths, padding, documents, groups of heads and a softcap, in few calls."""
+    for queries, keys, mask in [
+        (129, 129, Mask(65)),
+        (70, 301, Mask()),
+        (67, 300, masked(63, 300, "packed and padded")),
+        (90, 90, masked(None, 90, "nothing in a row")),
+    ]:
+        agree(drawn(queries, keys, size=size, dtype=dtype), mask, scale=size**-0.5)
+    agree(drawn(100, 150, size=size, dtype=dtype, kv_heads=2, group=3), Mask(40), scale=size**-0.5, softcap=2.0)
+    decoded(drawn(3, 1100, size=size, dtype=dtype), masked(1070, 1100, "left"), scale=size**-0.5, softcap=2.0)
+
+
+@needs_native
+@pytest.mark.skipif(compiler.IS_ARM, reason="not an x86")
+@pytest.mark.parametrize(("size", "dtype"), some(EVERY, (64, torch.float32), (80, torch.bfloat16)))
+def test_avx2_equals_the_formula(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "CPU", "-march=x86-64-v3")
+    assert native.instructions() == "AVX2"
+    agrees_everywhere(size, dtype)
+
+
+@needs_native
+@pytest.mark.full
+@pytest.mark.skipif("avx512bw" not in compiler.cpu_flags(), reason="no AVX-512")
+@pytest.mark.parametrize(("size", "dtype"), EVERY)
+def test_avx_512_without_bfloat16_equals_the_formula(
+    size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "CPU", "-march=skylake-avx512")
+    assert native.instructions() == "AVX-512"
+    agrees_everywhere(size, dtype)
+
+
+CROSS, EMULATOR = (
+    shutil.which("aarch64-linux-gnu-g++"),
+    shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static"),
+)
+
+
+class Emulated:
+    """What `ctypes` would load of native.cpp, of which each call is a process on an emulated ARM."""
+
+    def __init__(self, folder: Path, cpu: str, *options: str):
+        self.program, self.memory = folder / "native", folder / "memory"
+        command = [str(CROSS), cpu, "-O1", "-std=c++17", "-static", "-pthread", *options]
+        main = Path(__file__).with_name("native_main.cpp")
+        subprocess.run([*command, "-include", str(native.SOURCE), str(main), "-o", str(self.program)], check=True)
+
+    def run(self, direction: str, tensors: dict[str, Tensor], *options: Any) -> None:
+        call = native.arguments(tensors, *options)
+        memory, offsets = bytearray(ctypes.sizeof(call)), {}
+        for name, tensor in tensors.items():
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in offsets:
+                memory += bytes(-len(memory) % 64)
+                offsets[storage.data_ptr()] = len(memory)
+                memory += ctypes.string_at(storage.data_ptr(), storage.nbytes())
+            offset = offsets[storage.data_ptr()] + tensor.data_ptr() - storage.data_ptr()
+            field = getattr(call, name)
+            setattr(call, name, offset) if isinstance(field, int) else setattr(field, "data", offset)
+        memory[: ctypes.sizeof(call)] = bytes(call)
+        self.memory.write_bytes(memory)
+        subprocess.run([str(EMULATOR), "-cpu", "max", str(self.program), str(self.memory), direction], check=True)
+        written = self.memory.read_bytes()
+        for name in {"dq", "dk", "dv"} if direction == "backward" else {"out", "lse"}:
+            storage = tensors[name].untyped_storage()
+            start = offsets[storage.data_ptr()]
+            ctypes.memmove(storage.data_ptr(), written[start : start + storage.nbytes()], storage.nbytes())
+
+
+@pytest.mark.skipif(CROSS is None or EMULATOR is None, reason="no aarch64-linux-gnu-g++ and qemu-aarch64")
+@pytest.mark.parametrize(
+    ("size", "dtype", "cpu"),
+    some(
+        [*((*one, "armv8-a") for one in EVERY), *((size, torch.bfloat16, "armv8.6-a") for size in SIZES)],
+        (64, torch.float32, "armv8-a"),
+        (80, torch.bfloat16, "armv8.6-a"),
+    ),
+)
+def test_neon_equals_the_formula(
+    size: int, dtype: torch.dtype, cpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one multiplies bfloat16."""
+    emulated = Emulated(tmp_path, f"-march={cpu}", *native.options(dtype, size))
+    monkeypatch.setattr(native, "_run", emulated.run)
+    agrees_everywhere(size, dtype)
+
+
+@needs_native
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_clang_equals_the_formula(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "clang++")
+    monkeypatch.setattr(native, "_loaded", functools.cache(native._loaded.__wrapped__))
+    agrees_everywhere(64, dtype)
 
 
 # -- building

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zebra.kernels import KERNELS, Mask, Request, find
+from zebra.kernels import KERNELS, Mask, Request, find, native
 from zebra.provenance import versions
 
 
@@ -31,6 +31,7 @@ def machine() -> dict[str, str]:
     facts["platform"] = platform.platform()
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     facts["cpu"] = f"{os.cpu_count()} cores, {threads} threads, {capability}"
+    facts["native kernel"] = native.instructions()
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         facts[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"

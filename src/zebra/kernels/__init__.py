@@ -27,7 +27,9 @@ from zebra.kernels.request import Kernel, Mask, Request, unit_stride
 
 __all__ = ["KERNELS", "Kernel", "Mask", "Request", "attend", "autocast", "choose", "find", "gradients", "only"]
 
-KERNELS: tuple[Kernel, ...] = tuple(module.KERNEL for module in (fused, varlen, flex, native, banded, reference))
+KERNELS: tuple[Kernel, ...] = (
+    fused.KERNEL, varlen.KERNEL, flex.KERNEL, native.KERNEL, native.DECODE, banded.KERNEL, reference.KERNEL,
+)  # fmt: skip
 """Fastest first."""
 
 _log = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ def choose(request: Request) -> Kernel:
         _warn_once(f"attention runs by the dense formula, slow and large, because {'; '.join(lines.values())}")
         return kernel
     device = request.q.device.type
-    declined = [one for one in KERNELS if one.name in lines and request.queries >= one.min_queries]
+    declined = [one for one in KERNELS if one.name in lines and one.does_not_pay(request) is None]
     missed = [lines[one.name] for one in declined if device in (one.devices or ())]
     if missed:
         _warn_once(f"attention runs by the kernel {kernel.name}, because {'; '.join(missed)}")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shlex
 import shutil
 import stat
@@ -17,7 +18,10 @@ from pathlib import Path
 
 from zebra.files import atomic_file, user_cache_dir
 
-OPTIONS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+IS_ARM = platform.machine() in ("aarch64", "arm64")
+CPU = "-mcpu=native" if IS_ARM else "-march=native"
+"""The option that names this machine's CPU."""
 _PATIENCE = 300
 """Timeout of the compiler in seconds."""
 _DIGEST = 32
@@ -37,25 +41,27 @@ def cpu_flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+    names = ("flags", "Features")  # x86 and ARM
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith(names)), "").split())
 
 
-def library(source: Path) -> ctypes.CDLL:
-    """The source as a library, from the cache or compiled into it.
+def library(source: Path, *options: str) -> ctypes.CDLL:
+    """The source, compiled with `OPTIONS` and others, as a library, from the cache or compiled into it.
 
-    Its name there is a hash of source, compiler, options and CPU: home folders are shared between machines. At its end
-    stands the SHA-256 of what precedes it, so that a damaged file is compiled again and never loaded. What others could
-    have written is not loaded either: where the cache is not this user's alone, the library lives in a private
-    temporary folder for as long as the process.
+    Its name there is a hash of the source, the headers beside it, compiler, options and CPU: home folders are shared
+    between machines. At its end stands the SHA-256 of what precedes it, so that a damaged file is compiled again and
+    never loaded. What others could have written is not loaded either: where the cache is not this user's alone, the
+    library lives in a private temporary folder for as long as the process.
 
     Raises:
         Unbuilt: no compiler, a failed compilation, or a library that cannot be stored or loaded.
     """
-    command = [*_compiler(), *OPTIONS]
+    command = [*_compiler(), *OPTIONS, *options]
     try:
         version = subprocess.run([*_compiler(), "--version"], capture_output=True, timeout=_PATIENCE).stdout
-        target = repr((command, version, sorted(cpu_flags()))).encode()
-        name = hashlib.sha256(source.read_bytes() + target).hexdigest()[:32]
+        code = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
+        target = repr((command, version, platform.machine(), sorted(cpu_flags()))).encode()
+        name = hashlib.sha256(code + target).hexdigest()[:32]
         path = _private_folder() / f"{source.stem}-{name}.so"
         if not _is_intact(path):
             _compile(source, path, command)

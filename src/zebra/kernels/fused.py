@@ -25,6 +25,9 @@ from zebra.kernels.request import Kernel, Request
 _LSE: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 """(q, k, v, dropout, causal, mask to add, scale) -> (out, lse), natural logarithm. Causal counts from the first key."""
 
+_LONG = 1024
+"""Queries from which on kernels of our own are faster. Fewer should not wait for `native` to be compiled."""
+
 _HEAD_BYTES = 512
 """The largest head, in bytes, of which a chunk of queries is two calls."""
 
@@ -79,7 +82,7 @@ def _unsupported_reason(request: Request) -> str | None:
 
 
 def _is_long(request: Request) -> bool:
-    return request.queries >= 1024 and request.q.shape[3] >= 64
+    return request.queries >= _LONG and request.q.shape[3] >= 64
 
 
 def _no_chunk(request: Request) -> str | None:
@@ -107,5 +110,5 @@ KERNEL = Kernel(
     run=fused,
     value_sizes=True,
     unsupported_reason=_unsupported_reason,
-    slower_than=lambda request: "native" if _is_long(request) and request.q.dtype == torch.float32 else None,
+    slower_than=lambda request: "native" if request.queries >= _LONG else "decode",
 )

@@ -1,28 +1,26 @@
-// Causal attention where query i of a row sees the keys [lo_i, hi_i), neither end ever falling: forward and backward,
-// float32 or bfloat16, heads of 64 or 128 numbers, AVX-512 (FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2).
+// Causal attention where query i of a row sees the keys [lo_i, hi_i), neither end ever falling: forward and backward, on
+// any CPU that simd.h knows (FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2). Compiled for one type of numbers
+// and one head size: -DNUMBER=float, BFloat16 or Float16, -DSIZE=a multiple of 16.
 //
 // A tile is 64 queries. Its scores are held transposed, S^T[key][query]: the lanes of a vector are queries, so that the
 // softmax runs down columns, and keys and values are read by broadcast from where they stand. Every product is one
 // micro-kernel, C[r][lanes] += broadcast(A[r * SR + t * ST]) * B[t][lanes], where A and B hold units of 32 bits: one
-// float32, or two bfloat16 that are neighbours along the sum.
-#include <immintrin.h>
+// float32, or two bfloat16 that are neighbours along the sum, where the CPU multiplies those (PAIRS).
+#include "simd.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
-
-#define INLINE inline __attribute__((always_inline))  // registers must stay registers
 
 // A tensor (batch, heads, tokens, D): strides in numbers, the D numbers of a row adjacent.
 struct View {
-  char* data;
+  NUMBER* data;
   int64_t batch, head, row;
 };
 
@@ -32,165 +30,117 @@ struct Call {
   float *lse, *dlse;       // (batch, heads, queries)
   const int32_t *lo, *hi;  // (batch, queries)
   int32_t batch, heads, kv_heads, queries, keys, threads;
-  float scale;
+  float scale, softcap;  // a softcap of 0 is none
 };
 
 namespace {
 
-using V = __m512;
-constexpr int LANES = 64;    // queries of a tile
-constexpr int BLOCK = 60;    // keys of a tile at a time: scores that stay in the first cache
-constexpr int ROWS = 6;      // of a product by four vectors at a time: 24 sums, 4 lanes and 1 broadcast in 32 registers
-constexpr int SLACK = 512;   // keys that sums of gradients move on by
+constexpr int D = SIZE;
+constexpr bool PAIRS = DOTS && std::is_same_v<NUMBER, BFloat16>;
+constexpr int UNIT = PAIRS ? 2 : 1, UNITS = D / UNIT;  // numbers of a unit, units of a row
+constexpr int LANES = 64;   // queries of a tile
+constexpr int BLOCK = 60;   // keys of a tile at a time: scores that stay in the first cache
+constexpr int SLACK = 512;  // keys that sums of gradients move on by
 constexpr float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f, LOWEST = -1e30f;
 
-// -- arithmetic
+// -- products
 
-template <bool BF> INLINE V multiply_add(V a, V b, V c) {
-  if constexpr (BF) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
-  else return _mm512_fmadd_ps(a, b, c);
-}
+INLINE V multiply_add(V a, V b, V c) { return PAIRS ? dot(a, b, c) : a * b + c; }
 
-// MR rows of C by NV vectors, leading dimension LD of B and C.
-template <bool BF, int MR, int NV, int SR, int ST, int LD, bool ADD>
+// MR rows of C by NV vectors, leading dimensions LD of B and LC of C.
+template <int MR, int NV, int SR, int ST, int LD, bool ADD, int LC>
 __attribute__((noinline)) void micro(const float* A, const float* B, int T, float* C) {
   V c[MR][NV];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) c[r][v] = ADD ? _mm512_loadu_ps(C + r * LD + v * 16) : _mm512_setzero_ps();
+    for (int v = 0; v < NV; v++) c[r][v] = ADD ? load<V>(C + r * LC + v * WIDTH) : V{};
   for (int t = 0; t < T; t++, A += ST, B += LD) {
     V b[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) b[v] = _mm512_load_ps(B + v * 16);
-#pragma GCC unroll 16
+    for (int v = 0; v < NV; v++) b[v] = load<V>(B + v * WIDTH);
+#pragma GCC unroll 24
     for (int r = 0; r < MR; r++) {
-      V a = _mm512_set1_ps(A[r * SR]);
+      const V a = all(A[r * SR]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) c[r][v] = multiply_add<BF>(a, b[v], c[r][v]);
+      for (int v = 0; v < NV; v++) c[r][v] = multiply_add(a, b[v], c[r][v]);
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int r = 0; r < MR; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) _mm512_storeu_ps(C + r * LD + v * 16, c[r][v]);
+    for (int v = 0; v < NV; v++) store(C + r * LC + v * WIDTH, c[r][v]);
 }
 
-// The same for any number of rows: the rest in halves.
-template <bool BF, int NV, int SR, int ST, int LD, bool ADD>
+// The same for any number of rows and N lanes: at most GROUP vectors at a time, the last rows in halves.
+template <int N, int SR, int ST, int LD, bool ADD, int LC = LD>
 void product(int rows, const float* A, const float* B, int T, float* C) {
-  constexpr int M = ROWS * 4 / NV;
+  constexpr int ALL = N / WIDTH, PARTS = (ALL + GROUP - 1) / GROUP, NV = (ALL + PARTS - 1) / PARTS;
+  constexpr int M = ROWS * GROUP / NV;
   int r = 0;
-  for (; r + M <= rows; r += M) micro<BF, M, NV, SR, ST, LD, ADD>(A + r * SR, B, T, C + r * LD);
-  if constexpr (M > 8) {
-    if (r + 8 <= rows) micro<BF, 8, NV, SR, ST, LD, ADD>(A + r * SR, B, T, C + r * LD), r += 8;
-  }
-  if (r + 4 <= rows) micro<BF, 4, NV, SR, ST, LD, ADD>(A + r * SR, B, T, C + r * LD), r += 4;
-  if (r + 2 <= rows) micro<BF, 2, NV, SR, ST, LD, ADD>(A + r * SR, B, T, C + r * LD), r += 2;
-  if (r < rows) micro<BF, 1, NV, SR, ST, LD, ADD>(A + r * SR, B, T, C + r * LD);
-}
-
-// 2^x to about 1e-7 of it, by a polynomial on [0, 1); -inf gives 0.
-INLINE V exp2(V x) {
-  V f = _mm512_reduce_ps(x, 0x01);  // x - floor(x)
-  V p = _mm512_set1_ps(1.8775767e-3f);
-  for (float c : {8.9893397e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f})
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, x);
+  for (; r + M <= rows; r += M) micro<M, NV, SR, ST, LD, ADD, LC>(A + r * SR, B, T, C + r * LC);
+  if constexpr (M > 8)
+    for (; r + 8 <= rows; r += 8) micro<8, NV, SR, ST, LD, ADD, LC>(A + r * SR, B, T, C + r * LC);
+  if constexpr (M > 4)
+    if (r + 4 <= rows) micro<4, NV, SR, ST, LD, ADD, LC>(A + r * SR, B, T, C + r * LC), r += 4;
+  if (r + 2 <= rows) micro<2, NV, SR, ST, LD, ADD, LC>(A + r * SR, B, T, C + r * LC), r += 2;
+  if (r < rows) micro<1, NV, SR, ST, LD, ADD, LC>(A + r * SR, B, T, C + r * LC);
+  if constexpr (ALL > NV)
+    product<N - NV * WIDTH, SR, ST, LD, ADD, LC>(rows, A, B + NV * WIDTH, T, C + NV * WIDTH);
 }
 
 // -- layouts
 
-INLINE void transpose16(V r[16]) {
-  V t[16];
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; i++) {
-    __m512d a = (__m512d)t[4 * i], b = (__m512d)t[4 * i + 1], c = (__m512d)t[4 * i + 2], d = (__m512d)t[4 * i + 3];
-    r[4 * i] = (V)_mm512_unpacklo_pd(a, c);
-    r[4 * i + 1] = (V)_mm512_unpackhi_pd(a, c);
-    r[4 * i + 2] = (V)_mm512_unpacklo_pd(b, d);
-    r[4 * i + 3] = (V)_mm512_unpackhi_pd(b, d);
-  }
-  for (int i = 0; i < 4; i++)
-    for (int half = 0; half < 16; half += 8) {
-      t[half + i] = _mm512_shuffle_f32x4(r[half + i], r[half + i + 4], 0x88);
-      t[half + i + 4] = _mm512_shuffle_f32x4(r[half + i], r[half + i + 4], 0xdd);
-    }
-  for (int i = 0; i < 8; i++) {
-    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-
-INLINE __m512i narrow(V low, V high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-// Two rows of 16 floats as 16 pairs of bfloat16.
-INLINE __m512i narrow_pairs(V even, V odd) {
-  const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                       23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(zip, narrow(even, odd));
-}
-
-// Numbers of a row in memory, in their own width.
-template <bool BF> struct Numbers {
-  static constexpr int BYTES = BF ? 2 : 4;
-  static INLINE V load(const char* at) {
-    if constexpr (!BF) return _mm512_loadu_ps((const float*)at);
-    else return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16);
-  }
-  static INLINE void store(char* at, V x) {
-    if constexpr (!BF) _mm512_storeu_ps((float*)at, x);
-    else _mm256_storeu_si256((__m256i*)at, (__m256i)_mm512_cvtneps_pbh(x));
-  }
-};
-
 struct Rows {  // some rows of a view
-  char* data;
-  ptrdiff_t step;  // in bytes
-  char* operator[](ptrdiff_t i) const { return data + i * step; }
+  NUMBER* data;
+  ptrdiff_t step;
+  NUMBER* operator[](ptrdiff_t i) const { return data + i * step; }
   Rows from(ptrdiff_t i) const { return {data + i * step, step}; }
 };
 
-// `count` rows of `UNITS` units, one after another; rows past n are 0.
-template <int UNITS> void pack_rows(Rows from, int n, int count, float* to) {
-  for (int i = 0; i < n; i++) memcpy(to + (size_t)i * UNITS, from[i], UNITS * 4);
+INLINE V unit(const NUMBER* row, int at) {  // WIDTH units of a row
+  if constexpr (PAIRS) return load<V>(row + 2 * at);
+  else return widen(row + at);
+}
+
+// `count` rows of units, one after another; rows past n are 0.
+void pack_rows(Rows from, int n, int count, float* to) {
+  for (int i = 0; i < n; i++)
+    if constexpr (PAIRS || std::is_same_v<NUMBER, float>) memcpy(to + (size_t)i * UNITS, from[i], UNITS * 4);
+    else
+      for (int d = 0; d < D; d += WIDTH) store(to + (size_t)i * D + d, widen(from[i] + d));
   if (n < count) memset(to + (size_t)n * UNITS, 0, (size_t)(count - n) * UNITS * 4);
 }
 
-// A tile's n rows of `UNITS` units as to[unit][query]; queries past n are 0.
-template <int UNITS> void pack_transposed(Rows from, int n, float* to) {
-  for (int i = 0; i < LANES; i += 16)
-    for (int u = 0; u < UNITS; u += 16) {
-      V r[16];
-      for (int x = 0; x < 16; x++)
-        r[x] = i + x < n ? _mm512_loadu_ps((const float*)from[i + x] + u) : _mm512_setzero_ps();
-      transpose16(r);
-      for (int x = 0; x < 16; x++) _mm512_store_ps(to + (u + x) * LANES + i, r[x]);
+// A tile's n rows of units as to[unit][query]; queries past n are 0.
+void pack_transposed(Rows from, int n, float* to) {
+  for (int i = 0; i < LANES; i += WIDTH)
+    for (int next = 0; next < UNITS; next += WIDTH) {
+      const int u = std::min(next, UNITS - WIDTH);  // the last ones may be written twice
+      V r[WIDTH];
+      for (int x = 0; x < WIDTH; x++) r[x] = i + x < n ? unit(from[i + x], u) : V{};
+      transpose(r);
+      for (int x = 0; x < WIDTH; x++) store(to + (u + x) * LANES + i, r[x]);
     }
 }
 
-// `count` rows of D bfloat16 as to[row / 2][number]: a unit is two rows' numbers; rows past n are 0.
-template <int D> void pack_pairs(Rows from, int n, int count, float* to) {
+// `count` rows of bfloat16 as to[row / 2][number]: a unit is two rows' numbers; rows past n are 0.
+void pack_pairs(Rows from, int n, int count, float* to) {
   for (int i = 0; i < count; i += 2)
-    for (int d = 0; d < D; d += 16) {
-      V even = i < n ? Numbers<true>::load(from[i] + 2 * d) : _mm512_setzero_ps();
-      V odd = i + 1 < n ? Numbers<true>::load(from[i + 1] + 2 * d) : _mm512_setzero_ps();
-      __m512i low = _mm512_srli_epi32((__m512i)even, 16);
-      _mm512_store_si512((__m512i*)(to + (size_t)i / 2 * D + d), _mm512_or_si512(low, (__m512i)odd));
+    for (int d = 0; d < D; d += WIDTH) {
+      const U even = i < n ? (U)widen(from[i] + d) : U{}, odd = i + 1 < n ? (U)widen(from[i + 1] + d) : U{};
+      store(to + (size_t)i / 2 * D + d, even >> 16 | odd);
     }
 }
 
 // from[number][query] * factor[query] to a tile's n rows.
-template <bool BF, int D> void unpack_transposed(const float* from, const V* factor, int n, Rows to) {
-  for (int i = 0; i < n; i += 16)
-    for (int d = 0; d < D; d += 16) {
-      V r[16];
-      for (int x = 0; x < 16; x++) r[x] = _mm512_mul_ps(_mm512_load_ps(from + (d + x) * LANES + i), factor[i / 16]);
-      transpose16(r);
-      for (int x = 0; x < 16 && i + x < n; x++) Numbers<BF>::store(to[i + x] + d * Numbers<BF>::BYTES, r[x]);
+void unpack_transposed(const float* from, const float* factor, int n, Rows to) {
+  for (int i = 0; i < n; i += WIDTH)
+    for (int d = 0; d < D; d += WIDTH) {
+      V r[WIDTH];
+      for (int x = 0; x < WIDTH; x++) r[x] = load<V>(from + (d + x) * LANES + i) * load<V>(factor + i);
+      transpose(r);
+      for (int x = 0; x < WIDTH && i + x < n; x++) narrow(to[i + x] + d, r[x]);
     }
 }
 
@@ -204,34 +154,34 @@ struct Buffer {
   Buffer(const Buffer&) = delete;
 };
 
-template <bool BF> Rows rows_of(const View& view, int row, int head) {
-  const ptrdiff_t bytes = Numbers<BF>::BYTES;
-  return {view.data + (row * view.batch + head * view.head) * bytes, view.row * bytes};
-}
-
-// Whether the rows of every head can be read as units where they stand.
-template <bool BF, int D> bool stands(const View& view) {
-  const int64_t bytes = Numbers<BF>::BYTES, odd = (int64_t)view.data | view.batch * bytes | view.head * bytes;
-  return view.row == D && odd % 4 == 0;
+Rows rows_of(const View& view, int row, int head) {
+  return {view.data + row * view.batch + head * view.head, view.row};
 }
 
 // The keys or values of a head as units: where they stand, or copied.
-template <bool BF, int D> struct Units {
+struct Units {
   bool in_place;
   Buffer copy;
   const float* data = nullptr;
-  Units(const View& view, int keys) : in_place(stands<BF, D>(view)), copy(in_place ? 0 : (size_t)keys * D) {}
+  Units(const View& view, int keys) : in_place(stands(view)), copy(in_place ? 0 : (size_t)keys * UNITS) {}
   void take(Rows rows, int keys) {
     data = in_place ? (const float*)rows.data : copy.data;
-    if (!in_place) pack_rows<BF ? D / 2 : D>(rows, keys, keys, copy.data);
+    if (!in_place) pack_rows(rows, keys, keys, copy.data);
+  }
+
+ private:
+  // Whether the rows of every head can be read as units where they stand.
+  static bool stands(const View& view) {
+    const int64_t bytes = sizeof(NUMBER), odd = (int64_t)view.data | view.batch * bytes | view.head * bytes;
+    return sizeof(NUMBER) * UNIT == 4 && view.row == D && odd % 4 == 0;
   }
 };
 
 // -- which keys a tile sees
 
-// Keys [lo, hi) for the queries of `vectors` vectors from `lane` on.
+// Keys [lo, hi) for `queries` queries of the tile from `first` on.
 struct Segment {
-  int lo, hi, lane, vectors;
+  int lo, hi, first, queries;
 };
 
 // Keys of a segment: [.., whole) and [end, ..) are seen by some of the queries, [whole, end) by all.
@@ -239,8 +189,8 @@ struct Cut {
   int whole, end;
 };
 
-// Keys come in `UNIT`s, two where bfloat16 is summed over them: all bounds are multiples of it.
-template <int UNIT> struct Tile {
+// Keys come in units, two where bfloat16 is summed over them: all bounds are multiples of UNIT.
+struct Tile {
   alignas(64) int32_t lo[LANES], count[LANES];
   Segment segments[3];
   int n, used;
@@ -248,7 +198,7 @@ template <int UNIT> struct Tile {
   void take(const int32_t* from, const int32_t* to, int queries) {
     n = std::min(LANES, queries);
     for (int i = 0; i < LANES; i++) {
-      int at = std::min(i, n - 1);  // what is past the end is not written
+      const int at = std::min(i, n - 1);  // what is past the end is not written
       lo[i] = from[at], count[i] = std::max(0, to[at] - from[at]);
     }
     constexpr int HALF = LANES / 2;
@@ -257,157 +207,283 @@ template <int UNIT> struct Tile {
     const int b = second ? down(from[HALF]) : c, d = second ? up(to[n - 1]) : c;
     used = 0;
     // Both halves of the queries against what both see; either alone against what only it sees.
-    add(a, std::min(b, c), 0, 2), add(b, c, 0, 4), add(std::max(b, c), d, 2, 2);
+    add(a, std::min(b, c), 0, HALF), add(b, c, 0, LANES), add(std::max(b, c), d, HALF, HALF);
   }
   int first() const { return used ? segments[0].lo : 0; }
   int last() const { return used ? segments[used - 1].hi : 0; }
 
-  Cut cut(int begin, int end, int lane, int vectors) const {
-    const int last = 16 * (lane + vectors) - 1, whole = std::clamp(up(lo[last]), begin, end);
-    return {whole, std::clamp(down(lo[16 * lane] + count[16 * lane]), whole, end)};
+  Cut cut(int begin, int end, int first, int queries) const {
+    const int whole = std::clamp(up(lo[first + queries - 1]), begin, end);
+    return {whole, std::clamp(down(lo[first] + count[first]), whole, end)};
   }
-  INLINE __mmask16 sees(int key, int vector) const {  // key - lo < count, and not below 0
-    __m512i past = _mm512_sub_epi32(_mm512_set1_epi32(key), _mm512_load_si512(lo + 16 * vector));
-    return _mm512_cmplt_epu32_mask(past, _mm512_load_si512(count + 16 * vector));
+  INLINE V seen(int key, int query, V x, V otherwise) const {  // x where key - lo < count, and not below 0
+    return (U)(key - load<I>(lo + query)) < load<U>(count + query) ? x : otherwise;
   }
 
  private:
   static int down(int key) { return key / UNIT * UNIT; }
   static int up(int key) { return (key + UNIT - 1) / UNIT * UNIT; }
-  void add(int begin, int end, int lane, int vectors) {
-    if (begin < end) segments[used++] = {begin, end, lane, vectors};
+  void add(int begin, int end, int first, int queries) {
+    if (begin < end) segments[used++] = {begin, end, first, queries};
   }
 };
 
-// Calls block<vectors>(first key, keys, first vector) for equal parts of the tile's keys.
-template <class Worker, class T> void walk(Worker& worker, const T& tile) {
+// Calls block<queries>(first key, keys, first query) for equal parts of the tile's keys.
+template <class Worker> void walk(Worker& worker, const Tile& tile) {
   for (int s = 0; s < tile.used; s++) {
     const Segment& part = tile.segments[s];
     const int length = part.hi - part.lo, blocks = (length + BLOCK - 1) / BLOCK;
     const int step = ((length + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
     for (int key = part.lo; key < part.hi; key += step) {
       const int count = std::min(step, part.hi - key);
-      if (part.vectors == 4) worker.template block<4>(key, count, part.lane);
-      else worker.template block<2>(key, count, part.lane);
+      if (part.queries == LANES) worker.template block<LANES>(key, count, part.first);
+      else worker.template block<LANES / 2>(key, count, part.first);
     }
   }
 }
 
+// Scores <q, k> to softcap tanh(scale <q, k> / softcap), which have the scale 1.
+void cap(const Call& call, int keys, float* scores) {
+  for (float* at = scores; at < scores + keys * LANES; at += WIDTH)
+    store(at, call.softcap * tanh(load<V>(at) * (call.scale / call.softcap)));
+}
+
 // -- forward: a task is one query head of one row
 
-template <bool BF, int D> struct Forward {
-  static constexpr int UNIT = BF ? 2 : 1, UNITS = D / UNIT;
+struct Forward {
   const Call& call;
+  const float scale;  // of the scores after `cap`
   alignas(64) float qt[UNITS * LANES], scores[BLOCK * LANES], pairs[BLOCK * LANES / 2], mixed[D * LANES];
-  V peak[4], total[4];
-  Tile<UNIT> tile;
-  Units<BF, D> k, v;
+  alignas(64) float peak[LANES], total[LANES];
+  Tile tile;
+  Units k, v;
   Buffer paired;
   const float* values = nullptr;
 
   explicit Forward(const Call& c)
-      : call(c), k(c.k, c.keys), v(c.v, BF ? 0 : c.keys), paired(BF ? (size_t)(c.keys + 1) / 2 * D : 0) {}
+      : call(c),
+        scale(c.softcap ? 1 : c.scale),
+        k(c.k, c.keys),
+        v(c.v, PAIRS ? 0 : c.keys),
+        paired(PAIRS ? (size_t)(c.keys + 1) / 2 * D : 0) {}
 
   static int tasks(const Call& c) { return c.batch * c.heads; }
 
   void run(int task) {
     const int row = task / call.heads, head = task % call.heads, kv = head / (call.heads / call.kv_heads);
-    k.take(rows_of<BF>(call.k, row, kv), call.keys);
-    if constexpr (BF) pack_pairs<D>(rows_of<BF>(call.v, row, kv), call.keys, call.keys, paired.data);
-    else v.take(rows_of<BF>(call.v, row, kv), call.keys);
-    values = BF ? paired.data : v.data;
-    const Rows q = rows_of<BF>(call.q, row, head), out = rows_of<BF>(call.out, row, head);
+    k.take(rows_of(call.k, row, kv), call.keys);
+    if constexpr (PAIRS) pack_pairs(rows_of(call.v, row, kv), call.keys, call.keys, paired.data);
+    else v.take(rows_of(call.v, row, kv), call.keys);
+    values = PAIRS ? paired.data : v.data;
+    const Rows q = rows_of(call.q, row, head), out = rows_of(call.out, row, head);
     const size_t bounds = (size_t)row * call.queries;
     for (int i = 0; i < call.queries; i += LANES) {
       tile.take(call.lo + bounds + i, call.hi + bounds + i, call.queries - i);
-      pack_transposed<UNITS>(q.from(i), tile.n, qt);
+      pack_transposed(q.from(i), tile.n, qt);
       memset(mixed, 0, sizeof mixed);
-      for (int x = 0; x < 4; x++) peak[x] = _mm512_set1_ps(LOWEST), total[x] = _mm512_setzero_ps();
+      for (int x = 0; x < LANES; x++) peak[x] = LOWEST, total[x] = 0;
       walk(*this, tile);
       finish(out.from(i), call.lse + (size_t)task * call.queries + i);
     }
   }
 
-  template <int NV> void block(int key, int keys, int lane) {
+  template <int QUERIES> void block(int key, int keys, int first) {
     const int read = std::min(keys, call.keys - key);
-    product<BF, NV, UNITS, 1, LANES, false>(read, k.data + (size_t)key * UNITS, qt + 16 * lane, UNITS, scores);
-    const Cut cut = tile.cut(key, key + keys, lane, NV);
-    const V scale = _mm512_set1_ps(call.scale * LOG2E);
-    V highest[NV], sum[NV];
-    for (int x = 0; x < NV; x++) highest[x] = _mm512_set1_ps(-INFINITY), sum[x] = _mm512_setzero_ps();
-    raise<NV, true>(key, key, cut.whole, lane, highest);
-    raise<NV, false>(key, cut.whole, cut.end, lane, highest);
-    raise<NV, true>(key, cut.end, key + keys, lane, highest);
-    for (int x = 0; x < NV; x++) highest[x] = _mm512_max_ps(peak[lane + x], _mm512_mul_ps(highest[x], scale));
-    weigh<NV, true>(key, key, cut.whole, lane, scale, highest, sum);
-    weigh<NV, false>(key, cut.whole, cut.end, lane, scale, highest, sum);
-    weigh<NV, true>(key, cut.end, key + keys, lane, scale, highest, sum);
-    for (int x = 0; x < NV; x++) rescale(lane + x, highest[x], sum[x]);
-    const float* weights = BF ? pairs : scores;
-    product<BF, NV, 1, D, LANES, true>(D, values + (size_t)key / UNIT * D, weights, keys / UNIT, mixed + 16 * lane);
+    product<QUERIES, UNITS, 1, LANES, false>(read, k.data + (size_t)key * UNITS, qt + first, UNITS, scores);
+    if (call.softcap) cap(call, keys, scores);
+    const Cut cut = tile.cut(key, key + keys, first, QUERIES);
+    constexpr int NV = std::min(GROUP, QUERIES / WIDTH);
+    for (int x = 0; x < QUERIES; x += NV * WIDTH) soften<NV>(key, keys, cut, first, x);
+    const float* weights = PAIRS ? pairs : scores;
+    product<QUERIES, 1, D, LANES, true>(D, values + (size_t)key / UNIT * D, weights, keys / UNIT, mixed + first);
+  }
+
+  // Scores to weights 2^(scale s - peak) for the queries of NV vectors from first + x on; sums so far, to the new peak.
+  template <int NV> INLINE void soften(int key, int keys, Cut cut, int first, int x) {
+    const int begin[4] = {key, cut.whole, cut.end, key + keys};
+    const V scale2 = all(scale * LOG2E);
+    V highest[NV], sum[NV] = {};
+    for (V& h : highest) h = all(-INFINITY);
+    raise<NV, true>(key, begin[0], begin[1], first, x, highest);
+    raise<NV, false>(key, begin[1], begin[2], first, x, highest);
+    raise<NV, true>(key, begin[2], begin[3], first, x, highest);
+    for (int y = 0; y < NV; y++) highest[y] = max(load<V>(peak + first + x + y * WIDTH), highest[y] * scale2);
+    weigh<NV, true>(key, begin[0], begin[1], first, x, scale2, highest, sum);
+    weigh<NV, false>(key, begin[1], begin[2], first, x, scale2, highest, sum);
+    weigh<NV, true>(key, begin[2], begin[3], first, x, scale2, highest, sum);
+    for (int y = 0; y < NV; y++) rescale(first + x + y * WIDTH, highest[y], sum[y]);
   }
 
   // highest = max over the keys [begin, end) of the block that starts at `key`.
-  template <int NV, bool EDGE> INLINE void raise(int key, int begin, int end, int lane, V* highest) {
+  template <int NV, bool EDGE> INLINE void raise(int key, int begin, int end, int first, int x, V* highest) {
     V m[NV];
-    for (int x = 0; x < NV; x++) m[x] = highest[x];
+    for (int y = 0; y < NV; y++) m[y] = highest[y];
     for (int j = begin; j < end; j++)
-      for (int x = 0; x < NV; x++) {
-        V s = _mm512_load_ps(scores + (j - key) * LANES + 16 * x);
-        m[x] = EDGE ? _mm512_mask_max_ps(m[x], tile.sees(j, lane + x), m[x], s) : _mm512_max_ps(m[x], s);
+      for (int y = 0; y < NV; y++) {
+        const int at = x + y * WIDTH;
+        const V raised = max(m[y], load<V>(scores + (j - key) * LANES + at));
+        m[y] = EDGE ? tile.seen(j, first + at, raised, m[y]) : raised;
       }
-    for (int x = 0; x < NV; x++) highest[x] = m[x];
+    for (int y = 0; y < NV; y++) highest[y] = m[y];
   }
 
-  // Scores to weights 2^(scale s - m), in place, or in bfloat16 to pairs of keys.
+  // In place, or in bfloat16 to pairs of keys.
   template <int NV, bool EDGE>
-  INLINE void weigh(int key, int begin, int end, int lane, V scale, const V* m, V* total_) {
+  INLINE void weigh(int key, int begin, int end, int first, int x, V scale2, const V* m, V* sums) {
     V sum[NV];
-    for (int x = 0; x < NV; x++) sum[x] = total_[x];
+    for (int y = 0; y < NV; y++) sum[y] = sums[y];
     for (int j = begin; j < end; j += UNIT)
-      for (int x = 0; x < NV; x++) {
+      for (int y = 0; y < NV; y++) {
         V p[UNIT];
         for (int u = 0; u < UNIT; u++) {
-          float* at = scores + (j + u - key) * LANES + 16 * x;
-          p[u] = exp2(_mm512_fmsub_ps(_mm512_load_ps(at), scale, m[x]));
-          if (EDGE) p[u] = _mm512_maskz_mov_ps(tile.sees(j + u, lane + x), p[u]);
-          sum[x] = _mm512_add_ps(sum[x], p[u]);
-          if constexpr (!BF) _mm512_store_ps(at, p[u]);
+          float* at = scores + (j + u - key) * LANES + x + y * WIDTH;
+          p[u] = exp2(load<V>(at) * scale2 - m[y]);
+          if (EDGE) p[u] = tile.seen(j + u, first + x + y * WIDTH, p[u], V{});
+          sum[y] += p[u];
+          if constexpr (!PAIRS) store(at, p[u]);
         }
-        if constexpr (BF)
-          _mm512_store_si512((__m512i*)(pairs + (j - key) / 2 * LANES + 16 * x), narrow_pairs(p[0], p[1]));
+        if constexpr (PAIRS) store(pairs + (j - key) / 2 * LANES + x + y * WIDTH, zipped(p[0], p[1]));
       }
-    for (int x = 0; x < NV; x++) total_[x] = sum[x];
+    for (int y = 0; y < NV; y++) sums[y] = sum[y];
   }
 
-  // What was summed so far, to a new peak.
-  INLINE void rescale(int vector, V highest, V sum) {
-    V kept = exp2(_mm512_sub_ps(peak[vector], highest));
-    total[vector] = _mm512_fmadd_ps(total[vector], kept, sum);
-    if (_mm512_cmp_ps_mask(peak[vector], highest, _CMP_NEQ_OQ))
-      for (float* at = mixed + 16 * vector; at < mixed + D * LANES; at += LANES)
-        _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), kept));
-    peak[vector] = highest;
+  INLINE void rescale(int query, V highest, V sum) {
+    const V before = load<V>(peak + query), kept = exp2(before - highest);
+    store(total + query, load<V>(total + query) * kept + sum);
+    if (any(before != highest))
+      for (float* at = mixed + query; at < mixed + D * LANES; at += LANES) store(at, load<V>(at) * kept);
+    store(peak + query, highest);
   }
 
   // A query that sees no key has the sum 0: its output is 0, its log-sum-exp -inf.
   void finish(Rows out, float* lse) {
-    alignas(64) float peaks[LANES], totals[LANES];
-    V inverse[4];
-    for (int x = 0; x < 4; x++) {
-      __mmask16 some = _mm512_cmp_ps_mask(total[x], _mm512_setzero_ps(), _CMP_GT_OQ);
-      inverse[x] = _mm512_maskz_div_ps(some, _mm512_set1_ps(1.0f), total[x]);
-      _mm512_store_ps(peaks + 16 * x, peak[x]), _mm512_store_ps(totals + 16 * x, total[x]);
-    }
-    unpack_transposed<BF, D>(mixed, inverse, tile.n, out);
-    for (int i = 0; i < tile.n; i++) lse[i] = LN2 * (peaks[i] + log2f(totals[i]));
+    alignas(64) float inverse[LANES];
+    for (int i = 0; i < LANES; i++) inverse[i] = total[i] > 0 ? 1 / total[i] : 0;
+    unpack_transposed(mixed, inverse, tile.n, out);
+    for (int i = 0; i < tile.n; i++) lse[i] = LN2 * (peak[i] + log2f(total[i]));
   }
 };
+
+// -- decode: few queries over many keys, so a task is a part of the keys of one key-value head
+
+// `queries` counts rows: those of a token's heads, token by token. Here the lanes are the numbers of a head: a vector's
+// sum over its lanes is a score, and values are read as they stand.
+struct Decode {
+  static constexpr int PART = 1024, KEYS = 64, MOST = 16;  // keys of a task, of a block; queries at a time
+  static constexpr int VECTORS = (UNITS + WIDTH - 1) / WIDTH, STATE = D + 2;
+  const Call& call;
+  float* const states;  // of each task and query: mixed (D), peak, total
+  alignas(64) float q[MOST][VECTORS * WIDTH], scores[MOST][KEYS], values[KEYS * UNITS];
+  V products[MOST][WIDTH];
+
+  Decode(const Call& c, float* of_tasks) : call(c), states(of_tasks) {}
+
+  static int parts(const Call& c) { return (c.keys + PART - 1) / PART; }
+  static int tasks(const Call& c) { return c.batch * c.kv_heads * parts(c); }
+
+  void run(int task) {
+    const int head = task / parts(call), row = head / call.kv_heads, kv = head % call.kv_heads;
+    const int first = task % parts(call) * PART, last = std::min(first + PART, call.keys);
+    const Rows queries = rows_of(call.q, row, kv), k = rows_of(call.k, row, kv), v = rows_of(call.v, row, kv);
+    for (int i = 0; i < call.queries; i += MOST) {
+      const int n = std::min(MOST, call.queries - i);
+      float* state = states + ((size_t)task * call.queries + i) * STATE;
+      for (int r = 0; r < n; r++) {
+        load_query(queries[i + r], q[r]);
+        std::fill(state + r * STATE, state + (r + 1) * STATE, 0.0f), state[r * STATE + D] = LOWEST;
+      }
+      for (int key = first; key < last; key += KEYS)
+        block(k.from(key), v.from(key), key, std::min(KEYS, last - key), row * call.queries + i, n, state);
+    }
+  }
+
+ private:
+  // Where the last vector begins before the end of the one before it, its first lanes are 0.
+  static int begin(int vector) { return std::min(vector * WIDTH, UNITS - WIDTH); }
+  static void load_query(const NUMBER* from, float* to) {
+    for (int x = 0; x < VECTORS; x++) {
+      store(to + x * WIDTH, unit(from, begin(x)));
+      std::fill(to + x * WIDTH, to + x * WIDTH + (x * WIDTH - begin(x)), 0.0f);
+    }
+  }
+
+  static void fetch(const NUMBER* row) {  // into the first cache
+    for (int d = 0; d < D; d += 64 / sizeof(NUMBER)) __builtin_prefetch(row + d);
+  }
+
+  void block(Rows k, Rows v, int key, int keys, int i, int n, float* state) {
+    for (int j = 0; j < keys; j += WIDTH) {
+      for (int x = 0; x < WIDTH; x++) {
+        fetch(k[j + x + KEYS]), fetch(v[j + x]);
+        V of_key[VECTORS];
+        for (int y = 0; y < VECTORS; y++) of_key[y] = unit(k[std::min(j + x, keys - 1)], begin(y));
+        for (int r = 0; r < n; r++) {
+          V sum{};
+          for (int y = 0; y < VECTORS; y++) sum = multiply_add(of_key[y], load<V>(q[r] + y * WIDTH), sum);
+          products[r][x] = sum;
+        }
+      }
+      for (int r = 0; r < n; r++) store(scores[r] + j, sums(products[r]));
+    }
+    const int used = (keys + WIDTH - 1) / WIDTH * WIDTH;
+    for (int r = 0; r < n; r++) {
+      const int token = (i + r) / (call.heads / call.kv_heads);
+      soften(scores[r], key, used, call.lo[token], call.hi[token], state + r * STATE);
+    }
+    const bool stand = std::is_same_v<NUMBER, float> && v.step == D;
+    if constexpr (PAIRS) pack_pairs(v, keys, keys, values);
+    else if (!stand) pack_rows(v, keys, keys, values);
+    product<D, KEYS, 1, D, true, STATE>(n, scores[0], stand ? (const float*)v.data : values, (keys + UNIT - 1) / UNIT, state);
+  }
+
+  // Scores of a query to weights, in bfloat16 to pairs of them, and what was summed so far to the new peak.
+  void soften(float* scores, int key, int keys, int lo, int hi, float* state) {
+    I index;
+    for (int i = 0; i < WIDTH; i++) index[i] = i;
+    V highest = all(LOWEST), sum{};
+    for (int j = 0; j < keys; j += WIDTH) {
+      V s = load<V>(scores + j) * call.scale;
+      if (call.softcap) s = call.softcap * tanh(s / call.softcap);
+      s = (U)(index + (key + j - lo)) < all((uint32_t)std::max(0, hi - lo)) ? s * LOG2E : all(-INFINITY);
+      store(scores + j, s), highest = max(highest, s);
+    }
+    float peak = state[D];
+    for (int i = 0; i < WIDTH; i++) peak = std::max(peak, highest[i]);
+    const float kept = exp2f(state[D] - peak);
+    for (int j = 0; j < keys; j += WIDTH) {
+      const V p = exp2(load<V>(scores + j) - peak);
+      sum += p, store(scores + j, p);
+    }
+    float total = state[D + 1] * kept;
+    for (int i = 0; i < WIDTH; i++) total += sum[i];
+    if (kept != 1)
+      for (int d = 0; d < D; d++) state[d] *= kept;
+    state[D] = peak, state[D + 1] = total;
+    if constexpr (PAIRS)
+      for (int j = 0; j < keys; j += 2 * WIDTH)
+        store(scores + j / 2, joined(load<V>(scores + j), load<V>(scores + j + WIDTH)));
+  }
+};
+
+// The states of a head's parts, in their order, to the output and log-sum-exp of a query.
+void merge(const Call& call, const float* states, int head, int query) {
+  const int row = head / call.kv_heads, parts = Decode::parts(call);
+  const float* state = states + ((size_t)head * parts * call.queries + query) * Decode::STATE;
+  float mixed[D] = {}, peak = LOWEST, total = 0;
+  for (int part = 0; part < parts; part++, state += (size_t)call.queries * Decode::STATE) {
+    const float highest = std::max(peak, state[D]), kept = exp2f(peak - highest), added = exp2f(state[D] - highest);
+    for (int d = 0; d < D; d++) mixed[d] = mixed[d] * kept + state[d] * added;
+    total = total * kept + state[D + 1] * added, peak = highest;
+  }
+  NUMBER* out = rows_of(call.out, row, head % call.kv_heads)[query];
+  for (int d = 0; d < D; d += WIDTH) narrow(out + d, load<V>(mixed + d) * (total > 0 ? 1 / total : 0));
+  call.lse[(size_t)head * call.queries + query] = LN2 * (peak + log2f(total));
+}
 
 // -- backward: a task is one key-value head of one row
 
 // A gradient of keys or values, summed in float32: in place where it can be, else in rows that move on with the tiles.
-template <bool BF, int D> struct Sum {
+struct Sum {
   bool in_place;
   int room, keys, base = 0, end = 0;  // rows [base, end) are held
   Buffer held;
@@ -415,7 +491,7 @@ template <bool BF, int D> struct Sum {
   float* data = nullptr;
 
   Sum(const View& view, int widest, int all)
-      : in_place(!BF && view.row == D),
+      : in_place(std::is_same_v<NUMBER, float> && view.row == D),
         room(in_place ? all : std::min(all, widest + SLACK)),
         keys(all),
         held(in_place ? 0 : (size_t)room * D) {}
@@ -441,30 +517,27 @@ template <bool BF, int D> struct Sum {
  private:
   void write(int until) {  // keys that no tile saw are 0
     for (int key = base; key < until; key++)
-      for (int d = 0; d < D; d += 16)
-        Numbers<BF>::store(into[key] + d * Numbers<BF>::BYTES,
-                           key < end ? _mm512_loadu_ps(at(key) + d) : _mm512_setzero_ps());
+      for (int d = 0; d < D; d += WIDTH) narrow(into[key] + d, key < end ? load<V>(at(key) + d) : V{});
   }
 };
 
-template <bool BF, int D> struct Backward {
-  static constexpr int UNIT = BF ? 2 : 1, UNITS = D / UNIT;
+struct Backward {
   const Call& call;
-  alignas(64) float qt[UNITS * LANES], dot[UNITS * LANES];   // queries and output gradients, [unit][query]
+  alignas(64) float qt[UNITS * LANES], gt[UNITS * LANES];    // queries and output gradients, [unit][query]
   alignas(64) float q[UNITS * LANES], grad[UNITS * LANES];  // the same as the lanes of dk and dv, [query][number]
   alignas(64) float dqt[D * LANES], lse[LANES], delta[LANES];
   alignas(64) float weights[BLOCK * LANES], slopes[BLOCK * LANES];  // P and dS, [key][query]
   alignas(64) float narrow_weights[BLOCK * LANES / 2], narrow_slopes[BLOCK * LANES / 2], slope_pairs[BLOCK * LANES / 2];
-  Tile<UNIT> tile;
-  Units<BF, D> k, v;
+  Tile tile;
+  Units k, v;
   Buffer paired;  // keys in pairs, for dq in bfloat16
-  Sum<BF, D> dk, dv;
+  Sum dk, dv;
 
   explicit Backward(const Call& c)
       : call(c),
         k(c.k, c.keys),
         v(c.v, c.keys),
-        paired(BF ? (size_t)(c.keys + 1) / 2 * D : 0),
+        paired(PAIRS ? (size_t)(c.keys + 1) / 2 * D : 0),
         dk(c.dk, widest(c), c.keys),
         dv(c.dv, widest(c), c.keys) {}
 
@@ -472,95 +545,96 @@ template <bool BF, int D> struct Backward {
 
   // Keys that a tile sees at most, and the fewer than UNIT on either side.
   static int widest(const Call& c) {
-    int found = 0;
+    int most = 0;
     for (int row = 0; row < c.batch; row++)
       for (int i = 0; i < c.queries; i += LANES) {
         const size_t first = (size_t)row * c.queries + i, last = first + std::min(LANES, c.queries - i) - 1;
-        found = std::max(found, c.hi[last] - c.lo[first]);
+        most = std::max(most, c.hi[last] - c.lo[first]);
       }
-    return found + 2 * (UNIT - 1);
+    return most + 2 * (UNIT - 1);
   }
 
   void run(int task) {
     const int row = task / call.kv_heads, kv = task % call.kv_heads, group = call.heads / call.kv_heads;
     const size_t bounds = (size_t)row * call.queries;
-    k.take(rows_of<BF>(call.k, row, kv), call.keys), v.take(rows_of<BF>(call.v, row, kv), call.keys);
-    if constexpr (BF) pack_pairs<D>(rows_of<BF>(call.k, row, kv), call.keys, call.keys, paired.data);
-    dk.take(rows_of<BF>(call.dk, row, kv)), dv.take(rows_of<BF>(call.dv, row, kv));
+    k.take(rows_of(call.k, row, kv), call.keys), v.take(rows_of(call.v, row, kv), call.keys);
+    if constexpr (PAIRS) pack_pairs(rows_of(call.k, row, kv), call.keys, call.keys, paired.data);
+    dk.take(rows_of(call.dk, row, kv)), dv.take(rows_of(call.dv, row, kv));
     for (int i = 0; i < call.queries; i += LANES) {
       tile.take(call.lo + bounds + i, call.hi + bounds + i, call.queries - i);
       if (tile.used) dk.reach(tile.first(), tile.last()), dv.reach(tile.first(), tile.last());
       for (int head = kv * group; head < (kv + 1) * group; head++) {
-        load(row, head, i);
+        take(row, head, i);
         walk(*this, tile);
-        const V one[4] = {_mm512_set1_ps(1), _mm512_set1_ps(1), _mm512_set1_ps(1), _mm512_set1_ps(1)};
-        unpack_transposed<BF, D>(dqt, one, tile.n, rows_of<BF>(call.dq, row, head).from(i));
+        float one[LANES];
+        std::fill(one, one + LANES, 1.0f);
+        unpack_transposed(dqt, one, tile.n, rows_of(call.dq, row, head).from(i));
       }
     }
     dk.finish(), dv.finish();
   }
 
   // A tile's queries, output gradients, log-sum-exps in base 2, and delta = scale (<out, grad> - dlse).
-  void load(int row, int head, int i) {
-    const Rows queries = rows_of<BF>(call.q, row, head).from(i), gradients = rows_of<BF>(call.grad, row, head).from(i),
-               out = rows_of<BF>(call.out, row, head).from(i);
-    pack_transposed<UNITS>(queries, tile.n, qt), pack_transposed<UNITS>(gradients, tile.n, dot);
-    if constexpr (BF) pack_pairs<D>(queries, tile.n, LANES, q), pack_pairs<D>(gradients, tile.n, LANES, grad);
-    else pack_rows<D>(queries, tile.n, LANES, q), pack_rows<D>(gradients, tile.n, LANES, grad);
+  void take(int row, int head, int i) {
+    const Rows queries = rows_of(call.q, row, head).from(i), gradients = rows_of(call.grad, row, head).from(i),
+               out = rows_of(call.out, row, head).from(i);
+    pack_transposed(queries, tile.n, qt), pack_transposed(gradients, tile.n, gt);
+    if constexpr (PAIRS) pack_pairs(queries, tile.n, LANES, q), pack_pairs(gradients, tile.n, LANES, grad);
+    else pack_rows(queries, tile.n, LANES, q), pack_rows(gradients, tile.n, LANES, grad);
     memset(dqt, 0, sizeof dqt);
     const size_t at = ((size_t)row * call.heads + head) * call.queries + i;
     for (int x = 0; x < LANES; x++) {
       lse[x] = INFINITY, delta[x] = 0;  // the weight 0: for what is past the end, and sees no key
       if (x >= tile.n || tile.count[x] == 0) continue;
-      V sum = _mm512_setzero_ps();
-      for (int d = 0; d < D * Numbers<BF>::BYTES; d += 16 * Numbers<BF>::BYTES)
-        sum = _mm512_fmadd_ps(Numbers<BF>::load(gradients[x] + d), Numbers<BF>::load(out[x] + d), sum);
+      V products = {};
+      for (int d = 0; d < D; d += WIDTH) products += widen(gradients[x] + d) * widen(out[x] + d);
+      float sum = 0;
+      for (int y = 0; y < WIDTH; y++) sum += products[y];
       lse[x] = call.lse[at + x] * LOG2E;
-      delta[x] = call.scale * (_mm512_reduce_add_ps(sum) - call.dlse[at + x]);
+      delta[x] = call.scale * (sum - call.dlse[at + x]);
     }
   }
 
-  template <int NV> void block(int key, int keys, int lane) {
-    constexpr int QUERIES = NV * 16 / UNIT;  // in units
+  template <int QUERIES> void block(int key, int keys, int first) {
     const int read = std::min(keys, call.keys - key);
-    product<BF, NV, UNITS, 1, LANES, false>(read, k.data + (size_t)key * UNITS, qt + 16 * lane, UNITS, weights);
-    product<BF, NV, UNITS, 1, LANES, false>(read, v.data + (size_t)key * UNITS, dot + 16 * lane, UNITS, slopes);
-    const Cut cut = tile.cut(key, key + keys, lane, NV);
-    differentiate<NV, true>(key, key, cut.whole, lane);
-    differentiate<NV, false>(key, cut.whole, cut.end, lane);
-    differentiate<NV, true>(key, cut.end, key + keys, lane);
-    const float *p = BF ? narrow_weights : weights, *ds = BF ? narrow_slopes : slopes;
-    const size_t own = (size_t)lane * 16 / UNIT * D;
-    for (int d = 0; d < D; d += 64) {
-      product<BF, 4, LANES / UNIT, 1, D, true>(read, p, grad + own + d, QUERIES, dv.at(key) + d);
-      product<BF, 4, LANES / UNIT, 1, D, true>(read, ds, q + own + d, QUERIES, dk.at(key) + d);
-    }
-    const float* sides = BF ? paired.data + (size_t)key / 2 * D : k.data + (size_t)key * D;
-    product<BF, NV, 1, D, LANES, true>(D, sides, BF ? slope_pairs : slopes, keys / UNIT, dqt + 16 * lane);
+    product<QUERIES, UNITS, 1, LANES, false>(read, k.data + (size_t)key * UNITS, qt + first, UNITS, weights);
+    product<QUERIES, UNITS, 1, LANES, false>(read, v.data + (size_t)key * UNITS, gt + first, UNITS, slopes);
+    if (call.softcap) cap(call, keys, weights);
+    const Cut cut = tile.cut(key, key + keys, first, QUERIES);
+    differentiate<QUERIES, true>(key, key, cut.whole, first);
+    differentiate<QUERIES, false>(key, cut.whole, cut.end, first);
+    differentiate<QUERIES, true>(key, cut.end, key + keys, first);
+    const float *p = PAIRS ? narrow_weights : weights, *ds = PAIRS ? narrow_slopes : slopes;
+    const size_t own = (size_t)first / UNIT * D;
+    product<D, LANES / UNIT, 1, D, true>(read, p, grad + own, QUERIES / UNIT, dv.at(key));
+    product<D, LANES / UNIT, 1, D, true>(read, ds, q + own, QUERIES / UNIT, dk.at(key));
+    const float* sides = PAIRS ? paired.data + (size_t)key / 2 * D : k.data + (size_t)key * D;
+    product<QUERIES, 1, D, LANES, true>(D, sides, PAIRS ? slope_pairs : slopes, keys / UNIT, dqt + first);
   }
 
   // P = 2^(scale s - lse) and dS = P (scale dP - delta), in place, or narrowed to rows and dS also to pairs of keys.
-  template <int NV, bool EDGE> INLINE void differentiate(int key, int begin, int end, int lane) {
-    const V scale = _mm512_set1_ps(call.scale), scale2 = _mm512_set1_ps(call.scale * LOG2E);
+  template <int QUERIES, bool EDGE> INLINE void differentiate(int key, int begin, int end, int first) {
+    const float scale = call.scale, scale2 = (call.softcap ? 1 : scale) * LOG2E;
+    const float capped = call.softcap ? 1 / (call.softcap * call.softcap) : 0;
     for (int j = begin; j < end; j += UNIT)
-      for (int x = 0; x < NV; x += 2) {
+      for (int x = 0; x < QUERIES; x += 2 * WIDTH) {
         V p[UNIT][2], ds[UNIT][2];
         for (int u = 0; u < UNIT; u++)
           for (int y = 0; y < 2; y++) {
-            const int at = (j + u - key) * LANES + 16 * (x + y), own = 16 * (lane + x + y);
-            p[u][y] = exp2(_mm512_fmsub_ps(_mm512_load_ps(weights + at), scale2, _mm512_load_ps(lse + own)));
-            V rest = _mm512_fmsub_ps(_mm512_load_ps(slopes + at), scale, _mm512_load_ps(delta + own));
-            const __mmask16 seen = EDGE ? tile.sees(j + u, lane + x + y) : (__mmask16)-1;
-            if (EDGE) p[u][y] = _mm512_maskz_mov_ps(seen, p[u][y]);
-            ds[u][y] = EDGE ? _mm512_maskz_mul_ps(seen, p[u][y], rest) : _mm512_mul_ps(p[u][y], rest);
-            if constexpr (!BF) _mm512_store_ps(weights + at, p[u][y]), _mm512_store_ps(slopes + at, ds[u][y]);
+            const int own = first + x + y * WIDTH, at = (j + u - key) * LANES + x + y * WIDTH;
+            const V score = load<V>(weights + at);
+            p[u][y] = exp2(score * scale2 - load<V>(lse + own));
+            ds[u][y] = p[u][y] * (load<V>(slopes + at) * scale - load<V>(delta + own));
+            if (capped) ds[u][y] *= 1 - score * score * capped;  // the slope of `cap`
+            if (EDGE) p[u][y] = tile.seen(j + u, own, p[u][y], V{}), ds[u][y] = tile.seen(j + u, own, ds[u][y], V{});
+            if constexpr (!PAIRS) store(weights + at, p[u][y]), store(slopes + at, ds[u][y]);
           }
-        if constexpr (BF)
+        if constexpr (PAIRS)
           for (int u = 0; u < 2; u++) {
-            const int row = (j + u - key) * LANES / 2 + 8 * x, pair = (j - key) / 2 * LANES + 16 * (x + u);
-            _mm512_store_si512((__m512i*)(narrow_weights + row), narrow(p[u][0], p[u][1]));
-            _mm512_store_si512((__m512i*)(narrow_slopes + row), narrow(ds[u][0], ds[u][1]));
-            _mm512_store_si512((__m512i*)(slope_pairs + pair), narrow_pairs(ds[0][u], ds[1][u]));
+            const int row = (j + u - key) * LANES / 2 + x / 2, pair = (j - key) / 2 * LANES + x + u * WIDTH;
+            store(narrow_weights + row, joined(p[u][0], p[u][1]));
+            store(narrow_slopes + row, joined(ds[u][0], ds[u][1]));
+            store(slope_pairs + pair, zipped(ds[0][u], ds[1][u]));
           }
       }
   }
@@ -569,12 +643,12 @@ template <bool BF, int D> struct Backward {
 // -- tasks in threads
 
 // 0, or 1 where there was no memory. Each task is done by one thread, so their number does not show in the result.
-template <class Worker> int in_threads(const Call& call) {
+template <class Worker, class... Shared> int in_threads(const Call& call, Shared... shared) {
   const int tasks = Worker::tasks(call);
   std::atomic<int> next{0}, working{0};
   auto work = [&] {
     try {
-      auto worker = std::make_unique<Worker>(call);
+      auto worker = std::make_unique<Worker>(call, shared...);
       working++;
       for (int task; (task = next++) < tasks;) worker->run(task);
     } catch (const std::bad_alloc&) {  // the others take its tasks
@@ -593,14 +667,20 @@ template <class Worker> int in_threads(const Call& call) {
 }  // namespace
 
 extern "C" {
-int forward_float32_64(const Call* call) { return in_threads<Forward<false, 64>>(*call); }
-int forward_float32_128(const Call* call) { return in_threads<Forward<false, 128>>(*call); }
-int backward_float32_64(const Call* call) { return in_threads<Backward<false, 64>>(*call); }
-int backward_float32_128(const Call* call) { return in_threads<Backward<false, 128>>(*call); }
-#ifdef __AVX512BF16__
-int forward_bfloat16_64(const Call* call) { return in_threads<Forward<true, 64>>(*call); }
-int forward_bfloat16_128(const Call* call) { return in_threads<Forward<true, 128>>(*call); }
-int backward_bfloat16_64(const Call* call) { return in_threads<Backward<true, 64>>(*call); }
-int backward_bfloat16_128(const Call* call) { return in_threads<Backward<true, 128>>(*call); }
-#endif
+int forward(const Call* call) { return in_threads<Forward>(*call); }
+int backward(const Call* call) { return in_threads<Backward>(*call); }
+int decode(const Call* call) {
+  const int heads = call->batch * call->kv_heads;
+  std::vector<float> states;
+  try {
+    states.resize((size_t)Decode::tasks(*call) * call->queries * Decode::STATE);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  if (in_threads<Decode>(*call, states.data())) return 1;
+  for (int i = 0; i < heads * call->queries; i++) merge(*call, states.data(), i / call->queries, i % call->queries);
+  return 0;
+}
+const char* instructions() { return NAME; }
+bool dots() { return DOTS; }
 }

@@ -4,6 +4,9 @@ Each query sees one run of keys, [lo_i, hi_i), and neither end ever falls (`Mask
 padding and chunks are one case. The tiles and their arithmetic are those of `banded`
 (FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2), but a tile's scores never leave the first cache, and keys that
 half of a tile cannot see are not computed for it.
+
+`decode` serves few queries over many keys: each task is a part of the keys, which all queries of the heads of a group
+read at once, and the parts are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ from zebra.kernels import compiler
 from zebra.kernels.request import Kernel, Request, unit_stride
 
 SOURCE = Path(__file__).with_name("native.cpp")
-_SIZES = (64, 128)
-_CPU = {  # the instruction sets that the kernel uses
-    torch.float32: frozenset({"avx512f", "avx512dq", "avx512bw"}),
-    torch.bfloat16: frozenset({"avx512f", "avx512dq", "avx512bw", "avx512_bf16"}),
-}
+_SIZES = (32, 64, 80, 96, 128, 256)
+_NUMBERS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+"""The types of simd.h."""
+_X86 = frozenset({"avx2", "fma", "f16c"})
+"""The least that an x86 has; every ARM of 64 bits has NEON."""
 
 
 class _View(ctypes.Structure):
@@ -46,30 +49,55 @@ class _Call(ctypes.Structure):
         *((name, _View) for name in _VIEWS),
         *((name, ctypes.c_void_p) for name in _FLAT),
         *((name, ctypes.c_int32) for name in ("batch", "heads", "kv_heads", "queries", "keys", "threads")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
     ]
 
 
-def _run(direction: str, tensors: dict[str, Tensor], scale: float) -> None:
-    """Call native.cpp, which fills in the outputs among the tensors."""
+def arguments(tensors: dict[str, Tensor], scale: float, softcap: float | None, group: int = 1) -> ctypes.Structure:
+    """A call of native.cpp, which fills in the outputs among the tensors; `group` heads are rows of each of q's."""
     q, k = tensors["q"], tensors["k"]
     fields: dict[str, Any] = dict(zip(("batch", "heads", "queries"), q.shape, strict=False))
-    fields |= {"kv_heads": k.shape[1], "keys": k.shape[2], "threads": torch.get_num_threads(), "scale": scale}
+    fields |= {"kv_heads": k.shape[1], "keys": k.shape[2], "threads": torch.get_num_threads()}
+    fields["heads"] *= group
     for name, tensor in tensors.items():
         fields[name] = _View(tensor.data_ptr(), *tensor.stride()[:3]) if name in _VIEWS else tensor.data_ptr()
-    call = _Call(**fields)
-    library = _library()
+    return _Call(**fields, scale=scale, softcap=softcap or 0.0)
+
+
+def options(dtype: torch.dtype, size: int) -> tuple[str, ...]:
+    """Those of the compiler that choose what native.cpp takes."""
+    return f"-DNUMBER={_NUMBERS[dtype]}", f"-DSIZE={size}"
+
+
+def instructions() -> str:
+    """The instruction set that the kernel was compiled for, by its own word; or why it was not."""
+    library = _library(torch.float32, 64)
+    if isinstance(library, str):
+        return library
+    library.instructions.restype = ctypes.c_char_p
+    name: str = library.instructions().decode()
+    return f"{name}, products of bfloat16" if library.dots() else name
+
+
+def _run(direction: str, tensors: dict[str, Tensor], scale: float, softcap: float | None, group: int = 1) -> None:
+    library = _library(tensors["q"].dtype, tensors["q"].shape[3])
     assert not isinstance(library, str)
-    function = library[f"{direction}_{str(q.dtype).removeprefix('torch.')}_{q.shape[3]}"]
-    if function(ctypes.byref(call)):
+    if library[direction](ctypes.byref(arguments(tensors, scale, softcap, group))):
         raise MemoryError("the attention kernel native ran out of memory for its keys and values")
 
 
+def _library(dtype: torch.dtype, size: int) -> ctypes.CDLL | str:
+    """native.cpp compiled and loaded, or the reason why it is not."""
+    if not compiler.IS_ARM and (missing := _X86 - compiler.cpu_flags()):
+        return f"this CPU does not say that it has {', '.join(sorted(missing))}"
+    return _loaded(compiler.CPU, *options(dtype, size))
+
+
 @functools.cache
-def _library() -> ctypes.CDLL | str:
-    """native.cpp compiled and loaded, or the reason why it is not; once for the process."""
+def _loaded(*options: str) -> ctypes.CDLL | str:
+    """Once for the process."""
     try:
-        return compiler.library(SOURCE)
+        return compiler.library(SOURCE, *options)
     except compiler.Unbuilt as reason:
         return str(reason)
 
@@ -77,33 +105,47 @@ def _library() -> ctypes.CDLL | str:
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (unit_stride(x) for x in (q, k, v))
         out = unit_stride(torch.empty_like(q))
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
-        _run("forward", {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lo": lo, "hi": hi}, scale)
+        _run("forward", {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lo": lo, "hi": hi}, scale, softcap)
         ctx.save_for_backward(q, k, v, out, lse, lo, hi)
-        ctx.scale = scale
+        ctx.scale, ctx.softcap = scale, softcap
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         saved = dict(zip(("q", "k", "v", "out", "lse", "lo", "hi"), ctx.saved_tensors, strict=True))
-        return *_backward(saved, grad_out, grad_lse, ctx.scale), None, None, None
+        return *_backward(saved, grad_out, grad_lse, ctx.scale, ctx.softcap), None, None, None, None
 
 
-def _backward(saved: dict[str, Tensor], grad_out: Tensor, grad_lse: Tensor, scale: float) -> Iterable[Tensor]:
+def _backward(
+    saved: dict[str, Tensor], grad_out: Tensor, grad_lse: Tensor, scale: float, softcap: float | None
+) -> Iterable[Tensor]:
     gradients = {f"d{name}": unit_stride(torch.empty_like(saved[name])) for name in ("q", "k", "v")}
     incoming = {"grad": unit_stride(grad_out), "dlse": grad_lse.contiguous()}
-    _run("backward", saved | gradients | incoming, scale)
+    _run("backward", saved | gradients | incoming, scale, softcap)
     return gradients.values()
 
 
 def native(request: Request) -> tuple[Tensor, Tensor | None]:
     """The kernel over the run of keys that each query sees: out (B, H, T, D), lse (B, H, T)."""
-    out, lse = _Native.apply(request.q, request.k, request.v, *_key_ranges(request), request.scale)
+    out, lse = _Native.apply(request.q, request.k, request.v, *_key_ranges(request), request.scale, request.softcap)
+    return out, lse if request.with_lse else None
+
+
+def decode(request: Request) -> tuple[Tensor, Tensor | None]:
+    """The same for few queries: a group's heads are rows over the same keys, as in `fused`."""
+    group = request.q.shape[1] // request.k.shape[1]
+    rows = request.q.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)  # (B, K, T g, D)
+    lo, hi = _key_ranges(request)
+    tensors = {"q": unit_stride(rows), "k": request.k, "v": request.v, "lo": lo, "hi": hi}
+    out, lse = torch.empty(rows.shape, dtype=rows.dtype), torch.empty(rows.shape[:3], dtype=torch.float32)
+    _run("decode", tensors | {"out": out, "lse": lse}, request.scale, request.softcap, group)
+    out, lse = (x.unflatten(2, (-1, group)).transpose(2, 3).flatten(1, 2) for x in (out, lse))
     return out, lse if request.with_lse else None
 
 
@@ -112,7 +154,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     lo, hi = _key_ranges(request)
     saved = {"q": request.q, "k": request.k, "v": request.v, "out": unit_stride(out), "lse": lse, "lo": lo, "hi": hi}
-    dq, dk, dv = _backward(saved, grad_out, grad_lse, request.scale)
+    dq, dk, dv = _backward(saved, grad_out, grad_lse, request.scale, request.softcap)
     return dq, dk, dv
 
 
@@ -124,24 +166,39 @@ def _key_ranges(request: Request) -> list[Tensor]:
 def _unsupported_reason(request: Request) -> str | None:
     size = request.q.shape[3]
     if size not in _SIZES:
-        return f"it takes head sizes {' and '.join(map(str, _SIZES))}, not {size}"
+        return f"it takes head sizes {', '.join(map(str, _SIZES))}, not {size}"
     if request.scale <= 0:
         return "it takes positive scales only"
     if request.mask.has_padding_holes():
         return "padding stands between the tokens of a sequence"
-    if missing := _CPU[request.q.dtype] - compiler.cpu_flags():
-        return f"this CPU does not say that it has {', '.join(sorted(missing))}"
-    library = _library()
+    library = _library(request.q.dtype, size)
     return library if isinstance(library, str) else None
+
+
+def _no_decode_reason(request: Request) -> str | None:
+    return "it has no gradient" if request.wants_gradient else _unsupported_reason(request)
 
 
 KERNEL = Kernel(
     name="native",
-    summary="tiles in C++ for AVX-512, compiled on the machine: windows, documents, padding, chunks",
+    summary="tiles in C++, compiled on the machine: windows, documents, padding, chunks",
     run=native,
     devices=frozenset({"cpu"}),
-    dtypes=frozenset(_CPU),
+    dtypes=frozenset(_NUMBERS),
+    softcap=True,
     min_queries=256,
     unsupported_reason=_unsupported_reason,
     gradients=_gradients,
+)
+
+DECODE = Kernel(
+    name="decode",
+    summary="few queries over many keys, in C++, compiled on the machine: each thread reads a part of the keys",
+    run=decode,
+    devices=KERNEL.devices,
+    dtypes=KERNEL.dtypes,
+    softcap=True,
+    max_queries=16,
+    min_keys=2048,
+    unsupported_reason=_no_decode_reason,
 )

@@ -80,7 +80,10 @@ class Mask:
         (`has_padding_holes`) is inside the runs. Sinks are outside.
         """
         i = torch.arange(keys - queries, keys, device=device)
-        first = self.document_starts(keys, device)[:, keys - queries :]
+        if self.documents is None:
+            first = torch.zeros_like(i)[None]
+        else:
+            first = self.document_starts(keys, device)[:, keys - queries :]
         if self.window is not None:
             first = torch.maximum(first, i - self.window + 1)
         end = (i + 1)[None]
@@ -154,7 +157,7 @@ class Kernel:
         gradients: those of q, k and v, from a request, its output, its log-sum-exp and the gradients of both: the
             backward outside of autograd. None where the kernel has none of its own.
         value_sizes: whether values may have another head size than keys.
-        min_queries: T, below which it does not pay.
+        min_queries, max_queries, min_keys: T and S for which it pays.
         unsupported_reason: why it cannot serve a request that the other fields allow, or None.
         slower_than: the name of a kernel further down the table that is faster for this request, or None. That one
             serves where it accepts.
@@ -170,9 +173,21 @@ class Kernel:
     slopes: bool = False
     value_sizes: bool = False
     min_queries: int = 1
+    max_queries: int | None = None
+    min_keys: int = 1
     unsupported_reason: Callable[[Request], str | None] = lambda request: None
     gradients: Callable[[Request, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
     slower_than: Callable[[Request], str | None] = lambda request: None
+
+    def does_not_pay(self, request: Request) -> str | None:
+        """Why the request is too small or too large for the kernel to be faster, or None where it is not."""
+        if request.queries < self.min_queries:
+            return f"it does not pay for fewer than {self.min_queries} queries"
+        if self.max_queries is not None and request.queries > self.max_queries:
+            return f"it does not pay for more than {self.max_queries} queries"
+        if request.keys < self.min_keys:
+            return f"it does not pay for fewer than {self.min_keys:,} keys"
+        return None
 
     def declines(self, request: Request) -> str | None:
         """Why the kernel cannot serve this request, or None where it can."""
@@ -187,8 +202,8 @@ class Kernel:
             return f"it takes values of the keys' head size, {k.shape[3]}, not {v.shape[3]}"
         if request.arguments:
             return f"it does not know the argument {', '.join(sorted(request.arguments))}"
-        if request.queries < self.min_queries:
-            return f"it does not pay for fewer than {self.min_queries} queries"
+        if (reason := self.does_not_pay(request)) is not None:
+            return reason
         if request.softcap is not None and not self.softcap:
             return "it has no softcap"
         if request.slopes is not None and not self.slopes:
