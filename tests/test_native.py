@@ -115,7 +115,7 @@ def test_windows_and_lengths_equal_the_formula(window: int | None, size: int, dt
 @needs_native
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    some(EVERY, (80, torch.bfloat16), (256, torch.float16)),
+    some(EVERY, (80, torch.bfloat16)),
 )
 def test_head_sizes_equal_the_formula(size: int, dtype: torch.dtype) -> None:
     agree(drawn(130, 200, size=size, dtype=dtype), Mask(70), scale=size**-0.5)
@@ -428,7 +428,7 @@ def agrees_everywhere(size: int, dtype: torch.dtype) -> None:
 
 @needs_native
 @pytest.mark.skipif(compiler.IS_ARM, reason="not an x86")
-@pytest.mark.parametrize(("size", "dtype"), some(EVERY, (64, torch.float32), (80, torch.bfloat16)))
+@pytest.mark.parametrize(("size", "dtype"), some(EVERY, (80, torch.bfloat16)))
 def test_avx2_equals_the_formula(size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "CPU", "-march=x86-64-v3")
     assert native.instructions() == "AVX2"
@@ -490,13 +490,12 @@ class Emulated:
     some(
         [*((*one, "armv8-a") for one in EVERY), *((size, torch.bfloat16, "armv8.6-a") for size in SIZES)],
         (64, torch.float32, "armv8-a"),
-        (80, torch.bfloat16, "armv8.6-a"),
     ),
 )
 def test_neon_equals_the_formula(
     size: int, dtype: torch.dtype, cpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second one multiplies bfloat16."""
+    """armv8.6-a multiplies bfloat16."""
     emulated = Emulated(tmp_path, f"-march={cpu}", *native.options(dtype, size))
     monkeypatch.setattr(native, "_run", emulated.run)
     agrees_everywhere(size, dtype)
