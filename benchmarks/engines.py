@@ -147,8 +147,8 @@ def families(results: Sequence[Result]) -> Section:
         "Tiny random models of five layers (320 tokens, 4 heads of 32 over 2 key-value heads) in float32, on a CPU. "
         "Prompts shorter and three times longer than the window, behind each 8 tokens decoded greedily with the "
         "engine's cache. The number is the largest difference of a log-probability, in nats, of the ten likeliest "
-        "tokens at each of them. vLLM has the arguments of the command that zebra export prints. make test-engines writes "
-        "the numbers. A dash was not run.",
+        "tokens at each of them. vLLM has the arguments of the command that zebra export prints. make test-engines "
+        "writes the numbers. A dash was not run.",
         f"The same models with full attention in every layer differ by {min(full):.1g} to {max(full):.2g} nats behind "
         "the longer prompt. Tokens of a text were equal everywhere. The tokenizer of retrieval-2.2M splits text in a "
         "way that llama.cpp has no name for; its export was run with GPT-2's split in its place.",
