@@ -20,8 +20,9 @@ NAMES = {"conversation": "zebra.Conversation", "serve": "zebra serve", "transfor
 SPEED = "Seconds to the first token of three turns, and tokens per second after it."
 CACHE = (
     "Keys and values, with snapshots, behind the third answer, in MiB: planned for so many tokens, and measured. What "
-    "grows has room for up to a quarter more. llama-server takes its cells when it starts, for the whole context; "
-    "transformers serve keeps nothing."
+    "grows has room for up to a quarter more. An answer whose text becomes other tokens than it was generated as is "
+    "read again; zebra serve then holds both texts. llama-server takes its cells when it starts, for all its context, "
+    "and transformers serve keeps nothing."
 )
 ROUNDING = (
     "In float32 a cached answer equals one that reads the whole conversation anew. In bfloat16 it differs by rounding: "
@@ -46,14 +47,19 @@ def write_page(results: Sequence[Result]) -> None:
 def markdown(results: Sequence[Result]) -> str:
     """The page."""
     timed = [one for one in results if one.run != "rounding"]
-    by_length = split(sorted(timed, key=lambda one: one.length or 0), lambda one: one.length or 0)
+    by_length = split(sorted(timed, key=_order), lambda one: one.length or 0)
     sections = [
         Section(f"A document of {length:,} tokens", [SPEED, _speed(here), CACHE, _cache(here)])
         for length, here in by_length.items()
     ]
-    return page.markdown(
-        "", "Turns of a chat about a document", list(_goal(by_length)), [*sections, _rounding(results), method(results)]
-    )
+    sections += [one for one in (_rounding(results), method(results)) if one.blocks]
+    return page.markdown("", "Turns of a chat about a document", list(_goal(by_length)), sections)
+
+
+def _order(result: Result) -> tuple[int, int]:
+    """By length, and zebra's subjects before the others'."""
+    subject = result.run.partition("-")[0]
+    return result.length or 0, [*NAMES].index(subject) if subject in NAMES else len(NAMES)
 
 
 def _speed(results: Sequence[Result]) -> Table:

@@ -162,6 +162,20 @@ def test_the_table_of_compiled_layers_is_that_of_its_results() -> None:
     assert written.group(1) == compiled.table(read_results(compiled.RESULTS))
 
 
+def test_the_page_of_turns_is_that_of_its_results() -> None:
+    """benchmarks/turns.py writes it; the guides to chatting and serving have its numbers."""
+    import turns_page
+
+    page = (ROOT / "docs" / "results" / "turns.md").read_text()
+    assert turns_page.markdown(read_results(ROOT / "benchmarks" / "results" / "turns.jsonl")) == page
+    for name, count in (("chat", 6), ("serving", 5)):
+        paragraphs = (ROOT / "docs" / f"{name}.md").read_text().split("\n\n")
+        text = " ".join(one for one in paragraphs if "(results/turns.md" in one)
+        numbers = re.findall(r"\d+\.\d+", text)
+        assert len(numbers) == count
+        assert all(f"| {number} |" in page for number in numbers), numbers
+
+
 def test_the_numbers_of_stripes_without_training_are_those_of_the_results() -> None:
     results = read_results(ROOT / "benchmarks" / "results" / "untrained.jsonl")
     measured = {

@@ -104,6 +104,7 @@ def test_the_page_has_a_line_for_each_subject_and_says_whether_the_goal_is_reach
     assert "after 0.25 s, of llama-server after 0.50 s: 0.50 times. The goal of 1.2 is reached." in page
     assert "| zebra serve | full | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 |" in page
     assert "| transformers serve | full | 20.0 |" in page
+    assert page.index("| zebra serve |") < page.index("| transformers serve |") < page.index("| llama-server |")
     assert "| zebra serve | full | 0.5 | 1.0 | – | – |" in page
     with pytest.raises(ZebraError, match="there are no results of turns"):
         turns_page.write_page([])
