@@ -91,6 +91,13 @@ def test_the_model_is_that_of_load(plugin: Any, keys: dict[str, str], tmp_path: 
         torch.testing.assert_close(model(IDS, **arguments).logits, expected(IDS, **arguments).logits, rtol=0, atol=0)
 
 
+def test_self_extend_beside_axolotls_own_attention_layers_is_refused(plugin: Any, tmp_path: Path) -> None:
+    """axolotl 0.21 switches them on by itself where it trains an adapter."""
+    cfg = recipe(tmp_path, zebra={"self_extend": "4:12"}, lora_qkv_kernel=True)
+    with pytest.raises(ZebraError, match="Set lora_qkv_kernel: false, lora_o_kernel: false"):
+        built(plugin, cfg)
+
+
 def test_a_recipe_without_the_key_is_left_as_it_is(plugin: Any, tmp_path: Path) -> None:
     cfg = recipe(tmp_path)
     before = dict(cfg)

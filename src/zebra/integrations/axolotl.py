@@ -32,6 +32,9 @@ from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
 from zebra.train.recipe import RecipeSection
 
+_REPLACED = ("lora_qkv_kernel", "lora_o_kernel")
+"""Keys that axolotl sets by itself where it trains an adapter."""
+
 
 class ZebraKeys(RecipeSection):
     """What stands under `zebra`; nothing but the attention where it is empty."""
@@ -95,7 +98,8 @@ class ZebraPlugin(BasePlugin):
         """Set the attention on the model, before adapters are put into it.
 
         Raises:
-            ZebraError: as `set_local_attention`, `resolve_self_extend` and `set_self_extend`.
+            ZebraError: as `set_local_attention`, `resolve_self_extend` and `set_self_extend`; Self-Extend beside
+                attention layers of axolotl's own.
         """
         keys = _keys(cfg)
         if keys is None:
@@ -104,6 +108,11 @@ class ZebraPlugin(BasePlugin):
         if local := read_local_attention(cfg["base_model"]):
             set_local_attention(model, local)
         if keys.self_extend is not None:
+            if on := [name for name in _REPLACED if cfg.get(name)]:
+                raise ZebraError(
+                    f"zebra.self_extend needs the attention layers of transformers, which {on[0]} replaces. Set "
+                    f"{', '.join(f'{name}: false' for name in _REPLACED)}."
+                )
             set_self_extend(model, resolve_self_extend(keys.self_extend, model.config))
 
 
