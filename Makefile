@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 OLDER := .venv-transformers4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test check test-full test-engines bench clean
+.PHONY: help demo demo-llm test check test-full test-engines faults bench clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,7 +31,7 @@ check: $(READY) ## Lint, format, types, spelling.
 	$(BIN)/codespell
 
 test: check ## Set-up, lint, types, tests.
-	$(BIN)/pytest -n 2 -m "not full and not gpu and not engines"
+	$(BIN)/pytest -n 2 -m "not full and not gpu and not engines and not faults"
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(LOWEST)
@@ -44,8 +44,8 @@ $(OLDER)/.ready: constraints-transformers4.txt
 	@touch $@
 
 test-full: check $(LOWEST)/.ready $(OLDER)/.ready ## The whole law matrix, then the tests with the lowest supported transformers.
-	$(BIN)/pytest -n 2 -m "not gpu and not engines"
-	$(LOWEST)/bin/pytest -n 2 -m "not full and not gpu and not engines"
+	$(BIN)/pytest -n 2 -m "not gpu and not engines and not faults"
+	$(LOWEST)/bin/pytest -n 2 -m "not full and not gpu and not engines and not faults"
 
 .venv-gguf/.ready: PACKAGES := xllamacpp==2026.10.11549
 .venv-mlx/.ready: PACKAGES := 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
@@ -63,6 +63,11 @@ test-full: check $(LOWEST)/.ready $(OLDER)/.ready ## The whole law matrix, then 
 test-engines: $(READY) .venv-gguf/.ready .venv-mlx/.ready .venv-vllm/.ready ## Exports run by llama.cpp, MLX and vLLM: 4 GB of packages.
 	ZEBRA_ENGINE_RESULTS=benchmarks/results/engines.jsonl $(BIN)/pytest -m engines -rP tests/engines
 	$(BIN)/python benchmarks/engines.py --page
+
+faults: $(READY) ## Break ten commands at 300 moments, kill ranks, fuzz inputs for long: an hour of a core.
+	rm -f benchmarks/results/faults.jsonl
+	FAULTS_RESULTS=benchmarks/results/faults.jsonl $(BIN)/pytest -n 2 --dist loadgroup -m faults tests/faults
+	FAULTS_EXAMPLES=500 $(BIN)/pytest -n 2 -m "not faults" tests/faults/test_inputs.py tests/faults/test_properties.py
 
 bench: $(READY) ## Measure time and memory on this machine, an hour: benchmarks/results/, docs/results/speed.md.
 	$(BIN)/python benchmarks/speed.py

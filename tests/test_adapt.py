@@ -22,8 +22,8 @@ from zebra.model.checkpoint import read_local_attention
 from zebra.model.local import LocalAttention
 from zebra.results import read_results
 from zebra.train.adapt import adapt
+from zebra.train.directory import COMPLETE
 from zebra.train.recipe import AdaptRecipe
-from zebra.train.trainer import COMPLETE
 
 SEPARATOR = "<|endoftext|>"
 STEPS = 6

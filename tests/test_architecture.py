@@ -17,6 +17,7 @@ RANKS = {
     "progress": -1,
     "files": -1,
     "provenance": -1,
+    "signals": -1,
     "stripes": 0,
     "gguf": 0,
     "engines": 0,
@@ -57,6 +58,7 @@ STANDARD_LIBRARY_ONLY = {
     "positions",
     "provenance",
     "results",
+    "signals",
     "plan",
 }
 MAY_IMPORT_TRANSFORMERS = {

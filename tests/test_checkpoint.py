@@ -127,6 +127,61 @@ def test_a_number_of_a_config_that_computes_nonsense(fields: dict[str, object], 
     assert not target.exists()
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+NO_MODEL: dict[str, tuple[str, object]] = {
+    "an activation that is none": ("config.json", {"hidden_act": "nope"}),
+    "no head": ("config.json", {"num_attention_heads": 0}),
+    "more layers than any machine": ("config.json", {"num_hidden_layers": 10**9}),
+    "a wider one": ("config.json", {"hidden_size": 10**12}),
+    "padding without an embedding": ("config.json", {"pad_token_id": 10**12}),
+    "null for a number": ("config.json", {"pretraining_tp": None}),
+    "a list for an object": ("config.json", {"rope_parameters": []}),
+    "a list": ("config.json", "[]"),
+    "deep": ("config.json", DEEP),
+    "generation, a list": ("generation_config.json", "[]"),
+    "generation, deep": ("generation_config.json", DEEP),
+    "generation, a word for a token": ("generation_config.json", '{"eos_token_id": "x"}'),
+    "settings, cut": ("zebra.json", '{"sin'),
+    "index without a map": ("model.safetensors.index.json", '{"metadata": {}}'),
+    "index, deep": ("model.safetensors.index.json", DEEP),
+}
+
+
+@pytest.mark.parametrize(("file", "content"), NO_MODEL.values(), ids=NO_MODEL.keys())
+def test_files_that_describe_no_model_are_one_line(file: str, content: object, stories: Path, zebra: Zebra) -> None:
+    """They ended in tracebacks, or never."""
+    if isinstance(content, dict):
+        set_fields(stories, **content)
+    else:
+        (stories / file).write_text(str(content))
+    if file.endswith(".index.json"):
+        (stories / "model.safetensors").unlink()
+    refused(zebra("convert", stories, stories.parent / "out", "--stripes", "GL:9"))
+
+
+def set_tokenizer(checkpoint: Path, **parts: Any) -> None:
+    file = checkpoint / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    tree["model"] |= parts.pop("model", {})
+    file.write_text(json.dumps(tree | parts))
+
+
+def test_a_tokenizer_of_no_use_is_one_line(stories: Path, zebra: Zebra) -> None:
+    def generate() -> Any:
+        return zebra("generate", stories, "--prompt", "a" * 40 + "c" + "x" * 60, "--max-new-tokens", 1)
+
+    growing = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 170}
+    set_tokenizer(stories, normalizer={"type": "Sequence", "normalizers": [growing, growing]})
+    refused(generate(), "normalizes one letter to 28,900")
+    pattern = {"Regex": "(a|aa)+$|(x+x+)+y|(?:a+)+b"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    set_tokenizer(stories, normalizer=None, pre_tokenizer=split)
+    done = generate()  # whose library writes of its own panic to the process's stderr
+    refused(done, "a library of Rust gave up", "retry-limit-in-match over")
+    set_tokenizer(stories, pre_tokenizer=None, model={"vocab": {}, "merges": []}, added_tokens=[], post_processor=None)
+    refused(generate(), str(stories), "tokenizer")
+
+
 def test_a_number_that_is_passed_to_load_or_written_in_a_recipe() -> None:
     with rejected("head_dim is a finite number above 0; got 0"):
         load(STORIES, head_dim=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,24 +20,27 @@ from test_adapt import names
 
 from zebra import ZebraError
 from zebra.files import file_digest
+from zebra.results import read_results
 from zebra.train import directory
 from zebra.train.adapt import adapt
+from zebra.train.directory import COMPLETE
 from zebra.train.recipe import AdaptRecipe
-from zebra.train.trainer import COMPLETE
+from zebra.train.saves import EndsOnSignal, is_intact
 
 SHORT = {"evaluate": None}
 
 
-def command(where: Path, training_recipe: AdaptRecipe) -> list[str]:
-    (where / "recipe.yaml").write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
-    return [sys.executable, "-m", "zebra", "adapt", str(where / "recipe.yaml")]
+def write_recipe(where: Path, training_recipe: AdaptRecipe) -> Path:
+    file = where / "recipe.yaml"
+    file.write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
+    return file
 
 
 def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(adapt_run: FinishedRun, tmp_path: Path) -> None:
     """A limit on the size of files fails the write as a full disk does."""
     training_recipe = adapt_recipe(tmp_path / "run", **SHORT)
     done = subprocess.run(
-        command(tmp_path, training_recipe),
+        [sys.executable, "-m", "zebra", "adapt", str(write_recipe(tmp_path, training_recipe))],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
@@ -156,6 +160,7 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, steps: int, 
     assert not (run / "model").exists()
 
 
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "a bit"])
 @pytest.mark.parametrize(
     "file",
     [
@@ -165,13 +170,14 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, steps: int, 
     ],
 )
 def test_a_checkpoint_that_was_damaged_since_gives_way_to_the_one_before(
-    adapt_run: FinishedRun, tmp_path: Path, file: str
+    adapt_run: FinishedRun, tmp_path: Path, file: str, cut: bool
 ) -> None:
     run = copy_of(adapt_run, tmp_path / "run")
     shutil.rmtree(run / "model")
     (run / "results.jsonl").unlink()
     last = run / "checkpoints" / "checkpoint-6"
-    (last / file).write_bytes((last / file).read_bytes()[:100])
+    content = (last / file).read_bytes()
+    (last / file).write_bytes(content[:100] if cut else content[:-200] + bytes([content[-200] ^ 1]) + content[-199:])
     (last.parent / "checkpoint-notes.txt").write_text("a file of somebody's")
     assert losses(adapt(adapt_recipe(run))) == losses(adapt_run.results)
 
@@ -195,11 +201,49 @@ def test_a_state_that_would_run_code_is_one_line(adapt_run: FinishedRun, tmp_pat
     (run / "results.jsonl").unlink()
     checkpoint = run / "checkpoints" / "checkpoint-4"
     torch.save(Witness(tmp_path / "it_ran"), checkpoint / state)
-    sizes = json.loads((checkpoint / COMPLETE).read_text()) | {state: (checkpoint / state).stat().st_size}
-    (checkpoint / COMPLETE).write_text(json.dumps(sizes))
+    file = checkpoint / state
+    mark = json.loads((checkpoint / COMPLETE).read_text()) | {state: [file.stat().st_size, file_digest(file)]}
+    (checkpoint / COMPLETE).write_text(json.dumps(mark))
     with pytest.raises(ZebraError, match=r"a state in .*checkpoint-4 .* would run code.*Remove that folder"):
         adapt(adapt_recipe(run))
     assert not (tmp_path / "it_ran").exists()
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_with_143(
+    adapt_run: FinishedRun, tmp_path: Path, zebra: Zebra, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As schedulers send it before they kill; its save is none of the recipe's, which come at every second step."""
+    run, end_of_step = tmp_path / "run", EndsOnSignal.on_step_end
+
+    def on_step_end(self: EndsOnSignal, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        end_of_step(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(EndsOnSignal, "on_step_end", on_step_end)
+    file = write_recipe(tmp_path, adapt_recipe(run))
+    before = signal.getsignal(signal.SIGTERM)
+    done = zebra("adapt", file)
+    assert done.returncode == 143
+    last = done.stderr.splitlines()[-1]
+    assert last == "zebra: terminated at step 3 of 6, which is saved; the same command goes on from there."
+    assert is_intact(run / "checkpoints" / "checkpoint-3")
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    done = zebra("adapt", file, "--json")
+    assert "step 3/6" not in done.stderr
+    assert losses(read_results(run / "results.jsonl")) == losses(adapt_run.results)
+
+
+def test_sigterm_outside_of_a_training_leaves_nothing(tmp_path: Path, zebra: Zebra, monkeypatch: Any) -> None:
+    def save(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("zebra.model.load.write_config", save)
+    done = zebra("convert", STORIES, tmp_path / "out", "--stripes", "GL:9")
+    assert (done.returncode, done.stderr.count("\n")) == (143, 1)
+    assert done.stderr.startswith("zebra: terminated. Nothing half-written was left")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_damaged_inputs_are_refused(adapt_run: FinishedRun, tmp_path: Path) -> None:

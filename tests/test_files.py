@@ -13,7 +13,7 @@ import pytest
 
 from zebra import files
 from zebra.errors import ZebraError
-from zebra.files import append_lines, atomic_directory, atomic_file, atomic_write, check_writable, sync
+from zebra.files import append_lines, atomic_directory, atomic_file, atomic_write, check_writable, is_vacant, sync
 
 
 def write_directory(target: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_folder_or_a_device_is_no_file(tmp_path: Path) -> None:
     device = os.stat("/dev/null")
     for path in (tmp_path, "/dev/null"):
         for write in (lambda path: atomic_write(path, ""), lambda path: append_lines(path, ""), check_writable):
-            with pytest.raises(ZebraError, match="is a folder or a device"):
+            with pytest.raises(ZebraError, match="is a folder, a device or a pipe"):
                 write(path)
     assert os.stat("/dev/null").st_rdev == device.st_rdev
 
@@ -151,6 +151,16 @@ def test_what_cannot_be_written_is_refused_and_the_check_leaves_nothing(tmp_path
     for path in (tmp_path / "file" / "a", Path("/proc/a"), tmp_path / ("a" * 300)):
         with pytest.raises(ZebraError, match=r"cannot be written: .* Name another file"):
             check_writable(path)
+
+
+def test_what_a_killed_writer_left_occupies_no_folder(tmp_path: Path) -> None:
+    """A selection killed in its first write could not be started again."""
+    assert is_vacant(tmp_path / "absent")
+    (tmp_path / ".inputs.json.01234567.partial").write_text("half")
+    assert is_vacant(tmp_path)
+    (tmp_path / "notes").write_text("")
+    assert not is_vacant(tmp_path)
+    assert not is_vacant(tmp_path / "notes")
 
 
 def test_only_a_folder_may_not_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,8 +339,11 @@ def test_the_command_warns_in_one_line(zebra: Zebra, striped: Path) -> None:
         (("--prompt", ""), "the prompt is empty"),
         (("--file", "none"), "No such file"),
         (("--file", "latin"), "not UTF-8 at byte 3"),
+        (("--file", "pipe"), "is a folder, a device or a pipe"),
+        (("--file", "/dev/zero"), "is a folder, a device or a pipe"),
         (("--prompt", "a", "--temperature", "-1"), "greater than or equal to 0"),
         (("--prompt", "a", "--rope", "dynamic:2"), "a rope of type dynamic"),
+        (("--prompt", "a", "--device", "meta"), "there is no device 'meta' here"),
         (("--prompt", "a", "--chat"), "no chat template"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
@@ -350,6 +353,7 @@ def test_bad_prompts_are_refused(
 ) -> None:
     """Before the model is loaded."""
     (tmp_path / "latin").write_bytes(b"caf\xe9")
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr("zebra.model.load_options.load", None)
     refused(zebra("generate", STORIES, *arguments, cwd=tmp_path), says)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,7 @@ def test_all_problems_are_named_at_once(recipe: Any) -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match=r"absent\.yaml cannot be read: No such file"):
         read_recipe(tmp_path / "absent.yaml", AdaptRecipe)
-    with pytest.raises(ZebraError, match="cannot be read: Is a directory"):
+    with pytest.raises(ZebraError, match="is a folder, a device or a pipe"):
         read_recipe(tmp_path, AdaptRecipe)
     (tmp_path / "latin.yaml").write_bytes(b"run: \xe9")
     with pytest.raises(ZebraError, match=r"latin\.yaml is not YAML"):
@@ -406,6 +407,14 @@ def test_a_recipe_that_would_not_end_is_refused(tmp_path: Path, content: str, me
 def test_a_number_beyond_any_machine_is_refused(recipe: Any, override: str, message: str) -> None:
     with pytest.raises(ZebraError, match=message):
         recipe(PLAIN, override)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_recipe_is_a_file(tmp_path: Path, kind: str) -> None:
+    """/dev/zero never ends, and a pipe without a writer never begins."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ZebraError, match="is a folder, a device or a pipe"):
+        read_recipe(tmp_path / "pipe" if kind == "pipe" else "/dev/zero", AdaptRecipe)
 
 
 def test_a_pattern_of_everything_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

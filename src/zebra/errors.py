@@ -14,9 +14,13 @@ class ZebraError(ValueError):
     """
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of a library's error, without the advice behind it; all lines where the first ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(
+        error, LookupError | ArithmeticError | AttributeError | RecursionError
+    ):  # their text alone says little
+        lines[0] = f"{type(error).__name__}: {lines[0]}"
     return " ".join(line.strip() for line in lines)[:400] if lines[0].rstrip().endswith(":") else lines[0]
 
 
@@ -41,12 +45,17 @@ _DISK = re.compile(r"PytorchStreamWriter|unexpected pos \d|iostream error|I/O er
 _MEMORY = re.compile(r"out of memory|[Cc]annot allocate memory|can't allocate memory|bad_alloc|ALLOC_FAILED")
 
 
-def machine_fault(error: Exception) -> str | None:
-    """What is wrong with the machine and not with the command, with the remedy; None for any other error.
+def machine_fault(error: BaseException) -> str | None:
+    """What is wrong with the machine or a library and not with the command, with the remedy; None for any other error.
 
-    A full disk, a file that cannot be written, and too little memory, as Python, torch, numpy and safetensors raise it.
+    A full disk, a file that cannot be written, and too little memory, as Python, torch, numpy and safetensors raise it;
+    a tokenizer that gives up on a text, which is no `Exception`.
     """
     text = str(error)
+    if type(error).__module__ == "pyo3_runtime":
+        return f"a library of Rust gave up, a tokenizer's pattern perhaps: {text}. Take another tokenizer or text."
+    if not isinstance(error, Exception):
+        return None
     if isinstance(error, MemoryError) or _MEMORY.search(text):
         amount = re.search(r"allocate ([\d.,]+ \w+)", text)
         return (
@@ -54,8 +63,8 @@ def machine_fault(error: Exception) -> str | None:
             "--dtype bfloat16 or a device with more; for a recipe, --dry-run estimates what it needs."
         )
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (of_rust := re.search(r"\(os error (\d+)\)", text)):
-        number = int(of_rust[1])
+    if number is None and (within := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", text)):  # of Rust, of shutil
+        number = int(within[1] or within[2])
     if number is not None:
         where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
         remedy = _REMEDIES.get(number, "")

@@ -48,10 +48,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     file and does not replace it.
 
     Raises:
-        ZebraError: the path is a folder or a device.
+        ZebraError: the path is a folder, a device or a pipe.
     """
     path = Path(os.path.abspath(path))
-    _refuse_other_kinds(path)
+    refuse_other_kinds(path)
     with _partial(path, Path.touch) as partial:
         yield partial
         _rename(partial, path)
@@ -66,7 +66,7 @@ def atomic_write(path: str | os.PathLike[str], text: str) -> None:
 def append_lines(path: str | os.PathLike[str], text: str) -> None:
     """Append lines to a file, all or none; they start a new line even if the file's last line has no end."""
     path = Path(os.path.abspath(path))
-    _refuse_other_kinds(path)
+    refuse_other_kinds(path)
     make_folder(path.parent)
     with path.open("a+b", buffering=0) as file:
         with suppress(OSError):  # a file system without locks
@@ -92,7 +92,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     path = Path(os.path.abspath(path))
     try:
-        _refuse_other_kinds(path)
+        refuse_other_kinds(path)
         if path.exists():
             path.open("ab").close()
         folder = next(parent for parent in path.parents if parent.exists())
@@ -134,9 +134,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_other_kinds(path: Path) -> None:
+def refuse_other_kinds(path: Path) -> None:
+    """Check that a path may be a file: a device such as /dev/zero has no end, a pipe without a writer no beginning.
+
+    Raises:
+        ZebraError: a folder, a device or a pipe.
+    """
     if path.exists() and not path.is_file():
-        raise ZebraError(f"{path} is a folder or a device. Name a file.")
+        raise ZebraError(f"{path} is a folder, a device or a pipe. Name a file.")
 
 
 @contextmanager
@@ -251,6 +256,11 @@ def refuse_existing(target: Path) -> None:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ZebraError(f"the target {target} exists already. Name another, or remove it first.")
+
+
+def is_vacant(path: Path) -> bool:
+    """Whether a path is absent, or a folder with nothing but hidden files, such as a killed writer leaves."""
+    return not path.exists() or (path.is_dir() and all(file.name.startswith(".") for file in path.iterdir()))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,7 @@ import typer
 from zebra import __version__
 from zebra.cli import chat, command, compare, convert, data, evaluate, generate, plan, report, serve, show, train
 from zebra.errors import ZebraError, machine_fault
+from zebra.signals import Terminated, raising_terminated
 
 app = typer.Typer(
     help="Longer and cheaper context for decoder language models. Stripes are a layout of layers: G attends to all "
@@ -72,23 +74,26 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 def main() -> None:
-    """The command `zebra`: an error is one line and exit code 2, a failed check 1, an interrupt 130."""
+    """The command `zebra`: an error is one line and exit code 2, a failed check 1, an interrupt 130, SIGTERM 143."""
     interrupted = "interrupted. Nothing half-written was left; the same command goes on where it can."
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name must not lose the results beside it, as on stderr
     try:
-        code = app(standalone_mode=False)
+        with raising_terminated():
+            code = app(standalone_mode=False)
         _flush()
         if code == 130:  # typer catches the interrupt first, and prints nothing
             _fail(interrupted, 130)
         raise SystemExit(code or 0)
+    except Terminated as end:
+        _fail(end.message, 128 + signal.SIGTERM)
     except _UsageError as error:
         _fail_usage(error)
     except ZebraError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail(interrupted, 130)
-    except Exception as error:
+    except BaseException as error:
         if (fault := machine_fault(error)) is None:
             raise
         _fail(fault, 2)

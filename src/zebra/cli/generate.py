@@ -11,6 +11,7 @@ import typer
 
 from zebra.cli import options, show
 from zebra.errors import ZebraError
+from zebra.files import refuse_other_kinds
 from zebra.model.checkpoint_files import check_checkpoint
 
 
@@ -64,6 +65,8 @@ def _prompt(text: str | None, file: Path | None) -> str:
         raise ZebraError(f"a prompt is --prompt TEXT or --file PATH (- reads stdin); got {both}. Give one.")
     if text is not None or file is None:
         return text or ""
+    if str(file) != "-":
+        refuse_other_kinds(file)
     try:
         return (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode("utf-8")
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.evaluate.calibration import CalibrationBatch
 from zebra.evaluate.scoring import no_progress
-from zebra.files import atomic_write, check_inputs, directory_lock
+from zebra.files import atomic_write, check_inputs, directory_lock, is_vacant
 from zebra.model.finite import check_finite
 from zebra.model.layerwise import Layerwise
 from zebra.model.loss import head_of, losses_at
@@ -138,7 +138,7 @@ def selection_folder(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
         ZebraError: a folder of something else or of other inputs, or one that another process works in.
     """
     file = folder / "inputs.json"
-    if folder.exists() and not file.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not file.exists() and not is_vacant(folder):
         raise ZebraError(f"{folder} exists and holds no selection: it has no inputs.json. Name another with --out.")
     with directory_lock(folder):
         check_inputs(file, inputs, instead="name another folder with --out")

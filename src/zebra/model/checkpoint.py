@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from string import printable
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -60,7 +61,7 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
         changes = {name: kwargs[name] for name in own_fields(config) if name in kwargs}
         if changes:
             config = read(**changes)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # of classes that expect other fields: a ZeroDivisionError, a RecursionError, ...
         text = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         if _CODE in str(error):
             text = "its model is Python code of its own, and zebra runs classes of transformers only. Take another"
@@ -118,7 +119,8 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=bool(trust_remote_code)
         )
-        largest = max(tokenizer.get_vocab().values())
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        tokenizer.encode("x")  # a vocabulary that lacks even its token for the unknown
     except ImportError as error:  # several lines of advice follow what it needs
         needs = _tokenizer_fault(directory) or first_line(error).partition(". ")[0]
         raise ZebraError(f"the tokenizer of {path} cannot be read: {needs}. Install that package by pip.") from None
@@ -132,12 +134,30 @@ def load_tokenizer(
         raise ZebraError(
             f"the tokenizer of {path} cannot be read: {_tokenizer_fault(directory) or first_line(error)}"
         ) from None
+    if largest < 0:
+        raise ZebraError(f"the tokenizer of {path} has no token. Copy it from the source again.")
+    _check_growth(tokenizer, path)
     if config is not None and largest >= config.vocab_size:
         raise ZebraError(
             f"the tokenizer of {path} makes ids up to {largest}, but the model has {config.vocab_size} embeddings. "
             "Use the tokenizer that the model was trained with."
         )
     return tokenizer
+
+
+_MOST_GROWTH = 64
+"""Characters that a normalizer may make of one; Unicode's own forms make 18 of one at most."""
+
+
+def _check_growth(tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike[str]) -> None:
+    """Refuse a normalizer that makes a text so much longer that a short one fills the memory."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    longest = 0 if normalizer is None else max(len(normalizer.normalize_str(letter)) for letter in printable)
+    if longest > _MOST_GROWTH:
+        raise ZebraError(
+            f"the tokenizer of {path} normalizes one letter to {longest:,}, and {_MOST_GROWTH} are the most that a "
+            "text may grow. Copy it from the source again."
+        )
 
 
 def _tokenizer_fault(directory: str | os.PathLike[str]) -> str | None:

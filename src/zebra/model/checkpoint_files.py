@@ -37,8 +37,8 @@ def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
     """Check that a path may be a checkpoint: a directory with a config.json, a GGUF file, or a name in the hub.
 
     Raises:
-        ZebraError: no such directory, a peft adapter, no config.json, one that is not a JSON object; as `check_fields`
-            and `check_gguf`.
+        ZebraError: no such directory, a peft adapter, no config.json, one that is not a JSON object, or such a
+            generation_config.json; as `check_fields` and `check_gguf`.
     """
     if is_gguf(path):
         return check_gguf(Path(path))
@@ -57,6 +57,16 @@ def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
         remedy = f"the GGUF file itself: {directory / files[0]}" if files else "a directory that transformers saved"
         raise ZebraError(f"{path} is not a checkpoint: it has no config.json. Give {remedy}.")
     check_fields(read_json_object(config, "Copy it from the source again."), str(path))
+    if (generation := config.with_name("generation_config.json")).is_file():
+        _check_generation(generation)
+
+
+def _check_generation(file: Path) -> None:
+    fields = read_json_object(file, "Copy it from the source again, or remove it.")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        value = fields.get(name)
+        if not all(isinstance(one, int) for one in (value if isinstance(value, list) else [value or 0])):
+            raise ZebraError(f"{file}: {name} is a token's id, or a list of them; got {value!r}. Correct it.")
 
 
 def check_gguf(path: Path) -> None:
@@ -114,6 +124,9 @@ _POSITIVE = {"rope_theta", "rope_local_base_freq", "partial_rotary_factor", "fac
 _POSITIVE |= {"low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"}
 _POSITIVE |= {"max_position_embeddings", "head_dim", "query_pre_attn_scalar", "rms_norm_eps", "layer_norm_eps"}
 _POSITIVE |= {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"}
+_COUNTS = {"num_hidden_layers": 1000, "num_attention_heads": 10**5, "num_key_value_heads": 10**5}
+_COUNTS |= {"hidden_size": 10**6, "intermediate_size": 10**7, "vocab_size": 10**8}
+"""The largest that a machine of today could build in minutes; the deepest published model has 1,000 layers."""
 
 
 def check_fields(fields: Mapping[str, Any], name: str) -> None:
@@ -123,12 +136,21 @@ def check_fields(fields: Mapping[str, Any], name: str) -> None:
         name: whose they are, for the error.
 
     Raises:
-        ZebraError: a number that is not finite, or not above 0 where it divides, scales or counts; weights that lie in
-            files of other names than transformers' own; a quantization_config that is no object.
+        ZebraError: a number that is not finite, or not above 0 where it divides, scales or counts; a count beyond any
+            machine; a padding token without an embedding; weights that lie in files of other names than transformers'
+            own; a quantization_config that is no object.
     """
     if not isinstance(settings := fields.get("quantization_config"), Mapping | None):
         raise ZebraError(
             f"{name}: quantization_config is an object with a quant_method; got {settings!r}. Correct its config.json."
+        )
+    for key, largest in _COUNTS.items():
+        if isinstance(value := fields.get(key), int | float) and not 1 <= value <= largest:
+            raise ZebraError(f"{name}: {key} is from 1 to {largest:,}; got {value}. Correct its config.json.")
+    pad, vocabulary = fields.get("pad_token_id"), fields.get("vocab_size")
+    if isinstance(pad, int) and isinstance(vocabulary, int) and not -vocabulary <= pad < vocabulary:
+        raise ZebraError(
+            f"{name}: pad_token_id is null or one of {vocabulary:,} tokens; got {pad}. Correct its config.json."
         )
     for key, value in fields.items():
         if isinstance(value, Mapping) and (key.startswith("rope_") or key in (GLOBAL, LOCAL)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -62,7 +63,7 @@ def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig
 
     Raises:
         ZebraError: no route, a layer beyond the model, a layer of another kind where the family's rope forbids it,
-            layers of other kinds than global and local.
+            layers of other kinds than global and local, a field with a value that the target's class does not take.
     """
     route = route_of(config)
     if others := sorted({*layer_kinds(config)} - {GLOBAL, LOCAL}):
@@ -83,7 +84,13 @@ def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig
     values = {name: value for name, value in config.to_dict().items() if name not in dropped}
     values |= route.fields(config) | {"layer_types": list(layer_types), "sliding_window": stripes.window}
     values["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    target = target_class(**values)
+    try:
+        target = target_class(**values)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ZebraError(
+            f"a field of this {config.model_type} is none of a {route.target}, which has its stripes: "
+            f"{' '.join(str(error).split())}. Correct its config.json."
+        ) from None
     target.architectures = [model_class(target).__name__]
     return target
 

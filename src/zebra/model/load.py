@@ -61,7 +61,7 @@ def read_device(name: str | None) -> str:
         return best_device()
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ZebraError(
             f"there is no device {name!r} here: {first_line(error)}. `zebra doctor` lists those that are."

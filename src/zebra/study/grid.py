@@ -18,10 +18,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL
@@ -38,6 +36,7 @@ from zebra.plan.decoder import decoder_from_config
 from zebra.progress import bar, console
 from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
+from zebra.signals import collected
 from zebra.stripes import visible_pairs
 from zebra.study.cells import CELL_KEYS, recipes_of
 from zebra.study.layout import NAME
@@ -203,22 +202,6 @@ def _write_missing_pages(recipes: Sequence[PretrainRecipe]) -> None:
 # Processes
 
 
-@contextmanager
-def _signals_collected() -> Iterator[list[int]]:
-    """The signals to end that came: the cells are ended before this process."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    signals = signal.SIGTERM, signal.SIGHUP
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in signals}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _run(
     run: Path, recipes: Sequence[PretrainRecipe], todo: Sequence[PretrainRecipe], workers: int
 ) -> list[tuple[str, str]]:
@@ -226,7 +209,7 @@ def _run(
     failed: list[tuple[str, str]] = []
     waiting, free = list(todo), list(range(workers))
     running: dict[int, tuple[Path, subprocess.Popen[bytes]]] = {}
-    with _signals_collected() as received, bar("cells", len(todo), "cells") as advance:
+    with collected(signal.SIGTERM, signal.SIGHUP) as received, bar("cells", len(todo), "cells") as advance:
         try:
             while waiting or running:
                 while waiting and free:

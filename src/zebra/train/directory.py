@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError, first_line
-from zebra.files import atomic_write, directory_lock, file_digest
+from zebra.files import atomic_write, directory_lock, file_digest, is_vacant
 from zebra.train.recipe import Recipe, named_files, parse_yaml
 
 COMPLETE = "COMPLETE"
@@ -177,8 +177,9 @@ def _first_recipe(run: Path) -> Any:
 
 
 def record_export(run: Path) -> None:
-    """Write `run/model.json`: a digest of each file of the trained checkpoint."""
-    atomic_write(run / "model.json", json.dumps(_export_digests(run), indent=2) + "\n")
+    """Write `run/model.json`, a digest of each file of the trained checkpoint, where it is not there yet."""
+    if not (run / "model.json").exists():  # a kill may have come between the two
+        atomic_write(run / "model.json", json.dumps(_export_digests(run), indent=2) + "\n")
 
 
 def check_export(run: Path) -> None:
@@ -248,7 +249,7 @@ def check_recipe(run: Path, recipe: Recipe, *, may_be_longer: bool = False) -> N
                 f"{run} holds a run of another recipe: {', '.join(different)} differ. "
                 "Name another run, or remove the directory."
             )
-    elif run.exists() and (not run.is_dir() or any(not file.name.startswith(".") for file in run.iterdir())):
+    elif not is_vacant(run):
         raise ZebraError(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
 
 

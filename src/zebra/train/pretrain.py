@@ -80,12 +80,12 @@ class RandomStart(Start):
 
     def export(self, model: PreTrainedModel, tokens: int) -> None:
         """Write `run/model` in the recipe's dtype."""
-        steps = self.recipe.train.max_steps
-        with atomic_directory(Path(self.recipe.run) / "model") as staging:
+        run, steps = Path(self.recipe.run), self.recipe.train.max_steps
+        with atomic_directory(run / "model") as staging:
             model.to(getattr(torch, self.recipe.dtype))
             model.config.use_cache = True  # the Trainer turns it off for itself
             model.save_pretrained(staging)
-            self.tokenizer.save_pretrained(staging)
+            shutil.copytree(run / "tokenizer", staging, dirs_exist_ok=True)  # saved again, a loaded one differs
             write_config(model.config, staging)
             local = local_attention_of(model)
             write_zebra_json(staging, model.config, local, source=None, steps=steps, tokens=tokens)
@@ -127,6 +127,7 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     if tokenizer is None and isinstance(recipe.tokenizer, str):
         tokenizer = load_tokenizer(recipe.tokenizer)
     sizes = {"max_position_embeddings": recipe.train.length} | _vocabulary(recipe, tokenizer) | sizes
+    check_fields(sizes, "model")  # before a class computes by them
     try:
         config = AutoConfig.for_model(kind, **sizes)
         check_fields(config.to_dict(), "model")

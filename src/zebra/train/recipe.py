@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError
+from zebra.files import refuse_other_kinds
 from zebra.model.rope import Rope
 from zebra.stripes import Stripes
 
@@ -388,6 +389,7 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
     Raises:
         ZebraError: no file, no YAML; an unknown key, a wrong value or a contradiction (see `checked`).
     """
+    refuse_other_kinds(Path(path))
     try:
         tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

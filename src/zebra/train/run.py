@@ -29,7 +29,8 @@ from zebra.results import Result, read_results, write_results
 from zebra.train import directory
 from zebra.train.measuring import common_columns, cost_results, local_attention_for, trainer_state, training_results
 from zebra.train.recipe import Recipe
-from zebra.train.trainer import Evaluation, is_complete, run_trainer
+from zebra.train.saves import is_intact
+from zebra.train.trainer import Evaluation, run_trainer
 
 
 @dataclass
@@ -138,6 +139,7 @@ def run_recipe(
             _train(run, start, data, columns)
         if not directory.is_first_process():
             return []
+        directory.record_export(run)
         history = trainer_state(run, recipe)["log_history"]
         after = _measured(str(run / "model"), start.exported(), start.rope, data) if recipe.evaluate else []
         results = [
@@ -173,7 +175,7 @@ def _measured(name: str, model: PreTrainedModel, rope: str | None, data: Trainin
 def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any]) -> None:
     """Train, unless the last step is there already, and write the trained checkpoint."""
     recipe, last = start.recipe, run / "checkpoints" / f"checkpoint-{start.recipe.train.max_steps}"
-    if is_complete(last):  # a kill came between the last step and the export
+    if is_intact(last):  # a kill came between the last step and the export
         model = start.restore(last)
     else:
         model = start.build()
@@ -196,4 +198,3 @@ def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any])
         with directory.writing(run):
             (run / "model.json").unlink(missing_ok=True)
             start.export(model, trainer_state(run, recipe)["num_input_tokens_seen"])
-            directory.record_export(run)

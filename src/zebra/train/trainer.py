@@ -6,10 +6,8 @@ accumulation, DDP and token counting stay the Trainer's.
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
-import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,30 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from zebra.errors import ZebraError, first_line
-from zebra.files import atomic_write, sync
 from zebra.model.finite import check_finite
 from zebra.model.quantization import quantization_of
 from zebra.progress import bar, console
 from zebra.results import Result
-from zebra.train.directory import COMPLETE, sequences_per_step
+from zebra.signals import Terminated, collected
+from zebra.train.directory import sequences_per_step
 from zebra.train.muon import muon
 from zebra.train.parallel import ShardedStates, sharing
 from zebra.train.recipe import Recipe, Training
+from zebra.train.saves import EndsOnSignal, Saves, diverged, remove_damaged, unreadable_states
 
 
 def check_machine(train: Training) -> None:
@@ -88,24 +86,29 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
             f"one process sees {trainer.args.n_gpu} GPUs. Start one process for each with "
             "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
         )
-    with bar("training", recipe.train.max_steps * tokens_per_step(recipe), "tokens") as advance:
+    total = recipe.train.max_steps * tokens_per_step(recipe)
+    with collected(signal.SIGTERM) as received, bar("training", total, "tokens") as advance:
         trainer.remove_callback(PrinterCallback)
         if trainer.is_world_process_zero():
-            for checkpoint in checkpoints.glob("checkpoint-*"):
-                if checkpoint.is_dir() and not is_complete(checkpoint):  # a kill inside a save, or damage since
-                    shutil.rmtree(checkpoint)
+            remove_damaged(checkpoints)
         trainer.accelerator.wait_for_everyone()
         newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        states, saves = ShardedStates(newest, recipe.parallel.shard > 1), _Saves(recipe.train.save_total_limit)
-        for callback in (states, saves, _ShowProgress(advance), *callbacks):  # an evaluation is no time of a step
+        states, saves = ShardedStates(newest, recipe.parallel.shard > 1), Saves(recipe.train.save_total_limit)
+        ending = EndsOnSignal(received)
+        own = states, saves, _ShowProgress(advance), ending
+        for callback in (*own, *callbacks):  # an evaluation is no time of a step
             trainer.add_callback(callback)
         with (
             _tied_weights_expected(model),
             _memory_errors(recipe),
+            _lost_processes(),
             sharing(model, recipe),
-            _unreadable_states(newest),
+            unreadable_states(newest),
         ):
             trainer.train(resume_from_checkpoint=newest)
+    if ending.ended:
+        step, of = trainer.state.global_step, recipe.train.max_steps
+        raise Terminated(f"terminated at step {step} of {of}, which is saved; the same command goes on from there.")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
 
@@ -116,30 +119,7 @@ def refuse_diverged(loss: Tensor, trainer: Trainer) -> None:
         check_finite(loss, trainer.accelerator.unwrap_model(trainer.model))
     if not bool(loss.isfinite()):
         step, where = trainer.state.global_step + 1, Path(trainer.args.output_dir)
-        raise ZebraError(_diverged("the loss is", step, trainer.optimizer.param_groups[0]["lr"], where))
-
-
-def _diverged(what: str, step: int, rate: float, checkpoints: Path) -> str:
-    steps = _whole_steps(checkpoints)
-    newest = f"The newest finite checkpoint is that of step {max(steps)}." if steps else "No checkpoint was saved yet."
-    return (
-        f"{what} not finite at step {step}, at a learning rate of {rate:.3g}. {newest} "
-        "Start another run with a lower train.learning_rate or a longer train.warmup_steps."
-    )
-
-
-@contextmanager
-def _unreadable_states(checkpoint: str | None) -> Iterator[None]:
-    """The error for states of a checkpoint that are no tensors and numbers: transformers runs no code of a pickle."""
-    try:
-        yield
-    except (pickle.UnpicklingError, EOFError, RuntimeError, CheckpointException) as error:
-        if checkpoint is None or (isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)):
-            raise
-        raise ZebraError(
-            f"a state in {checkpoint} (of the optimizer, the schedule or the random numbers) is damaged, or would run "
-            "code when it is read. Remove that folder, and the same command goes on from the checkpoint before it."
-        ) from None
+        raise ZebraError(diverged("the loss is", step, trainer.optimizer.param_groups[0]["lr"], where))
 
 
 @contextmanager
@@ -162,6 +142,20 @@ def _memory_errors(recipe: Recipe) -> Iterator[None]:
             f"a forward and backward pass of {train.per_device_train_batch_size:,} x {train.length:,} tokens does not "
             f"fit into memory ({first_line(error)}). One of: "
             f"{'; '.join(remedy for remedy, helps in remedies.items() if helps)}. --dry-run estimates what fits."
+        ) from None
+
+
+@contextmanager
+def _lost_processes() -> Iterator[None]:
+    """Turn what a collective raises when another process ended into one line; the launcher's report names its rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise ZebraError(
+            f"another process of this training has ended, as rank {dist.get_rank()} noticed ({first_line(error)}). The "
+            "launcher names it; the same command goes on from the last whole checkpoint."
         ) from None
 
 
@@ -241,32 +235,6 @@ class Evaluation(TrainerCallback):
             console.print(f"step {state.global_step}: {results[0].metric} {values}")
 
 
-class _Saves(TrainerCallback):
-    """Marks a finite checkpoint when all of it is written, and removes those of the fewest steps beyond a limit.
-
-    The Trainer writes in place, so a kill leaves broken ones. The mark holds the size of each file: damage shows later.
-    """
-
-    def __init__(self, limit: int):
-        self.limit, self.rate = limit, 0.0
-
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.rate = kwargs["optimizer"].param_groups[0]["lr"]  # the schedule has moved on when it is saved
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            raise ZebraError(_diverged("the weights are", state.global_step, self.rate, Path(args.output_dir)))
-        args.distributed_state.wait_for_everyone()
-        if state.is_world_process_zero:
-            where = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            sync(where.parent)  # its entry there too
-            atomic_write(where / COMPLETE, json.dumps(_sizes(where)))
-            for step in sorted(_whole_steps(where.parent))[: -self.limit]:
-                shutil.rmtree(where.with_name(f"checkpoint-{step}"), ignore_errors=True)
-
-
 class _ShowProgress(TrainerCallback):
     """Advances the progress bar; without a terminal, prints a line for each log."""
 
@@ -299,20 +267,3 @@ class _ShowProgress(TrainerCallback):
                     f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, "
                     f"{self.tokens / self.seconds:,.0f} tokens/s, {left:,.0f} s left"
                 )
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has its mark, and every file the size that it had then."""
-    try:
-        return json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")) == _sizes(checkpoint)
-    except (OSError, ValueError):
-        return False
-
-
-def _whole_steps(checkpoints: Path) -> list[int]:
-    return [int(path.name.rpartition("-")[2]) for path in checkpoints.glob("checkpoint-*") if is_complete(path)]
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != COMPLETE]
-    return {str(file.relative_to(checkpoint)): file.stat().st_size for file in files}

@@ -1,0 +1,53 @@
+"""SIGTERM, as schedulers send it some time before they kill: the process ends by an exception or at a chosen moment."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Terminated(SystemExit):
+    """The end of a process by SIGTERM: exit code 143, as shells report it.
+
+    Attributes:
+        message: what was saved, and how to go on.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+
+@contextmanager
+def raising_terminated() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM, so that files written aside are removed as after an interrupt."""
+
+    def end(*_: object) -> None:
+        raise Terminated("terminated. Nothing half-written was left; the same command goes on where it can.")
+
+    with _handled(end, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def collected(*numbers: int) -> Iterator[list[int]]:
+    """The signals of these numbers that came, in place of their effect; none outside of the main thread."""
+    received: list[int] = []
+    with _handled(lambda number, _: received.append(number), *numbers):
+        yield received
+
+
+@contextmanager
+def _handled(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, one in before.items():
+            signal.signal(number, one if one is not None else signal.SIG_DFL)
