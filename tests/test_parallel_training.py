@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from test_tune import recipe as tune_recipe
 from test_tune import write
 
 from zebra import ZebraError
+from zebra.files import file_digest
 from zebra.results import read_results
 from zebra.train.adapt import adapt
-from zebra.train.directory import check_processes, data_groups
+from zebra.train.directory import COMPLETE, check_processes, data_groups
 from zebra.train.dry_run import dry_run
 from zebra.train.pretrain import pretrain
 from zebra.train.recipe import AdaptRecipe, Parallel
@@ -84,9 +86,13 @@ def test_two_processes_that_split_weights_train_as_one(tmp_path: Path) -> None:
     file = max((checkpoint / "moments").iterdir())
     whole_file = file.read_bytes()
     file.write_bytes(whole_file[:8] + b"[" + whole_file[9:])
+    whole_mark = (checkpoint / COMPLETE).read_text()
+    mark = json.loads(whole_mark) | {f"moments/{file.name}": [file.stat().st_size, file_digest(file)]}
+    (checkpoint / COMPLETE).write_text(json.dumps(mark))  # whoever damages them could mark them as whole
     with pytest.raises(ZebraError, match=r"a state in .*checkpoint-4 .* is damaged"):
         adapt(adapt_recipe(tmp_path / "run", **step))
     file.write_bytes(whole_file)
+    (checkpoint / COMPLETE).write_text(whole_mark)
     rows, expected = (adapt(adapt_recipe(tmp_path / name, **step)) for name in ("run", "one"))
     assert losses(rows) == pytest.approx(losses(expected), rel=1e-5)
     files = [sorted(file.name for file in (tmp_path / name / "model").iterdir()) for name in ("run", "one")]

@@ -51,6 +51,8 @@ class Decoding:
         for name, count in (("num_beams", self.num_beams), ("prefill_chunk", self.prefill_chunk)):
             if count is not None and count < 1:
                 raise ZebraError(f"{name} is a whole number of at least 1; got {count}. Raise it or leave it out.")
+        if not 0 <= self.seed < 2**64:
+            raise ZebraError(f"a seed is a whole number from 0 to 2^64 - 1; got {self.seed}. Choose another.")
         if not all(self.stop):
             raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
         filters = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}

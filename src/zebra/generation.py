@@ -103,6 +103,8 @@ def generate(
     decoding = Decoding(**{name: value for name, value in options.items() if name not in of_loading})
     if not prompt:
         raise ZebraError("the prompt is empty. Give at least one character.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ZebraError("the prompt holds half a surrogate pair: its bytes were not UTF-8. Give it in UTF-8.")
     config, tokenizer = loading.config_and_tokenizer(model, tokenizer)
     loaded = model if isinstance(model, PreTrainedModel) else None
     setting = loading.self_extend_setting(config) if loaded is None else self_extend_of(loaded)

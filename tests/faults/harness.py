@@ -53,7 +53,7 @@ class Server:
     """The warm process."""
 
     def __init__(self, library: Path, work: Path):
-        self.work = work
+        self.work, self._number = work, 0
         environment = os.environ | {
             "LD_PRELOAD": str(library),
             "OMP_NUM_THREADS": "1",
@@ -94,7 +94,9 @@ class Server:
             "XDG_CACHE_HOME": str(cwd / "cache"),
             "MPLCONFIGDIR": str(self.work / "matplotlib"),
         }
+        self._number += 1
         request = streams | {
+            "number": self._number,
             "arguments": arguments,
             "cwd": str(cwd),
             "environment": environment,
@@ -105,7 +107,9 @@ class Server:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        reply = json.loads(self._process.stdout.readline())
+        reply: dict[str, Any] = {}
+        while reply.pop("number", 0) != self._number:  # a test that was stopped left its reply
+            reply = json.loads(self._process.stdout.readline())
         texts = {name: Path(path).read_text(errors="replace") for name, path in streams.items()}
         return Outcome(**texts, **reply, **_counted(counter))
 

@@ -92,7 +92,12 @@ def serve() -> None:
         code, used = wait(child, request["seconds"])
         with os.fdopen(reader) as pipe:
             learn(pipe.read())
-        reply = {"code": code, "cpu_seconds": used.ru_utime + used.ru_stime, "megabytes": used.ru_maxrss / 1024}
+        reply = {
+            "number": request["number"],
+            "code": code,
+            "cpu_seconds": used.ru_utime + used.ru_stime,
+            "megabytes": used.ru_maxrss / 1024,
+        }
         print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -21,6 +21,7 @@ KINDS = {
 def table(file: Path) -> str:
     """For each command and kind of fault, the cases that survived and those that were tried."""
     cases = [json.loads(line) for line in file.read_text().splitlines()]
+    cases = [case for case in cases if case["hit"]]  # behind the last write a full disk is none
     tried = Counter((case["command"], case["kind"]) for case in cases)
     survived = Counter((case["command"], case["kind"]) for case in cases if not case["faults"])
     commands = sorted({case["command"] for case in cases})

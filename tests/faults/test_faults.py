@@ -93,6 +93,7 @@ def moments() -> list[Any]:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("name", "kind", "moment"), moments())
 def test_a_broken_command_loses_nothing(name: str, kind: str, moment: float, bench: Bench) -> None:
     broken, faults = bench.break_at(bench.command(name), kind, moment)

@@ -17,7 +17,7 @@ from conftest import adapt_recipe, losses
 from zebra.results import read_results
 from zebra.train.adapt import adapt
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 RECIPE = {"evaluate": None, "train__save_steps": 1}
 
 
@@ -59,7 +59,7 @@ def ended_by(number: int, rank: int | None, run: Path) -> Ended:
         time.sleep(0.05)
     os.kill(process.pid if rank is None else ranks(process.pid)[rank], number)
     start = time.monotonic()
-    code = process.wait(120)
+    code = process.wait(600)
     return Ended(code, log.read_text(), time.monotonic() - start)
 
 

@@ -152,16 +152,20 @@ def _word_list(context: SampleContext, parts: SampleParts, size: int) -> list[in
     return [*(token for ids in order for token in ids), *words[-1].ids[: size % width]]
 
 
+_MOST_SAMPLES = 100_000
+"""They are drawn before they are measured, and their tokens fill the memory."""
+
+
 def check_task(task: str, depth: float | None, count: int) -> float | None:
     """The depth that a task has; None where its answer depends on the whole text.
 
     Raises:
-        ZebraError: no such task, a depth outside 0 to 1, no samples.
+        ZebraError: no such task, a depth outside 0 to 1, no samples or too many.
     """
     if task not in TASKS:
         raise ZebraError(f"the tasks are {', '.join(TASKS)}; got {task!r}. Choose among them.")
-    if count < 1:
-        raise ZebraError(f"at least 1 sample is measured; got {count}. Ask for more.")
+    if not 1 <= count <= _MOST_SAMPLES:
+        raise ZebraError(f"1 to {_MOST_SAMPLES:,} samples are measured; got {count:,}. Ask for another number.")
     if task in WITHOUT_DEPTH:
         return None
     if depth is None or not 0 <= depth <= 1:
