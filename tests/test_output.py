@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -290,6 +291,12 @@ def test_too_little_memory_is_one_line_with_the_remedy() -> None:
         assert str(machine_fault(error)).startswith("out of memory"), error
         assert "Take a shorter length" in str(machine_fault(error))
     assert "at 20.00 GiB more" in str(machine_fault(errors[0]))
+
+
+def test_a_full_disk_in_a_copy_of_a_folder_is_one_line() -> None:
+    """shutil collects what failed in an error without a number."""
+    error = shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
+    assert machine_fault(error) == "No space left on device. Free some space. Nothing half-written was left."
 
 
 def test_other_errors_keep_their_traceback() -> None:
