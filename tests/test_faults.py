@@ -36,6 +36,7 @@ def write_recipe(where: Path, training_recipe: AdaptRecipe) -> Path:
     return file
 
 
+@pytest.mark.full  # the quick run has it among the faults of commands (tests/faults)
 def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(adapt_run: FinishedRun, tmp_path: Path) -> None:
     """A limit on the size of files fails the write as a full disk does."""
     training_recipe = adapt_recipe(tmp_path / "run", **SHORT)
