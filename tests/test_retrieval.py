@@ -227,7 +227,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tasks": []}, "at least one task"),
     ({"lengths": [40]}, "passkey needs a length of at least"),
     ({"depths": [0, 2]}, "a depth is a share of the text from 0 to 1; got 2"),
-    ({"samples": 0}, "at least 1 sample"),
+    ({"samples": 0}, "1 to 100,000 samples"),
     ({"score": "recall"}, "the scores are generate and likelihood; got 'recall'"),
     ({"lengths": [600]}, "600 tokens passes the 512 positions .*--beyond"),
     ({"lengths": [1400], "self_extend": "4:256"}, "1,400 tokens passes the 1,280 positions .* Self-Extend 4:256"),
