@@ -35,8 +35,8 @@ def launch(
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     if accelerate:
-        launcher = ["accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--num_machines=1"]
-        launcher += ["--mixed_precision=no", "--dynamo_backend=no"]
+        launcher = ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}", "--num_machines=1"]
+        launcher += ["--mixed_precision=no", "--dynamo_backend=no"]  # --cpu would start one process without MPI
     return subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "zebra", verb, str(file)],
         capture_output=True,
