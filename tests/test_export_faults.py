@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import Zebra, refused, tiny_model
 from safetensors.torch import load_file, save_file
-from test_export import folder, raw
+from test_export import engine, folder, raw
 from test_gguf import SIZES, original_tokenizer, source, write
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import zebra
 from zebra import ZebraError
 from zebra.exports.gguf_model import read_model
+from zebra.exports.verify import verify_export
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 LINEAR = PLAIN | {"rope_type": "linear", "factor": 2.0}
@@ -120,7 +122,7 @@ def test_a_gemma_like_tokenizer_is_written() -> None:
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
-    metadata = tokenizer_metadata(tokenizer, 8, [2], "it")
+    metadata = tokenizer_metadata(tokenizer, 8, [2], "it", "")
     assert metadata["tokenizer.ggml.add_space_prefix"] is False
     assert (metadata["tokenizer.ggml.add_bos_token"], metadata["tokenizer.ggml.add_eos_token"]) == (True, False)
     assert metadata["tokenizer.ggml.tokens"][5:] == ["▁a", "[PAD6]", "[PAD7]"]
@@ -159,6 +161,57 @@ def test_quantised_weights_and_targets_that_cannot_be_written_are_refused(tmp_pa
     refused(zebra("export", path, tmp_path / "x.gguf", *to), "is quantised (fp8)", "before quantisation")
     refused(zebra("export", path, tmp_path / "x", "--to", "mlx", "--stripes", "GL:9"), "is quantised (fp8)")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_command_is_one_that_a_shell_reads(tmp_path: Path) -> None:
+    path = folder(tmp_path / "folder")
+    for to, name in (("gguf", "my model.gguf"), ("mlx", "my mlx"), ("vllm", "my vllm"), ("sglang", "my sglang")):
+        done = zebra.export(path, tmp_path / name, to=to, stripes="GL:9")
+        assert str(tmp_path / name) in shlex.split(done.command)
+    asked = answering(tmp_path)
+    with pytest.raises(ZebraError, match=r"vllm does not run .*my vllm: it was asked"):
+        verify_export(tmp_path / "my vllm", path, "vllm", python=asked)
+    folder(tmp_path / "qwen", "qwen3")
+    zebra.export(tmp_path / "qwen", tmp_path / "my qwen", to="vllm", stripes="GL:9")
+    with pytest.raises(ZebraError, match="it was asked"):
+        verify_export(tmp_path / "my qwen", tmp_path / "qwen", "vllm", python=asked)
+    assert json.loads((tmp_path / "request.json").read_text())[0]["arguments"] == {"model_impl": "transformers"}
+
+
+def answering(tmp_path: Path) -> str:
+    """An interpreter of an engine that keeps its request, and runs nothing."""
+    return engine(tmp_path, {"error": "it was asked"})
+
+
+def test_what_was_not_written_for_an_engine_is_not_run_by_it(tmp_path: Path, zebra: Zebra) -> None:
+    path, striped, mlx = folder(tmp_path / "folder"), tmp_path / "striped", tmp_path / "mlx"
+    zebra("convert", path, striped, "--stripes", "GL:9")
+    zebra("export", path, mlx, "--to", "mlx", "--stripes", "GL:9")
+
+    def verify(target: Path, engine: str, *options: str) -> Any:
+        done = zebra("verify", target, "--against", path, "--engine", engine, "--python", asked, *options)
+        assert not (tmp_path / "request.json").exists()
+        return done
+
+    asked = answering(tmp_path)
+    refused(verify(mlx, "vllm"), "was written for mlx, not for vllm")
+    refused(verify(mlx, "gguf"), "gguf runs a file that ends in .gguf")
+    refused(verify(tmp_path / "x.gguf", "mlx"), "mlx runs a folder")
+    refused(verify(path, "mlx"), "zebra.json cannot be read", "Name what `zebra export` wrote for it")
+    refused(verify(striped, "vllm", "--dtype", "bfloat16"), "--dtype does not go with --engine")
+    refused(verify(striped, "vllm", "--device", "cuda"), "--device does not go with --engine")
+    for text in ("{", "[]"):
+        (mlx / "zebra.json").write_text(text)
+        refused(verify(mlx, "mlx"), "zebra.json cannot be read")
+
+
+def test_the_way_by_a_gguf_file_is_named_where_that_is_read(tmp_path: Path) -> None:
+    """GGUF files of gpt-oss and OLMo are not read, so that a converter's file would be refused next."""
+    for member, words in (("llama", "convert_hf_to_gguf.py"), ("olmo2", "Serve the folder with zebra")):
+        path = folder(tmp_path / member, member)
+        changed_tokenizer(lowercase)(path)
+        with pytest.raises(ZebraError, match=f"changes a text by Lowercase.*{words}"):
+            zebra.export(path, tmp_path / "x.gguf", to="gguf", stripes="LG:9")
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="What is written: a file that ends in .gguf, or a folder.")],
     to: Annotated[
         Literal["gguf", "mlx", "vllm", "sglang"],
-        typer.Option(metavar="ENGINE", help="gguf (llama.cpp), mlx, vllm, or sglang (not tried)."),
+        typer.Option(metavar="ENGINE", help="gguf (llama.cpp), mlx, vllm, or sglang (read, not run)."),
     ],
     stripes: options.StripesNotation = None,
     dtype: Annotated[
@@ -238,10 +238,11 @@ def _checked_in_engine(target: str, engine: str, against: str | None = None, **a
     """What an export computes in its engine, beside what it was made of."""
     if against is None:
         raise ZebraError("an export is compared with the checkpoint that it was made of. Name it with --against.")
-    if other := sorted({*arguments} - {"python", "length", "seed", "dtype", "device"}):
+    if arguments.pop("device") != "cpu":
+        raise ZebraError("--device does not go with --engine. Leave it out.")
+    if other := sorted({*arguments} - {"python", "length", "seed"}):
         raise ZebraError(f"--{other[0].replace('_', '-')} does not go with --engine. Leave it out.")
     with show.working():
         from zebra.exports.verify import verify_export
 
-        used = {name: arguments[name] for name in ("python", "length", "seed") if name in arguments}
-        return verify_export(target, against, engine, **used)
+        return verify_export(target, against, engine, **arguments)

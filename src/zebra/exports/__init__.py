@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,7 @@ def export(
     from zebra.model.load import converted_config
     from zebra.model.quantization import quantization_of
 
-    serve = f"llama-server --model {target}"
+    serve = f"llama-server --model {shlex.quote(str(target))}"
     if to == "gguf" and is_gguf(checkpoint):
         return Exported(str(target), str(export_file(checkpoint, target, stripes)), serve)
     config, local = converted_config(Path(checkpoint), stripes)

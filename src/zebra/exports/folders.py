@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,13 +130,14 @@ _NOTES = {
 
 
 def command_of(to: str, config: PreTrainedConfig, target: Path) -> str:
-    """The command that serves an exported folder."""
+    """The command that serves an exported folder, as a shell reads it."""
+    name = shlex.quote(str(target))
     if to == "mlx":
-        return f"mlx_lm.generate --model {target} --prompt 'Once upon a time'"
+        return f"mlx_lm.generate --model {name} --prompt 'Once upon a time'"
     if to == "sglang":
-        return f"python -m sglang.launch_server --model-path {target} --model-impl transformers"
+        return f"python -m sglang.launch_server --model-path {name} --model-impl transformers"
     support = ENGINES[config.model_type]["vLLM"]
-    return f"vllm serve {target}" + (f" {support.flag}" if support.verdict == FLAG else "")
+    return f"vllm serve {name}" + (f" {support.flag}" if support.verdict == FLAG else "")
 
 
 def export_folder(

@@ -20,6 +20,7 @@ from zebra.errors import ZebraError
 from zebra.exports.gguf_model import GgufModel, GgufTensor
 from zebra.exports.gguf_tokenizer import tokenizer_metadata
 from zebra.exports.llama_cpp import REMEDY
+from zebra.gguf import ARCHITECTURES
 from zebra.model.checkpoint import load_tokenizer
 from zebra.stripes import GLOBAL, LOCAL
 
@@ -118,6 +119,10 @@ def _mellum_faults(config: PreTrainedConfig) -> str | None:
     return _experts(config) or other_local_rope(config)
 
 
+_BY_LLAMA_CPP = (
+    "Write the GGUF file of the model without stripes with llama.cpp's convert_hf_to_gguf.py, and export that with "
+    "--stripes."
+)
 _LLAMA = Family("llama", "llama", paired=True)
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -175,7 +180,8 @@ def folder_model(path: str | os.PathLike[str], model: PreTrainedModel, dtype: st
     ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     tokenizer = load_tokenizer(path, config)
-    words = tokenizer_metadata(tokenizer, config.vocab_size, ends, path)
+    remedy = _BY_LLAMA_CPP if family.architecture in ARCHITECTURES else REMEDY
+    words = tokenizer_metadata(tokenizer, config.vocab_size, ends, path, remedy)
     general = {f"general.{key}": value for key, value in (general | {"quantization_version": 2}).items()}
     return GgufModel(family.architecture, general | metadata | words, tensors)
 

@@ -16,18 +16,17 @@ from zebra.model.gguf import PRE_TOKENIZERS, WHOLE_PIECES
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _LOWEST_SCORE = -1e6
-_BY_LLAMA_CPP = "Write its GGUF file with llama.cpp's convert_hf_to_gguf.py, and export that with --stripes."
 
 
 def tokenizer_metadata(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_tokens: list[int], path: Any
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_tokens: list[int], path: Any, remedy: str
 ) -> dict[str, Any]:
     """The metadata of a tokenizer.
 
     Args:
         vocab_size: embeddings of the model; ids beyond the tokenizer's are written as unused.
         end_tokens: those that end an answer: the text's end first, then that of a turn.
-        path: of the checkpoint, for errors.
+        path: of the checkpoint, and remedy: the last sentence; both for errors.
 
     Raises:
         ZebraError: a tokenizer of another kind, or with a split that llama.cpp has no name for.
@@ -36,11 +35,9 @@ def tokenizer_metadata(
     state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
     model = state.get("model", {})
     if model.get("type") != "BPE":
-        raise ZebraError(
-            f"the tokenizer of {path} is no table of merged pairs, which alone is exported. {_BY_LLAMA_CPP}"
-        )
+        raise ZebraError(f"the tokenizer of {path} is no table of merged pairs, which alone is exported. {remedy}")
     if fault := _fault(tokenizer, state):
-        raise ZebraError(f"the tokenizer of {path} {fault}, and llama.cpp has no field for that. {_BY_LLAMA_CPP}")
+        raise ZebraError(f"the tokenizer of {path} {fault}, and llama.cpp has no field for that. {remedy}")
     tokens, kinds = _tokens(tokenizer, state, vocab_size)
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     metadata: dict[str, Any] = {"tokens": tokens, "token_type": kinds}
@@ -48,7 +45,12 @@ def tokenizer_metadata(
         metadata |= {"model": "llama", "pre": "default", "scores": _scores(tokens, merges)}
         metadata |= {"add_space_prefix": _prefixes_space(state)}
     else:
-        metadata |= {"model": "gpt2", "pre": _split_name(state, path), "merges": merges, "add_space_prefix": False}
+        metadata |= {
+            "model": "gpt2",
+            "pre": _split_name(state, path, remedy),
+            "merges": merges,
+            "add_space_prefix": False,
+        }
     ids = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     ids |= dict(zip(("eos", "eot"), end_tokens or [tokenizer.eos_token_id], strict=False))
     metadata |= {f"{name}_token_id": token for name, token in ids.items() if token is not None}
@@ -124,7 +126,7 @@ def _prefixes_space(state: dict[str, Any]) -> bool:
     return metaspace or any(step.get("type") == "Prepend" for step in steps)
 
 
-def _split_name(state: dict[str, Any], path: Any) -> str:
+def _split_name(state: dict[str, Any], path: Any, remedy: str) -> str:
     """llama.cpp's name of how text is split before the merges."""
 
     def essence(split: Any) -> Any:  # trim_offsets moves no token
@@ -136,5 +138,5 @@ def _split_name(state: dict[str, Any], path: Any) -> str:
     names = (name for name, known in PRE_TOKENIZERS.items() if essence(known) == split)
     name = next((name for name in names if (name in WHOLE_PIECES) == whole), None)
     if name is None:
-        raise ZebraError(f"the tokenizer of {path} splits text in a way that zebra has no name for. {_BY_LLAMA_CPP}")
+        raise ZebraError(f"the tokenizer of {path} splits text in a way that zebra has no name for. {remedy}")
     return name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from zebra.exports.gguf_file import layout_of
 from zebra.exports.gguf_model import read_model
 from zebra.gguf import is_gguf
 from zebra.model.checkpoint import load_tokenizer, read_config
+from zebra.model.checkpoint_files import read_json_object
 from zebra.model.families import stripes_of
 from zebra.model.load import load
 from zebra.model.verify import Check
@@ -34,6 +36,7 @@ TOLERANCE = {"F32": 5e-3, "F16": 5e-2, "BF16": 5e-2}
 """Of a log-probability, by the type of the matrices. Gemma has the largest: engines approximate its GELU."""
 TOLERANCE_OF_BLOCKS = 0.5
 """Where weights lie in blocks, llama.cpp rounds what they are multiplied with, too."""
+_NAME_IT = "Name what `zebra export` wrote for it."
 _SAMPLES = ["Once upon a time, there was a little girl.", "In 1984 there were 12 pages;\n  and (some) code: x = y[0]!"]
 
 
@@ -62,11 +65,12 @@ def verify_export(
         length: tokens of the long prompt; somewhat over one and a half windows where None.
 
     Raises:
-        ZebraError: another engine, one that is not installed or fails; no stripes; a length within the window.
+        ZebraError: another engine, one that is not installed or fails; a target that was not written for it; no
+            stripes; a length within the window.
     """
     if engine not in ENGINES:
         raise ZebraError(f"the engines that an export is run in are {', '.join(ENGINES)}; got {engine!r}. Choose one.")
-    layout, kind = _written(target, against)
+    layout, kind = _written(target, against, engine)
     n = length or layout.window + layout.window // 2 + 16
     if n <= layout.window:
         raise ZebraError(f"a long prompt goes beyond the window of {layout.window}; got length {n}. Give a larger one.")
@@ -93,8 +97,11 @@ def verify_export(
     return [*checks, Check("tokenizer", answer["engine"], wrong, 0, sum(map(len, texts)))]
 
 
-def _written(target: str | os.PathLike[str], against: str | os.PathLike[str]) -> tuple[Stripes, str]:
+def _written(target: str | os.PathLike[str], against: str | os.PathLike[str], engine: str) -> tuple[Stripes, str]:
     """The layout of an export, and the type of its matrices."""
+    if is_gguf(target) != (engine == "gguf"):
+        kind = "a file that ends in .gguf" if engine == "gguf" else "a folder"
+        raise ZebraError(f"{engine} runs {kind}; got {target}. {_NAME_IT}")
     if is_gguf(target):
         model = read_model(target)
         layout, kinds = (
@@ -103,11 +110,13 @@ def _written(target: str | os.PathLike[str], against: str | os.PathLike[str]) ->
         )
         kind = max(kinds, key=kinds.count, default="F32")
     else:
-        fields = json.loads((Path(target) / "zebra.json").read_text(encoding="utf-8"))
-        layout, kind = Stripes.parse(fields["layout"]) if fields.get("window") else None, "F32"
+        fields = read_json_object(Path(target) / "zebra.json", _NAME_IT)
+        if (written := fields.get("engine", engine)) != engine:
+            raise ZebraError(f"{target} was written for {written}, not for {engine}. {_NAME_IT}")
+        layout, kind = Stripes.parse(str(fields.get("layout"))) if fields.get("window") else None, "F32"
     layout = layout or stripes_of(read_config(against))
     if layout is None:
-        raise ZebraError(f"neither {target} nor {against} names stripes. Name what `zebra export` wrote.")
+        raise ZebraError(f"neither {target} nor {against} names stripes. {_NAME_IT}")
     return layout, kind
 
 
@@ -117,7 +126,7 @@ def _arguments(target: str | os.PathLike[str], engine: str) -> dict[str, Any]:
         return {}
     from zebra.exports.folders import command_of
 
-    command = command_of("vllm", read_config(target), Path(target)).split()[3:]
+    command = shlex.split(command_of("vllm", read_config(target), Path(target)))[3:]
     return {
         name.removeprefix("--").replace("-", "_"): value
         for name, value in zip(command[::2], command[1::2], strict=True)
