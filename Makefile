@@ -65,8 +65,8 @@ test-engines: $(READY) .venv-gguf/.ready .venv-mlx/.ready .venv-vllm/.ready ## E
 	$(BIN)/python benchmarks/engines.py --page
 
 faults: $(READY) ## Break ten commands at 300 moments, kill ranks, fuzz inputs for long: an hour of a core.
-	rm -f benchmarks/results/faults.jsonl
-	FAULTS_RESULTS=benchmarks/results/faults.jsonl $(BIN)/pytest -n 2 --dist loadgroup -m faults tests/faults
+	rm -f benchmarks/faults.jsonl
+	FAULTS_RESULTS=benchmarks/faults.jsonl $(BIN)/pytest -n 2 --dist loadgroup -m faults tests/faults
 	FAULTS_EXAMPLES=500 $(BIN)/pytest -n 2 -m "not faults" tests/faults/test_inputs.py tests/faults/test_properties.py
 
 bench: $(READY) ## Measure time and memory on this machine, an hour: benchmarks/results/, docs/results/speed.md.

@@ -22,7 +22,7 @@ from zebra.model.attention import NAME
 from zebra.model.checkpoint import read_local_attention
 from zebra.model.local import LocalAttention
 from zebra.results import Result, read_results
-from zebra.train import texts, trainer
+from zebra.train import saves, texts, trainer
 from zebra.train.dry_run import dry_run
 from zebra.train.muon import MuonWithAdamW
 from zebra.train.pretrain import config_of, pretrain, random_model
@@ -198,7 +198,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model": {"model_type": "zebra_study", **TINY, "num_key_value_heads": 3}},
         "key-value heads divide the heads; got 3 of",
     ),
-    "no heads": ({"model": {"model_type": "zebra_study", **TINY, "num_attention_heads": 0}}, "is at least 1; got 0"),
+    "no heads": (
+        {"model": {"model_type": "zebra_study", **TINY, "num_attention_heads": 0}},
+        "num_attention_heads is from 1 to 100,000; got 0",
+    ),
 }
 
 
@@ -245,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
 def test_weights_that_are_not_finite_are_not_saved_as_good_and_the_rate_is_that_of_their_step(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    mark, state = trainer._Saves(2), SimpleNamespace(global_step=3)
+    mark, state = saves.Saves(2), SimpleNamespace(global_step=3)
     mark.on_pre_optimizer_step(None, state, None, optimizer=optimizer)  # type: ignore[arg-type]
     optimizer.param_groups[0]["lr"] = 0.125  # the schedule goes on before the save
     with torch.no_grad():

@@ -8,5 +8,5 @@ from faults.table import table
 
 
 def test_the_page_has_the_table_of_the_results() -> None:
-    counted = table(ROOT / "benchmarks" / "results" / "faults.jsonl")
+    counted = table(ROOT / "benchmarks" / "faults.jsonl")
     assert counted in (ROOT / "docs" / "reliability.md").read_text()

@@ -75,8 +75,9 @@ def rendering(source: str, remedy: str, where: str | None = None) -> Iterator[No
         ) from None
     except Exception as error:  # a template may raise anything
         text = first_line(error).rstrip(" .")
-        if not isinstance(error, ValueError) and not type(error).__module__.startswith("jinja2") and str(error):
-            text = f"{type(error).__name__}: {text}"
+        name, of_jinja = type(error).__name__, type(error).__module__.startswith("jinja2")
+        if not (isinstance(error, ValueError) or of_jinja or text.startswith(name)):
+            text = f"{name}: {text}"
         raise ZebraError(f"{subject} chat template of {source} does not take it: {text}. {remedy}") from None
 
 

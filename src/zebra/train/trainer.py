@@ -196,7 +196,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "use_cpu": not torch.cuda.is_available(),
         "data_seed": train.seed,
         "save_only_model": recipe.parallel.shard > 1,  # the rest is written by `ShardedStates`
-        "save_total_limit": None,  # the Trainer removes the oldest by the clock, which may be set back: `_Saves` does
+        "save_total_limit": None,  # the Trainer removes the oldest by the clock, which may be set back: `Saves` does
         "include_num_input_tokens_seen": "all",
         "train_sampling_strategy": "random",
         "report_to": "none",
