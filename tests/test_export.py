@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -266,6 +267,8 @@ def test_a_conversion_warns_where_an_engine_would_be_wrong(
     assert "vLLM would run this qwen2_moe wrongly and in silence" in done.stderr
     done = zebra("export", source, tmp_path / "vllm", "--to", "vllm", "--stripes", "GL:9")
     assert "--model-impl transformers" in done.stdout
+    done = zebra("convert", checkpoints("qwen3"), tmp_path / "qwen3", "--stripes", "GL:9")
+    assert "MLX would run this qwen3 wrongly and in silence, with full attention" in done.stderr
 
 
 def engine(tmp_path: Path, answer: dict[str, Any]) -> str:
@@ -318,6 +321,8 @@ def test_an_engine_that_is_not_there_is_named(tmp_path: Path, zebra: Zebra) -> N
     options = ("--against", path, "--engine", "gguf")
     refused(zebra("verify", target, *options), "No module named 'xllamacpp'", "docs/engines.md")
     refused(zebra("verify", target, *options, "--python", tmp_path / "no"), "there is no Python at")
+    for program in ("true", "cat"):
+        refused(zebra("verify", target, *options, "--python", shutil.which(program)), "gives no answer of gguf")
     refused(zebra("verify", target, "--engine", "gguf"), "Name it with --against")
     refused(zebra("verify", target, *options, "--rope", "yarn:2"), "--rope does not go with --engine")
     refused(zebra("verify", path, "--against", path, "--python", "x"), "--engine")

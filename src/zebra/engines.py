@@ -20,7 +20,7 @@ class Support(NamedTuple):
         reason: of the verdict, or a condition.
         flag: that makes it exact.
         read: whether it was read in the engine's source, and not run.
-        silent: whether it is wrong in silence, where the flag is absent.
+        silent: whether it is wrong in silence, where the flag is absent; of MLX, on a folder of `zebra convert`.
     """
 
     verdict: str
@@ -34,6 +34,7 @@ _BY_TRANSFORMERS = "--model-impl transformers"
 _ONE_EXPERT = "as mellum; a dense layer is one expert"
 _PERIOD = "the last layer of each period global (LG, LLLG)"
 _NO_MLX = "no class has its tensors and windows by layer"
+_FULL_IN_MLX = Support(REFUSES, _NO_MLX + "; full attention on a folder of `zebra convert`", silent=True)
 
 ENGINES: dict[str, dict[str, Support]] = {
     "cwm": {
@@ -53,12 +54,12 @@ ENGINES: dict[str, dict[str, Support]] = {
     },
     "qwen2": {
         "llama.cpp": Support(EXACT, "as granite_swa"),
-        "MLX": Support(REFUSES, _NO_MLX),
+        "MLX": _FULL_IN_MLX,
         "vLLM": Support(FLAG, "refuses without", _BY_TRANSFORMERS),
     },
     "qwen3": {
         "llama.cpp": Support(EXACT, _ONE_EXPERT),
-        "MLX": Support(REFUSES, _NO_MLX),
+        "MLX": _FULL_IN_MLX,
         "vLLM": Support(FLAG, "refuses without", _BY_TRANSFORMERS),
     },
     "qwen2_moe": {
@@ -73,7 +74,7 @@ ENGINES: dict[str, dict[str, Support]] = {
     },
     "gemma2": {
         "llama.cpp": Support(EXACT, _PERIOD),
-        "MLX": Support(REFUSES, _NO_MLX),
+        "MLX": _FULL_IN_MLX,
         "vLLM": Support(EXACT),
     },
     "gemma3_text": {
@@ -113,8 +114,10 @@ def warning(family: str) -> str | None:
     """
     for engine, support in ENGINES.get(family, {}).items():
         if support.silent:
-            text = f"{engine} would run this {family} wrongly and in silence: {support.reason}"
-            return f"{text} {support.flag}. Serve it with that."
+            text = f"{engine} would run this {family} wrongly and in silence"
+            if support.flag:
+                return f"{text} without {support.flag}. Serve it with that."
+            return f"{text}, with full attention in every layer. Serve it with another engine."
     return None
 
 

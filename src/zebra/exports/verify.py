@@ -137,7 +137,7 @@ def run_engine(engine: str, python: str, requests: list[dict[str, Any]]) -> list
     """Requests to an engine, in a process of its environment; see run_gguf.py.
 
     Raises:
-        ZebraError: it is not installed there, or its process fails.
+        ZebraError: it is not installed there, or its process fails or is another program's.
     """
     script = Path(__file__).with_name(f"run_{engine}.py")
     try:
@@ -153,7 +153,13 @@ def run_engine(engine: str, python: str, requests: list[dict[str, Any]]) -> list
         raise ZebraError(
             f"{engine} cannot be run by {python}: {last.strip()}. See docs/engines.md for its environment."
         )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    try:
+        answers = [dict(json.loads(line)) for line in done.stdout.splitlines()]
+    except (ValueError, TypeError):
+        answers = []
+    if len(answers) != len(requests):
+        raise ZebraError(f"{python} gives no answer of {engine}. Name the Python of the engine's environment.")
+    return answers
 
 
 @torch.no_grad()
