@@ -237,9 +237,16 @@ def test_a_folder_for_mlx_shares_the_weights(tmp_path: Path, zebra: Zebra) -> No
     assert (config["sliding_window"], config["rope_theta"], config["rope_scaling"]) == (9, 1e4, None)
     assert config["layer_types"][:2] == ["full_attention", "sliding_attention"]
     assert (tmp_path / "mlx" / "model.safetensors").samefile(path / "model.safetensors")
+    assert "mlx_lm.generate --model" in done.stdout
     readme = (tmp_path / "mlx" / "README.md").read_text()
     assert "mlx_lm.generate --model" in readme
-    assert "mlx_lm.generate --model" in done.stdout
+    assert "transformers would run every layer with full attention" in readme
+    tiny_model("smollm3", no_rope_layers=[1, 1, 1, 0, 1]).save_pretrained(tmp_path / "smollm3")
+    done = zebra("export", tmp_path / "smollm3", tmp_path / "smollm3-mlx", "--to", "mlx", "--stripes", "GL:9")
+    assert done.returncode == 0, done.stderr
+    assert "full attention" not in (tmp_path / "smollm3-mlx" / "README.md").read_text()
+    config = json.loads((tmp_path / "smollm3-mlx" / "config.json").read_text())
+    assert (config["model_type"], config["no_rope_layers"]) == ("smollm3", [1, 1, 1, 0, 1])
     refused(zebra("generate", tmp_path / "mlx", "--prompt", "a"), "layer_types, which its class ignores")
     refused(zebra("export", path, tmp_path / "all", "--to", "mlx", "--stripes", "L:9"), "wants a global layer")
 

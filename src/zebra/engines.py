@@ -44,7 +44,7 @@ ENGINES: dict[str, dict[str, Support]] = {
     },
     "smollm3": {
         "llama.cpp": Support(EXACT, "as granite_swa"),
-        "MLX": Support(EXACT, "as llama, where all layers have a rope"),
+        "MLX": Support(EXACT),
         "vLLM": Support(EXACT),
     },
     "ministral": {

@@ -82,8 +82,6 @@ MEMBERS = {
     ),
 }
 NAMES = {"gguf": "llama.cpp", "mlx": "MLX", "vllm": "vLLM"}
-NOT_BY_MLX = {"smollm3": "layers without a rope"}
-"""Members that one engine does not take, though it takes others of the family."""
 WRONG = {
     "qwen2_moe, without the flag": {},
     "cohere2, without the flag": {},
@@ -178,8 +176,7 @@ def exported(engine: str, source: Path, layout: str, target: Path, dtype: str) -
 
 
 def refused(engine: str, member: str) -> bool:
-    verdict = ENGINES[MEMBERS[member].target][NAMES[engine]].verdict
-    return verdict not in (EXACT, FLAG) or (engine == "mlx" and member in NOT_BY_MLX)
+    return ENGINES[MEMBERS[member].target][NAMES[engine]].verdict not in (EXACT, FLAG)
 
 
 @pytest.fixture(scope="session")

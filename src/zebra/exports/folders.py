@@ -40,10 +40,6 @@ class _MlxFamily(NamedTuple):
     unsupported: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
 
-def _layers_without_rope(config: PreTrainedConfig) -> str | None:
-    return "layers without a rope" if not all(config.no_rope_layers) else None
-
-
 def _gemma_faults(config: PreTrainedConfig) -> str | None:
     return "a cap of its logits" if config.final_logit_softcapping else scaled_local_rope(config)
 
@@ -61,7 +57,7 @@ def _experts_of_halves(config: PreTrainedConfig) -> str | None:
 MLX: dict[str, _MlxFamily] = {
     "cwm": _MlxFamily("llama"),
     "ministral": _MlxFamily("llama"),
-    "smollm3": _MlxFamily("llama", unsupported=_layers_without_rope),
+    "smollm3": _MlxFamily("smollm3"),
     "gemma3_text": _MlxFamily("gemma3_text", period=True, unsupported=_gemma_faults),
     "cohere2": _MlxFamily("cohere2", period=True),
     "olmo3": _MlxFamily("olmo3", both=True, unsupported=other_local_rope),
@@ -162,4 +158,6 @@ def export_folder(
 
 def _readme(to: str, config: PreTrainedConfig, command: str) -> str:
     layout = stripes_of(config)
-    return f"## Stripes: {layout}\n\nWritten by `zebra export --to {to}`. {_NOTES[to]}\n\n    {command}\n"
+    same = to == "mlx" and MLX[config.model_type].model_type == config.model_type
+    note = "Its config.json has what mlx-lm reads besides." if same else _NOTES[to]
+    return f"## Stripes: {layout}\n\nWritten by `zebra export --to {to}`. {note}\n\n    {command}\n"
