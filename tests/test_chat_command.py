@@ -126,6 +126,18 @@ def test_without_a_terminal_each_line_is_a_message(checkpoint: Path, tmp_path: P
     assert "\x1b" not in done.stdout + done.stderr
 
 
+def test_files_of_one_name_in_two_folders_are_both_read(checkpoint: Path, tmp_path: Path, zebra: Zebra) -> None:
+    for name, text in (("a", "Tom had a red ball."), ("b", "Lily had a cat.")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "story.txt").write_text(text)
+    files = "--file", "a/story.txt", "--file", "b/story.txt"
+    lines = "Who?\n/save talk.jsonl\n"
+    done = zebra("chat", checkpoint, *files, "--max-new-tokens", 3, cwd=tmp_path, input=lines)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "talk.jsonl").read_text())
+    assert saved["messages"][0]["content"] == "Tom had a red ball.\n\nLily had a cat.\n\nWho?"
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [

@@ -44,7 +44,7 @@ def chat(
     """Converse with a checkpoint in its chat template. Where stdin is no terminal, each of its lines is a message."""
     arguments = options.call_arguments(locals(), "checkpoint", "file", "system")
     check_checkpoint(checkpoint)
-    texts = {path.name: document_text(path) for path in file or []}
+    texts = [(path.name, document_text(path)) for path in file or []]
     with show.working():
         from zebra.cli.chat_session import ChatSession
         from zebra.conversation import Conversation
@@ -52,7 +52,7 @@ def chat(
         is_terminal = sys.stdin.isatty()
         session = ChatSession(Conversation(checkpoint, **arguments), is_terminal=is_terminal)
         session.chat.system = system
-        for name, text in texts.items():
+        for name, text in texts:
             session.add_document(name, text)
         session.run(_messages(_prompt()) if is_terminal else _lines())
 
