@@ -264,6 +264,9 @@ def test_a_folder_for_vllm_says_its_command(tmp_path: Path) -> None:
     done = zebra.export(path, tmp_path / "sglang", to="sglang", stripes="GL:9")
     assert json.loads((tmp_path / "sglang" / "config.json").read_text())["sliding_window"] == 8
     assert "not run" in (tmp_path / "sglang" / "README.md").read_text()
+    for use in (zebra.load, lambda it: zebra.export(it, tmp_path / "again", to="vllm")):
+        with pytest.raises(ZebraError, match=r"exported for SGLang, .* one key less than GL:9"):
+            use(tmp_path / "sglang")
 
 
 def test_a_conversion_warns_where_an_engine_would_be_wrong(

@@ -232,10 +232,15 @@ def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAt
         kwargs: keyword arguments of `from_pretrained`.
 
     Raises:
-        ZebraError: a zebra.json that is broken.
+        ZebraError: a zebra.json that is broken, or of an export for SGLang, in whose config.json a window is one less.
     """
     file = None if is_gguf(path) else _hub_file(path, "zebra.json", kwargs)
     values = {} if file is None else read_json_object(Path(file), _MEND)
+    if values.get("engine") == "sglang":
+        raise ZebraError(
+            f"{path} was exported for SGLang, and its config.json has a window of one key less than "
+            f"{values.get('layout')}. Take what it was made of: {values.get('source')}."
+        )
     sinks, full_decode = values.get("sinks", 0), values.get("full_decode", False)
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):
         raise ZebraError(
