@@ -168,13 +168,13 @@ def test_a_command_is_one_that_a_shell_reads(tmp_path: Path) -> None:
     for to, name in (("gguf", "my model.gguf"), ("mlx", "my mlx"), ("vllm", "my vllm"), ("sglang", "my sglang")):
         done = zebra.export(path, tmp_path / name, to=to, stripes="GL:9")
         assert str(tmp_path / name) in shlex.split(done.command)
-    asked = answering(tmp_path)
+    stub = answering(tmp_path)
     with pytest.raises(ZebraError, match=r"vllm does not run .*my vllm: it was asked"):
-        verify_export(tmp_path / "my vllm", path, "vllm", python=asked)
+        verify_export(tmp_path / "my vllm", path, "vllm", python=stub)
     folder(tmp_path / "qwen", "qwen3")
     zebra.export(tmp_path / "qwen", tmp_path / "my qwen", to="vllm", stripes="GL:9")
     with pytest.raises(ZebraError, match="it was asked"):
-        verify_export(tmp_path / "my qwen", tmp_path / "qwen", "vllm", python=asked)
+        verify_export(tmp_path / "my qwen", tmp_path / "qwen", "vllm", python=stub)
     assert json.loads((tmp_path / "request.json").read_text())[0]["arguments"] == {"model_impl": "transformers"}
 
 
@@ -193,7 +193,7 @@ def test_what_was_not_written_for_an_engine_is_not_run_by_it(tmp_path: Path, zeb
         assert not (tmp_path / "request.json").exists()
         return done
 
-    asked = answering(tmp_path)
+    stub = answering(tmp_path)
     refused(verify(mlx, "vllm"), "was written for mlx, not for vllm")
     refused(verify(mlx, "gguf"), "gguf runs a file that ends in .gguf")
     refused(verify(tmp_path / "x.gguf", "mlx"), "mlx runs a folder")

@@ -70,6 +70,7 @@ CONSTANT = {"train__lr_scheduler_type": "constant"}
 """A schedule without an end: a run may go on."""
 
 
+@pytest.mark.full
 def test_two_processes_that_split_weights_train_as_one(tmp_path: Path) -> None:
     """Each holds half of the moments, and one process goes on from what they wrote, with the same steps."""
     two = adapt_recipe(tmp_path / "run", parallel={"shard": 2}, evaluate=None, train__max_steps=4, **CONSTANT)

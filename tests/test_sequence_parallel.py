@@ -61,10 +61,10 @@ CASES = {
     "low-rank updates": Case("GL:5", 30, how="lora"),
     "sharded weights": Case("GL:5", 30, how="sharded"),
     "copies of sharded weights": Case("GL:5", 30, how="sharded in two"),
-    "sharded weights, checkpointing": Case("GL:5", 30, how="sharded, checkpointing"),
-    "sharded low-rank updates": Case("GL:5", 30, how="sharded lora"),
 }
 MORE = {
+    "sharded weights, checkpointing": Case("GL:5", 30, how="sharded, checkpointing"),
+    "sharded low-rank updates": Case("GL:5", 30, how="sharded lora"),
     "packed by offsets": Case("GL:9", 30, batch="offsets"),
     "padding on the right": Case("GL:9", 30, batch="right"),
     "sinks that begin next door": Case("GL:4+6", 22),
