@@ -189,7 +189,7 @@ def test_what_was_not_written_for_an_engine_is_not_run_by_it(tmp_path: Path, zeb
     zebra("export", path, mlx, "--to", "mlx", "--stripes", "GL:9")
 
     def verify(target: Path, engine: str, *options: str) -> Any:
-        done = zebra("verify", target, "--against", path, "--engine", engine, "--python", asked, *options)
+        done = zebra("verify", target, "--against", path, "--engine", engine, "--python", stub, *options)
         assert not (tmp_path / "request.json").exists()
         return done
 
