@@ -277,6 +277,9 @@ def test_a_text_beyond_the_reach_of_self_extend_is_warned_of_before_and_once(
         ({"temperature": 1.0, "min_p": -1.0}, "`min_p` has to be a float in the [0, 1] interval, but is -1.0"),
         ({"top_p": 0.9, "top_k": 5}, "top_p, top_k filter what is drawn"),
         ({"repetition_penalty": 0.0}, "`penalty` has to be a strictly positive float, but is 0.0"),
+        ({"temperature": 1e-40}, "temperature above 0 is a number from 1e-06; got 1e-40"),
+        ({"temperature": float("inf")}, "got inf"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty is a number from 1e-06; got 1e-40"),
         ({"stop": ("",)}, "stop string"),
     ],
 )

@@ -319,6 +319,7 @@ def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
         ("/v1/chat/completions", {"messages": user("x"), "n": 2}, 400, ["n:", "'2'"]),
         ("/v1/chat/completions", {"messages": user("x"), "nothing": 2}, 400, ["nothing"]),
         ("/v1/chat/completions", {"messages": user("x"), "temperature": -1}, 400, ["temperature"]),
+        ("/v1/completions", {"prompt": "x", "temperature": 1e-40}, 400, ["temperature", "1e-40"]),
         ("/v1/chat/completions", {"messages": user("x"), "max_tokens": 0}, 400, ["max_tokens", "'0'"]),
         ("/v1/chat/completions", {"messages": user("x"), "top_logprobs": 3}, 400, ["logprobs"]),
         ("/v1/chat/completions", {"messages": user("x"), "stop": [""]}, 400, ["stop"]),
@@ -347,6 +348,19 @@ def test_bad_input_is_one_clear_error(served: Served, path: str, body: Any, stat
     assert set(error["error"]) == {"message", "type", "param", "code"}
     for word in words:
         assert word in error["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "prompt"),
+    [
+        ("/v1/chat/completions", "messages", user("x " * 2000)),
+        ("/v1/completions", "prompt", "x " * 2000),
+        ("/v1/responses", "input", "x " * 2000),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_named_by_its_field(served: Served, path: str, field: str, prompt: Any) -> None:
+    status, error, _ = served.post(path, {field: prompt})
+    assert (status, error["error"]["code"], error["error"]["param"]) == (400, "context_length_exceeded", field)
 
 
 def test_a_part_that_is_an_image_is_rejected(served: Served) -> None:

@@ -16,6 +16,9 @@ from transformers.generation import (
 
 from zebra.errors import ZebraError, first_line
 
+_LEAST_DIVISOR = 1e-6
+"""The least temperature above 0, and the least penalty: logits that are divided by much less overflow."""
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -33,7 +36,8 @@ class Decoding:
             long prompt's activations take less memory.
 
     Raises:
-        ZebraError: what transformers rejects, such as a negative temperature, or top_p without a temperature.
+        ZebraError: what transformers rejects, such as a negative temperature, or top_p without a temperature; one so
+            small that logits overflow.
     """
 
     max_new_tokens: int = 256
@@ -74,6 +78,7 @@ class Decoding:
                     kind(value)
         except ValueError as error:
             raise ZebraError(f"these options of decoding cannot be used: {first_line(error)}") from None
+        self._check_divisors()
 
     def to_generation_config(self, **tokens: Any) -> GenerationConfig:
         """transformers' config: every field that the checkpoint's own would fill is set, to a neutral value by default.
@@ -97,3 +102,9 @@ class Decoding:
             return_dict_in_generate=True,
             **tokens,
         )
+
+    def _check_divisors(self) -> None:
+        divisors = {"temperature above 0": self.temperature or 1.0, "repetition_penalty": self.repetition_penalty}
+        for name, value in divisors.items():
+            if not _LEAST_DIVISOR <= value < float("inf"):
+                raise ZebraError(f"{name} is a number from {_LEAST_DIVISOR:g}; got {value:g}. Choose another.")

@@ -159,7 +159,7 @@ class Prompts:
         try:
             context_room(self._model, len(ids))
         except ContextLengthError as error:
-            raise ApiError(400, str(error), code="context_length_exceeded", param="messages") from None
+            raise ApiError(400, str(error), code="context_length_exceeded", param=body.PROMPT) from None
         try:
             decoding = Decoding(max_new_tokens=new_tokens or self._max_tokens, **body.decoding())
         except ZebraError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -72,6 +72,8 @@ class Sampling(BaseModel):
     """What all requests share; a field that is null is as one that is not there."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    PROMPT: ClassVar[str]
+    """The field that holds the prompt."""
 
     model: str | None = None
     stream: bool = False
@@ -170,6 +172,8 @@ class Message(BaseModel):
 class ChatRequest(Sampling):
     """The body of `/v1/chat/completions`."""
 
+    PROMPT = "messages"
+
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -192,6 +196,8 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """The body of `/v1/completions`."""
 
+    PROMPT = "prompt"
+
     prompt: Unicode | list[int]
     max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
@@ -208,6 +214,8 @@ class CompletionRequest(Sampling):
 
 class ResponsesRequest(Sampling):
     """The body of `/v1/responses`."""
+
+    PROMPT = "input"
 
     input: Unicode | list[dict[str, Any]]
     instructions: Unicode | None = None
