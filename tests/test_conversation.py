@@ -272,3 +272,20 @@ def test_messages_that_are_none(models: Any, tokenizer: Any) -> None:
     chat.system = None
     assert chat.system is None
     assert chat.transcript() == []
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user"},
+        {"content": "Hello"},
+        {"role": "user", "content": None},
+        {"role": "assistant", "content": "", "tool_calls": []},
+        {"role": "user", "content": "Hello", "documents": [None]},
+    ],
+    ids=str,
+)
+def test_a_beginning_with_what_is_no_message(models: Any, tokenizer: Any, message: dict[str, Any]) -> None:
+    chat = zebra.Conversation(models("full"), tokenizer=tokenizer, messages=[message])
+    with pytest.raises(ZebraError, match="a role and a content, both texts"):
+        chat.reply("Hello")

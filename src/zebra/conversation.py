@@ -241,7 +241,16 @@ class Conversation:
 
 
 def _with_documents(message: Message) -> Message:
-    """A message as the template takes it, documents before its content."""
+    """A message as the template takes it, documents before its content.
+
+    Raises:
+        ZebraError: it is none, or holds what would be lost here, such as calls of tools.
+    """
+    texts = message.get("role"), message.get("content"), *message.get("documents", [])
+    if not all(isinstance(text, str) for text in texts) or message.keys() - {"role", "content", "documents"}:
+        raise ZebraError(
+            f"a message has a role and a content, both texts, maybe documents; got {str(message)[:60]}. Change it."
+        )
     content = "\n\n".join([*message.get("documents", []), message["content"]])
     return {"role": message["role"], "content": content}
 
