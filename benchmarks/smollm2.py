@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from zebra.errors import ZebraError
@@ -82,7 +83,8 @@ PARTS = {
         + " ".join(f"--with checkpoint=runs/{run}/model" for run in TRAINED),
     ),
 }
-"""Of each part the folder that its command writes, and the command without it; beside them the part `documents`."""
+"""Of each part the folder that its command writes, and the command without it."""
+NAMES = (*PARTS, "documents")
 
 TUNED = {"as it was": MODEL, "adapted to stripes": "runs/lcat-smollm2/model", "then tuned": "runs/lit-smollm2/model"}
 _DOCUMENTS = (
@@ -307,10 +309,12 @@ def documents(results: Sequence[Result]) -> Section:
         return Section("Questions about long stories", [])
     named = {model: name for name, model in TUNED.items()}
     lines = [
-        ([Cell(named[model]), Cell(layout)], ones) for (model, layout), ones in split(here, _model_and_layout).items()
+        ([Cell(named[model]), Cell(layout)], ones)
+        for (model, layout), ones in split(here, attrgetter("model", "layout")).items()
     ]
     metrics = [
-        (Cell(metric.replace("_", " ")), where(tasks.mean_cell, metric=metric)) for metric in split(here, _metric)
+        (Cell(metric.replace("_", " ")), where(tasks.mean_cell, metric=metric))
+        for metric in split(here, attrgetter("metric"))
     ]
     prose = (
         "Ten stories of SQuALITY's development set, of at most 7,300 tokens, 50 questions; answers were generated for "
@@ -325,14 +329,6 @@ def documents(results: Sequence[Result]) -> Section:
     head = [Cell("the first question of three stories"), *map(Cell, TUNED)]
     scores = table("Scores", [Cell("model"), Cell("layout")], lines, metrics)
     return Section("Questions about long stories", [prose, scores, Table("Samples of answers", head, rows, False)])
-
-
-def _model_and_layout(result: Result) -> tuple[str, str]:
-    return result.model, result.layout
-
-
-def _metric(result: Result) -> str:
-    return result.metric
 
 
 def _shares(shares: Sequence[float]) -> str:
@@ -397,7 +393,7 @@ def write_page() -> None:
     Raises:
         ZebraError: no results.
     """
-    files = {part: RESULTS / f"smollm2-{part}.jsonl" for part in (*PARTS, "documents")}
+    files = {part: RESULTS / f"smollm2-{part}.jsonl" for part in NAMES}
     parts = {part: read_results(file) for part, file in files.items() if file.is_file()}
     results = [one for part in parts.values() for one in part]
     if not results:
@@ -412,9 +408,9 @@ def write_page() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    if unknown := [one for one in arguments if one not in (*PARTS, "documents", "--page")]:
-        raise ZebraError(f"parts are {', '.join(PARTS)}, documents, or --page alone; got {', '.join(unknown)}.")
-    for part in [] if "--page" in arguments else arguments or (*PARTS, "documents"):
+    if unknown := [one for one in arguments if one not in (*NAMES, "--page")]:
+        raise ZebraError(f"parts are {', '.join(NAMES)}, or --page alone; got {', '.join(unknown)}.")
+    for part in [] if "--page" in arguments else arguments or NAMES:
         measure(part)
     write_page()
 
