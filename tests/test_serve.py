@@ -20,6 +20,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from conftest import STORIES, refused, run_zebra
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoTokenizer
 
 import zebra
@@ -272,6 +273,15 @@ def test_parallel_answers_equal_single_ones(served: Served) -> None:
 # Clients that leave, and limits
 
 
+@pytest.fixture
+def slow_model() -> Iterator[None]:
+    """A token takes 0.1 s at least: 400 tokens end within no test's wait, unless they are cancelled."""
+    hook = register_module_forward_pre_hook(lambda module, args: time.sleep(0.002))
+    yield
+    hook.remove()
+
+
+@pytest.mark.usefixtures("slow_model")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_the_model(served: Served, stream: bool) -> None:
     body = {"messages": user(ONCE), "max_tokens": 450, "stream": stream}
@@ -289,6 +299,7 @@ def test_a_client_that_leaves_frees_the_model(served: Served, stream: bool) -> N
     assert served.metric('zebra_answers_total{finish="cancelled"}') == left + 1
 
 
+@pytest.mark.usefixtures("slow_model")
 def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
     body = json.dumps({"prompt": ONCE, "max_tokens": 400, "stream": True, "temperature": 1, "seed": 3}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
