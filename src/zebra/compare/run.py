@@ -16,20 +16,17 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from zebra.compare.data import LOADING, ComparisonData, Settings
 from zebra.compare.measurements import (
     COST,
     Measurement,
     Measurements,
     Unit,
-    hides_in_text,
     measure_cost,
     measure_sample,
     measure_window,
@@ -37,9 +34,6 @@ from zebra.compare.measurements import (
 )
 from zebra.compare.methods import Method, choose_methods, standard_methods
 from zebra.compare.results import comparison_results, failure_results
-from zebra.data.corpus import Corpus, read_corpus
-from zebra.data.encoding import Encoder, window_prefix, windows_of
-from zebra.data.needles import Sample, SampleGenerator
 from zebra.errors import ZebraError, first_line
 from zebra.evaluate.calibration import MIN_SAMPLES
 from zebra.evaluate.losses import selection_folder
@@ -49,7 +43,7 @@ from zebra.evaluate.target import EvalTarget
 from zebra.measure import measure_ceilings
 from zebra.model.checkpoint import checkpoint_digests
 from zebra.model.families import stripes_of
-from zebra.model.load import device_name, read_device
+from zebra.model.load import device_name
 from zebra.model.load_options import loaded_layout_name
 from zebra.model.self_extend import self_extend_of
 from zebra.plan.cost import BYTES, Run
@@ -57,53 +51,13 @@ from zebra.plan.decoder import decoder_from_config
 from zebra.plan.devices import Device
 from zebra.plan.memory import kv_bytes
 from zebra.progress import bar, console
-from zebra.provenance import versions
 from zebra.report import write_report
 from zebra.results import Result, write_results
 from zebra.stripes import GLOBAL, Stripes
 
 FIRST_WINDOW = Unit("window")
-LOADING = ("dtype", "device", "trust_remote_code")
 _ANSWER_TOKENS = 32
 """Tokens that a retrieval task decodes, for the estimate of its time."""
-_SELECTION_SAMPLES = 8
-"""At most."""
-_SELECTION_WINDOWS = 4
-"""Tokens of a sequence that layers are chosen by, in windows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is compared, on what.
-
-    Attributes:
-        text: files of the user's own text. Its windows are scored (of documents of a window or more; joined where there
-            are none), and it hides the evidence of the retrieval tasks. A quarter at most, its end, is held back to
-            select layers by.
-        length: tokens of a window and of a prompt.
-        stripes: the layout of the methods with stripes; a selected layout has as many global layers and its window.
-        windows, samples: at most so many windows, and so many samples of each task and depth.
-    """
-
-    checkpoint: str
-    text: Sequence[str]
-    length: int
-    methods: Sequence[Method]
-    stripes: Stripes
-    tasks: Sequence[str] = ("passkey", "needle")
-    depths: Sequence[float] = (0.1, 0.5, 0.9)
-    windows: int = 16
-    samples: int = 10
-    separator: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    trust_remote_code: bool = False
-    seed: int = 0
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """The fields of `LoadOptions` that all methods share."""
-        return {name: getattr(self, name) for name in LOADING}
 
 
 def compare(
@@ -146,7 +100,7 @@ def compare(
         stripes=layout,
         **options,
     )
-    data = _Data(settings)
+    data = ComparisonData(settings)
     with selection_folder(out, data.inputs()):
         comparison = _Comparison(settings, data, out)
         comparison.measure([COST, FIRST_WINDOW])
@@ -158,65 +112,6 @@ def compare(
     return results
 
 
-class _Data:
-    """The windows and the retrieval samples that every method gets, and the text that layers are selected by."""
-
-    def __init__(self, settings: Settings):
-        self._settings = settings
-        target = EvalTarget(settings.checkpoint, purpose=None, **settings.loading)
-        self.tokenizer, self.config, self.trained = target.tokenizer, target.config, target.reach
-        text = read_corpus(settings.text, Encoder.of(self.tokenizer), separator=settings.separator)
-        self.digest = hashlib.sha256(text.tokens.tobytes()).hexdigest()
-        length = settings.length
-        self.selection_length = min(_SELECTION_WINDOWS * settings.stripes.window, length, self.trained or length)
-        self.selection_samples = min(_SELECTION_SAMPLES, len(text.tokens) // 4 // self.selection_length)
-        self.selection_text, text = _split(text, self.selection_samples * self.selection_length)
-        text = text if (text.lengths >= length).any() else text.joined(length)
-        self.prefix = window_prefix(self.tokenizer)
-        self.windows: list[NDArray[np.integer[Any]]] = [
-            window.tokens(document)
-            for document in text
-            for window in windows_of(document, length, self.prefix)
-            if len(window) == length
-        ][: settings.windows]
-        self._generators = {
-            task: SampleGenerator(self.tokenizer, text if hides_in_text(task) else None) for task in settings.tasks
-        }
-        for task, generator in self._generators.items():
-            for depth in settings.depths:
-                generator.check(task, length=length, depth=depth, count=settings.samples, seed=settings.seed)
-
-    def inputs(self) -> dict[str, Any]:
-        """What the measurements depend on, apart from the methods and how much of each is measured."""
-        settings = self._settings
-        return {
-            "checkpoint": checkpoint_digests(settings.checkpoint),
-            "text": self.digest,
-            "prefix": [*self.prefix],
-            "stripes": str(settings.stripes),
-            "length": settings.length,
-            "seed": settings.seed,
-            "dtype": str(settings.dtype),
-            "device": read_device(settings.device),
-            "versions": versions(),
-        }
-
-    def sample(self, unit: Unit) -> Sample:
-        """The sample of a unit; the same whatever else is drawn."""
-        settings = self._settings
-        drawn = self._generators[unit.kind].samples(
-            unit.kind, length=settings.length, depth=unit.depth, count=unit.number + 1, seed=settings.seed
-        )
-        return drawn[-1]
-
-
-def _split(text: Corpus, held_back: int) -> tuple[Corpus, Corpus]:
-    """The last `held_back` tokens of a text, as one document, and what stands before them."""
-    end = len(text.tokens) - held_back
-    before = Corpus(text.tokens[:end], np.unique(np.minimum(text.offsets, end)))
-    return Corpus(text.tokens[end:], np.array([0, held_back], dtype=np.int64)), before
-
-
 class _Comparison:
     """The methods of one folder: what was measured, and why what is missing failed.
 
@@ -224,7 +119,7 @@ class _Comparison:
         failures: the reason by method and kind of unit.
     """
 
-    def __init__(self, settings: Settings, data: _Data, out: Path):
+    def __init__(self, settings: Settings, data: ComparisonData, out: Path):
         self.settings, self.data, self.measurements = settings, data, Measurements(out / "measurements.jsonl")
         self.failures: dict[tuple[str, str], str] = {}
         self._ceilings: Device | None = None

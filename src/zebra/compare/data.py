@@ -1,0 +1,121 @@
+"""What `zebra compare` compares and measures on: its settings, and the windows and samples that every method gets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zebra.compare.measurements import Unit, hides_in_text
+from zebra.compare.methods import Method
+from zebra.data.corpus import Corpus, read_corpus
+from zebra.data.encoding import Encoder, window_prefix, windows_of
+from zebra.data.needles import Sample, SampleGenerator
+from zebra.evaluate.target import EvalTarget
+from zebra.model.checkpoint import checkpoint_digests
+from zebra.model.load import read_device
+from zebra.provenance import versions
+from zebra.stripes import Stripes
+
+LOADING = ("dtype", "device", "trust_remote_code")
+_SELECTION_SAMPLES = 8
+"""At most."""
+_SELECTION_WINDOWS = 4
+"""Tokens of a sequence that layers are chosen by, in windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is compared, on what.
+
+    Attributes:
+        text: files of the user's own text. Its windows are scored (of documents of a window or more; joined where there
+            are none), and it hides the evidence of the retrieval tasks. A quarter at most, its end, is held back to
+            select layers by.
+        length: tokens of a window and of a prompt.
+        stripes: the layout of the methods with stripes; a selected layout has as many global layers and its window.
+        windows, samples: at most so many windows, and so many samples of each task and depth.
+    """
+
+    checkpoint: str
+    text: Sequence[str]
+    length: int
+    methods: Sequence[Method]
+    stripes: Stripes
+    tasks: Sequence[str] = ("passkey", "needle")
+    depths: Sequence[float] = (0.1, 0.5, 0.9)
+    windows: int = 16
+    samples: int = 10
+    separator: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The fields of `LoadOptions` that all methods share."""
+        return {name: getattr(self, name) for name in LOADING}
+
+
+class ComparisonData:
+    """The windows and the retrieval samples that every method gets, and the text that layers are selected by."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        target = EvalTarget(settings.checkpoint, purpose=None, **settings.loading)
+        self.tokenizer, self.config, self.trained = target.tokenizer, target.config, target.reach
+        text = read_corpus(settings.text, Encoder.of(self.tokenizer), separator=settings.separator)
+        self.digest = hashlib.sha256(text.tokens.tobytes()).hexdigest()
+        length = settings.length
+        self.selection_length = min(_SELECTION_WINDOWS * settings.stripes.window, length, self.trained or length)
+        self.selection_samples = min(_SELECTION_SAMPLES, len(text.tokens) // 4 // self.selection_length)
+        self.selection_text, text = _split(text, self.selection_samples * self.selection_length)
+        text = text if (text.lengths >= length).any() else text.joined(length)
+        self.prefix = window_prefix(self.tokenizer)
+        self.windows: list[NDArray[np.integer[Any]]] = [
+            window.tokens(document)
+            for document in text
+            for window in windows_of(document, length, self.prefix)
+            if len(window) == length
+        ][: settings.windows]
+        self._generators = {
+            task: SampleGenerator(self.tokenizer, text if hides_in_text(task) else None) for task in settings.tasks
+        }
+        for task, generator in self._generators.items():
+            for depth in settings.depths:
+                generator.check(task, length=length, depth=depth, count=settings.samples, seed=settings.seed)
+
+    def inputs(self) -> dict[str, Any]:
+        """What the measurements depend on, apart from the methods and how much of each is measured."""
+        settings = self._settings
+        return {
+            "checkpoint": checkpoint_digests(settings.checkpoint),
+            "text": self.digest,
+            "prefix": [*self.prefix],
+            "stripes": str(settings.stripes),
+            "length": settings.length,
+            "seed": settings.seed,
+            "dtype": str(settings.dtype),
+            "device": read_device(settings.device),
+            "versions": versions(),
+        }
+
+    def sample(self, unit: Unit) -> Sample:
+        """The sample of a unit; the same whatever else is drawn."""
+        settings = self._settings
+        drawn = self._generators[unit.kind].samples(
+            unit.kind, length=settings.length, depth=unit.depth, count=unit.number + 1, seed=settings.seed
+        )
+        return drawn[-1]
+
+
+def _split(text: Corpus, held_back: int) -> tuple[Corpus, Corpus]:
+    """The last `held_back` tokens of a text, as one document, and what stands before them."""
+    end = len(text.tokens) - held_back
+    before = Corpus(text.tokens[:end], np.unique(np.minimum(text.offsets, end)))
+    return Corpus(text.tokens[end:], np.array([0, held_back], dtype=np.int64)), before
