@@ -33,7 +33,8 @@ from zebra.report.series import FULL, percent
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import GLOBAL, Stripes
 from zebra.train.adapt import adapt
-from zebra.train.recipe import AdaptRecipe, read_recipe
+from zebra.train.recipe import AdaptRecipe
+from zebra.train.recipe_file import read_recipe
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "retrieval-2.2M"

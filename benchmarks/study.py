@@ -26,7 +26,7 @@ from zebra.results import Result, read_results, write_results
 from zebra.study.cells import recipes_of
 from zebra.study.page import chapters
 from zebra.study.recipe import StudyRecipe
-from zebra.train.recipe import read_recipe
+from zebra.train.recipe_file import read_recipe
 from zebra_bench import study as bench
 
 ROOT = Path(__file__).parent.parent

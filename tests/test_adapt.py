@@ -273,7 +273,8 @@ def keep(self, args, state, control, model=None, **kwargs):
         torch.save(gradients, sys.argv[-1] + ".gradients")
 trainer._ShowProgress.on_pre_optimizer_step = keep
 from zebra.train.adapt import adapt
-from zebra.train.recipe import AdaptRecipe, read_recipe
+from zebra.train.recipe import AdaptRecipe
+from zebra.train.recipe_file import read_recipe
 adapt(read_recipe(sys.argv[-1], AdaptRecipe))
 """
 

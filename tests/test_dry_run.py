@@ -18,7 +18,8 @@ from zebra.plan.shapes import SHAPES, shape
 from zebra.stripes import Stripes
 from zebra.train.adapt import adapt
 from zebra.train.dry_run import dry_run, saved_storages
-from zebra.train.recipe import AdaptRecipe, read_recipe
+from zebra.train.recipe import AdaptRecipe
+from zebra.train.recipe_file import read_recipe
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("study-"))  # grids
 BIG = [path for path in RECIPES if path.stem.startswith("lcat-") and not path.stem.endswith("-cpu")]

@@ -21,7 +21,7 @@ from zebra.study.cells import cells_of, recipes_of
 from zebra.study.grid import estimate, study
 from zebra.study.recipe import StudyRecipe
 from zebra.train.pretrain import config_of
-from zebra.train.recipe import read_recipe
+from zebra.train.recipe_file import read_recipe
 from zebra.train.tokenizer import END
 
 

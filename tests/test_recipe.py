@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.stripes import Stripes
-from zebra.train.recipe import AdaptRecipe, RecipeSection, read_recipe
+from zebra.train.recipe import AdaptRecipe, RecipeSection
+from zebra.train.recipe_file import read_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 

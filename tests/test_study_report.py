@@ -26,7 +26,7 @@ from zebra.study.page import chapters
 from zebra.study.pictures import Point, frontier, plot_scatter
 from zebra.study.results import StudyCell, studies_in
 from zebra.study.spread import Difference, Losses, Spread, loss_difference, spread
-from zebra.train.recipe import read_recipe
+from zebra.train.recipe_file import read_recipe
 
 FULL, GROUPED, SUMMARY, LOCAL = "full", "GL:32", "SS:32/16", "L:32"
 LAYOUTS = (FULL, GROUPED, SUMMARY, LOCAL)

@@ -33,7 +33,7 @@ from zebra.stripes import Stripes
 from zebra.train.chat import Chat
 from zebra.train.dry_run import dry_run
 from zebra.train.instructions import read_instructions
-from zebra.train.recipe import read_recipe
+from zebra.train.recipe_file import read_recipe
 from zebra.train.sft import AnswerSequences, TokenizedSource, as_dataset
 from zebra.train.tune import tune
 from zebra.train.tune_recipe import TuneRecipe

@@ -27,7 +27,8 @@ from zebra.model.checkpoint import load_tokenizer, read_config, read_local_atten
 from zebra.model.weights import check_weights
 from zebra.plan.decoder import read_decoder
 from zebra.results import read_results
-from zebra.train.recipe import AdaptRecipe, PretrainRecipe, checked, parse_yaml
+from zebra.train.recipe import AdaptRecipe, PretrainRecipe
+from zebra.train.recipe_file import checked, parse_yaml
 from zebra.train.tune_recipe import TuneRecipe
 
 ODD = (

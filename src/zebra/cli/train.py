@@ -45,7 +45,8 @@ def pretrain(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_
 
 def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, **options: bool) -> None:
     """Estimate a recipe's cost, or train by it, write its page and print its results."""
-    from zebra.train.recipe import AdaptRecipe, CheckpointRecipe, PretrainRecipe, check_files, read_recipe
+    from zebra.train.recipe import AdaptRecipe, CheckpointRecipe, PretrainRecipe
+    from zebra.train.recipe_file import check_files, read_recipe
     from zebra.train.tune_recipe import TuneRecipe
 
     kinds: dict[str, type[AdaptRecipe | TuneRecipe | PretrainRecipe]]
@@ -89,7 +90,7 @@ def study(
 ) -> None:
     """Train a grid of models from scratch, attention × positions × length, and measure each; resumable."""
     from zebra.study.recipe import StudyRecipe
-    from zebra.train.recipe import read_recipe
+    from zebra.train.recipe_file import read_recipe
 
     grid = read_recipe(recipe, StudyRecipe, set_ or [])
     with show.working():

@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 
 from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint
-from zebra.train.recipe import AdaptRecipe, PretrainRecipe, Recipe, RecipeSection, checked, read_recipe
+from zebra.train.recipe import AdaptRecipe, PretrainRecipe, Recipe, RecipeSection
+from zebra.train.recipe_file import checked, read_recipe
 from zebra.train.tune_recipe import TuneRecipe
 
 

@@ -11,7 +11,8 @@ from zebra.errors import ZebraError
 from zebra.study.model import StudyConfig, attention_kinds
 from zebra.study.recipe import StudyRecipe
 from zebra.train.pretrain import config_of
-from zebra.train.recipe import PretrainRecipe, checked
+from zebra.train.recipe import PretrainRecipe
+from zebra.train.recipe_file import checked
 
 CELL_KEYS = ("run", "model.attention_kinds", "model.position_embedding", "model.sliding_window", "model.summary_block",
              "train.length", "train.per_device_train_batch_size", "train.seed", "evaluate.length",

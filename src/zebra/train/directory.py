@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write, directory_lock, file_digest, is_vacant
-from zebra.train.recipe import Recipe, named_files, parse_yaml
+from zebra.train.recipe import Recipe
+from zebra.train.recipe_file import named_files, parse_yaml
 
 COMPLETE = "COMPLETE"
 """The mark that a checkpoint is whole, written last."""

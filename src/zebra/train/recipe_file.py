@@ -1,0 +1,162 @@
+"""Reading a recipe: YAML within bounds, overrides, and what is wrong with it in one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from zebra.data.documents import find_files
+from zebra.errors import ZebraError
+from zebra.files import refuse_other_kinds
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with decimal numbers, no dates, and each key once: YAML 1.1 reads the layout 2:33 as 153, and 010 as 8."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
+    list("-+0123456789"),
+)
+
+R = TypeVar("R", bound=BaseModel)
+_MOST_CHARACTERS, _MOST_VALUES = 1 << 20, 100_000
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, whose size is bounded before any alias is followed.
+
+    Raises:
+        yaml.YAMLError: no YAML; one that is too large, also by its aliases, or too deep.
+    """
+    if len(text) > _MOST_CHARACTERS:
+        raise yaml.YAMLError(f"it has more than {_MOST_CHARACTERS:,} characters")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if _values(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"with its aliases written out it has more than {_MOST_VALUES:,} values")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _values(node: Any, sizes: dict[int, float]) -> float:
+    """Values below a node, one that stands in several places in each of them."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = float("inf")  # for an alias within itself
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [one for pair in node.value for one in pair]
+        sizes[id(node)] = 1 + sum(_values(one, sizes) for one in inner)
+    return sizes[id(node)]
+
+
+def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence[str] = ()) -> R:
+    """Read a recipe and apply overrides `a.b=value`, whose values are YAML.
+
+    Raises:
+        ZebraError: no file, no YAML; an unknown key, a wrong value or a contradiction (see `checked`).
+    """
+    refuse_other_kinds(Path(path))
+    try:
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ZebraError(f"the recipe {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ZebraError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise ZebraError(f"the recipe {path} is not a table of keys and values. See recipes/ for examples.")
+    for override in overrides:
+        _override(tree, override)
+    if "\\x00" in repr(tree):
+        raise ZebraError(f"{path}: no path can hold a NUL character. Remove it.")
+    return checked(tree, kind, str(path))
+
+
+def checked(tree: Any, kind: type[R], name: str) -> R:
+    """A tree of keys and values as a recipe; `name` is how an error calls it.
+
+    Raises:
+        ZebraError: an unknown key (with the nearest known one), a wrong value, a contradiction.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ZebraError(f"{name}: " + "; ".join(_message(problem, kind) for problem in error.errors())) from None
+
+
+_FILES = ("files", "leaks", "text", "haystack", "file", "include")
+_MAYBE_FILES = ("tokenizer", "chat_template")
+
+
+def named_files(tree: Any, key: str = "") -> list[str]:
+    """The files, folders and globs that a recipe names, at any depth: the values of keys that hold such."""
+    if isinstance(tree, dict):
+        return [file for name, inner in tree.items() for file in named_files(inner, name)]
+    if isinstance(tree, list | tuple):
+        return [file for inner in tree for file in named_files(inner, key)]
+    is_file = isinstance(tree, str) and (key in _FILES or (key in _MAYBE_FILES and Path(tree).exists()))
+    return [tree] if is_file else []
+
+
+def check_files(recipe: BaseModel) -> None:
+    """Check that the files that a recipe names exist, without reading them.
+
+    Raises:
+        ZebraError: as `find_files`.
+    """
+    find_files(named_files(recipe.model_dump()))
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name.strip():
+        raise ZebraError(f"an override is written a.b=value; got {override!r}. Write for example train.max_steps=100.")
+    *parents, last = name.strip().split(".")
+    for parent in parents:
+        inner = tree.get(parent, {})
+        if not isinstance(inner, dict):
+            raise ZebraError(f"the override {override!r} goes below {parent}, which is a value. See the recipe's keys.")
+        tree[parent] = dict(inner)  # an alias of YAML is one table in two places
+        tree = tree[parent]
+    try:
+        tree[last] = parse_yaml(value)
+    except (yaml.YAMLError, ValueError):
+        raise ZebraError(f"the value of the override {override!r} is not YAML. Quote it.") from None
+
+
+def _message(problem: Any, kind: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        schema = kind.model_json_schema()
+        sections = [schema, *schema.get("$defs", {}).values()]
+        known = [name for section in sections for name in section.get("properties", ())]
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "; see recipes/ for the known keys.")
+    if problem["type"] == "missing":
+        return f"the key {where} is missing; add it."
+    value = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{where}: {message}{value}." if where else f"{message}."
