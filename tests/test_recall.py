@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from random import Random
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STORIES
-from transformers import AutoTokenizer
+from conftest import ROOT, STORIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import zebra
 from zebra.data.corpus import Corpus
 from zebra.data.packing import IGNORE, pack
 from zebra.data.recall import KINDS, Curriculum, RecallDataset, RecallGenerator
+from zebra.evaluate.recall import recall_by_distance
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,8 @@ def tokenizer() -> Any:
 def recall(tokenizer: Any) -> RecallGenerator:
     return RecallGenerator(tokenizer)
 
+
+RETRIEVAL = ROOT / "examples" / "retrieval-2.2M"
 
 ASKS = {
     "entries": r"(\w+): (\d{5})\.",
@@ -130,3 +135,41 @@ def test_sequences_follow_from_the_seed_and_their_place(recall: RecallGenerator)
     longest = [int(first[i]["position_ids"].max()) + 1 for i in range(40) if not plain[i]]
     assert longest[0] < 300
     assert max(longest[-8:]) == 400
+
+
+@pytest.mark.parametrize("size", [200, 777])
+def test_a_lookup_stands_where_its_answer_says(size: int, recall: RecallGenerator, tokenizer: Any) -> None:
+    ids, answers = recall.lookups(size, Random(size))
+    assert len(ids) == size
+    assert answers
+    for start, end, distance in answers:
+        value, query = ids[start:end], tokenizer.decode(ids[:start])[-40:]
+        assert value == ids[start - distance : end - distance]
+        assert re.fullmatch(r"\d{5}", tokenizer.decode(value).strip())
+        key = re.search(r"key (\d{5}) again\. \1: ?$", query)
+        assert key
+        assert f"{key[1]}: {tokenizer.decode(value).strip()}." in tokenizer.decode(ids[: start - 20])
+
+
+def test_recall_is_the_mean_loss_of_the_values_by_distance() -> None:
+    """By plain transformers' logits; a checkpoint that looks things up knows them, and one that does not guesses."""
+    retrieval = zebra.load(RETRIEVAL)
+    recall = RecallGenerator(AutoTokenizer.from_pretrained(RETRIEVAL))
+    plain = AutoModelForCausalLM.from_pretrained(RETRIEVAL, dtype=torch.float32)
+    scores = recall_by_distance(retrieval, recall, length=256, documents=4, first_bucket=64, seed=3)
+    losses: dict[int, list[float]] = {0: [], 64: [], 128: []}
+    for i in range(4):
+        ids, answers = recall.lookups(256, Random(f"measured 3 256 {i}"))
+        log_probabilities = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for start, end, distance in answers:
+            bucket = max(bound for bound in losses if bound <= distance)
+            losses[bucket] += [-log_probabilities[t - 1, ids[t]].item() for t in range(start, end)]
+    assert {score.position_from: score.tokens for score in scores} == {b: len(one) for b, one in losses.items() if one}
+    for score in scores:
+        mean = sum(losses[score.position_from]) / len(losses[score.position_from])
+        assert score.perplexity == pytest.approx(math.exp(mean), rel=1e-3)
+        assert score.perplexity < 1.5
+    guessing = recall_by_distance(
+        zebra.load(STORIES), RecallGenerator(AutoTokenizer.from_pretrained(STORIES)), length=256, documents=2
+    )
+    assert all(score.perplexity > 5 for score in guessing)

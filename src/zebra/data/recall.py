@@ -59,15 +59,24 @@ class Curriculum:
 
 
 class _Question(NamedTuple):
-    """A needle, the query for its value, and the value with its full stop, as tokens."""
+    """A needle, the query for its value, and the value with its full stop, as tokens; and how many the stop has."""
 
     needle: tuple[int, ...]
     query: tuple[int, ...]
     answer: tuple[int, ...]
+    stop_tokens: int
 
     @property
     def tokens(self) -> int:
         return len(self.query) + len(self.answer)
+
+
+class Answer(NamedTuple):
+    """Where a document answers a query: the tokens [start, end) of a value that stands `distance` tokens before."""
+
+    start: int
+    end: int
+    distance: int
 
 
 IdsAndLabels = tuple[list[int], list[int]]
@@ -145,7 +154,18 @@ class RecallGenerator:
             return self._recurring(size, _pairs(used, easy, rng), rng)
         if kind == "entries":
             return self._recurring(size, _entries(size, context), rng)
-        return self._task(kind, size, context)
+        return self._task(kind, size, context)[:2]
+
+    def lookups(self, size: int, rng: Random) -> tuple[list[int], list[Answer]]:
+        """A document of the task lookup of exactly `size` tokens, and where it answers."""
+        ids, _, questions = self._task("lookup", size, SampleContext(self._tokenizer, rng))
+        answers, start = [], size - sum(question.tokens for question in questions)
+        for question in questions:
+            start += len(question.query)
+            value = ids[start : start + len(question.answer) - question.stop_tokens]
+            answers.append(Answer(start, start + len(value), start - _index(value, ids)))
+            start += len(question.answer)
+        return ids, answers
 
     def _repeats(self, size: int, symbols: list[int], rng: Random) -> IdsAndLabels:
         """Symbols over and over; the first round is not trained on."""
@@ -170,8 +190,8 @@ class RecallGenerator:
             labels += [IGNORE, *line[1:]]
         return ids, labels
 
-    def _task(self, task: str, size: int, context: SampleContext) -> IdsAndLabels:
-        """Needles in a haystack; a third to two thirds are queries, if there are as many needles."""
+    def _task(self, task: str, size: int, context: SampleContext) -> tuple[list[int], list[int], list[_Question]]:
+        """Needles in a haystack; a third to two thirds are queries, if there are as many needles; those, in order."""
         rng = context.rng
         instruction, question = self._question(task, context)
         room, max_query_tokens, questions = size - len(instruction), rng.uniform(0.3, 0.67) * size, [question]
@@ -193,10 +213,11 @@ class RecallGenerator:
         needles = [question.needle for question in questions]
         body, _ = place_needles(rng, haystack, room - query_tokens, rng.random(), needles[:1], needles[1:])
         ids, labels = [*instruction, *body], [IGNORE] * (size - query_tokens)
-        for question in rng.sample(questions, len(questions)):
+        questions = rng.sample(questions, len(questions))
+        for question in questions:
             ids += [*question.query, *question.answer]
             labels += [*[IGNORE] * len(question.query), *question.answer]
-        return ids, labels
+        return ids, labels, questions
 
     def _question(self, task: str, context: SampleContext) -> tuple[tuple[int, ...], _Question]:
         """The instruction that a document of the task begins with, and a question."""
@@ -204,7 +225,12 @@ class RecallGenerator:
         (value,) = parts.answers
         stop = encode(f"{value.text}.")[len(value.ids) :]
         instruction = self._tokenizer.prefix + self._tokenizer.encode_first(parts.instruction)
-        return instruction, _Question(encode(parts.needles[0]), encode(parts.query), value.ids + stop)
+        return instruction, _Question(encode(parts.needles[0]), encode(parts.query), value.ids + stop, len(stop))
+
+
+def _index(part: list[int], tokens: list[int]) -> int:
+    """Where a part first stands among tokens."""
+    return next(i for i in range(len(tokens)) if tokens[i : i + len(part)] == part)
 
 
 def _entries(size: int, context: SampleContext) -> Iterator[TokenIds]:

@@ -135,7 +135,7 @@ def perplexity(
     buckets = [*zip(bounds, bounds[1:], sums, counts, strict=False)]
     if len(bounds) > 2 and prompt is None:
         buckets.append((0, length, sums.sum(axis=0), counts.sum(axis=0)))
-    return [_score(*bucket, seed) for bucket in buckets if bucket[3].any()]
+    return [score_of(*bucket, seed) for bucket in buckets if bucket[3].any()]
 
 
 def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArray[np.float64]:
@@ -162,7 +162,8 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
     return losses.double().cpu().numpy()
 
 
-def _score(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
+def score_of(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
+    """The perplexity of a bucket from the sums of losses (documents,) and the numbers of tokens that have them."""
     scored = counts > 0
     loss = bootstrap(sums[scored], counts[scored], seed)
     low, high = (None if nats is None else float(np.exp(nats)) for nats in (loss.low, loss.high))

@@ -210,6 +210,9 @@ class PerplexityEvaluation(TextSource, EvaluationSchedule):
         description="begin each window with the tokenizer's token of the beginning; as the tokenizer does without it",
     )
     first_bucket: int = Field(256, ge=1, description="positions of the first bucket; each next ends at twice as many")
+    recall: int | None = Field(
+        None, ge=1, description="documents of recall that are measured too, by distance; of beyond as many tokens"
+    )
 
 
 class Recipe(RecipeSection):
@@ -268,6 +271,8 @@ class TextRecipe(Recipe):
             beyond, length = self.evaluate.beyond, self.evaluate.length
             if beyond is not None and beyond <= length:
                 raise ValueError(f"evaluate.beyond ({beyond}) is greater than evaluate.length ({length}); raise it")
+            if self.evaluate.recall and recall is None:
+                raise ValueError("evaluate.recall measures what data.recall trains; give that, or leave it out")
             if files is None and (key := first_changed(self.evaluate, "separator", "field", "append_eos")):
                 raise ValueError(f"evaluate.{key} belongs to evaluate.files; data says how its documents are read")
         return self

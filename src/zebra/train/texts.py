@@ -28,6 +28,7 @@ from zebra.data.packing import PackedSequences, pack
 from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import perplexity, results_of, task_name
+from zebra.evaluate.recall import recall_by_distance, recall_results
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import console
 from zebra.results import Result
@@ -96,7 +97,7 @@ class TextTraining(TrainingData):
         return results_of(scores, length, task_name(evaluation.convention, self.prefix), **columns)
 
     def measure(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
-        """The perplexity by position, how fast the model read, and the perplexity beyond."""
+        """The perplexity by position, how fast the model read, the perplexity beyond, and that of recall."""
         evaluation = self.recipe.evaluate
         assert evaluation is not None
         start = time.perf_counter()
@@ -104,9 +105,26 @@ class TextTraining(TrainingData):
         seconds, tokens = time.perf_counter() - start, results[-1].n
         if evaluation.beyond:
             results += self.evaluate(model, columns, evaluation.beyond)
+        for length in [evaluation.length, *filter(None, [evaluation.beyond])] * bool(evaluation.recall):
+            results += self._recall(model, columns, length)
         speed = tokens / seconds if tokens else 0.0
         columns = columns | {"length": evaluation.length, "n": tokens}
         return [*results, Result(task="speed", metric="evaluation_tokens_per_second", value=speed, **columns)]
+
+    def _recall(self, model: PreTrainedModel, columns: dict[str, Any], length: int) -> list[Result]:
+        """The perplexity of what documents of recall look up, by distance."""
+        evaluation = self.recipe.evaluate
+        assert evaluation is not None
+        assert evaluation.recall is not None
+        assert isinstance(self.sequences, RecallDataset)
+        scores = recall_by_distance(
+            model,
+            self.sequences.recall,
+            length=length,
+            documents=max(1, evaluation.recall * evaluation.length // length),
+            first_bucket=evaluation.first_bucket,
+        )
+        return recall_results(scores, length, **columns)
 
     def composition(self, columns: dict[str, Any]) -> list[Result]:
         """What a mixture took of each source."""

@@ -1,0 +1,67 @@
+"""The perplexity of what a document told before, by how far back it stands.
+
+    document      .. 83715: 20466. .. 51920: 77301. .. | Look up the key 83715 again. 83715: 20466. ..
+                            |<------------------------ distance ------------------------>|
+
+    perplexity(bucket) = exp(mean of the losses of the values' tokens whose distance lies in the bucket)
+
+A value's tokens are drawn evenly, so a model that has to guess has one over the number of values of a token: 10 for one
+digit. One that looks them up has 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from zebra.data.recall import RecallGenerator
+from zebra.evaluate.perplexity import Score, edges, evaluating, results_of, score_of, sequence_losses
+from zebra.progress import bar
+from zebra.results import Result
+
+TASK = "recall-lookup"
+"""The task of the results, whose positions are distances."""
+
+
+def recall_by_distance(
+    model: PreTrainedModel,
+    generator: RecallGenerator,
+    *,
+    length: int,
+    documents: int,
+    first_bucket: int | None = None,
+    seed: int = 0,
+) -> list[Score]:
+    """The perplexity of values that documents of `length` tokens look up: a score for each bucket of distances.
+
+    Args:
+        documents: how many are drawn, by the seed; none of them is one that `RecallDataset` draws.
+        first_bucket: distances of the first bucket, 256 where None; each next ends at twice as many.
+
+    Raises:
+        ZebraError: as `sequence_losses`; a tokenizer that cannot write enough keys.
+    """
+    bounds = edges(length, first=first_bucket)
+    sums = np.zeros((len(bounds) - 1, documents))
+    counts = np.zeros_like(sums)
+    with evaluating(model), bar("recall", documents, "documents") as advance:
+        for i in range(documents):
+            ids, answers = generator.lookups(length, Random(f"measured {seed} {length} {i}"))
+            losses = sequence_losses(model, torch.tensor([ids], device=model.device))[0]
+            for answer in answers:
+                bucket = np.searchsorted(bounds, answer.distance, side="right") - 1
+                sums[bucket, i] += losses[answer.start : answer.end].sum()
+                counts[bucket, i] += answer.end - answer.start
+            advance(1)
+    buckets = zip(bounds, bounds[1:], sums, counts, strict=False)
+    return [score_of(*bucket, seed) for bucket in buckets if bucket[3].any()]
+
+
+def recall_results(scores: Sequence[Score], length: int, **columns: Any) -> list[Result]:
+    """The scores as results."""
+    return results_of(scores, length, TASK, **columns)
