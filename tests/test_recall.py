@@ -164,6 +164,9 @@ def test_recall_is_the_mean_loss_of_the_values_by_distance() -> None:
         for start, end, distance in answers:
             bucket = max(bound for bound in losses if bound <= distance)
             losses[bucket] += [-log_probabilities[t - 1, ids[t]].item() for t in range(start, end)]
+    *scores, overall = scores
+    assert overall.tokens == sum(map(len, losses.values()))
+    assert overall.perplexity == pytest.approx(math.exp(sum(map(sum, losses.values())) / overall.tokens), rel=1e-3)
     assert {score.position_from: score.tokens for score in scores} == {b: len(one) for b, one in losses.items() if one}
     for score in scores:
         mean = sum(losses[score.position_from]) / len(losses[score.position_from])

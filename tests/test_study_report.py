@@ -277,6 +277,40 @@ def test_rotary_against_absolute_beyond_the_length_where_there_are_rows() -> Non
     assert judged([*rows, *far])[5] == "holds"
 
 
+def with_recall(rows: list[Result], **values: float) -> list[Result]:
+    """The rows and the recall of each model: 1.1 near and far, but for the kinds of attention that are named."""
+    recall = []
+    for row in rows:
+        cell = row.layout.partition(" ")[0]
+        if row.metric == "perplexity":
+            value = values.get({FULL: "full", LOCAL: "local"}.get(cell, ""), 1.1) * (row.value / 18) ** 0.01
+            recall.append(replace(row, task="recall-lookup", value=value))
+    return [*rows, *recall]
+
+
+def test_claims_are_judged_on_text_and_on_recall_apart() -> None:
+    (study,) = studies_in(rows_of(whole()))
+    assert study.subjects == ["text"]
+    (study,) = studies_in(with_recall(rows_of(whole()), local=9.0))
+    assert study.subjects == ["text", "recall"]
+    assert judged(study.results)[3] == "holds"
+    recall = [claim.verdict for claim in claims.claims(study.on("recall"))]
+    assert recall[:3] == ["holds"] * 3
+    (study,) = studies_in(with_recall(rows_of(whole()), full=9.0))
+    assert [claim.verdict for claim in claims.claims(study.on("recall"))][2] == "does not hold"
+    assert [claim.verdict for claim in claims.claims(study)][2] == "holds"
+
+
+def test_the_page_has_a_verdict_for_text_and_one_for_recall(tmp_path: Path) -> None:
+    page(with_recall(rows_of(whole()), local=9.0, full=9.5), tmp_path)
+    markdown = (tmp_path / "page.md").read_text()
+    assert "|  | on text | on recall | claim |" in markdown
+    assert "| 3 | holds | does not hold | Local attention alone" in markdown
+    assert "recall by distance" in markdown
+    assert "Of the paper's 7 claims 6 hold, 0 do not hold, 1 is not tested here on text." in markdown
+    assert (tmp_path / "page-study-recall-beyond.svg").stat().st_size > 2000
+
+
 # The page
 
 

@@ -37,7 +37,7 @@ def recall_by_distance(
     first_bucket: int | None = None,
     seed: int = 0,
 ) -> list[Score]:
-    """The perplexity of values that documents of `length` tokens look up: a score for each bucket of distances.
+    """The perplexity of values that documents of `length` tokens look up: for each bucket of distances, then for all.
 
     Args:
         documents: how many are drawn, by the seed; none of them is one that `RecallDataset` draws.
@@ -58,7 +58,9 @@ def recall_by_distance(
                 sums[bucket, i] += losses[answer.start : answer.end].sum()
                 counts[bucket, i] += answer.end - answer.start
             advance(1)
-    buckets = zip(bounds, bounds[1:], sums, counts, strict=False)
+    buckets = [*zip(bounds, bounds[1:], sums, counts, strict=False)]
+    if len(bounds) > 2:
+        buckets.append((0, length, sums.sum(axis=0), counts.sum(axis=0)))
     return [score_of(*bucket, seed) for bucket in buckets if bucket[3].any()]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from zebra.report.figures import Figure, plot_loss
@@ -14,7 +14,7 @@ from zebra.report.series import Span, count, number, span_name
 from zebra.results import Result
 from zebra.study.claims import FAILS, HOLDS, METHOD, UNTESTED, Claim, claims, mean_text
 from zebra.study.pictures import COLOURS, Point, plot_beyond, plot_scatter
-from zebra.study.results import ATTENTIONS, POSITIONS, Study, StudyCell, studies_in
+from zebra.study.results import ATTENTIONS, POSITIONS, RECALL, TEXT, Study, StudyCell, studies_in
 from zebra.study.spread import Scores, Spread, spread
 
 Blocks = list[str | Table | Figure]
@@ -29,6 +29,15 @@ _COUNTS = {
     UNTESTED: ("is not tested here", "are not tested here"),
 }
 """Each verdict of one claim, and of several."""
+_TEXT_PROSE = (
+    "Each cell is read at the length that it was trained at. Beside a mean stands the standard deviation over seeds; "
+    "lower is better."
+)
+_RECALL_PROSE = (
+    "Perplexity of values that a document told under a key, by the tokens since: 1 where they are looked up, 10 where "
+    "the digits are guessed."
+)
+_OF_RECALL = "On recall, the positions are distances between a value and where it is asked for."
 _DRAWABLE = 1e6
 _FAR = 1.25
 """Worse perplexities than this many times the best stand at the upper edge: they would press the others together."""
@@ -43,12 +52,15 @@ def _chapter(study: Study, index: int) -> Chapter:
     """What a study's results say; its number among those of the page tells its figures from theirs."""
     prefix = "study" if index == 1 else f"study-{index}"
     title = f"{study.name}: " if study.name else ""
-    checked = claims(study)
+    checked = {subject: claims(study.on(subject)) for subject in study.subjects}
+    recall = study.on(RECALL) if RECALL in study.subjects else None
     blocks = {
         "the paper's claims": _checklist(checked),
-        "perplexity by position": _by_position(study),
+        "perplexity by position": _by_position(study, _TEXT_PROSE),
+        "recall by distance": _by_position(recall, _RECALL_PROSE) if recall else [],
         "quality against cost": _scatter(study, prefix),
         "beyond the trained length": _beyond(study, prefix),
+        "recall beyond the trained length": _beyond(recall, f"{prefix}-recall") if recall else [],
         "time and memory": _costs(study),
         "training": _training(study, prefix),
     }
@@ -56,14 +68,18 @@ def _chapter(study: Study, index: int) -> Chapter:
     return Chapter(study.name or "study", _summary(study, checked), sections, study.results)
 
 
-def _summary(study: Study, checked: Sequence[Claim]) -> Line:
+def _summary(study: Study, checked: Mapping[str, Sequence[Claim]]) -> Line:
     """How many claims hold, whether long context helps at all, and grouped attention beside global."""
-    verdicts = Counter(claim.verdict for claim in checked if claim.in_paper)
-    counted = ", ".join(f"{verdicts[verdict]} {names[verdicts[verdict] != 1]}" for verdict, names in _COUNTS.items())
     runs = sum(len(seeds) for seeds in study.runs.values())
     text = f"{study.name}: " if study.name else ""
-    text += f"{len(study.runs)} cells, {runs} runs. Of the paper's {verdicts.total()} claims {counted}."
-    text += "".join(f" {claim.text}: {claim.verdict}." for claim in checked if not claim.in_paper)
+    text += f"{len(study.runs)} cells, {runs} runs."
+    for subject, of_subject in checked.items():
+        verdicts = Counter(claim.verdict for claim in of_subject if claim.in_paper)
+        counts = ((verdicts[verdict], names) for verdict, names in _COUNTS.items())
+        counted = ", ".join(f"{number} {names[number != 1]}" for number, names in counts)
+        where = f" on {subject}" if len(checked) > 1 else ""
+        text += f" Of the paper's {verdicts.total()} claims {counted}{where}."
+        text += "".join(f" {claim.text}{where}: {claim.verdict}." for claim in of_subject if not claim.in_paper)
     line = [Cell(text)]
     grouped, wide = study.cell("grouped"), study.cell("global")
     if grouped and wide and all(scores := [study.scores(cell, wide.length) for cell in (grouped, wide)]):
@@ -73,21 +89,28 @@ def _summary(study: Study, checked: Sequence[Claim]) -> Line:
     return line
 
 
-def _checklist(checked: Sequence[Claim]) -> Blocks:
+def _checklist(checked: Mapping[str, Sequence[Claim]]) -> Blocks:
     body, evidence = [], []
-    for i, claim in enumerate(checked, start=1):
-        rests = Cell(f"{len(claim.results)} results" if claim.results else "–", results=claim.results)
-        body.append([Cell(str(i)), Cell(claim.verdict), Cell(claim.text), rests])
-        for part in claim.evidence:
-            holds = "open" if part.holds is None else "yes" if part.holds else "no"
-            change = Cell(part.change, part.interval, results=part.results)
-            ends = (Cell(*end, dim_results=part.results) for end in part.compared)
-            evidence.append([Cell(str(i)), *ends, Cell(part.where), change, Cell(holds)])
-    head = [Cell(""), Cell("verdict"), Cell("claim"), Cell("rests on")]
-    rules = [f"Claim {i} holds where {claim.rule}." for i, claim in enumerate(checked, start=1)]
-    columns = [Cell("claim"), Cell("cell"), Cell("against"), Cell("positions"), Cell("change"), Cell("holds")]
+    several = len(checked) > 1
+    for i, of_claim in enumerate(zip(*checked.values(), strict=True), start=1):
+        results = [one for claim in of_claim for one in claim.results]
+        rests = Cell(f"{len(results)} results" if results else "–", results=results)
+        body.append([Cell(str(i)), *(Cell(claim.verdict) for claim in of_claim), Cell(of_claim[0].text), rests])
+        for subject, claim in zip(checked, of_claim, strict=True):
+            for part in claim.evidence:
+                holds = "open" if part.holds is None else "yes" if part.holds else "no"
+                change = Cell(part.change, part.interval, results=part.results)
+                ends = (Cell(name, mean, dim_results=part.results) for name, mean in part.compared)
+                where = [*([Cell(subject)] if several else []), Cell(part.where)]
+                evidence.append([Cell(str(i)), *ends, *where, change, Cell(holds)])
+    verdicts = [f"on {subject}" for subject in checked] if several else ["verdict"]
+    head = [Cell(""), *map(Cell, verdicts), Cell("claim"), Cell("rests on")]
+    claims_of_any = next(iter(checked.values()))
+    rules = [f"Claim {i} holds where {claim.rule}." for i, claim in enumerate(claims_of_any, start=1)]
+    rules += [_OF_RECALL] * several
+    columns = ["claim", "cell", "against", *(["on"] if several else []), "positions", "change", "holds"]
     title = "Evidence: means over seeds with their standard deviation"
-    tables = Table("", head, body, numeric=False), Table(title, columns, evidence, numeric=False)
+    tables = Table("", head, body, numeric=False), Table(title, [*map(Cell, columns)], evidence, numeric=False)
     return [_NAMES, tables[0], *rules, *METHOD, tables[1]]
 
 
@@ -97,11 +120,8 @@ def _ordered(cells: Iterable[StudyCell]) -> list[StudyCell]:
     return sorted(cells, key=lambda c: (c.length, rank[c.attention], rank[c.position], len(c.layout), c.layout))
 
 
-def _by_position(study: Study) -> Blocks:
-    blocks: Blocks = [
-        "Each cell is read at the length that it was trained at. Beside a mean stands the standard deviation over "
-        "seeds; lower is better."
-    ]
+def _by_position(study: Study, prose: str) -> Blocks:
+    blocks: Blocks = [prose]
     for length in sorted({cell.length for cell in study.runs}, key=lambda length: (length != study.length, length)):
         cells = [cell for cell in study.runs if cell.length == length]
         blocks.append(_table(study, cells, length, f"trained at {length:,}"))
@@ -171,12 +191,13 @@ def _beyond(study: Study, prefix: str) -> Blocks:
     if not values:
         return blocks
     limits = 0.95 * min(values), 1.05 * max(values)
+    what, place = ("Perplexity", "position") if study.subject == TEXT else ("Perplexity of recalled values", "distance")
     plots = [
-        partial(plot_beyond, lines=lines, trained=study.length, position=position, limits=limits)
+        partial(plot_beyond, lines=lines, trained=study.length, position=position, limits=limits, place=place)
         for position, lines in panels.items()
     ]
     caption = (
-        f"Perplexity by position in contexts of {context:,} tokens, trained at {study.length:,} (dashed), a panel "
+        f"{what} by {place} in contexts of {context:,} tokens, trained at {study.length:,} (dashed), a panel "
         "for each position embedding, the mean over seeds"
     )
     return [Figure(f"{prefix}-beyond", plots, caption, results, height=3.2), *blocks]

@@ -84,7 +84,12 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def plot_beyond(
-    axes: Axes, lines: dict[StudyCell, dict[Span, float]], trained: int, position: str, limits: tuple[float, float]
+    axes: Axes,
+    lines: dict[StudyCell, dict[Span, float]],
+    trained: int,
+    position: str,
+    limits: tuple[float, float],
+    place: str = "position",
 ) -> None:
     """Perplexity over positions for each attention under one position embedding; dashed, the trained length."""
     edges = sorted({edge for scores in lines.values() for span in scores for edge in span if edge})
@@ -94,7 +99,7 @@ def plot_beyond(
         axes.plot(x, [*scores.values()], label=cell.attention, **style)
     axes.axvline(trained, color=INK, linestyle="--", linewidth=0.8, alpha=0.6)
     axes.set_xscale("log", base=2)
-    axes.set(xlim=(edges[0] / 2, edges[-1]), yscale="log", ylim=limits, xlabel="position")
+    axes.set(xlim=(edges[0] / 2, edges[-1]), yscale="log", ylim=limits, xlabel=place)
     axes.xaxis.set_major_locator(FixedLocator(edges[:: 1 + len(edges) // 6]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}K" if value >= 1024 else f"{value:g}")

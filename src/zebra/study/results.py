@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
 from typing import NamedTuple
@@ -17,6 +17,9 @@ from zebra.study.spread import Scores
 
 ATTENTIONS = ("global", "grouped", "summary", "local", "mixed")
 POSITIONS = ("rotary", "alibi", "absolute", "none")
+TEXT, RECALL = "text", "recall"
+"""What cells are measured on: text that they have not seen, and what a document told some distance before."""
+_TASKS = {TEXT: "perplexity-", RECALL: "recall-"}
 _LAYOUT = re.compile(rf"({FULL}|[GLS]+:\d+(?:/\d+)?|\d+(?:,\d+)*:\d+) ({'|'.join(POSITIONS)})")
 """How results name a cell's attention and position embedding: `GLLL:32 rotary`."""
 
@@ -50,23 +53,34 @@ class Study:
     Attributes:
         runs: the results of each cell and seed.
         measured: the results of `benchmarks/study.py costs`: what a training step takes.
+        subject: what the scores are of, TEXT or RECALL. The spans of recall are distances.
     """
 
     name: str
     runs: dict[StudyCell, dict[int | None, list[Result]]]
     measured: list[Result] = field(default_factory=list)
+    subject: str = TEXT
+
+    def on(self, subject: str) -> Study:
+        """The same study, its scores those of another subject."""
+        return replace(self, subject=subject)
+
+    @property
+    def subjects(self) -> list[str]:
+        """What the cells were measured on."""
+        return [TEXT, *[RECALL] * bool(self.on(RECALL)._scores)]
 
     @cached_property
     def _scores(self) -> dict[tuple[StudyCell, int, Span], dict[int | None, Result]]:
         scores: dict[tuple[StudyCell, int, Span], dict[int | None, Result]] = defaultdict(dict)
         for cell, seeds in self.runs.items():
             for seed, results in seeds.items():
-                for one in filter(_is_score, results):
+                for one in (one for one in results if _is_score(one, self.subject)):
                     scores[cell, one.length or 0, (one.position_from or 0, one.position_to or 0)].setdefault(seed, one)
         return dict(scores)
 
     def scores(self, cell: StudyCell, context: int, span: Span | None = None) -> Scores:
-        """A cell's perplexities at the positions of a context, by default at all of them."""
+        """A cell's perplexities at the positions, or distances, of a context, by default at all of them."""
         return self._scores.get((cell, context, span or (0, context)), {})
 
     def spans(self, context: int, cells: Sequence[StudyCell]) -> list[Span]:
@@ -142,7 +156,7 @@ def _run_directory(one: Result) -> str | None:
 
 
 def _cell(results: list[Result]) -> StudyCell | None:
-    scores = [one for one in results if _is_score(one)]
+    scores = [one for one in results if _is_score(one, TEXT)]
     layout = next((match for one in scores if (match := _LAYOUT.fullmatch(one.layout))), None)
     if layout is None:
         return None
@@ -150,6 +164,6 @@ def _cell(results: list[Result]) -> StudyCell | None:
     return StudyCell(layout[1], layout[2], trained or min(one.length or 0 for one in scores))
 
 
-def _is_score(one: Result) -> bool:
+def _is_score(one: Result, subject: str) -> bool:
     placed = one.length and one.position_from is not None and one.position_to is not None
-    return bool(placed and one.task.startswith("perplexity-") and one.metric == "perplexity" and step(one) is None)
+    return bool(placed and one.task.startswith(_TASKS[subject]) and one.metric == "perplexity" and step(one) is None)
