@@ -27,6 +27,7 @@ from zebra.data.mixture import Source, mix, split_sources
 from zebra.evaluate.answers import answer_losses
 from zebra.model.attention import NAME
 from zebra.model.families import model_class, with_stripes
+from zebra.model.load_options import loaded_layout_name
 from zebra.model.loss import IGNORE
 from zebra.results import Result, read_results
 from zebra.stripes import Stripes
@@ -35,6 +36,7 @@ from zebra.train.dry_run import dry_run
 from zebra.train.instructions import read_instructions
 from zebra.train.recipe_file import read_recipe
 from zebra.train.sft import AnswerSequences, TokenizedSource, as_dataset
+from zebra.train.source import CheckpointStart, read_source
 from zebra.train.tune import tune
 from zebra.train.tune_recipe import TuneRecipe
 
@@ -100,6 +102,24 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """One uninterrupted run, the measure of all others."""
     run = tmp_path_factory.mktemp("tune") / "run"
     return run, tune(recipe(run, data))
+
+
+@pytest.mark.parametrize(
+    ("source", "stripes", "rope", "layouts"),
+    [
+        ("GLLL:33+2", "GLLL:33+2", None, ["GLLL:33+2"]),
+        ("GLLL:33+2", None, None, ["GLLL:33+2"]),
+        ("GLLL:33+2", "GLLL:33", None, ["GLLL:33+2", "GLLL:33"]),
+        ("GLLL:33", None, "linear:2", ["GLLL:33", "GLLL:33 linear:2"]),
+    ],
+)
+def test_what_training_starts_from_is_measured_once_for_each_layout(
+    source: str, stripes: str | None, rope: str | None, layouts: list[str], tmp_path: Path
+) -> None:
+    zebra.convert(STORIES, tmp_path / "source", source)
+    tuned = recipe(tmp_path / "run", tmp_path, model=str(tmp_path / "source"), stripes=stripes, rope=rope)
+    start = CheckpointStart(tuned, *read_source(tuned))
+    assert [loaded_layout_name(model, rope) for model, rope in start.untrained()] == layouts
 
 
 def values(rows: list[Result], metric: str) -> list[float]:

@@ -26,12 +26,14 @@ from zebra.model.context import longest_text
 from zebra.model.families import model_class, with_stripes
 from zebra.model.gguf import as_directory
 from zebra.model.load import load, write_converted
-from zebra.model.local import local_attention_of
+from zebra.model.load_options import loaded_layout_name
+from zebra.model.local import layout_name, local_attention_of
 from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
 from zebra.model.verify import TOLERANCE
 from zebra.model.weights import check_weights, copy_other_files, stored_dtype
 from zebra.stripes import Stripes
 from zebra.train import lora
+from zebra.train.measuring import local_attention_for
 from zebra.train.recipe import CheckpointRecipe
 from zebra.train.run import Start
 from zebra.train.trainer import check_machine, trainable_config
@@ -112,9 +114,12 @@ class CheckpointStart(Start):
         return {"source": checkpoint_digests(self.recipe.model)}
 
     def untrained(self) -> Iterator[tuple[PreTrainedModel, str | None]]:
-        """The source as it was, and with its new stripes and rope."""
-        yield load(self.recipe.model), None
-        if self.recipe.stripes is not None or self.rope is not None:
+        """The source as it was, and with its new stripes and rope where those change it."""
+        source = load(self.recipe.model)
+        layout = loaded_layout_name(source)
+        yield source, None
+        del source
+        if layout != layout_name(self.config, local_attention_for(self.recipe), self.rope):
             yield load(self.recipe.model, stripes=self.recipe.stripes, rope=self.rope), self.rope
 
     def build(self) -> PreTrainedModel:
