@@ -15,7 +15,7 @@ import math
 import os
 import statistics
 import timeit
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -72,19 +72,25 @@ def measure(device: str | None = None, *, size: int | None = None, repeats: int 
     return ceilings, ceiling_results(ceilings, run="doctor") + layer
 
 
-def measure_ceilings(device: str, *, size: int | None = None, repeats: int = 5) -> Device:
-    """The ceilings of a device: FLOP/s of products and of attention by dtype, bytes/s, memory. About two seconds."""
+def measure_ceilings(
+    device: str, *, size: int | None = None, repeats: int = 5, dtypes: Collection[str] = (), attention: bool = True
+) -> Device:
+    """The ceilings of a device: FLOP/s of products and of attention by dtype, bytes/s, memory. About two seconds.
+
+    Args:
+        dtypes: those to measure, all where empty. attention: measure its rates too.
+    """
     size = size or _size(device)
-    flops = dict(_products(device, size, repeats))
-    attention: dict[str, dict[str, float]] = {GLOBAL: {}, LOCAL: {}}
-    for kind, dtype in itertools.product(attention, flops):
+    flops = dict(_products(device, size, repeats, dtypes or _DTYPES))
+    rates: dict[str, dict[str, float]] = {GLOBAL: {}, LOCAL: {}} if attention else {}
+    for kind, dtype in itertools.product(rates, flops):
         window = max(1, size // 4) if kind == LOCAL else None
         seconds = _least(_layer(device, dtype, size, partial(_ours, window)), repeats)
-        attention[kind][dtype] = 14 * HEAD_DIM * HEADS * visible_pairs(size, window) / seconds
+        rates[kind][dtype] = 14 * HEAD_DIM * HEADS * visible_pairs(size, window) / seconds
     source = torch.empty(min(1 << 30, 64 * size * size), dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _least(lambda: target.copy_(source), repeats)
-    return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED, attention)
+    return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED, rates)
 
 
 def local_layer(device: str, dtype: str, *, size: int, repeats: int) -> list[Result]:
@@ -161,10 +167,12 @@ def _size(device: str) -> int:
     return 8192 if device.startswith("cuda") else 2048
 
 
-def _products(device: str, size: int, repeats: int) -> Iterator[tuple[str, float]]:
+def _products(device: str, size: int, repeats: int, dtypes: Collection[str]) -> Iterator[tuple[str, float]]:
     """FLOP/s by dtype. Smaller products show first whether the device supports the dtype at all."""
     single: dict[int, float] = {}
     for name, dtype in _DTYPES.items():
+        if name not in dtypes:
+            continue
         for n in (max(1, size // 16), max(1, size // 4), size):
             a, b = torch.randn(2, n, n, device=device).to(dtype)
             # A small product takes microseconds, which any interruption doubles: it is repeated more often.
