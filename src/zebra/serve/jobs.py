@@ -116,8 +116,8 @@ class Prompts:
         except HTTPException as error:
             raise ApiError(400, f"input: {error.detail}.", param="input") from None
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            text = f"an item of it cannot be read ({type(error).__name__})"
-            raise ApiError(400, f"input: {text}. It is a text, or a list of messages.", param="input") from None
+            text = f"an item of it is neither a text nor a call nor the output of one ({type(error).__name__})"
+            raise ApiError(400, f"input: {text}. Give messages with a role and content.", param="input") from None
         ids = await self._in_thread(self._templated, messages, tools, body.chat_template_kwargs)
         return self._job(ids, body, body.max_output_tokens, None, self._parser(ids, tools))
 

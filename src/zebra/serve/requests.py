@@ -9,7 +9,7 @@ import inspect
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from zebra.serve.errors import ApiError
@@ -222,3 +222,26 @@ class ResponsesRequest(Sampling):
     max_output_tokens: int | None = Field(None, ge=1)
     tools: list[dict[str, Any]] = []
     chat_template_kwargs: TemplateVariables = {}
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _items(cls, items: Any) -> Any:
+        if not isinstance(items, str | list):
+            raise ValueError("it is a text, or a list of messages and of calls and their outputs")
+        for at, item in enumerate(items if isinstance(items, list) else ()):
+            if not isinstance(item, dict):
+                raise ValueError(f"item {at} of it is no object")
+            if "role" in item:
+                try:
+                    Message.model_validate(item)
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    where = "".join(f".{part}" for part in first["loc"] if part in Message.model_fields)
+                    raise ValueError(f"item {at}{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        return items
+
+    @model_validator(mode="after")
+    def _one_system_message(self) -> ResponsesRequest:
+        if self.instructions and isinstance(self.input, list) and self.input and self.input[0].get("role") == "system":
+            raise ValueError("instructions would replace the system message that input begins with; give one of them")
+        return self
