@@ -21,7 +21,7 @@ from zebra.plan.comparison import BYTES, TIME, with_unit
 from zebra.plan.cost import Run, pairs
 from zebra.plan.decoder import read_decoder
 from zebra.plan.devices import DEVICES
-from zebra.plan.parallel import Parallel, device_memory, fetched_bytes
+from zebra.plan.parallel import Parallel, busiest, device_memory, exchanged_bytes, received_bytes
 from zebra.report import page
 from zebra.report.figures import HUES, Figure
 from zebra.report.page import Cell, Section, Table
@@ -80,23 +80,26 @@ def first_lengths(model: str) -> Iterator[str]:
 
 
 def gathered(model: str, length: int, sequence: int) -> tuple[str, ...]:
-    """What a gather of all keys costs the last device of a sequence beside a ring, which holds two shards of them."""
+    """What a gather of all keys costs a device of a sequence beside a ring, and how even its pairs are."""
     run = planned_run(model, LAYOUT, length)
-    n = -(-length // sequence)
-    whole, local = (fetched_bytes(run, kind, sequence)[-1] for kind in (GLOBAL, LOCAL))
-    shard = 2 * 2 * n * run.decoder.kv_width * 2
-    memory = device_memory(run, Parallel(shard=max(2, DEVICES_OF_CURVES // sequence), sequence=sequence))
-    share = whole / sum(memory.values())
-    fetched = [with_unit(count, BYTES) for count in (local, whole, shard)]
-    most = pairs(replace(run, length=n, past=length - n)) * sequence / pairs(run)
-    return f"{length:,}", str(sequence), *fetched, f"{share:.1%}", f"{most:.2f}"
+    local, whole = (max(got for got, _ in exchanged_bytes(run, kind, sequence)) for kind in (LOCAL, GLOBAL))
+    gather = Parallel(shard=max(2, DEVICES_OF_CURVES // sequence), sequence=sequence)
+    ring = replace(gather, ring=True)
+    needed, by_ring = (sum(device_memory(run, way).values()) for way in (gather, ring))
+    received, received_by_ring = (received_bytes(run, way)["keys and values, global layers"] for way in (gather, ring))
+    held = device_memory(run, ring)["keys and values fetched"]
+    last = replace(run, length=length // sequence, past=length - length // sequence)
+    pairs_of = [f"{pairs(one) * sequence / pairs(run):.3f}" for one in (last, busiest(run, sequence))]
+    sizes = [with_unit(count, BYTES) for count in (local, whole, held)]
+    costs = f"{(needed - by_ring) / needed:.1%}", f"{received_by_ring / received:.2f}"
+    return f"{length:,}", str(sequence), *sizes, *costs, *pairs_of
 
 
 # The page
 
 
 def way(one: Prediction) -> tuple[str, ...]:
-    shared = f"{one.parallel.data} × {one.parallel.shard} × {one.parallel.sequence}"
+    shared = f"{one.parallel.data} × {one.parallel.shard} × {one.parallel.sequence}" + ", ring" * one.parallel.ring
     if not one.fits:
         return shared, with_unit(sum(one.memory.values()), BYTES), "–", "–", "–", one.limit
     speed = (with_unit(one.seconds, TIME), f"{one.tokens_per_second:,.0f}", f"{one.peak_share:.0%}")
@@ -146,17 +149,20 @@ def sections() -> list[Section]:
         "a local layer",
         "a global layer",
         "by a ring",
-        "of its memory",
-        "its pairs",
+        "saved of its memory",
+        "bytes received",
+        "pairs in order",
+        "pairs in zig-zag",
     )
     parts.append(
         Section(
             "What gathering keys costs",
             [
-                "Bytes of keys and values that the last device of a sequence fetches in a layer. A global layer holds "
-                "all of them at once; a ring would hold two shards, as it computes with one and receives the next. "
-                "Under activation checkpointing one layer's are held at a time. Its pairs: how many times the mean of "
-                "the devices it computes, which a balanced order of the tokens would make 1.",
+                "Bytes of keys and values that a device of a sequence fetches in a layer. A global layer holds all "
+                "of them at once; a ring holds two shards, as it computes with one and receives the next. Under "
+                "activation checkpointing one layer's are held at a time. Bytes received: those of global layers by "
+                "a ring over those of a gather, as the backward passes them round again. Pairs: of the device that "
+                "has the most, over the mean, with shards in the order of the tokens, and in zig-zag as they are.",
                 table(names, costs),
             ],
         )

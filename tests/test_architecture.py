@@ -24,6 +24,7 @@ RANKS = {
     "masks": 0,
     "positions": 0,
     "results": 0,
+    "shards": 0,
     "kernels": 1,
     "data": 1,
     "plan": 1,
@@ -58,6 +59,7 @@ STANDARD_LIBRARY_ONLY = {
     "positions",
     "provenance",
     "results",
+    "shards",
     "signals",
     "plan",
 }

@@ -174,12 +174,14 @@ def test_conversations_and_random_weights_are_trained_on_by_processes_that_split
         {"lora": {"r": 2}},
         {"train__activation_checkpointing": True, "train__gradient_accumulation_steps": 2},
         {"train__length": 601, "data__join": False},
+        {"parallel": {"ring": True}, "train__activation_checkpointing": True},
     ],
-    ids=["lora", "checkpointing", "odd"],
+    ids=["lora", "checkpointing", "odd", "ring"],
 )
 def test_four_processes_train_as_two_groups(changes: dict[str, Any], tmp_path: Path) -> None:
     """Two groups that split sequences take the steps of two sequences at once."""
-    two = adapt_recipe(tmp_path / "two", evaluate=None, parallel={"data": 2, "sequence": 2}, **changes)
+    parallel = {"data": 2, "sequence": 2} | changes.pop("parallel", {})
+    two = adapt_recipe(tmp_path / "two", evaluate=None, parallel=parallel, **changes)
     done = launch(4, two, tmp_path / "recipe.yaml")
     assert done.returncode == 0, done.stderr
     one = adapt(adapt_recipe(tmp_path / "one", evaluate=None, train__per_device_train_batch_size=2, **changes))
@@ -240,6 +242,11 @@ def test_muon_steps_on_whole_matrices(tmp_path: Path) -> None:
         adapt_recipe(tmp_path / "run", parallel={"shard": 2}, train__optimizer="muon")
 
 
+def test_a_ring_takes_the_processes_of_a_sequence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="round the processes of a sequence; set"):
+        adapt_recipe(tmp_path / "run", parallel={"shard": 2, "ring": True})
+
+
 def test_compiled_layers_do_not_exchange_keys(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not go through parallel"):
         adapt_recipe(tmp_path / "run", parallel={"sequence": 2}, train__compile=True)
@@ -254,7 +261,13 @@ def test_the_command_says_how_to_start_it(tmp_path: Path, zebra: Zebra) -> None:
 def test_a_dry_run_counts_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, shared = (dry_run(adapt_recipe(tmp_path, parallel={"sequence": size})) for size in (1, 2))
     assert whole.memory["weights"] == shared.memory["weights"]
-    assert whole.memory["activations"] / 2 < shared.memory["activations"] < 0.6 * whole.memory["activations"]
+    assert shared.memory["activations"] == pytest.approx(whole.memory["activations"] / 2, rel=0.01)
+    added = {"keys and values fetched", "outputs joined"}
+    assert shared.memory.keys() - whole.memory.keys() == added
+    assert 0 < sum(shared.memory[part] for part in added) < 0.1 * whole.memory["activations"]
+    ring = dry_run(adapt_recipe(tmp_path, parallel={"sequence": 4, "ring": True}))
+    gather = dry_run(adapt_recipe(tmp_path, parallel={"sequence": 4}))
+    assert all(ring.memory[part] < gather.memory[part] for part in added)
     assert "1 groups of 2 processes" in shared.facts["a step"]
     sharded = dry_run(adapt_recipe(tmp_path, parallel={"shard": 2, "sequence": 2}))
     for part in ("weights", "gradients", "AdamW"):

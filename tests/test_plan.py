@@ -25,7 +25,7 @@ from zebra.model.families import model_class, stripes_of, with_stripes
 from zebra.model.routes import ROUTES
 from zebra.plan import cluster, comparison, cost, decoder, devices, families, fit, memory
 from zebra.plan.cost import Run
-from zebra.plan.parallel import Parallel, device_memory
+from zebra.plan.parallel import Parallel, busiest, device_memory
 from zebra.plan.shapes import SHAPES, shape
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import dry_run
@@ -417,18 +417,23 @@ def test_devices_that_share_a_training(zebra: Zebra) -> None:
     assert memory["weights"] == one["memory"]["weights"] // 8
     assert memory["activations"] == one["memory"]["activations"] // 2
     token = 2 * 4096 * 2  # a key and a value of 4,096 numbers in bfloat16
-    fetched = {"global": 8 * 8192 * token, "local": 24 * 511 * token}
-    assert memory["keys and values fetched"] == sum(fetched.values())
-    for kind, count in fetched.items():
-        assert received[f"keys and values, {kind} layers"] == count
+    fetched = {"global": 8 * 8192 * token, "local": 24 * 2 * 511 * token}  # the first device has chunks 0 and 3 of 4
+    assert memory["keys and values fetched"] == fetched["global"] + fetched["local"] // 2
+    assert memory["outputs joined"] == 32 * 8192 * 4096 * 2
+    assert received["keys and values, global layers"] == 8 * (8192 + 4096) * token  # and gradients of its chunk 0
+    assert received["keys and values, local layers"] == 24 * 2 * 511 * token
     outside = 2 * 32000 * 4096 + 4096  # embeddings, head and last norm are gathered once for both passes
     assert received["weights"] == (2 * 6_738_415_616 - outside) * 4 * 7 // 8
     assert received["gradients"] == 4 * 6_738_415_616 * 7 // 8
+    ring = tree("--parallel", "shard=4,sequence=2,ring")
+    assert ring["memory"]["keys and values fetched"] == 2 * 8192 * token + fetched["local"] // 2
+    assert ring["received"]["keys and values, global layers"] == 8 * (2 * 8192 + 4096) * token
     copied = tree("--parallel", "data=2,sequence=2")
     assert copied["memory"]["weights"] == one["memory"]["weights"]
     assert copied["received"]["gradients, copies"] == 2 * 4 * 6_738_415_616 * 3 // 4
     printed = zebra("plan", "llama-2-7b", "--length", 16384, "--parallel", "shard=4,sequence=2").stdout
     assert "shared by 8 devices (data 1 x shard 4 x sequence 2)" in printed
+    assert str(Parallel.parse("shard=4,sequence=2,ring")) == "shard=4,sequence=2,ring"
     assert "received, keys and values, local layers" in printed
 
 
@@ -438,17 +443,21 @@ TRAINING = Run(decoder=LLAMA, stripes=Stripes.parse("GLLL:4096"), length=65536, 
 
 
 def test_shards_of_a_sequence_have_its_pairs() -> None:
-    """What each device of a sequence computes adds up to the whole."""
-    shards = [replace(TRAINING, length=16384, past=rank * 16384) for rank in range(4)]
-    assert sum(map(cost.pairs, shards)) == cost.pairs(TRAINING)
-    assert max(map(cost.pairs, shards)) == cost.pairs(shards[-1])
+    """What each device of a sequence computes adds up to the whole, and none has more than the busiest by name."""
+    chunks = [replace(TRAINING, length=8192, past=chunk * 8192) for chunk in range(8)]
+    of_devices = [cost.pairs(chunks[rank]) + cost.pairs(chunks[7 - rank]) for rank in range(4)]
+    assert sum(of_devices) == cost.pairs(TRAINING)
+    assert max(of_devices) == cost.pairs(busiest(TRAINING, 4))
+    assert max(of_devices) < 1.01 * sum(of_devices) / 4
+    assert busiest(TRAINING, 1) == TRAINING
 
 
 def test_ways_to_share_are_all_there_and_the_quickest_that_fits_is_first() -> None:
     ways = cluster.predictions(TRAINING, DEVICE, 16)
-    shared = {(one.parallel.data, one.parallel.shard, one.parallel.sequence) for one in ways}
+    shared = {(*one.parallel.sizes.values(), one.parallel.ring) for one in ways}
     powers = (1, 2, 4, 8, 16)
-    assert shared == {sizes for sizes in itertools.product(powers, repeat=3) if math.prod(sizes) == 16}
+    sizes = [sizes for sizes in itertools.product(powers, repeat=3) if math.prod(sizes) == 16]
+    assert shared == {(*one, ring) for one in sizes for ring in (False, one[2] > 1)}
     assert [one.fits for one in ways] == sorted((one.fits for one in ways), reverse=True)
     fitting = [one for one in ways if one.fits]
     assert fitting
@@ -477,7 +486,7 @@ def test_the_seconds_of_a_step_by_hand() -> None:
     assert several.weights == pytest.approx(inside / 0.8e9 + several.received["gradients, copies"] / 0.8e8)
     slow = devices.Device("slow", {"bfloat16": 1e12, "float32": 1e12}, 1e40, 10**15, devices.MEASURED, link=link)
     (half,) = [one for one in cluster.predictions(TRAINING, slow, 2) if one.parallel == Parallel(sequence=2)]
-    last = replace(TRAINING, length=32768, past=32768)
+    last = replace(TRAINING, length=32768, past=16384)
     assert half.computing == pytest.approx(sum(cost.flops(last).values()) / 1e12)
 
 
@@ -507,7 +516,8 @@ REFUSED = {
     ),
     "a cluster that reads": (["llama-2-7b", "--cluster", "8"], "Add --phase train"),
     "a cluster of one sharing": (["llama-2-7b", "--cluster", "8", "--parallel", "data=2"], "Leave out --parallel"),
-    "devices": (["llama-2-7b", "--parallel", "shards=4"], "shard=4,sequence=2, by data, shard, sequence; got 'shards"),
+    "devices": (["llama-2-7b", "--parallel", "shards=4"], "and ring behind them; got 'shards=4'"),
+    "a ring of one device": (["llama-2-7b", "--parallel", "shard=4,ring"], "Add sequence=2"),
     "no devices": (["llama-2-7b", "--parallel", "shard=0"], "from 1 to 1,000,000; got 0"),
     "devices twice": (["llama-2-7b", "--parallel", "data=2,data=3"], "got 'data=2,data=3'"),
     "devices that decode": (["llama-2-7b", "--parallel", "data=2", "--phase", "decode"], "not decoding"),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -15,17 +18,21 @@ import torch.multiprocessing as multiprocessing
 from conftest import EVERY_MEMBER, fitting
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import zebra
 import zebra.study.model  # registers its family
 from zebra import Stripes, ZebraError
+from zebra.kernels import Mask, attend
 from zebra.model.loss import head_of, summed_loss, token_losses, without_logits
-from zebra.model.sequence_parallel import set_sequence_parallel, shard_batch, shard_length
-from zebra.plan.cost import Run
+from zebra.model.sequence_parallel import attention, ring, set_sequence_parallel, shard_batch
+from zebra.plan.cost import Run, pairs_by_kind
 from zebra.plan.decoder import read_decoder
-from zebra.plan.parallel import Parallel, device_memory, fetched_bytes, received_bytes
-from zebra.stripes import GLOBAL
+from zebra.plan.parallel import Parallel, busiest, exchanged_bytes, received_bytes, split_memory
+from zebra.shards import Shards
+from zebra.stripes import GLOBAL, LOCAL
 from zebra.train import lora
 from zebra.train.dry_run import saved_storages
 from zebra.train.parallel import shard_weights
@@ -35,6 +42,10 @@ from zebra.train.recipe import Parallel as Weights
 PROCESSES = 4
 SMALL = {"num_hidden_layers": 3, "initializer_range": 0.1, "vocab_size": 100}
 """Random weights of deep models turn float32's rounding into more than 1e-6. 100 rows are even shards."""
+
+
+Folders = dict[tuple[str, bool], str]
+"""Checkpoints by member of a family, and whether they have ALiBi."""
 
 
 class Case(NamedTuple):
@@ -57,7 +68,11 @@ CASES = {
     "padding on the left": Case("GL:9", 30, batch="left"),
     "sinks": Case("GL:3+2", 31),
     "sinks of packed documents": Case("GL:3+3", 40, batch="packed"),
+    "Self-Extend of packed documents": Case("GL:5", 40, batch="packed", self_extend="2:6"),
     "checkpointing": Case("GL:5", 30, how="checkpointing"),
+    "a ring": Case("GLL:5", 32, how="ring"),
+    "a ring of packed documents": Case("GL:9", 31, "qwen3", batch="packed", how="ring"),
+    "a ring behind padding, checkpointing": Case("GL:3+2", 30, batch="left", how="ring, checkpointing"),
     "low-rank updates": Case("GL:5", 30, how="lora"),
     "sharded weights": Case("GL:5", 30, how="sharded"),
     "copies of sharded weights": Case("GL:5", 30, how="sharded in two"),
@@ -72,10 +87,16 @@ MORE = {
     "ALiBi": Case("GL:5", 30, "zebra_study", how="alibi"),
     "Self-Extend": Case("GL:5", 30, self_extend="2:6"),
     "Self-Extend behind padding": Case("GL:5", 30, batch="left", self_extend="2:6"),
+    "Self-Extend, packed by offsets": Case("GL:5", 30, batch="offsets", self_extend="2:6"),
+    "a ring, packed by offsets": Case("GL:9", 30, batch="offsets", how="ring"),
+    "a ring, padding on the right": Case("GL:9", 30, batch="right", how="ring"),
+    "a ring of fewer tokens than processes": Case("GL:1", 3, how="ring"),
+    "a ring under low-rank updates": Case("GL:5", 30, how="ring, lora"),
+    "a ring under sharded weights": Case("GL:5", 30, how="sharded, ring, checkpointing"),
 } | {
-    f"{member}, {batch}": Case(fitting(member, "GL:7"), 37, member, batch)
+    f"{member}, {batch}, {how}": Case(fitting(member, "GL:7"), 37, member, batch, how)
     for member in EVERY_MEMBER
-    for batch in ("plain", "packed")
+    for batch, how in (("plain", ""), ("packed", ""), ("plain", "ring"))
 }
 
 
@@ -101,7 +122,7 @@ def _last_start(index: Tensor, starts: Tensor) -> Tensor:
     return torch.where(index[:, None] >= starts, starts, 0).amax(dim=1)
 
 
-def model_of(case: Case, folders: dict[tuple[str, bool], str]) -> Any:
+def model_of(case: Case, folders: Folders) -> Any:
     path = folders[case.member, case.how == "alibi"]
     model = zebra.load(path, stripes=case.stripes, self_extend=case.self_extend, dtype=torch.float32)
     if "checkpointing" in case.how:
@@ -144,8 +165,9 @@ def whole_tensor(tensor: Any) -> Tensor:
 class Received(TorchDispatchMode):
     """The bytes that each all-to-all brings, and those of weights gathered and gradients reduced."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
         super().__init__()
+        self.rank = rank
         self.bytes: list[int] = []
         self.weights = self.gradients = 0
 
@@ -153,7 +175,8 @@ class Received(TorchDispatchMode):
         name = str(function)
         if "all_to_all_single" in name:
             states, incoming = args[:2]
-            self.bytes.append(sum(incoming) * math.prod(states.shape[1:]) * states.element_size())
+            others = sum(incoming) - incoming[self.rank]
+            self.bytes.append(others * math.prod(states.shape[1:]) * states.element_size())
         elif "allgather_base" in name:
             self.weights += args[0].nbytes - args[1].nbytes
         elif "reduce_scatter_base" in name:
@@ -163,19 +186,73 @@ class Received(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def share(rank: int, folder: str, folders: dict[tuple[str, bool], str], cases: dict[str, Case]) -> None:
+@contextmanager
+def counted_pairs() -> Iterator[list[int]]:
+    """The (query, key) pairs of each call of attention, over all sequences of the batch."""
+    counts: list[int] = []
+
+    def counting(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        j = torch.arange(k.shape[2])
+        visible = mask.visible(j[k.shape[2] - q.shape[2] :], j)
+        counts.append(int(visible.expand(len(q), -1, -1, -1).sum()))
+        return attend(q, k, v, mask, **kwargs)
+
+    with mock.patch.object(attention, "attend", counting), mock.patch.object(ring, "attend", counting):
+        yield counts
+
+
+class Live(TorchDispatchMode):
+    """The bytes of the storages that operators returned and that live, and the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **kwargs or {})
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return results
+
+    def free(self, storage: int, size: int) -> None:
+        self.storages.discard(storage)
+        self.bytes -= size
+
+
+def shards_held(group: dist.ProcessGroup, by_ring: bool) -> float:
+    """The most that attention of a global layer holds at a time, forward and backward, in a shard's keys and values."""
+    states = torch.randn(3, 1, 2, 1024, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layer = attention.SequenceParallelAttention(group, None, by_ring)
+    query, key, value = states
+    with Live() as live:
+        out, _ = layer.attend(torch.nn.Module(), None, query, key, value, Mask())
+        out.sum().backward()
+    return live.peak / (key.numel() * 8)
+
+
+def share(rank: int, folder: str, folders: Folders, cases: dict[str, Case]) -> None:
     """One of the processes: each case by all of them, and by each half of them."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     results: dict[tuple[str, int], Any] = {}
+    for group in (dist.group.WORLD, halves[rank // 2]):
+        assert group is not None
+        for name, by_ring in LIVE.items():
+            results[name, dist.get_world_size(group)] = shards_held(group, by_ring)
     for name, case in cases.items():
         for group in (dist.group.WORLD, halves[rank // 2]):
             assert group is not None
             size = dist.get_world_size(group)
             model = model_of(case, folders)
-            set_sequence_parallel(model, group)
-            with Received() as received, saved_storages(model) as saved:
+            set_sequence_parallel(model, group, ring="ring" in case.how)
+            received = Received(dist.get_rank(group))
+            with received, saved_storages(model) as saved, counted_pairs() as counts:
                 shard = shard_batch(batch_of(case), dist.get_rank(group), size)
                 trained = trained_model_of(model, case)
                 result: dict[str, Any] = loss_and_gradients(trained, shard)
@@ -188,41 +265,44 @@ def share(rank: int, folder: str, folders: dict[tuple[str, bool], str], cases: d
                 "bytes": received.bytes,
                 "gathered": {"weights": received.weights, "gradients": received.gradients},
                 "saved": sum(saved.values()),
+                "pairs": counts,
                 "weights": sum(p.numel() * p.element_size() for p in own),
             }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-Outcomes = dict[tuple[str, int], list[dict[str, Any]]]
+Outcomes = dict[tuple[str, int], list[Any]]
+LIVE = {"held by a gather": False, "held by a ring": True}
 
 
-def run_processes(folder: Path, folders: dict[tuple[str, bool], str], cases: dict[str, Case]) -> Outcomes:
+def run_processes(folder: Path, folders: Folders, cases: dict[str, Case]) -> Outcomes:
     """By case and number of processes what each process returned."""
     preloaded = ["zebra.model.sequence_parallel", "transformers.models.llama.modeling_llama", "pytest"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)  # imported once for all of them
     arguments = (str(folder), folders, cases)
     multiprocessing.start_processes(share, arguments, nprocs=PROCESSES, start_method="forkserver")
     of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    names = (*cases, *LIVE)
     return {
-        (name, size): [results[name, size] for results in of_ranks[:size]] for name in cases for size in (2, PROCESSES)
+        (name, size): [results[name, size] for results in of_ranks[:size]] for name in names for size in (2, PROCESSES)
     }
 
 
 @pytest.fixture(scope="module")
-def folders(checkpoints: Callable[..., Path]) -> dict[tuple[str, bool], str]:
+def folders(checkpoints: Callable[..., Path]) -> Folders:
     return {(member, False): str(checkpoints(member, **SMALL)) for member in ("llama", "qwen3")}
 
 
 @pytest.fixture(scope="module")
-def outcomes(folders: dict[tuple[str, bool], str], tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return run_processes(tmp_path_factory.mktemp("processes"), folders, CASES)
 
 
-def check(case: Case, folders: dict[tuple[str, bool], str], of_processes: list[dict[str, Any]]) -> None:
+def check(case: Case, folders: Folders, of_processes: list[dict[str, Any]]) -> None:
     expected = loss_and_gradients(trained_model_of(model_of(case, folders), case), batch_of(case))
     of_tokens, size = expected.pop("of tokens"), len(of_processes)
-    length = shard_length(case.tokens, size)
+    shards = Shards(case.tokens, size)
     whole = math.sqrt(sum(tensor.square().sum().item() for tensor in expected.values()))
     for rank, result in enumerate(of_processes):
         assert expected.keys() <= result.keys()
@@ -230,16 +310,14 @@ def check(case: Case, folders: dict[tuple[str, bool], str], of_processes: list[d
         assert math.sqrt(sum(error**2 for error in errors.values())) <= 1e-6 * whole
         for name, tensor in expected.items():
             assert errors[name] <= 1e-5 * max(tensor.norm(), 1e-2 * whole), name
-        own, shard = of_tokens[:, rank * length + 1 : (rank + 1) * length + 1], result["of tokens"][:, 1:]
-        torch.testing.assert_close(shard[:, : own.shape[1]], own, rtol=1e-5, atol=1e-5, equal_nan=True)
-        assert shard[:, own.shape[1] :].isnan().all()
+        padded = pad(of_tokens[:, 1:], (0, shards.padded - case.tokens + 1), value=float("nan"))
+        own = torch.cat([padded[:, held.start : held.stop] for held in shards.held(rank)], dim=1)
+        torch.testing.assert_close(result["of tokens"][:, 1:], own, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [2, PROCESSES])
 @pytest.mark.parametrize("name", CASES)
-def test_processes_compute_what_one_does(
-    name: str, size: int, folders: dict[tuple[str, bool], str], outcomes: Outcomes
-) -> None:
+def test_processes_compute_what_one_does(name: str, size: int, folders: Folders, outcomes: Outcomes) -> None:
     check(CASES[name], folders, outcomes[name, size])
 
 
@@ -257,7 +335,7 @@ def test_more_cases_and_every_family(checkpoints: Callable[..., Path], tmp_path:
 @pytest.mark.parametrize("size", [2, PROCESSES])
 @pytest.mark.parametrize("name", CASES)
 def test_collectives_carry_the_bytes_that_are_planned(
-    name: str, size: int, folders: dict[tuple[str, bool], str], outcomes: Outcomes
+    name: str, size: int, folders: Folders, outcomes: Outcomes
 ) -> None:
     """Each layer's all-to-all in the forward, then the gradients' in the backward; with checkpointing a third."""
     case = CASES[name]
@@ -265,48 +343,78 @@ def test_collectives_carry_the_bytes_that_are_planned(
     run = Run(decoder=decoder, stripes=Stripes.parse(case.stripes), length=case.tokens, batch=2, dtype="float32")
     if case.batch != "plain" and run.stripes and run.stripes.sinks:
         pytest.skip("what sinks of documents cost depends on where they begin")
-    kinds = decoder.kinds(run.stripes)
-    planned = {kind: fetched_bytes(run, kind, size) for kind in kinds}
+    kinds, again, by_ring = decoder.kinds(run.stripes), "checkpointing" in case.how, "ring" in case.how
+    planned = {kind: exchanged_bytes(run, kind, size) for kind in kinds}
     of_processes = [result["bytes"] for result in outcomes[name, size]]
     calls = 1 + (run.stripes is not None and run.stripes.sinks > 0)
-    # A layer with sinks has two of them, and takes both back.
-    per_layer = [1 if kind == GLOBAL else calls for kind in kinds]
+    # A layer with sinks has two of them. Each takes its gradients back; a ring carries its keys once more as well.
+    per_layer = [(size - 1 if by_ring else 1) if kind == GLOBAL else calls for kind in kinds]
+    ring_calls = by_ring * (size - 1) * kinds.count(GLOBAL)
     for rank, received in enumerate(of_processes):
-        assert len(received) == sum(per_layer) * (3 if "checkpointing" in case.how else 2)
+        assert len(received) == sum(per_layer) * (2 + again) + ring_calls
         forward = iter(received)
         for kind, count in zip(kinds, per_layer, strict=True):
-            assert sum(next(forward) for _ in range(count)) == planned[kind][rank]
-    again = 2 if "checkpointing" in case.how else 1
-    assert sum(map(sum, of_processes)) == (1 + again) * sum(sum(planned[kind]) for kind in kinds)
-    training = replace(run, phase="train", checkpointing="checkpointing" in case.how)
-    planned_total = received_bytes(training, Parallel(sequence=size))
+            assert sum(next(forward) for _ in range(count)) == planned[kind][rank][0]
+        passes = {kind: 1 + again + (by_ring and kind == GLOBAL) for kind in kinds}
+        assert sum(received) == sum(passes[kind] * planned[kind][rank][0] + planned[kind][rank][1] for kind in kinds)
+    training = replace(run, phase="train", checkpointing=again)
+    planned_total = received_bytes(training, Parallel(sequence=size, ring=by_ring))
     planned_total.pop("gradients, copies")  # the processes of this test reduce none but those of sharded weights
     assert max(map(sum, of_processes)) == sum(planned_total.values())
 
 
 @pytest.mark.parametrize("size", [2, PROCESSES])
-def test_a_process_saves_its_shard_and_what_it_fetches(
-    size: int, folders: dict[tuple[str, bool], str], outcomes: Outcomes
-) -> None:
-    """The activations that the last one keeps are those of n tokens, and the fetched keys and values of each layer."""
-    name = "a length that divides"
+@pytest.mark.parametrize("name", ["a length that divides", "a ring"])
+def test_all_processes_have_as_many_pairs(name: str, size: int, folders: Folders, outcomes: Outcomes) -> None:
+    """Every pair is computed once, and no process has more than the plan's busiest: in a global layer 1/P of them."""
     case = CASES[name]
     decoder = read_decoder(folders[case.member, False])
-    length, stripes = shard_length(case.tokens, size), Stripes.parse(case.stripes)
+    run = Run(decoder=decoder, stripes=Stripes.parse(case.stripes), length=case.tokens, batch=2, phase="train")
+    of_processes = [result["pairs"] for result in outcomes[name, size]]
+    assert sum(map(sum, of_processes)) == sum(pairs_by_kind(run).values())
+    planned = pairs_by_kind(busiest(run, size))
+    assert max(map(sum, of_processes)) == sum(planned.values())
+    of_global = [sum(counts[: size if "ring" in case.how else 2]) for counts in of_processes]  # the first layer's calls
+    assert of_global == [planned[GLOBAL]] * size
+    assert planned[GLOBAL] * size == pairs_by_kind(run)[GLOBAL]
+
+
+@pytest.mark.parametrize("size", [2, PROCESSES])
+@pytest.mark.parametrize("name", ["a length that divides", "a ring"])
+def test_a_process_saves_its_shard_and_what_it_gathers(
+    name: str, size: int, folders: Folders, outcomes: Outcomes
+) -> None:
+    """The activations that one keeps are those of n tokens, and the gathered keys and values of each layer."""
+    case = CASES[name]
+    decoder = read_decoder(folders[case.member, False])
+    length, stripes = Shards(case.tokens, size).length, Stripes.parse(case.stripes)
     model = model_of(case, folders)
     with saved_storages(model) as saved:
         loss_and_gradients(model, {name: tensor[:, :length] for name, tensor in batch_of(case).items()})
     run = Run(decoder=decoder, stripes=stripes, length=case.tokens, batch=2, dtype="float32", phase="train")
-    fetched = device_memory(run, Parallel(sequence=size))["keys and values fetched"]
-    assert fetched == sum(fetched_bytes(run, kind, size)[-1] for kind in decoder.kinds(stripes))
-    assert outcomes[name, size][-1]["saved"] == pytest.approx(sum(saved.values()) + fetched, rel=0.02)
+    by_ring = "ring" in case.how
+    planned = split_memory(run, Parallel(sequence=size, ring=by_ring))
+    shard = planned["outputs joined"] // (2 if by_ring else 3) // decoder.query_width * 2 * decoder.kv_width
+    fetched = planned["keys and values fetched"] - (2 * shard if by_ring else 0)  # a ring holds two, and saves none
+    of_layers = [exchanged_bytes(run, kind, size) for kind in decoder.kinds(stripes) if not by_ring or kind == LOCAL]
+    assert fetched == max(sum(got for got, _ in layers) for layers in zip(*of_layers, strict=True))
+    most = max(result["saved"] for result in outcomes[name, size])
+    assert most == pytest.approx(sum(saved.values()) + fetched + planned["outputs joined"], rel=0.02)
+
+
+def test_a_ring_holds_as_much_however_many_processes_pass_it(outcomes: Outcomes) -> None:
+    """A gather holds the keys and values of all. A ring of two passes none on while it computes; of more it does."""
+    (gather, more), (by_ring, by_more) = ([max(outcomes[name, size]) for size in (2, PROCESSES)] for name in LIVE)
+    assert by_more - by_ring < 3
+    assert more - gather > 6
+    assert by_more < more
 
 
 SHARDED = [name for name, case in CASES.items() if case.how.startswith("sharded")]
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_sharding_shards(name: str, folders: dict[tuple[str, bool], str], outcomes: Outcomes) -> None:
+def test_sharding_shards(name: str, folders: Folders, outcomes: Outcomes) -> None:
     """Under FSDP2 a process holds its part of the weights, and those that share them hold all of them once."""
     case = CASES[name]
     shards = 2 * weights_shared(case).sequence
@@ -318,9 +426,7 @@ def test_sharding_shards(name: str, folders: dict[tuple[str, bool], str], outcom
 
 
 @pytest.mark.parametrize("name", [name for name in SHARDED if "low-rank" not in name])
-def test_weights_and_gradients_are_the_bytes_that_are_planned(
-    name: str, folders: dict[tuple[str, bool], str], outcomes: Outcomes
-) -> None:
+def test_weights_and_gradients_are_the_bytes_that_are_planned(name: str, folders: Folders, outcomes: Outcomes) -> None:
     """A layer's weights twice in a step, also where it is computed again; embeddings and the head once."""
     case, shared = CASES[name], weights_shared(CASES[name])
     decoder = read_decoder(folders[case.member, False])
@@ -335,7 +441,7 @@ def test_weights_and_gradients_are_the_bytes_that_are_planned(
 # What cannot be split
 
 
-def test_what_cannot_be_split_is_rejected(folders: dict[tuple[str, bool], str], tmp_path: Path) -> None:
+def test_what_cannot_be_split_is_rejected(folders: Folders, tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         group = dist.group.WORLD
@@ -346,9 +452,10 @@ def test_what_cannot_be_split_is_rejected(folders: dict[tuple[str, bool], str], 
         with pytest.raises(ZebraError, match="use_cache=False"):
             model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
         extended = zebra.load(path, stripes="GL:5", self_extend="2:6")
-        set_sequence_parallel(extended, group)
-        with pytest.raises(ZebraError, match="got packed ones"):
-            extended(**shard_batch(batch_of(CASES["packed"]), 0, 1), use_cache=False)
+        for _ in range(2):  # the second time its layers are wrapped
+            with pytest.raises(ZebraError, match=r"under Self-Extend .* Leave parallel.ring out"):
+                set_sequence_parallel(extended, group, ring=True)
+            set_sequence_parallel(extended, group)
         with pytest.raises(ZebraError, match="changes its frequencies"):
             set_sequence_parallel(zebra.load(path, rope="dynamic:4"), group)
     finally:

@@ -5,8 +5,8 @@
     step = max(computing, weights and gradients on the wire) + keys and values on the wire
 
 `zebra.plan.parallel` has the memory and the bytes of a device, `zebra.plan.devices` its ceilings and links. FSDP2
-fetches weights while it computes; the keys and values of a layer are waited for. The device that counts is the last of
-a sequence, which has the most keys. What is assumed besides is in `ASSUMPTIONS`, with its source.
+fetches weights while it computes; the keys and values of a layer are waited for. Those of a ring travel while it
+computes too, and are waited for as well here. What is assumed besides is in `ASSUMPTIONS`, with its source.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from zebra.errors import ZebraError
 from zebra.plan.comparison import BYTES, TIME, variants, with_unit
 from zebra.plan.cost import Run, flops
 from zebra.plan.devices import MEASURED, Device, Link
-from zebra.plan.parallel import Parallel, check_parallel, device_memory, received_bytes
+from zebra.plan.parallel import Parallel, busiest, check_parallel, device_memory, received_bytes
+from zebra.stripes import GLOBAL
 
 EFFICIENCY, WIRE, ALLOCATOR = 0.4, 0.8, 0.9
 LARGEST_STEP = 2**24
@@ -122,12 +123,12 @@ def _ways(run: Run, devices: int) -> Iterator[Parallel]:
         tokens = groups * run.batch * run.length
         if sequence > run.length or (groups > 1 and tokens > LARGEST_STEP):
             continue
-        yield from (Parallel(groups >> shard, 1 << shard, sequence) for shard in range(groups.bit_length()))
+        rings = (False, True) if sequence > 1 and run.count(GLOBAL) else (False,)
+        for shard in range(groups.bit_length()):
+            yield from (Parallel(groups >> shard, 1 << shard, sequence, ring) for ring in rings)
 
 
 def _predict(run: Run, device: Device, link: Link, memory: int, parallel: Parallel) -> Prediction:
-    n = -(-run.length // parallel.sequence)
-    last = replace(run, length=n, past=(parallel.sequence - 1) * n)
     reached = 1.0 if device.source == MEASURED else EFFICIENCY
     needed, received = device_memory(run, parallel), received_bytes(run, parallel)
     shards, sequences = parallel.weight_shards, parallel.data * parallel.shard
@@ -140,7 +141,7 @@ def _predict(run: Run, device: Device, link: Link, memory: int, parallel: Parall
         parallel=parallel,
         memory=needed,
         received=received,
-        computing=sum(device.seconds(last).values()) / reached,
+        computing=sum(device.seconds(busiest(run, parallel.sequence)).values()) / reached,
         weights=weights / WIRE,
         keys=keys / link.exchange(parallel.sequence) / WIRE,
         tokens=run.batch * run.length * sequences,
@@ -206,7 +207,7 @@ def table(plan: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
             cells = (
                 f"{cluster['devices']:,}",
                 cluster["layout"],
-                f"{way['data']} × {way['shard']} × {way['sequence']}",
+                f"{way['data']} × {way['shard']} × {way['sequence']}" + ", ring" * way["ring"],
                 with_unit(sum(way["memory"].values()), BYTES),
                 with_unit(sum(way["received"].values()), BYTES),
             )

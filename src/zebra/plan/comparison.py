@@ -168,7 +168,9 @@ def headline(plan: dict[str, Any]) -> str:
     what += f", LoRA of rank {settings['lora']}" if settings["lora"] else ""
     what += ", activation checkpointing" if settings["checkpointing"] else ""
     if shared := plan.get("parallel"):
-        sizes = " x ".join(f"{name} {shared[name]}" for name in ("data", "shard", "sequence"))
+        sizes = (
+            " x ".join(f"{name} {shared[name]}" for name in ("data", "shard", "sequence")) + ", ring" * shared["ring"]
+        )
         what += f"; shared by {shared['devices']:,} devices ({sizes}), costs of all that one sequence has"
     return f"{model['name']}: {model['parameters']:,} parameters{note}\n{what}; {device['name']}, {ceilings}"
 

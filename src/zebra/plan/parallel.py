@@ -4,24 +4,24 @@
 
     data       each group of devices trains on sequences of its own, with all weights
     shard      weights, gradients and moments are split (FSDP2), over the devices of a sequence too
-    sequence   the N tokens of a sequence are split, n = ceil(N / P) to each (`zebra.model.sequence_parallel`)
+    sequence   the N tokens of a sequence are split, two chunks to each (`zebra.shards`)
 
-The r-th device of a sequence fetches the keys and values of the tokens before its own that its queries see:
-
-    local    min(w - 1, r n), and sinks that stand before them        global    r n
-
-in each forward pass of a layer, and sends as many gradients back in the backward; its neighbours fetch from it in turn.
-The last device fetches the most, so it is the one that counts. Activation checkpointing runs forward passes again.
+A device of a sequence fetches the keys and values of the tokens that its queries see and that others hold, in each
+forward pass of a layer, and gets as many gradients back as it sent of its own. Activation checkpointing runs forward
+passes again. A ring (`zebra.model.sequence_parallel`) passes a global layer's on once more in the backward, and holds
+those of two devices at a time.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cache
 
 from zebra.errors import ZebraError
 from zebra.plan.cost import BYTES, Run, trained_parameters
 from zebra.plan.memory import memory
+from zebra.shards import Shards
 from zebra.stripes import LOCAL
 
 _LARGEST = 10**6
@@ -29,27 +29,43 @@ _LARGEST = 10**6
 
 @dataclass(frozen=True)
 class Parallel:
-    """How devices share a training: how many groups of data, of weights, and of a sequence's tokens."""
+    """How devices share a training: how many groups of data, of weights, and of a sequence's tokens.
+
+    ring: global layers pass keys and values round the devices of a sequence, and do not gather them.
+    """
 
     data: int = 1
     shard: int = 1
     sequence: int = 1
+    ring: bool = False
 
     def __post_init__(self) -> None:
-        for name, count in asdict(self).items():
+        if self.ring and self.sequence == 1:
+            raise ZebraError("a ring passes keys round the devices of a sequence; got one. Add sequence=2.")
+        for name, count in self.sizes.items():
             if not 1 <= count <= _LARGEST:
                 raise ZebraError(f"{name} counts processes, from 1 to {_LARGEST:,}; got {count}. Change it.")
 
     @classmethod
     def parse(cls, text: str) -> Parallel:
-        """Read `shard=4,sequence=2`."""
-        sizes = dict(re.findall(r"(data|shard|sequence)=(\d{1,9})(?:,|$)", text))
-        if not sizes or ",".join(f"{name}={count}" for name, count in sizes.items()) != text:
-            raise ZebraError(f"devices are shared as in shard=4,sequence=2, by data, shard, sequence; got {text!r}.")
-        return cls(**{name: int(count) for name, count in sizes.items()})
+        """Read `shard=4,sequence=2`, or `shard=4,sequence=2,ring`."""
+        groups, ring = text.removesuffix(",ring"), text.endswith(",ring")
+        sizes = dict(re.findall(r"(data|shard|sequence)=(\d{1,9})(?:,|$)", groups))
+        if not sizes or ",".join(f"{name}={count}" for name, count in sizes.items()) != groups:
+            raise ZebraError(
+                "devices are shared as in shard=4,sequence=2, by data, shard, sequence, and ring behind them; "
+                f"got {text!r}."
+            )
+        return cls(**{name: int(count) for name, count in sizes.items()}, ring=ring)
 
     def __str__(self) -> str:
-        return ",".join(f"{name}={count}" for name, count in asdict(self).items() if count > 1) or "data=1"
+        groups = ",".join(f"{name}={count}" for name, count in self.sizes.items() if count > 1) or "data=1"
+        return groups + ",ring" * self.ring
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The groups by name."""
+        return {"data": self.data, "shard": self.shard, "sequence": self.sequence}
 
     @property
     def devices(self) -> int:
@@ -74,20 +90,47 @@ def check_parallel(run: Run) -> None:
         raise ZebraError("sequences are split in global and local layers; this layout has others. Plan one device.")
 
 
-def fetched_tokens(run: Run, kind: str, processes: int) -> list[int]:
-    """Tokens whose keys and values each process of a split sequence fetches in one layer of a kind."""
-    n = -(-run.length // processes)
-    starts = [r * n for r in range(processes)]
-    if kind != LOCAL or run.stripes is None:
-        return starts
-    window, sinks = run.stripes.window, run.stripes.sinks
-    return [min(start, window - 1) + min(max(start - window + 1, 0), sinks) for start in starts]
+def busiest(run: Run, processes: int) -> Run:
+    """What the last device of a split sequence computes of it: no other has more pairs.
+
+    Its two chunks are the middle of the sequence. In global layers all have as many, and in local ones those have fewer
+    whose first chunk is not a window behind the beginning.
+    """
+    shards = Shards(run.length, processes)
+    return run if processes == 1 else replace(run, length=shards.length, past=shards.held(processes - 1)[0].start)
 
 
-def fetched_bytes(run: Run, kind: str, processes: int) -> list[int]:
-    """Bytes of keys and values that each process receives in one forward pass of one layer of a kind."""
+@cache
+def _traffic(shards: Shards, window: int | None, sinks: int) -> list[tuple[int, int]]:
+    return shards.traffic(window, sinks)
+
+
+def exchanged_bytes(run: Run, kind: str, processes: int) -> list[tuple[int, int]]:
+    """Bytes of keys and values that each process receives and sends in one forward pass of one layer of a kind."""
+    window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes and kind == LOCAL else (None, 0)
     token = run.batch * 2 * run.decoder.kv_width * BYTES[run.dtype]
-    return [count * token for count in fetched_tokens(run, kind, processes)]
+    return [(token * got, token * sent) for got, sent in _traffic(Shards(run.length, processes), window, sinks)]
+
+
+def split_memory(run: Run, parallel: Parallel) -> dict[str, int]:
+    """Bytes that splitting a sequence adds on the device that needs the most, by part.
+
+    Autograd saves what a layer gathered, and the outputs of both chunks beside the one that joins them. A ring saves
+    nothing, and holds the keys and values of two devices at a time. Outside training, and under activation
+    checkpointing, one layer's are held at a time.
+    """
+    kinds, tokens = run.decoder.kinds(run.stripes), run.batch * Shards(run.length, parallel.sequence).length
+    size, all_layers = BYTES[run.dtype], run.phase == "train" and not run.checkpointing
+    gathering = [kind for kind in kinds if kind == LOCAL or not parallel.ring]
+    passing = 2 * tokens * 2 * run.decoder.kv_width * size if len(gathering) < len(kinds) else 0
+    of_layers = [[got for got, _ in exchanged_bytes(run, kind, parallel.sequence)] for kind in gathering]
+    of_devices = [sum(layers) if all_layers else max(layers) for layers in zip(*of_layers, strict=True)] or [0]
+    fetched = max(of_devices) + passing if all_layers else max(*of_devices, passing)
+    joined = tokens * run.decoder.query_width * size
+    return {
+        "keys and values fetched": fetched,
+        "outputs joined": joined * (len(gathering) if all_layers else bool(gathering)),
+    }
 
 
 def received_bytes(run: Run, parallel: Parallel) -> dict[str, int]:
@@ -100,7 +143,7 @@ def received_bytes(run: Run, parallel: Parallel) -> dict[str, int]:
     training = run.phase == "train"
     parts: dict[str, int] = {}
     if parallel.sequence > 1:
-        devices = [_keys_and_values(run, parallel.sequence, rank) for rank in range(parallel.sequence)]
+        devices = _keys_and_values(run, parallel)
         totals = [sum(device.values()) for device in devices]
         parts |= devices[totals.index(max(totals))]
     shards, size = parallel.weight_shards, 4 if training and not run.lora else BYTES[run.dtype]
@@ -117,39 +160,26 @@ def received_bytes(run: Run, parallel: Parallel) -> dict[str, int]:
     return parts
 
 
-def _keys_and_values(run: Run, processes: int, rank: int) -> dict[str, int]:
-    """Bytes of keys and values, and of their gradients, that one process receives, by kind of layer."""
+def _keys_and_values(run: Run, parallel: Parallel) -> list[dict[str, int]]:
+    """Bytes of keys and values, and of their gradients, that each process receives, by kind of layer."""
     training = run.phase == "train"
-    parts = {}
+    devices: list[dict[str, int]] = [{} for _ in range(parallel.sequence)]
     for kind in sorted(set(run.decoder.kinds(run.stripes))):
-        fetched = (1 + (training and run.checkpointing)) * fetched_bytes(run, kind, processes)[rank]
-        returned = training * _sent(run, kind, processes, rank)
-        name = "local" if kind == LOCAL else "global"
-        parts[f"keys and values, {name} layers"] = run.count(kind) * (fetched + returned)
-    return parts
-
-
-def _sent(run: Run, kind: str, processes: int, owner: int) -> int:
-    """Bytes that a process sends of its keys and values in one forward, and so receives gradients of."""
-    n, token = -(-run.length // processes), run.batch * 2 * run.decoder.kv_width * BYTES[run.dtype]
-    window = run.stripes.window if run.stripes and kind == LOCAL else run.length + 1
-    count = 0
-    for reader in range(owner + 1, processes):
-        first = max(0, reader * n - window + 1)
-        count += min(n, max(0, (owner + 1) * n - first))
-        if kind == LOCAL and run.stripes:  # the first tokens, those that stand before `first`
-            count += max(0, min(run.stripes.sinks, first, (owner + 1) * n) - owner * n)
-    return count * token
+        name, ring = ("local", False) if kind == LOCAL else ("global", parallel.ring)
+        passes = 1 + training * (run.checkpointing + ring)
+        for device, (got, sent) in zip(devices, exchanged_bytes(run, kind, parallel.sequence), strict=True):
+            device[f"keys and values, {name} layers"] = run.count(kind) * (passes * got + training * sent)
+    return devices
 
 
 def device_memory(run: Run, parallel: Parallel) -> dict[str, int]:
-    """Bytes by part on the device that needs the most: the last of a sequence.
+    """Bytes by part on the device that needs the most.
 
     Under sharding two layers and the embeddings are whole for a while: one is computed, one is fetched ahead.
     Activation checkpointing then leaves the bfloat16 copies of one layer at a time.
     """
     sequence, shards = parallel.sequence, parallel.weight_shards
-    parts = memory(replace(run, length=-(-run.length // sequence)))
+    parts = memory(replace(run, length=Shards(run.length, sequence).length) if sequence > 1 else run)
     if shards > 1:
         for name in {"weights", "gradients", "AdamW"} & parts.keys():
             parts[name] = -(-parts[name] // shards)
@@ -158,8 +188,4 @@ def device_memory(run: Run, parallel: Parallel) -> dict[str, int]:
         decoder, size = run.decoder, 4 if run.phase == "train" and not run.lora else BYTES[run.dtype]
         two_layers = 2 * (decoder.num_parameters - decoder.outside_layers) // decoder.layers
         parts["weights gathered"] = size * (two_layers + decoder.outside_layers)
-    if sequence > 1:
-        fetched = [fetched_bytes(run, kind, sequence)[-1] for kind in run.decoder.kinds(run.stripes)]
-        held = run.phase == "train" and not run.checkpointing
-        parts["keys and values fetched"] = sum(fetched) if held else max(fetched)
-    return parts
+    return parts | (split_memory(run, parallel) if sequence > 1 else {})

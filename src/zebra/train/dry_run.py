@@ -27,12 +27,12 @@ from zebra.model.checkpoint import read_config
 from zebra.model.compiled import decoder_layers
 from zebra.model.families import attention_pairs, layer_kinds, model_class, stripes_of
 from zebra.model.local import layout_name
-from zebra.model.sequence_parallel import shard_length
 from zebra.plan.cost import Run
 from zebra.plan.decoder import decoder_from_config
 from zebra.plan.memory import activation_memory
-from zebra.plan.parallel import fetched_bytes
+from zebra.plan.parallel import Parallel, split_memory
 from zebra.plan.shapes import shape
+from zebra.shards import Shards
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 from zebra.train import lora
 from zebra.train.directory import data_groups
@@ -121,21 +121,22 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     With activation checkpointing that is each layer's input, and one layer's own while it is run again. Autocast
     keeps a bfloat16 copy of each float32 weight that it met.
     """
-    length = shard_length(recipe.train.length, recipe.parallel.sequence)
+    length = Shards(recipe.train.length, recipe.parallel.sequence).length
     tokens = length * recipe.train.per_device_train_batch_size
     kinds, low = layer_kinds(config), _lora(recipe)
     # The residual stream is as wide as the embeddings, which autocast leaves alone.
     half = low is not None and low.base_dtype == "bfloat16" and "embeddings" not in low.modules_to_save
     saved = {kind: _saved_by_a_layer(recipe, config, kind if kind == GLOBAL else LOCAL) for kind in set(kinds)}
     cast, checkpointing = [saved[kind][1] for kind in kinds], recipe.train.activation_checkpointing
-    extra = {kind: _extra_saved(recipe, config, kind) + _fetched(recipe, config, kind) for kind in saved}
-    return activation_memory(
+    extra = {kind: _extra_saved(recipe, config, kind) for kind in saved}
+    parts = activation_memory(
         [tokens * saved[kind][0] + extra[kind] for kind in kinds],
         layer_input=tokens * config.hidden_size * (2 if half else 4),
         weights_cast=max(cast) if checkpointing and _weight_shards(recipe) > 1 else sum(cast),
         vocab_size=config.vocab_size,
         checkpointing=checkpointing,
     )
+    return parts | _split(recipe, config)
 
 
 def _extra_saved(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
@@ -149,11 +150,11 @@ def _extra_saved(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
     return recipe.train.per_device_train_batch_size * saved
 
 
-def _fetched(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
-    """Bytes of keys and values that the last process of a split sequence fetches in a layer, and saves."""
-    processes, train = recipe.parallel.sequence, recipe.train
-    if processes == 1:
-        return 0
+def _split(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
+    """What processes that split sequences keep besides."""
+    shared, train = recipe.parallel, recipe.train
+    if shared.sequence == 1:
+        return {}
     decoder = decoder_from_config(config.to_dict(), name="model")
     stripes = stripes_of(config)
     stripes = stripes and replace(stripes, sinks=local_attention_for(recipe).sinks)
@@ -164,8 +165,9 @@ def _fetched(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
         batch=train.per_device_train_batch_size,
         dtype="bfloat16" if train.bf16 else "float32",
         phase="train",
+        checkpointing=train.activation_checkpointing,
     )
-    return fetched_bytes(run, kind, processes)[-1]
+    return split_memory(run, Parallel(sequence=shared.sequence, ring=shared.ring))
 
 
 def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:

@@ -176,7 +176,7 @@ def sharing(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
     size = recipe.parallel.sequence
     if size > 1:
         mesh = init_device_mesh(model.device.type, (data_groups(recipe), size), mesh_dim_names=("data", "sequence"))
-        set_sequence_parallel(model, mesh["sequence"].get_group())
+        set_sequence_parallel(model, mesh["sequence"].get_group(), ring=recipe.parallel.ring)
     with warnings.catch_warnings():  # the view is `logits`, of no token, and nobody writes to it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         yield

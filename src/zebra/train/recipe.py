@@ -189,6 +189,10 @@ class Parallel(RecipeSection):
     sequence: int = Field(
         default=1, ge=1, description="processes that split each sequence (zebra.model.sequence_parallel)"
     )
+    ring: bool = Field(
+        default=False,
+        description="global layers pass keys and values round these processes: less memory, one exchange more",
+    )
 
 
 class EvaluationSchedule(RecipeSection):
@@ -240,6 +244,8 @@ class Recipe(RecipeSection):
 
     @model_validator(mode="after")
     def _runs_in_parallel(self) -> Self:
+        if self.parallel.ring and self.parallel.sequence == 1:
+            raise ValueError("parallel.ring passes keys round the processes of a sequence; set parallel.sequence")
         if self.train.compile and self.parallel.sequence > 1:
             raise ValueError("train.compile does not go through parallel.sequence, whose attention exchanges keys")
         if self.train.optimizer == "muon" and self.parallel.shard > 1:

@@ -28,7 +28,7 @@ from zebra.data.mixture import SelectedDocuments, SourceStats
 from zebra.data.packing import IGNORE, PackedSequences
 from zebra.evaluate.answers import answer_score
 from zebra.model.loss import head_of, summed_loss, without_logits
-from zebra.model.sequence_parallel import WHOLE_DOCUMENTS, WHOLE_KEYS
+from zebra.model.sequence_parallel import WHOLE
 from zebra.results import Result
 from zebra.train.measuring import source_results
 from zebra.train.parallel import ParallelTrainer, shard
@@ -202,7 +202,7 @@ class _AnswerTrainer(ParallelTrainer, SFTTrainer):
             A scalar.
         """
         labels = inputs["labels"]
-        names = {"input_ids", "position_ids", WHOLE_DOCUMENTS, WHOLE_KEYS} & inputs.keys()
+        names = {"input_ids", "position_ids", *WHOLE} & inputs.keys()
         outputs = model(**{name: inputs[name] for name in names}, **without_logits(labels.device))
         total = summed_loss(outputs.hidden_states[-1], head_of(self.accelerator.unwrap_model(model)), labels)
         refuse_diverged(total, self)

@@ -265,16 +265,17 @@ class SelfExtendAttention:
         """As `AttentionOverride.attend`, query (B, H, T, D) and value (B, K, S, D).
 
         Args:
+            positions: (1 or B, T), or (1 or B, S) of the keys too, which then may be packed documents' whatever T.
             key: (B, K, S, D), all keys at the positions that transformers gave them; or the new ones alone, from our
                 cache, which holds the others. The first is right and slow: all of them are rotated in every forward.
         """
         if positions is None:
             raise ZebraError(NO_POSITION_IDS)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        total, window = value.shape[2], self.rotation.setting.window
+        total, queries, window = value.shape[2], query.shape[2], self.rotation.setting.window
         current = self.rotation.positions(positions, mask, total, dtype, recompute=self.first)
         if self.first:
-            self.rotation.check_continues(key, current, total - query.shape[2])
+            self.rotation.check_continues(key, current, total - positions.shape[1])
         if isinstance(key, PendingKeys):
             near, far = key.layer.write(key.states, rotate(key.states, current.key_rotation))
         else:
@@ -282,6 +283,9 @@ class SelfExtendAttention:
             if total > window:
                 far = rotate(key, self.rotation.rotation_of_all_keys(current, total, dtype))
         if current.query_scale is not None:
-            query = (query * current.query_scale).to(query.dtype)
-        far_query = rotate(query, current.query_rotation) if total > window else query
+            query = (query * current.query_scale[:, :, -queries:]).to(query.dtype)
+        cos, sin = current.query_rotation
+        if positions.shape[1] > queries:
+            cos, sin = cos[:, :, -queries:], sin[:, :, -queries:]
+        far_query = rotate(query, (cos, sin)) if total > window else query
         return self_extend_attention(query, near, far_query, far, value, mask, window=window, **kwargs)

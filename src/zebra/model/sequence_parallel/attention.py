@@ -1,0 +1,168 @@
+"""The attention of a model whose sequences are split: each chunk's queries over all keys that they see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zebra.errors import ZebraError
+from zebra.kernels import Mask, attend, autocast
+from zebra.kernels.sinks import sink_attention
+from zebra.model.local import LocalAttention
+from zebra.model.override import AttentionOverride, get_override, names_of_other_overrides, overrides_of, set_override
+from zebra.model.rope import changes_with_length
+from zebra.model.self_extend.layer import NO_POSITION_IDS, SelfExtendAttention
+from zebra.model.sequence_parallel.exchange import fetch, fetch_tokens, sinks_before, with_sinks
+from zebra.model.sequence_parallel.ring import ring_attention
+from zebra.shards import Shards
+
+
+def set_sequence_parallel(model: PreTrainedModel, group: dist.ProcessGroup | None, *, ring: bool = False) -> None:
+    """Make a loaded model attend over sequences whose shards (`shard_batch`) the processes of a group hold.
+
+    None makes it read whole sequences again.
+
+    Args:
+        ring: global layers pass keys and values round a ring, and do not gather them.
+
+    Raises:
+        ZebraError: a rope that changes with the length, which a shard does not know; layers that attend by others means
+            than a window, sinks and Self-Extend; a ring under Self-Extend or ALiBi.
+    """
+    if kind := changes_with_length(model.config):
+        raise ZebraError(
+            f"a rope of type {kind} changes its frequencies with the text's length, which no process of a split "
+            "sequence knows. Take yarn, linear, llama3 or base, or parallel.sequence of 1."
+        )
+    if others := names_of_other_overrides(model, LocalAttention, SelfExtendAttention, SequenceParallelAttention):
+        raise ZebraError(f"layers with {others} cannot split a sequence over processes. Take parallel.sequence of 1.")
+    if ring and group is not None:
+        _check_ring(model)
+    for module in model.modules():
+        # An attention module of transformers: it has the index of its layer, and the scale of its scores.
+        if hasattr(module, "layer_idx") and hasattr(module, "scaling"):
+            own = get_override(module)
+            own = own.own if isinstance(own, SequenceParallelAttention) else own
+            set_override(module, own if group is None else SequenceParallelAttention(group, own, ring))
+
+
+def _check_ring(model: PreTrainedModel) -> None:
+    """Reject what is not a softmax of the same scores wherever a key stands."""
+    wrapped = [override.own for override in overrides_of(model, SequenceParallelAttention)]
+    under = next(overrides_of(model, SelfExtendAttention), None) or any(
+        isinstance(own, SelfExtendAttention) for own in wrapped
+    )
+    alibi = getattr(model.config, "position_embedding", None) == "alibi"
+    if under or alibi:
+        raise ZebraError(
+            f"under {'ALiBi' if alibi else 'Self-Extend'} a score depends on how far away a key stands, which a ring "
+            "of chunks does not know. Leave parallel.ring out: global layers then gather their keys."
+        )
+
+
+@dataclass(frozen=True)
+class SequenceParallelAttention:
+    """The attention override of every layer of a model whose sequences are split.
+
+    Attributes:
+        group: the processes that share a sequence, in the order of `Shards`.
+        own: the override that the layer had; None where it attends by `zebra.kernels.attend`.
+        ring: whether a global layer passes keys and values round.
+    """
+
+    group: dist.ProcessGroup
+    own: AttentionOverride | None
+    ring: bool = False
+
+    def attend(
+        self,
+        module: nn.Module,
+        positions: Tensor | None,
+        query: Tensor,
+        key: Any,
+        value: Tensor,
+        mask: Mask,
+        /,
+        *,
+        sequence_keys: Tensor | None = None,
+        sequence_documents: Tensor | None = None,
+        sequence_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `AttentionOverride.attend`, over the shard's queries (B, H, n, D) and all keys that they see.
+
+        Args:
+            key, value: (B, K, n, D) of the shard.
+            mask: that of the shard, of which the window counts.
+            sequence_keys, sequence_documents, sequence_positions: (1 or B, P n), or None where all tokens are real, or
+                of one document.
+
+        Raises:
+            ZebraError: cached tokens.
+        """
+        length, size, rank = query.shape[2], dist.get_world_size(self.group), dist.get_rank(self.group)
+        if not isinstance(key, Tensor) or key.shape[2] != length:
+            raise ZebraError("a sequence that is split over processes is read whole. Pass use_cache=False.")
+        extended = isinstance(self.own, SelfExtendAttention)
+        if not extended:
+            query, key, value = autocast(query, key, value)  # as `attend` would, before they travel
+        whole = replace(mask, keys=sequence_keys, documents=sequence_documents)
+        states, width, shards = torch.cat([key, value], dim=3), key.shape[3], Shards(size * length, size)
+        if self.ring and mask.window is None:
+            return ring_attention(query, states, whole, group=self.group, **kwargs)
+        fetched = fetch(states, shards, mask.window, rank, self.group)
+        seen = shards.seen(rank, mask.window)
+        keys = [fetched[:, :, : len(seen[0])], fetched[:, :, fetched.shape[2] - len(seen[1]) :]]
+        masks = [whole.sliced(tokens.start, tokens.stop) for tokens in seen]
+        run: Any = attend
+        if isinstance(self.own, LocalAttention) and self.own.sinks and mask.window is not None:
+            keys, masks = self._behind_sinks(states, whole, shards, keys, masks)
+            run = sink_attention
+        results = []
+        for tokens, queries, of_piece, its_mask in zip(seen, query.chunk(2, dim=2), keys, masks, strict=True):
+            if isinstance(self.own, SelfExtendAttention):
+                up_to = _positions_up_to(positions, sequence_positions, shards.held(rank)[0].start, tokens.stop)
+                run = partial(self.own.attend, module, up_to)
+            results.append(run(queries, of_piece[..., :width], of_piece[..., width:], its_mask, **kwargs))
+        (out, lse), (other, other_lse) = results
+        whole_lse = None if lse is None or other_lse is None else torch.cat([lse, other_lse], dim=2)
+        return torch.cat([out, other], dim=2), whole_lse
+
+    def _behind_sinks(
+        self, states: Tensor, whole: Mask, shards: Shards, keys: list[Tensor], masks: list[Mask]
+    ) -> tuple[list[Tensor], list[Mask]]:
+        """The keys and masks of both chunks with the sinks that stand before them."""
+        assert isinstance(self.own, LocalAttention)
+        rank, sinks, shape = dist.get_rank(self.group), self.own.sinks, (len(states), shards.padded)
+        firsts = [[tokens.start for tokens in shards.seen(r, whole.window)] for r in range(shards.processes)]
+        tables = [sinks_before(whole, one, sinks, shape, states.device) for one in firsts]
+        tokens = fetch_tokens(states, [table.flatten(1) for table in tables], shards, rank, self.group)
+        with_them: tuple[list[Tensor], list[Mask]] = [], []
+        for i, (of_piece, mask) in enumerate(zip(keys, masks, strict=True)):
+            table = tables[rank][:, i]
+            table = table if bool((table >= 0).any()) else table[:, :0]
+            # None of them still stands in the graph: in the backward all processes exchange.
+            first = tokens[:, :, i * sinks : i * sinks + table.shape[1]]
+            with_them[0].append(torch.cat([first, of_piece], dim=2))
+            with_them[1].append(replace(with_sinks(mask, table, of_piece.shape[2]), sinks=sinks))
+        return with_them
+
+
+def _positions_up_to(positions: Tensor | None, of_sequence: Tensor | None, start: int, end: int) -> Tensor:
+    """The positions of the first `end` tokens of a sequence, (1 or B, end).
+
+    Args:
+        positions: of the shard, (1 or B, n), whose first token stands at `start`.
+        of_sequence: of the whole sequence; None where they rise by 1 throughout.
+    """
+    if of_sequence is not None:
+        return of_sequence[:, :end]
+    if positions is None:
+        raise ZebraError(NO_POSITION_IDS)
+    return positions[:, :1] + torch.arange(-start, end - start, device=positions.device)
