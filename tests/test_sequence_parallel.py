@@ -212,7 +212,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function(*args, **kwargs or {})
         for tensor in tree_leaves(results):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.storages:
+            if type(tensor) is Tensor and (storage := tensor.untyped_storage())._cdata not in self.storages:
                 self.storages.add(storage._cdata)
                 self.bytes += storage.nbytes()
                 weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())

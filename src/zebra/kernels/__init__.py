@@ -191,7 +191,7 @@ def gradients(
             continue
         if (reason := kernel.declines(request)) is None:
             dq, dk, dv = kernel.gradients(request, out, lse, grad_out, grad_lse)
-            return dq, pad(dk, unseen), pad(dv, unseen)
+            return (dq, pad(dk, unseen), pad(dv, unseen)) if unseen[2] else (dq, dk, dv)
         reasons.append(f"{kernel.name}: {reason}")
     raise NotImplementedError(f"no attention kernel has the gradients of this request. {'; '.join(reasons)}.")
 

@@ -109,49 +109,48 @@ class SequenceParallelAttention:
         length, size, rank = query.shape[2], dist.get_world_size(self.group), dist.get_rank(self.group)
         if not isinstance(key, Tensor) or key.shape[2] != length:
             raise ZebraError("a sequence that is split over processes is read whole. Pass use_cache=False.")
-        extended = isinstance(self.own, SelfExtendAttention)
-        if not extended:
+        if not isinstance(self.own, SelfExtendAttention):
             query, key, value = autocast(query, key, value)  # as `attend` would, before they travel
         whole = replace(mask, keys=sequence_keys, documents=sequence_documents)
-        states, width, shards = torch.cat([key, value], dim=3), key.shape[3], Shards(size * length, size)
         if self.ring and mask.window is None:
-            return ring_attention(query, states, whole, group=self.group, **kwargs)
-        fetched = fetch(states, shards, mask.window, rank, self.group)
-        seen = shards.seen(rank, mask.window)
-        keys = [fetched[:, :, : len(seen[0])], fetched[:, :, fetched.shape[2] - len(seen[1]) :]]
+            return ring_attention(query, key, value, whole, group=self.group, **kwargs)
+        shards = Shards(size * length, size)
+        seen, fetched = shards.seen(rank, mask.window), fetch(key, value, shards, mask.window, self.group)
         masks = [whole.sliced(tokens.start, tokens.stop) for tokens in seen]
         run: Any = attend
         if isinstance(self.own, LocalAttention) and self.own.sinks and mask.window is not None:
-            keys, masks = self._behind_sinks(states, whole, shards, keys, masks)
+            fetched, masks = self._behind_sinks(torch.cat([key, value], dim=3), whole, shards, fetched, masks)
             run = sink_attention
         results = []
-        for tokens, queries, of_piece, its_mask in zip(seen, query.chunk(2, dim=2), keys, masks, strict=True):
+        for tokens, queries, of_chunk, its_mask in zip(seen, query.chunk(2, dim=2), fetched, masks, strict=True):
             if isinstance(self.own, SelfExtendAttention):
                 up_to = _positions_up_to(positions, sequence_positions, shards.held(rank)[0].start, tokens.stop)
                 run = partial(self.own.attend, module, up_to)
-            results.append(run(queries, of_piece[..., :width], of_piece[..., width:], its_mask, **kwargs))
+            results.append(run(queries, *of_chunk, its_mask, **kwargs))
         (out, lse), (other, other_lse) = results
         whole_lse = None if lse is None or other_lse is None else torch.cat([lse, other_lse], dim=2)
         return torch.cat([out, other], dim=2), whole_lse
 
     def _behind_sinks(
-        self, states: Tensor, whole: Mask, shards: Shards, keys: list[Tensor], masks: list[Mask]
-    ) -> tuple[list[Tensor], list[Mask]]:
-        """The keys and masks of both chunks with the sinks that stand before them."""
+        self, states: Tensor, whole: Mask, shards: Shards, fetched: list[tuple[Tensor, Tensor]], masks: list[Mask]
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Mask]]:
+        """What both chunks see, keys, values and masks, with the sinks that stand before."""
         assert isinstance(self.own, LocalAttention)
         rank, sinks, shape = dist.get_rank(self.group), self.own.sinks, (len(states), shards.padded)
+        width = fetched[0][0].shape[3]
         firsts = [[tokens.start for tokens in shards.seen(r, whole.window)] for r in range(shards.processes)]
         tables = [sinks_before(whole, one, sinks, shape, states.device) for one in firsts]
         tokens = fetch_tokens(states, [table.flatten(1) for table in tables], shards, rank, self.group)
-        with_them: tuple[list[Tensor], list[Mask]] = [], []
-        for i, (of_piece, mask) in enumerate(zip(keys, masks, strict=True)):
+        behind, its_masks = [], []
+        for i, (of_chunk, mask) in enumerate(zip(fetched, masks, strict=True)):
             table = tables[rank][:, i]
             table = table if bool((table >= 0).any()) else table[:, :0]
             # None of them still stands in the graph: in the backward all processes exchange.
-            first = tokens[:, :, i * sinks : i * sinks + table.shape[1]]
-            with_them[0].append(torch.cat([first, of_piece], dim=2))
-            with_them[1].append(replace(with_sinks(mask, table, of_piece.shape[2]), sinks=sinks))
-        return with_them
+            first = tokens[:, :, i * sinks : i * sinks + table.shape[1]].tensor_split([width], dim=3)
+            key, value = (torch.cat(parts, dim=2) for parts in zip(first, of_chunk, strict=True))
+            behind.append((key, value))
+            its_masks.append(replace(with_sinks(mask, table, key.shape[2] - table.shape[1]), sinks=sinks))
+        return behind, its_masks
 
 
 def _positions_up_to(positions: Tensor | None, of_sequence: Tensor | None, start: int, end: int) -> Tensor:

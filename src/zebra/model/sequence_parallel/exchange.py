@@ -1,49 +1,117 @@
 """What attention fetches of other processes' tokens: in each layer one all-to-all, and one more for sinks.
 
-In the backward the same all-to-all, reversed, brings the gradients home, where autograd adds them up.
+In the backward the same all-to-all, reversed, brings the gradients home, where they are added up.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.autograd.function import once_differentiable
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 
 from zebra.kernels import Mask
 from zebra.shards import Shards
 
 
-def fetch(states: Tensor, shards: Shards, window: int | None, rank: int, group: dist.ProcessGroup) -> Tensor:
-    """All tokens that a process sees, once each and in their order: (B, K, m, D) from the shards (B, K, n, D).
+def fetch(
+    key: Tensor, value: Tensor, shards: Shards, window: int | None, group: dist.ProcessGroup
+) -> list[tuple[Tensor, Tensor]]:
+    """The keys and the values that the queries of each of a process's chunks see, `Shards.seen`.
 
-    The first ones are those that its first chunk sees, the last ones those of its second (`Shards.seen`).
+    Args:
+        key, value: (B, K, n, D) of the shard.
+
+    Returns:
+        Two of (B, K, S, D) for each chunk, all parts of one tensor.
     """
+    gather = _Gather(shards, window, group, key.shape[3])
+    first_key, first_value, second_key, second_value = _Fetch.apply(torch.cat([key, value], dim=3), gather)
+    return [(first_key, first_value), (second_key, second_value)]
 
-    def pieces(owner: int, reader: int) -> list[tuple[range, slice]]:
-        """Of what `reader` fetches the tokens of `owner`, and where they stand in its shard."""
-        if owner == reader:
-            return []
-        overlaps = []
-        for at, held in zip((0, shards.chunk), shards.held(owner), strict=True):
-            for tokens in shards.fetched(reader, window):
-                both = range(max(held.start, tokens.start), min(held.stop, tokens.stop))
-                if both:
-                    overlaps.append((both, slice(at + both.start - held.start, at + both.stop - held.start)))
-        return overlaps
 
-    rows, processes = states.permute(2, 0, 1, 3), range(shards.processes)
-    outgoing = [[rows[place] for _, place in pieces(rank, reader)] for reader in processes]
-    incoming = [[tokens for tokens, _ in pieces(owner, rank)] for owner in processes]
-    got = _exchange([torch.cat([rows[:0], *parts]) for parts in outgoing], [sum(map(len, x)) for x in incoming], group)
-    ranges = [tokens for parts in incoming for tokens in parts]
-    fetched = dict(zip((x.start for x in ranges), got.split([len(x) for x in ranges]) if ranges else (), strict=True))
-    own = dict(zip((held.start for held in shards.held(rank)), rows.chunk(2), strict=True))
-    in_order = [part for _, part in sorted((fetched | own).items(), key=lambda item: item[0])]
-    # Whoever fetches nothing still takes part in the backward: its empty tensor stands in the graph.
-    return torch.cat([part.permute(1, 2, 0, 3) for part in (got[:0], *in_order)], dim=2)
+@dataclass(frozen=True)
+class _Gather:
+    """Which tokens go where, so that a process has all that it sees, once each and in their order."""
+
+    shards: Shards
+    window: int | None
+    group: dist.ProcessGroup
+    width: int
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    def runs(self, reader: int) -> tuple[range, ...]:
+        """The tokens that a process sees, its own among them."""
+        first, second = self.shards.seen(reader, self.window)
+        return (first, second) if first.stop < second.start else (range(first.start, second.stop),)
+
+    def pieces(self, owner: int, reader: int) -> list[tuple[slice, slice]]:
+        """Of what `reader` sees that which `owner` holds: where it stands in the owner's shard, and where it comes."""
+        pieces, before = [], 0
+        for run in self.runs(reader):
+            for at, held in zip((0, self.shards.chunk), self.shards.held(owner), strict=True):
+                start, stop = max(held.start, run.start), min(held.stop, run.stop)
+                if start < stop:
+                    place, comes = at - held.start, before - run.start
+                    pieces.append((slice(place + start, place + stop), slice(comes + start, comes + stop)))
+            before += len(run)
+        return pieces
+
+    def exchange(self, states: Tensor, into: Tensor, *, back: bool = False) -> None:
+        """Add the tokens of all shards (B, K, n, 2 D) to where they are seen (B, K, m, 2 D), or `back`."""
+        processes = range(self.shards.processes)
+        sent = [[place for place, _ in self.pieces(self.rank, reader)] for reader in processes]
+        received = [[place for _, place in self.pieces(owner, self.rank)] for owner in processes]
+        if back:
+            sent, received = received, sent
+        for source, place in zip(sent[self.rank], received[self.rank], strict=True):
+            into[:, :, place] += states[:, :, source]
+        sent[self.rank], received[self.rank] = [], []
+        rows = states.permute(2, 0, 1, 3)
+        outgoing = torch.cat([rows[:0], *(rows[place] for places in sent for place in places)])
+        outgoing_sizes, sizes = ([sum(x.stop - x.start for x in places) for places in one] for one in (sent, received))
+        arrived = wait_tensor(all_to_all_single(outgoing.contiguous(), sizes, outgoing_sizes, self.group))
+        places = [place for places in received for place in places]
+        for place, part in zip(places, arrived.split([x.stop - x.start for x in places]), strict=True):
+            into[:, :, place] += part.permute(1, 2, 0, 3)
+
+
+class _Fetch(torch.autograd.Function):
+    """Parts of one tensor, whose gradients go into one tensor, and home, where they are added up in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, gather: _Gather) -> tuple[Tensor, ...]:
+        count = sum(map(len, gather.runs(gather.rank)))
+        seen = states.new_zeros(*states.shape[:2], count, states.shape[3])
+        gather.exchange(states, seen)
+        ctx.gather, ctx.shape = gather, states.shape
+        return _parts(seen, gather)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gather, dtype = ctx.gather, gradients[0].dtype
+        count = sum(map(len, gather.runs(gather.rank)))
+        of_seen = gradients[0].new_zeros(*ctx.shape[:2], count, ctx.shape[3])
+        for part, gradient in zip(_parts(of_seen, gather), gradients, strict=True):
+            part += gradient
+        of_states = of_seen.new_zeros(ctx.shape, dtype=torch.promote_types(dtype, torch.float32))
+        gather.exchange(of_seen, of_states, back=True)
+        return of_states.to(dtype), None
+
+
+def _parts(seen: Tensor, gather: _Gather) -> tuple[Tensor, ...]:
+    """The keys and the values of the first chunk, and of the second, in all that a process sees."""
+    first, second = (len(tokens) for tokens in gather.shards.seen(gather.rank, gather.window))
+    chunks = seen[:, :, :first], seen[:, :, seen.shape[2] - second :]
+    return tuple(part for chunk in chunks for part in chunk.tensor_split([gather.width], dim=3))
 
 
 def _exchange(outgoing: list[Tensor], incoming: list[int], group: dist.ProcessGroup) -> Tensor:

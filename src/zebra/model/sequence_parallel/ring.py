@@ -40,7 +40,8 @@ from zebra.shards import Shards
 
 def ring_attention(
     query: Tensor,
-    states: Tensor,
+    key: Tensor,
+    value: Tensor,
     whole: Mask,
     *,
     group: dist.ProcessGroup,
@@ -52,7 +53,7 @@ def ring_attention(
     """Causal attention over a sequence that is split over processes.
 
     Args:
-        query: (B, H, n, D) of the shard. states: (B, K, n, 2 D), its keys and values side by side.
+        query: (B, H, n, D) of the shard. key, value: (B, K, n, D).
         whole: padding and documents of the whole sequence, (B, P n).
 
     Returns:
@@ -65,7 +66,7 @@ def ring_attention(
         raise NotImplementedError(f"a ring of keys does not know the argument {', '.join(others)}")
     ring = _Ring(group, whole, query.shape[2] // 2, query.shape[3])
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    out, lse = _RingAttention.apply(query, states, ring, scale, softcap)
+    out, lse = _RingAttention.apply(query, torch.cat([key, value], dim=3), ring, scale, softcap)
     return out, lse if with_lse else None
 
 
