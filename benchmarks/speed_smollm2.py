@@ -18,6 +18,7 @@ median, under torch's profiler; a token's time is taken without it.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -309,6 +310,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--extra-bytes", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as zebra's commands do
     names = {part.name: part for part in PARTS}
     if unknown := set(options.parts) - set(names):
         raise ZebraError(f"parts are {', '.join(names)}; got {', '.join(sorted(unknown))}.")

@@ -196,7 +196,8 @@ def floors(run: Run, device: Device, trained: int = 0) -> dict[str, float]:
         part: max(computed[part] / peak, moved[part] / device.bandwidth) for part in ("projections", "MLP", "head")
     }
     if run.phase == "train":  # head and loss are in float32
-        seconds["head"] = computed["head"] / device.flops.get("float32", peak)
+        frozen = 2 / 3 if run.lora and d.tied else 1  # LoRA trains norms alone here: no gradient of the head's weight
+        seconds["head"] = frozen * computed["head"] / device.flops.get("float32", peak)
     for part, of in both.items():
         seconds[part] = of * max(computed["attention"] / peak, moved["attention"] / device.bandwidth)
     passes = size * tokens * (3 if run.phase == "train" else 1) / device.bandwidth
