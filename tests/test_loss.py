@@ -1,4 +1,4 @@
-"""The loss without logits against the cross entropy of full logits, of a plain head and of any other."""
+"""The loss without logits against the cross entropy of full logits, with and without torch's kernel."""
 
 from __future__ import annotations
 
@@ -11,30 +11,27 @@ from conftest import EVERY_MEMBER, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from zebra import ZebraError
 from zebra.evaluate.perplexity import sequence_losses
-from zebra.model import head_loss
 from zebra.model import loss as module
 from zebra.model.loss import IGNORE, Head, head_of, summed_loss, token_losses, without_logits
 from zebra.train import lora
 from zebra.train.recipe import Lora
 
+HAS_KERNEL = hasattr(functional, "linear_cross_entropy")
+BOTH = [pytest.param(True, marks=pytest.mark.skipif(not HAS_KERNEL, reason="torch below 2.13")), False]
 
-@pytest.fixture(params=["plain", "module"])
+
+@pytest.fixture(params=BOTH, ids=["kernel", "fallback"])
 def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both paths: the head as its weight, and as the module that it is; a wrong turn is an error."""
-    if request.param == "module":
-        as_module(monkeypatch)
+    """Both paths; a wrong turn is an error."""
+    monkeypatch.setattr(module, "_FUSED", request.param)
+    if not request.param:
+        monkeypatch.delattr(functional, "linear_cross_entropy", raising=False)
     else:
         monkeypatch.setattr(module, "checkpoint", None)
-    return bool(request.param == "plain")
-
-
-def as_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Head, "_plain_weight", lambda self: None)
-    monkeypatch.setattr(module, "plain_head_loss", None)
+    return bool(request.param)
 
 
 def drawn(batch: int, length: int, hidden: int, vocabulary: int, ignored: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +84,7 @@ def test_value_and_gradients_equal_full_logits(fused: bool, shape: Any, ignored:
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 1024])
 def test_the_chunk_does_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    as_module(monkeypatch)
+    monkeypatch.setattr(module, "_FUSED", False)
     monkeypatch.setattr(module, "CHUNK", chunk)
     states, head, labels = drawn(2, 9, 8, 30)
     torch.testing.assert_close(summed_loss(states, head_with(head), labels).double(), full_logits(states, head, labels))
@@ -96,7 +93,7 @@ def test_the_chunk_does_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
 
 
 def test_the_fallback_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_module(monkeypatch)
+    monkeypatch.setattr(module, "_FUSED", False)
     monkeypatch.setattr(module, "CHUNK", 10)
     rows: list[int] = []
     linear = functional.linear
@@ -132,8 +129,9 @@ def test_bfloat16_states_get_bfloat16_gradients(fused: bool) -> None:
         assert (one.double() - other.double()).norm() <= 4e-3 * other.double().norm()
 
 
+@pytest.mark.skipif(not HAS_KERNEL, reason="torch below 2.13")
 @pytest.mark.parametrize("vocabulary", [32, 64, 200])
-def test_autocast_does_not_reach_the_plain_head(vocabulary: int) -> None:
+def test_autocast_does_not_reach_the_kernel(vocabulary: int) -> None:
     states, head, labels = drawn(2, 50, 64, vocabulary)
     with torch.autocast("cpu", torch.bfloat16):
         output = summed_loss(states, head_with(head), labels)
@@ -142,63 +140,11 @@ def test_autocast_does_not_reach_the_plain_head(vocabulary: int) -> None:
 
 @pytest.mark.parametrize("function", [summed_loss, token_losses])
 def test_autocast_does_not_reach_the_products(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    as_module(monkeypatch)
+    monkeypatch.setattr(module, "_FUSED", False)
     states, head, labels = drawn(2, 50, 64, 200)
     with torch.autocast("cpu", torch.bfloat16):
         output = function(states, head_with(head), labels).nansum()
     torch.testing.assert_close(output.double(), full_logits(states, head, labels), rtol=2e-6, atol=1e-5)
-
-
-def test_a_plain_heads_chunks_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A frozen head forms no gradient of its weight, and none is formed where nobody asks."""
-    states, head, labels = drawn(1, 36, 8, 30)
-    whole = head_with(head)
-    assert isinstance(whole.module, nn.Linear)
-    with ProductCounter() as counter:
-        summed_loss(states.requires_grad_(), whole, labels).backward()
-    assert counter.products == 3
-    whole.module.weight.requires_grad_(False)
-    for grad, products in ((True, 2), (False, 1)):
-        with torch.set_grad_enabled(grad), ProductCounter() as counter:
-            summed_loss(states, whole, labels)
-        assert counter.products == products
-
-
-class ProductCounter(TorchDispatchMode):
-    products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
-        return func(*args, **(kwargs or {}))
-
-
-def test_fast_products_are_those_of_float32_and_the_setting_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_float32_matmul_precision()
-    a, b = torch.randn(300, 200), torch.randn(200, 100)
-    with head_loss.onednn_products(a.device):
-        error = (a @ b - a.double() @ b.double()).norm() / (a.double() @ b.double()).norm()
-    assert error < 1e-6
-    assert torch.get_float32_matmul_precision() == before
-    monkeypatch.setattr(head_loss, "_keeps_float32", lambda: False)
-    with head_loss.onednn_products(a.device):
-        assert torch.get_float32_matmul_precision() == before
-    monkeypatch.setattr(head_loss, "_keeps_float32", lambda: True)
-    with head_loss.onednn_products(a.device):
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert torch.get_float32_matmul_precision() == before
-
-
-def test_products_that_are_rounded_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.Tensor.__matmul__
-
-    def rounding(a: Tensor, b: Tensor) -> Tensor:
-        if torch.get_float32_matmul_precision() == "medium" and a.dtype == torch.float32:
-            return real(a.bfloat16().float(), b.bfloat16().float())
-        return real(a, b)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
-    assert not head_loss._keeps_float32.__wrapped__()
-    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_only_ignored_labels_give_zero(fused: bool) -> None:
@@ -268,7 +214,7 @@ def test_without_logits_asks_a_model_for_states_only() -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_scaled_and_capped_head_equals_the_formula(fused: bool, scale: float, softcap: float | None) -> None:
     if fused and softcap is not None:
-        pytest.skip("a plain head has no softcap")
+        pytest.skip("torch's kernel has no softcap: the chunks serve it")
     states, weight, labels = drawn(2, 33, 16, 97, ignored=0.2)
     states.requires_grad_(), weight.requires_grad_()
     logits = states.double() @ weight.double().T * scale

@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError
-from zebra.model.head_loss import plain_head_loss
 
 IGNORE = -100
 """The label of a token that is not to be predicted: what torch's cross-entropy ignores by default."""
 CHUNK = 512
 """Tokens whose logits are held at a time."""
+_FUSED = hasattr(functional, "linear_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Head:
         z = scale * module(h),    logits = softcap * tanh(z / softcap) where there is a softcap
 
     The module is called as the model calls it, with what peft, a quantiser, hooks or torch's parametrizations made of
-    it. Only a linear module that nothing changed is read as its weight (`zebra.model.head_loss`).
+    it. Only a linear module that nothing changed is read as its weight, by torch's kernel.
 
     Attributes:
         module: hidden to V, such as W h or, in Phi, W h + b.
@@ -68,9 +68,14 @@ class Head:
     def summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """The sum of the losses, (), of states (n, hidden) that predict the tokens `targets` (n)."""
         states, weight = states.float(), self._plain_weight()
-        if weight is not None and self.softcap is None:
+        if _FUSED and weight is not None and self.softcap is None:
+            options = None
+            if weight.shape[0] > weight.shape[1]:  # chunks pay where V exceeds the hidden size
+                # On a CPU torch takes so few tokens at a time that its products are narrow: 32 of 2,048.
+                chunk_size = CHUNK if states.device.type == "cpu" else None
+                options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size)
             scaled = states if self.scale == 1 else states * self.scale
-            return plain_head_loss(scaled, weight, targets, CHUNK)
+            return functional.linear_cross_entropy(scaled, weight.float(), targets, reduction="sum", options=options)
         parameters = self._float32_parameters()
 
         def chunk_loss(states: Tensor, targets: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     Returns:
         A scalar, ().
     """
-    # A loss that is right has logits in float32, as bfloat16 rounds each to three digits: no autocast.
+    # With bfloat16 inputs torch 2.13 returns a wrong value (its gradients are right): float32 in, and no autocast.
     with torch.autocast(hidden.device.type, enabled=False):
         states, targets = _shifted(hidden, labels)
         predicted = targets != IGNORE
