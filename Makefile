@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 OLDER := .venv-transformers4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test check test-full test-engines faults bench clean
+.PHONY: help demo demo-llm test check test-full test-engines faults bench gpu clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -71,6 +71,9 @@ faults: $(READY) ## Break ten commands at 300 moments, kill ranks, fuzz inputs f
 
 bench: $(READY) ## Measure time and memory on this machine, an hour: benchmarks/results/, docs/results/speed.md.
 	$(BIN)/python benchmarks/speed.py
+
+gpu: ## Fifteen minutes of a GPU, from source alone: its tests, then benches of attention, a token and a step.
+	PYTHONPATH=src:benchmarks $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(GPU)
 
 clean: ## Remove the environments and the runs.
 	rm -rf $(VENV) $(LOWEST) $(OLDER) .venv-gguf .venv-mlx .venv-vllm runs
