@@ -27,6 +27,7 @@ import zebra.study.model  # registers its family
 from zebra import Stripes, ZebraError
 from zebra.kernels import Mask, attend
 from zebra.model.loss import head_of, summed_loss, token_losses, without_logits
+from zebra.model.self_extend import SelfExtendAttention
 from zebra.model.sequence_parallel import attention, ring, set_sequence_parallel, shard_batch
 from zebra.plan.cost import Run, pairs_by_kind
 from zebra.plan.decoder import read_decoder
@@ -438,25 +439,41 @@ def test_weights_and_gradients_are_the_bytes_that_are_planned(name: str, folders
         assert result["gathered"]["gradients"] == planned["gradients"] + planned.get("gradients, copies", 0)
 
 
-# What cannot be split
+# One process
 
 
-def test_what_cannot_be_split_is_rejected(folders: Folders, tmp_path: Path) -> None:
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """A group of one process, which holds both chunks of a sequence."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        group = dist.group.WORLD
-        assert group is not None
-        path = folders["llama", False]
-        model = zebra.load(path, stripes="GL:5")
-        set_sequence_parallel(model, group)
-        with pytest.raises(ZebraError, match="use_cache=False"):
-            model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
-        extended = zebra.load(path, stripes="GL:5", self_extend="2:6")
-        for _ in range(2):  # the second time its layers are wrapped
-            with pytest.raises(ZebraError, match=r"under Self-Extend .* Leave parallel.ring out"):
-                set_sequence_parallel(extended, group, ring=True)
-            set_sequence_parallel(extended, group)
-        with pytest.raises(ZebraError, match="changes its frequencies"):
-            set_sequence_parallel(zebra.load(path, rope="dynamic:4"), group)
-    finally:
-        dist.destroy_process_group()
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
+
+
+def test_self_extend_reads_the_positions_of_packed_documents(folders: Folders, alone: dist.ProcessGroup) -> None:
+    """Others, as far apart within a document, would give the same scores, but for the rounding of larger angles."""
+    model = zebra.load(folders["llama", False], stripes="GL:5", self_extend="2:6")
+    set_sequence_parallel(model, alone)
+    batch = {name: tensor for name, tensor in batch_of(CASES["packed"]).items() if name != "labels"}
+    with mock.patch.object(SelfExtendAttention, "attend", autospec=True, side_effect=SelfExtendAttention.attend) as own:
+        model(**shard_batch(batch, 0, 1), use_cache=False)
+    first, second = (call.args[2] for call in own.call_args_list[:2])
+    assert torch.equal(first, batch["position_ids"][:, : first.shape[1]])
+    assert torch.equal(second, batch["position_ids"])
+
+
+def test_what_cannot_be_split_is_rejected(folders: Folders, alone: dist.ProcessGroup) -> None:
+    path = folders["llama", False]
+    model = zebra.load(path, stripes="GL:5")
+    set_sequence_parallel(model, alone)
+    with pytest.raises(ZebraError, match="use_cache=False"):
+        model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
+    extended = zebra.load(path, stripes="GL:5", self_extend="2:6")
+    for _ in range(2):  # the second time its layers are wrapped
+        with pytest.raises(ZebraError, match=r"under Self-Extend .* Leave parallel.ring out"):
+            set_sequence_parallel(extended, alone, ring=True)
+        set_sequence_parallel(extended, alone)
+    with pytest.raises(ZebraError, match="changes its frequencies"):
+        set_sequence_parallel(zebra.load(path, rope="dynamic:4"), alone)

@@ -55,11 +55,10 @@ def set_sequence_parallel(model: PreTrainedModel, group: dist.ProcessGroup | Non
 def _check_ring(model: PreTrainedModel) -> None:
     """Reject what is not a softmax of the same scores wherever a key stands."""
     wrapped = [override.own for override in overrides_of(model, SequenceParallelAttention)]
-    under = next(overrides_of(model, SelfExtendAttention), None) or any(
-        isinstance(own, SelfExtendAttention) for own in wrapped
-    )
+    of_layers = [*overrides_of(model, SelfExtendAttention), *wrapped]
+    extended = any(isinstance(override, SelfExtendAttention) for override in of_layers)
     alibi = getattr(model.config, "position_embedding", None) == "alibi"
-    if under or alibi:
+    if extended or alibi:
         raise ZebraError(
             f"under {'ALiBi' if alibi else 'Self-Extend'} a score depends on how far away a key stands, which a ring "
             "of chunks does not know. Leave parallel.ring out: global layers then gather their keys."
