@@ -355,3 +355,14 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def generate_tokens(
+    model: Any, tokenizer: Any, ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
+) -> list[list[int]]:
+    """The new tokens behind each of several prompts (B, T), by the fields of `Decoding`."""
+    from zebra.decoding import Decoding
+    from zebra.generation import generate_with
+
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    return generate_with(model, tokenizer, ids, mask, Decoding(**options)).sequences[:, ids.shape[1] :].tolist()

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, TEXT
+from conftest import STORIES, TEXT, generate_tokens
 from transformers import AutoTokenizer
 
 import zebra
 from zebra.conversation import Conversation
 from zebra.decoding import Decoding
 from zebra.errors import ZebraError
-from zebra.generation import encode_messages, generate_tokens
+from zebra.generation import encode_messages
 from zebra.model.prefix_cache import PrefixCache
 from zebra.streaming import AnswerStream, ContextLengthError, Step, answer
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, TEXT, Zebra, refused
+from conftest import STORIES, TEXT, Zebra, generate_tokens, refused
 from test_retrieval import Scripted
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -33,7 +33,6 @@ from zebra.evaluate.overlap import Overlap
 from zebra.evaluate.prompts import Prompts
 from zebra.evaluate.scoring import greedy_answers
 from zebra.evaluate.target import EvalTarget
-from zebra.generation import generate_tokens
 from zebra.report import write_report
 from zebra.results import read_results
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, STORIES, TEXT, Zebra, refused
+from conftest import ROOT, STORIES, TEXT, Zebra, generate_tokens, refused
 from test_needles import solved
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationMixin, LlamaConfig, PreTrainedModel
@@ -29,7 +29,6 @@ from zebra.evaluate import scoring
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.retrieval import evaluate_retrieval, retrieval
 from zebra.evaluate.scoring import log_likelihoods
-from zebra.generation import generate_tokens
 from zebra.report import write_report
 from zebra.report.series import percent
 from zebra.results import Result, read_results, write_results

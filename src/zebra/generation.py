@@ -155,27 +155,6 @@ def encode_messages(
     return encoding["input_ids"][0]
 
 
-def generate_tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Tensor,
-    attention_mask: Tensor | None = None,
-    **options: Any,
-) -> list[list[int]]:
-    """The new tokens behind each of several prompts.
-
-    Args:
-        ids: (B, T).
-        attention_mask: (B, T), 0 where a shorter prompt is padded, on its left; all are of one length where None.
-        options: the fields of `Decoding`.
-
-    Raises:
-        ZebraError: as `Decoding`.
-    """
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    return generate_with(model, tokenizer, ids, mask, Decoding(**options)).sequences[:, ids.shape[1] :].tolist()
-
-
 def generate_with(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -187,7 +166,8 @@ def generate_with(
     """What `model.generate` returns, drawn by the seed; the caller's random state comes back.
 
     Args:
-        ids, attention_mask: (B, T), as `generate_tokens` has them.
+        ids: (B, T).
+        attention_mask: (B, T), 0 where a shorter prompt is padded, on its left.
         kwargs: others of `model.generate`, such as `streamer` and `past_key_values`.
     """
     ends = end_tokens(model, tokenizer)
