@@ -343,8 +343,8 @@ def test_decode_serves_few_queries_over_many_keys(caplog: pytest.LogCaptureFixtu
         return choose(Request(q, k, k, options.pop("mask", Mask()), 1.0, **options)).name
 
     for dtype in (torch.float32, torch.bfloat16):
-        assert chosen(1, 2048, dtype) == chosen(16, 2048, dtype) == chosen(1, 2048, dtype, softcap=9.0) == "decode"
-        assert chosen(1, 2047, dtype) == "fused"
+        assert chosen(1, 512, dtype) == chosen(16, 512, dtype) == chosen(1, 512, dtype, softcap=9.0) == "decode"
+        assert chosen(1, 511, dtype) == "fused"
     assert chosen(17, 4096, torch.bfloat16) == chosen(2, 300, torch.bfloat16, mask=Mask(9)) == "banded"
     assert not [message for message in caplog.messages if "attention runs" in message]
     q, k = torch.zeros(1, 1, 1, 64, requires_grad=True), torch.zeros(1, 1, 4096, 64)

@@ -199,6 +199,6 @@ DECODE = Kernel(
     dtypes=KERNEL.dtypes,
     softcap=True,
     max_queries=16,
-    min_keys=2048,
+    min_keys=512,
     unsupported_reason=_no_decode_reason,
 )
