@@ -160,9 +160,10 @@ def sections() -> list[Section]:
             [
                 "Bytes of keys and values that a device of a sequence fetches in a layer. A global layer holds all "
                 "of them at once; a ring holds two shards, as it computes with one and receives the next. Under "
-                "activation checkpointing one layer's are held at a time. Bytes received: those of global layers by "
-                "a ring over those of a gather, as the backward passes them round again. Pairs: of the device that "
-                "has the most, over the mean, with shards in the order of the tokens, and in zig-zag as they are.",
+                "activation checkpointing one layer's are held at a time, and so are their gradients, which the "
+                "memory that a ring saves counts. Bytes received: those of global layers by a ring over those of a "
+                "gather, as the backward passes them round again. Pairs: of the device that has the most, over the "
+                "mean, with shards in the order of the tokens, and in zig-zag as they are.",
                 table(names, costs),
             ],
         )

@@ -420,6 +420,7 @@ def test_devices_that_share_a_training(zebra: Zebra) -> None:
     fetched = {"global": 8 * 8192 * token, "local": 24 * 2 * 511 * token}  # the first device has chunks 0 and 3 of 4
     assert memory["keys and values fetched"] == fetched["global"] + fetched["local"] // 2
     assert memory["outputs joined"] == 32 * 8192 * 4096 * 2
+    assert memory["gradients of keys and values"] == 5 * 8192 * token // 2
     assert received["keys and values, global layers"] == 8 * (8192 + 4096) * token  # and gradients of its chunk 0
     assert received["keys and values, local layers"] == 24 * 2 * 511 * token
     outside = 2 * 32000 * 4096 + 4096  # embeddings, head and last norm are gathered once for both passes
@@ -427,6 +428,7 @@ def test_devices_that_share_a_training(zebra: Zebra) -> None:
     assert received["gradients"] == 4 * 6_738_415_616 * 7 // 8
     ring = tree("--parallel", "shard=4,sequence=2,ring")
     assert ring["memory"]["keys and values fetched"] == 2 * 8192 * token + fetched["local"] // 2
+    assert ring["memory"]["gradients of keys and values"] == (4.5 + 2) * 8192 * token
     assert ring["received"]["keys and values, global layers"] == 8 * (2 * 8192 + 4096) * token
     copied = tree("--parallel", "data=2,sequence=2")
     assert copied["memory"]["weights"] == one["memory"]["weights"]

@@ -118,19 +118,26 @@ def split_memory(run: Run, parallel: Parallel) -> dict[str, int]:
     Autograd saves what a layer gathered, and the outputs of both chunks beside the one that joins them. A ring saves
     nothing, and holds the keys and values of two devices at a time. Outside training, and under activation
     checkpointing, one layer's are held at a time.
+
+    One layer's gradients of keys and values, g of what was gathered: those of chunks (g), their sum (g), what goes home
+    (g) and what comes (g / 2), where the keys themselves are gone (-g). In a ring, of a shard: those of a step (3/2),
+    what goes home and what comes (2), the next keys (1), and a sum in float32.
     """
     kinds, tokens = run.decoder.kinds(run.stripes), run.batch * Shards(run.length, parallel.sequence).length
-    size, all_layers = BYTES[run.dtype], run.phase == "train" and not run.checkpointing
+    size, training = BYTES[run.dtype], run.phase == "train"
+    all_layers = training and not run.checkpointing
     gathering = [kind for kind in kinds if kind == LOCAL or not parallel.ring]
-    passing = 2 * tokens * 2 * run.decoder.kv_width * size if len(gathering) < len(kinds) else 0
+    numbers = tokens * 2 * run.decoder.kv_width if len(gathering) < len(kinds) else 0  # of a shard that is passed on
+    passing = 2 * numbers * size
     of_layers = [[got for got, _ in exchanged_bytes(run, kind, parallel.sequence)] for kind in gathering]
     of_devices = [sum(layers) if all_layers else max(layers) for layers in zip(*of_layers, strict=True)] or [0]
     fetched = max(of_devices) + passing if all_layers else max(*of_devices, passing)
     joined = tokens * run.decoder.query_width * size
+    gradients = max(5 * max(map(max, of_layers), default=0) // 2, 9 * numbers * size // 2 + 4 * numbers)
     return {
         "keys and values fetched": fetched,
         "outputs joined": joined * (len(gathering) if all_layers else bool(gathering)),
-    }
+    } | ({"gradients of keys and values": gradients} if training else {})
 
 
 def received_bytes(run: Run, parallel: Parallel) -> dict[str, int]:
