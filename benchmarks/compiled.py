@@ -23,11 +23,11 @@ from zebra.measure import TOLERANCE, relative_error
 from zebra.model.compiled import compile_layers
 from zebra.results import Result, write_results
 from zebra.stripes import Stripes
-from zebra_bench.configs import LayerConfig
+from zebra_bench.configs import ModelConfig
 from zebra_bench.models import llama_config, random_model
 
 RESULTS = Path(__file__).parent / "results" / "compiled.jsonl"
-SMOLLM2 = LayerConfig(layers=1, heads=9, key_value_heads=3, intermediate_size=1536, vocab_size=97, dtype="bfloat16")
+SMOLLM2 = ModelConfig(layers=1, heads=9, key_value_heads=3, intermediate_size=1536, vocab_size=97, dtype="bfloat16")
 LAYERS = ("L:512", "G:512")
 TURNS = 5
 

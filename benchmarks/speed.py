@@ -5,39 +5,32 @@ python benchmarks/speed.py decode loss                only these parts; their re
 python benchmarks/speed.py attention length=4096      one part with other sizes, shown on the terminal alone
 python benchmarks/speed.py --page                     measure nothing; write the page again
 
-Results go to benchmarks/results/cpu.jsonl (cuda.jsonl on a GPU); the page is docs/results/speed.md.
+Results go to benchmarks/results/cpu.jsonl (cuda.jsonl on a GPU); the page is docs/results/speed.md, which begins with
+what benchmarks/speed_smollm2.py measured.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from speed_page import write_page
 from zebra.cli import show
 from zebra.errors import ZebraError
-from zebra.files import atomic_write
 from zebra.measure import ceiling_results, measure_ceilings
 from zebra.model.load import read_device
-from zebra.report import page
-from zebra.report.benches import benches
-from zebra.report.method import method
-from zebra.report.page import Cell, Section, Table
-from zebra.report.series import interval, number, percent
 from zebra.results import Result, read_results, write_results
 from zebra_bench.configs import (
-    FAST,
     AttentionConfig,
     BenchmarkConfig,
     DecodeConfig,
-    LayerConfig,
     LossConfig,
-    PrefillConfig,
     SelfExtendConfig,
     TrainStepConfig,
 )
@@ -45,7 +38,7 @@ from zebra_bench.runner import run_benchmark
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results" / "speed.md"
+PAGE, IMAGES = ROOT / "docs" / "results" / "speed.md", ROOT / "docs" / "images"
 
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
 _BOTH = ("float32", "bfloat16")
@@ -69,257 +62,8 @@ PARTS: dict[str, tuple[BenchmarkConfig, ...]] = {
         TrainStepConfig(length=2048, memory=False),
         TrainStepConfig(length=2048, layers=10, heads=10, intermediate_size=1728, memory=False),
     ),
-    "prefill": (PrefillConfig(),),
-    "layer": (LayerConfig(),),
 }
 """What is measured; the results of a part have its name as their run."""
-
-# The goals, from the results
-
-Value = Callable[[list[Result]], tuple[float, str]]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A line of the table: what is measured, what it is compared with, and the value with its evidence.
-
-    Attributes:
-        why: why the stretch was not reached on the machine of the published results, two cores of Zen 4.
-    """
-
-    workload: str
-    against: str
-    line: float
-    stretch: float
-    value: Value
-    unit: str = "×"
-    why: str = ""
-
-    def verdict(self, value: float) -> str:
-        """In one word; more is better of a ratio, less of a share."""
-        better = (lambda bound: value <= bound) if self.unit == "of" else (lambda bound: value >= bound)
-        return "stretch" if better(self.stretch) else "passed" if better(self.line) else "missed"
-
-    def shown(self, value: float) -> str:
-        """With the unit."""
-        return {"×": f"{value:.1f} ×", "%": percent(value), "of": f"{value:.3f}"}[self.unit]
-
-
-def _best(results: Sequence[Result], metric: str, fast: bool = False) -> Result:
-    """Our kernel with the least of a metric, or with the greatest share."""
-    ours = [r for r in results if r.metric == metric and r.model.startswith("zebra") and r.model.endswith(FAST) == fast]
-    if not ours:
-        raise LookupError(metric)
-    return (max if "share" in metric else min)(ours, key=lambda result: result.value)
-
-
-def _last(results: Sequence[Result], metric: str, model: str) -> Result:
-    matching = [result for result in results if result.metric == metric and result.model == model]
-    if not matching:
-        raise LookupError(model)
-    return matching[-1]
-
-
-def _of(results: Sequence[Result], run: str, dtype: str) -> list[Result]:
-    """The results of a part in a dtype, at the part's length."""
-    lengths = [getattr(config, "length", None) for config in PARTS[run]]
-    return [r for r in results if r.run == run and r.task.endswith(dtype) and r.length in lengths]
-
-
-def faster(run: str, dtype: str, peer: str, metric: str = "milliseconds") -> Value:
-    """The peer's median over ours."""
-
-    def value(results: list[Result]) -> tuple[float, str]:
-        here = _of(results, run, dtype)
-        ours, other = _best(here, metric), _last(here, metric, peer)
-        evidence = f"{_spread(other)} against {_spread(ours)} ms"
-        slower = {r.model: r for r in here if r.metric == metric and r.model.startswith("zebra, ") and r is not ours}
-        evidence += f" by {ours.model.removeprefix('zebra, ')}" if slower else ""
-        evidence += "".join(
-            f"; {other.value / result.value:.1f} × by {model.removeprefix('zebra, ')}, {_spread(result)} ms"
-            for model, result in slower.items()
-        )
-        return other.value / ours.value, evidence
-
-    return value
-
-
-def share_of_peak(results: list[Result]) -> tuple[float, str]:
-    """FLOPs of the local layer over what the device's products could have computed in that time.
-
-    For a kernel made of torch's products, all that it computes, hidden pairs too; for another, those of visible pairs.
-    """
-    here = _of(results, "switch", "float32")
-    best = _best(here, "useful_share_of_peak_forward_backward", fast=True)
-    executed = [r for r in here if (r.model, r.metric) == (best.model, "share_of_peak_forward_backward")]
-    peak = _last([r for r in results if r.run == "switch"], "flops_per_second", "float32 products" + FAST)
-    name = best.model.removesuffix(FAST).removeprefix("zebra, ")
-    evidence = f"{name}; of {number(peak.value / 1e9)} GFLOP/s, which torch's products reach"
-    evidence += f"; {percent(best.value)} counting visible pairs only" if executed else ", counting visible pairs only"
-    return (executed or [best])[-1].value, evidence
-
-
-def memory(run: str, dtype: str, peer: str) -> Value:
-    """Our extra bytes over the peer's."""
-
-    def value(results: list[Result]) -> tuple[float, str]:
-        here = _of(results, run, dtype)
-        fastest = _best(here, "milliseconds_forward_backward").model
-        ours = _last(here, "extra_bytes_forward_backward", fastest)
-        other = _last(here, "extra_bytes_forward_backward", peer)
-        return ours.value / other.value, f"{ours.value / 2**20:,.0f} of {other.value / 2**20:,.0f} MiB"
-
-    return value
-
-
-def share_of_plain(metric: str) -> Value:
-    """Self-Extend's number over that of plain causal attention."""
-
-    def value(results: list[Result]) -> tuple[float, str]:
-        here = _of(results, "self-extend", "float32")
-        ours, plain = _last(here, metric, "zebra, Self-Extend"), _last(here, metric, "zebra, plain")
-        if metric.startswith("peak_bytes"):
-            return ours.value / plain.value, f"{ours.value / 2**20:,.0f} of {plain.value / 2**20:,.0f} MiB"
-        evidence = f"{_spread(ours)} against {_spread(plain)} ms"
-        authors = [result for result in _of(results, "authors", "float32") if result.metric == metric]
-        for result in authors:
-            if result.model.startswith("two score matrices"):
-                times = result.value / _last(authors, metric, "zebra, plain").value
-                evidence += f"; {result.model} {times:.1f} times"
-        return ours.value / plain.value, evidence
-
-    return value
-
-
-_LAYER = "local layer forward + backward, N = 16,384, w = 512"
-_MASK = "sdpa, dense mask"
-_STEP = "train step, 20M parameters, N = 8,192"
-_TRANSFORMERS = "transformers, sdpa"
-_TWO = "_forward_backward"
-GOALS = (
-    Goal(
-        f"{_LAYER}, float32", "transformers sdpa, dense mask, float32", 25, 28,
-        faster("attention", "float32", _MASK, f"milliseconds{_TWO}"),
-    ),
-    Goal(
-        f"{_LAYER}, bf16", "the same, bf16", 30, 36, faster("attention", "bfloat16", _MASK, f"milliseconds{_TWO}"),
-    ),
-    Goal(
-        "local layer, N = 4,096, executed FLOPs, float32 with the switch", "the machine's measured matrix peak",
-        0.47, 0.60, share_of_peak, "%",
-    ),
-    Goal(
-        "its peak memory minus inputs and outputs, 12 heads of 64", "the same of the dense mask", 0.16, 0.08,
-        memory("attention", "float32", _MASK), "of",
-    ),
-    Goal(
-        f"{_STEP}, float32", "transformers default, float32", 2.6, 3.5, faster("train-step", "float32", _TRANSFORMERS),
-        why="of its 10.1 s the products of the linear maps and the head, the same on both sides, take 5.8 at the "
-        "rate that torch's reach, and attention 2.7; the stretch would be 9.1 s.",
-    ),
-    Goal(
-        f"{_STEP}, bf16 autocast", "transformers default, bf16 autocast", 3.2, 4,
-        faster("train-step", "bfloat16", _TRANSFORMERS),
-        why="head and loss stay in float32, for a loss that is right: 1.8 s of 6.9; the stretch would be 6.4 s.",
-    ),
-    Goal(
-        "decode at 32,768 cached, 44M parameters, float32", "transformers default cache, full attention", 15, 18,
-        faster("decode", "float32", f"{_TRANSFORMERS}, full attention"),
-        why="of 37 to 50 ms a token some 18 are the linear maps of transformers, which MKL multiplies with a single "
-        "row by one thread at 10 GB/s, and some 15 the attention of two global layers at 19 GB/s, where a sum over "
-        "memory reads 32. A loop of our own in C++ took 3.6 ms off, too little. The ratio moves with the allocator: "
-        "transformers' cache is slow for the fresh memory of its copies (docs/log.md).",
-    ),
-    Goal(
-        "Self-Extend 8:1024, attention of a prefill, N = 16,384", "plain causal, the same kernels", 1.25, 1.15,
-        share_of_plain("milliseconds_prefill_attention"), "of",
-    ),
-    Goal(
-        "its attention of a token, 16,384 cached", "plain causal, the same kernels", 1.2, 1.05,
-        share_of_plain("milliseconds_decode_attention"), "of",
-    ),
-    Goal(
-        "its decode of a token, 16,384 cached, 44M parameters", "the same model without", 1.05, 1.02,
-        share_of_plain("milliseconds_decode"), "of",
-    ),
-    Goal(
-        "its peak memory, whole process, 16,384 tokens in chunks of 2,048, 110M parameters",
-        "the same model without", 1.15, 1.05, share_of_plain("peak_bytes_chunks"), "of",
-    ),
-    Goal(
-        "loss, vocabulary 32,000, N = 16,384, extra memory", "full logits", 0.045, 0.03,
-        memory("loss", "float32", "full logits"), "of",
-    ),
-)  # fmt: skip
-
-
-def _spread(result: Result) -> str:
-    bounds = interval(result)
-    return number(result.value) + (f" ({number(bounds[0])} to {number(bounds[1])})" if bounds else "")
-
-
-# The page
-
-
-def goals(results: list[Result]) -> Section:
-    """The table of goals."""
-    body, reasons = [], []
-    for goal in GOALS:
-        try:
-            value, evidence = goal.value(results)
-            measured, verdict = goal.shown(value), goal.verdict(value)
-        except LookupError:
-            measured, verdict, evidence = "–", "not measured", "–"
-        bounds = goal.shown(goal.line), goal.shown(goal.stretch)
-        body.append([*map(Cell, (goal.workload, goal.against, measured, *bounds, verdict, evidence))])
-        if verdict in ("passed", "missed") and goal.why:
-            reasons.append(f"{goal.workload}, {verdict}: {goal.why}")
-    head = [*map(Cell, ("workload", "against", "measured", "pass line", "stretch", "verdict", "evidence"))]
-    prose = (
-        "Medians, with the least and the most of the turns in brackets. Both sides take turns in one process, in the "
-        "same dtype. Less is better for Self-Extend's times and for memory."
-    )
-    return Section("Goals", [prose, Table("", head, body, numeric=False), *reasons])
-
-
-def plan(results: list[Result]) -> Section:
-    """The step time that the plan predicts and the measured one, for three sizes."""
-    here = [result for result in results if result.run == "plan"]
-    body = []
-    for task, length in dict.fromkeys((r.task, r.length) for r in here if r.metric == "milliseconds"):
-        same = [result for result in here if (result.task, result.length) == (task, length)]
-        step = _best(same, "milliseconds")
-        planned = _last(same, "planned_milliseconds", step.model)
-        sizes = task.removeprefix("bench train step: ")
-        cells = f"{sizes}, {length:,} tokens", number(planned.value), _spread(step), f"{planned.value / step.value:.2f}"
-        body.append([*map(Cell, cells)])
-    head = [Cell("train step of zebra"), Cell("planned", "ms"), Cell("measured", "ms"), Cell("planned / measured")]
-    prose = "Ceilings are measured before and after each step; the goal is 0.75 to 1.25."
-    return Section("The plan against the clock", [prose, Table("", head, body, numeric=False)] if body else [])
-
-
-def write_page(folder: Path, target: Path) -> None:
-    """The page, from the results of both kinds of device where there are any.
-
-    Raises:
-        ZebraError: no results at all.
-    """
-    files = {kind: folder / f"{kind}.jsonl" for kind in ("cpu", "cuda")}
-    by_kind = {kind: read_results(file) for kind, file in files.items() if file.is_file()}
-    if not any(by_kind.values()):
-        raise ZebraError(f"there are no results in {folder}. Measure first: python benchmarks/speed.py")
-    sections = []
-    for kind, results in by_kind.items():
-        parts = [plan(results), benches(results), method(results)]
-        if kind == "cpu":
-            parts.insert(0, goals(results))
-        title = "" if kind == "cpu" else "GPU: "
-        sections += [part._replace(title=title + part.title) for part in parts if part.blocks]
-    origin = Cell(
-        "Measured by benchmarks/speed.py, which also wrote this page from the results in benchmarks/results/."
-    )
-    atomic_write(target, page.markdown(target.stem, "Speed", [[origin]], sections))
-
 
 # Measuring
 
@@ -373,7 +117,7 @@ def main(arguments: list[str]) -> None:
     for part in parts:
         print(part, file=sys.stderr)
         _publish(part, measured(PARTS[part], part))
-    write_page(RESULTS, PAGE)
+    write_page(RESULTS, PAGE, IMAGES)
 
 
 def _publish(part: str, results: list[Result]) -> None:

@@ -238,6 +238,8 @@ def rows(part: Part, one: Subject, turns: Sequence[Turn], run: Any, ceilings: De
     yield Result(metric="milliseconds", value=median, **spread, **common)
     possible = ceilings.flops[part.dtype] * median / 1e3
     yield Result(metric="share_of_peak", value=sum(flops(run).values()) / possible, **common)
+    if part.phase == "decode":
+        yield Result(metric="planned_milliseconds", value=1e3 * sum(ceilings.seconds(run).values()), **common)
     profiled = sorted((turn for turn in turns if turn.parts), key=lambda turn: turn.milliseconds)
     if not profiled:
         return
@@ -255,7 +257,8 @@ def measure(part: Part, options: argparse.Namespace, checkpoint: Path) -> list[R
     """The results of a part."""
 
     def ceilings() -> Device:
-        return measure_ceilings("cpu", repeats=3, dtypes=(part.dtype, "float32"), attention=False)
+        decoding = part.phase == "decode"  # the plan's token needs the rates at which one reads
+        return measure_ceilings("cpu", repeats=3, dtypes=(part.dtype, "float32"), attention=decoding)
 
     if part.memory:
         return [memory(part, case, options, checkpoint) for case in part.cases]

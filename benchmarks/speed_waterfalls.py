@@ -28,6 +28,8 @@ NAMES = {
     "optimizer": "optimizer",
     "framework": "framework",
 }
+_LEAST = 0.05
+"""Milliseconds of a floor below which a ratio says nothing."""
 PHASES = {"prefill": "Reading", "decode": "A token", "lora-step": "A LoRA step", "step": "A training step"}
 HOW = (
     "Each part of one call, by torch's profiler, in milliseconds, and how many times its floor that is. The floor is "
@@ -59,6 +61,8 @@ def waterfall(results: Sequence[Result]) -> Table:
     for (model, layout), _ in ways.items():
         head += [Cell(layout if model == "zebra" else model, "ms"), Cell("", "× floor")]
     body = [[Cell("time, median"), *_both(ways, _total)], [Cell("of the peak"), *_both(ways, _share)]]
+    if any(_of(ones, "planned_milliseconds") for ones in ways.values()):
+        body.insert(1, [Cell("planned, by rates measured here"), *_both(ways, _planned)])
     for part in PARTS:
         if any(_of(ones, f"milliseconds, {part}") for ones in ways.values()):
             body.append([Cell(NAMES[part]), *_both(ways, partial(_part, part))])
@@ -85,6 +89,11 @@ def floor_of(results: Results) -> float:
     return sum(one.value for one in results if one.metric.startswith("floor_milliseconds, "))
 
 
+def _planned(results: Results) -> list[Cell]:
+    planned = _of(results, "planned_milliseconds")
+    return [Cell(number(planned.value), results=[planned]) if planned else Cell("–"), Cell("")]
+
+
 def _share(results: Results) -> list[Cell]:
     share = _of(results, "share_of_peak")
     return [Cell(percent(share.value, 0), results=[share]) if share else Cell("–"), Cell("")]
@@ -94,7 +103,7 @@ def _part(part: str, results: Results) -> list[Cell]:
     time, floor = _of(results, f"milliseconds, {part}"), _of(results, f"floor_milliseconds, {part}")
     if time is None:
         return [Cell("–"), Cell("–")]
-    ratio = f"{time.value / floor.value:.2f}" if floor and floor.value else "–"
+    ratio = f"{time.value / floor.value:.2f}" if floor and floor.value > _LEAST else "–"
     return [Cell(number(time.value), results=[time]), Cell(ratio)]
 
 

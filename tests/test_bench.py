@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, Zebra, refused
 from transformers import DynamicCache
 
+import speed_kernels
 from zebra import kernels, measure
 from zebra.errors import ZebraError
 from zebra.model.cache import StripedCache
@@ -35,9 +36,7 @@ from zebra_bench.configs import (
     AttentionConfig,
     BenchmarkConfig,
     DecodeConfig,
-    LayerConfig,
     LossConfig,
-    PrefillConfig,
     SelfExtendConfig,
     TrainStepConfig,
 )
@@ -47,9 +46,7 @@ HEADS: dict[str, Any] = {"heads": 4, "key_value_heads": 2, "head_dim": 8, "repea
 MODEL: dict[str, Any] = HEADS | {"length": 60, "layers": 3, "intermediate_size": 24, "vocab_size": 50}
 TINY: dict[str, Any] = {
     "attention": AttentionConfig(length=100, window=20, **HEADS),
-    "layer": LayerConfig(length=100, window=20, intermediate_size=24, **HEADS),
     "train-step": TrainStepConfig(stripes="GL:20", **MODEL),
-    "prefill": PrefillConfig(stripes="GL:20", **MODEL),
     "decode": DecodeConfig(stripes="GL:20", **MODEL),
     "self-extend": SelfExtendConfig(self_extend="4:20", chunk=25, **MODEL),
     "loss": LossConfig(length=60, hidden_size=16, vocab_size=50, repeats=2),
@@ -306,7 +303,7 @@ def test_every_benchmark_runs_and_its_results_render(name: str, dtype: str, ceil
         assert time.length == config.length
         assert time.task.endswith(dtype)
     assert {r.metric for r in results if r.task == "bench ceilings"} == {"flops_per_second", "bytes_per_second"}
-    if name in ("attention", "layer"):
+    if name == "attention":
         assert any("compiler" in line for line in left_out)
     write_report(results, tmp_path / "page.html")
     page = (tmp_path / "page.md").read_text()
@@ -443,8 +440,8 @@ BAD: dict[str, tuple[type[BenchmarkConfig], dict[str, Any], str]] = {
     "head dimension": (DecodeConfig, {"head_dim": 7}, "head_dim is even"),
     "dtype": (LossConfig, {"dtype": "int8"}, "dtype is float32 or bfloat16; got 'int8'"),
     "layout": (TrainStepConfig, {"stripes": "GX:9"}, "G .global. and L .local."),
-    "layer": (PrefillConfig, {"stripes": "9:5"}, "layer 9"),
-    "sinks": (PrefillConfig, {"stripes": "GL:16+4"}, "no sinks; got GL:16.4"),
+    "layer": (DecodeConfig, {"stripes": "9:5"}, "layer 9"),
+    "sinks": (DecodeConfig, {"stripes": "GL:16+4"}, "no sinks; got GL:16.4"),
     "setting": (SelfExtendConfig, {"self_extend": "auto:9"}, "GROUP:WINDOW"),
     "within": (SelfExtendConfig, {"length": 1024}, "beyond its window of 1,024 tokens; got a length of 1024"),
     "workload": (SelfExtendConfig, {"workload": "all"}, "attention, authors, decode, chunks; got 'all'"),
@@ -511,6 +508,7 @@ def speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.import_module("speed")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(module, "PAGE", tmp_path / "speed.md")
+    monkeypatch.setattr(module, "IMAGES", tmp_path)
     monkeypatch.setattr(module, "KIND", "cpu")
     return module
 
@@ -539,7 +537,7 @@ def test_the_page_says_which_goals_were_reached(speed: ModuleType) -> None:
         ),
         replace(_result("zebra, banded", both, 1.0), length=512),
     ]
-    lines = [[cell.text for cell in line] for line in speed.goals(results).blocks[1].body]
+    lines = [[cell.text for cell in line] for line in speed_kernels.goals(results).blocks[1].body]
     assert [line[2:6] for line in lines[:4]] == [
         ["26.0 ×", "25.0 ×", "28.0 ×", "passed"],
         ["37.0 ×", "30.0 ×", "36.0 ×", "stretch"],
@@ -564,7 +562,7 @@ def test_the_page_compares_self_extend_with_plain(speed: ModuleType) -> None:
     results += [result("zebra, Self-Extend", token, 26.0), result("zebra, plain", token, 20.0)]
     results += [result("zebra, Self-Extend", "peak_bytes_chunks", 11 << 20)]
     results += [result("zebra, plain", "peak_bytes_chunks", 10 << 20)]
-    lines = [[cell.text for cell in line] for line in speed.goals(results).blocks[1].body]
+    lines = [[cell.text for cell in line] for line in speed_kernels.goals(results).blocks[1].body]
     lines = [line for line in lines if line[5] != "not measured"]
     assert [line[2:6] for line in lines] == [
         ["1.100", "1.250", "1.150", "stretch"],
@@ -611,7 +609,7 @@ def test_a_part_with_other_sizes_is_shown_and_not_published(
         with pytest.raises(ZebraError, match=words):
             speed.main(arguments)
     with pytest.raises(ZebraError, match="belong to one part"):
-        speed.main(["loss", "layer", "length=4"])
+        speed.main(["loss", "decode", "length=4"])
 
 
 def test_the_pages_plan_is_planned_over_measured(speed: ModuleType) -> None:
@@ -621,10 +619,12 @@ def test_the_pages_plan_is_planned_over_measured(speed: ModuleType) -> None:
         Result(metric="milliseconds", value=200.0, **common),
         Result(metric="planned_milliseconds", value=150.0, **common),
     ]
-    line = [cell.text for cell in speed.plan(results).blocks[1].body[0]]
+    line = [cell.text for cell in speed_kernels.plan(results).blocks[1].body[0]]
     assert line == ["9M parameters, float32, 2,048 tokens", "150.0", "200.0", "0.75"]
 
 
 def test_the_published_page_is_that_of_its_results(speed: ModuleType, tmp_path: Path) -> None:
-    speed.write_page(ROOT / "benchmarks" / "results", tmp_path / "speed.md")
+    speed.write_page(ROOT / "benchmarks" / "results", tmp_path / "speed.md", tmp_path)
     assert (tmp_path / "speed.md").read_text() == (ROOT / "docs" / "results" / "speed.md").read_text()
+    for picture in tmp_path.glob("*.svg"):
+        assert picture.read_text() == (ROOT / "docs" / "images" / picture.name).read_text()

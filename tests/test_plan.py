@@ -312,11 +312,25 @@ def test_ceilings_come_from_a_file(tmp_path: Path) -> None:
         tree | {"attention": {"global": {"float32": 1e11}}},
         tree | {"attention": {GLOBAL: {"int8": 1e11}}},
         tree | {"attention": {LOCAL: {"float32": 0}}},
+        tree | {"reading": {"keys": {"float32": 1e10}}},
+        tree | {"reading": {"weights": {"float32": -1.0}}},
     )
     for broken in bad:
         file.write_text(json.dumps(broken))
         with pytest.raises(ZebraError, match="ceilings"):
             devices.find_device(file)
+
+
+def test_a_token_reads_weights_and_cache_at_rates_of_their_own(tmp_path: Path) -> None:
+    run = planned_run(phase="decode", length=4096)
+    file = tmp_path / "ceilings.json"
+    reading = {"weights": {run.dtype: 1e9}, "cache": {run.dtype: 2e9}}
+    file.write_text(json.dumps({"name": "x", "flops": {run.dtype: 1e30}, "bandwidth": 4e9, "reading": reading}))
+    seconds, moved = devices.find_device(file).seconds(run), cost.bytes_moved(run)
+    rates = {"projections": 1e9, "MLP": 1e9, "head": 1e9, "attention": 2e9, "elementwise": 4e9}
+    assert seconds == pytest.approx({part: moved[part] / rate for part, rate in rates.items()})
+    read = devices.find_device(file).seconds(replace(run, phase="prefill"))
+    assert read["attention"] == pytest.approx(cost.bytes_moved(replace(run, phase="prefill"))["attention"] / 4e9)
 
 
 def test_attention_takes_its_time_at_the_rate_of_each_kind_of_layer() -> None:

@@ -103,17 +103,6 @@ class ModelConfig(HeadsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerConfig(ModelConfig):
-    """One local decoder layer."""
-
-    module = "zebra_bench.layer"
-
-    window: int = 512
-    layers: int = 1
-    vocab_size: int = 16
-
-
-@dataclass(frozen=True, kw_only=True)
 class StripedConfig(ModelConfig):
     """A model in a layout.
 
@@ -140,13 +129,6 @@ class TrainStepConfig(StripedConfig):
     heads: int = 6
     intermediate_size: int = 1024
     vocab_size: int = 16000
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefillConfig(StripedConfig):
-    """A text read into the cache."""
-
-    module = "zebra_bench.generation"
 
 
 @dataclass(frozen=True, kw_only=True)

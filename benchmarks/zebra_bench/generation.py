@@ -1,4 +1,4 @@
-"""Reading a text into a cache, and one token after it: our cache and attention, and those of transformers."""
+"""One token after a cached text: our cache and attention, and those of transformers."""
 
 from __future__ import annotations
 
@@ -17,29 +17,26 @@ from zebra.model.cache import StripedCache
 from zebra.model.load import read_device, read_dtype
 from zebra.model.opaque_layers import PendingKeys
 from zebra.stripes import Stripes
-from zebra_bench.configs import DecodeConfig, ModelConfig, PrefillConfig
+from zebra_bench.configs import DecodeConfig, ModelConfig
 from zebra_bench.models import llama_config, plan_run, planned_seconds, random_model, random_tokens, sizes_in_words
 from zebra_bench.runner import Benchmark, Call, Variant, Workload
 
 STEPS = 8
 """Tokens that a turn of decode makes; the time is that of one."""
 
-Config = PrefillConfig | DecodeConfig
 MakeCache = Callable[[Any], Any]
 
 
-def benchmark(config: Config) -> Benchmark:
+def benchmark(config: DecodeConfig) -> Benchmark:
     """The same weights with our cache and attention, with those of transformers, and with full attention there."""
     stripes = Stripes.parse(config.stripes)
-    decoding = isinstance(config, DecodeConfig)
-    prepare = _decode if decoding else _prefill
 
     def variant(name: str, layout: Stripes | None, attention: str, cache: MakeCache) -> Variant:
         workload = Workload(
-            prepare=partial(prepare, config, layout, attention, cache),
-            calls=STEPS if decoding else 1,
-            tokens=config.batch_size * (1 if decoding else config.length),
-            planned=planned_seconds(plan_run(config, layout, "decode" if decoding else "prefill")),
+            prepare=partial(_decode, config, layout, attention, cache),
+            calls=STEPS,
+            tokens=config.batch_size,
+            planned=planned_seconds(plan_run(config, layout, "decode")),
         )
         gate = partial(_error, config) if attention == NAME else None
         return Variant(name=name, layout=str(layout or "full"), workloads=(workload,), gate=gate)
@@ -50,8 +47,7 @@ def benchmark(config: Config) -> Benchmark:
         variant("transformers, sdpa, full attention", None, "sdpa", _dynamic_cache),
     )
     million = plan_run(config, stripes, "prefill").decoder.num_parameters / 1e6
-    name = "decode of a token" if decoding else "prefill"
-    task = f"{name}: {million:.1f}M parameters, {sizes_in_words(config)}, vocabulary {config.vocab_size}"
+    task = f"decode of a token: {million:.1f}M parameters, {sizes_in_words(config)}, vocabulary {config.vocab_size}"
     return Benchmark(task=task, variants=variants)
 
 
@@ -59,19 +55,7 @@ def _dynamic_cache(model_config: Any) -> Any:
     return DynamicCache(config=model_config)
 
 
-def _prefill(config: Config, layout: Stripes | None, attention: str, make_cache: MakeCache) -> Call:
-    model_config = llama_config(config, layout)
-    model, tokens = random_model(config, model_config, attention), random_tokens(config, config.length)
-
-    @torch.no_grad()
-    def read() -> list[Tensor]:
-        output = model(tokens, past_key_values=make_cache(model_config), use_cache=True, logits_to_keep=1)
-        return [output.logits]
-
-    return read
-
-
-def _decode(config: Config, layout: Stripes | None, attention: str, make_cache: MakeCache) -> Call:
+def _decode(config: DecodeConfig, layout: Stripes | None, attention: str, make_cache: MakeCache) -> Call:
     """Each turn continues where the last one ended, so the cache grows by `STEPS`, very little of its length."""
     model_config = llama_config(config, layout)
     model, tokens = random_model(config, model_config, attention), random_tokens(config, 1)
@@ -106,7 +90,7 @@ def filled(config: ModelConfig, cache: Any) -> Any:
 
 
 @torch.no_grad()
-def _error(config: Config) -> float:
+def _error(config: DecodeConfig) -> float:
     """Logits of a prefill's last token and of three decoded ones, against eager attention without a cache."""
     stripes = Stripes.parse(config.stripes)
     layers, vocab_size = min(config.layers, 4), min(config.vocab_size, 1000)

@@ -253,6 +253,7 @@ def highest(one: Device, two: Device) -> Device:
         flops=_larger(one.flops, two.flops),
         bandwidth=max(one.bandwidth, two.bandwidth),
         attention={kind: _larger(rates, two.attention.get(kind, {})) for kind, rates in one.attention.items()},
+        reading={kind: _larger(rates, two.reading.get(kind, {})) for kind, rates in one.reading.items()},
     )
 
 

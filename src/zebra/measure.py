@@ -3,6 +3,7 @@
     flops       2 size^3 / seconds of a square matrix product, by dtype
     attention   14 D H visible pairs / seconds of a layer's forward and backward pass, global and local
     bandwidth   2 bytes / seconds of a large copy, which reads and writes
+    reading     bytes / seconds of weights in products of one row, and of cached keys and values in a token's attention
 
 A ceiling is what the device can do, so it takes the least time of a few repeats. The two layers take turns, and their
 times are medians.
@@ -24,14 +25,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils import benchmark
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.kernels import Mask, attend
 from zebra.model.load import device_name, read_device
-from zebra.plan.devices import MEASURED, Device
+from zebra.plan.devices import CACHE, MEASURED, WEIGHTS, Device
 from zebra.progress import bar
 from zebra.results import Result, to_json
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
@@ -78,7 +79,7 @@ def measure_ceilings(
     """The ceilings of a device: FLOP/s of products and of attention by dtype, bytes/s, memory. About two seconds.
 
     Args:
-        dtypes: those to measure, all where empty. attention: measure its rates too.
+        dtypes: those to measure, all where empty. attention: measure its rates, and those of a token's reading, too.
     """
     size = size or _size(device)
     flops = dict(_products(device, size, repeats, dtypes or _DTYPES))
@@ -90,7 +91,8 @@ def measure_ceilings(
     source = torch.empty(min(1 << 30, 64 * size * size), dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _least(lambda: target.copy_(source), repeats)
-    return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED, rates)
+    reading = dict(_reading(device, size, repeats, flops)) if attention else {}
+    return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED, rates, reading=reading)
 
 
 def local_layer(device: str, dtype: str, *, size: int, repeats: int) -> list[Result]:
@@ -152,6 +154,8 @@ def ceiling_results(ceilings: Device, *, run: str) -> list[Result]:
         rates |= {f"{dtype} attention, {name} layer": rate for dtype, rate in by_dtype.items()}
     numbers: list[tuple[str, str, float]] = [(name, "flops_per_second", rate) for name, rate in rates.items()]
     numbers.append(("copy", "bytes_per_second", ceilings.bandwidth))
+    for kind, by_dtype in ceilings.reading.items():
+        numbers += [(f"{dtype} {kind} of a token", "bytes_per_second", rate) for dtype, rate in by_dtype.items()]
     if ceilings.memory is not None:
         numbers.append(("memory", "bytes", ceilings.memory))
     common: Any = {"run": run, "layout": "", "task": "bench ceilings", "device": ceilings.name}
@@ -181,6 +185,31 @@ def _products(device: str, size: int, repeats: int, dtypes: Collection[str]) -> 
                 break
         else:
             yield name, rate
+
+
+@torch.no_grad()
+def _reading(device: str, size: int, repeats: int, dtypes: Collection[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Bytes/s by dtype: of many weights, more than any cache holds, and of one layer's keys and values."""
+    weights, cache = {}, {}
+    for name in dtypes:
+        dtype = _DTYPES[name]
+        matrices = list(torch.randn(16, size, size, device=device).to(dtype))
+        row = torch.randn(1, size, device=device).to(dtype)
+        weights[name] = _bytes(matrices) / _least(partial(_rows, row, matrices), repeats)
+        q = torch.randn(1, HEADS, 1, HEAD_DIM, device=device).to(dtype)
+        k, v = torch.randn(2, 1, HEADS, 16 * size, HEAD_DIM, device=device).to(dtype)
+        cache[name] = _bytes([k, v]) / _least(partial(_ours, None, q, k, v), repeats)
+    yield WEIGHTS, weights
+    yield CACHE, cache
+
+
+def _rows(row: Tensor, matrices: Sequence[Tensor]) -> None:
+    for matrix in matrices:
+        linear(row, matrix)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _layer(

@@ -4,7 +4,8 @@
 
 (the roofline of Williams, Waterman and Patterson, 2009, part by part). With published peaks this is a bound that no run
 reaches; with ceilings measured on the machine it is a prediction. A measured device has a third ceiling, the rate of
-attention, whose softmax is no matrix product.
+attention, whose softmax is no matrix product, and a fourth, the rates at which a token reads weights and cached keys:
+on a CPU its products of one row reach a third of what a copy moves.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from zebra.stripes import GLOBAL, LOCAL
 
 PUBLISHED = "published"
 MEASURED = "measured"
+WEIGHTS, CACHE = _OF_TOKEN = "weights", "cache"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Device:
     """Ceilings: FLOP/s of dense matrix products by dtype, bytes/s of memory, and bytes of memory where known.
 
     `attention` holds, where they were measured, the FLOP/s of attention by kind of layer and dtype, counted by visible
-    pairs; `source` says whether the ceilings were published by the vendor or measured. `link` joins it to others.
+    pairs, and `reading` the bytes/s at which a token reads `weights` and `cache`, by dtype; `source` says whether the
+    ceilings were published by the vendor or measured. `link` joins it to others.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Device:
     memory: int | None = None
     source: str = PUBLISHED
     attention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    reading: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     link: Link | None = None
 
     def seconds(self, run: Run) -> dict[str, float]:
@@ -80,7 +84,19 @@ class Device:
         for kind, count in visible.items():
             rates = self.attention.get(kind if kind == GLOBAL else LOCAL, {})
             computing["attention"] += computed["attention"] * count / sum(visible.values()) / rates.get(run.dtype, peak)
-        return {part: max(computing.get(part, 0.0), moved / self.bandwidth) for part, moved in bytes_moved(run).items()}
+        bandwidth = dict.fromkeys(_READ, self.bandwidth) | {
+            part: self.reading.get(of, {}).get(run.dtype, self.bandwidth)
+            for part, of in _READ.items()
+            if run.phase == "decode"
+        }
+        return {
+            part: max(computing.get(part, 0.0), moved / bandwidth.get(part, self.bandwidth))
+            for part, moved in bytes_moved(run).items()
+        }
+
+
+_READ = {"projections": WEIGHTS, "MLP": WEIGHTS, "head": WEIGHTS, "attention": CACHE}
+"""What a token reads most of in each part."""
 
 
 DEVICES: dict[str, Device] = {
@@ -128,20 +144,28 @@ def find_device(device: str | os.PathLike[str]) -> Device:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         peaks = {dtype: float(rate) for dtype, rate in tree["flops"].items()}
-        attention = {
-            kind: {dtype: float(rate) for dtype, rate in rates.items()}
-            for kind, rates in (tree.get("attention") or {}).items()
-        }
+        attention, reading = (
+            {
+                kind: {dtype: float(rate) for dtype, rate in rates.items()}
+                for kind, rates in (tree.get(name) or {}).items()
+            }
+            for name in ("attention", "reading")
+        )
         memory = None if tree.get("memory") is None else int(tree["memory"])
-        measured = Device(str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention)
+        measured = Device(
+            str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention, reading=reading
+        )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ZebraError(
             f"{path} is not a file of ceilings: {type(error).__name__} {error}. Give a JSON object with name, "
-            "flops (FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes), attention (FLOP/s by kind, dtype)."
+            "flops (FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes), attention (FLOP/s by kind, dtype), "
+            "reading (bytes/s by weights and cache, dtype)."
         ) from None
-    everywhere = [peaks, *attention.values()]
+    everywhere = [peaks, *attention.values(), *reading.values()]
     rates = [measured.bandwidth, *(rate for rates in everywhere for rate in rates.values())]
-    unknown = set().union(*everywhere) - set(BYTES) or set(attention) - {GLOBAL, LOCAL}
+    unknown = (
+        set().union(*everywhere) - set(BYTES) or set(attention) - {GLOBAL, LOCAL} or set(reading) - {WEIGHTS, CACHE}
+    )
     if not peaks or unknown or not all(0 < rate < float("inf") for rate in rates):
         raise ZebraError(
             f"{path}: ceilings are positive rates for {', '.join(BYTES)}; got flops {peaks} and bandwidth "

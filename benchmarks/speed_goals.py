@@ -1,0 +1,205 @@
+"""SmolLM2-135M beside its goals and beside other programs, from the results of benchmarks/speed_smollm2.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from speed_waterfalls import NAMES
+from zebra.report.page import Cell, Section, Table
+from zebra.report.pivot import Results, split
+from zebra.report.series import interval, number, percent
+from zebra.results import Result
+from zebra_bench.waterfall import PARTS
+
+SELF_EXTEND = "full, self-extend"
+SDPA = "transformers, sdpa"
+LLAMA = "llama.cpp, f16"
+_MOST = 3
+"""Parts that are named where a goal is missed."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A line of the table.
+
+    Attributes:
+        what: is measured. bound: of the value.
+        more: whether more is better.
+        run: of the results. value: from those of the run.
+        explained: (model, layout) whose waterfall explains a miss; the layout by its beginning.
+    """
+
+    what: str
+    bound: float
+    more: bool
+    run: str
+    value: Callable[[Results], float]
+    explained: tuple[str, str] = ("zebra", "full")
+
+    def met(self, value: float) -> bool:
+        """Whether the bound holds."""
+        return value >= self.bound if self.more else value <= self.bound
+
+
+def one(results: Results, metric: str, model: str, layout: str) -> Result:
+    """The result of a metric; Self-Extend's layout by its beginning.
+
+    Raises:
+        LookupError: there is none.
+    """
+    same = [r for r in results if r.metric == metric and r.model == model and _is(r.layout, layout)]
+    if not same:
+        raise LookupError(f"{metric} of {model}, {layout}")
+    return same[-1]
+
+
+def _is(layout: str, wanted: str) -> bool:
+    return layout.startswith(wanted) if wanted == SELF_EXTEND else layout == wanted
+
+
+def ratio(above: tuple[str, str], below: tuple[str, str], metric: str = "milliseconds") -> Callable[[Results], float]:
+    """One (model, layout) over another."""
+    return lambda results: one(results, metric, *above).value / one(results, metric, *below).value
+
+
+def share(layout: str) -> Callable[[Results], float]:
+    """Of the peak of products."""
+    return lambda results: one(results, "share_of_peak", "zebra", layout).value
+
+
+def attention_share(layout: str) -> Callable[[Results], float]:
+    """The floor of attention in all layers over its time."""
+
+    def value(results: Results) -> float:
+        same = [r for r in results if r.model == "zebra" and _is(r.layout, layout)]
+        sums = [
+            sum(r.value for r in same if r.metric in (f"{kind}, global", f"{kind}, local"))
+            for kind in ("floor_milliseconds", "milliseconds")
+        ]
+        if not sums[1]:
+            raise LookupError(layout)
+        return sums[0] / sums[1]
+
+    return value
+
+
+def _goals() -> Iterator[Goal]:
+    zebra: Callable[[str], tuple[str, str]] = lambda layout: ("zebra", layout)  # noqa: E731
+    for dtype, bound in (("bfloat16", 0.7), ("float32", 0.8)):
+        for length in (8192, 16384, 32768):
+            for layout in ("full", "GL:1024"):
+                name = f"reading {length:,} tokens, {dtype}, {layout}: share of the peak"
+                yield Goal(name, bound, True, f"prefill-{length}-{dtype}", share(layout), zebra(layout))
+    for length, bound in ((8192, 0.3), (16384, 0.2)):
+        name = f"reading {length:,}, GL:1024, over transformers' sdpa, full"
+        run = f"peers-prefill-{length}-bfloat16"
+        yield Goal(name, bound, False, run, ratio(zebra("GL:1024"), (SDPA, "full")), zebra("GL:1024"))
+    for length in (8192, 16384, 32768):
+        name = f"reading {length:,}, Self-Extend over full"
+        value = ratio(zebra(SELF_EXTEND), zebra("full"))
+        yield Goal(name, 1.1, False, f"prefill-{length}-bfloat16", value, zebra(SELF_EXTEND))
+    for length in (8192, 16384):
+        for layout in ("full", "GL:1024"):
+            name = f"attention alone, reading {length:,}, {layout}: share of the peak"
+            yield Goal(name, 0.75, True, f"prefill-{length}-bfloat16", attention_share(layout), zebra(layout))
+    name = "attention alone, a LoRA step on 8,192, GL:1024: share of the peak"
+    yield Goal(name, 0.75, True, "lora-step-8192-bfloat16", attention_share("GL:1024"), zebra("GL:1024"))
+    yield Goal(
+        "a LoRA step on 8,192, GL:1024: share of the peak", 0.6, True, "lora-step-8192-bfloat16", share("GL:1024"),
+        zebra("GL:1024"),
+    )  # fmt: skip
+    runs = "lora-step-8192-bfloat16", "peers-step-8192-bfloat16"
+    value = ratio(zebra("GL:1024"), (SDPA, "full"))
+    yield Goal("its time, over transformers' full step, full attention", 0.3, False, "+".join(runs), value)
+    runs = "memory-lora-step-8192-bfloat16", "memory-step-8192-bfloat16"
+    value = ratio(zebra("GL:1024"), (SDPA, "full"), "extra_bytes")
+    yield Goal("its peak memory beyond the model, over the same", 0.6, False, "+".join(runs), value)
+    name = "a token behind 8,192, full, over llama.cpp's, f16"
+    yield Goal(name, 1.0, False, "peers-decode-8192-bfloat16", ratio(zebra("full"), (LLAMA, "full")))
+    name = "a token behind 32,768, GL:1024 over full"
+    value = ratio(zebra("GL:1024"), zebra("full"))
+    yield Goal(name, 0.45, False, "decode-32768-bfloat16", value, zebra("GL:1024"))
+
+
+GOALS = tuple(_goals())
+
+
+def goals(results: Sequence[Result]) -> Section:
+    """Each goal with its verdict; a miss is explained by the parts that are farthest above their floors."""
+    body = []
+    for goal in GOALS:
+        runs = goal.run.split("+")
+        here = [r for r in results if r.run in runs]
+        if len(runs) > 1:  # the first run has ours, the second the other's
+            here = [r for r in here if (r.run == runs[0]) == (r.model == "zebra")]
+        try:
+            value = goal.value(here)
+        except LookupError:
+            cells = "–", "not measured", ""
+        else:
+            verdict = "met" if goal.met(value) else "missed"
+            profiled = [r for r in results if r.run == goal.run.removeprefix("peers-").split("+")[0]]
+            cells = _shown(goal, value), verdict, excess(profiled, *goal.explained) if verdict == "missed" else ""
+        bound = f"{'≥' if goal.more else '≤'} {_shown(goal, goal.bound)}"
+        body.append([Cell(goal.what), Cell(bound), *map(Cell, cells)])
+    head = [*map(Cell, ("", "goal", "measured", "verdict", "seconds above the floor, most of all"))]
+    return Section("Goals", [Table("", head, body, numeric=False)] if results else [])
+
+
+def _shown(goal: Goal, value: float) -> str:
+    return percent(value, 0) if "share" in goal.what else f"{value:.2f}"
+
+
+def excess(results: Results, model: str, layout: str) -> str:
+    """The parts that take the most time above their floors."""
+    same = {r.metric: r.value for r in results if r.model == model and _is(r.layout, layout)}
+    above = {p: same.get(f"milliseconds, {p}", 0.0) - same.get(f"floor_milliseconds, {p}", 0.0) for p in PARTS}
+    largest = sorted(above, key=lambda part: -above[part])[:_MOST] if same else []
+    return ", ".join(f"{NAMES[part].partition(':')[0]} {number(above[part] / 1e3)}" for part in largest)
+
+
+def totals(results: Sequence[Result]) -> Section:
+    """Median times of everything that was measured."""
+    here = [r for r in results if r.metric in ("milliseconds", "extra_bytes")]
+    if not here:
+        return Section("Beside others", [])
+    kinds: dict[str, list[Result]] = split(here, lambda r: r.run)
+    peers = [_line(ones) for run, ones in kinds.items() if run.startswith("peers")]
+    memory = [_line(ones, 2**20) for run, ones in kinds.items() if run.startswith("memory")]
+    blocks: list[Any] = []
+    if peers:
+        blocks.append(
+            "Seconds, in turns and one process (llama.cpp by its own clock, in its server); the least and the most in "
+            "brackets. Logits of 1,281 tokens were compared first."
+        )
+        blocks.append(Table("", _head(kinds, "peers"), peers, numeric=False))
+    if memory:
+        blocks.append("Peak memory of one call beyond the model, in MiB, each in a process of its own.")
+        blocks.append(Table("", _head(kinds, "memory"), memory, numeric=False))
+    return Section("Beside others", blocks)
+
+
+_COLUMNS = (
+    ("zebra", "full"), ("zebra", "GL:1024"), ("zebra", "GLLL:1024"), ("zebra", SELF_EXTEND), (SDPA, "full"),
+    ("transformers, eager", "full"), (LLAMA, "full"),
+)  # fmt: skip
+
+
+def _head(kinds: dict[str, list[Result]], kind: str) -> list[Cell]:
+    return [Cell(""), *(Cell(f"{model}, {layout}" if model == "zebra" else model) for model, layout in _COLUMNS)]
+
+
+def _line(results: Results, size: float = 1e3) -> list[Cell]:
+    first = results[0]
+    cells = [Cell(f"{first.task.rpartition(': ')[2]}, {first.length:,} tokens")]
+    for model, layout in _COLUMNS:
+        same = [r for r in results if r.model == model and _is(r.layout, layout)]
+        if not same:
+            cells.append(Cell("–"))
+            continue
+        bounds = interval(same[-1])
+        spread = f" ({number(bounds[0] / size)} to {number(bounds[1] / size)})" if bounds else ""
+        cells.append(Cell(number(same[-1].value / size) + spread, results=[same[-1]]))
+    return cells

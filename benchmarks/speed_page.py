@@ -1,0 +1,56 @@
+"""The page docs/results/speed.md, from the results of benchmarks/speed_smollm2.py and benchmarks/speed.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import speed_kernels
+from speed_goals import goals, totals
+from speed_waterfalls import picture, waterfalls
+from zebra.errors import ZebraError
+from zebra.files import atomic_write
+from zebra.report import page
+from zebra.report.figures import Figure
+from zebra.report.method import method
+from zebra.report.page import Cell, Section
+from zebra.results import Result, read_results
+
+SMOLLM2 = "speed-smollm2.jsonl"
+SHOWN = (
+    "prefill-8192-bfloat16", "prefill-16384-bfloat16", "prefill-8192-float32", "decode-8192-bfloat16",
+    "decode-32768-bfloat16", "lora-step-8192-bfloat16", "peers-step-8192-bfloat16",
+)  # fmt: skip
+"""Runs whose waterfalls are on the page; those of the others are in the results."""
+DRAWN = ("prefill-8192-bfloat16", "prefill-16384-bfloat16")
+ORIGIN = (
+    "SmolLM2-135M: 30 layers of 576, 9 query and 3 key-value heads of 64. One thread of one core; other work used the "
+    "machine's other core. Written from benchmarks/results/ by benchmarks/speed.py --page."
+)
+
+
+def sections(model: Sequence[Result], kernels: list[Result]) -> list[Section]:
+    """All that the page shows."""
+    shown = [one for one in model if one.run in SHOWN]
+    falls = waterfalls(shown)
+    if falls and (drawn := [run for run in DRAWN if any(one.run == run for one in model)]):
+        falls[0].blocks.insert(0, picture(model, drawn))
+    small = [speed_kernels.goals(kernels), speed_kernels.plan(kernels), speed_kernels.kernel_tables(kernels)]
+    parts = [*falls, goals(model), totals(model), *(small if kernels else []), method([*model, *kernels])]
+    return [part for part in parts if part.blocks]
+
+
+def write_page(folder: Path, target: Path, images: Path) -> None:
+    """Write the page, and its picture into another folder.
+
+    Raises:
+        ZebraError: no results at all.
+    """
+    files = {name: folder / name for name in (SMOLLM2, "cpu.jsonl")}
+    results = {name: read_results(file) if file.is_file() else [] for name, file in files.items()}
+    if not any(results.values()):
+        raise ZebraError(f"there are no results in {folder}. Measure first: python benchmarks/speed.py")
+    shown = sections(results[SMOLLM2], results["cpu.jsonl"])
+    for figure in (block for section in shown for block in section.blocks if isinstance(block, Figure)):
+        atomic_write(images / f"{target.stem}-{figure.name}.svg", figure.standalone)
+    atomic_write(target, page.markdown(f"../images/{target.stem}", "Speed", [[Cell(ORIGIN)]], shown))
