@@ -108,9 +108,9 @@ PARTS = (
     Part("prefill", 16384, _F32, READ),
     Part("prefill", 32768, _BF16, READ),
     Part("prefill", 32768, _F32, ("full", "GL:1024")),
-    Part("prefill", 32768, _BF16, READ, memory=True),
-    Part("lora-step", 8192, _BF16, ("full", "GL:1024"), memory=True),
-    Part("step", 8192, _BF16, ("full", "GL:1024"), ("sdpa",), memory=True),
+    Part("prefill", 32768, _BF16, ("full", "GL:1024"), memory=True),
+    Part("lora-step", 8192, _BF16, ("GL:1024",), memory=True),
+    Part("step", 8192, _BF16, (), ("sdpa",), memory=True),
 )
 """The most important first."""
 
