@@ -55,8 +55,8 @@ def one(results: Results, metric: str, model: str, layout: str) -> Result:
     return same[-1]
 
 
-def _is(layout: str, wanted: str) -> bool:
-    return layout.startswith(wanted) if wanted == SELF_EXTEND else layout == wanted
+def _is(layout: str, named: str) -> bool:
+    return layout.startswith(named) if named == SELF_EXTEND else layout == named
 
 
 def ratio(above: tuple[str, str], below: tuple[str, str], metric: str = "milliseconds") -> Callable[[Results], float]:

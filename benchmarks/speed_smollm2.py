@@ -72,8 +72,8 @@ class Part:
     @property
     def name(self) -> str:
         """Of its results."""
-        kind = "memory" if self.memory else f"peers-{self.phase}" if self.peers else self.phase
-        return f"{kind}-{self.length}-{self.dtype}"
+        kind = "memory-" if self.memory else "peers-" if self.peers else ""
+        return f"{kind}{self.phase}-{self.length}-{self.dtype}"
 
     @property
     def cases(self) -> list[Case]:

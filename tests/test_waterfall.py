@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+import speed_goals
+import speed_page
 import speed_smollm2
 from speed_smollm2 import Part
 from speed_waterfalls import lines, waterfalls
@@ -87,6 +89,13 @@ def test_the_floors_are_flops_at_the_peak_and_bytes_at_the_bandwidth(tiny: Path)
     assert token["MLP"] == pytest.approx(2 * 2 * 3 * h * i / 1e9, rel=0.1)
     step = waterfall.floors(Case("step", 1000, "full", "float32").plan(tiny), DEVICE, trained=10)
     assert step["optimizer"] == pytest.approx(280 / 1e9)
+
+
+def test_the_parts_have_names_of_their_own() -> None:
+    names = [part.name for part in speed_smollm2.PARTS]
+    assert len(names) == len(set(names))
+    assert set(speed_page.SHOWN) <= set(names)
+    assert {run for goal in speed_goals.GOALS for run in goal.run.split("+")} <= set(names)
 
 
 def test_a_part_is_measured_once_and_shown(
