@@ -22,7 +22,7 @@ SHOWN = (
     "decode-32768-bfloat16", "lora-step-8192-bfloat16", "peers-step-8192-bfloat16",
 )  # fmt: skip
 """Runs whose waterfalls are on the page; those of the others are in the results."""
-DRAWN = ("prefill-8192-bfloat16", "prefill-16384-bfloat16")
+DRAWN = ("prefill-16384-bfloat16", "decode-32768-bfloat16", "lora-step-8192-bfloat16")
 ORIGIN = (
     "SmolLM2-135M: 30 layers of 576, 9 query and 3 key-value heads of 64. One thread of one core; other work used the "
     "machine's other core. Written from benchmarks/results/ by benchmarks/speed.py --page."

@@ -261,7 +261,7 @@ def measure(part: Part, options: argparse.Namespace, checkpoint: Path) -> list[R
         return measure_ceilings("cpu", repeats=3, dtypes=(part.dtype, "float32"), attention=decoding)
 
     if part.memory:
-        return [memory(part, case, options, checkpoint) for case in part.cases]
+        return [row for case in part.cases for row in memory(part, case, options, checkpoint)]
     before = ceilings()
     with ExitStack() as stack:
         subjects = [subject(case, checkpoint) for case in part.cases]
@@ -279,25 +279,33 @@ def measure(part: Part, options: argparse.Namespace, checkpoint: Path) -> list[R
     return results
 
 
-def memory(part: Part, case: Case, options: argparse.Namespace, checkpoint: Path) -> Result:
-    """Peak bytes of one call beyond the model, in a process of its own."""
+def memory(part: Part, case: Case, options: argparse.Namespace, checkpoint: Path) -> list[Result]:
+    """Peak bytes of one call beyond the model, in a process of its own, and the milliseconds of that one call."""
     own = [f"{part.phase}", str(part.length), case.way, part.dtype, case.attention or ""]
     command = [sys.executable, __file__, "--checkpoint", str(checkpoint), "--threads", str(options.threads)]
     answer = subprocess.run([*command, "--extra-bytes", *own], capture_output=True, text=True, check=True)
     name = "zebra" if case.attention is None else f"transformers, {case.attention}"
-    layout, value = answer.stdout.strip().rsplit(" ", 1)
-    return Result(
-        run=part.name, model=name, layout=layout, task=f"{TASK}: {part.phase}, {part.dtype}", metric="extra_bytes",
-        value=int(value), length=part.length, seed=0, device=device_name("cpu"),
-    )  # fmt: skip
+    layout, extra, milliseconds = answer.stdout.strip().rsplit(" ", 2)
+    common: Any = {"run": part.name, "model": name, "layout": layout, "length": part.length, "seed": 0}
+    common |= {"task": f"{TASK}: {part.phase}, {part.dtype}", "device": device_name("cpu"), "n": 1}
+    values = {"extra_bytes": int(extra), "milliseconds": float(milliseconds)}
+    return [Result(metric=metric, value=value, **common) for metric, value in values.items()]
 
 
 def print_extra_bytes(case: Case, checkpoint: Path) -> None:
-    """The layout of a case, and the bytes of its call."""
+    """The layout of a case, the bytes of its call, and its milliseconds."""
     model = load(case, checkpoint)
-    if not case.training:
-        prepare(replace(case, length=300), model)()
-    print(layout_of(case, model), extra_bytes(Workload(prepare=lambda: lambda: [prepare(case, model)()]), "cpu"))
+    prepare(replace(case, length=300), model)()
+    call, seconds = prepare(case, model), [0.0]
+
+    def timed() -> list[Tensor]:
+        start = time.perf_counter()
+        output = call()
+        seconds[0] = time.perf_counter() - start
+        return [output]
+
+    extra = extra_bytes(Workload(prepare=lambda: timed), "cpu")
+    print(layout_of(case, model), extra, 1e3 * seconds[0])
 
 
 def main(arguments: list[str]) -> None:

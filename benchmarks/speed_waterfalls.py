@@ -111,7 +111,8 @@ def picture(results: Sequence[Result], runs: Sequence[str]) -> Figure:
     """Stacked bars of some runs, each way's parts above its floors."""
     here = [one for one in results if one.run in runs and one.model == "zebra"]
     plots = [partial(_bars, results=[one for one in here if one.run == run]) for run in runs]
-    return Figure("waterfalls", plots, results=here, height=2.6, columns=1)
+    caption = "Seconds of each part, and below each bar the least that the same parts could take"
+    return Figure("waterfalls", plots, caption, results=here, height=2.3, columns=1)
 
 
 _GROUPS = {
@@ -143,8 +144,9 @@ def _bars(axes: Axes, results: Sequence[Result]) -> None:
         at -= 0.4
     axes.set_yticks([place for place, _ in names], [name for _, name in names])
     first = results[0]
-    cached = "a token behind " if first.run.startswith("decode") else "reading "
-    axes.set_xlabel(f"seconds: {cached}{first.length:,} tokens, {first.task.rpartition(', ')[2]}")
+    what = {"prefill": "reading", "decode": "a token behind", "lora": "a LoRA step on", "step": "a step on"}
+    name = f"{what[first.run.partition('-')[0]]} {first.length:,} tokens"
+    axes.set_xlabel(f"seconds: {name}, {first.task.rpartition(', ')[2]}")
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
 
