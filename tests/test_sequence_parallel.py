@@ -326,8 +326,10 @@ def test_processes_compute_what_one_does(name: str, size: int, folders: Folders,
 def test_more_cases_and_every_family(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     folders = {(member, False): str(checkpoints(member, initializer_range=0.1)) for member in EVERY_MEMBER}
     folders["zebra_study", True] = str(checkpoints("zebra_study", position_embedding="alibi", **SMALL))
-    for (name, _), of_processes in run_processes(tmp_path, folders, MORE).items():
-        check(MORE[name], folders, of_processes)
+    outcomes = run_processes(tmp_path, folders, MORE)
+    for name, case in MORE.items():
+        for size in (2, PROCESSES):
+            check(case, folders, outcomes[name, size])
 
 
 # What crosses
