@@ -535,6 +535,10 @@ REFUSED = {
     "devices": (["llama-2-7b", "--parallel", "shards=4"], "and ring behind them; got 'shards=4'"),
     "a ring of one device": (["llama-2-7b", "--parallel", "shard=4,ring"], "Add sequence=2"),
     "no devices": (["llama-2-7b", "--parallel", "shard=0"], "from 1 to 1,000,000; got 0"),
+    "more devices than tokens": (
+        ["llama-2-7b", "--parallel", "sequence=1000000"],
+        "got 1,000,000 devices for 16,384 tokens. Lower sequence",
+    ),
     "devices twice": (["llama-2-7b", "--parallel", "data=2,data=3"], "got 'data=2,data=3'"),
     "devices that decode": (["llama-2-7b", "--parallel", "data=2", "--phase", "decode"], "not decoding"),
     "devices in a budget": (["llama-2-7b", "--parallel", "data=2", "--memory", "9GB"], "fits one device"),

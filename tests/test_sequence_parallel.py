@@ -454,6 +454,13 @@ def test_weights_and_gradients_are_the_bytes_that_are_planned(name: str, folders
         assert result["gathered"]["gradients"] == planned["gradients"] + planned.get("gradients, copies", 0)
 
 
+def test_padding_has_no_position_beyond_those_of_the_text() -> None:
+    """A table of learned positions may end with the text, whose length need not divide."""
+    batch = {"input_ids": torch.zeros(2, 32, dtype=torch.long)}
+    at = torch.cat([shard_batch(batch, rank, 3)["position_ids"] for rank in range(3)], dim=1)
+    assert sorted(at[0].tolist()) == [*range(32), 31, 31, 31, 31]
+
+
 # One process
 
 

@@ -57,7 +57,7 @@ def compare(
         ZebraError: a budget of one device beside several; what `check_parallel` raises.
     """
     if parallel is not None:
-        check_parallel(run)
+        check_parallel(run, parallel)
         if budget is not None or seconds is not None:
             raise ZebraError("--memory and --seconds find what fits one device. Leave them out, or --parallel.")
     d = run.decoder

@@ -78,16 +78,21 @@ class Parallel:
         return self.shard * self.sequence if self.shard > 1 else 1
 
 
-def check_parallel(run: Run) -> None:
-    """Check that devices can share a run.
+def check_parallel(run: Run, parallel: Parallel | None = None) -> None:
+    """Check that devices can share a run; with `parallel` that they can in this way.
 
     Raises:
-        ZebraError: decoding, layers of other kinds than global and local.
+        ZebraError: decoding, layers of other kinds than global and local, more devices than a sequence has tokens.
     """
     if run.phase == "decode":
         raise ZebraError("devices share a training or a prefill, not decoding. Choose the phase train or prefill.")
     if run.others:
         raise ZebraError("sequences are split in global and local layers; this layout has others. Plan one device.")
+    if parallel is not None and parallel.sequence > run.length:
+        raise ZebraError(
+            f"the devices of a sequence hold tokens of it, at least one each; got {parallel.sequence:,} devices for "
+            f"{run.length:,} tokens. Lower sequence, or raise --length."
+        )
 
 
 def busiest(run: Run, processes: int) -> Run:
@@ -129,11 +134,14 @@ def split_memory(run: Run, parallel: Parallel) -> dict[str, int]:
     gathering = [kind for kind in kinds if kind == LOCAL or not parallel.ring]
     numbers = tokens * 2 * run.decoder.kv_width if len(gathering) < len(kinds) else 0  # of a shard that is passed on
     passing = 2 * numbers * size
-    of_layers = [[got for got, _ in exchanged_bytes(run, kind, parallel.sequence)] for kind in gathering]
-    of_devices = [sum(layers) if all_layers else max(layers) for layers in zip(*of_layers, strict=True)] or [0]
-    fetched = max(of_devices) + passing if all_layers else max(*of_devices, passing)
+    of_kinds = {
+        kind: [got for got, _ in exchanged_bytes(run, kind, parallel.sequence)] for kind in sorted(set(gathering))
+    }
+    one_layer = max(map(max, of_kinds.values()), default=0)
+    of_devices = zip(*([gathering.count(kind) * one for one in got] for kind, got in of_kinds.items()), strict=True)
+    fetched = max(map(sum, of_devices), default=0) + passing if all_layers else max(one_layer, passing)
     joined = tokens * run.decoder.query_width * size
-    gradients = max(5 * max(map(max, of_layers), default=0) // 2, 9 * numbers * size // 2 + 4 * numbers)
+    gradients = max(5 * one_layer // 2, 9 * numbers * size // 2 + 4 * numbers)
     return {
         "keys and values fetched": fetched,
         "outputs joined": joined * (len(gathering) if all_layers else bool(gathering)),

@@ -51,6 +51,8 @@ def shard_batch(batch: Mapping[str, Any], rank: int, size: int) -> dict[str, Any
     if documents is not None:
         shared["sequence_documents"] = torch.cat([documents, documents[:, -1:].expand(-1, missing)], dim=1)
         shared["sequence_positions"] = whole["position_ids"]
+    # Learned positions end where the longest text does; nothing sees those of the padding.
+    whole["position_ids"] = whole["position_ids"].clamp(max=int(positions.max()))
 
     def own(tensor: Tensor) -> Tensor:
         return torch.cat([tensor[:, held.start : held.stop] for held in shards.held(rank)], dim=1)
