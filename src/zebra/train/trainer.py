@@ -193,6 +193,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         arguments[f"{checkpointing}_kwargs"] = {"use_reentrant": False}  # trl's default is True
     return arguments | {
         "output_dir": str(checkpoints),
+        "ddp_find_unused_parameters": False,  # all have gradients: a layer's experts are one tensor
         "use_cpu": not torch.cuda.is_available(),
         "data_seed": train.seed,
         "save_only_model": recipe.parallel.shard > 1,  # the rest is written by `ShardedStates`
