@@ -156,7 +156,7 @@ GOALS = tuple(_goals())
 
 def goals(results: Sequence[Result]) -> Section:
     """Each goal with its verdict; a miss is explained by the parts that are farthest above their floors."""
-    body, tried = [], []
+    body, tried, absent = [], [], []
     for goal in GOALS:
         runs = goal.run.split("+")
         here = [r for r in results if r.run in runs]
@@ -165,17 +165,18 @@ def goals(results: Sequence[Result]) -> Section:
         try:
             value = goal.value(here)
         except LookupError:
-            cells = "–", "not measured", ""
-        else:
-            verdict = "met" if goal.met(value) else "missed"
-            profiled = [r for r in results if r.run == goal.run.removeprefix("peers-").split("+")[0]]
-            cells = _shown(goal, value), verdict, excess(profiled, *goal.explained) if verdict == "missed" else ""
-        if cells[1] == "missed" and goal.tried and goal.tried not in tried:
+            absent.append(goal.what)
+            continue
+        verdict = "met" if goal.met(value) else "missed"
+        profiled = [r for r in results if r.run == goal.run.removeprefix("peers-").split("+")[0]]
+        cells = _shown(goal, value), verdict, excess(profiled, *goal.explained) if verdict == "missed" else ""
+        if verdict == "missed" and goal.tried and goal.tried not in tried:
             tried.append(goal.tried)
         bound = f"{'≥' if goal.more else '≤'} {_shown(goal, goal.bound)}"
         body.append([Cell(goal.what), Cell(bound), *map(Cell, cells)])
-    head = [*map(Cell, ("", "goal", "measured", "verdict", "seconds above the floor, most of all"))]
-    return Section("Goals", [Table("", head, body, numeric=False), *tried] if results else [])
+    head = [*map(Cell, ("", "goal", "measured", "verdict", "above the floor, most of all"))]
+    left = [f"Not measured: {'; '.join(absent)}."] if absent else []
+    return Section("Goals", [Table("", head, body, numeric=False), *tried, *left] if body else [])
 
 
 def _shown(goal: Goal, value: float) -> str:
@@ -187,7 +188,13 @@ def excess(results: Results, model: str, layout: str) -> str:
     same = {r.metric: r.value for r in results if r.model == model and _is(r.layout, layout)}
     above = {p: same.get(f"milliseconds, {p}", 0.0) - same.get(f"floor_milliseconds, {p}", 0.0) for p in PARTS}
     largest = sorted(above, key=lambda part: -above[part])[:_MOST] if same else []
-    return ", ".join(f"{NAMES[part].partition(':')[0]} {number(above[part] / 1e3)}" for part in largest)
+    return ", ".join(f"{NAMES[part].partition(':')[0]} {_time(results[0], above[part])}" for part in largest)
+
+
+def _time(of: Result, milliseconds: float) -> str:
+    """In milliseconds where it is of a token, else in seconds."""
+    token = ": decode" in of.task
+    return f"{number(milliseconds if token else milliseconds / 1e3)} {'ms' if token else 's'}"
 
 
 def totals(results: Sequence[Result]) -> Section:
@@ -196,40 +203,44 @@ def totals(results: Sequence[Result]) -> Section:
     if not here:
         return Section("Beside others", [])
     kinds: dict[str, list[Result]] = split(here, lambda r: r.run)
-    peers = [_line(ones) for run, ones in kinds.items() if run.startswith("peers")]
-    memory = [_line(ones, 2**20) for run, ones in kinds.items() if run.startswith("memory")]
     blocks: list[Any] = []
-    if peers:
-        blocks.append(
-            "Seconds, in turns and one process (llama.cpp by its own clock, in its server); the least and the most in "
-            "brackets. Logits of 1,281 tokens were compared first."
-        )
-        blocks.append(Table("", _head(kinds, "peers"), peers, numeric=False))
-    if memory:
-        blocks.append("Peak memory of one call beyond the model, in MiB, each in a process of its own.")
-        blocks.append(Table("", _head(kinds, "memory"), memory, numeric=False))
+    for kind, how in (("peers", PEERS), ("memory", MEMORY)):
+        chosen = {run: ones for run, ones in kinds.items() if run.startswith(kind)}
+        present = {
+            (r.model, SELF_EXTEND if "self-extend" in r.layout else r.layout) for ones in chosen.values() for r in ones
+        }
+        columns = [column for column in _COLUMNS if column in present]
+        head = [Cell(f"{model}, {layout}" if model == "zebra" else model) for model, layout in columns]
+        if columns:
+            lines = [_line(ones, columns) for ones in chosen.values()]
+            blocks += [how, Table("", [Cell(""), *head], lines, numeric=False)]
     return Section("Beside others", blocks)
 
 
+PEERS = (
+    "In turns and one process (llama.cpp by its own clock, in its server); the least and the most in brackets. Logits of "
+    "1,281 tokens were compared first."
+)
+MEMORY = (
+    "Peak memory of one call beyond the model, each in a process of its own, where the call is the first of its length."
+)
 _COLUMNS = (
     ("zebra", "full"), ("zebra", "GL:1024"), ("zebra", "GLLL:1024"), ("zebra", SELF_EXTEND), (SDPA, "full"),
     ("transformers, eager", "full"), (LLAMA, "full"),
 )  # fmt: skip
 
 
-def _head(kinds: dict[str, list[Result]], kind: str) -> list[Cell]:
-    return [Cell(""), *(Cell(f"{model}, {layout}" if model == "zebra" else model) for model, layout in _COLUMNS)]
-
-
-def _line(results: Results, size: float = 1e3) -> list[Cell]:
+def _line(results: Results, columns: Sequence[tuple[str, str]]) -> list[Cell]:
     first = results[0]
     cells = [Cell(f"{first.task.rpartition(': ')[2]}, {first.length:,} tokens")]
-    for model, layout in _COLUMNS:
+    for model, layout in columns:
         same = [r for r in results if r.model == model and _is(r.layout, layout)]
         if not same:
             cells.append(Cell("–"))
-            continue
-        bounds = interval(same[-1])
-        spread = f" ({number(bounds[0] / size)} to {number(bounds[1] / size)})" if bounds else ""
-        cells.append(Cell(number(same[-1].value / size) + spread, results=[same[-1]]))
+        elif same[-1].metric == "extra_bytes":
+            cells.append(Cell(f"{same[-1].value / 2**20:,.0f} MiB", results=[same[-1]]))
+        else:
+            bounds = interval(same[-1])
+            spread = f" ({_time(first, bounds[0])} to {_time(first, bounds[1])})" if bounds else ""
+            cells.append(Cell(_time(first, same[-1].value) + spread, results=[same[-1]]))
     return cells
