@@ -206,10 +206,8 @@ def totals(results: Sequence[Result]) -> Section:
     blocks: list[Any] = []
     for kind, how in (("peers", PEERS), ("memory", MEMORY)):
         chosen = {run: ones for run, ones in kinds.items() if run.startswith(kind)}
-        present = {
-            (r.model, SELF_EXTEND if "self-extend" in r.layout else r.layout) for ones in chosen.values() for r in ones
-        }
-        columns = [column for column in _COLUMNS if column in present]
+        every = [r for ones in chosen.values() for r in ones]
+        columns = [(name, of) for name, of in _COLUMNS if any(r.model == name and _is(r.layout, of) for r in every)]
         head = [Cell(f"{model}, {layout}" if model == "zebra" else model) for model, layout in columns]
         if columns:
             lines = [_line(ones, columns) for ones in chosen.values()]
@@ -218,12 +216,10 @@ def totals(results: Sequence[Result]) -> Section:
 
 
 PEERS = (
-    "In turns and one process (llama.cpp by its own clock, in its server); the least and the most in brackets. Logits of "
-    "1,281 tokens were compared first."
+    "In turns and one process (llama.cpp by its own clock, in its server); the least and the most in brackets. Logits "
+    "of 1,281 tokens were compared first."
 )
-MEMORY = (
-    "Peak memory of one call beyond the model, each in a process of its own, where the call is the first of its length."
-)
+MEMORY = "Peak memory of one call beyond the model, each in a process of its own."
 _COLUMNS = (
     ("zebra", "full"), ("zebra", "GL:1024"), ("zebra", "GLLL:1024"), ("zebra", SELF_EXTEND), (SDPA, "full"),
     ("transformers, eager", "full"), (LLAMA, "full"),
@@ -241,6 +237,7 @@ def _line(results: Results, columns: Sequence[tuple[str, str]]) -> list[Cell]:
             cells.append(Cell(f"{same[-1].value / 2**20:,.0f} MiB", results=[same[-1]]))
         else:
             bounds = interval(same[-1])
-            spread = f" ({_time(first, bounds[0])} to {_time(first, bounds[1])})" if bounds else ""
+            least, most = (_time(first, bound).partition(" ")[0] for bound in bounds or (0.0, 0.0))
+            spread = f" ({least} to {most})" if bounds else ""
             cells.append(Cell(_time(first, same[-1].value) + spread, results=[same[-1]]))
     return cells
