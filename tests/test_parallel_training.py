@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import FEW_STORIES, FinishedRun, Zebra, adapt_recipe, losses, refused
 from safetensors.torch import load_file
@@ -23,6 +25,7 @@ from zebra.results import read_results
 from zebra.train.adapt import adapt
 from zebra.train.directory import COMPLETE, check_processes, data_groups
 from zebra.train.dry_run import dry_run
+from zebra.train.parallel import ShardedStates
 from zebra.train.pretrain import pretrain
 from zebra.train.recipe import AdaptRecipe, Parallel
 from zebra.train.tune import tune
@@ -67,8 +70,29 @@ def test_two_processes_that_split_sequences_train_as_one(adapt_run: FinishedRun,
         assert (weights[name] - weight).norm() <= 1e-3 * weight.norm(), name
 
 
-CONSTANT = {"train__lr_scheduler_type": "constant"}
-"""A schedule without an end: a run may go on."""
+CONSTANT = {"train__lr_scheduler_type": "constant_with_warmup", "train__warmup_steps": 2}
+"""A schedule without an end: a run may go on. Its first step has another rate than the later ones."""
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_first_step_that_goes_on_has_the_rate_of_the_schedule(tmp_path: Path) -> None:
+    def states() -> dict[str, Any]:
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+        return {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
+
+    first, then = states(), states()
+    for _ in range(3):
+        first["model"](torch.ones(2)).sum().backward()
+        first["optimizer"].step()
+        first["lr_scheduler"].step()
+    args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=3, is_world_process_zero=True)
+    ShardedStates(None, True).on_save(args, state, None, **first)
+    ShardedStates(str(tmp_path / "checkpoint-3"), True).on_train_begin(args, state, None, **then)
+    assert then["optimizer"].param_groups[0]["lr"] == first["optimizer"].param_groups[0]["lr"] == 0.3
+    moments = [[one["exp_avg"] for one in some["optimizer"].state.values()] for some in (first, then)]
+    assert all(torch.equal(*pair) for pair in zip(*moments, strict=True))
 
 
 @pytest.mark.full

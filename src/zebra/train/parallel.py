@@ -131,6 +131,8 @@ class ShardedStates(TrainerCallback):
         if self.checkpoint is not None and (self.checkpoint / _MOMENTS).is_dir():
             _read_moments(self.checkpoint / _MOMENTS, model, optimizer)
             lr_scheduler.load_state_dict(torch.load(self.checkpoint / _SCHEDULE, weights_only=True))
+            for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate  # the schedule itself sets it behind a step alone
         for parameter, states in optimizer.state.items():
             for name, value in states.items():
                 if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
