@@ -164,3 +164,19 @@ _ROW: Any = speed_smollm2.Result(
     run="prefill-300-float32", model="zebra", layout="full", task="bench SmolLM2-135M: prefill, float32", metric="",
     value=0.0, length=300,
 )  # fmt: skip
+
+
+def test_a_missed_goal_names_the_parts_above_their_floors() -> None:
+    values = {"milliseconds": 9000.0, "share_of_peak": 0.5, "milliseconds, norms": 3000.0, "milliseconds, MLP": 5000.0}
+    values |= {"floor_milliseconds, MLP": 4500.0}
+    rows = [replace(_ROW, run="prefill-8192-bfloat16", metric=m, value=v, length=8192) for m, v in values.items()]
+    table, tried, absent = speed_goals.goals(rows).blocks
+    (line,) = [[cell.text for cell in line] for line in table.body]  # type: ignore[union-attr]
+    assert line[1:4] == ["≥ 70\N{NO-BREAK SPACE}%", "50\N{NO-BREAK SPACE}%", "missed"]
+    assert line[4].startswith("norms 3.00 s, MLP 0.50 s")
+    assert "oneDNN" in str(tried)
+    assert "GL:1024" in str(absent)
+    peers = [replace(row, run="peers-" + row.run) for row in rows if row.metric == "milliseconds"]
+    how, beside = speed_goals.totals(peers).blocks
+    assert [[cell.text for cell in line] for line in beside.body] == [["prefill, float32, 8,192 tokens", "9.00 s"]]  # type: ignore[union-attr]
+    assert "in turns" in str(how).lower()
