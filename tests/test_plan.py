@@ -522,7 +522,17 @@ def test_the_command_names_the_best_of_each_number_of_devices(zebra: Zebra) -> N
     assert "450 GB/s in a node of 8, 50 GB/s beyond" in printed
     assert "assumed: links reach 80% of their data sheets" in printed
     best = [one["ways"][0] for one in tree["clusters"]]
-    assert all(f"{one['data']} × {one['shard']} × {one['sequence']}" in printed for one in best)
+    assert all(f"{one['data']}×{one['shard']}×{one['sequence']}" in printed for one in best)
+
+
+def test_80_characters_hold_the_ways_of_a_cluster(zebra: Zebra, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    line = ("plan", "llama-3.1-70b", "--length", 2**20, "--phase", "train", "--checkpointing", "--cluster", "64..1024")
+    table = [one for one in zebra(*line).stdout.splitlines() if one.startswith("  ") and one.strip()]
+    ways = [one.split() for one in table if one.strip()[0].isdigit()]
+    assert [one[0] for one in ways] == ["64", "128", "256", "512", "1,024"] * 2
+    assert all(len(one) <= 80 for one in table)
+    assert len(table) == len(ways) + 2  # a head over each layout, and nothing torn
 
 
 REFUSED = {

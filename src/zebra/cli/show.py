@@ -229,11 +229,13 @@ def cluster(tree: dict[str, Any], as_json: bool) -> None:
     if as_json:
         json(tree)
         return
-    from zebra.plan.cluster import headline, table
+    from zebra.plan.cluster import headline, tables
 
     line(headline(tree))
-    head, body = table(tree)
-    _table(head, [[*map(_styled, cells)] for cells in body], numbers=slice(3, 8))
+    head, bodies = tables(tree)
+    for layout, body in bodies.items():
+        line(f"\n{layout}")
+        _table(head, [[*map(_styled, cells)] for cells in body], numbers=slice(2, 7))
     for assumption in tree["assumptions"]:
         line(f"assumed: {assumption}")
 

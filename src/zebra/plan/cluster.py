@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from zebra.errors import ZebraError
-from zebra.plan.comparison import BYTES, TIME, variants, with_unit
+from zebra.plan.comparison import TIME, variants, with_unit
 from zebra.plan.cost import Run, flops
 from zebra.plan.devices import MEASURED, Device, Link
 from zebra.plan.parallel import Parallel, busiest, check_parallel, device_memory, received_bytes
@@ -177,40 +177,42 @@ def _tree(one: Prediction) -> dict[str, Any]:
 
 
 def headline(plan: dict[str, Any]) -> str:
-    """What the table is about, in two lines."""
+    """What the tables are about, in three lines."""
     model, settings, device = plan["model"], plan["settings"], plan["device"]
     what = f"training steps of sequences of {settings['length']:,} tokens, {settings['batch']:,} to a group, "
     what += settings["dtype"] + ", LoRA" * bool(settings["lora"])
     what += ", activation checkpointing" * settings["checkpointing"]
     link = device["link"]
     links = f"{link['inside'] / 1e9:,.0f} GB/s in a node of {link['node']}, {link['across'] / 1e9:,.0f} GB/s beyond"
-    return f"{model['name']}: {model['parameters']:,} parameters, {what}\n{device['name']}, {device['source']}; {links}"
-
-
-def table(plan: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and body: the best way of each number of devices; of one number alone, all ways."""
-    several = len({cluster["devices"] for cluster in plan["clusters"]}) > 1
-    head = (
-        "devices",
-        "layout",
-        "data × shard × sequence",
-        "memory",
-        "received",
-        "step",
-        "tokens/s",
-        "of peak",
-        "limit",
+    return (
+        f"{model['name']}: {model['parameters']:,} parameters, {what}\n{device['name']}, {device['source']}; {links}\n"
+        "sharing: data × shard × sequence; GiB: memory of a device; wire: GiB that it receives in a step; "
+        "K/s: thousand tokens a second"
     )
-    body: list[tuple[str, ...]] = []
+
+
+def tables(plan: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, list[tuple[str, ...]]]]:
+    """A head, and a body for each layout: the best way of each number of devices; of one number alone, all ways.
+
+    A way that does not fit has no time, and its limit is what fills most of its memory. A line has 80 characters.
+    """
+    several = len({cluster["devices"] for cluster in plan["clusters"]}) > 1
+    head = ("devices", "sharing", "GiB", "wire", "step", "K/s", "peak", "limit")
+    bodies: dict[str, list[tuple[str, ...]]] = {}
     for cluster in plan["clusters"]:
         for way in cluster["ways"][:1] if several else cluster["ways"]:
+            speed = with_unit(way["seconds"], TIME), _short(way["tokens_per_second"] / 1e3), f"{way['peak_share']:.0%}"
             cells = (
                 f"{cluster['devices']:,}",
-                cluster["layout"],
-                f"{way['data']} × {way['shard']} × {way['sequence']}" + ", ring" * way["ring"],
-                with_unit(sum(way["memory"].values()), BYTES),
-                with_unit(sum(way["received"].values()), BYTES),
+                f"{way['data']}×{way['shard']}×{way['sequence']}" + " ring" * way["ring"],
+                *(_short(sum(way[name].values()) / 2**30) for name in ("memory", "received")),
+                *(speed if way["fits"] else ("–",) * 3),
+                way["limit"].removeprefix("memory: "),
             )
-            speed = (with_unit(way["seconds"], TIME), f"{way['tokens_per_second']:,.0f}", f"{way['peak_share']:.0%}")
-            body.append((*cells, *(speed if way["fits"] else ("–",) * 3), way["limit"]))
-    return head, body
+            bodies.setdefault(cluster["layout"], []).append(cells)
+    return head, bodies
+
+
+def _short(value: float) -> str:
+    """Three digits, or all of a whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
