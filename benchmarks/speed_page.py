@@ -18,7 +18,7 @@ from zebra.results import Result, read_results
 
 SMOLLM2 = "speed-smollm2.jsonl"
 SHOWN = (
-    "prefill-8192-bfloat16", "prefill-16384-bfloat16", "prefill-8192-float32", "decode-32768-bfloat16",
+    "prefill-8192-bfloat16", "prefill-8192-float32", "decode-32768-bfloat16",
     "lora-step-8192-bfloat16", "step-8192-float32",
 )  # fmt: skip
 """Runs whose waterfalls are on the page; those of the others are in the results."""

@@ -60,7 +60,8 @@ def waterfall(results: Sequence[Result]) -> Table:
     head = [Cell(f"{first.length:,} {length}, {dtype}")]
     for (model, layout), _ in ways.items():
         head += [Cell(layout if model == "zebra" else model, "ms"), Cell("", "× floor")]
-    body = [[Cell("time, median"), *_both(ways, _total)], [Cell("of the peak"), *_both(ways, _share)]]
+    firsts = {"time, median": _total, "turns": _turns, "of the peak": _share}
+    body = [[Cell(name), *_both(ways, show)] for name, show in firsts.items()]
     if any(_of(ones, "planned_milliseconds") for ones in ways.values()):
         body.insert(1, [Cell("planned, by rates measured here"), *_both(ways, _planned)])
     for part in PARTS:
@@ -87,6 +88,11 @@ def _total(results: Results) -> list[Cell]:
 def floor_of(results: Results) -> float:
     """The sum of a waterfall's floors."""
     return sum(one.value for one in results if one.metric.startswith("floor_milliseconds, "))
+
+
+def _turns(results: Results) -> list[Cell]:
+    time = _of(results, "milliseconds")
+    return [Cell(f"{time.n}" if time else "–"), Cell("")]
 
 
 def _planned(results: Results) -> list[Cell]:

@@ -146,13 +146,14 @@ def test_the_tables_show_each_part_over_its_floor() -> None:
     def row(metric: str, value: float) -> Any:
         return replace(_ROW, metric=metric, value=value)
 
-    rows = [row("milliseconds", 30.0), row("share_of_peak", 0.5), row("milliseconds, MLP", 20.0)]
+    rows = [replace(row("milliseconds", 30.0), n=3), row("share_of_peak", 0.5), row("milliseconds, MLP", 20.0)]
     rows += [row("floor_milliseconds, MLP", 10.0), row("milliseconds, framework", 10.0)]
     (section,) = waterfalls(rows)
     (table,) = [block for block in section.blocks if not isinstance(block, str)]
     body = [[cell.text for cell in line] for line in table.body]  # type: ignore[union-attr]
     assert body == [
         ["time, median", "30.00", "3.00"],
+        ["turns", "3", ""],
         ["of the peak", "50\N{NO-BREAK SPACE}%", ""],
         ["MLP: three products", "20.00", "2.00"],
         ["framework", "10.00", "–"],
