@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from speed_waterfalls import NAMES
+from zebra.plan.cost import Run
+from zebra.plan.decoder import decoder_from_config
+from zebra.plan.memory import memory
+from zebra.plan.shapes import shape
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, split
 from zebra.report.series import interval, number, percent
 from zebra.results import Result
+from zebra.stripes import Stripes
 from zebra_bench.waterfall import PARTS
 
 SELF_EXTEND = "full, self-extend"
@@ -87,6 +92,19 @@ def attention_share(layout: str) -> Callable[[Results], float]:
     return value
 
 
+def memory_share(layout: str, length: int) -> Callable[[Results], float]:
+    """Weights and the peak beyond them, over weights, cache and one layer's work by the plan."""
+    stripes = Stripes.parse(layout) if ":" in layout else None
+    run = Run(decoder=decoder_from_config(shape("smollm2-135m"), name="smollm2"), stripes=stripes, length=length)
+    planned = memory(run)
+
+    def value(results: Results) -> float:
+        extra = one(results, "extra_bytes", "zebra", layout).value
+        return (planned["weights"] + extra) / sum(planned.values())
+
+    return value
+
+
 _ROWS = (
     "A token's products have one row. torch's kernels read weights of 576 columns at a third of a copy's rate; "
     "products with the weight on the left, with a transposed copy of it, and of eight rows were no faster. Python "
@@ -151,6 +169,9 @@ def _goals() -> Iterator[Goal]:
     yield Goal(name, 0.3, False, runs, value, zebra("GL:1024"), _HEAD)
     value = ratio(zebra("GL:1024"), (SDPA, "full"), "extra_bytes")
     yield Goal("its peak memory beyond the model, over the same", 0.6, False, runs, value, ("", ""), _ACTIVATIONS)
+    for layout in ("full", "GL:1024"):
+        name = f"peak memory of reading 32,768, {layout}, over weights, cache and one layer's work by the plan"
+        yield Goal(name, 1.3, False, "memory-prefill-32768-bfloat16", memory_share(layout, 32768))
     name = "a token behind 8,192, full, over llama.cpp's, f16"
     value = ratio(zebra("full"), (LLAMA, "full"))
     yield Goal(name, 1.0, False, "peers-decode-8192-bfloat16", value, zebra("full"), _ROWS)
