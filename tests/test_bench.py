@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -20,6 +21,7 @@ from transformers import DynamicCache
 import speed_kernels
 from zebra import kernels, measure
 from zebra.errors import ZebraError
+from zebra.kernels import native
 from zebra.model.cache import StripedCache
 from zebra.model.cache_layers import GrowingLayer
 from zebra.model.opaque_layers import SelfExtendLayer
@@ -100,8 +102,9 @@ def ceilings(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes longer than everything else."""
+    """Compiling takes longer than everything else. What is remembered of it here, no other test of the process reads."""
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(native, "_loaded", functools.cache(native._loaded.__wrapped__))
 
 
 # The protocol

@@ -297,7 +297,7 @@ def test_the_interval_is_95_percent_over_documents() -> None:
     """Many documents of one size: nearly the mean and 1.96 standard errors, in the logarithm."""
     counts = np.full(2000, 10.0)
     losses = np.random.default_rng(1).normal(2.0, 0.5, 2000)
-    score = module._score(0, 16, losses * counts, counts, 0)
+    score = module.score_of(0, 16, losses * counts, counts, 0)
     error = losses.std() / math.sqrt(2000)
     assert score.perplexity == pytest.approx(math.exp(losses.mean()))
     assert score.low is not None
@@ -310,7 +310,7 @@ def test_the_interval_is_95_percent_over_documents() -> None:
 def test_the_interval_weighs_documents_by_their_tokens() -> None:
     """Every resample is a mean over tokens: with one huge document it stays near that one's value."""
     sums, counts = np.array([1e6 * 2.0, 5.0, 5.0, 5.0, 0.0]), np.array([1e6, 1.0, 1.0, 1.0, 0.0])
-    score = module._score(0, 16, sums, counts, 0)
+    score = module.score_of(0, 16, sums, counts, 0)
     assert score.documents == 4
     assert score.perplexity == pytest.approx(math.exp(2), rel=1e-4)
     assert score.low == pytest.approx(math.exp(2), rel=1e-4)
