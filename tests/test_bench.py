@@ -102,7 +102,7 @@ def ceilings(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes longer than everything else. What is remembered of it here, no other test of the process reads."""
+    """Compiling takes longer than everything else. No other test of the process reads what is remembered of it here."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(native, "_loaded", functools.cache(native._loaded.__wrapped__))
 
