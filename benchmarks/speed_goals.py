@@ -215,7 +215,7 @@ def _without_prefix(run: str) -> str:
 
 
 def _shown(goal: Goal, value: float) -> str:
-    return percent(value, 0) if "share" in goal.what else f"{value:.3f}" if "memory" in goal.what else f"{value:.2f}"
+    return percent(value, 0) if "share" in goal.what else f"{value:.3f}"
 
 
 def excess(results: Results, model: str, layout: str) -> str:
