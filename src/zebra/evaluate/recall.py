@@ -5,8 +5,8 @@
 
     perplexity(bucket) = exp(mean of the losses of the values' tokens whose distance lies in the bucket)
 
-A value's tokens are drawn evenly, so a model that has to guess has one over the number of values of a token: 10 for one
-digit. One that looks them up has 1.
+A value's digits are drawn evenly, so a model that has to guess has as many as a token has values: 10 for one digit. One
+that looks them up has 1.
 """
 
 from __future__ import annotations

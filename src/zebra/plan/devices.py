@@ -84,13 +84,10 @@ class Device:
         for kind, count in visible.items():
             rates = self.attention.get(kind if kind == GLOBAL else LOCAL, {})
             computing["attention"] += computed["attention"] * count / sum(visible.values()) / rates.get(run.dtype, peak)
-        bandwidth = dict.fromkeys(_READ, self.bandwidth) | {
-            part: self.reading.get(of, {}).get(run.dtype, self.bandwidth)
-            for part, of in _READ.items()
-            if run.phase == "decode"
-        }
+        of_token = self.reading if run.phase == "decode" else {}
+        rates = {part: of_token.get(read, {}).get(run.dtype, self.bandwidth) for part, read in _READ.items()}
         return {
-            part: max(computing.get(part, 0.0), moved / bandwidth.get(part, self.bandwidth))
+            part: max(computing.get(part, 0.0), moved / rates.get(part, self.bandwidth))
             for part, moved in bytes_moved(run).items()
         }
 
