@@ -193,7 +193,8 @@ LIGHT = {
     "adapt recipes/demo.yaml --set data.files=[nothing.txt]": 2,
     "tune recipes/tiny-lit-cpu.yaml --set train.lenght=9": 2,
     "pretrain recipes/retrieval-cpu.yaml --set train.lenght=9": 2,
-    "study recipes/study-tiny-cpu.yaml --set nothing=9": 2,
+    "study recipes/study-cpu.yaml --set nothing=9": 2,
+    "study recipes/study-cpu.yaml --device h100-sxm": 2,
     "with -- no-such-tool --help": 2,
     "run examples/pipeline-tiny.yaml --set stages.tune.train.lenght=9": 2,
 }

@@ -15,6 +15,7 @@ import yaml
 from conftest import ROOT, TEXT
 
 from zebra import ZebraError
+from zebra.plan.devices import find_device
 from zebra.results import read_results
 from zebra.study import grid
 from zebra.study.cells import cells_of, recipes_of
@@ -150,9 +151,8 @@ def test_what_cells_share_is_refused_too(few: Path, tmp_path: Path) -> None:
     ("name", "size", "layouts"),
     [
         ("study-cpu", None, 11),  # what decides a claim
-        ("study-tiny-cpu", None, 16),  # every kind of attention with every position embedding
-        pytest.param("study-117m", 117e6, 16, marks=pytest.mark.full),
-        pytest.param("study-345m", 345e6, 16, marks=pytest.mark.full),
+        pytest.param("study-117m", 117e6, 11, marks=pytest.mark.full),
+        pytest.param("study-345m", 345e6, 11, marks=pytest.mark.full),
     ],
 )
 def test_the_grids_of_the_repository_can_be_estimated(
@@ -165,6 +165,39 @@ def test_the_grids_of_the_repository_can_be_estimated(
     assert len({cell.tokens for cell in cells}) == 1
     for cell in cells if size else []:
         assert ("absolute" in cell.cell and "16384" in cell.cell) or abs(cell.parameters / size - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "hours"), [("study-117m", "h100-sxm", 134), ("study-345m", "h100-sxm", 728)]
+)
+def test_the_hours_of_a_grid_are_those_of_its_recipe(
+    name: str, device: str, hours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "recipes" / f"{name}.yaml"
+    cells = estimate(read_recipe(path, StudyRecipe), find_device("h100-sxm"))
+    assert round(sum(cell.hours or 0 for cell in cells)) == hours
+    assert f"{hours} hours of an H100" in path.read_text()
+    of = {cell.layout: cell.hours or 0 for cell in cells if cell.length == 16384}
+    assert of["L:512 rotary"] < of["GLLL:512 rotary"] < of["GL:512 rotary"] < of["full rotary"]
+
+
+@pytest.mark.parametrize("name", ["study-117m", pytest.param("study-345m", marks=pytest.mark.full)])
+def test_large_grids_train_at_their_width(name: str, few: Path, tmp_path: Path) -> None:
+    """Their hidden size, heads and optimiser; four layers, short sequences, and a vocabulary that few words fill."""
+    smaller = {
+        "run": tmp_path / "run", "recipe.model.num_hidden_layers": 4, "recipe.model.sliding_window": 16,
+        "recipe.tokenizer.vocab_size": 300, "recipe.data.files": f"[{few}]", "recipe.data.recall": "null",
+        "recipe.data.held_out": "null",
+        "recipe.train.length": 32, "recipe.train.gradient_accumulation_steps": 1, "recipe.train.max_steps": 2,
+        "recipe.train.warmup_steps": 1, "recipe.train.logging_steps": 1, "recipe.train.save_steps": 2,
+        "recipe.train.device": "best", "recipe.evaluate": "null",
+        "cells": "[{attention: grouped, position: rotary, group: 4}]",
+    }  # fmt: skip
+    path, changes = ROOT / "recipes" / f"{name}.yaml", [f"{key}={value}" for key, value in smaller.items()]
+    losses = [one.value for one in study(read_recipe(path, StudyRecipe, changes)) if one.metric == "loss"]
+    assert len(losses) == 2
+    assert all(4 < loss < 8 for loss in losses)
 
 
 def test_learned_positions_are_not_read_beyond(few: Path, tmp_path: Path) -> None:

@@ -28,10 +28,10 @@ from zebra.model.load import read_device
 from zebra.model.local import layout_name
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.model.override import get_override, set_override
-from zebra.plan.cost import Run, flops
-from zebra.plan.decoder import Decoder, decoder_from_config
+from zebra.plan.cost import flops
 from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL
+from zebra.study.grid import planned_step
 from zebra.study.summary import SummaryAttention, naive_summary_attention
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_attention_for
@@ -74,7 +74,7 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
     batches: dict[tuple[int, str, int], dict[str, PretrainRecipe]] = defaultdict(dict)
     for recipe in recipes:
         train = recipe.train
-        batch = train.length, _dtype(train), train.per_device_train_batch_size
+        batch = train.length, planned_step(recipe).dtype, train.per_device_train_batch_size
         batches[batch].setdefault(_layout(recipe), recipe)
     results: list[Result] = []
     left_out: list[str] = []
@@ -101,8 +101,8 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
 def _exact(recipe: PretrainRecipe) -> list[tuple[str, float]]:
     """What needs no measuring."""
     return [
-        ("parameters", _decoder(recipe).num_parameters),
-        ("attention_flops", flops(_planned(recipe))["attention"]),
+        ("parameters", planned_step(recipe).decoder.num_parameters),
+        ("attention_flops", flops(planned_step(recipe))["attention"]),
         ("planned_bytes", sum(dry_run(recipe).memory.values())),
     ]
 
@@ -111,7 +111,7 @@ def benchmark(config: StudyStepConfig) -> Benchmark:
     """A variant for each recipe."""
     variants = []
     for recipe in config.recipes:
-        planned = planned_seconds(_planned(recipe))
+        planned = planned_seconds(planned_step(recipe))
         prepare = partial(_prepare, recipe, config.device)
         tokens = recipe.train.length * recipe.train.per_device_train_batch_size
         work = Workload(prepare=prepare, prepared_is_extra=True, tokens=tokens, planned=planned)
@@ -124,27 +124,6 @@ def benchmark(config: StudyStepConfig) -> Benchmark:
 
 def _layout(recipe: PretrainRecipe) -> str:
     return layout_name(config_of(recipe), local_attention_for(recipe))
-
-
-def _decoder(recipe: PretrainRecipe) -> Decoder:
-    return decoder_from_config(config_of(recipe).to_dict(), name=recipe.run)
-
-
-def _dtype(train: Training) -> str:
-    return "bfloat16" if train.bf16 else "float32"
-
-
-def _planned(recipe: PretrainRecipe) -> Run:
-    d, train = _decoder(recipe), recipe.train
-    return Run(
-        decoder=d,
-        stripes=d.stripes,
-        length=train.length,
-        batch=train.per_device_train_batch_size,
-        dtype=_dtype(train),
-        phase="train",
-        checkpointing=train.activation_checkpointing,
-    )
 
 
 def _model(config: Any, device: str | None) -> Any:

@@ -5,6 +5,7 @@ Text goes to a terminal as `zebra.progress.printable`. A stdout that is not UTF-
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -200,13 +201,21 @@ def cells(cells: Sequence[CellEstimate], as_json: bool) -> None:
     if as_json:
         json({"cells": [asdict(cell) for cell in cells]})
         return
-    state = {True: _styled("[green]done[/]"), False: _styled("")}
-    rows = [
-        (c.cell, c.layout, f"{c.parameters:,}", f"{c.tokens:,}", f"{c.attention:.1%}", state[c.done]) for c in cells
-    ]
-    _table(["cell", "layout", "parameters", "tokens", "attention", ""], rows, numbers=slice(2, 5))
+    timed = any(cell.hours is not None for cell in cells)
+    rows: list[list[str | Text]] = []
+    for c in cells:
+        name = re.sub(r"^S+:", "S:", c.layout)
+        row = [name, f"{c.length:,}", str(c.seed), _millions(c.parameters), _millions(c.tokens), f"{c.attention:.1%}"]
+        rows.append([*row, *[f"{c.hours:,.1f}"] * timed, _styled("[green]done[/]" if c.done else "")])
+    head = ["layout", "length", "seed", "parameters", "tokens", "attention", *["hours"] * timed]
+    _table([*head, ""], rows, numbers=slice(1, len(head)))
     todo = [cell for cell in cells if not cell.done]
-    line(f"{len(cells):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens")
+    hours = f", {sum(cell.hours or 0 for cell in todo):,.0f} hours" if timed else ""
+    line(f"{len(cells):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens{hours}")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.{1 if count < 1e9 else 0}f} M"
 
 
 def plan(tree: dict[str, Any], as_json: bool) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from zebra.cli import show
 from zebra.cli.options import Json, RecipeFile, Set, TrustRemoteCode
+from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint
 
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")]
@@ -86,19 +87,28 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells and which are done; train nothing.")
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="With --dry-run: plan the hours on one h100-sxm, ..., or by a JSON file of ceilings."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a grid of models from scratch, attention × positions × length, and measure each; resumable."""
+    from zebra.plan.devices import find_device
     from zebra.study.recipe import StudyRecipe
     from zebra.train.recipe_file import read_recipe
 
+    if device is not None and not dry_run:
+        raise ZebraError(f"--device is planned for with --dry-run, and a grid trains on this machine; got {device}.")
     grid = read_recipe(recipe, StudyRecipe, set_ or [])
     with show.working():
         from zebra.study.grid import estimate
         from zebra.study.grid import study as run
 
         if dry_run:
-            show.cells(estimate(grid), as_json)
+            show.cells(estimate(grid, None if device is None else find_device(device)), as_json)
             return
         results = run(grid, workers)
     from zebra.report import write_report

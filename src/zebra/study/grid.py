@@ -32,7 +32,9 @@ from zebra.errors import ZebraError
 from zebra.files import atomic_directory, atomic_write, directory_lock
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.families import attention_pairs, layout
+from zebra.plan.cost import Run
 from zebra.plan.decoder import decoder_from_config
+from zebra.plan.devices import Device
 from zebra.progress import bar, console
 from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
@@ -89,38 +91,63 @@ def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
 
 @dataclass(frozen=True)
 class CellEstimate:
-    """A cell before it is run: parameters and tokens of its training, and the share of full attention's pairs."""
+    """A cell before it is run.
+
+    Attributes:
+        attention: the share of full attention's pairs.
+        hours: the least that its training takes on one device; None where no device is given.
+    """
 
     cell: str
     layout: str
+    length: int
+    seed: int
     parameters: int
     tokens: int
     attention: float
+    hours: float | None
     done: bool
 
 
-def estimate(grid: StudyRecipe) -> list[CellEstimate]:
-    """What `study` would run.
+def estimate(grid: StudyRecipe, device: Device | None = None) -> list[CellEstimate]:
+    """What `study` would run, and how long that takes on a device.
 
     Raises:
-        ZebraError: as `study`, except for the text and the machine.
+        ZebraError: as `study`, except for the text and the machine; a dtype for which the device has no ceiling.
     """
     recipes = recipes_of(grid)
     _check_run(Path(grid.run), recipes)
     cells = []
     for recipe in recipes:
-        config, length = config_of(recipe), recipe.train.length
-        full_pairs = config.num_hidden_layers * visible_pairs(length)
+        config, train, step = config_of(recipe), recipe.train, planned_step(recipe)
+        steps = train.max_steps * train.gradient_accumulation_steps
         cell = CellEstimate(
             cell=Path(recipe.run).name,
             layout=f"{layout(config)} {config.position_embedding}",
-            parameters=decoder_from_config(config.to_dict(), name=NAME).num_parameters,
-            tokens=recipe.train.max_steps * tokens_per_step(recipe),
-            attention=attention_pairs(config, length) / full_pairs,
+            length=train.length,
+            seed=train.seed,
+            parameters=step.decoder.num_parameters,
+            tokens=train.max_steps * tokens_per_step(recipe),
+            attention=attention_pairs(config, train.length) / (config.num_hidden_layers * visible_pairs(train.length)),
+            hours=None if device is None else steps * sum(device.seconds(step).values()) / 3600,
             done=_is_finished(Path(recipe.run)),
         )
         cells.append(cell)
     return cells
+
+
+def planned_step(recipe: PretrainRecipe) -> Run:
+    """The forward and the backward pass of a cell, for the plan."""
+    train, decoder = recipe.train, decoder_from_config(config_of(recipe).to_dict(), name=NAME)
+    return Run(
+        decoder=decoder,
+        stripes=decoder.stripes,
+        length=train.length,
+        batch=train.per_device_train_batch_size,
+        dtype="bfloat16" if train.bf16 else "float32",
+        phase="train",
+        checkpointing=train.activation_checkpointing,
+    )
 
 
 # The run
