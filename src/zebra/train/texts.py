@@ -106,12 +106,12 @@ class TextTraining(TrainingData):
         if evaluation.beyond:
             results += self.evaluate(model, columns, evaluation.beyond)
         for length in [evaluation.length, *filter(None, [evaluation.beyond])] * bool(evaluation.recall):
-            results += self._recall(model, columns, length)
+            results += self.recall(model, columns, length)
         speed = tokens / seconds if tokens else 0.0
         columns = columns | {"length": evaluation.length, "n": tokens}
         return [*results, Result(task="speed", metric="evaluation_tokens_per_second", value=speed, **columns)]
 
-    def _recall(self, model: PreTrainedModel, columns: dict[str, Any], length: int) -> list[Result]:
+    def recall(self, model: PreTrainedModel, columns: dict[str, Any], length: int) -> list[Result]:
         """The perplexity of what documents of recall look up, by distance."""
         evaluation = self.recipe.evaluate
         assert evaluation is not None
