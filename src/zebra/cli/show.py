@@ -206,7 +206,7 @@ def cells(cells: Sequence[CellEstimate], as_json: bool) -> None:
     for c in cells:
         name = re.sub(r"^S+:", "S:", c.layout)
         row = [name, f"{c.length:,}", str(c.seed), _millions(c.parameters), _millions(c.tokens), f"{c.attention:.1%}"]
-        rows.append([*row, *[f"{c.hours:,.1f}"] * timed, _styled("[green]done[/]" if c.done else "")])
+        rows.append([*row, *[f"{c.hours or 0:,.1f}"] * timed, _styled("[green]done[/]" if c.done else "")])
     head = ["layout", "length", "seed", "parameters", "tokens", "attention", *["hours"] * timed]
     _table([*head, ""], rows, numbers=slice(1, len(head)))
     todo = [cell for cell in cells if not cell.done]
