@@ -1,133 +1,116 @@
-"""The page of a from-scratch study, docs/results/<name>.md, from the results of its grid.
+"""The from-scratch study's results and its page, docs/results/study.md.
 
-python benchmarks/study.py runs/study-tiny                    publishes the run's results, then writes the page
-python benchmarks/study.py costs recipes/study-tiny-cpu.yaml  times and weighs a training step of each cell, publishes
-                                                              that in the place of what was published, then writes the
-                                                              page: minutes, on a machine that does nothing else
-python benchmarks/study.py                                    writes the pages of all published studies again
+python benchmarks/study.py runs/study            publishes the results of the run, then writes the page
+python benchmarks/study.py extend runs/study     reads the finished rotary models to their longest context again, with
+                                                 Self-Extend; a model that was read is not read again
+python benchmarks/study.py costs RECIPE          times a training step of each kind of attention at 1,024 to 16,384
+                                                 tokens, publishes that, then writes the page: minutes, on a machine
+                                                 that does nothing else
+python benchmarks/study.py                       writes the page again
 
-`zebra study recipes/<name>.yaml` makes the run. Results are published in benchmarks/results/<name>.jsonl, pictures in
-docs/images/<name>-*.svg.
+`zebra study recipes/study-cpu.yaml` makes the run. Results are published in benchmarks/results/study.jsonl, pictures in
+docs/images/study-*.svg.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+from study_page import write_page
 from zebra.errors import ZebraError
-from zebra.files import atomic_write
-from zebra.report import page
-from zebra.report.figures import Figure
-from zebra.report.method import method, others
-from zebra.report.page import Cell, Section
-from zebra.results import Result, read_results, write_results
+from zebra.model.checkpoint import load_tokenizer
+from zebra.model.load import best_device, load
+from zebra.model.load_options import loaded_layout_name
+from zebra.progress import bar
+from zebra.results import Result, append_results, read_results, write_results
 from zebra.study.cells import recipes_of
-from zebra.study.page import chapters
 from zebra.study.recipe import StudyRecipe
+from zebra.train.measuring import common_columns
+from zebra.train.recipe import PretrainRecipe
 from zebra.train.recipe_file import read_recipe
+from zebra.train.texts import read_texts
 from zebra_bench import study as bench
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ROOT / "docs" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "study.jsonl"
+PAGE = ROOT / "docs" / "results" / "study.md"
 IMAGES = ROOT / "docs" / "images"
+EXTENDED = "self-extend.jsonl"
+"""A run's results with Self-Extend, beside those of its cells."""
+TIMED = [
+    "recipe.train.length=16384",
+    "recipe.train.per_device_train_batch_size=1",
+    "cells=[{attention: [global, summary, local], position: rotary, length: [1024, 4096, 16384]}, "
+    "{attention: grouped, group: [2, 4], position: rotary, length: [1024, 4096, 16384]}]",
+]
+"""What `costs` changes of a grid: a step has 16,384 tokens, in sequences of each length."""
 
-CAVEATS = {
-    "study-tiny": [
-        "The models have four layers, a hidden size of 64, four heads and 0.23 million parameters, and a vocabulary of "
-        "512 tokens of byte-level BPE. They were trained for 2,000 steps of 1,024 tokens on 15 novels and memoirs of "
-        "9.9 million characters (recipes/study-tiny-cpu.yaml), and measured on one book, The Railway Children. The "
-        "paper's models have 117 million parameters and more, and sequences of 1,024 tokens and more (recalled).",
-        "Global attention has not learned to use its context after so few tokens: it starts from an even mean over all "
-        "of them, and ends 6 % behind local attention. Claims that a global model should win are compared with that "
-        "model: they fail for it, or stay open. With three times the steps it is level with local attention "
-        "(docs/results/study-longer.md).",
-        "Three seeds were planned. They left the first claims open, so each cell that decides a claim has five in the "
-        "end; the intervals do not account for that. Training at 1,024 has three seeds, every other cell one.",
-        "Grouped attention gains 2 to 3 % on local attention. It has that gain at some 64 tokens of context, keeps it "
-        "to the end of the trained length, and loses it beyond.",
-        "ALiBi's four heads have the slopes 1/4, 1/16, 1/64 and 1/256. Each learned position was trained 4,000 times. "
-        "The verdicts on both are about this size and not about the method.",
-        "Groups have two layers. With groups of four, only the first of the four layers would be global; but finding "
-        "a token in the context takes a lower layer that has read what stands before it.",
-        "A step of so small a model consists of calls and not of arithmetic. The plan counts arithmetic and bytes and "
-        "predicts a quarter of the time, and every kind of attention takes about as long. Long texts show what "
-        "attention pairs cost (docs/results/speed.md).",
-    ],
-    "study-longer": [
-        "The main cells of the tiny study (docs/results/study-tiny.md) with 6,000 steps instead of 2,000, a warm-up "
-        "three times as long, and no other change (recipes/study-longer-cpu.yaml). The question is whether the "
-        "findings depend on how short the training is. For global attention they do: there it ends 6 % behind local "
-        "attention, here it is level with it, and seeds no longer tell the two apart.",
-        "Two pages of one set-up are two looks at it. This one was made because the first left claims open.",
-    ],
+PROSE = {
+    "summary": ["TODO."],
+    "found": ["TODO."],
+    "limits": ["TODO."],
 }
-"""What a reader of a published study must know that its results cannot say."""
+"""What results cannot say, by the heading that it stands under."""
 
 
-def write_page(name: str, results: list[Result], pages: Path, images: Path) -> None:
-    """The Markdown and its pictures.
-
-    Raises:
-        ZebraError: results without a study.
-    """
-    parts = chapters(results)
-    if not parts:
-        raise ZebraError(
-            f"the {len(results):,} results of {name} hold no study of two cells or more. Give the run of a grid."
-        )
-    known = {id(one) for part in parts for one in part.results}
-    rest = [one for one in results if id(one) not in known]
-    caveats = Section("What to keep in mind", list(CAVEATS.get(name, [])))
-    sections = [caveats, *(one for part in parts for one in part.sections), method(results), others(rest)]
-    sections = [_short(section) for section in sections if section.blocks]
-    for block in (block for section in sections for block in section.blocks if isinstance(block, Figure)):
-        atomic_write(images / f"{name}-{block.name}.svg", block.standalone + "\n")
-    origin = [Cell(f"benchmarks/study.py wrote this page from the results in benchmarks/results/{name}.jsonl.")]
-    summary, stem = [*(part.summary for part in parts), origin], f"../{images.name}/{name}"
-    atomic_write(pages / f"{name}.md", page.markdown(stem, f"The from-scratch study: {name}", summary, sections))
-
-
-def _short(section: Section) -> Section:
-    """The page has one subject: its figures' names need not say it."""
-    blocks = [replace(b, name=b.name.removeprefix("study-")) if isinstance(b, Figure) else b for b in section.blocks]
-    return section._replace(blocks=blocks)
-
-
-def publish(name: str, results: list[Result]) -> None:
-    """Results of a study in the place of those that were published: of its runs, of its costs, or of both."""
-    file = RESULTS / f"{name}.jsonl"
+def publish(results: list[Result]) -> None:
+    """Results in the place of those that were published: of the run's models, of steps' costs, or of both."""
     replaced = {*map(_is_timed, results)}
-    others = [one for one in read_results(file) if _is_timed(one) not in replaced] if file.is_file() else []
-    write_results(file, sorted([*others, *results], key=_is_timed))
+    others = [one for one in read_results(RESULTS) if _is_timed(one) not in replaced] if RESULTS.is_file() else []
+    write_results(RESULTS, sorted([*others, *results], key=_is_timed))
 
 
 def _is_timed(one: Result) -> bool:
     return one.task.startswith("bench ")
 
 
-def costs(grid: StudyRecipe) -> str:
-    """Measure the cells of a grid, publish their results, and return its name."""
-    name = Path(grid.run).name
-    results, left_out = bench.costs(recipes_of(grid), run=name)
-    for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
-    publish(name, results)
-    return name
+def extend(run: Path) -> None:
+    """Read rotary models of a run to their longest context with Self-Extend, on text and on recall."""
+    file = run / EXTENDED
+    done = {one.run for one in read_results(file)} if file.is_file() else set()
+    recipes = [read_recipe(cell.parent / "recipe.yaml", PretrainRecipe) for cell in sorted(run.glob("cells/*/model"))]
+    todo = [recipe for recipe in recipes if _extends(recipe) and Path(recipe.run).name not in done]
+    with bar("models", len(todo), "models") as advance:
+        for recipe in todo:
+            append_results(file, _extended(recipe, run / "cells" / Path(recipe.run).name / "model"))
+            advance(1, note=Path(recipe.run).name)
+
+
+def _extends(recipe: PretrainRecipe) -> bool:
+    kinds, evaluation = recipe.model["attention_kinds"], recipe.evaluate
+    is_rotary = recipe.model["position_embedding"] == "rotary" and "global" in kinds
+    return is_rotary and evaluation is not None and bool(evaluation.beyond)
+
+
+def _extended(recipe: PretrainRecipe, checkpoint: Path) -> list[Result]:
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.beyond is not None
+    length = recipe.evaluate.beyond
+    model = load(checkpoint, self_extend=f"auto:{length}").to(best_device())
+    texts = read_texts(recipe, load_tokenizer(checkpoint))
+    columns = common_columns(recipe) | {"model": str(checkpoint), "layout": loaded_layout_name(model)}
+    return [*texts.evaluate(model, columns, length), *texts.recall(model, columns, length)]
 
 
 def main(arguments: list[str]) -> None:
-    names = []
-    if arguments[:1] == ["costs"]:
-        names += [costs(read_recipe(path, StudyRecipe)) for path in arguments[1:]]
-    else:
-        for run in map(Path, arguments):
-            publish(run.name, read_results(run / "results.jsonl"))
-            names.append(run.name)
-    for name in names or sorted(file.stem for file in RESULTS.glob("study-*.jsonl")):
-        write_page(name, read_results(RESULTS / f"{name}.jsonl"), PAGES, IMAGES)
+    match arguments:
+        case []:
+            pass
+        case ["extend", run]:
+            extend(Path(run))
+            return
+        case ["costs", recipe]:
+            results, left_out = bench.costs(recipes_of(read_recipe(recipe, StudyRecipe, TIMED)), run="study")
+            for line in left_out:
+                print(f"left out: {line}", file=sys.stderr)
+            publish(results)
+        case [run]:
+            files = [Path(run) / "results.jsonl", Path(run) / EXTENDED]
+            publish([one for file in files if file.is_file() for one in read_results(file)])
+        case _:
+            raise ZebraError(f"no command {' '.join(arguments)}. The head of the file lists what there is.")
+    write_page(read_results(RESULTS), PAGE, IMAGES, PROSE)
 
 
 if __name__ == "__main__":

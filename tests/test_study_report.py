@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import random
@@ -13,20 +12,24 @@ from typing import Any
 
 import matplotlib.figure
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TEXT
 from matplotlib.text import Text
 from test_report import a_run, words
 
+import study as script
 from zebra.errors import ZebraError
 from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import visible_pairs
-from zebra.study import claims
+from zebra.study import claims, evidence
+from zebra.study.cells import recipes_of
 from zebra.study.page import chapters
 from zebra.study.pictures import Point, frontier, plot_scatter
+from zebra.study.recipe import StudyRecipe
 from zebra.study.results import StudyCell, studies_in
 from zebra.study.spread import Difference, Losses, Spread, loss_difference, spread
-from zebra.train.recipe_file import read_recipe
+from zebra.train.pretrain import pretrain
+from zebra.train.tokenizer import END
 
 FULL, GROUPED, SUMMARY, LOCAL = "full", "GL:32", "SS:32/16", "L:32"
 LAYOUTS = (FULL, GROUPED, SUMMARY, LOCAL)
@@ -90,7 +93,7 @@ def rows_of(cells: dict[StudyCell, dict[str, Any]], seeds: int = 3, noise: float
 
 def few() -> list[Result]:
     """A cell of each kind, one seed: enough for a page."""
-    return rows_of({cell: settings for cell, settings in whole().items() if cell[1:] == ("rotary", 512)}, seeds=1)
+    return rows_of({cell: settings for cell, settings in whole().items() if cell[1:3] == ("rotary", 512)}, seeds=1)
 
 
 def judged(rows: list[Result]) -> list[str]:
@@ -182,8 +185,8 @@ def test_spreads() -> None:
 def test_all_claims_that_can_be_tested_hold() -> None:
     (study,) = studies_in(rows_of(whole()))
     verdicts = [claim.verdict for claim in claims.claims(study)]
-    assert verdicts == ["holds"] * 5 + ["not tested here"] + ["holds"] * 2
-    for claim in claims.claims(study):
+    assert verdicts == ["holds"] * 5 + ["does not hold"] + ["holds"] * 2 + ["not tested here"]
+    for claim in claims.claims(study)[:8]:
         assert claim.results
         assert all(row.run for row in claim.results)
 
@@ -229,10 +232,10 @@ def test_a_spread_that_leaves_it_open_is_no_verdict() -> None:
 
 def test_noise_opens_a_verdict_and_never_turns_it() -> None:
     for half in (0.001, 0.007, 0.009, 0.013, 0.03, 0.1):
-        assert claims.beats(Difference(-0.008, half, "")) in (True, None)
-        assert claims.beats(Difference(0.008, half, "")) in (False, None)
-        assert claims.as_good(Difference(0.018, half, "")) in (True, None)
-        assert claims.as_good(Difference(0.022, half, "")) in (False, None)
+        assert evidence.within(Difference(-0.008, half, ""), evidence.BEATS) in (True, None)
+        assert evidence.within(Difference(0.008, half, ""), evidence.BEATS) in (False, None)
+        assert evidence.within(Difference(0.018, half, ""), evidence.AS_GOOD) in (True, None)
+        assert evidence.within(Difference(0.022, half, ""), evidence.AS_GOOD) in (False, None)
 
 
 def test_means_beside_a_change_are_of_the_seeds_that_it_is_of() -> None:
@@ -267,14 +270,62 @@ def test_one_seed_is_held_against_the_noise_of_the_others() -> None:
     assert judged([row for row in rows if row.seed == 0])[0] == "not tested here"
 
 
-def test_rotary_against_absolute_beyond_the_length_where_there_are_rows() -> None:
-    rows = rows_of(whole())
-    far = [
-        replace(row, layout=f"{FULL} absolute", model=row.model.replace("rotary", "absolute"), value=row.value * 2,
-                run=row.run.replace("rotary", "absolute"))
-        for row in rows if row.length == 2048 and row.layout == f"{FULL} rotary" and "-512-" in row.run
+def test_rotary_beyond_its_length_is_held_against_absolute_positions_begun_anew() -> None:
+    assert judged(rows_of(moved(StudyCell(FULL, "rotary", 512), beyond=1.0)))[5] == "holds"
+    (study,) = studies_in(with_recall(rows_of(whole())))
+    assert claims.claims(study.on("recall"))[5].verdict == "not tested here"  # nothing is begun anew there
+
+
+def with_self_extend(rows: list[Result], **values: float) -> list[Result]:
+    """The rows and those of rotary cells read with Self-Extend: a tenth less, but for the layouts that are named."""
+    names = {FULL: "full", GROUPED: "grouped"}
+    cells = [row for row in rows if row.metric == "perplexity" and row.layout.endswith("rotary")]
+    extended = [
+        replace(row, value=row.value * values.get(names.get(row.layout.split()[0], ""), 0.9),
+                layout=f"{row.layout}, self-extend 8:64")
+        for row in cells if row.length == 2048 and not row.layout.startswith(LOCAL)
     ]  # fmt: skip
-    assert judged([*rows, *far])[5] == "holds"
+    return [*rows, *extended]
+
+
+def test_self_extend_is_judged_beside_the_same_cell_without_it_and_grouped_beside_global() -> None:
+    (study,) = studies_in(with_self_extend(rows_of(whole())))
+    assert len(study.runs) == 18  # the cells are those that were trained
+    cell = study.extended(StudyCell(GROUPED, "rotary", 512))
+    assert cell is not None
+    assert cell.name == "GL:32 rotary, self-extend 8:64"
+    assert study.extended(StudyCell(LOCAL, "rotary", 512)) is None
+    assert judged(study.results)[8] == "holds"
+    assert judged(with_self_extend(rows_of(whole()), grouped=1.1))[8] == "does not hold"
+    assert judged(with_self_extend(rows_of(whole()), full=0.5))[8] == "does not hold"
+    alone = [row for row in study.results if not row.layout.startswith(GROUPED) or "self-extend" not in row.layout]
+    assert judged(alone)[8] == "not tested here"
+
+
+def test_a_verdict_names_the_comparison_that_decides_it_and_an_open_one_how_many_seeds_would() -> None:
+    (study,) = studies_in(rows_of(moved(StudyCell(GROUPED, "rotary", 512), value=17.6)))
+    part = claims.claims(study)[1].deciding
+    assert part is not None
+    assert [name for name, _ in part.compared] == ["GL:32 rotary", "full rotary"]
+    assert part.seeds is None
+    (study,) = studies_in(rows_of(whole(), noise=0.2))
+    part = claims.claims(study)[1].deciding
+    assert part is not None
+    assert part.holds is None
+    assert part.seeds is not None
+    assert part.seeds > 3
+    assert evidence.seeds_to_decide(Difference(0.01, 0.02, ""), evidence.BEATS, 3) == 12
+    assert evidence.seeds_to_decide(Difference(0.03, 0.02, ""), evidence.BEATS, 3) is None
+
+
+def test_the_shorter_training_may_be_the_rarer_one() -> None:
+    cells = {
+        cell._replace(length=1536 - cell.length): {"value": 17.0, **settings} for cell, settings in whole().items()
+    }
+    shorter = {
+        cell: settings | {"value": 20.0, "beyond": 1.1} for cell, settings in cells.items() if cell.length == 512
+    }
+    assert judged(rows_of(cells | shorter))[7] == "holds"
 
 
 def with_recall(rows: list[Result], **values: float) -> list[Result]:
@@ -307,7 +358,7 @@ def test_the_page_has_a_verdict_for_text_and_one_for_recall(tmp_path: Path) -> N
     assert "|  | on text | on recall | claim |" in markdown
     assert "| 3 | holds | does not hold | Local attention alone" in markdown
     assert "recall by distance" in markdown
-    assert "Of the paper's 7 claims 6 hold, 0 do not hold, 1 is not tested here on text." in markdown
+    assert "Of the paper's 7 claims 6 hold, 1 does not hold, 0 are not tested here on text." in markdown
     assert (tmp_path / "page-study-recall-beyond.svg").stat().st_size > 2000
 
 
@@ -324,7 +375,7 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path) -> None:
     markdown, html = (tmp_path / "page.md").read_text(), words((tmp_path / "page.html").read_text())
     (study,) = studies_in(rows)
     for text in (markdown, html):
-        assert "18 cells, 54 runs. Of the paper's 7 claims 6 hold, 0 do not hold, 1 is not tested here." in text
+        assert "18 cells, 54 runs. Of the paper's 7 claims 6 hold, 1 does not hold, 0 are not tested here." in text
         for title in ("claims", "perplexity by position", "quality against cost", "beyond the trained length"):
             assert title in text
         for cell in study.runs:
@@ -420,53 +471,103 @@ def test_no_label_lies_on_another() -> None:
 # What is published
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("study_page", ROOT / "benchmarks" / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# The published page
 
 
-def test_the_script_makes_the_page_and_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = script()
-    for name in ("RESULTS", "PAGES", "IMAGES"):
-        (tmp_path / name.lower()).mkdir()
-        monkeypatch.setattr(module, name, tmp_path / name.lower())
-    run = tmp_path / "study-try"
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The script's page and results go into a directory of the test."""
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "study.jsonl")
+    monkeypatch.setattr(script, "PAGE", tmp_path / "study.md")
+    monkeypatch.setattr(script, "IMAGES", tmp_path / "images")
+    (tmp_path / "images").mkdir()
+    return tmp_path / "study.md"
+
+
+def a_study() -> list[Result]:
+    return with_recall(with_self_extend(rows_of(whole())), local=9.0)
+
+
+def test_the_script_publishes_a_run_and_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rows, run = published(tmp_path, monkeypatch), a_study(), tmp_path / "grid"
     run.mkdir()
-    write_results(run / "results.jsonl", few())
-    module.main([str(run)])
-    page = (tmp_path / "pages" / "study-try.md").read_text()
-    assert "../images/study-try-scatter.svg" in page
-    assert (tmp_path / "images" / "study-try-scatter.svg").is_file()
-    (tmp_path / "pages" / "study-try.md").unlink()
-    module.main([])
-    assert (tmp_path / "pages" / "study-try.md").read_text() == page
-    timed = Result(run="study-try", model="zebra", layout="full rotary", task="bench study step", metric="milliseconds",
-                value=987.0, length=512)  # fmt: skip
-    monkeypatch.setattr(module, "recipes_of", lambda grid: [])
-    monkeypatch.setattr(module.bench, "costs", lambda recipes, run: ([timed], ("a line",)))
-    grid = ["costs", str(ROOT / "recipes" / "study-tiny-cpu.yaml")]
-    monkeypatch.setattr(module, "read_recipe", lambda path, kind: read_recipe(path, kind, ["run=runs/study-try"]))
-    publish_again = [str(run)]
-    for arguments in (grid, publish_again):
-        module.main(arguments)
-        rows = read_results(tmp_path / "results" / "study-try.jsonl")
-        assert [row.value for row in rows if row.task == timed.task] == [987.0]
-        assert len(rows) == len(few()) + 1
-        assert "987" in (tmp_path / "pages" / "study-try.md").read_text()
-    with pytest.raises(ZebraError, match="no study of two cells"):
-        module.write_page("x", a_run(), tmp_path, tmp_path)
+    extended = [row for row in rows if "self-extend" in row.layout]
+    write_results(run / "results.jsonl", [row for row in rows if row not in extended])
+    write_results(run / "self-extend.jsonl", extended)
+    script.main([str(run)])
+    text = path.read_text()
+    assert text.startswith("# The from-scratch study\n\n**18 models, 54 trainings.")
+    lines = text.splitlines()
+    assert len(lines) <= 120
+    (grouped,) = [line for line in lines if line.startswith("| 2 |")]
+    assert "holds: GL:32" in grouped
+    (length,) = [line for line in lines if line.startswith("| full rotary |")]
+    assert length.endswith("| 4,096 |") or "full" in length
+    for name in ("text", "recall", "positions"):
+        assert f"../images/study-{name}.svg" in text
+        assert (tmp_path / "images" / f"study-{name}.svg").stat().st_size > 2000
+    script.main([])
+    assert path.read_text() == text
 
 
-def test_the_published_pages_are_what_their_rows_give(tmp_path: Path) -> None:
-    module = script()
-    images = tmp_path / "images"
-    images.mkdir()
-    for file in (ROOT / "benchmarks" / "results").glob("study-*.jsonl"):
-        module.write_page(file.stem, read_results(file), tmp_path, images)
-        assert (tmp_path / f"{file.stem}.md").read_text() == (ROOT / "docs" / "results" / f"{file.stem}.md").read_text()
-        for picture in images.glob("*.svg"):
-            assert (ROOT / "docs" / "images" / picture.name).is_file()
+def test_costs_are_published_beside_the_runs_and_stay_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, run, rows = published(tmp_path, monkeypatch), tmp_path / "grid", a_study()
+    run.mkdir()
+    write_results(run / "results.jsonl", rows)
+    timed = [
+        Result(run="study", model="zebra", layout=f"{layout} rotary", task="bench study step", metric=metric,
+               value=value * part, length=length)
+        for layout, part in ((FULL, 1.0), (GROUPED, 0.5)) for length in (1024, 16384)
+        for metric, value in (("tokens_per_second", 2000.0), ("attention_flops", 8e9))
+    ]  # fmt: skip
+    recipes: list[Any] = []
+    monkeypatch.setattr(script, "recipes_of", lambda grid: recipes.append(grid) or [])
+    monkeypatch.setattr(script.bench, "costs", lambda recipes, run: (timed, ("a line",)))
+    script.main([str(run)])
+    for arguments in (["costs", str(ROOT / "recipes" / "study-cpu.yaml")], [str(run)]):
+        script.main(arguments)
+        assert len(read_results(tmp_path / "study.jsonl")) == len(rows) + len(timed)
+        assert "| GL:32 | 1,000 | 2.00 | 0.50 | 1,000 | 2.00 | 0.50 |" in path.read_text()
+    assert recipes[0].recipe["train"]["length"] == 16384
+    with pytest.raises(ZebraError, match="no command extend"):
+        script.main(["extend"] * 3)
+
+
+def test_rotary_models_are_read_farther_with_self_extend_and_once(tmp_path: Path) -> None:
+    text, run = tmp_path / "few.txt", tmp_path / "grid"
+    text.write_text(END.join((TEXT / "tinystories_test.txt").read_text().split(END)[:30]))
+    recall = {"share": 0.5, "first": 192}
+    tree: dict[str, Any] = {
+        "run": str(run),
+        "recipe": {
+            "model": {"model_type": "zebra_study", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                      "num_attention_heads": 2, "sliding_window": 16},
+            "tokenizer": {"vocab_size": 400, "digits": 2},
+            "data": {"files": [str(text)], "separator": END, "join": True, "held_out": 0.2, "recall": recall},
+            "train": {"length": 256, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2},
+            "evaluate": {"length": 256, "join": True, "beyond": 512, "recall": 1, "first_bucket": 64},
+        },
+        "cells": [{"attention": ["grouped", "local"], "group": 2, "position": "rotary"},
+                  {"attention": "global", "position": "none"}],
+    }  # fmt: skip
+    for recipe in recipes_of(StudyRecipe.model_validate(tree)):
+        pretrain(recipe)
+    script.extend(run)
+    results = read_results(run / "self-extend.jsonl")
+    assert {one.layout.partition(",")[0] for one in results} == {"GL:16 rotary"}
+    assert all("self-extend" in one.layout and one.length == 512 for one in results)
+    assert {one.task for one in results} == {"perplexity-disjoint", "recall-lookup"}
+    script.extend(run)
+    assert read_results(run / "self-extend.jsonl") == results
+    cells = [one for cell in run.glob("cells/*/results.jsonl") for one in read_results(cell)]
+    (study,) = studies_in([*cells, *results])
+    assert study.extended(StudyCell("GL:16", "rotary", 256)) is not None
+
+
+def test_the_published_page_is_what_its_rows_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, page = script.RESULTS, script.PAGE
+    path = published(tmp_path, monkeypatch)
+    monkeypatch.setattr(script, "RESULTS", results)
+    script.main([])
+    assert path.read_text() == page.read_text()
+    for picture in (tmp_path / "images").glob("*.svg"):
+        assert (ROOT / "docs" / "images" / picture.name).is_file()

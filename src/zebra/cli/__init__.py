@@ -43,7 +43,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "zebra tune recipes/tiny-lit-cpu.yaml --set train.max_steps=100": train.tune,
     "zebra pretrain recipes/retrieval-cpu.yaml --set train.max_steps=100": train.pretrain,
     "zebra run examples/pipeline-tiny.yaml --dry-run": train.run,
-    "zebra study recipes/study-tiny-cpu.yaml --workers 2": train.study,
+    "zebra study recipes/study-cpu.yaml --workers 2": train.study,
     'zebra generate ./Llama-3.1-8B-GLLL --prompt "Once upon a time" --max-new-tokens 100': generate.generate,
     "zebra chat ./SmolLM2-135M-Instruct --file book.txt --self-extend auto:32768": chat.chat,
     "zebra serve ./Llama-3.1-8B-GLLL --cache-memory 4GiB": serve.serve,

@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from zebra.report.series import Span, number, percent, span_name
-from zebra.results import Result
-from zebra.study.results import ATTENTIONS, POSITIONS, Study, StudyCell
-from zebra.study.spread import Difference, Losses, Scores, gain, level, loss_difference, losses, spread
+from zebra.report.series import percent, span_name
+from zebra.study.evidence import (
+    AS_GOOD,
+    BEATS,
+    EQUAL,
+    FAILS,
+    HOLDS,
+    UNTESTED,
+    Claim,
+    Evidence,
+    change_text,
+    mean_text,
+    place,
+    results_of,
+    seeds_to_decide,
+    shared,
+    within,
+)
+from zebra.study.results import ATTENTIONS, POSITIONS, RECALL, Study, StudyCell
+from zebra.study.spread import Losses, gain, level, loss_difference, losses
 
-HOLDS, FAILS, UNTESTED = "holds", "does not hold", "not tested here"
-EQUAL = 0.02
-"""The difference of two losses in nats per token below which they count as equal: 2 % of perplexity."""
 _SHARE = percent(math.expm1(EQUAL), 0)
 METHOD = (
     "The claims are recalled from the paper, not read in it. The evidence is a change of perplexity with its 95 % "
@@ -31,116 +43,20 @@ METHOD = (
 """How the checklist is to be read, in paragraphs."""
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Two things that were compared, each with its number, the change, and whether it supports the claim."""
-
-    compared: Sequence[tuple[str, str]]
-    where: str
-    change: str
-    interval: str
-    holds: bool | None
-    results: Sequence[Result] = ()
-
-
-Rule = Callable[[Difference], bool | None]
-
-
-def beats(change: Difference) -> bool | None:
-    """Whether the first cell is better; None where the interval leaves it open."""
-    return True if change.high < 0 else False if change.low >= 0 else None
-
-
-def as_good(change: Difference) -> bool | None:
-    """Whether the first cell is no worse; None where the interval leaves it open."""
-    return True if change.high <= EQUAL else False if change.low > EQUAL else None
-
-
-@dataclass
-class Claim:
-    """A claim about a study, its rule, the verdict and its evidence.
-
-    Attributes:
-        in_paper: whether the paper makes it; otherwise it checks our set-up.
-    """
-
-    text: str
-    rule: str
-    in_paper: bool = True
-    verdict: str = UNTESTED
-    evidence: list[Evidence] = field(default_factory=list)
-
-    @property
-    def results(self) -> list[Result]:
-        """What it rests on, each result once."""
-        return list({id(one): one for part in self.evidence for one in part.results}.values())
-
-    def compare(
-        self, study: Study, one: StudyCell | None, rule: Rule, other: StudyCell | None, span: Span | None = None,
-        at: int | None = None,
-    ) -> bool | None:  # fmt: skip
-        """Compare two cells by a rule, at a span of a context (by default the second cell's whole length)."""
-        if one is None or other is None:
-            return None
-        context = at or other.length
-        span = span or (0, context)
-        a, b = _shared(study.scores(one, context, span), study.scores(other, context, span))
-        if not a or not b:
-            return None
-        of_all = [losses(study.scores(cell, context, span)) for cell in study.runs]
-        change = loss_difference(losses(a), losses(b), of_all)
-        names, where = _named(study, (one, a), (other, b)), _where(span, context)
-        if change is None:
-            self.evidence.append(Evidence(names, where, "–", "no spread to compare it with", None, _results(a, b)))
-            return None
-        low, mean, high = (_percent(nats) for nats in (change.low, change.mean, change.high))
-        interval = f"{low} to {high}; {change.method}"
-        self.evidence.append(Evidence(names, where, mean, interval, rule(change), _results(a, b)))
-        return rule(change)
-
-
 def claims(study: Study) -> list[Claim]:
     """All claims, in the order of the page."""
     checked = []
     for (text, rule), check in _CLAIMS.items():
-        claim = Claim(text, rule, in_paper=check is not _context_helps)
+        claim = Claim(text, rule, in_paper=check not in (_context_helps, _self_extend_carries))
         holds = check(claim, study)
         claim.verdict = UNTESTED if holds is None else HOLDS if holds else FAILS
         checked.append(claim)
     return checked
 
 
-def mean_text(scores: Scores) -> str:
-    """A mean, with the deviation over seeds where there are several."""
-    of = spread(scores)
-    return number(of.mean) + (f" ± {number(of.deviation)}" if of.deviation is not None else "")
-
-
 def _all(*holds: bool | None) -> bool | None:
     """False where one part fails, None where one is open or there is none."""
     return False if False in holds else None if None in holds or not holds else True
-
-
-def _shared(a: Scores, b: Scores) -> tuple[Scores, Scores]:
-    """The scores of the seeds that both have; all where there are none."""
-    both = [seed for seed in a if seed in b]
-    return ({seed: a[seed] for seed in both}, {seed: b[seed] for seed in both}) if both else (a, b)
-
-
-def _named(study: Study, *cells: tuple[StudyCell, Scores]) -> list[tuple[str, str]]:
-    return [(study.title(cell), mean_text(scores)) for cell, scores in cells]
-
-
-def _results(*scores: Scores) -> list[Result]:
-    return [result for by_seed in scores for result in by_seed.values()]
-
-
-def _where(span: Span, context: int) -> str:
-    return f"{span_name(span)} of {context:,}"
-
-
-def _percent(nats: float) -> str:
-    return percent(math.expm1(min(nats, 50.0)), sign="+")
 
 
 def _nats(value: float) -> str:
@@ -150,15 +66,15 @@ def _nats(value: float) -> str:
 def _context_helps(claim: Claim, study: Study) -> bool | None:
     local = study.cell("local")
     wide = [cell for kind in ("global", "grouped") if (cell := study.cell(kind)) is not None]
-    holds = [claim.compare(study, cell, beats, local, span=study.far(cell)) for cell in wide]
+    holds = [claim.compare(study, cell, BEATS, local, span=study.far(cell)) for cell in wide]
     return True if True in holds else _all(*holds)
 
 
 def _grouped_is_global(claim: Claim, study: Study) -> bool | None:
     grouped, wide = study.cell("grouped"), study.cell("global")
-    holds = claim.compare(study, grouped, as_good, wide)
+    holds = claim.compare(study, grouped, AS_GOOD, wide)
     if wide is not None:
-        uses_context = claim.compare(study, wide, beats, study.cell("local"), span=study.far(wide))
+        uses_context = claim.compare(study, wide, BEATS, study.cell("local"), span=study.far(wide))
         holds = holds if uses_context or holds is False else None
     if grouped is None or wide is None:
         return holds
@@ -173,17 +89,17 @@ def _grouped_is_global(claim: Claim, study: Study) -> bool | None:
 
 def _local_is_worse(claim: Claim, study: Study) -> bool | None:
     local = study.cell("local")
-    return _all(*(claim.compare(study, study.cell(kind), beats, local) for kind in ("global", "grouped")))
+    return _all(*(claim.compare(study, study.cell(kind), BEATS, local) for kind in ("global", "grouped")))
 
 
 def _summary_between(claim: Claim, study: Study) -> bool | None:
     summary, local, wide = (study.cell(kind) for kind in ("summary", "local", "global"))
-    return _all(claim.compare(study, summary, beats, local), claim.compare(study, wide, as_good, summary))
+    return _all(claim.compare(study, summary, BEATS, local), claim.compare(study, wide, AS_GOOD, summary))
 
 
 def _rotary_is_best(claim: Claim, study: Study) -> bool | None:
     pairs = [(study.cell(kind), study.cell(kind, position)) for kind in ATTENTIONS for position in POSITIONS[1:]]
-    holds = [claim.compare(study, rotary, as_good, other) for rotary, other in pairs if rotary and other]
+    holds = [claim.compare(study, rotary, AS_GOOD, other) for rotary, other in pairs if rotary and other]
     tried = study.cell("global", "absolute") and study.cell("global", "alibi")
     return _all(*holds, *([] if tried else [None]))
 
@@ -191,23 +107,31 @@ def _rotary_is_best(claim: Claim, study: Study) -> bool | None:
 def _rotary_extrapolates(claim: Claim, study: Study) -> bool | None:
     rotary, absolute = study.cell("global"), study.cell("global", "absolute")
     context = max(study.contexts(rotary), default=0) if rotary else 0
-    if rotary is None or context <= rotary.length:
+    if rotary is None or absolute is None or context <= rotary.length or study.subject == RECALL:
         return None
-    spans = study.spans(context, [rotary])
-    last = spans[-2] if len(spans) > 1 else spans[0]
-    holds = claim.compare(study, rotary, beats, absolute, last, context)
-    if holds is None and not claim.evidence:
-        near_span, far = study.far(rotary), study.scores(rotary, context, last)
-        near = study.scores(rotary, rotary.length, near_span)
-        names = [*_named(study, (rotary, far)), (f"the same at {_where(near_span, rotary.length)}", mean_text(near))]
-        change, where = _percent(level(far) - level(near)), _where(last, context)
-        claim.evidence.append(Evidence(names, where, change, "other positions", None, _results(far, near)))
-    return holds
+    last = study.spans(context, [rotary])[-2]
+    far, anew = study.scores(rotary, context, last), study.scores(absolute, absolute.length, study.far(absolute))
+    names = [(study.title(rotary), far), (f"{study.title(absolute)}, begun anew", anew)]
+    of_all = [losses(study.scores(cell, cell.length, study.far(cell))) for cell in study.runs]
+    return claim.decide(names, BEATS, of_all, place(last, context))
+
+
+def _self_extend_carries(claim: Claim, study: Study) -> bool | None:
+    cells = [cell for kind in ("grouped", "global") if (cell := study.cell(kind)) and study.extended(cell)]
+    holds, last = [], None
+    for cell in cells:
+        context = max(study.contexts(cell))
+        last = study.spans(context, [cell])[-2], context
+        holds.append(claim.compare(study, study.extended(cell), BEATS, cell, *last))
+    if len(cells) < 2 or last is None:
+        return None
+    one, two = map(study.extended, cells)
+    return _all(*holds, claim.compare(study, one, AS_GOOD, two, *last))
 
 
 def _alibi_is_near_sighted(claim: Claim, study: Study) -> bool | None:
     rotary, alibi = study.cell("global"), study.cell("global", "alibi")
-    fine = claim.compare(study, alibi, as_good, rotary)
+    fine = claim.compare(study, alibi, AS_GOOD, rotary)
     if rotary is None or alibi is None or len(spans := study.spans(rotary.length, [rotary])) < 3:
         return _all(fine, None)
     near, far = spans[0], study.far(rotary)
@@ -223,34 +147,36 @@ def _alibi_is_near_sighted(claim: Claim, study: Study) -> bool | None:
     cells = alibi, rotary
     names = [(study.title(cell), f"falls by {fall:.4f} nats") for cell, fall in zip(cells, falls, strict=True)]
     interval = f"{_nats(change.low)} to {_nats(change.high)}; {change.method}"
-    results = _results(*(study.scores(cell, cell.length, span) for cell in cells for span in (near, far)))
-    where = f"{span_name(near)} to {_where(far, rotary.length)}"
-    claim.evidence.append(Evidence(names, where, f"{_nats(change.mean)} nats", interval, beats(change), results))
-    return _all(fine, beats(change))
+    results = results_of(*(study.scores(cell, cell.length, span) for cell in cells for span in (near, far)))
+    where = f"{span_name(near)} to {place(far, rotary.length)}"
+    held, seeds = within(change, BEATS), seeds_to_decide(change, BEATS, len(one.keys() & two.keys()))
+    evidence = Evidence(names, where, f"{_nats(change.mean)} nats", interval, held, results, seeds, -change.high)
+    claim.evidence.append(evidence)
+    return _all(fine, held)
 
 
 def _length_matters_more(claim: Claim, study: Study) -> bool | None:
-    longest = max(cell.length for cell in study.runs)
-    pairs = {cell._replace(length=study.length): cell for cell in study.runs if cell.length == longest > study.length}
+    shortest, longest = (end(cell.length for cell in study.runs) for end in (min, max))
+    pairs = {cell._replace(length=shortest): cell for cell in study.runs if cell.length == longest > shortest}
     contexts = [c for short in pairs if short in study.runs for c in study.contexts(short) if c >= longest]
     context, span = max(contexts, default=0), (longest // 2, longest)
     costs, after = [], []
     for short, long in pairs.items():
-        a, b = _shared(study.scores(short, context, span), study.scores(long, context, span))
+        a, b = shared(study.scores(short, context, span), study.scores(long, context, span))
         cost = level(a) - level(b)
         if math.isnan(cost):
             continue
         costs.append(cost)
         after.append(level(b))
-        names = _named(study, (short, a), (long, b))
-        claim.evidence.append(Evidence(names, _where(span, context), _percent(cost), "means", None, _results(a, b)))
+        names = [(study.title(short), mean_text(a)), (study.title(long), mean_text(b))]
+        claim.evidence.append(Evidence(names, place(span, context), change_text(cost), "means", None, results_of(a, b)))
     if len(costs) < 2:
         return None
     least, range_after = min(costs), max(after) - min(after)
-    names = [("length, the least cost", _percent(least)), ("variants, worst against best", _percent(range_after))]
+    names = [("length, the least cost", change_text(least)), ("variants, worst against best", change_text(range_after))]
     holds = True if least > range_after else False if max(costs) <= range_after else None
     change = f"{_nats(least - range_after)} nats"
-    claim.evidence.append(Evidence(names, _where(span, context), change, "means", holds))
+    claim.evidence.append(Evidence(names, place(span, context), change, "means", holds))
     return holds
 
 
@@ -277,8 +203,8 @@ _CLAIMS: dict[tuple[str, str], Callable[[Claim, Study], bool | None]] = {
     ): _rotary_is_best,
     (
         "Rotary positions extrapolate better than absolute ones",
-        "beyond the trained length rotary beats absolute. A table of learned positions ends there, so the evidence is "
-        "rotary alone: far positions against the last of its own length",
+        "on text beyond the trained length rotary beats absolute. A table of learned positions ends there, so an "
+        "absolute model has to begin anew: the last positions of its own length stand for it",
     ): _rotary_extrapolates,
     (
         "ALiBi is fine within its length, yet weak at using far context",
@@ -291,5 +217,10 @@ _CLAIMS: dict[tuple[str, str], Callable[[Claim, Study], bool | None]] = {
         "them loses to the best after the longer training. It does not hold where it costs none more. Of means, "
         "without an interval",
     ): _length_matters_more,
+    (
+        "Self-Extend reads past the trained length, a grouped model as well as a global one (arXiv 2401.01325)",
+        "at the last positions of the longest context both beat themselves without it, and grouped is as good as "
+        "global",
+    ): _self_extend_carries,
 }
 """Each claim and the rule that it holds by, with the function that checks it."""

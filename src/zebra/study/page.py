@@ -6,19 +6,21 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from zebra.report.figures import Figure, plot_loss
 from zebra.report.page import Cell, Chapter, Line, Section, Table
 from zebra.report.pivot import interval_cell, value_cell
-from zebra.report.series import Span, count, number, span_name
+from zebra.report.series import count, number, span_name
 from zebra.results import Result
-from zebra.study.claims import FAILS, HOLDS, METHOD, UNTESTED, Claim, claims, mean_text
-from zebra.study.pictures import COLOURS, Point, plot_beyond, plot_scatter
+from zebra.study.claims import METHOD, claims
+from zebra.study.evidence import FAILS, HOLDS, UNTESTED, Claim, mean_text
+from zebra.study.pictures import COLOURS, SHAPES, Curve, Point, plot_by_position, plot_scatter
 from zebra.study.results import ATTENTIONS, POSITIONS, RECALL, TEXT, Study, StudyCell, studies_in
 from zebra.study.spread import Scores, Spread, spread
 
 Blocks = list[str | Table | Figure]
-_NAMES = (
+NAMES = (
     "Cells are named by layout and position embedding. G is a layer that sees all tokens before it. L sees its window. "
     "S sees its window, and the mean of each block before it. The letters repeat over the layers; after the colon "
     "stand the window and the block in tokens. In a full layout every layer is global."
@@ -111,10 +113,10 @@ def _checklist(checked: Mapping[str, Sequence[Claim]]) -> Blocks:
     columns = ["claim", "cell", "against", *(["on"] if several else []), "positions", "change", "holds"]
     title = "Evidence: means over seeds with their standard deviation"
     tables = Table("", head, body, numeric=False), Table(title, [*map(Cell, columns)], evidence, numeric=False)
-    return [_NAMES, tables[0], *rules, *METHOD, tables[1]]
+    return [NAMES, tables[0], *rules, *METHOD, tables[1]]
 
 
-def _ordered(cells: Iterable[StudyCell]) -> list[StudyCell]:
+def ordered(cells: Iterable[StudyCell]) -> list[StudyCell]:
     """Cells in the order of the page: by training length, attention, position embedding, layout."""
     rank = {name: i for i, name in enumerate((*ATTENTIONS, *POSITIONS))}
     return sorted(cells, key=lambda c: (c.length, rank[c.attention], rank[c.position], len(c.layout), c.layout))
@@ -133,7 +135,7 @@ def _table(study: Study, cells: Sequence[StudyCell], context: int, title: str) -
     several = len({cell.length for cell in cells}) > 1
     head = ["cell", "seeds", *("all" if span == (0, context) else span_name(span) for span in spans)]
     body = []
-    for cell in _ordered(cells):
+    for cell in ordered(cells):
         line = [Cell(study.title(cell) if several else cell.name, cell.attention), Cell(str(len(study.runs[cell])))]
         body.append([*line, *(_mean(study.scores(cell, context, span)) for span in spans)])
     return Table(f"{title}, contexts of {context:,} tokens", [*map(Cell, head)], body)
@@ -150,7 +152,7 @@ def _mean(scores: Scores) -> Cell:
 def _scatter(study: Study, prefix: str) -> Blocks:
     cells: list[tuple[StudyCell, float, Spread]] = []
     results: list[Result] = []
-    for cell in _ordered(cell for cell in study.runs if cell.length == study.length):
+    for cell in ordered(cell for cell in study.runs if cell.length == study.length):
         scores, cost = study.scores(cell, cell.length), study.cost(cell, "attention_pairs")
         if scores and cost and 0 < spread(scores).mean < _DRAWABLE:
             cells.append((cell, cost.value / cell.length, spread(scores)))
@@ -177,30 +179,37 @@ def _beyond(study: Study, prefix: str) -> Blocks:
         blocks.append("A table of learned positions ends where training did: absolute cells cannot be read farther and "
                       "have no line.")  # fmt: skip
     blocks.append(_table(study, [cell for cell in study.runs if study.spans(context, [cell])], context, "read farther"))
-    panels: dict[str, dict[StudyCell, dict[Span, float]]] = defaultdict(dict)
+    panels: dict[str, list[Curve]] = defaultdict(list)
     results: list[Result] = []
     for position, kind in itertools.product(POSITIONS, ATTENTIONS):
         if (cell := study.cell(kind, position)) is None:
             continue
-        scores = {span: of for span in study.spans(context, [cell])[:-1] if (of := study.scores(cell, context, span))}
-        line = {span: mean for span, of in scores.items() if 0 < (mean := spread(of).mean) < _DRAWABLE}
-        if line:
-            panels[position][cell] = line
-        results += [result for span in line for result in scores[span].values()]
-    values = [value for lines in panels.values() for line in lines.values() for value in line.values()]
+        drawn, scores = curve(study, cell, context, kind, marker=SHAPES[position])
+        panels[position] += [drawn] * bool(drawn.means)
+        results += scores
+    values = [value for curves in panels.values() for drawn in curves for value in drawn.means.values()]
     if not values:
         return blocks
     limits = 0.95 * min(values), 1.05 * max(values)
     what, place = ("Perplexity", "position") if study.subject == TEXT else ("Perplexity of recalled values", "distance")
     plots = [
-        partial(plot_beyond, lines=lines, trained=study.length, position=position, limits=limits, place=place)
-        for position, lines in panels.items()
+        partial(plot_by_position, curves=curves, trained=study.length, limits=limits, title=position, place=place)
+        for position, curves in panels.items()
+        if curves
     ]
     caption = (
         f"{what} by {place} in contexts of {context:,} tokens, trained at {study.length:,} (dashed), a panel "
         "for each position embedding, the mean over seeds"
     )
     return [Figure(f"{prefix}-beyond", plots, caption, results, height=3.2), *blocks]
+
+
+def curve(study: Study, cell: StudyCell, context: int, name: str, **style: Any) -> tuple[Curve, list[Result]]:
+    """A cell's means by position in a context, in the colour of its attention; and the results that they are of."""
+    scores = {span: of for span in study.spans(context, [cell])[:-1] if (of := study.scores(cell, context, span))}
+    means = {span: mean for span, of in scores.items() if 0 < (mean := spread(of).mean) < _DRAWABLE}
+    results = [result for span in means for result in scores[span].values()]
+    return Curve(name, means, {"color": COLOURS[cell.attention]} | style), results
 
 
 _COSTS = {
@@ -217,7 +226,7 @@ _COSTS = {
 
 def _costs(study: Study) -> Blocks:
     """A line for each cell, its columns those of which there are results: exact counts, plans and measurements."""
-    cells = _ordered(study.runs)
+    cells = ordered(study.runs)
     metrics = [metric for metric in _COSTS if any(study.cost(cell, metric) for cell in cells)]
     if not metrics:
         return []

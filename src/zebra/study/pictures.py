@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -83,20 +83,27 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
         )  # fmt: skip
 
 
-def plot_beyond(
+class Curve(NamedTuple):
+    """Perplexity by position under a name, and the keywords that it is drawn by."""
+
+    name: str
+    means: Mapping[Span, float]
+    style: Mapping[str, Any]
+
+
+def plot_by_position(
     axes: Axes,
-    lines: dict[StudyCell, dict[Span, float]],
+    curves: Sequence[Curve],
     trained: int,
-    position: str,
     limits: tuple[float, float],
+    title: str = "",
     place: str = "position",
 ) -> None:
-    """Perplexity over positions for each attention under one position embedding; dashed, the trained length."""
-    edges = sorted({edge for scores in lines.values() for span in scores for edge in span if edge})
-    for cell, scores in lines.items():
-        x = [math.sqrt(max(a, edges[0] / 2) * b) for a, b in scores]
-        style: dict[str, Any] = {"color": COLOURS[cell.attention], "marker": SHAPES[position], "markersize": 4}
-        axes.plot(x, [*scores.values()], label=cell.attention, **style)
+    """Perplexity over positions, both logarithmic, a line for each curve; dashed, the trained length."""
+    edges = sorted({edge for curve in curves for span in curve.means for edge in span if edge})
+    for curve in curves:
+        x = [math.sqrt(max(a, edges[0] / 2) * b) for a, b in curve.means]
+        axes.plot(x, [*curve.means.values()], label=curve.name, **{"markersize": 4} | dict(curve.style))
     axes.axvline(trained, color=INK, linestyle="--", linewidth=0.8, alpha=0.6)
     axes.set_xscale("log", base=2)
     axes.set(xlim=(edges[0] / 2, edges[-1]), yscale="log", ylim=limits, xlabel=place)
@@ -106,5 +113,5 @@ def plot_beyond(
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if limits[1] > 3 * limits[0] else range(1, 10)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.set_title(position, fontsize=9, loc="left")
+    axes.set_title(title, fontsize=9, loc="left")
     axes.set_ylabel("perplexity" if axes.get_subplotspec().is_first_col() else "")  # type: ignore[union-attr]

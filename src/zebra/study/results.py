@@ -20,16 +20,19 @@ POSITIONS = ("rotary", "alibi", "absolute", "none")
 TEXT, RECALL = "text", "recall"
 """What cells are measured on: text that they have not seen, and what a document told some distance before."""
 _TASKS = {TEXT: "perplexity-", RECALL: "recall-"}
-_LAYOUT = re.compile(rf"({FULL}|[GLS]+:\d+(?:/\d+)?|\d+(?:,\d+)*:\d+) ({'|'.join(POSITIONS)})")
-"""How results name a cell's attention and position embedding: `GLLL:32 rotary`."""
+_LAYOUT = re.compile(
+    rf"({FULL}|[GLS]+:\d+(?:/\d+)?|\d+(?:,\d+)*:\d+) ({'|'.join(POSITIONS)})(?:, self-extend (\d+:\d+))?"
+)
+"""How results name a cell's attention and position embedding, and Self-Extend: `GLLL:32 rotary, self-extend 8:64`."""
 
 
 class StudyCell(NamedTuple):
-    """What was trained, whatever the seed."""
+    """What was trained, whatever the seed; `self_extend` is the group and the neighbour window that it is read by."""
 
     layout: str
     position: str
     length: int
+    self_extend: str = ""
 
     @property
     def attention(self) -> str:
@@ -43,7 +46,8 @@ class StudyCell(NamedTuple):
     @property
     def name(self) -> str:
         """For people; summary layers throughout are one letter."""
-        return f"{re.sub('^S+:', 'S:', self.layout)} {self.position}"
+        read = f", self-extend {self.self_extend}" if self.self_extend else ""
+        return f"{re.sub('^S+:', 'S:', self.layout)} {self.position}{read}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Study:
         for cell, seeds in self.runs.items():
             for seed, results in seeds.items():
                 for one in (one for one in results if _is_score(one, self.subject)):
-                    scores[cell, one.length or 0, (one.position_from or 0, one.position_to or 0)].setdefault(seed, one)
+                    match = _LAYOUT.fullmatch(one.layout)
+                    read = cell._replace(self_extend=match[3] or "") if match else cell
+                    scores[read, one.length or 0, (one.position_from or 0, one.position_to or 0)].setdefault(seed, one)
         return dict(scores)
 
     def scores(self, cell: StudyCell, context: int, span: Span | None = None) -> Scores:
@@ -91,6 +97,10 @@ class Study:
     def contexts(self, cell: StudyCell) -> list[int]:
         """The context lengths that a cell was measured at."""
         return sorted({context for other, context, _ in self._scores if other == cell})
+
+    def extended(self, cell: StudyCell) -> StudyCell | None:
+        """The same cell read with Self-Extend."""
+        return next((one for one, *_ in self._scores if one.self_extend and one._replace(self_extend="") == cell), None)
 
     def far(self, cell: StudyCell) -> Span:
         """The last bucket of positions of the length that a cell was trained at."""
