@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -123,9 +124,9 @@ def _verdicts(study: Study, recall: Study) -> list[str | Table | Figure]:
     body, rules = [], []
     for i, (on_text, on_recall) in enumerate(zip(claims(study), claims(recall), strict=True), start=1):
         body.append([Cell(str(i)), Cell(on_text.text), _verdict(on_text), _verdict(on_recall)])
-        rules.append(f"{i}: {on_text.rule}")
+        rules.append(f"Claim {i} holds where {on_text.rule}.")
     head = [Cell(""), Cell("claim"), Cell("on text"), Cell("on recall")]
-    return [Table("", head, body, numeric=False), "A claim holds where: " + ". ".join(rules) + ".", *METHOD]
+    return [Table("", head, body, numeric=False), *rules, *METHOD]
 
 
 def _verdict(claim: Claim) -> Cell:
@@ -171,9 +172,11 @@ def _mean(study: Study, cell: StudyCell | None, context: int, span: tuple[int, i
 
 
 def _costs(study: Study) -> list[str | Table | Figure]:
-    """A training step of each rotary layout by length: measured, and the closed form of what attention computes."""
-    timed = {(one.layout, one.length): one for one in study.measured if one.metric == "tokens_per_second"}
-    flops = {(one.layout, one.length): one for one in study.measured if one.metric == "attention_flops"}
+    """A training step of each rotary layout by length: measured, and planned from the closed forms."""
+    timed, planned = (
+        {(one.layout, one.length): one for one in study.measured if one.metric == metric}
+        for metric in ("tokens_per_second", "planned_milliseconds")
+    )
     lengths = sorted({length for _, length in timed if length})
     layouts = [f"{cell.layout} {cell.position}" for cell in _at_length(study, "rotary")]
     layouts = [layout for layout in layouts if any((layout, length) in timed for length in lengths)]
@@ -181,20 +184,20 @@ def _costs(study: Study) -> list[str | Table | Figure]:
         return []
     body = []
     for layout in layouts:
-        line = [Cell(layout.removesuffix(" rotary"))]
+        line = [Cell(re.sub("^S+:", "S:", layout.removesuffix(" rotary")))]
         for length in lengths:
             one, full = timed.get((layout, length)), timed.get((layouts[0], length))
             if one is None or full is None:
                 line += [Cell("–")] * 3
                 continue
-            computed, of_full = flops[layout, length], flops[layouts[0], length]
+            plan, of_full = planned[layout, length], planned[layouts[0], length]
             line.append(Cell(number(1e6 / one.value), results=[one]))
             line.append(Cell(f"{full.value / one.value:.2f}", results=[one, full]))
-            line.append(Cell(f"{computed.value / of_full.value:.2f}", results=[computed, of_full]))
+            line.append(Cell(f"{plan.value / of_full.value:.2f}", results=[plan, of_full]))
         body.append(line)
-    head = [Cell("layout"), *(Cell(text) for n in lengths for text in (f"{n:,}: µs a token", "of full", "attention"))]
+    head = [Cell("layout"), *(Cell(text) for n in lengths for text in (f"{n:,}: µs a token", "of full", "by plan"))]
     prose = (
-        "A training step of 16,384 tokens in float32, in sequences of each length: microseconds a token, the share of "
-        "full attention's time, and beside it the share of its FLOPs of attention, from the closed form."
+        "A training step of 16,384 tokens, in sequences of each length: microseconds a token, the share of full "
+        "attention's time, and the share that the plan computes from the closed forms of FLOPs and bytes."
     )
     return [prose, Table("", head, body)]
