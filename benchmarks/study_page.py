@@ -2,57 +2,71 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
-
+from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.report import page
 from zebra.report.figures import HUES, INK, Figure
 from zebra.report.method import method
 from zebra.report.page import Cell, Line, Section, Table
-from zebra.report.series import number, span_name
+from zebra.report.series import Span, number, span_name
 from zebra.results import Result
 from zebra.study.claims import METHOD, claims
-from zebra.study.evidence import FAILS, HOLDS, UNTESTED, Claim
+from zebra.study.evidence import FAILS, HOLDS, UNTESTED, Claim, mean_text
 from zebra.study.page import NAMES, curve, ordered
-from zebra.study.pictures import Curve, plot_by_position
-from zebra.study.results import POSITIONS, RECALL, TEXT, Study, StudyCell, studies_in
-from zebra.study.spread import spread
+from zebra.study.pictures import SHAPES, Curve, plot_by_position
+from zebra.study.results import POSITIONS, RECALL, TEXT, Study, StudyCell, short_layout, studies_in
 
 VERDICTS = {HOLDS: "holds", FAILS: "does not hold", UNTESTED: "open"}
-_OFFERED = ("global", "grouped")
-"""The kinds that are read beyond the trained length by Self-Extend too."""
+_WITH_SELF_EXTEND = ("full", "GL")
+"""The layouts whose lines with Self-Extend are drawn."""
 
 
-def write_page(results: Sequence[Result], path: Path, images: Path, prose: dict[str, list[str]]) -> None:
-    """The page and its pictures.
+def write_page(
+    results: Sequence[Result], path: Path, images: Path, found: Sequence[str], limits: Sequence[str]
+) -> None:
+    """The page and its pictures, with what results cannot say: paragraphs on what was found, and limits.
 
-    Args:
-        prose: what results cannot say: paragraphs by the heading that they stand under.
+    Raises:
+        ZebraError: results of no study, or of several.
     """
-    (study,) = studies_in(results)
-    recall = study.on(RECALL)
-    figures = [_kinds(study), _kinds(recall), *_positions(study, recall)]
+    studies = studies_in(results)
+    if len(studies) != 1:
+        raise ZebraError(f"the page is of one study of two cells or more; got {len(studies)}. Give the run of a grid.")
+    study, recall = studies[0], studies[0].on(RECALL)
+    figures = [_layouts(study), _layouts(recall), *_positions(study, recall)]
     sections = [
-        Section("What was found", [*prose["found"], *figures]),
+        Section("What was found", [*found, *figures]),
         Section("The paper's claims", _verdicts(study, recall)),
         Section("The cells", [NAMES, _cells(study, recall)]),
-        Section("What attention costs", _costs(study)),
-        Section("Limits", list(prose["limits"])),
+        Section("What a training step costs", _costs(study)),
+        Section("Limits", list(limits)),
         method(study.results),
     ]
     for figure in figures:
         atomic_write(images / f"{path.stem}-{figure.name}.svg", figure.standalone + "\n")
+    origin = [Cell(f"Written from benchmarks/results/{path.stem}.jsonl by benchmarks/study.py.")]
+    summary, stem = [_summary(study, recall), origin], f"../{images.name}/{path.stem}"
+    atomic_write(path, page.markdown(stem, "The from-scratch study", summary, sections))
+
+
+def _summary(study: Study, recall: Study) -> Line:
+    """Perplexity of each rotary layout at the last positions of the trained length, on text and on recall."""
     runs = sum(map(len, study.runs.values()))
-    summary: list[Line] = [[Cell(f"{len(study.runs)} models, {runs} trainings. {prose['summary'][0]}")]]
-    summary.append([Cell(f"Written from benchmarks/results/{path.stem}.jsonl by benchmarks/study.py.")])
-    text = page.markdown(f"../{images.name}/{path.stem}", "The from-scratch study", summary, sections)
-    atomic_write(path, text)
+    line = [Cell(f"{len(study.runs)} models, {runs} trainings, means over seeds.")]
+    for subject, of in ((study, "text at positions"), (recall, "digits recalled from")):
+        cells = _rotary(subject)
+        span = subject.far(cells[0])
+        line.append(Cell(f" Perplexity of {of} {span_name(span, ' to ')}: "))
+        means = [(cell, subject.scores(cell, cell.length, span)) for cell in cells]
+        for i, (cell, scores) in enumerate((cell, scores) for cell, scores in means if scores):
+            mean = mean_text(scores).partition(" ")[0]
+            line.append(Cell(f"{', ' if i else ''}{mean} {short_layout(cell.layout)}", results=[*scores.values()]))
+        line.append(Cell("."))
+    return line
 
 
 def _context(study: Study) -> int:
@@ -60,63 +74,62 @@ def _context(study: Study) -> int:
     return max(context for cell in study.runs if cell.length == study.length for context in study.contexts(cell))
 
 
-def _at_length(study: Study, position: str | None = None) -> list[StudyCell]:
-    cells = [cell for cell in study.runs if cell.length == study.length and position in (None, cell.position)]
-    return ordered(cells)
+def _rotary(study: Study) -> list[StudyCell]:
+    return ordered(cell for cell in study.runs if (cell.length, cell.position) == (study.length, "rotary"))
 
 
-def _kinds(study: Study) -> Figure:
+def _layouts(study: Study) -> Figure:
     """Every layout under rotary positions; dotted, those read by Self-Extend."""
-    context, curves, results = _context(study), [], []
-    for cell in _at_length(study, "rotary"):
-        style = {"linestyle": "--"} if cell.layout.startswith("GLLL") else {}
-        for read in (cell, study.extended(cell) if cell.attention in _OFFERED else None):
-            if read is not None:
-                name = cell.layout if read is cell else f"{cell.layout}, Self-Extend"
-                style = style if read is cell else {"linestyle": ":", "markerfacecolor": "none"}
-                drawn, rows = curve(study, read, context, name, marker="o", **style)
-                curves.append(drawn)
-                results += rows
+    context = _context(study)
+    curves: list[Curve] = []
+    results: list[Result] = []
+    for cell in _rotary(study):
+        extended = study.extended(cell) if cell.layout.partition(":")[0] in _WITH_SELF_EXTEND else None
+        name, linestyle = short_layout(cell.layout), "--" if cell.layout.startswith("GLLL") else "-"
+        drawn = [curve(study, cell, context, name, marker="o", linestyle=linestyle)]
+        if extended is not None:
+            dotted = {"marker": "o", "linestyle": ":", "markerfacecolor": "none"}
+            drawn.append(curve(study, extended, context, f"{name}, Self-Extend", **dotted))
+        curves += [one for one, _ in drawn]
+        results += [result for _, of_one in drawn for result in of_one]
     what = "Perplexity of text" if study.subject == TEXT else "Perplexity of recalled digits"
-    caption = f"{what} under rotary positions, trained at {study.length:,} tokens (dashed), read to {context:,}"
-    place = "position" if study.subject == TEXT else "distance in tokens"
-    plot = partial(plot_by_position, curves=curves, trained=study.length, limits=_limits(study, curves), place=place)
-    return Figure(study.subject, [plot], caption, results, height=3.0)
+    return Figure(
+        study.subject, [_plot(study, curves)], _caption(study, f"{what} under rotary positions"), results, 3.0
+    )
 
 
-def _limits(study: Study, curves: Sequence[Curve]) -> tuple[float, float]:
-    """Text to 1.4 times the least perplexity, what is worse leaves the picture; recall to beyond a guess of digits."""
+def _caption(study: Study, what: str) -> str:
+    length, context = study.length, _context(study)
+    where = f"up to {length:,} tokens (dashed) in contexts of {length:,}, beyond in contexts of {context:,}"
+    return f"{what}, {where}; worse values leave the picture"
+
+
+def _plot(study: Study, curves: Sequence[Curve], title: str = "") -> partial[None]:
+    """Text to 1.4 times the least perplexity; recall to beyond a guess of digits."""
     least = min(min(one.means.values()) for one in curves)
-    return (0.98 * least, 1.4 * least) if study.subject == TEXT else (0.95, 14.0)
+    limits = (0.98 * least, 1.4 * least) if study.subject == TEXT else (0.95, 14.0)
+    place = "position" if study.subject == TEXT else "distance in tokens"
+    return partial(plot_by_position, curves=curves, trained=study.length, limits=limits, title=title, place=place)
 
 
 def _positions(study: Study, recall: Study) -> list[Figure]:
     """Each position embedding under global attention, on text and on recall; none where there is one."""
     if sum(study.cell("global", position) is not None for position in POSITIONS) < 2:
         return []
-    plots, results = [], []
+    plots = []
+    results: list[Result] = []
     for subject in (study, recall):
-        context, curves = _context(study), []
-        for position, colour, marker in zip(POSITIONS, (INK, *HUES), "o^sD", strict=False):
-            cell = subject.cell("global", position)
-            if cell is not None:
-                at = context if context in subject.contexts(cell) else cell.length
-                drawn, rows = curve(subject, cell, at, position, marker=marker)
+        curves = []
+        for position, colour in zip(POSITIONS, (INK, *HUES), strict=False):
+            if (cell := subject.cell("global", position)) is not None:
+                drawn, of_cell = curve(subject, cell, _context(subject), position, marker=SHAPES[position])
                 curves.append(drawn._replace(style={**drawn.style, "color": colour}))
-                results += rows
-        plots.append(_panel(subject, curves))
-    caption = "Position embeddings under global attention; absolute ones end at the dashed line"
-    return [Figure("positions", plots, caption, results, height=2.8)]
-
-
-def _panel(study: Study, curves: Sequence[Curve]) -> Any:
-    place = "position" if study.subject == TEXT else "distance in tokens"
-    options: dict[str, Any] = {"limits": _limits(study, curves), "title": study.subject, "place": place}
-
-    def plot(axes: Axes) -> None:
-        plot_by_position(axes, curves, study.length, **options)
-
-    return plot
+                results += of_cell
+        plots.append(_plot(subject, curves, subject.subject))
+    caption = _caption(
+        study, "Position embeddings under global attention, of which absolute ones end where training did"
+    )
+    return [Figure("positions", plots, caption, results, 2.8)]
 
 
 def _verdicts(study: Study, recall: Study) -> list[str | Table | Figure]:
@@ -133,71 +146,70 @@ def _verdict(claim: Claim) -> Cell:
     part, verdict = claim.deciding, VERDICTS[claim.verdict]
     if part is None:
         return Cell("not tested")
-    one, other = (name.replace(" rotary", "") for name, _ in part.compared)
-    interval = part.interval.partition(";")[0]
-    by = f"{one} {part.change} ({interval}) against {other}"
-    if claim.verdict == UNTESTED and part.seeds is not None:
-        by += f"; some {part.seeds} seeds would decide"
-    return Cell(f"{verdict}: {by}", results=part.results)
+    first, second = (name.replace(" rotary", "").replace("self-extend ", "") for name, _ in part.compared)
+    interval = f" ({part.interval.partition(';')[0]})" if part.difference else ""
+    compared = f"{first} {part.change}{interval} against {second}, {part.where.partition(' of ')[0]}"
+    if claim.verdict == UNTESTED and part.difference:
+        compared += f"; {part.seeds} seeds would decide" if part.seeds else "; 30 seeds would not decide"
+    return Cell(f"{verdict}: {compared}", results=part.results)
 
 
 def _cells(study: Study, recall: Study) -> Table:
     """Perplexity at the last positions of the trained length and of the longest context, with Self-Extend beside."""
-    context, length = _context(study), study.length
-    near = study.far(next(cell for cell in study.runs if cell.length == length))
-    far = study.spans(context, [*study.runs])[-2]
-    head = ["trained", "seeds", f"text {span_name(near)}", f"text {span_name(far)}", "Self-Extend"]
-    head += [f"recall {span_name(near)}", f"recall {span_name(far)}", "Self-Extend", "pairs a token"]
+    context, cells = _context(study), [*_rotary(study)]
+    cells += ordered(cell for cell in study.runs if cell.length == study.length and cell not in cells)
+    cells += ordered(cell for cell in study.runs if cell.length != study.length)
+    near, far = study.far(cells[0]), study.last(cells[0], context)
+    of_subject = [span_name(near), span_name(far), "Self-Extend"]
+    head = [
+        "model",
+        "seeds",
+        *(f"{subject} {what}" for subject in (TEXT, RECALL) for what in of_subject),
+        "pairs a token",
+    ]
     body = []
-    for cell in ordered(study.runs):
+    for cell in cells:
         line = [Cell(study.title(cell)), Cell(str(len(study.runs[cell])))]
         for subject in (study, recall):
-            extended = subject.extended(cell)
-            at = near if cell.length == length else subject.far(cell)
-            places = [(cell, cell.length, at), (cell, context, far), (extended, context, far)]
-            line += [_mean(subject, *place) for place in places]
+            at = cell.length if cell.length == study.length else context
+            line += [_mean(subject, cell, at, near), _mean(subject, cell, context, far)]
+            line.append(_mean(subject, subject.extended(cell), context, far))
         cost = study.cost(cell, "attention_pairs")
         line.append(Cell(number(int(cost.value / cell.length)), results=[cost]) if cost else Cell("–"))
         body.append(line)
     return Table("", [*map(Cell, head)], body)
 
 
-def _mean(study: Study, cell: StudyCell | None, context: int, span: tuple[int, int]) -> Cell:
+def _mean(study: Study, cell: StudyCell | None, context: int, span: Span) -> Cell:
     scores = {} if cell is None else study.scores(cell, context, span)
-    if not scores:
-        return Cell("–")
-    of = spread(scores)
-    deviation = f" ± {number(of.deviation)}" if of.deviation is not None else ""
-    return Cell(number(of.mean) + deviation, results=[*scores.values()])
+    return Cell(mean_text(scores), results=[*scores.values()]) if scores else Cell("–")
 
 
 def _costs(study: Study) -> list[str | Table | Figure]:
-    """A training step of each rotary layout by length: measured, and planned from the closed forms."""
+    """A training step of each rotary layout by length: measured, and planned."""
     timed, planned = (
         {(one.layout, one.length): one for one in study.measured if one.metric == metric}
         for metric in ("tokens_per_second", "planned_milliseconds")
     )
     lengths = sorted({length for _, length in timed if length})
-    layouts = [f"{cell.layout} {cell.position}" for cell in _at_length(study, "rotary")]
-    layouts = [layout for layout in layouts if any((layout, length) in timed for length in lengths)]
-    if not layouts:
+    layouts = [f"{cell.layout} {cell.position}" for cell in _rotary(study)]
+    layouts = [layout for layout in layouts if all((layout, length) in timed for length in lengths)]
+    if not timed or not layouts:
         return []
     body = []
     for layout in layouts:
-        line = [Cell(re.sub("^S+:", "S:", layout.removesuffix(" rotary")))]
+        line = [Cell(short_layout(layout.removesuffix(" rotary")))]
         for length in lengths:
-            one, full = timed.get((layout, length)), timed.get((layouts[0], length))
-            if one is None or full is None:
-                line += [Cell("–")] * 3
-                continue
-            plan, of_full = planned[layout, length], planned[layouts[0], length]
-            line.append(Cell(number(1e6 / one.value), results=[one]))
-            line.append(Cell(f"{full.value / one.value:.2f}", results=[one, full]))
-            line.append(Cell(f"{plan.value / of_full.value:.2f}", results=[plan, of_full]))
+            speed, of_full = timed[layout, length], timed[layouts[0], length]
+            plan, plan_of_full = planned[layout, length], planned[layouts[0], length]
+            line.append(Cell(number(1e6 / speed.value), results=[speed]))
+            line.append(Cell(f"{of_full.value / speed.value:.2f}", results=[speed, of_full]))
+            line.append(Cell(f"{plan.value / plan_of_full.value:.2f}", results=[plan, plan_of_full]))
         body.append(line)
     head = [Cell("layout"), *(Cell(text) for n in lengths for text in (f"{n:,}: µs a token", "of full", "by plan"))]
     prose = (
         "A training step of 16,384 tokens, in sequences of each length: microseconds a token, the share of full "
-        "attention's time, and the share that the plan computes from the closed forms of FLOPs and bytes."
+        "attention's time, and the share by the plan, from the closed forms of FLOPs and bytes under this machine's "
+        "measured ceilings. The measured step includes the optimiser, the plan does not."
     )
     return [prose, Table("", head, body)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -197,7 +198,11 @@ def test_large_grids_train_at_their_width(name: str, few: Path, tmp_path: Path) 
     path, changes = ROOT / "recipes" / f"{name}.yaml", [f"{key}={value}" for key, value in smaller.items()]
     losses = [one.value for one in study(read_recipe(path, StudyRecipe, changes)) if one.metric == "loss"]
     assert len(losses) == 2
-    assert all(4 < loss < 8 for loss in losses)
+    assert all(4 < loss < 8 for loss in losses)  # ln 300 is 5.7
+    (trained,) = (tmp_path / "run").glob("cells/*/model/config.json")
+    config = json.loads(trained.read_text())
+    sizes = {"study-117m": (768, 12), "study-345m": (1024, 16)}
+    assert (config["hidden_size"], config["num_attention_heads"]) == sizes[name]
 
 
 def test_learned_positions_are_not_read_beyond(few: Path, tmp_path: Path) -> None:

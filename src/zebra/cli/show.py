@@ -5,7 +5,6 @@ Text goes to a terminal as `zebra.progress.printable`. A stdout that is not UTF-
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -203,19 +202,22 @@ def cells(cells: Sequence[CellEstimate], as_json: bool) -> None:
         return
     timed = any(cell.hours is not None for cell in cells)
     rows: list[list[str | Text]] = []
-    for c in cells:
-        name = re.sub(r"^S+:", "S:", c.layout)
-        row = [name, f"{c.length:,}", str(c.seed), _millions(c.parameters), _millions(c.tokens), f"{c.attention:.1%}"]
-        rows.append([*row, *[f"{c.hours or 0:,.1f}"] * timed, _styled("[green]done[/]" if c.done else "")])
-    head = ["layout", "length", "seed", "parameters", "tokens", "attention", *["hours"] * timed]
+    for cell in cells:
+        row = [cell.cell, _count(cell.parameters), _count(cell.tokens), f"{cell.attention:.1%}"]
+        rows.append([*row, *[_hours(cell.hours or 0)] * timed, _styled("[green]done[/]" if cell.done else "")])
+    head = ["cell", "parameters", "tokens", "attention", *["hours"] * timed]
     _table([*head, ""], rows, numbers=slice(1, len(head)))
     todo = [cell for cell in cells if not cell.done]
-    hours = f", {sum(cell.hours or 0 for cell in todo):,.0f} hours" if timed else ""
+    hours = f", {_hours(sum(cell.hours or 0 for cell in todo))} hours" if timed else ""
     line(f"{len(cells):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens{hours}")
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.{1 if count < 1e9 else 0}f} M"
+def _count(count: int) -> str:
+    return f"{count:,}" if count < 1e5 else f"{count / 1e6:,.{2 if count < 1e7 else 0}f} M"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
 def plan(tree: dict[str, Any], as_json: bool) -> None:

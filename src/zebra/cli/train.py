@@ -101,7 +101,7 @@ def study(
     from zebra.train.recipe_file import read_recipe
 
     if device is not None and not dry_run:
-        raise ZebraError(f"--device is planned for with --dry-run, and a grid trains on this machine; got {device}.")
+        raise ZebraError(f"--device needs --dry-run: it plans the hours; training uses this machine. Got {device}.")
     grid = read_recipe(recipe, StudyRecipe, set_ or [])
     with show.working():
         from zebra.study.grid import estimate

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from zebra.report.series import Span, number, percent, span_name
 from zebra.results import Result
 from zebra.study.results import Study, StudyCell
-from zebra.study.spread import Difference, Losses, Scores, loss_difference, losses, spread
+from zebra.study.spread import Difference, Losses, Scores, half_width, loss_difference, losses, spread
 
 HOLDS, FAILS, UNTESTED = "holds", "does not hold", "not tested here"
-EQUAL = 0.02
-"""The difference of two losses in nats per token below which they count as equal: 2 % of perplexity."""
+BEATS, AS_GOOD = 0.0, 0.02
+"""The limits of rules: the largest loss of one cell above another's, in nats per token; 0.02 is 2 % of perplexity."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Evidence:
     """Two things that were compared, each with its number, the change, and whether it supports the claim.
 
     Attributes:
-        seeds: of each cell, for the interval of so large a change to decide; None where it does, or there is none.
-        margin: how far the interval's upper end lies below the rule's limit, in nats.
+        gates: whether it says only that the claim can be tested, or is part of another comparison.
+        difference: what the interval is of, and `limit` the rule's; None where there is no interval.
     """
 
     compared: Sequence[tuple[str, str]]
@@ -31,27 +31,36 @@ class Evidence:
     interval: str
     holds: bool | None
     results: Sequence[Result] = ()
-    seeds: int | None = None
-    margin: float = math.inf
+    gates: bool = False
+    difference: Difference | None = None
+    limit: float = 0.0
+
+    @property
+    def distance(self) -> float:
+        """How far the limit lies outside the interval, in nats; inf where there is none, negative where inside."""
+        if self.difference is None:
+            return math.inf
+        return max(self.limit - self.difference.high, self.difference.low - self.limit)
+
+    @property
+    def seeds(self) -> int | None:
+        """The seeds of each cell that would decide; None where it is decided, or where 30 would not."""
+        return None if self.difference is None else seeds_to_decide(self.difference, self.limit)
 
 
-BEATS, AS_GOOD = 0.0, EQUAL
-"""The rules: the largest loss of the first cell above that of the second, in nats per token."""
-
-
-def within(change: Difference, limit: float) -> bool | None:
+def within(difference: Difference, limit: float) -> bool | None:
     """Whether a difference is at most a limit; None where the interval leaves it open."""
-    return True if change.high <= limit else False if change.low > limit else None
+    return True if difference.high <= limit else False if difference.low > limit else None
 
 
-def seeds_to_decide(change: Difference, limit: float, seeds: int) -> int | None:
-    """How many seeds would leave the limit outside the interval; None where it is outside.
+def seeds_to_decide(difference: Difference, limit: float) -> int | None:
+    """How many seeds would leave the limit outside Student's t interval, if mean and deviation stayed as they are.
 
-    The width of an interval falls with the square root of their number.
+    None where it is outside, and where 30 seeds would not do.
     """
-    if within(change, limit) is not None or change.mean == limit:
+    if within(difference, limit) is not None:
         return None
-    return math.ceil(seeds * (change.half / (change.mean - limit)) ** 2)
+    return next((n for n in range(3, 31) if half_width(difference.deviation, n) < abs(difference.mean - limit)), None)
 
 
 @dataclass
@@ -59,7 +68,7 @@ class Claim:
     """A claim about a study, its rule, the verdict and its evidence.
 
     Attributes:
-        in_paper: whether the paper makes it; otherwise it checks our set-up.
+        in_paper: whether the Zebra paper makes it.
     """
 
     text: str
@@ -75,42 +84,49 @@ class Claim:
 
     @property
     def deciding(self) -> Evidence | None:
-        """Of the comparisons that have the outcome of the verdict, the one that is farthest from any other outcome."""
+        """The comparison that the verdict rests on: the surest failure, else the least sure of all."""
         outcome = {HOLDS: True, FAILS: False, UNTESTED: None}[self.verdict]
-        parts = [part for part in self.evidence if part.holds is outcome] or self.evidence
-        return min(parts, key=lambda part: part.margin, default=None)
+        own = [part for part in self.evidence if not part.gates]
+        parts = [part for part in own if part.holds is outcome] or own
+        choose = max if self.verdict == FAILS else min
+        return choose(parts, key=lambda part: part.distance, default=None)
 
     def compare(
         self, study: Study, one: StudyCell | None, limit: float, other: StudyCell | None, span: Span | None = None,
-        at: int | None = None,
+        at: int | None = None, gates: bool = False,
     ) -> bool | None:  # fmt: skip
         """Compare two cells by a rule's limit, at a span of a context (by default the second cell's whole length)."""
         if one is None or other is None:
             return None
         context = at or other.length
         span = span or (0, context)
-        a, b = study.scores(one, context, span), study.scores(other, context, span)
+        scores = [(study.title(cell), study.scores(cell, context, span)) for cell in (one, other)]
         of_all = [losses(study.scores(cell, context, span)) for cell in study.runs]
-        return self.decide([(study.title(one), a), (study.title(other), b)], limit, of_all, place(span, context))
+        return self.decide(scores, limit, of_all, place(span, context), gates)
 
     def decide(
-        self, scores: Sequence[tuple[str, Scores]], limit: float, of_all: Sequence[Losses], where: str
+        self,
+        scores: Sequence[tuple[str, Scores]],
+        limit: float,
+        of_all: Sequence[Losses],
+        where: str,
+        gates: bool = False,
     ) -> bool | None:
         """Compare two named scores by a rule's limit, beside the losses of all cells."""
-        (one, first), (other, second) = scores
-        a, b = shared(first, second)
-        if not a or not b:
+        names, of_two = zip(*scores, strict=True)
+        first, second = shared(*of_two)
+        if not first or not second:
             return None
-        names, results = [(one, mean_text(a)), (other, mean_text(b))], results_of(a, b)
-        change = loss_difference(losses(a), losses(b), of_all)
+        compared, results = [*zip(names, map(mean_text, (first, second)), strict=True)], results_of(first, second)
+        change = loss_difference(losses(first), losses(second), of_all)
         if change is None:
-            self.evidence.append(Evidence(names, where, "–", "no spread to compare it with", None, results))
+            none = "no spread to compare it with"
+            self.evidence.append(Evidence(compared, where, "–", none, None, results, gates))
             return None
         low, mean, high = (change_text(nats) for nats in (change.low, change.mean, change.high))
-        interval, held = f"{low} to {high}; {change.method}", within(change, limit)
-        seeds, margin = seeds_to_decide(change, limit, min(len(a), len(b))), limit - change.high
-        self.evidence.append(Evidence(names, where, mean, interval, held, results, seeds, margin))
-        return held
+        interval, holds = f"{low} to {high}; {change.method}", within(change, limit)
+        self.evidence.append(Evidence(compared, where, mean, interval, holds, results, gates, change, limit))
+        return holds
 
 
 def mean_text(scores: Scores) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from zebra.report.figures import Figure, plot_loss
 from zebra.report.page import Cell, Chapter, Line, Section, Table
-from zebra.report.pivot import interval_cell, value_cell
-from zebra.report.series import count, number, span_name
+from zebra.report.pivot import value_cell
+from zebra.report.series import Span, count, number, span_name
 from zebra.results import Result
 from zebra.study.claims import METHOD, claims
 from zebra.study.evidence import FAILS, HOLDS, UNTESTED, Claim, mean_text
@@ -63,7 +63,7 @@ def _chapter(study: Study, index: int) -> Chapter:
         "quality against cost": _scatter(study, prefix),
         "beyond the trained length": _beyond(study, prefix),
         "recall beyond the trained length": _beyond(recall, f"{prefix}-recall") if recall else [],
-        "time and memory": _costs(study),
+        "what a text costs": _costs(study),
         "training": _training(study, prefix),
     }
     sections = [Section(title + name, part) for name, part in blocks.items() if part]
@@ -71,7 +71,7 @@ def _chapter(study: Study, index: int) -> Chapter:
 
 
 def _summary(study: Study, checked: Mapping[str, Sequence[Claim]]) -> Line:
-    """How many claims hold, whether long context helps at all, and grouped attention beside global."""
+    """How many claims hold, the verdicts on those that are not the paper's, and grouped attention beside global."""
     runs = sum(len(seeds) for seeds in study.runs.values())
     text = f"{study.name}: " if study.name else ""
     text += f"{len(study.runs)} cells, {runs} runs."
@@ -83,11 +83,11 @@ def _summary(study: Study, checked: Mapping[str, Sequence[Claim]]) -> Line:
         text += f" Of the paper's {verdicts.total()} claims {counted}{where}."
         text += "".join(f" {claim.text}{where}: {claim.verdict}." for claim in of_subject if not claim.in_paper)
     line = [Cell(text)]
-    grouped, wide = study.cell("grouped"), study.cell("global")
-    if grouped and wide and all(scores := [study.scores(cell, wide.length) for cell in (grouped, wide)]):
-        one, two = (Cell(mean_text(of), results=[*of.values()]) for of in scores)
-        line += [Cell(f" Perplexity over contexts of {wide.length:,} tokens is "), one]
-        line += [Cell(f" with {grouped.name}, "), two, Cell(f" with {wide.name}.")]
+    grouped, full = study.cell("grouped"), study.cell("global")
+    if grouped and full and all(scores := [study.scores(cell, full.length) for cell in (grouped, full)]):
+        of_grouped, of_full = (Cell(mean_text(of), results=[*of.values()]) for of in scores)
+        line += [Cell(f" Perplexity over contexts of {full.length:,} tokens is "), of_grouped]
+        line += [Cell(f" with {grouped.name}, "), of_full, Cell(f" with {full.name}.")]
     return line
 
 
@@ -176,8 +176,7 @@ def _beyond(study: Study, prefix: str) -> Blocks:
         return []
     blocks: Blocks = []
     if any(cell.position == "absolute" for cell in study.runs):
-        blocks.append("A table of learned positions ends where training did: absolute cells cannot be read farther and "
-                      "have no line.")  # fmt: skip
+        blocks.append("Learned positions end where training did: absolute cells cannot be read farther.")
     blocks.append(_table(study, [cell for cell in study.runs if study.spans(context, [cell])], context, "read farther"))
     panels: dict[str, list[Curve]] = defaultdict(list)
     results: list[Result] = []
@@ -198,61 +197,48 @@ def _beyond(study: Study, prefix: str) -> Blocks:
         if curves
     ]
     caption = (
-        f"{what} by {place} in contexts of {context:,} tokens, trained at {study.length:,} (dashed), a panel "
-        "for each position embedding, the mean over seeds"
+        f"{what} by {place}, the mean over seeds, a panel for each position embedding: to the trained length (dashed) "
+        f"in contexts of {study.length:,} tokens, beyond it in contexts of {context:,}"
     )
     return [Figure(f"{prefix}-beyond", plots, caption, results, height=3.2), *blocks]
 
 
 def curve(study: Study, cell: StudyCell, context: int, name: str, **style: Any) -> tuple[Curve, list[Result]]:
-    """A cell's means by position in a context, in the colour of its attention; and the results that they are of."""
-    scores = {span: of for span in study.spans(context, [cell])[:-1] if (of := study.scores(cell, context, span))}
-    means = {span: mean for span, of in scores.items() if 0 < (mean := spread(of).mean) < _DRAWABLE}
-    results = [result for span in means for result in scores[span].values()]
+    """A cell's means by position, in the colour of its attention; and the results that they are of.
+
+    Up to the length that the cell was trained at they are those of contexts of that length, where there are any, and
+    beyond it those of `context`.
+    """
+    near = cell.length if cell.length in study.contexts(cell) else 0
+    places = [(cell.length, span) for span in study.spans(cell.length, [cell])[:-1]]
+    places += [(context, span) for span in study.spans(context, [cell])[:-1] if near <= span[0] and context > near]
+    means: dict[Span, float] = {}
+    results: list[Result] = []
+    for length, span in places:
+        scores = study.scores(cell, length, span)
+        if scores and 0 < (mean := spread(scores).mean) < _DRAWABLE:
+            means[span] = mean
+            results += scores.values()
     return Curve(name, means, {"color": COLOURS[cell.attention]} | style), results
 
 
-_COSTS = {
-    "parameters": ("parameters", ""),
-    "attention_pairs": ("attention pairs", "a text"),
-    "cached_tokens": ("cached tokens", "a text"),
-    "planned_milliseconds": ("planned", "µs a token"),
-    "milliseconds": ("measured", "µs a token"),
-    "planned_bytes": ("planned", "MiB"),
-    "extra_bytes": ("measured", "MiB"),
-}
-"""The heads of the columns of costs, with the units."""
+_COSTS = {"parameters": "parameters", "attention_pairs": "attention pairs", "cached_tokens": "cached tokens"}
+"""The heads of the columns of costs."""
 
 
 def _costs(study: Study) -> Blocks:
-    """A line for each cell, its columns those of which there are results: exact counts, plans and measurements."""
+    """A line for each cell, its columns those of which there are results."""
     cells = ordered(study.runs)
     metrics = [metric for metric in _COSTS if any(study.cost(cell, metric) for cell in cells)]
     if not metrics:
         return []
-    names = [Cell(cell.name, f"trained at {cell.length:,}") for cell in cells]
-    body = [
-        [name, *(_cost(study, cell, metric) for metric in metrics)] for name, cell in zip(names, cells, strict=True)
-    ]
+    body = []
+    for cell in cells:
+        costs = (study.cost(cell, metric) for metric in metrics)
+        counts = (value_cell([] if cost is None else [cost], count) for cost in costs)
+        body.append([Cell(cell.name, f"trained at {cell.length:,}"), *counts])
     prose = "Attention pairs and cached tokens are exact counts over one text of the training length."
-    timed = (
-        "A training step is forward, loss, backward and optimiser. It was timed in turns, all cells of a length in one "
-        "process: the median, with the least and the most. Its memory is what a fresh process needs for the model, the "
-        "optimiser and one step. Beside each stands the plan, from the config and this machine's ceilings."
-    )
-    table = Table("", [Cell("cell"), *(Cell(*_COSTS[metric]) for metric in metrics)], body)
-    return [prose, *([timed] if study.measured else []), table]
-
-
-def _cost(study: Study, cell: StudyCell, metric: str) -> Cell:
-    cost, unit = study.cost(cell, metric), _COSTS[metric][1]
-    results = [] if cost is None else [cost]
-    if unit not in ("µs a token", "MiB"):
-        return value_cell(results, count)
-    time, speed = study.cost(cell, "milliseconds"), study.cost(cell, "tokens_per_second")
-    tokens = round(time.value * speed.value / 1000) if time and speed else 1  # of a step
-    scale = 2**-20 if unit == "MiB" else 1000 / tokens
-    return interval_cell(results, lambda value: number(value * scale))
+    return [prose, Table("", [Cell("cell"), *(Cell(_COSTS[metric]) for metric in metrics)], body)]
 
 
 def _training(study: Study, prefix: str) -> Blocks:

@@ -45,9 +45,14 @@ class StudyCell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For people; summary layers throughout are one letter."""
+        """For people."""
         read = f", self-extend {self.self_extend}" if self.self_extend else ""
-        return f"{re.sub('^S+:', 'S:', self.layout)} {self.position}{read}"
+        return f"{short_layout(self.layout)} {self.position}{read}"
+
+
+def short_layout(layout: str) -> str:
+    """A layout for people: summary layers throughout are one letter."""
+    return re.sub("^S+:", "S:", layout)
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,21 @@ class Study:
         """The same cell read with Self-Extend."""
         return next((one for one, *_ in self._scores if one.self_extend and one._replace(self_extend="") == cell), None)
 
+    @cached_property
+    def uses_self_extend(self) -> bool:
+        """Whether any cell was read with Self-Extend."""
+        return any(
+            ", self-extend" in one.layout for seeds in self.runs.values() for run in seeds.values() for one in run
+        )
+
+    def last(self, cell: StudyCell, context: int) -> Span:
+        """The last bucket of positions of a context that a cell was measured at; all of it where that is one."""
+        spans = self.spans(context, [cell])
+        return spans[-2] if len(spans) > 1 else (0, context)
+
     def far(self, cell: StudyCell) -> Span:
         """The last bucket of positions of the length that a cell was trained at."""
-        spans = self.spans(cell.length, [cell])
-        return spans[-2] if len(spans) > 1 else (0, cell.length)
+        return self.last(cell, cell.length)
 
     @property
     def results(self) -> list[Result]:
@@ -118,12 +134,16 @@ class Study:
         counts = Counter(cell.length for cell, seeds in self.runs.items() for _ in seeds)
         return max(counts, key=lambda length: (counts[length], length))
 
-    def cell(self, attention: str, position: str = "rotary") -> StudyCell | None:
-        """The cell of a kind of attention at the study's length: of its layouts that with the most runs."""
+    def cells(self, attention: str, position: str = "rotary") -> list[StudyCell]:
+        """The cells of a kind of attention at the study's length, those of layouts with the most runs first."""
         kinds = [cell for cell in self.runs if (cell.attention, cell.length) == (attention, self.length)]
         counts = Counter(cell.layout for cell in kinds for _ in self.runs[cell])
         cells = (StudyCell(layout, position, self.length) for layout, _ in counts.most_common())
-        return next((cell for cell in cells if cell in self.runs), None)
+        return [cell for cell in cells if cell in self.runs]
+
+    def cell(self, attention: str, position: str = "rotary") -> StudyCell | None:
+        """The first of `cells`."""
+        return next(iter(self.cells(attention, position)), None)
 
     def title(self, cell: StudyCell) -> str:
         """A cell's name, with its training length where that is not the study's."""

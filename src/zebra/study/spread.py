@@ -26,11 +26,15 @@ class Spread(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The loss of the first of two less that of the second, in nats per token, and half its 95 % interval."""
+    """The loss of the first of two less that of the second, in nats per token, and half its 95 % interval.
+
+    `deviation` is that of one pair of seeds.
+    """
 
     mean: float
     half: float
     method: str
+    deviation: float
 
     @property
     def low(self) -> float:
@@ -81,14 +85,19 @@ def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Diffe
         return None
     mean, n = statistics.mean(shared), len(shared)
     if n > 2:
-        return Difference(
-            mean, _TWO_SIDED[min(n - 1, 10) - 1] * statistics.stdev(shared) / math.sqrt(n), f"{n} seeds, paired"
-        )
+        deviation = statistics.stdev(shared)
+        return Difference(mean, half_width(deviation, n), f"{n} seeds, paired", deviation)
     noise, freedom = _noise(others)
     if not freedom:
         return None
     method = f"{n} seed{'s' if n > 1 else ''}, paired; the other cells' noise"
-    return Difference(mean, _TWO_SIDED[min(freedom, 10) - 1] * noise * math.sqrt(2 / n), method)
+    deviation = noise * math.sqrt(2)
+    return Difference(mean, half_width(deviation, n, freedom), method, deviation)
+
+
+def half_width(deviation: float, n: int, freedom: int | None = None) -> float:
+    """Half of Student's t interval at 95 % of the mean of n values; degrees of freedom are n - 1 by default."""
+    return _TWO_SIDED[min(freedom or n - 1, 10) - 1] * deviation / math.sqrt(n)
 
 
 def _noise(others: Iterable[Losses]) -> tuple[float, int]:
