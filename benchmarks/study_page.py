@@ -105,9 +105,9 @@ def _caption(study: Study, what: str) -> str:
 
 
 def _plot(study: Study, curves: Sequence[Curve], title: str = "") -> partial[None]:
-    """Text to 1.4 times the least perplexity; recall to beyond a guess of digits."""
+    """Text to 1.6 times the least perplexity; recall to beyond a guess of digits."""
     least = min(min(one.means.values()) for one in curves)
-    limits = (0.98 * least, 1.4 * least) if study.subject == TEXT else (0.95, 14.0)
+    limits = (0.98 * least, 1.6 * least) if study.subject == TEXT else (0.95, 14.0)
     place = "position" if study.subject == TEXT else "distance in tokens"
     return partial(plot_by_position, curves=curves, trained=study.length, limits=limits, title=title, place=place)
 
