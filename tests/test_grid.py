@@ -188,8 +188,7 @@ def test_large_grids_train_at_their_width(name: str, few: Path, tmp_path: Path) 
     """Their hidden size, heads and optimiser; four layers, short sequences, and a vocabulary that few words fill."""
     smaller = {
         "run": tmp_path / "run", "recipe.model.num_hidden_layers": 4, "recipe.model.sliding_window": 16,
-        "recipe.tokenizer.vocab_size": 300, "recipe.data.files": f"[{few}]", "recipe.data.recall": "null",
-        "recipe.data.held_out": "null",
+        "recipe.tokenizer.vocab_size": 300, "recipe.data": f"{{files: [{few}]}}",
         "recipe.train.length": 32, "recipe.train.gradient_accumulation_steps": 1, "recipe.train.max_steps": 2,
         "recipe.train.warmup_steps": 1, "recipe.train.logging_steps": 1, "recipe.train.save_steps": 2,
         "recipe.train.device": "best", "recipe.evaluate": "null",
