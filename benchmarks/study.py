@@ -46,7 +46,7 @@ TIMED = [
 ]
 """What `costs` changes of a grid: a step has 16,384 tokens, in sequences of each length."""
 
-FOUND = [
+FINDINGS = [
     "The grid is not finished: 9 of 39 trainings, so positions and lengths are open. The recipe's bar, that with seed "
     "0 the global model beats the local one at positions 512 to 1,024 on text and on recall, is passed by the third "
     "set-up: pilots on books missed it or passed it narrowly, and half of the text became code before the grid was run "
@@ -132,7 +132,7 @@ def main(arguments: list[str]) -> None:
             raise ZebraError(
                 f"{' '.join(arguments)!r} is no command, and no run with a results.jsonl. See the head of the file."
             )
-    write_page(read_results(RESULTS), PAGE, IMAGES, FOUND, LIMITS)
+    write_page(read_results(RESULTS), PAGE, IMAGES, FINDINGS, LIMITS)
 
 
 if __name__ == "__main__":

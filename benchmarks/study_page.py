@@ -26,7 +26,7 @@ _WITH_SELF_EXTEND = ("full", "GL")
 
 
 def write_page(
-    results: Sequence[Result], path: Path, images: Path, found: Sequence[str], limits: Sequence[str]
+    results: Sequence[Result], path: Path, images: Path, findings: Sequence[str], limits: Sequence[str]
 ) -> None:
     """The page and its pictures, with what results cannot say: paragraphs on what was found, and limits.
 
@@ -39,7 +39,7 @@ def write_page(
     study, recall = studies[0], studies[0].on(RECALL)
     figures = [_layouts(study), _layouts(recall), *_positions(study, recall)]
     sections = [
-        Section("What was found", [*found, *figures]),
+        Section("What was found", [*findings, *figures]),
         Section("The paper's claims", _verdicts(study, recall)),
         Section("The cells", [NAMES, _cells(study, recall)]),
         Section("What a training step costs", _costs(study)),
