@@ -51,11 +51,11 @@ FINDINGS = [
     "0 the global model beats the local one at positions 512 to 1,024 on text and on recall, is passed by the third "
     "set-up: pilots on books missed it or passed it narrowly, and half of the text became code before the grid was run "
     "(docs/log.md).",
-    "Recall is decided. It is the perplexity of digits that a document told under a key, by the tokens since: 1 where "
-    "they are looked up, 10 where they are guessed. Models with global layers look up, whether all layers are global "
-    "or one of four, and guess beyond the trained length until Self-Extend reads them. Local and summary layers guess.",
-    "Text is not decided: the global models of three seeds differ by a third. Looking up in code is learned at once, "
-    "and after 10 million tokens only some have learned it; with groups all have so far.",
+    "Recall is the perplexity of digits that a document told under a key, by the tokens since: 1 where they are looked "
+    "up, 10 where they are guessed. Models with global layers look up, whether all layers are global or one of four; "
+    "beyond the trained length they do worse than guess, until Self-Extend reads them. Local and summary layers guess.",
+    "Text is not decided: the global models of three seeds differ by a third, it seems because looking up in code is "
+    "learned suddenly, and after 10 million tokens by one of the three only (docs/log.md).",
 ]
 LIMITS = [
     "The models have eight layers of 96, three heads, 0.94 million parameters and a vocabulary of 512 tokens of "

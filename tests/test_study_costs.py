@@ -20,7 +20,7 @@ from zebra.plan.devices import DEVICES, Device
 from zebra.stripes import GLOBAL, LOCAL
 from zebra.study import layout as layouts
 from zebra.study import model as study
-from zebra.study.grid import planned_step
+from zebra.study.grid import step_of
 from zebra.study.layout import SummaryStripes, summary_pairs
 from zebra.study.summary import SummaryAttention
 from zebra.train.dry_run import dry_run, saved_storages
@@ -130,7 +130,7 @@ def test_activations_of_summary_layers_are_what_autograd_keeps(
 def test_a_plan_of_training_is_the_dry_runs(checkpointing: bool) -> None:
     one = recipe("summary", length=64, activation_checkpointing=checkpointing)
     expected = dry_run(one).memory
-    parts = memory.memory(planned_step(one))
+    parts = memory.memory(step_of(one))
     assert parts.keys() == expected.keys()
     for part in expected:
         assert parts[part] == pytest.approx(expected[part], rel=0.01), part

@@ -31,7 +31,7 @@ from zebra.model.override import get_override, set_override
 from zebra.plan.cost import flops
 from zebra.results import Result
 from zebra.stripes import GLOBAL, LOCAL
-from zebra.study.grid import planned_step
+from zebra.study.grid import step_of
 from zebra.study.summary import SummaryAttention, naive_summary_attention
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_attention_for
@@ -74,7 +74,7 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
     batches: dict[tuple[int, str, int], dict[str, PretrainRecipe]] = defaultdict(dict)
     for recipe in recipes:
         train = recipe.train
-        batch = train.length, planned_step(recipe).dtype, train.per_device_train_batch_size
+        batch = train.length, step_of(recipe).dtype, train.per_device_train_batch_size
         batches[batch].setdefault(_layout(recipe), recipe)
     results: list[Result] = []
     left_out: list[str] = []
@@ -101,8 +101,8 @@ def costs(recipes: Sequence[PretrainRecipe], *, run: str = RUN, **options: Any) 
 def _exact(recipe: PretrainRecipe) -> list[tuple[str, float]]:
     """What needs no measuring."""
     return [
-        ("parameters", planned_step(recipe).decoder.num_parameters),
-        ("attention_flops", flops(planned_step(recipe))["attention"]),
+        ("parameters", step_of(recipe).decoder.num_parameters),
+        ("attention_flops", flops(step_of(recipe))["attention"]),
         ("planned_bytes", sum(dry_run(recipe).memory.values())),
     ]
 
@@ -111,7 +111,7 @@ def benchmark(config: StudyStepConfig) -> Benchmark:
     """A variant for each recipe."""
     variants = []
     for recipe in config.recipes:
-        planned = planned_seconds(planned_step(recipe))
+        planned = planned_seconds(step_of(recipe))
         prepare = partial(_prepare, recipe, config.device)
         tokens = recipe.train.length * recipe.train.per_device_train_batch_size
         work = Workload(prepare=prepare, prepared_is_extra=True, tokens=tokens, planned=planned)

@@ -200,20 +200,18 @@ def cells(cells: Sequence[CellEstimate], as_json: bool) -> None:
     if as_json:
         json({"cells": [asdict(cell) for cell in cells]})
         return
+    from zebra.plan.comparison import COUNT, with_unit
+
     timed = any(cell.hours is not None for cell in cells)
     rows: list[list[str | Text]] = []
     for cell in cells:
-        row = [cell.cell, _count(cell.parameters), _count(cell.tokens), f"{cell.attention:.1%}"]
+        row = [cell.cell, with_unit(cell.parameters, COUNT), with_unit(cell.tokens, COUNT), f"{cell.attention:.1%}"]
         rows.append([*row, *[_hours(cell.hours or 0)] * timed, _styled("[green]done[/]" if cell.done else "")])
     head = ["cell", "parameters", "tokens", "attention", *["hours"] * timed]
     _table([*head, ""], rows, numbers=slice(1, len(head)))
     todo = [cell for cell in cells if not cell.done]
     hours = f", {_hours(sum(cell.hours or 0 for cell in todo))} hours" if timed else ""
     line(f"{len(cells):,} cells, {len(todo):,} to run, {sum(cell.tokens for cell in todo):,} tokens{hours}")
-
-
-def _count(count: int) -> str:
-    return f"{count:,}" if count < 1e5 else f"{count / 1e6:,.{2 if count < 1e7 else 0}f} M"
 
 
 def _hours(hours: float) -> str:

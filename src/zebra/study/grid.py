@@ -44,6 +44,7 @@ from zebra.study.cells import CELL_KEYS, recipes_of
 from zebra.study.layout import NAME
 from zebra.study.recipe import StudyRecipe
 from zebra.train import directory
+from zebra.train.dry_run import planned_step
 from zebra.train.pretrain import check_step, config_of
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.recipe_file import read_recipe
@@ -119,7 +120,7 @@ def estimate(grid: StudyRecipe, device: Device | None = None) -> list[CellEstima
     _check_run(Path(grid.run), recipes)
     cells = []
     for recipe in recipes:
-        config, train, step = config_of(recipe), recipe.train, planned_step(recipe)
+        config, train, step = config_of(recipe), recipe.train, step_of(recipe)
         steps = train.max_steps * train.gradient_accumulation_steps
         cell = CellEstimate(
             cell=Path(recipe.run).name,
@@ -136,18 +137,10 @@ def estimate(grid: StudyRecipe, device: Device | None = None) -> list[CellEstima
     return cells
 
 
-def planned_step(recipe: PretrainRecipe) -> Run:
+def step_of(recipe: PretrainRecipe) -> Run:
     """The forward and the backward pass of a cell, for the plan."""
-    train, decoder = recipe.train, decoder_from_config(config_of(recipe).to_dict(), name=NAME)
-    return Run(
-        decoder=decoder,
-        stripes=decoder.stripes,
-        length=train.length,
-        batch=train.per_device_train_batch_size,
-        dtype="bfloat16" if train.bf16 else "float32",
-        phase="train",
-        checkpointing=train.activation_checkpointing,
-    )
+    decoder = decoder_from_config(config_of(recipe).to_dict(), name=NAME)
+    return planned_step(recipe, decoder, decoder.stripes)
 
 
 # The run

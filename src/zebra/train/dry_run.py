@@ -28,12 +28,12 @@ from zebra.model.compiled import decoder_layers
 from zebra.model.families import attention_pairs, layer_kinds, model_class, stripes_of
 from zebra.model.local import layout_name
 from zebra.plan.cost import Run
-from zebra.plan.decoder import decoder_from_config
+from zebra.plan.decoder import Decoder, decoder_from_config
 from zebra.plan.memory import activation_memory
 from zebra.plan.parallel import Parallel, split_memory
 from zebra.plan.shapes import shape
 from zebra.shards import Shards
-from zebra.stripes import GLOBAL, LOCAL, visible_pairs
+from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
 from zebra.train import lora
 from zebra.train.directory import data_groups
 from zebra.train.measuring import local_attention_for
@@ -152,13 +152,20 @@ def _extra_saved(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
 
 def _split(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     """What processes that split sequences keep besides."""
-    shared, train = recipe.parallel, recipe.train
+    shared = recipe.parallel
     if shared.sequence == 1:
         return {}
     decoder = decoder_from_config(config.to_dict(), name="model")
     stripes = stripes_of(config)
     stripes = stripes and replace(stripes, sinks=local_attention_for(recipe).sinks)
-    run = Run(
+    run = planned_step(recipe, decoder, stripes)
+    return split_memory(run, Parallel(sequence=shared.sequence, ring=shared.ring))
+
+
+def planned_step(recipe: Recipe, decoder: Decoder, stripes: Stripes | None) -> Run:
+    """The forward and the backward pass of one device's batch, for the plan."""
+    train = recipe.train
+    return Run(
         decoder=decoder,
         stripes=stripes,
         length=train.length,
@@ -167,7 +174,6 @@ def _split(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
         phase="train",
         checkpointing=train.activation_checkpointing,
     )
-    return split_memory(run, Parallel(sequence=shared.sequence, ring=shared.ring))
 
 
 def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
