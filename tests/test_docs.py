@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_every_command_of_the_guides_runs(name: str, zebra: Zebra, tmp_path: Pat
     for line in lines:
         done = zebra(*shlex.split(line, comments=True)[1:], cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+def test_the_extras_that_are_named_exist_and_are_installed_from_a_checkout() -> None:
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    sources = {file: file.read_text() for file in [*PAGES, *(ROOT / "src").rglob("*.py")]}
+    for file, text in sources.items():
+        assert "zebra-llm[" not in text, f"{file}: the package is in no registry"
+        assert set(re.findall(r"pip install '\.\[(\w+)\]'", text)) <= extras, file
+        assert set(re.findall(r'missing_package\(.*"(\w+)"\)', text)) <= extras, file
+    assert sum(text.count("missing_package(") for text in sources.values()) > 8
 
 
 def test_the_make_targets_that_are_named_exist() -> None:

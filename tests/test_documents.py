@@ -236,7 +236,7 @@ def test_records_without_text_are_refused(tmp_path: Path, kind: str) -> None:
 def test_a_missing_extra_is_named(tmp_path: Path, kind: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / f"r.{kind}", RECORDS)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ZebraError, match=rf"is read by {module}, which is not installed\. Run pip install 'zebra-llm"):
+    with pytest.raises(ZebraError, match=rf"needs {module}, not installed here\. Run pip install '\.\[data\]'"):
         read(file)
     assert read(write(tmp_path / "r.jsonl.gz", RECORDS[:1])) == ["número 1"]
 

@@ -424,7 +424,7 @@ def test_the_remedy_of_what_is_absent(zebra: Zebra, tmp_path: Path) -> None:
     file = write(tmp_path / "model.gguf", source())
     refused(zebra("generate", tmp_path, "--prompt", "x"), "no config.json", f"the GGUF file itself: {file}")
     with mock.patch.dict(sys.modules, {"gguf": None}):
-        refused(zebra("generate", file, "--prompt", "x"), "package gguf", "pip install gguf")
+        refused(zebra("generate", file, "--prompt", "x"), "package gguf", "pip install '.[gguf]'")
     assert read_decoder(file).num_parameters == source().num_parameters()
 
 

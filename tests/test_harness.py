@@ -319,7 +319,7 @@ def test_the_tasks_of_the_harness_are_refused_without_their_data(monkeypatch: py
 
 def test_without_the_extra_it_is_said_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(ZebraError, match=r"pip install 'zebra-llm\[tasks\]'"):
+    with pytest.raises(ZebraError, match=r"pip install '\.\[tasks\]'"):
         evaluate_tasks(STORIES, tasks=["zebra-passkey"], lengths=[300])
 
 

@@ -14,6 +14,13 @@ class ZebraError(ValueError):
     """
 
 
+def missing_package(subject: str, packages: str, extra: str) -> ZebraError:
+    """The error where an optional package is not installed, with the extra of zebra that installs it."""
+    return ZebraError(
+        f"{subject} needs {packages}, not installed here. Run pip install '.[{extra}]' in a checkout of zebra."
+    )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, without the advice behind it; all lines where the first ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from zebra.cli import options, show
-from zebra.errors import ZebraError
+from zebra.errors import missing_package
 from zebra.model.checkpoint_files import check_checkpoint
 from zebra.plan.fit import parse_bytes
 from zebra.serve.settings import ServeSettings
@@ -62,13 +63,15 @@ def serve(
     settings = ServeSettings(**{name: arguments.pop(name) for name in of_settings})
     check_checkpoint(checkpoint)
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise ZebraError(f"serving needs {', '.join(missing)}, not installed here. pip install 'zebra-llm[serve]'.")
+        raise missing_package("serving", ", ".join(missing), "serve")
     with show.working():
         from zebra.serve.start import make_server
 
-        make_server(checkpoint, settings, on_start=_say, **arguments).run()
+        make_server(checkpoint, settings, on_start=partial(_say, settings), **arguments).run()
 
 
-def _say(address: str, page: bool) -> None:
+def _say(settings: ServeSettings, address: str, page: bool) -> None:
     where = f"the chat page {address}/, the API {address}/v1" if page else f"the API {address}/v1"
+    if not page and settings.page is None and settings.on_loopback:
+        where += "; no chat page, as gradio is not installed (the extra page)"
     show.note(f"serving: {where}. Ctrl-C ends it, once running requests are answered.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from zebra.data.records import RECORD_FILES, RecordError, read_records, record_suffix, string_field, with_line_feeds
-from zebra.errors import ZebraError, first_line
+from zebra.errors import ZebraError, first_line, missing_package
 from zebra.progress import console
 
 _FIELD = "text"
@@ -144,7 +144,7 @@ def _pdf_text(file: Path) -> str:
         from pypdf import PdfReader
         from pypdf.errors import PyPdfError
     except ImportError:
-        raise ZebraError(f"{file} is read by pypdf. Install the extra chat: pip install 'zebra-llm[chat]'.") from None
+        raise missing_package(str(file), "pypdf", "chat") from None
     try:
         text = "\n\n".join(filter(None, (page.extract_text().strip() for page in PdfReader(file).pages)))
     except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

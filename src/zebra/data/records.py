@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, missing_package
 
 T = TypeVar("T")
 _CHUNK_BYTES = 1 << 16  # compressed; zstandard may yield thousands of times as much
@@ -250,10 +250,7 @@ def _import_extra(module: str, file: Path) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        name = module.partition(".")[0]
-        raise ZebraError(
-            f"{file} is read by {name}, which is not installed. Run pip install 'zebra-llm[data]'."
-        ) from None
+        raise missing_package(str(file), module.partition(".")[0], "data") from None
 
 
 def _damaged(file: Path, format: str, error: object) -> ZebraError:

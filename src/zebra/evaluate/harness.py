@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.chat_template import apply_chat_template
 from zebra.data.encoding import Affixes, prompt_tokens
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, missing_package
 from zebra.evaluate.harness_retrieval import PREFIX, check_retrieval_task, configuration, retrieval_tasks
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.lm_eval_compat import isolated, task_errors
@@ -91,9 +91,7 @@ def evaluate_tasks(
     try:
         import lm_eval
     except ImportError:
-        raise ZebraError(
-            "these tasks are those of lm-eval, which is not installed: pip install 'zebra-llm[tasks]'."
-        ) from None
+        raise missing_package("a task of lm-eval", "lm-eval", "tasks") from None
     target = EvalTarget(checkpoint, **loading)
     if chat and not target.tokenizer.chat_template:
         raise ZebraError("this checkpoint's tokenizer has no chat template. Leave chat out.")

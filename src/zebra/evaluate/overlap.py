@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zebra.data.qa import words
-from zebra.errors import ZebraError
+from zebra.errors import missing_package
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -26,10 +26,7 @@ class Overlap:
         try:
             from rouge_score import rouge_scorer, tokenizers
         except ImportError:
-            raise ZebraError(
-                "scoring text needs rouge-score, which is not installed: pip install 'zebra-llm[tasks]'. Or score by "
-                "likelihood."
-            ) from None
+            raise missing_package("scoring text (score by likelihood does not)", "rouge-score", "tasks") from None
 
         class Squad(tokenizers.Tokenizer):
             def tokenize(self, text: str) -> list[str]:

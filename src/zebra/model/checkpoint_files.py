@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, missing_package
 from zebra.files import refuse_existing
 from zebra.gguf import config_fields, is_gguf, read_header
 from zebra.model.rope import Rope, as_rope
@@ -79,7 +79,7 @@ def check_gguf(path: Path) -> None:
     header = read_header(path)
     check_fields(config_fields(header), str(path))
     if importlib.util.find_spec("gguf") is None:
-        raise ZebraError(f"{path} is read with the package gguf, which is not installed. Run `pip install gguf`.")
+        raise missing_package(str(path), "the package gguf", "gguf")
     from gguf import GGML_QUANT_SIZES
 
     size = path.stat().st_size

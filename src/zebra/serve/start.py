@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from zebra.errors import ZebraError
+from zebra.errors import missing_package
 from zebra.evaluate.target import EvalTarget
 from zebra.model.families import layer_kinds
 from zebra.serve.answering import Answerer
@@ -85,5 +85,5 @@ def _loaded_server(
 def _serves_page(settings: ServeSettings) -> bool:
     installed = find_spec("gradio") is not None
     if settings.page and not installed:
-        raise ZebraError("the chat page needs gradio, which is not installed. pip install 'zebra-llm[page]'.")
+        raise missing_package("the chat page", "gradio", "page")
     return installed and (settings.on_loopback if settings.page is None else settings.page)

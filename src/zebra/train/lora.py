@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, missing_package
 from zebra.train.recipe import Lora
 
 if TYPE_CHECKING:
@@ -122,5 +122,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise ZebraError("LoRA needs peft, which is not installed: pip install 'zebra-llm[lora]'.") from None
+        raise missing_package("LoRA", "peft", "lora") from None
     return peft

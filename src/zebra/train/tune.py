@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from zebra.errors import ZebraError
+from zebra.errors import missing_package
 from zebra.model.gguf import as_directory
 from zebra.model.load import best_device, load
 from zebra.results import Result
@@ -19,7 +19,7 @@ from zebra.train.tune_recipe import TuneRecipe
 try:
     from zebra.train.instructions import read_instructions
 except ImportError as error:
-    raise ZebraError(f"tuning needs trl and datasets ({error}). Run pip install 'zebra-llm[tune]'.") from None
+    raise missing_package("tuning", f"trl and datasets ({error})", "tune") from None
 
 
 def tune(recipe: TuneRecipe, *, trust_remote_code: bool = False) -> list[Result]:
