@@ -165,6 +165,16 @@ def test_the_shares_are_those_asked_for(shares: tuple[float, float], count: int,
     assert len(mixture.sequences) == count if join else 0.97 * count < len(mixture.sequences) <= count
 
 
+def test_part_of_a_mixture_counts_its_own_tokens() -> None:
+    splits = split_sources([Source("a", drawn(1), 0.7), Source("b", drawn(2, first=100_000), 0.3)], deduplicate=True)
+    mixture = mix(splits, 40, 128, join=True, seed=0)
+    part = mixture.take(np.array([31, 4, 5]))
+    assert tokens_of(part) == [tokens_of(mixture)[i] for i in (31, 4, 5)]
+    tokens = np.concatenate(tokens_of(part))
+    assert [line.drawn for line in part.stats] == [(tokens < 100_000).sum(), (tokens >= 100_000).sum()]
+    assert mixture.take(np.arange(40)).stats == mixture.stats
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_documents_come_once_before_any_comes_twice(seed: int) -> None:
     corpus = drawn(1, documents=30)

@@ -97,6 +97,11 @@ class Mixture(NamedTuple):
     drawn: SelectedDocuments
     stats: list[SourceStats]
 
+    def take(self, which: Ints) -> Mixture:
+        """The mixture of some of the sequences."""
+        sequences = self.sequences.take(which)
+        return Mixture(sequences, self.drawn, _stats([one.split for one in self.stats], self.drawn, sequences))
+
 
 def split_sources(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0) -> list[SourceSplit]:
     """Which documents of each source are trained on, and which are held out.
@@ -161,11 +166,7 @@ def mix(
         drawn = _draw(splits, tokens, seed, whole)
         sequences = pack_whole(drawn, length) if whole else pack(drawn, length, join=join, seed=seed)
         if len(sequences) <= count:
-            source_of_piece, counts = drawn.sources[sequences.pieces[:, 0]], sequences.pieces[:, 2]
-            packed = [int(counts[source_of_piece == i].sum()) for i in range(len(splits))]
-            sources = zip(splits, packed, strict=True)
-            stats = [SourceStats(split, tokens, tokens / sequences.tokens) for split, tokens in sources]
-            return Mixture(sequences, drawn, stats)
+            return Mixture(sequences, drawn, _stats(splits, drawn, sequences))
         if whole and tokens <= 1:
             raise ZebraError(
                 f"{count:,} sequences of {length:,} tokens do not hold one whole document of each of {len(splits)} "
@@ -173,6 +174,12 @@ def mix(
             )
         # Documents apart leave padding, so fewer tokens fill the sequences.
         tokens = max(1 if whole else length, tokens * count // len(sequences))
+
+
+def _stats(splits: Sequence[SourceSplit], drawn: SelectedDocuments, sequences: PackedSequences) -> list[SourceStats]:
+    source_of_piece, counts = drawn.sources[sequences.pieces[:, 0]], sequences.pieces[:, 2]
+    tokens = [int(counts[source_of_piece == i].sum()) for i in range(len(splits))]
+    return [SourceStats(split, n, n / sequences.tokens) for split, n in zip(splits, tokens, strict=True)]
 
 
 def _draw(splits: Sequence[SourceSplit], tokens: int, seed: int, whole: bool) -> SelectedDocuments:

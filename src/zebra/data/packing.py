@@ -10,7 +10,7 @@ first, which cuts no document that fits a sequence (arXiv 2404.10830).
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,6 +70,12 @@ class PackedSequences:
         if self.apart:
             position_ids[end:] = torch.arange(self.length - end)
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+    def take(self, which: NDArray[np.int64]) -> PackedSequences:
+        """The sequences of these indices, in their order."""
+        pieces = [self.pieces[self.firsts[i] : self.firsts[i + 1]] for i in which]
+        firsts = np.cumsum([0, *map(len, pieces)])
+        return replace(self, pieces=np.concatenate([self.pieces[:0], *pieces]), firsts=firsts)
 
     @property
     def tokens(self) -> int:

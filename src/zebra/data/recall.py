@@ -270,11 +270,23 @@ class RecallDataset:
         return self.count
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        rng, part = Random(f"{self.seed} {i}"), i / self.count
-        if part < self.curriculum.hold or rng.random() < self.share:
-            longest, symbols = self.curriculum.at(part)
+        rng = Random(f"{self.seed} {i}")
+        if self._is_recall(i, rng):
+            longest, symbols = self.curriculum.at(i / self.count)
             return self.recall.sequence(self.text.length, rng, longest=longest, symbols=symbols)
-        return self.text[int(self._order[i % len(self._order)])]
+        return self.text[self._text_index(i)]
+
+    @property
+    def text_indices(self) -> NDArray[np.int64]:
+        """Which sequences of `text` are handed out, in their order; recall takes the places of the others."""
+        places = (i for i in range(self.count) if not self._is_recall(i, Random(f"{self.seed} {i}")))
+        return np.array([self._text_index(i) for i in places], dtype=np.int64)
+
+    def _is_recall(self, i: int, rng: Random) -> bool:
+        return i / self.count < self.curriculum.hold or rng.random() < self.share
+
+    def _text_index(self, i: int) -> int:
+        return int(self._order[i % len(self._order)])
 
     @functools.cached_property
     def _order(self) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from transformers import (
 from zebra.data.composition import mixture_tables
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder, window_prefix
-from zebra.data.mixture import Source, SourceStats, mix, select, split_sources
+from zebra.data.mixture import Mixture, Source, SourceStats, mix, select, split_sources
 from zebra.data.packing import PackedSequences, pack
 from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
@@ -157,6 +157,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
     ]
     splits = split_sources(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
     stats: list[SourceStats] = []
+    mixture: Mixture | None = None
     if data.sources is None:
         sequences = pack(select(splits), train.length, join=data.join, seed=train.seed)
         counts = {"dropped as duplicates": splits[0].duplicates, "held out": len(splits[0].held_out)}
@@ -165,7 +166,12 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
             console.print(f"{len(splits[0].train):,} documents to train on; {', '.join(lost)}.")
     else:
         mixture = mix(splits, _sequences_of_training(recipe), train.length, join=data.join, seed=train.seed)
-        sequences, stats = mixture.sequences, mixture.stats
+        sequences = mixture.sequences
+    with_recall = sequences if data.recall is None else _with_recall(recipe, data.recall, tokenizer, sequences)
+    if mixture is not None:
+        if isinstance(with_recall, RecallDataset):
+            mixture = mixture.take(with_recall.text_indices)
+        stats = mixture.stats
         if is_first_process():
             console.print(mixture_tables(mixture))
     held_out = None
@@ -176,7 +182,6 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
             held_out = _corpus(evaluation, evaluation.files, recipe, tokenizer, evaluation.append_eos)
         if evaluation.join:
             held_out = held_out.joined(evaluation.beyond or evaluation.length)
-    with_recall = sequences if data.recall is None else _with_recall(recipe, data.recall, tokenizer, sequences)
     prefix = () if evaluation is None else window_prefix(tokenizer, evaluation.bos)
     return TextTraining(recipe, with_recall, held_out, prefix, stats)
 
