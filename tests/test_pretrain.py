@@ -289,27 +289,40 @@ def test_a_tokenizer_writes_equal_numbers_equally(digits: int, few: Path, tmp_pa
 
 def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     model = tiny_model("llama")
-    optimizer = MuonWithAdamW(model, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = MuonWithAdamW(model, lr=0.01, betas=(0.9, 0.95), weight_decay=0.5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    taken = [{names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups]
-    assert taken[0] | taken[1] == set(names.values())
-    assert all("proj" in name for name in taken[0])
-    assert all("embed" in name or "norm" in name or "lm_head" in name for name in taken[1])
-
-
-def test_a_step_of_muon_is_its_formula() -> None:
-    """0.2 sqrt(max(rows, columns)) U Vᵀ of the gradient, as far as torch's five iterations come."""
-    model = tiny_model("llama", attn_implementation=NAME)
+    matrices, tables, vectors = (
+        {names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups
+    )
+    assert matrices | tables | vectors == set(names.values())
+    assert all("proj" in name for name in matrices)
+    assert all("embed" in name or "lm_head" in name for name in tables)
+    assert all("norm" in name for name in vectors)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = MuonWithAdamW(model, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
-    ids = torch.arange(40)[None] % 97
-    model(ids, labels=ids, use_cache=False).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    name = "model.layers.1.mlp.up_proj.weight"
-    weight = dict(model.named_parameters())[name]
-    assert weight.grad is not None
-    u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
-    moved = (before[name] - weight.detach()) / (0.01 * 0.2 * max(weight.shape) ** 0.5)
+    for name, parameter in model.named_parameters():
+        decay = 1.0 if name in vectors else 1 - 0.01 * 0.5  # as under the Trainer's AdamW
+        assert torch.allclose(parameter, decay * before[name])
+
+
+def test_steps_of_muon_are_its_formula() -> None:
+    """0.2 sqrt(max(rows, columns)) U Vᵀ of the momentum, as far as torch's five iterations come."""
+    model = tiny_model("llama", attn_implementation=NAME)
+    optimizer = MuonWithAdamW(model, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    weight = dict(model.named_parameters())["model.layers.1.mlp.up_proj.weight"]
+    momentum = torch.zeros_like(weight)
+    for seed in range(2):
+        ids = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        assert weight.grad is not None
+        momentum = 0.95 * momentum + 0.05 * weight.grad
+        before = weight.detach().clone()
+        optimizer.step()
+    u, _, v = torch.linalg.svd(0.95 * momentum + 0.05 * weight.grad, full_matrices=False)
+    moved = (before - weight.detach()) / (0.01 * 0.2 * max(weight.shape) ** 0.5)
     along = (u.T @ moved @ v.T).diagonal()
     assert along.min() > 0.3  # the formula's 1, between 0.7 and 1.2 by five iterations in bfloat16
     assert along.max() < 1.4

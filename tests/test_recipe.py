@@ -298,6 +298,10 @@ def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
             changed(train={"save_steps": 15}),
             r"train: save_steps \(15\) is a multiple of logging_steps \(10\).*change one",
         ),
+        (
+            changed(train={"lr_scheduler_type": "constant", "warmup_steps": 3}),
+            r"train: a constant rate has no warm-up; got warmup_steps 3\. Set lr_scheduler_type to constant_with",
+        ),
         (changed(train={"warmup_steps": 201}), r"train: warmup_steps \(201\) is at most max_steps \(200\); lower it"),
         (
             changed(evaluate={"files": ["a"], "length": 4, "eval_steps": 201}),

@@ -1,10 +1,11 @@
 """Muon for the matrices of a model, AdamW for the rest, as one optimiser of the Trainer's.
 
-    M = μ M + G,    W = W - lr (0.2 √max(rows, columns) NS(M) + wd W)        NS(M) ≈ U Vᵀ of M = U S Vᵀ
+    M = μ M + (1 - μ) G,    D = μ M + (1 - μ) G                                       Nesterov's momentum, μ = 0.95
+    W = W - lr (0.2 √max(rows, columns) NS(D) + wd W)                                 NS(D) ≈ U Vᵀ of D = U S Vᵀ
 
 Every direction of a matrix gets a step of the same size, and one that is as large as AdamW's in the mean, so both take
 the recipe's learning rate (Moonshot, arXiv 2502.16982). The matrices are torch's own `Muon`; embeddings, the head and
-vectors are AdamW's.
+vectors are AdamW's. Vectors do not decay, as under the Trainer's AdamW.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, model: PreTrainedModel, *, lr: float, betas: tuple[float, float], weight_decay: float):
         matrices, rest = split(model)
+        tables, vectors = ([one for one in rest if (one.ndim > 1) is is_table] for is_table in (True, False))
         self.parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay),
+            torch.optim.AdamW(
+                [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+                lr=lr,
+                betas=betas,
+            ),
         )
         super().__init__([{"params": matrices}, {"params": rest}], {"lr": lr})
         # The parts' own groups: what a schedule writes there is what they read.

@@ -163,6 +163,11 @@ class Training(RecipeSection):
             )
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is at most max_steps ({self.max_steps}); lower it")
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f"a constant rate has no warm-up; got warmup_steps {self.warmup_steps}. "
+                "Set lr_scheduler_type to constant_with_warmup, or warmup_steps to 0"
+            )
         return self
 
 
