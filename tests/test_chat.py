@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from zebra.data.conversations import Conversation, Message, conversations_of
 from zebra.errors import ZebraError
 from zebra.train.chat import NAMED, Chat
+from zebra.train.gate import conversation_hash
 
 LLAMA_2 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -228,3 +230,12 @@ def test_a_template_file_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_bytes(b"\xff")
     with pytest.raises(ZebraError, match=r"own\.jinja is not UTF-8"):
         Chat(tokenizer(), str(tmp_path / "own.jinja"), "here")
+
+
+def test_conversations_without_a_document_have_hashes_of_64_bits() -> None:
+    hashes = [conversation_hash(Conversation((Message("user", str(i)),), "")) for i in range(40)]
+    assert all(one >> 32 != one & 0xFFFFFFFF for one in hashes)
+    on_one = [replace(TURNS, document="a story", messages=(Message("user", str(i)),)) for i in range(2)]
+    first, second = map(conversation_hash, on_one)
+    assert first >> 32 == second >> 32  # held out together
+    assert first != second

@@ -7,9 +7,9 @@ An answer depends on its document as far as the document makes it likelier under
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +94,10 @@ def _texts(file: Path) -> Iterable[str]:
 
 def conversation_hash(one: Conversation) -> int:
     """A hash of the document and then of the conversation: those on one document are held out together."""
-    halves = [one.document if one.document is not None else one.text, one.text]
-    return int.from_bytes(b"".join(hashlib.blake2b(half.encode(), digest_size=4).digest() for half in halves), "big")
+    document = one.text if one.document is None else one.document
+    # Salted, for without a document both are of the same text.
+    digests = [blake2b(document.encode(), digest_size=4), blake2b(one.text.encode(), digest_size=4, salt=b"text")]
+    return int.from_bytes(b"".join(digest.digest() for digest in digests), "big")
 
 
 def is_held_out(one: Conversation, share: float) -> bool:
