@@ -7,6 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -196,6 +197,31 @@ def test_weights_under_other_names(stories: Path) -> None:
     set_fields(stories, transformers_weights="other.safetensors")
     with rejected(r"its weights lie in 'other\.safetensors' \(transformers_weights\)"):
         load(stories)
+
+
+def test_what_is_pushed_to_the_hub_has_its_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers uploads at the end of its own `save_pretrained`, before zebra.json is written."""
+    uploads: list[tuple[str, set[str], object]] = []
+    model = load(STORIES, stripes="GLLL:65+4")
+
+    class Hub:
+        def create_repo(self, repo_id: str, **options: object) -> object:
+            return SimpleNamespace(repo_id=repo_id)
+
+    def upload(directory: str, repo_id: str, files_timestamps: object, **options: object) -> None:
+        uploads.append((repo_id, set(os.listdir(directory)), options["commit_message"]))
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr(
+        "transformers.utils.hub.create_and_tag_model_card",
+        lambda *_, **__: SimpleNamespace(save=lambda path: Path(path).touch()),
+    )
+    monkeypatch.setattr(model, "_upload_modified_files", upload)
+    model.save_pretrained(tmp_path / "striped", push_to_hub=True, commit_message="four sinks")
+    model.push_to_hub("somebody/striped")
+    assert [(name, message) for name, _, message in uploads] == [("striped", "four sinks"), ("somebody/striped", None)]
+    assert all({"zebra.json", "config.json", "model.safetensors"} <= files for _, files, _ in uploads)
+    assert (tmp_path / "striped" / "zebra.json").is_file()
 
 
 # An adapter beside its base

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +33,22 @@ def with_default_cache(cls: Any) -> Any:
             """transformers' `generate`, with the bounded cache of `zebra.model.cache` as its default."""
             return super().generate(*args, **kwargs | _cache_kwargs(self, args, kwargs))
 
-        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-            """transformers' `save_pretrained`."""
+        def save_pretrained(
+            self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+        ) -> None:
+            """transformers' `save_pretrained`, which would upload before zebra.json is there: `push_to_hub` does."""
             local = local_attention_of(self)
             if (setting := self_extend_of(self)) is not None:
                 _log.warning(
                     "config.json has no field for Self-Extend: load what is saved with self_extend=%r.", str(setting)
                 )
             warn_settings_outside_config(local)
-            result = super().save_pretrained(*args, **kwargs)
+            for_hub = {name: kwargs[name] for name in _hub_arguments(cls) if name in kwargs}
+            super().save_pretrained(save_directory, *args, **kwargs)
             if kwargs.get("is_main_process", True):
-                update_zebra_json(Path(args[0] if args else kwargs["save_directory"]), self.config, local)
-            return result
+                update_zebra_json(Path(save_directory), self.config, local)
+                if push_to_hub:
+                    self.push_to_hub(**{"repo_id": Path(save_directory).name} | for_hub)
 
         def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
             """transformers' `set_attn_implementation`."""
@@ -63,6 +69,10 @@ def with_default_cache(cls: Any) -> Any:
 def _empty_instance(cls: Any) -> Any:
     subclass = with_default_cache(cls)
     return subclass.__new__(subclass)
+
+
+def _hub_arguments(cls: Any) -> list[str]:
+    return [name for name in inspect.signature(cls.push_to_hub).parameters if name != "self"]
 
 
 def _cache_kwargs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
