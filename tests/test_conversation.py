@@ -103,6 +103,21 @@ def test_every_answer_equals_a_fresh_one(models: Any, tokenizer: Any, way: str, 
     assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 3]
 
 
+@pytest.mark.parametrize("prompt", [20, 60])
+def test_an_answer_of_full_decoding_is_not_stored_as_text(tokenizer: Any, prompt: int) -> None:
+    """Under Self-Extend a short prompt has no snapshot, and its cache cannot be cut before the answer."""
+    model = zebra.load(STORIES, stripes="GL:9", self_extend="2:16", full_decode=True)
+    ids = torch.randint(3, 500, (prompt,), generator=torch.Generator().manual_seed(0))
+    prefixes, decoding = PrefixCache(model), Decoding(max_new_tokens=30)
+    first = answer(model, tokenizer, ids, decoding, prefixes)
+    more = torch.cat([ids, torch.tensor(first.tokens), ids[:10]])
+    steps: dict[str, list[Step]] = {"stored": [], "fresh": []}
+    for store, own in zip((prefixes, PrefixCache(model)), steps.values(), strict=True):
+        answer(model, tokenizer, more, Decoding(max_new_tokens=4), store, logprobs=0, on_step=own.append)
+    of_stored, of_fresh = ([step.logprob for step in one] for one in steps.values())
+    assert of_stored == pytest.approx(of_fresh, abs=1e-4)
+
+
 def test_draws_are_those_of_a_fresh_generate_and_another_seed_each_time(models: Any, tokenizer: Any) -> None:
     chat = Conversation(models("striped"), tokenizer=tokenizer, temperature=0.9, top_p=0.9, seed=5, max_new_tokens=20)
     options = {"temperature": 0.9, "top_p": 0.9}

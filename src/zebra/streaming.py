@@ -124,9 +124,10 @@ def answer(
                 output = generate_with(model, tokenizer, prompt, torch.ones_like(prompt), limited, **arguments)
             sequence = output.sequences[0].cpu()
         seconds = time.perf_counter() - start
-        # Under full decoding a later prompt reads the answer by the window.
-        whole = local_attention_of(model).full_decode and text.cut(len(ids))
-        prefixes.put(sequence, whole or text)
+        # Under full decoding a later prompt reads the answer by the window: only the prompt's part is stored.
+        stored = text.cut(len(ids)) if local_attention_of(model).full_decode else text
+        if stored is not None:
+            prefixes.put(sequence, stored)
     tokens = sequence[len(ids) :].tolist()
     ended = reason_of_end(tokens, streamer.text, limited, end_tokens(model, tokenizer))
     if ended == "length" and limit < decoding.max_new_tokens:
