@@ -9,7 +9,7 @@ Subjects are `conversation` (`zebra.Conversation`) and `serve` (`zebra serve`), 
 (`conversation-stripes`, `serve-stripes`) and with Self-Extend (`-self-extend`); `transformers` (`transformers serve`)
 and `llama-server`, which need their packages, and the second a GGUF file of the model (--gguf). Beyond the trained
 length a full model takes YaRN in zebra, and a striped one Self-Extend. The others answer beyond it as they are: as
-fast, and without sense.
+fast, and nonsense.
 
 `rounding` measures no time: how far cached answers in bfloat16 are from those that read everything anew.
 

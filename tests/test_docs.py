@@ -67,6 +67,26 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
     assert not context.args
 
 
+def test_the_examples_of_the_help_are_of_a_fresh_checkout(zebra: Zebra, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe is read with its overrides, the files that examples name exist, and help shows them as they are."""
+    from zebra.cli import _VERBS
+    from zebra.train.recipe import AdaptRecipe, PretrainRecipe
+    from zebra.train.recipe_file import check_files, read_recipe
+    from zebra.train.tune_recipe import TuneRecipe
+
+    monkeypatch.chdir(ROOT)
+    kinds = {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
+    for example in _VERBS:
+        words = shlex.split(example)
+        for word in re.findall(r"(?:recipes|examples)/[\w./-]*", example):
+            assert Path(word).exists(), example
+        if kind := kinds.get(words[1]):
+            check_files(read_recipe(words[2], kind, words[4::2]))
+    for verb in ("adapt", "pretrain"):
+        page = " ".join(zebra(verb, "--help").stdout.split())
+        assert next(example for example in _VERBS if f" {verb} " in example) in page
+
+
 QUICK = ("generating", "pipeline", "planning", "selecting")
 SLOW = ("adapting", "evaluating", "families", "pretraining", "self-extend", "tuning", "untrained")
 """Guides that train, or measure for several seconds."""

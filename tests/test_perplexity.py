@@ -214,7 +214,7 @@ def test_the_beginning_is_the_tokenizers_habit_and_named(tmp_path: Path) -> None
     bare = load_tokenizer(STORIES.parent / "retrieval-2.2M")
     assert (window_prefix(bare), window_prefix(bare, True)) == ((), (bare.bos_token_id,))
     bare.bos_token = None
-    with pytest.raises(ZebraError, match="no token of the beginning"):
+    with pytest.raises(ZebraError, match="no BOS token"):
         window_prefix(bare, True)
 
 

@@ -127,7 +127,7 @@ def test_the_method_says_what_begins_the_windows() -> None:
         assert isinstance(table, Table)
         (convention,) = [line[1].text for line in table.body if line[0].text == "convention"]
         assert convention.startswith(task.removeprefix("perplexity-") + ": overlapping windows")
-        assert ("token of the beginning" in convention) == begins
+        assert ("BOS token" in convention) == begins
 
 
 def test_the_numbers_of_the_results_stand_on_the_page(demo: Path) -> None:

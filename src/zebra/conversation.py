@@ -106,7 +106,7 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The message of the system; setting it keeps all others."""
+        """The system message; setting it keeps all others."""
         return self.messages[0]["content"] if self._has_system() else None
 
     @system.setter

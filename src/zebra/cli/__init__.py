@@ -36,12 +36,13 @@ _VERBS: dict[str, Callable[..., None]] = {
     "zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB": plan.plan,
     "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096": convert.convert,
     "zebra export ./Llama-3.1-8B-GLLL llama.gguf --to gguf --dtype q8_0": convert.export,
-    "zebra select ./Llama-3.1-8B --budget 0.5 --window 4096 --length 32768 --text book.txt": convert.select,
+    "zebra select ./Llama-3.1-8B --budget 0.5 --window 4096 --length 32768 --text books/": convert.select,
     "zebra compare ./Llama-3.1-8B book.txt --length 32768 --budget-minutes 30": compare.compare,
     "zebra verify ./Llama-3.1-8B-GLLL --against ./Llama-3.1-8B": convert.verify,
-    "zebra adapt recipes/demo.yaml --set train.max_steps=100": train.adapt,
+    "zebra adapt recipes/demo.yaml --set train.max_steps=100 --set evaluate.eval_steps=50": train.adapt,
     "zebra tune recipes/tiny-lit-cpu.yaml --set train.max_steps=100": train.tune,
-    "zebra pretrain recipes/retrieval-cpu.yaml --set train.max_steps=100": train.pretrain,
+    'zebra pretrain recipes/retrieval-cpu.yaml --set "data.files=[examples/books/train]" '
+    '--set "evaluate.files=[examples/books/validation]" --set train.max_steps=100': train.pretrain,
     "zebra run examples/pipeline-tiny.yaml --dry-run": train.run,
     "zebra study recipes/study-cpu.yaml --workers 2": train.study,
     'zebra generate ./Llama-3.1-8B-GLLL --prompt "Once upon a time" --max-new-tokens 100': generate.generate,
@@ -50,13 +51,14 @@ _VERBS: dict[str, Callable[..., None]] = {
     "zebra evaluate perplexity ./Llama-3.1-8B book.txt --length 32768 --stripes GLLL:4096": evaluate.perplexity,
     "zebra evaluate retrieval ./Llama-3.1-8B-GLLL --task passkey,lookup --length 4096,16384": evaluate.retrieval,
     "zebra evaluate tasks ./Llama-3.1-8B-GLLL --tasks hellaswag,zebra-lookup --length 4096": evaluate.tasks,
-    "zebra evaluate documents ./Llama-3.1-8B-GLLL questions.jsonl --length 8192,32768": evaluate.documents,
+    "zebra evaluate documents ./Llama-3.1-8B-GLLL examples/questions.jsonl --length 8192,32768": evaluate.documents,
     "zebra with -- lm_eval run --model hf --model_args pretrained=./Llama-3.1-8B-GLLL,attn_implementation=zebra "
     "--tasks hellaswag": command.with_,
     "zebra report runs/before runs/after -o report.html": report.report,
     "zebra doctor --measure --out ceilings.json": report.doctor,
-    "zebra data instructions squality.jsonl books/ --kind qa,writing --words 8000 -o long.jsonl": data.instructions,
-    "zebra data check long.jsonl short.jsonl --against evaluation.jsonl": data.check,
+    "zebra data instructions examples/instructions/squality_train.jsonl examples/text --kind qa,writing --words 8000 "
+    "-o long.jsonl": data.instructions,
+    "zebra data check long.jsonl --against examples/instructions/squality_test.jsonl": data.check,
 }
 """An example of each verb, and its function; in the order of the help."""
 _SETTINGS = {"with": {"allow_interspersed_args": False}}
@@ -65,7 +67,8 @@ _SETTINGS = {"with": {"allow_interspersed_args": False}}
 for _example, _verb in _VERBS.items():
     _first, _second = _example.split()[1:3]
     _name = _second if _first in _GROUPS else _first
-    _GROUPS.get(_first, app).command(_name, epilog=f"Example: {_example}", context_settings=_SETTINGS.get(_name))(_verb)
+    _epilog = "Example: " + _example.replace("[", r"\[")  # no markup of rich
+    _GROUPS.get(_first, app).command(_name, epilog=_epilog, context_settings=_SETTINGS.get(_name))(_verb)
 for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 

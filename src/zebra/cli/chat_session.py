@@ -41,7 +41,7 @@ class ChatSession:
             "/file": (self._file, "PATH: put a document before the next message"),
             "/undo": (self._undo, "take back the last message and its answer"),
             "/regenerate": (self._regenerate, "answer the last message again"),
-            "/system": (self._system, "[TEXT]: show or set the message of the system"),
+            "/system": (self._system, "[TEXT]: show or set the system message"),
             "/save": (self._save, "PATH: write the conversation as JSON Lines, which zebra tune reads"),
             "/stats": (self._stats, "the model, and the numbers of the last answer"),
             "/help": (self._help, "this list"),
@@ -122,7 +122,7 @@ class ChatSession:
     def _system(self, text: str) -> None:
         if text:
             self.chat.system = text
-        self._note(self.chat.system or "there is no message of the system.")
+        self._note(self.chat.system or "there is no system message.")
 
     def _save(self, path: str) -> None:
         if not path or not self.chat.messages:

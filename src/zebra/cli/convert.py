@@ -32,7 +32,7 @@ def convert(
         str | None,
         typer.Option(
             callback=options.rope_notation,
-            help="Change of the rope: linear:8, yarn:8, llama3:8, base:5000000. Default: none.",
+            help="Change of the rope: linear:8, yarn:8, llama3:8, base:5000000 or none. Default: none.",
         ),
     ] = None,
     full_decode: options.FullDecodeFlag = False,

@@ -95,7 +95,11 @@ def _plain_path(value: str) -> str:
 
 
 Checkpoint = Annotated[
-    str, typer.Argument(callback=_plain_path, help="Checkpoint: a directory that transformers saved, or a GGUF file.")
+    str,
+    typer.Argument(
+        callback=_plain_path,
+        help="Checkpoint: a directory that transformers saved, a GGUF file, or OWNER/NAME in the hub.",
+    ),
 ]
 StripesNotation = Annotated[
     str | None,
@@ -108,7 +112,12 @@ StripesNotation = Annotated[
 ]
 RopeNotation = Annotated[
     str | None,
-    _loading("--rope", "Change of the rope: linear:8, yarn:8, llama3:8, base:5000000. Default: none.", rope_notation),
+    _loading(
+        "--rope",
+        "Change of the rope: linear:8, yarn:8, llama3:8, base:5000000, dynamic:1 (whole texts alone) or none. "
+        "Default: none.",
+        rope_notation,
+    ),
 ]
 SelfExtendNotation = Annotated[
     str | None,
@@ -179,7 +188,7 @@ Bos = Annotated[
     bool | None,
     typer.Option(
         "--bos/--no-bos",
-        help="Begin each chunk with the token of the beginning, or as the text does. Default: as the tokenizer does.",
+        help="Begin each chunk with the BOS token, or as the text does. Default: as the tokenizer does.",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="INT", help="Seed of all random draws.")]

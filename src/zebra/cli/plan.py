@@ -11,11 +11,14 @@ from zebra.cli import show
 from zebra.cli.options import FullDecodeFlag, Json, output_file, stripes_notation
 from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint
+from zebra.plan.devices import DEVICES
+from zebra.plan.shapes import SHAPES
 
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint directory, GGUF file, config.json, or a built-in name: llama-2-7b.")
+        str,
+        typer.Argument(help=f"Checkpoint directory, GGUF file, config.json, or a built-in name: {', '.join(SHAPES)}."),
     ],
     length: Annotated[int, typer.Option(help="Tokens of context; in decode, those before the new token.")],
     stripes: Annotated[
@@ -29,7 +32,7 @@ def plan(
     ] = "prefill",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint activations.")] = False,
     lora: Annotated[int | None, typer.Option(help="Train low-rank updates of this rank. Default: all weights.")] = None,
-    device: Annotated[str, typer.Option(help="h100-sxm, a100-80gb, ..., or a JSON file of ceilings.")] = "h100-sxm",
+    device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}, or a JSON file of ceilings.")] = "h100-sxm",
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 80GiB: find what fits.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time budget in seconds: find a layout that meets it.")] = None,
     self_extend: Annotated[str | None, typer.Option(help="Also Self-Extend: GROUP:WINDOW or auto:LENGTH.")] = None,

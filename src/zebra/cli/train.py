@@ -89,9 +89,7 @@ def study(
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="With --dry-run: plan the hours on one h100-sxm, ..., or by a JSON file of ceilings."
-        ),
+        typer.Option(metavar="NAME", help="With --dry-run: plan the hours on one device, named as for `zebra plan`."),
     ] = None,
     as_json: Json = False,
 ) -> None:

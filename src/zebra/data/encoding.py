@@ -131,7 +131,7 @@ def window_prefix(tokenizer: TextEncoding, bos: bool | None = None) -> tuple[int
         return prefix
     token: int | None = getattr(tokenizer, "bos_token_id", None)
     if token is None:
-        raise ZebraError("this tokenizer has no token of the beginning (bos_token). Leave bos out (--no-bos).")
+        raise ZebraError("this tokenizer has no BOS token (bos_token). Leave bos out (--no-bos).")
     return (token,)
 
 

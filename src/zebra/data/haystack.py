@@ -62,7 +62,7 @@ class PromptTokenizer:
     """Tokenises the pieces of a prompt as they are after a full stop and a space.
 
     Attributes:
-        prefix, suffix: what the tokenizer puts before and behind every text, such as its token of the beginning.
+        prefix, suffix: what the tokenizer puts before and behind every text, such as its BOS token.
     """
 
     def __init__(self, tokenizer: Tokenizer):

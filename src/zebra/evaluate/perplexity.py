@@ -7,7 +7,7 @@ Three conventions, which give different numbers and stand in every result:
                   [-----==]               other one its last `stride`: nearly a full context before each token
     truncated   [-------].......          the first `length` tokens of each document that has as many
 
-A model may need its token of the beginning (BOS) in front of every text, as Gemma does. By default each window begins
+A model may need its BOS token in front of every text, as Gemma does. By default each window begins
 with what the tokenizer puts before texts by its own habit, one of the `length` tokens, and the results' task then ends
 in `-bos`. Without, all windows but a document's first begin in the middle of a text.
 

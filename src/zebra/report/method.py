@@ -15,7 +15,7 @@ _CONVENTIONS = {
     "strided": "overlapping windows; each scores only its last tokens, those that no window before it has scored",
     "truncated": "only the beginning of each document that is long enough to fill the context",
 }
-_BOS = "; each window begins with the tokenizer's token of the beginning"
+_BOS = "; each window begins with the tokenizer's BOS token"
 _INTERVALS = {
     "perplexity-": "95 %, bootstrap over documents",
     "retrieval-": "of retrieval: 95 %, Wilson's over samples",

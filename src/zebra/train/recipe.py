@@ -216,7 +216,7 @@ class PerplexityEvaluation(TextSource, EvaluationSchedule):
     convention: Literal["disjoint", "strided", "truncated"] = "disjoint"
     bos: bool | None = Field(
         None,
-        description="begin each window with the tokenizer's token of the beginning; as the tokenizer does without it",
+        description="begin each window with the tokenizer's BOS token; as the tokenizer does without it",
     )
     first_bucket: int = Field(256, ge=1, description="positions of the first bucket; each next ends at twice as many")
     recall: int | None = Field(
