@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def test_every_recipe_can_be_reckoned(path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert (expected and expected.layer_types(layers)) == (estimated and estimated.layer_types(layers))
     assert (expected and expected.window) == (estimated and estimated.window)
+    for size, unit in re.findall(r"^# Hardware:.* (\d+) (GB|GiB)\b", path.read_text(), re.MULTILINE):
+        assert estimate.total < int(size) * (2**30 if unit == "GiB" else 10**9)
     # In these the head and the attention dominate; a layer's activations stay far below the weights of a big model.
     if path in BIG:
         assert 2**30 < estimate.total < 200 * 2**30
@@ -137,6 +140,7 @@ def test_a_big_recipe_takes_a_step_with_two_layers_of_its_real_width(path: Path,
         "run": str(tmp_path / "run"),
         "model": str(tmp_path / "model"),
         "evaluate": None,
+        "parallel": {},
     }
     tree["data"] = {"files": [str(TEXT / "tinystories_test.txt")], "separator": "<|endoftext|>", "append_eos": True}
     tree["train"] |= {

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from zebra.exports import DTYPES, folders, gguf_folder
 from zebra.exports.gguf_file import layout_of
 from zebra.exports.gguf_folder import folder_model
 from zebra.exports.gguf_model import GgufModel, GgufTensor, read_model, write_model
-from zebra.exports.llama_cpp import NO_SINK, TARGETS, period_of, with_stripes
+from zebra.exports.limits import period_of
+from zebra.exports.llama_cpp import NO_SINK, TARGETS, with_stripes
 from zebra.exports.verify import verify_export
 from zebra.gguf import config_fields, read_header
 from zebra.model.routes import ROUTES
@@ -42,6 +45,28 @@ def folder(path: Path, member: str = "llama", pre: str = "smollm", **changes: An
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(path)
     return path
+
+
+def test_only_gguf_files_need_the_package_gguf(tmp_path: Path) -> None:
+    """Without it, folders for MLX and vLLM are written, and a GGUF file is one line."""
+    code = """
+import sys
+sys.modules["gguf"] = None  # as if it were not installed
+from zebra.cli import main
+source, target = sys.argv[1:]
+for to, name in ("mlx", "mlx"), ("vllm", "vllm"), ("gguf", "model.gguf"):
+    sys.argv = ["zebra", "export", source, f"{target}/{name}", "--to", to, "--stripes", "GLLL:64"]
+    try:
+        main()
+    except SystemExit as end:
+        print("ENDED", to, end.code)
+"""
+    command = [sys.executable, "-c", code, str(STORIES), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert re.findall(r"ENDED (\w+) (\d)", done.stdout) == [("mlx", "0"), ("vllm", "0"), ("gguf", "2")], done.stderr
+    assert "Traceback" not in done.stderr
+    assert "model.gguf needs the package gguf, not installed here" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"mlx", "vllm"}
 
 
 def raw(path: Path) -> dict[str, bytes]:

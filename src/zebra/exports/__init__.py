@@ -11,7 +11,7 @@ from zebra.engines import TARGETS
 from zebra.errors import ZebraError
 from zebra.files import check_writable, refuse_existing
 from zebra.gguf import is_gguf
-from zebra.model.checkpoint_files import check_checkpoint
+from zebra.model.checkpoint_files import check_checkpoint, check_gguf_package
 from zebra.stripes import Stripes
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -37,7 +37,8 @@ def check_export(
 
     Raises:
         ZebraError: as `check_checkpoint` and `Stripes.parse`; an unknown engine or dtype, or a dtype where weights are
-            copied as they are; a target that exists or cannot be written, or is no name of a GGUF file.
+            copied as they are; a target that exists or cannot be written, or is no name of a GGUF file; no package
+            gguf to write one.
     """
     if to not in TARGETS:
         raise ZebraError(f"there is no export to {to!r}; there is one to {', '.join(TARGETS)}. Choose one.")
@@ -50,6 +51,8 @@ def check_export(
     if (to == "gguf") != (Path(target).suffix == ".gguf"):
         kind = "a file that ends in .gguf" if to == "gguf" else "a folder"
         raise ZebraError(f"an export to {to} writes {kind}; got {target}. Name one.")
+    if to == "gguf":
+        check_gguf_package(target)
     check_checkpoint(checkpoint)
     refuse_existing(Path(os.path.abspath(target)))
     check_writable(target)
@@ -78,13 +81,14 @@ def export(
     """
     check_export(checkpoint, target, to, stripes, dtype)
     from zebra.exports.folders import export_folder
-    from zebra.exports.gguf_file import export_file, export_folder_as_file
     from zebra.model.families import stripes_of
     from zebra.model.load import converted_config
     from zebra.model.quantization import quantization_of
 
     serve = f"llama-server --model {shlex.quote(str(target))}"
     if to == "gguf" and is_gguf(checkpoint):
+        from zebra.exports.gguf_file import export_file
+
         return Exported(str(target), str(export_file(checkpoint, target, stripes)), serve)
     config, local = converted_config(Path(checkpoint), stripes)
     layout = stripes_of(config)
@@ -95,6 +99,8 @@ def export(
     if (method := quantization_of(config)) and to in ("gguf", "mlx"):
         raise ZebraError(f"{checkpoint} is quantised ({method}). Export the checkpoint before quantisation.")
     if to == "gguf":
+        from zebra.exports.gguf_file import export_folder_as_file
+
         export_folder_as_file(checkpoint, target, config, dtype or "f16")
         return Exported(str(target), str(layout), serve)
     return Exported(str(target), str(layout), export_folder(checkpoint, Path(target), config, local, to))

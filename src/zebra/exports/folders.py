@@ -13,8 +13,7 @@ from transformers import PreTrainedConfig
 
 from zebra.engines import ENGINES, FLAG
 from zebra.errors import ZebraError
-from zebra.exports.gguf_folder import other_activation, other_local_rope, scaled_local_rope
-from zebra.exports.llama_cpp import REMEDY, period_of
+from zebra.exports.limits import REMEDY, other_activation, other_local_rope, period_of, scaled_local_rope
 from zebra.files import atomic_write
 from zebra.model.families import stripes_of
 from zebra.model.load import converted_folder

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.exports.gguf_model import GgufModel, GgufTensor
 from zebra.exports.gguf_tokenizer import tokenizer_metadata
-from zebra.exports.llama_cpp import REMEDY
+from zebra.exports.limits import REMEDY, other_activation, other_local_rope, scaled_local_rope
 from zebra.gguf import ARCHITECTURES
 from zebra.model.checkpoint import load_tokenizer
 from zebra.stripes import GLOBAL, LOCAL
@@ -93,26 +93,6 @@ def _experts(config: PreTrainedConfig) -> str | None:
     if not config.norm_topk_prob:
         return "experts whose weights do not sum to 1 (norm_topk_prob)"
     return "layers with and without experts" if {*config.mlp_layer_types} != {"sparse"} else None
-
-
-def other_activation(config: PreTrainedConfig) -> str | None:
-    """An activation that engines do not read of a config, as their code has the family's own; None where it is that."""
-    own = ("gelu_pytorch_tanh",) if config.model_type.startswith("gemma") else ("silu", "swish")
-    used = getattr(config, "hidden_activation", None) or config.hidden_act
-    return None if used in own else f"the activation {used}"
-
-
-def scaled_local_rope(config: PreTrainedConfig) -> str | None:
-    """A scaled rope of local layers, where engines scale that of global ones alone."""
-    local = config.rope_parameters.get(LOCAL, {})
-    return None if local.get("rope_type", "default") == "default" else "a rope of local layers that is scaled"
-
-
-def other_local_rope(config: PreTrainedConfig) -> str | None:
-    """What engines with one base, and a scaling of global layers alone, cannot run; None where all is well."""
-    local, whole = config.rope_parameters[LOCAL], config.rope_parameters[GLOBAL]
-    plain = scaled_local_rope(config) is None and local["rope_theta"] == whole["rope_theta"]
-    return None if plain else "a rope of local layers that is scaled or has another base"
 
 
 def _mellum_faults(config: PreTrainedConfig) -> str | None:

@@ -19,11 +19,11 @@ import numpy as np
 
 from zebra.errors import ZebraError
 from zebra.exports.gguf_model import GgufModel, GgufTensor
+from zebra.exports.limits import REMEDY, period_of
 from zebra.stripes import LOCAL, Stripes
 
 NO_SINK = -1e4
 """The logit of an attention sink that takes nothing: in float32 its exponential beside any score is 0."""
-REMEDY = "Serve the folder with zebra or transformers instead."
 
 
 class Target(NamedTuple):
@@ -121,27 +121,6 @@ def check_architecture(architecture: str) -> Target:
             f"of {', '.join(TARGETS)} have one. {REMEDY}"
         )
     return TARGETS[architecture]
-
-
-def period_of(layer_types: tuple[str, ...], reader: str) -> int:
-    """The period of the layers where the last of each is global; 0 where all are local.
-
-    Args:
-        reader: what reads periods alone, for the error.
-
-    Raises:
-        ZebraError: they have no such period.
-    """
-    local = [kind == LOCAL for kind in layer_types]
-    if all(local):
-        return 0
-    for period in range(1, len(local) + 1):
-        if all(each == (i % period < period - 1) for i, each in enumerate(local)):
-            return period
-    raise ZebraError(
-        f"{reader} reads a period whose last layer is global, such as LG or LLLG; the layers are "
-        f"{''.join('L' if each else 'G' for each in local)}. Choose such a layout, or serve the folder with zebra."
-    )
 
 
 def with_stripes(model: GgufModel, stripes: Stripes, more: dict[str, Any] | None = None) -> GgufModel:

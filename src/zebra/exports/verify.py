@@ -19,11 +19,9 @@ from transformers import PreTrainedModel
 
 from zebra.engines import TARGETS
 from zebra.errors import ZebraError
-from zebra.exports.gguf_file import layout_of
-from zebra.exports.gguf_model import read_model
 from zebra.gguf import is_gguf
 from zebra.model.checkpoint import load_tokenizer, read_config
-from zebra.model.checkpoint_files import read_json_object
+from zebra.model.checkpoint_files import check_gguf_package, read_json_object
 from zebra.model.families import stripes_of
 from zebra.model.load import load
 from zebra.model.verify import Check
@@ -103,6 +101,10 @@ def _written(target: str | os.PathLike[str], against: str | os.PathLike[str], en
         kind = "a file that ends in .gguf" if engine == "gguf" else "a folder"
         raise ZebraError(f"{engine} runs {kind}; got {target}. {_NAME_IT}")
     if is_gguf(target):
+        check_gguf_package(target)
+        from zebra.exports.gguf_file import layout_of
+        from zebra.exports.gguf_model import read_model
+
         model = read_model(target)
         layout, kinds = (
             layout_of(model),

@@ -78,8 +78,7 @@ def check_gguf(path: Path) -> None:
     """
     header = read_header(path)
     check_fields(config_fields(header), str(path))
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_package(str(path), "the package gguf", "gguf")
+    check_gguf_package(path)
     from gguf import GGML_QUANT_SIZES
 
     size = path.stat().st_size
@@ -91,6 +90,16 @@ def check_gguf(path: Path) -> None:
         elements, width = GGML_QUANT_SIZES[kind]
         if start + math.prod(shape) // elements * width > size:
             raise ZebraError(f"{path} is truncated: it has {size:,} bytes, and {name} lies beyond. Copy it again.")
+
+
+def check_gguf_package(path: str | os.PathLike[str]) -> None:
+    """Check that a GGUF file can be read or written here.
+
+    Raises:
+        ZebraError: no package gguf.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise missing_package(str(path), "the package gguf", "gguf")
 
 
 def _adapter_alone(path: Path, file: Path) -> ZebraError:
