@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: options.Checkpoint,
+    source: options.LocalCheckpoint,
     target: Annotated[Path, typer.Argument(help="Directory to write; it must not exist, or be empty.")],
     stripes: Annotated[
         str | None,
@@ -64,7 +64,7 @@ def _converted(
 
 
 def export(
-    checkpoint: options.Checkpoint,
+    checkpoint: options.LocalCheckpoint,
     target: Annotated[Path, typer.Argument(help="What is written: a file that ends in .gguf, or a folder.")],
     to: Annotated[
         Literal["gguf", "mlx", "vllm", "sglang"],

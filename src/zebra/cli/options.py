@@ -94,13 +94,12 @@ def _plain_path(value: str) -> str:
     return str(Path(value)) if Path(value).exists() else value
 
 
-Checkpoint = Annotated[
-    str,
-    typer.Argument(
-        callback=_plain_path,
-        help="Checkpoint: a directory that transformers saved, a GGUF file, or OWNER/NAME in the hub.",
-    ),
-]
+def _checkpoint(forms: str) -> Any:
+    return typer.Argument(callback=_plain_path, help=f"Checkpoint: a directory that transformers saved{forms}.")
+
+
+Checkpoint = Annotated[str, _checkpoint(", a GGUF file, or OWNER/NAME in the hub")]
+LocalCheckpoint = Annotated[str, _checkpoint(" or a GGUF file")]
 StripesNotation = Annotated[
     str | None,
     _loading(
