@@ -18,6 +18,7 @@ from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder, window_prefix
 from zebra.errors import ZebraError
 from zebra.evaluate import perplexity as module
+from zebra.evaluate.intervals import bootstrap, students_t
 from zebra.evaluate.perplexity import CONVENTIONS, Score, edges, evaluate_perplexity, perplexity, results_of
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.self_extend import bounded_cache
@@ -293,6 +294,24 @@ def test_equal_documents_have_an_interval_of_no_width(model: Any) -> None:
     assert score.high == pytest.approx(score.perplexity)
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 30])
+def test_intervals_of_few_documents_hold_the_truth_in_95_of_100(n: int) -> None:
+    drawn, held, trials = np.random.default_rng(n), 0, 400
+    for seed in range(trials):
+        counts = drawn.integers(8, 12, n)
+        estimate = bootstrap(drawn.normal(2.0, 0.5, n) * counts, counts, seed)
+        assert estimate.low is not None
+        assert estimate.high is not None
+        held += estimate.low <= 2.0 <= estimate.high
+    assert 0.91 < held / trials < 0.98
+
+
+def test_students_t_and_bounds() -> None:
+    assert [round(students_t(freedom), 2) for freedom in (1, 10, 11, 20, 120)] == [12.71, 2.23, 2.20, 2.09, 1.98]
+    estimate = bootstrap(np.array([0.0, 1.0]), np.ones(2), 0, bounds=(0, 1))
+    assert estimate == (0.5, 0.0, 1.0)
+
+
 def test_the_interval_is_95_percent_over_documents() -> None:
     """Many documents of one size: nearly the mean and 1.96 standard errors, in the logarithm."""
     counts = np.full(2000, 10.0)
@@ -314,7 +333,8 @@ def test_the_interval_weighs_documents_by_their_tokens() -> None:
     assert score.documents == 4
     assert score.perplexity == pytest.approx(math.exp(2), rel=1e-4)
     assert score.low == pytest.approx(math.exp(2), rel=1e-4)
-    assert score.high == pytest.approx(math.exp(5), rel=1e-4)  # it is drawn in 1 - 0.75**4 = 68 % only
+    widened = 3 * students_t(3) / students_t(10**9) * math.sqrt(4 / 3)
+    assert score.high == pytest.approx(math.exp(2 + widened), rel=1e-3)  # it is drawn in 1 - 0.75**4 = 68 % only
 
 
 # -- the model's side

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from zebra.study.page import chapters
 from zebra.study.pictures import Point, frontier, plot_scatter
 from zebra.study.recipe import StudyRecipe
 from zebra.study.results import StudyCell, studies_in
-from zebra.study.spread import Difference, Losses, Spread, half_width, loss_difference, spread
+from zebra.study.spread import Difference, Losses, Spread, half_width, level, loss_difference, spread
 from zebra.train.pretrain import pretrain
 from zebra.train.tokenizer import END
 
@@ -148,15 +149,25 @@ def test_a_second_run_of_a_cell_and_seed_is_not_lost() -> None:
 
 def test_three_seeds_are_paired_by_students_t() -> None:
     change = loss_difference({0: 1.1, 1: 2.2, 2: 3.3, 9: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0, 8: 7.0}, [])
-    assert change is not None
+    assert isinstance(change, Difference)
     assert change.mean == pytest.approx(0.2)
     assert change.half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
 
 
 def test_without_a_shared_seed_or_a_spread_there_is_no_difference() -> None:
-    assert loss_difference({0: 1.0}, {1: 1.0}, [{0: 1.0, 1: 1.0}, {0: 2.0, 1: 3.0}]) is None
-    assert loss_difference({0: 1.0}, {0: 2.0}, [{0: 1.0}, {0: 2.0}]) is None
-    assert loss_difference({0: 1.0}, {0: 2.0}, [{0: 1.0, 1: 2.0}]) is None
+    assert loss_difference({0: 1.0}, {1: 1.0}, [{0: 1.0, 1: 1.0}, {0: 2.0, 1: 3.0}]) == "no seed is in both"
+    none = "no spread to compare it with"
+    assert loss_difference({0: 1.0}, {0: 2.0}, [{0: 1.0}, {0: 2.0}]) == none
+    assert loss_difference({0: 1.0}, {0: 2.0}, [{0: 1.0, 1: 2.0}]) == none
+    assert loss_difference({0: 1.0}, {0: 2.0}, [{0: 1.0, 1: math.inf}, {0: 2.0, 1: 2.1}]) == none
+
+
+@pytest.mark.parametrize("diverged", [math.inf, math.nan])
+def test_a_seed_that_diverged_is_not_left_out(diverged: float) -> None:
+    one, two = {0: 1.0, 1: 1.1, 2: 1.05, 3: diverged}, {0: 2.0, 1: 2.1, 2: 2.2, 3: 2.1}
+    assert loss_difference(one, two, []) == "a loss is not finite"
+    row = run_of(StudyCell(FULL, "rotary", 512), 0, 2.0)[2]
+    assert math.isnan(level({seed: replace(row, value=math.exp(loss)) for seed, loss in one.items()}))
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
@@ -167,7 +178,7 @@ def test_intervals_hold_the_truth_in_95_of_100(seeds: int) -> None:
         cells: list[Losses] = [{s: mean + shift[s] + drawn.gauss(0, 0.3) for s in range(3)} for mean in range(6)]
         one, two = ({s: cell[s] for s in range(seeds)} for cell in cells[:2])
         change = loss_difference(one, two, [one, two, *cells[2:]] if seeds < 3 else cells)
-        assert change is not None
+        assert isinstance(change, Difference)
         held += change.low <= -1 <= change.high
     assert 0.93 < held / trials < 0.97
 
@@ -175,8 +186,10 @@ def test_intervals_hold_the_truth_in_95_of_100(seeds: int) -> None:
 def test_spreads() -> None:
     row = run_of(StudyCell(FULL, "rotary", 512), 0, 2.0)[2]
     assert spread({0: row}) == (row.value, None)
-    two = spread({0: replace(row, value=1.0), 1: replace(row, value=3.0)})
-    assert two == (2.0, math.sqrt(2))
+    losses = (0.1, 0.2, 2.3)
+    mean, deviation = spread({i: replace(row, value=math.exp(loss)) for i, loss in enumerate(losses)})
+    assert mean == pytest.approx(math.exp(statistics.mean(losses)))
+    assert deviation == pytest.approx(mean * statistics.stdev(losses))
     assert spread({0: row, 1: replace(row, value=math.nan)}).deviation is None
 
 

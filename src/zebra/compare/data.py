@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zebra.compare.measurements import Unit, hides_in_text
 from zebra.compare.methods import Method
@@ -70,19 +70,19 @@ class ComparisonData:
         target = EvalTarget(settings.checkpoint, purpose=None, **settings.loading)
         self.tokenizer, self.config, self.trained = target.tokenizer, target.config, target.reach
         text = read_corpus(settings.text, Encoder.of(self.tokenizer), separator=settings.separator)
-        self.digest = hashlib.sha256(text.tokens.tobytes()).hexdigest()
+        self.digest = hashlib.sha256(text.tokens.tobytes() + text.offsets.tobytes()).hexdigest()
         length = settings.length
         self.selection_length = min(_SELECTION_WINDOWS * settings.stripes.window, length, self.trained or length)
         self.selection_samples = min(_SELECTION_SAMPLES, len(text.tokens) // 4 // self.selection_length)
         self.selection_text, text = _split(text, self.selection_samples * self.selection_length)
         text = text if (text.lengths >= length).any() else text.joined(length)
         self.prefix = window_prefix(self.tokenizer)
-        self.windows: list[NDArray[np.integer[Any]]] = [
-            window.tokens(document)
+        of_documents = (
+            [window.tokens(document) for window in windows_of(document, length, self.prefix) if len(window) == length]
             for document in text
-            for window in windows_of(document, length, self.prefix)
-            if len(window) == length
-        ][: settings.windows]
+        )
+        in_turns = itertools.chain.from_iterable(itertools.zip_longest(*of_documents))  # few come from all documents
+        self.windows = [window for window in in_turns if window is not None][: settings.windows]
         self._generators = {
             task: SampleGenerator(self.tokenizer, text if hides_in_text(task) else None) for task in settings.tasks
         }

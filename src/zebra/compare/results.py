@@ -12,6 +12,7 @@ Compared is what all methods measured, apart from those that cannot: the same wi
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def _perplexities(
     for i, (start, end) in enumerate(spans):
         best = min((losses[0][:, i] for losses in every if losses is not None), key=lambda of_method: of_method.sum())
         above = bootstrap(sums[:, i] - best, counts[:, i], columns["seed"])
-        loss = bootstrap(sums[:, i], counts[:, i], columns["seed"])
+        loss = bootstrap(sums[:, i], counts[:, i], columns["seed"], bounds=(0, math.inf))
         value, low, high = (None if nats is None else float(np.exp(nats)) for nats in loss)
         where = columns | {"position_from": start, "position_to": end, "n": int(counts[:, i].sum())}
         yield Result(task=task, metric="perplexity", value=value or 0.0, low=low, high=high, **where)

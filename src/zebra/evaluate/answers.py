@@ -8,6 +8,7 @@ conversations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def answer_score(
 ) -> AnswerScore:
     """The loss on the answers of all conversations."""
     sums, counts = answer_losses(model, conversations)
-    return AnswerScore(suite, *bootstrap(sums, counts, seed), int(counts.sum()), len(sums))
+    return AnswerScore(suite, *bootstrap(sums, counts, seed, bounds=(0, math.inf)), int(counts.sum()), len(sums))
 
 
 def answer_losses(

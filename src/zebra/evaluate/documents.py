@@ -9,6 +9,7 @@ loses its middle.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -224,6 +225,7 @@ def _means(outcomes: Sequence[Outcome], columns: dict[str, Any]) -> list[Result]
     results = []
     for metric in outcomes[0].scores:
         sums = np.bincount(group, [one.scores[metric] for one in outcomes])
-        mean = bootstrap(sums, counts, columns["seed"])
+        bounds = (-math.inf, 0) if metric.startswith("log_likelihood") else (0, 1)
+        mean = bootstrap(sums, counts, columns["seed"], bounds=bounds)
         results.append(Result(metric=metric, n=len(outcomes), **mean._asdict(), **columns))
     return results

@@ -9,6 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 _RESAMPLES = 1000
+_Z = 1.959964
+"""The 97.5 % quantile of the normal distribution."""
+_STUDENTS_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""That of Student's t for 1 to 10 degrees of freedom."""
 
 
 class Estimate(NamedTuple):
@@ -26,21 +30,39 @@ def wilson(mean: float, n: int) -> tuple[float, float]:
 
     Exact in its variance for values of 0 and 1; values between vary less, so that it is too wide for them.
     """
-    z = 1.959964
-    middle = mean + z * z / (2 * n)
-    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    whole = 1 + z * z / n
+    middle = mean + _Z * _Z / (2 * n)
+    half = _Z * math.sqrt(mean * (1 - mean) / n + _Z * _Z / (4 * n * n))
+    whole = 1 + _Z * _Z / n
     return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
-def bootstrap(sums: NDArray[Any], counts: NDArray[Any], seed: int) -> Estimate:
+def students_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t; beyond 10 degrees of freedom by its expansion at z = 1.96.
+
+    t = z + (z³ + z) / 4ν + (5 z⁵ + 16 z³ + 3 z) / 96 ν²                       (Abramowitz and Stegun, 26.7.5)
+    """
+    if freedom <= len(_STUDENTS_T):
+        return _STUDENTS_T[freedom - 1]
+    return _Z + (_Z**3 + _Z) / (4 * freedom) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
+
+
+def bootstrap(
+    sums: NDArray[Any], counts: NDArray[Any], seed: int, *, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Estimate:
     """A mean, sum of `sums` (n,) / sum of `counts` (n,), with its bootstrap interval over n independent documents.
 
-    One document has no interval.
+    One document has no interval. The percentiles of few are too near: 51 of 100 hold the truth with two documents, 81
+    with four. So their distances from the mean take the factor t / z √(n / (n - 1)) of Student's t, which is 9.2 for
+    two, 1.2 for ten.
+
+    Args:
+        bounds: what the values cannot exceed.
     """
     value, n = float(sums.sum() / counts.sum()), len(sums)
     if n < 2:
         return Estimate(value, None, None)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
-    low, high = np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975]).tolist()
+    ends = np.quantile((draws @ sums) / (draws @ counts), [0.025, 0.975])
+    factor = students_t(n - 1) / _Z * math.sqrt(n / (n - 1))
+    low, high = np.clip(value + factor * (ends - value), *bounds).tolist()
     return Estimate(value, low, high)

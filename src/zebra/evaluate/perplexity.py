@@ -17,6 +17,7 @@ Intervals are 95 % bootstraps over documents, which are independent of each othe
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -165,7 +166,7 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
 def score_of(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
     """The perplexity of a bucket from the sums of losses (documents,) and the numbers of tokens that have them."""
     scored = counts > 0
-    loss = bootstrap(sums[scored], counts[scored], seed)
+    loss = bootstrap(sums[scored], counts[scored], seed, bounds=(0, math.inf))
     low, high = (None if nats is None else float(np.exp(nats)) for nats in (loss.low, loss.high))
     return Score(start, end, float(np.exp(loss.value)), low, high, int(counts.sum()), int(scored.sum()))
 

@@ -119,9 +119,8 @@ class Claim:
             return None
         compared, results = [*zip(names, map(mean_text, (first, second)), strict=True)], results_of(first, second)
         change = loss_difference(losses(first), losses(second), of_all)
-        if change is None:
-            none = "no spread to compare it with"
-            self.evidence.append(Evidence(compared, where, "–", none, None, results, gates))
+        if isinstance(change, str):
+            self.evidence.append(Evidence(compared, where, "–", change, None, results, gates))
             return None
         low, mean, high = (change_text(nats) for nats in (change.low, change.mean, change.high))
         interval, holds = f"{low} to {high}; {change.method}", within(change, limit)
@@ -130,7 +129,7 @@ class Claim:
 
 
 def mean_text(scores: Scores) -> str:
-    """A mean, with the deviation over seeds where there are several."""
+    """A mean over seeds, with the deviation where there are several."""
     of = spread(scores)
     return number(of.mean) + (f" ± {number(of.deviation)}" if of.deviation is not None else "")
 

@@ -8,18 +8,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from zebra.evaluate.intervals import students_t
 from zebra.results import Result
 
 Scores = Mapping[int | None, Result]
 """A perplexity of a cell for each seed."""
 Losses = Mapping[int | None, float]
 """Losses in nats per token for each seed."""
-_TWO_SIDED = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t at 97.5 % for 1 to 10 degrees of freedom; for more, that of 10."""
 
 
 class Spread(NamedTuple):
-    """A mean over seeds, and the standard deviation where there are two or more."""
+    """A perplexity at the mean loss over seeds, and the losses' standard deviation times it, with two or more.
+
+    Of the losses, as the differences are: a mean of perplexities would follow the worst seed.
+    """
 
     mean: float
     deviation: float | None
@@ -48,21 +50,22 @@ class Difference(NamedTuple):
 
 
 def spread(scores: Scores) -> Spread:
-    """Mean and standard deviation of perplexities over seeds."""
-    values = [one.value for one in scores.values()]
+    """The mean of the losses over seeds, as a perplexity, and their standard deviation, times that."""
+    values = [*losses(scores).values()]
+    mean = math.exp(math.fsum(values) / len(values))
     several = len(values) > 1 and all(map(math.isfinite, values))
-    return Spread(math.fsum(values) / len(values), statistics.stdev(values) if several else None)
+    return Spread(mean, mean * statistics.stdev(values) if several else None)
 
 
 def losses(scores: Scores) -> Losses:
-    """The finite losses in nats per token: ln of each perplexity."""
-    return {seed: math.log(one.value) for seed, one in scores.items() if 0 < one.value < math.inf}
+    """The losses in nats per token: ln of each perplexity; NaN where there is none."""
+    return {seed: math.log(one.value) if one.value > 0 else math.nan for seed, one in scores.items()}
 
 
 def level(scores: Scores) -> float:
-    """The mean loss over seeds; NaN without a finite value."""
+    """The mean loss over seeds; NaN without any, or where one is not finite."""
     values = losses(scores).values()
-    return statistics.mean(values) if values else math.nan
+    return statistics.mean(values) if values and all(map(math.isfinite, values)) else math.nan
 
 
 def gain(near: Scores, far: Scores) -> Losses:
@@ -71,8 +74,8 @@ def gain(near: Scores, far: Scores) -> Losses:
     return {seed: one[seed] - two[seed] for seed in one if seed in two}
 
 
-def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Difference | None:
-    """The loss of `one` less that of `two`, over the seeds that both have; None without one, or without a spread.
+def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Difference | str:
+    """The loss of `one` less that of `two`, over the seeds that both have; where it has no interval, why.
 
     With three shared seeds or more, the interval is Student's t of their differences. With fewer, the noise is the
     residual of the losses of all cells with several seeds: their own means and those of the seeds are subtracted.
@@ -82,14 +85,16 @@ def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Diffe
     """
     shared = [one[seed] - two[seed] for seed in one if seed in two]
     if not shared:
-        return None
+        return "no seed is in both"
+    if not all(map(math.isfinite, shared)):
+        return "a loss is not finite"
     mean, n = statistics.mean(shared), len(shared)
     if n > 2:
         deviation = statistics.stdev(shared)
         return Difference(mean, half_width(deviation, n), f"{n} seeds, paired", deviation)
     noise, freedom = _noise(others)
     if not freedom:
-        return None
+        return "no spread to compare it with"
     method = f"{n} seed{'s' if n > 1 else ''}, paired; the other cells' noise"
     deviation = noise * math.sqrt(2)
     return Difference(mean, half_width(deviation, n, freedom), method, deviation)
@@ -97,14 +102,15 @@ def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Diffe
 
 def half_width(deviation: float, n: int, freedom: int | None = None) -> float:
     """Half of Student's t interval at 95 % of the mean of n values; degrees of freedom are n - 1 by default."""
-    return _TWO_SIDED[min(freedom or n - 1, 10) - 1] * deviation / math.sqrt(n)
+    return students_t(freedom or n - 1) * deviation / math.sqrt(n)
 
 
 def _noise(others: Iterable[Losses]) -> tuple[float, int]:
     """The residual deviation over the largest set of cells with the same seeds, and its degrees of freedom."""
     sets: dict[frozenset[int | None], list[Losses]] = defaultdict(list)
     for cell in others:
-        sets[frozenset(cell)].append(cell)
+        if all(map(math.isfinite, cell.values())):
+            sets[frozenset(cell)].append(cell)
     seeds, cells = max(sets.items(), key=lambda item: (len(item[0]) - 1) * (len(item[1]) - 1), default=((), []))
     freedom = (len(seeds) - 1) * (len(cells) - 1)
     if freedom < 1:
