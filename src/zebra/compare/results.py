@@ -73,11 +73,11 @@ def _common(methods: Sequence[MethodUnits], choose: Callable[[Unit], bool]) -> s
     return common
 
 
-Losses = tuple[NDArray[np.float64], NDArray[np.float64]]
+WindowLosses = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Sums of losses and numbers of tokens by window and bucket, both (windows, buckets)."""
 
 
-def _losses(units: MethodUnits, windows: set[Unit]) -> Losses | None:
+def _losses(units: MethodUnits, windows: set[Unit]) -> WindowLosses | None:
     """Those of a method, the whole window as the last bucket; None where it has no window."""
     measured = [units[unit] for unit in sorted(windows) if unit in units]
     if not measured:
@@ -89,7 +89,11 @@ def _losses(units: MethodUnits, windows: set[Unit]) -> Losses | None:
 
 
 def _perplexities(
-    own: Losses, every: Sequence[Losses | None], spans: Sequence[tuple[int, int]], task: str, columns: dict[str, Any]
+    own: WindowLosses,
+    every: Sequence[WindowLosses | None],
+    spans: Sequence[tuple[int, int]],
+    task: str,
+    columns: dict[str, Any],
 ) -> Iterator[Result]:
     """Perplexity by position, and what the loss is above the best method's on the same tokens."""
     sums, counts = own

@@ -84,6 +84,7 @@ def memory(run: Run) -> dict[str, int]:
     """Bytes by part on one device.
 
     Outside training: weights, the cache, and the tensors of one layer, the residual and the wider of attention and MLP.
+    In decode the cache has room for a quarter more tokens, which the first decoded one reserves.
     """
     if run.phase == "train":
         return _training(run)
@@ -94,6 +95,7 @@ def memory(run: Run) -> dict[str, int]:
     return {
         "weights": size * d.num_parameters + round(((d.linear_bytes or size) - size) * d.linear_parameters),
         "keys and values": kv_bytes(run),
+        **({"room for new tokens": kv_bytes(run) // 4} if run.phase == "decode" else {}),
         "one layer's work": size * run.tokens * working,
         "logits": 4 * run.batch * d.vocab_size,
     }
