@@ -145,11 +145,11 @@ def families(results: Sequence[Result]) -> Section:
     behind = [one for one in results if one.metric == "greedy_behind" and one.value > 0]
     prose = [
         "Tiny random models of five layers (320 tokens, 4 heads of 32 over 2 key-value heads) in float32, on a CPU. "
-        "Prompts shorter and three times longer than the window, behind each 8 tokens decoded greedily with the "
+        "Prompts shorter and three times longer than the window, after each 8 tokens decoded greedily with the "
         "engine's cache. The number is the largest difference of a log-probability, in nats, of the ten likeliest "
         "tokens at each of them. vLLM has the arguments of the command that zebra export prints. make test-engines "
         "writes the numbers. A dash was not run.",
-        f"The same models with full attention in every layer differ by {min(full):.1g} to {max(full):.2g} nats behind "
+        f"The same models with full attention in every layer differ by {min(full):.1g} to {max(full):.2g} nats after "
         "the longer prompt. Tokens of a text were equal everywhere. The tokenizer of retrieval-2.2M splits text in a "
         "way that llama.cpp has no name for; its export was run with GPT-2's split in its place.",
         "Every greedy token was the likeliest in transformers too"
@@ -217,7 +217,7 @@ def smollm2(results: Sequence[Result]) -> Section:
     body = [
         line("keys and values of 8,192 tokens", "kv_bytes", mib),
         line(f"CPU time to read {TOKENS:,} tokens of a book", "read", seconds, "read_ratio"),
-        line(f"CPU time for {NEW_TOKENS} tokens behind them", "write", seconds, "write_ratio"),
+        line(f"CPU time for {NEW_TOKENS} tokens after them", "write", seconds, "write_ratio"),
     ]
     turns = at["full", "read"].n
     prose = (

@@ -312,7 +312,7 @@ def write_page(results: Sequence[Result]) -> None:
             Cell(
                 f"examples/{MODEL.name} under stripes, adapted to them, and beyond its length. Measured by "
                 "benchmarks/retrieval.py, which also wrote this page from the results in "
-                f"benchmarks/results/{FILE.name}: run says the part, then model, layout, task, length and depth."
+                f"benchmarks/results/{FILE.name}. The run of a result names its part here."
             )
         ]
     ]

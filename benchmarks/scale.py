@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
@@ -205,6 +205,8 @@ def plot(axes: Axes, title: str, value: Callable[[Prediction], float]) -> None:
         axes.set_ylim(bottom=0)
     else:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 

@@ -23,6 +23,9 @@ from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
@@ -32,7 +35,7 @@ from zebra.report.figures import Figure, plot_positions
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import interval_cell, split, table, where
-from zebra.report.series import Span, buckets, by_kind, percent, span_name, span_of
+from zebra.report.series import Span, buckets, by_kind, percent, short_layouts, span_name, span_of
 from zebra.results import Result, read_results, write_results
 
 ROOT = Path(__file__).parent.parent
@@ -141,10 +144,11 @@ def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
         return Section("Adapted to stripes", [])
     source = [one for one in here if one.layout == "full" and one.model == MODEL]
     spans = [*buckets(source), (0, source[0].length or 0)]
+    layouts = short_layouts(one.layout for one in here)
     names = {
         (MODEL, "full"): "the source",
         **{
-            (model, layout): f"{layout}, {'untrained' if model == MODEL else 'adapted'}"
+            (model, layout): f"{layouts[layout]}, {'untrained' if model == MODEL else 'adapted'}"
             for model, layout in split(here, lambda one: (one.model, one.layout))
             if (model, layout) != (MODEL, "full")
         },
@@ -214,11 +218,11 @@ class Compared:
         scored = [one.n or 0 for one in self.results if one.metric == "perplexity" and span_of(one) == span]
         return max(scored, default=0) >= 8 * (span[1] - span[0])
 
-    def answers(self, layout: str, task: str) -> list[float]:
+    def answers(self, layout: str, task: str) -> list[Result]:
         """The shares of answers by depth."""
         name = f"retrieval-generate-{task}"
         here = [one for one in self.results if one.task == name and one.layout == layout]
-        return [one.value for one in sorted(here, key=lambda one: one.depth or 0)]
+        return sorted(here, key=lambda one: one.depth or 0)
 
 
 def checklist(parts: Mapping[str, Sequence[Result]]) -> Section:
@@ -238,7 +242,7 @@ def checklist(parts: Mapping[str, Sequence[Result]]) -> Section:
 
 def _verdict(holds: bool, *, enough: bool = True) -> str:
     """In words; of too few windows or samples none."""
-    return ("holds" if holds else "does not hold") if enough else "undecided yet"
+    return ("holds" if holds else "does not hold") if enough else "undecided"
 
 
 def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
@@ -268,7 +272,7 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
             yield (
                 f"At twice the trained length a {task.replace('-', ' ')} is answered at any depth.",
                 f"{_shares(answered)}; {_shares(before)} as it is",
-                _verdict(min(answered) >= 0.9, enough=len(answered) > 2),
+                _verdict(min(one.value for one in answered) >= 0.9, enough=len(answered) > 2),
             )
     by_setting = Compared(parts.get("groups", ()))
     every = {one: by_setting.perplexity(f"full, self-extend {one}", beyond) for one in (AUTO, *GROUPS)}
@@ -308,8 +312,9 @@ def documents(results: Sequence[Result]) -> Section:
     if not here:
         return Section("Questions about long stories", [])
     named = {model: name for name, model in TUNED.items()}
+    layouts = short_layouts(one.layout for one in here)
     lines = [
-        ([Cell(named[model]), Cell(layout)], ones)
+        ([Cell(named[model]), Cell(layouts[layout])], ones)
         for (model, layout), ones in split(here, attrgetter("model", "layout")).items()
     ]
     metrics = [
@@ -331,8 +336,8 @@ def documents(results: Sequence[Result]) -> Section:
     return Section("Questions about long stories", [prose, scores, Table("Samples of answers", head, rows, False)])
 
 
-def _shares(shares: Sequence[float]) -> str:
-    return ", ".join(percent(one, 0) for one in shares)
+def _shares(results: Sequence[Result]) -> str:
+    return ", ".join(methods.answered([one]) for one in results)
 
 
 def _largest(setting: str) -> float:
@@ -378,13 +383,31 @@ def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
 
 def picture(results: Sequence[Result]) -> Figure:
     """Perplexity by position of the methods that keep all layers global."""
-    names = ("full, self-extend", "full", "full yarn")  # ours gets the first hue
+    names = {"full": "as it is", "full yarn": "YaRN", "full, self-extend": "Self-Extend"}
     here = [
         one for one in results if one.metric == "perplexity" and (one.position_from, one.position_to) != (0, one.length)
     ]
-    shown = [one for name in names for one in here if re.split(r":|(?<=extend) ", one.layout)[0] == name]
+    method_of = {one.layout: re.split(r":|(?<=extend) ", one.layout)[0] for one in here}
+    shown = [one for name in names for one in here if method_of[one.layout] == name]
     lines = [replace(one, low=None, high=None) for one in shown]  # the page has the intervals
-    return Figure("smollm2", [partial(plot_positions, results=lines)], height=2.9)
+    legend = {layout: names[method] for layout, method in method_of.items() if method in names}
+    return Figure("smollm2", [partial(_plot_lines, results=lines, named=legend)], height=2.9)
+
+
+def _plot_lines(axes: Axes, results: Sequence[Result], named: Mapping[str, str]) -> None:
+    """The lines, and their last values at their ends."""
+    plot_positions(axes, results, named)
+    axes.set_ylim(bottom=0.93 * axes.get_ylim()[0])  # room for the last value
+    for line, above in zip(axes.lines, itertools.cycle((True, True, False)), strict=False):
+        points: Any = line.get_xydata()
+        x, y = points[-1]
+        axes.annotate(
+            f"{y:.{1 if y >= 100 else 2}f}",
+            (x, y),
+            (7, 3 if above else -9),
+            textcoords="offset points",
+            color=line.get_color(),
+        )
 
 
 def write_page() -> None:

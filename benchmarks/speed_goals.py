@@ -172,10 +172,10 @@ def _goals() -> Iterator[Goal]:
     for layout in ("full", "GL:1024"):
         name = f"peak memory of reading 32,768, {layout}, over weights, cache and one layer's work by the plan"
         yield Goal(name, 1.3, False, "memory-prefill-32768-bfloat16", memory_share(layout, 32768))
-    name = "a token behind 8,192, full, over llama.cpp's, f16"
+    name = "a token after 8,192 tokens, full, over llama.cpp's, f16"
     value = ratio(zebra("full"), (LLAMA, "full"))
     yield Goal(name, 1.0, False, "peers-decode-8192-bfloat16", value, zebra("full"), _ROWS)
-    name = "a token behind 32,768, GL:1024 over full"
+    name = "a token after 32,768 tokens, GL:1024 over full"
     value = ratio(zebra("GL:1024"), zebra("full"))
     yield Goal(name, 0.45, False, "decode-32768-bfloat16", value, zebra("GL:1024"), _STRIPES)
 

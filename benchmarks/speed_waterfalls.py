@@ -150,7 +150,7 @@ def _bars(axes: Axes, results: Sequence[Result]) -> None:
         at -= 0.4
     axes.set_yticks([place for place, _ in names], [name for _, name in names])
     first = results[0]
-    what = {"prefill": "reading", "decode": "a token behind", "lora": "a LoRA step on", "step": "a step on"}
+    what = {"prefill": "reading", "decode": "a token after", "lora": "a LoRA step on", "step": "a step on"}
     name = f"{what[first.run.partition('-')[0]]} {first.length:,} tokens"
     axes.set_xlabel(f"seconds: {name}, {first.task.rpartition(', ')[2]}")
     axes.grid(axis="y", visible=False)

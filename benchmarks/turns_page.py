@@ -19,7 +19,7 @@ NAMES = {"conversation": "zebra.Conversation", "serve": "zebra serve", "transfor
 """Of the subjects that are not named as in the results; what follows a hyphen there is the way of loading."""
 SPEED = "Seconds to the first token of three turns, and tokens per second after it."
 CACHE = (
-    "Keys and values, with snapshots, behind the third answer, in MiB: planned for so many tokens, and measured. What "
+    "Keys and values, with snapshots, after the third answer, in MiB: planned for so many tokens, and measured. What "
     "grows has room for up to a quarter more. An answer whose text becomes other tokens than it was generated as is "
     "read again; zebra serve then holds both texts. llama-server takes its cells when it starts, for all its context, "
     "and transformers serve keeps nothing."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from zebra.data.encoding import Encoder
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import perplexity
 from zebra.evaluate.target import EvalTarget
-from zebra.report.methods import Methods, method_summaries, method_tables
+from zebra.report.methods import Methods, answered, method_summaries, method_tables
 from zebra.results import Result, read_results
 
 LENGTH = 600
@@ -200,10 +201,17 @@ def test_the_advice_prefers_quality_then_answers_then_time() -> None:
     extended = ("full, self-extend 8:2048", 36.0, 1.0, 33.0, 104.0)
     text = advice(plain, ("full yarn:2", 36.1, 0.67, 30.0, 100.0), extended, ("GL:1024", 92.0, 0.2, 25.0, 55.0))
     assert text.startswith("full, self-extend 8:2048: perplexity 36.00 at positions 8,192 to 16,384 (128.0 as it is)")
-    assert "100\N{NO-BREAK SPACE}% of the answers, at 1.10 times the reading time." in text
+    assert "4 of 4 questions answered, at 1.10 times the reading time." in text
     assert "GL:1024 holds 53\N{NO-BREAK SPACE}% of it at a perplexity of 92.00, untrained; adapt it first." in text
     assert advice(plain, ("a", 36.0, 1.0, 50.0, 1.0), ("b", 36.1, 1.0, 40.0, 1.0)).startswith("b: ")
     assert advice(plain, ("a", 60.0, 1.0, 50.0, 100.0)).startswith("No method reads this length as well")
+
+
+def test_answers_of_a_few_samples_are_counted_and_not_a_percentage() -> None:
+    (one,) = (result for result in table_of(("full", 36.0, 0.5, 30.0, 100.0)) if result.task.startswith("retrieval"))
+    assert answered([replace(one, n=1, value=1.0)]) == "1 of 1"
+    assert answered([one, replace(one, depth=0.9)]) == "4 of 8"
+    assert answered([replace(one, n=20)]) == "50\N{NO-BREAK SPACE}%"
 
 
 def test_the_positions_shown_begin_with_the_last_that_were_trained() -> None:

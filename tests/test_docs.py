@@ -163,6 +163,11 @@ def test_the_page_of_smollm2_is_that_of_its_results(tmp_path: Path, monkeypatch:
         assert all(cell.strip("*") in page for cell in cells), cells
 
 
+def test_pictures_have_no_formulas_in_place_of_numbers() -> None:
+    for picture in (ROOT / "docs" / "images").glob("*.svg"):
+        assert "mathdefault" not in picture.read_text(encoding="utf-8"), picture
+
+
 def test_the_page_of_engines_is_that_of_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """benchmarks/engines.py writes it, of what `make test-engines` measured."""
     import engines

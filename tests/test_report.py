@@ -7,6 +7,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from rich.console import Console
 from zebra import ZebraError
 from zebra.errors import printable
 from zebra.report import merge_sources, terminal_tables, write_report
+from zebra.report.figures import Figure, plot_positions
 from zebra.report.method import method
 from zebra.report.page import Section, Table
 from zebra.report.page import markdown as markdown_of
+from zebra.report.retrieval import retrieval
+from zebra.report.series import layer_lists, short_layouts
 from zebra.results import Result, read_results
 
 COMMON: dict[str, Any] = {
@@ -325,6 +329,36 @@ def test_retrieval_is_a_heat_map_and_a_table(tmp_path: Path) -> None:
     lines = [line for line in markdown.splitlines() if " | 0 | " in line]
     assert lines[0] == "| full | 0 | 25\N{NO-BREAK SPACE}% (50–90) | – |"
     assert lines[1].startswith("| GLLL:512 &lt;&amp;&gt; | 0 |")
+
+
+def test_a_long_layout_is_shortened_where_no_other_is_shortened_alike() -> None:
+    chosen, other = "7,13,14,15,26:1024", "7,12,14,15,26:1024, self-extend 8:2048"
+    assert short_layouts([chosen, "0,4:64", "full"]) == {chosen: "7, … 26:1024", "0,4:64": "0,4:64", "full": "full"}
+    assert short_layouts([chosen, other])[other] == "7, … 26:1024, self-extend 8:2048"
+    alike = chosen.replace("13", "12")
+    assert short_layouts([chosen, alike]) == {chosen: chosen, alike: alike}
+    assert layer_lists([chosen, f"{chosen}, self-extend 8:2048", "GL:64"]) == ["7, … 26: 7,13,14,15,26"]
+
+
+def test_the_page_has_the_layers_of_a_layout_that_it_shortens(tmp_path: Path) -> None:
+    _, text = page(scores("m", "7,13,14,15,26:64", (2.0, 2.0, 2.0, 2.0)), tmp_path)
+    assert "7, … 26:64" in text
+    assert "| layers | 7, … 26: 7,13,14,15,26 |" in text
+
+
+def test_a_logarithmic_axis_says_so_and_has_ticks_within_a_decade() -> None:
+    results = scores("m", "full", (24.0, 26.0, 110.0, 30.0))
+    svg = Figure("test", [partial(plot_positions, results=results)]).svg
+    assert "log scale" in svg
+    ticks = {int(text) for text in re.findall(r">(\d+)</text>", svg)}
+    assert {25, 30, 40, 60, 100} <= ticks
+
+
+def test_retrieval_of_one_cell_is_a_table_alone(tmp_path: Path) -> None:
+    one = retrieved("full", n=1)
+    assert [type(block) for block in retrieval([one]).blocks] == [str, Table]
+    assert "1 sample a cell" in page([one], tmp_path)[1]
+    assert Figure in [type(block) for block in retrieval([one, replace(one, depth=0.9)]).blocks]
 
 
 def test_a_second_seed_is_shown_and_not_lost(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from zebra.report.figures import Figure, drawable
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, change_words, interval_cell, split, table, where
-from zebra.report.series import percent, series_of, step, trained_series
+from zebra.report.series import percent, series_of, short_layouts, step, trained_series
 from zebra.results import Result
 
 _METRICS = ("samples", "tokens")
@@ -44,10 +44,11 @@ def answer_summary(run: str, results: list[Result]) -> list[Cell]:
 
 def _table(results: list[Result]) -> Table:
     """Models and steps down, suites across."""
+    layouts = short_layouts(one.layout for one in results)
 
     def names(one: Result) -> tuple[str, str]:
         at = step(one)
-        return series_of(one).name if at is None else f"step {at:,}", one.layout
+        return series_of(one).name if at is None else f"step {at:,}", layouts[one.layout]
 
     lines = [([Cell(*line)], here) for line, here in split(results, names).items()]
     columns = [

@@ -32,7 +32,7 @@ ACCENT = HUES[0]
 _MOST = 1e30
 _WIDTH = 7.2  # inches
 _LEGEND_LINE = 0.19  # inches
-_MARKERS = "osD^v"
+_MARKERS = "sD^vo"
 _FEW = 4
 _STYLE = {
     "svg.fonttype": "none",
@@ -40,7 +40,7 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "text.parse_math": False,
     "figure.constrained_layout.hspace": 0.08,
-    "axes.prop_cycle": cycler(marker=_MARKERS) * cycler(color=HUES),
+    "axes.prop_cycle": cycler(marker=_MARKERS * len(HUES)) + cycler(color=HUES * len(_MARKERS)),  # 30, all different
     "lines.markersize": 4,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -104,11 +104,12 @@ class Figure:
         return re.sub(r"<svg([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg"\1>{style}', svg, count=1)
 
 
-def plot_positions(axes: Axes, results: Sequence[Result]) -> None:
+def plot_positions(axes: Axes, results: Sequence[Result], named: Mapping[str, str] | None = None) -> None:
     """Perplexity over positions, a line for each series; where they are few, its interval as a band.
 
     Args:
         results: perplexities of one task at one context length.
+        named: names of layouts in the legend.
     """
     spans = buckets(results)
     left = spans[0][0] or spans[0][1] / 2  # a logarithmic axis has no 0
@@ -129,6 +130,7 @@ def plot_positions(axes: Axes, results: Sequence[Result]) -> None:
             line = "--" if run_and_layout in trained and not after else "-"
         scores = {span_of(one): one for one in results if series_of(one) == series}
         here = {math.sqrt(max(a, left) * b): scores[a, b] for a, b in spans if (a, b) in scores}
+        label = (named or {}).get(series.layout, label)
         axes.plot([*here], [drawable(one.value) for one in here.values()], line, label=label, **style)
         if len(names) <= _FEW:
             bounds = [interval(one) or (math.nan, math.nan) for one in here.values()]
@@ -187,9 +189,10 @@ def _scale_perplexity(axes: Axes, results: Iterable[Result]) -> None:
     """Logarithmic where the values differ by more than a factor of 4."""
     axes.set_ylabel("perplexity")
     drawn = [one.value for one in results if 0 < one.value < _MOST]
-    if drawn and max(drawn) > 4 * min(drawn):
+    if drawn and (ratio := max(drawn) / min(drawn)) > 4:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.set_ylabel("perplexity (log scale)")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 6) if ratio < 12 else (1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.minorticks_off()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from zebra.report.page import Cell, Section, Table, plain
 from zebra.report.perplexity import convention
-from zebra.report.series import step
+from zebra.report.series import layer_lists, step
 from zebra.results import COLUMNS, Result
 
 _CONVENTIONS = {
@@ -60,8 +60,9 @@ def method(results: Sequence[Result]) -> Section:
         facts["versions"][plain(one.versions)] = None
         commit = one.commit or "not known: an installed package"
         facts["commit"][commit.replace("+", " with uncommitted changes")] = None
+    facts["layers"] = dict.fromkeys(layer_lists(one.layout for one in results if not one.task.startswith("selection-")))
     body = []
-    for name, values in facts.items():
+    for name, values in ((name, values) for name, values in facts.items() if values):
         shown = [*values]
         if len(shown) > _MANY:  # a grid has many models
             shown[_MANY - 1 :] = [f"{len(shown) - _MANY + 1:,} more, in the results"]

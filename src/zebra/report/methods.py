@@ -12,24 +12,36 @@ from matplotlib.axes import Axes
 from zebra.report.figures import ACCENT, Figure, drawable
 from zebra.report.page import Cell, Line, Section, Table
 from zebra.report.pivot import Results, Show, interval_cell, split, table, value_cell
-from zebra.report.series import Series, Span, buckets, labels, number, percent, series_of, span_name, span_of, task_name
+from zebra.report.series import (
+    Series,
+    Span,
+    buckets,
+    labels,
+    layer_lists,
+    number,
+    percent,
+    series_of,
+    span_name,
+    span_of,
+    task_name,
+)
 from zebra.results import Result
 
 HOW = (
     "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity: "
-    "how far it is above the best method at these positions, on the same tokens. Tasks such as passkey: the share of "
-    "samples that were answered, over all depths. Read: the time from an empty cache to the first token; cache: the "
-    "keys and values that it then holds; both as multiples of the checkpoint's as it is. Each time is one timing."
+    "how far it is above the best method at these positions, on the same tokens. Tasks such as passkey: the samples "
+    "that were answered, over all depths. Read: the time from an empty cache to the first token; cache: the keys and "
+    "values that it then holds; both as multiples of those of `full`, the checkpoint as it is. Each time is one timing."
 )
 _CLOSE = math.log(1.02)
 """A perplexity that is less than 2 % above the best is as good."""
-_SEVERAL = re.compile(r"\b(\d+)(?:,\d+){3,},(\d+)(?=:)")
-"""The layers of a layout that names them; a picture has room for the first and the last."""
 _COSTS = (
     ("read", "s", "prefill_seconds", 1.0),
     ("a token", "ms", "decode_seconds", 1e-3),
     ("cache", "MiB", "kv_bytes", 2.0**20),
 )
+_FEW_SAMPLES = 20
+"""Below so many answers a share in percent would promise too much."""
 _READS = 1.25
 """A method reads the text whose perplexity is at most so many times that within the trained length."""
 _CHEAP = 0.75
@@ -76,6 +88,14 @@ class Methods:
         return sum(scores) / len(scores) if scores else math.nan
 
 
+def answered(results: Sequence[Result]) -> str:
+    """How many samples of some retrieval results were answered: of many in percent, of a few `1 of 1`."""
+    total = sum(one.n or 0 for one in results)
+    if 0 < total < _FEW_SAMPLES:
+        return f"{sum(one.value * (one.n or 0) for one in results):.0f} of {total}"
+    return percent(sum(one.value for one in results) / len(results), decimals=0)
+
+
 def methods(results: Iterable[Result]) -> Section:
     """The table and the picture of each comparison."""
     blocks: list[str | Table | Figure] = []
@@ -98,6 +118,7 @@ def method_tables(results: Iterable[Result]) -> tuple[list[Table], list[str]]:
     (here,) = _comparisons(results)
     compared = Methods(here)
     return [_table(compared), _cost_table(compared)], [
+        *layer_lists(one.layout for one in here),
         *_failures(here),
         "".join(cell.text for cell in _advice(compared)),
     ]
@@ -154,7 +175,8 @@ def _cost_table(compared: Methods) -> Table:
         columns.append((Cell(head, unit), partial(_value, metric=metric, size=size)))
         columns.append((Cell("planned", unit), partial(_value, metric=f"{metric}_planned", size=size)))
     lines = [([Cell(compared.names[series])], here) for series, here in compared.by_series.items()]
-    return table(f"Cost of {compared.length:,} tokens, {compared.device}", [Cell("method")], lines, columns)
+    device = re.sub(r"\b1 threads", "1 thread", compared.device)
+    return table(f"Cost of {compared.length:,} tokens, {device}", [Cell("method")], lines, columns)
 
 
 def _counts(compared: Methods) -> str:
@@ -179,7 +201,7 @@ def _answers(results: Results, task: str) -> Cell:
     here = [one for one in results if one.task == task]
     if not here:
         return Cell("–")
-    return Cell(percent(sum(one.value for one in here) / len(here), decimals=0), results=here)
+    return Cell(answered(here), results=here)
 
 
 def _ratio(results: Results, metric: str, base: float) -> Cell:
@@ -194,12 +216,13 @@ def _value(results: Results, metric: str, size: float) -> Cell:
 def _panels(compared: Methods) -> Iterable[Callable[[Axes], None]]:
     """Horizontal bars, a line for each method: perplexity at the far positions, answers, reading, cache."""
     series = [*compared.by_series]
-    names = [_SEVERAL.sub(r"\1, … \2", compared.names[one]) for one in series]
+    names = [compared.names[one] for one in series]
     shares = [100 * compared.share(one) for one in series]
     far = [compared.value(one, "perplexity", compared.far) for one in series]
     yield partial(_plot_bars, values=far, names=names, title=f"perplexity, {_short(compared.far)}", log=True)
     if not all(map(math.isnan, shares)):
-        yield partial(_plot_bars, values=shares, title="answers, %")
+        total = sum(one.n or 0 for one in compared.answers(compared.baseline))
+        yield partial(_plot_bars, values=shares, title=f"answers, % of {total}" if total else "answers, %")
     for metric, unit, title in (("prefill_seconds", 1.0, "reading, s"), ("kv_bytes", 2.0**20, "cache, MiB")):
         yield partial(_plot_bars, values=[compared.value(one, metric) / unit for one in series], title=title)
 
@@ -282,7 +305,9 @@ def _described(compared: Methods, best: Series) -> Line:
     if near := compared.one(baseline, "perplexity", compared.near):
         words += [Cell(", beside "), value_cell([near]), Cell(f" at {span_name(compared.near, ' to ')} as it is")]
     if answers := compared.answers(best):
-        words += [Cell(", "), Cell(percent(compared.share(best), 0), results=answers), Cell(" of the answers")]
+        share = answered(answers)
+        of = " of the" if share.endswith("%") else ""
+        words += [Cell(", "), Cell(share, results=answers), Cell(f"{of} questions answered")]
     ratio = compared.value(best, "prefill_seconds") / compared.value(baseline, "prefill_seconds")
     if best != baseline and ratio == ratio:
         words += [Cell(f", at {ratio:.2f} times the reading time")]

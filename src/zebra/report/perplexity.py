@@ -15,6 +15,7 @@ from zebra.report.series import (
     count,
     percent,
     series_of,
+    short_layouts,
     source_of,
     span_name,
     span_of,
@@ -55,8 +56,9 @@ def _table(results: list[Result]) -> Table:
     """A column for each series, behind that of a trained one its change, and last the tokens."""
     columns = []
     every = split(results, series_of)
+    layouts = short_layouts(one.layout for one in every)
     for series in every:
-        columns.append((Cell(series.name, series.layout), where(interval_cell, **series._asdict())))
+        columns.append((Cell(series.name, layouts[series.layout]), where(interval_cell, **series._asdict())))
         if (source := source_of(series, every)) is not None:
             columns.append((Cell("change"), partial(_change, before=source, after=series)))
     columns.append((Cell("tokens", "scored"), _tokens_scored))

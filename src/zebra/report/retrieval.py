@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgba
 from zebra.report.figures import ACCENT, INK, Figure, plot_cells
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import finite, interval_cell, split, table, where
-from zebra.report.series import labels, percent, series_of, task_name
+from zebra.report.series import labels, percent, series_of, short_layouts, task_name
 from zebra.results import Result
 
 HOW = (
@@ -33,7 +33,9 @@ def retrieval(results: list[Result]) -> Section:
     blocks: list[str | Table | Figure] = [HOW]
     for i, (task, here) in enumerate(split(results, lambda one: one.task).items(), start=1):
         caption = f"{task_name(task)}: answers found, by length and depth{_common(here)}"
-        blocks += [_heat_maps(f"retrieval-{i}", caption, here), _table(here)]
+        if max(len(_lengths(here)), len(_depths(here))) > 1:  # a map of one cell shows no more than the table
+            blocks.append(_heat_maps(f"retrieval-{i}", caption, here))
+        blocks.append(_table(here))
     return Section("Retrieval", blocks if results else [])
 
 
@@ -64,7 +66,7 @@ def _table(results: list[Result]) -> Table:
             lines.append(([Cell("" if i else names[series]), Cell(text)], at_depth))
     columns = [(Cell(f"{length:,}", "tokens"), where(show, length=length)) for length in _lengths(results)]
     counts = sorted({one.n for one in results if one.n is not None})
-    samples = f", {' or '.join(f'{n:,}' for n in counts)} samples a cell" if counts else ""
+    samples = f", {' or '.join(f'{n:,}' for n in counts)} sample{'s' * (counts != [1])} a cell" if counts else ""
     title = f"{task_name(results[0].task)}{_common(results)}{samples}"
     return table(title, [Cell("model"), Cell("depth")], lines, columns)
 
@@ -78,8 +80,10 @@ def _heat_maps(figure: str, caption: str, results: list[Result]) -> Figure:
     size = max(columns, math.ceil(_CELLS / beside)), lines
     order = {id(one): i for i, one in enumerate(results)}
     plots = []
+    layouts = short_layouts(one.layout for one in panels)
     for series, here in panels.items():
-        title = [series.layout] if _common(results) else [series.layout, f"{series.run}: {series.name}"]
+        layout = layouts[series.layout]
+        title = [layout] if _common(results) else [layout, f"{series.run}: {series.name}"]
         plots.append(partial(_plot_panel, results=here, title=title, size=size, beside=beside, order=order))
     height = 0.26 * lines + (0.9 if _common(results) else 1.05)
     return Figure(figure, plots, caption, results, height, beside)
@@ -106,7 +110,7 @@ def _plot_panel(
     texts = [f"{n // 1024}K" if n >= 1024 and n % 1024 == 0 else f"{n:,}" for n in lengths]
     axes.set_xticks(range(0, len(lengths), every), texts[::every])
     axes.set_yticks(range(len(depths)), [*depths.values()])
-    most = 96 // beside
+    most = 114 // beside
     cut = [line if len(line) <= most else line[: most - 1] + "…" for line in title]
     axes.set_title("\n".join(cut), loc="left", fontsize=8)
     axes.set_xlabel("tokens", loc="left")

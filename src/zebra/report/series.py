@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import PurePath
@@ -13,6 +14,9 @@ from zebra.results import Result
 FULL = "full"
 _KINDS = {"bench ": "bench", "compare-": "comparison", "harness-": "task", "documents-": "task"}
 """Of tasks that begin so, whatever their metric."""
+_SEVERAL = re.compile(r"\b(\d+)(?:,\d+){3,},(\d+)(?=:)")
+"""The layers of a layout that names five or more."""
+_SHORT = r"\1, … \2"
 Span = tuple[int, int]
 
 
@@ -59,17 +63,31 @@ def source_of(series: Series, candidates: Iterable[Series]) -> Series | None:
     return first if series.trained and series != first else None
 
 
+def short_layouts(layouts: Iterable[str]) -> dict[str, str]:
+    """Layouts as tables and figures name them, `7, … 26:1024` for `7,13,14,15,26:1024`; all in full where two meet."""
+    short = {layout: _SEVERAL.sub(_SHORT, layout) for layout in layouts}
+    return short if len(set(short.values())) == len(short) else {layout: layout for layout in short}
+
+
+def layer_lists(layouts: Iterable[str]) -> list[str]:
+    """The layers that `short_layouts` leaves out, `7, … 26: 7,13,14,15,26`."""
+    lists = dict.fromkeys(layers[0] for layout in layouts for layers in _SEVERAL.finditer(layout))
+    return [f"{_SEVERAL.sub(_SHORT, f'{layers}:')} {layers}" for layers in lists]
+
+
 def labels(series: Iterable[Series]) -> dict[Series, str]:
     """Names for the series of one figure or table: of run, model and layout those that tell them apart."""
     series = list(series)
+    layouts = short_layouts(one.layout for one in series)
     runs, names = ({getattr(one, column) for one in series} for column in ("run", "name"))
     texts = {}
     for one in series:
         run = f"{one.run}: " if len(runs) > 1 and one.name != f"{one.run} (trained)" else ""
         named = len(runs) > 1 or len(names) > 1 or len(series) == 1
-        texts[one] = f"{run}{one.name} {one.layout}" if named else one.layout
+        layout = layouts[one.layout]
+        texts[one] = f"{run}{one.name} {layout}" if named else layout
     if len(set(texts.values())) < len(texts):  # two models of one name
-        return {one: f"{one.run}: {one.model} {one.layout}" for one in series}
+        return {one: f"{one.run}: {one.model} {layouts[one.layout]}" for one in series}
     return texts
 
 
