@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import shlex
 import tomllib
@@ -238,6 +239,31 @@ def test_the_first_lines_of_python_in_the_readme_run(tmp_path: Path, monkeypatch
     exec(code, names)
     assert type(names["model"]).__name__ == "CwmForCausalLM"
     assert (tmp_path / "striped" / "zebra.json").is_file()
+
+
+def test_the_page_of_the_api_has_the_public_names_and_signatures() -> None:
+    import zebra
+
+    written = dict(
+        re.findall(r"^- `zebra\.(\w+)(\(.*\))?`", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    )
+    assert sorted(written) == sorted(zebra.__all__)
+    for name, signature in written.items():
+        if signature:
+            parameters = inspect.signature(getattr(zebra, name)).parameters.values()
+            bare = [one.replace(annotation=one.empty) for one in parameters]
+            shown = str(inspect.Signature(bare))
+            assert signature == re.sub(r"=<function [^>]*>+( at \w+>)?", "=...", shown), name
+
+
+@pytest.mark.full
+def test_the_snippet_of_the_api_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shipped in ("examples", "recipes"):
+        (tmp_path / shipped).symlink_to(ROOT / shipped)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), flags=re.DOTALL)
+    exec(code, {})
+    assert (tmp_path / "runs" / "api" / "model" / "config.json").is_file()
 
 
 def test_the_family_table_is_the_codes() -> None:
