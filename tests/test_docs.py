@@ -68,6 +68,17 @@ def test_every_command_in_the_documents_parses(line: str) -> None:
     assert not context.args
 
 
+def test_the_built_in_models_and_devices_stand_in_the_guide_and_in_help(zebra: Zebra) -> None:
+    from zebra.plan.devices import DEVICES
+    from zebra.plan.shapes import SHAPES
+
+    shown = re.sub(r"[\s│]+", " ", zebra("plan", "--help").stdout)
+    guide = (ROOT / "docs" / "planning.md").read_text()
+    for name in (*SHAPES, *DEVICES):
+        assert f"`{name}`" in guide
+        assert name in shown
+
+
 def test_the_examples_of_the_help_are_of_a_fresh_checkout(zebra: Zebra, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe is read with its overrides, the files that examples name exist, and help shows them as they are."""
     from zebra.cli import _VERBS

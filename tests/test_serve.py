@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoTokenizer
 
 import zebra
+from zebra.cli.serve import _say
 from zebra.errors import ZebraError
 from zebra.serve.settings import ServeSettings
 
@@ -148,6 +149,15 @@ def expected(checkpoint: Path, prompt: str, **options: Any) -> Any:
 
 
 # Answers
+
+
+def test_without_gradio_the_command_says_why_there_is_no_page(capsys: pytest.CaptureFixture[str]) -> None:
+    note = "no chat page, as gradio is not installed (the extra page)"
+    _say(ServeSettings(), "http://127.0.0.1:1", False)
+    assert note in " ".join(capsys.readouterr().err.split())
+    _say(ServeSettings(page=False), "http://127.0.0.1:1", False)
+    _say(ServeSettings(host="0.0.0.0", api_key="key"), "http://0.0.0.0:1", False)
+    assert "gradio" not in capsys.readouterr().err
 
 
 def test_a_chat_is_what_generate_says_whole_and_streamed(served: Served, checkpoint: Path) -> None:

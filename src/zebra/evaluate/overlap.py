@@ -26,7 +26,9 @@ class Overlap:
         try:
             from rouge_score import rouge_scorer, tokenizers
         except ImportError:
-            raise missing_package("scoring text (score by likelihood does not)", "rouge-score", "tasks") from None
+            raise missing_package(
+                "scoring generated text (scoring by likelihood does not)", "rouge-score", "tasks"
+            ) from None
 
         class Squad(tokenizers.Tokenizer):
             def tokenize(self, text: str) -> list[str]:
