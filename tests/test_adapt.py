@@ -111,6 +111,7 @@ def test_a_finished_run_is_not_run_again(adapt_run: FinishedRun, monkeypatch: py
     run, rows = adapt_run
     monkeypatch.setattr("zebra.train.run.run_trainer", lambda *_: pytest.fail("trained again"))
     assert adapt(adapt_recipe(run)) == rows
+    assert zebra.adapt(run / "recipe.yaml") == zebra.adapt(str(run / "recipe.yaml")) == rows
 
 
 def test_a_run_directory_belongs_to_one_recipe(adapt_run: FinishedRun, tmp_path: Path) -> None:

@@ -66,6 +66,14 @@ def test_files_folders_and_globs(text: Path, patterns: list[str], expected: list
     assert names(find_files([str(text / pattern) for pattern in patterns]), text) == expected
 
 
+def test_one_path_is_not_its_letters(text: Path) -> None:
+    for one in (str(text / "b.txt"), text / "b.txt"):
+        assert names(find_files(one), text) == names(find_files([one]), text) == ["b.txt"]
+    for neither in (5, [5], None):
+        with pytest.raises(ZebraError, match=r"a path or a name is a string, and several are a list.* got"):
+            find_files(neither)  # type: ignore[arg-type]
+
+
 def test_a_name_with_brackets_and_the_home_folder(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (text / "part[1].txt").write_text("one")
     assert names(find_files([str(text / "part[1].txt")]), text) == ["part[1].txt"]

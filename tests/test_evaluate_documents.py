@@ -298,13 +298,13 @@ def test_a_model_that_says_the_answer_scores_all(file: Path, tokenizer: Any, mon
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"score": "recall"}, "the scores are generate and likelihood; got 'recall'"),
-    ({"answer_tokens": 0}, "at least 1 token; got --answer-tokens 0"),
+    ({"answer_tokens": 0}, "at least 1 token; got answer_tokens 0"),
     ({"lengths": [300, 600]}, "600 tokens passes the 512 positions .*--beyond"),
-    ({"limit": 0}, "at least 1 item is measured; got --limit 0"),
+    ({"limit": 0}, "at least 1 item is measured; got a limit of 0"),
     ({"rope": "dynamic:2"}, "a rope of type dynamic changes its frequencies"),
     ({"device": "moon"}, "no device 'moon'"),
     ({"self_extend": "4:700"}, "below the trained length"),
-    ({"lengths": [140]}, "Take a longer --length"),
+    ({"lengths": [140]}, "Take a longer length"),
 ]
 
 

@@ -144,7 +144,7 @@ def test_what_cells_share_is_refused_too(few: Path, tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump(grid_tree))
         with pytest.raises(ZebraError, match=says):
             read_recipe(path, StudyRecipe)
-    with pytest.raises(ZebraError, match="--workers is at least 1"):
+    with pytest.raises(ZebraError, match="workers is at least 1"):
         study(of(tmp_path / "run", few), workers=0)
 
 

@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import zebra
 from zebra import Stripes, ZebraError
+from zebra.compare.run import compare
+from zebra.evaluate.perplexity import evaluate_perplexity
 from zebra.model import routes
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import load_tokenizer, read_config
@@ -491,6 +493,36 @@ def test_arguments_that_contradict() -> None:
         zebra.load(STORIES, attn_implementation="sdpa")
     with refused("below the trained length"):
         zebra.load(STORIES, self_extend="8:512")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"stripe": "GL:8"}, "no option 'stripe'; did you mean stripes"),
+        ({"device": "cpu"}, "no option 'device'; did you mean device_map"),
+        ({"stripes": 8}, "stripes are written PATTERN:WINDOW .* got 8"),
+        ({"rope": 8}, "a rope is none, .* got 8"),
+        ({"self_extend": 8}, "Self-Extend is written GROUP:WINDOW, .* got 8"),
+        ({"stripes": "GL:8", "window": "64"}, "a window counts the keys .* got '64'"),
+        ({"stripes": "GL:8", "full_decode": "no"}, "full_decode is True, False or None; got 'no'"),
+        ({"dtype": "bf16"}, "a dtype is one of .* got 'bf16'"),
+        ({"dtype": torch.int8}, "a dtype is one of .* got 'int8'"),
+    ],
+)
+def test_options_of_another_name_or_kind(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ZebraError, match=why):
+        zebra.load(STORIES, **options)
+
+
+def test_options_of_another_name_that_are_handed_on() -> None:
+    for call in (
+        lambda: zebra.generate(STORIES, "Once", stripe="GL:8"),
+        lambda: zebra.Conversation(STORIES, stripe="GL:8"),
+        lambda: evaluate_perplexity(STORIES, "README.md", lengths=[64], stripe="GL:8"),
+        lambda: compare(str(STORIES), "README.md", length=64, out=Path("nowhere"), stripe="GL:8"),
+    ):
+        with pytest.raises(ZebraError, match="no option 'stripe'"):
+            call()
 
 
 def test_a_tokenizer_that_does_not_match(stories: Path) -> None:

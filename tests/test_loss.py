@@ -13,9 +13,10 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from zebra import ZebraError
+from zebra.data.packing import IGNORE
 from zebra.evaluate.perplexity import sequence_losses
 from zebra.model import loss as module
-from zebra.model.loss import IGNORE, Head, head_of, summed_loss, token_losses, without_logits
+from zebra.model.loss import Head, head_of, summed_loss, token_losses, without_logits
 from zebra.train import lora
 from zebra.train.recipe import Lora
 

@@ -454,6 +454,23 @@ def test_rows_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         evaluate_perplexity(STORIES, [str(text)], lengths=[16, 4000], separator="--", convention="truncated")
 
 
+def test_lengths_beyond_the_text_and_the_model_are_named(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("Once upon a time there was a little cat. " * 80)
+
+    def measure(length: int, **options: Any) -> None:
+        evaluate_perplexity(STORIES, text, lengths=[length], check_only=True, **options)
+
+    measure(512)
+    measure(600, self_extend="auto:1024")
+    with pytest.warns(UserWarning, match="600 tokens passes the 512 positions that this model was trained for"):
+        measure(600)
+    with pytest.warns(UserWarning, match=r"no document fills a context of 100,000 tokens; the longest window has"):
+        measure(100_000, self_extend="auto:4096")
+    with pytest.warns(UserWarning, match="no document fills"), pytest.warns(UserWarning, match="passes the 512"):
+        measure(100_000)
+
+
 def test_perplexity_behind_a_prompt_is_that_of_decoding_token_by_token(text: Path) -> None:
     """A prompt is read by the window; what is decoded behind it sees all where the model decodes fully."""
     long = text / "long.txt"

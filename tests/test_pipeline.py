@@ -241,6 +241,11 @@ def test_a_dry_run_says_what_would_run_and_does_nothing(data: Path, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_one_text_of_an_evaluation_needs_no_list(data: Path, tmp_path: Path) -> None:
+    one = f"stages.before.perplexity.text={data / 'few.txt'}"
+    assert states(recipe(data, tmp_path, "before"), one) == {"before": "new"}
+
+
 # Bad input
 
 BAD: dict[str, tuple[list[str], str]] = {

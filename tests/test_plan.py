@@ -562,6 +562,7 @@ REFUSED = {
     "lora elsewhere": (["llama-2-7b", "--lora", 4], "belong to the phase train"),
     "a device": (["llama-2-7b", "--device", "abacus"], "no device 'abacus'"),
     "memory": (["llama-2-7b", "--memory", "plenty"], "got 'plenty'"),
+    "memory without a unit": (["llama-2-7b", "--memory", "80"], "got '80'. Write 80GiB"),
     "a batch beyond all": (["llama-2-7b", "--batch", 10**400], "from 1 to 10^12"),
     "no time": (["llama-2-7b", "--seconds", 0], "positive number of seconds"),
     "a layer beyond": (["llama-2-7b", "--stripes", "40:9"], "layer 40"),

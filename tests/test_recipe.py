@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from pydantic import ValidationError
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError
 from zebra.stripes import Stripes
+from zebra.study.grid import study
+from zebra.train.adapt import adapt
+from zebra.train.pretrain import pretrain
 from zebra.train.recipe import AdaptRecipe, RecipeSection
 from zebra.train.recipe_file import read_recipe
+from zebra.train.tune import tune
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -420,6 +425,18 @@ def test_a_recipe_is_a_file(tmp_path: Path, kind: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ZebraError, match="is a folder, a device or a pipe"):
         read_recipe(tmp_path / "pipe" if kind == "pipe" else "/dev/zero", AdaptRecipe)
+
+
+@pytest.mark.parametrize("run", [adapt, tune, pretrain, study], ids=lambda run: run.__name__)
+def test_a_training_takes_the_path_of_a_recipe(run: Callable[..., Any], tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere.yaml", str(tmp_path / "nowhere.yaml")):
+        with pytest.raises(ZebraError, match=r"the recipe .*nowhere.yaml cannot be read"):
+            run(path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(PLAIN | {"nothing": 1}))
+    with pytest.raises(ZebraError, match="unknown key nothing"):
+        run(tmp_path / "recipe.yaml")
+    with pytest.raises(ZebraError, match=r"a recipe is of the class \w+Recipe, or the path .* got a dict"):
+        run(PLAIN)
 
 
 def test_a_pattern_of_everything_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,14 @@ from transformers import AutoTokenizer
 
 import zebra
 from zebra import ZebraError
+from zebra.compare.methods import choose_methods, standard_methods
 from zebra.data.corpus import Corpus
+from zebra.data.instructions import make_instructions
 from zebra.data.needles import SampleGenerator
+from zebra.decoding import Decoding
 from zebra.evaluate.calibration import SHARE, CalibrationBatch, batches_of, long_range, task_sequences, text_sequences
 from zebra.evaluate.losses import Losses, selection_folder
+from zebra.evaluate.retrieval import evaluate_retrieval
 from zebra.evaluate.search import greedy, once, strides
 from zebra.evaluate.selection import select
 from zebra.evaluate.target import EvalTarget
@@ -299,7 +303,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"budget": "5"}, "keeps 1 to 4; a budget of 5"),
     ({"budget": "cache:1GiB"}, "leaves no choice"),
     ({"order": "best"}, "the orders are greedy and once; got 'best'"),
-    ({"text": []}, "got neither"),
+    ({"text": []}, r"got neither\. Give text= or tasks="),
     ({"text": [], "tasks": ["haystack"]}, "the tasks are passkey"),
     ({"text": ["nowhere.txt"]}, r"nowhere\.txt"),
     ({"samples": 3}, "at least 4 samples"),
@@ -322,6 +326,23 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     with pytest.raises(ZebraError, match=why):
         select(STORIES, kwargs.pop("budget", 2), work=tmp_path / "work", **kwargs)
     assert not (tmp_path / "work").exists()
+
+
+def test_one_text_and_one_task_are_not_their_letters() -> None:
+    """In all that measure; of a checkpoint that is not loaded."""
+    kwargs = {"window": 32, "length": 160, "samples": 4, "check_only": True}
+    assert select(STORIES, 2, text=TEXTS[0], **kwargs) == select(STORIES, 2, text=TEXTS[:1], **kwargs)
+    assert select(STORIES, 2, tasks="passkey", **kwargs) == select(STORIES, 2, tasks=["passkey"], **kwargs)
+    one, several = (
+        evaluate_retrieval(STORIES, tasks=tasks, haystack=text, lengths=[160], samples=4, check_only=True)
+        for tasks, text in (("passkey", TEXTS[0]), (["passkey"], TEXTS[:1]))
+    )
+    assert one == several
+    with pytest.raises(ZebraError, match=r"the methods at this length are .* got window"):
+        choose_methods(standard_methods(512, 160, "GL:32"), "window")
+    assert Decoding(stop="##").stop == ("##",)
+    with pytest.raises(ZebraError, match=r"the kinds are .* got lists"):
+        next(make_instructions([], kinds="lists"))
 
 
 def test_a_host_whose_layers_keep_their_kind_is_refused(checkpoints: Any) -> None:

@@ -629,6 +629,18 @@ def test_a_family_without_a_route_is_served_by_self_extend_alone(checkpoints: Ma
         zebra.load(checkpoints("phi"), stripes="GL:9", self_extend=SETTING)
 
 
+def test_no_reminder_of_the_trained_length_up_to_the_reach(
+    checkpoints: MakeCheckpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers reminds of each length once: each model here has its own."""
+    with caplog.at_level(logging.WARNING, "transformers.generation.stopping_criteria"):
+        for length, options, reminders in ((21, {}, 1), (22, {"self_extend": "auto:80"}, 0)):
+            model = zebra.load(checkpoints("llama", max_position_embeddings=length), **options)
+            ids = torch.full((1, 4), 5)
+            model.generate(ids, max_new_tokens=30, min_new_tokens=30, do_sample=False)
+            assert sum(f"maximum length ({length})" in message for message in caplog.messages) == reminders
+
+
 def test_a_text_beyond_the_reach_is_warned_of_once(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     reach = SelfExtend.parse(SETTING).reach(512)
     assert reach > 1000

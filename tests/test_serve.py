@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -523,6 +524,27 @@ def test_sigterm_lets_running_requests_end_and_takes_no_more(checkpoint: Path) -
     assert process.wait(20) == 0
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+@pytest.mark.usefixtures("slow_model")
+def test_a_second_signal_answers_running_requests_with_an_error(checkpoint: Path) -> None:
+    """Ctrl-C twice: the request that runs, and one that waits."""
+    server = Served(checkpoint)
+    with ThreadPoolExecutor() as clients:
+        body = {"prompt": ONCE, "max_tokens": 450}
+        answers = [clients.submit(server.post, "/v1/completions", body) for _ in range(2)]
+        deadline = time.monotonic() + 10
+        while server.metric("zebra_requests_running") + server.metric("zebra_requests_waiting") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        server.server.handle_exit(signal.SIGINT, None)
+        server.server.handle_exit(signal.SIGINT, None)
+        for answer in answers:
+            status, error, headers = answer.result(20)
+            assert (status, error["error"]["code"]) == (503, "stopping")
+            assert headers["retry-after"]
+    server.thread.join(30)
+    assert not server.thread.is_alive()
 
 
 # Settings

@@ -24,11 +24,11 @@ from zebra import ZebraError
 from zebra.data.conversations import TokenizedConversation
 from zebra.data.corpus import Corpus
 from zebra.data.mixture import Source, mix, split_sources
+from zebra.data.packing import IGNORE
 from zebra.evaluate.answers import answer_losses
 from zebra.model.attention import NAME
 from zebra.model.families import model_class, with_stripes
 from zebra.model.load_options import loaded_layout_name
-from zebra.model.loss import IGNORE
 from zebra.results import Result, read_results
 from zebra.stripes import Stripes
 from zebra.train.chat import Chat

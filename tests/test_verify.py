@@ -215,7 +215,7 @@ def test_a_broken_self_extend_is_seen(broken: Any, names: set[str], monkeypatch:
 
 
 def test_what_self_extend_cannot_be_verified_with_is_refused(converted: Path) -> None:
-    with pytest.raises(ZebraError, match="Name the source, or Self-Extend"):
+    with pytest.raises(ZebraError, match="Name the source with against"):
         zebra.verify(converted)
     with pytest.raises(ZebraError, match="acts beyond 16 tokens; got length 16"):
         zebra.verify(STORIES, self_extend="8:16", length=16)

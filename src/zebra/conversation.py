@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -69,9 +69,7 @@ class Conversation:
         on_prefill: Callable[[int, int], None] = lambda read, total: None,
         **options: Any,
     ) -> None:
-        of_loading = {field.name for field in fields(LoadOptions)}
-        loading = LoadOptions(**{name: value for name, value in options.items() if name in of_loading})
-        rest = {name: value for name, value in options.items() if name not in of_loading}
+        loading, rest = LoadOptions.of(options, Decoding)
         self.decoding = Decoding(**{"max_new_tokens": 1024} | rest)
         if self.decoding.num_beams != 1:
             raise ZebraError(

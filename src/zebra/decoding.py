@@ -14,6 +14,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from zebra.data.documents import names_of
 from zebra.errors import ZebraError, first_line
 
 _LEAST_DIVISOR = 1e-6
@@ -57,6 +58,7 @@ class Decoding:
                 raise ZebraError(f"{name} is a whole number of at least 1; got {count}. Raise it or leave it out.")
         if not 0 <= self.seed < 2**64:
             raise ZebraError(f"a seed is a whole number from 0 to 2^64 - 1; got {self.seed}. Choose another.")
+        object.__setattr__(self, "stop", tuple(names_of(self.stop)))  # one string, and not its letters
         if not all(self.stop):
             raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
         filters = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
+from collections.abc import Iterable
 
 
 class ZebraError(ValueError):
@@ -19,6 +21,20 @@ def missing_package(subject: str, packages: str, extra: str) -> ZebraError:
     return ZebraError(
         f"{subject} needs {packages}, not installed here. Run pip install '.[{extra}]' in a checkout of zebra."
     )
+
+
+def check_names(names: Iterable[str], known: Iterable[str]) -> None:
+    """Check the names of options that are passed on as they are.
+
+    Raises:
+        ZebraError: an unknown one, with the nearest that is known.
+    """
+    every = [*known]
+    for name in names:
+        if name not in every:
+            near = difflib.get_close_matches(name, every, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(every)}."
+            raise ZebraError(f"there is no option {name!r}; {remedy}")
 
 
 def first_line(error: BaseException) -> str:

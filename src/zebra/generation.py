@@ -6,14 +6,13 @@ prompt  [chunk][chunk][ch]  →  first token  →  token → token → ...
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +25,13 @@ from zebra.decoding import Decoding
 from zebra.errors import ZebraError
 from zebra.model.cache import StripedCache
 from zebra.model.context import check_learned_positions, longest_text, ways_beyond
+from zebra.model.default_cache import LENGTH_REMINDER
 from zebra.model.finite import checking_logits
 from zebra.model.load_options import LoadOptions
 from zebra.model.rope import Rope, as_rope, refuse_changing_rope
 from zebra.model.self_extend import self_extend_of
 from zebra.positions import SelfExtend
-from zebra.progress import bar
+from zebra.progress import bar, only_errors
 from zebra.text_writer import TextWriter
 
 
@@ -98,9 +98,8 @@ def generate(
     Example:
         >>> zebra.generate("./Llama-3.1-8B", "Once upon a time", stripes="GLLL:4096", max_new_tokens=20).text
     """
-    of_loading = {field.name for field in fields(LoadOptions)}
-    loading = LoadOptions(**{name: value for name, value in options.items() if name in of_loading})
-    decoding = Decoding(**{name: value for name, value in options.items() if name not in of_loading})
+    loading, rest = LoadOptions.of(options, Decoding)
+    decoding = Decoding(**rest)
     if not prompt:
         raise ZebraError("the prompt is empty. Give at least one character.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -176,7 +175,7 @@ def generate_with(
     config = decoding.to_generation_config(eos_token_id=ends or None, pad_token_id=pad_token_id)
     kind = model.device.type
     devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
-    quiet = only_errors("transformers.generation.stopping_criteria")
+    quiet = only_errors(LENGTH_REMINDER)  # our warning of the length comes before any work
     with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"), quiet, checking_logits(model):
         # torch.manual_seed seeds every device there is; a model on the CPU draws by one generator alone.
         (torch.manual_seed if devices else torch.default_generator.manual_seed)(decoding.seed)
@@ -249,18 +248,6 @@ def _prompt_bar(model: PreTrainedModel, tokens: int, chunk: int | None) -> Itera
 
             work.callback(model.register_forward_hook(after, with_kwargs=True).remove)
         yield
-
-
-@contextmanager
-def only_errors(name: str) -> Iterator[None]:
-    """A logger logs errors alone: our warning of the length comes before any work, and later ones are left out."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

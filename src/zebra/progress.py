@@ -5,6 +5,7 @@ Names come from files of others. What they hold is shown and not obeyed: no mark
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,18 @@ class TextConsole(Console):
 
 console = TextConsole(stderr=True)
 """Stderr, for everything that is not output."""
+
+
+@contextmanager
+def only_errors(name: str) -> Iterator[None]:
+    """A logger logs errors alone."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Rate(ProgressColumn):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -122,7 +123,14 @@ def _fail_usage(error: Any) -> None:
             print(page)
         raise SystemExit(2)
     more = f" `{error.ctx.command_path} --help` lists what there is." if error.ctx else ""
-    _fail(error.format_message().replace("Value error, ", "").rstrip(".") + "." + more, 2)
+    text = error.format_message().replace("Value error, ", "")
+    for kind, plain in _NUMBERS.items():
+        text = re.sub(f"Input should be a valid {kind},.*", plain, text)
+    _fail(text.rstrip(".") + "." + more, 2)
+
+
+_NUMBERS = {"integer": "it takes a whole number in digits, such as 8192", "number": "it takes a number, such as 0.5"}
+"""Of what pydantic says of a text that is none."""
 
 
 def _fail(message: str, code: int) -> None:

@@ -229,8 +229,9 @@ def plan(tree: dict[str, Any], as_json: bool) -> None:
     for head, body in comparison.tables(tree):
         _table(head, [[*map(_styled, cells)] for cells in body], numbers=slice(1, None))
     if "suggested_layout" in tree:
-        layout = tree["suggested_layout"] or "none of ours"
-        line(f"the layout that meets the budget and keeps the most pairs: {layout}")
+        layout = tree["suggested_layout"]
+        none = "no layout fits: neither full attention nor one of the paper's, strides 2 to 8, windows 512 to 16,384"
+        line(f"the layout that meets the budget and keeps the most pairs: {layout}" if layout else none)
 
 
 def cluster(tree: dict[str, Any], as_json: bool) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +46,31 @@ def pretrain(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_
     _train("pretrain", recipe, set_, dry_run, as_json)
 
 
+@contextmanager
+def _naming_the_verb(verb: str, file: Path, overrides: list[str] | None) -> Iterator[None]:
+    """The error of a recipe that is another verb's names that verb."""
+    try:
+        yield
+    except ZebraError:
+        from zebra.pipeline.recipe import Pipeline
+        from zebra.study.recipe import StudyRecipe
+        from zebra.train.recipe import AdaptRecipe, PretrainRecipe
+        from zebra.train.recipe_file import read_recipe
+        from zebra.train.tune_recipe import TuneRecipe
+
+        kinds: dict[str, Any] = {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
+        kinds |= {"study": StudyRecipe, "run": Pipeline}
+        del kinds[verb]
+        fitting = []
+        for other, kind in kinds.items():
+            with suppress(ZebraError):
+                read_recipe(file, kind, overrides or ())
+                fitting.append(other)
+        if not fitting:
+            raise
+        raise ZebraError(f"{file} is a recipe of `zebra {fitting[0]}`. Run it by that.") from None
+
+
 def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, **options: bool) -> None:
     """Estimate a recipe's cost, or train by it, write its page and print its results."""
     from zebra.train.recipe import AdaptRecipe, CheckpointRecipe, PretrainRecipe
@@ -52,7 +79,8 @@ def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as
 
     kinds: dict[str, type[AdaptRecipe | TuneRecipe | PretrainRecipe]]
     kinds = {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
-    recipe = read_recipe(file, kinds[verb], overrides or ())
+    with _naming_the_verb(verb, file, overrides):
+        recipe = read_recipe(file, kinds[verb], overrides or ())
     page = Path(recipe.run) / "report.html"
     if not dry_run and not page.with_name("results.jsonl").exists():  # a finished run needs no texts
         if isinstance(recipe, CheckpointRecipe):
@@ -100,7 +128,8 @@ def study(
 
     if device is not None and not dry_run:
         raise ZebraError(f"--device needs --dry-run: it plans the hours; training uses this machine. Got {device}.")
-    grid = read_recipe(recipe, StudyRecipe, set_ or [])
+    with _naming_the_verb("study", recipe, set_):
+        grid = read_recipe(recipe, StudyRecipe, set_ or [])
     with show.working():
         from zebra.study.grid import estimate
         from zebra.study.grid import study as run
@@ -131,7 +160,8 @@ def run(
     os.environ["HF_HUB_OFFLINE"] = "1"
     from zebra.pipeline.recipe import read_pipeline
 
-    stages = read_pipeline(recipe, set_ or [], trust_remote_code=trust_remote_code)
+    with _naming_the_verb("run", recipe, set_):
+        stages = read_pipeline(recipe, set_ or [], trust_remote_code=trust_remote_code)
     with show.working():
         from zebra.pipeline import run as pipeline
 

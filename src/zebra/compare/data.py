@@ -13,6 +13,7 @@ import numpy as np
 from zebra.compare.measurements import Unit, hides_in_text
 from zebra.compare.methods import Method
 from zebra.data.corpus import Corpus, read_corpus
+from zebra.data.documents import Names
 from zebra.data.encoding import Encoder, window_prefix, windows_of
 from zebra.data.needles import Sample, SampleGenerator
 from zebra.evaluate.target import EvalTarget
@@ -42,7 +43,7 @@ class Settings:
     """
 
     checkpoint: str
-    text: Sequence[str]
+    text: Names
     length: int
     methods: Sequence[Method]
     stripes: Stripes

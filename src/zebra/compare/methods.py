@@ -10,9 +10,10 @@ stripes+self-extend, selected+self-extend
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from zebra.data.documents import Names, names_of
 from zebra.errors import ZebraError
 from zebra.model.rope import Rope
 from zebra.positions import SelfExtend
@@ -92,12 +93,13 @@ def standard_methods(trained: int | None, length: int, stripes: str) -> dict[str
     return {name: Method(name, chosen) for name, chosen in options.items()}
 
 
-def choose_methods(methods: Mapping[str, Method], names: Sequence[str] | None) -> list[Method]:
+def choose_methods(methods: Mapping[str, Method], names: Names | None) -> list[Method]:
     """The checkpoint as it is, and the methods of these names; all of them where None.
 
     Raises:
         ZebraError: no such method at this length.
     """
+    names = None if names is None else names_of(names)
     unknown = [name for name in names or () if name not in methods]
     if unknown:
         raise ZebraError(

@@ -16,6 +16,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from zebra.compare.measurements import (
 )
 from zebra.compare.methods import Method, choose_methods, standard_methods
 from zebra.compare.results import comparison_results, failure_results
-from zebra.errors import ZebraError, first_line
+from zebra.data.documents import Names, names_of
+from zebra.errors import ZebraError, check_names, first_line
 from zebra.evaluate.calibration import MIN_SAMPLES
 from zebra.evaluate.losses import selection_folder
 from zebra.evaluate.perplexity import edges, task_name
@@ -62,12 +64,12 @@ _ANSWER_TOKENS = 32
 
 def compare(
     checkpoint: str,
-    text: Sequence[str],
+    text: Names,
     *,
     length: int,
     out: Path,
     stripes: str | None = None,
-    methods: Sequence[str] | None = None,
+    methods: Names | None = None,
     additional: Sequence[Method] = (),
     budget_minutes: float = 30.0,
     run: str = "compare",
@@ -87,6 +89,9 @@ def compare(
         ZebraError: a text too short, a task that this length cannot have, a folder of something else, a checkpoint that
             cannot be measured as it is; not what another method cannot do, a result of the task `compare-failed`.
     """
+    check_names(options, [field.name for field in fields(Settings)])
+    if "tasks" in options:
+        options["tasks"] = names_of(options["tasks"])
     end = time.monotonic() + 60 * budget_minutes
     loading = {name: options[name] for name in LOADING if name in options}
     trained = EvalTarget(checkpoint, purpose=None, **loading).reach

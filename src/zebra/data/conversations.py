@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from zebra.data.documents import find_files
+from zebra.data.documents import Names, find_files
 from zebra.data.qa import questions_of
 from zebra.data.records import RecordError, parse_records, string_field
 from zebra.errors import ZebraError
@@ -133,7 +133,7 @@ def without_middle(document: str, spans: Sequence[tuple[int, int]], tokens: int)
     return first + GAP + last
 
 
-def read_conversations(patterns: Sequence[str]) -> list[Conversation]:
+def read_conversations(patterns: Names) -> list[Conversation]:
     """The conversations of files, folders and globs, in order.
 
     Raises:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from zebra.data.documents import Document, check_formats, document_format, find_files, read_documents
+from zebra.data.documents import Document, Names, check_formats, document_format, find_files, read_documents
 from zebra.data.encoding import Encoder, encode_batches
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory, file_digest, user_cache_dir
@@ -84,7 +84,7 @@ class Corpus:
 
 
 def read_corpus(
-    patterns: Sequence[str],
+    patterns: Names,
     encoder: Encoder,
     *,
     separator: str | None = None,
@@ -161,12 +161,6 @@ def _open_whole(entry: Path) -> Corpus | None:
         console.print(message, soft_wrap=True)
         shutil.rmtree(entry, ignore_errors=True)
         return None
-
-
-def _check_unchanged(files: Sequence[Path], digests: Sequence[str]) -> None:
-    for file, digest in zip(files, digests, strict=True):
-        if not file.exists() or file_digest(file) != digest:
-            raise ZebraError(f"{file} changed while it was tokenised. Start again when nothing writes it.") from None
 
 
 def _open(entry: Path) -> Corpus:

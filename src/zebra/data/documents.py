@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -22,6 +22,8 @@ from zebra.progress import console
 _FIELD = "text"
 _MOST_FILES = 100_000
 T = TypeVar("T", str, Path)
+Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A path or a name, or several."""
 
 
 class Document(NamedTuple):
@@ -32,14 +34,27 @@ class Document(NamedTuple):
     bytes_read: int
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
+def names_of(names: Names) -> list[str]:
+    """Several paths or names as they are, and one as a list of itself, not of its letters.
+
+    Raises:
+        ZebraError: what is neither.
+    """
+    several = [names] if isinstance(names, str | os.PathLike) else names
+    if not isinstance(several, Iterable) or not all(isinstance(one, str | os.PathLike) for one in several):
+        raise ZebraError(f"a path or a name is a string, and several are a list of strings; got {names!r}. Give those.")
+    return [os.fspath(one) for one in several]
+
+
+def find_files(patterns: Names) -> list[Path]:
     """The files that a list of files, folders and globs names, each once, in the order given; folders sorted.
 
     Raises:
-        ZebraError: a pattern that names nothing, the whole file system, or more than 100,000 files and folders.
+        ZebraError: as `names_of`; a pattern that names nothing, the whole file system, or more than 100,000 files and
+            folders.
     """
     paths: dict[Path, None] = {}
-    for pattern in patterns:
+    for pattern in names_of(patterns):
         top = os.path.abspath(os.path.expanduser(pattern).partition("**")[0])
         if top == os.path.abspath(os.sep) and ("**" in pattern or os.path.isdir(pattern)):
             raise ZebraError(f"{pattern} names the whole file system. Name a folder in it.")
@@ -89,7 +104,7 @@ def check_formats(files: Sequence[Path], separator: str | None, field: str | Non
         )
 
 
-def check_texts(patterns: Sequence[str], *, separator: str | None = None, field: str | None = None) -> None:
+def check_texts(patterns: Names, *, separator: str | None = None, field: str | None = None) -> None:
     """Check texts before any work: the options, and each file as far as its first document.
 
     Raises:

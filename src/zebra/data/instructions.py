@@ -23,7 +23,7 @@ from random import Random
 from statistics import median
 from typing import Any, NamedTuple
 
-from zebra.data.documents import check_formats, find_files, read_documents
+from zebra.data.documents import Names, check_formats, find_files, names_of, read_documents
 from zebra.data.qa import questions_of
 from zebra.data.records import Record, RecordError, parse_records, record_suffix, string_field
 from zebra.errors import ZebraError
@@ -42,7 +42,7 @@ class AnnotatedDocument:
     summary: str | None = None
 
 
-def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> list[AnnotatedDocument]:
+def read_annotated(patterns: Names, *, separator: str | None = None) -> list[AnnotatedDocument]:
     """Documents of text files and of records: `document` or `text`, with `summary` and questions as in `qa`.
 
     Raises:
@@ -59,7 +59,7 @@ def read_annotated(patterns: Sequence[str], *, separator: str | None = None) -> 
             by_file[one.file].append(AnnotatedDocument(one.text, str(one.file)))
     documents = list(itertools.chain(*by_file.values()))
     if not documents:
-        raise ZebraError(f"there is no document in {', '.join(patterns)}. Give files with at least one.")
+        raise ZebraError(f"there is no document in {', '.join(names_of(patterns))}. Give files with at least one.")
     return documents
 
 
@@ -84,7 +84,7 @@ def _stripped(fields: dict[str, Any], name: str) -> str:
 def make_instructions(
     documents: Sequence[AnnotatedDocument],
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Names = KINDS,
     words: int | None = None,
     depths: Sequence[float] = (0.0, 0.5, 1.0),
     writing: int = 3,
@@ -101,6 +101,7 @@ def make_instructions(
     Raises:
         ZebraError: an unknown kind, a depth outside 0 to 1, no words.
     """
+    kinds = names_of(kinds)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ZebraError(f"the kinds are {', '.join(KINDS)}; got {', '.join(unknown)}. Choose among them.")
     if not depths or not all(0 <= depth <= 1 for depth in depths):

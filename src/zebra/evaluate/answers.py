@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from zebra.data.conversations import TokenizedConversation
+from zebra.data.packing import IGNORE
 from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.perplexity import evaluating
 from zebra.model.finite import check_finite
-from zebra.model.loss import IGNORE, head_of, token_losses, without_logits
+from zebra.model.loss import head_of, token_losses, without_logits
 from zebra.model.sequence_parallel import shard_for, whole_losses
 from zebra.progress import bar
 

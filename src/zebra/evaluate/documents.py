@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from zebra.data.documents import Names, names_of
 from zebra.data.qa import DOCUMENT_NOT_NEEDED, EVIDENCE_CUT, FAULTS, QAExample, evidence_cut, faults, read_examples
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrap
@@ -75,7 +76,7 @@ def evaluate_documents(
     answer_tokens: int = 128,
     template: str = TEMPLATE,
     chat: bool = False,
-    stop: Sequence[str] = (),
+    stop: Names = (),
     beyond: bool = False,
     check_only: bool = False,
     seed: int = 0,
@@ -101,9 +102,9 @@ def evaluate_documents(
     """
     check_score(score)
     if answer_tokens < 1:
-        raise ZebraError(f"an answer has at least 1 token; got --answer-tokens {answer_tokens}. Raise it.")
+        raise ZebraError(f"an answer has at least 1 token; got answer_tokens {answer_tokens}. Raise it.")
     if limit is not None and limit < 1:
-        raise ZebraError(f"at least 1 item is measured; got --limit {limit}. Raise it or leave it out.")
+        raise ZebraError(f"at least 1 item is measured; got a limit of {limit}. Raise it or leave it out.")
     overlap = Overlap() if score == "generate" and not check_only else None
     target = EvalTarget(checkpoint, **loading)
     examples = read_examples(Path(file))[:limit]
@@ -130,7 +131,7 @@ def evaluate_documents(
     for length, outcomes in by_length.items():
         scored = [one for one in outcomes if one.example.references]
         if model is not None:
-            _measure(model, prompts, scored, overlap, answer_tokens, stop, length)
+            _measure(model, prompts, scored, overlap, answer_tokens, names_of(stop), length)
         columns |= {"length": length}
         results += _shares_of_faults(outcomes, columns | {"task": f"documents-check-{stem}"})
         results += _means(scored, columns | {"task": f"documents-{score}-{stem}"})

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.chat_template import apply_chat_template
+from zebra.data.documents import Names, names_of
 from zebra.data.encoding import Affixes, prompt_tokens
 from zebra.errors import ZebraError, missing_package
 from zebra.evaluate.harness_retrieval import PREFIX, check_retrieval_task, configuration, retrieval_tasks
@@ -45,7 +46,7 @@ Tasks = dict[str, dict[str, Any]]
 def evaluate_tasks(
     checkpoint: str | os.PathLike[str],
     *,
-    tasks: Sequence[str],
+    tasks: Names,
     lengths: Sequence[int] = (),
     shots: int | None = None,
     limit: int | None = None,
@@ -96,7 +97,7 @@ def evaluate_tasks(
     if chat and not target.tokenizer.chat_template:
         raise ZebraError("this checkpoint's tokenizer has no chat template. Leave chat out.")
     with isolated():
-        loaded = _load(target, tasks, lengths, include, limit, seed)
+        loaded = _load(target, names_of(tasks), lengths, include, limit, seed)
         sizes = {
             length: {
                 name: _prepare(task, target.tokenizer, shots, limit, chat, seed) for name, task in some["tasks"].items()

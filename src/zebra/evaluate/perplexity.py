@@ -19,7 +19,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zebra.data.corpus import Corpus, read_corpus
+from zebra.data.documents import Names
 from zebra.data.encoding import Encoder, window_at, window_prefix, windows_of
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrap
@@ -173,7 +175,7 @@ def score_of(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np
 
 def evaluate_perplexity(
     checkpoint: str | os.PathLike[str],
-    text: Sequence[str],
+    text: Names,
     *,
     lengths: Sequence[int],
     convention: str = "disjoint",
@@ -203,6 +205,7 @@ def evaluate_perplexity(
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     prefix = window_prefix(target.tokenizer, bos)
     windows = {length: _windows(texts[length], length, convention, stride, prompt, prefix) for length in lengths}
+    _warn_of_lengths(target, {n: max(len(window.tokens) for window in windows[n]) for n in lengths})
     task = task_name(convention, prefix) + "-decoded" * (prompt is not None)
     if check_only:
         columns = {"run": run, "task": task, "metric": "tokens"} | target.columns()
@@ -210,8 +213,8 @@ def evaluate_perplexity(
     model = target.load()
     if local_attention_of(model).full_decode and prompt is None:
         raise ZebraError(
-            "full decoding shows in tokens that are decoded, and without a prompt all are read. Give --prompt, such as "
-            f"{min(lengths) // 2}, or --no-full-decode."
+            "full decoding shows in tokens that are decoded, and without a prompt all are read. Give a prompt, such as "
+            f"{min(lengths) // 2} (--prompt), or full_decode=False (--no-full-decode)."
         )
     columns = {"run": run, "seed": seed} | target.columns(model)
     settings: dict[str, Any] = {"convention": convention, "stride": stride, "prompt": prompt, "prefix": prefix}
@@ -220,6 +223,18 @@ def evaluate_perplexity(
         scores = perplexity(model, texts[n], length=n, seed=seed, **settings)
         results += results_of(scores, n, task, **columns)
     return results
+
+
+def _warn_of_lengths(target: EvalTarget, longest: Mapping[int, int]) -> None:
+    """Warn where no window is as long as its length, and of windows that are longer than what the model reads."""
+    for length, tokens in longest.items():
+        if tokens < length:
+            warnings.warn(
+                f"no document fills a context of {length:,} tokens; the longest window has {tokens:,}. Give longer "
+                "documents, join them, or take a shorter length.",
+                stacklevel=3,
+            )
+    target.check_length(max(longest.values()), beyond=True)
 
 
 def task_name(convention: str, prefix: tuple[int, ...]) -> str:

@@ -96,5 +96,5 @@ class Prompts:
             room -= len(ids) - length
         raise ZebraError(
             f"the question of {example.name} takes {around:,} tokens without its document, and there is room for "
-            f"{length:,} in all. Take a longer --length, or fewer --answer-tokens."
+            f"{length:,} in all. Take a longer length, or fewer tokens of an answer."
         )

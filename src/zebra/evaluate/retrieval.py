@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.corpus import read_corpus
+from zebra.data.documents import Names, names_of
 from zebra.data.encoding import Encoder
 from zebra.data.haystack import contains_answer
 from zebra.data.needles import Sample, SampleGenerator, check_task
@@ -73,12 +74,12 @@ def share_preferred(values: Sequence[float], answers: int) -> float:
 def evaluate_retrieval(
     checkpoint: str | os.PathLike[str],
     *,
-    tasks: Sequence[str],
+    tasks: Names,
     lengths: Sequence[int],
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     samples: int = 20,
     score: str = "generate",
-    haystack: Sequence[str] = (),
+    haystack: Names = (),
     beyond: bool = False,
     check_only: bool = False,
     seed: int = 0,
@@ -98,7 +99,7 @@ def evaluate_retrieval(
         ZebraError: as `EvalTarget` and `SampleGenerator.samples`; a length beyond the model without `beyond`.
     """
     check_score(score)
-    cells = _cells(tasks, lengths, depths, samples)
+    cells = _cells(names_of(tasks), lengths, depths, samples)
     target = EvalTarget(checkpoint, **loading)
     target.check_length(max(lengths), beyond)
     documents = read_corpus(haystack, Encoder.of(target.tokenizer)) if haystack else None

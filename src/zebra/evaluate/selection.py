@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.data.corpus import Corpus, read_corpus
+from zebra.data.documents import Names, names_of
 from zebra.data.encoding import Encoder, window_prefix
 from zebra.data.needles import SampleGenerator, check_task
 from zebra.errors import ZebraError
@@ -70,8 +71,8 @@ def select(
     *,
     window: int | str,
     length: int,
-    text: Sequence[str] | Corpus = (),
-    tasks: Sequence[str] = (),
+    text: Names | Corpus = (),
+    tasks: Names = (),
     samples: int = 16,
     order: str = "greedy",
     separator: str | None = None,
@@ -105,7 +106,7 @@ def select(
             length within the window or beyond the model, a folder of something else; see also `zebra.load` and
             `zebra.data.needles.SampleGenerator`.
     """
-    local = Stripes.parse(f"L:{window}")
+    local, tasks = Stripes.parse(f"L:{window}"), names_of(tasks)
     _check(order, local.window, length, text, tasks, samples)
     loading = {"rope": rope, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     target = EvalTarget(checkpoint, purpose="converting", **loading)
@@ -169,13 +170,11 @@ def select(
     return Selection(_stripes(layouts[order][0], local), results)
 
 
-def _check(
-    order: str, window: int, length: int, text: Sequence[str] | Corpus, tasks: Sequence[str], samples: int
-) -> None:
+def _check(order: str, window: int, length: int, text: Names | Corpus, tasks: Sequence[str], samples: int) -> None:
     if order not in ORDERS:
         raise ZebraError(f"the orders are {' and '.join(ORDERS)}; got {order!r}. Choose one.")
     if not text and not tasks:
-        raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
+        raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give text= or tasks=.")
     for task in tasks:
         check_task(task, 0.0, 1)
     if samples < MIN_SAMPLES:

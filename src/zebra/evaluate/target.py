@@ -34,7 +34,7 @@ class EvalTarget:
     """
 
     def __init__(self, checkpoint: str | os.PathLike[str], *, purpose: str | None = "generating", **loading: Any):
-        self._options = LoadOptions(**loading)
+        self._options, _ = LoadOptions.of(loading)
         self._options.check()
         self.checkpoint = str(checkpoint)
         self.config = self._options.config(checkpoint)

@@ -42,7 +42,7 @@ def check_export(
     """
     if to not in TARGETS:
         raise ZebraError(f"there is no export to {to!r}; there is one to {', '.join(TARGETS)}. Choose one.")
-    if isinstance(stripes, str):
+    if not isinstance(stripes, Stripes | None):
         Stripes.parse(stripes)
     if dtype is not None and dtype not in DTYPES:
         raise ZebraError(f"matrices are written as {', '.join(DTYPES)}; got {dtype!r}. Choose one.")

@@ -41,7 +41,8 @@ def export_file(
     """
     model = read_model(source)
     check_architecture(model.architecture)
-    layout = Stripes.parse(stripes) if isinstance(stripes, str) else stripes or layout_of(model)
+    layout = stripes if isinstance(stripes, Stripes | None) else Stripes.parse(stripes)
+    layout = layout or layout_of(model)
     if layout is None:
         raise ZebraError(f"{source} names no stripes. Give them, such as GLLL:512; `zebra select` measures which.")
     striped_config(gguf_config(source), layout)  # as for any checkpoint: layers that the model has, and may change

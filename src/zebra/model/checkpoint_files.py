@@ -207,7 +207,7 @@ def check_conversion(
         ZebraError: as `check_checkpoint`, `check_family`, `Stripes.parse` and `Rope.parse`; a target that exists;
             nothing that would change.
     """
-    if isinstance(stripes, str):
+    if not isinstance(stripes, Stripes | None):
         Stripes.parse(stripes)
     as_rope(rope)
     check_checkpoint(source)

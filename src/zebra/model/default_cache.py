@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import update_zebra_json
 from zebra.model.local import local_attention_of, warn_settings_outside_config
 from zebra.model.self_extend import bounded_cache, self_extend_of
+from zebra.progress import only_errors
 
 _log = logging.getLogger(__name__)
+LENGTH_REMINDER = "transformers.generation.stopping_criteria"
+"""The logger that reminds of `max_position_embeddings`."""
 
 
 @functools.cache
@@ -30,8 +34,13 @@ def with_default_cache(cls: Any) -> Any:
         __doc__, __module__, __qualname__ = cls.__doc__, cls.__module__, cls.__qualname__
 
         def generate(self, *args: Any, **kwargs: Any) -> Any:
-            """transformers' `generate`, with the bounded cache of `zebra.model.cache` as its default."""
-            return super().generate(*args, **kwargs | _cache_kwargs(self, args, kwargs))
+            """transformers' `generate`, with the bounded cache of `zebra.model.cache` as its default.
+
+            Under Self-Extend transformers' reminder of the trained length is left out: ours names the reach.
+            """
+            extended = self_extend_of(self) is not None
+            with only_errors(LENGTH_REMINDER) if extended else nullcontext():
+                return super().generate(*args, **kwargs | _cache_kwargs(self, args, kwargs))
 
         def save_pretrained(
             self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.engines import warning
-from zebra.errors import ZebraError, first_line
+from zebra.errors import ZebraError, check_names, first_line
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import (
@@ -135,6 +137,10 @@ def load(
     for name, why in _REJECTED.items():
         if from_pretrained_arguments.get(name, False) is not False:
             raise ZebraError(f"zebra.load takes no {name}: {why}.")
+    if not isinstance(full_decode, bool | None):
+        raise ZebraError(f"full_decode is True, False or None; got {full_decode!r}. Choose one.")
+    if isinstance(dtype := from_pretrained_arguments.get("dtype"), str | torch.dtype) and dtype != "auto":
+        read_dtype(dtype)
     routed = self_extend is None or stripes is not None or window is not None
     config = read_config(path, routed=routed, **from_pretrained_arguments)
     ours = {*own_fields(config), *_REJECTED}
@@ -167,7 +173,7 @@ def _layout(
 ) -> tuple[PreTrainedConfig, LocalAttention]:
     """The config with the chosen layout, and the attention of its local layers; `local` is the checkpoint's own."""
     if stripes is not None:
-        stripes = Stripes.parse(stripes) if isinstance(stripes, str) else stripes
+        stripes = stripes if isinstance(stripes, Stripes) else Stripes.parse(stripes)
         config, local = with_stripes(config, stripes), replace(local, sinks=stripes.sinks)
     if window is not None:
         current = stripes_of(config)
@@ -193,6 +199,8 @@ def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[s
     except (OSError, SafetensorError) as error:
         raise ZebraError(f"the checkpoint {path} cannot be loaded: {first_line(error)}") from None
     except LOADING_ERRORS as error:
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            check_names([unknown[1]], [*inspect.signature(load).parameters, "dtype", "device_map", "revision"])
         if method is not None:
             raise cannot_load(path, method, first_line(error)) from None
         if not isinstance(error, KeyError) or error.args != (NAME,):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, check_names
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.model.load import load, read_device, read_dtype
 from zebra.model.local import layout_name, local_attention_of
@@ -39,6 +40,21 @@ class LoadOptions:
     dtype: torch.dtype | str | None = None
     device: str | None = None
     trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], others: type[Any] | None = None) -> tuple[LoadOptions, dict[str, Any]]:
+        """The options of loading among others, and the rest.
+
+        Args:
+            others: the dataclass that has the rest as fields.
+
+        Raises:
+            ZebraError: the name of an option that neither has.
+        """
+        own = [field.name for field in fields(cls)]
+        check_names(options, own + [field.name for field in (fields(others) if others else ())])
+        loading = {name: value for name, value in options.items() if name in own}
+        return cls(**loading), {name: value for name, value in options.items() if name not in own}
 
     def names(self) -> list[str]:
         """The names of the options that are set."""

@@ -18,10 +18,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from zebra.data.packing import IGNORE
 from zebra.errors import ZebraError
 
-IGNORE = -100
-"""The label of a token that is not to be predicted: what torch's cross-entropy ignores by default."""
 CHUNK = 512
 """Tokens whose logits are held at a time."""
 _FUSED = hasattr(functional, "linear_cross_entropy")

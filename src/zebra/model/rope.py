@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zebra.errors import ZebraError
-from zebra.positions import LENGTH_DEPENDENT
+from zebra.positions import LARGEST_FACTOR, LENGTH_DEPENDENT
 from zebra.stripes import GLOBAL, LOCAL
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _STRETCHING = ("linear", "yarn", "llama3")
 _FACTORS = (*_STRETCHING, "dynamic")
 _UNCHANGED = ("rope_theta", "partial_rotary_factor")
-_LARGEST = 1e12
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Rope:
             return
         least = 1.0 if self.kind in ("dynamic", "base") else math.nextafter(1.0, 2.0)
         known = self.kind in (*_FACTORS, "base")
-        if not known or self.amount is None or not least <= self.amount <= _LARGEST:
+        if not known or self.amount is None or not least <= self.amount <= LARGEST_FACTOR:
             raise ZebraError(
                 "a rope is none, base:THETA, or one of linear, yarn, llama3 with a factor above 1, or dynamic with one "
                 f"of at least 1; got {self}. Write for example yarn:8 or base:5000000."

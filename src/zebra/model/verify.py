@@ -88,7 +88,10 @@ def verify(
             nor Self-Extend, a model that plain transformers cannot compute, or whose logits are not finite there.
     """
     if self_extend is None and against is None:
-        raise ZebraError("a conversion is verified against its source. Name the source, or Self-Extend to verify that.")
+        raise ZebraError(
+            "a conversion is verified against its source. Name the source with against (--against), or verify "
+            "Self-Extend alone with self_extend (--self-extend)."
+        )
     chosen = None if dtype is None else read_dtype(dtype)
     chosen = dtype_of_checks(target, read_config(target, routed=False), chosen)
     placement = {"dtype": chosen, "device_map": read_device(device)}

@@ -18,21 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any, get_args
 
-from pydantic import ConfigDict, create_model
+from pydantic import AfterValidator, ConfigDict, create_model
 
 from zebra.data.conversations import read_conversations
+from zebra.data.documents import Names, names_of
 from zebra.errors import ZebraError
 from zebra.evaluate import documents, harness, perplexity, retrieval
 from zebra.evaluate.selection import Selection, select
 from zebra.files import atomic_write, check_inputs, directory_lock
-from zebra.model.checkpoint import (
-    checkpoint_digests,
-    read_config,
-    write_config,
-    write_zebra_json,
-)
+from zebra.model.checkpoint import checkpoint_digests, read_config, write_config, write_zebra_json
 from zebra.model.gguf import as_directory
 from zebra.model.load import convert, converted_config
 from zebra.model.load_options import LoadOptions
@@ -212,8 +208,12 @@ def _keyword_arguments(
     """
     excluded = {"checkpoint", "run", "check_only", "work", "trust_remote_code", *without}
     parameters = [p for function in functions for p in inspect.signature(function, eval_str=True).parameters.values()]
+    several, names = Annotated[Any, AfterValidator(names_of)], {*get_args(Names)}  # one may stand for a list of it
     fields: dict[str, Any] = {
-        p.name: (p.annotation, ... if p.default is p.empty else p.default)
+        p.name: (
+            several if names <= {*get_args(p.annotation)} else p.annotation,
+            ... if p.default is p.empty else p.default,
+        )
         for p in parameters
         if p.kind is not p.VAR_KEYWORD and p.name not in excluded
     }

@@ -17,15 +17,19 @@ WINDOWS = (512, 1024, 2048, 4096, 8192, 16384)
 _MOST = 2**30
 """Where the search ends: a billion tokens or sequences."""
 
-_UNITS = {"": 1} | {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
+_UNITS = {"": 1, "B": 1} | {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)}
 
 
 def parse_bytes(text: str) -> int:
-    """The bytes of an amount of memory: 80GiB, 24GB, 512MiB, 1000000."""
+    """The bytes of an amount of memory: 80GiB, 24GB, 512MiB, 1000B, and without a unit from 1 MiB on."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < 1e18:
         raise ZebraError(f"memory is a positive number and a unit; got {text!r}. Write 80GiB, 24GB or 512MiB.")
+    if not match[2] and float(match[1]) < 2**20:
+        raise ZebraError(
+            f"memory without a unit is bytes, 1 MiB at least; got {text!r}. Write {match[1]}GiB or {match[1]}MiB."
+        )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -43,8 +43,9 @@ class Ticket(Generic[Job]):
         self._cancelled.set()
 
     def send(self, item: Piece | Finish | ApiError) -> None:
-        """Called by the engine's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, item)
+        """Called by the engine's thread; where the request was cancelled nobody reads, and its loop may be closed."""
+        if not self.cancelled:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, item)
 
     async def items(self) -> AsyncIterator[Piece | Finish]:
         """The pieces, and last of all how it ended. Who leaves off early cancels the request.
@@ -94,7 +95,8 @@ class Engine(Generic[Job]):
         self._max_queue, self._max_seconds = max_queue, max_seconds
         self._waiting: deque[Ticket[Job]] = deque()
         self._change = threading.Condition()
-        self._running, self.draining = False, False
+        self._running: Ticket[Job] | None = None
+        self.draining = False
         threading.Thread(target=self._run, name="zebra-engine", daemon=True).start()
 
     def submit(self, job: Job) -> Ticket[Job]:
@@ -125,11 +127,19 @@ class Engine(Generic[Job]):
         with self._change:
             self.draining = True
 
+    def abort(self) -> None:
+        """Take no more requests, and answer those that wait or run with the error of a server that stops."""
+        with self._change:
+            self.draining = True
+            for ticket in filter(None, (self._running, *self._waiting)):
+                ticket.send(stopping())
+                ticket.cancel()
+
     @property
     def idle(self) -> bool:
         """Whether no request waits or is answered."""
         with self._change:
-            return not self._running and not any(not ticket.cancelled for ticket in self._waiting)
+            return self._running is None and not any(not ticket.cancelled for ticket in self._waiting)
 
     def _run(self) -> None:
         while True:
@@ -137,7 +147,7 @@ class Engine(Generic[Job]):
                 while not self._waiting:
                     self._change.wait()
                 ticket = self._waiting.popleft()
-                self._running = True
+                self._running = ticket
                 self._metrics.waiting.set(len(self._waiting))
             self._metrics.running.set(1)
             try:
@@ -145,7 +155,7 @@ class Engine(Generic[Job]):
             finally:
                 self._metrics.running.set(0)
                 with self._change:
-                    self._running = False
+                    self._running = None
                 del ticket  # its job may hold a long prompt
 
     def _serve(self, ticket: Ticket[Job]) -> None:
@@ -171,7 +181,7 @@ class Engine(Generic[Job]):
 
 
 def stopping() -> ApiError:
-    """The answer to a request that comes while the server stops."""
+    """The answer to a request that comes while the server stops, or that it stops for."""
     return ApiError(503, "this server stops. Try another, or again later.", code="stopping", retry_after=RETRY_AFTER)
 
 

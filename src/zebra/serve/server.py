@@ -15,11 +15,12 @@ from zebra.serve.settings import ServeSettings
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends once no request is left; a second signal ends it at once.
+    """uvicorn's server, which ends once no request is left; a second signal ends the requests too.
 
     Args:
         listener: a bound socket.
         drain: take no more requests.
+        abort: answer those that wait or run with an error, at once.
         idle: whether none is left.
         on_start: called with the address when it listens.
     """
@@ -30,12 +31,13 @@ class Server(uvicorn.Server):
         listener: socket.socket,
         *,
         drain: Callable[[], None],
+        abort: Callable[[], None],
         idle: Callable[[], bool],
         on_start: Callable[[str], None],
     ) -> None:
         super().__init__(config)
         self._listener, self._ending = listener, False
-        self._drain, self._idle, self._on_start = drain, idle, on_start
+        self._drain, self._abort, self._idle, self._on_start = drain, abort, idle, on_start
 
     async def startup(self, sockets: Any = None) -> None:
         """Listen, and say where."""
@@ -44,10 +46,10 @@ class Server(uvicorn.Server):
         self._on_start(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """The first signal drains; uvicorn's own way of ending comes with the second."""
+        """The first signal drains; with the second running requests get an error, and uvicorn ends its own way."""
         if self._ending:
+            self._abort()
             super().handle_exit(sig, frame)
-            self.force_exit = True
             return
         self._ending = True
         self._drain()

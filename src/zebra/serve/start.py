@@ -79,7 +79,14 @@ def _loaded_server(
         address = at
         on_start(at, with_page)
 
-    return Server(config(app, settings), listener, drain=engine.drain, idle=lambda: engine.idle, on_start=listening)
+    return Server(
+        config(app, settings),
+        listener,
+        drain=engine.drain,
+        abort=engine.abort,
+        idle=lambda: engine.idle,
+        on_start=listening,
+    )
 
 
 def _serves_page(settings: ServeSettings) -> bool:

@@ -47,7 +47,7 @@ from zebra.train import directory
 from zebra.train.dry_run import planned_step
 from zebra.train.pretrain import check_step, config_of
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
-from zebra.train.recipe_file import read_recipe
+from zebra.train.recipe_file import as_recipe, read_recipe
 from zebra.train.texts import read_texts
 from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
 from zebra.train.trainer import check_machine, tokens_per_step
@@ -56,18 +56,19 @@ ORIGIN = "origin.yaml"
 """The settings and the data that a grid's tokenizer was trained by; beside it."""
 
 
-def study(grid: StudyRecipe, workers: int = 1) -> list[Result]:
+def study(grid: StudyRecipe | str | os.PathLike[str], workers: int = 1) -> list[Result]:
     """Run the cells that are not finished, `workers` at a time, and return the results of all.
 
     On a machine with GPUs worker i sees GPU i; on a CPU the workers share the cores.
 
     Raises:
-        ZebraError: before any work, a contradiction in any cell, no text or no such machine, a cell's directory of
-            another recipe; at the end, cells that failed, when all others are finished.
+        ZebraError: as `read_recipe`; before any work, a contradiction in any cell, no text or no such machine, a cell's
+            directory of another recipe; at the end, cells that failed, when all others are finished.
     """
+    grid = as_recipe(grid, StudyRecipe)
     recipes: Sequence[PretrainRecipe] = recipes_of(grid)
     if workers < 1:
-        raise ZebraError(f"--workers is at least 1; got {workers}.")
+        raise ZebraError(f"workers is at least 1; got {workers}. Raise it.")
     check_machine(recipes[0].train)
     run = Path(grid.run)
     with directory_lock(run):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
+
 from zebra.results import Result
 from zebra.train.recipe import AdaptRecipe
+from zebra.train.recipe_file import as_recipe
 from zebra.train.run import run_recipe
 from zebra.train.source import CheckpointStart, read_source
 from zebra.train.texts import read_texts
 
 
-def adapt(recipe: AdaptRecipe, *, trust_remote_code: bool = False) -> list[Result]:
-    """Run a recipe from where it stands, and return its results.
+def adapt(recipe: AdaptRecipe | str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[Result]:
+    """Run a recipe, or that of a file, from where it stands, and return its results.
 
     Args:
         trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
 
     Raises:
-        ZebraError: before any training, a checkpoint, a layout or texts that cannot be used, or a run directory of
-            another recipe; during it, a loss that is not finite.
+        ZebraError: as `read_recipe`; before any training, a checkpoint, a layout or texts that cannot be used, or a run
+            directory of another recipe; during it, a loss that is not finite.
     """
-    start = CheckpointStart(recipe, *read_source(recipe, trust_remote_code))
-    return run_recipe(recipe, lambda run: start, lambda _: read_texts(recipe, start.tokenizer))
+    settings = as_recipe(recipe, AdaptRecipe)
+    start = CheckpointStart(settings, *read_source(settings, trust_remote_code))
+    return run_recipe(settings, lambda run: start, lambda _: read_texts(settings, start.tokenizer))

@@ -6,6 +6,7 @@ run/tokenizer/    the tokenizer, where the recipe trains one
 from __future__ import annotations
 
 import difflib
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -31,35 +32,37 @@ from zebra.stripes import GLOBAL, Stripes
 from zebra.train.directory import has_trained, is_first_process
 from zebra.train.measuring import local_attention_for
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
+from zebra.train.recipe_file import as_recipe
 from zebra.train.run import Start, run_recipe
 from zebra.train.texts import TextTraining, read_texts
 from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
 from zebra.train.trainer import check_machine, tokens_per_step, trainable_config
 
 
-def pretrain(recipe: PretrainRecipe) -> list[Result]:
-    """Run a recipe from where it stands, and return its results.
+def pretrain(recipe: PretrainRecipe | str | os.PathLike[str]) -> list[Result]:
+    """Run a recipe, or that of a file, from where it stands, and return its results.
 
     Raises:
-        ZebraError: before any training, a config, a tokenizer or texts that cannot be used, or a run directory of
-            another recipe; during it, a loss that is not finite.
+        ZebraError: as `read_recipe`; before any training, a config, a tokenizer or texts that cannot be used, or a run
+            directory of another recipe; during it, a loss that is not finite.
     """
-    check_machine(recipe.train)
-    config_of(recipe)
+    settings = as_recipe(recipe, PretrainRecipe)
+    check_machine(settings.train)
+    config_of(settings)
 
     def start_of(run: Path) -> RandomStart:
-        if isinstance(recipe.tokenizer, str) or (has_trained(run) and (run / "tokenizer").is_dir()):
-            tokenizer = load_tokenizer(recipe.tokenizer if isinstance(recipe.tokenizer, str) else run / "tokenizer")
+        if isinstance(settings.tokenizer, str) or (has_trained(run) and (run / "tokenizer").is_dir()):
+            tokenizer = load_tokenizer(settings.tokenizer if isinstance(settings.tokenizer, str) else run / "tokenizer")
         else:
-            tokenizer = train_tokenizer(tokenizer_texts(recipe), recipe.tokenizer)
-        return RandomStart(recipe, config_of(recipe, tokenizer), tokenizer)
+            tokenizer = train_tokenizer(tokenizer_texts(settings), settings.tokenizer)
+        return RandomStart(settings, config_of(settings, tokenizer), tokenizer)
 
     def read(start: Start) -> TextTraining:
-        texts = read_texts(recipe, start.tokenizer)
-        check_step(recipe, texts)
+        texts = read_texts(settings, start.tokenizer)
+        check_step(settings, texts)
         return texts
 
-    return run_recipe(recipe, start_of, read)
+    return run_recipe(settings, start_of, read)
 
 
 @dataclass

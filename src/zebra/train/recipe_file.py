@@ -95,6 +95,22 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
     return checked(tree, kind, str(path))
 
 
+def as_recipe(recipe: R | str | os.PathLike[str], kind: type[R]) -> R:
+    """A recipe, or the one in a file.
+
+    Raises:
+        ZebraError: as `read_recipe`.
+    """
+    if isinstance(recipe, kind):
+        return recipe
+    if not isinstance(recipe, str | os.PathLike):
+        name = type(recipe).__name__
+        raise ZebraError(
+            f"a recipe is of the class {kind.__name__}, or the path of a YAML file; got a {name}. Give one of these."
+        )
+    return read_recipe(recipe, kind)
+
+
 def checked(tree: Any, kind: type[R], name: str) -> R:
     """A tree of keys and values as a recipe; `name` is how an error calls it.
 

@@ -5,6 +5,8 @@ The checkpoint that is written has its chat template.
 
 from __future__ import annotations
 
+import os
+
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from zebra.errors import missing_package
@@ -12,6 +14,7 @@ from zebra.model.gguf import as_directory
 from zebra.model.load import best_device, load
 from zebra.results import Result
 from zebra.train.chat import Chat
+from zebra.train.recipe_file import as_recipe
 from zebra.train.run import run_recipe
 from zebra.train.source import CheckpointStart, read_source
 from zebra.train.tune_recipe import TuneRecipe
@@ -22,23 +25,24 @@ except ImportError as error:
     raise missing_package("tuning", f"trl and datasets ({error})", "tune") from None
 
 
-def tune(recipe: TuneRecipe, *, trust_remote_code: bool = False) -> list[Result]:
-    """Run a recipe from where it stands, and return its results.
+def tune(recipe: TuneRecipe | str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[Result]:
+    """Run a recipe, or that of a file, from where it stands, and return its results.
 
     Args:
         trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
 
     Raises:
-        ZebraError: before any training, a checkpoint, a chat template or conversations that cannot be used, or a run
-            directory of another recipe; during it, a loss that is not finite.
+        ZebraError: as `read_recipe`; before any training, a checkpoint, a chat template or conversations that cannot be
+            used, or a run directory of another recipe; during it, a loss that is not finite.
     """
-    config, tokenizer = read_source(recipe, trust_remote_code)
-    chat = Chat(tokenizer, recipe.chat_template, recipe.model)
-    start = CheckpointStart(recipe, config, tokenizer, lambda model: _finish(recipe, model, config, chat))
+    settings = as_recipe(recipe, TuneRecipe)
+    config, tokenizer = read_source(settings, trust_remote_code)
+    chat = Chat(tokenizer, settings.chat_template, settings.model)
+    start = CheckpointStart(settings, config, tokenizer, lambda model: _finish(settings, model, config, chat))
     return run_recipe(
-        recipe,
+        settings,
         lambda run: start,
-        lambda _: read_instructions(recipe, chat, lambda: load(recipe.model).to(best_device())),
+        lambda _: read_instructions(settings, chat, lambda: load(settings.model).to(best_device())),
     )
 
 

@@ -35,7 +35,7 @@ def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig)
             "has no max_position_embeddings. Pass max_position_embeddings=LENGTH."
         )
     refuse_rope(text.model_type, None if getattr(text, "alibi", False) else changes_with_length(text) or "default")
-    setting = SelfExtend.parse(self_extend, trained) if isinstance(self_extend, str) else self_extend
+    setting = self_extend if isinstance(self_extend, SelfExtend) else SelfExtend.parse(self_extend, trained)
     setting.check(trained)
     return setting
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from zebra.data.packing import IGNORE
 from zebra.model.documents import PACKING_KWARGS, documents_of
-from zebra.model.loss import IGNORE
 from zebra.model.override import overrides_of
 from zebra.model.sequence_parallel.attention import SequenceParallelAttention
 from zebra.shards import Shards
