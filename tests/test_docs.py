@@ -116,6 +116,35 @@ def test_every_command_of_the_guides_runs(name: str, zebra: Zebra, tmp_path: Pat
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+NOT_HERE = ("chat", "parallel", "serving")
+"""Guides whose Python needs another checkpoint, several processes or a server: its imports alone are run."""
+COMPILED = ("tools",)
+GUIDES = sorted(page.stem for page in (ROOT / "docs").glob("*.md") if snippets(page))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name in (*COMPILED, "api"))) for name in GUIDES]
+)
+def test_the_python_of_the_guides_runs(
+    name: str, zebra: Zebra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the conversions of the page, from a directory that has what the repository's root has."""
+    for shipped in ("examples", "recipes"):
+        (tmp_path / shipped).symlink_to(ROOT / shipped)
+    monkeypatch.chdir(tmp_path)
+    page, names = ROOT / "docs" / f"{name}.md", dict[str, object]()
+    for line in commands(page):
+        if line.startswith("zebra convert ") and name not in NOT_HERE:
+            assert zebra(*shlex.split(line, comments=True)[1:]).returncode == 0, line
+    for code in snippets(page):
+        compile(code, str(page), "exec")
+        exec("\n".join(re.findall(r"^(?:import|from) .*", code, re.MULTILINE)) if name in NOT_HERE else code, names)
+
+
 def test_the_extras_that_are_named_exist_and_are_installed_from_a_checkout() -> None:
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     sources = {file: file.read_text() for file in [*PAGES, *(ROOT / "src").rglob("*.py")]}
@@ -245,7 +274,7 @@ def test_nothing_of_a_machine_or_a_registry_is_in_the_project() -> None:
 def test_the_first_lines_of_python_in_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
+    code = snippets(ROOT / "README.md")[0]
     names: dict[str, object] = {}
     exec(code, names)
     assert type(names["model"]).__name__ == "CwmForCausalLM"
@@ -265,16 +294,6 @@ def test_the_page_of_the_api_has_the_public_names_and_signatures() -> None:
             bare = [one.replace(annotation=one.empty) for one in parameters]
             shown = str(inspect.Signature(bare))
             assert signature == re.sub(r"=<function [^>]*>+( at \w+>)?", "=...", shown), name
-
-
-@pytest.mark.full
-def test_the_snippet_of_the_api_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for shipped in ("examples", "recipes"):
-        (tmp_path / shipped).symlink_to(ROOT / shipped)
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), flags=re.DOTALL)
-    exec(code, {})
-    assert (tmp_path / "runs" / "api" / "model" / "config.json").is_file()
 
 
 def test_the_family_table_is_the_codes() -> None:

@@ -97,11 +97,11 @@ def verify_export(
 
 def _written(target: str | os.PathLike[str], against: str | os.PathLike[str], engine: str) -> tuple[Stripes, str]:
     """The layout of an export, and the type of its matrices."""
-    if not Path(target).exists():
-        raise ZebraError(f"there is no {target}. {_NAME_IT}")
     if is_gguf(target) != (engine == "gguf"):
         kind = "a file that ends in .gguf" if engine == "gguf" else "a folder"
         raise ZebraError(f"{engine} runs {kind}; got {target}. {_NAME_IT}")
+    if not Path(target).exists():
+        raise ZebraError(f"there is no {target}. {_NAME_IT}")
     if is_gguf(target):
         check_gguf_package(target)
         from zebra.exports.gguf_file import layout_of
