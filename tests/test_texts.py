@@ -87,6 +87,15 @@ def test_what_is_held_out_is_measured_on_and_not_trained_on(capsys: pytest.Captu
     assert joined.tokens.tolist() == texts_read.held_out.tokens.tolist()
 
 
+def test_a_length_that_no_document_fills_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = {"files": [STORY], "separator": SEPARATOR, "length": 4096}
+    texts(evaluate=evaluation)
+    assert "no document fills a context of 4,096 tokens; the longest window has " in capsys.readouterr().err
+    texts(evaluate=evaluation | {"join": True})
+    texts(evaluate=evaluation | {"length": 256})
+    assert "no document fills" not in capsys.readouterr().err
+
+
 def held(texts_read: TextTraining) -> set[int]:
     """The places of the documents that are held out."""
     return set(range(200)) - set(texts_read.sequences.documents.documents.tolist())

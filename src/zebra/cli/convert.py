@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -142,22 +143,11 @@ def select(
     as_json: options.Json = False,
 ) -> None:
     """Choose by measurement which layers stay global, within a budget."""
+    arguments = options.call_arguments(locals(), "target", "full_decode")
     check_conversion(checkpoint, target, f"L:{window}", rope)
-    if not text and not tasks:
-        raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
     if full_decode and target is None:
         raise ZebraError("--full-decode belongs to the conversion; got no --convert. Add it, or leave both out.")
-    if separator is not None and not text:
-        raise ZebraError("--separator splits the text of --text; got none. Add it, or leave both out.")
-    if bos is not None and tasks:
-        raise ZebraError("--bos and --no-bos are for sequences of text, and --task has prompts. Leave them out.")
-    check_texts(text or (), separator=separator)
-    arguments = options.call_arguments(locals(), "target", "full_decode")
-    if tasks is not None:
-        from zebra.data.needles import check_task
-
-        for name in arguments["tasks"]:
-            check_task(name, 0.5, samples)
+    _check_what_measures(**arguments)
     with show.working():
         from zebra.evaluate.selection import select as run
         from zebra.report import write_report
@@ -171,6 +161,29 @@ def select(
     written = None if target is None else _converted(checkpoint, target, selection.stripes, rope, full_decode)
     show.selection(selection, written, as_json)
     show.note(f"results {work}/results.jsonl, page {work}/report.html")
+
+
+def _check_what_measures(
+    text: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    separator: str | None = None,
+    bos: bool | None = None,
+    samples: int = 16,
+    **_: Any,
+) -> None:
+    """Check the texts and tasks that layers are chosen by."""
+    if not text and not tasks:
+        raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
+    if separator is not None and not text:
+        raise ZebraError("--separator splits the text of --text; got none. Add it, or leave both out.")
+    if bos is not None and tasks:
+        raise ZebraError("--bos and --no-bos are for sequences of text, and --task has prompts. Leave them out.")
+    check_texts(text, separator=separator)
+    if tasks:
+        from zebra.data.needles import check_task
+
+        for name in tasks:
+            check_task(name, 0.5, samples)
 
 
 def verify(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import importlib.metadata
 import os
 import warnings
@@ -82,17 +83,7 @@ def evaluate_tasks(
         ZebraError: as `EvalTarget`; lm-eval is not installed; an unknown task, missing data or packages of a task;
             requests beyond the model without `cut` or `beyond`.
     """
-    if cut and beyond:
-        raise ZebraError("what is too long is cut (--cut) or run whole (--beyond); got both. Choose one.")
-    if min(batch_size, 1 if limit is None else limit, 1 if shots is None else shots + 1) < 1:
-        raise ZebraError(
-            f"a batch and a limit are at least 1, and shots at least 0; got a batch of {batch_size}, a limit of "
-            f"{limit} and {shots} shots. Raise what is below."
-        )
-    try:
-        import lm_eval
-    except ImportError:
-        raise missing_package("a task of lm-eval", "lm-eval", "tasks") from None
+    _check(cut, beyond, batch_size, limit, shots)
     target = EvalTarget(checkpoint, **loading)
     if chat and not target.tokenizer.chat_template:
         raise ZebraError("this checkpoint's tokenizer has no chat template. Leave chat out.")
@@ -124,18 +115,40 @@ def evaluate_tasks(
         results: list[Result] = []
         for length, some in loaded.items():
             with task_errors(" and ".join(some["tasks"])), checking_logits(model):
-                measured = lm_eval.evaluate(
-                    lm=lm,
-                    task_dict=some,
-                    limit=limit,
-                    bootstrap_iters=1000,
-                    log_samples=False,
-                    apply_chat_template=chat,
-                    fewshot_as_multiturn=chat,
-                )
+                measured = _measured(lm, some, limit, chat)
             for name in dict.fromkeys([*measured.get("groups", {}), *measured["results"]]):
                 results += _results(name, measured, length, sizes[length].get(name), columns)
         return results
+
+
+def _check(cut: bool, beyond: bool, batch_size: int, limit: int | None, shots: int | None) -> None:
+    """Check what needs no checkpoint: the options, and that lm-eval is there."""
+    if cut and beyond:
+        raise ZebraError("what is too long is cut (--cut) or run whole (--beyond); got both. Choose one.")
+    if min(batch_size, 1 if limit is None else limit, 1 if shots is None else shots + 1) < 1:
+        raise ZebraError(
+            f"a batch and a limit are at least 1, and shots at least 0; got a batch of {batch_size}, a limit of "
+            f"{limit} and {shots} shots. Raise what is below."
+        )
+    try:
+        importlib.import_module("lm_eval")
+    except ImportError:
+        raise missing_package("a task of lm-eval", "lm-eval", "tasks") from None
+
+
+def _measured(lm: Any, tasks: Tasks, limit: int | None, chat: bool) -> dict[str, Any]:
+    """What the harness says of tasks."""
+    import lm_eval
+
+    return lm_eval.evaluate(
+        lm=lm,
+        task_dict=tasks,
+        limit=limit,
+        bootstrap_iters=1000,
+        log_samples=False,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
 
 
 # Tasks

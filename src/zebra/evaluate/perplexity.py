@@ -225,15 +225,21 @@ def evaluate_perplexity(
     return results
 
 
+def unfilled(tokens: int, length: int) -> str | None:
+    """What is to be known where the longest window has fewer tokens than a context."""
+    if tokens >= length:
+        return None
+    return (
+        f"no document fills a context of {length:,} tokens; the longest window has {tokens:,}. Give longer documents, "
+        "join them, or take a shorter length."
+    )
+
+
 def _warn_of_lengths(target: EvalTarget, longest: Mapping[int, int]) -> None:
     """Warn where no window is as long as its length, and of windows that are longer than what the model reads."""
     for length, tokens in longest.items():
-        if tokens < length:
-            warnings.warn(
-                f"no document fills a context of {length:,} tokens; the longest window has {tokens:,}. Give longer "
-                "documents, join them, or take a shorter length.",
-                stacklevel=3,
-            )
+        if text := unfilled(tokens, length):
+            warnings.warn(text, stacklevel=3)
     target.check_length(max(longest.values()), beyond=True)
 
 

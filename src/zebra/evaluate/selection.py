@@ -110,26 +110,17 @@ def select(
     _check(order, local.window, length, text, tasks, samples)
     loading = {"rope": rope, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     target = EvalTarget(checkpoint, purpose="converting", **loading)
-    config, tokenizer = target.config, target.tokenizer
-    stripes = stripes_of(config)
-    types = stripes.layer_types(config.num_hidden_layers) if stripes else [GLOBAL] * config.num_hidden_layers
-    source = "".join("G" if kind == GLOBAL else "L" for kind in types)
+    source = _source_layers(target.config, local)
     which = global_layers(source)
-    if len(which) < 2:
-        raise ZebraError(
-            f"this model has {len(which)} global layers, so there is nothing to choose. Take another source."
-        )
-    for layer in which[0], which[-1]:  # a model whose layers have fixed kinds cannot have one of these
-        with_stripes(config, replace(local, pattern=None, global_layers=(layer,)))
     target.check_length(length)
-    count = _count(config, source, str(budget), local, length, dtype or config.dtype)
+    count = _count(target.config, source, str(budget), local, length, dtype or target.config.dtype)
     if isinstance(text, Corpus):
         corpus: Corpus | None = text
     else:
-        corpus = read_corpus(text, Encoder.of(tokenizer), separator=separator) if text else None
-    prefix = window_prefix(tokenizer, bos)
+        corpus = read_corpus(text, Encoder.of(target.tokenizer), separator=separator) if text else None
+    prefix = window_prefix(target.tokenizer, bos)
     if tasks:
-        needles = SampleGenerator(tokenizer, corpus)
+        needles = SampleGenerator(target.tokenizer, corpus)
         sequences = task_sequences(needles, tasks, length=length, window=local.window, samples=samples, seed=seed)
     else:
         assert corpus is not None
@@ -144,16 +135,8 @@ def select(
     with ExitStack() as stack:
         folder = None
         if work is not None:
-            inputs = {
-                "source": checkpoint_digests(checkpoint) if Path(checkpoint).exists() else str(checkpoint),
-                "rope": str(as_rope(rope)),
-                "window": str(window),
-                "seed": seed,
-                "dtype": str(dtype),
-                "device": read_device(device),
-                "sequences": _digest(batches),
-                "versions": versions(),
-            }
+            inputs = _inputs(checkpoint, rope, dtype, device) | {"window": str(window), "seed": seed}
+            inputs |= {"sequences": _digest(batches), "versions": versions()}
             folder = stack.enter_context(selection_folder(Path(work), inputs))
         console.print(f"{count} of {len(which)} layers stay global, {order}: {cost}", soft_wrap=True)
         model = target.load()
@@ -186,6 +169,35 @@ def _check(order: str, window: int, length: int, text: Names | Corpus, tasks: Se
             f"in a length of {length:,} tokens nothing is beyond a window of {window:,}, so that no layer is needed. "
             "Take a longer length, several times the window."
         )
+
+
+def _source_layers(config: PreTrainedConfig, local: Stripes) -> str:
+    """The kinds of the source's layers, as G and L.
+
+    Raises:
+        ZebraError: fewer than two are global, or layers have fixed kinds.
+    """
+    stripes = stripes_of(config)
+    types = stripes.layer_types(config.num_hidden_layers) if stripes else [GLOBAL] * config.num_hidden_layers
+    source = "".join("G" if kind == GLOBAL else "L" for kind in types)
+    which = global_layers(source)
+    if len(which) < 2:
+        raise ZebraError(
+            f"this model has {len(which)} global layers, so there is nothing to choose. Take another source."
+        )
+    for layer in which[0], which[-1]:  # a model whose layers have fixed kinds cannot have one of these
+        with_stripes(config, replace(local, pattern=None, global_layers=(layer,)))
+    return source
+
+
+def _inputs(checkpoint: str | os.PathLike[str], rope: Any, dtype: Any, device: str | None) -> dict[str, Any]:
+    """What the losses depend on of the model."""
+    return {
+        "source": checkpoint_digests(checkpoint) if Path(checkpoint).exists() else str(checkpoint),
+        "rope": str(as_rope(rope)),
+        "dtype": str(dtype),
+        "device": read_device(device),
+    }
 
 
 def _count(config: PreTrainedConfig, source: str, budget: str, local: Stripes, length: int, dtype: Any) -> int:

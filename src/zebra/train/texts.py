@@ -23,11 +23,11 @@ from transformers import (
 from zebra.data.composition import mixture_tables
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder, window_prefix
-from zebra.data.mixture import Mixture, Source, SourceStats, mix, select, split_sources
+from zebra.data.mixture import Mixture, Source, SourceSplit, SourceStats, mix, select, split_sources
 from zebra.data.packing import PackedSequences, pack
 from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
-from zebra.evaluate.perplexity import perplexity, results_of, task_name
+from zebra.evaluate.perplexity import perplexity, results_of, task_name, unfilled
 from zebra.evaluate.recall import recall_by_distance, recall_results
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import console
@@ -35,7 +35,7 @@ from zebra.results import Result
 from zebra.train.directory import is_first_process
 from zebra.train.measuring import source_results
 from zebra.train.parallel import ParallelTrainer, shard
-from zebra.train.recipe import RecallSource, TextMixtureSource, TextRecipe, TextSource
+from zebra.train.recipe import PerplexityEvaluation, RecallSource, TextMixtureSource, TextRecipe, TextSource
 from zebra.train.run import TrainingData
 from zebra.train.trainer import optimizer_of, refuse_diverged, tokens_per_step, training_arguments
 
@@ -174,16 +174,27 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
         stats = mixture.stats
         if is_first_process():
             console.print(mixture_tables(mixture))
-    held_out = None
-    if evaluation is not None:
-        if evaluation.files is None:
-            held_out = select(splits, held_out=True).gathered()
-        else:
-            held_out = _corpus(evaluation, evaluation.files, recipe, tokenizer, evaluation.append_eos)
-        if evaluation.join:
-            held_out = held_out.joined(evaluation.beyond or evaluation.length)
-    prefix = () if evaluation is None else window_prefix(tokenizer, evaluation.bos)
+    if evaluation is None:
+        return TextTraining(recipe, with_recall, None, (), stats)
+    held_out, prefix = _held_out(recipe, evaluation, tokenizer, splits), window_prefix(tokenizer, evaluation.bos)
+    longest = int(held_out.lengths.max(initial=0)) + len(prefix)
+    if (text := unfilled(longest, evaluation.beyond or evaluation.length)) and is_first_process():
+        console.print(text, soft_wrap=True)
     return TextTraining(recipe, with_recall, held_out, prefix, stats)
+
+
+def _held_out(
+    recipe: TextRecipe,
+    evaluation: PerplexityEvaluation,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Sequence[SourceSplit],
+) -> Corpus:
+    """The documents of the evaluation's files, or those that no sequence has."""
+    if evaluation.files is None:
+        held_out = select(splits, held_out=True).gathered()
+    else:
+        held_out = _corpus(evaluation, evaluation.files, recipe, tokenizer, evaluation.append_eos)
+    return held_out.joined(evaluation.beyond or evaluation.length) if evaluation.join else held_out
 
 
 def _sequences_of_training(recipe: TextRecipe) -> int:
