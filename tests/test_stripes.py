@@ -183,6 +183,8 @@ def test_visible_pairs_is_the_count_of_the_mask() -> None:
 
 def test_sinks_are_part_of_the_layout() -> None:
     assert Stripes.parse("GLLL:512+4") == Stripes(512, "GLLL", sinks=4) != Stripes(512, "GLLL")
+    with pytest.raises(ZebraError, match=r"a list, one for each layer; got 'GLLL'"):
+        Stripes.of("GLLL", 9)
     assert Stripes.of((GLOBAL, LOCAL), 9, sinks=2) == Stripes.parse("GL:9+2")
     for sinks in (-1, True, 2**31, "4"):
         with pytest.raises(ZebraError, match="sinks count the first tokens"):

@@ -117,6 +117,10 @@ class Stripes:
     @classmethod
     def of(cls, layer_types: Sequence[str], window: int, sinks: int = 0) -> Stripes:
         """The layout with these layer types: a pattern where one repeats or is the paper's, else a list of layers."""
+        if isinstance(layer_types, str):
+            raise ZebraError(
+                f"layer types are a list, one for each layer; got {layer_types!r}. Parse it as {layer_types}:{window}."
+            )
         letters = "".join("G" if kind == GLOBAL else "L" for kind in layer_types)
         for period in range(1, len(letters) + 1):
             pattern = letters[:period]

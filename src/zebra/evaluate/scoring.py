@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zebra.data.documents import Names, names_of
 from zebra.data.encoding import decode
 from zebra.decoding import Decoding
 from zebra.errors import ZebraError
@@ -57,7 +58,7 @@ def greedy_answers(
     prompts: Sequence[Ids],
     *,
     max_new_tokens: Sequence[int],
-    stop: Sequence[str] = (),
+    stop: Names = (),
     batch_tokens: int = BATCH_TOKENS,
     advance: Callable[[float], None] = no_progress,
 ) -> list[str]:
@@ -70,7 +71,7 @@ def greedy_answers(
     answers = [""] * len(prompts)
     for batch in _read(model, prompts, batch_tokens):
         room = max(max_new_tokens[i] for i in batch.indices)
-        decoding = Decoding(max_new_tokens=room, stop=tuple(stop))
+        decoding = Decoding(max_new_tokens=room, stop=tuple(names_of(stop)))
         with evaluating(model):
             output = generate_with(model, tokenizer, batch.ids, batch.mask, decoding, past_key_values=batch.cache)
         new = output.sequences[:, batch.ids.shape[1] :].tolist()
