@@ -68,15 +68,15 @@ def greedy_answers(
         max_new_tokens: for each prompt; a batch generates as many as its largest.
         advance: takes the tokens of the prompts that are done.
     """
-    answers = [""] * len(prompts)
+    answers, strings = [""] * len(prompts), tuple(names_of(stop))
     for batch in _read(model, prompts, batch_tokens):
         room = max(max_new_tokens[i] for i in batch.indices)
-        decoding = Decoding(max_new_tokens=room, stop=tuple(names_of(stop)))
+        decoding = Decoding(max_new_tokens=room, stop=strings)
         with evaluating(model):
             output = generate_with(model, tokenizer, batch.ids, batch.mask, decoding, past_key_values=batch.cache)
         new = output.sequences[:, batch.ids.shape[1] :].tolist()
         for i, text in zip(batch.indices, (decode(tokenizer, tokens) for tokens in new), strict=True):
-            answers[i] = min((text.partition(string)[0] for string in stop), key=len, default=text).strip()
+            answers[i] = min((text.partition(string)[0] for string in strings), key=len, default=text).strip()
         advance(int(batch.mask.sum()))
     return answers
 
