@@ -284,6 +284,14 @@ def test_a_tokenizer_writes_equal_numbers_equally(digits: int, few: Path, tmp_pa
     assert max(len(piece.strip("Ġ")) for one in numbers for piece in one) <= digits
 
 
+def test_a_tokenizer_is_the_same_for_every_seed(few: Path, tmp_path: Path) -> None:
+    """In a grid the first cell's recipe trains it for all."""
+    settings = {"tokenizer": {"vocab_size": 600}, "data__recall": {"share": 0.5, "first": 200}}
+    texts = [[*tokenizer_texts(recipe(tmp_path, few, train__seed=seed, **settings))] for seed in (0, 1)]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 1
+
+
 # Muon
 
 

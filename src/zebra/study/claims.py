@@ -35,10 +35,10 @@ METHOD = (
     "interval, over runs paired by seed. With three seeds or more it is Student's t interval of the differences. With "
     "fewer, the noise is the residual of the cells with several seeds, without their own means and those of the seeds.",
     "One cell beats another where the interval lies below 0, and does not where it lies above. It is as good where the "
-    f"interval lies below {_SHARE}, and is not where it lies above {_SHARE}. Where the interval decides neither, or a "
-    "cell is missing, the claim is not tested here. The intervals cover other seeds, not other texts. Each is of 95 % "
-    "by itself, and one comparison that fails is enough: a claim of k comparisons is found wrong by chance in at most "
-    "2.5 k of 100 studies.",
+    f"interval lies below {_SHARE}, and is not where it lies above {_SHARE}. Where the interval decides neither, the "
+    "claim is open; where a cell is missing, it is not tested. Both count as not tested here. The intervals cover "
+    "other seeds, not other texts. Each is of 95 % by itself, and one comparison that fails is enough: a claim of k "
+    "comparisons is found wrong by chance in at most 2.5 k of 100 studies.",
 )
 """How the checklist is to be read, in paragraphs."""
 
