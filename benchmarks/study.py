@@ -48,8 +48,8 @@ TIMED = [
 
 FINDINGS = [
     "Of the grid 8 of 39 trainings are done, under rotary positions: all layers global, one of four, none. Groups of "
-    "two, summaries, other positions and lengths are to come. The recipe's bar, that with seed 0 the global model beats "
-    "the local one at positions 512 to 1,024 on text and on recall, is passed (docs/log.md).",
+    "two, summaries, other positions and lengths are to come. The recipe's bar, that with seed 0 the global model "
+    "beats the local one at positions 512 to 1,024 on text and on recall, is passed (docs/log.md).",
     "Recall is the perplexity of digits that a document told under a key, by the tokens since: 1 where they are looked "
     "up, 10 where they are guessed. Models with global layers look up, local ones guess. Beyond the trained length the "
     "first do worse than guess, until Self-Extend reads them: then text and recall are as within it.",
