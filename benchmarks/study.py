@@ -55,8 +55,8 @@ FINDINGS = [
     "first do worse than guess, until Self-Extend reads them: then text and recall are as within it.",
     "On text every model with global layers is better than every local one, in code and, less, in prose: at positions "
     "512 to 1,024 full has 18.41 to 25.54 on code and 14.89 to 16.05 on the novel, GLLL:16 17.04 and 14.36, L:16 33.56 "
-    "and 16.25 (benchmarks/results/study-texts.jsonl; the last two of seed 0). How much better differs by seed: full "
-    "attention learns to look up in code suddenly, one seed early and two late, so three seeds leave claims open.",
+    "and 16.25 (benchmarks/results/study-texts.jsonl; the last two of seed 0). How much better differs by seed, most "
+    "on code, so three seeds leave claims open.",
 ]
 LIMITS = [
     "The models have eight layers of 96, three heads, 0.94 million parameters and a vocabulary of 512 tokens of "

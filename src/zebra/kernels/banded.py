@@ -10,8 +10,8 @@ For a tile with the queries q and each part (k, v) of its keys, all in a core's 
 (FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2.) The backward is written by hand and saves q, k, v, out and lse
 alone. Exponentials are in base 2, about four times faster on a CPU; the heads of a query group are rows of one product
 over the same keys. Scores are in float32 or wider. With 16 bits the other products are rounded to 16 bits, do v^T among
-them: dq and dk then have 1.6 times the error of float32 sums, for a backward that is a quarter faster. All intermediate
-tensors lie in a few buffers that tiles share: on a CPU fresh memory costs more than the arithmetic on it.
+them: dq and dk then have 1.6 times the error of kernel `native`'s. All intermediate tensors lie in a few buffers that
+tiles share: on a CPU fresh memory costs more than the arithmetic on it.
 """
 
 from __future__ import annotations
