@@ -124,7 +124,7 @@ _HEAD = (
 )
 _ACTIVATIONS = (
     "The memory of a step is that of its activations, which train.activation_checkpointing takes away for one more "
-    "forward pass; it was off here, as it is by default."
+    "forward pass; it was off here."
 )
 _MKL = (
     "In float32 shares exceed 100 %: the peak is that of torch's products, which MKL computes. On this AMD processor "

@@ -21,6 +21,7 @@ from zebra import ZebraError
 from zebra.model.checkpoint import read_local_attention
 from zebra.model.local import LocalAttention
 from zebra.results import read_results
+from zebra.train import step_memory
 from zebra.train.adapt import adapt
 from zebra.train.directory import COMPLETE
 from zebra.train.recipe import AdaptRecipe
@@ -263,6 +264,20 @@ def test_activation_checkpointing_and_accumulation_change_no_loss(tmp_path: Path
     assert losses(plain) == pytest.approx(losses(recomputed), abs=1e-5)
     accumulated = adapt(adapt_recipe(tmp_path / "c", **short, train__gradient_accumulation_steps=2))
     assert losses(plain) == pytest.approx(losses(accumulated), abs=1e-4)
+
+
+def test_a_step_that_does_not_fit_is_checkpointed_and_a_run_may_change_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"evaluate": None, "train__length": 300, "train__lr_scheduler_type": "constant"}
+    plain = adapt(adapt_recipe(tmp_path / "a", **short, train__max_steps=2))
+    assert "activation checkpointing" not in capsys.readouterr().err
+    monkeypatch.setattr(step_memory, "device_memory", lambda device: 2**20)
+    recomputed = adapt(adapt_recipe(tmp_path / "b", **short, train__max_steps=2))
+    assert "activation checkpointing is on" in capsys.readouterr().err
+    assert losses(plain) == pytest.approx(losses(recomputed), abs=1e-5)
+    changed = {"train__max_steps": 3, "train__activation_checkpointing": False}
+    assert len(losses(adapt(adapt_recipe(tmp_path / "b", **short, **changed)))) == 3
 
 
 KEEP_GRADIENTS = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from zebra import ZebraError
 from zebra.model.families import model_class
 from zebra.plan.shapes import SHAPES, shape
 from zebra.stripes import Stripes
+from zebra.train import step_memory
 from zebra.train.adapt import adapt
-from zebra.train.dry_run import dry_run, saved_storages
+from zebra.train.dry_run import dry_run
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.recipe_file import read_recipe
+from zebra.train.step_memory import saved_storages
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.stem.startswith("study-"))  # grids
 BIG = [path for path in RECIPES if path.stem.startswith("lcat-") and not path.stem.endswith("-cpu")]
@@ -103,6 +106,26 @@ def test_checkpointing_and_low_rank_need_less(tmp_path: Path) -> None:
     assert again.total < full.total / 2
     assert low.memory["AdamW"] < full.memory["AdamW"] / 10
     assert low.memory["gradients"] * 2 == low.memory["AdamW"]
+
+
+def test_checkpointing_is_on_where_a_step_does_not_fit_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = {
+        choice: adapt_recipe(tmp_path, train__length=4096, train__activation_checkpointing=choice)
+        for choice in (False, True, "auto")
+    }
+    without, with_it = (dry_run(recipes[choice]) for choice in (False, True))
+    for room, expected, state in ((1.0, without, "off"), (0.99, with_it, "on")):
+        memory = math.ceil(room * without.total / step_memory.USABLE)
+        monkeypatch.setattr(step_memory, "device_memory", lambda device, memory=memory: memory)
+        estimate = dry_run(recipes["auto"])
+        assert estimate.memory == expected.memory
+        assert estimate.facts["activation checkpointing"].startswith(state)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes share a CPU's memory
+        assert dry_run(recipes["auto"]).memory == with_it.memory
+        monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert dry_run(recipes[False]).memory == without.memory
 
 
 def test_a_dry_run_leaves_nothing(zebra: Zebra, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from zebra.plan.cost import Run
 from zebra.plan.parallel import Parallel, busiest, device_memory
 from zebra.plan.shapes import SHAPES, shape
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
-from zebra.train import dry_run
+from zebra.train import dry_run, step_memory
 
 LLAMA = decoder.read_decoder("llama-2-7b")
 COUNTED = (
@@ -249,7 +249,7 @@ def test_activations_are_what_autograd_keeps(
     config, shape = tiny(family, **sizes)
     if kind == LOCAL:
         config = with_stripes(config, Stripes.parse("L:16"))
-    grows, _ = dry_run._saved_by_a_layer(recipe, config, kind)
+    grows, _ = step_memory._saved_by_a_layer(recipe, config, kind)
     ours = Run(decoder=shape, stripes=None, length=1, dtype=precision, phase="train", lora=lora)
     assert memory.saved_bytes_per_token(ours) == pytest.approx(grows, rel=0.01)
 
@@ -279,7 +279,7 @@ def test_a_checkpointed_layer_keeps_a_float32_input(half: bool) -> None:
         # Its name after transformers 5.17, and before.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-        with torch.autocast("cpu", torch.bfloat16, enabled=half), dry_run.saved_storages(model) as saved:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), step_memory.saved_storages(model) as saved:
             model.model(torch.zeros(1, 50, dtype=torch.long), use_cache=False)
         totals.append(sum(saved.values()))
     assert totals[1] - totals[0] == 50 * 4 * 32

@@ -94,7 +94,7 @@ def test_what_is_left_out_has_its_default(recipe: Any) -> None:
         "max_grad_norm": 1.0,
         "device": "best",
         "bf16": False,
-        "activation_checkpointing": False,
+        "activation_checkpointing": "auto",
         "compile": False,
         "seed": 0,
         "logging_steps": 10,

@@ -35,10 +35,10 @@ from zebra.plan.parallel import Parallel, busiest, exchanged_bytes, received_byt
 from zebra.shards import Shards
 from zebra.stripes import GLOBAL, LOCAL
 from zebra.train import lora
-from zebra.train.dry_run import saved_storages
 from zebra.train.parallel import shard_weights
 from zebra.train.recipe import Lora
 from zebra.train.recipe import Parallel as Weights
+from zebra.train.step_memory import saved_storages
 
 PROCESSES = 4
 SMALL = {"num_hidden_layers": 3, "initializer_range": 0.1, "vocab_size": 100}

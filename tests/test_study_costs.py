@@ -23,9 +23,10 @@ from zebra.study import model as study
 from zebra.study.grid import step_of
 from zebra.study.layout import SummaryStripes, summary_pairs
 from zebra.study.summary import SummaryAttention
-from zebra.train.dry_run import dry_run, saved_storages
+from zebra.train.dry_run import dry_run
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe
+from zebra.train.step_memory import saved_storages
 from zebra_bench import study as bench
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 import timeit
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from torch.utils import benchmark
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.kernels import Mask, attend
-from zebra.model.load import device_name, read_device
+from zebra.model.load import device_memory, device_name, read_device
 from zebra.plan.devices import CACHE, MEASURED, WEIGHTS, Device
 from zebra.progress import bar
 from zebra.results import Result, to_json
@@ -92,7 +91,7 @@ def measure_ceilings(
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _least(lambda: target.copy_(source), repeats)
     reading = dict(_reading(device, size, repeats, flops)) if attention else {}
-    return Device(device_name(device), flops, bandwidth, _memory(device), MEASURED, rates, reading=reading)
+    return Device(device_name(device), flops, bandwidth, device_memory(device), MEASURED, rates, reading=reading)
 
 
 def local_layer(device: str, dtype: str, *, size: int, repeats: int) -> list[Result]:
@@ -233,12 +232,3 @@ def _ours(window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _least(call: Callable[[], object], repeats: int) -> float:
     """The least seconds of a call, after one that warms up."""
     return min(paired_seconds({"call": call}, repeats)["call"])
-
-
-def _memory(device: str) -> int | None:
-    if device.startswith("cuda"):
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -53,6 +53,16 @@ def best_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
+def device_memory(device: str) -> int | None:
+    """Bytes of memory of a device, in use or not; None where the system does not say."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def read_device(name: str | None) -> str:
     """A device of this machine by its name, the best one where None.
 

@@ -45,6 +45,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_processes() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def check_processes(recipe: Recipe) -> None:
     """Check that the processes that the launcher started can share the recipe's work.
 
@@ -282,7 +287,7 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """The keys that two recipes differ in, but for those that change no number: a directory may be moved."""
     items = flatten(one.model_dump()).items() ^ flatten(other.model_dump()).items()
     changed = {name for name, _ in items if not name.startswith("parallel.")}
-    return sorted(changed - {"run", "data.num_proc", "data.cache_dir"})
+    return sorted(changed - {"run", "data.num_proc", "data.cache_dir", "train.activation_checkpointing"})
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

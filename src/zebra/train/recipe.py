@@ -147,7 +147,9 @@ class Training(RecipeSection):
     max_grad_norm: float = Field(1.0, gt=0)
     device: Literal["best", "cuda"] = Field("best", description="cuda refuses a machine without a GPU")
     bf16: bool = Field(False, description="bfloat16 autocast; weights stay float32")
-    activation_checkpointing: bool = Field(False, description="compute activations again in the backward")
+    activation_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="compute activations again in the backward; auto: where a step does not fit without it"
+    )
     compile: bool = Field(False, description="compile each layer by torch: faster steps after a first one of a minute")
     seed: int = Field(0, ge=0, lt=2**32)
     logging_steps: int = Field(10, ge=1)

@@ -25,11 +25,13 @@ from zebra.model.compiled import compile_layers
 from zebra.model.load import best_device, load
 from zebra.model.load_options import loaded_layout_name
 from zebra.model.local import layout_name, set_local_attention
+from zebra.progress import console
 from zebra.results import Result, read_results, write_results
 from zebra.train import directory
 from zebra.train.measuring import common_columns, cost_results, local_attention_for, trainer_state, training_results
 from zebra.train.recipe import Recipe
 from zebra.train.saves import is_intact
+from zebra.train.step_memory import resolve_checkpointing
 from zebra.train.trainer import Evaluation, run_trainer
 
 
@@ -174,7 +176,10 @@ def _measured(name: str, model: PreTrainedModel, rope: str | None, data: Trainin
 
 def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any]) -> None:
     """Train, unless the last step is there already, and write the trained checkpoint."""
-    recipe, last = start.recipe, run / "checkpoints" / f"checkpoint-{start.recipe.train.max_steps}"
+    recipe = data.recipe = resolve_checkpointing(start.recipe, start.config)
+    if recipe != start.recipe and recipe.train.activation_checkpointing and directory.is_first_process():
+        console.print("activation checkpointing is on: a step does not fit into this machine's memory without it.")
+    last = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}"
     if is_intact(last):  # a kill came between the last step and the export
         model = start.restore(last)
     else:
