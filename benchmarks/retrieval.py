@@ -29,9 +29,9 @@ from zebra.files import atomic_write
 from zebra.report import figures, page
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
-from zebra.report.series import FULL, percent
+from zebra.report.series import FULL, percent, stripes_of
 from zebra.results import Result, read_results, write_results
-from zebra.stripes import GLOBAL, Stripes
+from zebra.stripes import layer_letters
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.recipe_file import read_recipe
@@ -126,9 +126,7 @@ def _of(results: Sequence[Result], part: str) -> list[Result]:
 
 def _letters(layout: str) -> str:
     """A layout as its layers, such as LLGL; results have the shortest notation."""
-    if layout == FULL:
-        return layout
-    return "".join("G" if kind == GLOBAL else "L" for kind in Stripes.parse(layout).layer_types(LAYERS))
+    return layout if layout == FULL else layer_letters(stripes_of(layout).layer_types(LAYERS))
 
 
 def _layouts(results: Sequence[Result]) -> list[str]:

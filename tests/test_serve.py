@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import signal
 import socket
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -87,21 +86,34 @@ class Served:
         lines = [line.split() for line in self.get("/metrics")[1].splitlines() if not line.startswith("#")]
         return sum(float(line[-1]) for line in lines if line[0] == name or line[0].startswith(name + "{"))
 
-    def until_idle(self, seconds: float = 20) -> None:
-        deadline = time.monotonic() + seconds
-        while self.metric("zebra_requests_running") + self.metric("zebra_requests_waiting"):
-            assert time.monotonic() < deadline, "the model is not free"
-            time.sleep(0.02)
+    def requests(self) -> float:
+        """Those that run or wait."""
+        return self.metric("zebra_requests_running") + self.metric("zebra_requests_waiting")
+
+    def until_idle(self) -> None:
+        until(lambda: self.requests() == 0)
 
     def raw(self, data: bytes) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         connection.sendall(data)
         return connection
 
+    def raw_post(self, path: str, body: Any) -> socket.socket:
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n"
+        return self.raw(head.encode() + b"content-type: application/json\r\n\r\n" + data)
+
     def end(self) -> None:
         self.server.handle_exit(signal.SIGTERM, None)
         self.thread.join(30)
         assert not self.thread.is_alive()
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def with_template(checkpoint: Path, folder: Path, template: str = TEMPLATE) -> Path:
@@ -145,8 +157,8 @@ def user(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def expected(checkpoint: Path, prompt: str, **options: Any) -> Any:
-    return zebra.generate(checkpoint, prompt, **options)
+def expected(checkpoint: Path, prompt: str, new_tokens: int) -> str:
+    return zebra.generate(checkpoint, prompt, max_new_tokens=new_tokens).text
 
 
 # Answers
@@ -162,7 +174,7 @@ def test_without_gradio_the_command_says_why_there_is_no_page(capsys: pytest.Cap
 
 
 def test_a_chat_is_what_generate_says_whole_and_streamed(served: Served, checkpoint: Path) -> None:
-    client, text = served.client(), expected(checkpoint, ONCE + "\n", max_new_tokens=30).text
+    client, text = served.client(), expected(checkpoint, ONCE + "\n", 30)
     options: Any = {"model": "stories", "messages": user(ONCE), "max_tokens": 30}
     whole = client.chat.completions.create(**options)
     assert whole.choices[0].message.content == text
@@ -185,15 +197,15 @@ def test_the_next_turn_reads_only_what_is_new(served: Served, checkpoint: Path) 
     assert first.usage.prompt_tokens <= cached < second.usage.prompt_tokens
     assert second.timings["prompt_n"] == second.usage.prompt_tokens - cached
     prompt = "".join(message["content"] + ("</s>\n", "\n")[message["role"] == "user"] for message in turn)
-    assert second.choices[0].message.content == expected(checkpoint, prompt, max_new_tokens=20).text
+    assert second.choices[0].message.content == expected(checkpoint, prompt, 20)
 
 
 def test_completions_and_responses_say_the_same(served: Served, checkpoint: Path) -> None:
-    client, text = served.client(), expected(checkpoint, ONCE, max_new_tokens=12).text
+    client, text = served.client(), expected(checkpoint, ONCE, 12)
     assert client.completions.create(model="stories", prompt=ONCE, max_tokens=12).choices[0].text == text
     chunks = client.completions.create(model="stories", prompt=ONCE, max_tokens=12, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == text
-    answer = expected(checkpoint, ONCE + "\n", max_new_tokens=12).text
+    answer = expected(checkpoint, ONCE + "\n", 12)
     response = client.responses.create(model="stories", input=ONCE, max_output_tokens=12)
     assert response.output_text == answer
     assert response.status == "incomplete"
@@ -204,7 +216,7 @@ def test_completions_and_responses_say_the_same(served: Served, checkpoint: Path
 
 
 def test_a_stop_string_ends_and_is_left_out(served: Served, checkpoint: Path) -> None:
-    text = expected(checkpoint, ONCE + "\n", max_new_tokens=40).text
+    text = expected(checkpoint, ONCE + "\n", 40)
     stop = text[20:26]
     options: Any = {"model": "stories", "messages": user(ONCE), "max_tokens": 40, "stop": ["not in it", stop]}
     whole = served.client().chat.completions.create(**options)
@@ -277,7 +289,7 @@ def test_parallel_answers_equal_single_ones(served: Served) -> None:
         return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
     single = [text(i) for i in range(4)]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(text, [*range(4), *range(4)])) == single * 2
 
 
@@ -296,14 +308,11 @@ def slow_model() -> Iterator[None]:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_the_model(served: Served, stream: bool) -> None:
     body = {"messages": user(ONCE), "max_tokens": 450, "stream": stream}
-    data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n"
     before, left = served.metric("zebra_answers_total"), served.metric('zebra_answers_total{finish="cancelled"}')
-    connection = served.raw(head.encode() + b"content-type: application/json\r\n\r\n" + data)
+    connection = served.raw_post("/v1/chat/completions", body)
     if stream:
         connection.recv(2000)
-    while not served.metric("zebra_requests_running"):
-        time.sleep(0.01)
+    until(lambda: served.metric("zebra_requests_running") == 1)
     connection.close()
     served.until_idle()
     assert served.metric("zebra_answers_total") == before + 1
@@ -312,13 +321,9 @@ def test_a_client_that_leaves_frees_the_model(served: Served, stream: bool) -> N
 
 @pytest.mark.usefixtures("slow_model")
 def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
-    body = json.dumps({"prompt": ONCE, "max_tokens": 400, "stream": True, "temperature": 1, "seed": 3}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
-    open_ones = [served.raw(head.encode() + b"content-type: application/json\r\n\r\n" + body) for _ in range(13)]
-    deadline = time.monotonic() + 10
-    while served.metric("zebra_requests_waiting") < 12:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    body = {"prompt": ONCE, "max_tokens": 400, "stream": True, "temperature": 1, "seed": 3}
+    open_ones = [served.raw_post("/v1/completions", body) for _ in range(13)]
+    until(lambda: served.metric("zebra_requests_waiting") == 12)
     status, error, headers = served.post("/v1/completions", {"prompt": ONCE})
     assert (status, error["error"]["code"]) == (429, "queue_full")
     assert int(headers["retry-after"]) > 0
@@ -512,9 +517,7 @@ def test_sigterm_lets_running_requests_end_and_takes_no_more(checkpoint: Path) -
     )
     next(stream)
     process.send_signal(signal.SIGTERM)
-    for _ in range(500):
-        if status_of(f"{address}/health") == 503:
-            break
+    until(lambda: status_of(f"{address}/health") == 503)
     with pytest.raises(openai.InternalServerError) as stopping:
         client.completions.create(model="stories", prompt=ONCE, max_tokens=1)
     assert stopping.value.status_code == 503
@@ -533,10 +536,7 @@ def test_a_second_signal_answers_running_requests_with_an_error(checkpoint: Path
     with ThreadPoolExecutor() as clients:
         body = {"prompt": ONCE, "max_tokens": 450}
         answers = [clients.submit(server.post, "/v1/completions", body) for _ in range(2)]
-        deadline = time.monotonic() + 10
-        while server.metric("zebra_requests_running") + server.metric("zebra_requests_waiting") < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: server.requests() == 2)
         server.server.handle_exit(signal.SIGINT, None)
         server.server.handle_exit(signal.SIGINT, None)
         for answer in answers:

@@ -12,7 +12,7 @@ The window counts the keys that a query sees, its own included: `0 <= i - j < wi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -121,7 +121,7 @@ class Stripes:
             raise ZebraError(
                 f"layer types are a list, one for each layer; got {layer_types!r}. Parse it as {layer_types}:{window}."
             )
-        letters = "".join("G" if kind == GLOBAL else "L" for kind in layer_types)
+        letters = layer_letters(layer_types)
         for period in range(1, len(letters) + 1):
             pattern = letters[:period]
             tiles = all(letters[i] == pattern[i % period] for i in range(len(letters)))
@@ -166,6 +166,11 @@ class Stripes:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def layer_letters(layer_types: Iterable[str]) -> str:
+    """Layer types as a pattern: G for a global layer, L for any other."""
+    return "".join("G" if kind == GLOBAL else "L" for kind in layer_types)
 
 
 def visible_pairs(length: int, window: int | None = None, sinks: int = 0) -> int:

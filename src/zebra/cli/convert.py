@@ -13,7 +13,7 @@ from zebra.data.documents import check_texts
 from zebra.errors import ZebraError
 from zebra.exports import check_export
 from zebra.model.checkpoint_files import check_checkpoint, check_conversion
-from zebra.stripes import Stripes
+from zebra.stripes import Stripes, layer_letters
 
 if TYPE_CHECKING:
     from zebra.model.verify import Check
@@ -60,7 +60,7 @@ def _converted(
             "target": str(target),
             "class": config.architectures[0],
             "layout": layout_name(config, read_local_attention(target)),
-            "layers": "".join("G" if kind == "full_attention" else "L" for kind in layer_kinds(config)),
+            "layers": layer_letters(layer_kinds(config)),
         }
 
 

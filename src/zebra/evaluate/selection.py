@@ -52,7 +52,7 @@ from zebra.plan.decoder import decoder_from_config
 from zebra.progress import bar, console
 from zebra.provenance import versions
 from zebra.results import Result, write_results
-from zebra.stripes import GLOBAL, LOCAL, Stripes
+from zebra.stripes import GLOBAL, LOCAL, Stripes, layer_letters
 
 ORDERS = ("greedy", "once")
 
@@ -179,7 +179,7 @@ def _source_layers(config: PreTrainedConfig, local: Stripes) -> str:
     """
     stripes = stripes_of(config)
     types = stripes.layer_types(config.num_hidden_layers) if stripes else [GLOBAL] * config.num_hidden_layers
-    source = "".join("G" if kind == GLOBAL else "L" for kind in types)
+    source = layer_letters(types)
     which = global_layers(source)
     if len(which) < 2:
         raise ZebraError(

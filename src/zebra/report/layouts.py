@@ -12,9 +12,9 @@ from zebra.errors import ZebraError
 from zebra.report.figures import ACCENT, INK, Figure, plot_cells
 from zebra.report.page import Cell, Section
 from zebra.report.pivot import Results, Show, split, table, where
-from zebra.report.series import FULL, count, percent, series_of
+from zebra.report.series import count, percent, series_of, stripes_of
 from zebra.results import Result
-from zebra.stripes import GLOBAL, LOCAL, Stripes
+from zebra.stripes import GLOBAL, LOCAL
 
 MOST_LAYERS = 1_000
 _TOKENS = 10
@@ -44,7 +44,7 @@ def layouts(costs: list[Result]) -> Section:
         if cost.metric != "layers" or not key[1] or key in kinds:
             continue
         try:
-            stripes = Stripes(1, pattern="G") if cost.layout == FULL else Stripes.parse(cost.layout)
+            stripes = stripes_of(cost.layout)
             kinds[key] = stripes.layer_types(key[1])
         except ZebraError:  # a layout of another notation has no figure
             continue

@@ -13,9 +13,9 @@ from zebra.report.figures import ACCENT, INK, Figure, drawable
 from zebra.report.layouts import MOST_LAYERS
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import interval_cell, split, value_cell
-from zebra.report.series import FULL, interval, number, series_of
+from zebra.report.series import interval, number, series_of, stripes_of
 from zebra.results import Result
-from zebra.stripes import GLOBAL, Stripes
+from zebra.stripes import layer_letters
 
 HOW = (
     "Each layer in turn was made local, while the others stayed as in the source. Its bar is the rise of the loss, in "
@@ -90,8 +90,7 @@ class LayerSelection(NamedTuple):
 
 def _letters(layout: str, depth: int) -> str:
     """G or L for each layer."""
-    kinds = [GLOBAL] * depth if layout == FULL else Stripes.parse(layout).layer_types(depth)
-    return "".join("G" if kind == GLOBAL else "L" for kind in kinds)
+    return layer_letters(stripes_of(layout).layer_types(depth))
 
 
 def _selections(results: list[Result]) -> list[LayerSelection]:

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from zebra.results import Result
+from zebra.stripes import Stripes
 
 FULL = "full"
 _KINDS = {"bench ": "bench", "compare-": "comparison", "harness-": "task", "documents-": "task"}
@@ -61,6 +62,15 @@ def source_of(series: Series, candidates: Iterable[Series]) -> Series | None:
     others = (other for other in candidates if other.run == series.run and not other.is_output)
     first = next((other for other in others if series.is_output or not other.trained), None)
     return first if series.trained and series != first else None
+
+
+def stripes_of(layout: str) -> Stripes:
+    """The stripes of a result's layout; with global layers alone for `full`.
+
+    Raises:
+        ZebraError: another notation, such as that of the study.
+    """
+    return Stripes(1, pattern="G") if layout == FULL else Stripes.parse(layout)
 
 
 def short_layouts(layouts: Iterable[str]) -> dict[str, str]:

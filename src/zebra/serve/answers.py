@@ -21,7 +21,7 @@ from zebra.serve.errors import ApiError
 from zebra.serve.events import Finish, Piece, ScoredToken
 
 event = BaseHandler.chunk_to_sse
-"""An object as one server-sent event."""
+"""A JSON text, or an object of pydantic, as one server-sent event."""
 DONE = event("[DONE]")
 
 
@@ -44,12 +44,35 @@ class AnswerFormat(Protocol):
         """The answer as one object."""
 
 
-class ChatFormat:
+class _Chunks:
+    """What streams of chats and of completions share."""
+
+    def __init__(self, kind: str, model: str, include_usage: bool) -> None:
+        self._head = {"id": f"{kind}-{uuid4().hex}", "created": int(time.time()), "model": model}
+        self._include_usage = include_usage
+
+    def error(self, error: ApiError) -> str:
+        """The error as OpenAI's clients read it."""
+        return event(json.dumps(error.body()))
+
+    def _last(self, choice: dict[str, Any], finish: Finish) -> str:
+        """The last events: a choice with the timings, then the usage where the client wants it."""
+        timings = finish.timings()
+        parts = [self._chunk([choice], timings=timings)]
+        if self._include_usage:
+            parts.append(self._chunk([], usage=_usage(finish), timings=timings))
+        return "".join([*parts, DONE])
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        raise NotImplementedError
+
+
+class ChatFormat(_Chunks):
     """`/v1/chat/completions`."""
 
     def __init__(self, model: str, *, include_usage: bool) -> None:
-        self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
-        self._include_usage, self._calls = include_usage, 0
+        super().__init__("chatcmpl", model, include_usage)
+        self._calls = 0
 
     def start(self) -> str:
         """The role, before the first token."""
@@ -68,17 +91,8 @@ class ChatFormat:
         return self._chunk([{"delta": delta, "logprobs": _chat_logprobs(piece.tokens)}])
 
     def end(self, finish: Finish) -> str:
-        """Why it ended, the timings, and the usage where the client wants it."""
-        timings = finish.timings()
-        reason = "tool_calls" if self._calls else finish.reason
-        parts = [self._chunk([{"delta": {}, "finish_reason": reason}], timings=timings)]
-        if self._include_usage:
-            parts.append(self._chunk([], usage=_usage(finish), timings=timings))
-        return "".join([*parts, DONE])
-
-    def error(self, error: ApiError) -> str:
-        """The error as OpenAI's clients read it."""
-        return f"data: {json.dumps(error.body())}\n\n"
+        """Why it ended, `tool_calls` where it calls any; the timings, and the usage where the client wants it."""
+        return self._last({"delta": {}, "finish_reason": "tool_calls" if self._calls else finish.reason}, finish)
 
     def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
         """A `ChatCompletion`."""
@@ -110,12 +124,12 @@ class ChatFormat:
         return {"id": f"call_{self._head['id']}_{number}", "type": "function", "function": function}
 
 
-class CompletionFormat:
+class CompletionFormat(_Chunks):
     """`/v1/completions`."""
 
     def __init__(self, model: str, *, include_usage: bool) -> None:
-        self._head = {"id": f"cmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
-        self._include_usage, self._offset = include_usage, 0
+        super().__init__("cmpl", model, include_usage)
+        self._offset = 0
 
     def start(self) -> str:
         """Nothing."""
@@ -127,15 +141,7 @@ class CompletionFormat:
 
     def end(self, finish: Finish) -> str:
         """Why it ended, the timings, and the usage where the client wants it."""
-        timings = finish.timings()
-        parts = [self._chunk([{"text": "", "finish_reason": finish.reason}], timings=timings)]
-        if self._include_usage:
-            parts.append(self._chunk([], usage=_usage(finish), timings=timings))
-        return "".join([*parts, DONE])
-
-    def error(self, error: ApiError) -> str:
-        """The error as OpenAI's clients read it."""
-        return f"data: {json.dumps(error.body())}\n\n"
+        return self._last({"text": "", "finish_reason": finish.reason}, finish)
 
     def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
         """A `Completion`."""
@@ -164,7 +170,7 @@ class CompletionFormat:
         choices = [{"index": 0, "finish_reason": None, **choice} for choice in choices]
         chunk = {"object": "text_completion", "choices": choices, **more}
         # A chunk has no reason to finish yet, which the type does not allow: it is that of the whole answer.
-        return f"data: {json.dumps(self._head | chunk)}\n\n"
+        return event(json.dumps(self._head | chunk))
 
 
 class _ResponseEvents(_ResponseStreamBuilder):

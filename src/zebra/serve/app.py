@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from zebra.serve.answers import AnswerFormat, ChatFormat, CompletionFormat, ResponsesFormat
+from zebra.serve.answers import AnswerFormat, ChatFormat, CompletionFormat, ResponsesFormat, event
 from zebra.serve.engine import Engine, Ticket
 from zebra.serve.errors import ApiError, internal_error
 from zebra.serve.events import Piece
@@ -90,7 +90,7 @@ def _add_facts(app: FastAPI, prompts: Prompts, engine: Engine[Job], metrics: Met
     async def load_model() -> Any:
         """`transformers chat` waits for it: the model is there."""
         ready = {"status": "ready", "model": prompts.name, "cached": True}
-        return Response(f"data: {json.dumps(ready)}\n\n", media_type="text/event-stream")
+        return Response(event(json.dumps(ready)), media_type="text/event-stream")
 
     @app.get("/health")
     async def health() -> Any:
@@ -107,30 +107,25 @@ def _add_errors(app: FastAPI) -> None:
     """Every error is OpenAI's JSON."""
 
     async def api_error(request: Request, error: Any) -> Any:
-        return JSONResponse(error.body(), error.status, error.headers())
+        return error.response()
 
     async def invalid(request: Request, error: Any) -> Any:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return await api_error(
-                request, ApiError(400, f"the body is no JSON: {first['ctx']['error']}. Send a JSON object.")
-            )
+            return ApiError(400, f"the body is no JSON: {first['ctx']['error']}. Send a JSON object.").response()
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         text = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             text = f"this server does not serve this field with the value {str(first['input'])[:60]!r}; leave it out"
         elif isinstance(first["input"], int | float | str):
             text += f"; got {str(first['input'])[:60]!r}"
-        return await api_error(
-            request, ApiError(400, f"{where}: {text}." if where else f"{text}.", param=where or None)
-        )
+        return ApiError(400, f"{where}: {text}." if where else f"{text}.", param=where or None).response()
 
     async def http_error(request: Request, error: Any) -> Any:
-        text = f"{request.method} {request.url.path}: {error.detail}."
-        return await api_error(request, ApiError(error.status_code, text))
+        return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
 
     async def failed(request: Request, error: Any) -> Any:  # starlette raises it again, for the log
-        return await api_error(request, internal_error())
+        return internal_error().response()
 
     app.add_exception_handler(Exception, failed)
     app.add_exception_handler(ApiError, api_error)

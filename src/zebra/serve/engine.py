@@ -48,7 +48,7 @@ class Ticket(Generic[Job]):
             self._loop.call_soon_threadsafe(self._events.put_nowait, item)
 
     async def items(self) -> AsyncIterator[Piece | Finish]:
-        """The pieces, and last of all how it ended. Who leaves off early cancels the request.
+        """The pieces, and at the end how the answer ended. To stop reading cancels the request.
 
         Raises:
             ApiError: the time is over; what the model raised.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi.responses import JSONResponse
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """What a client is told.
+    """What a client gets in place of an answer.
 
     Args:
         status: of HTTP.
@@ -35,10 +37,13 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def headers(self) -> dict[str, str]:
-        """Headers of the answer."""
-        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+    def response(self, **headers: str) -> JSONResponse:
+        """The error as a response, with further headers."""
+        if self.retry_after is not None:
+            headers["retry-after"] = str(self.retry_after)
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
 
 
 def internal_error() -> ApiError:

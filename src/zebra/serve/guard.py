@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi.responses import JSONResponse
-
 from zebra.serve.engine import stopping
 from zebra.serve.errors import ApiError
 from zebra.serve.metrics import Metrics
@@ -21,8 +19,8 @@ _POLICY = (
     "base-uri 'self'; frame-ancestors 'none'"
 )
 """The page's Content-Security-Policy: gradio writes scripts into its page, and nothing comes from another site."""
-_OPEN = ("/health",)
-"""Paths that need no token."""
+_OPEN = ("/", "/health")
+"""Paths that need no token, beside those of the page."""
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -70,15 +68,14 @@ class Guard:
             if path.startswith("/v1/"):
                 receive = await self._whole_body(receive, headers)
         except ApiError as error:
-            response = JSONResponse(error.body(), error.status, error.headers() | {"connection": "close"})
-            await response(scope, receive, counting)
+            await error.response(connection="close")(scope, receive, counting)
             return
         await self._app(scope, receive, counting)
 
     def _check(self, path: str, of_page: bool, method: str, headers: dict[str, str]) -> None:
         if self._settings.on_loopback and self._settings.api_key is None:
-            _refuse_other_sites(headers.get("host", ""), headers.get("origin"))
-        if path in _OPEN or path == "/" or of_page:
+            _check_site(headers.get("host", ""), headers.get("origin"))
+        if path in _OPEN or of_page:
             return
         if (key := self._settings.api_key) is not None:
             scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -101,7 +98,7 @@ class Guard:
         """`receive` that hands out the body at once and then what the connection brings."""
         most, seconds = self._settings.max_body, self._settings.read_seconds
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > most:
+        if length.isdecimal() and int(length) > most:
             raise self._too_large()
         body = bytearray()
         try:
@@ -134,7 +131,7 @@ class Guard:
         )
 
 
-def _refuse_other_sites(host: str, origin: str | None) -> None:
+def _check_site(host: str, origin: str | None) -> None:
     """Reject what a page of another site makes a browser send: by a name that leads here, or from its own origin."""
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     if name not in _LOOPBACK_NAMES:

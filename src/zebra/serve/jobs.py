@@ -89,8 +89,7 @@ class Prompts:
         """A job of `/v1/chat/completions`."""
         self.check_model(body.model)
         scores = body.scores()
-        job = self._templated, body.messages, body.tools, body.chat_template_kwargs
-        ids = await self._in_thread(*job)
+        ids = await self._in_thread(self._templated, body.messages, body.tools, body.chat_template_kwargs)
         return self._job(ids, body, body.new_tokens(), scores, self._parser(ids, body.tools))
 
     async def completion(self, body: CompletionRequest) -> Job:

@@ -5,6 +5,7 @@ Texts of documents and of the model are shown as they are, without Markdown or m
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import html
 import os
@@ -124,17 +125,15 @@ class _Page:
             yield _ready(), shown, messages, _status(_HINT)
             return
         try:
-            documents = [document_text(file) for file in files]
+            documents = [await asyncio.to_thread(document_text, file) for file in files]
         except ZebraError as error:
             name = str(error).replace(f"{files[0].parent}{os.sep}", "")
             yield _ready(text, files), shown, messages, _status(name, "alert")
             return
-        before, titles = (
-            shown,
-            [f"{file.name}, {len(one):,} characters" for file, one in zip(files, documents, strict=True)],
-        )
-        question = {"role": "user", "content": "\n\n".join([*documents, *([text] if text else [])])}
-        shown = [*shown, *(_entry("user", line) for line in [*titles, *([text] if text else [])])]
+        titles = [f"{file.name}, {len(one):,} characters" for file, one in zip(files, documents, strict=True)]
+        texts = [text] if text else []
+        question = {"role": "user", "content": "\n\n".join([*documents, *texts])}
+        before, shown = shown, [*shown, *(_entry("user", line) for line in [*titles, *texts])]
         busy = gradio.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
         yield busy, shown, messages, _status("Reading")
         try:

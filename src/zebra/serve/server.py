@@ -1,4 +1,4 @@
-"""The server's process: uvicorn, with an end that lets running requests finish, and a clock for slow clients."""
+"""The server's process: uvicorn, which lets running requests finish before it ends, and cuts slow clients off."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from zebra.errors import ZebraError
+from zebra.serve.engine import Engine
 from zebra.serve.settings import ServeSettings
 
 
@@ -19,44 +20,38 @@ class Server(uvicorn.Server):
 
     Args:
         listener: a bound socket.
-        drain: take no more requests.
-        abort: answer those that wait or run with an error, at once.
-        idle: whether none is left.
-        on_start: called with the address when it listens.
+        engine: holds the requests.
+        on_start: called with the address when the server listens.
     """
 
     def __init__(
-        self,
-        config: uvicorn.Config,
-        listener: socket.socket,
-        *,
-        drain: Callable[[], None],
-        abort: Callable[[], None],
-        idle: Callable[[], bool],
-        on_start: Callable[[str], None],
+        self, config: uvicorn.Config, listener: socket.socket, engine: Engine[Any], on_start: Callable[[str], None]
     ) -> None:
         super().__init__(config)
-        self._listener, self._ending = listener, False
-        self._drain, self._abort, self._idle, self._on_start = drain, abort, idle, on_start
+        self._listener, self._engine, self._on_start = listener, engine, on_start
+        self._ending = False
+        self.address = ""
+        """Where it listens, once it does."""
 
     async def startup(self, sockets: Any = None) -> None:
-        """Listen, and say where."""
+        """Listen, and report the address."""
         await super().startup(sockets=[self._listener])
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        self._on_start(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._on_start(self.address)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """The first signal drains; with the second running requests get an error, and uvicorn ends its own way."""
+        """The first signal lets requests finish. The second answers them with an error, and uvicorn ends by itself."""
         if self._ending:
-            self._abort()
+            self._engine.abort()
             super().handle_exit(sig, frame)
             return
         self._ending = True
-        self._drain()
+        self._engine.drain()
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
-        if self._ending and self._idle():
+        if self._ending and self._engine.idle:
             self.should_exit = True
         return await super().on_tick(counter)
 

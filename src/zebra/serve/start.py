@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from zebra.serve.jobs import Prompts
 from zebra.serve.metrics import Metrics
 from zebra.serve.server import Server, bound_socket, config
 from zebra.serve.settings import ServeSettings
-from zebra.stripes import GLOBAL
+from zebra.stripes import layer_letters
 
 
 def make_server(
@@ -40,53 +40,30 @@ def make_server(
         ZebraError: as `EvalTarget`; an address that is taken, or none of this machine; a page without gradio.
     """
     with_page = _serves_page(settings)
-    listener = bound_socket(settings.host, settings.port)
-    try:
-        return _loaded_server(checkpoint, settings, listener, with_page, on_start, loading)
-    except BaseException:
-        listener.close()
-        raise
+    with ExitStack() as on_error:
+        listener = on_error.enter_context(closing(bound_socket(settings.host, settings.port)))
+        target = EvalTarget(checkpoint, purpose="serving", **loading)
+        model, metrics = target.load(), Metrics()
+        prompts = Prompts(
+            Path(os.path.abspath(checkpoint)).name,
+            model,
+            target.tokenizer,
+            layout=target.columns(model)["layout"],
+            max_tokens=settings.max_tokens,
+        )
+        answerer = Answerer(model, copy.deepcopy(target.tokenizer), settings.cache_memory, metrics)
+        engine = Engine(answerer, metrics, max_queue=settings.max_queue, max_seconds=settings.max_seconds)
+        app = build_app(prompts, engine, metrics, settings)
+        if with_page:
+            from zebra.serve.page import add_page
 
-
-def _loaded_server(
-    checkpoint: str | os.PathLike[str],
-    settings: ServeSettings,
-    listener: socket.socket,
-    with_page: bool,
-    on_start: Callable[[str, bool], None],
-    loading: dict[str, Any],
-) -> Server:
-    target = EvalTarget(checkpoint, purpose="serving", **loading)
-    model, metrics = target.load(), Metrics()
-    prompts = Prompts(
-        Path(os.path.abspath(checkpoint)).name,
-        model,
-        target.tokenizer,
-        layout=target.columns(model)["layout"],
-        max_tokens=settings.max_tokens,
-    )
-    answerer = Answerer(model, copy.deepcopy(target.tokenizer), settings.cache_memory, metrics)
-    engine = Engine(answerer, metrics, max_queue=settings.max_queue, max_seconds=settings.max_seconds)
-    app, address = build_app(prompts, engine, metrics, settings), ""
-    if with_page:
-        from zebra.serve.page import add_page
-
-        layers = "".join("G" if kind == GLOBAL else "L" for kind in layer_kinds(model.config))
-        app = add_page(app, PAGE, address=lambda: address, card=prompts.card(), layers=layers, settings=settings)
-
-    def listening(at: str) -> None:
-        nonlocal address
-        address = at
-        on_start(at, with_page)
-
-    return Server(
-        config(app, settings),
-        listener,
-        drain=engine.drain,
-        abort=engine.abort,
-        idle=lambda: engine.idle,
-        on_start=listening,
-    )
+            layers = layer_letters(layer_kinds(model.config))
+            app = add_page(
+                app, PAGE, address=lambda: server.address, card=prompts.card(), layers=layers, settings=settings
+            )
+        server = Server(config(app, settings), listener, engine, lambda address: on_start(address, with_page))
+        on_error.pop_all()  # the server closes it
+        return server
 
 
 def _serves_page(settings: ServeSettings) -> bool:
