@@ -37,7 +37,7 @@ def write_page(
     if len(studies) != 1:
         raise ZebraError(f"the page is of one study of two cells or more; got {len(studies)}. Give the run of a grid.")
     study, recall = studies[0], studies[0].on(RECALL)
-    figures = [_layouts(study), _layouts(recall), *_positions(study, recall)]
+    figures = [*_layouts(study), *_layouts(recall), *_positions(study, recall)]
     sections = [
         Section("What was found", [*findings, *figures]),
         Section("The paper's claims", _verdicts(study, recall)),
@@ -78,8 +78,8 @@ def _rotary(study: Study) -> list[StudyCell]:
     return ordered(cell for cell in study.runs if (cell.length, cell.position) == (study.length, "rotary"))
 
 
-def _layouts(study: Study) -> Figure:
-    """Every layout under rotary positions; dotted, those read by Self-Extend."""
+def _layouts(study: Study) -> list[Figure]:
+    """Every layout under rotary positions; dotted, those read by Self-Extend. None where all diverged."""
     context = _context(study)
     curves: list[Curve] = []
     results: list[Result] = []
@@ -90,12 +90,13 @@ def _layouts(study: Study) -> Figure:
         if extended is not None:
             dotted = {"marker": "o", "linestyle": ":", "markerfacecolor": "none"}
             drawn.append(curve(study, extended, context, f"{name}, Self-Extend", **dotted))
-        curves += [one for one, _ in drawn]
+        curves += [one for one, _ in drawn if one.means]
         results += [result for _, of_one in drawn for result in of_one]
+    if not curves:
+        return []
     what = "Perplexity of text" if study.subject == TEXT else "Perplexity of recalled digits"
-    return Figure(
-        study.subject, [_plot(study, curves)], _caption(study, f"{what} under rotary positions"), results, 3.0
-    )
+    caption = _caption(study, f"{what} under rotary positions")
+    return [Figure(study.subject, [_plot(study, curves)], caption, results, 3.0)]
 
 
 def _caption(study: Study, what: str) -> str:
@@ -122,9 +123,12 @@ def _positions(study: Study, recall: Study) -> list[Figure]:
         curves = []
         for position, colour in zip(POSITIONS, (INK, *HUES), strict=False):
             if (cell := subject.cell("global", position)) is not None:
-                drawn, of_cell = curve(subject, cell, _context(subject), position, marker=SHAPES[position])
-                curves.append(drawn._replace(style={**drawn.style, "color": colour}))
+                style = {"marker": SHAPES[position], "color": colour}
+                drawn, of_cell = curve(subject, cell, _context(subject), position, **style)
+                curves += [drawn] * bool(drawn.means)
                 results += of_cell
+        if not curves:
+            return []
         plots.append(_plot(subject, curves, subject.subject))
     caption = _caption(
         study, "Position embeddings under global attention, of which absolute ones end where training did"

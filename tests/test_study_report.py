@@ -352,6 +352,13 @@ def test_the_shorter_training_may_be_the_rarer_one() -> None:
     assert judged(rows_of(cells | shorter))[7] == "holds"
 
 
+def test_a_further_seed_that_diverged_in_every_longer_cell_leaves_it_open() -> None:
+    rows = rows_of(whole())
+    diverged = [row for row in rows_of(whole(), seeds=4) if row.seed == 3 and "-1024-" in row.run]
+    assert diverged
+    assert judged([*rows, *(replace(row, value=math.inf) for row in diverged)])[7] == "not tested here"
+
+
 def with_recall(rows: list[Result], **values: float) -> list[Result]:
     """The rows and the recall of each model: 1.1 near and far, but for the kinds of attention that are named."""
     recall = []
@@ -516,6 +523,15 @@ def test_the_script_publishes_a_run_and_writes_its_page(tmp_path: Path, monkeypa
         assert (tmp_path / "images" / f"study-{name}.svg").stat().st_size > 2000
     script.main([])
     assert path.read_text() == text
+
+
+def test_cells_that_diverged_have_a_line_and_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(tmp_path, monkeypatch)
+    of = (f"{LOCAL} rotary", "full absolute")
+    rows = [replace(row, value=math.inf) if row.layout in of and row.n == 999 else row for row in a_study()]
+    script.write_page(rows, script.PAGE, script.IMAGES, [], [])
+    assert "| L:32 rotary | 3 | inf | inf |" in script.PAGE.read_text()
+    assert ">L:32<" not in (script.IMAGES / "study-text.svg").read_text()
 
 
 def test_costs_are_published_beside_the_runs_and_stay_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

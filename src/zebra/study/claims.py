@@ -173,18 +173,19 @@ def _length_matters_more(claim: Claim, study: Study) -> bool | None:
     costs: list[float] = []
     for short, long in pairs.items():
         of_short, of_long = shared(study.scores(short, context, span), study.scores(long, context, span))
+        if not of_short or not of_long:
+            continue
         cost = level(of_short) - level(of_long)
+        costs.append(cost)
         if math.isnan(cost):
             continue
-        costs.append(cost)
         names = [(study.title(short), mean_text(of_short)), (study.title(long), mean_text(of_long))]
         results = results_of(of_short, of_long)
         change = change_text(cost)
         claim.evidence.append(Evidence(names, place(span, context), change, "means", None, results, gates=True))
-    if len(costs) < 2:
+    after = [level(scores) for cell in pairs.values() if (scores := study.scores(cell, context, span))]
+    if len(costs) < 2 or not all(map(math.isfinite, (*costs, *after))):
         return None
-    after = [level(study.scores(cell, context, span)) for cell in pairs.values()]
-    after = [loss for loss in after if not math.isnan(loss)]
     least, variants = min(costs), max(after) - min(after)
     names = [("the shorter length costs", change_text(least)), ("the worst variant costs", change_text(variants))]
     holds = True if least > variants else False if max(costs) <= variants else None
