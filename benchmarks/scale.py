@@ -212,8 +212,8 @@ def plot(axes: Axes, title: str, value: Callable[[Prediction], float]) -> None:
 
 def main() -> None:
     parts = sections()
-    for block in (block for part in parts for block in part.blocks if isinstance(block, Figure)):
-        atomic_write(PICTURE, block.standalone + "\n")
+    (curves,) = page.figures_of(parts)
+    atomic_write(PICTURE, curves.standalone + "\n")
     summary = (
         f"{DEVICE.name}, bfloat16 over float32 weights, AdamW, activation checkpointing, one sequence to a group of "
         "devices. benchmarks/scale.py wrote this page; nothing here ran on a cluster."

@@ -422,7 +422,7 @@ def write_page() -> None:
     if not results:
         raise ZebraError("there are no results of SmolLM2. Measure first: python benchmarks/smollm2.py")
     shown = [section for section in [checklist(parts), *sections(parts), method(results)] if section.blocks]
-    for figure in (block for section in shown for block in section.blocks if isinstance(block, Figure)):
+    for figure in page.figures_of(shown):
         atomic_write(PICTURES.with_name(f"{PICTURES.name}-{figure.name}.svg"), figure.standalone)
     if longest := parts.get("32k") or parts.get("16k"):
         atomic_write(PICTURES.with_suffix(".svg"), picture(longest).standalone)

@@ -11,7 +11,6 @@ from speed_waterfalls import picture, waterfalls
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.report import page
-from zebra.report.figures import Figure
 from zebra.report.method import method
 from zebra.report.page import Cell, Section
 from zebra.results import Result, read_results
@@ -51,6 +50,6 @@ def write_page(folder: Path, target: Path, images: Path) -> None:
     if not any(results.values()):
         raise ZebraError(f"there are no results in {folder}. Measure first: python benchmarks/speed.py")
     shown = sections(results[SMOLLM2], results["cpu.jsonl"])
-    for figure in (block for section in shown for block in section.blocks if isinstance(block, Figure)):
+    for figure in page.figures_of(shown):
         atomic_write(images / f"{target.stem}-{figure.name}.svg", figure.standalone)
     atomic_write(target, page.markdown(f"../images/{target.stem}", "Speed", [[Cell(ORIGIN)]], shown))

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,10 @@ def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
             f"{name} has {unsupported[0]}: latent attention and shared experts of such families cannot be estimated. "
             "Plan another model."
         )
-    layers, hidden, heads = (_integer(fields, key, name) for key in list(_NAMES)[:3])
+    integer = partial(_integer, fields, name)
+    layers, hidden, heads = map(integer, ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     experts = next((key for key in ("num_experts", "num_local_experts") if fields.get(key)), None)
-    kv_heads = _integer(fields, "num_key_value_heads", name, heads)
+    kv_heads = integer("num_key_value_heads", heads)
     if heads % kv_heads or (hidden % heads and fields.get("head_dim") is None):
         raise ZebraError(
             f"{name}: key-value heads divide the heads, and heads the hidden size unless there is a head_dim; got "
@@ -206,6 +208,7 @@ def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
     tied = fields.get("tie_word_embeddings", traits.tied)
     if not isinstance(tied, bool):
         raise ZebraError(f"{name}: tie_word_embeddings is true or false; got {tied!r}. Fix its config.json.")
+    longest = integer("max_position_embeddings")
     attention_bias = traits.biases == "all" or bool(fields.get("attention_bias"))
     sizes = Decoder(
         name=name,
@@ -214,11 +217,11 @@ def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
         hidden_size=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_integer(fields, "head_dim", name, hidden // heads),
-        intermediate_size=_integer(fields, "intermediate_size", name, None if traits.gated else 4 * hidden),
-        vocab_size=_integer(fields, "vocab_size", name),
+        head_dim=integer("head_dim", hidden // heads),
+        intermediate_size=integer("intermediate_size", None if traits.gated else 4 * hidden),
+        vocab_size=integer("vocab_size"),
         tied=tied,
-        trained_length=reach_of(longest := _integer(fields, "max_position_embeddings", name), fields),
+        trained_length=reach_of(longest, fields),
         learned_positions=longest if traits.biases == "all" else 0,
         qkv_bias=attention_bias or (traits.biases == "qkv" and fields.get("qkv_bias", True)),
         out_bias=attention_bias,
@@ -230,7 +233,8 @@ def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
     return traits.complete(sizes, fields) if traits.complete else sizes
 
 
-def _integer(fields: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
+def _integer(fields: Mapping[str, Any], name: str, key: str, default: int | None = None) -> int:
+    """A size of the config `name`; of an absent one the default."""
     value = fields.get(key)
     if value is None:
         value = fields.get(_NAMES.get(key, key))
@@ -243,19 +247,19 @@ def _integer(fields: Mapping[str, Any], key: str, name: str, default: int | None
 
 
 def _experts(fields: Mapping[str, Any], key: str, layers: int, traits: FamilyTraits, name: str) -> dict[str, int]:
-    experts, each = _integer(fields, key, name), _integer(fields, "num_experts_per_tok", name)
+    integer = partial(_integer, fields, name)
+    experts, each = integer(key), integer("num_experts_per_tok")
     if each > experts:
         raise ZebraError(f"{name}: a token uses at most all {experts} experts; got {each}. Fix its config.json.")
     kinds = fields.get("mlp_layer_types")
     only, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
     sparse = kinds.count("sparse") if kinds else sum(i not in only and (i + 1) % step == 0 for i in range(layers))
-    shared = "shared_expert_intermediate_size"
     width = "moe_intermediate_size" if fields.get("moe_intermediate_size") else "intermediate_size"
     return {
         "experts": experts,
         "experts_per_token": each,
-        "expert_intermediate_size": _integer(fields, width, name),
-        "shared_expert_intermediate_size": _integer(fields, shared, name) if traits.shared_expert else 0,
+        "expert_intermediate_size": integer(width),
+        "shared_expert_intermediate_size": integer("shared_expert_intermediate_size") if traits.shared_expert else 0,
         "expert_layers": sparse,
     }
 

@@ -22,7 +22,7 @@ from zebra.stripes import GLOBAL, LOCAL
 
 PUBLISHED = "published"
 MEASURED = "measured"
-WEIGHTS, CACHE = _OF_TOKEN = "weights", "cache"
+WEIGHTS, CACHE = "weights", "cache"
 
 
 @dataclass(frozen=True)

@@ -31,32 +31,43 @@ def cached_tokens(run: Run) -> int:
     A local layer also keeps its sinks; with full decoding it keeps N. Under Self-Extend a global layer keeps N, and
     once more the keys of the last W - 1, which `kv_bytes` counts.
     """
-    window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes else (1, 0)
-    local = run.length if run.full_decode else min(run.length, window - 1) + sinks
+    local = run.length if run.full_decode else _local_tokens(run)
     whole = run.decoder.layers - run.count(LOCAL)
     return run.batch * (whole * run.length + run.count(LOCAL) * local)
+
+
+def _local_tokens(run: Run) -> int:
+    """Tokens that a local layer keeps of one sequence; 0 without stripes."""
+    return 0 if run.stripes is None else min(run.length, run.stripes.window - 1) + run.stripes.sinks
+
+
+def _near_tokens(run: Run) -> int:
+    """Tokens of which a global layer keeps a second key under Self-Extend; 0 without it."""
+    return 0 if run.self_extend is None else min(run.length, run.self_extend.window - 1)
 
 
 def kv_bytes(run: Run) -> int:
     """Bytes of the cached keys and values after `length` tokens; none in training."""
     if run.phase == "train":
         return 0
-    near = min(run.self_extend.window - 1, run.length) if run.self_extend else 0
-    numbers = 2 * cached_tokens(run) + run.batch * run.count(GLOBAL) * near
+    numbers = 2 * cached_tokens(run) + run.batch * run.count(GLOBAL) * _near_tokens(run)
     return numbers * run.decoder.kv_width * BYTES[run.dtype]
 
 
 def snapshot_bytes(run: Run) -> int:
     """Bytes of a snapshot, which brings a longer cache back to `length` tokens: the local layers', and the near keys.
 
-    None where they hold the whole text, or where every layer does.
+    0 where all of these hold the whole text.
     """
-    local = 0 if run.full_decode or run.stripes is None else run.count(LOCAL)
-    window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes else (1, 0)
-    near = min(run.self_extend.window - 1, run.length) if run.self_extend else run.length
-    if min(near, window - 1 if local else near) >= run.length:
+    local = 0 if run.full_decode else run.count(LOCAL)
+    windows = []
+    if run.stripes and local:
+        windows.append(run.stripes.window)
+    if run.self_extend:
+        windows.append(run.self_extend.window)
+    if all(window > run.length for window in windows):
         return 0
-    numbers = 2 * local * (min(run.length, window - 1) + sinks) + run.count(GLOBAL) * (near if run.self_extend else 0)
+    numbers = 2 * local * _local_tokens(run) + run.count(GLOBAL) * _near_tokens(run)
     return run.batch * numbers * run.decoder.kv_width * BYTES[run.dtype]
 
 

@@ -29,7 +29,6 @@ from zebra.report import (
     tasks,
 )
 from zebra.report.compare import merge_sources
-from zebra.report.figures import Figure
 from zebra.report.page import Cell, Chapter, Section, Table
 from zebra.report.series import by_kind
 from zebra.results import Result
@@ -93,7 +92,7 @@ def write_report(
         method.others([*kinds["other"], *selection.incomplete(kinds["selection"])]),
     ]
     parts = [section for section in parts if section.blocks]
-    for figure in (block for section in parts for block in section.blocks if isinstance(block, Figure)):
+    for figure in page.figures_of(parts):
         atomic_write(html.with_name(f"{html.stem}-{figure.name}.svg"), printable(figure.standalone))
     atomic_write(html.with_suffix(".md"), printable(page.markdown(html.stem, title, summary, parts)))
     atomic_write(html, printable(page.html(title, summary, parts, results)))

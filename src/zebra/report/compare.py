@@ -34,15 +34,14 @@ def merge_sources(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
     for source, results in sources.items():
         for result in results:
             sources_of_run[result.run].add(source)
-    merged = [
-        replace(result, run=f"{result.run} ({short[source]})") if len(sources_of_run[result.run]) > 1 else result
-        for source, results in sources.items()
-        for result in results
-    ]
-    texts: list[dict[str, Any]] = [
-        {name: printable(text) for name, text in vars(one).items() if isinstance(text, str)} for one in merged
-    ]
-    return [replace(one, **columns) for one, columns in zip(merged, texts, strict=True)]
+    merged = []
+    for source, results in sources.items():
+        for result in results:
+            run = f"{result.run} ({short[source]})" if len(sources_of_run[result.run]) > 1 else result.run
+            columns = vars(result) | {"run": run}
+            texts: dict[str, Any] = {name: printable(text) for name, text in columns.items() if isinstance(text, str)}
+            merged.append(replace(result, **texts))
+    return merged
 
 
 def compare(results: Iterable[Result]) -> Section:

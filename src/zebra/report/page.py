@@ -56,6 +56,11 @@ class Section(NamedTuple):
     blocks: list[str | Table | Figure]
 
 
+def figures_of(sections: Iterable[Section]) -> list[Figure]:
+    """The figures of some sections, in their order."""
+    return [block for section in sections for block in section.blocks if isinstance(block, Figure)]
+
+
 class Chapter(NamedTuple):
     """Results that another package presents on a page: their name in its title, their summary and their sections."""
 
