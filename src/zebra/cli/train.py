@@ -54,33 +54,34 @@ def _naming_the_verb(verb: str, file: Path, overrides: list[str] | None) -> Iter
     except ZebraError:
         from zebra.pipeline.recipe import Pipeline
         from zebra.study.recipe import StudyRecipe
-        from zebra.train.recipe import AdaptRecipe, PretrainRecipe
         from zebra.train.recipe_file import read_recipe
-        from zebra.train.tune_recipe import TuneRecipe
 
-        kinds: dict[str, Any] = {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
-        kinds |= {"study": StudyRecipe, "run": Pipeline}
-        del kinds[verb]
+        kinds = {**_training_recipes(), "study": StudyRecipe, "run": Pipeline}
         fitting = []
         for other, kind in kinds.items():
             with suppress(ZebraError):
                 read_recipe(file, kind, overrides or ())
                 fitting.append(other)
-        if not fitting:
+        if not fitting or verb in fitting:
             raise
         raise ZebraError(f"{file} is a recipe of `zebra {fitting[0]}`. Run it by that.") from None
 
 
-def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, **options: bool) -> None:
-    """Estimate a recipe's cost, or train by it, write its page and print its results."""
-    from zebra.train.recipe import AdaptRecipe, CheckpointRecipe, PretrainRecipe
-    from zebra.train.recipe_file import check_files, read_recipe
+def _training_recipes() -> dict[str, Any]:
+    """The class of the recipe of each verb that trains one model."""
+    from zebra.train.recipe import AdaptRecipe, PretrainRecipe
     from zebra.train.tune_recipe import TuneRecipe
 
-    kinds: dict[str, type[AdaptRecipe | TuneRecipe | PretrainRecipe]]
-    kinds = {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
+    return {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
+
+
+def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, **options: bool) -> None:
+    """Estimate a recipe's cost, or train by it, write its page and print its results."""
+    from zebra.train.recipe import CheckpointRecipe
+    from zebra.train.recipe_file import check_files, read_recipe
+
     with _naming_the_verb(verb, file, overrides):
-        recipe = read_recipe(file, kinds[verb], overrides or ())
+        recipe = read_recipe(file, _training_recipes()[verb], overrides or ())
     page = Path(recipe.run) / "report.html"
     if not dry_run and not page.with_name("results.jsonl").exists():  # a finished run needs no texts
         if isinstance(recipe, CheckpointRecipe):

@@ -123,11 +123,8 @@ def check_architecture(architecture: str) -> Target:
     return TARGETS[architecture]
 
 
-def with_stripes(model: GgufModel, stripes: Stripes, more: dict[str, Any] | None = None) -> GgufModel:
+def with_stripes(model: GgufModel, stripes: Stripes) -> GgufModel:
     """The model as llama.cpp runs it with a layout. Quantised tensors stay as they are, bit for bit.
-
-    Args:
-        more: further metadata of the architecture, which replaces what the family's rule sets.
 
     Raises:
         ZebraError: no architecture for it, or none for this layout; sinks; a rope that another layer kind would lose.
@@ -145,7 +142,8 @@ def with_stripes(model: GgufModel, stripes: Stripes, more: dict[str, Any] | None
         raise ZebraError(
             f"this model has a scaled rope, and llama.cpp's mellum scales that of global layers alone. {REMEDY}"
         )
-    every = [kind == LOCAL for kind in kinds]
-    pattern = every if target.every_layer else period_of(kinds, f"llama.cpp's {target.name}")
+    pattern: list[bool] | int = [kind == LOCAL for kind in kinds]
+    if not target.every_layer:
+        pattern = period_of(kinds, f"llama.cpp's {target.name}")
     window = {"attention.sliding_window": stripes.window, "attention.sliding_window_pattern": pattern}
-    return model.renamed(target.name, rewritten | window | (more or {}), tensors)
+    return model.renamed(target.name, rewritten | window, tensors)

@@ -84,15 +84,14 @@ def verify_export(
     texts = [own(text).input_ids for text in _SAMPLES]
     wrong = sum(one != other for one, other in zip(texts, answer["texts"], strict=True))
     tolerance = TOLERANCE.get(kind, TOLERANCE_OF_BLOCKS)
-    checks = []
-    for name, prompt, tokens, logprobs in zip(
-        ("short", "long"), prompts, answer["tokens"], answer["logprobs"], strict=True
-    ):
+    checks, engine_name = [], answer["engine"]
+    outputs = zip(("short", "long"), prompts, answer["tokens"], answer["logprobs"], strict=True)
+    for name, prompt, tokens, logprobs in outputs:
         difference, behind = compare(model, prompt, tokens, logprobs)
-        named = f"{name}, window {layout.window:,}"
-        checks.append(Check(named, answer["engine"], difference, tolerance, len(prompt)))
-        checks.append(Check(f"{name}, greedy", answer["engine"], behind, tolerance, len(tokens)))
-    return [*checks, Check("tokenizer", answer["engine"], wrong, 0, sum(map(len, texts)))]
+        window = f"{name}, window {layout.window:,}"
+        checks.append(Check(window, engine_name, difference, tolerance, len(prompt)))
+        checks.append(Check(f"{name}, greedy", engine_name, behind, tolerance, len(tokens)))
+    return [*checks, Check("tokenizer", engine_name, wrong, 0, sum(map(len, texts)))]
 
 
 def _written(target: str | os.PathLike[str], against: str | os.PathLike[str], engine: str) -> tuple[Stripes, str]:
@@ -108,10 +107,8 @@ def _written(target: str | os.PathLike[str], against: str | os.PathLike[str], en
         from zebra.exports.gguf_model import read_model
 
         model = read_model(target)
-        layout, kinds = (
-            layout_of(model),
-            [tensor.kind.name for tensor in model.tensors.values() if len(tensor.shape) > 1],
-        )
+        layout = layout_of(model)
+        kinds = [tensor.kind.name for tensor in model.tensors.values() if len(tensor.shape) > 1]
         kind = max(kinds, key=kinds.count, default="F32")
     else:
         fields = read_json_object(Path(target) / "zebra.json", _NAME_IT)
@@ -151,12 +148,9 @@ def run_engine(engine: str, python: str, requests: list[dict[str, Any]]) -> list
             f"there is no Python at {python}: {error.strerror}. Name that of the engine's environment."
         ) from None
     if done.returncode != 0:
-        last = next(
-            (line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}"
-        )
-        raise ZebraError(
-            f"{engine} cannot be run by {python}: {last.strip()}. See docs/engines.md for its environment."
-        )
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        raise ZebraError(f"{engine} cannot be run by {python}: {reason}. See docs/engines.md for its environment.")
     try:
         answers = [dict(json.loads(line)) for line in done.stdout.splitlines()]
     except (ValueError, TypeError):
