@@ -81,14 +81,14 @@ def test_the_built_in_models_and_devices_stand_in_the_guide_and_in_help(zebra: Z
 
 def test_the_examples_of_the_help_are_of_a_fresh_checkout(zebra: Zebra, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe is read with its overrides, the files that examples name exist, and help shows them as they are."""
-    from zebra.cli import _VERBS
+    from zebra.cli import _COMMANDS
     from zebra.train.recipe import AdaptRecipe, PretrainRecipe
     from zebra.train.recipe_file import check_files, read_recipe
     from zebra.train.tune_recipe import TuneRecipe
 
     monkeypatch.chdir(ROOT)
     kinds = {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
-    for example in _VERBS:
+    for example in _COMMANDS:
         words = shlex.split(example)
         for word in re.findall(r"(?:recipes|examples)/[\w./-]*", example):
             assert Path(word).exists(), example
@@ -96,7 +96,7 @@ def test_the_examples_of_the_help_are_of_a_fresh_checkout(zebra: Zebra, monkeypa
             check_files(read_recipe(words[2], kind, words[4::2]))
     for verb in ("adapt", "pretrain"):
         page = " ".join(zebra(verb, "--help").stdout.split())
-        assert next(example for example in _VERBS if f" {verb} " in example) in page
+        assert next(example for example in _COMMANDS if f" {verb} " in example) in page
 
 
 QUICK = ("generating", "pipeline", "planning", "selecting")

@@ -1,4 +1,4 @@
-"""The table of verbs: each parses its arguments, makes one call and prints. Imports are lazy: help needs no torch."""
+"""The table of commands: each parses its arguments, makes one call and prints. Imports are lazy: help needs no torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _GROUPS = {
     ),
     "data": typer.Typer(help="Training data: instructions (make them), check.", no_args_is_help=True),
 }
-_VERBS: dict[str, Callable[..., None]] = {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB": plan.plan,
     "zebra convert ./Llama-3.1-8B ./Llama-3.1-8B-GLLL --stripes GLLL:4096": convert.convert,
     "zebra export ./Llama-3.1-8B-GLLL llama.gguf --to gguf --dtype q8_0": convert.export,
@@ -61,15 +61,15 @@ _VERBS: dict[str, Callable[..., None]] = {
     "-o long.jsonl": data.instructions,
     "zebra data check long.jsonl --against examples/instructions/squality_test.jsonl": data.check,
 }
-"""An example of each verb, and its function; in the order of the help."""
+"""An example of each command, and its function; in the order of the help."""
 _SETTINGS = {"with": {"allow_interspersed_args": False}}
 """Of click: all options behind a command are the command's own."""
 
-for _example, _verb in _VERBS.items():
+for _example, _function in _COMMANDS.items():
     _first, _second = _example.split()[1:3]
     _name = _second if _first in _GROUPS else _first
     _epilog = "Example: " + _example.replace("[", r"\[")  # no markup of rich
-    _GROUPS.get(_first, app).command(_name, epilog=_epilog, context_settings=_SETTINGS.get(_name))(_verb)
+    _GROUPS.get(_first, app).command(_name, epilog=_epilog, context_settings=_SETTINGS.get(_name))(_function)
 for _name, _group in _GROUPS.items():
     app.add_typer(_group, name=_name)
 

@@ -1,4 +1,4 @@
-"""The verb `chat`: a conversation in the terminal, or line by line from stdin."""
+"""The command `chat`: a conversation in the terminal, or line by line from stdin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `with`: another tool's command, with attention "zebra" registered in its processes."""
+"""The command `with`: another tool's command, with attention "zebra" registered in its processes."""
 
 from __future__ import annotations
 

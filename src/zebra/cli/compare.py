@@ -1,4 +1,4 @@
-"""The verb `compare`: ways to read long texts, side by side on the user's own text."""
+"""The command `compare`: ways to read long texts, side by side on the user's own text."""
 
 from __future__ import annotations
 

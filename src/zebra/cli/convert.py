@@ -1,4 +1,4 @@
-"""The verbs that make checkpoints with stripes: `convert`, `export`, `select` and `verify`."""
+"""The commands that make checkpoints with stripes: `convert`, `export`, `select` and `verify`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs of `zebra data`, which make and check training data."""
+"""The commands of `zebra data`, which make and check training data."""
 
 from __future__ import annotations
 

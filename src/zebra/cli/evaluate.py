@@ -1,4 +1,4 @@
-"""The verbs of `zebra evaluate`, which measure a checkpoint."""
+"""The commands of `zebra evaluate`, which measure a checkpoint."""
 
 from __future__ import annotations
 

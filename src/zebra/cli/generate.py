@@ -1,4 +1,4 @@
-"""The verb `generate`: the text alone on stdout, as it comes; all else on stderr."""
+"""The command `generate`: the text alone on stdout, as it comes; all else on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options that several verbs share, each declared once, and checked as far as that needs no torch."""
+"""The options that several commands share, each declared once, and checked as far as that needs no torch."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def names(value: str | None) -> list[str] | None:
 
 
 def call_arguments(arguments: dict[str, Any], *without: str) -> dict[str, Any]:
-    """A verb's arguments as those of the function that it calls, whose defaults stand for what is not given.
+    """A command's arguments as those of the function that it calls, whose defaults stand for what is not given.
 
     Args:
-        without: names of arguments that the verb keeps for itself, beside `as_json`.
+        without: names of arguments that the command keeps for itself, beside `as_json`.
     """
     excluded = ("as_json", *without)
     return {name: value for name, value in arguments.items() if name not in excluded and value not in (None, [])}

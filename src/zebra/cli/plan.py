@@ -1,4 +1,4 @@
-"""The verb `plan`: what a layout costs, by formulas alone."""
+"""The command `plan`: what a layout costs, by formulas alone."""
 
 from __future__ import annotations
 

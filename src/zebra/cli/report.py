@@ -1,4 +1,4 @@
-"""The verbs `report`, which turns results into a page, and `doctor`, which shows what this machine has."""
+"""The commands `report`, which turns results into a page, and `doctor`, which shows what this machine has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the verbs print: one JSON document, or tables. Imports are lazy: help needs no torch.
+"""What the commands print: one JSON document, or tables. Imports are lazy: help needs no torch.
 
 Text goes to a terminal as `zebra.progress.printable`. A stdout that is not UTF-8 gets escapes, and JSON in ASCII.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def working() -> Iterator[None]:
-    """A verb at work: a warning is one line on stderr, and transformers knows the models of the study."""
+    """A command at work: a warning is one line on stderr, and transformers knows the models of the study."""
     import zebra.study.model  # noqa: F401
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that work by a recipe: `adapt`, `tune`, `pretrain`; `study`, many trainings; `run`, several verbs."""
+"""The commands that read a recipe: `adapt`, `tune`, `pretrain`; `study`, many trainings; `run`, several commands."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def pretrain(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_
 
 
 @contextmanager
-def _naming_the_verb(verb: str, file: Path, overrides: list[str] | None) -> Iterator[None]:
-    """The error of a recipe that is another verb's names that verb."""
+def _naming_the_command(command: str, file: Path, overrides: list[str] | None) -> Iterator[None]:
+    """The error of a recipe that is another command's names that command."""
     try:
         yield
     except ZebraError:
@@ -62,26 +62,26 @@ def _naming_the_verb(verb: str, file: Path, overrides: list[str] | None) -> Iter
             with suppress(ZebraError):
                 read_recipe(file, kind, overrides or ())
                 fitting.append(other)
-        if not fitting or verb in fitting:
+        if not fitting or command in fitting:
             raise
         raise ZebraError(f"{file} is a recipe of `zebra {fitting[0]}`. Run it by that.") from None
 
 
 def _training_recipes() -> dict[str, Any]:
-    """The class of the recipe of each verb that trains one model."""
+    """The class of the recipe of each command that trains one model."""
     from zebra.train.recipe import AdaptRecipe, PretrainRecipe
     from zebra.train.tune_recipe import TuneRecipe
 
     return {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
 
 
-def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, **options: bool) -> None:
+def _train(command: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, **options: bool) -> None:
     """Estimate a recipe's cost, or train by it, write its page and print its results."""
     from zebra.train.recipe import CheckpointRecipe
     from zebra.train.recipe_file import check_files, read_recipe
 
-    with _naming_the_verb(verb, file, overrides):
-        recipe = read_recipe(file, _training_recipes()[verb], overrides or ())
+    with _naming_the_command(command, file, overrides):
+        recipe = read_recipe(file, _training_recipes()[command], overrides or ())
     page = Path(recipe.run) / "report.html"
     if not dry_run and not page.with_name("results.jsonl").exists():  # a finished run needs no texts
         if isinstance(recipe, CheckpointRecipe):
@@ -93,7 +93,7 @@ def _train(verb: str, file: Path, overrides: list[str] | None, dry_run: bool, as
 
             show.dry_run(estimate.dry_run(recipe), as_json)
             return
-        getattr(importlib.import_module(f"zebra.train.{verb}"), verb)(recipe, **options)
+        getattr(importlib.import_module(f"zebra.train.{command}"), command)(recipe, **options)
         from zebra.report import write_report
         from zebra.results import read_results
         from zebra.train.directory import is_first_process
@@ -129,7 +129,7 @@ def study(
 
     if device is not None and not dry_run:
         raise ZebraError(f"--device needs --dry-run: it plans the hours; training uses this machine. Got {device}.")
-    with _naming_the_verb("study", recipe, set_):
+    with _naming_the_command("study", recipe, set_):
         grid = read_recipe(recipe, StudyRecipe, set_ or [])
     with show.working():
         from zebra.study.grid import estimate
@@ -161,7 +161,7 @@ def run(
     os.environ["HF_HUB_OFFLINE"] = "1"
     from zebra.pipeline.recipe import read_pipeline
 
-    with _naming_the_verb("run", recipe, set_):
+    with _naming_the_command("run", recipe, set_):
         stages = read_pipeline(recipe, set_ or [], trust_remote_code=trust_remote_code)
     with show.working():
         from zebra.pipeline import run as pipeline

@@ -1,1 +1,1 @@
-"""Several verbs as one recipe: `recipe` reads its stages, `run` checks them and goes through them."""
+"""Several commands as one recipe: `recipe` reads its stages, `run` checks them and goes through them."""

@@ -1,4 +1,4 @@
-"""The recipe of a pipeline: stages in their order, each a verb's own recipe or the arguments of the verb's function."""
+"""The recipe of a pipeline: stages in their order, each a command's own recipe or the arguments of its function."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Convert(RecipeSection):
 
 
 class Evaluate(RecipeSection):
-    """The arguments of the functions that measure a checkpoint, each that of the verb of its name."""
+    """The arguments of the functions that measure a checkpoint, each that of the command of its name."""
 
     perplexity: dict[str, Any] | None = None
     retrieval: dict[str, Any] | None = None
@@ -106,7 +106,7 @@ class Stage:
 
 
 class Pipeline(RecipeSection):
-    """The stages by name, each a verb's recipe or arguments; its kind is its name, or its `kind`."""
+    """The stages by name, each a command's recipe or arguments; its kind is its name, or its `kind`."""
 
     run: str = Field(description="the folder of all stages")
     model: str | None = Field(None, description="the checkpoint that the first stages begin with")
@@ -124,7 +124,7 @@ def read_pipeline(
     """
     pipeline = read_recipe(path, Pipeline, overrides)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ZebraError("a pipeline is one process. Start a launcher on the verb of a stage, with the stage's recipe.")
+        raise ZebraError("a pipeline is one process. Start a launcher on a stage's command, with the stage's recipe.")
     stages: dict[str, Stage] = {}
     for name, section in pipeline.stages.items():
         stage = _stage(f"{path}, stage {name}", pipeline, name, dict(section or {}), stages)

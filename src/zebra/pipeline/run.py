@@ -3,7 +3,7 @@
     <run>/<stage>/                what the stage wrote: a checkpoint, results.jsonl, report.html
     <run>/<stage>/.inputs.json    its section of the recipe, digests of its checkpoint and of its files
 
-A stage that is done is skipped, one that was killed goes on where its verb can, one whose inputs changed is rejected.
+A stage that is done is skipped, one that was killed goes on where its command can, one whose inputs changed is rejected.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def plan(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     config that the stages before it will write.
 
     Raises:
-        ZebraError: what a verb rejects before it works, except texts to train on that are too short; a stage whose
+        ZebraError: what a command rejects before it works, except texts to train on that are too short; a stage whose
             inputs changed since it began, or that was made from one that is not done.
     """
     placeholders: dict[str | None, Path] = {}
