@@ -1,4 +1,4 @@
-"""The table of commands: each parses its arguments, makes one call and prints. Imports are lazy: help needs no torch."""
+"""The commands: each parses its arguments, makes one call and prints. Imports are lazy: help needs no torch."""
 
 from __future__ import annotations
 

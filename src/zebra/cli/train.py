@@ -75,7 +75,9 @@ def _training_recipes() -> dict[str, Any]:
     return {"adapt": AdaptRecipe, "tune": TuneRecipe, "pretrain": PretrainRecipe}
 
 
-def _train(command: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, **options: bool) -> None:
+def _train(
+    command: str, file: Path, overrides: list[str] | None, dry_run: bool, as_json: bool, **options: bool
+) -> None:
     """Estimate a recipe's cost, or train by it, write its page and print its results."""
     from zebra.train.recipe import CheckpointRecipe
     from zebra.train.recipe_file import check_files, read_recipe

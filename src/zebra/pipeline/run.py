@@ -3,7 +3,7 @@
     <run>/<stage>/                what the stage wrote: a checkpoint, results.jsonl, report.html
     <run>/<stage>/.inputs.json    its section of the recipe, digests of its checkpoint and of its files
 
-A stage that is done is skipped, one that was killed goes on where its command can, one whose inputs changed is rejected.
+A stage that is done is skipped. One that was killed goes on where its command can. One with other inputs is rejected.
 """
 
 from __future__ import annotations
