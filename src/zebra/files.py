@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from zebra.errors import ZebraError
 
@@ -82,6 +83,34 @@ def append_lines(path: str | os.PathLike[str], text: str) -> None:
             file.truncate(end)
             raise
     _sync(path.parent)
+
+
+def read_log(file: Path, parse: Callable[[dict[str, Any]], None], noun: str) -> None:
+    """Parse each line of a file of JSON objects that grows line by line, where it exists.
+
+    A last line without its end, which a kill or a full disk left, is removed from the file.
+
+    Raises:
+        ZebraError: a line that is no `noun`: `parse` raises a KeyError, a TypeError or a ValueError for it.
+    """
+    text = file.read_bytes() if file.exists() else b""
+    complete = text.rfind(b"\n") + 1
+    if complete < len(text):
+        os.truncate(file, complete)
+    for number, line in enumerate(text[:complete].splitlines(), start=1):
+        try:
+            parse(dict(json.loads(line)))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ZebraError(
+                f"{file}, line {number} is no {noun}. Remove the line to measure it again, or name another folder."
+            ) from None
+
+
+def append_to_log(file: Path, entry: Mapping[str, Any]) -> None:
+    """Append a line to a file that `read_log` reads, in one write."""
+    line = json.dumps(entry) + "\n"
+    with file.open("a", encoding="utf-8") as log:
+        log.write(line)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

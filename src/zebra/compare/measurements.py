@@ -12,8 +12,6 @@ All methods measure the same units in the same order, so that differences betwee
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -27,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.needles import Sample
 from zebra.data.questions import IN_HAYSTACK
-from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import evaluating, sequence_losses
 from zebra.evaluate.retrieval import retrieval
+from zebra.files import append_to_log, read_log
 from zebra.model.cache import StripedCache
 from zebra.model.self_extend import bounded_cache
 
@@ -139,26 +137,16 @@ class Measurements:
     def __init__(self, file: Path):
         self._file = file
         self._measured: dict[str, dict[Unit, Measurement]] = defaultdict(dict)
-        text = file.read_bytes() if file.exists() else b""
-        complete = text.rfind(b"\n") + 1  # a kill or a full disk may have cut the last line
-        if complete < len(text):
-            os.truncate(file, complete)
-        for number, line in enumerate(text[:complete].splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                self._measured[str(entry.pop("method"))][Unit(*entry.pop("unit"))] = entry
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise ZebraError(
-                    f"{file}, line {number} is no measurement. Remove the line to measure it again."
-                ) from None
+        read_log(file, self._read, "measurement")
 
     def of(self, method: str) -> dict[Unit, Measurement]:
         """The measurements of a method by unit."""
         return self._measured[method]
 
     def add(self, method: str, unit: Unit, measurement: Measurement) -> None:
-        """Keep a measurement in memory and, in one write, at the end of the file."""
+        """Store a measurement in memory and in the file."""
         self._measured[method][unit] = measurement
-        line = json.dumps({"method": method, "unit": unit} | measurement) + "\n"
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(line)
+        append_to_log(self._file, {"method": method, "unit": unit} | measurement)
+
+    def _read(self, entry: Measurement) -> None:
+        self._measured[str(entry.pop("method"))][Unit(*entry.pop("unit"))] = entry

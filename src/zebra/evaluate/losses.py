@@ -11,7 +11,6 @@ Neither budget nor order is among the inputs: another budget in the same folder 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.evaluate.calibration import CalibrationBatch
 from zebra.evaluate.scoring import no_progress
-from zebra.files import atomic_write, check_inputs, directory_lock, is_vacant
+from zebra.files import append_to_log, atomic_write, check_inputs, directory_lock, is_vacant, read_log
 from zebra.model.finite import check_finite
 from zebra.model.layerwise import Layerwise
 from zebra.model.loss import head_of, losses_at
@@ -58,8 +57,10 @@ class Losses:
         self._layers, self._head, self._model = Layerwise(model, window, sinks), head_of(model), model
         self._batches = batches
         self._file = None if folder is None else folder / "losses.jsonl"
-        self._sums = {} if self._file is None else _read(self._file)
+        self._sums: dict[tuple[str, int], list[float]] = {}
         self.candidates: list[str] = []
+        if self._file is not None:
+            read_log(self._file, self._read, "loss")
 
     def measure(
         self, base: str, layouts: Sequence[str], *, held_out: bool = False, advance: Advance = no_progress
@@ -100,34 +101,18 @@ class Losses:
     def _indices(self, held_out: bool) -> list[int]:
         return [i for i, batch in enumerate(self._batches) if batch.held_out == held_out]
 
+    def _read(self, entry: dict[str, Any]) -> None:
+        self._sums[str(entry["layout"]), int(entry["batch"])] = [float(value) for value in entry["sums"]]
+
     def _add(self, kinds: str, batch: int, sums: list[float]) -> None:
-        """Keep the sum of each sequence of a batch, in memory and, in one write, at the end of the file."""
+        """Store the sum of each sequence of a batch, in memory and in the file."""
         self._sums[kinds, batch] = sums
         if self._file is not None:
-            line = json.dumps({"layout": kinds, "batch": batch, "sums": sums}) + "\n"
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(line)
+            append_to_log(self._file, {"layout": kinds, "batch": batch, "sums": sums})
 
 
 def _counts(batch: CalibrationBatch) -> list[int]:
     return batch.scored.sum(axis=1).tolist()
-
-
-def _read(file: Path) -> dict[tuple[str, int], list[float]]:
-    losses: dict[tuple[str, int], list[float]] = {}
-    text = file.read_bytes() if file.exists() else b""
-    complete = text.rfind(b"\n") + 1  # a kill or a full disk may have cut the last line
-    if complete < len(text):
-        os.truncate(file, complete)
-    for number, line in enumerate(text[:complete].splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            losses[str(entry["layout"]), int(entry["batch"])] = [float(value) for value in entry["sums"]]
-        except (ValueError, KeyError, TypeError):
-            raise ZebraError(
-                f"{file}, line {number} is no loss. Remove the line to measure it again, or name another folder."
-            ) from None
-    return losses
 
 
 @contextmanager
