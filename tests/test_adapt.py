@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from zebra.train.recipe import AdaptRecipe
 
 SEPARATOR = "<|endoftext|>"
 STEPS = 6
+RUN_FILES = {"recipe.yaml", "inputs.json", "before.jsonl", "checkpoints", "model", "model.json", "results.jsonl"}
+"""What a finished run has."""
 
 
 def names(where: Path) -> set[str]:
@@ -36,15 +39,7 @@ def names(where: Path) -> set[str]:
 
 def test_a_run_leaves_a_checkpoint_and_its_rows(adapt_run: FinishedRun) -> None:
     run, rows = adapt_run
-    assert names(run) == {
-        "recipe.yaml",
-        "inputs.json",
-        "before.jsonl",
-        "checkpoints",
-        "model",
-        "model.json",
-        "results.jsonl",
-    }
+    assert names(run) == RUN_FILES
     assert read_results(run / "results.jsonl") == rows
     assert AdaptRecipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text())) == adapt_recipe(run)
     assert len(losses(rows)) == STEPS
@@ -156,10 +151,10 @@ KILLS = {
 }
 
 
-def kill_while_adapting(training_recipe: AdaptRecipe, kill: str, where: Path) -> None:
+def kill_while_training(training_recipe: Any, kill: str, where: Path, verb: str = "adapt") -> None:
     (where / "recipe.yaml").write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
     done = subprocess.run(
-        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "adapt", str(where / "recipe.yaml")],
+        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", verb, str(where / "recipe.yaml")],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -173,7 +168,7 @@ def kill_while_adapting(training_recipe: AdaptRecipe, kill: str, where: Path) ->
 def test_a_killed_run_resumes_to_the_same_losses(when: str, adapt_run: FinishedRun, tmp_path: Path) -> None:
     kill, left, whole = KILLS[when]
     run = tmp_path / "run"
-    kill_while_adapting(adapt_recipe(run), kill, tmp_path)
+    kill_while_training(adapt_recipe(run), kill, tmp_path)
     checkpoints = run / "checkpoints"
     assert names(checkpoints) == left
     assert {p.name for p in checkpoints.iterdir() if (p / COMPLETE).exists()} == whole
@@ -185,15 +180,7 @@ def test_a_killed_run_resumes_to_the_same_losses(when: str, adapt_run: FinishedR
     assert losses(rows) == losses(expected)
     values = [[row.value for row in some if row.metric == "perplexity"] for some in (rows, expected)]
     assert values[0] == values[1]
-    assert names(run) == {
-        "recipe.yaml",
-        "inputs.json",
-        "before.jsonl",
-        "checkpoints",
-        "model",
-        "model.json",
-        "results.jsonl",
-    }
+    assert names(run) == RUN_FILES
 
 
 @pytest.mark.parametrize(
@@ -371,10 +358,14 @@ def test_ropes_that_cannot_be_trained(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_router_that_wants_its_own_loss_is_refused(tmp_path: Path) -> None:
-    tiny_model("qwen2_moe", vocab_size=512, output_router_logits=True).save_pretrained(tmp_path / "moe")
+def save_with_tokenizer(model: Any, where: Path) -> None:
+    model.save_pretrained(where)
     for file in STORIES.glob("tokenizer*"):
-        (tmp_path / "moe" / file.name).write_bytes(file.read_bytes())
+        shutil.copy(file, where)
+
+
+def test_a_router_that_wants_its_own_loss_is_refused(tmp_path: Path) -> None:
+    save_with_tokenizer(tiny_model("qwen2_moe", vocab_size=512, output_router_logits=True), tmp_path / "moe")
     with pytest.raises(ZebraError, match="asks for its router's auxiliary loss"):
         adapt(adapt_recipe(tmp_path / "run", model=str(tmp_path / "moe")))
 
@@ -383,9 +374,7 @@ def test_a_router_that_wants_its_own_loss_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("member", ["gemma2", "gemma3_text", "qwen3_moe", "olmo2", "granite_swa"])
 def test_other_families_are_adapted(member: str, tmp_path: Path) -> None:
     """Capped logits, experts, sinks and ropes of each kind through the Trainer, with activations computed again."""
-    tiny_model(member, vocab_size=512).save_pretrained(tmp_path / "source")
-    for file in STORIES.glob("tokenizer*"):
-        (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
+    save_with_tokenizer(tiny_model(member, vocab_size=512), tmp_path / "source")
     changes = {
         "train__max_steps": 4,
         "evaluate__eval_steps": 4,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import STORIES, adapt_recipe, losses
 from safetensors.torch import load_file, save_file
-from test_adapt import KILLS, kill_while_adapting, names
+from test_adapt import KILLS, kill_while_training, names
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -215,7 +215,7 @@ def test_a_killed_low_rank_run_resumes_to_the_same_losses(when: str, tmp_path: P
     changes = {"lora": {"r": 4}, "evaluate": None}
     expected = adapt(adapt_recipe(tmp_path / "whole", **changes))
     killed = adapt_recipe(tmp_path / "run", **changes)
-    kill_while_adapting(killed, kill, tmp_path)
+    kill_while_training(killed, kill, tmp_path)
     assert losses(adapt(killed)) == losses(expected)
 
 

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import STORIES, TEXT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zebra
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder, window_prefix
 from zebra.errors import ZebraError
-from zebra.evaluate import perplexity as module
 from zebra.evaluate.intervals import bootstrap, students_t
-from zebra.evaluate.perplexity import CONVENTIONS, Score, edges, evaluate_perplexity, perplexity, results_of
+from zebra.evaluate.perplexity import Score, edges, evaluate_perplexity, perplexity, results_of, score_of
+from zebra.evaluate.windows import CONVENTIONS, scored_windows
 from zebra.model.checkpoint import load_tokenizer
 from zebra.model.self_extend import bounded_cache
 
-STORIES = Path(__file__).resolve().parent.parent / "examples" / "stories260K"
 VOCABULARY = 41
 
 
@@ -128,15 +128,14 @@ CASES = [
     ],
 )
 def test_each_bucket_equals_full_logits(
-    model: Any, convention: str, stride: int | None, length: int, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+    model: Any, convention: str, stride: int | None, length: int, batch_tokens: int
 ) -> None:
-    monkeypatch.setattr(module, "FIRST_EDGE", 4)
     corpus = drawn(33, 1, 2, 7, 21, 5, 16, 22, 49)
-    bounds = edges(length)
+    bounds = edges(length, first=4)
     assert len(bounds) > 2
     losses = brute(model, corpus, length, convention, stride, bounds)
-    scores = perplexity(model, corpus, length=length, convention=convention, stride=stride, batch_tokens=batch_tokens)
-    check(scores, losses, bounds)
+    options: dict[str, Any] = {"stride": stride, "first_bucket": 4, "batch_tokens": batch_tokens}
+    check(perplexity(model, corpus, length=length, convention=convention, **options), losses, bounds)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -153,7 +152,7 @@ def test_every_token_is_scored_once(n: int, convention: str, stride: int | None)
     length = 16
     document = np.arange(n)
     corpus = Corpus(document, np.array([0, n]))
-    windows = module._windows(corpus, length, convention, stride)
+    windows = scored_windows(corpus, length, convention, stride=stride)
     scored = [int(token) for w in windows for token in w.tokens[w.scored_from :]]
     unscored = set(range(0, n, length)) if convention == "disjoint" else {0}
     assert scored == [i for i in range(n) if i not in unscored]
@@ -173,7 +172,8 @@ def test_each_window_begins_with_the_prefix(
     """Every token of the text is scored once, within `length` tokens; none of the prefix is, where windows put it."""
     length, text = 16, np.arange(50)
     document = np.concatenate([np.array(prefix), text]) if own else text
-    windows = module._windows(Corpus(document, np.array([0, len(document)])), length, convention, stride, None, prefix)
+    corpus = Corpus(document, np.array([0, len(document)]))
+    windows = scored_windows(corpus, length, convention, stride=stride, prefix=prefix)
     assert all(tuple(window.tokens[: len(prefix)]) == prefix for window in windows)
     assert all(len(window.tokens) == length for window in windows[:-1])
     scored = [int(token) for window in windows for token in window.tokens[window.scored_from :]]
@@ -182,15 +182,13 @@ def test_each_window_begins_with_the_prefix(
 
 def test_a_document_within_joined_ones_does_not_get_its_beginning_twice() -> None:
     text = np.array([99, 1, 2, 3, 99, 4, 5, 6, 7, 8, 99, 9])
-    windows = module._windows(Corpus(text, np.array([0, len(text)])), 4, "disjoint", None, None, (99,))
+    windows = scored_windows(Corpus(text, np.array([0, len(text)])), 4, "disjoint", prefix=(99,))
     assert [window.tokens.tolist() for window in windows] == [[99, 1, 2, 3], [99, 4, 5, 6], [99, 7, 8, 99], [99, 9]]
 
 
 def test_the_beginning_is_the_tokenizers_habit_and_named(tmp_path: Path) -> None:
     """Against full logits of the window that a model with such a tokenizer reads: <s>, then a part of the text."""
-    (tmp_path / "a.txt").write_text(
-        (STORIES.parent / "text" / "tinystories_test.txt").read_text()[:900].replace("<|endoftext|>", " ")
-    )
+    (tmp_path / "a.txt").write_text((TEXT / "tinystories_test.txt").read_text()[:900].replace("<|endoftext|>", " "))
     tokenizer, model = load_tokenizer(STORIES), zebra.load(STORIES)
     ids = tokenizer((tmp_path / "a.txt").read_text().strip())["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
@@ -217,11 +215,6 @@ def test_the_beginning_is_the_tokenizers_habit_and_named(tmp_path: Path) -> None
     bare.bos_token = None
     with pytest.raises(ZebraError, match="no BOS token"):
         window_prefix(bare, True)
-
-
-def test_truncated_takes_long_documents_only() -> None:
-    windows = module._windows(drawn(15, 16, 17, 40), 16, "truncated", None)
-    assert [(w.document, len(w.tokens), w.scored_from) for w in windows] == [(1, 16, 1), (2, 16, 1), (3, 16, 1)]
 
 
 @pytest.mark.parametrize(
@@ -253,26 +246,24 @@ def test_one_bucket_is_not_said_twice(model: Any) -> None:
     assert (score.position_from, score.position_to, score.tokens, score.documents) == (0, 16, 37, 1)
 
 
-def test_a_bucket_without_tokens_is_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_EDGE", 4)
-    scores = perplexity(model, drawn(5, 4), length=16)
+def test_a_bucket_without_tokens_is_left_out(model: Any) -> None:
+    scores = perplexity(model, drawn(5, 4), length=16, first_bucket=4)
     assert [(s.position_from, s.position_to, s.documents) for s in scores] == [(0, 4, 2), (4, 8, 1), (0, 16, 2)]
 
 
 # -- intervals
 
 
-def test_an_interval_brackets_the_value(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_EDGE", 8)
+def test_an_interval_brackets_the_value(model: Any) -> None:
     corpus = drawn(*range(20, 50))
-    scores = perplexity(model, corpus, length=24)
+    scores = perplexity(model, corpus, length=24, first_bucket=8)
     assert len(scores) == 4
     for score in scores:
         assert score.low is not None
         assert score.high is not None
         assert score.low < score.perplexity < score.high
-    assert perplexity(model, corpus, length=24, seed=0) == scores
-    others = perplexity(model, corpus, length=24, seed=1)
+    assert perplexity(model, corpus, length=24, first_bucket=8, seed=0) == scores
+    others = perplexity(model, corpus, length=24, first_bucket=8, seed=1)
     assert [score.perplexity for score in others] == [score.perplexity for score in scores]
     assert others != scores
 
@@ -316,7 +307,7 @@ def test_the_interval_is_95_percent_over_documents() -> None:
     """Many documents of one size: nearly the mean and 1.96 standard errors, in the logarithm."""
     counts = np.full(2000, 10.0)
     losses = np.random.default_rng(1).normal(2.0, 0.5, 2000)
-    score = module.score_of(0, 16, losses * counts, counts, 0)
+    score = score_of(0, 16, losses * counts, counts, 0)
     error = losses.std() / math.sqrt(2000)
     assert score.perplexity == pytest.approx(math.exp(losses.mean()))
     assert score.low is not None
@@ -329,7 +320,7 @@ def test_the_interval_is_95_percent_over_documents() -> None:
 def test_the_interval_weighs_documents_by_their_tokens() -> None:
     """Every resample is a mean over tokens: with one huge document it stays near that one's value."""
     sums, counts = np.array([1e6 * 2.0, 5.0, 5.0, 5.0, 0.0]), np.array([1e6, 1.0, 1.0, 1.0, 0.0])
-    score = module.score_of(0, 16, sums, counts, 0)
+    score = score_of(0, 16, sums, counts, 0)
     assert score.documents == 4
     assert score.perplexity == pytest.approx(math.exp(2), rel=1e-4)
     assert score.low == pytest.approx(math.exp(2), rel=1e-4)
@@ -341,7 +332,7 @@ def test_the_interval_weighs_documents_by_their_tokens() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_model_comes_back_as_it_was(model: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_comes_back_as_it_was(model: Any, training: bool) -> None:
     model.train(training)
     modes: list[tuple[bool, bool]] = []
     handle = model.register_forward_pre_hook(lambda m, _: modes.append((m.training, torch.is_grad_enabled())))
@@ -408,20 +399,6 @@ def test_scores_become_rows() -> None:
     assert (first.position_from, first.position_to, first.n, first.low, first.high) == (0, 256, 100, 8.0, 10.0)
     assert (first.run, first.model, first.layout, first.seed, first.device) == ("r", "m", "GL:8", 5, "d")
     assert (second.position_to, second.value, second.n, second.low, second.high) == (512, 7.0, 300, None, None)
-
-
-def test_texts_under_a_real_tokenizer(tmp_path: Path) -> None:
-
-    tokenizer = load_tokenizer(STORIES)
-    (tmp_path / "a.txt").write_text("Once upon a time--there was a cat.")
-    files = [str(tmp_path / "a.txt")]
-    plain = read_corpus(files, Encoder.of(tokenizer), separator="--", cache=str(tmp_path / "c"))
-    ended = read_corpus(files, Encoder.of(tokenizer, append_eos=True), separator="--", cache=str(tmp_path / "c"))
-    assert [plain[i].tolist() for i in range(2)] == [
-        tokenizer("Once upon a time")["input_ids"],
-        tokenizer("there was a cat.")["input_ids"],
-    ]
-    assert [ended[i].tolist() for i in range(2)] == [[*plain[i].tolist(), tokenizer.eos_token_id] for i in range(2)]
 
 
 def test_rows_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

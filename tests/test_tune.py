@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import STORIES, Zebra, changed, refused, tiny_config, tiny_model
+from test_adapt import KILLS, RUN_FILES, kill_while_training, names
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -128,16 +125,7 @@ def values(rows: list[Result], metric: str) -> list[float]:
 
 def test_a_run_leaves_a_checkpoint_and_its_rows(finished: tuple[Path, list[Result]], data: Path) -> None:
     run, rows = finished
-    names = {p.name for p in run.iterdir()}
-    assert names == {
-        "recipe.yaml",
-        "inputs.json",
-        "before.jsonl",
-        "checkpoints",
-        "model",
-        "model.json",
-        "results.jsonl",
-    }
+    assert names(run) == RUN_FILES
     assert read_results(run / "results.jsonl") == rows
     assert len(values(rows, "loss")) == STEPS
     measured = [(row.task, row.model, row.layout) for row in rows if row.metric == "answer_loss"]
@@ -166,10 +154,7 @@ def test_the_tuned_checkpoint_is_a_plain_one_that_chats(
 ) -> None:
     run, _ = finished
     model = run / "model"
-    assert {p.name for p in model.iterdir()} == {p.name for p in STORIES.iterdir()} | {
-        "zebra.json",
-        "chat_template.jinja",
-    }
+    assert names(model) == names(STORIES) | {"zebra.json", "chat_template.jinja"}
     plain, words = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     source = json.loads((STORIES / "config.json").read_text())
     assert (plain.config.pad_token_id, plain.config.use_cache) == (source["pad_token_id"], True)
@@ -267,40 +252,13 @@ def test_the_loss_of_answers_is_the_hosts() -> None:
         assert count == sum(one.assistant_mask)
 
 
-# Kills
-
-
-KILL_AT_A_LOG = """
-import os, signal
-from zebra.train import trainer
-shown = trainer._ShowProgress.on_log
-def on_log(self, args, state, control, logs, **kwargs):
-    shown(self, args, state, control, logs, **kwargs)
-    if state.global_step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-trainer._ShowProgress.on_log = on_log
-"""
-KILL_IN_THE_EXPORT = """
-import os, signal
-from zebra.train import source
-source.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("kill", [KILL_AT_A_LOG, KILL_IN_THE_EXPORT], ids=["at a log", "in the export"])
+@pytest.mark.parametrize("when", ["between saves", "inside the export"])
 def test_a_killed_run_resumes_to_the_same_losses(
-    kill: str, finished: tuple[Path, list[Result]], data: Path, tmp_path: Path
+    when: str, finished: tuple[Path, list[Result]], data: Path, tmp_path: Path
 ) -> None:
     training_recipe = recipe(tmp_path / "run", data)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
-    done = subprocess.run(
-        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", "tune", str(tmp_path / "recipe.yaml")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill_while_training(training_recipe, KILLS[when][0], tmp_path, "tune")
     assert not (tmp_path / "run" / "model").exists()
     rows = tune(training_recipe)
     _, expected = finished

@@ -32,9 +32,14 @@ def check_names(names: Iterable[str], known: Iterable[str]) -> None:
     every = [*known]
     for name in names:
         if name not in every:
-            near = difflib.get_close_matches(name, every, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(every)}."
+            remedy = did_you_mean(name, every, f"there are {', '.join(every)}.")
             raise ZebraError(f"there is no option {name!r}; {remedy}")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of an error about an unknown name: the nearest that is known, or another remedy where none is near."""
+    near = difflib.get_close_matches(name, [*known], n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def first_line(error: BaseException) -> str:

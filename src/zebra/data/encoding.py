@@ -159,7 +159,7 @@ def window_at(text: NDArray[np.integer[Any]], start: int, length: int, prefix: t
     return Window(before, start, min(len(text), start + length - len(before)))
 
 
-def windows_of(text: NDArray[np.integer[Any]], length: int, prefix: tuple[int, ...] = ()) -> Iterator[Window]:
+def windows_of(text: NDArray[np.integer[Any]], length: int, prefix: tuple[int, ...]) -> Iterator[Window]:
     """Windows side by side, the last one shorter: [prefix, tokens][prefix, tokens][prefix, to]."""
     start = 0
     while start < len(text):

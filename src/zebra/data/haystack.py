@@ -23,18 +23,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from zebra.data.encoding import Affixes, decode
+from zebra.data.encoding import Affixes, TextEncoding, decode
 from zebra.errors import ZebraError
 
 TokenIds = Sequence[int]
 
 
-class Tokenizer(Protocol):
+class Tokenizer(TextEncoding, Protocol):
     """What is needed of a tokenizer; those of transformers have it."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Text to tokens."""
-        ...
 
     def decode(self, token_ids: list[int], **options: Any) -> Any:
         """Tokens to text."""
@@ -125,6 +121,16 @@ def normalize(text: str) -> str:
 def contains_answer(text: str, answer: str) -> bool:
     """Whether a text contains an answer as whole words."""
     return re.search(rf"(?<!\w){re.escape(normalize(answer))}(?!\w)", normalize(text)) is not None
+
+
+def share_contained(text: str, answers: Sequence[str]) -> float:
+    """The share of the answers that a text contains."""
+    return sum(contains_answer(text, answer) for answer in answers) / len(answers)
+
+
+def share_preferred(values: Sequence[float], answers: int) -> float:
+    """The share of the first `answers` values, of right answers, that are above all others."""
+    return sum(value > max(values[answers:]) for value in values[:answers]) / answers
 
 
 @dataclass(frozen=True)

@@ -180,8 +180,8 @@ _STOP_WORDS = """
 
 def _notes(passage: str, limit: int | None = None) -> str:
     """The content words of a passage in their order, without punctuation."""
-    words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", passage)
-    content_words = [word for word in words if word.lower() not in _STOP_WORDS.split()]
+    words, stop_words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", passage), _STOP_WORDS.split()
+    content_words = [word for word in words if word.lower() not in stop_words]
     return " ".join(content_words[:limit] or words[:limit])
 
 

@@ -10,7 +10,6 @@ place of its thresholds. One sequence in four is held out: it takes no part in t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -26,6 +25,7 @@ from zebra.data.corpus import Corpus
 from zebra.data.encoding import windows_of
 from zebra.data.needles import SampleGenerator
 from zebra.errors import ZebraError
+from zebra.evaluate.batches import batches
 from zebra.model.finite import check_finite
 from zebra.model.loss import head_of, token_losses
 
@@ -102,14 +102,14 @@ def batches_of(sequences: Sequence[ScoredSequence], seed: int) -> list[Calibrati
     def group(i: int) -> tuple[bool, int]:
         return i in held_out, len(sequences[i][0])
 
-    batches: list[CalibrationBatch] = []
-    order = sorted(range(len(sequences)), key=lambda i: (*group(i), i))
-    for (held, length), members in itertools.groupby(order, group):
-        alike, size = list(members), max(1, _BATCH_TOKENS // length)
-        for start in range(0, len(alike), size):
-            ids, scored = zip(*(sequences[i] for i in alike[start : start + size]), strict=True)
-            batches.append(CalibrationBatch(np.stack(ids), np.stack(scored), held))
-    return batches
+    def fits(batch: list[int], i: int) -> bool:
+        return group(batch[0]) == group(i) and (len(batch) + 1) * len(sequences[i][0]) <= _BATCH_TOKENS
+
+    results: list[CalibrationBatch] = []
+    for batch in batches(sorted(range(len(sequences)), key=group), fits):
+        ids, scored = zip(*(sequences[i] for i in batch), strict=True)
+        results.append(CalibrationBatch(np.stack(ids), np.stack(scored), batch[0] in held_out))
+    return results
 
 
 @torch.no_grad()

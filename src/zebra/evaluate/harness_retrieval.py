@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from zebra.data.haystack import PromptTokenizer, contains_answer
+from zebra.data.haystack import PromptTokenizer, share_contained, share_preferred
 from zebra.data.needles import SampleGenerator
 from zebra.data.questions import TASKS, WITHOUT_DEPTH
 from zebra.errors import ZebraError
@@ -82,10 +82,8 @@ def configuration(
 
 
 def _share_generated(item: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    return {"accuracy": sum(contains_answer(results[0], answer) for answer in item["answers"]) / len(item["answers"])}
+    return {"accuracy": share_contained(results[0], item["answers"])}
 
 
 def _share_preferred(item: dict[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    from zebra.evaluate.retrieval import share_preferred
-
     return {"accuracy": share_preferred([value for value, _ in results], len(item["answers"]))}

@@ -1,11 +1,6 @@
 """Perplexity by position: how well a model predicts a token, by how much context stands before it.
 
-Three conventions, which give different numbers and stand in every result:
-
-    disjoint    [-------][-------][---]   windows side by side; every token but each window's first is scored once
-    strided     [-------]                 windows of `length`, moved by `stride`; the first scores all its tokens, every
-                  [-----==]               other one its last `stride`: nearly a full context before each token
-    truncated   [-------].......          the first `length` tokens of each document that has as many
+Each result names the convention by which the text was cut into windows (`zebra.evaluate.windows`).
 
 A model may need its BOS token in front of every text, as Gemma does. By default each window begins
 with what the tokenizer puts before texts by its own habit, one of the `length` tokens, and the results' task then ends
@@ -22,7 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,10 +28,12 @@ from transformers import PreTrainedModel
 
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.documents import Names
-from zebra.data.encoding import Encoder, window_at, window_prefix, windows_of
+from zebra.data.encoding import Encoder, window_prefix
 from zebra.errors import ZebraError
+from zebra.evaluate.batches import batches
 from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.target import EvalTarget
+from zebra.evaluate.windows import ScoredWindow, scored_windows
 from zebra.model.context import check_learned_positions
 from zebra.model.finite import check_finite
 from zebra.model.local import local_attention_of
@@ -46,7 +43,6 @@ from zebra.model.sequence_parallel import shard_for, whole_losses
 from zebra.progress import bar
 from zebra.results import Result
 
-CONVENTIONS = ("disjoint", "strided", "truncated")
 FIRST_EDGE = 256
 
 
@@ -63,17 +59,9 @@ class Score:
     documents: int
 
 
-@dataclass(frozen=True)
-class _Window:
-    document: int
-    tokens: NDArray[np.integer]
-    scored_from: int
-
-
-def edges(length: int, start: int = 0, first: int | None = None) -> list[int]:
+def edges(length: int, start: int = 0, first: int = FIRST_EDGE) -> list[int]:
     """The bounds of the position buckets: 0, 256, 512, 1024, ... up to `length`, from `start` on; or 0, `first`, ..."""
-    bounds = [start]
-    edge = first or FIRST_EDGE
+    bounds, edge = [start], first
     while edge < length:
         if edge > start:
             bounds.append(edge)
@@ -89,7 +77,7 @@ def perplexity(
     convention: str = "disjoint",
     stride: int | None = None,
     prompt: int | None = None,
-    first_bucket: int | None = None,
+    first_bucket: int = FIRST_EDGE,
     prefix: tuple[int, ...] = (),
     seed: int = 0,
     batch_tokens: int = 8192,
@@ -103,14 +91,14 @@ def perplexity(
         stride: tokens that each window of the strided convention scores; a quarter of the length where None.
         prompt: tokens of each window that are read and not scored; those behind them are decoded, teacher-forced. It
             matters for models with full decoding, and gives the numbers of decoding token by token.
-        first_bucket: positions of the first bucket, 256 where None; each next ends at twice as many.
+        first_bucket: positions of the first bucket; each next ends at twice as many.
         prefix: tokens that begin each window, see `zebra.data.encoding.window_prefix`.
         batch_tokens: how many tokens are run at once; a window is never split.
 
     Raises:
         ZebraError: a contradiction between the options, a text too short, tokens the model has no embedding for.
     """
-    windows = _windows(corpus, length, convention, stride, prompt, prefix)
+    windows = scored_windows(corpus, length, convention, stride=stride, prompt=prompt, prefix=prefix)
     largest = int(corpus.tokens.max())
     if largest >= model.config.vocab_size:
         raise ZebraError(
@@ -120,8 +108,13 @@ def perplexity(
     bounds = edges(length, prompt or 0, first_bucket)
     sums = np.zeros((len(bounds) - 1, len(corpus)))
     counts = np.zeros_like(sums)
+
+    def fits(batch: list[ScoredWindow], window: ScoredWindow) -> bool:
+        size = len(window.tokens)
+        return len(batch[0].tokens) == size and (len(batch) + 1) * size <= batch_tokens
+
     with evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
-        for batch in _batches(windows, batch_tokens):
+        for batch in batches(windows, fits):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
             kwargs: dict[str, Any] = {}
             if prompt is not None:
@@ -135,10 +128,7 @@ def perplexity(
                     sums[i, window.document] += inside.sum()
                     counts[i, window.document] += len(inside)
             advance(ids.numel())
-    buckets = [*zip(bounds, bounds[1:], sums, counts, strict=False)]
-    if len(bounds) > 2 and prompt is None:
-        buckets.append((0, length, sums.sum(axis=0), counts.sum(axis=0)))
-    return [score_of(*bucket, seed) for bucket in buckets if bucket[3].any()]
+    return bucket_scores(bounds, sums, counts, seed)
 
 
 def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArray[np.float64]:
@@ -163,6 +153,21 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
     losses = whole_losses(model, token_losses(states, head, labels), ids.shape[1])
     check_finite(losses[:, 1:], model)
     return losses.double().cpu().numpy()
+
+
+def bucket_scores(
+    bounds: Sequence[int], sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int
+) -> list[Score]:
+    """A score for each bucket that has tokens; where there are several and the first begins at 0, one for all of them.
+
+    Args:
+        bounds: of the buckets, see `edges`.
+        sums, counts: (buckets, documents), see `score_of`.
+    """
+    buckets = [*zip(bounds, bounds[1:], sums, counts, strict=False)]
+    if len(buckets) > 1 and bounds[0] == 0:
+        buckets.append((0, bounds[-1], sums.sum(axis=0), counts.sum(axis=0)))
+    return [score_of(*bucket, seed) for bucket in buckets if bucket[3].any()]
 
 
 def score_of(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
@@ -204,7 +209,8 @@ def evaluate_perplexity(
     corpus = read_corpus(text, Encoder.of(target.tokenizer), separator=separator, field=field, num_proc=num_proc)
     texts = {length: corpus.joined(length) if join else corpus for length in lengths}
     prefix = window_prefix(target.tokenizer, bos)
-    windows = {length: _windows(texts[length], length, convention, stride, prompt, prefix) for length in lengths}
+    settings: dict[str, Any] = {"convention": convention, "stride": stride, "prompt": prompt, "prefix": prefix}
+    windows = {n: scored_windows(texts[n], n, **settings) for n in lengths}
     _warn_of_lengths(target, {n: max(len(window.tokens) for window in windows[n]) for n in lengths})
     task = task_name(convention, prefix) + "-decoded" * (prompt is not None)
     if check_only:
@@ -217,7 +223,6 @@ def evaluate_perplexity(
             f"{min(lengths) // 2} (--prompt), or full_decode=False (--no-full-decode)."
         )
     columns = {"run": run, "seed": seed} | target.columns(model)
-    settings: dict[str, Any] = {"convention": convention, "stride": stride, "prompt": prompt, "prefix": prefix}
     results = []
     for n in lengths:
         scores = perplexity(model, texts[n], length=n, seed=seed, **settings)
@@ -277,65 +282,3 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def _windows(
-    corpus: Corpus,
-    length: int,
-    convention: str,
-    stride: int | None,
-    prompt: int | None = None,
-    prefix: tuple[int, ...] = (),
-) -> list[_Window]:
-    _check_options(length, convention, stride, prompt, prefix)
-    step, first, windows = stride or max(1, length // 4), max(1, len(prefix), prompt or 0), []
-    for i, tokens in enumerate(corpus):
-        if convention == "disjoint":
-            scored = [(window, first) for window in windows_of(tokens, length, prefix)]
-        else:
-            start = window_at(tokens, 0, length, prefix)
-            scored = [(start, first)] if convention == "strided" or len(start) == length else []
-        if convention == "strided":
-            for last in range(start.end + step, len(tokens) + step, step):
-                stop = min(last, len(tokens))
-                window = replace(window_at(tokens, stop - length + len(prefix), length, prefix), end=stop)
-                scored.append((window, max(first, len(window) - (stop - (last - step)))))
-        windows += [_Window(i, one.tokens(tokens), after) for one, after in scored if len(one) > after]
-    if not windows:
-        raise ZebraError(
-            f"no document has enough tokens for the {convention} convention at length {length:,}; the longest has "
-            f"{int(corpus.lengths.max(initial=0)):,}. Give longer documents, join them, or take a shorter length."
-        )
-    return windows
-
-
-def _check_options(
-    length: int, convention: str, stride: int | None, prompt: int | None, prefix: tuple[int, ...]
-) -> None:
-    if convention not in CONVENTIONS:
-        raise ZebraError(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
-    if length <= (least := max(1, len(prefix))):
-        raise ZebraError(
-            f"a context has at least {least + 1} tokens, {least} to see and one to predict; got a length of {length}."
-        )
-    if stride is not None and (convention != "strided" or not 1 <= stride < length):
-        raise ZebraError(
-            f"a stride belongs to the strided convention and lies between 1 and length - 1; got {stride} "
-            f"with the {convention} convention and length {length}. Change one of them."
-        )
-    if prompt is not None and not 1 <= prompt < length:
-        raise ZebraError(
-            f"a prompt lies between 1 and length - 1; got {prompt} with length {length}. Change one of them."
-        )
-
-
-def _batches(windows: Sequence[_Window], batch_tokens: int) -> list[list[_Window]]:
-    """Windows of one length together, in order."""
-    batches: list[list[_Window]] = []
-    for window in windows:
-        size = len(window.tokens)
-        if batches and len(batches[-1][0].tokens) == size and (len(batches[-1]) + 1) * size <= batch_tokens:
-            batches[-1].append(window)
-        else:
-            batches.append([window])
-    return batches

@@ -11,21 +11,15 @@ that looks them up has 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from zebra.data.recall import RecallGenerator
-from zebra.evaluate.perplexity import Score, edges, evaluating, results_of, score_of, sequence_losses
+from zebra.evaluate.perplexity import FIRST_EDGE, Score, bucket_scores, edges, evaluating, sequence_losses
 from zebra.progress import bar
-from zebra.results import Result
-
-TASK = "recall-lookup"
-"""The task of the results, whose positions are distances."""
 
 
 def recall_by_distance(
@@ -34,14 +28,14 @@ def recall_by_distance(
     *,
     length: int,
     documents: int,
-    first_bucket: int | None = None,
+    first_bucket: int = FIRST_EDGE,
     seed: int = 0,
 ) -> list[Score]:
     """The perplexity of values that documents of `length` tokens look up: for each bucket of distances, then for all.
 
     Args:
         documents: how many are drawn, by the seed; none of them is one that `RecallDataset` draws.
-        first_bucket: distances of the first bucket, 256 where None; each next ends at twice as many.
+        first_bucket: distances of the first bucket; each next ends at twice as many.
 
     Raises:
         ZebraError: as `sequence_losses`; a tokenizer that cannot write enough keys.
@@ -58,12 +52,4 @@ def recall_by_distance(
                 sums[bucket, i] += losses[answer.start : answer.end].sum()
                 counts[bucket, i] += answer.end - answer.start
             advance(1)
-    buckets = [*zip(bounds, bounds[1:], sums, counts, strict=False)]
-    if len(bounds) > 2:
-        buckets.append((0, length, sums.sum(axis=0), counts.sum(axis=0)))
-    return [score_of(*bucket, seed) for bucket in buckets if bucket[3].any()]
-
-
-def recall_results(scores: Sequence[Score], length: int, **columns: Any) -> list[Result]:
-    """The scores as results."""
-    return results_of(scores, length, TASK, **columns)
+    return bucket_scores(bounds, sums, counts, seed)

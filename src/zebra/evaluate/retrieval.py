@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zebra.data.corpus import read_corpus
 from zebra.data.documents import Names, names_of
 from zebra.data.encoding import Encoder
-from zebra.data.haystack import contains_answer
+from zebra.data.haystack import share_contained, share_preferred
 from zebra.data.needles import Sample, SampleGenerator, check_task
 from zebra.data.questions import IN_HAYSTACK, WITHOUT_DEPTH
 from zebra.errors import ZebraError
@@ -58,17 +58,12 @@ def retrieval(
             model, tokenizer, prompts, max_new_tokens=room, batch_tokens=batch_tokens, advance=advance
         )
         return [
-            sum(contains_answer(text, answer.text) for answer in sample.answers) / len(sample.answers)
+            share_contained(text, [answer.text for answer in sample.answers])
             for sample, text in zip(samples, texts, strict=True)
         ]
     candidates = [[one.ids for one in (*sample.answers, *sample.distractors)] for sample in samples]
     sums = log_likelihoods(model, prompts, candidates, batch_tokens=batch_tokens, advance=advance)
     return [share_preferred(values, len(sample.answers)) for sample, values in zip(samples, sums, strict=True)]
-
-
-def share_preferred(values: Sequence[float], answers: int) -> float:
-    """The share of the first `answers` values that are above all others."""
-    return sum(value > max(values[answers:]) for value in values[:answers]) / answers
 
 
 def evaluate_retrieval(

@@ -27,6 +27,7 @@ from zebra.data.documents import Names, names_of
 from zebra.data.encoding import decode
 from zebra.decoding import Decoding
 from zebra.errors import ZebraError
+from zebra.evaluate.batches import batches
 from zebra.evaluate.perplexity import evaluating
 from zebra.generation import generate_with
 from zebra.model.cache import StripedCache
@@ -132,7 +133,8 @@ class _Batch:
 def _read(model: PreTrainedModel, prompts: Sequence[Ids], batch_tokens: int) -> Iterator[_Batch]:
     """All prompts, in batches of at most `batch_tokens` when padded; a longer one is read in chunks of as many."""
     short = [i for i, prompt in enumerate(prompts) if 2 * len(prompt) <= batch_tokens]
-    for indices in _batches(short, prompts, batch_tokens):
+    longest_first = sorted(short, key=lambda i: -len(prompts[i]))
+    for indices in batches(longest_first, lambda batch, _: (len(batch) + 1) * len(prompts[batch[0]]) <= batch_tokens):
         batch = _Batch(indices, *padded([prompts[i] for i in indices], model.device, side="left"), bounded_cache(model))
         _extend(model, batch, batch.ids.shape[1] - 1, batch_tokens)
         yield batch
@@ -203,14 +205,3 @@ def padded(sequences: Sequence[Ids], device: torch.device, *, side: str) -> tupl
         for tensors in (ids, [torch.ones_like(one) for one in ids])
     )
     return padded.to(device), mask.to(device)
-
-
-def _batches(indices: Sequence[int], prompts: Sequence[Ids], batch_tokens: int) -> list[list[int]]:
-    """The indices, longest prompts first, as many together as fit into `batch_tokens` when padded."""
-    batches: list[list[int]] = []
-    for i in sorted(indices, key=lambda i: -len(prompts[i])):
-        if batches and (len(batches[-1]) + 1) * len(prompts[batches[-1][0]]) <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches

@@ -11,7 +11,9 @@ keeps one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from zebra.evaluate.calibration import CalibrationBatch
 from zebra.evaluate.losses import Advance, Losses
 from zebra.evaluate.scoring import no_progress
 
@@ -63,3 +65,34 @@ def global_layers(kinds: str) -> list[int]:
 def layout_of(layers: Sequence[int], depth: int) -> str:
     """The layout of these global layers."""
     return "".join("G" if i in layers else "L" for i in range(depth))
+
+
+class SearchCost(NamedTuple):
+    """An estimate of what a search runs.
+
+    Attributes:
+        rounds: each is a forward pass over the sequences that choose, and all candidates.
+        candidates: each runs the layers from its first difference on, half a pass on average.
+        passes: all of these, as whole forward passes over the sequences.
+        sequences, batches: those that choose.
+    """
+
+    rounds: int
+    candidates: int
+    passes: float
+    sequences: int
+    batches: int
+
+    @classmethod
+    def of(cls, source: str, count: int, order: str, batches: Sequence[CalibrationBatch]) -> SearchCost:
+        """An estimate: which layers greedy selection will try in its later rounds is not known yet."""
+        which = global_layers(source)
+        by_round = range(len(which), count if order == "greedy" else len(which) - 1, -1)
+        tail = sum(len(source) - i for i in which) / len(which) / len(source)
+        sizes = [len(batch.ids) for batch in batches if not batch.held_out]
+        return cls(len(by_round), sum(by_round), len(by_round) + sum(by_round) * tail, sum(sizes), len(sizes))
+
+    def __str__(self) -> str:
+        rounds = "1 round" if self.rounds == 1 else f"{self.rounds:,} rounds"
+        passes = f"about {self.passes:,.0f} passes over {self.sequences:,} sequences"
+        return f"{self.candidates:,} candidates in {rounds}, {passes}"

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -39,7 +39,7 @@ from zebra.evaluate.calibration import (
 from zebra.evaluate.intervals import bootstrap
 from zebra.evaluate.losses import Losses, selection_folder
 from zebra.evaluate.perplexity import evaluating
-from zebra.evaluate.search import global_layers, greedy, once, strides
+from zebra.evaluate.search import SearchCost, global_layers, greedy, once, strides
 from zebra.evaluate.target import EvalTarget
 from zebra.files import atomic_write
 from zebra.model.checkpoint import checkpoint_digests
@@ -244,37 +244,6 @@ def _score_long_range(
             atomic_write(file, json.dumps(indices) + "\n")
     for batch, of_batch in zip(batches, indices, strict=True):
         batch.scored.flat[of_batch] = True
-
-
-class SearchCost(NamedTuple):
-    """An estimate of what a search runs.
-
-    Attributes:
-        rounds: each is a forward pass over the sequences that choose, and all candidates.
-        candidates: each runs the layers from its first difference on, half a pass on average.
-        passes: all of these, as whole forward passes over the sequences.
-        sequences, batches: those that choose.
-    """
-
-    rounds: int
-    candidates: int
-    passes: float
-    sequences: int
-    batches: int
-
-    @classmethod
-    def of(cls, source: str, count: int, order: str, batches: Sequence[CalibrationBatch]) -> SearchCost:
-        """An estimate: which layers greedy selection will try in its later rounds is not known yet."""
-        which = global_layers(source)
-        by_round = range(len(which), count if order == "greedy" else len(which) - 1, -1)
-        tail = sum(len(source) - i for i in which) / len(which) / len(source)
-        sizes = [len(batch.ids) for batch in batches if not batch.held_out]
-        return cls(len(by_round), sum(by_round), len(by_round) + sum(by_round) * tail, sum(sizes), len(sizes))
-
-    def __str__(self) -> str:
-        rounds = "1 round" if self.rounds == 1 else f"{self.rounds:,} rounds"
-        passes = f"about {self.passes:,.0f} passes over {self.sequences:,} sequences"
-        return f"{self.candidates:,} candidates in {rounds}, {passes}"
 
 
 def _search(losses: Losses, source: str, count: int, order: str, cost: SearchCost) -> dict[str, list[str]]:

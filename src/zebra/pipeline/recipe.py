@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, did_you_mean
 from zebra.model.checkpoint_files import check_checkpoint
 from zebra.train.recipe import AdaptRecipe, PretrainRecipe, Recipe, RecipeSection
 from zebra.train.recipe_file import checked, read_recipe
@@ -137,8 +136,7 @@ def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], b
     if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name == "model":
         raise ZebraError(f"{where}: a stage's name is letters, digits, _ and -, and not model. Rename it.")
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"name it so, or write kind: one of {', '.join(KINDS)}."
+        remedy = did_you_mean(kind, KINDS, f"name it so, or write kind: one of {', '.join(KINDS)}.")
         raise ZebraError(f"{where}: there is no stage of the kind {kind}; {remedy}")
     source, after = _source(where, kind, section, pipeline.model, before)
     if kind == "report" and all(other.kind == "report" for other in before.values()):

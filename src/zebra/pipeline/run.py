@@ -270,10 +270,8 @@ def _check_conversations(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
     """Read the conversations, and return the template that tuning will write."""
     importlib.import_module("zebra.train.tune")  # it rejects a machine without trl
     chat = Chat(tokenizer, recipe.chat_template, recipe.model)
-    data, suites = recipe.data, (recipe.evaluate and recipe.evaluate.suites) or []
-    for files in (data.files, *(one.files for one in data.sources or []), *(suite.files for suite in suites)):
-        if files:
-            read_conversations(files)
+    for files in [source.files for source in recipe.data.by_source] + [suite.files for suite in recipe.suites]:
+        read_conversations(files)
     return {"chat_template.jinja": chat.template} if recipe.chat_template else {}
 
 

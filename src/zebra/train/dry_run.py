@@ -98,10 +98,8 @@ def _facts(recipe: _Known, config: PreTrainedConfig, memory: StepMemory) -> dict
 
 
 def _text(recipe: _Known) -> str:
-    data = recipe.data
-    patterns = data.files or [pattern for source in data.sources or [] for pattern in source.files]
     try:
-        files = find_files(patterns)
+        files = find_files([pattern for source in recipe.data.by_source for pattern in source.files])
     except ZebraError as error:
         return f"not here: {error}"
     return f"{len(files):,} files, {sum(file.stat().st_size for file in files):,} bytes"

@@ -18,7 +18,6 @@ from zebra.progress import bar, console
 from zebra.train.chat import Chat
 from zebra.train.directory import is_first_process
 from zebra.train.gate import Gate, conversation_hash, is_held_out
-from zebra.train.recipe import MixtureSource
 from zebra.train.sft import AnswerSequences, ConversationTraining, TokenizedSource
 from zebra.train.trainer import tokens_per_step
 from zebra.train.tune_recipe import TuneRecipe
@@ -34,9 +33,8 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
         ZebraError: a file that cannot be read; a conversation too long; a source with nothing left to train on.
     """
     data, length = recipe.data, recipe.train.length
-    named = data.sources or [MixtureSource(name="instructions", files=data.files or [], share=1.0)]
-    suites = recipe.evaluate.suites if recipe.evaluate and recipe.evaluate.suites else []
-    by_suite = {suite.name: read_conversations(suite.files) for suite in suites}
+    named = data.by_source
+    by_suite = {suite.name: read_conversations(suite.files) for suite in recipe.suites}
     gate = Gate(recipe, chat, load, [one for conversations in by_suite.values() for one in conversations])
     by_source = [read_conversations(source.files) for source in named]
     if data.held_out:

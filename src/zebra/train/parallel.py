@@ -58,7 +58,7 @@ class ParallelTrainer(Trainer):
         parallel: how they share them.
     """
 
-    def __init__(self, *args: Any, parallel: Parallel = Parallel(), **kwargs: Any):  # noqa: B008  # frozen
+    def __init__(self, *args: Any, parallel: Parallel, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.parallel = parallel
 

@@ -5,10 +5,8 @@ run/tokenizer/    the tokenizer, where the recipe trains one
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.data.recall import RecallDataset
-from zebra.errors import ZebraError, first_line
+from zebra.errors import ZebraError, did_you_mean, first_line
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
 from zebra.model.checkpoint import load_tokenizer, write_config, write_zebra_json
@@ -121,10 +119,12 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     sizes = dict(recipe.model)
     kind = sizes.pop("model_type")
     if kind not in CONFIG_MAPPING:
-        raise ZebraError(f"transformers has no model_type {kind!r}{_nearest(kind, CONFIG_MAPPING)}")
+        remedy = did_you_mean(str(kind), sorted(CONFIG_MAPPING), "name one that it has.")
+        raise ZebraError(f"transformers has no model_type {kind!r}; {remedy}")
     known = [field.name for field in fields(CONFIG_MAPPING[kind])]
     if unknown := sorted({*sizes} - {*known}):
-        raise ZebraError(f"a config of {kind} has no field {unknown[0]}{_nearest(unknown[0], known)}")
+        remedy = did_you_mean(unknown[0], sorted(known), "leave it out.")
+        raise ZebraError(f"a config of {kind} has no field {unknown[0]}; {remedy}")
     if recipe.stripes is not None and sizes.get("attention_kinds") is not None:
         raise ZebraError("model.attention_kinds and stripes both name the layers' kinds. Leave one of them out.")
     if tokenizer is None and isinstance(recipe.tokenizer, str):
@@ -149,11 +149,6 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     check_learned_positions(config, max(recipe.longest, (recipe.evaluate and recipe.evaluate.beyond) or 0))
     _check_layout(recipe, config)
     return trainable_config(config, "model")
-
-
-def _nearest(name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), sorted(known), n=1)
-    return f"; did you mean {near[0]}?" if near else "."
 
 
 def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:

@@ -99,6 +99,15 @@ class TextData(TextSource):
             raise ValueError(f"{key} belongs to files; give each source its own")
         return self
 
+    @property
+    def by_source(self) -> list[TextMixtureSource]:
+        """The sources of the mixture; files alone are one source, which has all tokens."""
+        return self.sources or [
+            TextMixtureSource(
+                name="data.files", files=self.files or [], share=1.0, separator=self.separator, field=self.field
+            )
+        ]
+
 
 def check_sources(subject: str, files: list[str] | None, sources: Sequence[MixtureSource] | None) -> None:
     """Check that the data are files or a mixture whose sources have names and shares."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from zebra.data.documents import find_files
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, did_you_mean
 from zebra.files import refuse_other_kinds
 
 
@@ -169,8 +168,8 @@ def _message(problem: Any, kind: type[BaseModel]) -> str:
         schema = kind.model_json_schema()
         sections = [schema, *schema.get("$defs", {}).values()]
         known = [name for section in sections for name in section.get("properties", ())]
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "; see recipes/ for the known keys.")
+        remedy = did_you_mean(str(problem["loc"][-1]), known, "see recipes/ for the known keys.")
+        return f"unknown key {where}; {remedy}"
     if problem["type"] == "missing":
         return f"the key {where} is missing; add it."
     value = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"

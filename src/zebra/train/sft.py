@@ -8,6 +8,7 @@ and as exact (docs/log.md); both read the states of answers alone on a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ from zebra.data.conversations import TokenizedConversation
 from zebra.data.corpus import Corpus
 from zebra.data.mixture import SelectedDocuments, SourceStats
 from zebra.data.packing import IGNORE, PackedSequences
-from zebra.evaluate.answers import answer_score
+from zebra.evaluate.answers import answer_losses
+from zebra.evaluate.intervals import bootstrap
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.model.sequence_parallel import WHOLE
 from zebra.results import Result
@@ -125,23 +127,14 @@ class ConversationTraining(TrainingData):
         return trainer
 
     def evaluate(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
-        """The loss on the answers of each suite."""
+        """The loss on the answers of each suite, with a 95 % bootstrap over its conversations."""
         train = self.recipe.train
         results = []
         for name, conversations in self.suites.items():
-            score = answer_score(name, model, conversations, seed=train.seed)
-            results.append(
-                Result(
-                    task=f"answers-{name}",
-                    metric="answer_loss",
-                    value=score.loss,
-                    low=score.low,
-                    high=score.high,
-                    n=score.tokens,
-                    length=train.length,
-                    **columns,
-                )
-            )
+            sums, counts = answer_losses(model, conversations)
+            loss = bootstrap(sums, counts, train.seed, bounds=(0, math.inf))
+            of_suite = columns | {"length": train.length, "n": int(counts.sum())}
+            results.append(Result(task=f"answers-{name}", metric="answer_loss", **loss._asdict(), **of_suite))
         return results
 
     def composition(self, columns: dict[str, Any]) -> list[Result]:

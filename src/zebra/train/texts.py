@@ -28,7 +28,7 @@ from zebra.data.packing import PackedSequences, pack
 from zebra.data.recall import Curriculum, RecallDataset, RecallGenerator
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import perplexity, results_of, task_name, unfilled
-from zebra.evaluate.recall import recall_by_distance, recall_results
+from zebra.evaluate.recall import recall_by_distance
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import console
 from zebra.results import Result
@@ -105,14 +105,15 @@ class TextTraining(TrainingData):
         seconds, tokens = time.perf_counter() - start, results[-1].n
         if evaluation.beyond:
             results += self.evaluate(model, columns, evaluation.beyond)
-        for length in [evaluation.length, *filter(None, [evaluation.beyond])] * bool(evaluation.recall):
-            results += self.recall(model, columns, length)
+        if evaluation.recall:
+            for length in filter(None, (evaluation.length, evaluation.beyond)):
+                results += self.recall(model, columns, length)
         speed = tokens / seconds if tokens else 0.0
         columns = columns | {"length": evaluation.length, "n": tokens}
         return [*results, Result(task="speed", metric="evaluation_tokens_per_second", value=speed, **columns)]
 
     def recall(self, model: PreTrainedModel, columns: dict[str, Any], length: int) -> list[Result]:
-        """The perplexity of what documents of recall look up, by distance."""
+        """The perplexity of what documents of recall look up; positions of these results are distances."""
         evaluation = self.recipe.evaluate
         assert evaluation is not None
         assert evaluation.recall is not None
@@ -124,7 +125,7 @@ class TextTraining(TrainingData):
             documents=max(1, evaluation.recall * evaluation.length // length),
             first_bucket=evaluation.first_bucket,
         )
-        return recall_results(scores, length, **columns)
+        return results_of(scores, length, "recall-lookup", **columns)
 
     def composition(self, columns: dict[str, Any]) -> list[Result]:
         """What a mixture took of each source."""
@@ -140,11 +141,6 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
     data, train, evaluation = recipe.data, recipe.train, recipe.evaluate
     if data.append_eos and tokenizer.eos_token_id is None:
         raise ZebraError("data.append_eos is set, but the tokenizer has no end-of-text token. Unset it.")
-    mixed = data.sources or [
-        TextMixtureSource(
-            name="data.files", files=data.files or [], share=1.0, separator=data.separator, field=data.field
-        )
-    ]
     sources = [
         Source(
             source.name,
@@ -153,7 +149,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
             source.min_tokens,
             source.max_tokens,
         )
-        for source in mixed
+        for source in data.by_source
     ]
     splits = split_sources(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
     stats: list[SourceStats] = []

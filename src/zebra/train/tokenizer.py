@@ -19,7 +19,7 @@ from zebra.data.recall import RecallGenerator
 from zebra.errors import ZebraError
 from zebra.progress import console
 from zebra.train.directory import is_first_process
-from zebra.train.recipe import NewTokenizer, PretrainRecipe, TextMixtureSource, TextSource
+from zebra.train.recipe import NewTokenizer, PretrainRecipe
 
 END = "<|endoftext|>"
 _MOST_CHARACTERS = 2_000_000
@@ -64,9 +64,8 @@ def tokenizer_texts(recipe: PretrainRecipe) -> Iterator[str]:
     So trainings by several seeds can be compared token by token.
     """
     data, characters = recipe.data, 0
-    sources: list[TextSource | TextMixtureSource] = [data] if data.sources is None else [*data.sources]
-    for source in sources:
-        for document in read_documents(find_files(source.files or []), source.separator, source.field):
+    for source in data.by_source:
+        for document in read_documents(find_files(source.files), source.separator, source.field):
             characters += len(document.text)
             yield document.text
     if data.recall is None:

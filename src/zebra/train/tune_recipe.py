@@ -43,6 +43,11 @@ class ConversationData(RecipeSection):
         check_sources("the conversations are given", self.files, self.sources)
         return self
 
+    @property
+    def by_source(self) -> list[MixtureSource]:
+        """The sources of the mixture; files alone are one source, which has all tokens."""
+        return self.sources or [MixtureSource(name="instructions", share=1.0, files=self.files or [])]
+
 
 class Suite(RecipeSection):
     """Conversations to measure on, such as short ones, or long ones."""
@@ -70,6 +75,11 @@ class TuneRecipe(CheckpointRecipe):
     )
     data: ConversationData
     evaluate: AnswerEvaluation | None = None
+
+    @property
+    def suites(self) -> list[Suite]:
+        """The suites to measure on; none where held-out conversations are measured, or nothing."""
+        return (self.evaluate and self.evaluate.suites) or []
 
     @model_validator(mode="after")
     def _conversations_fit(self) -> TuneRecipe:

@@ -1,0 +1,85 @@
+"""The windows of a text in which its tokens are scored, by three conventions, which give different perplexities:
+
+disjoint    [-------][-------][---]   windows side by side; every token but each window's first is scored once
+strided     [-------]                 windows of `length`, moved by `stride`; the first scores all its tokens, every
+              [-----==]               other one its last `stride`: nearly a full context before each token
+truncated   [-------].......          the first `length` tokens of each document that has as many
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zebra.data.corpus import Corpus
+from zebra.data.encoding import window_at, windows_of
+from zebra.errors import ZebraError
+
+CONVENTIONS = ("disjoint", "strided", "truncated")
+
+
+@dataclass(frozen=True)
+class ScoredWindow:
+    """The tokens of a window (T,), which of the documents it is from, and the first of its tokens that is scored."""
+
+    document: int
+    tokens: NDArray[np.integer]
+    scored_from: int
+
+
+def scored_windows(
+    corpus: Corpus,
+    length: int,
+    convention: str,
+    *,
+    stride: int | None = None,
+    prompt: int | None = None,
+    prefix: tuple[int, ...] = (),
+) -> list[ScoredWindow]:
+    """The windows of all documents; the arguments are those of `zebra.evaluate.perplexity.perplexity`.
+
+    Raises:
+        ZebraError: a contradiction between the options, a text too short.
+    """
+    _check_options(length, convention, stride, prompt, prefix)
+    step, first, windows = stride or max(1, length // 4), max(1, len(prefix), prompt or 0), []
+    for i, tokens in enumerate(corpus):
+        if convention == "disjoint":
+            scored = [(window, first) for window in windows_of(tokens, length, prefix)]
+        else:
+            start = window_at(tokens, 0, length, prefix)
+            scored = [(start, first)] if convention == "strided" or len(start) == length else []
+        if convention == "strided":
+            for last in range(start.end + step, len(tokens) + step, step):
+                stop = min(last, len(tokens))
+                window = replace(window_at(tokens, stop - length + len(prefix), length, prefix), end=stop)
+                scored.append((window, max(first, len(window) - (stop - (last - step)))))
+        windows += [ScoredWindow(i, one.tokens(tokens), after) for one, after in scored if len(one) > after]
+    if not windows:
+        raise ZebraError(
+            f"no document has enough tokens for the {convention} convention at length {length:,}; the longest has "
+            f"{int(corpus.lengths.max(initial=0)):,}. Give longer documents, join them, or take a shorter length."
+        )
+    return windows
+
+
+def _check_options(
+    length: int, convention: str, stride: int | None, prompt: int | None, prefix: tuple[int, ...]
+) -> None:
+    if convention not in CONVENTIONS:
+        raise ZebraError(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
+    if length <= (least := max(1, len(prefix))):
+        raise ZebraError(
+            f"a context has at least {least + 1} tokens, {least} to see and one to predict; got a length of {length}."
+        )
+    if stride is not None and (convention != "strided" or not 1 <= stride < length):
+        raise ZebraError(
+            f"a stride belongs to the strided convention and lies between 1 and length - 1; got {stride} "
+            f"with the {convention} convention and length {length}. Change one of them."
+        )
+    if prompt is not None and not 1 <= prompt < length:
+        raise ZebraError(
+            f"a prompt lies between 1 and length - 1; got {prompt} with length {length}. Change one of them."
+        )
