@@ -213,6 +213,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return make
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """That of the real checkpoint."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(STORIES)
+
+
 @pytest.fixture
 def stories(tmp_path: Path) -> Path:
     """A copy of the real checkpoint that may be broken."""

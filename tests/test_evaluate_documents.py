@@ -40,11 +40,6 @@ TALES = (TEXT / "tinystories_test.txt").read_text().split("<|endoftext|>")
 LONG = " ".join(TALES[:6])
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(STORIES)
-
-
 def item(document: str = LONG, question: str = "Who ran?", *answers: str) -> QAExample:
     return QAExample("one", 1, document, question, answers or ("the dog",))
 

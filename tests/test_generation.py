@@ -46,11 +46,6 @@ def model(striped: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(STORIES)
-
-
-@pytest.fixture(scope="module")
 def long() -> str:
     """A prompt beyond the window, within the 512 positions that the model was trained for."""
     return (TEXT / "tinystories_test.txt").read_text()[:600]

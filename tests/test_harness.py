@@ -92,11 +92,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "tasks"
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(STORIES)
-
-
 @pytest.mark.parametrize("loading", [{"stripes": "GLLL:5"}, {"self_extend": "4:6"}], ids=["striped", "extended"])
 def test_a_task_gives_what_the_model_prefers(folder: Path, tokenizer: Any, loading: dict[str, Any]) -> None:
     """The harness's accuracy against likelihoods of our own, on the model as it was loaded."""

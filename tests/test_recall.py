@@ -21,11 +21,6 @@ from zebra.evaluate.recall import recall_by_distance
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(STORIES)
-
-
-@pytest.fixture(scope="module")
 def recall(tokenizer: Any) -> RecallGenerator:
     return RecallGenerator(tokenizer)
 

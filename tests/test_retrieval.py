@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, STORIES, TEXT, Zebra, generate_tokens, refused
 from test_needles import solved
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationMixin, LlamaConfig, PreTrainedModel
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import zebra
@@ -34,11 +34,6 @@ from zebra.report.series import percent
 from zebra.results import Result, read_results, write_results
 
 LENGTH = 420
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(STORIES)
 
 
 @pytest.fixture(scope="module")
