@@ -23,10 +23,11 @@ from zebra import ZebraError
 from zebra.files import file_digest
 from zebra.results import read_results
 from zebra.train.adapt import adapt
-from zebra.train.directory import COMPLETE, check_processes, data_groups
+from zebra.train.directory import COMPLETE
 from zebra.train.dry_run import dry_run
 from zebra.train.parallel import ShardedStates
 from zebra.train.pretrain import pretrain
+from zebra.train.processes import check_processes, data_groups
 from zebra.train.recipe import AdaptRecipe, Parallel
 from zebra.train.tune import tune
 

@@ -98,7 +98,7 @@ def _train(
         getattr(importlib.import_module(f"zebra.train.{command}"), command)(recipe, **options)
         from zebra.report import write_report
         from zebra.results import read_results
-        from zebra.train.directory import is_first_process
+        from zebra.train.processes import is_first_process
 
         if not is_first_process():
             return

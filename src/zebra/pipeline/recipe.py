@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from zebra.errors import ZebraError, did_you_mean
 from zebra.model.checkpoint_files import check_checkpoint
+from zebra.train.processes import processes
 from zebra.train.recipe import AdaptRecipe, PretrainRecipe, Recipe, RecipeSection
 from zebra.train.recipe_file import checked, read_recipe
 from zebra.train.tune_recipe import TuneRecipe
@@ -122,7 +123,7 @@ def read_pipeline(
             launcher.
     """
     pipeline = read_recipe(path, Pipeline, overrides)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise ZebraError("a pipeline is one process. Start a launcher on a stage's command, with the stage's recipe.")
     stages: dict[str, Stage] = {}
     for name, section in pipeline.stages.items():

@@ -45,12 +45,13 @@ from zebra.study.layout import NAME
 from zebra.study.recipe import StudyRecipe
 from zebra.train import directory
 from zebra.train.pretrain import check_step, config_of
+from zebra.train.processes import tokens_per_step
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.recipe_file import as_recipe, read_recipe
 from zebra.train.step_memory import planned_step
 from zebra.train.texts import read_texts
 from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
-from zebra.train.trainer import check_machine, tokens_per_step
+from zebra.train.trainer import check_machine
 
 ORIGIN = "origin.yaml"
 """The settings and the data that a grid's tokenizer was trained by; beside it."""

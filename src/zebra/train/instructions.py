@@ -16,10 +16,9 @@ from zebra.data.packing import pack_whole
 from zebra.errors import ZebraError
 from zebra.progress import bar, console
 from zebra.train.chat import Chat
-from zebra.train.directory import is_first_process
 from zebra.train.gate import Gate, conversation_hash, is_held_out
+from zebra.train.processes import is_first_process, sequences_of_training
 from zebra.train.sft import AnswerSequences, ConversationTraining, TokenizedSource
-from zebra.train.trainer import tokens_per_step
 from zebra.train.tune_recipe import TuneRecipe
 
 
@@ -55,8 +54,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
     if data.sources is None:
         packed = pack_whole(select(splits), length)
     else:
-        count = recipe.train.max_steps * tokens_per_step(recipe) // length
-        mixture = mix(splits, count, length, join=False, seed=recipe.train.seed, whole=True)
+        mixture = mix(splits, sequences_of_training(recipe), length, join=False, seed=recipe.train.seed, whole=True)
         packed, stats = mixture.sequences, mixture.stats
         if is_first_process():
             console.print(mixture_tables(mixture))

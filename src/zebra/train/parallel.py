@@ -43,7 +43,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 
 from zebra.model.compiled import decoder_layers
 from zebra.model.sequence_parallel import set_sequence_parallel, shard_batch
-from zebra.train.directory import data_groups
+from zebra.train.processes import data_groups
 from zebra.train.recipe import Parallel, Recipe
 
 _MOMENTS, _SCHEDULE = "moments", "schedule.pt"

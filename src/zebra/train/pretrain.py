@@ -27,14 +27,15 @@ from zebra.model.families import layer_kinds, model_class, route_of, with_stripe
 from zebra.model.local import LocalAttention, local_attention_of, set_local_attention
 from zebra.results import Result
 from zebra.stripes import GLOBAL, Stripes
-from zebra.train.directory import has_trained, is_first_process
+from zebra.train.directory import has_trained
 from zebra.train.measuring import local_attention_for
+from zebra.train.processes import is_first_process, sequences_per_step
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.recipe_file import as_recipe
 from zebra.train.run import Start, run_recipe
 from zebra.train.texts import TextTraining, read_texts
 from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
-from zebra.train.trainer import check_machine, tokens_per_step, trainable_config
+from zebra.train.trainer import check_machine, trainable_config
 
 
 def pretrain(recipe: PretrainRecipe | str | os.PathLike[str]) -> list[Result]:
@@ -189,7 +190,7 @@ def check_step(recipe: PretrainRecipe, texts: TextTraining) -> None:
     Raises:
         ZebraError: a text with fewer sequences than one step takes.
     """
-    length, step = recipe.train.length, tokens_per_step(recipe) // recipe.train.length
+    length, step = recipe.train.length, sequences_per_step(recipe)
     sequences = texts.sequences.text if isinstance(texts.sequences, RecallDataset) else texts.sequences
     count = len(sequences)
     if texts.stats:  # a mixture repeats its sources until its sequences are full

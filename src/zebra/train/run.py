@@ -29,6 +29,7 @@ from zebra.progress import console
 from zebra.results import Result, read_results, write_results
 from zebra.train import directory
 from zebra.train.measuring import common_columns, cost_results, local_attention_for, trainer_state, training_results
+from zebra.train.processes import check_processes, is_first_process
 from zebra.train.recipe import Recipe
 from zebra.train.saves import is_intact
 from zebra.train.step_memory import resolve_checkpointing
@@ -119,7 +120,7 @@ def run_recipe(
         ZebraError: a directory of another recipe or of other inputs; another process at work in it; a loss that is
             not finite; what the arguments raise.
     """
-    directory.check_processes(recipe)
+    check_processes(recipe)
     with directory.locked_run(recipe) as run:
         start, longer = start_of(run), directory.is_longer(run, recipe)
         is_finished = (run / "results.jsonl").exists() and not longer
@@ -131,7 +132,7 @@ def run_recipe(
         if results:
             return results
         data = read(start)
-        if longer and directory.is_first_process():
+        if longer and is_first_process():
             directory.reopen(run)
         directory.record_inputs(run, recipe, inputs)
         before = _before(run, recipe, start, data)
@@ -139,7 +140,7 @@ def run_recipe(
         columns = shared | {"layout": layout_name(start.config, local, start.rope)}
         if longer or not (run / "model").exists():
             _train(run, start, data, columns)
-        if not directory.is_first_process():
+        if not is_first_process():
             return []
         directory.record_export(run)
         history = trainer_state(run, recipe)["log_history"]
@@ -177,7 +178,7 @@ def _measured(name: str, model: PreTrainedModel, rope: str | None, data: Trainin
 def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any]) -> None:
     """Train, unless the last step is there already, and write the trained checkpoint."""
     recipe = data.recipe = resolve_checkpointing(start.recipe, start.config)
-    if recipe != start.recipe and recipe.train.activation_checkpointing and directory.is_first_process():
+    if recipe != start.recipe and recipe.train.activation_checkpointing and is_first_process():
         console.print("activation checkpointing is on: a step does not fit into this machine's memory without it.")
     last = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}"
     if is_intact(last):  # a kill came between the last step and the export
@@ -196,10 +197,10 @@ def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any])
             callbacks.append(Evaluation(recipe.evaluate.eval_steps, evaluate))
         with directory.writing(run):
             run_trainer(trainer, recipe, model, *callbacks)
-        if recipe.parallel.shard > 1 and directory.is_first_process():
+        if recipe.parallel.shard > 1 and is_first_process():
             del model, trainer  # a part of the weights; the checkpoint has all of them
             model = start.restore(last)
-    if directory.is_first_process():
+    if is_first_process():
         with directory.writing(run):
             (run / "model.json").unlink(missing_ok=True)
             start.export(model, trainer_state(run, recipe)["num_input_tokens_seen"])

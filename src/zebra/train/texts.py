@@ -32,12 +32,12 @@ from zebra.evaluate.recall import recall_by_distance
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import console
 from zebra.results import Result
-from zebra.train.directory import is_first_process
 from zebra.train.measuring import source_results
 from zebra.train.parallel import ParallelTrainer, shard
+from zebra.train.processes import is_first_process, sequences_of_training
 from zebra.train.recipe import PerplexityEvaluation, RecallSource, TextMixtureSource, TextRecipe, TextSource
 from zebra.train.run import TrainingData
-from zebra.train.trainer import optimizer_of, refuse_diverged, tokens_per_step, training_arguments
+from zebra.train.trainer import optimizer_of, refuse_diverged, training_arguments
 
 
 @dataclass
@@ -161,7 +161,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
         if lost and is_first_process():
             console.print(f"{len(splits[0].train):,} documents to train on; {', '.join(lost)}.")
     else:
-        mixture = mix(splits, _sequences_of_training(recipe), train.length, join=data.join, seed=train.seed)
+        mixture = mix(splits, sequences_of_training(recipe), train.length, join=data.join, seed=train.seed)
         sequences = mixture.sequences
     with_recall = sequences if data.recall is None else _with_recall(recipe, data.recall, tokenizer, sequences)
     if mixture is not None:
@@ -193,10 +193,6 @@ def _held_out(
     return held_out.joined(evaluation.beyond or evaluation.length) if evaluation.join else held_out
 
 
-def _sequences_of_training(recipe: TextRecipe) -> int:
-    return recipe.train.max_steps * tokens_per_step(recipe) // recipe.train.length
-
-
 def _with_recall(
     recipe: TextRecipe, recall: RecallSource, tokenizer: PreTrainedTokenizerBase, text: PackedSequences
 ) -> RecallDataset:
@@ -213,7 +209,7 @@ def _with_recall(
         text=text,
         share=recall.share,
         curriculum=Curriculum(recall.first, train.length, recall.hold, recall.until),
-        count=_sequences_of_training(recipe),
+        count=sequences_of_training(recipe),
         seed=train.seed,
     )
 

@@ -18,7 +18,7 @@ from zebra.data.documents import find_files, read_documents
 from zebra.data.recall import RecallGenerator
 from zebra.errors import ZebraError
 from zebra.progress import console
-from zebra.train.directory import is_first_process
+from zebra.train.processes import is_first_process
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 
 END = "<|endoftext|>"

@@ -35,9 +35,9 @@ from zebra.model.quantization import quantization_of
 from zebra.progress import bar, console
 from zebra.results import Result
 from zebra.signals import Terminated, collected
-from zebra.train.directory import sequences_per_step
 from zebra.train.muon import muon
 from zebra.train.parallel import ShardedStates, sharing
+from zebra.train.processes import tokens_per_step
 from zebra.train.recipe import Recipe, Training
 from zebra.train.saves import EndsOnSignal, Saves, diverged, remove_damaged, unreadable_states
 
@@ -174,11 +174,6 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         log.removeFilter(is_other)
-
-
-def tokens_per_step(recipe: Recipe) -> int:
-    """Tokens of one full optimiser step, over all processes. The last one of a pass over the data may have fewer."""
-    return recipe.train.length * sequences_per_step(recipe)
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""The processes of a launcher such as torchrun, and how they share a recipe's work."""
+
+from __future__ import annotations
+
+import os
+
+from zebra.errors import ZebraError
+from zebra.train.recipe import Recipe
+
+
+def is_first_process() -> bool:
+    """Whether this process, of those of a launcher, is the one that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_processes() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Check that the processes that the launcher started can share the recipe's work.
+
+    Raises:
+        ZebraError: their number is no multiple of `parallel.shard` x `parallel.sequence`, or not data x shard x
+            sequence; a launcher that would shard weights too.
+    """
+    parallel, count = recipe.parallel, processes()
+    sharing = parallel.shard * parallel.sequence
+    planned = sharing * (parallel.data or max(1, count // sharing))
+    if count != planned:
+        sizes = {"shard": parallel.shard, "sequence": parallel.sequence, "data": parallel.data or 0}
+        several = [f"parallel.{name} {size}" for name, size in sizes.items() if size > 1 or (name == "data" and size)]
+        raise ZebraError(
+            f"{' x '.join(several)} takes {'' if parallel.data else 'a multiple of '}{sharing * (parallel.data or 1)} "
+            f"processes, and {count} {'was' if count == 1 else 'were'} started. Start it as "
+            f"`torchrun --nproc-per-node {planned} -m zebra ...`, or change parallel."
+        )
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            option = f"--use_{engine.lower()}"
+            raise ZebraError(
+                f"accelerate was started with {option}, and a recipe shards weights by parallel.shard. Leave {option} "
+                "out of the command, or of accelerate's config."
+            )
+
+
+def data_groups(recipe: Recipe) -> int:
+    """How many groups of processes train on sequences of their own; a dry run needs no launcher."""
+    return max(1, processes() // recipe.parallel.sequence)
+
+
+def sequences_per_step(recipe: Recipe) -> int:
+    """Sequences of one full optimiser step, over all processes."""
+    train = recipe.train
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * data_groups(recipe)
+
+
+def sequences_of_training(recipe: Recipe) -> int:
+    """Sequences of all optimiser steps."""
+    return recipe.train.max_steps * sequences_per_step(recipe)
+
+
+def tokens_per_step(recipe: Recipe) -> int:
+    """Tokens of one full optimiser step, over all processes. The last one of a pass over the data may have fewer."""
+    return recipe.train.length * sequences_per_step(recipe)
