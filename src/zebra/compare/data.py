@@ -116,7 +116,7 @@ class ComparisonData:
 
 
 def _split(text: Corpus, held_back: int) -> tuple[Corpus, Corpus]:
-    """The last `held_back` tokens of a text, as one document, and what stands before them."""
+    """The last `held_back` tokens of a text, as one document, and the text before them."""
     end = len(text.tokens) - held_back
     before = Corpus(text.tokens[:end], np.unique(np.minimum(text.offsets, end)))
     return Corpus(text.tokens[end:], np.array([0, held_back], dtype=np.int64)), before

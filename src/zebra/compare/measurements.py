@@ -55,9 +55,9 @@ COST = Unit("cost")
 
 
 def hides_in_text(task: str) -> bool:
-    """Whether a task's evidence stands in the user's text; a pass key stands in a few sentences, over and over.
+    """Whether a task's evidence is hidden in the user's text; a pass key is hidden in a few sentences, over and over.
 
-    The first says what the model does with this text, the second whether the method reaches so far at all: a small
+    The first measures what the model does with this text, the second whether the method reaches so far at all: a small
     model may fail in any text.
     """
     return task in IN_HAYSTACK and task != "passkey"

@@ -5,8 +5,8 @@
     <out>/selection/             the losses behind the selected layout
     <out>/results.jsonl, report.html, report.md, report-*.svg
 
-A first pass measures the cost and one window of each method. Their seconds say how many units fit into the budget, and
-a second pass measures those. A method's failure is a result, not the end.
+A first pass measures the cost and one window of each method. From their seconds follows how many units fit into the
+budget, and a second pass measures those. The failure of a method is a result; the others go on.
 """
 
 from __future__ import annotations

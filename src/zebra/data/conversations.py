@@ -31,7 +31,7 @@ from zebra.errors import ZebraError
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 GAP = "\n\n[...]\n\n"
-"""What stands where a document was cut."""
+"""What replaces the part of a document that was cut."""
 _MAX_WORD = 40
 
 

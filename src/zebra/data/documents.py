@@ -1,4 +1,4 @@
-"""Files to documents. A file's suffix says how it holds them:
+"""Files to documents. A file's suffix determines how it is read:
 
 a suffix of zebra.data.records    records; a document is the string in a field of each
 anything else                     UTF-8 text: one document, or split at each separator
@@ -85,7 +85,7 @@ def document_format(file: Path, separator: str | None, field: str | None) -> tup
 
 
 def check_formats(files: Sequence[Path], separator: str | None, field: str | None) -> None:
-    """Check that the options of reading have something to do.
+    """Check that the options of reading apply to some of the files.
 
     Raises:
         ZebraError: a separator without a file of text, or an empty one; a field without a file of records.

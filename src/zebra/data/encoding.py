@@ -1,7 +1,7 @@
 """Text to tokens: a prompt, which is to be continued, and documents, which end where they end.
 
 document    <s> A </s>      as the tokenizer encodes a text, batch by batch, here or in worker processes
-prompt      <s> A           without what it puts behind every text: nothing follows an end
+prompt      <s> A           without what it appends to every text: nothing follows an end
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def decode(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:
 
 
 def _definition(tokenizer: DocumentTokenizer) -> str | None:
-    """That of a fast tokenizer; None where a text is encoded in Python (ByT5, sentencepiece)."""
+    """The JSON of a fast tokenizer; None for one that encodes in Python (ByT5, sentencepiece)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else str(backend.to_str())
 
@@ -73,7 +73,7 @@ def tokenizer_digest(tokenizer: DocumentTokenizer) -> str:
 def token_spans(tokenizer: DocumentTokenizer, text: str) -> list[tuple[int, int]]:
     """Where each token of a text begins and ends in it, in characters.
 
-    A tokenizer that encodes in Python does not say: there the tokens of a word share its characters evenly.
+    Tokenizers that encode in Python do not report it: there the tokens of a word share its characters evenly.
     """
     if _definition(tokenizer) is not None:
         options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
@@ -96,14 +96,14 @@ class TextEncoding(Protocol):
 
 
 class Affixes(NamedTuple):
-    """The tokens that a tokenizer puts before and behind every text."""
+    """The tokens that a tokenizer puts before and after every text."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer: TextEncoding) -> Affixes:
-        """Those of a tokenizer, by a text of one letter."""
+        """The affixes of a tokenizer, read from a text of one letter."""
         bare, full = (tokenizer.encode("x", add_special_tokens=added) for added in (False, True))
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:

@@ -58,7 +58,7 @@ class PromptTokenizer:
     """Tokenises the pieces of a prompt as they are after a full stop and a space.
 
     Attributes:
-        prefix, suffix: what the tokenizer puts before and behind every text, such as its BOS token.
+        prefix, suffix: the tokens that the tokenizer puts before and after every text, such as BOS.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -154,7 +154,7 @@ class Haystack:
 
     @classmethod
     def of_documents(cls, documents: Iterable[NDArray[np.integer[Any]]], tokenizer: PromptTokenizer) -> Haystack:
-        """Tokenised documents one after another, without what the tokenizer puts before and behind each."""
+        """Tokenised documents one after another, without the affixes of each."""
         n, m, texts = len(tokenizer.prefix), len(tokenizer.suffix), []
         for document in documents:
             text = document[n:] if n and tuple(document[:n].tolist()) == tokenizer.prefix else document

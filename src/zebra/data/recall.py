@@ -72,7 +72,7 @@ class _Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Where a document answers a query: the tokens [start, end) of a value that stands `distance` tokens before."""
+    """Where a document answers a query: the tokens [start, end), a value that occurs first `distance` tokens before."""
 
     start: int
     end: int
@@ -87,7 +87,7 @@ class RecallGenerator:
     """Generates documents under one tokenizer.
 
     Args:
-        haystack: documents to hide needles in, as tokens (n,), beside noise; noise alone where None.
+        haystack: documents to hide needles in, as tokens (n,), in turns with noise; noise alone where None.
 
     Raises:
         ZebraError: the tokenizer cannot write numbers or words.
@@ -135,7 +135,7 @@ class RecallGenerator:
 
         Args:
             symbols: the share of the symbols that are used, on a logarithmic scale: 10 (all / 10) ^ symbols. Below 0.4
-                keys are one symbol and stand beside their value.
+                keys are one symbol, directly before their value.
         """
         easy = symbols < 0.4
         if easy:
@@ -229,7 +229,7 @@ class RecallGenerator:
 
 
 def _index(part: list[int], tokens: list[int]) -> int:
-    """Where a part first stands among tokens."""
+    """The first position of a part in tokens."""
     return next(i for i in range(len(tokens)) if tokens[i : i + len(part)] == part)
 
 

@@ -193,7 +193,7 @@ def _json(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def _table(file: Path, lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows behind the first by its names; a value in quotes may have line breaks."""
+    """The rows after the first, by its names; a value in quotes may have line breaks."""
     csv.field_size_limit(sys.maxsize)  # a value may be a whole book
     rows = csv.reader((line.decode() for line in lines), delimiter=delimiter, strict=True)
     try:

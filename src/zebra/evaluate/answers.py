@@ -1,4 +1,4 @@
-"""The loss on answers: how well a model says what the assistant says, by what stands before it.
+"""The loss on answers: how well a model predicts what the assistant says.
 
     loss = - sum over the answers' tokens of log p(token | all before it) / number of these tokens
 

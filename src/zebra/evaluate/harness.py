@@ -38,7 +38,7 @@ from zebra.results import Result
 _BERNOULLI_METRICS = ("acc", "acc_norm", "accuracy", "exact_match", "em")
 """Metrics that are 0 or 1 for each item: Wilson's interval holds for their mean."""
 _MAX_NEW_TOKENS = 256
-"""Tokens that the harness generates where a task does not say how many."""
+"""Tokens that the harness generates for a task that does not set how many."""
 
 Tasks = dict[str, dict[str, Any]]
 """Tasks and groups by name, as `TaskManager.load` returns them."""
@@ -137,7 +137,7 @@ def _check(cut: bool, beyond: bool, batch_size: int, limit: int | None, shots: i
 
 
 def _measured(lm: Any, tasks: Tasks, limit: int | None, chat: bool) -> dict[str, Any]:
-    """What the harness says of tasks."""
+    """The harness's results of tasks."""
     import lm_eval
 
     return lm_eval.evaluate(
@@ -333,7 +333,7 @@ def _language_model(
 ) -> Any:
     """The harness's class for transformers' models, without its bars where there is no terminal.
 
-    It takes what the tokenizer puts behind every text for a part of the prompt, and loses as many tokens of the answer.
+    The stock class counts tokens that the tokenizer appends to every text as prompt, and drops as many of the answer.
     """
     from lm_eval.models.huggingface import HFLM
 

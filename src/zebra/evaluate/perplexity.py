@@ -1,10 +1,10 @@
-"""Perplexity by position: how well a model predicts a token, by how much context stands before it.
+"""Perplexity by position: how well a model predicts a token, by how much context it has.
 
 Each result names the convention by which the text was cut into windows (`zebra.evaluate.windows`).
 
 A model may need its BOS token in front of every text, as Gemma does. By default each window begins
-with what the tokenizer puts before texts by its own habit, one of the `length` tokens, and the results' task then ends
-in `-bos`. Without, all windows but a document's first begin in the middle of a text.
+with the tokens that its tokenizer puts before every text, which count among the `length` tokens, and the results' task
+then ends in `-bos`. Without them, all windows but a document's first begin in the middle of a text.
 
 Intervals are 95 % bootstraps over documents, which are independent of each other.
 """
@@ -89,7 +89,7 @@ def perplexity(
     Args:
         length: tokens of context.
         stride: tokens that each window of the strided convention scores; a quarter of the length where None.
-        prompt: tokens of each window that are read and not scored; those behind them are decoded, teacher-forced. It
+        prompt: tokens of each window that are read and not scored; those after them are decoded, teacher-forced. It
             matters for models with full decoding, and gives the numbers of decoding token by token.
         first_bucket: positions of the first bucket; each next ends at twice as many.
         prefix: tokens that begin each window, see `zebra.data.encoding.window_prefix`.
@@ -231,7 +231,7 @@ def evaluate_perplexity(
 
 
 def unfilled(tokens: int, length: int) -> str | None:
-    """What is to be known where the longest window has fewer tokens than a context."""
+    """A warning where the longest window has fewer tokens than a context."""
     if tokens >= length:
         return None
     return (
@@ -249,7 +249,7 @@ def _warn_of_lengths(target: EvalTarget, longest: Mapping[int, int]) -> None:
 
 
 def task_name(convention: str, prefix: tuple[int, ...]) -> str:
-    """The task of results that were measured so."""
+    """The task of results that were measured by a convention, with a prefix or without."""
     return f"perplexity-{convention}" + "-bos" * bool(prefix)
 
 

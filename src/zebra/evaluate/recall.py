@@ -1,4 +1,4 @@
-"""The perplexity of what a document told before, by how far back it stands.
+"""The perplexity of values that a document looks up, by their distance to where it stated them.
 
     document      .. 83715: 20466. .. 51920: 77301. .. | Look up the key 83715 again. 83715: 20466. ..
                             |<------------------------ distance ------------------------>|

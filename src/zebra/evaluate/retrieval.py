@@ -1,4 +1,4 @@
-"""Retrieval by length and depth: whether a model uses what stands at a known position of a long text.
+"""Retrieval by length and depth: whether a model uses evidence at a known position of a long text.
 
 Two scores, each a share from 0 to 1 for every sample:
 

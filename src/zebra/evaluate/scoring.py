@@ -44,7 +44,11 @@ Ids = Sequence[int]
 
 
 def check_score(score: str) -> None:
-    """Reject what is not in `SCORES`."""
+    """Check that a score is in `SCORES`.
+
+    Raises:
+        ZebraError: it is not.
+    """
     if score not in SCORES:
         raise ZebraError(f"the scores are {' and '.join(SCORES)}; got {score!r}. Choose one.")
 
@@ -111,7 +115,7 @@ def log_likelihoods(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts that have been read but for the last token.
+    """Prompts that have been read except for their last token.
 
     Attributes:
         indices: which of the prompts.

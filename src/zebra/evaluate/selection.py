@@ -1,9 +1,8 @@
 """Which layers of a checkpoint stay global, by measurement: what `zebra select` does.
 
-Each layer becomes local in turn, teacher-forced, and the loss of the tokens that need more than the window says how
+Each layer becomes local in turn, and the teacher-forced loss of the tokens that need more than the window shows how
 much it is needed (`zebra.evaluate.calibration` has the tokens, `zebra.evaluate.search` the orders). The choice is then
-measured on sequences that took no part in it, beside the source, all layers local, and the paper's stride at every
-offset.
+compared, on other sequences, with the source, with all layers local, and with the paper's stride at every offset.
 
 A round is one whole pass over the sequences, and each candidate from its layer on: half a pass on average.
 """
@@ -191,7 +190,7 @@ def _source_layers(config: PreTrainedConfig, local: Stripes) -> str:
 
 
 def _inputs(checkpoint: str | os.PathLike[str], rope: Any, dtype: Any, device: str | None) -> dict[str, Any]:
-    """What the losses depend on of the model."""
+    """The inputs of the losses that concern the model."""
     return {
         "source": checkpoint_digests(checkpoint) if Path(checkpoint).exists() else str(checkpoint),
         "rope": str(as_rope(rope)),

@@ -84,7 +84,7 @@ def plan(stages: Sequence[Stage]) -> list[dict[str, Any]]:
 
 
 def run(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Go through a pipeline from where it stands, and return the state in which each stage was, and its seconds.
+    """Run the stages that are not done, and return the state in which each was found, and its seconds.
 
     Raises:
         ZebraError: as `plan`; what a stage rejects while it works; another process at work.
@@ -113,7 +113,7 @@ def _columns(stage: Stage, state: str, seconds: float | None = None) -> dict[str
 
 @contextmanager
 def _naming(stage: Stage, placeholders: str | None = None) -> Iterator[None]:
-    """Errors name the stage, and the checkpoint that a placeholder in that folder stands for."""
+    """Within this context errors name the stage, and in place of a placeholder the checkpoint that it represents."""
     try:
         yield
     except ZebraError as error:
@@ -153,7 +153,7 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
 
 
 def _perform(stage: Stage, before: Sequence[Stage]) -> None:
-    """Run a stage from where it stands."""
+    """Run a stage; one that was interrupted resumes."""
     recipe, page = stage.recipe, stage.folder / "report.html"
     if stage.kind == "convert" and stage.source and stage.checkpoint:
         stripes = recipe.stripes
@@ -201,14 +201,14 @@ def _measured(stage: Stage, name: str, checkpoint: Path, **more: Any) -> list[Re
 def _keyword_arguments(
     name: str, section: dict[str, Any], *functions: Callable[..., Any], without: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A section as keyword arguments of functions, but for those that the pipeline sets.
+    """A section as keyword arguments of functions, without those that the pipeline sets.
 
     Raises:
         ZebraError: as `checked`.
     """
     excluded = {"checkpoint", "run", "check_only", "work", "trust_remote_code", *without}
     parameters = [p for function in functions for p in inspect.signature(function, eval_str=True).parameters.values()]
-    several, names = Annotated[Any, AfterValidator(names_of)], {*get_args(Names)}  # one may stand for a list of it
+    several, names = Annotated[Any, AfterValidator(names_of)], {*get_args(Names)}  # one may be given in place of a list
     fields: dict[str, Any] = {
         p.name: (
             several if names <= {*get_args(p.annotation)} else p.annotation,
@@ -283,7 +283,7 @@ def _has_tokenizer(checkpoint: Path) -> bool:
 def _write_placeholder(
     target: Path, source: Path | None, config: Any, local: LocalAttention, templates: dict[str, str]
 ) -> None:
-    """A directory that reads like a checkpoint: the source's files, linked, but for its config and its templates."""
+    """A directory that reads like a checkpoint: links to the source's files, and its own config and templates."""
     target.mkdir(parents=True)
     for file in Path(as_directory(source)).iterdir() if source is not None else ():
         if file.name not in ("config.json", "zebra.json", *templates):

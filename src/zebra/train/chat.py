@@ -4,8 +4,8 @@
                                    ^^^^^^^^^^^^^       trained: the answer and the token that ends it
 
 Which tokens are an answer's is read from a template's {% generation %} marks: its own, or those of trl's copy of it.
-Where there are none, an answer is what rendering the conversation up to it adds to rendering the prompt before it,
-and a template that writes a prompt otherwise once it is answered is refused.
+Without marks, an answer is what rendering the conversation with it adds to rendering the prompt before it. A template
+that renders a prompt differently once it is answered is an error.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Chat:
     """A tokenizer and its chat template.
 
     Attributes:
-        template: of a tuned checkpoint, without marks.
+        template: the one that a tuned checkpoint gets, without marks.
         stop: the token that ends an answer; None where a template writes none.
 
     Raises:
         ZebraError: no template and none named; a name that is neither known nor a file; tokens that the named one needs
-            and the tokenizer lacks; a template that answers cannot be told apart in; trl is not installed.
+            and the tokenizer lacks; a template in which answers cannot be located; trl is not installed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, named: str | None, source: str):
@@ -55,7 +55,7 @@ class Chat:
         if named is not None:
             template = _named(named, tokenizer, source)
         self._marked = None
-        if tokenizer.is_fast:  # only those say which characters a token is of
+        if tokenizer.is_fast:  # only those know the characters of each token
             self._marked = template if re.search(_MARK, template) else _marked_by_trl(tokenizer, template, source)
         self.template = re.sub(_MARK, "", template) if named in NAMED else template
         self._template = template

@@ -1,9 +1,9 @@
 """A run's directory: it belongs to one recipe with one set of inputs, and to one process at a time.
 
-run/recipe.yaml     the resolved recipe; a second start of the same recipe resumes, of another is refused
-run/inputs.json     what the recipe's names stood for: digests of files and of the source; the sequences of a step
+run/recipe.yaml     the resolved recipe; starting it again resumes the run, and starting another one is an error
+run/inputs.json     digests of the files and of the source that the recipe names; the sequences of a step
 
-Until its first whole checkpoint a run has nothing that is worth keeping: its recipe and its inputs may be mended.
+Before its first complete checkpoint a run has nothing worth keeping, so its recipe and its inputs may still change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zebra.train.recipe import Recipe
 from zebra.train.recipe_file import named_files, parse_yaml
 
 COMPLETE = "COMPLETE"
-"""The mark that a checkpoint is whole, written last."""
+"""The mark that a checkpoint is complete, written last."""
 _SEQUENCES = "sequences of a step"
 _SHARES_OF_A_STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
@@ -38,7 +38,7 @@ _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
 @contextmanager
 def locked_run(recipe: Recipe) -> Iterator[Path]:
-    """Lock the run's directory for this process; of several processes of a training the first one does.
+    """Lock the run's directory; of several processes of a training the first one locks it for all.
 
     Raises:
         ZebraError: the directory is of another recipe or of no run; another process is at work in it.
@@ -51,7 +51,7 @@ def locked_run(recipe: Recipe) -> Iterator[Path]:
 
 
 def has_trained(run: Path) -> bool:
-    """Whether a run has a whole checkpoint, or what comes after it."""
+    """Whether a run has a complete checkpoint, or what is written after the last one."""
     return any((run / name).exists() for name in ("model", "results.jsonl")) or any(
         run.glob(f"checkpoints/checkpoint-*/{COMPLETE}")
     )
@@ -84,7 +84,7 @@ def digests_of_files(tree: dict[str, Any]) -> dict[str, str]:
 
 
 def record_inputs(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
-    """Write down the recipe and what its names stand for; results of a start that had others are removed."""
+    """Write the recipe and its inputs; results of an earlier start with others are removed."""
     texts = {
         "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
         "inputs.json": json.dumps(inputs, indent=2) + "\n",
@@ -100,10 +100,10 @@ def _read(file: Path) -> str:
 
 
 def reopen(run: Path) -> None:
-    """Make a finished run one that goes on behind its last step: remove its results, its page and its model.
+    """Prepare a finished run for more steps: remove its results, its page and its model.
 
     Raises:
-        ZebraError: there is no whole checkpoint of its last step.
+        ZebraError: there is no complete checkpoint of its last step.
     """
     model, removed = run / "model", run / ".model.removed"
     if model.exists():
@@ -122,7 +122,7 @@ def reopen(run: Path) -> None:
 
 
 def is_longer(run: Path, recipe: Recipe) -> bool:
-    """Whether a recipe that may have the run has more steps than it began with."""
+    """Whether a recipe has more steps than the one that the run began with."""
     return has_trained(run) and _first_recipe(run)["train"]["max_steps"] < recipe.train.max_steps
 
 
@@ -131,7 +131,7 @@ def _first_recipe(run: Path) -> Any:
 
 
 def record_export(run: Path) -> None:
-    """Write `run/model.json`, a digest of each file of the trained checkpoint, where it is not there yet."""
+    """Write `run/model.json`, a digest of each file of the trained checkpoint, unless it exists."""
     if not (run / "model.json").exists():  # a kill may have come between the two
         atomic_write(run / "model.json", json.dumps(_export_digests(run), indent=2) + "\n")
 
@@ -177,10 +177,10 @@ def writing(run: Path) -> Iterator[None]:
 
 
 def check_recipe(run: Path, recipe: Recipe, *, may_be_longer: bool = False) -> None:
-    """Check that a directory is absent, or that of this recipe, or of one that trained nothing yet.
+    """Check that a directory is absent, belongs to this recipe, or has no complete checkpoint yet.
 
     Args:
-        may_be_longer: accept a recipe that differs in having more steps, where that is the same training.
+        may_be_longer: accept a recipe with more steps, where these continue the same training.
 
     Raises:
         ZebraError: a directory of another recipe, or of no run; a damaged recipe.
@@ -215,7 +215,7 @@ def _sequences_recorded(run: Path) -> int | None:
 
 
 def _check_longer(run: Path, recipe: Recipe) -> None:
-    """Check that nothing in a training before its last step depends on how many steps it has."""
+    """Check that more steps continue a training: that none of its steps depends on how many follow."""
     schedule, data = recipe.train.lr_scheduler_type, getattr(recipe, "data", None)
     drawn = [f"data.{name}" for name in ("sources", "recall") if getattr(data, name, None) is not None]
     if schedule not in _SCHEDULES_WITHOUT_END:
@@ -232,7 +232,7 @@ def _check_longer(run: Path, recipe: Recipe) -> None:
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """The keys that two recipes differ in, but for those that change no number: a directory may be moved."""
+    """The keys in which two recipes differ, without those that change no number."""
     items = flatten(one.model_dump()).items() ^ flatten(other.model_dump()).items()
     changed = {name for name, _ in items if not name.startswith("parallel.")}
     return sorted(changed - {"run", "data.num_proc", "data.cache_dir", "train.activation_checkpointing"})

@@ -25,7 +25,7 @@ from zebra.train.tune_recipe import TuneRecipe
 
 
 class Gate:
-    """Lets conversations through to training; `counts` are of those with each fault, and of what was cut."""
+    """Selects the conversations to train on; `counts` has the number with each fault, and of what was cut."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Gate:
         return [one for i, one in enumerate(conversations) if i not in faulty or self._checks.act == "flag"]
 
     def _independent(self, conversations: Sequence[Conversation], which: Sequence[int]) -> list[int]:
-        """Those whose answers are about as likely without their document."""
+        """The indices of those whose answers are about as likely without their document."""
         length = self._recipe.train.length
         shortened = {i: self._chat.shortened(conversations[i], length) for i in which}
         with_document = {i: tokens[0] for i, tokens in shortened.items() if tokens is not None}
@@ -82,7 +82,7 @@ class Gate:
 
 
 def _texts(file: Path) -> Iterable[str]:
-    """The texts of a file that must not be trained on: of each record its longest string."""
+    """The texts of a file that must not be trained on: its documents, or the longest string of each record."""
     if record_suffix(file) is None:
         return (document.text for document in read_documents([file]))
 

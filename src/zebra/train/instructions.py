@@ -26,7 +26,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
     """Read, check, choose and pack the conversations of a recipe, and print what they consist of.
 
     Args:
-        load: the model whose likelihood says whether answers depend on their documents, where the recipe asks.
+        load: loads the model by which `data.quality.independent` measures whether answers depend on their documents.
 
     Raises:
         ZebraError: a file that cannot be read; a conversation too long; a source with nothing left to train on.

@@ -1,4 +1,4 @@
-"""Results of a run beside its evaluations: its losses, its mixture, what its attention costs."""
+"""Results of a run in addition to its evaluations: its losses, its mixture, the cost of its attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def common_columns(recipe: Recipe) -> dict[str, Any]:
 
 
 def local_attention_for(recipe: Recipe) -> LocalAttention:
-    """What local layers are trained with: the sinks of the recipe's layout, else what a source's zebra.json says."""
+    """The local attention to train with: the source's (zebra.json), but the sinks of the recipe's layout if any."""
     local = LocalAttention()
     if isinstance(recipe, CheckpointRecipe) and Path(recipe.model).exists():
         local = read_local_attention(recipe.model)
@@ -42,7 +42,7 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], columns: dic
             tokens, length, model = entry["num_input_tokens_seen"], recipe.train.length, f"{recipe.run}@{entry['step']}"
             loss = {"task": "train", "metric": "loss", "value": entry["loss"], "length": length, "n": tokens}
             results.append(Result(model=model, **loss, **columns))
-        now = {"run": columns["run"], "model": f"{recipe.run}@{entry['step']}"}  # it may have been moved
+        now = {"run": columns["run"], "model": f"{recipe.run}@{entry['step']}"}  # the run may have been moved
         results += [Result(**result | now) for result in entry.get("results", ())]
     return results
 
@@ -83,7 +83,7 @@ def cost_results(recipe: Recipe, config: PreTrainedConfig, model: str) -> list[R
 
 
 def trainer_state(run: Path, recipe: Recipe) -> dict[str, Any]:
-    """What the Trainer wrote of itself after the last step."""
+    """The state of the Trainer after the last step, as it saved it."""
     path = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}" / "trainer_state.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))

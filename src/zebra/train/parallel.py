@@ -7,7 +7,7 @@
                gradients of each part are reduced to the process that holds it, which alone steps on it
     sequence   the tokens of a sequence are split (`zebra.model.sequence_parallel`); under `shard` the weights too
 
-accelerate's plug-in shards on GPUs alone: on CPUs it is DDP, without a word. So the model is sharded here, and
+accelerate's plug-in shards on GPUs alone; on CPUs it silently is DDP. So the model is sharded here, and
 accelerate prepares it for nothing but autocast. A checkpoint's weights are those of a stock folder, gathered by the
 first process; the optimiser's moments are written where they are, by torch's distributed checkpoint, as safetensors.
 Any number of processes goes on from it.
@@ -132,7 +132,7 @@ class ShardedStates(TrainerCallback):
             _read_moments(self.checkpoint / _MOMENTS, model, optimizer)
             lr_scheduler.load_state_dict(torch.load(self.checkpoint / _SCHEDULE, weights_only=True))
             for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate  # the schedule itself sets it behind a step alone
+                group["lr"] = rate  # the schedule itself sets it only after a step
         for parameter, states in optimizer.state.items():
             for name, value in states.items():
                 if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
@@ -174,7 +174,7 @@ def shard(batch: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def sharing(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
-    """Within this context the model attends over sequences that processes share, where the recipe says so."""
+    """Within this context the model attends over sequences that processes share, if the recipe has such."""
     size = recipe.parallel.sequence
     if size > 1:
         mesh = init_device_mesh(model.device.type, (data_groups(recipe), size), mesh_dim_names=("data", "sequence"))

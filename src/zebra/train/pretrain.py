@@ -39,7 +39,7 @@ from zebra.train.trainer import check_machine, trainable_config
 
 
 def pretrain(recipe: PretrainRecipe | str | os.PathLike[str]) -> list[Result]:
-    """Run a recipe, or that of a file, from where it stands, and return its results.
+    """Run a recipe, or the one in a file, and return its results; an interrupted run resumes.
 
     Raises:
         ZebraError: as `read_recipe`; before any training, a config, a tokenizer or texts that cannot be used, or a run
@@ -71,11 +71,11 @@ class RandomStart(Start):
     recipe: PretrainRecipe
 
     def build(self) -> PreTrainedModel:
-        """The model with random weights; the tokenizer is kept, so that a resumed run does not train it again."""
+        """The model with random weights; its tokenizer is saved, so that a resumed run does not train it again."""
         run = Path(self.recipe.run)
         tokenizer = run / "tokenizer"
         if not has_trained(run) and is_first_process():
-            shutil.rmtree(tokenizer, ignore_errors=True)  # of a start that came to no checkpoint
+            shutil.rmtree(tokenizer, ignore_errors=True)  # of a start without any checkpoint
             with atomic_directory(tokenizer) as staging:
                 self.tokenizer.save_pretrained(staging)
         return random_model(self.config, seed=self.recipe.train.seed, local=local_attention_for(self.recipe))
@@ -153,7 +153,7 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
 
 
 def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:
-    """A training from scratch chooses its sizes: a layout that has no meaning for them is a mistake.
+    """Check that the layout fits the model's depth and the sequences: whoever trains from scratch chooses all three.
 
     Raises:
         ZebraError: a group larger than the depth, a window longer than the sequences.
@@ -173,7 +173,7 @@ def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:
 
 
 def _vocabulary(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """What a config takes from the tokenizer; of one that is yet to be trained that is its size."""
+    """The fields of a config that follow from the tokenizer; before it is trained, its size alone."""
     size = recipe.tokenizer.vocab_size if isinstance(recipe.tokenizer, NewTokenizer) else len(tokenizer or ())
     if recipe.model.get("vocab_size", size) != size:
         raise ZebraError(
@@ -185,7 +185,7 @@ def _vocabulary(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def check_step(recipe: PretrainRecipe, texts: TextTraining) -> None:
-    """Check that the text fills one step: fewer sequences teach no language.
+    """Check that the text has at least the sequences of one step.
 
     Raises:
         ZebraError: a text with fewer sequences than one step takes.

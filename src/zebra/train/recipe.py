@@ -68,7 +68,7 @@ class TextMixtureSource(MixtureSource):
 
 
 class RecallSource(RecipeSection):
-    """Generated documents that tell facts and ask for them later (zebra.data.recall), mixed with the text."""
+    """Generated documents that state facts and query them later (zebra.data.recall), mixed with the text."""
 
     share: float = Field(gt=0, le=1, description="of the training's sequences after hold; the others are text")
     first: int = Field(64, ge=2, description="tokens of a document at the beginning")
@@ -154,7 +154,7 @@ class Training(RecipeSection):
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    device: Literal["best", "cuda"] = Field("best", description="cuda refuses a machine without a GPU")
+    device: Literal["best", "cuda"] = Field("best", description="cuda: an error on a machine without a GPU")
     bf16: bool = Field(False, description="bfloat16 autocast; weights stay float32")
     activation_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="compute activations again in the backward; auto: where a step does not fit without it"
@@ -163,7 +163,7 @@ class Training(RecipeSection):
     seed: int = Field(0, ge=0, lt=2**32)
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(100, ge=1)
-    save_total_limit: int = Field(2, ge=2, description="at least 2, so that a kill inside a save leaves a whole one")
+    save_total_limit: int = Field(2, ge=2, description="at least 2, so that one is complete after a kill inside a save")
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -189,7 +189,7 @@ class Lora(RecipeSection):
     lora_alpha: float | None = Field(None, gt=0, description="the update is multiplied by lora_alpha / r; 2 r without")
     target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, strict=False)
     modules_to_save: tuple[Literal["embeddings", "norms"], ...] = Field(
-        ("embeddings", "norms"), strict=False, description="modules that are trained in full beside it (LongLoRA)"
+        ("embeddings", "norms"), strict=False, description="modules that are trained in full as well (LongLoRA)"
     )
     base_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the frozen weights")
     merge: bool = Field(True, description="write a whole checkpoint; else the adapter, over run/base")
@@ -212,7 +212,7 @@ class Parallel(RecipeSection):
 
 
 class EvaluationSchedule(RecipeSection):
-    """When a model is measured during training; each kind of training says by what."""
+    """When a model is measured during training; each kind of training adds how."""
 
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
 

@@ -62,7 +62,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _values(node: Any, sizes: dict[int, float]) -> float:
-    """Values below a node, one that stands in several places in each of them."""
+    """Values below a node; one with aliases counts in each place."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in sizes:

@@ -2,7 +2,7 @@
 
 run/recipe.yaml      the resolved recipe, and run/inputs.json beside it (zebra.train.directory)
 run/before.jsonl     results of the source, as it was and with its new stripes and rope, before any training
-run/checkpoints/     the Trainer's; only those with the mark COMPLETE are resumed from
+run/checkpoints/     the Trainer's; a run resumes from those with the mark COMPLETE alone
 run/model/           the trained checkpoint, loadable by plain transformers; run/model.json, digests of its files
 run/results.jsonl    all results, written last: a run that has it is done
 
@@ -51,7 +51,7 @@ class Start(ABC):
 
     @property
     def rope(self) -> str | None:
-        """The change of rope that results name beside the layout."""
+        """The change of rope, which results name after the layout."""
         return None
 
     def digests(self) -> dict[str, object]:
@@ -75,7 +75,7 @@ class Start(ABC):
 
     @abstractmethod
     def export(self, model: PreTrainedModel, tokens: int) -> None:
-        """Write `run/model`, whole or not at all, of a model that was trained on so many tokens."""
+        """Write the trained model to `run/model`, atomically; `tokens` is how many it was trained on."""
 
     def exported(self) -> PreTrainedModel:
         """The model of `run/model`."""
@@ -94,7 +94,7 @@ class TrainingData(ABC):
 
     @abstractmethod
     def evaluate(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
-        """Results of a model, during training or at other times."""
+        """Results of a model during training."""
 
     def measure(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
         """Results of a model before and after training."""
@@ -108,13 +108,13 @@ class TrainingData(ABC):
 def run_recipe(
     recipe: Recipe, start_of: Callable[[Path], Start], read: Callable[[Start], TrainingData]
 ) -> list[Result]:
-    """Run a recipe from where it stands, and return its results; none in any but the first process.
+    """Run a recipe, from its newest complete checkpoint if it has one, and return its results (in the first process).
 
-    A recipe with more steps than the run began with goes on behind its last step, where its schedule has no end.
+    A recipe with more steps than the run began with continues it, if its learning rate does not depend on their number.
 
     Args:
-        start_of: what the training starts from, given the directory of the run, which this process holds.
-        read: reads the data; a finished run needs none.
+        start_of: returns what the training starts from, given the run's directory, which is locked.
+        read: reads the data; not called for a finished run.
 
     Raises:
         ZebraError: a directory of another recipe or of other inputs; another process at work in it; a loss that is

@@ -35,13 +35,13 @@ from zebra.results import Result
 from zebra.train.measuring import source_results
 from zebra.train.parallel import ParallelTrainer, shard
 from zebra.train.run import TrainingData
-from zebra.train.trainer import optimizer_of, refuse_diverged, training_arguments
+from zebra.train.trainer import check_loss, optimizer_of, training_arguments
 from zebra.train.tune_recipe import TuneRecipe
 
 
 @dataclass(frozen=True)
 class TokenizedSource:
-    """The conversations of a source as tokens; `answers` says of each token whether the assistant says it."""
+    """The conversations of a source as tokens; `answers` (tokens,) marks those of the assistant."""
 
     corpus: Corpus
     answers: NDArray[np.bool_]
@@ -198,7 +198,7 @@ class _AnswerTrainer(ParallelTrainer, SFTTrainer):
         names = {"input_ids", "position_ids", *WHOLE} & inputs.keys()
         outputs = model(**{name: inputs[name] for name in names}, **without_logits(labels.device))
         total = summed_loss(outputs.hidden_states[-1], head_of(self.accelerator.unwrap_model(model)), labels)
-        refuse_diverged(total, self)
+        check_loss(total, self)
         if num_items_in_batch is None:
             return total / (labels[:, 1:] != IGNORE).sum().clamp(min=1)
         count = torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)

@@ -93,7 +93,7 @@ class CheckpointStart(Start):
     """A training of `recipe.model`, all of it or low-rank updates.
 
     Attributes:
-        finish: what is done to the trained model before it is written; returns files to write beside it, name to text.
+        finish: changes the trained model before it is written; returns further files to write, name to text.
     """
 
     recipe: CheckpointRecipe
@@ -132,11 +132,10 @@ class CheckpointStart(Start):
         return super().restore(checkpoint) if self.recipe.lora is None else lora.reload(self._source(), checkpoint)
 
     def export(self, model: Any, tokens: int) -> None:
-        """Write `run/model`, whole or not at all, in the source's dtype.
+        """Write `run/model`, atomically, in the source's dtype.
 
-        Low-rank updates are added to the source where the recipe says so, which makes a whole checkpoint; else they
-        stay an adapter, over the converted source in `run/base`. Either is read again and compared with what was
-        trained.
+        Low-rank updates are added to the source's weights with `lora.merge`; otherwise they are written as an adapter
+        of the converted source in `run/base`. Both are loaded again and compared with what was trained.
 
         Raises:
             ZebraError: what was written differs from what was trained.

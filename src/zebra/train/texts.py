@@ -37,7 +37,7 @@ from zebra.train.parallel import ParallelTrainer, shard
 from zebra.train.processes import is_first_process, sequences_of_training
 from zebra.train.recipe import PerplexityEvaluation, RecallSource, TextMixtureSource, TextRecipe, TextSource
 from zebra.train.run import TrainingData
-from zebra.train.trainer import optimizer_of, refuse_diverged, training_arguments
+from zebra.train.trainer import check_loss, optimizer_of, training_arguments
 
 
 @dataclass
@@ -65,7 +65,7 @@ class TextTraining(TrainingData):
 
         def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
             total = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
-            refuse_diverged(total, trainer)
+            check_loss(total, trainer)
             return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
         trainer = ParallelTrainer(

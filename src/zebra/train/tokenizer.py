@@ -2,8 +2,8 @@
 
     "told 4321 times" -> "told" " 432" "1" " times"     with numbers in groups of up to three digits
 
-Words keep the space before them. A group of digits is never merged with what stands beside it, so equal numbers are
-equal tokens wherever they stand.
+Words keep the space before them. A group of digits is never merged with its neighbours, so equal numbers are equal
+tokens everywhere.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _MOST_CHARACTERS = 2_000_000
 
 
 def train_tokenizer(texts: Iterable[str], settings: NewTokenizer) -> PreTrainedTokenizerBase:
-    """A tokenizer of `settings.vocab_size` tokens; its end of text stands for the beginning too.
+    """A tokenizer of `settings.vocab_size` tokens; its end-of-text token is its BOS token too.
 
     Raises:
-        ZebraError: texts that have fewer.
+        ZebraError: texts that give fewer.
     """
     tokenizer = Tokenizer(models.BPE())
     words = rf" ?\p{{N}}{{1,{settings.digits}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"

@@ -1,7 +1,7 @@
 """The Hugging Face Trainer, as every training uses it: its arguments, its checkpoints, its progress bar.
 
-Nothing of the Trainer is replaced but its loss and its evaluation (`zebra.train.texts`, `zebra.train.sft`);
-accumulation, DDP and token counting stay the Trainer's.
+Only its loss and its evaluation are replaced (`zebra.train.texts`, `zebra.train.sft`); accumulation, DDP and token
+counting are the Trainer's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ from zebra.train.saves import EndsOnSignal, Saves, diverged, remove_damaged, unr
 
 
 def check_machine(train: Training) -> None:
-    """Refuse a recipe that is for another machine."""
+    """Check that this machine can run a recipe.
+
+    Raises:
+        ZebraError: the recipe needs a GPU, and there is none.
+    """
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ZebraError(
             "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
@@ -113,8 +117,12 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
 
 
-def refuse_diverged(loss: Tensor, trainer: Trainer) -> None:
-    """Refuse a loss that is not finite, before the step that would spoil the weights; at step 1 name the source."""
+def check_loss(loss: Tensor, trainer: Trainer) -> None:
+    """Check a loss before the step that would spoil the weights.
+
+    Raises:
+        ZebraError: it is not finite; at the first step the error says what of the source is not.
+    """
     if not trainer.state.global_step:
         check_finite(loss, trainer.accelerator.unwrap_model(trainer.model))
     if not bool(loss.isfinite()):

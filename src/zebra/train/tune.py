@@ -26,7 +26,7 @@ except ImportError as error:
 
 
 def tune(recipe: TuneRecipe | str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[Result]:
-    """Run a recipe, or that of a file, from where it stands, and return its results.
+    """Run a recipe, or the one in a file, and return its results; an interrupted run resumes.
 
     Args:
         trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
