@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zebra
 from zebra.data.corpus import Corpus, read_corpus
-from zebra.data.encoding import Encoder, window_prefix
+from zebra.data.encoding import Encoder, window_prefix, windows_of
 from zebra.errors import ZebraError
 from zebra.evaluate.intervals import bootstrap, students_t
 from zebra.evaluate.perplexity import Score, edges, evaluate_perplexity, perplexity, results_of, score_of
@@ -184,6 +185,13 @@ def test_a_document_within_joined_ones_does_not_get_its_beginning_twice() -> Non
     text = np.array([99, 1, 2, 3, 99, 4, 5, 6, 7, 8, 99, 9])
     windows = scored_windows(Corpus(text, np.array([0, len(text)])), 4, "disjoint", prefix=(99,))
     assert [window.tokens.tolist() for window in windows] == [[99, 1, 2, 3], [99, 4, 5, 6], [99, 7, 8, 99], [99, 9]]
+
+
+@pytest.mark.parametrize("prefix", [(99,), (98, 99)], ids=str)
+def test_a_window_that_its_prefix_fills_is_refused(prefix: tuple[int, ...]) -> None:
+    """It would never come to the end of the text."""
+    with pytest.raises(ZebraError, match=f"a window has at least {len(prefix) + 1} tokens.*got {len(prefix)}"):
+        list(itertools.islice(windows_of(np.arange(9), len(prefix), prefix), 20))
 
 
 def test_the_beginning_is_the_tokenizers_habit_and_named(tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 import warnings
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, STORIES, TEXT, Zebra, generate_tokens, refused
+from conftest import STORIES, TEXT, Zebra, generate_tokens, refused
 from test_needles import solved
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, PreTrainedModel
@@ -299,10 +298,8 @@ def test_the_table_and_a_warning(zebra: Zebra) -> None:
     ("arguments", "words"),
     [
         (("needle", "--length", "530"), ("--beyond",)),
-        (("needles", "--length", "300"), ("'needles'", "multikey")),
         (("needle", "--length", "4k"), ("--length takes numbers", "'4k'")),
         (("needle", "--length", "300", "--depth", "middle"), ("--depth takes numbers", "'middle'")),
-        (("needle", "--length", "300", "--haystack", "nowhere.txt"), ("nowhere.txt",)),
     ],
 )
 def test_a_refusal_is_one_line(arguments: tuple[str, ...], words: tuple[str, ...], zebra: Zebra) -> None:
@@ -322,12 +319,7 @@ def test_every_task_is_in_the_guide() -> None:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark, with its files elsewhere."""
-    spec = importlib.util.spec_from_file_location("layouts", ROOT / "benchmarks" / "retrieval.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "layouts", module)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("retrieval")
     for name in ("FILE", "PAGE", "PICTURE"):
         monkeypatch.setattr(module, name, tmp_path / getattr(module, name).name)
     return module

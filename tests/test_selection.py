@@ -402,13 +402,9 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
     ("arguments", "words"),
     [
         (COMMON, ("Missing option '--budget'",)),
-        (("--budget", 0, *COMMON), ("a share lies between 0 and 1",)),
         (("--budget", 9, *COMMON), ("keeps 1 to 4", "9")),
-        (("--budget", 2, *COMMON, "--task", "lookups"), ("'lookups'", "multikey")),
-        (("--budget", 2, *COMMON, "--text", "nothing.txt"), ("no text at nothing.txt",)),
         (("--budget", 2, *COMMON, "--window", "many"), ("got 'L:many'",)),
         (("--budget", 2, *COMMON, "--convert", STORIES), ("same directory",)),
-        (("--budget", 2, *COMMON[:-2]), ("by a text or by retrieval tasks",)),
         (("--budget", 2, *COMMON, "--full-decode"), ("--full-decode belongs to the conversion",)),
     ],
 )

@@ -160,7 +160,16 @@ def window_at(text: NDArray[np.integer[Any]], start: int, length: int, prefix: t
 
 
 def windows_of(text: NDArray[np.integer[Any]], length: int, prefix: tuple[int, ...]) -> Iterator[Window]:
-    """Windows side by side, the last one shorter: [prefix, tokens][prefix, tokens][prefix, to]."""
+    """Windows side by side, the last one shorter: [prefix, tokens][prefix, tokens][prefix, to].
+
+    Raises:
+        ZebraError: a length that the prefix fills.
+    """
+    if length <= len(prefix):
+        raise ZebraError(
+            f"a window has at least {len(prefix) + 1} tokens, {len(prefix)} of them its beginning; got {length}. "
+            "Take a longer one."
+        )
     start = 0
     while start < len(text):
         yield (window := window_at(text, start, length, prefix))
