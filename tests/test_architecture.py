@@ -20,6 +20,7 @@ RANKS = {
     "signals": -1,
     "stripes": 0,
     "gguf": 0,
+    "hub": 0,
     "engines": 0,
     "masks": 0,
     "positions": 0,

@@ -192,7 +192,7 @@ def _source_layers(config: PreTrainedConfig, local: Stripes) -> str:
 def _inputs(checkpoint: str | os.PathLike[str], rope: Any, dtype: Any, device: str | None) -> dict[str, Any]:
     """The inputs of the losses that concern the model."""
     return {
-        "source": checkpoint_digests(checkpoint) if Path(checkpoint).exists() else str(checkpoint),
+        "source": checkpoint_digests(checkpoint),
         "rope": str(as_rope(rope)),
         "dtype": str(dtype),
         "device": read_device(device),

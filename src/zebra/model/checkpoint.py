@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_write, file_digest
 from zebra.gguf import is_gguf
-from zebra.model.checkpoint_files import adapter_beside_base, check_checkpoint, check_fields, read_json_object
+from zebra.hub import is_hub_name
+from zebra.model.checkpoint_files import check_checkpoint, check_fields, read_json_object
 from zebra.model.families import ignores_layer_types, route_of, stripes_of
 from zebra.model.gguf import as_directory, gguf_config
 from zebra.model.local import LocalAttention, layout_name
@@ -35,7 +35,7 @@ from zebra.provenance import git_commit, versions
 
 
 def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: Any) -> PreTrainedConfig:
-    """The config of a checkpoint on disk or in the hub's cache.
+    """The config of a checkpoint.
 
     Its ties, and a dtype where it has none, are those of the tensors on disk: merged adapters of tied models commonly
     have a head of their own.
@@ -49,11 +49,14 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
             config whose stripes its own class would ignore while its cache obeys them (`generate` would be silently
             wrong); as `check_checkpoint` and `check_fields`.
     """
-    check_checkpoint(path, kwargs.get("subfolder", ""))
-    hub = {name: kwargs[name] for name in _HUB if name in kwargs} | {"trust_remote_code": False}
-    if not Path(path).exists() and _hub_file(path, "adapter_config.json", kwargs) is not None:
-        raise adapter_beside_base(path)
-    read: Callable[..., PreTrainedConfig] = partial(AutoConfig.from_pretrained, path, **hub)
+    subfolder = kwargs.get("subfolder", "")
+    check_checkpoint(path, subfolder)
+    directory = Path(path) if is_gguf(path) else as_directory(path, **kwargs)
+    if is_hub_name(path):
+        check_checkpoint(directory, subfolder)
+    read: Callable[..., PreTrainedConfig] = partial(
+        AutoConfig.from_pretrained, directory, subfolder=subfolder, trust_remote_code=False
+    )
     if is_gguf(path):
         read = partial(gguf_config, path)
     try:
@@ -77,18 +80,8 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
             "Remove layer_types from its config.json, then run `zebra convert`."
         )
     if not is_gguf(path):
-        correct_by_weights(config, Path(path) / kwargs.get("subfolder", ""))
+        correct_by_weights(config, directory / subfolder)
     return config
-
-
-_HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
-"""Keyword arguments of `from_pretrained` that locate a file in the hub."""
-
-
-def _hub_file(path: str | os.PathLike[str], name: str, kwargs: Mapping[str, Any]) -> str | None:
-    """A file of a checkpoint on disk or in the hub's cache, or None."""
-    absent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    return cached_file(str(path), name, **{name: kwargs[name] for name in _HUB if name in kwargs}, **absent)
 
 
 def own_fields(config: PreTrainedConfig) -> set[str]:
@@ -179,12 +172,12 @@ def checkpoint_digests(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         ZebraError: no weights.
     """
-    path = as_directory(path)
-    digests = digest_of_weights(path) | {"zebra.json": repr(read_local_attention(path))}
-    for file in sorted((*Path(path).iterdir(), *Path(path).glob("additional_chat_templates/*"))):
+    directory = as_directory(path)
+    digests = digest_of_weights(directory) | {"zebra.json": repr(read_local_attention(path))}
+    for file in sorted((*directory.iterdir(), *directory.glob("additional_chat_templates/*"))):
         about = file.name.startswith(".") or file.suffix == ".md" or file.name == "zebra.json"
         if file.is_file() and not about and file.suffix not in WEIGHT_SUFFIXES:
-            digests[str(file.relative_to(path))] = file_digest(file)
+            digests[str(file.relative_to(directory))] = file_digest(file)
     return digests
 
 
@@ -212,7 +205,7 @@ def write_zebra_json(
     """
     origin = {
         "source": source and str(source),
-        "source_config_sha256": source and file_digest(Path(as_directory(source)) / "config.json"),
+        "source_config_sha256": source and file_digest(as_directory(source) / "config.json"),
     }
     _write_json(directory / "zebra.json", _layout_fields(config, local) | origin | more)
 
@@ -234,8 +227,10 @@ def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAt
     Raises:
         ZebraError: a zebra.json that is broken, or of an export for SGLang, in whose config.json a window is one less.
     """
-    file = None if is_gguf(path) else _hub_file(path, "zebra.json", kwargs)
-    values = {} if file is None else read_json_object(Path(file), _MEND)
+    if is_gguf(path):
+        return LocalAttention()
+    file = as_directory(path, weights=False, **kwargs) / kwargs.get("subfolder", "") / "zebra.json"
+    values = read_json_object(file, _MEND) if file.is_file() else {}
     if values.get("engine") == "sglang":
         raise ZebraError(
             f"{path} was exported for SGLang, and its config.json has a window of one key less than "

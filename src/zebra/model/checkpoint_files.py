@@ -16,6 +16,7 @@ from typing import Any
 from zebra.errors import ZebraError, missing_package
 from zebra.files import refuse_existing
 from zebra.gguf import config_fields, is_gguf, read_header
+from zebra.hub import is_hub_name
 from zebra.model.rope import Rope, as_rope
 from zebra.model.routes import check_family
 from zebra.stripes import GLOBAL, LOCAL, Stripes
@@ -34,7 +35,7 @@ def check_dtype(name: str) -> None:
 
 
 def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
-    """Check that a path may be a checkpoint: a directory with a config.json, a GGUF file, or a name in the hub.
+    """Check that a path may be a checkpoint: a directory with a config.json, a GGUF file, or a name of the hub.
 
     Raises:
         ZebraError: no such directory, a peft adapter, no config.json, one that is not a JSON object, or such a
@@ -44,13 +45,13 @@ def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
         return check_gguf(Path(path))
     directory = Path(path)
     config = directory / subfolder / "config.json"
+    if is_hub_name(path):
+        return
     if not directory.exists():
-        if directory.is_absolute() or str(path).count("/") != 1 or str(path).startswith("."):
-            raise ZebraError(f"there is no checkpoint at {path}. Give the path of a directory that transformers saved.")
-        return  # OWNER/NAME, in the hub's cache
+        raise ZebraError(f"there is no checkpoint at {path}. Give the path of a directory that transformers saved.")
     if config.with_name("adapter_config.json").is_file():
         if config.is_file():
-            raise adapter_beside_base(path)
+            raise _adapter_beside_base(path)
         raise _adapter_alone(Path(path), config.with_name("adapter_config.json"))
     if not config.is_file():
         files = sorted(file.name for file in directory.glob("*.gguf"))
@@ -119,7 +120,7 @@ def _adapter_alone(path: Path, file: Path) -> ZebraError:
     )
 
 
-def adapter_beside_base(path: str | os.PathLike[str]) -> ZebraError:
+def _adapter_beside_base(path: str | os.PathLike[str]) -> ZebraError:
     """The error for a checkpoint that holds a peft adapter too, which transformers would apply in silence."""
     return ZebraError(
         f"{path} is a whole checkpoint with a peft adapter beside it, so that it names two models. Move "

@@ -31,6 +31,7 @@ from transformers import (
 from zebra.errors import ZebraError, first_line
 from zebra.files import atomic_directory, user_cache_dir
 from zebra.gguf import ORIGINAL, ROPE_FACTORS, GgufHeader, config_fields, is_gguf, read_header
+from zebra.hub import ARGUMENTS, hub_directory, is_hub_name
 from zebra.model.checkpoint_files import check_checkpoint
 from zebra.progress import console
 
@@ -127,16 +128,24 @@ def _mend_sentencepiece(state: dict[str, Any], header: GgufHeader) -> None:
         state["decoder"]["decoders"] = [decoder for decoder in decoders if decoder["type"] != "Strip"]
 
 
-def as_directory(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """A checkpoint that transformers loads: of a GGUF file a directory in the user's cache, any other as it is.
+def as_directory(path: str | os.PathLike[str], *, weights: bool = True, **hub_arguments: Any) -> Path:
+    """The directory of a checkpoint that transformers loads.
 
-    The directory is written once for a file of this size and date; it appears whole or not at all.
+    That of a GGUF file is in the user's cache, and written once for a file of this size and date; it appears whole or
+    not at all. That of a name of the hub is in the hub's cache.
+
+    Args:
+        weights: whether the weights of a name of the hub are wanted.
+        hub_arguments: keyword arguments of `from_pretrained`; `hub_directory` takes its own.
 
     Raises:
-        ZebraError: as `check_checkpoint` and `gguf_config`; weights that do not fit the config.
+        ZebraError: as `check_checkpoint`, `gguf_config` and `hub_directory`; weights that do not fit the config.
     """
+    if is_hub_name(path):
+        located = {name: value for name, value in hub_arguments.items() if name in (*ARGUMENTS, "subfolder")}
+        return hub_directory(str(path), weights=weights, **located)
     if not is_gguf(path):
-        return path
+        return Path(path)
     check_checkpoint(path)
     path, status = Path(os.path.abspath(path)), os.stat(path)
     identity = f"2 {transformers.__version__} {path.resolve()} {status.st_size} {status.st_mtime_ns}"

@@ -124,7 +124,7 @@ def load(
     cost, and sinks, full decoding and Self-Extend would be lost.
 
     Args:
-        path: a directory that transformers saved, a GGUF file, or a name in the hub.
+        path: a directory that transformers saved, a GGUF file, or a name of the hub, OWNER/NAME.
         stripes: a layout, or its notation such as "GLLL:512", "GLLL:512+4" with sinks; None keeps what the checkpoint
             has, and the sinks of its zebra.json.
         rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
@@ -160,10 +160,10 @@ def load(
     )
     config = as_rope(rope).apply(config)
     setting = None if self_extend is None else resolve_self_extend(self_extend, config)
-    path = as_directory(path)
+    path = as_directory(path, **from_pretrained_arguments)
     check_quantization(path, config)
-    if Path(path).exists() and "variant" not in rest:
-        check_weights(Path(path) / rest.get("subfolder", ""), config)
+    if "variant" not in rest:
+        check_weights(path / rest.get("subfolder", ""), config)
     model = _loaded(path, config, rest)
     if changes_with_length(config):
         model.register_forward_pre_hook(length_dependent_rope_hook, with_kwargs=True)
@@ -226,8 +226,6 @@ def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[s
     if method is not None:
         dtype = rest.get("dtype", "auto")
         set_dequantised_dtype(model, model.dtype if dtype in ("auto", None) else read_dtype(dtype))
-    if not model.all_tied_weights_keys:  # of a name in the hub, whose files `read_config` does not see
-        model.config.tie_word_embeddings = False
     return model
 
 
@@ -250,8 +248,8 @@ def convert(
     Raises:
         ZebraError: as `check_conversion` and `converted_config`; weights that `load` rejects.
     """
+    check_conversion(source, Path(target), stripes, rope)
     source, target = Path(source), Path(target)
-    check_conversion(source, target, stripes, rope)
     config, local = converted_config(source, stripes, rope, full_decode)
     warn_settings_outside_config(local)
     if stripes_of(config) is not None and (text := warning(config.model_type)):
@@ -293,7 +291,7 @@ def converted_folder(
     source: Path, target: Path, config: PreTrainedConfig, local: LocalAttention, **more: Any
 ) -> Iterator[Path]:
     """Yield what `write_converted` writes, aside, before it gets its name."""
-    weights, files = check_weights(source, config), Path(as_directory(source))
+    weights, files = check_weights(source, config), as_directory(source)
     with atomic_directory(target) as aside:
         share_files(files, aside, weights)
         copy_other_files(files, aside, weights)

@@ -140,7 +140,7 @@ def _conversion_checks(
         with _mask_in_each_layer(model, layout, prompt):
             oracle[layout, prompt] = _logits(model, ids)
     del model
-    model = _plain_model(target, AutoConfig.from_pretrained(target, trust_remote_code=False), placement)
+    model = _plain_model(target, AutoConfig.from_pretrained(as_directory(target), trust_remote_code=False), placement)
     plain_short, plain_logits = _finite_logits(model, short), _logits(model, ids)
     del model
     model = load(target, **placement)

@@ -53,7 +53,7 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
         ZebraError: no weights, a missing, corrupt or truncated shard, or one outside the directory; tensors that are
             missing, of another shape than the config says, or of integers.
     """
-    directory = Path(as_directory(path))
+    directory = as_directory(path)
     files = _weight_files(directory)
     if absent := [name for name in files if not (directory / name).is_file()]:
         raise ZebraError(f"{path} lacks the shards {', '.join(absent)} that its index names. Copy them there.")

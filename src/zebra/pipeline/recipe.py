@@ -170,6 +170,4 @@ def _source(
             f"{where}: it begins with a checkpoint, and no stage before it writes one. Add model: the first one."
         )
     check_checkpoint(model)
-    if not Path(model).exists():
-        raise ZebraError(f"{where}: there is no checkpoint at {model}. Give the directory of one as model.")
     return Path(model), None

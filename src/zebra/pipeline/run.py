@@ -260,7 +260,7 @@ def _check_training(stage: Stage, source: Path | None, target: Path) -> None:
     dry_run(recipe)
     if isinstance(recipe, CheckpointRecipe) and recipe.lora is not None and not recipe.lora.merge:
         target.mkdir(parents=True)
-        adapter = {"base_model_name_or_path": str(Path(recipe.model).absolute())}  # no whole checkpoint
+        adapter = {"base_model_name_or_path": str(as_directory(recipe.model).absolute())}  # no whole checkpoint
         (target / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
     else:
         _write_placeholder(target, source, config, local_attention_for(recipe), templates)
@@ -277,7 +277,7 @@ def _check_conversations(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
 
 def _has_tokenizer(checkpoint: Path) -> bool:
     """A placeholder of a model that is trained from scratch has neither tokenizer nor weights."""
-    return any(Path(as_directory(checkpoint)).glob("tokenizer*"))
+    return any(as_directory(checkpoint).glob("tokenizer*"))
 
 
 def _write_placeholder(
@@ -285,7 +285,7 @@ def _write_placeholder(
 ) -> None:
     """A directory that reads like a checkpoint: links to the source's files, and its own config and templates."""
     target.mkdir(parents=True)
-    for file in Path(as_directory(source)).iterdir() if source is not None else ():
+    for file in as_directory(source).iterdir() if source is not None else ():
         if file.name not in ("config.json", "zebra.json", *templates):
             (target / file.name).symlink_to(file.resolve())
     for name, text in templates.items():

@@ -18,6 +18,7 @@ from typing import Any
 
 from zebra.errors import ZebraError
 from zebra.gguf import config_fields, is_gguf, read_header
+from zebra.hub import hub_directory, is_hub_name
 from zebra.plan.families import FAMILIES, FamilyTraits
 from zebra.plan.shapes import SHAPES, shape
 from zebra.plan.tensors import has_own_head, layer_bytes, stored_tensors
@@ -143,15 +144,17 @@ class Decoder:
 
 
 def read_decoder(model: str | os.PathLike[str]) -> Decoder:
-    """The decoder of a checkpoint's directory, a GGUF file, a config.json, or a built-in name.
+    """The decoder of a checkpoint's directory, a GGUF file, a config.json, a built-in name, or a name of the hub.
+
+    Of the hub only config.json is needed.
 
     Raises:
-        ZebraError: no such file or name, no JSON object, a size that is missing or not a whole number, latent attention
-            or shared experts, layers that are neither global nor local.
+        ZebraError: as `hub_directory`; no such file or name, no JSON object, a size that is missing or not a whole
+            number, latent attention or shared experts, layers that are neither global nor local.
     """
     if is_gguf(model):
         return decoder_from_config(config_fields(read_header(model)), name=str(model))
-    path = Path(model)
+    path = hub_directory(str(model), weights=False) if is_hub_name(model) else Path(model)
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
         try:

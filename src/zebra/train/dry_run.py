@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError
+from zebra.hub import is_hub_name
 from zebra.model.checkpoint import read_config
 from zebra.model.families import attention_pairs, layer_kinds, model_class
 from zebra.model.local import layout_name
@@ -58,7 +59,7 @@ def dry_run(recipe: _Known) -> DryRun:
 def _config(recipe: _Known) -> PreTrainedConfig:
     if isinstance(recipe, PretrainRecipe):
         return config_of(recipe)
-    if Path(recipe.model).exists():
+    if Path(recipe.model).exists() or (recipe.shape is None and is_hub_name(recipe.model)):
         return adapted_config(recipe, read_config(recipe.model))
     if recipe.shape is None:
         raise ZebraError(

@@ -29,8 +29,12 @@ def common_columns(recipe: Recipe) -> dict[str, Any]:
 def local_attention_for(recipe: Recipe) -> LocalAttention:
     """The local attention to train with: the source's (zebra.json), but the sinks of the recipe's layout if any."""
     local = LocalAttention()
-    if isinstance(recipe, CheckpointRecipe) and Path(recipe.model).exists():
-        local = read_local_attention(recipe.model)
+    if isinstance(recipe, CheckpointRecipe):
+        try:
+            local = read_local_attention(recipe.model)
+        except ZebraError:
+            if recipe.shape is None or Path(recipe.model).exists():  # else it is a dry run without the checkpoint
+                raise
     return local if recipe.stripes is None else replace(local, sinks=Stripes.parse(recipe.stripes).sinks)
 
 

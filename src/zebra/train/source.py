@@ -53,10 +53,6 @@ def read_source(
     """
     check_machine(recipe.train)
     config = read_config(recipe.model)
-    if not Path(recipe.model).exists():
-        raise ZebraError(
-            f"the model of a recipe is a directory or a GGUF file; got {recipe.model}. Download the checkpoint first."
-        )
     tokenizer = load_tokenizer(recipe.model, config, trust_remote_code=trust_remote_code)
     config = adapted_config(recipe, config)
     check_weights(recipe.model, config)
@@ -141,7 +137,7 @@ class CheckpointStart(Start):
             ZebraError: what was written differs from what was trained.
         """
         run, source, low_rank = Path(self.recipe.run), Path(self.recipe.model), self.recipe.lora
-        files_of_source = Path(as_directory(source))
+        files_of_source = as_directory(source)
         dtype, trained = stored_dtype(files_of_source), model
         base = run / "base" if low_rank is not None and not low_rank.merge else None
         expected = None if low_rank is None else _logits(trained.float())
