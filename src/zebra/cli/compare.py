@@ -11,7 +11,7 @@ from zebra.cli import options, show
 
 
 def compare(
-    checkpoint: options.LocalCheckpoint,
+    checkpoint: options.Checkpoint,
     text: Annotated[list[str], typer.Argument(help="Your text: files, folders or globs. One window at least.")],
     length: Annotated[int, typer.Option(min=2, help="Tokens of context that you need.")],
     stripes: Annotated[

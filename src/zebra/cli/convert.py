@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: options.LocalCheckpoint,
+    source: options.Checkpoint,
     target: Annotated[Path, typer.Argument(help="Directory to write; it must not exist, or be empty.")],
     stripes: Annotated[
         str | None,
@@ -65,7 +65,7 @@ def _converted(
 
 
 def export(
-    checkpoint: options.LocalCheckpoint,
+    checkpoint: options.Checkpoint,
     target: Annotated[Path, typer.Argument(help="What is written: a file that ends in .gguf, or a folder.")],
     to: Annotated[
         Literal["gguf", "mlx", "vllm", "sglang"],

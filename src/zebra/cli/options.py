@@ -90,16 +90,17 @@ def _loading(name: str, text: str, check: Callable[[str | None], str | None] | N
 
 
 def _plain_path(value: str) -> str:
-    """The path of a directory as results name it, `a/b` for `./a/b/`; anything else may be a name in the hub."""
+    """The path of a directory as results name it, `a/b` for `./a/b/`; anything else may be a name of the hub."""
     return str(Path(value)) if Path(value).exists() else value
 
 
-def _checkpoint(forms: str) -> Any:
-    return typer.Argument(callback=_plain_path, help=f"Checkpoint: a directory that transformers saved{forms}.")
-
-
-Checkpoint = Annotated[str, _checkpoint(", a GGUF file, or OWNER/NAME in the hub")]
-LocalCheckpoint = Annotated[str, _checkpoint(" or a GGUF file")]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        callback=_plain_path,
+        help="Checkpoint: a directory that transformers saved, a GGUF file, or OWNER/NAME of the hub.",
+    ),
+]
 StripesNotation = Annotated[
     str | None,
     _loading(
