@@ -28,6 +28,8 @@ from zebra.report import page
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
 from zebra.results import Result, read_results, write_results
+from zebra_bench.configs import SMOLLM2_STRIPES as STRIPES
+from zebra_bench.published import stored_results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,8 +37,6 @@ FAMILIES, SMOLLM2 = RESULTS / "engines.jsonl", RESULTS / "engines-smollm2.jsonl"
 PAGE = ROOT / "docs" / "results" / "engines.md"
 PYTHON = ROOT / ".venv-gguf" / "bin" / "python"
 STRIPED = ROOT / "runs" / "engines" / "striped.gguf"
-STRIPES = "7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024"
-"""What `zebra select` chose (docs/results/smollm2.md)."""
 BOOK = ROOT / "examples" / "books" / "validation" / "the_secret_garden.txt"
 TOKENS, NEW_TOKENS, TURNS = 4000, 64, 3
 TASK = "llama.cpp, SmolLM2-135M-Instruct Q4_1"
@@ -245,7 +245,7 @@ def write_page() -> None:
         ZebraError: none of the families.
     """
     tiny = read_results(FAMILIES)
-    real = read_results(SMOLLM2) if SMOLLM2.is_file() else []
+    real = stored_results(SMOLLM2)
     sections = [families(tiny), otherwise(tiny), smollm2(real), method([*tiny, *real])]
     written = page.markdown("", "Exports, run by their engines", [], [one for one in sections if one.blocks])
     atomic_write(PAGE, written)

@@ -28,22 +28,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from zebra import kernels
 from zebra.errors import ZebraError
-from zebra.kernels import Mask, Request, attend
+from zebra.kernels import Mask
 from zebra.kernels.self_extend import self_extend_attention
 from zebra.measure import TOLERANCE, measure_ceilings, paired_seconds, relative_error
 from zebra.model.load import device_name, read_device
 from zebra.plan.cost import bytes_moved
-from zebra.results import Result, read_results, write_results
+from zebra.results import Result
 from zebra.stripes import Stripes, visible_pairs
 from zebra_bench import generation, train_step
-from zebra_bench.configs import DecodeConfig, StripedConfig, TrainStepConfig
+from zebra_bench.attention import attend_with, forward_backward, inputs, own_kernels
+from zebra_bench.configs import AttentionConfig, DecodeConfig, StripedConfig, TrainStepConfig
 from zebra_bench.models import plan_run
+from zebra_bench.published import replace_run
 from zebra_bench.runner import Benchmark, Call, gate
 
 ROOT = Path(__file__).parent.parent
@@ -55,15 +55,12 @@ class Sizes:
     """What is measured on a device.
 
     Attributes:
-        lengths, window, heads, kv_heads, head_dim: of attention.
-        decode, step: of a model; a token behind its length, a training step on it.
+        attention: a layer, measured at `lengths`.
+        decode, step: a model; a token behind its length, a training step on it.
     """
 
     lengths: tuple[int, ...]
-    window: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    attention: AttentionConfig
     decode: DecodeConfig
     step: TrainStepConfig
     repeats: int
@@ -73,13 +70,15 @@ _WIDTH: Any = {"stripes": "GLLL:4096", "heads": 32, "head_dim": 128, "dtype": "b
 _TOY: Any = {"heads": 4, "head_dim": 16, "dtype": "float32", "vocab_size": 97, "layers": 2, "intermediate_size": 32}
 SIZES = {
     "cuda": Sizes(
-        (16384, 65536, 131072), 4096, 32, 8, 128,
+        (16384, 65536, 131072),
+        AttentionConfig(window=4096, heads=32, key_value_heads=8, head_dim=128, dtype="bfloat16"),
         DecodeConfig(length=131072, layers=8, key_value_heads=8, intermediate_size=14336, **_WIDTH),
         TrainStepConfig(length=65536, layers=4, intermediate_size=11008, **_WIDTH),
         5,
     ),
     "cpu": Sizes(
-        (300, 600), 64, 4, 2, 16,
+        (300, 600),
+        AttentionConfig(window=64, heads=4, key_value_heads=2, head_dim=16),
         DecodeConfig(length=2100, key_value_heads=2, stripes="GL:64", **_TOY),
         TrainStepConfig(length=300, stripes="GL:64", **_TOY),
         1,
@@ -99,21 +98,24 @@ Calls = Mapping[str, Callable[[], object]]
 
 def attention(sizes: Sizes, device: str) -> Iterator[Result]:
     """Milliseconds of a layer, and the rates by visible pairs."""
+    config = replace(sizes.attention, device=device)
+    window = config.window
     for length in sizes.lengths:
-        own = _local_kernels(sizes, device, length)
-        q, k, v, grad = _inputs(sizes, device, length)
+        own = _local_kernels(config, length)
+        tensors = inputs(config, length)
+        q, k, v, _ = tensors
         calls: dict[str, Callable[[], object]] = {
-            f"zebra, {name}": partial(_both, partial(_local, name, sizes.window), q, k, v, grad) for name in own
+            f"zebra, {name}": partial(forward_backward, partial(attend_with, name, window), tensors) for name in own
         }
-        calls["torch, flash, causal"] = partial(_both, _flash, q, k, v, grad)
+        calls["torch, flash, causal"] = partial(forward_backward, _flash, tensors)
         calls["torch, flash, causal, forward"] = partial(_flash, q, k, v)
-        calls["zebra, Self-Extend, forward"] = partial(_self_extend, sizes.window, q, k, v)
-        _check_attention(sizes, device, own)
-        task = f"bench attention: window {sizes.window}, {sizes.heads} heads of {sizes.head_dim}"
+        calls["zebra, Self-Extend, forward"] = partial(_self_extend, window, q, k, v)
+        _check_attention(config, own)
+        task = f"bench attention: window {window}, {config.heads} heads of {config.head_dim}"
         times = dict(_milliseconds(calls, sizes.repeats))
         for name, spread in times.items():
             yield _row("attention", name, task, "milliseconds", length, device, **spread)
-        pairs = {"local": visible_pairs(length, sizes.window), "global": visible_pairs(length)}
+        pairs = {"local": visible_pairs(length, window), "global": visible_pairs(length)}
         full = pairs["global"] / times["torch, flash, causal"]["value"]
         for name in own:
             rate = pairs["local"] / times[f"zebra, {name}"]["value"] / full
@@ -123,25 +125,10 @@ def attention(sizes: Sizes, device: str) -> Iterator[Result]:
         yield _row("attention", "zebra, Self-Extend", task, "self_extend_time", length, device, value=ratio)
 
 
-def _inputs(sizes: Sizes, device: str, length: int) -> list[Tensor]:
-    """q, k, v and the output's gradient, (1, heads, length, D)."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    heads = sizes.heads, sizes.kv_heads, sizes.kv_heads, sizes.heads
-    return [torch.randn(1, h, length, sizes.head_dim, device=device, dtype=dtype) for h in heads]
-
-
-def _local_kernels(sizes: Sizes, device: str, length: int) -> list[str]:
+def _local_kernels(config: AttentionConfig, length: int) -> list[str]:
     """The kernels for a GPU that serve a local layer here; tiles elsewhere."""
-    q, k, v, _ = _inputs(sizes, device, min(length, 512))
-    request = Request(q.requires_grad_(), k, v, Mask(sizes.window), 1.0, with_lse=False)
-    names = ("varlen", "flex") if device.startswith("cuda") else ("banded",)
-    return [one.name for one in kernels.KERNELS if one.name in names and one.declines(request) is None]
-
-
-def _local(name: str, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with kernels.only(name):
-        return attend(q, k, v, Mask(window), with_lse=False)[0]
+    names = ("varlen", "flex") if read_device(config.device).startswith("cuda") else ("banded",)
+    return [one for one in own_kernels(inputs(config, min(length, 512)), config.window) if one in names]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -153,26 +140,23 @@ def _self_extend(window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return self_extend_attention(q, k, q, k, v, Mask(), window=window)[0]
 
 
-def _both(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = attention(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
-
-
-def _check_attention(sizes: Sizes, device: str, names: list[str]) -> None:
+def _check_attention(config: AttentionConfig, names: list[str]) -> None:
     """Check each kernel, gradients too, and Self-Extend with one rotation for both parts, against the formula.
 
     Raises:
         ZebraError: one differs by more than rounding.
     """
-    inputs = _inputs(sizes, device, sizes.window + 129)
-    expected = _both(partial(_local, "reference", sizes.window), *inputs)
-    errors = {n: relative_error(_both(partial(_local, n, sizes.window), *inputs), expected) for n in names}
-    whole = _self_extend(sizes.window, *inputs[:3])
-    errors["Self-Extend"] = relative_error([whole], [_flash(*inputs[:3])])
-    dtype = str(inputs[0].dtype).removeprefix("torch.")
-    if wrong := {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}:
-        raise ZebraError(f"off by more than {TOLERANCE[dtype]:.0e}: {wrong}. Nothing was measured.")
+    tensors = inputs(config, config.window + 129)
+
+    def computed(name: str) -> list[Tensor]:
+        return forward_backward(partial(attend_with, name, config.window), tensors)
+
+    expected, (q, k, v, _) = computed("reference"), tensors
+    errors = {name: relative_error(computed(name), expected) for name in names}
+    errors["Self-Extend"] = relative_error([_self_extend(config.window, q, k, v)], [_flash(q, k, v)])
+    tolerance = TOLERANCE[config.dtype]
+    if wrong := {name: error for name, error in errors.items() if not error <= tolerance}:
+        raise ZebraError(f"off by more than {tolerance:.0e}: {wrong}. Nothing was measured.")
 
 
 def decode(sizes: Sizes, device: str) -> Iterator[Result]:
@@ -263,8 +247,7 @@ def main(arguments: list[str]) -> None:
     for name, part in PARTS.items():
         if name in (options.parts or PARTS):
             results = list(part(SIZES[kind], device))
-            others = [one for one in read_results(options.out) if one.run != name] if options.out.is_file() else []
-            write_results(options.out, [*others, *results])
+            replace_run(options.out, name, results, PARTS)
             print(*map(line, results), sep="\n", flush=True)
             print(f"{name}: {time.monotonic() - start:,.0f} s so far", file=sys.stderr)
 

@@ -30,11 +30,12 @@ from zebra.report import figures, page
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
 from zebra.report.series import FULL, percent, stripes_of
-from zebra.results import Result, read_results, write_results
+from zebra.results import Result
 from zebra.stripes import layer_letters
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
 from zebra.train.recipe_file import read_recipe
+from zebra_bench.published import replace_run, stored_results
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "retrieval-2.2M"
@@ -83,7 +84,7 @@ def layouts() -> Iterator[list[Result]]:
 
 def adapted() -> Iterator[list[Result]]:
     """The chosen, the best and the worst layouts, after a short adaptation to each."""
-    measured_layouts = _of(_read(), "layouts")
+    measured_layouts = _of(stored_results(FILE), "layouts")
     deciding = []
     for count in (1, 2):
         ranked = _ranked(measured_layouts, count)
@@ -103,7 +104,7 @@ def beyond() -> Iterator[list[Result]]:
     """To four times the trained length: full attention, and the chosen layout of one global layer, adapted."""
     extended: dict[str, Any] = {"self_extend": f"auto:{4 * TRAINED}"}
     settings: dict[str, Any] = {"tasks": ("passkey", "lookup"), "lengths": [2 * TRAINED, 4 * TRAINED], "samples": 10}
-    best = _chosen(_of(_read(), "layouts"), 1)
+    best = _chosen(_of(stored_results(FILE), "layouts"), 1)
     assert best is not None
     for self_extend in ({}, extended):
         yield measured("beyond", **settings, **self_extend)
@@ -114,10 +115,6 @@ PARTS = {"layouts": layouts, "adapted": adapted, "beyond": beyond}
 
 
 # The page, from the results
-
-
-def _read() -> list[Result]:
-    return read_results(FILE) if FILE.is_file() else []
 
 
 def _of(results: Sequence[Result], part: str) -> list[Result]:
@@ -325,9 +322,8 @@ def main(arguments: list[str]) -> None:
         results: list[Result] = []  # the earlier results stay until the first new ones exist
         for new in PARTS[part]():
             results += new
-            others = [result for result in _read() if result.run != part]
-            write_results(FILE, sorted([*others, *results], key=lambda result: [*PARTS].index(result.run)))
-    write_page(_read())
+            replace_run(FILE, part, results, PARTS)
+    write_page(stored_results(FILE))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import interval_cell, split, table, where
 from zebra.report.series import Span, buckets, by_kind, percent, short_layouts, span_name, span_of
 from zebra.results import Result, read_results, write_results
+from zebra_bench.configs import SMOLLM2_STRIPES as CHOSEN
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,8 +45,6 @@ PAGE = ROOT / "docs" / "results" / "smollm2.md"
 PICTURES = ROOT / "docs" / "images" / "smollm2"
 
 MODEL = "runs/demo-llm/smollm2"
-CHOSEN = "7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024"
-"""What the part `selection` chose."""
 LIMIT, WINDOW = 8192, 1024
 AUTO = "8:2048"
 """What `auto:16384` takes."""

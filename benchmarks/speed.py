@@ -25,7 +25,7 @@ from zebra.cli import show
 from zebra.errors import ZebraError
 from zebra.measure import ceiling_results, measure_ceilings
 from zebra.model.load import read_device
-from zebra.results import Result, read_results, write_results
+from zebra.results import Result
 from zebra_bench.configs import (
     AttentionConfig,
     BenchmarkConfig,
@@ -34,6 +34,7 @@ from zebra_bench.configs import (
     SelfExtendConfig,
     TrainStepConfig,
 )
+from zebra_bench.published import replace_run
 from zebra_bench.runner import run_benchmark
 
 ROOT = Path(__file__).parent.parent
@@ -116,15 +117,8 @@ def main(arguments: list[str]) -> None:
         return
     for part in parts:
         print(part, file=sys.stderr)
-        _publish(part, measured(PARTS[part], part))
+        replace_run(RESULTS / f"{KIND}.jsonl", part, measured(PARTS[part], part), PARTS)
     write_page(RESULTS, PAGE, IMAGES)
-
-
-def _publish(part: str, results: list[Result]) -> None:
-    """The results of a part replace its earlier ones, which stay until then."""
-    file = RESULTS / f"{KIND}.jsonl"
-    others = [result for result in (read_results(file) if file.is_file() else []) if result.run != part]
-    write_results(file, sorted([*others, *results], key=lambda result: [*PARTS].index(result.run)))
 
 
 if __name__ == "__main__":

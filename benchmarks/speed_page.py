@@ -13,7 +13,8 @@ from zebra.files import atomic_write
 from zebra.report import page
 from zebra.report.method import method
 from zebra.report.page import Cell, Section
-from zebra.results import Result, read_results
+from zebra.results import Result
+from zebra_bench.published import stored_results
 
 SMOLLM2 = "speed-smollm2.jsonl"
 SHOWN = (
@@ -46,7 +47,7 @@ def write_page(folder: Path, target: Path, images: Path) -> None:
         ZebraError: no results at all.
     """
     files = {name: folder / name for name in (SMOLLM2, "cpu.jsonl")}
-    results = {name: read_results(file) if file.is_file() else [] for name, file in files.items()}
+    results = {name: stored_results(file) for name, file in files.items()}
     if not any(results.values()):
         raise ZebraError(f"there are no results in {folder}. Measure first: python benchmarks/speed.py")
     shown = sections(results[SMOLLM2], results["cpu.jsonl"])

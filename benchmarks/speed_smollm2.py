@@ -41,9 +41,10 @@ from zebra.measure import TOLERANCE, ceiling_results, measure_ceilings, relative
 from zebra.model.load import device_name
 from zebra.plan.cost import flops
 from zebra.plan.devices import Device
-from zebra.results import Result, append_results, read_results
+from zebra.results import Result, append_results
 from zebra_bench.llama_server import LlamaServer, llama_server
 from zebra_bench.peak_memory import extra_bytes
+from zebra_bench.published import stored_results
 from zebra_bench.runner import Workload, highest
 from zebra_bench.smollm2 import STEPS, Case, layout_of, load, prepare, tokens, write_random
 from zebra_bench.waterfall import PARTS as WATERFALL
@@ -277,7 +278,7 @@ def main(arguments: list[str]) -> None:
             print_extra_bytes(Case(phase, int(length), way, dtype, attention or None), checkpoint)
             return
         for name, part in names.items():
-            present = {(one.run, one.device) for one in read_results(options.out)} if options.out.is_file() else set()
+            present = {(one.run, one.device) for one in stored_results(options.out)}
             if (not options.parts or name in options.parts) and (name, device_name("cpu")) not in present:
                 print(name, file=sys.stderr)
                 results = measure(part, options, checkpoint)

@@ -31,6 +31,7 @@ from zebra.train.recipe import PretrainRecipe
 from zebra.train.recipe_file import read_recipe
 from zebra.train.texts import read_texts
 from zebra_bench import study as bench
+from zebra_bench.published import stored_results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "study.jsonl"
@@ -78,7 +79,7 @@ LIMITS = [
 def publish(results: list[Result]) -> None:
     """Results in the place of those that were published: of the run's models, of steps' costs, or of both."""
     replaced = {*map(_is_timed, results)}
-    others = [one for one in read_results(RESULTS) if _is_timed(one) not in replaced] if RESULTS.is_file() else []
+    others = [one for one in stored_results(RESULTS) if _is_timed(one) not in replaced]
     write_results(RESULTS, sorted([*others, *results], key=_is_timed))
 
 
@@ -89,7 +90,7 @@ def _is_timed(one: Result) -> bool:
 def extend(run: Path) -> None:
     """Read rotary models of a run to their longest context with Self-Extend, on text and on recall."""
     file = run / EXTENDED
-    done = {one.run for one in read_results(file)} if file.is_file() else set()
+    done = {one.run for one in stored_results(file)}
     recipes = [read_recipe(cell.parent / "recipe.yaml", PretrainRecipe) for cell in sorted(run.glob("cells/*/model"))]
     todo = [recipe for recipe in recipes if _extends(recipe) and Path(recipe.run).name not in done]
     with bar("models", len(todo), "models") as advance:
@@ -128,8 +129,7 @@ def main(arguments: list[str]) -> None:
                 print(f"left out: {line}", file=sys.stderr)
             publish(results)
         case [run] if (Path(run) / "results.jsonl").is_file():
-            files = [Path(run) / "results.jsonl", Path(run) / EXTENDED]
-            publish([one for file in files if file.is_file() for one in read_results(file)])
+            publish([*read_results(Path(run) / "results.jsonl"), *stored_results(Path(run) / EXTENDED)])
         case _:
             raise ZebraError(
                 f"{' '.join(arguments)!r} is no command, and no run with a results.jsonl. See the head of the file."

@@ -51,6 +51,8 @@ from zebra.plan.memory import kv_bytes, snapshot_bytes
 from zebra.provenance import versions
 from zebra.results import Result, read_results, write_results
 from zebra.stripes import Stripes
+from zebra_bench.configs import SMOLLM2_STRIPES
+from zebra_bench.published import stored_results
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "turns.jsonl"
@@ -64,8 +66,6 @@ ROOM = 1024
 """Tokens beside the document: the template, questions and answers."""
 WARM_UP = "Write a sentence about this.\n\n" + "The quick brown fox jumps over the lazy dog. " * 40
 """Loads what a first answer loads, kernels for long prompts too."""
-STRIPES = "7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024"
-"""What `zebra select` chose for SmolLM2-135M-Instruct (benchmarks/smollm2.py)."""
 SNAPSHOTS = 4
 """How many the cache of a conversation keeps at most."""
 
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("subjects", nargs="*", help="Default: all.")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "runs" / "demo-llm" / "smollm2")
     parser.add_argument("--length", type=int, action="append", help="Tokens of the document. Default: 4096, 16384.")
-    parser.add_argument("--stripes", default=STRIPES)
+    parser.add_argument("--stripes", default=SMOLLM2_STRIPES)
     parser.add_argument("--gguf", type=Path, help="The model for llama-server.")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--page", action="store_true")
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str]) -> None:
         if absent := [one for one in options.subjects if one not in (*table, "rounding")]:
             raise ZebraError(f"subjects are {', '.join(table)} and rounding here; got {', '.join(absent)}.")
         for name in options.subjects or table:
-            results = read_results(options.out) if options.out.exists() else []
+            results = stored_results(options.out)
             if any((one.run, one.length) == (name, length) for one in results):
                 continue
             print(f"{name}, {length:,} tokens", flush=True)

@@ -13,6 +13,8 @@ RUN = "bench"
 """The run of the results."""
 FAST = ", fast float32"
 """Follows the names of what ran under torch's float32 matmul precision `medium`."""
+SMOLLM2_STRIPES = "7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024"
+"""What `zebra select` chose for SmolLM2-135M-Instruct (docs/results/smollm2.md)."""
 
 SELF_EXTEND_WORKLOADS = ("attention", "authors", "decode", "chunks")
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 import zebra.model.attention  # noqa: F401  registers "zebra"
 from zebra.model.families import model_class, with_stripes
 from zebra.model.load import read_device, read_dtype
+from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.plan.cost import Run
 from zebra.plan.decoder import decoder_from_config
 from zebra.plan.devices import Device
@@ -54,6 +55,12 @@ def random_tokens(config: ModelConfig, length: int) -> Tensor:
     """Token ids (B, T)."""
     torch.manual_seed(config.seed)
     return torch.randint(3, config.vocab_size, (config.batch_size, length)).to(read_device(config.device))
+
+
+def own_loss(model: Any, tokens: Tensor) -> Tensor:
+    """The mean loss by chunks of tokens, as in zebra's trainings; tokens (B, T)."""
+    states = model(tokens, **without_logits(tokens.device)).hidden_states[-1]
+    return summed_loss(states, head_of(model), tokens) / tokens[:, 1:].numel()
 
 
 def plan_run(config: ModelConfig, stripes: Stripes | None, phase: str) -> Run:

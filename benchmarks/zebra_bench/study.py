@@ -26,7 +26,6 @@ from zebra.model.attention import NAME
 from zebra.model.families import model_class
 from zebra.model.load import read_device
 from zebra.model.local import layout_name
-from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.model.override import get_override, set_override
 from zebra.plan.cost import flops
 from zebra.results import Result
@@ -39,7 +38,7 @@ from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe, Training
 from zebra.train.trainer import optimizer_of
 from zebra_bench.configs import RUN, BenchmarkConfig
-from zebra_bench.models import planned_seconds
+from zebra_bench.models import own_loss, planned_seconds
 from zebra_bench.runner import Benchmark, Call, Variant, Workload, run_benchmark
 
 
@@ -134,8 +133,7 @@ def _model(config: Any, device: str | None) -> Any:
 
 def _loss(model: Any, tokens: Tensor, train: Training) -> Tensor:
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.bf16):
-        states = model(tokens, **without_logits(tokens.device)).hidden_states[-1]
-        return summed_loss(states, head_of(model), tokens) / tokens[:, 1:].numel()
+        return own_loss(model, tokens)
 
 
 def _prepare(recipe: PretrainRecipe, device: str | None) -> Call:

@@ -13,10 +13,17 @@ from torch import Tensor
 
 from zebra.measure import relative_error
 from zebra.model.attention import NAME
-from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.stripes import Stripes
 from zebra_bench.configs import TrainStepConfig
-from zebra_bench.models import llama_config, plan_run, planned_seconds, random_model, random_tokens, sizes_in_words
+from zebra_bench.models import (
+    llama_config,
+    own_loss,
+    plan_run,
+    planned_seconds,
+    random_model,
+    random_tokens,
+    sizes_in_words,
+)
 from zebra_bench.runner import Benchmark, Call, Variant, Workload
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -37,13 +44,8 @@ def benchmark(config: TrainStepConfig) -> Benchmark:
 
     million = run.decoder.num_parameters / 1e6
     task = f"train step: {million:.1f}M parameters, {sizes_in_words(config)}, vocabulary {config.vocab_size}"
-    variants = variant("zebra", NAME, _own_loss), variant("transformers, sdpa", "sdpa", _loss_of_transformers)
+    variants = variant("zebra", NAME, own_loss), variant("transformers, sdpa", "sdpa", _loss_of_transformers)
     return Benchmark(task=task, variants=variants)
-
-
-def _own_loss(model: Any, tokens: Tensor) -> Tensor:
-    states = model(tokens, **without_logits(tokens.device)).hidden_states[-1]
-    return summed_loss(states, head_of(model), tokens) / tokens[:, 1:].numel()
 
 
 def _loss_of_transformers(model: Any, tokens: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def _error(config: TrainStepConfig) -> float:
     small = replace(config, length=length, batch_size=1, layers=layers, vocab_size=vocab_size)
     tokens = random_tokens(small, small.length)
     results = []
-    for attention, loss in ((NAME, _own_loss), ("eager", _loss_of_transformers)):
+    for attention, loss in ((NAME, own_loss), ("eager", _loss_of_transformers)):
         model = _model(small, attention)
         with _autocast(small, tokens.device):
             total = loss(model, tokens)
