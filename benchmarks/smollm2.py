@@ -31,6 +31,7 @@ from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.report import methods, page, perplexity, retrieval, selection, tasks
 from zebra.report.answers import answers
+from zebra.report.compared import answered
 from zebra.report.figures import Figure, plot_positions
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
@@ -336,7 +337,7 @@ def documents(results: Sequence[Result]) -> Section:
 
 
 def _shares(results: Sequence[Result]) -> str:
-    return ", ".join(methods.answered([one]) for one in results)
+    return ", ".join(answered([one]) for one in results)
 
 
 def _largest(setting: str) -> float:

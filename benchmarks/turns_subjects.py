@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from zebra.conversation import Conversation
-from zebra.errors import ZebraError
 from zebra.model.load_options import loaded_layout_name
+from zebra_bench.servers import free_port, llama_process, response_lines, running
 
 ANSWER = 64
 """Tokens of an answer, at most."""
-
-
-def response_lines(port: int, path: str, body: bytes | None = None) -> Iterator[bytes]:
-    """The lines of an answer as they come."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=7200)
-    try:
-        connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise ZebraError(f"{path} answered with status {response.status}: {response.read(500).decode()}")
-        yield from response
-    finally:
-        connection.close()
 
 
 class Chat(Protocol):
@@ -160,11 +142,8 @@ def transformers_serve(checkpoint: Path) -> Iterator[Chat]:
 
 @contextmanager
 def llama_server(gguf: Path, context: int) -> Iterator[Chat]:
-    port = free_port()
-    command = ["llama-server", "-m", str(gguf), "-c", str(context), "-t", str(torch.get_num_threads()), "-np", "1"]
-    # Else it holds a slot to the trained length; and says what its cache takes at this verbosity alone.
-    command += ["--override-kv", f"llama.context_length=int:{context}", "-lv", "4", "--port", str(port)]
-    with running(command, port) as log:
+    log_sizes = ("-lv", "4")  # it says what its cache takes at this verbosity alone
+    with llama_process(gguf, context, torch.get_num_threads(), more=log_sizes) as (port, log):
 
         def read_bytes() -> float | None:
             log.seek(0)
@@ -172,34 +151,3 @@ def llama_server(gguf: Path, context: int) -> Iterator[Chat]:
             return sum(map(float, sizes)) * 2**20 if sizes else None
 
         yield Served(port, gguf.stem, "full", read_bytes)
-
-
-@contextmanager
-def running(command: Sequence[str], port: int) -> Iterator[IO[str]]:
-    """A server that listens, and what it writes."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + 600
-            while not _is_up(port):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise ZebraError(f"{' '.join(command)} does not come up: {log.read()[-500:]}")
-                time.sleep(0.5)
-            yield log
-        finally:
-            process.terminate()
-            process.wait(timeout=120)
-
-
-def _is_up(port: int) -> bool:
-    try:
-        return bool(list(response_lines(port, "/health")))
-    except (OSError, ZebraError, http.client.HTTPException):
-        return False
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])

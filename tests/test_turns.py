@@ -17,6 +17,7 @@ import turns_rounding
 import turns_subjects
 from zebra.errors import ZebraError
 from zebra.results import Result, read_results, write_results
+from zebra_bench import servers
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -122,6 +123,6 @@ def test_a_server_that_ends_at_once_is_one_clear_error() -> None:
     command = ["sh", "-c", "echo no model; exit 1"]
     with (
         pytest.raises(ZebraError, match="does not come up: no model"),
-        turns_subjects.running(command, turns_subjects.free_port()),
+        servers.running(command, servers.free_port()),
     ):
         raise AssertionError

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from turns_subjects import free_port, response_lines, running
+from zebra_bench.servers import llama_process, response_lines
 
 _CHOICES = 64
 """Log-probabilities that it is asked for."""
@@ -44,10 +44,6 @@ class LlamaServer:
 
 @contextmanager
 def llama_server(program: str, gguf: Path, context: int, threads: int) -> Iterator[LlamaServer]:
-    """A server of a GGUF file, 16-bit keys and values, its own defaults besides."""
-    port = free_port()
-    command = [program, "-m", str(gguf), "-c", str(context), "-np", "1", "-t", str(threads), "-tb", str(threads)]
-    # Else it holds a slot to the trained length.
-    command += ["--override-kv", f"llama.context_length=int:{context}", "--port", str(port)]
-    with running(command, port):
+    """A server of a GGUF file, with keys and values of 16 bits."""
+    with llama_process(gguf, context, threads, program=program) as (port, _):
         yield LlamaServer(port)

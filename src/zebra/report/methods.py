@@ -1,4 +1,4 @@
-"""Ways to read long texts side by side (`zebra compare`): a table, a picture, and the advice that follows from them."""
+"""Ways to read long texts side by side (`zebra compare`): tables, a picture, and the advice that follows from them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
+from zebra.report.advice import advice
+from zebra.report.compared import Methods, answered, comparisons
 from zebra.report.figures import ACCENT, Figure, drawable
 from zebra.report.page import Cell, Line, Section, Table
 from zebra.report.pivot import Results, Show, interval_cell, split, table, value_cell
 from zebra.report.series import (
-    Series,
     Span,
-    buckets,
-    labels,
     layer_lists,
     number,
     percent,
-    series_of,
-    span_name,
     span_of,
     task_name,
 )
@@ -33,73 +30,17 @@ HOW = (
     "that were answered, over all depths. Read: the time from an empty cache to the first token; cache: the keys and "
     "values that it then holds; both as multiples of those of `full`, the checkpoint as it is. Each time is one timing."
 )
-_CLOSE = math.log(1.02)
-"""A perplexity that is less than 2 % above the best is as good."""
 _COSTS = (
     ("read", "s", "prefill_seconds", 1.0),
     ("a token", "ms", "decode_seconds", 1e-3),
     ("cache", "MiB", "kv_bytes", 2.0**20),
 )
-_FEW_SAMPLES = 20
-"""Below so many answers a share in percent would promise too much."""
-_READS = 1.25
-"""A method reads the text whose perplexity is at most so many times that within the trained length."""
-_CHEAP = 0.75
-"""A cache that is smaller than this share of another is cheap."""
-
-
-class Methods:
-    """The methods of one comparison, the checkpoint as it is first."""
-
-    def __init__(self, results: Sequence[Result]):
-        by_series = split((one for one in results if not one.task.startswith("compare-failed")), series_of)
-        self.by_series = by_series
-        self.baseline = next(iter(by_series))
-        self.names = labels(by_series)
-        self.length = results[0].length or 0
-        trained = [one.value for one in results if one.task == "compare-trained"]
-        self.trained = trained[0] if trained else math.inf
-        spans = buckets(one for one in results if one.metric == "perplexity")
-        inside = [span for span in spans if span[1] <= self.trained]
-        self.near = inside[-1] if inside and inside[-1] != spans[-1] else spans[max(0, len(spans) - 2)]
-        """The last positions that the checkpoint was trained for; where all are, those before the last."""
-        self.spans = [span for span in spans if span[0] >= self.near[0]]
-        self.far = spans[-1]
-        self.device = results[0].device
-
-    def one(self, series: Series, metric: str, span: Span | None = None) -> Result | None:
-        """The result of a metric, at a span of positions where one is given."""
-        same = (one for one in self.by_series[series] if one.metric == metric)
-        return next((one for one in same if span is None or span_of(one) == span), None)
-
-    def value(self, series: Series, metric: str, span: Span | None = None) -> float:
-        """Its value; NaN where the method has none."""
-        one = self.one(series, metric, span)
-        return math.nan if one is None else one.value
-
-    def answers(self, series: Series, task: str | None = None) -> list[Result]:
-        """The retrieval results of a task, or of all."""
-        scored = [one for one in self.by_series[series] if one.task.startswith("retrieval-")]
-        return [one for one in scored if task in (None, one.task)]
-
-    def share(self, series: Series) -> float:
-        """The share of answers over all tasks and depths; NaN without any."""
-        scores = [one.value for one in self.answers(series)]
-        return sum(scores) / len(scores) if scores else math.nan
-
-
-def answered(results: Sequence[Result]) -> str:
-    """How many samples of some retrieval results were answered: of many in percent, of a few `1 of 1`."""
-    total = sum(one.n or 0 for one in results)
-    if 0 < total < _FEW_SAMPLES:
-        return f"{sum(one.value * (one.n or 0) for one in results):.0f} of {total}"
-    return percent(sum(one.value for one in results) / len(results), decimals=0)
 
 
 def methods(results: Iterable[Result]) -> Section:
     """The table and the picture of each comparison."""
     blocks: list[str | Table | Figure] = []
-    for i, here in enumerate(_comparisons(results), start=1):
+    for i, here in enumerate(comparisons(results), start=1):
         compared = Methods(here)
         caption = f"Ways to read {compared.length:,} tokens: quality and cost"
         panels = [*_panels(compared)]
@@ -110,24 +51,18 @@ def methods(results: Iterable[Result]) -> Section:
 
 def method_summaries(results: Iterable[Result]) -> list[Line]:
     """The advice of each comparison."""
-    return [_advice(Methods(here)) for here in _comparisons(results)]
+    return [advice(Methods(here)) for here in comparisons(results)]
 
 
 def method_tables(results: Iterable[Result]) -> tuple[list[Table], list[str]]:
     """The tables of one comparison, and the lines below them: what failed, and the advice."""
-    (here,) = _comparisons(results)
+    (here,) = comparisons(results)
     compared = Methods(here)
     return [_table(compared), _cost_table(compared)], [
         *layer_lists(one.layout for one in here),
         *_failures(here),
-        "".join(cell.text for cell in _advice(compared)),
+        "".join(cell.text for cell in advice(compared)),
     ]
-
-
-def _comparisons(results: Iterable[Result]) -> list[list[Result]]:
-    """The results of each run that compares methods."""
-    runs = split(results, lambda one: (one.run, one.length))
-    return [here for here in runs.values() if any(one.task == "compare-paired" for one in here)]
 
 
 def _failures(results: Iterable[Result]) -> list[str]:
@@ -181,8 +116,8 @@ def _cost_table(compared: Methods) -> Table:
 
 def _counts(compared: Methods) -> str:
     """How much was measured."""
-    scored = compared.one(compared.baseline, "perplexity", compared.far)
-    windows = round((scored.n or 0) / (compared.far[1] - compared.far[0])) if scored else 0
+    scored = sum(one.n or 0 for one in compared.results(compared.baseline, "perplexity", compared.far))
+    windows = round(scored / (compared.far[1] - compared.far[0]))
     samples = sum(one.n or 0 for one in compared.answers(compared.baseline))
     return f"{windows} window{'s' * (windows != 1)}, {samples} question{'s' * (samples != 1)}"
 
@@ -257,62 +192,3 @@ def _plot_bars(
     axes.spines[["bottom", "left"]].set_visible(False)
     axes.tick_params(length=0)
     axes.set_title(title, loc="left", fontsize=8)
-
-
-def _advice(compared: Methods) -> Line:
-    """One sentence: the method that reads the text best, with its reason, and a cheaper one where there is one."""
-    scored = [one for one in compared.by_series if compared.one(one, "loss_above_best", compared.far)]
-    if not scored:
-        return [Cell("No method could be measured on a window.")]
-    as_good = [one for one in scored if compared.value(one, "loss_above_best", compared.far) <= _CLOSE]
-
-    def rank(series: Series) -> tuple[float, float]:
-        share, seconds = compared.share(series), compared.value(series, "prefill_seconds")
-        return (-share if share == share else 0.0, seconds if seconds == seconds else math.inf)
-
-    best = min(as_good, key=rank)
-    words = [*_described(compared, best)]
-    reference = compared.value(compared.baseline, "perplexity", compared.near)
-    if compared.value(best, "perplexity", compared.far) > _READS * reference:
-        words.insert(0, Cell("No method reads this length as well as the trained one; adapt the checkpoint. Best is "))
-    cache = compared.value(best, "kv_bytes")
-    cheaper = [one for one in scored if compared.value(one, "kv_bytes") < _CHEAP * cache]
-    if cheaper:
-        cheap = min(cheaper, key=lambda one: compared.value(one, "perplexity", compared.far))
-        rise = compared.value(cheap, "perplexity", compared.far) / compared.value(best, "perplexity", compared.far)
-        words += [
-            Cell(f" If the cache must be smaller, {compared.names[cheap]} holds "),
-            Cell(
-                percent(compared.value(cheap, "kv_bytes") / cache, 0), results=_known(compared.one(cheap, "kv_bytes"))
-            ),
-            Cell(" of it at a perplexity of "),
-            value_cell(_known(compared.one(cheap, "perplexity", compared.far))),
-            Cell(", untrained; adapt it first." if rise > 1 + math.expm1(_CLOSE) else "."),
-        ]
-    return words
-
-
-def _described(compared: Methods, best: Series) -> Line:
-    """The best method and what speaks for it."""
-    baseline = compared.baseline
-    words = [
-        Cell(f"{compared.names[best]}: perplexity "),
-        value_cell(_known(compared.one(best, "perplexity", compared.far))),
-        Cell(f" at positions {span_name(compared.far, ' to ')}"),
-    ]
-    if best != baseline and (plain := compared.one(baseline, "perplexity", compared.far)):
-        words += [Cell(" ("), value_cell([plain]), Cell(" as it is)")]
-    if near := compared.one(baseline, "perplexity", compared.near):
-        words += [Cell(", beside "), value_cell([near]), Cell(f" at {span_name(compared.near, ' to ')} as it is")]
-    if answers := compared.answers(best):
-        share = answered(answers)
-        of = " of the" if share.endswith("%") else ""
-        words += [Cell(", "), Cell(share, results=answers), Cell(f"{of} questions answered")]
-    ratio = compared.value(best, "prefill_seconds") / compared.value(baseline, "prefill_seconds")
-    if best != baseline and ratio == ratio:
-        words += [Cell(f", at {ratio:.2f} times the reading time")]
-    return [*words, Cell(".")]
-
-
-def _known(one: Result | None) -> list[Result]:
-    return [] if one is None else [one]
