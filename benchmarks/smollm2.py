@@ -13,44 +13,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
-
+from smollm2_page import ANSWERS, GROUPS, MODEL, RESULTS, ROOT, TUNED, write_page
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
-from zebra.report import methods, page, perplexity, retrieval, selection, tasks
-from zebra.report.answers import answers
-from zebra.report.compared import answered
-from zebra.report.figures import Figure, plot_positions
-from zebra.report.method import method
-from zebra.report.page import Cell, Section, Table
-from zebra.report.pivot import interval_cell, split, table, where
-from zebra.report.series import Span, buckets, by_kind, percent, short_layouts, span_name, span_of
 from zebra.results import Result, read_results, write_results
 from zebra_bench.configs import SMOLLM2_STRIPES as CHOSEN
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results" / "smollm2.md"
-PICTURES = ROOT / "docs" / "images" / "smollm2"
-
-MODEL = "runs/demo-llm/smollm2"
-LIMIT, WINDOW = 8192, 1024
-AUTO = "8:2048"
-"""What `auto:16384` takes."""
-GROUPS = ("4:1024", "4:2048", "8:1024", "8:4096", "16:2048")
-BESIDE = {"source": "the source", "trained": "the full model trained alike"}
 TRAINED = ("lcat-smollm2", "lcat-smollm2-offset", "lcat-smollm2-full")
 
 _LCAT = "adapt recipes/lcat-smollm2-cpu.yaml"
@@ -89,13 +62,11 @@ PARTS = {
 """Of each part the folder that its command writes, and the command without it."""
 NAMES = (*PARTS, "documents")
 
-TUNED = {"as it was": MODEL, "adapted to stripes": "runs/lcat-smollm2/model", "then tuned": "runs/lit-smollm2/model"}
 _DOCUMENTS = (
     "evaluate documents {model} examples/instructions/squality_dev.jsonl --length 8192 --chat "
     "--template '{{document}}\n\n{{question}}' --score {score} --limit {limit} --items {folder}/{stem}-items.jsonl"
 )
 _LIMITS = {"likelihood": 50, "generate": 25}
-ANSWERS = RESULTS.parent / "smollm2-answers.json"
 
 
 def measure(part: str) -> None:
@@ -133,309 +104,12 @@ def _measure_documents(folder: Path) -> None:
     atomic_write(ANSWERS, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
-# The page, from the results
-
-
-def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
-    """Perplexity by position before and after, and the share of the gap to the full model that training closed."""
-    here = [one for part in ("chosen", "offset", "full") for one in parts.get(part, ()) if "perplexity" in one.task]
-    here = [one for one in here if one.metric == "perplexity" and "@" not in one.model]
-    if not here:
-        return Section("Adapted to stripes", [])
-    source = [one for one in here if one.layout == "full" and one.model == MODEL]
-    spans = [*buckets(source), (0, source[0].length or 0)]
-    layouts = short_layouts(one.layout for one in here)
-    names = {
-        (MODEL, "full"): "the source",
-        **{
-            (model, layout): f"{layouts[layout]}, {'untrained' if model == MODEL else 'adapted'}"
-            for model, layout in split(here, lambda one: (one.model, one.layout))
-            if (model, layout) != (MODEL, "full")
-        },
-    }
-    lines = [([Cell(name)], [one for one in here if (one.model, one.layout) == key]) for key, name in names.items()]
-    shown = [(Cell(span_name(span)), _at(span, interval_cell)) for span in spans]
-    closed = [
-        [Cell(part), Cell(name), *_closed(parts, part, spans, beside)]
-        for part in ("chosen", "offset")
-        if part in parts
-        for beside, name in BESIDE.items()
-    ]
-    prose = (
-        "40 steps of 8,192 tokens of low-rank updates, the same for each layout, on six novels and two programs; "
-        "measured on two novels that are not among them. With two documents an interval says how far apart they are. "
-        "The share of the gap closed is beside the source as it was; and beside the full model that was trained the "
-        "same way, so that what both learn of novels does not count."
-    )
-    head = [Cell("layout"), Cell("beside"), *(Cell(span_name(span)) for span in spans)]
-    blocks: list[str | Table | Figure] = [prose, table("Perplexity by position", [Cell("model")], lines, shown)]
-    return Section("Adapted to stripes", [*blocks, Table("Share of the gap that training closed", head, closed)])
-
-
-def _at(span: Span, show: Callable[..., Cell]) -> Callable[[Sequence[Result]], Cell]:
-    return lambda results: show([one for one in results if span_of(one) == span])
-
-
-def _closed(parts: Mapping[str, Sequence[Result]], part: str, spans: Sequence[Span], beside: str) -> list[Cell]:
-    """By span, the share of a layout's excess loss that training took away: 1 - excess after / excess before.
-
-    An excess is ln(striped / full): before, of the untrained model over the source; after, of the adapted one over the
-    source as it was or the full model that was trained the same way.
-    """
-    cells = []
-    for span in spans:
-        striped, full = (
-            [one for one in parts.get(name, ()) if one.metric == "perplexity" and span_of(one) == span]
-            for name in (part, "full")
-        )
-        source = [one for one in striped if one.layout == "full"]
-        before = [one for one in striped if one.layout != "full" and one.model == MODEL]
-        after, trained = ([one for one in ones if one.model.endswith("/model")] for ones in (striped, full))
-        four = [ones[-1] for ones in (source, before, after, trained) if ones]
-        excess = math.log(before[-1].value / source[-1].value) if before and source else 0.0
-        if len(four) == 4 and excess > 1e-3:
-            reference = (source if beside == "source" else trained)[-1].value
-            share = 1 - math.log(after[-1].value / reference) / excess
-            cells.append(Cell(percent(share, 0), results=four))
-        else:
-            cells.append(Cell("–"))
-    return cells
-
-
-class Compared:
-    """One comparison's values, by layout, for the checklist."""
-
-    def __init__(self, results: Sequence[Result]):
-        self.results = results
-
-    def perplexity(self, layout: str, span: Span) -> float:
-        """The perplexity of a layout at some positions; NaN without a result."""
-        here = [one for one in self.results if one.metric == "perplexity" and span_of(one) == span]
-        return next((one.value for one in here if one.layout == layout), math.nan)
-
-    def enough(self, span: Span) -> bool:
-        """Whether half of the planned 16 windows were scored."""
-        scored = [one.n or 0 for one in self.results if one.metric == "perplexity" and span_of(one) == span]
-        return max(scored, default=0) >= 8 * (span[1] - span[0])
-
-    def answers(self, layout: str, task: str) -> list[Result]:
-        """The shares of answers by depth."""
-        name = f"retrieval-generate-{task}"
-        here = [one for one in self.results if one.task == name and one.layout == layout]
-        return sorted(here, key=lambda one: one.depth or 0)
-
-
-def checklist(parts: Mapping[str, Sequence[Result]]) -> Section:
-    """What the two papers claim, beside what was measured here."""
-    body = [
-        [Cell(claim), Cell(measured), Cell(verdict)]
-        for claim, measured, verdict in (*_self_extend_claims(parts), *_adaptation_claims(parts))
-    ]
-    prose = (
-        "Claims of Self-Extend (arXiv 2401.01325, sections 4, 5) and of Zebra's adaptation (arXiv 2312.08618, section "
-        "4), in our words, about this one model and these texts."
-    )
-    return Section(
-        "Checklist", [prose, Table("", [Cell("claim"), Cell("measured here"), Cell("verdict")], body, False)]
-    )
-
-
-def _verdict(holds: bool, *, enough: bool = True) -> str:
-    """In words; of too few windows or samples none."""
-    return ("holds" if holds else "does not hold") if enough else "undecided"
-
-
-def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
-    near, inside, beyond = (2048, 4096), (4096, 8192), (8192, 16384)
-    compared, extended = Compared(parts.get("16k", ())), f"full, self-extend {AUTO}"
-    plain, grouped, far = (
-        compared.perplexity("full", inside),
-        compared.perplexity(extended, inside),
-        compared.perplexity(extended, beyond),
-    )
-    if not math.isnan(far):
-        lost = compared.perplexity("full", beyond)
-        yield (
-            "Without training, perplexity does not rise beyond the trained length.",
-            f"{far:.2f} at 8K to 16K, {grouped:.2f} at 4K to 8K; {lost:.1f} as it is",
-            _verdict(far < 1.03 * grouped, enough=compared.enough(beyond)),
-        )
-        short = compared.perplexity("full", near), compared.perplexity(extended, near)
-        yield (
-            "Within the trained length nothing is lost.",
-            f"{grouped:.2f} and {plain:.2f} at 4K to 8K, {short[1]:.2f} and {short[0]:.2f} at 2K to 4K",
-            _verdict(grouped < 1.01 * plain and short[1] < 1.01 * short[0], enough=compared.enough(beyond)),
-        )
-    for task in ("passkey", "needle-in-text"):
-        if answered := compared.answers(extended, task):
-            before = compared.answers("full", task)
-            yield (
-                f"At twice the trained length a {task.replace('-', ' ')} is answered at any depth.",
-                f"{_shares(answered)}; {_shares(before)} as it is",
-                _verdict(min(one.value for one in answered) >= 0.9, enough=len(answered) > 2),
-            )
-    by_setting = Compared(parts.get("groups", ()))
-    every = {one: by_setting.perplexity(f"full, self-extend {one}", beyond) for one in (AUTO, *GROUPS)}
-    values = {one: value for one, value in every.items() if not math.isnan(value)}
-    if len(values) > 1:
-        within = [one for one in values if 0.5 <= _largest(one) / LIMIT <= 2 / 3]
-        best = min(values.values())
-        yield (
-            "The choice is not a fine one; the largest distance is best at a half to two thirds of the trained length.",
-            ", ".join(f"{one} ({_largest(one) / LIMIT:.0%}) {value:.2f}" for one, value in values.items()),
-            _verdict(
-                all(values[one] < 1.01 * best for one in within) and max(values.values()) < 1.05 * best,
-                enough=by_setting.enough(beyond),
-            ),
-        )
-
-
-def _adaptation_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
-    for part, layout in (("chosen", "the chosen layout"), ("offset", "the paper's order, GL:1024")):
-        here = [one for one in parts.get(part, ()) if one.metric == "perplexity" and "@" not in one.model]
-        if not here:
-            continue
-        spans = [span for span in buckets(here) if span[0] >= WINDOW]
-        for beside, name in BESIDE.items():
-            shares = [cell.text for cell in _closed(parts, part, spans, beside) if cell.results]
-            if shares:
-                yield (
-                    f"A short adaptation closes four fifths of the gap of {layout} to {name}, at every position.",
-                    f"from 1K to 8K: {', '.join(shares)}",
-                    _verdict(all(float(share.rstrip(" %").replace("−", "-")) >= 80 for share in shares)),
-                )
-
-
-def documents(results: Sequence[Result]) -> Section:
-    """Questions about unseen stories before and after, and samples of the answers."""
-    here = [one for one in results if not one.task.startswith("documents-check")]
-    if not here:
-        return Section("Questions about long stories", [])
-    named = {model: name for name, model in TUNED.items()}
-    layouts = short_layouts(one.layout for one in here)
-    lines = [
-        ([Cell(named[model]), Cell(layouts[layout])], ones)
-        for (model, layout), ones in split(here, attrgetter("model", "layout")).items()
-    ]
-    metrics = [
-        (Cell(metric.replace("_", " ")), where(tasks.mean_cell, metric=metric))
-        for metric in split(here, attrgetter("metric"))
-    ]
-    prose = (
-        "Ten stories of SQuALITY's development set, of at most 7,300 tokens, 50 questions; answers were generated for "
-        "25 of them, greedily, up to 128 tokens. Log-likelihoods are in nats a token of the reference answers (four a "
-        "question), after the story and the question, and after the question alone. ROUGE and F1 are against the best "
-        "of the four."
-    )
-    samples = json.loads(ANSWERS.read_text()) if ANSWERS.is_file() else {}
-    rows = [
-        [Cell(question), *(Cell(answers.get(name, "–")) for name in TUNED)] for question, answers in samples.items()
-    ]
-    head = [Cell("the first question of three stories"), *map(Cell, TUNED)]
-    scores = table("Scores", [Cell("model"), Cell("layout")], lines, metrics)
-    return Section("Questions about long stories", [prose, scores, Table("Samples of answers", head, rows, False)])
-
-
-def _shares(results: Sequence[Result]) -> str:
-    return ", ".join(answered([one]) for one in results)
-
-
-def _largest(setting: str) -> float:
-    """The largest distance of Self-Extend G:W at 16,384 tokens: W + (N - W) / G."""
-    group, window = map(int, setting.split(":"))
-    return window + (16384 - window) / group
-
-
-def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
-    """What each part shows, under a title of its own."""
-    titles = {
-        "16k": "16,384 tokens, twice the trained length",
-        "32k": "32,768 tokens, four times the trained length",
-        "groups": "Self-Extend by group and window",
-        "8k": "8,192 tokens, before and after adaptation",
-    }
-    shown = []
-    for part, title in titles.items():
-        results = parts.get(part, [])
-        kinds = by_kind(results)
-        blocks = [
-            *methods.methods(results).blocks,
-            *perplexity.positions(kinds["position"]).blocks,
-            *retrieval.retrieval(kinds["retrieval"]).blocks,
-        ]
-        named = [
-            replace(block, name=f"{part}-{block.name}") if isinstance(block, Figure) else block for block in blocks
-        ]
-        shown.append(Section(title, named))
-    chosen = selection.selection(parts.get("selection", []))
-    tuned = answers(by_kind(parts.get("lit", []))["answers"])
-    return [
-        shown[0],
-        shown[1],
-        shown[2],
-        chosen,
-        adaptation(parts),
-        shown[3],
-        tuned,
-        documents(parts.get("documents", [])),
-    ]
-
-
-def picture(results: Sequence[Result]) -> Figure:
-    """Perplexity by position of the methods that keep all layers global."""
-    names = {"full": "as it is", "full yarn": "YaRN", "full, self-extend": "Self-Extend"}
-    here = [
-        one for one in results if one.metric == "perplexity" and (one.position_from, one.position_to) != (0, one.length)
-    ]
-    method_of = {one.layout: re.split(r":|(?<=extend) ", one.layout)[0] for one in here}
-    shown = [one for name in names for one in here if method_of[one.layout] == name]
-    lines = [replace(one, low=None, high=None) for one in shown]  # the page has the intervals
-    legend = {layout: names[method] for layout, method in method_of.items() if method in names}
-    return Figure("smollm2", [partial(_plot_lines, results=lines, named=legend)], height=2.9)
-
-
-def _plot_lines(axes: Axes, results: Sequence[Result], named: Mapping[str, str]) -> None:
-    """The lines, and their last values at their ends."""
-    plot_positions(axes, results, named)
-    axes.set_ylim(bottom=0.93 * axes.get_ylim()[0])  # room for the last value
-    for line, above in zip(axes.lines, itertools.cycle((True, True, False)), strict=False):
-        points: Any = line.get_xydata()
-        x, y = points[-1]
-        axes.annotate(
-            f"{y:.{1 if y >= 100 else 2}f}",
-            (x, y),
-            (7, 3 if above else -9),
-            textcoords="offset points",
-            color=line.get_color(),
-        )
-
-
-def write_page() -> None:
-    """The page and its pictures.
-
-    Raises:
-        ZebraError: no results.
-    """
-    files = {part: RESULTS / f"smollm2-{part}.jsonl" for part in NAMES}
-    parts = {part: read_results(file) for part, file in files.items() if file.is_file()}
-    results = [one for part in parts.values() for one in part]
-    if not results:
-        raise ZebraError("there are no results of SmolLM2. Measure first: python benchmarks/smollm2.py")
-    shown = [section for section in [checklist(parts), *sections(parts), method(results)] if section.blocks]
-    for figure in page.figures_of(shown):
-        atomic_write(PICTURES.with_name(f"{PICTURES.name}-{figure.name}.svg"), figure.standalone)
-    if longest := parts.get("32k") or parts.get("16k"):
-        atomic_write(PICTURES.with_suffix(".svg"), picture(longest).standalone)
-    advice = [line for part in ("16k", "32k") for line in methods.method_summaries(parts.get(part, []))]
-    atomic_write(PAGE, page.markdown("../images/smollm2", "SmolLM2-135M-Instruct", advice, shown))
-
-
 def main(arguments: list[str]) -> None:
     if unknown := [one for one in arguments if one not in (*NAMES, "--page")]:
         raise ZebraError(f"parts are {', '.join(NAMES)}, or --page alone; got {', '.join(unknown)}.")
     for part in [] if "--page" in arguments else arguments or NAMES:
         measure(part)
-    write_page()
+    write_page(NAMES)
 
 
 if __name__ == "__main__":

@@ -192,10 +192,11 @@ def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
 def test_the_page_of_smollm2_is_that_of_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """benchmarks/smollm2.py writes it; the README's table of methods has its numbers."""
     import smollm2
+    import smollm2_page
 
-    monkeypatch.setattr(smollm2, "PAGE", tmp_path / "smollm2.md")
-    monkeypatch.setattr(smollm2, "PICTURES", tmp_path / "smollm2")
-    smollm2.write_page()
+    monkeypatch.setattr(smollm2_page, "PAGE", tmp_path / "smollm2.md")
+    monkeypatch.setattr(smollm2_page, "PICTURES", tmp_path / "smollm2")
+    smollm2.main(["--page"])
     page = (ROOT / "docs" / "results" / "smollm2.md").read_text()
     assert (tmp_path / "smollm2.md").read_text() == page
     lines = re.findall(r"^\| .+ \| ([*\d.]+) \| ([*\d.]+) \| \d+ MiB \|$", README, flags=re.MULTILINE)
