@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -336,6 +337,30 @@ def zebra_process(tmp_path: Path) -> Zebra:
         )
 
     return run
+
+
+def killed(hook: str, *arguments: object) -> None:
+    """Run the command line in a process of its own, which a hook, Python that calls `die()`, kills at some moment."""
+    prelude = "import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{prelude}{hook}\nfrom zebra.cli import main\nmain()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+KILL_AT_A_LOG = """
+from zebra.train import trainer
+shown = trainer._ShowProgress.on_log
+def on_log(self, args, state, control, logs, **kwargs):
+    shown(self, args, state, control, logs, **kwargs)
+    if state.global_step == 3:
+        die()
+trainer._ShowProgress.on_log = on_log
+"""
+"""A hook of `killed`: a training ends when it has logged its third step."""
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import STORIES, TEXT, FinishedRun, adapt_recipe, fitting, losses, tiny_model
+from conftest import (
+    KILL_AT_A_LOG,
+    STORIES,
+    TEXT,
+    FinishedRun,
+    adapt_recipe,
+    fitting,
+    killed,
+    losses,
+    tiny_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
@@ -119,30 +128,18 @@ def test_a_run_directory_belongs_to_one_recipe(adapt_run: FinishedRun, tmp_path:
         adapt(adapt_recipe(tmp_path))
 
 
-KILL_AT_A_LOG = """
-import os, signal, sys
-from zebra.train import trainer
-shown = trainer._ShowProgress.on_log
-def on_log(self, args, state, control, logs, **kwargs):
-    shown(self, args, state, control, logs, **kwargs)
-    if state.global_step == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-trainer._ShowProgress.on_log = on_log
-"""
 KILL_IN_A_SAVE = """
-import os, signal
 from transformers import Trainer
-def die(self, output_dir):
-    if self.state.global_step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return save(self, output_dir)
 save = Trainer._save_optimizer_and_scheduler
-Trainer._save_optimizer_and_scheduler = die
+def save_or_die(self, output_dir):
+    if self.state.global_step == 4:
+        die()
+    return save(self, output_dir)
+Trainer._save_optimizer_and_scheduler = save_or_die
 """
 KILL_IN_THE_EXPORT = """
-import os, signal
 from zebra.train import source
-source.write_config = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+source.write_config = lambda *_: die()
 """
 KILLS = {
     "between saves": (KILL_AT_A_LOG, {"checkpoint-2"}, {"checkpoint-2"}),
@@ -153,13 +150,7 @@ KILLS = {
 
 def kill_while_training(training_recipe: Any, kill: str, where: Path, verb: str = "adapt") -> None:
     (where / "recipe.yaml").write_text(yaml.safe_dump(training_recipe.model_dump(mode="json")))
-    done = subprocess.run(
-        [sys.executable, "-c", kill + "\nfrom zebra.cli import main\nmain()", verb, str(where / "recipe.yaml")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed(kill, verb, where / "recipe.yaml")
 
 
 @pytest.mark.parametrize(

@@ -263,19 +263,17 @@ def test_accelerate_does_not_shard_too(engine: str, tmp_path: Path, monkeypatch:
         adapt(adapt_recipe(tmp_path / "run"))
 
 
-def test_muon_steps_on_whole_matrices(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"take train\.optimizer adamw"):
-        adapt_recipe(tmp_path / "run", parallel={"shard": 2}, train__optimizer="muon")
-
-
-def test_a_ring_takes_the_processes_of_a_sequence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="round the processes of a sequence; set"):
-        adapt_recipe(tmp_path / "run", parallel={"shard": 2, "ring": True})
-
-
-def test_compiled_layers_do_not_exchange_keys(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not go through parallel"):
-        adapt_recipe(tmp_path / "run", parallel={"sequence": 2}, train__compile=True)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": {"shard": 2}, "train__optimizer": "muon"}, r"take train\.optimizer adamw"),
+        ({"parallel": {"shard": 2, "ring": True}}, "round the processes of a sequence; set"),
+        ({"parallel": {"sequence": 2}, "train__compile": True}, "does not go through parallel"),
+    ],
+)
+def test_what_processes_cannot_share_is_rejected(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        adapt_recipe(tmp_path / "run", **changes)
 
 
 def test_the_command_says_how_to_start_it(tmp_path: Path, zebra: Zebra) -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import STORIES, TEXT, Zebra, changed, refused
+from conftest import KILL_AT_A_LOG, STORIES, TEXT, Zebra, changed, killed, refused
 from test_tune import write as write_conversations
 from transformers import AutoTokenizer
 
@@ -324,15 +320,7 @@ run._measured = _measured
 """
 KILLS = {
     "before": BEFORE_RETRIEVAL.format(stage="before"),
-    "adapt": """
-from zebra.train import trainer
-shown = trainer._ShowProgress.on_log
-def on_log(self, args, state, control, logs, **kwargs):
-    shown(self, args, state, control, logs, **kwargs)
-    if state.global_step == 3:
-        die()
-trainer._ShowProgress.on_log = on_log
-""",
+    "adapt": KILL_AT_A_LOG,
     "tune": """
 from zebra.train import source
 written = source.write_config
@@ -365,20 +353,9 @@ run._perform = _perform
 """
 
 
-def killed(path: Path, hook: str) -> None:
-    code = "import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n" + hook
-    done = subprocess.run(
-        [sys.executable, "-c", code + "\nfrom zebra.cli import main\nmain()", "run", str(path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
 def test_a_kill_in_the_adaptation_changes_nothing(finished: Path, data: Path, tmp_path: Path) -> None:
     path = recipe(data, tmp_path, "convert", "adapt")
-    killed(path, KILLS["adapt"])
+    killed(KILL_AT_A_LOG, "run", path)
     assert [stage["state"] for stage in run(read_pipeline(path))] == ["done", "begun"]
     expected = [result for result in results(finished) if result[0] == "adapt"]
     assert results(tmp_path / "run") == expected
@@ -394,7 +371,7 @@ def test_a_kill_in_each_stage_changes_nothing(
     if (stage, when) == ("convert", "within"):
         pytest.skip("a conversion is one rename")
     path = recipe(data, tmp_path)
-    killed(path, KILLS[stage] if when == "within" else BEFORE_A_STAGE.format(stage=stage))
+    killed(KILLS[stage] if when == "within" else BEFORE_A_STAGE.format(stage=stage), "run", path)
     done = [one["state"] for one in run(read_pipeline(path))]
     at = list(STAGES).index(stage)
     begun = "begun" if when == "within" and stage != "report" else "new"

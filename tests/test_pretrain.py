@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, STORIES, TEXT, changed, losses, tiny_model
+from test_adapt import RUN_FILES, names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zebra
@@ -74,15 +75,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, few: Path) -> tuple[Path,
 
 def test_a_run_leaves_a_checkpoint_for_plain_transformers(finished: tuple[Path, list[Result]]) -> None:
     run, rows = finished
-    assert {p.name for p in run.iterdir()} == {
-        "recipe.yaml",
-        "inputs.json",
-        "tokenizer",
-        "checkpoints",
-        "model",
-        "model.json",
-        "results.jsonl",
-    }
+    assert names(run) == RUN_FILES - {"before.jsonl"} | {"tokenizer"}
     plain, ours = AutoModelForCausalLM.from_pretrained(run / "model"), zebra.load(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     ids = tokenizer("Once upon a time there was a key, 12345.", return_tensors="pt").input_ids
