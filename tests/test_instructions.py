@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def test_the_kinds_of_an_annotated_set() -> None:
     assert {record["kind"] for record in instructions(kinds=("writing",))} == {
         *("writing-continue", "writing-restyle", "writing-outline")
     }
+
+
+def test_words_of_a_document_are_counted_once() -> None:
+    """They were counted again for each task of every other document, which is quadratic in the text."""
+
+    class Counted(str):
+        calls = 0
+
+        def split(self, *arguments: Any, **options: Any) -> list[str]:
+            Counted.calls += 1
+            return super().split(*arguments, **options)
+
+    documents = [replace(document, text=Counted(document.text)) for document in DOCUMENTS]
+    assert [*make_instructions(documents, kinds="qa", words=1000)] == instructions(kinds="qa", words=1000)
+    assert Counted.calls == 2 * len(documents)  # and each once more, for its own question
 
 
 def test_a_passage_to_write_is_the_documents_and_not_in_the_prompt() -> None:

@@ -108,12 +108,15 @@ def make_instructions(
         raise ZebraError(f"a depth lies from 0 to 1; got {', '.join(map(str, depths))}. Write for example 0,0.5,1.")
     if words is not None and words < 1:
         raise ZebraError(f"a prompt has at least one word of documents; got {words}. Raise it or leave it out.")
-    rng, turns = Random(seed), itertools.cycle(depths)
+    rng, turns, sizes = Random(seed), itertools.cycle(depths), [len(one.text.split()) for one in documents]
     for i, target in enumerate(documents):
-        others = [other.text for other in (*documents[:i], *documents[i + 1 :])]
+        others = [*range(i), *range(i + 1, len(documents))]
         for task in _tasks(target, kinds, writing, rng):
-            distractors = rng.sample(others, len(others))
-            prompt, number, depth = _with_distractors(task["document"], distractors, next(turns), words)
+            order, room = rng.sample(others, len(others)), 0
+            if words is not None:
+                room = words - len(task["document"].split())
+            distractors = [documents[j].text for j in _fitting(order, sizes, room)]
+            prompt, number, depth = _with_distractors(task["document"], distractors, next(turns))
             if number is not None:
                 task["question"] = f"About document {number}: {task['question']}"
             yield task | {"document": prompt, "source": target.where, "depth": depth}
@@ -131,21 +134,23 @@ def _tasks(document: AnnotatedDocument, kinds: Sequence[str], writing: int, rng:
         yield from _writing_tasks(document.text, writing, rng)
 
 
-def _with_distractors(
-    target: str, distractors: Sequence[str], depth: float, words: int | None
-) -> tuple[str, int | None, float]:
+def _fitting(order: Sequence[int], sizes: Sequence[int], room: int) -> Iterator[int]:
+    """Each document that still fits into the words that are left, in their order."""
+    for i in order:
+        if room <= 0:
+            return
+        if sizes[i] <= room:
+            yield i
+            room -= sizes[i]
+
+
+def _with_distractors(target: str, distractors: Sequence[str], depth: float) -> tuple[str, int | None, float]:
     """A prompt's documents, the number of the target among them if it is not alone, and the depth where it begins."""
-    room = 0 if words is None else words - len(target.split())
-    texts: list[str] = []
-    for text in distractors:
-        if (size := len(text.split())) <= room:
-            texts.append(text)
-            room -= size
-    if not texts:
+    if not distractors:
         return target, None, 0.0
-    boundaries = [0, *itertools.accumulate(map(len, texts))]
+    boundaries = [0, *itertools.accumulate(map(len, distractors))]
     index = min(range(len(boundaries)), key=lambda i: abs(boundaries[i] - depth * boundaries[-1]))
-    texts.insert(index, target)
+    texts = [*distractors[:index], target, *distractors[index:]]
     prompt = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(texts, start=1))
     return prompt, index + 1, round(boundaries[index] / boundaries[-1], 4)
 
