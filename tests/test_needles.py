@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections import Counter
 from itertools import product
 from random import Random
@@ -238,6 +239,22 @@ def test_own_text_lies_uncut_around_the_evidence(tokenizer: Any) -> None:
             assert re.search(r"[.!?][\"']*\s*$", read(tokenizer, sample.ids[len(ahead) : at]))
     with pytest.raises(ZebraError, match=r"the haystack has [\d,]+ tokens, and [\d,]+ are needed"):
         needles.samples("passkey", length=100_000, depth=0.5)
+
+
+def test_sentences_are_not_remembered_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training on recall draws others in every step."""
+
+    class Sentence(str):
+        """A string that a weak reference can follow."""
+
+    monkeypatch.setattr("zebra.data.haystack._SENTENCES", 8)
+    writer, followed = PromptTokenizer(AutoTokenizer.from_pretrained(STORIES)), []
+    for i in range(50):
+        sentence = Sentence(f"The number noted for an apple is {i}.")
+        writer.encode(sentence)
+        followed.append(weakref.ref(sentence))
+    del sentence
+    assert sum(one() is not None for one in followed) == 8
 
 
 def brute(size: int, depth: float, evidence: int) -> int:

@@ -11,6 +11,7 @@ The tokens and their positions are exact; the same text encoded anew may have to
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from bisect import bisect_left, bisect_right
@@ -45,6 +46,8 @@ class TokenizedText(NamedTuple):
 
 
 _ANCHOR = "."
+_SENTENCES = 4096
+"""Whose tokens are remembered. A training draws others without end; keys and values are of finite kinds."""
 NOISE = (
     "The river goes round the mill and on to the sea.",
     "A cart comes up the lane, and a dog runs after it.",
@@ -63,7 +66,8 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._encoded: dict[str, tuple[int, ...]] = {}
+        self._encoded = functools.lru_cache(maxsize=_SENTENCES)(self._encode)
+        self._round_trips: dict[str, TokenizedText | None] = {}
         self._usual_sizes: dict[str, int] = {}
         self._anchor = self.encode_first(_ANCHOR)
         self.prefix, self.suffix = Affixes.of(tokenizer)
@@ -74,16 +78,17 @@ class PromptTokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a text that comes after another, the space between them included."""
-        if text not in self._encoded:
-            joined, n = self.encode_first(f"{_ANCHOR} {text}"), len(self._anchor)
-            ids = joined[n:]
-            if joined[:n] != self._anchor:
-                # The stop and the space are one token (spaces after words): a text alone brings its own space.
-                ids = self.encode_first(text)
-                if normalize(self.decode(self._anchor + ids)) != normalize(f"{_ANCHOR} {text}"):
-                    ids = self.encode_first(f" {text}")
-            self._encoded[text] = ids
-        return self._encoded[text]
+        return self._encoded(text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        joined, n = self.encode_first(f"{_ANCHOR} {text}"), len(self._anchor)
+        if joined[:n] == self._anchor:
+            return joined[n:]
+        # The stop and the space are one token (spaces after words): a text alone brings its own space.
+        ids = self.encode_first(text)
+        if normalize(self.decode(self._anchor + ids)) != normalize(f"{_ANCHOR} {text}"):
+            ids = self.encode_first(f" {text}")
+        return ids
 
     def decode(self, ids: TokenIds) -> str:
         """Tokens to text, without special ones."""
@@ -91,9 +96,12 @@ class PromptTokenizer:
 
     def round_trip(self, text: str) -> TokenizedText | None:
         """A key or value, or None if the tokenizer does not decode its tokens to it."""
-        ids = self.encode(text)
-        decoded = self.decode(ids).strip()
-        return TokenizedText(decoded, ids) if decoded.replace(" ", "").casefold() == text.casefold() else None
+        if text not in self._round_trips:
+            ids = self._encode(text)
+            decoded = self.decode(ids).strip()
+            is_same = decoded.replace(" ", "").casefold() == text.casefold()
+            self._round_trips[text] = TokenizedText(decoded, ids) if is_same else None
+        return self._round_trips[text]
 
     def usual_size(self, kind: str, generate: Callable[[Random], str]) -> int:
         """How many tokens most keys or values of a kind have.
