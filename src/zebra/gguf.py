@@ -1,4 +1,4 @@
-"""A GGUF file, as llama.cpp has them: its header, and what a config.json would say. No weight is read.
+"""A GGUF file of llama.cpp: its header, and the fields of a config.json that follow from it. No weight is read.
 
     "GGUF" | version | tensors | pairs | pairs: key, type, value | tensors: name, dims, type, offset | padding | data
 
@@ -15,7 +15,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zebra.errors import ZebraError
 
@@ -67,18 +67,25 @@ ORIGINAL = "Take the original checkpoint instead."
 """The remedy for what a GGUF file does not say."""
 
 
+class TensorInfo(NamedTuple):
+    """Where a tensor of a GGUF file lies, and in which form."""
+
+    shape: tuple[int, ...]  # as torch has it
+    kind: int  # ggml's number of its type
+    start: int  # its first byte in the file
+
+
 @dataclass(frozen=True)
 class GgufHeader:
     """What a GGUF file says before its weights.
 
     Attributes:
         metadata: values by key; of an array of strings its length.
-        tensors: shape, type by ggml's number and first byte in the file, by name; shapes as torch has them.
     """
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, tuple[tuple[int, ...], int, int]]
+    tensors: dict[str, TensorInfo]
 
     @property
     def architecture(self) -> str:
@@ -112,7 +119,7 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     except (struct.error, ValueError, OverflowError, KeyError) as error:  # ValueError: an empty file, broken UTF-8
         raise ZebraError(f"{path} is no GGUF file of version 2 or 3, or is damaged: {error}. Copy it again.") from None
     parts = header.metadata.get("split.count", 0)
-    if parts > 1 or (re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name) and parts != 1):
+    if parts not in (0, 1) or (re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name) and parts != 1):
         raise ZebraError(
             f"{path} is one of {parts or 'several'} parts. Merge them: llama-gguf-split --merge {path.name} whole.gguf."
         )
@@ -130,7 +137,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class _Reader:
-    """Values one behind the other, little-endian."""
+    """Reads consecutive little-endian values."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.position = data, 0
@@ -165,7 +172,7 @@ class _Reader:
         return length
 
 
-def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:
+def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     reader = _Reader(data)
     magic, version, tensors, pairs = reader.numbers("4sIQQ")
     if magic != b"GGUF" or version not in (2, 3):
@@ -176,8 +183,10 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, 
         name, (dimensions,) = reader.string(), reader.numbers("I")
         table.append((name, reader.numbers(f"{dimensions}Q")[::-1], *reader.numbers("IQ")))
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"an alignment of {alignment!r}")
     start = -(-reader.position // alignment) * alignment
-    return metadata, {name: (shape, kind, start + offset) for name, shape, kind, offset in table}
+    return metadata, {name: TensorInfo(shape, kind, start + offset) for name, shape, kind, offset in table}
 
 
 def _shortest(value: float) -> float:
@@ -196,13 +205,17 @@ def config_fields(header: GgufHeader) -> dict[str, Any]:
         ZebraError: a size that is missing, or another for each layer; a rope that no config describes.
     """
     prefix = f"{header.architecture}."
-    values = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
-    fields = {name: _one(values[key]) for key, name in _fields_of(header.architecture).items() if values.get(key)}
+    metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    values, names = {key: _one(value) for key, value in metadata.items()}, _fields_of(header.architecture)
+    fields = {name: values[key] for key, name in names.items() if values.get(key)}
+    numbers = (*names, *_ROPE, "rope.freq_base", "rope.dimension_count", "attention.value_length")
+    others = [names.get(key, key) for key in numbers if not isinstance(values.get(key, 0), int | float)]
     sizes = ("max_position_embeddings", "num_hidden_layers", "hidden_size", "num_attention_heads")
-    if absent := [name for name in sizes if not fields.get(name)] + [name for name in fields if fields[name] is None]:
-        raise ZebraError(f"{header.path} has no {absent[0]} that holds for all layers. {ORIGINAL}")
-    if _EMBEDDING not in header.tensors:
-        raise ZebraError(f"{header.path} has no {_EMBEDDING}. {ORIGINAL}")
+    if absent := others + [name for name in sizes if not fields.get(name)]:
+        raise ZebraError(f"{header.path} has no number {absent[0]} that holds for all layers. {ORIGINAL}")
+    embedding = header.tensors.get(_EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise ZebraError(f"{header.path} has no matrix {_EMBEDDING}. {ORIGINAL}")
     rotated = values.get("rope.dimension_count", fields["hidden_size"] // fields["num_attention_heads"])
     head_dim = fields.setdefault("head_dim", rotated)
     if (
@@ -219,7 +232,7 @@ def config_fields(header: GgufHeader) -> dict[str, Any]:
     tokens = {name: header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in _TOKENS.items()}
     return {
         "model_type": ARCHITECTURES[header.architecture],
-        "vocab_size": header.tensors[_EMBEDDING][0][0],
+        "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "rope_parameters": _rope(header, values, head_dim),
         **{f"{name}_token_id": token for name, token in tokens.items()},
@@ -255,17 +268,16 @@ def _rope(header: GgufHeader, values: dict[str, Any], head_dim: int) -> dict[str
 def _llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
     """The fields of a Llama 3.1 rope from its factors: 1 for fast angles, `factor` for slow ones, a ramp between."""
     shape, kind, start = header.tensors[ROPE_FACTORS]
-    with header.path.open("rb") as file:
-        file.seek(start)
-        factors = struct.unpack(f"<{shape[0]}f", file.read(4 * shape[0])) if kind == 0 else ()
-    rope = {"factor": max(factors, default=0.0), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    rope["original_max_position_embeddings"] = 8192
-    for i, factor in enumerate(factors):
-        turns = 8192 / (2 * math.pi * theta ** (2 * i / head_dim))  # within the trained length
-        ramp = min(max((turns - 1) / 3, 0), 1)
-        if not math.isclose(factor, 1 / ((1 - ramp) / rope["factor"] + ramp), rel_tol=1e-4):
-            break
-    else:
-        if len(factors) == head_dim // 2:
-            return {"rope_type": "llama3"} | rope
+    count, factors = head_dim // 2, tuple[float, ...]()
+    if kind == 0 and shape == (count,) and start + 4 * count <= header.path.stat().st_size:
+        with header.path.open("rb") as file:
+            file.seek(start)
+            factors = struct.unpack(f"<{count}f", file.read(4 * count))
+    if factors and theta > 0 and all(0 < factor < math.inf for factor in factors):
+        rope = {"factor": max(factors), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        turns = [8192 / (2 * math.pi * theta ** (2 * i / head_dim)) for i in range(count)]  # within the trained length
+        ramps = [min(max((turn - 1) / 3, 0), 1) for turn in turns]
+        expected = [1 / ((1 - ramp) / rope["factor"] + ramp) for ramp in ramps]
+        if all(math.isclose(*pair, rel_tol=1e-4) for pair in zip(factors, expected, strict=True)):
+            return {"rope_type": "llama3", "original_max_position_embeddings": 8192} | rope
     raise ZebraError(f"{header.path}: {ROPE_FACTORS} is no rope of Llama 3.1, the one that is known. {ORIGINAL}")

@@ -102,8 +102,9 @@ class Stripes:
     @classmethod
     def parse(cls, text: str) -> Stripes:
         """Read the notation that `str()` prints: `GLLL:512`, `0,4,9,31:1024`, `GLLL:512+4`."""
-        layers_of = r"\s*(?:([A-Za-z]+)|([0-9]+(?:\s*,\s*[0-9]+)*))\s*"
-        match = re.fullmatch(layers_of + r":\s*(-?[0-9]+)\s*(?:\+\s*([0-9]+)\s*)?", str(text))
+        number = "[0-9]{1,20}"
+        layers_of = rf"\s*(?:([A-Za-z]+)|({number}(?:\s*,\s*{number})*))\s*"
+        match = re.fullmatch(rf"{layers_of}:\s*(-?{number})\s*(?:\+\s*({number})\s*)?", str(text))
         if match is None:
             raise ZebraError(
                 f"stripes are written PATTERN:WINDOW or LAYERS:WINDOW, and +SINKS where there are any; got {text!r}. "

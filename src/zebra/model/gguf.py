@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import tempfile
 from collections import Counter
@@ -55,7 +56,7 @@ def gguf_config(path: str | os.PathLike[str], **changes: Any) -> PreTrainedConfi
 
 
 def _dtype(header: GgufHeader) -> str:
-    kinds = {kind for shape, kind, _ in header.tensors.values() if len(shape) > 1}  # norms are float32 in every file
+    kinds = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1}  # norms are always float32
     return {frozenset({0}): "float32", frozenset({1}): "float16"}.get(frozenset(kinds), "bfloat16")
 
 
@@ -90,7 +91,12 @@ WHOLE_PIECES = (*_LLAMA3, "tekken")
 
 def _write_tokenizer(path: Path, header: GgufHeader, directory: Path) -> None:
     """Write the tokenizer of a GGUF file, with its chat template, and what transformers does not read of it."""
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except Exception as error:  # transformers takes the metadata as it is: an IndexError, an AttributeError, ...
+        raise ZebraError(
+            f"the tokenizer of {header.path} cannot be read: {first_line(error).rstrip('.')}. {ORIGINAL}"
+        ) from None
     tokenizer.save_pretrained(directory)
     file, kind = directory / "tokenizer.json", header.metadata.get("tokenizer.ggml.model")
     state = json.loads(file.read_text(encoding="utf-8"))
@@ -131,8 +137,8 @@ def _mend_sentencepiece(state: dict[str, Any], header: GgufHeader) -> None:
 def as_directory(path: str | os.PathLike[str], *, weights: bool = True, **hub_arguments: Any) -> Path:
     """The directory of a checkpoint that transformers loads.
 
-    That of a GGUF file is in the user's cache, and written once for a file of this size and date; it appears whole or
-    not at all. That of a name of the hub is in the hub's cache.
+    That of a GGUF file is in the user's cache, written once for a file of this size and date, atomically. That of a
+    name of the hub is in the hub's cache.
 
     Args:
         weights: whether the weights of a name of the hub are wanted.
@@ -163,15 +169,15 @@ def _write(path: Path, target: Path) -> None:
     from gguf import GGMLQuantizationType
 
     header, config = read_header(path), gguf_config(path)
-    counts = Counter(GGMLQuantizationType(kind).name for _, kind, _ in header.tensors.values())
+    counts = Counter(GGMLQuantizationType(tensor.kind).name for tensor in header.tensors.values())
     types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     for key in header.unread_keys():
         _log.warning("%s: %s = %s is not read; a model that needs it will be worse.", path, key, header.metadata[key])
     stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         model = stock_class(config)
-    shapes = [shape for name, (shape, _, _) in header.tensors.items() if name != ROPE_FACTORS]
-    weights, expected = sum(map(torch.Size.numel, map(torch.Size, shapes))), model.num_parameters()
+    weights = sum(math.prod(tensor.shape) for name, tensor in header.tensors.items() if name != ROPE_FACTORS)
+    expected = model.num_parameters()
     if weights != expected:
         raise ZebraError(
             f"{path} has {weights:,} weights, and a {config.model_type} of its sizes {expected:,}: what it has more or "
@@ -191,9 +197,10 @@ def _write(path: Path, target: Path) -> None:
     # Another model around the same tensors: transformers saves none that it believes to be quantised.
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
-    end_of_turn = header.metadata.get("tokenizer.ggml.eot_token_id", config.eos_token_id)
-    if end_of_turn != config.eos_token_id:
-        model.generation_config.eos_token_id = [config.eos_token_id, end_of_turn]
+    end_of_turn = header.metadata.get("tokenizer.ggml.eot_token_id")
+    if isinstance(end_of_turn, int) and end_of_turn != config.eos_token_id:
+        ends = (config.eos_token_id, end_of_turn)
+        model.generation_config.eos_token_id = [token for token in ends if token is not None]
     with atomic_directory(target) as aside, _alone(path) as alone:
         model.save_pretrained(aside)
         _write_tokenizer(alone, header, aside)
@@ -201,7 +208,7 @@ def _write(path: Path, target: Path) -> None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
-    """A link to a file in a folder of its own: transformers would read what lies beside it, adapters and code too."""
+    """A link to a file in a folder of its own: transformers would also read adapters and code beside it."""
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / path.name
         link.symlink_to(path.resolve())
