@@ -22,8 +22,8 @@ from zebra.errors import ZebraError
 from zebra.generation import Generated, encode_messages
 from zebra.model.context import longest_text
 from zebra.model.load_options import LoadOptions
-from zebra.model.prefix_cache import PrefixCache
-from zebra.model.rope import refuse_changing_rope
+from zebra.model.prefix_cache import PrefixCache, shared_tokens
+from zebra.model.rope import check_fixed_rope
 from zebra.model.self_extend import self_extend_of
 from zebra.streaming import AnswerStream, context_room, read
 
@@ -36,17 +36,17 @@ class Conversation:
     Args:
         model: a checkpoint, or a model of `zebra.load`.
         tokenizer: the checkpoint's own where None.
-        messages: a beginning, each with its role (system, user, assistant) and content, one of the user also with
-            `documents`, texts that stand before its content.
-        prefixes: a store to share with other conversations of the model; one of its own where None.
-        on_prefill: called with the tokens of a prompt that have been read and of all that must be, while an answer or a
-            document is read; in another thread.
+        messages: the first messages, each with a role (system, user or assistant) and content. A user's message may
+            also have `documents`, texts that are put before its content.
+        prefixes: a cache to share with other conversations of the same model; a new one where None.
+        on_prefill: called while a prompt or a document is read, with the number of tokens read so far and in total.
+            While an answer is read it runs in another thread.
         options: fields of `zebra.decoding.Decoding`, of which max_new_tokens is 1,024 by default; for a checkpoint
             those of `zebra.model.load_options.LoadOptions` too.
 
     Attributes:
         messages: all so far; may be edited between answers.
-        documents: texts that stand before the next message of the user.
+        documents: texts that are put before the user's next message.
         last: the tokens, counts and times of the last answer; None before it.
 
     Raises:
@@ -77,7 +77,7 @@ class Conversation:
                 f"{self.decoding.num_beams}. Leave it out."
             )
         config, self.tokenizer = loading.config_and_tokenizer(model, tokenizer)
-        refuse_changing_rope(config, "a conversation")
+        check_fixed_rope(config, "a conversation")
         self._encode([{"role": "user", "content": "?"}])  # raises without a template
         self.model = model if isinstance(model, PreTrainedModel) else loading.model(model)
         self.messages: list[Message] = [dict(message) for message in messages]
@@ -118,11 +118,11 @@ class Conversation:
         return [_with_documents(message) for message in self.messages]
 
     def add_document(self, text: str, cancelled: Callable[[], bool] = lambda: False) -> int | None:
-        """Put a document before the next message of the user, and read it now.
+        """Put a document before the user's next message, and read it now.
 
         Args:
-            cancelled: asked between chunks. Where it ends the reading, the document is not added, and what was read of
-                it stays in the cache.
+            cancelled: called between chunks; True ends the reading. Then the document is not added, and the part that
+                was read stays in the cache.
 
         Returns:
             The tokens of the conversation up to the document's end; None where it was cancelled.
@@ -134,11 +134,10 @@ class Conversation:
         if not text.strip():
             raise ZebraError("the document has no text. Give another.")
         documents = [*self.documents, text]
-        # The question behind it is not known yet: two of them show what comes before any.
+        # The question after it is not known yet: what two questions share comes before any of them.
         one, other = (self._encode([*self.messages, _question(letter, documents)]) for letter in "a1")
         context_room(self.model, len(one))
-        shorter = min(len(one), len(other))
-        ids = one[: int((one[:shorter] == other[:shorter]).cumprod(0).sum())]
+        ids = one[: shared_tokens(one, other)]
         if len(ids):
             chunk = self.decoding.prefill_chunk
             read(self.model, ids, self._prefixes, chunk=chunk, on_prefill=self.on_prefill, cancelled=cancelled)
@@ -150,8 +149,8 @@ class Conversation:
     def reply(self, content: str, **options: Any) -> Generator[str, None, None]:
         """The answer to a message of the user, in pieces of text as they come.
 
-        Closing the iterator ends the answer, which stays in the conversation as far as it came; before its first
-        piece the conversation is as it was.
+        Closing the iterator ends the answer, and the part so far stays in the conversation. If it is closed before the
+        first piece, the conversation does not change.
 
         Args:
             options: fields of `Decoding` for this answer alone.
@@ -166,7 +165,7 @@ class Conversation:
         return self._answer([*self.messages, _question(content, self.documents)], [], options)
 
     def regenerate(self, **options: Any) -> Generator[str, None, None]:
-        """Another answer to the last message of the user, in place of the last; draws go by another seed.
+        """Another answer to the user's last message, which replaces the last answer; it is drawn with another seed.
 
         Args:
             options: as `reply` has them.
@@ -181,7 +180,7 @@ class Conversation:
         return self._answer(self.messages[: last + 1], self.documents, options)
 
     def undo(self) -> str | None:
-        """Take back the last message of the user and its answer; its documents stand before the next one again.
+        """Remove the user's last message and its answer; its documents are put before the next message again.
 
         Returns:
             The content of that message, None where there is none.
@@ -197,10 +196,10 @@ class Conversation:
     def _answer(
         self, messages: list[Message], documents: list[str], options: dict[str, Any]
     ) -> Generator[str, None, None]:
-        """Checks at once; answers as the iterator is advanced.
+        """Check the options and the length now; answer as the iterator is advanced.
 
         Args:
-            documents: those that stand before the message after this one.
+            documents: those that are put before the message after this one.
         """
         decoding = replace(self.decoding, **options)
         decoding = replace(decoding, seed=decoding.seed + self._attempt)
@@ -242,7 +241,7 @@ def _with_documents(message: Message) -> Message:
     """A message as the template takes it, documents before its content.
 
     Raises:
-        ZebraError: it is none, or holds what would be lost here, such as calls of tools.
+        ZebraError: it is no message, or has parts that would be lost here, such as tool calls.
     """
     texts = message.get("role"), message.get("content"), *message.get("documents", [])
     if not all(isinstance(text, str) for text in texts) or message.keys() - {"role", "content", "documents"}:

@@ -20,12 +20,15 @@ from zebra.errors import ZebraError, first_line
 _LEAST_DIVISOR = 1e-6
 """The least temperature above 0, and the least penalty: logits that are divided by much less overflow."""
 
+_FILTERS: dict[str, Any] = {"top_p": TopPLogitsWarper, "top_k": TopKLogitsWarper, "min_p": MinPLogitsWarper}
+"""The classes of transformers that filter which tokens may be drawn; each checks its own value."""
+
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen, and when to stop: fields of transformers' `GenerationConfig`, by other defaults.
+    """How the next token is chosen, and when to stop: fields of transformers' `GenerationConfig`, with other defaults.
 
-    Of the checkpoint's generation_config.json nothing is used but the tokens that end a text.
+    Of the checkpoint's generation_config.json only the tokens that end a text are used.
 
     Args:
         max_new_tokens: new tokens, at most.
@@ -37,8 +40,8 @@ class Decoding:
             long prompt's activations take less memory.
 
     Raises:
-        ZebraError: what transformers rejects, such as a negative temperature, or top_p without a temperature; one so
-            small that logits overflow.
+        ZebraError: values that transformers rejects, such as a negative temperature, or top_p without a temperature; a
+            temperature or a penalty so small that logits overflow.
     """
 
     max_new_tokens: int = 256
@@ -61,9 +64,9 @@ class Decoding:
         object.__setattr__(self, "stop", tuple(names_of(self.stop)))  # one string, and not its letters
         if not all(self.stop):
             raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
-        filters = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        names = ", ".join(name for name, value in filters.items() if value is not None)
-        if names and self.temperature == 0:
+        filters = {name: getattr(self, name) for name in _FILTERS if getattr(self, name) is not None}
+        if filters and self.temperature == 0:
+            names = ", ".join(filters)
             raise ZebraError(
                 f"{names} filter what is drawn, and temperature 0 draws nothing. Raise it, for example to 0.8."
             )
@@ -71,13 +74,8 @@ class Decoding:
             self.to_generation_config()
             TemperatureLogitsWarper(float(self.temperature) or 1.0)
             RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
-            for kind, value in (
-                (TopPLogitsWarper, self.top_p),
-                (TopKLogitsWarper, self.top_k),
-                (MinPLogitsWarper, self.min_p),
-            ):
-                if value is not None:
-                    kind(value)
+            for name, value in filters.items():
+                _FILTERS[name](value)
         except ValueError as error:
             raise ZebraError(f"these options of decoding cannot be used: {first_line(error)}") from None
         self._check_divisors()

@@ -1,6 +1,6 @@
 """The one table of other engines: how each runs a checkpoint with stripes, by the `model_type` that runs it here.
 
-What stands here was run with the versions in docs/results/engines.md, unless it says that it was read in source.
+All of it was run with the versions in docs/results/engines.md.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ class Support(NamedTuple):
         verdict: exact, exact with a flag, or refuses.
         reason: of the verdict, or a condition.
         flag: that makes it exact.
-        read: whether it was read in the engine's source, and not run.
-        silent: whether it is wrong in silence, where the flag is absent; of MLX, on a folder of `zebra convert`.
+        silent: whether the engine is wrong without a message where the flag is absent; for MLX, on a folder of
+            `zebra convert`.
     """
 
     verdict: str
     reason: str = ""
     flag: str = ""
-    read: bool = False
     silent: bool = False
 
 
@@ -107,7 +106,7 @@ ENGINES: dict[str, dict[str, Support]] = {
 
 
 def warning(family: str) -> str | None:
-    """What to say of a checkpoint whose stripes an engine would mistake in silence; None where none does.
+    """A warning where an engine would run a checkpoint's stripes wrongly and without an error; None where none would.
 
     Args:
         family: the `model_type` that runs it.
@@ -130,8 +129,8 @@ def table() -> str:
 
 
 def _cell(support: Support) -> str:
-    more = [f"`{support.flag}`"] * bool(support.flag) + [support.reason] * bool(support.reason)
-    return f"**{support.verdict}**{' (read)' * support.read}{': ' * bool(more)}{'; '.join(more)}"
+    more = "; ".join(filter(None, (support.flag and f"`{support.flag}`", support.reason)))
+    return f"**{support.verdict}**" + (f": {more}" if more else "")
 
 
 if __name__ == "__main__":

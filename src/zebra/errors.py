@@ -45,9 +45,8 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, without the advice behind it; all lines where the first ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(
-        error, LookupError | ArithmeticError | AttributeError | RecursionError
-    ):  # their text alone says little
+    if isinstance(error, LookupError | ArithmeticError | AttributeError | RecursionError):
+        # The text of these alone says little.
         lines[0] = f"{type(error).__name__}: {lines[0]}"
     return " ".join(line.strip() for line in lines)[:400] if lines[0].rstrip().endswith(":") else lines[0]
 

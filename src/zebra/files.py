@@ -1,6 +1,6 @@
-"""Files and directories that are complete or absent even if the process is killed or the power fails, and locks.
+"""Atomic files and directories: complete or absent, even if the process is killed or the power fails.
 
-And what a directory depends on, and the user's cache.
+Also locks, the inputs on which a directory's results depend, and the user's cache.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         ZebraError: the target exists and is not an empty directory.
     """
     target = Path(os.path.abspath(target))  # `.` has no name
-    refuse_existing(target)
+    check_new_directory(target)
     with _partial(target, Path.mkdir) as partial:
         yield partial
         try:
             _rename(partial, target)
         except OSError:
-            refuse_existing(target)  # another process was first
+            check_new_directory(target)  # another process was first
             raise
 
 
@@ -52,7 +52,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         ZebraError: the path is a folder, a device or a pipe.
     """
     path = Path(os.path.abspath(path))
-    refuse_other_kinds(path)
+    check_regular_file(path)
     with _partial(path, Path.touch) as partial:
         yield partial
         _rename(partial, path)
@@ -67,7 +67,7 @@ def atomic_write(path: str | os.PathLike[str], text: str) -> None:
 def append_lines(path: str | os.PathLike[str], text: str) -> None:
     """Append lines to a file, all or none; they start a new line even if the file's last line has no end."""
     path = Path(os.path.abspath(path))
-    refuse_other_kinds(path)
+    check_regular_file(path)
     make_folder(path.parent)
     with path.open("a+b", buffering=0) as file:
         with suppress(OSError):  # a file system without locks
@@ -121,7 +121,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     path = Path(os.path.abspath(path))
     try:
-        refuse_other_kinds(path)
+        check_regular_file(path)
         if path.exists():
             path.open("ab").close()
         folder = next(parent for parent in path.parents if parent.exists())
@@ -163,7 +163,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_other_kinds(path: Path) -> None:
+def check_regular_file(path: Path) -> None:
     """Check that a path may be a file: a device such as /dev/zero has no end, a pipe without a writer no beginning.
 
     Raises:
@@ -277,7 +277,7 @@ def user_cache_dir(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zebra" / kind
 
 
-def refuse_existing(target: Path) -> None:
+def check_new_directory(target: Path) -> None:
     """Check that `atomic_directory` can create a target.
 
     Raises:

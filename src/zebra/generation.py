@@ -28,7 +28,7 @@ from zebra.model.context import check_learned_positions, longest_text, ways_beyo
 from zebra.model.default_cache import LENGTH_REMINDER
 from zebra.model.finite import checking_logits
 from zebra.model.load_options import LoadOptions
-from zebra.model.rope import Rope, as_rope, refuse_changing_rope
+from zebra.model.rope import Rope, as_rope, check_fixed_rope
 from zebra.model.self_extend import self_extend_of
 from zebra.positions import SelfExtend
 from zebra.progress import bar, only_errors
@@ -107,32 +107,31 @@ def generate(
     config, tokenizer = loading.config_and_tokenizer(model, tokenizer)
     loaded = model if isinstance(model, PreTrainedModel) else None
     setting = loading.self_extend_setting(config) if loaded is None else self_extend_of(loaded)
-    refuse_changing_rope(config, "generating")
-    inputs = encode_prompt(prompt, tokenizer, chat)
-    length = inputs["input_ids"].shape[1]
-    check_learned_positions(config, length + decoding.max_new_tokens - 1)
+    check_fixed_rope(config, "generating")
+    ids = encode_prompt(prompt, tokenizer, chat)
+    check_learned_positions(config, len(ids) + decoding.max_new_tokens - 1)
     rope = as_rope(loading.rope)
     if setting is not None or rope.kind != "base":
-        _warn_beyond(config, setting, rope, length, decoding.max_new_tokens)
-    return _run(loaded or loading.model(model), tokenizer, inputs, decoding, on_text)
+        _warn_beyond(config, setting, rope, len(ids), decoding.max_new_tokens)
+    return _run(loaded or loading.model(model), tokenizer, ids, decoding, on_text)
 
 
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> dict[str, Tensor]:
-    """A prompt as tokens (1, T): `input_ids` and `attention_mask`, in the chat template with `chat`.
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Tensor:
+    """A prompt as tokens (N), in the chat template with `chat`.
 
-    What the tokenizer puts behind every text, such as its end of text, is left out.
+    Tokens that the tokenizer appends to every text, such as its end of text, are left out.
 
     Raises:
         ZebraError: no chat template, or one that fails; a prompt without tokens.
     """
     if chat:
         remedy = "Leave chat out and write the prompt in full."
-        ids = encode_messages([{"role": "user", "content": prompt}], tokenizer, remedy=remedy)[None]
+        ids = encode_messages([{"role": "user", "content": prompt}], tokenizer, remedy=remedy)
     else:
-        ids = torch.tensor([prompt_tokens(tokenizer, prompt)])
-    if ids.numel() == 0:
+        ids = torch.tensor(prompt_tokens(tokenizer, prompt))
+    if not len(ids):
         raise ZebraError(f"the prompt {prompt!r} has no tokens under this tokenizer. Give another.")
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return ids
 
 
 def encode_messages(
@@ -158,17 +157,19 @@ def generate_with(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
-    attention_mask: Tensor,
     decoding: Decoding,
+    *,
+    attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """What `model.generate` returns, drawn by the seed; the caller's random state comes back.
+    """What `model.generate` returns, drawn with the seed; the caller's random state is restored.
 
     Args:
         ids: (B, T).
-        attention_mask: (B, T), 0 where a shorter prompt is padded, on its left.
+        attention_mask: (B, T), 0 where a shorter prompt is padded on its left; None where none is.
         kwargs: others of `model.generate`, such as `streamer` and `past_key_values`.
     """
+    attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     ends = end_tokens(model, tokenizer)
     padding = (getattr(model.generation_config, "pad_token_id", None), tokenizer.pad_token_id, *ends, 0)
     pad_token_id = next(token for token in padding if token is not None)
@@ -187,22 +188,22 @@ def generate_with(
 def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    inputs: dict[str, Tensor],
+    ids: Tensor,
     decoding: Decoding,
     on_text: Callable[[str], None] | None,
 ) -> Generated:
-    ids = inputs["input_ids"].to(model.device)
+    prompt = ids.to(model.device)[None]
     writer, clock = TextWriter(tokenizer, on_text), _Clock()
     streams = decoding.num_beams == 1  # transformers has no stream of beams: the best is known at the end
-    with _prompt_bar(model, ids.shape[1], decoding.prefill_chunk), only_errors("zebra.model.self_extend"):
+    with _prompt_bar(model, len(ids), decoding.prefill_chunk), only_errors("zebra.model.self_extend"):
         start = time.perf_counter()
         try:
-            mask, streamer = inputs["attention_mask"].to(model.device), writer if streams else None
-            output = generate_with(model, tokenizer, ids, mask, decoding, streamer=streamer, stopping_criteria=[clock])
+            options: dict[str, Any] = {"streamer": writer if streams else None, "stopping_criteria": [clock]}
+            output = generate_with(model, tokenizer, prompt, decoding, **options)
         except BaseException:
             writer.end()  # an interrupt leaves the text so far
             raise
-        tokens = output.sequences[0, ids.shape[1] :].tolist()
+        tokens = output.sequences[0, len(ids) :].tolist()
         seconds = time.perf_counter() - start
     if not streams:
         writer.put(ids)
@@ -212,7 +213,7 @@ def _run(
     return Generated(
         text=writer.text,
         tokens=tuple(tokens),
-        prompt_tokens=ids.shape[1],
+        prompt_tokens=len(ids),
         ended=reason_of_end(tokens, writer.text, decoding, end_tokens(model, tokenizer)),
         seconds_to_first_token=clock.first - start,
         seconds=seconds,
@@ -246,7 +247,7 @@ def _prompt_bar(model: PreTrainedModel, tokens: int, chunk: int | None) -> Itera
                 if read >= tokens:
                     work.close()
 
-            work.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+            work.enter_context(model.register_forward_hook(after, with_kwargs=True))
         yield
 
 

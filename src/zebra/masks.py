@@ -39,18 +39,6 @@ def within(i: Position, j: Position, window: int) -> Position:
     return (j <= i) & (i - j < window)
 
 
-def beyond(i: Position, j: Position, window: int) -> Position:
-    """What `causal` sees and `within` does not: `i - j >= window`. Here window = 2.
-
-    . . . . .
-    . . . . .
-    x . . . .
-    x x . . .
-    x x x . .
-    """
-    return i - j >= window
-
-
 def sink(j: Position, first: Position | int, sinks: int) -> Position:
     """The first `sinks` tokens of a text, which begins at `first`. Here within a window of 2, or a sink of 1.
 

@@ -162,7 +162,7 @@ def ceiling_results(ceilings: Device, *, run: str) -> list[Result]:
 
 
 def write_ceilings(path: Path, ceilings: Device) -> None:
-    """Write the file that `zebra plan --device` reads; it is whole or absent."""
+    """Write the file that `zebra plan --device` reads, atomically."""
     atomic_write(path, to_json(asdict(ceilings), indent=2) + "\n")
 
 

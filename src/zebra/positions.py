@@ -153,10 +153,10 @@ def suggest(trained: int, target: int) -> SelfExtend:
     return SelfExtend(1 << max(1, math.ceil(math.log2(smallest))), window)
 
 
-def ropes_of(fields: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def ropes_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parameters of each rope of a config's fields: one, or one for each kind of layer; older configs' too."""
     parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    return [one for one in parameters.values() if isinstance(one, Mapping)] or [parameters]
+    return [one for one in parameters.values() if isinstance(one, dict)] or [parameters]
 
 
 def rope_type(parameters: Mapping[str, Any]) -> str:
@@ -192,8 +192,8 @@ def reach_of(longest: int, fields: Mapping[str, Any]) -> int:
     return max(reaches)
 
 
-def refuse_rope(family: str, kind: str | None) -> None:
-    """Reject a model whose positions cannot be rotated again; `zebra.load` and `zebra plan` share the message.
+def check_rotatable_rope(family: str, kind: str | None) -> None:
+    """Check that a model's positions can be rotated again; `zebra.load` and `zebra plan` share the message.
 
     Args:
         kind: the `rope_type` of its config, None where its positions are no rotary embedding.
@@ -213,13 +213,9 @@ def refuse_rope(family: str, kind: str | None) -> None:
         )
 
 
-def refuse_no_global(family: str, remedy: str = "Take a layout with a global layer, or drop Self-Extend.") -> None:
-    """Reject a model in which no layer is left to extend.
-
-    Raises:
-        ZebraError: always.
-    """
-    raise ZebraError(
+def no_global_layer(family: str, remedy: str = "Take a layout with a global layer, or drop Self-Extend.") -> ZebraError:
+    """The error for a model in which no layer is left to extend."""
+    return ZebraError(
         f"this {family} has no global layer with a rotary embedding, so Self-Extend has nothing to extend: local "
         f"layers never look beyond their window. {remedy}"
     )

@@ -87,7 +87,7 @@ def to_json(tree: Any, indent: int | None = None) -> str:
 
 
 def write_results(path: str | os.PathLike[str], results: Iterable[Result]) -> None:
-    """Write results to a new file, which is whole or absent."""
+    """Write results to a new file, atomically."""
     atomic_write(path, "".join(result.json() + "\n" for result in results))
 
 
@@ -128,10 +128,8 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
             continue
         try:
             results.append(_parse(line, f"{path}:{number}"))
-        except json.JSONDecodeError as error:
-            faults[number] = (
-                "it was cut off" if number == len(lines) else str(error)
-            )  # a whole file ends in a line break
+        except json.JSONDecodeError as error:  # a whole file ends in a line break
+            faults[number] = "it was cut off" if number == len(lines) else str(error)
         except (ValueError, TypeError, RecursionError) as error:
             faults[number] = str(error)
     if faults:

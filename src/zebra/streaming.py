@@ -1,10 +1,10 @@
-"""An answer token by token, read from where an earlier text ends to be the same as its prompt.
+"""An answer token by token. The beginning of its prompt that an earlier text has too comes from that text's cache.
 
     prompt     [ cached | chunk | chunk | rest ]  ->  token -> token -> ...
                  PrefixCache.take                                        PrefixCache.put
 
-A prompt is read in chunks, between which it can be cancelled, and each leaves a snapshot. The rest and the answer are
-transformers' own `generate`.
+A prompt is read in chunks; it can be cancelled between them, and a snapshot is taken after each. transformers' own
+`generate` reads the rest of the prompt and writes the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
@@ -34,9 +34,9 @@ from zebra.model.self_extend import self_extend_of
 from zebra.text_writer import TextWriter
 
 _CHUNK = 1024
-"""Tokens of a prompt that are read at a time, where `Decoding` names no other number."""
+"""Tokens of a prompt that are read at a time, where `Decoding` has no `prefill_chunk`."""
 _REST = 32
-"""Tokens of a prompt that `generate` reads: few to read again for another answer, and one pass for a short question."""
+"""The last tokens of a prompt, which `generate` reads: few to read again, and a short question is read in one pass."""
 
 
 class ContextLengthError(ZebraError):
@@ -48,8 +48,8 @@ class Step:
     """A token of an answer.
 
     Attributes:
-        token: None in a last step, for text that was held back: bytes that are no whole character.
-        text: what it adds, whole characters; empty for a token that is no text or not yet a character.
+        token: None in a last step, whose text was held back: bytes that are no whole character.
+        text: the whole characters that the token adds; empty where it adds none yet, and for a token without text.
         logprob: log softmax of the model's logits, before any temperature or filter; None unless it was requested.
         top: the likeliest tokens and their log-probabilities, as many as were requested.
     """
@@ -61,7 +61,7 @@ class Step:
 
 
 def context_room(model: PreTrainedModel, tokens: int) -> int | None:
-    """How many tokens a model reads beyond a prompt of so many, at least 1; None without a limit.
+    """How many tokens a model reads after a prompt of `tokens`, at least 1; None without a limit.
 
     Raises:
         ContextLengthError: the prompt is longer than the model reaches, with Self-Extend and its rope.
@@ -90,17 +90,17 @@ def answer(
     on_prefill: Callable[[int, int], None] = lambda read, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Generated:
-    """Continue a prompt, from the cache of the text that shares most of it, which then holds the answer too.
+    """Continue a prompt from the stored cache that shares most of its beginning; the answer is stored there too.
 
-    The answer is the one of `generate` for the whole prompt, in float32 token for token. Calls with one store wait for
-    each other.
+    The answer equals that of `generate` for the whole prompt, in float32 token for token. Calls that share a
+    `PrefixCache` run one after another.
 
     Args:
         ids: (N).
         logprobs: also the log-probability of each token, and of this many of the likeliest.
         on_step: called with each token as it comes.
-        on_prefill: called with the tokens of the prompt that have been read, and of all that must be.
-        cancelled: asked between chunks of the prompt and after each token; True ends the answer.
+        on_prefill: called with the number of prompt tokens read so far, and of all that must be read.
+        cancelled: called between chunks of the prompt and after each token; True ends the answer.
 
     Raises:
         ContextLengthError: as `context_room`, before anything is read.
@@ -118,10 +118,10 @@ def answer(
         cached = len(text)
         streamer = _Steps(model, tokenizer, logprobs, on_step, lambda: on_prefill(len(ids) - cached, len(ids) - cached))
         if _read(model, text, ids, len(ids) - _REST, decoding.prefill_chunk, on_prefill, cancelled):
-            prompt, cancel = ids.to(model.device)[None], [_Cancel(cancelled)]
-            arguments = {"past_key_values": text.cache, "streamer": streamer, "stopping_criteria": cancel}
+            arguments: dict[str, Any] = {"past_key_values": text.cache, "streamer": streamer}
+            arguments["stopping_criteria"] = [_Cancel(cancelled)]
             with streamer.watching_logits():
-                output = generate_with(model, tokenizer, prompt, torch.ones_like(prompt), limited, **arguments)
+                output = generate_with(model, tokenizer, ids.to(model.device)[None], limited, **arguments)
             sequence = output.sequences[0].cpu()
         seconds = time.perf_counter() - start
         # Under full decoding a later prompt reads the answer by the window: only the prompt's part is stored.
@@ -152,8 +152,8 @@ def read(
     chunk: int | None = None,
     on_prefill: Callable[[int, int], None] = lambda read, total: None,
     cancelled: Callable[[], bool] = lambda: False,
-) -> int:
-    """Read the beginning of a prompt, (N), into the store, and return how many of its tokens it holds afterwards.
+) -> None:
+    """Read the beginning of a prompt, (N), into the store.
 
     Args:
         chunk: tokens at a time.
@@ -167,7 +167,6 @@ def read(
         text = prefixes.take(ids)
         _read(model, text, ids, len(ids), chunk, on_prefill, cancelled)
         prefixes.put(ids, text)
-    return len(text)
 
 
 def _read(
@@ -179,7 +178,7 @@ def _read(
     on_prefill: Callable[[int, int], None],
     cancelled: Callable[[], bool],
 ) -> bool:
-    """Read tokens up to `end` in chunks, a snapshot behind each; False where it was cancelled."""
+    """Read tokens up to `end` in chunks, with a snapshot after each; False where it was cancelled."""
     cached = len(text)
     text.cache.set_prompt_length(len(ids))
     on_prefill(0, len(ids) - cached)
@@ -197,13 +196,13 @@ def _read(
 class AnswerStream(Iterator[Step]):
     """`answer` as an iterator of its steps.
 
-    The model runs in a thread of its own, so that an interrupt of the caller never meets it within a forward pass.
+    The model runs in a thread of its own, so that an interrupt of the caller never stops it within a forward pass.
 
     Args:
-        options: those of `answer` but `on_step` and `cancelled`. Its `on_prefill` is called in that thread.
+        options: those of `answer` except `on_step` and `cancelled`. `on_prefill` is called in that thread.
 
     Attributes:
-        result: what `answer` returns, at the end and after `close`; None before, and where it failed.
+        result: what `answer` returns, at the end and after `close`; None before, and if it failed.
     """
 
     def __init__(
@@ -246,13 +245,13 @@ class AnswerStream(Iterator[Step]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the answer behind the token or the chunk that is computed, and wait for that."""
+        """End the answer after the token or the chunk that is being computed, and wait for that."""
         self._cancel.set()
         self._thread.join()
 
 
 class _Cancel(StoppingCriteria):
-    """Stops `generate` behind a token."""
+    """Stops `generate` after a token."""
 
     def __init__(self, cancelled: Callable[[], bool]):
         self._cancelled = cancelled
@@ -290,17 +289,13 @@ class _Steps(BaseStreamer):
 
     @contextmanager
     def watching_logits(self) -> Iterator[None]:
-        """Within this context the logits of each forward pass are noted, where log-probabilities were requested."""
+        """Within this context the logits of each forward pass are kept, where log-probabilities were requested."""
 
         def note(module: Any, args: Any, output: Any) -> None:
             self._logits = output.logits[0, -1]
 
-        hook = None if self._logprobs is None else self._model.register_forward_hook(note)
-        try:
+        with nullcontext() if self._logprobs is None else self._model.register_forward_hook(note):
             yield
-        finally:
-            if hook is not None:
-                hook.remove()
 
     def put(self, value: Tensor) -> None:
         """The prompt first, then each token."""

@@ -12,11 +12,11 @@ from zebra.data.encoding import decode
 
 
 class TextWriter(BaseStreamer):
-    """Tokens to text as they come: whole characters, with the space that the tokenizer puts behind what is before.
+    """Tokens to text as they come: whole characters, with the space that the tokenizer puts between words.
 
     A token's text depends on its neighbours (a leading space, bytes of one character), so a few tokens before the new
-    ones are decoded again, and what is longer is new. transformers' own streamer starts anew behind each line, without
-    the space that may follow; the one of tokenizers ends in an error on bytes that are no UTF-8.
+    ones are decoded again with them, and the text beyond theirs is new. transformers' own streamer starts again after
+    each line and loses a space that may follow; that of tokenizers fails on bytes that are no UTF-8.
 
     Args:
         on_text: called with each piece.

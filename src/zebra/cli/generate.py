@@ -11,7 +11,7 @@ import typer
 
 from zebra.cli import options, show
 from zebra.errors import ZebraError
-from zebra.files import refuse_other_kinds
+from zebra.files import check_regular_file
 from zebra.model.checkpoint_files import check_checkpoint
 
 
@@ -66,7 +66,7 @@ def _prompt(text: str | None, file: Path | None) -> str:
     if text is not None or file is None:
         return text or ""
     if str(file) != "-":
-        refuse_other_kinds(file)
+        check_regular_file(file)
     try:
         return (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode("utf-8")
     except UnicodeDecodeError as error:

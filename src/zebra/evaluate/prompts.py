@@ -68,7 +68,7 @@ class Prompts:
         """The prompt's tokens with this text in place of the document."""
         fields = {"{document}": document, "{question}": example.question}
         text = "".join(fields.get(part, part) for part in self._parts)
-        return tuple(encode_prompt(text, self.tokenizer, self._chat)["input_ids"][0].tolist())
+        return tuple(encode_prompt(text, self.tokenizer, self._chat).tolist())
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
         """The tokens of an answer after the prompt: with the space between them, except in a chat template."""

@@ -78,7 +78,9 @@ def greedy_answers(
         room = max(max_new_tokens[i] for i in batch.indices)
         decoding = Decoding(max_new_tokens=room, stop=strings)
         with evaluating(model):
-            output = generate_with(model, tokenizer, batch.ids, batch.mask, decoding, past_key_values=batch.cache)
+            output = generate_with(
+                model, tokenizer, batch.ids, decoding, attention_mask=batch.mask, past_key_values=batch.cache
+            )
         new = output.sequences[:, batch.ids.shape[1] :].tolist()
         for i, text in zip(batch.indices, (decode(tokenizer, tokens) for tokens in new), strict=True):
             answers[i] = min((text.partition(string)[0] for string in strings), key=len, default=text).strip()

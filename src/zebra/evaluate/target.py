@@ -13,7 +13,7 @@ from zebra.model.context import check_learned_positions, longest_text, ways_beyo
 from zebra.model.families import layout
 from zebra.model.load import device_name
 from zebra.model.load_options import LoadOptions, loaded_layout_name
-from zebra.model.rope import as_rope, refuse_changing_rope
+from zebra.model.rope import as_rope, check_fixed_rope
 
 
 class EvalTarget:
@@ -39,7 +39,7 @@ class EvalTarget:
         self.checkpoint = str(checkpoint)
         self.config = self._options.config(checkpoint)
         if purpose is not None:
-            refuse_changing_rope(self.config, purpose)
+            check_fixed_rope(self.config, purpose)
         self.self_extend = self._options.self_extend_setting(self.config)
         self.tokenizer = self._options.tokenizer(checkpoint, self.config)
         other_base = as_rope(self._options.rope).kind == "base"

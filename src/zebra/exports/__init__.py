@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from zebra.engines import TARGETS
 from zebra.errors import ZebraError
-from zebra.files import check_writable, refuse_existing
+from zebra.files import check_new_directory, check_writable
 from zebra.gguf import is_gguf
 from zebra.model.checkpoint_files import check_checkpoint, check_gguf_package
 from zebra.stripes import Stripes
@@ -54,7 +54,7 @@ def check_export(
     if to == "gguf":
         check_gguf_package(target)
     check_checkpoint(checkpoint)
-    refuse_existing(Path(os.path.abspath(target)))
+    check_new_directory(Path(os.path.abspath(target)))
     check_writable(target)
 
 

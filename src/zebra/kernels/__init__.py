@@ -52,7 +52,7 @@ def only(name: str) -> Iterator[None]:
 
 
 def find(request: Request) -> tuple[Kernel | None, dict[str, str]]:
-    """The kernel that serves the request, None where all decline; and why each kernel tried before it declines."""
+    """The kernel that serves the request, None where all decline; and why each kernel before it declines."""
     forced = _only.get()
     kernels = {kernel.name: kernel for kernel in KERNELS if forced in (None, kernel.name)}
     reasons: dict[str, str] = {}
@@ -68,8 +68,8 @@ def find(request: Request) -> tuple[Kernel | None, dict[str, str]]:
 def choose(request: Request) -> Kernel:
     """The kernel that serves the request.
 
-    Where one that is written for the request's device declines, or only the dense formula is left, a log line says why,
-    once for each reason.
+    Where a kernel for the request's device declines, or only the dense formula is left, a log line gives the reason,
+    once for each one.
 
     Raises:
         NotImplementedError: all decline; the message holds each one's reason.
@@ -115,15 +115,15 @@ def attend(
         scale: D ** -0.5 where None.
         slopes: (H,), of ALiBi.
         with_lse: return the log-sum-exp; without it kernels that give none may serve.
-        arguments: any others. A kernel declines what it does not know; None asks for nothing.
+        arguments: any others. A kernel declines those that it does not know, unless they are None.
 
     Returns:
         out: (B, H, T, D) in the dtype of the inputs, D that of the values. lse: (B, H, T), natural logarithm, in at
         least float32, None without `with_lse`. A query that sees no key has out 0 and lse -inf.
 
-        What a query does not see changes neither its output nor its gradient, as long as it is finite. NaN and infinity
-        may reach every query, hidden or not: the formula gives what is hidden the weight 0, and 0 * NaN is NaN. Only
-        keys that lie beyond the window of all queries are never read.
+        Hidden keys and values change neither the output nor the gradient of a query, as long as they are finite. NaN
+        and infinity may reach every query: the formula gives what is hidden the weight 0, and 0 * NaN is NaN. Only keys
+        that lie beyond the window of all queries are never read.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together; a scale or softcap that is no such number.
@@ -172,7 +172,7 @@ def gradients(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from what `attend` returned, by whichever kernel: its backward outside of autograd.
+    """The gradients of q, k and v from what `attend` returned, whichever kernel ran; outside of autograd.
 
     Args:
         q, k, v, mask, scale, softcap: as `attend` had them.

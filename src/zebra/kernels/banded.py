@@ -301,10 +301,10 @@ def _tile_backward(
 
 def banded(request: Request) -> tuple[Tensor, Tensor | None]:
     """Run the tiles outside autocast, which would cast the float32 scores down: out (B, H, T, D), lse (B, H, T)."""
-    r = request
-    with torch.autocast(r.q.device.type, enabled=False):
-        out, lse = _Banded.apply(r.q, r.k, r.v, r.mask, r.scale, r.softcap, r.slopes)
-    return out, lse if r.with_lse else None
+    inputs = request.q, request.k, request.v
+    with torch.autocast(request.q.device.type, enabled=False):
+        out, lse = _Banded.apply(*inputs, request.mask, request.scale, request.softcap, request.slopes)
+    return out, lse if request.with_lse else None
 
 
 def _unsupported_reason(request: Request) -> str | None:

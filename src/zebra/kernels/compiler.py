@@ -48,10 +48,10 @@ def cpu_flags() -> frozenset[str]:
 def library(source: Path, *options: str) -> ctypes.CDLL:
     """The source, compiled with `OPTIONS` and others, as a library, from the cache or compiled into it.
 
-    Its name there is a hash of the source, the headers beside it, compiler, options and CPU: home folders are shared
-    between machines. At its end stands the SHA-256 of what precedes it, so that a damaged file is compiled again and
-    never loaded. What others could have written is not loaded either: where the cache is not this user's alone, the
-    library lives in a private temporary folder for as long as the process.
+    Its name there is a hash of the source, the headers beside it, compiler, options and CPU, as home folders may be
+    shared between machines. The file ends in the SHA-256 of what precedes it, so that a damaged file is compiled again
+    and never loaded. Files that others could have written are not loaded either: where others can write into the cache,
+    the library lives in a private temporary folder until the process ends.
 
     Raises:
         Unbuilt: no compiler, a failed compilation, or a library that cannot be stored or loaded.

@@ -1,14 +1,18 @@
-"""Attention over two sets of keys merged into one by their log-sum-exps (as in FlashAttention, arXiv 2205.14135)."""
+"""Attention from its parts: over two sets of keys, merged by their log-sum-exps, or of two sets of queries.
+
+(Merging as in FlashAttention, arXiv 2205.14135.)
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+Attention = tuple[Tensor, Tensor | None]
+"""An output and its log-sum-exp."""
 
-def merge(
-    out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, *, with_lse: bool = True
-) -> tuple[Tensor, Tensor | None]:
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, *, with_lse: bool = True) -> Attention:
     """Attention over two disjoint sets of keys from the attention over each, differentiable in all four.
 
         out = (e^l1 o1 + e^l2 o2) / (e^l1 + e^l2),   lse = log(e^l1 + e^l2)
@@ -31,3 +35,17 @@ def merge(
         return merged, None
     neither = lse.isneginf() & other_lse.isneginf()
     return merged, torch.logaddexp(one, two).masked_fill(neither, float("-inf"))
+
+
+def join(first: Attention, second: Attention) -> Attention:
+    """Attention of queries that come in two parts, one after the other, from the attention of each part.
+
+    Args:
+        first, second: the output (B, H, T, D) and the log-sum-exp (B, H, T) or None.
+
+    Returns:
+        The same for all queries; no log-sum-exp where a part has none.
+    """
+    (out, lse), (other, other_lse) = first, second
+    whole_lse = None if lse is None or other_lse is None else torch.cat([lse, other_lse], dim=2)
+    return torch.cat([out, other], dim=2), whole_lse

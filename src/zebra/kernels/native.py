@@ -54,7 +54,7 @@ class _Call(ctypes.Structure):
 
 
 def arguments(tensors: dict[str, Tensor], scale: float, softcap: float | None, group: int = 1) -> ctypes.Structure:
-    """A call of native.cpp, which fills in the outputs among the tensors; `group` heads are rows of each of q's."""
+    """A call of native.cpp, which fills in the outputs among the tensors; each head of q holds `group` heads' rows."""
     q, k = tensors["q"], tensors["k"]
     fields: dict[str, Any] = dict(zip(("batch", "heads", "queries"), q.shape, strict=False))
     fields |= {"kv_heads": k.shape[1], "keys": k.shape[2], "threads": torch.get_num_threads()}
@@ -70,7 +70,7 @@ def options(dtype: torch.dtype, size: int) -> tuple[str, ...]:
 
 
 def instructions() -> str:
-    """The instruction set that the kernel was compiled for, by its own word; or why it was not."""
+    """The instruction set that the kernel was compiled for, or why it was not compiled."""
     library = _library(torch.float32, 64)
     if isinstance(library, str):
         return library

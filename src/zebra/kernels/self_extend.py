@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zebra.kernels import attend
-from zebra.kernels.merging import merge
+from zebra.kernels.merging import join, merge
 from zebra.kernels.request import Mask
 
 
@@ -62,8 +61,5 @@ def self_extend_attention(
         # In the far part a query is aligned W tokens before itself, which may be another document's token.
         other = mask.documents[:, window:] != mask.documents[:, :far_keys]
         far_lse = far_lse.masked_fill(other[:, None, far_keys - queries + first :], float("-inf"))
-    merged, merged_lse = merge(out[:, :, first:], lse[:, :, first:], far_out, far_lse, with_lse=with_lse)
-    if first > 0:
-        merged = torch.cat([out[:, :, :first], merged], dim=2)
-        merged_lse = None if merged_lse is None else torch.cat([lse[:, :, :first], merged_lse], dim=2)
-    return merged, merged_lse
+    merged = merge(out[:, :, first:], lse[:, :, first:], far_out, far_lse, with_lse=with_lse)
+    return join((out[:, :, :first], lse[:, :, :first]), merged) if first else merged

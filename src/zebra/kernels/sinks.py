@@ -7,7 +7,7 @@ r"""Local attention with sinks: the band, merged with a small dense attention ov
               s s \ \                 Sinks inside the band are the band's, so that no key is seen twice.
        S - 1  s s . \ \
 
-A trained model gives much of its attention to the first few tokens, and a window without them does more harm than its
+A trained model gives much of its attention to the first few tokens, so a window without them harms more than its
 length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions.
 """
 

@@ -5,8 +5,8 @@
 The function and its mask function stand under one name: a function registered alone would silently lose the window
 and the padding. The mask function never builds an N x N tensor; it hands down the 2-D mask of the keys, or None.
 
-`torch.compile` and `torch.export` see attention on a CPU as one operator (`zebra.model.operator`). What it does not
-take is a break of the graph: an override, arguments that name packed documents, another device.
+`torch.compile` and `torch.export` see attention on a CPU as one operator (`zebra.model.operator`). Overrides,
+arguments that name packed documents, and other devices break the graph.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def zebra_attention(
 
     Args:
         query: (B, H, T, D), rotated.
-        key: (B, K, S, D), rotated; or the object by which a cache layer of ours hands its keys on.
+        key: (B, K, S, D), rotated; or an object in which one of our cache layers passes its keys on.
         value: (B, K, S, D).
         attention_mask: what `zebra_mask` returned, (B, at most S) bool, or None.
         sliding_window: the layer's window, counted as we do; None in a global layer. Where a model keeps it on the
@@ -104,9 +104,8 @@ def zebra_attention(
             query, key, value, attention_mask, position_ids, window, scaling, softcap, gradient or s_aux is not None
         )
     else:
-        out, lse = _attend(
-            module, query, key, value, attention_mask, position_ids, window, scaling, softcap, s_aux is not None, others
-        )
+        others |= {"scale": scaling, "softcap": softcap, "with_lse": s_aux is not None}
+        out, lse = _attend(module, query, key, value, attention_mask, position_ids, window, others)
     if s_aux is not None and lse is not None:
         if s_aux.shape != query.shape[1:2]:
             raise ValueError(
@@ -127,20 +126,20 @@ def _attend(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     window: int | None,
-    scaling: float | None,
-    softcap: float | None,
-    with_lse: bool,
-    others: dict[str, Any],
+    arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The layer's override or `attend`: (B, T, H, D) and (B, H, T)."""
+    """The layer's override or `attend`: (B, T, H, D) and (B, H, T).
+
+    arguments: those that name packed documents, and others of `attend`.
+    """
     _check_layout(module, window)
-    packing = {name: others.pop(name, None) for name in PACKING_KWARGS}
+    packing = {name: arguments.pop(name, None) for name in PACKING_KWARGS}
     batch, queries, past = query.shape[0], query.shape[2], value.shape[2] - query.shape[2]
     documents = documents_of(position_ids, attention_mask, (batch, queries), past=past, **packing)
     mask = Mask(window=window, keys=attention_mask, documents=documents)
     override = get_override(module)
     run = attend if override is None else functools.partial(override.attend, module, position_ids)
-    out, lse = run(query, key, value, mask, scale=scaling, softcap=softcap, with_lse=with_lse, **others)
+    out, lse = run(query, key, value, mask, **arguments)
     return out.transpose(1, 2), lse
 
 

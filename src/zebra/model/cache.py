@@ -1,6 +1,6 @@
 """transformers' hybrid cache, truly bounded, and grown with slack instead of copied at every token.
 
-`StripedCache` differs from `DynamicCache` in these two things alone (`cache_layers`), and in layers of its own for
+`StripedCache` differs from `DynamicCache` in these two things only (`cache_layers`), and has layers of its own for
 Self-Extend, sinks and full decoding (`opaque_layers`).
 """
 
@@ -56,9 +56,9 @@ class StripedCache(DynamicCache):
                 layer.prompt_length = tokens
 
     def tails(self) -> list[Tail] | None:
-        """Copies of what local layers and Self-Extend's near keys hold now, for `cut` to come back to this length.
+        """Copies of what local layers and Self-Extend's near keys hold now, with which `cut` returns to this length.
 
-        None where a layer is none of ours.
+        None where a layer is not one of ours.
         """
         return [layer.tail() for layer in self.layers] if self._is_cuttable() else None
 
@@ -66,10 +66,11 @@ class StripedCache(DynamicCache):
         """A cache of the first `length` tokens, which shares storage until it appends; this one stays as it is.
 
         Args:
-            tails: those that were taken at this length; without them layers are cut as far as they hold it all.
+            tails: those that were taken at this length. Without them a layer can be cut only while it holds all of
+                its tokens.
 
         Returns:
-            None where a layer has let go of what it needs.
+            None where a layer has dropped tokens that it needs.
         """
         if not self._is_cuttable():
             return None

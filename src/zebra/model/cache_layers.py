@@ -24,8 +24,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 class GrowingBuffer:
     """Storage with room behind the tokens of a layer: appending a few writes in place.
 
-    Only behind the very tensor that was handed out last: what was reordered, cropped or put there by another is copied,
-    so that two caches that share a beginning never write into each other.
+    Only after the tensor that it returned last. Any other one (reordered, cropped, set from outside) is copied, so that
+    two caches that share a beginning never write into each other.
     """
 
     def __init__(self) -> None:
@@ -80,9 +80,9 @@ Tail = dict[str, Any]
 
 
 class CuttableLayer(DynamicLayer):
-    """A layer that goes back to an earlier length without reading again: what it holds of all tokens is sliced.
+    """A layer that can return to an earlier length without reading again: what it holds of all tokens is sliced.
 
-    What it holds of the last tokens alone (`_TAIL`) comes from a copy that was taken at that length.
+    What it holds of the last tokens only (`_TAIL`) comes from a copy that was taken at that length.
     """
 
     keys: Tensor
@@ -90,7 +90,7 @@ class CuttableLayer(DynamicLayer):
     _TAIL: ClassVar[tuple[str, ...]] = ()
 
     def tail(self) -> Tail:
-        """Copies of what `cut` needs to come back to the length that the layer has now."""
+        """Copies of what `cut` needs to return to the length that the layer has now."""
         states = {name: getattr(self, name) for name in self._TAIL}
         return {name: state.clone() if isinstance(state, Tensor) else state for name, state in states.items()}
 
@@ -98,7 +98,7 @@ class CuttableLayer(DynamicLayer):
         """A layer with the first `length` tokens, which appends to storage of its own; this one stays as it is.
 
         Returns:
-            None where tokens before `length` that it needs are gone, and no tail of that length brings them back.
+            None where tokens before `length` that it needs are gone, and there is no tail of that length.
         """
         if not self.is_initialized or length == self.get_seq_length():
             tail = {}
@@ -106,12 +106,8 @@ class CuttableLayer(DynamicLayer):
             return None
         layer = copy.copy(self)
         buffers = {name: GrowingBuffer() for name, one in vars(self).items() if isinstance(one, GrowingBuffer)}
-        layer._set(buffers | tail)
+        layer.__dict__.update(buffers | tail)
         return layer
-
-    def _set(self, attributes: Tail) -> None:
-        for name, value in attributes.items():
-            setattr(self, name, value)
 
     def _sliced_tail(self, length: int) -> Tail | None:
         """The tail at an earlier length, of what the layer holds now; None where that is not enough."""
@@ -145,9 +141,9 @@ class GrowingLayer(CuttableLayer):
 
 
 class TrimmedSlidingLayer(DynamicSlidingWindowLayer, CuttableLayer):
-    """transformers' local layer, which lets go of the storage behind what it still needs.
+    """transformers' local layer, which frees the storage of the tokens that it no longer needs.
 
-    While past states are recorded (assisted decoding), everything stays until transformers crops it, as in its own.
+    While past states are recorded (assisted decoding), all tokens stay until transformers crops them, as in its own.
     """
 
     _TAIL: ClassVar[tuple[str, ...]] = ("keys", "values", "cumulative_length")
@@ -172,7 +168,7 @@ class TrimmedSlidingLayer(DynamicSlidingWindowLayer, CuttableLayer):
         return keys[:, :, first:], values[:, :, first:]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, and let go of what is no longer needed."""
+        """Remove the last tokens, and free what is no longer needed."""
         super().crop(tokens_to_remove)
         if self.is_initialized:
             self._trim(self.keys, self.values)

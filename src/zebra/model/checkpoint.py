@@ -1,4 +1,4 @@
-"""A checkpoint's files: whole or rejected when they are read, whole or absent when they are written."""
+"""A checkpoint's config, tokenizer and zebra.json: checked when they are read, written atomically."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from zebra.provenance import git_commit, versions
 def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: Any) -> PreTrainedConfig:
     """The config of a checkpoint.
 
-    Its ties, and a dtype where it has none, are those of the tensors on disk: merged adapters of tied models commonly
-    have a head of their own.
+    Whether the head is tied, and the dtype where the config has none, follow from the tensors on disk: a merged adapter
+    of a tied model often has a head of its own.
 
     Args:
-        routed: whether the family needs a route, as it does for stripes; else its own class serves it as it is.
+        routed: whether the family needs a route, as it does for stripes. Without one its own class runs it.
         kwargs: keyword arguments of `from_pretrained`, fields of the config among them.
 
     Raises:
@@ -54,11 +54,8 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
     directory = Path(path) if is_gguf(path) else as_directory(path, **kwargs)
     if is_hub_name(path):
         check_checkpoint(directory, subfolder)
-    read: Callable[..., PreTrainedConfig] = partial(
-        AutoConfig.from_pretrained, directory, subfolder=subfolder, trust_remote_code=False
-    )
-    if is_gguf(path):
-        read = partial(gguf_config, path)
+    from_directory = partial(AutoConfig.from_pretrained, directory, subfolder=subfolder, trust_remote_code=False)
+    read: Callable[..., PreTrainedConfig] = partial(gguf_config, path) if is_gguf(path) else from_directory
     try:
         config = read()
         changes = {name: kwargs[name] for name in own_fields(config) if name in kwargs}
@@ -90,7 +87,7 @@ def own_fields(config: PreTrainedConfig) -> set[str]:
 
 
 _CODE = "trust_remote_code"
-"""What transformers' error for a checkpoint with code of its own names."""
+"""The option that transformers' error names for a checkpoint with code of its own."""
 
 
 def load_tokenizer(
@@ -99,13 +96,13 @@ def load_tokenizer(
     """The tokenizer of a directory or a GGUF file.
 
     Args:
-        config: of the model whose tokens it makes.
+        config: of the model that reads its tokens.
         trust_remote_code: run a tokenizer that is Python code of the checkpoint's own; None where the caller has no
             such option.
 
     Raises:
-        ZebraError: there is none that can be read, one with code of its own that is not trusted, or it makes ids that
-            the model has no embedding for.
+        ZebraError: no tokenizer that can be read; one with code of its own that is not trusted; ids for which the model
+            has no embedding.
     """
     directory = as_directory(path)
     try:
@@ -139,11 +136,11 @@ def load_tokenizer(
 
 
 _MOST_GROWTH = 64
-"""Characters that a normalizer may make of one; Unicode's own forms make 18 of one at most."""
+"""Characters into which a normalizer may turn one; Unicode's own forms make at most 18."""
 
 
 def _check_growth(tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike[str]) -> None:
-    """Refuse a normalizer that makes a text so much longer that a short one fills the memory."""
+    """Reject a normalizer that lengthens texts so much that a short one fills the memory."""
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     longest = 0 if normalizer is None else max(len(normalizer.normalize_str(letter)) for letter in printable)
     if longest > _MOST_GROWTH:
@@ -154,7 +151,7 @@ def _check_growth(tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike[st
 
 
 def _tokenizer_fault(directory: str | os.PathLike[str]) -> str | None:
-    """What a directory or this machine lacks where transformers lists all the ways to build a tokenizer."""
+    """What a directory or this machine lacks, in place of transformers' list of all ways to build a tokenizer."""
     names = [file.name for file in Path(directory).glob("*")]
     models = [name for name in names if name.endswith(".model")]
     if names and not any(name.startswith(("tokenizer", "vocab")) or name in models for name in names):
@@ -165,9 +162,9 @@ def _tokenizer_fault(directory: str | os.PathLike[str]) -> str | None:
 
 
 def checkpoint_digests(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What distinguishes checkpoints: a digest of each file but texts about it, of zebra.json its settings.
+    """What distinguishes checkpoints: a digest of each file except documentation; of zebra.json, its settings.
 
-    Weights are read by samples.
+    Only samples of the weights are read.
 
     Raises:
         ZebraError: no weights.
@@ -225,7 +222,7 @@ def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAt
         kwargs: keyword arguments of `from_pretrained`.
 
     Raises:
-        ZebraError: a zebra.json that is broken, or of an export for SGLang, in whose config.json a window is one less.
+        ZebraError: a broken zebra.json; an export for SGLang, whose config.json has a window of one key less.
     """
     if is_gguf(path):
         return LocalAttention()

@@ -1,6 +1,6 @@
-"""What can be refused of a checkpoint's path, a conversion's target and a notation before torch is imported.
+"""Checks of a checkpoint's path, a conversion's target and a notation that need no torch.
 
-The command line calls these checks first, and `zebra.load` and `zebra.convert` call them too: one error, one text.
+The command line runs them before it imports torch, and `zebra.load` and `zebra.convert` run the same ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zebra.errors import ZebraError, missing_package
-from zebra.files import refuse_existing
+from zebra.files import check_new_directory
 from zebra.gguf import config_fields, is_gguf, read_header
 from zebra.hub import is_hub_name
 from zebra.model.rope import Rope, as_rope
@@ -121,7 +121,7 @@ def _adapter_alone(path: Path, file: Path) -> ZebraError:
 
 
 def _adapter_beside_base(path: str | os.PathLike[str]) -> ZebraError:
-    """The error for a checkpoint that holds a peft adapter too, which transformers would apply in silence."""
+    """The error for a checkpoint that also holds a peft adapter, which transformers would apply without a message."""
     return ZebraError(
         f"{path} is a whole checkpoint with a peft adapter beside it, so that it names two models. Move "
         "adapter_config.json and adapter_model.safetensors into another folder, ADAPTER, to take the base alone. For "
@@ -136,14 +136,14 @@ _POSITIVE |= {"max_position_embeddings", "head_dim", "query_pre_attn_scalar", "r
 _POSITIVE |= {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"}
 _COUNTS = {"num_hidden_layers": 1000, "num_attention_heads": 10**5, "num_key_value_heads": 10**5}
 _COUNTS |= {"hidden_size": 10**6, "intermediate_size": 10**7, "vocab_size": 10**8}
-"""The largest that a machine of today could build in minutes; the deepest published model has 1,000 layers."""
+"""The largest counts that a machine of today could build in minutes; the deepest published model has 1,000 layers."""
 
 
 def check_fields(fields: Mapping[str, Any], name: str) -> None:
-    """Check the numbers of a config whose faults no tensor's shape shows.
+    """Check the numbers of a config whose faults do not show in the shape of any tensor.
 
     Args:
-        name: whose they are, for the error.
+        name: the checkpoint's, for the error.
 
     Raises:
         ZebraError: a number that is not finite, or not above 0 where it divides, scales or counts; a count beyond any
@@ -199,7 +199,7 @@ def check_conversion(
     stripes: Stripes | str | None,
     rope: Rope | str | None = None,
 ) -> None:
-    """Check what `zebra.convert` is given, as far as that needs no torch.
+    """Check the arguments of `zebra.convert`, as far as that needs no torch.
 
     Args:
         target: None where nothing is written.
@@ -222,4 +222,4 @@ def check_conversion(
     if target is not None:
         if target.exists() and Path(source).exists() and target.samefile(source):
             raise ZebraError(f"source and target are the same directory, {source}. Name another target.")
-        refuse_existing(Path(os.path.abspath(target)))
+        check_new_directory(Path(os.path.abspath(target)))

@@ -20,10 +20,10 @@ def longest_text(config: PreTrainedConfig, setting: SelfExtend | None = None) ->
 
 
 def ways_beyond(config: PreTrainedConfig, setting: SelfExtend | None, rope: Rope) -> str:
-    """What takes a model beyond its longest text; for a message, which offers nothing that would be refused.
+    """What takes a model beyond its longest text, for a message; only what this model can have.
 
     Args:
-        setting, rope: those that it has been loaded with.
+        setting, rope: those that it was loaded with.
     """
     ways = []
     if rope.amount is not None:
@@ -38,7 +38,7 @@ def ways_beyond(config: PreTrainedConfig, setting: SelfExtend | None, rope: Rope
 
 
 def check_learned_positions(config: PreTrainedConfig, length: int) -> None:
-    """Refuse a text that is longer than a table of learned positions, which nothing can be read beyond.
+    """Check that a text is not longer than a table of learned positions.
 
     Raises:
         ZebraError: it is.

@@ -25,7 +25,7 @@ LENGTH_REMINDER = "transformers.generation.stopping_criteria"
 
 @functools.cache
 def with_default_cache(cls: Any) -> Any:
-    """A subclass, under the same name, whose `generate` makes our bounded cache where the caller names none.
+    """A subclass with the same name whose `generate` uses our bounded cache where the caller passes none.
 
     Two more methods warn before Self-Extend, sinks and full decoding would be lost.
     """
@@ -36,7 +36,7 @@ def with_default_cache(cls: Any) -> Any:
         def generate(self, *args: Any, **kwargs: Any) -> Any:
             """transformers' `generate`, with the bounded cache of `zebra.model.cache` as its default.
 
-            Under Self-Extend transformers' reminder of the trained length is left out: ours names the reach.
+            Under Self-Extend transformers' warning about the trained length is off: ours names the reach.
             """
             extended = self_extend_of(self) is not None
             with only_errors(LENGTH_REMINDER) if extended else nullcontext():
@@ -52,11 +52,12 @@ def with_default_cache(cls: Any) -> Any:
                     "config.json has no field for Self-Extend: load what is saved with self_extend=%r.", str(setting)
                 )
             warn_settings_outside_config(local)
-            for_hub = {name: kwargs[name] for name in _hub_arguments(cls) if name in kwargs}
+            of_hub = inspect.signature(cls.push_to_hub).parameters
             super().save_pretrained(save_directory, *args, **kwargs)
             if kwargs.get("is_main_process", True):
                 update_zebra_json(Path(save_directory), self.config, local)
                 if push_to_hub:
+                    for_hub = {name: value for name, value in kwargs.items() if name in of_hub}
                     self.push_to_hub(**{"repo_id": Path(save_directory).name} | for_hub)
 
         def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +69,7 @@ def with_default_cache(cls: Any) -> Any:
             return super().set_attn_implementation(*args, **kwargs)
 
         def __reduce__(self) -> Any:
-            """Pickled by the class of transformers: pickle could not find this one by a name."""
+            """Pickled by the class of transformers: pickle finds no class under this one's name."""
             return _empty_instance, (cls,), self.__dict__
 
     Model.__name__ = cls.__name__  # it is saved as the checkpoint's architecture
@@ -80,12 +81,8 @@ def _empty_instance(cls: Any) -> Any:
     return subclass.__new__(subclass)
 
 
-def _hub_arguments(cls: Any) -> list[str]:
-    return [name for name in inspect.signature(cls.push_to_hub).parameters if name != "self"]
-
-
 def _cache_kwargs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The cache for a call of `generate`: ours where the caller names none, with the length of the prompt."""
+    """The cache for a call of `generate`: ours where the caller passes none, with the length of the prompt."""
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 and args[1] else model.generation_config)
     cache, uses_cache = kwargs.get("past_key_values"), kwargs.get("use_cache", config.use_cache) is not False
     if cache is None and uses_cache and kwargs.get("cache_implementation", config.cache_implementation) is None:

@@ -48,8 +48,5 @@ def checking_logits(model: PreTrainedModel) -> Iterator[None]:
     def check(module: Any, args: Any, output: Any) -> None:
         check_finite(output.logits, module)
 
-    hook = model.register_forward_hook(check)
-    try:
+    with model.register_forward_hook(check):
         yield
-    finally:
-        hook.remove()

@@ -4,15 +4,15 @@
                                        │
     from 2    tokens ─► ... ─► ... ─► [2] ─► [3] ─► norm         two layers are run, and none before them
 
-Neither patches nor copies a forward. An attention override chooses the kind of each layer. The layers before the first
-one that is run are replaced, in the decoder's own list, by a placeholder that returns the recorded input, and put back.
-The twin is the whole forward, which gives the same numbers to the last bit.
+No forward is patched or copied. An attention override chooses the kind of each layer. The layers before the first one
+that is run are replaced in the decoder's own list, for the call, by a placeholder that returns the recorded input.
+The whole forward gives the same numbers to the last bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +24,11 @@ from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.model.attention import NAME
 from zebra.model.local import LocalAttention
-from zebra.model.override import names_of_other_overrides, overriding_attention
+from zebra.model.override import attention_modules, names_of_other_overrides, overriding_attention
 
 
 class Layerwise:
-    """A loaded model whose layers change their kind from one call to the next; the model itself stays as it is.
+    """A loaded model whose layers change their kind from one call to the next; the model itself does not change.
 
     Args:
         model: with attention "zebra", as `zebra.load` gives it.
@@ -50,7 +50,7 @@ class Layerwise:
         if not isinstance(layers, nn.ModuleList) or len(layers) != count:
             raise ZebraError(
                 f"the layers of a {model.config.model_type} are run one by one from its decoder's list of {count} "
-                "layers, which it has not. Choose the layout yourself, with --stripes."
+                "layers, which it does not have. Choose the layout yourself, with --stripes."
             )
         others = names_of_other_overrides(model, LocalAttention)
         if model.config._attn_implementation != NAME or others:
@@ -59,10 +59,10 @@ class Layerwise:
                 f"got {others or model.config._attn_implementation}. Load it without."
             )
         self._layers, self._window, self._local = layers, window, LocalAttention(sinks)
-        self._attention = [module for module in self._decoder.modules() if hasattr(module, "layer_idx")]
+        self._attention = list(attention_modules(self._decoder))
 
     def states(self, ids: Tensor, kinds: str) -> list[Tensor]:
-        """The input of each layer and, last, the states behind the norm: L + 1 tensors (B, T, hidden).
+        """The input of each layer and, last, the states after the norm: L + 1 tensors (B, T, hidden).
 
         Args:
             ids: (B, T), without padding.
@@ -73,16 +73,14 @@ class Layerwise:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs.append(args[0] if args else kwargs["hidden_states"])
 
-        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self._layers]
-        try:
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
             last = self._run(ids, kinds, 0)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return [*inputs, last]
 
     def resume(self, ids: Tensor, kinds: str, start: int, state: Tensor) -> Tensor:
-        """The states behind the norm, (B, T, hidden), from layer `start` on, whose input is `state` (B, T, hidden)."""
+        """The states after the norm, (B, T, hidden), from layer `start` on, whose input is `state` (B, T, hidden)."""
         with self._replacing_layers_before(start, state):
             return self._run(ids, kinds, start)
 

@@ -39,7 +39,7 @@ from zebra.model.quantization import (
     quantization_of,
     set_dequantised_dtype,
 )
-from zebra.model.rope import Rope, as_rope, changes_with_length, length_dependent_rope_hook, refuse_changing_rope
+from zebra.model.rope import Rope, as_rope, changes_with_length, check_fixed_rope, length_dependent_rope_hook
 from zebra.model.self_extend import resolve_self_extend, set_self_extend
 from zebra.model.weights import check_weights, copy_other_files, share_files
 from zebra.positions import SelfExtend
@@ -128,7 +128,7 @@ def load(
         stripes: a layout, or its notation such as "GLLL:512", "GLLL:512+4" with sinks; None keeps what the checkpoint
             has, and the sinks of its zebra.json.
         rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
-            with length (dynamic NTK) reads whole texts only: it refuses a cache.
+            with length (dynamic NTK) reads whole texts only, without a cache.
         self_extend: Self-Extend in the global layers, or its notation such as "8:1024" or "auto:16384". A family
             without a route is served too, without stripes, if its rope can be rotated again, which is tried here.
             config.json has no field for it: a saved checkpoint is without it, and `set_attn_implementation` drops it.
@@ -243,7 +243,7 @@ def convert(
 
     Weight files are hard links where the file system allows, copies elsewhere; never rewritten. `zebra.json` beside
     them keeps layout, source and versions, and what config.json has no field for: sinks and full decoding, with a
-    warning that `zebra.load` alone reads them. The target appears whole or not at all.
+    warning that only `zebra.load` reads them. The target is written atomically.
 
     Raises:
         ZebraError: as `check_conversion` and `converted_config`; weights that `load` rejects.
@@ -270,14 +270,14 @@ def converted_config(
     own = own if stripes is None else LocalAttention()
     config, local = _layout(config, own, stripes, None, full_decode or None)
     config = as_rope(rope).apply(config)
-    refuse_changing_rope(config, "converting")
+    check_fixed_rope(config, "converting")
     if local and stripes_of(config) is None:
         raise ZebraError(f"{local} belong to local layers, and the layout {layout(config)} has none. Leave them out.")
     return config, local
 
 
 def write_converted(source: Path, target: Path, config: PreTrainedConfig, local: LocalAttention, **more: Any) -> None:
-    """Write a checkpoint that shares its source's weight files and has another config, whole or not at all.
+    """Write, atomically, a checkpoint that shares its source's weight files and has another config.
 
     Args:
         local, more: for its zebra.json.
@@ -290,7 +290,7 @@ def write_converted(source: Path, target: Path, config: PreTrainedConfig, local:
 def converted_folder(
     source: Path, target: Path, config: PreTrainedConfig, local: LocalAttention, **more: Any
 ) -> Iterator[Path]:
-    """Yield what `write_converted` writes, aside, before it gets its name."""
+    """Yield the temporary directory that `write_converted` fills, before it is renamed to the target."""
     weights, files = check_weights(source, config), as_directory(source)
     with atomic_directory(target) as aside:
         share_files(files, aside, weights)

@@ -76,7 +76,7 @@ class LoadOptions:
         Raises:
             ZebraError: as `read_config` and the rope.
         """
-        routed = self.self_extend is None or self.stripes is not None
+        routed = self.self_extend is None or self.stripes is not None or self.window is not None
         return as_rope(self.rope).apply(read_config(checkpoint, routed=routed))
 
     def self_extend_setting(self, config: PreTrainedConfig) -> SelfExtend | None:

@@ -3,7 +3,7 @@ r"""What local layers see besides their window, for models that were not trained
     sinks         x . . . . . x x x      the first real tokens of a text are seen too (arXiv 2309.17453)
     full decode   x x x x x x x x x      the prompt is read by the window, decoded tokens see all before them
 
-Neither has a field in config.json: they are attention overrides, and `zebra.json` beside a checkpoint keeps them.
+config.json has no field for either. Both are attention overrides, and a checkpoint has them in its `zebra.json`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
+from zebra.kernels.merging import join
 from zebra.kernels.sinks import sink_attention
 from zebra.model.families import layout, stripes_of
 from zebra.model.opaque_layers import SinkKeys
-from zebra.model.override import overrides_of, set_override
+from zebra.model.override import attention_modules, overrides_of, set_override
 from zebra.stripes import LOCAL
 
 _log = logging.getLogger(__name__)
@@ -33,9 +33,9 @@ class LocalAttention:
 
     Attributes:
         sinks: first real tokens of each sequence, or of each packed document, that are seen besides the window.
-        full_decode: whether decoded tokens see all before them. Which tokens are decoded the cache knows
-            (`StripedCache.set_prompt_length`, which `generate` calls); where it was not set, those that come alone
-            behind others.
+        full_decode: whether decoded tokens see all tokens before them. The cache knows which tokens are decoded
+            (`StripedCache.set_prompt_length`, which `generate` calls). Where that was not set, tokens that come one by
+            one after others are.
     """
 
     sinks: int = 0
@@ -63,10 +63,10 @@ class LocalAttention:
 
         Args:
             query: (B, H, T, D). value: (B, K, S, D).
-            key: (B, K, S, D), or what the cache of a layer with sinks or full decoding hands on.
+            key: (B, K, S, D), or the keys of a cache layer with sinks or full decoding.
 
         Raises:
-            ZebraError: keys from another cache, which has let go of those that are needed.
+            ZebraError: keys from another cache, which has dropped some that are needed.
         """
         new, start, sinks, prompt = query.shape[2], 0, None, query.shape[2]
         if isinstance(key, SinkKeys):
@@ -84,15 +84,12 @@ class LocalAttention:
         if prompt == new:
             cached = sinks if start > 0 else None  # from its first token on the keys hold them
             return sink_attention(query, key, value, with_sinks, cached=cached, start=start, **kwargs)
-        decoded_out, decoded_lse = attend(query[:, :, prompt:], key, value, replace(mask, window=None), **kwargs)
+        decoded = attend(query[:, :, prompt:], key, value, replace(mask, window=None), **kwargs)
         if prompt == 0:
-            return decoded_out, decoded_lse
+            return decoded
         end = value.shape[2] - new + prompt
-        out, lse = sink_attention(
-            query[:, :, :prompt], key[:, :, :end], value[:, :, :end], with_sinks.sliced(end=end), **kwargs
-        )
-        whole_lse = None if lse is None or decoded_lse is None else torch.cat([lse, decoded_lse], dim=2)
-        return torch.cat([out, decoded_out], dim=2), whole_lse
+        mask = with_sinks.sliced(end=end)
+        return join(sink_attention(query[:, :, :prompt], key[:, :, :end], value[:, :, :end], mask, **kwargs), decoded)
 
     def _prompt_tokens(self, keys: SinkKeys, new: int) -> int:
         """How many of the new tokens belong to the prompt."""
@@ -117,9 +114,8 @@ def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
             f"{local} belong to local layers, and this layout is {layout(model.config)}. Give stripes, such as "
             "GLLL:512+4."
         )
-    for module in model.modules():
-        # An attention module of transformers: it has the index of its layer, and the scale of its scores.
-        if hasattr(module, "layer_idx") and hasattr(module, "scaling") and kinds[module.layer_idx] == LOCAL:
+    for module in attention_modules(model):
+        if kinds[module.layer_idx] == LOCAL:
             set_override(module, local)
 
 
@@ -138,7 +134,7 @@ def layout_name(config: PreTrainedConfig, local: LocalAttention, rope: object = 
 
 
 def warn_settings_outside_config(local: LocalAttention) -> None:
-    """Warn, before a checkpoint is written, of what plain transformers will not know of it."""
+    """Warn, before a checkpoint is written, of the settings that plain transformers will not read."""
     if local:
         _log.warning(
             "config.json has no field for %s: zebra.json beside it has, which zebra.load reads; plain transformers and "

@@ -32,8 +32,8 @@ class Head:
 
         z = scale * module(h),    logits = softcap * tanh(z / softcap) where there is a softcap
 
-    The module is called as the model calls it, with what peft, a quantiser, hooks or torch's parametrizations made of
-    it. Only a linear module that nothing changed is read as its weight, by torch's kernel.
+    The module is called as the model calls it, whatever peft, a quantiser, hooks or torch's parametrizations have
+    changed. Only an unchanged linear module is replaced by its weight, in torch's kernel.
 
     Attributes:
         module: hidden to V, such as W h or, in Phi, W h + b.
@@ -53,7 +53,7 @@ class Head:
         """Check that it gives the logits (..., V) of its own model for the same states (..., hidden).
 
         Raises:
-            ZebraError: it does not: the model's class does something else to its logits.
+            ZebraError: it does not, because the model's class changes its logits in another way.
         """
         expected, scale = logits.float(), logits.abs().max().float()
         # A trainer's mixed precision returns as float32 what was computed in 16 bits.
@@ -102,7 +102,7 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a model of any supported family, with what wraps it. A test compares it with transformers' logits."""
+    """The head of a model of any supported family, with all that wraps it."""
     config = model.config
     return Head(
         model.get_output_embeddings(),

@@ -1,4 +1,4 @@
-"""Layers of a cache whose keys attention "zebra" alone can read: of Self-Extend, with sinks, with full decoding.
+"""Layers of a cache whose keys only attention "zebra" can read: of Self-Extend, with sinks, with full decoding.
 
     Self-Extend         [f0 f1 f2 f3 f4 f5 f6 f7 ...|    ]     keys rotated to their grouped positions, and
                                          [k5 k6 k7|  ]         the last W - 1 as they came; values once
@@ -20,7 +20,7 @@ from zebra.model.cache_layers import GrowingBuffer, GrowingLayer, PerSequenceSta
 
 
 class OpaqueKeys:
-    """Keys on their way from the cache through transformers to attention "zebra", which alone can read them."""
+    """Keys on their way from the cache through transformers to attention "zebra"; nothing else can read them."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
@@ -81,7 +81,7 @@ class SelfExtendLayer(PerSequenceStates, GrowingLayer):
         return near[:, :, max(0, near.shape[-2] - (self.window - 1 + new)) :], self.keys
 
     def continues(self, offset: Tensor) -> bool:
-        """Whether `offset` of new tokens, (B, 1), is that of the ones before; `NO_POSITION` is any."""
+        """Whether the `offset` of new tokens, (B, 1), equals that of the earlier ones; `NO_POSITION` matches any."""
         before, self.offset = self.offset, offset.expand(len(self.values), 1)
         if before is None or torch.equal(before, self.offset):  # one call for each token
             return True
@@ -89,7 +89,7 @@ class SelfExtendLayer(PerSequenceStates, GrowingLayer):
         return bool(((before == offset) | (before == NO_POSITION) | (offset == NO_POSITION)).all())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, and let go of the near keys that were recorded for it."""
+        """Remove the last tokens, and the near keys that were recorded for this."""
         before = self.get_seq_length()
         super().crop(tokens_to_remove)
         if not self.is_initialized:
@@ -99,7 +99,7 @@ class SelfExtendLayer(PerSequenceStates, GrowingLayer):
         near = self.near.shape[-2] - (before - length) if self.near.numel() else 0
         if near < min(length, self.window - 1):
             raise RuntimeError(
-                "tokens were taken back from a cache that had let go of the near keys before them. "
+                "tokens were removed from a cache that had already dropped the near keys before them. "
                 "Call activate_past_recording first."
             )
         self.near = self._near_buffer.last(self.near[:, :, : max(0, near)], self.window - 1)
@@ -118,13 +118,13 @@ class SelfExtendLayer(PerSequenceStates, GrowingLayer):
 
 
 class SinkKeys(OpaqueKeys):
-    """The keys of a local layer, and what its attention must know of them besides.
+    """The keys of a local layer, and what its attention needs to know about them.
 
     Attributes:
-        states: the keys that the new queries may see by the window, (B, K, n, D); all of them under full decoding.
-        start: the index of the first of them in its sequence.
-        prompt_length: tokens of a sequence that are read before decoding begins; None where nobody has set it.
-        layer: the one whose `store` takes and gives the sinks; None under full decoding.
+        states: the keys that the window shows to the new queries, (B, K, n, D); all keys under full decoding.
+        start: the index in the sequence of the first of them.
+        prompt_length: tokens of a sequence that are read before decoding begins; None where it was not set.
+        layer: the cache layer whose `store` holds the sinks; None under full decoding.
     """
 
     def __init__(self, states: Tensor, start: int, *, prompt_length: int | None = None, layer: SinkLayer | None = None):
@@ -177,10 +177,10 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
         return SinkKeys(keys, self.cumulative_length - keys.shape[-2], layer=self), values
 
     def store(self, real: Tensor | None) -> Sinks:
-        """Put those of the new tokens that are sinks into the store, and return it.
+        """Store the new tokens that are sinks, and return all sinks so far.
 
         Args:
-            real: (B, T) bool, which of the new tokens are no padding; None where all are.
+            real: (B, T) bool, False where a new token is padding; None where none is.
         """
         if self._unstored is not None:
             self._write(*self._unstored, real)
@@ -211,9 +211,9 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
         self._is_complete = bool((self._first_real + self.sinks <= end).all())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, sinks among them too."""
+        """Remove the last tokens, and the sinks among them."""
         super().crop(tokens_to_remove)
-        self._set(self._sinks_before(self.cumulative_length))
+        self.__dict__.update(self._sinks_before(self.cumulative_length))
 
     def _sliced_tail(self, length: int) -> Tail | None:
         tail = super()._sliced_tail(length)

@@ -41,7 +41,7 @@ class AttentionOverride(Protocol):
             module: the attention module of the layer.
             positions: (1 or B, T), the position ids of the queries, or None where the model hands none down.
             query: (B, H, T, D), rotated.
-            key: (B, K, S, D), rotated; or the object by which a cache layer of ours hands its keys on.
+            key: (B, K, S, D), rotated; or an object in which one of our cache layers passes its keys on.
             value: (B, K, S, D).
             mask: window, padding and documents of the layer.
             kwargs: the other arguments of `zebra.kernels.attend`.
@@ -59,6 +59,11 @@ def get_override(module: nn.Module) -> AttentionOverride | None:
 def set_override(module: nn.Module, override: AttentionOverride | None) -> None:
     """Set the override of an attention module; None removes it."""
     module.__dict__[_ATTRIBUTE] = override
+
+
+def attention_modules(model: nn.Module) -> Iterator[Any]:
+    """The attention modules of a model of transformers: those with a layer's index and a scale of the scores."""
+    return (module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling"))
 
 
 def overrides_of(model: nn.Module, kind: type[Override]) -> Iterator[Override]:

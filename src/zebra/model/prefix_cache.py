@@ -1,12 +1,12 @@
-"""Caches by the tokens that they hold, so that a prompt is read from where an earlier text ends to be the same.
+"""Caches by the tokens that they hold, so that a prompt is read only from where it differs from an earlier text.
 
     stored    [ system | document | question | answer ]
     prompt    [ system | document | another question ]
                                   ^ cut here: global layers are sliced, the others come back from a snapshot
 
-A local layer has let go of what stands before its window, and Self-Extend of its near keys. So it can be cut where a
-snapshot of it was taken, and as long as its window holds the whole text. A snapshot is a copy of what these layers
-hold, at most `window - 1` tokens (and sinks) of each; of global layers it needs nothing.
+A local layer has dropped the tokens before its window, and Self-Extend its older near keys. Such a layer can be cut
+where a snapshot was taken, and while its window holds the whole text. A snapshot is a copy of what these layers hold:
+at most `window - 1` tokens (and sinks) of each. Global layers need none.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from zebra.model.self_extend import bounded_cache
 
 @dataclass(eq=False)
 class CachedText:
-    """A cache, and what brings it back to earlier lengths.
+    """A cache, and the snapshots with which it returns to earlier lengths.
 
     Attributes:
         cache: keys and values of one sequence.
         tokens: (n), those that the cache held when it was stored.
-        snapshots: the tails of its layers at earlier lengths; none at lengths that it can be cut to without.
+        snapshots: the tails of its layers at earlier lengths, except those to which it can be cut without.
     """
 
     cache: StripedCache
@@ -43,10 +43,10 @@ class CachedText:
         return self.cache.get_seq_length()
 
     def snapshot(self, most: int = 4) -> None:
-        """Take a snapshot at the length that the cache has now, where one is needed to come back to it.
+        """Take a snapshot at the length that the cache has now, if one is needed to return to it.
 
         Args:
-            most: the number of snapshots; one too many lets go of the one whose loss leaves the smallest gap.
+            most: the number of snapshots; beyond it the one whose loss leaves the smallest gap is dropped.
         """
         length = len(self)
         if length < 2 or self.cache.cut(length - 1) is not None or (tails := self.cache.tails()) is None:
@@ -58,7 +58,7 @@ class CachedText:
             del self.snapshots[min(gaps, key=gaps.__getitem__)]
 
     def cut(self, length: int) -> CachedText | None:
-        """A text of at most `length` of the tokens, as many as there can be; None where there is none.
+        """A text of the first `length` tokens, or of fewer where the cache cannot be cut there; None where nowhere.
 
         It shares storage with this one until it grows, and neither changes the other.
         """
@@ -70,22 +70,22 @@ class CachedText:
         return None
 
     def layers(self) -> list[Tail]:
-        """All that takes memory."""
+        """The attributes of all layers and snapshots: everything that takes memory."""
         layers = [vars(layer) for layer in self.cache.layers if layer.is_initialized]
         return [*layers, *(tail for tails in self.snapshots.values() for tail in tails)]
 
 
 class PrefixCache:
-    """The caches of several texts, which serve prompts that begin like one of them.
+    """The caches of several texts, for prompts that begin like one of them.
 
     Args:
         model: of `zebra.load`.
         max_texts: how many are stored.
         max_bytes: of their keys and values, with snapshots; None for no bound. Beyond either bound the least recently
-            used go. A cache that was taken belongs to the caller until it is put back, and counts no more.
+            used are dropped. A cache that was taken belongs to the caller until it is put back, and does not count.
 
     Attributes:
-        lock: held while a model reads into a cache that was taken; who takes holds it until the cache is put back.
+        lock: to be held from `take` to `put`, while a model reads into the cache.
 
     Raises:
         ZebraError: no text may be stored.
@@ -110,14 +110,14 @@ class PrefixCache:
         return _bytes(self._texts)
 
     def clear(self) -> None:
-        """Let go of all."""
+        """Drop all texts."""
         self._texts.clear()
 
     def take(self, ids: Tensor) -> CachedText:
-        """A cache that holds as many of the first tokens of a prompt as there are, but its last.
+        """A cache of as many of a prompt's first tokens as are stored; never of the last one.
 
-        A stored text that the prompt continues leaves the store. So does one that is cut and would be the next to go;
-        any other is copied as it grows.
+        A stored text that the prompt continues leaves the store. So does one that is cut and would be dropped next. Any
+        other stays, and the part that is returned is copied when it grows.
 
         Args:
             ids: (n), n at least 1.
@@ -126,7 +126,7 @@ class PrefixCache:
         best: CachedText | None = None
         source: CachedText | None = None
         for text in reversed(self._texts):
-            common = min(_common(text.tokens, ids), len(ids) - 1)
+            common = min(shared_tokens(text.tokens, ids), len(ids) - 1)
             cut = text if common == len(text.tokens) else text.cut(common)
             if cut is not None and len(cut) > len(best or ()):
                 best, source = cut, text
@@ -144,12 +144,12 @@ class PrefixCache:
         """Store a cache that was taken.
 
         Args:
-            ids: (n) or longer; the first n are those that it holds.
+            ids: the tokens that it holds, (n), and maybe more after them.
         """
         text.tokens = ids.cpu()[: len(text)].clone()
-        whole = len(text)
-        others = [one for one in self._texts if _common(one.tokens, text.tokens) < len(one.tokens)]  # else it has them
-        self._texts = [*others, text] if whole else others
+        # A stored text whose tokens this one has all of is no longer needed.
+        others = [one for one in self._texts if shared_tokens(one.tokens, text.tokens) < len(one.tokens)]
+        self._texts = [*others, text] if len(text) else others
         while len(self._texts) > self.max_texts or (self.max_bytes is not None and self.kv_bytes() > self.max_bytes):
             del self._texts[0]
 
@@ -164,8 +164,8 @@ def _bytes(texts: Iterable[CachedText]) -> int:
     return kv_bytes(layer for text in texts for layer in text.layers())
 
 
-def _common(one: Tensor, other: Tensor) -> int:
-    """The number of first tokens that two texts share."""
+def shared_tokens(one: Tensor, other: Tensor) -> int:
+    """The number of first tokens that two texts, (n) and (m), share."""
     shorter = min(len(one), len(other))
     differs = (one[:shorter] != other[:shorter]).nonzero()
     return int(differs[0]) if len(differs) else shorter

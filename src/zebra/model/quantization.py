@@ -43,8 +43,7 @@ def check_quantization(path: str | os.PathLike[str], config: PreTrainedConfig) -
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # it would take the weights for numbers
         raise cannot_load(path, method, "this transformers does not know the method")
     try:
-        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(_fields(config)), pre_quantized=True)
-        quantizer.validate_environment(device_map=None, weights_only=True)
+        _quantizer(config)
     except LOADING_ERRORS as error:
         raise cannot_load(path, method, first_line(error)) from None
 
@@ -72,12 +71,17 @@ def dtype_of_checks(
 
 
 def _stays_quantised(config: PreTrainedConfig) -> bool:
-    """Whether weights are computed with as they are stored; else transformers has no kernel here and dequantises."""
+    """Whether the model computes with the weights as stored; else transformers has no kernel here and dequantises."""
     if quantization_of(config) is None:
         return False
+    return not getattr(_quantizer(config).quantization_config, "dequantize", False)
+
+
+def _quantizer(config: PreTrainedConfig) -> Any:
+    """transformers' quantiser of a checkpoint, after its own checks of this machine."""
     quantizer = AutoHfQuantizer.from_config(copy.deepcopy(_fields(config)), pre_quantized=True)
     quantizer.validate_environment(device_map=None, weights_only=True)
-    return not getattr(quantizer.quantization_config, "dequantize", False)
+    return quantizer
 
 
 def set_dequantised_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zebra.errors import ZebraError
-from zebra.positions import LARGEST_FACTOR, LENGTH_DEPENDENT
+from zebra.positions import LARGEST_FACTOR, LENGTH_DEPENDENT, rope_type, ropes_of
 from zebra.stripes import GLOBAL, LOCAL
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Rope:
     def parse(cls, text: str) -> Rope:
         """Read the notation that `str()` prints."""
         kind, colon, amount = str(text).strip().partition(":")
-        if colon and not re.fullmatch(r"\s*[0-9.]+([eE][+]?[0-9]+)?\s*", amount):
+        if colon and not re.fullmatch(r"\s*[0-9]+(\.[0-9]*)?([eE][+]?[0-9]+)?\s*", amount):
             raise ZebraError(f"a rope is written KIND:NUMBER; got {text!r}. Write for example yarn:8, or none.")
         return cls(kind.strip().lower(), float(amount) if colon else None)
 
@@ -123,16 +123,9 @@ def as_rope(rope: Rope | str | None) -> Rope:
     return rope if isinstance(rope, Rope) else Rope.parse(rope or "none")
 
 
-def _parameters_of(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The parameters of each rope of a model: one, or one for each kind of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return [parameters for parameters in (rope, *rope.values()) if isinstance(parameters, dict)]
-
-
 def changes_with_length(config: PreTrainedConfig) -> str | None:
-    """The type of a rope whose frequencies depend on the text's length, so that a cache would mix several; or None."""
-    types = (parameters.get("rope_type") for parameters in _parameters_of(config))
-    return next((rope_type for rope_type in types if rope_type in LENGTH_DEPENDENT), None)
+    """The type of a rope whose frequencies depend on the text's length, so that a cache would mix them; or None."""
+    return next((kind for kind in map(rope_type, ropes_of(vars(config))) if kind in LENGTH_DEPENDENT), None)
 
 
 def with_explicit_yarn_factor(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -142,7 +135,7 @@ def with_explicit_yarn_factor(config: PreTrainedConfig) -> PreTrainedConfig:
     come back with another rope.
     """
     result = copy.deepcopy(config)
-    for rope in _parameters_of(result):
+    for rope in ropes_of(vars(result)):
         if rope.get("rope_type") == "yarn" and rope.get("factor") is None:
             rope["factor"] = config.max_position_embeddings / rope["original_max_position_embeddings"]
     return result
@@ -153,9 +146,10 @@ _LOCAL_BASE = {"gemma3_text": "rope_local_base_freq", "olmo3": None}
 
 
 def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """A config's rope in the fields of transformers 4, which knows no `rope_parameters` and would take its defaults.
+    """A config's rope in the fields of transformers 4, which does not know `rope_parameters` and would use defaults.
 
-    Where those cannot say the same, or its class ignores `layer_types`, `rope_theta` is a text at which it stops.
+    Where those fields cannot describe it, or its class ignores `layer_types`, `rope_theta` is a text at which
+    transformers 4 stops with an error.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     by_kind = GLOBAL in rope
@@ -174,8 +168,8 @@ def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return fields if same else {"rope_theta": "transformers 4 would compute another model; see rope_parameters"}
 
 
-def refuse_changing_rope(config: PreTrainedConfig, purpose: str) -> None:
-    """Reject a use of a model whose frequencies depend on the text's length.
+def check_fixed_rope(config: PreTrainedConfig, purpose: str) -> None:
+    """Check that a model's frequencies do not depend on the text's length.
 
     Args:
         purpose: what needs a cache, chunks or sequences of one length, such as "generating".

@@ -1,4 +1,4 @@
-"""The proof of a conversion, or of Self-Extend: what a model must still agree with, and how far it does.
+"""The proof of a conversion, or of Self-Extend: what a model must agree with, and how closely it does.
 
 Each check compares logits over random tokens, in float32 by default, as the largest difference relative to the largest
 logit. The oracle for long inputs is, for stripes, the *source* model with a 4-D mask of its own in each layer; for
@@ -66,9 +66,9 @@ def verify(
 ) -> list[Check]:
     """Compare a converted checkpoint with its source and itself, or any under Self-Extend with the formula; or both.
 
-    1. short: up to the window, plain transformers with the target equals it with the source.
-    2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer;
-       plain transformers without the sinks of zebra.json.
+    1. short: up to the window, the target in plain transformers equals the source there.
+    2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer; for
+       plain transformers the mask has no sinks, as it does not read zebra.json.
     3. cached: one token at a time with the bounded cache equals the whole text at once.
     4. chunked: a prefill in chunks equals the whole text at once.
     5. padded: a batch padded on the left, and on the right, gives each sequence what it gets alone.
@@ -286,7 +286,7 @@ def _padded_logits(model: PreTrainedModel, ids: Tensor, shorter: int, side: str)
 
 @contextmanager
 def _mask_in_each_layer(model: PreTrainedModel, stripes: Stripes, prompt: int) -> Iterator[None]:
-    """Run a model without stripes by the masks of a layout: hooks hand each layer's attention a 4-D mask of its own.
+    """Run a model without stripes with the masks of a layout: hooks give each layer's attention its own 4-D mask.
 
     Queries from `prompt` on see all before them.
     """
@@ -308,5 +308,5 @@ def _mask_in_each_layer(model: PreTrainedModel, stripes: Stripes, prompt: int) -
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True))
         yield

@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint: which they are, whether they hold the model of a config, and shared copies."""
+"""The weight files of a checkpoint: their names, whether they hold the model of a config, and shared copies."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
 
 
 def _weight_files(directory: Path) -> list[str]:
-    """In transformers' order of preference; it reads no other index, such as one of the original format."""
+    """The weight files in transformers' order of preference; an index of the original format is not read."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (directory / single).is_file():
             return [single]
@@ -95,7 +95,7 @@ def _weight_files(directory: Path) -> list[str]:
 
 
 class _Header(NamedTuple):
-    """What a file says of a tensor; no dtype where weights are not computed in it: integers, 8 bits."""
+    """A tensor's shape and dtype; no dtype for integers and 8 bits, in which no weights are computed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -119,9 +119,9 @@ def _headers(file: Path) -> dict[str, _Header]:
 
 
 def correct_by_weights(config: PreTrainedConfig, path: str | os.PathLike[str]) -> None:
-    """Set what tensors on disk say and a config may not: whether the head is tied, and a dtype where it has none.
+    """Set by the tensors on disk what a config may have wrong: whether the head is tied, and a missing dtype.
 
-    Nothing where the weights cannot be read: `check_weights` says why.
+    It does nothing where the weights cannot be read; `check_weights` gives the reason.
     """
     with suppress(ZebraError, *_UNREADABLE):
         if config.dtype is None:
@@ -147,7 +147,7 @@ def _tensor(file: Path, name: str) -> Tensor:
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> torch.dtype:
-    """The dtype of most of a checkpoint's numbers, whatever its config says; float32 where no tensor is of floats."""
+    """The dtype of most of a checkpoint's numbers, whatever its config has; float32 where no tensor has floats."""
     sizes: Counter[torch.dtype] = Counter()
     for name in _weight_files(Path(path)):
         for header in _headers(Path(path) / name).values():
@@ -260,6 +260,6 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgp
 
 
 def _copy_new(source: Path, target: Path) -> None:
-    """Copy a file's content to a name that is free: one that is not may be a link to the source."""
+    """Copy a file's content to a new name; an existing file may be a link to the source."""
     with source.open("rb") as read, target.open("xb") as written:
         shutil.copyfileobj(read, written, 1 << 24)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from zebra.errors import ZebraError
 from zebra.plan.decoder import LARGEST, Decoder
-from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
+from zebra.positions import SelfExtend, check_rotatable_rope, no_global_layer
 from zebra.stripes import GLOBAL, LOCAL, Stripes, visible_pairs
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -93,9 +93,9 @@ def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     if run.phase == "train":
         raise ZebraError("Self-Extend needs no training. Choose the phase prefill or decode.")
     trained, length = run.decoder.trained_length, run.length + (run.phase == "decode")
-    refuse_rope(run.decoder.family, run.decoder.rope)
+    check_rotatable_rope(run.decoder.family, run.decoder.rope)
     if not run.count(GLOBAL) or "G" not in run.decoder.traits.rotated:
-        refuse_no_global(run.decoder.family)
+        raise no_global_layer(run.decoder.family)
     setting.check(trained)
     if length > (reach := setting.reach(trained)):
         raise ZebraError(

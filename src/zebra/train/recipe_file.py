@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from zebra.data.documents import find_files
 from zebra.errors import ZebraError, did_you_mean
-from zebra.files import refuse_other_kinds
+from zebra.files import check_regular_file
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,7 +78,7 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
     Raises:
         ZebraError: no file, no YAML; an unknown key, a wrong value or a contradiction (see `checked`).
     """
-    refuse_other_kinds(Path(path))
+    check_regular_file(Path(path))
     try:
         tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -28,7 +28,7 @@ from zebra.model.gguf import as_directory
 from zebra.model.load import load, write_converted
 from zebra.model.load_options import loaded_layout_name
 from zebra.model.local import layout_name, local_attention_of
-from zebra.model.rope import as_rope, refuse_changing_rope, with_explicit_yarn_factor
+from zebra.model.rope import as_rope, check_fixed_rope, with_explicit_yarn_factor
 from zebra.model.verify import TOLERANCE
 from zebra.model.weights import check_weights, copy_other_files, stored_dtype
 from zebra.stripes import Stripes
@@ -72,7 +72,7 @@ def adapted_config(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTra
         config = with_stripes(config, Stripes.parse(recipe.stripes))
     rope, trained = as_rope(recipe.rope), config.max_position_embeddings
     config = with_explicit_yarn_factor(rope.apply(config))
-    refuse_changing_rope(config, "training")
+    check_fixed_rope(config, "training")
     reach, length = longest_text(config) or 0, recipe.train.length
     if rope.kind not in ("none", "base") and reach < length:
         raise ZebraError(

@@ -1,5 +1,7 @@
-"""Self-Extend (arXiv 2401.01325) for a loaded model: set on its layers (`apply`), which are tried before (`probe`), in
-one layer (`layer`), and as the paper's formula (`formula`, the oracle).
+"""Self-Extend (arXiv 2401.01325) for a loaded model.
+
+`probe` tests whether its layers can have it, `apply` sets it on them, `layer` computes it in one layer, and `formula`
+is the paper's formula, the oracle.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from zebra.model.override import names_of_other_overrides, overrides_of, set_ove
 from zebra.model.rope import changes_with_length
 from zebra.model.self_extend.layer import GroupedRotation, SelfExtendAttention
 from zebra.model.self_extend.probe import CANNOT_RUN, attention_layers
-from zebra.positions import SelfExtend, refuse_no_global, refuse_rope
+from zebra.positions import SelfExtend, check_rotatable_rope, no_global_layer
 
 
 def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig) -> SelfExtend:
@@ -34,14 +34,16 @@ def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig)
             f"Self-Extend starts from the length that a model was trained at, and the config of this {text.model_type} "
             "has no max_position_embeddings. Pass max_position_embeddings=LENGTH."
         )
-    refuse_rope(text.model_type, None if getattr(text, "alibi", False) else changes_with_length(text) or "default")
+    check_rotatable_rope(
+        text.model_type, None if getattr(text, "alibi", False) else changes_with_length(text) or "default"
+    )
     setting = self_extend if isinstance(self_extend, SelfExtend) else SelfExtend.parse(self_extend, trained)
     setting.check(trained)
     return setting
 
 
 def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
-    """Set Self-Extend on the global layers of a loaded model, after trying that each one's rope can be rotated again.
+    """Set Self-Extend on the global layers of a loaded model, after a test that each one's rope can be rotated again.
 
     Raises:
         ZebraError: no global layer with a rope, a model that cannot run on our cache, and as `attention_layers`.
@@ -64,7 +66,7 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
         remedy = "Load it without Self-Extend."
         if getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types"):
             remedy += " Or with sliding_window=None: the window is the checkpoint's own for all layers."
-        refuse_no_global(model.config.model_type, remedy)
+        raise no_global_layer(model.config.model_type, remedy)
     try:
         with torch.no_grad():
             ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
@@ -81,7 +83,7 @@ def self_extend_of(model: nn.Module) -> SelfExtend | None:
 
 
 def bounded_cache(model: PreTrainedModel) -> StripedCache:
-    """The cache that `generate` takes after `zebra.load`, for those who call the model themselves."""
+    """The cache that `generate` uses after `zebra.load`, for code that calls the model itself."""
     extended = overrides_of(model, SelfExtendAttention)
     windows = {override.layer_idx: override.rotation.setting.window for override in extended}
     local = local_attention_of(model)

@@ -2,9 +2,9 @@
 
     s_ij = scale * <rotated by relative(i, j) f: q_i, k_j>,    out_i = sum over visible j of softmax(s_i)_j v_j
 
-The oracle of `zebra.model.self_extend.layer`. It shares nothing with it but the frequencies and how transformers rounds
-angles: no near and far parts, no second rotation, no merge, no cache, float64 inside. With every position 0 queries and
-keys arrive as they were before the rope.
+The oracle of `zebra.model.self_extend.layer`. They share only the frequencies and how transformers rounds angles: here
+are no near and far parts, no second rotation, no merge and no cache, and all is float64. With every position 0, queries
+and keys arrive as they were before the rope.
 """
 
 from __future__ import annotations

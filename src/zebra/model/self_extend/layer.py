@@ -6,7 +6,7 @@ r"""Self-Extend (arXiv 2401.01325) in one layer of a model with a half-split rot
     f f f f f f \ \ \               No distance reaches the trained length, and nothing is trained.
 
 Keys and queries arrive rotated to the positions that transformers gave them. A second rotation, by the difference to
-another position, gives any position, so that no forward is touched.
+another position, takes them to that one, so no forward is changed.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def rotation_between(frequencies: Tensor, old: Tensor, new: Tensor, dtype: torch
 
 
 def rotate(states: Tensor, rotation: Rotation) -> Tensor:
-    """`states` (B, H or K, T, D) rotated in the planes of the dimensions r and r + R < 2 R; the other ones as they are.
+    """`states` (B, H or K, T, D) rotated in the planes of the dimensions r and r + R < 2 R; other dimensions unchanged.
 
-    x_r cos - x_(r + R) sin,   x_(r + R) cos + x_r sin: few calls, as decode pays for each one.
+    x_r cos - x_(r + R) sin,   x_(r + R) cos + x_r sin: in few calls, as each one costs time in decode.
     """
     cos, sin = rotation
     size = cos.shape[-1]
@@ -71,7 +71,7 @@ class _Positions:
 
     Attributes:
         original: as transformers numbers them, (1 or B, T).
-        padding: the mask of the keys, (B, S), or None. size: S, and the dtype of the rotations.
+        padding: the mask of the keys, (B, S), or None. total: S.
         offset: `original` less the index in the sequence, padding counted, (1 or B, 1); see `_offset`.
         document_start: the original position of the first real token of each one's document, (1 or B, 1 or T).
         query_rotation, key_rotation: the rotations to their grouped positions.
@@ -80,18 +80,28 @@ class _Positions:
 
     original: Tensor
     padding: Tensor | None
-    size: tuple[int, torch.dtype]
+    total: int
     offset: Tensor
     document_start: Tensor
     query_rotation: Rotation
     key_rotation: Rotation
     query_scale: Tensor | None
 
+    @property
+    def past(self) -> int:
+        """The tokens before this forward's, S - T."""
+        return self.total - self.original.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rotations."""
+        return self.key_rotation[0].dtype
+
 
 class GroupedRotation:
     """A rope that layers share, and the positions of the current forward, computed in its first layer only.
 
-    The frequencies are always those that the model rotates by, read where it reads them: a conversion of the model
+    The frequencies are read from the model's own buffer in every forward: a conversion of the model
     (`.to(torch.bfloat16)`) rounds them.
 
     Args:
@@ -117,11 +127,11 @@ class GroupedRotation:
     def positions(
         self, position_ids: Tensor, mask: Mask, total: int, dtype: torch.dtype, *, recompute: bool
     ) -> _Positions:
-        """Of the last T of `total` tokens; those of the layer before unless `recompute`, or the inputs are others."""
-        latest, size = self._latest, (total, dtype)
-        same = latest and latest.original is position_ids and latest.padding is mask.keys and latest.size == size
-        if latest is not None and same and not recompute:
-            return latest
+        """Those of the last T of `total` tokens: the previous layer's, unless `recompute` or the inputs changed."""
+        if (latest := self._latest) is not None and not recompute:
+            same_inputs = latest.original is position_ids and latest.padding is mask.keys
+            if same_inputs and (latest.total, latest.dtype) == (total, dtype):
+                return latest
         offset = _offset(position_ids, mask.keys, total)
         if invalid := _invalid_step(position_ids, mask, total, offset):
             raise self._error(invalid)
@@ -142,33 +152,33 @@ class GroupedRotation:
         grouped = torch.stack([grouped_query(true, group, window), grouped_key(true, group)])
         cos, sin = rotation_between(self.frequencies(position_ids.device), position_ids, grouped, dtype)
         rotations = (cos[0], sin[0]), (cos[1], sin[1])
-        self._latest = _Positions(position_ids, mask.keys, size, offset, start, *rotations, scale)
+        self._latest = _Positions(position_ids, mask.keys, total, offset, start, *rotations, scale)
         return self._latest
 
-    def rotation_of_all_keys(self, positions: _Positions, total: int, dtype: torch.dtype) -> Rotation:
-        """The rotation of all `total` keys, those before this forward's tokens too."""
-        past = total - positions.original.shape[1]
+    def rotation_of_all_keys(self, positions: _Positions) -> Rotation:
+        """The rotation of all S keys, those before this forward's tokens too."""
+        past = positions.past
         if past == 0:
             return positions.key_rotation
         earlier = positions.original[:, :1] - past + torch.arange(past, device=positions.original.device)
         original = torch.cat([earlier, positions.original], dim=1)
         true = (original - positions.document_start).clamp(min=0)
         frequencies = self.frequencies(original.device)
-        return rotation_between(frequencies, original, grouped_key(true, self.setting.group), dtype)
+        return rotation_between(frequencies, original, grouped_key(true, self.setting.group), positions.dtype)
 
-    def check_continues(self, key: Tensor | PendingKeys, positions: _Positions, past: int) -> None:
-        """Reject new tokens whose positions do not continue those of the `past` cached ones; `key` is (B, K, S, D).
+    def check_continues(self, key: Tensor | PendingKeys, positions: _Positions) -> None:
+        """Reject new tokens whose positions do not continue those of the cached ones; `key` is (B, K, S, D).
 
-        Our cache remembers where its sequences begin; in another one they begin at 0, or with padding that is counted.
+        Our cache remembers where its sequences begin. In any other they begin at 0, or with padding that is counted.
         """
         if isinstance(key, PendingKeys):
             continues = key.layer.continues(positions.offset)
         else:
             offset, start = positions.offset, positions.document_start
-            continues = past == 0 or bool(((offset == 0) | (start == 0) | (offset == NO_POSITION)).all())
+            continues = positions.past == 0 or bool(((offset == 0) | (start == 0) | (offset == NO_POSITION)).all())
         if not continues:
             at = positions.original[:4, 0].tolist()
-            raise self._error(f"tokens that begin at the positions {at} behind {past} cached ones")
+            raise self._error(f"tokens that begin at the positions {at} behind {positions.past} cached ones")
 
     def _error(self, got: str) -> ZebraError:
         return ZebraError(
@@ -266,8 +276,8 @@ class SelfExtendAttention:
 
         Args:
             positions: (1 or B, T), or (1 or B, S) of the keys too, which then may be packed documents' whatever T.
-            key: (B, K, S, D), all keys at the positions that transformers gave them; or the new ones alone, from our
-                cache, which holds the others. The first is right and slow: all of them are rotated in every forward.
+            key: (B, K, S, D), all keys at the positions that transformers gave them; or only the new ones, from our
+                cache, which holds the others. Without our cache all keys are rotated in every forward, which is slow.
         """
         if positions is None:
             raise ZebraError(NO_POSITION_IDS)
@@ -275,13 +285,13 @@ class SelfExtendAttention:
         total, queries, window = value.shape[2], query.shape[2], self.rotation.setting.window
         current = self.rotation.positions(positions, mask, total, dtype, recompute=self.first)
         if self.first:
-            self.rotation.check_continues(key, current, total - positions.shape[1])
+            self.rotation.check_continues(key, current)
         if isinstance(key, PendingKeys):
             near, far = key.layer.write(key.states, rotate(key.states, current.key_rotation))
         else:
             near = far = key
             if total > window:
-                far = rotate(key, self.rotation.rotation_of_all_keys(current, total, dtype))
+                far = rotate(key, self.rotation.rotation_of_all_keys(current))
         if current.query_scale is not None:
             query = (query * current.query_scale[:, :, -queries:]).to(query.dtype)
         cos, sin = current.query_rotation

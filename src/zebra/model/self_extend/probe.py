@@ -1,7 +1,7 @@
 """How each layer of a model rotates its queries and keys, probed with one token at several positions.
 
-No list of families decides whether a model can have Self-Extend. A token that is alone attends to itself only, so that
-only the rope distinguishes its positions, and each layer shows which frequencies rotate it.
+No list of families decides whether a model can have Self-Extend. A token that is alone attends only to itself, so only
+the rope distinguishes its positions, and each layer shows which frequencies rotate it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zebra.model.context import longest_text
 from zebra.model.local import local_attention_of
 from zebra.model.override import overriding_attention
 from zebra.model.self_extend.layer import NO_POSITION_IDS, rotate, rotation_between
-from zebra.positions import refuse_rope
+from zebra.positions import check_rotatable_rope
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CANNOT_RUN = (AttributeError, RuntimeError, TypeError, ValueError)
@@ -56,7 +56,7 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Att
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
     }
     text, family = model.config.get_text_config(), model.config.model_type
-    refuse_rope(family, "default" if ropes else None)
+    check_rotatable_rope(family, "default" if ropes else None)
     probe, trained = ProbeAttention(model, ropes, local), longest_text(model.config) or 0
     positions = torch.tensor([0, 1, 17, trained - 1, 3 * trained + 5], device=model.device)[:, None]
     with overriding_attention(model.modules(), probe), torch.no_grad():
@@ -75,11 +75,11 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Att
 
 
 class ProbeAttention:
-    """An attention override that notes what rotates each layer, for one token alone at each of several positions.
+    """An attention override that records what rotates each layer, for one token alone at each of several positions.
 
     Attributes:
         ropes: the frequencies (R) of each rope of the model, by the name of the buffer.
-        local: whether to note local layers too.
+        local: whether to record local layers too.
         is_reached: whether any layer attended.
     """
 

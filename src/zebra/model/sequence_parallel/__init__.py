@@ -5,15 +5,15 @@ r"""Striped sequence parallelism: the tokens of a sequence are split over proces
     local            ~~]   ~~]   ~~]         ~~]   ~~]   ~~]         the w - 1 keys before each chunk
     global        ~~~~~~]                 (process 2)   ~~~]         all keys before the second one
 
-Everything but attention works on single tokens, so the model runs on its shard as it is. In every layer one
+Everything but attention works on single tokens, so the model runs on its shard unchanged. In every layer one
 all-to-all brings the keys and values that the shard's queries see and that others hold (`exchange`). A window longer
-than a chunk reaches over several processes. Nothing later than a query is ever sent. What crosses, in numbers for a
-sequence and a layer, once in the forward and once in the backward (`zebra.plan.parallel`):
+than a chunk reaches over several processes. Nothing later than a query is ever sent. The numbers that are exchanged for
+a sequence and a layer, once in the forward and once in the backward (`zebra.plan.parallel`):
 
     2 K D sum over processes r of    (2 P - 2 - r) c global,    at most 2 (w - 1) local
 
-Sinks add the first tokens of the one document that may have begun before a chunk's keys. They stand right in front of
-those, as if nothing were between: no query of the chunk has them in its window, neither so nor in the whole sequence.
+Sinks add the first tokens of the one document that may have begun before a chunk's keys. They are put directly before
+those keys, as if nothing were between: no query of the chunk has them in its window, here or in the whole sequence.
 
 Global layers may pass keys and values round a ring instead (`ring`), and then never hold more than two shards of them.
 
@@ -22,12 +22,11 @@ The naive twin is one process. Ring attention (arXiv 2310.01889) and Ulysses (ar
 
 from __future__ import annotations
 
-from zebra.model.sequence_parallel.attention import SequenceParallelAttention, set_sequence_parallel
+from zebra.model.sequence_parallel.attention import set_sequence_parallel
 from zebra.model.sequence_parallel.batch import WHOLE, shard_batch, shard_for, whole_losses
 
 __all__ = [
     "WHOLE",
-    "SequenceParallelAttention",
     "set_sequence_parallel",
     "shard_batch",
     "shard_for",

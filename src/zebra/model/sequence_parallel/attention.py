@@ -13,9 +13,17 @@ from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend, autocast
+from zebra.kernels.merging import join
 from zebra.kernels.sinks import sink_attention
 from zebra.model.local import LocalAttention
-from zebra.model.override import AttentionOverride, get_override, names_of_other_overrides, overrides_of, set_override
+from zebra.model.override import (
+    AttentionOverride,
+    attention_modules,
+    get_override,
+    names_of_other_overrides,
+    overrides_of,
+    set_override,
+)
 from zebra.model.rope import changes_with_length
 from zebra.model.self_extend.layer import NO_POSITION_IDS, SelfExtendAttention
 from zebra.model.sequence_parallel.exchange import fetch, fetch_tokens, sinks_before, with_sinks
@@ -32,7 +40,7 @@ def set_sequence_parallel(model: PreTrainedModel, group: dist.ProcessGroup | Non
         ring: global layers pass keys and values round a ring, and do not gather them.
 
     Raises:
-        ZebraError: a rope that changes with the length, which a shard does not know; layers that attend by others means
+        ZebraError: a rope that changes with the length, which a shard does not know; layers that attend by other means
             than a window, sinks and Self-Extend; a ring under Self-Extend or ALiBi.
     """
     if kind := changes_with_length(model.config):
@@ -44,12 +52,10 @@ def set_sequence_parallel(model: PreTrainedModel, group: dist.ProcessGroup | Non
         raise ZebraError(f"layers with {others} cannot split a sequence over processes. Take parallel.sequence of 1.")
     if ring and group is not None:
         _check_ring(model)
-    for module in model.modules():
-        # An attention module of transformers: it has the index of its layer, and the scale of its scores.
-        if hasattr(module, "layer_idx") and hasattr(module, "scaling"):
-            own = get_override(module)
-            own = own.own if isinstance(own, SequenceParallelAttention) else own
-            set_override(module, own if group is None else SequenceParallelAttention(group, own, ring))
+    for module in attention_modules(model):
+        own = get_override(module)
+        own = own.own if isinstance(own, SequenceParallelAttention) else own
+        set_override(module, own if group is None else SequenceParallelAttention(group, own, ring))
 
 
 def _check_ring(model: PreTrainedModel) -> None:
@@ -98,7 +104,7 @@ class SequenceParallelAttention:
 
         Args:
             key, value: (B, K, n, D) of the shard.
-            mask: that of the shard, of which the window counts.
+            mask: that of the shard, of which only the window is used.
             sequence_keys, sequence_documents, sequence_positions: (1 or B, P n), or None where all tokens are real, or
                 of one document.
 
@@ -126,9 +132,7 @@ class SequenceParallelAttention:
                 up_to = _positions_up_to(positions, sequence_positions, shards.held(rank)[0].start, tokens.stop)
                 run = partial(self.own.attend, module, up_to)
             results.append(run(queries, *of_chunk, its_mask, **kwargs))
-        (out, lse), (other, other_lse) = results
-        whole_lse = None if lse is None or other_lse is None else torch.cat([lse, other_lse], dim=2)
-        return torch.cat([out, other], dim=2), whole_lse
+        return join(*results)
 
     def _behind_sinks(
         self, states: Tensor, whole: Mask, shards: Shards, fetched: list[tuple[Tensor, Tensor]], masks: list[Mask]

@@ -17,13 +17,13 @@ from zebra.model.sequence_parallel.attention import SequenceParallelAttention
 from zebra.shards import Shards
 
 WHOLE = ("sequence_keys", "sequence_documents", "sequence_positions")
-"""Arguments of a forward that attention gets: of all tokens of the sequence which are real, where there is padding, and
-their documents and positions, where there are several.
+"""Arguments of a forward that reach attention, for all tokens of the sequence: which are real, where there is padding,
+and their documents and positions, where there are several documents.
 """
 
 
 def shard_batch(batch: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
-    """What one process gives its model of a batch that all processes of its group hold whole.
+    """One process's shard of a batch that all processes of its group hold whole.
 
     Args:
         batch: `input_ids` (B, N) and, where there are any, `attention_mask`, `position_ids` and `labels` (B, N), and

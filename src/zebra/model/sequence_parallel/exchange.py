@@ -1,6 +1,6 @@
-"""What attention fetches of other processes' tokens: in each layer one all-to-all, and one more for sinks.
+"""How attention fetches other processes' tokens: in each layer one all-to-all, and one more for sinks.
 
-In the backward the same all-to-all, reversed, brings the gradients home, where they are added up.
+In the backward the reversed all-to-all brings the gradients back to the tokens' owners, which add them up.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Gather:
         return (first, second) if first.stop < second.start else (range(first.start, second.stop),)
 
     def pieces(self, owner: int, reader: int) -> list[tuple[slice, slice]]:
-        """Of what `reader` sees that which `owner` holds: where it stands in the owner's shard, and where it comes."""
+        """The tokens of `owner` that `reader` sees: their places in the owner's shard, and in what the reader sees."""
         pieces, before = [], 0
         for run in self.runs(reader):
             for at, held in zip((0, self.shards.chunk), self.shards.held(owner), strict=True):
@@ -84,7 +84,7 @@ class _Gather:
 
 
 class _Fetch(torch.autograd.Function):
-    """Parts of one tensor, whose gradients go into one tensor, and home, where they are added up in float32."""
+    """Parts of one tensor, whose gradients go into one tensor, and to the owners, which add them up in float32."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, gather: _Gather) -> tuple[Tensor, ...]:
@@ -112,12 +112,6 @@ def _parts(seen: Tensor, gather: _Gather) -> tuple[Tensor, ...]:
     first, second = (len(tokens) for tokens in gather.shards.seen(gather.rank, gather.window))
     chunks = seen[:, :, :first], seen[:, :, seen.shape[2] - second :]
     return tuple(part for chunk in chunks for part in chunk.tensor_split([gather.width], dim=3))
-
-
-def _exchange(outgoing: list[Tensor], incoming: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows (m_r, ...) to each process r of the group, and from each its rows, `incoming` many, in order."""
-    sizes = [len(rows) for rows in outgoing]
-    return all_to_all_single_autograd(torch.cat(outgoing).contiguous(), incoming, sizes, group)
 
 
 def sinks_before(
@@ -160,10 +154,11 @@ def fetch_tokens(states: Tensor, tables: list[Tensor], shards: Shards, rank: int
         entry, column = places(reader, rank)
         token = tables[reader][entry, column]
         outgoing.append(rows[entry, token % c + c * (token // c == last - rank)])
-    sources = [places(rank, owner) for owner in range(shards.processes)]
-    got = _exchange(outgoing, [len(entry) for entry, _ in sources], group)
-    at = tuple(torch.cat(parts) for parts in zip(*sources, strict=True))
-    tokens = rows.new_zeros(*tables[rank].shape, *rows.shape[2:]).index_put(at, got)
+    incoming = [places(rank, owner) for owner in range(shards.processes)]
+    sizes = [len(entry) for entry, _ in incoming], [len(part) for part in outgoing]
+    arrived = all_to_all_single_autograd(torch.cat(outgoing).contiguous(), *sizes, group)
+    at = tuple(torch.cat(parts) for parts in zip(*incoming, strict=True))
+    tokens = rows.new_zeros(*tables[rank].shape, *rows.shape[2:]).index_put(at, arrived)
     return tokens.transpose(1, 2)
 
 

@@ -13,7 +13,7 @@ log-sum-exp; its gradients follow from the merged output and log-sum-exp,
 
     p_ij = exp(s_ij - lse_i),    ds_ij = p_ij (<do_i, v_j> - <do_i, out_i> + dlse_i)
 
-and those of keys and values go home to the process that holds them, where they are added up in float32.
+and those of keys and values go back to the process that holds them, which adds them up in float32.
 
 A chunk of keys is seen whole. `attend` is causal, so the process's own keys stand behind it, hidden:
 
