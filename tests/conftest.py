@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -106,6 +106,12 @@ UNROUTED: dict[str, dict[str, Any]] = {
 """Families without a route, which Self-Extend serves without stripes."""
 FIXED = {"gemma3_text": "1,3", "mellum": "1,3", "cohere2": "3"}
 """Members whose layers keep their kind, with the global layers of the tiny one."""
+
+
+def some(values: Collection[Any], *quick: Any) -> list[Any]:
+    """All values of a parameter, or of several as tuples; the quick run takes those named."""
+    marks = [() if value in quick else (pytest.mark.full,) for value in values]
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=m) for v, m in zip(values, marks, strict=True)]
 
 
 def fitting(member: str, layout: str) -> str:
@@ -198,6 +204,47 @@ def kind_of(recipe: Path) -> type:
 def losses(rows: list[Any]) -> list[float]:
     """The losses of a training, in order."""
     return [row.value for row in rows if row.metric == "loss"]
+
+
+def checkpoint_activations(model: Any) -> Any:
+    """The model in training, with activations that are computed again in the backward."""
+    # Its name since transformers 5.17, and before.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    return model.train()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens of a tiny model, (B, T)."""
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    return model(ids, **({"use_cache": False} | arguments)).logits
+
+
+def in_parts(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any = None, **arguments: Any) -> torch.Tensor:
+    """The logits of tokens that are read into a cache, the bounded one by default, in parts of these sizes.
+
+    Args:
+        arguments: `attention_mask` and `position_ids` of all tokens.
+    """
+    from zebra.model.self_extend import bounded_cache
+
+    cache, output, end = bounded_cache(model) if cache is None else cache, [], 0
+    for size in sizes:
+        start, end = end, min(end + size, ids.shape[1])
+        if start < end:
+            part = {name: x[:, 0 if name == "attention_mask" else start : end] for name, x in arguments.items()}
+            output.append(logits(model, ids[:, start:end], past_key_values=cache, use_cache=True, **part))
+    return torch.cat(output, dim=1)
+
+
+def off(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    assert output.shape == expected.shape
+    return ((output.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 @pytest.fixture(scope="session")
@@ -363,6 +410,20 @@ trainer._ShowProgress.on_log = on_log
 """A hook of `killed`: a training ends when it has logged its third step."""
 
 
+def set_fields(checkpoint: Path, **fields: object) -> Path:
+    """Set fields of a checkpoint's config.json."""
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return checkpoint
+
+
+def rejected(match: str) -> pytest.RaisesExc[Exception]:
+    """A `ZebraError` with this message."""
+    from zebra import ZebraError
+
+    return pytest.raises(ZebraError, match=match)
+
+
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """One clear line on stderr, exit code 2, nothing on stdout."""
     assert done.returncode == 2, done.stdout + done.stderr
@@ -398,5 +459,5 @@ def generate_tokens(
     from zebra.decoding import Decoding
     from zebra.generation import generate_with
 
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    return generate_with(model, tokenizer, ids, mask, Decoding(**options)).sequences[:, ids.shape[1] :].tolist()
+    output = generate_with(model, tokenizer, ids, Decoding(**options), attention_mask=attention_mask)
+    return output.sequences[:, ids.shape[1] :].tolist()

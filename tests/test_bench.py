@@ -405,7 +405,7 @@ def test_the_gate_of_self_extend_sees_another_setting(
     assert getattr(self_extend, part)(small, one) < 1e-5
     if one is not None:
         monkeypatch.setattr(
-            GroupedRotation, "rotation_of_all_keys", lambda rotation, positions, total, dtype: positions.query_rotation
+            GroupedRotation, "rotation_of_all_keys", lambda rotation, positions: positions.query_rotation
         )
         monkeypatch.setattr(
             self_extend, "set_self_extend", lambda model, setting: set_self_extend(model, replace(setting, group=3))

@@ -14,24 +14,15 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import STORIES, TEXT, Zebra, adapt_recipe, refused, tiny_model
+from conftest import STORIES, TEXT, Zebra, adapt_recipe, refused, rejected, set_fields, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from zebra import ZebraError, convert, load
+from zebra import convert, load
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe
 
 IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
-
-
-def rejected(match: str) -> pytest.RaisesExc[ZebraError]:
-    return pytest.raises(ZebraError, match=match)
-
-
-def set_fields(checkpoint: Path, **fields: object) -> None:
-    file = checkpoint / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def digests(directory: Path) -> dict[str, str]:

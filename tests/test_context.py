@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import SHAPE, STORIES
+from conftest import SHAPE, STORIES, set_fields
 from transformers import AutoConfig
 
 import zebra
@@ -119,8 +118,7 @@ def test_how_far_a_model_reaches_is_read_from_all_fields(name: str) -> None:
 
 
 def test_a_model_with_yarn_is_measured_as_far_as_it_reaches(stories: Path, recwarn: pytest.WarningsRecorder) -> None:
-    config = json.loads((stories / "config.json").read_text())
-    (stories / "config.json").write_text(json.dumps(config | {"rope_parameters": yarn(4.0, 512)}))
+    set_fields(stories, rope_parameters=yarn(4.0, 512))
     target = EvalTarget(stories)
     target.check_length(2048, beyond=False)
     with pytest.raises(ZebraError, match=r"2,048 positions.*Take a shorter one, Self-Extend, or a checkpoint") as error:
@@ -135,8 +133,7 @@ def test_a_model_with_yarn_is_measured_as_far_as_it_reaches(stories: Path, recwa
 
 
 def test_a_model_with_yarn_is_adapted_into_a_config_without_contradiction(stories: Path) -> None:
-    config = json.loads((stories / "config.json").read_text())
-    (stories / "config.json").write_text(json.dumps(config | {"rope_parameters": yarn(4.0, 512)}))
+    set_fields(stories, rope_parameters=yarn(4.0, 512))
     read = read_config(stories)
     lengths = {}
     for length in (512, 1024, 3000):

@@ -149,13 +149,11 @@ def test_what_is_longer_than_the_model_reaches_is_refused_before_it_is_read(mode
     chat = Conversation(model, tokenizer=tokenizer, max_new_tokens=5)
     checked(chat, chat.reply("Hello"), 5)
     before, forwards = list(chat.messages), []
-    hook = model.register_forward_hook(lambda *_: forwards.append(1))
     remedy = r"has 1,\d{3} tokens, and this model reads 512.*Self-Extend \(--self-extend auto:2048\)"
-    with pytest.raises(ContextLengthError, match=remedy):
-        chat.reply("word " * 600)
-    with pytest.raises(ContextLengthError, match=remedy):
-        chat.add_document("word " * 600)
-    hook.remove()
+    with model.register_forward_hook(lambda *_: forwards.append(1)):
+        for call in (chat.reply, chat.add_document):
+            with pytest.raises(ContextLengthError, match=remedy):
+                call("word " * 600)
     assert (chat.messages, chat.documents, forwards) == (before, [], [])
     extended = Conversation(models("auto"), tokenizer=tokenizer, max_new_tokens=5)
     assert extended.reach == zebra.SelfExtend.parse("auto:4096", 512).reach(512)
@@ -203,15 +201,10 @@ def test_text_comes_in_whole_characters(models: Any, tokenizer: Any) -> None:
     def force(module: Any, args: Any, output: Any) -> None:
         output.logits[0, -1, forced[len(steps)]] = 1e4
 
-    hook = model.register_forward_hook(force)
     steps: list[Step] = []
-    ids = torch.tensor(tokenizer("Once upon a time")["input_ids"] * 3)
-    try:
-        done = answer(
-            model, tokenizer, ids, Decoding(max_new_tokens=len(forced)), PrefixCache(model), on_step=steps.append
-        )
-    finally:
-        hook.remove()
+    ids, decoding = torch.tensor(tokenizer("Once upon a time")["input_ids"] * 3), Decoding(max_new_tokens=len(forced))
+    with model.register_forward_hook(force):
+        done = answer(model, tokenizer, ids, decoding, PrefixCache(model), on_step=steps.append)
     assert [step.token for step in steps] == [*forced, None]
     assert [step.text for step in steps] == ["n", "", "é", "", "", "☃", "", "", "\ufffd" * 2]
     assert done.text == "né☃\ufffd\ufffd"
@@ -243,10 +236,8 @@ def test_an_error_within_an_answer_is_raised_and_the_conversation_goes_on(models
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    hook = model.model.layers[2].register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with model.model.layers[2].register_forward_hook(fail), pytest.raises(RuntimeError, match="out of memory"):
         list(chat.reply("And?"))
-    hook.remove()
     assert chat.messages == before
     checked(chat, chat.reply("And?"), 6)
 

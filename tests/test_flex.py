@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import Largest, chunks, drawn, packed, padding, some
+from conftest import some
+from test_kernels import Largest, chunks, drawn, packed, padding
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex

@@ -30,14 +30,12 @@ LAYOUTS = {
 }
 
 
-def results(
-    name: str, inputs: list[Tensor], mask: Mask, with_lse: bool, gradient: bool, **options: Any
-) -> list[Tensor] | None:
+def results(name: str, inputs: list[Tensor], mask: Mask, with_lse: bool, gradient: bool) -> list[Tensor] | None:
     """Output, log-sum-exp (-inf as 0) and gradients by a kernel; None where it declines."""
     leaves = [x.detach().requires_grad_(gradient) for x in inputs]
     try:
         with only(name):
-            out, lse = attend(*leaves, mask, with_lse=with_lse, **options)
+            out, lse = attend(*leaves, mask, with_lse=with_lse)
     except NotImplementedError:
         return None
     parts = [out] if lse is None else [out, lse.masked_fill(lse.isneginf(), 0.0)]
@@ -48,14 +46,14 @@ def results(
 
 
 def compare(
-    inputs: list[Tensor], mask: Mask, limit: float, plain: Mask | None = None, options: dict[str, Any] | None = None
+    inputs: list[Tensor], mask: Mask, limit: float, plain: Mask | None = None
 ) -> dict[tuple[bool, bool], set[str]]:
     """Every kernel on the inputs as they lie against the formula on compact ones, in float64; which ones served."""
     served = {}
     for case in ((True, False), (False, False), (True, True), (False, True)):
         with_lse, gradient = case
         compact = [x.contiguous().double() for x in inputs]
-        expected = results(ORACLE, compact, plain or mask, with_lse, gradient, **(options or {}))
+        expected = results(ORACLE, compact, plain or mask, with_lse, gradient)
         assert expected is not None
         actual = {kernel.name: results(kernel.name, inputs, mask, with_lse, gradient) for kernel in KERNELS}
         served[case] = {name for name, parts in actual.items() if parts is not None}

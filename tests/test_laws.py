@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_MEMBER, FAMILIES, MEMBERS, fitting
+from conftest import EVERY_MEMBER, FAMILIES, MEMBERS, checkpoint_activations, fitting, in_parts, logits, some, tokens
 from torch import Tensor
 
 import zebra
 from zebra import kernels
-from zebra.model.self_extend import bounded_cache
 
 WINDOW = 9
 LAYOUT = f"GLLL:{WINDOW}"
@@ -37,9 +36,7 @@ EXTENDED = pytest.mark.parametrize("setting", [None, "3:7"], ids=["stripes", "se
 """The law holds for stripes alone, and with Self-Extend in the global layers."""
 
 pytestmark = [
-    pytest.mark.parametrize(
-        "family", [m if m in FAMILIES else pytest.param(m, marks=pytest.mark.full) for m in EVERY_MEMBER]
-    ),
+    pytest.mark.parametrize("family", some(EVERY_MEMBER, *FAMILIES)),
     pytest.mark.parametrize("kernel", KERNELS),
     pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"]),
 ]
@@ -65,15 +62,6 @@ def model(family: str, dtype: torch.dtype, setting: str | None, checkpoints: Cal
     if dtype is torch.bfloat16 and family in EXPERTS:
         pytest.skip("a router sends tokens to other experts with bfloat16's rounding")
     return zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT), self_extend=setting, dtype=dtype)
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
-    return model(ids, **({"use_cache": False} | arguments)).logits
 
 
 def agree(output: Tensor, expected: Tensor) -> None:
@@ -117,13 +105,7 @@ def test_law_1_a_neighbour_window_as_long_as_the_text_is_the_plain_model(
 )
 def test_law_2_prefill_in_chunks_and_token_by_token(model: Any, parts: list[int]) -> None:
     ids = tokens(2, 40)
-    cache, start, outputs = bounded_cache(model), 0, []
-    for size in parts:
-        part = ids[:, start : start + size]
-        if part.shape[1]:
-            outputs.append(logits(model, part, past_key_values=cache, use_cache=True))
-        start += size
-    agree(torch.cat(outputs, dim=1), logits(model, ids))
+    agree(in_parts(model, ids, parts), logits(model, ids))
 
 
 @EXTENDED
@@ -173,10 +155,7 @@ def test_law_3_packed_documents_stay_apart_under_training(model: Any) -> None:
     lengths = (20, 15)
     ids = tokens(1, 35)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    model.train()
-    # Its name after transformers 5.17, and before.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    checkpoint_activations(model)
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     out = model(inputs_embeds=embedded, position_ids=positions, use_cache=False).logits
     out[:, :20].square().sum().backward()

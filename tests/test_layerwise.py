@@ -8,25 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_MEMBER, FAMILIES, FIXED, STORIES, tiny_model
+from conftest import EVERY_MEMBER, FAMILIES, FIXED, STORIES, some, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 import zebra
 from zebra import ZebraError
 from zebra.model.layerwise import Layerwise
 
-MEMBERS = [pytest.param(m, marks=() if m in FAMILIES else pytest.mark.full) for m in EVERY_MEMBER]
+MEMBERS = some(EVERY_MEMBER, *FAMILIES)
 LAYERS = 5
 
 
-def tokens(rows: int = 2, length: int = 40) -> torch.Tensor:
-    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(3))
+IDS = tokens(2, 40)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
 def test_from_any_layer_on_equals_the_whole_forward(member: str, checkpoints: Callable[..., Path]) -> None:
     model = zebra.load(checkpoints(member))
-    layers, ids, base = Layerwise(model, window=7), tokens(), "GLGGG"
+    layers, ids, base = Layerwise(model, window=7), IDS, "GLGGG"
     states = layers.states(ids, base)
     assert len(states) == LAYERS + 1
     for start in range(LAYERS):
@@ -39,7 +38,7 @@ def test_from_any_layer_on_equals_the_whole_forward(member: str, checkpoints: Ca
 
 @pytest.mark.parametrize("member", [m for m in MEMBERS if m.values[0] not in FIXED])
 def test_kinds_for_now_equal_a_loaded_layout(member: str, checkpoints: Callable[..., Path]) -> None:
-    ids = tokens()
+    ids = IDS
     output = Layerwise(zebra.load(checkpoints(member)), window=7).states(ids, "GLLGL")[-1]
     with torch.no_grad():
         striped = zebra.load(checkpoints(member), stripes="0,3:7").get_decoder()(ids, use_cache=False)
@@ -52,7 +51,7 @@ def test_kinds_for_now_equal_a_loaded_layout(member: str, checkpoints: Callable[
 
 def test_the_model_comes_back_as_it_was(checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = zebra.load(checkpoints("llama"))
-    ids, names = tokens(), [name for name, _ in model.named_modules()]
+    ids, names = IDS, [name for name, _ in model.named_modules()]
     modules, before = list(model.modules()), model(ids).logits
     layers = Layerwise(model, window=7)
     states = layers.states(ids, "GGGGG")
@@ -75,9 +74,9 @@ def test_layers_before_the_start_are_not_run(checkpoints: Callable[..., Path]) -
     for i, layer in enumerate(model.get_decoder().layers):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
     layers = Layerwise(model, window=7)
-    states = layers.states(tokens(), "GGGGG")
+    states = layers.states(IDS, "GGGGG")
     ran.clear()
-    layers.resume(tokens(), "GGGLG", 3, states[3])
+    layers.resume(IDS, "GGGLG", 3, states[3])
     assert ran == [3, 4]
 
 

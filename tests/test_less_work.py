@@ -29,11 +29,8 @@ def model() -> Any:
 def head_inputs(model: Any) -> Iterator[list[int]]:
     """Within this context the tokens of each call of the head."""
     tokens: list[int] = []
-    hook = model.lm_head.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].shape[1]))
-    try:
+    with model.lm_head.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].shape[1])):
         yield tokens
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize("chunk", [64, 4096])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_MEMBER, FAMILIES, STORIES, fitting
+from conftest import EVERY_MEMBER, FAMILIES, STORIES, fitting, in_parts, logits, off, some, tokens
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -35,34 +35,7 @@ from zebra.plan.decoder import decoder_from_config
 MakeCheckpoint = Callable[..., Path]
 WINDOW, SINKS = 9, 3
 LAYOUT = f"GLLL:{WINDOW}+{SINKS}"
-MEMBERS = pytest.mark.parametrize(
-    "family", [m if m in FAMILIES else pytest.param(m, marks=pytest.mark.full) for m in EVERY_MEMBER]
-)
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
-    return model(ids, **({"use_cache": False} | arguments)).logits
-
-
-def off(output: Tensor, expected: Tensor) -> float:
-    assert output.shape == expected.shape
-    return ((output.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
-
-
-def in_parts(model: Any, ids: Tensor, parts: list[int], cache: Any = None, **arguments: Any) -> Tensor:
-    cache = bounded_cache(model) if cache is None else cache
-    output, start = [], 0
-    for part in ids.split(parts, dim=1):
-        start += part.shape[1]
-        more = {name: x[:, :start] if name == "attention_mask" else x for name, x in arguments.items()}
-        more = {name: x[:, start - part.shape[1] : start] if name == "position_ids" else x for name, x in more.items()}
-        output.append(logits(model, part, past_key_values=cache, use_cache=True, **more))
-    return torch.cat(output, dim=1)
+MEMBERS = pytest.mark.parametrize("family", some(EVERY_MEMBER, *FAMILIES))
 
 
 def left_padded(lengths: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -256,7 +229,7 @@ def test_generate_tells_the_cache_where_the_prompt_ends(more: dict[str, Any], ch
     assert whole[0, 29:].tolist() == steps[0, 28:].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(m, marks=pytest.mark.full) for m in ("qwen3", "gemma2"))])
+@pytest.mark.parametrize("family", some(["llama", "qwen3", "gemma2"], "llama"))
 def test_verify_proves_them_against_the_source(family: str, checkpoints: MakeCheckpoint, tmp_path: Path) -> None:
     zebra.convert(checkpoints(family), tmp_path / "out", LAYOUT, full_decode=True)
     checks = verify(tmp_path / "out", checkpoints(family), self_extend="3:7")

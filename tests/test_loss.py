@@ -178,37 +178,9 @@ def test_token_losses_say_where_nothing_is_predicted() -> None:
     torch.testing.assert_close(output[:, 1:][predicted].double(), each[predicted], rtol=2e-6, atol=1e-5)
 
 
-def test_token_losses_of_one_token_predict_where_it_stands() -> None:
-    """A head that sees the state itself: entry t is the loss of token t given state t - 1."""
-    head = torch.eye(4) * 10
-    states = torch.eye(4)[[1, 2, 3, 0]][None]
-    output = token_losses(states, head_with(head), torch.tensor([[0, 1, 2, 0]]))
-    assert output[0, 0].isnan()
-    assert output[0, 1:].tolist() == pytest.approx([1.361906e-4, 1.361906e-4, 10.000136], rel=1e-3)
-
-
 def test_token_losses_keep_no_graph() -> None:
     states, head, labels = drawn(1, 5, 8, 30)
     assert not token_losses(states.requires_grad_(), head_with(head.requires_grad_()), labels).requires_grad
-
-
-def test_without_logits_asks_a_model_for_states_only() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(0, 31, (2, 9))
-    with torch.no_grad():
-        lean, full = model(ids, **without_logits()), model(ids)
-        assert lean.logits.numel() == 0
-        assert lean.past_key_values is None
-        head = head_of(model)
-        torch.testing.assert_close(head.logits(lean.hidden_states[-1]), full.logits)
-        expected = functional.cross_entropy(full.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        torch.testing.assert_close(summed_loss(lean.hidden_states[-1], head, ids), expected)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])

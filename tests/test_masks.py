@@ -1,4 +1,4 @@
-"""The drawings of the docstrings, repeated; and the law that near and far part the causal triangle."""
+"""The drawings of the docstrings, repeated, and the number of keys that a window shows."""
 
 from __future__ import annotations
 
@@ -26,13 +26,6 @@ x x . . .
 . . x x .
 . . . x x
 """
-BEYOND_2 = """
-. . . . .
-. . . . .
-x . . . .
-x x . . .
-x x x . .
-"""
 SAME_DOCUMENT = """
 x . . . .
 x x . . .
@@ -57,7 +50,6 @@ def document_of(i: Any) -> Any:
 DRAWINGS: list[tuple[str, Callable[[Any, Any], Any], Callable[..., Any]]] = [
     (CAUSAL, masks.causal, masks.causal),
     (WITHIN_2, lambda i, j: masks.within(i, j, 2), masks.within),
-    (BEYOND_2, lambda i, j: masks.beyond(i, j, 2), masks.beyond),
     (
         SINK_1,
         lambda i, j: masks.causal(i, j) & (masks.within(i, j, 2) | masks.sink(j, 0, 1)),
@@ -70,7 +62,7 @@ DRAWINGS: list[tuple[str, Callable[[Any, Any], Any], Callable[..., Any]]] = [
     ),
 ]
 drawings = pytest.mark.parametrize(
-    ("drawing", "predicate", "operator"), DRAWINGS, ids=["causal", "within", "beyond", "sink", "same_document"]
+    ("drawing", "predicate", "operator"), DRAWINGS, ids=["causal", "within", "sink", "same_document"]
 )
 
 
@@ -97,18 +89,6 @@ def test_tensors_draw_it(drawing: str, predicate: Any, operator: Any) -> None:
     assert seen.tolist() == parsed(drawing)
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 6, 7, 8, 100])
-def test_near_and_far_part_the_causal_triangle(window: int) -> None:
-    i, j = torch.arange(7)[:, None], torch.arange(7)[None, :]
-    near, far, triangle = masks.within(i, j, window), masks.beyond(i, j, window), masks.causal(i, j)
-    assert torch.equal(near | far, triangle)
-    assert not (near & far).any()
-    for a in range(7):
-        for b in range(7):
-            assert (masks.within(a, b, window) or masks.beyond(a, b, window)) == masks.causal(a, b) == (b <= a)
-            assert not (masks.within(a, b, window) and masks.beyond(a, b, window))
-
-
 @pytest.mark.parametrize("window", [1, 2, 5])
 def test_a_query_sees_as_many_keys_as_the_window_says(window: int) -> None:
     assert [sum(masks.within(i, j, window) for j in range(10)) for i in range(10)] == [
@@ -120,4 +100,3 @@ def test_a_window_past_the_length_hides_nothing() -> None:
     i, j = torch.arange(7)[:, None], torch.arange(7)[None, :]
     assert torch.equal(masks.within(i, j, 7), masks.causal(i, j))
     assert not torch.equal(masks.within(i, j, 6), masks.causal(i, j))
-    assert not masks.beyond(i, j, 7).any()

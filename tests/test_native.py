@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import some
+from conftest import some
+from test_kernels import relative, with_gradients
 from torch import Tensor
 
 from zebra.kernels import KERNELS, Mask, Request, attend, choose, compiler, native, only, reference
@@ -66,18 +67,9 @@ def masked(window: int | None, keys: int, kind: str) -> Mask:
 def everything(
     run: Any, inputs: list[Tensor], mask: Mask, scale: float = 0.3, with_lse: bool = True, **options: Any
 ) -> dict[str, Tensor]:
-    """Output, log-sum-exp (-inf as 0), where it was -inf, and gradients of both, by a kernel's own function."""
+    """As `with_gradients`, by a kernel's own function."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out, lse = run(request(leaves, mask, scale, with_lse=with_lse, **options))
-    generator = torch.Generator().manual_seed(9)
-    roots, seeds = [out], [torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)]
-    actual = {"out": out}
-    if with_lse:
-        unseen = lse.isneginf()
-        roots, actual = [*roots, lse], actual | {"lse": lse.masked_fill(unseen, 0.0), "unseen": unseen}
-        seeds.append(torch.randn(lse.shape, dtype=torch.float64, generator=generator).to(lse.dtype))
-    gradients = torch.autograd.grad(roots, leaves, seeds)
-    return {name: x.detach() for name, x in (actual | dict(zip(("dq", "dk", "dv"), gradients, strict=True))).items()}
+    return with_gradients(*run(request(leaves, mask, scale, with_lse=with_lse, **options)), leaves)
 
 
 def agree(inputs: list[Tensor], mask: Mask, **options: Any) -> dict[str, Tensor]:
@@ -92,7 +84,7 @@ def agree(inputs: list[Tensor], mask: Mask, **options: Any) -> dict[str, Tensor]
             continue
         assert tensor.isfinite().all(), name
         assert tensor.dtype == (torch.float32 if name == "lse" else inputs[0].dtype)
-        error = (tensor.double() - expected[name]).norm() / expected[name].norm().clamp(min=0.1 * tensor.numel() ** 0.5)
+        error = relative(tensor, expected[name])
         assert error <= limits[name], f"{name} is off by {error:.1e}"
     unread = expected["dv"] == 0
     assert not actual["dv"][unread].any()
@@ -113,10 +105,7 @@ def test_windows_and_lengths_equal_the_formula(window: int | None, size: int, dt
 
 
 @needs_native
-@pytest.mark.parametrize(
-    ("size", "dtype"),
-    some(EVERY, (80, torch.bfloat16)),
-)
+@pytest.mark.parametrize(("size", "dtype"), some(EVERY, (80, torch.bfloat16)))
 def test_head_sizes_equal_the_formula(size: int, dtype: torch.dtype) -> None:
     agree(drawn(130, 200, size=size, dtype=dtype), Mask(70), scale=size**-0.5)
     agree(

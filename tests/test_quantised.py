@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, Zebra, adapt_recipe, refused, tiny_model
+from conftest import STORIES, Zebra, adapt_recipe, refused, set_fields, tiny_model
 from safetensors.torch import load_file, save_file
 
 import zebra as library
@@ -25,12 +25,6 @@ from zebra.train.source import read_source
 IDS = torch.randint(3, 500, (1, 60), generator=torch.Generator().manual_seed(0))
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic", "fmt": "e4m3"}
 _BLOCK = 16
-
-
-def change_config(checkpoint: Path, **fields: Any) -> Path:
-    file = checkpoint / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    return checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +49,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors[name] = dequantised.reshape(rows, columns).to(torch.bfloat16)
     save_file(tensors | quantised, fp8 / "model.safetensors", {"format": "pt"})
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    change_config(fp8, quantization_config=FP8)
+    set_fields(fp8, quantization_config=FP8)
     return path
 
 
@@ -117,7 +111,7 @@ def test_what_cannot_be_loaded_here_is_one_line_that_names_what_is_missing(
 ) -> None:
     for module in ("bnb_4bit.is_bitsandbytes", "compressed_tensors.is_compressed_tensors", "gptq.is_optimum"):
         monkeypatch.setattr(f"transformers.quantizers.quantizer_{module}_available", lambda: False)
-    change_config(fp8, quantization_config=method)
+    set_fields(fp8, quantization_config=method)
     with pytest.raises(ZebraError, match=rf"is quantised \(.*\), and transformers cannot load it here: .*({reason})"):
         library.load(fp8)
     refused(zebra("generate", fp8, "--prompt", "Once"), "is quantised (")
@@ -125,14 +119,14 @@ def test_what_cannot_be_loaded_here_is_one_line_that_names_what_is_missing(
 
 @pytest.mark.parametrize("settings", ["fp8", [], 8])
 def test_settings_that_are_no_object(zebra: Zebra, fp8: Path, settings: Any, tmp_path: Path) -> None:
-    change_config(fp8, quantization_config=settings)
+    set_fields(fp8, quantization_config=settings)
     convert = ("convert", fp8, tmp_path / "out", "--stripes", "GL:9")
     for verb in (("generate", fp8, "--prompt", "Once"), convert, ("plan", fp8, "--length", 64)):
         refused(zebra(*verb), "quantization_config is an object with a quant_method; got", "Correct its config.json")
 
 
 def test_quantised_weights_whose_config_does_not_say_so(fp8: Path) -> None:
-    change_config(fp8, quantization_config=None)
+    set_fields(fp8, quantization_config=None)
     with pytest.raises(ZebraError, match=r"proj\.weight holds integers or 8-bit numbers, .* no quantization_config"):
         library.load(fp8)
     file = fp8 / "model.safetensors"

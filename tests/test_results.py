@@ -47,12 +47,6 @@ def test_a_result_is_one_line_of_json() -> None:
     }
 
 
-def test_what_does_not_apply_is_none() -> None:
-    plain = result()
-    for name in ("length", "position_from", "position_to", "depth", "n", "low", "high", "seed"):
-        assert getattr(plain, name) is None
-
-
 def test_a_result_does_not_change_and_is_not_shared() -> None:
     first, second = result(), result()
     with pytest.raises(FrozenInstanceError):

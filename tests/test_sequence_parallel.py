@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from conftest import EVERY_MEMBER, fitting
+from conftest import EVERY_MEMBER, checkpoint_activations, fitting
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
@@ -127,9 +127,7 @@ def model_of(case: Case, folders: Folders) -> Any:
     path = folders[case.member, case.how == "alibi"]
     model = zebra.load(path, stripes=case.stripes, self_extend=case.self_extend, dtype=torch.float32)
     if "checkpointing" in case.how:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-        model.train()
+        checkpoint_activations(model)
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernels import some
+from conftest import some
 from torch import Tensor
 
 from zebra.kernels import Mask, Request, attend, only, reference

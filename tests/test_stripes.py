@@ -15,10 +15,6 @@ def letters(kinds: tuple[str, ...]) -> str:
     return "".join({GLOBAL: "G", LOCAL: "L"}[kind] for kind in kinds)
 
 
-def test_the_words_are_the_hosts() -> None:
-    assert (GLOBAL, LOCAL) == ("full_attention", "sliding_attention")
-
-
 @pytest.mark.parametrize(
     ("text", "layers", "expected", "window"),
     [
@@ -87,11 +83,6 @@ def test_of_finds_the_shortest_layout(kinds: str, expected: str) -> None:
     assert str(Stripes.of([GLOBAL if kind == "G" else LOCAL for kind in kinds], 9)) == expected
 
 
-def test_of_gives_back_the_list_of_the_first_example() -> None:
-    stripes = Stripes.parse("0,4,9,31:1024")
-    assert str(Stripes.of(stripes.layer_types(32), 1024)) == "0,4,9,31:1024"
-
-
 @pytest.mark.parametrize("layers", range(1, 8))
 def test_of_is_inverse_to_layer_types(layers: int) -> None:
     for number in range(2**layers):
@@ -144,6 +135,7 @@ def test_refused_layouts(arguments: dict[str, Any], message: str) -> None:
         ("GLLL:0", "at least 1 and below"),
         ("GLLL:-3", "got -3"),
         ("3,3:4", r"got \[3, 3\]"),
+        ("GL:" + "9" * 5000, "stripes are written"),
     ],
 )
 def test_refused_notation(text: str, message: str) -> None:

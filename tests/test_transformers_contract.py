@@ -291,8 +291,9 @@ def test_the_stock_masks_let_packed_documents_leak_with_a_cache() -> None:
 @pytest.mark.parametrize("family", EVERY_MEMBER)
 def test_no_logits_and_the_last_hidden_state_is_what_the_head_takes(family: str) -> None:
     model = tiny(family)
-    nothing = model(IDS, logits_to_keep=torch.zeros(0, dtype=torch.long), output_hidden_states=True, use_cache=False)
+    nothing = model(IDS, **without_logits())
     assert nothing.logits.shape == (2, 0, 97)
+    assert nothing.past_key_values is None
     expected = model(IDS, use_cache=False).logits
     torch.testing.assert_close(head_of(model).logits(nothing.hidden_states[-1]), expected, rtol=1e-6, atol=1e-6)
 
@@ -389,19 +390,11 @@ def test_generate_reads_behind_a_cache_and_leaves_all_but_the_last_token_in_it(
 
     with torch.no_grad():
         model(ids[:, :30], past_key_values=cache, use_cache=True)
-    hook = model.register_forward_pre_hook(
+    options = {"max_new_tokens": 6, "do_sample": False, "past_key_values": cache, "return_dict_in_generate": True}
+    with model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=6,
-        do_sample=False,
-        past_key_values=cache,
-        streamer=Streamer(),
-        return_dict_in_generate=True,
-    )
-    hook.remove()
+    ):
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=Streamer(), **options)
     assert torch.equal(output.sequences, whole)
     assert read == [10, *[1] * 5]
     assert output.past_key_values is cache

@@ -1,4 +1,4 @@
-"""Packing for variable-length flash attention, with a stand-in for the one call of torch.
+"""Packing for variable-length flash attention, with a placeholder for the one call of torch.
 
 The real call runs in test_kernels_on_gpu.py."""
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import PADDINGS, chunks, drawn, everything, packed, padding, some
+from conftest import some
+from test_kernels import PADDINGS, chunks, drawn, everything, packed, padding
 from torch import Tensor
 from torch.nn.attention import varlen as flash
 
@@ -70,7 +71,7 @@ def naive(
 
 @pytest.fixture
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """The kernel in the table without its device, in float64 too, over the stand-in."""
+    """The kernel in the table without its device, in float64 too, over the placeholder."""
     monkeypatch.setattr(flash, "varlen_attn", naive)
     varlen._groups_heads.cache_clear()
     here = replace(varlen.KERNEL, devices=None, dtypes=frozenset({torch.float64, torch.float32}))
@@ -96,7 +97,7 @@ def same(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     torch.testing.assert_close(lse, expected_lse.float())
 
 
-def test_the_stand_in_has_the_signature_of_torch() -> None:
+def test_the_placeholder_has_the_signature_of_torch() -> None:
     """Of the newest torch; an older one lacks the last parameters, and the kernel asks before it uses one."""
     torchs = inspect.signature(flash.varlen_attn).parameters
     ours = inspect.signature(naive).parameters

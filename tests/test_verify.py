@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,6 @@ def converted(tmp_path: Path) -> Path:
 
 def failed(checks: list[Check]) -> set[str]:
     return {check.name for check in checks if not check.passed}
-
-
-def rewrite(checkpoint: Path, **changes: Any) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | changes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
