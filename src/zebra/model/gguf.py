@@ -27,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from zebra.errors import ZebraError, first_line
@@ -89,14 +90,18 @@ WHOLE_PIECES = (*_LLAMA3, "tekken")
 """Those where a piece of text that is a token is that token, even if merges would not lead to it."""
 
 
-def _write_tokenizer(path: Path, header: GgufHeader, directory: Path) -> None:
-    """Write the tokenizer of a GGUF file, with its chat template, and what transformers does not read of it."""
+def _read_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        with _alone(header.path) as alone:
+            return AutoTokenizer.from_pretrained(alone.parent, gguf_file=alone.name, trust_remote_code=False)
     except Exception as error:  # transformers takes the metadata as it is: an IndexError, an AttributeError, ...
         raise ZebraError(
             f"the tokenizer of {header.path} cannot be read: {first_line(error).rstrip('.')}. {ORIGINAL}"
         ) from None
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, header: GgufHeader, directory: Path) -> None:
+    """Write the tokenizer of a GGUF file, with its chat template, and what transformers does not read of it."""
     tokenizer.save_pretrained(directory)
     file, kind = directory / "tokenizer.json", header.metadata.get("tokenizer.ggml.model")
     state = json.loads(file.read_text(encoding="utf-8"))
@@ -183,6 +188,7 @@ def _write(path: Path, target: Path) -> None:
             f"{path} has {weights:,} weights, and a {config.model_type} of its sizes {expected:,}: what it has more or "
             f"less is not known. {ORIGINAL}"
         )
+    tokenizer = _read_tokenizer(header)  # before the weights, which take longer
     dtype = str(config.dtype).removeprefix("torch.")
     console.print(f"{path.name}: tensors of {types}, written as {dtype} into {target}", soft_wrap=True, highlight=False)
     with _quiet(), _alone(path) as alone:
@@ -201,9 +207,9 @@ def _write(path: Path, target: Path) -> None:
     if isinstance(end_of_turn, int) and end_of_turn != config.eos_token_id:
         ends = (config.eos_token_id, end_of_turn)
         model.generation_config.eos_token_id = [token for token in ends if token is not None]
-    with atomic_directory(target) as aside, _alone(path) as alone:
+    with atomic_directory(target) as aside:
         model.save_pretrained(aside)
-        _write_tokenizer(alone, header, aside)
+        _write_tokenizer(tokenizer, header, aside)
 
 
 @contextmanager
