@@ -277,8 +277,7 @@ class _Steps(BaseStreamer):
         on_first: Callable[[], None],
     ):
         self._model, self._logprobs, self._on_step, self._on_first = model, logprobs, on_step, on_first
-        self._pieces: list[str] = []
-        self._writer = TextWriter(tokenizer, self._pieces.append)
+        self._writer = TextWriter(tokenizer)
         self._logits: Tensor | None = None
         self._has_prompt = False
         self.first = math.nan
@@ -299,6 +298,7 @@ class _Steps(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         """The prompt first, then each token."""
+        before = len(self.text)
         self._writer.put(value)
         if not self._has_prompt:
             self._has_prompt = True
@@ -307,18 +307,14 @@ class _Steps(BaseStreamer):
             self.first = time.perf_counter()
             self._on_first()
         token = int(value.flatten()[0])
-        self._on_step(Step(token, self._new_text(), *self._probabilities(token)))
+        self._on_step(Step(token, self.text[before:], *self._probabilities(token)))
 
     def end(self) -> None:
         """Hand on the text that was held back."""
+        before = len(self.text)
         self._writer.end()
-        if text := self._new_text():
-            self._on_step(Step(None, text))
-
-    def _new_text(self) -> str:
-        text = "".join(self._pieces)
-        self._pieces.clear()
-        return text
+        if len(self.text) > before:
+            self._on_step(Step(None, self.text[before:]))
 
     def _probabilities(self, token: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
         if self._logits is None or self._logprobs is None:

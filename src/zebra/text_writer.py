@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
-from zebra.data.encoding import decode
+from zebra.data.encoding import decode, decode_after
 
 
 class TextWriter(BaseStreamer):
@@ -29,7 +29,7 @@ class TextWriter(BaseStreamer):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        on_text: Callable[[str], None] | None,
+        on_text: Callable[[str], None] | None = None,
         *,
         special: bool = False,
     ):
@@ -46,18 +46,14 @@ class TextWriter(BaseStreamer):
             return
         for token in value.flatten().tolist():
             self._new.append(token)
-            if len(self._new) >= self._BYTES or not self._decoded(self._before + self._new).endswith("\ufffd"):
+            whole = decode(self._tokenizer, self._before + self._new, special=self._special)
+            if len(self._new) >= self._BYTES or not whole.endswith("\ufffd"):
                 self.end()
 
     def end(self) -> None:
         """Write what is held back."""
-        before, whole = self._decoded(self._before), self._decoded(self._before + self._new)
-        # Behind bytes that are no character a decoder may drop the characters that were whole before them.
-        piece = whole[len(before) :] if whole.startswith(before) else self._decoded(self._new)
+        piece = decode_after(self._tokenizer, self._before, self._new, special=self._special)
         self._before, self._new = (self._before + self._new)[-self._BEFORE :], []
         self.text += piece
         if piece and self._on_text is not None:
             self._on_text(piece)
-
-    def _decoded(self, ids: list[int]) -> str:
-        return decode(self._tokenizer, ids, special=self._special)

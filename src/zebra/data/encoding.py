@@ -52,6 +52,13 @@ def decode(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
 
+def decode_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int], *, special: bool = False) -> str:
+    """The text that tokens add after others; at the beginning of a text a decoder may drop their leading space."""
+    first, whole = (decode(tokenizer, tokens, special=special) for tokens in (before, [*before, *ids]))
+    # After bytes that are no character a decoder may drop characters that were whole before.
+    return whole[len(first) :] if whole.startswith(first) else decode(tokenizer, ids, special=special)
+
+
 def _definition(tokenizer: DocumentTokenizer) -> str | None:
     """The JSON of a fast tokenizer; None for one that encodes in Python (ByT5, sentencepiece)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -13,7 +13,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from zebra.data.encoding import decode
+from zebra.data.encoding import decode_after
 from zebra.serve.events import ScoredToken
 
 _NO_CHARACTER = "\ufffd"
@@ -29,10 +29,9 @@ def scored_token(
 
 
 def _text_within(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Its text behind other tokens: at the beginning of a text some decoders take its space away."""
+    """Its text after other tokens."""
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    head, whole = decode(tokenizer, before, special=True), decode(tokenizer, [*before, token], special=True)
-    return whole[len(head) :] if whole.startswith(head) else decode(tokenizer, [token], special=True)
+    return decode_after(tokenizer, before, [token], special=True)
 
 
 def _stored_bytes(stored: str) -> bytes | None:
