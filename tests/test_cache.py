@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tokens
 from transformers import DynamicCache
 
 import zebra
@@ -28,14 +29,10 @@ def model(checkpoints: Callable[..., Path]) -> Any:
     return zebra.load(checkpoints("llama"), stripes=f"GLLL:{WINDOW}")
 
 
-def ids(n: int) -> torch.Tensor:
-    return torch.randint(3, 97, (1, n), generator=torch.Generator().manual_seed(0))
-
-
 @torch.no_grad()
 def fill(model: Any, cache: DynamicCache, *parts: int) -> DynamicCache:
     for n in parts:
-        model(ids(n), past_key_values=cache, use_cache=True)
+        model(tokens(1, n), past_key_values=cache, use_cache=True)
     return cache
 
 
@@ -134,7 +131,7 @@ def test_a_cache_outlives_inference_mode(model: Any) -> None:
     cache, parts = StripedCache(model.config), (20, 1, 1, 1)
     with torch.inference_mode():
         for n in parts:
-            model(ids(n), past_key_values=cache, use_cache=True)
+            model(tokens(1, n), past_key_values=cache, use_cache=True)
     expected = fill(model, DynamicCache(config=model.config), *parts, 1, 1)
     fill(model, cache, 1, 1)
     for ours, stock in zip(cache.layers, expected.layers, strict=True):
@@ -157,7 +154,9 @@ def test_gradients_flow_through_the_cache(model: Any, only: str) -> None:
     output = []
     for cache in (StripedCache(model.config), DynamicCache(config=model.config)):
         model.zero_grad()
-        losses = [model(ids(n), past_key_values=cache, use_cache=True).logits.square().sum() for n in (20, 1, 1, 7)]
+        losses = [
+            model(tokens(1, n), past_key_values=cache, use_cache=True).logits.square().sum() for n in (20, 1, 1, 7)
+        ]
         sum(losses).backward()
         output.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
     torch.testing.assert_close(*output)

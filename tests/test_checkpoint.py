@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import STORIES, TEXT, Zebra, adapt_recipe, refused, rejected, set_fields, tiny_model
+from conftest import STORIES, TEXT, Zebra, adapt_recipe, refused, rejected, set_fields, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,7 @@ from zebra import convert, load
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe
 
-IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
+IDS = tokens(1, 30)
 
 
 def digests(directory: Path) -> dict[str, str]:

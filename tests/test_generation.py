@@ -176,7 +176,7 @@ def test_characters_come_whole(tokenizer: Any, text: str) -> None:
 def test_bytes_that_are_no_characters_end_in_no_error(tokenizer: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        writer = TextWriter(tokenizer, None)
+        writer = TextWriter(tokenizer)
         for size in (5, 1, 1, 3, 20):
             writer.put(torch.randint(0, 512, (size,), generator=generator))
         writer.end()
@@ -184,7 +184,7 @@ def test_bytes_that_are_no_characters_end_in_no_error(tokenizer: Any) -> None:
 
 
 def test_half_a_character_is_written_at_the_end(tokenizer: Any) -> None:
-    writer = TextWriter(tokenizer, None)
+    writer = TextWriter(tokenizer)
     writer.put(torch.tensor([tokenizer(ONCE).input_ids]))
     for token in tokenizer("\u732b").input_ids[-3:-1]:
         writer.put(torch.tensor([token]))

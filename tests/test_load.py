@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import EVERY_MEMBER, FIXED, STORIES, fitting, rejected, set_fields, tiny_config, tiny_model
+from conftest import EVERY_MEMBER, FIXED, STORIES, fitting, rejected, set_fields, tiny_config, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +30,7 @@ from zebra.model.load import read_device, read_dtype
 from zebra.model.routes import Route
 from zebra.plan.decoder import read_decoder
 
-IDS = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
+IDS = tokens(1, 30)
 
 
 def tree(where: Path) -> set[str]:

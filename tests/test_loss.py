@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from conftest import EVERY_MEMBER, tiny_model
+from conftest import EVERY_MEMBER, tiny_model, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
@@ -208,7 +208,7 @@ def test_a_scaled_and_capped_head_equals_the_formula(fused: bool, scale: float, 
 def test_the_loss_and_its_gradients_equal_transformers(member: str) -> None:
     """Heads differ by family: Gemma caps its logits, Cohere scales them."""
     model = tiny_model(member)
-    ids = torch.randint(3, 97, (2, 21), generator=torch.Generator().manual_seed(1))
+    ids = tokens(2, 21, seed=1)
     expected = model(ids, labels=ids, use_cache=False).loss
     gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     hidden = model(ids, **without_logits()).hidden_states[-1]
@@ -262,7 +262,7 @@ def _replaced(model: Any) -> Any:
 def test_a_wrapped_head_is_called_and_trained(wrap: Any, dtype: torch.dtype) -> None:
     """Whatever wraps the head is part of the loss, to float32's accuracy."""
     model = wrap(tiny_model("llama", tie_word_embeddings=False)).to(dtype)
-    ids = torch.randint(3, 97, (2, 21), generator=torch.Generator().manual_seed(1))
+    ids = tokens(2, 21, seed=1)
     hidden = model(ids, **without_logits()).hidden_states[-1].detach()
     logits = model.get_output_embeddings().float()(hidden.float())
     expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_MEMBER, FEW_STORIES, STORIES, fitting, tiny_model
+from conftest import EVERY_MEMBER, FEW_STORIES, STORIES, fitting, tiny_model, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening
 
@@ -124,7 +124,7 @@ def test_documents_behind_cached_tokens_are_rejected() -> None:
     """They were read as one text with what is cached before them."""
     model = tiny_model("llama")
     model.set_attn_implementation("zebra")
-    ids = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(0))
+    ids = tokens(1, 12)
     cache = StripedCache(model.config)
     model(ids[:, :6], past_key_values=cache, use_cache=True)
     with pytest.raises(ZebraError, match="a document that starts behind 6 of them"):

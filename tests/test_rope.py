@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_MEMBER, logits, rejected, tiny_config, tiny_model
+from conftest import EVERY_MEMBER, logits, rejected, tiny_config, tiny_model, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,7 @@ from zebra.model.families import with_stripes
 from zebra.model.rope import Rope, changes_with_length
 from zebra.stripes import Stripes
 
-IDS = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+IDS = tokens(1, 40)
 TRAINED = 512
 KINDS = ["linear:8", "yarn:8", "llama3:8", "base:5000000"]
 

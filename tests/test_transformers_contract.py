@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EVERY_MEMBER, FIXED, MEMBERS, ROOT, SHAPE, UNROUTED, fitting, tiny_config, tiny_model
+from conftest import EVERY_MEMBER, FIXED, MEMBERS, ROOT, SHAPE, UNROUTED, fitting, tiny_config, tiny_model, tokens
 from transformers import AttentionInterface, AutoConfig, DynamicCache, Trainer, TrainingArguments
 from transformers.generation import BaseStreamer
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask
@@ -43,7 +43,7 @@ def tiny(member: str) -> Any:
     return model_class(config)._from_config(config, attn_implementation=NAME, dtype=torch.float32).eval()
 
 
-IDS = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+IDS = tokens(2, 40)
 
 KNOWN = {
     name
