@@ -6,7 +6,7 @@ PYTHONPATH=src:benchmarks python benchmarks/gpu.py --device cpu      toy sizes, 
 
 attention   a layer's forward and backward at 16K, 64K and 128K tokens: our local layer by varlen and by flex, torch's
             causal flash attention, and the forward of Self-Extend
-decode      a token behind 128K cached ones, beside the bytes that it reads over the measured bandwidth
+decode      a token after 128K cached ones, beside the bytes that it reads over the measured bandwidth
 step        a striped training step of some layers of Llama-2-7B's width at 64K, beside the plan
 
 It needs torch and transformers, and pytest for the tests; trl, datasets and the like are not imported. Each result is
@@ -56,7 +56,7 @@ class Sizes:
 
     Attributes:
         attention: a layer, measured at `lengths`.
-        decode, step: a model; a token behind its length, a training step on it.
+        decode, step: a model; a token after its length, a training step on it.
     """
 
     lengths: tuple[int, ...]
@@ -160,7 +160,7 @@ def _check_attention(config: AttentionConfig, names: list[str]) -> None:
 
 
 def decode(sizes: Sizes, device: str) -> Iterator[Result]:
-    """A token of a striped model behind its cache, beside the bytes that it must read."""
+    """A token of a striped model after its cache, beside the bytes that it must read."""
     config = replace(sizes.decode, device=device)
     (spread,) = dict(_milliseconds({"": _checked(generation.benchmark(config), config.dtype)}, sizes.repeats)).values()
     spread = {name: value if name == "n" else value / generation.STEPS for name, value in spread.items()}

@@ -145,7 +145,7 @@ def test_files_of_one_name_in_two_folders_are_both_read(checkpoint: Path, tmp_pa
         ("/file\n", "/file takes a path"),
         ("/file none.txt\n", "there is no text at none.txt"),
         ("/regenerate\n", "no message to answer again"),
-        ("/save x.jsonl\n", "behind at least one answer"),
+        ("/save x.jsonl\n", "after at least one answer"),
         ("word " * 600 + "\n", "this model reads 512"),
     ],
     ids=lambda part: part[:12],

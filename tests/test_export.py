@@ -273,7 +273,7 @@ def test_a_folder_for_mlx_shares_the_weights(tmp_path: Path, zebra: Zebra) -> No
     config = json.loads((tmp_path / "smollm3-mlx" / "config.json").read_text())
     assert (config["model_type"], config["no_rope_layers"]) == ("smollm3", [1, 1, 1, 0, 1])
     refused(zebra("generate", tmp_path / "mlx", "--prompt", "a"), "layer_types, which its class ignores")
-    refused(zebra("export", path, tmp_path / "all", "--to", "mlx", "--stripes", "L:9"), "wants a global layer")
+    refused(zebra("export", path, tmp_path / "all", "--to", "mlx", "--stripes", "L:9"), "needs a global layer")
 
 
 def test_a_folder_for_vllm_says_its_command(tmp_path: Path) -> None:

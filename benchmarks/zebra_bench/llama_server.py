@@ -1,4 +1,4 @@
-"""llama.cpp's server as a peer: milliseconds to read a text and of a token behind it, by its own clock."""
+"""llama.cpp's server as a peer: milliseconds to read a text and of a token after it, by its own clock."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class LlamaServer:
         return float(self._complete(ids, 1, cache_prompt=False)["timings"]["prompt_ms"])
 
     def decode(self, ids: Sequence[int], steps: int) -> float:
-        """Milliseconds of a token behind a text, which it reads where it has not just done so."""
+        """Milliseconds of a token after a text, which it reads where it has not just done so."""
         return float(self._complete(ids, steps, cache_prompt=True)["timings"]["predicted_per_token_ms"])
 
     def log_probabilities(self, ids: Sequence[int]) -> dict[int, float]:
-        """Of the tokens that it finds most likely behind a text."""
+        """Of the tokens that it finds most likely after a text."""
         answer = self._complete(ids, 1, cache_prompt=False, n_probs=_CHOICES)
         return {one["id"]: one["logprob"] for one in answer["completion_probabilities"][0]["top_logprobs"]}
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M as the subject of benchmarks, ours and in transformers: random weights, or those of a checkpoint.
 
     prefill     a text of `length` tokens read into the cache, and the logits of its last token
-    decode      a token behind `length` cached ones
+    decode      a token after `length` cached ones
     step        a training step on `length` tokens: forward, loss, backward, AdamW
     lora-step   the same of low-rank updates (rank 16) and the norms
 

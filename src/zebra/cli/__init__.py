@@ -63,7 +63,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 """An example of each command, and its function; in the order of the help."""
 _SETTINGS = {"with": {"allow_interspersed_args": False}}
-"""Of click: all options behind a command are the command's own."""
+"""Settings of click: all options after the command that `with` runs are that command's own."""
 
 for _example, _function in _COMMANDS.items():
     _first, _second = _example.split()[1:3]

@@ -126,7 +126,7 @@ class ChatSession:
 
     def _save(self, path: str) -> None:
         if not path or not self.chat.messages:
-            raise ZebraError("/save takes a path, behind at least one answer. Write for example /save chat.jsonl.")
+            raise ZebraError("/save takes a path, after at least one answer. Write for example /save chat.jsonl.")
         file = Path(path.strip("'\"")).expanduser().absolute()
         if file.exists() and file not in self._saved:
             raise ZebraError(f"{file} exists already. Name another file.")

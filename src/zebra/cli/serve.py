@@ -21,7 +21,7 @@ _NEEDED = ("fastapi", "openai", "prometheus_client", "uvicorn")
 def serve(
     checkpoint: options.Checkpoint,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any that others reach wants a token.")
+        str, typer.Option(help="Address to listen on; any that others reach needs a token.")
     ] = ServeSettings.host,
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="INT", help="0 takes a free one.")] = 8000,
     api_key: Annotated[

@@ -252,7 +252,7 @@ def cluster(tree: dict[str, Any], as_json: bool) -> None:
 
 @contextmanager
 def writing(enabled: bool) -> Iterator[Callable[[str], None] | None]:
-    """Text to stdout as it comes, and nothing else; on a terminal, printable text and a line break behind it."""
+    """Text to stdout as it comes, and nothing else; on a terminal, printable text and a line break at its end."""
     if not enabled:
         yield None
         return

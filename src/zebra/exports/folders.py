@@ -29,7 +29,7 @@ class _MlxFamily(NamedTuple):
     Attributes:
         model_type: the module of mlx_lm.models that runs it.
         period: whether it reads a period whose last layer is global, else each layer's kind.
-        both: whether it wants a layer of each kind, else a global one.
+        both: whether it needs a layer of each kind, else a global one.
         unsupported: what it cannot run of a config, or None.
     """
 
@@ -79,7 +79,7 @@ def _mlx_fields(config: PreTrainedConfig, fields: Fields) -> Fields:
     kinds = tuple(config.layer_types)
     if not {GLOBAL, *([LOCAL] if family.both else [])} <= {*kinds}:
         raise ZebraError(
-            f"mlx-lm's {family.model_type} wants a global layer{' and a local one' * family.both}; the layout is "
+            f"mlx-lm's {family.model_type} needs a global layer{' and a local one' * family.both}; the layout is "
             f"{stripes_of(config)}. Choose another layout."
         )
     changed = {"model_type": family.model_type, "sliding_window": config.sliding_window}
@@ -158,5 +158,5 @@ def export_folder(
 def _readme(to: str, config: PreTrainedConfig, command: str) -> str:
     layout = stripes_of(config)
     same = to == "mlx" and MLX[config.model_type].model_type == config.model_type
-    note = "Its config.json has what mlx-lm reads besides." if same else _NOTES[to]
+    note = "Its config.json also has what mlx-lm reads." if same else _NOTES[to]
     return f"## Stripes: {layout}\n\nWritten by `zebra export --to {to}`. {note}\n\n    {command}\n"

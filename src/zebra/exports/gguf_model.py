@@ -1,6 +1,6 @@
 """A GGUF file in memory: metadata with its types, and tensors that are read when they are written.
 
-Tensors of any type are copied as bytes, so that quantised ones stay what they are. Rows of a matrix lie one behind the
+Tensors of any type are copied as bytes, so that quantised ones stay what they are. Rows of a matrix lie one after the
 other, each in blocks of its own: rows can be moved without dequantising.
 """
 

@@ -62,7 +62,7 @@ def tokenizer_metadata(
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that are put before a text, and behind it."""
+    """The tokens that are put before a text, and after it."""
     text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
     whole: list[int] = tokenizer("a").input_ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), len(whole))
@@ -72,8 +72,8 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 def _fault(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> str | None:
     """What llama.cpp would not do with a text, or None."""
     model, steps = state["model"], _steps(state)
-    before, behind = _around(tokenizer)
-    if before not in ([], [tokenizer.bos_token_id]) or behind not in ([], [tokenizer.eos_token_id]):
+    before, after = _around(tokenizer)
+    if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
         return "puts more than the tokens of a beginning and an end around a text"
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "marks parts of words"

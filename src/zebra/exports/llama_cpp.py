@@ -65,7 +65,7 @@ def _rotated_by_halves_as_granite(model: GgufModel) -> tuple[dict[str, Any], dic
 
 
 def _as_mellum(model: GgufModel) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    tensors = {"output.weight": model.tensors["token_embd.weight"]} | model.tensors  # it wants a head of its own
+    tensors = {"output.weight": model.tensors["token_embd.weight"]} | model.tensors  # it reads a head of its own
     if model.own("expert_count"):
         return {}, tensors
     width = model.own("embedding_length")

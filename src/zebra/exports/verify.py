@@ -49,7 +49,7 @@ def verify_export(
 ) -> list[Check]:
     """Run an exported checkpoint in its engine, and compare with the one that it was made of.
 
-    1. short, long: the log-probabilities of the likeliest tokens at each decoded one, behind a prompt up to the window
+    1. short, long: the log-probabilities of the likeliest tokens at each decoded one, after a prompt up to the window
        and one beyond it; the largest difference, in nats. An engine that ignored the window would fail the second.
        Their names have the window, and their counts are the tokens of the prompts.
     2. greedy: how much likelier than the engine's token another was here, in nats, at most.

@@ -21,7 +21,7 @@ class _BeforeModels(MetaPathFinder):
         if _MODELS.fullmatch(name) and self in sys.meta_path:
             sys.meta_path.remove(self)
             import zebra.model.attention  # noqa: F401  # registers
-        return None  # the finders behind this one find the module
+        return None  # the next finders find the module
 
 
 def register_with_models() -> None:

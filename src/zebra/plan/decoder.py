@@ -127,7 +127,7 @@ class Decoder:
 
     @property
     def outside_layers(self) -> int:
-        """Parameters before and behind the layers: the embeddings, the last norm, the head."""
+        """Parameters before and after the layers: the embeddings, the last norm, the head."""
         parts = self.parameters_by_part()
         return parts["embedding"] + (1 + (self.traits.biases == "all")) * self.hidden_size + parts["head"]
 

@@ -53,7 +53,7 @@ class Parallel:
         sizes = dict(re.findall(r"(data|shard|sequence)=(\d{1,9})(?:,|$)", groups))
         if not sizes or ",".join(f"{name}={count}" for name, count in sizes.items()) != groups:
             raise ZebraError(
-                "devices are shared as in shard=4,sequence=2, by data, shard, sequence, and ring behind them; "
+                "devices are shared as in shard=4,sequence=2, by data, shard, sequence, and ring at the end; "
                 f"got {text!r}."
             )
         return cls(**{name: int(count) for name, count in sizes.items()}, ring=ring)
@@ -98,8 +98,8 @@ def check_parallel(run: Run, parallel: Parallel | None = None) -> None:
 def busiest(run: Run, processes: int) -> Run:
     """What the last device of a split sequence computes of it: no other has more pairs.
 
-    Its two chunks are the middle of the sequence. In global layers all have as many, and in local ones those have fewer
-    whose first chunk is not a window behind the beginning.
+    Its two chunks are the middle of the sequence. In global layers all devices have as many pairs. In local layers
+    those have fewer whose first chunk begins within a window of the beginning.
     """
     shards = Shards(run.length, processes)
     return run if processes == 1 else replace(run, length=shards.length, past=shards.held(processes - 1)[0].start)

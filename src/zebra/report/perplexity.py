@@ -53,7 +53,7 @@ def convention(task: str) -> str:
 
 
 def _table(results: list[Result]) -> Table:
-    """A column for each series, behind that of a trained one its change, and last the tokens."""
+    """A column for each series, after that of a trained one a column of its change, and last the tokens."""
     columns = []
     every = split(results, series_of)
     layouts = short_layouts(one.layout for one in every)

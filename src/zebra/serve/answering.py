@@ -26,7 +26,7 @@ class Answerer:
     """Answers jobs with one model, one after another, and keeps the caches of their conversations.
 
     Args:
-        tokenizer: used by the engine's thread alone; tokenizers do not bear two threads.
+        tokenizer: used by the engine's thread alone: a tokenizer cannot serve two threads at once.
         cache_memory: bytes of caches; the least recently used go first.
     """
 
@@ -67,8 +67,8 @@ class Answerer:
 class _Pieces:
     """Steps to pieces.
 
-    Without a grammar of the family the text is the steps'. With one it is decoded anew, special tokens and all, because
-    the grammar reads them. Scores go with the piece that their tokens are in.
+    Without a grammar of the family the text is that of the steps. With one it is decoded again, with its special
+    tokens, which the grammar reads. Scores go with the piece that their tokens are in.
     """
 
     def __init__(self, ticket: Ticket[Job], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -35,7 +35,7 @@ class AnswerFormat(Protocol):
         """The events of one piece."""
 
     def end(self, finish: Finish) -> str:
-        """The events behind the last token."""
+        """The events after the last token."""
 
     def error(self, error: ApiError) -> str:
         """The events of an error in mid-stream."""
@@ -56,7 +56,7 @@ class _Chunks:
         return event(json.dumps(error.body()))
 
     def _last(self, choice: dict[str, Any], finish: Finish) -> str:
-        """The last events: a choice with the timings, then the usage where the client wants it."""
+        """The last events: a choice with the timings, then the usage where the client asks for it."""
         timings = finish.timings()
         parts = [self._chunk([choice], timings=timings)]
         if self._include_usage:
@@ -91,7 +91,7 @@ class ChatFormat(_Chunks):
         return self._chunk([{"delta": delta, "logprobs": _chat_logprobs(piece.tokens)}])
 
     def end(self, finish: Finish) -> str:
-        """Why it ended, `tool_calls` where it calls any; the timings, and the usage where the client wants it."""
+        """Why it ended, `tool_calls` where it calls any; the timings, and the usage where the client asks for it."""
         return self._last({"delta": {}, "finish_reason": "tool_calls" if self._calls else finish.reason}, finish)
 
     def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class CompletionFormat(_Chunks):
         return self._chunk([self._choice([piece])])
 
     def end(self, finish: Finish) -> str:
-        """Why it ended, the timings, and the usage where the client wants it."""
+        """Why it ended, the timings, and the usage where the client asks for it."""
         return self._last({"text": "", "finish_reason": finish.reason}, finish)
 
     def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:

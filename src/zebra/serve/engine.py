@@ -181,8 +181,9 @@ class Engine(Generic[Job]):
 
 
 def stopping() -> ApiError:
-    """The answer to a request that comes while the server stops, or that it stops for."""
-    return ApiError(503, "this server stops. Try another, or again later.", code="stopping", retry_after=RETRY_AFTER)
+    """The answer to a request that comes while the server stops, or that is ended by that."""
+    text = "this server is stopping. Try another, or again later."
+    return ApiError(503, text, code="stopping", retry_after=RETRY_AFTER)
 
 
 def _as_api_error(error: Exception) -> ApiError:

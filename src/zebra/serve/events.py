@@ -42,7 +42,7 @@ class Finish:
         reason: "stop" at a token or a string that ends it, "length" at the most tokens.
         cached_tokens: those of the prompt that a cache held.
         prompt_seconds: reading the rest of the prompt, to the first token.
-        seconds: of all tokens behind the first.
+        seconds: of all tokens after the first.
     """
 
     reason: Literal["stop", "length"]

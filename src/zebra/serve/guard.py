@@ -84,7 +84,7 @@ class Guard:
             if scheme.lower() != "bearer" or not same:
                 raise ApiError(
                     401,
-                    "this server wants its token: the header Authorization: Bearer TOKEN. The one that came is "
+                    "this server needs its token: the header Authorization: Bearer TOKEN. The one that came is "
                     + ("another." if token else "missing."),
                     code="invalid_api_key",
                 )

@@ -48,7 +48,7 @@ class Prompts:
     Args:
         name: of the model in the API.
         model: read for its family and its reach.
-        tokenizer: used by this object alone; tokenizers do not bear two threads.
+        tokenizer: used by this object alone: a tokenizer cannot serve two threads at once.
         layout: of its layers, as results name it.
         max_tokens: tokens of an answer whose request names no number.
     """

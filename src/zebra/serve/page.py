@@ -97,7 +97,7 @@ def _blocks(page: _Page, card: dict[str, Any], layers: str) -> Any:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asking = box.submit(page.answer, [box, chat, messages], [box, chat, messages, status], **private)
         stopping = box.stop(None, None, None, cancels=[asking], **private)
-        stopping.then(page.stopped, None, [box, status], **private)  # behind the last piece
+        stopping.then(page.stopped, None, [box, status], **private)  # after the last piece
         chat.clear(lambda: ([], _status(_HINT)), None, [messages, status], **private)
     return blocks
 

@@ -164,7 +164,7 @@ class Message(BaseModel):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """The message as `transformers` wants it, before its parts are joined."""
+        """The message as `transformers` takes it, before its parts are joined."""
         role = "system" if self.role == "developer" else self.role
         return self.model_dump(exclude_none=True) | {"role": role}
 
@@ -189,7 +189,7 @@ class ChatRequest(Sampling):
     def scores(self) -> int | None:
         """Likeliest tokens whose log-probabilities are listed beside each token's own; None for none at all."""
         if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs wants logprobs to be true.", param="top_logprobs")
+            raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         return self.top_logprobs if self.logprobs else None
 
 

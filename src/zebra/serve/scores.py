@@ -29,7 +29,7 @@ def scored_token(
 
 
 def _text_within(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Its text after other tokens."""
+    """The text that it adds after other tokens."""
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
     return decode_after(tokenizer, before, [token], special=True)
 

@@ -47,7 +47,7 @@ class ServeSettings:
             raise ZebraError("an API key neither begins nor ends with a space. Choose another.")
         if self.api_key is None and not self.on_loopback:
             raise ZebraError(
-                f"a server that others can reach wants a token; got host {self.host!r} and no token. Set "
+                f"a server that others can reach needs a token; got host {self.host!r} and no token. Set "
                 "ZEBRA_API_KEY or --api-key, or leave --host out."
             )
         for name, least in (("cache_memory", 0), ("max_queue", 1), ("max_body", 1), ("max_tokens", 1)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class StopFilter:
-    """Text as it comes, without the first stop string and what is behind it.
+    """Text as it comes, without the first stop string and all that follows.
 
     What may be the beginning of a stop string is held back until more text decides.
 
