@@ -112,38 +112,40 @@ def test_each_cell_is_a_recipe_with_equal_tokens_in_a_step(few: Path, tmp_path: 
     assert (learned.model["attention_kinds"], learned.model["summary_block"]) == (["summary"] * 4, 16)
 
 
+STUDY = {"model_type": "zebra_study"}
+
+
 @pytest.mark.parametrize(
-    ("cell", "says"),
+    ("cell", "recipe", "says"),
     [
-        ({"attention": "grouped", "group": 5}, "a group has from 1 to all 4 layers; got 5"),
-        ({"attention": "local", "window": 65}, "a window from 1 to the 64 positions|window"),
-        ({"attention": "global", "length": 48}, "do not fill"),
-        ({"attention": "dilated"}, "cells.0.attention"),
-        ({"attention": "global", "self_extend": "8:64"}, "self_extend"),
-        ({"attention": "global", "seed": -1}, "cells.0.seed"),
+        ({"group": 5}, {}, "a group has from 1 to all 4 layers; got 5"),
+        ({"attention": "local", "window": 65}, {}, "a window is at most the length, 64 tokens; got 65"),
+        ({"attention": "global", "length": 48}, {}, "do not fill"),
+        ({"attention": "dilated"}, {}, "cells.0.attention"),
+        ({"self_extend": "8:64"}, {}, "self_extend"),
+        ({"seed": -1}, {}, "cells.0.seed"),
+        ({}, {"run": "elsewhere"}, "no run of its own"),
+        ({}, {"model": {"model_type": "llama"}}, "model_type is zebra_study"),
+        ({}, {"stripes": "GL:8"}, "recipe.stripes is what the cells differ in"),
+        ({}, {"train": [1]}, "recipe.train is a table"),
+        ({}, {"model": STUDY | {"position_embedding": "alibi"}}, "position_embedding is what the cells"),
+        ({}, {"self_extend": "8:64"}, "the cell grouped-2-rotary-w8-64-seed0: recipe: unknown key self_extend"),
+        ({}, {"model": STUDY | {"sliding_window": 8, "num_hidden_layers": "four"}}, "got 'four'"),
     ],
 )
-def test_a_cell_that_cannot_be_is_refused_by_its_name(
-    few: Path, tmp_path: Path, cell: dict[str, Any], says: str
+def test_a_grid_that_contradicts_itself_is_rejected(
+    few: Path, tmp_path: Path, cell: dict[str, Any], recipe: dict[str, Any], says: str
 ) -> None:
+    grid_tree = tree(tmp_path / "run", few, {"attention": "grouped", "position": "rotary", "group": 2} | cell)
+    grid_tree["recipe"] |= recipe
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(tree(tmp_path / "run", few, {"position": "rotary"} | cell)))
+    path.write_text(yaml.safe_dump(grid_tree))
     with pytest.raises(ZebraError, match=says):
         study(read_recipe(path, StudyRecipe))
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cells_share_is_refused_too(few: Path, tmp_path: Path) -> None:
-    for change, says in (
-        ({"run": "elsewhere"}, "no run of its own"),
-        ({"model": {"model_type": "llama"}}, "model_type is zebra_study"),
-    ):
-        grid_tree = tree(tmp_path / "run", few)
-        grid_tree["recipe"] |= change
-        path = tmp_path / "grid.yaml"
-        path.write_text(yaml.safe_dump(grid_tree))
-        with pytest.raises(ZebraError, match=says):
-            read_recipe(path, StudyRecipe)
+def test_there_is_a_worker(few: Path, tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="workers is at least 1"):
         study(of(tmp_path / "run", few), workers=0)
 
@@ -297,33 +299,6 @@ def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> No
     assert not (tmp_path / "killed" / "results.jsonl").exists()
     assert start("killed").wait(timeout=300) == 0
     assert rows("killed") == rows("whole")
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"stripes": "GL:8"}, "recipe.stripes is what the cells differ in"),
-        ({"train": [1]}, "recipe.train is a table"),
-        (
-            {"model": {"model_type": "zebra_study", "position_embedding": "alibi"}},
-            "position_embedding is what the cells",
-        ),
-        ({"self_extend": "8:64"}, "the cell grouped-2-rotary-w8-64-seed0: recipe: unknown key self_extend"),
-        ({"model": {"model_type": "zebra_study", "sliding_window": 8, "num_hidden_layers": "four"}}, "got 'four'"),
-        (
-            {"model": {"model_type": "zebra_study", "sliding_window": 65, "max_position_embeddings": 128}},
-            "a window is at most the length, 64 tokens; got 65",
-        ),
-    ],
-)
-def test_what_contradicts_the_cells_is_refused(few: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
-    grid_tree = tree(tmp_path / "run", few)
-    grid_tree["recipe"] |= change
-    path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(grid_tree))
-    with pytest.raises(ZebraError, match=says):
-        study(read_recipe(path, StudyRecipe))
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_seed_of_the_recipe_is_that_of_cells_without_one(few: Path, tmp_path: Path) -> None:
