@@ -21,7 +21,8 @@ from zebra.data.encoding import Encoder
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import perplexity
 from zebra.evaluate.target import EvalTarget
-from zebra.report.methods import Methods, answered, method_summaries, method_tables
+from zebra.report.compared import Methods, answered
+from zebra.report.methods import method_summaries, method_tables
 from zebra.results import Result, read_results
 
 LENGTH = 600

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, TEXT
+from conftest import FEW_STORIES, ROOT
 
 from zebra import ZebraError
 from zebra.plan.devices import find_device
@@ -27,14 +27,7 @@ from zebra.train.recipe_file import read_recipe
 from zebra.train.tokenizer import END
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where = tmp_path_factory.mktemp("text") / "few.txt"
-    where.write_text(END.join((TEXT / "tinystories_test.txt").read_text().split(END)[:30]))
-    return where
-
-
-def tree(run: Path, text: Path, *cells: dict[str, Any], **train: Any) -> dict[str, Any]:
+def tree(run: Path, *cells: dict[str, Any], **train: Any) -> dict[str, Any]:
     return {
         "run": str(run),
         "recipe": {
@@ -47,7 +40,7 @@ def tree(run: Path, text: Path, *cells: dict[str, Any], **train: Any) -> dict[st
                 "summary_block": 4,
             },
             "tokenizer": {"vocab_size": 300},
-            "data": {"files": [str(text)], "separator": END, "join": True, "held_out": 0.2},
+            "data": {"files": [str(FEW_STORIES)], "separator": END, "join": True, "held_out": 0.2},
             "train": {
                 "length": 64,
                 "per_device_train_batch_size": 2,
@@ -67,10 +60,9 @@ def of(*arguments: Any, **more: Any) -> StudyRecipe:
     return StudyRecipe.model_validate(tree(*arguments, **more))
 
 
-def test_cells_are_all_combinations_in_order_and_each_once(few: Path, tmp_path: Path) -> None:
+def test_cells_are_all_combinations_in_order_and_each_once(tmp_path: Path) -> None:
     grid_recipe = of(
         tmp_path,
-        few,
         {"attention": ["grouped", "global"], "position": "rotary", "group": [2, 4], "seed": [0, 1]},
         {"attention": ["summary", "global"], "position": ["rotary", "absolute"], "window": 16, "length": [32, 128]},
     )
@@ -92,10 +84,9 @@ def test_cells_are_all_combinations_in_order_and_each_once(few: Path, tmp_path: 
     ]
 
 
-def test_each_cell_is_a_recipe_with_equal_tokens_in_a_step(few: Path, tmp_path: Path) -> None:
+def test_each_cell_is_a_recipe_with_equal_tokens_in_a_step(tmp_path: Path) -> None:
     grid_recipe = of(
         tmp_path,
-        few,
         {"attention": "grouped", "position": "alibi", "group": 2, "length": [32, 128], "seed": 3},
         {"attention": "summary", "position": "absolute", "block": 16, "window": 5},
     )
@@ -134,9 +125,9 @@ STUDY = {"model_type": "zebra_study"}
     ],
 )
 def test_a_grid_that_contradicts_itself_is_rejected(
-    few: Path, tmp_path: Path, cell: dict[str, Any], recipe: dict[str, Any], says: str
+    tmp_path: Path, cell: dict[str, Any], recipe: dict[str, Any], says: str
 ) -> None:
-    grid_tree = tree(tmp_path / "run", few, {"attention": "grouped", "position": "rotary", "group": 2} | cell)
+    grid_tree = tree(tmp_path / "run", {"attention": "grouped", "position": "rotary", "group": 2} | cell)
     grid_tree["recipe"] |= recipe
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(grid_tree))
@@ -145,9 +136,9 @@ def test_a_grid_that_contradicts_itself_is_rejected(
     assert not (tmp_path / "run").exists()
 
 
-def test_there_is_a_worker(few: Path, tmp_path: Path) -> None:
+def test_there_is_a_worker(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="workers is at least 1"):
-        study(of(tmp_path / "run", few), workers=0)
+        study(of(tmp_path / "run"), workers=0)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +177,11 @@ def test_the_hours_of_a_grid_are_those_of_its_recipe(
 
 
 @pytest.mark.parametrize("name", ["study-117m", pytest.param("study-345m", marks=pytest.mark.full)])
-def test_large_grids_train_at_their_width(name: str, few: Path, tmp_path: Path) -> None:
+def test_large_grids_train_at_their_width(name: str, tmp_path: Path) -> None:
     """Their hidden size, heads and optimiser; four layers, short sequences, and a vocabulary that few words fill."""
     smaller = {
         "run": tmp_path / "run", "recipe.model.num_hidden_layers": 4, "recipe.model.sliding_window": 16,
-        "recipe.tokenizer.vocab_size": 300, "recipe.data": f"{{files: [{few}]}}",
+        "recipe.tokenizer.vocab_size": 300, "recipe.data": f"{{files: [{FEW_STORIES}]}}",
         "recipe.train.length": 32, "recipe.train.gradient_accumulation_steps": 1, "recipe.train.max_steps": 2,
         "recipe.train.warmup_steps": 1, "recipe.train.logging_steps": 1, "recipe.train.save_steps": 2,
         "recipe.train.device": "best", "recipe.evaluate": "null",
@@ -206,8 +197,8 @@ def test_large_grids_train_at_their_width(name: str, few: Path, tmp_path: Path) 
     assert (config["hidden_size"], config["num_attention_heads"]) == sizes[name]
 
 
-def test_learned_positions_are_not_read_beyond(few: Path, tmp_path: Path) -> None:
-    (learned,) = recipes_of(of(tmp_path, few, {"attention": "global", "position": "absolute"}))
+def test_learned_positions_are_not_read_beyond(tmp_path: Path) -> None:
+    (learned,) = recipes_of(of(tmp_path, {"attention": "global", "position": "absolute"}))
     assert learned.evaluate is not None
     beyond = learned.model_copy(update={"evaluate": learned.evaluate.model_copy(update={"beyond": 128})})
     with pytest.raises(ZebraError, match="64 learned positions, and 128 tokens are to be read"):
@@ -217,8 +208,8 @@ def test_learned_positions_are_not_read_beyond(few: Path, tmp_path: Path) -> Non
 TWO = {"attention": ["global", "grouped"], "position": "rotary", "group": 2}
 
 
-def test_a_grid_runs_each_cell_once(few: Path, tmp_path: Path) -> None:
-    grid = of(tmp_path / "run", few, TWO, max_steps=2)
+def test_a_grid_runs_each_cell_once(tmp_path: Path) -> None:
+    grid = of(tmp_path / "run", TWO, max_steps=2)
     results = study(grid, workers=2)
     assert {(one.run, one.layout) for one in results if one.task == "train"} == {
         ("global-rotary-64-seed0", "full rotary"),
@@ -237,54 +228,54 @@ def test_a_grid_runs_each_cell_once(few: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_grid_grows(few: Path, tmp_path: Path) -> None:
-    results = study(of(tmp_path / "run", few, TWO), workers=2)
-    more = of(tmp_path / "run", few, TWO, {"attention": "local", "position": "none"})
+def test_a_grid_grows(tmp_path: Path) -> None:
+    results = study(of(tmp_path / "run", TWO), workers=2)
+    more = of(tmp_path / "run", TWO, {"attention": "local", "position": "none"})
     assert [cell.done for cell in estimate(more)] == [True, True, False]
     grown = study(more)
     assert grown[: len(results)] == results
     assert {one.layout for one in grown[len(results) :]} >= {"L:8 none"}
 
-    fewer = tree(tmp_path / "run", few, {"attention": "local", "position": "none"})
+    fewer = tree(tmp_path / "run", {"attention": "local", "position": "none"})
     fewer["recipe"]["data"]["num_proc"] = 2  # changes no number
     assert study(StudyRecipe.model_validate(fewer)) == [*grown[len(results) :], *results]  # finished cells stay
     for changed in (estimate, study):
         with pytest.raises(
             ZebraError, match=r"global-rotary-64-seed0 is a cell of another recipe: train\.max_steps differ"
         ):
-            changed(of(tmp_path / "run", few, {"attention": "local", "position": "alibi"}, max_steps=6))
+            changed(of(tmp_path / "run", {"attention": "local", "position": "alibi"}, max_steps=6))
 
 
-def test_another_recipe_in_the_same_run_is_refused(few: Path, tmp_path: Path) -> None:
-    (first,) = recipes_of(of(tmp_path / "run", few))
+def test_another_recipe_in_the_same_run_is_refused(tmp_path: Path) -> None:
+    (first,) = recipes_of(of(tmp_path / "run"))
     Path(first.run).mkdir(parents=True)
     (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(first.model_dump(mode="json")))
     for run_grid in (estimate, study):
         with pytest.raises(ZebraError, match=r"holds a run of another recipe: .*train.max_steps"):
-            run_grid(of(tmp_path / "run", few, max_steps=6))
+            run_grid(of(tmp_path / "run", max_steps=6))
 
 
-def test_a_cell_that_fails_leaves_the_others_alone(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\ncase "$4" in *grouped*) echo "zebra: the loss is not finite" >&2; exit 2;; esac\n')
     fake.chmod(0o755)
     monkeypatch.setattr(grid.sys, "executable", str(fake))
     cells = {"attention": ["grouped", "global"], "position": "none", "group": 2}
     with pytest.raises(ZebraError, match=r"grouped-2-none-w8-64-seed0 failed, the loss is not finite\. Every") as error:
-        study(of(tmp_path / "run", few, cells))
+        study(of(tmp_path / "run", cells))
     assert "more" not in str(error.value)
     assert (tmp_path / "run" / "cells" / "global-none-64-seed0.yaml").exists()  # the second one was started
 
 
 @pytest.mark.full
-def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> None:
+def test_a_killed_grid_goes_on_to_the_same_rows(tmp_path: Path) -> None:
     def rows(name: str) -> list[tuple[Any, ...]]:
         cells = read_results(tmp_path / name / "results.jsonl")
         return [(r.run, r.task, r.metric, r.length, r.position_from, r.value) for r in cells if r.task != "speed"]
 
     def start(name: str) -> subprocess.Popen[bytes]:
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(tree(tmp_path / name, few, max_steps=40)))
+        path.write_text(yaml.safe_dump(tree(tmp_path / name, max_steps=40)))
         command = [sys.executable, "-m", "zebra", "study", str(path), "--json"]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
 
@@ -301,32 +292,30 @@ def test_a_killed_grid_goes_on_to_the_same_rows(few: Path, tmp_path: Path) -> No
     assert rows("killed") == rows("whole")
 
 
-def test_a_seed_of_the_recipe_is_that_of_cells_without_one(few: Path, tmp_path: Path) -> None:
-    assert [cell.seed for cell in cells_of(of(tmp_path, few, seed=7))] == [7]
+def test_a_seed_of_the_recipe_is_that_of_cells_without_one(tmp_path: Path) -> None:
+    assert [cell.seed for cell in cells_of(of(tmp_path, seed=7))] == [7]
 
 
-def test_a_text_smaller_than_a_step_starts_no_cell(few: Path, tmp_path: Path) -> None:
+def test_a_text_smaller_than_a_step_starts_no_cell(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="fewer than the 5,000 of one step"):
-        study(of(tmp_path / "run", few, per_device_train_batch_size=5000))
+        study(of(tmp_path / "run", per_device_train_batch_size=5000))
     assert not list((tmp_path / "run" / "cells").glob("*"))
-    changed = tree(tmp_path / "run", few)
+    changed = tree(tmp_path / "run")
     changed["recipe"]["tokenizer"] = {"vocab_size": 320}
     with pytest.raises(ZebraError, match="trained by another recipe: its tokenizer or its data differ"):
         study(StudyRecipe.model_validate(changed))
 
 
-def test_rows_that_are_damaged_are_said_before_any_cell_runs(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_are_damaged_are_said_before_any_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = {"attention": ["grouped", "global"], "position": "none", "group": 2}
     monkeypatch.setattr(grid, "_with_tokenizer", lambda _, recipes: recipes)
-    first, _ = recipes_of(of(tmp_path / "run", few, cells))
+    first, _ = recipes_of(of(tmp_path / "run", cells))
     Path(first.run).mkdir(parents=True)
     begun = first.model_dump(mode="json") | {"tokenizer": str(tmp_path / "run" / "tokenizer")}
     (Path(first.run) / "recipe.yaml").write_text(yaml.safe_dump(begun))
     (Path(first.run) / "results.jsonl").write_text("{\n")
     with pytest.raises(ZebraError, match="is not a result"):
-        study(of(tmp_path / "run", few, cells))
+        study(of(tmp_path / "run", cells))
     assert not list((tmp_path / "run" / "cells").glob("*.log"))
 
 
@@ -337,8 +326,8 @@ def test_why_a_cell_failed(tmp_path: Path) -> None:
     assert grid._reason(tmp_path / "cell", 2) == "the disk is full"
 
 
-def test_workers_take_the_gpus_that_may_be_used(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (recipe,) = recipes_of(of(tmp_path / "run", few))
+def test_workers_take_the_gpus_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (recipe,) = recipes_of(of(tmp_path / "run"))
     Path(recipe.run).parent.mkdir(parents=True)
     seen = []
     monkeypatch.setattr(grid.torch.cuda, "device_count", lambda: 2)
@@ -350,9 +339,7 @@ def test_workers_take_the_gpus_that_may_be_used(few: Path, tmp_path: Path, monke
     assert seen == ["0", "1", "0", "2", "5", "2"]
 
 
-def test_a_grid_that_is_told_to_end_takes_its_cells_along(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_grid_that_is_told_to_end_takes_its_cells_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill -TERM {os.getpid()}\nexec sleep 60\n")
     fake.chmod(0o755)
@@ -360,17 +347,17 @@ def test_a_grid_that_is_told_to_end_takes_its_cells_along(
     monkeypatch.setattr(grid, "_with_tokenizer", lambda _, recipes: recipes)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
-        study(of(tmp_path / "run", few))
+        study(of(tmp_path / "run"))
     assert ended.value.code == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_killed_grid_leaves_no_cell_behind(few: Path, tmp_path: Path) -> None:
+def test_a_killed_grid_leaves_no_cell_behind(tmp_path: Path) -> None:
     """The cells of a killed process went on, and held the locks of their directories."""
     (tmp_path / "cells").mkdir()
-    cell = of(tmp_path, few).model_dump_json()
+    cell = of(tmp_path).model_dump_json()
     starter = f"""
 import sys
 from zebra.study import grid

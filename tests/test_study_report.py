@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib.figure
 import pytest
-from conftest import ROOT, TEXT
+from conftest import FEW_STORIES, ROOT
 from matplotlib.text import Text
 from test_report import a_run, words
 
@@ -561,8 +561,7 @@ def test_costs_are_published_beside_the_runs_and_stay_there(tmp_path: Path, monk
 
 
 def test_rotary_models_are_read_farther_with_self_extend_and_once(tmp_path: Path) -> None:
-    text, run = tmp_path / "few.txt", tmp_path / "grid"
-    text.write_text(END.join((TEXT / "tinystories_test.txt").read_text().split(END)[:30]))
+    run = tmp_path / "grid"
     recall = {"share": 0.5, "first": 192}
     tree: dict[str, Any] = {
         "run": str(run),
@@ -570,7 +569,7 @@ def test_rotary_models_are_read_farther_with_self_extend_and_once(tmp_path: Path
             "model": {"model_type": "zebra_study", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                       "num_attention_heads": 2, "sliding_window": 16},
             "tokenizer": {"vocab_size": 400, "digits": 2},
-            "data": {"files": [str(text)], "separator": END, "join": True, "held_out": 0.2, "recall": recall},
+            "data": {"files": [str(FEW_STORIES)], "separator": END, "join": True, "held_out": 0.2, "recall": recall},
             "train": {"length": 256, "max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2},
             "evaluate": {"length": 256, "join": True, "beyond": 512, "recall": 1, "first_bucket": 64},
         },
