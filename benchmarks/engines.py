@@ -39,7 +39,13 @@ PYTHON = ROOT / ".venv-gguf" / "bin" / "python"
 STRIPED = ROOT / "runs" / "engines" / "striped.gguf"
 BOOK = ROOT / "examples" / "books" / "validation" / "the_secret_garden.txt"
 TOKENS, NEW_TOKENS, TURNS = 4000, 64, 3
-TASK = "llama.cpp, SmolLM2-135M-Instruct Q4_1"
+_COMMON: Any = {
+    "run": "engines-smollm2",
+    "model": "SmolLM2-135M-Instruct Q4_1",
+    "task": "llama.cpp, SmolLM2-135M-Instruct Q4_1",
+    "seed": 0,
+}
+"""Columns of all results of SmolLM2."""
 
 
 # SmolLM2 in llama.cpp
@@ -52,7 +58,15 @@ def measure(source: Path) -> None:
         zebra.export(source, STRIPED, to="gguf", stripes=STRIPES)
     checks = verify_export(STRIPED, source, "gguf", python=str(PYTHON))
     verified = [
-        _row(STRIPES, check.name, check.difference, check.compared, length=check.tokens, high=check.tolerance)
+        Result(
+            layout=STRIPES,
+            metric=check.name,
+            value=check.difference,
+            high=check.tolerance,
+            length=check.tokens,
+            versions=_versions(check.compared),
+            **_COMMON,
+        )
         for check in checks
     ]
     turns: dict[str, list[dict[str, Any]]] = {"full": [], STRIPES: []}
@@ -78,35 +92,23 @@ def _medians(layout: str, turns: dict[str, list[dict[str, Any]]]) -> list[Result
         for name in ("read", "write"):
             columns[f"{name}_ratio"] = [one[name] / other[name] for one, other in zip(own, full, strict=True)]
     return [
-        _row(layout, name, statistics.median(values), own[0]["engine"], TOKENS, len(values), min(values), max(values))
+        Result(
+            layout=layout,
+            metric=name,
+            value=statistics.median(values),
+            low=min(values),
+            high=max(values),
+            n=len(values),
+            length=TOKENS,
+            versions=_versions(own[0]["engine"]),
+            **_COMMON,
+        )
         for name, values in columns.items()
     ]
 
 
-def _row(
-    layout: str,
-    metric: str,
-    value: float,
-    engine: str,
-    length: int,
-    n: int | None = None,
-    low: float | None = None,
-    high: float | None = None,
-) -> Result:
-    return Result(
-        run="engines-smollm2",
-        model="SmolLM2-135M-Instruct Q4_1",
-        layout=layout,
-        task=TASK,
-        metric=metric,
-        value=value,
-        length=length,
-        n=n,
-        low=low,
-        high=high,
-        seed=0,
-        versions=versions() | {"llama.cpp": engine},
-    )
+def _versions(engine: str) -> dict[str, str]:
+    return versions() | {"llama.cpp": engine}
 
 
 # The page, from the results

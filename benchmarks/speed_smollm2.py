@@ -170,10 +170,22 @@ def take_turns(part: Part, subjects: Sequence[Subject], most: int) -> dict[Subje
     return turns
 
 
+def common_columns(part: Part, model: str, layout: str) -> dict[str, Any]:
+    """Columns of all results of a subject."""
+    return {
+        "run": part.name,
+        "model": model,
+        "layout": layout,
+        "task": f"{TASK}: {part.phase}, {part.dtype}",
+        "length": part.length,
+        "seed": 0,
+        "device": device_name("cpu"),
+    }
+
+
 def rows(part: Part, one: Subject, turns: Sequence[Turn], run: Any, ceilings: Device) -> Iterator[Result]:
     """Of one subject: the median, its parts and their floors."""
-    common: Any = {"run": part.name, "model": one.model, "layout": one.layout, "length": part.length, "seed": 0}
-    common |= {"task": f"{TASK}: {part.phase}, {part.dtype}", "device": device_name("cpu")}
+    common = common_columns(part, one.model, one.layout)
     timed = [turn.milliseconds for turn in turns if part.phase != "decode" or turn.parts is None]
     spread: Any = {"low": min(timed), "high": max(timed), "n": len(timed)}
     median = statistics.median(timed)
@@ -228,10 +240,9 @@ def memory(part: Part, case: Case, options: argparse.Namespace, checkpoint: Path
     answer = subprocess.run([*command, "--extra-bytes", *own], capture_output=True, text=True, check=True)
     name = "zebra" if case.attention is None else f"transformers, {case.attention}"
     layout, extra, milliseconds = answer.stdout.strip().rsplit(" ", 2)
-    common: Any = {"run": part.name, "model": name, "layout": layout, "length": part.length, "seed": 0}
-    common |= {"task": f"{TASK}: {part.phase}, {part.dtype}", "device": device_name("cpu"), "n": 1}
+    common = common_columns(part, name, layout)
     values = {"extra_bytes": int(extra), "milliseconds": float(milliseconds)}
-    return [Result(metric=metric, value=value, **common) for metric, value in values.items()]
+    return [Result(metric=metric, value=value, n=1, **common) for metric, value in values.items()]
 
 
 def print_extra_bytes(case: Case, checkpoint: Path) -> None:

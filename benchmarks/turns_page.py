@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from zebra.errors import ZebraError
@@ -11,7 +12,7 @@ from zebra.report import page
 from zebra.report.method import method
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Show, split, table, value_cell, where
-from zebra.report.series import percent
+from zebra.report.series import count, percent
 from zebra.results import Result
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "turns.md"
@@ -29,6 +30,12 @@ ROUNDING = (
     "the mean absolute difference of the log-probabilities of all tokens of three greedy answers, beside what bfloat16 "
     "differs from float32 in any case; and the share of the tokens that are the likeliest where all is read anew."
 )
+_SHORT = partial(value_cell, text=lambda value: f"{value:,.2f}" if value < 10 else f"{value:,.1f}")
+_MEBIBYTES = partial(value_cell, text=lambda value: f"{value / 2**20:,.1f}")
+_SMALL = partial(value_cell, text=lambda value: f"{value:.4f}")
+_PERCENT = partial(value_cell, text=percent)
+_COUNT = partial(value_cell, text=count)
+"""What cells show of results."""
 GOAL = 1.2
 """The second answer of zebra serve begins after at most so many times llama-server's seconds."""
 
@@ -64,7 +71,7 @@ def _order(result: Result) -> tuple[int, int]:
 
 def _speed(results: Sequence[Result]) -> Table:
     columns = [
-        (Cell(f"{unit}, turn {turn}"), where(_short, metric=metric, task=f"turn {turn}"))
+        (Cell(f"{unit}, turn {turn}"), where(_SHORT, metric=metric, task=f"turn {turn}"))
         for metric, unit in (("seconds_to_first_token", "first token"), ("tokens_per_second", "tokens/s"))
         for turn in (1, 2, 3)
     ]
@@ -73,10 +80,10 @@ def _speed(results: Sequence[Result]) -> Table:
 
 def _cache(results: Sequence[Result]) -> Table:
     columns: list[tuple[Cell, Show]] = [
-        (Cell("planned"), where(_mebibytes, metric="planned_cache_bytes")),
-        (Cell("measured"), where(_mebibytes, metric="cache_bytes")),
-        (Cell("cached tokens of turn 2"), where(_count, metric="cached_tokens", task="turn 2")),
-        (Cell("of"), where(_count, metric="prompt_tokens", task="turn 2")),
+        (Cell("planned"), where(_MEBIBYTES, metric="planned_cache_bytes")),
+        (Cell("measured"), where(_MEBIBYTES, metric="cache_bytes")),
+        (Cell("cached tokens of turn 2"), where(_COUNT, metric="cached_tokens", task="turn 2")),
+        (Cell("of"), where(_COUNT, metric="prompt_tokens", task="turn 2")),
     ]
     return table("", [Cell("subject"), Cell("layout")], _lines(results), columns)
 
@@ -84,9 +91,9 @@ def _cache(results: Sequence[Result]) -> Table:
 def _rounding(results: Sequence[Result]) -> Section:
     here = split((one for one in results if one.run == "rounding"), lambda one: one.length or 0)
     columns: list[tuple[Cell, Show]] = [
-        (Cell("cached beside read anew"), where(_small, metric="cached_difference")),
-        (Cell("bfloat16 beside float32"), where(_small, metric="dtype_difference")),
-        (Cell("likeliest when read anew"), where(_percent, metric="likeliest_share")),
+        (Cell("cached beside read anew"), where(_SMALL, metric="cached_difference")),
+        (Cell("bfloat16 beside float32"), where(_SMALL, metric="dtype_difference")),
+        (Cell("likeliest when read anew"), where(_PERCENT, metric="likeliest_share")),
         (Cell("tokens"), lambda ones: Cell(f"{ones[0].n:,}")),
     ]
     lines = [([Cell(f"{length:,} tokens")], ones) for length, ones in here.items()]
@@ -97,26 +104,6 @@ def _lines(results: Sequence[Result]) -> Iterator[tuple[list[Cell], list[Result]
     for run, here in split(results, lambda one: one.run).items():
         name = run if run == "llama-server" else NAMES[run.partition("-")[0]]
         yield [Cell(name), Cell(here[0].layout)], here
-
-
-def _short(results: Sequence[Result]) -> Cell:
-    return value_cell(results, lambda value: f"{value:,.2f}" if value < 10 else f"{value:,.1f}")
-
-
-def _mebibytes(results: Sequence[Result]) -> Cell:
-    return value_cell(results, lambda value: f"{value / 2**20:,.1f}")
-
-
-def _small(results: Sequence[Result]) -> Cell:
-    return value_cell(results, lambda value: f"{value:.4f}")
-
-
-def _percent(results: Sequence[Result]) -> Cell:
-    return value_cell(results, percent)
-
-
-def _count(results: Sequence[Result]) -> Cell:
-    return value_cell(results, lambda value: f"{value:,.0f}")
 
 
 def _goal(by_length: Mapping[int, Sequence[Result]]) -> Iterator[list[Cell]]:

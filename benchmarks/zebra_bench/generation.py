@@ -77,15 +77,23 @@ def decoding_step(model: Any, tokens: Tensor, cache: Any, steps: int) -> Call:
 
 
 def filled(config: ModelConfig, cache: Any) -> Any:
-    """The cache with `length` random tokens, put there as a prefill would, without computing it."""
+    """The cache with `length` random tokens."""
     torch.manual_seed(config.seed)
-    shape = config.batch_size, config.kv_heads, config.length, config.head_dim
-    device, dtype = read_device(config.device), read_dtype(config.dtype)
-    with torch.no_grad():
-        for layer in range(config.layers):
-            keys, _ = cache.update(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)), layer)
-            if isinstance(keys, PendingKeys):
-                keys.layer.write(keys.states, keys.states)
+    states = torch.empty(
+        (config.batch_size, config.kv_heads, config.length, config.head_dim),
+        device=read_device(config.device),
+        dtype=read_dtype(config.dtype),
+    )
+    return fill(cache, config.layers, states)
+
+
+@torch.no_grad()
+def fill(cache: Any, layers: int, states: Tensor) -> Any:
+    """Put random keys and values like `states` (B, K, S, D) into a cache as a prefill would, without computing it."""
+    for layer in range(layers):
+        keys, _ = cache.update(torch.randn_like(states), torch.randn_like(states), layer)
+        if isinstance(keys, PendingKeys):
+            keys.layer.write(keys.states, keys.states)
     return cache
 
 

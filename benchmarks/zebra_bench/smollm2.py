@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 import zebra
 from zebra.model.loss import head_of, summed_loss, without_logits
-from zebra.model.opaque_layers import PendingKeys
 from zebra.model.self_extend import bounded_cache, self_extend_of
 from zebra.plan.cost import Run
 from zebra.plan.decoder import read_decoder
@@ -30,6 +29,7 @@ from zebra.plan.shapes import shape
 from zebra.stripes import Stripes
 from zebra.train.lora import wrap
 from zebra.train.recipe import Lora
+from zebra_bench.generation import fill
 from zebra_bench.waterfall import label
 
 WAYS = ("full", "GL:1024", "GLLL:1024", "Self-Extend")
@@ -131,13 +131,10 @@ def _read(case: Case, model: Any) -> Callable[[], Tensor]:
 @torch.no_grad()
 def _decode(case: Case, model: Any) -> Callable[[], Tensor]:
     """Behind random keys and values, put into the cache as a prefill would."""
-    cache, ids, config = _cache(case, model), tokens(model, 1), model.config
-    shape = 1, config.num_key_value_heads, case.length, config.head_dim
-    generator = torch.Generator().manual_seed(0)
-    for layer in range(config.num_hidden_layers):
-        keys, _ = cache.update(*torch.randn(2, *shape, generator=generator).to(model.dtype), layer)
-        if isinstance(keys, PendingKeys):
-            keys.layer.write(keys.states, keys.states)
+    ids, config = tokens(model, 1), model.config
+    states = torch.empty(1, config.num_key_value_heads, case.length, config.head_dim, dtype=model.dtype)
+    torch.manual_seed(0)
+    cache = fill(_cache(case, model), config.num_hidden_layers, states)
 
     @torch.no_grad()
     def decode() -> Tensor:
