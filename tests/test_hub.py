@@ -103,6 +103,7 @@ def test_what_is_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
         def record(name: str, *, tqdm_class: Any, revision: str | None = None, **filters: Any) -> str:
             patterns.append(filters)
+            assert tqdm_class(total=1, desc="bytes", unit="B", unit_scale=True).disable  # stderr is no terminal here
             return str(tmp_path / "snapshot")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
