@@ -156,7 +156,7 @@ class Training(RecipeSection):
     max_grad_norm: float = Field(1.0, gt=0)
     device: Literal["best", "cuda"] = Field("best", description="cuda: an error on a machine without a GPU")
     bf16: bool = Field(False, description="bfloat16 autocast; weights stay float32")
-    activation_checkpointing: bool | Literal["auto"] = Field(
+    activation_checkpointing: Literal[True, False, "auto"] = Field(
         "auto", description="compute activations again in the backward; auto: where a step does not fit without it"
     )
     compile: bool = Field(False, description="compile each layer by torch: faster steps after a first one of a minute")
