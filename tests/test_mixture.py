@@ -223,15 +223,6 @@ def test_sequences_with_room_at_their_end_are_no_more_than_asked_for() -> None:
     assert mixture.sequences.tokens == pytest.approx(200 * 60, rel=0.03)
 
 
-@pytest.mark.parametrize("shares", [(0.5, 0.4), (0.5, 0.6)])
-def test_shares_that_do_not_sum_to_one_are_refused(shares: tuple[float, float]) -> None:
-    splits = split_sources(
-        [Source("a", corpus_of(9), shares[0]), Source("b", corpus_of(9, first=99), shares[1])], deduplicate=True
-    )
-    with pytest.raises(ZebraError, match=rf"sum to 1; got {shares[0]} \+ {shares[1]} = {sum(shares):g}\. Change"):
-        mix(splits, 2, 8, join=True, seed=0)
-
-
 # -- from files
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 
 from zebra.errors import ZebraError, first_line
+from zebra.progress import only_errors
 
 _LOGGERS = ("lm_eval", "transformers.generation.stopping_criteria")
 """They warn of a model that was loaded before, and of lengths, which are checked before any work."""
@@ -26,20 +26,18 @@ def isolated() -> Iterator[None]:
 
     Some tasks fetch their data themselves, whatever HF_HUB_OFFLINE says; clients that know proxies get no answer.
     """
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     before = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.update(_ENVIRONMENT)
     try:
-        with redirect_stdout(sys.stderr):
+        with ExitStack() as stack:
+            for name in _LOGGERS:
+                stack.enter_context(only_errors(name))
+            stack.enter_context(redirect_stdout(sys.stderr))
             yield
     finally:
         for name in _ENVIRONMENT:
             os.environ.pop(name, None)
         os.environ.update(before)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -152,31 +152,32 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
         for source in data.by_source
     ]
     splits = split_sources(sources, deduplicate=data.deduplicate, held_out=data.held_out or 0.0)
-    stats: list[SourceStats] = []
-    mixture: Mixture | None = None
-    if data.sources is None:
-        sequences = pack(select(splits), train.length, join=data.join, seed=train.seed)
-        counts = {"dropped as duplicates": splits[0].duplicates, "held out": len(splits[0].held_out)}
-        lost = [f"{count:,} {what}" for what, count in counts.items() if count]
-        if lost and is_first_process():
-            console.print(f"{len(splits[0].train):,} documents to train on; {', '.join(lost)}.")
-    else:
-        mixture = mix(splits, sequences_of_training(recipe), train.length, join=data.join, seed=train.seed)
-        sequences = mixture.sequences
-    with_recall = sequences if data.recall is None else _with_recall(recipe, data.recall, tokenizer, sequences)
-    if mixture is not None:
-        if isinstance(with_recall, RecallDataset):
-            mixture = mixture.take(with_recall.text_indices)
-        stats = mixture.stats
-        if is_first_process():
-            console.print(mixture_tables(mixture))
+    packing: dict[str, Any] = {"join": data.join, "seed": train.seed}
+    mixture = mix(splits, sequences_of_training(recipe), train.length, **packing) if data.sources else None
+    text = mixture.sequences if mixture else pack(select(splits), train.length, **packing)
+    sequences = text if data.recall is None else _with_recall(recipe, data.recall, tokenizer, text)
+    if mixture and isinstance(sequences, RecallDataset):
+        mixture = mixture.take(sequences.text_indices)
+    if is_first_process():
+        _print_composition(mixture, splits[0])
+    stats = mixture.stats if mixture else []
     if evaluation is None:
-        return TextTraining(recipe, with_recall, None, (), stats)
+        return TextTraining(recipe, sequences, None, (), stats)
     held_out, prefix = _held_out(recipe, evaluation, tokenizer, splits), window_prefix(tokenizer, evaluation.bos)
     longest = int(held_out.lengths.max(initial=0)) + len(prefix)
-    if (text := unfilled(longest, evaluation.beyond or evaluation.length)) and is_first_process():
-        console.print(text, soft_wrap=True)
-    return TextTraining(recipe, with_recall, held_out, prefix, stats)
+    if (warning := unfilled(longest, evaluation.beyond or evaluation.length)) and is_first_process():
+        console.print(warning, soft_wrap=True)
+    return TextTraining(recipe, sequences, held_out, prefix, stats)
+
+
+def _print_composition(mixture: Mixture | None, files: SourceSplit) -> None:
+    """What is trained on: a mixture, or files without what was dropped of them."""
+    if mixture is not None:
+        console.print(mixture_tables(mixture))
+        return
+    counts = {"dropped as duplicates": files.duplicates, "held out": len(files.held_out)}
+    if lost := [f"{count:,} {what}" for what, count in counts.items() if count]:
+        console.print(f"{len(files.train):,} documents to train on; {', '.join(lost)}.")
 
 
 def _held_out(
