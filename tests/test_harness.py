@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 import zebra
 from zebra import ZebraError
-from zebra.data.questions import TASKS
-from zebra.evaluate import harness, harness_retrieval
+from zebra.evaluate import harness_retrieval
 from zebra.evaluate.harness import evaluate_tasks
+from zebra.evaluate.harness_model import language_model
 from zebra.evaluate.lm_eval_compat import isolated, task_errors
 from zebra.evaluate.scoring import log_likelihoods
 from zebra.evaluate.target import EvalTarget
@@ -119,7 +119,7 @@ def test_a_task_gives_what_the_model_prefers(folder: Path, tokenizer: Any, loadi
 def test_the_harness_reads_no_end_of_text_behind_a_prompt(ending_stories: Path, tokenizer: Any) -> None:
     ending, seen = AutoTokenizer.from_pretrained(ending_stories), {}
     for name, one in (("ending", ending), ("plain", tokenizer)):
-        lm = harness._language_model(zebra.load(STORIES), one, 64, 2)
+        lm = language_model(zebra.load(STORIES), one, 64, 2)
         ids, mask = lm.tok_batch_encode(["Once upon", "One"], left_truncate_len=64)
         shorter, _ = lm.tok_batch_encode(["Once upon a time"], left_truncate_len=2)
         seen[name] = [lm._encode_pair("Once upon a time", " there was"), ids[mask > 0].tolist(), shorter.tolist()]
@@ -329,8 +329,3 @@ def test_the_verb_and_its_page(folder: Path, tmp_path: Path, zebra: Zebra) -> No
     ]
     write_report(read_results(tmp_path / "results.jsonl"), tmp_path / "report.html")
     assert "tiny_ends, stories260K full, 2 items" in (tmp_path / "report.html").read_text()
-
-
-def test_every_task_has_two_names() -> None:
-    assert len(harness_retrieval.retrieval_tasks()) == 2 * len(TASKS)
-    assert harness.PREFIX == "zebra-"

@@ -3,7 +3,7 @@
     name ─► TaskManager ─► tasks ─► requests ─► HFLM(pretrained=model) ─► evaluate ─► results
 
 The model is that of `zebra.load`, with its stripes, Self-Extend and bounded cache. Nothing is downloaded; missing data
-are an error. Only this module imports lm-eval, which the extra `tasks` installs.
+are an error. Only this module and `zebra.evaluate.harness_model` import lm-eval, which the extra `tasks` installs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,18 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from zebra.data.chat_template import apply_chat_template
 from zebra.data.documents import Names, names_of
-from zebra.data.encoding import Affixes, prompt_tokens
+from zebra.data.encoding import prompt_tokens
 from zebra.errors import ZebraError, missing_package
+from zebra.evaluate.harness_model import language_model, render_chat
 from zebra.evaluate.harness_retrieval import PREFIX, check_retrieval_task, configuration, retrieval_tasks
 from zebra.evaluate.intervals import wilson
 from zebra.evaluate.lm_eval_compat import isolated, task_errors
-from zebra.evaluate.scoring import BATCH_TOKENS, padded
 from zebra.evaluate.target import EvalTarget
 from zebra.model.finite import checking_logits
 from zebra.model.local import local_attention_of
-from zebra.progress import console
 from zebra.provenance import versions
 from zebra.results import Result
 
@@ -110,7 +107,7 @@ def evaluate_tasks(
                 " requests whole, and local layers keep their window.",
                 stacklevel=2,
             )
-        lm = _language_model(model, target.tokenizer, max_length, batch_size)
+        lm = language_model(model, target.tokenizer, max_length, batch_size)
         columns = {"run": run, "seed": seed} | target.columns(model)
         results: list[Result] = []
         for length, some in loaded.items():
@@ -233,7 +230,7 @@ def _prepare(
     elif default is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=seed)
-    templated = functools.partial(_templated, tokenizer) if chat else None
+    templated = functools.partial(render_chat, tokenizer) if chat else None
     with task_errors(task.config.task):
         task.build_all_requests(
             limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat, chat_template=templated
@@ -246,21 +243,6 @@ def _prepare(
             elif request.request_type == "loglikelihood":
                 sizes.append(len(prompt_tokens(tokenizer, "".join(request.args))))
     return sizes or [0]
-
-
-def _templated(
-    tokenizer: PreTrainedTokenizerBase, history: Sequence[dict[str, str]], add_generation_prompt: bool = True
-) -> Any:
-    """A history as text; where the last message is to be continued, without its end."""
-    return apply_chat_template(
-        tokenizer,
-        history,
-        source=tokenizer.name_or_path,
-        remedy="Leave chat out.",
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=not add_generation_prompt,
-    )
 
 
 def _max_length(
@@ -326,46 +308,3 @@ def _results(
             versions=versions() | of_task,
             **columns,
         )
-
-
-def _language_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None, batch_size: int
-) -> Any:
-    """The harness's class for transformers' models, without its bars where there is no terminal.
-
-    The stock class counts tokens that the tokenizer appends to every text as prompt, and drops as many of the answer.
-    """
-    from lm_eval.models.huggingface import HFLM
-
-    suffix = [*Affixes.of(tokenizer).suffix]
-
-    class LanguageModel(HFLM):
-        def tok_encode(self, string: str, *args: Any, left_truncate_len: int | None = None, **kwargs: Any) -> Any:
-            ids = super().tok_encode(string, *args, **kwargs)
-            ids = ids[: -len(suffix)] if suffix and ids[-len(suffix) :] == suffix else ids
-            return ids[-left_truncate_len:] if left_truncate_len else ids
-
-        def tok_batch_encode(
-            self,
-            strings: Sequence[str],
-            padding_side: str = "left",
-            left_truncate_len: int | None = None,
-            **kwargs: Any,
-        ) -> tuple[Tensor, Tensor]:
-            rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
-            return padded(rows, self.device, side=padding_side)
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(requests, disable_tqdm or not console.is_terminal)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm or not console.is_terminal)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().generate_until(requests, disable_tqdm or not console.is_terminal)
-
-        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
-            return _templated(tokenizer, chat_history, add_generation_prompt)
-
-    model.generation_config.prefill_chunk_size = BATCH_TOKENS
-    return LanguageModel(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
