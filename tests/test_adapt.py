@@ -92,7 +92,7 @@ def test_the_adapted_checkpoint_is_a_plain_one(adapt_run: FinishedRun) -> None:
     assert last[f"{run}@6"] == pytest.approx(last[str(model)], rel=1e-6)
 
 
-def test_the_loss_is_the_hosts_own(adapt_run: FinishedRun) -> None:
+def test_the_loss_is_that_of_transformers(adapt_run: FinishedRun) -> None:
     """The first logged loss equals what stock transformers computes for the same rows."""
     _, rows = adapt_run
     from zebra.data.corpus import read_corpus
@@ -191,7 +191,7 @@ def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], tmp_path: Path) 
     assert {row.task for row in rows} == {"train", "cost"}
 
 
-def test_tokens_are_counted_not_reckoned(tmp_path: Path) -> None:
+def test_tokens_are_counted_and_not_estimated(tmp_path: Path) -> None:
     """Three rows make a full step of two and one of one, again and again."""
     few = tmp_path / "few.txt"
     few.write_text(SEPARATOR.join((TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:2]))
@@ -213,7 +213,7 @@ def test_attention_dropout_of_the_checkpoint_is_off_and_said(
 
 
 def test_a_rope_whose_factor_is_not_written_stays_what_it_was_trained_as(stories: Path, tmp_path: Path) -> None:
-    """The host takes a missing factor of YaRN from max_position_embeddings, which adaptation raises."""
+    """transformers takes a missing factor of YaRN from max_position_embeddings, which adaptation raises."""
     config = json.loads((stories / "config.json").read_text())
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 128}
     (stories / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))

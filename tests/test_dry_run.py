@@ -64,7 +64,7 @@ _SLOW = ("lcat-llama2-7b-16k", "lit-7b-16k", "lcat-llama3-8b-64k", "lcat-qwen3-4
     [pytest.param(path, marks=[pytest.mark.full] * (path.stem in _SLOW)) for path in RECIPES],
     ids=lambda path: path.stem,
 )
-def test_every_recipe_can_be_reckoned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_recipe_can_be_estimated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     training_recipe = read_recipe(path, kind_of(path))
     estimate = dry_run(training_recipe)

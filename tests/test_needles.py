@@ -202,6 +202,7 @@ def test_the_same_seed_gives_the_same_samples(needles: SampleGenerator, tokenize
         drawn = needles.samples(task, length=500, depth=0.5, count=3, seed=1)
         assert drawn == SampleGenerator(tokenizer).samples(task, length=500, depth=0.5, count=3, seed=1)
         assert drawn[:2] == needles.samples(task, length=500, depth=0.5, count=2, seed=1)
+        assert drawn[2:] == needles.samples(task, length=500, depth=0.5, first=2, seed=1)
         assert drawn != needles.samples(task, length=500, depth=0.5, count=3, seed=2)
         assert len({sample.ids for sample in drawn}) == 3
 

@@ -345,7 +345,7 @@ def test_one_text_and_one_task_are_not_their_letters() -> None:
         next(make_instructions([], kinds="lists"))
 
 
-def test_a_host_whose_layers_keep_their_kind_is_refused(checkpoints: Any) -> None:
+def test_a_model_whose_layers_have_fixed_kinds_is_refused(checkpoints: Any) -> None:
     with pytest.raises(ZebraError, match="each layer keeps its kind"):
         select(checkpoints("gemma3_text"), 1, **ARGUMENTS)
     with pytest.raises(ZebraError, match="this model has 1 global layers"):

@@ -207,7 +207,7 @@ def test_packed_conversations_equal_single_ones(family: str) -> None:
 
 
 def test_the_loss_is_that_of_the_answers_one_by_one(finished: tuple[Path, list[Result]], data: Path) -> None:
-    """The first logged loss, through trl and packing, equals the host's cross-entropy of single conversations."""
+    """The first logged loss, through trl and packing, equals torch's cross-entropy of single conversations."""
     _, rows = finished
     run = recipe(data / "unused", data)
     chat = Chat(AutoTokenizer.from_pretrained(STORIES), "plain", "stories")
@@ -232,7 +232,7 @@ def test_the_loss_is_that_of_the_answers_one_by_one(finished: tuple[Path, list[R
     assert min(abs(pair - first) for pair in pairs) < 1e-5
 
 
-def test_the_loss_of_answers_is_the_hosts() -> None:
+def test_the_loss_of_answers_is_that_of_torch() -> None:
     model = tiny_model("llama")
     conversations = [
         TokenizedConversation(

@@ -84,9 +84,8 @@ class ComparisonData:
         )
         in_turns = itertools.chain.from_iterable(itertools.zip_longest(*of_documents))  # few come from all documents
         self.windows = [window for window in in_turns if window is not None][: settings.windows]
-        self._generators = {
-            task: SampleGenerator(self.tokenizer, text if hides_in_text(task) else None) for task in settings.tasks
-        }
+        in_text, in_noise = SampleGenerator(self.tokenizer, text), SampleGenerator(self.tokenizer)
+        self._generators = {task: in_text if hides_in_text(task) else in_noise for task in settings.tasks}
         for task, generator in self._generators.items():
             for depth in settings.depths:
                 generator.check(task, length=length, depth=depth, count=settings.samples, seed=settings.seed)
@@ -109,10 +108,10 @@ class ComparisonData:
     def sample(self, unit: Unit) -> Sample:
         """The sample of a unit; the same whatever else is drawn."""
         settings = self._settings
-        drawn = self._generators[unit.kind].samples(
-            unit.kind, length=settings.length, depth=unit.depth, count=unit.number + 1, seed=settings.seed
+        (sample,) = self._generators[unit.kind].samples(
+            unit.kind, length=settings.length, depth=unit.depth, first=unit.number, seed=settings.seed
         )
-        return drawn[-1]
+        return sample
 
 
 def _split(text: Corpus, held_back: int) -> tuple[Corpus, Corpus]:

@@ -66,11 +66,12 @@ class SampleGenerator:
         self._haystack = None if haystack is None else Haystack.of_documents(haystack, self._tokenizer)
 
     def samples(
-        self, task: str, *, length: int, depth: float | None = None, count: int = 1, seed: int = 0
+        self, task: str, *, length: int, depth: float | None = None, first: int = 0, count: int = 1, seed: int = 0
     ) -> list[Sample]:
-        """Samples of one task: prompts of `length` tokens.
+        """Samples of one task: prompts of `length` tokens. Each follows from the seed and its number.
 
         Args:
+            first: the number of the first one.
             depth: 0 to 1, see `zebra.data.haystack.place_needles`; ignored by the tasks in `WITHOUT_DEPTH`.
 
         Raises:
@@ -78,17 +79,17 @@ class SampleGenerator:
                 tokenizer that cannot write what the task needs.
         """
         depth = check_task(task, depth, count)
-        draws = self._draw(task, length, depth, count, seed)
+        draws = self._draw(task, length, depth, range(first, first + count), seed)
         return [self._sample(task, context, parts, length, depth) for context, parts in draws]
 
     def check(self, task: str, *, length: int, depth: float | None = None, count: int = 1, seed: int = 0) -> None:
         """Raise what `samples` would, except for a short haystack, without writing the samples."""
-        self._draw(task, length, check_task(task, depth, count), count, seed)
+        self._draw(task, length, check_task(task, depth, count), range(count), seed)
 
     def _draw(
-        self, task: str, length: int, depth: float | None, count: int, seed: int
+        self, task: str, length: int, depth: float | None, numbers: range, seed: int
     ) -> list[tuple[SampleContext, SampleParts]]:
-        contexts = [SampleContext(self._tokenizer, Random(f"{task} {length} {depth} {seed} {i}")) for i in range(count)]
+        contexts = [SampleContext(self._tokenizer, Random(f"{task} {length} {depth} {seed} {i}")) for i in numbers]
         draws = [(context, TASKS[task](context)) for context in contexts]
         min_tokens = max(self._min_tokens(parts) for _, parts in draws)
         if length < min_tokens:
