@@ -7,6 +7,7 @@ An answer depends on its document as far as the document makes it likelier under
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
@@ -34,7 +35,8 @@ class Gate:
         load: Callable[[], PreTrainedModel],
         suites: Sequence[Conversation],
     ):
-        self._recipe, self._chat, self._load = recipe, chat, load
+        self._recipe, self._chat = recipe, chat
+        self._load = functools.cache(load)  # once, for all sources
         self._checks = recipe.data.quality
         self.counts: Counter[str] = Counter()
         self._measured: frozenset[int] = frozenset()
