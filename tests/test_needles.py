@@ -295,6 +295,11 @@ def test_a_window_begins_a_sentence_where_it_should() -> None:
         without.window(Random(0), 5, 6)
 
 
+def test_a_haystack_takes_as_much_memory_as_its_documents(tokenizer: Any) -> None:
+    documents = [np.arange(9, dtype=np.uint16), np.arange(5, dtype=np.uint16)]
+    assert Haystack.of_documents(documents, PromptTokenizer(tokenizer)).tokens.nbytes == 2 * (9 + 5)
+
+
 def test_answers_are_the_commonest_words_at_any_length() -> None:
     for words in [*range(MIN_WORDS, 700), 3001, 50_000]:
         common = common_counts(words)

@@ -167,7 +167,7 @@ class Haystack:
         for document in documents:
             text = document[n:] if n and tuple(document[:n].tolist()) == tokenizer.prefix else document
             texts.append(text[:-m] if m and tuple(text[-m:].tolist()) == tokenizer.suffix else text)
-        tokens = np.concatenate([np.zeros(0, np.int64), *texts])
+        tokens = np.concatenate(texts) if texts else np.zeros(0, np.int64)
         sentence_end = re.compile(r"[.!?][\"')\]”’]*\s*$|\n$")
         ends = [token for token in np.unique(tokens).tolist() if sentence_end.search(tokenizer.decode([token]))]
         document_starts = np.cumsum([0, *map(len, texts)])
