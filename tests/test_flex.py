@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import some
-from test_kernels import Largest, chunks, drawn, packed, padding
+from test_kernels import chunks, drawn, packed, padding
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zebra.kernels import Mask, Request, flex, reference
 
@@ -125,6 +126,19 @@ def test_lengths_and_windows_share_one_compilation(compilations: int, monkeypatc
     for n in range(3, compilations):
         assert run(300, 300, 50, size=8 + 8 * n) == n
     torch.compiler.reset()
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
 
 
 def test_no_tensor_has_the_size_of_the_mask() -> None:

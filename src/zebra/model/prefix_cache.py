@@ -58,7 +58,7 @@ class CachedText:
             del self.snapshots[min(gaps, key=gaps.__getitem__)]
 
     def cut(self, length: int) -> CachedText | None:
-        """A text of the first `length` tokens, or of fewer where the cache cannot be cut there; None where nowhere.
+        """A text of the first `length` tokens, or of fewer where the cache cannot be cut there; None without any.
 
         It shares storage with this one until it grows, and neither changes the other.
         """
