@@ -132,20 +132,25 @@ def split_memory(run: Run, parallel: Parallel) -> dict[str, int]:
     size, training = BYTES[run.dtype], run.phase == "train"
     all_layers = training and not run.checkpointing
     gathering = [kind for kind in kinds if kind == LOCAL or not parallel.ring]
-    numbers = tokens * 2 * run.decoder.kv_width if len(gathering) < len(kinds) else 0  # of a shard that is passed on
-    passing = 2 * numbers * size
-    of_kinds = {
+    passed_on = tokens * 2 * run.decoder.kv_width if len(gathering) < len(kinds) else 0  # numbers of a shard, in a ring
+    in_ring = 2 * passed_on * size
+    received = {
         kind: [got for got, _ in exchanged_bytes(run, kind, parallel.sequence)] for kind in sorted(set(gathering))
     }
-    one_layer = max(map(max, of_kinds.values()), default=0)
-    of_devices = zip(*([gathering.count(kind) * one for one in got] for kind, got in of_kinds.items()), strict=True)
-    fetched = max(map(sum, of_devices), default=0) + passing if all_layers else max(one_layer, passing)
-    joined = tokens * run.decoder.query_width * size
-    gradients = max(5 * one_layer // 2, 9 * numbers * size // 2 + 4 * numbers)
-    return {
+    one_layer = max(map(max, received.values()), default=0)
+    fetched, joining = max(one_layer, in_ring), min(1, len(gathering))
+    if all_layers:
+        of_kinds = ([gathering.count(kind) * one for one in got] for kind, got in received.items())
+        fetched = max(map(sum, zip(*of_kinds, strict=True)), default=0) + in_ring
+        joining = len(gathering)
+    parts = {
         "keys and values fetched": fetched,
-        "outputs joined": joined * (len(gathering) if all_layers else bool(gathering)),
-    } | ({"gradients of keys and values": gradients} if training else {})
+        "outputs joined": joining * tokens * run.decoder.query_width * size,
+    }
+    if training:
+        gradients = max(5 * one_layer // 2, 9 * passed_on * size // 2 + 4 * passed_on)
+        parts["gradients of keys and values"] = gradients
+    return parts
 
 
 def received_bytes(run: Run, parallel: Parallel) -> dict[str, int]:
