@@ -74,9 +74,13 @@ def results(results: Sequence[Result], as_json: bool, out: Path | None = None) -
             append_results(out, results)
     finally:
         if as_json:
-            json({"results": [result.columns() for result in results]})
+            json({"results": _columns(results)})
         else:
             _result_tables(results)
+
+
+def _columns(results: Sequence[Result]) -> list[dict[str, Any]]:
+    return [result.columns() for result in results]
 
 
 def _result_tables(results: Sequence[Result]) -> None:
@@ -89,7 +93,7 @@ def _result_tables(results: Sequence[Result]) -> None:
 def comparison(results: Sequence[Result], out: Path, as_json: bool) -> None:
     """Methods side by side: their tables, what failed, and the advice."""
     if as_json:
-        json({"results": [result.columns() for result in results]})
+        json({"results": _columns(results)})
         return
     from zebra.report import terminal_table
     from zebra.report.methods import method_tables
@@ -122,8 +126,8 @@ def export(exported: Exported, as_json: bool) -> None:
 def selection(selection: Selection, converted: dict[str, str] | None, as_json: bool) -> None:
     """The layout that was chosen, the results of the choice, and what was converted to it."""
     if as_json:
-        columns = [result.columns() for result in selection.results]
-        json({"layout": str(selection.stripes), "converted": converted, "results": columns})
+        layout = str(selection.stripes)
+        json({"layout": layout, "converted": converted, "results": _columns(selection.results)})
         return
     _result_tables(selection.results)
     line(f"layout {selection.stripes}")
@@ -134,7 +138,7 @@ def selection(selection: Selection, converted: dict[str, str] | None, as_json: b
 def stages(states: Sequence[dict[str, Any]], results: Sequence[Result], as_json: bool) -> None:
     """The stages of a pipeline, and their results."""
     if as_json:
-        json({"stages": states, "results": [result.columns() for result in results]})
+        json({"stages": states, "results": _columns(results)})
         return
     _result_tables(results)
     rows = [

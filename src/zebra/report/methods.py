@@ -14,14 +14,7 @@ from zebra.report.compared import Methods, answered, comparisons
 from zebra.report.figures import ACCENT, Figure, drawable
 from zebra.report.page import Cell, Line, Section, Table
 from zebra.report.pivot import Results, Show, interval_cell, split, table, value_cell
-from zebra.report.series import (
-    Span,
-    layer_lists,
-    number,
-    percent,
-    span_of,
-    task_name,
-)
+from zebra.report.series import Span, layer_lists, number, percent, short_count, span_of, task_name
 from zebra.results import Result
 
 HOW = (
@@ -163,9 +156,7 @@ def _panels(compared: Methods) -> Iterable[Callable[[Axes], None]]:
 
 
 def _short(span: Span) -> str:
-    """Positions in thousands where both are whole ones: 8K–16K."""
-    texts = [f"{at // 1024}K" if at % 1024 == 0 else f"{at:,}" for at in span]
-    return "–".join(texts)
+    return "–".join(map(short_count, span))
 
 
 def _plot_bars(

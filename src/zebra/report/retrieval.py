@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgba
 from zebra.report.figures import ACCENT, INK, Figure, plot_cells
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import finite, interval_cell, split, table, where
-from zebra.report.series import labels, percent, series_of, short_layouts, task_name
+from zebra.report.series import labels, percent, series_of, short_count, short_layouts, task_name
 from zebra.results import Result
 
 HOW = (
@@ -107,8 +107,7 @@ def _plot_panel(
             axes.text(x, y, text, fontsize=8, color=color, horizontalalignment="center", verticalalignment="center")
     plot_cells(axes, *size, cells)
     every = math.ceil(len(lengths) * beside / 18)
-    texts = [f"{n // 1024}K" if n >= 1024 and n % 1024 == 0 else f"{n:,}" for n in lengths]
-    axes.set_xticks(range(0, len(lengths), every), texts[::every])
+    axes.set_xticks(range(0, len(lengths), every), [*map(short_count, lengths)][::every])
     axes.set_yticks(range(len(depths)), [*depths.values()])
     most = 114 // beside
     cut = [line if len(line) <= most else line[: most - 1] + "…" for line in title]

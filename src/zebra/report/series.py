@@ -208,6 +208,11 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) else str(value)
 
 
+def short_count(n: int) -> str:
+    """A count of tokens, `8K` for a whole multiple of 1,024."""
+    return f"{n // 1024}K" if n and n % 1024 == 0 else f"{n:,}"
+
+
 def percent(share: float, decimals: int = 1, sign: str = "") -> str:
     """A share in percent."""
     return f"{100 * share:{sign}.{decimals}f}\N{NO-BREAK SPACE}%".replace("-", "−")
