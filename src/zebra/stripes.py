@@ -102,7 +102,7 @@ class Stripes:
     @classmethod
     def parse(cls, text: str) -> Stripes:
         """Read the notation that `str()` prints: `GLLL:512`, `0,4,9,31:1024`, `GLLL:512+4`."""
-        number = "[0-9]{1,20}"
+        number = "[0-9]{1,100}"  # int() takes no thousands of digits
         layers_of = rf"\s*(?:([A-Za-z]+)|({number}(?:\s*,\s*{number})*))\s*"
         match = re.fullmatch(rf"{layers_of}:\s*(-?{number})\s*(?:\+\s*({number})\s*)?", str(text))
         if match is None:

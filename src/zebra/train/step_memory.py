@@ -185,6 +185,7 @@ def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tu
             dtype = getattr(torch, low.base_dtype) if low else torch.float32
             model: Any = model_class(small)._from_config(small, attn_implementation=NAME, dtype=dtype)
         model = model.to_empty(device="cpu").train()
+        model.tie_weights()  # of which `to_empty` made two
         if low is not None:
             model = lora.wrap(model, low, seed=0)
         for tokens in (_PROBE, 2 * _PROBE):
