@@ -46,7 +46,11 @@ PARTS = {
         "--set evaluate.length=16384 --set train.max_steps=25",
     ),
     "lit": ("runs/lit-smollm2", "tune recipes/lit-smollm2-cpu.yaml"),
-    "16k": ("runs/smollm2-16k", f"{_COMPARE} --length 16384 {_ALL}{_EXTENDED}16384' --windows 16 --samples 10"),
+    "16k": (
+        "runs/smollm2-16k",
+        f"{_COMPARE} --length 16384 {_ALL}{_EXTENDED}16384' --with 'checkpoint=runs/lcat-smollm2/model "
+        "self_extend=auto:16384' --windows 16 --samples 10",
+    ),
     "32k": ("runs/smollm2-32k", f"{_COMPARE} --length 32768 {_ALL}{_EXTENDED}32768' --windows 6 --samples 4"),
     "groups": (
         "runs/smollm2-groups",

@@ -182,4 +182,5 @@ def _plot_bars(
     axes.grid(False)
     axes.spines[["bottom", "left"]].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_title(title, loc="left", fontsize=8)
+    # In two lines, as long names leave narrow panels.
+    axes.set_title(title.replace(", ", ",\n", 1), loc="left", fontsize=8)
