@@ -177,13 +177,14 @@ def _measured(name: str, model: PreTrainedModel, rope: str | None, data: Trainin
 
 def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any]) -> None:
     """Train, unless the last step is there already, and write the trained checkpoint."""
-    recipe = data.recipe = resolve_checkpointing(start.recipe, start.config)
-    if recipe != start.recipe and recipe.train.activation_checkpointing and is_first_process():
-        console.print("activation checkpointing is on: a step does not fit into this machine's memory without it.")
+    recipe = start.recipe
     last = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}"
     if is_intact(last):  # a kill came between the last step and the export
         model = start.restore(last)
     else:
+        data.recipe = recipe = resolve_checkpointing(recipe, start.config)
+        if recipe != start.recipe and recipe.train.activation_checkpointing and is_first_process():
+            console.print("activation checkpointing is on: a step does not fit into this machine's memory without it.")
         model = start.build()
         if recipe.train.compile:
             compile_layers(model)
