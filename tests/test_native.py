@@ -127,6 +127,16 @@ def test_a_softcap_equals_the_formula(softcap: float, dtype: torch.dtype) -> Non
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", some(KINDS, "plain", "packed and padded"))
+def test_alibi_equals_the_formula(kind: str, dtype: torch.dtype) -> None:
+    """Slopes of each head, in groups of three, and one so steep that what a mask hides would overflow."""
+    slopes = torch.tensor([0.0, 0.02, 0.5, 1.0, 3.0, 8.0])
+    for queries, window in ((301, None), (301, 70), (130, None)):
+        agree(drawn(queries, 301, dtype=dtype, kv_heads=2, group=3), masked(window, 301, kind), slopes=slopes)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", some([1, 63, 100, None], 63))
 def test_padding_and_documents_equal_the_formula(window: int | None, kind: str, dtype: torch.dtype) -> None:
@@ -367,6 +377,9 @@ def test_it_serves_what_it_is_made_for() -> None:
     assert chosen(512, 512, Mask(keys=torch.arange(512)[None] < 500)) == "native"
     assert chosen(512, 512, Mask(), with_lse=False) == "fused"
     assert chosen(512, 512, Mask(64), softcap=9.0) == "native"
+    assert (
+        chosen(512, 512, Mask(64), slopes=torch.ones(2)) == chosen(512, 512, Mask(), slopes=torch.ones(2)) == "native"
+    )
     assert chosen(255, 512, Mask(64)) == "banded"
 
 
@@ -377,7 +390,8 @@ def test_it_serves_what_it_is_made_for() -> None:
         ({"queries": 255}, "fewer than 256"),
         ({"dtype": torch.float64}, "float64"),
         ({"scale": -1.0}, "positive"),
-        ({"slopes": torch.ones(1)}, "ALiBi"),
+        ({"slopes": torch.ones(1), "softcap": 2.0}, "without a softcap"),
+        ({"slopes": torch.ones(1, requires_grad=True)}, "no gradient"),
         ({"mask": Mask(keys=torch.arange(256)[None] % 100 != 50)}, "between the tokens"),
     ],
 )
@@ -403,7 +417,7 @@ def test_an_x86_that_has_no_avx2_declines(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def agrees_everywhere(size: int, dtype: torch.dtype) -> None:
-    """Windows, lengths, padding, documents, groups of heads and a softcap, in few calls."""
+    """Windows, lengths, padding, documents, groups of heads, a softcap and ALiBi, in few calls."""
     for queries, keys, mask in [
         (129, 129, Mask(65)),
         (70, 301, Mask()),
@@ -412,6 +426,7 @@ def agrees_everywhere(size: int, dtype: torch.dtype) -> None:
     ]:
         agree(drawn(queries, keys, size=size, dtype=dtype), mask, scale=size**-0.5)
     agree(drawn(100, 150, size=size, dtype=dtype, kv_heads=2, group=3), Mask(40), scale=size**-0.5, softcap=2.0)
+    agree(drawn(100, 150, size=size, dtype=dtype), Mask(40), scale=size**-0.5, slopes=torch.tensor([0.1, 2.0]))
     decoded(drawn(3, 1100, size=size, dtype=dtype), masked(1070, 1100, "left"), scale=size**-0.5, softcap=2.0)
 
 

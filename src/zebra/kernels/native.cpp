@@ -29,6 +29,7 @@ struct Call {
   View q, k, v, out, grad, dq, dk, dv;
   float *lse, *dlse;       // (batch, heads, queries)
   const int32_t *lo, *hi;  // (batch, queries)
+  const float* slopes;     // (heads), of ALiBi, or null
   int32_t batch, heads, kv_heads, queries, keys, threads;
   float scale, softcap;  // a softcap of 0 is none
 };
@@ -248,6 +249,18 @@ void cap(const Call& call, int keys, float* scores) {
     store(at, call.softcap * tanh(load<V>(at) * (call.scale / call.softcap)));
 }
 
+// ALiBi (arXiv 2108.12409, section 3): the scores of a tile less slope (i - j), for `queries` queries from the position
+// `i` on, and keys from `j` on. What is not seen may be raised.
+void lower(float slope, int i, int queries, int j, int keys, float* scores) {
+  V index;
+  for (int x = 0; x < WIDTH; x++) index[x] = x;
+  for (int key = 0; key < keys; key++)
+    for (int x = 0; x < queries; x += WIDTH) {
+      float* at = scores + key * LANES + x;
+      store(at, load<V>(at) - slope * (index + (float)(i + x - j - key)));
+    }
+}
+
 // -- forward: a task is one query head of one row
 
 struct Forward {
@@ -259,6 +272,8 @@ struct Forward {
   Units k, v;
   Buffer paired;
   const float* values = nullptr;
+  float alibi = 0;   // the head's slope, in units of the scores before `scale`
+  int position = 0;  // of the tile's first query
 
   explicit Forward(const Call& c)
       : call(c),
@@ -277,8 +292,10 @@ struct Forward {
     values = PAIRS ? paired.data : v.data;
     const Rows q = rows_of(call.q, row, head), out = rows_of(call.out, row, head);
     const size_t bounds = (size_t)row * call.queries;
+    if (call.slopes) alibi = call.slopes[head] / scale;
     for (int i = 0; i < call.queries; i += LANES) {
       tile.take(call.lo + bounds + i, call.hi + bounds + i, call.queries - i);
+      position = call.keys - call.queries + i;
       pack_transposed(q.from(i), tile.n, qt);
       memset(mixed, 0, sizeof mixed);
       for (int x = 0; x < LANES; x++) peak[x] = LOWEST, total[x] = 0;
@@ -291,6 +308,7 @@ struct Forward {
     const int read = std::min(keys, call.keys - key);
     product<QUERIES, UNITS, 1, LANES, false>(read, k.data + (size_t)key * UNITS, qt + first, UNITS, scores);
     if (call.softcap) cap(call, keys, scores);
+    if (call.slopes) lower(alibi, position + first, QUERIES, key, keys, scores);
     const Cut cut = tile.cut(key, key + keys, first, QUERIES);
     constexpr int NV = std::min(GROUP, QUERIES / WIDTH);
     for (int x = 0; x < QUERIES; x += NV * WIDTH) soften<NV>(key, keys, cut, first, x);
@@ -532,6 +550,8 @@ struct Backward {
   Units k, v;
   Buffer paired;  // keys in pairs, for dq in bfloat16
   Sum dk, dv;
+  float alibi = 0;  // as in Forward
+  int position = 0;
 
   explicit Backward(const Call& c)
       : call(c),
@@ -582,6 +602,8 @@ struct Backward {
     if constexpr (PAIRS) pack_pairs(queries, tile.n, LANES, q), pack_pairs(gradients, tile.n, LANES, grad);
     else pack_rows(queries, tile.n, LANES, q), pack_rows(gradients, tile.n, LANES, grad);
     memset(dqt, 0, sizeof dqt);
+    if (call.slopes) alibi = call.slopes[head] / call.scale;
+    position = call.keys - call.queries + i;
     const size_t at = ((size_t)row * call.heads + head) * call.queries + i;
     for (int x = 0; x < LANES; x++) {
       lse[x] = INFINITY, delta[x] = 0;  // the weight 0: for what is past the end, and sees no key
@@ -600,6 +622,7 @@ struct Backward {
     product<QUERIES, UNITS, 1, LANES, false>(read, k.data + (size_t)key * UNITS, qt + first, UNITS, weights);
     product<QUERIES, UNITS, 1, LANES, false>(read, v.data + (size_t)key * UNITS, gt + first, UNITS, slopes);
     if (call.softcap) cap(call, keys, weights);
+    if (call.slopes) lower(alibi, position + first, QUERIES, key, keys, weights);
     const Cut cut = tile.cut(key, key + keys, first, QUERIES);
     differentiate<QUERIES, true>(key, key, cut.whole, first);
     differentiate<QUERIES, false>(key, cut.whole, cut.end, first);

@@ -39,7 +39,7 @@ class _View(ctypes.Structure):
 
 
 _VIEWS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
-_FLAT = ("lse", "dlse", "lo", "hi")
+_FLAT = ("lse", "dlse", "lo", "hi", "slopes")
 
 
 class _Call(ctypes.Structure):
@@ -105,21 +105,36 @@ def _loaded(*options: str) -> ctypes.CDLL | str:
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lo: Tensor,
+        hi: Tensor,
+        slopes: Tensor | None,
+        scale: float,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (unit_stride(x) for x in (q, k, v))
         out = unit_stride(torch.empty_like(q))
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
-        _run("forward", {"q": q, "k": k, "v": v, "out": out, "lse": lse, "lo": lo, "hi": hi}, scale, softcap)
-        ctx.save_for_backward(q, k, v, out, lse, lo, hi)
+        saved = q, k, v, out, lse, lo, hi, slopes
+        _run("forward", _saved(saved), scale, softcap)
+        ctx.save_for_backward(*saved)
         ctx.scale, ctx.softcap = scale, softcap
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        saved = dict(zip(("q", "k", "v", "out", "lse", "lo", "hi"), ctx.saved_tensors, strict=True))
-        return *_backward(saved, grad_out, grad_lse, ctx.scale, ctx.softcap), None, None, None, None
+        gradients = _backward(_saved(ctx.saved_tensors), grad_out, grad_lse, ctx.scale, ctx.softcap)
+        return *gradients, None, None, None, None, None
+
+
+def _saved(tensors: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """By their names in a call, those that there are."""
+    named = zip(("q", "k", "v", "out", "lse", "lo", "hi", "slopes"), tensors, strict=True)
+    return {name: tensor for name, tensor in named if tensor is not None}
 
 
 def _backward(
@@ -133,7 +148,8 @@ def _backward(
 
 def native(request: Request) -> tuple[Tensor, Tensor | None]:
     """The kernel over the run of keys that each query sees: out (B, H, T, D), lse (B, H, T)."""
-    out, lse = _Native.apply(request.q, request.k, request.v, *_key_ranges(request), request.scale, request.softcap)
+    inputs = request.q, request.k, request.v, *_key_ranges(request), _slopes(request)
+    out, lse = _Native.apply(*inputs, request.scale, request.softcap)
     return out, lse if request.with_lse else None
 
 
@@ -152,8 +168,7 @@ def decode(request: Request) -> tuple[Tensor, Tensor | None]:
 def _gradients(
     request: Request, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lo, hi = _key_ranges(request)
-    saved = {"q": request.q, "k": request.k, "v": request.v, "out": unit_stride(out), "lse": lse, "lo": lo, "hi": hi}
+    saved = _saved((request.q, request.k, request.v, unit_stride(out), lse, *_key_ranges(request), _slopes(request)))
     dq, dk, dv = _backward(saved, grad_out, grad_lse, request.scale, request.softcap)
     return dq, dk, dv
 
@@ -163,12 +178,20 @@ def _key_ranges(request: Request) -> list[Tensor]:
     return [x.expand(request.q.shape[0], -1).to(torch.int32).contiguous() for x in ranges]
 
 
+def _slopes(request: Request) -> Tensor | None:
+    return None if request.slopes is None else request.slopes.detach().to(torch.float32).contiguous()
+
+
 def _unsupported_reason(request: Request) -> str | None:
     size = request.q.shape[3]
     if size not in _SIZES:
         return f"it takes head sizes {', '.join(map(str, _SIZES))}, not {size}"
     if request.scale <= 0:
         return "it takes positive scales only"
+    if request.slopes is not None and request.softcap is not None:
+        return "it has ALiBi without a softcap"
+    if request.slopes is not None and request.slopes.requires_grad and torch.is_grad_enabled():
+        return "it gives ALiBi's slopes no gradient"
     if request.mask.has_padding_holes():
         return "padding stands between the tokens of a sequence"
     library = _library(request.q.dtype, size)
@@ -181,11 +204,12 @@ def _no_decode_reason(request: Request) -> str | None:
 
 KERNEL = Kernel(
     name="native",
-    summary="tiles in C++, compiled on the machine: windows, documents, padding, chunks",
+    summary="tiles in C++, compiled on the machine: windows, documents, padding, chunks, ALiBi",
     run=native,
     devices=frozenset({"cpu"}),
     dtypes=frozenset(_NUMBERS),
     softcap=True,
+    slopes=True,
     min_queries=256,
     unsupported_reason=_unsupported_reason,
     gradients=_gradients,
