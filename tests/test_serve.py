@@ -201,6 +201,29 @@ def test_the_next_turn_reads_only_what_is_new(served: Served, checkpoint: Path) 
     assert second.choices[0].message.content == expected(checkpoint, prompt, 20)
 
 
+def test_a_stream_says_how_far_the_prompt_is_read_where_it_is_asked(served: Served) -> None:
+    """As llama.cpp's server does; what a cache holds counts as read."""
+    client, messages = served.client(), user("Lily had a red ball. " * 12 + "The end.")
+    options: Any = {"model": "stories", "messages": messages, "max_tokens": 3, "stream": True}
+    options |= {"stream_options": {"include_usage": True}}
+    for is_cached in (False, True):
+        chunks = list(client.chat.completions.create(**options, extra_body={"return_progress": True}))
+        steps = [chunk.prompt_progress for chunk in chunks if hasattr(chunk, "prompt_progress")]
+        usage = chunks[-1].usage
+        cached = usage.prompt_tokens_details.cached_tokens
+        assert {(step["total"], step["cache"]) for step in steps} == {(usage.prompt_tokens, cached)}
+        assert (cached > 0) == is_cached
+        read = [step["processed"] for step in steps]
+        assert read == sorted(read)
+        assert (read[0], read[-1]) == (cached, usage.prompt_tokens)
+        assert is_cached or len({*read}) > 2
+        assert all(step["time_ms"] >= 0 for step in steps)
+    assert not any(hasattr(chunk, "prompt_progress") for chunk in client.chat.completions.create(**options))
+    prompt: Any = {"model": "stories", "prompt": ONCE, "max_tokens": 2, "stream": True}
+    chunks = list(client.completions.create(**prompt, extra_body={"return_progress": True}))
+    assert chunks[0].prompt_progress["total"] > 0
+
+
 def test_completions_and_responses_say_the_same(served: Served, checkpoint: Path) -> None:
     client, text = served.client(), expected(checkpoint, ONCE, 12)
     assert client.completions.create(model="stories", prompt=ONCE, max_tokens=12).choices[0].text == text

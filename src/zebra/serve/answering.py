@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers.cli.serving.utils import ReasoningText, ToolCall, response_eve
 
 from zebra.model.prefix_cache import PrefixCache
 from zebra.serve.engine import Ticket
-from zebra.serve.events import Finish, Piece, ScoredToken
+from zebra.serve.events import Finish, Piece, Progress, ScoredToken
 from zebra.serve.jobs import Job
 from zebra.serve.metrics import Metrics
 from zebra.serve.scores import scored_token
@@ -47,6 +48,7 @@ class Answerer:
             self._prefixes,
             logprobs=job.scores,
             on_step=pieces.put,
+            on_prefill=pieces.prefill,
             cancelled=lambda: ticket.cancelled or pieces.stopped,
         )
         self._metrics.cache_bytes.set(self._prefixes.kv_bytes())
@@ -74,6 +76,7 @@ class _Pieces:
     def __init__(self, ticket: Ticket[Job], tokenizer: PreTrainedTokenizerBase) -> None:
         self._ticket, self._tokenizer, self._parser = ticket, tokenizer, ticket.job.parser
         self._stops, self._scored = StopFilter(ticket.job.stop), list[ScoredToken]()
+        self._start = time.perf_counter()
         self._writer: TextWriter | None = None
         if self._parser is not None:
             self._writer = TextWriter(tokenizer, self._text, special=True)
@@ -84,6 +87,13 @@ class _Pieces:
     def stopped(self) -> bool:
         """Whether a stop string came."""
         return self._stops.stopped
+
+    def prefill(self, read: int, total: int) -> None:
+        """So many tokens were read of those that no cache held."""
+        job, seconds = self._ticket.job, time.perf_counter() - self._start
+        if job.progress:
+            cached = len(job.ids) - total
+            self._ticket.send(Piece(progress=Progress(len(job.ids), cached, cached + read, seconds)))
 
     def put(self, step: Step) -> None:
         """One step of the answer."""

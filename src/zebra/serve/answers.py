@@ -79,7 +79,7 @@ class ChatFormat(_Chunks):
         return self._chunk([{"delta": {"role": "assistant", "content": ""}}])
 
     def piece(self, piece: Piece) -> str:
-        """Text, reasoning or a call of a tool."""
+        """Text, reasoning, a call of a tool or the progress of reading."""
         delta: dict[str, Any] = {}
         if piece.text:
             delta["content"] = piece.text
@@ -88,7 +88,7 @@ class ChatFormat(_Chunks):
         if piece.tool is not None:
             delta["tool_calls"] = [{"index": self._calls, **self._call(piece, self._calls)}]
             self._calls += 1
-        return self._chunk([{"delta": delta, "logprobs": _chat_logprobs(piece.tokens)}])
+        return self._chunk([{"delta": delta, "logprobs": _chat_logprobs(piece.tokens)}], **_progress(piece))
 
     def end(self, finish: Finish) -> str:
         """Why it ended, `tool_calls` where it calls any; the timings, and the usage where the client asks for it."""
@@ -137,7 +137,7 @@ class CompletionFormat(_Chunks):
 
     def piece(self, piece: Piece) -> str:
         """Text."""
-        return self._chunk([self._choice([piece])])
+        return self._chunk([self._choice([piece])], **_progress(piece))
 
     def end(self, finish: Finish) -> str:
         """Why it ended, the timings, and the usage where the client asks for it."""
@@ -248,6 +248,10 @@ class ResponsesFormat:
         last = self.end(finish).strip().splitlines()[-1]
         whole: dict[str, Any] = json.loads(last.removeprefix("data: "))["response"]
         return whole
+
+
+def _progress(piece: Piece) -> dict[str, Any]:
+    return {} if piece.progress is None else {"prompt_progress": piece.progress.fields()}
 
 
 def _usage(finish: Finish) -> dict[str, Any]:

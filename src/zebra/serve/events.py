@@ -25,13 +25,36 @@ class ScoredToken(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a prompt has been read.
+
+    Attributes:
+        total: its tokens.
+        cached: those that a cache held.
+        processed: those that were read or cached.
+        seconds: of reading.
+    """
+
+    total: int
+    cached: int
+    processed: int
+    seconds: float
+
+    def fields(self) -> dict[str, Any]:
+        """The fields that llama.cpp's server names `prompt_progress`."""
+        milliseconds = round(1000 * self.seconds)
+        return {"total": self.total, "cache": self.cached, "processed": self.processed, "time_ms": milliseconds}
+
+
+@dataclass(frozen=True)
 class Piece:
-    """A piece of an answer: a text, reasoning, or a call of a tool; with scores its tokens too."""
+    """A piece of an answer: a text, reasoning, a call of a tool, or the progress of reading; with scores its tokens."""
 
     text: str = ""
     reasoning: str = ""
     tool: ToolCall | None = None
     tokens: tuple[ScoredToken, ...] = ()
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class Job:
         stop: strings that end the answer and are left out of it.
         scores: likeliest tokens that are listed beside each token with their log-probabilities; None for no scores.
         parser: finds reasoning and calls of tools in the text, where the model's family has a grammar for them.
+        progress: whether the client is told how far the prompt is read.
     """
 
     ids: list[int]
@@ -40,6 +41,7 @@ class Job:
     stop: tuple[str, ...]
     scores: int | None = None
     parser: Any = None
+    progress: bool = False
 
 
 class Prompts:
@@ -90,7 +92,8 @@ class Prompts:
         self.check_model(body.model)
         scores = body.scores()
         ids = await self._in_thread(self._templated, body.messages, body.tools, body.chat_template_kwargs)
-        return self._job(ids, body, body.new_tokens(), scores, self._parser(ids, body.tools))
+        parser = self._parser(ids, body.tools)
+        return self._job(ids, body, body.new_tokens(), scores=scores, parser=parser, progress=body.return_progress)
 
     async def completion(self, body: CompletionRequest) -> Job:
         """A job of `/v1/completions`."""
@@ -103,7 +106,7 @@ class Prompts:
             ids = prompt
         else:
             ids = await self._in_thread(prompt_tokens, self._tokenizer, prompt)
-        return self._job(ids, body, body.max_tokens, body.logprobs)
+        return self._job(ids, body, body.max_tokens, scores=body.logprobs, progress=body.return_progress)
 
     async def responses(self, body: ResponsesRequest) -> Job:
         """A job of `/v1/responses`."""
@@ -118,7 +121,7 @@ class Prompts:
             text = f"an item of it is neither a text nor a call nor the output of one ({type(error).__name__})"
             raise ApiError(400, f"input: {text}. Give messages with a role and content.", param="input") from None
         ids = await self._in_thread(self._templated, messages, tools, body.chat_template_kwargs)
-        return self._job(ids, body, body.max_output_tokens, None, self._parser(ids, tools))
+        return self._job(ids, body, body.max_output_tokens, parser=self._parser(ids, tools))
 
     async def _in_thread(self, function: Any, *arguments: Any) -> list[int]:
         """Tokens of a long document take seconds, in which the event loop goes on."""
@@ -150,9 +153,7 @@ class Prompts:
         options = {"tools": tools} if tools and takes_tools else {}
         return build_response_parser(self._tokenizer, self._model, ids, **options)
 
-    def _job(
-        self, ids: list[int], body: Sampling, new_tokens: int | None, scores: int | None, parser: Any = None
-    ) -> Job:
+    def _job(self, ids: list[int], body: Sampling, new_tokens: int | None, **more: Any) -> Job:
         if not ids:
             raise ApiError(400, "the prompt has no tokens. Send at least one character.", param="prompt")
         try:
@@ -163,4 +164,4 @@ class Prompts:
             decoding = Decoding(max_new_tokens=new_tokens or self._max_tokens, **body.decoding())
         except ZebraError as error:
             raise ApiError(400, str(error)) from None
-        return Job(ids, decoding, tuple(body.stop), scores, parser)
+        return Job(ids, decoding, tuple(body.stop), **more)

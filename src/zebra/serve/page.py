@@ -138,6 +138,9 @@ class _Page:
         yield busy, shown, messages, _status("Reading")
         try:
             async for piece, line in self._pieces([*messages, question]):
+                if not piece:
+                    yield gradio.skip(), gradio.skip(), gradio.skip(), _status(line)
+                    continue
                 so_far = [*messages, question, {"role": "assistant", "content": piece}]
                 yield gradio.skip(), [*shown, _entry("assistant", piece)], so_far, _status(line)
         except openai.APIError as error:
@@ -153,11 +156,17 @@ class _Page:
         async with (
             openai.AsyncOpenAI(base_url=base, api_key=self._key or "none", max_retries=0, timeout=None) as client,
             await client.chat.completions.create(
-                model=self._card["id"], messages=messages, stream=True, stream_options={"include_usage": True}
+                model=self._card["id"],
+                messages=messages,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"return_progress": True},
             ) as stream,
         ):
             async for chunk in stream:
                 usage, timings = chunk.usage or usage, getattr(chunk, "timings", timings)
+                if (progress := getattr(chunk, "prompt_progress", None)) is not None:
+                    yield text, f"Reading {progress['processed']:,} of {progress['total']:,} tokens"
                 if chunk.choices and (piece := chunk.choices[0].delta.content):
                     text += piece
                     yield text, "Answering"

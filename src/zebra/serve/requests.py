@@ -177,6 +177,7 @@ class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    return_progress: bool = False
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=_MAX_TOP_LOGPROBS)
     tools: list[dict[str, Any]] = []
@@ -200,6 +201,7 @@ class CompletionRequest(Sampling):
 
     prompt: Unicode | list[int]
     max_tokens: int | None = Field(None, ge=1)
+    return_progress: bool = False
     logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
 
     @field_validator("prompt", mode="before")
