@@ -1,6 +1,6 @@
 """The goals for zebra's speed and memory, measured on this machine: `make bench`.
 
-python benchmarks/speed.py                            everything; half an hour and more on two cores
+python benchmarks/speed.py                            everything; an hour on two cores
 python benchmarks/speed.py decode loss                only these parts; their results replace the earlier ones
 python benchmarks/speed.py attention length=4096      one part with other sizes, shown on the terminal alone
 python benchmarks/speed.py --page                     measure nothing; write the page again

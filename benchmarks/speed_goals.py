@@ -113,8 +113,8 @@ _ROWS = (
 )
 _STRIPES = (
     "Stripes take their share of a token's attention alone. Products of one row and dispatch, which they do not "
-    "touch, are more than the goal leaves. Since a first measurement the kernel for few queries serves local layers "
-    "of 512 keys and more, which took a quarter to a third off them."
+    "touch, are more than the goal leaves. The kernel for few queries, which serves local layers of 512 keys and more "
+    "since a first measurement, takes 0.10 ms in place of torch's 0.18 in a layer of 1,024 (docs/log.md)."
 )
 _HEAD = (
     "Head and loss are 49,152 words in float32, by torch's linear_cross_entropy, at the rate of MKL. A loop of our own "

@@ -189,6 +189,11 @@ def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
         assert set(numbers) <= measured, set(numbers) - measured
 
 
+def test_published_results_say_where_they_come_from() -> None:
+    for file in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
+        assert all(one.device and one.versions and one.commit for one in read_results(file)), file
+
+
 def test_the_page_of_smollm2_is_that_of_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """benchmarks/smollm2.py writes it; the README's table of methods has its numbers."""
     import smollm2
