@@ -157,7 +157,11 @@ def test_the_pieces_join_to_the_text_and_it_to_the_whole(model: Any, tokenizer: 
 
 
 @pytest.mark.parametrize(
-    "text", ["Tom\n  and\n\n Lily", "caf\u00e9 \u732b \U0001f993\U0001f993!", " a", "\u00e9\u732b", "x\n \ny"]
+    "text",
+    [
+        *("Tom\n  and\n\n Lily", "caf\u00e9 \u732b \U0001f993\U0001f993!", " a", "\u00e9\u732b", "x\n \ny"),
+        "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8\u3001\u9577\u3044",
+    ],
 )
 def test_characters_come_whole(tokenizer: Any, text: str) -> None:
     """Also behind line breaks, and where one character is several tokens."""

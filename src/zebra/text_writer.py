@@ -42,7 +42,7 @@ class TextWriter(BaseStreamer):
     def put(self, value: Tensor) -> None:
         """The prompt first, then new tokens."""
         if not self._before:
-            self._before = value.flatten().tolist()[-self._BEFORE :]
+            self._before = self._last(value.flatten().tolist())
             return
         for token in value.flatten().tolist():
             self._new.append(token)
@@ -53,7 +53,14 @@ class TextWriter(BaseStreamer):
     def end(self) -> None:
         """Write what is held back."""
         piece = decode_after(self._tokenizer, self._before, self._new, special=self._special)
-        self._before, self._new = (self._before + self._new)[-self._BEFORE :], []
+        self._before, self._new = self._last(self._before + self._new), []
         self.text += piece
         if piece and self._on_text is not None:
             self._on_text(piece)
+
+    def _last(self, tokens: list[int]) -> list[int]:
+        """A few last tokens, the first of which begins a character: some decoders spoil all bytes behind half a one."""
+        for size in range(self._BEFORE, self._BEFORE + self._BYTES):
+            if not decode(self._tokenizer, tokens[-size:], special=self._special).startswith("\ufffd"):
+                return tokens[-size:]
+        return tokens[-self._BEFORE :]
