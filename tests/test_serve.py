@@ -158,6 +158,10 @@ def user(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+def calling(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
+
+
 def expected(checkpoint: Path, prompt: str, new_tokens: int) -> str:
     return zebra.generate(checkpoint, prompt, max_new_tokens=new_tokens).text
 
@@ -251,13 +255,14 @@ def test_a_stop_string_ends_and_is_left_out(served: Served, checkpoint: Path) ->
 
 
 def test_a_seed_repeats_and_another_differs(served: Served) -> None:
-    def drawn(seed: int) -> str:
+    def drawn(seed: int | None) -> str:
         answer = served.client().chat.completions.create(
             model="stories", messages=user(ONCE), max_tokens=30, temperature=1.2, top_p=0.95, seed=seed
         )
         return str(answer.choices[0].message.content)
 
     assert drawn(1) == drawn(1) != drawn(2)
+    assert len({drawn(None) for _ in range(3)}) > 1
 
 
 def test_logprobs_are_the_models(served: Served, checkpoint: Path) -> None:
@@ -381,6 +386,9 @@ def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
         ("/v1/responses", {"input": "x", "tools": [{"type": "function", **TOOL["function"]}]}, 400, ["tools"]),
         ("/v1/chat/completions", {"messages": user("x"), "chat_template_kwargs": {"tokenize": 0}}, 400, ["tokenize"]),
         ("/v1/chat/completions", {"messages": user("x"), "chat_template_kwargs": {"messages": 0}}, 400, ["messages"]),
+        ("/v1/chat/completions", {"messages": [*user("x"), calling('"abc"')]}, 400, ["messages.1", "a JSON object"]),
+        ("/v1/chat/completions", {"messages": [*user("x"), calling("[" * 50_000)]}, 400, ["a JSON object"]),
+        ("/v1/chat/completions", {"messages": user("x"), "generation_config": "[" * 50_000}, 400, ["a JSON object"]),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [IMAGE]}]}, 400, ["image_url"]),
         ("/v1/chat/completions", {"messages": user("\ud83d")}, 400, ["surrogate"]),
         ("/v1/completions", {"prompt": "\ud83d"}, 400, ["surrogate"]),
@@ -445,7 +453,8 @@ def test_other_sites_and_other_bodies_are_rejected(served: Served) -> None:
     """A page of another site can send text without a preflight, or a name of its own that leads to this machine."""
     assert served.post("/v1/completions", {"prompt": "x"}, **{"content-type": "text/plain"})[0] == 415
     assert served.get("/v1/models", host="attacker.example")[0] == 403
-    assert served.get("/v1/models", host=f"localhost:{served.port}")[0] == 200
+    assert served.get("/v1/models", host=f"LOCALHOST:{served.port}")[0] == 200
+    assert served.get("/v1/models", origin="http://[")[0] == 403
     assert served.get("/v1/models", origin="http://attacker.example")[0] == 403
     assert served.get("/v1/models", origin=served.address)[0] == 200
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from conftest import STORIES
+from transformers import AutoTokenizer
 
 pytest.importorskip("openai", reason="the extra serve is not installed")
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
@@ -14,7 +18,6 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 
 from transformers.cli.serving.chat_completion import TransformersCompletionCreateParamsStreaming
 from transformers.cli.serving.completion import TransformersTextCompletionCreateParams
-from transformers.cli.serving.model_manager import Modality
 from transformers.cli.serving.response import (
     ResponseHandler,
     TransformersResponseCreateParamsStreaming,
@@ -29,10 +32,16 @@ from transformers.cli.serving.utils import (
 )
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from zebra.serve.answering import _Pieces
 from zebra.serve.answers import ChatFormat, ResponsesFormat
+from zebra.serve.engine import Engine
+from zebra.serve.errors import ApiError
 from zebra.serve.events import Finish, Piece
-from zebra.serve.requests import IGNORED, NEUTRAL, ChatRequest, CompletionRequest, ResponsesRequest, Sampling
+from zebra.serve.jobs import Prompts
+from zebra.serve.metrics import Metrics
+from zebra.serve.requests import IGNORED, NEUTRAL, ChatRequest, CompletionRequest, Message, ResponsesRequest, Sampling
 from zebra.serve.stops import StopFilter
+from zebra.streaming import Step
 
 QWEN = {
     "defaults": {"role": "assistant"},
@@ -72,11 +81,19 @@ def test_every_field_of_the_api_is_served_ignored_or_rejected(params: type, body
     assert rejected <= known
 
 
-def test_messages_become_plain_ones() -> None:
+def test_a_message_reaches_the_template_whole() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]
-    plain = BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM)
-    assert plain == [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    assert plain(role="developer", content=parts) == {"role": "system", "content": "a b"}
+    assert plain(role="assistant", content="c", tool_calls=[], refusal=None) == {"role": "assistant", "content": "c"}
+    call = {"id": "1", "function": {"name": "f", "arguments": '{"x": null}'}}
+    message = {"role": "assistant", "content": "Let me look.", "reasoning_content": "hm", "tool_calls": [call]}
+    read = {"id": "1", "function": {"name": "f", "arguments": {"x": None}}}
+    assert plain(**message) == message | {"tool_calls": [read]}
+    assert plain(role="tool", content="5", name="f") == {"role": "tool", "content": "5", "name": "f"}
+
+
+def plain(**message: Any) -> dict[str, Any]:
+    return Message.model_validate(message).for_template()
 
 
 def test_an_input_of_responses_becomes_messages() -> None:
@@ -104,6 +121,20 @@ def test_the_parser_finds_reasoning_calls_and_text() -> None:
     assert [one for one in chunks if isinstance(one, ToolCall)] == [ToolCall("f", '{"x": 1}')]
 
 
+def test_a_call_that_the_parser_cannot_read_stays_text() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    tokenizer.response_template = QWEN
+    ids = tokenizer("<|im_start|>assistant\n").input_ids
+    sent: list[Piece] = []
+    job = SimpleNamespace(ids=ids, stop=(), parser=build_response_parser(tokenizer, None, ids))
+    pieces = _Pieces(SimpleNamespace(job=job, send=sent.append), tokenizer)  # type: ignore[arg-type]
+    text = "yes<tool_call>{no</tool_call> and on"
+    for token in tokenizer(text, add_special_tokens=False).input_ids:
+        pieces.put(Step(token, tokenizer.convert_ids_to_tokens(token).replace("\u2581", " ")))
+    pieces.end()
+    assert "".join(piece.text for piece in sent).strip() == text
+
+
 def test_events_of_a_response_come_in_order() -> None:
     pieces = [Piece(reasoning="hm"), Piece("yes"), Piece(tool=ToolCall("f", "{}"))]
     form = ResponsesFormat("m")
@@ -118,6 +149,8 @@ def test_events_of_a_response_come_in_order() -> None:
     whole = ResponsesFormat("m").whole(pieces, FINISH)
     assert [item["type"] for item in whole["output"]] == ["reasoning", "message", "function_call"]
     assert callable(_ResponseStreamBuilder.error)
+    (item,) = ResponsesFormat("m").whole([Piece("a\u2028b\x85c")], FINISH)["output"]
+    assert item["content"][0]["text"] == "a\u2028b\x85c"
 
 
 def test_a_chat_has_reasoning_and_calls_whole_and_streamed() -> None:
@@ -133,6 +166,29 @@ def test_a_chat_has_reasoning_and_calls_whole_and_streamed() -> None:
     assert json.loads(last)["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
     deltas = [json.loads(chunk)["choices"][0]["delta"] for chunk in chunks]
     assert [call["index"] for delta in deltas for call in delta.get("tool_calls", ())] == [0, 1]
+
+
+class GaveUp(BaseException):
+    """As the tokenizers library raises it, which is no Exception."""
+
+
+GaveUp.__module__ = "pyo3_runtime"
+
+
+def test_a_tokenizer_that_gives_up_ends_its_request_alone() -> None:
+    def give_up(*_: Any) -> Any:
+        raise GaveUp("stack overflow")
+
+    async def ask() -> None:
+        engine = Engine[str](lambda ticket: give_up() if ticket.job else FINISH, Metrics(), max_queue=9, max_seconds=20)
+        with pytest.raises(ApiError, match="stack overflow"):
+            [item async for item in engine.submit("x").items()]
+        assert [item async for item in engine.submit("").items()] == [FINISH]
+        prompts = Prompts("m", None, None, layout="full", max_tokens=1)
+        with pytest.raises(ApiError, match="stack overflow"):
+            await prompts._in_thread(give_up)
+
+    asyncio.run(ask())
 
 
 def test_uvicorn_has_what_the_clock_of_slow_clients_needs() -> None:

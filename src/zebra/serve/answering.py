@@ -77,6 +77,7 @@ class _Pieces:
         self._ticket, self._tokenizer, self._parser = ticket, tokenizer, ticket.job.parser
         self._stops, self._scored = StopFilter(ticket.job.stop), list[ScoredToken]()
         self._start = time.perf_counter()
+        self._unread = ""  # of the text that the parser got, what it has neither handed on nor rejected
         self._writer: TextWriter | None = None
         if self._parser is not None:
             self._writer = TextWriter(tokenizer, self._text, special=True)
@@ -116,7 +117,7 @@ class _Pieces:
         if self._parser is not None:
             try:
                 events = self._parser.finalize()[1]
-            except (ValueError, RuntimeError):  # it ended within a call of a tool
+            except Exception:  # it ended within a call of a tool
                 events = []
             self._send(response_events_to_chunks(events))
 
@@ -124,7 +125,17 @@ class _Pieces:
         self._parsed(self._stops.put(text))
 
     def _parsed(self, text: str) -> None:
-        self._send([text] if self._parser is None else response_events_to_chunks(self._parser.feed(text)))
+        if self._parser is None:
+            self._send([text])
+            return
+        self._unread += text
+        try:
+            chunks = response_events_to_chunks(self._parser.feed(text))
+        except Exception:  # a call of a tool that the grammar cannot read: all from there on is text
+            chunks, self._parser, self._writer = [self._unread], None, None
+        if chunks:
+            self._unread = ""
+        self._send(chunks)
 
     def _send(self, chunks: list[Any]) -> None:
         for chunk in chunks:

@@ -245,7 +245,7 @@ class ResponsesFormat:
         """A `Response`: what the last event of the stream holds."""
         for piece in pieces:
             self.piece(piece)
-        last = self.end(finish).strip().splitlines()[-1]
+        last = self.end(finish).strip().split("\n")[-1]  # a text may hold other line breaks
         whole: dict[str, Any] = json.loads(last.removeprefix("data: "))["response"]
         return whole
 

@@ -166,7 +166,7 @@ class Engine(Generic[Job]):
                 ending = finish.reason
                 self._count(finish, time.monotonic() - ticket.arrival)
                 ticket.send(finish)
-        except Exception as error:
+        except BaseException as error:  # a tokenizer that gives up raises no Exception, and the thread must live
             ending = "error"
             ticket.send(_as_api_error(error))
         self._metrics.endings.labels(ending).inc()
@@ -186,7 +186,7 @@ def stopping() -> ApiError:
     return ApiError(503, text, code="stopping", retry_after=RETRY_AFTER)
 
 
-def _as_api_error(error: Exception) -> ApiError:
+def _as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ZebraError):  # what the request could be wrong in was checked before
         return ApiError(500, str(error), code="model_error")
     if (fault := machine_fault(error)) is not None:

@@ -6,7 +6,6 @@ import asyncio
 import hmac
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 from zebra.serve.engine import stopping
 from zebra.serve.errors import ApiError
@@ -74,7 +73,7 @@ class Guard:
 
     def _check(self, path: str, of_page: bool, method: str, headers: dict[str, str]) -> None:
         if self._settings.on_loopback and self._settings.api_key is None:
-            _check_site(headers.get("host", ""), headers.get("origin"))
+            _check_site(headers.get("host", ""), headers.get("origin"), self._settings.host)
         if path in _OPEN or of_page:
             return
         if (key := self._settings.api_key) is not None:
@@ -131,10 +130,10 @@ class Guard:
         )
 
 
-def _check_site(host: str, origin: str | None) -> None:
+def _check_site(host: str, origin: str | None, address: str) -> None:
     """Reject what a page of another site makes a browser send: by a name that leads here, or from its own origin."""
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
-    if name not in _LOOPBACK_NAMES:
+    if name.lower() not in (*_LOOPBACK_NAMES, address):
         raise ApiError(403, f"this server answers to localhost alone; the request's Host is {host!r}.")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and origin.partition("://")[2] != host:
         raise ApiError(403, f"this server answers to its own page alone; the request's Origin is {origin!r}.")

@@ -9,13 +9,12 @@ from typing import Any
 
 from fastapi import HTTPException
 from transformers import PreTrainedTokenizerBase
-from transformers.cli.serving.model_manager import Modality
 from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.utils import BaseHandler, build_response_parser
+from transformers.cli.serving.utils import build_response_parser
 
 from zebra.data.encoding import prompt_tokens
 from zebra.decoding import Decoding
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, machine_fault
 from zebra.generation import encode_messages
 from zebra.model.context import longest_text
 from zebra.model.self_extend import self_extend_of
@@ -131,10 +130,13 @@ class Prompts:
                 return ids
             except ZebraError as error:
                 raise ApiError(400, str(error)) from None
+            except BaseException as error:  # a tokenizer that gives up on a text raises no Exception
+                if isinstance(error, Exception) or (fault := machine_fault(error)) is None:
+                    raise
+                raise ApiError(400, fault) from None
 
     def _templated(self, messages: list[Message], tools: list[Any], kwargs: dict[str, Any]) -> list[int]:
-        plain = [message.for_template() for message in messages]
-        inputs = BaseHandler.get_processor_inputs_from_messages(plain, Modality.LLM)
+        inputs = [message.for_template() for message in messages]
 
         def encoded(**options: Any) -> list[int]:
             remedy = "Send messages that it takes, or a whole prompt to /v1/completions."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -61,6 +62,17 @@ Unicode = Annotated[str, AfterValidator(_unicode)]
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(_variables)]
 
 
+def _json_object(text: Any, name: str) -> dict[str, Any]:
+    """A JSON object; clients send it as a string."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} takes a JSON object, as a string")
+    return value
+
+
 class StreamOptions(BaseModel):
     """How a stream ends."""
 
@@ -83,7 +95,7 @@ class Sampling(BaseModel):
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=0, lt=2**63)
     stop: list[Stop] = Field([], max_length=_MAX_STOPS)
 
     @model_validator(mode="before")
@@ -104,14 +116,16 @@ class Sampling(BaseModel):
     def decoding(self) -> dict[str, Any]:
         """Fields of `zebra.decoding.Decoding`.
 
-        Greedy where no temperature is named; a filter without one draws at OpenAI's default of 1.
+        Greedy where no temperature is named; a filter without one draws at OpenAI's default of 1. Without a seed each
+        answer is drawn with another.
         """
         top_p = None if self.top_p == 1 else self.top_p
         filters = {"top_p": top_p, "top_k": self.top_k, "min_p": self.min_p}
         filters = {name: value for name, value in filters.items() if value is not None}
         temperature = (1.0 if filters else 0.0) if self.temperature is None else self.temperature
         drawn = {"temperature": temperature} | (filters if temperature else {})
-        return {**drawn, "repetition_penalty": self.repetition_penalty, "seed": self.seed}
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return {**drawn, "repetition_penalty": self.repetition_penalty, "seed": seed}
 
 
 def _with_generation_config(fields: dict[str, Any], served: set[str]) -> dict[str, Any]:
@@ -119,11 +133,7 @@ def _with_generation_config(fields: dict[str, Any], served: set[str]) -> dict[st
     text = fields.pop("generation_config", None)
     if text is None:
         return fields
-    try:
-        config = json.loads(text)
-        config = {name: value for name, value in config.items() if value is not None}
-    except (TypeError, ValueError, AttributeError):
-        raise ValueError("generation_config is a JSON object, as a string") from None
+    config = {n: value for n, value in _json_object(text, "generation_config").items() if value is not None}
     draws = config.pop("do_sample", False)
     config.pop("transformers_version", None)
     if "max_new_tokens" in config:
@@ -154,19 +164,17 @@ class Message(BaseModel):
             function = call.get("function")
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 raise ValueError("a tool call has a function with a name")
-            arguments = function.get("arguments", "{}")
-            try:
-                function["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
-            except ValueError:
-                raise ValueError("the arguments of a tool call are JSON") from None
+            function["arguments"] = _json_object(function.get("arguments") or "{}", "arguments")
         if self.content is None and not self.tool_calls:
             raise ValueError("a message has content or tool_calls")
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """The message as `transformers` takes it, before its parts are joined."""
+        """The message as a chat template takes it, with one text, and fields of the client's that it may know."""
         role = "system" if self.role == "developer" else self.role
-        return self.model_dump(exclude_none=True) | {"role": role}
+        parts = self.content if isinstance(self.content, list) else [{"text": self.content or ""}]
+        message = self.model_dump(exclude_none=True, exclude=None if self.tool_calls else {"tool_calls"})
+        return message | {"role": role, "content": " ".join(part["text"] for part in parts)}
 
 
 class ChatRequest(Sampling):
