@@ -68,7 +68,7 @@ def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
         for beside, name in BESIDE.items()
     ]
     prose = (
-        "40 steps of 8,192 tokens of low-rank updates, the same for each layout, on six novels and two programs; "
+        "40 steps of 8,192 tokens of low-rank updates, the same for each layout, on six books and two files of code; "
         "measured on two novels that are not among them. With two documents an interval says how far apart they are. "
         "The share of the gap closed is beside the source as it was; and beside the full model that was trained the "
         "same way, so that what both learn of novels does not count."
