@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -227,14 +228,19 @@ def test_steps_carry_the_models_log_probabilities(models: Any, tokenizer: Any) -
         assert [value for _, value in step.top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
 
 
-def test_an_error_within_an_answer_is_raised_and_the_conversation_goes_on(models: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("good", [0, 3])
+def test_an_error_within_an_answer_is_raised_and_the_conversation_goes_on(
+    models: Any, tokenizer: Any, good: int
+) -> None:
+    """Also after some of its text."""
     model = models("striped")
     chat = Conversation(model, tokenizer=tokenizer, max_new_tokens=6)
     checked(chat, chat.reply("Hello"), 6)
-    before = list(chat.messages)
+    before, passes = list(chat.messages), itertools.count()
 
     def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
+        if next(passes) == good:
+            raise RuntimeError("out of memory")
 
     with model.model.layers[2].register_forward_hook(fail), pytest.raises(RuntimeError, match="out of memory"):
         list(chat.reply("And?"))

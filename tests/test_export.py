@@ -169,6 +169,11 @@ def test_a_folder_as_a_file_is_the_same_model_to_transformers(
         assert fields["rope_parameters"]["rope_type"] == changes["rope_parameters"]["rope_type"]
 
 
+def test_an_empty_list_is_left_out_of_a_file(tmp_path: Path) -> None:
+    write_model(GgufModel("llama", {"tokenizer.ggml.merges": [], "llama.block_count": 1}, {}), tmp_path / "model.gguf")
+    assert read_model(tmp_path / "model.gguf").metadata == {"llama.block_count": 1}
+
+
 @pytest.mark.parametrize("pre", ORIGINAL_SPLITS)
 def test_a_tokenizer_comes_back_as_it_was(pre: str, tmp_path: Path) -> None:
     from zebra.model.checkpoint import load_tokenizer

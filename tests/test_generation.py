@@ -144,6 +144,8 @@ def test_how_it_ended(model: Any) -> None:
     assert generated.text.endswith("in the p")
     at_last = zebra.generate(model, ONCE, max_new_tokens=len(generated.tokens), stop=("in the p",))
     assert at_last.ended == "stop"
+    half_in_the_prompt = zebra.generate(model, ONCE, max_new_tokens=9, stop=(ONCE[-4:] + generated.text[:2],))
+    assert (half_in_the_prompt.ended, len(half_in_the_prompt.tokens)) == ("length", 9)
 
 
 def test_the_pieces_join_to_the_text_and_it_to_the_whole(model: Any, tokenizer: Any) -> None:

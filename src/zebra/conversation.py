@@ -207,19 +207,18 @@ class Conversation:
         context_room(self.model, len(ids))
 
         def pieces() -> Generator[str, None, None]:
-            text = ""
+            has_text = False
             steps = AnswerStream(self.model, self.tokenizer, ids, decoding, self._prefixes, on_prefill=self.on_prefill)
             try:
                 for step in steps:
-                    text += step.text
                     if step.text:
+                        has_text = True
                         yield step.text
             finally:
                 steps.close()
                 self.last = steps.result or self.last
-                if text or (steps.result and steps.result.ended != "cancel"):
-                    text = steps.result.text if steps.result else text
-                    self.messages = [*messages, {"role": "assistant", "content": text}]
+                if steps.result and (has_text or steps.result.ended != "cancel"):
+                    self.messages = [*messages, {"role": "assistant", "content": steps.result.text}]
                     self.documents = documents
 
         return pieces()

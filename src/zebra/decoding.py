@@ -83,6 +83,8 @@ class Decoding:
     def to_generation_config(self, **tokens: Any) -> GenerationConfig:
         """transformers' config: every field that the checkpoint's own would fill is set, to a neutral value by default.
 
+        Not of it are the stop strings, which transformers would look for in the end of the prompt too.
+
         Args:
             tokens: further fields: the tokens that end and pad a text.
         """
@@ -96,7 +98,6 @@ class Decoding:
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             num_beams=self.num_beams,
-            stop_strings=list(self.stop) or None,
             prefill_chunk_size=self.prefill_chunk,
             use_cache=True,
             return_dict_in_generate=True,

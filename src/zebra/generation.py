@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from zebra.data.chat_template import apply_chat_template
 from zebra.data.encoding import prompt_tokens
@@ -160,6 +167,7 @@ def generate_with(
     decoding: Decoding,
     *,
     attention_mask: Tensor | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] = (),
     **kwargs: Any,
 ) -> Any:
     """What `model.generate` returns, drawn with the seed; the caller's random state is restored.
@@ -174,15 +182,26 @@ def generate_with(
     padding = (getattr(model.generation_config, "pad_token_id", None), tokenizer.pad_token_id, *ends, 0)
     pad_token_id = next(token for token in padding if token is not None)
     config = decoding.to_generation_config(eos_token_id=ends or None, pad_token_id=pad_token_id)
+    stops = [_AnswerStops(tokenizer, decoding.stop, ids.shape[1])] if decoding.stop else []
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*stopping_criteria, *stops])
     kind = model.device.type
     devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
     quiet = only_errors(LENGTH_REMINDER)  # our warning of the length comes before any work
     with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"), quiet, checking_logits(model):
         # torch.manual_seed seeds every device there is; a model on the CPU draws by one generator alone.
         (torch.manual_seed if devices else torch.default_generator.manual_seed)(decoding.seed)
-        return model.generate(
-            ids, attention_mask=attention_mask, generation_config=config, tokenizer=tokenizer, **kwargs
-        )
+        return model.generate(ids, attention_mask=attention_mask, generation_config=config, **kwargs)
+
+
+class _AnswerStops(StopStringCriteria):
+    """transformers' stop strings, in the answer alone: one that begins in the prompt is none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], prompt_tokens: int):
+        super().__init__(tokenizer, list(strings))
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return super().__call__(input_ids[:, self._prompt_tokens :], scores, **kwargs)
 
 
 def _run(

@@ -138,10 +138,11 @@ def write_model(model: GgufModel, path: str | os.PathLike[str]) -> None:
     with atomic_file(path) as aside, closing(GGUFWriter(None, model.architecture)) as writer:
         for key, value in model.metadata.items():
             kind, part = model.types.get(key, (_type_of(value), None))
+            if kind == GGUFValueType.ARRAY and not value:  # the package cannot write an empty one
+                continue
             if kind == GGUFValueType.ARRAY and part is None:
                 part = GGUFValueType.INT32 if type(value[0]) is int else _type_of(value[0])
-            if kind != GGUFValueType.ARRAY or len(value):  # the package cannot write an empty one
-                writer.add_key_value(key, value, kind, part)
+            writer.add_key_value(key, value, kind, part)
         for name, tensor in model.tensors.items():
             writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.size, tensor.kind)
         writer.write_header_to_file(Path(aside))

@@ -116,10 +116,10 @@ class _Pieces:
             self._parsed(self._stops.end())
         if self._parser is not None:
             try:
-                events = self._parser.finalize()[1]
+                chunks = response_events_to_chunks(self._parser.finalize()[1])
             except Exception:  # it ended within a call of a tool
-                events = []
-            self._send(response_events_to_chunks(events))
+                chunks = []
+            self._send(chunks)
 
     def _text(self, text: str) -> None:
         self._parsed(self._stops.put(text))
