@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,6 +304,15 @@ def test_intervals_of_few_documents_hold_the_truth_in_95_of_100(n: int) -> None:
         assert estimate.high is not None
         held += estimate.low <= 2.0 <= estimate.high
     assert 0.91 < held / trials < 0.98
+
+
+def test_an_interval_of_many_documents_takes_memory_for_one_draw() -> None:
+    counts = np.ones(2000)
+    tracemalloc.start()
+    bootstrap(counts, counts, 0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10 * counts.nbytes
 
 
 def test_students_t_and_bounds() -> None:
