@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import zebra
 from zebra import ZebraError
-from zebra.evaluate import harness_retrieval
+from zebra.evaluate import harness, harness_retrieval
 from zebra.evaluate.harness import evaluate_tasks
 from zebra.evaluate.harness_model import language_model
 from zebra.evaluate.lm_eval_compat import isolated, task_errors
@@ -37,6 +37,7 @@ task: tiny_ends
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
 test_split: test
+fewshot_split: test
 output_type: multiple_choice
 doc_to_text: text
 doc_to_target: right
@@ -124,6 +125,24 @@ def test_the_harness_reads_no_end_of_text_behind_a_prompt(ending_stories: Path, 
         shorter, _ = lm.tok_batch_encode(["Once upon a time"], left_truncate_len=2)
         seen[name] = [lm._encode_pair("Once upon a time", " there was"), ids[mask > 0].tolist(), shorter.tolist()]
     assert seen["ending"] == seen["plain"]
+
+
+def test_examples_before_a_question_are_those_whose_length_was_checked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[list[Any]] = []
+    measured = harness._measured
+
+    def record(lm: Any, tasks: Any, *rest: Any) -> Any:
+        (task,) = tasks["tasks"].values()
+        requests.append([request.args for request in task.instances])
+        results = measured(lm, tasks, *rest)
+        requests.append([request.args for request in task.instances])
+        return results
+
+    monkeypatch.setattr(harness, "_measured", record)
+    evaluate_tasks(STORIES, tasks=["tiny_ends"], include=folder, shots=1)
+    assert requests[0] == requests[1]
 
 
 def test_lengths_are_a_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,6 +242,7 @@ def _prepare(
                 sizes.append(len(prompt_tokens(tokenizer, prompt)) + options.get("max_gen_toks", _MAX_NEW_TOKENS))
             elif request.request_type == "loglikelihood":
                 sizes.append(len(prompt_tokens(tokenizer, "".join(request.args))))
+    task.set_fewshot_seed(seed=seed)  # the harness builds them again, with the same examples
     return sizes or [0]
 
 
