@@ -36,7 +36,7 @@ def item(question: str, *answers: str, document: str = STORY) -> QAExample:
 def test_both_shapes_are_read(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {"document": STORY, "question": "Who?", "answers": "Anna"},
-        {"id": "x.7", "document": STORY, "qa": [{"question": "Who?", "answers": ["Anna", "Tom"]}]},
+        {"id": "x.7", "document": f"{STORY} End.", "qa": [{"question": "Who?", "answers": ["Anna", "Tom"]}]},
         {"id": 3, "document": STORY, "qa": [{"question": "a", "answers": []}, {"question": "b", "answers": "c"}]},
     ]
     text = "\n".join([json.dumps(lines[0]), "", *map(json.dumps, lines[1:])])
@@ -47,8 +47,8 @@ def test_both_shapes_are_read(tmp_path: Path) -> None:
     assert [(one.name, one.group, one.question, one.answers) for one in examples] == [
         ("line 1", 1, "Who?", ("Anna",)),
         ("x.7#0", 3, "Who?", ("Anna", "Tom")),
-        ("3#0", 4, "a", ()),
-        ("3#1", 4, "b", ("c",)),
+        ("3#0", 1, "a", ()),  # on the document of the first record
+        ("3#1", 1, "b", ("c",)),
     ]
 
 

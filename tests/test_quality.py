@@ -10,8 +10,10 @@ import pytest
 from conftest import STORIES, TEXT
 from transformers import AutoTokenizer
 
+import zebra
 from zebra.data.conversations import Conversation, conversations_of
 from zebra.data.quality import NGRAM, evaluation_text, faults, ngrams
+from zebra.results import Result
 from zebra.train.chat import Chat
 from zebra.train.instructions import read_instructions
 from zebra.train.tune_recipe import TuneRecipe
@@ -117,10 +119,32 @@ def test_the_gate_of_a_recipe_drops_flags_or_lets_be(tmp_path: Path) -> None:
         assert sum(f"Who {n}?" in text for n in (i, i + 100) for text in texts) in (0, 2)
 
 
+def test_questions_on_one_document_are_one_sample(tmp_path: Path) -> None:
+    """Their losses are alike, so that an interval over them as over others is too narrow."""
+    stories = [story.strip()[:300] for story in STORY[:3]]
+
+    def measured(name: str, documents: list[str]) -> Result:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(
+            "".join(
+                json.dumps({"document": document, "question": f"Who is {i}?", "answer": f"A girl called {i}."}) + "\n"
+                for i, document in enumerate(documents)
+            )
+        )
+        recipe = tuning(path, tmp_path, act="off").model_dump()
+        recipe["data"]["held_out"] = None
+        recipe["evaluate"]["suites"] = [{"name": name, "files": [str(path)]}]
+        data = read_instructions(TuneRecipe.model_validate(recipe), chat, lambda: pytest.fail("no model is asked"))
+        (result,) = data.evaluate(zebra.load(STORIES), {"run": "r", "model": "m", "layout": "full"})
+        return result
+
+    chat = Chat(AutoTokenizer.from_pretrained(STORIES), "plain", "stories")
+    assert measured("one", stories[:1] * 3).low is None
+    assert measured("two", stories).low is not None
+
+
 def test_answers_that_need_no_document_are_found_by_likelihood(tmp_path: Path) -> None:
     """A sentence that the document says is likelier with it; noise is not."""
-    import zebra
-
     records = []
     for i, story in enumerate(STORY[:6]):
         start, end = story.strip()[:500], story.strip()[500:640]

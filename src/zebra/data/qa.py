@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class QAExample:
 
     Attributes:
         name: the record's `id`, or its line; followed by `#<place>` where the record has several questions.
-        group: the number of its record: examples of one record share a document.
+        group: the number of the first record with its document, which examples of several records may share.
     """
 
     name: str
@@ -94,7 +94,8 @@ def read_examples(file: Path) -> list[QAExample]:
     )
     if not examples:
         raise ZebraError(f"{file} has no questions. Give a file with document, question and answers.")
-    return examples
+    first: dict[str, int] = {}
+    return [replace(example, group=first.setdefault(example.document, example.group)) for example in examples]
 
 
 def _examples(record: Record) -> Iterator[QAExample]:

@@ -220,7 +220,7 @@ def _shares_of_faults(outcomes: Sequence[Outcome], columns: dict[str, Any]) -> l
 
 
 def _means(outcomes: Sequence[Outcome], columns: dict[str, Any]) -> list[Result]:
-    """The mean of each metric; the interval is over records, whose examples share a document."""
+    """The mean of each metric; the interval is over documents, each with all of its examples."""
     _, group = np.unique([one.example.group for one in outcomes], return_inverse=True)
     counts = np.bincount(group)
     results = []

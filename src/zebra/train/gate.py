@@ -102,6 +102,11 @@ def conversation_hash(one: Conversation) -> int:
     return int.from_bytes(b"".join(digest.digest() for digest in digests), "big")
 
 
+def document_hash(conversation: int) -> int:
+    """The part of a `conversation_hash` that conversations on one document share."""
+    return conversation >> 32
+
+
 def is_held_out(one: Conversation, share: float) -> bool:
     """Whether a conversation is held out: by hash, as in `zebra.data.mixture.split_sources`."""
     return bool(np.uint64(conversation_hash(one)) < np.uint64(share * 2**64))

@@ -16,7 +16,7 @@ from zebra.data.packing import pack_whole
 from zebra.errors import ZebraError
 from zebra.progress import bar, console
 from zebra.train.chat import Chat
-from zebra.train.gate import Gate, conversation_hash, is_held_out
+from zebra.train.gate import Gate, conversation_hash, document_hash, is_held_out
 from zebra.train.processes import is_first_process, sequences_of_training
 from zebra.train.sft import AnswerSequences, ConversationTraining, TokenizedSource
 from zebra.train.tune_recipe import TuneRecipe
@@ -64,21 +64,23 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
         if faults := _listed(gate.counts):
             console.print(f"{faults}.")
     if data.held_out is None:
-        measured = {
-            name: [tokens for tokens, _, _ in _fitting(conversations, recipe, chat)]
-            for name, conversations in by_suite.items()
-        }
-        if empty := [name for name, conversations in measured.items() if not conversations]:
+        fitting = {name: [*_fitting(conversations, recipe, chat)] for name, conversations in by_suite.items()}
+        if empty := [name for name, conversations in fitting.items() if not conversations]:
             raise ZebraError(
                 f"all conversations of the suite {empty[0]} are too long. Raise train.length, or give others."
             )
+        measured = {name: [tokens for tokens, _, _ in some] for name, some in fitting.items()}
+        hashes = {name: [conversation_hash(one) for _, _, one in some] for name, some in fitting.items()}
     else:
-        measured = {
-            split.source.name: [source[i] for i in split.held_out]
+        held_out = {
+            split.source.name: (source, split.held_out)
             for split, source in zip(splits, tokenized, strict=True)
             if len(split.held_out)
         }
-    return ConversationTraining(recipe, chat.tokenizer, sequences, measured, stats, dict(gate.counts))
+        measured = {name: [source[i] for i in which] for name, (source, which) in held_out.items()}
+        hashes = {name: source.corpus.hashes[which].tolist() for name, (source, which) in held_out.items()}
+    documents = {name: [*map(document_hash, some)] for name, some in hashes.items()}
+    return ConversationTraining(recipe, chat.tokenizer, sequences, measured, documents, stats, dict(gate.counts))
 
 
 def _tokenize(

@@ -93,6 +93,7 @@ class ConversationTraining(TrainingData):
     Attributes:
         sequences: to train on.
         suites: conversations to measure on, by the name of their suite.
+        documents: of each of them a number, which is one for all on a document.
         stats: what a mixture took of each source.
         counts: conversations with each fault, and what was cut.
     """
@@ -101,6 +102,7 @@ class ConversationTraining(TrainingData):
     tokenizer: PreTrainedTokenizerBase
     sequences: AnswerSequences
     suites: dict[str, list[TokenizedConversation]]
+    documents: dict[str, list[int]]
     stats: list[SourceStats]
     counts: dict[str, int]
 
@@ -127,12 +129,14 @@ class ConversationTraining(TrainingData):
         return trainer
 
     def evaluate(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
-        """The loss on the answers of each suite, with a 95 % bootstrap over its conversations."""
+        """The loss on the answers of each suite, with a 95 % bootstrap over its documents."""
         train = self.recipe.train
         results = []
         for name, conversations in self.suites.items():
             sums, counts = answer_losses(model, conversations)
-            loss = bootstrap(sums, counts, train.seed, bounds=(0, math.inf))
+            _, document = np.unique(self.documents[name], return_inverse=True)
+            by_document = [np.bincount(document, values) for values in (sums, counts)]
+            loss = bootstrap(*by_document, train.seed, bounds=(0, math.inf))
             of_suite = columns | {"length": train.length, "n": int(counts.sum())}
             results.append(Result(task=f"answers-{name}", metric="answer_loss", **loss._asdict(), **of_suite))
         return results
