@@ -154,6 +154,16 @@ def _equal_whole_texts(model: Any, samples: list[Sample], batch_tokens: int) -> 
                 assert value == pytest.approx(whole, abs=1e-3)
 
 
+def test_short_prompts_with_long_answers_form_few_logits_at_once(striped: Any) -> None:
+    """A batch of 100 questions by answers of 100 tokens is 1.8 GiB of logits of 49,152 tokens."""
+    formed: list[int] = []
+    prompts, answers = [[1, 5 + i, 6] for i in range(100)], [[[7 + i] * 100, [9]] for i in range(100)]
+    with striped.register_forward_hook(lambda module, args, output: formed.append(output.logits[..., 0].numel())):
+        sums = log_likelihoods(striped, prompts, answers)
+        assert max(formed) <= 1024
+        assert sums[42] == pytest.approx(log_likelihoods(striped, prompts[42:43], answers[42:43])[0], rel=1e-4)
+
+
 def test_a_batch_goes_on_as_each_alone(striped: Any, tokenizer: Any, needles: SampleGenerator) -> None:
     samples = needles.samples("passkey", length=300, depth=0.5, count=3)
     ids = torch.tensor([sample.ids for sample in samples])

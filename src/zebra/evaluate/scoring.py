@@ -37,6 +37,8 @@ from zebra.model.self_extend import bounded_cache
 SCORES = ("generate", "likelihood")
 BATCH_TOKENS = 8192
 """Tokens of prompts that run at once; a longer prompt is read in chunks of as many."""
+_LOGITS = 1024
+"""Tokens of answers whose logits are formed at once: of 49,152 each 192 MiB, and twice as much to normalise them."""
 _SHARED = 256
 """Fewer tokens are read again."""
 
@@ -106,7 +108,8 @@ def log_likelihoods(
         advance: takes the tokens of the prompts that are done.
     """
     sums: list[list[float]] = [[] for _ in prompts]
-    for batch in _read(model, prompts, batch_tokens):
+    longest = max((len(answer) for some in answers for answer in some), default=1)
+    for batch in _read(model, prompts, batch_tokens, max(1, _LOGITS // longest)):
         with evaluating(model), checking_logits(model):
             of_batch = _of_batch(model, batch, [answers[i] for i in batch.indices])
         for i, of_prompt in zip(batch.indices, of_batch, strict=True):
@@ -136,11 +139,21 @@ class _Batch:
         return (self.mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _read(model: PreTrainedModel, prompts: Sequence[Ids], batch_tokens: int) -> Iterator[_Batch]:
-    """All prompts, in batches of at most `batch_tokens` when padded; a longer one is read in chunks of as many."""
+def _read(
+    model: PreTrainedModel, prompts: Sequence[Ids], batch_tokens: int, most: int | None = None
+) -> Iterator[_Batch]:
+    """All prompts, in batches of at most `batch_tokens` when padded; a longer one is read in chunks of as many.
+
+    Args:
+        most: prompts of a batch.
+    """
+
+    def fits(batch: list[int], _: int) -> bool:
+        return len(batch) != most and (len(batch) + 1) * len(prompts[batch[0]]) <= batch_tokens
+
     short = [i for i, prompt in enumerate(prompts) if 2 * len(prompt) <= batch_tokens]
     longest_first = sorted(short, key=lambda i: -len(prompts[i]))
-    for indices in batches(longest_first, lambda batch, _: (len(batch) + 1) * len(prompts[batch[0]]) <= batch_tokens):
+    for indices in batches(longest_first, fits):
         batch = _Batch(indices, *padded([prompts[i] for i in indices], model.device, side="left"), bounded_cache(model))
         _extend(model, batch, batch.ids.shape[1] - 1, batch_tokens)
         yield batch
