@@ -16,7 +16,7 @@ from zebra import ZebraError
 from zebra.data.packing import IGNORE
 from zebra.evaluate.perplexity import sequence_losses
 from zebra.model import loss as module
-from zebra.model.loss import Head, head_of, summed_loss, token_losses, without_logits
+from zebra.model.loss import Head, head_of, read_states, summed_loss, token_losses, without_logits
 from zebra.train import lora
 from zebra.train.recipe import Lora
 
@@ -274,6 +274,20 @@ def test_a_wrapped_head_is_called_and_trained(wrap: Any, dtype: torch.dtype) -> 
     for one, other in zip(torch.autograd.grad(output, trained), gradients, strict=True):
         assert (one - other).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * other.norm()
     torch.testing.assert_close(token_losses(hidden, head_of(model), ids).nansum(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("member", EVERY_MEMBER)
+def test_states_are_read_without_those_of_all_layers(member: str) -> None:
+    model, ids = tiny_model(member).eval(), tokens(2, 21, seed=1)
+    with torch.no_grad():
+        expected = model(ids, **(without_logits() | {"logits_to_keep": 1}))
+        outputs: list[Any] = []
+        model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        states, logits = read_states(model, ids, logits_to_keep=1)
+    torch.testing.assert_close(states, expected.hidden_states[-1], rtol=0, atol=0)
+    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=0)
+    assert outputs[0].hidden_states is None
+    assert outputs[0].past_key_values is None
 
 
 def test_a_head_that_its_class_treats_otherwise_is_rejected() -> None:

@@ -19,7 +19,7 @@ from zebra.data.packing import IGNORE
 from zebra.evaluate.batches import batches
 from zebra.evaluate.perplexity import evaluating
 from zebra.model.finite import check_finite
-from zebra.model.loss import head_of, token_losses, without_logits
+from zebra.model.loss import head_of, read_states, token_losses
 from zebra.model.sequence_parallel import shard_for, whole_losses
 from zebra.progress import bar
 
@@ -47,8 +47,8 @@ def answer_losses(
             labels = ids.masked_fill(~answers | (positions == 0), IGNORE)
             inputs = shard_for(model, {"input_ids": ids, "position_ids": positions, "labels": labels})
             shard, targets = inputs.pop("input_ids"), inputs.pop("labels")
-            hidden = model(shard, **inputs, **without_logits(model.device)).hidden_states[-1]
-            losses = whole_losses(model, token_losses(hidden, head, targets), ids.shape[1])[0]
+            states, _ = read_states(model, shard, **inputs)
+            losses = whole_losses(model, token_losses(states, head, targets), ids.shape[1])[0]
             check_finite(losses[labels[0] != IGNORE], model)
             for i, part in zip(batch, losses.double().cpu().split([lengths[i] for i in batch]), strict=True):
                 scored = part[~part.isnan()]

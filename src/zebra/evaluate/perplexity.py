@@ -37,7 +37,7 @@ from zebra.evaluate.windows import ScoredWindow, scored_windows
 from zebra.model.context import check_learned_positions
 from zebra.model.finite import check_finite
 from zebra.model.local import local_attention_of
-from zebra.model.loss import head_of, token_losses, without_logits
+from zebra.model.loss import head_of, read_states, token_losses
 from zebra.model.self_extend import bounded_cache
 from zebra.model.sequence_parallel import shard_for, whole_losses
 from zebra.progress import bar
@@ -147,9 +147,9 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
     inputs = shard_for(model, {"input_ids": ids, "labels": ids})
     shard, labels = inputs.pop("input_ids"), inputs.pop("labels")
     last = torch.tensor([shard.shape[1] - 1], device=model.device)  # its logits alone show whether the head is known
-    outputs = model(shard, **inputs, **(without_logits(model.device) | {"logits_to_keep": last} | kwargs))
-    states, head = outputs.hidden_states[-1], head_of(model)
-    head.check(states[:, -1:], outputs.logits[:, -1:])
+    states, logits = read_states(model, shard, logits_to_keep=last, **inputs, **kwargs)
+    head = head_of(model)
+    head.check(states[:, -1:], logits[:, -1:])
     losses = whole_losses(model, token_losses(states, head, labels), ids.shape[1])
     check_finite(losses[:, 1:], model)
     return losses.double().cpu().numpy()
