@@ -17,6 +17,7 @@ import zebra
 from zebra.data.corpus import Corpus
 from zebra.data.packing import IGNORE, pack
 from zebra.data.recall import KINDS, Curriculum, RecallDataset, RecallGenerator
+from zebra.errors import ZebraError
 from zebra.evaluate.recall import recall_by_distance
 
 
@@ -105,6 +106,12 @@ def test_a_sequence_is_filled_by_documents_apart(recall: RecallGenerator) -> Non
     assert sizes.min() >= recall.min_tokens
     assert sizes.max() <= 300 + recall.min_tokens
     assert torch.equal(sequence["position_ids"], torch.cat([torch.arange(size) for size in sizes]))
+
+
+def test_a_document_too_short_for_a_question_is_refused(recall: RecallGenerator) -> None:
+    with pytest.raises(ZebraError, match=r"with one question has 79 tokens .*; got a length of 78"):
+        recall.lookups(78, Random(0))
+    assert len(recall.lookups(79, Random(0))[0]) == 79
 
 
 def test_text_is_a_haystack(tokenizer: Any) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from zebra.data.haystack import Haystack, PromptTokenizer, TokenIds, Tokenizer, place_needles
 from zebra.data.packing import IGNORE, PackedSequences
 from zebra.data.questions import TASKS, SampleContext
+from zebra.errors import ZebraError
 
 _TASKS = ("lookup", "needle", "passkey")
 KINDS = ("repeats", "pairs", "entries", *_TASKS)
@@ -157,8 +158,17 @@ class RecallGenerator:
         return self._task(kind, size, context)[:2]
 
     def lookups(self, size: int, rng: Random) -> tuple[list[int], list[Answer]]:
-        """A document of the task lookup of exactly `size` tokens, and where it answers."""
+        """A document of the task lookup of exactly `size` tokens, and where it answers.
+
+        Raises:
+            ZebraError: fewer tokens than one question needs, or more entries than there are numbers.
+        """
         ids, _, questions = self._task("lookup", size, SampleContext(self._tokenizer, rng))
+        if len(ids) > size:
+            raise ZebraError(
+                f"a document of recall with one question has {len(ids):,} tokens under this tokenizer; got a length of "
+                f"{size:,}. Take a longer one."
+            )
         answers, start = [], size - sum(question.tokens for question in questions)
         for question in questions:
             start += len(question.query)

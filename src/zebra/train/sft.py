@@ -135,8 +135,8 @@ class ConversationTraining(TrainingData):
         for name, conversations in self.suites.items():
             sums, counts = answer_losses(model, conversations)
             _, document = np.unique(self.documents[name], return_inverse=True)
-            by_document = [np.bincount(document, values) for values in (sums, counts)]
-            loss = bootstrap(*by_document, train.seed, bounds=(0, math.inf))
+            by_document, tokens = (np.bincount(document, values) for values in (sums, counts))
+            loss = bootstrap(by_document, tokens, train.seed, bounds=(0, math.inf))
             of_suite = columns | {"length": train.length, "n": int(counts.sum())}
             results.append(Result(task=f"answers-{name}", metric="answer_loss", **loss._asdict(), **of_suite))
         return results

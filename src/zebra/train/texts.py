@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from torch import Tensor
@@ -205,6 +206,9 @@ def _with_recall(
             f"data.recall.first is {recall.first}, and a document that tells and asks has at least "
             f"{generator.min_tokens} tokens under this tokenizer. Raise it."
         )
+    if recipe.evaluate and recipe.evaluate.recall:
+        for length in filter(None, (recipe.evaluate.length, recipe.evaluate.beyond)):
+            generator.lookups(length, Random(0))  # fails here, and not after the training
     return RecallDataset(
         recall=generator,
         text=text,
