@@ -546,3 +546,21 @@ def test_a_plan_believes_the_tensors_of_a_head(tmp_path: Path) -> None:
         assert own.tied is is_tied
         assert own.num_parameters == tied.num_parameters + (0 if is_tied else table.numel())
         assert own.num_parameters == zebra.load(tmp_path / "own").num_parameters()
+
+
+def test_special_tokens_without_an_embedding_are_left_out(stories: Path) -> None:
+    """Gemma 3 of text has a token of images, and many a tokenizer one of padding."""
+    own = AutoTokenizer.from_pretrained(stories)
+    more = AutoTokenizer.from_pretrained(
+        stories, extra_special_tokens={"image_token": "<image_soft_token>"}, pad_token="[PAD]"
+    )
+    more.save_pretrained(stories)
+    config = read_config(stories)
+    read = load_tokenizer(stories, config)
+    for text in ("a b", "a <image_soft_token> b [PAD]"):
+        assert read(text).input_ids == own(text).input_ids
+    assert read.name_or_path == str(stories)
+    more.chat_template = "[PAD]{{ messages[0].content }}"
+    more.save_pretrained(stories)
+    with pytest.raises(zebra.ZebraError, match="ids up to 513, but the model has 512 embeddings"):
+        load_tokenizer(stories, config)

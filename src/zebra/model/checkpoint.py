@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -128,11 +129,43 @@ def load_tokenizer(
         raise ZebraError(f"the tokenizer of {path} has no token. Copy it from the source again.")
     _check_growth(tokenizer, path)
     if config is not None and largest >= config.vocab_size:
+        if (fewer := _without_tokens_beyond(tokenizer, config.vocab_size)) is not None:
+            return fewer
         raise ZebraError(
             f"the tokenizer of {path} makes ids up to {largest}, but the model has {config.vocab_size} embeddings. "
             "Use the tokenizer that the model was trained with."
         )
     return tokenizer
+
+
+def _without_tokens_beyond(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> PreTrainedTokenizerBase | None:
+    """The tokenizer without tokens for which the model has no embedding; None where it needs one of them.
+
+    Gemma 3's has a token of images that its models of text lack, and many a tokenizer got a token of padding.
+    """
+    beyond = {token for token, i in tokenizer.get_vocab().items() if i >= embeddings}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    needed = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    in_template = any(map(str(tokenizer.chat_template).count, beyond))
+    if not tokenizer.is_fast or not beyond <= special - needed or in_template:
+        return None
+
+    def stripped(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: stripped(value) for name, value in part.items() if not names_one(value)}
+        return [stripped(value) for value in part if not names_one(value)] if isinstance(part, list) else part
+
+    def names_one(part: Any) -> bool:
+        name = part.get("content") if isinstance(part, dict) else part
+        return isinstance(name, str) and name in beyond
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in (Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"):
+            file.write_text(json.dumps(stripped(json.loads(file.read_text(encoding="utf-8")))), encoding="utf-8")
+        fewer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    fewer.name_or_path = tokenizer.name_or_path
+    return fewer
 
 
 _MOST_GROWTH = 64
