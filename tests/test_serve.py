@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -470,6 +471,24 @@ def test_the_token_opens_and_another_does_not(guarded: Served) -> None:
     assert guarded.get("/health", authorization="")[0] == 200
     assert guarded.get("//v1/models", authorization="")[0] == 401
     assert guarded.get("/v1/models", host="behind-a-proxy.example")[0] == 200
+
+
+def test_nothing_of_the_page_is_open_or_unbounded(served: Served, guarded: Served) -> None:
+    """gradio would read bodies of any size before a login of its own. Here without gradio: what passes gets 404."""
+
+    def page(password: str, **headers: str) -> tuple[int, Any, Any]:
+        basic = f"Basic {b64encode(f'me:{password}'.encode()).decode()}"
+        return guarded.get("/page/config", **{"authorization": basic} | headers)
+
+    for path in ("/page", "/page/", "/page/login", "/page/gradio_api/queue/join"):
+        status, _, headers = guarded.post(path, {}, authorization="")
+        assert (status, headers["www-authenticate"].split()[0]) == (401, "Basic")
+    assert [page(password)[0] for password in ("", "a-toke", "\xe4", KEY)] == [401, 401, 401, 404]
+    assert page("", authorization="Basic x")[0] == 401
+    assert page(KEY, origin="http://attacker.example")[0] == 403
+    assert page(KEY, origin="https://proxy.example", **{"x-forwarded-host": "proxy.example"})[0] == 404
+    assert guarded.get("/v1/models", authorization=f"Basic {b64encode(f'me:{KEY}'.encode()).decode()}")[0] == 401
+    assert served.post("/page/gradio_api/upload", b"x" * 200_000)[0] == 413
 
 
 # The connection

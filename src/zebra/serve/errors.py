@@ -42,7 +42,7 @@ class ApiError(Exception):
         if self.retry_after is not None:
             headers["retry-after"] = str(self.retry_after)
         if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
+            headers.setdefault("www-authenticate", "Bearer")
         return JSONResponse(self.body(), self.status, headers)
 
 

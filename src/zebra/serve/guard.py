@@ -1,8 +1,9 @@
-"""What each request passes before it reaches the API: its size, its time, its token, and whether the server stops."""
+"""What each request passes before it reaches a route: its size, its time, its token, and whether the server stops."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,9 @@ _POLICY = (
 )
 """The page's Content-Security-Policy: gradio writes scripts into its page, and nothing comes from another site."""
 _OPEN = ("/", "/health")
-"""Paths that need no token, beside those of the page."""
+"""Paths that need no token."""
+_PASSWORD = 'Basic realm="any name, and the token as the password", charset="UTF-8"'
+"""How a browser asks for the token."""
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -29,7 +32,7 @@ class Guard:
     Args:
         draining: whether the server stops.
         paths: the paths of the API; others count as one in the metrics.
-        page: where the chat page lies, which has a login of its own.
+        page: where the chat page lies. gradio parses bodies before its own login, so none of it is open.
     """
 
     def __init__(
@@ -64,29 +67,32 @@ class Guard:
         try:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             self._check(path, of_page, scope["method"], headers)
-            if path.startswith("/v1/"):
-                receive = await self._whole_body(receive, headers)
+            receive = await self._whole_body(receive, headers)
         except ApiError as error:
-            await error.response(connection="close")(scope, receive, counting)
+            scheme = {"www-authenticate": _PASSWORD} if of_page and error.status == 401 else {}
+            await error.response(connection="close", **scheme)(scope, receive, counting)
             return
         await self._app(scope, receive, counting)
 
     def _check(self, path: str, of_page: bool, method: str, headers: dict[str, str]) -> None:
-        if self._settings.on_loopback and self._settings.api_key is None:
-            _check_site(headers.get("host", ""), headers.get("origin"), self._settings.host)
-        if path in _OPEN or of_page:
+        local = self._settings.on_loopback and self._settings.api_key is None
+        if local:
+            _check_host(headers.get("host", ""), self._settings.host)
+        if local or of_page:
+            _check_origin(headers)
+        if path in _OPEN:
             return
         if (key := self._settings.api_key) is not None:
-            scheme, _, token = headers.get("authorization", "").partition(" ")
-            # Latin-1 as it came: compare_digest takes no text beyond ASCII.
-            same = hmac.compare_digest(token.strip().encode("latin-1"), key.encode())
-            if scheme.lower() != "bearer" or not same:
+            token = _token(headers.get("authorization", ""), of_page)
+            if not hmac.compare_digest(token, key.encode()):
                 raise ApiError(
                     401,
                     "this server needs its token: the header Authorization: Bearer TOKEN. The one that came is "
                     + ("another." if token else "missing."),
                     code="invalid_api_key",
                 )
+        if of_page:
+            return
         if method == "POST" and self._draining():
             raise stopping()
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -130,10 +136,28 @@ class Guard:
         )
 
 
-def _check_site(host: str, origin: str | None, address: str) -> None:
-    """Reject what a page of another site makes a browser send: by a name that leads here, or from its own origin."""
+def _token(authorization: str, of_page: bool) -> bytes:
+    """The token that a client sends; a browser sends it to the page as a password."""
+    scheme, _, value = authorization.partition(" ")
+    if of_page and scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value).partition(b":")[2]
+        except ValueError:
+            return b""
+    # Latin-1 as it came: compare_digest takes no text beyond ASCII.
+    return value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+
+
+def _check_host(host: str, address: str) -> None:
+    """Reject a name of another site's that leads here."""
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     if name.lower() not in (*_LOOPBACK_NAMES, address):
         raise ApiError(403, f"this server answers to localhost alone; the request's Host is {host!r}.")
-    if origin is not None and origin.partition("://")[2] != host:
+
+
+def _check_origin(headers: dict[str, str]) -> None:
+    """Reject what a page of another site makes a browser send, which adds the page's password by itself."""
+    origin = headers.get("origin")
+    # A proxy that changes Host says so; a browser sends neither for another site.
+    if origin is not None and origin.partition("://")[2] not in (headers.get("host"), headers.get("x-forwarded-host")):
         raise ApiError(403, f"this server answers to its own page alone; the request's Origin is {origin!r}.")

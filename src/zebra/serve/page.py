@@ -6,7 +6,6 @@ Texts of documents and of the model are shown as they are, without Markdown or m
 from __future__ import annotations
 
 import asyncio
-import hmac
 import html
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -56,8 +55,6 @@ def add_page(
         path,
         footer_links=[],
         run_history=False,
-        auth=page.login if settings.api_key else None,
-        auth_message="Any name, and the server's token as the password." if settings.api_key else None,
         max_file_size=settings.max_body,
         ssr_mode=False,
         mcp_server=False,
@@ -107,10 +104,6 @@ class _Page:
 
     def __init__(self, address: Callable[[], str], card: dict[str, Any], api_key: str | None) -> None:
         self._address, self._card, self._key = address, card, api_key
-
-    def login(self, user: str, password: str) -> bool:
-        """Whether the password is the token."""
-        return hmac.compare_digest(password.encode(), (self._key or "").encode())
 
     def stopped(self) -> tuple[Any, str]:
         """The box takes the next message."""
