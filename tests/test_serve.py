@@ -217,7 +217,7 @@ def test_a_stream_says_how_far_the_prompt_is_read_where_it_is_asked(served: Serv
         usage = chunks[-1].usage
         cached = usage.prompt_tokens_details.cached_tokens
         assert {(step["total"], step["cache"]) for step in steps} == {(usage.prompt_tokens, cached)}
-        assert (cached > 0) == is_cached
+        assert (cached > usage.prompt_tokens // 2) == is_cached  # another text may begin alike
         read = [step["processed"] for step in steps]
         assert read == sorted(read)
         assert (read[0], read[-1]) == (cached, usage.prompt_tokens)
