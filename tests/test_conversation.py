@@ -211,6 +211,19 @@ def test_text_comes_in_whole_characters(models: Any, tokenizer: Any) -> None:
     assert done.text == "né☃\ufffd\ufffd"
 
 
+def test_an_answer_ends_with_the_token_that_cancels_it(models: Any, tokenizer: Any) -> None:
+    """As at a server's stop string: transformers asks its criteria before it hands a token to a streamer."""
+    model, steps = models("full"), list[Step]()
+    ids = torch.tensor(tokenizer("Once upon a time").input_ids)
+    decoding, prefixes = Decoding(max_new_tokens=12), PrefixCache(model)
+    generated = answer(
+        model, tokenizer, ids, decoding, prefixes, on_step=steps.append, cancelled=lambda: len(steps) >= 3
+    )
+    assert generated.ended == "cancel"
+    assert generated.tokens == tuple(step.token for step in steps)
+    assert len(steps) == 3
+
+
 def test_steps_carry_the_models_log_probabilities(models: Any, tokenizer: Any) -> None:
     model, ids = models("striped"), torch.tensor(tokenizer("Once upon a time, there was")["input_ids"])
     options: dict[str, Any] = {"temperature": 0.7, "repetition_penalty": 1.3, "max_new_tokens": 8}
@@ -275,6 +288,7 @@ def test_messages_that_are_none(models: Any, tokenizer: Any) -> None:
     chat = Conversation(models("full"), tokenizer=tokenizer)
     for call, says in (
         (lambda: chat.reply(""), "empty"),
+        (lambda: chat.reply("x", seeds=1), "did you mean seed"),
         (lambda: chat.add_document(" \n"), "no text"),
         (chat.regenerate, "no message"),
     ):

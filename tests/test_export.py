@@ -174,6 +174,13 @@ def test_an_empty_list_is_left_out_of_a_file(tmp_path: Path) -> None:
     assert read_model(tmp_path / "model.gguf").metadata == {"llama.block_count": 1}
 
 
+def test_a_file_without_an_architecture_is_one_line(tmp_path: Path) -> None:
+    write_model(GgufModel("llama", {}, {}), file := tmp_path / "model.gguf")
+    file.write_bytes(file.read_bytes().replace(b"general.architecture", b"general.architectura"))
+    with pytest.raises(ZebraError, match=r"model\.gguf has None"):
+        read_model(file)
+
+
 @pytest.mark.parametrize("pre", ORIGINAL_SPLITS)
 def test_a_tokenizer_comes_back_as_it_was(pre: str, tmp_path: Path) -> None:
     from zebra.model.checkpoint import load_tokenizer

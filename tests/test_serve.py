@@ -387,6 +387,7 @@ def test_a_full_queue_says_when_to_come_again(served: Served) -> None:
         ("/v1/responses", {"input": "x", "tools": [{"type": "function", **TOOL["function"]}]}, 400, ["tools"]),
         ("/v1/chat/completions", {"messages": user("x"), "chat_template_kwargs": {"tokenize": 0}}, 400, ["tokenize"]),
         ("/v1/chat/completions", {"messages": user("x"), "chat_template_kwargs": {"messages": 0}}, 400, ["messages"]),
+        ("/v1/chat/completions", {"messages": user("x"), "chat_template_kwargs": {"remedy": 0}}, 400, ["remedy"]),
         ("/v1/chat/completions", {"messages": [*user("x"), calling('"abc"')]}, 400, ["messages.1", "a JSON object"]),
         ("/v1/chat/completions", {"messages": [*user("x"), calling("[" * 50_000)]}, 400, ["a JSON object"]),
         ("/v1/chat/completions", {"messages": user("x"), "generation_config": "[" * 50_000}, 400, ["a JSON object"]),
@@ -432,6 +433,18 @@ def test_a_prompt_that_is_too_long_is_named_by_its_field(served: Served, path: s
     status, error, _ = served.post(path, {field: prompt})
     assert (status, error["error"]["code"], error["error"]["param"]) == (400, "context_length_exceeded", field)
     assert "512" in error["error"]["message"]
+
+
+def test_a_prompt_is_decoded_where_it_is_encoded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser of an answer decodes its prompt: not in the event loop, as a tokenizer serves one thread at a time."""
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(
+        "zebra.serve.jobs.build_response_parser", lambda *_, **__: threads.append(threading.current_thread())
+    )
+    assert served.post("/v1/chat/completions", {"messages": user(ONCE), "max_tokens": 1})[0] == 200
+    assert served.post("/v1/responses", {"input": ONCE, "max_output_tokens": 1})[0] == 200
+    assert len(threads) == 2
+    assert served.thread not in threads
 
 
 def test_fields_that_ask_for_nothing_are_taken(served: Served) -> None:

@@ -32,6 +32,7 @@ from transformers.cli.serving.utils import (
 )
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from zebra.errors import ZebraError
 from zebra.serve.answering import _Pieces
 from zebra.serve.answers import ChatFormat, ResponsesFormat
 from zebra.serve.engine import Engine
@@ -164,8 +165,31 @@ def test_a_chat_has_reasoning_and_calls_whole_and_streamed() -> None:
     *chunks, last, done = [line.removeprefix("data: ") for line in stream.split("\n\n") if line]
     assert done == "[DONE]"
     assert json.loads(last)["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
-    deltas = [json.loads(chunk)["choices"][0]["delta"] for chunk in chunks]
+    choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["tool_calls"]
+    deltas = [choice["delta"] for choice in choices]
     assert [call["index"] for delta in deltas for call in delta.get("tool_calls", ())] == [0, 1]
+
+
+def test_a_call_without_text_has_null_content() -> None:
+    whole = ChatFormat("m", include_usage=True).whole([Piece(tool=ToolCall("f", "{}"))], FINISH)["choices"][0]
+    assert whole["message"].keys() == {"role", "content", "tool_calls"}
+    assert (whole["message"]["content"], whole["logprobs"]) == (None, None)
+    assert ChatFormat("m", include_usage=True).whole([], FINISH)["choices"][0]["message"]["content"] == ""
+
+
+def test_any_seed_is_taken_and_one_of_llama_cpps_clients_draws() -> None:
+    def seed(number: int) -> int:
+        return int(CompletionRequest(prompt="x", seed=number).decoding()["seed"])
+
+    assert [seed(5), seed(-5), seed(-(2**63))] == [5, 2**64 - 5, 2**63]
+    assert seed(-1) != seed(-1)
+
+
+def test_an_error_of_the_template_names_the_model_and_not_its_folder() -> None:
+    prompts = Prompts("m", None, AutoTokenizer.from_pretrained(STORIES), layout="full", max_tokens=1)
+    with pytest.raises(ZebraError, match="tokenizer of m has no chat template"):
+        prompts._templated([Message(role="user", content="x")], [], {})
 
 
 class GaveUp(BaseException):

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zebra.decoding import Decoding
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, check_names
 from zebra.generation import Generated, encode_messages
 from zebra.model.context import longest_text
 from zebra.model.load_options import LoadOptions
@@ -156,7 +156,7 @@ class Conversation:
             options: fields of `Decoding` for this answer alone.
 
         Raises:
-            ZebraError: an empty message; the chat template rejects the messages.
+            ZebraError: an empty message; an option that there is not; the chat template rejects the messages.
             ContextLengthError: the conversation is longer than the model reads; nothing is read.
         """
         if not content:
@@ -201,6 +201,7 @@ class Conversation:
         Args:
             documents: those that are put before the message after this one.
         """
+        check_names(options, [field.name for field in fields(Decoding)])
         decoding = replace(self.decoding, **options)
         decoding = replace(decoding, seed=decoding.seed + self._attempt)
         ids = self._encode(messages)

@@ -142,20 +142,26 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -
 
 
 def encode_messages(
-    messages: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, remedy: str, **options: Any
+    messages: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    remedy: str,
+    source: str | None = None,
+    **options: Any,
 ) -> Tensor:
     """A conversation in the tokenizer's chat template, as tokens (N) behind which the answer comes.
 
     Args:
         messages: each with its role and content.
         remedy: a sentence that says what to do where there is no template, or where it fails.
+        source: what errors call the model; where the tokenizer comes from where None.
         options: others of transformers' `apply_chat_template`, such as `tools` or `add_generation_prompt`.
 
     Raises:
         ZebraError: no chat template, or one that fails.
     """
     defaults: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-    source = tokenizer.name_or_path or "this model"
+    source = source or tokenizer.name_or_path or "this model"
     encoding = apply_chat_template(tokenizer, messages, source=source, remedy=remedy, **defaults | options)
     return encoding["input_ids"][0]
 

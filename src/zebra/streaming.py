@@ -9,6 +9,7 @@ A prompt is read in chunks; it can be cancelled between them, and a snapshot is 
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation import BaseStreamer
 
 from zebra.decoding import Decoding
 from zebra.errors import ZebraError
@@ -116,12 +116,13 @@ def answer(
     with prefixes.lock:
         start, text, sequence = time.perf_counter(), prefixes.take(ids), ids
         cached = len(text)
-        streamer = _Steps(model, tokenizer, logprobs, on_step, lambda: on_prefill(len(ids) - cached, len(ids) - cached))
+        on_first = functools.partial(on_prefill, len(ids) - cached, len(ids) - cached)
+        steps = _Steps(model, tokenizer, ids, logprobs, on_step, on_first, cancelled)
         if _read(model, text, ids, len(ids) - _REST, decoding.prefill_chunk, on_prefill, cancelled):
-            arguments: dict[str, Any] = {"past_key_values": text.cache, "streamer": streamer}
-            arguments["stopping_criteria"] = [_Cancel(cancelled)]
-            with streamer.watching_logits():
+            arguments: dict[str, Any] = {"past_key_values": text.cache, "stopping_criteria": [steps]}
+            with steps.watching_logits():
                 output = generate_with(model, tokenizer, ids.to(model.device)[None], limited, **arguments)
+            steps.end()
             sequence = output.sequences[0].cpu()
         seconds = time.perf_counter() - start
         # Under full decoding a later prompt reads the answer by the window: only the prompt's part is stored.
@@ -129,15 +130,15 @@ def answer(
         if stored is not None:
             prefixes.put(sequence, stored)
     tokens = sequence[len(ids) :].tolist()
-    ended = reason_of_end(tokens, streamer.text, limited, end_tokens(model, tokenizer))
+    ended = reason_of_end(tokens, steps.text, limited, end_tokens(model, tokenizer))
     if ended == "length" and limit < decoding.max_new_tokens:
         ended = "context"
     return Generated(
-        text=streamer.text,
+        text=steps.text,
         tokens=tuple(tokens),
         prompt_tokens=len(ids),
         ended="cancel" if cancelled() and ended == "stop" else ended,
-        seconds_to_first_token=streamer.first - start,
+        seconds_to_first_token=steps.first - start,
         seconds=seconds,
         cache_bytes=text.cache.kv_bytes(),
         cached_tokens=cached,
@@ -250,18 +251,10 @@ class AnswerStream(Iterator[Step]):
         self._thread.join()
 
 
-class _Cancel(StoppingCriteria):
-    """Stops `generate` after a token."""
+class _Steps(StoppingCriteria):
+    """The tokens that `generate` chooses as steps, and its end where one of them makes the caller cancel.
 
-    def __init__(self, cancelled: Callable[[], bool]):
-        self._cancelled = cancelled
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self._cancelled(), device=input_ids.device)
-
-
-class _Steps(BaseStreamer):
-    """The tokens that `generate` chooses as steps.
+    transformers asks its criteria before it hands a token to a streamer: a streamer would cancel one token late.
 
     Attributes:
         first: the time of the first token.
@@ -272,14 +265,17 @@ class _Steps(BaseStreamer):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        ids: Tensor,
         logprobs: int | None,
         on_step: Callable[[Step], None],
         on_first: Callable[[], None],
+        cancelled: Callable[[], bool],
     ):
-        self._model, self._logprobs, self._on_step, self._on_first = model, logprobs, on_step, on_first
+        self._model, self._logprobs = model, logprobs
+        self._on_step, self._on_first, self._cancelled = on_step, on_first, cancelled
         self._writer = TextWriter(tokenizer)
+        self._writer.put(ids)
         self._logits: Tensor | None = None
-        self._has_prompt = False
         self.first = math.nan
 
     @property
@@ -296,18 +292,16 @@ class _Steps(BaseStreamer):
         with nullcontext() if self._logprobs is None else self._model.register_forward_hook(note):
             yield
 
-    def put(self, value: Tensor) -> None:
-        """The prompt first, then each token."""
-        before = len(self.text)
-        self._writer.put(value)
-        if not self._has_prompt:
-            self._has_prompt = True
-            return
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """The token that came last."""
+        before, last = len(self.text), input_ids[0, -1:].cpu()
+        self._writer.put(last)
         if math.isnan(self.first):
             self.first = time.perf_counter()
             self._on_first()
-        token = int(value.flatten()[0])
+        token = int(last)
         self._on_step(Step(token, self.text[before:], *self._probabilities(token)))
+        return torch.full((len(input_ids),), self._cancelled(), device=input_ids.device)
 
     def end(self) -> None:
         """Hand on the text that was held back."""

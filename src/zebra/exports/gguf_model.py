@@ -102,7 +102,7 @@ def read_model(path: str | os.PathLike[str]) -> GgufModel:
     """A GGUF file.
 
     Raises:
-        ZebraError: it cannot be read.
+        ZebraError: it cannot be read, or names no architecture.
     """
     try:
         reader = GGUFReader(path)
@@ -112,7 +112,9 @@ def read_model(path: str | os.PathLike[str]) -> GgufModel:
         raise ZebraError(f"{path} cannot be read: {first_line(error)}. Copy it again.") from None
     types = {name: _types(value.types) for name, value in fields.items()}
     tensors = {each.name: _mapped(each) for each in reader.tensors}
-    architecture = str(metadata.pop("general.architecture"))
+    architecture = metadata.pop("general.architecture", None)
+    if not isinstance(architecture, str):
+        raise ZebraError(f"a GGUF model names its general.architecture; {path} has {architecture!r}. Export it again.")
     metadata.pop(_ALIGNMENT, None)  # ours are aligned by the default
     return GgufModel(architecture, metadata, tensors, types)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
 from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import ChatCompletion
 from openai.types.responses import ResponseIncompleteEvent
 from transformers.cli.serving.response import _ResponseStreamBuilder, compute_usage
 from transformers.cli.serving.utils import BaseHandler
@@ -45,7 +45,12 @@ class AnswerFormat(Protocol):
 
 
 class _Chunks:
-    """What streams of chats and of completions share."""
+    """What streams of chats and of completions share.
+
+    Chunks are written as they are: the types would leave out that there is no reason to finish yet, or reject it.
+    """
+
+    _object: ClassVar[str]
 
     def __init__(self, kind: str, model: str, include_usage: bool) -> None:
         self._head = {"id": f"{kind}-{uuid4().hex}", "created": int(time.time()), "model": model}
@@ -64,11 +69,14 @@ class _Chunks:
         return "".join([*parts, DONE])
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        raise NotImplementedError
+        choices = [{"index": 0, "finish_reason": None, "logprobs": None, **choice} for choice in choices]
+        return event(json.dumps({**self._head, "object": self._object, "choices": choices, **more}))
 
 
 class ChatFormat(_Chunks):
     """`/v1/chat/completions`."""
+
+    _object = "chat.completion.chunk"
 
     def __init__(self, model: str, *, include_usage: bool) -> None:
         super().__init__("chatcmpl", model, include_usage)
@@ -98,12 +106,10 @@ class ChatFormat(_Chunks):
         """A `ChatCompletion`."""
         tools = [piece for piece in pieces if piece.tool is not None]
         calls = [self._call(piece, number) for number, piece in enumerate(tools)]
-        message = {
-            "role": "assistant",
-            "content": "".join(piece.text for piece in pieces),
-            "reasoning_content": "".join(piece.reasoning for piece in pieces) or None,
-            "tool_calls": calls or None,
-        }
+        text, reasoning = ("".join(getattr(piece, name) for piece in pieces) for name in ("text", "reasoning"))
+        message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else "")}
+        message |= {"reasoning_content": reasoning} if reasoning else {}
+        message |= {"tool_calls": calls} if calls else {}
         choice = {
             "index": 0,
             "message": message,
@@ -111,12 +117,7 @@ class ChatFormat(_Chunks):
             "logprobs": _chat_logprobs([token for piece in pieces for token in piece.tokens]),
         }
         body = {"object": "chat.completion", "choices": [choice], "usage": _usage(finish), "timings": finish.timings()}
-        return ChatCompletion.model_validate(self._head | body).model_dump(exclude_none=True)
-
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        choices = [{"index": 0, "finish_reason": None, **choice} for choice in choices]
-        chunk = {"object": "chat.completion.chunk", "choices": choices, **more}
-        return event(ChatCompletionChunk.model_validate(self._head | chunk))
+        return ChatCompletion.model_validate(self._head | body).model_dump(exclude_unset=True)
 
     def _call(self, piece: Piece, number: int) -> dict[str, Any]:
         assert piece.tool is not None
@@ -126,6 +127,8 @@ class ChatFormat(_Chunks):
 
 class CompletionFormat(_Chunks):
     """`/v1/completions`."""
+
+    _object = "text_completion"
 
     def __init__(self, model: str, *, include_usage: bool) -> None:
         super().__init__("cmpl", model, include_usage)
@@ -147,13 +150,13 @@ class CompletionFormat(_Chunks):
         """A `Completion`."""
         choice = self._choice(pieces) | {"index": 0, "finish_reason": finish.reason}
         body = {"object": "text_completion", "choices": [choice], "usage": _usage(finish), "timings": finish.timings()}
-        return Completion.model_validate(self._head | body).model_dump(exclude_none=True)
+        return Completion.model_validate(self._head | body).model_dump(exclude_unset=True)
 
     def _choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         tokens = [token for piece in pieces for token in piece.tokens]
         text = "".join(piece.text for piece in pieces)
         if not tokens:
-            return {"text": text}
+            return {"text": text, "logprobs": None}
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
@@ -165,12 +168,6 @@ class CompletionFormat(_Chunks):
             "text_offset": offsets,
         }
         return {"text": text, "logprobs": logprobs}
-
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        choices = [{"index": 0, "finish_reason": None, **choice} for choice in choices]
-        chunk = {"object": "text_completion", "choices": choices, **more}
-        # A chunk has no reason to finish yet, which the type does not allow: it is that of the whole answer.
-        return event(json.dumps(self._head | chunk))
 
 
 class _ResponseEvents(_ResponseStreamBuilder):

@@ -90,8 +90,7 @@ class Prompts:
         """A job of `/v1/chat/completions`."""
         self.check_model(body.model)
         scores = body.scores()
-        ids = await self._in_thread(self._templated, body.messages, body.tools, body.chat_template_kwargs)
-        parser = self._parser(ids, body.tools)
+        ids, parser = await self._in_thread(self._templated, body.messages, body.tools, body.chat_template_kwargs)
         return self._job(ids, body, body.new_tokens(), scores=scores, parser=parser, progress=body.return_progress)
 
     async def completion(self, body: CompletionRequest) -> Job:
@@ -119,15 +118,14 @@ class Prompts:
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             text = f"an item of it is neither a text nor a call nor the output of one ({type(error).__name__})"
             raise ApiError(400, f"input: {text}. Give messages with a role and content.", param="input") from None
-        ids = await self._in_thread(self._templated, messages, tools, body.chat_template_kwargs)
-        return self._job(ids, body, body.max_output_tokens, parser=self._parser(ids, tools))
+        ids, parser = await self._in_thread(self._templated, messages, tools, body.chat_template_kwargs)
+        return self._job(ids, body, body.max_output_tokens, parser=parser)
 
-    async def _in_thread(self, function: Any, *arguments: Any) -> list[int]:
+    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         """Tokens of a long document take seconds, in which the event loop goes on."""
         async with self._lock:
             try:
-                ids: list[int] = await asyncio.to_thread(function, *arguments)
-                return ids
+                return await asyncio.to_thread(function, *arguments)
             except ZebraError as error:
                 raise ApiError(400, str(error)) from None
             except BaseException as error:  # a tokenizer that gives up on a text raises no Exception
@@ -135,19 +133,21 @@ class Prompts:
                     raise
                 raise ApiError(400, fault) from None
 
-    def _templated(self, messages: list[Message], tools: list[Any], kwargs: dict[str, Any]) -> list[int]:
+    def _templated(self, messages: list[Message], tools: list[Any], kwargs: dict[str, Any]) -> tuple[list[int], Any]:
+        """The tokens of a conversation, and the parser of its answer."""
         inputs = [message.for_template() for message in messages]
 
         def encoded(**options: Any) -> list[int]:
             remedy = "Send messages that it takes, or a whole prompt to /v1/completions."
-            return list(encode_messages(inputs, self._tokenizer, remedy=remedy, **options, **kwargs).tolist())
+            ids = encode_messages(inputs, self._tokenizer, remedy=remedy, source=self.name, **options, **kwargs)
+            return list(ids.tolist())
 
         ids = encoded(tools=tools or None)
         if tools and ids == encoded():
             raise ApiError(
                 400, f"the chat template of {self.name!r} has no place for tools. Leave them out.", param="tools"
             )
-        return ids
+        return ids, self._parser(ids, tools)
 
     def _parser(self, ids: list[int], tools: list[Any]) -> Any:
         # Transformers 5.17 has no tools here: arguments in XML are texts there, and typed by the tools' schemas later.

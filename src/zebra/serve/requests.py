@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from zebra.data.chat_template import apply_chat_template
+from zebra.generation import encode_messages
 from zebra.serve.errors import ApiError
 
 IGNORED = frozenset({
@@ -41,7 +43,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 _MAX_STOPS, _MAX_STOP, _MAX_TOP_LOGPROBS = 16, 1000, 20
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
-_OF_RENDERING = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+_RENDERING = (PreTrainedTokenizerBase.apply_chat_template, apply_chat_template, encode_messages)
+_OF_RENDERING = {name for function in _RENDERING for name in inspect.signature(function).parameters}
 
 
 def _unicode(text: str) -> str:
@@ -95,7 +98,7 @@ class Sampling(BaseModel):
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: list[Stop] = Field([], max_length=_MAX_STOPS)
 
     @model_validator(mode="before")
@@ -116,15 +119,15 @@ class Sampling(BaseModel):
     def decoding(self) -> dict[str, Any]:
         """Fields of `zebra.decoding.Decoding`.
 
-        Greedy where no temperature is named; a filter without one draws at OpenAI's default of 1. Without a seed each
-        answer is drawn with another.
+        Greedy where no temperature is named; a filter without one draws at OpenAI's default of 1. Without a seed,
+        and with -1 as clients of llama.cpp send it, each answer is drawn with another.
         """
         top_p = None if self.top_p == 1 else self.top_p
         filters = {"top_p": top_p, "top_k": self.top_k, "min_p": self.min_p}
         filters = {name: value for name, value in filters.items() if value is not None}
         temperature = (1.0 if filters else 0.0) if self.temperature is None else self.temperature
         drawn = {"temperature": temperature} | (filters if temperature else {})
-        seed = secrets.randbits(63) if self.seed is None else self.seed
+        seed = secrets.randbits(63) if self.seed in (None, -1) else self.seed % 2**64
         return {**drawn, "repetition_penalty": self.repetition_penalty, "seed": seed}
 
 
