@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,6 +223,30 @@ def test_an_answer_ends_with_the_token_that_cancels_it(models: Any, tokenizer: A
     assert generated.ended == "cancel"
     assert generated.tokens == tuple(step.token for step in steps)
     assert len(steps) == 3
+
+
+@pytest.mark.parametrize("stop", [(), ("upon",)], ids=["end token", "stop string"])
+def test_a_token_that_transformers_undoes_is_no_step(
+    models: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, ...]
+) -> None:
+    """As on Apple's GPUs, where it looks a step late whether a text has ended."""
+    deferred = pytest.importorskip("transformers.generation.utils")
+    if not hasattr(deferred, "DeferredStopCheck"):
+        pytest.skip("this transformers looks at once")
+    events = SimpleNamespace(record=lambda: None, synchronize=lambda: None)  # a CPU has none
+    monkeypatch.setattr(torch, "Event", lambda **options: events)
+    monkeypatch.setattr(deferred.DeferredStopCheck, "is_supported", staticmethod(lambda *args, **kwargs: True))
+    model, ids = models("full"), torch.tensor(tokenizer("Once").input_ids)
+    plain = answer(model, tokenizer, ids, Decoding(max_new_tokens=12), PrefixCache(model))
+    if not stop:
+        monkeypatch.setattr("zebra.streaming.end_tokens", lambda *args: [plain.tokens[4]])
+        monkeypatch.setattr("zebra.generation.end_tokens", lambda *args: [plain.tokens[4]])
+    steps: list[Step] = []
+    options: Any = {"on_step": steps.append}
+    generated = answer(model, tokenizer, ids, Decoding(max_new_tokens=12, stop=stop), PrefixCache(model), **options)
+    assert len(generated.tokens) < 12
+    assert generated.text == "".join(step.text for step in steps)
+    assert tuple(step.token for step in steps if step.token is not None) == generated.tokens
 
 
 def test_steps_carry_the_models_log_probabilities(models: Any, tokenizer: Any) -> None:

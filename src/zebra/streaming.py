@@ -117,7 +117,12 @@ def answer(
         start, text, sequence = time.perf_counter(), prefixes.take(ids), ids
         cached = len(text)
         on_first = functools.partial(on_prefill, len(ids) - cached, len(ids) - cached)
-        steps = _Steps(model, tokenizer, ids, logprobs, on_step, on_first, cancelled)
+        ends = end_tokens(model, tokenizer)
+
+        def is_last(token: int, text: str) -> bool:
+            return cancelled() or token in ends or any(string in text for string in decoding.stop)
+
+        steps = _Steps(model, tokenizer, ids, logprobs, on_step, on_first, is_last)
         if _read(model, text, ids, len(ids) - _REST, decoding.prefill_chunk, on_prefill, cancelled):
             arguments: dict[str, Any] = {"past_key_values": text.cache, "stopping_criteria": [steps]}
             with steps.watching_logits():
@@ -130,7 +135,7 @@ def answer(
         if stored is not None:
             prefixes.put(sequence, stored)
     tokens = sequence[len(ids) :].tolist()
-    ended = reason_of_end(tokens, steps.text, limited, end_tokens(model, tokenizer))
+    ended = reason_of_end(tokens, steps.text, limited, ends)
     if ended == "length" and limit < decoding.max_new_tokens:
         ended = "context"
     return Generated(
@@ -269,13 +274,14 @@ class _Steps(StoppingCriteria):
         logprobs: int | None,
         on_step: Callable[[Step], None],
         on_first: Callable[[], None],
-        cancelled: Callable[[], bool],
+        is_last: Callable[[int, str], bool],
     ):
         self._model, self._logprobs = model, logprobs
-        self._on_step, self._on_first, self._cancelled = on_step, on_first, cancelled
+        self._on_step, self._on_first, self._is_last = on_step, on_first, is_last
         self._writer = TextWriter(tokenizer)
         self._writer.put(ids)
         self._logits: Tensor | None = None
+        self._has_ended = False
         self.first = math.nan
 
     @property
@@ -293,7 +299,9 @@ class _Steps(StoppingCriteria):
             yield
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """The token that came last."""
+        """The token that came last. On Apple's GPUs transformers computes one more after the last, and undoes it."""
+        if self._has_ended:
+            return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         before, last = len(self.text), input_ids[0, -1:].cpu()
         self._writer.put(last)
         if math.isnan(self.first):
@@ -301,7 +309,8 @@ class _Steps(StoppingCriteria):
             self._on_first()
         token = int(last)
         self._on_step(Step(token, self.text[before:], *self._probabilities(token)))
-        return torch.full((len(input_ids),), self._cancelled(), device=input_ids.device)
+        self._has_ended = self._is_last(token, self.text)
+        return torch.full((len(input_ids),), self._has_ended, device=input_ids.device)
 
     def end(self) -> None:
         """Hand on the text that was held back."""
