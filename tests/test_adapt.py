@@ -273,6 +273,7 @@ adapt(read_recipe(sys.argv[-1], AdaptRecipe))
 """
 
 
+@pytest.mark.full
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """DDP over gloo: half the rows in each, one writer; the gradients are synchronised through our loss."""
     (tmp_path / "train.py").write_text(KEEP_GRADIENTS)

@@ -112,6 +112,7 @@ def test_layers_are_selected_by_text_that_is_not_scored(comparison: FinishedRun)
     assert sum(layout.endswith(":33") for layout in layouts) == 1
 
 
+@pytest.mark.full
 def test_a_comparison_goes_on_where_it_ended(comparison: FinishedRun, tmp_path: Path) -> None:
     """Cut anywhere, even within a line, it measures what is missing and nothing else, with the same results."""
     out = Path(shutil.copytree(comparison.path, tmp_path / "out"))

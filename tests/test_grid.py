@@ -354,6 +354,7 @@ def test_a_grid_that_is_told_to_end_takes_its_cells_along(tmp_path: Path, monkey
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.full
 def test_a_killed_grid_leaves_no_cell_behind(tmp_path: Path) -> None:
     """The cells of a killed process went on, and held the locks of their directories."""
     (tmp_path / "cells").mkdir()

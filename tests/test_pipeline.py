@@ -353,6 +353,7 @@ run._perform = _perform
 """
 
 
+@pytest.mark.full
 def test_a_kill_in_the_adaptation_changes_nothing(finished: Path, data: Path, tmp_path: Path) -> None:
     path = recipe(data, tmp_path, "convert", "adapt")
     killed(KILL_AT_A_LOG, "run", path)

@@ -74,6 +74,7 @@ def weights(run: Path) -> dict[str, Any]:
     return load_file(run / "model" / "model.safetensors")
 
 
+@pytest.mark.full
 def test_more_steps_of_a_constant_schedule_go_on_to_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> None:
     whole = adapt(adapt_recipe(tmp_path / "whole", **CONSTANT))
     short = adapt(adapt_recipe(tmp_path / "run", **CONSTANT, train__max_steps=3))

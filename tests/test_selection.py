@@ -236,6 +236,7 @@ TEXTS = [str(TEXT / "tinystories_test.txt")]
 ARGUMENTS: dict[str, Any] = {"window": 32, "length": 160, "samples": 4, "text": TEXTS}
 
 
+@pytest.mark.full
 def test_a_killed_selection_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kwargs = ARGUMENTS | {"samples": 12, "length": 300}
     code = "import torch\nfrom zebra.evaluate.selection import select\ntorch.set_num_threads(1)\n"  # as here

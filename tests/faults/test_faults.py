@@ -100,6 +100,7 @@ def test_a_broken_command_loses_nothing(name: str, kind: str, moment: float, ben
     assert not faults, f"{broken.hit}\n{broken.stderr[-2000:]}"
 
 
+@pytest.mark.full
 def test_broken_commands_lose_nothing(bench: Bench) -> None:
     """The short form, in one test and so in one process."""
     for name, kind, moment in (("convert", "kill", 0.6), ("adapt", "torn", 0.4), ("adapt", "full", 0.5)):
