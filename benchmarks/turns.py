@@ -8,8 +8,8 @@ python benchmarks/turns.py --page                             measure nothing; w
 Subjects are `conversation` (`zebra.Conversation`) and `serve` (`zebra serve`), each with full attention, with stripes
 (`conversation-stripes`, `serve-stripes`) and with Self-Extend (`-self-extend`); `transformers` (`transformers serve`)
 and `llama-server`, which need their packages, and the second a GGUF file of the model (--gguf). Beyond the trained
-length a full model takes YaRN in zebra, and a striped one Self-Extend. The others answer beyond it as they are: as
-fast, and nonsense.
+length a full model takes YaRN in zebra, and a striped one Self-Extend. The others answer beyond it as they are: of
+them only the times count there.
 
 `rounding` measures no time: how far cached answers in bfloat16 are from those that read everything anew.
 
