@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from zebra.kernels import Mask, attend
+from zebra.kernels import Mask, attend, native
 from zebra.study.model import alibi_slopes
 from zebra.study.summary import naive_summary_attention, summary_attention
 
 SLOPES = torch.tensor(alibi_slopes(4), dtype=torch.float64)
 
 
-def _drawn(queries: int, keys: int, *, batch: int = 2) -> list[Tensor]:
+def _drawn(queries: int, keys: int, *, batch: int = 2, size: int = 8) -> list[Tensor]:
     generator = torch.Generator().manual_seed(queries + 7 * keys)
-    shapes = ((batch, 4, queries, 8), (batch, 2, keys, 8), (batch, 2, keys, 8))
+    shapes = ((batch, 4, queries, size), (batch, 2, keys, size), (batch, 2, keys, size))
     return [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
 
 
@@ -59,6 +61,38 @@ def test_it_equals_the_formula(
     seed = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gradients, expected_gradients = (torch.autograd.grad(one, inputs, seed) for one in (out, expected))
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed", "padded right", "packed and padded"])
+def test_runs_of_blocks_in_cpp_equal_the_scores_of_all_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = 333, 300
+    right = torch.ones(2, keys, dtype=torch.bool)
+    right[0, 290:] = False
+    masks = _masks(keys, 20) | {"padded right": Mask(20, keys=right)}
+    masks["packed and padded"] = replace(masks["packed"], keys=right)
+    mask = masks[kind]
+    real = torch.ones_like(right) if mask.keys is None else mask.keys
+    real = real[:, None, keys - queries :].expand(2, 4, queries)
+    inputs = [x.detach().float().requires_grad_() for x in _drawn(queries, keys, size=32)]
+    attend_ranges, served = native.attend_ranges, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        served.append(attend_ranges(*args, **kwargs))
+        return served[-1]
+
+    def attended() -> list[Tensor]:
+        out, lse = summary_attention(*inputs, mask, block=7, scale=0.4, with_lse=True)
+        assert lse is not None
+        out, lse = out[real], lse[real]
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        return [out, lse, *torch.autograd.grad((out * weights).sum() + lse.sum(), inputs)]
+
+    monkeypatch.setattr(native, "attend_ranges", watched)
+    fast = attended()
+    assert served
+    assert served[0] is not None
+    monkeypatch.setattr(native, "attend_ranges", lambda *_, **__: None)
+    torch.testing.assert_close(fast, attended(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_means_count_and_a_text_within_the_window_has_none() -> None:

@@ -153,6 +153,26 @@ def native(request: Request) -> tuple[Tensor, Tensor | None]:
     return out, lse if request.with_lse else None
 
 
+def attend_ranges(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Attention of T queries over S keys of which query t sees the run [first_t, end_t), whatever T and S are.
+
+    Args:
+        q: (B, H, T, D). k, v: (B, K, S, D).
+        first, end: (1 or B, T) integers; neither ever falls along T.
+
+    Returns:
+        out: (B, H, T, D) and lse: (B, H, T), 0 and -inf for a query whose run is empty; None where the kernel cannot.
+    """
+    fits = q.device.type == "cpu" and q.dtype in _NUMBERS and q.shape[3] in _SIZES and scale > 0
+    if not fits or q.shape[2] < KERNEL.min_queries or isinstance(_library(q.dtype, q.shape[3]), str):
+        return None
+    ranges = (x.expand(q.shape[0], -1).to(torch.int32).contiguous() for x in (first, end))
+    out, lse = _Native.apply(q, k, v, *ranges, None, scale, None)
+    return out, lse
+
+
 def decode(request: Request) -> tuple[Tensor, Tensor | None]:
     """The same for few queries: a group's heads are rows over the same keys, as in `fused`."""
     group = request.q.shape[1] // request.k.shape[1]

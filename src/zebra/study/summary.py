@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zebra.kernels import Mask, attend
+from zebra.kernels import Mask, attend, native
 from zebra.kernels.merging import merge
 from zebra.kernels.reference import masked_softmax
 from zebra.study import layout
@@ -131,6 +131,11 @@ def _attend_means(
     blocks = _blocks(mask, keys, block, q.device)
     mean_k, mean_v = _means(k, blocks), _means(v, blocks)
     first = mask.first_tokens(keys, q.device)
+    if slopes is None and not mask.has_padding_holes():
+        ranges = _block_ranges(blocks, first, queries, mask.window)
+        fast = native.attend_ranges(q.to(mean_k.dtype), mean_k, mean_v, *ranges, scale=scale)
+        if fast is not None:
+            return fast[0].to(q.dtype), fast[1]
     outs, lses = [], []
     for start in range(0, queries, layout.QUERIES):
         end = min(queries, start + layout.QUERIES)
@@ -150,6 +155,20 @@ def _attend_means(
         outs.append((weights @ mean_v[:, :, None, :reach]).flatten(1, 2))
         lses.append(lse.flatten(1, 2))
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
+
+
+def _block_ranges(blocks: _Blocks, first: Tensor, queries: int, window: int) -> tuple[Tensor, Tensor]:
+    """The one run of blocks that each query sees, [first, end): two (1 or B, T). A block that its text ends is in none.
+
+    first: the first token of each key's text.
+    """
+    keys, count = blocks.of_key.shape[1], blocks.size.shape[1]
+    i = torch.arange(keys - queries, keys, device=first.device)
+    last = blocks.last.masked_fill(blocks.size == 0, keys)
+    end = torch.searchsorted(last, (i - window).expand(len(last), -1).contiguous(), right=True)
+    begin = blocks.of_key.gather(1, first.expand_as(blocks.of_key).clamp(max=keys - 1))[:, keys - queries :]
+    padding = blocks.of_key[:, keys - queries :] == count
+    return torch.where(padding, end, begin), end
 
 
 def naive_summary_attention(
