@@ -57,7 +57,8 @@ class SummaryStripes(Stripes):
 
         For each token 8 HD (under autocast 14 HD) + 12 H + 9, for each block 16 and its means, 8 KD, and for each token
         and block that its 1,024 queries see 8 H + 1: scores and weights, and the mask. Where heads share keys, each
-        1,024 queries keep a copy of the means for each head instead, 8 HD.
+        1,024 queries keep a copy of the means for each head instead, 8 HD. Where the kernel in C++ computes the layer
+        (`zebra.kernels.native.attend_ranges`) no scores are kept, and this counts too many.
         """
         if kind != SUMMARY or length < self.window + self.block:
             return 0

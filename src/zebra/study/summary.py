@@ -125,7 +125,10 @@ def _means(states: Tensor, blocks: _Blocks) -> Tensor:
 def _attend_means(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, block: int, scale: float, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the means alone; out 0 and lse -inf where a query sees none."""
+    """Attention over the means alone; out 0 and lse -inf where a query sees none.
+
+    The blocks that a query sees are one run, so that the kernel in C++ serves where it can; else scores over all blocks.
+    """
     assert mask.window is not None
     queries, keys, dtype = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
     blocks = _blocks(mask, keys, block, q.device)
