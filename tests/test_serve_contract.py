@@ -165,10 +165,19 @@ def test_a_chat_has_reasoning_and_calls_whole_and_streamed() -> None:
     *chunks, last, done = [line.removeprefix("data: ") for line in stream.split("\n\n") if line]
     assert done == "[DONE]"
     assert json.loads(last)["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+    assert all(json.loads(chunk)["usage"] is None for chunk in chunks)
     choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["tool_calls"]
     deltas = [choice["delta"] for choice in choices]
     assert [call["index"] for delta in deltas for call in delta.get("tool_calls", ())] == [0, 1]
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_a_top_k_that_filters_nothing_is_none(top_k: int) -> None:
+    """As llama.cpp and vLLM take it."""
+    assert CompletionRequest(prompt="x", top_k=top_k).decoding()["temperature"] == 0
+    assert "top_k" not in CompletionRequest(prompt="x", top_k=top_k, temperature=1).decoding()
+    assert CompletionRequest(prompt="x", top_k=5).decoding()["top_k"] == 5
 
 
 def test_a_call_without_text_has_null_content() -> None:

@@ -70,7 +70,8 @@ class _Chunks:
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         choices = [{"index": 0, "finish_reason": None, "logprobs": None, **choice} for choice in choices]
-        return event(json.dumps({**self._head, "object": self._object, "choices": choices, **more}))
+        usage = {"usage": None} if self._include_usage else {}  # in each chunk but the last, by OpenAI's reference
+        return event(json.dumps({**self._head, "object": self._object, "choices": choices, **usage, **more}))
 
 
 class ChatFormat(_Chunks):

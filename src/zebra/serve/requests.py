@@ -95,7 +95,7 @@ class Sampling(BaseModel):
     stream_options: StreamOptions = StreamOptions()
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -120,10 +120,11 @@ class Sampling(BaseModel):
         """Fields of `zebra.decoding.Decoding`.
 
         Greedy where no temperature is named; a filter without one draws at OpenAI's default of 1. Without a seed,
-        and with -1 as clients of llama.cpp send it, each answer is drawn with another.
+        and with -1 as clients of llama.cpp send it, each answer is drawn with another. A top_k of 0 or -1 filters
+        nothing, as in llama.cpp and vLLM.
         """
-        top_p = None if self.top_p == 1 else self.top_p
-        filters = {"top_p": top_p, "top_k": self.top_k, "min_p": self.min_p}
+        top_p, top_k = None if self.top_p == 1 else self.top_p, None if self.top_k in (0, -1) else self.top_k
+        filters = {"top_p": top_p, "top_k": top_k, "min_p": self.min_p}
         filters = {name: value for name, value in filters.items() if value is not None}
         temperature = (1.0 if filters else 0.0) if self.temperature is None else self.temperature
         drawn = {"temperature": temperature} | (filters if temperature else {})
