@@ -5,7 +5,8 @@
 // A tile is 64 queries. Its scores are held transposed, S^T[key][query]: the lanes of a vector are queries, so that the
 // softmax runs down columns, and keys and values are read by broadcast from where they stand. Every product is one
 // micro-kernel, C[r][lanes] += broadcast(A[r * SR + t * ST]) * B[t][lanes], where A and B hold units of 32 bits: one
-// float32, or two bfloat16 that are neighbours along the sum, where the CPU multiplies those (PAIRS).
+// float32, or two bfloat16 that are neighbours along the sum, where the CPU multiplies those (PAIRS). Where the CPU has
+// matrix registers, bfloat16 is multiplied by them (SQUARE): 16 rows by 16 units by 16 lanes at once.
 #include "simd.h"
 
 #include <algorithm>
@@ -38,10 +39,14 @@ namespace {
 
 constexpr int D = SIZE;
 constexpr bool PAIRS = DOTS && std::is_same_v<NUMBER, BFloat16>;
+constexpr bool SQUARE = PAIRS && MATRICES;
 constexpr int UNIT = PAIRS ? 2 : 1, UNITS = D / UNIT;  // numbers of a unit, units of a row
-constexpr int LANES = 64;   // queries of a tile
-constexpr int BLOCK = 60;   // keys of a tile at a time: scores that stay in the first cache
+constexpr int STEP = SQUARE ? UNIT * SIDE : UNIT;      // what a tile sees is bounded by multiples of so many keys
+constexpr int LANES = 64;                              // queries of a tile
+constexpr int BLOCK = SQUARE ? 128 : 60;               // keys of a tile at a time: scores that stay in the first cache
 constexpr int SLACK = 512;  // keys that sums of gradients move on by
+constexpr size_t up(size_t n, size_t of) { return (n + of - 1) / of * of; }
+constexpr int ROW = SQUARE ? up(UNITS, SIDE) : UNITS;  // units from row to row; those past UNITS are 0
 constexpr float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f, LOWEST = -1e30f;
 
 // -- products
@@ -90,6 +95,32 @@ void product(int rows, const float* A, const float* B, int T, float* C) {
     product<N - NV * WIDTH, SR, ST, LD, ADD, LC>(rows, A, B + NV * WIDTH, T, C + NV * WIDTH);
 }
 
+// The same by matrix registers, for multiples of SIDE: rows of A are LA apart, SIDE units of a row NEXT from the next.
+template <int N, int LA, int NEXT, int LD, bool ADD, int LC>
+void matrices(int rows, const float* A, const float* B, int T, float* C) {
+  constexpr int TWO = 2 * SIDE;
+  for (int n = 0; n + TWO <= N; n += TWO) {
+    int r = 0;
+    for (; r + TWO <= rows; r += TWO) matrix<2, 2, LA, NEXT, LD, ADD, LC>(A + r * LA, B + n, T, C + r * LC + n);
+    if (r < rows) matrix<1, 2, LA, NEXT, LD, ADD, LC>(A + r * LA, B + n, T, C + r * LC + n);
+  }
+  if constexpr (constexpr int n = N - SIDE; N % TWO)
+    for (int r = 0; r < rows; r += SIDE) matrix<1, 1, LA, NEXT, LD, ADD, LC>(A + r * LA, B + n, T, C + r * LC + n);
+}
+
+// C[row][lane] = or += the sum of A[row][unit] B[unit][lane] over T units.
+template <int N, int LA, int LD, bool ADD>
+void product_of_rows(int rows, const float* A, const float* B, int T, float* C) {
+  if constexpr (SQUARE) matrices<N, LA, SIDE, LD, ADD, LD>(rows, A, B, T, C);
+  else product<N, LA, 1, LD, ADD>(rows, A, B, T, C);
+}
+
+// sums[number][lane] += the sum of sides[key][number] weights[key][lane] over `keys` keys, as `pack_sides` lays them.
+template <int N> void product_of_sides(const float* sides, const float* weights, int keys, float* sums) {
+  if constexpr (SQUARE) matrices<N, SIDE, D * SIDE, LANES, true, LANES>(D, sides, weights, keys / UNIT, sums);
+  else product<N, 1, D, LANES, true>(D, sides, weights, keys / UNIT, sums);
+}
+
 // -- layouts
 
 struct Rows {  // some rows of a view
@@ -106,11 +137,13 @@ INLINE V unit(const NUMBER* row, int at) {  // WIDTH units of a row
 
 // `count` rows of units, one after another; rows past n are 0.
 void pack_rows(Rows from, int n, int count, float* to) {
-  for (int i = 0; i < n; i++)
-    if constexpr (PAIRS || std::is_same_v<NUMBER, float>) memcpy(to + (size_t)i * UNITS, from[i], UNITS * 4);
+  for (int i = 0; i < n; i++) {
+    if constexpr (PAIRS || std::is_same_v<NUMBER, float>) memcpy(to + (size_t)i * ROW, from[i], UNITS * 4);
     else
       for (int d = 0; d < D; d += WIDTH) store(to + (size_t)i * D + d, widen(from[i] + d));
-  if (n < count) memset(to + (size_t)n * UNITS, 0, (size_t)(count - n) * UNITS * 4);
+    if constexpr (ROW > UNITS) memset(to + (size_t)i * ROW + UNITS, 0, (ROW - UNITS) * 4);
+  }
+  if (n < count) memset(to + (size_t)n * ROW, 0, (size_t)(count - n) * ROW * 4);
 }
 
 // A tile's n rows of units as to[unit][query]; queries past n are 0.
@@ -123,15 +156,34 @@ void pack_transposed(Rows from, int n, float* to) {
       transpose(r);
       for (int x = 0; x < WIDTH; x++) store(to + (u + x) * LANES + i, r[x]);
     }
+  if constexpr (ROW > UNITS) memset(to + UNITS * LANES, 0, (ROW - UNITS) * LANES * 4);
 }
 
-// `count` rows of bfloat16 as to[row / 2][number]: a unit is two rows' numbers; rows past n are 0.
+// WIDTH units of two rows' numbers of bfloat16, from the number `d` on; rows past n are 0.
+INLINE V pair(Rows from, int i, int n, int d) {
+  const U even = i < n ? (U)widen(from[i] + d) : U{}, odd = i + 1 < n ? (U)widen(from[i + 1] + d) : U{};
+  return (V)(even >> 16 | odd);
+}
+
+// `count` rows of bfloat16 as to[row / 2][number]: a unit is two rows' numbers.
 void pack_pairs(Rows from, int n, int count, float* to) {
   for (int i = 0; i < count; i += 2)
-    for (int d = 0; d < D; d += WIDTH) {
-      const U even = i < n ? (U)widen(from[i] + d) : U{}, odd = i + 1 < n ? (U)widen(from[i + 1] + d) : U{};
-      store(to + (size_t)i / 2 * D + d, even >> 16 | odd);
-    }
+    for (int d = 0; d < D; d += WIDTH) store(to + (size_t)i / 2 * D + d, pair(from, i, n, d));
+}
+
+// Keys or values in pairs, for sums over keys: to[pair][number], or to[pair / SIDE][number][pair % SIDE] (SQUARE).
+void pack_sides(Rows from, int n, float* to) {
+  if constexpr (SQUARE) {
+    for (int key = 0; key < n; key += STEP, to += D * SIDE)
+      for (int d = 0; d < D; d += WIDTH) {
+        V r[WIDTH];
+        for (int x = 0; x < WIDTH; x++) r[x] = pair(from, key + 2 * x, n, d);
+        transpose(r);
+        for (int x = 0; x < WIDTH; x++) store(to + (d + x) * SIDE, r[x]);
+      }
+  } else {
+    pack_pairs(from, n, n, to);
+  }
 }
 
 // from[number][query] * factor[query] to a tile's n rows.
@@ -164,17 +216,17 @@ struct Units {
   bool in_place;
   Buffer copy;
   const float* data = nullptr;
-  Units(const View& view, int keys) : in_place(stands(view)), copy(in_place ? 0 : (size_t)keys * UNITS) {}
+  Units(const View& view, int keys) : in_place(stands(view, keys)), copy(in_place ? 0 : up(keys, STEP) * ROW) {}
   void take(Rows rows, int keys) {
     data = in_place ? (const float*)rows.data : copy.data;
-    if (!in_place) pack_rows(rows, keys, keys, copy.data);
+    if (!in_place) pack_rows(rows, keys, SQUARE ? up(keys, STEP) : keys, copy.data);
   }
 
  private:
   // Whether the rows of every head can be read as units where they stand.
-  static bool stands(const View& view) {
+  static bool stands(const View& view, int keys) {
     const int64_t bytes = sizeof(NUMBER), odd = (int64_t)view.data | view.batch * bytes | view.head * bytes;
-    return sizeof(NUMBER) * UNIT == 4 && view.row == D && odd % 4 == 0;
+    return sizeof(NUMBER) * UNIT == 4 && view.row == D && odd % 4 == 0 && ROW == UNITS && !(SQUARE && keys % STEP);
   }
 };
 
@@ -190,7 +242,7 @@ struct Cut {
   int whole, end;
 };
 
-// Keys come in units, two where bfloat16 is summed over them: all bounds are multiples of UNIT.
+// Keys come in units, two where bfloat16 is summed over them: all bounds are multiples of STEP.
 struct Tile {
   alignas(64) int32_t lo[LANES], count[LANES];
   Segment segments[3];
@@ -203,9 +255,9 @@ struct Tile {
       lo[i] = from[at], count[i] = std::max(0, to[at] - from[at]);
     }
     constexpr int HALF = LANES / 2;
-    const int a = down(from[0]), c = up(to[std::min(HALF, n) - 1]);
+    const int a = from[0] / STEP * STEP, c = up(to[std::min(HALF, n) - 1], STEP);
     const bool second = n > HALF;
-    const int b = second ? down(from[HALF]) : c, d = second ? up(to[n - 1]) : c;
+    const int b = second ? from[HALF] / STEP * STEP : c, d = second ? up(to[n - 1], STEP) : c;
     used = 0;
     // Both halves of the queries against what both see; either alone against what only it sees.
     add(a, std::min(b, c), 0, HALF), add(b, c, 0, LANES), add(std::max(b, c), d, HALF, HALF);
@@ -214,16 +266,14 @@ struct Tile {
   int last() const { return used ? segments[used - 1].hi : 0; }
 
   Cut cut(int begin, int end, int first, int queries) const {
-    const int whole = std::clamp(up(lo[first + queries - 1]), begin, end);
-    return {whole, std::clamp(down(lo[first] + count[first]), whole, end)};
+    const int whole = std::clamp((int)up(lo[first + queries - 1], UNIT), begin, end);
+    return {whole, std::clamp((lo[first] + count[first]) / UNIT * UNIT, whole, end)};
   }
   INLINE V seen(int key, int query, V x, V otherwise) const {  // x where key - lo < count, and not below 0
     return (U)(key - load<I>(lo + query)) < load<U>(count + query) ? x : otherwise;
   }
 
  private:
-  static int down(int key) { return key / UNIT * UNIT; }
-  static int up(int key) { return (key + UNIT - 1) / UNIT * UNIT; }
   void add(int begin, int end, int first, int queries) {
     if (begin < end) segments[used++] = {begin, end, first, queries};
   }
@@ -234,7 +284,7 @@ template <class Worker> void walk(Worker& worker, const Tile& tile) {
   for (int s = 0; s < tile.used; s++) {
     const Segment& part = tile.segments[s];
     const int length = part.hi - part.lo, blocks = (length + BLOCK - 1) / BLOCK;
-    const int step = ((length + blocks - 1) / blocks + ROWS - 1) / ROWS * ROWS;
+    const int step = up((length + blocks - 1) / blocks, SQUARE ? STEP : ROWS);
     for (int key = part.lo; key < part.hi; key += step) {
       const int count = std::min(step, part.hi - key);
       if (part.queries == LANES) worker.template block<LANES>(key, count, part.first);
@@ -266,7 +316,7 @@ void lower(float slope, int i, int queries, int j, int keys, float* scores) {
 struct Forward {
   const Call& call;
   const float scale;  // of the scores after `cap`
-  alignas(64) float qt[UNITS * LANES], scores[BLOCK * LANES], pairs[BLOCK * LANES / 2], mixed[D * LANES];
+  alignas(64) float qt[ROW * LANES], scores[BLOCK * LANES], pairs[BLOCK * LANES / 2], mixed[D * LANES];
   alignas(64) float peak[LANES], total[LANES];
   Tile tile;
   Units k, v;
@@ -280,14 +330,14 @@ struct Forward {
         scale(c.softcap ? 1 : c.scale),
         k(c.k, c.keys),
         v(c.v, PAIRS ? 0 : c.keys),
-        paired(PAIRS ? (size_t)(c.keys + 1) / 2 * D : 0) {}
+        paired(PAIRS ? up(c.keys, STEP) / UNIT * D : 0) {}
 
   static int tasks(const Call& c) { return c.batch * c.heads; }
 
   void run(int task) {
     const int row = task / call.heads, head = task % call.heads, kv = head / (call.heads / call.kv_heads);
     k.take(rows_of(call.k, row, kv), call.keys);
-    if constexpr (PAIRS) pack_pairs(rows_of(call.v, row, kv), call.keys, call.keys, paired.data);
+    if constexpr (PAIRS) pack_sides(rows_of(call.v, row, kv), call.keys, paired.data);
     else v.take(rows_of(call.v, row, kv), call.keys);
     values = PAIRS ? paired.data : v.data;
     const Rows q = rows_of(call.q, row, head), out = rows_of(call.out, row, head);
@@ -305,15 +355,14 @@ struct Forward {
   }
 
   template <int QUERIES> void block(int key, int keys, int first) {
-    const int read = std::min(keys, call.keys - key);
-    product<QUERIES, UNITS, 1, LANES, false>(read, k.data + (size_t)key * UNITS, qt + first, UNITS, scores);
+    const int read = SQUARE ? keys : std::min(keys, call.keys - key);
+    product_of_rows<QUERIES, ROW, LANES, false>(read, k.data + (size_t)key * ROW, qt + first, ROW, scores);
     if (call.softcap) cap(call, keys, scores);
     if (call.slopes) lower(alibi, position + first, QUERIES, key, keys, scores);
     const Cut cut = tile.cut(key, key + keys, first, QUERIES);
     constexpr int NV = std::min(GROUP, QUERIES / WIDTH);
     for (int x = 0; x < QUERIES; x += NV * WIDTH) soften<NV>(key, keys, cut, first, x);
-    const float* weights = PAIRS ? pairs : scores;
-    product<QUERIES, 1, D, LANES, true>(D, values + (size_t)key / UNIT * D, weights, keys / UNIT, mixed + first);
+    product_of_sides<QUERIES>(values + (size_t)key / UNIT * D, PAIRS ? pairs : scores, keys, mixed + first);
   }
 
   // Scores to weights 2^(scale s - peak) for the queries of NV vectors from first + x on; sums so far, to the new peak.
@@ -512,7 +561,7 @@ struct Sum {
       : in_place(std::is_same_v<NUMBER, float> && view.row == D),
         room(in_place ? all : std::min(all, widest + SLACK)),
         keys(all),
-        held(in_place ? 0 : (size_t)room * D) {}
+        held(in_place ? 0 : (size_t)(room + STEP) * D) {}  // of the last keys more may be added to than there are
 
   void take(Rows rows) { into = rows, base = end = 0, data = in_place ? (float*)rows.data : held.data; }
   float* at(int key) { return data + (ptrdiff_t)(key - base) * D; }
@@ -541,7 +590,7 @@ struct Sum {
 
 struct Backward {
   const Call& call;
-  alignas(64) float qt[UNITS * LANES], gt[UNITS * LANES];    // queries and output gradients, [unit][query]
+  alignas(64) float qt[ROW * LANES], gt[ROW * LANES];       // queries and output gradients, [unit][query]
   alignas(64) float q[UNITS * LANES], grad[UNITS * LANES];  // the same as the lanes of dk and dv, [query][number]
   alignas(64) float dqt[D * LANES], lse[LANES], delta[LANES];
   alignas(64) float weights[BLOCK * LANES], slopes[BLOCK * LANES];  // P and dS, [key][query]
@@ -557,13 +606,13 @@ struct Backward {
       : call(c),
         k(c.k, c.keys),
         v(c.v, c.keys),
-        paired(PAIRS ? (size_t)(c.keys + 1) / 2 * D : 0),
+        paired(PAIRS ? up(c.keys, STEP) / UNIT * D : 0),
         dk(c.dk, widest(c), c.keys),
         dv(c.dv, widest(c), c.keys) {}
 
   static int tasks(const Call& c) { return c.batch * c.kv_heads; }
 
-  // Keys that a tile sees at most, and the fewer than UNIT on either side.
+  // Keys that a tile sees at most, and the fewer than STEP on either side.
   static int widest(const Call& c) {
     int most = 0;
     for (int row = 0; row < c.batch; row++)
@@ -571,14 +620,14 @@ struct Backward {
         const size_t first = (size_t)row * c.queries + i, last = first + std::min(LANES, c.queries - i) - 1;
         most = std::max(most, c.hi[last] - c.lo[first]);
       }
-    return most + 2 * (UNIT - 1);
+    return most + 2 * (STEP - 1);
   }
 
   void run(int task) {
     const int row = task / call.kv_heads, kv = task % call.kv_heads, group = call.heads / call.kv_heads;
     const size_t bounds = (size_t)row * call.queries;
     k.take(rows_of(call.k, row, kv), call.keys), v.take(rows_of(call.v, row, kv), call.keys);
-    if constexpr (PAIRS) pack_pairs(rows_of(call.k, row, kv), call.keys, call.keys, paired.data);
+    if constexpr (PAIRS) pack_sides(rows_of(call.k, row, kv), call.keys, paired.data);
     dk.take(rows_of(call.dk, row, kv)), dv.take(rows_of(call.dv, row, kv));
     for (int i = 0; i < call.queries; i += LANES) {
       tile.take(call.lo + bounds + i, call.hi + bounds + i, call.queries - i);
@@ -618,9 +667,9 @@ struct Backward {
   }
 
   template <int QUERIES> void block(int key, int keys, int first) {
-    const int read = std::min(keys, call.keys - key);
-    product<QUERIES, UNITS, 1, LANES, false>(read, k.data + (size_t)key * UNITS, qt + first, UNITS, weights);
-    product<QUERIES, UNITS, 1, LANES, false>(read, v.data + (size_t)key * UNITS, gt + first, UNITS, slopes);
+    const int read = SQUARE ? keys : std::min(keys, call.keys - key);
+    product_of_rows<QUERIES, ROW, LANES, false>(read, k.data + (size_t)key * ROW, qt + first, ROW, weights);
+    product_of_rows<QUERIES, ROW, LANES, false>(read, v.data + (size_t)key * ROW, gt + first, ROW, slopes);
     if (call.softcap) cap(call, keys, weights);
     if (call.slopes) lower(alibi, position + first, QUERIES, key, keys, weights);
     const Cut cut = tile.cut(key, key + keys, first, QUERIES);
@@ -629,10 +678,10 @@ struct Backward {
     differentiate<QUERIES, true>(key, cut.end, key + keys, first);
     const float *p = PAIRS ? narrow_weights : weights, *ds = PAIRS ? narrow_slopes : slopes;
     const size_t own = (size_t)first / UNIT * D;
-    product<D, LANES / UNIT, 1, D, true>(read, p, grad + own, QUERIES / UNIT, dv.at(key));
-    product<D, LANES / UNIT, 1, D, true>(read, ds, q + own, QUERIES / UNIT, dk.at(key));
-    const float* sides = PAIRS ? paired.data + (size_t)key / 2 * D : k.data + (size_t)key * D;
-    product<QUERIES, 1, D, LANES, true>(D, sides, PAIRS ? slope_pairs : slopes, keys / UNIT, dqt + first);
+    product_of_rows<D, LANES / UNIT, D, true>(read, p, grad + own, QUERIES / UNIT, dv.at(key));
+    product_of_rows<D, LANES / UNIT, D, true>(read, ds, q + own, QUERIES / UNIT, dk.at(key));
+    const float* sides = (PAIRS ? paired.data : k.data) + (size_t)key / UNIT * D;
+    product_of_sides<QUERIES>(sides, PAIRS ? slope_pairs : slopes, keys, dqt + first);
   }
 
   // P = 2^(scale s - lse) and dS = P (scale dP - delta), in place, or narrowed to rows and dS also to pairs of keys.
@@ -672,6 +721,7 @@ template <class Worker, class... Shared> int in_threads(const Call& call, Shared
   auto work = [&] {
     try {
       auto worker = std::make_unique<Worker>(call, shared...);
+      [[maybe_unused]] const std::conditional_t<SQUARE, Matrices, int> registers{};
       working++;
       for (int task; (task = next++) < tasks;) worker->run(task);
     } catch (const std::bad_alloc&) {  // the others take its tasks
@@ -706,4 +756,6 @@ int decode(const Call* call) {
 }
 const char* instructions() { return NAME; }
 bool dots() { return DOTS; }
+bool matrices() { return MATRICES; }
+bool permitted() { return !SQUARE || permit_matrices(); }
 }

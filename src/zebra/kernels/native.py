@@ -76,7 +76,8 @@ def instructions() -> str:
         return library
     library.instructions.restype = ctypes.c_char_p
     name: str = library.instructions().decode()
-    return f"{name}, products of bfloat16" if library.dots() else name
+    by = "matrix registers (AMX)" if library.matrices() else "dot products"
+    return f"{name}, bfloat16 by {by}" if library.dots() else name
 
 
 def _run(direction: str, tensors: dict[str, Tensor], scale: float, softcap: float | None, group: int = 1) -> None:
@@ -95,9 +96,10 @@ def _library(dtype: torch.dtype, size: int) -> ctypes.CDLL | str:
 
 @functools.cache
 def _loaded(*options: str) -> ctypes.CDLL | str:
-    """Once for the process."""
+    """Once for the process; without matrix registers where the system does not give them to it."""
     try:
-        return compiler.library(SOURCE, *options)
+        library = compiler.library(SOURCE, *options)
+        return library if library.permitted() else compiler.library(SOURCE, *options, "-mno-amx-bf16")
     except compiler.Unbuilt as reason:
         return str(reason)
 

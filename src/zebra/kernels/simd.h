@@ -8,6 +8,11 @@
 #include <immintrin.h>
 #endif
 
+#if defined __AMX_BF16__ && defined __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -163,6 +168,79 @@ constexpr bool DOTS = false;
 INLINE V dot(V, V, V c) { return c; }
 INLINE V joined(V low, V) { return low; }
 INLINE V zipped(V even, V) { return even; }
+#endif
+
+// -- products of bfloat16 by matrix registers (AMX): SIDE rows of SIDE units each
+
+constexpr int SIDE = 16;
+
+#if defined __AMX_BF16__ && defined __AVX512BF16__ && defined __linux__
+constexpr bool MATRICES = true;
+
+// Linux gives the registers to a process that asks for them.
+inline bool permit_matrices() {
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+}
+
+// A thread's registers, all of one shape, while this lives.
+struct Matrices {
+  Matrices() {
+    struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = SIDE * 4, shape.rows[i] = SIDE;
+    _tile_loadconfig(&shape);
+  }
+  ~Matrices() { _tile_release(); }
+  Matrices(const Matrices&) = delete;
+};
+
+// C = or += A B for M times SIDE rows, N times SIDE lanes and T units, M and N 1 or 2. Rows are LA, LB and LC apart,
+// SIDE units of a row of A NEXT from the next.
+template <int M, int N, int LA, int NEXT, int LB, bool ADD, int LC>
+__attribute__((noinline)) void matrix(const float* A, const float* B, int T, float* C) {
+  asm volatile("" ::: "memory");  // GCC is not told that the registers' loads read memory
+  constexpr bool DOWN = M > 1, ALONG = N > 1;
+  if constexpr (ADD) {
+    _tile_loadd(0, C, LC * 4);
+    if constexpr (ALONG) { _tile_loadd(1, C + SIDE, LC * 4); }
+    if constexpr (DOWN) { _tile_loadd(2, C + SIDE * LC, LC * 4); }
+    if constexpr (DOWN && ALONG) { _tile_loadd(3, C + SIDE * LC + SIDE, LC * 4); }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int t = 0; t < T; t += SIDE, A += NEXT, B += SIDE * LB) {
+    _tile_loadd(4, A, LA * 4);
+    _tile_loadd(6, B, LB * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (ALONG) {
+      _tile_loadd(7, B + SIDE, LB * 4);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (DOWN) {
+      _tile_loadd(5, A + SIDE * LA, LA * 4);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (DOWN && ALONG) { _tile_dpbf16ps(3, 5, 7); }
+  }
+  _tile_stored(0, C, LC * 4);
+  if constexpr (ALONG) { _tile_stored(1, C + SIDE, LC * 4); }
+  if constexpr (DOWN) { _tile_stored(2, C + SIDE * LC, LC * 4); }
+  if constexpr (DOWN && ALONG) { _tile_stored(3, C + SIDE * LC + SIDE, LC * 4); }
+  asm volatile("" ::: "memory");
+}
+#else
+constexpr bool MATRICES = false;
+inline bool permit_matrices() { return true; }
+struct Matrices {};
+template <int M, int N, int LA, int NEXT, int LB, bool ADD, int LC>
+void matrix(const float*, const float*, int, float*);
 #endif
 
 }  // namespace
