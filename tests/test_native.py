@@ -451,6 +451,25 @@ def test_avx_512_without_bfloat16_equals_the_formula(
     agrees_everywhere(size, dtype)
 
 
+@needs_native
+@pytest.mark.skipif("amx_bf16" not in compiler.cpu_flags(), reason="no AMX")
+@pytest.mark.parametrize("size", some(SIZES, 64))
+def test_where_the_system_gives_no_matrix_registers_others_serve(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = compiler.library
+
+    def refused(source: Path, *options: str) -> Any:
+        built: Any = library(source, *options)
+        built.permitted = lambda: False
+        return built
+
+    with_registers = native.instructions()
+    monkeypatch.setattr(native, "_loaded", functools.cache(native._loaded.__wrapped__))
+    monkeypatch.setattr(compiler, "library", refused)
+    assert with_registers == "AVX-512, bfloat16 by matrix registers (AMX)"
+    assert native.instructions() == "AVX-512, bfloat16 by dot products"
+    agrees_everywhere(size, torch.bfloat16)
+
+
 CROSS, EMULATOR = (
     shutil.which("aarch64-linux-gnu-g++"),
     shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static"),

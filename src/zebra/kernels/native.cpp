@@ -756,6 +756,6 @@ int decode(const Call* call) {
 }
 const char* instructions() { return NAME; }
 bool dots() { return DOTS; }
-bool matrices() { return MATRICES; }
+bool matrices() { return SQUARE; }
 bool permitted() { return !SQUARE || permit_matrices(); }
 }

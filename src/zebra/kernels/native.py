@@ -71,7 +71,7 @@ def options(dtype: torch.dtype, size: int) -> tuple[str, ...]:
 
 def instructions() -> str:
     """The instruction set that the kernel was compiled for, or why it was not compiled."""
-    library = _library(torch.float32, 64)
+    library = _library(torch.bfloat16, 64)
     if isinstance(library, str):
         return library
     library.instructions.restype = ctypes.c_char_p
