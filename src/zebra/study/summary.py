@@ -127,7 +127,7 @@ def _attend_means(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the means alone; out 0 and lse -inf where a query sees none.
 
-    The blocks that a query sees are one run, so that the kernel in C++ serves where it can; else scores over all blocks.
+    A query sees one run of blocks, so that the kernel in C++ serves where it can, and else scores over all blocks.
     """
     assert mask.window is not None
     queries, keys, dtype = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
