@@ -267,6 +267,7 @@ def test_a_tokenizer_without_a_name_is_refused_with_the_way(tmp_path: Path) -> N
 
 def test_a_folder_for_mlx_shares_the_weights(tmp_path: Path, zebra: Zebra) -> None:
     path = folder(tmp_path / "folder")
+    (tmp_path / "mlx").mkdir()  # an empty folder may be there, as for `convert`
     done = zebra("export", path, tmp_path / "mlx", "--to", "mlx", "--stripes", "GL:9")
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "mlx" / "config.json").read_text())

@@ -156,10 +156,12 @@ def test_quantised_weights_and_targets_that_cannot_be_written_are_refused(tmp_pa
     to = ("--to", "gguf", "--stripes", "GL:9")
     (tmp_path / "file").write_text("x")
     refused(zebra("export", path, tmp_path / "file" / "x.gguf", *to), "cannot be written: Not a directory")
+    mlx = ("--to", "mlx", "--stripes", "GL:9")
+    refused(zebra("export", path, tmp_path / "file" / "x", *mlx), "cannot be written: Not a directory")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     refused(zebra("export", path, tmp_path / "x.gguf", *to), "is quantised (fp8)", "before quantisation")
-    refused(zebra("export", path, tmp_path / "x", "--to", "mlx", "--stripes", "GL:9"), "is quantised (fp8)")
+    refused(zebra("export", path, tmp_path / "x", *mlx), "is quantised (fp8)")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
 
 

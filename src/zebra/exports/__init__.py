@@ -55,7 +55,7 @@ def check_export(
         check_gguf_package(target)
     check_checkpoint(checkpoint)
     check_new_directory(Path(os.path.abspath(target)))
-    check_writable(target)
+    check_writable(target if to == "gguf" else Path(target) / "config.json")
 
 
 def export(
