@@ -117,6 +117,18 @@ def test_a_target_that_appears_meanwhile_is_refused(tmp_path: Path) -> None:
         write_directory(tmp_path / "target")
 
 
+def test_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
+    """Another disk, by its link: after all the work the rename failed, as a folder replaces no link."""
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        (tmp_path / f"link-{name}").symlink_to(name)
+        write_directory(tmp_path / f"link-{name}")
+        assert (tmp_path / f"link-{name}").is_symlink()
+        assert names(tmp_path / name) == names(tmp_path / f"link-{name}") != []
+        with pytest.raises(ZebraError, match="exists already"):
+            write_directory(tmp_path / f"link-{name}")
+
+
 def test_a_folder_or_a_device_is_no_file(tmp_path: Path) -> None:
     device = os.stat("/dev/null")
     for path in (tmp_path, "/dev/null"):

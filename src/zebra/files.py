@@ -27,10 +27,12 @@ from zebra.errors import ZebraError
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to `target` when the body succeeds, and removed otherwise.
 
+    Of a symbolic link it is what the link points to.
+
     Raises:
         ZebraError: the target exists and is not an empty directory.
     """
-    target = Path(os.path.abspath(target))  # `.` has no name
+    target = Path(os.path.realpath(target))  # `.` has no name, and no directory can be renamed to a link
     check_new_directory(target)
     with _partial(target, Path.mkdir) as partial:
         yield partial
