@@ -301,6 +301,16 @@ def test_the_table_fits_the_terminal() -> None:
     assert "@50" not in shown
 
 
+def test_a_narrow_terminal_cuts_no_number() -> None:
+    """So does a pipe, which has 80 characters: intervals and counts ended in dots."""
+    layouts = ("full", "GLLL:1024", "GL:1024", "LLLG:512")
+    console = Console(width=60, file=io.StringIO())
+    console.print(*terminal_tables([one for layout in layouts for one in scores("m", layout, (5.0, 6.0, 7.0, 8.0))]))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 60
+
+
 def retrieved(layout: str, task: str = "retrieval-generate-passkey", **columns: Any) -> Result:
     defaults = {"length": 4096, "depth": 0.5, "value": 0.75, "low": 0.5, "high": 0.9, "n": 20} | columns
     return Result(run="grid", model="models/m", layout=layout, task=task, metric="accuracy", **COMMON | defaults)

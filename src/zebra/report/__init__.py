@@ -106,10 +106,11 @@ def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:
 
 
 def terminal_table(table: Table) -> terminal.Table:
-    """A table for a terminal."""
+    """A table for a terminal. Where it is narrow, words go on in the next line, and no number is cut."""
     shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
     for i, cell in enumerate(table.head):
-        shown.add_column(Text.assemble(cell.text, ("\n" + cell.dim, "dim")), justify="right" if i else "left")
+        head = Text.assemble(cell.text, ("\n" + cell.dim, "dim"))
+        shown.add_column(head, justify="right" if i else "left", overflow="fold")
     for line in table.body:
         shown.add_row(*(Text.assemble(cell.text, (f" {cell.dim}" if cell.dim else "", "dim")) for cell in line))
     return shown
