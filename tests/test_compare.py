@@ -68,6 +68,8 @@ def test_a_score_by_length_is_the_mean_over_tasks_and_depths() -> None:
 def test_runs_of_one_name_are_told_apart_by_their_source() -> None:
     merged = merge_sources({"a": [result(), result("two")], "b": [result()]})
     assert [one.run for one in merged] == ["one (a)", "two", "one (b)"]
+    merged = merge_sources({"runs/lr-0.1": [result()], "other.jsonl": [result()]})
+    assert [one.run for one in merged] == ["one (lr-0.1)", "one (other)"]
 
 
 def test_lines_of_one_name_are_told_apart() -> None:

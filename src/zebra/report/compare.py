@@ -27,7 +27,7 @@ def merge_sources(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
 
     Where two sources have a run of one name, the source's name is added to the run's.
     """
-    short = {source: Path(source).stem or source for source in sources}
+    short = {source: Path(source).name.removesuffix(".jsonl") or source for source in sources}
     if len(set(short.values())) < len(short):
         short = {source: source for source in sources}
     sources_of_run: dict[str, set[str]] = defaultdict(set)
