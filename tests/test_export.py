@@ -28,7 +28,7 @@ from zebra.exports.gguf_folder import folder_model
 from zebra.exports.gguf_model import GgufModel, GgufTensor, read_model, write_model
 from zebra.exports.limits import period_of
 from zebra.exports.llama_cpp import NO_SINK, TARGETS, with_stripes
-from zebra.exports.verify import verify_export
+from zebra.exports.verify import compare, verify_export
 from zebra.gguf import config_fields, read_header
 from zebra.model.routes import ROUTES
 from zebra.stripes import Stripes
@@ -361,6 +361,12 @@ def test_an_engine_that_ignores_the_window_fails(layout: str | None, tmp_path: P
         "tokenizer": True,
     }
     assert done.returncode == (0 if right else 1)
+
+
+def test_an_engine_without_a_number_fails() -> None:
+    """A log-probability of NaN behind others was passed over."""
+    difference, _ = compare(tiny_model("llama"), [1, 2], [3, 4], [{"3": -4.0}, {"4": float("nan")}])
+    assert not difference <= 1e9
 
 
 def test_an_engine_that_is_not_there_is_named(tmp_path: Path, zebra: Zebra) -> None:

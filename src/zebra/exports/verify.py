@@ -171,4 +171,4 @@ def compare(
         abs(own[i, int(token)].item() - value) for i, row in enumerate(logprobs) for token, value in row.items()
     ]
     behind = own.max(-1).values - own.gather(-1, torch.tensor(tokens, device=own.device)[:, None])[:, 0]
-    return max(differences), behind.max().item()
+    return torch.tensor(differences).max().item(), behind.max().item()  # of NaN, which `max` alone passes over, NaN
