@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 from conftest import FEW_STORIES, STORIES, FinishedRun, Zebra
 
-from zebra.compare.measurements import Measurements, Unit, schedule
+from zebra.compare.measurements import Measurements, Unit, measure_cost, schedule
 from zebra.compare.methods import Method, choose_methods, standard_methods
-from zebra.compare.run import compare
+from zebra.compare.run import compare, planned_run
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import perplexity
 from zebra.evaluate.target import EvalTarget
+from zebra.model.load import load
+from zebra.plan.cost import pairs
+from zebra.plan.memory import kv_bytes
 from zebra.report.compared import Methods, answered
 from zebra.report.methods import method_summaries, method_tables
 from zebra.results import Result, read_results
@@ -103,6 +106,16 @@ def test_the_cost_is_measured_as_planned(comparison: FinishedRun) -> None:
         measured, planned = (one(costs, layout=layout, metric=m).value for m in ("kv_bytes", "kv_bytes_planned"))
         assert measured == planned
     assert all(r.value > 0 for r in costs)
+
+
+def test_sinks_and_full_decoding_are_planned() -> None:
+    """What `config.json` does not say: beside a measured cache of all tokens the plan had that of the window."""
+    model = load(STORIES, stripes="GL:33+4", full_decode=True)
+    measured = measure_cost(model, np.arange(100))["kv_bytes"]
+    assert kv_bytes(planned_run(model, 100, "prefill")) == measured
+    assert pairs(planned_run(model, 100, "decode")) == 5 * 101
+    sinks = load(STORIES, stripes="GL:33+4")
+    assert kv_bytes(planned_run(sinks, 100, "prefill")) == measure_cost(sinks, np.arange(100))["kv_bytes"] < measured
 
 
 def test_layers_are_selected_by_text_that_is_not_scored(comparison: FinishedRun) -> None:

@@ -16,7 +16,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from zebra.model.checkpoint import checkpoint_digests
 from zebra.model.families import stripes_of
 from zebra.model.load import device_name
 from zebra.model.load_options import loaded_layout_name
+from zebra.model.local import local_attention_of
 from zebra.model.self_extend import self_extend_of
 from zebra.plan.cost import BYTES, Run
 from zebra.plan.decoder import decoder_from_config
@@ -235,18 +236,10 @@ class _Comparison:
     def _planned(self, model: PreTrainedModel) -> Measurement:
         """The cost by the plan, with the ceilings of this machine; without what the plan does not know."""
         planned: Measurement = {}
-        dtype = str(model.dtype).removeprefix("torch.")
         with suppress(ZebraError):
             self._ceilings = self._ceilings or measure_ceilings(str(model.device))
             for phase, name in (("prefill", "prefill_seconds"), ("decode", "decode_seconds")):
-                costs = Run(
-                    decoder=decoder_from_config(model.config.to_dict(), name="the model"),
-                    stripes=stripes_of(model.config),
-                    length=self.settings.length,
-                    dtype=dtype if dtype in BYTES else "float32",
-                    phase=phase,
-                    self_extend=self_extend_of(model),
-                )
+                costs = planned_run(model, self.settings.length, phase)
                 planned |= {"kv_bytes": kv_bytes(costs)} if phase == "prefill" else {}
                 planned[name] = sum(self._ceilings.seconds(costs).values())
         return planned
@@ -274,6 +267,21 @@ class _Comparison:
             **settings.loading,
             work=self._out / "selection",
         ).stripes
+
+
+def planned_run(model: PreTrainedModel, length: int, phase: str) -> Run:
+    """What a loaded model does with a text, for its plan: with the sinks and full decoding that no config has."""
+    stripes, local = stripes_of(model.config), local_attention_of(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Run(
+        decoder=decoder_from_config(model.config.to_dict(), name="the model"),
+        stripes=stripes and replace(stripes, sinks=local.sinks),
+        length=length,
+        dtype=dtype if dtype in BYTES else "float32",
+        phase=phase,
+        self_extend=self_extend_of(model),
+        full_decode=local.full_decode,
+    )
 
 
 _FAILURES = (ZebraError, RuntimeError, MemoryError)
