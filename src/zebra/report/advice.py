@@ -38,12 +38,13 @@ def advice(compared: Methods) -> Line:
     if cheaper:
         cheap = min(cheaper, key=lambda one: compared.value(one, "perplexity", compared.far))
         rise = compared.value(cheap, "perplexity", compared.far) / compared.value(best, "perplexity", compared.far)
+        untrained = cheap.model == compared.baseline.model
         words += [
             Cell(f" If the cache must be smaller, {compared.names[cheap]} holds "),
             Cell(percent(compared.value(cheap, "kv_bytes") / cache, 0), results=compared.results(cheap, "kv_bytes")),
             Cell(" of it at a perplexity of "),
             value_cell(compared.results(cheap, "perplexity", compared.far)),
-            Cell(", untrained; adapt it first." if rise > 1 + math.expm1(_CLOSE) else "."),
+            Cell(", untrained; adapt it first." if untrained and rise > math.exp(_CLOSE) else "."),
         ]
     return words
 
