@@ -25,7 +25,9 @@ from zebra.model.load import load
 from zebra.plan.cost import pairs
 from zebra.plan.memory import kv_bytes
 from zebra.report.compared import Methods, answered
+from zebra.report.method import method
 from zebra.report.methods import method_summaries, method_tables
+from zebra.report.page import Table
 from zebra.results import Result, read_results
 
 LENGTH = 600
@@ -230,6 +232,20 @@ def test_answers_of_a_few_samples_are_counted_and_not_a_percentage() -> None:
     assert answered([replace(one, n=1, value=1.0)]) == "1 of 1"
     assert answered([one, replace(one, depth=0.9)]) == "4 of 8"
     assert answered([replace(one, n=20)]) == "50\N{NO-BREAK SPACE}%"
+
+
+def test_intervals_of_a_comparison_are_over_windows() -> None:
+    compared = [replace(one, low=one.value, high=one.value) for one in table_of(("full", 36.0, 0.5, 30.0, 100.0))]
+    evaluated = [replace(one, run="other") for one in compared if one.metric == "perplexity"]
+
+    def intervals(results: list[Result]) -> str:
+        (table,) = (block for block in method(results).blocks if isinstance(block, Table))
+        return next(line[1].text for line in table.body if line[0].text == "intervals")
+
+    windows = "of methods side by side: 95 %, bootstrap over windows"
+    assert "documents" not in intervals(compared)
+    assert windows in intervals(compared)
+    assert {windows, "95 %, bootstrap over documents"} <= {*intervals([*compared, *evaluated]).split("; ")}
 
 
 def test_the_positions_shown_begin_with_the_last_that_were_trained() -> None:

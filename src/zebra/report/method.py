@@ -18,6 +18,7 @@ _CONVENTIONS = {
 _BOS = "; each window begins with the tokenizer's BOS token"
 _INTERVALS = {
     "perplexity-": "95 %, bootstrap over documents",
+    "compare-paired": "of methods side by side: 95 %, bootstrap over windows",
     "retrieval-": "of retrieval: 95 %, Wilson's over samples",
     "selection-": "of selections: 95 %, bootstrap over sequences, of the change from the source",
 }
@@ -44,6 +45,7 @@ def others(results: list[Result]) -> Section:
 def method(results: Sequence[Result]) -> Section:
     """All that a number depends on."""
     facts: dict[str, dict[str, None]] = defaultdict(dict)
+    of_windows = {one.run for one in results if one.task == "compare-paired"}  # their perplexities are, too
     for one in results:
         how = convention(one.task)
         if one.task != how:
@@ -51,7 +53,8 @@ def method(results: Sequence[Result]) -> Section:
             begins = _BOS * ("bos" in rest.split("-"))
             facts["convention"][f"{how}: {_CONVENTIONS.get(name, 'as its evaluation defines it')}{begins}"] = None
         for kind, text in _INTERVALS.items():
-            if one.low is not None and one.task.startswith(kind):
+            over_windows = kind == "perplexity-" and one.run in of_windows
+            if one.low is not None and one.task.startswith(kind) and not over_windows:
                 facts["intervals"][text] = None
         if step(one) is None:
             facts["models"][one.model] = None
