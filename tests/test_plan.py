@@ -315,11 +315,27 @@ def test_ceilings_come_from_a_file(tmp_path: Path) -> None:
         tree | {"attention": {LOCAL: {"float32": 0}}},
         tree | {"reading": {"keys": {"float32": 1e10}}},
         tree | {"reading": {"weights": {"float32": -1.0}}},
+        tree | {"memory": -1},
+        tree | {"link": {"inside": 1e9}},
+        tree | {"link": {"inside": 1e9, "across": 0}},
+        tree | {"link": {"inside": 1e9, "across": "fast"}},
     )
     for broken in bad:
         file.write_text(json.dumps(broken))
         with pytest.raises(ZebraError, match="ceilings"):
             devices.find_device(file)
+
+
+def test_a_cluster_of_a_file(zebra: Zebra, tmp_path: Path) -> None:
+    """The links that were asked for could not be added."""
+    file = tmp_path / "ceilings.json"
+    tree = {"name": "mine", "flops": {"float32": 5e13, "bfloat16": 8e14}, "bandwidth": 3e12, "memory": 80 * 10**9}
+    line = ("plan", "llama-2-7b", "--length", 65536, "--phase", "train", "--cluster", "8", "--device", file)
+    file.write_text(json.dumps(tree))
+    refused(zebra(*line), 'Add memory and link to its file, such as "link": {')
+    file.write_text(json.dumps(tree | {"link": {"inside": 4e11, "across": 5e10}}))
+    link = json.loads(zebra(*line, "--json").stdout)["device"]["link"]
+    assert link == {"inside": 4e11, "across": 5e10, "node": 8}
 
 
 def test_a_token_reads_weights_and_cache_at_rates_of_their_own(tmp_path: Path) -> None:

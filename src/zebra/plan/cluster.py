@@ -104,7 +104,8 @@ def predictions(run: Run, device: Device, devices: int) -> list[Prediction]:
     check_parallel(run)
     if device.memory is None or device.link is None:
         raise ZebraError(
-            f"{device.name} names no memory or no links between devices. Add them, or choose another device."
+            f"{device.name} names no memory or no links between devices. Add memory and link to its file, such as "
+            '"link": {"inside": 4.5e11, "across": 5e10, "node": 8}, or choose another device.'
         )
     ways = [_predict(run, device, device.link, device.memory, parallel) for parallel in _ways(run, devices)]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from zebra.errors import ZebraError
@@ -124,8 +124,9 @@ MI300X, of 200 for each A100 and 100 for each L40S, and one of 100 for a node of
 def find_device(device: str | os.PathLike[str]) -> Device:
     """A device of the table by name, or the ceilings in a JSON file.
 
-    The file holds `name`, `flops` (FLOP/s by dtype), `bandwidth` (bytes/s) and, if they are known, `memory` (bytes)
-    and `attention` (FLOP/s by kind of layer, full_attention and sliding_attention, and dtype).
+    The file holds `name`, `flops` (FLOP/s by dtype), `bandwidth` (bytes/s) and, if they are known, `memory` (bytes),
+    `attention` (FLOP/s by kind of layer, full_attention and sliding_attention, and dtype), `reading` (bytes/s by
+    weights and cache, and dtype) and `link`, the fields of `Link`.
 
     Raises:
         ZebraError: neither a name nor a file, or a file that holds something else.
@@ -149,23 +150,25 @@ def find_device(device: str | os.PathLike[str]) -> Device:
             for name in ("attention", "reading")
         )
         memory = None if tree.get("memory") is None else int(tree["memory"])
+        link = None if tree.get("link") is None else Link(**tree["link"])
         measured = Device(
-            str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention, reading=reading
+            str(tree["name"]), peaks, float(tree["bandwidth"]), memory, MEASURED, attention, reading, link
         )
+        sizes = [1 if memory is None else memory, *(() if link is None else map(float, asdict(link).values()))]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ZebraError(
             f"{path} is not a file of ceilings: {type(error).__name__} {error}. Give a JSON object with name, "
             "flops (FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes), attention (FLOP/s by kind, dtype), "
-            "reading (bytes/s by weights and cache, dtype)."
+            "reading (bytes/s by weights and cache, dtype), link (bytes/s inside a node and across, devices of a node)."
         ) from None
     everywhere = [peaks, *attention.values(), *reading.values()]
-    rates = [measured.bandwidth, *(rate for rates in everywhere for rate in rates.values())]
+    rates = [measured.bandwidth, *sizes, *(rate for rates in everywhere for rate in rates.values())]
     unknown = (
         set().union(*everywhere) - set(BYTES) or set(attention) - {GLOBAL, LOCAL} or set(reading) - {WEIGHTS, CACHE}
     )
     if not peaks or unknown or not all(0 < rate < float("inf") for rate in rates):
         raise ZebraError(
-            f"{path}: ceilings are positive rates for {', '.join(BYTES)}; got flops {peaks} and bandwidth "
-            f"{measured.bandwidth:g}. Measure again."
+            f"{path}: ceilings are positive rates for {', '.join(BYTES)}, with a positive memory and link where they "
+            f"are known; got flops {peaks} and bandwidth {measured.bandwidth:g}. Measure again."
         )
     return measured
