@@ -22,6 +22,7 @@ from zebra.masks import causal, within
 from zebra.model import loss
 from zebra.model.cache import StripedCache
 from zebra.model.families import model_class, stripes_of, with_stripes
+from zebra.model.load import convert
 from zebra.model.routes import ROUTES
 from zebra.plan import cluster, comparison, cost, decoder, devices, families, fit, memory
 from zebra.plan.cost import Run
@@ -655,6 +656,21 @@ def test_ropes_that_can_be_rotated_again_are_estimated(rope: dict[str, Any]) -> 
     read = decoder.decoder_from_config(shape("llama-2-7b") | {"rope_scaling": rope or None}, name="x")
     assert read.rope == rope.get("rope_type", rope.get("type", "default"))
     assert Run(decoder=read, stripes=None, length=9, self_extend=SelfExtend(8, 1024)).self_extend
+
+
+def test_a_checkpoint_is_planned_with_its_sinks_and_full_decoding(zebra: Zebra, tmp_path: Path) -> None:
+    """config.json has no field for them, and the plan of a cache of all tokens was that of the window."""
+    path = tmp_path / "striped"
+    convert(STORIES, path, "GLLL:64+4", full_decode=True)
+    line = ("plan", path, "--length", 2048, "--phase", "decode", "--json")
+    full, whole = json.loads(zebra(*line).stdout)["layouts"]
+    assert whole["layout"] == "GLLL:64+4, full decode"
+    assert whole["kv_bytes"] == full["kv_bytes"]
+    _, window = json.loads(zebra(*line, "--no-full-decode").stdout)["layouts"]
+    assert window["layout"] == "GLLL:64+4"
+    assert window["kv_bytes"] == full["kv_bytes"] // (5 * 2048) * (2 * 2048 + 3 * (63 + 4))
+    (path / "zebra.json").write_text("[]")
+    refused(zebra(*line), "zebra.json cannot be read")
 
 
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from zebra.cli import show
-from zebra.cli.options import FullDecodeFlag, Json, output_file, stripes_notation
+from zebra.cli.options import FullDecode, Json, output_file, stripes_notation
 from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint
 from zebra.plan.devices import DEVICES
@@ -36,7 +36,7 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 80GiB: find what fits.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time budget in seconds: find a layout that meets it.")] = None,
     self_extend: Annotated[str | None, typer.Option(help="Also Self-Extend: GROUP:WINDOW or auto:LENGTH.")] = None,
-    full_decode: FullDecodeFlag = False,
+    full_decode: FullDecode = None,
     parallel: Annotated[
         str | None, typer.Option(help="How devices share it, such as shard=4,sequence=2: what one of them needs.")
     ] = None,
@@ -71,7 +71,7 @@ def plan(
         checkpointing=checkpointing,
         lora=lora,
         self_extend=None if self_extend is None else SelfExtend.parse(self_extend, sizes.trained_length),
-        full_decode=full_decode,
+        full_decode=sizes.full_decode if full_decode is None else full_decode,
     )
     if cluster is not None:
         if any(option is not None for option in (parallel, memory, seconds, picture)):

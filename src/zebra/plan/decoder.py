@@ -49,7 +49,8 @@ class Decoder:
         rope: the type of its rotary embedding; None without one.
         learned_positions: entries of the table of positions that is added to the embedding.
         linear_bytes: bytes of a weight of projections and MLPs where the checkpoint is quantised; None where not.
-        stripes: the layout of the config itself; None where every layer is global.
+        stripes: the layout of the config itself, with the sinks of zebra.json; None where every layer is global.
+        full_decode: whether local layers keep all keys, which zebra.json says too.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Decoder:
     learned_positions: int = 0
     linear_bytes: float | None = None
     stripes: Stripes | None = None
+    full_decode: bool = False
 
     @property
     def traits(self) -> FamilyTraits:
@@ -159,7 +161,7 @@ def read_decoder(model: str | os.PathLike[str]) -> Decoder:
     if file.is_file():
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
-            return _as_stored(decoder_from_config(fields, name=str(model)), fields, path)
+            return _as_stored(_with_settings(decoder_from_config(fields, name=str(model)), path), fields, path)
         except ZebraError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RecursionError) as error:
@@ -170,6 +172,19 @@ def read_decoder(model: str | os.PathLike[str]) -> Decoder:
         f"there is no config.json at {model}, and no built-in model of that name. Give a checkpoint's directory, "
         f"its config.json, or one of {', '.join(SHAPES)}."
     )
+
+
+def _with_settings(decoder: Decoder, path: Path) -> Decoder:
+    """The decoder with what a directory's zebra.json says of its local layers, and config.json has no field for."""
+    file = path / "zebra.json"
+    if decoder.stripes is None or not file.is_file():
+        return decoder
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        sinks, full_decode = settings.get("sinks", 0), bool(settings.get("full_decode"))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ZebraError(f"{file} cannot be read: {error}. Correct it, or remove it to plan without.") from None
+    return replace(decoder, stripes=replace(decoder.stripes, sinks=sinks), full_decode=full_decode)
 
 
 def _as_stored(decoder: Decoder, fields: Mapping[str, Any], path: Path) -> Decoder:
@@ -249,7 +264,7 @@ def _integer(fields: Mapping[str, Any], name: str, key: str, default: int | None
     return value
 
 
-def _experts(fields: Mapping[str, Any], key: str, layers: int, traits: FamilyTraits, name: str) -> dict[str, int]:
+def _experts(fields: Mapping[str, Any], key: str, layers: int, traits: FamilyTraits, name: str) -> dict[str, Any]:
     integer = partial(_integer, fields, name)
     experts, each = integer(key), integer("num_experts_per_tok")
     if each > experts:
