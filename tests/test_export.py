@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,19 @@ def test_rows_of_a_qwen_2_are_moved_and_not_dequantised(tmp_path: Path) -> None:
             assert np.array_equal(moved[16 * head + 2 * (r % 8) + r // 8], rows[row])
     for name in ("blk.1.attn_v.weight", "blk.1.attn_output.weight", "token_embd.weight"):
         assert np.array_equal(before.tensors[name].read(), after.tensors[name].read())
+
+
+def test_key_heads_that_a_file_does_not_count_are_all(tmp_path: Path) -> None:
+    """llama.cpp and zebra read such a file so; its export ended in a TypeError."""
+    model = source("qwen2", num_key_value_heads=4)
+    model.config.head_dim = 16
+    counted = read_model(write(tmp_path / "model.gguf", model, "qwen2"))
+    uncounted = replace(counted, metadata=dict(counted.metadata))
+    uncounted.metadata.pop("qwen2.attention.head_count_kv")
+    rows = [
+        with_stripes(each, Stripes.parse("GL:9")).tensors["blk.1.attn_k.weight"].read() for each in (counted, uncounted)
+    ]
+    assert np.array_equal(*rows)
 
 
 def test_a_dense_qwen_3_is_one_expert(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def _as_granite(model: GgufModel) -> tuple[dict[str, Any], dict[str, GgufTensor]
 def _rotated_by_halves_as_granite(model: GgufModel) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Qwen 2 rotates the planes (r, r + D / 2), granite_swa neighbours: the rows of queries and keys are moved."""
     more, tensors = _as_granite(model)
-    heads = {"attn_q": model.own("attention.head_count"), "attn_k": model.own("attention.head_count_kv")}
+    every = model.own("attention.head_count")
+    heads = {"attn_q": every, "attn_k": model.own("attention.head_count_kv") or every}
     for name, tensor in tensors.items():
         projection = name.split(".")[2] if name.startswith("blk.") else ""
         if projection in heads:
