@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,16 @@ def test_quantised_weights_and_targets_that_cannot_be_written_are_refused(tmp_pa
     refused(zebra("export", path, tmp_path / "x.gguf", *to), "is quantised (fp8)", "before quantisation")
     refused(zebra("export", path, tmp_path / "x", *mlx), "is quantised (fp8)")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_readme_and_a_name_that_are_not_utf_8_are_no_traceback(tmp_path: Path) -> None:
+    path = folder(tmp_path / "folder")
+    (path / "README.md").write_bytes("Modèle\r\n".encode("latin-1"))
+    target = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le"))
+    zebra.export(path, target, to="mlx", stripes="GL:9")
+    text = (target / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("Mod\N{REPLACEMENT CHARACTER}le\n\n\n## Stripes: GL:9")
+    assert "mod\N{REPLACEMENT CHARACTER}le" in text
 
 
 def test_a_command_is_one_that_a_shell_reads(tmp_path: Path) -> None:

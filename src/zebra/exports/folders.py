@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from zebra.engines import ENGINES, FLAG
-from zebra.errors import ZebraError
+from zebra.errors import ZebraError, printable
 from zebra.exports.limits import REMEDY, other_activation, other_local_rope, period_of, scaled_local_rope
 from zebra.files import atomic_write
 from zebra.model.families import stripes_of
@@ -150,8 +150,8 @@ def export_folder(
         fields = _FIELDS[to](config, json.loads(file.read_text(encoding="utf-8")))
         atomic_write(file, json.dumps(fields, indent=2, sort_keys=True) + "\n")
         readme = aside / "README.md"
-        card = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-        atomic_write(readme, f"{card}\n\n{_readme(to, config, command)}".lstrip())
+        card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        atomic_write(readme, printable(f"{card}\n\n{_readme(to, config, command)}".lstrip()))
     return command
 
 
