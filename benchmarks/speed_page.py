@@ -7,7 +7,7 @@ from pathlib import Path
 
 import speed_kernels
 from speed_goals import goals, totals
-from speed_waterfalls import picture, waterfalls
+from speed_waterfalls import HOW, picture, waterfalls
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.report import page
@@ -17,6 +17,8 @@ from zebra.results import Result
 from zebra_bench.published import stored_results
 
 SMOLLM2 = "speed-smollm2.jsonl"
+AMX = "speed-amx.jsonl"
+"""The same, measured by `--out` on a processor with matrix registers."""
 SHOWN = (
     "prefill-8192-bfloat16", "prefill-8192-float32", "decode-32768-bfloat16",
     "lora-step-8192-bfloat16", "step-8192-float32",
@@ -27,16 +29,24 @@ ORIGIN = (
     "SmolLM2-135M: 30 layers of 576, 9 query and 3 key-value heads of 64. One thread of one core; other work used the "
     "machine's other core. Written from benchmarks/results/ by benchmarks/speed.py --page."
 )
+WITH_AMX = (
+    "All else on this page is of an AMD processor without matrix registers. On an Intel processor whose registers "
+    "multiply bfloat16 (AMX), torch's products and our attention use them. Attention is about half of their peak then, "
+    "for 2^x, maxima and sums take as long as before; beside the products so do norms and other elementwise passes."
+)
 
 
-def sections(model: Sequence[Result], kernels: list[Result]) -> list[Section]:
+def sections(model: Sequence[Result], with_amx: Sequence[Result], kernels: list[Result]) -> list[Section]:
     """All that the page shows."""
     shown = [one for one in model if one.run in SHOWN]
     falls = waterfalls(shown)
     if falls and (drawn := [run for run in DRAWN if any(one.run == run for one in model)]):
         falls[0].blocks.insert(0, picture(model, drawn))
     small = [speed_kernels.goals(kernels), speed_kernels.plan(kernels), speed_kernels.kernel_tables(kernels)]
-    parts = [*falls, goals(model), totals(model), *(small if kernels else []), method([*model, *kernels])]
+    registers = [one for part in (*waterfalls(with_amx), totals(with_amx)) for one in part.blocks if one != HOW]
+    parts = [*falls, goals(model), totals(model)]
+    parts += [Section("With matrix registers", [WITH_AMX, *registers] if registers else [])]
+    parts += [*(small if kernels else []), method([*model, *with_amx, *kernels])]
     return [part for part in parts if part.blocks]
 
 
@@ -46,11 +56,11 @@ def write_page(folder: Path, target: Path, images: Path) -> None:
     Raises:
         ZebraError: no results at all.
     """
-    files = {name: folder / name for name in (SMOLLM2, "cpu.jsonl")}
+    files = {name: folder / name for name in (SMOLLM2, AMX, "cpu.jsonl")}
     results = {name: stored_results(file) for name, file in files.items()}
     if not any(results.values()):
         raise ZebraError(f"there are no results in {folder}. Measure first: python benchmarks/speed.py")
-    shown = sections(results[SMOLLM2], results["cpu.jsonl"])
+    shown = sections(results[SMOLLM2], results[AMX], results["cpu.jsonl"])
     for figure in page.figures_of(shown):
         atomic_write(images / f"{target.stem}-{figure.name}.svg", figure.standalone)
     atomic_write(target, page.markdown(f"../images/{target.stem}", "Speed", [[Cell(ORIGIN)]], shown))
