@@ -120,6 +120,28 @@ def test_positions_of_padding_contradict_nothing() -> None:
     assert documents_of(positions[:, 1:], PADDED, (2, 4), past=1) is None  # a chunk, with padding on the left
 
 
+def test_padding_between_tokens_starts_no_document() -> None:
+    """The second turn of a batched chat: behind a shorter answer stands padding, which `generate` does not count."""
+    keys = torch.tensor([[0, 1, 1, 0, 0, 1, 1]], dtype=torch.bool)
+    for positions in ([0, 0, 1, 0, 0, 2, 3], [1, 0, 1, 1, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]):
+        assert documents_of(torch.tensor([positions]), keys, (1, 7)) is None
+    packed = documents_of(torch.tensor([[0, 0, 1, 0, 0, 0, 1]]), keys, (1, 7))
+    assert packed is not None
+    assert packed[keys].tolist() == [0, 0, 1, 1]
+
+
+def test_a_batch_with_padding_between_tokens_equals_its_tokens_alone() -> None:
+    model, ids = tiny_model("llama"), tokens(1, 12)
+    model.set_attn_implementation("zebra")
+    mask = torch.ones_like(ids)
+    mask[:, 5:8] = 0
+    positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 0)  # as `generate` counts them
+    with torch.no_grad():
+        expected = model(ids[mask.bool()][None], use_cache=False).logits[0]
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[mask.bool()]
+    torch.testing.assert_close(logits, expected, rtol=2e-4, atol=2e-4)
+
+
 def test_documents_behind_cached_tokens_are_rejected() -> None:
     """They were read as one text with what is cached before them."""
     model = tiny_model("llama")

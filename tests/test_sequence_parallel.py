@@ -459,6 +459,15 @@ def test_padding_has_no_position_beyond_those_of_the_text() -> None:
     assert sorted(at[0].tolist()) == [*range(32), 31, 31, 31, 31]
 
 
+def test_every_process_has_the_positions_of_padding() -> None:
+    """They may be any, so that none can be told from those of one chunk."""
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask, "position_ids": positions}
+    for rank in range(2):
+        assert shard_batch(batch, rank, 2)["sequence_positions"].tolist() == positions.tolist()
+
+
 # One process
 
 

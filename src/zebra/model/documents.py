@@ -1,6 +1,6 @@
 """Packed documents: which tokens of a batch belong together, from the arguments that transformers passes to attention.
 
-    position_ids     0 1 2 0 1 | 0 1 2 3 4     a step other than 1 starts a document
+    position_ids     0 1 2 0 1 | 0 1 2 3 4     a step other than 1 starts a document; padding is stepped over
     cu_seq_lens_q    0     3     5         10  where documents start in the flattened batch, and its size
     seq_idx          0 0 0 1 1 | 0 0 0 0 0     the document of each token
     documents        0 0 0 1 1 | 2 2 2 2 2
@@ -39,7 +39,7 @@ def documents_of(
 
     Args:
         position_ids: (1 or B, T).
-        keys: (B, past + T) bool, False at padding, whose positions do not count; or None.
+        keys: (B, past + T) bool, False at padding, whose positions do not count: left, right or between; or None.
         queries: B and T.
         past: cached tokens before the T.
         cu_seq_lens_q, cu_seq_lens_k: (documents + 1), offsets in the flattened batch of B T tokens; both the same.
@@ -61,10 +61,7 @@ def documents_of(
         other = offsets if cu_seq_lens_k is None or past else cu_seq_lens_k
         starts = _starts(offsets, other, most, starts, queries)
     if position_ids is not None and tokens > 1:
-        restarts = position_ids.diff(dim=-1) != 1
-        if keys is not None and (past or starts is not None):  # positions of padding contradict nothing
-            real = keys[:, past:].bool()
-            restarts = restarts & real[:, 1:] & real[:, :-1]
+        restarts = position_ids.diff(dim=-1) != 1 if keys is None else _restarts(position_ids, keys[:, past:].bool())
         if starts is not None and bool((restarts & ~starts).any()):
             raise _error("position_ids that start again inside one of them", queries)
         starts = restarts if starts is None else starts
@@ -80,6 +77,20 @@ def documents_of(
 
 def _changes(documents: Tensor) -> Tensor:
     return documents.diff(dim=-1) != 0
+
+
+def _restarts(positions: Tensor, real: Tensor) -> Tensor:
+    """Whether each real token but the first does not follow the real one before it, (B, T - 1) bool.
+
+    Positions count the padding between two tokens (a plain forward) or leave it out (`generate`).
+
+    Args:
+        positions: (1 or B, T). real: (B, T) bool.
+    """
+    index = torch.arange(real.shape[1], device=real.device)
+    before = torch.where(real, index, -1).cummax(dim=1).values[:, :-1]
+    step = positions[:, 1:] - positions.expand(real.shape).gather(1, before.clamp(min=0))
+    return real[:, 1:] & (before >= 0) & (step != 1) & (step != index[1:] - before)
 
 
 def _starts(

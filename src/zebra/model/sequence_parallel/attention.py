@@ -105,8 +105,8 @@ class SequenceParallelAttention:
         Args:
             key, value: (B, K, n, D) of the shard.
             mask: that of the shard, of which only the window is used.
-            sequence_keys, sequence_documents, sequence_positions: (1 or B, P n), or None where all tokens are real, or
-                of one document.
+            sequence_keys, sequence_documents: (B, P n), or None where all tokens are real, or of one document.
+            sequence_positions: (1 or B, P n), or None where all tokens are real and of one document.
 
         Raises:
             ZebraError: cached tokens.

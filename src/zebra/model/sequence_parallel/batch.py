@@ -50,6 +50,7 @@ def shard_batch(batch: Mapping[str, Any], rank: int, size: int) -> dict[str, Any
         shared["sequence_keys"] = whole["attention_mask"] = pad(keys.bool(), (0, missing))
     if documents is not None:
         shared["sequence_documents"] = torch.cat([documents, documents[:, -1:].expand(-1, missing)], dim=1)
+    if shared:
         shared["sequence_positions"] = whole["position_ids"]
     # Learned positions end where the longest text does; nothing sees those of the padding.
     whole["position_ids"] = whole["position_ids"].clamp(max=int(positions.max()))
