@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 from conftest import STORIES, TEXT, Zebra, refused
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StaticCache
 
 import zebra
 from zebra.data.encoding import Encoder, encode_batches
@@ -28,6 +28,7 @@ from zebra.data.qa import QAExample
 from zebra.decoding import Decoding
 from zebra.evaluate.prompts import Prompts
 from zebra.generation import Generated
+from zebra.model.cache import StripedCache
 from zebra.text_writer import TextWriter
 
 ONCE = "Once upon a time, there was"
@@ -398,6 +399,17 @@ def test_a_padded_batch_in_chunks_equals_transformers(
     common: dict[str, Any] = {**batch, "max_new_tokens": 20, "do_sample": False}
     expected = plain.generate(**common, **{name: value for name, value in options.items() if name == "num_beams"})
     assert torch.equal(model.generate(**common, **options, prefill_chunk_size=chunk), expected)
+
+
+@pytest.mark.parametrize(("implementation", "cls"), [("hybrid", StripedCache), ("static", StaticCache)])
+@pytest.mark.parametrize("options", [{"max_new_tokens": 2}, {"generation_config": GenerationConfig(max_new_tokens=2)}])
+def test_the_cache_that_a_checkpoint_asks_for(
+    model: Any, options: dict[str, Any], implementation: str, cls: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma's generation_config.json has "hybrid", the default of an older transformers."""
+    monkeypatch.setattr(model.generation_config, "cache_implementation", implementation)
+    output = model.generate(torch.tensor([[1, 2, 3]]), **options, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, cls)
 
 
 @pytest.mark.parametrize("chunk", [None, 7])

@@ -84,8 +84,14 @@ def _empty_instance(cls: Any) -> Any:
 def _cache_kwargs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The cache for a call of `generate`: ours where the caller passes none, with the length of the prompt."""
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 and args[1] else model.generation_config)
-    cache, uses_cache = kwargs.get("past_key_values"), kwargs.get("use_cache", config.use_cache) is not False
-    if cache is None and uses_cache and kwargs.get("cache_implementation", config.cache_implementation) is None:
+
+    def setting(name: str) -> Any:  # what a config leaves out is the model's
+        value = kwargs.get(name, getattr(config, name))
+        return getattr(model.generation_config, name) if value is None and name not in kwargs else value
+
+    cache, uses_cache = kwargs.get("past_key_values"), setting("use_cache") is not False
+    # "hybrid" in Gemma's generation_config.json is the default of an older transformers, which takes it for none.
+    if cache is None and uses_cache and setting("cache_implementation") in (None, "hybrid"):
         cache = bounded_cache(model) if model.config._attn_implementation == NAME else StripedCache(model.config)
         if config.is_assistant:  # the draft of assisted decoding takes tokens back
             cache.activate_past_recording()
