@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,6 +265,32 @@ def test_steps_carry_the_models_log_probabilities(models: Any, tokenizer: Any) -
         likeliest = logprobs.topk(3)
         assert [token for token, _ in step.top] == likeliest.indices.tolist()
         assert [value for _, value in step.top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
+
+
+def test_log_probabilities_are_those_of_the_own_answer(models: Any, tokenizer: Any) -> None:
+    """Another thread runs the model between a forward pass and the token that is chosen by it."""
+    model, ids = models("striped"), torch.tensor(tokenizer("Once upon a time, there was")["input_ids"])
+    own, steps, undisturbed = threading.get_ident(), list[Step](), list[Step]()
+
+    def read_another_text(*_: Any) -> None:
+        if threading.get_ident() == own:
+            thread = threading.Thread(target=model, args=(ids.flip(0)[None],))
+            thread.start()
+            thread.join()
+
+    def answered(on_step: Callable[[Step], None]) -> None:
+        answer(model, tokenizer, ids, Decoding(max_new_tokens=3), PrefixCache(model), logprobs=0, on_step=on_step)
+
+    with ExitStack() as hooks:
+
+        def disturb(step: Step) -> None:
+            if not steps:  # behind the hooks of the answer
+                hooks.enter_context(model.register_forward_hook(read_another_text))
+            steps.append(step)
+
+        answered(disturb)
+    answered(undisturbed.append)
+    assert steps == undisturbed
 
 
 @pytest.mark.parametrize("good", [0, 3])

@@ -290,10 +290,15 @@ class _Steps(StoppingCriteria):
 
     @contextmanager
     def watching_logits(self) -> Iterator[None]:
-        """Within this context the logits of each forward pass are kept, where log-probabilities were requested."""
+        """Within this context the logits of each forward pass are kept, where log-probabilities were requested.
+
+        Only those of this thread: another may answer by the same model, with a store of its own.
+        """
+        own = threading.get_ident()
 
         def note(module: Any, args: Any, output: Any) -> None:
-            self._logits = output.logits[0, -1]
+            if threading.get_ident() == own:
+                self._logits = output.logits[0, -1]
 
         with nullcontext() if self._logprobs is None else self._model.register_forward_hook(note):
             yield

@@ -152,8 +152,8 @@ class GroupedRotation:
         grouped = torch.stack([grouped_query(true, group, window), grouped_key(true, group)])
         cos, sin = rotation_between(self.frequencies(position_ids.device), position_ids, grouped, dtype)
         rotations = (cos[0], sin[0]), (cos[1], sin[1])
-        self._latest = _Positions(position_ids, mask.keys, total, offset, start, *rotations, scale)
-        return self._latest
+        self._latest = latest = _Positions(position_ids, mask.keys, total, offset, start, *rotations, scale)
+        return latest  # another thread may have replaced the attribute
 
     def rotation_of_all_keys(self, positions: _Positions) -> Rotation:
         """The rotation of all S keys, those before this forward's tokens too."""
