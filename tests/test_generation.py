@@ -283,11 +283,22 @@ def test_a_text_beyond_the_reach_of_self_extend_is_warned_of_before_and_once(
         ({"temperature": float("inf")}, "got inf"),
         ({"repetition_penalty": 1e-40}, "repetition_penalty is a number from 1e-06; got 1e-40"),
         ({"stop": ("",)}, "stop string"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens is a whole number; got 1.5"),
+        ({"max_new_tokens": "5"}, "max_new_tokens is a whole number; got '5'"),
+        ({"num_beams": None}, "num_beams is a whole number; got None"),
+        ({"seed": True}, "seed is a whole number; got True"),
+        ({"prefill_chunk": 2.5}, "prefill_chunk is a whole number; got 2.5"),
+        ({"temperature": "0.8"}, "temperature is a number; got '0.8'"),
     ],
 )
 def test_what_transformers_cannot_decode_is_rejected_before_loading(options: dict[str, Any], message: str) -> None:
     with pytest.raises(zebra.ZebraError, match=re.escape(message)):
         Decoding(**options)
+
+
+def test_several_prompts_are_no_prompt(model: Any) -> None:
+    with pytest.raises(zebra.ZebraError, match=r"a prompt is one text; got a list\. Call it once for each text"):
+        zebra.generate(model, [ONCE, ONCE])
 
 
 def test_an_interrupt_leaves_the_text_so_far_and_the_callers_state(model: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import GenerationConfig
@@ -22,6 +23,8 @@ _LEAST_DIVISOR = 1e-6
 
 _FILTERS: dict[str, Any] = {"top_p": TopPLogitsWarper, "top_k": TopKLogitsWarper, "min_p": MinPLogitsWarper}
 """The classes of transformers that filter which tokens may be drawn; each checks its own value."""
+
+_WHOLE = ("max_new_tokens", "top_k", "num_beams", "seed", "prefill_chunk")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Decoding:
     prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, count in (("num_beams", self.num_beams), ("prefill_chunk", self.prefill_chunk)):
             if count is not None and count < 1:
                 raise ZebraError(f"{name} is a whole number of at least 1; got {count}. Raise it or leave it out.")
@@ -103,6 +107,15 @@ class Decoding:
             return_dict_in_generate=True,
             **tokens,
         )
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, whole = getattr(self, field.name), field.name in _WHOLE
+            if field.name == "stop" or (value is None and field.default is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+                kind = "whole number" if whole else "number"
+                raise ZebraError(f"{field.name} is a {kind}; got {value!r}. Give one, or leave it out.")
 
     def _check_divisors(self) -> None:
         divisors = {"temperature above 0": self.temperature or 1.0, "repetition_penalty": self.repetition_penalty}

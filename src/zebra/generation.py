@@ -107,6 +107,8 @@ def generate(
     """
     loading, rest = LoadOptions.of(options, Decoding)
     decoding = Decoding(**rest)
+    if not isinstance(prompt, str):
+        raise ZebraError(f"a prompt is one text; got a {type(prompt).__name__}. Call it once for each text.")
     if not prompt:
         raise ZebraError("the prompt is empty. Give at least one character.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
