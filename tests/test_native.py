@@ -383,6 +383,14 @@ def test_it_serves_what_it_is_made_for() -> None:
     assert chosen(255, 512, Mask(64)) == "banded"
 
 
+@pytest.mark.parametrize("changed", [{"v": torch.zeros(1, 1, 9, 16)}, {"k": torch.zeros(1, 1, 9, 64).bfloat16()}])
+def test_runs_of_keys_unlike_their_values_are_declined(changed: dict[str, Tensor]) -> None:
+    """It would read beyond them."""
+    edges, keys = torch.zeros(1, 256, dtype=torch.long), {"k": torch.zeros(1, 1, 9, 64), "v": torch.zeros(1, 1, 9, 64)}
+    tensors = {"q": torch.zeros(1, 1, 256, 64), **keys, **changed, "first": edges, "end": edges}
+    assert native.attend_ranges(**tensors, scale=1.0) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -69,7 +69,9 @@ def test_runs_of_blocks_in_cpp_equal_the_scores_of_all_blocks(kind: str, monkeyp
     right = torch.ones(2, keys, dtype=torch.bool)
     right[0, 290:] = False
     masks = _masks(keys, 20) | {"padded right": Mask(20, keys=right)}
-    masks["packed and padded"] = replace(masks["packed"], keys=right)
+    short = right.clone()
+    short[0, 120:] = False  # 9 tokens behind the start of the last text, within whose window no block has ended
+    masks["packed and padded"] = replace(masks["packed"], keys=short)
     mask = masks[kind]
     real = torch.ones_like(right) if mask.keys is None else mask.keys
     real = real[:, None, keys - queries :].expand(2, 4, queries)
@@ -77,6 +79,7 @@ def test_runs_of_blocks_in_cpp_equal_the_scores_of_all_blocks(kind: str, monkeyp
     attend_ranges, served = native.attend_ranges, []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
+        assert all(bool((edge.diff(dim=1) >= 0).all()) for edge in args[3:])  # as `attend_ranges` asks for
         served.append(attend_ranges(*args, **kwargs))
         return served[-1]
 

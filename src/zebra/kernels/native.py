@@ -162,12 +162,13 @@ def attend_ranges(
 
     Args:
         q: (B, H, T, D). k, v: (B, K, S, D).
-        first, end: (1 or B, T) integers; neither ever falls along T.
+        first, end: (1 or B, T) integers, end at most S; neither ever falls along T, which is not checked.
 
     Returns:
         out: (B, H, T, D) and lse: (B, H, T), 0 and -inf for a query whose run is empty; None where the kernel cannot.
     """
     fits = q.device.type == "cpu" and q.dtype in _NUMBERS and q.shape[3] in _SIZES and scale > 0
+    fits = fits and q.dtype == k.dtype == v.dtype and k.shape == v.shape
     if not fits or q.shape[2] < KERNEL.min_queries or isinstance(_library(q.dtype, q.shape[3]), str):
         return None
     ranges = (x.expand(q.shape[0], -1).to(torch.int32).contiguous() for x in (first, end))
