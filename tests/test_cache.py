@@ -50,6 +50,14 @@ def test_a_local_layer_holds_the_window_less_one(model: Any, parts: tuple[int, .
             assert states.untyped_storage().nbytes() <= (held + max(1, held // 4)) * TOKEN // 2
 
 
+def test_a_mask_without_the_cached_tokens_is_rejected(model: Any) -> None:
+    """The query stood at the first key, and saw it alone; a global layer and a local one."""
+    cache = fill(model, StripedCache(model.config), 30)
+    for mask in (torch.ones(1, 1), torch.ones(1, 30)):
+        with pytest.raises(zebra.ZebraError, match=r"an entry for each token, cached ones too: 31 here; got (1|30)\."):
+            model(tokens(1, 1), attention_mask=mask, past_key_values=cache, use_cache=True)
+
+
 def test_storage_is_bounded_where_that_of_transformers_is_not(model: Any) -> None:
     """Law 7 for memory: local layers stay constant while the text doubles; the stock cache's grow."""
     ours = [fill(model, StripedCache(model.config), n).kv_bytes() for n in (500, 1000)]

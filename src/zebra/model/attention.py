@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend, autocast
 from zebra.model.documents import PACKING_KWARGS, documents_of
 from zebra.model.operator import attention
@@ -181,14 +182,22 @@ def zebra_mask(
 
     Returns:
         The 2-D mask of that kind's keys, (B, at most kv_length), or None where all are real.
+
+    Raises:
+        ZebraError: a mask without the cached tokens.
     """
     real = int(q_offset) + q_length - kv_offset
     if attention_mask is None:
         if real >= kv_length:
             return None
         return torch.ones(batch_size, real, dtype=torch.bool, device=device)
-    attention_mask = attention_mask[:, kv_offset : kv_offset + min(kv_length, real)].expand(batch_size, -1)
     traced = torch.compiler.is_compiling()  # whether all keys are real then shows when the program runs
+    if not traced and (tokens := attention_mask.shape[1]) < kv_offset + real:
+        raise ZebraError(
+            f"attention_mask has an entry for each token, cached ones too: {kv_offset + real} here; got {tokens}. "
+            "Pass that of the whole sequence, or none where all tokens are real."
+        )
+    attention_mask = attention_mask[:, kv_offset : kv_offset + min(kv_length, real)].expand(batch_size, -1)
     if attention_mask.shape[1] == kv_length and not traced and bool(attention_mask.all()):
         return None
     return attention_mask
