@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -342,6 +343,7 @@ def test_messages_that_are_none(models: Any, tokenizer: Any) -> None:
         (lambda: chat.reply(""), "empty"),
         (lambda: chat.reply("x", seeds=1), "did you mean seed"),
         (lambda: chat.add_document(" \n"), "no text"),
+        (lambda: chat.add_document(Path("book.txt")), "a document is a text; got a PosixPath"),
         (chat.regenerate, "no message"),
     ):
         with pytest.raises(ZebraError, match=says):

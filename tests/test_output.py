@@ -156,8 +156,9 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
     return subprocess.run(["bash", "-c", command], capture_output=True, env=os.environ | environment)
 
 
-def test_a_stdout_that_cannot_be_written_is_one_line() -> None:
-    done = shell("zebra plan llama-2-7b --length 512 > /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stdout_that_cannot_be_written_is_one_line(unbuffered: str) -> None:
+    done = shell("zebra plan llama-2-7b --length 512 > /dev/full", PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 2
     assert done.stderr.decode().count("\n") == 1
     assert "No space left on device. Free some space" in done.stderr.decode()

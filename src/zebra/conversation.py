@@ -131,8 +131,10 @@ class Conversation:
             ZebraError: an empty document.
             ContextLengthError: the conversation with it is longer than the model reads; it is not added.
         """
-        if not isinstance(text, str) or not text.strip():
-            raise ZebraError(f"a document is a text that is not empty; got {str(text)[:60]!r}. Give its text.")
+        if not isinstance(text, str):
+            raise ZebraError(f"a document is a text; got a {type(text).__name__}. Give what it holds.")
+        if not text.strip():
+            raise ZebraError("the document has no text. Give another.")
         documents = [*self.documents, text]
         # The question after it is not known yet: what two questions share comes before any of them.
         one, other = (self._encode([*self.messages, _question(letter, documents)]) for letter in "a1")

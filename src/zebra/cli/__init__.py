@@ -101,6 +101,8 @@ def main() -> None:
     except BaseException as error:
         if (fault := machine_fault(error)) is None:
             raise
+        with suppress(OSError, SystemExit):  # stdout itself may be what failed
+            _flush()
         _fail(fault, 2)
 
 
