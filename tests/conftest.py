@@ -363,17 +363,6 @@ def _handlers(log: logging.Logger) -> list[Any]:
     return [handler for handler in log.handlers if type(handler) is logging.StreamHandler]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _small_ceilings() -> Iterator[None]:
-    """What the CPU can do is measured on small matrices in this process: seconds less wherever a comparison plans."""
-    from zebra import measure
-
-    with pytest.MonkeyPatch.context() as patch:
-        size = measure._size
-        patch.setattr(measure, "_size", lambda device: 256 if device == "cpu" else size(device))
-        yield
-
-
 @pytest.fixture
 def zebra() -> Zebra:
     """`zebra(*arguments, cwd=, input=)`: the command line in this process."""
@@ -447,20 +436,8 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.stdout == ""
 
 
-@pytest.fixture(scope="session")
-def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of compiled kernels, one for all tests and processes: each takes seconds."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
-    folder.mkdir(exist_ok=True, mode=0o700)
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = tmp_path / "cache" / "zebra" / "kernels"
-    kernels.parent.mkdir(parents=True, mode=0o700)
-    kernels.symlink_to(compiled_kernels)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -593,11 +593,9 @@ SMALL = 'extern "C" int answer() { return 42; }'
 
 @pytest.fixture
 def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The source of a library of one function, whose own cache is in the same folder."""
-    folder = tmp_path / "small"
-    folder.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    source = folder / "small.cpp"
+    """The source of a library of one function, whose cache is in the same folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "small.cpp"
     source.write_text(SMALL)
     return source
 
