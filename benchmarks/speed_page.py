@@ -30,9 +30,9 @@ ORIGIN = (
     "machine's other core. Written from benchmarks/results/ by benchmarks/speed.py --page."
 )
 WITH_AMX = (
-    "All else on this page is of an AMD processor without matrix registers. On an Intel processor whose registers "
-    "multiply bfloat16 (AMX), torch's products and our attention use them. Attention is about half of their peak then, "
-    "for 2^x, maxima and sums take as long as before; beside the products so do norms and other elementwise passes."
+    "Another machine: an Intel processor whose registers multiply bfloat16 (AMX), which torch's products and our "
+    "attention use. Attention is about half of their peak then: 2^x, maxima and sums take as long as before "
+    "(docs/log.md), and beside faster products norms and other elementwise passes weigh more."
 )
 
 
