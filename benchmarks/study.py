@@ -63,12 +63,12 @@ FINDINGS = [
     "Summaries of 16 tokens before the window read text a little better than the window alone (22.34 to 22.76 by seed; "
     "23.28 to 23.41), and far worse than any rotary model with global layers; digits they do not look up (9.82).",
     "Of one or two seeds each: learned positions differ most by seed. Where all layers are global, one of two seeds "
-    "learned neither text nor to look up (35.81 and 7.85; the other 19.75 and 3.20); one of two layers global has 16.51 and "
-    "1.05. ALiBi looks up best within the trained length (1.02), and its text goes on beyond it (17.71 at 2,048 to "
+    "learned neither text nor to look up (35.81 and 7.85; the other 19.75 and 3.20); one of two layers global has "
+    "16.51 and 1.05. ALiBi looks up best within the trained length (1.02), and its text goes on beyond it (17.71 at 2,048 to "
     "4,096, where rotary has 100 without Self-Extend). With one of two layers global its text is as bad as a local "
     "model's (23.61), though it looks up. Without positions a global model looks up (1.03), and its text is the worst "
-    "of all that were trained at 1,024 (44.98). Models trained at 256 tokens read text worse than local ones soon after; "
-    "with Self-Extend they read sixteen times as far (22.75 and 21.76) and look up (2.48, 2.32).",
+    "of all that were trained at 1,024 (44.98). Models trained at 256 tokens read text worse than local ones soon "
+    "after; with Self-Extend they read sixteen times as far (22.75 and 21.76) and look up (2.48, 2.32).",
 ]
 LIMITS = [
     "The models have eight layers of 96, three heads, 0.94 million parameters and a vocabulary of 512 tokens of "
