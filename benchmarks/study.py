@@ -49,26 +49,30 @@ TIMED = [
 
 FINDINGS = [
     "Of the grid 25 of 47 trainings are done. Under rotary positions: all layers global, one of two, one of four, "
-    "none, and local with summaries, in three or four seeds. Under absolute and ALiBi positions, and trained at 256 "
-    "tokens: all global and one of two, in one seed each (all global, absolute: two). Without positions: all global, "
-    "one seed. The recipe's bar, that with seed 0 the global model beats the local one at positions 512 to 1,024 on "
-    "text and on recall, is passed (docs/log.md).",
+    "none, and local with summaries, in three or four seeds. Under absolute and ALiBi positions, and trained at "
+    "256 tokens: all global and one of two, in one seed each (all global, absolute: two). Without positions: all "
+    "global, one seed. The recipe's bar, that with seed 0 the global model beats the local one at positions 512 "
+    "to 1,024 on text and on recall, is passed (docs/log.md).",
     "Recall is the perplexity of digits that a document told under a key, by the tokens since: 1 where they are "
-    "looked up, 10 where they are guessed. Models with global layers look up, local ones guess. Beyond the trained "
-    "length the first do worse than guess, until Self-Extend reads them: then text and recall are as within it.",
+    "looked up, 10 where they are guessed. Models with global layers look up, local ones guess. Beyond the "
+    "trained length the first do worse than guess, until Self-Extend reads them: then text and recall are as "
+    "within it.",
     "On text every rotary model with global layers is better than every local one, in code and, less, in prose "
     "(benchmarks/results/study-texts.jsonl): claims 1 and 3 hold on both. The fewer of the layers are global, the "
-    "better, and the less it differs by seed: at positions 512 to 1,024 one of four has 15.63 to 15.90, one of two "
-    "15.59 to 17.50, all of them 16.54 to 20.97. The last is wide, most of it in code, so that claim 2 is open.",
-    "Summaries of 16 tokens before the window read text a little better than the window alone (22.34 to 22.76 by seed; "
-    "23.28 to 23.41), and far worse than any rotary model with global layers; digits they do not look up (9.82).",
-    "Of one or two seeds each: learned positions differ most by seed. Where all layers are global, one of two seeds "
-    "learned neither text nor to look up (35.81 and 7.85; the other 19.75 and 3.20); one of two layers global has "
-    "16.51 and 1.05. ALiBi looks up best within the trained length (1.02), and its text goes on beyond it (17.71 at 2,048 to "
-    "4,096, where rotary has 100 without Self-Extend). With one of two layers global its text is as bad as a local "
-    "model's (23.61), though it looks up. Without positions a global model looks up (1.03), and its text is the worst "
-    "of all that were trained at 1,024 (44.98). Models trained at 256 tokens read text worse than local ones soon "
-    "after; with Self-Extend they read sixteen times as far (22.75 and 21.76) and look up (2.48, 2.32).",
+    "better, and the less it differs by seed: at positions 512 to 1,024 one of four has 15.63 to 15.90, one of "
+    "two 15.59 to 17.50, all of them 16.54 to 20.97. The last is wide, most of it in code, so that claim 2 is "
+    "open.",
+    "Summaries of 16 tokens before the window read text a little better than the window alone (22.34 to 22.76 by "
+    "seed; 23.28 to 23.41), and far worse than any rotary model with global layers; digits they do not look up "
+    "(9.82).",
+    "Of one or two seeds each: learned positions differ most by seed. Where all layers are global, one of two "
+    "seeds learned neither text nor to look up (35.81 and 7.85; the other 19.75 and 3.20); one of two layers "
+    "global has 16.51 and 1.05. ALiBi looks up best within the trained length (1.02), and its text goes on beyond "
+    "it (17.71 at 2,048 to 4,096, where rotary has 100 without Self-Extend). With one of two layers global its "
+    "text is as bad as a local model's (23.61), though it looks up. Without positions a global model looks up "
+    "(1.03), and its text is the worst of all that were trained at 1,024 (44.98). Models trained at 256 tokens "
+    "read text worse than local ones soon after; with Self-Extend they read sixteen times as far (22.75 and "
+    "21.76) and look up (2.48, 2.32).",
 ]
 LIMITS = [
     "The models have eight layers of 96, three heads, 0.94 million parameters and a vocabulary of 512 tokens of "
