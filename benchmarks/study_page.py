@@ -137,25 +137,35 @@ def _positions(study: Study, recall: Study) -> list[Figure]:
 
 
 def _verdicts(study: Study, recall: Study) -> list[str | Table | Figure]:
-    """A line for each claim: the verdict on text and on recall, each with the comparison that decides it."""
+    """A line for each claim: on text and on recall the verdict, and the comparison that decides it."""
     body, rules = [], []
     for i, (on_text, on_recall) in enumerate(zip(claims(study), claims(recall), strict=True), start=1):
-        body.append([Cell(str(i)), Cell(on_text.text), _verdict(on_text), _verdict(on_recall)])
+        evidence = [cell for claim in (on_text, on_recall) for cell in (_verdict(claim), _evidence(claim))]
+        body.append([Cell(f"{i}. {on_text.text}"), *evidence])
         rules.append(f"Claim {i} holds where {on_text.rule}.")
-    head = [Cell(""), Cell("claim"), Cell("on text"), Cell("on recall")]
+    head = [Cell(name) for name in ("claim", "on text", "evidence", "on recall", "evidence")]
     return [Table("", head, body, numeric=False), *rules, *METHOD]
 
 
 def _verdict(claim: Claim) -> Cell:
-    part, verdict = claim.deciding, VERDICTS[claim.verdict]
+    """The verdict; where it is open, the seeds of each cell that would decide it."""
+    part = claim.deciding
     if part is None:
         return Cell("not tested")
+    seeds = ""
+    if claim.verdict == UNTESTED and part.difference:
+        seeds = f" ({part.seeds or 'more than 30'} seeds)"
+    return Cell(f"{VERDICTS[claim.verdict]}{seeds}", results=part.results)
+
+
+def _evidence(claim: Claim) -> Cell:
+    part = claim.deciding
+    if part is None:
+        return Cell("–")
     first, second = (name.replace(" rotary", "").replace("self-extend ", "") for name, _ in part.compared)
     interval = f" ({part.interval.partition(';')[0]})" if part.difference else ""
-    compared = f"{first} {part.change}{interval} against {second}, {part.where.partition(' of ')[0]}"
-    if claim.verdict == UNTESTED and part.difference:
-        compared += f"; {part.seeds} seeds would decide" if part.seeds else "; 30 seeds would not decide"
-    return Cell(f"{verdict}: {compared}", results=part.results)
+    where = part.where.partition(" of ")[0]
+    return Cell(f"{first} against {second}, {where}: {part.change}{interval}", results=part.results)
 
 
 def _cells(study: Study, recall: Study) -> Table:

@@ -175,8 +175,7 @@ def adapt_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     from zebra.train.adapt import adapt
 
     run = tmp_path_factory.mktemp("adapt") / "run"
-    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(run.parent / "cache")}):
-        return FinishedRun(run, adapt(adapt_recipe(run)))
+    return FinishedRun(run, adapt(adapt_recipe(run)))
 
 
 def copy_of(run: FinishedRun, path: Path) -> Path:
@@ -363,6 +362,17 @@ def _handlers(log: logging.Logger) -> list[Any]:
     return [handler for handler in log.handlers if type(handler) is logging.StreamHandler]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _small_ceilings() -> Iterator[None]:
+    """What the CPU can do is measured on small matrices in this process: seconds less wherever a comparison plans."""
+    from zebra import measure
+
+    with pytest.MonkeyPatch.context() as patch:
+        size = measure._size
+        patch.setattr(measure, "_size", lambda device: 256 if device == "cpu" else size(device))
+        yield
+
+
 @pytest.fixture
 def zebra() -> Zebra:
     """`zebra(*arguments, cwd=, input=)`: the command line in this process."""
@@ -370,7 +380,7 @@ def zebra() -> Zebra:
 
 
 @pytest.fixture
-def zebra_process(tmp_path: Path) -> Zebra:
+def zebra_process() -> Zebra:
     """`zebra_process(*arguments)`: the command line in a process of its own, which takes seconds."""
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -379,7 +389,7 @@ def zebra_process(tmp_path: Path) -> Zebra:
             capture_output=True,
             text=True,
             timeout=300,
-            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             **options,
         )
 
@@ -436,9 +446,26 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.stdout == ""
 
 
+def _new_cache(factory: pytest.TempPathFactory) -> Path:
+    """A folder for caches, empty but for compiled kernels, which all tests and processes share: each takes seconds."""
+    base = factory.getbasetemp()
+    kernels = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    kernels.mkdir(exist_ok=True, mode=0o700)
+    folder = factory.mktemp("cache")
+    (folder / "zebra").mkdir(mode=0o700)
+    (folder / "zebra" / "kernels").symlink_to(kernels)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(_new_cache(tmp_path_factory))}):
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(_new_cache(tmp_path_factory)))
 
 
 @pytest.fixture

@@ -71,9 +71,7 @@ def recipe(data: Path, to: Path, *stages: str, **changes: Any) -> Path:
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one uninterrupted pipeline, the measure of all others."""
     folder = tmp_path_factory.mktemp("pipeline")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        done = run(read_pipeline(recipe(data, folder)))
+    done = run(read_pipeline(recipe(data, folder)))
     assert [stage["state"] for stage in done] == ["new"] * 6
     return folder / "run"
 

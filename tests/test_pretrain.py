@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,7 +68,6 @@ def recipe(run: Path, text: Path, **changes: Any) -> PretrainRecipe:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, few: Path) -> tuple[Path, list[Result]]:
     run = tmp_path_factory.mktemp("pretrain") / "run"
-    os.environ["XDG_CACHE_HOME"] = str(run.parent / "cache")
     return run, pretrain(recipe(run, few))
 
 

@@ -512,8 +512,8 @@ def test_the_script_publishes_a_run_and_writes_its_page(tmp_path: Path, monkeypa
     assert text.startswith("# The from-scratch study\n\n**18 models, 54 trainings, means over seeds. Perplexity of")
     lines = text.splitlines()
     assert len(lines) <= 120
-    (grouped,) = [line for line in lines if line.startswith("| 2 |")]
-    assert re.search(r"\| holds: GL:32 \+0\.\d\s% \(.*\) against full, 0–512 \| holds: GL:32 ", grouped), grouped
+    (grouped,) = [line for line in lines if line.startswith("| 2. ")]
+    assert re.search(r"\| holds \| GL:32 against full, 0–512: \+0\.\d\s% \(.*\) \| holds \| GL:32 ", grouped), grouped
     (full,) = [line for line in lines if line.startswith("| full rotary |")]
     cells = [cell.strip() for cell in full.strip("|").split("|")]
     assert cells[1] == "3"
