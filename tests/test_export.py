@@ -299,7 +299,7 @@ def test_a_folder_for_mlx_shares_the_weights(tmp_path: Path, zebra: Zebra) -> No
     assert "full attention" not in (tmp_path / "smollm3-mlx" / "README.md").read_text()
     config = json.loads((tmp_path / "smollm3-mlx" / "config.json").read_text())
     assert (config["model_type"], config["no_rope_layers"]) == ("smollm3", [1, 1, 1, 0, 1])
-    refused(zebra("generate", tmp_path / "mlx", "--prompt", "a"), "layer_types, which its class ignores")
+    refused(zebra("generate", tmp_path / "mlx", "--prompt", "a"), "exported for MLX", f"what it was made of: {path}")
     refused(zebra("export", path, tmp_path / "all", "--to", "mlx", "--stripes", "L:9"), "needs a global layer")
 
 

@@ -73,9 +73,12 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ZebraError(f"{path} is a {config.model_type}, of which transformers has no causal language model.")
     if getattr(config, "layer_types", None) is not None and ignores_layer_types(config):
+        remedy = "Remove layer_types from its config.json, then run `zebra convert`."
+        if (exported := _zebra_json(directory / subfolder)).get("engine") == "mlx":
+            remedy = f"It was exported for MLX, which obeys them. Take what it was made of: {exported.get('source')}."
         raise ZebraError(
             f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
-            "Remove layer_types from its config.json, then run `zebra convert`."
+            f"{remedy}"
         )
     if not is_gguf(path):
         correct_by_weights(config, directory / subfolder)
@@ -242,10 +245,14 @@ def write_zebra_json(
 
 def update_zebra_json(directory: Path, config: PreTrainedConfig, local: LocalAttention) -> None:
     """Update the layout in a checkpoint's zebra.json; write a new one only where config.json cannot express it all."""
-    file = directory / "zebra.json"
-    before = read_json_object(file, _MEND) if file.is_file() else {}
+    before = _zebra_json(directory)
     if local or before:
-        _write_json(file, before | _layout_fields(config, local))
+        _write_json(directory / "zebra.json", before | _layout_fields(config, local))
+
+
+def _zebra_json(directory: Path) -> dict[str, Any]:
+    file = directory / "zebra.json"
+    return read_json_object(file, _MEND) if file.is_file() else {}
 
 
 def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAttention:
@@ -259,8 +266,8 @@ def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAt
     """
     if is_gguf(path):
         return LocalAttention()
-    file = as_directory(path, weights=False, **kwargs) / kwargs.get("subfolder", "") / "zebra.json"
-    values = read_json_object(file, _MEND) if file.is_file() else {}
+    directory = as_directory(path, weights=False, **kwargs) / kwargs.get("subfolder", "")
+    values = _zebra_json(directory)
     if values.get("engine") == "sglang":
         raise ZebraError(
             f"{path} was exported for SGLang, and its config.json has a window of one key less than "
@@ -269,8 +276,8 @@ def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAt
     sinks, full_decode = values.get("sinks", 0), values.get("full_decode", False)
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):
         raise ZebraError(
-            f"{file}: sinks is a whole number of at least 0 and full_decode true or false; got {sinks!r} and "
-            f"{full_decode!r}. Correct them, or remove the file to load without."
+            f"{directory / 'zebra.json'}: sinks is a whole number of at least 0 and full_decode true or false; got "
+            f"{sinks!r} and {full_decode!r}. Correct them, or remove the file to load without."
         )
     return LocalAttention(sinks, full_decode)
 
