@@ -216,6 +216,18 @@ def test_a_sentencepiece_tokenizer_comes_back_as_it_was(tmp_path: Path) -> None:
         assert back(text).input_ids == own(text).input_ids
 
 
+def test_every_token_that_ends_an_answer_has_a_field(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = folder(tmp_path / "folder")
+    model = zebra.load(path)
+    model.generation_config.eos_token_id = [2, 7, 5]
+    write_model(folder_model(path, model, "f16"), tmp_path / "model.gguf")
+    assert zebra.load(tmp_path / "model.gguf").generation_config.eos_token_id == [2, 7, 5]
+    assert "end tokens" not in caplog.text
+    model.generation_config.eos_token_id = [2, 7, 5, 9]
+    folder_model(path, model, "f16")
+    assert "llama.cpp has no field for the end tokens [9]" in caplog.text
+
+
 def test_matrices_are_written_in_the_type_that_is_asked_for(tmp_path: Path) -> None:
     path = folder(tmp_path / "folder")
     for dtype in DTYPES:

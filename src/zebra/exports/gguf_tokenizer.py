@@ -7,13 +7,15 @@ pairs, whose scores are the order of the merges. Others: llama.cpp's own convert
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from zebra.errors import ZebraError
-from zebra.model.gguf import PRE_TOKENIZERS, WHOLE_PIECES
+from zebra.model.gguf import END_FIELDS, PRE_TOKENIZERS, WHOLE_PIECES
 
+_log = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _LOWEST_SCORE = -1e6
 
@@ -25,7 +27,7 @@ def tokenizer_metadata(
 
     Args:
         vocab_size: embeddings of the model; ids beyond the tokenizer's are written as unused.
-        end_tokens: those that end an answer: the text's end first, then that of a turn.
+        end_tokens: those that end an answer: the text's end first, then those of a turn and of a message.
         path: of the checkpoint, and remedy: the last sentence; both for errors.
 
     Raises:
@@ -52,7 +54,9 @@ def tokenizer_metadata(
             "add_space_prefix": False,
         }
     ids = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
-    ids |= dict(zip(("eos", "eot"), end_tokens or [tokenizer.eos_token_id], strict=False))
+    if unwritten := end_tokens[len(END_FIELDS) :]:
+        _log.warning("%s: llama.cpp has no field for the end tokens %s; it may write on behind them.", path, unwritten)
+    ids |= dict(zip(END_FIELDS, end_tokens or [tokenizer.eos_token_id], strict=False))
     metadata |= {f"{name}_token_id": token for name, token in ids.items() if token is not None}
     metadata |= dict(zip(("add_bos_token", "add_eos_token"), map(bool, _around(tokenizer)), strict=True))
     result = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}

@@ -88,6 +88,8 @@ PRE_TOKENIZERS = {
 """How text is split before merges, by `tokenizer.ggml.pre`. transformers follows some of these, by its version."""
 WHOLE_PIECES = (*_LLAMA3, "tekken")
 """Those where a piece of text that is a token is that token, even if merges would not lead to it."""
+END_FIELDS = ("eos", "eot", "eom")
+"""llama.cpp ends an answer at the token of each of these fields."""
 
 
 def _read_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
@@ -159,7 +161,7 @@ def as_directory(path: str | os.PathLike[str], *, weights: bool = True, **hub_ar
         return Path(path)
     check_checkpoint(path)
     path, status = Path(os.path.abspath(path)), os.stat(path)
-    identity = f"2 {transformers.__version__} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    identity = f"3 {transformers.__version__} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     target = user_cache_dir("gguf") / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if not target.is_dir():
         try:
@@ -203,10 +205,10 @@ def _write(path: Path, target: Path) -> None:
     # Another model around the same tensors: transformers saves none that it believes to be quantised.
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
-    end_of_turn = header.metadata.get("tokenizer.ggml.eot_token_id")
-    if isinstance(end_of_turn, int) and end_of_turn != config.eos_token_id:
-        ends = (config.eos_token_id, end_of_turn)
-        model.generation_config.eos_token_id = [token for token in ends if token is not None]
+    ends = [config.eos_token_id, *(header.metadata.get(f"tokenizer.ggml.{field}_token_id") for field in END_FIELDS)]
+    ends = list(dict.fromkeys(token for token in ends if isinstance(token, int)))
+    if ends and ends != [config.eos_token_id]:
+        model.generation_config.eos_token_id = ends
     with atomic_directory(target) as aside:
         model.save_pretrained(aside)
         _write_tokenizer(tokenizer, header, aside)
