@@ -325,10 +325,15 @@ def test_a_folder_for_vllm_says_its_command(tmp_path: Path) -> None:
     assert done.command in readme
     assert json.loads((tmp_path / "vllm" / "config.json").read_text())["max_window_layers"] == 0
     assert zebra.load(tmp_path / "vllm").config.layer_types[1] == "sliding_attention"
+    done = zebra.export(tmp_path / "vllm", tmp_path / "again", to="vllm", stripes="GL:7")
+    assert (tmp_path / "again" / "README.md").read_text() == (
+        f"---\nlicense: x\n---\nA card.\n\n## Stripes: {done.layout}\n\nWritten by `zebra export --to vllm`. "
+        f"It is a stock checkpoint, for transformers too.\n\n    {done.command}\n"
+    )
     done = zebra.export(path, tmp_path / "sglang", to="sglang", stripes="GL:9")
     assert json.loads((tmp_path / "sglang" / "config.json").read_text())["sliding_window"] == 8
     assert "not run" in (tmp_path / "sglang" / "README.md").read_text()
-    for use in (zebra.load, lambda it: zebra.export(it, tmp_path / "again", to="vllm")):
+    for use in (zebra.load, lambda it: zebra.export(it, tmp_path / "other", to="vllm")):
         with pytest.raises(ZebraError, match=r"exported for SGLang, .* one key less than GL:9"):
             use(tmp_path / "sglang")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -151,8 +152,12 @@ def export_folder(
         atomic_write(file, json.dumps(fields, indent=2, sort_keys=True) + "\n")
         readme = aside / "README.md"
         card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        card = _SECTION.sub("", card)  # that of an export which this one is made of
         atomic_write(readme, printable(f"{card}\n\n{_readme(to, config, command)}".lstrip()))
     return command
+
+
+_SECTION = re.compile(r"\n*^## Stripes: .*\n\nWritten by `zebra export .*\n\n    .*\n", re.MULTILINE)
 
 
 def _readme(to: str, config: PreTrainedConfig, command: str) -> str:
