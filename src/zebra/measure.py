@@ -75,7 +75,7 @@ def measure(device: str | None = None, *, size: int | None = None, repeats: int 
 def measure_ceilings(
     device: str, *, size: int | None = None, repeats: int = 5, dtypes: Collection[str] = (), attention: bool = True
 ) -> Device:
-    """The ceilings of a device: FLOP/s of products and of attention by dtype, bytes/s, memory. About two seconds.
+    """The ceilings of a device: FLOP/s of products and of attention by dtype, bytes/s, memory. Some ten seconds.
 
     Args:
         dtypes: those to measure, all where empty. attention: measure its rates, and those of a token's reading, too.
