@@ -84,7 +84,7 @@ def test_every_field_of_the_api_is_served_ignored_or_rejected(params: type, body
 
 def test_a_message_reaches_the_template_whole() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert plain(role="developer", content=parts) == {"role": "system", "content": "a b"}
+    assert plain(role="developer", content=parts) == {"role": "system", "content": "a\nb"}
     assert plain(role="assistant", content="c", tool_calls=[], refusal=None) == {"role": "assistant", "content": "c"}
     call = {"id": "1", "function": {"name": "f", "arguments": '{"x": null}'}}
     message = {"role": "assistant", "content": "Let me look.", "reasoning_content": "hm", "tool_calls": [call]}

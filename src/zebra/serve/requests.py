@@ -174,11 +174,11 @@ class Message(BaseModel):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """The message as a chat template takes it, with one text, and fields of the client's that it may know."""
+        """The message as a chat template takes it: its parts as lines of one text, and the client's other fields."""
         role = "system" if self.role == "developer" else self.role
         parts = self.content if isinstance(self.content, list) else [{"text": self.content or ""}]
         message = self.model_dump(exclude_none=True, exclude=None if self.tool_calls else {"tool_calls"})
-        return message | {"role": role, "content": " ".join(part["text"] for part in parts)}
+        return message | {"role": role, "content": "\n".join(part["text"] for part in parts)}
 
 
 class ChatRequest(Sampling):
