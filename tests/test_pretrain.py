@@ -276,6 +276,11 @@ def test_a_tokenizer_writes_equal_numbers_equally(digits: int, few: Path, tmp_pa
     assert max(len(piece.strip("Ġ")) for one in numbers for piece in one) <= digits
 
 
+def test_a_tokenizer_is_not_trained_on_the_letters_of_one_text() -> None:
+    with pytest.raises(ZebraError, match="a list of texts; got one text of 3 characters"):
+        train_tokenizer("abc", NewTokenizer(vocab_size=600))
+
+
 def test_a_tokenizer_is_the_same_for_every_seed(few: Path, tmp_path: Path) -> None:
     """In a grid the first cell's recipe trains it for all."""
     settings = {"tokenizer": {"vocab_size": 600}, "data__recall": {"share": 0.5, "first": 200}}

@@ -30,8 +30,10 @@ def train_tokenizer(texts: Iterable[str], settings: NewTokenizer) -> PreTrainedT
     """A tokenizer of `settings.vocab_size` tokens; its end-of-text token is its BOS token too.
 
     Raises:
-        ZebraError: texts that give fewer.
+        ZebraError: texts that give fewer; one text in place of several.
     """
+    if isinstance(texts, str):
+        raise ZebraError(f"a tokenizer is trained on a list of texts; got one text of {len(texts):,} characters.")
     tokenizer = Tokenizer(models.BPE())
     words = rf" ?\p{{N}}{{1,{settings.digits}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
