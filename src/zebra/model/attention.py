@@ -184,7 +184,7 @@ def zebra_mask(
         The 2-D mask of that kind's keys, (B, at most kv_length), or None where all are real.
 
     Raises:
-        ZebraError: a mask without the cached tokens.
+        ZebraError: a mask without the cached tokens; not while a graph is traced, whose lengths may not be known.
     """
     real = int(q_offset) + q_length - kv_offset
     if attention_mask is None:
