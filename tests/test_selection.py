@@ -152,18 +152,21 @@ def test_the_stride_at_every_offset() -> None:
     assert strides("LGLGLG", 2) == ["LGLLLG", "LLLGLL"]  # of a source with local layers, over its global ones
 
 
-def test_long_range_tokens_are_those_that_gain_most() -> None:
+@pytest.mark.parametrize("prefix", [[], [1]], ids=["plain", "bos"])
+def test_long_range_tokens_are_those_that_gain_most(prefix: list[int]) -> None:
     """Against a naive loop: each token behind the piece that ends with it, and the whole row."""
     model, window, length = zebra.load(STORIES), 16, 60
     ids = torch.tensor([AutoTokenizer.from_pretrained(STORIES).encode("Once there was a dog. " * 20)[:length]])
     ids = torch.cat([ids, ids.flip(1)])
-    scored = long_range(model, ids, window)
+    ids[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.long)
+    scored = long_range(model, ids, window, prefix)
     assert scored.sum(dim=1).tolist() == [int(SHARE * (length - window))] * 2
     assert not scored[:, :window].any()
 
     def loss(row: torch.Tensor, t: int, start: int) -> float:
         with torch.no_grad():
-            return torch.nn.functional.cross_entropy(model(row[None, start:t]).logits[0, -1:], row[t : t + 1]).item()
+            piece = torch.cat([row[: len(prefix)], row[start + len(prefix) : t]])
+            return torch.nn.functional.cross_entropy(model(piece[None]).logits[0, -1:], row[t : t + 1]).item()
 
     for row, at in zip(ids, scored, strict=True):
         starts = {t: min((t - window // 2) // 8 * 8, length - window) for t in range(window, length)}

@@ -113,13 +113,14 @@ def batches_of(sequences: Sequence[ScoredSequence], seed: int) -> list[Calibrati
 
 
 @torch.no_grad()
-def long_range(model: PreTrainedModel, ids: Tensor, window: int) -> Tensor:
+def long_range(model: PreTrainedModel, ids: Tensor, window: int, prefix: Sequence[int] = ()) -> Tensor:
     """The long-range tokens of sequences: the `SHARE` of their tokens from `window` on that gain most.
 
     gain_t = loss of token t with w/2 to w tokens before it  -  its loss with the whole sequence before it
 
     Args:
         ids: (B, T).
+        prefix: tokens that begin each sequence, and each piece: without its BOS token a model may lose everywhere.
 
     Returns:
         (B, T) bool.
@@ -138,6 +139,8 @@ def long_range(model: PreTrainedModel, ids: Tensor, window: int) -> Tensor:
     step = context // 2
     starts = [*range(0, length - context, step), length - context]
     pieces = torch.cat([ids[:, start : start + context] for start in starts])
+    first = prefix[: context - step]
+    pieces[:, : len(first)] = pieces.new_tensor(first)
     for start, piece_losses in zip(starts, losses(pieces).split(batch), strict=True):
         near[:, start + context - step : start + context] = piece_losses[:, -step:]
     gain = (near - losses(ids))[:, window:]

@@ -141,7 +141,7 @@ def select(
         model = target.load()
         stack.enter_context(evaluating(model))
         if not tasks:
-            _score_long_range(model, batches, local.window, folder)
+            _score_long_range(model, batches, local.window, prefix, folder)
         losses = Losses(model, batches, local.window, local.sinks, folder)
         layouts = _search(losses, source, count, order, cost)
         columns = {"run": run, "length": length, "seed": seed} | target.columns(model)
@@ -226,7 +226,7 @@ def _digest(batches: Sequence[CalibrationBatch]) -> str:
 
 
 def _score_long_range(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], window: int, folder: Path | None
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], window: int, prefix: Sequence[int], folder: Path | None
 ) -> None:
     """Mark the long-range tokens of a text as those that are scored; the folder keeps them for the next start."""
     file = None if folder is None else folder / "scored_tokens.json"
@@ -237,7 +237,7 @@ def _score_long_range(
         with bar("long-range tokens", sum(batch.ids.size for batch in batches), "tokens") as advance:
             for batch in batches:
                 ids, _ = batch.tensors(model.device)
-                indices.append(long_range(model, ids, window).flatten().nonzero().flatten().tolist())
+                indices.append(long_range(model, ids, window, prefix).flatten().nonzero().flatten().tolist())
                 advance(batch.ids.size)
         if file is not None:
             atomic_write(file, json.dumps(indices) + "\n")
