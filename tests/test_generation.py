@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,22 @@ def test_draws_equal_transformers_and_depend_on_the_seed_alone(
     assert zebra.generate(model, ONCE, max_new_tokens=50, seed=5, **cuts).tokens == generated.tokens
     assert zebra.generate(model, ONCE, max_new_tokens=50, seed=6, **cuts).tokens != generated.tokens
     assert capfd.readouterr().err == ""  # transformers writes nothing of its own
+
+
+def test_draws_of_two_threads_are_those_of_each_alone(model: Any) -> None:
+    options: Any = {"max_new_tokens": 20, "temperature": 0.9, "seed": 5}
+    alone, before, texts = zebra.generate(model, ONCE, **options), torch.get_rng_state(), []
+    other = threading.Thread(target=lambda: texts.append(zebra.generate(model, ONCE, **options)))
+
+    def meanwhile(piece: str) -> None:
+        if other.ident is None:
+            other.start()
+            other.join(0.3)
+
+    texts.append(zebra.generate(model, ONCE, on_text=meanwhile, **options))
+    other.join()
+    assert [text.tokens for text in texts] == [alone.tokens] * 2
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_nothing_of_the_checkpoints_defaults_but_its_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

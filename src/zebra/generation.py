@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +181,8 @@ def generate_with(
 ) -> Any:
     """What `model.generate` returns, drawn with the seed; the caller's random state is restored.
 
+    torch's generators are the process's: threads that draw do so one after another, text by text.
+
     Args:
         ids: (B, T).
         attention_mask: (B, T), 0 where a shorter prompt is padded on its left; None where none is.
@@ -192,13 +195,22 @@ def generate_with(
     config = decoding.to_generation_config(eos_token_id=ends or None, pad_token_id=pad_token_id)
     stops = [_AnswerStops(tokenizer, decoding.stop, ids.shape[1])] if decoding.stop else []
     kwargs["stopping_criteria"] = StoppingCriteriaList([*stopping_criteria, *stops])
-    kind = model.device.type
-    devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
     quiet = only_errors(LENGTH_REMINDER)  # our warning of the length comes before any work
-    with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"), quiet, checking_logits(model):
-        # torch.manual_seed seeds every device there is; a model on the CPU draws by one generator alone.
-        (torch.manual_seed if devices else torch.default_generator.manual_seed)(decoding.seed)
+    draws = _seeded(decoding.seed, model.device.type) if config.do_sample else nullcontext()
+    with draws, quiet, checking_logits(model):
         return model.generate(ids, attention_mask=attention_mask, generation_config=config, **kwargs)
+
+
+@contextmanager
+def _seeded(seed: int, kind: str) -> Iterator[None]:
+    devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
+    with _DRAWING, torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+        # torch.manual_seed seeds every device there is; a model on the CPU draws by one generator alone.
+        (torch.manual_seed if devices else torch.default_generator.manual_seed)(seed)
+        yield
+
+
+_DRAWING = threading.RLock()
 
 
 class _AnswerStops(StopStringCriteria):
