@@ -342,6 +342,7 @@ def test_messages_that_are_none(models: Any, tokenizer: Any) -> None:
     for call, says in (
         (lambda: chat.reply(""), "empty"),
         (lambda: chat.reply("x", seeds=1), "did you mean seed"),
+        (lambda: chat.reply("x", num_beams=2), "token by token"),
         (lambda: chat.add_document(" \n"), "no text"),
         (lambda: chat.add_document(Path("book.txt")), "a document is a text; got a PosixPath"),
         (chat.regenerate, "no message"),

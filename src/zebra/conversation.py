@@ -25,7 +25,7 @@ from zebra.model.load_options import LoadOptions
 from zebra.model.prefix_cache import PrefixCache, shared_tokens
 from zebra.model.rope import check_fixed_rope
 from zebra.model.self_extend import self_extend_of
-from zebra.streaming import AnswerStream, context_room, read
+from zebra.streaming import AnswerStream, check_streamed, context_room, read
 
 Message = dict[str, Any]
 
@@ -71,11 +71,7 @@ class Conversation:
     ) -> None:
         loading, rest = LoadOptions.of(options, Decoding)
         self.decoding = Decoding(**{"max_new_tokens": 1024} | rest)
-        if self.decoding.num_beams != 1:
-            raise ZebraError(
-                f"an answer comes token by token, and beams are chosen at its end; got num_beams="
-                f"{self.decoding.num_beams}. Leave it out."
-            )
+        check_streamed(self.decoding)
         config, self.tokenizer = loading.config_and_tokenizer(model, tokenizer)
         check_fixed_rope(config, "a conversation")
         self._encode([{"role": "user", "content": "?"}])  # raises without a template
@@ -206,6 +202,7 @@ class Conversation:
         check_names(options, [field.name for field in fields(Decoding)])
         decoding = replace(self.decoding, **options)
         decoding = replace(decoding, seed=decoding.seed + self._attempt)
+        check_streamed(decoding)
         ids = self._encode(messages)
         context_room(self.model, len(ids))
 

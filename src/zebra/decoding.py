@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 from transformers import GenerationConfig
-from transformers.generation import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from zebra.data.documents import names_of
-from zebra.errors import ZebraError, first_line
+from zebra.errors import ZebraError
 
 _LEAST_DIVISOR = 1e-6
 """The least temperature above 0, and the least penalty: logits that are divided by much less overflow."""
-
-_FILTERS: dict[str, Any] = {"top_p": TopPLogitsWarper, "top_k": TopKLogitsWarper, "min_p": MinPLogitsWarper}
-"""The classes of transformers that filter which tokens may be drawn; each checks its own value."""
-
-_WHOLE = ("max_new_tokens", "top_k", "num_beams", "seed", "prefill_chunk")
+_MOST = sys.float_info.max
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("temperature", "repetition_penalty"), (_LEAST_DIVISOR, _MOST)),
+    **dict.fromkeys(("top_p", "min_p"), (0, 1)),
+    **dict.fromkeys(("max_new_tokens", "top_k", "num_beams", "prefill_chunk"), (1, _MOST)),
+    "seed": (0, 2**64 - 1),
+}
+_WHOLE = ("max_new_tokens", "top_k", "num_beams", "prefill_chunk", "seed")
+_FILTERS = ("top_p", "top_k", "min_p")
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Decoding:
             long prompt's activations take less memory.
 
     Raises:
-        ZebraError: values that transformers rejects, such as a negative temperature, or top_p without a temperature; a
-            temperature or a penalty so small that logits overflow.
+        ZebraError: a value that is no number of its range, such as a negative temperature, or one so small that logits
+            overflow; a filter such as top_p without a temperature; an empty stop string.
     """
 
     max_new_tokens: int = 256
@@ -59,30 +57,23 @@ class Decoding:
     prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        self._check_types()
-        for name, count in (("num_beams", self.num_beams), ("prefill_chunk", self.prefill_chunk)):
-            if count is not None and count < 1:
-                raise ZebraError(f"{name} is a whole number of at least 1; got {count}. Raise it or leave it out.")
-        if not 0 <= self.seed < 2**64:
-            raise ZebraError(f"a seed is a whole number from 0 to 2^64 - 1; got {self.seed}. Choose another.")
+        for name, (least, most) in _RANGES.items():
+            value, whole = getattr(self, name), name in _WHOLE
+            if value is None and getattr(type(self), name) is None:
+                continue
+            fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+            if not (fits and (least <= value <= most or (name == "temperature" and value == 0))):
+                kind = "a whole number" if whole else "0 or a number" if name == "temperature" else "a number"
+                to = f" to {most:,}" if most < _MOST else ""
+                raise ZebraError(f"{name} is {kind} from {least:g}{to}; got {value!r}. Change it or leave it out.")
         object.__setattr__(self, "stop", tuple(names_of(self.stop)))  # one string, and not its letters
         if not all(self.stop):
             raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
-        filters = {name: getattr(self, name) for name in _FILTERS if getattr(self, name) is not None}
-        if filters and self.temperature == 0:
-            names = ", ".join(filters)
+        if self.temperature == 0 and (filters := [name for name in _FILTERS if getattr(self, name) is not None]):
             raise ZebraError(
-                f"{names} filter what is drawn, and temperature 0 draws nothing. Raise it, for example to 0.8."
+                f"{', '.join(filters)} filter what is drawn, and temperature 0 draws nothing. Raise it, for example to "
+                "0.8."
             )
-        try:
-            self.to_generation_config()
-            TemperatureLogitsWarper(float(self.temperature) or 1.0)
-            RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty))
-            for name, value in filters.items():
-                _FILTERS[name](value)
-        except ValueError as error:
-            raise ZebraError(f"these options of decoding cannot be used: {first_line(error)}") from None
-        self._check_divisors()
 
     def to_generation_config(self, **tokens: Any) -> GenerationConfig:
         """transformers' config: every field that the checkpoint's own would fill is set, to a neutral value by default.
@@ -107,18 +98,3 @@ class Decoding:
             return_dict_in_generate=True,
             **tokens,
         )
-
-    def _check_types(self) -> None:
-        for field in fields(self):
-            value, whole = getattr(self, field.name), field.name in _WHOLE
-            if field.name == "stop" or (value is None and field.default is None):
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
-                kind = "whole number" if whole else "number"
-                raise ZebraError(f"{field.name} is a {kind}; got {value!r}. Give one, or leave it out.")
-
-    def _check_divisors(self) -> None:
-        divisors = {"temperature above 0": self.temperature or 1.0, "repetition_penalty": self.repetition_penalty}
-        for name, value in divisors.items():
-            if not _LEAST_DIVISOR <= value < float("inf"):
-                raise ZebraError(f"{name} is a number from {_LEAST_DIVISOR:g}; got {value:g}. Choose another.")

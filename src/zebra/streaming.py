@@ -60,6 +60,15 @@ class Step:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def check_streamed(decoding: Decoding) -> None:
+    """Raise a ZebraError for beams."""
+    if decoding.num_beams != 1:
+        raise ZebraError(
+            f"an answer comes token by token, and beams are chosen at its end; got num_beams={decoding.num_beams}. "
+            "Leave it out."
+        )
+
+
 def context_room(model: PreTrainedModel, tokens: int) -> int | None:
     """How many tokens a model reads after a prompt of `tokens`, at least 1; None without a limit.
 
@@ -106,10 +115,7 @@ def answer(
         ContextLengthError: as `context_room`, before anything is read.
         ZebraError: beams, which have no stream; logits that are not finite.
     """
-    if decoding.num_beams != 1:
-        raise ZebraError(
-            f"an answer is streamed, and beams are chosen at the end; got num_beams={decoding.num_beams}. Leave it out."
-        )
+    check_streamed(decoding)
     room = context_room(model, len(ids))
     limit = decoding.max_new_tokens if room is None else min(room, decoding.max_new_tokens)
     limited = replace(decoding, max_new_tokens=limit, prefill_chunk=None)
