@@ -93,8 +93,7 @@ def _result_tables(results: Sequence[Result]) -> None:
 def comparison(results: Sequence[Result], out: Path, as_json: bool) -> None:
     """Methods side by side: their tables, what failed, and the advice."""
     if as_json:
-        json({"results": _columns(results)})
-        return
+        return json({"results": _columns(results)})
     from zebra.report import terminal_table
     from zebra.report.methods import method_tables
 
@@ -109,16 +108,14 @@ def comparison(results: Sequence[Result], out: Path, as_json: bool) -> None:
 def conversion(converted: dict[str, str], as_json: bool) -> None:
     """What a conversion wrote: its target, class, layout and layers."""
     if as_json:
-        json(converted)
-        return
+        return json(converted)
     line("{target}: {class}, {layout}, layers {layers}".format_map(converted))
 
 
 def export(exported: Exported, as_json: bool) -> None:
     """What an export wrote, and the command that runs it."""
     if as_json:
-        json(exported._asdict())
-        return
+        return json(exported._asdict())
     line(f"{exported.target}: {exported.layout}. Run it:")
     line(f"  {exported.command}")
 
@@ -126,9 +123,7 @@ def export(exported: Exported, as_json: bool) -> None:
 def selection(selection: Selection, converted: dict[str, str] | None, as_json: bool) -> None:
     """The layout that was chosen, the results of the choice, and what was converted to it."""
     if as_json:
-        layout = str(selection.stripes)
-        json({"layout": layout, "converted": converted, "results": _columns(selection.results)})
-        return
+        return json({"layout": str(selection.stripes), "converted": converted, "results": _columns(selection.results)})
     _result_tables(selection.results)
     line(f"layout {selection.stripes}")
     if converted is not None:
@@ -138,8 +133,7 @@ def selection(selection: Selection, converted: dict[str, str] | None, as_json: b
 def stages(states: Sequence[dict[str, Any]], results: Sequence[Result], as_json: bool) -> None:
     """The stages of a pipeline, and their results."""
     if as_json:
-        json({"stages": states, "results": _columns(results)})
-        return
+        return json({"stages": states, "results": _columns(results)})
     _result_tables(results)
     rows = [
         (row["stage"], row["kind"], row["from"], row["state"], f"{row['seconds']:,.1f}" if row["seconds"] else "")
@@ -151,8 +145,7 @@ def stages(states: Sequence[dict[str, Any]], results: Sequence[Result], as_json:
 def checks(checks: Sequence[Check], as_json: bool) -> None:
     """The comparisons of a verification."""
     if as_json:
-        json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
-        return
+        return json({"checks": [asdict(check) | {"passed": check.passed} for check in checks]})
     verdict = {True: _styled("[green]equal[/]"), False: _styled("[red bold]DIFFERENT[/]")}
     _table(
         ["check", "against", "difference", "allowed", "logits of", ""],
@@ -166,8 +159,7 @@ def checks(checks: Sequence[Check], as_json: bool) -> None:
 def instructions(stats: Sequence[InstructionStats], as_json: bool) -> None:
     """How many instructions were generated of each kind, and their lengths."""
     if as_json:
-        json({"instructions": [kind._asdict() for kind in stats]})
-        return
+        return json({"instructions": [kind._asdict() for kind in stats]})
     head = ["kind", "instructions", "words of the documents", "words of the answer"]
     rows = [(k.kind, f"{k.instructions:,}", f"{k.document_words:,}", f"{k.answer_words:,}") for k in stats]
     _table(head, rows, numbers=slice(1, None))
@@ -176,8 +168,7 @@ def instructions(stats: Sequence[InstructionStats], as_json: bool) -> None:
 def faults(faults: Sequence[tuple[str, str]], of: int, as_json: bool) -> None:
     """The faults of `of` conversations, each with its file and line."""
     if as_json:
-        json({"conversations": of, "faults": [{"fault": name, "where": where} for name, where in faults]})
-        return
+        return json({"conversations": of, "faults": [{"fault": name, "where": where} for name, where in faults]})
     lines: dict[str, list[str]] = {}
     for name, where in faults:
         lines.setdefault(name, []).append(where)
@@ -190,8 +181,7 @@ def faults(faults: Sequence[tuple[str, str]], of: int, as_json: bool) -> None:
 def dry_run(estimate: DryRun, as_json: bool) -> None:
     """What a recipe would do, and the memory that it needs."""
     if as_json:
-        json({"facts": estimate.facts, "memory": estimate.memory | {"total": estimate.total}})
-        return
+        return json({"facts": estimate.facts, "memory": estimate.memory | {"total": estimate.total}})
     _table(["recipe", ""], estimate.facts.items())
     size, unit = (2**30, "GiB") if estimate.total >= 2**30 else (2**20, "MiB")
     rows: list[tuple[Any, Any]] = [(part, f"{count / size:,.2f}") for part, count in estimate.memory.items()]
@@ -202,8 +192,7 @@ def dry_run(estimate: DryRun, as_json: bool) -> None:
 def cells(cells: Sequence[CellEstimate], as_json: bool) -> None:
     """The cells of a grid."""
     if as_json:
-        json({"cells": [asdict(cell) for cell in cells]})
-        return
+        return json({"cells": [asdict(cell) for cell in cells]})
     from zebra.plan.comparison import COUNT, with_unit
 
     timed = any(cell.hours is not None for cell in cells)
@@ -225,8 +214,7 @@ def _hours(hours: float) -> str:
 def plan(tree: dict[str, Any], as_json: bool) -> None:
     """What layouts cost, side by side."""
     if as_json:
-        json(tree)
-        return
+        return json(tree)
     from zebra.plan import comparison
 
     line(comparison.headline(tree))
@@ -241,8 +229,7 @@ def plan(tree: dict[str, Any], as_json: bool) -> None:
 def cluster(tree: dict[str, Any], as_json: bool) -> None:
     """The quickest ways for many devices to share a training, and what that rests on."""
     if as_json:
-        json(tree)
-        return
+        return json(tree)
     from zebra.plan.cluster import headline, tables
 
     line(headline(tree))
@@ -296,8 +283,7 @@ def machine(facts: dict[str, str], servings: Sequence[Serving], as_json: bool) -
     reasons = reasons_by_kernel(servings)
     if as_json:
         served = [{"request": s.request, "dtype": s.dtype, "kernel": s.kernel} for s in servings]
-        json({"machine": facts, "kernels": served, "declines": reasons})
-        return
+        return json({"machine": facts, "kernels": served, "declines": reasons})
     _table(["machine", ""], facts.items())
     by_request: dict[str, dict[str, str]] = {}
     for serving in servings:
