@@ -31,7 +31,7 @@ ASKED, SAID = Message("user", "Who ran?"), Message("assistant", "The dog.")
         {"conversations": [{"role": "user", "content": "Who ran?"}, {"role": "assistant", "content": "The dog."}]},
         {
             "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "ran?"}]},
+                {"role": "user", "content": [{"type": "text", "text": "Who ran?"}]},
                 {"role": "assistant", "content": "The dog.", "tool_calls": None, "name": None},
             ]
         },
@@ -46,6 +46,13 @@ def test_every_shape_says_the_same(record: dict[str, Any]) -> None:
         "Who ran?",
         "The dog.",
     )
+
+
+def test_parts_are_lines_as_the_server_reads_them() -> None:
+    parts = [{"type": "text", "text": text} for text in ("A dog ran.", "Who ran?")]
+    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "The dog."}]}
+    (conversation,) = conversations_of(record, "here")
+    assert conversation.question == "A dog ran.\nWho ran?"
 
 
 ADD = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -226,7 +226,7 @@ def _message(fields: dict[str, Any]) -> Message:
         return Message(role, "", _tool_calls(value, content))
     calls = _tool_calls(fields.get("tool_calls"), "tool_calls")
     if isinstance(value, list):
-        text = "".join(map(_part, value))
+        text = "\n".join(map(_part, value))
     else:
         text = "" if value is None and calls else string_field(fields, content)
     names = (string_field(fields, key) if fields.get(key) is not None else None for key in ("name", "tool_call_id"))
