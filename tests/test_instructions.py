@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,18 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         instructions(depths=(2.0,))
     with pytest.raises(ZebraError, match="at least one word"):
         instructions(words=0)
+
+
+def test_distractors_are_drawn_and_not_all_documents_for_each_task() -> None:
+    """Each task drew an order of all other documents: which is quadratic."""
+    few, many = (
+        [AnnotatedDocument(f"{i} is a text.", "", ((f"What is {i}?", "x"),)) for i in range(n)] for n in (50, 3000)
+    )
+    assert all(len(one["document"].split()) == 5 * 6 for one in make_instructions(few, kinds="qa", words=20))
+    start = time.process_time()
+    drawn = [
+        one["document"].split("Document ")[1].split()[1]
+        for one in make_instructions(many, kinds="qa", words=8, depths=(1,))
+    ]
+    assert time.process_time() - start < 1
+    assert len(set(drawn)) > 1500  # of 3,000 drawn evenly two thirds come

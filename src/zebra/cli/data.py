@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,19 +41,25 @@ def instructions(
     """Turn long documents into long instructions: questions, summaries, writing. No network, no model."""
     options = call_arguments(locals(), "out")
     from zebra.data.instructions import instruction_stats, make_instructions, read_annotated
-    from zebra.files import atomic_write
+    from zebra.files import atomic_file
     from zebra.results import to_json
 
     documents_read = read_annotated(options.pop("documents"), separator=options.pop("separator", None))
-    examples = list(make_instructions(documents_read, **options))
-    if not examples:
-        raise ZebraError(
-            f"these documents have nothing for {', '.join(options['kinds'])}: no questions, no summaries, or no two "
-            "passages of sentences to write. Give others, or other kinds."
-        )
-    atomic_write(out, "".join(to_json(example) + "\n" for example in examples))
-    show.instructions(instruction_stats(examples), as_json)
-    show.note(f"{len(examples):,} instructions in {out}")
+    with atomic_file(out) as partial, partial.open("w", encoding="utf-8") as file:
+
+        def written() -> Iterator[dict[str, Any]]:
+            for example in make_instructions(documents_read, **options):
+                file.write(to_json(example) + "\n")
+                yield example
+
+        stats = instruction_stats(written())
+        if not stats:
+            raise ZebraError(
+                f"these documents have nothing for {', '.join(options['kinds'])}: no questions, no summaries, or no "
+                "two passages of sentences to write. Give others, or other kinds."
+            )
+    show.instructions(stats, as_json)
+    show.note(f"{sum(kind.instructions for kind in stats):,} instructions in {out}")
 
 
 def check(

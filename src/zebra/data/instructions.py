@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -109,13 +110,12 @@ def make_instructions(
     if words is not None and words < 1:
         raise ZebraError(f"a prompt has at least one word of documents; got {words}. Raise it or leave it out.")
     rng, turns, sizes = Random(seed), itertools.cycle(depths), [len(one.text.split()) for one in documents]
+    order = sorted(range(len(documents)), key=sizes.__getitem__)
+    ascending, ranks = [sizes[i] for i in order], {i: rank for rank, i in enumerate(order)}
     for i, target in enumerate(documents):
-        others = [*range(i), *range(i + 1, len(documents))]
         for task in _tasks(target, kinds, writing, rng):
-            order, room = rng.sample(others, len(others)), 0
-            if words is not None:
-                room = words - len(task["document"].split())
-            distractors = [documents[j].text for j in _fitting(order, sizes, room)]
+            room = 0 if words is None else words - len(task["document"].split())
+            distractors = [documents[order[rank]].text for rank in _drawn(ascending, ranks[i], room, rng)]
             prompt, number, depth = _with_distractors(task["document"], distractors, next(turns))
             if number is not None:
                 task["question"] = f"About document {number}: {task['question']}"
@@ -134,14 +134,16 @@ def _tasks(document: AnnotatedDocument, kinds: Sequence[str], writing: int, rng:
         yield from _writing_tasks(document.text, writing, rng)
 
 
-def _fitting(order: Sequence[int], sizes: Sequence[int], room: int) -> Iterator[int]:
-    """Each document that still fits into the words that are left, in their order."""
-    for i in order:
-        if room <= 0:
-            return
-        if sizes[i] <= room:
-            yield i
+def _drawn(sizes: Sequence[int], target: int, room: int, rng: Random) -> Iterator[int]:
+    """Indices but `target`, each drawn from those whose size, in ascending order, fits into the room that is left."""
+    taken = [target]  # ascending
+    while (fitting := bisect_right(sizes, room)) > bisect_left(taken, fitting):
+        i = rng.randrange(fitting)
+        place = bisect_left(taken, i)
+        if taken[place : place + 1] != [i]:
+            taken.insert(place, i)
             room -= sizes[i]
+            yield i
 
 
 def _with_distractors(target: str, distractors: Sequence[str], depth: float) -> tuple[str, int | None, float]:
@@ -218,14 +220,13 @@ class InstructionStats(NamedTuple):
     answer_words: int
 
 
-def instruction_stats(records: Sequence[dict[str, Any]]) -> list[InstructionStats]:
+def instruction_stats(records: Iterable[dict[str, Any]]) -> list[InstructionStats]:
     """The statistics of the instructions, kind by kind."""
-    by_kind: dict[str, list[dict[str, Any]]] = {}
+    by_kind: dict[str, list[tuple[int, int]]] = {}
     for record in records:
-        by_kind.setdefault(record["kind"], []).append(record)
+        document, answer = (len(record[name].split()) for name in ("document", "answer"))
+        by_kind.setdefault(record["kind"], []).append((document, answer))
     return [
-        InstructionStats(
-            kind, len(group), *(int(median(len(one[name].split()) for one in group)) for name in ("document", "answer"))
-        )
-        for kind, group in sorted(by_kind.items())
+        InstructionStats(kind, len(words), *(int(median(each)) for each in zip(*words, strict=True)))
+        for kind, words in sorted(by_kind.items())
     ]
