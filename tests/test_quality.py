@@ -119,6 +119,13 @@ def test_the_gate_of_a_recipe_drops_flags_or_lets_be(tmp_path: Path) -> None:
         assert sum(f"Who {n}?" in text for n in (i, i + 100) for text in texts) in (0, 2)
 
 
+@pytest.mark.parametrize("check", [{"independent": 0.1}, {"leaks": ["a.jsonl"]}], ids=str)
+def test_a_check_of_a_gate_that_is_off_is_refused(check: dict[str, Any], tmp_path: Path) -> None:
+    """It was not made, and nothing said so."""
+    with pytest.raises(ValueError, match=f"{next(iter(check))} is a check, and with act off there is none"):
+        tuning(tmp_path / "set.jsonl", tmp_path, act="off", **check)
+
+
 def test_questions_on_one_document_are_one_sample(tmp_path: Path) -> None:
     """Their losses are alike, so that an interval over them as over others is too narrow."""
     stories = [story.strip()[:300] for story in STORY[:3]]

@@ -14,6 +14,7 @@ from zebra.train.recipe import (
     check_names,
     check_one_of,
     check_sources,
+    first_changed,
 )
 
 
@@ -25,6 +26,12 @@ class QualityChecks(RecipeSection):
     independent: float | None = Field(
         default=None, description="nats a token by which the document must make the answer likelier under the model"
     )
+
+    @model_validator(mode="after")
+    def _checked(self) -> QualityChecks:
+        if self.act == "off" and (key := first_changed(self, "leaks", "independent")):
+            raise ValueError(f"{key} is a check, and with act off there is none; leave it out, or set act to flag")
+        return self
 
 
 class ConversationData(RecipeSection):
