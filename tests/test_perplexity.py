@@ -182,6 +182,17 @@ def test_each_window_begins_with_the_prefix(
     assert scored == list(range(length - len(prefix) if convention == "truncated" else 50))
 
 
+def test_windows_are_no_copies_of_the_text() -> None:
+    """With a prefix each window was one, all of them at once: four texts, by the strided convention."""
+    text = np.zeros(1 << 20, np.uint16)
+    tracemalloc.start()
+    windows = scored_windows(Corpus(text, np.array([0, len(text)])), 8192, "strided", prefix=(1,))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(map(len, windows)) > 3.9 * len(text)
+    assert most < text.nbytes
+
+
 def test_a_document_within_joined_ones_does_not_get_its_beginning_twice() -> None:
     text = np.array([99, 1, 2, 3, 99, 4, 5, 6, 7, 8, 99, 9])
     windows = scored_windows(Corpus(text, np.array([0, len(text)])), 4, "disjoint", prefix=(99,))

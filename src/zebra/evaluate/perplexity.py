@@ -110,10 +110,9 @@ def perplexity(
     counts = np.zeros_like(sums)
 
     def fits(batch: list[ScoredWindow], window: ScoredWindow) -> bool:
-        size = len(window.tokens)
-        return len(batch[0].tokens) == size and (len(batch) + 1) * size <= batch_tokens
+        return len(batch[0]) == len(window) and (len(batch) + 1) * len(window) <= batch_tokens
 
-    with evaluating(model), bar("perplexity", sum(len(w.tokens) for w in windows), "tokens") as advance:
+    with evaluating(model), bar("perplexity", sum(map(len, windows)), "tokens") as advance:
         for batch in batches(windows, fits):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
             kwargs: dict[str, Any] = {}
@@ -204,6 +203,8 @@ def evaluate_perplexity(
         check_only: load no model; the results are the tokens that it would read.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
     """
+    if not lengths:
+        raise ZebraError("perplexity is measured at one length or several; got none. Give one.")
     target = EvalTarget(checkpoint, purpose=None if prompt is None else "generating", **loading)
     check_learned_positions(target.config, max(lengths))
     corpus = read_corpus(text, Encoder.of(target.tokenizer), separator=separator, field=field, num_proc=num_proc)
@@ -211,11 +212,11 @@ def evaluate_perplexity(
     prefix = window_prefix(target.tokenizer, bos)
     settings: dict[str, Any] = {"convention": convention, "stride": stride, "prompt": prompt, "prefix": prefix}
     windows = {n: scored_windows(texts[n], n, **settings) for n in lengths}
-    _warn_of_lengths(target, {n: max(len(window.tokens) for window in windows[n]) for n in lengths})
+    _warn_of_lengths(target, {n: max(map(len, windows[n])) for n in lengths})
     task = task_name(convention, prefix) + "-decoded" * (prompt is not None)
     if check_only:
         columns = {"run": run, "task": task, "metric": "tokens"} | target.columns()
-        return [Result(value=sum(len(w.tokens) for w in windows[n]), length=n, **columns) for n in windows]
+        return [Result(value=sum(map(len, windows[n])), length=n, **columns) for n in windows]
     model = target.load()
     if local_attention_of(model).full_decode and prompt is None:
         raise ZebraError(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zebra.data.corpus import Corpus
-from zebra.data.encoding import window_at, windows_of
+from zebra.data.encoding import Window, window_at, windows_of
 from zebra.errors import ZebraError
 
 CONVENTIONS = ("disjoint", "strided", "truncated")
@@ -22,11 +22,20 @@ CONVENTIONS = ("disjoint", "strided", "truncated")
 
 @dataclass(frozen=True)
 class ScoredWindow:
-    """The tokens of a window (T,), which of the documents it is from, and the first of its tokens that is scored."""
+    """A window of a text (n,), which of the documents that is, and the first of the window's tokens that is scored."""
 
     document: int
-    tokens: NDArray[np.integer]
+    text: NDArray[np.integer]
+    window: Window
     scored_from: int
+
+    @property
+    def tokens(self) -> NDArray[np.integer]:
+        """The tokens (T,), in memory while they are used: windows may be several times the text."""
+        return self.window.tokens(self.text)
+
+    def __len__(self) -> int:
+        return len(self.window)
 
 
 def scored_windows(
@@ -56,7 +65,7 @@ def scored_windows(
                 stop = min(last, len(tokens))
                 window = replace(window_at(tokens, stop - length + len(prefix), length, prefix), end=stop)
                 scored.append((window, max(first, len(window) - (stop - (last - step)))))
-        windows += [ScoredWindow(i, one.tokens(tokens), after) for one, after in scored if len(one) > after]
+        windows += [ScoredWindow(i, tokens, one, after) for one, after in scored if len(one) > after]
     if not windows:
         raise ZebraError(
             f"no document has enough tokens for the {convention} convention at length {length:,}; the longest has "
