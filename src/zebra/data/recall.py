@@ -109,7 +109,9 @@ class RecallGenerator:
             size = min(room, longest if rng.random() < 0.5 else rng.randint(self.min_tokens, longest))
             size = room if room - size < self.min_tokens else size
             document_ids, document_labels = self.document(size, rng, symbols)
-            ids, labels, positions = ids + document_ids, labels + document_labels, [*positions, *range(size)]
+            ids += document_ids
+            labels += document_labels
+            positions += range(size)
         return {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(positions), "labels": torch.tensor(labels)}
 
     @functools.cached_property
@@ -170,10 +172,11 @@ class RecallGenerator:
                 f"{size:,}. Take a longer one."
             )
         answers, start = [], size - sum(question.tokens for question in questions)
+        n = len(questions[0].answer) - questions[0].stop_tokens  # of each value
+        first = {tuple(ids[i : i + n]): i for i in reversed(range(size - n + 1))}
         for question in questions:
             start += len(question.query)
-            value = ids[start : start + len(question.answer) - question.stop_tokens]
-            answers.append(Answer(start, start + len(value), start - _index(value, ids)))
+            answers.append(Answer(start, start + n, start - first[tuple(ids[start : start + n])]))
             start += len(question.answer)
         return ids, answers
 
@@ -236,11 +239,6 @@ class RecallGenerator:
         stop = encode(f"{value.text}.")[len(value.ids) :]
         instruction = self._tokenizer.prefix + self._tokenizer.encode_first(parts.instruction)
         return instruction, _Question(encode(parts.needles[0]), encode(parts.query), value.ids + stop, len(stop))
-
-
-def _index(part: list[int], tokens: list[int]) -> int:
-    """The first position of a part in tokens."""
-    return next(i for i in range(len(tokens)) if tokens[i : i + len(part)] == part)
 
 
 def _entries(size: int, context: SampleContext) -> Iterator[TokenIds]:
