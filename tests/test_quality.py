@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +15,11 @@ from conftest import STORIES, TEXT
 from transformers import AutoTokenizer
 
 import zebra
-from zebra.data.conversations import Conversation, conversations_of
+from zebra.data.conversations import Conversation, TokenizedConversation, conversations_of
 from zebra.data.quality import NGRAM, evaluation_text, faults, ngrams
 from zebra.results import Result
 from zebra.train.chat import Chat
-from zebra.train.instructions import read_instructions
+from zebra.train.instructions import _tokenize, read_instructions
 from zebra.train.tune_recipe import TuneRecipe
 
 STORY = (TEXT / "tinystories_test.txt").read_text().split("<|endoftext|>")
@@ -124,6 +128,25 @@ def test_a_check_of_a_gate_that_is_off_is_refused(check: dict[str, Any], tmp_pat
     """It was not made, and nothing said so."""
     with pytest.raises(ValueError, match=f"{next(iter(check))} is a check, and with act off there is none"):
         tuning(tmp_path / "set.jsonl", tmp_path, act="off", **check)
+
+
+def test_conversations_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """A token of each was two entries of lists and a number, 44 bytes, and each was kept as text beside itself."""
+    conversations = read([{"prompt": f"{i} " * 2000, "completion": "It is so."} for i in range(1000, 1300)])
+    tokens = TokenizedConversation(list(range(1000, 3000)), [False] * 1000 + [True] * 1000)
+    chat: Any = SimpleNamespace(fitted=lambda one, length: (TokenizedConversation(*map(list, tokens)), 0))
+    recipe = tuning(tmp_path / "set.jsonl", tmp_path)
+
+    def bytes_taken(work: Callable[[], object]) -> int:
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert bytes_taken(lambda: faults(conversations)) < 1000 * len(conversations) * 5
+    assert bytes_taken(lambda: _tokenize(conversations, "a", recipe, chat, Counter())) < 2000 * len(conversations) * 12
 
 
 def test_questions_on_one_document_are_one_sample(tmp_path: Path) -> None:

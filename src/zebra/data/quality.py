@@ -38,10 +38,10 @@ def faults(conversations: Sequence[Conversation], evaluated: frozenset[int] = fr
     scripts = Counter(_script(conversation.answer) for conversation in conversations)
     del scripts[None]
     script = next((name for name, count in scripts.items() if count >= _NEARLY_ALL * scripts.total()), None)
-    seen: set[str] = set()
+    seen: set[int] = set()
     results: dict[int, str] = {}
     for i, conversation in enumerate(conversations):
-        text = " ".join(_words(conversation.text))
+        text = hash(" ".join(_words(conversation.text)))
         if (name := _fault(conversation, script, text in seen, evaluated)) is not None:
             results[i] = name
         seen.add(text)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from zebra.data.composition import kind_table, mixture_tables
@@ -86,26 +87,27 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
 def _tokenize(
     conversations: Sequence[Conversation], name: str, recipe: TuneRecipe, chat: Chat, counts: Counter[str]
 ) -> TokenizedSource:
-    tokenized: list[TokenizedConversation] = []
+    ids: list[NDArray[np.uint32]] = []  # lists of numbers take ten times the memory
+    answers: list[NDArray[np.bool_]] = []
     hashes, kinds = [], []
     with bar(f"tokenising {name}", len(conversations), "conversations") as advance:
         for tokens, cut, one in _fitting(conversations, recipe, chat, advance):
             counts["documents cut"] += cut > 0
             counts["tokens cut"] += cut
-            tokenized.append(tokens)
+            ids.append(np.array(tokens.input_ids, np.uint32))
+            answers.append(np.array(tokens.assistant_mask, np.bool_))
             hashes.append(conversation_hash(one))
             kinds.append(one.kind or name)
-    counts["too long"] += len(conversations) - len(tokenized)
-    if not tokenized:
+    counts["too long"] += len(conversations) - len(ids)
+    if not ids:
         raise ZebraError(
             f"the source {name} has no conversation left to train on: of those that pass the gate all "
             f"{len(conversations):,} are too long. Give others, or raise train.length; faults: "
             f"{_listed(counts) or 'none'}."
         )
-    ids = np.concatenate([np.array(one.input_ids, np.uint32) for one in tokenized])
-    offsets = np.concatenate([[0], np.cumsum([len(one.input_ids) for one in tokenized])]).astype(np.int64)
-    answers = np.concatenate([np.array(one.assistant_mask, np.bool_) for one in tokenized])
-    return TokenizedSource(Corpus(ids, offsets, np.array(hashes, np.uint64)), answers, kinds)
+    offsets = np.concatenate([[0], np.cumsum([*map(len, ids)])]).astype(np.int64)
+    corpus = Corpus(np.concatenate(ids), offsets, np.array(hashes, np.uint64))
+    return TokenizedSource(corpus, np.concatenate(answers), kinds)
 
 
 def _fitting(
