@@ -147,6 +147,13 @@ def test_a_step_that_does_not_fit_into_memory_is_one_line(tmp_path: Path, monkey
     assert len(losses(adapt(recipe.model_copy(update={"train": mended})))) == 1
 
 
+def test_losses_after_the_last_log_are_logged_at_the_end(tmp_path: Path) -> None:
+    """They were in no result; a training of fewer steps than `logging_steps` had none."""
+    steps = {"train__max_steps": 3, "train__logging_steps": 2, "train__length": 64}
+    results = adapt(adapt_recipe(tmp_path / "run", **SHORT, **steps))
+    assert [one.model.rpartition("@")[2] for one in results if one.metric == "loss"] == ["2", "3"]
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_trained_checkpoint_that_is_not_what_was_written_is_never_measured(
     finished: bool, adapt_run: FinishedRun, tmp_path: Path

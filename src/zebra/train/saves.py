@@ -133,9 +133,10 @@ class EndsOnSignal(TrainerCallback):
         self.received, self.ended = received, False
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the Trainer to save and to stop."""
+        """Ask the Trainer to save and to stop; the losses since the last log are logged before any end."""
         if self._any_received(args):
             control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_training_stop
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Note a signal that came in the last save, too."""
