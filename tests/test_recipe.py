@@ -19,7 +19,7 @@ from zebra.study.grid import study
 from zebra.train.adapt import adapt
 from zebra.train.pretrain import pretrain
 from zebra.train.recipe import AdaptRecipe, RecipeSection
-from zebra.train.recipe_file import read_recipe
+from zebra.train.recipe_file import named_files, read_recipe
 from zebra.train.tune import tune
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -446,3 +446,10 @@ def test_a_pattern_of_everything_is_refused(tmp_path: Path, monkeypatch: pytest.
     for pattern in ("/**", "/", "/**/*.txt"):
         with pytest.raises(ZebraError, match="names the whole file system"):
             find_files([pattern])
+
+
+def test_files_of_a_recipe_are_those_of_tasks_too(tmp_path: Path) -> None:
+    """A pipeline skipped an evaluation whose task, a YAML file, had changed."""
+    (tmp_path / "task.yaml").write_text("task: mine")
+    tasks = {"tasks": [str(tmp_path / "task.yaml"), "passkey", str(tmp_path)], "include": "more"}
+    assert named_files({"tasks": tasks, "data": {"files": ["a"]}}) == [str(tmp_path / "task.yaml"), "more", "a"]

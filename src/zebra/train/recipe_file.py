@@ -132,7 +132,11 @@ def named_files(tree: Any, key: str = "") -> list[str]:
         return [file for name, inner in tree.items() for file in named_files(inner, name)]
     if isinstance(tree, list | tuple):
         return [file for inner in tree for file in named_files(inner, key)]
-    is_file = isinstance(tree, str) and (key in _FILES or (key in _MAYBE_FILES and Path(tree).exists()))
+    if not isinstance(tree, str):
+        return []
+    is_file = (
+        key in _FILES or (key in _MAYBE_FILES and Path(tree).exists()) or (key == "tasks" and Path(tree).is_file())
+    )
     return [tree] if is_file else []
 
 
