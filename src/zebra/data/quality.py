@@ -5,7 +5,7 @@
 | empty answer | no letter and no digit |
 | encoding | replacement or control characters, UTF-8 that was read as Latin-1 |
 | language | the answer is written in another script than nearly all other answers |
-| copied answer | it repeats the question, or 50 words and more of the prompt verbatim |
+| copied answer | it is the question, or has 50 words and more and stands in the prompt as a whole |
 | duplicate | the same words as a conversation before it |
 | leak | a tenth of its 13-grams of words are in a text of the evaluation (arXiv 2005.14165, appendix C, has 13) |
 
