@@ -55,6 +55,13 @@ def trained_on(texts_read: TextTraining) -> set[int]:
     return {int(drawn.corpora[drawn.sources[d]].hashes[drawn.documents[d]]) for d in texts_read.sequences.pieces[:, 0]}
 
 
+def test_a_text_shorter_than_a_step_is_refused(tmp_path: Path) -> None:
+    """Each step had as many sequences as there were, and nothing said so."""
+    (tmp_path / "short.txt").write_text(stories()[0] * 2)
+    with pytest.raises(ZebraError, match=r"the data have \d sequences of 256 tokens, fewer than the 6 of one step"):
+        texts(data={"files": [str(tmp_path / "short.txt")]})
+
+
 def test_files_are_each_document_once(capsys: pytest.CaptureFixture[str]) -> None:
     texts_read = texts()
     assert len(trained_on(texts_read)) >= 199  # the end that fills no row may be a document

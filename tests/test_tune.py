@@ -300,6 +300,7 @@ def test_bad_input_is_one_line_before_any_training(data: Path, tmp_path: Path) -
 
     good = json.dumps({"prompt": "x", "completion": "y"})
     refused(r"line 2 is not JSON", f"{good}\n{{")
+    refused("the data have 1 sequences of 256 tokens, fewer than the 2 of one step", good)
     refused(r"no conversation in .*bad\.jsonl", "")
     refused("has no chat template. Name one", good, chat_template=None)
     long = json.dumps({"prompt": "a dog " * 300, "completion": "y"})

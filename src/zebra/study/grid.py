@@ -44,7 +44,7 @@ from zebra.study.cells import CELL_KEYS, recipes_of
 from zebra.study.layout import NAME
 from zebra.study.recipe import StudyRecipe
 from zebra.train import directory
-from zebra.train.pretrain import check_step, config_of
+from zebra.train.pretrain import config_of
 from zebra.train.processes import tokens_per_step
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.recipe_file import as_recipe, read_recipe
@@ -192,7 +192,7 @@ def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> Sequence[Pr
             atomic_write(aside / ORIGIN, yaml.safe_dump(_origin(recipes[0])))
     recipes = _sharing_tokenizer(run, recipes)
     tokenizer = load_tokenizer(str(recipes[0].tokenizer))
-    check_step(recipes[0], read_texts(recipes[0], tokenizer))  # and the text is in the cache, for all cells
+    read_texts(recipes[0], tokenizer)  # fails here if it is too short; and it is in the cache, for all cells
     return recipes
 
 

@@ -18,7 +18,7 @@ from zebra.errors import ZebraError
 from zebra.progress import bar, console
 from zebra.train.chat import Chat
 from zebra.train.gate import Gate, conversation_hash, document_hash, is_held_out
-from zebra.train.processes import is_first_process, sequences_of_training
+from zebra.train.processes import check_step, is_first_process, sequences_of_training
 from zebra.train.sft import AnswerSequences, ConversationTraining, TokenizedSource
 from zebra.train.tune_recipe import TuneRecipe
 
@@ -54,6 +54,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
     stats: list[SourceStats] = []
     if data.sources is None:
         packed = pack_whole(select(splits), length)
+        check_step(recipe, len(packed))
     else:
         mixture = mix(splits, sequences_of_training(recipe), length, join=False, seed=recipe.train.seed, whole=True)
         packed, stats = mixture.sequences, mixture.stats

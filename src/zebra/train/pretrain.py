@@ -15,7 +15,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zebra.data.recall import RecallDataset
 from zebra.errors import ZebraError, did_you_mean, first_line
 from zebra.files import atomic_directory
 from zebra.model.attention import NAME
@@ -29,11 +28,11 @@ from zebra.results import Result
 from zebra.stripes import GLOBAL, Stripes
 from zebra.train.directory import has_trained
 from zebra.train.measuring import local_attention_for
-from zebra.train.processes import is_first_process, sequences_per_step
+from zebra.train.processes import is_first_process
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.recipe_file import as_recipe
 from zebra.train.run import Start, run_recipe
-from zebra.train.texts import TextTraining, read_texts
+from zebra.train.texts import read_texts
 from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
 from zebra.train.trainer import check_machine, trainable_config
 
@@ -56,12 +55,7 @@ def pretrain(recipe: PretrainRecipe | str | os.PathLike[str]) -> list[Result]:
             tokenizer = train_tokenizer(tokenizer_texts(settings), settings.tokenizer)
         return RandomStart(settings, config_of(settings, tokenizer), tokenizer)
 
-    def read(start: Start) -> TextTraining:
-        texts = read_texts(settings, start.tokenizer)
-        check_step(settings, texts)
-        return texts
-
-    return run_recipe(settings, start_of, read)
+    return run_recipe(settings, start_of, lambda start: read_texts(settings, start.tokenizer))
 
 
 @dataclass
@@ -182,21 +176,3 @@ def _vocabulary(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | Non
         )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     return {"vocab_size": size} | ids
-
-
-def check_step(recipe: PretrainRecipe, texts: TextTraining) -> None:
-    """Check that the text has at least the sequences of one step.
-
-    Raises:
-        ZebraError: a text with fewer sequences than one step takes.
-    """
-    length, step = recipe.train.length, sequences_per_step(recipe)
-    sequences = texts.sequences.text if isinstance(texts.sequences, RecallDataset) else texts.sequences
-    count = len(sequences)
-    if texts.stats:  # a mixture repeats its sources until its sequences are full
-        count = min(count, sum(one.split.tokens for one in texts.stats) // length)
-    if count < step:
-        raise ZebraError(
-            f"the text has {count:,} sequences of {length:,} tokens, fewer than the {step:,} of one step. "
-            "Give more text, or take shorter or fewer sequences."
-        )

@@ -61,6 +61,19 @@ def sequences_per_step(recipe: Recipe) -> int:
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * data_groups(recipe)
 
 
+def check_step(recipe: Recipe, sequences: int) -> None:
+    """Check that the data have at least the sequences of one full step: steps would be smaller than the recipe says.
+
+    Raises:
+        ZebraError: they have fewer.
+    """
+    if sequences < (step := sequences_per_step(recipe)):
+        raise ZebraError(
+            f"the data have {sequences:,} sequences of {recipe.train.length:,} tokens, fewer than the {step:,} of one "
+            "step. Give more, or take shorter or fewer sequences."
+        )
+
+
 def sequences_of_training(recipe: Recipe) -> int:
     """Sequences of all optimiser steps."""
     return recipe.train.max_steps * sequences_per_step(recipe)

@@ -35,7 +35,7 @@ from zebra.progress import console
 from zebra.results import Result
 from zebra.train.measuring import source_results
 from zebra.train.parallel import ParallelTrainer, shard
-from zebra.train.processes import is_first_process, sequences_of_training
+from zebra.train.processes import check_step, is_first_process, sequences_of_training
 from zebra.train.recipe import PerplexityEvaluation, RecallSource, TextMixtureSource, TextRecipe, TextSource
 from zebra.train.run import TrainingData
 from zebra.train.trainer import check_loss, optimizer_of, training_arguments
@@ -137,7 +137,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
     """Read, choose and pack the texts of a recipe, and print what a mixture consists of.
 
     Raises:
-        ZebraError: a text that cannot be read, a source with nothing to train on, a text shorter than a sequence.
+        ZebraError: a text that cannot be read, a source with nothing to train on, a text shorter than a step.
     """
     data, train, evaluation = recipe.data, recipe.train, recipe.evaluate
     if data.append_eos and tokenizer.eos_token_id is None:
@@ -156,6 +156,8 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
     packing: dict[str, Any] = {"join": data.join, "seed": train.seed}
     mixture = mix(splits, sequences_of_training(recipe), train.length, **packing) if data.sources else None
     text = mixture.sequences if mixture else pack(select(splits), train.length, **packing)
+    # A mixture repeats its sources until its sequences are full.
+    check_step(recipe, sum(split.tokens for split in splits) // train.length if mixture else len(text))
     sequences = text if data.recall is None else _with_recall(recipe, data.recall, tokenizer, text)
     if mixture and isinstance(sequences, RecallDataset):
         mixture = mixture.take(sequences.text_indices)
