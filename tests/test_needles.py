@@ -289,7 +289,7 @@ def test_a_window_begins_a_sentence_where_it_should() -> None:
         assert len(tokens) == 40
         assert before in starts
         assert before == 40 or tokens[before] in (1, 4, 6)
-    without = Haystack(np.arange(10), [0, 10])
+    without = Haystack(np.arange(10), np.array([0, 10]))
     assert without.window(Random(0), 4, 4)[1] == [4]
     with pytest.raises(ZebraError, match="the haystack has 10 tokens, and 11 are needed"):
         without.window(Random(0), 5, 6)
@@ -297,7 +297,9 @@ def test_a_window_begins_a_sentence_where_it_should() -> None:
 
 def test_a_haystack_takes_as_much_memory_as_its_documents(tokenizer: Any) -> None:
     documents = [np.arange(9, dtype=np.uint16), np.arange(5, dtype=np.uint16)]
-    assert Haystack.of_documents(documents, PromptTokenizer(tokenizer)).tokens.nbytes == 2 * (9 + 5)
+    haystack = Haystack.of_documents(documents, PromptTokenizer(tokenizer))
+    assert haystack.tokens.nbytes == 2 * (9 + 5)
+    assert haystack.starts.nbytes == 8 * len(haystack.starts)  # a list of numbers takes five times as much
 
 
 def test_answers_are_the_commonest_words_at_any_length() -> None:

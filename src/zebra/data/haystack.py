@@ -146,13 +146,13 @@ class Haystack:
     """Text to hide needles in: `tokens` (n,), and the sorted positions where a sentence begins."""
 
     tokens: NDArray[np.integer[Any]]
-    starts: Sequence[int]
+    starts: NDArray[np.int64]
 
     @classmethod
     def of_pieces(cls, pieces: Sequence[TokenIds]) -> Haystack:
         """Pieces one after another; each begins a sentence."""
         tokens = np.array([token for piece in pieces for token in piece], np.int64)
-        return cls(tokens, np.cumsum([0, *map(len, pieces)]).tolist())
+        return cls(tokens, np.cumsum([0, *map(len, pieces)]))
 
     @classmethod
     def of_noise(cls, tokenizer: PromptTokenizer, size: int) -> Haystack:
@@ -171,7 +171,7 @@ class Haystack:
         sentence_end = re.compile(r"[.!?][\"')\]”’]*\s*$|\n$")
         ends = [token for token in np.unique(tokens).tolist() if sentence_end.search(tokenizer.decode([token]))]
         document_starts = np.cumsum([0, *map(len, texts)])
-        return cls(tokens, np.union1d(np.flatnonzero(np.isin(tokens, ends)) + 1, document_starts).tolist())
+        return cls(tokens, np.union1d(np.flatnonzero(np.isin(tokens, ends)) + 1, document_starts))
 
     def window(self, rng: Random, before: int, after: int) -> tuple[list[int], list[int]]:
         """`before + after` tokens, cut so that a sentence begins after the first `before` of them where one can.
@@ -189,10 +189,10 @@ class Haystack:
                 "Give more text, or take a shorter length."
             )
         low, high = bisect_left(self.starts, before), bisect_right(self.starts, last)
-        middle = self.starts[rng.randrange(low, high)] if low < high else rng.randint(before, last)
+        middle = int(self.starts[rng.randrange(low, high)]) if low < high else rng.randint(before, last)
         first = middle - before
         inside = self.starts[bisect_left(self.starts, first) : bisect_right(self.starts, middle + after)]
-        return self.tokens[first : middle + after].tolist(), [start - first for start in inside] or [before]
+        return self.tokens[first : middle + after].tolist(), (inside - first).tolist() or [before]
 
 
 def place_needles(
