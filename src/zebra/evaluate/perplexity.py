@@ -110,9 +110,10 @@ def perplexity(
     counts = np.zeros_like(sums)
 
     def fits(batch: list[ScoredWindow], window: ScoredWindow) -> bool:
-        return len(batch[0]) == len(window) and (len(batch) + 1) * len(window) <= batch_tokens
+        size = len(window.window)
+        return len(batch[0].window) == size and (len(batch) + 1) * size <= batch_tokens
 
-    with evaluating(model), bar("perplexity", sum(map(len, windows)), "tokens") as advance:
+    with evaluating(model), bar("perplexity", sum(len(w.window) for w in windows), "tokens") as advance:
         for batch in batches(windows, fits):
             ids = torch.from_numpy(np.stack([w.tokens for w in batch]).astype(np.int64)).to(model.device)
             kwargs: dict[str, Any] = {}
@@ -212,11 +213,11 @@ def evaluate_perplexity(
     prefix = window_prefix(target.tokenizer, bos)
     settings: dict[str, Any] = {"convention": convention, "stride": stride, "prompt": prompt, "prefix": prefix}
     windows = {n: scored_windows(texts[n], n, **settings) for n in lengths}
-    _warn_of_lengths(target, {n: max(map(len, windows[n])) for n in lengths})
+    _warn_of_lengths(target, {n: max(len(one.window) for one in windows[n]) for n in lengths})
     task = task_name(convention, prefix) + "-decoded" * (prompt is not None)
     if check_only:
         columns = {"run": run, "task": task, "metric": "tokens"} | target.columns()
-        return [Result(value=sum(map(len, windows[n])), length=n, **columns) for n in windows]
+        return [Result(value=sum(len(one.window) for one in windows[n]), length=n, **columns) for n in windows]
     model = target.load()
     if local_attention_of(model).full_decode and prompt is None:
         raise ZebraError(

@@ -34,9 +34,6 @@ class ScoredWindow:
         """The tokens (T,), in memory while they are used: windows may be several times the text."""
         return self.window.tokens(self.text)
 
-    def __len__(self) -> int:
-        return len(self.window)
-
 
 def scored_windows(
     corpus: Corpus,

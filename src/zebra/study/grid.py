@@ -81,7 +81,9 @@ def study(grid: StudyRecipe | str | os.PathLike[str], workers: int = 1) -> list[
             console.print(f"{len(recipes) - len(todo)} of {len(recipes)} cells are done already")
         failed = _run(run, recipes, todo, workers)
         results = _gather(run, recipes)
-        _write_missing_pages(recipes)
+        for cell in (Path(recipe.run) for recipe in recipes):  # killed between their results and their page
+            if _is_finished(cell) and not (cell / "report.html").exists():
+                write_report(read_results(cell / "results.jsonl"), cell / "report.html")
     if failed:
         (name, reason), more = failed[0], len(failed) - 1
         raise ZebraError(
@@ -213,13 +215,6 @@ def _gather(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Result]:
     if results:
         write_results(run / "results.jsonl", results)
     return results
-
-
-def _write_missing_pages(recipes: Sequence[PretrainRecipe]) -> None:
-    """The pages of cells that were killed between their results and their page."""
-    for cell in (Path(recipe.run) for recipe in recipes):
-        if _is_finished(cell) and not (cell / "report.html").exists():
-            write_report(read_results(cell / "results.jsonl"), cell / "report.html")
 
 
 # Processes

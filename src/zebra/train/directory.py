@@ -89,14 +89,11 @@ def record_inputs(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
         "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
         "inputs.json": json.dumps(inputs, indent=2) + "\n",
     }
-    if not has_trained(run) and any((run / name).exists() and _read(run / name) != texts[name] for name in texts):
+    written = {name: (run / name).read_bytes() for name in texts if (run / name).exists()}
+    if not has_trained(run) and any(text != texts[name].encode() for name, text in written.items()):
         (run / "before.jsonl").unlink(missing_ok=True)
     for name, text in texts.items():
         atomic_write(run / name, text)
-
-
-def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def reopen(run: Path) -> None:

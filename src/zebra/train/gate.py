@@ -95,16 +95,11 @@ def _texts(file: Path) -> Iterable[str]:
 
 
 def conversation_hash(one: Conversation) -> int:
-    """A hash of the document and then of the conversation: those on one document are held out together."""
+    """32 bits of a hash of the document, then 32 of the conversation: those on one document are held out together."""
     document = one.text if one.document is None else one.document
     # Salted, for without a document both are of the same text.
     digests = [blake2b(document.encode(), digest_size=4), blake2b(one.text.encode(), digest_size=4, salt=b"text")]
     return int.from_bytes(b"".join(digest.digest() for digest in digests), "big")
-
-
-def document_hash(conversation: int) -> int:
-    """The part of a `conversation_hash` that conversations on one document share."""
-    return conversation >> 32
 
 
 def is_held_out(one: Conversation, share: float) -> bool:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from zebra.data.composition import kind_table, mixture_tables
@@ -17,7 +16,7 @@ from zebra.data.packing import pack_whole
 from zebra.errors import ZebraError
 from zebra.progress import bar, console
 from zebra.train.chat import Chat
-from zebra.train.gate import Gate, conversation_hash, document_hash, is_held_out
+from zebra.train.gate import Gate, conversation_hash, is_held_out
 from zebra.train.processes import check_step, is_first_process, sequences_of_training
 from zebra.train.sft import AnswerSequences, ConversationTraining, TokenizedSource
 from zebra.train.tune_recipe import TuneRecipe
@@ -81,15 +80,14 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
         }
         measured = {name: [source[i] for i in which] for name, (source, which) in held_out.items()}
         hashes = {name: source.corpus.hashes[which].tolist() for name, (source, which) in held_out.items()}
-    documents = {name: [*map(document_hash, some)] for name, some in hashes.items()}
+    documents = {name: [one >> 32 for one in some] for name, some in hashes.items()}
     return ConversationTraining(recipe, chat.tokenizer, sequences, measured, documents, stats, dict(gate.counts))
 
 
 def _tokenize(
     conversations: Sequence[Conversation], name: str, recipe: TuneRecipe, chat: Chat, counts: Counter[str]
 ) -> TokenizedSource:
-    ids: list[NDArray[np.uint32]] = []  # lists of numbers take ten times the memory
-    answers: list[NDArray[np.bool_]] = []
+    ids, answers = [], []  # arrays: lists of numbers take nine times the memory
     hashes, kinds = [], []
     with bar(f"tokenising {name}", len(conversations), "conversations") as advance:
         for tokens, cut, one in _fitting(conversations, recipe, chat, advance):

@@ -250,16 +250,12 @@ class Recipe(RecipeSection):
         return None if stripes is None else str(Stripes.parse(stripes))
 
     @model_validator(mode="after")
-    def _evaluated_during_training(self) -> Self:
+    def _steps_run(self) -> Self:
         steps = self.evaluate.eval_steps if self.evaluate else None
         if steps is not None and steps > self.train.max_steps:
             raise ValueError(
                 f"evaluate.eval_steps ({steps}) is at most train.max_steps ({self.train.max_steps}); lower it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _runs_in_parallel(self) -> Self:
         if self.parallel.ring and self.parallel.sequence == 1:
             raise ValueError("parallel.ring passes keys round the processes of a sequence; set parallel.sequence")
         if self.train.compile and self.parallel.sequence > 1:

@@ -89,14 +89,10 @@ class TuneRecipe(CheckpointRecipe):
         return (self.evaluate and self.evaluate.suites) or []
 
     @model_validator(mode="after")
-    def _conversations_fit(self) -> TuneRecipe:
+    def _consistent(self) -> TuneRecipe:
         if self.evaluate is not None:
             keys = {"evaluate.suites": self.evaluate.suites, "data.held_out": self.data.held_out}
             check_one_of("what to measure on is given", keys)
-        return self
-
-    @model_validator(mode="after")
-    def _head_stays(self) -> TuneRecipe:
         if self.lora and "lm_head" in self.lora.target_modules:
             raise ValueError("lora.target_modules: trl trains no low-rank updates of lm_head; leave it out")
         return self
