@@ -75,22 +75,10 @@ def zebra_attention(
             number of heads.
         NotImplementedError: an argument that no kernel knows, attention dropout and weights among them.
     """
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(
-            f'attention "{NAME}" takes a 2-D attention_mask (batch, tokens), 1 for real tokens; '
-            f"got the shape {tuple(attention_mask.shape)}, which would replace the layout of every layer. "
-            'For a mask of your own, load with attn_implementation="sdpa".'
-        )
-    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        raise ValueError(f'attention "{NAME}" is causal; this layer is not. Load with attn_implementation="sdpa".')
+    _check_supported(module, attention_mask, kwargs)
     if attention_mask is not None and attention_mask.shape[1] < value.shape[2]:
         # A static cache hands over its whole buffer; the mask ends where the real keys end.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
-    if kwargs.get("output_attentions"):
-        raise NotImplementedError(
-            'output_attentions: no kernel of attention "zebra" forms the weights. '
-            'Load with attn_implementation="eager" to look at them.'
-        )
     others = {
         name: value
         for name, value in (kwargs | {"dropout": dropout or None}).items()
@@ -107,15 +95,31 @@ def zebra_attention(
     else:
         others |= {"scale": scaling, "softcap": softcap, "with_lse": s_aux is not None}
         out, lse = _attend(module, query, key, value, attention_mask, position_ids, window, others)
-    if s_aux is not None and lse is not None:
-        if s_aux.shape != query.shape[1:2]:
-            raise ValueError(
-                f"s_aux has one score for each head, {query.shape[1]}; got the shape {tuple(s_aux.shape)}."
-            )
-        # exp(lse) / (exp(lse) + exp(s)): what the sink leaves to the keys.
-        share = torch.sigmoid(lse - s_aux[:, None]).transpose(1, 2).unsqueeze(-1)
-        out = (out * share).to(out.dtype)
-    return out, None
+    return out if s_aux is None or lse is None else _with_sink(out, lse, s_aux), None
+
+
+def _check_supported(module: nn.Module, attention_mask: Tensor | None, arguments: dict[str, Any]) -> None:
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f'attention "{NAME}" takes a 2-D attention_mask (batch, tokens), 1 for real tokens; '
+            f"got the shape {tuple(attention_mask.shape)}, which would replace the layout of every layer. "
+            'For a mask of your own, load with attn_implementation="sdpa".'
+        )
+    if not arguments.get("is_causal", getattr(module, "is_causal", True)):
+        raise ValueError(f'attention "{NAME}" is causal; this layer is not. Load with attn_implementation="sdpa".')
+    if arguments.get("output_attentions"):
+        raise NotImplementedError(
+            'output_attentions: no kernel of attention "zebra" forms the weights. '
+            'Load with attn_implementation="eager" to look at them.'
+        )
+
+
+def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """What the sinks' scores s (H) leave to the keys, out exp(lse) / (exp(lse) + exp(s)): (B, T, H, D)."""
+    if sink.shape != lse.shape[1:2]:
+        raise ValueError(f"s_aux has one score for each head, {lse.shape[1]}; got the shape {tuple(sink.shape)}.")
+    share = torch.sigmoid(lse - sink[:, None]).transpose(1, 2).unsqueeze(-1)
+    return (out * share).to(out.dtype)
 
 
 @torch.compiler.disable
