@@ -133,6 +133,25 @@ def test_overlap_is_the_formula(text: str, reference: str) -> None:
     assert scores["rougeL"] == pytest.approx(f(lcs(*clean), len(clean[0]), len(clean[1])))
 
 
+@pytest.mark.parametrize(
+    ("text", "reference", "same", "of"),
+    [("Собака бежит домой", "собака спит дома", 1, 3), ("狗跑回家", "猫跑回家。", 3, 4), ("Café!", "cafe", 0, 1)],
+)
+def test_overlap_counts_words_of_every_script(text: str, reference: str, same: int, of: int) -> None:
+    scores = Overlap()(text, [reference])
+    assert scores["rouge1"] == pytest.approx(same / of)
+    if "。" not in reference:  # SQuAD drops ASCII's punctuation alone
+        assert scores["f1"] == pytest.approx(same / of)
+
+
+def test_english_words_are_those_of_the_authors_script() -> None:
+    from rouge_score import rouge_scorer
+
+    text, reference = "The dog_house isn't 3.5 m high;  it IS!", "A dog house, 3.5 m: it isn't high."
+    expected = rouge_scorer.RougeScorer(["rouge2"]).score(reference, text)["rouge2"].fmeasure
+    assert Overlap()(text, [reference])["rouge2"] == expected > 0
+
+
 @pytest.fixture(scope="module", params=[None, "4:32"], ids=["striped", "self-extend"])
 def model(request: pytest.FixtureRequest) -> Any:
     return zebra.load(STORIES, stripes="GLLL:33", self_extend=request.param)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from zebra.data.qa import words
 from zebra.errors import missing_package
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Thai, Lao, Burmese, Khmer, kana and ideographs."""
+_ALONE = re.compile(f"[{_SPACELESS}]")
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
 
 
 class Overlap:
@@ -15,8 +20,9 @@ class Overlap:
 
         F1 = 2 P R / (P + R),   P, R: the share of the text's, of the reference's words that the other has too
 
-    ROUGE counts words as its authors' script does, without stemming. SQuAD's F1 is that of single words after its own
-    normalisation, so that it is ROUGE-1 over those words.
+    ROUGE counts words as its authors' script does, without stemming, and letters beyond ASCII too, which the script
+    drops. SQuAD's F1 is that of single words after its own normalisation, so that it is ROUGE-1 over those words. In
+    both, a character of a script without spaces is a word.
 
     Raises:
         ZebraError: rouge-score is not installed.
@@ -30,11 +36,15 @@ class Overlap:
                 "scoring generated text (scoring by likelihood does not)", "rouge-score", "tasks"
             ) from None
 
+        class Words(tokenizers.Tokenizer):
+            def tokenize(self, text: str) -> list[str]:
+                return _WORD.findall(text.lower())
+
         class Squad(tokenizers.Tokenizer):
             def tokenize(self, text: str) -> list[str]:
-                return words(text)
+                return words(_ALONE.sub(r" \g<0> ", text))
 
-        self._rouge = rouge_scorer.RougeScorer(list(ROUGE))
+        self._rouge = rouge_scorer.RougeScorer(list(ROUGE), tokenizer=Words())
         self._squad = rouge_scorer.RougeScorer(["rouge1"], tokenizer=Squad())
 
     def __call__(self, text: str, references: Sequence[str]) -> dict[str, float]:
