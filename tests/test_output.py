@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import resource
 import shutil
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 
 from zebra.cli import show
 from zebra.errors import machine_fault, printable
-from zebra.progress import TextConsole, bar
+from zebra.progress import TextConsole, bar, only_errors
 from zebra.results import Result, append_results, read_results, to_json
 
 HOSTILE = "\x1b]0;title\x07\x1b[31mred\r\x9b2J [/bold] [red] :smile: \udcff"
@@ -311,3 +312,16 @@ def test_a_fault_of_the_machine_in_a_verb_is_one_line(zebra: Zebra, tmp_path: Pa
 
     monkeypatch.setattr("zebra.generation.generate", fail)
     refused(zebra("generate", STORIES, "--prompt", "Once"), "out of memory, at ", "--dtype bfloat16")
+
+
+def test_a_logger_speaks_again_when_the_last_that_asked_for_quiet_is_done() -> None:
+    """Two threads, the first of which is done first."""
+    logger = logging.getLogger("zebra.tests.quiet")
+    logger.setLevel(logging.INFO)
+    first, second = only_errors(logger.name), only_errors(logger.name)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.level == logging.ERROR
+    second.__exit__(None, None, None)
+    assert logger.level == logging.INFO

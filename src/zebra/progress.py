@@ -6,6 +6,7 @@ Names come from files of others. What they hold is shown and not obeyed: no mark
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,14 +37,26 @@ console = TextConsole(stderr=True)
 
 @contextmanager
 def only_errors(name: str) -> Iterator[None]:
-    """A logger logs errors alone."""
+    """A logger logs errors alone, until the last thread that asked for it is done."""
     logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with _QUIET_LOCK:
+        users, level = _QUIET.get(name, (0, logger.level))
+        _QUIET[name] = users + 1, level
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        with _QUIET_LOCK:
+            users, level = _QUIET.pop(name)
+            if users > 1:
+                _QUIET[name] = users - 1, level
+            else:
+                logger.setLevel(level)
+
+
+_QUIET: dict[str, tuple[int, int]] = {}
+"""By logger: how many asked for errors alone, and its level before the first."""
+_QUIET_LOCK = threading.Lock()
 
 
 class _Rate(ProgressColumn):
