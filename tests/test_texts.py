@@ -103,6 +103,16 @@ def test_a_length_that_no_document_fills_is_said(capsys: pytest.CaptureFixture[s
     assert "no document fills" not in capsys.readouterr().err
 
 
+def test_measuring_on_what_is_trained_on_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = tmp_path / "new.txt"
+    new.write_text(SEPARATOR.join([*stories()[:3], "A story of its own."]))
+    texts(evaluate={"files": [str(new)], "separator": SEPARATOR, "length": 32})
+    assert "3 of the 4 documents to measure on are trained on too: it is not new text." in capsys.readouterr().err
+    new.write_text("A story of its own." * 20)
+    texts(evaluate={"files": [str(new)], "length": 32})
+    assert capsys.readouterr().err == ""
+
+
 def held(texts_read: TextTraining) -> set[int]:
     """The places of the documents that are held out."""
     return set(range(200)) - set(texts_read.sequences.documents.documents.tolist())

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -194,6 +195,10 @@ def _held_out(
         held_out = select(splits, held_out=True).gathered()
     else:
         held_out = _corpus(evaluation, evaluation.files, recipe, tokenizer, evaluation.append_eos)
+        trained = np.concatenate([split.source.corpus.hashes[split.train] for split in splits])
+        if (known := int(np.isin(held_out.hashes, trained).sum())) and is_first_process():
+            text = f"{known:,} of the {len(held_out):,} documents to measure on are trained on too: it is not new text."
+            console.print(text, soft_wrap=True)
     return held_out.joined(evaluation.beyond or evaluation.length) if evaluation.join else held_out
 
 
