@@ -21,6 +21,10 @@ from zebra.study.pictures import SHAPES, Curve, plot_by_position
 from zebra.study.results import POSITIONS, RECALL, TEXT, Study, StudyCell, short_layout, studies_in
 
 VERDICTS = {HOLDS: "holds", FAILS: "does not hold", UNTESTED: "open"}
+_MEANS = (
+    "Means over seeds are of losses, and behind ± stands the deviation of the losses times the mean. Pairs a token are "
+    "those of queries and keys, summed over the layers, at 1,024 tokens."
+)
 _WITH_SELF_EXTEND = ("full", "GL")
 """The layouts whose lines with Self-Extend are drawn."""
 
@@ -41,7 +45,7 @@ def write_page(
     sections = [
         Section("What was found", [*findings, *figures]),
         Section("The paper's claims", _verdicts(study, recall)),
-        Section("The cells", [NAMES, _cells(study, recall)]),
+        Section("The cells", [NAMES, _MEANS, _cells(study, recall)]),
         Section("What a training step costs", _costs(study)),
         Section("Limits", list(limits)),
         method(study.results),
@@ -144,18 +148,27 @@ def _verdicts(study: Study, recall: Study) -> list[str | Table | Figure]:
         body.append([Cell(f"{i}. {on_text.text}"), *evidence])
         rules.append(f"Claim {i} holds where {on_text.rule}.")
     head = [Cell(name) for name in ("claim", "on text", "evidence", "on recall", "evidence")]
-    return [Table("", head, body, numeric=False), *rules, *METHOD]
+    paragraphs = [" ".join(rules[i : i + 3]) for i in range(0, len(rules), 3)]
+    return [_NOTE, Table("", head, body, numeric=False), *paragraphs, *METHOD]
+
+
+_NOTE = (
+    "After an open verdict stands how many seeds of each cell, in all, would decide it if mean and deviation stayed as "
+    "they are. Self-Extend's group and window stand as 16:256."
+)
 
 
 def _verdict(claim: Claim) -> Cell:
     """The verdict; where it is open, the seeds of each cell that would decide it."""
     part = claim.deciding
     if part is None:
-        return Cell("not tested")
-    seeds = ""
+        return Cell("of text alone" if claim.rule.startswith("on text") else "not tested")
+    of = ""
     if claim.verdict == UNTESTED and part.difference:
-        seeds = f" ({part.seeds or 'more than 30'} seeds)"
-    return Cell(f"{VERDICTS[claim.verdict]}{seeds}", results=part.results)
+        of = f" ({part.seeds or 'more than 30'} seeds)"
+    elif part.interval == "means":
+        of = ", by means"
+    return Cell(f"{VERDICTS[claim.verdict]}{of}", results=part.results)
 
 
 def _evidence(claim: Claim) -> Cell:

@@ -33,12 +33,12 @@ _SHARE = percent(math.expm1(AS_GOOD), 0)
 METHOD = (
     "The claims are recalled from the paper, not read in it. The evidence is a change of perplexity with its 95 % "
     "interval, over runs paired by seed. With three seeds or more it is Student's t interval of the differences. With "
-    "fewer, the noise is the residual of the cells with several seeds, without their own means and those of the seeds.",
-    "One cell beats another where the interval lies below 0, and does not where it lies above. It is as good where the "
-    f"interval lies below {_SHARE}, and is not where it lies above {_SHARE}. Where the interval decides neither, the "
-    "claim is open; where a cell is missing, it is not tested. Both count as not tested here. The intervals cover "
-    "other seeds, not other texts. Each is of 95 % by itself, and one comparison that fails is enough: a claim of k "
-    "comparisons is found wrong by chance in at most 2.5 k of 100 studies.",
+    "fewer, the noise is pooled from the cells with several seeds, less their means and those of the seeds.",
+    "One cell beats another where the whole interval lies below 0, and does not where it lies above. It is as good "
+    f"where the interval lies below {_SHARE}, and is not where it lies above. Where the interval decides neither, the "
+    "claim is open; where a cell is missing, it is not tested. Neither counts as a result. The intervals cover other "
+    "seeds, not other texts, and are not corrected for their number: a true claim of k comparisons is rejected by "
+    "chance in at most 2.5 k of 100 studies.",
 )
 """How the checklist is to be read, in paragraphs."""
 
@@ -166,6 +166,8 @@ def _alibi_is_near_sighted(claim: Claim, study: Study) -> bool | None:
 
 
 def _length_matters_more(claim: Claim, study: Study) -> bool | None:
+    if study.subject == RECALL:  # there a distance is not a position: most are asked for beyond either length
+        return None
     shortest, longest = (end(cell.length for cell in study.runs) for end in (min, max))
     pairs = {cell._replace(length=shortest): cell for cell in study.runs if cell.length == longest > shortest}
     contexts = [c for short in pairs if short in study.runs for c in study.contexts(short) if c >= longest]
@@ -220,8 +222,8 @@ _CLAIMS: dict[tuple[str, str], Callable[[Claim, Study], bool | None]] = {
     ): _rotary_is_best,
     (
         "Rotary positions extrapolate better than absolute ones",
-        "on text beyond the trained length rotary beats absolute. A table of learned positions ends there, so an "
-        "absolute model has to begin anew: the last positions of its own length stand for it",
+        "on text beyond the trained length rotary beats absolute. Learned positions end there, so that the absolute "
+        "model begins anew: its score at the last positions of its own length stands for it",
     ): _rotary_extrapolates,
     (
         "ALiBi is fine within its length, yet weak at using far context",
@@ -230,9 +232,9 @@ _CLAIMS: dict[tuple[str, str], Callable[[Claim, Study], bool | None]] = {
     ): _alibi_is_near_sighted,
     (
         "Training at the longer length matters more than the variant",
-        "at the last positions of the longer length, which those of the shorter read beyond their own, the shorter "
-        "training costs every layout of both more than the worst cell of the longer loses to its best. It does not "
-        "hold where it costs none more. Of means, without an interval",
+        "on text, at the last positions of the longer length, training at the shorter costs each layout of both "
+        "lengths more than the worst cell of the longer loses to the best. It does not hold where it costs none more. "
+        "Of means, without an interval",
     ): _length_matters_more,
     (
         "Self-Extend reads past the trained length, grouped as well as global",
