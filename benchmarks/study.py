@@ -68,7 +68,7 @@ FINDINGS = [
     "ALiBi looks up within the trained length (1.01), and its text holds beyond it under all-global layers "
     "(17.71 to 20.90 at 2,048 to 4,096; plain rotary 100), its recall does not (42). With one global layer of "
     "two its text is near a local model's (23.61, 21.59). Without positions (one or two seeds) models look up "
-    "(1.01 to 1.03) and read text worst (31 to 45).",
+    "(1.01 to 1.04) and read text worst (31 to 45).",
     "Models trained at 256 tokens (one seed) fail on text by 512 to 1,024 (139.7, 54.44). With Self-Extend they "
     "reach 4,096 (text 22.75, 21.76; recall 2.48, 2.32).",
 ]
