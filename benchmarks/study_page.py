@@ -162,7 +162,7 @@ def _verdict(claim: Claim) -> Cell:
     """The verdict; where it is open, the seeds of each cell that would decide it."""
     part = claim.deciding
     if part is None:
-        return Cell("of text alone" if claim.rule.startswith("on text") else "not tested")
+        return Cell("of text alone" if claim.of_text_alone else "not tested")
     of = ""
     if claim.verdict == UNTESTED and part.difference:
         of = f" ({part.seeds or 'more than 30'} seeds)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 from zebra.report.series import percent, span_name
 from zebra.study.evidence import (
@@ -46,11 +47,11 @@ METHOD = (
 def claims(study: Study) -> list[Claim]:
     """All claims, in the order of the page; that about Self-Extend where a cell was read with it."""
     checked = []
-    for (text, rule), check in _CLAIMS.items():
-        if check is _self_extend_carries and not study.uses_self_extend:
+    for rule in _RULES:
+        if rule.check is _self_extend_carries and not study.uses_self_extend:
             continue
-        claim = Claim(text, rule, in_paper=check not in (_context_helps, _self_extend_carries))
-        holds = check(claim, study)
+        claim = Claim(rule.claim, rule.holds_where, rule.in_paper, rule.of_text_alone)
+        holds = None if rule.of_text_alone and study.subject == RECALL else rule.check(claim, study)
         claim.verdict = UNTESTED if holds is None else HOLDS if holds else FAILS
         checked.append(claim)
     return checked
@@ -112,7 +113,7 @@ def _rotary_is_best(claim: Claim, study: Study) -> bool | None:
 def _rotary_extrapolates(claim: Claim, study: Study) -> bool | None:
     rotary, absolute = study.cell("global"), study.cell("global", "absolute")
     context = max(study.contexts(rotary), default=0) if rotary else 0
-    if rotary is None or absolute is None or context <= rotary.length or study.subject == RECALL:
+    if rotary is None or absolute is None or context <= rotary.length:
         return None
     span = study.last(rotary, context)
     far, anew = study.scores(rotary, context, span), study.scores(absolute, absolute.length, study.far(absolute))
@@ -137,7 +138,7 @@ def _self_extend_carries(claim: Claim, study: Study) -> bool | None:
 
 def _alibi_is_near_sighted(claim: Claim, study: Study) -> bool | None:
     rotary, alibi = study.cell("global"), study.cell("global", "alibi")
-    if rotary is None or alibi is None or study.subject == RECALL:
+    if rotary is None or alibi is None:
         return None
     fine = claim.compare(study, alibi, AS_GOOD, rotary)
     if len(spans := study.spans(rotary.length, [rotary])) < 3:
@@ -166,8 +167,6 @@ def _alibi_is_near_sighted(claim: Claim, study: Study) -> bool | None:
 
 
 def _length_matters_more(claim: Claim, study: Study) -> bool | None:
-    if study.subject == RECALL:  # there a distance is not a position: most are asked for beyond either length
-        return None
     shortest, longest = (end(cell.length for cell in study.runs) for end in (min, max))
     pairs = {cell._replace(length=shortest): cell for cell in study.runs if cell.length == longest > shortest}
     contexts = [c for short in pairs if short in study.runs for c in study.contexts(short) if c >= longest]
@@ -196,50 +195,74 @@ def _length_matters_more(claim: Claim, study: Study) -> bool | None:
     return holds
 
 
-_CLAIMS: dict[tuple[str, str], Callable[[Claim, Study], bool | None]] = {
-    (
+class _Rule(NamedTuple):
+    """A claim, the rule that it holds by, the function that checks it, and what is said of it in `Claim`."""
+
+    claim: str
+    holds_where: str
+    check: Callable[[Claim, Study], bool | None]
+    in_paper: bool = True
+    of_text_alone: bool = False
+
+
+_RULES = (
+    _Rule(
         "Context beyond the local layers' reach helps in this data",
         "at the last positions of the trained length global beats local, which sees no farther back than its layers "
         "times its window: a check of the set-up, not of the paper",
-    ): _context_helps,
-    (
+        _context_helps,
+        in_paper=False,
+    ),
+    _Rule(
         "Grouped attention is about as good as global, at a fraction of the cost",
         "every grouped layout is as good as global, and computes fewer attention pairs. A global model that does not "
         "beat local at the last positions of the trained length leaves the claim untested",
-    ): _grouped_is_global,
-    (
+        _grouped_is_global,
+    ),
+    _Rule(
         "Local attention alone is worse than global and than grouped",
         "global and every grouped layout beat local",
-    ): _local_is_worse,
-    (
+        _local_is_worse,
+    ),
+    _Rule(
         "Local attention with global approximation lies between local and global",
         "summary beats local, and global is as good as summary",
-    ): _summary_between,
-    (
+        _summary_between,
+    ),
+    _Rule(
         "Rotary positions are the best, or as good as any",
         "in each kind of attention rotary is as good as every other position embedding, and absolute and ALiBi were "
         "tried under global attention",
-    ): _rotary_is_best,
-    (
+        _rotary_is_best,
+    ),
+    _Rule(
         "Rotary positions extrapolate better than absolute ones",
         "on text beyond the trained length rotary beats absolute. Learned positions end there, so that the absolute "
         "model begins anew: its score at the last positions of its own length stands for it",
-    ): _rotary_extrapolates,
-    (
+        _rotary_extrapolates,
+        of_text_alone=True,
+    ),
+    _Rule(
         "ALiBi is fine within its length, yet weak at using far context",
         "on text, under global attention, ALiBi is as good as rotary over the trained length, and its loss falls less "
         "than rotary's from the first positions to the last",
-    ): _alibi_is_near_sighted,
-    (
+        _alibi_is_near_sighted,
+        of_text_alone=True,
+    ),
+    _Rule(
         "Training at the longer length matters more than the variant",
         "on text, at the last positions of the longer length, training at the shorter costs each layout of both "
         "lengths more than the worst cell of the longer loses to the best. It does not hold where it costs none more. "
         "Of means, without an interval",
-    ): _length_matters_more,
-    (
+        _length_matters_more,
+        of_text_alone=True,  # of recall a distance is not a position: most are asked for beyond either length
+    ),
+    _Rule(
         "Self-Extend reads past the trained length, grouped as well as global",
         "at the last positions of the longest context global and every grouped layout, read with Self-Extend (arXiv "
         "2401.01325), beat themselves without it and local, and grouped is as good as global",
-    ): _self_extend_carries,
-}
-"""Each claim and the rule that it holds by, with the function that checks it."""
+        _self_extend_carries,
+        in_paper=False,
+    ),
+)
+"""The claims in the order of the page."""

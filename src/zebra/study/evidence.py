@@ -69,11 +69,13 @@ class Claim:
 
     Attributes:
         in_paper: whether the Zebra paper makes it.
+        of_text_alone: whether it says nothing of recall, where it is not tested.
     """
 
     text: str
     rule: str
     in_paper: bool = True
+    of_text_alone: bool = False
     verdict: str = UNTESTED
     evidence: list[Evidence] = field(default_factory=list)
 
