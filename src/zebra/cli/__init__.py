@@ -21,7 +21,7 @@ from zebra.signals import Terminated, raising_terminated
 
 app = typer.Typer(
     help="Longer and cheaper context for decoder language models. Stripes are a layout of layers: G attends to all "
-    "earlier tokens (global), L to a window of them (sliding-window attention).",
+    "earlier tokens (global), L to a sliding window of them (local).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,9 +29,9 @@ app = typer.Typer(
 )
 _GROUPS = {
     "evaluate": typer.Typer(
-        help="Measure a checkpoint: perplexity, retrieval, tasks, documents.", no_args_is_help=True
+        help="Evaluate a checkpoint: perplexity, retrieval, tasks, documents.", no_args_is_help=True
     ),
-    "data": typer.Typer(help="Training data: instructions (make them), check.", no_args_is_help=True),
+    "data": typer.Typer(help="Training data: make long instructions, check conversations.", no_args_is_help=True),
 }
 _COMMANDS: dict[str, Callable[..., None]] = {
     "zebra plan llama-2-7b --length 16384 --stripes GLLL:512 --memory 80GiB": plan.plan,

@@ -20,8 +20,8 @@ def chat(
     file: Annotated[
         list[Path] | None, typer.Option(help="Document to talk about: text, Markdown or PDF; repeatable.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="Message of the system, before all others.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="INT", help="Tokens of an answer, at most.")] = 1024,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="INT", help="Maximum tokens of an answer.")] = 1024,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -29,7 +29,8 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     stop: options.Stop = None,
     prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, metavar="INT", help="Tokens of a chunk of the prompt. Default: 1,024.")
+        int | None,
+        typer.Option(min=1, metavar="INT", help="Tokens per prefill chunk. Default: 1,024."),
     ] = None,
     seed: options.Seed = 0,
     stripes: options.StripesNotation = None,
@@ -41,7 +42,7 @@ def chat(
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Converse with a checkpoint in its chat template. Where stdin is no terminal, each of its lines is a message."""
+    """Chat with a checkpoint in its chat template. If stdin is not a terminal, each of its lines is a message."""
     arguments = options.call_arguments(locals(), "checkpoint", "file", "system")
     check_checkpoint(checkpoint)
     texts = [(path.name, document_text(path)) for path in file or []]

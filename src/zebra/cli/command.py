@@ -11,14 +11,14 @@ from zebra.integrations.command import execute
 
 def with_(
     command: Annotated[
-        list[str], typer.Argument(help="A command and its arguments; -- -m MODULE or a .py file is run by this Python.")
+        list[str], typer.Argument(help="A command with its arguments. This Python runs .py files and -- -m MODULE.")
     ],
 ) -> None:
-    """Run another tool's command where attn_implementation=zebra works, in the processes that it starts too.
+    """Run a command of another tool with attn_implementation=zebra available, also in its child processes.
 
-    How: PYTHONPATH, which launchers such as accelerate and torchrun pass on, has one more folder. Its entry point is
-    loaded by torch when that is imported, and registers the attention before the first model. Nothing is installed.
+    How: a folder is added to PYTHONPATH, which launchers such as accelerate and torchrun pass on. It has an entry point
+    that torch loads when it is imported, and which registers the attention. Nothing is installed.
 
-    This process becomes the command: arguments, stdin, signals and the exit code are the command's own.
+    This process becomes the command: arguments, stdin, signals and exit code are those of the command.
     """
     execute(command)

@@ -12,20 +12,20 @@ from zebra.cli import options, show
 
 def compare(
     checkpoint: options.Checkpoint,
-    text: Annotated[list[str], typer.Argument(help="Your text: files, folders or globs. One window at least.")],
-    length: Annotated[int, typer.Option(min=2, help="Tokens of context that you need.")],
+    text: Annotated[list[str], typer.Argument(help="Your text: files, folders or globs, at least --length tokens.")],
+    length: Annotated[int, typer.Option(min=2, help="Context length that you need, in tokens.")],
     stripes: Annotated[
         str | None,
         typer.Option(
             callback=options.stripes_notation,
-            help="Layout of the methods with stripes. Default: GL and an eighth of the trained length.",
+            help="Layout of the methods with stripes. Default: GL with a window of an eighth of the trained length.",
         ),
     ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
             callback=options.names,
-            help='Methods, several with commas: "as it is", linear, yarn, dynamic, self-extend, stripes, selected, '
+            help='Methods, comma-separated: "as it is", linear, yarn, dynamic, self-extend, stripes, selected, '
             "stripes+self-extend, selected+self-extend. Default: all.",
         ),
     ] = None,
@@ -34,25 +34,25 @@ def compare(
         typer.Option(
             "--with",
             metavar="OPTIONS",
-            help='A further method, such as "rope=yarn:4 stripes=GLLL:1024" or "checkpoint=runs/adapted/model"; '
+            help='Another method, such as "rope=yarn:4 stripes=GLLL:1024" or "checkpoint=runs/adapted/model"; '
             "repeatable.",
         ),
     ] = None,
     tasks: Annotated[
-        str, typer.Option("--task", callback=options.names, help="Retrieval tasks, several with commas.")
+        str, typer.Option("--task", callback=options.names, help="Retrieval tasks, comma-separated.")
     ] = "passkey,needle",
     depths: Annotated[
         str,
         typer.Option(
             "--depth",
             callback=options.numbers("--depth", float, "0.1,0.9", least=0, most=1),
-            help="Depths of the evidence.",
+            help="Depths of the evidence, comma-separated, 0 (start) to 1 (end).",
         ),
     ] = "0.1,0.5,0.9",
-    windows: Annotated[int, typer.Option(min=1, help="At most so many windows of the text.")] = 16,
-    samples: Annotated[int, typer.Option(min=1, help="At most so many samples of each task and depth.")] = 10,
+    windows: Annotated[int, typer.Option(min=1, help="Maximum number of windows of the text.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Maximum number of samples per task and depth.")] = 10,
     budget_minutes: Annotated[
-        float, typer.Option(min=0, help="Time for the measurements; a rerun with a larger one adds to them.")
+        float, typer.Option(min=0, help="Time for all measurements; a rerun with more minutes adds to them.")
     ] = 30.0,
     separator: options.Separator = None,
     dtype: options.Dtype = None,
@@ -61,11 +61,11 @@ def compare(
     seed: options.Seed = 0,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", callback=options.output_folder, help="Folder for measurements, results and page."),
+        typer.Option("--out", "-o", callback=options.output_folder, help="Folder for measurements, results, report."),
     ] = Path("runs/compare"),
     as_json: options.Json = False,
 ) -> None:
-    """Measure the ways of reading a longer text side by side: quality, cost, and a sentence of advice."""
+    """Compare ways to read a long text on your own text: quality, cost, and one sentence of advice."""
     from zebra.compare.methods import Method
     from zebra.data.documents import check_texts
     from zebra.model.checkpoint_files import check_checkpoint

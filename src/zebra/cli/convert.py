@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 def convert(
     source: options.Checkpoint,
-    target: Annotated[Path, typer.Argument(help="Directory to write; it must not exist, or be empty.")],
+    target: Annotated[Path, typer.Argument(help="Directory to write; it must be new or empty.")],
     stripes: Annotated[
         str | None,
         typer.Option(
-            help="Layout: G and L by layer and a window (GLLL:4096), or global layers from 0 (0,4:4096); +4: 4 sinks. "
-            "Default: the checkpoint's own."
+            help="Layout: a pattern and a window (GLLL:4096), or global layers (from 0) and a window (0,4:4096); +4 "
+            "adds 4 attention sinks. Default: the checkpoint's own."
         ),
     ] = None,
     rope: Annotated[
         str | None,
         typer.Option(
             callback=options.rope_notation,
-            help="Change of the rope: linear:8, yarn:8, llama3:8, base:5000000 or none. Default: none.",
+            help="RoPE scaling: linear:8, yarn:8, llama3:8, base:5000000 or none (unchanged). Default: none.",
         ),
     ] = None,
     full_decode: options.FullDecodeFlag = False,
     as_json: options.Json = False,
 ) -> None:
-    """Copy a checkpoint and give the copy stripes or another rope; plain transformers loads it. A GGUF file too."""
+    """Copy a checkpoint or a GGUF file with stripes or another RoPE; plain transformers loads the copy."""
     check_conversion(source, target, stripes, rope)
     show.conversion(_converted(source, target, stripes, rope, full_decode), as_json)
 
@@ -66,21 +66,21 @@ def _converted(
 
 def export(
     checkpoint: options.Checkpoint,
-    target: Annotated[Path, typer.Argument(help="What is written: a file that ends in .gguf, or a folder.")],
+    target: Annotated[Path, typer.Argument(help="What to write: a .gguf file, or a folder.")],
     to: Annotated[
         Literal["gguf", "mlx", "vllm", "sglang"],
-        typer.Option(metavar="ENGINE", help="gguf (llama.cpp), mlx, vllm, or sglang (read, not run)."),
+        typer.Option(metavar="ENGINE", help="gguf (llama.cpp), mlx, vllm, or sglang (not tested)."),
     ],
     stripes: options.StripesNotation = None,
     dtype: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"] | None,
         typer.Option(
-            metavar="NAME", help="Matrices of a GGUF file from a folder: f32, f16, bf16 or q8_0. Default: f16."
+            metavar="NAME", help="Type of the matrices, for a folder to GGUF: f32, f16, bf16 or q8_0. Default: f16."
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a checkpoint with stripes for another engine, and print the command; Self-Extend does not carry over."""
+    """Export a checkpoint with stripes to another engine and print its command. Self-Extend does not carry over."""
     check_export(checkpoint, target, to, stripes, dtype)
     with show.working():
         from zebra.exports import export as run
@@ -98,27 +98,25 @@ def select(
             help="Global layers to keep: 8, or 0.25 of all; flops:0.5 of the prefill; cache:4GiB@131072 tokens.",
         ),
     ],
-    window: Annotated[str, typer.Option(help="Window of the layers that become local, in tokens; 512+4 adds 4 sinks.")],
-    length: Annotated[int, typer.Option(min=2, metavar="INT", help="Tokens of each measured text or prompt.")],
+    window: Annotated[str, typer.Option(help="Window of the local layers, in tokens; 512+4 adds 4 attention sinks.")],
+    length: Annotated[int, typer.Option(min=2, metavar="INT", help="Tokens of each text sequence or prompt.")],
     text: Annotated[
-        list[str] | None, typer.Option(help="File, folder or glob to measure on; repeatable. Needed without --task.")
+        list[str] | None, typer.Option(help="File, folder or glob to measure on; repeatable. Required without --task.")
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
             "--task",
             callback=options.names,
-            help="Retrieval tasks to measure on, several with commas; --text is then their haystack.",
+            help="Retrieval tasks to measure on, comma-separated; --text is then their haystack.",
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=4, metavar="INT", help="Texts or prompts to measure; one in four is held out.")
+        int, typer.Option(min=4, metavar="INT", help="Number of sequences or prompts; one in four is held out.")
     ] = 16,
     order: Annotated[
         Literal["greedy", "once"],
-        typer.Option(
-            metavar="NAME", help="greedy: measure again after each choice; once: choose after the first round."
-        ),
+        typer.Option(metavar="NAME", help="greedy: measure again after each layer; once: choose after one round."),
     ] = "greedy",
     separator: options.Separator = None,
     bos: options.Bos = None,
@@ -133,11 +131,11 @@ def select(
             "--out",
             "-o",
             callback=options.output_folder,
-            help="Folder for the measurements, results and page; resumes from it.",
+            help="Folder for measurements, results and report; the command resumes from it.",
         ),
     ] = Path("selection"),
     target: Annotated[
-        Path | None, typer.Option("--convert", help="Also convert the checkpoint to the layout, into this directory.")
+        Path | None, typer.Option("--convert", help="Also write the checkpoint with this layout to this directory.")
     ] = None,
     full_decode: options.FullDecodeFlag = False,
     as_json: options.Json = False,
@@ -189,40 +187,37 @@ def _check_what_measures(
 def verify(
     target: Annotated[str, typer.Argument(help="Converted checkpoint.")],
     against: Annotated[
-        str | None, typer.Option(help="Checkpoint that it was converted from. Needed except for --self-extend.")
+        str | None, typer.Option(help="Source checkpoint of the conversion. Required without --self-extend.")
     ] = None,
     self_extend: Annotated[
         str | None,
         typer.Option(
             callback=options.self_extend_notation,
-            help="Also compare this Self-Extend with its formula: GROUP:WINDOW or auto:LENGTH.",
+            help="Also compare Self-Extend with its formula: GROUP:WINDOW or auto:LENGTH.",
         ),
     ] = None,
     rope: Annotated[
-        str | None, typer.Option(callback=options.rope_notation, help="Change of the rope that it was converted with.")
+        str | None, typer.Option(callback=options.rope_notation, help="The --rope of the conversion.")
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(
-            min=2, metavar="INT", help="Tokens of the long checks. Default: somewhat over one and a half windows."
-        ),
+        typer.Option(min=2, metavar="INT", help="Tokens of the long checks. Default: a little more than 1.5 windows."),
     ] = None,
     seed: options.Seed = 0,
     dtype: Annotated[
         Literal["float64", "float32", "bfloat16"] | None,
         typer.Option(
-            metavar="NAME",
-            help="float64, float32 or bfloat16. Default: float32, and bfloat16 where weights stay quantised.",
+            metavar="NAME", help="float64, float32 or bfloat16. Default: float32; bfloat16 for quantised weights."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1.")] = "cpu",
     engine: Annotated[
         Literal["gguf", "mlx", "vllm"] | None,
-        typer.Option(metavar="NAME", help="Run an export in its engine instead, and compare: gguf, mlx or vllm."),
+        typer.Option(metavar="NAME", help="Verify an export by running it in its engine: gguf, mlx or vllm."),
     ] = None,
     python: Annotated[
         str | None,
-        typer.Option(help="Python of an environment that has the engine. Default: this one.", metavar="PATH"),
+        typer.Option(help="Python of an environment with the engine. Default: this one.", metavar="PATH"),
     ] = None,
     as_json: options.Json = False,
 ) -> None:

@@ -14,31 +14,30 @@ from zebra.errors import ZebraError
 
 
 def instructions(
-    documents: Annotated[list[str], typer.Argument(help="Text files, or JSON Lines with document, qa, summary.")],
+    documents: Annotated[list[str], typer.Argument(help="Text files, or JSON Lines with document, qa and summary.")],
     out: Annotated[Path, typer.Option("--out", "-o", callback=output_file, help="JSON Lines file to write.")],
     kinds: Annotated[
         str,
-        typer.Option(
-            "--kind", callback=names, help="Kinds of instructions: qa, summary, writing; several with commas."
-        ),
+        typer.Option("--kind", callback=names, help="Kinds of instructions, comma-separated: qa, summary, writing."),
     ] = "qa,summary,writing",
     words: Annotated[
-        int | None, typer.Option(help="Fill each prompt with other documents up to this many words. Default: no.")
+        int | None,
+        typer.Option(help="Fill each prompt with other documents to this many words. Default: no."),
     ] = None,
     depths: Annotated[
         str,
         typer.Option(
             "--depth",
             callback=numbers("--depth", float, "0,0.5,1", least=0, most=1),
-            help="Depths of the document asked about, 0 (start) to 1 (end), used in turn.",
+            help="Depths of the document in question, 0 (start) to 1 (end), used in turn.",
         ),
     ] = "0,0.5,1",
-    writing: Annotated[int, typer.Option(min=0, metavar="INT", help="Writing tasks made of each document.")] = 3,
+    writing: Annotated[int, typer.Option(min=0, metavar="INT", help="Writing tasks per document.")] = 3,
     separator: Separator = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Turn long documents into long instructions: questions, summaries, writing. No network, no model."""
+    """Make long instructions from long documents: questions, summaries, writing. No network, no model."""
     options = call_arguments(locals(), "out")
     from zebra.data.instructions import instruction_stats, make_instructions, read_annotated
     from zebra.files import atomic_file
@@ -63,7 +62,7 @@ def instructions(
 
 
 def check(
-    conversations: Annotated[list[str], typer.Argument(help="JSON Lines of conversations.")],
+    conversations: Annotated[list[str], typer.Argument(help="JSON Lines files of conversations.")],
     against: Annotated[
         list[str] | None, typer.Option(help="Conversations of the evaluation, to find leaks; repeatable.")
     ] = None,

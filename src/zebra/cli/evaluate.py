@@ -21,19 +21,17 @@ def perplexity(
     lengths: options.Lengths,
     convention: Annotated[
         Literal["disjoint", "strided", "truncated"],
-        typer.Option(metavar="NAME", help="How the scored chunks lie on a text: disjoint, strided or truncated."),
+        typer.Option(metavar="NAME", help="How texts are cut into scored chunks: disjoint, strided or truncated."),
     ] = "disjoint",
     stride: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="INT", help="Tokens that each strided chunk scores. Default: a quarter of the length."
-        ),
+        typer.Option(min=1, metavar="INT", help="Scored tokens per strided chunk. Default: a quarter of the length."),
     ] = None,
     separator: options.Separator = None,
     field: Annotated[
-        str | None, typer.Option(help="Field of .jsonl, .json, .csv or .parquet records with the text. Default: text.")
+        str | None, typer.Option(help="Field with the text in .jsonl, .json, .csv or .parquet records. Default: text.")
     ] = None,
-    num_proc: Annotated[int, typer.Option(min=1, metavar="INT", help="Processes that tokenise.")] = 1,
+    num_proc: Annotated[int, typer.Option(min=1, metavar="INT", help="Tokenizer processes.")] = 1,
     join: Annotated[
         bool, typer.Option("--join", help="Join documents into texts of at least --length tokens.")
     ] = False,
@@ -42,7 +40,7 @@ def perplexity(
         typer.Option(
             min=1,
             metavar="INT",
-            help="Read this many tokens of each chunk as a prompt; score the others as decoded after it.",
+            help="Read this many tokens of each chunk as a prompt; score the rest as decoded tokens.",
         ),
     ] = None,
     bos: options.Bos = None,
@@ -76,8 +74,8 @@ def retrieval(
         typer.Option(
             "--task",
             callback=options.names,
-            help="passkey, needle, multikey, multivalue, multiquery, lookup, variables, common-words, frequent-words; "
-            "several with commas.",
+            help="Comma-separated: passkey, needle, multikey, multivalue, multiquery, lookup, variables, common-words, "
+            "frequent-words.",
         ),
     ],
     lengths: options.Lengths,
@@ -86,10 +84,10 @@ def retrieval(
         typer.Option(
             "--depth",
             callback=options.numbers("--depth", float, "0,0.5,1", least=0, most=1),
-            help="Depths of the evidence, from 0 (start) to 1 (end), several with commas.",
+            help="Depths of the evidence, comma-separated, 0 (start) to 1 (end).",
         ),
     ] = "0,0.25,0.5,0.75,1",
-    samples: Annotated[int, typer.Option(min=1, metavar="INT", help="Samples of each task, length and depth.")] = 20,
+    samples: Annotated[int, typer.Option(min=1, metavar="INT", help="Samples per task, length and depth.")] = 20,
     score: Annotated[
         options.Score,
         typer.Option(
@@ -99,7 +97,7 @@ def retrieval(
     ] = "generate",
     haystack: Annotated[
         list[str] | None,
-        typer.Option(help="File, folder or glob of text to hide the evidence in; repeatable. Default: made-up text."),
+        typer.Option(help="File, folder or glob of text to hide the evidence in; repeatable. Default: generated text."),
     ] = None,
     beyond: options.Beyond = False,
     stripes: options.StripesNotation = None,
@@ -135,26 +133,24 @@ def tasks(
         str,
         typer.Option(
             callback=options.names,
-            help="Tasks of lm-eval (hellaswag, mmlu, ...), YAML files, or zebra-TASK and zebra-TASK-likelihood for a "
-            "TASK of `evaluate retrieval`; several with commas.",
+            help="Comma-separated: lm-eval tasks (hellaswag, mmlu, ...), YAML files, or zebra-TASK and "
+            "zebra-TASK-likelihood for a TASK of `evaluate retrieval`.",
         ),
     ],
     lengths: Annotated[
         str | None,
-        typer.Option(
-            "--length", callback=options.length_list, help="Context lengths of zebra-TASK, several with commas."
-        ),
+        typer.Option("--length", callback=options.length_list, help="Context lengths of zebra-TASK, comma-separated."),
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, metavar="INT", help="Examples before each question. Default: as the task says.")
+        int | None, typer.Option(min=0, metavar="INT", help="Few-shot examples. Default: as in the task.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="INT", help="Use only the first items of each task. Default: all.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="INT", help="Requests in one batch.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="INT", help="Requests per batch.")] = 8,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
     include: Annotated[Path | None, typer.Option(help="Folder with your own YAML tasks.")] = None,
-    cut: Annotated[bool, typer.Option("--cut", help="Cut the start of requests longer than the model.")] = False,
+    cut: Annotated[bool, typer.Option("--cut", help="Cut too long requests at their start.")] = False,
     beyond: options.Beyond = False,
     stripes: options.StripesNotation = None,
     rope: options.RopeNotation = None,
@@ -169,7 +165,7 @@ def tasks(
     out: options.Out = None,
     as_json: options.Json = False,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness on data that is on this machine; nothing is downloaded."""
+    """Run tasks of the lm-evaluation-harness on data on this machine; nothing is downloaded."""
     arguments = _checked(locals())
     from zebra.evaluate.harness_retrieval import PREFIX, check_retrieval_task
 
@@ -188,24 +184,24 @@ def tasks(
 
 def documents(
     checkpoint: options.Checkpoint,
-    file: Annotated[Path, typer.Argument(help="JSON Lines of document, question and answers, or of document and qa.")],
+    file: Annotated[Path, typer.Argument(help="JSON Lines with document, question and answers, or document and qa.")],
     score: Annotated[
         options.Score,
-        typer.Option(metavar="NAME", help="generate: generate answers (ROUGE, F1); likelihood: of the references."),
+        typer.Option(metavar="NAME", help="generate: ROUGE and F1 of answers; likelihood: that of the references."),
     ] = "generate",
     lengths: Annotated[
         str | None,
         typer.Option(
             "--length",
             callback=options.length_list,
-            help="Tokens of prompt and answer, several with commas. Default: the model's own length.",
+            help="Tokens of prompt and answer, comma-separated. Default: the model's own length.",
         ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="INT", help="Use only the first items. Default: all.")
     ] = None,
     answer_tokens: Annotated[
-        int, typer.Option(min=1, metavar="INT", help="Tokens of an answer to generate, or to score, at most.")
+        int, typer.Option(min=1, metavar="INT", help="Maximum number of answer tokens to generate or score.")
     ] = 128,
     template: Annotated[str | None, typer.Option(help="Prompt with {document} and {question}. Default: plain.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
@@ -213,7 +209,7 @@ def documents(
     check_only: Annotated[bool, typer.Option("--check-only", help="Check the data; load no model.")] = False,
     items: Annotated[
         Path | None,
-        typer.Option(callback=options.output_file, help="JSON Lines file for each item's answer and scores."),
+        typer.Option(callback=options.output_file, help="JSON Lines file for the answer and scores of each item."),
     ] = None,
     beyond: options.Beyond = False,
     stripes: options.StripesNotation = None,
@@ -229,7 +225,7 @@ def documents(
     out: options.Out = None,
     as_json: options.Json = False,
 ) -> None:
-    """Answer questions about long documents: ROUGE and F1, or the likelihood of the reference, with a data check."""
+    """Check and answer questions about long documents: ROUGE and F1, or the likelihood of the reference answers."""
     arguments = _checked(locals())
     read_examples(file)
     with show.working():

@@ -20,7 +20,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     file: Annotated[Path | None, typer.Option(help="UTF-8 file with the text to continue; - reads stdin.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="INT", help="Generate at most this many tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="INT", help="Maximum number of new tokens.")] = 256,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -31,7 +31,8 @@ def generate(
     ] = 1,
     stop: options.Stop = None,
     prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, metavar="INT", help="Tokens of a chunk of the prompt. Default: all.")
+        int | None,
+        typer.Option(min=1, metavar="INT", help="Tokens per prefill chunk. Default: the whole prompt."),
     ] = None,
     seed: options.Seed = 0,
     stripes: options.StripesNotation = None,
@@ -44,7 +45,7 @@ def generate(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Continue a text, greedily unless a temperature is given. The text streams to stdout, timings go to stderr."""
+    """Continue a text, by default greedily. The text streams to stdout, timings go to stderr."""
     arguments = options.call_arguments(locals(), "prompt", "file")
     check_checkpoint(checkpoint)
     text = _prompt(prompt, file)

@@ -98,15 +98,15 @@ Checkpoint = Annotated[
     str,
     typer.Argument(
         callback=_plain_path,
-        help="Checkpoint: a directory that transformers saved, a GGUF file, or OWNER/NAME of the hub.",
+        help="Checkpoint: a transformers directory, a GGUF file, or OWNER/NAME on the hub.",
     ),
 ]
 StripesNotation = Annotated[
     str | None,
     _loading(
         "--stripes",
-        "Layout, PATTERN:WINDOW or LAYERS:WINDOW, such as GLLL:512 or 0,4:512; GLLL:512+4 adds 4 sinks. "
-        "Default: the checkpoint's own.",
+        "Layout: a pattern and a window (GLLL:512), or the global layers and a window (0,4:512); +4 adds 4 attention "
+        "sinks. Default: the checkpoint's own.",
         stripes_notation,
     ),
 ]
@@ -114,7 +114,7 @@ RopeNotation = Annotated[
     str | None,
     _loading(
         "--rope",
-        "Change of the rope: linear:8, yarn:8, llama3:8, base:5000000, dynamic:1 (whole texts alone) or none. "
+        "RoPE scaling: linear:8, yarn:8, llama3:8, base:5000000, dynamic:1 (evaluation only) or none (unchanged). "
         "Default: none.",
         rope_notation,
     ),
@@ -123,20 +123,20 @@ SelfExtendNotation = Annotated[
     str | None,
     _loading(
         "--self-extend",
-        "Read beyond the trained length: GROUP:WINDOW such as 8:1024, or auto:LENGTH. Default: off.",
+        "Self-Extend, to read beyond the trained length: GROUP:WINDOW (8:1024) or auto:LENGTH. Default: off.",
         self_extend_notation,
     ),
 ]
-Window = Annotated[int | None, _loading("--window", "Window of local layers, in tokens. Default: the layout's.")]
+Window = Annotated[int | None, _loading("--window", "Window of the local layers, in tokens. Default: the layout's.")]
 FullDecode = Annotated[
     bool | None,
     _loading(
         "--full-decode/--no-full-decode",
-        "Let local layers keep all keys, for the tokens that are generated. Default: as the checkpoint says.",
+        "Let generated tokens attend to all keys in local layers too. Default: the checkpoint's own.",
     ),
 ]
 FullDecodeFlag = Annotated[
-    bool, typer.Option("--full-decode", help="Let local layers keep all keys: decoded tokens attend to all of them.")
+    bool, typer.Option("--full-decode", help="Let generated tokens attend to all keys in local layers too.")
 ]
 Dtype = Annotated[
     str | None,
@@ -147,28 +147,26 @@ Dtype = Annotated[
 Device = Annotated[str | None, _loading("--device", "cpu, cuda, cuda:1. Default: a GPU if there is one.")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option(
-        "--trust-remote-code", help="Run a tokenizer that is Python code of the checkpoint. Models are never run so."
-    ),
+    typer.Option("--trust-remote-code", help="Allow a tokenizer that is Python code in the checkpoint; never a model."),
 ]
 
 
 # How tokens are chosen
 
 Temperature = Annotated[
-    float, typer.Option(min=0, metavar="FLOAT", help="0 takes the likeliest token; above 0 draws tokens.")
+    float, typer.Option(min=0, metavar="FLOAT", help="0: greedy; above 0: sample with this temperature.")
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(min=0, max=1, metavar="FLOAT", help="Draw from the likeliest tokens, up to this probability."),
+    typer.Option(min=0, max=1, metavar="FLOAT", help="Sample from the likeliest tokens up to this total probability."),
 ]
-TopK = Annotated[int | None, typer.Option(min=1, metavar="INT", help="Draw from this many of the likeliest tokens.")]
+TopK = Annotated[int | None, typer.Option(min=1, metavar="INT", help="Sample from this many of the likeliest tokens.")]
 MinP = Annotated[
     float | None,
-    typer.Option(min=0, max=1, metavar="FLOAT", help="Drop tokens below this share of the top probability."),
+    typer.Option(min=0, max=1, metavar="FLOAT", help="Exclude tokens below this share of the top probability."),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(min=0, metavar="FLOAT", help="Above 1: avoid tokens that occurred already.")
+    float, typer.Option(min=0, metavar="FLOAT", help="Above 1: penalize tokens that already occurred.")
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop after this string; repeatable.")]
 
@@ -177,25 +175,25 @@ Stop = Annotated[list[str] | None, typer.Option(help="Stop after this string; re
 
 length_list = numbers("--length", int, "4096 or 512,4096", least=2)
 Lengths = Annotated[
-    str, typer.Option("--length", callback=length_list, help="Context lengths in tokens, several with commas.")
+    str, typer.Option("--length", callback=length_list, help="Context lengths in tokens, comma-separated.")
 ]
 Score = Literal["generate", "likelihood"]
-Beyond = Annotated[bool, typer.Option("--beyond", help="Allow lengths beyond those that the model was trained for.")]
+Beyond = Annotated[bool, typer.Option("--beyond", help="Allow lengths beyond the trained length.")]
 Separator = Annotated[
-    str | None, typer.Option(help="String that separates documents in a text file. Default: a file is one document.")
+    str | None, typer.Option(help="String that separates the documents in a text file. Default: one document per file.")
 ]
 Bos = Annotated[
     bool | None,
     typer.Option(
         "--bos/--no-bos",
-        help="Begin each chunk with the BOS token, or as the text does. Default: as the tokenizer does.",
+        help="Whether each chunk begins with the BOS token. Default: as the tokenizer does.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, metavar="INT", help="Seed of all random draws.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="INT", help="Random seed.")]
 RunName = Annotated[str, typer.Option("--run", help="Name of the run in the results.")]
 Out = Annotated[
     Path | None,
-    typer.Option(callback=_checked_by(check_results_file), help="JSON Lines file to append the results to."),
+    typer.Option(callback=_checked_by(check_results_file), help="JSON Lines file to which the results are appended."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 

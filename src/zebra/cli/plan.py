@@ -20,31 +20,31 @@ def plan(
         str,
         typer.Argument(help=f"Checkpoint directory, GGUF file, config.json, or a built-in name: {', '.join(SHAPES)}."),
     ],
-    length: Annotated[int, typer.Option(help="Tokens of context; in decode, those before the new token.")],
+    length: Annotated[int, typer.Option(help="Tokens of context; in decode, the tokens before the new one.")],
     stripes: Annotated[
         str | None,
         typer.Option(callback=stripes_notation, help="Layout. Default: the model's own, or GLLL:512."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     phase: Annotated[
         Literal["train", "prefill", "decode"], typer.Option(metavar="NAME", help="train, prefill or decode.")
     ] = "prefill",
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Checkpoint activations.")] = False,
-    lora: Annotated[int | None, typer.Option(help="Train low-rank updates of this rank. Default: all weights.")] = None,
-    device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}, or a JSON file of ceilings.")] = "h100-sxm",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activation checkpointing.")] = False,
+    lora: Annotated[int | None, typer.Option(help="Train with LoRA of this rank. Default: train all weights.")] = None,
+    device: Annotated[str, typer.Option(help=f"{', '.join(DEVICES)}, or a JSON file of peaks.")] = "h100-sxm",
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 80GiB: find what fits.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Time budget in seconds: find a layout that meets it.")] = None,
-    self_extend: Annotated[str | None, typer.Option(help="Also Self-Extend: GROUP:WINDOW or auto:LENGTH.")] = None,
+    self_extend: Annotated[str | None, typer.Option(help="Also plan Self-Extend: GROUP:WINDOW or auto:LENGTH.")] = None,
     full_decode: FullDecode = None,
     parallel: Annotated[
-        str | None, typer.Option(help="How devices share it, such as shard=4,sequence=2: what one of them needs.")
+        str | None, typer.Option(help="Plan one of several devices, such as shard=4,sequence=2.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="Numbers of devices, such as 8..1024: the quickest way to share a training.")
+        str | None, typer.Option(help="Numbers of devices, such as 8..1024: find the fastest way to share a training.")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(callback=output_file, help="SVG file to draw the costs from 1K to 1M tokens into.")
+        Path | None, typer.Option(callback=output_file, help="SVG file for a plot of the costs from 1K to 1M tokens.")
     ] = None,
     as_json: Json = False,
 ) -> None:

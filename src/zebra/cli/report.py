@@ -13,13 +13,14 @@ from zebra.errors import ZebraError
 
 
 def report(
-    sources: Annotated[list[Path], typer.Argument(help="Run directories, or files of results.")],
+    sources: Annotated[list[Path], typer.Argument(help="Run directories or results files.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", callback=output_file, help="Page to write; Markdown goes next to it.")
+        Path,
+        typer.Option("--out", "-o", callback=output_file, help="HTML file to write; Markdown goes next to it."),
     ] = Path("report.html"),
-    title: Annotated[str | None, typer.Option(help="Title of the page. Default: made from the runs.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title. Default: made from the runs.")] = None,
 ) -> None:
-    """Turn results into one page; several runs stand side by side."""
+    """Write results as an HTML report, several runs side by side."""
     from zebra.report import merge_sources, write_report
     from zebra.results import read_results
     from zebra.study.page import chapters
@@ -32,16 +33,14 @@ def report(
 
 def doctor(
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure FLOP/s, bandwidth and one local layer, in some ten seconds.")
+        bool, typer.Option("--measure", help="Measure FLOP/s, bandwidth and one local layer, in about ten seconds.")
     ] = False,
     device: Annotated[
         str | None, typer.Option(help="With --measure: the device. Default: a GPU if there is one.")
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="INT", help="With --measure: size of the matrices. Default: 2048 on a CPU, else 8192."
-        ),
+        typer.Option(min=1, metavar="INT", help="With --measure: matrix size. Default: 2048 on a CPU, else 8192."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -49,12 +48,12 @@ def doctor(
             "--out",
             "-o",
             callback=output_file,
-            help="With --measure: file for the measured peaks, which `plan --device` reads.",
+            help="With --measure: JSON file of the peaks, for `plan --device`.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show versions, devices, and which attention kernel serves which request; or measure the machine."""
+    """Show versions, devices, and which attention kernel runs when; or measure the machine."""
     from zebra.doctor import kernels, machine
 
     if not measure:

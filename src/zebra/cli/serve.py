@@ -21,32 +21,33 @@ _NEEDED = ("fastapi", "openai", "prometheus_client", "uvicorn")
 def serve(
     checkpoint: options.Checkpoint,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any that others reach needs a token.")
+        str, typer.Option(help="Address to listen on; other than loopback, it needs a token.")
     ] = ServeSettings.host,
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="INT", help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="INT", help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="ZEBRA_API_KEY", help="Bearer token of the clients; better in the environment. Default: none."
+            envvar="ZEBRA_API_KEY", help="Bearer token of the clients; safer in the environment. Default: none."
         ),
     ] = None,
     page: Annotated[
         bool | None,
-        typer.Option("--page/--no-page", help="Serve the chat page. Default: on loopback, where gradio is installed."),
+        typer.Option("--page/--no-page", help="Serve the chat page. Default: on loopback, if gradio is installed."),
     ] = None,
     cache_memory: Annotated[
-        str, typer.Option(help="Caches of conversations that are kept for their next turn, least recently used out.")
+        str, typer.Option(help="Memory for the KV caches of conversations; the least recently used are dropped.")
     ] = "1GiB",
     max_tokens: Annotated[
-        int, typer.Option(min=1, metavar="INT", help="Tokens of an answer whose request names no number.")
+        int, typer.Option(min=1, metavar="INT", help="Maximum tokens of an answer, if the request sets none.")
     ] = ServeSettings.max_tokens,
     max_queue: Annotated[
-        int, typer.Option(min=1, metavar="INT", help="Requests that wait; one more gets status 429.")
+        int, typer.Option(min=1, metavar="INT", help="Maximum number of waiting requests; more get status 429.")
     ] = ServeSettings.max_queue,
     max_seconds: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Of one request, waiting included; then status 504.")
+        float,
+        typer.Option("--timeout", metavar="SECONDS", help="Limit of a request with its wait; then status 504."),
     ] = ServeSettings.max_seconds,
-    max_body: Annotated[str, typer.Option(help="Size of a request; a larger one gets status 413.")] = "32MiB",
+    max_body: Annotated[str, typer.Option(help="Maximum size of a request; larger ones get status 413.")] = "32MiB",
     stripes: options.StripesNotation = None,
     rope: options.RopeNotation = None,
     self_extend: options.SelfExtendNotation = None,
@@ -56,7 +57,7 @@ def serve(
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Serve a checkpoint by OpenAI's API, with a chat page: one machine, one model, requests one after another."""
+    """Serve a checkpoint with OpenAI's API and a chat page: one machine, one model, one request at a time."""
     arguments = options.call_arguments(locals(), "checkpoint")
     arguments |= {"cache_memory": parse_bytes(cache_memory), "max_body": parse_bytes(max_body)}
     of_settings = {field.name for field in fields(ServeSettings)} & arguments.keys()

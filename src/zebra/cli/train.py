@@ -16,7 +16,7 @@ from zebra.cli.options import Json, RecipeFile, Set, TrustRemoteCode
 from zebra.errors import ZebraError
 from zebra.model.checkpoint_files import check_checkpoint
 
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; train nothing.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print shapes, tokens, steps and memory; do not train.")]
 
 
 def adapt(
@@ -26,7 +26,7 @@ def adapt(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Adapt a checkpoint to a longer context (LCAT), measure it before and after, and write a report."""
+    """Adapt a checkpoint to a longer context (LCAT), evaluate it before and after, and write a report."""
     _train("adapt", recipe, set_, dry_run, as_json, trust_remote_code=trust_remote_code)
 
 
@@ -37,12 +37,12 @@ def tune(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Tune a checkpoint on short and long instructions (LIT), measure it before and after, and write a report."""
+    """Tune a checkpoint on short and long instructions (LIT), evaluate it before and after, and write a report."""
     _train("tune", recipe, set_, dry_run, as_json, trust_remote_code=trust_remote_code)
 
 
 def pretrain(recipe: RecipeFile, set_: Set = None, dry_run: _DryRun = False, as_json: Json = False) -> None:
-    """Train a model from scratch, and its tokenizer if the recipe asks for one; measure it and write a report."""
+    """Train a model from scratch, with its tokenizer if the recipe says so, evaluate it and write a report."""
     _train("pretrain", recipe, set_, dry_run, as_json)
 
 
@@ -113,18 +113,18 @@ def study(
     set_: Set = None,
     workers: Annotated[
         int,
-        typer.Option(min=1, metavar="INT", help="Cells to train at a time, one for each GPU, or sharing the cores."),
+        typer.Option(min=1, metavar="INT", help="Cells to train at a time: one per GPU, or sharing the cores."),
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the cells and which are done; train nothing.")
+        bool, typer.Option("--dry-run", help="Print the cells and which are done; do not train.")
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="With --dry-run: plan the hours on one device, named as for `zebra plan`."),
+        typer.Option(metavar="NAME", help="With --dry-run: estimate the hours on a device of `zebra plan`."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a grid of models from scratch, attention × positions × length, and measure each; resumable."""
+    """Train and evaluate a grid of models from scratch: attention × positions × length; resumable."""
     from zebra.plan.devices import find_device
     from zebra.study.recipe import StudyRecipe
     from zebra.train.recipe_file import read_recipe
@@ -151,15 +151,15 @@ def study(
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe of stages; see examples/pipeline-tiny.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML pipeline; see examples/pipeline-tiny.yaml.")],
     set_: Set = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all stages and print which would run; do nothing.")
+        bool, typer.Option("--dry-run", help="Check all stages and print their states; run nothing.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Convert, adapt, tune, evaluate and report by one recipe; finished stages are skipped."""
+    """Run a pipeline, such as convert, adapt, tune, evaluate and report; finished stages are skipped."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from zebra.pipeline.recipe import read_pipeline
 
