@@ -1,1 +1,1 @@
-"""Text as rows of tokens: reading, tokenising once, packing."""
+"""Training and evaluation data: reading text and records, tokenising once, packing, generating tasks."""

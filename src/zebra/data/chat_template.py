@@ -1,7 +1,7 @@
-"""Chat templates: the one place where they are rendered.
+"""Chat templates: the only place where they are rendered.
 
-A checkpoint's template is a program of whoever made it. transformers runs it in a sandbox, which bounds neither its
-time nor the kinds of its errors.
+A chat template is a program by the author of the checkpoint. transformers runs it in a sandbox, which limits neither
+its running time nor which errors it raises.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, Protocol
 from zebra.errors import ZebraError, first_line
 
 _MAX_SECONDS = 20.0
-"""Of one rendering. An ordinary one takes milliseconds, and one of megabytes about a second."""
+"""Limit for one rendering. An ordinary one takes milliseconds, one of megabytes about a second."""
 
 
 class ChatTokenizer(Protocol):
-    """What rendering needs of a tokenizer; those of transformers have it."""
+    """What rendering needs from a tokenizer; those of transformers provide it."""
 
     chat_template: Any
 
@@ -37,15 +37,15 @@ def apply_chat_template(
     where: str | None = None,
     **options: Any,
 ) -> Any:
-    """`tokenizer.apply_chat_template`, in a bounded time, and whatever it raises as one clear error.
+    """Call `tokenizer.apply_chat_template` with a time limit, and turn whatever it raises into one clear error.
 
     Args:
-        messages: each with its role and content, as transformers takes them.
+        messages: dicts with a role and a content, as transformers takes them.
         source, remedy, where: see `rendering`.
         options: those of transformers, such as `tools`, `add_generation_prompt` and `return_dict`.
 
     Raises:
-        ZebraError: no template; as `rendering`.
+        ZebraError: the tokenizer has no template; as `rendering`.
     """
     if not (options.get("chat_template") or tokenizer.chat_template):
         raise ZebraError(f"the tokenizer of {source} has no chat template. {remedy}")
@@ -55,15 +55,15 @@ def apply_chat_template(
 
 @contextmanager
 def rendering(source: str, remedy: str, where: str | None = None) -> Iterator[None]:
-    """Within this context the template of `source` is rendered.
+    """Limit the time of the body, which renders the template of `source`, and turn its errors into a `ZebraError`.
 
     Args:
-        source: the checkpoint or file of the template.
-        remedy: a sentence that says what to do when it fails.
+        source: the checkpoint or file that has the template.
+        remedy: a sentence that says what to do if rendering fails.
         where: the file and line of the conversation.
 
     Raises:
-        ZebraError: the template rejects the messages, fails, or does not end.
+        ZebraError: the template rejects the messages, fails, or does not end in time.
     """
     subject = f"{where}: the" if where else "the"
     try:
@@ -83,9 +83,9 @@ def rendering(source: str, remedy: str, where: str | None = None) -> Iterator[No
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError in this thread after some seconds.
+    """Raise a TimeoutError in this thread after some seconds: of CPU time in the main thread, of real time elsewhere.
 
-    In the main thread a signal interrupts even a long operation of Python's own; elsewhere Python handles no signals.
+    In the main thread a signal interrupts even one long built-in operation. Other threads do not handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         thread, error = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(TimeoutError)
@@ -100,7 +100,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
     start = time.thread_time()
 
     def stop(*_: object) -> None:
-        if time.thread_time() - start >= seconds:  # the timer counts all threads
+        if time.thread_time() - start >= seconds:  # the timer counts the CPU time of all threads
             raise TimeoutError
 
     before = signal.signal(signal.SIGVTALRM, stop)

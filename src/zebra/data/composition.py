@@ -1,4 +1,4 @@
-"""The composition of training data, as tables for the terminal: sources, document lengths, kinds of conversations."""
+"""Tables for the terminal of what training data consist of: sources, document lengths, kinds of conversations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FIRST_EDGE = 256
 
 
 def mixture_tables(mixture: Mixture) -> Group:
-    """What each source has, what is drawn of it, and the share of the tokens by document length in both."""
+    """Three tables: what each source has, what is drawn from it, and the share of the tokens by document length."""
     sequences, selection = mixture.sequences, mixture.drawn
     title = f"{len(sequences):,} sequences of {sequences.length:,}, {sequences.tokens:,} tokens"
     available = _table("the text", "source", "length", "documents", "tokens", "duplicates", "held out")
@@ -31,7 +31,7 @@ def mixture_tables(mixture: Mixture) -> Group:
             source.name, f"{tokens:,}", f"{source.share:.2%}", f"{share:.2%}", f"{tokens / split.tokens:,.2f}"
         )
     in_text = np.concatenate([split.lengths for split in splits])
-    # By the length of the whole document, even where it is cut.
+    # A document that is cut counts in the bucket of its whole length.
     whole = np.concatenate(
         [split.source.corpus.lengths[selection.documents[selection.sources == i]] for i, split in enumerate(splits)]
     )
@@ -64,7 +64,7 @@ def _edges(longest: int) -> list[int]:
 
 
 class KindStats(NamedTuple):
-    """Conversations of one kind with [low, high) tokens: how many, their tokens, and those of the answers."""
+    """Conversations of one kind with [low, high) tokens: their number, their tokens, and the tokens of the answers."""
 
     kind: str
     low: int
@@ -75,10 +75,10 @@ class KindStats(NamedTuple):
 
 
 def kind_stats(kinds: Sequence[str], lengths: NDArray[np.int64], answers: NDArray[np.int64]) -> list[KindStats]:
-    """Statistics of conversations, by kind and then by bucket of lengths: 0, 256, 512, 1024, ...
+    """Statistics of conversations by kind and length bucket: [0, 256), [256, 512), [512, 1024), ...
 
     Args:
-        kinds, lengths, answers: (conversations,), of each its kind, its tokens, and those of its answers.
+        kinds, lengths, answers: (conversations,), the kind of each, its tokens, and the tokens of its answers.
     """
     kind_of = np.array(kinds)
     stats = []
@@ -92,7 +92,7 @@ def kind_stats(kinds: Sequence[str], lengths: NDArray[np.int64], answers: NDArra
 
 
 def kind_table(stats: Sequence[KindStats]) -> Table:
-    """The statistics as a table: shares of samples and of tokens, and the answers' share of these."""
+    """The statistics as a table: shares of the samples and of the tokens, and the share of the tokens in answers."""
     samples, tokens, answers = (sum(column) for column in list(zip(*stats, strict=True))[3:])
     title = f"{samples:,} conversations, {tokens:,} tokens, {answers:,} of them answers"
     table = _table(title, "kind", "length", "samples", "tokens", "answers")

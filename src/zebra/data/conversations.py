@@ -1,4 +1,4 @@
-"""Conversations from records, in the formats that instruction sets have:
+"""Conversations from records, in the common formats of instruction data:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}     ShareGPT
@@ -7,12 +7,12 @@
     {"instruction": "...", "input": "...", "output": "..."}            the input may be empty or absent
     {"document": "...", "question": "...", "answer": "..."}            only the document may be cut
 
-A content may be a list of parts of text. The assistant may call `tools`, and a message of the role tool answers:
+A content may be a list of text parts. The assistant may call `tools`; a message with the role tool has the result:
 
     {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}     or {...} as a string
     {"role": "tool", "name": "add", "content": "2"}
 
-Of several answers the first is taken. A record may name its `kind`, which the tables show; other fields are ignored.
+The first of several answers is used. A record may name its `kind`, which tables show; other fields are ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from zebra.errors import ZebraError
 ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 GAP = "\n\n[...]\n\n"
-"""What replaces the part of a document that was cut."""
+"""Replaces the part of a document that was cut."""
 _MAX_WORD = 40
 
 
@@ -39,8 +39,8 @@ class Message(NamedTuple):
     """One message of a conversation.
 
     Attributes:
-        tool_calls: of the assistant, as chat templates take them: a function's name and its arguments by name.
-        name, tool_call_id: of a tool's message, which function and which call it answers.
+        tool_calls: calls by the assistant, as chat templates take them: the function's name and arguments by name.
+        name, tool_call_id: for a message of a tool, the function and the call that it answers.
     """
 
     role: str
@@ -51,23 +51,23 @@ class Message(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The content and the calls."""
+        """The content, followed by one line of JSON for each tool call."""
         calls = [json.dumps(call["function"], sort_keys=True, ensure_ascii=False) for call in self.tool_calls]
         return "\n".join([self.content, *calls])
 
     def for_template(self) -> dict[str, Any]:
-        """As transformers' chat templates take it."""
+        """The message as chat templates of transformers take it, without empty fields."""
         return {name: value for name, value in self._asdict().items() if value or name == "content"}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages whose last is the assistant's.
+    """Messages, the last of which is the assistant's.
 
     Attributes:
-        where: the file and line it was read from.
-        document: the beginning of the first message of the user that may be cut, where there is one.
-        tools: that the assistant may call, as JSON schemas.
+        where: the file and line that it was read from.
+        document: the beginning of the first user message, which may be cut; None if nothing may be cut.
+        tools: those that the assistant may call, as JSON schemas.
     """
 
     messages: tuple[Message, ...]
@@ -78,29 +78,29 @@ class Conversation:
 
     @property
     def answer(self) -> str:
-        """The last message, the assistant's."""
+        """The text of the last message, which is the assistant's."""
         return self.messages[-1].text
 
     @property
     def text(self) -> str:
-        """All messages with their roles, and the tools: what makes two conversations the same."""
+        """The tools and all messages with their roles; two conversations are the same if these are."""
         tools = [json.dumps(tool, sort_keys=True, ensure_ascii=False) for tool in self.tools]
         return "\n".join([*tools, *(f"{message.role}: {message.text.strip()}" for message in self.messages)])
 
     @property
     def tool_names(self) -> set[str]:
-        """The tools by name, those that are called and those that may be."""
+        """The names of the tools that are called or may be called."""
         called = [call for message in self.messages for call in message.tool_calls]
         return {str(tool.get("function", tool).get("name")) for tool in (*self.tools, *called)}
 
     @property
     def question(self) -> str:
-        """What the user writes besides the document."""
+        """All that the user writes, except for the document."""
         prompt = " ".join(message.content for message in self.messages if message.role == "user")
         return prompt.removeprefix(self.document or "").strip()
 
     def with_document(self, document: str) -> Conversation:
-        """The same with another text in place of the document."""
+        """A copy with another text in place of the document."""
         i = next(i for i, message in enumerate(self.messages) if message.role == "user")
         content = document + self.messages[i].content[len(self.document or "") :]
         messages = (*self.messages[:i], self.messages[i]._replace(content=content), *self.messages[i + 1 :])
@@ -108,24 +108,24 @@ class Conversation:
 
 
 class TokenizedConversation(NamedTuple):
-    """The tokens of a conversation, and which of them are the assistant's; both lists have one entry a token."""
+    """The tokens of a conversation, and which of them are the assistant's; both lists have one entry per token."""
 
     input_ids: list[int]
     assistant_mask: list[bool]
 
 
 def without_middle(document: str, spans: Sequence[tuple[int, int]], tokens: int) -> str:
-    """A document cut in its middle, at whitespace, to about `tokens` tokens, half of them from each end.
+    """Cut the middle out of a document, at whitespace, to leave about `tokens` tokens, half of them at each end.
 
         once upon a time there was a cat who slept    ->    once upon a [...] who slept
 
     Args:
-        spans: where each token begins and ends in the document, in characters.
+        spans: where each token of the document begins and ends, in characters.
     """
     head, tail = tokens - tokens // 2, tokens // 2
     first = document[: spans[head - 1][1]] if head else ""
     last = document[spans[len(spans) - tail][0] :] if tail else ""
-    # A language without spaces is cut where it is.
+    # Text without spaces is cut between any two characters.
     if match := re.search(rf"\s\S{{0,{_MAX_WORD}}}$", first):
         first = first[: match.start()]
     if match := re.match(rf"\S{{0,{_MAX_WORD}}}\s", last):
@@ -134,10 +134,10 @@ def without_middle(document: str, spans: Sequence[tuple[int, int]], tokens: int)
 
 
 def read_conversations(patterns: Names) -> list[Conversation]:
-    """The conversations of files, folders and globs, in order.
+    """Read the conversations of files, folders and globs, in order.
 
     Raises:
-        ZebraError: no file, records that are no conversations, files without a conversation.
+        ZebraError: no such file, records that are not conversations, or no conversation in any file.
     """
     files = find_files(patterns)
     conversations: list[Conversation] = []
@@ -153,10 +153,10 @@ def read_conversations(patterns: Names) -> list[Conversation]:
 
 
 def conversations_of(fields: dict[str, Any], where: str) -> Iterator[Conversation]:
-    """The conversations of a record that was read at `where`: one, or one for each question of `qa`.
+    """Yield the conversations of a record that was read at `where`: one, or one for each question in `qa`.
 
     Raises:
-        RecordError: unknown fields, a field that is not a string, an unknown role, no user, an answer missing at the
+        RecordError: unknown fields, a field of the wrong type, an unknown role, no user message, or no answer at the
             end.
     """
     kind = fields.get("kind")
@@ -205,7 +205,7 @@ def _document_messages(fields: dict[str, Any]) -> Iterator[tuple[str, list[Messa
 
 
 def _message_list(fields: dict[str, Any], name: str, role: str | None = None) -> list[Message]:
-    """The messages of a field; with a `role` it may also be the text of one."""
+    """The messages of a field, which may also be the text of one message if a `role` is given."""
     value = fields[name]
     if role is not None and not isinstance(value, list):
         return [Message(role, string_field(fields, name))]
@@ -215,7 +215,7 @@ def _message_list(fields: dict[str, Any], name: str, role: str | None = None) ->
 
 
 def _message(fields: dict[str, Any]) -> Message:
-    """A message, by the names of its fields that transformers has or by those of ShareGPT."""
+    """A message from fields named as in transformers or as in ShareGPT."""
     name = fields.get("role", fields.get("from"))
     role = _SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
@@ -234,7 +234,7 @@ def _message(fields: dict[str, Any]) -> Message:
 
 
 def _part(part: Any) -> str:
-    """The text of a part of a content."""
+    """The text of one part of a content."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text":
         raise RecordError(f"has a content with a part of the type {kind}: a model of text reads parts of text alone")
@@ -242,7 +242,7 @@ def _part(part: Any) -> str:
 
 
 def _tool_calls(value: Any, field: str) -> tuple[dict[str, Any], ...]:
-    """Calls as templates take them, with arguments by name: a template would quote those in a string once more."""
+    """Tool calls as templates take them. Arguments are parsed, since a template would quote a string of JSON again."""
     calls = []
     for call in _objects(value, field):
         function = call.get("function", call)
@@ -257,7 +257,7 @@ def _tool_calls(value: Any, field: str) -> tuple[dict[str, Any], ...]:
 
 
 def _objects(value: Any, field: str) -> list[dict[str, Any]]:
-    """The objects of a field, which has none, one, or a list of them, perhaps as a string of JSON."""
+    """The objects of a field that has none, one, or a list of them, or any of these as a string of JSON."""
     value = _parsed(value or [], field)
     objects = [value] if isinstance(value, dict) else value
     if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):

@@ -1,9 +1,9 @@
-"""Text, tokenised once: files to documents to one memory-mapped array of tokens, cached by content.
+"""Tokenise text once: from files to documents to one memory-mapped array of tokens, cached by content.
 
     files -> documents -> tokens.npy, offsets.npy, hashes.npy
 
-The cache key is a hash of the texts, the tokenizer and the options. An entry is complete or absent, whenever the
-process is killed; one of another version of the format, or a damaged one, is rebuilt.
+The cache key is a hash of the texts, the tokenizer and the options. An entry is either complete or absent, even if the
+process is killed. A damaged entry, or one of another format version, is rebuilt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Corpus:
     Attributes:
         tokens: (tokens of all documents,).
         offsets: (documents + 1,).
-        hashes: (documents,), a hash of the text of each document; empty where the documents were joined or drawn.
+        hashes: (documents,), a hash of the text of each document; empty if the documents were joined, drawn or split.
     """
 
     tokens: NDArray[np.integer]
@@ -62,10 +62,10 @@ class Corpus:
         return np.diff(self.offsets)
 
     def joined(self, length: int) -> Corpus:
-        """The same tokens with neighbouring documents joined, whole, into long ones of at least `length` tokens.
+        """Join neighbouring documents, without cutting any, into documents of at least `length` tokens.
 
         Raises:
-            ZebraError: fewer tokens in all.
+            ZebraError: the corpus has fewer tokens.
         """
         ends: list[int] = []
         start = 0
@@ -97,11 +97,11 @@ def read_corpus(
     Args:
         patterns: files, folders and globs.
         separator, field: see `read_documents`.
-        num_proc: processes that tokenise, this one alone where 1; the tokens are the same for any number.
-        cache: the folder of the cache; the user's where None.
+        num_proc: number of worker processes; 1 tokenises in this process. It does not change the tokens.
+        cache: the folder of the cache; None for the user's.
 
     Raises:
-        ZebraError: what `read_documents` raises, and a text that changes meanwhile.
+        ZebraError: as `read_documents`; a text changes meanwhile or has no tokens, or the cache cannot be used.
     """
     files = find_files(patterns)
     check_formats(files, separator, field)
@@ -118,7 +118,7 @@ def read_corpus(
                 size = sum(file.stat().st_size for file in files)
                 _write_entry(directory, read_documents(files, separator, field), encoder, num_proc, size)
         except (OSError, ZebraError):
-            if not entry.exists():  # else another process was first, with the same tokens
+            if not entry.exists():  # otherwise another process has written the same tokens
                 raise
         return _open(entry)
     except (OSError, EOFError) as error:
@@ -135,7 +135,7 @@ def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
 
 @contextmanager
 def _unchanged(files: Sequence[Path], digests: Sequence[str]) -> Iterator[None]:
-    """Check that files are the same after the body, also where it fails: a change of a file explains the error."""
+    """Check that files have not changed after the body, even if it fails: a changed file explains the error."""
 
     def check() -> None:
         for file, digest in zip(files, digests, strict=True):
@@ -153,7 +153,7 @@ def _unchanged(files: Sequence[Path], digests: Sequence[str]) -> Iterator[None]:
 
 
 def _open_whole(entry: Path) -> Corpus | None:
-    """The corpus of an entry; a damaged one is removed."""
+    """Open an entry. If it is damaged or of another version, remove it and return None."""
     try:
         return _open(entry)
     except (EOFError, OSError):
@@ -164,10 +164,10 @@ def _open_whole(entry: Path) -> Corpus | None:
 
 
 def _open(entry: Path) -> Corpus:
-    """The corpus of an entry.
+    """Open an entry.
 
     Raises:
-        OSError, EOFError: it cannot be read, is of another version, or not whole.
+        OSError, EOFError: it cannot be read, is of another version, or incomplete.
     """
     try:
         version = json.loads((entry / "version.json").read_text())
@@ -196,7 +196,7 @@ def _write_entry(directory: Path, documents: Iterator[Document], encoder: Encode
     if not total:
         raise ZebraError(f"the tokenizer makes no token of the {len(lengths):,} documents. Give other text.")
     dtype = np.uint16 if largest < 1 << 16 else np.uint32
-    # Written and not mapped: on a full disk a write fails, and a store to mapped memory kills the process.
+    # Written, not memory-mapped: on a full disk a write fails, but a store to mapped memory kills the process.
     with (directory / "tokens.raw").open("rb") as raw, (directory / "tokens.npy").open("wb") as narrow:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (total,)}
         np.lib.format.write_array_header_1_0(narrow, header)

@@ -1,9 +1,9 @@
-"""Files to documents. A file's suffix determines how it is read:
+"""Read documents from files. The suffix of a file determines how it is read:
 
-a suffix of zebra.data.records    records; a document is the string in a field of each
+a suffix of zebra.data.records    records; a field of each holds a document
 anything else                     UTF-8 text: one document, or split at each separator
 
-The line ends of both are read as \\n, whatever they are.
+All line ends are read as \\n.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _FIELD = "text"
 _MOST_FILES = 100_000
 T = TypeVar("T", str, Path)
 Names = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""A path or a name, or several."""
+"""One path or name, or a sequence of them."""
 
 
 class Document(NamedTuple):
-    """A document without whitespace at its ends, its file, and how many bytes of that were read to get it."""
+    """A document without whitespace at its ends, its file, and how many bytes of the file were read for it."""
 
     text: str
     file: Path
@@ -35,10 +35,10 @@ class Document(NamedTuple):
 
 
 def names_of(names: Names) -> list[str]:
-    """Several paths or names as they are, and one as a list of itself, not of its letters.
+    """Paths or names as a list of strings; a single string is one name, not a sequence of letters.
 
     Raises:
-        ZebraError: what is neither.
+        ZebraError: anything that is neither a path nor a string, nor a sequence of these.
     """
     several = [names] if isinstance(names, str | os.PathLike) else names
     if not isinstance(several, Iterable) or not all(isinstance(one, str | os.PathLike) for one in several):
@@ -47,11 +47,12 @@ def names_of(names: Names) -> list[str]:
 
 
 def find_files(patterns: Names) -> list[Path]:
-    """The files that a list of files, folders and globs names, each once, in the order given; folders sorted.
+    """Find the files that paths and globs name, each once, in the given order; those of a folder or glob are sorted.
+
+    Hidden files in folders are left out.
 
     Raises:
-        ZebraError: as `names_of`; a pattern that names nothing, the whole file system, or more than 100,000 files and
-            folders.
+        ZebraError: as `names_of`; a pattern names nothing, the whole file system, or over 100,000 files and folders.
     """
     paths: dict[Path, None] = {}
     for pattern in names_of(patterns):
@@ -79,16 +80,16 @@ def _bounded(matches: Iterator[T], pattern: str) -> list[T]:
 
 
 def document_format(file: Path, separator: str | None, field: str | None) -> tuple[str, str]:
-    """How a file becomes documents: `("text", separator)` or `(suffix of records, field)`."""
+    """How a file is read: `("text", separator)`, or `(suffix, field)` for records."""
     suffix = record_suffix(file)
     return ("text", separator or "") if suffix is None else (suffix, field or _FIELD)
 
 
 def check_formats(files: Sequence[Path], separator: str | None, field: str | None) -> None:
-    """Check that the options of reading apply to some of the files.
+    """Check that each reading option applies to at least one of the files.
 
     Raises:
-        ZebraError: a separator without a file of text, or an empty one; a field without a file of records.
+        ZebraError: an empty separator, a separator without a text file, or a field without a file of records.
     """
     if separator == "":
         raise ZebraError("a separator has at least one character; got an empty one. Leave it out.")
@@ -105,7 +106,7 @@ def check_formats(files: Sequence[Path], separator: str | None, field: str | Non
 
 
 def check_texts(patterns: Names, *, separator: str | None = None, field: str | None = None) -> None:
-    """Check texts before any work: the options, and each file as far as its first document.
+    """Check texts before any other work: the options, and each file up to its first document.
 
     Raises:
         ZebraError: as `read_documents`.
@@ -118,15 +119,15 @@ def check_texts(patterns: Names, *, separator: str | None = None, field: str | N
 
 
 def read_documents(files: Sequence[Path], separator: str | None = None, field: str | None = None) -> Iterator[Document]:
-    """The documents of the files in their order, without whitespace at both ends; blank ones are left out.
+    """Yield the documents of files in order, without whitespace at their ends; blank documents are left out.
 
     Args:
         separator: splits a text file into documents; None makes each text file one document.
-        field: the field of a record, or the column of a table, that has the text: `text` where None.
+        field: the field of a record, or the column of a table, that has the text; `text` if None.
 
     Raises:
-        ZebraError: as `check_formats`; a file that is not what its suffix says, with the place; a record without text
-            in the field; a separator that never occurs; files without any text; an extra that is not installed.
+        ZebraError: as `check_formats`; a file does not match its suffix (the error names the line or row), a record has
+            no text in the field, the separator never occurs, no file has text, or an extra is not installed.
     """
     _check_options(files, separator, field)
     empty, converted = True, list[Path]()
@@ -142,11 +143,11 @@ def read_documents(files: Sequence[Path], separator: str | None = None, field: s
 
 
 def document_text(file: Path) -> str:
-    """All text of one file: a PDF's pages with blank lines between, else its documents.
+    """All text of one file: the pages of a PDF or the documents of any other file, separated by blank lines.
 
     Raises:
-        ZebraError: no such file; a PDF that is damaged, locked, or pictures alone, or without the extra `chat`; as
-            `read_documents`.
+        ZebraError: as `read_documents`; no such file; a PDF that is damaged, encrypted or has only images; the extra
+            `chat` is not installed, which PDFs need.
     """
     (file,) = find_files([glob.escape(str(file))])[:1]
     if file.suffix.lower() == ".pdf":
@@ -184,7 +185,7 @@ def _texts(files: Sequence[Path]) -> list[Path]:
 
 
 def _documents(file: Path, separator: str | None, field: str | None, converted: list[Path]) -> Iterator[Document]:
-    """The documents of a file that are not blank; a file whose line ends are converted is appended to `converted`."""
+    """Yield the documents of a file that are not blank; append the file to `converted` if its line ends change."""
     if record_suffix(file):
         documents = _read_fields(file, field or _FIELD, converted)
     else:
@@ -200,7 +201,7 @@ def _documents(file: Path, separator: str | None, field: str | None, converted: 
 
 def _read_text(file: Path) -> str:
     raw = file.read_bytes()
-    if raw.startswith(b"%PDF-"):  # parts of one may be UTF-8
+    if raw.startswith(b"%PDF-"):  # a PDF may be valid UTF-8
         raise ZebraError(f"{file} is a PDF and no text. Extract its text first, for example with pdftotext.")
     try:
         text = raw.decode("utf-8-sig")
@@ -209,7 +210,7 @@ def _read_text(file: Path) -> str:
             f"{file} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}. Convert it to UTF-8, or unpack "
             "it."
         ) from None
-    if "\0" in text:  # UTF-16 without its mark, or no text
+    if "\0" in text:  # UTF-16 without a BOM, or binary data
         raise ZebraError(f"{file} is not UTF-8 text: character {text.index(chr(0))} is NUL. Convert it to UTF-8.")
     return text
 
