@@ -1,7 +1,7 @@
-"""Text to tokens: a prompt, which is to be continued, and documents, which end where they end.
+"""Encode text to tokens: documents, which are complete, and prompts, which a model continues.
 
-document    <s> A </s>      as the tokenizer encodes a text, batch by batch, here or in worker processes
-prompt      <s> A           without what it appends to every text: nothing follows an end
+document    <s> A </s>      as the tokenizer encodes a text; in batches, in this process or in workers
+prompt      <s> A           without the tokens that the tokenizer appends to every text
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from zebra.errors import ZebraError
 
 
 class DocumentTokenizer(Protocol):
-    """What encoding needs of a tokenizer; those of transformers have it, and the fast ones a `backend_tokenizer`."""
+    """What encoding needs from a tokenizer of transformers; fast ones also have a `backend_tokenizer`."""
 
     split_special_tokens: bool
     eos_token_id: int | None
@@ -43,9 +43,9 @@ class DocumentTokenizer(Protocol):
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:
-    """Tokens to text, without ids that the tokenizer has no text for (padded embeddings); special ones with `special`.
+    """Decode tokens to text, without special tokens unless `special`.
 
-    Fast tokenizers of transformers leave those out themselves; others raise all kinds of errors.
+    Ids beyond the vocabulary (of padded embeddings) are skipped: fast tokenizers do so themselves, others raise errors.
     """
     if not getattr(tokenizer, "is_fast", True):
         ids = [token for token in ids if token < len(tokenizer)]
@@ -53,20 +53,20 @@ def decode(tokenizer: Any, ids: Sequence[int], *, special: bool = False) -> str:
 
 
 def decode_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int], *, special: bool = False) -> str:
-    """The text that tokens add after others; at the beginning of a text a decoder may drop their leading space."""
+    """The text that tokens add after others. Decoded alone, they might lose their leading space."""
     first, whole = (decode(tokenizer, tokens, special=special) for tokens in (before, [*before, *ids]))
-    # After bytes that are no character a decoder may drop characters that were whole before.
+    # After bytes that form no character, a decoder may drop earlier characters too.
     return whole[len(first) :] if whole.startswith(first) else decode(tokenizer, ids, special=special)
 
 
 def _definition(tokenizer: DocumentTokenizer) -> str | None:
-    """The JSON of a fast tokenizer; None for one that encodes in Python (ByT5, sentencepiece)."""
+    """The JSON of a fast tokenizer; None for a slow one, which encodes in Python (ByT5, sentencepiece)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else str(backend.to_str())
 
 
 def tokenizer_digest(tokenizer: DocumentTokenizer) -> str:
-    """A hash of all that decides which tokens a text becomes."""
+    """A hash of everything that determines which tokens a text becomes."""
     definition = _definition(tokenizer)
     if definition is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -78,9 +78,9 @@ def tokenizer_digest(tokenizer: DocumentTokenizer) -> str:
 
 
 def token_spans(tokenizer: DocumentTokenizer, text: str) -> list[tuple[int, int]]:
-    """Where each token of a text begins and ends in it, in characters.
+    """Where each token of a text begins and ends, in characters.
 
-    Tokenizers that encode in Python do not report it: there the tokens of a word share its characters evenly.
+    Slow tokenizers do not report this: with them, the tokens of a word share its characters evenly.
     """
     if _definition(tokenizer) is not None:
         options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
@@ -95,10 +95,10 @@ def token_spans(tokenizer: DocumentTokenizer, text: str) -> list[tuple[int, int]
 
 
 class TextEncoding(Protocol):
-    """What a prompt needs of a tokenizer; those of transformers have it."""
+    """What a prompt needs from a tokenizer; those of transformers provide it."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Text to tokens."""
+        """Encode text to tokens."""
         ...
 
 
@@ -110,7 +110,7 @@ class Affixes(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: TextEncoding) -> Affixes:
-        """The affixes of a tokenizer, read from a text of one letter."""
+        """The affixes of a tokenizer, from its encoding of one letter."""
         bare, full = (tokenizer.encode("x", add_special_tokens=added) for added in (False, True))
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
@@ -119,7 +119,7 @@ class Affixes(NamedTuple):
 
 
 def prompt_tokens(tokenizer: TextEncoding, text: str) -> list[int]:
-    """The tokens of a text that is to be continued."""
+    """The tokens of a text that a model is to continue."""
     return [*Affixes.of(tokenizer).prefix, *tokenizer.encode(text, add_special_tokens=False)]
 
 
@@ -127,11 +127,11 @@ def window_prefix(tokenizer: TextEncoding, bos: bool | None = None) -> tuple[int
     """The tokens that begin each window of a text.
 
     Args:
-        bos: what the tokenizer puts before every text, by its own habit, where None; with True at least its token of
-            the beginning; with False nothing, so that a window begins as the text does there.
+        bos: None takes the tokens that the tokenizer puts before every text; True takes the same, or its BOS token if
+            it puts none; False takes no tokens.
 
     Raises:
-        ZebraError: True for a tokenizer without such a token.
+        ZebraError: True for a tokenizer without a BOS token.
     """
     prefix = () if bos is False else Affixes.of(tokenizer).prefix
     if prefix or not bos:
@@ -144,14 +144,14 @@ def window_prefix(tokenizer: TextEncoding, bos: bool | None = None) -> tuple[int
 
 @dataclass(frozen=True)
 class Window:
-    """The tokens [start, end) of a text, with others before them."""
+    """The tokens [start, end) of a text, with the tokens of `prefix` before them."""
 
     prefix: tuple[int, ...]
     start: int
     end: int
 
     def tokens(self, text: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-        """Its tokens, from those of the text."""
+        """The tokens of the window, given those of the text."""
         inside = text[self.start : self.end]
         return np.concatenate([np.array(self.prefix, inside.dtype), inside]) if self.prefix else inside
 
@@ -160,17 +160,17 @@ class Window:
 
 
 def window_at(text: NDArray[np.integer[Any]], start: int, length: int, prefix: tuple[int, ...]) -> Window:
-    """The window of `length` tokens at most from `start` on, its prefix included, which may be the text's own."""
+    """The window of at most `length` tokens from `start`, with its prefix unless the text itself has it there."""
     own = tuple(text[start : start + len(prefix)].tolist()) == prefix
     before = () if own else prefix
     return Window(before, start, min(len(text), start + length - len(before)))
 
 
 def windows_of(text: NDArray[np.integer[Any]], length: int, prefix: tuple[int, ...]) -> Iterator[Window]:
-    """Windows side by side, the last one shorter: [prefix, tokens][prefix, tokens][prefix, to].
+    """Windows one after another, without overlap: [prefix, tokens][prefix, tokens][prefix, to].
 
     Raises:
-        ZebraError: a length that the prefix fills.
+        ZebraError: the length leaves no room beside the prefix.
     """
     if length <= len(prefix):
         raise ZebraError(
@@ -185,12 +185,12 @@ def windows_of(text: NDArray[np.integer[Any]], length: int, prefix: tuple[int, .
 
 @dataclass(frozen=True)
 class Encoder:
-    """How documents become tokens; picklable where worker processes encode.
+    """How documents become tokens. Must be picklable if worker processes encode.
 
     Attributes:
-        encode: texts to the tokens of each, special tokens included.
-        digest: identifies `encode`: a hash of all that decides which tokens a text becomes.
-        append: a token that each document ends in (end of text), put there where the encoding has none; or None.
+        encode: from texts to the tokens of each, special tokens included.
+        digest: identifies `encode`: a hash of everything that determines which tokens a text becomes.
+        append: the token that ends each document (EOS), added if the encoding does not end in it; None adds nothing.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -199,7 +199,7 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: DocumentTokenizer, *, append_eos: bool = False) -> Encoder:
-        """A checkpoint's tokenizer, without truncation or padding; `append_eos` ends each text by its end of text."""
+        """Encode as a tokenizer does, without truncation or padding; `append_eos` ends each text in its EOS token."""
         specials_as_text, definition = tokenizer.split_special_tokens, _definition(tokenizer)
         encode = functools.partial(_encode_in_python, tokenizer)
         if definition is not None:
@@ -226,7 +226,7 @@ def _tokenizer(definition: str, specials_as_text: bool) -> Tokenizer:
 
 
 class EncodedBatch(NamedTuple):
-    """A batch of documents: `tokens` (all tokens,) end to end, `lengths` and `hashes` (documents,) of each document."""
+    """A batch of documents: their concatenated `tokens` (all tokens,), and `lengths` and `hashes` (documents,)."""
 
     tokens: NDArray[np.uint32]
     lengths: list[int]
@@ -234,10 +234,10 @@ class EncodedBatch(NamedTuple):
 
 
 def encode_batches(batches: Iterable[list[str]], encoder: Encoder, num_proc: int) -> Iterator[EncodedBatch]:
-    """Encode batches of documents.
+    """Encode batches of documents, in order.
 
     Args:
-        num_proc: processes that encode, this one alone where 1. They end with this process, however it ends.
+        num_proc: number of worker processes; 1 encodes in this process. Workers end with it, even if it is killed.
 
     Raises:
         ZebraError: a worker was killed.
@@ -271,7 +271,7 @@ def _encode_batch(batch: list[str], encoder: Encoder) -> EncodedBatch:
 
 
 _worker_encoder: Encoder
-"""In a worker process: its encoder, so that it is sent once and not with each batch."""
+"""The encoder of a worker process, sent once and not with each batch."""
 
 
 def _start_worker(encoder: Encoder) -> None:
@@ -283,7 +283,7 @@ def _start_worker(encoder: Encoder) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Without it a worker of the pool would wait for a batch forever after a parent that was killed."""
+    """Exit when the parent process ends. Otherwise a worker would wait for a batch forever if the parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,12 +1,12 @@
-"""Prompts as tokens, piece by piece: needles, the haystack around them, and their positions, exact to the token.
+"""Build prompts from tokenised pieces: needles in a haystack, with positions that are exact to the token.
 
-Joining strings changes their tokens, so each piece is tokenised once, as it would be after a full stop, and the rest is
-arithmetic on lists of tokens:
+Joining strings can change their tokens. So each piece is tokenised once, as it would be after a full stop, and the rest
+is arithmetic on lists of tokens:
 
     haystack  ....|......|.....|....           | where a sentence begins
-    body      ..|......[needle].....|[distractor]....    cut to size at both ends, pieces put in between sentences
+    body      ..|......[needle].....|[distractor]....    cut to size at both ends, pieces inserted between sentences
 
-The tokens and their positions are exact; the same text encoded anew may have tokens that are merged across the joints.
+The tokens and their positions are exact. Encoding the decoded text again may merge tokens across the joints.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ TokenIds = Sequence[int]
 
 
 class Tokenizer(TextEncoding, Protocol):
-    """What is needed of a tokenizer; those of transformers have it."""
+    """What building prompts needs from a tokenizer; those of transformers provide it."""
 
     def decode(self, token_ids: list[int], **options: Any) -> Any:
-        """Tokens to text."""
+        """Decode tokens to text."""
         ...
 
 
 class TokenizedText(NamedTuple):
-    """A key or value, as the tokenizer decodes it, and its tokens after other text."""
+    """A key or value: its text as the tokenizer decodes it, and its tokens after other text."""
 
     text: str
     ids: tuple[int, ...]
@@ -47,7 +47,7 @@ class TokenizedText(NamedTuple):
 
 _ANCHOR = "."
 _SENTENCES = 4096
-"""Whose tokens are remembered. A training draws others without end; keys and values are of finite kinds."""
+"""Sentences whose tokens are cached. Limited, as training draws new ones without end; keys and values are finite."""
 NOISE = (
     "The river goes round the mill and on to the sea.",
     "A cart comes up the lane, and a dog runs after it.",
@@ -58,7 +58,7 @@ NOISE = (
 
 
 class PromptTokenizer:
-    """Tokenises the pieces of a prompt as they are after a full stop and a space.
+    """Tokenises each piece of a prompt as it would be after a full stop and a space.
 
     Attributes:
         prefix, suffix: the tokens that the tokenizer puts before and after every text, such as BOS.
@@ -73,7 +73,7 @@ class PromptTokenizer:
         self.prefix, self.suffix = Affixes.of(tokenizer)
 
     def encode_first(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text that comes first, without special ones."""
+        """The tokens of a text that comes first, without special tokens."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -84,18 +84,18 @@ class PromptTokenizer:
         joined, n = self.encode_first(f"{_ANCHOR} {text}"), len(self._anchor)
         if joined[:n] == self._anchor:
             return joined[n:]
-        # The stop and the space are one token (spaces after words): a text alone brings its own space.
+        # The full stop and the space are one token (spaces follow words): the text alone may bring its own space.
         ids = self.encode_first(text)
         if normalize(self.decode(self._anchor + ids)) != normalize(f"{_ANCHOR} {text}"):
             ids = self.encode_first(f" {text}")
         return ids
 
     def decode(self, ids: TokenIds) -> str:
-        """Tokens to text, without special ones."""
+        """Decode tokens to text, without special tokens."""
         return decode(self._tokenizer, ids)
 
     def round_trip(self, text: str) -> TokenizedText | None:
-        """A key or value, or None if the tokenizer does not decode its tokens to it."""
+        """A key or value with its tokens; None if they do not decode to the same text, up to case and spaces."""
         if text not in self._round_trips:
             ids = self._encode(text)
             decoded = self.decode(ids).strip()
@@ -104,10 +104,10 @@ class PromptTokenizer:
         return self._round_trips[text]
 
     def usual_size(self, kind: str, generate: Callable[[Random], str]) -> int:
-        """How many tokens most keys or values of a kind have.
+        """The most common number of tokens of keys or values of a kind.
 
         Raises:
-            ZebraError: the tokenizer decodes none of them to itself.
+            ZebraError: the tokens of none of them decode to the same text.
         """
         if kind not in self._usual_sizes:
             rng = Random(0)
@@ -122,7 +122,7 @@ class PromptTokenizer:
 
 
 def normalize(text: str) -> str:
-    """Text as answers are compared: in lower case, with single spaces."""
+    """Normalise text for comparing answers: lower case, single spaces."""
     return " ".join(text.casefold().split())
 
 
@@ -137,32 +137,32 @@ def share_contained(text: str, answers: Sequence[str]) -> float:
 
 
 def share_preferred(values: Sequence[float], answers: int) -> float:
-    """The share of the first `answers` values, of right answers, that are above all others."""
+    """The share of the right answers, the first `answers` values, that are above every distractor, the other values."""
     return sum(value > max(values[answers:]) for value in values[:answers]) / answers
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Text to hide needles in: `tokens` (n,), and the sorted positions where a sentence begins."""
+    """Text to hide needles in: `tokens` (n,), and `starts`, the sorted positions where a sentence begins."""
 
     tokens: NDArray[np.integer[Any]]
     starts: NDArray[np.int64]
 
     @classmethod
     def of_pieces(cls, pieces: Sequence[TokenIds]) -> Haystack:
-        """Pieces one after another; each begins a sentence."""
+        """Concatenate pieces; each begins a sentence."""
         tokens = np.array([token for piece in pieces for token in piece], np.int64)
         return cls(tokens, np.cumsum([0, *map(len, pieces)]))
 
     @classmethod
     def of_noise(cls, tokenizer: PromptTokenizer, size: int) -> Haystack:
-        """A few sentences over and over: a window of `size` tokens fits wherever a sentence begins."""
+        """Repeat a few sentences, often enough to cut a window of `size` tokens around the start of any of them."""
         pieces = [tokenizer.encode(sentence) for sentence in NOISE]
         return cls.of_pieces(pieces * (size // sum(map(len, pieces)) + 2))
 
     @classmethod
     def of_documents(cls, documents: Iterable[NDArray[np.integer[Any]]], tokenizer: PromptTokenizer) -> Haystack:
-        """Tokenised documents one after another, without the affixes of each."""
+        """Concatenate tokenised documents, without the affixes of each."""
         n, m, texts = len(tokenizer.prefix), len(tokenizer.suffix), []
         for document in documents:
             text = document[n:] if n and tuple(document[:n].tolist()) == tokenizer.prefix else document
@@ -174,7 +174,7 @@ class Haystack:
         return cls(tokens, np.union1d(np.flatnonzero(np.isin(tokens, ends)) + 1, document_starts))
 
     def window(self, rng: Random, before: int, after: int) -> tuple[list[int], list[int]]:
-        """`before + after` tokens, cut so that a sentence begins after the first `before` of them where one can.
+        """Cut out `before + after` tokens such that, if possible, a sentence begins after the first `before` of them.
 
         Returns:
             The tokens, and the positions in them where a sentence begins.
@@ -203,13 +203,13 @@ def place_needles(
     needles: Sequence[TokenIds],
     distractors: Sequence[TokenIds],
 ) -> tuple[list[int], list[int]]:
-    """A body of exactly `size` tokens, and the position in it of each needle.
+    """Make a body of exactly `size` tokens; returns it with the position of each needle.
 
         first = floor(depth (size - tokens of the needles) + 1/2)
 
     is where the first needle begins: at depth 0 the body begins with it, at depth 1 it ends with the needles. Further
-    needles follow in their order, at beginnings of sentences drawn after the first. Distractors are on both sides.
-    At least `min_body_tokens(needles, distractors)` tokens hold all of it at any depth.
+    needles follow in order, at random sentence starts behind the first. Distractors are placed on both sides at random.
+    A body of `min_body_tokens(needles, distractors)` tokens or more has room for all of them at any depth.
     """
     rest = size - sum(map(len, needles))
     rooms = [math.floor(depth * rest + 0.5)]
@@ -223,7 +223,7 @@ def place_needles(
     tokens, starts = haystack.window(rng, *rooms)
     before, after = starts[: bisect_right(starts, rooms[0])], starts[bisect_left(starts, rooms[0]) :]
     later = sorted(rng.choice(after) for _ in needles[1:])
-    # Position in the haystack, order among those of one position, tokens, whether it is a needle.
+    # Position in the haystack, order among pieces at the same position, tokens, whether it is a needle.
     pieces = [(rng.choice(before), 0, piece, False) for piece in sides[0]]
     pieces.append((rooms[0], 1, needles[0], True))
     pieces += [(position, 2, piece, True) for position, piece in zip(later, needles[1:], strict=True)]
@@ -239,5 +239,5 @@ def place_needles(
 
 
 def min_body_tokens(needles: Sequence[TokenIds], distractors: Sequence[TokenIds]) -> int:
-    """The shortest body in which all distractors fit on the larger side of the needles, wherever these are."""
+    """Tokens of the shortest body in which all distractors fit on the longer side of the needles, at any depth."""
     return sum(map(len, needles)) + 2 * sum(map(len, distractors))

@@ -1,13 +1,13 @@
-"""Long documents to long instructions of three kinds, without a network and without a model:
+"""Make long instructions of three kinds from long documents, offline and without a model:
 
-    qa        the questions of an annotated set, with their answers
+    qa        the questions of an annotated data set, with their answers
     summary   a document's own summary, or the answer to a question that asks for one
     writing   a passage of the document is the answer: continue the text before it, write out notes, expand an outline
 
-Where several documents share a prompt they are numbered, and the question names the one that it is about:
+If a prompt has several documents, they are numbered, and the question names the one that it is about:
 
     Document 1   Document 2   [Document 3]   Document 4          About document 3: who ran?
-    distractors fill the prompt up to the words asked for, the target is at the boundary nearest to its depth
+    distractors fill the prompt up to the given number of words; the target is at the boundary nearest to its depth
 
 Depth is where the target begins, as a share of the distractors' characters: 0 at the front, 1 at the end.
 """
@@ -35,7 +35,7 @@ _MIN_PASSAGE_WORDS, _MAX_PASSAGE_WORDS = 60, 160
 
 @dataclass(frozen=True)
 class AnnotatedDocument:
-    """A document, pairs of a question about it and its answer, and its summary if it has one."""
+    """A document, (question, answer) pairs about it, and its summary if it has one."""
 
     text: str
     where: str
@@ -44,10 +44,10 @@ class AnnotatedDocument:
 
 
 def read_annotated(patterns: Names, *, separator: str | None = None) -> list[AnnotatedDocument]:
-    """Documents of text files and of records: `document` or `text`, with `summary` and questions as in `qa`.
+    """Read documents from text files and records: `document` or `text`, with `summary` and questions as in `qa`.
 
     Raises:
-        ZebraError: as `read_documents` and `parse_records`; no documents.
+        ZebraError: as `read_documents` and `parse_records`; no document at all.
     """
     expected = "A record has a document, and may have qa or question and answer, and summary."
     files = find_files(patterns)
@@ -91,16 +91,16 @@ def make_instructions(
     writing: int = 3,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """The instructions, document by document, as records that `zebra.data.conversations` reads.
+    """Yield instructions, document by document, as records that `zebra.data.conversations` reads.
 
     Args:
         kinds: which of `KINDS`.
-        words: words of the documents in a prompt: distractors are added up to it, a single document is not cut.
-        depths: where the target document begins, one after another.
-        writing: writing tasks of each document.
+        words: words of all documents in a prompt; distractors are added up to it, no document is cut. None adds none.
+        depths: where the target document begins, used in turn.
+        writing: writing tasks for each document, at most.
 
     Raises:
-        ZebraError: an unknown kind, a depth outside 0 to 1, no words.
+        ZebraError: an unknown kind, no depth, a depth outside 0 to 1, or `words` below 1.
     """
     kinds = names_of(kinds)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -135,7 +135,7 @@ def _tasks(document: AnnotatedDocument, kinds: Sequence[str], writing: int, rng:
 
 
 def _drawn(sizes: Sequence[int], target: int, room: int, rng: Random) -> Iterator[int]:
-    """Indices but `target`, each drawn from those whose size, in ascending order, fits into the room that is left."""
+    """Draw distinct indices other than `target` whose sizes fit into the room that is left; `sizes` are ascending."""
     taken = [target]  # ascending
     while (fitting := bisect_right(sizes, room)) > bisect_left(taken, fitting):
         i = rng.randrange(fitting)
@@ -147,7 +147,7 @@ def _drawn(sizes: Sequence[int], target: int, room: int, rng: Random) -> Iterato
 
 
 def _with_distractors(target: str, distractors: Sequence[str], depth: float) -> tuple[str, int | None, float]:
-    """A prompt's documents, the number of the target among them if it is not alone, and the depth where it begins."""
+    """The documents of a prompt, the number of the target among them (None if alone), and its actual depth."""
     if not distractors:
         return target, None, 0.0
     boundaries = [0, *itertools.accumulate(map(len, distractors))]
@@ -193,13 +193,13 @@ def _notes(passage: str, limit: int | None = None) -> str:
 
 
 def _sentences(text: str) -> list[tuple[int, int]]:
-    """Where each sentence begins and ends, its closing quotes included."""
+    """Where each sentence begins and ends, with its closing quotes."""
     ends = [match.end() for match in re.finditer(r"[.!?][\"')\]”’]*(?=\s)", text)]
     return [(a, b) for a, b in itertools.pairwise([0, *ends, len(text)]) if text[a:b].strip()]
 
 
 def _passages(text: str) -> list[tuple[int, int]]:
-    """Where the passages begin and end: whole sentences; one that a long sentence makes too long is left out."""
+    """Where passages of whole sentences begin and end; one that a long sentence makes too long is left out."""
     passages: list[tuple[int, int]] = []
     begin: int | None = None
     for start, end in _sentences(text):
@@ -212,7 +212,7 @@ def _passages(text: str) -> list[tuple[int, int]]:
 
 
 class InstructionStats(NamedTuple):
-    """Instructions of one kind: how many, and the median words of their documents and answers."""
+    """Instructions of one kind: their number, and the median number of words of their documents and answers."""
 
     kind: str
     instructions: int
@@ -221,7 +221,7 @@ class InstructionStats(NamedTuple):
 
 
 def instruction_stats(records: Iterable[dict[str, Any]]) -> list[InstructionStats]:
-    """The statistics of the instructions, kind by kind."""
+    """Statistics of instructions by kind."""
     by_kind: dict[str, list[tuple[int, int]]] = {}
     for record in records:
         document, answer = (len(record[name].split()) for name in ("document", "answer"))

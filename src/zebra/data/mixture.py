@@ -1,11 +1,11 @@
-"""A mixture of sources: each has a share of the tokens, taken from documents within a bucket of lengths, by a seed.
+"""A mixture of sources: each has a share of the tokens, drawn by a seed from its documents in a bucket of lengths.
 
     source     share   bucket            has             gives
     long         0.6   [4096, ∞)       400 tokens      600 tokens: each document once, half of them twice
     short        0.4   [0, 4096)     1,600 tokens      400 tokens: a quarter of the documents
 
-Long documents are rare in any text, so long-context training takes more of them than there are (ProLong, arXiv
-2410.02660). Documents are drawn without replacement until all have been; the last of a source is cut to its share.
+Long documents are rare in any text, so long-context training oversamples them (ProLong, arXiv 2410.02660). Documents
+are drawn without replacement until all have been drawn, then again; the last one of a source is cut to fit its share.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of a corpus, those with `min_tokens <= tokens < max_tokens`, and their share of a mixture's tokens."""
+    """Documents of a corpus with `min_tokens <= tokens < max_tokens`, and their share of the tokens of a mixture."""
 
     name: str
     corpus: Corpus
@@ -38,12 +38,12 @@ class Source:
 
     @property
     def bucket(self) -> str:
-        """The half-open bucket of lengths, as it is printed."""
+        """The half-open bucket of lengths, as text."""
         return f"[{self.min_tokens:,}, {'∞' if self.max_tokens is None else f'{self.max_tokens:,}'})"
 
 
 class SourceSplit(NamedTuple):
-    """The documents of a source to train on and those held out, as indices of its corpus; how many were duplicates."""
+    """Documents of a source to train on and held-out ones, as indices into its corpus, and the number of duplicates."""
 
     source: Source
     train: Ints
@@ -52,18 +52,18 @@ class SourceSplit(NamedTuple):
 
     @property
     def lengths(self) -> Ints:
-        """Tokens of each document to train on, (train,)."""
+        """The number of tokens of each document to train on, (train,)."""
         return self.source.corpus.lengths[self.train]
 
     @property
     def tokens(self) -> int:
-        """Tokens to train on."""
+        """The number of tokens to train on."""
         return int(self.lengths.sum())
 
 
 @dataclass(frozen=True)
 class SelectedDocuments:
-    """Documents of several sources, each perhaps more than once.
+    """Documents drawn from several sources; one may occur several times.
 
     Document `i` is the first `lengths[i]` tokens of document `documents[i]` of source `sources[i]`; each array is (n,).
     """
@@ -77,13 +77,13 @@ class SelectedDocuments:
         return self.corpora[self.sources[i]][self.documents[i]][: self.lengths[i]]
 
     def gathered(self) -> Corpus:
-        """The same documents as a corpus of their own, in memory."""
+        """Copy the documents to a corpus of their own, in memory."""
         tokens = [self[i] for i in range(len(self.lengths))]
         return Corpus(np.concatenate(tokens), np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64))
 
 
 class SourceStats(NamedTuple):
-    """What a mixture takes of a source: `drawn` tokens, without padding, which are `share` of the mixture."""
+    """What a mixture takes from a source: `drawn` tokens without padding, a `share` of the mixture."""
 
     split: SourceSplit
     drawn: int
@@ -98,19 +98,20 @@ class Mixture(NamedTuple):
     stats: list[SourceStats]
 
     def take(self, which: Ints) -> Mixture:
-        """The mixture of some of the sequences."""
+        """The mixture with only the sequences at these indices."""
         sequences = self.sequences.take(which)
         return Mixture(sequences, self.drawn, _stats([one.split for one in self.stats], self.drawn, sequences))
 
 
 def split_sources(sources: Sequence[Source], *, deduplicate: bool, held_out: float = 0.0) -> list[SourceSplit]:
-    """Which documents of each source are trained on, and which are held out.
+    """Split the documents of each source into those to train on and those held out.
 
-    Of documents with the same text the first is used, over all sources. Held out are those whose hash lies in the first
-    `held_out` of all hashes: the same ones in any order, from any file, under any tokenizer.
+    With `deduplicate`, only the first of all documents with the same text is used, across all sources. A document is
+    held out if its hash lies in the lowest share `held_out` of the range of hashes. So the same documents are held out
+    in any order, from any file, and with any tokenizer.
 
     Raises:
-        ZebraError: a source without a document in its bucket or to train on; nothing held out where something is to be.
+        ZebraError: a source has no document to train on; `held_out` is above 0, but holds out nothing.
     """
     lengths = [source.corpus.lengths for source in sources]
     in_bucket = [
@@ -140,7 +141,7 @@ def split_sources(sources: Sequence[Source], *, deduplicate: bool, held_out: flo
 
 
 def select(splits: Sequence[SourceSplit], *, held_out: bool = False) -> SelectedDocuments:
-    """Each document that is trained on once, or each that is held out."""
+    """Select each document to train on, or each held-out one, once."""
     documents = [split.held_out if held_out else split.train for split in splits]
     lengths = [split.source.corpus.lengths[i] for split, i in zip(splits, documents, strict=True)]
     return _selected(splits, documents, lengths)
@@ -149,14 +150,14 @@ def select(splits: Sequence[SourceSplit], *, held_out: bool = False) -> Selected
 def mix(
     splits: Sequence[SourceSplit], count: int, length: int, *, join: bool, seed: int, whole: bool = False
 ) -> Mixture:
-    """A mixture that fills `count` sequences of `length` tokens, or, with padding, nearly as many.
+    """Draw a mixture that fills `count` sequences of `length` tokens, or nearly as many if there is padding.
 
     Args:
         splits: of sources whose shares sum to 1.
-        whole: cut no document: each source gives whole documents, at least one, as near to its share as they come.
+        whole: cut no document: each source gives at least one, and as near to its share as whole documents come.
 
     Raises:
-        ZebraError: fewer sequences than whole documents of each source need.
+        ZebraError: as `pack` and `pack_whole`; with `whole`, a document of each source does not fit into `count`.
     """
     tokens = count * length
     while True:
@@ -169,7 +170,7 @@ def mix(
                 f"{count:,} sequences of {length:,} tokens do not hold one whole document of each of {len(splits)} "
                 "sources. Take more sequences or longer ones."
             )
-        # Documents apart leave padding, so fewer tokens fill the sequences.
+        # Documents that are kept apart leave padding, so fewer tokens fill the sequences.
         tokens = max(1 if whole else length, tokens * count // len(sequences))
 
 
@@ -184,7 +185,7 @@ def _draw(splits: Sequence[SourceSplit], tokens: int, seed: int, whole: bool) ->
     documents, counts = [], []
     for split, budget in zip(splits, np.diff(ends, prepend=0).tolist(), strict=True):
         lengths = split.lengths
-        # By name, so that one source is drawn alike whatever other sources there are.
+        # Seeded by name, so that the draw of a source does not depend on the other sources.
         rng = np.random.default_rng([seed, zlib.crc32(split.source.name.encode())])
         epochs = -(-budget // split.tokens)
         order = np.concatenate([rng.permutation(len(lengths)) for _ in range(max(1, epochs))])
